@@ -1,0 +1,66 @@
+"""Typed errors. Each one tells a person where the value is, what it is, which rule it breaks and what to change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class MoecompileError(Exception):
+    """Base of every error that moecompile raises on purpose; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UserError(MoecompileError):
+    """A mistake that the user can mend: one message, exit code 2, no traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A config value that breaks a rule.
+
+    Args:
+        path: dotted config path, for example `mesh.ep`.
+        value: the value found there.
+        rule: the rule that it breaks, as a sentence without a full stop.
+        fix: what to change, as a sentence without a full stop.
+    """
+
+    def __init__(self, path: str, value: Any, rule: str, fix: str) -> None:
+        self.path, self.value, self.rule, self.fix = path, value, rule, fix
+        super().__init__(f"{path}={_shown(value)}: {rule}. {fix}.")
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, Any, str, str]]:
+        return type(self), (self.path, self.value, self.rule, self.fix)
+
+
+class PlanError(ConfigError):
+    """A plan that contradicts itself or that does not fit the model or the mesh it is used with."""
+
+
+class CaptureError(UserError):
+    """The model could not be run or traced as it was given."""
+
+
+class PassError(MoecompileError):
+    """A pass found its input, or left its output, in a state that its contract forbids: a defect of the compiler."""
+
+    def __init__(self, name: str, where: str, rule: str) -> None:
+        self.name, self.where, self.rule = name, where, rule
+        super().__init__(f"pass {name}, {where}: {rule}")
+
+    def __reduce__(self) -> tuple[type[PassError], tuple[str, str, str]]:
+        return type(self), (self.name, self.where, self.rule)
+
+
+class UnboundAxisError(MoecompileError):
+    """An exchange was run before `shard` bound its mesh axis to a process group."""
+
+
+class RankFailure(MoecompileError):
+    """A rank of a launched job ended with an error."""
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,34 @@
+"""The nouns: sites, layers, placement, Plan. Frozen and torch-free; constructors validate."""
+
+from moecompile.plan.io import from_yaml, load, save, to_yaml
+from moecompile.plan.layers import (
+    EXCHANGES,
+    BalancePlan,
+    DispatchPlan,
+    ExpertPlacement,
+    ExpertsPlan,
+    LayerPlan,
+    RoutingPlan,
+)
+from moecompile.plan.plan import Estimate, MemoryEstimate, Plan, Reduction, Traffic
+from moecompile.plan.sites import FFNSite
+
+__all__ = [
+    "EXCHANGES",
+    "BalancePlan",
+    "DispatchPlan",
+    "Estimate",
+    "ExpertPlacement",
+    "ExpertsPlan",
+    "FFNSite",
+    "LayerPlan",
+    "MemoryEstimate",
+    "Plan",
+    "Reduction",
+    "RoutingPlan",
+    "Traffic",
+    "from_yaml",
+    "load",
+    "save",
+    "to_yaml",
+]

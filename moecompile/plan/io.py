@@ -1,0 +1,101 @@
+"""YAML round trip of a Plan. Only plain YAML is read; unknown or missing keys are errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moecompile.errors import PlanError
+from moecompile.plan.plan import Plan
+
+FORMAT = 1
+
+
+def to_yaml(plan: Plan) -> str:
+    """The plan as YAML text, with its hash and a format number in front."""
+    body = {"format": FORMAT, "hash": plan.hash, **_plain(plan)}
+    return yaml.safe_dump(body, sort_keys=False, width=120)
+
+
+def from_yaml(text: str, source: str = "plan.yaml") -> Plan:
+    """Reads a plan back.
+
+    Raises:
+        PlanError: not YAML, another format, unknown or missing keys, wrong types, or a plan that contradicts itself.
+    """
+    try:
+        body = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PlanError(source, "...", f"is not plain YAML: {error}", "Write it with moecompile, or mend it") from error
+    if not isinstance(body, dict):
+        raise PlanError(source, type(body).__name__, "must be a mapping", "Write it with moecompile")
+    if body.pop("format", None) != FORMAT:
+        raise PlanError(f"{source}: format", "...", f"must be {FORMAT}", "Plan again with this version")
+    body.pop("hash", None)  # a plan may be edited by hand; its hash is computed anew
+    plan = _build(Plan, body, source)
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def save(plan: Plan, path: Path) -> None:
+    """Writes `path` in one step."""
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text(to_yaml(plan), encoding="utf-8")
+    tmp.replace(path)
+
+
+def load(path: Path) -> Plan:
+    """Reads `path`.
+
+    Raises:
+        PlanError: as `from_yaml`, or the file cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError("plan", path, f"cannot be read: {error}", "Give the path of a plan.yaml") from error
+    return from_yaml(text, path.name)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _build(kind: Any, value: Any, path: str) -> Any:
+    """`value` as `kind`: a dataclass, a tuple of one type, an optional, or a plain scalar."""
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, path)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise PlanError(path, value, "must be a list", "Mend the plan")
+        return tuple(_build(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is typing.Union:
+        return None if value is None else _build(args[0], value, path)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise PlanError(path, value, f"must be of type {kind.__name__}", "Mend the plan")
+    return value
+
+
+def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
+    if not isinstance(value, dict):
+        raise PlanError(path, value, "must be a mapping", "Mend the plan")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in value:
+        if key not in fields:
+            raise PlanError(f"{path}.{key}", "...", "is not a key of the plan", f"Use one of {list(fields)}")
+    missing = [n for n, f in fields.items() if n not in value and f.default is dataclasses.MISSING]
+    if missing:
+        raise PlanError(f"{path}.{missing[0]}", None, "is missing", "Add it, or plan again")
+    return kind(**{key: _build(hints[key], item, f"{path}.{key}") for key, item in value.items()})

@@ -1,0 +1,118 @@
+"""The Plan: frozen, rank-free, tensor-free. All ranks must hold the same hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Optional
+
+from moecompile.errors import PlanError
+from moecompile.mesh import MeshSpec
+from moecompile.plan.layers import LayerPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduction:
+    """How the gradients of one class of parameters are summed.
+
+    parameters: `dense`, `router` or `experts`. replicated_over, sharded_over: mesh axes of the weights. sum_over: axes
+    whose ranks each hold a part of the gradient, summed by FSDP's reduce-scatter, an all-reduce, or (for the EP axis of
+    experts) by the backward all-to-all before any reduction.
+    """
+
+    parameters: str
+    replicated_over: tuple[str, ...]
+    sharded_over: tuple[str, ...]
+    sum_over: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes on the fullest rank."""
+
+    weights: int
+    grads: int
+    optimizer: int
+    activations: int
+    dispatch: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts, bytes."""
+        return self.weights + self.grads + self.optimizer + self.activations + self.dispatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes per token and MoE layer that leave a rank in the forward pass (dispatch, combine, metadata), by link class."""
+
+    intra_node: float
+    inter_node: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What the planner predicts. params_active: parameters that one token uses."""
+
+    params_total: int
+    params_active: int
+    memory_bytes_per_rank: MemoryEstimate
+    fits: bool
+    bytes_per_token_per_layer: Traffic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The reviewable result of planning, and the lock file `plan.yaml`.
+
+    Raises:
+        PlanError: two layers claim one site, or a layer is placed on another mesh.
+    """
+
+    mesh: MeshSpec
+    layers: tuple[LayerPlan, ...]
+    reductions: tuple[Reduction, ...]
+    estimate: Optional[Estimate] = None
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for i, layer in enumerate(self.layers):
+            if layer.site.fqn in seen:
+                raise PlanError(f"layers[{i}].site.fqn", layer.site.fqn, "is planned twice", "Remove one of the layers")
+            seen.add(layer.site.fqn)
+            if layer.placement.ep != self.mesh.ep:
+                raise PlanError(
+                    f"layers[{i}].placement.ep", layer.placement.ep, f"must be mesh.ep={self.mesh.ep}",
+                    "Plan again for this mesh",
+                )  # fmt: skip
+
+    @cached_property
+    def hash(self) -> str:
+        """16 hex digits over mesh, layers and reductions; the estimate does not count."""
+        body = asdict(replace(self, estimate=None))
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+
+    def layer(self, fqn: str) -> LayerPlan:
+        """The layer planned for the region `fqn`.
+
+        Raises:
+            KeyError: no layer is planned there.
+        """
+        for layer in self.layers:
+            if layer.site.fqn == fqn:
+                return layer
+        raise KeyError(fqn)
+
+    def __str__(self) -> str:
+        lines = [f"Plan {self.hash}: {len(self.layers)} MoE layers on {self.mesh.world_size} ranks, ep={self.mesh.ep}"]
+        for layer in self.layers:
+            e, r = layer.experts, layer.routing
+            limit = f", {r.top_groups} of {r.groups} groups" if r.top_groups < r.groups else ""
+            shared = f" + shared {e.d_shared}" if e.d_shared else ""
+            lines.append(
+                f"  {layer.site.fqn or '<graph>'}: {layer.site.kind} {layer.site.d_model}x{layer.site.d_ff} -> "
+                f"{e.num_routed} experts of {e.d_expert}{shared}, {r.score} top-{r.top_k}{limit}, {layer.dispatch.kind}"
+            )
+        return "\n".join(lines)

@@ -1,0 +1,38 @@
+"""Where in the model experts go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moecompile.errors import PlanError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFNSite:
+    """A dense FFN: x -> linear(s) -> pointwise activation (and product) -> linear, of equal width in and out.
+
+    fqn: module path of the region that holds the FFN ("" for a graph that the user brought). kind: `gated` (two
+    linears feed the activation) or `up_down` (one). d_model, d_ff: widths. bias_up, bias_down: which linears have
+    biases. activation: the pointwise operations, for people to read. index: position among the matched sites.
+    """
+
+    fqn: str
+    kind: str
+    d_model: int
+    d_ff: int
+    bias_up: bool
+    bias_down: bool
+    activation: str
+    index: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("gated", "up_down"):
+            raise PlanError(f"{self.fqn}.kind", self.kind, "must be gated or up_down", "Use one of these")
+        for name in ("d_model", "d_ff"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{self.fqn}.{name}", getattr(self, name), "must be at least 1", "Match the model")
+
+    @property
+    def num_in_projections(self) -> int:
+        """Linears between x and the activation."""
+        return 2 if self.kind == "gated" else 1

@@ -1,0 +1,48 @@
+"""The typed config schema: what a user may write. Mutable input, read by `make_plan` and the tasks, by nobody after."""
+
+from moecompile.schema.config import (
+    BalanceConfig,
+    BalanceRule,
+    Config,
+    DataConfig,
+    DispatchConfig,
+    DispatchKind,
+    ExpertInit,
+    ExpertsConfig,
+    GroupScore,
+    HardwareConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RoutingConfig,
+    Score,
+    SiteKind,
+    TaskConfig,
+    TaskName,
+    TrainerConfig,
+)
+from moecompile.schema.resolve import mesh_spec, validate
+
+__all__ = [
+    "BalanceConfig",
+    "BalanceRule",
+    "Config",
+    "DataConfig",
+    "DispatchConfig",
+    "DispatchKind",
+    "ExpertInit",
+    "ExpertsConfig",
+    "GroupScore",
+    "HardwareConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RoutingConfig",
+    "Score",
+    "SiteKind",
+    "TaskConfig",
+    "TaskName",
+    "TrainerConfig",
+    "mesh_spec",
+    "validate",
+]

@@ -1,0 +1,229 @@
+"""One dataclass per config group. YAML only fills values; enums, not booleans, where there is a choice of behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Optional, Union
+
+# OmegaConf reads these annotations at run time: Optional[...] and Union[...] are the spellings that it accepts.
+
+
+class TaskName(str, Enum):
+    """What the command does."""
+
+    train = "train"
+    compile = "compile"
+    plan = "plan"
+
+
+class SiteKind(str, Enum):
+    """Which sites are rewritten."""
+
+    auto = "auto"  # existing experts if the model has any, else its dense FFNs
+    dense = "dense"
+
+
+class ExpertInit(str, Enum):
+    """How the experts get their first weights from the dense FFN (DESIGN.md section 6)."""
+
+    copy = "copy"
+    virtual_group = "virtual_group"
+    random = "random"
+
+
+class Score(str, Enum):
+    """What turns router logits into scores."""
+
+    softmax = "softmax"
+    sigmoid = "sigmoid"
+
+
+class GroupScore(str, Enum):
+    """How an expert group is scored for group-limited routing."""
+
+    max = "max"  # DeepSeek-V2: the best expert
+    top2 = "top2"  # DeepSeek-V3 as transformers computes it: sum of the two best
+    topk_over_m = "topk_over_m"  # DeepSeek-V3 report: sum of the top_k / top_groups best
+
+
+class BalanceRule(str, Enum):
+    """How the load of the experts is kept even."""
+
+    none = "none"
+    bias = "bias"  # DeepSeek-V3: correction bias += rate * sign(mean load - load), no auxiliary loss
+
+
+class DispatchKind(str, Enum):
+    """How tokens travel to their experts."""
+
+    auto = "auto"
+    local = "local"
+    flat = "flat"
+    dedup = "dedup"
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """`task`: what to do."""
+
+    name: TaskName = TaskName.train
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """`model`: what is built or loaded. Exactly one of `architecture`, `pretrained` and `factory` is given.
+
+    architecture: a transformers model type (`deepseek_v3`), built with random weights from `config`.
+    pretrained: a local folder for `AutoModelForCausalLM.from_pretrained`.
+    factory: `package.module:function`, called without arguments; only from the command line or Python.
+    """
+
+    name: str = "custom"
+    architecture: Optional[str] = None
+    config: dict[str, Any] = field(default_factory=dict)
+    pretrained: Optional[str] = None
+    factory: Optional[str] = None
+
+
+@dataclass(kw_only=True)
+class ExpertsConfig:
+    """`experts`: which FFNs become experts and how.
+
+    sites: which kind of site. match: shell pattern on the module path. layers: Python slice over the matched sites in
+    model order (`1:` all but the first, `::2` every other). num_routed: routed experts. granularity: slices that one
+    dense FFN is cut into. num_shared: slices that go to the shared expert, which every token visits.
+    """
+
+    sites: SiteKind = SiteKind.auto
+    match: str = "*"
+    layers: str = ":"
+    num_routed: int = 8
+    granularity: int = 1
+    num_shared: int = 0
+    init: ExpertInit = ExpertInit.copy
+
+
+@dataclass(kw_only=True)
+class RoutingConfig:
+    """`routing`: where a token goes.
+
+    groups: contiguous groups of experts (`auto`: one per node that the EP group spans if `max_nodes` is given, else 1).
+    top_groups: groups that a token may use (null: all, or what `max_nodes` asks for). max_nodes: nodes that a token may
+    reach. normalize: routing weights sum to `scale`.
+    """
+
+    top_k: int = 2
+    score: Score = Score.softmax
+    normalize: bool = True
+    scale: float = 1.0
+    groups: Union[int, str] = "auto"
+    top_groups: Optional[int] = None
+    group_score: GroupScore = GroupScore.top2
+    max_nodes: Optional[int] = None
+
+
+@dataclass(kw_only=True)
+class BalanceConfig:
+    """`balance`: how load is evened out. rate: step of the correction bias per optimizer step."""
+
+    rule: BalanceRule = BalanceRule.none
+    rate: float = 1e-3
+
+
+@dataclass(kw_only=True)
+class MeshConfig:
+    """`mesh`: ranks and their axes. ep: ranks that share one set of experts (`auto`: all). device: cpu, cuda or auto."""
+
+    num_nodes: int = 1
+    ranks_per_node: int = 1
+    ep: Union[int, str] = "auto"
+    dp_replicate: int = 1
+    dp_shard: Union[int, str] = "auto"
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    device: str = "auto"
+
+
+@dataclass(kw_only=True)
+class HardwareConfig:
+    """`hardware`: what one rank has. memory_gib: memory of one rank; *_gb_s: bandwidth of one rank, 1e9 bytes/s."""
+
+    name: str = "laptop"
+    memory_gib: float = 4.0
+    intra_node_gb_s: float = 2.0
+    inter_node_gb_s: float = 2.0
+
+
+@dataclass(kw_only=True)
+class DispatchConfig:
+    """`dispatch`: how tokens travel to their experts."""
+
+    kind: DispatchKind = DispatchKind.auto
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """`data`: the text and the batch.
+
+    corpus: `moby_dick` (embedded). path: a UTF-8 text file that is used instead. vocab_size: entries of the byte-level
+    BPE that is trained on the training split. seq_len: tokens per sequence. global_batch_size: sequences per optimizer
+    step, independent of the mesh. micro_batch_size: sequences per rank and forward; accumulation is derived.
+    val_fraction: tail of the text that is held out. val_batches: validation micro-batches per rank (0: all).
+    """
+
+    corpus: str = "moby_dick"
+    path: Optional[str] = None
+    vocab_size: int = 2048
+    seq_len: int = 128
+    global_batch_size: int = 16
+    micro_batch_size: int = 4
+    val_fraction: float = 0.05
+    val_batches: int = 0
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """`optimizer`: AdamW with linear warm-up, then cosine decay to `min_lr_ratio * lr` (1.0: constant)."""
+
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    warmup_steps: int = 20
+    min_lr_ratio: float = 0.1
+    clip_norm: Optional[float] = 1.0
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """`trainer`: the run. max_steps: optimizer steps. *_interval: optimizer steps. timeout_s: of a collective."""
+
+    max_steps: int = 100
+    log_interval: int = 10
+    val_interval: int = 100
+    timeout_s: int = 120
+    threads_per_rank: int = 1
+    progress_bar: bool = True
+    save_checkpoint: bool = True
+
+
+@dataclass(kw_only=True)
+class Config:
+    """The whole config. name: the recipe's name, used in results and for the run directory."""
+
+    name: str = "default"
+    seed: int = 0
+    debug: bool = False
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -1,0 +1,259 @@
+"""Rules that need the config alone. What needs the model (hidden size, number of sites) is checked by `make_plan`."""
+
+from __future__ import annotations
+
+from moecompile.errors import ConfigError
+from moecompile.mesh import MeshSpec
+from moecompile.schema.config import BalanceRule, Config, ExpertInit, ExpertsConfig, MeshConfig, RoutingConfig
+
+
+def mesh_spec(mesh: MeshConfig) -> MeshSpec:
+    """The validated mesh; `auto` values are filled in.
+
+    Raises:
+        ConfigError: sizes that do not fit each other, or an axis that does not exist yet.
+    """
+    for axis in ("tp", "pp", "cp"):
+        if getattr(mesh, axis) != 1:
+            raise ConfigError(f"mesh.{axis}", getattr(mesh, axis), "this axis does not exist yet", "Set it to 1")
+    if mesh.device not in ("cpu", "cuda", "auto"):
+        raise ConfigError("mesh.device", mesh.device, "must be cpu, cuda or auto", "Use one of these")
+    world = mesh.num_nodes * mesh.ranks_per_node
+    spec = MeshSpec(
+        num_nodes=mesh.num_nodes,
+        ranks_per_node=mesh.ranks_per_node,
+        ep=_int_or_auto("mesh.ep", mesh.ep, world),
+        dp_replicate=mesh.dp_replicate,
+        device=mesh.device,
+    )
+    dp_shard = _int_or_auto("mesh.dp_shard", mesh.dp_shard, spec.dp_shard)
+    if dp_shard != spec.dp_shard:
+        raise ConfigError(
+            "mesh.dp_shard",
+            dp_shard,
+            f"dp_replicate * dp_shard must be the world size, {mesh.dp_replicate} * {dp_shard} is not {world}",
+            f"Use {spec.dp_shard} or auto",
+        )
+    return spec
+
+
+def validate(config: Config) -> None:
+    """Checks every rule that needs no model.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    mesh = mesh_spec(config.mesh)
+    _check_model(config)
+    _check_experts(config.experts)
+    _check_routing(config.routing, config.experts, mesh)
+    _check_virtual_groups(config.experts, config.routing, mesh)
+    _check_data(config, mesh)
+    if config.balance.rule is BalanceRule.bias and config.balance.rate <= 0:
+        raise ConfigError("balance.rate", config.balance.rate, "must be positive", "Use 0.001 or balance.rule=none")
+    for path, value in (
+        ("trainer.max_steps", config.trainer.max_steps),
+        ("trainer.log_interval", config.trainer.log_interval),
+        ("trainer.val_interval", config.trainer.val_interval),
+        ("trainer.timeout_s", config.trainer.timeout_s),
+        ("trainer.threads_per_rank", config.trainer.threads_per_rank),
+    ):
+        _at_least(path, value, 1)
+
+
+def _check_model(config: Config) -> None:
+    sources = {name: getattr(config.model, name) for name in ("architecture", "pretrained", "factory")}
+    given = [name for name, value in sources.items() if value]
+    if len(given) != 1:
+        raise ConfigError(
+            "model",
+            given or None,
+            "exactly one of model.architecture, model.pretrained and model.factory must be given",
+            "Select a model group, for example model=llama_nano, or give one of the three",
+        )
+
+
+def _check_experts(experts: ExpertsConfig) -> None:
+    _at_least("experts.num_routed", experts.num_routed, 1)
+    _at_least("experts.granularity", experts.granularity, 1)
+    _at_least("experts.num_shared", experts.num_shared, 0)
+    site_slice(experts.layers)
+    if experts.init is ExpertInit.copy and experts.granularity != 1:
+        raise ConfigError(
+            "experts.init", "copy", f"copies whole FFNs but experts.granularity={experts.granularity}",
+            "Use experts.init=virtual_group, or experts.granularity=1",
+        )  # fmt: skip
+    if experts.init is ExpertInit.virtual_group and experts.num_shared >= experts.granularity:
+        raise ConfigError(
+            "experts.num_shared", experts.num_shared,
+            f"must leave a slice to the routed experts, experts.granularity={experts.granularity}",
+            "Lower it or raise experts.granularity",
+        )  # fmt: skip
+
+
+def _check_virtual_groups(experts: ExpertsConfig, routing: RoutingConfig, mesh: MeshSpec) -> None:
+    """A virtual group is one copy of all routed slices; top-k must be able to choose it whole."""
+    if experts.init is not ExpertInit.virtual_group:
+        return
+    size = experts.granularity - experts.num_shared
+    groups, _ = resolve_groups(routing, experts.num_routed, mesh)
+    rule = f"must be a multiple of the routed slices, experts.granularity - experts.num_shared = {size}"
+    for path, value in (("experts.num_routed", experts.num_routed), ("routing.top_k", routing.top_k)):
+        if value % size:
+            up = (value // size + 1) * size
+            raise ConfigError(path, value, rule, f"Use {up}, or experts.init=random")
+    if experts.num_routed // groups % size:
+        raise ConfigError(
+            "routing.groups", groups, f"a virtual group of {size} experts would straddle routing groups",
+            f"Make experts.num_routed / routing.groups a multiple of {size}",
+        )  # fmt: skip
+
+
+def _check_routing(routing: RoutingConfig, experts: ExpertsConfig, mesh: MeshSpec) -> None:
+    _at_least("routing.top_k", routing.top_k, 1)
+    if routing.top_k > experts.num_routed:
+        raise ConfigError(
+            "routing.top_k", routing.top_k, f"a token cannot use more than experts.num_routed={experts.num_routed} experts",
+            f"Use at most {experts.num_routed}, or raise experts.num_routed",
+        )  # fmt: skip
+    if routing.scale <= 0:
+        raise ConfigError("routing.scale", routing.scale, "must be positive", "Use 1.0")
+    if experts.num_routed % mesh.ep:
+        below = experts.num_routed // mesh.ep * mesh.ep
+        valid = [n for n in (below, below + mesh.ep) if n]
+        raise ConfigError(
+            "experts.num_routed", experts.num_routed, f"must be a multiple of mesh.ep={mesh.ep}",
+            f"Use {' or '.join(map(str, valid))}",
+        )  # fmt: skip
+    resolve_groups(routing, experts.num_routed, mesh)
+
+
+def resolve_groups(routing: RoutingConfig, num_experts: int, mesh: MeshSpec) -> tuple[int, int]:
+    """(groups, top_groups), with `auto` filled in and the topology proven (DESIGN.md section 3).
+
+    Groups belong to the model: with given `groups` the mesh only bounds them. `max_nodes` promises that each token
+    reaches at most that many nodes.
+
+    Raises:
+        ConfigError: groups that do not divide the experts, that would straddle nodes, or that cannot keep `max_nodes`.
+    """
+    nodes = mesh.nodes_per_ep_group
+    _check_max_nodes(routing, nodes)
+    groups = _int_or_auto("routing.groups", routing.groups, nodes if routing.max_nodes else 1)
+    _at_least("routing.groups", groups, 1)
+    if num_experts % groups:
+        raise ConfigError(
+            "routing.groups", groups, f"must divide experts.num_routed={num_experts}",
+            f"Use a divisor of {num_experts}, or change experts.num_routed",
+        )  # fmt: skip
+    top_groups = _top_groups(routing, groups, nodes)
+    if top_groups < groups and groups % nodes:
+        raise ConfigError(
+            "routing.groups", groups, f"a group would straddle nodes: the EP group spans {nodes} nodes",
+            f"Use a multiple of {nodes}, or a mesh whose EP group spans a divisor of {groups} nodes",
+        )  # fmt: skip
+    per_group = num_experts // groups
+    if routing.top_k > top_groups * per_group:
+        raise ConfigError(
+            "routing.top_k", routing.top_k,
+            f"only {top_groups} groups x {per_group} experts = {top_groups * per_group} experts are open to a token",
+            "Lower routing.top_k or raise routing.top_groups",
+        )  # fmt: skip
+    if routing.max_nodes and min(top_groups, nodes) > routing.max_nodes:
+        raise ConfigError(
+            "routing.top_groups", top_groups,
+            f"lets a token reach {min(top_groups, nodes)} nodes, but routing.max_nodes={routing.max_nodes}",
+            f"Use routing.top_groups={routing.max_nodes}",
+        )  # fmt: skip
+    return groups, top_groups
+
+
+def _check_max_nodes(routing: RoutingConfig, nodes: int) -> None:
+    if routing.max_nodes is None:
+        return
+    _at_least("routing.max_nodes", routing.max_nodes, 1)
+    if routing.groups == "auto" and routing.max_nodes > nodes:
+        raise ConfigError(
+            "routing.max_nodes", routing.max_nodes, f"the EP group spans only {nodes} node{'s' * (nodes > 1)}",
+            f"Use at most {nodes}, or give routing.groups",
+        )  # fmt: skip
+
+
+def _top_groups(routing: RoutingConfig, groups: int, nodes: int) -> int:
+    if routing.top_groups is None:
+        limit = routing.max_nodes or groups
+        if limit > groups:
+            raise ConfigError(
+                "routing.max_nodes", limit, f"there are only routing.groups={groups} groups",
+                f"Use at most {groups}, or raise routing.groups",
+            )  # fmt: skip
+        return limit
+    _at_least("routing.top_groups", routing.top_groups, 1)
+    if routing.top_groups > groups:
+        raise ConfigError(
+            "routing.top_groups", routing.top_groups, f"there are only routing.groups={groups} groups",
+            f"Use at most {groups}",
+        )  # fmt: skip
+    return routing.top_groups
+
+
+def _check_data(config: Config, mesh: MeshSpec) -> None:
+    data = config.data
+    for name, least in (("seq_len", 2), ("global_batch_size", 1), ("micro_batch_size", 1), ("vocab_size", 257)):
+        _at_least(f"data.{name}", getattr(data, name), least)
+    if not 0 < data.val_fraction < 1:
+        raise ConfigError("data.val_fraction", data.val_fraction, "must lie between 0 and 1", "Use 0.05")
+    _at_least("data.val_batches", data.val_batches, 0)
+    if config.task.name.value == "train":
+        accumulation_steps(config, mesh)
+
+
+def accumulation_steps(config: Config, mesh: MeshSpec) -> int:
+    """Micro-batches per rank and optimizer step.
+
+    Raises:
+        ConfigError: the global batch is not a whole number of micro-batches on every rank.
+    """
+    data, world = config.data, mesh.world_size
+    per_step = data.micro_batch_size * world
+    if data.global_batch_size % per_step:
+        up = (data.global_batch_size // per_step + 1) * per_step
+        raise ConfigError(
+            "data.global_batch_size", data.global_batch_size,
+            f"must be a multiple of data.micro_batch_size * world size = {data.micro_batch_size} * {world} = {per_step}",
+            f"Use {up}, or a micro_batch_size that divides {data.global_batch_size} / {world}",
+        )  # fmt: skip
+    return data.global_batch_size // per_step
+
+
+def site_slice(text: str) -> slice:
+    """`experts.layers` as a slice over the matched sites.
+
+    Raises:
+        ConfigError: not a Python slice.
+    """
+    parts = text.strip().strip("[]").split(":")
+    try:
+        numbers = [int(part) if part.strip() else None for part in parts]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (2, 3) or (len(numbers) == 3 and numbers[2] == 0):
+        raise ConfigError(
+            "experts.layers", text, "must be a Python slice over the matched sites",
+            "Use ':' for all, '1:' for all but the first, '::2' for every other",
+        )  # fmt: skip
+    return slice(*numbers)
+
+
+def _int_or_auto(path: str, value: int | str, auto: int) -> int:
+    if value == "auto":
+        return auto
+    try:
+        return int(value)
+    except ValueError:
+        raise ConfigError(path, value, "must be a number or auto", "Give a whole number or auto") from None
+
+
+def _at_least(path: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(path, value, f"must be at least {least}", f"Use {least} or more")
