@@ -21,7 +21,14 @@ from moecompile.schema.config import (
     TaskName,
     TrainerConfig,
 )
-from moecompile.schema.resolve import mesh_spec, validate
+from moecompile.schema.resolve import (
+    accumulation_steps,
+    mesh_spec,
+    resolve_groups,
+    site_slice,
+    validate,
+    validate_transform,
+)
 
 __all__ = [
     "BalanceConfig",
@@ -43,6 +50,10 @@ __all__ = [
     "TaskConfig",
     "TaskName",
     "TrainerConfig",
+    "accumulation_steps",
     "mesh_spec",
+    "resolve_groups",
+    "site_slice",
     "validate",
+    "validate_transform",
 ]

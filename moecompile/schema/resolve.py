@@ -43,22 +43,26 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: the first rule that is broken.
     """
-    mesh = mesh_spec(config.mesh)
+    mesh = validate_transform(config)
     _check_model(config)
+    _check_data(config, mesh)
+    for name in ("max_steps", "log_interval", "val_interval", "timeout_s", "threads_per_rank"):
+        _at_least(f"trainer.{name}", getattr(config.trainer, name), 1)
+
+
+def validate_transform(config: Config) -> MeshSpec:
+    """Checks the rules of the transform alone (mesh, experts, routing, balance), as the Python API needs them.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    mesh = mesh_spec(config.mesh)
     _check_experts(config.experts)
     _check_routing(config.routing, config.experts, mesh)
     _check_virtual_groups(config.experts, config.routing, mesh)
-    _check_data(config, mesh)
     if config.balance.rule is BalanceRule.bias and config.balance.rate <= 0:
         raise ConfigError("balance.rate", config.balance.rate, "must be positive", "Use 0.001 or balance.rule=none")
-    for path, value in (
-        ("trainer.max_steps", config.trainer.max_steps),
-        ("trainer.log_interval", config.trainer.log_interval),
-        ("trainer.val_interval", config.trainer.val_interval),
-        ("trainer.timeout_s", config.trainer.timeout_s),
-        ("trainer.threads_per_rank", config.trainer.threads_per_rank),
-    ):
-        _at_least(path, value, 1)
+    return mesh
 
 
 def _check_model(config: Config) -> None:
