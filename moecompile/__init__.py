@@ -1,0 +1,64 @@
+"""moecompile: a declarative MoE model compiler for PyTorch.
+
+    moecompile.transform(graph_module, overrides_or_plan)          # a new graph, the input untouched
+    moecompile.compile_model(model, overrides, example=...)        # in place, like fully_shard
+    moecompile.make_plan(model_or_graph, overrides, example=...)   # the plan alone
+    moecompile.plan_of(model)                                      # the plan that a model was compiled by
+
+Names are resolved on first use (PEP 562), so that `import moecompile` imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moecompile.errors import ConfigError, MoecompileError, PlanError
+    from moecompile.nn import update_balance
+    from moecompile.passes.shard import device_mesh_of, shard
+    from moecompile.pipeline import compile_model, make_plan, plan_of, transform
+    from moecompile.plan import Plan
+    from moecompile.runtime.strategy import ExpertParallelStrategy
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ConfigError": "errors",
+    "ExpertParallelStrategy": "runtime.strategy",
+    "MoecompileError": "errors",
+    "Plan": "plan",
+    "PlanError": "errors",
+    "compile_model": "pipeline",
+    "device_mesh_of": "passes.shard",
+    "make_plan": "pipeline",
+    "plan_of": "pipeline",
+    "shard": "passes.shard",
+    "transform": "pipeline",
+    "update_balance": "nn",
+}
+
+__all__ = [
+    "ConfigError",
+    "ExpertParallelStrategy",
+    "MoecompileError",
+    "Plan",
+    "PlanError",
+    "compile_model",
+    "device_mesh_of",
+    "make_plan",
+    "plan_of",
+    "shard",
+    "transform",
+    "update_balance",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moecompile' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"moecompile.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

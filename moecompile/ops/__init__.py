@@ -1,0 +1,10 @@
+"""Registered ops (`torch.ops.moecompile.*`): importing this package registers them.
+
+Every function node that the compiler inserts is one of these, with tensor split sizes, a fake kernel and an autograd
+formula, so that rewritten graphs print, re-trace, run under fake tensors and compile without breaks.
+"""
+
+from moecompile.ops import exchange, grouped, layout, rows, tokens
+from moecompile.ops.traffic import traffic
+
+__all__ = ["exchange", "grouped", "layout", "rows", "tokens", "traffic"]

@@ -11,6 +11,7 @@ from moecompile.plan.layers import (
     RoutingPlan,
 )
 from moecompile.plan.plan import Estimate, MemoryEstimate, Plan, Reduction, Traffic
+from moecompile.plan.reductions import reductions
 from moecompile.plan.sites import FFNSite
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Traffic",
     "from_yaml",
     "load",
+    "reductions",
     "save",
     "to_yaml",
 ]

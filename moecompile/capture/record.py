@@ -1,0 +1,168 @@
+"""Records one forward as a dataflow graph of torch functions, without tracing the model's Python."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from moecompile.errors import CaptureError
+
+Example = Mapping[str, Tensor] | tuple[Any, ...] | Tensor
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """The arguments of a module's first call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Recording:
+    """One forward of `model`.
+
+    graph: a dataflow graph for matching, not for running: one node per torch function, `meta["owner"]` is the path of
+    the module that called it; parameters are `get_attr` nodes. calls: first call of every module that ran.
+    """
+
+    model: nn.Module
+    graph: fx.Graph
+    calls: dict[str, ModuleCall] = field(default_factory=dict)
+
+
+def record(model: nn.Module, example: Example) -> Recording:
+    """Runs `model` once on `example` (evaluation mode, no gradients) and records what it does.
+
+    The model is left as it was: training flags, random state, parameters and buffers.
+
+    Args:
+        example: keyword tensors, a tuple of positional arguments, or one tensor.
+
+    Raises:
+        CaptureError: the model cannot be run on the example.
+    """
+    recording = Recording(model, fx.Graph())
+    names = {id(module): name for name, module in model.named_modules()}
+    mode = _Recorder(recording.graph, {id(t): name for name, t in _tensors(model)})
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(_watched(module, names[id(module)], recording, mode))
+        stack.enter_context(_evaluation(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        try:
+            with mode:
+                call_with(model, example)
+        except Exception as error:
+            raise CaptureError(f"the model cannot be run on the example: {type(error).__name__}: {error}") from error
+    return recording
+
+
+def call_with(model: nn.Module, example: Example) -> Any:
+    """Calls `model` on an example in any of its three forms."""
+    if isinstance(example, Tensor):
+        return model(example)
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example)
+
+
+class _Recorder(TorchFunctionMode):
+    """Adds one node per torch function call."""
+
+    def __init__(self, graph: fx.Graph, names: dict[int, str]) -> None:
+        super().__init__()
+        self.graph, self.names = graph, names
+        self.nodes: dict[int, fx.Node] = {}
+        self.keep: list[Tensor] = []  # ids stay unique only while the tensors live
+        self.owners: list[str] = [""]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [self._convert(a) for a in args]
+        named = {key: self._convert(value) for key, value in kwargs.items()}
+        out = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if func.__name__ == "__setitem__":  # an in-place write makes its target anew
+            outputs = [args[0]]
+        if not outputs:
+            return out
+        node = self.graph.create_node("call_function", func, tuple(inputs), named)
+        node.meta["owner"] = self.owners[-1]
+        for i, tensor in enumerate(outputs):
+            self._bind(tensor, node if len(outputs) == 1 else self._item(node, i))
+        return out
+
+    def _item(self, node: fx.Node, index: int) -> fx.Node:
+        item = self.graph.create_node("call_function", operator.getitem, (node, index))
+        item.meta["owner"] = self.owners[-1]
+        return item
+
+    def _bind(self, tensor: Tensor, node: fx.Node) -> None:
+        self.keep.append(tensor)
+        self.nodes[id(tensor)] = node
+
+    def _convert(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._node(value)
+        if isinstance(value, (list, tuple)):
+            return [self._convert(item) for item in value]
+        return value if isinstance(value, (int, float, bool, str)) else None
+
+    def _node(self, tensor: Tensor) -> fx.Node:
+        if id(tensor) not in self.nodes:
+            name = self.names.get(id(tensor))
+            if name is None:
+                node = self.graph.placeholder(f"input_{len(self.nodes)}")
+            else:
+                node = self.graph.create_node("get_attr", name)
+            self._bind(tensor, node)
+        return self.nodes[id(tensor)]
+
+
+@contextlib.contextmanager
+def _watched(module: nn.Module, name: str, recording: Recording, mode: _Recorder) -> Iterator[None]:
+    """Notes the first call of `module` and makes it the owner of what runs inside."""
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recording.calls.setdefault(name, ModuleCall(args, dict(kwargs)))
+        mode.owners.append(name)
+
+    def after(*_: Any) -> None:
+        mode.owners.pop()
+
+    handles = [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, so that nothing random runs and no running statistics move."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()

@@ -1,0 +1,103 @@
+"""Traces one region: a module becomes a GraphModule that is called in the same way and computes the same."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from moecompile.capture.record import ModuleCall
+from moecompile.errors import CaptureError
+
+
+class _RegionTracer(fx.Tracer):
+    """Inlines everything but linears and dropouts; arguments that are no tensors keep their values."""
+
+    def __init__(self, tensor_args: set[str]) -> None:
+        super().__init__()
+        self.tensor_args = tensor_args
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Linear) or isinstance(m, nn.modules.dropout._DropoutNd)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Proxies for tensors; None stays None, so that `if mask is None` takes the branch that was recorded."""
+        args: list[Any] = [self.root]
+        for name, parameter in list(inspect.signature(root_fn).parameters.items())[1:]:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            optional = name not in self.tensor_args
+            default = (None,) if optional else ()
+            proxy = self.create_proxy("placeholder", name, default, {})
+            args.append(None if optional else proxy)
+        return root_fn, args
+
+
+def trace_region(module: nn.Module, call: ModuleCall) -> fx.GraphModule:
+    """A GraphModule for `module`, proven equal on the recorded call.
+
+    Args:
+        module: the region; its parameters are shared, not copied.
+        call: a recorded call; its tensor arguments become placeholders.
+
+    Raises:
+        CaptureError: the region's Python depends on values, has arguments that are neither tensors nor None, or its
+            graph does not compute the same.
+    """
+    arguments = _bound_arguments(module, call)
+    tracer = _RegionTracer({name for name, value in arguments.items() if isinstance(value, Tensor)})
+    try:
+        graph = tracer.trace(module)
+    except Exception as error:
+        raise CaptureError(f"cannot be traced: {type(error).__name__}: {error}") from error
+    graph_module = fx.GraphModule(module, graph, class_name=type(module).__name__)
+    _dropouts_follow_training(graph_module)
+    graph_module.train(module.training)
+    _check_equal(module, graph_module, call)
+    return graph_module
+
+
+def _bound_arguments(module: nn.Module, call: ModuleCall) -> dict[str, Any]:
+    bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
+    for name, value in bound.arguments.items():
+        kind = inspect.signature(module.forward).parameters[name].kind
+        if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            value = value or None
+        if value is not None and not isinstance(value, Tensor):
+            raise CaptureError(f"argument {name} is a {type(value).__name__}; only tensors and None are supported")
+    return dict(bound.arguments)
+
+
+def _dropouts_follow_training(graph_module: fx.GraphModule) -> None:
+    """Tracing bakes `self.training` into F.dropout; a Dropout module reads it at run time."""
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function" or node.target is not F.dropout:
+            continue
+        rate = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+        name = f"dropout_{len(list(graph_module.children()))}"
+        graph_module.add_submodule(name, nn.Dropout(rate))
+        with graph_module.graph.inserting_before(node):
+            source = node.args[0] if node.args else node.kwargs["input"]
+            node.replace_all_uses_with(graph_module.graph.call_module(name, (source,)))
+        graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
+@torch.no_grad()
+def _check_equal(module: nn.Module, graph_module: fx.GraphModule, call: ModuleCall) -> None:
+    wanted, got = (_outputs(m, call) for m in (module, graph_module))
+    if len(wanted) != len(got) or not all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True)):
+        raise CaptureError("its traced graph does not compute the same as the module")
+
+
+def _outputs(module: nn.Module, call: ModuleCall) -> list[Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return [leaf for leaf in tree_leaves(module(*call.args, **call.kwargs)) if isinstance(leaf, Tensor)]

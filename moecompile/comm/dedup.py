@@ -1,0 +1,39 @@
+"""dedup: one row per (token, destination rank); routing weights and ids travel along, partial sums come back.
+
+    pack_rows -> exchange_counts -> all_to_all (rows) -> exchange_assignments -> expand_rows -> experts -> reduce_rows
+    -> all_to_all -> combine_rows
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from moecompile.comm.dispatch import DispatchNodes, items
+from moecompile.plan import LayerPlan
+
+ops = torch.ops.moecompile
+_ROWS, _ASSIGNMENTS = 0, 1  # columns of the counts
+
+
+def lower_dedup(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> None:
+    """Replaces permute and unpermute by the deduplicated exchange, in place."""
+    axis, placement = layer.dispatch.axis, layer.placement
+    with graph.inserting_before(nodes.experts):
+        packed = graph.call_function(
+            ops.pack_rows, (nodes.tokens, nodes.ids, nodes.weights, placement.num_experts, placement.ep)
+        )
+        rows, tokens, weights, codes, _, counts = items(graph, packed, 6)
+        _, table = items(graph, graph.call_function(ops.exchange_counts, (counts, axis)), 2)
+        landed = graph.call_function(ops.all_to_all, (rows, table, _ROWS, False, axis))
+        sent = graph.call_function(ops.exchange_assignments, (weights, codes, table, _ASSIGNMENTS, axis))
+        weights, codes = items(graph, sent, 2)
+        expanded = graph.call_function(ops.expand_rows, (landed, weights, codes, placement.experts_per_rank))
+        copies, weights, source, _, counts = items(graph, expanded, 5)
+    nodes.experts.args = (copies, counts)
+    with graph.inserting_before(nodes.unpermute):
+        partial = graph.call_function(ops.reduce_rows, (nodes.experts, weights, source, landed))
+        back = graph.call_function(ops.all_to_all, (partial, table, _ROWS, True, axis))
+        combined = graph.call_function(ops.combine_rows, (back, tokens, nodes.tokens))
+    nodes.unpermute.replace_all_uses_with(combined)
+    graph.erase_node(nodes.unpermute)

@@ -1,0 +1,29 @@
+"""flat: one row per (token, expert) travels to the expert's rank and its output comes back. The baseline.
+
+    permute -> exchange_counts -> all_to_all -> regroup -> experts -> ungroup -> all_to_all -> unpermute
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from moecompile.comm.dispatch import DispatchNodes, items
+from moecompile.plan import LayerPlan
+
+ops = torch.ops.moecompile
+_ALL = -1  # the sum over the numbers of a rank: rows for all of its experts
+
+
+def lower_flat(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> None:
+    """Inserts the exchanges around the experts call, in place."""
+    axis = layer.dispatch.axis
+    with graph.inserting_before(nodes.experts):
+        received, table = items(graph, graph.call_function(ops.exchange_counts, (nodes.counts, axis)), 2)
+        landed = graph.call_function(ops.all_to_all, (nodes.rows, table, _ALL, False, axis))
+        rows, order, counts = items(graph, graph.call_function(ops.regroup, (landed, received)), 3)
+    nodes.experts.args = (rows, counts)
+    with graph.inserting_before(nodes.unpermute):
+        outputs = graph.call_function(ops.ungroup, (nodes.experts, order))
+        back = graph.call_function(ops.all_to_all, (outputs, table, _ALL, True, axis))
+    nodes.unpermute.args = (back, *nodes.unpermute.args[1:])

@@ -1,0 +1,108 @@
+"""Routed experts as stacked weights, and the shared expert that every token visits.
+
+Legend: R rows in expert order, D model dim, F expert width, E experts on this rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moecompile import ops  # noqa: F401  (registers the ops)
+
+
+class Experts(nn.Module):
+    """`num_experts` FFNs with stacked weights: `gate_up_proj` (E, 2F, D) or `up_proj` (E, F, D), `down_proj` (E, D, F).
+
+    Args:
+        d_model, d_expert, num_experts: sizes.
+        gated: whether two projections feed the activation.
+        activation: module called with one (R, F) tensor per projection, gate first; returns (R, F).
+        bias_up, bias_down: whether the projections have biases, (E, 2F) or (E, F), and (E, D).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_expert: int,
+        num_experts: int,
+        *,
+        gated: bool,
+        activation: nn.Module,
+        bias_up: bool = False,
+        bias_down: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.d_model, self.d_expert, self.gated = num_experts, d_model, d_expert, gated
+        width = d_expert * (2 if gated else 1)
+        self.in_name = "gate_up_proj" if gated else "up_proj"
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+
+        self.register_parameter(self.in_name, parameter(width, d_model))
+        self.register_parameter(f"{self.in_name}_bias", parameter(width) if bias_up else None)
+        self.down_proj = parameter(d_model, d_expert)
+        self.down_proj_bias = parameter(d_model) if bias_down else None
+        self.activation = activation
+
+    def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """rows_RD in expert order, counts_E rows of each local expert -> (R, D)."""
+        hidden = self._project(rows_RD, counts_E, self.in_name)
+        hidden_RF = self.activation(*hidden.chunk(2, dim=-1)) if self.gated else self.activation(hidden)
+        return self._project(hidden_RF, counts_E, "down_proj")
+
+    def _project(self, rows: Tensor, counts_E: Tensor, name: str) -> Tensor:
+        out = torch.ops.moecompile.grouped_mm(rows, _local(getattr(self, name)), counts_E)
+        bias = getattr(self, f"{name}_bias")
+        if bias is not None:
+            out = out + torch.ops.moecompile.expert_bias(_local(bias), counts_E, rows)
+        return out
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{self.num_experts} experts, {self.d_model} -> {self.d_expert}, {'gated' if self.gated else 'up-down'}"
+
+
+class SharedExperts(nn.Module):
+    """The always-on expert: a dense FFN of width `d_shared` with the site's own activation.
+
+    Args: as `Experts`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_shared: int,
+        *,
+        gated: bool,
+        activation: nn.Module,
+        bias_up: bool = False,
+        bias_down: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+
+        def linear(d_in: int, d_out: int, bias: bool) -> nn.Linear:
+            # skip_init: the weights come from the dense FFN, and drawing others would move the global random state.
+            return nn.utils.skip_init(nn.Linear, d_in, d_out, bias=bias, device=device or "cpu", dtype=dtype)
+
+        self.gate_proj = linear(d_model, d_shared, bias_up) if gated else None
+        self.up_proj = linear(d_model, d_shared, bias_up)
+        self.down_proj = linear(d_shared, d_model, bias_down)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        up = self.up_proj(x)
+        hidden = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x), up)
+        return self.down_proj(hidden)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """This rank's experts: expert-parallel weights are DTensors, sharded over experts."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

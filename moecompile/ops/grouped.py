@@ -1,0 +1,134 @@
+"""Expert matmuls over rows that stand in expert order.
+
+Legend: R rows, D in dim, F out dim, E experts on this rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@torch.library.custom_op("moecompile::grouped_mm", mutates_args=())
+def grouped_mm(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    """rows of expert e times weight_EFD[e].T -> (R, F). Experts without rows cost nothing."""
+    if _has_kernel(rows_RD):
+        return F.grouped_mm(rows_RD, weight_EFD.transpose(1, 2), offs=_offsets(counts_E))
+    out_RF = rows_RD.new_empty(rows_RD.shape[0], weight_EFD.shape[1])
+    for expert, start, end in _segments(counts_E):
+        torch.mm(rows_RD[start:end], weight_EFD[expert].t(), out=out_RF[start:end])
+    return out_RF
+
+
+@grouped_mm.register_fake
+def _(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    return rows_RD.new_empty(rows_RD.shape[0], weight_EFD.shape[1])
+
+
+@torch.library.custom_op("moecompile::grouped_mm_input_grad", mutates_args=())
+def grouped_mm_input_grad(grad_RF: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    """Gradient of `grouped_mm` for its rows, (R, D)."""
+    if _has_kernel(grad_RF):
+        return F.grouped_mm(grad_RF, weight_EFD, offs=_offsets(counts_E))
+    out_RD = grad_RF.new_empty(grad_RF.shape[0], weight_EFD.shape[2])
+    for expert, start, end in _segments(counts_E):
+        torch.mm(grad_RF[start:end], weight_EFD[expert], out=out_RD[start:end])
+    return out_RD
+
+
+@grouped_mm_input_grad.register_fake
+def _(grad_RF: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    return grad_RF.new_empty(grad_RF.shape[0], weight_EFD.shape[2])
+
+
+@torch.library.custom_op("moecompile::grouped_mm_weight_grad", mutates_args=())
+def grouped_mm_weight_grad(grad_RF: Tensor, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+    """Gradient of `grouped_mm` for its weight, (E, F, D); zero for experts without rows, never missing."""
+    if _has_kernel(grad_RF):
+        return F.grouped_mm(grad_RF.t(), rows_RD, offs=_offsets(counts_E))
+    out_EFD = grad_RF.new_zeros(counts_E.shape[0], grad_RF.shape[1], rows_RD.shape[1])
+    for expert, start, end in _segments(counts_E):
+        torch.mm(grad_RF[start:end].t(), rows_RD[start:end], out=out_EFD[expert])
+    return out_EFD
+
+
+@grouped_mm_weight_grad.register_fake
+def _(grad_RF: Tensor, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+    return grad_RF.new_empty(counts_E.shape[0], grad_RF.shape[1], rows_RD.shape[1])
+
+
+def _grouped_mm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_mm_backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    rows_RD, weight_EFD, counts_E = ctx.saved_tensors
+    grad_RF = grad_RF.contiguous()
+    grad_rows = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_rows = torch.ops.moecompile.grouped_mm_input_grad(grad_RF, weight_EFD, counts_E)
+    if ctx.needs_input_grad[1]:
+        grad_weight = torch.ops.moecompile.grouped_mm_weight_grad(grad_RF, rows_RD, counts_E)
+    return grad_rows, grad_weight, None
+
+
+grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_grouped_mm_setup)
+
+
+@torch.library.custom_op("moecompile::expert_bias", mutates_args=())
+def expert_bias(bias_EF: Tensor, counts_E: Tensor, rows_RD: Tensor) -> Tensor:
+    """Each row's expert bias, (R, F); `rows_RD` only gives the number of rows."""
+    return bias_EF.repeat_interleave(counts_E, dim=0, output_size=rows_RD.shape[0])
+
+
+@expert_bias.register_fake
+def _(bias_EF: Tensor, counts_E: Tensor, rows_RD: Tensor) -> Tensor:
+    return bias_EF.new_empty(rows_RD.shape[0], bias_EF.shape[1])
+
+
+def _expert_bias_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _expert_bias_backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, None, None]:
+    (counts_E,) = ctx.saved_tensors
+    return torch.ops.moecompile.sum_experts(grad_RF, counts_E), None, None
+
+
+expert_bias.register_autograd(_expert_bias_backward, setup_context=_expert_bias_setup)
+
+
+@torch.library.custom_op("moecompile::sum_experts", mutates_args=())
+def sum_experts(rows_RF: Tensor, counts_E: Tensor) -> Tensor:
+    """Sum of each expert's rows, (E, F): the gradient of `expert_bias`."""
+    expert_R = torch.arange(counts_E.numel(), device=counts_E.device).repeat_interleave(
+        counts_E, output_size=rows_RF.shape[0]
+    )
+    return rows_RF.new_zeros(counts_E.numel(), rows_RF.shape[1]).index_add_(0, expert_R, rows_RF)
+
+
+@sum_experts.register_fake
+def _(rows_RF: Tensor, counts_E: Tensor) -> Tensor:
+    return rows_RF.new_empty(counts_E.shape[0], rows_RF.shape[1])
+
+
+def _has_kernel(rows: Tensor) -> bool:
+    # One kernel for all experts, without reading the counts on the host; on a CPU the plain loop is as fast.
+    return rows.is_cuda and rows.dtype == torch.bfloat16
+
+
+def _offsets(counts_E: Tensor) -> Tensor:
+    return counts_E.cumsum(0).to(torch.int32)
+
+
+def _segments(counts_E: Tensor) -> list[tuple[int, int, int]]:
+    """(expert, first row, end row) of the experts that have rows."""
+    segments, start = [], 0
+    for expert, count in enumerate(counts_E.tolist()):
+        if count:
+            segments.append((expert, start, start + count))
+        start += count
+    return segments

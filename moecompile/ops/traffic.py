@@ -1,0 +1,32 @@
+"""Counts the bytes that forward exchanges send to each rank."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from moecompile.torch_private import in_backward
+
+
+class TrafficCounter:
+    """Bytes sent per destination rank since the last `take`. Backward and recomputed forwards are not counted."""
+
+    def __init__(self) -> None:
+        self._bytes_by_rank: dict[int, int] = {}
+        self._ranks_by_axis: dict[str, list[int]] = {}
+
+    def add(self, axis: str, group: dist.ProcessGroup, bytes_by_peer: list[int]) -> None:
+        """Adds what was sent to each peer of `group`, in group order."""
+        if in_backward():
+            return
+        if axis not in self._ranks_by_axis:
+            self._ranks_by_axis[axis] = dist.get_process_group_ranks(group)
+        for rank, sent in zip(self._ranks_by_axis[axis], bytes_by_peer, strict=True):
+            self._bytes_by_rank[rank] = self._bytes_by_rank.get(rank, 0) + sent
+
+    def take(self) -> dict[int, int]:
+        """Bytes sent per global rank (this rank's own rows included), and starts again from zero."""
+        taken, self._bytes_by_rank = self._bytes_by_rank, {}
+        return taken
+
+
+traffic = TrafficCounter()

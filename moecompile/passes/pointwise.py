@@ -1,0 +1,52 @@
+"""Which operations are pointwise: they map each entry by itself, so they can run on rows in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import fx, nn
+
+# Names of torch functions and methods. They are torch's own names, never the model's.
+ACTIVATIONS = frozenset(
+    "celu elu erf exp gelu hardsigmoid hardswish hardtanh leaky_relu log_sigmoid logsigmoid mish pow relu relu6 rrelu "
+    "selu sigmoid silu softplus softsign square tanh tanhshrink".split()
+)
+ARITHMETIC = frozenset(
+    "add sub rsub mul div truediv neg abs clamp clip minimum maximum dropout alpha_dropout float half bfloat16 double "
+    "to type_as contiguous sqrt rsqrt reciprocal".split()
+)
+_MODULES: dict[type[nn.Module], str] = {
+    nn.CELU: "celu", nn.ELU: "elu", nn.GELU: "gelu", nn.Hardsigmoid: "hardsigmoid", nn.Hardswish: "hardswish",
+    nn.Hardtanh: "hardtanh", nn.LeakyReLU: "leaky_relu", nn.LogSigmoid: "logsigmoid", nn.Mish: "mish",
+    nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SELU: "selu", nn.Sigmoid: "sigmoid", nn.SiLU: "silu",
+    nn.Softplus: "softplus", nn.Softsign: "softsign", nn.Tanh: "tanh", nn.Dropout: "dropout", nn.Identity: "contiguous",
+}  # fmt: skip
+
+GetModule = Callable[[str], nn.Module]
+
+
+def torch_name(node: fx.Node, module: GetModule) -> str:
+    """The torch name of what a node does, without the marks of dunder and in-place methods."""
+    if node.op == "call_module":
+        return _MODULES.get(type(module(str(node.target))), "")
+    if node.op in ("call_function", "call_method"):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        return name.strip("_")
+    return ""
+
+
+def is_pointwise(node: fx.Node, module: GetModule) -> bool:
+    """Whether the node maps each entry by itself."""
+    return (name := torch_name(node, module)) in ACTIVATIONS or name in ARITHMETIC
+
+
+def is_activation(node: fx.Node, module: GetModule) -> bool:
+    """Whether the node is a nonlinear function of one value, or the product of two."""
+    name = torch_name(node, module)
+    return name in ACTIVATIONS or (name == "mul" and len(node.all_input_nodes) == 1 and len(node.args) == 2 and node.args[0] is node.args[1])
+
+
+def describe(nodes: Iterable[fx.Node]) -> str:
+    """The operations in words, repeats left out: `silu, mul`."""
+    names = (str(getattr(n.target, "__name__", n.target)).rsplit(".", 1)[-1].strip("_") for n in nodes)
+    return ", ".join(dict.fromkeys(names))

@@ -1,0 +1,173 @@
+"""rewrite: dense FFN -> router, permute, experts, unpermute (+ shared experts). The result runs on one device.
+
+Algorithm, for each site:
+  1. Copy the pointwise operations into an activation module.
+  2. Build router, experts and shared experts, and fill them from the dense weights (upcycle.py).
+  3. Insert the nodes before the last linear of the FFN and let its users read their result.
+  4. Erase the FFN's nodes and the modules that nobody uses any more.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from moecompile.errors import PassError
+from moecompile.nn import Experts, Router, SharedExperts
+from moecompile.passes.base import count_ops
+from moecompile.passes.match import FFNMatch
+from moecompile.passes.upcycle import DenseWeights, fill
+from moecompile.plan import LayerPlan
+
+ops = torch.ops.moecompile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewrite:
+    """seed: random weights (router rows, `random` experts) depend on it and on the site alone."""
+
+    seed: int = 0
+    name: str = "rewrite"
+
+    def requires(self, graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> None:
+        """No op of ours is in the graph yet."""
+        if found := [name for name in count_ops(graph_module) if name in ("permute", "unpermute", "router")]:
+            raise PassError(self.name, layers[0].site.fqn, f"the graph is rewritten already, it holds {found}")
+
+    def run(
+        self, graph_module: fx.GraphModule, sites: Sequence[tuple[FFNMatch, LayerPlan]]
+    ) -> fx.GraphModule:
+        """A new GraphModule; the input keeps its graph, and the two share the weights that stay."""
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(graph_module.graph, copied))
+        new = fx.GraphModule(graph_module, graph, class_name=type(graph_module).__name__)
+        for match, layer in sites:
+            _rewrite_site(new, graph_module, match, copied, layer, self.seed)
+        new.graph.eliminate_dead_code()
+        new.delete_all_unused_submodules()
+        new.graph.lint()
+        new.recompile()
+        new.train(graph_module.training)
+        return new
+
+    def ensures(self, graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> None:
+        """One router, permute, experts and unpermute a layer; no exchange."""
+        counts = count_ops(graph_module)
+        for op in ("permute", "unpermute"):
+            if counts[op] != len(layers):
+                raise PassError(self.name, layers[0].site.fqn, f"{counts[op]} {op} nodes for {len(layers)} layers")
+        found = sum(isinstance(m, Experts) for m in graph_module.modules())
+        if found != len(layers):
+            raise PassError(self.name, layers[0].site.fqn, f"{found} experts modules for {len(layers)} layers")
+
+
+def _rewrite_site(
+    new: fx.GraphModule,
+    old: fx.GraphModule,
+    match: FFNMatch,
+    copied: dict[fx.Node, fx.Node],
+    layer: LayerPlan,
+    seed: int,
+) -> None:
+    # Steps 1 and 2
+    dense = DenseWeights.of(old, match)
+    router, experts, shared = build_modules(layer, dense, activation_module(old, match))
+    fill(router, experts, shared, dense, layer, torch.Generator().manual_seed(seed * 1_000_003 + layer.site.index))
+    prefix = common_owner([match.down.weight, *(linear.weight for linear in match.ins)])
+    names = {
+        role: _add(new, prefix, role, module)
+        for role, module in (("router", router), ("experts", experts), ("shared_experts", shared))
+        if module is not None
+    }
+    # Step 3
+    x, down = copied[match.ins[0].x], copied[match.down.node]
+    with new.graph.inserting_before(down):
+        result = _insert(new.graph, x, names, layer)
+    down.replace_all_uses_with(result)
+    # Step 4
+    for node in reversed(match.nodes):
+        if not copied[node].users:
+            new.graph.erase_node(copied[node])
+
+
+def _insert(graph: fx.Graph, x: fx.Node, names: dict[str, str], layer: LayerPlan) -> fx.Node:
+    tokens = graph.call_function(ops.flatten_tokens, (x,))
+    routed = graph.call_module(names["router"], (tokens,))
+    weights, ids = (graph.call_function(operator.getitem, (routed, i)) for i in range(2))
+    permuted = graph.call_function(ops.permute, (tokens, ids, layer.experts.num_routed))
+    rows, order, counts = (graph.call_function(operator.getitem, (permuted, i)) for i in range(3))
+    outputs = graph.call_module(names["experts"], (rows, counts))
+    combined = graph.call_function(ops.unpermute, (outputs, order, weights))
+    result = graph.call_function(ops.unflatten_tokens, (combined, x))
+    if "shared_experts" in names:
+        result = graph.call_function(torch.ops.aten.add.Tensor, (result, graph.call_module(names["shared_experts"], (x,))))
+    return result
+
+
+def build_modules(
+    layer: LayerPlan, dense: DenseWeights, activation: nn.Module
+) -> tuple[Router, Experts, SharedExperts | None]:
+    """Empty modules of the planned sizes, on the dense weights' device and dtype."""
+    site, plan, routing = layer.site, layer.experts, layer.routing
+    like: Tensor = dense.down_DF
+    router = Router(
+        site.d_model,
+        plan.num_routed,
+        top_k=routing.top_k,
+        score=routing.score,
+        normalize=routing.normalize,
+        scale=routing.scale,
+        groups=routing.groups,
+        top_groups=routing.top_groups,
+        group_score=routing.group_score,
+        device=like.device,
+        dtype=like.dtype,
+    )
+    kinds = {"gated": site.kind == "gated", "bias_up": site.bias_up, "bias_down": site.bias_down}
+    where = {"device": like.device, "dtype": like.dtype}
+    experts = Experts(site.d_model, plan.d_expert, plan.num_routed, activation=activation, **kinds, **where)
+    if not plan.d_shared:
+        return router, experts, None
+    shared = SharedExperts(site.d_model, plan.d_shared, activation=copy.deepcopy(activation), **kinds, **where)
+    return router, experts, shared
+
+
+def activation_module(root: fx.GraphModule, match: FFNMatch) -> fx.GraphModule:
+    """The pointwise operations of a match as a module of their own: one argument per linear, gate first."""
+    graph = fx.Graph()
+    names = ("gate", "up") if match.kind == "gated" else ("up",)
+    env = {
+        linear.node: graph.placeholder(name) for linear, name in zip(match.ins, names, strict=True)
+    }
+    for node in match.pointwise:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(env[match.down.x])
+    activation = fx.GraphModule(root, graph, class_name="Activation")
+    return copy.deepcopy(activation)
+
+
+def common_owner(paths: Sequence[str]) -> str:
+    """The longest module path that holds all attribute (or module) paths."""
+    parts = [path.split(".")[:-1] for path in paths]
+    shared = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    # The parent of two linears is their common path; one linear alone would be its own parent.
+    return ".".join(shared)
+
+
+def _add(root: fx.GraphModule, prefix: str, role: str, module: nn.Module) -> str:
+    """Adds `module` under a free name and returns its path."""
+    path = f"{prefix}.{role}" if prefix else role
+    taken = {name for name, _ in root.named_modules()}
+    free = next(name for name in (path, *(f"{path}_{i}" for i in range(1, 10_000))) if name not in taken)
+    root.add_submodule(free, module)
+    return free

@@ -1,0 +1,120 @@
+"""shard: binds mesh axes to process groups, splits experts over EP ranks, and wraps the model in FSDP2.
+
+Algorithm:
+  1. Replace each logical axis in the graphs by the name of its process group.
+  2. Keep this rank's experts: expert weights become DTensors, Shard(0) on `ep`.
+  3. fully_shard each layer and the root: dense weights over (dp_replicate, dp_shard), experts over
+     (dp_replicate, edp). Routers stay replicated, outside FSDP's casting.
+All gradient reductions are plain sums (DESIGN.md section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from torch import Tensor, fx, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from moecompile.errors import PassError, PlanError
+from moecompile.mesh import MeshSpec
+from moecompile.nn import Experts, routers_of
+from moecompile.passes.lower import exchanges_of
+from moecompile.plan import Plan
+from moecompile.torch_private import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+
+AXES = ("dp_replicate", "edp", "ep")
+
+
+def device_mesh_of(mesh: MeshSpec, device_type: str) -> DeviceMesh:
+    """The (dp_replicate, edp, ep) mesh with the flattened axis `dp_shard` = (edp, ep). Needs a process group."""
+    device_mesh = init_device_mesh(
+        device_type, (mesh.dp_replicate, mesh.edp_shard, mesh.ep), mesh_dim_names=AXES
+    )
+    device_mesh["edp", "ep"]._flatten("dp_shard")
+    return device_mesh
+
+
+def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh) -> nn.Module:
+    """Shards a lowered model in place and returns it.
+
+    Args:
+        model: lowered by `plan`, with the same full weights on every rank.
+        device_mesh: from `device_mesh_of`, or any mesh with these axes.
+
+    Raises:
+        PlanError: the mesh does not have the planned sizes.
+    """
+    sizes = dict(zip(AXES, (plan.mesh.dp_replicate, plan.mesh.edp_shard, plan.mesh.ep), strict=True))
+    for axis, size in sizes.items():
+        found = device_mesh[axis].size()
+        if found != size:
+            raise PlanError(f"mesh.{axis}", size, f"the device mesh has {found} ranks there", "Plan for this device mesh")
+    bind_axes(model, device_mesh)  # Step 1
+    if plan.mesh.ep > 1:
+        _shard_experts(model, device_mesh["ep"])  # Step 2
+    if plan.mesh.world_size > 1:
+        _wrap(model, plan.mesh, device_mesh)  # Step 3
+    return model
+
+
+def bind_axes(model: nn.Module, device_mesh: DeviceMesh) -> None:
+    """Replaces logical axes by process group names in every graph of `model`."""
+    for path, module in model.named_modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        nodes = exchanges_of(module)
+        for node in nodes:
+            axis = str(node.args[-1])
+            if axis not in (device_mesh.mesh_dim_names or ()):
+                raise PassError("shard", path, f"{node.name} uses axis {axis}, which is bound already or not in the mesh")
+            node.args = (*node.args[:-1], device_mesh.get_group(axis).group_name)
+        if nodes:
+            module.recompile()
+
+
+def _shard_experts(model: nn.Module, ep_mesh: DeviceMesh) -> None:
+    """Slices, never broadcasts: each rank keeps its own experts of the full weights that it holds already."""
+    for experts in _experts_of(model):
+        for name, parameter in list(experts.named_parameters(recurse=False)):
+            local = parameter.detach().chunk(ep_mesh.size(), 0)[ep_mesh.get_local_rank()].clone()
+            sharded = DTensor.from_local(local, ep_mesh, [Shard(0)], run_check=False)
+            setattr(experts, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+
+
+def _wrap(model: nn.Module, mesh: MeshSpec, device_mesh: DeviceMesh) -> None:
+    experts = {parameter for module in _experts_of(model) for parameter in module.parameters()}
+    routers = {parameter for _, router in routers_of(model) for parameter in router.parameters()}
+    if mesh.dp_replicate > 1:
+        dense_mesh = device_mesh["dp_replicate", "dp_shard"]
+        experts_info = HSDPMeshInfo(device_mesh["dp_replicate", "edp"], shard_mesh_dim=1, replicate_mesh_dim=0)
+        dense_info = HSDPMeshInfo(dense_mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+    else:
+        dense_mesh = device_mesh["dp_shard"]
+        experts_info = FSDPMeshInfo(device_mesh["edp"], shard_mesh_dim=0)
+        dense_info = FSDPMeshInfo(dense_mesh, shard_mesh_dim=0)
+
+    def place(parameter: Tensor) -> ShardPlacementResult:
+        return ShardPlacementResult(Shard(0), experts_info if parameter in experts and mesh.ep > 1 else dense_info)
+
+    wrap = partial(fully_shard, mesh=dense_mesh, shard_placement_fn=place, ignored_params=routers)
+    for layer in (*_layers_of(model), model):
+        wrap(layer)
+        assert isinstance(layer, FSDPModule)
+        layer.set_gradient_divide_factor(1.0)
+        layer.set_force_sum_reduction_for_comms(True)
+
+
+def _layers_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The elements of the outermost module lists: the layers of a model."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            yield from (layer for layer in child if any(True for _ in layer.parameters()))
+        else:
+            yield from _layers_of(child)
+
+
+def _experts_of(model: nn.Module) -> list[Experts]:
+    return [module for module in model.modules() if isinstance(module, Experts)]

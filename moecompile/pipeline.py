@@ -1,0 +1,377 @@
+"""The passes as one readable list, and the programmatic API built on it.
+
+    capture -> match -> build_plan -> rewrite -> lower -> shard
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_leaves
+
+from moecompile.capture import Example, Recording, call_with, record, trace_region
+from moecompile.compose import compose_config
+from moecompile.errors import CaptureError, ConfigError, MoecompileError, PlanError
+from moecompile.passes.base import PassRecord, count_ops
+from moecompile.passes.build_plan import build_plan
+from moecompile.passes.lower import Lower
+from moecompile.passes.match import FFNMatch, GraphView, find_ffns
+from moecompile.passes.rewrite import Rewrite, common_owner
+from moecompile.passes.shard import device_mesh_of, shard
+from moecompile.passes.upcycle import step0_reason
+from moecompile.plan import FFNSite, LayerPlan, Plan
+from moecompile.planner import ModelFacts
+from moecompile.schema import Config
+
+Graphs = dict[str, fx.GraphModule]
+_PLAN = "_moecompile_plan"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A line of the list of sites. status: `rewritten`, `left` (not selected) or `not_matched`, with the reason."""
+
+    fqn: str
+    kind: str
+    where: str
+    status: str
+    reason: str = ""
+
+
+@dataclass(kw_only=True)
+class Compiled:
+    """What a compilation did. graphs: stage -> region -> GraphModule. step0_max_abs_diff: outputs on the example."""
+
+    model: nn.Module
+    plan: Plan
+    sites: list[Site] = field(default_factory=list)
+    records: list[PassRecord] = field(default_factory=list)
+    graphs: dict[str, Graphs] = field(default_factory=dict)
+    step0_max_abs_diff: float | None = None
+    step0_reason: str | None = None
+
+
+@dataclass(kw_only=True)
+class Captured:
+    """Regions with an FFN, traced and matched. matches: region path -> the FFN in its graph."""
+
+    regions: Graphs
+    matches: dict[str, FFNMatch]
+    sites: list[FFNSite]
+    refused: list[Site]
+
+
+def compile_model(
+    model: nn.Module,
+    overrides: Sequence[str] | Config = (),
+    *,
+    example: Example,
+    plan: Plan | None = None,
+    device_mesh: DeviceMesh | None = None,
+    until: str = "lower",
+) -> nn.Module:
+    """Turns the dense FFNs of `model` into experts, in place, like `fully_shard`.
+
+    Args:
+        model: any module; its FFNs are found by dataflow, everything else stays as it is.
+        overrides: Hydra override strings (`["experts.num_routed=8", "routing.top_k=2"]`), or a whole config.
+        example: what one forward takes: keyword tensors, a tuple, or a tensor.
+        plan: use this plan instead of making one.
+        device_mesh: for `until="shard"`; made from the plan if it is not given.
+        until: `rewrite` (one device), `lower` (with exchanges on logical axes, the default) or `shard`.
+
+    Returns:
+        `model`; if the model itself is one FFN, its GraphModule instead.
+
+    Raises:
+        ConfigError, PlanError: something is impossible. CaptureError: the model does not run on the example.
+    """
+    return compile_with_report(
+        model, overrides, example=example, plan=plan, device_mesh=device_mesh, until=until
+    ).model
+
+
+def make_plan(model_or_graph: nn.Module, overrides: Sequence[str] | Config = (), *, example: Example | None = None) -> Plan:
+    """The plan alone; nothing is changed.
+
+    Args:
+        model_or_graph: a GraphModule, or any module together with an `example`.
+        overrides, example: as for `compile_model`.
+    """
+    config = _config(overrides)
+    if isinstance(model_or_graph, fx.GraphModule) and example is None:
+        sites = list(_graph_sites(model_or_graph))
+    else:
+        if example is None:
+            raise CaptureError("make_plan needs example=... for a module that is not a GraphModule")
+        sites = capture_regions(record(model_or_graph, example)).sites
+    return build_plan(sites, config, _facts(model_or_graph))
+
+
+def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | Config | Plan = ()) -> fx.GraphModule:
+    """Rewrites and lowers the FFNs of a graph. The input is untouched: the result has copies of its weights.
+
+    Args:
+        graph_module: for example `torch.fx.symbolic_trace(model)`.
+        overrides_or_plan: Hydra override strings, a config, or a plan.
+
+    Raises:
+        PlanError: a planned site is not in the graph.
+    """
+    source = copy.deepcopy(graph_module)
+    matches = _graph_sites(source)
+    if isinstance(overrides_or_plan, Plan):
+        plan, seed = overrides_or_plan, 0
+    else:
+        config = _config(overrides_or_plan)
+        plan, seed = build_plan(list(matches), config, _facts(source)), config.seed
+    by_fqn = {site.fqn: match for site, match in matches.items()}
+    pairs = [(_planned(by_fqn, layer), layer) for layer in plan.layers]
+    result = source
+    if pairs:
+        result, layers = source, plan.layers
+        for step in (Rewrite(seed=seed), Lower()):
+            step.requires(result, layers)
+            result = step.run(result, pairs if isinstance(step, Rewrite) else layers)  # type: ignore[arg-type]
+            step.ensures(result, layers)
+    setattr(result, _PLAN, plan)
+    return result
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that `model`, or a module inside it, was compiled by.
+
+    Raises:
+        PlanError: nothing in the model was compiled.
+    """
+    for module in model.modules():
+        plan = getattr(module, _PLAN, None)
+        if isinstance(plan, Plan):
+            return plan
+    raise PlanError("model", type(model).__name__, "was not compiled", "Call moecompile.compile_model on it first")
+
+
+def compile_with_report(
+    model: nn.Module,
+    overrides: Sequence[str] | Config = (),
+    *,
+    example: Example,
+    plan: Plan | None = None,
+    device_mesh: DeviceMesh | None = None,
+    until: str = "lower",
+) -> Compiled:
+    """`compile_model`, with everything that was done: sites, pass records, graphs before and after, step-0 difference."""
+    if until not in ("rewrite", "lower", "shard"):
+        raise ConfigError("until", until, "must be rewrite, lower or shard", "Use one of these")
+    config, clock = _config(overrides), _Clock()
+    recording = record(model, example)
+    captured = capture_regions(recording)
+    records = [clock.record("capture", {}, captured.regions, f"{len(recording.graph.nodes)} functions recorded")]
+    records.append(clock.record("match", captured.regions, captured.regions, f"{len(captured.sites)} dense FFNs"))
+    if plan is None:
+        plan = build_plan(captured.sites, config, _facts(model))
+    layers = {layer.site.fqn: layer for layer in plan.layers}
+    matches = {fqn: _planned(captured.matches, layer) for fqn, layer in layers.items()}
+    regions = {fqn: captured.regions[fqn] for fqn in layers}
+    records.append(clock.record("build_plan", regions, regions, f"{len(layers)} layers planned, hash {plan.hash}"))
+    compiled = Compiled(model=model, plan=plan, sites=_list_sites(captured, layers), records=records)
+    compiled.graphs["captured"] = regions
+
+    before = _outputs(model, example) if layers else []
+    rewritten = _rewrite(regions, matches, layers, config.seed)
+    compiled.model = model = _replace(model, rewritten)
+    compiled.graphs["rewritten"] = rewritten
+    records.append(clock.record("rewrite", regions, rewritten, "one device"))
+    if layers:
+        compiled.step0_max_abs_diff, compiled.step0_reason = _step0(before, _outputs(model, example), plan)
+
+    if until in ("lower", "shard"):
+        lowered = _lower(rewritten, layers)
+        compiled.model = model = _replace(model, lowered)
+        compiled.graphs["lowered"] = lowered
+        records.append(clock.record("lower", rewritten, lowered, "exchanges on logical axes"))
+    setattr(model, _PLAN, plan)
+    if until == "shard":
+        shard(model, plan, device_mesh or device_mesh_of(plan.mesh, _device_type(model)))
+        records.append(clock.record("shard", lowered, lowered, "axes bound, experts split"))
+    return compiled
+
+
+def capture_regions(recording: Recording) -> Captured:
+    """Matches FFNs in the recorded dataflow and traces the smallest module that holds each."""
+    model = recording.model
+    matches, misses = find_ffns(GraphView(recording.graph, model))
+    captured = Captured(regions={}, matches={}, sites=[], refused=[])
+    for miss in misses:
+        where = common_owner([miss.weight])
+        captured.refused.append(Site(fqn=where, kind="-", where=where, status="not_matched", reason=miss.reason))
+    for match in matches:
+        fqn = _region_of(match)
+        try:
+            graph_module, inner = _trace(model, fqn, recording, match)
+        except MoecompileError as error:
+            captured.refused.append(
+                Site(fqn=fqn, kind=match.kind, where=fqn, status="not_matched", reason=str(error))
+            )
+            continue
+        captured.regions[fqn], captured.matches[fqn] = graph_module, inner
+        captured.sites.append(_site(fqn, inner, len(captured.sites)))
+    return captured
+
+
+def _region_of(match: FFNMatch) -> str:
+    """The smallest module that ran every node of the match."""
+    owners = [str(node.meta["owner"]) for node in match.nodes]
+    # A linear is run by its own module, whose parent is meant; the others are run by the region or below it.
+    return common_owner([f"{owner}.x" for owner in owners])
+
+
+def _trace(
+    model: nn.Module, fqn: str, recording: Recording, match: FFNMatch
+) -> tuple[fx.GraphModule, FFNMatch]:
+    if fqn not in recording.calls:
+        raise CaptureError(f"its region {fqn or 'the model'} is not called as a module")
+    graph_module = trace_region(model.get_submodule(fqn), recording.calls[fqn])
+    inside, _ = find_ffns(GraphView(graph_module.graph, graph_module))
+    prefix = f"{fqn}." if fqn else ""
+    wanted = [found for found in inside if prefix + found.down.weight == match.down.weight]
+    if len(inside) != 1 or not wanted:
+        raise CaptureError(f"its region {fqn or 'the model'} holds {len(inside)} FFNs, one is supported")
+    return graph_module, wanted[0]
+
+
+def _graph_sites(graph_module: fx.GraphModule) -> dict[FFNSite, FFNMatch]:
+    """The FFNs of a graph that the user brought. Sites of one owner are told apart by the name of their last node."""
+    matches, _ = find_ffns(GraphView(graph_module.graph, graph_module))
+    owners = [common_owner([m.down.weight, *(linear.weight for linear in m.ins)]) for m in matches]
+    sites: dict[FFNSite, FFNMatch] = {}
+    for i, (match, owner) in enumerate(zip(matches, owners, strict=True)):
+        fqn = owner if owners.count(owner) == 1 else f"{owner}@{match.down.node.name}"
+        sites[_site(fqn, match, i)] = match
+    return sites
+
+
+def _site(fqn: str, match: FFNMatch, index: int) -> FFNSite:
+    return FFNSite(
+        fqn=fqn,
+        kind=match.kind,
+        d_model=match.down.d_out,
+        d_ff=match.down.d_in,
+        bias_up=any(linear.bias is not None for linear in match.ins),
+        bias_down=match.down.bias is not None,
+        activation=match.activation,
+        index=index,
+    )
+
+
+def _planned(matches: dict[str, FFNMatch], layer: LayerPlan) -> FFNMatch:
+    """The match that a layer was planned for; a planned site that cannot be applied is an error, never a warning."""
+    site, match = layer.site, matches.get(layer.site.fqn)
+    if match is None:
+        raise PlanError("plan.layers", site.fqn, "the model has no FFN there", f"Plan again; it has {list(matches)[:3]}")
+    if (match.kind, match.down.d_out, match.down.d_in) != (site.kind, site.d_model, site.d_ff):
+        raise PlanError(
+            f"plan.layers[{site.fqn}]", f"{site.kind} {site.d_model}x{site.d_ff}",
+            f"the model has {match.kind} {match.down.d_out}x{match.down.d_in} there", "Plan again for this model",
+        )  # fmt: skip
+    return match
+
+
+def _rewrite(regions: Graphs, matches: dict[str, FFNMatch], layers: dict[str, LayerPlan], seed: int) -> Graphs:
+    step, out = Rewrite(seed=seed), {}
+    for fqn, layer in layers.items():
+        step.requires(regions[fqn], [layer])
+        out[fqn] = step.run(regions[fqn], [(matches[fqn], layer)])
+        step.ensures(out[fqn], [layer])
+    return out
+
+
+def _lower(regions: Graphs, layers: dict[str, LayerPlan]) -> Graphs:
+    step, out = Lower(), {}
+    for fqn, layer in layers.items():
+        step.requires(regions[fqn], [layer])
+        out[fqn] = step.run(regions[fqn], [layer])
+        step.ensures(out[fqn], [layer])
+    return out
+
+
+def _replace(model: nn.Module, regions: Graphs) -> nn.Module:
+    """Puts each region's GraphModule in its place; the model itself is replaced where it is the region."""
+    for fqn, graph_module in regions.items():
+        if fqn == "":
+            return graph_module
+        model.set_submodule(fqn, graph_module)
+    return model
+
+
+def _step0(before: list[Tensor], after: list[Tensor], plan: Plan) -> tuple[float | None, str | None]:
+    reasons = [reason for layer in plan.layers if (reason := step0_reason(layer))]
+    if reasons:
+        return None, reasons[0]
+    return max((float((a - b).abs().max()) for a, b in zip(before, after, strict=True)), default=0.0), None
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
+    """Floating-point outputs in evaluation mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    out = call_with(model, example)
+    for module in training:
+        module.training = True
+    leaves = tree_leaves(dict(out) if hasattr(out, "items") else out)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _list_sites(captured: Captured, layers: dict[str, LayerPlan]) -> list[Site]:
+    matched = [
+        Site(
+            fqn=site.fqn,
+            kind=site.kind,
+            where=site.fqn or "the model",
+            status="rewritten" if site.fqn in layers else "left",
+            reason="" if site.fqn in layers else "not selected by experts.match and experts.layers",
+        )
+        for site in captured.sites
+    ]
+    return matched + captured.refused
+
+
+def _facts(model: nn.Module) -> ModelFacts:
+    return ModelFacts(params_total=sum(parameter.numel() for parameter in model.parameters()))
+
+
+def _config(overrides: Sequence[str] | Config) -> Config:
+    return overrides if isinstance(overrides, Config) else compose_config(list(overrides))
+
+
+def _device_type(model: nn.Module) -> str:
+    return next(model.parameters()).device.type
+
+
+class _Clock:
+    """Makes pass records with the time since the last one."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def record(self, name: str, before: Graphs, after: Graphs, detail: str) -> PassRecord:
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        counts = [sum((count_ops(g) for g in graphs.values()), start=Counter()) for graphs in (before, after)]
+        return PassRecord(
+            name=name,
+            nodes_before=sum(len(g.graph.nodes) for g in before.values()),
+            nodes_after=sum(len(g.graph.nodes) for g in after.values()),
+            added=dict(counts[1] - counts[0]),
+            detail=detail,
+            seconds=seconds,
+        )
+
