@@ -151,11 +151,23 @@ def plan_of(model: nn.Module) -> Plan:
     Raises:
         PlanError: nothing in the model was compiled.
     """
-    for module in model.modules():
-        plan = getattr(module, _PLAN, None)
-        if isinstance(plan, Plan):
-            return plan
-    raise PlanError("model", type(model).__name__, "was not compiled", "Call moecompile.compile_model on it first")
+    plan: Plan = getattr(compiled_module(model), _PLAN)
+    return plan
+
+
+def compiled_module(model: nn.Module) -> nn.Module:
+    """The module inside `model` (or itself) that was compiled.
+
+    Raises:
+        PlanError: there is none, or more than one.
+    """
+    found = [module for module in model.modules() if isinstance(getattr(module, _PLAN, None), Plan)]
+    if len(found) != 1:
+        raise PlanError(
+            "model", type(model).__name__, f"holds {len(found)} compiled models, one is needed",
+            "Call moecompile.compile_model on the one to be trained",
+        )  # fmt: skip
+    return found[0]
 
 
 def compile_with_report(

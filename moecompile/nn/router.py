@@ -59,7 +59,8 @@ class Router(nn.Module):
         """Returns weights_TK (fp32 or wider) and ids_TK (int64)."""
         scores_TE = self.scores(x_TD)
         ids_TK = self.choose(scores_TE)
-        torch.ops.moecompile.count_load(self.load, ids_TK)
+        if self.training:  # validation and generation say nothing about the load of training
+            torch.ops.moecompile.count_load(self.load, ids_TK)
         weights_TK = scores_TE.gather(1, ids_TK)
         if self.normalize:
             # The floor keeps sigmoid scores that all underflow from dividing by zero (DeepSeek-V3 uses 1e-20).

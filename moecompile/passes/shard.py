@@ -29,12 +29,8 @@ AXES = ("dp_replicate", "edp", "ep")
 
 
 def device_mesh_of(mesh: MeshSpec, device_type: str) -> DeviceMesh:
-    """The (dp_replicate, edp, ep) mesh with the flattened axis `dp_shard` = (edp, ep). Needs a process group."""
-    device_mesh = init_device_mesh(
-        device_type, (mesh.dp_replicate, mesh.edp_shard, mesh.ep), mesh_dim_names=AXES
-    )
-    device_mesh["edp", "ep"]._flatten("dp_shard")
-    return device_mesh
+    """The (dp_replicate, edp, ep) mesh on which the experts live. Needs a process group."""
+    return init_device_mesh(device_type, (mesh.dp_replicate, mesh.edp_shard, mesh.ep), mesh_dim_names=AXES)
 
 
 def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh) -> nn.Module:
@@ -87,12 +83,14 @@ def _shard_experts(model: nn.Module, ep_mesh: DeviceMesh) -> None:
 def _wrap(model: nn.Module, mesh: MeshSpec, device_mesh: DeviceMesh) -> None:
     experts = {parameter for module in _experts_of(model) for parameter in module.parameters()}
     routers = {parameter for _, router in routers_of(model) for parameter in router.parameters()}
+    # Dense weights live on a mesh of their own: its dp_shard axis is (edp, ep) of the experts' mesh, in the same order.
     if mesh.dp_replicate > 1:
-        dense_mesh = device_mesh["dp_replicate", "dp_shard"]
+        sizes, names = (mesh.dp_replicate, mesh.dp_shard), ("dp_replicate", "dp_shard")
+        dense_mesh = init_device_mesh(device_mesh.device_type, sizes, mesh_dim_names=names)
         experts_info = HSDPMeshInfo(device_mesh["dp_replicate", "edp"], shard_mesh_dim=1, replicate_mesh_dim=0)
         dense_info = HSDPMeshInfo(dense_mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
     else:
-        dense_mesh = device_mesh["dp_shard"]
+        dense_mesh = init_device_mesh(device_mesh.device_type, (mesh.dp_shard,), mesh_dim_names=("dp_shard",))
         experts_info = FSDPMeshInfo(device_mesh["edp"], shard_mesh_dim=0)
         dense_info = FSDPMeshInfo(dense_mesh, shard_mesh_dim=0)
 

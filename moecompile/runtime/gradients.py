@@ -1,0 +1,78 @@
+"""What happens to gradients between backward and the optimizer step, for weights on several meshes at once.
+
+FSDP2 has summed the gradients of sharded weights already (divide factor 1). What is left: weights that every rank holds
+whole (routers, and whatever lies outside the compiled model) are summed here; then one division, one global norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+@torch.no_grad()
+def sum_replicated(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
+    """Sums the gradients of plain (not DTensor) weights over all ranks, in place: one all-reduce per dtype.
+
+    A weight that got no gradient on this rank takes part with zeros, so that ranks never disagree on what they send.
+    """
+    plain = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+    for parameter in plain:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for dtype in dict.fromkeys(p.dtype for p in plain):
+        grads = [p.grad for p in plain if p.dtype == dtype and p.grad is not None]
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(flat, group=group)
+        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))
+
+
+@torch.no_grad()
+def divide(parameters: Iterable[nn.Parameter], divisor: float | Tensor) -> None:
+    """Divides all gradients, in place."""
+    for grad in _local_grads(parameters):
+        grad.div_(divisor)
+
+
+@torch.no_grad()
+def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Clips by one L2 norm over all weights of all meshes, as `torch.nn.utils.clip_grad_norm_` does in one process.
+
+    Each entry counts once: the squares of a shard are divided by the number of ranks that hold the same shard, then
+    summed over all ranks.
+
+    Returns:
+        the norm before clipping, float64, equal on all ranks.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    total = torch.zeros((), dtype=torch.float64, device=parameters[0].device if parameters else None)
+    for parameter, grad in zip(parameters, _local_grads(parameters), strict=True):
+        if grad.numel():
+            total += grad.double().square().sum() * (_num_shards(parameter) / world)
+    if world > 1:
+        dist.all_reduce(total)
+    norm = total.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in _local_grads(parameters):
+        grad.mul_(scale.to(grad.dtype))
+    return norm
+
+
+def _num_shards(parameter: Tensor) -> int:
+    """Number of different shards of a weight; world size / this is the number of ranks with the same shard."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    sizes = parameter.device_mesh.shape
+    return prod(size for size, placement in zip(sizes, parameter.placements, strict=True) if not placement.is_replicate())
+
+
+def _local_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]

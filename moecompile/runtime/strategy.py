@@ -1,0 +1,175 @@
+"""ExpertParallelStrategy: Lightning runs a compiled model on a mesh.
+
+    Trainer(strategy="expert_parallel")                            # the module returns a mean loss over its batch
+    Trainer(strategy=ExpertParallelStrategy(loss="sum"))           # it returns {"loss": sum, "num_tokens": n}
+
+The LightningModule is an ordinary one. It holds a model that `moecompile.compile_model` lowered; the strategy finds its
+plan, shards it, and does what has to happen between backward and the optimizer step:
+  1. sums the gradients of the weights that every rank holds whole (FSDP2 has summed the others),
+  2. divides once: by the world size (`mean`, as DDP does) or by the tokens of the whole accumulation window (`sum`),
+  3. moves the correction biases by the global load, once per optimizer step,
+  4. clips by one norm over all meshes (Lightning's own `gradient_clip_val`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from moecompile.errors import ConfigError, PlanError
+from moecompile.nn import LayerLoad, routers_of, update_balance
+from moecompile.passes.shard import device_mesh_of, shard
+from moecompile.pipeline import compiled_module, plan_of
+from moecompile.plan import Plan
+from moecompile.runtime.gradients import clip_by_global_norm, divide, sum_replicated
+
+
+class ExpertParallelStrategy(ModelParallelStrategy):
+    """Expert parallelism with FSDP2 for a LightningModule that holds a compiled model.
+
+    Args:
+        loss: `mean` if `training_step` returns a mean over its batch; `sum` if it returns the sum over its tokens, in a
+            dict with their number: `{"loss": loss, "num_tokens": n}`. With `sum`, unequal token counts are exact.
+        process_group_backend, timeout: of the process group; gloo on a CPU and NCCL on CUDA by default.
+
+    Raises:
+        ConfigError: `loss` is neither. PlanError (at setup): no compiled model, or the Trainer's ranks do not fit its plan.
+    """
+
+    def __init__(
+        self,
+        loss: str = "mean",
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        if loss not in ("mean", "sum"):
+            raise ConfigError("loss", loss, "must be mean or sum", "Use what your training_step returns")
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        self.loss = loss
+        self.loads: list[LayerLoad] = []  # of the last optimizer step
+        self.grad_norm: float | None = None  # before clipping, of the last optimizer step that clipped
+        self._num_tokens: Tensor | None = None
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """The batch is split over all ranks: EP peers hold different data."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The (dp_replicate, edp, ep) mesh, after setup."""
+        if self._device_mesh is None:
+            raise PlanError("strategy.device_mesh", None, "is made at setup", "Read it after Trainer.fit has begun")
+        return self._device_mesh
+
+    def setup_environment(self) -> None:
+        """Process group only; the mesh follows from the plan, which the module may not have made yet."""
+        self._setup_distributed()
+
+    def setup(self, trainer: Trainer) -> None:
+        """Shards the compiled model, then sets up optimizers as Lightning does."""
+        assert self.model is not None and self.accelerator is not None
+        self.accelerator.setup(trainer)
+        compiled = compiled_module(self.model)
+        plan = plan_of(compiled)
+        self._check_world(plan)
+        self.model_to_device()
+        if self._device_mesh is None:
+            self._device_mesh = device_mesh_of(plan.mesh, self.root_device.type)
+            shard(compiled, plan, self._device_mesh)
+        self.model = self.precision_plugin.convert_module(self.model)
+        self._rates = {
+            name: plan.layer(_region_of(self.model, name, plan)).balance.rate for name, _ in routers_of(self.model)
+        }
+        self.precision_plugin.clip_grad_by_norm = self._clip  # type: ignore[method-assign]
+        self.barrier()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's step; with `loss="sum"` its token count is added up over the accumulation window."""
+        output = super().training_step(*args, **kwargs)
+        if self.loss == "sum":
+            if not isinstance(output, Mapping) or "num_tokens" not in output:
+                raise ConfigError(
+                    "loss", "sum", "training_step must return {'loss': sum over tokens, 'num_tokens': their number}",
+                    "Return both, or use loss='mean'",
+                )  # fmt: skip
+            count = torch.as_tensor(output["num_tokens"], dtype=torch.int64, device=self.root_device)
+            self._num_tokens = count if self._num_tokens is None else self._num_tokens + count
+        return output
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Undoes Lightning's division by the accumulation steps for sums; divides means by the world size."""
+        assert self.lightning_module is not None
+        if self.loss == "sum":
+            closure_loss = closure_loss * self.lightning_module.trainer.accumulate_grad_batches
+        else:
+            closure_loss = closure_loss / self.world_size
+        return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Completes the gradients after the last backward, before hooks and clipping see them."""
+
+        def completed() -> Any:
+            result = closure()
+            self._complete_gradients()
+            return result
+
+        return super().optimizer_step(optimizer, completed, model, **kwargs)
+
+    def _complete_gradients(self) -> None:
+        assert self.model is not None
+        parameters = list(self.model.parameters())
+        sum_replicated(parameters)
+        if self.loss == "sum":
+            assert self._num_tokens is not None
+            dist.all_reduce(self._num_tokens)
+            divide(parameters, self._num_tokens.clamp_min(1))
+            self._num_tokens = None
+        self.loads = update_balance(self.model, self._rates, dist.group.WORLD)
+
+    def _clip(self, optimizer: Optimizer, clip_val: float) -> None:
+        self.grad_norm = float(clip_by_global_norm(self.precision_plugin.main_params(optimizer), clip_val))
+
+    def _check_world(self, plan: Plan) -> None:
+        if plan.mesh.world_size != self.world_size:
+            raise PlanError(
+                "mesh", f"{plan.mesh.num_nodes} x {plan.mesh.ranks_per_node}",
+                f"the plan is for {plan.mesh.world_size} ranks, the Trainer has {self.world_size}",
+                "Change mesh.num_nodes and mesh.ranks_per_node, or the Trainer's devices and num_nodes",
+            )  # fmt: skip
+
+
+
+
+def _region_of(model: nn.Module, router: str, plan: Plan) -> str:
+    """The planned region that a router belongs to: the one whose path ends its owner's path."""
+    owner = router.rpartition(".")[0]
+    for layer in plan.layers:
+        fqn = layer.site.fqn
+        if owner == fqn or owner.endswith(f".{fqn}") or fqn == "":
+            return fqn
+    raise PlanError("plan.layers", owner, "this router belongs to no planned layer", "Plan again for this model")
+
+
+StrategyRegistry.register(
+    "expert_parallel", ExpertParallelStrategy, description="Expert parallelism with FSDP2, from a moecompile plan"
+)
