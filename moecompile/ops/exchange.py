@@ -91,9 +91,7 @@ def exchange_assignments(
     width = weights_A.element_size()
     packed = torch.cat((_bytes(weights_A), _bytes(codes_A)), dim=1)
     landed = _exchange(packed, sent, received, axis)
-    weights = landed[:, :width].contiguous().view(weights_A.dtype).reshape(-1)
-    codes = landed[:, width:].contiguous().view(codes_A.dtype).reshape(-1)
-    return weights, codes
+    return _unpack(landed[:, :width], weights_A.dtype), _unpack(landed[:, width:], codes_A.dtype)
 
 
 @exchange_assignments.register_fake
@@ -149,5 +147,12 @@ def _exchange(rows: Tensor, sent: list[int], received: list[int], axis: str) -> 
     return out
 
 
+def _unpack(columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Byte columns as values. The copy is explicit: of a single row, reshape and contiguous would return a view."""
+    flat = torch.empty(columns.numel(), dtype=torch.uint8, device=columns.device)
+    flat.view_as(columns).copy_(columns)
+    return flat.view(dtype)
+
+
 def _bytes(values_A: Tensor) -> Tensor:
-    return values_A.contiguous().view(torch.uint8).reshape(values_A.shape[0], -1)
+    return values_A.contiguous().view(torch.uint8).view(values_A.shape[0], values_A.element_size())

@@ -1,0 +1,15 @@
+"""Predictions as pure numbers: bytes on the wire, parameters, memory. Imports the plan's nouns, never torch."""
+
+from moecompile.planner.estimate import estimate
+from moecompile.planner.params import ModelFacts
+from moecompile.planner.traffic import Copies, Wire, choose_dispatch, copies_per_token, forward_traffic
+
+__all__ = [
+    "Copies",
+    "ModelFacts",
+    "Wire",
+    "choose_dispatch",
+    "copies_per_token",
+    "estimate",
+    "forward_traffic",
+]

@@ -58,7 +58,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.loss = loss
         self.loads: list[LayerLoad] = []  # of the last optimizer step
         self.grad_norm: float | None = None  # before clipping, of the last optimizer step that clipped
-        self._num_tokens: Tensor | None = None
+        self._num_tokens: Tensor | int = 0  # of this rank, in the accumulation window
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                     "Return both, or use loss='mean'",
                 )  # fmt: skip
             count = torch.as_tensor(output["num_tokens"], dtype=torch.int64, device=self.root_device)
-            self._num_tokens = count if self._num_tokens is None else self._num_tokens + count
+            self._num_tokens = self._num_tokens + count
         return output
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -140,10 +140,10 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         parameters = list(self.model.parameters())
         sum_replicated(parameters)
         if self.loss == "sum":
-            assert self._num_tokens is not None
-            dist.all_reduce(self._num_tokens)
-            divide(parameters, self._num_tokens.clamp_min(1))
-            self._num_tokens = None
+            total = torch.as_tensor(self._num_tokens)
+            dist.all_reduce(total)
+            divide(parameters, total.clamp_min(1))
+            self._num_tokens = 0
         self.loads = update_balance(self.model, self._rates, dist.group.WORLD)
 
     def _clip(self, optimizer: Optimizer, clip_val: float) -> None:

@@ -1,0 +1,101 @@
+"""Text, tokens and batches: `load_data` once per rank, then `train_loader` and `val_loader`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from torch.utils.data import DataLoader
+
+from moecompile.errors import ConfigError
+from moecompile.runtime.data.batches import IGNORED, GlobalBatchSampler, TokenWindows, ValidationSampler
+from moecompile.runtime.data.text import load_text, split_text
+from moecompile.runtime.data.tokens import (
+    encode,
+    shared_tokenizer,
+    train_tokenizer,
+    unigram_cross_entropy,
+    unigram_entropy,
+)
+from moecompile.schema import DataConfig
+
+__all__ = [
+    "IGNORED",
+    "GlobalBatchSampler",
+    "TextData",
+    "TokenWindows",
+    "ValidationSampler",
+    "encode",
+    "load_data",
+    "load_text",
+    "shared_tokenizer",
+    "split_text",
+    "train_loader",
+    "train_tokenizer",
+    "unigram_cross_entropy",
+    "unigram_entropy",
+    "val_loader",
+]
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A text, tokenized and split."""
+
+    tokenizer: Tokenizer
+    train: TokenWindows
+    val: TokenWindows
+
+
+def load_data(data: DataConfig, run_dir: Path, *, rank: int, barrier: Callable[[], object]) -> TextData:
+    """Loads, splits and tokenizes the text; all ranks call it, and rank 0 writes `run_dir/tokenizer.json`.
+
+    Raises:
+        ConfigError: the text cannot be read, or is too short.
+    """
+    train, val = split_text(load_text(data), data.val_fraction)
+    tokenizer = shared_tokenizer(run_dir / "tokenizer.json", train, data.vocab_size, rank=rank, barrier=barrier)
+    return TextData(tokenizer, *(_windows(tokenizer, text, data.seq_len) for text in (train, val)))
+
+
+def train_loader(
+    windows: TokenWindows, data: DataConfig, *, seed: int, rank: int, world_size: int, start_step: int = 0,
+    num_steps: int | None = None,
+) -> DataLoader[Any]:  # fmt: skip
+    """This rank's training micro-batches from optimizer step `start_step` on: input_ids and labels, (B, S) each."""
+    sampler = GlobalBatchSampler(
+        len(windows),
+        global_batch_size=data.global_batch_size,
+        micro_batch_size=data.micro_batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        start_step=start_step,
+        num_steps=num_steps,
+    )
+    return DataLoader(windows, batch_sampler=sampler)
+
+
+def val_loader(windows: TokenWindows, data: DataConfig, *, rank: int, world_size: int) -> DataLoader[Any]:
+    """This rank's validation micro-batches; every rank has the same number."""
+    sampler = ValidationSampler(
+        len(windows),
+        micro_batch_size=data.micro_batch_size,
+        rank=rank,
+        world_size=world_size,
+        max_batches=data.val_batches,
+    )
+    return DataLoader(windows, batch_sampler=sampler)
+
+
+def _windows(tokenizer: Tokenizer, text: str, seq_len: int) -> TokenWindows:
+    windows = TokenWindows(encode(tokenizer, text), seq_len)
+    if not len(windows):
+        raise ConfigError(
+            "data.seq_len", seq_len, f"a split of the text has {len(windows.tokens)} tokens, too few for one sequence",
+            "Use shorter sequences, a longer text, or another data.val_fraction",
+        )  # fmt: skip
+    return windows

@@ -1,0 +1,295 @@
+"""Hydra and OmegaConf in, typed schema out: the only file that imports them.
+
+    command line   main(run)            Hydra composes, `run` gets a checked Config and its run directory
+    Python         compose_config(...)  the same composition; the caller's own Hydra is left as it was
+    workers        save_resolved(...), load_resolved(...)
+
+Whatever is wrong with a config leaves this file as one `UserError`: dotted path, value, rule, what to change.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobRuntime
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from hydra.version import VersionBase
+from omegaconf import DictConfig, OmegaConf, read_write
+
+from moecompile.errors import ConfigError, MoecompileError, UserError
+from moecompile.explain import explain
+from moecompile.schema import Config, validate
+
+CONFIG_DIR_VARIABLE = "MOECOMPILE_CONFIG_DIR"
+"""Environment variable: a folder of one's own config groups and recipes, searched after the shipped ones."""
+
+RESOLVED = "resolved.yaml"
+FAILURES = "failures.txt"
+_VERSION_BASE = "1.3"
+_LOCK = threading.Lock()  # Hydra's state is global to the process
+
+
+# -- the ways in ---------------------------------------------------------------------------------------------------
+
+
+def main(run: Callable[[Config, Path], int]) -> int:
+    """The command line: composes `sys.argv`, calls `run(config, run_dir)` for each job and returns the exit code.
+
+    A job that fails is reported in one message on stderr (with a traceback if `debug=true`, or if it is a defect and
+    not a mistake) and does not stop the other jobs of a multirun.
+    """
+    exit_codes: list[int] = []
+
+    def job(cfg: DictConfig) -> int:
+        exit_codes.append(_run_job(cfg, run))
+        return exit_codes[-1]
+
+    decorate = hydra.main(version_base=_VERSION_BASE, config_path=str(conf_dir()), config_name="config")
+    try:
+        with _raising_hydra(), _explained(sys.argv[1:]):
+            decorate(job)()
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # the config could not be composed: no job has started
+        if RunFolders.sweep:
+            _remove_unused(RunFolders.sweep, keep=RunFolders.existing)
+        return _report(error, debug=_asks_debug(sys.argv))
+    return max(exit_codes, default=0)
+
+
+def compose_config(overrides: Sequence[str] = ()) -> Config:
+    """The config that the command line would compose from `overrides`, for Python callers; it is not validated.
+
+    Works anywhere, also inside a function decorated with `@hydra.main`.
+
+    Raises:
+        UserError: an override or a config file that cannot be composed.
+    """
+    overrides = list(overrides)
+    with _LOCK, _own_hydra(), _explained(overrides):
+        cfg = hydra.compose("config", overrides)
+    return to_config(cfg, overrides)
+
+
+def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:
+    """The typed config. `overrides` are those of the caller, the only place where `model.factory` may be set.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type, or a missing value.
+    """
+    with _explained(overrides):
+        config = _typed(cfg)
+    if "_target_" in _keys(config.model.config):
+        raise ConfigError(
+            "model.config", "_target_", "a config never chooses code to run", "Remove the key, or use model.factory"
+        )
+    if config.model.factory and not any(re.match(r"\+{0,2}model\.factory=", item) for item in overrides):
+        raise ConfigError(
+            "model.factory", config.model.factory, "a config file may not choose code to run",
+            "Give model.factory=... on the command line or in Python",
+        )  # fmt: skip
+    return config
+
+
+def save_resolved(config: Config, path: Path) -> None:
+    """Writes `config` as YAML, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    temporary.replace(path)
+
+
+def load_resolved(path: Path) -> Config:
+    """Reads what `save_resolved` wrote.
+
+    Raises:
+        UserError: an unknown key or a value of the wrong type.
+    """
+    with _explained(()):
+        return _typed(OmegaConf.load(path))
+
+
+def conf_dir() -> Path:
+    """The shipped config groups: `moecompile/conf` in an installed package, `conf` beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+# -- one job, and the end of a multirun ----------------------------------------------------------------------------
+
+
+def _run_job(cfg: DictConfig, run: Callable[[Config, Path], int]) -> int:
+    """Writes the config to the run directory, checks it and runs it; never raises, so that a multirun goes on."""
+    job = HydraConfig.get()
+    run_dir, multirun = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
+    if multirun:
+        print(f"job {job.job.num}: {' '.join(job.overrides.task)}", flush=True)
+    debug, message = _asks_debug(job.overrides.task), ""
+    try:
+        config = to_config(cfg, job.overrides.task)
+        debug = config.debug
+        save_resolved(config, run_dir / RESOLVED)
+        validate(config)
+        code = run(config, run_dir)
+    except Exception as error:
+        code, message = _report(error, debug=debug), " ".join(str(error).split())
+    if code and multirun:
+        with Path(job.sweep.dir, FAILURES).open("a", encoding="utf-8") as file:
+            file.write(f"{job.job.num}\t{code}\t{message}\n")
+    elif code in (0, UserError.exit_code) and not multirun:  # a crash keeps its config, a multirun its table's rows
+        _remove_unused(run_dir, keep=RunFolders.existing)
+    return code
+
+
+def _report(error: Exception, *, debug: bool) -> int:
+    """Prints one message, with the traceback if asked for or if the error is a defect; returns the exit code."""
+    known = isinstance(error, MoecompileError)
+    if debug or not known:
+        traceback.print_exception(error)
+    if known:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return error.exit_code if isinstance(error, MoecompileError) else 1
+
+
+def _asks_debug(overrides: Iterable[str]) -> bool:
+    return any(re.fullmatch(r"\+{0,2}debug=(true|yes|on|1)", item, re.IGNORECASE) for item in overrides)
+
+
+def _remove_unused(folder: Path, *, keep: Path) -> None:
+    """Removes a run directory in which nothing was written but its config, and its empty parents below `keep`.
+
+    So it is after a mistake in the config, and on all ranks but the first where a job starter has made the ranks.
+    """
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} - {RESOLVED, "multirun.yaml"}:
+        return
+    for path in folder.iterdir():
+        path.unlink()
+    with suppress(OSError):  # not empty
+        while folder != keep:
+            folder.rmdir()
+            folder = folder.parent
+
+
+class RunFolders(Callback):
+    """Hydra's callback around a run: knows the directories, ends a multirun with a table and the exit code."""
+
+    existing: ClassVar[Path]  # the part of the directory that was there before the run
+    sweep: ClassVar[Path | None] = None
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Remembers what exists before Hydra makes the run directory."""
+        RunFolders.existing = _existing(config.hydra.run.dir)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Pins the sweep directory: jobs that sweep `recipe` or `name` would each compute another one."""
+        RunFolders.existing = _existing(config.hydra.sweep.dir)
+        RunFolders.sweep = Path(config.hydra.sweep.dir).absolute()
+        quoted = str(RunFolders.sweep).replace("\\", "\\\\").replace("'", "\\'")
+        with read_write(config.hydra):
+            config.hydra.sweep.dir = str(RunFolders.sweep)
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Prints the table; exits if a job failed (read from a file, as jobs may run in other processes)."""
+        sweep = Path(config.hydra.sweep.dir)
+        failures = sweep / FAILURES
+        codes = [int(line.split("\t")[1]) for line in failures.read_text().splitlines()] if failures.exists() else []
+        try:
+            importlib.import_module("moecompile.report.sweep").summarize(sweep)
+        except Exception as error:  # Hydra would turn it into a warning
+            codes.append(_report(error, debug=False))
+        if codes:
+            sys.exit(max(codes))
+
+
+def _existing(folder: str) -> Path:
+    path = Path(folder).absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+# -- Hydra's global state ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _raising_hydra() -> Iterator[None]:
+    """Hydra raises its errors instead of printing them."""
+    saved = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if saved is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = saved
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """A Hydra of our own over the shipped configs; the caller's is put back afterwards."""
+    kinds: tuple[type, ...] = (GlobalHydra, VersionBase, JobRuntime)
+    saved = {kind: Singleton._instances.pop(kind) for kind in kinds if kind in Singleton._instances}
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base=_VERSION_BASE):
+            yield
+    finally:
+        for kind in kinds:
+            Singleton._instances.pop(kind, None)
+        Singleton._instances.update(saved)
+
+
+def _user_config_dirs() -> list[str]:
+    """`hydra.searchpath`: the folder that CONFIG_DIR_VARIABLE names."""
+    folder = os.environ.get(CONFIG_DIR_VARIABLE)
+    if not folder:
+        return []
+    if not Path(folder).is_dir():
+        raise ConfigError(
+            CONFIG_DIR_VARIABLE, folder, "there is no such folder", f"Create it, or unset {CONFIG_DIR_VARIABLE}"
+        )
+    return [f"file://{Path(folder).absolute()}"]
+
+
+ConfigStore.instance().store(name="moecompile_schema", node=Config, provider="moecompile")
+OmegaConf.register_new_resolver("moecompile_config_dirs", _user_config_dirs, replace=True)
+
+
+@contextmanager
+def _explained(overrides: Sequence[str]) -> Iterator[None]:
+    """Errors about the config become UserErrors; all others are defects and pass."""
+    try:
+        yield
+    except Exception as error:
+        explanation = explain(error, overrides)
+        if explanation is None:
+            raise
+        raise explanation from error
+
+
+def _keys(values: Any) -> Iterator[str]:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield key
+            yield from _keys(value)
+
+
+def _typed(cfg: Any) -> Config:
+    values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    assert isinstance(config, Config)
+    return config

@@ -1,0 +1,105 @@
+"""Memory of the fullest rank, bytes.
+
+P_d, P_e, P_r: dense, expert and router parameters of the model; b: bytes of an element; T: tokens per micro-batch;
+D, F, E, K as in params.py; V: vocabulary.
+
+1. Parameters that a rank keeps.
+       own = P_d / dp_shard + P_e / (ep edp_shard) + P_r                      routers are replicated -> `_own_params`
+2. Parameters that FSDP gathers. It frees one layer before the next one, but keeps the root (embeddings, head, norm):
+       unsharded = root + max over layers of (dense part of the layer + E / ep experts)        -> `_unsharded_params`
+   Nothing is gathered on one rank. Unsharded gradients live in a buffer of the same size until they are reduced.
+       weights = b (own + unsharded),  grads = b (own + unsharded),  optimizer = 2 * 4 own     (AdamW's moments, fp32)
+   Router weights are fp32 whatever b is.
+3. Activations that one forward saves for backward, without recomputation. c = 12 numbers per element of the residual
+   stream stand for norms, attention and residuals: 10 to 11 were counted for Llama and Qwen3 and 6 for OPT; multi-head
+   latent attention (DeepSeek) needs up to 30.
+       activations = b T (sum over layers of (c D + ffn) + 3 V)            logits, their log-softmax, their gradient
+       dense ffn = 2 n F                                 n: 2 for gated, 1 for up_down (into and out of the activation)
+       MoE ffn   = K (2 D + 2 n d_expert) + 2 n d_shared + 2 E     rows in and out, hidden rows; router logits, scores
+   Balanced routing is assumed: a rank's experts get T K rows. D and the F of layers that stay dense are those of the
+   widest planned site.                                                                          -> `_activations`
+4. Exchange buffers, alive in one layer at a time: rows sent and rows received.
+       dispatch = max over layers of 2 T copies D b                                                  -> `_dispatch`
+
+The parts peak at different moments, so their sum is an upper bound of the model's own tensors. The process itself
+(PyTorch, CUDA context, allocator fragmentation) is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moecompile.mesh import MeshSpec
+from moecompile.plan import LayerPlan, MemoryEstimate
+from moecompile.planner.params import ModelFacts, layer_params, model_params
+from moecompile.planner.traffic import copies_per_token
+
+FP32_BYTES = 4
+ADAMW_MOMENTS = 2
+RESIDUAL_NUMBERS = 12  # c in step 3
+LOGITS_COPIES = 3
+
+
+def memory_of_fullest_rank(
+    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, tokens_per_rank: int
+) -> MemoryEstimate:
+    """The estimate above for micro-batches of `tokens_per_rank` tokens."""
+    own, router = _own_params(layers, mesh, facts)
+    weights = (own + _unsharded_params(layers, mesh, facts)) * facts.bytes_per_param + router * FP32_BYTES
+    return MemoryEstimate(
+        weights=weights,
+        grads=weights,
+        optimizer=(own + router) * ADAMW_MOMENTS * FP32_BYTES,
+        activations=_activations(layers, facts, tokens_per_rank),
+        dispatch=_dispatch(layers, mesh, facts, tokens_per_rank),
+    )
+
+
+def _own_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> tuple[int, int]:
+    """Parameters that one rank keeps (step 1): sharded ones, replicated routers."""
+    params = model_params(layers, facts)
+    return _shard(params.dense, mesh.dp_shard) + _shard(params.experts, mesh.ep * mesh.edp_shard), params.router
+
+
+def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> int:
+    """Parameters that are gathered at the same time (step 2)."""
+    if mesh.world_size == 1:
+        return 0
+    counts = [layer_params(layer) for layer in layers]
+    in_layers = facts.params_total - facts.params_embedding - sum(c.dense for c in counts)
+    largest = max((c.shared + c.experts // mesh.ep for c in counts), default=0)
+    return facts.params_embedding + _shard(in_layers, max(1, facts.num_layers, len(layers))) + largest
+
+
+def _activations(layers: Sequence[LayerPlan], facts: ModelFacts, tokens: int) -> int:
+    """Bytes saved for backward (step 3)."""
+    num_layers = max(facts.num_layers, len(layers))
+    d_model = max((layer.site.d_model for layer in layers), default=0)
+    dense = max((2 * layer.site.num_in_projections * layer.site.d_ff for layer in layers), default=0)
+    per_token = num_layers * RESIDUAL_NUMBERS * d_model + LOGITS_COPIES * facts.vocab_size
+    per_token += sum(_moe_numbers(layer) for layer in layers) + (num_layers - len(layers)) * dense
+    return tokens * per_token * facts.bytes_per_param
+
+
+def _moe_numbers(layer: LayerPlan) -> int:
+    """Numbers per token that one MoE layer saves."""
+    site, experts = layer.site, layer.experts
+    hidden = 2 * site.num_in_projections
+    routed = layer.routing.top_k * (2 * site.d_model + hidden * experts.d_expert)
+    return routed + hidden * experts.d_shared + 2 * experts.num_routed
+
+
+def _dispatch(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, tokens: int) -> int:
+    """Bytes of the rows of the layer that exchanges most (step 4)."""
+    per_token = 0.0
+    for layer in layers:
+        if layer.dispatch.exchanges:
+            copies = copies_per_token(layer.dispatch.kind, layer.placement, layer.routing, mesh)
+            rows = copies.own + copies.intra_node + copies.inter_node
+            per_token = max(per_token, 2 * rows * layer.site.d_model)
+    return round(tokens * per_token * facts.bytes_per_param)
+
+
+def _shard(numbers: int, parts: int) -> int:
+    """The largest of `parts` equal shards."""
+    return -(-numbers // parts)

@@ -1,0 +1,90 @@
+"""Parameter counts before and after rewriting.
+
+    ffn(D, F)  = n (D F + F [bias_up]) + F D + D [bias_down]         n: 2 for gated, 1 for up_down  -> `ffn_params`
+    layer      = E ffn(D, d_expert) + ffn(D, d_shared) + E D         experts, shared expert, router -> `LayerParams`
+    total      = model - sum of ffn(D, d_ff) + sum of layer          over the planned layers        -> `ModelParams`
+    active     = the same with K instead of E experts
+
+Legend: D model dim, F hidden dim, E routed experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moecompile.plan import FFNSite, LayerPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What the planner must know of the dense model.
+
+    params_total: all parameters before rewriting, tied ones once. params_embedding: those outside the layers
+    (embeddings, output head, final norm). num_layers, vocab_size: of the model; where they are 0 (a bare graph), only
+    the planned layers are counted. bytes_per_param: of weights, gradients, activations and rows (4: fp32).
+    """
+
+    params_total: int
+    params_embedding: int = 0
+    num_layers: int = 0
+    vocab_size: int = 0
+    bytes_per_param: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerParams:
+    """Parameters of one rewritten site; `dense` is the FFN that it replaces, `expert` one routed expert."""
+
+    dense: int
+    expert: int
+    experts: int
+    shared: int
+    router: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelParams:
+    """Parameters of the rewritten model by how they are placed.
+
+    dense: everything but routed experts and routers. active: parameters that one token uses.
+    """
+
+    dense: int
+    experts: int
+    router: int
+    active: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.dense + self.experts + self.router
+
+
+def ffn_params(site: FFNSite, d_hidden: int) -> int:
+    """Parameters of an FFN like `site` with hidden width `d_hidden`; none at width 0."""
+    if d_hidden == 0:
+        return 0
+    up = site.num_in_projections * (site.d_model + site.bias_up) * d_hidden
+    return up + (d_hidden + site.bias_down) * site.d_model
+
+
+def layer_params(layer: LayerPlan) -> LayerParams:
+    """Parameters before and after one site is rewritten."""
+    expert = ffn_params(layer.site, layer.experts.d_expert)
+    return LayerParams(
+        dense=ffn_params(layer.site, layer.site.d_ff),
+        expert=expert,
+        experts=layer.experts.num_routed * expert,
+        shared=ffn_params(layer.site, layer.experts.d_shared),
+        router=layer.experts.num_routed * layer.site.d_model,
+    )
+
+
+def model_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParams:
+    """Parameters of the rewritten model."""
+    counts = [layer_params(layer) for layer in layers]
+    dense = facts.params_total + sum(c.shared - c.dense for c in counts)
+    router = sum(c.router for c in counts)
+    used = sum(layer.routing.top_k * c.expert for layer, c in zip(layers, counts, strict=True))
+    return ModelParams(dense=dense, experts=sum(c.experts for c in counts), router=router, active=dense + router + used)

@@ -1,0 +1,88 @@
+"""How numbers and lists of module paths are written for people."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import pairwise
+
+_MIN_STRIDED = 3  # {0..4..2} is read more easily than {0,2,4}, {0..2..2} is not
+
+
+def bytes_text(count: float) -> str:
+    """Bytes with a binary unit and three digits: `1.23 KiB`."""
+    return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
+
+
+def count_text(count: float) -> str:
+    """A large count with three digits: `671B` for 671 billion."""
+    return _scaled(count, 1000, ("", "K", "M", "B", "T")).replace(" ", "")
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 layer`, `3 layers`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def unsuffixed(text: str) -> str:
+    """`text` with the numbers of names (`layers.3`, `silu_3`) blotted out, to tell alike messages."""
+    return re.sub(r"(?<=[._])\d+", "#", text)
+
+
+def fold_paths(items: Iterable[tuple[str, Hashable]]) -> list[tuple[str, list[int]]]:
+    """Joins module paths that differ in one number and have equal keys: `model.layers.{0..5}.mlp`.
+
+    Args:
+        items: (path, key), in the order in which they are to be shown.
+
+    Returns:
+        (folded path, positions of the items that it stands for), in order of first appearance.
+    """
+    members: defaultdict[Hashable, list[tuple[int, list[str]]]] = defaultdict(list)
+    for position, (path, key) in enumerate(items):
+        parts = re.split(r"(\d+)", path)  # texts at even places, numbers at odd ones
+        members[tuple(parts[::2]), key].append((position, parts))
+    folded = [row for group in members.values() for row in _fold_alike(group)]
+    return sorted(folded, key=lambda row: row[1][0])
+
+
+def _fold_alike(group: list[tuple[int, list[str]]]) -> list[tuple[str, list[int]]]:
+    """Folds paths of one pattern over the number that varies most."""
+    places = range(1, len(group[0][1]), 2)
+    varying = max(places, key=lambda place: len({parts[place] for _, parts in group}), default=None)
+    if varying is None:
+        return [("".join(parts), [position]) for position, parts in group]
+    rows: defaultdict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    for position, parts in group:
+        rows["".join(parts[:varying]), "".join(parts[varying + 1 :])].append((int(parts[varying]), position))
+    return [
+        (before + _range_text([number for number, _ in found]) + after, [position for _, position in found])
+        for (before, after), found in rows.items()
+    ]
+
+
+def _range_text(numbers: Sequence[int]) -> str:
+    """`7`, `{0..5}`, `{0..10..2}` or `{0,3..5}`, as a shell would expand it."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    steps = {b - a for a, b in pairwise(numbers)}
+    if len(numbers) >= _MIN_STRIDED and len(steps) == 1 and (step := steps.pop()) > 1:
+        return f"{{{numbers[0]}..{numbers[-1]}..{step}}}"
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return "{" + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs) + "}"
+
+
+def _scaled(count: float, base: int, units: Sequence[str]) -> str:
+    value, unit = float(count), units[0]
+    for larger in units[1:]:
+        if abs(value) < base - 0.5:
+            break
+        value, unit = value / base, larger
+    digits = 0 if value == int(value) or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:.{digits}f} {unit}".rstrip()

@@ -1,0 +1,142 @@
+"""Which tokens are in which micro-batch of which rank.
+
+Training numbers all sequences that it ever sees: position p is window `permutation(seed, p // N)[p % N]` of the N
+windows. Optimizer step s takes the global batch of positions [s * B, (s + 1) * B); rank r of W takes its r-th
+contiguous part and cuts it into micro-batches:
+
+    B = 8, W = 2, micro-batch 2      step s:   |  0  1 |  2  3 |  4  5 |  6  7 |  + 8 s
+                                               rank 0: m0, m1     rank 1: m0, m1
+
+So the micro-batches of all ranks, in rank order, are those of one process that accumulates; and the position, hence the
+place to resume at, does not depend on the mesh.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+IGNORED = -100
+"""Label of a token that is no target."""
+
+
+class TokenWindows(Dataset[dict[str, Tensor]]):
+    """Windows of `seq_len` tokens, side by side; window i is `tokens[i * seq_len : (i + 1) * seq_len + 1]`.
+
+    An item is {"input_ids": (S,), "labels": (S,)}, int64. Labels are shifted already: `labels[t]` is the token that
+    follows `input_ids[t]`. Window `PADDING` has no targets.
+    """
+
+    PADDING = -1
+
+    def __init__(self, tokens: Tensor, seq_len: int) -> None:
+        self.tokens, self.seq_len = tokens, seq_len
+
+    def __len__(self) -> int:
+        return max(0, len(self.tokens) - 1) // self.seq_len
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index == self.PADDING:
+            return {
+                "input_ids": torch.zeros(self.seq_len, dtype=torch.int64),
+                "labels": torch.full((self.seq_len,), IGNORED, dtype=torch.int64),
+            }
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        window = self.tokens[index * self.seq_len : (index + 1) * self.seq_len + 1]
+        return {"input_ids": window[:-1], "labels": window[1:]}
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """This rank's training micro-batches, as lists of window indices, in order.
+
+    Args:
+        num_windows: N. global_batch_size: B, a multiple of micro_batch_size * world_size.
+        start_step: the first optimizer step, for resuming. num_steps: how many steps (None: without end).
+    """
+
+    def __init__(
+        self,
+        num_windows: int,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        start_step: int = 0,
+        num_steps: int | None = None,
+    ) -> None:
+        if num_windows < 1 or global_batch_size % (micro_batch_size * world_size):
+            raise ValueError(
+                f"{num_windows} windows, global batch {global_batch_size} in micro-batches of {micro_batch_size} on "
+                f"{world_size} ranks: there must be a window, and the division must leave no rest"
+            )
+        self.num_windows, self.seed = num_windows, seed
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.per_rank = global_batch_size // world_size
+        self.rank, self.start_step, self.num_steps = rank, start_step, num_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        steps = itertools.count(self.start_step)
+        epoch, order = -1, [0]
+        for step in itertools.islice(steps, self.num_steps):
+            first = step * self.global_batch_size + self.rank * self.per_rank
+            windows = []
+            for position in range(first, first + self.per_rank):
+                if position // self.num_windows != epoch:
+                    epoch = position // self.num_windows
+                    order = _permutation(self.num_windows, self.seed, epoch)
+                windows.append(order[position % self.num_windows])
+            yield from _cut(windows, self.micro_batch_size)
+
+    def __len__(self) -> int:
+        """Number of micro-batches; PyTorch takes the TypeError for "without end"."""
+        if self.num_steps is None:
+            raise TypeError("a sampler without num_steps has no length")
+        return self.num_steps * self.per_rank // self.micro_batch_size
+
+
+class ValidationSampler(Sampler[list[int]]):
+    """This rank's validation micro-batches: all ranks have as many, all of full size, and each window occurs once.
+
+    What is missing is filled with `TokenWindows.PADDING`, which adds nothing to the sum of losses nor to the count of
+    targets.
+
+    Args:
+        max_batches: micro-batches per rank (0: as many as all windows take).
+    """
+
+    def __init__(
+        self, num_windows: int, *, micro_batch_size: int, rank: int, world_size: int, max_batches: int = 0
+    ) -> None:
+        self.num_windows, self.micro_batch_size = num_windows, micro_batch_size
+        self.rank, self.world_size = rank, world_size
+        needed = math.ceil(num_windows / (micro_batch_size * world_size))
+        self.num_batches = min(needed, max_batches) if max_batches else needed
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(self.num_batches):
+            first = (batch * self.world_size + self.rank) * self.micro_batch_size
+            windows = range(first, first + self.micro_batch_size)
+            yield [window if window < self.num_windows else TokenWindows.PADDING for window in windows]
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+
+def _permutation(num_windows: int, seed: int, epoch: int) -> list[int]:
+    """The order of the windows in one epoch. The odd factor keeps the (seed, epoch) pairs of neighbours apart."""
+    generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
+    order: list[int] = torch.randperm(num_windows, generator=generator).tolist()
+    return order
+
+
+def _cut(windows: list[int], size: int) -> Iterator[list[int]]:
+    for first in range(0, len(windows), size):
+        yield windows[first : first + size]

@@ -1,0 +1,71 @@
+"""From text to tokens: a byte-level BPE of one's own, and how surprising its tokens are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from moecompile.errors import ConfigError
+
+
+def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE with `vocab_size` entries; the same text gives the same one, and it encodes any other text.
+
+    Raises:
+        ConfigError: the text is too short for so many entries.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([text], trainer)
+    found = tokenizer.get_vocab_size()
+    if found != vocab_size:
+        raise ConfigError(
+            "data.vocab_size", vocab_size, f"the training text ({len(text)} characters) yields {found} entries only",
+            f"Use {found}, or a longer text",
+        )  # fmt: skip
+    return tokenizer
+
+
+def shared_tokenizer(path: Path, text: str, vocab_size: int, *, rank: int, barrier: Callable[[], object]) -> Tokenizer:
+    """The tokenizer of `text`, trained by rank 0 and kept at `path`, from where every rank reads it after `barrier`.
+
+    Rank 0 trains it anew in each run, so that a file from other data is never taken for it.
+    """
+    if rank == 0:
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        train_tokenizer(text, vocab_size).save(str(partial))
+        partial.replace(path)
+    barrier()
+    return Tokenizer.from_file(str(path))
+
+
+def encode(tokenizer: Tokenizer, text: str) -> Tensor:
+    """The tokens of `text`, int64 (N,)."""
+    return torch.tensor(tokenizer.encode(text).ids, dtype=torch.int64)
+
+
+def unigram_entropy(tokens: Tensor, vocab_size: int) -> float:
+    """The unigram entropy of a text in nats per token: the entropy of its whole token stream's frequencies.
+
+    A model that has learned how often each token occurs, and nothing else, has this loss.
+    """
+    counts = torch.bincount(tokens, minlength=vocab_size).double()
+    frequencies = counts / counts.sum()
+    return float(torch.special.entr(frequencies).sum())
+
+
+def unigram_cross_entropy(train_tokens: Tensor, val_tokens: Tensor, vocab_size: int) -> float:
+    """The loss, in nats per token, of the training text's token frequencies on the validation text.
+
+    Each count is one higher than counted, so that a token that training never saw has a finite loss.
+    """
+    counts = torch.bincount(train_tokens, minlength=vocab_size).double() + 1
+    return float(-(counts / counts.sum()).log()[val_tokens].mean())

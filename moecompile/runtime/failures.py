@@ -1,0 +1,133 @@
+"""How a rank's failure reaches the person: one file per failed rank, and the choice of the one to tell about.
+
+A rank that fails leaves `errors/rank_N.json` (what the launcher needs) and `errors/rank_N.txt` (the traceback). Its
+peers then fail too, because their connections break: of all failures the first that is not such a consequence counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moecompile.errors import MoecompileError, RankFailure, UserError
+
+TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)
+"""Exit codes of a rank that the launcher ended: by the signal itself, or by the rank's own watch for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """One rank's failure. message: for the user. last_line: of the traceback. peer_lost: another rank failed first."""
+
+    rank: int
+    type: str
+    message: str
+    exit_code: int
+    last_line: str
+    time: float
+    peer_lost: bool
+
+    @classmethod
+    def of(cls, error: BaseException, rank: int) -> Failure:
+        """The failure that `error` means for `rank`."""
+        last_line = "".join(traceback.format_exception_only(error)).strip()
+        return cls(
+            rank=rank,
+            type=type(error).__name__,
+            message=str(error),
+            exit_code=error.exit_code if isinstance(error, MoecompileError) else 1,
+            last_line=last_line.splitlines()[0],
+            time=time.time(),
+            peer_lost=is_peer_lost(error),
+        )
+
+
+def errors_dir(run_dir: Path) -> Path:
+    """Where the ranks of `run_dir` leave their failures."""
+    return run_dir / "errors"
+
+
+def clear(run_dir: Path) -> None:
+    """Removes the failures of an earlier run in the same directory."""
+    for path in errors_dir(run_dir).glob("*"):
+        path.unlink()
+
+
+def record(error: BaseException, run_dir: Path, rank: int) -> Failure:
+    """Writes the failure of `rank`; the launcher never sees half a file."""
+    failure = Failure.of(error, rank)
+    folder = errors_dir(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"rank_{rank}.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    partial = folder / f"rank_{rank}.json.tmp"
+    partial.write_text(json.dumps(asdict(failure), indent=1), encoding="utf-8")
+    partial.replace(folder / f"rank_{rank}.json")
+    return failure
+
+
+def claim(run_dir: Path) -> bool:
+    """True for the first rank that asks: without a launcher of ours, one rank tells about the failure."""
+    try:
+        os.close(os.open(errors_dir(run_dir) / "told", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    return True
+
+
+def first_error(run_dir: Path, world_size: int, exit_codes: Mapping[int, int]) -> MoecompileError:
+    """The error to raise for a run whose ranks ended with `exit_codes`, in the order in which they ended.
+
+    Algorithm:
+    1. The first exception that is not about a lost peer.
+    2. Else the first rank that ended without a record, unless the launcher ended it: killed, or left by itself.
+    3. Else the first lost peer (a rank hangs and another one timed out).
+    4. Else whoever was ended by a signal that did not come from the launcher.
+    """
+    records = sorted(_recorded(run_dir), key=lambda failure: failure.time)
+    silent = [rank for rank in exit_codes if rank not in {failure.rank for failure in records}]
+    causes = [failure for failure in records if not failure.peer_lost]  # Step 1
+    silent_causes = [rank for rank in silent if exit_codes[rank] not in TERMINATED]  # Step 2
+    if causes or (records and not silent_causes):  # Steps 1 and 3
+        return to_error((causes or records)[0], run_dir, world_size)
+    rank = (silent_causes or silent)[0]  # Steps 2 and 4
+    return RankFailure(f"rank {rank} of {world_size} failed: {_how_it_ended(exit_codes[rank])}")
+
+
+def to_error(failure: Failure, run_dir: Path, world_size: int) -> MoecompileError:
+    """The exception that stands for `failure` outside of its rank; the rank's traceback is attached as a note."""
+    path = errors_dir(run_dir) / f"rank_{failure.rank}.txt"
+    error: MoecompileError
+    if failure.exit_code == UserError.exit_code:
+        error = UserError(failure.message)
+    else:
+        error = RankFailure(f"rank {failure.rank} of {world_size} failed: {failure.last_line} (see {path})")
+    error.add_note(path.read_text(encoding="utf-8"))
+    return error
+
+
+def is_peer_lost(error: BaseException | None) -> bool:
+    """Whether `error`, or what it was raised from, is a broken or timed-out connection to another rank."""
+    while error is not None:
+        names = {cls.__name__ for cls in type(error).__mro__}
+        if "DistError" in names or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _recorded(run_dir: Path) -> Iterator[Failure]:
+    for path in errors_dir(run_dir).glob("rank_*.json"):
+        yield Failure(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def _how_it_ended(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"the process ended with exit code {exit_code}"
+    name = next((known.name for known in signal.Signals if known == -exit_code), f"signal {-exit_code}")
+    return f"killed by {name}" + " (the machine may have run out of memory)" * (name == "SIGKILL")

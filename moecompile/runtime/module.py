@@ -1,0 +1,85 @@
+"""The LightningModule that trains a language model: losses are sums, so unequal token counts are exact."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moecompile.runtime.data import IGNORED
+from moecompile.schema import OptimizerConfig
+
+
+class LanguageModule(LightningModule):
+    """Next-token prediction with AdamW, for `ExpertParallelStrategy(loss="sum")`.
+
+    Args:
+        model: takes `input_ids` (B, S) and returns an object with `logits` (B, S, V).
+        optimizer: AdamW, warm-up and decay.
+        max_steps: optimizer steps of the run, for the decay.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: OptimizerConfig, max_steps: int) -> None:
+        super().__init__()
+        self.model, self.optimizer, self.max_steps = model, optimizer, max_steps
+        self.val_loss = math.nan
+        self._val_sums: Tensor | None = None
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Sum of the token losses in nats, and how many tokens have a target."""
+        loss, num_tokens = self._summed_loss(batch)
+        return {"loss": loss, "num_tokens": num_tokens}
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts the sums."""
+        self._val_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Adds to the sums; nothing is averaged before the end."""
+        assert self._val_sums is not None
+        loss, num_tokens = self._summed_loss(batch)
+        self._val_sums += torch.stack((loss.double(), num_tokens.double()))
+
+    def on_validation_epoch_end(self) -> None:
+        """Validation loss over all ranks, nats per token."""
+        assert self._val_sums is not None
+        if dist.is_initialized():
+            dist.all_reduce(self._val_sums)
+        loss, num_tokens = self._val_sums.tolist()
+        self.val_loss = loss / num_tokens
+        self.log("val_loss", self.val_loss, prog_bar=True, sync_dist=False)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW; matrices decay, vectors (norms, biases) do not."""
+        matrices = [p for p in self.parameters() if p.requires_grad and p.ndim > 1]
+        vectors = [p for p in self.parameters() if p.requires_grad and p.ndim <= 1]
+        o = self.optimizer
+        optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=o.lr,
+            betas=(o.betas[0], o.betas[1]),
+            eps=o.eps,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_factor(self, step: int) -> float:
+        """Linear warm-up, then cosine decay to `min_lr_ratio` at `max_steps`."""
+        warmup, floor = self.optimizer.warmup_steps, self.optimizer.min_lr_ratio
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, self.max_steps - warmup))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def _summed_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
+        labels = batch["labels"]
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return loss, (labels != IGNORED).sum()

@@ -1,0 +1,122 @@
+"""One training run on all ranks: Lightning's Trainer around a compiled model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import nn
+
+from moecompile.mesh import MeshSpec
+from moecompile.plan import Plan, Traffic
+from moecompile.runtime.callbacks import Metrics, ProgressBar, TrafficMeter
+from moecompile.runtime.data import TextData, train_loader, val_loader
+from moecompile.runtime.module import LanguageModule
+from moecompile.runtime.strategy import ExpertParallelStrategy
+from moecompile.schema import Config, accumulation_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run measured. Losses in nats per token; bytes: forward dispatch and combine, per token and MoE layer."""
+
+    steps: int
+    loss_first: float | None
+    loss_last: float | None
+    val_loss_first: float
+    val_loss: float
+    tokens_per_second: float | None
+    max_violation_last: float | None
+    bytes_per_token_per_layer: Traffic | None
+    checkpoint: Path | None
+
+
+def train(model: nn.Module, plan: Plan, config: Config, data: TextData, run_dir: Path) -> Outcome:
+    """Validates, trains for `trainer.max_steps` optimizer steps, validates again and saves a checkpoint.
+
+    Called on every rank with the same lowered model; needs the process group's environment variables.
+    """
+    mesh, rank = plan.mesh, int(os.environ["RANK"])
+    module = LanguageModule(model, config.optimizer, config.trainer.max_steps)
+    metrics = Metrics(config.trainer.log_interval, config.trainer.max_steps)
+    meter = TrafficMeter(mesh, len(plan.layers))
+    trainer = make_trainer(config, mesh, run_dir, [metrics, meter])
+    val = val_loader(data.val, config.data, rank=rank, world_size=mesh.world_size)
+    fit = train_loader(
+        data.train, config.data, seed=config.seed, rank=rank, world_size=mesh.world_size,
+        num_steps=config.trainer.max_steps,
+    )  # fmt: skip
+    trainer.validate(module, val, verbose=False)
+    first = module.val_loss
+    trainer.fit(module, fit, val)
+    if trainer.global_step % config.trainer.val_interval:  # else the last step was validated within fit
+        trainer.validate(module, val, verbose=False)
+    checkpoint = None
+    if config.trainer.save_checkpoint:
+        checkpoint = run_dir / "checkpoints" / f"step-{trainer.global_step}"
+        trainer.save_checkpoint(checkpoint)
+    return Outcome(
+        steps=trainer.global_step,
+        loss_first=metrics.loss_first,
+        loss_last=metrics.loss_last,
+        val_loss_first=first,
+        val_loss=module.val_loss,
+        tokens_per_second=metrics.tokens_per_second,
+        max_violation_last=metrics.max_violation_last,
+        bytes_per_token_per_layer=meter.per_token_and_layer,
+        checkpoint=checkpoint,
+    )
+
+
+def make_trainer(config: Config, mesh: MeshSpec, run_dir: Path, callbacks: list[Callback]) -> Trainer:
+    """A Trainer over the ranks that are already running."""
+    _quiet_lightning()
+    accumulate = accumulation_steps(config, mesh)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
+    loggers: list[Logger] = [
+        CSVLogger(run_dir, name="", version=""),
+        TensorBoardLogger(run_dir, name="tensorboard", version=""),
+    ]
+    if config.trainer.progress_bar:
+        callbacks = [*callbacks, ProgressBar(refresh_rate=5)]
+    return Trainer(
+        strategy=ExpertParallelStrategy(loss="sum", timeout=timedelta(seconds=config.trainer.timeout_s)),
+        accelerator=_accelerator(mesh.device),
+        devices=local,
+        num_nodes=mesh.world_size // local,
+        max_steps=config.trainer.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=config.optimizer.clip_norm,
+        val_check_interval=min(config.trainer.val_interval, config.trainer.max_steps) * accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,  # the loaders split the batch over all ranks themselves
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=config.trainer.progress_bar,
+        logger=loggers,
+        callbacks=callbacks,
+        default_root_dir=run_dir,
+    )
+
+
+def _accelerator(device: str) -> str:
+    """cpu or gpu; `auto` takes CUDA where it is."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"cuda": "gpu"}.get(device, device)
+
+
+def _quiet_lightning() -> None:
+    """Keeps hints about hardware, loggers and data loader workers off the terminal."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")

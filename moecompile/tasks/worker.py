@@ -1,0 +1,19 @@
+"""One rank of a task: `python -m moecompile.tasks.worker RUN_DIR`, started by `runtime.launch`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moecompile.runtime.launch import rank_main
+
+
+def main(run_dir: Path) -> None:
+    """Runs the task that `run_dir`'s resolved config names."""
+    from moecompile.compose import load_resolved
+    from moecompile.tasks import in_rank
+
+    in_rank(load_resolved(run_dir / "resolved.yaml"), run_dir)
+
+
+if __name__ == "__main__":
+    rank_main(main)

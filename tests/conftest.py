@@ -1,0 +1,37 @@
+"""What all tests share: golden texts, and one thread a process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: more threads than cores make it crawl
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bless", action="store_true", help="rewrite the golden files, and run only tests that use them")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--bless"):
+        items[:] = [item for item in items if "bless" in getattr(item, "fixturenames", ())]
+
+
+@pytest.fixture
+def bless(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`bless("plans/mixtral_ep.yaml", text)`: `text` is what that golden file holds; `make bless` writes it."""
+
+    def check(name: str, text: str) -> None:
+        path = GOLDEN / name
+        if request.config.getoption("--bless"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.exists(), f"there is no tests/golden/{name}: run `make bless`, and read it before you commit it"
+        assert text == path.read_text(encoding="utf-8"), f"tests/golden/{name} differs: `make bless` if it should"
+
+    return check

@@ -1,0 +1,223 @@
+"""The launcher: success, every way to fail, signals, torchrun and SLURM in place."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecompile.errors import RankFailure
+from moecompile.runtime import failures
+from moecompile.runtime.launch import GRACE_S, launch
+
+JOB = "tests.distributed.launched_job"
+PROGRAM = [sys.executable, "-m", "tests.distributed.launcher_program"]
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def from_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks import their module from the working directory; no launcher around the tests is seen."""
+    monkeypatch.chdir(REPOSITORY)
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MODE"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Iterator[Path]:
+    """A run directory that no process holds on to afterwards."""
+    yield tmp_path / "run"
+    _wait_for(lambda: not _ranks_of(tmp_path), "ranks were left behind", seconds=2)
+
+
+def _launch(world_size: int, run_dir: Path) -> None:
+    launch(world_size, run_dir, module=JOB, threads=1, timeout_s=60)
+
+
+def _ranks_of(folder: Path) -> list[int]:
+    """Process ids whose command line names a directory below `folder`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if JOB.encode() in words and any(word.startswith(bytes(folder)) for word in words):
+            found.append(int(path.parent.name))
+    return found
+
+
+def _wait_for(condition: Callable[[], Any], what: str, *, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def _run(command: list[str], environ: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, env={**os.environ, **(environ or {})}, capture_output=True, text=True, timeout=90, check=False
+    )
+
+
+# -- started by the program itself -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "world_size", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
+def test_success(world_size: int, run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    environ, handlers = dict(os.environ), {number: signal.getsignal(number) for number in (2, 15)}
+    _launch(world_size, run_dir)
+    total = world_size * (world_size + 1) // 2
+    done = {path.name: path.read_text() for path in run_dir.glob("done_*")}
+    assert done == {f"done_{rank}": f"{total * world_size} 1" for rank in range(world_size)}
+    output = capfd.readouterr()
+    assert output.out == "rank 0: no terminal\n"
+    assert output.err == ""
+    assert not failures.errors_dir(run_dir).exists()
+    assert dict(os.environ) == environ
+    assert {number: signal.getsignal(number) for number in (2, 15)} == handlers
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("raise", "rank 3 of 4 failed: ZeroDivisionError: in the middle of it (see {errors}/rank_3.txt)"),
+        pytest.param("exit", "rank 3 of 4 failed: the process ended with exit code 3", marks=pytest.mark.slow),
+        ("kill", "rank 3 of 4 failed: killed by SIGKILL (the machine may have run out of memory)"),
+    ],
+)
+def test_a_failing_rank_ends_the_run_and_is_named(
+    mode: str, message: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MODE", mode)
+    with pytest.raises(RankFailure) as caught:
+        _launch(4, run_dir)
+    assert time.time() - _last_start(run_dir) < 10
+    assert str(caught.value) == message.format(errors=run_dir / "errors")
+    assert caught.value.exit_code == 1
+    assert "Traceback" not in capfd.readouterr().err
+    if mode == "raise":
+        assert "ZeroDivisionError: in the middle of it\nsecond line" in (run_dir / "errors/rank_3.txt").read_text()
+        assert "launched_job.py" in caught.value.__notes__[0]
+        assert json.loads((run_dir / "errors/rank_3.json").read_text())["exit_code"] == 1
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_once_in_its_own_words(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODE", "mistake")
+    result = _run([*PROGRAM, "2", str(run_dir)])
+    assert (result.returncode, result.stderr) == (2, "UserError: routing.top_k=9: must be at most 8. Use 8.\n")
+    monkeypatch.setenv("MODE", "succeed")
+    _launch(1, run_dir)  # the same directory again: what an earlier run left is not taken for a failure
+    assert list((run_dir / "errors").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_leaving_early_is_not_success(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODE", "leave")
+    with pytest.raises(RankFailure, match="rank 0 of 1 failed: the process ended with exit code 143"):
+        _launch(1, run_dir)
+
+
+@pytest.mark.slow
+def test_peers_that_ignore_sigterm_are_ended(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODE", "deaf_peers")
+    with pytest.raises(RankFailure, match="rank 1 of 2 failed: ZeroDivisionError"):
+        _launch(2, run_dir)
+    assert time.time() - _last_start(run_dir) < GRACE_S + 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_ending_the_launcher_ends_its_ranks(number: signal.Signals, exit_code: int, run_dir: Path) -> None:
+    environ = {**os.environ, "MODE": "hang"}
+    with subprocess.Popen([*PROGRAM, "2", str(run_dir)], env=environ, stderr=subprocess.DEVNULL) as process:
+        _wait_for(lambda: len(list(run_dir.glob("started_*"))) == 2, "the ranks did not start", seconds=60)
+        process.send_signal(number)
+        assert process.wait(GRACE_S + 5) == exit_code
+
+
+@pytest.mark.slow
+def test_a_terminal_stays_a_terminal_for_rank_0(run_dir: Path) -> None:
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([*PROGRAM, "2", str(run_dir)], stdout=theirs, stderr=theirs) as process:
+        assert process.wait(60) == 0
+    assert os.read(ours, 1000).decode() == "rank 0: a terminal\r\n"
+    os.close(ours)
+    os.close(theirs)
+    assert (run_dir / "logs" / "rank_1.log").read_text() == "rank 1: no terminal\n"
+
+
+def _last_start(run_dir: Path) -> float:
+    return max(float(path.read_text().split()[1]) for path in run_dir.glob("started_*"))
+
+
+# -- in place ----------------------------------------------------------------------------------------------------------
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
+
+
+def test_torchrun_in_place(run_dir: Path) -> None:
+    result = _run([*TORCHRUN, "2", *PROGRAM[1:], "2", str(run_dir)])
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in run_dir.iterdir()] == ["of_rank_0"]
+    assert sorted(path.name for path in run_dir.glob("*/*")) == ["done_0", "done_1", "started_0", "started_1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "told"),
+    [
+        ("raise", r"RankFailure: rank 1 of 2 failed: ZeroDivisionError: in the middle of it \(see .*/rank_1.txt\)\n"),
+        ("mistake", r"UserError: routing.top_k=9: must be at most 8. Use 8.\n"),
+    ],
+)
+def test_torchrun_failure_is_told_once(mode: str, told: str, run_dir: Path) -> None:
+    result = _run([*TORCHRUN, "2", *PROGRAM[1:], "2", str(run_dir)], {"MODE": mode})
+    assert result.returncode != 0
+    assert len(re.findall(told, result.stderr)) == 1
+    assert len(re.findall("^(RankFailure|UserError)", result.stderr, re.MULTILINE)) == 1
+
+
+@pytest.mark.slow
+def test_torchrun_with_another_number_of_ranks(run_dir: Path) -> None:
+    result = _run([*TORCHRUN, "2", *PROGRAM[1:], "4", str(run_dir)])
+    assert result.returncode != 0
+    assert result.stderr.count(
+        "ConfigError: mesh.num_nodes * mesh.ranks_per_node=4: torchrun started 2 ranks, 2 on each node. "
+        "Use mesh.num_nodes=1 mesh.ranks_per_node=2, or start 4 ranks.\n"
+    ) == 1  # fmt: skip
+
+
+@pytest.mark.slow
+def test_slurm_in_place(run_dir: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environ = {
+        **os.environ, "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "localhost", "MASTER_PORT": port,
+    }  # fmt: skip
+    processes = []
+    for rank in ("0", "1"):
+        place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+        processes.append(subprocess.Popen([*PROGRAM, "2", str(run_dir)], env={**environ, **place}))
+    assert [process.wait(60) for process in processes] == [0, 0]
+    assert (run_dir / "of_rank_0" / "done_1").exists()
+    assert not (run_dir / "of_rank_1").exists()

@@ -1,0 +1,138 @@
+"""Parameters and memory of a small model against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from moecompile.mesh import MeshSpec
+from moecompile.plan import (
+    BalancePlan,
+    DispatchPlan,
+    ExpertPlacement,
+    ExpertsPlan,
+    FFNSite,
+    LayerPlan,
+    MemoryEstimate,
+    RoutingPlan,
+    Traffic,
+)
+from moecompile.planner import ModelFacts, Wire, estimate, forward_traffic
+from moecompile.planner.params import ffn_params
+
+# Two layers of 50 + ffn parameters, ffn = 3 * 8 * 16 = 384, and a tied embedding of 100 * 8.
+FACTS = ModelFacts(params_total=1668, params_embedding=800, num_layers=2, vocab_size=100)
+ONE_RANK = MeshSpec()
+FOUR_RANKS = MeshSpec(num_nodes=2, ranks_per_node=2, ep=4)
+
+
+def site(kind: str = "gated", *, bias: bool = False) -> FFNSite:
+    return FFNSite(
+        fqn="layers.0.mlp", kind=kind, d_model=8, d_ff=16, bias_up=bias, bias_down=bias, activation="silu", index=0
+    )
+
+
+def layer(ep: int = 1, kind: str = "local", *, d_expert: int = 16, d_shared: int = 0) -> LayerPlan:
+    return LayerPlan(
+        site=site(),
+        experts=ExpertsPlan(
+            num_routed=4, granularity=16 // d_expert, num_shared=d_shared // d_expert,
+            d_expert=d_expert, d_shared=d_shared, init="random",
+        ),
+        routing=RoutingPlan(
+            top_k=2, score="softmax", normalize=True, scale=1.0, groups=1, top_groups=1, group_score="top2"
+        ),
+        balance=BalancePlan(rule="none", rate=0.0),
+        placement=ExpertPlacement(num_experts=4, ep=ep),
+        dispatch=DispatchPlan(kind=kind),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "bias", "expected"),
+    [
+        ("gated", False, 3 * 8 * 16),
+        ("gated", True, 3 * 8 * 16 + 2 * 16 + 8),
+        ("up_down", False, 2 * 8 * 16),
+        ("up_down", True, 2 * 8 * 16 + 16 + 8),
+    ],
+)
+def test_ffn_params(kind: str, bias: bool, expected: int) -> None:
+    assert ffn_params(site(kind, bias=bias), 16) == expected
+    assert ffn_params(site(kind, bias=bias), 0) == 0
+
+
+def test_params_total_and_active() -> None:
+    found = estimate([layer()], ONE_RANK, FACTS, tokens_per_rank=10, memory_bytes=1e9)
+    assert found.params_total == 1668 - 384 + 4 * 384 + 4 * 8
+    assert found.params_active == 1668 - 384 + 2 * 384 + 4 * 8
+
+
+def test_the_shared_expert_is_always_active() -> None:
+    found = estimate([layer(d_expert=8, d_shared=8)], ONE_RANK, FACTS, tokens_per_rank=10, memory_bytes=1e9)
+    assert found.params_total == 1668 - 384 + 4 * 192 + 192 + 4 * 8
+    assert found.params_active == 1668 - 384 + 2 * 192 + 192 + 4 * 8
+
+
+def test_one_rank_shards_nothing() -> None:
+    found = estimate([layer()], ONE_RANK, FACTS, tokens_per_rank=10, memory_bytes=1e9)
+    params = 1284 + 1536 + 32
+    numbers = 2 * 12 * 8 + 3 * 100 + (2 * (2 * 8 + 4 * 16) + 2 * 4) + 4 * 16  # residuals, logits, MoE and dense layer
+    assert found.memory_bytes_per_rank == MemoryEstimate(
+        weights=4 * params, grads=4 * params, optimizer=8 * params, activations=4 * 10 * numbers, dispatch=0
+    )
+    assert found.bytes_per_token_per_layer == Traffic(intra_node=0.0, inter_node=0.0)
+
+
+def test_four_ranks_shard_and_gather() -> None:
+    found = estimate([layer(4, "flat")], FOUR_RANKS, FACTS, tokens_per_rank=10, memory_bytes=1e9)
+    own = 1284 // 4 + 1536 // 4
+    unsharded = 800 + (1668 - 800 - 384) // 2 + 1536 // 4  # root, dense part of a layer, the rank's experts
+    memory = found.memory_bytes_per_rank
+    assert memory.weights == memory.grads == 4 * (own + unsharded + 32)
+    assert memory.optimizer == 8 * (own + 32)
+    assert memory.dispatch == 2 * (10 * 2) * 8 * 4
+
+
+def test_replicas_are_not_sharded_over() -> None:
+    mesh = MeshSpec(num_nodes=2, ranks_per_node=2, ep=2, dp_replicate=2)
+    found = estimate([layer(2, "flat")], mesh, FACTS, tokens_per_rank=10, memory_bytes=1e9)
+    assert found.memory_bytes_per_rank.optimizer == 8 * (1284 // 2 + 1536 // 2 + 32)
+
+
+def test_bf16_halves_all_but_optimizer_and_router() -> None:
+    wide, narrow = (
+        estimate([layer()], ONE_RANK, replace(FACTS, bytes_per_param=size), tokens_per_rank=10, memory_bytes=1e9)
+        for size in (4, 2)
+    )
+    assert narrow.memory_bytes_per_rank.weights == 2 * (1284 + 1536) + 4 * 32
+    assert narrow.memory_bytes_per_rank.optimizer == wide.memory_bytes_per_rank.optimizer
+
+
+def test_fits_means_no_more_than_the_memory() -> None:
+    total = estimate([layer()], ONE_RANK, FACTS, tokens_per_rank=10, memory_bytes=0).memory_bytes_per_rank.total
+    for memory, fits in ((total - 1, False), (total, True)):
+        assert estimate([layer()], ONE_RANK, FACTS, tokens_per_rank=10, memory_bytes=memory).fits is fits
+
+
+def test_traffic_is_the_mean_over_layers() -> None:
+    layers = [layer(4, "flat"), layer(4, "dedup")]
+    wire = Wire(d_model=8, tokens_per_rank=10)
+    flat, dedup = (forward_traffic(x.dispatch.kind, x.placement, x.routing, FOUR_RANKS, wire) for x in layers)
+    found = estimate(layers, FOUR_RANKS, FACTS, tokens_per_rank=10, memory_bytes=1e9).bytes_per_token_per_layer
+    assert found.inter_node == pytest.approx((flat.inter_node + dedup.inter_node) / 2)
+    assert found.intra_node == pytest.approx((flat.intra_node + dedup.intra_node) / 2)
+
+
+def test_a_plan_without_layers_is_the_dense_model() -> None:
+    found = estimate([], FOUR_RANKS, FACTS, tokens_per_rank=10, memory_bytes=1e9)
+    assert found.params_total == found.params_active == FACTS.params_total
+    assert found.bytes_per_token_per_layer == Traffic(intra_node=0.0, inter_node=0.0)
+
+
+def test_importing_the_planner_does_not_import_torch() -> None:
+    code = "import sys, moecompile.planner; assert not {'torch', 'hydra', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
