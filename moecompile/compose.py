@@ -21,12 +21,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import hydra
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobRuntime
 from hydra.experimental.callback import Callback
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf, read_write
@@ -253,20 +256,21 @@ def _own_hydra() -> Iterator[None]:
         Singleton._instances.update(saved)
 
 
-def _user_config_dirs() -> list[str]:
-    """`hydra.searchpath`: the folder that CONFIG_DIR_VARIABLE names."""
-    folder = os.environ.get(CONFIG_DIR_VARIABLE)
-    if not folder:
-        return []
-    if not Path(folder).is_dir():
-        raise ConfigError(
-            CONFIG_DIR_VARIABLE, folder, "there is no such folder", f"Create it, or unset {CONFIG_DIR_VARIABLE}"
-        )
-    return [f"file://{Path(folder).absolute()}"]
+class _OwnConfigs(SearchPathPlugin):
+    """Adds the folder that CONFIG_DIR_VARIABLE names to the search path of our configs, not of other Hydra programs."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        folder = os.environ.get(CONFIG_DIR_VARIABLE)
+        if not folder or str(conf_dir()) not in (element.path for element in search_path.get_path()):
+            return
+        if not Path(folder).is_dir():
+            fix = f"Create it, or unset {CONFIG_DIR_VARIABLE}"
+            raise ConfigError(CONFIG_DIR_VARIABLE, folder, "there is no such folder", fix)
+        search_path.append("moecompile", f"file://{Path(folder).absolute()}")
 
 
+Plugins.instance().register(_OwnConfigs)
 ConfigStore.instance().store(name="moecompile_schema", node=Config, provider="moecompile")
-OmegaConf.register_new_resolver("moecompile_config_dirs", _user_config_dirs, replace=True)
 
 
 @contextmanager

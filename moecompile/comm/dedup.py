@@ -23,13 +23,15 @@ def lower_dedup(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> None
         packed = graph.call_function(
             ops.pack_rows, (nodes.tokens, nodes.ids, nodes.weights, placement.num_experts, placement.ep)
         )
-        rows, tokens, weights, codes, _, counts = items(graph, packed, 6)
-        _, table = items(graph, graph.call_function(ops.exchange_counts, (counts, axis)), 2)
+        rows, tokens, weights, codes, _, counts = items(
+            graph, packed, "rows", "tokens", "weights_sent", "codes_sent", "order", "counts"
+        )
+        _, table = items(graph, graph.call_function(ops.exchange_counts, (counts, axis)), "received", "table")
         landed = graph.call_function(ops.all_to_all, (rows, table, _ROWS, False, axis))
         sent = graph.call_function(ops.exchange_assignments, (weights, codes, table, _ASSIGNMENTS, axis))
-        weights, codes = items(graph, sent, 2)
+        weights, codes = items(graph, sent, "weights", "codes")
         expanded = graph.call_function(ops.expand_rows, (landed, weights, codes, placement.experts_per_rank))
-        copies, weights, source, _, counts = items(graph, expanded, 5)
+        copies, weights, source, _, counts = items(graph, expanded, "copies", "copy_weights", "source", "order", "counts")
     nodes.experts.args = (copies, counts)
     with graph.inserting_before(nodes.unpermute):
         partial = graph.call_function(ops.reduce_rows, (nodes.experts, weights, source, landed))

@@ -49,9 +49,11 @@ class DispatchNodes:
         return _node(self.unpermute.args[2])
 
 
-def items(graph: fx.Graph, node: fx.Node, count: int) -> tuple[fx.Node, ...]:
-    """The outputs of a node that returns `count` tensors."""
-    return tuple(graph.call_function(operator.getitem, (node, i)) for i in range(count))
+def items(graph: fx.Graph, node: fx.Node, *names: str) -> tuple[fx.Node, ...]:
+    """The outputs of a node that returns several tensors, named for people who read the graph."""
+    return tuple(
+        graph.create_node("call_function", operator.getitem, (node, i), name=name) for i, name in enumerate(names)
+    )
 
 
 def _op(node: fx.Node) -> str:

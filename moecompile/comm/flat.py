@@ -19,9 +19,9 @@ def lower_flat(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> None:
     """Inserts the exchanges around the experts call, in place."""
     axis = layer.dispatch.axis
     with graph.inserting_before(nodes.experts):
-        received, table = items(graph, graph.call_function(ops.exchange_counts, (nodes.counts, axis)), 2)
+        received, table = items(graph, graph.call_function(ops.exchange_counts, (nodes.counts, axis)), "received", "table")
         landed = graph.call_function(ops.all_to_all, (nodes.rows, table, _ALL, False, axis))
-        rows, order, counts = items(graph, graph.call_function(ops.regroup, (landed, received)), 3)
+        rows, order, counts = items(graph, graph.call_function(ops.regroup, (landed, received)), "grouped", "order", "counts")
     nodes.experts.args = (rows, counts)
     with graph.inserting_before(nodes.unpermute):
         outputs = graph.call_function(ops.ungroup, (nodes.experts, order))

@@ -10,13 +10,13 @@ Algorithm, for each site:
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
+from moecompile.comm.dispatch import items
 from moecompile.errors import PassError
 from moecompile.nn import Experts, Router, SharedExperts
 from moecompile.passes.base import count_ops
@@ -99,9 +99,9 @@ def _rewrite_site(
 def _insert(graph: fx.Graph, x: fx.Node, names: dict[str, str], layer: LayerPlan) -> fx.Node:
     tokens = graph.call_function(ops.flatten_tokens, (x,))
     routed = graph.call_module(names["router"], (tokens,))
-    weights, ids = (graph.call_function(operator.getitem, (routed, i)) for i in range(2))
+    weights, ids = items(graph, routed, "weights", "ids")
     permuted = graph.call_function(ops.permute, (tokens, ids, layer.experts.num_routed))
-    rows, order, counts = (graph.call_function(operator.getitem, (permuted, i)) for i in range(3))
+    rows, order, counts = items(graph, permuted, "rows", "order", "counts")
     outputs = graph.call_module(names["experts"], (rows, counts))
     combined = graph.call_function(ops.unpermute, (outputs, order, weights))
     result = graph.call_function(ops.unflatten_tokens, (combined, x))

@@ -76,8 +76,9 @@ class Metrics(Callback):
         extra = {f"max_violation/{load.name}": load.max_violation for load in strategy.loads}
         if strategy.grad_norm is not None:
             extra["grad_norm"] = strategy.grad_norm
-        pl_module.log_dict(row, prog_bar=True, sync_dist=False)
-        pl_module.log_dict(extra, sync_dist=False)
+        pl_module.log_dict(row, prog_bar=True, logger=False)
+        for logger in trainer.loggers:
+            logger.log_metrics(row | extra, step=step)
         self._row_start = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -69,7 +69,8 @@ def rank_main(main: Callable[[Path], Any]) -> NoReturn:
         _redirect_output(run_dir / "logs" / f"rank_{rank}.log")
     try:
         main(run_dir)
-        _barrier()
+        if (group := _process_group()) is not None:
+            group.barrier()  # nobody's leaving breaks a connection that another rank still needs
     except KeyboardInterrupt:
         leave(128 + signal.SIGINT)
     except SystemExit as error:  # also Lightning's answer to SIGTERM; only returning from `main` is success
@@ -159,7 +160,9 @@ def _run_in_place(world_size: int, run_dir: Path, ranks: Ranks, *, module: str, 
     run_dir = agree_on_run_dir(ranks, run_dir)
     try:
         importlib.import_module(module).main(run_dir)
-        _barrier()
+        if (group := _process_group()) is not None:
+            group.barrier()
+            group.destroy_process_group()  # a multirun starts the next one in this process
     except Exception as error:
         failure = failures.record(error, run_dir, ranks.rank)
         if failure.peer_lost:
@@ -248,11 +251,10 @@ def _redirect_output(path: Path) -> None:
         os.dup2(log.fileno(), 2)
 
 
-def _barrier() -> None:
-    """All ranks are done, so that nobody's leaving breaks a connection; without a process group nothing."""
-    torch_distributed = sys.modules.get("torch.distributed")
-    if torch_distributed is not None and torch_distributed.is_initialized():
-        torch_distributed.barrier()
+def _process_group() -> Any:
+    """`torch.distributed`, if `main` imported it and left its process group open."""
+    module = sys.modules.get("torch.distributed")
+    return module if module is not None and module.is_initialized() else None
 
 
 _agreements = itertools.count()

@@ -52,7 +52,9 @@ class LanguageModule(LightningModule):
             dist.all_reduce(self._val_sums)
         loss, num_tokens = self._val_sums.tolist()
         self.val_loss = loss / num_tokens
-        self.log("val_loss", self.val_loss, prog_bar=True, sync_dist=False)
+        self.log("val_loss", self.val_loss, prog_bar=True, logger=False)
+        for logger in self.trainer.loggers:
+            logger.log_metrics({"val_loss": self.val_loss}, step=self.trainer.global_step)
 
     def configure_optimizers(self) -> Any:
         """AdamW; matrices decay, vectors (norms, biases) do not."""

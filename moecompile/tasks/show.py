@@ -10,7 +10,7 @@ from rich.console import Console
 
 from moecompile import plan as plans
 from moecompile.pipeline import Compiled
-from moecompile.report.console import print_passes, print_plan, print_sites
+from moecompile.report.console import print_passes, print_plan
 from moecompile.report.graphs import write_graphs
 
 
@@ -18,8 +18,6 @@ def show_compiled(compiled: Compiled, run_dir: Path, console: Console) -> None:
     """Prints plan and passes; writes `plan.yaml` and `graphs/`."""
     print_plan(compiled.plan, console)
     print_passes(compiled.records, console)
-    if any(site.status == "not_matched" for site in compiled.sites):
-        print_sites(site_rows(compiled), console)
     plans.save(compiled.plan, run_dir / "plan.yaml")
     for fqn in compiled.graphs["captured"]:
         stages = {stage: graphs[fqn] for stage, graphs in compiled.graphs.items()}

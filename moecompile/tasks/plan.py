@@ -1,0 +1,61 @@
+"""task=plan: the plan alone, in one process, whatever the mesh: no GPU and no ranks are needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from moecompile import plan as plans
+from moecompile.errors import ConfigError
+from moecompile.models import build_model, example_inputs
+from moecompile.pipeline import make_plan
+from moecompile.plan import Plan
+from moecompile.report.console import print_plan
+from moecompile.report.result import write_result
+from moecompile.schema import Config
+
+
+def run(config: Config, run_dir: Path) -> None:
+    """Prints the plan and writes `plan.yaml` and `result.json`."""
+    start = time.perf_counter()
+    model = build_model(config.model, config.seed)
+    plan = make_plan(model, config, example=example_inputs(model, config.data.seq_len))
+    require_layers(plan, config)
+    print_plan(plan, Console())
+    plans.save(plan, run_dir / "plan.yaml")
+    result = {"task": "plan", "recipe": config.name, "status": "ok", "seconds": time.perf_counter() - start}
+    write_result(run_dir, result | plan_fields(plan))
+
+
+def plan_fields(plan: Plan) -> dict[str, object]:
+    """What result.json says of a plan."""
+    fields: dict[str, object] = {
+        "plan_hash": plan.hash,
+        "world_size": plan.mesh.world_size,
+        "num_rewritten": len(plan.layers),
+        "dispatch": sorted({layer.dispatch.kind for layer in plan.layers}),
+        "step_seconds": None,
+        "tokens_per_second_per_rank": None,
+        "tflops_per_rank": None,
+    }
+    if plan.estimate is not None:
+        estimate = dataclasses.asdict(plan.estimate)
+        estimate["memory_bytes_per_rank"]["total"] = plan.estimate.memory_bytes_per_rank.total
+        fields |= estimate
+    return fields
+
+
+def require_layers(plan: Plan, config: Config) -> None:
+    """A model without any FFN is fine for the Python API; on the command line it is a mistake.
+
+    Raises:
+        ConfigError: nothing would be rewritten.
+    """
+    if not plan.layers:
+        raise ConfigError(
+            "model", config.model.name, "no dense FFN was found, so there is nothing to rewrite",
+            "Use another model; task=compile lists near misses with their reasons",
+        )  # fmt: skip
