@@ -11,6 +11,7 @@ Names are resolved on first use (PEP 562), so that `import moecompile` imports n
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'moecompile' has no attribute '{name}'")
+    if "lightning" in sys.modules:  # Trainer(strategy="expert_parallel") must know the name
+        importlib.import_module("moecompile.runtime.strategy")
     return getattr(importlib.import_module(f"moecompile.{_HOMES[name]}"), name)
 
 

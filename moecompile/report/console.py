@@ -6,7 +6,8 @@ Cells hold deliberate line breaks, so that tables fit 80 columns also where the 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -14,8 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moecompile.mesh import MeshSpec
-from moecompile.plan import EXCHANGES, Estimate, LayerPlan, Plan, Traffic
+from moecompile.plan import EXCHANGES, Estimate, LayerPlan, Plan
 from moecompile.report.text import bytes_text, count_text, fold_paths, plural, unsuffixed
 
 if TYPE_CHECKING:
@@ -42,16 +42,17 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def print_passes(records: Sequence[PassRecord], console: Console) -> None:
-    """One numbered line a pass: `5 lower   12 -> 19 nodes   +3 all_to_all, ...   0.02 s`."""
+    """One numbered line a pass: `5  lower  0.02 s  12 -> 19 nodes  +3 all_to_all, ...`."""
     grid = _grid()
     for number, record in enumerate(records, start=1):
         grid.add_row(
             Text(str(number)),
             Text(record.name, style="bold"),
+            Text(f"{record.seconds:.2f} s", style="dim", no_wrap=True),
             Text(_nodes_text(record), no_wrap=True),
             Text(_added_text(record)),
-            Text(f"{record.seconds:.2f} s", no_wrap=True),
         )
+    console.print()
     console.print(grid)
 
 
@@ -71,6 +72,7 @@ def print_sites(sites: Sequence[Mapping[str, str]], console: Console) -> None:
             Text(site["status"].replace("_", " "), style=_STATUS_STYLE.get(site["status"], "")),
             Text(site["reason"]),
         )
+    console.print()
     console.print(table)
 
 
@@ -80,15 +82,16 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
     Args:
         result: the content of result.json.
     """
-    status = str(result["status"])
+    recipe, status = str(result["recipe"]), str(result["status"])
+    console.print()
     console.print(
-        Text.assemble(
-            (str(result["recipe"]), "bold"), "  ", (status, _STATUS_STYLE.get(status, "")), f"  {result['seconds']:.1f} s"
-        )
+        Text.assemble((recipe, "bold"), (f"  {status}", _STATUS_STYLE.get(status, "")), f"  {result['seconds']:.1f} s")
     )
     grid = _grid()
-    for name, text in _result_lines(result):
-        grid.add_row(Text(name, style="dim"), Text(text, overflow="fold"))
+    for name, needed, text_of in _RESULT_LINES:
+        values = [result.get(key) for key in needed]
+        if None not in values:
+            grid.add_row(Text(name, style="dim"), Text(text_of(*values), overflow="fold"))
     console.print(grid)
 
 
@@ -106,8 +109,8 @@ def _layers_table(layers: Sequence[LayerPlan], path_width: int) -> Table:
     """One row per set of layers that differ in their place alone."""
     table = _table("site", "dense FFN", "experts", "router", "dispatch")
     for path, positions in fold_paths((layer.site.fqn or "the graph", _decisions(layer)) for layer in layers):
-        layer = layers[positions[0]]
-        table.add_row(_path_text(path, len(positions), path_width), *(Text("\n".join(lines)) for lines in _decisions(layer)))
+        cells = (Text("\n".join(lines)) for lines in _decisions(layers[positions[0]]))
+        table.add_row(_path_text(path, len(positions), path_width), *cells)
     return table
 
 
@@ -149,12 +152,13 @@ def _print_estimate(estimate: Estimate, console: Console) -> None:
     grid = _grid()
     used = f"{count_text(estimate.params_total)}, a token uses {count_text(estimate.params_active)}"
     grid.add_row(Text("parameters", style="dim"), Text(used))
-    grid.add_row(Text("forward bytes", style="dim"), Text(_traffic_text(estimate.bytes_per_token_per_layer)))
+    grid.add_row(Text("forward bytes", style="dim"), Text(_traffic_text(asdict(estimate.bytes_per_token_per_layer))))
     console.print(grid)
 
 
-def _traffic_text(traffic: Traffic) -> str:
-    intra, inter = bytes_text(traffic.intra_node), bytes_text(traffic.inter_node)
+def _traffic_text(bytes_by_link: Mapping[str, float]) -> str:
+    """Bytes of `plan.Traffic` as a mapping, which is how result.json holds it."""
+    intra, inter = (bytes_text(bytes_by_link[link]) for link in ("intra_node", "inter_node"))
     return f"{intra} intra-node, {inter} inter-node per token and layer"
 
 
@@ -170,37 +174,6 @@ def _added_text(record: PassRecord) -> str:
     added = ", ".join(f"+{record.added[name]} {name}" for name in names) if record.nodes_before else ""
     detail = f"({record.detail})" if added and record.detail else record.detail
     return " ".join(filter(None, (added, detail)))
-
-
-def _result_lines(result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """(name, text) of everything that the run measured."""
-
-    def known(*names: str) -> bool:
-        return all(result.get(name) is not None for name in names)
-
-    if known("error"):
-        yield "error", str(result["error"])
-    if known("world_size", "num_rewritten"):
-        yield "model", f"{plural(result['num_rewritten'], 'MoE layer')} on {plural(result['world_size'], 'rank')}"
-    if known("step0_max_abs_diff"):
-        yield "step 0", f"equals the dense model within {result['step0_max_abs_diff']:.1e}"
-    elif known("step0_reason"):
-        yield "step 0", f"need not equal the dense model: {result['step0_reason']}"
-    if known("loss_first", "loss_last", "steps"):
-        yield "loss", f"{result['loss_first']:.4f} -> {result['loss_last']:.4f} in {plural(result['steps'], 'step')}"
-    if known("val_loss"):
-        unigram = f", unigram entropy {result['unigram_entropy']:.4f}" if known("unigram_entropy") else ""
-        yield "validation", f"{result['val_loss']:.4f} nats per token{unigram}"
-    if known("max_violation_last"):
-        yield "balance", f"MaxVio {result['max_violation_last']:.3f} (fullest expert over the mean load, minus 1)"
-    if known("tokens_per_second"):
-        yield "speed", f"{result['tokens_per_second']:,.0f} tokens/s"
-    for name, key in (("forward bytes", "bytes_per_token_per_layer"), ("predicted", "bytes_per_token_per_layer_predicted")):
-        if known(key):
-            yield name, _traffic_text(Traffic(**result[key]))
-    for name in ("checkpoint", "run_dir"):
-        if known(name):
-            yield name.replace("_", " "), str(result[name])
 
 
 def _table(*columns: str) -> Table:
@@ -227,3 +200,20 @@ def _path_text(path: str, count: int, width: int) -> Text:
         lines[-1] += part
     text = Text("\n".join(lines))
     return text.append(f"\n{count} sites", style="dim") if count > 1 else text
+
+
+# Lines of `print_result`: (name, keys of result.json that it needs, their values -> text).
+_RESULT_LINES: tuple[tuple[str, tuple[str, ...], Callable[..., str]], ...] = (
+    ("model", ("num_rewritten", "world_size"), lambda n, world: f"{plural(n, 'MoE layer')} on {plural(world, 'rank')}"),
+    ("step 0", ("step0_max_abs_diff",), lambda diff: f"equals the dense model within {diff:.1e}"),
+    ("step 0", ("step0_reason",), lambda reason: f"need not equal the dense model: {reason}"),
+    ("loss", ("loss_first", "loss_last", "steps"), lambda a, b, n: f"{a:.4f} -> {b:.4f} in {plural(n, 'step')}"),
+    ("validation", ("val_loss",), lambda loss: f"{loss:.4f} nats per token"),
+    ("unigram entropy", ("unigram_entropy",), lambda nats: f"{nats:.4f} nats per token, what token counts alone reach"),
+    ("balance", ("max_violation_last",), lambda v: f"MaxVio {v:.3f} (fullest expert over the mean load, minus 1)"),
+    ("speed", ("tokens_per_second",), lambda speed: f"{speed:,.0f} tokens/s"),
+    ("forward bytes", ("bytes_per_token_per_layer",), _traffic_text),
+    ("predicted", ("bytes_per_token_per_layer_predicted",), _traffic_text),
+    ("checkpoint", ("checkpoint",), str),
+    ("run dir", ("run_dir",), str),
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -74,11 +75,16 @@ def listing(graph_module: GraphModule) -> str:
 
 def picture(graph_module: GraphModule, title: str) -> Picture:
     """What is drawn of a graph: weights and tuple unpacking are left out, their users are joined to the producers."""
-    hidden = {n for n in graph_module.graph.nodes if n.op == "get_attr" or op_name(n) == "getitem"}
+    hidden = {n for n in graph_module.graph.nodes if n.op == "get_attr" or _unpacks(n)}
     index = {node: i for i, node in enumerate(n for n in graph_module.graph.nodes if n not in hidden)}
     boxes = [_box(node, graph_module) for node in index]
     edges = {(index[source], i): None for node, i in index.items() for source in _producers(node, hidden)}
     return Picture(title=title, boxes=tuple(boxes), edges=tuple(edges))
+
+
+def _unpacks(node: Node) -> bool:
+    """Whether the node takes one of several results, not a part of a tensor."""
+    return node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[1], int)
 
 
 def _producers(node: Node, hidden: set[Node]) -> Iterator[Node]:

@@ -14,6 +14,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
+from itertools import pairwise
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -210,7 +211,7 @@ def _draw_edge(axes: Any, points: list[Point]) -> None:
     x, y = points[-1]
     chain = [*points[:-1], (x, y - _ARROW)]
     vertices, codes = [chain[0]], [Path.MOVETO]
-    for (x0, y0), (x1, y1) in zip(chain, chain[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(chain):
         middle = (y0 + y1) / 2
         vertices += [(x0, middle), (x1, middle), (x1, y1)]
         codes += [Path.CURVE4] * 3

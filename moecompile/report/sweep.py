@@ -84,9 +84,7 @@ def _read(folder: Path) -> Job:
 def _flatten(value: Any, path: str = "") -> list[tuple[str, str]]:
     """(dotted key, value as text) of every leaf; lists are leaves."""
     if isinstance(value, Mapping):
-        return [
-            item for key, child in value.items() for item in _flatten(child, f"{path}.{key}" if path else str(key))
-        ]
+        return [item for key, child in value.items() for item in _flatten(child, f"{path}.{key}" if path else str(key))]
     return [(path, "null" if value is None else str(value))]
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from moecompile.checkpoint import whole_folder
 from moecompile.errors import ConfigError, PlanError
 from moecompile.nn import LayerLoad, routers_of, update_balance
 from moecompile.passes.shard import device_mesh_of, shard
@@ -134,6 +136,12 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             return result
 
         return super().optimizer_step(optimizer, completed, model, **kwargs)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """A sharded checkpoint (torch DCP) at `filepath`, whole or not there."""
+        path = Path(self.broadcast(filepath))
+        with whole_folder(path, is_first_rank=self.is_global_zero, barrier=self.barrier) as folder:
+            super().save_checkpoint(checkpoint, folder, storage_options)
 
     def _complete_gradients(self) -> None:
         assert self.model is not None

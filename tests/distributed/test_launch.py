@@ -174,10 +174,12 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
 
 
 def test_torchrun_in_place(run_dir: Path) -> None:
-    result = _run([*TORCHRUN, "2", *PROGRAM[1:], "2", str(run_dir)])
+    runs = [run_dir / "first", run_dir / "second"]  # as a multirun: one process, a new process group each time
+    result = _run([*TORCHRUN, "2", *PROGRAM[1:], "2", *map(str, runs)])
     assert result.returncode == 0, result.stderr
-    assert [path.name for path in run_dir.iterdir()] == ["of_rank_0"]
-    assert sorted(path.name for path in run_dir.glob("*/*")) == ["done_0", "done_1", "started_0", "started_1"]
+    for folder in runs:
+        assert [path.name for path in folder.iterdir()] == ["of_rank_0"]
+        assert sorted(path.name for path in folder.glob("*/*")) == ["done_0", "done_1", "started_0", "started_1"]
 
 
 @pytest.mark.slow
