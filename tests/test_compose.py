@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import hydra
 import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
@@ -40,9 +41,7 @@ def my_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_resolves_to_its_golden_config(
-    recipe: str, tmp_path: Path, bless: Callable[[str, str], None]
-) -> None:
+def test_a_recipe_resolves_to_its_golden_config(recipe: str, tmp_path: Path, bless: Callable[[str, str], None]) -> None:
     config = compose_config([f"recipe={recipe}"])
     validate(config)
     save_resolved(config, tmp_path / "resolved.yaml")
@@ -160,6 +159,14 @@ def test_a_missing_folder_in_the_environment_is_an_error(monkeypatch: pytest.Mon
     monkeypatch.setenv(CONFIG_DIR_VARIABLE, "/no/such/folder")
     with pytest.raises(ConfigError, match=r"^MOECOMPILE_CONFIG_DIR=/no/such/folder: there is no such folder\. Create"):
         compose_config()
+
+
+def test_other_hydra_programs_do_not_see_that_folder(tmp_path: Path, my_conf: Callable[[str, str], None]) -> None:
+    my_conf("recipe/mine", "name: mine\n")
+    (tmp_path / "other").mkdir()
+    with hydra.initialize_config_dir(str(tmp_path / "other"), version_base="1.3"):
+        cfg = hydra.compose(return_hydra_config=True)
+    assert str(tmp_path) not in [source.path for source in cfg.hydra.runtime.config_sources]
 
 
 # -- errors --------------------------------------------------------------------------------------------------------

@@ -52,14 +52,19 @@ class Experts(nn.Module):
     def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         """rows_RD in expert order, counts_E rows of each local expert -> (R, D)."""
         hidden = self._project(rows_RD, counts_E, self.in_name)
-        hidden_RF = self.activation(*hidden.chunk(2, dim=-1)) if self.gated else self.activation(hidden)
+        if self.gated:
+            gate_RF, up_RF = hidden.chunk(2, dim=-1)
+            hidden_RF = self.activation(gate_RF, up_RF)
+        else:
+            hidden_RF = self.activation(hidden)
         return self._project(hidden_RF, counts_E, "down_proj")
 
     def _project(self, rows: Tensor, counts_E: Tensor, name: str) -> Tensor:
         out = torch.ops.moecompile.grouped_mm(rows, _local(getattr(self, name)), counts_E)
         bias = getattr(self, f"{name}_bias")
         if bias is not None:
-            out = out + torch.ops.moecompile.expert_bias(_local(bias), counts_E, rows)
+            # The cast is for autocast: there the product is narrower than the bias, and the sum must stay so.
+            out = out + torch.ops.moecompile.expert_bias(_local(bias).to(out.dtype), counts_E, rows)
         return out
 
     def extra_repr(self) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 
@@ -69,10 +68,8 @@ class Router(nn.Module):
 
     def scores(self, x_TD: Tensor) -> Tensor:
         """Scores of all experts, (T, E), fp32 or wider."""
-        with torch.autocast(self.weight.device.type, enabled=False):
-            weight_ED = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-            logits_TE = F.linear(x_TD.to(weight_ED.dtype), weight_ED)
-            return logits_TE.sigmoid() if self.score == "sigmoid" else logits_TE.softmax(-1)
+        logits_TE: Tensor = torch.ops.moecompile.router_logits(x_TD, self.weight)
+        return logits_TE.sigmoid() if self.score == "sigmoid" else logits_TE.softmax(-1)
 
     @torch.no_grad()
     def choose(self, scores_TE: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moecompile.torch_private import in_backward
 
 _lib = torch.library.Library("moecompile", "FRAGMENT")
 _lib.define("flatten_tokens(Tensor(a) x) -> Tensor(a)")
 _lib.define("unflatten_tokens(Tensor(a) y, Tensor like) -> Tensor(a)")
+_lib.define("router_logits(Tensor x, Tensor weight) -> Tensor")
 
 
 def _flatten_tokens(x: Tensor) -> Tensor:
@@ -25,9 +27,19 @@ def _unflatten_tokens(y_TD: Tensor, like: Tensor) -> Tensor:
     return y_TD.reshape(like.shape)
 
 
-# Views with a formula of their own: autograd, fake tensors and autocast see the reshape inside.
+def _router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """x W^T in at least fp32, also under autocast, (T, E)."""
+    wide, device_type = torch.promote_types(weight_ED.dtype, torch.float32), x_TD.device.type
+    if not torch.amp.is_autocast_available(device_type):  # meta
+        return F.linear(x_TD.to(wide), weight_ED.to(wide))
+    with torch.autocast(device_type, enabled=False):
+        return F.linear(x_TD.to(wide), weight_ED.to(wide))
+
+
+# Composites: autograd and fake tensors see the torch functions inside.
 _lib.impl("flatten_tokens", _flatten_tokens, "CompositeImplicitAutograd")
 _lib.impl("unflatten_tokens", _unflatten_tokens, "CompositeImplicitAutograd")
+_lib.impl("router_logits", _router_logits, "CompositeImplicitAutograd")
 
 
 @torch.library.custom_op("moecompile::count_load", mutates_args=("load_E",))

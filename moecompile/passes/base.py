@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,26 @@ def op_name(node: Node) -> str:
     if node.op == "call_function":
         return getattr(node.target, "__name__", str(node.target)).split(".")[0]
     return str(node.target).rsplit(".", 1)[-1]
+
+
+def erase_unused(graph: Graph) -> None:
+    """Erases attributes, our own ops and their items that nobody reads.
+
+    Not `eliminate_dead_code`: it would also erase the user's in-place methods (`h.add_(1)`), whose results go unread.
+    """
+    for node in reversed(list(graph.nodes)):
+        if not node.users and _reads_only(node):
+            graph.erase_node(node)
+
+
+def _reads_only(node: Node) -> bool:
+    if op_name(node) == "getitem" and node.op == "call_function":
+        return isinstance(node.args[0], Node) and (_is_ours(node.args[0]) or node.args[0].op == "call_module")
+    return node.op == "get_attr" or _is_ours(node)
+
+
+def _is_ours(node: Node) -> bool:
+    return node.op == "call_function" and str(node.target).startswith("moecompile.")
 
 
 def count_ops(graph_module: GraphModule) -> Counter[str]:

@@ -15,7 +15,7 @@ from torch import fx
 from moecompile.comm import LOWERINGS, DispatchNodes
 from moecompile.errors import PassError
 from moecompile.nn import Experts
-from moecompile.passes.base import op_name
+from moecompile.passes.base import erase_unused, op_name
 from moecompile.plan import EXCHANGES, LayerPlan
 
 EXCHANGE_OPS = frozenset(op for ops in EXCHANGES.values() for op in ops)
@@ -49,7 +49,7 @@ class Lower:
                 raise PassError(self.name, layer.site.fqn, str(error)) from error
             # Step 2
             LOWERINGS[layer.dispatch.kind](new.graph, nodes, layer)
-        new.graph.eliminate_dead_code()
+        erase_unused(new.graph)
         new.graph.lint()
         new.recompile()
         new.train(graph_module.training)

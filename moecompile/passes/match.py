@@ -6,7 +6,7 @@ Algorithm:
   1. Read every linear of the graph, whatever its spelling.
   2. From the input of each linear walk upwards through pointwise operations until only linears are left.
   3. The linears that are found must share one input, and widths must be those of an FFN.
-  4. No value inside may be used outside, or it would be lost.
+  4. No value and no weight inside may be used outside, or it would be lost.
 """
 
 from __future__ import annotations
@@ -75,6 +75,18 @@ class GraphView:
         return {node: linear for node in self.graph.nodes if (linear := self._as_linear(node))}
 
     @cached_property
+    def weight_users(self) -> dict[int, list[fx.Node]]:
+        """Id of a weight -> the nodes that use it; tied weights have one id."""
+        users: dict[int, list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                users.setdefault(id(self.tensor(str(node.target))), []).extend(node.users)
+            elif node.op == "call_module":
+                for parameter in self.module(str(node.target)).parameters():
+                    users.setdefault(id(parameter), []).append(node)
+        return users
+
+    @cached_property
     def position(self) -> dict[fx.Node, int]:
         """Node -> place in the graph."""
         return {node: i for i, node in enumerate(self.graph.nodes)}
@@ -82,6 +94,11 @@ class GraphView:
     def module(self, path: str) -> nn.Module:
         """The submodule at `path`."""
         return self.root.get_submodule(path)
+
+    def tensor(self, path: str) -> object:
+        """The attribute at `path`."""
+        owner, _, name = path.rpartition(".")
+        return getattr(self.module(owner), name)
 
     def _as_linear(self, node: fx.Node) -> Linear | None:
         if node.op == "call_module":
@@ -100,8 +117,7 @@ class GraphView:
         return self._linear(node, x, str(weight.target), str(bias.target) if bias is not None else None)
 
     def _linear(self, node: fx.Node, x: fx.Node, weight: str, bias: str | None) -> Linear | None:
-        owner, _, name = weight.rpartition(".")
-        shape = getattr(self.module(owner), name).shape
+        shape = self.tensor(weight).shape  # type: ignore[attr-defined]
         return Linear(node, x, weight, bias, d_in=shape[1], d_out=shape[0]) if len(shape) == 2 else None
 
 
@@ -110,19 +126,21 @@ def find_ffns(view: GraphView) -> tuple[list[FFNMatch], list[NearMiss]]:
     matches: list[FFNMatch] = []
     misses: list[NearMiss] = []
     seen: set[str] = set()
+    claimed: set[fx.Node] = set()
     for down in view.linears.values():  # Step 1
-        found = _match(down, view)
+        found = _match(down, view, claimed)
         if found is None or down.weight in seen:
             continue
         seen.add(down.weight)
         if isinstance(found, FFNMatch):
             matches.append(found)
+            claimed.update(found.nodes)
         else:
             misses.append(found)
     return matches, misses
 
 
-def _match(down: Linear, view: GraphView) -> FFNMatch | NearMiss | None:
+def _match(down: Linear, view: GraphView, claimed: set[fx.Node]) -> FFNMatch | NearMiss | None:
     # Step 2
     ins, pointwise, others = _walk_up(down.x, view)
     if not ins or not any(is_activation(node, view.module) for node in pointwise):
@@ -135,8 +153,24 @@ def _match(down: Linear, view: GraphView) -> FFNMatch | NearMiss | None:
     escaping = [n for n in inside for user in n.users if user not in inside and user is not down.node]
     if escaping:
         return NearMiss(down.weight, f"the value of {escaping[0].name} is also used elsewhere")
+    if taken := [linear.weight for linear in ins if linear.node in claimed]:
+        return NearMiss(down.weight, f"{taken[0]} is the last linear of another FFN")
+    if reason := _weight_used_elsewhere((*ins, down), view):
+        return NearMiss(down.weight, reason)
     gate_first = sorted(ins, key=lambda linear: not any(is_activation(user, view.module) for user in linear.node.users))
     return FFNMatch(tuple(gate_first), tuple(sorted(pointwise, key=view.position.__getitem__)), down)
+
+
+def _weight_used_elsewhere(linears: tuple[Linear, ...], view: GraphView) -> str | None:
+    """Experts would replace one use of the weight and not the other. A module that is called again is the same use."""
+    inside = {linear.node for linear in linears}
+    owners = {linear.node.meta.get("owner", linear.node) for linear in linears}
+    for linear in linears:
+        for path in filter(None, (linear.weight, linear.bias)):
+            for user in view.weight_users[id(view.tensor(path))]:
+                if user not in inside and user.meta.get("owner") not in owners:
+                    return f"its weight {path} is also used by {user.meta.get('owner') or user.name}"
+    return None
 
 
 def _wrong_shape(ins: list[Linear], others: list[fx.Node], down: Linear) -> str | None:

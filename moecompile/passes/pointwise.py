@@ -36,7 +36,9 @@ def torch_name(node: fx.Node, module: GetModule) -> str:
 
 
 def is_pointwise(node: fx.Node, module: GetModule) -> bool:
-    """Whether the node maps each entry by itself."""
+    """Whether the node maps each entry by itself, or asks for the dtype of a value."""
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] == "dtype"
     return (name := torch_name(node, module)) in ACTIVATIONS or name in ARITHMETIC
 
 

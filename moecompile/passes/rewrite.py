@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from moecompile.comm.dispatch import items
 from moecompile.errors import PassError
 from moecompile.nn import Experts, Router, SharedExperts
-from moecompile.passes.base import count_ops
+from moecompile.passes.base import count_ops, erase_unused
 from moecompile.passes.match import FFNMatch
 from moecompile.passes.upcycle import DenseWeights, fill
 from moecompile.plan import LayerPlan
@@ -49,10 +49,9 @@ class Rewrite:
         new = fx.GraphModule(graph_module, graph, class_name=type(graph_module).__name__)
         for match, layer in sites:
             _rewrite_site(new, graph_module, match, copied, layer, self.seed)
-        new.graph.eliminate_dead_code()
-        new.delete_all_unused_submodules()
+        erase_unused(new.graph)
+        new = fx.GraphModule(new, new.graph, class_name=type(graph_module).__name__)  # only with what the graph uses
         new.graph.lint()
-        new.recompile()
         new.train(graph_module.training)
         return new
 
@@ -90,10 +89,10 @@ def _rewrite_site(
     with new.graph.inserting_before(down):
         result = _insert(new.graph, x, names, layer)
     down.replace_all_uses_with(result)
+    copied[match.down.node] = result  # the next FFN may read this one's output
     # Step 4
-    for node in reversed(match.nodes):
-        if not copied[node].users:
-            new.graph.erase_node(copied[node])
+    for node in (down, *(copied[node] for node in reversed(match.nodes[:-1]))):
+        new.graph.erase_node(node)
 
 
 def _insert(graph: fx.Graph, x: fx.Node, names: dict[str, str], layer: LayerPlan) -> fx.Node:

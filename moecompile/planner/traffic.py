@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import cache
 
 from moecompile.errors import PlanError
 from moecompile.mesh import MeshSpec
@@ -110,6 +111,7 @@ def _peers(mesh: MeshSpec) -> tuple[int, int]:
     return on_node - 1, mesh.ep - on_node
 
 
+@cache  # the layers of a model ask the same question
 def _rows_per_peer(kind: str, placement: ExpertPlacement, routing: RoutingPlan) -> float:
     """Expected rows per token to one EP rank, mean over the ranks (step 1)."""
     _check_top_k(placement, routing)

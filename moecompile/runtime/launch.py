@@ -14,6 +14,7 @@ import logging
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -85,11 +86,9 @@ def agree_on_run_dir(ranks: Ranks, run_dir: Path) -> Path:
 
     `launch` calls it by itself; a command line that wants the directory earlier calls it on every rank.
     """
-    store, key = _store(ranks), f"moecompile/run_dir/{next(_agreements)}"
     if ranks.rank == 0:
         failures.clear(run_dir)  # before any rank can fail in it
-        store.set(key, str(run_dir.resolve()))
-    return Path(store.get(key).decode())
+    return Path(_from_rank_0(ranks, str(run_dir.resolve())))
 
 
 def leave(code: int) -> NoReturn:
@@ -158,6 +157,9 @@ def _run_in_place(world_size: int, run_dir: Path, ranks: Ranks, *, module: str, 
         os.environ.setdefault(name, value)
     torch.set_num_threads(threads)  # OpenMP has read its variable long ago
     run_dir = agree_on_run_dir(ranks, run_dir)
+    # A store of its own: in the launcher's, a second process group would find the addresses of the first one.
+    os.environ["MASTER_PORT"] = _from_rank_0(ranks, str(_free_port()))
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     try:
         importlib.import_module(module).main(run_dir)
         if (group := _process_group()) is not None:
@@ -257,14 +259,27 @@ def _process_group() -> Any:
     return module if module is not None and module.is_initialized() else None
 
 
-_agreements = itertools.count()
+_messages = itertools.count()
+
+
+def _from_rank_0(ranks: Ranks, value: str) -> str:
+    """Rank 0's `value`; all ranks in place call it equally often."""
+    os.environ.update(ranks.variables())
+    store, key = _launcher_store(), f"moecompile/{next(_messages)}"
+    if ranks.rank == 0:
+        store.set(key, value)
+    return str(store.get(key).decode())
 
 
 @functools.cache
-def _store(ranks: Ranks) -> Any:
-    """The store at MASTER_ADDR:MASTER_PORT that the process group will use too; kept, as rank 0 may be its server."""
+def _launcher_store() -> Any:
+    """The store at the launcher's MASTER_ADDR and MASTER_PORT; kept, because rank 0 may be its server."""
     from torch.distributed.rendezvous import rendezvous
 
-    os.environ.update(ranks.variables())
-    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=AGREE_TIMEOUT_S)))
-    return store
+    return next(rendezvous("env://", timeout=timedelta(seconds=AGREE_TIMEOUT_S)))[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

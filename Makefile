@@ -1,0 +1,36 @@
+# One virtual environment in .venv, filled by plain pip once (and again when pyproject.toml changes).
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint docs bless
+
+demo: .venv/.installed
+	$(BIN)/python -m moecompile recipe=deepseek_ep
+
+test: .venv/.installed
+	$(BIN)/pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+docs: .venv/.installed-docs
+	$(BIN)/mkdocs build --strict --quiet
+
+bless: .venv/.installed # rewrites the golden files: read the diff before you commit it
+	$(BIN)/pytest --bless
+
+.venv/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(PIP) --editable '.[docs]'
+	touch $@

@@ -1,0 +1,38 @@
+"""Autocast rules: expert matmuls run in the autocast dtype, as every linear does; routing weights and sums keep theirs.
+
+An op without a rule would run under autocast *inside*: the einsum of `unpermute` would sum in bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_lib = torch.library.Library("moecompile", "FRAGMENT")
+
+
+def _grouped_mm(device_type: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def rule(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        rows_RD, weight_EFD = (t if t.dtype == torch.float64 else t.to(dtype) for t in (rows_RD, weight_EFD))
+        with torch.autocast(device_type, enabled=False):
+            out: Tensor = torch.ops.moecompile.grouped_mm(rows_RD, weight_EFD, counts_E)
+        return out
+
+    return rule
+
+
+def _unpermute(device_type: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def rule(rows_RD: Tensor, order_R: Tensor, weights_TK: Tensor) -> Tensor:
+        with torch.autocast(device_type, enabled=False):
+            out: Tensor = torch.ops.moecompile.unpermute(rows_RD, order_R, weights_TK)
+        return out
+
+    return rule
+
+
+for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _lib.impl("grouped_mm", _grouped_mm(_device_type), _key)
+    _lib.impl("unpermute", _unpermute(_device_type), _key)

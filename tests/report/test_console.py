@@ -1,0 +1,177 @@
+"""What is printed: complete, folded, and inside 80 columns where the output is not a terminal."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+from rich.console import Console
+
+from moecompile.mesh import MeshSpec
+from moecompile.passes.base import PassRecord
+from moecompile.plan import (
+    BalancePlan,
+    DispatchPlan,
+    ExpertPlacement,
+    ExpertsPlan,
+    FFNSite,
+    LayerPlan,
+    Plan,
+    RoutingPlan,
+    reductions,
+)
+from moecompile.planner import ModelFacts, estimate
+from moecompile.report.console import print_passes, print_plan, print_result, print_sites
+
+COLUMNS = 80
+
+
+def printed(show: Callable[[Console], None]) -> str:
+    out = io.StringIO()
+    show(Console(file=out, width=COLUMNS))
+    text = out.getvalue()
+    assert max(map(len, text.splitlines())) <= COLUMNS
+    assert "\x1b" not in text
+    return text
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def deepseek_v3() -> Plan:
+    mesh = MeshSpec(num_nodes=256, ranks_per_node=8, ep=64, device="cuda")
+    layers = [
+        LayerPlan(
+            site=FFNSite(
+                fqn=f"model.layers.{i}.mlp", kind="gated", d_model=7168, d_ff=18432,
+                bias_up=False, bias_down=False, activation="silu, mul", index=i - 3,
+            ),
+            experts=ExpertsPlan(
+                num_routed=256, granularity=9, num_shared=1, d_expert=2048, d_shared=2048, init="virtual_group"
+            ),
+            routing=RoutingPlan(
+                top_k=8, score="sigmoid", normalize=True, scale=2.5, groups=8, top_groups=4, group_score="topk_over_m"
+            ),
+            balance=BalancePlan(rule="bias", rate=1e-3),
+            placement=ExpertPlacement(num_experts=256, ep=64),
+            dispatch=DispatchPlan(kind="dedup"),
+        )
+        for i in range(3, 61)
+    ]  # fmt: skip
+    facts = ModelFacts(params_total=42 * 10**9, params_embedding=2 * 10**9, num_layers=61, vocab_size=129280)
+    predicted = estimate(layers, mesh, facts, tokens_per_rank=4096, memory_bytes=80 * 2**30)
+    return Plan(mesh=mesh, layers=tuple(layers), reductions=reductions(mesh), estimate=predicted)
+
+
+def test_58_equal_layers_are_one_row() -> None:
+    plan = deepseek_v3()
+    text = printed(lambda console: print_plan(plan, console))
+    assert text.count("model.layers") == 1
+    assert "model.layers.{3..60}.mlp" in text
+    for shown in (
+        plan.hash, "58 sites", "256 nodes x 8 ranks = 2048 on cuda", "ep 64, edp 32, dp_replicate 1, dp_shard 2048",
+        "7168 x 18432", "256 x 2048", "+ shared 2048", "4 per EP rank", "sigmoid top-8", "4 of 8 groups",
+        "by topk_over_m", "scale 2.5", "rate 0.001", "virtual_group",
+        "dedup, forward: exchange_counts, all_to_all, exchange_assignments, all_to_all",
+    ):  # fmt: skip
+        assert shown in text
+    assert len(text.splitlines()) < 30
+
+
+def test_a_layer_that_differs_has_its_own_row() -> None:
+    plan = deepseek_v3()
+    wider = replace(plan.layers[10], routing=replace(plan.layers[10].routing, top_k=4))
+    changed = replace(plan, layers=(*plan.layers[:10], wider, *plan.layers[11:]))
+    text = printed(lambda console: print_plan(changed, console))
+    assert "{3..12,14..60}" in text
+    assert "model.layers.13.mlp" in text
+
+
+def test_the_estimate_says_whether_it_fits() -> None:
+    plan = deepseek_v3()
+    assert plan.estimate is not None
+    text = printed(lambda console: print_plan(plan, console))
+    assert "inter-node per token and layer" in text
+    row = next(line for line in text.splitlines() if line.count("GiB") > 1)
+    assert row.split()[-1] == "no"
+    roomy = replace(plan, estimate=replace(plan.estimate, fits=True))
+    assert "yes" in printed(lambda console: print_plan(roomy, console)).split()
+
+
+def test_a_plan_without_estimate_or_layers_prints() -> None:
+    empty = Plan(mesh=MeshSpec(), layers=(), reductions=reductions(MeshSpec()))
+    assert "0 MoE layers" in printed(lambda console: print_plan(empty, console))
+
+
+def test_passes_are_numbered_and_exchanges_come_first() -> None:
+    records = [
+        PassRecord(
+            name="capture", nodes_before=0, nodes_after=12, added={"silu": 1}, detail="40 functions", seconds=0.3
+        ),
+        PassRecord(
+            name="lower", nodes_before=12, nodes_after=19,
+            added={"regroup": 1, "getitem": 4, "all_to_all": 2, "exchange_counts": 1}, detail="logical axes",
+        ),
+    ]  # fmt: skip
+    first, *second = printed(lambda console: print_passes(records, console)).strip().splitlines()
+    assert first.split() == ["1", "capture", "0.30", "s", "12", "nodes", "40", "functions"]
+    lowered = words(" ".join(second))
+    assert lowered.startswith("2 lower 0.00 s 12 -> 19 nodes +2 all_to_all, +1 exchange_counts, +1 regroup")
+    assert "getitem" not in lowered
+
+
+def test_sites_fold_and_keep_their_reasons() -> None:
+    sites = [
+        {"fqn": f"h.{i}.mlp", "kind": "gated", "where": f"h.{i}.mlp", "status": "rewritten", "reason": ""}
+        for i in range(4)
+    ] + [
+        {"fqn": f"h.{i}.adapter", "kind": "-", "where": f"h.{i}.adapter", "status": "not_matched",
+         "reason": f"the value of silu_{i} is also used elsewhere"}
+        for i in range(4)
+    ] + [{"fqn": "", "kind": "up_down", "where": "the model", "status": "left", "reason": "not selected"}]  # fmt: skip
+    text = words(printed(lambda console: print_sites(sites, console)))
+    assert "h.{0..3}.mlp gated rewritten 4 sites" in text
+    assert "h.{0..3}.adapter - not matched the value of silu_0 is also used" in text
+    assert "the model up_down left not selected" in text
+
+
+RESULT = {
+    "task": "train", "recipe": "deepseek_ep", "status": "ok", "seconds": 41.23, "world_size": 4, "num_rewritten": 3,
+    "steps": 200, "loss_first": 7.62431, "loss_last": 4.12344, "val_loss": 4.5, "unigram_entropy": 5.77,
+    "tokens_per_second": 8123.4, "step0_max_abs_diff": 3.1e-6, "step0_reason": None, "max_violation_last": 0.43,
+    "bytes_per_token_per_layer": {"intra_node": 1034.2, "inter_node": 2345.1},
+    "bytes_per_token_per_layer_predicted": {"intra_node": 1030.0, "inter_node": 2340.0},
+    "checkpoint": None, "run_dir": "runs/deepseek_ep/x",
+}  # fmt: skip
+
+
+def test_the_closing_summary_has_every_figure() -> None:
+    text = words(printed(lambda console: print_result(RESULT, console)))
+    for shown in (
+        "deepseek_ep ok 41.2 s", "3 MoE layers on 4 ranks", "within 3.1e-06", "7.6243 -> 4.1234 in 200 steps",
+        "validation 4.5000", "unigram entropy 5.7700", "MaxVio 0.430", "8,123 tokens/s",
+        "forward bytes 1.01 KiB intra-node, 2.29 KiB inter-node", "predicted 1.01 KiB", "run dir runs/deepseek_ep/x",
+    ):  # fmt: skip
+        assert shown in text
+    assert "checkpoint" not in text
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    result = {"recipe": "x", "status": "ok", "seconds": 1, "step0_max_abs_diff": None, "step0_reason": "random experts"}
+    text = words(printed(lambda console: print_result(result, console)))
+    assert text == "x ok 1.0 s step 0 need not equal the dense model: random experts"
+
+
+def test_paths_are_printed_as_they_are() -> None:
+    """Brackets are markup to rich."""
+    result = {"recipe": "x", "status": "ok", "seconds": 1, "run_dir": "runs/[bold]/x"}
+    assert "runs/[bold]/x" in printed(lambda console: print_result(result, console))
+
+
+def test_torch_is_not_imported() -> None:
+    code = "import sys, moecompile.report.console; assert not {'torch', 'hydra', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,133 @@
+"""The main job through the command line: real text, real ranks, everything that a run leaves behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecompile import plan as plans
+
+TINY = [
+    "recipe=deepseek_ep", "model.config.num_hidden_layers=2", "model.config.hidden_size=32", "data.vocab_size=300",
+    "model.config.intermediate_size=80", "model.config.num_attention_heads=2", "model.config.num_key_value_heads=2",
+    "data.seq_len=32", "data.micro_batch_size=2", "data.global_batch_size=8", "data.val_batches=2",
+    "data.val_fraction=0.01", "trainer.max_steps=3", "trainer.log_interval=1",
+]  # fmt: skip
+
+
+def moecompile(arguments: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`python -m moecompile` in `folder`, as a user would run it."""
+    return subprocess.run(
+        [sys.executable, "-m", "moecompile", *arguments], cwd=folder, env={**os.environ, **variables}, timeout=240,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return loaded
+
+
+def losses_of(folder: Path) -> list[float]:
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    return [float(row["loss"]) for row in rows if row["loss"]]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One multirun over three world sizes, and the same four-rank job again."""
+    folder = tmp_path_factory.mktemp("sweep")
+    run = moecompile(["-m", *TINY, "mesh=cpu_1,cpu_1x2,cpu_2x2", "hydra.sweep.dir=swept"], folder)
+    assert run.returncode == 0, run.stderr + run.stdout
+    again = moecompile([*TINY, "hydra.run.dir=again"], folder)
+    assert again.returncode == 0, again.stderr + again.stdout
+    return folder, run.stdout
+
+
+def test_a_run_leaves_what_it_promises(sweep: tuple[Path, str]) -> None:
+    folder = sweep[0] / "again"
+    result = result_of(folder)
+    assert {k: result[k] for k in ("task", "recipe", "status", "world_size", "num_rewritten", "steps")} == {
+        "task": "train", "recipe": "deepseek_ep", "status": "ok", "world_size": 4, "num_rewritten": 1, "steps": 3,
+    }  # fmt: skip
+    assert result["step0_max_abs_diff"] < 1e-5
+    assert result["val_loss"] < result["val_loss_first"]
+    plan = plans.load(folder / "plan.yaml")
+    assert plan.hash == result["plan_hash"]
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"resolved.yaml", "plan.yaml", "result.json", "metrics.csv", "tensorboard", "graphs", "tokenizer.json"}
+    assert list((folder / "tensorboard").glob("events*"))
+    graphs = {path.name for path in (folder / "graphs").iterdir()}
+    stages = ("captured", "rewritten", "lowered")
+    assert graphs == {f"model.layers.1.mlp.{stage}.{kind}" for stage in stages for kind in ("txt", "svg")}
+    assert Path(result["checkpoint"], ".metadata").is_file()
+
+
+def test_counted_bytes_are_of_the_planned_order(sweep: tuple[Path, str]) -> None:
+    """The plan assumes uniform routing; a fresh router is not far from it, and no link class is mistaken."""
+    result = result_of(sweep[0] / "again")
+    counted, predicted = result["bytes_per_token_per_layer"], result["bytes_per_token_per_layer_predicted"]
+    for link in ("intra_node", "inter_node"):
+        assert 0.3 * predicted[link] < counted[link] < 1.5 * predicted[link]
+    one_node = result_of(sweep[0] / "swept" / "1")["bytes_per_token_per_layer"]
+    assert one_node["inter_node"] == 0 and one_node["intra_node"] > 0
+    assert result_of(sweep[0] / "swept" / "0")["bytes_per_token_per_layer"] == {"intra_node": 0, "inter_node": 0}
+
+
+def test_meshes_train_the_same_function(sweep: tuple[Path, str]) -> None:
+    one, two, four = (losses_of(sweep[0] / "swept" / str(i)) for i in range(3))
+    assert len(one) == 3
+    assert two == pytest.approx(one, rel=1e-5)
+    assert four == pytest.approx(one, rel=1e-5)
+
+
+def test_a_seed_decides_everything(sweep: tuple[Path, str]) -> None:
+    first, second = sweep[0] / "swept" / "2", sweep[0] / "again"
+    assert losses_of(first) == losses_of(second)
+    assert result_of(first)["val_loss"] == result_of(second)["val_loss"]
+
+
+def test_a_multirun_ends_with_one_table(sweep: tuple[Path, str]) -> None:
+    folder, output = sweep
+    assert sorted(p.name for p in (folder / "swept").iterdir() if p.is_dir()) == ["0", "1", "2"]
+    assert sorted(p.name for p in folder.iterdir()) == ["again", "swept"]
+    assert (folder / "swept" / "sweep.csv").is_file()
+    assert output.count("job  overrides") == 1
+
+
+def test_under_torchrun_every_rank_uses_one_directory(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "moecompile", *TINY,
+         "mesh=cpu_1x2", "trainer.max_steps=1", "trainer.progress_bar=false"],
+        cwd=tmp_path, timeout=240, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr + run.stdout
+    assert len(list(tmp_path.rglob("result.json"))) == 1
+    assert len(list(tmp_path.rglob("resolved.yaml"))) == 1
+    assert run.stdout.count("axes") == 1  # rank 0 alone prints the plan
+
+
+def test_a_mistake_that_only_the_model_shows_is_one_message(tmp_path: Path) -> None:
+    """Raised on every rank, told once; exit code 2, no traceback."""
+    run = moecompile([*TINY, "model.config.intermediate_size=81"], tmp_path)
+    assert run.returncode == 2
+    assert run.stderr.strip() == (
+        "error: experts.granularity=5: must divide d_ff=81 of model.layers.1.mlp. Use a divisor of 81."
+    )
+
+
+@pytest.mark.slow
+def test_the_demo_learns(tmp_path: Path) -> None:
+    """The recipe as it is: validation loss clearly below the unigram entropy of the text and below its start."""
+    run = moecompile(["recipe=deepseek_ep", "hydra.run.dir=demo", "trainer.progress_bar=false"], tmp_path)
+    assert run.returncode == 0, run.stderr + run.stdout
+    result = result_of(tmp_path / "demo")
+    assert result["val_loss"] < result["unigram_entropy"] - 0.5
+    assert result["val_loss"] < result["val_loss_first"] - 1.5

@@ -1,0 +1,278 @@
+"""The command line as a user meets it: real processes, their exit codes, what they print and what they leave behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parents[1]
+MODULE = ("-m", "moecompile")
+
+# A stand-in for the tasks: what it does is chosen by the seed.
+PROGRAM = """
+import sys
+from moecompile.compose import main
+from moecompile.errors import ConfigError, RankFailure
+
+def run(config, run_dir):
+    print("ran", config.name, run_dir)
+    if config.seed == 1:
+        return 0  # writes nothing
+    if config.seed == 2:
+        raise ConfigError("experts.layers", "9:", "selects no site", "Use ':'")
+    if config.seed == 3:
+        raise RankFailure("rank 1 died")
+    if config.seed == 4:
+        raise RuntimeError("a defect")
+    if config.seed == 5:
+        raise KeyboardInterrupt
+    (run_dir / "result.json").write_text('{"status": "ok"}')
+    if config.seed == 6:
+        return 3
+    if config.seed == 7:
+        raise ConfigError("data.path", "x", "is not text", "Give a text file")
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main(run))
+"""
+
+
+@pytest.fixture
+def cwd(tmp_path: Path) -> Path:
+    """An empty folder to run in; the program lies beside it."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    return folder
+
+
+def cli(
+    cwd: Path, *args: str, program: Sequence[str] = ("../program.py",), **environ: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", *program, *args],
+        cwd=cwd, env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environ},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# -- one run -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_has_its_own_directory_and_is_silent_about_hydra(cwd: Path) -> None:
+    result = cli(cwd, "recipe=deepseek_ep")
+    assert (result.returncode, result.stderr) == (0, "")
+    (run_dir,) = cwd.glob("runs/deepseek_ep/*/*")
+    assert result.stdout == f"ran deepseek_ep {run_dir}\n"
+    assert files(run_dir) == ["resolved.yaml", "result.json"]
+    resolved = yaml.safe_load((run_dir / "resolved.yaml").read_text())
+    assert (resolved["name"], resolved["model"]["config"]["vocab_size"]) == ("deepseek_ep", 2048)
+
+
+def test_runs_that_start_together_do_not_collide(cwd: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: cli(cwd), range(4)))
+    assert [result.returncode for result in results] == [0] * 4
+    assert len(list(cwd.glob("runs/default/*/*/result.json"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["mesh.epp=3"], "mesh.epp=3: there is no such key. Did you mean pp or ep? mesh has"),
+        (["mesh=h100"], "mesh=h100: there is no such option. Did you mean h100_8"),
+        (["balance.rule=x"], "balance.rule=x: there is no such choice. Give one of none, bias."),
+        (["mesh.ep=[1,"], "mesh.ep=[1,: cannot be read"),
+        (["recipe=deepseek_ep", "mesh.ep=3"], "mesh.ep=3: must divide the world size (2 nodes x 2 ranks = 4 ranks)."),
+        (["seed=2"], "experts.layers=9:: selects no site. Use ':'."),
+        (["--config-dir", "nope"], "--config-dir="),
+        (["--config-name", "nope"], "--config-name=nope: there is no such option."),
+        (["-m", "mesh=cpu_1,nope"], "mesh=nope: there is no such option. Use one of cpu_1,"),
+        (["-m", "seed=0,1", "mesh.epp=3"], "mesh.epp=3: there is no such key."),
+        (["-m", "optimizer.lr=interval(0,1)"], "BasicSweeper does not support sweep type"),
+    ],
+)
+def test_a_mistake_is_one_message_and_leaves_nothing(args: list[str], message: str, cwd: Path) -> None:
+    result = cli(cwd, *args)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {message}")
+    assert result.stderr.count("\n") == 1
+    assert list(cwd.iterdir()) == []
+
+
+def test_debug_shows_where_a_mistake_was_noticed(cwd: Path) -> None:
+    for args in (["mesh.ep=3"], ["mesh.epp=3"]):
+        result = cli(cwd, *args, "debug=true")
+        assert result.returncode == 2
+        assert result.stderr.startswith("Traceback")
+        assert result.stderr.splitlines()[-1].startswith(f"error: {args[0]}: ")
+
+
+@pytest.mark.parametrize(
+    ("seed", "code", "stderr", "left"),
+    [
+        (1, 0, "", []),  # a rank that works in the directory of rank 0
+        (3, 1, "error: rank 1 died\n", ["resolved.yaml"]),
+        (5, 130, "", ["resolved.yaml"]),
+        (6, 3, "", ["resolved.yaml", "result.json"]),
+        (7, 2, "error: data.path=x: is not text. Give a text file.\n", ["resolved.yaml", "result.json"]),
+    ],
+)
+def test_how_a_run_ends(seed: int, code: int, stderr: str, left: list[str], cwd: Path) -> None:
+    result = cli(cwd, f"seed={seed}", "hydra.run.dir=out/here")
+    assert (result.returncode, result.stderr) == (code, stderr)
+    assert files(cwd) == [f"out/here/{name}" for name in left]
+
+
+def test_a_defect_shows_its_traceback(cwd: Path) -> None:
+    result = cli(cwd, "seed=4")
+    assert result.returncode == 1
+    assert result.stderr.startswith("Traceback")
+    assert result.stderr.endswith("RuntimeError: a defect\n")
+    assert [Path(name).name for name in files(cwd)] == ["resolved.yaml"]
+
+
+def test_a_mistake_removes_only_what_the_run_has_made(cwd: Path) -> None:
+    (cwd / "there").mkdir()
+    assert cli(cwd, "mesh.ep=3", "hydra.run.dir=there/a/b").returncode == 2
+    assert list(cwd.rglob("*")) == [cwd / "there"]
+
+
+# -- multirun ------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_job_does_not_stop_a_multirun(cwd: Path) -> None:
+    result = cli(cwd, "-m", "seed=0,2,4,6,0", "mesh.ep=1")
+    assert result.returncode == 3, "the highest exit code of its jobs"
+    (sweep,) = cwd.glob("runs/default/sweeps/*/*")
+    assert [line for line in result.stdout.splitlines() if line.startswith("ran")] == [
+        f"ran default {sweep / str(number)}" for number in range(5)
+    ]
+    assert "job 1: seed=2 mesh.ep=1\n" in result.stdout
+    assert "error: experts.layers=9:: selects no site. Use ':'.\n" in result.stderr
+    assert "RuntimeError: a defect\n" in result.stderr
+    assert (sweep / "failures.txt").read_text().splitlines() == [
+        "1\t2\texperts.layers=9:: selects no site. Use ':'.",
+        "2\t1\ta defect",
+        "3\t3\t",
+    ]
+    table = [line.split() for line in result.stdout.splitlines() if line[:1].isdigit()]
+    assert [row[:3] for row in table] == [
+        ["0", "seed=0", "ok"],
+        ["1", "seed=2", "failed"],
+        ["2", "seed=4", "failed"],
+        ["3", "seed=6", "ok"],
+        ["4", "seed=0", "ok"],
+    ]
+
+
+def test_a_job_whose_config_is_refused_has_its_row_in_the_table(cwd: Path) -> None:
+    result = cli(cwd, "-m", "mesh.ep=3,1")
+    assert result.returncode == 2
+    assert "error: mesh.ep=3: must divide the world size" in result.stderr
+    assert [line.split()[:3] for line in result.stdout.splitlines() if line[:1].isdigit()] == [
+        ["0", "ep=3", "failed"],
+        ["1", "ep=1", "ok"],
+    ]
+
+
+def test_a_multirun_over_names_has_one_directory(cwd: Path) -> None:
+    result = cli(cwd, "-m", r"name='it\'s a',b", "hydra.sweep.dir=s/${name}")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert files(cwd) == [
+        "s/default/0/resolved.yaml",
+        "s/default/0/result.json",
+        "s/default/1/resolved.yaml",
+        "s/default/1/result.json",
+        "s/default/multirun.yaml",
+        "s/default/sweep.csv",
+    ]
+
+
+# -- what is shown -------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_commands_groups_and_recipes(cwd: Path) -> None:
+    result = cli(cwd, "--help", program=MODULE)
+    assert (result.returncode, result.stderr) == (0, "")
+    for text in (
+        "python -m moecompile [group=option ...]",
+        "mesh: cpu_1, cpu_1x2,",
+        "task: ",
+        "recipe: deepseek_ep",
+        "MOECOMPILE_CONFIG_DIR",
+    ):
+        assert text in result.stdout
+    assert max(len(line) for line in result.stdout.splitlines()) <= 120
+
+
+def test_cfg_prints_the_composed_config(cwd: Path) -> None:
+    result = cli(cwd, "--cfg", "job", "recipe=deepseek_ep", "model=llama_nano", "mesh=h100_8", program=MODULE)
+    assert (result.returncode, result.stderr) == (0, "")
+    shown = yaml.safe_load(result.stdout)
+    assert (shown["name"], shown["model"]["name"], shown["hardware"]["name"]) == ("deepseek_ep", "llama_nano", "h100")
+    assert list(cwd.iterdir()) == []
+
+
+def test_own_config_folders(cwd: Path) -> None:
+    for name in ("flag", "environment"):
+        (cwd / name / "recipe").mkdir(parents=True)
+        text = f"# @package _global_\ndefaults:\n  - override /mesh: cpu_1x4\nname: {name}\n"
+        (cwd / name / "recipe" / f"of_{name}.yaml").write_text(text)
+    environ = {"MOECOMPILE_CONFIG_DIR": "environment"}
+    shown = cli(cwd, "--config-dir", "flag", "--cfg", "job", "recipe=of_flag", program=MODULE, **environ)
+    assert "name: flag\n" in shown.stdout
+    shown = cli(cwd, "--cfg", "job", "recipe=of_environment", program=MODULE, **environ)
+    assert "name: environment\n" in shown.stdout
+    listed = cli(cwd, "--config-dir", "flag", "--help", program=MODULE, **environ).stdout
+    assert re.search(r"^recipe: deepseek_ep,.* of_environment, of_flag", listed, re.MULTILINE)
+    missing = cli(cwd, "--help", program=MODULE, MOECOMPILE_CONFIG_DIR="nope")
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("error: MOECOMPILE_CONFIG_DIR=nope: there is no such folder. Create it, or unset")
+
+
+HEAVY = """
+import sys
+import moecompile
+heavy = {"torch", "transformers", "lightning", "tokenizers", "matplotlib"}
+assert not heavy & set(sys.modules), "import moecompile"
+from moecompile.__main__ import main
+for args in (["--help"], ["--cfg", "job", "recipe=deepseek_ep"]):
+    sys.argv = ["moecompile", *args]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code
+    assert not heavy & set(sys.modules), args
+"""
+
+
+def test_import_help_and_cfg_load_nothing_heavy(cwd: Path) -> None:
+    result = cli(cwd, program=("-c", HEAVY))
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--cfg", "job", "recipe=deepseek_ep"]], ids=["help", "cfg"])
+def test_help_and_cfg_take_less_than_two_seconds(args: list[str], cwd: Path) -> None:
+    seconds = []
+    for _ in range(3):  # the machine may be busy
+        start = time.perf_counter()
+        assert cli(cwd, *args, program=MODULE).returncode == 0
+        seconds.append(time.perf_counter() - start)
+        if seconds[-1] < 2:
+            return
+    pytest.fail(f"took {seconds} s")
