@@ -52,7 +52,9 @@ class MeshSpec:
                 "mesh.ep", self.ep, f"must divide the world size ({shape})", f"Use one of {_divisors(self.world_size)}"
             )
         if self.ep > 1 and self.ep % self.ranks_per_node and self.ranks_per_node % self.ep:
-            fitting = [n for n in _divisors(self.world_size) if not (n % self.ranks_per_node and self.ranks_per_node % n)]
+            fitting = [
+                n for n in _divisors(self.world_size) if not (n % self.ranks_per_node and self.ranks_per_node % n)
+            ]
             raise ConfigError(
                 "mesh.ep",
                 self.ep,

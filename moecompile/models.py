@@ -41,6 +41,7 @@ def example_inputs(model: nn.Module, seq_len: int) -> dict[str, Tensor]:
 
 
 def _from_architecture(model: ModelConfig) -> nn.Module:
+    architecture = str(model.architecture)
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -49,7 +50,7 @@ def _from_architecture(model: ModelConfig) -> nn.Module:
             "model.architecture", model.architecture, "is not a model type of the installed transformers",
             "Use a model type such as llama or deepseek_v3",
         )  # fmt: skip
-    config_class = CONFIG_MAPPING[model.architecture]
+    config_class = CONFIG_MAPPING[architecture]
     known = {*inspect.signature(config_class.__init__).parameters, *config_class.attribute_map}
     if unknown := [key for key in model.config if key not in known]:  # transformers itself takes any key silently
         close = difflib.get_close_matches(unknown[0], known, 1)
@@ -58,7 +59,7 @@ def _from_architecture(model: ModelConfig) -> nn.Module:
             f"Did you mean {close[0]}" if close else "Remove it, or correct its name",
         )  # fmt: skip
     try:
-        config = AutoConfig.for_model(model.architecture, **model.config)
+        config = AutoConfig.for_model(architecture, **model.config)
         built: nn.Module = AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ConfigError(

@@ -1,6 +1,6 @@
 """The passes as one readable list, and the programmatic API built on it.
 
-    capture -> match -> build_plan -> rewrite -> lower -> shard
+capture -> match -> build_plan -> rewrite -> lower -> shard
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
-from moecompile.capture import Example, Recording, call_with, record, trace_region
+from moecompile.capture import Example, Recording, call_with, in_mode, record, trace_region
 from moecompile.compose import compose_config
 from moecompile.errors import CaptureError, ConfigError, MoecompileError, PlanError
 from moecompile.passes.base import PassRecord, count_ops
@@ -29,6 +29,7 @@ from moecompile.passes.upcycle import step0_reason
 from moecompile.plan import FFNSite, LayerPlan, Plan
 from moecompile.planner import ModelFacts
 from moecompile.schema import Config
+from moecompile.torch_private import move_hooks, set_attribute
 
 Graphs = dict[str, fx.GraphModule]
 _PLAN = "_moecompile_plan"
@@ -93,12 +94,12 @@ def compile_model(
     Raises:
         ConfigError, PlanError: something is impossible. CaptureError: the model does not run on the example.
     """
-    return compile_with_report(
-        model, overrides, example=example, plan=plan, device_mesh=device_mesh, until=until
-    ).model
+    return compile_with_report(model, overrides, example=example, plan=plan, device_mesh=device_mesh, until=until).model
 
 
-def make_plan(model_or_graph: nn.Module, overrides: Sequence[str] | Config = (), *, example: Example | None = None) -> Plan:
+def make_plan(
+    model_or_graph: nn.Module, overrides: Sequence[str] | Config = (), *, example: Example | None = None
+) -> Plan:
     """The plan alone; nothing is changed.
 
     Args:
@@ -141,7 +142,7 @@ def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | C
             step.requires(result, layers)
             result = step.run(result, pairs if isinstance(step, Rewrite) else layers)  # type: ignore[arg-type]
             step.ensures(result, layers)
-    setattr(result, _PLAN, plan)
+    set_attribute(result, _PLAN, plan)
     return result
 
 
@@ -179,9 +180,11 @@ def compile_with_report(
     device_mesh: DeviceMesh | None = None,
     until: str = "lower",
 ) -> Compiled:
-    """`compile_model`, with everything that was done: sites, pass records, graphs before and after, step-0 difference."""
+    """`compile_model`, with all that was done: sites, pass records, graphs before and after, step-0 difference."""
     if until not in ("rewrite", "lower", "shard"):
         raise ConfigError("until", until, "must be rewrite, lower or shard", "Use one of these")
+    if any(hasattr(module, _PLAN) for module in model.modules()):
+        raise PlanError("model", type(model).__name__, "is compiled already", "Compile a freshly built model")
     config, clock = _config(overrides), _Clock()
     recording = record(model, example)
     captured = capture_regions(recording)
@@ -209,7 +212,7 @@ def compile_with_report(
         compiled.model = model = _replace(model, lowered)
         compiled.graphs["lowered"] = lowered
         records.append(clock.record("lower", rewritten, lowered, "exchanges on logical axes"))
-    setattr(model, _PLAN, plan)
+    set_attribute(model, _PLAN, plan)
     if until == "shard":
         shard(model, plan, device_mesh or device_mesh_of(plan.mesh, _device_type(model)))
         records.append(clock.record("shard", lowered, lowered, "axes bound, experts split"))
@@ -229,9 +232,7 @@ def capture_regions(recording: Recording) -> Captured:
         try:
             graph_module, inner = _trace(model, fqn, recording, match)
         except MoecompileError as error:
-            captured.refused.append(
-                Site(fqn=fqn, kind=match.kind, where=fqn, status="not_matched", reason=str(error))
-            )
+            captured.refused.append(Site(fqn=fqn, kind=match.kind, where=fqn, status="not_matched", reason=str(error)))
             continue
         captured.regions[fqn], captured.matches[fqn] = graph_module, inner
         captured.sites.append(_site(fqn, inner, len(captured.sites)))
@@ -245,9 +246,7 @@ def _region_of(match: FFNMatch) -> str:
     return common_owner([f"{owner}.x" for owner in owners])
 
 
-def _trace(
-    model: nn.Module, fqn: str, recording: Recording, match: FFNMatch
-) -> tuple[fx.GraphModule, FFNMatch]:
+def _trace(model: nn.Module, fqn: str, recording: Recording, match: FFNMatch) -> tuple[fx.GraphModule, FFNMatch]:
     if fqn not in recording.calls:
         raise CaptureError(f"its region {fqn or 'the model'} is not called as a module")
     graph_module = trace_region(model.get_submodule(fqn), recording.calls[fqn])
@@ -287,13 +286,21 @@ def _planned(matches: dict[str, FFNMatch], layer: LayerPlan) -> FFNMatch:
     """The match that a layer was planned for; a planned site that cannot be applied is an error, never a warning."""
     site, match = layer.site, matches.get(layer.site.fqn)
     if match is None:
-        raise PlanError("plan.layers", site.fqn, "the model has no FFN there", f"Plan again; it has {list(matches)[:3]}")
-    if (match.kind, match.down.d_out, match.down.d_in) != (site.kind, site.d_model, site.d_ff):
         raise PlanError(
-            f"plan.layers[{site.fqn}]", f"{site.kind} {site.d_model}x{site.d_ff}",
-            f"the model has {match.kind} {match.down.d_out}x{match.down.d_in} there", "Plan again for this model",
-        )  # fmt: skip
+            "plan.layers", site.fqn, "the model has no FFN there", f"Plan again; it has {list(matches)[:3]}"
+        )
+    planned, found = _form(site), _form(_site(site.fqn, match, site.index))
+    if planned != found:
+        raise PlanError(
+            f"plan.layers[{site.fqn}]", planned, f"the model has {found} there", "Plan again for this model"
+        )
     return match
+
+
+def _form(site: FFNSite) -> str:
+    """What a plan relies on: `gated 64x128`, `up_down 64x256 with bias_up, bias_down`."""
+    biases = [name for name in ("bias_up", "bias_down") if getattr(site, name)]
+    return f"{site.kind} {site.d_model}x{site.d_ff}" + (f" with {', '.join(biases)}" if biases else "")
 
 
 def _rewrite(regions: Graphs, matches: dict[str, FFNMatch], layers: dict[str, LayerPlan], seed: int) -> Graphs:
@@ -317,9 +324,12 @@ def _lower(regions: Graphs, layers: dict[str, LayerPlan]) -> Graphs:
 def _replace(model: nn.Module, regions: Graphs) -> nn.Module:
     """Puts each region's GraphModule in its place; the model itself is replaced where it is the region."""
     for fqn, graph_module in regions.items():
+        region = model.get_submodule(fqn)
+        move_hooks(region, graph_module)
         if fqn == "":
             return graph_module
-        model.set_submodule(fqn, graph_module)
+        for path in [path for path, module in model.named_modules(remove_duplicate=False) if module is region]:
+            model.set_submodule(path, graph_module)
     return model
 
 
@@ -333,11 +343,8 @@ def _step0(before: list[Tensor], after: list[Tensor], plan: Plan) -> tuple[float
 @torch.no_grad()
 def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
     """Floating-point outputs in evaluation mode."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    out = call_with(model, example)
-    for module in training:
-        module.training = True
+    with in_mode(model, training=False):
+        out = call_with(model, example)
     leaves = tree_leaves(dict(out) if hasattr(out, "items") else out)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
@@ -386,4 +393,3 @@ class _Clock:
             detail=detail,
             seconds=seconds,
         )
-

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
-__all__ = ["FSDPMeshInfo", "HSDPMeshInfo", "ShardPlacementResult", "in_backward", "process_group_by_name"]
+__all__ = [
+    "FSDPMeshInfo",
+    "HSDPMeshInfo",
+    "ShardPlacementResult",
+    "in_backward",
+    "move_hooks",
+    "process_group_by_name",
+    "set_attribute",
+]
+
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
+)  # fmt: skip
 
 
 def in_backward() -> bool:
@@ -18,6 +33,19 @@ def in_backward() -> bool:
 def process_group_by_name(name: str) -> ProcessGroup | None:
     """The process group that c10d registered as `name`, or None."""
     try:
-        return _resolve_process_group(name)
+        return _resolve_process_group(name)  # type: ignore[arg-type]  # GroupName is a NewType of str
     except (RuntimeError, ValueError, KeyError):
         return None
+
+
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Lets `new` run the forward and backward hooks of `old`; their handles stay valid."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+
+
+def set_attribute(module: nn.Module, name: str, value: object) -> None:
+    """`module.name = value`, also in deep copies, in which a GraphModule would lose it."""
+    setattr(module, name, value)
+    if isinstance(module, torch.fx.GraphModule):
+        module.meta.setdefault(_USER_PRESERVED_ATTRIBUTES_KEY, {})[name] = value

@@ -56,7 +56,7 @@ def record(model: nn.Module, example: Example) -> Recording:
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             stack.enter_context(_watched(module, names[id(module)], recording, mode))
-        stack.enter_context(_evaluation(model))
+        stack.enter_context(in_mode(model, training=False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         try:
@@ -152,15 +152,24 @@ def _watched(module: nn.Module, name: str, recording: Recording, mode: _Recorder
 
 
 @contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, so that nothing random runs and no running statistics move."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Training or evaluation mode. Training flags and buffers (running statistics, counters) are put back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    model.train(training)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, flag in flags:
+            module.training = flag
+        for module, name, buffer, value in buffers:
+            with torch.no_grad():
+                buffer.copy_(value)
+            setattr(module, name, buffer)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

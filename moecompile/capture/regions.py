@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from moecompile.capture.record import ModuleCall
+from moecompile.capture.record import ModuleCall, in_mode
 from moecompile.errors import CaptureError
 
 
@@ -23,21 +25,34 @@ class _RegionTracer(fx.Tracer):
         self.tensor_args = tensor_args
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Linear) or isinstance(m, nn.modules.dropout._DropoutNd)
+        return isinstance(m, (nn.Linear, nn.modules.dropout._DropoutNd))
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """Proxies for tensors; None stays None, so that `if mask is None` takes the branch that was recorded."""
-        args: list[Any] = [self.root]
+        """Proxies for tensors; other arguments keep their defaults, so that `if mask is None` takes the recorded branch."""
+        positional: list[Any] = [self.root]
+        by_name: dict[str, Any] = {}
         for name, parameter in list(inspect.signature(root_fn).parameters.items())[1:]:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 continue
-            optional = name not in self.tensor_args
-            default = (None,) if optional else ()
-            proxy = self.create_proxy("placeholder", name, default, {})
-            args.append(None if optional else proxy)
-        return root_fn, args
+            value: Any
+            if name in self.tensor_args:
+                value = self.create_proxy("placeholder", name, (), {})
+            else:
+                value = self._constant(name, None if parameter.default is parameter.empty else parameter.default)
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                by_name[name] = value
+            else:
+                positional.append(value)
+        return partial(root_fn, **by_name), positional
+
+    def _constant(self, name: str, value: Any) -> Any:
+        """`value` is traced as a constant, and the graph raises when it is called with another one."""
+        given = self.create_proxy("placeholder", name, (value,), {})
+        same = self.create_proxy("call_function", operator.is_ if value is None else operator.eq, (given, value), {})
+        self.create_proxy("call_function", torch._assert, (same, f"{name} was {value} when the model was captured"), {})
+        return value
 
 
 def trace_region(module: nn.Module, call: ModuleCall) -> fx.GraphModule:
@@ -92,12 +107,14 @@ def _dropouts_follow_training(graph_module: fx.GraphModule) -> None:
 
 @torch.no_grad()
 def _check_equal(module: nn.Module, graph_module: fx.GraphModule, call: ModuleCall) -> None:
-    wanted, got = (_outputs(m, call) for m in (module, graph_module))
-    if len(wanted) != len(got) or not all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True)):
-        raise CaptureError("its traced graph does not compute the same as the module")
+    for training in (False, True):
+        wanted, got = (_outputs(m, call, training) for m in (module, graph_module))
+        if len(wanted) != len(got) or not all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True)):
+            mode = "training" if training else "evaluation"
+            raise CaptureError(f"its traced graph does not compute the same as the module in {mode} mode")
 
 
-def _outputs(module: nn.Module, call: ModuleCall) -> list[Tensor]:
-    with torch.random.fork_rng(devices=[]):
+def _outputs(module: nn.Module, call: ModuleCall, training: bool) -> list[Tensor]:
+    with torch.random.fork_rng(devices=[]), in_mode(module, training=training):
         torch.manual_seed(0)
         return [leaf for leaf in tree_leaves(module(*call.args, **call.kwargs)) if isinstance(leaf, Tensor)]

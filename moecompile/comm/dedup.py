@@ -1,7 +1,7 @@
 """dedup: one row per (token, destination rank); routing weights and ids travel along, partial sums come back.
 
-    pack_rows -> exchange_counts -> all_to_all (rows) -> exchange_assignments -> expand_rows -> experts -> reduce_rows
-    -> all_to_all -> combine_rows
+pack_rows -> exchange_counts -> all_to_all (rows) -> exchange_assignments -> expand_rows -> experts -> reduce_rows
+-> all_to_all -> combine_rows
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def lower_dedup(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> None
         sent = graph.call_function(ops.exchange_assignments, (weights, codes, table, _ASSIGNMENTS, axis))
         weights, codes = items(graph, sent, "weights", "codes")
         expanded = graph.call_function(ops.expand_rows, (landed, weights, codes, placement.experts_per_rank))
-        copies, weights, source, _, counts = items(graph, expanded, "copies", "copy_weights", "source", "order", "counts")
+        copies, weights, source, _, counts = items(
+            graph, expanded, "copies", "copy_weights", "source", "order", "counts"
+        )
     nodes.experts.args = (copies, counts)
     with graph.inserting_before(nodes.unpermute):
         partial = graph.call_function(ops.reduce_rows, (nodes.experts, weights, source, landed))

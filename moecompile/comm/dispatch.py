@@ -10,7 +10,7 @@ from torch import fx
 
 @dataclass(frozen=True)
 class DispatchNodes:
-    """permute (tokens, ids) -> rows, order, counts; experts (rows, counts) -> outputs; unpermute (outputs, ..., weights)."""
+    """permute (tokens, ids) -> rows, order, counts; experts (rows, counts) -> outputs; unpermute (outputs, weights)."""
 
     permute: fx.Node
     rows: fx.Node

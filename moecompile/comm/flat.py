@@ -1,6 +1,6 @@
 """flat: one row per (token, expert) travels to the expert's rank and its output comes back. The baseline.
 
-    permute -> exchange_counts -> all_to_all -> regroup -> experts -> ungroup -> all_to_all -> unpermute
+permute -> exchange_counts -> all_to_all -> regroup -> experts -> ungroup -> all_to_all -> unpermute
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ def lower_flat(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> None:
     """Inserts the exchanges around the experts call, in place."""
     axis = layer.dispatch.axis
     with graph.inserting_before(nodes.experts):
-        received, table = items(graph, graph.call_function(ops.exchange_counts, (nodes.counts, axis)), "received", "table")
+        received, table = items(
+            graph, graph.call_function(ops.exchange_counts, (nodes.counts, axis)), "received", "table"
+        )
         landed = graph.call_function(ops.all_to_all, (nodes.rows, table, _ALL, False, axis))
-        rows, order, counts = items(graph, graph.call_function(ops.regroup, (landed, received)), "grouped", "order", "counts")
+        rows, order, counts = items(
+            graph, graph.call_function(ops.regroup, (landed, received)), "grouped", "order", "counts"
+        )
     nodes.experts.args = (rows, counts)
     with graph.inserting_before(nodes.unpermute):
         outputs = graph.call_function(ops.ungroup, (nodes.experts, order))

@@ -32,7 +32,9 @@ def routers_of(model: nn.Module) -> list[tuple[str, Router]]:
 
 
 @torch.no_grad()
-def update_balance(model: nn.Module, rates: dict[str, float], group: dist.ProcessGroup | None = None) -> list[LayerLoad]:
+def update_balance(
+    model: nn.Module, rates: dict[str, float], group: dist.ProcessGroup | None = None
+) -> list[LayerLoad]:
     """Sums the load counters over all ranks, moves the correction biases, and starts the counters again.
 
     The rule is DeepSeek-V3's: bias += rate * sign(mean load - load). Call it once per optimizer step.
@@ -54,9 +56,7 @@ def update_balance(model: nn.Module, rates: dict[str, float], group: dist.Proces
         if rate := rates.get(name, 0.0):
             error_E = load_E.double().mean() - load_E
             router.correction_bias += rate * error_E.sign().to(router.correction_bias)
-    return [
-        LayerLoad(name=name, load=load_E.cpu()) for (name, _), load_E in zip(routers, loads, strict=True)
-    ]
+    return [LayerLoad(name=name, load=load_E.cpu()) for (name, _), load_E in zip(routers, loads, strict=True)]
 
 
 def _global_loads(routers: Iterable[Router], group: dist.ProcessGroup | None) -> list[Tensor]:

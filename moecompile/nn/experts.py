@@ -110,4 +110,6 @@ class SharedExperts(nn.Module):
 
 def _local(parameter: Tensor) -> Tensor:
     """This rank's experts: expert-parallel weights are DTensors, sharded over experts."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    return parameter

@@ -15,8 +15,8 @@ class Router(nn.Module):
     """Chooses `top_k` experts per token.
 
     weight (E, D) is at least fp32, and so is all arithmetic, under every precision. `correction_bias` (E,) shifts the
-    choice but not the routing weights (DeepSeek-V3 report, section 2.1.2). `load` (E,) counts the tokens that chose each
-    expert since the last balance update; it differs between ranks and is not in the state dict.
+    choice but not the routing weights (DeepSeek-V3 report, section 2.1.2). `load` (E,) counts the tokens that chose
+    each expert since the last balance update; it differs between ranks and is not in the state dict.
 
     Args:
         d_model, num_experts, top_k: sizes.

@@ -5,6 +5,7 @@ formula, so that rewritten graphs print, re-trace, run under fake tensors and co
 """
 
 from moecompile.ops import exchange, grouped, layout, rows, tokens  # isort: split
+
 from moecompile.ops import autocast  # after the ops that it has rules for
 from moecompile.ops.traffic import traffic
 

@@ -106,9 +106,7 @@ def _assignments_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.mark_non_differentiable(output[1])
 
 
-def _assignments_backward(
-    ctx: Any, grad_weights: Tensor, _codes: Tensor
-) -> tuple[Tensor, None, None, None, None]:
+def _assignments_backward(ctx: Any, grad_weights: Tensor, _codes: Tensor) -> tuple[Tensor, None, None, None, None]:
     (table,) = ctx.saved_tensors
     column = grad_weights.reshape(-1, 1).contiguous()
     back = torch.ops.moecompile.all_to_all(column, table, ctx.column, True, ctx.axis)

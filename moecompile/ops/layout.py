@@ -90,9 +90,7 @@ unpermute.register_autograd(_unpermute_backward, setup_context=_unpermute_setup)
 
 
 @torch.library.custom_op("moecompile::unpermute_backward", mutates_args=())
-def unpermute_backward(
-    grad_TD: Tensor, rows_RD: Tensor, order_R: Tensor, weights_TK: Tensor
-) -> tuple[Tensor, Tensor]:
+def unpermute_backward(grad_TD: Tensor, rows_RD: Tensor, order_R: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `unpermute`: grad_rows_RD[i] = w[a] * grad[token], grad_w[a] = <row of a, grad[token]>."""
     wide = grad_TD.to(weights_TK.dtype).index_select(0, order_R // weights_TK.shape[1])
     weights_R = weights_TK.reshape(-1).index_select(0, order_R)

@@ -6,8 +6,8 @@ A assignments sent = T * K, B assignments received.
 NOTE on the wire format:
   1. Rows stand by (destination rank, token); `tokens_U` names each row's token on the sender.
   2. Assignments stand by (destination rank, token, slot), so those of one row are neighbours.
-  3. An assignment's int16 code is 2 * local expert + (1 if it is the first of its row). The receiver finds the row of an
-     assignment as the running sum of the first-of-row bits: no row numbers travel.
+  3. An assignment's int16 code is 2 * local expert + (1 if it is the first of its row). The receiver finds the row of
+     an assignment as the running sum of the first-of-row bits: no row numbers travel.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def pack_rows(
     local_A = (ids_TK % per_rank).reshape(-1).index_select(0, order_A)
     codes_A = (2 * local_A + first_A).to(torch.int16)
     counts_r2 = torch.stack(
-        (expert_counts(torch.div(key_U, num_tokens, rounding_mode="floor"), num_ranks), expert_counts(rank_A, num_ranks)),
+        (
+            expert_counts(torch.div(key_U, num_tokens, rounding_mode="floor"), num_ranks),
+            expert_counts(rank_A, num_ranks),
+        ),
         dim=1,
     )
     weights_A = weights_TK.reshape(-1).index_select(0, order_A)

@@ -53,4 +53,6 @@ def _is_ours(node: Node) -> bool:
 
 def count_ops(graph_module: GraphModule) -> Counter[str]:
     """How often each op occurs, placeholders, attributes and outputs left out."""
-    return Counter(op_name(n) for n in graph_module.graph.nodes if n.op in ("call_function", "call_module", "call_method"))
+    return Counter(
+        op_name(n) for n in graph_module.graph.nodes if n.op in ("call_function", "call_module", "call_method")
+    )

@@ -26,7 +26,15 @@ from moecompile.plan import (
     reductions,
 )
 from moecompile.planner import ModelFacts, Wire, choose_dispatch, estimate
-from moecompile.schema import BalanceRule, Config, DispatchKind, ExpertInit, resolve_groups, site_slice, validate_transform
+from moecompile.schema import (
+    BalanceRule,
+    Config,
+    DispatchKind,
+    ExpertInit,
+    resolve_groups,
+    site_slice,
+    validate_transform,
+)
 
 _GIB = 2**30
 
@@ -48,9 +56,7 @@ def build_plan(sites: Sequence[FFNSite], config: Config, facts: ModelFacts) -> P
         mesh=mesh,
         layers=layers,
         reductions=reductions(mesh),
-        estimate=estimate(
-            layers, mesh, facts, tokens_per_rank=tokens, memory_bytes=config.hardware.memory_gib * _GIB
-        ),
+        estimate=estimate(layers, mesh, facts, tokens_per_rank=tokens, memory_bytes=config.hardware.memory_gib * _GIB),
     )
 
 
@@ -65,7 +71,10 @@ def select(sites: Sequence[FFNSite], config: Config) -> list[FFNSite]:
     if sites and not matched:
         known = ", ".join(site.fqn for site in sites[:3])
         raise ConfigError(
-            "experts.match", experts.match, f"matches none of the {len(sites)} FFNs ({known}, ...)", "Change the pattern"
+            "experts.match",
+            experts.match,
+            f"matches none of the {len(sites)} FFNs ({known}, ...)",
+            "Change the pattern",
         )
     selected = matched[site_slice(experts.layers)]
     if matched and not selected:
@@ -114,9 +123,7 @@ def _layer(site: FFNSite, config: Config, mesh: MeshSpec) -> LayerPlan:
     )
 
 
-def _dispatch(
-    config: Config, mesh: MeshSpec, routing: RoutingPlan, placement: ExpertPlacement, site: FFNSite
-) -> str:
+def _dispatch(config: Config, mesh: MeshSpec, routing: RoutingPlan, placement: ExpertPlacement, site: FFNSite) -> str:
     """The dispatch of one layer; with one EP rank nothing has to travel, whatever is asked for."""
     kind = config.dispatch.kind
     if kind is DispatchKind.local and mesh.ep > 1:
@@ -124,8 +131,8 @@ def _dispatch(
             "dispatch.kind", "local", f"experts are spread over mesh.ep={mesh.ep} ranks", "Use auto, flat or dedup"
         )
     if mesh.ep == 1:
-        return DispatchKind.local.value
+        return str(DispatchKind.local.value)
     if kind is not DispatchKind.auto:
-        return kind.value
+        return str(kind.value)
     wire = Wire(d_model=site.d_model, tokens_per_rank=config.data.micro_batch_size * config.data.seq_len)
     return choose_dispatch(placement, routing, mesh, wire)

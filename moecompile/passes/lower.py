@@ -56,7 +56,7 @@ class Lower:
         return new
 
     def ensures(self, graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> None:
-        """Exactly the planned exchanges in order, on unbound logical axes; no one-device permute feeds remote experts."""
+        """Exactly the planned exchanges in order, on logical axes; no one-device permute feeds remote experts."""
         wanted = [(op, layer.dispatch.axis) for layer in layers for op in layer.dispatch.exchanges]
         got = [(op_name(node), str(node.args[-1])) for node in exchanges_of(graph_module)]
         if got != wanted:

@@ -16,8 +16,10 @@ from functools import cached_property
 from typing import TypeGuard
 
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from moecompile.passes.pointwise import describe, is_activation, is_pointwise
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -103,7 +105,7 @@ class GraphView:
     def _as_linear(self, node: fx.Node) -> Linear | None:
         if node.op == "call_module":
             owner = self.module(str(node.target))
-            if type(owner).forward is not nn.Linear.forward:
+            if type(owner).forward is not nn.Linear.forward or is_parametrized(owner):
                 return None
             bias = f"{node.target}.bias" if owner.bias is not None else None
             return self._linear(node, node.all_input_nodes[0], f"{node.target}.weight", bias)

@@ -8,12 +8,18 @@ from torch import fx, nn
 
 # Names of torch functions and methods. They are torch's own names, never the model's.
 ACTIVATIONS = frozenset(
-    "celu elu erf exp gelu hardsigmoid hardswish hardtanh leaky_relu log_sigmoid logsigmoid mish pow relu relu6 rrelu "
-    "selu sigmoid silu softplus softsign square tanh tanhshrink".split()
+    (
+        *("celu", "elu", "erf", "exp", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid"),
+        *("logsigmoid", "mish", "pow", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus", "softsign"),
+        *("square", "tanh", "tanhshrink"),
+    )
 )
 ARITHMETIC = frozenset(
-    "add sub rsub mul div truediv neg abs clamp clip minimum maximum dropout alpha_dropout float half bfloat16 double "
-    "to type_as contiguous sqrt rsqrt reciprocal".split()
+    (
+        *("add", "sub", "rsub", "mul", "div", "truediv", "neg", "abs", "clamp", "clip", "minimum", "maximum"),
+        *("dropout", "alpha_dropout", "float", "half", "bfloat16", "double", "to", "type_as", "contiguous"),
+        *("sqrt", "rsqrt", "reciprocal"),
+    )
 )
 _MODULES: dict[type[nn.Module], str] = {
     nn.CELU: "celu", nn.ELU: "elu", nn.GELU: "gelu", nn.Hardsigmoid: "hardsigmoid", nn.Hardswish: "hardswish",
@@ -45,7 +51,9 @@ def is_pointwise(node: fx.Node, module: GetModule) -> bool:
 def is_activation(node: fx.Node, module: GetModule) -> bool:
     """Whether the node is a nonlinear function of one value, or the product of two."""
     name = torch_name(node, module)
-    return name in ACTIVATIONS or (name == "mul" and len(node.all_input_nodes) == 1 and len(node.args) == 2 and node.args[0] is node.args[1])
+    return name in ACTIVATIONS or (
+        name == "mul" and len(node.all_input_nodes) == 1 and len(node.args) == 2 and node.args[0] is node.args[1]
+    )
 
 
 def describe(nodes: Iterable[fx.Node]) -> str:

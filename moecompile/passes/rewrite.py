@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -39,9 +40,7 @@ class Rewrite:
         if found := [name for name in count_ops(graph_module) if name in ("permute", "unpermute", "router")]:
             raise PassError(self.name, layers[0].site.fqn, f"the graph is rewritten already, it holds {found}")
 
-    def run(
-        self, graph_module: fx.GraphModule, sites: Sequence[tuple[FFNMatch, LayerPlan]]
-    ) -> fx.GraphModule:
+    def run(self, graph_module: fx.GraphModule, sites: Sequence[tuple[FFNMatch, LayerPlan]]) -> fx.GraphModule:
         """A new GraphModule; the input keeps its graph, and the two share the weights that stay."""
         graph = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
@@ -105,7 +104,9 @@ def _insert(graph: fx.Graph, x: fx.Node, names: dict[str, str], layer: LayerPlan
     combined = graph.call_function(ops.unpermute, (outputs, order, weights))
     result = graph.call_function(ops.unflatten_tokens, (combined, x))
     if "shared_experts" in names:
-        result = graph.call_function(torch.ops.aten.add.Tensor, (result, graph.call_module(names["shared_experts"], (x,))))
+        result = graph.call_function(
+            torch.ops.aten.add.Tensor, (result, graph.call_module(names["shared_experts"], (x,)))
+        )
     return result
 
 
@@ -128,8 +129,8 @@ def build_modules(
         device=like.device,
         dtype=like.dtype,
     )
-    kinds = {"gated": site.kind == "gated", "bias_up": site.bias_up, "bias_down": site.bias_down}
-    where = {"device": like.device, "dtype": like.dtype}
+    kinds: dict[str, Any] = {"gated": site.kind == "gated", "bias_up": site.bias_up, "bias_down": site.bias_down}
+    where: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
     experts = Experts(site.d_model, plan.d_expert, plan.num_routed, activation=activation, **kinds, **where)
     if not plan.d_shared:
         return router, experts, None
@@ -141,9 +142,7 @@ def activation_module(root: fx.GraphModule, match: FFNMatch) -> fx.GraphModule:
     """The pointwise operations of a match as a module of their own: one argument per linear, gate first."""
     graph = fx.Graph()
     names = ("gate", "up") if match.kind == "gated" else ("up",)
-    env = {
-        linear.node: graph.placeholder(name) for linear, name in zip(match.ins, names, strict=True)
-    }
+    env = {linear.node: graph.placeholder(name) for linear, name in zip(match.ins, names, strict=True)}
     for node in match.pointwise:
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(env[match.down.x])

@@ -47,7 +47,9 @@ def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh) -> nn.Module:
     for axis, size in sizes.items():
         found = device_mesh[axis].size()
         if found != size:
-            raise PlanError(f"mesh.{axis}", size, f"the device mesh has {found} ranks there", "Plan for this device mesh")
+            raise PlanError(
+                f"mesh.{axis}", size, f"the device mesh has {found} ranks there", "Plan for this device mesh"
+            )
     bind_axes(model, device_mesh)  # Step 1
     if plan.mesh.ep > 1:
         _shard_experts(model, device_mesh["ep"])  # Step 2
@@ -65,7 +67,9 @@ def bind_axes(model: nn.Module, device_mesh: DeviceMesh) -> None:
         for node in nodes:
             axis = str(node.args[-1])
             if axis not in (device_mesh.mesh_dim_names or ()):
-                raise PassError("shard", path, f"{node.name} uses axis {axis}, which is bound already or not in the mesh")
+                raise PassError(
+                    "shard", path, f"{node.name} uses axis {axis}, which is bound already or not in the mesh"
+                )
             node.args = (*node.args[:-1], device_mesh.get_group(axis).group_name)
         if nodes:
             module.recompile()
@@ -83,6 +87,8 @@ def _shard_experts(model: nn.Module, ep_mesh: DeviceMesh) -> None:
 def _wrap(model: nn.Module, mesh: MeshSpec, device_mesh: DeviceMesh) -> None:
     experts = {parameter for module in _experts_of(model) for parameter in module.parameters()}
     routers = {parameter for _, router in routers_of(model) for parameter in router.parameters()}
+    experts_info: FSDPMeshInfo
+    dense_info: FSDPMeshInfo
     # Dense weights live on a mesh of their own: its dp_shard axis is (edp, ep) of the experts' mesh, in the same order.
     if mesh.dp_replicate > 1:
         sizes, names = (mesh.dp_replicate, mesh.dp_shard), ("dp_replicate", "dp_shard")

@@ -5,7 +5,7 @@ Legend: D model dim, F width of one slice = d_ff / granularity, E routed experts
 The dense FFN is the sum of its G = S + R slices, because it is a sum over hidden units:
     ffn(x) = sum_s down[:, s] act(gate[s] x, up[s] x) + bias.
 Routed weights of a token sum to `scale`. With whole virtual groups (R experts, one per slice) chosen and equal scores
-within a group, each slice gets scale / R in total, so `down` is multiplied by R / scale and step 0 equals the dense FFN.
+within a group, each slice gets scale / R in total, so `down` is multiplied by R / scale: step 0 is the dense FFN.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def fill(
         return
     factor = routed_slices / layer.routing.scale
     silent = plan.init == "copy"  # beside whole copies the shared expert starts with no say
-    _fill_experts(experts, dense, plan.granularity - routed_slices, routed_slices, factor, bears_bias=silent or not shared)
+    _fill_experts(
+        experts, dense, plan.granularity - routed_slices, routed_slices, factor, bears_bias=silent or not shared
+    )
     if shared is not None:
         _fill_shared(shared, dense, silent=silent)
 
@@ -98,7 +100,9 @@ def _fill_experts(
         in_proj[expert].copy_(torch.cat([weight[piece] for weight in dense.ins]))
         experts.down_proj[expert].copy_(dense.down_DF[:, piece] * factor)
         if in_bias is not None:
-            in_bias[expert].copy_(torch.cat([_bias(b, w)[piece] for b, w in zip(dense.in_biases, dense.ins, strict=True)]))
+            in_bias[expert].copy_(
+                torch.cat([_bias(b, w)[piece] for b, w in zip(dense.in_biases, dense.ins, strict=True)])
+            )
         if experts.down_proj_bias is not None and dense.down_bias is not None:
             share = factor if bears_bias and expert % slices == 0 else 0.0
             experts.down_proj_bias[expert].copy_(dense.down_bias * share)

@@ -22,7 +22,7 @@ class ExpertsPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingPlan:
-    """The router as a function of its logits (DESIGN.md section 5); every field is part of the model, none of the mesh."""
+    """The router as a function of its logits: every field is part of the model, none of the mesh."""
 
     top_k: int
     score: str
@@ -34,9 +34,7 @@ class RoutingPlan:
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_groups <= self.groups:
-            raise PlanError(
-                "routing.top_groups", self.top_groups, f"must lie in 1 .. groups={self.groups}", "Lower it"
-            )
+            raise PlanError("routing.top_groups", self.top_groups, f"must lie in 1 .. groups={self.groups}", "Lower it")
 
 
 @dataclass(frozen=True, kw_only=True)

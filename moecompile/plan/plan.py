@@ -6,7 +6,6 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Optional
 
 from moecompile.errors import PlanError
 from moecompile.mesh import MeshSpec
@@ -46,7 +45,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Bytes per token and MoE layer that leave a rank in the forward pass (dispatch, combine, metadata), by link class."""
+    """Bytes per token and MoE layer that leave a rank in forward (dispatch, combine, metadata), by link class."""
 
     intra_node: float
     inter_node: float
@@ -74,7 +73,7 @@ class Plan:
     mesh: MeshSpec
     layers: tuple[LayerPlan, ...]
     reductions: tuple[Reduction, ...]
-    estimate: Optional[Estimate] = None
+    estimate: Estimate | None = None
 
     def __post_init__(self) -> None:
         seen: set[str] = set()

@@ -1,6 +1,6 @@
 """Which ranks' gradients are summed: one pure function of where weights live and how the batch is split.
 
-The rule (DESIGN.md section 4). All reductions are plain sums. A rank's loss is a sum over its own tokens, so the gradient
+The rule. All reductions are plain sums. A rank's loss is a sum over its own tokens, so the gradient
 of a weight is the sum over all ranks whose tokens it saw. The batch is split over every axis; along an axis on which
 ranks own *different* weights, the tokens came to the weight through the exchange and their gradients with them, so
 nothing is left to be summed there.

@@ -66,7 +66,10 @@ class Metrics(Callback):
         if self.loss_first is None:
             self.loss_first = row["loss"]
         else:
-            self._timed_tokens, self._timed_seconds = self._timed_tokens + int(num_tokens), self._timed_seconds + seconds
+            self._timed_tokens, self._timed_seconds = (
+                self._timed_tokens + int(num_tokens),
+                self._timed_seconds + seconds,
+            )
             self.tokens_per_second = self._timed_tokens / self._timed_seconds
         self.loss_last = row["loss"]
         strategy = trainer.strategy
@@ -134,5 +137,7 @@ class ProgressBar(TQDMProgressBar):
         names = {"loss": "loss", "tokens_per_second": "tok/s", "max_violation": "MaxVio", "val_loss": "val"}
         shapes = {"tokens_per_second": "{:,.0f}", "max_violation": "{:.2f}"}
         return {
-            short: shapes.get(name, "{:.3f}").format(float(found[name])) for name, short in names.items() if name in found
+            short: shapes.get(name, "{:.3f}").format(float(found[name]))
+            for name, short in names.items()
+            if name in found
         }

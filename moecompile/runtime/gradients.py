@@ -70,7 +70,9 @@ def _num_shards(parameter: Tensor) -> int:
     if not isinstance(parameter, DTensor):
         return 1
     sizes = parameter.device_mesh.shape
-    return prod(size for size, placement in zip(sizes, parameter.placements, strict=True) if not placement.is_replicate())
+    return prod(
+        size for size, placement in zip(sizes, parameter.placements, strict=True) if not placement.is_replicate()
+    )
 
 
 def _local_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

@@ -81,7 +81,5 @@ class LanguageModule(LightningModule):
     def _summed_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
         labels = batch["labels"]
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         return loss, (labels != IGNORED).sum()

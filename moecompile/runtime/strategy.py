@@ -45,7 +45,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         process_group_backend, timeout: of the process group; gloo on a CPU and NCCL on CUDA by default.
 
     Raises:
-        ConfigError: `loss` is neither. PlanError (at setup): no compiled model, or the Trainer's ranks do not fit its plan.
+        ConfigError: `loss` is neither. PlanError (at setup): no compiled model, or the Trainer's ranks do not fit it.
     """
 
     def __init__(
@@ -164,8 +164,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 f"the plan is for {plan.mesh.world_size} ranks, the Trainer has {self.world_size}",
                 "Change mesh.num_nodes and mesh.ranks_per_node, or the Trainer's devices and num_nodes",
             )  # fmt: skip
-
-
 
 
 def _region_of(model: nn.Module, router: str, plan: Plan) -> str:

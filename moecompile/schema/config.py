@@ -133,7 +133,7 @@ class BalanceConfig:
 
 @dataclass(kw_only=True)
 class MeshConfig:
-    """`mesh`: ranks and their axes. ep: ranks that share one set of experts (`auto`: all). device: cpu, cuda or auto."""
+    """`mesh`: ranks and their axes. ep: ranks that share one set of experts (`auto`: all). device: cpu, cuda, auto."""
 
     num_nodes: int = 1
     ranks_per_node: int = 1

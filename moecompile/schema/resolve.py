@@ -117,7 +117,8 @@ def _check_routing(routing: RoutingConfig, experts: ExpertsConfig, mesh: MeshSpe
     _at_least("routing.top_k", routing.top_k, 1)
     if routing.top_k > experts.num_routed:
         raise ConfigError(
-            "routing.top_k", routing.top_k, f"a token cannot use more than experts.num_routed={experts.num_routed} experts",
+            "routing.top_k", routing.top_k,
+            f"a token cannot use more than experts.num_routed={experts.num_routed} experts",
             f"Use at most {experts.num_routed}, or raise experts.num_routed",
         )  # fmt: skip
     if routing.scale <= 0:
@@ -224,7 +225,7 @@ def accumulation_steps(config: Config, mesh: MeshSpec) -> int:
         up = (data.global_batch_size // per_step + 1) * per_step
         raise ConfigError(
             "data.global_batch_size", data.global_batch_size,
-            f"must be a multiple of data.micro_batch_size * world size = {data.micro_batch_size} * {world} = {per_step}",
+            f"must be a multiple of data.micro_batch_size * ranks = {data.micro_batch_size} * {world} = {per_step}",
             f"Use {up}, or a micro_batch_size that divides {data.global_batch_size} / {world}",
         )  # fmt: skip
     return data.global_batch_size // per_step

@@ -8,7 +8,6 @@ from pathlib import Path
 from moecompile.schema import Config
 
 
-
 def run(config: Config, run_dir: Path) -> int:
     """Runs `config.task`, in this process or on all ranks of the mesh, and returns the exit code."""
     name = config.task.name.value

@@ -67,7 +67,9 @@ def check_same_plan(plan: plans.Plan) -> None:
     hashes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(hashes, plan.hash)
     if len(set(hashes)) > 1:
-        raise PlanError("plan.hash", hashes, "ranks made different plans", "Give all ranks the same config and versions")
+        raise PlanError(
+            "plan.hash", hashes, "ranks made different plans", "Give all ranks the same config and versions"
+        )
 
 
 def _init_process_group(config: Config) -> None:

@@ -56,13 +56,13 @@ def build(dtype: torch.dtype, overrides: list[str]) -> nn.Module:
         for module in model.modules():
             if isinstance(module, (Experts, Router)):
                 for parameter in module.parameters():
-                    std = 0.5 if isinstance(module, Router) else 0.4
+                    std = 0.2 if isinstance(module, Router) else 0.15
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return model
 
 
 def micro_batches(step: int) -> list[tuple[Tensor, Tensor]]:
-    """MICRO_BATCHES x (input_ids, labels); token counts differ, and two neighbours (one rank of four) have no target."""
+    """MICRO_BATCHES x (input_ids, labels); token counts differ; two neighbours (one rank of four) have no target."""
     generator = torch.Generator().manual_seed(100 + step)
     batches = []
     for i in range(MICRO_BATCHES):

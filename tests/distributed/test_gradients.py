@@ -65,7 +65,7 @@ def test_experts_and_routers_have_large_gradients() -> None:
     """Else agreement would say little: rounding noise agrees with nothing, zeros with everything."""
     grads = reference(torch.float64).grads
     for name in ("router.weight", "experts.gate_up_proj", "experts.down_proj", "shared_experts.up_proj.weight"):
-        assert grads[f"model.layers.2.mlp.{name}"].abs().max() > 1e-4
+        assert grads[f"model.layers.2.mlp.{name}"].abs().max() > 1e-5
 
 
 MUTATIONS = ("divisor", "drop_exchange", "skip_router_sum")

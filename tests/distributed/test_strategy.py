@@ -234,7 +234,9 @@ def test_mistakes_are_told(results: list[dict[str, Any]]) -> None:
         "loss=sum: training_step must return {'loss': sum over tokens, 'num_tokens': their number}. "
         "Return both, or use loss='mean'."
     )
-    assert results[0]["world"].startswith("mesh=1 x 1: the plan is for 1 ranks, the Trainer has 2. Change mesh.num_nodes")
+    assert results[0]["world"].startswith(
+        "mesh=1 x 1: the plan is for 1 ranks, the Trainer has 2. Change mesh.num_nodes"
+    )
     assert results[0]["plain"].startswith("model=Mean: holds 0 compiled models, one is needed. Call moecompile.compile")
 
 
