@@ -24,7 +24,7 @@ from moecompile.passes.build_plan import build_plan
 from moecompile.passes.lower import Lower
 from moecompile.passes.match import FFNMatch, GraphView, find_ffns
 from moecompile.passes.rewrite import Rewrite, common_owner
-from moecompile.passes.shard import device_mesh_of, shard
+from moecompile.passes.shard import device_mesh_of, layers_of, shard
 from moecompile.passes.upcycle import step0_reason
 from moecompile.plan import FFNSite, LayerPlan, Plan
 from moecompile.planner import ModelFacts
@@ -232,7 +232,9 @@ def capture_regions(recording: Recording) -> Captured:
         try:
             graph_module, inner = _trace(model, fqn, recording, match)
         except MoecompileError as error:
-            captured.refused.append(Site(fqn=fqn, kind=match.kind, where=fqn, status="not_matched", reason=str(error)))
+            captured.refused.append(
+                Site(fqn=fqn, kind=match.kind, where=fqn or "the model", status="not_matched", reason=str(error))
+            )
             continue
         captured.regions[fqn], captured.matches[fqn] = graph_module, inner
         captured.sites.append(_site(fqn, inner, len(captured.sites)))
@@ -250,11 +252,12 @@ def _trace(model: nn.Module, fqn: str, recording: Recording, match: FFNMatch) ->
     if fqn not in recording.calls:
         raise CaptureError(f"its region {fqn or 'the model'} is not called as a module")
     graph_module = trace_region(model.get_submodule(fqn), recording.calls[fqn])
-    inside, _ = find_ffns(GraphView(graph_module.graph, graph_module))
+    inside, misses = find_ffns(GraphView(graph_module.graph, graph_module))
     prefix = f"{fqn}." if fqn else ""
     wanted = [found for found in inside if prefix + found.down.weight == match.down.weight]
     if len(inside) != 1 or not wanted:
-        raise CaptureError(f"its region {fqn or 'the model'} holds {len(inside)} FFNs, one is supported")
+        why = "".join(f": {miss.reason}" for miss in misses[:1] if not inside)
+        raise CaptureError(f"its region {fqn or 'the model'} holds {len(inside)} FFNs, one is supported{why}")
     return graph_module, wanted[0]
 
 
@@ -292,7 +295,10 @@ def _planned(matches: dict[str, FFNMatch], layer: LayerPlan) -> FFNMatch:
     planned, found = _form(site), _form(_site(site.fqn, match, site.index))
     if planned != found:
         raise PlanError(
-            f"plan.layers[{site.fqn}]", planned, f"the model has {found} there", "Plan again for this model"
+            f"plan.layers[{site.fqn or 'the graph'}]",
+            planned,
+            f"the model has {found} there",
+            "Plan again for this model",
         )
     return match
 
@@ -364,7 +370,17 @@ def _list_sites(captured: Captured, layers: dict[str, LayerPlan]) -> list[Site]:
 
 
 def _facts(model: nn.Module) -> ModelFacts:
-    return ModelFacts(params_total=sum(parameter.numel() for parameter in model.parameters()))
+    """Sizes of the dense model; what a bare module does not say about itself is left at 0."""
+    layers = list(layers_of(model))
+    inside = {parameter for layer in layers for parameter in layer.parameters()}
+    outside = sum(parameter.numel() for parameter in model.parameters() if parameter not in inside)
+    return ModelFacts(
+        params_total=sum(parameter.numel() for parameter in model.parameters()),
+        params_embedding=outside if layers else 0,
+        num_layers=len(layers),
+        vocab_size=int(getattr(getattr(model, "config", None), "vocab_size", 0) or 0),
+        bytes_per_param=next((parameter.element_size() for parameter in model.parameters()), 4),
+    )
 
 
 def _config(overrides: Sequence[str] | Config) -> Config:

@@ -153,7 +153,7 @@ def _watched(module: nn.Module, name: str, recording: Recording, mode: _Recorder
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Training or evaluation mode. Training flags and buffers (running statistics, counters) are put back afterwards."""
+    """Training or evaluation mode. Training flags and buffers (statistics, counters) are put back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.detach().clone())

@@ -30,7 +30,7 @@ class _RegionTracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """Proxies for tensors; other arguments keep their defaults, so that `if mask is None` takes the recorded branch."""
+        """Proxies for tensors; other arguments keep their defaults: `if mask is None` takes the recorded branch."""
         positional: list[Any] = [self.root]
         by_name: dict[str, Any] = {}
         for name, parameter in list(inspect.signature(root_fn).parameters.items())[1:]:

@@ -60,7 +60,7 @@ class Experts(nn.Module):
         return self._project(hidden_RF, counts_E, "down_proj")
 
     def _project(self, rows: Tensor, counts_E: Tensor, name: str) -> Tensor:
-        out = torch.ops.moecompile.grouped_mm(rows, _local(getattr(self, name)), counts_E)
+        out: Tensor = torch.ops.moecompile.grouped_mm(rows, _local(getattr(self, name)), counts_E)
         bias = getattr(self, f"{name}_bias")
         if bias is not None:
             # The cast is for autocast: there the product is narrower than the bias, and the sum must stay so.
@@ -94,7 +94,8 @@ class SharedExperts(nn.Module):
 
         def linear(d_in: int, d_out: int, bias: bool) -> nn.Linear:
             # skip_init: the weights come from the dense FFN, and drawing others would move the global random state.
-            return nn.utils.skip_init(nn.Linear, d_in, d_out, bias=bias, device=device or "cpu", dtype=dtype)
+            made: nn.Linear = nn.utils.skip_init(nn.Linear, d_in, d_out, bias=bias, device=device or "cpu", dtype=dtype)
+            return made
 
         self.gate_proj = linear(d_model, d_shared, bias_up) if gated else None
         self.up_proj = linear(d_model, d_shared, bias_up)
@@ -105,7 +106,8 @@ class SharedExperts(nn.Module):
         """(..., D) -> (..., D)."""
         up = self.up_proj(x)
         hidden = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x), up)
-        return self.down_proj(hidden)
+        out: Tensor = self.down_proj(hidden)
+        return out
 
 
 def _local(parameter: Tensor) -> Tensor:

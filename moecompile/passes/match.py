@@ -112,11 +112,15 @@ class GraphView:
         if node.op != "call_function" or getattr(node.target, "__name__", "") != "linear":
             return None
         names = ("input", "weight", "bias")
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        x, weight, bias = (given.get(name) for name in names)
-        if not _is_attribute(weight) or not isinstance(x, fx.Node) or (bias is not None and not _is_attribute(bias)):
+        given: dict[str, object] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        x, weight, linear_bias = (given.get(name) for name in names)
+        if not _is_attribute(weight) or not isinstance(x, fx.Node):
             return None
-        return self._linear(node, x, str(weight.target), str(bias.target) if bias is not None else None)
+        if linear_bias is None:
+            return self._linear(node, x, str(weight.target), None)
+        return (
+            self._linear(node, x, str(weight.target), str(linear_bias.target)) if _is_attribute(linear_bias) else None
+        )
 
     def _linear(self, node: fx.Node, x: fx.Node, weight: str, bias: str | None) -> Linear | None:
         shape = self.tensor(weight).shape  # type: ignore[attr-defined]
@@ -145,7 +149,7 @@ def find_ffns(view: GraphView) -> tuple[list[FFNMatch], list[NearMiss]]:
 def _match(down: Linear, view: GraphView, claimed: set[fx.Node]) -> FFNMatch | NearMiss | None:
     # Step 2
     ins, pointwise, others = _walk_up(down.x, view)
-    if not ins or not any(is_activation(node, view.module) for node in pointwise):
+    if not any(is_activation(node, view.module) for node in pointwise):
         return None
     # Step 3
     if reason := _wrong_shape(ins, others, down):
@@ -176,6 +180,8 @@ def _weight_used_elsewhere(linears: tuple[Linear, ...], view: GraphView) -> str 
 
 
 def _wrong_shape(ins: list[Linear], others: list[fx.Node], down: Linear) -> str | None:
+    if not ins:
+        return f"the activation depends on {others[0].name}, not on a linear"
     first = ins[0]
     rules = (
         (bool(others), f"the activation also depends on {others[0].name if others else ''}"),

@@ -104,20 +104,20 @@ def _wrap(model: nn.Module, mesh: MeshSpec, device_mesh: DeviceMesh) -> None:
         return ShardPlacementResult(Shard(0), experts_info if parameter in experts and mesh.ep > 1 else dense_info)
 
     wrap = partial(fully_shard, mesh=dense_mesh, shard_placement_fn=place, ignored_params=routers)
-    for layer in (*_layers_of(model), model):
+    for layer in (*layers_of(model), model):
         wrap(layer)
         assert isinstance(layer, FSDPModule)
         layer.set_gradient_divide_factor(1.0)
         layer.set_force_sum_reduction_for_comms(True)
 
 
-def _layers_of(model: nn.Module) -> Iterator[nn.Module]:
+def layers_of(model: nn.Module) -> Iterator[nn.Module]:
     """The elements of the outermost module lists: the layers of a model."""
     for child in model.children():
         if isinstance(child, nn.ModuleList):
             yield from (layer for layer in child if any(True for _ in layer.parameters()))
         else:
-            yield from _layers_of(child)
+            yield from layers_of(child)
 
 
 def _experts_of(model: nn.Module) -> list[Experts]:

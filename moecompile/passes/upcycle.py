@@ -61,7 +61,7 @@ def fill(
     if dense.down_DF.is_meta:
         return
     plan = layer.experts
-    routed_slices = plan.granularity - plan.num_shared if plan.init == "virtual_group" else 1
+    routed_slices = plan.virtual_group
     rows = torch.randn(plan.num_routed // routed_slices, layer.site.d_model, generator=generator) * _ROUTER_STD
     router.weight.copy_(rows.repeat_interleave(routed_slices, 0))
     if plan.init == "random":

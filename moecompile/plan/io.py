@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def _build(kind: Any, value: Any, path: str) -> Any:
         if not isinstance(value, list):
             raise PlanError(path, value, "must be a list", "Mend the plan")
         return tuple(_build(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if origin is typing.Union:
+    if origin in (typing.Union, types.UnionType):
         return None if value is None else _build(args[0], value, path)
     if kind is float and type(value) is int:
         value = float(value)

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moecompile.errors import PlanError
 from moecompile.plan.sites import FFNSite
+
+_INITS = ("copy", "virtual_group", "random")
+_SCORES = ("softmax", "sigmoid")
+_GROUP_SCORES = ("max", "top2", "topk_over_m")
+_RULES = ("none", "bias")
+
+
+def _at_least(least: int, path: str, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise PlanError(f"{path}.{name}", value, f"must be at least {least}", "Mend the plan")
+
+
+def _one_of(known: tuple[str, ...], path: str, value: str) -> None:
+    if value not in known:
+        raise PlanError(path, value, f"must be one of {list(known)}", "Use one of these")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +35,29 @@ class ExpertsPlan:
     d_expert: int
     d_shared: int
     init: str
+
+    def __post_init__(self) -> None:
+        _at_least(1, "experts", num_routed=self.num_routed, granularity=self.granularity, d_expert=self.d_expert)
+        _at_least(0, "experts", num_shared=self.num_shared)
+        _one_of(_INITS, "experts.init", self.init)
+        if self.d_shared != self.num_shared * self.d_expert:
+            raise PlanError(
+                "experts.d_shared", self.d_shared,
+                f"must be num_shared * d_expert = {self.num_shared} * {self.d_expert}",
+                f"Use {self.num_shared * self.d_expert}",
+            )  # fmt: skip
+        if self.init == "copy" and self.granularity != 1:
+            raise PlanError("experts.granularity", self.granularity, "must be 1, init=copy copies whole FFNs", "Use 1")
+        if self.init == "virtual_group" and self.num_shared >= self.granularity:
+            raise PlanError(
+                "experts.num_shared", self.num_shared,
+                f"must leave a slice to the routed experts, granularity={self.granularity}", "Lower it",
+            )  # fmt: skip
+
+    @property
+    def virtual_group(self) -> int:
+        """Routed experts that together are one copy of the dense FFN's routed slices (1 unless init=virtual_group)."""
+        return self.granularity - self.num_shared if self.init == "virtual_group" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +73,11 @@ class RoutingPlan:
     group_score: str
 
     def __post_init__(self) -> None:
+        _at_least(1, "routing", top_k=self.top_k, groups=self.groups)
+        _one_of(_SCORES, "routing.score", self.score)
+        _one_of(_GROUP_SCORES, "routing.group_score", self.group_score)
+        if not self.scale > 0:
+            raise PlanError("routing.scale", self.scale, "must be positive", "Use 1.0")
         if not 1 <= self.top_groups <= self.groups:
             raise PlanError("routing.top_groups", self.top_groups, f"must lie in 1 .. groups={self.groups}", "Lower it")
 
@@ -44,6 +89,11 @@ class BalancePlan:
     rule: str
     rate: float
 
+    def __post_init__(self) -> None:
+        _one_of(_RULES, "balance.rule", self.rule)
+        if not self.rate >= 0 or (self.rule == "none" and self.rate):
+            raise PlanError("balance.rate", self.rate, "must be positive, or 0 without a rule", "Mend the plan")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertPlacement:
@@ -53,6 +103,7 @@ class ExpertPlacement:
     ep: int
 
     def __post_init__(self) -> None:
+        _at_least(1, "placement", num_experts=self.num_experts, ep=self.ep)
         if self.num_experts % self.ep:
             raise PlanError(
                 "experts.num_routed",
@@ -116,20 +167,34 @@ class LayerPlan:
     dispatch: DispatchPlan
 
     def __post_init__(self) -> None:
-        where = self.site.fqn or "the graph"
-        if self.placement.num_experts != self.experts.num_routed:
-            raise PlanError(
-                f"layers[{where}].placement.num_experts", self.placement.num_experts,
-                f"must be experts.num_routed={self.experts.num_routed}", "Place every expert once",
-            )  # fmt: skip
-        if (self.dispatch.kind == "local") != (self.placement.ep == 1):
-            raise PlanError(
-                f"layers[{where}].dispatch.kind", self.dispatch.kind,
-                f"local means one EP rank and nothing else does, but ep={self.placement.ep}",
-                "Use local for ep=1, flat or dedup for more",
-            )  # fmt: skip
-        if self.experts.num_routed % self.routing.groups:
-            raise PlanError(
-                f"layers[{where}].routing.groups", self.routing.groups,
-                f"must divide experts.num_routed={self.experts.num_routed}", "Use a divisor",
-            )  # fmt: skip
+        for path, value, rule, fix in self._contradictions():
+            raise PlanError(f"layers[{self.site.fqn or 'the graph'}].{path}", value, rule, fix)
+
+    def _contradictions(self) -> Iterator[tuple[str, object, str, str]]:
+        """(path, value, rule, fix) of every rule between the parts that is broken."""
+        experts, routing, placement = self.experts, self.routing, self.placement
+        if placement.num_experts != experts.num_routed:
+            rule = f"must be experts.num_routed={experts.num_routed}"
+            yield "placement.num_experts", placement.num_experts, rule, "Place every expert once"
+        if (self.dispatch.kind == "local") != (placement.ep == 1):
+            rule = f"local means one EP rank and nothing else does, but ep={placement.ep}"
+            yield "dispatch.kind", self.dispatch.kind, rule, "Use local for ep=1, flat or dedup for more"
+        if experts.d_expert * experts.granularity != self.site.d_ff:
+            rule = f"must be site.d_ff / granularity = {self.site.d_ff} / {experts.granularity}"
+            yield "experts.d_expert", experts.d_expert, rule, "Mend the plan, or plan again"
+        if experts.num_routed % routing.groups:
+            yield (
+                "routing.groups",
+                routing.groups,
+                f"must divide experts.num_routed={experts.num_routed}",
+                "Use a divisor",
+            )
+        per_group, size = experts.num_routed // routing.groups, experts.virtual_group
+        if routing.top_k > routing.top_groups * per_group:
+            rule = f"only {routing.top_groups * per_group} experts are open to a token"
+            yield "routing.top_k", routing.top_k, rule, f"Use at most {routing.top_groups * per_group}"
+        if routing.top_k % size or per_group % size:
+            path, value = (
+                ("routing.top_k", routing.top_k) if routing.top_k % size else ("routing.groups", routing.groups)
+            )
+            yield path, value, f"a virtual group of {size} experts would be split", "Mend the plan, or plan again"

@@ -1,0 +1,136 @@
+"""Writes what these pages take from the code: the configuration reference, and one FFN's graphs as text and picture.
+
+    python docs/generate.py
+
+`tests/test_docs.py` fails when the configuration reference or the listings are out of date.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from moecompile.compose import compose_config, conf_dir
+from moecompile.schema import Config
+
+DOCS = Path(__file__).parent
+REGION = "model.layers.1.mlp"
+STAGES = ("captured", "rewritten", "lowered")
+
+_HEAD = """<!-- Written by docs/generate.py: change the schema, not this page. -->
+
+# Configuration reference
+
+Every key of the config, with the value that holds when neither a recipe nor the command line says anything else. A
+`group=option` selects one of a group's files; a `group.key=value` sets one key. Keys that are not listed are errors.
+How the two compose is told in [Command line and configs](command-line.md).
+"""
+
+
+def configuration() -> str:
+    """The page `configuration.md`."""
+    defaults = compose_config()
+    top = [field.name for field in fields(Config) if not is_dataclass(getattr(defaults, field.name))]
+    parts = [_HEAD, "## Top level\n", _said(Config)[0] + "\n", _table(Config, defaults, top)]
+    for field in fields(Config):
+        value = getattr(defaults, field.name)
+        if is_dataclass(value):
+            parts += [f"## {field.name}\n", _said(type(value))[0] + "\n", _options(field.name)]
+            parts += [_table(type(value), value, [f.name for f in fields(value)])]
+    parts += ["## recipe\n", "A complete choice of the groups above. Recipes live in `recipes/`.\n", _options("recipe")]
+    return "\n".join(part for part in parts if part)
+
+
+def graphs(folder: Path) -> None:
+    """The files of `assets`: `ffn.<stage>.txt`, and the picture `ffn.svg`."""
+    from moecompile.models import build_model, example_inputs
+    from moecompile.pipeline import compile_with_report
+    from moecompile.report.graphs import listing, write_before_after
+
+    config = compose_config(["recipe=deepseek_ep"])
+    model = build_model(config.model, config.seed)
+    compiled = compile_with_report(model, config, example=example_inputs(model, 16))
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES:
+        (folder / f"ffn.{stage}.txt").write_text(listing(compiled.graphs[stage][REGION]) + "\n", encoding="utf-8")
+    before, after = (compiled.graphs[stage][REGION] for stage in ("captured", "lowered"))
+    write_before_after(before, after, folder / "ffn.svg")
+
+
+def _said(kind: type) -> tuple[str, dict[str, str]]:
+    """The prose of a class's docstring, and what it says of each key: `key: meaning.`, `a, b: meaning.`, `*_end: ...`."""
+    text = inspect.cleandoc(kind.__doc__ or "").replace("\n", " ")
+    names = [field.name for field in fields(kind)]
+    some = "|".join(map(re.escape, names))
+    parts = re.split(rf"(?:^|(?<=[.;:] )|(?<=  ))((?:{some})(?:, (?:{some}))*|\*\w+): ", text)
+    meanings: dict[str, str] = {}
+    for keys, meaning in zip(parts[1::2], parts[2::2], strict=True):
+        for key in keys.split(", "):
+            found = [name for name in names if name == key or (key[0] == "*" and name.endswith(key[1:]))]
+            meanings |= dict.fromkeys(found, meaning.strip().rstrip(";."))
+    prose = re.sub(r"^`\w+`: ", "", parts[0]).strip()
+    return prose[:1].upper() + prose[1:], meanings
+
+
+def _table(kind: type, defaults: Any, names: list[str]) -> str:
+    hints, (_, meanings) = get_type_hints(kind), _said(kind)
+    rows = []
+    for name in names:
+        meaning = meanings.get(name) or _enum_text(hints[name])
+        cells = (f"`{name}`", _value(getattr(defaults, name)), _type(hints[name]), meaning)
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(["| key | default | takes | what it is |", "|---|---|---|---|", *rows, ""])
+
+
+def _options(group: str) -> str:
+    """The shipped files of a group, each with the first sentence of its comment."""
+    said = {path.stem: _comment(path) for path in sorted((conf_dir() / group).glob("*.yaml"))}
+    if not any(said.values()):
+        return f"Options: {', '.join(f'`{group}={name}`' for name in said)}.\n"
+    rows = [f"| `{group}={name}` | {text} |" for name, text in said.items()]
+    return "\n".join(["| option | what it is |", "|---|---|", *rows, ""])
+
+
+def _comment(path: Path) -> str:
+    lines = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    text = " ".join(line for line in lines if line and not line.startswith("@"))
+    return re.split(r"(?<=\.) ", text)[0]
+
+
+def _enum_text(hint: Any) -> str:
+    is_enum = isinstance(hint, type) and issubclass(hint, Enum)
+    return (inspect.getdoc(hint) or "").split(" (DESIGN")[0].rstrip(".") if is_enum else ""
+
+
+def _type(hint: Any) -> str:
+    words = {int: "whole number", float: "number", bool: "true or false", str: "text", NoneType: "null"}
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return ", ".join(f"`{member.value}`" for member in hint)
+    if {*get_args(hint)} == {int, str}:
+        return "whole number or `auto`"
+    if get_origin(hint) is list:
+        return "list of numbers"
+    if get_origin(hint) is dict:
+        return "mapping"
+    if get_args(hint):
+        return " or ".join(_type(part) for part in get_args(hint))
+    return words[hint]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "of the selected option"
+    if isinstance(value, Enum):
+        value = value.value
+    words = {None: "null", True: "true", False: "false"}
+    return f"`{words[value] if value is None or isinstance(value, bool) else value}`"
+
+
+if __name__ == "__main__":
+    (DOCS / "configuration.md").write_text(configuration(), encoding="utf-8")
+    graphs(DOCS / "assets")
