@@ -181,7 +181,7 @@ def _weight_used_elsewhere(linears: tuple[Linear, ...], view: GraphView) -> str 
 
 def _wrong_shape(ins: list[Linear], others: list[fx.Node], down: Linear) -> str | None:
     if not ins:
-        return f"the activation depends on {others[0].name}, not on a linear"
+        return f"the activation depends on {others[0].name if others else 'constants'}, not on a linear"
     first = ins[0]
     rules = (
         (bool(others), f"the activation also depends on {others[0].name if others else ''}"),

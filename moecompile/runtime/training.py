@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import nn
@@ -88,6 +89,7 @@ def make_trainer(config: Config, mesh: MeshSpec, run_dir: Path, callbacks: list[
         callbacks = [*callbacks, ProgressBar(refresh_rate=5)]
     return Trainer(
         strategy=ExpertParallelStrategy(loss="sum", timeout=timedelta(seconds=config.trainer.timeout_s)),
+        plugins=[TorchElasticEnvironment()],  # the variables that the launcher has set, also under SLURM
         accelerator=_accelerator(mesh.device),
         devices=local,
         num_nodes=mesh.world_size // local,

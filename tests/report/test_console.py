@@ -84,7 +84,7 @@ def test_58_equal_layers_are_one_row() -> None:
 
 def test_a_layer_that_differs_has_its_own_row() -> None:
     plan = deepseek_v3()
-    wider = replace(plan.layers[10], routing=replace(plan.layers[10].routing, top_k=4))
+    wider = replace(plan.layers[10], routing=replace(plan.layers[10].routing, scale=1.0))
     changed = replace(plan, layers=(*plan.layers[:10], wider, *plan.layers[11:]))
     text = printed(lambda console: print_plan(changed, console))
     assert "{3..12,14..60}" in text

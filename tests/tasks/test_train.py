@@ -122,6 +122,16 @@ def test_under_torchrun_every_rank_uses_one_directory(tmp_path: Path) -> None:
     assert run.stdout.count("mesh  ") == 1  # rank 0 alone prints the plan
 
 
+def test_under_torchrun_a_mistake_is_told_once(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "moecompile", *TINY, "mesh.ep=3"],
+        cwd=tmp_path, timeout=120, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode != 0
+    assert run.stderr.count("error: mesh.ep=3: must divide the world size") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_mistake_that_only_the_model_shows_is_one_message(tmp_path: Path) -> None:
     """Raised on every rank, told once; exit code 2, no traceback."""
     run = moecompile([*TINY, "model.config.intermediate_size=81"], tmp_path)
