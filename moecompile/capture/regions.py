@@ -74,7 +74,9 @@ def trace_region(module: nn.Module, call: ModuleCall) -> fx.GraphModule:
         raise CaptureError(f"cannot be traced: {type(error).__name__}: {error}") from error
     graph_module = fx.GraphModule(module, graph, class_name=type(module).__name__)
     _dropouts_follow_training(graph_module)
-    graph_module.train(module.training)
+    known = set(module.modules())  # shared with the model: their flags are not ours to change
+    for new in set(graph_module.modules()) - known:
+        new.training = module.training
     _check_equal(module, graph_module, call)
     return graph_module
 

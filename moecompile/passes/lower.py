@@ -52,7 +52,6 @@ class Lower:
         erase_unused(new.graph)
         new.graph.lint()
         new.recompile()
-        new.train(graph_module.training)
         return new
 
     def ensures(self, graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> None:

@@ -51,7 +51,6 @@ class Rewrite:
         erase_unused(new.graph)
         new = fx.GraphModule(new, new.graph, class_name=type(graph_module).__name__)  # only with what the graph uses
         new.graph.lint()
-        new.train(graph_module.training)
         return new
 
     def ensures(self, graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> None:
@@ -167,5 +166,5 @@ def _add(root: fx.GraphModule, prefix: str, role: str, module: nn.Module) -> str
     path = f"{prefix}.{role}" if prefix else role
     taken = {name for name, _ in root.named_modules()}
     free = next(name for name in (path, *(f"{path}_{i}" for i in range(1, 10_000))) if name not in taken)
-    root.add_submodule(free, module)
+    root.add_submodule(free, module.train(root.training))
     return free

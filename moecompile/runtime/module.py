@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from moecompile.runtime.data import IGNORED
@@ -57,15 +59,25 @@ class LanguageModule(LightningModule):
             logger.log_metrics({"val_loss": self.val_loss}, step=self.trainer.global_step)
 
     def configure_optimizers(self) -> Any:
-        """AdamW; matrices decay, vectors (norms, biases) do not."""
-        matrices = [p for p in self.parameters() if p.requires_grad and p.ndim > 1]
-        vectors = [p for p in self.parameters() if p.requires_grad and p.ndim <= 1]
+        """AdamW; matrices decay, vectors (norms, biases) do not.
+
+        A group holds the weights of one device mesh, as the fused step (one kernel call a group) does not mix meshes.
+        """
         o = self.optimizer
+        groups: dict[tuple[bool, DeviceMesh | None], list[nn.Parameter]] = {}
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+                groups.setdefault((parameter.ndim > 1, mesh), []).append(parameter)
         optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            [
+                {"params": parameters, "weight_decay": o.weight_decay if is_matrix else 0.0}
+                for (is_matrix, _), parameters in groups.items()
+            ],
             lr=o.lr,
             betas=(o.betas[0], o.betas[1]),
             eps=o.eps,
+            fused=True,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
