@@ -48,7 +48,7 @@ class PassError(MoecompileError):
 
     def __init__(self, name: str, where: str, rule: str) -> None:
         self.name, self.where, self.rule = name, where, rule
-        super().__init__(f"pass {name}, {where}: {rule}")
+        super().__init__(f"pass {name}, {where or 'the graph'}: {rule}")
 
     def __reduce__(self) -> tuple[type[PassError], tuple[str, str, str]]:
         return type(self), (self.name, self.where, self.rule)

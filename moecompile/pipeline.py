@@ -16,34 +16,23 @@ from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
-from moecompile.capture import Example, Recording, call_with, in_mode, record, trace_region
+from moecompile.capture import Example, call_with, in_mode, record
 from moecompile.compose import compose_config
-from moecompile.errors import CaptureError, ConfigError, MoecompileError, PlanError
+from moecompile.errors import CaptureError, ConfigError, PlanError
 from moecompile.passes.base import PassRecord, count_ops
 from moecompile.passes.build_plan import build_plan
 from moecompile.passes.lower import Lower
-from moecompile.passes.match import FFNMatch, GraphView, find_ffns
-from moecompile.passes.rewrite import Rewrite, common_owner
+from moecompile.passes.match import FFNMatch
+from moecompile.passes.rewrite import Rewrite
 from moecompile.passes.shard import device_mesh_of, layers_of, shard
 from moecompile.passes.upcycle import step0_reason
 from moecompile.plan import FFNSite, LayerPlan, Plan
 from moecompile.planner import ModelFacts
 from moecompile.schema import Config
+from moecompile.sites import Graphs, Site, capture_regions, graph_sites, list_sites, site_of
 from moecompile.torch_private import move_hooks, set_attribute
 
-Graphs = dict[str, fx.GraphModule]
 _PLAN = "_moecompile_plan"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """A line of the list of sites. status: `rewritten`, `left` (not selected) or `not_matched`, with the reason."""
-
-    fqn: str
-    kind: str
-    where: str
-    status: str
-    reason: str = ""
 
 
 @dataclass(kw_only=True)
@@ -57,16 +46,6 @@ class Compiled:
     graphs: dict[str, Graphs] = field(default_factory=dict)
     step0_max_abs_diff: float | None = None
     step0_reason: str | None = None
-
-
-@dataclass(kw_only=True)
-class Captured:
-    """Regions with an FFN, traced and matched. matches: region path -> the FFN in its graph."""
-
-    regions: Graphs
-    matches: dict[str, FFNMatch]
-    sites: list[FFNSite]
-    refused: list[Site]
 
 
 def compile_model(
@@ -108,7 +87,7 @@ def make_plan(
     """
     config = _config(overrides)
     if isinstance(model_or_graph, fx.GraphModule) and example is None:
-        sites = list(_graph_sites(model_or_graph))
+        sites = list(graph_sites(model_or_graph))
     else:
         if example is None:
             raise CaptureError("make_plan needs example=... for a module that is not a GraphModule")
@@ -127,7 +106,7 @@ def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | C
         PlanError: a planned site is not in the graph.
     """
     source = copy.deepcopy(graph_module)
-    matches = _graph_sites(source)
+    matches = graph_sites(source)
     if isinstance(overrides_or_plan, Plan):
         plan, seed = overrides_or_plan, 0
     else:
@@ -135,13 +114,7 @@ def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | C
         plan, seed = build_plan(list(matches), config, _facts(source)), config.seed
     by_fqn = {site.fqn: match for site, match in matches.items()}
     pairs = [(_planned(by_fqn, layer), layer) for layer in plan.layers]
-    result = source
-    if pairs:
-        result, layers = source, plan.layers
-        for step in (Rewrite(seed=seed), Lower()):
-            step.requires(result, layers)
-            result = step.run(result, pairs if isinstance(step, Rewrite) else layers)  # type: ignore[arg-type]
-            step.ensures(result, layers)
+    result = _lowered(_rewritten(source, pairs, seed), plan.layers) if pairs else source
     set_attribute(result, _PLAN, plan)
     return result
 
@@ -196,11 +169,11 @@ def compile_with_report(
     matches = {fqn: _planned(captured.matches, layer) for fqn, layer in layers.items()}
     regions = {fqn: captured.regions[fqn] for fqn in layers}
     records.append(clock.record("build_plan", regions, regions, f"{len(layers)} layers planned, hash {plan.hash}"))
-    compiled = Compiled(model=model, plan=plan, sites=_list_sites(captured, layers), records=records)
+    compiled = Compiled(model=model, plan=plan, sites=list_sites(captured, layers), records=records)
     compiled.graphs["captured"] = regions
 
     before = _outputs(model, example) if layers else []
-    rewritten = _rewrite(regions, matches, layers, config.seed)
+    rewritten = {fqn: _rewritten(regions[fqn], [(matches[fqn], layer)], config.seed) for fqn, layer in layers.items()}
     compiled.model = model = _replace(model, rewritten)
     compiled.graphs["rewritten"] = rewritten
     records.append(clock.record("rewrite", regions, rewritten, "one device"))
@@ -208,7 +181,7 @@ def compile_with_report(
         compiled.step0_max_abs_diff, compiled.step0_reason = _step0(before, _outputs(model, example), plan)
 
     if until in ("lower", "shard"):
-        lowered = _lower(rewritten, layers)
+        lowered = {fqn: _lowered(rewritten[fqn], [layer]) for fqn, layer in layers.items()}
         compiled.model = model = _replace(model, lowered)
         compiled.graphs["lowered"] = lowered
         records.append(clock.record("lower", rewritten, lowered, "exchanges on logical axes"))
@@ -219,72 +192,6 @@ def compile_with_report(
     return compiled
 
 
-def capture_regions(recording: Recording) -> Captured:
-    """Matches FFNs in the recorded dataflow and traces the smallest module that holds each."""
-    model = recording.model
-    matches, misses = find_ffns(GraphView(recording.graph, model))
-    captured = Captured(regions={}, matches={}, sites=[], refused=[])
-    for miss in misses:
-        where = common_owner([miss.weight])
-        captured.refused.append(Site(fqn=where, kind="-", where=where, status="not_matched", reason=miss.reason))
-    for match in matches:
-        fqn = _region_of(match)
-        try:
-            graph_module, inner = _trace(model, fqn, recording, match)
-        except MoecompileError as error:
-            captured.refused.append(
-                Site(fqn=fqn, kind=match.kind, where=fqn or "the model", status="not_matched", reason=str(error))
-            )
-            continue
-        captured.regions[fqn], captured.matches[fqn] = graph_module, inner
-        captured.sites.append(_site(fqn, inner, len(captured.sites)))
-    return captured
-
-
-def _region_of(match: FFNMatch) -> str:
-    """The smallest module that ran every node of the match."""
-    owners = [str(node.meta["owner"]) for node in match.nodes]
-    # A linear is run by its own module, whose parent is meant; the others are run by the region or below it.
-    return common_owner([f"{owner}.x" for owner in owners])
-
-
-def _trace(model: nn.Module, fqn: str, recording: Recording, match: FFNMatch) -> tuple[fx.GraphModule, FFNMatch]:
-    if fqn not in recording.calls:
-        raise CaptureError(f"its region {fqn or 'the model'} is not called as a module")
-    graph_module = trace_region(model.get_submodule(fqn), recording.calls[fqn])
-    inside, misses = find_ffns(GraphView(graph_module.graph, graph_module))
-    prefix = f"{fqn}." if fqn else ""
-    wanted = [found for found in inside if prefix + found.down.weight == match.down.weight]
-    if len(inside) != 1 or not wanted:
-        why = "".join(f": {miss.reason}" for miss in misses[:1] if not inside)
-        raise CaptureError(f"its region {fqn or 'the model'} holds {len(inside)} FFNs, one is supported{why}")
-    return graph_module, wanted[0]
-
-
-def _graph_sites(graph_module: fx.GraphModule) -> dict[FFNSite, FFNMatch]:
-    """The FFNs of a graph that the user brought. Sites of one owner are told apart by the name of their last node."""
-    matches, _ = find_ffns(GraphView(graph_module.graph, graph_module))
-    owners = [common_owner([m.down.weight, *(linear.weight for linear in m.ins)]) for m in matches]
-    sites: dict[FFNSite, FFNMatch] = {}
-    for i, (match, owner) in enumerate(zip(matches, owners, strict=True)):
-        fqn = owner if owners.count(owner) == 1 else f"{owner}@{match.down.node.name}"
-        sites[_site(fqn, match, i)] = match
-    return sites
-
-
-def _site(fqn: str, match: FFNMatch, index: int) -> FFNSite:
-    return FFNSite(
-        fqn=fqn,
-        kind=match.kind,
-        d_model=match.down.d_out,
-        d_ff=match.down.d_in,
-        bias_up=any(linear.bias is not None for linear in match.ins),
-        bias_down=match.down.bias is not None,
-        activation=match.activation,
-        index=index,
-    )
-
-
 def _planned(matches: dict[str, FFNMatch], layer: LayerPlan) -> FFNMatch:
     """The match that a layer was planned for; a planned site that cannot be applied is an error, never a warning."""
     site, match = layer.site, matches.get(layer.site.fqn)
@@ -292,7 +199,7 @@ def _planned(matches: dict[str, FFNMatch], layer: LayerPlan) -> FFNMatch:
         raise PlanError(
             "plan.layers", site.fqn, "the model has no FFN there", f"Plan again; it has {list(matches)[:3]}"
         )
-    planned, found = _form(site), _form(_site(site.fqn, match, site.index))
+    planned, found = _form(site), _form(site_of(site.fqn, match, site.index))
     if planned != found:
         raise PlanError(
             f"plan.layers[{site.fqn or 'the graph'}]",
@@ -309,21 +216,21 @@ def _form(site: FFNSite) -> str:
     return f"{site.kind} {site.d_model}x{site.d_ff}" + (f" with {', '.join(biases)}" if biases else "")
 
 
-def _rewrite(regions: Graphs, matches: dict[str, FFNMatch], layers: dict[str, LayerPlan], seed: int) -> Graphs:
-    step, out = Rewrite(seed=seed), {}
-    for fqn, layer in layers.items():
-        step.requires(regions[fqn], [layer])
-        out[fqn] = step.run(regions[fqn], [(matches[fqn], layer)])
-        step.ensures(out[fqn], [layer])
+def _rewritten(graph_module: fx.GraphModule, sites: Sequence[tuple[FFNMatch, LayerPlan]], seed: int) -> fx.GraphModule:
+    """The rewrite pass between its contracts."""
+    step, layers = Rewrite(seed=seed), [layer for _, layer in sites]
+    step.requires(graph_module, layers)
+    out = step.run(graph_module, sites)
+    step.ensures(out, layers)
     return out
 
 
-def _lower(regions: Graphs, layers: dict[str, LayerPlan]) -> Graphs:
-    step, out = Lower(), {}
-    for fqn, layer in layers.items():
-        step.requires(regions[fqn], [layer])
-        out[fqn] = step.run(regions[fqn], [layer])
-        step.ensures(out[fqn], [layer])
+def _lowered(graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> fx.GraphModule:
+    """The lower pass between its contracts."""
+    step = Lower()
+    step.requires(graph_module, layers)
+    out = step.run(graph_module, layers)
+    step.ensures(out, layers)
     return out
 
 
@@ -353,20 +260,6 @@ def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
         out = call_with(model, example)
     leaves = tree_leaves(dict(out) if hasattr(out, "items") else out)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _list_sites(captured: Captured, layers: dict[str, LayerPlan]) -> list[Site]:
-    matched = [
-        Site(
-            fqn=site.fqn,
-            kind=site.kind,
-            where=site.fqn or "the model",
-            status="rewritten" if site.fqn in layers else "left",
-            reason="" if site.fqn in layers else "not selected by experts.match and experts.layers",
-        )
-        for site in captured.sites
-    ]
-    return matched + captured.refused
 
 
 def _facts(model: nn.Module) -> ModelFacts:

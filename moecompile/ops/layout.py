@@ -68,7 +68,10 @@ def unpermute(rows_RD: Tensor, order_R: Tensor, weights_TK: Tensor) -> Tensor:
     """Weighted sum of the K expert outputs of each token, (T, D), summed in the weights' precision."""
     num_tokens, top_k = weights_TK.shape
     by_slot = rows_RD.index_select(0, torch.argsort(order_R)).view(num_tokens, top_k, rows_RD.shape[1])
-    return torch.einsum("tkd,tk->td", by_slot.to(weights_TK.dtype), weights_TK).to(rows_RD.dtype)
+    # Into a tensor of its own: a view (of which einsum makes one) cannot be added to in place under autograd.
+    out_TD = weights_TK.new_empty(num_tokens, rows_RD.shape[1])
+    torch.bmm(weights_TK.unsqueeze(1), by_slot.to(weights_TK.dtype), out=out_TD.unsqueeze(1))
+    return out_TD.to(rows_RD.dtype)
 
 
 @unpermute.register_fake

@@ -43,11 +43,12 @@ def erase_unused(graph: Graph) -> None:
 
 def _reads_only(node: Node) -> bool:
     if op_name(node) == "getitem" and node.op == "call_function":
-        return isinstance(node.args[0], Node) and (_is_ours(node.args[0]) or node.args[0].op == "call_module")
-    return node.op == "get_attr" or _is_ours(node)
+        return isinstance(node.args[0], Node) and (is_ours(node.args[0]) or node.args[0].op == "call_module")
+    return node.op == "get_attr" or is_ours(node)
 
 
-def _is_ours(node: Node) -> bool:
+def is_ours(node: Node) -> bool:
+    """Whether the node is one of our registered ops; `x.permute(0, 2, 1)` of the user is not."""
     return node.op == "call_function" and str(node.target).startswith("moecompile.")
 
 

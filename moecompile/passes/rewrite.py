@@ -10,6 +10,7 @@ Algorithm, for each site:
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, fx, nn
 from moecompile.comm.dispatch import items
 from moecompile.errors import PassError
 from moecompile.nn import Experts, Router, SharedExperts
-from moecompile.passes.base import count_ops, erase_unused
+from moecompile.passes.base import erase_unused, is_ours, op_name
 from moecompile.passes.match import FFNMatch
 from moecompile.passes.upcycle import DenseWeights, fill
 from moecompile.plan import LayerPlan
@@ -37,7 +38,7 @@ class Rewrite:
 
     def requires(self, graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> None:
         """No op of ours is in the graph yet."""
-        if found := [name for name in count_ops(graph_module) if name in ("permute", "unpermute", "router")]:
+        if found := [op_name(node) for node in graph_module.graph.nodes if is_ours(node)]:
             raise PassError(self.name, layers[0].site.fqn, f"the graph is rewritten already, it holds {found}")
 
     def run(self, graph_module: fx.GraphModule, sites: Sequence[tuple[FFNMatch, LayerPlan]]) -> fx.GraphModule:
@@ -55,7 +56,7 @@ class Rewrite:
 
     def ensures(self, graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> None:
         """One router, permute, experts and unpermute a layer; no exchange."""
-        counts = count_ops(graph_module)
+        counts = Counter(op_name(node) for node in graph_module.graph.nodes if is_ours(node))
         for op in ("permute", "unpermute"):
             if counts[op] != len(layers):
                 raise PassError(self.name, layers[0].site.fqn, f"{counts[op]} {op} nodes for {len(layers)} layers")

@@ -1,0 +1,244 @@
+"""The router against transformers' own routers, and against a slow reference in plain Python."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moecompile.nn import Router
+from tests.models import tokens
+
+EXPERTS, TOP_K, TOKENS, D = 16, 4, 64, 8
+
+
+def router(seed: int = 0, bias: float = 0.0, **options: Any) -> Router:
+    """Random weights, and correction biases of standard deviation `bias`."""
+    options = {"top_k": TOP_K, **options}
+    made = Router(D, EXPERTS, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        made.weight.copy_(torch.randn(made.weight.shape, generator=generator))
+        made.correction_bias.copy_(torch.randn(EXPERTS, generator=generator) * bias)
+    return made
+
+
+def by_id(weights_TK: Tensor, ids_TK: Tensor, num_experts: int = EXPERTS) -> Tensor:
+    """(T, E) with zeros where an expert was not chosen: the order of the slots does not matter."""
+    assert all(len(set(row)) == len(row) for row in ids_TK.tolist()), "an expert was chosen twice"
+    weights = weights_TK.detach()
+    return torch.zeros(len(ids_TK), num_experts, dtype=weights.dtype).scatter(1, ids_TK, weights)
+
+
+# -- transformers ----------------------------------------------------------------------------------------------------
+
+
+def assert_same(ours: Router, theirs: torch.nn.Module, x: Tensor) -> None:
+    """Same experts for every token, same weights, same gradients for the router's weight and the input."""
+    results = []
+    for module in (ours, theirs):
+        inputs = x.clone().requires_grad_()
+        if module is ours:
+            weights, ids = module(inputs)
+        else:
+            _, weights, ids = module(inputs)
+        table = torch.zeros(len(x), EXPERTS).scatter(1, ids, weights)
+        (table * torch.arange(EXPERTS)).square().sum().backward()
+        results.append((by_id(weights, ids), inputs.grad, module.weight.grad))
+    chosen, theirs_chosen = (result[0] > 0 for result in results)
+    assert torch.equal(chosen, theirs_chosen)
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("groups", "top_groups"), [(1, 1), (4, 2), (4, 1), (8, 3)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_equals_deepseek_v3(groups: int, top_groups: int, normalize: bool) -> None:
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    ours = router(
+        bias=0.2, score="sigmoid", normalize=normalize, scale=2.5,
+        groups=groups, top_groups=top_groups, group_score="top2",
+    )  # fmt: skip
+    theirs = DeepseekV3TopkRouter(
+        DeepseekV3Config(
+            hidden_size=D, n_routed_experts=EXPERTS, num_experts_per_tok=TOP_K, n_group=groups, topk_group=top_groups,
+            routed_scaling_factor=2.5, norm_topk_prob=normalize,
+        )
+    )  # fmt: skip
+    theirs.load_state_dict({"weight": ours.weight, "e_score_correction_bias": ours.correction_bias})
+    assert_same(ours, theirs, tokens(TOKENS))
+
+
+@pytest.mark.parametrize(("groups", "top_groups"), [(1, 1), (4, 2), (8, 3)])
+def test_equals_deepseek_v2(groups: int, top_groups: int) -> None:
+    from transformers import DeepseekV2Config
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
+
+    ours = router(score="softmax", normalize=False, scale=16.0, groups=groups, top_groups=top_groups, group_score="max")
+    theirs = DeepseekV2TopkRouter(
+        DeepseekV2Config(
+            hidden_size=D, n_routed_experts=EXPERTS, num_experts_per_tok=TOP_K, n_group=groups, topk_group=top_groups,
+            routed_scaling_factor=16.0, topk_method="group_limited_greedy" if groups > 1 else "greedy", num_attention_heads=2,
+        )
+    )  # fmt: skip
+    theirs.load_state_dict({"weight": ours.weight})
+    assert_same(ours, theirs, tokens(TOKENS))
+
+
+def test_equals_mixtral() -> None:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+    ours = router(score="softmax", normalize=True)
+    theirs = MixtralTopKRouter(MixtralConfig(hidden_size=D, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K))
+    theirs.load_state_dict({"weight": ours.weight})
+    assert_same(ours, theirs, tokens(TOKENS))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_equals_qwen3_moe(normalize: bool) -> None:
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+    ours = router(score="softmax", normalize=normalize)
+    config = Qwen3MoeConfig(
+        hidden_size=D, num_experts=EXPERTS, num_experts_per_tok=TOP_K, norm_topk_prob=normalize
+    )  # fmt: skip
+    theirs = Qwen3MoeTopKRouter(config)
+    theirs.load_state_dict({"weight": ours.weight})
+    assert_same(ours, theirs, tokens(TOKENS))
+
+
+# -- a slow reference ------------------------------------------------------------------------------------------------
+
+
+def reference(layer: Router, x: list[float]) -> dict[int, float]:
+    """Expert -> routing weight of one token, in Python floats (float64)."""
+    weight, bias = layer.weight.tolist(), layer.correction_bias.tolist()
+    logits = [sum(w * v for w, v in zip(row, x, strict=True)) for row in weight]
+    if layer.score == "sigmoid":
+        scores = [1 / (1 + math.exp(-z)) for z in logits]
+    else:
+        exponentials = [math.exp(z - max(logits)) for z in logits]
+        scores = [e / sum(exponentials) for e in exponentials]
+    choice = [s + b for s, b in zip(scores, bias, strict=True)]
+    size = layer.num_experts // layer.groups
+    groups = [range(g * size, (g + 1) * size) for g in range(layer.groups)]
+    best = {"max": 1, "top2": 2, "topk_over_m": layer.top_k // layer.top_groups}[layer.group_score]
+    ranked = sorted(groups, key=lambda g: -sum(sorted((choice[e] for e in g), reverse=True)[:best]))
+    candidates = [e for group in ranked[: layer.top_groups] for e in group]
+    chosen = sorted(candidates, key=lambda e: -choice[e])[: layer.top_k]
+    total = sum(scores[e] for e in chosen) if layer.normalize else 1.0
+    return {e: scores[e] / total * layer.scale for e in chosen}
+
+
+COMBINATIONS = list(
+    itertools.product(
+        ("softmax", "sigmoid"), (True, False), ((1, 1), (4, 2), (2, 1), (4, 4)), ("max", "top2", "topk_over_m"), (0.0, 0.3)
+    )
+)
+
+
+@pytest.mark.parametrize(("score", "normalize", "limit", "group_score", "bias"), COMBINATIONS)
+def test_equals_the_slow_reference(
+    score: str, normalize: bool, limit: tuple[int, int], group_score: str, bias: float
+) -> None:
+    layer = router(
+        bias=bias, score=score, normalize=normalize, scale=1.5, groups=limit[0], top_groups=limit[1],
+        group_score=group_score, dtype=torch.float64,
+    )  # fmt: skip
+    x = tokens(24, dtype=torch.float64)
+    weights, ids = layer(x)
+    assert weights.dtype == torch.float64
+    for row, token in zip(by_id(weights, ids), x.tolist(), strict=True):
+        wanted = reference(layer, token)
+        assert {e for e in range(EXPERTS) if row[e]} == set(wanted)
+        for expert, value in wanted.items():
+            assert row[expert].item() == pytest.approx(value, rel=1e-12)
+
+
+def test_group_scores_choose_differently() -> None:
+    """Else the three could be one, and no test above would notice."""
+    chosen = []
+    for group_score in ("max", "top2", "topk_over_m"):
+        layer = router(score="sigmoid", groups=2, top_groups=1, group_score=group_score, top_k=4)
+        chosen.append({tuple(sorted(row)) for row in layer(tokens(TOKENS))[1].tolist()})
+    assert chosen[0] != chosen[1] != chosen[2] != chosen[0]
+
+
+def test_closed_groups_lose_against_negative_scores() -> None:
+    """With a fill of 0 a closed group would win against corrected scores that are all negative."""
+    layer = router(score="sigmoid", groups=4, top_groups=1, group_score="max")
+    layer.correction_bias.fill_(-5.0)
+    _, ids = layer(tokens(TOKENS))
+    assert {len(set(row)) for row in (ids // 4).tolist()} == {1}
+
+
+def test_the_bias_shifts_the_choice_and_not_the_weights() -> None:
+    plain, shifted = router(score="sigmoid", normalize=False), router(score="sigmoid", normalize=False)
+    shifted.correction_bias[3] = 10.0
+    weights, ids = shifted(tokens(TOKENS))
+    assert (ids == 3).any(1).all()
+    all_scores = plain.scores(tokens(TOKENS))
+    assert torch.equal(weights, all_scores.gather(1, ids))
+
+
+def test_gradients_reach_the_weight_but_never_the_bias() -> None:
+    layer = router(bias=0.1, score="sigmoid")
+    layer(tokens())[0].square().sum().backward()
+    assert layer.weight.grad.abs().max() > 0
+    assert not layer.correction_bias.requires_grad
+
+
+def test_one_expert() -> None:
+    layer = Router(D, 1, top_k=1)
+    torch.nn.init.normal_(layer.weight)
+    weights, ids = layer(tokens())
+    assert torch.equal(weights, torch.ones(6, 1))
+    assert ids.sum() == 0
+
+
+def test_scores_that_all_underflow_do_not_divide_by_zero() -> None:
+    layer = Router(D, 4, top_k=2, score="sigmoid")
+    torch.nn.init.constant_(layer.weight, -1e4)
+    weights, _ = layer(torch.ones(3, D))
+    assert torch.equal(weights, torch.zeros(3, 2))
+
+
+# -- precision -------------------------------------------------------------------------------------------------------
+
+
+def test_arithmetic_is_fp32_in_a_bf16_model() -> None:
+    """bf16 hidden states go in, and nothing is rounded to bf16 after that."""
+    layer = router(score="sigmoid", dtype=torch.bfloat16)
+    assert layer.weight.dtype == layer.correction_bias.dtype == torch.float32
+    x = tokens(TOKENS).bfloat16()
+    weights, ids = layer(x)
+    wanted, wanted_ids = layer(x.float())
+    assert weights.dtype == torch.float32
+    assert torch.equal(by_id(weights, ids), by_id(wanted, wanted_ids))
+    assert not torch.equal(weights, weights.bfloat16().float())
+
+
+def test_arithmetic_is_fp32_after_the_model_was_cast() -> None:
+    """`model.bfloat16()` rounds the weight itself, but not the scores."""
+    layer = router(score="sigmoid").bfloat16()
+    assert layer.scores(tokens().bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_autocast_changes_nothing(score: str, dtype: torch.dtype) -> None:
+    layer = router(score=score, dtype=dtype)
+    wanted, wanted_ids = layer(tokens(TOKENS, dtype=dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        weights, ids = layer(tokens(TOKENS, dtype=dtype))
+    assert weights.dtype == dtype
+    assert torch.equal(ids, wanted_ids)
+    assert torch.equal(weights, wanted)

@@ -1,0 +1,94 @@
+"""Exchanges over a process group of one rank, and over an axis that nobody bound."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from moecompile import ops  # noqa: F401  (registers the ops)
+from moecompile.errors import UnboundAxisError
+from moecompile.ops import traffic
+
+op = torch.ops.moecompile
+
+
+def table(*numbers: int) -> torch.Tensor:
+    """table_2rn of one rank that sends itself `numbers`."""
+    return torch.tensor([[numbers], [numbers]])
+
+
+def test_counts_come_back_with_the_table(axis: str) -> None:
+    received, both = op.exchange_counts(torch.tensor([3, 0, 2]), axis)
+    assert received.tolist() == [[3, 0, 2]]
+    assert both.tolist() == [[[3, 0, 2]], [[3, 0, 2]]]
+
+
+@pytest.mark.parametrize(("column", "num_rows"), [(0, 1), (1, 4), (-1, 5)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_column_or_the_sum_says_how_many_rows(axis: str, column: int, num_rows: int, reverse: bool) -> None:
+    rows = torch.randn(num_rows, 3, requires_grad=True)
+    out = op.all_to_all(rows, table(1, 4), column, reverse, axis)
+    assert torch.equal(out, rows)
+    out.backward(torch.ones_like(out) * 2)
+    assert torch.equal(rows.grad, torch.full_like(rows, 2))
+
+
+@pytest.mark.parametrize("num_rows", [0, 1])
+def test_few_rows(axis: str, num_rows: int) -> None:
+    rows = torch.randn(num_rows, 3, requires_grad=True)
+    out = op.all_to_all(rows, table(num_rows), 0, False, axis)
+    out.sum().backward()
+    assert out.shape == rows.grad.shape == (num_rows, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("num_assignments", [0, 1, 7])
+def test_assignments_survive_the_bytes(axis: str, num_assignments: int, dtype: torch.dtype) -> None:
+    weights = torch.randn(num_assignments).to(dtype).requires_grad_()
+    codes = torch.arange(num_assignments, dtype=torch.int16) * 301 - 5
+    got_weights, got_codes = op.exchange_assignments(weights, codes, table(2, num_assignments), 1, axis)
+    assert torch.equal(got_weights, weights)
+    assert torch.equal(got_codes, codes)
+    assert (got_weights.dtype, got_codes.dtype) == (dtype, torch.int16)
+    got_weights.sum().backward()
+    assert torch.equal(weights.grad, torch.ones_like(weights))
+
+
+def test_forward_bytes_are_counted_once(axis: str) -> None:
+    traffic.take()
+    rows = torch.randn(4, 3, requires_grad=True)
+    weights, codes = torch.randn(5, requires_grad=True), torch.zeros(5, dtype=torch.int16)
+    op.exchange_counts(torch.tensor([4, 5]), axis)
+    out = op.all_to_all(rows, table(4, 5), 0, False, axis)
+    sent, _ = op.exchange_assignments(weights, codes, table(4, 5), 1, axis)
+    (out.sum() + sent.sum()).backward()
+    assert traffic.take() == {0: 2 * 8 + 4 * 3 * 4 + 5 * (4 + 2)}
+    assert traffic.take() == {}
+
+
+UNBOUND: dict[str, Callable[[], Any]] = {
+    "exchange_counts": lambda: op.exchange_counts(torch.tensor([1]), "ep"),
+    "all_to_all": lambda: op.all_to_all(torch.zeros(1, 2), table(1), 0, False, "ep"),
+    "exchange_assignments": lambda: op.exchange_assignments(
+        torch.zeros(1), torch.zeros(1, dtype=torch.int16), table(1), 0, "ep"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNBOUND)
+def test_an_unbound_axis_raises_and_says_what_to_do(name: str) -> None:
+    message = (
+        "mesh axis 'ep' is not bound to a process group: run shard (compile_model(..., until='shard') or "
+        "ExpertParallelStrategy) before the model"
+    )
+    with pytest.raises(UnboundAxisError, match=re.escape(message)):
+        UNBOUND[name]()
+
+
+def test_an_unbound_axis_raises_beside_a_bound_one(axis: str) -> None:
+    with pytest.raises(UnboundAxisError, match="'ep'"):
+        op.all_to_all(torch.zeros(1, 2), table(1), 0, False, "ep")

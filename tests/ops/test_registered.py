@@ -1,0 +1,93 @@
+"""Every registered op passes torch's own checks: schema, autograd registration, fake kernel, AOT dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moecompile import ops  # noqa: F401  (registers the ops)
+
+op = torch.ops.moecompile
+F64, I64 = torch.float64, torch.int64
+
+IDS_TK = torch.tensor([[2, 0], [2, 1], [0, 2]])  # expert 3 gets nothing
+ORDER_R = torch.tensor([1, 4, 3, 0, 2, 5])  # by expert: 0: (t0,s1), (t2,s0); 1: (t1,s1); 2: (t0,s0), (t1,s0), (t2,s1)
+COUNTS_E = torch.tensor([2, 1, 3, 0])
+
+
+def values(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def table(sent: list[int], received: list[int]) -> Tensor:
+    """table_2rn of one rank."""
+    return torch.tensor([[sent], [received]])
+
+
+# op -> arguments; a callable gets the name of a process group of one rank
+SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
+    "flatten_tokens": lambda _: (values(2, 3, 4),),
+    "unflatten_tokens": lambda _: (values(6, 4), values(2, 3, 4)),
+    "router_logits": lambda _: (values(3, 4), values(5, 4)),
+    "count_load": lambda _: (torch.zeros(4, dtype=I64), IDS_TK),
+    "permute": lambda _: (values(3, 4), IDS_TK, 4),
+    "sum_slots": lambda _: (values(6, 4).detach(), ORDER_R, 2),
+    "unpermute": lambda _: (values(6, 4), ORDER_R, values(3, 2)),
+    "unpermute_backward": lambda _: (values(3, 4).detach(), values(6, 4).detach(), ORDER_R, values(3, 2).detach()),
+    "regroup": lambda _: (values(6, 4), torch.tensor([[1, 2], [0, 3]])),
+    "ungroup": lambda _: (values(6, 4), ORDER_R),
+    "grouped_mm": lambda _: (values(6, 4), values(4, 5, 4), COUNTS_E),
+    "grouped_mm_input_grad": lambda _: (values(6, 5).detach(), values(4, 5, 4).detach(), COUNTS_E),
+    "grouped_mm_weight_grad": lambda _: (values(6, 5).detach(), values(6, 4).detach(), COUNTS_E),
+    "expert_bias": lambda _: (values(4, 5), COUNTS_E, values(6, 4).detach()),
+    "sum_experts": lambda _: (values(6, 5).detach(), COUNTS_E),
+    "pack_rows": lambda _: (values(3, 4), IDS_TK, values(3, 2), 4, 2),
+    "sum_rows": lambda _: (values(5, 4).detach(), torch.tensor([0, 2, 0, 1, 2]), 3),
+    "expand_rows": lambda _: (values(2, 4), values(4), torch.tensor([1, 2, 1, 4], dtype=torch.int16), 3),
+    "reduce_rows": lambda _: (values(4, 4), values(4), torch.tensor([0, 1, 0, 1]), values(2, 4).detach()),
+    "combine_rows": lambda _: (values(4, 4), torch.tensor([0, 2, 0, 1]), values(3, 4).detach()),
+    "exchange_counts": lambda axis: (torch.tensor([3, 1]), axis),
+    "all_to_all": lambda axis: (values(4, 4), table([4], [4]), 0, False, axis),
+    "exchange_assignments": lambda axis: (
+        values(3), torch.tensor([1, 2, 5], dtype=torch.int16), table([1, 3], [1, 3]), 1, axis,
+    ),
+}  # fmt: skip
+
+
+def test_every_op_has_a_sample() -> None:
+    registered = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("moecompile::")
+    }
+    assert registered == set(SAMPLES)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_torch_checks(name: str, axis: str) -> None:
+    torch.library.opcheck(getattr(op, name).default, SAMPLES[name](axis))
+
+
+DIFFERENTIABLE = [
+    "flatten_tokens", "unflatten_tokens", "router_logits", "permute", "unpermute", "regroup", "ungroup", "grouped_mm",
+    "expert_bias", "pack_rows", "expand_rows", "reduce_rows", "combine_rows", "all_to_all", "exchange_assignments",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_equal_finite_differences(name: str, axis: str) -> None:
+    def floating(*arguments: Any) -> tuple[Tensor, ...]:
+        out = getattr(op, name)(*arguments)
+        outputs = out if isinstance(out, tuple) else (out,)
+        return tuple(t for t in outputs if t.is_floating_point())
+
+    torch.autograd.gradcheck(floating, SAMPLES[name](axis))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_outputs_that_are_indices_have_no_gradient(name: str, axis: str) -> None:
+    out = getattr(op, name)(*SAMPLES[name](axis))
+    for tensor in out if isinstance(out, tuple) else (out,):
+        assert tensor.requires_grad == tensor.is_floating_point()
