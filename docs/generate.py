@@ -63,7 +63,7 @@ def graphs(folder: Path) -> None:
 
 
 def _said(kind: type) -> tuple[str, dict[str, str]]:
-    """The prose of a class's docstring, and what it says of each key: `key: meaning.`, `a, b: meaning.`, `*_end: ...`."""
+    """The prose of a class's docstring, and key -> meaning (`key: meaning.`, `a, b: meaning.`, `*_end: ...`)."""
     text = inspect.cleandoc(kind.__doc__ or "").replace("\n", " ")
     names = [field.name for field in fields(kind)]
     some = "|".join(map(re.escape, names))

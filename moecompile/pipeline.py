@@ -28,8 +28,8 @@ from moecompile.passes.shard import device_mesh_of, layers_of, shard
 from moecompile.passes.upcycle import step0_reason
 from moecompile.plan import FFNSite, LayerPlan, Plan
 from moecompile.planner import ModelFacts
-from moecompile.schema import Config
-from moecompile.sites import Graphs, Site, capture_regions, graph_sites, list_sites, site_of
+from moecompile.schema import Config, SiteKind
+from moecompile.sites import Captured, Graphs, Site, capture_regions, graph_sites, list_sites, site_of
 from moecompile.torch_private import move_hooks, set_attribute
 
 _PLAN = "_moecompile_plan"
@@ -91,7 +91,9 @@ def make_plan(
     else:
         if example is None:
             raise CaptureError("make_plan needs example=... for a module that is not a GraphModule")
-        sites = capture_regions(record(model_or_graph, example)).sites
+        captured = capture_regions(record(model_or_graph, example))
+        _refuse_existing(captured, config)
+        sites = captured.sites
     return build_plan(sites, config, _facts(model_or_graph))
 
 
@@ -114,7 +116,9 @@ def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | C
         plan, seed = build_plan(list(matches), config, _facts(source)), config.seed
     by_fqn = {site.fqn: match for site, match in matches.items()}
     pairs = [(_planned(by_fqn, layer), layer) for layer in plan.layers]
-    result = _lowered(_rewritten(source, pairs, seed), plan.layers) if pairs else source
+    order = {node: i for i, node in enumerate(source.graph.nodes)}
+    pairs.sort(key=lambda pair: order[pair[0].down.node])  # a plan may list its layers in any order
+    result = _lowered(_rewritten(source, pairs, seed), [layer for _, layer in pairs]) if pairs else source
     set_attribute(result, _PLAN, plan)
     return result
 
@@ -161,6 +165,7 @@ def compile_with_report(
     config, clock = _config(overrides), _Clock()
     recording = record(model, example)
     captured = capture_regions(recording)
+    _refuse_existing(captured, config)
     records = [clock.record("capture", {}, captured.regions, f"{len(recording.graph.nodes)} functions recorded")]
     records.append(clock.record("match", captured.regions, captured.regions, f"{len(captured.sites)} dense FFNs"))
     if plan is None:
@@ -190,6 +195,17 @@ def compile_with_report(
         shard(model, plan, device_mesh or device_mesh_of(plan.mesh, _device_type(model)))
         records.append(clock.record("shard", lowered, lowered, "axes bound, experts split"))
     return compiled
+
+
+def _refuse_existing(captured: Captured, config: Config) -> None:
+    """`auto` means the experts that a model has already; until those can be rewritten, nothing else is done instead."""
+    if captured.experts and config.experts.sites is SiteKind.auto:
+        raise ConfigError(
+            "experts.sites",
+            "auto",
+            f"the model has experts already ({captured.experts[0]}), and rewriting those does not exist yet",
+            "Use experts.sites=dense to rewrite only its dense FFNs outside of MoE blocks",
+        )
 
 
 def _planned(matches: dict[str, FFNMatch], layer: LayerPlan) -> FFNMatch:
@@ -250,7 +266,10 @@ def _step0(before: list[Tensor], after: list[Tensor], plan: Plan) -> tuple[float
     reasons = [reason for layer in plan.layers if (reason := step0_reason(layer))]
     if reasons:
         return None, reasons[0]
-    return max((float((a - b).abs().max()) for a, b in zip(before, after, strict=True)), default=0.0), None
+    if any(tensor.is_meta for tensor in before):
+        return None, "the model is on the meta device"
+    pairs = zip(before, after, strict=True)
+    return max((float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0), None
 
 
 @torch.no_grad()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
+from typing import cast
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from moecompile.capture import Recording, trace_region
 from moecompile.errors import CaptureError, MoecompileError
@@ -33,24 +35,33 @@ class Site:
 
 @dataclass(kw_only=True)
 class Captured:
-    """Regions with an FFN, traced and matched. matches: region path -> the FFN in its graph."""
+    """Regions with an FFN, traced and matched. matches: region path -> the FFN in its graph.
+
+    experts: experts modules that the model has already.
+    """
 
     regions: Graphs
     matches: dict[str, FFNMatch]
     sites: list[FFNSite]
     refused: list[Site]
+    experts: list[str]
 
 
 def capture_regions(recording: Recording) -> Captured:
     """Matches FFNs in the recorded dataflow and traces the smallest module that holds each."""
     model = recording.model
     matches, misses = find_ffns(GraphView(recording.graph, model))
-    captured = Captured(regions={}, matches={}, sites=[], refused=[])
+    captured = Captured(regions={}, matches={}, sites=[], refused=[], experts=existing_experts(recording))
     for miss in misses:
         where = common_owner([miss.weight])
         captured.refused.append(Site(fqn=where, kind="-", where=where, status="not_matched", reason=miss.reason))
+    blocks = {experts.rpartition(".")[0] for experts in existing_experts(recording)}
     for match in matches:
         fqn = _region_of(match)
+        if any(fqn == block or fqn.startswith(f"{block}.") for block in blocks):
+            reason = "lies in an MoE block that the model has already (a shared expert)"
+            captured.refused.append(Site(fqn=fqn, kind=match.kind, where=fqn, status="not_matched", reason=reason))
+            continue
         try:
             graph_module, inner = _trace(model, fqn, recording, match)
         except MoecompileError as error:
@@ -92,6 +103,20 @@ def graph_sites(graph_module: fx.GraphModule) -> dict[FFNSite, FFNMatch]:
         fqn = owner if owners.count(owner) == 1 else f"{owner}@{match.down.node.name}"
         sites[site_of(fqn, match, i)] = match
     return sites
+
+
+def existing_experts(recording: Recording) -> list[str]:
+    """Paths of the experts modules that the model has already, known by their call: hidden (T, D), ids (T, K) and
+    weights (T, K), as transformers calls all of its own.
+    """
+    return [fqn for fqn, call in recording.calls.items() if _is_experts_call(call.args)]
+
+
+def _is_experts_call(args: tuple[object, ...]) -> bool:
+    if len(args) != 3 or not all(isinstance(arg, Tensor) and arg.ndim == 2 for arg in args):
+        return False
+    hidden, ids, weights = cast(tuple[Tensor, Tensor, Tensor], args)
+    return hidden.is_floating_point() and ids.dtype == torch.int64 and ids.shape == weights.shape
 
 
 def site_of(fqn: str, match: FFNMatch, index: int) -> FFNSite:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from functools import cache
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import yaml
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -184,3 +187,14 @@ def randomize(module: nn.Module, seed: int = 0, std: float = 0.3) -> None:
 def max_diff(a: Tensor, b: Tensor) -> float:
     """Largest absolute difference."""
     return float((a - b).detach().abs().max())
+
+
+@contextmanager
+def one_rank(folder: Path) -> Iterator[str]:
+    """The name of a gloo process group whose only rank is this process."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
+    try:
+        assert dist.group.WORLD is not None
+        yield dist.group.WORLD.group_name
+    finally:
+        dist.destroy_process_group()

@@ -153,7 +153,9 @@ _ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [found[1:] for found in _ERRORS], ids=[found[0] for found in _ERRORS])
+@pytest.mark.parametrize(
+    ("arguments", "message"), [found[1:] for found in _ERRORS], ids=[found[0] for found in _ERRORS]
+)
 def test_documented_errors_are_right(
     arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,7 +194,7 @@ def test_the_table_of_ops_is_complete() -> None:
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_into_the_checkout_resolve(name: str) -> None:
-    targets = re.findall(r"\]\(([^)#\s]+)", (REPOSITORY / name).read_text(encoding="utf-8"))
+    targets = re.findall(r"(?:\]\(|src=\")([^)#\s\"]+)", (REPOSITORY / name).read_text(encoding="utf-8"))
     missing = [target for target in targets if ":" not in target and not (REPOSITORY / target).exists()]
     assert not missing
 

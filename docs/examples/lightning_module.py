@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 docs/examples/lightning_module.py
 
 The module knows nothing of ranks: it returns a mean loss, and Lightning clips its gradients. `compile_model` turns the
-FFN of each block into eight experts, four on each rank. On GPUs the script is the same, with accelerator="gpu".
+FFN of each block into eight experts, four on each rank.
 """
 
 from __future__ import annotations

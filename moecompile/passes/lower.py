@@ -28,11 +28,16 @@ class Lower:
     name: str = "lower"
 
     def requires(self, graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> None:
-        """One experts call a layer, each between a permute and an unpermute, and no exchange."""
+        """One experts call a layer, in the same order, each between a permute and an unpermute, and no exchange."""
         calls = experts_calls(graph_module)
         where = layers[0].site.fqn
         if len(calls) != len(layers):
             raise PassError(self.name, where, f"{len(calls)} experts calls for {len(layers)} planned layers")
+        for call, layer in zip(calls, layers, strict=True):
+            held = graph_module.get_submodule(str(call.target)).num_experts
+            if held != layer.experts.num_routed:
+                rule = f"{call.target} holds {held} experts, planned are {layer.experts.num_routed}"
+                raise PassError(self.name, layer.site.fqn, rule)
         if found := exchanges_of(graph_module):
             raise PassError(self.name, where, f"the graph is lowered already, it holds {[op_name(n) for n in found]}")
 

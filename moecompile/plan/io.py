@@ -30,7 +30,7 @@ def from_yaml(text: str, source: str = "plan.yaml") -> Plan:
     """
     try:
         body = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise PlanError(source, "...", f"is not plain YAML: {error}", "Write it with moecompile, or mend it") from error
     if not isinstance(body, dict):
         raise PlanError(source, type(body).__name__, "must be a mapping", "Write it with moecompile")

@@ -76,9 +76,13 @@ def test_a_model_that_fails_is_left_as_it_was_too() -> None:
 
 
 def test_a_wrong_example_says_so() -> None:
-    with pytest.raises(CaptureError, match=r"cannot be run on the example: TypeError: .*unexpected keyword argument 'y'"):
+    with pytest.raises(
+        CaptureError, match=r"cannot be run on the example: TypeError: .*unexpected keyword argument 'y'"
+    ):
         record(UpDown(), {"y": tokens()})
-    with pytest.raises(CaptureError, match=r"cannot be run on the example: RuntimeError: .*shapes cannot be multiplied"):
+    with pytest.raises(
+        CaptureError, match=r"cannot be run on the example: RuntimeError: .*shapes cannot be multiplied"
+    ):
         record(UpDown(), tokens(d_model=9))
 
 
@@ -103,7 +107,14 @@ class Options(nn.Module):
 
 @pytest.mark.parametrize(
     "example",
-    [tokens(), (tokens(),), (tokens(), None), (tokens(), tokens()), {"x": tokens()}, {"x": tokens(), "shift": tokens()}],
+    [
+        tokens(),
+        (tokens(),),
+        (tokens(), None),
+        (tokens(), tokens()),
+        {"x": tokens()},
+        {"x": tokens(), "shift": tokens()},
+    ],
     ids=["tensor", "tuple", "tuple with None", "two tensors", "keywords", "two keywords"],
 )
 def test_the_three_forms_of_an_example(example: object) -> None:

@@ -125,7 +125,9 @@ class BranchOnValue(Base):
 
 
 def test_python_that_depends_on_values_is_refused() -> None:
-    with pytest.raises(CaptureError, match="cannot be traced: TraceError: symbolically traced variables cannot be used"):
+    with pytest.raises(
+        CaptureError, match="cannot be traced: TraceError: symbolically traced variables cannot be used"
+    ):
         traced(BranchOnValue(), tokens())
 
 

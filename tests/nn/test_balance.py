@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from moecompile.nn import LayerLoad, Router, routers_of, update_balance
-from tests.models import tokens
+from tests.models import one_rank, tokens
 
 
 def model(*loads: list[int]) -> nn.Module:
@@ -53,12 +55,9 @@ def test_accumulated_micro_batches_count_as_one_step() -> None:
     assert routers[0].correction_bias.tolist() == (6 - load.load).sign().tolist()
 
 
-def test_counts_are_summed_over_a_group(tmp_path: object) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(f"{tmp_path}/store", 1), rank=0, world_size=1)
-    try:
+def test_counts_are_summed_over_a_group(tmp_path: Path) -> None:
+    with one_rank(tmp_path):
         (load,) = update_balance(model([3, 1]), {}, dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
     assert load.load.tolist() == [3, 1]
 
 

@@ -49,7 +49,9 @@ def test_experts_equal_a_loop(gated: bool, bias_up: bool, bias_down: bool, count
     grads = []
     for forward in (lambda m, r: m(r, torch.tensor(counts)), lambda m, r: loop(m, r, counts)):
         module = experts(gated, bias_up, bias_down)
-        rows = torch.randn(sum(counts), D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        rows = torch.randn(
+            sum(counts), D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        ).requires_grad_()
         out = forward(module, rows)
         out.square().sum().backward()
         grads.append([out, rows.grad, *(p.grad for p in module.parameters())])

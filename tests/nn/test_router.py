@@ -140,7 +140,11 @@ def reference(layer: Router, x: list[float]) -> dict[int, float]:
 
 COMBINATIONS = list(
     itertools.product(
-        ("softmax", "sigmoid"), (True, False), ((1, 1), (4, 2), (2, 1), (4, 4)), ("max", "top2", "topk_over_m"), (0.0, 0.3)
+        ("softmax", "sigmoid"),
+        (True, False),
+        ((1, 1), (4, 2), (2, 1), (4, 4)),
+        ("max", "top2", "topk_over_m"),
+        (0.0, 0.3),
     )
 )
 

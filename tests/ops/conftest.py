@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+
+from tests.models import one_rank
 
 
 @pytest.fixture
-def axis(tmp_path: object) -> Iterator[str]:
+def axis(tmp_path: Path) -> Iterator[str]:
     """The name of a gloo process group whose only rank is this process."""
-    dist.init_process_group("gloo", store=dist.FileStore(f"{tmp_path}/store", 1), rank=0, world_size=1)
-    yield dist.group.WORLD.group_name
-    dist.destroy_process_group()
+    with one_rank(tmp_path) as name:
+        yield name

@@ -28,7 +28,9 @@ def test_grouped_mm_is_one_matmul_per_row(counts: list[int]) -> None:
         assert torch.allclose(out[i], weight[expert] @ rows[i], atol=1e-12)
     out.square().sum().backward()
     rows_ref, weight_ref, _, _ = case(counts)
-    sum(((weight_ref[e] @ rows_ref[i]).square().sum() for i, e in enumerate(expert_of)), start=rows_ref.sum() * 0).backward()
+    sum(
+        ((weight_ref[e] @ rows_ref[i]).square().sum() for i, e in enumerate(expert_of)), start=rows_ref.sum() * 0
+    ).backward()
     assert torch.allclose(rows.grad, rows_ref.grad, atol=1e-12)
     expected = torch.zeros_like(weight) if weight_ref.grad is None else weight_ref.grad
     assert torch.allclose(weight.grad, expected, atol=1e-12)

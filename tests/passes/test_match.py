@@ -21,7 +21,9 @@ D, FF = 8, 16
 class Linears(nn.Module):
     """Linears named a, b, c, ... with these (in, out) widths; `forward` is given as a function."""
 
-    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor], *widths: tuple[int, int], bias: bool = True) -> None:
+    def __init__(
+        self, forward: Callable[[nn.Module, Tensor], Tensor], *widths: tuple[int, int], bias: bool = True
+    ) -> None:
         super().__init__()
         for name, (d_in, d_out) in zip("abcdef", widths, strict=False):
             self.add_module(name, nn.Linear(d_in, d_out, bias=bias))
@@ -74,9 +76,9 @@ class HalfFunctional(UpDown):
 
 
 FFNS: dict[str, tuple[str, str, Callable[[], nn.Module]]] = {
-    "up-down": ("up_down", "relu", lambda: UpDown()),
+    "up-down": ("up_down", "relu", UpDown),
     "no bias": ("up_down", "relu", lambda: UpDown(bias=False)),
-    "gated": ("gated", "silu, mul", lambda: Gated()),
+    "gated": ("gated", "silu, mul", Gated),
     "gate second": ("gated", "silu, mul", lambda: Linears(lambda m, x: m.c(m.b(x) * F.silu(m.a(x))), UP, UP, DOWN)),
     "bilinear sigmoid": (
         "gated", "sigmoid, mul", lambda: Linears(lambda m, x: m.c(torch.sigmoid(m.a(x)) * m.b(x)), UP, UP, DOWN)
@@ -305,7 +307,9 @@ NO_FFN: dict[str, Callable[[], nn.Module]] = {
 
 @BOTH
 @pytest.mark.parametrize("name", NO_FFN)
-def test_what_does_not_even_look_like_one(name: str, find: Callable[..., tuple[list[FFNMatch], list[NearMiss]]]) -> None:
+def test_what_does_not_even_look_like_one(
+    name: str, find: Callable[..., tuple[list[FFNMatch], list[NearMiss]]]
+) -> None:
     matches, _ = find(NO_FFN[name]())
     assert matches == []
 

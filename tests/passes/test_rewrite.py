@@ -67,11 +67,7 @@ def test_gated() -> None:
         "output(%11)\n"
     )
     assert text(after.experts.activation) == (
-        "%0 = placeholder gate\n"
-        "%1 = placeholder up\n"
-        "%2 = silu(%0, inplace=False)\n"
-        "%3 = mul(%2, %1)\n"
-        "output(%3)\n"
+        "%0 = placeholder gate\n%1 = placeholder up\n%2 = silu(%0, inplace=False)\n%3 = mul(%2, %1)\noutput(%3)\n"
     )
 
 
@@ -142,7 +138,13 @@ def test_modules_have_the_planned_sizes() -> None:
     assert isinstance(router, Router)
     assert isinstance(experts, Experts)
     assert isinstance(shared, SharedExperts)
-    assert (router.num_experts, router.top_k, router.score, router.scale, router.normalize) == (8, 3, "sigmoid", 2.5, False)
+    assert (router.num_experts, router.top_k, router.score, router.scale, router.normalize) == (
+        8,
+        3,
+        "sigmoid",
+        2.5,
+        False,
+    )
     assert (router.groups, router.top_groups, router.group_score) == (4, 2, "max")
     shapes = {name: tuple(p.shape) for name, p in after.named_parameters()}
     assert shapes == {

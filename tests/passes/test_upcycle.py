@@ -18,7 +18,7 @@ from tests.models import COPY4, Gated, UpDown, config, max_diff, plan_for, token
 F64 = torch.float64
 
 FORMS = {
-    "gated": lambda: Gated(),
+    "gated": Gated,
     "gated with biases": lambda: Gated(bias=True),
     "up-down": lambda: UpDown(activation=F.gelu, bias=False),
     "up-down with biases": lambda: UpDown(activation=F.gelu),

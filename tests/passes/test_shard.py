@@ -1,0 +1,66 @@
+"""shard on one rank: axes are bound once, and the device mesh must be the planned one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import moecompile
+from moecompile.errors import PassError, PlanError
+from moecompile.passes.lower import exchanges_of
+from moecompile.passes.shard import bind_axes, device_mesh_of, shard
+from moecompile.pipeline import compile_with_report
+from tests.models import COPY4, TinyGPT, UpDown, config, ids, max_diff, one_rank, tokens, trace
+
+EP2 = (*COPY4, "mesh.ranks_per_node=2", "dispatch.kind=flat")
+
+
+def test_one_rank_runs_without_a_wrapper(tmp_path: Path) -> None:
+    model = TinyGPT().eval()
+    wanted = model(ids())
+    with one_rank(tmp_path):
+        compiled = compile_with_report(model, config(*COPY4), example=ids(), until="shard")
+        assert compiled.records[-1].name == "shard"
+        assert max_diff(compiled.model(ids()), wanted) <= 1e-5
+        assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["flat", "dedup"])
+def test_axes_are_replaced_by_process_groups_and_the_graph_then_runs(kind: str, tmp_path: Path) -> None:
+    """An `ep` axis of one rank: the exchanges are there, are bound, and change nothing."""
+    ffn = UpDown()
+    plan = moecompile.make_plan(trace(ffn), config(*EP2, f"dispatch.kind={kind}"))
+    lowered = moecompile.transform(trace(ffn), plan)
+    with one_rank(tmp_path) as name:
+        device_mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,), mesh_dim_names=("ep",))
+        bind_axes(lowered, device_mesh)
+        assert {node.args[-1] for node in exchanges_of(lowered)} == {device_mesh.get_group("ep").group_name}
+        assert f"'{device_mesh.get_group('ep').group_name}'" in lowered.code
+        if kind == "flat":  # the packed rows are for two ranks
+            assert max_diff(lowered(tokens()), ffn(tokens())) <= 1e-5
+        with pytest.raises(
+            PassError, match=rf"pass shard, the graph: exchange_counts uses axis {name}, which is bound"
+        ):
+            bind_axes(lowered, device_mesh)
+
+
+def test_an_axis_that_the_mesh_does_not_have_is_refused(tmp_path: Path) -> None:
+    lowered = moecompile.transform(trace(UpDown()), config(*EP2))
+    with one_rank(tmp_path):
+        device_mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,), mesh_dim_names=("edp",))
+        with pytest.raises(PassError, match="uses axis ep, which is bound already or not in the mesh"):
+            bind_axes(lowered, device_mesh)
+
+
+def test_a_device_mesh_of_another_size_is_refused(tmp_path: Path) -> None:
+    model = TinyGPT()
+    plan = compile_with_report(model, config(*EP2), example=ids()).plan
+    one = moecompile.make_plan(trace(UpDown()), config(*COPY4))
+    with one_rank(tmp_path):
+        message = "mesh.ep=2: the device mesh has 1 ranks there. Plan for this device mesh."
+        with pytest.raises(PlanError, match=re.escape(message)):
+            shard(model, plan, device_mesh_of(one.mesh, "cpu"))

@@ -1,0 +1,79 @@
+"""The mesh as plain numbers."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from moecompile.errors import ConfigError
+from moecompile.mesh import LinkClass, MeshSpec
+
+
+def mesh(num_nodes: int, ranks_per_node: int, ep: int, dp_replicate: int = 1) -> MeshSpec:
+    return MeshSpec(num_nodes=num_nodes, ranks_per_node=ranks_per_node, ep=ep, dp_replicate=dp_replicate)
+
+
+@pytest.mark.parametrize(
+    ("spec", "world", "edp", "edp_shard", "dp_shard", "nodes"),
+    [
+        (mesh(1, 1, 1), 1, 1, 1, 1, 1),
+        (mesh(1, 4, 4), 4, 1, 1, 4, 1),
+        (mesh(1, 4, 2), 4, 2, 2, 4, 1),
+        (mesh(2, 2, 4), 4, 1, 1, 4, 2),
+        (mesh(2, 2, 2, 2), 4, 2, 1, 2, 1),
+        (mesh(4, 8, 16, 2), 32, 2, 1, 16, 2),
+        (mesh(4, 8, 4, 2), 32, 8, 4, 16, 1),
+        (mesh(256, 8, 64), 2048, 32, 32, 2048, 8),
+    ],
+)
+def test_sizes_multiply_up(spec: MeshSpec, world: int, edp: int, edp_shard: int, dp_shard: int, nodes: int) -> None:
+    assert (spec.world_size, spec.edp, spec.edp_shard, spec.dp_shard) == (world, edp, edp_shard, dp_shard)
+    assert spec.nodes_per_ep_group == nodes
+    assert spec.world_size == spec.dp_replicate * spec.dp_shard == spec.edp * spec.ep
+    assert spec.dp_shard == spec.edp_shard * spec.ep
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((0, 1, 1), "mesh.num_nodes=0: must be at least 1. Give a positive number."),
+        ((1, 0, 1), "mesh.ranks_per_node=0: must be at least 1. Give a positive number."),
+        ((1, 1, 0), "mesh.ep=0: must be at least 1. Give a positive number."),
+        ((1, 1, 1, 0), "mesh.dp_replicate=0: must be at least 1. Give a positive number."),
+        ((2, 2, 3), "mesh.ep=3: must divide the world size (2 nodes x 2 ranks = 4 ranks). Use one of [1, 2, 4]."),
+        (
+            (2, 6, 4),
+            "mesh.ep=4: an EP group must fill whole nodes or fit into one (2 nodes x 6 ranks = 12 ranks). "
+            "Use one of [1, 2, 3, 6, 12].",
+        ),
+        (
+            (2, 2, 2, 4),
+            "mesh.dp_replicate=4: must divide the number of expert copies, world / ep = 2 (2 nodes x 2 ranks = 4 ranks, "
+            "ep=2). Use one of [1, 2].",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        mesh(*sizes)
+
+
+def test_ep_groups_and_nodes_are_contiguous_ranks() -> None:
+    spec = mesh(2, 4, 4)
+    assert [spec.ep_peers(rank) for rank in (0, 3, 4, 7)] == [(0, 1, 2, 3)] * 2 + [(4, 5, 6, 7)] * 2
+    assert [spec.node_of(rank) for rank in range(8)] == [0] * 4 + [1] * 4
+    assert mesh(2, 2, 4).ep_peers(3) == (0, 1, 2, 3)
+
+
+def test_every_rank_is_in_one_ep_group() -> None:
+    spec = mesh(4, 4, 8)
+    groups = {spec.ep_peers(rank) for rank in range(spec.world_size)}
+    assert sorted(rank for group in groups for rank in group) == list(range(16))
+
+
+def test_links() -> None:
+    spec = mesh(2, 2, 4)
+    assert spec.link(1, 1) is LinkClass.SELF
+    assert spec.link(0, 1) is LinkClass.INTRA_NODE
+    assert spec.link(1, 2) is spec.link(3, 0) is LinkClass.INTER_NODE
