@@ -58,10 +58,18 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'moecompile' has no attribute '{name}'")
-    if "lightning" in sys.modules:  # Trainer(strategy="expert_parallel") must know the name
-        importlib.import_module("moecompile.runtime.strategy")
+    _register_strategy()
     return getattr(importlib.import_module(f"moecompile.{_HOMES[name]}"), name)
+
+
+def _register_strategy() -> None:
+    """Makes `Trainer(strategy="expert_parallel")` known where Lightning is in use."""
+    if "lightning.pytorch" in sys.modules:
+        importlib.import_module("moecompile.runtime.strategy")
 
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+_register_strategy()

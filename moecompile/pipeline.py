@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
@@ -162,6 +163,10 @@ def compile_with_report(
         raise ConfigError("until", until, "must be rewrite, lower or shard", "Use one of these")
     if any(hasattr(module, _PLAN) for module in model.modules()):
         raise PlanError("model", type(model).__name__, "is compiled already", "Compile a freshly built model")
+    if until == "shard" and device_mesh is None and not dist.is_initialized():
+        raise ConfigError(
+            "until", until, "sharding needs a process group", "Call torch.distributed.init_process_group, or use lower"
+        )
     config, clock = _config(overrides), _Clock()
     recording = record(model, example)
     captured = capture_regions(recording)

@@ -13,7 +13,7 @@ from moecompile.torch_private import in_backward
 
 _lib = torch.library.Library("moecompile", "FRAGMENT")
 _lib.define("flatten_tokens(Tensor(a) x) -> Tensor(a)")
-_lib.define("unflatten_tokens(Tensor(a) y, Tensor like) -> Tensor(a)")
+_lib.define("unflatten_tokens(Tensor y, Tensor like) -> Tensor")
 _lib.define("router_logits(Tensor x, Tensor weight) -> Tensor")
 
 
@@ -24,7 +24,9 @@ def _flatten_tokens(x: Tensor) -> Tensor:
 
 def _unflatten_tokens(y_TD: Tensor, like: Tensor) -> Tensor:
     """(T, D) -> the leading shape of `like`."""
-    return y_TD.reshape(like.shape)
+    # As torch's own linear: nobody else reads y, so the result is no view (FSDP cannot hook the gradient of a view).
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(y_TD.contiguous(), like.shape)
+    return shaped
 
 
 def _router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:

@@ -133,11 +133,29 @@ class ProgressBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """loss, tokens/s, MaxVio and val_loss, as far as they are known."""
-        found = trainer.progress_bar_metrics
-        names = {"loss": "loss", "tokens_per_second": "tok/s", "max_violation": "MaxVio", "val_loss": "val"}
-        shapes = {"tokens_per_second": "{:,.0f}", "max_violation": "{:.2f}"}
-        return {
-            short: shapes.get(name, "{:.3f}").format(float(found[name]))
-            for name, short in names.items()
-            if name in found
-        }
+        return _figures(trainer)
+
+
+class ProgressLines(Callback):
+    """The same figures as lines, for output that is no terminal: one every `log_interval` optimizer steps."""
+
+    def __init__(self, log_interval: int) -> None:
+        self.log_interval, self._last_step = log_interval, 0
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Prints after a step that closes a row."""
+        step = trainer.global_step
+        if trainer.is_global_zero and step != self._last_step and (step == 1 or step % self.log_interval == 0):
+            figures = "  ".join(f"{name} {value}" for name, value in _figures(trainer).items())
+            print(f"step {step}/{trainer.max_steps}  {figures}", flush=True)
+        self._last_step = step
+
+
+def _figures(trainer: Trainer) -> dict[str, str]:
+    """loss, tokens/s, MaxVio and val_loss as text, as far as they are known."""
+    found = trainer.progress_bar_metrics
+    names = {"loss": "loss", "tokens_per_second": "tok/s", "max_violation": "MaxVio", "val_loss": "val"}
+    shapes = {"tokens_per_second": "{:,.0f}", "max_violation": "{:.2f}"}
+    return {
+        short: shapes.get(name, "{:.3f}").format(float(found[name])) for name, short in names.items() if name in found
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +18,7 @@ from torch import nn
 
 from moecompile.mesh import MeshSpec
 from moecompile.plan import Plan, Traffic
-from moecompile.runtime.callbacks import Metrics, ProgressBar, TrafficMeter
+from moecompile.runtime.callbacks import Metrics, ProgressBar, ProgressLines, TrafficMeter
 from moecompile.runtime.data import TextData, train_loader, val_loader
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.strategy import ExpertParallelStrategy
@@ -85,8 +86,10 @@ def make_trainer(config: Config, mesh: MeshSpec, run_dir: Path, callbacks: list[
         CSVLogger(run_dir, name="", version=""),
         TensorBoardLogger(run_dir, name="tensorboard", version=""),
     ]
+    show_bar = config.trainer.progress_bar and sys.stdout.isatty()
     if config.trainer.progress_bar:
-        callbacks = [*callbacks, ProgressBar(refresh_rate=5)]
+        bar = ProgressBar(refresh_rate=5) if show_bar else ProgressLines(config.trainer.log_interval)
+        callbacks = [*callbacks, bar]
     return Trainer(
         strategy=ExpertParallelStrategy(loss="sum", timeout=timedelta(seconds=config.trainer.timeout_s)),
         plugins=[TorchElasticEnvironment()],  # the variables that the launcher has set, also under SLURM
@@ -104,7 +107,7 @@ def make_trainer(config: Config, mesh: MeshSpec, run_dir: Path, callbacks: list[
         use_distributed_sampler=False,  # the loaders split the batch over all ranks themselves
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=config.trainer.progress_bar,
+        enable_progress_bar=show_bar,
         logger=loggers,
         callbacks=callbacks,
         default_root_dir=run_dir,

@@ -20,7 +20,7 @@ class TaskName(str, Enum):
 class SiteKind(str, Enum):
     """Which sites are rewritten."""
 
-    auto = "auto"  # existing experts if the model has any, else its dense FFNs
+    auto = "auto"  # dense FFNs; a model that has experts already is refused
     dense = "dense"
 
 
@@ -108,6 +108,7 @@ class ExpertsConfig:
 class RoutingConfig:
     """`routing`: where a token goes.
 
+    top_k: experts per token. score: what turns logits into scores. scale: what the weights of a token sum to.
     groups: contiguous groups of experts (`auto`: one per node that the EP group spans if `max_nodes` is given, else 1).
     top_groups: groups that a token may use (null: all, or what `max_nodes` asks for). max_nodes: nodes that a token may
     reach. normalize: routing weights sum to `scale`.
@@ -133,7 +134,12 @@ class BalanceConfig:
 
 @dataclass(kw_only=True)
 class MeshConfig:
-    """`mesh`: ranks and their axes. ep: ranks that share one set of experts (`auto`: all). device: cpu, cuda, auto."""
+    """`mesh`: ranks and their axes; num_nodes * ranks_per_node = dp_replicate * dp_shard.
+
+    num_nodes: nodes. ranks_per_node: ranks on each. ep: ranks that share one set of experts (`auto`: all).
+    dp_replicate: copies of the sharded weights. dp_shard: ranks over which dense weights are sharded (`auto`: all of a
+    copy). tp, pp, cp: do not exist yet, 1. device: cpu, cuda or auto.
+    """
 
     num_nodes: int = 1
     ranks_per_node: int = 1
@@ -185,7 +191,12 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """`optimizer`: AdamW with linear warm-up, then cosine decay to `min_lr_ratio * lr` (1.0: constant)."""
+    """`optimizer`: AdamW with linear warm-up, then cosine decay.
+
+    lr: highest learning rate. betas: decay of the moments. eps: added to the denominator. weight_decay: of matrices.
+    warmup_steps: optimizer steps. min_lr_ratio: last over highest learning rate (1.0: constant). clip_norm: largest
+    global gradient norm (null: no clipping).
+    """
 
     lr: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -198,7 +209,12 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True)
 class TrainerConfig:
-    """`trainer`: the run. max_steps: optimizer steps. *_interval: optimizer steps. timeout_s: of a collective."""
+    """`trainer`: the run.
+
+    max_steps: optimizer steps. log_interval, val_interval: optimizer steps between rows and between validations.
+    timeout_s: of a collective. threads_per_rank: CPU threads of a rank. progress_bar: a bar on a terminal, else lines.
+    save_checkpoint: at the end.
+    """
 
     max_steps: int = 100
     log_interval: int = 10
@@ -211,7 +227,11 @@ class TrainerConfig:
 
 @dataclass(kw_only=True)
 class Config:
-    """The whole config. name: the recipe's name, used in results and for the run directory."""
+    """The whole config.
+
+    name: the recipe's name, used in results and for the run directory. seed: decides weights, data order and all else
+    that is random. debug: tracebacks for mistakes too.
+    """
 
     name: str = "default"
     seed: int = 0

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import time
 from pathlib import Path
 
+from moecompile.errors import RankFailure
+from moecompile.report.result import write_result
 from moecompile.schema import Config
 
 
@@ -12,7 +15,13 @@ def run(config: Config, run_dir: Path) -> int:
     """Runs `config.task`, in this process or on all ranks of the mesh, and returns the exit code."""
     name = config.task.name.value
     module = importlib.import_module(f"moecompile.tasks.{name}")
-    module.run(config, run_dir)
+    start = time.perf_counter()
+    try:
+        module.run(config, run_dir)
+    except RankFailure as error:
+        result = {"task": name, "recipe": config.name, "status": "failed", "seconds": time.perf_counter() - start}
+        write_result(run_dir, {**result, "error": str(error)})
+        raise
     return 0
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from moecompile import plan as plans
-from moecompile.errors import PlanError
+from moecompile.errors import ConfigError, PlanError
 from moecompile.models import build_model, example_inputs
 from moecompile.pipeline import Compiled, compile_with_report
 from moecompile.report.console import print_result
@@ -45,6 +45,7 @@ def run_rank(config: Config, run_dir: Path) -> None:
     rank = dist.get_rank()
     data = load_data(config.data, run_dir, rank=rank, barrier=dist.barrier)
     model = build_model(config.model, config.seed)
+    _check_vocabulary(model, config)
     compiled = compile_with_report(model, config, example=example_inputs(model, config.data.seq_len))
     check_same_plan(compiled.plan)
     console = Console(soft_wrap=False)
@@ -69,6 +70,17 @@ def check_same_plan(plan: plans.Plan) -> None:
     if len(set(hashes)) > 1:
         raise PlanError(
             "plan.hash", hashes, "ranks made different plans", "Give all ranks the same config and versions"
+        )
+
+
+def _check_vocabulary(model: torch.nn.Module, config: Config) -> None:
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if size is not None and size < config.data.vocab_size:
+        raise ConfigError(
+            "data.vocab_size",
+            config.data.vocab_size,
+            f"the model {config.model.name} has embeddings for {size} tokens",
+            f"Use at most {size}",
         )
 
 

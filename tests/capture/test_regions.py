@@ -163,7 +163,7 @@ class CountsOnce(Base):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", [BranchOnTraining, AlwaysDrops, RandomSlope, CountsOnce])
 def test_what_a_graph_cannot_follow_is_refused(kind: Callable[[], nn.Module], training: bool) -> None:
-    with pytest.raises(CaptureError, match="does not compute the same as the module in (training|evaluation) mode"):
+    with pytest.raises(CaptureError, match=r"does not compute the same as the module in (training|evaluation) mode"):
         traced(kind().train(training), tokens())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,15 @@ def test_mistakes_are_told(results: list[dict[str, Any]]) -> None:
 def test_unknown_loss() -> None:
     with pytest.raises(ConfigError, match="loss=median: must be mean or sum"):
         moecompile.ExpertParallelStrategy(loss="median")
+
+
+def test_importing_after_lightning_registers_the_name() -> None:
+    code = (
+        "from lightning.pytorch import Trainer; import moecompile; "
+        "print(type(Trainer(strategy='expert_parallel', accelerator='cpu', devices=2, logger=False).strategy).__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout.strip().endswith("ExpertParallelStrategy"), run.stderr
 
 
 def test_registered() -> None:

@@ -102,6 +102,12 @@ def test_a_seed_decides_everything(sweep: tuple[Path, str]) -> None:
     assert result_of(first)["val_loss"] == result_of(second)["val_loss"]
 
 
+def test_vocabularies_must_fit(tmp_path: Path) -> None:
+    run = moecompile([*TINY, "model.config.vocab_size=100"], tmp_path)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: data.vocab_size=300: the model deepseek_nano has embeddings for 100 tokens.")
+
+
 def test_a_multirun_ends_with_one_table(sweep: tuple[Path, str]) -> None:
     folder, output = sweep
     assert sorted(p.name for p in (folder / "swept").iterdir() if p.is_dir()) == ["0", "1", "2"]
