@@ -3,7 +3,8 @@
 Algorithm, for each site:
   1. Copy the pointwise operations into an activation module.
   2. Build router, experts and shared experts, and fill them from the dense weights (upcycle.py).
-  3. Insert the nodes before the last linear of the FFN and let its users read their result.
+  3. Insert the nodes where the FFN read its input, which may be written in place later, and let the users of its last
+     linear read their result.
   4. Erase the FFN's nodes and the modules that nobody uses any more.
 """
 
@@ -85,7 +86,8 @@ def _rewrite_site(
     }
     # Step 3
     x, down = copied[match.ins[0].x], copied[match.down.node]
-    with new.graph.inserting_before(down):
+    ins = {copied[linear.node] for linear in match.ins}
+    with new.graph.inserting_before(next(node for node in new.graph.nodes if node in ins)):
         result = _insert(new.graph, x, names, layer)
     down.replace_all_uses_with(result)
     copied[match.down.node] = result  # the next FFN may read this one's output

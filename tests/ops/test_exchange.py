@@ -70,6 +70,45 @@ def test_forward_bytes_are_counted_once(axis: str) -> None:
     assert traffic.take() == {}
 
 
+class Wire:
+    """Stands in for the collective: notes the splits and answers with rows of ones."""
+
+    def __init__(self) -> None:
+        self.splits: list[tuple[list[int], list[int]]] = []
+
+    def __call__(self, rows: torch.Tensor, sent: list[int], received: list[int], axis: str) -> torch.Tensor:
+        assert rows.shape[0] == sum(sent)
+        self.splits.append((sent, received))
+        return rows.new_ones(sum(received), *rows.shape[1:])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_backward_travels_the_other_way(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks, of which this one sends 3 + 1 rows and receives 2 + 4: on one rank the two could not differ."""
+    wire = Wire()
+    monkeypatch.setattr("moecompile.ops.exchange._exchange", wire)
+    numbers = torch.tensor([[[3, 9], [1, 9]], [[2, 9], [4, 9]]])
+    there, back = ([2, 4], [3, 1]) if reverse else ([3, 1], [2, 4])
+    rows = torch.randn(sum(there), 5, requires_grad=True)
+    out = op.all_to_all(rows, numbers, 0, reverse, "ep")
+    assert out.shape == (sum(back), 5)
+    out.sum().backward()
+    assert rows.grad.shape == (sum(there), 5)
+    assert wire.splits == [(there, back), (back, there)]
+
+
+def test_assignments_come_back_the_other_way_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    wire = Wire()
+    monkeypatch.setattr("moecompile.ops.exchange._exchange", wire)
+    numbers = torch.tensor([[[9, 3], [9, 1]], [[9, 2], [9, 4]]])
+    weights = torch.randn(4, requires_grad=True)
+    sent, codes = op.exchange_assignments(weights, torch.zeros(4, dtype=torch.int16), numbers, 1, "ep")
+    assert sent.shape == codes.shape == (6,)
+    sent.sum().backward()
+    assert weights.grad.shape == (4,)
+    assert wire.splits == [([3, 1], [2, 4]), ([2, 4], [3, 1])]
+
+
 UNBOUND: dict[str, Callable[[], Any]] = {
     "exchange_counts": lambda: op.exchange_counts(torch.tensor([1]), "ep"),
     "all_to_all": lambda: op.all_to_all(torch.zeros(1, 2), table(1), 0, False, "ep"),

@@ -229,6 +229,26 @@ def test_in_place_writes_around_the_ffn_survive(mesh: list[str]) -> None:
     assert methods == ["add_", "mul_"]
 
 
+class WritesItsInput(nn.Module):
+    """The input is changed in place after the up projection has read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        h = self.up(x)
+        x.mul_(2.0)
+        return self.down(F.relu(h)) + x
+
+
+def test_the_experts_read_the_input_when_the_ffn_did() -> None:
+    model = WritesItsInput()
+    _, after, _ = rewrite(model)
+    assert max_diff(after(tokens()), model(tokens())) <= 1e-5
+
+
 def test_flags_of_modules_that_stay_are_kept_and_new_ones_follow_the_region() -> None:
     model = InALayer()
     model.norm.eval()
