@@ -5,7 +5,7 @@ Algorithm:
   2. Keep this rank's experts: expert weights become DTensors, Shard(0) on `ep`.
   3. fully_shard each layer and the root: dense weights over (dp_replicate, dp_shard), experts over
      (dp_replicate, edp). Routers stay replicated, outside FSDP's casting.
-All gradient reductions are plain sums (DESIGN.md section 4).
+All gradient reductions are plain sums (docs/gradients.md).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ experts of open groups are chosen.
 
    This is exact for groups scored by their best expert. Scored by the sum of their two best, simulated copies differ
    by 0.2% to 0.6% for DeepSeek-V3 (256 experts, 8 groups) and by 3% for groups of two experts.
-   A router that starts from virtual groups (DESIGN.md section 6) chooses the experts of a group together, and `dedup`
+   A router that starts from virtual groups (docs/upcycling.md) chooses the experts of a group together, and `dedup`
    sends less than this until training has told them apart.
 
 2. Position of the source. EP groups fill whole nodes or fit into one, so every rank has the same number of peers of

@@ -1,4 +1,4 @@
-"""result.json: one flat JSON object a task (DESIGN.md section 8)."""
+"""result.json: one flat JSON object a task (docs/command-line.md)."""
 
 from __future__ import annotations
 

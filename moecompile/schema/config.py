@@ -25,7 +25,7 @@ class SiteKind(str, Enum):
 
 
 class ExpertInit(str, Enum):
-    """How the experts get their first weights from the dense FFN (DESIGN.md section 6)."""
+    """How the experts get their first weights from the dense FFN (docs/upcycling.md)."""
 
     copy = "copy"
     virtual_group = "virtual_group"
