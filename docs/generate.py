@@ -16,7 +16,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from moecompile.compose import compose_config, conf_dir
-from moecompile.schema import Config
+from moecompile.schema import Config, PerLayerConfig
 
 DOCS = Path(__file__).parent
 REGION = "model.layers.1.mlp"
@@ -41,7 +41,8 @@ def configuration() -> str:
         value = getattr(defaults, field.name)
         if is_dataclass(value):
             parts += [f"## {field.name}\n", _said(type(value))[0] + "\n", _options(field.name)]
-            parts += [_table(type(value), value, [f.name for f in fields(value)])]
+            parts += _tables(type(value), value)
+    parts += ["## per_layer\n", _said(PerLayerConfig)[0] + "\n", *_tables(PerLayerConfig, PerLayerConfig())]
     parts += ["## recipe\n", "A complete choice of the groups above. Recipes live in `recipes/`.\n", _options("recipe")]
     return "\n".join(part for part in parts if part)
 
@@ -75,6 +76,16 @@ def _said(kind: type) -> tuple[str, dict[str, str]]:
             meanings |= dict.fromkeys(found, meaning.strip().rstrip(";."))
     prose = re.sub(r"^`\w+`: ", "", parts[0]).strip()
     return prose[:1].upper() + prose[1:], meanings
+
+
+def _tables(kind: type, defaults: Any) -> list[str]:
+    """The keys of a group, then those of the mappings inside it."""
+    inner = [field.name for field in fields(kind) if is_dataclass(getattr(defaults, field.name))]
+    parts = [_table(kind, defaults, [field.name for field in fields(kind) if field.name not in inner])]
+    for name in inner:
+        value = getattr(defaults, name)
+        parts += [_said(type(value))[0] + "\n", _table(type(value), value, [f"{f.name}" for f in fields(value)])]
+    return parts
 
 
 def _table(kind: type, defaults: Any, names: list[str]) -> str:
@@ -124,7 +135,7 @@ def _type(hint: Any) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
-        return "of the selected option"
+        return "of the selected option" if value else "none"
     if isinstance(value, Enum):
         value = value.value
     words = {None: "null", True: "true", False: "false"}

@@ -27,7 +27,7 @@ from moecompile.passes.match import FFNMatch
 from moecompile.passes.rewrite import Rewrite
 from moecompile.passes.shard import device_mesh_of, layers_of, shard
 from moecompile.passes.upcycle import step0_reason
-from moecompile.plan import FFNSite, LayerPlan, Plan
+from moecompile.plan import LayerPlan, Plan, PlannedSite
 from moecompile.planner import ModelFacts
 from moecompile.schema import Config, SiteKind
 from moecompile.sites import Captured, Graphs, Site, capture_regions, graph_sites, list_sites, site_of
@@ -231,7 +231,7 @@ def _planned(matches: dict[str, FFNMatch], layer: LayerPlan) -> FFNMatch:
     return match
 
 
-def _form(site: FFNSite) -> str:
+def _form(site: PlannedSite) -> str:
     """What a plan relies on: `gated 64x128`, `up_down 64x256 with bias_up, bias_down`."""
     biases = [name for name in ("bias_up", "bias_down") if getattr(site, name)]
     return f"{site.kind} {site.d_model}x{site.d_ff}" + (f" with {', '.join(biases)}" if biases else "")

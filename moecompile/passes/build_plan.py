@@ -9,6 +9,7 @@ Algorithm:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -31,8 +32,11 @@ from moecompile.schema import (
     Config,
     DispatchKind,
     ExpertInit,
+    LayerSettings,
+    layer_settings,
     resolve_groups,
     site_slice,
+    validate_settings,
     validate_transform,
 )
 
@@ -50,7 +54,10 @@ def build_plan(sites: Sequence[FFNSite], config: Config, facts: ModelFacts) -> P
         ConfigError: a rule of the config or of a site is broken.
     """
     mesh = validate_transform(config)  # Step 1
-    layers = tuple(_layer(site, config, mesh) for site in select(sites, config))  # Steps 2 and 3
+    chosen = select(sites, config)  # Step 2
+    layers = tuple(  # Step 3
+        _layer(site, layer_settings(config, site.fqn, i, len(chosen)), config, mesh) for i, site in enumerate(chosen)
+    )
     tokens = config.data.micro_batch_size * config.data.seq_len
     return Plan(  # Step 4
         mesh=mesh,
@@ -84,8 +91,9 @@ def select(sites: Sequence[FFNSite], config: Config) -> list[FFNSite]:
     return selected
 
 
-def _layer(site: FFNSite, config: Config, mesh: MeshSpec) -> LayerPlan:
-    experts, routing = config.experts, config.routing
+def _layer(site: FFNSite, settings: LayerSettings, config: Config, mesh: MeshSpec) -> LayerPlan:
+    validate_settings(settings, mesh)
+    experts, routing, balance = settings.experts, settings.routing, settings.balance
     if site.d_ff % experts.granularity:
         raise ConfigError(
             "experts.granularity", experts.granularity, f"must divide d_ff={site.d_ff} of {site.fqn}",
@@ -101,6 +109,13 @@ def _layer(site: FFNSite, config: Config, mesh: MeshSpec) -> LayerPlan:
         groups=groups,
         top_groups=top_groups,
         group_score=routing.group_score.value,
+        choice=routing.choice.value,
+        bias=routing.bias,
+        capacity_factor=routing.capacity_factor,
+        drop="none" if routing.capacity_factor is None else routing.drop.value,
+        jitter=routing.jitter,
+        workload=routing.workload.value,
+        skew=routing.skew,
     )
     placement = ExpertPlacement(num_experts=experts.num_routed, ep=mesh.ep)
     return LayerPlan(
@@ -112,11 +127,14 @@ def _layer(site: FFNSite, config: Config, mesh: MeshSpec) -> LayerPlan:
             d_expert=d_expert,
             d_shared=experts.num_shared * d_expert,
             init=ExpertInit(experts.init).value,
+            shared_gate=experts.shared_gate and experts.num_shared > 0,
         ),
         routing=routing_plan,
         balance=BalancePlan(
-            rule=config.balance.rule.value,
-            rate=config.balance.rate if config.balance.rule is BalanceRule.bias else 0.0,
+            rule=balance.rule.value,
+            rate=balance.rate if balance.rule is BalanceRule.bias else 0.0,
+            update=balance.update.value,
+            **dataclasses.asdict(balance.losses),
         ),
         placement=placement,
         dispatch=DispatchPlan(kind=_dispatch(config, mesh, routing_plan, placement, site)),

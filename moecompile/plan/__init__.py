@@ -12,7 +12,7 @@ from moecompile.plan.layers import (
 )
 from moecompile.plan.plan import Estimate, MemoryEstimate, Plan, Reduction, Traffic
 from moecompile.plan.reductions import reductions
-from moecompile.plan.sites import FFNSite
+from moecompile.plan.sites import ExpertsSite, FFNSite, PlannedSite
 
 __all__ = [
     "EXCHANGES",
@@ -21,10 +21,12 @@ __all__ = [
     "Estimate",
     "ExpertPlacement",
     "ExpertsPlan",
+    "ExpertsSite",
     "FFNSite",
     "LayerPlan",
     "MemoryEstimate",
     "Plan",
+    "PlannedSite",
     "Reduction",
     "RoutingPlan",
     "Traffic",

@@ -80,12 +80,20 @@ def _build(kind: Any, value: Any, path: str) -> Any:
             raise PlanError(path, value, "must be a list", "Mend the plan")
         return tuple(_build(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _build(args[0], value, path)
+        if value is None and type(None) in args:
+            return None
+        return _build(_option(args, value), value, path)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
         raise PlanError(path, value, f"must be of type {kind.__name__}", "Mend the plan")
     return value
+
+
+def _option(options: tuple[Any, ...], value: Any) -> Any:
+    """The dataclass of a union whose `kind` the value names, else the first option."""
+    kind = value.get("kind") if isinstance(value, dict) else None
+    return next((o for o in options if dataclasses.is_dataclass(o) and getattr(o, "kind", None) == kind), options[0])
 
 
 def _build_dataclass(kind: Any, value: Any, path: str) -> Any:

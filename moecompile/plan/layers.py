@@ -6,12 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moecompile.errors import PlanError
-from moecompile.plan.sites import FFNSite
+from moecompile.plan.sites import ExpertsSite, PlannedSite
 
-_INITS = ("copy", "virtual_group", "random")
-_SCORES = ("softmax", "sigmoid")
+_INITS = ("copy", "virtual_group", "random", "existing")
+_CHOICES = ("token", "expert")
+_SCORES = ("softmax", "sigmoid", "softmax_after_topk", "own")
 _GROUP_SCORES = ("max", "top2", "topk_over_m")
+_DROPS = ("none", "position", "score")
+_WORKLOADS = ("none", "balanced", "zipf", "hot", "drift")
 _RULES = ("none", "bias")
+_UPDATES = ("sign", "proportional")
 
 
 def _at_least(least: int, path: str, **values: int) -> None:
@@ -27,7 +31,11 @@ def _one_of(known: tuple[str, ...], path: str, value: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsPlan:
-    """num_routed experts of width d_expert, and a shared expert of width d_shared (0: none) that every token visits."""
+    """num_routed experts of width d_expert, and a shared expert of width d_shared (0: none) that every token visits.
+
+    init: where the weights come from; `existing`: the model has the experts already. shared_gate: whether the shared
+    expert's output is multiplied by a learned sigmoid.
+    """
 
     num_routed: int
     granularity: int
@@ -35,6 +43,7 @@ class ExpertsPlan:
     d_expert: int
     d_shared: int
     init: str
+    shared_gate: bool = False
 
     def __post_init__(self) -> None:
         _at_least(1, "experts", num_routed=self.num_routed, granularity=self.granularity, d_expert=self.d_expert)
@@ -62,7 +71,11 @@ class ExpertsPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingPlan:
-    """The router as a function of its logits: every field is part of the model, none of the mesh."""
+    """The router as a function of its logits: every field is part of the model, none of the mesh.
+
+    score: `own` is a router that the model has already and that stays as it is. capacity_factor: None is dropless, and
+    drop is then `none`. workload, skew: routing for benchmarks.
+    """
 
     top_k: int
     score: str
@@ -71,11 +84,27 @@ class RoutingPlan:
     groups: int
     top_groups: int
     group_score: str
+    choice: str = "token"
+    bias: bool = False
+    capacity_factor: float | None = None
+    drop: str = "none"
+    jitter: float = 0.0
+    workload: str = "none"
+    skew: float = 1.0
 
     def __post_init__(self) -> None:
         _at_least(1, "routing", top_k=self.top_k, groups=self.groups)
+        _one_of(_CHOICES, "routing.choice", self.choice)
         _one_of(_SCORES, "routing.score", self.score)
         _one_of(_GROUP_SCORES, "routing.group_score", self.group_score)
+        _one_of(_DROPS, "routing.drop", self.drop)
+        _one_of(_WORKLOADS, "routing.workload", self.workload)
+        if (self.capacity_factor is None) != (self.drop == "none"):
+            raise PlanError("routing.drop", self.drop, "is none without a capacity_factor, else not", "Mend the plan")
+        if self.capacity_factor is not None and not self.capacity_factor > 0:
+            raise PlanError("routing.capacity_factor", self.capacity_factor, "must be positive", "Use 1.25")
+        if not 0 <= self.jitter < 1:
+            raise PlanError("routing.jitter", self.jitter, "must lie in [0, 1)", "Use 0.0")
         if not self.scale > 0:
             raise PlanError("routing.scale", self.scale, "must be positive", "Use 1.0")
         if not 1 <= self.top_groups <= self.groups:
@@ -84,15 +113,33 @@ class RoutingPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class BalancePlan:
-    """rule: none or bias. rate: step of the correction bias per optimizer step."""
+    """rule: none or bias. rate: step of the correction bias per optimizer step. update: how it moves.
+
+    micro_batch, sequence, global_batch, z: coefficients of auxiliary losses, 0 for none.
+    """
 
     rule: str
     rate: float
+    update: str = "sign"
+    micro_batch: float = 0.0
+    sequence: float = 0.0
+    global_batch: float = 0.0
+    z: float = 0.0
 
     def __post_init__(self) -> None:
         _one_of(_RULES, "balance.rule", self.rule)
+        _one_of(_UPDATES, "balance.update", self.update)
+        for name, value in self.losses.items():
+            if not value > 0:
+                raise PlanError(f"balance.{name}", value, "must not be negative", "Use 0 for none")
         if not self.rate >= 0 or (self.rule == "none" and self.rate):
             raise PlanError("balance.rate", self.rate, "must be positive, or 0 without a rule", "Mend the plan")
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Auxiliary losses in use -> coefficient."""
+        names = ("micro_batch", "sequence", "global_batch", "z")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +206,7 @@ class LayerPlan:
         PlanError: parts that contradict each other.
     """
 
-    site: FFNSite
+    site: PlannedSite
     experts: ExpertsPlan
     routing: RoutingPlan
     balance: BalancePlan
@@ -173,6 +220,10 @@ class LayerPlan:
     def _contradictions(self) -> Iterator[tuple[str, object, str, str]]:
         """(path, value, rule, fix) of every rule between the parts that is broken."""
         experts, routing, placement = self.experts, self.routing, self.placement
+        existing = isinstance(self.site, ExpertsSite)
+        if existing != (experts.init == "existing") or existing != (routing.score == "own"):
+            rule = "init=existing and score=own hold for experts that the model has, and for no others"
+            yield "experts.init", experts.init, rule, "Mend the plan, or plan again"
         if placement.num_experts != experts.num_routed:
             rule = f"must be experts.num_routed={experts.num_routed}"
             yield "placement.num_experts", placement.num_experts, rule, "Place every expert once"

@@ -1,4 +1,4 @@
-"""Where in the model experts go."""
+"""Where in the model experts go, or are already."""
 
 from __future__ import annotations
 
@@ -36,3 +36,38 @@ class FFNSite:
     def num_in_projections(self) -> int:
         """Linears between x and the activation."""
         return 2 if self.kind == "gated" else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsSite:
+    """Experts that the model has already, called with hidden states (T, D), expert ids (T, K) and weights (T, K).
+
+    fqn: module path of the experts. kind: `experts`. d_model, d_ff: widths of one expert. num_experts, top_k: read from
+    the model, as are groups and top_groups (1: no limit) where its config names them. num_in_projections: linears
+    before the activation. bias_up, bias_down: whether they have biases. activation: for people to read. index:
+    position among the experts of the model.
+    """
+
+    fqn: str
+    kind: str = "experts"
+    d_model: int
+    d_ff: int
+    num_experts: int
+    top_k: int
+    groups: int = 1
+    top_groups: int = 1
+    num_in_projections: int = 2
+    bias_up: bool = False
+    bias_down: bool = False
+    activation: str
+    index: int
+
+    def __post_init__(self) -> None:
+        if self.kind != "experts":
+            raise PlanError(f"{self.fqn}.kind", self.kind, "must be experts", "Use experts")
+        for name in ("d_model", "d_ff", "num_experts", "top_k", "groups", "top_groups", "num_in_projections"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{self.fqn}.{name}", getattr(self, name), "must be at least 1", "Match the model")
+
+
+PlannedSite = FFNSite | ExpertsSite

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moecompile.plan import FFNSite, LayerPlan
+from moecompile.plan import LayerPlan, PlannedSite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class ModelParams:
         return self.dense + self.experts + self.router
 
 
-def ffn_params(site: FFNSite, d_hidden: int) -> int:
+def ffn_params(site: PlannedSite, d_hidden: int) -> int:
     """Parameters of an FFN like `site` with hidden width `d_hidden`; none at width 0."""
     if d_hidden == 0:
         return 0

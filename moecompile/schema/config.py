@@ -17,11 +17,20 @@ class TaskName(str, Enum):
     plan = "plan"
 
 
+class ModelDevice(str, Enum):
+    """Where the model is built: `meta` has shapes and no values, for planning and compiling models of any size."""
+
+    cpu = "cpu"
+    meta = "meta"
+
+
 class SiteKind(str, Enum):
     """Which sites are rewritten."""
 
-    auto = "auto"  # dense FFNs; a model that has experts already is refused
+    auto = "auto"  # the experts that the model has already, else its dense FFNs
     dense = "dense"
+    existing = "existing"
+    both = "both"
 
 
 class ExpertInit(str, Enum):
@@ -32,11 +41,36 @@ class ExpertInit(str, Enum):
     random = "random"
 
 
+class Choice(str, Enum):
+    """Who chooses: each token its experts, or each expert its tokens (Zhou et al. 2022, arXiv 2202.09368)."""
+
+    token = "token"
+    expert = "expert"
+
+
 class Score(str, Enum):
     """What turns router logits into scores."""
 
     softmax = "softmax"
     sigmoid = "sigmoid"
+    softmax_after_topk = "softmax_after_topk"  # gpt-oss: over the logits of the chosen experts alone
+
+
+class DropPolicy(str, Enum):
+    """Which tokens an expert keeps when more choose it than its capacity."""
+
+    position = "position"  # the first ones
+    score = "score"  # those with the largest routing weights
+
+
+class Workload(str, Enum):
+    """Routing that ignores the router's choice, for benchmarks."""
+
+    none = "none"
+    balanced = "balanced"  # every expert gets the same number of tokens
+    zipf = "zipf"  # expert i is drawn with probability ~ 1 / (i + 1) ** skew
+    hot = "hot"  # half of the tokens choose expert 0
+    drift = "drift"  # zipf whose most loaded expert moves on at every step
 
 
 class GroupScore(str, Enum):
@@ -51,7 +85,21 @@ class BalanceRule(str, Enum):
     """How the load of the experts is kept even."""
 
     none = "none"
-    bias = "bias"  # DeepSeek-V3: correction bias += rate * sign(mean load - load), no auxiliary loss
+    bias = "bias"  # DeepSeek-V3: a correction bias follows the load, no auxiliary loss
+
+
+class BiasUpdate(str, Enum):
+    """How the correction bias moves once per optimizer step."""
+
+    sign = "sign"  # DeepSeek-V3: += rate * sign(mean load - load)
+    proportional = "proportional"  # += rate * (mean load - load) / mean load
+
+
+class Objective(str, Enum):
+    """What the model learns to predict."""
+
+    causal = "causal"  # the next token
+    span_corruption = "span_corruption"  # T5: masked spans, for encoder-decoder models
 
 
 class DispatchKind(str, Enum):
@@ -77,6 +125,8 @@ class ModelConfig:
     architecture: a transformers model type (`deepseek_v3`), built with random weights from `config`.
     pretrained: a local folder for `AutoModelForCausalLM.from_pretrained`.
     factory: `package.module:function`, called without arguments; only from the command line or Python.
+    device: `meta` builds shapes without values, enough for task=plan and task=compile. published: what this
+    architecture's paper or model card says of its size, for people.
     """
 
     name: str = "custom"
@@ -84,6 +134,8 @@ class ModelConfig:
     config: dict[str, Any] = field(default_factory=dict)
     pretrained: Optional[str] = None
     factory: Optional[str] = None
+    device: ModelDevice = ModelDevice.cpu
+    published: Optional[str] = None
 
 
 @dataclass(kw_only=True)
@@ -92,7 +144,8 @@ class ExpertsConfig:
 
     sites: which kind of site. match: shell pattern on the module path. layers: Python slice over the matched sites in
     model order (`1:` all but the first, `::2` every other). num_routed: routed experts. granularity: slices that one
-    dense FFN is cut into. num_shared: slices that go to the shared expert, which every token visits.
+    dense FFN is cut into. num_shared: slices that go to the shared expert, which every token visits. shared_gate: the
+    shared expert's output is multiplied by a learned sigmoid (Qwen2-MoE).
     """
 
     sites: SiteKind = SiteKind.auto
@@ -101,6 +154,7 @@ class ExpertsConfig:
     num_routed: int = 8
     granularity: int = 1
     num_shared: int = 0
+    shared_gate: bool = False
     init: ExpertInit = ExpertInit.copy
 
 
@@ -111,9 +165,14 @@ class RoutingConfig:
     top_k: experts per token. score: what turns logits into scores. scale: what the weights of a token sum to.
     groups: contiguous groups of experts (`auto`: one per node that the EP group spans if `max_nodes` is given, else 1).
     top_groups: groups that a token may use (null: all, or what `max_nodes` asks for). max_nodes: nodes that a token may
-    reach. normalize: routing weights sum to `scale`.
+    reach. normalize: routing weights sum to `scale`. choice: token choice, or expert choice of top_k tokens per expert
+    on average. bias: the router is a linear with a bias. capacity_factor: an expert takes at most
+    ceil(capacity_factor * tokens * top_k / experts) tokens of a micro-batch (null: dropless). drop: which it keeps.
+    jitter: router inputs are multiplied by uniform(1 - jitter, 1 + jitter) in training. workload: routing for
+    benchmarks. skew: exponent of zipf. allow_future: expert choice in a causal model, where it sees the future.
     """
 
+    choice: Choice = Choice.token
     top_k: int = 2
     score: Score = Score.softmax
     normalize: bool = True
@@ -122,14 +181,56 @@ class RoutingConfig:
     top_groups: Optional[int] = None
     group_score: GroupScore = GroupScore.top2
     max_nodes: Optional[int] = None
+    bias: bool = False
+    capacity_factor: Optional[float] = None
+    drop: DropPolicy = DropPolicy.position
+    jitter: float = 0.0
+    workload: Workload = Workload.none
+    skew: float = 1.0
+    allow_future: bool = False
+
+
+@dataclass(kw_only=True)
+class LossesConfig:
+    """`balance.losses`: coefficients of the auxiliary losses, 0 for none; several may be used at once.
+
+    micro_batch: Switch and GShard, over one micro-batch. sequence: DeepSeek's, over each sequence. global_batch: over
+    the global batch (Qwen). z: router z-loss (ST-MoE).
+    """
+
+    micro_batch: float = 0.0
+    sequence: float = 0.0
+    global_batch: float = 0.0
+    z: float = 0.0
 
 
 @dataclass(kw_only=True)
 class BalanceConfig:
-    """`balance`: how load is evened out. rate: step of the correction bias per optimizer step."""
+    """`balance`: how load is evened out.
+
+    rule: whether a correction bias follows the load. update: how it moves. rate: its step per optimizer step. losses:
+    coefficients of auxiliary losses.
+    """
 
     rule: BalanceRule = BalanceRule.none
+    update: BiasUpdate = BiasUpdate.sign
     rate: float = 1e-3
+    losses: LossesConfig = field(default_factory=LossesConfig)
+
+
+@dataclass(kw_only=True)
+class PerLayerConfig:
+    """`per_layer.NAME`: other settings for some of the rewritten layers.
+
+    match: shell pattern on the module path. layers: Python slice over the rewritten layers. experts, routing, balance:
+    keys of these groups with their values there.
+    """
+
+    match: str = "*"
+    layers: str = ":"
+    experts: dict[str, Any] = field(default_factory=dict)
+    routing: dict[str, Any] = field(default_factory=dict)
+    balance: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -173,12 +274,14 @@ class DispatchConfig:
 class DataConfig:
     """`data`: the text and the batch.
 
+    objective: what is predicted.
     corpus: `moby_dick` (embedded). path: a UTF-8 text file that is used instead. vocab_size: entries of the byte-level
     BPE that is trained on the training split. seq_len: tokens per sequence. global_batch_size: sequences per optimizer
     step, independent of the mesh. micro_batch_size: sequences per rank and forward; accumulation is derived.
     val_fraction: tail of the text that is held out. val_batches: validation micro-batches per rank (0: all).
     """
 
+    objective: Objective = Objective.causal
     corpus: str = "moby_dick"
     path: Optional[str] = None
     vocab_size: int = 2048
@@ -230,7 +333,8 @@ class Config:
     """The whole config.
 
     name: the recipe's name, used in results and for the run directory. seed: decides weights, data order and all else
-    that is random. debug: tracebacks for mistakes too.
+    that is random. debug: tracebacks for mistakes too. per_layer: name -> other settings for some layers, applied in
+    order.
     """
 
     name: str = "default"
@@ -241,6 +345,7 @@ class Config:
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
+    per_layer: dict[str, PerLayerConfig] = field(default_factory=dict)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
-from moecompile.schema.config import BalanceRule, Config, ExpertInit, ExpertsConfig, MeshConfig, RoutingConfig
+from moecompile.schema.config import (
+    BalanceConfig,
+    BalanceRule,
+    Choice,
+    Config,
+    ExpertInit,
+    ExpertsConfig,
+    MeshConfig,
+    RoutingConfig,
+    Score,
+    TaskName,
+    Workload,
+)
+from moecompile.schema.per_layer import LayerSettings
+from moecompile.schema.slices import site_slice
 
 
 def mesh_spec(mesh: MeshConfig) -> MeshSpec:
@@ -57,12 +71,67 @@ def validate_transform(config: Config) -> MeshSpec:
         ConfigError: the first rule that is broken.
     """
     mesh = mesh_spec(config.mesh)
-    _check_experts(config.experts)
-    _check_routing(config.routing, config.experts, mesh)
-    _check_virtual_groups(config.experts, config.routing, mesh)
-    if config.balance.rule is BalanceRule.bias and config.balance.rate <= 0:
-        raise ConfigError("balance.rate", config.balance.rate, "must be positive", "Use 0.001 or balance.rule=none")
+    validate_settings(LayerSettings(experts=config.experts, routing=config.routing, balance=config.balance), mesh)
     return mesh
+
+
+def validate_settings(settings: LayerSettings, mesh: MeshSpec) -> None:
+    """Checks the settings of one layer; an error of a change by `per_layer` names it.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    try:
+        _check_experts(settings.experts)
+        _check_routing(settings.routing, settings.experts, mesh)
+        _check_router_kind(settings.routing)
+        _check_virtual_groups(settings.experts, settings.routing, mesh)
+        _check_balance(settings.balance, settings.routing)
+    except ConfigError as error:
+        if not settings.source:
+            raise
+        raise ConfigError(f"{settings.source}.{error.path}", error.value, error.rule, error.fix) from None
+
+
+def _check_router_kind(routing: RoutingConfig) -> None:
+    """Rules between choice, score, capacity and noise."""
+    if routing.capacity_factor is not None and routing.capacity_factor <= 0:
+        raise ConfigError(
+            "routing.capacity_factor", routing.capacity_factor, "must be positive", "Use 1.25, or null for dropless"
+        )
+    if not 0 <= routing.jitter < 1:
+        raise ConfigError("routing.jitter", routing.jitter, "must lie in [0, 1)", "Use 0.01")
+    if routing.skew <= 0:
+        raise ConfigError("routing.skew", routing.skew, "must be positive", "Use 1.0")
+    if routing.choice is not Choice.expert:
+        return
+    limited = routing.top_groups is not None or routing.max_nodes is not None
+    for path, value, wrong, fix in (
+        ("routing.score", routing.score.value, routing.score is Score.softmax_after_topk, "softmax or sigmoid"),
+        ("routing.normalize", True, routing.normalize, "false"),
+        ("routing.top_groups", routing.top_groups, limited, "null"),
+        ("routing.workload", routing.workload.value, routing.workload is not Workload.none, "none"),
+    ):  # fmt: skip
+        if wrong:
+            raise ConfigError(
+                path, value, "has no meaning where experts choose tokens", f"Use {fix}, or routing.choice=token"
+            )
+
+
+def _check_balance(balance: BalanceConfig, routing: RoutingConfig) -> None:
+    if balance.rule is BalanceRule.bias and balance.rate <= 0:
+        raise ConfigError("balance.rate", balance.rate, "must be positive", "Use 0.001 or balance.rule=none")
+    for name, value in vars(balance.losses).items():
+        if value < 0:
+            raise ConfigError(f"balance.losses.{name}", value, "must not be negative", "Use 0 for none")
+    if routing.choice is Choice.expert:
+        losses = [name for name in ("micro_batch", "sequence", "global_batch") if getattr(balance.losses, name)]
+        if balance.rule is BalanceRule.bias or losses:
+            path = "balance.rule" if balance.rule is BalanceRule.bias else f"balance.losses.{losses[0]}"
+            raise ConfigError(
+                path, "bias" if balance.rule is BalanceRule.bias else getattr(balance.losses, losses[0]),
+                "has no meaning where experts choose tokens: their load is even by itself", "Leave it out",
+            )  # fmt: skip
 
 
 def _check_model(config: Config) -> None:
@@ -209,7 +278,7 @@ def _check_data(config: Config, mesh: MeshSpec) -> None:
     if not 0 < data.val_fraction < 1:
         raise ConfigError("data.val_fraction", data.val_fraction, "must lie between 0 and 1", "Use 0.05")
     _at_least("data.val_batches", data.val_batches, 0)
-    if config.task.name.value == "train":
+    if config.task.name is TaskName.train:
         accumulation_steps(config, mesh)
 
 
@@ -229,25 +298,6 @@ def accumulation_steps(config: Config, mesh: MeshSpec) -> int:
             f"Use {up}, or a micro_batch_size that divides {data.global_batch_size} / {world}",
         )  # fmt: skip
     return data.global_batch_size // per_step
-
-
-def site_slice(text: str) -> slice:
-    """`experts.layers` as a slice over the matched sites.
-
-    Raises:
-        ConfigError: not a Python slice.
-    """
-    parts = text.strip().strip("[]").split(":")
-    try:
-        numbers = [int(part) if part.strip() else None for part in parts]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (2, 3) or (len(numbers) == 3 and numbers[2] == 0):
-        raise ConfigError(
-            "experts.layers", text, "must be a Python slice over the matched sites",
-            "Use ':' for all, '1:' for all but the first, '::2' for every other",
-        )  # fmt: skip
-    return slice(*numbers)
 
 
 def _int_or_auto(path: str, value: int | str, auto: int) -> int:
