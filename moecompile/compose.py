@@ -10,13 +10,16 @@ Whatever is wrong with a config leaves this file as one `UserError`: dotted path
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import re
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,8 +46,12 @@ CONFIG_DIR_VARIABLE = "MOECOMPILE_CONFIG_DIR"
 
 RESOLVED = "resolved.yaml"
 FAILURES = "failures.txt"
+OVERRIDES = "overrides.txt"
 _VERSION_BASE = "1.3"
+_HELP_WIDTH = 110
 _LOCK = threading.Lock()  # Hydra's state is global to the process
+
+OmegaConf.register_new_resolver("moecompile.add", lambda *numbers: sum(numbers), replace=True)  # ${moecompile.add:a,b}
 
 
 # -- the ways in ---------------------------------------------------------------------------------------------------
@@ -64,7 +71,7 @@ def main(run: Callable[[Config, Path], int]) -> int:
 
     decorate = hydra.main(version_base=_VERSION_BASE, config_path=str(conf_dir()), config_name="config")
     try:
-        with _raising_hydra(), _explained(sys.argv[1:]):
+        with _raising_hydra(), _explained(sys.argv[1:]), _narrow_help():
             decorate(job)()
     except KeyboardInterrupt:
         return 130
@@ -106,6 +113,10 @@ def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:
             "model.factory", config.model.factory, "a config file may not choose code to run",
             "Give model.factory=... on the command line or in Python",
         )  # fmt: skip
+    if config.given:
+        raise ConfigError("given", config.given, "is filled in by the program", "Leave it out")
+    given = (re.match(r"\+{0,2}(\w+(?:\.\w+)+|per_layer)=", item) for item in overrides)
+    config.given = [found[1] for found in given if found]  # a key without a dot selects a group's option
     return config
 
 
@@ -142,6 +153,7 @@ def _run_job(cfg: DictConfig, run: Callable[[Config, Path], int]) -> int:
     run_dir, multirun = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
     if multirun:
         print(f"job {job.job.num}: {' '.join(job.overrides.task)}", flush=True)
+        (run_dir / OVERRIDES).write_text("\n".join(job.overrides.task), encoding="utf-8")  # what the table names
     debug, message = _asks_debug(job.overrides.task), ""
     try:
         config = to_config(cfg, job.overrides.task)
@@ -243,6 +255,22 @@ def _raising_hydra() -> Iterator[None]:
 
 
 @contextmanager
+def _narrow_help() -> Iterator[None]:
+    """Breaks the lines of `--help`: Hydra writes all options of a group in one."""
+    if not {"--help", "-h"} & set(sys.argv):
+        yield
+        return
+    text = io.StringIO()
+    try:
+        with redirect_stdout(text):
+            yield
+    finally:
+        for line in text.getvalue().splitlines():
+            broken = textwrap.wrap(line, _HELP_WIDTH, subsequent_indent="    ") if len(line) > _HELP_WIDTH else [line]
+            print("\n".join(broken))
+
+
+@contextmanager
 def _own_hydra() -> Iterator[None]:
     """A Hydra of our own over the shipped configs; the caller's is put back afterwards."""
     kinds: tuple[type, ...] = (GlobalHydra, VersionBase, JobRuntime)
@@ -270,7 +298,16 @@ class _OwnConfigs(SearchPathPlugin):
 
 
 Plugins.instance().register(_OwnConfigs)
-ConfigStore.instance().store(name="moecompile_schema", node=Config, provider="moecompile")
+
+
+@dataclass(kw_only=True)
+class _ComposedConfig(Config):
+    """Entries of `per_layer` may come key by key (`+per_layer.first.layers=0:1`); `_typed` checks what has come."""
+
+    per_layer: dict[str, Any] = field(default_factory=dict)
+
+
+ConfigStore.instance().store(name="moecompile_schema", node=_ComposedConfig, provider="moecompile")
 
 
 @contextmanager

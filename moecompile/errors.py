@@ -54,6 +54,17 @@ class PassError(MoecompileError):
         return type(self), (self.name, self.where, self.rule)
 
 
+class VerificationFailed(MoecompileError):
+    """N ranks do not compute what one process computes."""
+
+    def __init__(self, recipe: str, checks: list[str]) -> None:
+        self.recipe, self.checks = recipe, checks
+        super().__init__(f"verification of {recipe} failed: {'; '.join(checks)}")
+
+    def __reduce__(self) -> tuple[type[VerificationFailed], tuple[str, list[str]]]:
+        return type(self), (self.recipe, self.checks)
+
+
 class UnboundAxisError(MoecompileError):
     """An exchange was run before `shard` bound its mesh axis to a process group."""
 

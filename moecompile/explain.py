@@ -109,7 +109,8 @@ def _schema_type(path: str) -> Any:
     """The annotation at a dotted path; None where the schema has none (`model.config.*`, `hydra.*`, a typo)."""
     hint: Any = Config
     for key in path.split("."):
-        hint = get_type_hints(hint).get(key) if is_dataclass(hint) else None
+        entry = get_args(hint)[1] if get_origin(hint) is dict else None  # `per_layer.NAME`
+        hint = get_type_hints(hint).get(key) if is_dataclass(hint) else entry
     return hint
 
 

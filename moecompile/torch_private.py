@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
+
+if TYPE_CHECKING:
+    from torch._subclasses import FakeTensorMode
 
 __all__ = [
     "FSDPMeshInfo",
     "HSDPMeshInfo",
     "ShardPlacementResult",
+    "fake_tensors",
     "in_backward",
     "move_hooks",
     "process_group_by_name",
     "set_attribute",
+    "split_axis",
 ]
 
 _HOOKS = (
@@ -36,6 +44,19 @@ def process_group_by_name(name: str) -> ProcessGroup | None:
         return _resolve_process_group(name)  # type: ignore[arg-type]  # GroupName is a NewType of str
     except (RuntimeError, ValueError, KeyError):
         return None
+
+
+def fake_tensors() -> FakeTensorMode:
+    """A mode in which tensors are fake: code can tell that it is traced, and values that are not known stay open."""
+    from torch._subclasses import FakeTensorMode  # they load sympy
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def split_axis(device_mesh: DeviceMesh, axis: str, sizes: dict[str, int]) -> DeviceMesh:
+    """A mesh in which `axis` is the axes `sizes`, the last one varying fastest; makes their process groups."""
+    return device_mesh._unflatten(axis, tuple(sizes.values()), tuple(sizes))
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:

@@ -1,7 +1,20 @@
 """Router, balance and experts: plain modules that know nothing of the compiler."""
 
-from moecompile.nn.balance import LayerLoad, routers_of, update_balance
+from moecompile.nn.balance import LayerLoad, auxiliary_loss, auxiliary_losses, meters_of, update_balance
 from moecompile.nn.experts import Experts, SharedExperts
-from moecompile.nn.router import Router
+from moecompile.nn.meter import LoadMeter
+from moecompile.nn.router import Router, routers_of, set_random_key
 
-__all__ = ["Experts", "LayerLoad", "Router", "SharedExperts", "routers_of", "update_balance"]
+__all__ = [
+    "Experts",
+    "LayerLoad",
+    "LoadMeter",
+    "Router",
+    "SharedExperts",
+    "auxiliary_loss",
+    "auxiliary_losses",
+    "meters_of",
+    "routers_of",
+    "set_random_key",
+    "update_balance",
+]

@@ -1,23 +1,37 @@
-"""Load balance: the correction-bias rule and the load metrics, once per optimizer step from global counts."""
+"""Load balance, once per optimizer step from global counts: the correction-bias rule, the global load, the metrics.
+
+Auxiliary losses, once per micro-batch, are summed over layers here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moecompile.nn.router import Router
+from moecompile.errors import MoecompileError
+from moecompile.nn.existing import own_biases
+from moecompile.nn.meter import DROPPED, ENTROPY, TOKENS, LoadMeter
+from moecompile.nn.router import routers_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLoad:
-    """Load of one router over one optimizer step and all ranks. load: tokens per expert, (E,) int64 on the CPU."""
+    """What one layer did over one optimizer step and all ranks.
+
+    load: assignments of each expert before drops, (E,) int64. tokens: tokens that were routed. dropped: assignments
+    that capacity dropped. entropy: mean of the router's entropy over tokens, nats; None: unknown. node_tokens: distinct
+    tokens that reached each node of their EP group, (num_nodes,) int64. Tensors are on the CPU.
+    """
 
     name: str
     load: Tensor
+    tokens: int
+    dropped: int
+    entropy: float | None
+    node_tokens: Tensor
 
     @property
     def max_violation(self) -> float:
@@ -25,44 +39,115 @@ class LayerLoad:
         mean = self.load.double().mean()
         return float(self.load.max() / mean - 1) if mean > 0 else 0.0
 
+    @property
+    def drop_rate(self) -> float:
+        """Dropped assignments over all assignments."""
+        return self.dropped / max(1, int(self.load.sum()))
 
-def routers_of(model: nn.Module) -> list[tuple[str, Router]]:
-    """All routers with their module paths, in model order."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, Router)]
+    @property
+    def nodes_per_token(self) -> float:
+        """Mean number of nodes that a token reaches, its own included."""
+        return int(self.node_tokens.sum()) / max(1, self.tokens)
+
+
+def meters_of(model: nn.Module) -> list[tuple[str, LoadMeter]]:
+    """All meters in model order. The attribute `meter` of a module has that module's path, any other meter its own."""
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, LoadMeter)]
+    return [(_owner(path), meter) for path, meter in found]
+
+
+def _owner(path: str) -> str:
+    owner, _, name = path.rpartition(".")
+    return owner if name == "meter" else path
 
 
 @torch.no_grad()
-def update_balance(
-    model: nn.Module, rates: dict[str, float], group: dist.ProcessGroup | None = None
-) -> list[LayerLoad]:
-    """Sums the load counters over all ranks, moves the correction biases, and starts the counters again.
+def update_balance(model: nn.Module, group: dist.ProcessGroup | None = None) -> list[LayerLoad]:
+    """Sums the counters over all ranks, balances by the sums, and starts the counters again.
 
-    The rule is DeepSeek-V3's: bias += rate * sign(mean load - load). Call it once per optimizer step.
+    Call it once per optimizer step. Each router follows its own rule, with e = mean load - load:
+        `sign`: correction_bias += rate * sign(e) (DeepSeek-V3); `proportional`: += rate * e / mean load.
+    So does the correction bias of a router that the model had before, where the plan says so. A router with a
+    global_batch loss keeps each expert's fraction of the load for the next step.
 
     Args:
-        model: holds the routers.
-        rates: router path -> rate; routers that are not in it keep their bias.
-        group: ranks whose counts are summed; None: this process alone.
+        group: ranks whose counts are summed, in one all-reduce; None: this process alone.
 
     Returns:
-        the load of each router, in model order.
+        what each layer did, in model order.
     """
-    routers = routers_of(model)
-    if not routers:
+    meters = meters_of(model)
+    if not meters:
         return []
-    loads = _global_loads([router for _, router in routers], group)
-    for (name, router), load_E in zip(routers, loads, strict=True):
-        router.load.zero_()
-        if rate := rates.get(name, 0.0):
-            error_E = load_E.double().mean() - load_E
-            router.correction_bias += rate * error_E.sign().to(router.correction_bias)
-    return [LayerLoad(name=name, load=load_E.cpu()) for (name, _), load_E in zip(routers, loads, strict=True)]
+    loads = [_layer_load(name, meter, sums) for (name, meter), sums in zip(meters, _summed(meters, group), strict=True)]
+    by_meter = {id(meter): load for (_, meter), load in zip(meters, loads, strict=True)}
+    for _, router in routers_of(model):
+        load_E = by_meter[id(router.meter)].load
+        _move(router.correction_bias, load_E, router.bias_rate, router.bias_update)
+        if router.global_load is not None and load_E.any():
+            router.global_load.copy_(load_E / load_E.sum())
+    for own_meter, bias_E in own_biases(model):
+        _move(bias_E, by_meter[id(own_meter)].load, own_meter.bias_rate, own_meter.bias_update)
+    for _, meter in meters:
+        for counter in meter.buffers():
+            counter.zero_()
+    return loads
 
 
-def _global_loads(routers: Iterable[Router], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """One all-reduce for all layers."""
-    loads = [router.load for router in routers]
-    flat = torch.cat(loads)
+def _summed(meters: list[tuple[str, LoadMeter]], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Each meter's counters as one vector. As float64 they share an all-reduce; whole numbers are exact to 2^53."""
+    packed = [torch.cat([counter.double() for counter in meter.buffers()]) for _, meter in meters]
+    flat = torch.cat(packed)
     if group is not None:
         dist.all_reduce(flat, group=group)
-    return list(flat.split([load.numel() for load in loads]))
+    return list(flat.cpu().split([counters.numel() for counters in packed]))
+
+
+def _layer_load(name: str, meter: LoadMeter, summed: Tensor) -> LayerLoad:
+    load_E, node_tokens, sums = summed.split([counter.numel() for counter in meter.buffers()])
+    tokens = int(sums[TOKENS])
+    return LayerLoad(
+        name=name,
+        load=load_E.to(torch.int64),
+        tokens=tokens,
+        dropped=int(sums[DROPPED]),
+        entropy=float(sums[ENTROPY]) / tokens if meter.has_entropy and tokens else None,
+        node_tokens=node_tokens.to(torch.int64),
+    )
+
+
+def _move(bias_E: Tensor, load_E: Tensor, rate: float, update: str) -> None:
+    """The rule of `update_balance`, in place; load_E is global and on the CPU."""
+    mean = load_E.double().mean()
+    if rate and mean > 0:
+        error_E = mean - load_E
+        step_E = error_E.sign() if update == "sign" else error_E / mean
+        bias_E += (rate * step_E).to(bias_E)
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor | None:
+    """Sum of the auxiliary losses of all layers in the last forward, coefficients included; None without any.
+
+    It is a mean over the micro-batch's tokens, with a graph: where the loss is a sum over tokens, add it times their
+    number.
+
+    Raises:
+        MoecompileError: gradients are asked for, but the forward ran without them (reentrant checkpointing).
+    """
+    found = [(name, router, loss) for name, router in routers_of(model) if (loss := router.aux_loss) is not None]
+    for name, router, loss in found:
+        if torch.is_grad_enabled() and router.weight.requires_grad and not loss.requires_grad:
+            raise MoecompileError(
+                f"{name}: the auxiliary loss has no gradient, since the forward ran without autograd. Activation "
+                "checkpointing must be the one with use_reentrant=False"
+            )
+    return torch.stack([loss for _, _, loss in found]).sum() if found else None
+
+
+def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
+    """The same by kind and without a graph, to be logged."""
+    sums: dict[str, Tensor] = {}
+    for _, router in routers_of(model):
+        for kind, loss in router.aux_losses.items():
+            sums[kind] = sums[kind] + loss.detach() if kind in sums else loss.detach()
+    return sums

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 
@@ -76,7 +77,11 @@ class SharedExperts(nn.Module):
     """The always-on expert: a dense FFN of width `d_shared` with the site's own activation.
 
     Args: as `Experts`.
+        gate: the output is multiplied by sigmoid(x gate_weight^T), one number per token (Qwen2-MoE). gate_weight (1, D)
+            starts at zero, where the sigmoid is 0.5.
     """
+
+    gate_weight: Tensor | None
 
     def __init__(
         self,
@@ -87,6 +92,7 @@ class SharedExperts(nn.Module):
         activation: nn.Module,
         bias_up: bool = False,
         bias_down: bool = False,
+        gate: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -100,6 +106,9 @@ class SharedExperts(nn.Module):
         self.gate_proj = linear(d_model, d_shared, bias_up) if gated else None
         self.up_proj = linear(d_model, d_shared, bias_up)
         self.down_proj = linear(d_shared, d_model, bias_down)
+        self.register_parameter(
+            "gate_weight", nn.Parameter(torch.zeros(1, d_model, device=device, dtype=dtype)) if gate else None
+        )
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,7 +116,7 @@ class SharedExperts(nn.Module):
         up = self.up_proj(x)
         hidden = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x), up)
         out: Tensor = self.down_proj(hidden)
-        return out
+        return out if self.gate_weight is None else out * F.linear(x, self.gate_weight).sigmoid()
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -1,34 +1,60 @@
-"""The router: score -> correction bias -> group limit -> top-k -> normalise -> scale.
+"""The router: where each token goes and with which weight.
+
+    jitter -> logits + bias -> score -> correction bias -> group limit -> top-k -> normalise -> scale -> capacity
 
 Legend: T tokens, D model dim, E experts, K top-k, G groups.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from moecompile import ops  # noqa: F401  (registers the ops)
+from moecompile.nn import losses as loss_functions
+from moecompile.nn.meter import LoadMeter, at_least
+from moecompile.torch_private import in_backward
+
+LOSSES = ("micro_batch", "sequence", "global_batch", "z")
 
 
 class Router(nn.Module):
-    """Chooses `top_k` experts per token.
+    """Chooses experts for tokens, or tokens for experts.
 
-    weight (E, D) is at least fp32, and so is all arithmetic, under every precision. `correction_bias` (E,) shifts the
-    choice but not the routing weights (DeepSeek-V3 report, section 2.1.2). `load` (E,) counts the tokens that chose
-    each expert since the last balance update; it differs between ranks and is not in the state dict.
+    weight (E, D) and bias (E,) are at least fp32, and so is all arithmetic, under every precision. `correction_bias`
+    (E,) shifts the choice but not the routing weights (DeepSeek-V3 report, section 2.1.2). `global_load` (E,), only
+    with a global_batch loss, is each expert's fraction of the previous optimizer step's load. `meter` counts.
+
+    A dropped assignment, and with expert choice an expert that did not take the token, has the id num_experts and the
+    weight 0.
 
     Args:
         d_model, num_experts, top_k: sizes.
-        score: `softmax` or `sigmoid`.
+        score: `softmax`, `sigmoid`, or `softmax_after_topk`: experts are chosen by their logits, and the weights are a
+            softmax over the chosen ones alone (gpt-oss), which sums to 1 whatever `normalize` says.
         normalize: the weights of a token sum to `scale`; else they are the scores times `scale`.
         groups, top_groups: contiguous expert groups, and how many of them a token may use.
         group_score: `max` (DeepSeek-V2), `top2` (DeepSeek-V3 as transformers computes it) or `topk_over_m` (sum of the
             top_k / top_groups best, as the DeepSeek-V3 report says).
+        choice: `token`, or `expert`: every expert takes the tokens that it scores highest, top_k / num_experts of them
+            times `capacity_factor` (1 if it is None), with score * scale as the weight (arXiv 2202.09368).
+        bias: whether the logits have a bias.
+        capacity_factor, drop: an expert keeps at most ceil(capacity_factor * T * K / E) of the T tokens of a forward:
+            the first ones (`position`) or those with the largest weights (`score`). `none` with None: dropless.
+        jitter: in training the router's input is multiplied by uniform(1 - jitter, 1 + jitter).
+        workload, skew: a choice of experts for benchmarks (moecompile.ops.workload); weights stay the scores of the
+            chosen, so gradients flow.
+        losses: auxiliary loss -> coefficient.
+        bias_rate, bias_update: the balance rule of `correction_bias`, see `update_balance`.
+        num_nodes: nodes over which the experts are spread, for the meter.
     """
 
     correction_bias: Tensor
-    load: Tensor
+    bias: Tensor | None
+    global_load: Tensor | None
 
     def __init__(
         self,
@@ -42,6 +68,17 @@ class Router(nn.Module):
         groups: int = 1,
         top_groups: int = 1,
         group_score: str = "top2",
+        choice: str = "token",
+        bias: bool = False,
+        capacity_factor: float | None = None,
+        drop: str = "none",
+        jitter: float = 0.0,
+        workload: str = "none",
+        skew: float = 1.0,
+        losses: Mapping[str, float] | None = None,
+        bias_rate: float = 0.0,
+        bias_update: str = "sign",
+        num_nodes: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -49,36 +86,132 @@ class Router(nn.Module):
         self.num_experts, self.top_k = num_experts, top_k
         self.score, self.normalize, self.scale = score, normalize, scale
         self.groups, self.top_groups, self.group_score = groups, top_groups, group_score
+        self.choice, self.capacity_factor, self.drop = choice, capacity_factor, drop
+        self.jitter, self.workload, self.skew = jitter, workload, skew
+        self.losses, self.bias_rate, self.bias_update = dict(losses or {}), bias_rate, bias_update
+        self._check()
         wide = torch.promote_types(dtype, torch.float32)
         self.weight = nn.Parameter(torch.empty(num_experts, d_model, device=device, dtype=wide))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(num_experts, device=device, dtype=wide)) if bias else None
+        )
         self.register_buffer("correction_bias", torch.zeros(num_experts, device=device, dtype=wide))
-        self.register_buffer("load", torch.zeros(num_experts, device=device, dtype=torch.int64), persistent=False)
+        even = torch.full((num_experts,), 1 / num_experts, device=device, dtype=wide)
+        self.register_buffer("global_load", even if "global_batch" in self.losses else None)
+        self.meter = LoadMeter(num_experts, num_nodes, device, has_entropy=True)
+        self.aux_losses: dict[str, Tensor] = {}  # coefficient * loss of the last forward, with its graph
+        self.key = torch.zeros(4, dtype=torch.int64, device="cpu")  # no buffer: ops read it on the host
+        self.is_keyed = False
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns weights_TK (fp32 or wider) and ids_TK (int64)."""
-        scores_TE = self.scores(x_TD)
-        ids_TK = self.choose(scores_TE)
-        if self.training:  # validation and generation say nothing about the load of training
-            torch.ops.moecompile.count_load(self.load, ids_TK)
-        weights_TK = scores_TE.gather(1, ids_TK)
-        if self.normalize:
-            # The floor keeps sigmoid scores that all underflow from dividing by zero (DeepSeek-V3 uses 1e-20).
-            weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp_min(1e-20)
-        return weights_TK * self.scale, ids_TK
+    @property
+    def aux_loss(self) -> Tensor | None:
+        """Coefficients times losses of the last forward, a mean over its tokens; None without losses, in evaluation."""
+        return torch.stack(list(self.aux_losses.values())).sum() if self.aux_losses else None
 
-    def scores(self, x_TD: Tensor) -> Tensor:
-        """Scores of all experts, (T, E), fp32 or wider."""
-        logits_TE: Tensor = torch.ops.moecompile.router_logits(x_TD, self.weight)
-        return logits_TE.sigmoid() if self.score == "sigmoid" else logits_TE.softmax(-1)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Routes x (..., D), whose last dim but one is the sequence; (T, D) is one sequence.
+
+        Returns:
+            weights_TK (fp32 or wider) and ids_TK (int64) of all T tokens; (T, E) with expert choice.
+        """
+        logits = self.logits(x)
+        scores = self._score(logits)
+        scores_TE = torch.ops.moecompile.flatten_tokens(scores)
+        if self.choice == "expert":
+            ids, weights = self._expert_choice(scores_TE)
+            kept = ids
+        else:
+            ids = self.choose(scores_TE)
+            kept, weights = self._limited(ids, self._weights(scores_TE, ids))
+        found = self._train(logits, scores, ids, kept) if self.training else {}
+        # A recomputed forward must not keep its graph alive; compiled, the question cannot be asked.
+        if torch.compiler.is_compiling() or not in_backward():
+            self.aux_losses = found
+        return weights, kept
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., E), fp32 or wider, with jitter in training."""
+        if self.training and self.jitter:
+            x = x.to(torch.promote_types(self.weight.dtype, torch.float32))
+            x = x * (1.0 + self.jitter * (2.0 * self._uniform(x) - 1.0))
+        logits: Tensor = torch.ops.moecompile.router_logits(x, self.weight, self.bias)
+        return logits
+
+    def scores(self, x: Tensor) -> Tensor:
+        """What experts are chosen by, before the correction bias, (T, E), fp32 or wider."""
+        scores_TE: Tensor = torch.ops.moecompile.flatten_tokens(self._score(self.logits(x)))
+        return scores_TE
 
     @torch.no_grad()
     def choose(self, scores_TE: Tensor) -> Tensor:
-        """Ids of the chosen experts, (T, K) int64."""
-        choice_TE = scores_TE + self.correction_bias
+        """Ids of the chosen experts before drops, (T, K) int64."""
+        kernels = torch.ops.moecompile
+        if self.workload == "balanced":
+            ids_TK: Tensor = kernels.balanced_ids(scores_TE, self.top_k, self.groups, self.top_groups)
+            return ids_TK
+        if self.workload == "none":
+            choice_TE = scores_TE + self.correction_bias
+        else:
+            choice_TE = kernels.workload_scores(self._uniform(scores_TE), self.key, self.workload, self.skew)
         if self.top_groups < self.groups:
             # -inf, not 0: a closed group must lose even against negative corrected scores.
             choice_TE = choice_TE.masked_fill(~self._open_experts(choice_TE), float("-inf"))
         return choice_TE.topk(self.top_k, dim=-1, sorted=False).indices
+
+    def _score(self, logits: Tensor) -> Tensor:
+        if self.score == "softmax_after_topk":
+            return logits
+        return logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
+
+    def _probs(self, logits: Tensor, scores: Tensor) -> Tensor:
+        """Scores that sum to 1 over the experts of a token."""
+        if self.score == "sigmoid":
+            return scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
+        return scores if self.score == "softmax" else logits.softmax(-1)
+
+    def _weights(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        weights_TK = scores_TE.gather(1, ids_TK)
+        if self.score == "softmax_after_topk":
+            weights_TK = weights_TK.softmax(-1)
+        elif self.normalize:
+            # The floor keeps sigmoid scores that all underflow from dividing by zero (DeepSeek-V3 uses 1e-20).
+            weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp_min(1e-20)
+        return weights_TK * self.scale
+
+    def _limited(self, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """What capacity leaves; the weights of kept assignments stay as they are."""
+        if self.capacity_factor is None:
+            return ids_TK, weights_TK
+        kept_TK = torch.ops.moecompile.within_capacity(
+            ids_TK, weights_TK.detach(), self.num_experts, self.capacity_factor, self.drop
+        )
+        return ids_TK.masked_fill(~kept_TK, self.num_experts), weights_TK.masked_fill(~kept_TK, 0.0)
+
+    def _expert_choice(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
+        factor = 1.0 if self.capacity_factor is None else self.capacity_factor
+        ids_TE = torch.ops.moecompile.expert_choice(scores_TE.detach(), self.top_k, factor)
+        return ids_TE, scores_TE.masked_fill(ids_TE == self.num_experts, 0.0) * self.scale
+
+    def _train(self, logits: Tensor, scores: Tensor, ids: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        """Counts this forward and returns its losses, coefficients included."""
+        probs = self._probs(logits, scores)
+        self.meter(ids, kept, torch.ops.moecompile.flatten_tokens(probs).detach())
+        if self.losses and logits.numel() == 0:  # without a token there is no mean
+            return {name: logits.sum() for name in self.losses}
+        return {
+            name: coefficient * self._loss(name, logits, scores, probs, ids)
+            for name, coefficient in self.losses.items()
+        }
+
+    def _loss(self, name: str, logits: Tensor, scores: Tensor, probs: Tensor, ids: Tensor) -> Tensor:
+        if name == "micro_batch":
+            return loss_functions.micro_batch_loss(probs, ids)
+        if name == "sequence":
+            return loss_functions.sequence_loss(torch.atleast_2d(scores), torch.atleast_2d(probs), self.top_k)
+        if name == "global_batch":
+            assert self.global_load is not None
+            return loss_functions.global_batch_loss(probs, self.global_load)
+        return loss_functions.z_loss(logits)
 
     def _open_experts(self, choice_TE: Tensor) -> Tensor:
         per_group = self.num_experts // self.groups
@@ -89,7 +222,56 @@ class Router(nn.Module):
         open_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool).scatter_(1, best, True)
         return open_TG.repeat_interleave(per_group, dim=1)
 
+    def _uniform(self, like: Tensor) -> Tensor:
+        """Uniform numbers in [0, 1): from the key if one was set, else from the global random state."""
+        if self.is_keyed:
+            noise: Tensor = torch.ops.moecompile.keyed_uniform(like.detach(), self.key)
+            return noise
+        return torch.rand_like(like)
+
+    def _check(self) -> None:
+        if unknown := [name for name in self.losses if name not in LOSSES]:
+            raise ValueError(f"unknown losses {unknown}, known are {list(LOSSES)}")
+        if self.choice == "token" and (self.capacity_factor is None) != (self.drop == "none"):
+            raise ValueError(f"drop={self.drop} with capacity_factor={self.capacity_factor}: give both or neither")
+        if self.choice == "expert" and (self.losses.keys() - {"z"} or self.bias_rate):
+            raise ValueError("where experts choose tokens their load is even by itself: no balance loss, no bias rule")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        # A cast of the model to bf16 moves the router but does not round it.
+        super()._apply(at_least(torch.float32, fn), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Losses belong to the last forward; their graph can be neither copied nor pickled.
+        return {**self.__dict__, "aux_losses": {}}
+
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         limit = f", {self.top_groups} of {self.groups} groups by {self.group_score}" if self.groups > 1 else ""
-        return f"{self.num_experts} experts, {self.score} top-{self.top_k}{limit}, scale={self.scale}"
+        words = [f"{self.num_experts} experts, {self.score} top-{self.top_k}{limit}, scale={self.scale}"]
+        if self.choice == "expert":
+            words.append("experts choose")
+        if self.capacity_factor is not None:
+            words.append(f"capacity {self.capacity_factor} by {self.drop}")
+        if self.workload != "none":
+            words.append(f"workload {self.workload}")
+        return ", ".join(words)
+
+
+def routers_of(model: nn.Module) -> list[tuple[str, Router]]:
+    """All routers with their module paths, in model order."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Router)]
+
+
+def set_random_key(model: nn.Module, seed: int, step: int, micro_batch: int) -> None:
+    """Gives every router a key: what is random in its next forwards depends on the key and the layer alone.
+
+    So it is the same on every mesh, and a forward that is recomputed before the next key draws the same numbers.
+
+    Args:
+        step: optimizer step. micro_batch: number of the micro-batch in the step, in the order of one process.
+    """
+    for layer, (_, router) in enumerate(routers_of(model)):
+        router.key.copy_(torch.tensor((seed, step, micro_batch, layer)))
+        router.is_keyed = True

@@ -4,9 +4,33 @@ Every function node that the compiler inserts is one of these, with tensor split
 formula, so that rewritten graphs print, re-trace, run under fake tensors and compile without breaks.
 """
 
-from moecompile.ops import exchange, grouped, layout, rows, tokens  # isort: split
+from moecompile.ops import (  # isort: split
+    choice,
+    exchange,
+    gather,
+    grouped,
+    hops,
+    layout,
+    rows,
+    tokens,
+    wire,
+    workload,
+)
 
 from moecompile.ops import autocast  # after the ops that it has rules for
 from moecompile.ops.traffic import traffic
 
-__all__ = ["autocast", "exchange", "grouped", "layout", "rows", "tokens", "traffic"]
+__all__ = [
+    "autocast",
+    "choice",
+    "exchange",
+    "gather",
+    "grouped",
+    "hops",
+    "layout",
+    "rows",
+    "tokens",
+    "traffic",
+    "wire",
+    "workload",
+]

@@ -1,9 +1,10 @@
-"""The exchanges: everything that crosses a mesh axis.
+"""The exchanges: everything that crosses a mesh axis. The axis is the last argument of each.
 
 `axis` is a logical mesh axis (`ep`) until `shard` replaces it by the name of a process group; running an exchange
 before that raises, it never falls back to the identity.
 
-Legend: R rows sent, S rows received, D model dim, r ranks on the axis, n numbers per rank, A assignments sent.
+Legend: R rows sent, S rows received, D model dim, K top-k, r ranks on the axis, n numbers per rank, A assignments sent,
+M rows of a block, equally many on every rank of the axis.
 
 `table_2rn` is the one thing about split sizes that the host must know: [0] what this rank sends to each rank, [1] what
 it receives, int64 on the CPU. It costs one host sync a layer; later exchanges of the layer reuse it. `column` selects
@@ -33,12 +34,8 @@ def exchange_counts(counts: Tensor, axis: str) -> tuple[Tensor, Tensor]:
     Returns:
         recv_rn int64 on the device, table_2rn int64 on the CPU (see above).
     """
-    group = _group(axis)
-    sent_rn = counts.reshape(group.size(), -1)
-    recv_rn = torch.empty_like(sent_rn)
-    dist.all_to_all_single(recv_rn, sent_rn, group=group)
-    traffic.add(axis, group, [sent_rn.shape[1] * sent_rn.element_size()] * group.size())
-    return recv_rn, torch.stack((sent_rn, recv_rn)).cpu()
+    recv_rn = _exchange_counts(counts, axis)
+    return recv_rn, torch.stack((counts.reshape(recv_rn.shape), recv_rn)).cpu()
 
 
 @exchange_counts.register_fake
@@ -46,6 +43,18 @@ def _(counts: Tensor, axis: str) -> tuple[Tensor, Tensor]:
     size = _fake_axis_size(axis)
     numbers = counts.numel() // size
     return counts.new_empty(size, numbers), torch.empty((2, size, numbers), dtype=counts.dtype, device="cpu")
+
+
+@torch.library.custom_op("moecompile::send_counts", mutates_args=())
+def send_counts(counts: Tensor, axis: str) -> Tensor:
+    """As `exchange_counts`, but nothing is read on the host: recv_rn alone, for counts on which others depend."""
+    return _exchange_counts(counts, axis)
+
+
+@send_counts.register_fake
+def _(counts: Tensor, axis: str) -> Tensor:
+    size = _fake_axis_size(axis)
+    return counts.new_empty(size, counts.numel() // size)
 
 
 @torch.library.custom_op("moecompile::all_to_all", mutates_args=())
@@ -116,6 +125,82 @@ def _assignments_backward(ctx: Any, grad_weights: Tensor, _codes: Tensor) -> tup
 exchange_assignments.register_autograd(_assignments_backward, setup_context=_assignments_setup)
 
 
+@torch.library.custom_op("moecompile::all_gather", mutates_args=())
+def all_gather(rows_MD: Tensor, axis: str) -> Tensor:
+    """The blocks of all ranks, (r * M, D), by source rank."""
+    return _gather(rows_MD, axis)
+
+
+@all_gather.register_fake
+def _(rows_MD: Tensor, axis: str) -> Tensor:
+    return rows_MD.new_empty(rows_MD.shape[0] * _fake_axis_size(axis), rows_MD.shape[1])
+
+
+@torch.library.custom_op("moecompile::reduce_scatter", mutates_args=())
+def reduce_scatter(rows: Tensor, axis: str) -> Tensor:
+    """Sums the blocks that the ranks hold for this one, (r * M, D) -> (M, D), in at least fp32.
+
+    Blocks travel as an all-to-all and are added here, in the order of ranks: the same sum with every backend, each
+    block rounded once. A rank sends as many bytes as in a ring.
+    """
+    group = _group(axis)
+    landed = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    if rows.numel():
+        dist.all_to_all_single(landed, rows.contiguous(), group=group)
+    _count_blocks(axis, group, rows.numel() * rows.element_size() // group.size())
+    blocks = landed.view(group.size(), -1, rows.shape[1])
+    return blocks.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)
+
+
+@reduce_scatter.register_fake
+def _(rows: Tensor, axis: str) -> Tensor:
+    return rows.new_empty(rows.shape[0] // _fake_axis_size(axis), rows.shape[1])
+
+
+def _axis_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.axis = inputs[-1]
+
+
+def _all_gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return torch.ops.moecompile.reduce_scatter(grad, ctx.axis), None
+
+
+def _reduce_scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return torch.ops.moecompile.all_gather(grad, ctx.axis), None
+
+
+all_gather.register_autograd(_all_gather_backward, setup_context=_axis_setup)
+reduce_scatter.register_autograd(_reduce_scatter_backward, setup_context=_axis_setup)
+
+
+@torch.library.custom_op("moecompile::gather_assignments", mutates_args=())
+def gather_assignments(weights_MK: Tensor, ids_MK: Tensor, axis: str) -> tuple[Tensor, Tensor]:
+    """Gathers routing weights and int16 expert ids in one message, (r * M, K) each."""
+    top_k, width = weights_MK.shape[1], weights_MK.shape[1] * weights_MK.element_size()
+    packed = torch.cat((weights_MK.contiguous().view(torch.uint8), ids_MK.contiguous().view(torch.uint8)), dim=1)
+    landed = _gather(packed, axis)
+    weights, ids = _unpack(landed[:, :width], weights_MK.dtype), _unpack(landed[:, width:], ids_MK.dtype)
+    return weights.view(-1, top_k), ids.view(-1, top_k)
+
+
+@gather_assignments.register_fake
+def _(weights_MK: Tensor, ids_MK: Tensor, axis: str) -> tuple[Tensor, Tensor]:
+    shape = (weights_MK.shape[0] * _fake_axis_size(axis), weights_MK.shape[1])
+    return weights_MK.new_empty(shape), ids_MK.new_empty(shape)
+
+
+def _gather_assignments_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.axis = inputs[-1]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gather_assignments_backward(ctx: Any, grad_weights: Tensor, _ids: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.moecompile.reduce_scatter(grad_weights, ctx.axis), None, None
+
+
+gather_assignments.register_autograd(_gather_assignments_backward, setup_context=_gather_assignments_setup)
+
+
 def _group(axis: str) -> dist.ProcessGroup:
     group = process_group_by_name(axis)
     if group is None:
@@ -128,6 +213,31 @@ def _group(axis: str) -> dist.ProcessGroup:
 
 def _fake_axis_size(axis: str) -> int:
     return _group(axis).size()
+
+
+def _exchange_counts(counts: Tensor, axis: str) -> Tensor:
+    group = _group(axis)
+    sent_rn = counts.reshape(group.size(), -1)
+    recv_rn = torch.empty_like(sent_rn)
+    dist.all_to_all_single(recv_rn, sent_rn, group=group)
+    _count_blocks(axis, group, sent_rn.shape[1] * sent_rn.element_size())
+    return recv_rn
+
+
+def _gather(block: Tensor, axis: str) -> Tensor:
+    group = _group(axis)
+    out = block.new_empty(group.size() * block.shape[0], block.shape[1])
+    if block.numel():  # blocks are equally large, so all ranks agree
+        dist.all_gather_single(out, block.contiguous(), group=group)
+    _count_blocks(axis, group, block.numel() * block.element_size())
+    return out
+
+
+def _count_blocks(axis: str, group: dist.ProcessGroup, block_bytes: int) -> None:
+    """Every rank is sent a block. A ring passes as many bytes, on to its next rank, which has the same link class if
+    the axis stays on one node or has one rank a node.
+    """
+    traffic.add(axis, group, [block_bytes] * group.size())
 
 
 def _splits(table_2rn: Tensor, column: int, reverse: bool) -> tuple[list[int], list[int]]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 @torch.library.custom_op("moecompile::grouped_mm", mutates_args=())
 def grouped_mm(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     """rows of expert e times weight_EFD[e].T -> (R, F). Experts without rows cost nothing."""
-    if _has_kernel(rows_RD):
+    if has_kernel(rows_RD):
         return F.grouped_mm(rows_RD, weight_EFD.transpose(1, 2), offs=_offsets(counts_E))
     out_RF = rows_RD.new_empty(rows_RD.shape[0], weight_EFD.shape[1])
     for expert, start, end in _segments(counts_E):
@@ -31,7 +31,7 @@ def _(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
 @torch.library.custom_op("moecompile::grouped_mm_input_grad", mutates_args=())
 def grouped_mm_input_grad(grad_RF: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     """Gradient of `grouped_mm` for its rows, (R, D)."""
-    if _has_kernel(grad_RF):
+    if has_kernel(grad_RF):
         return F.grouped_mm(grad_RF, weight_EFD, offs=_offsets(counts_E))
     out_RD = grad_RF.new_empty(grad_RF.shape[0], weight_EFD.shape[2])
     for expert, start, end in _segments(counts_E):
@@ -47,7 +47,7 @@ def _(grad_RF: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
 @torch.library.custom_op("moecompile::grouped_mm_weight_grad", mutates_args=())
 def grouped_mm_weight_grad(grad_RF: Tensor, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
     """Gradient of `grouped_mm` for its weight, (E, F, D); zero for experts without rows, never missing."""
-    if _has_kernel(grad_RF):
+    if has_kernel(grad_RF):
         return F.grouped_mm(grad_RF.t(), rows_RD, offs=_offsets(counts_E))
     out_EFD = grad_RF.new_zeros(counts_E.shape[0], grad_RF.shape[1], rows_RD.shape[1])
     for expert, start, end in _segments(counts_E):
@@ -115,7 +115,8 @@ def _(rows_RF: Tensor, counts_E: Tensor) -> Tensor:
     return rows_RF.new_empty(counts_E.shape[0], rows_RF.shape[1])
 
 
-def _has_kernel(rows: Tensor) -> bool:
+def has_kernel(rows: Tensor) -> bool:
+    """Whether `F.grouped_mm` takes these rows."""
     # One kernel for all experts, without reading the counts on the host; on a CPU the plain loop is as fast.
     return rows.is_cuda and rows.dtype == torch.bfloat16
 

@@ -1,12 +1,14 @@
 """Row movement on one device: tokens to expert order and back.
 
-Legend: T tokens, D model dim, E experts, e local experts, r EP ranks, K top-k, R rows = (token, expert) pairs.
+Legend: T tokens, D model dim, E experts, e local experts, r EP ranks, K top-k, R rows = kept (token, expert) pairs.
 
 NOTE on the permutations, once for all ops here:
   1. An assignment is a (token, slot) pair; its flat index is a = token * K + slot.
   2. `order_R[i]` is the assignment that stands at row i after the stable sort by expert.
   3. The inverse, `argsort(order_R)[a]`, is the row at which assignment a stands.
   4. Every scatter is written as a gather through the inverse, so results do not depend on the order of atomics.
+  5. A dropped assignment has the id num_experts. It stands behind all others in the sort, has no row, and adds exactly
+     zero to every sum. Where assignments may be dropped (`dropless=False`) R is read from the device, else R = T * K.
 """
 
 from __future__ import annotations
@@ -15,58 +17,68 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moecompile.ops.tokens import expert_counts
 
 
 @torch.library.custom_op("moecompile::permute", mutates_args=())
-def permute(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def permute(x_TD: Tensor, ids_TK: Tensor, num_experts: int, dropless: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Copies each token once per chosen expert and sorts the copies by expert.
 
     Returns:
-        rows_RD (R = T * K), order_R int64 (see the note above), counts_E int64.
+        rows_RD, order_R int64 (see the note above), counts_E int64.
     """
     order_R = torch.argsort(ids_TK.reshape(-1), stable=True)
-    rows_RD = x_TD.index_select(0, order_R // ids_TK.shape[1])
-    return rows_RD, order_R, expert_counts(ids_TK, num_experts)
+    counts_E = expert_counts(ids_TK, num_experts)
+    if not dropless:
+        order_R = order_R[: int(counts_E.sum())].clone()
+    return x_TD.index_select(0, order_R // ids_TK.shape[1]), order_R, counts_E
 
 
 @permute.register_fake
-def _(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows = ids_TK.numel()
+def _(x_TD: Tensor, ids_TK: Tensor, num_experts: int, dropless: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows = ids_TK.numel() if dropless else torch.library.get_ctx().new_dynamic_size()
     return x_TD.new_empty(num_rows, x_TD.shape[1]), ids_TK.new_empty(num_rows), ids_TK.new_empty(num_experts)
 
 
 def _permute_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[1])
-    ctx.top_k = inputs[1].shape[1]
+    ctx.num_tokens, ctx.top_k = inputs[1].shape
     ctx.mark_non_differentiable(output[1], output[2])
 
 
-def _permute_backward(ctx: Any, grad_rows: Tensor, _order: Tensor, _counts: Tensor) -> tuple[Tensor, None, None]:
+def _permute_backward(ctx: Any, grad_rows: Tensor, _order: Tensor, _counts: Tensor) -> tuple[Tensor, None, None, None]:
     (order_R,) = ctx.saved_tensors
-    return torch.ops.moecompile.sum_slots(grad_rows, order_R, ctx.top_k), None, None
+    return torch.ops.moecompile.sum_slots(grad_rows, order_R, ctx.num_tokens, ctx.top_k), None, None, None
 
 
 permute.register_autograd(_permute_backward, setup_context=_permute_setup)
 
 
 @torch.library.custom_op("moecompile::sum_slots", mutates_args=())
-def sum_slots(rows_RD: Tensor, order_R: Tensor, top_k: int) -> Tensor:
-    """Sums the K rows of each token, (T, D): the gradient of `permute`."""
+def sum_slots(rows_RD: Tensor, order_R: Tensor, num_tokens: int, top_k: int) -> Tensor:
+    """Sums the rows of each token, (T, D): the gradient of `permute`."""
+    if order_R.shape[0] < num_tokens * top_k:
+        wide = torch.promote_types(rows_RD.dtype, torch.float32)
+        return _sum_kept(rows_RD.to(wide), order_R, num_tokens, top_k).to(rows_RD.dtype)
     by_slot = rows_RD.index_select(0, torch.argsort(order_R))
-    return by_slot.view(-1, top_k, rows_RD.shape[1]).sum(1)
+    return by_slot.view(num_tokens, top_k, rows_RD.shape[1]).sum(1)
 
 
 @sum_slots.register_fake
-def _(rows_RD: Tensor, order_R: Tensor, top_k: int) -> Tensor:
-    return rows_RD.new_empty(rows_RD.shape[0] // top_k, rows_RD.shape[1])
+def _(rows_RD: Tensor, order_R: Tensor, num_tokens: int, top_k: int) -> Tensor:
+    return rows_RD.new_empty(num_tokens, rows_RD.shape[1])
 
 
 @torch.library.custom_op("moecompile::unpermute", mutates_args=())
 def unpermute(rows_RD: Tensor, order_R: Tensor, weights_TK: Tensor) -> Tensor:
-    """Weighted sum of the K expert outputs of each token, (T, D), summed in the weights' precision."""
+    """Weighted sum of the expert outputs of each token, (T, D), summed in the weights' precision."""
     num_tokens, top_k = weights_TK.shape
+    if order_R.shape[0] < weights_TK.numel():
+        weights_R = weights_TK.reshape(-1).index_select(0, order_R)
+        out_TD = _sum_kept(rows_RD.to(weights_TK.dtype), order_R, num_tokens, top_k, weights_R)
+        return out_TD.to(rows_RD.dtype)
     by_slot = rows_RD.index_select(0, torch.argsort(order_R)).view(num_tokens, top_k, rows_RD.shape[1])
     # Into a tensor of its own: a view (of which einsum makes one) cannot be added to in place under autograd.
     out_TD = weights_TK.new_empty(num_tokens, rows_RD.shape[1])
@@ -99,12 +111,31 @@ def unpermute_backward(grad_TD: Tensor, rows_RD: Tensor, order_R: Tensor, weight
     weights_R = weights_TK.reshape(-1).index_select(0, order_R)
     grad_rows = (wide * weights_R.unsqueeze(1)).to(rows_RD.dtype)
     grad_weights_R = (rows_RD.to(weights_TK.dtype) * wide).sum(1)
-    return grad_rows, grad_weights_R.index_select(0, torch.argsort(order_R)).view_as(weights_TK)
+    return grad_rows, by_assignment(grad_weights_R, order_R, weights_TK.numel()).view_as(weights_TK)
 
 
 @unpermute_backward.register_fake
 def _(grad_TD: Tensor, rows_RD: Tensor, order_R: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rows_RD), torch.empty_like(weights_TK)
+
+
+def by_assignment(values_R: Tensor, order_R: Tensor, num_assignments: int) -> Tensor:
+    """One number per row -> one per assignment, zero for a dropped one. No place is written twice."""
+    return values_R.new_zeros(num_assignments).index_copy_(0, order_R, values_R)
+
+
+def _sum_kept(rows_RD: Tensor, order_R: Tensor, num_tokens: int, top_k: int, weights_R: Tensor | None = None) -> Tensor:
+    """(Weighted) sum of the rows that each token has, slot by slot, (T, D).
+
+    An embedding bag: it gathers, and what tokens do not have takes no memory (with expert choice, most of T * E).
+    """
+    if order_R.shape[0] == 0:
+        return rows_RD.new_zeros(num_tokens, rows_RD.shape[1])
+    assignment_R, row_R = order_R.sort()
+    lengths_T = expert_counts(assignment_R // top_k, num_tokens)
+    weights_R = None if weights_R is None else weights_R.index_select(0, row_R)
+    starts_T = lengths_T.cumsum(0) - lengths_T
+    return F.embedding_bag(row_R, rows_RD, starts_T, mode="sum", per_sample_weights=weights_R)
 
 
 @torch.library.custom_op("moecompile::regroup", mutates_args=())

@@ -1,7 +1,7 @@
 """Row movement of the `dedup` dispatch: one row per (token, destination rank), partial sums back.
 
 Legend: T tokens, D model dim, K top-k, r EP ranks, e local experts, U rows sent, V rows received,
-A assignments sent = T * K, B assignments received.
+A assignments sent (those that are kept), B assignments received.
 
 NOTE on the wire format:
   1. Rows stand by (destination rank, token); `tokens_U` names each row's token on the sender.
@@ -17,14 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moecompile.ops.layout import by_assignment
 from moecompile.ops.tokens import expert_counts
 
 
 @torch.library.custom_op("moecompile::pack_rows", mutates_args=())
 def pack_rows(
-    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, num_ranks: int
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, num_ranks: int, dropless: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Builds what each rank is sent (see the note above).
+    """Builds what each rank is sent (see the note above). The id num_experts is a dropped assignment: it is not sent.
+
+    Args:
+        dropless: no assignment is dropped, so that A = T * K is known without reading it from the device.
 
     Returns:
         rows_UD, tokens_U int64, weights_A, codes_A int16, order_A int64 (place -> flat assignment),
@@ -32,12 +36,19 @@ def pack_rows(
     """
     num_tokens, top_k = ids_TK.shape
     per_rank = num_experts // num_ranks
-    rank_A = torch.div(ids_TK, per_rank, rounding_mode="floor").reshape(-1)
+    rank_A = torch.div(ids_TK, per_rank, rounding_mode="floor").reshape(-1)  # num_ranks for a dropped assignment
     token_A = torch.arange(num_tokens, device=ids_TK.device).repeat_interleave(top_k)
     key_A, order_A = torch.sort(rank_A * num_tokens + token_A, stable=True)
     first_A = torch.ones_like(key_A, dtype=torch.bool)
     first_A[1:] = key_A[1:] != key_A[:-1]
-    key_U = key_A[first_A]
+    if dropless:
+        key_U = key_A[first_A]
+    else:
+        kept_A = key_A < num_ranks * num_tokens
+        first_A &= kept_A
+        num_rows, num_kept = torch.stack((first_A.sum(), kept_A.sum())).tolist()
+        key_U = key_A.index_select(0, torch.nonzero_static(first_A, size=num_rows).squeeze(1))
+        order_A, first_A = order_A[:num_kept].clone(), first_A[:num_kept]
     tokens_U = key_U % num_tokens
     local_A = (ids_TK % per_rank).reshape(-1).index_select(0, order_A)
     codes_A = (2 * local_A + first_A).to(torch.int16)
@@ -54,9 +65,10 @@ def pack_rows(
 
 @pack_rows.register_fake
 def _(
-    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, num_ranks: int
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, num_ranks: int, dropless: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_rows, num_assignments = torch.library.get_ctx().new_dynamic_size(), ids_TK.numel()
+    ctx = torch.library.get_ctx()
+    num_rows, num_assignments = ctx.new_dynamic_size(), ids_TK.numel() if dropless else ctx.new_dynamic_size()
     return (
         x_TD.new_empty(num_rows, x_TD.shape[1]),
         ids_TK.new_empty(num_rows),
@@ -76,8 +88,8 @@ def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _pack_backward(ctx: Any, grad_rows: Tensor, _t: Any, grad_weights: Tensor, *_: Any) -> tuple[Any, ...]:
     tokens_U, order_A = ctx.saved_tensors
     grad_x = torch.ops.moecompile.sum_rows(grad_rows, tokens_U, ctx.num_tokens)
-    grad_w = grad_weights.index_select(0, torch.argsort(order_A)).view(ctx.num_tokens, ctx.top_k)
-    return grad_x, None, grad_w, None, None
+    grad_w = by_assignment(grad_weights, order_A, ctx.num_tokens * ctx.top_k).view(ctx.num_tokens, ctx.top_k)
+    return grad_x, None, grad_w, None, None, None
 
 
 pack_rows.register_autograd(_pack_backward, setup_context=_pack_setup)
@@ -85,8 +97,9 @@ pack_rows.register_autograd(_pack_backward, setup_context=_pack_setup)
 
 @torch.library.custom_op("moecompile::sum_rows", mutates_args=())
 def sum_rows(rows_UD: Tensor, index_U: Tensor, num_out: int) -> Tensor:
-    """out[index_U[i]] += rows_UD[i], (num_out, D)."""
-    return rows_UD.new_zeros(num_out, rows_UD.shape[1]).index_add_(0, index_U, rows_UD)
+    """out[index_U[i]] += rows_UD[i], (num_out, D), summed in at least fp32 and rounded once."""
+    wide = rows_UD.to(torch.promote_types(rows_UD.dtype, torch.float32))
+    return wide.new_zeros(num_out, rows_UD.shape[1]).index_add_(0, index_U, wide).to(rows_UD.dtype)
 
 
 @sum_rows.register_fake
@@ -171,7 +184,8 @@ reduce_rows.register_autograd(_reduce_backward, setup_context=_reduce_setup)
 @torch.library.custom_op("moecompile::combine_rows", mutates_args=())
 def combine_rows(rows_UD: Tensor, tokens_U: Tensor, like_TD: Tensor) -> Tensor:
     """Sum of the partial sums that came back for each token, (T, D); `like_TD` gives the number of tokens."""
-    return rows_UD.new_zeros(like_TD.shape[0], rows_UD.shape[1]).index_add_(0, tokens_U, rows_UD)
+    out: Tensor = torch.ops.moecompile.sum_rows(rows_UD, tokens_U, like_TD.shape[0])
+    return out
 
 
 @combine_rows.register_fake

@@ -14,7 +14,7 @@ from moecompile.torch_private import in_backward
 _lib = torch.library.Library("moecompile", "FRAGMENT")
 _lib.define("flatten_tokens(Tensor(a) x) -> Tensor(a)")
 _lib.define("unflatten_tokens(Tensor y, Tensor like) -> Tensor")
-_lib.define("router_logits(Tensor x, Tensor weight) -> Tensor")
+_lib.define("router_logits(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
 
 
 def _flatten_tokens(x: Tensor) -> Tensor:
@@ -29,13 +29,14 @@ def _unflatten_tokens(y_TD: Tensor, like: Tensor) -> Tensor:
     return shaped
 
 
-def _router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """x W^T in at least fp32, also under autocast, (T, E)."""
-    wide, device_type = torch.promote_types(weight_ED.dtype, torch.float32), x_TD.device.type
+def _router_logits(x: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
+    """x W^T + b in at least fp32, also under autocast, (..., E)."""
+    wide, device_type = torch.promote_types(weight_ED.dtype, torch.float32), x.device.type
+    bias_E = None if bias_E is None else bias_E.to(wide)
     if not torch.amp.is_autocast_available(device_type):  # meta
-        return F.linear(x_TD.to(wide), weight_ED.to(wide))
+        return F.linear(x.to(wide), weight_ED.to(wide), bias_E)
     with torch.autocast(device_type, enabled=False):
-        return F.linear(x_TD.to(wide), weight_ED.to(wide))
+        return F.linear(x.to(wide), weight_ED.to(wide), bias_E)
 
 
 # Composites: autograd and fake tensors see the torch functions inside.
@@ -44,22 +45,45 @@ _lib.impl("unflatten_tokens", _unflatten_tokens, "CompositeImplicitAutograd")
 _lib.impl("router_logits", _router_logits, "CompositeImplicitAutograd")
 
 
-@torch.library.custom_op("moecompile::count_load", mutates_args=("load_E",))
-def count_load(load_E: Tensor, ids_TK: Tensor) -> None:
-    """Adds the number of tokens that chose each expert to `load_E`, in place.
+@torch.library.custom_op("moecompile::count_routing", mutates_args=("load_E", "node_tokens", "sums"))
+def count_routing(
+    load_E: Tensor, node_tokens: Tensor, sums: Tensor, chosen_TK: Tensor, kept_TK: Tensor, probs_TE: Tensor | None
+) -> None:
+    """Adds one forward to the counters of a `LoadMeter`, in place.
 
     Nothing is added while autograd runs, so that a recomputed forward (activation checkpointing) is not counted twice.
+
+    Args:
+        load_E: assignments of each expert. node_tokens: distinct tokens that reach each node; node i holds the i-th
+            equal part of the experts. sums: tokens, dropped assignments, entropy in nats.
+        chosen_TK, kept_TK: expert ids before and after drops, num_experts where there is none.
+        probs_TE: distribution over experts of each token, for the entropy; None: it is not counted.
     """
-    if not in_backward():
-        load_E.add_(expert_counts(ids_TK, load_E.numel()).to(load_E.dtype))
+    if in_backward():
+        return
+    num_experts, num_nodes = load_E.numel(), node_tokens.numel()
+    load_E.add_(expert_counts(chosen_TK, num_experts))
+    node_TK = torch.div(kept_TK, num_experts // num_nodes, rounding_mode="floor")  # num_nodes where there is no expert
+    reached = torch.zeros(kept_TK.shape[0], num_nodes + 1, dtype=torch.bool, device=kept_TK.device)
+    node_tokens.add_(reached.scatter_(1, node_TK, True)[:, :num_nodes].sum(0))
+    sums[0] += chosen_TK.shape[0]
+    sums[1] += (kept_TK == num_experts).sum() - (chosen_TK == num_experts).sum()
+    if probs_TE is not None:
+        sums[2] += torch.special.entr(probs_TE).sum(dtype=sums.dtype)
 
 
-@count_load.register_fake
-def _(load_E: Tensor, ids_TK: Tensor) -> None:
+@count_routing.register_fake
+def _(
+    load_E: Tensor, node_tokens: Tensor, sums: Tensor, chosen_TK: Tensor, kept_TK: Tensor, probs_TE: Tensor | None
+) -> None:
     return None
 
 
 def expert_counts(ids: Tensor, num_experts: int) -> Tensor:
-    """How often each expert id occurs, (E,) int64. `bincount` would read its result's size back to the host."""
+    """How often each expert id occurs, (E,) int64; the id num_experts (nobody) is left out.
+
+    `bincount` would read its result's size back to the host.
+    """
     flat = ids.reshape(-1)
-    return torch.zeros(num_experts, dtype=torch.int64, device=ids.device).scatter_add_(0, flat, torch.ones_like(flat))
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]

@@ -15,25 +15,30 @@ from fnmatch import fnmatchcase
 
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
+from moecompile.passes.plan_existing import check_given, existing_layer, only_existing
 from moecompile.plan import (
     BalancePlan,
     DispatchPlan,
     ExpertPlacement,
     ExpertsPlan,
-    FFNSite,
+    ExpertsSite,
     LayerPlan,
     Plan,
+    PlannedSite,
     RoutingPlan,
     reductions,
 )
-from moecompile.planner import ModelFacts, Wire, choose_dispatch, estimate
+from moecompile.planner import ModelFacts, Wire, choose_dispatch, estimate, row_bytes
 from moecompile.schema import (
     BalanceRule,
+    Choice,
     Config,
     DispatchKind,
     ExpertInit,
     LayerSettings,
+    check_selections,
     layer_settings,
+    mesh_spec,
     resolve_groups,
     site_slice,
     validate_settings,
@@ -43,7 +48,7 @@ from moecompile.schema import (
 _GIB = 2**30
 
 
-def build_plan(sites: Sequence[FFNSite], config: Config, facts: ModelFacts) -> Plan:
+def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) -> Plan:
     """The plan for the sites that `config` selects; with no site it is empty.
 
     Args:
@@ -53,10 +58,14 @@ def build_plan(sites: Sequence[FFNSite], config: Config, facts: ModelFacts) -> P
     Raises:
         ConfigError: a rule of the config or of a site is broken.
     """
-    mesh = validate_transform(config)  # Step 1
+    # Step 1: what the config says of experts and routers does not count where the model has both.
+    mesh = mesh_spec(config.mesh) if only_existing(sites) else validate_transform(config)
     chosen = select(sites, config)  # Step 2
+    check_given(chosen, config)
+    check_selections(config, [site.fqn for site in chosen])
     layers = tuple(  # Step 3
-        _layer(site, layer_settings(config, site.fqn, i, len(chosen)), config, mesh) for i, site in enumerate(chosen)
+        _layer(site, layer_settings(config, site.fqn, i, len(chosen)), config, mesh, facts)
+        for i, site in enumerate(chosen)
     )
     tokens = config.data.micro_batch_size * config.data.seq_len
     return Plan(  # Step 4
@@ -67,7 +76,7 @@ def build_plan(sites: Sequence[FFNSite], config: Config, facts: ModelFacts) -> P
     )
 
 
-def select(sites: Sequence[FFNSite], config: Config) -> list[FFNSite]:
+def select(sites: Sequence[PlannedSite], config: Config) -> list[PlannedSite]:
     """The sites that `experts.match` and `experts.layers` name.
 
     Raises:
@@ -91,14 +100,17 @@ def select(sites: Sequence[FFNSite], config: Config) -> list[FFNSite]:
     return selected
 
 
-def _layer(site: FFNSite, settings: LayerSettings, config: Config, mesh: MeshSpec) -> LayerPlan:
+def _layer(site: PlannedSite, settings: LayerSettings, config: Config, mesh: MeshSpec, facts: ModelFacts) -> LayerPlan:
+    if isinstance(site, ExpertsSite):
+        return existing_layer(site, settings, mesh, lambda routing, at: _dispatch(config, mesh, routing, at, site))
     validate_settings(settings, mesh)
     experts, routing, balance = settings.experts, settings.routing, settings.balance
     if site.d_ff % experts.granularity:
         raise ConfigError(
-            "experts.granularity", experts.granularity, f"must divide d_ff={site.d_ff} of {site.fqn}",
-            f"Use a divisor of {site.d_ff}",
+            settings.path_of("experts.granularity"), experts.granularity,
+            f"must divide d_ff={site.d_ff} of {site.fqn}", f"Use a divisor of {site.d_ff}",
         )  # fmt: skip
+    _check_future(settings, facts)
     groups, top_groups = resolve_groups(routing, experts.num_routed, mesh)
     d_expert = site.d_ff // experts.granularity
     routing_plan = RoutingPlan(
@@ -117,7 +129,7 @@ def _layer(site: FFNSite, settings: LayerSettings, config: Config, mesh: MeshSpe
         workload=routing.workload.value,
         skew=routing.skew,
     )
-    placement = ExpertPlacement(num_experts=experts.num_routed, ep=mesh.ep)
+    placement = ExpertPlacement(num_experts=experts.num_routed, ep=mesh.ep, nodes=mesh.nodes_per_ep_group)
     return LayerPlan(
         site=site,
         experts=ExpertsPlan(
@@ -137,12 +149,32 @@ def _layer(site: FFNSite, settings: LayerSettings, config: Config, mesh: MeshSpe
             **dataclasses.asdict(balance.losses),
         ),
         placement=placement,
-        dispatch=DispatchPlan(kind=_dispatch(config, mesh, routing_plan, placement, site)),
+        dispatch=_dispatch(config, mesh, routing_plan, placement, site),
     )
 
 
-def _dispatch(config: Config, mesh: MeshSpec, routing: RoutingPlan, placement: ExpertPlacement, site: FFNSite) -> str:
-    """The dispatch of one layer; with one EP rank nothing has to travel, whatever is asked for."""
+def _check_future(settings: LayerSettings, facts: ModelFacts) -> None:
+    routing = settings.routing
+    if routing.choice is Choice.expert and facts.causal and not routing.allow_future:
+        raise ConfigError(
+            settings.path_of("routing.choice"), "expert",
+            "an expert takes the tokens that it scores highest of all, so what becomes of a token depends on later "
+            "ones, and this model is causal", "Use routing.choice=token, or routing.allow_future=true",
+        )  # fmt: skip
+
+
+def _dispatch(
+    config: Config, mesh: MeshSpec, routing: RoutingPlan, placement: ExpertPlacement, site: PlannedSite
+) -> DispatchPlan:
+    kind = _dispatch_kind(config, mesh, routing, placement, site)
+    wire_dtype = "auto" if kind == "local" else config.dispatch.wire_dtype.value
+    return DispatchPlan(kind=kind, wire_dtype=wire_dtype)
+
+
+def _dispatch_kind(
+    config: Config, mesh: MeshSpec, routing: RoutingPlan, placement: ExpertPlacement, site: PlannedSite
+) -> str:
+    """Whatever is asked for: with one EP rank nothing has to travel, and on one node hierarchical is dedup."""
     kind = config.dispatch.kind
     if kind is DispatchKind.local and mesh.ep > 1:
         raise ConfigError(
@@ -150,7 +182,13 @@ def _dispatch(config: Config, mesh: MeshSpec, routing: RoutingPlan, placement: E
         )
     if mesh.ep == 1:
         return str(DispatchKind.local.value)
+    if kind is DispatchKind.hierarchical and mesh.nodes_per_ep_group == 1:
+        return str(DispatchKind.dedup.value)
     if kind is not DispatchKind.auto:
         return str(kind.value)
-    wire = Wire(d_model=site.d_model, tokens_per_rank=config.data.micro_batch_size * config.data.seq_len)
+    wire = Wire(
+        d_model=site.d_model,
+        tokens_per_rank=config.data.micro_batch_size * config.data.seq_len,
+        element_bytes=row_bytes(config.dispatch.wire_dtype.value, 4),
+    )
     return choose_dispatch(placement, routing, mesh, wire)

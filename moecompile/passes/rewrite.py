@@ -98,9 +98,10 @@ def _rewrite_site(
 
 def _insert(graph: fx.Graph, x: fx.Node, names: dict[str, str], layer: LayerPlan) -> fx.Node:
     tokens = graph.call_function(ops.flatten_tokens, (x,))
-    routed = graph.call_module(names["router"], (tokens,))
+    routed = graph.call_module(names["router"], (x,))  # not the tokens: losses per sequence have to see sequences
     weights, ids = items(graph, routed, "weights", "ids")
-    permuted = graph.call_function(ops.permute, (tokens, ids, layer.experts.num_routed))
+    dropless = () if layer.routing.dropless else (False,)
+    permuted = graph.call_function(ops.permute, (tokens, ids, layer.experts.num_routed, *dropless))
     rows, order, counts = items(graph, permuted, "rows", "order", "counts")
     outputs = graph.call_module(names["experts"], (rows, counts))
     combined = graph.call_function(ops.unpermute, (outputs, order, weights))
@@ -116,7 +117,7 @@ def build_modules(
     layer: LayerPlan, dense: DenseWeights, activation: nn.Module
 ) -> tuple[Router, Experts, SharedExperts | None]:
     """Empty modules of the planned sizes, on the dense weights' device and dtype."""
-    site, plan, routing = layer.site, layer.experts, layer.routing
+    site, plan, routing, balance = layer.site, layer.experts, layer.routing, layer.balance
     like: Tensor = dense.down_DF
     router = Router(
         site.d_model,
@@ -128,6 +129,17 @@ def build_modules(
         groups=routing.groups,
         top_groups=routing.top_groups,
         group_score=routing.group_score,
+        choice=routing.choice,
+        bias=routing.bias,
+        capacity_factor=routing.capacity_factor,
+        drop=routing.drop,
+        jitter=routing.jitter,
+        workload=routing.workload,
+        skew=routing.skew,
+        losses=balance.losses,
+        bias_rate=balance.rate,
+        bias_update=balance.update,
+        num_nodes=layer.placement.nodes,
         device=like.device,
         dtype=like.dtype,
     )
@@ -136,7 +148,9 @@ def build_modules(
     experts = Experts(site.d_model, plan.d_expert, plan.num_routed, activation=activation, **kinds, **where)
     if not plan.d_shared:
         return router, experts, None
-    shared = SharedExperts(site.d_model, plan.d_shared, activation=copy.deepcopy(activation), **kinds, **where)
+    shared = SharedExperts(
+        site.d_model, plan.d_shared, activation=copy.deepcopy(activation), gate=plan.shared_gate, **kinds, **where
+    )
     return router, experts, shared
 
 

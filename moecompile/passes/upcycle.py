@@ -4,6 +4,7 @@ Legend: D model dim, F width of one slice = d_ff / granularity, E routed experts
 
 The dense FFN is the sum of its G = S + R slices, because it is a sum over hidden units:
     ffn(x) = sum_s down[:, s] act(gate[s] x, up[s] x) + bias.
+A shared expert with a gate starts with a gate of 0.5, so its `down` is multiplied by 2.
 Routed weights of a token sum to `scale`. With whole virtual groups (R experts, one per slice) chosen and equal scores
 within a group, each slice gets scale / R in total, so `down` is multiplied by R / scale: step 0 is the dense FFN.
 """
@@ -64,6 +65,8 @@ def fill(
     routed_slices = plan.virtual_group
     rows = torch.randn(plan.num_routed // routed_slices, layer.site.d_model, generator=generator) * _ROUTER_STD
     router.weight.copy_(rows.repeat_interleave(routed_slices, 0))
+    if router.bias is not None:
+        router.bias.zero_()
     if plan.init == "random":
         _fill_random(experts, shared, dense, generator)
         return
@@ -77,11 +80,21 @@ def fill(
 
 
 def step0_reason(layer: LayerPlan) -> str | None:
-    """Why step 0 need not equal the dense model, or None where it is promised."""
+    """Why step 0 need not equal the dense model, or None where it is promised.
+
+    Jitter is no reason: step 0 is measured in evaluation mode, without it.
+    """
+    routing = layer.routing
     if layer.experts.init == "random":
         return "experts are random"
-    if not layer.routing.normalize:
+    if routing.choice == "expert":
+        return "experts choose tokens, so a token may have any number of them"
+    if routing.workload != "none":
+        return "the workload chooses the experts, not the router"
+    if not routing.normalize and routing.score != "softmax_after_topk":
         return "the routing weights of a token do not sum to a constant"
+    if routing.capacity_factor is not None:
+        return "experts drop the tokens beyond their capacity"
     return None
 
 
@@ -117,12 +130,13 @@ def _fill_shared(shared: SharedExperts, dense: DenseWeights, *, silent: bool) ->
         linear.weight.copy_(weight[index])
         if linear.bias is not None:
             linear.bias.copy_(_bias(bias, weight)[index])
+    factor = 0.0 if silent else 1.0 if shared.gate_weight is None else 2.0
     if silent:
         shared.down_proj.weight.zero_()
     else:
-        shared.down_proj.weight.copy_(dense.down_DF[:, :width])
+        shared.down_proj.weight.copy_(dense.down_DF[:, :width] * factor)
     if shared.down_proj.bias is not None and dense.down_bias is not None:
-        shared.down_proj.bias.copy_(dense.down_bias * (0.0 if silent else 1.0))
+        shared.down_proj.bias.copy_(dense.down_bias * factor)
 
 
 def _fill_random(
@@ -133,7 +147,7 @@ def _fill_random(
     modules = [experts] if shared is None else [experts, shared]
     for module in modules:
         for name, parameter in module.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith("bias") or name == "gate_weight":
                 parameter.zero_()
             else:
                 std = std_down if name.startswith("down_proj") else std_in

@@ -110,6 +110,11 @@ class RoutingPlan:
         if not 1 <= self.top_groups <= self.groups:
             raise PlanError("routing.top_groups", self.top_groups, f"must lie in 1 .. groups={self.groups}", "Lower it")
 
+    @property
+    def dropless(self) -> bool:
+        """Whether every token gets all of its top_k experts, so that the number of assignments is known in advance."""
+        return self.choice == "token" and self.capacity_factor is None
+
 
 @dataclass(frozen=True, kw_only=True)
 class BalancePlan:
@@ -144,13 +149,17 @@ class BalancePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertPlacement:
-    """Expert -> EP rank: expert i lives on EP rank i // experts_per_rank, so every expert is placed exactly once."""
+    """Expert -> EP rank: expert i lives on EP rank i // experts_per_rank, so every expert is placed exactly once.
+
+    nodes: nodes that the EP group spans, equally many of its ranks on each.
+    """
 
     num_experts: int
     ep: int
+    nodes: int = 1
 
     def __post_init__(self) -> None:
-        _at_least(1, "placement", num_experts=self.num_experts, ep=self.ep)
+        _at_least(1, "placement", num_experts=self.num_experts, ep=self.ep, nodes=self.nodes)
         if self.num_experts % self.ep:
             raise PlanError(
                 "experts.num_routed",
@@ -158,6 +167,8 @@ class ExpertPlacement:
                 f"must be a multiple of mesh.ep={self.ep}",
                 f"Use {(self.num_experts // self.ep + 1) * self.ep}",
             )
+        if self.ep % self.nodes:
+            raise PlanError("placement.nodes", self.nodes, f"must divide placement.ep={self.ep}", "Plan again")
 
     @property
     def experts_per_rank(self) -> int:
@@ -173,29 +184,62 @@ class ExpertPlacement:
         return range(ep_rank * self.experts_per_rank, (ep_rank + 1) * self.experts_per_rank)
 
 
-# Forward exchanges that each dispatch inserts for one layer, in order.
-EXCHANGES: dict[str, tuple[str, ...]] = {
+# Forward exchanges that each dispatch inserts for one layer, in order, each with the part of the axis that it crosses:
+# "" the whole EP group, "_inter" the same local position on each of its nodes, "_intra" its ranks on one node.
+_STEPS: dict[str, tuple[tuple[str, str], ...]] = {
     "local": (),
-    "flat": ("exchange_counts", "all_to_all", "all_to_all"),
-    "dedup": ("exchange_counts", "all_to_all", "exchange_assignments", "all_to_all"),
-}
+    "flat": (("exchange_counts", ""), ("all_to_all", ""), ("all_to_all", "")),
+    "dedup": (("exchange_counts", ""), ("all_to_all", ""), ("exchange_assignments", ""), ("all_to_all", "")),
+    "hierarchical": (
+        ("send_counts", "_inter"), ("send_counts", "_intra"),
+        ("all_to_all", "_inter"), ("exchange_assignments", "_inter"),
+        ("all_to_all", "_intra"), ("exchange_assignments", "_intra"),
+        ("all_to_all", "_intra"), ("all_to_all", "_inter"),
+    ),
+    "allgather": (
+        ("exchange_counts", ""),
+        ("all_gather", "_inter"), ("gather_assignments", "_inter"),
+        ("all_gather", "_intra"), ("gather_assignments", "_intra"),
+        ("reduce_scatter", "_intra"), ("reduce_scatter", "_inter"),
+    ),
+}  # fmt: skip
+EXCHANGES: dict[str, tuple[str, ...]] = {kind: tuple(op for op, _ in steps) for kind, steps in _STEPS.items()}
+_WIRE_DTYPES = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DispatchPlan:
-    """kind: local, flat or dedup. axis: the logical mesh axis of the exchanges."""
+    """How tokens reach their experts.
+
+    kind: local, flat, dedup, hierarchical or allgather. axis: the logical mesh axis of the exchanges; those on two
+    levels use `<axis>_inter` and `<axis>_intra`. wire_dtype: what rows are cast to for an exchange (auto: nothing).
+    """
 
     kind: str
     axis: str = "ep"
+    wire_dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.kind not in EXCHANGES:
-            raise PlanError("dispatch.kind", self.kind, f"must be one of {list(EXCHANGES)}", "Use one of these")
+        _one_of(tuple(EXCHANGES), "dispatch.kind", self.kind)
+        _one_of(_WIRE_DTYPES, "dispatch.wire_dtype", self.wire_dtype)
 
     @property
     def exchanges(self) -> tuple[str, ...]:
-        """Names of the exchange ops that `lower` inserts, in order."""
+        """Names of the exchange ops of this kind, in order."""
         return EXCHANGES[self.kind]
+
+    @property
+    def on_two_levels(self) -> bool:
+        """Whether ranks of the own node are told from others."""
+        return any(part for _, part in _STEPS[self.kind])
+
+    def steps(self, num_nodes: int) -> tuple[tuple[str, str], ...]:
+        """The exchange ops that `lower` inserts and the logical axis of each, in order.
+
+        An EP group on one node has no `_inter` axis, and exchanges over it fall away.
+        """
+        steps = _STEPS[self.kind]
+        return tuple((op, self.axis + part) for op, part in steps if part != "_inter" or num_nodes > 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +261,11 @@ class LayerPlan:
         for path, value, rule, fix in self._contradictions():
             raise PlanError(f"layers[{self.site.fqn or 'the graph'}].{path}", value, rule, fix)
 
+    @property
+    def steps(self) -> tuple[tuple[str, str], ...]:
+        """The exchange ops that `lower` inserts and the logical axis of each, in order."""
+        return self.dispatch.steps(self.placement.nodes)
+
     def _contradictions(self) -> Iterator[tuple[str, object, str, str]]:
         """(path, value, rule, fix) of every rule between the parts that is broken."""
         experts, routing, placement = self.experts, self.routing, self.placement
@@ -229,7 +278,10 @@ class LayerPlan:
             yield "placement.num_experts", placement.num_experts, rule, "Place every expert once"
         if (self.dispatch.kind == "local") != (placement.ep == 1):
             rule = f"local means one EP rank and nothing else does, but ep={placement.ep}"
-            yield "dispatch.kind", self.dispatch.kind, rule, "Use local for ep=1, flat or dedup for more"
+            yield "dispatch.kind", self.dispatch.kind, rule, "Use local for ep=1, another kind for more"
+        if self.dispatch.kind == "hierarchical" and placement.nodes == 1:
+            rule = "needs an EP group on two nodes or more, but placement.nodes=1"
+            yield "dispatch.kind", self.dispatch.kind, rule, "Use dedup"
         if experts.d_expert * experts.granularity != self.site.d_ff:
             rule = f"must be site.d_ff / granularity = {self.site.d_ff} / {experts.granularity}"
             yield "experts.d_expert", experts.d_expert, rule, "Mend the plan, or plan again"

@@ -86,6 +86,11 @@ class Plan:
                     f"layers[{i}].placement.ep", layer.placement.ep, f"must be mesh.ep={self.mesh.ep}",
                     "Plan again for this mesh",
                 )  # fmt: skip
+            if layer.dispatch.on_two_levels and layer.placement.nodes != self.mesh.nodes_per_ep_group:
+                raise PlanError(
+                    f"layers[{i}].placement.nodes", layer.placement.nodes,
+                    f"an EP group of this mesh spans {self.mesh.nodes_per_ep_group}", "Plan again for this mesh",
+                )  # fmt: skip
 
     @cached_property
     def hash(self) -> str:

@@ -42,20 +42,23 @@ class FFNSite:
 class ExpertsSite:
     """Experts that the model has already, called with hidden states (T, D), expert ids (T, K) and weights (T, K).
 
-    fqn: module path of the experts. kind: `experts`. d_model, d_ff: widths of one expert. num_experts, top_k: read from
-    the model, as are groups and top_groups (1: no limit) where its config names them. num_in_projections: linears
-    before the activation. bias_up, bias_down: whether they have biases. activation: for people to read. index:
+    fqn: module path of the experts. kind: `experts`. form: `stacked` weights, which keep their names, or `modules`, one
+    an expert, which are stacked. d_model, d_ff: widths of one expert. num_experts, top_k: read from the model, as are
+    groups and top_groups (1: no limit) of its router, and whether that has a correction bias. num_in_projections:
+    linears before the activation. bias_up, bias_down: whether they have biases. activation: for people to read. index:
     position among the experts of the model.
     """
 
     fqn: str
     kind: str = "experts"
+    form: str = "stacked"
     d_model: int
     d_ff: int
     num_experts: int
     top_k: int
     groups: int = 1
     top_groups: int = 1
+    correction_bias: bool = False
     num_in_projections: int = 2
     bias_up: bool = False
     bias_down: bool = False
@@ -65,6 +68,8 @@ class ExpertsSite:
     def __post_init__(self) -> None:
         if self.kind != "experts":
             raise PlanError(f"{self.fqn}.kind", self.kind, "must be experts", "Use experts")
+        if self.form not in ("stacked", "modules"):
+            raise PlanError(f"{self.fqn}.form", self.form, "must be stacked or modules", "Match the model")
         for name in ("d_model", "d_ff", "num_experts", "top_k", "groups", "top_groups", "num_in_projections"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{self.fqn}.{name}", getattr(self, name), "must be at least 1", "Match the model")

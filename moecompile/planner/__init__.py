@@ -2,7 +2,7 @@
 
 from moecompile.planner.estimate import estimate
 from moecompile.planner.params import ModelFacts
-from moecompile.planner.traffic import Copies, Wire, choose_dispatch, copies_per_token, forward_traffic
+from moecompile.planner.traffic import Copies, Wire, choose_dispatch, copies_per_token, forward_traffic, row_bytes
 
 __all__ = [
     "Copies",
@@ -12,4 +12,5 @@ __all__ = [
     "copies_per_token",
     "estimate",
     "forward_traffic",
+    "row_bytes",
 ]

@@ -8,7 +8,7 @@ from moecompile.mesh import MeshSpec
 from moecompile.plan import Estimate, LayerPlan, Traffic
 from moecompile.planner.memory import memory_of_fullest_rank
 from moecompile.planner.params import ModelFacts, model_params
-from moecompile.planner.traffic import Wire, forward_traffic
+from moecompile.planner.traffic import Wire, forward_traffic, row_bytes
 
 
 def estimate(
@@ -36,7 +36,9 @@ def _mean_traffic(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts
     found = []
     for layer in layers:
         wire = Wire(
-            d_model=layer.site.d_model, tokens_per_rank=tokens_per_rank, element_bytes=facts.bytes_per_param
+            d_model=layer.site.d_model,
+            tokens_per_rank=tokens_per_rank,
+            element_bytes=row_bytes(layer.dispatch.wire_dtype, facts.bytes_per_param),
         )  # routing weights stay fp32
         found.append(forward_traffic(layer.dispatch.kind, layer.placement, layer.routing, mesh, wire))
     count = max(1, len(found))

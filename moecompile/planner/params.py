@@ -1,9 +1,12 @@
 """Parameter counts before and after rewriting.
 
     ffn(D, F)  = n (D F + F [bias_up]) + F D + D [bias_down]         n: 2 for gated, 1 for up_down  -> `ffn_params`
-    layer      = E ffn(D, d_expert) + ffn(D, d_shared) + E D         experts, shared expert, router -> `LayerParams`
+    layer      = E ffn(D, d_expert) + ffn(D, d_shared) + D [gate]    experts, shared expert,
+                 + E D + E [bias]                                    router                         -> `LayerParams`
     total      = model - sum of ffn(D, d_ff) + sum of layer          over the planned layers        -> `ModelParams`
     active     = the same with K instead of E experts
+
+Experts that the model has already are in its count: they replace E ffn(D, d_ff) by the same, and their router stays.
 
 Legend: D model dim, F hidden dim, E routed experts, K top-k.
 """
@@ -13,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moecompile.plan import LayerPlan, PlannedSite
+from moecompile.plan import ExpertsSite, LayerPlan, PlannedSite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,8 @@ class ModelFacts:
 
     params_total: all parameters before rewriting, tied ones once. params_embedding: those outside the layers
     (embeddings, output head, final norm). num_layers, vocab_size: of the model; where they are 0 (a bare graph), only
-    the planned layers are counted. bytes_per_param: of weights, gradients, activations and rows (4: fp32).
+    the planned layers are counted. bytes_per_param: of weights, gradients, activations and rows (4: fp32). causal:
+    whether a token must not see later ones (None: unknown).
     """
 
     params_total: int
@@ -30,11 +34,12 @@ class ModelFacts:
     num_layers: int = 0
     vocab_size: int = 0
     bytes_per_param: int = 4
+    causal: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerParams:
-    """Parameters of one rewritten site; `dense` is the FFN that it replaces, `expert` one routed expert."""
+    """Parameters of one rewritten site; `dense` is what it replaces, `expert` one routed expert."""
 
     dense: int
     expert: int
@@ -72,12 +77,15 @@ def ffn_params(site: PlannedSite, d_hidden: int) -> int:
 def layer_params(layer: LayerPlan) -> LayerParams:
     """Parameters before and after one site is rewritten."""
     expert = ffn_params(layer.site, layer.experts.d_expert)
+    if isinstance(layer.site, ExpertsSite):
+        stack = layer.experts.num_routed * expert
+        return LayerParams(dense=stack, expert=expert, experts=stack, shared=0, router=0)
     return LayerParams(
         dense=ffn_params(layer.site, layer.site.d_ff),
         expert=expert,
         experts=layer.experts.num_routed * expert,
-        shared=ffn_params(layer.site, layer.experts.d_shared),
-        router=layer.experts.num_routed * layer.site.d_model,
+        shared=ffn_params(layer.site, layer.experts.d_shared) + layer.experts.shared_gate * layer.site.d_model,
+        router=layer.experts.num_routed * (layer.site.d_model + layer.routing.bias),
     )
 
 

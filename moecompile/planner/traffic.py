@@ -4,30 +4,44 @@ Routing is taken to be as even as its constraint allows: a token's scores are in
 experts are taken in a random order. The groups of the first M different ones are the open groups, and the first K
 experts of open groups are chosen.
 
-1. Copies per peer. Every expert is chosen by K/E of the tokens, so `flat` sends K/ep rows per token to each rank.
-   `dedup` sends one row unless the token missed all experts of the rank. Draw experts one after another; after k draws
-   that all missed the rank, with m open groups of E/G experts that hold h of the rank's experts,
+1. How often a token needs a set of experts. Draw experts one after another; after k draws that all missed the set, with
+   m open groups of E/G experts that hold h of its experts,
 
        P(next one is of an open group, and misses) = (m E/G - k - h) / pool
-       P(next one opens a group of which the rank holds o, and misses) = (E/G - o) / pool   for each closed group, m < M
+       P(next one opens a group of which the set has o, and misses) = (E/G - o) / pool     for each closed group, m < M
        pool = E - k if m < M else M E/G - k                                                 -> `_miss_probability`
 
+   p is 1 - this for the experts of one rank, q for those of one node, each the mean over the group  -> `_hit_rates`
    This is exact for groups scored by their best expert. Scored by the sum of their two best, simulated copies differ
    by 0.2% to 0.6% for DeepSeek-V3 (256 experts, 8 groups) and by 3% for groups of two experts.
-   A router that starts from virtual groups (docs/upcycling.md) chooses the experts of a group together, and `dedup`
-   sends less than this until training has told them apart.
+   Where experts choose tokens, each chooses for itself, and all S of a set miss with (1 - c K/E)^S; c is the capacity
+   factor. Dropped assignments of token choice are not counted: they make the numbers here upper bounds.
+   A router that starts from virtual groups (docs/upcycling.md) chooses the experts of a group together, and all kinds
+   but `flat` and `allgather` send less than this until training has told them apart.
 
-2. Position of the source. EP groups fill whole nodes or fit into one, so every rank has the same number of peers of
-   each link class, and the mean over source ranks needs only the mean of step 1 over destination ranks.
+2. Rows per token, by link class. EP groups fill whole nodes or fit into one, so every rank has L - 1 peers on its node
+   and L (N - 1) on others, and the mean over source ranks needs only the means over destinations of step 1.
 
-3. Bytes per copy, as `moecompile.ops.exchange` sends them (N: bytes of an element, w: of a routing weight):
+                      within the node      across nodes
+       flat           (L - 1) K/ep         L (N - 1) K/ep
+       dedup          (L - 1) p            L (N - 1) p
+       hierarchical   N (L - 1) p          (N - 1) q          within: on each node that the token reaches, its own too
+       allgather      N (L - 1)            N - 1              padding to the longest micro-batch not counted
+                                                                                             -> `copies_per_token`
+3. Bytes, as `moecompile.ops.exchange` sends them (b: of an element, w: of a routing weight). Rows travel there and
+   back, D b each. Beside them travel
 
-       flat    dispatch D N a row, combine D N a row, counts 8 e / T to each peer
-       dedup   dispatch D N a row, combine D N a row, assignments (w + 2) K/ep, counts 16 / T to each peer
+       flat           counts 8 e / T                                    to each peer
+       dedup          assignments (w + 2) K/ep, counts 16 / T           to each peer
+       hierarchical   assignments (w + 2) K/N, counts 16 (1 + L) / T    to one rank of each other node
+                      assignments (w + 2) K/L, counts 16 / T            to each peer within the node
+       allgather      assignments (w + 2) K, E of them by expert choice beside each row
+                      counts 24 / T                                     to each peer             -> `_metadata`
 
    Combined rows leave the expert's rank, dispatched ones the token's; the mean over ranks is the same for both.
 
-Legend: E experts, e experts per rank, G groups, M open groups, K top-k, D model dim, T tokens per rank and micro-batch.
+Legend: E experts, e experts per rank, G groups, M open groups, K top-k, D model dim, T tokens per rank and micro-batch,
+N nodes of an EP group, L ranks of an EP group on a node.
 """
 
 from __future__ import annotations
@@ -43,6 +57,8 @@ from moecompile.plan import ExpertPlacement, RoutingPlan, Traffic
 COUNT_BYTES = 8  # exchange_counts sends int64
 CODE_BYTES = 2  # exchange_assignments sends an int16 code beside each weight
 DEDUP_COUNTS = 2  # rows and assignments
+ALLGATHER_COUNTS = 3  # tokens, assignments, first expert
+_WIRE_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +84,28 @@ class Copies:
     inter_node: float
 
 
+def row_bytes(wire_dtype: str, activation_bytes: int) -> int:
+    """Bytes of one element of a row: what `dispatch.wire_dtype` says, `auto` is what an activation has."""
+    return _WIRE_BYTES.get(wire_dtype, activation_bytes)
+
+
 def copies_per_token(kind: str, placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec) -> Copies:
-    """Expected rows per token of one dispatch; `kind` is local, flat or dedup.
+    """Expected rows per token of one dispatch (step 2); `kind` is local, flat, dedup, hierarchical or allgather.
 
     Raises:
         PlanError: the open groups hold fewer experts than a token uses.
     """
-    per_peer = _rows_per_peer(kind, placement, routing)
-    intra, inter = _peers(mesh)
-    return Copies(own=per_peer, intra_node=intra * per_peer, inter_node=inter * per_peer)
+    _check_top_k(placement, routing)
+    nodes, on_node = _shape(mesh)
+    if kind == "allgather":
+        return Copies(own=1 + (nodes if nodes > 1 else 0), intra_node=nodes * (on_node - 1), inter_node=nodes - 1)
+    if kind in ("local", "flat"):
+        per_peer = _assignments(placement, routing) / placement.ep
+        return Copies(own=per_peer, intra_node=(on_node - 1) * per_peer, inter_node=(nodes - 1) * on_node * per_peer)
+    rank, node = _hit_rates(placement, routing, nodes)
+    if kind == "hierarchical" and nodes > 1:
+        return Copies(own=node + nodes * rank, intra_node=nodes * (on_node - 1) * rank, inter_node=(nodes - 1) * node)
+    return Copies(own=rank, intra_node=(on_node - 1) * rank, inter_node=(nodes - 1) * on_node * rank)
 
 
 def forward_traffic(kind: str, placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec, wire: Wire) -> Traffic:
@@ -85,10 +114,12 @@ def forward_traffic(kind: str, placement: ExpertPlacement, routing: RoutingPlan,
     Raises:
         PlanError: as `copies_per_token`.
     """
-    per_peer = 2 * _rows_per_peer(kind, placement, routing) * wire.d_model * wire.element_bytes
-    per_peer += _metadata_per_peer(kind, placement, routing, wire)
-    intra, inter = _peers(mesh)
-    return Traffic(intra_node=intra * per_peer, inter_node=inter * per_peer)
+    copies = copies_per_token(kind, placement, routing, mesh)
+    intra, inter = _metadata(kind, placement, routing, mesh, wire)
+    there_and_back = 2 * wire.d_model * wire.element_bytes
+    return Traffic(
+        intra_node=copies.intra_node * there_and_back + intra, inter_node=copies.inter_node * there_and_back + inter
+    )
 
 
 def choose_dispatch(placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec, wire: Wire) -> str:
@@ -104,36 +135,64 @@ def choose_dispatch(placement: ExpertPlacement, routing: RoutingPlan, mesh: Mesh
         traffic = forward_traffic(kind, placement, routing, mesh, wire)
         return traffic.inter_node, traffic.inter_node + traffic.intra_node
 
-    return min(("flat", "dedup"), key=cost)
+    # On one node hierarchical is dedup, which stands before it and so wins the tie.
+    return min(("flat", "dedup", "hierarchical", "allgather"), key=cost)
 
 
-def _peers(mesh: MeshSpec) -> tuple[int, int]:
-    """EP peers of any rank on its own node and on other nodes (step 2)."""
-    on_node = min(mesh.ep, mesh.ranks_per_node)
-    return on_node - 1, mesh.ep - on_node
+def _shape(mesh: MeshSpec) -> tuple[int, int]:
+    """Nodes of an EP group, and its ranks on each of them."""
+    return mesh.nodes_per_ep_group, mesh.ep // mesh.nodes_per_ep_group
+
+
+def _metadata(
+    kind: str, placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec, wire: Wire
+) -> tuple[float, float]:
+    """Bytes per token beside the rows, within the node and across nodes (step 3)."""
+    nodes, on_node = _shape(mesh)
+    assignment, count = wire.weight_bytes + CODE_BYTES, COUNT_BYTES / wire.tokens_per_rank
+    assigned = _assignments(placement, routing)
+    if kind == "hierarchical":
+        to_rank = assigned / on_node * assignment + DEDUP_COUNTS * count
+        to_node = assigned / nodes * assignment + DEDUP_COUNTS * (1 + on_node) * count
+        return (on_node - 1) * to_rank, (nodes - 1) * to_node
+    to_peer = placement.experts_per_rank * count
+    if kind == "dedup":
+        to_peer = assigned / placement.ep * assignment + DEDUP_COUNTS * count
+    if kind == "allgather":
+        to_peer = ALLGATHER_COUNTS * count
+    intra, inter = (on_node - 1) * to_peer, (nodes - 1) * on_node * to_peer
+    if kind == "allgather":
+        columns = placement.num_experts if routing.choice == "expert" else routing.top_k
+        intra += nodes * (on_node - 1) * columns * assignment
+        inter += (nodes - 1) * columns * assignment
+    return intra, inter
+
+
+def _assignments(placement: ExpertPlacement, routing: RoutingPlan) -> float:
+    """Experts per token, on average."""
+    if routing.choice == "token":
+        return routing.top_k
+    return min(routing.top_k * (routing.capacity_factor or 1), placement.num_experts)
 
 
 @cache  # the layers of a model ask the same question
-def _rows_per_peer(kind: str, placement: ExpertPlacement, routing: RoutingPlan) -> float:
-    """Expected rows per token to one EP rank, mean over the ranks (step 1)."""
-    _check_top_k(placement, routing)
-    if kind == "dedup":
-        return 1 - sum(_miss_probability(placement, routing, rank) for rank in range(placement.ep)) / placement.ep
-    return routing.top_k / placement.ep
+def _hit_rates(placement: ExpertPlacement, routing: RoutingPlan, nodes: int) -> tuple[float, float]:
+    """p and q: how often a token needs a rank, and a node, each the mean over the EP group (step 1)."""
+
+    def rate(parts: int) -> float:
+        size = placement.num_experts // parts
+        held = [range(part * size, (part + 1) * size) for part in range(parts)]
+        if routing.choice == "expert":
+            return 1 - (1 - _assignments(placement, routing) / placement.num_experts) ** size
+        return 1 - sum(_miss_probability(placement.num_experts, routing, experts) for experts in held) / parts
+
+    return rate(placement.ep), rate(nodes)
 
 
-def _metadata_per_peer(kind: str, placement: ExpertPlacement, routing: RoutingPlan, wire: Wire) -> float:
-    """Bytes per token to one peer beside the rows (step 3)."""
-    if kind == "dedup":
-        assignments = routing.top_k / placement.ep
-        return assignments * (wire.weight_bytes + CODE_BYTES) + COUNT_BYTES * DEDUP_COUNTS / wire.tokens_per_rank
-    return COUNT_BYTES * placement.experts_per_rank / wire.tokens_per_rank
-
-
-def _miss_probability(placement: ExpertPlacement, routing: RoutingPlan, rank: int) -> float:
-    """Probability that a token uses no expert of EP rank `rank`."""
-    size = placement.num_experts // routing.groups
-    overlaps = _overlaps(placement, routing.groups, rank)
+def _miss_probability(num_experts: int, routing: RoutingPlan, experts: range) -> float:
+    """Probability that a token uses none of `experts`."""
+    size = num_experts // routing.groups
+    overlaps = _overlaps(size, routing.groups, experts)
     states: dict[tuple[int, ...], float] = {(0,) * len(overlaps): 1.0}  # open groups of each overlap -> probability
     for drawn in range(routing.top_k):
         after: defaultdict[tuple[int, ...], float] = defaultdict(float)
@@ -141,7 +200,7 @@ def _miss_probability(placement: ExpertPlacement, routing: RoutingPlan, rank: in
             num_open = sum(opened)
             held = sum(num * overlap for num, overlap in zip(opened, overlaps, strict=True))
             may_open = num_open < routing.top_groups
-            pool = (placement.num_experts if may_open else num_open * size) - drawn
+            pool = (num_experts if may_open else num_open * size) - drawn
             after[opened] += probability * (num_open * size - drawn - held) / pool
             for i, (overlap, num_groups) in enumerate(overlaps.items() if may_open else ()):
                 grown = (*opened[:i], opened[i] + 1, *opened[i + 1 :])
@@ -150,10 +209,9 @@ def _miss_probability(placement: ExpertPlacement, routing: RoutingPlan, rank: in
     return sum(states.values())
 
 
-def _overlaps(placement: ExpertPlacement, groups: int, rank: int) -> Counter[int]:
-    """Experts that `rank` holds of a group -> number of such groups; they sum to `groups`."""
-    size = placement.num_experts // groups
-    held = Counter(expert // size for expert in placement.experts_of(rank))
+def _overlaps(size: int, groups: int, experts: range) -> Counter[int]:
+    """How many of `experts` a group of `size` holds -> number of such groups; they sum to `groups`."""
+    held = Counter(expert // size for expert in experts)
     return Counter(held[group] for group in range(groups))
 
 

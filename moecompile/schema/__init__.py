@@ -27,9 +27,12 @@ from moecompile.schema.config import (
     TaskConfig,
     TaskName,
     TrainerConfig,
+    VerifyConfig,
+    VerifyDtype,
+    WireDtype,
     Workload,
 )
-from moecompile.schema.per_layer import LayerSettings, layer_settings
+from moecompile.schema.per_layer import LayerSettings, check_selections, layer_settings
 from moecompile.schema.resolve import (
     accumulation_steps,
     mesh_spec,
@@ -68,8 +71,12 @@ __all__ = [
     "TaskConfig",
     "TaskName",
     "TrainerConfig",
+    "VerifyConfig",
+    "VerifyDtype",
+    "WireDtype",
     "Workload",
     "accumulation_steps",
+    "check_selections",
     "layer_settings",
     "mesh_spec",
     "resolve_groups",

@@ -15,6 +15,7 @@ class TaskName(str, Enum):
     train = "train"
     compile = "compile"
     plan = "plan"
+    verify = "verify"
 
 
 class ModelDevice(str, Enum):
@@ -109,6 +110,16 @@ class DispatchKind(str, Enum):
     local = "local"
     flat = "flat"
     dedup = "dedup"
+    hierarchical = "hierarchical"
+    allgather = "allgather"
+
+
+class WireDtype(str, Enum):
+    """What rows are cast to for an exchange."""
+
+    auto = "auto"  # nothing: they travel as the activations are
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 @dataclass(kw_only=True)
@@ -265,9 +276,14 @@ class HardwareConfig:
 
 @dataclass(kw_only=True)
 class DispatchConfig:
-    """`dispatch`: how tokens travel to their experts."""
+    """`dispatch`: how tokens travel to their experts.
+
+    kind: which exchange. wire_dtype: precision of rows, partial sums and their gradients on the wire; routing weights
+    stay fp32.
+    """
 
     kind: DispatchKind = DispatchKind.auto
+    wire_dtype: WireDtype = WireDtype.auto
 
 
 @dataclass(kw_only=True)
@@ -328,13 +344,29 @@ class TrainerConfig:
     save_checkpoint: bool = True
 
 
+class VerifyDtype(str, Enum):
+    """In which precision N ranks are compared with one process."""
+
+    both = "both"
+    float64 = "float64"
+    float32 = "float32"
+
+
+@dataclass(kw_only=True)
+class VerifyConfig:
+    """`verify`: what task=verify runs. steps: optimizer steps. dtype: precision of weights and arithmetic."""
+
+    steps: int = 3
+    dtype: VerifyDtype = VerifyDtype.both
+
+
 @dataclass(kw_only=True)
 class Config:
     """The whole config.
 
     name: the recipe's name, used in results and for the run directory. seed: decides weights, data order and all else
     that is random. debug: tracebacks for mistakes too. per_layer: name -> other settings for some layers, applied in
-    order.
+    order. given: keys that the caller set by value, filled in by the program.
     """
 
     name: str = "default"
@@ -352,3 +384,5 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    given: list[str] = field(default_factory=list)

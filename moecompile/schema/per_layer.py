@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import types
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -19,12 +20,22 @@ _Group = TypeVar("_Group")
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSettings:
-    """What holds for one layer. source: `per_layer.NAME` of the last change, "" if there is none."""
+    """What holds for one layer.
+
+    sources: dotted key (`routing.top_k`) -> `per_layer.NAME` that set it. source: the last `per_layer.NAME` that the
+    layer is selected by, "" if there is none.
+    """
 
     experts: ExpertsConfig
     routing: RoutingConfig
     balance: BalanceConfig
     source: str = ""
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def path_of(self, key: str) -> str:
+        """Where a person finds the cause of what is wrong with `key`: there, or in the last change to this layer."""
+        source = self.sources.get(key, self.source)
+        return f"{source}.{key}" if source else key
 
 
 def layer_settings(config: Config, fqn: str, position: int, count: int) -> LayerSettings:
@@ -43,8 +54,35 @@ def layer_settings(config: Config, fqn: str, position: int, count: int) -> Layer
             routing=changed(settings.routing, change.routing, f"{path}.routing"),
             balance=changed(settings.balance, change.balance, f"{path}.balance"),
             source=path,
+            sources={**settings.sources, **dict.fromkeys(_keys(change), path)},
         )
     return settings
+
+
+def check_selections(config: Config, fqns: Sequence[str]) -> None:
+    """Checks that every change is one to some rewritten layer.
+
+    Raises:
+        ConfigError: a change that selects none of the layers at `fqns`.
+    """
+    for name, change in config.per_layer.items():
+        path = f"per_layer.{name}"
+        if fqns and not any(_selects(change, path, fqn, i, len(fqns)) for i, fqn in enumerate(fqns)):
+            known = ", ".join(fqns[:3])
+            raise ConfigError(
+                f"{path}.match", change.match,
+                f"with layers={change.layers} selects none of the {len(fqns)} rewritten layers ({known}, ...)",
+                "Change match or layers, or remove it",
+            )  # fmt: skip
+
+
+def _keys(change: PerLayerConfig) -> Iterator[str]:
+    """Dotted keys that a change sets."""
+    for group in ("experts", "routing", "balance"):
+        for key, value in getattr(change, group).items():
+            nested = value if isinstance(value, dict) else {}
+            yield from (f"{group}.{key}.{inner}" for inner in nested)
+            yield f"{group}.{key}"
 
 
 def _selects(change: PerLayerConfig, path: str, fqn: str, position: int, count: int) -> bool:
@@ -86,5 +124,14 @@ def _typed(value: Any, hint: Any, path: str) -> Any:
             return float(value)
         elif type(value) is option:
             return value
-    known = [f"one of {[m.value for m in o]}" if issubclass(o, Enum) else o.__name__ for o in options]
-    raise ConfigError(path, value, f"must be {' or '.join(known)}", "Change the value")
+    raise ConfigError(
+        path, value, f"must be {' or '.join(_in_words(option) for option in options)}", "Change the value"
+    )
+
+
+def _in_words(option: Any) -> str:
+    if issubclass(option, Enum):
+        return f"one of {[member.value for member in option]}"
+    if is_dataclass(option):
+        return f"a mapping with keys of {[field.name for field in fields(option)]}"
+    return {type(None): "null", str: "a word", int: "a whole number", float: "a number", bool: "true or false"}[option]

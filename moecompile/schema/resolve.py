@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.schema.config import (
@@ -12,8 +14,10 @@ from moecompile.schema.config import (
     ExpertInit,
     ExpertsConfig,
     MeshConfig,
+    ModelDevice,
     RoutingConfig,
     Score,
+    SiteKind,
     TaskName,
     Workload,
 )
@@ -57,11 +61,15 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: the first rule that is broken.
     """
-    mesh = validate_transform(config)
+    # A published model has experts; then what the config says of experts and routers is not what holds.
+    sites = config.experts.sites
+    existing = sites is SiteKind.existing or (sites is SiteKind.auto and config.model.published is not None)
+    mesh = mesh_spec(config.mesh) if existing else validate_transform(config)
     _check_model(config)
     _check_data(config, mesh)
     for name in ("max_steps", "log_interval", "val_interval", "timeout_s", "threads_per_rank"):
         _at_least(f"trainer.{name}", getattr(config.trainer, name), 1)
+    _at_least("verify.steps", config.verify.steps, 1)
 
 
 def validate_transform(config: Config) -> MeshSpec:
@@ -88,28 +96,26 @@ def validate_settings(settings: LayerSettings, mesh: MeshSpec) -> None:
         _check_virtual_groups(settings.experts, settings.routing, mesh)
         _check_balance(settings.balance, settings.routing)
     except ConfigError as error:
-        if not settings.source:
-            raise
-        raise ConfigError(f"{settings.source}.{error.path}", error.value, error.rule, error.fix) from None
+        raise ConfigError(settings.path_of(error.path), error.value, error.rule, error.fix) from None
 
 
 def _check_router_kind(routing: RoutingConfig) -> None:
     """Rules between choice, score, capacity and noise."""
-    if routing.capacity_factor is not None and routing.capacity_factor <= 0:
+    if routing.capacity_factor is not None and not 0 < routing.capacity_factor < math.inf:
         raise ConfigError(
             "routing.capacity_factor", routing.capacity_factor, "must be positive", "Use 1.25, or null for dropless"
         )
     if not 0 <= routing.jitter < 1:
         raise ConfigError("routing.jitter", routing.jitter, "must lie in [0, 1)", "Use 0.01")
-    if routing.skew <= 0:
+    if not 0 < routing.skew < math.inf:
         raise ConfigError("routing.skew", routing.skew, "must be positive", "Use 1.0")
     if routing.choice is not Choice.expert:
         return
-    limited = routing.top_groups is not None or routing.max_nodes is not None
     for path, value, wrong, fix in (
         ("routing.score", routing.score.value, routing.score is Score.softmax_after_topk, "softmax or sigmoid"),
         ("routing.normalize", True, routing.normalize, "false"),
-        ("routing.top_groups", routing.top_groups, limited, "null"),
+        ("routing.top_groups", routing.top_groups, routing.top_groups is not None, "null"),
+        ("routing.max_nodes", routing.max_nodes, routing.max_nodes is not None, "null"),
         ("routing.workload", routing.workload.value, routing.workload is not Workload.none, "none"),
     ):  # fmt: skip
         if wrong:
@@ -119,10 +125,10 @@ def _check_router_kind(routing: RoutingConfig) -> None:
 
 
 def _check_balance(balance: BalanceConfig, routing: RoutingConfig) -> None:
-    if balance.rule is BalanceRule.bias and balance.rate <= 0:
+    if balance.rule is BalanceRule.bias and not 0 < balance.rate < math.inf:
         raise ConfigError("balance.rate", balance.rate, "must be positive", "Use 0.001 or balance.rule=none")
     for name, value in vars(balance.losses).items():
-        if value < 0:
+        if not 0 <= value < math.inf:
             raise ConfigError(f"balance.losses.{name}", value, "must not be negative", "Use 0 for none")
     if routing.choice is Choice.expert:
         losses = [name for name in ("micro_batch", "sequence", "global_batch") if getattr(balance.losses, name)]
@@ -143,6 +149,15 @@ def _check_model(config: Config) -> None:
             given or None,
             "exactly one of model.architecture, model.pretrained and model.factory must be given",
             "Select a model group, for example model=llama_nano, or give one of the three",
+        )
+    if config.model.device is ModelDevice.meta and config.task.name is TaskName.train:
+        raise ConfigError(
+            "model.device", "meta", "the model has shapes and no values, so task=train cannot run it",
+            "Use task=plan or task=compile, or model.device=cpu if it fits into memory",
+        )  # fmt: skip
+    if config.model.device is ModelDevice.meta and config.model.pretrained:
+        raise ConfigError(
+            "model.device", "meta", "model.pretrained loads values", "Use model.device=cpu, or model.architecture"
         )
 
 
@@ -278,7 +293,7 @@ def _check_data(config: Config, mesh: MeshSpec) -> None:
     if not 0 < data.val_fraction < 1:
         raise ConfigError("data.val_fraction", data.val_fraction, "must lie between 0 and 1", "Use 0.05")
     _at_least("data.val_batches", data.val_batches, 0)
-    if config.task.name is TaskName.train:
+    if config.task.name in (TaskName.train, TaskName.verify):
         accumulation_steps(config, mesh)
 
 

@@ -1,4 +1,4 @@
-"""The router against transformers' own routers, and against a slow reference in plain Python."""
+"""The router against a slow reference in plain Python, and its precision."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from tests.models import tokens
 EXPERTS, TOP_K, TOKENS, D = 16, 4, 64, 8
 
 
-def router(seed: int = 0, bias: float = 0.0, **options: Any) -> Router:
-    """Random weights, and correction biases of standard deviation `bias`."""
+def router(seed: int = 0, spread: float = 0.0, **options: Any) -> Router:
+    """Random weights, and correction biases of standard deviation `spread`."""
     options = {"top_k": TOP_K, **options}
     made = Router(D, EXPERTS, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        made.weight.copy_(torch.randn(made.weight.shape, generator=generator))
-        made.correction_bias.copy_(torch.randn(EXPERTS, generator=generator) * bias)
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        made.correction_bias.copy_(torch.randn(EXPERTS, generator=generator) * spread)
     return made
 
 
@@ -34,96 +35,18 @@ def by_id(weights_TK: Tensor, ids_TK: Tensor, num_experts: int = EXPERTS) -> Ten
     return torch.zeros(len(ids_TK), num_experts, dtype=weights.dtype).scatter(1, ids_TK, weights)
 
 
-# -- transformers ----------------------------------------------------------------------------------------------------
-
-
-def assert_same(ours: Router, theirs: torch.nn.Module, x: Tensor) -> None:
-    """Same experts for every token, same weights, same gradients for the router's weight and the input."""
-    results = []
-    for module in (ours, theirs):
-        inputs = x.clone().requires_grad_()
-        if module is ours:
-            weights, ids = module(inputs)
-        else:
-            _, weights, ids = module(inputs)
-        table = torch.zeros(len(x), EXPERTS).scatter(1, ids, weights)
-        (table * torch.arange(EXPERTS)).square().sum().backward()
-        results.append((by_id(weights, ids), inputs.grad, module.weight.grad))
-    chosen, theirs_chosen = (result[0] > 0 for result in results)
-    assert torch.equal(chosen, theirs_chosen)
-    for one, other in zip(*results, strict=True):
-        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(("groups", "top_groups"), [(1, 1), (4, 2), (4, 1), (8, 3)])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_equals_deepseek_v3(groups: int, top_groups: int, normalize: bool) -> None:
-    from transformers import DeepseekV3Config
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
-
-    ours = router(
-        bias=0.2, score="sigmoid", normalize=normalize, scale=2.5,
-        groups=groups, top_groups=top_groups, group_score="top2",
-    )  # fmt: skip
-    theirs = DeepseekV3TopkRouter(
-        DeepseekV3Config(
-            hidden_size=D, n_routed_experts=EXPERTS, num_experts_per_tok=TOP_K, n_group=groups, topk_group=top_groups,
-            routed_scaling_factor=2.5, norm_topk_prob=normalize,
-        )
-    )  # fmt: skip
-    theirs.load_state_dict({"weight": ours.weight, "e_score_correction_bias": ours.correction_bias})
-    assert_same(ours, theirs, tokens(TOKENS))
-
-
-@pytest.mark.parametrize(("groups", "top_groups"), [(1, 1), (4, 2), (8, 3)])
-def test_equals_deepseek_v2(groups: int, top_groups: int) -> None:
-    from transformers import DeepseekV2Config
-    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
-
-    ours = router(score="softmax", normalize=False, scale=16.0, groups=groups, top_groups=top_groups, group_score="max")
-    theirs = DeepseekV2TopkRouter(
-        DeepseekV2Config(
-            hidden_size=D, n_routed_experts=EXPERTS, num_experts_per_tok=TOP_K, n_group=groups, topk_group=top_groups,
-            routed_scaling_factor=16.0, topk_method="group_limited_greedy" if groups > 1 else "greedy", num_attention_heads=2,
-        )
-    )  # fmt: skip
-    theirs.load_state_dict({"weight": ours.weight})
-    assert_same(ours, theirs, tokens(TOKENS))
-
-
-def test_equals_mixtral() -> None:
-    from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
-
-    ours = router(score="softmax", normalize=True)
-    theirs = MixtralTopKRouter(MixtralConfig(hidden_size=D, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K))
-    theirs.load_state_dict({"weight": ours.weight})
-    assert_same(ours, theirs, tokens(TOKENS))
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_equals_qwen3_moe(normalize: bool) -> None:
-    from transformers import Qwen3MoeConfig
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
-
-    ours = router(score="softmax", normalize=normalize)
-    config = Qwen3MoeConfig(
-        hidden_size=D, num_experts=EXPERTS, num_experts_per_tok=TOP_K, norm_topk_prob=normalize
-    )  # fmt: skip
-    theirs = Qwen3MoeTopKRouter(config)
-    theirs.load_state_dict({"weight": ours.weight})
-    assert_same(ours, theirs, tokens(TOKENS))
-
-
 # -- a slow reference ------------------------------------------------------------------------------------------------
 
 
 def reference(layer: Router, x: list[float]) -> dict[int, float]:
     """Expert -> routing weight of one token, in Python floats (float64)."""
     weight, bias = layer.weight.tolist(), layer.correction_bias.tolist()
-    logits = [sum(w * v for w, v in zip(row, x, strict=True)) for row in weight]
+    shift = [0.0] * EXPERTS if layer.bias is None else layer.bias.tolist()
+    logits = [sum(w * v for w, v in zip(row, x, strict=True)) + b for row, b in zip(weight, shift, strict=True)]
     if layer.score == "sigmoid":
         scores = [1 / (1 + math.exp(-z)) for z in logits]
+    elif layer.score == "softmax_after_topk":
+        scores = logits
     else:
         exponentials = [math.exp(z - max(logits)) for z in logits]
         scores = [e / sum(exponentials) for e in exponentials]
@@ -134,13 +57,16 @@ def reference(layer: Router, x: list[float]) -> dict[int, float]:
     ranked = sorted(groups, key=lambda g: -sum(sorted((choice[e] for e in g), reverse=True)[:best]))
     candidates = [e for group in ranked[: layer.top_groups] for e in group]
     chosen = sorted(candidates, key=lambda e: -choice[e])[: layer.top_k]
-    total = sum(scores[e] for e in chosen) if layer.normalize else 1.0
+    if layer.score == "softmax_after_topk":
+        scores = [math.exp(z) for z in logits]
+    normalize = layer.normalize or layer.score == "softmax_after_topk"
+    total = sum(scores[e] for e in chosen) if normalize else 1.0
     return {e: scores[e] / total * layer.scale for e in chosen}
 
 
 COMBINATIONS = list(
     itertools.product(
-        ("softmax", "sigmoid"),
+        ("softmax", "sigmoid", "softmax_after_topk"),
         (True, False),
         ((1, 1), (4, 2), (2, 1), (4, 4)),
         ("max", "top2", "topk_over_m"),
@@ -154,8 +80,8 @@ def test_equals_the_slow_reference(
     score: str, normalize: bool, limit: tuple[int, int], group_score: str, bias: float
 ) -> None:
     layer = router(
-        bias=bias, score=score, normalize=normalize, scale=1.5, groups=limit[0], top_groups=limit[1],
-        group_score=group_score, dtype=torch.float64,
+        spread=bias, score=score, normalize=normalize, scale=1.5, groups=limit[0], top_groups=limit[1],
+        group_score=group_score, dtype=torch.float64, bias=bias > 0,
     )  # fmt: skip
     x = tokens(24, dtype=torch.float64)
     weights, ids = layer(x)
@@ -194,10 +120,27 @@ def test_the_bias_shifts_the_choice_and_not_the_weights() -> None:
 
 
 def test_gradients_reach_the_weight_but_never_the_bias() -> None:
-    layer = router(bias=0.1, score="sigmoid")
+    layer = router(spread=0.1, score="sigmoid")
     layer(tokens())[0].square().sum().backward()
     assert layer.weight.grad.abs().max() > 0
     assert not layer.correction_bias.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(2, 12, D), (2, 3, 4, D), (24, D)])
+def test_leading_dimensions_are_tokens_in_order(shape: tuple[int, ...]) -> None:
+    layer, x = router(), tokens(24)
+    wanted, wanted_ids = layer(x)
+    weights, ids = layer(x.view(shape))
+    assert (weights.shape, ids.shape) == ((24, TOP_K), (24, TOP_K))
+    assert torch.equal(by_id(weights, ids), by_id(wanted, wanted_ids))
+
+
+def test_the_bias_has_a_gradient() -> None:
+    layer = router(bias=True)
+    weights, ids = layer(tokens())
+    (weights * ids).sum().backward()
+    assert layer.bias.grad.abs().max() > 0
+    assert [name for name, _ in router().named_parameters()] == ["weight"]
 
 
 def test_one_expert() -> None:
@@ -231,15 +174,17 @@ def test_arithmetic_is_fp32_in_a_bf16_model() -> None:
 
 
 def test_arithmetic_is_fp32_after_the_model_was_cast() -> None:
-    """`model.bfloat16()` rounds the weight itself, but not the scores."""
-    layer = router(score="sigmoid").bfloat16()
-    assert layer.scores(tokens().bfloat16()).dtype == torch.float32
+    """`model.bfloat16()` leaves the router's weight and the scores as they are."""
+    layer = router(score="sigmoid")
+    wanted = layer.scores(tokens().bfloat16())
+    assert torch.equal(layer.bfloat16().scores(tokens().bfloat16()), wanted)
+    assert wanted.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "softmax_after_topk"])
 def test_autocast_changes_nothing(score: str, dtype: torch.dtype) -> None:
-    layer = router(score=score, dtype=dtype)
+    layer = router(score=score, dtype=dtype, bias=True)
     wanted, wanted_ids = layer(tokens(TOKENS, dtype=dtype))
     with torch.autocast("cpu", torch.bfloat16):
         weights, ids = layer(tokens(TOKENS, dtype=dtype))

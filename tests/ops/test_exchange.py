@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +71,30 @@ def test_forward_bytes_are_counted_once(axis: str) -> None:
     assert traffic.take() == {}
 
 
+def test_gathered_bytes_are_counted_once(axis: str) -> None:
+    traffic.take()
+    rows, weights = torch.randn(4, 3, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+    op.send_counts(torch.tensor([4, 5]), axis)
+    gathered = op.all_gather(rows, axis)
+    sent, ids = op.gather_assignments(weights, torch.arange(8, dtype=torch.int16).view(4, 2), axis)
+    assert torch.equal(gathered, rows)
+    assert torch.equal(sent, weights)
+    assert ids.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    (op.reduce_scatter(gathered, axis).sum() + sent.sum()).backward()
+    assert traffic.take() == {0: 2 * 8 + 2 * 4 * 3 * 4 + 8 * (4 + 2)}
+    assert traffic.take() == {}
+
+
+def test_blocks_are_summed_wide_and_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks bring 1 and three times 1/256: bf16 has 8 bits, so that adding them one by one would lose all three."""
+    monkeypatch.setattr("moecompile.ops.exchange._group", lambda axis: SimpleNamespace(size=lambda: 4))
+    monkeypatch.setattr("moecompile.ops.exchange._count_blocks", lambda *args: None)
+    monkeypatch.setattr("torch.distributed.all_to_all_single", lambda out, rows, group: out.copy_(rows))
+    blocks = torch.tensor([[1.0], [1 / 256], [1 / 256], [1 / 256]], dtype=torch.bfloat16)
+    assert (((blocks[0] + blocks[1]) + blocks[2]) + blocks[3]).item() == 1
+    assert op.reduce_scatter(blocks, "ep").item() == torch.tensor(1 + 3 / 256).bfloat16().item() > 1
+
+
 class Wire:
     """Stands in for the collective: notes the splits and answers with rows of ones."""
 
@@ -115,6 +140,10 @@ UNBOUND: dict[str, Callable[[], Any]] = {
     "exchange_assignments": lambda: op.exchange_assignments(
         torch.zeros(1), torch.zeros(1, dtype=torch.int16), table(1), 0, "ep"
     ),
+    "send_counts": lambda: op.send_counts(torch.tensor([1]), "ep"),
+    "all_gather": lambda: op.all_gather(torch.zeros(1, 2), "ep"),
+    "reduce_scatter": lambda: op.reduce_scatter(torch.zeros(1, 2), "ep"),
+    "gather_assignments": lambda: op.gather_assignments(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int16), "ep"),
 }
 
 

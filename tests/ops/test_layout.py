@@ -36,7 +36,7 @@ def test_unpermute_weights_the_slots() -> None:
 
 
 def test_sum_slots_is_the_gradient_of_permute() -> None:
-    assert torch.equal(op.sum_slots(rows(1, 2, 3, 4, 5, 6), torch.tensor([1, 4, 3, 0, 2, 5]), 2), rows(5, 8, 8))
+    assert torch.equal(op.sum_slots(rows(1, 2, 3, 4, 5, 6), torch.tensor([1, 4, 3, 0, 2, 5]), 3, 2), rows(5, 8, 8))
 
 
 def test_unpermute_undoes_permute_with_weights_that_sum_to_one() -> None:
@@ -90,3 +90,74 @@ def test_one_expert_gets_everything() -> None:
 def test_regroup_of_nothing() -> None:
     grouped, order, counts = op.regroup(torch.zeros(0, 2), torch.zeros(2, 3, dtype=torch.int64))
     assert (grouped.shape, order.shape, counts.tolist()) == ((0, 2), (0,), [0, 0, 0])
+
+
+# -- dropped assignments: id 4 is nobody -------------------------------------------------------------------------------
+
+DROPPED_TK = torch.tensor([[2, 4], [4, 4], [0, 2]])
+
+
+def test_permute_leaves_dropped_assignments_out() -> None:
+    got_rows, order, counts = op.permute(X_TD, DROPPED_TK, 4, False)
+    assert torch.equal(got_rows, rows(3, 1, 3))  # e0: t2   e2: t0 t2
+    assert order.tolist() == [4, 0, 5]
+    assert counts.tolist() == [1, 0, 2, 0]
+
+
+def test_unpermute_sums_what_is_there() -> None:
+    weights_TK = torch.tensor([[0.5, 9.0], [9.0, 9.0], [3.0, 1.0]])
+    combined = op.unpermute(rows(100, 200, 300), torch.tensor([4, 0, 5]), weights_TK)
+    assert torch.equal(combined, rows(0.5 * 200, 0, 3 * 100 + 300))
+
+
+def test_gradients_of_dropped_assignments_are_zero() -> None:
+    x, weights = X_TD.float().requires_grad_(), torch.full((3, 2), 0.5, requires_grad=True)
+    permuted, order, _ = op.permute(x, DROPPED_TK, 4, False)
+    op.unpermute(permuted * 2, order, weights).sum().backward()
+    assert torch.equal(x.grad, torch.tensor([[1.0, 1.0], [0.0, 0.0], [2.0, 2.0]]))
+    assert torch.equal(weights.grad, torch.tensor([[22.0, 0.0], [0.0, 0.0], [66.0, 66.0]]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_dropped_adds_zero_even_beside_values_that_are_no_numbers(value: float) -> None:
+    """Neither a weight of a dropped slot nor the row of another token may reach a sum: 0 * nan would."""
+    weights = torch.tensor([[0.5, value], [value, value], [1.0, 1.0]], requires_grad=True)
+    outputs = torch.tensor([[value, value], [1.0, 10.0], [value, value]], requires_grad=True)  # of t2 t0 t2
+    out = op.unpermute(outputs, torch.tensor([4, 0, 5]), weights)
+    assert torch.equal(out[:2], torch.tensor([[0.5, 5.0], [0.0, 0.0]]))
+    out[:2].sum().backward()
+    assert weights.grad[:2].tolist() == [[11.0, 0.0], [0.0, 0.0]]
+    assert outputs.grad.tolist() == [[0.0, 0.0], [0.5, 0.5], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_drops_equal_a_dense_sum(dtype: torch.dtype) -> None:
+    """Random drops against one-hot matrices; a bf16 row is rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    num_tokens, num_experts, top_k, width = 40, 6, 3, 5
+    ids = torch.rand(num_tokens, num_experts, generator=generator).argsort(1)[:, :top_k]
+    ids = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.4, num_experts)
+    x = torch.randn(num_tokens, width, generator=generator).to(dtype)
+    weights = torch.rand(ids.shape, generator=generator).to(torch.promote_types(dtype, torch.float32))
+    permuted, order, counts = op.permute(x, ids, num_experts, False)
+    kept = (ids < num_experts).to(weights.dtype)
+    assert counts.sum() == kept.sum() == permuted.shape[0]
+    wanted = x.to(weights.dtype) * (weights * kept).sum(1, keepdim=True)
+    rtol = 8e-3 if dtype == torch.bfloat16 else 1e-6
+    assert torch.allclose(op.unpermute(permuted, order, weights), wanted.to(dtype), rtol=rtol)
+    summed = op.sum_slots(permuted, order, num_tokens, top_k)
+    assert summed.dtype == dtype
+    assert torch.allclose(summed, (x.to(weights.dtype) * kept.sum(1, keepdim=True)).to(dtype))
+
+
+def test_everything_is_dropped() -> None:
+    ids = torch.full((3, 2), 4)
+    permuted, order, counts = op.permute(X_TD, ids, 4, False)
+    assert (permuted.shape, order.shape, counts.tolist()) == ((0, 2), (0,), [0, 0, 0, 0])
+    assert torch.equal(op.unpermute(permuted, order, torch.ones(3, 2)), torch.zeros(3, 2))
+    assert torch.equal(op.sum_slots(permuted, order, 3, 2), torch.zeros(3, 2))
+
+
+def test_nothing_is_dropped_though_it_might_be() -> None:
+    plain, limited = (op.permute(X_TD, IDS_TK, 4, dropless) for dropless in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(plain, limited, strict=True))

@@ -17,6 +17,9 @@ F64, I64 = torch.float64, torch.int64
 IDS_TK = torch.tensor([[2, 0], [2, 1], [0, 2]])  # expert 3 gets nothing
 ORDER_R = torch.tensor([1, 4, 3, 0, 2, 5])  # by expert: 0: (t0,s1), (t2,s0); 1: (t1,s1); 2: (t0,s0), (t1,s0), (t2,s1)
 COUNTS_E = torch.tensor([2, 1, 3, 0])
+DROPPED_TK = torch.tensor([[2, 4], [4, 4], [0, 2]])  # 4 is nobody: token 1 has no expert
+KEPT_R = torch.tensor([4, 0, 5])
+KEY = torch.tensor([1, 2, 3, 4])
 
 
 def values(*shape: int, seed: int = 0) -> Tensor:
@@ -28,16 +31,37 @@ def table(sent: list[int], received: list[int]) -> Tensor:
     return torch.tensor([[sent], [received]])
 
 
-# op -> arguments; a callable gets the name of a process group of one rank
+# op -> arguments; a callable gets the name of a process group of one rank. What follows a colon names a case of the op.
 SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "flatten_tokens": lambda _: (values(2, 3, 4),),
     "unflatten_tokens": lambda _: (values(6, 4), values(2, 3, 4)),
     "router_logits": lambda _: (values(3, 4), values(5, 4)),
-    "count_load": lambda _: (torch.zeros(4, dtype=I64), IDS_TK),
+    "router_logits: bias": lambda _: (values(2, 3, 4), values(5, 4), values(5)),
+    "count_routing": lambda _: (
+        torch.zeros(4, dtype=I64), torch.zeros(2, dtype=I64), torch.zeros(3, dtype=F64), IDS_TK, DROPPED_TK,
+        values(3, 4).detach().softmax(1),
+    ),
+    "count_routing: without entropy": lambda _: (
+        torch.zeros(4, dtype=I64), torch.zeros(1, dtype=I64), torch.zeros(3, dtype=F64), IDS_TK, IDS_TK, None,
+    ),
+    "within_capacity": lambda _: (IDS_TK, values(3, 2).detach(), 4, 0.5, "position"),
+    "within_capacity: by score": lambda _: (IDS_TK, values(3, 2).detach(), 4, 0.5, "score"),
+    "expert_choice": lambda _: (values(6, 4).detach(), 2, 1.0),
+    "keyed_uniform": lambda _: (values(3, 4).detach(), KEY),
+    "workload_scores": lambda _: (torch.rand(3, 4, dtype=F64), KEY, "zipf", 1.0),
+    "workload_scores: drift": lambda _: (torch.rand(3, 4, dtype=F64), KEY, "drift", 1.0),
+    "workload_scores: hot": lambda _: (torch.rand(3, 4, dtype=F64), KEY, "hot", 1.0),
+    "balanced_ids": lambda _: (values(8, 8).detach(), 3, 4, 2),
     "permute": lambda _: (values(3, 4), IDS_TK, 4),
-    "sum_slots": lambda _: (values(6, 4).detach(), ORDER_R, 2),
+    "permute: dropped": lambda _: (values(3, 4), DROPPED_TK, 4, False),
+    "sum_slots": lambda _: (values(6, 4).detach(), ORDER_R, 3, 2),
+    "sum_slots: dropped": lambda _: (values(3, 4).detach(), KEPT_R, 3, 2),
     "unpermute": lambda _: (values(6, 4), ORDER_R, values(3, 2)),
+    "unpermute: dropped": lambda _: (values(3, 4), KEPT_R, values(3, 2)),
     "unpermute_backward": lambda _: (values(3, 4).detach(), values(6, 4).detach(), ORDER_R, values(3, 2).detach()),
+    "unpermute_backward: dropped": lambda _: (
+        values(3, 4).detach(), values(3, 4).detach(), KEPT_R, values(3, 2).detach(),
+    ),
     "regroup": lambda _: (values(6, 4), torch.tensor([[1, 2], [0, 3]])),
     "ungroup": lambda _: (values(6, 4), ORDER_R),
     "grouped_mm": lambda _: (values(6, 4), values(4, 5, 4), COUNTS_E),
@@ -46,10 +70,29 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "expert_bias": lambda _: (values(4, 5), COUNTS_E, values(6, 4).detach()),
     "sum_experts": lambda _: (values(6, 5).detach(), COUNTS_E),
     "pack_rows": lambda _: (values(3, 4), IDS_TK, values(3, 2), 4, 2),
+    "pack_rows: dropped": lambda _: (values(3, 4), DROPPED_TK, values(3, 2), 4, 2, False),
     "sum_rows": lambda _: (values(5, 4).detach(), torch.tensor([0, 2, 0, 1, 2]), 3),
     "expand_rows": lambda _: (values(2, 4), values(4), torch.tensor([1, 2, 1, 4], dtype=torch.int16), 3),
     "reduce_rows": lambda _: (values(4, 4), values(4), torch.tensor([0, 1, 0, 1]), values(2, 4).detach()),
     "combine_rows": lambda _: (values(4, 4), torch.tensor([0, 2, 0, 1]), values(3, 4).detach()),
+    "count_hops": lambda _: (IDS_TK, 4, 2, 2),
+    "onward_counts": lambda _: (torch.tensor([[9, 9, 1, 2, 3, 4], [9, 9, 5, 6, 7, 8]]),),
+    "read_tables": lambda _: tuple(torch.arange(n).view(2, -1) for n in (12, 12, 4, 4)),
+    "pack_hop": lambda _: (
+        values(3, 4), values(3, 2), torch.tensor([5, 0, 5, 2, 1, 4]), 4, 2, torch.tensor([[[3, 3], [3, 3]]] * 2),
+    ),
+    "count_gathered": lambda _: (IDS_TK, 4, 2),
+    "pad_tokens": lambda _: (values(3, 4), values(3, 2), IDS_TK, torch.tensor([[[3, 1, 0], [5, 1, 2]]] * 2)),
+    "trim_tokens": lambda _: (values(5, 4), values(3, 4).detach()),
+    "take_local": lambda _: (
+        values(3, 4), values(3, 2), IDS_TK.to(torch.int16), torch.tensor([[3, 3, 0]]), torch.tensor([[[3, 3, 0]]] * 2), 2,
+    ),
+    "wire_cast": lambda _: (values(3, 4), torch.float64),
+    "wire_uncast": lambda _: (values(3, 4), values(2, 4).detach()),
+    "send_counts": lambda axis: (torch.tensor([3, 1]), axis),
+    "all_gather": lambda axis: (values(3, 4), axis),
+    "reduce_scatter": lambda axis: (values(3, 4), axis),
+    "gather_assignments": lambda axis: (values(3, 2), IDS_TK.to(torch.int16), axis),
     "exchange_counts": lambda axis: (torch.tensor([3, 1]), axis),
     "all_to_all": lambda axis: (values(4, 4), table([4], [4]), 0, False, axis),
     "exchange_assignments": lambda axis: (
@@ -58,28 +101,35 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
 }  # fmt: skip
 
 
+def op_of(name: str) -> str:
+    return name.partition(":")[0]
+
+
 def test_every_op_has_a_sample() -> None:
     registered = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("moecompile::")
     }
-    assert registered == set(SAMPLES)
+    assert registered == {op_of(name) for name in SAMPLES}
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_torch_checks(name: str, axis: str) -> None:
-    torch.library.opcheck(getattr(op, name).default, SAMPLES[name](axis))
+    torch.library.opcheck(getattr(op, op_of(name)).default, SAMPLES[name](axis))
 
 
 DIFFERENTIABLE = [
-    "flatten_tokens", "unflatten_tokens", "router_logits", "permute", "unpermute", "regroup", "ungroup", "grouped_mm",
+    "flatten_tokens", "unflatten_tokens", "router_logits", "router_logits: bias", "permute", "permute: dropped",
+    "unpermute", "unpermute: dropped", "pack_rows: dropped", "regroup", "ungroup", "grouped_mm",
     "expert_bias", "pack_rows", "expand_rows", "reduce_rows", "combine_rows", "all_to_all", "exchange_assignments",
+    "pack_hop", "pad_tokens", "trim_tokens", "take_local", "wire_cast", "wire_uncast", "all_gather", "reduce_scatter",
+    "gather_assignments",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradients_equal_finite_differences(name: str, axis: str) -> None:
     def floating(*arguments: Any) -> tuple[Tensor, ...]:
-        out = getattr(op, name)(*arguments)
+        out = getattr(op, op_of(name))(*arguments)
         outputs = out if isinstance(out, tuple) else (out,)
         return tuple(t for t in outputs if t.is_floating_point())
 
@@ -88,6 +138,6 @@ def test_gradients_equal_finite_differences(name: str, axis: str) -> None:
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_outputs_that_are_indices_have_no_gradient(name: str, axis: str) -> None:
-    out = getattr(op, name)(*SAMPLES[name](axis))
+    out = getattr(op, op_of(name))(*SAMPLES[name](axis))
     for tensor in out if isinstance(out, tuple) else (out,):
         assert tensor.requires_grad == tensor.is_floating_point()

@@ -34,6 +34,22 @@ def test_pack_rows_sends_a_token_once_to_each_rank() -> None:
     assert counts.tolist() == [[2, 3], [2, 3]]  # rows and assignments per rank
 
 
+def test_pack_rows_does_not_send_dropped_assignments() -> None:
+    ids = torch.tensor([[2, 4], [4, 4], [1, 0]])  # 4 is nobody
+    packed, tokens, weights, codes, order, counts = op.pack_rows(rows(1, 2, 3), ids, WEIGHTS_TK, 4, 2, False)
+    assert torch.equal(packed, rows(3, 1))  # to rank 0: token 2; to rank 1: token 0
+    assert tokens.tolist() == [2, 0]
+    assert order.tolist() == [4, 5, 0]
+    assert torch.equal(weights, torch.tensor([0.5, 0.6, 0.1]))
+    assert codes.tolist() == [3, 0, 1]
+    assert counts.tolist() == [[1, 2], [1, 1]]
+
+
+def test_pack_rows_with_nothing_dropped_is_the_dropless_one() -> None:
+    both = [op.pack_rows(rows(1, 2, 3), IDS_TK, WEIGHTS_TK, 4, 2, dropless) for dropless in (True, False)]
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
 def test_expand_rows_stands_by_local_expert() -> None:
     received = rows(1, 3)  # what rank 0 gets of the case above
     codes = torch.tensor([1, 3, 0], dtype=torch.int16)
@@ -55,8 +71,11 @@ def test_combine_rows_sums_what_came_back() -> None:
     assert torch.equal(out, rows(5, 8, 2, 0))  # token 3 asked nobody
 
 
+DROPS = {"some dropped": 0.4, "all dropped": 1.1}
 CASES = {
     "every expert": (5, 4, 2, None),
+    "some dropped": (9, 4, 3, None),
+    "all dropped": (5, 4, 2, None),
     "one token": (1, 4, 2, None),
     "no token": (0, 4, 2, None),
     "one expert gets everything": (5, 4, 1, 2),
@@ -77,19 +96,21 @@ def test_with_one_rank_the_packed_path_equals_permute(name: str) -> None:
     """Outputs and gradients of both paths, with an expert that differs per row (times 1 + its id)."""
     num_tokens, num_experts, top_k, only = CASES[name]
     ids_TK = choose(num_tokens, num_experts, top_k, only)
+    dropless, dropped = name not in DROPS, torch.rand(ids_TK.shape) < DROPS.get(name, 0.0)
+    ids_TK = ids_TK.masked_fill(dropped, num_experts)
     results = []
     for packed in (False, True):
         generator = torch.Generator().manual_seed(0)
         x_TD = torch.randn(num_tokens, 3, dtype=torch.float64, generator=generator).requires_grad_()
         weights_TK = torch.rand(num_tokens, top_k, dtype=torch.float64, generator=generator).requires_grad_()
         if packed:
-            sent, tokens, weights, codes, _, table = op.pack_rows(x_TD, ids_TK, weights_TK, num_experts, 1)
-            assert table.tolist() == [[num_tokens, num_tokens * top_k]]
+            sent, tokens, weights, codes, _, table = op.pack_rows(x_TD, ids_TK, weights_TK, num_experts, 1, dropless)
+            assert table.tolist() == [[int((~dropped).any(1).sum()), int((~dropped).sum())]]
             copies, weights, source, _, counts = op.expand_rows(sent, weights, codes, num_experts)
             partial = op.reduce_rows(_expert(copies, counts), weights, source, sent)
             out = op.combine_rows(partial, tokens, x_TD)
         else:
-            copies, order, counts = op.permute(x_TD, ids_TK, num_experts)
+            copies, order, counts = op.permute(x_TD, ids_TK, num_experts, dropless)
             out = op.unpermute(_expert(copies, counts), order, weights_TK)
         out.square().sum().backward()
         results.append((out, x_TD.grad, weights_TK.grad, counts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 
@@ -54,7 +55,7 @@ def test_gated() -> None:
     assert text(after) == (
         "%0 = placeholder x\n"
         "%1 = moecompile.flatten_tokens(%0)\n"
-        "%2 = router[Router](%1)\n"
+        "%2 = router[Router](%0)\n"
         "%3 = getitem(%2, 0)\n"
         "%4 = getitem(%2, 1)\n"
         "%5 = moecompile.permute(%1, %4, 4)\n"
@@ -98,7 +99,7 @@ def test_shared_experts_beside_the_routed_ones_in_a_layer() -> None:
         "%0 = placeholder x\n"
         "%1 = norm[Linear](%0)\n"
         "%2 = moecompile.flatten_tokens(%1)\n"
-        "%3 = mlp.router[Router](%2)\n"
+        "%3 = mlp.router[Router](%1)\n"
         "%4 = getitem(%3, 0)\n"
         "%5 = getitem(%3, 1)\n"
         "%6 = moecompile.permute(%2, %5, 6)\n"
@@ -153,6 +154,44 @@ def test_modules_have_the_planned_sizes() -> None:
         "shared_experts.up_proj.bias": (8,), "shared_experts.down_proj.weight": (8, 8),
         "shared_experts.down_proj.bias": (8,),
     }  # fmt: skip
+
+
+def test_the_router_gets_every_setting_of_the_plan() -> None:
+    overrides = [
+        *COPY4, "routing.bias=true", "routing.capacity_factor=1.5", "routing.drop=score", "routing.jitter=0.1",
+        "routing.workload=zipf", "routing.skew=0.5", "balance.rule=bias", "balance.rate=0.25",
+        "balance.update=proportional", "mesh.num_nodes=2", "mesh.ranks_per_node=2", "experts.num_shared=1",
+        "experts.shared_gate=true",
+    ]  # fmt: skip
+    _, after, _ = rewrite(Gated(), overrides)
+    router = after.router
+    assert router.bias is not None
+    assert (router.capacity_factor, router.drop, router.jitter) == (1.5, "score", 0.1)
+    assert (router.workload, router.skew) == ("zipf", 0.5)
+    assert (router.bias_rate, router.bias_update, router.meter.num_nodes) == (0.25, "proportional", 2)
+    assert after.shared_experts.gate_weight.shape == (1, 8)
+    losses = {"micro_batch": 0.1, "z": 0.01}
+    (layer,) = plan_for(Gated()).layers
+    layer = dataclasses.replace(layer, balance=dataclasses.replace(layer.balance, **losses))
+    before, match = only_ffn(Gated())
+    assert Rewrite().run(before, [(match, layer)]).router.losses == losses
+
+
+DROPPING = {
+    "capacity": ["routing.capacity_factor=1.0"],
+    "expert choice": ["routing.choice=expert", "routing.normalize=false"],
+}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+@pytest.mark.parametrize("dispatch", ["flat", "dedup"])
+def test_where_assignments_are_dropped_the_graph_says_so(name: str, dispatch: str) -> None:
+    overrides = [*COPY4, *DROPPING[name], "mesh.ranks_per_node=2", f"dispatch.kind={dispatch}"]
+    _, after, _ = rewrite(Gated(), overrides)
+    assert "moecompile.permute(%1, %4, 4, False)" in text(after)
+    lowered = text(moecompile.transform(trace(Gated()), config(*overrides)))
+    packing = "permute(%1, %4, 4, False)" if dispatch == "flat" else "pack_rows(%1, %4, %3, 4, 2, False)"
+    assert f"moecompile.{packing}" in lowered
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -50,12 +50,17 @@ INITS = {
     "slices of one hidden unit": virtual_group(16, 4, 2, 1),
     "virtual groups within routing groups": [*virtual_group(4, 0, 4, 1), "routing.groups=2", "routing.top_groups=1"],
     "granularity 1": virtual_group(1, 0, 4, 2),
+    "copy beside a gated shared expert": [*COPY4, "experts.num_shared=1", "experts.shared_gate=true"],
+    "virtual groups and a gated shared slice": [*virtual_group(4, 1, 3, 2), "experts.shared_gate=true"],
 }
 SCORES = {
     "softmax": [],
     "sigmoid": ["routing.score=sigmoid"],
     "sigmoid, scale 2.5": ["routing.score=sigmoid", "routing.scale=2.5"],
     "softmax, scale 0.5": ["routing.scale=0.5"],
+    "softmax over the chosen": ["routing.score=softmax_after_topk", "routing.normalize=false", "routing.bias=true"],
+    "softmax over the chosen, scale 2.5": ["routing.score=softmax_after_topk", "routing.scale=2.5"],
+    "jitter, which evaluation has not": ["routing.jitter=0.5"],
 }
 
 
@@ -67,7 +72,7 @@ def transformed(model: nn.Module, overrides: list[str]) -> fx.GraphModule:
 def test_step_0_equals_the_dense_ffn(form: str, init: str) -> None:
     model, x = FORMS[form]().to(F64), tokens(32, dtype=F64)
     for score in SCORES.values():
-        compiled = transformed(model, [*INITS[init], *score])
+        compiled = transformed(model, [*INITS[init], *score]).eval()
         (layer,) = moecompile.plan_of(compiled).layers
         assert step0_reason(layer) is None
         assert max_diff(compiled(x), model(x)) <= 1e-10
@@ -138,6 +143,23 @@ def test_a_shared_expert_beside_copies_starts_silent_and_can_learn() -> None:
     assert shared.down_proj.weight.grad.abs().max() > 0
 
 
+def test_a_gated_shared_slice_is_doubled_and_its_gate_is_one_half() -> None:
+    model = UpDown(d_ff=8)
+    compiled = transformed(model, [*virtual_group(4, 1, 2, 1), "experts.shared_gate=true"])
+    shared = compiled.shared_experts
+    assert shared.gate_weight.abs().max() == 0
+    assert torch.equal(shared.down_proj.weight, 2 * model.down.weight[:, :2])
+    assert torch.equal(shared.down_proj.bias, 2 * model.down.bias)
+    compiled(tokens()).square().sum().backward()
+    assert shared.gate_weight.grad.abs().max() > 0  # it can learn
+
+
+def test_the_routers_bias_starts_at_zero() -> None:
+    assert transformed(Gated(), [*COPY4, "routing.bias=true"]).router.bias.tolist() == [0.0] * 4
+    random = transformed(Gated(), [*COPY4, "routing.bias=true", "experts.init=random"])
+    assert random.router.bias.tolist() == [0.0] * 4
+
+
 def test_copies_are_independent_weights() -> None:
     model = Gated()
     experts = transformed(model, COPY4).experts
@@ -167,6 +189,16 @@ def test_random_experts_have_the_spread_of_the_dense_weights() -> None:
         (["experts.init=random"], "experts are random"),
         (["routing.normalize=false"], "the routing weights of a token do not sum to a constant"),
         (["experts.init=random", "routing.normalize=false"], "experts are random"),
+        (
+            ["routing.top_k=1", "routing.normalize=false", "routing.capacity_factor=1.25"],  # Switch
+            "the routing weights of a token do not sum to a constant",
+        ),
+        (["routing.capacity_factor=1.25"], "experts drop the tokens beyond their capacity"),
+        (
+            ["routing.choice=expert", "routing.normalize=false"],
+            "experts choose tokens, so a token may have any number of them",
+        ),
+        (["routing.workload=zipf"], "the workload chooses the experts, not the router"),
     ],
 )
 def test_the_reason_is_given_and_no_difference(overrides: list[str], reason: str) -> None:

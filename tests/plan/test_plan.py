@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
+from moecompile.errors import PlanError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import EXCHANGES, DispatchPlan, ExpertPlacement, Plan, Reduction, reductions
 from tests.plan.plans import a_plan
@@ -28,8 +30,38 @@ def test_exchanges_of_each_dispatch() -> None:
         "local": (),
         "flat": ("exchange_counts", "all_to_all", "all_to_all"),
         "dedup": ("exchange_counts", "all_to_all", "exchange_assignments", "all_to_all"),
-    }
+        "hierarchical": (
+            "send_counts", "send_counts", "all_to_all", "exchange_assignments", "all_to_all", "exchange_assignments",
+            "all_to_all", "all_to_all",
+        ),
+        "allgather": (
+            "exchange_counts", "all_gather", "gather_assignments", "all_gather", "gather_assignments",
+            "reduce_scatter", "reduce_scatter",
+        ),
+    }  # fmt: skip
     assert DispatchPlan(kind="flat").axis == "ep"
+
+
+def test_two_levels_have_axes_of_their_own_and_one_node_has_one_level() -> None:
+    assert DispatchPlan(kind="flat").steps(2) == (
+        ("exchange_counts", "ep"), ("all_to_all", "ep"), ("all_to_all", "ep"),
+    )  # fmt: skip
+    dispatch = DispatchPlan(kind="allgather")
+    assert [axis for _, axis in dispatch.steps(2)] == [
+        "ep", "ep_inter", "ep_inter", "ep_intra", "ep_intra", "ep_intra", "ep_inter",
+    ]  # fmt: skip
+    assert dispatch.steps(1) == (
+        ("exchange_counts", "ep"), ("all_gather", "ep_intra"), ("gather_assignments", "ep_intra"),
+        ("reduce_scatter", "ep_intra"),
+    )  # fmt: skip
+
+
+def test_two_levels_hold_for_one_number_of_nodes() -> None:
+    plan = a_plan("dispatch.kind=hierarchical")
+    mesh = replace(plan.mesh, num_nodes=4, ranks_per_node=1)
+    message = "layers[0].placement.nodes=2: an EP group of this mesh spans 4. Plan again for this mesh."
+    with pytest.raises(PlanError, match=re.escape(message)):
+        replace(plan, mesh=mesh)
 
 
 # -- hash ------------------------------------------------------------------------------------------------------------

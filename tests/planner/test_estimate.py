@@ -14,6 +14,7 @@ from moecompile.plan import (
     DispatchPlan,
     ExpertPlacement,
     ExpertsPlan,
+    ExpertsSite,
     FFNSite,
     LayerPlan,
     MemoryEstimate,
@@ -21,7 +22,7 @@ from moecompile.plan import (
     Traffic,
 )
 from moecompile.planner import ModelFacts, Wire, estimate, forward_traffic
-from moecompile.planner.params import ffn_params
+from moecompile.planner.params import ffn_params, model_params
 
 # Two layers of 50 + ffn parameters, ffn = 3 * 8 * 16 = 384, and a tied embedding of 100 * 8.
 FACTS = ModelFacts(params_total=1668, params_embedding=800, num_layers=2, vocab_size=100)
@@ -136,3 +137,35 @@ def test_a_plan_without_layers_is_the_dense_model() -> None:
 def test_importing_the_planner_does_not_import_torch() -> None:
     code = "import sys, moecompile.planner; assert not {'torch', 'hydra', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def existing(num_experts: int = 4, d_ff: int = 16) -> LayerPlan:
+    """Experts that the model has already: they and their router are part of its parameters."""
+    return replace(
+        layer(),
+        site=ExpertsSite(
+            fqn="layers.0.mlp.experts",
+            d_model=8,
+            d_ff=d_ff,
+            num_experts=num_experts,
+            top_k=2,
+            activation="silu",
+            index=0,
+        ),
+        experts=ExpertsPlan(
+            num_routed=num_experts, granularity=1, num_shared=0, d_expert=d_ff, d_shared=0, init="existing"
+        ),
+        routing=replace(layer().routing, score="own"),
+        placement=ExpertPlacement(num_experts=num_experts, ep=1),
+    )
+
+
+def test_experts_of_the_model_are_counted_once() -> None:
+    """2000 parameters, of which one layer's experts are 4 * 384: nothing is added, and a token uses two of them."""
+    facts = replace(FACTS, params_total=2000)
+    found = estimate([existing()], ONE_RANK, facts, tokens_per_rank=10, memory_bytes=1e9)
+    assert found.params_total == 2000
+    assert found.params_active == 2000 - 2 * 384
+    params = model_params([existing()], facts)
+    assert (params.dense, params.experts, params.router) == (2000 - 4 * 384, 4 * 384, 0)
+    assert found.memory_bytes_per_rank.weights == 2000 * 4

@@ -1,16 +1,19 @@
-"""The closed form against published figures, hand counts and a simulation."""
+"""The closed form against published figures, hand counts, and ranks that are simulated through the packing ops."""
 
 from __future__ import annotations
 
+import dataclasses
 from math import comb
 
 import numpy as np
 import pytest
+import torch
 
+from benchmarks.dispatch_bytes import KINDS, simulate
 from moecompile.errors import PlanError
 from moecompile.mesh import LinkClass, MeshSpec
 from moecompile.plan import ExpertPlacement, RoutingPlan
-from moecompile.planner import Wire, choose_dispatch, copies_per_token, forward_traffic
+from moecompile.planner import Wire, choose_dispatch, copies_per_token, forward_traffic, row_bytes
 
 
 def routing(top_k: int, groups: int = 1, top_groups: int = 1, group_score: str = "max") -> RoutingPlan:
@@ -24,12 +27,24 @@ def mesh(num_nodes: int, ranks_per_node: int, ep: int | None = None) -> MeshSpec
     return MeshSpec(num_nodes=num_nodes, ranks_per_node=ranks_per_node, ep=ep or num_nodes * ranks_per_node)
 
 
-@pytest.mark.parametrize(("nodes", "flat", "dedup"), [(8, 7.00, 6.55), (4, 6.00, 5.14), (2, 4.00, 2.86)])
-def test_copies_across_nodes_of_deepseek_v3(nodes: int, flat: float, dedup: float) -> None:
-    """256 experts, top-8, 4 of 8 groups, nodes of 8 ranks: figures simulated with groups scored by their two best."""
-    placement, router = ExpertPlacement(num_experts=256, ep=8 * nodes), routing(8, 8, 4)
-    found = [copies_per_token(kind, placement, router, mesh(nodes, 8)).inter_node for kind in ("flat", "dedup")]
-    assert found == pytest.approx([flat, dedup], rel=0.01)
+# 256 experts, top-8, 4 of 8 groups, on nodes of 8 ranks: simulated with groups scored by their two best experts
+DEEPSEEK_V3 = {8: (7.00, 6.55, 3.46), 4: (6.00, 5.14, 2.34), 2: (4.00, 2.86, 0.98)}
+
+
+@pytest.mark.parametrize("nodes", DEEPSEEK_V3)
+def test_copies_across_nodes_of_deepseek_v3(nodes: int) -> None:
+    placement, router = ExpertPlacement(num_experts=256, ep=8 * nodes), routing(8, 8, 4, "top2")
+    kinds, wanted = ("flat", "dedup", "hierarchical"), DEEPSEEK_V3[nodes]
+    found = [copies_per_token(kind, placement, router, mesh(nodes, 8)).inter_node for kind in kinds]
+    assert found == pytest.approx(wanted, abs=0.05)
+    simulated = simulate(mesh(nodes, 8), placement, router, 256, seed=0)
+    assert [simulated[kind, LinkClass.INTER_NODE] for kind in kinds] == pytest.approx(wanted, abs=0.05)
+
+
+def test_a_token_reaches_no_more_nodes_than_its_groups() -> None:
+    """With one group a node, 4 open groups are 4 nodes at most, 7/8 of them remote."""
+    copies = copies_per_token("hierarchical", ExpertPlacement(num_experts=256, ep=64), routing(8, 8, 4), mesh(8, 8))
+    assert 0.9 * 4 * 7 / 8 < copies.inter_node < 4 * 7 / 8
 
 
 def test_every_assignment_has_one_flat_copy() -> None:
@@ -68,7 +83,8 @@ def test_auto_is_local_then_least_inter_node_then_least_total() -> None:
     wide, narrow = (Wire(d_model=width, tokens_per_rank=4096) for width in (1024, 1))
     assert choose_dispatch(ExpertPlacement(num_experts=8, ep=1), routing(2), mesh(1, 1), wide) == "local"
     placement = ExpertPlacement(num_experts=8, ep=4)
-    assert choose_dispatch(placement, routing(4), mesh(2, 2), wide) == "dedup"
+    assert choose_dispatch(placement, routing(4), mesh(2, 2), wide) == "hierarchical"
+    assert choose_dispatch(placement, routing(4), mesh(4, 1), wide) == "dedup"  # one rank a node: the same rows
     assert choose_dispatch(placement, routing(1), mesh(2, 2), wide) == "flat"  # nothing to merge, only metadata
     assert choose_dispatch(placement, routing(4), mesh(1, 4), wide) == "dedup"  # no inter-node link: total decides
     assert choose_dispatch(placement, routing(4), mesh(1, 4), narrow) == "flat"
@@ -98,37 +114,14 @@ def random_case(rng: np.random.Generator) -> tuple[MeshSpec, ExpertPlacement, Ro
     )
 
 
-def simulate(
-    spec: MeshSpec, placement: ExpertPlacement, router: RoutingPlan, num_tokens: int, rng: np.random.Generator
-) -> dict[tuple[str, LinkClass], float]:
-    """Rows per token by dispatch and link class, counted for tokens on every rank of the first EP group."""
-    size, best = placement.num_experts // router.groups, {"max": 1, "top2": 2}[router.group_score]
-    score = rng.standard_normal((num_tokens, placement.num_experts))
-    by_group = np.sort(score.reshape(num_tokens, router.groups, size), axis=2)[:, :, -best:].sum(2)
-    open_groups = np.argsort(-by_group, axis=1)[:, : router.top_groups]
-    is_open = (np.arange(placement.num_experts) // size == open_groups[:, :, None]).any(axis=1)
-    chosen = np.argsort(np.where(is_open, -score, np.inf), axis=1)[:, : router.top_k]
-    rows = np.zeros((num_tokens, placement.ep))
-    np.add.at(rows, (np.arange(num_tokens)[:, None], chosen // placement.experts_per_rank), 1)
-    mean_rows = {"flat": rows.mean(0), "dedup": (rows > 0).mean(0)}
-    found = {(kind, link): 0.0 for kind in mean_rows for link in LinkClass}
-    peers = spec.ep_peers(0)
-    for kind, rows_to in mean_rows.items():
-        for source in peers:
-            for index, target in enumerate(peers):
-                found[kind, spec.link(source, target)] += float(rows_to[index]) / len(peers)
-    return found
-
-
 @pytest.mark.parametrize("seed", range(24))
 def test_closed_form_equals_simulation(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    spec, placement, router = random_case(rng)
-    found = simulate(spec, placement, router, 20_000, rng)
-    for kind in ("flat", "dedup"):
+    spec, placement, router = random_case(np.random.default_rng(seed))
+    found = simulate(spec, placement, router, 20_000 // spec.ep, seed)
+    for kind in KINDS:
         copies = copies_per_token(kind, placement, router, spec)
         expected = [copies.own, copies.intra_node, copies.inter_node]
-        assert expected == pytest.approx([found[kind, link] for link in LinkClass], abs=0.05), (spec, placement, router)
+        assert expected == pytest.approx([found[kind, link] for link in LinkClass], abs=0.05), (kind, spec, placement)
 
 
 @pytest.mark.parametrize(
@@ -137,14 +130,14 @@ def test_closed_form_equals_simulation(seed: int) -> None:
 def test_ranks_may_hold_parts_of_groups_or_several(num_experts: int, ep: int, groups: int) -> None:
     """Part of one group, parts of two, exactly one, several, several and a part."""
     placement, router = ExpertPlacement(num_experts=num_experts, ep=ep), routing(3, groups, 2)
-    found = simulate(mesh(1, ep), placement, router, 50_000, np.random.default_rng(0))
+    found = simulate(mesh(1, ep), placement, router, 50_000 // ep, seed=0)
     copies = copies_per_token("dedup", placement, router, mesh(1, ep))
     assert copies.intra_node == pytest.approx(found["dedup", LinkClass.INTRA_NODE], abs=0.02)
 
 
 def test_groups_scored_by_two_experts_cost_hardly_more() -> None:
     placement, router = ExpertPlacement(num_experts=256, ep=16), routing(8, 8, 4, "top2")
-    found = simulate(mesh(2, 8), placement, router, 20_000, np.random.default_rng(0))
+    found = simulate(mesh(2, 8), placement, router, 20_000 // 16, seed=0)
     copies = copies_per_token("dedup", placement, router, mesh(2, 8))
     assert copies.inter_node == pytest.approx(found["dedup", LinkClass.INTER_NODE], rel=0.01)
     assert copies.inter_node < found["dedup", LinkClass.INTER_NODE]
@@ -155,3 +148,65 @@ def test_without_a_group_limit_a_rank_is_missed_as_often_as_combinations_say() -
     for router in (routing(6), routing(6, 4, 4)):
         copies = copies_per_token("dedup", placement, router, mesh(1, 8))
         assert copies.own == pytest.approx(1 - comb(56, 6) / comb(64, 6), abs=1e-12)
+
+
+def wire(d_model: int, tokens_per_rank: int = 4096, **changes: int) -> Wire:
+    return Wire(d_model=d_model, tokens_per_rank=tokens_per_rank, **changes)
+
+
+def test_bytes_of_two_levels_by_hand() -> None:
+    """8 experts on 2 nodes x 2 ranks, top-2: a node is missed by C(4,2)/C(8,2) of the tokens, a rank by C(6,2)/C(8,2)."""
+    placement, node, rank = ExpertPlacement(num_experts=8, ep=4), 1 - 6 / 28, 1 - 15 / 28
+    hierarchical = forward_traffic("hierarchical", placement, routing(2), mesh(2, 2), wire(8, 16))
+    assert hierarchical.inter_node == pytest.approx(2 * node * 8 * 4 + 1 * (4 + 2) + (2 + 2 * 2) * 8 / 16)
+    assert hierarchical.intra_node == pytest.approx(2 * 2 * rank * 8 * 4 + 1 * (4 + 2) + 2 * 8 / 16)
+    allgather = forward_traffic("allgather", placement, routing(2), mesh(2, 2), wire(8, 16))
+    assert allgather.inter_node == pytest.approx(1 * (2 * 8 * 4 + 2 * (4 + 2)) + 2 * 3 * 8 / 16)
+    assert allgather.intra_node == pytest.approx(2 * (2 * 8 * 4 + 2 * (4 + 2)) + 1 * 3 * 8 / 16)
+
+
+def test_on_one_node_hierarchical_is_dedup() -> None:
+    placement = ExpertPlacement(num_experts=16, ep=4)
+    for of in (copies_per_token, lambda *args: forward_traffic(*args, wire(64))):
+        assert of("hierarchical", placement, routing(3), mesh(2, 4, ep=4)) == of(
+            "dedup", placement, routing(3), mesh(2, 4, ep=4)
+        )
+
+
+def test_auto_never_takes_hierarchical_on_one_node_nor_allgather_by_bytes() -> None:
+    """A rank that is sent at most one row a token is never sent more than all tokens."""
+    for seed in range(200):
+        spec, placement, router = random_case(np.random.default_rng(seed))
+        kind = choose_dispatch(placement, router, spec, wire(1024))
+        assert kind != "allgather"
+        assert kind != "hierarchical" or (spec.nodes_per_ep_group > 1 and spec.ranks_per_node > 1)
+
+
+def test_experts_that_choose_are_independent() -> None:
+    """Each of 16 experts takes K / E of the tokens, so a rank of 4 is missed by (1 - 3/16)^4 of them."""
+    placement, spec = ExpertPlacement(num_experts=16, ep=4), mesh(2, 2)
+    router = dataclasses.replace(routing(3), choice="expert", capacity_factor=1.0, drop="score")
+    copies = {kind: copies_per_token(kind, placement, router, spec) for kind in KINDS}
+    assert copies["flat"].inter_node == pytest.approx(2 * 3 / 4)
+    assert copies["dedup"].intra_node == pytest.approx(1 - (13 / 16) ** 4)
+    assert copies["hierarchical"].inter_node == pytest.approx(1 - (13 / 16) ** 8)
+    scores = torch.rand(8192, 16, generator=torch.Generator().manual_seed(0))
+    _, counts = torch.ops.moecompile.count_hops(torch.ops.moecompile.expert_choice(scores, 3, 1.0), 16, 2, 2)
+    assert float(counts[:, 0].double().mean()) / 8192 == pytest.approx(copies["hierarchical"].inter_node, abs=0.02)
+    assert float(counts[:, 2::2].double().mean()) / 8192 == pytest.approx(copies["dedup"].intra_node, abs=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("nodes", [2, 4, 8])
+def test_metadata_is_at_most_three_percent(kind: str, nodes: int) -> None:
+    """Rows of 1024 bf16 numbers, 4096 tokens a rank: ids, weights and counts, of all bytes and of those across nodes."""
+    placement, router, spec = ExpertPlacement(num_experts=256, ep=8 * nodes), routing(8, 8, 4), mesh(nodes, 8)
+    copies = copies_per_token(kind, placement, router, spec)
+    traffic = forward_traffic(kind, placement, router, spec, wire(1024, element_bytes=2))
+    rows = 2 * 1024 * 2
+    assert 1 - copies.inter_node * rows / traffic.inter_node < 0.03
+    assert 1 - copies.intra_node * rows / traffic.intra_node < 0.03
+
+
+def test_the_wire_dtype_says_how_wide_a_row_is() -> None:
+    assert [row_bytes(name, 8) for name in ("auto", "fp32", "bf16")] == [8, 4, 2]

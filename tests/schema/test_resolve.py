@@ -22,6 +22,7 @@ from tests.models import config
 
 TWO_NODES = ["mesh.num_nodes=2", "mesh.ranks_per_node=2"]
 FOUR_NODES = ["mesh.num_nodes=4", "mesh.ranks_per_node=2", "experts.num_routed=16"]
+EXPERT_CHOICE = ["routing.choice=expert", "routing.normalize=false"]
 SLICES = ["experts.init=virtual_group", "experts.granularity=4"]
 
 BROKEN: dict[str, tuple[list[str], str]] = {
@@ -137,7 +138,44 @@ BROKEN: dict[str, tuple[list[str], str]] = {
         [*FOUR_NODES, "routing.groups=4", "routing.top_groups=4", "routing.max_nodes=1"],
         "routing.top_groups=4: lets a token reach 4 nodes, but routing.max_nodes=1. Use routing.top_groups=1.",
     ),
+    # router
+    "capacity": (
+        ["routing.capacity_factor=0"],
+        "routing.capacity_factor=0: must be positive. Use 1.25, or null for dropless.",
+    ),
+    "endless capacity": (
+        ["routing.capacity_factor=.inf"],
+        "routing.capacity_factor=inf: must be positive. Use 1.25, or null for dropless.",
+    ),
+    "jitter": (["routing.jitter=1.0"], "routing.jitter=1.0: must lie in [0, 1). Use 0.01."),
+    "negative jitter": (["routing.jitter=-0.1"], "routing.jitter=-0.1: must lie in [0, 1). Use 0.01."),
+    "skew": (["routing.skew=0"], "routing.skew=0.0: must be positive. Use 1.0."),
+    "experts choose by what is chosen": (
+        [*EXPERT_CHOICE, "routing.score=softmax_after_topk"],
+        "routing.score=softmax_after_topk: has no meaning where experts choose tokens. Use softmax or sigmoid, or "
+        "routing.choice=token.",
+    ),
+    "experts choose and weights are normalised": (
+        ["routing.choice=expert"],
+        "routing.normalize=True: has no meaning where experts choose tokens. Use false, or routing.choice=token.",
+    ),
+    "experts choose within groups": (
+        [*EXPERT_CHOICE, "routing.groups=4", "routing.top_groups=2"],
+        "routing.top_groups=2: has no meaning where experts choose tokens. Use null, or routing.choice=token.",
+    ),
+    "experts choose within nodes": (
+        [*TWO_NODES, *EXPERT_CHOICE, "routing.max_nodes=1"],
+        "routing.max_nodes=1: has no meaning where experts choose tokens. Use null, or routing.choice=token.",
+    ),
+    "experts choose and a workload does": (
+        [*EXPERT_CHOICE, "routing.workload=zipf"],
+        "routing.workload=zipf: has no meaning where experts choose tokens. Use none, or routing.choice=token.",
+    ),
     # balance
+    "bias where experts choose": (
+        [*EXPERT_CHOICE, "balance.rule=bias"],
+        "balance.rule=bias: has no meaning where experts choose tokens: their load is even by itself. Leave it out.",
+    ),
     "rate": (
         ["balance.rule=bias", "balance.rate=0"],
         "balance.rate=0.0: must be positive. Use 0.001 or balance.rule=none.",
@@ -181,6 +219,26 @@ def test_a_rule_of_the_transform(name: str) -> None:
             check(config(*overrides))
 
 
+@pytest.mark.parametrize(
+    ("losses", "overrides", "message"),
+    [
+        ({"z": -0.1}, [], "balance.losses.z=-0.1: must not be negative. Use 0 for none."),
+        (
+            {"sequence": 0.1},
+            EXPERT_CHOICE,
+            "balance.losses.sequence=0.1: has no meaning where experts choose tokens: their load is even by itself. "
+            "Leave it out.",
+        ),
+    ],
+)
+def test_a_rule_of_the_losses(losses: dict[str, float], overrides: list[str], message: str) -> None:
+    given = config(*overrides)
+    for name, value in losses.items():
+        setattr(given.balance.losses, name, value)
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        validate_transform(given)
+
+
 @pytest.mark.parametrize("name", ONLY_IN_TASKS)
 def test_a_rule_of_the_tasks(name: str) -> None:
     overrides, message = ONLY_IN_TASKS[name]
@@ -201,6 +259,10 @@ def test_a_rule_of_the_tasks(name: str) -> None:
         [*TWO_NODES, "mesh.ep=2", "mesh.dp_replicate=2", "mesh.dp_shard=2"],
         ["balance.rule=none", "balance.rate=0"],
         ["routing.max_nodes=1"],
+        EXPERT_CHOICE,
+        [*EXPERT_CHOICE, "routing.capacity_factor=2.0", "routing.score=sigmoid"],
+        ["routing.score=softmax_after_topk", "routing.bias=true"],
+        ["routing.top_k=1", "routing.normalize=false", "routing.capacity_factor=1.25", "routing.jitter=0.01"],
         [*FOUR_NODES, "routing.groups=8", "routing.top_groups=2", "routing.max_nodes=2"],
     ],
 )

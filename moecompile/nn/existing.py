@@ -1,0 +1,136 @@
+"""Experts that a model has already, computed on rows in expert order by their own activation.
+
+Legend: R rows in expert order, D model dim, F expert width, E experts, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moecompile import ops  # noqa: F401  (registers the ops)
+from moecompile.errors import MoecompileError
+from moecompile.nn.meter import LoadMeter
+
+
+class ExistingExperts(nn.Module):
+    """Stacked experts without parameters: the weights belong to the module around them and are given at every call.
+
+    So they keep their names, shapes and layout in the state dict.
+
+    Args:
+        num_experts: of the model, on all ranks together.
+        own: the model's experts module without its parameters. Its `_apply_gate(gate_up)`, or `act_fn`, is the
+            activation.
+        names: `gate_up_proj` or `up_proj`, `down_proj`, and their `*_bias`, in the order in which they are given.
+        transposed: weights are (E, d_in, d_out), else (E, d_out, d_in).
+    """
+
+    def __init__(self, num_experts: int, own: nn.Module, names: tuple[str, ...], *, transposed: bool) -> None:
+        super().__init__()
+        self.num_experts, self.names, self.transposed = num_experts, names, transposed
+        self.own = own
+
+    def forward(self, rows_RD: Tensor, counts_E: Tensor, *weights: Tensor) -> Tensor:
+        """rows_RD in expert order, counts_E rows of each local expert, the weights of the local experts -> (R, D)."""
+        given = dict(zip(self.names, (_local(weight) for weight in weights), strict=True))
+        if "gate_up_proj" in given:
+            hidden_RF = self._gate(self._project(rows_RD, counts_E, "gate_up_proj", given))
+        else:
+            hidden_RF = self._own("act_fn", self._project(rows_RD, counts_E, "up_proj", given))
+        return self._project(hidden_RF, counts_E, "down_proj", given)
+
+    def _gate(self, gate_up: Tensor) -> Tensor:
+        if hasattr(self.own, "_apply_gate"):  # what transformers calls it
+            return self._own("_apply_gate", gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self._own("act_fn", gate) * up
+
+    def _own(self, method: str, value: Tensor) -> Tensor:
+        out: Tensor = getattr(self.own, method)(value)
+        return out
+
+    def _project(self, rows: Tensor, counts_E: Tensor, name: str, given: dict[str, Tensor]) -> Tensor:
+        weight = given[name].transpose(1, 2) if self.transposed else given[name]
+        out: Tensor = torch.ops.moecompile.grouped_mm(rows, weight, counts_E)
+        if (bias := given.get(f"{name}_bias")) is not None:
+            # The cast is for autocast: there the product is narrower than the bias, and the sum must stay so.
+            out = out + torch.ops.moecompile.expert_bias(bias.to(out.dtype), counts_E, rows)
+        return out
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{self.num_experts} experts, weights {', '.join(self.names)}"
+
+
+class OneHotIds(nn.Module):
+    """One-hot choices (T, 1, E) -> expert ids (T, 1); the id E for a token that was dropped and chose none."""
+
+    def forward(self, chosen_T1E: Tensor) -> Tensor:
+        """Returns int64 ids."""
+        dropped_T1 = chosen_T1E.sum(-1) == 0
+        return chosen_T1E.argmax(-1).masked_fill(dropped_T1, chosen_T1E.shape[-1])
+
+
+class WideWeights(nn.Module):
+    """Routing weights as wide as the rows that they multiply, and at least fp32, as those of `Router` are."""
+
+    def forward(self, weights_TK: Tensor, hidden_TD: Tensor) -> Tensor:
+        """Returns weights_TK."""
+        wide = torch.promote_types(torch.promote_types(weights_TK.dtype, hidden_TD.dtype), torch.float32)
+        return weights_TK.to(wide)
+
+
+class ExistingMeter(LoadMeter):
+    """Counts the load of experts behind a router of the model's own.
+
+    bias_rate: step of that router's correction bias per balance update, 0 for none. bias_update: `sign` or
+    `proportional`, as `Router` has it.
+    """
+
+    bias_rate: float = 0.0
+    bias_update: str = "sign"
+
+
+def own_biases(model: nn.Module) -> list[tuple[ExistingMeter, Tensor]]:
+    """Meters whose model's own router has a correction bias that follows the load, and that bias (E,)."""
+    found = []
+    for path, meter in model.named_modules():
+        if isinstance(meter, ExistingMeter) and meter.bias_rate:
+            experts = path.rpartition(".")[0]
+            bias = correction_bias(model.get_submodule(experts.rpartition(".")[0]), meter.num_experts)
+            if bias is None:
+                raise MoecompileError(f"{experts}: the router's buffer e_score_correction_bias is gone")
+            found.append((meter, bias))
+    return found
+
+
+def without_parameters(module: nn.Module) -> nn.Module:
+    """A module of the same class with the same plain attributes and the same parameter-free children, for its methods.
+
+    Hooks, parameters and buffers stay with `module`.
+    """
+    shell = type(module).__new__(type(module))
+    nn.Module.__init__(shell)
+    shell.training = module.training
+    for name, value in vars(module).items():
+        if name not in vars(shell):
+            object.__setattr__(shell, name, value)
+    for name, child in module.named_children():
+        if not any(True for _ in child.parameters()) and not any(True for _ in child.buffers()):
+            shell.add_module(name, child)
+    return shell
+
+
+def correction_bias(block: nn.Module, num_experts: int) -> Tensor | None:
+    """The correction bias (E,) of the router that an MoE block has, as transformers names it; None if it has none."""
+    for name, buffer in block.named_buffers():
+        if name.rpartition(".")[2] == "e_score_correction_bias" and buffer.numel() == num_experts:
+            return buffer
+    return None
+
+
+def _local(weight: Tensor) -> Tensor:
+    """This rank's experts: expert-parallel weights are DTensors, sharded over experts."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight

@@ -1,0 +1,65 @@
+"""Which assignments of tokens to experts there are: capacity, expert choice. Index work, without gradients.
+
+Legend: T tokens, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+
+def capacity(factor: float, num_tokens: int, top_k: int, num_experts: int) -> int:
+    """Tokens that one expert takes of a micro-batch: ceil(factor * T * K / E), without rounding on the way."""
+    return math.ceil(Fraction(str(factor)) * num_tokens * top_k / num_experts)
+
+
+@torch.library.custom_op("moecompile::within_capacity", mutates_args=())
+def within_capacity(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, factor: float, policy: str) -> Tensor:
+    """Which assignments are kept when each expert takes `capacity` of them, (T, K) bool.
+
+    Args:
+        policy: `position`: the first ones, by the token's position in the micro-batch, whatever the slot (Switch,
+            arXiv 2101.03961). `score`: those with the largest weights, of equal ones the first.
+    """
+    num_tokens, top_k = ids_TK.shape
+    flat = ids_TK.reshape(-1)
+    if policy == "score":
+        by_weight = torch.sort(weights_TK.reshape(-1), descending=True, stable=True).indices
+        order = by_weight.index_select(0, torch.argsort(flat.index_select(0, by_weight), stable=True))
+    else:
+        order = torch.argsort(flat, stable=True)
+    # Assignments stand by expert now, the preferred ones first: their rank is the place within the expert's run.
+    expert = flat.index_select(0, order)
+    place = torch.arange(flat.numel(), device=flat.device)
+    rank = place - torch.searchsorted(expert, expert)
+    kept = torch.empty_like(flat, dtype=torch.bool)
+    kept[order] = rank < capacity(factor, num_tokens, top_k, num_experts)
+    return kept.view(num_tokens, top_k)
+
+
+@within_capacity.register_fake
+def _(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, factor: float, policy: str) -> Tensor:
+    return torch.empty_like(ids_TK, dtype=torch.bool)
+
+
+@torch.library.custom_op("moecompile::expert_choice", mutates_args=())
+def expert_choice(scores_TE: Tensor, top_k: int, factor: float) -> Tensor:
+    """Each expert takes the `capacity` tokens that it scores highest, at most all (Zhou et al. 2022, arXiv 2202.09368).
+
+    Returns:
+        (T, E) int64: e in column e where expert e took the token, else E.
+    """
+    num_tokens, num_experts = scores_TE.shape
+    taken = min(capacity(factor, num_tokens, top_k, num_experts), num_tokens)
+    best = scores_TE.topk(taken, dim=0, sorted=False).indices
+    nobody = torch.full(scores_TE.shape, num_experts, dtype=torch.int64, device=scores_TE.device)
+    return nobody.scatter_(0, best, torch.arange(num_experts, device=best.device).expand_as(best))
+
+
+@expert_choice.register_fake
+def _(scores_TE: Tensor, top_k: int, factor: float) -> Tensor:
+    return torch.empty_like(scores_TE, dtype=torch.int64)

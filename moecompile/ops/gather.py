@@ -1,0 +1,150 @@
+"""Row movement of the `allgather` dispatch: a rank sees all tokens of its EP group and computes its own experts' part.
+
+Legend: T tokens, D model dim, K top-k, r EP ranks, M tokens of the longest micro-batch, G = r * M rows gathered,
+B assignments to experts of this rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moecompile.ops.layout import by_assignment
+from moecompile.ops.tokens import expert_counts
+
+_PADDING = -1  # an expert id that no rank holds
+
+
+@torch.library.custom_op("moecompile::count_gathered", mutates_args=())
+def count_gathered(ids_TK: Tensor, num_experts: int, num_ranks: int) -> Tensor:
+    """What each rank must know of this one, counts_r3 int64: tokens here, assignments to it, its first expert.
+
+    The last number says the same on every rank; so the graph needs no rank of its own.
+    """
+    per_rank = num_experts // num_ranks
+    rank_TK = torch.div(ids_TK, per_rank, rounding_mode="floor")  # dropped: num_ranks
+    assigned_r = expert_counts(rank_TK, num_ranks + 1)[:num_ranks]
+    first_r = torch.arange(num_ranks, device=ids_TK.device) * per_rank
+    return torch.stack((torch.full_like(first_r, ids_TK.shape[0]), assigned_r, first_r), dim=1)
+
+
+@count_gathered.register_fake
+def _(ids_TK: Tensor, num_experts: int, num_ranks: int) -> Tensor:
+    return ids_TK.new_empty(num_ranks, 3)
+
+
+@torch.library.custom_op("moecompile::pad_tokens", mutates_args=())
+def pad_tokens(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, table_2r3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pads a micro-batch to the longest one of the group, with tokens that choose no expert.
+
+    Returns:
+        x_MD, weights_MK, ids_MK int16.
+    """
+    missing = int(table_2r3[1, :, 0].max()) - x_TD.shape[0]
+    ids_MK = F.pad(ids_TK.to(torch.int16), (0, 0, 0, missing), value=_PADDING)
+    return _padded(x_TD, missing), _padded(weights_TK, missing), ids_MK
+
+
+@pad_tokens.register_fake
+def _(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, table_2r3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return (
+        x_TD.new_empty(size, x_TD.shape[1]),
+        weights_TK.new_empty(size, weights_TK.shape[1]),
+        ids_TK.new_empty(size, ids_TK.shape[1], dtype=torch.int16),
+    )
+
+
+def _pad_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.num_tokens = inputs[0].shape[0]
+    ctx.mark_non_differentiable(output[2])
+
+
+def _pad_backward(ctx: Any, grad_x: Tensor, grad_weights: Tensor, _ids: Any) -> tuple[Tensor, Tensor, None, None]:
+    return grad_x[: ctx.num_tokens], grad_weights[: ctx.num_tokens], None, None
+
+
+pad_tokens.register_autograd(_pad_backward, setup_context=_pad_setup)
+
+
+@torch.library.custom_op("moecompile::trim_tokens", mutates_args=())
+def trim_tokens(y_MD: Tensor, like_TD: Tensor) -> Tensor:
+    """The rows of this rank's own tokens, (T, D); `like_TD` gives their number."""
+    return y_MD[: like_TD.shape[0]].clone()
+
+
+@trim_tokens.register_fake
+def _(y_MD: Tensor, like_TD: Tensor) -> Tensor:
+    return y_MD.new_empty(like_TD.shape[0], y_MD.shape[1])
+
+
+def _trim_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.missing = inputs[0].shape[0] - inputs[1].shape[0]
+
+
+def _trim_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
+    return F.pad(grad_TD, (0, 0, 0, ctx.missing)), None
+
+
+trim_tokens.register_autograd(_trim_backward, setup_context=_trim_setup)
+
+
+@torch.library.custom_op("moecompile::take_local", mutates_args=())
+def take_local(
+    rows_GD: Tensor, weights_GK: Tensor, ids_GK: Tensor, received_r3: Tensor, table_2r3: Tensor, num_local: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Copies each gathered row once per expert of this rank that it chose and sorts the copies by local expert.
+
+    Args:
+        received_r3, table_2r3: what `count_gathered` said, exchanged: this rank's first expert and its assignments.
+
+    Returns:
+        rows_BD, weights_B, source_B int64 (copy -> gathered row), order_B int64 (copy -> flat assignment), counts_e.
+    """
+    num_assigned = int(table_2r3[1, :, 1].sum())
+    place_A = (ids_GK.to(torch.int64) - received_r3[0, 2]).reshape(-1)
+    place_A = torch.where((place_A >= 0) & (place_A < num_local), place_A, num_local)  # of others: last
+    order_B = torch.argsort(place_A, stable=True)[:num_assigned].clone()
+    source_B = torch.div(order_B, ids_GK.shape[1], rounding_mode="floor")
+    counts_e = expert_counts(place_A, num_local + 1)[:num_local].clone()
+    weights_B = weights_GK.reshape(-1).index_select(0, order_B)
+    return rows_GD.index_select(0, source_B), weights_B, source_B, order_B, counts_e
+
+
+@take_local.register_fake
+def _(
+    rows_GD: Tensor, weights_GK: Tensor, ids_GK: Tensor, received_r3: Tensor, table_2r3: Tensor, num_local: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size()
+    index = received_r3.new_empty(size)
+    return (
+        rows_GD.new_empty(size, rows_GD.shape[1]),
+        weights_GK.new_empty(size),
+        index,
+        torch.empty_like(index),
+        received_r3.new_empty(num_local),
+    )
+
+
+def _take_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[2], output[3])
+    ctx.num_rows, ctx.num_assignments, ctx.weights_shape = inputs[0].shape[0], inputs[1].numel(), inputs[1].shape
+    ctx.mark_non_differentiable(output[2], output[3], output[4])
+
+
+def _take_backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor, *_: Any) -> tuple[Any, ...]:
+    source_B, order_B = ctx.saved_tensors
+    grad_x = torch.ops.moecompile.sum_rows(grad_rows, source_B, ctx.num_rows)
+    grad_w = by_assignment(grad_weights, order_B, ctx.num_assignments)
+    return grad_x, grad_w.view(ctx.weights_shape), None, None, None, None
+
+
+take_local.register_autograd(_take_backward, setup_context=_take_setup)
+
+
+def _padded(rows: Tensor, missing: int) -> Tensor:
+    # Without rows to add, F.pad would return its input, which an op may not.
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows.clone()
