@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from moecompile.comm.dispatch import DispatchNodes, items
+from moecompile.comm.wire import all_to_all
 from moecompile.plan import LayerPlan
 
 ops = torch.ops.moecompile
@@ -20,24 +21,25 @@ def lower_dedup(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> None
     """Replaces permute and unpermute by the deduplicated exchange, in place."""
     axis, placement = layer.dispatch.axis, layer.placement
     with graph.inserting_before(nodes.experts):
+        dropless = () if nodes.dropless else (False,)
         packed = graph.call_function(
-            ops.pack_rows, (nodes.tokens, nodes.ids, nodes.weights, placement.num_experts, placement.ep)
+            ops.pack_rows, (nodes.tokens, nodes.ids, nodes.weights, placement.num_experts, placement.ep, *dropless)
         )
         rows, tokens, weights, codes, _, counts = items(
             graph, packed, "rows", "tokens", "weights_sent", "codes_sent", "order", "counts"
         )
         _, table = items(graph, graph.call_function(ops.exchange_counts, (counts, axis)), "received", "table")
-        landed = graph.call_function(ops.all_to_all, (rows, table, _ROWS, False, axis))
+        landed = all_to_all(graph, layer, rows, table, _ROWS, False, axis)
         sent = graph.call_function(ops.exchange_assignments, (weights, codes, table, _ASSIGNMENTS, axis))
         weights, codes = items(graph, sent, "weights", "codes")
         expanded = graph.call_function(ops.expand_rows, (landed, weights, codes, placement.experts_per_rank))
         copies, weights, source, _, counts = items(
             graph, expanded, "copies", "copy_weights", "source", "order", "counts"
         )
-    nodes.experts.args = (copies, counts)
+    nodes.feed(copies, counts)
     with graph.inserting_before(nodes.unpermute):
-        partial = graph.call_function(ops.reduce_rows, (nodes.experts, weights, source, landed))
-        back = graph.call_function(ops.all_to_all, (partial, table, _ROWS, True, axis))
+        partial = graph.call_function(ops.reduce_rows, (nodes.outputs, weights, source, landed))
+        back = all_to_all(graph, layer, partial, table, _ROWS, True, axis)
         combined = graph.call_function(ops.combine_rows, (back, tokens, nodes.tokens))
     nodes.unpermute.replace_all_uses_with(combined)
     graph.erase_node(nodes.unpermute)

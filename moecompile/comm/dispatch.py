@@ -10,12 +10,16 @@ from torch import fx
 
 @dataclass(frozen=True)
 class DispatchNodes:
-    """permute (tokens, ids) -> rows, order, counts; experts (rows, counts) -> outputs; unpermute (outputs, weights)."""
+    """permute (tokens, ids) -> rows, order, counts; experts (rows, counts) -> outputs; unpermute (outputs, weights).
+
+    outputs: the experts call, or the last module that maps its rows one by one (a norm after the experts).
+    """
 
     permute: fx.Node
     rows: fx.Node
     counts: fx.Node
     experts: fx.Node
+    outputs: fx.Node
     unpermute: fx.Node
 
     @classmethod
@@ -25,13 +29,19 @@ class DispatchNodes:
         Raises:
             ValueError: the call does not stand between one permute and one unpermute.
         """
-        rows, counts = experts.args
+        rows, counts = experts.args[:2]
         assert isinstance(rows, fx.Node) and isinstance(counts, fx.Node)
-        permute, users = rows.args[0], list(experts.users)
+        permute, outputs, users = rows.args[0], experts, list(experts.users)
         assert isinstance(permute, fx.Node)
+        while len(users) == 1 and users[0].op == "call_module":
+            outputs, users = users[0], list(users[0].users)
         if _op(permute) != "permute" or len(users) != 1 or _op(users[0]) != "unpermute":
             raise ValueError(f"{experts.name} does not stand between one permute and one unpermute")
-        return cls(permute, rows, counts, experts, users[0])
+        return cls(permute, rows, counts, experts, outputs, users[0])
+
+    def feed(self, rows: fx.Node, counts: fx.Node) -> None:
+        """Lets the experts read these rows; further arguments, the weights of existing experts, stay."""
+        self.experts.args = (rows, counts, *self.experts.args[2:])
 
     @property
     def tokens(self) -> fx.Node:
@@ -42,6 +52,11 @@ class DispatchNodes:
     def ids(self) -> fx.Node:
         """ids_TK."""
         return _node(self.permute.args[1])
+
+    @property
+    def dropless(self) -> bool:
+        """Whether no assignment is dropped."""
+        return bool(self.permute.args[3]) if len(self.permute.args) > 3 else True
 
     @property
     def weights(self) -> fx.Node:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from moecompile.comm.dispatch import DispatchNodes, items
+from moecompile.comm.wire import all_to_all
 from moecompile.plan import LayerPlan
 
 ops = torch.ops.moecompile
@@ -22,12 +23,12 @@ def lower_flat(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> None:
         received, table = items(
             graph, graph.call_function(ops.exchange_counts, (nodes.counts, axis)), "received", "table"
         )
-        landed = graph.call_function(ops.all_to_all, (nodes.rows, table, _ALL, False, axis))
+        landed = all_to_all(graph, layer, nodes.rows, table, _ALL, False, axis)
         rows, order, counts = items(
             graph, graph.call_function(ops.regroup, (landed, received)), "grouped", "order", "counts"
         )
-    nodes.experts.args = (rows, counts)
+    nodes.feed(rows, counts)
     with graph.inserting_before(nodes.unpermute):
-        outputs = graph.call_function(ops.ungroup, (nodes.experts, order))
-        back = graph.call_function(ops.all_to_all, (outputs, table, _ALL, True, axis))
+        outputs = graph.call_function(ops.ungroup, (nodes.outputs, order))
+        back = all_to_all(graph, layer, outputs, table, _ALL, True, axis)
     nodes.unpermute.args = (back, *nodes.unpermute.args[1:])

@@ -1,0 +1,38 @@
+"""Rows over the wire: cast for the exchange and back where the plan asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from moecompile.plan import LayerPlan
+
+ops = torch.ops.moecompile
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def on_the_wire(
+    graph: fx.Graph, layer: LayerPlan, rows: fx.Node, exchange: Callable[[fx.Node], fx.Node], like: fx.Node
+) -> fx.Node:
+    """`exchange(rows)`, between a cast to the planned precision and one back to that of `like`; auto casts nothing.
+
+    Each exchange has casts of its own, so that what is summed between two of them, rows forward and gradients backward,
+    is summed in the precision of the activations.
+    """
+    dtype = _DTYPES.get(layer.dispatch.wire_dtype)
+    if dtype is None:
+        return exchange(rows)
+    return graph.call_function(ops.wire_uncast, (exchange(graph.call_function(ops.wire_cast, (rows, dtype))), like))
+
+
+def all_to_all(
+    graph: fx.Graph, layer: LayerPlan, rows: fx.Node, table: fx.Node, column: int, reverse: bool, axis: str
+) -> fx.Node:
+    """One all-to-all of rows, in the planned precision."""
+
+    def exchange(sent: fx.Node) -> fx.Node:
+        return graph.call_function(ops.all_to_all, (sent, table, column, reverse, axis))
+
+    return on_the_wire(graph, layer, rows, exchange, like=rows)
