@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import inspect
 import os
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from moecompile.errors import ConfigError, MoecompileError
-from moecompile.schema import ModelConfig
+from moecompile.schema import ModelConfig, ModelDevice
+
+# Until the rewrite, experts that a model has are computed by transformers' plain loop, which takes every precision.
+_EXPERTS = "eager"
 
 
 def build_model(model: ModelConfig, seed: int) -> nn.Module:
-    """The dense model. Random weights depend on `seed` alone, so all ranks build the same.
+    """The model. Random weights depend on `seed` alone, so all ranks build the same; on `meta` there are none.
 
     Raises:
         ConfigError: an unknown architecture, config keys that it does not have, or a model that cannot be loaded.
     """
     # Nothing is ever downloaded: a model is built from its config or loaded from a local folder.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("meta") if model.device is ModelDevice.meta else nullcontext():
         torch.manual_seed(seed)
         if model.factory:
             return _from_factory(model.factory)
@@ -34,15 +39,18 @@ def build_model(model: ModelConfig, seed: int) -> nn.Module:
 
 
 def example_inputs(model: nn.Module, seq_len: int) -> dict[str, Tensor]:
-    """One short batch of token ids for a language model; `use_cache` is left out of what is recorded."""
-    vocab_size = int(getattr(getattr(model, "config", None), "vocab_size", 2))
+    """One short batch of token ids for a language model, on its device; `use_cache` is left out of what is recorded."""
+    config = getattr(model, "config", None)
+    vocab_size = int(getattr(config, "vocab_size", 2))
     generator = torch.Generator().manual_seed(0)
-    return {"input_ids": torch.randint(0, vocab_size, (1, seq_len), generator=generator)}
+    device = next((parameter.device for parameter in model.parameters()), "cpu")
+    names = ["input_ids"] + ["decoder_input_ids"] * bool(getattr(config, "is_encoder_decoder", False))
+    return {name: torch.randint(0, vocab_size, (1, seq_len), generator=generator).to(device) for name in names}
 
 
 def _from_architecture(model: ModelConfig) -> nn.Module:
     architecture = str(model.architecture)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if model.architecture not in CONFIG_MAPPING:
@@ -52,7 +60,8 @@ def _from_architecture(model: ModelConfig) -> nn.Module:
         )  # fmt: skip
     config_class = CONFIG_MAPPING[architecture]
     known = {*inspect.signature(config_class.__init__).parameters, *config_class.attribute_map}
-    if unknown := [key for key in model.config if key not in known]:  # transformers itself takes any key silently
+    # transformers itself takes any key silently; its models read a few that their configs do not declare.
+    if unknown := [key for key in model.config if key not in known and not _reads(config_class, key)]:
         close = difflib.get_close_matches(unknown[0], known, 1)
         raise ConfigError(
             f"model.config.{unknown[0]}", model.config[unknown[0]], f"is not a setting of {model.architecture}",
@@ -60,7 +69,7 @@ def _from_architecture(model: ModelConfig) -> nn.Module:
         )  # fmt: skip
     try:
         config = AutoConfig.for_model(architecture, **model.config)
-        built: nn.Module = AutoModelForCausalLM.from_config(config)
+        built: nn.Module = _auto_class(architecture).from_config(config, experts_implementation=_EXPERTS)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ConfigError(
             "model.config", model.name, f"transformers cannot build a {model.architecture} from it: {error}", "Mend it"
@@ -68,20 +77,40 @@ def _from_architecture(model: ModelConfig) -> nn.Module:
     return built
 
 
+def _reads(config_class: type, key: str) -> bool:
+    """Whether the architecture's code reads `config.key`, or `getattr(config, "key", ...)`."""
+    spec = importlib.util.find_spec(config_class.__module__.replace(".configuration_", ".modeling_"))
+    if spec is None or spec.origin is None:
+        return False
+    code = Path(spec.origin).read_text(encoding="utf-8")
+    return re.search(rf"""config(\.{re.escape(key)}\b|, ["']{re.escape(key)}["'])""", code) is not None
+
+
 def _from_pretrained(folder: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if not Path(folder, "config.json").is_file():
         raise ConfigError(
             "model.pretrained", folder, "is not a folder with a config.json", "Give a folder that save_pretrained wrote"
         )
     try:
-        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, use_safetensors=True, dtype="auto"
+        architecture = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
+        loaded: nn.Module = _auto_class(architecture).from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, dtype="auto", experts_implementation=_EXPERTS
         )
     except (OSError, ValueError) as error:
         raise ConfigError("model.pretrained", folder, f"cannot be loaded: {error}", "Check the folder") from error
     return loaded
+
+
+def _auto_class(architecture: str) -> Any:
+    """The auto class of a causal model, or of an encoder-decoder model that has no causal form (T5)."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.models.auto import modeling_auto as known
+
+    causal = architecture in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    both = architecture in known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForSeq2SeqLM if both and not causal else AutoModelForCausalLM
 
 
 def _from_factory(path: str) -> nn.Module:

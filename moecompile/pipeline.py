@@ -17,28 +17,45 @@ from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
-from moecompile.capture import Example, call_with, in_mode, record
+from moecompile.apply import (
+    lowered_graph,
+    lowered_region,
+    planned_site,
+    replace_regions,
+    rewritten_graph,
+    rewritten_region,
+)
+from moecompile.capture import Example, call_with, in_mode, is_meta
 from moecompile.compose import compose_config
 from moecompile.errors import CaptureError, ConfigError, PlanError
 from moecompile.passes.base import PassRecord, count_ops
 from moecompile.passes.build_plan import build_plan
-from moecompile.passes.lower import Lower
-from moecompile.passes.match import FFNMatch
-from moecompile.passes.rewrite import Rewrite
+from moecompile.passes.plan_existing import notes
 from moecompile.passes.shard import device_mesh_of, layers_of, shard
 from moecompile.passes.upcycle import step0_reason
-from moecompile.plan import LayerPlan, Plan, PlannedSite
+from moecompile.plan import ExpertsSite, FFNSite, Plan, PlannedSite
 from moecompile.planner import ModelFacts
 from moecompile.schema import Config, SiteKind
-from moecompile.sites import Captured, Graphs, Site, capture_regions, graph_sites, list_sites, site_of
-from moecompile.torch_private import move_hooks, set_attribute
+from moecompile.sites import (
+    Captured,
+    Graphs,
+    Site,
+    capture_regions,
+    graph_sites,
+    list_sites,
+    record_model,
+)
+from moecompile.torch_private import set_attribute
 
 _PLAN = "_moecompile_plan"
 
 
 @dataclass(kw_only=True)
 class Compiled:
-    """What a compilation did. graphs: stage -> region -> GraphModule. step0_max_abs_diff: outputs on the example."""
+    """What a compilation did. graphs: stage -> region -> GraphModule. step0_max_abs_diff: outputs on the example.
+
+    notes: what a person should know of the plan (what was read from the model).
+    """
 
     model: nn.Module
     plan: Plan
@@ -47,6 +64,7 @@ class Compiled:
     graphs: dict[str, Graphs] = field(default_factory=dict)
     step0_max_abs_diff: float | None = None
     step0_reason: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def compile_model(
@@ -58,10 +76,10 @@ def compile_model(
     device_mesh: DeviceMesh | None = None,
     until: str = "lower",
 ) -> nn.Module:
-    """Turns the dense FFNs of `model` into experts, in place, like `fully_shard`.
+    """Turns the dense FFNs of `model` into experts, or parallelises the experts that it has, in place.
 
     Args:
-        model: any module; its FFNs are found by dataflow, everything else stays as it is.
+        model: any module; its FFNs are found by dataflow and its experts by their call, all else stays as it is.
         overrides: Hydra override strings (`["experts.num_routed=8", "routing.top_k=2"]`), or a whole config.
         example: what one forward takes: keyword tensors, a tuple, or a tensor.
         plan: use this plan instead of making one.
@@ -69,7 +87,7 @@ def compile_model(
         until: `rewrite` (one device), `lower` (with exchanges on logical axes, the default) or `shard`.
 
     Returns:
-        `model`; if the model itself is one FFN, its GraphModule instead.
+        `model`; if the model itself is one site, its GraphModule instead.
 
     Raises:
         ConfigError, PlanError: something is impossible. CaptureError: the model does not run on the example.
@@ -87,19 +105,18 @@ def make_plan(
         overrides, example: as for `compile_model`.
     """
     config = _config(overrides)
+    sites: Sequence[PlannedSite]
     if isinstance(model_or_graph, fx.GraphModule) and example is None:
         sites = list(graph_sites(model_or_graph))
     else:
         if example is None:
             raise CaptureError("make_plan needs example=... for a module that is not a GraphModule")
-        captured = capture_regions(record(model_or_graph, example))
-        _refuse_existing(captured, config)
-        sites = captured.sites
+        sites = capture_regions(record_model(model_or_graph, example), config.experts.sites).sites
     return build_plan(sites, config, _facts(model_or_graph))
 
 
 def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | Config | Plan = ()) -> fx.GraphModule:
-    """Rewrites and lowers the FFNs of a graph. The input is untouched: the result has copies of its weights.
+    """Rewrites and lowers the dense FFNs of a graph. The input is untouched: the result has copies of its weights.
 
     Args:
         graph_module: for example `torch.fx.symbolic_trace(model)`.
@@ -115,11 +132,11 @@ def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | C
     else:
         config = _config(overrides_or_plan)
         plan, seed = build_plan(list(matches), config, _facts(source)), config.seed
-    by_fqn = {site.fqn: match for site, match in matches.items()}
-    pairs = [(_planned(by_fqn, layer), layer) for layer in plan.layers]
+    sites, by_fqn = {site.fqn: site for site in matches}, {site.fqn: match for site, match in matches.items()}
+    pairs = [(by_fqn[planned_site(sites, layer).fqn], layer) for layer in plan.layers]
     order = {node: i for i, node in enumerate(source.graph.nodes)}
     pairs.sort(key=lambda pair: order[pair[0].down.node])  # a plan may list its layers in any order
-    result = _lowered(_rewritten(source, pairs, seed), [layer for _, layer in pairs]) if pairs else source
+    result = lowered_graph(rewritten_graph(source, pairs, seed), [layer for _, layer in pairs]) if pairs else source
     set_attribute(result, _PLAN, plan)
     return result
 
@@ -168,31 +185,33 @@ def compile_with_report(
             "until", until, "sharding needs a process group", "Call torch.distributed.init_process_group, or use lower"
         )
     config, clock = _config(overrides), _Clock()
-    recording = record(model, example)
-    captured = capture_regions(recording)
-    _refuse_existing(captured, config)
-    records = [clock.record("capture", {}, captured.regions, f"{len(recording.graph.nodes)} functions recorded")]
-    records.append(clock.record("match", captured.regions, captured.regions, f"{len(captured.sites)} dense FFNs"))
+    recording = record_model(model, example)
+    captured = capture_regions(recording, config.experts.sites if plan is None else _kind(plan, config))
+    graphs = {fqn: region.captured() for fqn, region in captured.regions.items()}
+    records = [clock.record("capture", {}, graphs, f"{len(recording.graph.nodes)} functions recorded")]
+    records.append(clock.record("match", graphs, graphs, _found(captured)))
     if plan is None:
         plan = build_plan(captured.sites, config, _facts(model))
     layers = {layer.site.fqn: layer for layer in plan.layers}
-    matches = {fqn: _planned(captured.matches, layer) for fqn, layer in layers.items()}
-    regions = {fqn: captured.regions[fqn] for fqn in layers}
-    records.append(clock.record("build_plan", regions, regions, f"{len(layers)} layers planned, hash {plan.hash}"))
+    sites = {site.fqn: site for site in captured.sites}
+    regions = {fqn: captured.regions[planned_site(sites, layer).fqn] for fqn, layer in layers.items()}
+    before = {fqn: graphs[fqn] for fqn in layers}
+    records.append(clock.record("build_plan", before, before, f"{len(layers)} layers planned, hash {plan.hash}"))
     compiled = Compiled(model=model, plan=plan, sites=list_sites(captured, layers), records=records)
-    compiled.graphs["captured"] = regions
+    compiled.notes = notes(plan, config)
+    compiled.graphs["captured"] = before
 
-    before = _outputs(model, example) if layers else []
-    rewritten = {fqn: _rewritten(regions[fqn], [(matches[fqn], layer)], config.seed) for fqn, layer in layers.items()}
-    compiled.model = model = _replace(model, rewritten)
+    outputs = [] if is_meta(model) or not layers else _outputs(model, example)
+    rewritten = {fqn: rewritten_region(region, layers[fqn], config.seed) for fqn, region in regions.items()}
+    compiled.model = model = replace_regions(model, rewritten)
     compiled.graphs["rewritten"] = rewritten
-    records.append(clock.record("rewrite", regions, rewritten, "one device"))
+    records.append(clock.record("rewrite", before, rewritten, "one device"))
     if layers:
-        compiled.step0_max_abs_diff, compiled.step0_reason = _step0(before, _outputs(model, example), plan)
+        compiled.step0_max_abs_diff, compiled.step0_reason = _step0(outputs, model, example, plan)
 
     if until in ("lower", "shard"):
-        lowered = {fqn: _lowered(rewritten[fqn], [layer]) for fqn, layer in layers.items()}
-        compiled.model = model = _replace(model, lowered)
+        lowered = {fqn: lowered_region(regions[fqn], rewritten[fqn], layer) for fqn, layer in layers.items()}
+        compiled.model = model = replace_regions(model, lowered)
         compiled.graphs["lowered"] = lowered
         records.append(clock.record("lower", rewritten, lowered, "exchanges on logical axes"))
     set_attribute(model, _PLAN, plan)
@@ -202,78 +221,27 @@ def compile_with_report(
     return compiled
 
 
-def _refuse_existing(captured: Captured, config: Config) -> None:
-    """`auto` means the experts that a model has already; until those can be rewritten, nothing else is done instead."""
-    if captured.experts and config.experts.sites is SiteKind.auto:
-        raise ConfigError(
-            "experts.sites",
-            "auto",
-            f"the model has experts already ({captured.experts[0]}), and rewriting those does not exist yet",
-            "Use experts.sites=dense to rewrite only its dense FFNs outside of MoE blocks",
-        )
+def _found(captured: Captured) -> str:
+    """`58 experts`, `3 dense FFNs`."""
+    counts = Counter("dense FFNs" if isinstance(site, FFNSite) else "experts" for site in captured.sites)
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "0 dense FFNs"
 
 
-def _planned(matches: dict[str, FFNMatch], layer: LayerPlan) -> FFNMatch:
-    """The match that a layer was planned for; a planned site that cannot be applied is an error, never a warning."""
-    site, match = layer.site, matches.get(layer.site.fqn)
-    if match is None:
-        raise PlanError(
-            "plan.layers", site.fqn, "the model has no FFN there", f"Plan again; it has {list(matches)[:3]}"
-        )
-    planned, found = _form(site), _form(site_of(site.fqn, match, site.index))
-    if planned != found:
-        raise PlanError(
-            f"plan.layers[{site.fqn or 'the graph'}]",
-            planned,
-            f"the model has {found} there",
-            "Plan again for this model",
-        )
-    return match
+def _kind(plan: Plan, config: Config) -> SiteKind:
+    """Which kind of site a given plan needs."""
+    existing = {isinstance(layer.site, ExpertsSite) for layer in plan.layers}
+    if len(existing) != 1:
+        return SiteKind.both if existing else config.experts.sites
+    return SiteKind.existing if existing.pop() else SiteKind.dense
 
 
-def _form(site: PlannedSite) -> str:
-    """What a plan relies on: `gated 64x128`, `up_down 64x256 with bias_up, bias_down`."""
-    biases = [name for name in ("bias_up", "bias_down") if getattr(site, name)]
-    return f"{site.kind} {site.d_model}x{site.d_ff}" + (f" with {', '.join(biases)}" if biases else "")
-
-
-def _rewritten(graph_module: fx.GraphModule, sites: Sequence[tuple[FFNMatch, LayerPlan]], seed: int) -> fx.GraphModule:
-    """The rewrite pass between its contracts."""
-    step, layers = Rewrite(seed=seed), [layer for _, layer in sites]
-    step.requires(graph_module, layers)
-    out = step.run(graph_module, sites)
-    step.ensures(out, layers)
-    return out
-
-
-def _lowered(graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> fx.GraphModule:
-    """The lower pass between its contracts."""
-    step = Lower()
-    step.requires(graph_module, layers)
-    out = step.run(graph_module, layers)
-    step.ensures(out, layers)
-    return out
-
-
-def _replace(model: nn.Module, regions: Graphs) -> nn.Module:
-    """Puts each region's GraphModule in its place; the model itself is replaced where it is the region."""
-    for fqn, graph_module in regions.items():
-        region = model.get_submodule(fqn)
-        move_hooks(region, graph_module)
-        if fqn == "":
-            return graph_module
-        for path in [path for path, module in model.named_modules(remove_duplicate=False) if module is region]:
-            model.set_submodule(path, graph_module)
-    return model
-
-
-def _step0(before: list[Tensor], after: list[Tensor], plan: Plan) -> tuple[float | None, str | None]:
-    reasons = [reason for layer in plan.layers if (reason := step0_reason(layer))]
-    if reasons:
+def _step0(before: list[Tensor], model: nn.Module, example: Example, plan: Plan) -> tuple[float | None, str | None]:
+    dense = [layer for layer in plan.layers if isinstance(layer.site, FFNSite)]
+    if reasons := [reason for layer in dense if (reason := step0_reason(layer))]:
         return None, reasons[0]
-    if any(tensor.is_meta for tensor in before):
+    if is_meta(model):
         return None, "the model is on the meta device"
-    pairs = zip(before, after, strict=True)
+    pairs = zip(before, _outputs(model, example), strict=True)
     return max((float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0), None
 
 
@@ -297,6 +265,7 @@ def _facts(model: nn.Module) -> ModelFacts:
         num_layers=len(layers),
         vocab_size=int(getattr(getattr(model, "config", None), "vocab_size", 0) or 0),
         bytes_per_param=next((parameter.element_size() for parameter in model.parameters()), 4),
+        causal=True if hasattr(model, "generate") else None,  # as language models of transformers do
     )
 
 

@@ -464,7 +464,7 @@ def test_generate_with_a_cache_equals_the_dense_model(name: str) -> None:
     wanted = MODELS[name]().eval().generate(prompt, **settings)
     assert torch.equal(model.generate(prompt, use_cache=True, **settings), wanted)
     assert torch.equal(model.generate(prompt, use_cache=False, **settings), wanted)
-    assert all(router.load.sum() == 0 for _, router in routers_of(model))
+    assert all(router.meter.load.sum() == 0 for _, router in routers_of(model))
 
 
 @BOTH
@@ -474,7 +474,7 @@ def test_train_and_eval_switch_every_module(name: str) -> None:
         model.train(training)
         assert {module.training for module in model.modules()} == {training}
         model(ids())
-    loads = [int(router.load.sum()) for _, router in routers_of(model)]
+    loads = [int(router.meter.load.sum()) for _, router in routers_of(model)]
     assert loads == [ids().numel() * 3] * 2  # counted in training only
 
 
@@ -517,7 +517,7 @@ def test_gradient_checkpointing_gives_equal_gradients_and_counts(name: str, use_
         assert len(calls) == 1 + checkpointing
         grads = {key: parameter.grad for key, parameter in model.named_parameters()}
         assert all(grad is not None for grad in grads.values())
-        results.append((grads, [router.load.tolist() for _, router in routers_of(model)]))
+        results.append((grads, [router.meter.load.tolist() for _, router in routers_of(model)]))
     (plain, loads), (checkpointed, loads_again) = results
     assert loads == loads_again
     for key, grad in plain.items():
@@ -545,3 +545,14 @@ def test_a_recipe_works_on_a_transformers_model() -> None:
     assert [layer.site.fqn for layer in plan.layers] == ["model.layers.1.mlp", "model.layers.2.mlp"]  # the first stays
     assert isinstance(model.model.layers[1].mlp.router, Router)
     assert isinstance(model.model.layers[1].mlp.experts, Experts)
+
+
+def test_the_plan_counts_the_parameters_that_the_model_gets() -> None:
+    overrides = [
+        "experts.num_routed=8", "experts.granularity=4", "experts.num_shared=2", "experts.shared_gate=true",
+        "experts.init=virtual_group", "routing.top_k=2", "routing.bias=true",
+    ]  # fmt: skip
+    model = moecompile.compile_model(TinyGPT(), overrides, example=ids())
+    estimate = moecompile.plan_of(model).estimate
+    assert estimate is not None
+    assert estimate.params_total == sum(parameter.numel() for parameter in model.parameters())

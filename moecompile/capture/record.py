@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,13 +39,17 @@ class Recording:
     calls: dict[str, ModuleCall] = field(default_factory=dict)
 
 
-def record(model: nn.Module, example: Example) -> Recording:
+def record(
+    model: nn.Module, example: Example, *, opaque: Callable[[nn.Module], bool] = lambda module: False
+) -> Recording:
     """Runs `model` once on `example` (evaluation mode, no gradients) and records what it does.
 
     The model is left as it was: training flags, random state, parameters and buffers.
 
     Args:
         example: keyword tensors, a tuple of positional arguments, or one tensor.
+        opaque: modules that do not run on the meta device, because what they do depends on values; there they return an
+            empty tensor like their first argument.
 
     Raises:
         CaptureError: the model cannot be run on the example.
@@ -56,6 +60,8 @@ def record(model: nn.Module, example: Example) -> Recording:
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             stack.enter_context(_watched(module, names[id(module)], recording, mode))
+            if is_meta(module) and opaque(module):
+                stack.enter_context(_not_run(module))
         stack.enter_context(in_mode(model, training=False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -149,6 +155,29 @@ def _watched(module: nn.Module, name: str, recording: Recording, mode: _Recorder
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _not_run(module: nn.Module) -> Iterator[None]:
+    """Calls of `module` return an empty tensor like their first argument."""
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        return torch.empty_like(first)
+
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def is_meta(module: nn.Module) -> bool:
+    """Whether `module` has shapes and no values."""
+    return next((parameter.is_meta for parameter in module.parameters()), False)
 
 
 @contextlib.contextmanager

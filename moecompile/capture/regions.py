@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 from collections.abc import Callable
@@ -79,6 +80,39 @@ def trace_region(module: nn.Module, call: ModuleCall) -> fx.GraphModule:
         new.training = module.training
     _check_equal(module, graph_module, call)
     return graph_module
+
+
+def trace_again(traced: fx.GraphModule, module: nn.Module, call: ModuleCall) -> fx.GraphModule:
+    """The graph of another region over `module`, proven equal on the recorded call.
+
+    Args:
+        traced: by `trace_region`, of a module with the same structure. module, call: as there.
+
+    Raises:
+        CaptureError: the graph does not compute the same as `module`.
+    """
+    graph, root = fx.Graph(), dict[str, Any]()
+    graph.output(graph.graph_copy(traced.graph, {}))
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            root[str(node.target)] = _attribute(module, traced, str(node.target))
+    graph_module = fx.GraphModule(root, graph, class_name=type(module).__name__)
+    graph_module.training = module.training
+    _check_equal(module, graph_module, call)
+    return graph_module
+
+
+def _attribute(module: nn.Module, traced: fx.GraphModule, path: str) -> Any:
+    """What `path` is in `module`; what tracing has added (a dropout, a constant) is copied."""
+    found: Any = module
+    for name in path.split("."):
+        if not hasattr(found, name):
+            break
+        found = getattr(found, name)
+    else:
+        return found
+    owner, _, name = path.rpartition(".")
+    return copy.deepcopy(getattr(traced.get_submodule(owner), name))
 
 
 def _bound_arguments(module: nn.Module, call: ModuleCall) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import fx
 from moecompile.comm import LOWERINGS, DispatchNodes
 from moecompile.errors import PassError
 from moecompile.nn import Experts
+from moecompile.nn.existing import ExistingExperts
 from moecompile.passes.base import erase_unused, op_name
 from moecompile.plan import EXCHANGES, LayerPlan
 
@@ -60,8 +61,8 @@ class Lower:
         return new
 
     def ensures(self, graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> None:
-        """Exactly the planned exchanges in order, on logical axes; no one-device permute feeds remote experts."""
-        wanted = [(op, layer.dispatch.axis) for layer in layers for op in layer.dispatch.exchanges]
+        """Exactly the planned exchanges in order, on their logical axes; no one-device permute feeds remote experts."""
+        wanted = [step for layer in layers for step in layer.steps]
         got = [(op_name(node), str(node.args[-1])) for node in exchanges_of(graph_module)]
         if got != wanted:
             raise PassError(self.name, layers[0].site.fqn, f"exchanges are {got}, planned are {wanted}")
@@ -76,7 +77,8 @@ def experts_calls(graph_module: fx.GraphModule) -> list[fx.Node]:
     return [
         node
         for node in graph_module.graph.nodes
-        if node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), Experts)
+        if node.op == "call_module"
+        and isinstance(graph_module.get_submodule(str(node.target)), (Experts, ExistingExperts))
     ]
 
 

@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor, Shard
 from moecompile.errors import PassError, PlanError
 from moecompile.mesh import MeshSpec
 from moecompile.nn import Experts, routers_of
-from moecompile.passes.lower import exchanges_of
+from moecompile.passes.lower import exchanges_of, experts_calls
 from moecompile.plan import Plan
-from moecompile.torch_private import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from moecompile.torch_private import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult, split_axis
 
 AXES = ("dp_replicate", "edp", "ep")
 
@@ -50,7 +50,7 @@ def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh) -> nn.Module:
             raise PlanError(
                 f"mesh.{axis}", size, f"the device mesh has {found} ranks there", "Plan for this device mesh"
             )
-    bind_axes(model, device_mesh)  # Step 1
+    bind_axes(model, device_mesh, plan.mesh.nodes_per_ep_group)  # Step 1
     if plan.mesh.ep > 1:
         _shard_experts(model, device_mesh["ep"])  # Step 2
     if plan.mesh.world_size > 1:
@@ -58,34 +58,43 @@ def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh) -> nn.Module:
     return model
 
 
-def bind_axes(model: nn.Module, device_mesh: DeviceMesh) -> None:
-    """Replaces logical axes by process group names in every graph of `model`."""
-    for path, module in model.named_modules():
-        if not isinstance(module, fx.GraphModule):
-            continue
+def bind_axes(model: nn.Module, device_mesh: DeviceMesh, num_nodes: int = 1) -> None:
+    """Replaces logical axes by process group names in every graph of `model`.
+
+    The axes `ep_inter`, the same local position on each of the `num_nodes` nodes of an EP group, and `ep_intra`, its
+    ranks on one node, are made from `ep` where a graph uses them.
+    """
+    groups = {axis: device_mesh.get_group(axis).group_name for axis in device_mesh.mesh_dim_names or ()}
+    graphs = {path: module for path, module in model.named_modules() if isinstance(module, fx.GraphModule)}
+    used = {str(node.args[-1]) for module in graphs.values() for node in exchanges_of(module)}
+    if "ep" in groups and used & {"ep_inter", "ep_intra"}:
+        sizes = {"ep_inter": num_nodes, "ep_intra": device_mesh["ep"].size() // num_nodes}
+        two_levels = split_axis(device_mesh, "ep", sizes)
+        groups.update({axis: two_levels.get_group(axis).group_name for axis in sizes})
+    for path, module in graphs.items():
         nodes = exchanges_of(module)
         for node in nodes:
             axis = str(node.args[-1])
-            if axis not in (device_mesh.mesh_dim_names or ()):
+            if axis not in groups:
                 raise PassError(
                     "shard", path, f"{node.name} uses axis {axis}, which is bound already or not in the mesh"
                 )
-            node.args = (*node.args[:-1], device_mesh.get_group(axis).group_name)
+            node.args = (*node.args[:-1], groups[axis])
         if nodes:
             module.recompile()
 
 
 def _shard_experts(model: nn.Module, ep_mesh: DeviceMesh) -> None:
     """Slices, never broadcasts: each rank keeps its own experts of the full weights that it holds already."""
-    for experts in _experts_of(model):
-        for name, parameter in list(experts.named_parameters(recurse=False)):
-            local = parameter.detach().chunk(ep_mesh.size(), 0)[ep_mesh.get_local_rank()].clone()
-            sharded = DTensor.from_local(local, ep_mesh, [Shard(0)], run_check=False)
-            setattr(experts, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+    for owner, name in expert_parameters(model):
+        parameter = owner.get_parameter(name)
+        local = parameter.detach().chunk(ep_mesh.size(), 0)[ep_mesh.get_local_rank()].clone()
+        sharded = DTensor.from_local(local, ep_mesh, [Shard(0)], run_check=False)
+        setattr(owner, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
 
 
 def _wrap(model: nn.Module, mesh: MeshSpec, device_mesh: DeviceMesh) -> None:
-    experts = {parameter for module in _experts_of(model) for parameter in module.parameters()}
+    experts = {owner.get_parameter(name) for owner, name in expert_parameters(model)}
     routers = {parameter for _, router in routers_of(model) for parameter in router.parameters()}
     experts_info: FSDPMeshInfo
     dense_info: FSDPMeshInfo
@@ -120,5 +129,16 @@ def layers_of(model: nn.Module) -> Iterator[nn.Module]:
             yield from layers_of(child)
 
 
-def _experts_of(model: nn.Module) -> list[Experts]:
-    return [module for module in model.modules() if isinstance(module, Experts)]
+def expert_parameters(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(owner, name) of every weight that is stacked over experts.
+
+    They belong to `Experts`; those of experts that the model had already belong to the graph that calls them.
+    """
+    found: list[tuple[nn.Module, str]] = []
+    for module in model.modules():
+        if isinstance(module, Experts):
+            found += [(module, name) for name, _ in module.named_parameters(recurse=False)]
+        elif isinstance(module, fx.GraphModule):
+            weights = [argument for call in experts_calls(module) for argument in call.args[2:]]
+            found += [(module, str(weight.target)) for weight in weights if isinstance(weight, fx.Node)]
+    return found

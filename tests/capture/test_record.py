@@ -196,3 +196,39 @@ def test_items_of_several_outputs_are_told_apart() -> None:
     graph = record(Halves(), tokens()).graph
     last = list(graph.nodes)[-1]
     assert [(arg.target, arg.args[1]) for arg in last.args] == [(operator.getitem, 1), (operator.getitem, 0)]
+
+
+# -- the meta device -------------------------------------------------------------------------------------------------
+
+
+class ByValue(nn.Module):
+    """What it does depends on values."""
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        return x[(ids > 0).nonzero()[:, 0]]
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.inner = nn.Linear(8, 8), ByValue()
+        self.inner.register_parameter("weight", nn.Parameter(torch.ones(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.inner(self.up(x), torch.ones(6, dtype=torch.int64, device=x.device)))
+
+
+def test_opaque_modules_do_not_run_on_the_meta_device() -> None:
+    model, x = Around().to("meta"), tokens().to("meta")
+    with pytest.raises(CaptureError):
+        record(model, x)
+    recording = record(model, x, opaque=lambda module: isinstance(module, ByValue))
+    assert [argument.shape for argument in recording.calls["inner"].args] == [(6, 8), (6,)]
+    assert "forward" not in vars(model.inner)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        model(x)
+
+
+def test_opaque_modules_run_where_there_are_values() -> None:
+    recording = record(Around(), tokens(), opaque=lambda module: isinstance(module, ByValue))
+    assert "nonzero" in {getattr(node.target, "__name__", "") for node in recording.graph.nodes}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moecompile.capture import record, trace_region
+from moecompile.capture import ModuleCall, record, trace_again, trace_region
 from moecompile.errors import CaptureError
 from tests.models import UpDown, tokens
 
@@ -231,3 +231,41 @@ def test_hooks_of_the_region_are_not_traced_into_the_graph() -> None:
     calls.clear()
     graph_module(tokens())
     assert calls == []
+
+
+# -- the same graph for regions of equal structure -------------------------------------------------------------------
+
+
+class Limited(Base):
+    """A limit that a trace holds as a constant."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def act(self, h: Tensor) -> Tensor:
+        return F.relu(h).clamp(max=self.limit)
+
+
+def call(*args: Tensor) -> ModuleCall:
+    return ModuleCall(args, {})
+
+
+def test_a_trace_is_used_again_with_the_other_modules_weights() -> None:
+    first, second = FunctionalDropout(), FunctionalDropout()
+    x = tokens()
+    traced = trace_region(first, call(x))
+    again = trace_again(traced, second, call(x))
+    assert again.up.weight is second.up.weight
+    assert torch.equal(again.eval()(x), second.eval()(x))
+    assert not torch.equal(again(x), first.eval()(x))
+    assert [node.target for node in again.graph.nodes] == [node.target for node in traced.graph.nodes]
+    again.train()
+    torch.manual_seed(0)
+    assert not torch.equal(again(x), second(x))  # the dropout that tracing has added is one of its own and drops
+
+
+def test_a_trace_that_does_not_fit_is_refused() -> None:
+    traced = trace_region(Limited(0.01), call(tokens()))
+    with pytest.raises(CaptureError, match="does not compute the same as the module in evaluation mode"):
+        trace_again(traced, Limited(0.5), call(tokens()))

@@ -35,7 +35,7 @@ def lower(kind: str) -> tuple[fx.GraphModule, fx.GraphModule, LayerPlan]:
 HEAD = """\
 %0 = placeholder x
 %1 = moecompile.flatten_tokens(%0)
-%2 = router[Router](%1)
+%2 = router[Router](%0)
 %3 = getitem(%2, 0)
 %4 = getitem(%2, 1)
 """

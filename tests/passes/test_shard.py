@@ -12,8 +12,9 @@ from torch import nn
 import moecompile
 from moecompile.errors import PassError, PlanError
 from moecompile.passes.lower import exchanges_of
-from moecompile.passes.shard import bind_axes, device_mesh_of, shard
+from moecompile.passes.shard import bind_axes, device_mesh_of, expert_parameters, shard
 from moecompile.pipeline import compile_with_report
+from tests.existing_models import moe_model
 from tests.models import COPY4, TinyGPT, UpDown, config, ids, max_diff, one_rank, tokens, trace
 
 EP2 = (*COPY4, "mesh.ranks_per_node=2", "dispatch.kind=flat")
@@ -64,3 +65,15 @@ def test_a_device_mesh_of_another_size_is_refused(tmp_path: Path) -> None:
         message = "mesh.ep=2: the device mesh has 1 ranks there. Plan for this device mesh."
         with pytest.raises(PlanError, match=re.escape(message)):
             shard(model, plan, device_mesh_of(one.mesh, "cpu"))
+
+
+def test_expert_parameters_are_those_stacked_over_experts(tmp_path: Path) -> None:
+    """Of experts that were made and of experts that the model has; routers, norms and shared experts are not."""
+    made = compile_with_report(UpDown(), config(*COPY4), example=tokens()).model
+    found = [(owner is made.get_submodule("experts"), name) for owner, name in expert_parameters(made)]
+    assert found == [(True, name) for name in ("up_proj", "up_proj_bias", "down_proj", "down_proj_bias")]
+    had = moe_model("gpt_oss", num_hidden_layers=1)
+    moecompile.compile_model(had, [], example={"input_ids": ids()})
+    owner = had.get_submodule("model.layers.0.mlp.experts")
+    names = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+    assert [(each is owner, name) for each, name in expert_parameters(had)] == [(True, name) for name in names]

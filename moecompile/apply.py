@@ -1,0 +1,107 @@
+"""Puts planned layers into a model: the site of each is checked, its region rewritten, lowered and replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import fx, nn
+
+from moecompile.errors import PlanError
+from moecompile.passes.existing import ExistingRegion, RewriteExisting, forget_weights, plain_attributes
+from moecompile.passes.lower import Lower
+from moecompile.passes.match import FFNMatch
+from moecompile.passes.rewrite import Rewrite
+from moecompile.plan import ExpertsSite, LayerPlan, PlannedSite
+from moecompile.sites import DenseRegion, Graphs, Region
+from moecompile.torch_private import move_hooks, set_attribute
+
+
+def planned_site(sites: Mapping[str, PlannedSite], layer: LayerPlan) -> PlannedSite:
+    """The site that a layer was planned for; a planned site that cannot be applied is an error, never a warning."""
+    site, found = layer.site, sites.get(layer.site.fqn)
+    if found is None:
+        what = "experts" if isinstance(site, ExpertsSite) else "FFN"
+        raise PlanError(
+            "plan.layers", site.fqn, f"the model has no {what} there", f"Plan again; it has {list(sites)[:3]}"
+        )
+    if _form(site) != _form(found):
+        raise PlanError(
+            f"plan.layers[{site.fqn or 'the graph'}]",
+            _form(site),
+            f"the model has {_form(found)} there",
+            "Plan again for this model",
+        )
+    return found
+
+
+def _form(site: PlannedSite) -> str:
+    """What a plan relies on: `gated 64x128`, `up_down 64x256 with bias_up, bias_down`, `8 experts 64x128 top-2`."""
+    biases = [name for name in ("bias_up", "bias_down") if getattr(site, name)]
+    kind, routing = site.kind, ""
+    if isinstance(site, ExpertsSite):
+        kind, routing = f"{site.num_experts} {site.form} {site.kind}", f" top-{site.top_k}"
+        if site.groups > 1:
+            routing += f" in {site.top_groups} of {site.groups} groups"
+    return f"{kind} {site.d_model}x{site.d_ff}{routing}" + (f" with {', '.join(biases)}" if biases else "")
+
+
+def rewritten_region(region: Region, layer: LayerPlan, seed: int) -> fx.GraphModule:
+    """The rewrite of a dense FFN or of existing experts, between its contracts."""
+    if isinstance(region, DenseRegion):
+        return rewritten_graph(region.graph, [(region.match, layer)], seed)
+    step = RewriteExisting()
+    out = step.run(region, layer)
+    step.ensures(out, layer.site.fqn)
+    return _with_attributes(region, out)
+
+
+def lowered_region(region: Region, rewritten: fx.GraphModule, layer: LayerPlan) -> fx.GraphModule:
+    """The lowered region; what stays of a rewritten one is to be shown and holds no weights of existing experts."""
+    out = lowered_graph(rewritten, [layer])
+    if isinstance(region, DenseRegion):
+        return out
+    forget_weights(rewritten)
+    return _with_attributes(region, out)
+
+
+def _with_attributes(region: ExistingRegion, graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The plain attributes of the model's experts, which code around them may read, on what stands in their place."""
+    for name, value in plain_attributes(region.module).items():
+        if not hasattr(graph_module, name):
+            set_attribute(graph_module, name, value)
+    return graph_module
+
+
+def rewritten_graph(
+    graph_module: fx.GraphModule, sites: Sequence[tuple[FFNMatch, LayerPlan]], seed: int
+) -> fx.GraphModule:
+    """The rewrite pass between its contracts."""
+    step, layers = Rewrite(seed=seed), [layer for _, layer in sites]
+    step.requires(graph_module, layers)
+    out = step.run(graph_module, sites)
+    step.ensures(out, layers)
+    return out
+
+
+def lowered_graph(graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> fx.GraphModule:
+    """The lower pass between its contracts."""
+    step = Lower()
+    step.requires(graph_module, layers)
+    out = step.run(graph_module, layers)
+    step.ensures(out, layers)
+    return out
+
+
+def replace_regions(model: nn.Module, regions: Graphs) -> nn.Module:
+    """Puts each region's GraphModule in its place; the model itself is replaced where it is the region."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    for fqn, graph_module in regions.items():
+        region = model.get_submodule(fqn)
+        move_hooks(region, graph_module)
+        if fqn == "":
+            return graph_module
+        for path in paths[id(region)]:
+            model.set_submodule(path, graph_module)
+    return model

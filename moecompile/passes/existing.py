@@ -1,0 +1,155 @@
+"""rewrite of experts that a model has already: their call -> load meter, permute, experts, unpermute.
+
+The router around it, shared experts and the names of stacked weights stay: the region is the experts module alone, and
+its GraphModule owns the model's own parameters, which the experts call gets as arguments.
+
+Algorithm:
+  1. Placeholders with the forward's own argument names. The model may have rounded the routing weights; from here on
+     they are at least fp32.
+  2. Count the load; ids that equal the number of experts are dropped assignments.
+  3. permute, experts on the rows (with the norm that follows them, if any), unpermute with the routing weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from moecompile.comm.dispatch import items
+from moecompile.errors import PassError
+from moecompile.nn import Experts
+from moecompile.nn.existing import ExistingExperts, ExistingMeter, OneHotIds, WideWeights, without_parameters
+from moecompile.passes.base import is_ours, op_name
+from moecompile.passes.match import FFNMatch
+from moecompile.passes.match_experts import ExpertsMatch
+from moecompile.passes.rewrite import activation_module
+from moecompile.passes.upcycle import DenseWeights
+from moecompile.plan import LayerPlan
+
+ops = torch.ops.moecompile
+_OWN = "own_experts"  # the model's experts module in the graph of its region before the rewrite
+
+
+@dataclass(frozen=True)
+class ExistingRegion:
+    """Experts of a model and what was found of them. ffn: the traced first expert and its FFN, for form `modules`."""
+
+    match: ExpertsMatch
+    module: nn.Module
+    ffn: tuple[fx.GraphModule, FFNMatch] | None = None
+
+    def captured(self) -> fx.GraphModule:
+        """The region as it is, to be shown: one call of the model's own experts."""
+        graph = fx.Graph()
+        given = tuple(graph.placeholder(name) for name in self.match.call.arguments)
+        graph.output(graph.call_module(_OWN, given))
+        return fx.GraphModule({_OWN: without_parameters(self.module)}, graph, class_name=type(self.module).__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewriteExisting:
+    """No options: the model says what its experts are."""
+
+    name: str = "rewrite"
+
+    def run(self, region: ExistingRegion, layer: LayerPlan | None = None) -> fx.GraphModule:
+        """A new GraphModule; stacked weights are the model's own parameters, separate experts are stacked copies.
+
+        Args:
+            layer: gives the nodes and the balance rule of the load meter; None: one node, no rule.
+        """
+        match, module = region.match, region.module
+        root: dict[str, Any] = {}
+        graph = fx.Graph()
+        # Step 1
+        hidden, ids, weights = (graph.placeholder(name) for name in match.call.arguments)
+        root["wide_weights"] = WideWeights()
+        weights = graph.call_module("wide_weights", (weights, hidden))
+        # Step 2
+        if match.call.one_hot:
+            root["one_hot_ids"] = OneHotIds()
+            ids = graph.call_module("one_hot_ids", (ids,))
+        root["meter"] = _meter(region, layer)
+        graph.call_module("meter", (ids,))
+        # Step 3
+        permuted = graph.call_function(ops.permute, (hidden, ids, match.num_experts, False))
+        rows, order, counts = items(graph, permuted, "rows", "order", "counts")
+        root |= _experts(region)
+        given = [graph.get_attr(name) for name in match.weights]
+        outputs = graph.call_module("experts", (rows, counts, *given))
+        if match.norm:
+            root[match.norm] = module.get_submodule(match.norm)
+            outputs = graph.call_module(match.norm, (outputs,))
+        graph.output(graph.call_function(ops.unpermute, (outputs, order, weights)))
+        new = fx.GraphModule(root, graph, class_name=type(module).__name__)
+        for child in new.children():
+            child.train(module.training)
+        new.training = module.training
+        new.graph.lint()
+        return new
+
+    def ensures(self, graph_module: fx.GraphModule, where: str) -> None:
+        """One permute, experts call and unpermute; no exchange."""
+        found = [op_name(node) for node in graph_module.graph.nodes if is_ours(node)]
+        if found != ["permute", "unpermute"]:
+            raise PassError(self.name, where, f"the graph holds {found}, one permute and one unpermute are meant")
+
+
+def _meter(region: ExistingRegion, layer: LayerPlan | None) -> ExistingMeter:
+    device, num_experts = next(region.module.parameters()).device, region.match.num_experts
+    if layer is None:
+        return ExistingMeter(num_experts, device=device)
+    meter = ExistingMeter(num_experts, layer.placement.nodes, device)
+    meter.bias_rate, meter.bias_update = layer.balance.rate, layer.balance.update
+    return meter
+
+
+def _experts(region: ExistingRegion) -> dict[str, Any]:
+    """What the graph reads to compute the experts: name -> parameter or module."""
+    match, module = region.match, region.module
+    if region.ffn is None:
+        compute = ExistingExperts(
+            match.num_experts, without_parameters(module), match.weights, transposed=match.transposed
+        )
+        return {"experts": compute, **{name: module.get_parameter(name) for name in match.weights}}
+    return {"experts": _stacked(match, module, *region.ffn)}
+
+
+@torch.no_grad()
+def _stacked(match: ExpertsMatch, module: nn.Module, traced: fx.GraphModule, ffn: FFNMatch) -> Experts:
+    """Separate experts as one stack; their parameters' names change."""
+    dense = DenseWeights.of(traced, ffn)
+    like: Tensor = dense.down_DF
+    bias_up, bias_down = any(linear.bias for linear in ffn.ins), ffn.down.bias is not None
+    stack = Experts(
+        ffn.down.d_out, ffn.down.d_in, match.num_experts, gated=len(ffn.ins) == 2, bias_up=bias_up,
+        bias_down=bias_down, activation=activation_module(traced, ffn), device=like.device, dtype=like.dtype,
+    )  # fmt: skip
+    for i, path in enumerate(match.modules):
+        expert = module.get_submodule(path)
+        getattr(stack, stack.in_name)[i].copy_(torch.cat([expert.get_parameter(x.weight) for x in ffn.ins]))
+        stack.down_proj[i].copy_(expert.get_parameter(ffn.down.weight))
+        if bias_up:
+            biases = [_bias(expert, x.bias, x.d_out, like) for x in ffn.ins]
+            getattr(stack, f"{stack.in_name}_bias")[i].copy_(torch.cat(biases))
+        if ffn.down.bias is not None and stack.down_proj_bias is not None:
+            stack.down_proj_bias[i].copy_(expert.get_parameter(ffn.down.bias))
+    return stack
+
+
+def _bias(expert: nn.Module, name: str | None, width: int, like: Tensor) -> Tensor:
+    return like.new_zeros(width) if name is None else expert.get_parameter(name)
+
+
+def forget_weights(graph_module: fx.GraphModule) -> None:
+    """Empties the parameters of a rewritten region that is kept to be shown, or sharding would free nothing."""
+    for name, parameter in list(graph_module.named_parameters(recurse=False)):
+        graph_module.register_parameter(name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """What code around the experts may read of them: numbers of experts, widths, the config."""
+    return {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}

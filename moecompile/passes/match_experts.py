@@ -1,0 +1,191 @@
+"""Finds the experts that a model has already, by their call and their weights, never by names of modules.
+
+transformers calls all of its own alike: hidden states (T, D), expert ids (T, K), routing weights (T, K). The names of
+the weights are its convention (`gate_up_proj`, `down_proj`), which the classes' flags describe.
+
+Algorithm, for each module that was called:
+  1. Are three tensors of such a call its arguments? Ids may also be one-hot, (T, K, E).
+  2. Read the stacked weights, or, where each expert is a module of its own, the modules.
+  3. Every parameter must be understood, or there is a reason why not.
+
+Legend: T tokens, D model dim, F expert width, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_GROUPS = (("num_group", "topk_group"), ("n_group", "topk_group"))  # what routers and configs call (G, M)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsCall:
+    """arguments: the forward's names for hidden states, ids and weights. one_hot: whether ids are (T, K, E)."""
+
+    arguments: tuple[str, str, str]
+    d_model: int
+    top_k: int
+    one_hot: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsMatch:
+    """Experts of a model, understood.
+
+    weights: names of the stacked parameters; none where each expert is a module, then `modules` are their paths below
+    the experts module. transposed: whether stacked weights are (E, d_in, d_out). norm: a child that is applied to the
+    rows after the experts. activation: for people.
+    """
+
+    call: ExpertsCall
+    num_experts: int
+    d_expert: int
+    weights: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    transposed: bool = False
+    norm: str | None = None
+    activation: str
+
+    @property
+    def form(self) -> str:
+        """`stacked` or `modules`."""
+        return "modules" if self.modules else "stacked"
+
+    @property
+    def gated(self) -> bool:
+        """Whether two projections feed the activation."""
+        return "gate_up_proj" in self.weights
+
+
+def experts_call(arguments: Mapping[str, object]) -> ExpertsCall | None:
+    """Whether bound arguments are those of experts (step 1)."""
+    given = [(name, value) for name, value in arguments.items() if isinstance(value, Tensor)]
+    if len(given) != 3 or len(given) != len(arguments):
+        return None
+    (_, hidden), (_, ids), (_, weights) = given
+    if not hidden.is_floating_point() or not weights.is_floating_point() or hidden.ndim != 2 or weights.ndim != 2:
+        return None
+    one_hot = ids.ndim == 3
+    if ids.dtype != torch.int64 or ids.shape[:2] != weights.shape or ids.shape[0] != hidden.shape[0] or ids.ndim > 3:
+        return None
+    names = (given[0][0], given[1][0], given[2][0])
+    return ExpertsCall(arguments=names, d_model=hidden.shape[1], top_k=ids.shape[1], one_hot=one_hot)
+
+
+def match_stacked(module: nn.Module, call: ExpertsCall) -> ExpertsMatch | str:
+    """Experts with stacked weights (steps 2 and 3); a text says why not."""
+    own = dict(module.named_parameters(recurse=False))
+    first = next((name for name in ("gate_up_proj", "up_proj") if name in own), None)
+    if first is None or "down_proj" not in own:
+        named = ", ".join(own) or "in a way of their own"
+        return f"its weights are called {named}, not gate_up_proj or up_proj, and down_proj"
+    if call.one_hot:
+        return "its expert ids are one-hot, which is supported for experts that are modules"
+    known = (first, "down_proj", f"{first}_bias", "down_proj_bias")
+    names = tuple(name for name in own if name in known)
+    norm = "post_expert_norm" if getattr(module, "has_post_expert_norm", False) else None
+    if reason := _not_understood(module, own, names, norm):
+        return reason
+    transposed = _transposed(module, own[first], call.d_model)
+    d_in, d_out = (1, 2) if transposed else (2, 1)
+    width, down = own[first].shape[d_out], own["down_proj"]
+    d_expert = width // 2 if first == "gate_up_proj" else width
+    rules = (
+        (own[first].shape[0] != down.shape[0], f"{own[first].shape[0]} experts project up, {down.shape[0]} down"),
+        (own[first].shape[d_in] != call.d_model, f"{first} does not read the hidden states' {call.d_model} entries"),
+        ((down.shape[d_in], down.shape[d_out]) != (d_expert, call.d_model), "down_proj does not fit the projection up"),
+        (not hasattr(module, "_apply_gate") and not hasattr(module, "act_fn"), "it has neither act_fn nor _apply_gate"),
+    )
+    if broken := next((reason for found, reason in rules if found), None):
+        return broken
+    return ExpertsMatch(
+        call=call, num_experts=down.shape[0], d_expert=d_expert, weights=names, transposed=transposed, norm=norm,
+        activation=_activation(module),
+    )  # fmt: skip
+
+
+def expert_modules(module: nn.Module) -> tuple[str, ...]:
+    """Names of the children that are one expert each: of a list or dict with a forward of its own, all alike."""
+    if not isinstance(module, (nn.ModuleDict, nn.ModuleList)) or type(module).forward is nn.Module.forward:
+        return ()
+    children = {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
+    direct = any(True for _ in module.parameters(recurse=False))
+    if len(children) < 2 or direct or len({structure(child) for child in children.values()}) > 1:
+        return ()
+    return tuple(children)
+
+
+def structure(module: nn.Module) -> tuple[object, ...]:
+    """What modules that compute the same function of their inputs and parameters share: classes, shapes, attributes.
+
+    Attributes that are not plain values (a config) count by identity.
+    """
+    parts: list[object] = []
+    for name, child in module.named_modules():
+        plain = tuple((key, _value(value)) for key, value in sorted(vars(child).items()) if not key.startswith("_"))
+        tensors = tuple(
+            (key, tuple(tensor.shape), tensor.dtype, tensor.device)
+            for tensors in (child.named_parameters(recurse=False), child.named_buffers(recurse=False))
+            for key, tensor in tensors
+        )
+        parts.append((name, type(child), plain, tensors))
+    return tuple(parts)
+
+
+def groups_of(block: nn.Module, experts: nn.Module) -> tuple[int, int]:
+    """(groups, open groups) of the router in an MoE block; (1, 1) where nothing says that a token is so limited."""
+    inside = set(experts.modules())
+    for module in block.modules():
+        if module in inside:
+            continue
+        for holder in (module, getattr(module, "config", None)):
+            if getattr(holder, "topk_method", "") == "greedy":  # DeepSeek-V2-Lite has groups and does not use them
+                return 1, 1
+            for names in _GROUPS:
+                groups, top_groups = (getattr(holder, name, None) for name in names)
+                if isinstance(groups, int) and isinstance(top_groups, int) and 1 <= top_groups <= groups:
+                    return (groups, top_groups) if top_groups < groups else (1, 1)
+    return 1, 1
+
+
+def _not_understood(
+    module: nn.Module, own: Mapping[str, Tensor], names: tuple[str, ...], norm: str | None
+) -> str | None:
+    if unknown := [name for name in own if name not in names]:
+        return f"its parameter {unknown[0]} is not known"
+    if len({own[name].shape[0] for name in names}) > 1 or any(own[name].ndim not in (2, 3) for name in names):
+        shapes = ", ".join(f"{name} {tuple(own[name].shape)}" for name in names)
+        return f"its weights are not stacked over the same experts: {shapes}"
+    for name, child in module.named_children():
+        if name != norm and any(True for _ in (*child.parameters(), *child.buffers())):
+            return f"its {name} has weights of its own"
+    return None
+
+
+def _transposed(module: nn.Module, first: Tensor, d_model: int) -> bool:
+    """As the class says; where it does not, by the shape."""
+    flag = getattr(module, "is_transposed", None)
+    return bool(flag) if flag is not None else first.shape[1] == d_model != first.shape[2]
+
+
+def _activation(module: nn.Module) -> str:
+    name = getattr(getattr(module, "_apply_gate", None), "__qualname__", "")
+    act = getattr(module, "act_fn", None)
+    if act is None or name.startswith(type(module).__name__):
+        return name
+    return str(getattr(act, "__name__", type(act).__name__)).removesuffix("Activation")
+
+
+def _value(value: object) -> object:
+    return value if isinstance(value, (int, float, bool, str, torch.dtype, type(None))) else id(value)
+
+
+def holds_stacks(module: nn.Module) -> bool:
+    """Whether a module holds stacked weights (E, ., .) and counts its experts: such a module says what it is."""
+    sizes = {parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3}
+    counts = {value for name, value in vars(module).items() if "experts" in name and isinstance(value, int)}
+    return bool(sizes & counts - {1})
