@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moecompile.errors import ConfigError, MoecompileError, PlanError
-    from moecompile.nn import update_balance
+    from moecompile.nn import auxiliary_loss, update_balance
     from moecompile.passes.shard import device_mesh_of, shard
     from moecompile.pipeline import compile_model, make_plan, plan_of, transform
     from moecompile.plan import Plan
@@ -30,6 +30,7 @@ _HOMES = {
     "MoecompileError": "errors",
     "Plan": "plan",
     "PlanError": "errors",
+    "auxiliary_loss": "nn",
     "compile_model": "pipeline",
     "device_mesh_of": "passes.shard",
     "make_plan": "pipeline",
@@ -45,6 +46,7 @@ __all__ = [
     "MoecompileError",
     "Plan",
     "PlanError",
+    "auxiliary_loss",
     "compile_model",
     "device_mesh_of",
     "make_plan",

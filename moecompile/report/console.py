@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moecompile.plan import EXCHANGES, Estimate, LayerPlan, Plan
+from moecompile.plan import EXCHANGES, Estimate, FFNSite, LayerPlan, Plan
 from moecompile.report.text import bytes_text, count_text, fold_paths, plural, unsuffixed
 
 if TYPE_CHECKING:
@@ -25,20 +25,28 @@ _STATUS_STYLE = {"ok": "green", "rewritten": "green", "failed": "bold red", "not
 _EXCHANGE_OPS = {op for ops in EXCHANGES.values() for op in ops}
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """The plan for review: mesh, layers, reductions and what the planner predicts."""
+def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
+    """The plan for review: mesh, layers, reductions and what the planner predicts.
+
+    Args:
+        notes: what a person should know beside it, one line each.
+    """
     console.print(_header(plan))
     console.print()
     if plan.layers:
         console.print(_layers_table(plan.layers, _path_width(console)))
         console.print()
-        for kind in dict.fromkeys(layer.dispatch.kind for layer in plan.layers if layer.dispatch.exchanges):
-            console.print(Text(f"{kind}, forward: {', '.join(EXCHANGES[kind])}"))
+        for kind, steps in dict.fromkeys((layer.dispatch.kind, layer.steps) for layer in plan.layers if layer.steps):
+            console.print(Text(f"{kind}, forward: {', '.join(op for op, _ in steps)}"))
         console.print()
     console.print(_reductions_table(plan))
     if plan.estimate is not None:
         console.print()
         _print_estimate(plan.estimate, console)
+    if notes:
+        console.print()
+    for note in notes:
+        console.print(Text(f"note  {note}"))
 
 
 def print_passes(records: Sequence[PassRecord], console: Console) -> None:
@@ -95,6 +103,26 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
     console.print(grid)
 
 
+def print_checks(checks: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """One row a check: what was compared, the error, the tolerance.
+
+    Args:
+        checks: {name, max_abs_err, tolerance, passed, where}, the `checks` of result.json.
+    """
+    table = _table("check", "error", "tolerance", "", "worst in")
+    for check in checks:
+        passed = check["passed"]
+        table.add_row(
+            Text(check["name"]),
+            Text(f"{check['max_abs_err']:.1e}" if check["max_abs_err"] else "0"),
+            Text(f"{check['tolerance']:.0e}" if check["tolerance"] else "0"),
+            Text("ok" if passed else "FAILED", style=_STATUS_STYLE["ok" if passed else "failed"]),
+            Text(check["where"], style="dim"),
+        )
+    console.print()
+    console.print(table)
+
+
 def _header(plan: Plan) -> Table:
     mesh, grid = plan.mesh, _grid()
     axes = ", ".join(f"{name} {getattr(mesh, name)}" for name in ("ep", "edp", "dp_replicate", "dp_shard"))
@@ -107,7 +135,9 @@ def _header(plan: Plan) -> Table:
 
 def _layers_table(layers: Sequence[LayerPlan], path_width: int) -> Table:
     """One row per set of layers that differ in their place alone."""
-    table = _table("site", "dense FFN", "experts", "router", "dispatch")
+    found = {"experts": "expert FFN"}.get(layers[0].site.kind, "dense FFN")
+    mixed = len({layer.site.kind == "experts" for layer in layers}) > 1
+    table = _table("site", "FFN" if mixed else found, "experts", "router", "dispatch")
     for path, positions in fold_paths((layer.site.fqn or "the graph", _decisions(layer)) for layer in layers):
         cells = (Text("\n".join(lines)) for lines in _decisions(layers[positions[0]]))
         table.add_row(_path_text(path, len(positions), path_width), *cells)
@@ -116,21 +146,28 @@ def _layers_table(layers: Sequence[LayerPlan], path_width: int) -> Table:
 
 def _decisions(layer: LayerPlan) -> tuple[tuple[str, ...], ...]:
     """Everything that is decided about a layer, as the lines of its cells."""
-    site, experts, routing = layer.site, layer.experts, layer.routing
-    ffn = (site.kind, f"{site.d_model} x {site.d_ff}", site.activation)
+    site, experts = layer.site, layer.experts
+    kind = site.kind if isinstance(site, FFNSite) else "gated" if site.num_in_projections == 2 else "up_down"
+    ffn = (kind, f"{site.d_model} x {site.d_ff}", site.activation)
     shared = (f"+ shared {experts.d_shared}",) if experts.d_shared else ()
     placed = f"{layer.placement.experts_per_rank} per EP rank"
-    router = [f"{routing.score} top-{routing.top_k}"]
-    if routing.top_groups < routing.groups:
-        router += [f"{routing.top_groups} of {routing.groups} groups", f"by {routing.group_score}"]
-    if routing.normalize:
-        router.append("normalized")
-    if routing.scale != 1:
-        router.append(f"scale {routing.scale:g}")
-    if layer.balance.rule != "none":
-        router += [f"balance: {layer.balance.rule}", f"rate {layer.balance.rate:g}"]
     routed = (f"{experts.num_routed} x {experts.d_expert}", *shared, placed, experts.init)
-    return ffn, routed, tuple(router), (layer.dispatch.kind,)
+    return ffn, routed, _router_lines(layer), (layer.dispatch.kind,)
+
+
+def _router_lines(layer: LayerPlan) -> tuple[str, ...]:
+    routing, own = layer.routing, layer.routing.score == "own"
+    lines = [f"{routing.score} top-{routing.top_k}"]
+    if routing.top_groups < routing.groups:
+        lines.append(f"{routing.top_groups} of {routing.groups} groups")
+        lines += [] if own else [f"by {routing.group_score}"]
+    if routing.normalize:
+        lines.append("normalized")
+    if routing.scale != 1:
+        lines.append(f"scale {routing.scale:g}")
+    if layer.balance.rule != "none":
+        lines += [f"balance: {layer.balance.rule}", f"rate {layer.balance.rate:g}"]
+    return tuple(lines)
 
 
 def _reductions_table(plan: Plan) -> Table:
@@ -211,6 +248,8 @@ _RESULT_LINES: tuple[tuple[str, tuple[str, ...], Callable[..., str]], ...] = (
     ("validation", ("val_loss",), lambda loss: f"{loss:.4f} nats per token"),
     ("unigram entropy", ("unigram_entropy",), lambda nats: f"{nats:.4f} nats per token, what token counts alone reach"),
     ("balance", ("max_violation_last",), lambda v: f"MaxVio {v:.3f} (fullest expert over the mean load, minus 1)"),
+    ("", ("max_violation_mean_last",), lambda v: f"MaxVio {v:.3f} mean over layers and the last tenth of steps"),
+    ("drops", ("drop_rate_last",), lambda rate: f"{rate:.2%} of the assignments, beyond the experts' capacity"),
     ("speed", ("tokens_per_second",), lambda speed: f"{speed:,.0f} tokens/s"),
     ("forward bytes", ("bytes_per_token_per_layer",), _traffic_text),
     ("predicted", ("bytes_per_token_per_layer_predicted",), _traffic_text),

@@ -1,9 +1,10 @@
-"""One table over the jobs of a multirun. Needs neither torch nor hydra.
+"""One table and one picture over the jobs of a multirun. Needs neither torch nor hydra.
 
 Algorithm:
-  1. Read `resolved.yaml` and `result.json` of every job, which live in folders named by the job's number.
-  2. Find the config keys whose values differ between jobs: those are what was swept.
-  3. Write `sweep.csv` with all of them, and print the first few of each job.
+  1. Read `overrides.txt`, `resolved.yaml` and `result.json` of every job, which live in folders named by its number.
+  2. Find the overrides whose values differ between jobs: those are what was swept. With a group (`mesh=cpu_1,cpu_2x2`)
+     many config keys differ; they are columns of `sweep.csv`.
+  3. Write `sweep.csv`, print the table, draw `sweep.png`.
 """
 
 from __future__ import annotations
@@ -23,14 +24,13 @@ from rich.text import Text
 
 from moecompile.report.text import bytes_text
 
-_MAX_KEYS = 6  # a sweep over recipes changes dozens of keys; the rest is in sweep.csv
-
-# column of sweep.csv -> (short heading, path in result.json, how the number is written)
+# column of sweep.csv -> (short heading, empty for columns of the file alone; path in result.json; how it is written)
 _RESULTS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "loss_first": ("first", ("loss_first",), ".4f"),
     "loss_last": ("last", ("loss_last",), ".4f"),
     "val_loss": ("val", ("val_loss",), ".4f"),
-    "max_violation_last": ("MaxVio", ("max_violation_last",), ".3f"),
+    "max_violation_last": ("", ("max_violation_last",), ".3f"),
+    "max_violation_mean_last": ("MaxVio", ("max_violation_mean_last",), ".3f"),
     "tokens_per_second": ("tok/s", ("tokens_per_second",), ",.0f"),
     "inter_node_bytes_per_token": ("inter-node", ("bytes_per_token_per_layer", "inter_node"), "bytes"),
 }
@@ -38,9 +38,10 @@ _RESULTS: dict[str, tuple[str, tuple[str, ...], str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One job: its number, its flattened config and its result; both are empty where the job did not get so far."""
+    """One job: its number, its overrides, its flattened config and its result; empty where it did not get so far."""
 
     number: int
+    overrides: dict[str, str]
     config: dict[str, str]
     result: dict[str, Any]
 
@@ -58,24 +59,24 @@ class Job:
 
 
 def summarize(sweep_dir: Path) -> None:
-    """Prints one row per job of `sweep_dir` and writes `sweep.csv` beside the job folders."""
+    """Prints one row per job of `sweep_dir`; writes `sweep.csv`, and `sweep.png` if two jobs or more succeeded."""
     folders = sorted((p for p in sweep_dir.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name))
     jobs = [_read(folder) for folder in folders]  # Step 1
-    keys = _swept_keys(jobs)  # Step 2
-    _write_csv(sweep_dir / "sweep.csv", jobs, keys)  # Step 3
+    swept = _differing([job.overrides for job in jobs])  # Step 2
+    _write_csv(sweep_dir / "sweep.csv", jobs, _differing([job.config for job in jobs]))  # Step 3
     console = Console()
-    console.print(_table(jobs, keys[:_MAX_KEYS]))
-    hidden = len(keys) - _MAX_KEYS
-    if hidden > 0:
-        console.print(Text(f"{hidden} more keys differ, see sweep.csv"))
+    console.print(_table(jobs, swept))
     console.print(Text(str(sweep_dir / "sweep.csv")), soft_wrap=True)
+    _draw(sweep_dir / "sweep.png", jobs, swept, console)
 
 
 def _read(folder: Path) -> Job:
-    config, result = folder / "resolved.yaml", folder / "result.json"
+    overrides, config, result = (folder / name for name in ("overrides.txt", "resolved.yaml", "result.json"))
     loaded = yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else None
+    lines = overrides.read_text(encoding="utf-8").splitlines() if overrides.exists() else []
     return Job(
         number=int(folder.name),
+        overrides={key.lstrip("+"): value for key, _, value in (line.partition("=") for line in lines)},
         config=dict(_flatten(loaded or {})),
         result=json.loads(result.read_text(encoding="utf-8")) if result.exists() else {},
     )
@@ -88,11 +89,11 @@ def _flatten(value: Any, path: str = "") -> list[tuple[str, str]]:
     return [(path, "null" if value is None else str(value))]
 
 
-def _swept_keys(jobs: Sequence[Job]) -> list[str]:
-    """Keys whose values differ between jobs that have a config, in config order. An absent key is a value too."""
-    configs = [job.config for job in jobs if job.config]
-    keys = dict.fromkeys(key for config in configs for key in config)
-    return [key for key in keys if len({config.get(key) for config in configs}) > 1]
+def _differing(settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """Keys whose values differ between those that have any, in their order. An absent key is a value too."""
+    given = [setting for setting in settings if setting]
+    keys = dict.fromkeys(key for setting in given for key in setting)
+    return [key for key in keys if len({setting.get(key) for setting in given}) > 1]
 
 
 def _write_csv(path: Path, jobs: Sequence[Job], keys: Sequence[str]) -> None:
@@ -106,20 +107,43 @@ def _write_csv(path: Path, jobs: Sequence[Job], keys: Sequence[str]) -> None:
     tmp.replace(path)
 
 
-def _table(jobs: Sequence[Job], keys: Sequence[str]) -> Table:
+def _table(jobs: Sequence[Job], swept: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
     table.add_column("job", no_wrap=True)
     table.add_column("overrides", overflow="fold")
     table.add_column("status", no_wrap=True)
-    for heading, _, _ in _RESULTS.values():
-        table.add_column(heading, no_wrap=True, justify="right")
-    names = _short_names(keys)
+    shown = {column: style for column, (heading, _, style) in _RESULTS.items() if heading}
+    for column in shown:
+        table.add_column(_RESULTS[column][0], no_wrap=True, justify="right")
+    names = _short_names(swept)
     for job in jobs:
-        swept = "\n".join(f"{names[key]}={job.config[key]}" for key in keys if key in job.config)
+        values = "\n".join(f"{names[key]}={job.overrides[key]}" for key in swept if key in job.overrides)
         status = Text(job.status, style="green" if job.status == "ok" else "bold red")
-        found = (_number_text(job.measured(column), style) for column, (_, _, style) in _RESULTS.items())
-        table.add_row(str(job.number), Text(swept), status, *found)
+        found = (_number_text(job.measured(column), style) for column, style in shown.items())
+        table.add_row(str(job.number), Text(values), status, *found)
     return table
+
+
+def _draw(path: Path, jobs: Sequence[Job], swept: Sequence[str], console: Console) -> None:
+    """The picture; whatever goes wrong with it is said and does no harm to the table and to the exit code."""
+    done = [job for job in jobs if job.status == "ok"]
+    names = _short_names(swept)
+    try:
+        from moecompile.report.sweep_plot import Point, draw
+
+        points = [
+            Point(
+                settings={names[key]: job.overrides[key] for key in swept if key in job.overrides},
+                measured={column: job.measured(column) for column in _RESULTS},
+            )
+            for job in done
+        ]
+        drawn = draw(points, path)
+    except Exception as error:
+        console.print(Text(f"sweep.png could not be drawn: {type(error).__name__}: {error}"))
+        return
+    if drawn:
+        console.print(Text(str(path)), soft_wrap=True)
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:

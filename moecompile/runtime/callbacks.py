@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,57 +15,101 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from moecompile.mesh import LinkClass, MeshSpec
+from moecompile.nn import LayerLoad
 from moecompile.ops import traffic
 from moecompile.plan import Traffic
+from moecompile.runtime.history import LoadHistory
 from moecompile.runtime.strategy import ExpertParallelStrategy
 
 
 class Metrics(Callback):
-    """Logs one row every `log_interval` optimizer steps, to the loggers and the progress bar.
+    """Logs one row every `log_interval` optimizer steps, to the loggers and the progress bar, and keeps the load.
 
-    loss: mean over all tokens of the steps since the last row, nats per token. max_violation: the worst layer's MaxVio
-    of the last step. tokens_per_second: over all ranks, since the last row.
+    loss: mean over all tokens of the steps since the last row, nats per token, without auxiliary losses. `aux/KIND`:
+    those, coefficients included, in the same way. tokens_per_second: tokens with a target over all ranks, since the
+    last row. max_violation: the worst layer's MaxVio of the last step. What each layer did in the last step has its
+    path in the column's name.
+
+    Args:
+        log_interval, max_steps: optimizer steps between rows, and of the run.
+        has_capacity: whether experts may drop tokens; then the drop rate of the last step is in the short row too.
+        history_path: where rank 0 writes the load of every row.
     """
 
-    def __init__(self, log_interval: int, max_steps: int) -> None:
-        self.log_interval, self.max_steps = log_interval, max_steps
+    def __init__(
+        self, log_interval: int, max_steps: int, *, has_capacity: bool = False, history_path: Path | None = None
+    ) -> None:
+        self.log_interval, self.max_steps, self.has_capacity = log_interval, max_steps, has_capacity
         self.loss_first: float | None = None
         self.loss_last: float | None = None
         self.max_violation_last: float | None = None
         self.tokens_per_second: float | None = None  # after the first row, which holds the warm-up
+        self.history_path, self.history = history_path, LoadHistory()
+        self._steps: list[dict[str, float]] = []  # of each optimizer step, over layers
         self._sums: Tensor | None = None
         self._row_start = self._timed_seconds = 0.0
         self._timed_tokens = 0
         self._last_step = 0
 
+    def mean_of_last(self, name: str) -> float | None:
+        """Mean over the last tenth of the steps (at least one) of a value in `over_layers`; None: not measured."""
+        steps = self._steps[-math.ceil(len(self._steps) / 10) :]
+        values = [step[name] for step in steps if name in step]
+        return sum(values) / len(values) if values else None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
-        self._sums = torch.zeros(2, dtype=torch.float64, device=pl_module.device)
         self._row_start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Adds the micro-batch; after an optimizer step that closes a row, logs it."""
-        assert self._sums is not None
+        strategy = trainer.strategy
+        assert isinstance(strategy, ExpertParallelStrategy)
         # Lightning has divided the loss by the accumulation steps.
         loss = outputs["loss"].detach().double() * trainer.accumulate_grad_batches
-        self._sums += torch.stack((loss, outputs["num_tokens"].double()))
+        num_tokens = outputs["num_tokens"].double()
+        aux_losses = [aux.double() * num_tokens for aux in strategy.aux_losses.values()]
+        sums = torch.stack((loss, num_tokens, *aux_losses))
+        self._sums = sums if self._sums is None else self._sums + sums
         step = trainer.global_step
         if step == self._last_step:
             return
         self._last_step = step
+        if strategy.loads:
+            self._steps.append(over_layers(strategy.loads))
         if step == 1 or step % self.log_interval == 0 or step == self.max_steps:
-            self._log_row(trainer, pl_module, step)
+            self._log_row(trainer, pl_module, strategy, step)
 
-    def _log_row(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+    def _log_row(
+        self, trainer: Trainer, pl_module: LightningModule, strategy: ExpertParallelStrategy, step: int
+    ) -> None:
         assert self._sums is not None
         if dist.is_initialized():
             dist.all_reduce(self._sums)
-        loss, num_tokens = self._sums.tolist()
+        loss, num_tokens, *aux_losses = self._sums.tolist()
+        self._sums = None
         seconds = time.perf_counter() - self._row_start
-        self._sums.zero_()
         row = {"loss": loss / num_tokens, "tokens_per_second": num_tokens / seconds}
+        self._measure(row, num_tokens, seconds)
+        if strategy.loads:
+            row["max_violation"] = self.max_violation_last = max(load.max_violation for load in strategy.loads)
+            if self.has_capacity:
+                row["drop_rate"] = self._steps[-1]["drop_rate"]
+            if trainer.is_global_zero:
+                self.history.add(step, {load.name: load.load.tolist() for load in strategy.loads})
+        extra = {f"aux/{kind}": aux / num_tokens for kind, aux in zip(strategy.aux_losses, aux_losses, strict=True)}
+        for load in strategy.loads:
+            extra |= of_layer(load)
+        if strategy.grad_norm is not None:
+            extra["grad_norm"] = strategy.grad_norm
+        pl_module.log_dict(row, prog_bar=True, logger=False)
+        for logger in trainer.loggers:
+            logger.log_metrics(row | extra, step=step)
+        self._row_start = time.perf_counter()
+
+    def _measure(self, row: dict[str, float], num_tokens: float, seconds: float) -> None:
         if self.loss_first is None:
             self.loss_first = row["loss"]
         else:
@@ -72,17 +119,18 @@ class Metrics(Callback):
             )
             self.tokens_per_second = self._timed_tokens / self._timed_seconds
         self.loss_last = row["loss"]
-        strategy = trainer.strategy
-        assert isinstance(strategy, ExpertParallelStrategy)
-        if strategy.loads:
-            row["max_violation"] = self.max_violation_last = max(load.max_violation for load in strategy.loads)
-        extra = {f"max_violation/{load.name}": load.max_violation for load in strategy.loads}
-        if strategy.grad_norm is not None:
-            extra["grad_norm"] = strategy.grad_norm
-        pl_module.log_dict(row, prog_bar=True, logger=False)
-        for logger in trainer.loggers:
-            logger.log_metrics(row | extra, step=step)
-        self._row_start = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the load history."""
+        self._save_history()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Writes what there is of it."""
+        self._save_history()
+
+    def _save_history(self) -> None:
+        if self.history_path is not None and self.history.steps:
+            self.history.save(self.history_path)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops the clock: validation is not training time."""
@@ -93,13 +141,39 @@ class Metrics(Callback):
         self._row_start += time.perf_counter() - self._paused
 
 
+def over_layers(loads: Sequence[LayerLoad]) -> dict[str, float]:
+    """Means over the layers in one step; routers whose entropy is unknown are left out of it."""
+    means = {
+        "max_violation": [load.max_violation for load in loads],
+        "entropy": [load.entropy for load in loads if load.entropy is not None],
+        "nodes_per_token": [load.nodes_per_token for load in loads],
+        "drop_rate": [load.drop_rate for load in loads],
+    }
+    return {name: sum(values) / len(values) for name, values in means.items() if values}
+
+
+def of_layer(load: LayerLoad) -> dict[str, float]:
+    """What a layer did in one step, as columns: `KIND/PATH`, and `load/PATH/EXPERT`, `node_tokens/PATH/NODE`."""
+    columns: dict[str, float | None] = {
+        f"max_violation/{load.name}": load.max_violation,
+        f"drop_rate/{load.name}": load.drop_rate,
+        f"entropy/{load.name}": load.entropy,
+        f"nodes_per_token/{load.name}": load.nodes_per_token,
+    }
+    for kind, counts in (("load", load.load), ("node_tokens", load.node_tokens)):
+        digits = len(str(len(counts) - 1))  # columns are sorted as text
+        columns |= {f"{kind}/{load.name}/{i:0{digits}d}": count for i, count in enumerate(counts.tolist())}
+    return {name: value for name, value in columns.items() if value is not None}
+
+
 class TrafficMeter(Callback):
     """Counts the bytes that training forwards put on each link class."""
 
-    def __init__(self, mesh: MeshSpec, num_layers: int) -> None:
-        self.mesh, self.num_layers = mesh, num_layers
+    def __init__(self, mesh: MeshSpec) -> None:
+        self.mesh = mesh
         self._bytes = {LinkClass.INTRA_NODE: 0, LinkClass.INTER_NODE: 0, LinkClass.SELF: 0}
-        self._num_tokens = 0
+        self._tokens = 0  # of all ranks and layers; those of an encoder and a decoder see different numbers
+        self._last_step = 0
         self.per_token_and_layer: Traffic | None = None
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -107,32 +181,31 @@ class TrafficMeter(Callback):
         traffic.take()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Adds what this rank sent for one micro-batch."""
+        """Adds what this rank sent for one micro-batch, and the tokens of a step that ended."""
         for rank, sent in traffic.take().items():
             self._bytes[self.mesh.link(trainer.global_rank, rank)] += sent
-        self._num_tokens += batch["input_ids"].numel()
+        if trainer.global_step != self._last_step:
+            self._last_step = trainer.global_step
+            assert isinstance(trainer.strategy, ExpertParallelStrategy)
+            self._tokens += sum(load.tokens for load in trainer.strategy.loads)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bytes per token and MoE layer, mean over ranks."""
-        sums = torch.tensor(
-            [self._bytes[LinkClass.INTRA_NODE], self._bytes[LinkClass.INTER_NODE], self._num_tokens],
-            dtype=torch.int64,
-            device=pl_module.device,
-        )
+        """Bytes per token and MoE layer, over all ranks."""
+        sent = [self._bytes[LinkClass.INTRA_NODE], self._bytes[LinkClass.INTER_NODE]]
+        sums = torch.tensor(sent, dtype=torch.int64, device=pl_module.device)
         if dist.is_initialized():
             dist.all_reduce(sums)
-        intra, inter, tokens = sums.tolist()
-        count = max(1, tokens * self.num_layers)
-        self.per_token_and_layer = Traffic(intra_node=intra / count, inter_node=inter / count)
+        intra, inter = (total / max(1, self._tokens) for total in sums.tolist())
+        self.per_token_and_layer = Traffic(intra_node=intra, inter_node=inter)
 
 
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar without the version number, with rounded figures."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """loss, tokens/s, MaxVio and val_loss, as far as they are known."""
+        """loss, tokens/s, MaxVio, drops and val_loss, as far as they are known."""
         return _figures(trainer)
 
 
@@ -152,10 +225,12 @@ class ProgressLines(Callback):
 
 
 def _figures(trainer: Trainer) -> dict[str, str]:
-    """loss, tokens/s, MaxVio and val_loss as text, as far as they are known."""
+    """loss, tokens/s, MaxVio, drops and val_loss as text, as far as they are known."""
     found = trainer.progress_bar_metrics
-    names = {"loss": "loss", "tokens_per_second": "tok/s", "max_violation": "MaxVio", "val_loss": "val"}
-    shapes = {"tokens_per_second": "{:,.0f}", "max_violation": "{:.2f}"}
+    names = {
+        "loss": "loss", "tokens_per_second": "tok/s", "max_violation": "MaxVio", "drop_rate": "drops", "val_loss": "val"
+    }  # fmt: skip
+    shapes = {"tokens_per_second": "{:,.0f}", "max_violation": "{:.2f}", "drop_rate": "{:.1%}"}
     return {
         short: shapes.get(name, "{:.3f}").format(float(found[name])) for name, short in names.items() if name in found
     }

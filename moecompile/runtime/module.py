@@ -13,29 +13,54 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from moecompile.errors import ConfigError
 from moecompile.runtime.data import IGNORED
+from moecompile.runtime.objective import is_encoder_decoder
 from moecompile.schema import OptimizerConfig
 
 
 class LanguageModule(LightningModule):
-    """Next-token prediction with AdamW, for `ExpertParallelStrategy(loss="sum")`.
+    """A language model with AdamW, for `ExpertParallelStrategy(loss="sum")`.
+
+    A batch holds `input_ids` and `labels`. The labels of a causal model are its inputs, shifted already; those of an
+    encoder-decoder model are what the decoder has to write, and its own inputs follow from them.
 
     Args:
-        model: takes `input_ids` (B, S) and returns an object with `logits` (B, S, V).
+        model: takes `input_ids` (B, S) and returns an object with `logits` (B, S, V); with an encoder and a decoder, it
+            also takes `decoder_input_ids` (B, L) and the logits are (B, L, V).
         optimizer: AdamW, warm-up and decay.
         max_steps: optimizer steps of the run, for the decay.
+
+    Raises:
+        ConfigError: an encoder-decoder model that does not say how its decoder starts.
     """
 
     def __init__(self, model: nn.Module, optimizer: OptimizerConfig, max_steps: int) -> None:
         super().__init__()
         self.model, self.optimizer, self.max_steps = model, optimizer, max_steps
+        self.decoder_start = _decoder_start(model)
         self.val_loss = math.nan
         self._val_sums: Tensor | None = None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Sum of the token losses in nats, and how many tokens have a target."""
-        loss, num_tokens = self._summed_loss(batch)
+        loss, num_tokens = self.summed_loss(batch)
         return {"loss": loss, "num_tokens": num_tokens}
+
+    def summed_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cross entropy in nats, summed over the tokens that have a target, and their number."""
+        labels, logits = batch["labels"], self.logits(batch)
+        wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return loss, (labels != IGNORED).sum()
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, S, V), or (B, L, V) of a decoder that is given the labels as its own past."""
+        inputs = {"input_ids": batch["input_ids"]}
+        if self.decoder_start is not None:
+            inputs["decoder_input_ids"] = shifted(batch["labels"], self.decoder_start)
+        logits: Tensor = self.model(**inputs, use_cache=False).logits
+        return logits
 
     def on_validation_epoch_start(self) -> None:
         """Starts the sums."""
@@ -44,7 +69,7 @@ class LanguageModule(LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Adds to the sums; nothing is averaged before the end."""
         assert self._val_sums is not None
-        loss, num_tokens = self._summed_loss(batch)
+        loss, num_tokens = self.summed_loss(batch)
         self._val_sums += torch.stack((loss.double(), num_tokens.double()))
 
     def on_validation_epoch_end(self) -> None:
@@ -90,8 +115,23 @@ class LanguageModule(LightningModule):
         progress = min(1.0, (step - warmup) / max(1, self.max_steps - warmup))
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def _summed_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
-        labels = batch["labels"]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        return loss, (labels != IGNORED).sum()
+
+def shifted(labels: Tensor, start: int) -> Tensor:
+    """Decoder inputs, (B, L): `start`, then all labels but the last; `start` also stands where there is no target."""
+    inputs = labels.roll(1, dims=-1)
+    inputs[:, 0] = start
+    return inputs.masked_fill(inputs == IGNORED, start)
+
+
+def _decoder_start(model: nn.Module) -> int | None:
+    """The first input of the decoder: T5 has no token of its own for it and takes the padding. None: no decoder."""
+    if not is_encoder_decoder(model):
+        return None
+    names = ("decoder_start_token_id", "pad_token_id")
+    start = next((value for name in names if (value := getattr(model.config, name, None)) is not None), None)
+    if start is None:
+        raise ConfigError(
+            "model.config.pad_token_id", None, "the decoder's input has to start with some token",
+            "Give pad_token_id or decoder_start_token_id",
+        )  # fmt: skip
+    return int(start)

@@ -4,11 +4,12 @@
     Trainer(strategy=ExpertParallelStrategy(loss="sum"))           # it returns {"loss": sum, "num_tokens": n}
 
 The LightningModule is an ordinary one. It holds a model that `moecompile.compile_model` lowered; the strategy finds its
-plan, shards it, and does what has to happen between backward and the optimizer step:
-  1. sums the gradients of the weights that every rank holds whole (FSDP2 has summed the others),
-  2. divides once: by the world size (`mean`, as DDP does) or by the tokens of the whole accumulation window (`sum`),
-  3. moves the correction biases by the global load, once per optimizer step,
-  4. clips by one norm over all meshes (Lightning's own `gradient_clip_val`).
+plan, shards it, keys the routers' random numbers, and does what has to happen from backward to the optimizer step:
+  1. adds the routers' auxiliary losses to the loss, times the micro-batch's tokens where the loss is a sum,
+  2. sums the gradients of the weights that every rank holds whole (FSDP2 has summed the others),
+  3. divides once: by the world size (`mean`, as DDP does) or by the tokens of the whole accumulation window (`sum`),
+  4. moves the correction biases by the global load, once per optimizer step,
+  5. clips by one norm over all meshes (Lightning's own `gradient_clip_val`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.optim import Optimizer
 
 from moecompile.checkpoint import whole_folder
 from moecompile.errors import ConfigError, PlanError
-from moecompile.nn import LayerLoad, routers_of, update_balance
+from moecompile.nn import LayerLoad, auxiliary_loss, auxiliary_losses, set_random_key, update_balance
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.pipeline import compiled_module, plan_of
 from moecompile.plan import Plan
@@ -42,10 +43,14 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     Args:
         loss: `mean` if `training_step` returns a mean over its batch; `sum` if it returns the sum over its tokens, in a
             dict with their number: `{"loss": loss, "num_tokens": n}`. With `sum`, unequal token counts are exact.
+        seed: keys what is random in routers, together with the optimizer step and the micro-batch.
         process_group_backend, timeout: of the process group; gloo on a CPU and NCCL on CUDA by default.
 
     Raises:
         ConfigError: `loss` is neither. PlanError (at setup): no compiled model, or the Trainer's ranks do not fit it.
+
+    After each optimizer step `loads` has one `LayerLoad` a router; after each backward `aux_losses` has the sums over
+    the micro-batch's layers by kind, coefficients included, per token.
     """
 
     def __init__(
@@ -53,14 +58,18 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         loss: str = "mean",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        seed: int = 0,
     ) -> None:
         if loss not in ("mean", "sum"):
             raise ConfigError("loss", loss, "must be mean or sum", "Use what your training_step returns")
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
-        self.loss = loss
+        self.loss, self.seed = loss, seed
         self.loads: list[LayerLoad] = []  # of the last optimizer step
+        self.aux_losses: dict[str, Tensor] = {}  # of the last micro-batch
         self.grad_norm: float | None = None  # before clipping, of the last optimizer step that clipped
         self._num_tokens: Tensor | int = 0  # of this rank, in the accumulation window
+        self._micro_tokens: Tensor | None = None  # of the last micro-batch
+        self._micro_batches = 0  # of this rank, in the accumulation window
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -90,9 +99,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._device_mesh = device_mesh_of(plan.mesh, self.root_device.type)
             shard(compiled, plan, self._device_mesh)
         self.model = self.precision_plugin.convert_module(self.model)
-        self._rates = {
-            name: plan.layer(_region_of(self.model, name, plan)).balance.rate for name, _ in routers_of(self.model)
-        }
         self.precision_plugin.clip_grad_by_norm = self._clip  # type: ignore[method-assign]
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
@@ -101,6 +107,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's step; with `loss="sum"` its token count is added up over the accumulation window."""
+        self._key_random_numbers()
         output = super().training_step(*args, **kwargs)
         if self.loss == "sum":
             if not isinstance(output, Mapping) or "num_tokens" not in output:
@@ -108,16 +115,26 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                     "loss", "sum", "training_step must return {'loss': sum over tokens, 'num_tokens': their number}",
                     "Return both, or use loss='mean'",
                 )  # fmt: skip
-            count = torch.as_tensor(output["num_tokens"], dtype=torch.int64, device=self.root_device)
-            self._num_tokens = self._num_tokens + count
+            self._micro_tokens = torch.as_tensor(output["num_tokens"], dtype=torch.int64, device=self.root_device)
+            self._num_tokens = self._num_tokens + self._micro_tokens
         return output
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Undoes Lightning's division by the accumulation steps for sums; divides means by the world size."""
-        assert self.lightning_module is not None
+        """Adds the auxiliary losses; undoes Lightning's division by the accumulation steps for sums; divides means.
+
+        They are added here and not to what `training_step` returns, so that the loss that is logged stays the module's.
+        """
+        assert self.lightning_module is not None and self.model is not None
+        accumulate = self.lightning_module.trainer.accumulate_grad_batches
+        aux = auxiliary_loss(self.model)
+        self.aux_losses = auxiliary_losses(self.model) if aux is not None else {}
         if self.loss == "sum":
-            closure_loss = closure_loss * self.lightning_module.trainer.accumulate_grad_batches
+            closure_loss = closure_loss * accumulate
+            if aux is not None and self._micro_tokens is not None:
+                closure_loss = closure_loss + self._micro_tokens * aux
         else:
+            if aux is not None:
+                closure_loss = closure_loss + aux / accumulate
             closure_loss = closure_loss / self.world_size
         return super().backward(closure_loss, optimizer, *args, **kwargs)
 
@@ -152,7 +169,16 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             dist.all_reduce(total)
             divide(parameters, total.clamp_min(1))
             self._num_tokens = 0
-        self.loads = update_balance(self.model, self._rates, dist.group.WORLD)
+        self._micro_batches = 0
+        self.loads = update_balance(self.model, dist.group.WORLD)
+
+    def _key_random_numbers(self) -> None:
+        """What is random in a router depends on the micro-batch's number in one process, not on the rank."""
+        assert self.lightning_module is not None and self.model is not None
+        trainer = self.lightning_module.trainer
+        number = self.global_rank * trainer.accumulate_grad_batches + self._micro_batches
+        set_random_key(self.model, self.seed, trainer.global_step, number)
+        self._micro_batches += 1
 
     def _clip(self, optimizer: Optimizer, clip_val: float) -> None:
         self.grad_norm = float(clip_by_global_norm(self.precision_plugin.main_params(optimizer), clip_val))
@@ -164,16 +190,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 f"the plan is for {plan.mesh.world_size} ranks, the Trainer has {self.world_size}",
                 "Change mesh.num_nodes and mesh.ranks_per_node, or the Trainer's devices and num_nodes",
             )  # fmt: skip
-
-
-def _region_of(model: nn.Module, router: str, plan: Plan) -> str:
-    """The planned region that a router belongs to: the one whose path ends its owner's path."""
-    owner = router.rpartition(".")[0]
-    for layer in plan.layers:
-        fqn = layer.site.fqn
-        if owner == fqn or owner.endswith(f".{fqn}") or fqn == "":
-            return fqn
-    raise PlanError("plan.layers", owner, "this router belongs to no planned layer", "Plan again for this model")
 
 
 StrategyRegistry.register(

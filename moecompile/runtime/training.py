@@ -24,10 +24,17 @@ from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.strategy import ExpertParallelStrategy
 from moecompile.schema import Config, accumulation_steps
 
+LOAD_HISTORY = "load.npz"
+"""Load of every expert at every logged step, in the run directory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run measured. Losses in nats per token; bytes: forward dispatch and combine, per token and MoE layer."""
+    """What a run measured. Losses in nats per token; bytes: forward dispatch and combine, per token and MoE layer.
+
+    max_violation_last: of the worst layer in the last step. max_violation_mean_last, drop_rate_last, entropy_last (nats
+    per token) and nodes_per_token_last: means over the layers and the last tenth of the steps.
+    """
 
     steps: int
     loss_first: float | None
@@ -36,6 +43,10 @@ class Outcome:
     val_loss: float
     tokens_per_second: float | None
     max_violation_last: float | None
+    max_violation_mean_last: float | None
+    drop_rate_last: float | None
+    entropy_last: float | None
+    nodes_per_token_last: float | None
     bytes_per_token_per_layer: Traffic | None
     checkpoint: Path | None
 
@@ -47,8 +58,13 @@ def train(model: nn.Module, plan: Plan, config: Config, data: TextData, run_dir:
     """
     mesh, rank = plan.mesh, int(os.environ["RANK"])
     module = LanguageModule(model, config.optimizer, config.trainer.max_steps)
-    metrics = Metrics(config.trainer.log_interval, config.trainer.max_steps)
-    meter = TrafficMeter(mesh, len(plan.layers))
+    metrics = Metrics(
+        config.trainer.log_interval,
+        config.trainer.max_steps,
+        has_capacity=any(layer.routing.capacity_factor is not None for layer in plan.layers),
+        history_path=run_dir / LOAD_HISTORY,
+    )
+    meter = TrafficMeter(mesh)
     trainer = make_trainer(config, mesh, run_dir, [metrics, meter])
     val = val_loader(data.val, config.data, rank=rank, world_size=mesh.world_size)
     fit = train_loader(
@@ -72,6 +88,10 @@ def train(model: nn.Module, plan: Plan, config: Config, data: TextData, run_dir:
         val_loss=module.val_loss,
         tokens_per_second=metrics.tokens_per_second,
         max_violation_last=metrics.max_violation_last,
+        max_violation_mean_last=metrics.mean_of_last("max_violation"),
+        drop_rate_last=metrics.mean_of_last("drop_rate"),
+        entropy_last=metrics.mean_of_last("entropy"),
+        nodes_per_token_last=metrics.mean_of_last("nodes_per_token"),
         bytes_per_token_per_layer=meter.per_token_and_layer,
         checkpoint=checkpoint,
     )
@@ -91,7 +111,9 @@ def make_trainer(config: Config, mesh: MeshSpec, run_dir: Path, callbacks: list[
         bar = ProgressBar(refresh_rate=5) if show_bar else ProgressLines(config.trainer.log_interval)
         callbacks = [*callbacks, bar]
     return Trainer(
-        strategy=ExpertParallelStrategy(loss="sum", timeout=timedelta(seconds=config.trainer.timeout_s)),
+        strategy=ExpertParallelStrategy(
+            loss="sum", seed=config.seed, timeout=timedelta(seconds=config.trainer.timeout_s)
+        ),
         plugins=[TorchElasticEnvironment()],  # the variables that the launcher has set, also under SLURM
         accelerator=_accelerator(mesh.device),
         devices=local,
@@ -125,3 +147,5 @@ def _quiet_lightning() -> None:
     """Keeps hints about hardware, loggers and data loader workers off the terminal."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    # T5's layers return the position bias as a view; nobody writes to it, which is what FSDP2 is afraid of.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPT5Block\) returned a view tensor")

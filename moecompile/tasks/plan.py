@@ -11,6 +11,7 @@ from rich.console import Console
 from moecompile import plan as plans
 from moecompile.errors import ConfigError
 from moecompile.models import build_model, example_inputs
+from moecompile.passes.plan_existing import notes
 from moecompile.pipeline import make_plan
 from moecompile.plan import Plan
 from moecompile.report.console import print_plan
@@ -24,10 +25,11 @@ def run(config: Config, run_dir: Path) -> None:
     model = build_model(config.model, config.seed)
     plan = make_plan(model, config, example=example_inputs(model, config.data.seq_len))
     require_layers(plan, config)
-    print_plan(plan, Console())
+    found = notes(plan, config)
+    print_plan(plan, Console(), found)
     plans.save(plan, run_dir / "plan.yaml")
     result = {"task": "plan", "recipe": config.name, "status": "ok", "seconds": time.perf_counter() - start}
-    write_result(run_dir, result | plan_fields(plan))
+    write_result(run_dir, result | plan_fields(plan) | {"notes": found})
 
 
 def plan_fields(plan: Plan) -> dict[str, object]:
@@ -49,13 +51,13 @@ def plan_fields(plan: Plan) -> dict[str, object]:
 
 
 def require_layers(plan: Plan, config: Config) -> None:
-    """A model without any FFN is fine for the Python API; on the command line it is a mistake.
+    """A model without any site is fine for the Python API; on the command line it is a mistake.
 
     Raises:
         ConfigError: nothing would be rewritten.
     """
     if not plan.layers:
         raise ConfigError(
-            "model", config.model.name, "no dense FFN was found, so there is nothing to rewrite",
+            "model", config.model.name, "no dense FFN and no experts were found, so there is nothing to rewrite",
             "Use another model; task=compile lists near misses with their reasons",
         )  # fmt: skip

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,18 @@ import torch.distributed as dist
 from rich.console import Console
 
 from moecompile import plan as plans
-from moecompile.errors import ConfigError, PlanError
+from moecompile.errors import PlanError
 from moecompile.models import build_model, example_inputs
 from moecompile.pipeline import Compiled, compile_with_report
 from moecompile.report.console import print_result
+from moecompile.report.heatmap import write_heat_map
 from moecompile.report.result import write_result
-from moecompile.runtime.data import TextData, load_data, unigram_entropy
+from moecompile.runtime.data import TextData, TokenWindows, load_data, unigram_entropy
+from moecompile.runtime.history import LoadHistory
 from moecompile.runtime.launch import launch
-from moecompile.runtime.training import Outcome, train
+from moecompile.runtime.objective import data_for
+from moecompile.runtime.process_group import init_process_group
+from moecompile.runtime.training import LOAD_HISTORY, Outcome, train
 from moecompile.schema import Config, mesh_spec
 from moecompile.tasks.show import show_compiled
 
@@ -40,12 +42,11 @@ def run(config: Config, run_dir: Path) -> None:
 def run_rank(config: Config, run_dir: Path) -> None:
     """One rank: data, model, compilation, training, result."""
     start = time.perf_counter()
-    torch.set_num_threads(config.trainer.threads_per_rank)
-    _init_process_group(config)
+    init_process_group(config)
     rank = dist.get_rank()
     data = load_data(config.data, run_dir, rank=rank, barrier=dist.barrier)
     model = build_model(config.model, config.seed)
-    _check_vocabulary(model, config)
+    data = data_for(model, data, config)
     compiled = compile_with_report(model, config, example=example_inputs(model, config.data.seq_len))
     check_same_plan(compiled.plan)
     console = Console(soft_wrap=False)
@@ -55,8 +56,11 @@ def run_rank(config: Config, run_dir: Path) -> None:
     outcome = train(compiled.model, compiled.plan, config, data, run_dir)
     if rank == 0:
         result = _result(config, compiled, outcome, data, time.perf_counter() - start)
+        if compiled.plan.layers:
+            write_heat_map(LoadHistory.read(run_dir / LOAD_HISTORY), run_dir / "load.png", title=config.name)
         write_result(run_dir, result)
-        print_result({**result, "run_dir": run_dir}, console)
+        # Where nothing was dropped there is nothing to say about it.
+        print_result({**result, "drop_rate_last": result["drop_rate_last"] or None, "run_dir": run_dir}, console)
 
 
 def check_same_plan(plan: plans.Plan) -> None:
@@ -73,29 +77,9 @@ def check_same_plan(plan: plans.Plan) -> None:
         )
 
 
-def _check_vocabulary(model: torch.nn.Module, config: Config) -> None:
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if size is not None and size < config.data.vocab_size:
-        raise ConfigError(
-            "data.vocab_size",
-            config.data.vocab_size,
-            f"the model {config.model.name} has embeddings for {size} tokens",
-            f"Use at most {size}",
-        )
-
-
-def _init_process_group(config: Config) -> None:
-    """gloo or NCCL, before the Trainer, which then uses this group: the tokenizer needs a barrier first."""
-    cuda = config.mesh.device == "cuda" or (config.mesh.device == "auto" and torch.cuda.is_available())
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=config.trainer.timeout_s))
-
-
 def _result(config: Config, compiled: Compiled, outcome: Outcome, data: TextData, seconds: float) -> dict[str, Any]:
     plan = compiled.plan
     predicted = plan.estimate.bytes_per_token_per_layer if plan.estimate else None
-    tokens = torch.cat((data.train.tokens, data.val.tokens))
     measured = {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)}
     return {
         "task": "train",
@@ -109,7 +93,7 @@ def _result(config: Config, compiled: Compiled, outcome: Outcome, data: TextData
         "bytes_per_token_per_layer": _plain(outcome.bytes_per_token_per_layer),
         "bytes_per_token_per_layer_predicted": _plain(predicted),
         "checkpoint": str(outcome.checkpoint) if outcome.checkpoint else None,
-        "unigram_entropy": unigram_entropy(tokens, config.data.vocab_size),
+        "unigram_entropy": _unigram_entropy(config, data),
         "step0_max_abs_diff": compiled.step0_max_abs_diff,
         "step0_reason": compiled.step0_reason,
     }
@@ -117,3 +101,10 @@ def _result(config: Config, compiled: Compiled, outcome: Outcome, data: TextData
 
 def _plain(traffic: plans.Traffic | None) -> dict[str, float] | None:
     return dataclasses.asdict(traffic) if traffic else None
+
+
+def _unigram_entropy(config: Config, data: TextData) -> float | None:
+    """What token counts alone reach; None for targets that are not the text's own tokens."""
+    if not isinstance(data.train, TokenWindows) or not isinstance(data.val, TokenWindows):
+        return None
+    return unigram_entropy(torch.cat((data.train.tokens, data.val.tokens)), config.data.vocab_size)

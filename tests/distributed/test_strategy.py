@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ OVERRIDES = [
     "experts.num_routed=4", "routing.top_k=2", "mesh.ranks_per_node=2", "dispatch.kind=flat", "balance.rule=bias",
     f"balance.rate={RATE}",
 ]  # fmt: skip
+AUX = ("balance.losses.micro_batch=0.5", "balance.losses.global_batch=0.7", "balance.losses.z=0.1")
+SEED = 5
 CPU = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
        "enable_model_summary": False, "barebones": False}  # fmt: skip
 
@@ -49,9 +52,9 @@ class Classifier(nn.Module):
         return self.head(x)
 
 
-def compiled() -> nn.Module:
+def compiled(overrides: Sequence[str]) -> nn.Module:
     torch.manual_seed(0)
-    model = moecompile.compile_model(Classifier(), OVERRIDES, example=torch.zeros(1, 6))
+    model = moecompile.compile_model(Classifier(), [*OVERRIDES, *overrides], example=torch.zeros(1, 6))
     return spread(model)
 
 
@@ -66,10 +69,10 @@ def spread(model: nn.Module) -> nn.Module:
     return model
 
 
-def one_process() -> nn.Module:
+def one_process(overrides: Sequence[str]) -> nn.Module:
     """The same weights without exchanges: planned for one rank."""
     torch.manual_seed(0)
-    overrides = [o for o in OVERRIDES if not o.startswith(("mesh", "dispatch"))]
+    overrides = [o for o in (*OVERRIDES, *overrides) if not o.startswith(("mesh", "dispatch"))]
     return spread(moecompile.compile_model(Classifier(), overrides, example=torch.zeros(1, 6)))
 
 
@@ -80,18 +83,27 @@ def dataset() -> TensorDataset:
 
 
 class Mean(LightningModule):
-    """What any user would write; the strategy needs nothing more."""
+    """What any user would write; the strategy needs nothing more. `seen` and what follows are for the tests alone."""
+
+    overrides: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = compiled()
+        self.model = compiled(self.overrides)
         self.seen: list[Tensor] = []
         self.grads: list[dict[str, Tensor]] = []
+        self.returned: list[float] = []
+        self.logged: list[float] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         x, y = batch
         self.seen.append(x)
-        return F.cross_entropy(self.model(x), y)
+        loss = F.cross_entropy(self.model(x), y)
+        self.returned.append(float(loss))
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.logged.append(float(outputs["loss"]))
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self.grads.append({name: full(p.grad) for name, p in self.model.named_parameters()})
@@ -111,6 +123,7 @@ class Sum(Mean):
         self.seen.append(x)
         y = ignored(y, self.trainer.global_rank)
         loss = F.cross_entropy(self.model(x), y, reduction="sum", ignore_index=-100)
+        self.returned.append(float(loss))
         return {"loss": loss, "num_tokens": (y != -100).sum()}
 
 
@@ -118,55 +131,83 @@ class SumWithoutCount(Mean):
     """Forgets its token count."""
 
 
+class MeanAux(Mean):
+    """With auxiliary losses, of which its code knows nothing."""
+
+    overrides = AUX
+
+
+class SumAux(Sum):
+    """The same for sums."""
+
+    overrides = AUX
+
+
+MODULES: dict[str, type[Mean]] = {"mean": Mean, "sum": Sum, "mean-aux": MeanAux, "sum-aux": SumAux}
+CASES = pytest.mark.parametrize("case", MODULES)
+
+
 def ignored(y: Tensor, rank: int) -> Tensor:
     return torch.where(torch.arange(len(y)) % 2 == 0, y, -100) if rank == 1 else y
 
 
-def reference(batches: list[list[tuple[Tensor, Tensor]]], *, mean: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(first gradients, last weights). batches: per step, all ranks' micro-batches."""
-    model = one_process()
+def reference(
+    batches: list[list[tuple[Tensor, Tensor]]], *, mean: bool, overrides: Sequence[str]
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """(gradients of all steps, last weights). batches: per step, all ranks' micro-batches."""
+    model = one_process(overrides)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    first: dict[str, Tensor] = {}
+    grads: list[dict[str, Tensor]] = []
     for step in batches:
         optimizer.zero_grad()
         count = len(step) if mean else sum(int((y != -100).sum()) for _, y in step)
         for x, y in step:
             reduction = "mean" if mean else "sum"
-            (F.cross_entropy(model(x), y, reduction=reduction, ignore_index=-100) / count).backward()
-        first = first or {name: p.grad.clone() for name, p in model.named_parameters()}
+            loss = F.cross_entropy(model(x), y, reduction=reduction, ignore_index=-100)
+            aux = moecompile.auxiliary_loss(model)
+            if aux is not None:
+                loss = loss + (1 if mean else int((y != -100).sum())) * aux
+            (loss / count).backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
-        moecompile.update_balance(model, {f"blocks.{i}.router": RATE for i in range(2)})
-    return first, {name: t.detach().clone() for name, t in model.state_dict().items()}
+        moecompile.update_balance(model)
+    return grads, {name: t.detach().clone() for name, t in model.state_dict().items()}
 
 
 def fit(rank: int, world_size: int, module_class: type[Mean], strategy: str, folder: str) -> dict[str, Any]:
-    module = module_class()
-    chosen = strategy if strategy == "expert_parallel" else moecompile.ExpertParallelStrategy(loss=strategy)
+    module, keys = module_class(), []
+    chosen = "expert_parallel"
+    if strategy != chosen:
+        chosen = moecompile.ExpertParallelStrategy(loss=strategy, seed=SEED)
     trainer = Trainer(
         strategy=chosen, devices=world_size, max_epochs=1, accumulate_grad_batches=ACCUMULATE, gradient_clip_val=CLIP,
         default_root_dir=folder, **CPU,
     )  # fmt: skip
-    trainer.fit(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moecompile.runtime.strategy.set_random_key", lambda model, *key: keys.append(key))
+        trainer.fit(module)
     path = Path(folder, "whole")
     trainer.save_checkpoint(path)
     weights = {name: full(t) for name, t in module.model.state_dict().items()}
     resumed = Trainer(
-        strategy=moecompile.ExpertParallelStrategy(loss="sum" if module_class is Sum else "mean"), devices=world_size,
-        max_epochs=1, default_root_dir=folder, **CPU,
+        strategy=moecompile.ExpertParallelStrategy(loss="sum" if issubclass(module_class, Sum) else "mean"),
+        devices=world_size, max_epochs=1, default_root_dir=folder, **CPU,
     )  # fmt: skip
     again = module_class()
     resumed.fit(again, ckpt_path=path)  # the epoch is over: loads and stops
     restored = {name: full(t) for name, t in again.model.state_dict().items()}
     kinds = {type(p).__name__ for p in module.model.parameters()}
-    return {"grads": module.grads[0], "weights": weights, "seen": module.seen, "restored": restored, "kinds": kinds}
+    return {
+        "grads": module.grads, "weights": weights, "seen": module.seen, "restored": restored, "kinds": kinds,
+        "returned": module.returned, "logged": module.logged, "keys": keys,
+        "aux": {kind: float(aux) for kind, aux in trainer.strategy.aux_losses.items()},
+    }  # fmt: skip
 
 
-def both(rank: int, world_size: int, folder: str) -> dict[str, Any]:
-    out = {
-        "mean": fit(rank, world_size, Mean, "expert_parallel", f"{folder}/mean"),
-        "sum": fit(rank, world_size, Sum, "sum", f"{folder}/sum"),
-    }
+def every_case(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    names = {"mean": "expert_parallel", "sum": "sum", "mean-aux": "mean", "sum-aux": "sum"}
+    out = {case: fit(rank, world_size, module, names[case], f"{folder}/{case}") for case, module in MODULES.items()}
     for name, call in {"count": _without_count, "world": _wrong_world, "plain": _not_compiled}.items():
         try:
             call(folder)
@@ -182,7 +223,7 @@ def _without_count(folder: str) -> None:
 
 def _wrong_world(folder: str) -> None:
     module = Mean()
-    module.model = one_process()
+    module.model = one_process([])
     Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, **CPU).fit(module)
 
 
@@ -194,25 +235,45 @@ def _not_compiled(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_distributed_test(both, WORLD, str(tmp_path_factory.mktemp("fit")), timeout_s=120)
+    return run_distributed_test(every_case, WORLD, str(tmp_path_factory.mktemp("fit")), timeout_s=120)
 
 
-@pytest.mark.parametrize("loss", ["mean", "sum"])
-def test_equals_one_process(results: list[dict[str, Any]], loss: str) -> None:
-    data = dataset()
+@CASES
+def test_equals_one_process(results: list[dict[str, Any]], case: str) -> None:
+    data, mean = dataset(), case.startswith("mean")
     batches = []
     for step in range(STEPS):
         batches.append([])
-        for micro in range(ACCUMULATE):
-            for rank in range(WORLD):
-                seen = results[rank][loss]["seen"][step * ACCUMULATE + micro]
+        for rank in range(WORLD):
+            for micro in range(ACCUMULATE):
+                seen = results[rank][case]["seen"][step * ACCUMULATE + micro]
                 index = [int((data.tensors[0] == row).all(1).nonzero()) for row in seen]
                 y = data.tensors[1][index]
-                batches[-1].append((seen, y if loss == "mean" else ignored(y, rank)))
-    grads, weights = reference(batches, mean=loss == "mean")
-    assert worst(results[0][loss]["grads"], grads)[0] < 2e-5
-    assert worst(results[0][loss]["weights"], weights)[0] < 2e-5
+                batches[-1].append((seen, y if mean else ignored(y, rank)))
+    grads, weights = reference(batches, mean=mean, overrides=MODULES[case].overrides)
+    for got, wanted in zip(results[0][case]["grads"], grads, strict=True):
+        assert worst(got, wanted)[0] < 2e-5
+    assert worst(results[0][case]["weights"], weights)[0] < 2e-5
     assert weights["blocks.0.router.correction_bias"].abs().max() > 0
+
+
+def test_auxiliary_losses_change_the_gradients_and_not_the_logged_loss(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        for case, module in MODULES.items():
+            of_case = result[case]
+            assert [ACCUMULATE * loss for loss in of_case["logged"]] == pytest.approx(of_case["returned"], rel=1e-6)
+            wanted = {"micro_batch", "global_batch", "z"} if module.overrides else set()
+            assert set(of_case["aux"]) == wanted and all(aux > 0 for aux in of_case["aux"].values())
+        name = "blocks.0.router.weight"
+        assert worst({name: result["sum-aux"]["grads"][0][name]}, {name: result["sum"]["grads"][0][name]})[0] > 0.1
+
+
+def test_random_numbers_are_keyed_by_the_place_in_one_process(results: list[dict[str, Any]]) -> None:
+    """(seed, optimizer step, micro-batch), the same on any mesh."""
+    for rank in range(WORLD):
+        places = [(step, rank * ACCUMULATE + micro) for step in range(STEPS) for micro in range(ACCUMULATE)]
+        assert results[rank]["sum"]["keys"] == [(SEED, *place) for place in places]
+        assert results[rank]["mean"]["keys"] == [(0, *place) for place in places]
 
 
 def test_ranks_see_different_data(results: list[dict[str, Any]]) -> None:
@@ -225,10 +286,10 @@ def test_weights_are_sharded(results: list[dict[str, Any]]) -> None:
     assert results[0]["mean"]["kinds"] == {"DTensor", "Parameter"}  # FSDP2 and experts; routers are replicated
 
 
-@pytest.mark.parametrize("loss", ["mean", "sum"])
-def test_checkpoint_restores_every_weight(results: list[dict[str, Any]], loss: str) -> None:
+@CASES
+def test_checkpoint_restores_every_weight(results: list[dict[str, Any]], case: str) -> None:
     for result in results:
-        assert worst(result[loss]["restored"], result[loss]["weights"])[0] == 0.0
+        assert worst(result[case]["restored"], result[case]["weights"])[0] == 0.0
 
 
 def test_mistakes_are_told(results: list[dict[str, Any]]) -> None:

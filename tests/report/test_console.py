@@ -17,6 +17,7 @@ from moecompile.plan import (
     DispatchPlan,
     ExpertPlacement,
     ExpertsPlan,
+    ExpertsSite,
     FFNSite,
     LayerPlan,
     Plan,
@@ -143,6 +144,7 @@ RESULT = {
     "task": "train", "recipe": "deepseek_ep", "status": "ok", "seconds": 41.23, "world_size": 4, "num_rewritten": 3,
     "steps": 200, "loss_first": 7.62431, "loss_last": 4.12344, "val_loss": 4.5, "unigram_entropy": 5.77,
     "tokens_per_second": 8123.4, "step0_max_abs_diff": 3.1e-6, "step0_reason": None, "max_violation_last": 0.43,
+    "max_violation_mean_last": 0.2112, "drop_rate_last": 0.0312,
     "bytes_per_token_per_layer": {"intra_node": 1034.2, "inter_node": 2345.1},
     "bytes_per_token_per_layer_predicted": {"intra_node": 1030.0, "inter_node": 2340.0},
     "checkpoint": None, "run_dir": "runs/deepseek_ep/x",
@@ -153,7 +155,7 @@ def test_the_closing_summary_has_every_figure() -> None:
     text = words(printed(lambda console: print_result(RESULT, console)))
     for shown in (
         "deepseek_ep ok 41.2 s", "3 MoE layers on 4 ranks", "within 3.1e-06", "7.6243 -> 4.1234 in 200 steps",
-        "validation 4.5000", "unigram entropy 5.7700", "MaxVio 0.430", "8,123 tokens/s",
+        "validation 4.5000", "unigram entropy 5.7700", "MaxVio 0.430", "MaxVio 0.211 mean over layers", "drops 3.12%", "8,123 tokens/s",
         "forward bytes 1.01 KiB intra-node, 2.29 KiB inter-node", "predicted 1.01 KiB", "run dir runs/deepseek_ep/x",
     ):  # fmt: skip
         assert shown in text
@@ -175,3 +177,36 @@ def test_paths_are_printed_as_they_are() -> None:
 def test_torch_is_not_imported() -> None:
     code = "import sys, moecompile.report.console; assert not {'torch', 'hydra', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def existing_layer(index: int) -> LayerPlan:
+    """Experts that the model has already, with groups and a bias rule."""
+    return LayerPlan(
+        site=ExpertsSite(
+            fqn=f"model.layers.{index}.mlp.experts", d_model=7168, d_ff=2048, num_experts=256, top_k=8, groups=8,
+            top_groups=4, correction_bias=True, activation="SiLU", index=index,
+        ),
+        experts=ExpertsPlan(num_routed=256, granularity=1, num_shared=0, d_expert=2048, d_shared=0, init="existing"),
+        routing=RoutingPlan(
+            top_k=8, score="own", normalize=False, scale=1.0, groups=8, top_groups=4, group_score="max"
+        ),
+        balance=BalancePlan(rule="bias", rate=1e-3),
+        placement=ExpertPlacement(num_experts=256, ep=64),
+        dispatch=DispatchPlan(kind="dedup"),
+    )  # fmt: skip
+
+
+def test_experts_of_the_model_are_told_from_dense_ffns() -> None:
+    plan = deepseek_v3()
+    own = replace(plan, layers=tuple(existing_layer(i) for i in range(3)))
+    text = printed(lambda console: print_plan(own, console, ["read from the model: experts.num_routed=256"]))
+    assert "expert FFN" in text and "dense FFN" not in text
+    row = words(text.split("dispatch")[1].split("dedup, forward")[0])
+    for part in ("gated", "256 x 2048", "own top-8", "4 of 8 groups", "balance: bias", "existing", "SiLU", "3 sites"):
+        assert part in row
+    assert "by max" not in row
+    assert text.rstrip().endswith("note  read from the model: experts.num_routed=256")
+    both = replace(plan, layers=(plan.layers[0], existing_layer(60)))
+    assert " FFN" in printed(lambda console: print_plan(both, console)).replace("expert FFN", "").replace(
+        "dense FFN", ""
+    )

@@ -1,4 +1,4 @@
-"""The table of a multirun, from the files alone."""
+"""Table and picture of a multirun, from the files alone."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
+from moecompile.report import sweep_plot
 from moecompile.report.sweep import summarize
+from moecompile.report.sweep_plot import Point, draw
 
 
-def write_job(folder: Path, config: dict[str, Any] | None, result: dict[str, Any] | None) -> None:
+def write_job(folder: Path, config: dict[str, Any] | None, result: dict[str, Any] | None, *overrides: str) -> None:
     folder.mkdir()
+    (folder / "overrides.txt").write_text("\n".join(overrides))
     if config is not None:
         (folder / "resolved.yaml").write_text(yaml.safe_dump(config))
     if result is not None:
@@ -30,19 +33,35 @@ def config(top_k: int, lr: float = 1e-3) -> dict[str, Any]:
 def result(loss_last: float) -> dict[str, Any]:
     return {
         "status": "ok", "loss_first": 7.5, "loss_last": loss_last, "val_loss": loss_last + 0.25,
-        "max_violation_last": 0.5, "tokens_per_second": 8123.4,
+        "max_violation_last": 0.75, "max_violation_mean_last": 0.5, "tokens_per_second": 8123.4,
         "bytes_per_token_per_layer": {"intra_node": 100.0, "inter_node": 1536.0},
     }  # fmt: skip
 
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    write_job(tmp_path / "0", config(1), result(4.5))
-    write_job(tmp_path / "2", config(4), None)
-    write_job(tmp_path / "10", config(2), result(4.125))
+    write_job(tmp_path / "0", config(1), result(4.5), "recipe=mixtral_ep", "routing.top_k=1")
+    write_job(tmp_path / "2", config(4), None, "recipe=mixtral_ep", "routing.top_k=4")
+    write_job(tmp_path / "10", config(2), result(4.125), "recipe=mixtral_ep", "routing.top_k=2")
     write_job(tmp_path / "11", None, None)
     write_job(tmp_path / ".submitit", None, None)
     return tmp_path
+
+
+def point(loss: float, **settings: str) -> Point:
+    return Point(settings=settings, measured={"val_loss": loss, "tokens_per_second": 1000.0})
+
+
+def drawn_lines(points: list[Point], axis: str) -> dict[str, list[tuple[float, float]]]:
+    """Label -> (x, mean) of every line in the panel of the loss."""
+    figure = sweep_plot._lines(points, sweep_plot._keys(points), axis, ["val_loss"])
+    return {
+        line.get_label(): [(float(x), float(y)) for x, y in line.lines[0].get_xydata()]
+        for line in figure.axes[0].containers
+    }
+
+
+# -- the table -----------------------------------------------------------------------------------------------------
 
 
 def test_csv_has_the_keys_that_differ_and_every_job(sweep: Path) -> None:
@@ -66,26 +85,106 @@ def test_printed_table_fits_80_columns(sweep: Path, capsys: pytest.CaptureFixtur
         "10", "top_k=2", "ok", "7.5000", "4.1250", "4.3750", "0.500", "8,123", "1.50", "KiB",
     ]  # fmt: skip
     assert next(line for line in lines if line.startswith("2")).split() == ["2", "top_k=4", "failed", *"------"]
-    assert lines[-1].endswith("sweep.csv")
+    assert [line.rpartition("/")[2] for line in lines[-2:]] == ["sweep.csv", "sweep.png"]
 
 
 def test_keys_with_one_last_part_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for i, name in enumerate(("a", "b")):
-        write_job(tmp_path / str(i), {"model": {"name": name}, "data": {"name": name}}, result(4.0))
+        write_job(tmp_path / str(i), {}, result(4.0), f"model.name={name}", f"data.name={name}")
     summarize(tmp_path)
     out = capsys.readouterr().out
     assert "model.name=a" in out
     assert "data.name=b" in out
 
 
-def test_many_differing_keys_are_cut_in_print_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for i in range(2):
-        write_job(tmp_path / str(i), {f"key_{n}": i for n in range(9)}, result(4.0))
+def test_a_swept_group_is_one_name_in_print_and_all_its_keys_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i, mesh in enumerate(("cpu_1", "cpu_2x2")):
+        write_job(tmp_path / str(i), {"mesh": {"ep": i, "num_nodes": i}}, result(4.0), f"mesh={mesh}", "+data.path=x")
     summarize(tmp_path)
-    assert "3 more keys differ" in capsys.readouterr().out
-    assert "key_8" in (tmp_path / "sweep.csv").read_text().splitlines()[0]
+    out = capsys.readouterr().out
+    assert "mesh=cpu_2x2" in out
+    assert "num_nodes" not in out and "path" not in out
+    assert (tmp_path / "sweep.csv").read_text().splitlines()[0].startswith("job,mesh.ep,mesh.num_nodes,status,")
 
 
 def test_neither_torch_nor_hydra_is_imported() -> None:
-    code = "import sys, moecompile.report.sweep; assert not {'torch', 'hydra', 'omegaconf'} & set(sys.modules)"
+    code = "import sys, moecompile.report.sweep, moecompile.report.sweep_plot; assert not {'torch', 'hydra', 'omegaconf'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- the picture ---------------------------------------------------------------------------------------------------
+
+
+def test_the_picture_is_a_png_beside_the_table(sweep: Path) -> None:
+    summarize(sweep)
+    assert (sweep / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_job_that_succeeded_is_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_job(tmp_path / "0", config(1), result(4.5), "routing.top_k=1")
+    write_job(tmp_path / "1", config(2), {"status": "failed", "val_loss": 4.0}, "routing.top_k=2")
+    summarize(tmp_path)
+    assert not (tmp_path / "sweep.png").exists()
+    assert "sweep.png" not in capsys.readouterr().out
+
+
+def test_a_picture_that_fails_does_not_lose_the_table(
+    sweep: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> bool:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(sweep_plot, "draw", broken)
+    summarize(sweep)
+    out = capsys.readouterr().out
+    assert "top_k=2" in out
+    assert out.splitlines()[-1] == "sweep.png could not be drawn: MemoryError: no room"
+    assert (sweep / "sweep.csv").is_file()
+
+
+def test_a_number_is_the_axis_and_the_rest_are_lines_in_the_order_of_x() -> None:
+    points = [point(loss, experts=e, top_k=k) for e, k, loss in (
+        ("8", "1", 5.0), ("8", "2", 4.0), ("16", "1", 6.0), ("16", "2", 3.0), ("4", "2", 9.0),
+    )]  # fmt: skip
+    assert sweep_plot._axis(points, ["experts", "top_k"]) == "experts"
+    assert drawn_lines(points, "experts") == {
+        "top_k=1": [(8, 5.0), (16, 6.0)],
+        "top_k=2": [(4, 9.0), (8, 4.0), (16, 3.0)],
+    }
+
+
+def test_a_seed_is_repetition() -> None:
+    points = [point(loss, top_k=k, seed=s) for k, s, loss in (("1", "0", 5.0), ("1", "1", 6.0), ("2", "0", 4.0))]
+    keys = sweep_plot._keys(points)
+    assert keys == ["top_k"]
+    assert list(drawn_lines(points, "top_k").values()) == [[(1, 5.5), (2, 4.0)]]
+    assert sweep_plot._keys(points[:2]) == ["seed"], "unless nothing else differs"
+    assert sweep_plot._axis(points[:2], ["seed"]) is None
+
+
+def test_words_and_numbers_that_stand_alone_are_bars(tmp_path: Path) -> None:
+    words = [point(5.0, balance=b, seed=s) for b in ("none", "bias") for s in "012"]
+    assert sweep_plot._axis(words, ["balance"]) is None
+    assert sweep_plot._axis([point(5.0, recipe="a", lr="1"), point(5.0, recipe="b", lr="2")], ["recipe", "lr"]) is None
+    figure = sweep_plot._bars(words, ["balance"], ["val_loss", "tokens_per_second"])
+    loss = figure.axes[0]
+    assert [text.get_text() for text in loss.get_yticklabels()] == ["none", "bias"]
+    assert [bar.get_width() for bar in loss.patches] == [5.0, 5.0]
+    assert draw(words, tmp_path / "bars.png")
+
+
+def test_what_was_not_measured_has_no_panel(tmp_path: Path) -> None:
+    idle = {"val_loss": None, "tokens_per_second": 0.0}
+    points = [Point(settings={"top_k": k}, measured=idle) for k in ("1", "2")]
+    assert not draw(points, tmp_path / "none.png")
+    figure = sweep_plot._lines(points, ["top_k"], "top_k", ["val_loss"])
+    assert not figure.axes[0].lines
+
+
+def test_more_lines_than_can_be_told_apart_are_cut_and_it_is_said() -> None:
+    points = [point(5.0, top_k=k, name=f"n{i}") for i in range(25) for k in ("1", "2")]
+    figure = sweep_plot._lines(points, ["top_k", "name"], "top_k", ["val_loss"])
+    assert len(figure.axes[0].get_legend_handles_labels()[1]) == 21
+    assert figure.get_suptitle() == "the first 21 of 25 combinations; all are in sweep.csv"

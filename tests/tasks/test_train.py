@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from moecompile import plan as plans
+from moecompile.runtime.history import LoadHistory
 
 TINY = [
     "recipe=deepseek_ep", "model.config.num_hidden_layers=2", "model.config.hidden_size=32", "data.vocab_size=300",
@@ -70,12 +72,88 @@ def test_a_run_leaves_what_it_promises(sweep: tuple[Path, str]) -> None:
         "tensorboard",
         "graphs",
         "tokenizer.json",
+        "load.npz",
+        "load.png",
     }
     assert list((folder / "tensorboard").glob("events*"))
     graphs = {path.name for path in (folder / "graphs").iterdir()}
     stages = ("captured", "rewritten", "lowered")
     assert graphs == {f"model.layers.1.mlp.{stage}.{kind}" for stage in stages for kind in ("txt", "svg")}
     assert Path(result["checkpoint"], ".metadata").is_file()
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    """Rows of training; validation has rows of its own."""
+    return [row for row in csv.DictReader((folder / "metrics.csv").read_text().splitlines()) if row["loss"]]
+
+
+def test_every_row_says_what_each_layer_did(sweep: tuple[Path, str]) -> None:
+    """3 rows of 8 x 32 tokens, top-4 of 16 experts, one of two nodes each."""
+    folder = sweep[0] / "again"
+    rows, path = rows_of(folder), "model.model.layers.1.mlp.router"
+    history = LoadHistory.read(folder / "load.npz")
+    assert (history.steps, history.layers) == ([1, 2, 3], [path])
+    for row, load in zip(rows, history.loads, strict=True):
+        counts = [int(row[f"load/{path}/{expert:02d}"]) for expert in range(16)]
+        assert counts == load[0].tolist() and sum(counts) == 8 * 32 * 4
+        assert float(row[f"max_violation/{path}"]) == pytest.approx(max(counts) / 64 - 1)
+        assert float(row["max_violation"]) == pytest.approx(max(counts) / 64 - 1)
+        nodes = [int(row[f"node_tokens/{path}/{node}"]) for node in range(2)]
+        assert sum(nodes) == 8 * 32 and float(row[f"nodes_per_token/{path}"]) == 1.0
+        assert 0 < float(row[f"entropy/{path}"]) <= math.log(16) + 1e-6
+        assert float(row[f"drop_rate/{path}"]) == 0.0 and float(row["grad_norm"]) > 0
+    result = result_of(folder)
+    assert result["max_violation_last"] == pytest.approx(float(rows[-1]["max_violation"]))
+    assert result["max_violation_mean_last"] == pytest.approx(result["max_violation_last"])  # one layer, one step
+    assert (result["drop_rate_last"], result["nodes_per_token_last"]) == (0.0, 1.0)
+    assert result["entropy_last"] == pytest.approx(float(rows[-1][f"entropy/{path}"]))
+
+
+T5 = [
+    "model=t5_nano", "data.objective=span_corruption", "experts.layers='1::2'", "experts.num_routed=4",
+    "routing.top_k=1", "routing.normalize=false", "routing.capacity_factor=1.0", "balance.losses.micro_batch=0.01",
+    "balance.losses.z=0.001", "mesh=cpu_2x2", "mesh.ep=2", "model.config.d_model=32", "model.config.d_ff=64",
+    "data.vocab_size=300", "data.seq_len=32", "data.micro_batch_size=4", "data.global_batch_size=32",
+    "data.val_batches=1", "data.val_fraction=0.01", "optimizer.lr=0.01", "optimizer.warmup_steps=3",
+    "trainer.max_steps=20", "trainer.log_interval=5", "hydra.run.dir=t5",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A T5 with every other FFN made of Switch's experts: top-1, capacity, auxiliary losses."""
+    folder = tmp_path_factory.mktemp("t5")
+    run = moecompile(T5, folder)
+    assert run.returncode == 0, run.stderr + run.stdout
+    return folder / "t5", run.stdout
+
+
+def test_an_encoder_decoder_model_learns(t5: tuple[Path, str]) -> None:
+    result = result_of(t5[0])
+    assert (result["num_rewritten"], result["steps"]) == (4, 20)
+    assert result["val_loss"] < result["val_loss_first"] - 0.5
+    assert result["loss_last"] < result["loss_first"] - 0.5
+    assert result["unigram_entropy"] is None  # the targets are spans with sentinels, not the text
+    layers = LoadHistory.read(t5[0] / "load.npz").layers
+    assert [layer.split(".")[1] for layer in layers] == ["encoder"] * 2 + ["decoder"] * 2
+
+
+def test_drops_and_auxiliary_losses_are_reported(t5: tuple[Path, str]) -> None:
+    """Also that columns that come late, such as val_loss, break no row."""
+    folder, output = t5
+    rows, result = rows_of(folder), result_of(folder)
+    assert [int(row["step"]) for row in rows] == [1, 5, 10, 15, 20]
+    for row in rows:
+        # The losses of four layers that are about even are 4 x 0.01 x 1; z is the square of a log-sum-exp of 4 logits.
+        assert 0.039 < float(row["aux/micro_batch"]) < 0.16
+        assert float(row["aux/z"]) > 0
+        rates = [float(value) for name, value in row.items() if name.startswith("drop_rate/")]
+        assert len(rates) == 4 and 0 < float(row["drop_rate"]) < 1
+        assert min(rates) <= float(row["drop_rate"]) <= max(rates)
+    assert 0 < result["drop_rate_last"] < 1
+    assert "drops " in output and "MaxVio" in output
+    lines = [line for line in output.splitlines() if line.startswith("step 5/20")]
+    assert len(lines) == 1 and "%" in lines[0]
 
 
 def test_counted_bytes_are_of_the_planned_order(sweep: tuple[Path, str]) -> None:
@@ -100,6 +178,12 @@ def test_a_seed_decides_everything(sweep: tuple[Path, str]) -> None:
     first, second = sweep[0] / "swept" / "2", sweep[0] / "again"
     assert losses_of(first) == losses_of(second)
     assert result_of(first)["val_loss"] == result_of(second)["val_loss"]
+
+
+def test_objectives_must_fit(tmp_path: Path) -> None:
+    run = moecompile([*TINY, "data.objective=span_corruption"], tmp_path)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: data.objective=span_corruption: the model deepseek_nano has no encoder and")
 
 
 def test_vocabularies_must_fit(tmp_path: Path) -> None:

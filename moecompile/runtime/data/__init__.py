@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from moecompile.errors import ConfigError
 from moecompile.runtime.data.batches import IGNORED, GlobalBatchSampler, TokenWindows, ValidationSampler
+from moecompile.runtime.data.spans import SpanCorruption, SpanCounts
 from moecompile.runtime.data.text import load_text, split_text
 from moecompile.runtime.data.tokens import (
     encode,
@@ -25,6 +26,8 @@ from moecompile.schema import DataConfig
 __all__ = [
     "IGNORED",
     "GlobalBatchSampler",
+    "SpanCorruption",
+    "SpanCounts",
     "TextData",
     "TokenWindows",
     "ValidationSampler",
@@ -43,11 +46,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TextData:
-    """A text, tokenized and split."""
+    """A text, tokenized and split; the windows as `load_data` cuts them, or as an objective needs them."""
 
     tokenizer: Tokenizer
-    train: TokenWindows
-    val: TokenWindows
+    train: TokenWindows | SpanCorruption
+    val: TokenWindows | SpanCorruption
 
 
 def load_data(data: DataConfig, run_dir: Path, *, rank: int, barrier: Callable[[], object]) -> TextData:
@@ -62,10 +65,10 @@ def load_data(data: DataConfig, run_dir: Path, *, rank: int, barrier: Callable[[
 
 
 def train_loader(
-    windows: TokenWindows, data: DataConfig, *, seed: int, rank: int, world_size: int, start_step: int = 0,
-    num_steps: int | None = None,
+    windows: TokenWindows | SpanCorruption, data: DataConfig, *, seed: int, rank: int, world_size: int,
+    start_step: int = 0, num_steps: int | None = None,
 ) -> DataLoader[Any]:  # fmt: skip
-    """This rank's training micro-batches from optimizer step `start_step` on: input_ids and labels, (B, S) each."""
+    """This rank's training micro-batches from optimizer step `start_step` on: input_ids and labels, a row a window."""
     sampler = GlobalBatchSampler(
         len(windows),
         global_batch_size=data.global_batch_size,
@@ -75,11 +78,14 @@ def train_loader(
         seed=seed,
         start_step=start_step,
         num_steps=num_steps,
+        distinct_epochs=isinstance(windows, SpanCorruption),
     )
     return DataLoader(windows, batch_sampler=sampler)
 
 
-def val_loader(windows: TokenWindows, data: DataConfig, *, rank: int, world_size: int) -> DataLoader[Any]:
+def val_loader(
+    windows: TokenWindows | SpanCorruption, data: DataConfig, *, rank: int, world_size: int
+) -> DataLoader[Any]:
     """This rank's validation micro-batches; every rank has the same number."""
     sampler = ValidationSampler(
         len(windows),

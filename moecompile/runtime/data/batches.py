@@ -58,6 +58,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
     Args:
         num_windows: N. global_batch_size: B, a multiple of micro_batch_size * world_size.
         start_step: the first optimizer step, for resuming. num_steps: how many steps (None: without end).
+        distinct_epochs: indices are window + epoch * N, for windows that are not the same in every epoch.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         seed: int,
         start_step: int = 0,
         num_steps: int | None = None,
+        distinct_epochs: bool = False,
     ) -> None:
         if num_windows < 1 or global_batch_size % (micro_batch_size * world_size):
             raise ValueError(
@@ -81,6 +83,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.per_rank = global_batch_size // world_size
         self.rank, self.start_step, self.num_steps = rank, start_step, num_steps
+        self.stride = num_windows if distinct_epochs else 0
 
     def __iter__(self) -> Iterator[list[int]]:
         steps = itertools.count(self.start_step)
@@ -92,7 +95,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 if position // self.num_windows != epoch:
                     epoch = position // self.num_windows
                     order = _permutation(self.num_windows, self.seed, epoch)
-                windows.append(order[position % self.num_windows])
+                windows.append(order[position % self.num_windows] + epoch * self.stride)
             yield from _cut(windows, self.micro_batch_size)
 
     def __len__(self) -> int:

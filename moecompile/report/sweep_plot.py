@@ -1,0 +1,218 @@
+"""Draws what a multirun measured: small panels over the swept settings. Needs neither torch nor hydra.
+
+Algorithm:
+  1. Find the settings that differ between the points. `seed` is repetition: points that differ in it alone are one,
+     drawn at their mean with a whisker from the smallest to the largest.
+  2. The first setting whose values are all numbers is the x axis, with one line per combination of the others.
+     Without one, or if no line would have two points, each combination is a horizontal bar.
+  3. One panel for each quantity that was measured and is not zero everywhere.
+Colours are Okabe and Ito's, which colour-blind people can tell apart; lines differ in marker and dash too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+PANELS = {
+    "val_loss": ("validation loss, nats per token", ".3f"),
+    "max_violation_mean_last": ("MaxVio, mean of layers", ".3f"),
+    "tokens_per_second": ("tokens per second", ",.0f"),
+    "inter_node_bytes_per_token": ("inter-node bytes per token and layer", ",.0f"),
+}
+"""Quantity -> (title of its panel, how the number at a bar is written)."""
+
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES = ("-", "--", ":")
+_REPETITION = "seed"
+_LOG_RANGE = 8  # values that span more than this are spread evenly on a logarithmic axis
+_MAX_LINES, _MAX_BARS = len(_COLORS) * len(_DASHES), 40
+_COLUMNS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One job. settings: what was swept, as text. measured: quantity -> value, None where it was not measured."""
+
+    settings: Mapping[str, str]
+    measured: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Range:
+    """What the repetitions of one combination measured."""
+
+    values: Sequence[float]
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.values)
+
+    @property
+    def whisker(self) -> tuple[float, float]:
+        """Down to the smallest, up to the largest."""
+        return self.mean - min(self.values), max(self.values) - self.mean
+
+
+def draw(points: Sequence[Point], path: Path) -> bool:
+    """Writes a PNG, if points differ in a setting and something was measured; says whether it did."""
+    keys = _keys(points)  # Step 1
+    panels = [name for name in PANELS if any(point.measured.get(name) for point in points)]  # Step 3
+    if not panels or not keys:
+        return False
+    axis = _axis(points, keys)  # Step 2
+    figure = _lines(points, keys, axis, panels) if axis else _bars(points, keys, panels)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    return True
+
+
+def _keys(points: Sequence[Point]) -> list[str]:
+    """Settings that differ, without the seed unless nothing else does."""
+    names = dict.fromkeys(name for point in points for name in point.settings)
+    keys = [name for name in names if len({point.settings.get(name) for point in points}) > 1]
+    return [name for name in keys if name != _REPETITION] or keys
+
+
+def _axis(points: Sequence[Point], keys: Sequence[str]) -> str | None:
+    """The first numeric setting over which some line has two points."""
+    for key in keys:
+        if key == _REPETITION or not all(_is_number(point.settings.get(key)) for point in points):
+            continue
+        lines: dict[str, set[str]] = {}
+        for point in points:
+            lines.setdefault(_label(point, keys, without=key), set()).add(point.settings[key])
+        if any(len(xs) > 1 for xs in lines.values()):
+            return key
+    return None
+
+
+def _is_number(text: str | None) -> bool:
+    try:
+        float(text or "")
+    except ValueError:
+        return False
+    return True
+
+
+def _label(point: Point, keys: Sequence[str], without: str | None = None) -> str:
+    return ", ".join(f"{key}={point.settings.get(key, '-')}" for key in keys if key != without)
+
+
+def _groups(points: Sequence[Point], keys: Sequence[str], without: str | None = None) -> dict[str, list[Point]]:
+    """Combination of settings -> its points, in order of first appearance."""
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(_label(point, keys, without), []).append(point)
+    return groups
+
+
+def _ranges(points: Sequence[Point], key: str, name: str) -> dict[str, _Range]:
+    """Value of `key` -> what was measured there; values at which nothing was measured are left out."""
+    values: dict[str, list[float]] = {}
+    for point in points:
+        if point.measured.get(name) is not None:
+            values.setdefault(point.settings.get(key, "-"), []).append(float(point.measured[name]))
+    return {value: _Range(found) for value, found in values.items()}
+
+
+# -- lines ---------------------------------------------------------------------------------------------------------
+
+
+def _lines(points: Sequence[Point], keys: Sequence[str], axis: str, panels: Sequence[str]) -> Figure:
+    groups = _groups(points, keys, without=axis)
+    named = "" not in groups  # else there is one line, over the only setting
+    legend_height = 0.22 * -(-min(len(groups), _MAX_LINES) // 3) + 0.05 if named else 0.0
+    figure, panel_axes = _panels(panels, width=3.7, height=2.4, more_height=legend_height)
+    ticks = sorted({float(point.settings[axis]): point.settings[axis] for point in points}.items())
+    for axes, name in zip(panel_axes, panels, strict=True):
+        for i, (label, members) in enumerate(list(groups.items())[:_MAX_LINES]):
+            found = sorted(_ranges(members, axis, name).items(), key=lambda item: float(item[0]))
+            if found:
+                _line(axes, [float(x) for x, _ in found], [r for _, r in found], label, i)
+        axes.set_xlabel(axis, fontsize=9)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        _set_ticks(axes, ticks)
+    if named:
+        handles, labels = panel_axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=8)
+    _say_if_cut(figure, len(groups), _MAX_LINES)
+    return figure
+
+
+def _line(axes: Axes, xs: Sequence[float], ranges: Sequence[_Range], label: str, number: int) -> None:
+    axes.errorbar(
+        xs, [r.mean for r in ranges], yerr=list(zip(*(r.whisker for r in ranges), strict=True)), label=label,
+        color=_COLORS[number % len(_COLORS)], marker=_MARKERS[number % len(_MARKERS)],
+        linestyle=_DASHES[number // len(_COLORS)], markersize=5, linewidth=1.5, elinewidth=1, capsize=2,
+    )  # fmt: skip
+
+
+def _set_ticks(axes: Axes, ticks: Sequence[tuple[float, str]]) -> None:
+    """A tick at each value that was swept, written as it was given."""
+    xs = [x for x, _ in ticks]
+    if xs[0] > 0 and xs[-1] / xs[0] >= _LOG_RANGE:
+        axes.set_xscale("log")
+    axes.set_xticks(xs, [text for _, text in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+# -- bars ----------------------------------------------------------------------------------------------------------
+
+
+def _bars(points: Sequence[Point], keys: Sequence[str], panels: Sequence[str]) -> Figure:
+    groups = list(_groups(points, keys).items())[:_MAX_BARS]
+    figure, panel_axes = _panels(panels, width=4.0, height=0.7 + 0.28 * len(groups))
+    names = [", ".join(members[0].settings.get(key, "-") for key in keys) for _, members in groups]
+    for number, (axes, name) in enumerate(zip(panel_axes, panels, strict=True)):
+        for i, (_, members) in enumerate(groups):
+            measured = [float(p.measured[name]) for p in members if p.measured.get(name) is not None]
+            if measured:
+                _bar(axes, i, _Range(measured), PANELS[name][1])
+        axes.set_xlim(0, axes.get_xlim()[1] * 1.2)  # bars begin at zero; room for the numbers at their ends
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_ylim(len(groups) - 0.5, -0.5)  # the first job on top
+        axes.set_yticks(range(len(groups)), names if number % _COLUMNS == 0 else [""] * len(groups))
+        axes.grid(visible=False, axis="y")
+    figure.supylabel(", ".join(keys), fontsize=9)
+    _say_if_cut(figure, len(_groups(points, keys)), _MAX_BARS)
+    return figure
+
+
+def _bar(axes: Axes, place: int, measured: _Range, style: str) -> None:
+    whisker = [[length] for length in measured.whisker] if len(measured.values) > 1 else None
+    axes.barh(place, measured.mean, height=0.65, color=_COLORS[0], xerr=whisker, capsize=2)
+    end = (max(measured.values), place)
+    axes.annotate(format(measured.mean, style), end, xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+
+
+# -- what both share -----------------------------------------------------------------------------------------------
+
+
+def _panels(panels: Sequence[str], *, width: float, height: float, more_height: float = 0) -> tuple[Figure, list[Axes]]:
+    """A figure with one titled panel for each name, two in a row; sizes in inches."""
+    columns = min(_COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(width * columns, height * rows + more_height), layout="constrained")
+    FigureCanvasAgg(figure)
+    made = [figure.add_subplot(rows, columns, number + 1) for number in range(len(panels))]
+    for axes, name in zip(made, panels, strict=True):
+        axes.set_title(PANELS[name][0], fontsize=9.5, loc="left")
+        axes.grid(color="#d9d9d9", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=8.5, length=3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, made
+
+
+def _say_if_cut(figure: Figure, count: int, limit: int) -> None:
+    if count > limit:
+        figure.suptitle(f"the first {limit} of {count} combinations; all are in sweep.csv", fontsize=8.5)

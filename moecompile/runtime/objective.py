@@ -1,0 +1,67 @@
+"""Which windows a model learns from: `data.objective`, and whether the model fits it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from moecompile.errors import ConfigError
+from moecompile.runtime.data import SpanCorruption, SpanCounts, TextData, TokenWindows
+from moecompile.schema import Config, Objective
+
+
+def data_for(model: nn.Module, data: TextData, config: Config) -> TextData:
+    """`data` with the inputs and targets of `config.data.objective` for `model`.
+
+    Raises:
+        ConfigError: the model's kind does not fit the objective, or its vocabulary is too small.
+    """
+    _check_kind(model, config)
+    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+    _check_vocabulary(vocab_size, config)
+    if config.data.objective is Objective.causal:
+        return data
+    assert isinstance(data.train, TokenWindows) and isinstance(data.val, TokenWindows) and vocab_size is not None
+    train, val = (SpanCorruption(windows, vocab_size, config.seed) for windows in (data.train, data.val))
+    return replace(data, train=train, val=val)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model reads one sequence and writes another one (T5)."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _check_kind(model: nn.Module, config: Config) -> None:
+    both, objective = is_encoder_decoder(model), config.data.objective
+    if both and objective is Objective.causal:
+        raise ConfigError(
+            "data.objective", objective.value,
+            f"the model {config.model.name} has an encoder, which would see the tokens to be predicted",
+            "Use data.objective=span_corruption, or a causal model",
+        )  # fmt: skip
+    if not both and objective is Objective.span_corruption:
+        raise ConfigError(
+            "data.objective", objective.value, f"the model {config.model.name} has no encoder and decoder",
+            "Use data.objective=causal, or model=t5_nano",
+        )  # fmt: skip
+
+
+def _check_vocabulary(vocab_size: int | None, config: Config) -> None:
+    data = config.data
+    if vocab_size is None:
+        return
+    if vocab_size < data.vocab_size:
+        raise ConfigError(
+            "data.vocab_size",
+            data.vocab_size,
+            f"the model {config.model.name} has embeddings for {vocab_size} tokens",
+            f"Use at most {vocab_size}",
+        )
+    sentinels = SpanCounts(data.seq_len).num_sentinels
+    if data.objective is Objective.span_corruption and vocab_size < data.vocab_size + sentinels:
+        raise ConfigError(
+            "model.config.vocab_size", vocab_size,
+            f"data.seq_len={data.seq_len} needs {sentinels} sentinels above data.vocab_size={data.vocab_size}",
+            f"Use at least {data.vocab_size + sentinels}, or shorter sequences",
+        )  # fmt: skip
