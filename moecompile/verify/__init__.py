@@ -1,5 +1,7 @@
 """Proof that ranks compute what one process computes."""
 
+from moecompile.verify.certify import Check, certify, compare
 from moecompile.verify.compare import relative_error, worst
+from moecompile.verify.shrink import shrink
 
-__all__ = ["relative_error", "worst"]
+__all__ = ["Check", "certify", "compare", "relative_error", "shrink", "worst"]

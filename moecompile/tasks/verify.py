@@ -1,0 +1,70 @@
+"""task=verify: runs the config, shrunk, on one process and on all ranks of its mesh, and compares them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+from rich.console import Console
+
+from moecompile import plan as plans
+from moecompile.compose import RESOLVED, save_resolved
+from moecompile.errors import VerificationFailed
+from moecompile.report.console import print_checks
+from moecompile.report.result import versions, write_result
+from moecompile.runtime.launch import launch
+from moecompile.runtime.process_group import init_process_group
+from moecompile.schema import Config, mesh_spec
+from moecompile.verify import certify, shrink
+
+CERTIFICATE = "certificate.json"
+
+
+def run(config: Config, run_dir: Path) -> None:
+    """Prints what was shrunk, runs the ranks, and fails if a check did.
+
+    Raises:
+        VerificationFailed: a check did not pass.
+    """
+    small, notes = shrink(config, config.verify.steps)
+    save_resolved(small, run_dir / RESOLVED)
+    for note in notes:
+        print(f"shrunk  {note}", flush=True)
+    launch(
+        mesh_spec(small.mesh).world_size,
+        run_dir,
+        module="moecompile.tasks.worker",
+        threads=small.trainer.threads_per_rank,
+        timeout_s=small.trainer.timeout_s,
+    )
+    certificate = json.loads((run_dir / CERTIFICATE).read_text(encoding="utf-8"))
+    failed = [check for check in certificate["checks"] if not check["passed"]]
+    if failed:
+        raise VerificationFailed(config.name, [check["name"] for check in failed])
+
+
+def run_rank(config: Config, run_dir: Path) -> None:
+    """One rank: both sides; rank 0 also the comparison, the table and the certificate."""
+    start = time.perf_counter()
+    init_process_group(config)
+    checks, plan = certify(config, run_dir)
+    if dist.get_rank() > 0:
+        return
+    console, passed = Console(soft_wrap=False), all(check.passed for check in checks)
+    rows = [dataclasses.asdict(check) for check in checks]
+    print_checks(rows, console)
+    seconds = time.perf_counter() - start
+    plans.save(plan, run_dir / "plan.yaml")
+    certificate = {
+        "recipe": config.name, "passed": passed, "plan_hash": plan.hash, "world_size": plan.mesh.world_size,
+        "versions": versions(), "checks": rows,
+    }  # fmt: skip
+    path = run_dir / CERTIFICATE
+    path.write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
+    status = "ok" if passed else "failed"
+    head = {"task": "verify", "recipe": config.name, "status": status, "seconds": seconds}
+    write_result(run_dir, {**head, "passed": passed, "checks": rows, "plan_hash": plan.hash})
+    console.print(f"\n{config.name}  {'passed' if passed else 'FAILED'}  {seconds:.1f} s  {path}", soft_wrap=True)

@@ -1,0 +1,155 @@
+"""The job that is verified: a few optimizer steps of the user's config, prepared alike for one process and for N ranks.
+
+    weights   experts and routers are independently random: with copied experts a router's gradient is rounding alone
+    batches   real text; token counts differ between micro-batches, and in step 0 one rank has no target at all
+    noise     dropout and jitter are off
+
+Legend: V vocabulary, B sequences of a micro-batch, S tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from moecompile.mesh import MeshSpec
+from moecompile.models import build_model, example_inputs
+from moecompile.nn import Experts, Router
+from moecompile.pipeline import compile_model, make_plan
+from moecompile.plan import DispatchPlan, ExpertPlacement, Plan, reductions
+from moecompile.runtime.data import IGNORED
+from moecompile.runtime.module import LanguageModule
+from moecompile.schema import Config, accumulation_steps, mesh_spec
+
+_EXPERT_STD, _ROUTER_STD = 0.1, 0.5
+Batch = dict[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class Trace:
+    """What one side did. Everything is indexed by global micro-batch, in the order of one process.
+
+    losses: cross entropy per optimizer step, nats per token. norms: global gradient norm before clipping, per step.
+    loads: tokens per expert of every layer, per step. outputs: logits of each micro-batch of step 0, in evaluation
+    mode. inputs: token ids of every micro-batch. routes: router -> chosen experts (sorted) of each micro-batch of
+    step 0. grads: gradients of step 0, before clipping. weights: parameters and buffers after the last step. restored:
+    the same after a checkpoint was loaded into spoiled weights (N ranks only).
+    """
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    loads: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    routes: dict[str, list[Tensor]] = field(default_factory=dict)
+    grads: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    restored: dict[str, Tensor] = field(default_factory=dict)
+
+
+def noiseless_plan(config: Config) -> Plan:
+    """The plan of the config's own mesh, with jitter off."""
+    model = build_model(config.model, config.seed)
+    plan = make_plan(model, config, example=example_inputs(model, config.data.seq_len))
+    layers = tuple(
+        dataclasses.replace(layer, routing=dataclasses.replace(layer.routing, jitter=0.0)) for layer in plan.layers
+    )
+    return dataclasses.replace(plan, layers=layers)
+
+
+def on_one_process(plan: Plan) -> Plan:
+    """The same model without a mesh: groups, experts and routers stay, every expert lives here."""
+    mesh = MeshSpec(device=plan.mesh.device)
+    layers = tuple(
+        dataclasses.replace(
+            layer,
+            placement=ExpertPlacement(num_experts=layer.placement.num_experts, ep=1),
+            dispatch=DispatchPlan(kind="local"),
+        )
+        for layer in plan.layers
+    )
+    return Plan(mesh=mesh, layers=layers, reductions=reductions(mesh))
+
+
+def build(config: Config, plan: Plan, dtype: torch.dtype) -> nn.Module:
+    """The model, lowered by `plan`, with full random weights that depend on the seed alone."""
+    model = build_model(config.model, config.seed).to(dtype)
+    model = compile_model(model, config, example=example_inputs(model, config.data.seq_len), plan=plan)
+    _randomize(model, config.seed)
+    _without_dropout(model)
+    return model
+
+
+def uneven(batch: Batch, number: int, config: Config) -> Batch:
+    """Micro-batch `number` of the run with some of its targets taken away: their counts differ, and those of rank 1 (or
+    every fourth, in one process) have none in step 0.
+    """
+    world = mesh_spec(config.mesh).world_size
+    accumulate = accumulation_steps(config, mesh_spec(config.mesh))
+    per_step = world * accumulate
+    step, place = divmod(number, per_step)
+    labels = batch["labels"].clone()
+    silent = place // accumulate == 1 if world > 1 else place % 4 == 1
+    keep = 0 if silent and step == 0 and per_step > 1 else labels.shape[1] - number % (labels.shape[1] // 2)
+    labels[:, keep:] = IGNORED
+    return {**batch, "labels": labels}
+
+
+def routers(model: nn.Module) -> Iterator[tuple[str, Router]]:
+    """Routers of rewritten layers with their paths."""
+    for name, module in model.named_modules():
+        if isinstance(module, Router):
+            yield name, module
+
+
+@torch.no_grad()
+def _randomize(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed + 1)
+    for module in model.modules():
+        if isinstance(module, (Experts, Router)):
+            std = _ROUTER_STD if isinstance(module, Router) else _EXPERT_STD
+            for parameter in module.parameters(recurse=False):
+                drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std
+                parameter.copy_(drawn)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:  # rates that a layer hands to F.dropout itself
+                setattr(module, name, 0.0)
+
+
+@torch.no_grad()
+def evaluated(module: LanguageModule, batch: Batch) -> Tensor:
+    """Logits in evaluation mode, (B, S, V); the module is left in the mode that it was in."""
+    training = module.training
+    module.eval()
+    logits: Tensor = module.logits(batch)
+    module.train(training)
+    return logits.detach().clone()
+
+
+@contextmanager
+def recorded_routes(model: nn.Module, trace: Trace) -> Iterator[None]:
+    """Adds the experts that every router chooses for this micro-batch, sorted within a token, to `trace.routes`."""
+
+    def hook(name: str, output: tuple[Tensor, Tensor]) -> None:
+        trace.routes.setdefault(name, []).append(output[1].detach().sort(dim=1).values.clone())
+
+    handles = [
+        router.register_forward_hook(lambda _module, _args, output, name=name: hook(name, output))
+        for name, router in routers(model)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,145 @@
+"""The job on N ranks, as `task=train` runs it: the strategy, the loaders, the Trainer. Recorded for comparison."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moecompile.plan import Plan
+from moecompile.runtime.callbacks import Metrics
+from moecompile.runtime.data import TextData, train_loader
+from moecompile.runtime.module import LanguageModule
+from moecompile.runtime.observer import StepObserver
+from moecompile.runtime.strategy import ExpertParallelStrategy
+from moecompile.runtime.training import make_trainer
+from moecompile.schema import Config, accumulation_steps
+from moecompile.verify.job import Batch, Trace, evaluated, recorded_routes, uneven
+
+_QUIET = logging.getLogger("torch.distributed.tensor._redistribute")
+
+
+def run_ranks(model: nn.Module, plan: Plan, config: Config, data: TextData, run_dir: Path) -> Trace:
+    """Trains the lowered `model` on all ranks; every rank calls it.
+
+    Returns:
+        on rank 0 the trace of all ranks, in the order of one process; on the others an incomplete one.
+    """
+    mesh, rank = plan.mesh, dist.get_rank()
+    module = LanguageModule(model, config.optimizer, config.trainer.max_steps)
+    loader = train_loader(
+        data.train, config.data, seed=config.seed, rank=rank, world_size=mesh.world_size,
+        num_steps=config.trainer.max_steps,
+    )  # fmt: skip
+    accumulate = accumulation_steps(config, mesh)
+    batches = [
+        uneven(batch, _global_number(i, rank, mesh.world_size, accumulate), config) for i, batch in enumerate(loader)
+    ]
+    metrics = Metrics(1, config.trainer.max_steps)
+    recorder = _Recorder(metrics, batches[:accumulate])
+    trainer = make_trainer(config, mesh, run_dir, [metrics, recorder])
+    trainer.fit(module, _Batches(batches))
+    trace = recorder.trace
+    trace.inputs = _in_order([batch["input_ids"] for batch in batches], accumulate)
+    trace.weights = _whole(model)
+    trainer.save_checkpoint(run_dir / "checkpoint")
+    _spoil(model)
+    trainer.strategy.load_checkpoint(run_dir / "checkpoint")
+    trace.restored = _whole(model)
+    return trace
+
+
+def _global_number(i: int, rank: int, world_size: int, accumulate: int) -> int:
+    """The number, in one process, of this rank's micro-batch i."""
+    step, place = divmod(i, accumulate)
+    return (step * world_size + rank) * accumulate + place
+
+
+class _Batches:
+    """A loader over batches that exist already."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _Recorder(StepObserver):
+    """Fills the trace during `fit`. It stands behind `Metrics`, whose rows it reads."""
+
+    def __init__(self, metrics: Metrics, first: list[Batch]) -> None:
+        self.metrics, self.first, self.trace = metrics, first, Trace()
+        self._recording: AbstractContextManager[None] | None = None
+
+    def started(self, module: LanguageModule) -> None:
+        """Outputs before the first step."""
+        outputs = [evaluated(module, batch) for batch in self.first]
+        self.trace.outputs = _in_order(outputs, len(outputs))
+
+    def micro_batch_started(self, module: LanguageModule, number: int) -> None:
+        """Routes of step 0."""
+        if number < len(self.first):
+            self._recording = recorded_routes(module.model, self.trace)
+            self._recording.__enter__()
+
+    def gradients_ready(self, module: LanguageModule, step: int) -> None:
+        """Gradients of step 0."""
+        if step == 0:
+            grads = {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
+            self.trace.grads = {name: full(grad) for name, grad in grads.items()}
+
+    def micro_batch_ended(self, module: LanguageModule, number: int) -> None:
+        """Ends what `micro_batch_started` began."""
+        if self._recording is not None:
+            self._recording.__exit__(None, None, None)
+            self._recording = None
+
+    def step_ended(self, module: LanguageModule, strategy: ExpertParallelStrategy) -> None:
+        """Loss, norm and loads."""
+        assert self.metrics.loss_last is not None and strategy.grad_norm is not None
+        self.trace.losses.append(self.metrics.loss_last)
+        self.trace.norms.append(strategy.grad_norm)
+        self.trace.loads += [layer.load for layer in strategy.loads]
+
+    def ended(self, module: LanguageModule) -> None:
+        """Routes of all ranks."""
+        self.trace.routes = {name: _in_order(ids, len(ids)) for name, ids in self.trace.routes.items()}
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A DTensor gathered from all ranks, a plain tensor as it is; all ranks call it."""
+    _QUIET.setLevel(logging.ERROR)  # it warns that gathering over two axes takes two steps
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def _whole(model: nn.Module) -> dict[str, Tensor]:
+    return {name: full(tensor) for name, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def _spoil(model: nn.Module) -> None:
+    """Overwrites every weight and buffer that a checkpoint holds."""
+    for tensor in model.state_dict().values():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local.fill_(float("nan") if local.is_floating_point() else -1)
+
+
+def _in_order(mine: list[Tensor], per_step: int) -> list[Tensor]:
+    """The tensors of all ranks in the order of one process: step, rank, place in the step; on rank 0."""
+    gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(mine, gathered or None)
+    if not gathered:
+        return mine
+    steps = range(0, len(mine), per_step)
+    return [tensor for step in steps for ranks in gathered for tensor in ranks[step : step + per_step]]

@@ -1,0 +1,120 @@
+"""Makes a config small enough to be verified in seconds: widths and lengths shrink, the structure stays.
+
+Experts, top-k, groups, scores, balance, dispatch and the axes of the mesh decide what can go wrong, so they stay. Every
+change is returned as a line to print.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+from moecompile.schema import Config, ModelDevice, accumulation_steps, mesh_spec
+
+MAX_RANKS = 8
+_SEQ_LEN, _SEQUENCES, _ACCUMULATION = 32, 2, 2
+_EPS = 1e-5
+_NO_CLIPPING = 1e30
+_NARROW = 256  # a model that is no wider stays as it is
+_SLICE = 16
+# Names as transformers' configs spell them -> largest value. Powers of two, so that heads divide widths.
+_LIMITS = {
+    "vocab_size": 512, "num_hidden_layers": 4, "num_layers": 4, "num_decoder_layers": 4, "first_k_dense_replace": 1,
+    "hidden_size": 64, "d_model": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    "num_attention_heads": 4, "num_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "d_kv": 16,
+    "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "sliding_window": 16, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2,
+}  # fmt: skip
+_FFN_WIDTHS = ("intermediate_size", "d_ff", "ffn_dim", "n_inner")
+
+
+@dataclass
+class _Shrinking:
+    config: Config
+    notes: list[str] = field(default_factory=list)
+
+    def limit(self, group: object, path: str, name: str, value: object, why: str) -> None:
+        """Sets one value and says so, if it is not there already."""
+        old = getattr(group, name)
+        if old != value:
+            setattr(group, name, value)
+            self.notes.append(f"{path}.{name}: {old} -> {value}, {why}")
+
+
+def shrink(config: Config, steps: int) -> tuple[Config, list[str]]:
+    """A copy of `config` that runs `steps` optimizer steps in seconds, and what was changed, one line each."""
+    work = _Shrinking(copy.deepcopy(config))
+    _shrink_mesh(work)
+    _shrink_model(work)
+    _shrink_run(work, steps)
+    return work.config, work.notes
+
+
+def _shrink_mesh(work: _Shrinking) -> None:
+    mesh = work.config.mesh
+    spec = mesh_spec(mesh)
+    work.limit(mesh, "mesh", "device", "cpu", "verification compares processes on a CPU")
+    if spec.world_size <= MAX_RANKS:
+        return
+    why = f"{spec.world_size} ranks are more than {MAX_RANKS} processes of one machine"
+    nodes = min(2, spec.num_nodes)
+    ranks = 2 if nodes > 1 or spec.ranks_per_node < 4 else 4
+    ep = nodes * ranks if spec.ep == spec.world_size or spec.nodes_per_ep_group > 1 else min(spec.ep, ranks)
+    for name, value in (("num_nodes", nodes), ("ranks_per_node", ranks), ("ep", ep), ("dp_replicate", 1)):
+        work.limit(mesh, "mesh", name, value, why)
+    work.limit(mesh, "mesh", "dp_shard", "auto", why)
+    routing = work.config.routing
+    if routing.max_nodes is not None and routing.groups == "auto" and routing.max_nodes > nodes:
+        work.limit(routing, "routing", "max_nodes", nodes, "the EP group spans no more nodes")
+
+
+def _shrink_model(work: _Shrinking) -> None:
+    config = work.config
+    model = config.model
+    widths = [model.config.get(name, 0) for name in ("hidden_size", "d_model")]
+    if model.architecture is None or (model.device is ModelDevice.cpu and max(widths) <= _NARROW):
+        return
+    work.limit(model, "model", "device", ModelDevice.cpu, "verification needs values")
+    why = "narrow enough for seconds"
+    heads = {model.config.get(name) for name in ("num_attention_heads", "num_key_value_heads")}
+    as_many = {"num_key_value_heads": _LIMITS["num_attention_heads"]} if len(heads) == 1 else {}  # latent attention
+    for name, most in {**_LIMITS, **as_many}.items():
+        old = model.config.get(name)
+        if isinstance(old, int) and old > most:
+            model.config[name] = most
+            work.notes.append(f"model.config.{name}: {old} -> {most}, {why}")
+    width = _SLICE * max(config.experts.granularity, 2)
+    for name in _FFN_WIDTHS:
+        old = model.config.get(name)
+        if isinstance(old, int) and old > width:
+            model.config[name] = width
+            work.notes.append(f"model.config.{name}: {old} -> {width}, {why}")
+    layers = model.config.get("num_hidden_layers", 4)
+    for name, value in model.config.items():
+        if name.endswith("layer_types") and isinstance(value, list) and len(value) > layers:
+            model.config[name] = value[:layers]
+            work.notes.append(f"model.config.{name}: the first {layers} entries")
+
+
+def _shrink_run(work: _Shrinking, steps: int) -> None:
+    config, data = work.config, work.config.data
+    why = "seconds, not minutes"
+    work.limit(data, "data", "seq_len", min(data.seq_len, _SEQ_LEN), why)
+    work.limit(data, "data", "micro_batch_size", min(data.micro_batch_size, _SEQUENCES), why)
+    world = mesh_spec(config.mesh).world_size
+    work.limit(data, "data", "global_batch_size", data.micro_batch_size * world * _ACCUMULATION, why)
+    vocab = config.model.config.get("vocab_size")
+    if isinstance(vocab, int) and vocab < data.vocab_size:
+        work.limit(data, "data", "vocab_size", vocab, "as the model's")
+    assert accumulation_steps(config, mesh_spec(config.mesh)) == _ACCUMULATION
+    work.limit(config.trainer, "trainer", "max_steps", steps, why)
+    work.limit(
+        config.optimizer, "optimizer", "eps", max(config.optimizer.eps, _EPS),
+        "Adam would make whole steps of the rounding of tiny gradients",
+    )  # fmt: skip
+    if config.optimizer.clip_norm is None:
+        work.limit(config.optimizer, "optimizer", "clip_norm", _NO_CLIPPING, "the norm is known where it may clip")
+    # Not part of what is verified, so nothing to tell.
+    trainer = config.trainer
+    trainer.log_interval, trainer.val_interval, trainer.progress_bar, trainer.save_checkpoint = 1, steps, False, False
+    data.val_batches = 1

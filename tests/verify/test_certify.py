@@ -1,0 +1,210 @@
+"""`certify` passes on what is right, and catches each silent bug that is known from other systems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from moecompile.compose import compose_config
+from moecompile.schema import Config
+from moecompile.verify import Check, certify, shrink
+from tests.distributed.harness import run_distributed_test
+
+SMALL = [
+    "recipe=deepseek_ep", "model.config.num_hidden_layers=3", "model.config.hidden_size=32",
+    "model.config.intermediate_size=80", "data.vocab_size=300", "data.seq_len=16", "data.micro_batch_size=1",
+    "data.global_batch_size=8", "verify.dtype=float64",
+]  # fmt: skip
+AUX = ["balance.losses.micro_batch=0.01", "balance.losses.z=0.001"]
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def _is_expert(tensor: torch.Tensor | None) -> bool:
+    return isinstance(tensor, DTensor) and "ep" in (tensor.device_mesh.mesh_dim_names or ())
+
+
+def expert_gradients_times_ep(patch: pytest.MonkeyPatch) -> None:
+    from moecompile.runtime import strategy
+
+    right = strategy.divide
+
+    def wrong(parameters: list[Any], divisor: Any) -> None:
+        right(parameters, divisor)
+        right([p for p in parameters if _is_expert(p.grad)], 1 / 4)
+
+    patch.setattr(strategy, "divide", wrong)
+
+
+def router_not_summed(patch: pytest.MonkeyPatch) -> None:
+    from moecompile.runtime import strategy
+
+    patch.setattr(strategy, "sum_replicated", lambda parameters: None)
+
+
+def divided_by_own_tokens(patch: pytest.MonkeyPatch) -> None:
+    from moecompile.runtime import strategy
+
+    patch.setattr(strategy, "divide", lambda parameters, n, right=strategy.divide: right(parameters, n * 2))
+
+
+def norm_of_one_rank(patch: pytest.MonkeyPatch) -> None:
+    from moecompile.runtime import strategy
+
+    def wrong(parameters: Any, max_norm: float, right: Any = strategy.clip_by_global_norm) -> torch.Tensor:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(dist, "get_world_size", lambda group=None: 1)
+            return right(parameters, max_norm)
+
+    patch.setattr(strategy, "clip_by_global_norm", wrong)
+
+
+def loads_counted_twice(patch: pytest.MonkeyPatch) -> None:
+    from moecompile.nn import meters_of
+    from moecompile.runtime import strategy
+
+    def wrong(model: Any, group: Any = None, right: Any = strategy.update_balance) -> Any:
+        for _, meter in meters_of(model):
+            meter.load.mul_(2)
+        return right(model, group)
+
+    patch.setattr(strategy, "update_balance", wrong)
+
+
+def loads_of_one_rank(patch: pytest.MonkeyPatch) -> None:
+    from moecompile.runtime import strategy
+
+    patch.setattr(strategy, "update_balance", lambda model, group=None, right=strategy.update_balance: right(model))
+
+
+def same_batch_on_peers(patch: pytest.MonkeyPatch) -> None:
+    from moecompile.verify import ranks
+
+    right = ranks.train_loader
+    patch.setattr(ranks, "train_loader", lambda *args, rank, **kwargs: right(*args, rank=rank // 2, **kwargs))
+
+
+def experts_swapped(patch: pytest.MonkeyPatch) -> None:
+    _local_experts(patch, lambda local: local.flip(0))
+
+
+def experts_of_rank_0_everywhere(patch: pytest.MonkeyPatch) -> None:
+    def broadcast(local: torch.Tensor) -> torch.Tensor:
+        copy = local.detach().clone()
+        dist.broadcast(copy, src=0)
+        return copy
+
+    _local_experts(patch, broadcast)
+
+
+def experts_lost_in_checkpoint(patch: pytest.MonkeyPatch) -> None:
+    from moecompile.runtime.strategy import ExpertParallelStrategy
+
+    right = ExpertParallelStrategy.save_checkpoint
+
+    def wrong(self: Any, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
+        if dist.get_rank() == 1:
+            with torch.no_grad():
+                for parameter in filter(_is_expert, self.model.parameters()):
+                    parameter.to_local().zero_()
+        right(self, checkpoint, filepath, storage_options)
+
+    patch.setattr(ExpertParallelStrategy, "save_checkpoint", wrong)
+
+
+def idle_experts_without_gradient(patch: pytest.MonkeyPatch) -> None:
+    from moecompile.runtime import strategy
+
+    steps = iter(range(10))
+
+    def wrong(parameters: list[Any], divisor: Any, right: Any = strategy.divide) -> None:
+        right(parameters, divisor)
+        if next(steps) == 0:
+            next(p for p in parameters if _is_expert(p.grad)).grad = None
+
+    patch.setattr(strategy, "divide", wrong)
+
+
+def aux_loss_not_flowing(patch: pytest.MonkeyPatch) -> None:
+    from moecompile.runtime import strategy
+
+    patch.setattr(strategy, "auxiliary_loss", lambda model: None)
+
+
+def aux_loss_times_ep(patch: pytest.MonkeyPatch) -> None:
+    from moecompile.runtime import strategy
+
+    patch.setattr(strategy, "auxiliary_loss", lambda model, right=strategy.auxiliary_loss: 4 * right(model))
+
+
+def _local_experts(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Shards of experts are changed after they were cut."""
+    from moecompile.passes import shard
+
+    class Wrong(DTensor):
+        @staticmethod
+        def from_local(local: torch.Tensor, *args: Any, **kwargs: Any) -> DTensor:
+            return DTensor.from_local(change(local), *args, **kwargs)
+
+    patch.setattr(shard, "DTensor", Wrong)
+
+
+# mutation -> part of the name of a check that has to fail
+MUTATIONS: dict[Patch, str] = {
+    expert_gradients_times_ep: "gradients of experts",
+    router_not_summed: "gradients of router",
+    divided_by_own_tokens: "gradients of dense",
+    norm_of_one_rank: "gradient norm",
+    loads_counted_twice: "loads",
+    loads_of_one_rank: "loads",
+    same_batch_on_peers: "micro-batches",
+    experts_swapped: "outputs",
+    experts_of_rank_0_everywhere: "outputs",
+    experts_lost_in_checkpoint: "checkpoint round trip",
+    idle_experts_without_gradient: "gradients on one side only",
+    aux_loss_not_flowing: "gradients of router",
+    aux_loss_times_ep: "gradients of router",
+}
+
+
+def _config(overrides: list[str]) -> Config:
+    return shrink(compose_config([*SMALL, *overrides]), steps=2)[0]
+
+
+def _all(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
+    found = {"right": _certified(folder / "right")}
+    for mutation in MUTATIONS:
+        with pytest.MonkeyPatch.context() as patch:
+            mutation(patch)
+            found[mutation.__name__] = _certified(folder / mutation.__name__)
+    return found
+
+
+def _certified(folder: Path) -> list[Check]:
+    folder.mkdir(exist_ok=True)
+    return certify(_config(AUX), folder)[0]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Check]]:
+    """The checks of rank 0, all mutations in one launch."""
+    return run_distributed_test(_all, 4, tmp_path_factory.mktemp("verify"), timeout_s=400)[0]
+
+
+@pytest.mark.slow
+def test_right_passes(found: dict[str, list[Check]]) -> None:
+    assert [check for check in found["right"] if not check.passed] == []
+    assert len(found["right"]) > 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
+def test_mutation_is_caught(mutation: Patch, found: dict[str, list[Check]]) -> None:
+    failed = [check.name for check in found[mutation.__name__] if not check.passed]
+    assert any(MUTATIONS[mutation] in name for name in failed), failed
