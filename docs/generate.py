@@ -125,7 +125,7 @@ def _type(hint: Any) -> str:
     if {*get_args(hint)} == {int, str}:
         return "whole number or `auto`"
     if get_origin(hint) is list:
-        return "list of numbers"
+        return "list of texts" if get_args(hint) == (str,) else "list of numbers"
     if get_origin(hint) is dict:
         return "mapping"
     if get_args(hint):

@@ -194,8 +194,10 @@ def test_a_multirun_over_names_has_one_directory(cwd: Path) -> None:
     result = cli(cwd, "-m", r"name='it\'s a',b", "hydra.sweep.dir=s/${name}")
     assert (result.returncode, result.stderr) == (0, "")
     assert files(cwd) == [
+        "s/default/0/overrides.txt",
         "s/default/0/resolved.yaml",
         "s/default/0/result.json",
+        "s/default/1/overrides.txt",
         "s/default/1/resolved.yaml",
         "s/default/1/result.json",
         "s/default/multirun.yaml",

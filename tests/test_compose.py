@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from moecompile.compose import CONFIG_DIR_VARIABLE, compose_config, conf_dir, load_resolved, save_resolved
 from moecompile.errors import ConfigError, UserError
-from moecompile.schema import BalanceRule, Config, DispatchKind, TaskName, validate
+from moecompile.schema import BalanceRule, Config, DispatchKind, PerLayerConfig, TaskName, validate
 
 RECIPES = sorted(path.stem for path in (conf_dir() / "recipe").glob("*.yaml"))
 GROUPS = sorted(path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "recipe")
@@ -179,6 +179,9 @@ def test_other_hydra_programs_do_not_see_that_folder(tmp_path: Path, my_conf: Ca
         ("+mesh.epp=3", "mesh.epp=3: there is no such key. Did you mean"),
         ("recpie=x", "recpie=x: there is no such key. Did you mean recipe? The config has name, seed, debug, task,"),
         ("+foo=1", "foo=1: there is no such key. The config has name,"),
+        ("+per_layer.a.layrs=1", "per_layer.a.layrs=1: there is no such key. Did you mean layers? per_layer.a has match,"),
+        ("+per_layer.a.layers=[1]", "per_layer.a.layers=[1]: has the wrong type. Give text."),
+        ("+per_layer.a=1", "per_layer.a=1: Invalid type assigned: int is not a subclass of PerLayerConfig."),
         ("mesh/foo=1", "mesh/foo=1: there is no such key."),
         ("model.config.foo=1", "model.config.foo=1: there is no such key. Write +model.config.foo=... to add it."),
         ("~foo", "Could not delete from config. 'foo' does not exist."),
@@ -234,6 +237,12 @@ def test_a_recipe_that_cannot_be(recipe: str, message: str, my_conf: Callable[[s
     with pytest.raises(UserError) as raised:
         compose_config(["recipe=mine"])
     assert str(raised.value).startswith(message)
+
+
+def test_settings_of_some_layers_may_be_given_key_by_key_or_whole() -> None:
+    by_key = compose_config(["+per_layer.first.layers=0:1", "+per_layer.first.routing.top_k=1"]).per_layer
+    whole = compose_config(["+per_layer.first={layers: '0:1', routing: {top_k: 1}}"]).per_layer
+    assert by_key == whole == {"first": PerLayerConfig(layers="0:1", routing={"top_k": 1})}
 
 
 def test_a_defect_is_not_dressed_up_as_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
