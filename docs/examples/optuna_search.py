@@ -1,7 +1,7 @@
 """Searches a recipe's settings with Optuna for little validation loss and few bytes between nodes.
 
     pip install "moecompile[search]"
-    python docs/examples/optuna_search.py --trials 20 recipe=mixtral_ep trainer.max_steps=60
+    python docs/examples/optuna_search.py --trials 12 recipe=mixtral_ep trainer.max_steps=40
 
 Every trial is one run of the command line, in a folder of its own below the study's (`--study`, runs/search). The study
 is a SQLite file: the same command goes on where an earlier one stopped, until there are as many trials as asked for.
