@@ -156,18 +156,25 @@ def _decisions(layer: LayerPlan) -> tuple[tuple[str, ...], ...]:
 
 
 def _router_lines(layer: LayerPlan) -> tuple[str, ...]:
-    routing, own = layer.routing, layer.routing.score == "own"
-    lines = [f"{routing.score} top-{routing.top_k}"]
-    if routing.top_groups < routing.groups:
-        lines.append(f"{routing.top_groups} of {routing.groups} groups")
-        lines += [] if own else [f"by {routing.group_score}"]
-    if routing.normalize:
-        lines.append("normalized")
-    if routing.scale != 1:
-        lines.append(f"scale {routing.scale:g}")
-    if layer.balance.rule != "none":
-        lines += [f"balance: {layer.balance.rule}", f"rate {layer.balance.rate:g}"]
-    return tuple(lines)
+    routing, balance, own = layer.routing, layer.balance, layer.routing.score == "own"
+    limited = routing.top_groups < routing.groups
+    lines = (
+        (True, f"{routing.score} top-{routing.top_k}"),
+        (routing.choice == "expert", "experts choose"),
+        (routing.bias, "with bias"),
+        (limited, f"{routing.top_groups} of {routing.groups} groups"),
+        (limited and not own, f"by {routing.group_score}"),
+        (routing.normalize, "normalized"),
+        (routing.scale != 1, f"scale {routing.scale:g}"),
+        (routing.capacity_factor is not None, f"capacity {routing.capacity_factor}"),
+        (routing.drop != "none", f"by {routing.drop}"),
+        (routing.jitter > 0, f"jitter {routing.jitter:g}"),
+        (routing.workload != "none", f"workload: {routing.workload}"),
+        (balance.rule != "none", f"balance: {balance.rule}"),
+        (balance.rule != "none", f"rate {balance.rate:g}"),
+    )
+    losses = (line for name, value in balance.losses.items() for line in (f"{name} loss", f"  {value:g}"))
+    return (*(line for holds, line in lines if holds), *losses)
 
 
 def _reductions_table(plan: Plan) -> Table:

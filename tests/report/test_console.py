@@ -210,3 +210,23 @@ def test_experts_of_the_model_are_told_from_dense_ffns() -> None:
     assert " FFN" in printed(lambda console: print_plan(both, console)).replace("expert FFN", "").replace(
         "dense FFN", ""
     )
+
+
+def test_everything_that_is_decided_about_the_router_is_shown() -> None:
+    plan = deepseek_v3()
+    routing = replace(
+        plan.layers[0].routing,
+        score="softmax",
+        bias=True,
+        capacity_factor=1.25,
+        drop="score",
+        jitter=0.01,
+        workload="zipf",
+    )
+    balance = BalancePlan(rule="none", rate=0.0, micro_batch=0.01, z=0.001)
+    layers = tuple(replace(layer, routing=routing, balance=balance) for layer in plan.layers)
+    text = words(printed(lambda console: print_plan(replace(plan, layers=layers), console)))
+    for part in (
+        "with bias", "capacity 1.25", "by score", "jitter 0.01", "workload: zipf", "micro_batch loss", "0.01", "z loss",
+    ):  # fmt: skip
+        assert part in text, part
