@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
 
+from moecompile.capture import stand_in
 from moecompile.errors import PlanError
 from moecompile.passes.existing import ExistingRegion, RewriteExisting, forget_weights, plain_attributes
 from moecompile.passes.lower import Lower
@@ -45,23 +46,41 @@ def _form(site: PlannedSite) -> str:
     return f"{kind} {site.d_model}x{site.d_ff}{routing}" + (f" with {', '.join(biases)}" if biases else "")
 
 
-def rewritten_region(region: Region, layer: LayerPlan, seed: int) -> fx.GraphModule:
-    """The rewrite of a dense FFN or of existing experts, between its contracts."""
+def rewritten_region(region: Region, layers: Sequence[LayerPlan], seed: int) -> fx.GraphModule:
+    """The rewrite of dense FFNs or of existing experts, between its contracts.
+
+    Args:
+        layers: of the region, in the order of `ordered`.
+    """
     if isinstance(region, DenseRegion):
-        return rewritten_graph(region.graph, [(region.match, layer)], seed)
-    step = RewriteExisting()
+        out = rewritten_graph(region.graph, [(region.matches[layer.site.fqn], layer) for layer in layers], seed)
+        return stand_in(out, region.module, attributes_of(region.graph))
+    step, (layer,) = RewriteExisting(), layers
     out = step.run(region, layer)
     step.ensures(out, layer.site.fqn)
     return _with_attributes(region, out)
 
 
-def lowered_region(region: Region, rewritten: fx.GraphModule, layer: LayerPlan) -> fx.GraphModule:
+def lowered_region(region: Region, rewritten: fx.GraphModule, layers: Sequence[LayerPlan]) -> fx.GraphModule:
     """The lowered region; what stays of a rewritten one is to be shown and holds no weights of existing experts."""
-    out = lowered_graph(rewritten, [layer])
+    out = lowered_graph(rewritten, layers)
     if isinstance(region, DenseRegion):
-        return out
+        return stand_in(out, rewritten, attributes_of(rewritten))
     forget_weights(rewritten)
     return _with_attributes(region, out)
+
+
+def ordered(region: Region, layers: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """The layers of one region in the order of its graph."""
+    if not isinstance(region, DenseRegion):
+        return list(layers)
+    position = {node: i for i, node in enumerate(region.graph.graph.nodes)}
+    return sorted(layers, key=lambda layer: position[region.matches[layer.site.fqn].down.node])
+
+
+def attributes_of(graph_module: fx.GraphModule) -> set[str]:
+    """Paths of the modules and tensors that a graph uses."""
+    return {str(node.target) for node in graph_module.graph.nodes if node.op in ("call_module", "get_attr")}
 
 
 def _with_attributes(region: ExistingRegion, graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -100,8 +119,9 @@ def replace_regions(model: nn.Module, regions: Graphs) -> nn.Module:
     for fqn, graph_module in regions.items():
         region = model.get_submodule(fqn)
         move_hooks(region, graph_module)
-        if fqn == "":
-            return graph_module
         for path in paths[id(region)]:
-            model.set_submodule(path, graph_module)
+            if path == "":
+                model = graph_module
+            else:
+                model.set_submodule(path, graph_module)
     return model

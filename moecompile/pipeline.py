@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from moecompile.apply import (
     lowered_graph,
     lowered_region,
+    ordered,
     planned_site,
     replace_regions,
     rewritten_graph,
@@ -33,12 +35,13 @@ from moecompile.passes.build_plan import build_plan
 from moecompile.passes.plan_existing import notes
 from moecompile.passes.shard import device_mesh_of, layers_of, shard
 from moecompile.passes.upcycle import step0_reason
-from moecompile.plan import ExpertsSite, FFNSite, Plan, PlannedSite
+from moecompile.plan import ExpertsSite, FFNSite, LayerPlan, Plan, PlannedSite
 from moecompile.planner import ModelFacts
 from moecompile.schema import Config, SiteKind
 from moecompile.sites import (
     Captured,
     Graphs,
+    Region,
     Site,
     capture_regions,
     graph_sites,
@@ -111,7 +114,8 @@ def make_plan(
     else:
         if example is None:
             raise CaptureError("make_plan needs example=... for a module that is not a GraphModule")
-        sites = capture_regions(record_model(model_or_graph, example), config.experts.sites).sites
+        named = _named(config)
+        sites = capture_regions(record_model(model_or_graph, example), config.experts.sites, named).sites
     return build_plan(sites, config, _facts(model_or_graph))
 
 
@@ -186,7 +190,8 @@ def compile_with_report(
         )
     config, clock = _config(overrides), _Clock()
     recording = record_model(model, example)
-    captured = capture_regions(recording, config.experts.sites if plan is None else _kind(plan, config))
+    kind = config.experts.sites if plan is None else _kind(plan, config)
+    captured = capture_regions(recording, kind, _named(config, plan))
     graphs = {fqn: region.captured() for fqn, region in captured.regions.items()}
     records = [clock.record("capture", {}, graphs, f"{len(recording.graph.nodes)} functions recorded")]
     records.append(clock.record("match", graphs, graphs, _found(captured)))
@@ -194,15 +199,15 @@ def compile_with_report(
         plan = build_plan(captured.sites, config, _facts(model))
     layers = {layer.site.fqn: layer for layer in plan.layers}
     sites = {site.fqn: site for site in captured.sites}
-    regions = {fqn: captured.regions[planned_site(sites, layer).fqn] for fqn, layer in layers.items()}
-    before = {fqn: graphs[fqn] for fqn in layers}
+    regions, planned = _by_region(captured, sites, plan)
+    before = {path: graphs[path] for path in regions}
     records.append(clock.record("build_plan", before, before, f"{len(layers)} layers planned, hash {plan.hash}"))
     compiled = Compiled(model=model, plan=plan, sites=list_sites(captured, layers), records=records)
     compiled.notes = notes(plan, config)
     compiled.graphs["captured"] = before
 
     outputs = [] if is_meta(model) or not layers else _outputs(model, example)
-    rewritten = {fqn: rewritten_region(region, layers[fqn], config.seed) for fqn, region in regions.items()}
+    rewritten = {path: rewritten_region(region, planned[path], config.seed) for path, region in regions.items()}
     compiled.model = model = replace_regions(model, rewritten)
     compiled.graphs["rewritten"] = rewritten
     records.append(clock.record("rewrite", before, rewritten, "one device"))
@@ -210,7 +215,7 @@ def compile_with_report(
         compiled.step0_max_abs_diff, compiled.step0_reason = _step0(outputs, model, example, plan)
 
     if until in ("lower", "shard"):
-        lowered = {fqn: lowered_region(regions[fqn], rewritten[fqn], layer) for fqn, layer in layers.items()}
+        lowered = {path: lowered_region(regions[path], rewritten[path], planned[path]) for path in regions}
         compiled.model = model = replace_regions(model, lowered)
         compiled.graphs["lowered"] = lowered
         records.append(clock.record("lower", rewritten, lowered, "exchanges on logical axes"))
@@ -221,10 +226,30 @@ def compile_with_report(
     return compiled
 
 
+def _by_region(
+    captured: Captured, sites: Mapping[str, PlannedSite], plan: Plan
+) -> tuple[dict[str, Region], dict[str, list[LayerPlan]]]:
+    """The regions of a plan's layers, and the layers of each in the order of its graph."""
+    planned: dict[str, list[LayerPlan]] = {}
+    for layer in plan.layers:
+        planned.setdefault(captured.region_of[planned_site(sites, layer).fqn], []).append(layer)
+    regions = {path: captured.regions[path] for path in planned}
+    return regions, {path: ordered(regions[path], layers) for path, layers in planned.items()}
+
+
 def _found(captured: Captured) -> str:
     """`58 experts`, `3 dense FFNs`."""
     counts = Counter("dense FFNs" if isinstance(site, FFNSite) else "experts" for site in captured.sites)
     return ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "0 dense FFNs"
+
+
+def _named(config: Config, plan: Plan | None = None) -> Callable[[str], bool]:
+    """Whether an FFN in an MoE block is asked for: by the plan, or by a pattern that does not just take everything."""
+    if plan is not None:
+        planned = {layer.site.fqn for layer in plan.layers}
+        return planned.__contains__
+    pattern = config.experts.match
+    return lambda fqn: pattern != "*" and fnmatchcase(fqn, pattern)
 
 
 def _kind(plan: Plan, config: Config) -> SiteKind:

@@ -349,10 +349,22 @@ def test_regions_that_cannot_be_traced_are_listed_with_their_reason() -> None:
     assert [layer.site.fqn for layer in compiled.plan.layers] == ["1"]
 
 
-def test_two_ffns_in_one_region_are_refused() -> None:
-    compiled = compile_with_report(InOneModule(), COPY, example=tokens())
-    reasons = {site.reason for site in compiled.sites}
-    assert reasons == {"its region the model holds 2 FFNs, one is supported"}
+def test_two_ffns_of_one_region_are_told_apart_by_their_last_linears() -> None:
+    model = nn.Sequential(InOneModule(), UpDown())
+    wanted = model(tokens())
+    compiled = compile_with_report(model, COPY, example=tokens())
+    assert [site.fqn for site in compiled.sites] == ["0@b.weight", "0@d.weight", "1"]
+    assert {site.status for site in compiled.sites} == {"rewritten"}
+    assert max_diff(compiled.model(tokens()), wanted) <= 1e-5
+    assert not any(isinstance(module, nn.Linear) for module in compiled.model.modules())
+
+
+def test_one_of_two_ffns_of_a_region_can_be_chosen() -> None:
+    model = InOneModule()
+    compiled = compile_with_report(model, config(*COPY4, "experts.match='*@d.weight'"), example=tokens())
+    assert [(site.fqn, site.status) for site in compiled.sites] == [("@b.weight", "left"), ("@d.weight", "rewritten")]
+    assert max_diff(compiled.model(tokens()), model(tokens())) <= 1e-5
+    assert compiled.model.a is model.a
 
 
 @pytest.mark.parametrize("build", [UpDown, Gated])

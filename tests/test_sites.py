@@ -40,7 +40,8 @@ def traces(model: nn.Module, example: object, monkeypatch: pytest.MonkeyPatch) -
     captured = capture_regions(record(model, example))
     for fqn, region in captured.regions.items():
         call = record(model, example).calls[fqn]
-        assert torch.equal(region.captured()(*call.args), model.get_submodule(fqn)(*call.args))
+        assert torch.equal(region.graph(*call.args), model.get_submodule(fqn)(*call.args))
+        assert all(parameter.is_meta for parameter in region.captured().parameters())
     return count
 
 

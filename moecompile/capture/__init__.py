@@ -1,16 +1,30 @@
 """One recorded forward -> dataflow; the regions that are needed -> GraphModules."""
 
-from moecompile.capture.record import Example, ModuleCall, Recording, call_with, in_mode, is_meta, record
-from moecompile.capture.regions import trace_again, trace_region
+from moecompile.capture.keep import shell_of, stand_in
+from moecompile.capture.record import (
+    Example,
+    ModuleCall,
+    Recording,
+    call_with,
+    calls_with_caches,
+    in_mode,
+    is_meta,
+    record,
+)
+from moecompile.capture.regions import broken_rule, trace_again, trace_region
 
 __all__ = [
     "Example",
     "ModuleCall",
     "Recording",
+    "broken_rule",
     "call_with",
+    "calls_with_caches",
     "in_mode",
     "is_meta",
     "record",
+    "shell_of",
+    "stand_in",
     "trace_again",
     "trace_region",
 ]

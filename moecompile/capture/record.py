@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class Recording:
     """
 
     model: nn.Module
+    example: Example
     graph: fx.Graph
     calls: dict[str, ModuleCall] = field(default_factory=dict)
 
@@ -54,15 +56,19 @@ def record(
     Raises:
         CaptureError: the model cannot be run on the example.
     """
-    recording = Recording(model, fx.Graph())
-    names = {id(module): name for name, module in model.named_modules()}
+    recording = Recording(model, example, fx.Graph())
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
     mode = _Recorder(recording.graph, {id(t): name for name, t in _tensors(model)})
     with contextlib.ExitStack() as stack:
         for module in model.modules():
-            stack.enter_context(_watched(module, names[id(module)], recording, mode))
+            stack.enter_context(_watched(module, names[module], recording, mode))
             if is_meta(module) and opaque(module):
                 stack.enter_context(_not_run(module))
         stack.enter_context(in_mode(model, training=False))
+        stack.enter_context(caches(model, on=False))
+        stack.enter_context(without_fast_path())
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         try:
@@ -103,14 +109,14 @@ class _Recorder(TorchFunctionMode):
         if not outputs:
             return out
         node = self.graph.create_node("call_function", func, tuple(inputs), named)
-        node.meta["owner"] = self.owners[-1]
+        node.meta["owner"], node.meta["shape"] = self.owners[-1], tuple(outputs[0].shape)
         for i, tensor in enumerate(outputs):
-            self._bind(tensor, node if len(outputs) == 1 else self._item(node, i))
+            self._bind(tensor, node if len(outputs) == 1 else self._item(node, i, tensor))
         return out
 
-    def _item(self, node: fx.Node, index: int) -> fx.Node:
+    def _item(self, node: fx.Node, index: int, tensor: Tensor) -> fx.Node:
         item = self.graph.create_node("call_function", operator.getitem, (node, index))
-        item.meta["owner"] = self.owners[-1]
+        item.meta["owner"], item.meta["shape"] = self.owners[-1], tuple(tensor.shape)
         return item
 
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
@@ -121,8 +127,10 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             return self._node(value)
         if isinstance(value, (list, tuple)):
-            return [self._convert(item) for item in value]
-        return value if isinstance(value, (int, float, bool, str)) else None
+            return tuple(self._convert(item) for item in value)
+        if isinstance(value, slice):
+            return slice(self._convert(value.start), self._convert(value.stop), self._convert(value.step))
+        return value if isinstance(value, (int, float, bool, str, EllipsisType)) else None
 
     def _node(self, tensor: Tensor) -> fx.Node:
         if id(tensor) not in self.nodes:
@@ -131,15 +139,22 @@ class _Recorder(TorchFunctionMode):
                 node = self.graph.placeholder(f"input_{len(self.nodes)}")
             else:
                 node = self.graph.create_node("get_attr", name)
+            node.meta["shape"] = tuple(tensor.shape)
             self._bind(tensor, node)
         return self.nodes[id(tensor)]
 
 
 @contextlib.contextmanager
-def _watched(module: nn.Module, name: str, recording: Recording, mode: _Recorder) -> Iterator[None]:
-    """Notes the first call of `module` and makes it the owner of what runs inside."""
+def _watched(module: nn.Module, names: list[str], recording: Recording, mode: _Recorder) -> Iterator[None]:
+    """Notes the first call of `module` and makes it the owner of what runs inside.
+
+    A module at several places in the model (an activation that all layers share) is called by the name that it has
+    below its caller.
+    """
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caller = mode.owners[-1]
+        name = next((name for name in names if name.startswith(f"{caller}.")), names[0])
         recording.calls.setdefault(name, ModuleCall(args, dict(kwargs)))
         mode.owners.append(name)
 
@@ -199,6 +214,54 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
             with torch.no_grad():
                 buffer.copy_(value)
             setattr(module, name, buffer)
+
+
+def calls_with_caches(recording: Recording, paths: Collection[str]) -> dict[str, ModuleCall]:
+    """First calls of the modules at `paths` in a forward as `generate` runs it, or none if the model has no caches."""
+    model = recording.model
+    if is_meta(model) or not _switches(model):
+        return {}
+    seen = Recording(model, recording.example, fx.Graph())
+    mode = _Recorder(seen.graph, {})
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            stack.enter_context(_watched(model.get_submodule(path), [path], seen, mode))
+        stack.enter_context(in_mode(model, training=False))
+        stack.enter_context(caches(model, on=True))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        call_with(model, recording.example)
+    return seen.calls
+
+
+def _switches(model: nn.Module) -> list[Any]:
+    """The configs inside `model` that switch caches of keys and values, or other states, on and off."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    return [config for config in configs.values() if isinstance(getattr(config, "use_cache", None), bool)]
+
+
+@contextlib.contextmanager
+def caches(model: nn.Module, *, on: bool) -> Iterator[None]:
+    """Switches caches, by the configs' own switch. While a model is recorded they are off: replayed calls fill them."""
+    before = [(config, config.use_cache) for config in _switches(model)]
+    for config, _ in before:
+        config.use_cache = on
+    try:
+        yield
+    finally:
+        for config, switch in before:
+            config.use_cache = switch
+
+
+@contextlib.contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Attention and encoder layers of torch fuse what they do in evaluation mode, FFN included, unless told not to."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

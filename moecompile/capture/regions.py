@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-import operator
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -14,66 +13,32 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from moecompile.capture.record import ModuleCall, in_mode
+from moecompile.capture.decisions import trace_guarded
+from moecompile.capture.record import ModuleCall, in_mode, without_fast_path
 from moecompile.errors import CaptureError
 
 
-class _RegionTracer(fx.Tracer):
-    """Inlines everything but linears and dropouts; arguments that are no tensors keep their values."""
-
-    def __init__(self, tensor_args: set[str]) -> None:
-        super().__init__()
-        self.tensor_args = tensor_args
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (nn.Linear, nn.modules.dropout._DropoutNd))
-
-    def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
-    ) -> tuple[Callable[..., Any], list[Any]]:
-        """Proxies for tensors; other arguments keep their defaults: `if mask is None` takes the recorded branch."""
-        positional: list[Any] = [self.root]
-        by_name: dict[str, Any] = {}
-        for name, parameter in list(inspect.signature(root_fn).parameters.items())[1:]:
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                continue
-            value: Any
-            if name in self.tensor_args:
-                value = self.create_proxy("placeholder", name, (), {})
-            else:
-                value = self._constant(name, None if parameter.default is parameter.empty else parameter.default)
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                by_name[name] = value
-            else:
-                positional.append(value)
-        return partial(root_fn, **by_name), positional
-
-    def _constant(self, name: str, value: Any) -> Any:
-        """`value` is traced as a constant, and the graph raises when it is called with another one."""
-        given = self.create_proxy("placeholder", name, (value,), {})
-        same = self.create_proxy("call_function", operator.is_ if value is None else operator.eq, (given, value), {})
-        self.create_proxy("call_function", torch._assert, (same, f"{name} was {value} when the model was captured"), {})
-        return value
-
-
-def trace_region(module: nn.Module, call: ModuleCall) -> fx.GraphModule:
+def trace_region(module: nn.Module, call: ModuleCall, inlined: Collection[str] | None = None) -> fx.GraphModule:
     """A GraphModule for `module`, proven equal on the recorded call.
 
     Args:
         module: the region; its parameters are shared, not copied.
-        call: a recorded call; its tensor arguments become placeholders.
+        call: a recorded call. Every argument becomes a placeholder; what Python decides by is asserted in the graph.
+        inlined: paths of the modules below the region whose Python is traced; all others stay calls. None: everything
+            but linears and dropouts is traced.
 
     Raises:
-        CaptureError: the region's Python depends on values, has arguments that are neither tensors nor None, or its
-            graph does not compute the same.
+        CaptureError: the region's Python depends on values of tensors, or its graph does not compute the same.
     """
-    arguments = _bound_arguments(module, call)
-    tracer = _RegionTracer({name for name, value in arguments.items() if isinstance(value, Tensor)})
+    args, kwargs = _fresh(call)
+    arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     try:
-        graph = tracer.trace(module)
+        with _quiet(module, training=False):
+            graph, asserted = trace_guarded(module, arguments, inlined)
     except Exception as error:
         raise CaptureError(f"cannot be traced: {type(error).__name__}: {error}") from error
     graph_module = fx.GraphModule(module, graph, class_name=type(module).__name__)
+    graph_module.meta["asserted"] = asserted
     _dropouts_follow_training(graph_module)
     known = set(module.modules())  # shared with the model: their flags are not ours to change
     for new in set(graph_module.modules()) - known:
@@ -98,8 +63,19 @@ def trace_again(traced: fx.GraphModule, module: nn.Module, call: ModuleCall) -> 
             root[str(node.target)] = _attribute(module, traced, str(node.target))
     graph_module = fx.GraphModule(root, graph, class_name=type(module).__name__)
     graph_module.training = module.training
+    graph_module.meta["asserted"] = traced.meta["asserted"]
     _check_equal(module, graph_module, call)
     return graph_module
+
+
+def broken_rule(graph_module: fx.GraphModule, module: nn.Module, call: ModuleCall) -> str | None:
+    """Which of the arguments that a traced graph asserts something of are not so in another call of its module."""
+    arguments = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
+    arguments.apply_defaults()
+    for name, holds in graph_module.meta["asserted"].items():
+        if not holds.test(arguments.arguments.get(name), holds.value):
+            return holds.rule
+    return None
 
 
 def _attribute(module: nn.Module, traced: fx.GraphModule, path: str) -> Any:
@@ -115,15 +91,13 @@ def _attribute(module: nn.Module, traced: fx.GraphModule, path: str) -> Any:
     return copy.deepcopy(getattr(traced.get_submodule(owner), name))
 
 
-def _bound_arguments(module: nn.Module, call: ModuleCall) -> dict[str, Any]:
-    bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
-    for name, value in bound.arguments.items():
-        kind = inspect.signature(module.forward).parameters[name].kind
-        if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-            value = value or None
-        if value is not None and not isinstance(value, Tensor):
-            raise CaptureError(f"argument {name} is a {type(value).__name__}; only tensors and None are supported")
-    return dict(bound.arguments)
+def _fresh(call: ModuleCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies of the call's arguments, which may be written in place; what cannot be copied is given as it is."""
+    try:
+        args, kwargs = copy.deepcopy((call.args, call.kwargs))
+    except Exception:  # of objects that are not made to be copied
+        return call.args, call.kwargs
+    return args, kwargs
 
 
 def _dropouts_follow_training(graph_module: fx.GraphModule) -> None:
@@ -136,12 +110,21 @@ def _dropouts_follow_training(graph_module: fx.GraphModule) -> None:
         graph_module.add_submodule(name, nn.Dropout(rate))
         with graph_module.graph.inserting_before(node):
             source = node.args[0] if node.args else node.kwargs["input"]
-            node.replace_all_uses_with(graph_module.graph.call_module(name, (source,)))
+            new = graph_module.graph.call_module(name, (source,))
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
         graph_module.graph.erase_node(node)
     graph_module.recompile()
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def _quiet(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Runs of `module` leave nothing behind: no gradients, random numbers, flags or buffers."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), in_mode(module, training=training), without_fast_path():
+        torch.manual_seed(0)
+        yield
+
+
 def _check_equal(module: nn.Module, graph_module: fx.GraphModule, call: ModuleCall) -> None:
     for training in (False, True):
         wanted, got = (_outputs(m, call, training) for m in (module, graph_module))
@@ -156,6 +139,6 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _outputs(module: nn.Module, call: ModuleCall, training: bool) -> list[Tensor]:
-    with torch.random.fork_rng(devices=[]), in_mode(module, training=training):
-        torch.manual_seed(0)
-        return [leaf for leaf in tree_leaves(module(*call.args, **call.kwargs)) if isinstance(leaf, Tensor)]
+    args, kwargs = _fresh(call)
+    with _quiet(module, training=training):
+        return [leaf for leaf in tree_leaves(module(*args, **kwargs)) if isinstance(leaf, Tensor)]

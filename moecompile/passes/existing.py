@@ -130,18 +130,14 @@ def _stacked(match: ExpertsMatch, module: nn.Module, traced: fx.GraphModule, ffn
     )  # fmt: skip
     for i, path in enumerate(match.modules):
         expert = module.get_submodule(path)
-        getattr(stack, stack.in_name)[i].copy_(torch.cat([expert.get_parameter(x.weight) for x in ffn.ins]))
-        stack.down_proj[i].copy_(expert.get_parameter(ffn.down.weight))
+        getattr(stack, stack.in_name)[i].copy_(torch.cat([x.weight_of(expert) for x in ffn.ins]))
+        stack.down_proj[i].copy_(ffn.down.weight_of(expert))
         if bias_up:
-            biases = [_bias(expert, x.bias, x.d_out, like) for x in ffn.ins]
+            biases = [like.new_zeros(x.d_out) if x.bias is None else x.bias_of(expert) for x in ffn.ins]
             getattr(stack, f"{stack.in_name}_bias")[i].copy_(torch.cat(biases))
-        if ffn.down.bias is not None and stack.down_proj_bias is not None:
-            stack.down_proj_bias[i].copy_(expert.get_parameter(ffn.down.bias))
+        if stack.down_proj_bias is not None:
+            stack.down_proj_bias[i].copy_(ffn.down.bias_of(expert))
     return stack
-
-
-def _bias(expert: nn.Module, name: str | None, width: int, like: Tensor) -> Tensor:
-    return like.new_zeros(width) if name is None else expert.get_parameter(name)
 
 
 def forget_weights(graph_module: fx.GraphModule) -> None:

@@ -13,33 +13,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeGuard
 
 from torch import fx, nn
-from torch.nn.utils.parametrize import is_parametrized
 
-from moecompile.passes.pointwise import describe, is_activation, is_pointwise
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One linear in a graph: y = x W^T + b. weight, bias: attribute paths; weight is (d_out, d_in)."""
-
-    node: fx.Node
-    x: fx.Node
-    weight: str
-    bias: str | None
-    d_in: int
-    d_out: int
+from moecompile.passes.linears import Linear, attribute, read_linears
+from moecompile.passes.pointwise import describe, is_activation, is_pointwise, torch_name
 
 
 @dataclass(frozen=True)
 class FFNMatch:
-    """A dense FFN in a graph. ins: the linears before the activation, gate first. pointwise: in graph order."""
+    """A dense FFN in a graph.
+
+    ins: the linears before the activation, gate first. pointwise: in graph order. asks: nodes that ask for sizes and
+    dtypes inside, and whose answers are used inside alone.
+    """
 
     ins: tuple[Linear, ...]
     pointwise: tuple[fx.Node, ...]
     down: Linear
+    asks: tuple[fx.Node, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -54,7 +46,8 @@ class FFNMatch:
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
         """Every node that the FFN consists of."""
-        return (*(linear.node for linear in self.ins), *self.pointwise, self.down.node)
+        ins = dict.fromkeys(node for linear in self.ins for node in linear.nodes)  # rows of one linear share its nodes
+        return (*ins, *self.pointwise, *self.down.reads, *self.down.nodes, *self.asks)
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ class GraphView:
     @cached_property
     def linears(self) -> dict[fx.Node, Linear]:
         """Every linear of the graph, in graph order, whatever its spelling."""
-        return {node: linear for node in self.graph.nodes if (linear := self._as_linear(node))}
+        return read_linears(self.graph, self.root)
 
     @cached_property
     def weight_users(self) -> dict[int, list[fx.Node]]:
@@ -99,32 +92,7 @@ class GraphView:
 
     def tensor(self, path: str) -> object:
         """The attribute at `path`."""
-        owner, _, name = path.rpartition(".")
-        return getattr(self.module(owner), name)
-
-    def _as_linear(self, node: fx.Node) -> Linear | None:
-        if node.op == "call_module":
-            owner = self.module(str(node.target))
-            if type(owner).forward is not nn.Linear.forward or is_parametrized(owner):
-                return None
-            bias = f"{node.target}.bias" if owner.bias is not None else None
-            return self._linear(node, node.all_input_nodes[0], f"{node.target}.weight", bias)
-        if node.op != "call_function" or getattr(node.target, "__name__", "") != "linear":
-            return None
-        names = ("input", "weight", "bias")
-        given: dict[str, object] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        x, weight, linear_bias = (given.get(name) for name in names)
-        if not _is_attribute(weight) or not isinstance(x, fx.Node):
-            return None
-        if linear_bias is None:
-            return self._linear(node, x, str(weight.target), None)
-        return (
-            self._linear(node, x, str(weight.target), str(linear_bias.target)) if _is_attribute(linear_bias) else None
-        )
-
-    def _linear(self, node: fx.Node, x: fx.Node, weight: str, bias: str | None) -> Linear | None:
-        shape = self.tensor(weight).shape  # type: ignore[attr-defined]
-        return Linear(node, x, weight, bias, d_in=shape[1], d_out=shape[0]) if len(shape) == 2 else None
+        return attribute(self.root, path)
 
 
 def find_ffns(view: GraphView) -> tuple[list[FFNMatch], list[NearMiss]]:
@@ -134,6 +102,8 @@ def find_ffns(view: GraphView) -> tuple[list[FFNMatch], list[NearMiss]]:
     seen: set[str] = set()
     claimed: set[fx.Node] = set()
     for down in view.linears.values():  # Step 1
+        if down.rows is not None:
+            continue
         found = _match(down, view, claimed)
         if found is None or down.weight in seen:
             continue
@@ -152,25 +122,28 @@ def _match(down: Linear, view: GraphView, claimed: set[fx.Node]) -> FFNMatch | N
     if not any(is_activation(node, view.module) for node in pointwise):
         return None
     # Step 3
-    if reason := _wrong_shape(ins, others, down):
+    if reason := _wrong_shape(ins, others, down) or _unread_rows(ins, view):
         return NearMiss(down.weight, reason)
     # Step 4
-    inside = {*pointwise, *(linear.node for linear in ins)}
-    escaping = [n for n in inside for user in n.users if user not in inside and user is not down.node]
-    if escaping:
-        return NearMiss(down.weight, f"the value of {escaping[0].name} is also used elsewhere")
-    if taken := [linear.weight for linear in ins if linear.node in claimed]:
+    inside = {*pointwise, *down.reads, *(node for linear in (*ins, down) for node in linear.nodes)}
+    asks = _asks(inside, view)
+    outside = {n: user for n in inside - {down.node} for user in n.users if user not in inside and user not in asks}
+    if outside:
+        first = min(outside, key=view.position.__getitem__)
+        return NearMiss(down.weight, f"the value of {first.name} is also used elsewhere")
+    if taken := [linear.weight for linear in ins if claimed.intersection(linear.nodes)]:
         return NearMiss(down.weight, f"{taken[0]} is the last linear of another FFN")
     if reason := _weight_used_elsewhere((*ins, down), view):
         return NearMiss(down.weight, reason)
     gate_first = sorted(ins, key=lambda linear: not any(is_activation(user, view.module) for user in linear.node.users))
-    return FFNMatch(tuple(gate_first), tuple(sorted(pointwise, key=view.position.__getitem__)), down)
+    in_order = sorted(pointwise, key=view.position.__getitem__)
+    return FFNMatch(tuple(gate_first), tuple(in_order), down, tuple(sorted(asks, key=view.position.__getitem__)))
 
 
 def _weight_used_elsewhere(linears: tuple[Linear, ...], view: GraphView) -> str | None:
     """Experts would replace one use of the weight and not the other. A module that is called again is the same use."""
-    inside = {linear.node for linear in linears}
-    owners = {linear.node.meta.get("owner", linear.node) for linear in linears}
+    inside = {node for linear in linears for node in linear.nodes}
+    owners = {node.meta.get("owner", node) for node in inside}
     for linear in linears:
         for path in filter(None, (linear.weight, linear.bias)):
             for user in view.weight_users[id(view.tensor(path))]:
@@ -194,6 +167,45 @@ def _wrong_shape(ins: list[Linear], others: list[fx.Node], down: Linear) -> str 
     return next((reason for broken, reason in rules if broken), None)
 
 
+def _unread_rows(ins: list[Linear], view: GraphView) -> str | None:
+    """Rows of a linear that nobody reads would be lost; rows that two read would be tied no more."""
+    for weight in {linear.weight for linear in ins if linear.rows is not None}:
+        rows = [linear.rows.indices(2**40) for linear in ins if linear.weight == weight and linear.rows is not None]
+        read = sorted(i for limits in rows for i in range(*limits))
+        stored = next(linear for linear in ins if linear.weight == weight)
+        whole = view.tensor(weight).shape[int(stored.transposed)]  # type: ignore[attr-defined]
+        if read != list(range(whole)):
+            return f"the rows of {weight} that feed the activation are not all of it, each once"
+    return None
+
+
+def _asks(inside: set[fx.Node], view: GraphView) -> set[fx.Node]:
+    """Nodes that ask for sizes or dtypes inside, with all that is made of the answers, if none of it gets outside."""
+    found: set[fx.Node] = set()
+    for node in inside:
+        for user in node.users:
+            if user not in inside and torch_name(user, view.module) in _QUESTIONS:
+                made = _made_of(user, inside)
+                found |= made or set()
+    return found
+
+
+_QUESTIONS = frozenset(("size", "shape", "dim", "ndim", "numel", "dtype", "device"))
+
+
+def _made_of(answer: fx.Node, inside: set[fx.Node]) -> set[fx.Node] | None:
+    """`answer` and every node that depends on it up to nodes inside; None if one of them is the graph's output."""
+    made, stack = set[fx.Node](), [answer]
+    while stack:
+        node = stack.pop()
+        if node.op == "output":
+            return None
+        if node not in made and node not in inside:
+            made.add(node)
+            stack.extend(node.users)
+    return made
+
+
 def _walk_up(start: fx.Node, view: GraphView) -> tuple[list[Linear], set[fx.Node], list[fx.Node]]:
     """(linears, pointwise nodes, other nodes) that `start` depends on, stopping at the first that is not pointwise."""
     ins: dict[fx.Node, Linear] = {}
@@ -212,7 +224,3 @@ def _walk_up(start: fx.Node, view: GraphView) -> tuple[list[Linear], set[fx.Node
         else:
             others.append(node)
     return sorted(ins.values(), key=lambda linear: view.position[linear.node]), pointwise, others
-
-
-def _is_attribute(value: object) -> TypeGuard[fx.Node]:
-    return isinstance(value, fx.Node) and value.op == "get_attr"

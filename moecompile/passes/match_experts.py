@@ -13,7 +13,7 @@ Legend: T tokens, D model dim, F expert width, E experts, K top-k.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -119,13 +119,19 @@ def expert_modules(module: nn.Module) -> tuple[str, ...]:
     return tuple(children)
 
 
-def structure(module: nn.Module) -> tuple[object, ...]:
+def structure(module: nn.Module, inlined: Container[str] | None = None) -> tuple[object, ...]:
     """What modules that compute the same function of their inputs and parameters share: classes, shapes, attributes.
 
     Attributes that are not plain values (a config) count by identity.
+
+    Args:
+        inlined: paths below the module whose inside matters; of all others only the class does. None: all of them.
     """
     parts: list[object] = []
     for name, child in module.named_modules():
+        if name and inlined is not None and name not in inlined:
+            parts.append((name, type(child)))
+            continue
         plain = tuple((key, _value(value)) for key, value in sorted(vars(child).items()) if not key.startswith("_"))
         tensors = tuple(
             (key, tuple(tensor.shape), tensor.dtype, tensor.device)

@@ -35,6 +35,10 @@ def torch_name(node: fx.Node, module: GetModule) -> str:
     """The torch name of what a node does, without the marks of dunder and in-place methods."""
     if node.op == "call_module":
         return _MODULES.get(type(module(str(node.target))), "")
+    if node.target is getattr:
+        return str(node.args[1])
+    if getattr(node.target, "__name__", "") == "__get__":  # how a recorded forward reads a property of a tensor
+        return str(getattr(getattr(node.target, "__self__", None), "__name__", ""))
     if node.op in ("call_function", "call_method"):
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         return name.strip("_")

@@ -11,6 +11,7 @@ Algorithm, for each site:
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,14 +87,36 @@ def _rewrite_site(
     }
     # Step 3
     x, down = copied[match.ins[0].x], copied[match.down.node]
-    ins = {copied[linear.node] for linear in match.ins}
-    with new.graph.inserting_before(next(node for node in new.graph.nodes if node in ins)):
+    position = {node: i for i, node in enumerate(new.graph.nodes)}
+    readers = [copied[node] for linear in match.ins for node in (*linear.reads, *linear.nodes)]
+    with new.graph.inserting_before(min((n for n in readers if x in n.all_input_nodes), key=position.__getitem__)):
         result = _insert(new.graph, x, names, layer)
     down.replace_all_uses_with(result)
     copied[match.down.node] = result  # the next FFN may read this one's output
     # Step 4
-    for node in (down, *(copied[node] for node in reversed(match.nodes[:-1]))):
-        new.graph.erase_node(node)
+    gone = sorted((copied[node] for node in match.nodes if node is not match.down.node), key=position.__getitem__)
+    _erase(new.graph, [*gone, down])
+
+
+def _erase(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
+    """Erases nodes, in graph order, and views, sizes and transposed weights that were made for them alone."""
+    stack: dict[fx.Node, None] = {}
+    for node in reversed(nodes):
+        stack.update(dict.fromkeys(node.all_input_nodes))
+        graph.erase_node(node)
+    for node in nodes:
+        stack.pop(node, None)
+    while stack:
+        node, _ = stack.popitem()
+        if not node.users and node.target in _READS:
+            stack.update(dict.fromkeys(node.all_input_nodes))
+            graph.erase_node(node)
+
+
+_READS = frozenset((
+    getattr, operator.getitem, operator.add, operator.mul, operator.floordiv, "size", "dim", "numel",
+    "view", "reshape", "flatten", "t", "transpose", "permute", torch.t, torch.transpose, torch.reshape, torch.flatten,
+))  # fmt: skip
 
 
 def _insert(graph: fx.Graph, x: fx.Node, names: dict[str, str], layer: LayerPlan) -> fx.Node:

@@ -35,18 +35,9 @@ class DenseWeights:
     @classmethod
     def of(cls, root: fx.GraphModule, match: FFNMatch) -> DenseWeights:
         """Reads the weights of a match."""
-
-        def get(path: str | None) -> Tensor | None:
-            if path is None:
-                return None
-            owner, _, name = path.rpartition(".")
-            tensor: Tensor = getattr(root.get_submodule(owner), name)
-            return tensor.detach()
-
-        ins = tuple(get(linear.weight) for linear in match.ins)
-        down = get(match.down.weight)
-        assert down is not None and all(weight is not None for weight in ins)
-        return cls(ins, tuple(get(linear.bias) for linear in match.ins), down, get(match.down.bias))  # type: ignore[arg-type]
+        ins = tuple(linear.weight_of(root) for linear in match.ins)
+        biases = tuple(linear.bias_of(root) for linear in match.ins)
+        return cls(ins, biases, match.down.weight_of(root), match.down.bias_of(root))
 
 
 @torch.no_grad()

@@ -6,13 +6,13 @@ routers, caches, `generate()` and hooks around it stay as they are.
 Algorithm:
   1. Experts: modules that were called as experts are, or that hold stacked weights (existing.py).
   2. Which kind of site is meant: `auto` is the experts that the model has, else its dense FFNs.
-  3. FFNs by dataflow (dense.py). Those of an MoE block are its shared experts and stay.
+  3. FFNs by dataflow (dense.py). Those of an MoE block are its shared experts and stay, unless they are named.
   4. Only regions of the kind that is meant are traced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
@@ -57,8 +57,13 @@ def record_model(model: nn.Module, example: Example) -> Recording:
         return record(model, fake, opaque=may_be_experts)
 
 
-def capture_regions(recording: Recording, kind: SiteKind = SiteKind.auto) -> Captured:
+def capture_regions(
+    recording: Recording, kind: SiteKind = SiteKind.auto, named: Callable[[str], bool] = lambda fqn: False
+) -> Captured:
     """The sites of a recorded model, in model order.
+
+    Args:
+        named: whether the path of an FFN inside an MoE block, a shared expert, is asked for by name.
 
     Raises:
         ConfigError: `auto` finds experts that cannot be rewritten, or `existing` finds none.
@@ -67,11 +72,12 @@ def capture_regions(recording: Recording, kind: SiteKind = SiteKind.auto) -> Cap
     existing = find_existing(recording, captured.refused)  # Step 1
     meant = _meant(kind, len(existing), captured.refused)  # Step 2
     experts = [*existing, *(site.fqn for site in captured.refused)]
-    dense = find_dense(recording, experts, captured.refused)  # Step 3
+    dense = find_dense(recording, experts, captured.refused, named)  # Step 3
     if meant is SiteKind.dense:
         captured.others += [_left(path, "experts", "experts.sites=dense takes dense FFNs alone") for path in existing]
     else:
         captured.regions |= existing
+        captured.region_of |= {path: path for path in existing}
         captured.sites += [
             experts_site(recording, path, region, i) for i, (path, region) in enumerate(existing.items())
         ]
@@ -81,7 +87,7 @@ def capture_regions(recording: Recording, kind: SiteKind = SiteKind.auto) -> Cap
     else:
         trace_all(recording, dense, captured)  # Step 4
     order = {path: i for i, path in enumerate(recording.calls)}
-    captured.sites.sort(key=lambda site: order[site.fqn])
+    captured.sites.sort(key=lambda site: order[captured.region_of[site.fqn]])
     return captured
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from moecompile.capture import ModuleCall, Recording, trace_again, trace_region
+from moecompile.capture import ModuleCall, Recording, broken_rule, calls_with_caches, trace_again, trace_region
 from moecompile.errors import CaptureError, MoecompileError
 from moecompile.passes.match import FFNMatch, GraphView, find_ffns
 from moecompile.passes.match_experts import structure
@@ -17,22 +17,32 @@ from moecompile.passes.rewrite import common_owner
 from moecompile.plan import FFNSite
 from moecompile.sites.nouns import Captured, DenseRegion, Site
 
-_SHARED = "lies in an MoE block that the model has already (a shared expert)"
+_SHARED = "lies in an MoE block that the model has already (a shared expert); name it by experts.match to rewrite it"
 
 
 @dataclass(frozen=True)
 class RecordedFFN:
-    """An FFN in the recorded dataflow. fqn: path of its region."""
+    """An FFN in the recorded dataflow. fqn: of its site. region: path of the smallest module that ran all of it."""
 
     fqn: str
+    region: str
     ffn: FFNMatch
 
+    @property
+    def owners(self) -> set[str]:
+        """Paths, seen from the region, of the modules whose Python ran a node of it."""
+        ran_by = {str(node.meta["owner"]) for node in self.ffn.nodes}
+        return {path.removeprefix(self.region).removeprefix(".") for path in ran_by}
 
-def find_dense(recording: Recording, experts: Collection[str], refused: list[Site]) -> list[RecordedFFN]:
+
+def find_dense(
+    recording: Recording, experts: Collection[str], refused: list[Site], named: Callable[[str], bool]
+) -> list[RecordedFFN]:
     """FFNs outside of MoE blocks; near misses and shared experts, which lie inside, are added to `refused`.
 
     Args:
         experts: paths of the experts that the model has; their parents are its MoE blocks.
+        named: whether a shared expert is asked for by its path.
     """
     blocks = {path.rpartition(".")[0] for path in experts}
     matches, misses = find_ffns(GraphView(recording.graph, recording.model))
@@ -44,39 +54,102 @@ def find_dense(recording: Recording, experts: Collection[str], refused: list[Sit
         refused.append(Site(fqn=where, kind="-", where=where, status="not_matched", reason=reason))
     found = []
     for match in matches:
-        fqn = _region_of(match)
-        if _inside(fqn, experts):
+        region = _region_of(match)
+        if _inside(region, experts):
             continue  # one of the experts
-        if _inside(fqn, blocks):
-            refused.append(Site(fqn=fqn, kind=match.kind, where=fqn, status="not_matched", reason=_SHARED))
+        if _inside(region, blocks) and not named(region):
+            refused.append(Site(fqn=region, kind=match.kind, where=region, status="not_matched", reason=_SHARED))
         else:
-            found.append(RecordedFFN(fqn, match))
-    return found
+            found.append(RecordedFFN(region, region, match))
+    return _told_apart(_in_outer_regions(found))
 
 
 def _inside(path: str, owners: Collection[str]) -> bool:
     return any(path == owner or path.startswith(f"{owner}.") for owner in owners)
 
 
+def _region_of(match: FFNMatch) -> str:
+    """The smallest module that ran every node of the match."""
+    owners = [str(node.meta["owner"]) for node in match.nodes]
+    # A linear is run by its own module, whose parent is meant; the others are run by the region or below it.
+    return common_owner([f"{owner}.x" for owner in owners])
+
+
+def _in_outer_regions(found: list[RecordedFFN]) -> list[RecordedFFN]:
+    """FFNs whose region is part of another one's Python are in that region: a module can be replaced once."""
+    outer = list(found)
+    for i, item in enumerate(found):
+        for other in found:
+            prefix = f"{other.region}." if other.region else ""
+            below = item.region != other.region and item.region.startswith(prefix)
+            if below and _inlined([other]) & {item.region[len(prefix) :]}:
+                outer[i] = replace(outer[i], fqn=other.region, region=other.region)
+    return outer
+
+
+def _told_apart(found: list[RecordedFFN]) -> list[RecordedFFN]:
+    """FFNs of one region are called after their last linears."""
+    regions = [item.region for item in found]
+    return [
+        item
+        if regions.count(item.region) == 1
+        else replace(item, fqn=f"{item.region}@{item.ffn.down.weight.removeprefix(f'{item.region}.')}")
+        for item in found
+    ]
+
+
+def _inlined(items: Collection[RecordedFFN]) -> frozenset[str]:
+    """Paths below the region of the modules that own a node of the FFNs, and of all modules around these."""
+    paths: set[str] = set()
+    for owner in set().union(*(item.owners for item in items)):
+        parts = owner.split(".")
+        paths.update(".".join(parts[:i]) for i in range(1, len(parts) + 1))
+    return frozenset(paths)
+
+
 def trace_all(recording: Recording, found: list[RecordedFFN], captured: Captured) -> None:
-    """Traces the region of each FFN; those that cannot be traced are refused.
+    """Traces the regions of the FFNs; FFNs whose region cannot be traced are refused.
 
     Regions of equal structure that are called alike are traced once and share the graph.
     """
     traced: dict[tuple[object, ...], fx.GraphModule] = {}
-    index = 0
+    by_region: dict[str, list[RecordedFFN]] = {}
     for item in found:
+        by_region.setdefault(item.region, []).append(item)
+    regions: dict[str, DenseRegion] = {}
+    reasons: dict[str, str] = {}
+    for path, items in by_region.items():
         try:
-            region = _trace(recording, item, traced)
+            regions[path] = _trace(recording, path, items, traced, reasons)
         except MoecompileError as error:
-            where = item.fqn or "the model"
-            captured.refused.append(
-                Site(fqn=item.fqn, kind=item.ffn.kind, where=where, status="not_matched", reason=str(error))
-            )
-            continue
-        captured.regions[item.fqn] = region
-        captured.sites.append(ffn_site(item.fqn, region.match, index))
-        index += 1
+            reasons |= {item.fqn: str(error) for item in items}
+    _leave_stateful(recording, regions, reasons)
+    index = 0
+    for path, items in by_region.items():
+        for item in items:
+            if item.fqn in reasons:
+                where, reason = item.region or "the model", reasons[item.fqn]
+                captured.refused.append(
+                    Site(fqn=item.fqn, kind=item.ffn.kind, where=where, status="not_matched", reason=reason)
+                )
+        region = regions.get(path)
+        if region is not None and region.matches:
+            captured.regions[path] = region
+            for fqn, match in region.matches.items():
+                captured.sites.append(ffn_site(fqn, match, index))
+                captured.region_of[fqn] = path
+                index += 1
+
+
+def _leave_stateful(recording: Recording, regions: dict[str, DenseRegion], reasons: dict[str, str]) -> None:
+    """Drops regions whose Python takes another way when the model keeps a cache or a state, as in `generate`."""
+    asking = {path: region for path, region in regions.items() if region.graph.meta.get("asserted")}
+    if not asking:
+        return
+    for path, call in calls_with_caches(recording, asking).items():
+        if rule := broken_rule(asking[path].graph, asking[path].module, call):
+            reasons |= dict.fromkeys(asking[path].matches, f"its Python does something else with a cache: {rule}")
+            del regions[path]
 
 
 def ffn_site(fqn: str, match: FFNMatch, index: int) -> FFNSite:
@@ -93,35 +166,45 @@ def ffn_site(fqn: str, match: FFNMatch, index: int) -> FFNSite:
     )
 
 
-def _region_of(match: FFNMatch) -> str:
-    """The smallest module that ran every node of the match."""
-    owners = [str(node.meta["owner"]) for node in match.nodes]
-    # A linear is run by its own module, whose parent is meant; the others are run by the region or below it.
-    return common_owner([f"{owner}.x" for owner in owners])
+def _trace(
+    recording: Recording,
+    path: str,
+    items: list[RecordedFFN],
+    traced: dict[tuple[object, ...], fx.GraphModule],
+    reasons: dict[str, str],
+) -> DenseRegion:
+    """The traced region; for each site that its graph does not hold, the reason is added to `reasons`."""
+    if path not in recording.calls:
+        raise CaptureError(f"its region {path or 'the model'} is not called as a module")
+    module = recording.model.get_submodule(path)
+    graph_module = _traced(module, recording.calls[path], _inlined(items), traced)
+    matches, misses = find_ffns(GraphView(graph_module.graph, graph_module))
+    prefix = f"{path}." if path else ""
+    by_weight = {prefix + match.down.weight: match for match in matches}
+    why = {prefix + miss.weight: miss.reason for miss in misses}
+    found: dict[str, FFNMatch] = {}
+    for item in items:
+        weight = item.ffn.down.weight
+        if weight in by_weight:
+            found[item.fqn] = by_weight[weight]
+        else:
+            reasons[item.fqn] = why.get(weight, f"in its region {path or 'the model'} it is no FFN any more")
+    return DenseRegion(graph_module, found, module)
 
 
-def _trace(recording: Recording, item: RecordedFFN, traced: dict[tuple[object, ...], fx.GraphModule]) -> DenseRegion:
-    fqn, match = item.fqn, item.ffn
-    if fqn not in recording.calls:
-        raise CaptureError(f"its region {fqn or 'the model'} is not called as a module")
-    graph_module = _traced(recording.model.get_submodule(fqn), recording.calls[fqn], traced)
-    inside, misses = find_ffns(GraphView(graph_module.graph, graph_module))
-    prefix = f"{fqn}." if fqn else ""
-    wanted = [found for found in inside if prefix + found.down.weight == match.down.weight]
-    if len(inside) != 1 or not wanted:
-        why = "".join(f": {miss.reason}" for miss in misses[:1] if not inside)
-        raise CaptureError(f"its region {fqn or 'the model'} holds {len(inside)} FFNs, one is supported{why}")
-    return DenseRegion(graph_module, wanted[0])
-
-
-def _traced(module: nn.Module, call: ModuleCall, traced: dict[tuple[object, ...], fx.GraphModule]) -> fx.GraphModule:
-    key = (structure(module), _form(call))
+def _traced(
+    module: nn.Module,
+    call: ModuleCall,
+    inlined: frozenset[str],
+    traced: dict[tuple[object, ...], fx.GraphModule],
+) -> fx.GraphModule:
+    key = (structure(module, inlined), inlined, _form(call))
     if key in traced:
         try:
             return trace_again(traced[key], module, call)
         except CaptureError:
             pass  # structure is not all there is to it: it gets a trace of its own
-    traced[key] = trace_region(module, call)
+    traced[key] = trace_region(module, call, inlined)
     return traced[key]
 
 

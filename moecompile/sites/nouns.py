@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import fx
+from torch import Tensor, fx, nn
 
+from moecompile.capture import shell_of
 from moecompile.passes.existing import ExistingRegion
+from moecompile.passes.linears import attribute
 from moecompile.passes.match import FFNMatch
 from moecompile.plan import PlannedSite
 
@@ -26,14 +29,22 @@ class Site:
 
 @dataclass(frozen=True)
 class DenseRegion:
-    """A traced region with one FFN. match: the FFN in its graph."""
+    """A traced region. matches: site -> FFN in its graph. module: the region in the model."""
 
     graph: fx.GraphModule
-    match: FFNMatch
+    matches: dict[str, FFNMatch]
+    module: nn.Module
 
     def captured(self) -> fx.GraphModule:
-        """The region as it is."""
-        return self.graph
+        """The region as it is, to be shown: without its weights, which would outlive the rewrite."""
+        root: dict[str, Any] = {}
+        for node in self.graph.graph.nodes:
+            if node.op in ("call_module", "get_attr"):
+                held = attribute(self.graph, str(node.target))
+                root[str(node.target)] = held.detach().to("meta") if isinstance(held, Tensor) else shell_of(held)
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph.graph, {}))
+        return fx.GraphModule(root, graph, class_name=type(self.graph).__name__)
 
 
 Region = DenseRegion | ExistingRegion
@@ -41,11 +52,13 @@ Region = DenseRegion | ExistingRegion
 
 @dataclass(kw_only=True)
 class Captured:
-    """regions: region path -> region, of the kind that is meant. sites: their nouns in model order. others: sites of
-    the other kind, which are left. refused: what looks like a site and is none, with the reason.
+    """regions: region path -> region, of the kind that is meant. region_of: site -> path of its region. sites: their
+    nouns in model order. others: sites of the other kind, which are left. refused: what looks like a site and is none,
+    with the reason.
     """
 
     regions: dict[str, Region] = field(default_factory=dict)
+    region_of: dict[str, str] = field(default_factory=dict)
     sites: list[PlannedSite] = field(default_factory=list)
     others: list[Site] = field(default_factory=list)
     refused: list[Site] = field(default_factory=list)

@@ -93,17 +93,24 @@ class Scaled(Base):
         return super().forward(x * scale)
 
 
-def test_a_default_that_is_not_none_keeps_its_value() -> None:
+@pytest.mark.parametrize("recorded", [(), (3.0,)])
+def test_a_number_that_is_only_computed_with_stays_an_argument(recorded: tuple[float, ...]) -> None:
     module = Scaled()
-    graph_module = traced(module, tokens())
-    assert torch.equal(graph_module(tokens()), module(tokens()))
-    with pytest.raises(AssertionError, match=r"scale was 2\.0 when the model was captured"):
-        graph_module(tokens(), 3.0)
+    graph_module = traced(module, tokens(), *recorded)
+    for given in ((), (2.0,), (0.5,)):
+        assert torch.equal(graph_module(tokens(), *given), module(tokens(), *given))
 
 
-def test_an_argument_that_is_neither_tensor_nor_none_is_refused() -> None:
-    with pytest.raises(CaptureError, match="argument scale is a float; only tensors and None are supported"):
-        traced(Scaled(), tokens(), 3.0)
+class Switched(Base):
+    def forward(self, x: Tensor, residual: bool = False) -> Tensor:
+        return super().forward(x) + x if residual else super().forward(x)
+
+
+def test_a_switch_that_python_decides_by_keeps_its_value() -> None:
+    graph_module = traced(Switched(), tokens())
+    graph_module(tokens(), False)
+    with pytest.raises(AssertionError, match="residual was False when the model was captured"):
+        graph_module(tokens(), True)
 
 
 class Extras(Base):
@@ -111,12 +118,11 @@ class Extras(Base):
         return super().forward(x)
 
 
-def test_extra_arguments_are_refused_when_they_were_used() -> None:
-    assert torch.equal(traced(module := Extras(), tokens())(tokens()), module(tokens()))
-    with pytest.raises(CaptureError, match="argument named is a dict"):
-        traced(Extras(), tokens(), y=tokens())
-    with pytest.raises(CaptureError, match="argument rest is a tuple"):
-        traced(Extras(), tokens(), tokens())
+def test_extra_arguments_are_taken_and_left_as_the_module_does() -> None:
+    module, x = Extras(), tokens()
+    for graph_module in (traced(module, x), traced(module, x, y=x), traced(module, x, x, x)):
+        for args, kwargs in (((x,), {}), ((x,), {"z": x}), ((x, x), {"y": None})):
+            assert torch.equal(graph_module(*args, **kwargs), module(*args, **kwargs))
 
 
 class BranchOnValue(Base):

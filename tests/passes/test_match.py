@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import moecompile
 from moecompile.capture import record
 from moecompile.passes.match import FFNMatch, GraphView, NearMiss, find_ffns
-from tests.models import COPY4, Gated, TinyGPT, UpDown, config, ids, max_diff, tokens, trace
+from tests.models import COPY4, Gated, TinyGPT, UpDown, config, ids, max_diff, text, tokens, trace
 
 D, FF = 8, 16
 
@@ -154,6 +154,137 @@ def test_and_rewriting_it_changes_nothing_at_first(name: str) -> None:
     assert not any("linear" in str(node.target) for node in rewritten.graph.nodes if node.op == "call_function")
 
 
+class Products(nn.Module):
+    """`x @ w` and its like; w1 is stored as (out, in), w2 as (in, out)."""
+
+    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.w1, self.b1 = nn.Parameter(torch.randn(FF, D)), nn.Parameter(torch.randn(FF))
+        self.w2, self.b2 = nn.Parameter(torch.randn(FF, D)), nn.Parameter(torch.randn(D))
+        self.compute = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(self, x)
+
+
+PRODUCTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "T": lambda m, x: F.relu(x @ m.w1.T) @ m.w2,
+    "t and matmul": lambda m, x: torch.matmul(torch.relu(torch.mm(x, m.w1.t())), m.w2),
+    "transpose and bias": lambda m, x: F.gelu(x @ m.w1.transpose(0, 1) + m.b1) @ m.w2 + m.b2,
+    "addmm": lambda m, x: torch.addmm(m.b2, F.relu(torch.addmm(m.b1, x, m.w1.T)), m.w2),
+    "linear of a transposed weight": lambda m, x: F.linear(F.relu(F.linear(x, m.w1, m.b1)), m.w2.T),
+}
+FUSED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "chunk": lambda m, x: m.b(F.silu((h := m.a(x).chunk(2, dim=-1))[0]) * h[1]),
+    "torch.chunk, up first": lambda m, x: m.b((h := torch.chunk(m.a(x), 2, -1))[0] * F.silu(h[1])),
+    "split": lambda m, x: m.b(F.silu((h := m.a(x).split(FF, dim=-1))[0]) * h[1]),
+    "split by widths": lambda m, x: m.b(F.silu((h := torch.split(m.a(x), [FF, FF], -1))[0]) * h[1]),
+    "slices": lambda m, x: m.b(F.silu((h := m.a(x))[..., :FF]) * h[..., FF:]),
+    "every second": lambda m, x: m.b(F.silu((h := m.a(x))[..., ::2]) * h[..., 1::2]),
+    "narrow": lambda m, x: m.b(F.silu((h := m.a(x)).narrow(-1, 0, FF)) * h.narrow(-1, FF, FF)),
+}
+VIEWED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "two of F": lambda m, x: m.b(F.silu((h := m.a(x).view(*x.shape[:-1], 2, -1))[..., 0, :]) * h[..., 1, :]),
+    "F of two": lambda m, x: m.b(F.silu((h := m.a(x).unflatten(-1, (-1, 2)))[..., 0]) * h[..., 1]),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_with_parameters_are_linears(
+    name: str, find: Callable[..., tuple[list[FFNMatch], list[NearMiss]]]
+) -> None:
+    model = Products(PRODUCTS[name])
+    ((match,), misses) = find(model)
+    assert misses == []
+    assert (match.kind, match.ins[0].weight, match.down.weight) == ("up_down", "w1", "w2")
+    assert [linear.transposed for linear in (*match.ins, match.down)] == [False, True]
+    assert torch.equal(match.ins[0].weight_of(model), model.w1)
+    assert torch.equal(match.down.weight_of(model), model.w2.T)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_and_are_rewritten(name: str) -> None:
+    model = Products(PRODUCTS[name])
+    rewritten = moecompile.transform(trace(model), config(*COPY4))
+    assert len(moecompile.plan_of(rewritten).layers) == 1
+    assert max_diff(rewritten(tokens()), model(tokens())) <= 2e-4
+    assert {name for name, _ in rewritten.named_parameters() if name.startswith(("w", "b"))} == set()
+
+
+def fused(forward: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
+    return Linears(forward, (D, 2 * FF), DOWN).eval()
+
+
+@BOTH
+@pytest.mark.parametrize("name", FUSED)
+def test_halves_of_one_linear_are_gate_and_up(
+    name: str, find: Callable[..., tuple[list[FFNMatch], list[NearMiss]]]
+) -> None:
+    model = fused(FUSED[name])
+    ((match,), misses) = find(model)
+    assert (match.kind, match.activation, misses) == ("gated", "silu, mul", [])
+    gate, up = (linear.weight_of(model) for linear in match.ins)
+    x = tokens()
+    with torch.no_grad():
+        wanted = F.silu(x @ gate.T + match.ins[0].bias_of(model)) * (x @ up.T + match.ins[1].bias_of(model))
+        assert max_diff(model(x), wanted @ model.b.weight.T + model.b.bias) <= 1e-5
+
+
+@pytest.mark.parametrize("forward", [*FUSED.values(), *VIEWED.values()], ids=[*FUSED, *VIEWED])
+def test_and_rewriting_them_changes_nothing_at_first(forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """A view tells what it does by its shape: in a recorded model, not in a graph without shapes."""
+    model, x = fused(forward), tokens()
+    wanted = model(x)
+    result = moecompile.compile_model(model, config(*COPY4), example=x)
+    assert moecompile.plan_of(result).layers[0].site.kind == "gated"
+    assert max_diff(result(x), wanted) <= 1e-5
+    longer = tokens(9, seed=1)
+    assert max_diff(result(longer), model(longer)) <= 1e-5  # a model that is a region itself is left alone
+    assert "a" not in dict(result.named_children())
+
+
+class Conv1D(nn.Module):
+    """transformers' linear with a transposed weight: flattens, multiplies, unflattens."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.d_out = d_out
+        self.weight, self.bias = nn.Parameter(torch.randn(d_in, d_out)), nn.Parameter(torch.randn(d_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.size()[:-1], self.d_out)
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(shape)
+
+
+def test_a_linear_that_flattens_its_input_and_unflattens_its_output() -> None:
+    """The graph before, and the graph after: no view of the FFN is left, and any number of tokens fits."""
+    model = nn.Sequential(Conv1D(D, FF), nn.GELU(), Conv1D(FF, D))
+    x = tokens().view(2, 3, D)
+    wanted = model(x)
+    result = moecompile.compile_model(model, config(*COPY4), example=x, until="rewrite")
+    assert (
+        text(result)
+        == """\
+%0 = placeholder input
+%1 = moecompile.flatten_tokens(%0)
+%2 = router[Router](%0)
+%3 = getitem(%2, 0)
+%4 = getitem(%2, 1)
+%5 = moecompile.permute(%1, %4, 4)
+%6 = getitem(%5, 0)
+%7 = getitem(%5, 1)
+%8 = getitem(%5, 2)
+%9 = experts[Experts](%6, %8)
+%10 = moecompile.unpermute(%9, %7, %3)
+%11 = moecompile.unflatten_tokens(%10, %0)
+output(%11)
+"""
+    )
+    assert max_diff(result(x), wanted) <= 1e-4
+    assert max_diff(result(tokens(7).view(7, 1, D)), model(tokens(7).view(7, 1, D))) <= 1e-4
+
+
 @BOTH
 def test_the_gate_comes_first(find: Callable[..., tuple[list[FFNMatch], list[NearMiss]]]) -> None:
     for model, names in ((Gated(), ["gate.weight", "up.weight"]), (FFNS["gate second"][2](), ["a.weight", "b.weight"])):
@@ -237,6 +368,18 @@ def _uses_hidden(m: nn.Module, x: Tensor) -> Tensor:
     return m.b(h) + h.sum()
 
 
+def _uses_a_third(m: nn.Module, x: Tensor) -> Tensor:
+    gate, up, rest = m.a(x).chunk(3, dim=-1)
+    return m.b(F.silu(gate) * up) * rest.sum()
+
+
+def _writes_in_place(m: nn.Module, x: Tensor) -> Tensor:
+    """What GatedDeltaNet does: rows of one tensor are written after each other."""
+    out = torch.zeros_like(m.a(x))
+    out[0:1] = m.a(x)[:1]
+    return m.b(F.silu(out))
+
+
 NEAR_MISSES: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "language model head": (
         "width in is 8 but width out is 50", lambda: Linears(lambda m, x: m.b(F.gelu(m.a(x))), (D, D), (D, 50))
@@ -265,9 +408,20 @@ NEAR_MISSES: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "gated by the input": (
         "the activation also depends on ", lambda: Linears(lambda m, x: m.b(F.silu(m.a(x)) * x), (D, D), (D, D))
     ),
-    "fused gate and up": (
+    "a third of a linear that nobody reads": (
+        "the rows of a.weight that feed the activation are not all of it, each once",
+        lambda: Linears(lambda m, x: m.b(F.silu((h := m.a(x).chunk(3, dim=-1))[0]) * h[1]), (D, 3 * FF), DOWN),
+    ),
+    "rows that are read twice": (
+        "the rows of a.weight that feed the activation are not all of it, each once",
+        lambda: Linears(lambda m, x: m.b(F.silu((h := m.a(x))[..., :FF]) * h[..., FF // 2 : -FF // 2]), (D, 2 * FF), DOWN),
+    ),
+    "a third of a linear that is used elsewhere": (
+        "the rows of a.weight that feed the activation are not all", lambda: Linears(_uses_a_third, (D, 3 * FF), DOWN)
+    ),
+    "halves along the tokens": (
         "the activation depends on getitem",
-        lambda: Linears(lambda m, x: m.b(F.silu((h := m.a(x).chunk(2, dim=-1))[0]) * h[1]), (D, 2 * FF), DOWN),
+        lambda: Linears(lambda m, x: m.b(F.silu((h := m.a(x).chunk(2, dim=0))[0]) * h[1]), UP, DOWN),
     ),
     "lora": ("the linears before the activation have different inputs", LoRA),
     "tied": ("its weight first.up.weight is also used by ", Tied),
@@ -290,6 +444,12 @@ def test_and_it_is_left_alone(name: str) -> None:
     same = moecompile.transform(graph_module, config(*COPY4))
     assert moecompile.plan_of(same).layers == ()
     assert torch.equal(same(tokens()), graph_module(tokens()))
+
+
+def test_a_value_that_is_written_in_place_is_no_linears() -> None:
+    matches, misses = in_recording(Linears(_writes_in_place, UP, DOWN))
+    assert matches == []
+    assert misses[0].reason.startswith("the activation depends on __setitem__")
 
 
 def attention(m: nn.Module, x: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""Tiny models of many architectures (../shared/zoo): FFNs that are modules of their own become experts, and the experts
-of those that are MoE already become sites.
+"""Tiny models of many architectures (../shared/zoo): their FFNs become experts, and the experts of those that are MoE
+already become sites.
 """
 
 from __future__ import annotations
@@ -29,16 +29,10 @@ sys.path.remove(str(ZOO))
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's models
 
 DENSE = config(*COPY4, "experts.sites=dense")  # else a model that has experts already is refused
-# Models whose FFNs are modules of their own and yet are not found, and what is said about them.
-NOT_YET = {
+# Models whose FFNs are not all rewritten, and what is said about them.
+LEFT = {
     "apertus": "",  # xIELU: an activation with learned parameters and a branch by torch.where
     "bitnet": "the activation also depends on mean",  # a norm inside
-    "glm4": "the activation depends on getitem",  # gate and up are one linear
-    "gpt-sw3": "",  # Conv1D: a linear of transformers' own, with its weight transposed
-    "gpt2": "",  # the same
-    "modernbert": "the activation depends on getitem",
-    "phi3": "the activation depends on getitem",
-    "phi4_multimodal": "the activation depends on getitem",
     "zamba": "its weight model.layers.1.shared_transf.feed_forward.gate_proj.weight is also used by model.layers.3.",
 }
 
@@ -52,12 +46,12 @@ def test_ffns_become_experts_and_the_outputs_stay(name: str) -> None:
         compiled = compile_with_report(model, DENSE, example=inputs)
         got = tiny_models.output_tensors(compiled.model(**inputs))
     rewritten = {site.fqn for site in compiled.sites if site.status == "rewritten"}
-    if name in NOT_YET:
+    if name in LEFT:
         assert rewritten == set()
         reasons = [site.reason for site in compiled.sites]
-        assert not NOT_YET[name] or any(reason.startswith(NOT_YET[name]) for reason in reasons), reasons
+        assert not LEFT[name] or any(reason.startswith(LEFT[name]) for reason in reasons), reasons
     else:
-        assert len(rewritten) == architecture.sites.get("own", 0), compiled.sites
+        assert len(rewritten) == architecture.ffn_sites, compiled.sites
     assert all(site.reason for site in compiled.sites if site.status != "rewritten")
     assert len(got) == len(wanted)
     tolerance = 1e-4 if rewritten else 0.0

@@ -1,0 +1,240 @@
+"""The guided tracer: a module's Python runs once on proxies that know their values on a recorded call.
+
+Every node is executed as it is made. So lengths of tuples, dtypes and conditions on shapes are known where Python asks,
+while the graph keeps them symbolic: sizes are nodes, and each decision that Python took is asserted in the graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.fx.proxy import Attribute, TraceError
+
+PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+_REST = "moecompile_rest"  # key under which `**kwargs` of a forward travel to the calls that get them
+_STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
+
+def pass_on(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], rest: dict[str, Any]) -> Any:
+    """`module(*args, **kwargs)` of a forward that passes on whatever keywords it gets."""
+    return module(*args, **{**rest, **named})
+
+
+class Value(fx.Proxy):
+    """A proxy that knows its value on the recorded call."""
+
+    tracer: GuidedTracer
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self.tracer.values[self.node], name)
+        if callable(attribute):
+            return Attribute(self, name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __len__(self) -> int:
+        value = self.tracer.values[self.node]
+        if isinstance(value, Tensor):
+            raise TraceError("the length of a tensor is asked for")
+        return len(value)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+class GuidedTracer(fx.Tracer):
+    """Traces a module from the arguments of a recorded call.
+
+    Args:
+        arguments: by the names of the forward's parameters.
+        inlined: paths of the modules whose Python is traced, all others stay calls; None: all but linears and dropouts.
+        opaque: names of nodes that hold a plain value (None, a number, a text) and become proxies nevertheless. All
+            other plain values among the arguments, and None wherever it comes from, are what they are to Python.
+
+    Attributes:
+        values: node -> its value. sources: name of a node -> the plain value that Python saw in its place.
+    """
+
+    def __init__(
+        self, arguments: Mapping[str, Any], inlined: Collection[str] | None = None, opaque: Collection[str] = ()
+    ) -> None:
+        super().__init__()
+        self.arguments, self.inlined, self.opaque = arguments, inlined, opaque
+        self.values: dict[fx.Node, Any] = {}
+        self.sources: dict[str, Any] = {}
+        self._given: set[fx.Node] = set()  # placeholders, and items of what they hold
+        self._running = False
+
+    def trace_calls(self, module: nn.Module) -> fx.Graph:
+        """The graph of `module`, without reads that nobody uses."""
+        graph = self.trace(module)
+        for node in reversed(list(graph.nodes)):
+            unread = node.op == "get_attr" or (
+                node.op == "call_function" and node.target in (operator.getitem, getattr)
+            )
+            if unread and not node.users:
+                graph.erase_node(node)
+        return graph
+
+    # -- what is a call and what is traced ---------------------------------------------------------------------------
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if type(m).forward is nn.Linear.forward or isinstance(m, nn.modules.dropout._DropoutNd):
+            return True
+        return self.inlined is not None and module_qualified_name not in self.inlined
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A leaf becomes a call; keywords that it gets only because the root passes all on stay one argument."""
+        if self._running:
+            return forward(*args, **kwargs)
+        kwargs = dict(kwargs)
+        rest, path = kwargs.pop(_REST, None), self.path_of_module(m)
+        if rest is None:
+            return super().call_module(m, forward, args, kwargs)
+        if not self.is_leaf_module(m, path):
+            kinds = [parameter.kind for parameter in inspect.signature(m.forward).parameters.values()]
+            more = {_REST: rest} if inspect.Parameter.VAR_KEYWORD in kinds else {}
+            return super().call_module(m, forward, args, {**kwargs, **more})
+        passed = self.values[rest.node]
+        named = {key: value for key, value in kwargs.items() if not self._is_passed_on(key, value, rest, passed)}
+        read = self.create_node("get_attr", path, (), {})
+        return self.create_proxy("call_function", pass_on, (Value(read, self), args, named, rest), {})
+
+    def _is_passed_on(self, key: str, value: Any, rest: Value, passed: Mapping[str, Any]) -> bool:
+        if key not in passed:
+            return False
+        if isinstance(value, Value):
+            return value.node.target is operator.getitem and value.node.args == (rest.node, key)
+        return isinstance(value, PLAIN) and value == passed[key]
+
+    # -- the root's arguments ----------------------------------------------------------------------------------------
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """One placeholder a parameter."""
+        positional: list[Any] = [self.root]
+        by_name: dict[str, Any] = {}
+        optional = False
+        for name, parameter in list(inspect.signature(root_fn).parameters.items())[1:]:
+            optional |= parameter.default is not parameter.empty
+            star = _STARS.get(parameter.kind, "")
+            default = None if parameter.default is parameter.empty else parameter.default
+            node = self.create_node("placeholder", star + name, (default,) if optional and not star else (), {})
+            self._given.add(node)
+            value = self._knows(node, self.arguments.get(name, {"*": (), "**": {}}.get(star, default)))
+            if star == "**":
+                rest = Value(node, self)
+                by_name |= {key: self._item(rest, key) for key in value}
+                by_name[_REST] = rest
+            elif star == "*":
+                positional.extend(self._wrap(Value(node, self)))
+            elif parameter.kind is parameter.KEYWORD_ONLY:
+                by_name[name] = self._wrap(Value(node, self))
+            else:
+                positional.append(self._wrap(Value(node, self)))
+        return lambda *args: root_fn(*args, **by_name), positional
+
+    # -- nodes and their values --------------------------------------------------------------------------------------
+
+    def create_proxy(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
+        name: str | None = None, type_expr: Any = None, proxy_factory_fn: Any = None,
+    ) -> Any:  # fmt: skip
+        """Makes the node and executes it."""
+        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr)
+        self._knows(node, self._run(node))
+        return self._wrap(Value(node, self))
+
+    def _knows(self, node: fx.Node, value: Any) -> Any:
+        self.values[node] = value
+        if isinstance(value, Tensor):
+            node.meta["shape"] = tuple(value.shape)
+        return value
+
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
+    ) -> Any:
+        """Attributes may be read without a proxy (buffers are tensors to Python)."""
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if kind == "get_attr":
+            self.values[node] = self._run(node)
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        """A tuple of all the items of a value, in order, is that value."""
+        if type(a) is tuple and a and isinstance(a[0], Value) and a[0].node.target is operator.getitem:
+            whole = a[0].node.args[0]
+            items = [(item.node.args if isinstance(item, Value) else None) for item in a]
+            if items == [(whole, i) for i in range(len(a))] and len(self.values[whole]) == len(a):
+                return whole
+        return super().create_arg(a)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters are proxies to the code that is traced, and themselves to what is executed."""
+        return attr_val if self._running else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _run(self, node: fx.Node) -> Any:
+        args, kwargs = (map_arg(a, self.values.__getitem__) for a in (node.args, node.kwargs))
+        self._running = True
+        try:
+            if node.op == "get_attr":
+                return reduce(getattr, str(node.target).split("."), self.root)
+            if node.op == "call_module":
+                return self.root.get_submodule(str(node.target))(*args, **kwargs)
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        finally:
+            self._running = False
+
+    def _wrap(self, value: Value) -> Any:
+        """What Python gets for a node: a proxy, a tuple of proxies, or a plain value as it is."""
+        node, known = value.node, self.values[value.node]
+        if type(known) in (tuple, torch.Size):
+            return tuple(self._item(value, i) for i in range(len(known)))
+        if (known is None or (node in self._given and isinstance(known, PLAIN))) and node.name not in self.opaque:
+            self.sources[node.name] = known
+            return known
+        return value
+
+    def _item(self, whole: Value, key: Any) -> Any:
+        node = self.create_node("call_function", operator.getitem, (whole.node, key), {})
+        self._knows(node, self.values[whole.node][key])
+        if whole.node in self._given:
+            self._given.add(node)
+        return self._wrap(Value(node, self))
+
+    # -- decisions ---------------------------------------------------------------------------------------------------
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """The recorded decision; the graph asserts that it stays so."""
+        value = self.values[obj.node]
+        if isinstance(value, Tensor):
+            return super().to_bool(obj)  # raises
+        truth = bool(value)
+        test = self.create_node("call_function", operator.truth if truth else operator.not_, (obj.node,), {})
+        self.values[test] = True
+        asked = f"{getattr(obj.node.target, '__name__', obj.node.target)}{obj.node.args}"
+        rule = f"{asked} was {truth} when the model was captured"
+        self.values[self.create_node("call_function", torch._assert, (test, rule), {})] = None
+        return truth
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Items of lists; the rows of a tensor are not counted."""
+        value = self.values[obj.node]
+        if isinstance(value, Tensor) or not hasattr(value, "__len__"):
+            return super().iter(obj)
+        return iter([obj[i] for i in range(len(value))])  # type: ignore[index]
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        """The recorded keys."""
+        return iter(list(self.values[obj.node]))
