@@ -151,7 +151,10 @@ def _decisions(layer: LayerPlan) -> tuple[tuple[str, ...], ...]:
     ffn = (kind, f"{site.d_model} x {site.d_ff}", site.activation)
     shared = (f"+ shared {experts.d_shared}",) if experts.d_shared else ()
     placed = f"{layer.placement.experts_per_rank} per EP rank"
-    routed = (f"{experts.num_routed} x {experts.d_expert}", *shared, placed, experts.init)
+    init = f"drop {experts.drop_ratio:g}" if experts.init == "drop" else experts.init
+    is_scaled = experts.init not in ("existing", "random") and experts.weight_scaling != "exact"
+    scaled = (f"scaled: {experts.weight_scaling}",) if is_scaled else ()
+    routed = (f"{experts.num_routed} x {experts.d_expert}", *shared, placed, init, *scaled)
     return ffn, routed, _router_lines(layer), (layer.dispatch.kind,)
 
 
