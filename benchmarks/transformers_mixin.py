@@ -67,10 +67,25 @@ def run(tests: Path, arguments: list[str], *, rewritten: bool) -> tuple[dict[str
             **os.environ, "MOECOMPILE_REWRITE": str(int(rewritten)), "MOECOMPILE_REWRITTEN_COUNTS": str(counts),
             "PYTHONPATH": os.pathsep.join((str(REPOSITORY), str(tests))), "HF_HUB_OFFLINE": "1",
         }  # fmt: skip
-        command = [sys.executable, "-m", "pytest", "-q", "-c", str(ini), "--rootdir", str(REPOSITORY), "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-c",
+            str(ini),
+            "--rootdir",
+            str(REPOSITORY),
+            "-p",
+            "no:cacheprovider",
+        ]
         where = str(REPOSITORY / "benchmarks" / "mixin" / "test_models.py")
         done = subprocess.run(
-            [*command, f"--junitxml={report}", where, *arguments], env=environment, capture_output=True, text=True, check=False
+            [*command, f"--junitxml={report}", where, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode not in (0, 1):
             sys.exit(done.stdout + done.stderr)
@@ -117,7 +132,9 @@ def main() -> int:
         if status != plain[test][0]
     ]  # fmt: skip
     for family in families:
-        mine = [{k: v[0] for k, v in results.items() if k.startswith(f"{family}Test::")} for results in (plain, changed)]
+        mine = [
+            {k: v[0] for k, v in results.items() if k.startswith(f"{family}Test::")} for results in (plain, changed)
+        ]
         held = {name: count for name, count in sites.items() if name.startswith(family)}
         print(f"{family}: as it is {dict(Counter(mine[0].values()))}, rewritten {dict(Counter(mine[1].values()))}")
         print(f"  rewritten sites of the last model of each class: {held}")

@@ -142,11 +142,34 @@ def test_experts_of_more_language_models(model_type: str) -> None:
     assert_experts_stay_exact(*language_model(model_type, changes), num_sites)
 
 
+def test_experts_that_are_the_identity_stay_with_their_token() -> None:
+    """LongCat-Flash: the rows of `gate_up_proj` behind the experts that have weights are never read, and are cut off."""
+    model, inputs = language_model("longcat_flash", {"zero_expert_num": 3, "n_routed_experts": 4, "moe_topk": 3})
+    reference = copy.deepcopy(model)
+    compiled = compile_with_report(model, config("mesh.ranks_per_node=2", "dispatch.kind=flat"), example=inputs)
+    assert {(layer.site.num_experts, layer.site.top_k) for layer in compiled.plan.layers} == {(4, 3)}
+    compiled = compile_with_report(copy.deepcopy(reference), config(), example=inputs)
+    model = compiled.model
+    wanted, wanted_grads = outputs_and_grads(reference, inputs)
+    got, grads = outputs_and_grads(model, inputs)
+    assert all(max_diff(a, b) <= 1e-5 for a, b in zip(got, wanted, strict=True))
+    assert list(grads) == list(wanted_grads)
+    for layer in compiled.plan.layers:
+        name = f"{layer.site.fqn}.gate_up_proj"
+        assert not wanted_grads[name][4:].any()
+        wanted_grads[name] = wanted_grads[name][:4]
+    assert worst(grads, wanted_grads) < (1e-4, "")
+    chosen: list[Tensor] = []
+    experts = model.get_submodule(compiled.plan.layers[0].site.fqn)
+    experts.register_forward_pre_hook(lambda _, args: chosen.append(args[1]))
+    model(**inputs)
+    assert (chosen[0] >= 4).any() and (chosen[0] < 4).any()
+
+
 # Experts that are seen and cannot be rewritten, and why.
 REFUSED = {
     "jetmoe": "it holds stacked weights, but is not called with hidden states",  # each projection is a module
     "llama4_text": "it holds stacked weights, but is not called with hidden states",  # every expert gets every token
-    "longcat_flash": "its weights are not stacked over the same experts",  # some experts are the identity
 }
 
 
