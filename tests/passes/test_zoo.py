@@ -142,6 +142,29 @@ def test_experts_of_more_language_models(model_type: str) -> None:
     assert_experts_stay_exact(*language_model(model_type, changes), num_sites)
 
 
+# Tiny models that do not generate as they are: caches without an attention layer, ids outside of a hashed vocabulary, a
+# config of several modalities without its special tokens.
+NO_TEXT = (
+    "granitemoehybrid", "inkling2_loop_text", "inkling2_text", "jamba", "kimi_linear", "qwen3_omni_moe_thinker",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*tiny_models.names("moe"), *LANGUAGE_MODELS} - {*NO_TEXT}))
+def test_generate_gives_the_same_text(name: str) -> None:
+    """20 tokens: greedy with and without the cache, and by beam search."""
+    in_zoo = name in tiny_models.architectures
+    model, inputs = tiny_models.build(name) if in_zoo else language_model(name, LANGUAGE_MODELS[name][1])
+    ids = inputs["input_ids"][:, :5]
+    ways: tuple[dict[str, Any], ...] = ({"use_cache": True}, {"use_cache": False}, {"num_beams": 3})
+    fixed = {"attention_mask": torch.ones_like(ids), "min_new_tokens": 20, "max_new_tokens": 20, "do_sample": False}
+    wanted = [model.generate(ids, **fixed, **way) for way in ways]
+    assert len(set(wanted[0].flatten().tolist())) > 8
+    compile_with_report(model, config(), example=inputs)
+    for way, text in zip(ways, wanted, strict=True):
+        assert torch.equal(model.generate(ids, **fixed, **way), text), way
+
+
 def test_experts_that_are_the_identity_stay_with_their_token() -> None:
     """LongCat-Flash: the rows of `gate_up_proj` behind the experts that have weights are never read, and are cut off."""
     model, inputs = language_model("longcat_flash", {"zero_expert_num": 3, "n_routed_experts": 4, "moe_topk": 3})
