@@ -12,11 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_leaves
 
 from moecompile.apply import (
     lowered_graph,
@@ -27,16 +25,16 @@ from moecompile.apply import (
     rewritten_graph,
     rewritten_region,
 )
-from moecompile.capture import Example, call_with, in_mode, is_meta
+from moecompile.capture import Example
 from moecompile.compose import compose_config
 from moecompile.errors import CaptureError, ConfigError, PlanError
 from moecompile.passes.base import PassRecord, count_ops
 from moecompile.passes.build_plan import build_plan
 from moecompile.passes.plan_existing import notes
 from moecompile.passes.shard import device_mesh_of, layers_of, shard
-from moecompile.passes.upcycle import step0_reason
 from moecompile.plan import ExpertsSite, FFNSite, LayerPlan, Plan, PlannedSite
 from moecompile.planner import ModelFacts
+from moecompile.receipt import Comparison, Receipt
 from moecompile.schema import Config, SiteKind
 from moecompile.sites import (
     Captured,
@@ -55,7 +53,7 @@ _PLAN = "_moecompile_plan"
 
 @dataclass(kw_only=True)
 class Compiled:
-    """What a compilation did. graphs: stage -> region -> GraphModule. step0_max_abs_diff: outputs on the example.
+    """What a compilation did. graphs: stage -> region -> GraphModule. step0: whether outputs on the example stay.
 
     notes: what a person should know of the plan (what was read from the model).
     """
@@ -65,9 +63,18 @@ class Compiled:
     sites: list[Site] = field(default_factory=list)
     records: list[PassRecord] = field(default_factory=list)
     graphs: dict[str, Graphs] = field(default_factory=dict)
-    step0_max_abs_diff: float | None = None
-    step0_reason: str | None = None
+    step0: Receipt = field(default_factory=Receipt)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def step0_max_abs_diff(self) -> float | None:
+        """Largest difference of the outputs before and after, where equality is promised."""
+        return self.step0.max_abs_diff
+
+    @property
+    def step0_reason(self) -> str | None:
+        """Why it is not promised or not measured."""
+        return self.step0.reason
 
 
 def compile_model(
@@ -206,13 +213,12 @@ def compile_with_report(
     compiled.notes = notes(plan, config)
     compiled.graphs["captured"] = before
 
-    outputs = [] if is_meta(model) or not layers else _outputs(model, example)
+    comparison = Comparison(model, example, planned)
     rewritten = {path: rewritten_region(region, planned[path], config.seed) for path, region in regions.items()}
-    compiled.model = model = replace_regions(model, rewritten)
+    compiled.model, compiled.step0 = comparison.replace(model, rewritten)
+    model = compiled.model
     compiled.graphs["rewritten"] = rewritten
     records.append(clock.record("rewrite", before, rewritten, "one device"))
-    if layers:
-        compiled.step0_max_abs_diff, compiled.step0_reason = _step0(outputs, model, example, plan)
 
     if until in ("lower", "shard"):
         lowered = {path: lowered_region(regions[path], rewritten[path], planned[path]) for path in regions}
@@ -258,25 +264,6 @@ def _kind(plan: Plan, config: Config) -> SiteKind:
     if len(existing) != 1:
         return SiteKind.both if existing else config.experts.sites
     return SiteKind.existing if existing.pop() else SiteKind.dense
-
-
-def _step0(before: list[Tensor], model: nn.Module, example: Example, plan: Plan) -> tuple[float | None, str | None]:
-    dense = [layer for layer in plan.layers if isinstance(layer.site, FFNSite)]
-    if reasons := [reason for layer in dense if (reason := step0_reason(layer))]:
-        return None, reasons[0]
-    if is_meta(model):
-        return None, "the model is on the meta device"
-    pairs = zip(before, _outputs(model, example), strict=True)
-    return max((float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0), None
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
-    """Floating-point outputs in evaluation mode."""
-    with in_mode(model, training=False):
-        out = call_with(model, example)
-    leaves = tree_leaves(dict(out) if hasattr(out, "items") else out)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _facts(model: nn.Module) -> ModelFacts:

@@ -82,6 +82,27 @@ class WideWeights(nn.Module):
         return weights_TK.to(wide)
 
 
+class IdentityExperts(nn.Module):
+    """Experts that return their input (LongCat-Flash): ids from `num_experts` on, which no exchange has to carry.
+
+    Args:
+        num_experts: those that have weights.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ids_TK, num_experts where it was one of these, and what they add to the output, (T, D)."""
+        weights_T = weights_TK.masked_fill(ids_TK < self.num_experts, 0).sum(-1, keepdim=True)
+        return ids_TK.clamp(max=self.num_experts), (hidden_TD * weights_T).to(hidden_TD.dtype)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"ids from {self.num_experts} on"
+
+
 class ExistingMeter(LoadMeter):
     """Counts the load of experts behind a router of the model's own.
 

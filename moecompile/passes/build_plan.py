@@ -140,6 +140,8 @@ def _layer(site: PlannedSite, settings: LayerSettings, config: Config, mesh: Mes
             d_shared=experts.num_shared * d_expert,
             init=ExpertInit(experts.init).value,
             shared_gate=experts.shared_gate and experts.num_shared > 0,
+            drop_ratio=experts.drop_ratio if experts.init is ExpertInit.drop else 0.0,
+            weight_scaling=experts.weight_scaling.value,
         ),
         routing=routing_plan,
         balance=BalancePlan(

@@ -6,7 +6,8 @@ its GraphModule owns the model's own parameters, which the experts call gets as 
 Algorithm:
   1. Placeholders with the forward's own argument names. The model may have rounded the routing weights; from here on
      they are at least fp32.
-  2. Count the load; ids that equal the number of experts are dropped assignments.
+  2. Count the load; ids that equal the number of experts are dropped assignments. Experts that are the identity are
+     computed where the token is.
   3. permute, experts on the rows (with the norm that follows them, if any), unpermute with the routing weights.
 """
 
@@ -21,7 +22,14 @@ from torch import Tensor, fx, nn
 from moecompile.comm.dispatch import items
 from moecompile.errors import PassError
 from moecompile.nn import Experts
-from moecompile.nn.existing import ExistingExperts, ExistingMeter, OneHotIds, WideWeights, without_parameters
+from moecompile.nn.existing import (
+    ExistingExperts,
+    ExistingMeter,
+    IdentityExperts,
+    OneHotIds,
+    WideWeights,
+    without_parameters,
+)
 from moecompile.passes.base import is_ours, op_name
 from moecompile.passes.match import FFNMatch
 from moecompile.passes.match_experts import ExpertsMatch
@@ -72,6 +80,9 @@ class RewriteExisting:
         if match.call.one_hot:
             root["one_hot_ids"] = OneHotIds()
             ids = graph.call_module("one_hot_ids", (ids,))
+        if match.num_identity:
+            root["identity_experts"] = IdentityExperts(match.num_experts)
+            ids, same = items(graph, graph.call_module("identity_experts", (hidden, ids, weights)), "kept_ids", "same")
         root["meter"] = _meter(region, layer)
         graph.call_module("meter", (ids,))
         # Step 3
@@ -83,7 +94,10 @@ class RewriteExisting:
         if match.norm:
             root[match.norm] = module.get_submodule(match.norm)
             outputs = graph.call_module(match.norm, (outputs,))
-        graph.output(graph.call_function(ops.unpermute, (outputs, order, weights)))
+        result = graph.call_function(ops.unpermute, (outputs, order, weights))
+        if match.num_identity:
+            result = graph.call_function(torch.ops.aten.add.Tensor, (result, same))
+        graph.output(result)
         new = fx.GraphModule(root, graph, class_name=type(module).__name__)
         for child in new.children():
             child.train(module.training)
@@ -114,8 +128,17 @@ def _experts(region: ExistingRegion) -> dict[str, Any]:
         compute = ExistingExperts(
             match.num_experts, without_parameters(module), match.weights, transposed=match.transposed
         )
-        return {"experts": compute, **{name: module.get_parameter(name) for name in match.weights}}
+        return {"experts": compute, **{name: _weight(module, name, match) for name in match.weights}}
     return {"experts": _stacked(match, module, *region.ffn)}
+
+
+def _weight(module: nn.Module, name: str, match: ExpertsMatch) -> nn.Parameter:
+    """The model's own parameter; rows of experts that are the identity, which nothing reads, are cut off."""
+    parameter = module.get_parameter(name)
+    if parameter.shape[0] == match.num_experts:
+        return parameter
+    rows = parameter.detach()[: match.num_experts].clone()
+    return nn.Parameter(rows, requires_grad=parameter.requires_grad)
 
 
 @torch.no_grad()

@@ -37,8 +37,9 @@ class ExpertsMatch:
     """Experts of a model, understood.
 
     weights: names of the stacked parameters; none where each expert is a module, then `modules` are their paths below
-    the experts module. transposed: whether stacked weights are (E, d_in, d_out). norm: a child that is applied to the
-    rows after the experts. activation: for people.
+    the experts module. num_identity: experts behind the last one that return their input, for which the projection up
+    has rows that nothing reads. transposed: whether stacked weights are (E, d_in, d_out). norm: a child that is applied
+    to the rows after the experts. activation: for people.
     """
 
     call: ExpertsCall
@@ -46,6 +47,7 @@ class ExpertsMatch:
     d_expert: int
     weights: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
+    num_identity: int = 0
     transposed: bool = False
     norm: str | None = None
     activation: str
@@ -88,14 +90,14 @@ def match_stacked(module: nn.Module, call: ExpertsCall) -> ExpertsMatch | str:
     known = (first, "down_proj", f"{first}_bias", "down_proj_bias")
     names = tuple(name for name in own if name in known)
     norm = "post_expert_norm" if getattr(module, "has_post_expert_norm", False) else None
-    if reason := _not_understood(module, own, names, norm):
+    num_identity = _identities(module, own[first], own["down_proj"])
+    if reason := _not_understood(module, own, names, norm, num_identity):
         return reason
     transposed = _transposed(module, own[first], call.d_model)
     d_in, d_out = (1, 2) if transposed else (2, 1)
     width, down = own[first].shape[d_out], own["down_proj"]
     d_expert = width // 2 if first == "gate_up_proj" else width
     rules = (
-        (own[first].shape[0] != down.shape[0], f"{own[first].shape[0]} experts project up, {down.shape[0]} down"),
         (own[first].shape[d_in] != call.d_model, f"{first} does not read the hidden states' {call.d_model} entries"),
         ((down.shape[d_in], down.shape[d_out]) != (d_expert, call.d_model), "down_proj does not fit the projection up"),
         (not hasattr(module, "_apply_gate") and not hasattr(module, "act_fn"), "it has neither act_fn nor _apply_gate"),
@@ -103,8 +105,8 @@ def match_stacked(module: nn.Module, call: ExpertsCall) -> ExpertsMatch | str:
     if broken := next((reason for found, reason in rules if found), None):
         return broken
     return ExpertsMatch(
-        call=call, num_experts=down.shape[0], d_expert=d_expert, weights=names, transposed=transposed, norm=norm,
-        activation=_activation(module),
+        call=call, num_experts=down.shape[0], d_expert=d_expert, weights=names, num_identity=num_identity,
+        transposed=transposed, norm=norm, activation=_activation(module),
     )  # fmt: skip
 
 
@@ -158,12 +160,19 @@ def groups_of(block: nn.Module, experts: nn.Module) -> tuple[int, int]:
     return 1, 1
 
 
+def _identities(module: nn.Module, first: Tensor, down: Tensor) -> int:
+    """Experts that return their input, as LongCat-Flash has them."""
+    more = first.shape[0] - down.shape[0]
+    return more if more > 0 and type(getattr(module, "identity_expert", None)) is nn.Identity else 0
+
+
 def _not_understood(
-    module: nn.Module, own: Mapping[str, Tensor], names: tuple[str, ...], norm: str | None
+    module: nn.Module, own: Mapping[str, Tensor], names: tuple[str, ...], norm: str | None, num_identity: int
 ) -> str | None:
     if unknown := [name for name in own if name not in names]:
         return f"its parameter {unknown[0]} is not known"
-    if len({own[name].shape[0] for name in names}) > 1 or any(own[name].ndim not in (2, 3) for name in names):
+    counts = {own[name].shape[0] - (0 if name.startswith("down_proj") else num_identity) for name in names}
+    if len(counts) > 1 or any(own[name].ndim not in (2, 3) for name in names):
         shapes = ", ".join(f"{name} {tuple(own[name].shape)}" for name in names)
         return f"its weights are not stacked over the same experts: {shapes}"
     for name, child in module.named_children():

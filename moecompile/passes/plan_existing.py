@@ -92,7 +92,13 @@ def existing_layer(
     return LayerPlan(
         site=site,
         experts=ExpertsPlan(
-            num_routed=site.num_experts, granularity=1, num_shared=0, d_expert=site.d_ff, d_shared=0, init="existing"
+            num_routed=site.num_experts,
+            granularity=1,
+            num_shared=0,
+            d_expert=site.d_ff,
+            d_shared=0,
+            init="existing",
+            weight_scaling="none",
         ),
         routing=routing,
         balance=_balance(site, settings),  # Step 4

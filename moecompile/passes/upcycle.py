@@ -4,9 +4,8 @@ Legend: D model dim, F width of one slice = d_ff / granularity, E routed experts
 
 The dense FFN is the sum of its G = S + R slices, because it is a sum over hidden units:
     ffn(x) = sum_s down[:, s] act(gate[s] x, up[s] x) + bias.
-A shared expert with a gate starts with a gate of 0.5, so its `down` is multiplied by 2.
-Routed weights of a token sum to `scale`. With whole virtual groups (R experts, one per slice) chosen and equal scores
-within a group, each slice gets scale / R in total, so `down` is multiplied by R / scale: step 0 is the dense FFN.
+A shared expert with a gate starts with a gate of 0.5, so its `down` is multiplied by 2. Routed experts are multiplied
+by the factor that makes up for their routing weights (`scaling.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor, fx
 
 from moecompile.nn import Experts, Router, SharedExperts
 from moecompile.passes.match import FFNMatch
+from moecompile.passes.scaling import Factors, factors, sums_to_scale
 from moecompile.plan import LayerPlan
 
 _ROUTER_STD = 0.02
@@ -61,11 +61,12 @@ def fill(
     if plan.init == "random":
         _fill_random(experts, shared, dense, generator)
         return
-    factor = routed_slices / layer.routing.scale
-    silent = plan.init == "copy"  # beside whole copies the shared expert starts with no say
-    _fill_experts(
-        experts, dense, plan.granularity - routed_slices, routed_slices, factor, bears_bias=silent or not shared
-    )
+    silent = not plan.is_sliced  # beside whole copies the shared expert starts with no say
+    first = plan.num_shared if plan.is_sliced else 0
+    scale = factors(router, experts, layer, generator)
+    _fill_experts(experts, dense, first, routed_slices, scale, bears_bias=silent or not shared)
+    if plan.init == "drop":
+        _redraw(experts, plan.drop_ratio, generator.initial_seed())
     if shared is not None:
         _fill_shared(shared, dense, silent=silent)
 
@@ -75,22 +76,23 @@ def step0_reason(layer: LayerPlan) -> str | None:
 
     Jitter is no reason: step 0 is measured in evaluation mode, without it.
     """
-    routing = layer.routing
-    if layer.experts.init == "random":
-        return "experts are random"
-    if routing.choice == "expert":
-        return "experts choose tokens, so a token may have any number of them"
-    if routing.workload != "none":
-        return "the workload chooses the experts, not the router"
-    if not routing.normalize and routing.score != "softmax_after_topk":
-        return "the routing weights of a token do not sum to a constant"
-    if routing.capacity_factor is not None:
-        return "experts drop the tokens beyond their capacity"
-    return None
+    plan, routing = layer.experts, layer.routing
+    unscaled = plan.virtual_group == routing.scale  # the factor is 1, wherever it is put
+    reasons = (
+        (plan.init == "random", "experts are random"),
+        (plan.init == "drop", f"every expert has drawn {plan.drop_ratio:g} of its hidden units anew"),
+        (routing.choice == "expert", "experts choose tokens, so a token may have any number of them"),
+        (routing.workload != "none", "the workload chooses the experts, not the router"),
+        (not sums_to_scale(routing), "the routing weights of a token do not sum to a constant"),
+        (routing.capacity_factor is not None, "experts drop the tokens beyond their capacity"),
+        (plan.weight_scaling == "none" and not unscaled, "nothing makes up for the routing weights"),
+        (plan.weight_scaling == "nvidia" and not unscaled, "the inputs of the activation are scaled too"),
+    )
+    return next((reason for holds, reason in reasons if holds), None)
 
 
 def _fill_experts(
-    experts: Experts, dense: DenseWeights, first: int, slices: int, factor: float, *, bears_bias: bool
+    experts: Experts, dense: DenseWeights, first: int, slices: int, scale: Factors, *, bears_bias: bool
 ) -> None:
     """Expert id = copy * slices + slice; slice s is the dense FFN's slice first + s.
 
@@ -101,15 +103,41 @@ def _fill_experts(
     in_bias = getattr(experts, f"{experts.in_name}_bias")
     for expert in range(experts.num_experts):
         piece = slice((first + expert % slices) * width, (first + expert % slices + 1) * width)
-        in_proj[expert].copy_(torch.cat([weight[piece] for weight in dense.ins]))
-        experts.down_proj[expert].copy_(dense.down_DF[:, piece] * factor)
+        in_proj[expert].copy_(torch.cat([weight[piece] for weight in dense.ins]) * scale.ins)
+        experts.down_proj[expert].copy_(dense.down_DF[:, piece] * scale.down)
         if in_bias is not None:
-            in_bias[expert].copy_(
-                torch.cat([_bias(b, w)[piece] for b, w in zip(dense.in_biases, dense.ins, strict=True)])
-            )
+            biases = [_bias(b, w)[piece] for b, w in zip(dense.in_biases, dense.ins, strict=True)]
+            in_bias[expert].copy_(torch.cat(biases) * scale.ins)
         if experts.down_proj_bias is not None and dense.down_bias is not None:
-            share = factor if bears_bias and expert % slices == 0 else 0.0
+            share = scale.down_bias if bears_bias and expert % slices == 0 else 0.0
             experts.down_proj_bias[expert].copy_(dense.down_bias * share)
+
+
+def _redraw(experts: Experts, ratio: float, seed: int) -> None:
+    """Drop-upcycling (arXiv 2502.19261): each expert draws `ratio` of its hidden units anew.
+
+    New entries are normal, with the mean and the standard deviation of those that they replace, for each projection
+    alone. Which units, and their values, depend on the seed and the expert's global id.
+    """
+    width, num_ins = experts.d_expert, 2 if experts.gated else 1
+    in_bias = getattr(experts, f"{experts.in_name}_bias")
+    for expert in range(experts.num_experts):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + expert + 1) % 2**63)
+        units = torch.randperm(width, generator=generator)[: max(1, round(ratio * width))].sort().values
+        down_FD = experts.down_proj[expert].T
+        for i in range(num_ins):
+            rows = units + i * width
+            _redraw_rows(getattr(experts, experts.in_name)[expert], rows, generator)
+            if in_bias is not None:
+                _redraw_rows(in_bias[expert], rows, generator)
+        _redraw_rows(down_FD, units, generator)
+
+
+def _redraw_rows(tensor: Tensor, rows: Tensor, generator: torch.Generator) -> None:
+    rows = rows.to(tensor.device)
+    old = tensor[rows].double()
+    drawn = torch.randn(old.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+    tensor[rows] = (drawn * old.std(correction=0) + old.mean()).to(tensor.dtype)
 
 
 def _fill_shared(shared: SharedExperts, dense: DenseWeights, *, silent: bool) -> None:

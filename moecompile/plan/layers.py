@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from moecompile.errors import PlanError
 from moecompile.plan.sites import ExpertsSite, PlannedSite
 
-_INITS = ("copy", "virtual_group", "random", "existing")
+_INITS = ("copy", "virtual_group", "drop", "random", "existing")
+_SCALINGS = ("none", "exact", "expected", "nvidia")
 _CHOICES = ("token", "expert")
 _SCORES = ("softmax", "sigmoid", "softmax_after_topk", "own")
 _GROUP_SCORES = ("max", "top2", "topk_over_m")
@@ -34,7 +35,8 @@ class ExpertsPlan:
     """num_routed experts of width d_expert, and a shared expert of width d_shared (0: none) that every token visits.
 
     init: where the weights come from; `existing`: the model has the experts already. shared_gate: whether the shared
-    expert's output is multiplied by a learned sigmoid.
+    expert's output is multiplied by a learned sigmoid. drop_ratio: part of an expert's hidden units that is drawn anew.
+    weight_scaling: what makes up for the routing weights (docs/upcycling.md).
     """
 
     num_routed: int
@@ -44,11 +46,14 @@ class ExpertsPlan:
     d_shared: int
     init: str
     shared_gate: bool = False
+    drop_ratio: float = 0.0
+    weight_scaling: str = "exact"
 
     def __post_init__(self) -> None:
         _at_least(1, "experts", num_routed=self.num_routed, granularity=self.granularity, d_expert=self.d_expert)
         _at_least(0, "experts", num_shared=self.num_shared)
         _one_of(_INITS, "experts.init", self.init)
+        _one_of(_SCALINGS, "experts.weight_scaling", self.weight_scaling)
         if self.d_shared != self.num_shared * self.d_expert:
             raise PlanError(
                 "experts.d_shared", self.d_shared,
@@ -57,16 +62,25 @@ class ExpertsPlan:
             )  # fmt: skip
         if self.init == "copy" and self.granularity != 1:
             raise PlanError("experts.granularity", self.granularity, "must be 1, init=copy copies whole FFNs", "Use 1")
-        if self.init == "virtual_group" and self.num_shared >= self.granularity:
+        if (self.init == "drop") != (0 < self.drop_ratio <= 1):
+            raise PlanError(
+                "experts.drop_ratio", self.drop_ratio, "lies in (0, 1] with init=drop, else is 0", "Mend the plan"
+            )
+        if self.is_sliced and self.num_shared >= self.granularity:
             raise PlanError(
                 "experts.num_shared", self.num_shared,
                 f"must leave a slice to the routed experts, granularity={self.granularity}", "Lower it",
             )  # fmt: skip
 
     @property
+    def is_sliced(self) -> bool:
+        """Whether routed experts are slices of the dense FFN, else they are copies of it or have nothing of it."""
+        return self.init == "virtual_group" or (self.init == "drop" and self.granularity > 1)
+
+    @property
     def virtual_group(self) -> int:
-        """Routed experts that together are one copy of the dense FFN's routed slices (1 unless init=virtual_group)."""
-        return self.granularity - self.num_shared if self.init == "virtual_group" else 1
+        """Routed experts that together are one copy of the dense FFN's routed slices (1 without slices)."""
+        return self.granularity - self.num_shared if self.is_sliced else 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -151,7 +151,10 @@ def _decisions(layer: LayerPlan) -> tuple[tuple[str, ...], ...]:
     ffn = (kind, f"{site.d_model} x {site.d_ff}", site.activation)
     shared = (f"+ shared {experts.d_shared}",) if experts.d_shared else ()
     placed = f"{layer.placement.experts_per_rank} per EP rank"
-    routed = (f"{experts.num_routed} x {experts.d_expert}", *shared, placed, experts.init)
+    init = f"drop {experts.drop_ratio:g}" if experts.init == "drop" else experts.init
+    is_scaled = experts.init not in ("existing", "random") and experts.weight_scaling != "exact"
+    scaled = (f"scaled: {experts.weight_scaling}",) if is_scaled else ()
+    routed = (f"{experts.num_routed} x {experts.d_expert}", *shared, placed, init, *scaled)
     return ffn, routed, _router_lines(layer), (layer.dispatch.kind,)
 
 
@@ -251,6 +254,7 @@ _RESULT_LINES: tuple[tuple[str, tuple[str, ...], Callable[..., str]], ...] = (
     ("model", ("num_rewritten", "world_size"), lambda n, world: f"{plural(n, 'MoE layer')} on {plural(world, 'rank')}"),
     ("step 0", ("step0_max_abs_diff",), lambda diff: f"equals the dense model within {diff:.1e}"),
     ("step 0", ("step0_reason",), lambda reason: f"need not equal the dense model: {reason}"),
+    ("", ("step0_promised_max_abs_diff",), lambda diff: f"with the other layers alone it does, within {diff:.1e}"),
     ("loss", ("loss_first", "loss_last", "steps"), lambda a, b, n: f"{a:.4f} -> {b:.4f} in {plural(n, 'step')}"),
     ("validation", ("val_loss",), lambda loss: f"{loss:.4f} nats per token"),
     ("unigram entropy", ("unigram_entropy",), lambda nats: f"{nats:.4f} nats per token, what token counts alone reach"),

@@ -29,6 +29,7 @@ from moecompile.schema.config import (
     TrainerConfig,
     VerifyConfig,
     VerifyDtype,
+    WeightScaling,
     WireDtype,
     Workload,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "TrainerConfig",
     "VerifyConfig",
     "VerifyDtype",
+    "WeightScaling",
     "WireDtype",
     "Workload",
     "accumulation_steps",

@@ -39,7 +39,17 @@ class ExpertInit(str, Enum):
 
     copy = "copy"
     virtual_group = "virtual_group"
+    drop = "drop"  # copies or slices, of which each expert draws some hidden units anew (Nakamura et al. 2025)
     random = "random"
+
+
+class WeightScaling(str, Enum):
+    """How experts made from the dense FFN are scaled, so that their weighted sum starts like it (docs/upcycling.md)."""
+
+    none = "none"
+    exact = "exact"  # down by routed slices / scale: the dense FFN, where the weights of a token sum to `scale`
+    expected = "expected"  # down by routed slices / expected sum of the weights, for routers that do not normalise
+    nvidia = "nvidia"  # the same factor spread over all projections (He et al. 2024)
 
 
 class Choice(str, Enum):
@@ -156,7 +166,9 @@ class ExpertsConfig:
     sites: which kind of site. match: shell pattern on the module path. layers: Python slice over the matched sites in
     model order (`1:` all but the first, `::2` every other). num_routed: routed experts. granularity: slices that one
     dense FFN is cut into. num_shared: slices that go to the shared expert, which every token visits. shared_gate: the
-    shared expert's output is multiplied by a learned sigmoid (Qwen2-MoE).
+    shared expert's output is multiplied by a learned sigmoid (Qwen2-MoE). init: where the first weights come from.
+    drop_ratio: with init=drop, the part of an expert's hidden units that is drawn anew. weight_scaling: what makes up
+    for the routing weights.
     """
 
     sites: SiteKind = SiteKind.auto
@@ -167,6 +179,8 @@ class ExpertsConfig:
     num_shared: int = 0
     shared_gate: bool = False
     init: ExpertInit = ExpertInit.copy
+    drop_ratio: float = 0.5
+    weight_scaling: WeightScaling = WeightScaling.exact
 
 
 @dataclass(kw_only=True)

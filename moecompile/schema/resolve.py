@@ -171,7 +171,11 @@ def _check_experts(experts: ExpertsConfig) -> None:
             "experts.init", "copy", f"copies whole FFNs but experts.granularity={experts.granularity}",
             "Use experts.init=virtual_group, or experts.granularity=1",
         )  # fmt: skip
-    if experts.init is ExpertInit.virtual_group and experts.num_shared >= experts.granularity:
+    if experts.init is ExpertInit.drop and not 0 < experts.drop_ratio <= 1:
+        raise ConfigError(
+            "experts.drop_ratio", experts.drop_ratio, "must lie in (0, 1]", "Use 0.5, or another experts.init for none"
+        )
+    if _is_sliced(experts) and experts.num_shared >= experts.granularity:
         raise ConfigError(
             "experts.num_shared", experts.num_shared,
             f"must leave a slice to the routed experts, experts.granularity={experts.granularity}",
@@ -179,9 +183,15 @@ def _check_experts(experts: ExpertsConfig) -> None:
         )  # fmt: skip
 
 
+def _is_sliced(experts: ExpertsConfig) -> bool:
+    """Whether the routed experts are slices of the dense FFN."""
+    sliced_drop = experts.init is ExpertInit.drop and experts.granularity > 1
+    return experts.init is ExpertInit.virtual_group or sliced_drop
+
+
 def _check_virtual_groups(experts: ExpertsConfig, routing: RoutingConfig, mesh: MeshSpec) -> None:
     """A virtual group is one copy of all routed slices; top-k must be able to choose it whole."""
-    if experts.init is not ExpertInit.virtual_group:
+    if not _is_sliced(experts):
         return
     size = experts.granularity - experts.num_shared
     groups, _ = resolve_groups(routing, experts.num_routed, mesh)

@@ -138,7 +138,7 @@ def _unproven(region: ExistingRegion, call: ModuleCall) -> str | None:
     match, module = region.match, region.module
     if is_meta(module):
         # Classes of transformers declare their layout, and one-hot ids can mean nothing else.
-        known = hasattr(module, "is_concatenated") or match.call.one_hot
+        known = hasattr(module, "is_concatenated") or match.call.one_hot or match.num_identity > 0
         return None if known else "its class does not declare the layout, and on the meta device it cannot be tried"
     graph_module = RewriteExisting().run(region)
     wanted, got = _output(module, call), _output(graph_module, call)

@@ -7,15 +7,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moecompile.capture import is_meta
 from moecompile.models import build_model, example_inputs
 from moecompile.pipeline import compile_with_report
-from moecompile.plan import FFNSite, Plan
 from moecompile.report.console import print_sites
 from moecompile.report.result import write_result
 from moecompile.schema import Config
 from moecompile.tasks.plan import plan_fields, require_layers
-from moecompile.tasks.show import show_compiled, site_rows
+from moecompile.tasks.show import show_compiled, site_rows, step0_fields
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -28,14 +26,6 @@ def run(config: Config, run_dir: Path) -> None:
     require_layers(compiled.plan, config)
     show_compiled(compiled, run_dir, console)
     print_sites(site_rows(compiled), console)
-    step0, same = compiled.step0_max_abs_diff, _before(compiled.plan)
-    console.print(
-        f"step 0 equals {same} within {step0:.1e}"
-        if step0 is not None
-        else f"step 0 was not compared with {same}: {compiled.step0_reason}"
-        if is_meta(model)
-        else f"step 0 need not equal {same}: {compiled.step0_reason}"
-    )
     write_result(
         run_dir,
         {
@@ -46,13 +36,6 @@ def run(config: Config, run_dir: Path) -> None:
             **plan_fields(compiled.plan),
             "notes": compiled.notes,
             "sites": site_rows(compiled),
-            "step0_max_abs_diff": step0,
-            "step0_reason": compiled.step0_reason,
+            **step0_fields(compiled),
         },
     )
-
-
-def _before(plan: Plan) -> str:
-    """What the rewritten model is compared with."""
-    dense = all(isinstance(layer.site, FFNSite) for layer in plan.layers)
-    return "the dense model" if dense else "the model before"

@@ -7,17 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from moecompile import plan as plans
+from moecompile.capture import is_meta
 from moecompile.pipeline import Compiled
 from moecompile.report.console import print_passes, print_plan
 from moecompile.report.graphs import graph_summary, write_graphs
 
 
 def show_compiled(compiled: Compiled, run_dir: Path, console: Console) -> None:
-    """Prints plan and passes; writes `plan.yaml` and `graphs/`, layers with the same graphs once."""
+    """Prints plan, passes and step 0; writes `plan.yaml` and `graphs/`, layers with the same graphs once."""
     print_plan(compiled.plan, console, compiled.notes)
     print_passes(compiled.records, console)
+    if compiled.plan.layers:
+        console.print()
+        console.print(Text(_step0_text(compiled)))
     plans.save(compiled.plan, run_dir / "plan.yaml")
     seen: set[tuple[str, ...]] = set()
     for fqn in compiled.graphs["captured"]:
@@ -26,6 +31,25 @@ def show_compiled(compiled: Compiled, run_dir: Path, console: Console) -> None:
         if form not in seen:
             seen.add(form)
             write_graphs(stages, run_dir / "graphs", fqn or "model")
+
+
+def step0_fields(compiled: Compiled) -> dict[str, Any]:
+    """The step-0 receipt in result.json."""
+    return {f"step0_{name}": value for name, value in dataclasses.asdict(compiled.step0).items()}
+
+
+def _step0_text(compiled: Compiled) -> str:
+    """`step 0 equals the dense model within 6.0e-08`, or why it need not."""
+    receipt = compiled.step0
+    is_dense = all(isinstance(layer.site, plans.FFNSite) for layer in compiled.plan.layers)
+    same = "the dense model" if is_dense else "the model before"
+    if receipt.max_abs_diff is not None:
+        return f"step 0 equals {same} within {receipt.max_abs_diff:.1e}"
+    if is_meta(compiled.model):
+        return f"step 0 was not compared with {same}: {receipt.reason}"
+    rest = receipt.promised_max_abs_diff
+    others = "" if rest is None else f"; with the other layers alone it does, within {rest:.1e}"
+    return f"step 0 need not equal {same}: {receipt.reason}{others}"
 
 
 def site_rows(compiled: Compiled) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from moecompile.runtime.objective import data_for
 from moecompile.runtime.process_group import init_process_group
 from moecompile.runtime.training import LOAD_HISTORY, Outcome, train
 from moecompile.schema import Config, mesh_spec
-from moecompile.tasks.show import show_compiled
+from moecompile.tasks.show import show_compiled, step0_fields
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -94,8 +94,7 @@ def _result(config: Config, compiled: Compiled, outcome: Outcome, data: TextData
         "bytes_per_token_per_layer_predicted": _plain(predicted),
         "checkpoint": str(outcome.checkpoint) if outcome.checkpoint else None,
         "unigram_entropy": _unigram_entropy(config, data),
-        "step0_max_abs_diff": compiled.step0_max_abs_diff,
-        "step0_reason": compiled.step0_reason,
+        **step0_fields(compiled),
     }
 
 

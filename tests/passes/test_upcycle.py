@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import moecompile
@@ -168,6 +168,153 @@ def test_copies_are_independent_weights() -> None:
     assert torch.equal(experts.down_proj[1], model.down.weight)
 
 
+# -- how experts are scaled --------------------------------------------------------------------------------------------
+
+
+class SquaredReLU(UpDown):
+    """up -> relu -> square -> down."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)).square())
+
+
+SWITCH = ["experts.num_routed=8", "routing.top_k=1", "routing.normalize=false"]
+UNNORMALISED = {
+    "switch": SWITCH,
+    "deepseek_v2": [*virtual_group(4, 1, 4, 1), "routing.normalize=false"],
+    "sigmoid": ["experts.num_routed=8", "routing.score=sigmoid", "routing.normalize=false", "routing.scale=2.0"],
+}
+ACTIVATIONS = {"gated": Gated, "relu": UpDown, "squared relu": SquaredReLU}
+
+
+def output_ratio(model: nn.Module, overrides: list[str]) -> float:
+    """Norm of the rewritten FFN's outputs over the dense one's, on tokens of unit variance."""
+    x = tokens(512, 64, seed=3)
+    with torch.no_grad():
+        return float(transformed(model, overrides).eval()(x).norm() / model(x).norm())
+
+
+@pytest.mark.parametrize("router", UNNORMALISED)
+@pytest.mark.parametrize("form", ACTIVATIONS)
+def test_expected_weights_start_routers_that_do_not_normalise_near_the_dense_ffn(form: str, router: str) -> None:
+    torch.manual_seed(0)
+    model = ACTIVATIONS[form](64, 256)
+    ratio = {
+        scaling: output_ratio(model, [*UNNORMALISED[router], f"experts.weight_scaling={scaling}"])
+        for scaling in ("exact", "expected", "nvidia")
+    }
+    assert ratio["expected"] == pytest.approx(1, abs=0.05)
+    # A router whose logits are not all alike gives the chosen experts more than 1 / E each.
+    assert 1 < ratio["nvidia"] < 1.6
+    if router != "sigmoid":
+        assert ratio["exact"] < 0.6  # the factor of weights that sum to `scale`
+
+
+@pytest.mark.parametrize(
+    ("form", "share", "ins"), [("gated", 1 / 3, 1 / 3), ("relu", 1 / 2, 1 / 2), ("squared relu", 1 / 3, 1 / 3)]
+)
+def test_the_published_factor_is_spread_over_the_projections(form: str, share: float, ins: float) -> None:
+    """(experts * slices / top_k) ** (1/3) for a gated silu and for squared relu, else ** (1/2), biases included."""
+    model = ACTIVATIONS[form](bias=True)
+    overrides = [*virtual_group(4, 0, 2, 1), "routing.normalize=false", "experts.weight_scaling=nvidia"]
+    experts, factor = transformed(model, overrides).experts, 8 * 4 / 4
+    down, first = experts.down_proj, getattr(experts, experts.in_name)
+    wanted = model.gate if form == "gated" else model.up
+    assert max_diff(down[1], model.down.weight[:, 4:8] * factor**share) <= 1e-6
+    assert max_diff(first[1, :4], wanted.weight[4:8] * factor**ins) <= 1e-6
+    assert max_diff(getattr(experts, f"{experts.in_name}_bias")[1, :4], wanted.bias[4:8] * factor**ins) <= 1e-6
+    assert max_diff(experts.down_proj_bias[0], model.down.bias * factor) <= 1e-6
+
+
+def test_an_activation_that_does_not_grow_is_not_scaled() -> None:
+    model = UpDown(activation=torch.tanh)
+    experts = transformed(model, [*SWITCH, "experts.weight_scaling=nvidia"]).experts
+    assert torch.equal(experts.up_proj[0], model.up.weight)
+    assert max_diff(experts.down_proj[0], model.down.weight * 8) <= 1e-6
+
+
+@pytest.mark.parametrize("scaling", ["expected", "nvidia"])
+def test_where_the_router_normalises_the_factor_is_the_exact_one(scaling: str) -> None:
+    """relu lets a factor through, so that also the published spread keeps the sum."""
+    model, x = UpDown(bias=False).to(F64), tokens(32, dtype=F64)
+    overrides = [*virtual_group(4, 0, 3, 2), "routing.scale=2.5", f"experts.weight_scaling={scaling}"]
+    assert max_diff(transformed(model, overrides).eval()(x), model(x)) <= 1e-10
+
+
+def test_without_scaling_slices_count_as_little_as_their_weights() -> None:
+    model, x = UpDown(bias=False).to(F64), tokens(32, dtype=F64)
+    overrides = [*virtual_group(4, 0, 3, 1), "experts.weight_scaling=none"]
+    assert max_diff(transformed(model, overrides).eval()(x), model(x) / 4) <= 1e-10
+
+
+# -- drop-upcycling ----------------------------------------------------------------------------------------------------
+
+DROP = [*COPY4, "experts.init=drop"]
+
+
+def drawn_units(kept: Tensor, wanted: Tensor) -> list[int]:
+    """Rows of `kept` that are not those of `wanted`."""
+    return [i for i in range(wanted.shape[0]) if not torch.equal(kept[i], wanted[i])]
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
+def test_each_expert_draws_other_hidden_units_anew_and_keeps_the_rest(ratio: float) -> None:
+    model = Gated(64, 128, bias=True)
+    experts = transformed(model, [*DROP, f"experts.drop_ratio={ratio}"]).experts
+    chosen = []
+    for expert in range(4):
+        gate, up = experts.gate_up_proj[expert].chunk(2)
+        gate_bias, up_bias = experts.gate_up_proj_bias[expert].chunk(2)
+        units = drawn_units(gate, model.gate.weight)
+        assert len(units) == ratio * 128
+        for kept, wanted in (
+            (up, model.up.weight), (experts.down_proj[expert].T, model.down.weight.T),
+            (gate_bias, model.gate.bias), (up_bias, model.up.bias),
+        ):  # fmt: skip
+            assert drawn_units(kept, wanted) == units
+        assert torch.equal(experts.down_proj_bias[expert], model.down.bias)
+        chosen.append(tuple(units))
+    assert len(set(chosen)) == (4 if ratio < 1 else 1)
+
+
+def test_drawn_entries_have_the_statistics_of_those_they_replace() -> None:
+    model = UpDown(64, 512)
+    nn.init.normal_(model.up.weight, mean=0.3, std=0.5)
+    nn.init.normal_(model.down.weight, mean=-0.2, std=0.1)
+    experts = transformed(model, [*DROP, "experts.drop_ratio=0.5"]).experts
+    units = drawn_units(experts.up_proj[0], model.up.weight)
+    for drawn, mean, std in ((experts.up_proj[0, units], 0.3, 0.5), (experts.down_proj[0][:, units], -0.2, 0.1)):
+        assert drawn.mean().item() == pytest.approx(mean, abs=0.05 * std)
+        assert drawn.std().item() == pytest.approx(std, rel=0.03)
+
+
+def test_what_is_drawn_depends_on_the_seed_the_site_and_the_expert_alone() -> None:
+    """Not on how many experts there are: so a rank may fill its own alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(UpDown(), UpDown())
+    model[1].load_state_dict(model[0].state_dict())
+
+    def experts(seed: int, num_routed: int) -> list[Tensor]:
+        graph = transformed(model, [*DROP, f"experts.num_routed={num_routed}", f"seed={seed}"])
+        return [graph.get_submodule(name).experts.up_proj for name in ("0", "1")]
+
+    first, again, other = experts(0, 4), experts(0, 8), experts(1, 4)
+    assert torch.equal(first[0], again[0][:4]) and torch.equal(first[1], again[1][:4])
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], other[0])
+
+
+def test_slices_are_dropped_within_themselves_and_the_shared_slice_is_kept() -> None:
+    model = UpDown(64, 128)
+    overrides = [*virtual_group(4, 1, 2, 1), "experts.init=drop", "experts.drop_ratio=0.25"]
+    compiled = transformed(model, overrides)
+    assert torch.equal(compiled.shared_experts.up_proj.weight, model.up.weight[:32])
+    for expert in range(6):
+        piece = model.up.weight[32 * (1 + expert % 3) :][:32]
+        assert len(drawn_units(compiled.experts.up_proj[expert], piece)) == 8
+    rows = compiled.router.weight.view(2, 3, 64)
+    assert torch.equal(rows[:, 0], rows[:, 2])
+
+
 # -- where nothing is promised ----------------------------------------------------------------------------------------
 
 
@@ -199,6 +346,9 @@ def test_random_experts_have_the_spread_of_the_dense_weights() -> None:
             "experts choose tokens, so a token may have any number of them",
         ),
         (["routing.workload=zipf"], "the workload chooses the experts, not the router"),
+        (["experts.init=drop", "experts.drop_ratio=0.25"], "every expert has drawn 0.25 of its hidden units anew"),
+        (["routing.scale=2.0", "experts.weight_scaling=none"], "nothing makes up for the routing weights"),
+        (["routing.scale=2.0", "experts.weight_scaling=nvidia"], "the inputs of the activation are scaled too"),
     ],
 )
 def test_the_reason_is_given_and_no_difference(overrides: list[str], reason: str) -> None:

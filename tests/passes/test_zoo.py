@@ -136,11 +136,57 @@ def test_experts_of_more_language_models(model_type: str) -> None:
     assert_experts_stay_exact(*language_model(model_type, changes), num_sites)
 
 
+# Tiny models that do not generate as they are: caches without an attention layer, ids outside of a hashed vocabulary, a
+# config of several modalities without its special tokens.
+NO_TEXT = (
+    "granitemoehybrid", "inkling2_loop_text", "inkling2_text", "jamba", "kimi_linear", "qwen3_omni_moe_thinker",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*tiny_models.names("moe"), *LANGUAGE_MODELS} - {*NO_TEXT}))
+def test_generate_gives_the_same_text(name: str) -> None:
+    """20 tokens: greedy with and without the cache, and by beam search."""
+    in_zoo = name in tiny_models.architectures
+    model, inputs = tiny_models.build(name) if in_zoo else language_model(name, LANGUAGE_MODELS[name][1])
+    ids = inputs["input_ids"][:, :5]
+    ways: tuple[dict[str, Any], ...] = ({"use_cache": True}, {"use_cache": False}, {"num_beams": 3})
+    fixed = {"attention_mask": torch.ones_like(ids), "min_new_tokens": 20, "max_new_tokens": 20, "do_sample": False}
+    wanted = [model.generate(ids, **fixed, **way) for way in ways]
+    assert len(set(wanted[0].flatten().tolist())) > 8
+    compile_with_report(model, config(), example=inputs)
+    for way, text in zip(ways, wanted, strict=True):
+        assert torch.equal(model.generate(ids, **fixed, **way), text), way
+
+
+def test_experts_that_are_the_identity_stay_with_their_token() -> None:
+    """LongCat-Flash: the rows of `gate_up_proj` behind the experts that have weights are never read, and are cut off."""
+    model, inputs = language_model("longcat_flash", {"zero_expert_num": 3, "n_routed_experts": 4, "moe_topk": 3})
+    reference = copy.deepcopy(model)
+    compiled = compile_with_report(model, config("mesh.ranks_per_node=2", "dispatch.kind=flat"), example=inputs)
+    assert {(layer.site.num_experts, layer.site.top_k) for layer in compiled.plan.layers} == {(4, 3)}
+    compiled = compile_with_report(copy.deepcopy(reference), config(), example=inputs)
+    model = compiled.model
+    wanted, wanted_grads = outputs_and_grads(reference, inputs)
+    got, grads = outputs_and_grads(model, inputs)
+    assert all(max_diff(a, b) <= 1e-5 for a, b in zip(got, wanted, strict=True))
+    assert list(grads) == list(wanted_grads)
+    for layer in compiled.plan.layers:
+        name = f"{layer.site.fqn}.gate_up_proj"
+        assert not wanted_grads[name][4:].any()
+        wanted_grads[name] = wanted_grads[name][:4]
+    assert worst(grads, wanted_grads) < (1e-4, "")
+    chosen: list[Tensor] = []
+    experts = model.get_submodule(compiled.plan.layers[0].site.fqn)
+    experts.register_forward_pre_hook(lambda _, args: chosen.append(args[1]))
+    model(**inputs)
+    assert (chosen[0] >= 4).any() and (chosen[0] < 4).any()
+
+
 # Experts that are seen and cannot be rewritten, and why.
 REFUSED = {
     "jetmoe": "it holds stacked weights, but is not called with hidden states",  # each projection is a module
     "llama4_text": "it holds stacked weights, but is not called with hidden states",  # every expert gets every token
-    "longcat_flash": "its weights are not stacked over the same experts",  # some experts are the identity
 }
 
 

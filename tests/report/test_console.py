@@ -212,6 +212,15 @@ def test_experts_of_the_model_are_told_from_dense_ffns() -> None:
     )
 
 
+def test_how_experts_are_made_is_shown() -> None:
+    plan = deepseek_v3()
+    made = replace(plan.layers[0].experts, init="drop", drop_ratio=0.25, weight_scaling="expected")
+    changed = replace(plan, layers=(replace(plan.layers[0], experts=made),))
+    text = printed(lambda console: print_plan(changed, console))
+    assert "drop 0.25" in text and "scaled: expected" in text
+    assert "scaled" not in printed(lambda console: print_plan(plan, console))
+
+
 def test_everything_that_is_decided_about_the_router_is_shown() -> None:
     plan = deepseek_v3()
     routing = replace(

@@ -57,6 +57,24 @@ BROKEN: dict[str, tuple[list[str], str]] = {
         "experts.num_shared=4: must leave a slice to the routed experts, experts.granularity=4. Lower it or raise "
         "experts.granularity.",
     ),
+    "only shared slices beside dropped ones": (
+        ["experts.init=drop", "experts.granularity=2", "experts.num_shared=2"],
+        "experts.num_shared=2: must leave a slice to the routed experts, experts.granularity=2. Lower it or raise "
+        "experts.granularity.",
+    ),
+    "half a virtual group, dropped": (
+        ["experts.init=drop", "experts.granularity=3", "experts.num_routed=9"],
+        "routing.top_k=2: must be a multiple of the routed slices, experts.granularity - experts.num_shared = 3. Use 3, "
+        "or experts.init=random.",
+    ),
+    "nothing dropped": (
+        ["experts.init=drop", "experts.drop_ratio=0"],
+        "experts.drop_ratio=0.0: must lie in (0, 1]. Use 0.5, or another experts.init for none.",
+    ),
+    "more than all dropped": (
+        ["experts.init=drop", "experts.drop_ratio=1.5"],
+        "experts.drop_ratio=1.5: must lie in (0, 1]. Use 0.5, or another experts.init for none.",
+    ),
     "half a virtual group": (
         [*SLICES, "experts.num_routed=6", "routing.top_k=4"],
         "experts.num_routed=6: must be a multiple of the routed slices, experts.granularity - experts.num_shared = 4. "
