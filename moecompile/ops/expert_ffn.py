@@ -227,9 +227,7 @@ def _activate(gate_up_MG: Tensor, weights_M: Tensor, hidden_MF: Tensor) -> None:
     native = kernels() if gate_up_MG.dtype in _SUFFIX and weights_M.dtype == torch.float32 else None
     if native is not None:
         rows, width = hidden_MF.shape
-        native(
-            f"forward_{_SUFFIX[gate_up_MG.dtype]}", gate_up_MG, weights_M, hidden_MF, rows=rows, width=width
-        )
+        native(f"forward_{_SUFFIX[gate_up_MG.dtype]}", gate_up_MG, weights_M, hidden_MF, rows=rows, width=width)
         return
     gate, up = _wide(gate_up_MG, weights_M).chunk(2, 1)
     hidden_MF.copy_((F.silu(gate) * up).mul_(weights_M.unsqueeze(1)))
@@ -274,7 +272,7 @@ def _transposed(x_MN: Tensor, turned: _Scratch) -> Tensor:
     return out
 
 
-# -- all experts at once, without a look at the counts ------------------------------------------------------------------
+# -- all experts at once, without a look at the counts ---------------------------------------------------------------
 
 
 def _on_device(

@@ -66,8 +66,8 @@ def _(weights_GK: Tensor, ids_GK: Tensor, received_r3: Tensor, table_2r3: Tensor
 
 
 def _empty(ids: Tensor, weights: Tensor, num_rows: int | torch.SymInt, num_experts: int) -> _Sorted:
-    index = ids.new_empty(num_rows, dtype=torch.int64)  # type: ignore[arg-type]
-    return weights.new_empty(num_rows), index, torch.empty_like(index), index.new_empty(num_experts)  # type: ignore[arg-type]
+    index = ids.new_empty(num_rows, dtype=torch.int64)
+    return weights.new_empty(num_rows), index, torch.empty_like(index), index.new_empty(num_experts)
 
 
 def _setup(index_of_weights: int) -> Any:

@@ -52,7 +52,7 @@ def is_swiglu(experts: nn.Module) -> bool:
     """Whether experts without biases compute silu(gate) * up, in training and in evaluation."""
     if isinstance(experts, Experts):
         plain = experts.gated and experts.gate_up_proj_bias is None and experts.down_proj_bias is None
-        return plain and _computes_swiglu(experts.activation, lambda gate, up: experts.activation(gate, up))
+        return plain and _computes_swiglu(experts.activation, experts.activation)
     if isinstance(experts, ExistingExperts):
         plain = set(experts.names) == {"gate_up_proj", "down_proj"} and not experts.transposed
         return plain and _computes_swiglu(experts.own, lambda gate, up: experts.gate(torch.cat((gate, up), -1)))
@@ -99,7 +99,7 @@ def _fuse(graph: fx.Graph, call: fx.Node) -> None:
     graph.erase_node(summed[0])
 
 
-# -- what copies rows, and what sums them --------------------------------------------------------------------------------
+# -- what copies rows, and what sums them ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

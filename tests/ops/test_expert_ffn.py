@@ -58,7 +58,9 @@ def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 # Lengths below a tile, of whole tiles, with padding; widths that are and are not multiples of a tile.
-@pytest.mark.parametrize("sizes", [(1, 4, 16, 32), (40, 4, 16, 16), (600, 4, 32, 16), (50, 9, 24, 20), (1100, 3, 16, 48)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 4, 16, 32), (40, 4, 16, 16), (600, 4, 32, 16), (50, 9, 24, 20), (1100, 3, 16, 48)]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_outputs_and_every_gradient(dtype: torch.dtype, sizes: tuple[int, int, int, int], kernels: None) -> None:
     *values, ids = case(dtype, *sizes)
@@ -71,9 +73,9 @@ def test_outputs_and_every_gradient(dtype: torch.dtype, sizes: tuple[int, int, i
     grads = torch.autograd.grad(out, values, direction)
     wanted_grads = torch.autograd.grad(wanted, reference, direction.double())
     assert out.dtype == dtype
-    assert [close(a.detach(), b, TOLERANCE[dtype]) for a, b in zip((out, *grads), (wanted, *wanted_grads), strict=True)] == [
-        True
-    ] * 5
+    assert [
+        close(a.detach(), b, TOLERANCE[dtype]) for a, b in zip((out, *grads), (wanted, *wanted_grads), strict=True)
+    ] == [True] * 5
     assert not grads[2][-1].any() and not grads[3][-1].any()  # the last expert: zero, not missing
 
 
@@ -118,7 +120,9 @@ def test_only_few_lengths_and_little_padding() -> None:
     assert len(set(lengths)) < 160
 
 
-def test_a_library_is_built_once_and_again_for_another_source(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_a_library_is_built_once_and_again_for_another_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.kernels.cache_clear()
     if native.kernels() is None:
