@@ -9,6 +9,7 @@ from torch import fx, nn
 from moecompile.capture import stand_in
 from moecompile.errors import PlanError
 from moecompile.passes.existing import ExistingRegion, RewriteExisting, forget_weights, plain_attributes
+from moecompile.passes.fuse import Fuse
 from moecompile.passes.lower import Lower
 from moecompile.passes.match import FFNMatch
 from moecompile.passes.rewrite import Rewrite
@@ -109,6 +110,20 @@ def lowered_graph(graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> 
     out = step.run(graph_module, layers)
     step.ensures(out, layers)
     return out
+
+
+def fused_region(region: Region, lowered: fx.GraphModule) -> fx.GraphModule:
+    """The lowered region with its experts fused where they can be."""
+    out = fused_graph(lowered)
+    if isinstance(region, DenseRegion):
+        return stand_in(out, lowered, attributes_of(lowered))
+    forget_weights(lowered)
+    return _with_attributes(region, out)
+
+
+def fused_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The fuse pass."""
+    return Fuse().run(graph_module)
 
 
 def replace_regions(model: nn.Module, regions: Graphs) -> nn.Module:

@@ -1,6 +1,6 @@
 """The passes as one readable list, and the programmatic API built on it.
 
-capture -> match -> build_plan -> rewrite -> lower -> shard
+capture -> match -> build_plan -> rewrite -> lower -> fuse -> shard
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moecompile.apply import (
+    fused_graph,
+    fused_region,
     lowered_graph,
     lowered_region,
     ordered,
@@ -147,7 +149,9 @@ def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | C
     pairs = [(by_fqn[planned_site(sites, layer).fqn], layer) for layer in plan.layers]
     order = {node: i for i, node in enumerate(source.graph.nodes)}
     pairs.sort(key=lambda pair: order[pair[0].down.node])  # a plan may list its layers in any order
-    result = lowered_graph(rewritten_graph(source, pairs, seed), [layer for _, layer in pairs]) if pairs else source
+    result: fx.GraphModule = source
+    if pairs:
+        result = fused_graph(lowered_graph(rewritten_graph(source, pairs, seed), [layer for _, layer in pairs]))
     set_attribute(result, _PLAN, plan)
     return result
 
@@ -222,13 +226,16 @@ def compile_with_report(
 
     if until in ("lower", "shard"):
         lowered = {path: lowered_region(regions[path], rewritten[path], planned[path]) for path in regions}
-        compiled.model = model = replace_regions(model, lowered)
         compiled.graphs["lowered"] = lowered
         records.append(clock.record("lower", rewritten, lowered, "exchanges on logical axes"))
+        fused = {path: fused_region(regions[path], graph) for path, graph in lowered.items()}
+        compiled.model = model = replace_regions(model, fused)
+        compiled.graphs["fused"] = fused
+        records.append(clock.record("fuse", lowered, fused, "one op for gather, experts and sum"))
     set_attribute(model, _PLAN, plan)
     if until == "shard":
         shard(model, plan, device_mesh or device_mesh_of(plan.mesh, _device_type(model)))
-        records.append(clock.record("shard", lowered, lowered, "axes bound, experts split"))
+        records.append(clock.record("shard", fused, fused, "axes bound, experts split"))
     return compiled
 
 

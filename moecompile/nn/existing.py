@@ -32,16 +32,32 @@ class ExistingExperts(nn.Module):
         self.num_experts, self.names, self.transposed = num_experts, names, transposed
         self.own = own
 
-    def forward(self, rows_RD: Tensor, counts_E: Tensor, *weights: Tensor) -> Tensor:
-        """rows_RD in expert order, counts_E rows of each local expert, the weights of the local experts -> (R, D)."""
+    def forward(
+        self,
+        rows_RD: Tensor,
+        counts_E: Tensor,
+        *weights: Tensor,
+        source_R: Tensor | None = None,
+        weights_R: Tensor | None = None,
+    ) -> Tensor:
+        """rows_RD in expert order, counts_E rows of each local expert, the weights of the local experts -> (R, D).
+
+        With source_R and weights_R: as `Experts`.
+        """
         given = dict(zip(self.names, (_local(weight) for weight in weights), strict=True))
+        if source_R is not None and weights_R is not None:
+            fused: tuple[Tensor, ...] = torch.ops.moecompile.expert_ffn(
+                rows_RD, source_R, weights_R, counts_E, given["gate_up_proj"], given["down_proj"]
+            )
+            return fused[0]
         if "gate_up_proj" in given:
-            hidden_RF = self._gate(self._project(rows_RD, counts_E, "gate_up_proj", given))
+            hidden_RF = self.gate(self._project(rows_RD, counts_E, "gate_up_proj", given))
         else:
             hidden_RF = self._own("act_fn", self._project(rows_RD, counts_E, "up_proj", given))
         return self._project(hidden_RF, counts_E, "down_proj", given)
 
-    def _gate(self, gate_up: Tensor) -> Tensor:
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """The activation of the model's own experts, (R, 2F) -> (R, F)."""
         if hasattr(self.own, "_apply_gate"):  # what transformers calls it
             return self._own("_apply_gate", gate_up)
         gate, up = gate_up.chunk(2, dim=-1)

@@ -50,8 +50,19 @@ class Experts(nn.Module):
         self.down_proj_bias = parameter(d_model) if bias_down else None
         self.activation = activation
 
-    def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
-        """rows_RD in expert order, counts_E rows of each local expert -> (R, D)."""
+    def forward(
+        self, rows_RD: Tensor, counts_E: Tensor, source_R: Tensor | None = None, weights_R: Tensor | None = None
+    ) -> Tensor:
+        """rows_RD in expert order, counts_E rows of each local expert -> (R, D).
+
+        With source_R and weights_R, which the pass `fuse` gives: rows (V, D) to take the sources of, and the weighted
+        sums over the experts of each come back, (V, D). The activation must be SwiGLU, without biases.
+        """
+        if source_R is not None and weights_R is not None:
+            gate_up, down = _local(getattr(self, self.in_name)), _local(self.down_proj)
+            fused = torch.ops.moecompile.expert_ffn(rows_RD, source_R, weights_R, counts_E, gate_up, down)
+            out_VD: Tensor = fused[0]
+            return out_VD
         hidden = self._project(rows_RD, counts_E, self.in_name)
         if self.gated:
             gate_RF, up_RF = hidden.chunk(2, dim=-1)

@@ -33,6 +33,24 @@ def _unpermute(device_type: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return rule
 
 
+def _expert_ffn(device_type: str) -> Callable[..., tuple[Tensor, ...]]:
+    def rule(
+        x_VD: Tensor, source_R: Tensor, weights_R: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+    ) -> tuple[Tensor, ...]:
+        dtype = torch.get_autocast_dtype(device_type)
+        x_VD, gate_up_EGD, down_EDF = (
+            t if t.dtype == torch.float64 else t.to(dtype) for t in (x_VD, gate_up_EGD, down_EDF)
+        )
+        with torch.autocast(device_type, enabled=False):
+            out: tuple[Tensor, ...] = torch.ops.moecompile.expert_ffn(
+                x_VD, source_R, weights_R, counts_E, gate_up_EGD, down_EDF
+            )
+        return out
+
+    return rule
+
+
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _lib.impl("grouped_mm", _grouped_mm(_device_type), _key)
+    _lib.impl("expert_ffn", _expert_ffn(_device_type), _key)
     _lib.impl("unpermute", _unpermute(_device_type), _key)

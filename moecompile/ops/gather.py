@@ -104,12 +104,7 @@ def take_local(
     Returns:
         rows_BD, weights_B, source_B int64 (copy -> gathered row), order_B int64 (copy -> flat assignment), counts_e.
     """
-    num_assigned = int(table_2r3[1, :, 1].sum())
-    place_A = (ids_GK.to(torch.int64) - received_r3[0, 2]).reshape(-1)
-    place_A = torch.where((place_A >= 0) & (place_A < num_local), place_A, num_local)  # of others: last
-    order_B = torch.argsort(place_A, stable=True)[:num_assigned].clone()
-    source_B = torch.div(order_B, ids_GK.shape[1], rounding_mode="floor")
-    counts_e = expert_counts(place_A, num_local + 1)[:num_local].clone()
+    source_B, order_B, counts_e = local_assignments(ids_GK, received_r3, table_2r3, num_local)
     weights_B = weights_GK.reshape(-1).index_select(0, order_B)
     return rows_GD.index_select(0, source_B), weights_B, source_B, order_B, counts_e
 
@@ -143,6 +138,18 @@ def _take_backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor, *_: Any) -
 
 
 take_local.register_autograd(_take_backward, setup_context=_take_setup)
+
+
+def local_assignments(
+    ids_GK: Tensor, received_r3: Tensor, table_2r3: Tensor, num_local: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Assignments to this rank by local expert: source_B (-> gathered row), order_B (-> flat assignment), counts_e."""
+    num_assigned = int(table_2r3[1, :, 1].sum())
+    place_A = (ids_GK.to(torch.int64) - received_r3[0, 2]).reshape(-1)
+    place_A = torch.where((place_A >= 0) & (place_A < num_local), place_A, num_local)  # of others: last
+    order_B = torch.argsort(place_A, stable=True)[:num_assigned].clone()
+    source_B = torch.div(order_B, ids_GK.shape[1], rounding_mode="floor")
+    return source_B, order_B, expert_counts(place_A, num_local + 1)[:num_local].clone()
 
 
 def _padded(rows: Tensor, missing: int) -> Tensor:

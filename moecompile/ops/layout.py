@@ -29,10 +29,7 @@ def permute(x_TD: Tensor, ids_TK: Tensor, num_experts: int, dropless: bool = Tru
     Returns:
         rows_RD, order_R int64 (see the note above), counts_E int64.
     """
-    order_R = torch.argsort(ids_TK.reshape(-1), stable=True)
-    counts_E = expert_counts(ids_TK, num_experts)
-    if not dropless:
-        order_R = order_R[: int(counts_E.sum())].clone()
+    order_R, counts_E = sorted_assignments(ids_TK, num_experts, dropless)
     return x_TD.index_select(0, order_R // ids_TK.shape[1]), order_R, counts_E
 
 
@@ -117,6 +114,15 @@ def unpermute_backward(grad_TD: Tensor, rows_RD: Tensor, order_R: Tensor, weight
 @unpermute_backward.register_fake
 def _(grad_TD: Tensor, rows_RD: Tensor, order_R: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rows_RD), torch.empty_like(weights_TK)
+
+
+def sorted_assignments(ids_TK: Tensor, num_experts: int, dropless: bool) -> tuple[Tensor, Tensor]:
+    """order_R and counts_E (see the note above)."""
+    order_R = torch.argsort(ids_TK.reshape(-1), stable=True)
+    counts_E = expert_counts(ids_TK, num_experts)
+    if not dropless:
+        order_R = order_R[: int(counts_E.sum())].clone()
+    return order_R, counts_E
 
 
 def by_assignment(values_R: Tensor, order_R: Tensor, num_assignments: int) -> Tensor:

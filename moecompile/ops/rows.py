@@ -116,12 +116,9 @@ def expand_rows(
     Returns:
         rows_BD, weights_B, source_B int64 (copy -> received row), order_B int64 (copy -> assignment), counts_e int64.
     """
-    codes = codes_B.to(torch.int64)
-    expert_B, row_B = codes >> 1, (codes & 1).cumsum(0) - 1
-    order_B = torch.argsort(expert_B, stable=True)
-    source_B = row_B.index_select(0, order_B)
+    source_B, order_B, counts_e = sorted_codes(codes_B, num_local)
     weights = weights_B.index_select(0, order_B)
-    return rows_VD.index_select(0, source_B), weights, source_B, order_B, expert_counts(expert_B, num_local)
+    return rows_VD.index_select(0, source_B), weights, source_B, order_B, counts_e
 
 
 @expand_rows.register_fake
@@ -152,6 +149,14 @@ def _expand_backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor, *_: Any)
 
 
 expand_rows.register_autograd(_expand_backward, setup_context=_expand_setup)
+
+
+def sorted_codes(codes_B: Tensor, num_local: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Received assignments by local expert: source_B (-> received row), order_B (-> assignment), counts_e."""
+    codes = codes_B.to(torch.int64)
+    expert_B, row_B = codes >> 1, (codes & 1).cumsum(0) - 1
+    order_B = torch.argsort(expert_B, stable=True)
+    return row_B.index_select(0, order_B), order_B, expert_counts(expert_B, num_local)
 
 
 @torch.library.custom_op("moecompile::reduce_rows", mutates_args=())

@@ -1,0 +1,184 @@
+"""One MoE layer, forward and backward, side by side: CPU time against a dense FFN with the activated FLOPs.
+
+    python benchmarks/layer.py                                bf16, four sizes, about four minutes on an idle core
+    python benchmarks/layer.py --dtype float32 --sizes 8,2,1024,4096 --rounds 20 --json layer.json
+
+A size is experts, top-k, width of an expert, tokens; the hidden size is 512. In every round each layer runs once on the
+same new input, hence with new counts, in a rotating order; medians of CPU time (one thread) and of the ratios to the
+dense FFN in the same round are printed. All layers have the same weights, and their outputs and gradients are compared
+with transformers' plain loop over experts before anything is timed.
+
+    fused       what moecompile makes of a transformers block (moecompile.ops.expert_ffn)
+    torch only  the same without the compiled kernels, as on a machine without a C++ compiler
+    lowered     the graph before the pass `fuse`
+    grouped_mm  transformers' own fast experts
+    eager       transformers' plain loop (skipped with --no-eager: it is slow with many experts)
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# glibc would map large buffers anew at every step; what workers of moecompile run with.
+HEAP = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**30), "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30), "OMP_NUM_THREADS": "1"}
+if __name__ == "__main__" and any(os.environ.get(name) != value for name, value in HEAP.items()):
+    import sys
+
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **HEAP})
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moecompile.ops import native
+from moecompile.pipeline import compile_with_report
+
+HIDDEN = 512
+SIZES = ("8,2,1024,4096", "64,6,256,4096", "64,6,256,512", "128,8,512,4096")
+Layer = Callable[[Tensor], Tensor]
+
+
+class Dense(nn.Module):
+    """SwiGLU with the FLOPs that a token activates, gate and up as one linear."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate_up, self.down = nn.Linear(HIDDEN, 2 * width, bias=False), nn.Linear(width, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, T, D) -> (1, T, D)."""
+        gate, up = self.gate_up(x).chunk(2, -1)
+        out: Tensor = self.down(F.silu(gate) * up)
+        return out
+
+
+def block(experts: int, top_k: int, width: int, dtype: torch.dtype, implementation: str) -> nn.Module:
+    """transformers' Mixtral block with random weights, always the same."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = MixtralConfig(
+        hidden_size=HIDDEN, intermediate_size=width, num_local_experts=experts, num_experts_per_tok=top_k
+    )
+    config._experts_implementation = implementation
+    made: nn.Module = MixtralSparseMoeBlock(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return made.to(dtype)
+
+
+def layers(experts: int, top_k: int, width: int, dtype: torch.dtype, *, eager: bool) -> dict[str, nn.Module]:
+    """Name -> module, all with the same weights but the dense one."""
+    compiled = compile_with_report(
+        block(experts, top_k, width, dtype, "eager"), example=torch.zeros(1, 4, HIDDEN, dtype=dtype)
+    )
+    (fqn,) = compiled.graphs["lowered"]
+    lowered = copy.deepcopy(compiled.model)
+    graph = copy.deepcopy(compiled.graphs["lowered"][fqn])
+    for name, parameter in compiled.model.get_submodule(fqn).named_parameters():
+        graph.register_parameter(name, parameter)  # what is kept to be shown has no weights
+    lowered.set_submodule(fqn, graph)
+    found = {"dense": Dense(top_k * width).to(dtype), "fused": compiled.model, "torch only": compiled.model}
+    found |= {"lowered": lowered, "grouped_mm": block(experts, top_k, width, dtype, "grouped_mm")}
+    return found | ({"eager": block(experts, top_k, width, dtype, "eager")} if eager else {})
+
+
+def use_kernels(on: bool) -> None:
+    """Whether the compiled kernels are used from now on."""
+    os.environ["MOECOMPILE_NATIVE"] = "1" if on else "0"
+    native.kernels.cache_clear()
+
+
+def cpu_seconds(name: str, layer: nn.Module, x: Tensor, direction: Tensor) -> float:
+    """CPU time of one forward and backward; gradients are made anew, as after zero_grad."""
+    use_kernels(name != "torch only")
+    native.kernels()
+    layer.zero_grad(set_to_none=True)
+    x = x.detach().requires_grad_()
+    start = time.process_time()
+    layer(x).backward(direction)
+    return time.process_time() - start
+
+
+def gradients(layer: nn.Module, x: Tensor, direction: Tensor) -> list[Tensor]:
+    """Output, gradient of the input, and of every weight in the order of their names."""
+    layer.zero_grad(set_to_none=True)
+    x = x.detach().requires_grad_()
+    out = layer(x)
+    out.backward(direction)
+    named = sorted(layer.named_parameters(), key=lambda pair: pair[0])
+    return [t.detach().clone() for t in (out, x.grad, *(p.grad for _, p in named)) if t is not None]
+
+
+def check_equal(found: dict[str, nn.Module], reference: nn.Module, x: Tensor, direction: Tensor) -> None:
+    """Every layer computes what transformers' plain loop computes, gradients included."""
+    wanted = gradients(reference, x, direction)
+    tolerance = 3e-2 if x.dtype == torch.bfloat16 else 1e-5
+    for name in found.keys() - {"dense"}:
+        use_kernels(name != "torch only")
+        got = gradients(found[name], x, direction)
+        errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, wanted, strict=True)]
+        if max(errors) > tolerance:
+            raise SystemExit(f"{name} does not compute the same: relative errors {errors}")
+
+
+def measure(size: str, dtype: torch.dtype, rounds: int, *, eager: bool) -> list[dict[str, object]]:
+    """One row per layer."""
+    experts, top_k, width, tokens = (int(part) for part in size.split(","))
+    found = layers(experts, top_k, width, dtype, eager=eager)
+    generator = torch.Generator().manual_seed(1)
+
+    def draw() -> Tensor:
+        return torch.randn(1, tokens, HIDDEN, generator=generator).to(dtype)
+
+    check_equal(found, block(experts, top_k, width, dtype, "eager"), draw(), draw())
+    seconds: dict[str, list[float]] = {name: [] for name in found}
+    names = list(found)
+    for i in range(rounds + 3):  # the first three are warm-up
+        x, direction = draw(), draw()
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            taken = cpu_seconds(name, found[name], x, direction)
+            if i >= 3:
+                seconds[name].append(taken)
+    return [
+        {
+            "size": size,
+            "layer": name,
+            "cpu_ms": 1e3 * statistics.median(times),
+            "ratio": statistics.median(t / d for t, d in zip(times, seconds["dense"], strict=True)),
+        }
+        for name, times in seconds.items()
+    ]
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="E,K,WIDTH,T")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--no-eager", action="store_true")
+    parser.add_argument("--json", type=Path, help="also write the rows there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    print(f"{'experts, top-k, width, tokens':30} {'layer':12} {'CPU ms':>9} {'x dense':>8}")
+    for size in arguments.sizes:
+        for row in measure(size, getattr(torch, arguments.dtype), arguments.rounds, eager=not arguments.no_eager):
+            rows.append({"dtype": arguments.dtype, **row})
+            print(f"{row['size']:30} {row['layer']:12} {row['cpu_ms']:9.1f} {row['ratio']:8.2f}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The fused experts against a loop over rows in float64, with and without the compiled kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moecompile import ops  # noqa: F401  (registers the ops)
+from moecompile.ops import native
+from moecompile.ops.expert_ffn import _padded_length
+
+op = torch.ops.moecompile
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-2}  # relative to the largest entry
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Both ways to compute the activation."""
+    native.kernels.cache_clear()
+    if request.param == "torch":
+        monkeypatch.setenv("MOECOMPILE_NATIVE", "0")
+    elif native.kernels() is None:
+        pytest.skip("there is no C++ compiler")
+    yield
+    native.kernels.cache_clear()
+
+
+def case(dtype: torch.dtype, num_tokens: int, num_experts: int, d_model: int, d_expert: int) -> list[Tensor]:
+    """x_TD, weights_TK, gate_up_EGD, down_EDF; ids_TK never choose the last expert."""
+    generator = torch.Generator().manual_seed(num_tokens)
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    ids = torch.rand(num_tokens, num_experts - 1, generator=generator).topk(2).indices
+    return [
+        values(num_tokens, d_model).to(dtype).requires_grad_(),
+        values(num_tokens, 2).abs().to(wide).requires_grad_(),
+        values(num_experts, 2 * d_expert, d_model).mul(0.3).to(dtype).requires_grad_(),
+        values(num_experts, d_model, d_expert).mul(0.3).to(dtype).requires_grad_(),
+        ids,
+    ]
+
+
+def row_by_row(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor) -> Tensor:
+    """The definition."""
+    gate, up = torch.einsum("td,tkgd->tkg", x, gate_up[ids]).chunk(2, -1)
+    return torch.einsum("tkf,tkdf->td", weights.unsqueeze(2) * F.silu(gate) * up, down[ids])
+
+
+def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return a.shape == b.shape and bool((a.double() - b).abs().max() <= tolerance * b.abs().max()) if b.numel() else True
+
+
+# Lengths below a tile, of whole tiles, with padding; widths that are and are not multiples of a tile.
+@pytest.mark.parametrize(
+    "sizes", [(1, 4, 16, 32), (40, 4, 16, 16), (600, 4, 32, 16), (50, 9, 24, 20), (1100, 3, 16, 48)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_outputs_and_every_gradient(dtype: torch.dtype, sizes: tuple[int, int, int, int], kernels: None) -> None:
+    *values, ids = case(dtype, *sizes)
+    x, weights, gate_up, down = values
+    weights_R, source, _, counts = op.sort_assignments(ids, weights, gate_up.shape[0])
+    out = op.expert_ffn(x, source, weights_R, counts, gate_up, down)[0]
+    reference = [value.detach().double().requires_grad_() for value in values]
+    wanted = row_by_row(*reference, ids)
+    direction = torch.randn(wanted.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    grads = torch.autograd.grad(out, values, direction)
+    wanted_grads = torch.autograd.grad(wanted, reference, direction.double())
+    assert out.dtype == dtype
+    assert [
+        close(a.detach(), b, TOLERANCE[dtype]) for a, b in zip((out, *grads), (wanted, *wanted_grads), strict=True)
+    ] == [True] * 5
+    assert not grads[2][-1].any() and not grads[3][-1].any()  # the last expert: zero, not missing
+
+
+def test_no_token_at_all(kernels: None) -> None:
+    *values, ids = case(torch.bfloat16, 0, 4, 16, 16)
+    x, weights, gate_up, down = values
+    weights_R, source, _, counts = op.sort_assignments(ids, weights, 4)
+    op.expert_ffn(x, source, weights_R, counts, gate_up, down)[0].sum().backward()
+    assert all(value.grad is not None and not value.grad.any() for value in values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_nan_stays_one(dtype: torch.dtype, kernels: None) -> None:
+    *values, ids = case(dtype, 40, 4, 16, 16)
+    x, weights, gate_up, down = (value.detach().clone() for value in values)
+    x[7, 3] = float("nan")
+    weights_R, source, _, counts = op.sort_assignments(ids, weights, 4)
+    out = op.expert_ffn(x, source, weights_R, counts, gate_up, down)[0]
+    assert out[7].isnan().all()
+    assert not torch.cat((out[:7], out[8:])).isnan().any()
+
+
+@pytest.mark.parametrize("gate", [-200.0, -88.0, -20.0, 0.0, 20.0, 88.0, 200.0])
+def test_large_gates_do_not_overflow(gate: float, kernels: None) -> None:
+    x = torch.tensor([[gate, 1.0]], requires_grad=True)  # gate = x[0], up = x[1]
+    eye = torch.eye(2).unsqueeze(0)
+    down = torch.ones(1, 2, 1)
+    out = op.expert_ffn(x, torch.tensor([0]), torch.ones(1), torch.tensor([1]), eye, down)[0]
+    out[0, 0].backward()
+    wide = x.detach().double().requires_grad_()
+    wanted = F.silu(wide[0, 0]) * wide[0, 1]
+    wanted.backward()
+    assert torch.allclose(out[0, 0].double(), wanted, rtol=1e-6, atol=1e-30)
+    assert torch.allclose(x.grad.double(), wide.grad, rtol=1e-5, atol=1e-30)
+
+
+def test_only_few_lengths_and_little_padding() -> None:
+    counts = range(1, 5000)
+    lengths = [_padded_length(count) for count in counts]
+    assert all(0 <= length - count < max(16, count / 16) for count, length in zip(counts, lengths, strict=True))
+    assert all(length % 16 == 0 for length in lengths)
+    assert len(set(lengths)) < 160
+
+
+def test_a_library_is_built_once_and_again_for_another_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.kernels.cache_clear()
+    if native.kernels() is None:
+        pytest.skip("there is no C++ compiler")
+    folder = native.Path(str(tmp_path)) / "moecompile"
+    first = list(folder.iterdir())
+    native.kernels.cache_clear()
+    assert native.kernels() is not None
+    assert list(folder.iterdir()) == first
+    assert len(first) == 1
+    native.kernels.cache_clear()
+
+
+def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")  # a compiler that fails
+    native.kernels.cache_clear()
+    assert native.kernels() is None
+    native.kernels.cache_clear()

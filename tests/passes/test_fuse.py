@@ -1,0 +1,162 @@
+"""fuse in its own notation; what is fused computes the same, and what cannot be is left alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from moecompile.nn import Experts
+from moecompile.passes.fuse import Fuse, is_swiglu
+from moecompile.passes.lower import Lower, experts_calls
+from moecompile.passes.rewrite import Rewrite
+from moecompile.pipeline import compile_with_report
+from tests.existing_models import moe_inputs, moe_model
+from tests.models import COPY4, Gated, UpDown, config, ids, max_diff, only_ffn, plan_for, randomize, text, tokens
+
+SHARDED = [*COPY4, "mesh.num_nodes=2", "mesh.ranks_per_node=2"]
+
+
+def lowered(kind: str, ffn: nn.Module | None = None) -> fx.GraphModule:
+    """A lowered FFN."""
+    ffn = ffn or Gated()
+    before, match = only_ffn(ffn)
+    (layer,) = plan_for(ffn, COPY4 if kind == "local" else [*SHARDED, f"dispatch.kind={kind}"]).layers
+    return Lower().run(Rewrite().run(before, [(match, layer)]), [layer])
+
+
+EXPECTED_LOCAL = """\
+%0 = placeholder x
+%1 = moecompile.flatten_tokens(%0)
+%2 = router[Router](%0)
+%3 = getitem(%2, 0)
+%4 = getitem(%2, 1)
+%5 = moecompile.sort_assignments(%4, %3, 4)
+%6 = getitem(%5, 0)
+%7 = getitem(%5, 1)
+%8 = getitem(%5, 3)
+%9 = experts[Experts](%1, %8, source_R=%7, weights_R=%6)
+%10 = moecompile.unflatten_tokens(%9, %0)
+output(%10)
+"""
+
+
+def test_expected_graph() -> None:
+    before = lowered("local")
+    shown = text(before)
+    after = Fuse().run(before)
+    assert text(after) == EXPECTED_LOCAL
+    assert text(before) == shown
+    assert after.experts is before.experts
+
+
+SORTING = {
+    "local": "sort_assignments", "dedup": "sort_received", "hierarchical": "sort_received",
+    "allgather": "sort_gathered",
+}  # fmt: skip
+COPYING = ("permute", "expand_rows", "take_local", "reduce_rows", "unpermute")
+
+
+@pytest.mark.parametrize("kind", SORTING)
+def test_every_dispatch_sorts_and_does_not_copy(kind: str) -> None:
+    before = lowered(kind)
+    after = text(Fuse().run(before))
+    assert f"moecompile.{SORTING[kind]}(" in after
+    assert not [op for op in COPYING if f"moecompile.{op}(" in after]
+    for exchange in ("all_to_all", "exchange_assignments", "all_gather", "reduce_scatter"):
+        assert after.count(f"moecompile.{exchange}(") == text(before).count(f"moecompile.{exchange}(")
+
+
+def test_flat_stays_because_each_row_travels_by_itself() -> None:
+    before = lowered("flat")
+    assert text(Fuse().run(before)) == text(before)
+
+
+class Clamped(Gated):
+    """As gpt-oss does it: values beyond a limit are cut off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(F.silu(self.gate(x).clamp(max=7.0)) * self.up(x))
+        return out
+
+
+class Dropped(Gated):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.dropout(F.silu(self.gate(x)) * self.up(x)))
+        return out
+
+
+@pytest.mark.parametrize("ffn", [UpDown, Clamped, Dropped])
+def test_other_activations_stay(ffn: Callable[[], nn.Module]) -> None:
+    before = lowered("local", ffn())
+    assert text(Fuse().run(before)) == text(before)
+
+
+class Act(nn.Module):
+    """`like(gate) * up`."""
+
+    def __init__(self, like: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.like = like
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.like(gate) * up
+
+
+@pytest.mark.parametrize(
+    ("like", "known"),
+    [
+        (F.silu, True),
+        (lambda x: x * torch.sigmoid(x), True),
+        (lambda x: x / (1 + torch.exp(-x)), True),
+        (F.gelu, False),
+        (lambda x: x * torch.sigmoid(1.001 * x), False),
+    ],
+)
+def test_any_spelling_of_swiglu_counts(like: Callable[[Tensor], Tensor], known: bool) -> None:
+    assert is_swiglu(Experts(8, 16, 4, gated=True, activation=Act(like))) is known
+
+
+@pytest.mark.parametrize("biases", [{"bias_up": True}, {"bias_down": True}])
+def test_biases_are_not_fused(biases: dict[str, bool]) -> None:
+    assert not is_swiglu(Experts(8, 16, 4, gated=True, activation=Act(F.silu), **biases))
+
+
+def gradients(graph_module: fx.GraphModule, x: Tensor) -> dict[str, Tensor]:
+    """Output, and the gradients of its squares for the input and every weight."""
+    x = x.clone().requires_grad_()
+    out = graph_module(x)
+    names, parameters = zip(*graph_module.named_parameters(), strict=True)
+    grads = torch.autograd.grad(out.square().sum(), (x, *parameters))
+    return dict(zip(("out", "x", *names), (out.detach(), *grads), strict=True))
+
+
+@pytest.mark.parametrize("overrides", [[], ["routing.capacity_factor=0.5"], ["routing.top_k=1"]])
+def test_outputs_and_gradients_are_those_of_the_lowered_graph(overrides: list[str]) -> None:
+    compiled = compile_with_report(Gated().double(), config(*COPY4, *overrides), example=tokens(dtype=torch.float64))
+    graphs = {stage: copy.deepcopy(compiled.graphs[stage][""]) for stage in ("lowered", "fused")}
+    for graph in graphs.values():
+        randomize(graph)
+    x = tokens(40, dtype=torch.float64)
+    wanted, got = (gradients(graphs[stage], x) for stage in ("lowered", "fused"))
+    assert wanted.keys() == got.keys()
+    assert {name: max_diff(wanted[name], got[name]) < 1e-12 for name in wanted} == dict.fromkeys(wanted, True)
+
+
+@pytest.mark.parametrize(("architecture", "fused"), [("mixtral", True), ("deepseek_v3", True), ("gpt_oss", False)])
+def test_experts_that_a_model_has(architecture: str, fused: bool) -> None:
+    model = moe_model(architecture)
+    names = list(model.state_dict())
+    compiled = compile_with_report(model, config(), example=moe_inputs(architecture, ids()))
+    for graph in compiled.graphs["fused"].values():
+        (call,) = experts_calls(graph)
+        assert bool(call.kwargs) is fused
+    assert list(compiled.model.state_dict()) == names
