@@ -80,6 +80,26 @@ class ExistingExperts(nn.Module):
         return f"{self.num_experts} experts, weights {', '.join(self.names)}"
 
 
+class MatrixExperts(ExistingExperts):
+    """Experts whose projections are one matrix each, (E F, D): gate, up and down (DBRX).
+
+    Args:
+        num_experts, names: as above. own: the model's module with an `activation_fn`, without its parameters.
+    """
+
+    def __init__(self, num_experts: int, own: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__(num_experts, own, names, transposed=False)
+
+    def forward(self, rows_RD: Tensor, counts_E: Tensor, *weights: Tensor) -> Tensor:
+        """rows_RD in expert order, counts_E rows of each local expert, their matrices -> (R, D)."""
+        gate_EFD, up_EFD, down_EFD = (_local(weight).unflatten(0, (counts_E.shape[0], -1)) for weight in weights)
+        grouped_mm = torch.ops.moecompile.grouped_mm
+        hidden_RF = self._own("activation_fn", grouped_mm(rows_RD, gate_EFD, counts_E))
+        hidden_RF = hidden_RF * grouped_mm(rows_RD, up_EFD, counts_E)
+        out: Tensor = grouped_mm(hidden_RF, down_EFD.transpose(1, 2), counts_E)
+        return out
+
+
 class OneHotIds(nn.Module):
     """One-hot choices (T, 1, E) -> expert ids (T, 1); the id E for a token that was dropped and chose none."""
 
