@@ -89,7 +89,8 @@ EXTRA: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Row:
-    """One architecture. sites: form -> number of FFNs found; left: reason -> number of what looks like one.
+    """One architecture. sites: form -> number of FFNs found; left: reason -> number of what looks like one. named: the
+    pattern by which shared experts are rewritten, in models that have no other dense FFNs.
 
     difference_eval, difference_train: of the outputs; gradient: relative; generates: whether the tokens are the same,
     None where the model before does not generate.
@@ -100,6 +101,7 @@ class Row:
     sites: dict[str, int] = field(default_factory=dict)
     rewritten: int = 0
     left: dict[str, int] = field(default_factory=dict)
+    named: str = ""
     difference_eval: float | None = None
     difference_train: float | None = None
     gradient: float | None = None
@@ -140,6 +142,11 @@ def examine(name: str, zoo: Any) -> Row:
     before = copy.deepcopy(model)
     try:
         compiled = compile_with_report(model, compose_config(OVERRIDES), example=inputs)
+        row.named = "" if compiled.plan.layers else _shared(compiled)
+        if row.named:
+            overrides = [*OVERRIDES, f"experts.match='{row.named}'"]
+            model = copy.deepcopy(before)
+            compiled = compile_with_report(model, compose_config(overrides), example=inputs)
     except MoecompileError as error:
         row.status = f"failed: {error}"
         return row
@@ -148,6 +155,12 @@ def examine(name: str, zoo: Any) -> Row:
         _compare(row, before, compiled.model, inputs, zoo)
     row.seconds = round(time.perf_counter() - start, 2)
     return row
+
+
+def _shared(compiled: Compiled) -> str:
+    """A pattern that names the shared experts, which are rewritten only then, or nothing."""
+    paths = [site.fqn for site in compiled.sites if "shared expert" in site.reason and site.kind != "-"]
+    return next((_general(path) for path in paths), "")
 
 
 def no_dropout(model: nn.Module) -> None:
@@ -257,6 +270,7 @@ def totals(rows: list[Row]) -> dict[str, Any]:
         "built": sum(not row.status.startswith("not built") for row in rows),
         "rewritten": len(done),
         "rewritten and the same": sum(is_same(row) for row in done),
+        "of these, shared experts that were named": sum(bool(row.named) for row in done),
         "that generate, with the same tokens": sum(row.generates is True for row in done),
         **{f"with FFNs {form}": count for form, count in sorted(forms.items())},
     }
@@ -270,6 +284,8 @@ def table(rows: list[Row], summary: dict[str, Any]) -> str:
         if not row.rewritten:
             why = "; ".join(row.left) or ("no dense FFN" if row.status == "nothing to rewrite" else row.status)
             lines.append(f"| `{row.name}` | {why.replace('|', ' ')} |")
+    lines += ["", "| rewritten when named | `experts.match` |", "|---|---|"]
+    lines += [f"| `{row.name}` | `{row.named}` |" for row in rows if row.rewritten and row.named]
     lines += ["", "| rewritten, and not all of it | what stays, and why |", "|---|---|"]
     lines += [f"| `{row.name}` | {'; '.join(row.left)} |" for row in rows if row.rewritten and row.left]
     return "\n".join(lines) + "\n"

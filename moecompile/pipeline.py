@@ -33,6 +33,7 @@ from moecompile.errors import CaptureError, ConfigError, PlanError
 from moecompile.passes.base import PassRecord, count_ops
 from moecompile.passes.build_plan import build_plan
 from moecompile.passes.plan_existing import notes
+from moecompile.passes.registry import registered_passes
 from moecompile.passes.shard import device_mesh_of, layers_of, shard
 from moecompile.passes.upcycle import step0_reason
 from moecompile.plan import ExpertsSite, FFNSite, LayerPlan, Plan, PlannedSite
@@ -210,7 +211,7 @@ def compile_with_report(
     rewritten = {path: rewritten_region(region, planned[path], config.seed) for path, region in regions.items()}
     compiled.model = model = replace_regions(model, rewritten)
     compiled.graphs["rewritten"] = rewritten
-    records.append(clock.record("rewrite", before, rewritten, "one device"))
+    records.append(clock.record("rewrite", before, rewritten, _with_registered("one device", "rewrite")))
     if layers:
         compiled.step0_max_abs_diff, compiled.step0_reason = _step0(outputs, model, example, plan)
 
@@ -218,7 +219,9 @@ def compile_with_report(
         lowered = {path: lowered_region(regions[path], rewritten[path], planned[path]) for path in regions}
         compiled.model = model = replace_regions(model, lowered)
         compiled.graphs["lowered"] = lowered
-        records.append(clock.record("lower", rewritten, lowered, "exchanges on logical axes"))
+        records.append(
+            clock.record("lower", rewritten, lowered, _with_registered("exchanges on logical axes", "lower"))
+        )
     set_attribute(model, _PLAN, plan)
     if until == "shard":
         shard(model, plan, device_mesh or device_mesh_of(plan.mesh, _device_type(model)))
@@ -235,6 +238,11 @@ def _by_region(
         planned.setdefault(captured.region_of[planned_site(sites, layer).fqn], []).append(layer)
     regions = {path: captured.regions[path] for path in planned}
     return regions, {path: ordered(regions[path], layers) for path, layers in planned.items()}
+
+
+def _with_registered(detail: str, after: str) -> str:
+    """`one device, then count_tokens`"""
+    return ", then ".join([detail, *(graph_pass.name for graph_pass in registered_passes(after))])
 
 
 def _found(captured: Captured) -> str:

@@ -150,7 +150,8 @@ class GuidedTracer(fx.Tracer):
         name: str | None = None, type_expr: Any = None, proxy_factory_fn: Any = None,
     ) -> Any:  # fmt: skip
         """Makes the node and executes it."""
-        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr)
+        given = tuple(self.create_arg(a) for a in args)
+        node = self.create_node(kind, target, given, self.create_arg(kwargs), name, type_expr)
         self._knows(node, self._run(node))
         return self._wrap(Value(node, self))
 

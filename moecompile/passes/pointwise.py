@@ -26,6 +26,7 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.Hardtanh: "hardtanh", nn.LeakyReLU: "leaky_relu", nn.LogSigmoid: "logsigmoid", nn.Mish: "mish",
     nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SELU: "selu", nn.Sigmoid: "sigmoid", nn.SiLU: "silu",
     nn.Softplus: "softplus", nn.Softsign: "softsign", nn.Tanh: "tanh", nn.Dropout: "dropout", nn.Identity: "contiguous",
+    nn.LayerNorm: "layer_norm", nn.RMSNorm: "rms_norm",
 }  # fmt: skip
 
 GetModule = Callable[[str], nn.Module]
