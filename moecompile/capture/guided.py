@@ -32,6 +32,12 @@ class Value(fx.Proxy):
 
     tracer: GuidedTracer
 
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """What `isinstance` sees: Python may ask whether an argument is a tensor."""
+        value = self.tracer.values.get(self.node)
+        return Value if not isinstance(value, Tensor) else nn.Parameter if isinstance(value, nn.Parameter) else Tensor
+
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self.tracer.values[self.node], name)
         if callable(attribute):
@@ -111,7 +117,7 @@ class GuidedTracer(fx.Tracer):
     def _is_passed_on(self, key: str, value: Any, rest: Value, passed: Mapping[str, Any]) -> bool:
         if key not in passed:
             return False
-        if isinstance(value, Value):
+        if type(value) is Value:
             return value.node.target is operator.getitem and value.node.args == (rest.node, key)
         return isinstance(value, PLAIN) and value == passed[key]
 
@@ -172,9 +178,11 @@ class GuidedTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A tuple of all the items of a value, in order, is that value."""
-        if type(a) is tuple and a and isinstance(a[0], Value) and a[0].node.target is operator.getitem:
+        if type(a) is Value:
+            return a.node
+        if type(a) is tuple and a and type(a[0]) is Value and a[0].node.target is operator.getitem:
             whole = a[0].node.args[0]
-            items = [(item.node.args if isinstance(item, Value) else None) for item in a]
+            items = [(item.node.args if type(item) is Value else None) for item in a]
             if items == [(whole, i) for i in range(len(a))] and len(self.values[whole]) == len(a):
                 return whole
         return super().create_arg(a)

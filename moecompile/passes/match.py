@@ -170,7 +170,7 @@ def _weight_used_elsewhere(linears: tuple[Linear, ...], view: GraphView) -> str 
     for linear in linears:
         for path in filter(None, (linear.weight, linear.bias)):
             for user in view.weight_users[id(view.tensor(path))]:
-                if user not in inside and user.meta.get("owner") not in owners:
+                if user not in inside and view.name(user) not in _QUESTIONS and user.meta.get("owner") not in owners:
                     return f"its weight {path} is also used by {user.meta.get('owner') or user.name}"
     return None
 

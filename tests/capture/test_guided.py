@@ -76,7 +76,7 @@ def test_a_layer_in_our_notation() -> None:
 %12 = fc1[Linear](%11)
 %13 = relu(%12, inplace=False)
 %14 = fc2[Linear](%13)
-%15 = dropout_0[Dropout](%14)
+%15 = dropout_4[Dropout](%14)
 %16 = add(%11, %15)
 %17 = view(%16, %9)
 output(%17)
