@@ -6,6 +6,7 @@ while the graph keeps them symbolic: sizes are nodes, and each decision that Pyt
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,10 +17,36 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.fx.proxy import Attribute, TraceError
+from torch.nn import functional as F
+
+from moecompile.torch_private import MASK_FUNCTIONS
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _REST = "moecompile_rest"  # key under which `**kwargs` of a forward travel to the calls that get them
 _STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
+
+@contextlib.contextmanager
+def _mask_functions_are_calls() -> Iterator[None]:
+    """torch's layers hand masks to functions that ask whether these are tensors, which a proxy is not."""
+    originals = {name: getattr(F, name) for name in MASK_FUNCTIONS}
+
+    def call_of(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = next((a for a in (*args, *kwargs.values()) if type(a) is Value), None)
+            if given is None:
+                return original(*args, **kwargs)
+            return given.tracer.create_proxy("call_function", original, args, kwargs)
+
+        return call
+
+    for name, original in originals.items():
+        setattr(F, name, call_of(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(F, name, original)
 
 
 def pass_on(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], rest: dict[str, Any]) -> Any:
@@ -31,12 +58,6 @@ class Value(fx.Proxy):
     """A proxy that knows its value on the recorded call."""
 
     tracer: GuidedTracer
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        """What `isinstance` sees: Python may ask whether an argument is a tensor."""
-        value = self.tracer.values.get(self.node)
-        return Value if not isinstance(value, Tensor) else nn.Parameter if isinstance(value, nn.Parameter) else Tensor
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self.tracer.values[self.node], name)
@@ -79,7 +100,8 @@ class GuidedTracer(fx.Tracer):
 
     def trace_calls(self, module: nn.Module) -> fx.Graph:
         """The graph of `module`, without reads that nobody uses."""
-        graph = self.trace(module)
+        with _mask_functions_are_calls():
+            graph = self.trace(module)
         for node in reversed(list(graph.nodes)):
             unread = node.op == "get_attr" or (
                 node.op == "call_function" and node.target in (operator.getitem, getattr)

@@ -4,7 +4,7 @@ It works on any fx graph: a recorded forward, a traced region, a graph that the 
 
 Algorithm:
   1. Read every linear of the graph, whatever its spelling.
-  2. From the input of each linear walk upwards through pointwise operations until only linears are left.
+  2. From the input of each linear walk upwards through pointwise operations, and norms, until only linears are left.
   3. The linears that are found must share one input, and widths must be those of an FFN.
   4. No value and no weight inside may be used outside, or it would be lost.
 """
@@ -17,8 +17,15 @@ from functools import cached_property
 
 from torch import fx, nn
 
-from moecompile.passes.linears import Linear, attribute, read_linears
-from moecompile.passes.pointwise import describe, is_activation, is_pointwise, torch_name
+from moecompile.passes.linears import Linear, attribute, is_attribute, read_linears
+from moecompile.passes.pointwise import (
+    describe,
+    is_activation,
+    is_activation_beside_norms,
+    is_norm,
+    is_pointwise,
+    torch_name,
+)
 from moecompile.passes.registry import registered_patterns
 
 
@@ -132,8 +139,10 @@ def _by_registered_patterns(down: Linear, view: GraphView) -> FFNMatch | None:
 
 def _by_walking_up(down: Linear, view: GraphView) -> FFNMatch | NearMiss | None:
     # Step 2
-    ins, pointwise, others = _walk_up(down.x, view)
-    if not any(is_activation(node, view.module) for node in pointwise):
+    ins, pointwise, others = _walk_up(down.x, down.d_in, view)
+    normed = any(is_norm(node, view.module) for node in pointwise)
+    is_one = is_activation_beside_norms if normed else is_activation
+    if not any(is_one(node, view.module) for node in pointwise):
         return None
     # Step 3
     if reason := _not_of_linears(ins, others):
@@ -156,23 +165,31 @@ def _checked(match: FFNMatch, view: GraphView, claimed: set[fx.Node]) -> FFNMatc
         return NearMiss(down.weight, f"the value of {first.name} is also used elsewhere")
     if taken := [linear.weight for linear in ins if claimed.intersection(linear.nodes)]:
         return NearMiss(down.weight, f"{taken[0]} is the last linear of another FFN")
-    if reason := _weight_used_elsewhere((*ins, down), view):
+    if reason := _weight_used_elsewhere(match, view):
         return NearMiss(down.weight, reason)
     in_order = tuple(sorted(match.pointwise, key=view.position.__getitem__))
+    learned = {node for between in in_order for node in between.all_input_nodes if is_attribute(node)}
     whole = not all(is_pointwise(node, view.module) for node in in_order)
+    whole = whole or any(_shape(node, view) not in ((), (1,)) for node in learned)
     return replace(match, pointwise=in_order, asks=tuple(sorted(asks, key=view.position.__getitem__)), whole=whole)
 
 
-def _weight_used_elsewhere(linears: tuple[Linear, ...], view: GraphView) -> str | None:
+def _weight_used_elsewhere(match: FFNMatch, view: GraphView) -> str | None:
     """Experts would replace one use of the weight and not the other. A module that is called again is the same use."""
-    inside = {node for linear in linears for node in linear.nodes}
+    linears = (*match.ins, match.down)
+    inside = {*match.pointwise, *(node for linear in linears for node in linear.nodes)}
     owners = {node.meta.get("owner", node) for node in inside}
-    for linear in linears:
-        for path in filter(None, (linear.weight, linear.bias)):
-            for user in view.weight_users[id(view.tensor(path))]:
-                if user not in inside and view.name(user) not in _QUESTIONS and user.meta.get("owner") not in owners:
-                    return f"its weight {path} is also used by {user.meta.get('owner') or user.name}"
+    learned = [str(n.target) for node in match.pointwise for n in node.all_input_nodes if is_attribute(n)]
+    for path in filter(None, [*(path for linear in linears for path in (linear.weight, linear.bias)), *learned]):
+        for user in view.weight_users[id(view.tensor(path))]:
+            if user not in inside and view.name(user) not in _QUESTIONS and user.meta.get("owner") not in owners:
+                return f"its weight {path} is also used by {user.meta.get('owner') or user.name}"
     return None
+
+
+def _shape(node: fx.Node, view: GraphView) -> tuple[int, ...] | None:
+    shape = getattr(view.tensor(str(node.target)), "shape", None)
+    return None if shape is None else tuple(shape)
 
 
 def _not_of_linears(ins: list[Linear], others: list[fx.Node]) -> str | None:
@@ -233,7 +250,7 @@ def _made_of(answer: fx.Node, inside: set[fx.Node]) -> set[fx.Node] | None:
     return made
 
 
-def _walk_up(start: fx.Node, view: GraphView) -> tuple[list[Linear], set[fx.Node], list[fx.Node]]:
+def _walk_up(start: fx.Node, start_width: int, view: GraphView) -> tuple[list[Linear], set[fx.Node], list[fx.Node]]:
     """(linears, pointwise nodes, other nodes) that `start` depends on, stopping at the first that is not pointwise."""
     ins: dict[fx.Node, Linear] = {}
     pointwise: set[fx.Node] = set()
@@ -243,9 +260,11 @@ def _walk_up(start: fx.Node, view: GraphView) -> tuple[list[Linear], set[fx.Node
         node = stack.pop()
         if node in pointwise or node in ins:
             continue
+        if is_attribute(node) and _shape(node, view) in ((), (1,), (start_width,)):
+            continue  # learned by the activation: a number, or one of each hidden unit
         if node in view.linears:
             ins[node] = view.linears[node]
-        elif is_pointwise(node, view.module):
+        elif is_pointwise(node, view.module) or is_norm(node, view.module):
             pointwise.add(node)
             stack.extend(node.all_input_nodes)
         else:
