@@ -47,6 +47,7 @@ NOISE = 1e-6  # gradients below this part of the largest one are no more than ro
 OVERRIDES = ("experts.sites=dense", "experts.num_routed=4", "routing.top_k=2")
 
 # What the zoo's rules get wrong in architectures that it does not list.
+_DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse"]}  # as published; two layers are too few for their defaults
 _K2 = {"num_experts_per_tok": 2}
 EXTRA: dict[str, dict[str, Any]] = {
     "blt": {
@@ -55,6 +56,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         },
         "encoder_hash_byte_group_vocab": 128, "cross_attn_k": 1,
     },
+    "cohere2_moe": _DENSE_FIRST,
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
@@ -76,6 +78,9 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "inkling_text": _DENSE_FIRST,
+    "inkling2_loop_text": _DENSE_FIRST,
+    "inkling2_text": _DENSE_FIRST,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "ministral": {"head_dim": 16},
@@ -89,10 +94,11 @@ EXTRA: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Row:
-    """One architecture. sites: form -> number of FFNs found; left: reason -> number of what looks like one.
+    """One architecture. sites: form -> number of FFNs found; left: reason -> number of what looks like one. named: the
+    pattern by which shared experts are rewritten, in models that have no other dense FFNs.
 
     difference_eval, difference_train: of the outputs; gradient: relative; generates: whether the tokens are the same,
-    None where the model before does not generate.
+    None where the model before does not generate. precision: in which the figures were taken.
     """
 
     name: str
@@ -100,11 +106,13 @@ class Row:
     sites: dict[str, int] = field(default_factory=dict)
     rewritten: int = 0
     left: dict[str, int] = field(default_factory=dict)
+    named: str = ""
     difference_eval: float | None = None
     difference_train: float | None = None
     gradient: float | None = None
     worst_gradient: str = ""
     generates: bool | None = None
+    precision: str = "float32"
     seconds: float = 0.0
 
 
@@ -140,14 +148,28 @@ def examine(name: str, zoo: Any) -> Row:
     before = copy.deepcopy(model)
     try:
         compiled = compile_with_report(model, compose_config(OVERRIDES), example=inputs)
+        row.named = "" if compiled.plan.layers else _shared(compiled)
+        if row.named:
+            overrides = [*OVERRIDES, f"experts.match='{row.named}'"]
+            model = copy.deepcopy(before)
+            compiled = compile_with_report(model, compose_config(overrides), example=inputs)
     except MoecompileError as error:
         row.status = f"failed: {error}"
         return row
     _describe(row, compiled, before)
     if row.rewritten:
         _compare(row, before, compiled.model, inputs, zoo)
+        if (row.gradient or 0.0) > MOST_GRADIENT:
+            row.precision = "float64"  # in which small gradients are not rounding either
+            _compare(row, before.double(), compiled.model.double(), inputs, zoo)
     row.seconds = round(time.perf_counter() - start, 2)
     return row
+
+
+def _shared(compiled: Compiled) -> str:
+    """A pattern that names the shared experts, which are rewritten only then, or nothing."""
+    paths = [site.fqn for site in compiled.sites if "shared expert" in site.reason and site.kind != "-"]
+    return next((_general(path) for path in paths), "")
 
 
 def no_dropout(model: nn.Module) -> None:
@@ -212,6 +234,7 @@ def _difference(a: list[Tensor], b: list[Tensor]) -> float:
 
 def _outputs_and_grads(model: nn.Module, inputs: dict[str, Tensor], zoo: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
     torch.manual_seed(2)
+    model.zero_grad()
     outputs = zoo.output_tensors(model(**inputs))
     sum(output.float().square().mean() for output in outputs).backward()
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
@@ -257,6 +280,7 @@ def totals(rows: list[Row]) -> dict[str, Any]:
         "built": sum(not row.status.startswith("not built") for row in rows),
         "rewritten": len(done),
         "rewritten and the same": sum(is_same(row) for row in done),
+        "of these, shared experts that were named": sum(bool(row.named) for row in done),
         "that generate, with the same tokens": sum(row.generates is True for row in done),
         **{f"with FFNs {form}": count for form, count in sorted(forms.items())},
     }
@@ -270,6 +294,8 @@ def table(rows: list[Row], summary: dict[str, Any]) -> str:
         if not row.rewritten:
             why = "; ".join(row.left) or ("no dense FFN" if row.status == "nothing to rewrite" else row.status)
             lines.append(f"| `{row.name}` | {why.replace('|', ' ')} |")
+    lines += ["", "| rewritten when named | `experts.match` |", "|---|---|"]
+    lines += [f"| `{row.name}` | `{row.named}` |" for row in rows if row.rewritten and row.named]
     lines += ["", "| rewritten, and not all of it | what stays, and why |", "|---|---|"]
     lines += [f"| `{row.name}` | {'; '.join(row.left)} |" for row in rows if row.rewritten and row.left]
     return "\n".join(lines) + "\n"

@@ -4,6 +4,7 @@
     moecompile.compile_model(model, overrides, example=...)        # in place, like fully_shard
     moecompile.make_plan(model_or_graph, overrides, example=...)   # the plan alone
     moecompile.plan_of(model)                                      # the plan that a model was compiled by
+    moecompile.register_pattern(pattern), register_pass(step, after="rewrite")   # what the compiler does not know
 
 Names are resolved on first use (PEP 562), so that `import moecompile` imports neither torch nor transformers.
 """
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moecompile.errors import ConfigError, MoecompileError, PlanError
     from moecompile.nn import auxiliary_loss, update_balance
+    from moecompile.passes.match import FFNMatch, GraphView
+    from moecompile.passes.registry import register_pass, register_pattern
     from moecompile.passes.shard import device_mesh_of, shard
     from moecompile.pipeline import compile_model, make_plan, plan_of, transform
     from moecompile.plan import Plan
@@ -27,6 +30,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "ConfigError": "errors",
     "ExpertParallelStrategy": "runtime.strategy",
+    "FFNMatch": "passes.match",
+    "GraphView": "passes.match",
     "MoecompileError": "errors",
     "Plan": "plan",
     "PlanError": "errors",
@@ -35,6 +40,8 @@ _HOMES = {
     "device_mesh_of": "passes.shard",
     "make_plan": "pipeline",
     "plan_of": "pipeline",
+    "register_pass": "passes.registry",
+    "register_pattern": "passes.registry",
     "shard": "passes.shard",
     "transform": "pipeline",
     "update_balance": "nn",
@@ -43,6 +50,8 @@ _HOMES = {
 __all__ = [
     "ConfigError",
     "ExpertParallelStrategy",
+    "FFNMatch",
+    "GraphView",
     "MoecompileError",
     "Plan",
     "PlanError",
@@ -51,6 +60,8 @@ __all__ = [
     "device_mesh_of",
     "make_plan",
     "plan_of",
+    "register_pass",
+    "register_pattern",
     "shard",
     "transform",
     "update_balance",

@@ -12,6 +12,7 @@ from moecompile.passes.existing import ExistingRegion, RewriteExisting, forget_w
 from moecompile.passes.fuse import Fuse
 from moecompile.passes.lower import Lower
 from moecompile.passes.match import FFNMatch
+from moecompile.passes.registry import run_registered
 from moecompile.passes.rewrite import Rewrite
 from moecompile.plan import ExpertsSite, LayerPlan, PlannedSite
 from moecompile.sites import DenseRegion, Graphs, Region
@@ -59,7 +60,7 @@ def rewritten_region(region: Region, layers: Sequence[LayerPlan], seed: int) -> 
     step, (layer,) = RewriteExisting(), layers
     out = step.run(region, layer)
     step.ensures(out, layer.site.fqn)
-    return _with_attributes(region, out)
+    return _with_attributes(region, run_registered("rewrite", out, layers))
 
 
 def lowered_region(region: Region, rewritten: fx.GraphModule, layers: Sequence[LayerPlan]) -> fx.GraphModule:
@@ -95,21 +96,33 @@ def _with_attributes(region: ExistingRegion, graph_module: fx.GraphModule) -> fx
 def rewritten_graph(
     graph_module: fx.GraphModule, sites: Sequence[tuple[FFNMatch, LayerPlan]], seed: int
 ) -> fx.GraphModule:
-    """The rewrite pass between its contracts."""
+    """The rewrite pass between its contracts, and what users run after it."""
     step, layers = Rewrite(seed=seed), [layer for _, layer in sites]
+    for match, layer in sites:
+        _can_be_sliced(match, layer)
     step.requires(graph_module, layers)
     out = step.run(graph_module, sites)
     step.ensures(out, layers)
-    return out
+    return run_registered("rewrite", out, layers)
+
+
+def _can_be_sliced(match: FFNMatch, layer: LayerPlan) -> None:
+    if match.whole and layer.experts.granularity > 1:
+        raise PlanError(
+            "experts.granularity", layer.experts.granularity,
+            f"must be 1 for {layer.site.fqn or 'the graph'}: what is between its linears ({match.activation}) needs all"
+            " hidden units at once, and slices have only some",
+            "Use experts.granularity=1 and experts.init=copy",
+        )  # fmt: skip
 
 
 def lowered_graph(graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> fx.GraphModule:
-    """The lower pass between its contracts."""
+    """The lower pass between its contracts, and what users run after it."""
     step = Lower()
     step.requires(graph_module, layers)
     out = step.run(graph_module, layers)
     step.ensures(out, layers)
-    return out
+    return run_registered("lower", out, layers)
 
 
 def fused_region(region: Region, lowered: fx.GraphModule) -> fx.GraphModule:

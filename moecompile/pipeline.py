@@ -33,6 +33,7 @@ from moecompile.errors import CaptureError, ConfigError, PlanError
 from moecompile.passes.base import PassRecord, count_ops
 from moecompile.passes.build_plan import build_plan
 from moecompile.passes.plan_existing import notes
+from moecompile.passes.registry import registered_passes
 from moecompile.passes.shard import device_mesh_of, layers_of, shard
 from moecompile.plan import ExpertsSite, FFNSite, LayerPlan, Plan, PlannedSite
 from moecompile.planner import ModelFacts
@@ -222,12 +223,14 @@ def compile_with_report(
     compiled.model, compiled.step0 = comparison.replace(model, rewritten)
     model = compiled.model
     compiled.graphs["rewritten"] = rewritten
-    records.append(clock.record("rewrite", before, rewritten, "one device"))
+    records.append(clock.record("rewrite", before, rewritten, _with_registered("one device", "rewrite")))
 
     if until in ("lower", "shard"):
         lowered = {path: lowered_region(regions[path], rewritten[path], planned[path]) for path in regions}
         compiled.graphs["lowered"] = lowered
-        records.append(clock.record("lower", rewritten, lowered, "exchanges on logical axes"))
+        records.append(
+            clock.record("lower", rewritten, lowered, _with_registered("exchanges on logical axes", "lower"))
+        )
         fused = {path: fused_region(regions[path], graph) for path, graph in lowered.items()}
         compiled.model = model = replace_regions(model, fused)
         compiled.graphs["fused"] = fused
@@ -248,6 +251,11 @@ def _by_region(
         planned.setdefault(captured.region_of[planned_site(sites, layer).fqn], []).append(layer)
     regions = {path: captured.regions[path] for path in planned}
     return regions, {path: ordered(regions[path], layers) for path, layers in planned.items()}
+
+
+def _with_registered(detail: str, after: str) -> str:
+    """`one device, then count_tokens`"""
+    return ", then ".join([detail, *(graph_pass.name for graph_pass in registered_passes(after))])
 
 
 def _found(captured: Captured) -> str:

@@ -11,11 +11,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from torch._subclasses import FakeTensorMode
 
 __all__ = [
+    "MASK_FUNCTIONS",
     "FSDPMeshInfo",
     "HSDPMeshInfo",
     "ShardPlacementResult",
@@ -27,6 +29,7 @@ __all__ = [
     "split_axis",
 ]
 
+MASK_FUNCTIONS = (F._canonical_mask.__name__, F._none_or_dtype.__name__)
 _HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",

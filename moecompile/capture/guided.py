@@ -6,6 +6,7 @@ while the graph keeps them symbolic: sizes are nodes, and each decision that Pyt
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,10 +17,36 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.fx.proxy import Attribute, TraceError
+from torch.nn import functional as F
+
+from moecompile.torch_private import MASK_FUNCTIONS
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _REST = "moecompile_rest"  # key under which `**kwargs` of a forward travel to the calls that get them
 _STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
+
+@contextlib.contextmanager
+def _mask_functions_are_calls() -> Iterator[None]:
+    """torch's layers hand masks to functions that ask whether these are tensors, which a proxy is not."""
+    originals = {name: getattr(F, name) for name in MASK_FUNCTIONS}
+
+    def call_of(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = next((a for a in (*args, *kwargs.values()) if type(a) is Value), None)
+            if given is None:
+                return original(*args, **kwargs)
+            return given.tracer.create_proxy("call_function", original, args, kwargs)
+
+        return call
+
+    for name, original in originals.items():
+        setattr(F, name, call_of(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(F, name, original)
 
 
 def pass_on(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], rest: dict[str, Any]) -> Any:
@@ -73,7 +100,8 @@ class GuidedTracer(fx.Tracer):
 
     def trace_calls(self, module: nn.Module) -> fx.Graph:
         """The graph of `module`, without reads that nobody uses."""
-        graph = self.trace(module)
+        with _mask_functions_are_calls():
+            graph = self.trace(module)
         for node in reversed(list(graph.nodes)):
             unread = node.op == "get_attr" or (
                 node.op == "call_function" and node.target in (operator.getitem, getattr)
@@ -111,7 +139,7 @@ class GuidedTracer(fx.Tracer):
     def _is_passed_on(self, key: str, value: Any, rest: Value, passed: Mapping[str, Any]) -> bool:
         if key not in passed:
             return False
-        if isinstance(value, Value):
+        if type(value) is Value:
             return value.node.target is operator.getitem and value.node.args == (rest.node, key)
         return isinstance(value, PLAIN) and value == passed[key]
 
@@ -150,7 +178,8 @@ class GuidedTracer(fx.Tracer):
         name: str | None = None, type_expr: Any = None, proxy_factory_fn: Any = None,
     ) -> Any:  # fmt: skip
         """Makes the node and executes it."""
-        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr)
+        given = tuple(self.create_arg(a) for a in args)
+        node = self.create_node(kind, target, given, self.create_arg(kwargs), name, type_expr)
         self._knows(node, self._run(node))
         return self._wrap(Value(node, self))
 
@@ -171,9 +200,11 @@ class GuidedTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A tuple of all the items of a value, in order, is that value."""
-        if type(a) is tuple and a and isinstance(a[0], Value) and a[0].node.target is operator.getitem:
+        if type(a) is Value:
+            return a.node
+        if type(a) is tuple and a and type(a[0]) is Value and a[0].node.target is operator.getitem:
             whole = a[0].node.args[0]
-            items = [(item.node.args if isinstance(item, Value) else None) for item in a]
+            items = [(item.node.args if type(item) is Value else None) for item in a]
             if items == [(whole, i) for i in range(len(a))] and len(self.values[whole]) == len(a):
                 return whole
         return super().create_arg(a)

@@ -9,8 +9,21 @@ from torch import fx, nn
 # Names of torch functions and methods. They are torch's own names, never the model's.
 ACTIVATIONS = frozenset(
     (
-        *("celu", "elu", "erf", "exp", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid"),
-        *("logsigmoid", "mish", "pow", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus", "softsign"),
+        *("celu", "elu", "erf", "exp", "expm1", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu"),
+        *(
+            "log_sigmoid",
+            "logsigmoid",
+            "mish",
+            "pow",
+            "relu",
+            "relu6",
+            "rrelu",
+            "selu",
+            "sigmoid",
+            "silu",
+            "softplus",
+            "softsign",
+        ),
         *("square", "tanh", "tanhshrink"),
     )
 )
@@ -18,7 +31,7 @@ ARITHMETIC = frozenset(
     (
         *("add", "sub", "rsub", "mul", "div", "truediv", "neg", "abs", "clamp", "clip", "minimum", "maximum"),
         *("dropout", "alpha_dropout", "float", "half", "bfloat16", "double", "to", "type_as", "contiguous"),
-        *("sqrt", "rsqrt", "reciprocal"),
+        *("sqrt", "rsqrt", "reciprocal", "where", "gt", "ge", "lt", "le"),
     )
 )
 _MODULES: dict[type[nn.Module], str] = {
@@ -26,6 +39,7 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.Hardtanh: "hardtanh", nn.LeakyReLU: "leaky_relu", nn.LogSigmoid: "logsigmoid", nn.Mish: "mish",
     nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SELU: "selu", nn.Sigmoid: "sigmoid", nn.SiLU: "silu",
     nn.Softplus: "softplus", nn.Softsign: "softsign", nn.Tanh: "tanh", nn.Dropout: "dropout", nn.Identity: "contiguous",
+    nn.LayerNorm: "layer_norm", nn.RMSNorm: "rms_norm", nn.Softmax: "softmax",
 }  # fmt: skip
 
 GetModule = Callable[[str], nn.Module]
@@ -49,7 +63,10 @@ def is_pointwise(node: fx.Node, module: GetModule) -> bool:
     """Whether the node maps each entry by itself, or asks for the dtype of a value."""
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] == "dtype"
-    return (name := torch_name(node, module)) in ACTIVATIONS or name in ARITHMETIC
+    name = torch_name(node, module)
+    if name in ("min", "max"):  # of two values; of one it is a reduction
+        return len(node.args) == 2 and isinstance(node.args[1], fx.Node)
+    return name in ACTIVATIONS or name in ARITHMETIC
 
 
 def is_activation(node: fx.Node, module: GetModule) -> bool:
@@ -58,6 +75,20 @@ def is_activation(node: fx.Node, module: GetModule) -> bool:
     return name in ACTIVATIONS or (
         name == "mul" and len(node.all_input_nodes) == 1 and len(node.args) == 2 and node.args[0] is node.args[1]
     )
+
+
+def is_norm(node: fx.Node, module: GetModule) -> bool:
+    """Whether the node maps each token by itself, but needs all of its entries: what norms are made of."""
+    name = torch_name(node, module)
+    if name == "mean":
+        dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        return dims in (-1, (-1,)) and bool(node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False))
+    return name in ("layer_norm", "rms_norm")
+
+
+def is_activation_beside_norms(node: fx.Node, module: GetModule) -> bool:
+    """Norms have squares and roots of their own: beside one, these are no activation."""
+    return is_activation(node, module) and torch_name(node, module) not in ("pow", "square", "mul", "rsqrt")
 
 
 def describe(nodes: Iterable[fx.Node]) -> str:

@@ -182,8 +182,14 @@ def activation_module(root: fx.GraphModule, match: FFNMatch) -> fx.GraphModule:
     graph = fx.Graph()
     names = ("gate", "up") if match.kind == "gated" else ("up",)
     env = {linear.node: graph.placeholder(name) for linear, name in zip(match.ins, names, strict=True)}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in env and node.op == "get_attr":  # a parameter of what is between: the experts share it
+            env[node] = graph.get_attr(str(node.target))
+        return env[node]
+
     for node in match.pointwise:
-        env[node] = graph.node_copy(node, env.__getitem__)
+        env[node] = graph.node_copy(node, copied)
     graph.output(env[match.down.x])
     activation = fx.GraphModule(root, graph, class_name="Activation")
     return copy.deepcopy(activation)

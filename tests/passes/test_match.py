@@ -28,7 +28,7 @@ class Linears(nn.Module):
         for name, (d_in, d_out) in zip("abcdef", widths, strict=False):
             self.add_module(name, nn.Linear(d_in, d_out, bias=bias))
         self.drop, self.act = nn.Dropout(0.1), nn.SiLU()
-        self.scale = nn.Parameter(torch.ones(FF))
+        self.scale, self.slope = nn.Parameter(torch.randn(FF)), nn.Parameter(torch.tensor(0.3))
         self.compute = forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,6 +55,10 @@ BOTH = pytest.mark.parametrize("find", [in_fx, in_recording], ids=["fx", "record
 
 def gelu_by_hand(h: Tensor) -> Tensor:
     return 0.5 * h * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (h + 0.044715 * torch.pow(h, 3.0))))
+
+
+def rms_norm(h: Tensor) -> Tensor:
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
 class Functional(nn.Module):
@@ -111,6 +115,17 @@ FFNS: dict[str, tuple[str, str, Callable[[], nn.Module]]] = {
     "clamped": (
         "gated", "clamp, silu, mul",
         lambda: Linears(lambda m, x: m.c(F.silu(m.a(x).clamp(max=7.0)) * m.b(x).clamp(-7.0, 7.0)), UP, UP, DOWN),
+    ),
+    "learned scale": ("up_down", "relu, mul", lambda: Linears(lambda m, x: m.b(F.relu(m.a(x)) * m.scale), UP, DOWN)),
+    "a norm inside": (
+        "up_down", "", lambda: nn.Sequential(nn.Linear(D, FF), nn.GELU(), nn.LayerNorm(FF), nn.Linear(FF, D))
+    ),
+    "a norm inside, by hand": (
+        "gated", "", lambda: Linears(lambda m, x: m.c(rms_norm(F.silu(m.a(x)) * m.b(x)) * m.scale), UP, UP, DOWN)
+    ),
+    "learned in its branches": (
+        "up_down", "",
+        lambda: Linears(lambda m, x: m.b(torch.where((h := m.a(x)) > 0, h * h, torch.expm1(h) * m.slope)), UP, DOWN),
     ),
     "shifted and scaled": (
         "gated", "", lambda: Linears(lambda m, x: m.c(F.silu(m.a(x)) * (m.b(x) + 1.0) * 0.5), UP, UP, DOWN)
@@ -398,13 +413,6 @@ NEAR_MISSES: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         "3 linears feed the activation, at most 2 are supported",
         lambda: Linears(lambda m, x: m.d(F.silu(m.a(x)) * m.b(x) * m.c(x)), UP, UP, UP, DOWN),
     ),
-    "learned scale": (
-        "the activation also depends on scale", lambda: Linears(lambda m, x: m.b(F.relu(m.a(x)) * m.scale), UP, DOWN)
-    ),
-    "norm inside": (
-        "the activation also depends on mean",
-        lambda: Linears(lambda m, x: m.b((h := F.relu(m.a(x))) * torch.rsqrt(h.square().mean(-1, keepdim=True))), UP, DOWN),
-    ),
     "gated by the input": (
         "the activation also depends on ", lambda: Linears(lambda m, x: m.b(F.silu(m.a(x)) * x), (D, D), (D, D))
     ),
@@ -427,6 +435,13 @@ NEAR_MISSES: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "tied": ("its weight first.up.weight is also used by ", Tied),
     "tied head": ("its weight ffn.up.weight is also used by ", TiedHead),
 }  # fmt: skip
+
+
+def test_a_number_that_the_activation_learns_and_others_use() -> None:
+    model = Linears(lambda m, x: m.b(F.relu(m.a(x)) * m.slope) * m.slope, UP, DOWN)
+    matches, misses = in_fx(model)
+    assert matches == []
+    assert misses[0].reason == "its weight slope is also used by mul_1"
 
 
 @BOTH
@@ -459,6 +474,8 @@ def attention(m: nn.Module, x: Tensor) -> Tensor:
 
 NO_FFN: dict[str, Callable[[], nn.Module]] = {
     "attention output": lambda: Linears(attention, (D, D), (D, D), (D, D), (D, D)),
+    "a norm between two linears": lambda: nn.Sequential(nn.Linear(D, FF), nn.RMSNorm(FF), nn.Linear(FF, D)),
+    "a norm by hand between two linears": lambda: Linears(lambda m, x: m.b(rms_norm(m.a(x)) * m.scale), UP, DOWN),
     "two linears without an activation": lambda: Linears(lambda m, x: m.b(m.a(x)), UP, DOWN),
     "product of two linears": lambda: Linears(lambda m, x: m.c(m.a(x) * m.b(x)), UP, UP, DOWN),
     "a convolution": lambda: nn.Sequential(nn.Conv1d(6, 6, 1), nn.ReLU(), nn.Linear(D, D)),

@@ -31,8 +31,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's models
 DENSE = config(*COPY4, "experts.sites=dense")  # else a model that has experts already is refused
 # Models whose FFNs are not all rewritten, and what is said about them.
 LEFT = {
-    "apertus": "",  # xIELU: an activation with learned parameters and a branch by torch.where
-    "bitnet": "the activation also depends on mean",  # a norm inside
     "zamba": "its weight model.layers.1.shared_transf.feed_forward.gate_proj.weight is also used by model.layers.3.",
 }
 
