@@ -58,11 +58,11 @@ def read_state(folder: Path) -> State:
         ConfigError: it is not what this version wrote.
     """
     try:
-        body = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        if body.pop("format") != FORMAT or set(body) != {entry.name for entry in fields(State)}:
+        body = dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
+        if body.pop("format", None) != FORMAT or set(body) != {entry.name for entry in fields(State)}:
             raise ValueError(f"format {FORMAT} has the keys {[entry.name for entry in fields(State)]}")
         return State(**body)
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             "trainer.resume", folder, f"its {STATE} cannot be read ({error})", "Use another checkpoint"
         ) from error

@@ -11,6 +11,7 @@ of the classes that may occur in it: a checkpoint cannot run code.
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 from torch.optim import Optimizer
 
 from moecompile.errors import ConfigError
@@ -68,17 +72,31 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proce
     Raises:
         CheckpointException: a rank could not write; every rank raises it.
     """
-    dcp.save(dict(tensors), storage_writer=FileSystemWriter(folder), process_group=group)
+    dcp.save(dict(tensors), storage_writer=_Writer(folder), process_group=group)
 
 
 def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills `tensors` in place with the entries of their names; all ranks call it, of whatever mesh.
+    """Fills `tensors` in place with the entries of their names; all ranks of whatever mesh call it, or one process.
 
     Raises:
-        ConfigError: the folder is not a checkpoint of ours. CheckpointException: an entry is missing, or its shape
-            differs (`fit.check_entries` says it better).
+        ConfigError: the folder is not a checkpoint of ours, a shard is broken or gone, or an entry is missing or has
+            another shape (`fit.check_entries` says that better).
     """
-    dcp.load(dict(tensors), storage_reader=_Reader(folder), planner=_TensorsAlone(), no_dist=not dist.is_initialized())
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is fine
+            dcp.load(dict(tensors), storage_reader=_Reader(folder), planner=_TensorsAlone())
+    except CheckpointException as error:  # no Exception, for torch
+        rank, cause = failed_rank(error)
+        raise ConfigError(
+            "trainer.resume", folder, f"it cannot be read on rank {rank} ({cause})", "Use another checkpoint"
+        ) from error
+
+
+def failed_rank(error: CheckpointException) -> tuple[int, str]:
+    """The first rank that failed, and the first line of what it said."""
+    rank, (cause, _) = min(error.failures.items())
+    return rank, (str(cause).splitlines() or [type(cause).__name__])[0]
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -116,6 +134,19 @@ class _IndexReader(pickle.Unpickler):
         if name in _INDEX_CLASSES.get(module, ()) or isinstance(value, torch.dtype):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+
+
+class _Writer(FileSystemWriter):
+    """DCP's writer. On a full disk torch's file format complains of itself, and only this rank knows why."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise (cause or error) from None
 
 
 class _Reader(FileSystemReader):

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from moecompile.checkpoint import folders
 from moecompile.checkpoint.atomic import unfinished
 from moecompile.checkpoint.state import State, write_state
-from moecompile.checkpoint.tensors import staged, write_tensors
+from moecompile.checkpoint.tensors import failed_rank, staged, write_tensors
 from moecompile.errors import UserError
 from moecompile.plan import Plan
 from moecompile.plan import save as save_plan
@@ -81,10 +81,7 @@ class Writer:
             raise UserError(self._told(state.step, error)) from error
 
     def _told(self, step: int, error: CheckpointException | OSError) -> str:
-        cause, rank = str(error), 0
-        if isinstance(error, CheckpointException):
-            rank, (first, _) = min(error.failures.items())
-            cause = str(first).splitlines()[0]
+        rank, cause = failed_rank(error) if isinstance(error, CheckpointException) else (0, str(error))
         last = folders.latest(self.checkpoints)
         kept = f"The checkpoints before it are whole, the latest is {last.name}" if last else "There is none before it"
         return (

@@ -172,5 +172,7 @@ def starting_point(config: Config, plan: Plan, run_dir: Path, *, is_restart: boo
     dist.barrier()
     if dist.get_rank() == 0:
         folders.forget_after(checkpoints, 0 if start is None else start[1].step)
+        if start is not None:
+            print(f"going on from step {start[1].step} of {start[0]}", flush=True)
     dist.barrier()
     return start
