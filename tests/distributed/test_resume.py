@@ -72,10 +72,10 @@ def four_again(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("resume")
-    out = run_distributed_test(four_ranks, 4, str(folder), timeout_s=150)[0]
-    out["ep2"] = run_distributed_test(two_ranks, 2, str(folder), timeout_s=60)[0]
-    out["one"] = run_distributed_test(one_rank, 1, str(folder), timeout_s=60)[0]
-    return folder, out | run_distributed_test(four_again, 4, str(folder), timeout_s=120)[0]
+    out = run_distributed_test(four_ranks, 4, str(folder), timeout_s=400)[0]
+    out["ep2"] = run_distributed_test(two_ranks, 2, str(folder), timeout_s=200)[0]
+    out["one"] = run_distributed_test(one_rank, 1, str(folder), timeout_s=200)[0]
+    return folder, out | run_distributed_test(four_again, 4, str(folder), timeout_s=300)[0]
 
 
 def entries(checkpoint: Path) -> dict[str, Tensor]:
