@@ -24,7 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moecompile.errors import ConfigError, RankFailure
+from moecompile.errors import ConfigError, RankFailure, UserError
 from moecompile.runtime import failures
 from moecompile.runtime.ranks import Ranks, in_place_ranks, worker_variables
 
@@ -304,10 +304,23 @@ def _from_rank_0(ranks: Ranks, value: str) -> str:
 
 @functools.cache
 def _launcher_store() -> Any:
-    """The store at the launcher's MASTER_ADDR and MASTER_PORT; kept, because rank 0 may be its server."""
+    """The store at the launcher's MASTER_ADDR and MASTER_PORT; kept, because rank 0 may be its server.
+
+    Raises:
+        UserError: somebody else listens there.
+    """
+    from torch.distributed import DistNetworkError
     from torch.distributed.rendezvous import rendezvous
 
-    return next(rendezvous("env://", timeout=timedelta(seconds=AGREE_TIMEOUT_S)))[0]
+    try:
+        return next(rendezvous("env://", timeout=timedelta(seconds=AGREE_TIMEOUT_S)))[0]
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        place = f"MASTER_PORT={os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"{place}: another program uses this port of {os.environ['MASTER_ADDR']}. Set MASTER_PORT to a free one."
+        ) from None
 
 
 def _free_port() -> int:
