@@ -256,7 +256,11 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             loss = output["loss"] if isinstance(output, Mapping) else output
             self.backward(loss, None)
 
-        raise told(origin(self.model, [partial(run, *arguments) for arguments in window]), step + 1, self.world_size)
+        raise told(
+            origin(compiled_module(self.model), [partial(run, *arguments) for arguments in window]),
+            step + 1,
+            self.world_size,
+        )
 
     @contextmanager
     def _keyed_random_numbers(self) -> Iterator[None]:
