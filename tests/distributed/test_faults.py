@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import soak
 from moecompile.checkpoint import folders
 from tests.distributed.resume_job import TINY, losses
 
@@ -156,3 +157,14 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     assert error == (
         f"error: MASTER_PORT={port}: another program uses this port of 127.0.0.1. Set MASTER_PORT to a free one.\n"
     )
+
+
+@pytest.mark.slow
+def test_under_skewed_load_memory_is_bounded_and_no_token_is_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    """The soak of benchmarks/, shorter and smaller."""
+    model = [word for word in TINY if word.startswith(("model.", "data.vocab", "data.seq", "data.val_fraction"))]
+    model = [word for word in model if "intermediate" not in word]
+    code = soak.main(["--steps", "40", *model, "model.config.intermediate_size=64"])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert printed.count("assignments lost: 0 of ") == 2
