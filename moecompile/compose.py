@@ -9,6 +9,7 @@ Whatever is wrong with a config leaves this file as one `UserError`: dotted path
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -40,6 +42,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from moecompile.errors import ConfigError, MoecompileError, UserError
 from moecompile.explain import explain
 from moecompile.schema import Config, validate
+from moecompile.trust import check_hydra_node, of_hydra
 
 CONFIG_DIR_VARIABLE = "MOECOMPILE_CONFIG_DIR"
 """Environment variable: a folder of one's own config groups and recipes, searched after the shipped ones."""
@@ -49,6 +52,7 @@ FAILURES = "failures.txt"
 OVERRIDES = "overrides.txt"
 _VERSION_BASE = "1.3"
 _HELP_WIDTH = 110
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 _LOCK = threading.Lock()  # Hydra's state is global to the process
 
 OmegaConf.register_new_resolver("moecompile.add", lambda *numbers: sum(numbers), replace=True)  # ${moecompile.add:a,b}
@@ -57,8 +61,12 @@ OmegaConf.register_new_resolver("moecompile.add", lambda *numbers: sum(numbers),
 # -- the ways in ---------------------------------------------------------------------------------------------------
 
 
-def main(run: Callable[[Config, Path], int]) -> int:
+def main(
+    run: Callable[[Config, Path], int], prepare: Callable[[Config, Path], Config] = lambda config, _: config
+) -> int:
     """The command line: composes `sys.argv`, calls `run(config, run_dir)` for each job and returns the exit code.
+
+    `prepare(config, run_dir)` completes each config before it is checked and written.
 
     A job that fails is reported in one message on stderr (with a traceback if `debug=true`, or if it is a defect and
     not a mistake) and does not stop the other jobs of a multirun.
@@ -66,12 +74,12 @@ def main(run: Callable[[Config, Path], int]) -> int:
     exit_codes: list[int] = []
 
     def job(cfg: DictConfig) -> int:
-        exit_codes.append(_run_job(cfg, run))
+        exit_codes.append(_run_job(cfg, run, prepare))
         return exit_codes[-1]
 
     decorate = hydra.main(version_base=_VERSION_BASE, config_path=str(conf_dir()), config_name="config")
     try:
-        with _raising_hydra(), _explained(sys.argv[1:]), _narrow_help():
+        with _raising_hydra(), _guarded_hydra(), _explained(sys.argv[1:]), _narrow_help():
             decorate(job)()
     except KeyboardInterrupt:
         return 130
@@ -147,7 +155,7 @@ def conf_dir() -> Path:
 # -- one job, and the end of a multirun ----------------------------------------------------------------------------
 
 
-def _run_job(cfg: DictConfig, run: Callable[[Config, Path], int]) -> int:
+def _run_job(cfg: DictConfig, run: Callable[[Config, Path], int], prepare: Callable[[Config, Path], Config]) -> int:
     """Writes the config to the run directory, checks it and runs it; never raises, so that a multirun goes on."""
     job = HydraConfig.get()
     run_dir, multirun = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
@@ -156,7 +164,7 @@ def _run_job(cfg: DictConfig, run: Callable[[Config, Path], int]) -> int:
         (run_dir / OVERRIDES).write_text("\n".join(job.overrides.task), encoding="utf-8")  # what the table names
     debug, message = _asks_debug(job.overrides.task), ""
     try:
-        config = to_config(cfg, job.overrides.task)
+        config = prepare(to_config(cfg, job.overrides.task), run_dir)
         debug = config.debug
         save_resolved(config, run_dir / RESOLVED)
         validate(config)
@@ -173,6 +181,11 @@ def _run_job(cfg: DictConfig, run: Callable[[Config, Path], int]) -> int:
 
 def _report(error: Exception, *, debug: bool) -> int:
     """Prints one message, with the traceback if asked for or if the error is a defect; returns the exit code."""
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        error = UserError(
+            f"{error.filename}: {error.strerror}. A run directory must be one that can be written, "
+            "give another one: hydra.run.dir=FOLDER."
+        )
     known = isinstance(error, MoecompileError)
     if debug or not known:
         traceback.print_exception(error)
@@ -252,6 +265,29 @@ def _raising_hydra() -> Iterator[None]:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = saved
+
+
+@contextmanager
+def _guarded_hydra() -> Iterator[None]:
+    """Every composition is checked before Hydra runs what its own node says."""
+    load = ConfigLoaderImpl.load_configuration
+
+    def checked(self: ConfigLoaderImpl, config_name: str | None, overrides: list[str], *rest: Any, **more: Any) -> Any:
+        cfg = load(self, config_name, overrides, *rest, **more)
+        shipped = load(self, "config", of_hydra(overrides), *rest, **more)
+        check_hydra_node(_plain(cfg.hydra), _plain(shipped.hydra))
+        return cfg
+
+    ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl.load_configuration = load  # type: ignore[method-assign]
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    values: Any = OmegaConf.to_container(node, resolve=False)
+    return dict(values)
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import _resolve_process_group, _set_pg_timeout, _world
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn import functional as F
@@ -26,6 +27,7 @@ __all__ = [
     "move_hooks",
     "process_group_by_name",
     "set_attribute",
+    "set_timeouts",
     "split_axis",
 ]
 
@@ -60,6 +62,12 @@ def fake_tensors() -> FakeTensorMode:
 def split_axis(device_mesh: DeviceMesh, axis: str, sizes: dict[str, int]) -> DeviceMesh:
     """A mesh in which `axis` is the axes `sizes`, the last one varying fastest; makes their process groups."""
     return device_mesh._unflatten(axis, tuple(sizes.values()), tuple(sizes))
+
+
+def set_timeouts(timeout: timedelta) -> None:
+    """Gives every process group of this rank the same timeout: those of a device mesh begin with 30 minutes."""
+    for group in list(_world.pg_map):
+        _set_pg_timeout(timeout, group)
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:

@@ -1,5 +1,8 @@
-"""Checkpoints: whole or not there."""
+"""Checkpoints: whole or not there, independent of the mesh, and without code in them.
 
-from moecompile.checkpoint.atomic import whole_folder
-
-__all__ = ["whole_folder"]
+atomic     a folder is whole or not there
+folders    a run's checkpoints: names, the latest one, what is kept (needs no torch)
+state      state.json: where a run stood, and which settings it must go on with (needs no torch)
+tensors    weights and optimizer state through torch DCP, resharded when they are read
+fit        whether a checkpoint fits a plan, and what differs
+"""

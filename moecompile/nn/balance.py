@@ -62,7 +62,7 @@ def _owner(path: str) -> str:
 
 
 @torch.no_grad()
-def update_balance(model: nn.Module, group: dist.ProcessGroup | None = None) -> list[LayerLoad]:
+def update_balance(model: nn.Module, group: dist.ProcessGroup | None = None, *, move: bool = True) -> list[LayerLoad]:
     """Sums the counters over all ranks, balances by the sums, and starts the counters again.
 
     Call it once per optimizer step. Each router follows its own rule, with e = mean load - load:
@@ -72,6 +72,7 @@ def update_balance(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
 
     Args:
         group: ranks whose counts are summed, in one all-reduce; None: this process alone.
+        move: False only sums and starts again: the step that was counted is dropped.
 
     Returns:
         what each layer did, in model order.
@@ -81,17 +82,22 @@ def update_balance(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
         return []
     loads = [_layer_load(name, meter, sums) for (name, meter), sums in zip(meters, _summed(meters, group), strict=True)]
     by_meter = {id(meter): load for (_, meter), load in zip(meters, loads, strict=True)}
-    for _, router in routers_of(model):
-        load_E = by_meter[id(router.meter)].load
-        _move(router.correction_bias, load_E, router.bias_rate, router.bias_update)
-        if router.global_load is not None and load_E.any():
-            router.global_load.copy_(load_E / load_E.sum())
-    for own_meter, bias_E in own_biases(model):
-        _move(bias_E, by_meter[id(own_meter)].load, own_meter.bias_rate, own_meter.bias_update)
+    if move:
+        _balance(model, {meter: load.load for meter, load in by_meter.items()})
     for _, meter in meters:
         for counter in meter.buffers():
             counter.zero_()
     return loads
+
+
+def _balance(model: nn.Module, load_of: dict[int, Tensor]) -> None:
+    for _, router in routers_of(model):
+        load_E = load_of[id(router.meter)]
+        _move(router.correction_bias, load_E, router.bias_rate, router.bias_update)
+        if router.global_load is not None and load_E.any():
+            router.global_load.copy_(load_E / load_E.sum())
+    for own_meter, bias_E in own_biases(model):
+        _move(bias_E, load_of[id(own_meter)], own_meter.bias_rate, own_meter.bias_update)
 
 
 def _summed(meters: list[tuple[str, LoadMeter]], group: dist.ProcessGroup | None) -> list[Tensor]:

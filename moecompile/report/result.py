@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from moecompile.versions import versions
+
 REQUIRED = ("task", "recipe", "status", "seconds")
-_PACKAGES = ("torch", "transformers", "lightning", "moecompile")
 
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> Path:
@@ -32,17 +31,6 @@ def write_result(run_dir: Path, result: dict[str, Any]) -> Path:
     tmp.write_text(json.dumps(body, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     tmp.replace(path)
     return path
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide a run, read without importing them; null: not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def _finite(value: Any) -> Any:

@@ -46,20 +46,49 @@ class Metrics(Callback):
         self.tokens_per_second: float | None = None  # after the first row, which holds the warm-up
         self.history_path, self.history = history_path, LoadHistory()
         self._steps: list[dict[str, float]] = []  # of each optimizer step, over layers
-        self._sums: Tensor | None = None
+        self.steps_skipped = 0
+        self._sums: Tensor | None = None  # of this rank, since the last row
+        self._step_sums: Tensor | None = None  # of this rank, in the running optimizer step
+        self._num_steps = 0  # of the whole run, as far as loads were counted
         self._row_start = self._timed_seconds = 0.0
         self._timed_tokens = 0
         self._last_step = 0
 
     def mean_of_last(self, name: str) -> float | None:
         """Mean over the last tenth of the steps (at least one) of a value in `over_layers`; None: not measured."""
-        steps = self._steps[-math.ceil(len(self._steps) / 10) :]
+        steps = self._steps[-math.ceil(self._num_steps / 10) :]
         values = [step[name] for step in steps if name in step]
         return sum(values) / len(values) if values else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
-        self._row_start = time.perf_counter()
+        self._row_start, self._last_step = time.perf_counter(), trainer.global_step
+
+    def state(self) -> dict[str, Any]:
+        """What a run that goes on from here needs for the same rows; all ranks call it after the same step."""
+        sums = self._sums.clone() if self._sums is not None else None
+        if sums is not None and dist.is_initialized():
+            dist.all_reduce(sums)
+        return {
+            "sums": sums.tolist() if sums is not None else None,
+            "loss_first": self.loss_first,
+            "loss_last": self.loss_last,
+            "max_violation_last": self.max_violation_last,
+            "steps_skipped": self.steps_skipped,
+            "num_steps": self._num_steps,
+            "steps": self._steps[-math.ceil(self._num_steps / 10) :] if self._num_steps else [],
+        }
+
+    def restore(self, state: dict[str, Any], history: LoadHistory, *, is_first_rank: bool) -> None:
+        """Takes over `state`, on whatever number of ranks, and the rows so far."""
+        if state["sums"] is not None:
+            sums = torch.tensor(state["sums"], dtype=torch.float64)
+            self._sums = sums if is_first_rank else torch.zeros_like(sums)
+        self.loss_first, self.loss_last = state["loss_first"], state["loss_last"]
+        self.max_violation_last, self.steps_skipped = state["max_violation_last"], state["steps_skipped"]
+        self._num_steps, self._steps = state["num_steps"], list(state["steps"])
+        if is_first_rank:
+            self.history = history
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -72,15 +101,25 @@ class Metrics(Callback):
         num_tokens = outputs["num_tokens"].double()
         aux_losses = [aux.double() * num_tokens for aux in strategy.aux_losses.values()]
         sums = torch.stack((loss, num_tokens, *aux_losses))
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._step_sums = sums if self._step_sums is None else self._step_sums + sums
         step = trainer.global_step
         if step == self._last_step:
             return
         self._last_step = step
-        if strategy.loads:
-            self._steps.append(over_layers(strategy.loads))
+        self._end_step(strategy)
         if step == 1 or step % self.log_interval == 0 or step == self.max_steps:
             self._log_row(trainer, pl_module, strategy, step)
+
+    def _end_step(self, strategy: ExpertParallelStrategy) -> None:
+        """Adds the step to the row; of one that was dropped only the count is kept."""
+        sums, self._step_sums = self._step_sums, None
+        assert sums is not None
+        if strategy.skipped:
+            self.steps_skipped, sums = self.steps_skipped + 1, torch.zeros_like(sums)
+        elif strategy.loads:
+            self._steps.append(over_layers(strategy.loads))
+            self._num_steps += 1
+        self._sums = sums if self._sums is None else self._sums.to(sums) + sums
 
     def _log_row(
         self, trainer: Trainer, pl_module: LightningModule, strategy: ExpertParallelStrategy, step: int
@@ -91,18 +130,24 @@ class Metrics(Callback):
         loss, num_tokens, *aux_losses = self._sums.tolist()
         self._sums = None
         seconds = time.perf_counter() - self._row_start
-        row = {"loss": loss / num_tokens, "tokens_per_second": num_tokens / seconds}
-        self._measure(row, num_tokens, seconds)
-        if strategy.loads:
+        row = {"tokens_per_second": num_tokens / seconds}
+        if num_tokens:  # else every step since the last row was dropped
+            row["loss"] = loss / num_tokens
+            self._measure(row, num_tokens, seconds)
+        if self.steps_skipped:
+            row["steps_skipped"] = float(self.steps_skipped)
+        if strategy.loads and not strategy.skipped:
             row["max_violation"] = self.max_violation_last = max(load.max_violation for load in strategy.loads)
             if self.has_capacity:
                 row["drop_rate"] = self._steps[-1]["drop_rate"]
             if trainer.is_global_zero:
                 self.history.add(step, {load.name: load.load.tolist() for load in strategy.loads})
-        extra = {f"aux/{kind}": aux / num_tokens for kind, aux in zip(strategy.aux_losses, aux_losses, strict=True)}
-        for load in strategy.loads:
+        extra = {
+            f"aux/{kind}": aux / max(1, num_tokens) for kind, aux in zip(strategy.aux_losses, aux_losses, strict=True)
+        }
+        for load in strategy.loads if not strategy.skipped else []:
             extra |= of_layer(load)
-        if strategy.grad_norm is not None:
+        if strategy.grad_norm is not None and not strategy.skipped:
             extra["grad_norm"] = strategy.grad_norm
         pl_module.log_dict(row, prog_bar=True, logger=False)
         for logger in trainer.loggers:
@@ -122,13 +167,14 @@ class Metrics(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the load history."""
-        self._save_history()
+        self.save_history()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes what there is of it."""
-        self._save_history()
+        self.save_history()
 
-    def _save_history(self) -> None:
+    def save_history(self) -> None:
+        """Writes the load of every row so far; on rank 0."""
         if self.history_path is not None and self.history.steps:
             self.history.save(self.history_path)
 
@@ -176,6 +222,10 @@ class TrafficMeter(Callback):
         self._last_step = 0
         self.per_token_and_layer: Traffic | None = None
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where the run goes on."""
+        self._last_step = trainer.global_step
+
     def on_train_batch_start(self, *_: Any) -> None:
         """Forgets what was sent outside training (validation, warm-up)."""
         traffic.take()
@@ -214,6 +264,10 @@ class ProgressLines(Callback):
 
     def __init__(self, log_interval: int) -> None:
         self.log_interval, self._last_step = log_interval, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where the run goes on."""
+        self._last_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Prints after a step that closes a row."""

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -23,7 +26,10 @@ TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """One rank's failure. message: for the user. last_line: of the traceback. peer_lost: another rank failed first."""
+    """One rank's failure. message: for the user. last_line: of the traceback.
+
+    peer_lost: another rank failed first. timed_out: it does not answer, but its connections are not broken.
+    """
 
     rank: int
     type: str
@@ -32,6 +38,7 @@ class Failure:
     last_line: str
     time: float
     peer_lost: bool
+    timed_out: bool
 
     @classmethod
     def of(cls, error: BaseException, rank: int) -> Failure:
@@ -45,6 +52,7 @@ class Failure:
             last_line=last_line.splitlines()[0],
             time=time.time(),
             peer_lost=is_peer_lost(error),
+            timed_out=is_peer_lost(error) and re.search("time(d )?out", str(error), re.IGNORECASE) is not None,
         )
 
 
@@ -56,19 +64,38 @@ def errors_dir(run_dir: Path) -> Path:
 def clear(run_dir: Path) -> None:
     """Removes the failures of an earlier run in the same directory."""
     for path in errors_dir(run_dir).glob("*"):
-        path.unlink()
+        if path.is_file():
+            path.unlink()
+
+
+def keep(run_dir: Path, attempt: int) -> Path:
+    """Moves the failures of an attempt into a folder of its own, which it returns."""
+    folder = errors_dir(run_dir) / f"attempt_{attempt}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path in errors_dir(run_dir).glob("*"):
+        if path.is_file():
+            path.rename(folder / path.name)
+    return folder
 
 
 def record(error: BaseException, run_dir: Path, rank: int) -> Failure:
     """Writes the failure of `rank`; the launcher never sees half a file."""
     failure = Failure.of(error, rank)
-    folder = errors_dir(run_dir)
+    try:
+        _write(failure, error, errors_dir(run_dir))
+    except OSError as unwritten:  # the disk is full, perhaps that is why the rank failed
+        print(f"rank {rank}: {failure.last_line} ({unwritten})", file=sys.stderr, flush=True)
+    return failure
+
+
+def _write(failure: Failure, error: BaseException, folder: Path) -> None:
+    rank = failure.rank
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"rank_{rank}.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     partial = folder / f"rank_{rank}.json.tmp"
     partial.write_text(json.dumps(asdict(failure), indent=1), encoding="utf-8")
     partial.replace(folder / f"rank_{rank}.json")
-    return failure
 
 
 def claim(run_dir: Path) -> bool:
@@ -85,18 +112,32 @@ def first_error(run_dir: Path, world_size: int, exit_codes: Mapping[int, int]) -
 
     Algorithm:
     1. The first exception that is not about a lost peer.
-    2. Else the first rank that ended without a record, unless the launcher ended it: killed, or left by itself.
-    3. Else the first lost peer (a rank hangs and another one timed out).
-    4. Else whoever was ended by a signal that did not come from the launcher.
+    2. Else, if the first who lost a peer had waited in vain: the ranks that have left no record hang.
+    3. Else the first rank that ended without a record, unless the launcher ended it: killed, or left by itself.
+    4. Else the first lost peer.
+    5. Else whoever was ended by a signal that did not come from the launcher.
     """
     records = sorted(_recorded(run_dir), key=lambda failure: failure.time)
-    silent = [rank for rank in exit_codes if rank not in {failure.rank for failure in records}]
-    causes = [failure for failure in records if not failure.peer_lost]  # Step 1
-    silent_causes = [rank for rank in silent if exit_codes[rank] not in TERMINATED]  # Step 2
-    if causes or (records and not silent_causes):  # Steps 1 and 3
-        return to_error((causes or records)[0], run_dir, world_size)
-    rank = (silent_causes or silent)[0]  # Steps 2 and 4
+    if causes := [failure for failure in records if not failure.peer_lost]:
+        return to_error(causes[0], run_dir, world_size)  # Step 1
+    silent = sorted(set(range(world_size)) - {failure.rank for failure in records})
+    if records and records[0].timed_out and silent:
+        return _hanging(silent, world_size, records[0])  # Step 2
+    ended = [rank for rank in exit_codes if rank in silent]
+    silent_causes = [rank for rank in ended if exit_codes[rank] not in TERMINATED]
+    if records and not silent_causes:
+        return to_error(records[0], run_dir, world_size)  # Step 4
+    rank = (silent_causes or ended)[0]  # Steps 3 and 5
     return RankFailure(f"rank {rank} of {world_size} failed: {_how_it_ended(exit_codes[rank])}")
+
+
+def _hanging(ranks: list[int], world_size: int, waiting: Failure) -> RankFailure:
+    names = f"rank {ranks[0]} of {world_size} hangs" if len(ranks) == 1 else (
+        f"ranks {', '.join(map(str, ranks))} of {world_size} hang"
+    )  # fmt: skip
+    return RankFailure(
+        f"{names}: rank {waiting.rank} has waited for an answer as long as trainer.timeout_s says ({waiting.last_line})"
+    )
 
 
 def to_error(failure: Failure, run_dir: Path, world_size: int) -> MoecompileError:

@@ -41,6 +41,13 @@ def divide(parameters: Iterable[nn.Parameter], divisor: float | Tensor) -> None:
 
 
 @torch.no_grad()
+def all_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Whether all gradients of this rank are finite, as a tensor: the host does not wait for it."""
+    norms = [grad.norm().double() for grad in _local_grads(parameters)]
+    return torch.stack(norms).isfinite().all() if norms else torch.tensor(True)
+
+
+@torch.no_grad()
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Clips by one L2 norm over all weights of all meshes, as `torch.nn.utils.clip_grad_norm_` does in one process.
 

@@ -36,6 +36,11 @@ class LoadHistory:
         self.steps.append(step)
         self.loads.append(rows)
 
+    def until(self, step: int) -> LoadHistory:
+        """The part up to an optimizer step."""
+        count = sum(1 for found in self.steps if found <= step)
+        return LoadHistory(self.layers if count else [], self.steps[:count], self.loads[:count])
+
     def save(self, path: Path) -> None:
         """Writes `path`, whole or not at all: `steps` (R,), `layers` (L,) and `load` (R, L, E)."""
         partial = path.with_name(f".{path.name}")

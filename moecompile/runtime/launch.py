@@ -24,7 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moecompile.errors import ConfigError
+from moecompile.errors import ConfigError, RankFailure, UserError
 from moecompile.runtime import failures
 from moecompile.runtime.ranks import Ranks, in_place_ranks, worker_variables
 
@@ -34,11 +34,17 @@ GRACE_S = 5.0
 AGREE_TIMEOUT_S = 300.0
 """Seconds in which ranks that a cluster starts must have found each other."""
 
+PEER_GRACE_S = 1.0
+"""Seconds that a rank which has lost a peer waits before it leaves, so that all others can tell what they saw."""
+
 _LAUNCHER_PID = "MOECOMPILE_LAUNCHER_PID"
+_RESTART = "MOECOMPILE_RESTART"
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
-def launch(world_size: int, run_dir: Path, *, module: str, threads: int, timeout_s: float) -> None:
+def launch(
+    world_size: int, run_dir: Path, *, module: str, threads: int, timeout_s: float, max_restarts: int = 0
+) -> None:
     """Runs `module`'s `main(run_dir)` on `world_size` ranks and returns when all of them have succeeded.
 
     Where the environment already has ranks, this process is one of them and runs `main` itself; if that fails, the
@@ -46,6 +52,8 @@ def launch(world_size: int, run_dir: Path, *, module: str, threads: int, timeout
 
     Args:
         module: what `python -m` runs. threads: OpenMP threads per rank. timeout_s: of the ranks' first meeting.
+        max_restarts: how often all ranks are started again after one was lost; a mistake of the user's is not repeated.
+            In place this is torchrun's business (its --max-restarts).
 
     Raises:
         UserError: what a rank raised, if it is the user's to mend.
@@ -54,9 +62,14 @@ def launch(world_size: int, run_dir: Path, *, module: str, threads: int, timeout
     """
     ranks = in_place_ranks()
     if ranks is None:
-        _launch_local(world_size, run_dir, module=module, threads=threads, timeout_s=timeout_s)
+        _launch_again(world_size, run_dir, max_restarts, module=module, threads=threads, timeout_s=timeout_s)
     else:
         _run_in_place(world_size, run_dir, ranks, module=module, threads=threads)
+
+
+def is_restart() -> bool:
+    """Whether the launcher has started this rank again, after an attempt that lost a rank."""
+    return int(os.environ.get(_RESTART) or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
 
 
 def rank_main(main: Callable[[Path], Any]) -> NoReturn:
@@ -77,7 +90,10 @@ def rank_main(main: Callable[[Path], Any]) -> NoReturn:
     except SystemExit as error:  # also Lightning's answer to SIGTERM; only returning from `main` is success
         leave(error.code if isinstance(error.code, int) and error.code else 128 + signal.SIGTERM)
     except BaseException as error:
-        leave(failures.record(error, run_dir, rank).exit_code)
+        failure = failures.record(error, run_dir, rank)
+        if failure.peer_lost:
+            time.sleep(PEER_GRACE_S)
+        leave(failure.exit_code)
     leave(0)
 
 
@@ -107,6 +123,23 @@ def leave_silently(code: int) -> NoReturn:
     leave(code)
 
 
+def _launch_again(world_size: int, run_dir: Path, max_restarts: int, **how: Any) -> None:
+    """Starts all ranks, again after each lost rank; the last failure is raised."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for restart in range(max_restarts + 1):
+        failures.clear(run_dir)
+        try:
+            with _environment({_RESTART: str(restart)}):
+                return _launch_local(world_size, run_dir, **how)
+        except RankFailure as error:
+            if restart == max_restarts:
+                raise
+            kept = failures.keep(run_dir, restart)
+            told = str(error).replace(str(failures.errors_dir(run_dir)), str(kept))
+            print(f"{told}\nrestart {restart + 1} of {max_restarts}", file=sys.stderr, flush=True)
+    return None
+
+
 def _launch_local(world_size: int, run_dir: Path, *, module: str, threads: int, timeout_s: float) -> None:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -126,8 +159,6 @@ def _launch_local(world_size: int, run_dir: Path, *, module: str, threads: int, 
         shutdown_timeout=int(GRACE_S),
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # otherwise it leaves a folder in /tmp; output is inherited
     )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    failures.clear(run_dir)
     with _environment(_launch_variables(threads)), _quiet_elastic(), _own_signal_handlers():
         try:
             elastic_launch(config, sys.executable)("-m", module, str(run_dir))
@@ -168,10 +199,10 @@ def _run_in_place(world_size: int, run_dir: Path, ranks: Ranks, *, module: str, 
     except Exception as error:
         failure = failures.record(error, run_dir, ranks.rank)
         if failure.peer_lost:
-            time.sleep(1)  # lets the rank that failed first have the word
+            time.sleep(PEER_GRACE_S)  # lets the rank that failed first have the word
         if not failures.claim(run_dir):
             leave_silently(failure.exit_code)
-        raise failures.to_error(failure, run_dir, world_size) from error
+        raise failures.first_error(run_dir, world_size, {}) from error
 
 
 def _launch_variables(threads: int) -> dict[str, str]:
@@ -273,10 +304,23 @@ def _from_rank_0(ranks: Ranks, value: str) -> str:
 
 @functools.cache
 def _launcher_store() -> Any:
-    """The store at the launcher's MASTER_ADDR and MASTER_PORT; kept, because rank 0 may be its server."""
+    """The store at the launcher's MASTER_ADDR and MASTER_PORT; kept, because rank 0 may be its server.
+
+    Raises:
+        UserError: somebody else listens there.
+    """
+    from torch.distributed import DistNetworkError
     from torch.distributed.rendezvous import rendezvous
 
-    return next(rendezvous("env://", timeout=timedelta(seconds=AGREE_TIMEOUT_S)))[0]
+    try:
+        return next(rendezvous("env://", timeout=timedelta(seconds=AGREE_TIMEOUT_S)))[0]
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        place = f"MASTER_PORT={os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"{place}: another program uses this port of {os.environ['MASTER_ADDR']}. Set MASTER_PORT to a free one."
+        ) from None
 
 
 def _free_port() -> int:

@@ -107,6 +107,12 @@ class LanguageModule(LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def set_step(self, scheduler: Any, step: int) -> None:
+        """Puts the schedule, and the rates of its optimizer, where they are after `step` optimizer steps."""
+        scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1})
+        for group in scheduler.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self._lr_factor(step)
+
     def _lr_factor(self, step: int) -> float:
         """Linear warm-up, then cosine decay to `min_lr_ratio` at `max_steps`."""
         warmup, floor = self.optimizer.warmup_steps, self.optimizer.min_lr_ratio

@@ -10,12 +10,16 @@ plan, shards it, keys the routers' random numbers, and does what has to happen f
   3. divides once: by the world size (`mean`, as DDP does) or by the tokens of the whole accumulation window (`sum`),
   4. moves the correction biases by the global load, once per optimizer step,
   5. clips by one norm over all meshes (Lightning's own `gradient_clip_val`).
+A step whose loss or gradients are not finite can be dropped on all ranks, or end the run. Checkpoints are folders of
+shards that any mesh reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +32,24 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from moecompile.checkpoint import whole_folder
+from moecompile import plan as plans
+from moecompile.checkpoint.atomic import whole_folder
+from moecompile.checkpoint.fit import check_entries
+from moecompile.checkpoint.folders import PLAN
+from moecompile.checkpoint.tensors import read_tensors, shapes, tensors_of, write_tensors
 from moecompile.errors import ConfigError, PlanError
 from moecompile.nn import LayerLoad, auxiliary_loss, auxiliary_losses, set_random_key, update_balance
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.pipeline import compiled_module, plan_of
 from moecompile.plan import Plan
-from moecompile.runtime.gradients import clip_by_global_norm, divide, sum_replicated
+from moecompile.runtime.gradients import all_finite, clip_by_global_norm, divide, sum_replicated
+from moecompile.runtime.nonfinite import origin, told
+from moecompile.torch_private import set_timeouts
+
+LIGHTNING = "lightning.pt"
+"""What Lightning keeps beside tensors, in a checkpoint that its Trainer saved."""
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+_MIX = 0x9E3779B97F4A7C15  # odd and large: neighbouring keys are far apart
 
 
 class ExpertParallelStrategy(ModelParallelStrategy):
@@ -43,11 +58,14 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     Args:
         loss: `mean` if `training_step` returns a mean over its batch; `sum` if it returns the sum over its tokens, in a
             dict with their number: `{"loss": loss, "num_tokens": n}`. With `sum`, unequal token counts are exact.
-        seed: keys what is random in routers, together with the optimizer step and the micro-batch.
+        seed: keys what is random in training (routers, dropout), together with the optimizer step and the micro-batch.
+        on_nan: what to do when a loss or a gradient is not finite: `stop` ends the run and names layer and rank, `skip`
+            drops the step on all ranks; None does not look.
         process_group_backend, timeout: of the process group; gloo on a CPU and NCCL on CUDA by default.
 
     Raises:
-        ConfigError: `loss` is neither. PlanError (at setup): no compiled model, or the Trainer's ranks do not fit it.
+        ConfigError: `loss` or `on_nan` is neither. PlanError (at setup): no compiled model, or the Trainer's ranks do
+            not fit it. NotFinite (in a step): as `on_nan` says.
 
     After each optimizer step `loads` has one `LayerLoad` a router; after each backward `aux_losses` has the sums over
     the micro-batch's layers by kind, coefficients included, per token.
@@ -57,16 +75,22 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self,
         loss: str = "mean",
         process_group_backend: str | None = None,
-        timeout: timedelta = timedelta(minutes=30),
+        timeout: timedelta = DEFAULT_TIMEOUT,
         seed: int = 0,
+        on_nan: str | None = None,
     ) -> None:
         if loss not in ("mean", "sum"):
             raise ConfigError("loss", loss, "must be mean or sum", "Use what your training_step returns")
+        if on_nan not in (None, "stop", "skip"):
+            raise ConfigError("on_nan", on_nan, "must be stop, skip or None", "Use one of these")
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
-        self.loss, self.seed = loss, seed
+        self.loss, self.seed, self.on_nan = loss, seed, on_nan
         self.loads: list[LayerLoad] = []  # of the last optimizer step
         self.aux_losses: dict[str, Tensor] = {}  # of the last micro-batch
         self.grad_norm: float | None = None  # before clipping, of the last optimizer step that clipped
+        self.skipped = False  # whether the last optimizer step was dropped
+        self._window: list[tuple[tuple[Any, ...], dict[str, Any]]] = []  # arguments of its training steps, for on_nan
+        self._is_finite: Tensor | None = None  # of this rank's losses, in the accumulation window
         self._num_tokens: Tensor | int = 0  # of this rank, in the accumulation window
         self._micro_tokens: Tensor | None = None  # of the last micro-batch
         self._micro_batches = 0  # of this rank, in the accumulation window
@@ -98,6 +122,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if self._device_mesh is None:
             self._device_mesh = device_mesh_of(plan.mesh, self.root_device.type)
             shard(compiled, plan, self._device_mesh)
+            set_timeouts(self._timeout or DEFAULT_TIMEOUT)
         self.model = self.precision_plugin.convert_module(self.model)
         self.precision_plugin.clip_grad_by_norm = self._clip  # type: ignore[method-assign]
         self.barrier()
@@ -107,8 +132,10 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's step; with `loss="sum"` its token count is added up over the accumulation window."""
-        self._key_random_numbers()
-        output = super().training_step(*args, **kwargs)
+        if self.on_nan is not None:
+            self._window.append((args, kwargs))
+        with self._keyed_random_numbers():
+            output = super().training_step(*args, **kwargs)
         if self.loss == "sum":
             if not isinstance(output, Mapping) or "num_tokens" not in output:
                 raise ConfigError(
@@ -136,6 +163,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             if aux is not None:
                 closure_loss = closure_loss + aux / accumulate
             closure_loss = closure_loss / self.world_size
+        finite = closure_loss.detach().isfinite()
+        self._is_finite = finite if self._is_finite is None else self._is_finite & finite
         return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def optimizer_step(
@@ -155,30 +184,96 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         return super().optimizer_step(optimizer, completed, model, **kwargs)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """A sharded checkpoint (torch DCP) at `filepath`, whole or not there."""
-        path = Path(self.broadcast(filepath))
+        """A folder of shards (torch DCP) that every mesh can read at `filepath`, whole or not there."""
+        path, optimizers = Path(self.broadcast(filepath)), self.optimizers if "optimizer_states" in checkpoint else []
+        assert self.model is not None
+        groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
+        rest = {name: value for name, value in checkpoint.items() if name != "state_dict"}
         with whole_folder(path, is_first_rank=self.is_global_zero, barrier=self.barrier) as folder:
-            super().save_checkpoint(checkpoint, folder, storage_options)
+            write_tensors(folder, tensors_of(self.model, optimizers))
+            if self.is_global_zero:
+                plans.save(plan_of(self.model), folder / PLAN)
+                torch.save({**rest, "optimizer_states": groups} if optimizers else rest, folder / LIGHTNING)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads such a folder, written on whatever mesh; nothing in it is run as code.
+
+        Raises:
+            PlanError: entries are missing or have other shapes, or the optimizers have other parameter groups.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        assert self.model is not None
+        rest: dict[str, Any] = torch.load(path / LIGHTNING, weights_only=True)
+        groups = rest.get("optimizer_states", [])
+        optimizers = self.optimizers if groups else []
+        tensors = tensors_of(self.model, optimizers)
+        found = {name: shape for name, shape in shapes(path).items() if optimizers or name.startswith("model.")}
+        check_entries(found, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
+        for optimizer, saved in zip(optimizers, groups, strict=True):
+            _set_groups(optimizer, saved, path)
+        read_tensors(path, tensors)
+        return rest
 
     def _complete_gradients(self) -> None:
         assert self.model is not None
         parameters = list(self.model.parameters())
         sum_replicated(parameters)
-        if self.loss == "sum":
-            total = torch.as_tensor(self._num_tokens)
-            dist.all_reduce(total)
+        total, self.skipped = self._over_ranks(parameters)
+        if self.skipped:
+            self._drop_step(parameters)
+        elif self.loss == "sum":
             divide(parameters, total.clamp_min(1))
-            self._num_tokens = 0
-        self._micro_batches = 0
-        self.loads = update_balance(self.model, dist.group.WORLD)
+        self._num_tokens, self._micro_batches, self._is_finite = 0, 0, None
+        self._window.clear()
+        self.loads = update_balance(self.model, dist.group.WORLD, move=not self.skipped)
 
-    def _key_random_numbers(self) -> None:
-        """What is random in a router depends on the micro-batch's number in one process, not on the rank."""
+    def _over_ranks(self, parameters: list[nn.Parameter]) -> tuple[Tensor, bool]:
+        """Tokens of the accumulation window on all ranks, and whether a loss or gradient of any rank is not finite."""
+        sums = torch.zeros(2, dtype=torch.int64, device=self.root_device)
+        sums[0] = self._num_tokens
+        if self.on_nan is not None:
+            sums[1] = ~(all_finite(parameters) & (True if self._is_finite is None else self._is_finite))
+        if self.loss == "sum" or self.on_nan is not None:
+            dist.all_reduce(sums)
+        return sums[0], self.on_nan is not None and bool(sums[1])
+
+    def _drop_step(self, parameters: list[nn.Parameter]) -> None:
+        """An optimizer passes over weights without a gradient; or the run ends.
+
+        Raises:
+            NotFinite: on_nan=stop, the same on all ranks.
+        """
+        assert self.lightning_module is not None and self.model is not None
+        for parameter in parameters:
+            parameter.grad = None
+        if self.on_nan == "skip":
+            return
+        window, self._window, self._micro_batches = self._window, [], 0
+        step = self.lightning_module.trainer.global_step
+
+        def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            output = self.training_step(*args, **kwargs)
+            loss = output["loss"] if isinstance(output, Mapping) else output
+            self.backward(loss, None)
+
+        raise told(
+            origin(compiled_module(self.model), [partial(run, *arguments) for arguments in window]),
+            step + 1,
+            self.world_size,
+        )
+
+    @contextmanager
+    def _keyed_random_numbers(self) -> Iterator[None]:
+        """What is random depends on the micro-batch's number in one process, not on the rank; dropout as well."""
         assert self.lightning_module is not None and self.model is not None
         trainer = self.lightning_module.trainer
         number = self.global_rank * trainer.accumulate_grad_batches + self._micro_batches
         set_random_key(self.model, self.seed, trainer.global_step, number)
         self._micro_batches += 1
+        devices = [self.root_device] if self.root_device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(((self.seed * _MIX + trainer.global_step) * _MIX + number) % 2**63)
+            yield
 
     def _clip(self, optimizer: Optimizer, clip_val: float) -> None:
         self.grad_norm = float(clip_by_global_norm(self.precision_plugin.main_params(optimizer), clip_val))
@@ -190,6 +285,17 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 f"the plan is for {plan.mesh.world_size} ranks, the Trainer has {self.world_size}",
                 "Change mesh.num_nodes and mesh.ranks_per_node, or the Trainer's devices and num_nodes",
             )  # fmt: skip
+
+
+def _set_groups(optimizer: Optimizer, saved: list[dict[str, Any]], path: Path) -> None:
+    """Learning rates and the like, as a scheduler or the user has left them."""
+    if len(saved) != len(optimizer.param_groups):
+        raise PlanError(
+            "ckpt_path", path, f"the optimizer had {len(saved)} parameter groups, it has {len(optimizer.param_groups)}",
+            "Make the same groups on every mesh",
+        )  # fmt: skip
+    for group, values in zip(optimizer.param_groups, saved, strict=True):
+        group.update(values)
 
 
 StrategyRegistry.register(

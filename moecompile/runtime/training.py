@@ -20,12 +20,11 @@ from moecompile.mesh import MeshSpec
 from moecompile.plan import Plan, Traffic
 from moecompile.runtime.callbacks import Metrics, ProgressBar, ProgressLines, TrafficMeter
 from moecompile.runtime.data import TextData, train_loader, val_loader
+from moecompile.runtime.launch import is_restart
 from moecompile.runtime.module import LanguageModule
+from moecompile.runtime.saving import LOAD_HISTORY, Saver, rows_until, starting_point, write_again
 from moecompile.runtime.strategy import ExpertParallelStrategy
 from moecompile.schema import Config, accumulation_steps
-
-LOAD_HISTORY = "load.npz"
-"""Load of every expert at every logged step, in the run directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +36,10 @@ class Outcome:
     """
 
     steps: int
+    steps_skipped: int
     loss_first: float | None
     loss_last: float | None
-    val_loss_first: float
+    val_loss_first: float | None
     val_loss: float
     tokens_per_second: float | None
     max_violation_last: float | None
@@ -52,39 +52,42 @@ class Outcome:
 
 
 def train(model: nn.Module, plan: Plan, config: Config, data: TextData, run_dir: Path) -> Outcome:
-    """Validates, trains for `trainer.max_steps` optimizer steps, validates again and saves a checkpoint.
+    """Validates, trains to `trainer.max_steps` optimizer steps, validates again and saves a checkpoint.
 
-    Called on every rank with the same lowered model; needs the process group's environment variables.
+    Goes on from a checkpoint where `trainer.resume` names one, or where a lost rank has ended an earlier attempt.
+    Called on every rank with the same lowered model; needs the process group and its environment variables.
     """
-    mesh, rank = plan.mesh, int(os.environ["RANK"])
-    module = LanguageModule(model, config.optimizer, config.trainer.max_steps)
+    mesh, rank, max_steps = plan.mesh, int(os.environ["RANK"]), config.trainer.max_steps
+    start = starting_point(config, plan, run_dir, is_restart=is_restart())
+    first_step = 0 if start is None else start[1].step
+    module = LanguageModule(model, config.optimizer, max_steps)
     metrics = Metrics(
         config.trainer.log_interval,
-        config.trainer.max_steps,
+        max_steps,
         has_capacity=any(layer.routing.capacity_factor is not None for layer in plan.layers),
         history_path=run_dir / LOAD_HISTORY,
     )
-    meter = TrafficMeter(mesh)
-    trainer = make_trainer(config, mesh, run_dir, [metrics, meter])
+    meter, saver = TrafficMeter(mesh), Saver(run_dir, plan, config, metrics, start)
+    trainer = make_trainer(config, mesh, run_dir, [metrics, meter, saver], start=None if start is None else start[0],
+                           first_step=first_step)  # fmt: skip
     val = val_loader(data.val, config.data, rank=rank, world_size=mesh.world_size)
     fit = train_loader(
         data.train, config.data, seed=config.seed, rank=rank, world_size=mesh.world_size,
-        num_steps=config.trainer.max_steps,
+        start_step=first_step, num_steps=max_steps - first_step,
     )  # fmt: skip
-    trainer.validate(module, val, verbose=False)
-    first = module.val_loss
-    trainer.fit(module, fit, val)
-    if trainer.global_step % config.trainer.val_interval:  # else the last step was validated within fit
+    if start is None:
         trainer.validate(module, val, verbose=False)
-    checkpoint = None
-    if config.trainer.save_checkpoint:
-        checkpoint = run_dir / "checkpoints" / f"step-{trainer.global_step}"
-        trainer.save_checkpoint(checkpoint)
+        saver.val_loss_first = module.val_loss
+    trainer.fit(module, fit, val)
+    checkpoint = saver.finish(trainer, module)
+    if max_steps % config.trainer.val_interval or first_step == max_steps:  # else validated within fit
+        trainer.validate(module, val, verbose=False)
     return Outcome(
         steps=trainer.global_step,
+        steps_skipped=metrics.steps_skipped,
         loss_first=metrics.loss_first,
         loss_last=metrics.loss_last,
-        val_loss_first=first,
+        val_loss_first=saver.val_loss_first,
         val_loss=module.val_loss,
         tokens_per_second=metrics.tokens_per_second,
         max_violation_last=metrics.max_violation_last,
@@ -97,22 +100,24 @@ def train(model: nn.Module, plan: Plan, config: Config, data: TextData, run_dir:
     )
 
 
-def make_trainer(config: Config, mesh: MeshSpec, run_dir: Path, callbacks: list[Callback]) -> Trainer:
-    """A Trainer over the ranks that are already running."""
+def make_trainer(
+    config: Config, mesh: MeshSpec, run_dir: Path, callbacks: list[Callback], *, start: Path | None = None,
+    first_step: int = 0,
+) -> Trainer:  # fmt: skip
+    """A Trainer over the ranks that are already running. start, first_step: the checkpoint it will go on from."""
     _quiet_lightning()
     accumulate = accumulation_steps(config, mesh)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
-    loggers: list[Logger] = [
-        CSVLogger(run_dir, name="", version=""),
-        TensorBoardLogger(run_dir, name="tensorboard", version=""),
-    ]
     show_bar = config.trainer.progress_bar and sys.stdout.isatty()
     if config.trainer.progress_bar:
         bar = ProgressBar(refresh_rate=5) if show_bar else ProgressLines(config.trainer.log_interval)
         callbacks = [*callbacks, bar]
     return Trainer(
         strategy=ExpertParallelStrategy(
-            loss="sum", seed=config.seed, timeout=timedelta(seconds=config.trainer.timeout_s)
+            loss="sum",
+            seed=config.seed,
+            timeout=timedelta(seconds=config.trainer.timeout_s),
+            on_nan=config.trainer.on_nan.value,
         ),
         plugins=[TorchElasticEnvironment()],  # the variables that the launcher has set, also under SLURM
         accelerator=_accelerator(mesh.device),
@@ -130,10 +135,19 @@ def make_trainer(config: Config, mesh: MeshSpec, run_dir: Path, callbacks: list[
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=show_bar,
-        logger=loggers,
+        logger=_loggers(run_dir, start, first_step),
         callbacks=callbacks,
         default_root_dir=run_dir,
     )
+
+
+def _loggers(run_dir: Path, start: Path | None, first_step: int) -> list[Logger]:
+    """Rows go on where the checkpoint `start` was."""
+    rows = [] if start is None or int(os.environ["RANK"]) else rows_until(start, first_step)
+    table = CSVLogger(run_dir, name="", version="")
+    write_again(table, rows)
+    purge = None if start is None else first_step + 1
+    return [table, TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=purge)]
 
 
 def _accelerator(device: str) -> str:

@@ -340,13 +340,24 @@ class OptimizerConfig:
     clip_norm: Optional[float] = 1.0
 
 
+class OnNan(str, Enum):
+    """What happens when a loss or a gradient is NaN or infinite."""
+
+    stop = "stop"  # the run ends and names the layer and the rank where it began
+    skip = "skip"  # the optimizer step is dropped on all ranks and counted
+
+
 @dataclass(kw_only=True)
 class TrainerConfig:
     """`trainer`: the run.
 
     max_steps: optimizer steps. log_interval, val_interval: optimizer steps between rows and between validations.
-    timeout_s: of a collective. threads_per_rank: CPU threads of a rank. progress_bar: a bar on a terminal, else lines.
-    save_checkpoint: at the end.
+    timeout_s: of a collective; a rank that hangs is found after it. threads_per_rank: CPU threads of a rank.
+    progress_bar: a bar on a terminal, else lines. save_checkpoint: at the end. save_interval: optimizer steps between
+    checkpoints (0: only at the end). keep_last: newest checkpoints that are kept (0: all). async_save: write them in
+    the background. resume: `auto` (the latest checkpoint of this run directory, if there is one), or a run directory or
+    checkpoint to go on from (null: a new run). max_restarts: how often a run that lost a rank goes on from its latest
+    checkpoint by itself. on_nan: what happens when a loss or a gradient is not finite.
     """
 
     max_steps: int = 100
@@ -356,6 +367,12 @@ class TrainerConfig:
     threads_per_rank: int = 1
     progress_bar: bool = True
     save_checkpoint: bool = True
+    save_interval: int = 1000
+    keep_last: int = 3
+    async_save: bool = True
+    resume: Optional[str] = None
+    max_restarts: int = 0
+    on_nan: OnNan = OnNan.stop
 
 
 class VerifyDtype(str, Enum):

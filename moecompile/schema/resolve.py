@@ -69,6 +69,8 @@ def validate(config: Config) -> None:
     _check_data(config, mesh)
     for name in ("max_steps", "log_interval", "val_interval", "timeout_s", "threads_per_rank"):
         _at_least(f"trainer.{name}", getattr(config.trainer, name), 1)
+    for name in ("save_interval", "keep_last", "max_restarts"):
+        _at_least(f"trainer.{name}", getattr(config.trainer, name), 0)
     _at_least("verify.steps", config.verify.steps, 1)
 
 

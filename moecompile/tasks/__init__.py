@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from moecompile.errors import RankFailure
@@ -20,7 +21,8 @@ def run(config: Config, run_dir: Path) -> int:
         module.run(config, run_dir)
     except RankFailure as error:
         result = {"task": name, "recipe": config.name, "status": "failed", "seconds": time.perf_counter() - start}
-        write_result(run_dir, {**result, "error": str(error)})
+        with suppress(OSError):  # a full disk
+            write_result(run_dir, {**result, "error": str(error)})
         raise
     return 0
 

@@ -23,7 +23,8 @@ from moecompile.runtime.history import LoadHistory
 from moecompile.runtime.launch import launch
 from moecompile.runtime.objective import data_for
 from moecompile.runtime.process_group import init_process_group
-from moecompile.runtime.training import LOAD_HISTORY, Outcome, train
+from moecompile.runtime.saving import LOAD_HISTORY
+from moecompile.runtime.training import Outcome, train
 from moecompile.schema import Config, mesh_spec
 from moecompile.tasks.show import show_compiled, step0_fields
 
@@ -36,6 +37,7 @@ def run(config: Config, run_dir: Path) -> None:
         module="moecompile.tasks.worker",
         threads=config.trainer.threads_per_rank,
         timeout_s=config.trainer.timeout_s,
+        max_restarts=config.trainer.max_restarts,
     )
 
 

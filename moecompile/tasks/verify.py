@@ -14,11 +14,12 @@ from moecompile import plan as plans
 from moecompile.compose import RESOLVED, save_resolved
 from moecompile.errors import VerificationFailed
 from moecompile.report.console import print_checks
-from moecompile.report.result import versions, write_result
+from moecompile.report.result import write_result
 from moecompile.runtime.launch import launch
 from moecompile.runtime.process_group import init_process_group
 from moecompile.schema import Config, mesh_spec
 from moecompile.verify import certify, shrink
+from moecompile.versions import versions
 
 CERTIFICATE = "certificate.json"
 

@@ -226,6 +226,10 @@ ONLY_IN_TASKS: dict[str, tuple[list[str], str]] = {
         name: ([f"trainer.{name}=0"], f"trainer.{name}=0: must be at least 1. Use 1 or more.")
         for name in ("max_steps", "log_interval", "val_interval", "timeout_s", "threads_per_rank")
     },
+    **{
+        name: ([f"trainer.{name}=-1"], f"trainer.{name}=-1: must be at least 0. Use 0 or more.")
+        for name in ("save_interval", "keep_last", "max_restarts")
+    },
 }
 
 

@@ -1,0 +1,80 @@
+"""Whether a checkpoint fits a plan and a model, and if not, everything that differs.
+
+The mesh, the placement, the dispatch and what only training uses (balance, capacity, jitter) may differ: names, shapes
+and the function that the model computes may not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moecompile.errors import PlanError
+from moecompile.plan import LayerPlan, Plan
+
+_SHOWN = 8
+_FREE = ("capacity_factor", "drop", "jitter", "workload", "skew")
+
+
+def check_plan(found: Plan, wanted: Plan, folder: Path) -> None:
+    """Whether the plan `found` in a checkpoint makes the same model as `wanted`.
+
+    Raises:
+        PlanError: lists the entries that differ.
+    """
+    _raise_if_any(list(_layer_differences(found, wanted)), folder)
+
+
+def check_entries(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Whether a checkpoint's entries are those that a model asks for.
+
+    Raises:
+        PlanError: lists names that are missing or unknown, and shapes that differ.
+    """
+    differences = []
+    for name in sorted(wanted.keys() | found.keys()):
+        ours, theirs = wanted.get(name), found.get(name)
+        if ours != theirs:
+            differences.append(f"{name}: {_shape(theirs)} in the checkpoint, {_shape(ours)} here")
+    _raise_if_any(differences, folder)
+
+
+def _layer_differences(found: Plan, wanted: Plan) -> Iterator[str]:
+    theirs, ours = ({layer.site.fqn: layer for layer in plan.layers} for plan in (found, wanted))
+    for fqn in [*theirs, *(fqn for fqn in ours if fqn not in theirs)]:
+        if fqn not in ours or fqn not in theirs:
+            yield f"{fqn}: {'experts' if fqn in theirs else 'dense'} in the checkpoint, " + (
+                "experts here" if fqn in ours else "dense here"
+            )
+            continue
+        before, now = _function(theirs[fqn]), _function(ours[fqn])
+        for key in [*before, *(key for key in now if key not in before)]:
+            if before.get(key) != now.get(key):
+                yield f"{fqn}.{key}: {before.get(key)} in the checkpoint, {now.get(key)} here"
+
+
+def _function(layer: LayerPlan) -> dict[str, Any]:
+    """What decides weights and outputs of a layer, by dotted name."""
+    parts = {"site": layer.site, "experts": layer.experts, "routing": layer.routing}
+    return {
+        f"{part}.{key}": value
+        for part, values in parts.items()
+        for key, value in dataclasses.asdict(values).items()
+        if not (part == "routing" and key in _FREE)
+    }
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(list(shape))
+
+
+def _raise_if_any(differences: list[str], folder: Path) -> None:
+    if not differences:
+        return
+    more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+    raise PlanError(
+        "trainer.resume", folder, f"the checkpoint does not fit this run: {'; '.join(differences[:_SHOWN])}{more}",
+        "Set these as they were, or start a new run",
+    )  # fmt: skip

@@ -1,0 +1,90 @@
+"""Saves checkpoints one after the other, in the background if asked to.
+
+Algorithm of one save:
+  1. Wait for the save before; copy what training will change.
+  2. Every rank writes its shards into step-N.tmp. DCP ends on rank 0 only when all ranks have written.
+  3. Rank 0 adds plan.yaml and state.json, renames the folder, moves `latest`, removes old checkpoints.
+The background has a process group of its own, so that its messages never meet those of training.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from moecompile.checkpoint import folders
+from moecompile.checkpoint.atomic import unfinished
+from moecompile.checkpoint.state import State, write_state
+from moecompile.checkpoint.tensors import failed_rank, staged, write_tensors
+from moecompile.errors import UserError
+from moecompile.plan import Plan
+from moecompile.plan import save as save_plan
+
+
+class Writer:
+    """Writes the checkpoints of one run; all ranks make one and call it alike.
+
+    Args:
+        checkpoints: their folder. plan: saved with each of them. keep_last: newest ones that stay (0: all).
+        background: whether `save` returns once the tensors are copied.
+        group: a CPU process group that nobody else uses.
+    """
+
+    def __init__(
+        self, checkpoints: Path, plan: Plan, *, keep_last: int, background: bool, group: dist.ProcessGroup
+    ) -> None:
+        self.checkpoints, self.plan, self.keep_last, self.background = checkpoints, plan, keep_last, background
+        self.group, self.is_first_rank = group, dist.get_rank() == 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, tensors: Mapping[str, Tensor], state: State) -> None:
+        """Saves what `tensors` hold now as the checkpoint of `state.step`.
+
+        Raises:
+            UserError: this save, or the one before, could not be written.
+        """
+        self.wait()  # Step 1
+        if not self.background:
+            return self._write(tensors, state)
+        self._pending = self._thread.submit(self._write, staged(tensors), state)
+        return None
+
+    def check(self) -> None:
+        """Raises what went wrong in a save that has ended by now."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more; raises what went wrong."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, tensors: Mapping[str, Tensor], state: State) -> None:
+        tmp = unfinished(folders.step_folder(self.checkpoints, state.step))
+        try:
+            write_tensors(tmp, tensors, self.group)  # Step 2
+            if self.is_first_rank:  # Step 3
+                save_plan(self.plan, tmp / folders.PLAN)
+                write_state(tmp, state)
+                folders.finish(self.checkpoints, state.step, self.keep_last)
+        except (CheckpointException, OSError) as error:
+            if self.is_first_rank:
+                shutil.rmtree(tmp, ignore_errors=True)
+            raise UserError(self._told(state.step, error)) from error
+
+    def _told(self, step: int, error: CheckpointException | OSError) -> str:
+        rank, cause = failed_rank(error) if isinstance(error, CheckpointException) else (0, str(error))
+        last = folders.latest(self.checkpoints)
+        kept = f"The checkpoints before it are whole, the latest is {last.name}" if last else "There is none before it"
+        return (
+            f"the checkpoint of step {step} could not be written to {self.checkpoints} on rank {rank}: {cause}. "
+            f"{kept}. Make room, lower trainer.keep_last, or use another hydra.run.dir, and go on with trainer.resume."
+        )

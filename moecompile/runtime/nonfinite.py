@@ -1,0 +1,109 @@
+"""Where a loss or gradient that is not finite began: the module and the rank.
+
+Algorithm, on all ranks together, because a forward exchanges rows:
+  1. Run the micro-batches of the step again, with the same weights and random numbers, and watch each module's outputs
+     in forward and their gradients in backward.
+  2. All ranks run the same modules in the same order, so the events of all ranks can be compared: the first one is
+     where it began. What is not finite on one rank reaches the others through the next exchange or reduction.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+from moecompile.errors import UserError
+
+
+class NotFinite(UserError):
+    """A loss or a gradient is NaN or infinite."""
+
+
+@dataclass(frozen=True, order=True)
+class Event:
+    """The first value that is not finite on a rank. place: number of the module call; backward comes after forward."""
+
+    place: int
+    rank: int
+    name: str = field(compare=False)
+    what: str = field(compare=False)
+
+
+def origin(model: nn.Module, runs: list[Callable[[], Any]]) -> Event | None:
+    """The first event of all ranks; None if the runs are finite this time.
+
+    Args:
+        runs: forward and backward of each micro-batch of the step on this rank.
+    """
+    for run in runs:  # Step 1
+        with _Watch(model) as seen:
+            run()
+        events: list[Event | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(events, min(seen, default=None))  # Step 2
+        if found := [event for event in events if event is not None]:
+            return min(found)
+    return None
+
+
+def told(event: Event | None, step: int, world_size: int) -> NotFinite:
+    """The error for people."""
+    if event is None:
+        began = "It was finite when the step was run again, so something outside of the model is random"
+    else:
+        began = f"It began in {event.name} on rank {event.rank} of {world_size}: {event.what} not finite"
+    return NotFinite(
+        f"the loss or a gradient of step {step} is not finite. {began}. Lower optimizer.lr, look at the data, or drop "
+        "such steps with trainer.on_nan=skip; trainer.resume goes on from the last checkpoint."
+    )
+
+
+class _Watch:
+    """Collects the events of this rank while its context is entered."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.rank, self.seen = model, dist.get_rank(), list[Event]()
+        self._numbers, self._handles = itertools.count(), list[Any]()
+
+    def __enter__(self) -> list[Event]:
+        named = [(name, module) for name, module in self.model.named_modules() if name]
+        self._handles = [module.register_forward_hook(partial(self._left, name)) for name, module in named]
+        return self.seen
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        if not self.seen:
+            for name, parameter in reversed(list(self.model.named_parameters())):
+                self._look(parameter.grad, next(self._numbers), name, "its gradient is")
+
+    def _left(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
+        place = next(self._numbers)
+        for leaf in tree_leaves(dict(output) if hasattr(output, "items") else output):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                weights_too = any(not is_finite(weight) for weight in module.parameters(recurse=False))
+                self._look(leaf, place, name, "its weights are" if weights_too else "its output is")
+                if leaf.requires_grad:
+                    leaf.register_hook(partial(self._arrived, name))
+
+    def _arrived(self, name: str, grad: Tensor) -> None:
+        self._look(grad, next(self._numbers), name, "the gradient of its output is")
+
+    def _look(self, value: Tensor | None, place: int, name: str, what: str) -> None:
+        if value is not None and not is_finite(value):
+            self.seen.append(Event(place, self.rank, name, what))
+
+
+@torch.no_grad()
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values (of this rank's part) are finite."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return bool(torch.isfinite(local).all())

@@ -1,0 +1,178 @@
+"""Saves a training run while it trains, and goes on with one that was saved, on this mesh or another."""
+
+from __future__ import annotations
+
+import csv
+import io
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from moecompile.checkpoint import folders
+from moecompile.checkpoint.fit import check_entries, check_plan
+from moecompile.checkpoint.state import State, check_settings, fixed_settings, read_state
+from moecompile.checkpoint.tensors import read_tensors, shapes, tensors_of
+from moecompile.checkpoint.writer import Writer
+from moecompile.errors import ConfigError
+from moecompile.plan import Plan
+from moecompile.plan import load as load_plan
+from moecompile.runtime.callbacks import Metrics
+from moecompile.runtime.history import LoadHistory
+from moecompile.runtime.module import LanguageModule
+from moecompile.schema import Config
+from moecompile.versions import versions
+
+METRICS = "metrics.csv"
+LOAD_HISTORY = "load.npz"
+"""Load of every expert at every logged step, in the run directory."""
+
+
+class Saver(Callback):
+    """Writes a checkpoint every `trainer.save_interval` optimizer steps, and one at the end.
+
+    Args:
+        metrics: whose state travels with the checkpoints. val_loss_first: of the run, travels too.
+        start: the checkpoint to go on from, with its state; None: from the beginning.
+    """
+
+    def __init__(
+        self, run_dir: Path, plan: Plan, config: Config, metrics: Metrics, start: tuple[Path, State] | None
+    ) -> None:
+        self.checkpoints, self.plan, self.config, self.metrics = folders.checkpoints_of(run_dir), plan, config, metrics
+        self.start, self.val_loss_first = start, None if start is None else start[1].metrics["val_loss_first"]
+        self._step = 0 if start is None else start[1].step
+        self._is_saved = start is not None and start[0].parent == self.checkpoints.resolve()
+        self._writer: Writer | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Weights are sharded and the optimizer is made: reads the checkpoint into both."""
+        assert isinstance(pl_module, LanguageModule)
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.config.trainer.timeout_s))
+        self._writer = Writer(
+            self.checkpoints, self.plan, keep_last=self.config.trainer.keep_last,
+            background=self.config.trainer.async_save, group=group,
+        )  # fmt: skip
+        if self.start is not None:
+            restore(trainer, pl_module, self.metrics, *self.start)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves after a step whose turn it is; tells of a save that has failed."""
+        assert self._writer is not None
+        self._writer.check()
+        if trainer.global_step == self._step:
+            return
+        self._step, self._is_saved = trainer.global_step, False
+        interval = self.config.trainer.save_interval
+        if interval and self._step % interval == 0:
+            self._save(trainer, pl_module)
+
+    def finish(self, trainer: Trainer, module: LanguageModule) -> Path | None:
+        """The last checkpoint, if one is wanted; waits for what is being written."""
+        assert self._writer is not None
+        if self.config.trainer.save_checkpoint and not self._is_saved:
+            self._save(trainer, module)
+        self._writer.wait()
+        if trainer.is_global_zero:
+            self.metrics.save_history()
+        trainer.strategy.barrier()  # rank 0 has moved `latest`
+        return folders.step_folder(self.checkpoints, self._step) if self._is_saved else None
+
+    def _save(self, trainer: Trainer, module: LightningModule) -> None:
+        assert self._writer is not None and isinstance(module, LanguageModule)
+        if trainer.is_global_zero:  # rows up to here are needed to go on from here
+            self.metrics.save_history()
+            for logger in trainer.loggers:
+                logger.save()
+        state = State(
+            step=self._step,
+            sequences=self._step * self.config.data.global_batch_size,
+            fixed=fixed_settings(self.config),
+            world_size=self.plan.mesh.world_size,
+            plan_hash=self.plan.hash,
+            versions=dict(versions()),
+            metrics={**self.metrics.state(), "val_loss_first": self.val_loss_first},
+        )
+        self._writer.save(tensors_of(module.model, trainer.strategy.optimizers), state)
+        self._is_saved = True
+
+
+def restore(trainer: Trainer, module: LanguageModule, metrics: Metrics, folder: Path, state: State) -> None:
+    """Weights, biases, optimizer, learning rate, step and metrics as they were; random numbers follow from the step.
+
+    Raises:
+        PlanError: the checkpoint's names or shapes are others.
+    """
+    tensors = tensors_of(module.model, trainer.strategy.optimizers)
+    check_entries(shapes(folder), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, folder)
+    read_tensors(folder, tensors)
+    for scheduler in trainer.strategy.lr_scheduler_configs:
+        module.set_step(scheduler.scheduler, state.step)
+    loop, batches = trainer.fit_loop.epoch_loop, state.step * trainer.accumulate_grad_batches
+    steps = loop.automatic_optimization.optim_progress.optimizer.step.total
+    steps.ready = steps.completed = state.step  # what trainer.global_step reads
+    loop.batch_progress.total.ready = loop.batch_progress.total.completed = batches  # when to validate
+    metrics.restore(state.metrics, _history(folder, state.step), is_first_rank=trainer.is_global_zero)
+
+
+def rows_until(folder: Path, step: int) -> list[dict[str, float]]:
+    """Rows of the metrics.csv beside a run's checkpoints, up to an optimizer step; none if it is not there."""
+    path = folder.parent.parent / METRICS
+    if not path.is_file():
+        return []
+    rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
+    found = [{name: float(value) for name, value in row.items() if value} for row in rows]
+    return [row for row in found if row["step"] <= step]
+
+
+def write_again(logger: CSVLogger, rows: list[dict[str, float]]) -> None:
+    """Puts earlier rows in front of those to come: Lightning's logger begins with an empty file."""
+    for row in rows:
+        values: dict[str, Any] = {name: int(value) if value.is_integer() else value for name, value in row.items()}
+        logger.log_metrics(values, step=int(row["step"]))
+    if rows:
+        logger.save()
+
+
+def _history(folder: Path, step: int) -> LoadHistory:
+    path = folder.parent.parent / LOAD_HISTORY
+    return LoadHistory.read(path).until(step) if path.is_file() else LoadHistory()
+
+
+def starting_point(config: Config, plan: Plan, run_dir: Path, *, is_restart: bool) -> tuple[Path, State] | None:
+    """The checkpoint that this run goes on from, and its state; None: from the beginning. All ranks call it.
+
+    Removes what an earlier attempt has left unfinished, and later checkpoints, which this run writes again.
+
+    Args:
+        is_restart: a rank was lost, and the launcher has started all of them again.
+
+    Raises:
+        ConfigError: no such checkpoint, one of another run, or a new run in a directory that has checkpoints.
+        PlanError: it does not fit the plan.
+    """
+    checkpoints, resume = folders.checkpoints_of(run_dir), config.trainer.resume
+    folder = folders.find(folders.AUTO, run_dir) if is_restart else None
+    if folder is None and resume is not None:
+        folder = folders.find(resume, run_dir)
+    start = None if folder is None else (folder, read_state(folder))
+    if start is not None:
+        check_settings(start[1], config, start[0])
+        check_plan(load_plan(start[0] / folders.PLAN), plan, start[0])
+    if (start is None or start[0].parent != checkpoints.resolve()) and folders.steps(checkpoints):
+        raise ConfigError(
+            "hydra.run.dir", run_dir, "holds the checkpoints of another run",
+            "Go on with that run by trainer.resume=auto, or use another directory",
+        )  # fmt: skip
+    dist.barrier()
+    if dist.get_rank() == 0:
+        folders.forget_after(checkpoints, 0 if start is None else start[1].step)
+        if start is not None:
+            print(f"going on from step {start[1].step} of {start[0]}", flush=True)
+    dist.barrier()
+    return start

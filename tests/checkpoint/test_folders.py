@@ -1,0 +1,83 @@
+"""Names, the pointer, what is kept, what a crash leaves behind."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moecompile.checkpoint import folders
+from moecompile.checkpoint.atomic import unfinished, write_file
+from moecompile.errors import ConfigError
+
+
+def save(checkpoints: Path, step: int, keep_last: int = 0) -> Path:
+    tmp = unfinished(folders.step_folder(checkpoints, step))
+    tmp.mkdir(parents=True)
+    write_file(tmp / folders.STATE, "{}")
+    return folders.finish(checkpoints, step, keep_last)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_latest_is_a_link_and_old_ones_go(tmp_path: Path) -> None:
+    for step in (8, 9, 10, 100):
+        assert save(tmp_path, step, keep_last=2) == tmp_path / f"step-{step}"
+        assert (tmp_path / "latest").readlink() == Path(f"step-{step}")
+    assert names(tmp_path) == ["latest", "step-10", "step-100"]
+    assert folders.steps(tmp_path) == [10, 100]
+    assert folders.latest(tmp_path) == tmp_path / "step-100"
+
+
+def test_zero_keeps_all(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep_last=0)
+    assert folders.steps(tmp_path) == [1, 2, 3]
+
+
+def test_a_folder_that_was_cut_off_is_no_checkpoint(tmp_path: Path) -> None:
+    assert folders.latest(tmp_path / "nothing") is None
+    (tmp_path / "step-5.tmp").mkdir()
+    (tmp_path / "step-6").mkdir()  # nobody renames a folder without its state; a hand may have emptied it
+    assert folders.steps(tmp_path) == [] and folders.latest(tmp_path) is None
+
+
+def test_killed_between_rename_and_link(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    second = save(tmp_path, 2)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to("step-1")
+    assert folders.latest(tmp_path) == tmp_path / "step-1"  # whole, if older
+    shutil.rmtree(tmp_path / "step-1")
+    assert folders.latest(tmp_path) == second
+
+
+def test_going_on_forgets_what_will_be_written_again(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "step-4.tmp").mkdir()
+    (tmp_path / ".latest.tmp").symlink_to("step-4")
+    folders.forget_after(tmp_path, 2)
+    assert names(tmp_path) == ["latest", "step-1", "step-2"]
+    assert folders.latest(tmp_path) == tmp_path / "step-2"
+    save(tmp_path, 3)
+    assert folders.latest(tmp_path) == tmp_path / "step-3"
+
+
+def test_what_resume_may_name(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert folders.find("auto", run) is None
+    checkpoints = folders.checkpoints_of(run)
+    step = save(checkpoints, 7)
+    for name in (run, checkpoints, checkpoints / "latest", step):
+        assert folders.find(str(name), tmp_path / "other") == step
+    assert folders.find("auto", run) == step
+    with pytest.raises(ConfigError) as caught:
+        folders.find(str(tmp_path), run)
+    assert str(caught.value) == (
+        f"trainer.resume={tmp_path}: there is no whole checkpoint. "
+        "Give a run directory, one of its checkpoints/step-N, or auto."
+    )

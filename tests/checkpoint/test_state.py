@@ -1,0 +1,120 @@
+"""state.json, and what a config takes from the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from moecompile import plan as plans
+from moecompile.checkpoint import folders
+from moecompile.checkpoint.fit import check_entries, check_plan
+from moecompile.checkpoint.resume import resumed
+from moecompile.checkpoint.state import State, check_settings, fixed_settings, read_state, write_state
+from moecompile.compose import compose_config
+from moecompile.errors import ConfigError, PlanError
+from moecompile.pipeline import make_plan
+from moecompile.plan import Plan
+from moecompile.schema import Config, validate
+
+OVERRIDES = ["mesh=cpu_2x2", "experts.num_routed=8", "routing.top_k=2", "routing.max_nodes=1", "trainer.max_steps=9"]
+
+
+def planned(overrides: list[str]) -> Plan:
+    ffn = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    return make_plan(ffn, overrides, example=torch.zeros(1, 8))
+
+
+def state_of(config: Config, step: int = 4) -> State:
+    return State(step=step, sequences=step * 16, fixed=fixed_settings(config), world_size=4, plan_hash="x", versions={})
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = folders.step_folder(folders.checkpoints_of(tmp_path / "old"), 4)
+    folder.mkdir(parents=True)
+    plans.save(planned(OVERRIDES), folder / folders.PLAN)
+    write_state(folder, state_of(compose_config(OVERRIDES)))
+    return folder
+
+
+def test_state_comes_back(checkpoint: Path) -> None:
+    assert read_state(checkpoint) == state_of(compose_config(OVERRIDES))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "step": 3}'])
+def test_another_state_is_a_mistake(text: str, checkpoint: Path) -> None:
+    (checkpoint / folders.STATE).write_text(text)
+    with pytest.raises(ConfigError, match=r"trainer.resume=.*its state.json cannot be read"):
+        read_state(checkpoint)
+
+
+def test_the_data_must_stay(checkpoint: Path) -> None:
+    config = compose_config([*OVERRIDES, "seed=3"])
+    with pytest.raises(ConfigError) as caught:
+        check_settings(read_state(checkpoint), config, checkpoint)
+    assert str(caught.value) == (
+        f"seed=3: the checkpoint {checkpoint} was made with 0, and other data would follow. "
+        "Use seed=0, or start a new run."
+    )
+
+
+def test_groups_stay_those_of_the_first_mesh(checkpoint: Path) -> None:
+    """groups=auto is 2 on two nodes; on one node it would be 1, another router."""
+    here = [*OVERRIDES, "mesh=cpu_1x2"]
+    assert planned(here).layers[0].routing.groups == 1
+    config = resumed(compose_config([*here, f"trainer.resume={checkpoint.parent.parent}"]), Path("new"))
+    assert (config.routing.groups, config.routing.top_groups) == (2, 1)
+    assert config.trainer.resume == str(checkpoint)
+    validate(config)
+    check_plan(planned([*here, "routing.groups=2"]), planned(OVERRIDES), checkpoint)
+
+
+def test_a_promise_that_the_new_mesh_cannot_say_is_still_kept(checkpoint: Path) -> None:
+    """max_nodes=2 is refused on one node, unless the groups are known already."""
+    plans.save(planned([*OVERRIDES, "routing.max_nodes=2"]), checkpoint / folders.PLAN)
+    here = compose_config([*OVERRIDES, "mesh=cpu_1x2", "routing.max_nodes=2", f"trainer.resume={checkpoint}"])
+    with pytest.raises(ConfigError, match=r"routing.max_nodes=2: the EP group spans only 1 node"):
+        validate(here)
+    validate(resumed(here, Path("new")))
+
+
+def test_a_new_run_takes_nothing(checkpoint: Path) -> None:
+    config = compose_config(OVERRIDES)
+    assert resumed(config, checkpoint.parent.parent) is config
+    auto = compose_config([*OVERRIDES, "trainer.resume=auto"])
+    assert resumed(auto, Path("nothing here")) is auto
+    plan_task = replace(compose_config([*OVERRIDES, "task=plan", "trainer.resume=nowhere"]))
+    assert resumed(plan_task, Path("nothing here")) is plan_task
+
+
+def test_differences_are_listed() -> None:
+    ours, theirs = planned(OVERRIDES), planned([*OVERRIDES, "experts.num_routed=16", "routing.score=sigmoid"])
+    with pytest.raises(PlanError) as caught:
+        check_plan(theirs, ours, Path("step-1"))
+    assert str(caught.value) == (
+        "trainer.resume=step-1: the checkpoint does not fit this run: .experts.num_routed: 16 in the checkpoint, 8 "
+        "here; .routing.score: sigmoid in the checkpoint, softmax here. Set these as they were, or start a new run."
+    )
+    other_site = replace(ours.layers[0], site=replace(ours.layers[0].site, fqn="layers.0"))
+    with pytest.raises(PlanError, match=r": experts in the checkpoint, dense here; layers.0: dense in the checkpoint"):
+        check_plan(ours, replace(ours, layers=(other_site,)), Path("step-1"))
+
+
+def test_what_only_training_uses_may_change() -> None:
+    changed = [*OVERRIDES, "routing.jitter=0.1", "routing.capacity_factor=1.5", "balance.rule=bias", "dispatch=flat"]
+    check_plan(planned(OVERRIDES), planned(changed), Path("step-1"))
+
+
+def test_names_and_shapes_are_compared() -> None:
+    check_entries({"a": (2, 3)}, {"a": (2, 3)}, Path("step-1"))
+    with pytest.raises(PlanError) as caught:
+        check_entries({"a": (2, 3), "b": ()}, {"a": (2, 4), "c": (1,)}, Path("step-1"))
+    assert str(caught.value) == (
+        "trainer.resume=step-1: the checkpoint does not fit this run: a: [2, 3] in the checkpoint, [2, 4] here; "
+        "b: [] in the checkpoint, missing here; c: missing in the checkpoint, [1] here. "
+        "Set these as they were, or start a new run."
+    )

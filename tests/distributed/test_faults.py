@@ -1,0 +1,170 @@
+"""What goes wrong in a run from the command line: one message, no process left, checkpoints whole, and it goes on."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import soak
+from moecompile.checkpoint import folders
+from tests.distributed.resume_job import TINY, losses
+
+REPOSITORY = Path(__file__).parents[2]
+WORKER = b"moecompile.tasks.worker"
+STEPS = 12
+COMMON = [*TINY, f"trainer.max_steps={STEPS}", "trainer.save_interval=2", "mesh=cpu_1x2"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    yield
+    deadline = time.monotonic() + 5
+    while left := workers(tmp_path_factory.getbasetemp()):
+        assert time.monotonic() < deadline, f"ranks were left behind: {left}"
+        time.sleep(0.1)
+
+
+def workers(folder: Path) -> dict[int, int]:
+    """Rank -> process id of the ranks whose run directory lies in `folder`."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words, environ = (path / "cmdline").read_bytes().split(b"\0"), (path / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        rank = next((int(item[5:]) for item in environ if item.startswith(b"RANK=")), None)
+        if WORKER in words and rank is not None and any(word.startswith(bytes(folder)) for word in words):
+            found[rank] = int(path.name)
+    return found
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 240) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+    return value
+
+
+def start(run_dir: Path, *overrides: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "moecompile", *COMMON, f"hydra.run.dir={run_dir}", *overrides]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str]:
+    """Exit code and what was said on stderr."""
+    _, error = process.communicate(timeout=seconds)
+    return process.returncode, error
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happens to."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    code, error = finish(start(run_dir))
+    assert code == 0, error
+    return run_dir
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_and_nothing_is_lost(whole: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with start(run_dir, "trainer.max_restarts=1") as process:
+        wait_for(lambda: folders.steps(folders.checkpoints_of(run_dir))[-1:] >= [4])
+        os.kill(workers(run_dir)[1], signal.SIGKILL)
+        code, error = finish(process)
+    assert code == 0, error
+    assert re.fullmatch(r"rank 1 of 2 failed: killed by SIGKILL \(the machine .*memory\)\nrestart 1 of 1\n", error)
+    assert losses(run_dir) == losses(whole) and len(losses(whole)) == STEPS
+
+
+@pytest.mark.slow
+def test_fewer_ranks_go_on(whole: Path, tmp_path: Path) -> None:
+    code, error = finish(start(tmp_path / "run", f"trainer.resume={whole}", "mesh=cpu_1", "trainer.max_steps=13"))
+    assert code == 0, error
+    found = losses(tmp_path / "run")
+    assert list(found) == list(range(1, 14))
+    assert {step: found[step] for step in losses(whole)} == losses(whole)
+
+
+@pytest.mark.slow
+def test_a_hung_rank_is_named_in_time(tmp_path: Path) -> None:
+    """It hangs in an EP group that is not the whole world; that group's timeout counts too."""
+    run_dir = tmp_path / "run"
+    mesh = ["mesh=cpu_2x2", "mesh.ep=2", "dispatch=flat", "trainer.max_steps=100000", "trainer.timeout_s=15"]
+    with start(run_dir, *mesh) as process:
+        wait_for(lambda: folders.steps(folders.checkpoints_of(run_dir)))
+        stopped = time.monotonic()
+        os.kill(workers(run_dir)[2], signal.SIGSTOP)
+        code, error = finish(process)
+    assert time.monotonic() - stopped < 15 + 15
+    assert code == 1
+    assert error.startswith("error: rank 2 of 4 hangs: rank ") and error.count("\n") == 1
+    assert "has waited for an answer as long as trainer.timeout_s says" in error
+    assert folders.latest(folders.checkpoints_of(run_dir)) is not None
+
+
+@pytest.mark.slow
+def test_a_rank_without_memory_is_named(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    big = ["data.micro_batch_size=512", "data.global_batch_size=1024", "data.seq_len=32"]
+    with start(run_dir, *big) as process:
+        rank = wait_for(lambda: workers(run_dir).get(1))
+        wait_for((run_dir / "plan.yaml").exists)
+        used = int(Path(f"/proc/{rank}/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.prlimit(rank, resource.RLIMIT_AS, (used, used))
+        code, error = finish(process)
+    assert code == 1
+    assert error.startswith("error: rank 1 of 2 failed: ") and error.count("\n") == 1
+    assert "memory" in error.lower(), error
+
+
+def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "in the way").write_text("")  # modes do not bind root
+    for run_dir, reason in ((tmp_path / "in the way" / "run", "Not a directory"), (Path("/sys/moecompile"), "[A-Z].*")):
+        code, error = finish(start(run_dir, "task=plan"))
+        assert code == 2
+        fix = "A run directory must be one that can be written, give another one: hydra.run.dir=FOLDER."
+        assert re.fullmatch(rf"error: {run_dir}: {reason}\. {fix}\n", error), error
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        environ = {
+            **os.environ, "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "2",
+            "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        code, error = finish(start(tmp_path / "run", env=environ))
+    assert code == 2
+    assert error == (
+        f"error: MASTER_PORT={port}: another program uses this port of 127.0.0.1. Set MASTER_PORT to a free one.\n"
+    )
+
+
+@pytest.mark.slow
+def test_under_skewed_load_memory_is_bounded_and_no_token_is_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    """The soak of benchmarks/, shorter and smaller."""
+    model = [word for word in TINY if word.startswith(("model.", "data.vocab", "data.seq", "data.val_fraction"))]
+    model = [word for word in model if "intermediate" not in word]
+    code = soak.main(["--steps", "40", *model, "model.config.intermediate_size=64"])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert printed.count("assignments lost: 0 of ") == 2
