@@ -3,6 +3,7 @@
 from moecompile.schema.config import (
     BalanceConfig,
     BalanceRule,
+    Baseline,
     BiasUpdate,
     Choice,
     Config,
@@ -26,6 +27,7 @@ from moecompile.schema.config import (
     SiteKind,
     TaskConfig,
     TaskName,
+    TokenizerSource,
     TrainerConfig,
     VerifyConfig,
     VerifyDtype,
@@ -47,6 +49,7 @@ from moecompile.schema.slices import site_slice
 __all__ = [
     "BalanceConfig",
     "BalanceRule",
+    "Baseline",
     "BiasUpdate",
     "Choice",
     "Config",
@@ -71,6 +74,7 @@ __all__ = [
     "SiteKind",
     "TaskConfig",
     "TaskName",
+    "TokenizerSource",
     "TrainerConfig",
     "VerifyConfig",
     "VerifyDtype",
