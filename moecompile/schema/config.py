@@ -159,7 +159,7 @@ class ModelConfig:
 
     architecture: a transformers model type (`deepseek_v3`), built with random weights from `config`.
     pretrained: a local folder that `save_pretrained` wrote; its `config.json` says which class is loaded.
-    package: an installed Python package, as pip calls it, that carries such a folder or a GGUF file; no code of it runs.
+    package: an installed Python package, by its name for pip, with such a folder or a GGUF file; no code of it runs.
     factory: `package.module:function`, called without arguments; only from the command line or Python.
     device: `meta` builds shapes without values, enough for task=plan and task=compile. published: what this
     architecture's paper or model card says of its size, for people.
