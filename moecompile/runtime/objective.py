@@ -34,6 +34,12 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 def _check_kind(model: nn.Module, config: Config) -> None:
     both, objective = is_encoder_decoder(model), config.data.objective
+    if hasattr(model, "can_generate") and not model.can_generate():  # what transformers knows of its own classes
+        raise ConfigError(
+            "data.objective", objective.value,
+            f"the model {config.model.name}, a {type(model).__name__}, writes no text",
+            "Use task=compile, train it with a Lightning module of your own, or use a causal model",
+        )  # fmt: skip
     if both and objective is Objective.causal:
         raise ConfigError(
             "data.objective", objective.value,

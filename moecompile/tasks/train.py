@@ -94,7 +94,7 @@ def _check_baseline(config: Config, plan: plans.Plan) -> None:
     if config.trainer.baseline is Baseline.dense and existing:
         raise ConfigError(
             "trainer.baseline", "dense", f"{existing[0]} has been experts before, so there is no dense model",
-            "Use trainer.baseline=none, or experts.sites=dense",
+            "Use trainer.baseline=none",
         )  # fmt: skip
 
 
