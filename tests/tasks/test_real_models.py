@@ -60,7 +60,7 @@ def test_smollm2_is_the_same_model_at_step_0() -> None:
     targets = batch["input_ids"][0, 1:]
     losses = [nn.functional.cross_entropy(logits[0, :-1], targets).item() for logits in (before, after)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
-    assert losses[0] < 5  # it is the pretrained model: random weights have a loss of 10.8
+    assert losses[0] < 8  # it is the pretrained model: random weights have a loss of 10.8
     greedy = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(dense.generate(**batch, **greedy), result.model.generate(**batch, **greedy))
 
