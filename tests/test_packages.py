@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 
 from moecompile import packages
@@ -120,19 +122,20 @@ def test_the_text_in_the_tokens_of_the_model(llama: nn.Module, tmp_path: Path) -
     )
 
 
-def test_a_tokenizer_that_cuts_and_pads_does_neither(llama: nn.Module, tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-
+def test_a_tokenizer_that_cuts_pads_and_adds_does_nothing_of_it(llama: nn.Module, tmp_path: Path) -> None:
+    """As encoders' tokenizers are saved: of one length, with a start."""
     folder = package_folder("tiny-llama")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=5)
+    start = ("<s>", TOKENS.index("<s>"))
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[start])
     tokenizer.save(str(folder / "tokenizer.json"))
     (tmp_path / "text").write_text("the thing in the thin inn\n" * 40)
     data = compose_config(["data=moby_dick_model", "model=smollm2_135m", f"data.path={tmp_path}/text"]).data
     data.seq_len = 8
     loaded = load_data(data, tmp_path, rank=0, barrier=lambda: None, model_folder=folder)
-    assert len(loaded.train.tokens) > 500
+    assert len(loaded.train.tokens) > 500 and start[1] not in loaded.train.tokens
 
 
 def test_a_model_without_a_tokenizer(llama: nn.Module, tmp_path: Path) -> None:
