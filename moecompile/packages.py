@@ -75,8 +75,13 @@ def _converted(package: str, version: str, gguf: Path) -> Path:
 
 
 def _convert(package: str, gguf: Path, folder: Path) -> None:
-    """Weights in float32, which holds every dequantised value exactly, config and tokenizer."""
+    """Weights in float32, which holds every dequantised value exactly, config and tokenizer.
+
+    They are written one by one: `save_pretrained` refuses what was loaded from GGUF, and writes nothing where
+    torch.distributed says that this is not rank 0.
+    """
     import torch
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
@@ -87,11 +92,15 @@ def _convert(package: str, gguf: Path, folder: Path) -> None:
         raise ConfigError(
             "model.package", package, f"transformers cannot read its {gguf.name}: {error}", "Name another package"
         ) from error
+    folder.mkdir()
+    tied = {tensor.data_ptr(): name for name, tensor in reversed(loaded.state_dict().items())}  # the first name of each
+    weights = {name: tensor for name, tensor in loaded.state_dict().items() if tied[tensor.data_ptr()] == name}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = loaded.config
     del config.quantization_config  # it would be looked for in the converted folder too
-    fresh = type(loaded)(config)  # what was loaded from GGUF refuses to be saved
-    fresh.load_state_dict(loaded.state_dict())
-    fresh.save_pretrained(folder)
+    config.architectures = [type(loaded).__name__]
+    config.save_pretrained(folder)
+    loaded.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

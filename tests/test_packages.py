@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moecompile import packages
 from moecompile.compose import compose_config
@@ -86,6 +88,17 @@ def test_processes_that_come_at_once_convert_once(llama: nn.Module, site: Path, 
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert sum("converting" in line for lines in outputs for line in lines) == 1
     assert outputs[0][-1] == outputs[1][-1]
+
+
+def test_any_rank_may_be_the_one_that_converts(llama: nn.Module) -> None:
+    """transformers saves nothing where torch.distributed is at work and this is not rank 0."""
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        folder = package_folder("tiny-llama")
+    finally:
+        dist.destroy_process_group()
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert built("model.package=tiny-llama").model.embed_tokens.weight.shape == (len(TOKENS), 32)
 
 
 def test_a_conversion_that_was_killed_is_begun_again(llama: nn.Module, tmp_path: Path) -> None:
