@@ -34,7 +34,8 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 def _check_kind(model: nn.Module, config: Config) -> None:
     both, objective = is_encoder_decoder(model), config.data.objective
-    if hasattr(model, "can_generate") and not model.can_generate():  # what transformers knows of its own classes
+    writes_text = getattr(model, "can_generate", None)  # what transformers knows of its own classes
+    if callable(writes_text) and not writes_text():
         raise ConfigError(
             "data.objective", objective.value,
             f"the model {config.model.name}, a {type(model).__name__}, writes no text",
