@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from moecompile.compose import compose_config
 from moecompile.models import build_model
+from moecompile.nn import Experts
 from moecompile.runtime.data import load_data, train_loader, val_loader
+from moecompile.tasks import train
+from tests.distributed.harness import run_distributed_test
 from tests.tasks.test_train import moecompile, result_of
 
 LLAMA = [
@@ -86,3 +92,21 @@ def test_a_model_that_is_moe_already_has_no_dense_one(tmp_path: Path) -> None:
         "error: trainer.baseline=dense: model.layers.0.mlp.experts has been experts before, so there is no dense model. "
         "Use trainer.baseline=none."
     )
+
+
+def test_the_compiled_model_makes_room_for_the_dense_one(tmp_path: Path) -> None:
+    (alive,) = run_distributed_test(_experts_alive_when_a_model_is_built, 1, str(tmp_path), timeout_s=120)
+    assert alive == [0, 0]  # before the first model, and before the dense one
+
+
+def _experts_alive_when_a_model_is_built(rank: int, world_size: int, folder: str) -> list[int]:
+    alive: list[int] = []
+
+    def build(*arguments: Any) -> nn.Module:
+        alive.append(sum(isinstance(found, Experts) for found in gc.get_objects()))
+        return build_model(*arguments)
+
+    train.build_model = build  # type: ignore[attr-defined]
+    train.init_process_group = lambda config: None  # type: ignore[attr-defined]  # the harness has one
+    train.run_rank(compose_config([*LLAMA, "data.global_batch_size=2", "trainer.baseline=dense"]), Path(folder))
+    return alive
