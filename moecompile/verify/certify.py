@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moecompile.models import build_model
+from moecompile.models import build_model, pretrained_folder
 from moecompile.plan import Plan
 from moecompile.runtime.data import TextData, load_data, train_loader
 from moecompile.runtime.objective import data_for
@@ -63,7 +63,8 @@ def certify(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
     rank = dist.get_rank()
     plan = noiseless_plan(config)  # Step 1
     checks = _plan_checks(plan)
-    data = load_data(config.data, run_dir, rank=rank, barrier=dist.barrier)
+    folder = pretrained_folder(config.model)
+    data = load_data(config.data, run_dir, rank=rank, barrier=dist.barrier, model_folder=folder)
     data = data_for(build_model(config.model, config.seed), data, config)
     for dtype in _dtypes(config):
         trace = run_ranks(build(config, plan, dtype), plan, config, data, run_dir / str(dtype).removeprefix("torch."))

@@ -104,7 +104,7 @@ def _shrink_run(work: _Shrinking, steps: int) -> None:
     world = mesh_spec(config.mesh).world_size
     work.limit(data, "data", "global_batch_size", data.micro_batch_size * world * _ACCUMULATION, why)
     vocab = config.model.config.get("vocab_size")
-    if isinstance(vocab, int) and vocab < data.vocab_size:
+    if isinstance(vocab, int) and data.vocab_size is not None and vocab < data.vocab_size:
         work.limit(data, "data", "vocab_size", vocab, "as the model's")
     assert accumulation_steps(config, mesh_spec(config.mesh)) == _ACCUMULATION
     work.limit(config.trainer, "trainer", "max_steps", steps, why)

@@ -200,16 +200,34 @@ BROKEN: dict[str, tuple[list[str], str]] = {
     ),
 }  # fmt: skip
 
+PACKAGE = ["model.architecture=null", "model.package=some-package"]
 ONLY_IN_TASKS: dict[str, tuple[list[str], str]] = {
     "no model": (
         ["model.architecture=null"],
-        "model=null: exactly one of model.architecture, model.pretrained and model.factory must be given. Select a model "
-        "group, for example model=llama_nano, or give one of the three.",
+        "model=null: exactly one of model.architecture, model.pretrained, model.package and model.factory must be given. Select a model "
+        "group, for example model=llama_nano, or give one of the four.",
     ),
     "two models": (
         ["model.pretrained=folder"],
-        "model=['architecture', 'pretrained']: exactly one of model.architecture, model.pretrained and model.factory "
-        "must be given. Select a model group, for example model=llama_nano, or give one of the three.",
+        "model=['architecture', 'pretrained']: exactly one of model.architecture, model.pretrained, model.package and model.factory "
+        "must be given. Select a model group, for example model=llama_nano, or give one of the four.",
+    ),
+    "meta": (
+        [*PACKAGE, "task.name=plan", "model.device=meta"],
+        "model.device=meta: model.package loads values. Use model.device=cpu, or model.architecture.",
+    ),
+    "tokenizer of no model": (
+        ["data.tokenizer=model"],
+        "data.tokenizer=model: the model llama_nano is not a pretrained one, so it has no tokenizer. Use data=moby_dick, "
+        "or model.pretrained or model.package.",
+    ),
+    "tokenizer with a size": (
+        [*PACKAGE, "data.tokenizer=model"],
+        "data.vocab_size=2048: data.tokenizer=model has the entries that it has. Use null.",
+    ),
+    "tokenizer without a size": (
+        ["data.vocab_size=null"],
+        "data.vocab_size=null: data.tokenizer=train makes so many entries. Give a number, such as 2048.",
     ),
     "sequence": (["data.seq_len=1"], "data.seq_len=1: must be at least 2. Use 2 or more."),
     "batch": (["data.global_batch_size=0"], "data.global_batch_size=0: must be at least 1. Use 1 or more."),

@@ -16,12 +16,13 @@ from moecompile.runtime.data.spans import SpanCorruption, SpanCounts
 from moecompile.runtime.data.text import load_text, split_text
 from moecompile.runtime.data.tokens import (
     encode,
+    model_tokenizer,
     shared_tokenizer,
     train_tokenizer,
     unigram_cross_entropy,
     unigram_entropy,
 )
-from moecompile.schema import DataConfig
+from moecompile.schema import DataConfig, TokenizerSource
 
 __all__ = [
     "IGNORED",
@@ -34,6 +35,7 @@ __all__ = [
     "encode",
     "load_data",
     "load_text",
+    "model_tokenizer",
     "shared_tokenizer",
     "split_text",
     "train_loader",
@@ -53,14 +55,25 @@ class TextData:
     val: TokenWindows | SpanCorruption
 
 
-def load_data(data: DataConfig, run_dir: Path, *, rank: int, barrier: Callable[[], object]) -> TextData:
+def load_data(
+    data: DataConfig, run_dir: Path, *, rank: int, barrier: Callable[[], object], model_folder: Path | None = None
+) -> TextData:
     """Loads, splits and tokenizes the text; all ranks call it, and rank 0 writes `run_dir/tokenizer.json`.
+
+    Args:
+        model_folder: of the pretrained model, for `data.tokenizer=model`.
 
     Raises:
         ConfigError: the text cannot be read, or is too short.
     """
     train, val = split_text(load_text(data), data.val_fraction)
-    tokenizer = shared_tokenizer(run_dir / "tokenizer.json", train, data.vocab_size, rank=rank, barrier=barrier)
+    path = run_dir / "tokenizer.json"
+    if data.tokenizer is TokenizerSource.model:
+        assert model_folder is not None, "validate() has seen that the model has a folder"
+        tokenizer = model_tokenizer(model_folder / path.name, path, rank=rank, barrier=barrier)
+    else:
+        assert data.vocab_size is not None
+        tokenizer = shared_tokenizer(path, train, data.vocab_size, rank=rank, barrier=barrier)
     return TextData(tokenizer, *(_windows(tokenizer, text, data.seq_len) for text in (train, val)))
 
 

@@ -47,9 +47,32 @@ def shared_tokenizer(path: Path, text: str, vocab_size: int, *, rank: int, barri
     return Tokenizer.from_file(str(path))
 
 
+def model_tokenizer(source: Path, path: Path, *, rank: int, barrier: Callable[[], object]) -> Tokenizer:
+    """The tokenizer in the file `source`, without truncation and padding; rank 0 keeps it at `path` beside the run.
+
+    Raises:
+        ConfigError: there is no such file, or `tokenizers` cannot read it.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(source))
+    except Exception as error:  # tokenizers raises no narrower one
+        raise ConfigError(
+            "data.tokenizer", "model", f"{source} is not there or cannot be read: {error}",
+            "Save the tokenizer beside the model, or use data=moby_dick",
+        ) from None  # fmt: skip
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if rank == 0:
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        tokenizer.save(str(partial))
+        partial.replace(path)
+    barrier()
+    return tokenizer
+
+
 def encode(tokenizer: Tokenizer, text: str) -> Tensor:
-    """The tokens of `text`, int64 (N,)."""
-    return torch.tensor(tokenizer.encode(text).ids, dtype=torch.int64)
+    """The tokens of `text` alone, int64 (N,): a tokenizer may have a start and an end to add around it."""
+    return torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
 
 
 def unigram_entropy(tokens: Tensor, vocab_size: int) -> float:

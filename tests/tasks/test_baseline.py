@@ -1,0 +1,112 @@
+"""trainer.baseline=dense: the dense model beside the compiled one, with the same tokens, in one run."""
+
+from __future__ import annotations
+
+import gc
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from moecompile.compose import compose_config
+from moecompile.models import build_model
+from moecompile.nn import Experts
+from moecompile.runtime.data import load_data, train_loader, val_loader
+from moecompile.tasks import train
+from tests.distributed.harness import run_distributed_test
+from tests.tasks.test_train import moecompile, result_of
+
+LLAMA = [
+    "model.config.num_hidden_layers=2", "model.config.hidden_size=32", "model.config.intermediate_size=64",
+    "model.config.num_attention_heads=2", "model.config.num_key_value_heads=2", "data.vocab_size=300", "data.seq_len=32",
+    "data.micro_batch_size=2", "data.global_batch_size=8", "data.val_batches=2", "data.val_fraction=0.01",
+    "trainer.max_steps=4", "optimizer.warmup_steps=2", "optimizer.lr=0.01", "optimizer.clip_norm=0.5",
+]  # fmt: skip
+
+
+def plain_training(folder: Path) -> tuple[float, float]:
+    """Validation loss before and after, by a loop in plain PyTorch over the two ranks' micro-batches in one process."""
+    config = compose_config(LLAMA)
+    data = load_data(config.data, folder, rank=0, barrier=lambda: None)
+    model, o = build_model(config.model, config.seed), config.optimizer
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
+
+    def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return F.cross_entropy(model(batch["input_ids"]).logits.flatten(0, 1), batch["labels"].flatten())
+
+    @torch.no_grad()
+    def validate() -> float:
+        batches = [b for rank in range(2) for b in val_loader(data.val, config.data, rank=rank, world_size=2)]
+        return float(sum(loss_of(batch) for batch in batches) / len(batches))
+
+    first, steps = validate(), config.trainer.max_steps
+    loaders = [
+        iter(train_loader(data.train, config.data, seed=config.seed, rank=rank, world_size=2)) for rank in range(2)
+    ]
+    for step in range(steps):
+        for loader in loaders:
+            for _ in range(2):
+                (loss_of(next(loader)) / 4).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        progress = max(0, step - 2) / (steps - 2)
+        factor = (step + 1) / 2 if step < 2 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in adam.param_groups:
+            group["lr"] = o.lr * factor
+        adam.step()
+        adam.zero_grad()
+    return first, validate()
+
+
+def test_the_dense_model_is_trained_beside(tmp_path: Path) -> None:
+    run = moecompile(["mesh=cpu_1x2", *LLAMA, "trainer.baseline=dense", "hydra.run.dir=out"], tmp_path)
+    assert run.returncode == 0, run.stderr + run.stdout
+    result = result_of(tmp_path / "out")
+    dense = result["baseline"]
+    first, last = plain_training(tmp_path)
+    assert dense["val_loss_first"] == pytest.approx(first, abs=1e-6)
+    assert dense["val_loss"] == pytest.approx(last, abs=1e-5)
+    assert last < first - 0.1  # so the two differ from each other and from no training
+    assert result["val_loss_first"] == pytest.approx(first, abs=1e-5)
+    assert abs(result["val_loss"] - dense["val_loss"]) > 1e-5  # it is another model by then
+    assert (dense["kind"], dense["steps"], dense["params_active"]) == ("dense", 4, dense["params_total"])
+    assert result["params_total"] > result["params_active"] > dense["params_total"]
+    folder = tmp_path / "out"
+    assert (folder / "baseline" / "metrics.csv").is_file() and not (folder / "baseline" / "checkpoints").exists()
+    assert (folder / "checkpoints" / "step-4").is_dir()
+    (table,) = [line for line in run.stdout.splitlines() if line.startswith("validation, nats per token, step 4")]
+    assert table.split()[-2:] == [f"{result['val_loss']:.4f}", f"{last:.4f}"]
+
+
+def test_a_model_that_is_moe_already_has_no_dense_one(tmp_path: Path) -> None:
+    mixtral = ["model.architecture=mixtral", "+model.config.num_local_experts=4"]
+    run = moecompile([*LLAMA, *mixtral, "trainer.baseline=dense"], tmp_path)
+    assert run.returncode == 2
+    assert run.stderr.strip().endswith(
+        "error: trainer.baseline=dense: model.layers.0.mlp.experts has been experts before, so there is no dense model. "
+        "Use trainer.baseline=none."
+    )
+
+
+def test_the_compiled_model_makes_room_for_the_dense_one(tmp_path: Path) -> None:
+    (alive,) = run_distributed_test(_experts_alive_when_a_model_is_built, 1, str(tmp_path), timeout_s=120)
+    assert alive == [0, 0]  # before the first model, and before the dense one
+
+
+def _experts_alive_when_a_model_is_built(rank: int, world_size: int, folder: str) -> list[int]:
+    alive: list[int] = []
+
+    def build(*arguments: Any) -> nn.Module:
+        alive.append(sum(isinstance(found, Experts) for found in gc.get_objects()))
+        return build_model(*arguments)
+
+    train.build_model = build  # type: ignore[attr-defined]
+    train.init_process_group = lambda config: None  # type: ignore[attr-defined]  # the harness has one
+    train.run_rank(compose_config([*LLAMA, "data.global_batch_size=2", "trainer.baseline=dense"]), Path(folder))
+    return alive
