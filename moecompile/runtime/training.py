@@ -22,7 +22,7 @@ from moecompile.runtime.callbacks import Metrics, ProgressBar, ProgressLines, Tr
 from moecompile.runtime.data import TextData, train_loader, val_loader
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.strategy import ExpertParallelStrategy
-from moecompile.schema import Config, accumulation_steps
+from moecompile.schema import Compiled, Config, Precision, accumulation_steps
 
 LOAD_HISTORY = "load.npz"
 """Load of every expert at every logged step, in the run directory."""
@@ -112,8 +112,14 @@ def make_trainer(config: Config, mesh: MeshSpec, run_dir: Path, callbacks: list[
         callbacks = [*callbacks, bar]
     return Trainer(
         strategy=ExpertParallelStrategy(
-            loss="sum", seed=config.seed, timeout=timedelta(seconds=config.trainer.timeout_s)
+            loss="sum",
+            seed=config.seed,
+            timeout=timedelta(seconds=config.trainer.timeout_s),
+            param_dtype=torch.bfloat16 if config.trainer.precision is Precision.bf16_params else None,
+            checkpointing=config.trainer.checkpointing.value,
+            compile_regions=config.trainer.compile is Compiled.regions,
         ),
+        precision="bf16-mixed" if config.trainer.precision is Precision.bf16_mixed else "32-true",
         plugins=[TorchElasticEnvironment()],  # the variables that the launcher has set, also under SLURM
         accelerator=_accelerator(mesh.device),
         devices=local,

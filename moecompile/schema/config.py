@@ -132,6 +132,31 @@ class WireDtype(str, Enum):
     bf16 = "bf16"
 
 
+class Precision(str, Enum):
+    """What weights and activations are computed in. Routers, and sums of gradients over ranks, are fp32 under all."""
+
+    fp32 = "fp32"
+    bf16_mixed = "bf16_mixed"  # fp32 weights, matrix products under autocast
+    bf16_params = (
+        "bf16_params"  # bf16 weights and activations in every layer, made of fp32 shards that the optimizer has
+    )
+
+
+class Checkpointing(str, Enum):
+    """What is computed again in backward instead of being kept."""
+
+    none = "none"
+    full = "full"  # every layer, exchanges too
+    keep_exchanges = "keep_exchanges"  # every layer, but what was received and chosen is kept: nothing is sent again
+
+
+class Compiled(str, Enum):
+    """What goes through torch.compile."""
+
+    none = "none"
+    regions = "regions"  # the graphs that replaced FFNs or experts
+
+
 @dataclass(kw_only=True)
 class TaskConfig:
     """`task`: what to do."""
@@ -344,12 +369,16 @@ class OptimizerConfig:
 class TrainerConfig:
     """`trainer`: the run.
 
-    max_steps: optimizer steps. log_interval, val_interval: optimizer steps between rows and between validations.
-    timeout_s: of a collective. threads_per_rank: CPU threads of a rank. progress_bar: a bar on a terminal, else lines.
-    save_checkpoint: at the end.
+    max_steps: optimizer steps. precision: of weights and arithmetic. checkpointing: activations that are computed again
+    in backward. compile: what goes through torch.compile. log_interval, val_interval: optimizer steps between rows and
+    between validations. timeout_s: of a collective. threads_per_rank: CPU threads of a rank. progress_bar: a bar on a
+    terminal, else lines. save_checkpoint: at the end.
     """
 
     max_steps: int = 100
+    precision: Precision = Precision.fp32
+    checkpointing: Checkpointing = Checkpointing.keep_exchanges
+    compile: Compiled = Compiled.none
     log_interval: int = 10
     val_interval: int = 100
     timeout_s: int = 120
