@@ -71,7 +71,7 @@ TOLERANCES = {
     torch.float64: Tolerance(outputs=1e-10, grads=1e-10, norm=1e-10, weights=1e-8),
     torch.float32: Tolerance(outputs=2e-5, grads=2e-5, norm=1e-5, weights=1e-3),
 }
-# Both sides round, at other places: partial sums on the wire, and what follows from them. A factor or a lost part shows.
+# Both sides round, at other places: partial sums on the wire, and what follows. A factor or a lost part would show.
 BF16 = Tolerance(outputs=0.0, grads=0.15, norm=1e-2, weights=0.0)
 _CLASSES = ("experts", "router", "dense")
 
