@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,18 @@ def test_bytes_on_the_link_are_the_predicted_ones_and_hierarchical_sends_half(tw
     assert rows["hierarchical"]["seconds"] < rows["flat"]["seconds"]
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
     assert not any(line.startswith(two_nodes.PREFIX) for line in listed.splitlines())
+
+
+def test_the_page_shows_what_is_stored() -> None:
+    stored = json.loads((PROGRAM.parent / "results" / "two_nodes.json").read_text())["kinds"]
+    page = (PROGRAM.parents[1] / "docs" / "meshes.md").read_text()
+    for kind, row in stored.items():
+        counted, predicted = row["counted"] / 2**20, row["predicted"] / 2**20
+        share = row["counted"] / stored["flat"]["counted"]
+        line = f"| `{kind}` | {counted:.1f} MiB | {predicted:.1f} MiB | {counted / predicted:.3f} | {share:.2f} | {row['seconds']:.1f} s |"
+        assert line in page
+    assert stored["hierarchical"]["counted"] < 0.5 * stored["flat"]["counted"]
+    assert stored["hierarchical"]["seconds"] < stored["flat"]["seconds"]
 
 
 def test_the_table_takes_medians_and_subtracts_what_does_not_depend_on_tokens(two_nodes: ModuleType) -> None:

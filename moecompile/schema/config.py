@@ -127,7 +127,7 @@ class DispatchKind(str, Enum):
 class WireDtype(str, Enum):
     """What rows are cast to for an exchange."""
 
-    auto = "auto"  # nothing: they travel as the activations are
+    auto = "auto"  # nothing: they travel as the activations are (bf16 under autocast)
     fp32 = "fp32"
     bf16 = "bf16"
 
