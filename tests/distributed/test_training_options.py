@@ -92,3 +92,25 @@ def test_bf16_moves_gradients_a_little_and_halves_the_bytes(precision: str, step
     assert 1e-4 < float((got - wanted).norm() / wanted.norm()) < 0.3
     for found, whole in zip(narrow.forward_bytes, wide.forward_bytes, strict=True):
         assert 0.5 < found / whole < 0.6  # weights, ids and counts are not halved
+
+
+def _compiled(rank: int, world_size: int, folder: Path) -> tuple[float, str]:
+    """Error of the gradients with compiled regions that are also computed again."""
+    one_node = [
+        "mesh.num_nodes=1",
+        "dispatch=dedup",
+        "routing.max_nodes=null",
+        "routing.groups=1",
+        "routing.top_groups=null",
+    ]
+    plain = one_step(one_node, folder, torch.float32)
+    overrides = [*one_node, "trainer.compile=regions", "trainer.checkpointing=keep_exchanges"]
+    compiled = one_step(overrides, folder, torch.float32)
+    assert compiled.loads == plain.loads
+    assert compiled.calls("all_to_all_single") == plain.calls("all_to_all_single")
+    return worst(compiled.grads, plain.grads)
+
+
+def test_compiled_regions_compute_the_same(tmp_path: Path) -> None:
+    error, where = run_distributed_test(_compiled, 2, tmp_path, timeout_s=280)[0]
+    assert error < 2e-5, where
