@@ -120,6 +120,36 @@ def test_bf16_halves_all_but_optimizer_and_router() -> None:
     assert narrow.memory_bytes_per_rank.optimizer == wide.memory_bytes_per_rank.optimizer
 
 
+def test_accumulation_keeps_the_gradients_of_everything_until_they_are_reduced() -> None:
+    one, four = (
+        estimate([layer(4, "flat")], FOUR_RANKS, FACTS, replace(RUN, accumulation=n), memory_bytes=1e9) for n in (1, 4)
+    )
+    own = 1284 // 4 + 1536 // 4
+    assert four.memory_bytes_per_rank.grads == 4 * (own + 32 + 1284 + 1536 // 4)
+    assert replace(four.memory_bytes_per_rank, grads=one.memory_bytes_per_rank.grads) == one.memory_bytes_per_rank
+
+
+def test_layers_that_are_computed_again_keep_their_inputs_and_what_was_received() -> None:
+    moe, rows = 12 * 8 + (2 * (2 * 8 + 4 * 16) + 2 * 4), 2 * 2 * 8  # top-2: two rows there, two back
+    for checkpointing, kept in (("full", 0), ("keep_exchanges", rows)):
+        run = replace(RUN, checkpointing=checkpointing)
+        found = estimate([layer(4, "flat")], FOUR_RANKS, FACTS, run, memory_bytes=1e9)
+        assert found.memory_bytes_per_rank.activations == 4 * 10 * (3 * 100 + 2 * 8 + kept + moe)
+        again = found.bytes_per_token_per_layer if checkpointing == "full" else Traffic(intra_node=0.0, inter_node=0.0)
+        assert found.resent_bytes_per_token_per_layer == again
+
+
+def test_bf16_parameters_are_gathered_narrow_and_stored_wide() -> None:
+    wide, narrow = (
+        estimate([layer(4, "flat")], FOUR_RANKS, FACTS, replace(RUN, compute_bytes=size), memory_bytes=1e9)
+        for size in (4, 2)
+    )
+    unsharded = 800 + (1668 - 800 - 384) // 2 + 1536 // 4
+    assert wide.memory_bytes_per_rank.weights - narrow.memory_bytes_per_rank.weights == 2 * unsharded
+    assert narrow.memory_bytes_per_rank.optimizer == wide.memory_bytes_per_rank.optimizer
+    assert 2 * narrow.memory_bytes_per_rank.activations == wide.memory_bytes_per_rank.activations
+
+
 def test_fits_means_no_more_than_the_memory() -> None:
     total = estimate([layer()], ONE_RANK, FACTS, RUN, memory_bytes=0).memory_bytes_per_rank.total
     for memory, fits in ((total - 1, False), (total, True)):
