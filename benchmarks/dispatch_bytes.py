@@ -62,8 +62,12 @@ def _flat(mesh: MeshSpec, placement: ExpertPlacement, ids: list[Tensor]) -> Send
 def _dedup(mesh: MeshSpec, placement: ExpertPlacement, ids: list[Tensor]) -> Sends:
     sends = []
     for source, ids_TK in enumerate(ids):
-        packed = op.pack_rows(_rows(ids_TK), ids_TK, _weights(ids_TK), placement.num_experts, mesh.ep)
-        sends += _to_each(source, range(mesh.ep), packed[-1][:, 0])
+        codes_A, counts_r2 = op.count_rows(ids_TK, placement.num_experts, mesh.ep)
+        packed = op.pack_rows(
+            _rows(ids_TK), _weights(ids_TK), codes_A, placement.num_experts, mesh.ep, _table(counts_r2)
+        )
+        assert packed[0].shape[0] == int(counts_r2[:, 0].sum())
+        sends += _to_each(source, range(mesh.ep), counts_r2[:, 0])
     return sends
 
 
@@ -75,7 +79,7 @@ def _hierarchical(mesh: MeshSpec, placement: ExpertPlacement, ids: list[Tensor])
     for source, ids_TK in enumerate(ids):
         codes_A, counts_Nn = op.count_hops(ids_TK, placement.num_experts, nodes, on_node)
         rows_VD, weights_TK = _rows(ids_TK), _weights(ids_TK)
-        packed = op.pack_hop(rows_VD, weights_TK, codes_A, placement.num_experts, nodes, _table(counts_Nn))
+        packed = op.pack_rows(rows_VD, weights_TK, codes_A, placement.num_experts, nodes, _table(counts_Nn))
         rows, assignments = counts_Nn[:, 0].tolist(), counts_Nn[:, 1].tolist()
         parts = (packed[0].split(rows), packed[2].split(assignments), packed[3].split(assignments))
         mail.append(list(zip(counts_Nn, *parts, strict=True)))
@@ -86,7 +90,9 @@ def _hierarchical(mesh: MeshSpec, placement: ExpertPlacement, ids: list[Tensor])
         counts, rows, weights, codes = zip(*arrived, strict=True)
         onward_L2 = op.onward_counts(torch.stack(counts))
         experts = placement.num_experts // nodes
-        packed = op.pack_hop(torch.cat(rows), torch.cat(weights), torch.cat(codes), experts, on_node, _table(onward_L2))
+        packed = op.pack_rows(
+            torch.cat(rows), torch.cat(weights), torch.cat(codes), experts, on_node, _table(onward_L2)
+        )
         assert packed[0].shape[0] == int(onward_L2[:, 0].sum())
         sends += _to_each(rank, range(node * on_node, (node + 1) * on_node), onward_L2[:, 0])
     return sends

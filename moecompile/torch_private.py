@@ -22,6 +22,7 @@ __all__ = [
     "FSDPMeshInfo",
     "HSDPMeshInfo",
     "ShardPlacementResult",
+    "compile_whole",
     "fake_tensors",
     "in_backward",
     "move_hooks",
@@ -36,6 +37,14 @@ _HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
 )  # fmt: skip
+
+
+def compile_whole(module: nn.Module) -> None:
+    """Lets torch.compile run `module` as one graph, in which sizes may depend on values."""
+    import torch._dynamo  # it loads sympy
+
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    module.compile(fullgraph=True)
 
 
 def in_backward() -> bool:

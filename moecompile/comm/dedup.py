@@ -1,7 +1,7 @@
 """dedup: one row per (token, destination rank); routing weights and ids travel along, partial sums come back.
 
-pack_rows -> exchange_counts -> all_to_all (rows) -> exchange_assignments -> expand_rows -> experts -> reduce_rows
--> all_to_all -> combine_rows
+count_rows -> exchange_counts -> pack_rows -> all_to_all (rows) -> exchange_assignments -> expand_rows -> experts
+-> reduce_rows -> all_to_all -> combine_rows
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ def lower_dedup(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> None
     """Replaces permute and unpermute by the deduplicated exchange, in place."""
     axis, placement = layer.dispatch.axis, layer.placement
     with graph.inserting_before(nodes.experts):
-        dropless = () if nodes.dropless else (False,)
-        packed = graph.call_function(
-            ops.pack_rows, (nodes.tokens, nodes.ids, nodes.weights, placement.num_experts, placement.ep, *dropless)
-        )
-        rows, tokens, weights, codes, _, counts = items(
-            graph, packed, "rows", "tokens", "weights_sent", "codes_sent", "order", "counts"
-        )
+        counted = graph.call_function(ops.count_rows, (nodes.ids, placement.num_experts, placement.ep))
+        codes, counts = items(graph, counted, "codes", "counts")
         _, table = items(graph, graph.call_function(ops.exchange_counts, (counts, axis)), "received", "table")
+        packed = graph.call_function(
+            ops.pack_rows, (nodes.tokens, nodes.weights, codes, placement.num_experts, placement.ep, table)
+        )
+        rows, tokens, weights, codes = items(graph, packed, "rows", "tokens", "weights_sent", "codes_sent")
         landed = all_to_all(graph, layer, rows, table, _ROWS, False, axis)
         sent = graph.call_function(ops.exchange_assignments, (weights, codes, table, _ASSIGNMENTS, axis))
         weights, codes = items(graph, sent, "weights", "codes")

@@ -1,6 +1,10 @@
 """flat: one row per (token, expert) travels to the expert's rank and its output comes back. The baseline.
 
 permute -> exchange_counts -> all_to_all -> regroup -> experts -> ungroup -> all_to_all -> unpermute
+
+Where assignments may be dropped, counts are made and exchanged first, so that the table has the number of rows as well:
+
+count_experts -> exchange_counts -> permute -> ...
 """
 
 from __future__ import annotations
@@ -19,10 +23,14 @@ _ALL = -1  # the sum over the numbers of a rank: rows for all of its experts
 def lower_flat(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> None:
     """Inserts the exchanges around the experts call, in place."""
     axis = layer.dispatch.axis
+    with graph.inserting_before(nodes.experts if nodes.dropless else nodes.permute):
+        counts = nodes.counts
+        if not nodes.dropless:
+            counts = graph.call_function(ops.count_experts, (nodes.ids, layer.placement.num_experts))
+        received, table = items(graph, graph.call_function(ops.exchange_counts, (counts, axis)), "received", "table")
+    if not nodes.dropless:
+        nodes.permute.args = (*nodes.permute.args, table)
     with graph.inserting_before(nodes.experts):
-        received, table = items(
-            graph, graph.call_function(ops.exchange_counts, (nodes.counts, axis)), "received", "table"
-        )
         landed = all_to_all(graph, layer, nodes.rows, table, _ALL, False, axis)
         rows, order, counts = items(
             graph, graph.call_function(ops.regroup, (landed, received)), "grouped", "order", "counts"

@@ -1,7 +1,7 @@
 """hierarchical: one row per (token, destination node), then one per (token, rank) inside the node; sums come back so.
 
 count_hops -> send_counts (inter) -> onward_counts -> send_counts (intra) -> read_tables
--> pack_hop -> all_to_all (inter) -> exchange_assignments -> pack_hop -> all_to_all (intra) -> exchange_assignments
+-> pack_rows -> all_to_all (inter) -> exchange_assignments -> pack_rows -> all_to_all (intra) -> exchange_assignments
 -> expand_rows -> experts -> reduce_rows -> all_to_all (intra) -> combine_rows -> all_to_all (inter) -> combine_rows
 
 The way of a token and of the counts is told in moecompile.ops.hops.
@@ -43,7 +43,7 @@ def lower_hierarchical(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) 
 
         def hop(rows: fx.Node, weights: fx.Node, codes: fx.Node, parts: int, table: fx.Node, axis: str) -> _Hop:
             experts = placement.num_experts if axis == inter else placement.num_experts // num_nodes
-            packed = graph.call_function(ops.pack_hop, (rows, weights, codes, experts, parts, table))
+            packed = graph.call_function(ops.pack_rows, (rows, weights, codes, experts, parts, table))
             sent, source, weights, codes = items(graph, packed, "rows", "source", "weights_sent", "codes_sent")
             landed = all_to_all(graph, layer, sent, table, _ROWS, False, axis)
             exchanged = graph.call_function(ops.exchange_assignments, (weights, codes, table, _ASSIGNMENTS, axis))

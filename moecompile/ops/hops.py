@@ -18,14 +18,10 @@ to the host: one host sync a layer, and with the sizes known no op here needs an
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from moecompile.ops.layout import by_assignment
-
-MAX_LOCAL_EXPERTS = 2**14  # an int16 code holds twice the expert id, plus one
+from moecompile.ops.rows import assignment_codes
 
 
 @torch.library.custom_op("moecompile::count_hops", mutates_args=())
@@ -36,8 +32,6 @@ def count_hops(ids_TK: Tensor, num_experts: int, num_nodes: int, ranks_per_node:
         codes_A int64 (A = T * K): 2 * expert + (1 if it is the first of its token); counts_Nn int64.
     """
     num_tokens, num_ranks = ids_TK.shape[0], num_nodes * ranks_per_node
-    codes_TK = 2 * ids_TK
-    codes_TK[:, :1] += 1
     rank_TK = torch.div(ids_TK, num_experts // num_ranks, rounding_mode="floor")  # dropped: num_ranks
     hits_Tr = ids_TK.new_zeros(num_tokens, num_ranks + 1).scatter_add_(1, rank_TK, torch.ones_like(ids_TK))
     hits_TNL = hits_Tr[:, :num_ranks].reshape(num_tokens, num_nodes, ranks_per_node)
@@ -46,7 +40,7 @@ def count_hops(ids_TK: Tensor, num_experts: int, num_nodes: int, ranks_per_node:
     counts_Nn = torch.cat(
         ((hits_TN > 0).sum(0).unsqueeze(1), hits_TN.sum(0).unsqueeze(1), onward_NL2.flatten(1)), dim=1
     )
-    return codes_TK.reshape(-1), counts_Nn
+    return assignment_codes(ids_TK), counts_Nn
 
 
 @count_hops.register_fake
@@ -77,67 +71,3 @@ def read_tables(sent_Nn: Tensor, received_Nn: Tensor, sent_L2: Tensor, received_
 def _(sent_Nn: Tensor, received_Nn: Tensor, sent_L2: Tensor, received_L2: Tensor) -> tuple[Tensor, Tensor]:
     first, second = (torch.empty(2, *counts.shape, dtype=torch.int64, device="cpu") for counts in (sent_Nn, sent_L2))
     return first, second
-
-
-@torch.library.custom_op("moecompile::pack_hop", mutates_args=())
-def pack_hop(
-    rows_VD: Tensor, weights: Tensor, codes_A: Tensor, num_experts: int, num_parts: int, table_2rn: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Builds what each part is sent: a row once if it holds one of the row's experts, and the assignments to it.
-
-    Args:
-        rows_VD: rows at hand. weights: of their assignments, A in all, of any shape. codes_A: 2 * expert + (1 if it is
-            the first of its row), so that assignments stand by row; an expert id of `num_experts` is dropped.
-        num_experts: experts of all parts, equally many each. table_2rn: rows and assignments sent to each part first.
-
-    Returns:
-        rows_UD by (part, row), source_U int64 (row sent -> row at hand), weights_B, codes_B int16 by (part, row, slot)
-        with the expert's place on its part, order_B int64 (place -> assignment at hand).
-    """
-    per_part = num_experts // num_parts
-    if per_part > MAX_LOCAL_EXPERTS:
-        raise ValueError(f"an int16 code holds at most {MAX_LOCAL_EXPERTS} experts a rank or node, not {per_part}")
-    num_sent, num_assigned = table_2rn[0, :, :2].sum(0).tolist()
-    codes = codes_A.to(torch.int64)
-    expert_A, row_A = codes >> 1, (codes & 1).cumsum(0) - 1
-    part_A = torch.div(expert_A, per_part, rounding_mode="floor")  # dropped: num_parts, which sorts last
-    key_A, order_A = torch.sort(part_A * rows_VD.shape[0] + row_A, stable=True)
-    key_B, order_B = key_A[:num_assigned], order_A[:num_assigned].clone()
-    first_B = torch.ones_like(key_B, dtype=torch.bool)
-    first_B[1:] = key_B[1:] != key_B[:-1]
-    # All assignments of a row write the same number to the same place.
-    source_U = key_B.new_empty(num_sent).scatter_(0, first_B.cumsum(0) - 1, row_A.index_select(0, order_B))
-    codes_B = (2 * (expert_A.index_select(0, order_B) % per_part) + first_B).to(torch.int16)
-    weights_B = weights.reshape(-1).index_select(0, order_B)
-    return rows_VD.index_select(0, source_U), source_U, weights_B, codes_B, order_B
-
-
-@pack_hop.register_fake
-def _(
-    rows_VD: Tensor, weights: Tensor, codes_A: Tensor, num_experts: int, num_parts: int, table_2rn: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_sent = torch.library.get_ctx().new_dynamic_size()
-    num_assigned = torch.library.get_ctx().new_dynamic_size()
-    return (
-        rows_VD.new_empty(num_sent, rows_VD.shape[1]),
-        codes_A.new_empty(num_sent, dtype=torch.int64),
-        weights.new_empty(num_assigned),
-        codes_A.new_empty(num_assigned, dtype=torch.int16),
-        codes_A.new_empty(num_assigned, dtype=torch.int64),
-    )
-
-
-def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[1], output[4])
-    ctx.num_rows, ctx.num_assignments, ctx.weights_shape = inputs[0].shape[0], inputs[1].numel(), inputs[1].shape
-    ctx.mark_non_differentiable(output[1], output[3], output[4])
-
-
-def _pack_backward(ctx: Any, grad_rows: Tensor, _s: Any, grad_weights: Tensor, *_: Any) -> tuple[Any, ...]:
-    source_U, order_B = ctx.saved_tensors
-    grad_x = torch.ops.moecompile.sum_rows(grad_rows, source_U, ctx.num_rows)
-    grad_w = by_assignment(grad_weights, order_B, ctx.num_assignments)
-    return grad_x, grad_w.view(ctx.weights_shape), None, None, None, None
-
-
-pack_hop.register_autograd(_pack_backward, setup_context=_pack_setup)

@@ -8,7 +8,8 @@ NOTE on the permutations, once for all ops here:
   3. The inverse, `argsort(order_R)[a]`, is the row at which assignment a stands.
   4. Every scatter is written as a gather through the inverse, so results do not depend on the order of atomics.
   5. A dropped assignment has the id num_experts. It stands behind all others in the sort, has no row, and adds exactly
-     zero to every sum. Where assignments may be dropped (`dropless=False`) R is read from the device, else R = T * K.
+     zero to every sum. Where assignments may be dropped (`dropless=False`) R is what the table of an exchange says
+     that is sent; without an exchange it is read from the device. Else R = T * K.
 """
 
 from __future__ import annotations
@@ -23,18 +24,22 @@ from moecompile.ops.tokens import expert_counts
 
 
 @torch.library.custom_op("moecompile::permute", mutates_args=())
-def permute(x_TD: Tensor, ids_TK: Tensor, num_experts: int, dropless: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def permute(
+    x_TD: Tensor, ids_TK: Tensor, num_experts: int, dropless: bool = True, table_2rn: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Copies each token once per chosen expert and sorts the copies by expert.
 
     Returns:
         rows_RD, order_R int64 (see the note above), counts_E int64.
     """
-    order_R, counts_E = sorted_assignments(ids_TK, num_experts, dropless)
+    order_R, counts_E = sorted_assignments(ids_TK, num_experts, dropless, table_2rn)
     return x_TD.index_select(0, order_R // ids_TK.shape[1]), order_R, counts_E
 
 
 @permute.register_fake
-def _(x_TD: Tensor, ids_TK: Tensor, num_experts: int, dropless: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x_TD: Tensor, ids_TK: Tensor, num_experts: int, dropless: bool = True, table_2rn: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     num_rows = ids_TK.numel() if dropless else torch.library.get_ctx().new_dynamic_size()
     return x_TD.new_empty(num_rows, x_TD.shape[1]), ids_TK.new_empty(num_rows), ids_TK.new_empty(num_experts)
 
@@ -45,9 +50,9 @@ def _permute_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(output[1], output[2])
 
 
-def _permute_backward(ctx: Any, grad_rows: Tensor, _order: Tensor, _counts: Tensor) -> tuple[Tensor, None, None, None]:
+def _permute_backward(ctx: Any, grad_rows: Tensor, _order: Tensor, _counts: Tensor) -> tuple[Any, ...]:
     (order_R,) = ctx.saved_tensors
-    return torch.ops.moecompile.sum_slots(grad_rows, order_R, ctx.num_tokens, ctx.top_k), None, None, None
+    return torch.ops.moecompile.sum_slots(grad_rows, order_R, ctx.num_tokens, ctx.top_k), None, None, None, None
 
 
 permute.register_autograd(_permute_backward, setup_context=_permute_setup)
@@ -116,12 +121,15 @@ def _(grad_TD: Tensor, rows_RD: Tensor, order_R: Tensor, weights_TK: Tensor) -> 
     return torch.empty_like(rows_RD), torch.empty_like(weights_TK)
 
 
-def sorted_assignments(ids_TK: Tensor, num_experts: int, dropless: bool) -> tuple[Tensor, Tensor]:
+def sorted_assignments(
+    ids_TK: Tensor, num_experts: int, dropless: bool, table_2rn: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """order_R and counts_E (see the note above)."""
     order_R = torch.argsort(ids_TK.reshape(-1), stable=True)
     counts_E = expert_counts(ids_TK, num_experts)
     if not dropless:
-        order_R = order_R[: int(counts_E.sum())].clone()
+        num_rows = counts_E.sum() if table_2rn is None else table_2rn[0].sum()
+        order_R = order_R[: int(num_rows)].clone()
     return order_R, counts_E
 
 

@@ -1,13 +1,15 @@
 """Row movement of the `dedup` dispatch: one row per (token, destination rank), partial sums back.
 
-Legend: T tokens, D model dim, K top-k, r EP ranks, e local experts, U rows sent, V rows received,
-A assignments sent (those that are kept), B assignments received.
+Legend: T tokens, D model dim, K top-k, r EP ranks, e local experts, A assignments at hand, U rows sent, V rows at hand
+or received, B assignments sent or received (those that are kept).
 
 NOTE on the wire format:
-  1. Rows stand by (destination rank, token); `tokens_U` names each row's token on the sender.
+  1. Rows stand by (destination rank, token); `source_U` names each row's token on the sender.
   2. Assignments stand by (destination rank, token, slot), so those of one row are neighbours.
   3. An assignment's int16 code is 2 * local expert + (1 if it is the first of its row). The receiver finds the row of
      an assignment as the running sum of the first-of-row bits: no row numbers travel.
+  4. Counts are exchanged before rows are packed. So the sizes of everything that is sent and received are in one table
+     on the host, and no op here reads the device.
 """
 
 from __future__ import annotations
@@ -20,76 +22,94 @@ from torch import Tensor
 from moecompile.ops.layout import by_assignment
 from moecompile.ops.tokens import expert_counts
 
+MAX_LOCAL_EXPERTS = 2**14  # an int16 code holds twice the expert id, plus one
+
+
+@torch.library.custom_op("moecompile::count_rows", mutates_args=())
+def count_rows(ids_TK: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor]:
+    """Codes of the assignments and what to send to each rank. The id num_experts is a dropped one: it is not counted.
+
+    Returns:
+        codes_A int64 (A = T * K): 2 * expert + (1 if it is the first of its token); counts_r2 int64, rows and
+        assignments.
+    """
+    rank_TK = torch.div(ids_TK, num_experts // num_ranks, rounding_mode="floor")  # dropped: num_ranks
+    hits_Tr = ids_TK.new_zeros(ids_TK.shape[0], num_ranks + 1).scatter_add_(1, rank_TK, torch.ones_like(ids_TK))
+    hits_Tr = hits_Tr[:, :num_ranks]
+    return assignment_codes(ids_TK), torch.stack(((hits_Tr > 0).sum(0), hits_Tr.sum(0)), dim=1)
+
+
+@count_rows.register_fake
+def _(ids_TK: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor]:
+    return ids_TK.new_empty(ids_TK.numel()), ids_TK.new_empty(num_ranks, 2)
+
+
+def assignment_codes(ids_TK: Tensor) -> Tensor:
+    """2 * expert + (1 if it is the first of its token) of every assignment."""
+    codes_TK = 2 * ids_TK
+    codes_TK[:, :1] += 1
+    return codes_TK.reshape(-1)
+
 
 @torch.library.custom_op("moecompile::pack_rows", mutates_args=())
 def pack_rows(
-    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, num_ranks: int, dropless: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Builds what each rank is sent (see the note above). The id num_experts is a dropped assignment: it is not sent.
+    rows_VD: Tensor, weights: Tensor, codes_A: Tensor, num_experts: int, num_parts: int, table_2rn: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Builds what each part is sent: a row once if it holds one of the row's experts, and the assignments to it.
 
     Args:
-        dropless: no assignment is dropped, so that A = T * K is known without reading it from the device.
+        rows_VD: rows at hand. weights: of their assignments, A in all, of any shape. codes_A: 2 * expert + (1 if it is
+            the first of its row), so that assignments stand by row; an expert id of `num_experts` is dropped.
+        num_experts: experts of all parts, equally many each. table_2rn: rows and assignments sent to each part first.
 
     Returns:
-        rows_UD, tokens_U int64, weights_A, codes_A int16, order_A int64 (place -> flat assignment),
-        counts_r2 int64 (rows and assignments per destination rank).
+        rows_UD by (part, row), source_U int64 (row sent -> row at hand), weights_B, codes_B int16 by (part, row, slot)
+        with the expert's place on its part, order_B int64 (place -> assignment at hand).
     """
-    num_tokens, top_k = ids_TK.shape
-    per_rank = num_experts // num_ranks
-    rank_A = torch.div(ids_TK, per_rank, rounding_mode="floor").reshape(-1)  # num_ranks for a dropped assignment
-    token_A = torch.arange(num_tokens, device=ids_TK.device).repeat_interleave(top_k)
-    key_A, order_A = torch.sort(rank_A * num_tokens + token_A, stable=True)
-    first_A = torch.ones_like(key_A, dtype=torch.bool)
-    first_A[1:] = key_A[1:] != key_A[:-1]
-    if dropless:
-        key_U = key_A[first_A]
-    else:
-        kept_A = key_A < num_ranks * num_tokens
-        first_A &= kept_A
-        num_rows, num_kept = torch.stack((first_A.sum(), kept_A.sum())).tolist()
-        key_U = key_A.index_select(0, torch.nonzero_static(first_A, size=num_rows).squeeze(1))
-        order_A, first_A = order_A[:num_kept].clone(), first_A[:num_kept]
-    tokens_U = key_U % num_tokens
-    local_A = (ids_TK % per_rank).reshape(-1).index_select(0, order_A)
-    codes_A = (2 * local_A + first_A).to(torch.int16)
-    counts_r2 = torch.stack(
-        (
-            expert_counts(torch.div(key_U, num_tokens, rounding_mode="floor"), num_ranks),
-            expert_counts(rank_A, num_ranks),
-        ),
-        dim=1,
-    )
-    weights_A = weights_TK.reshape(-1).index_select(0, order_A)
-    return x_TD.index_select(0, tokens_U), tokens_U, weights_A, codes_A, order_A, counts_r2
+    per_part = num_experts // num_parts
+    if per_part > MAX_LOCAL_EXPERTS:
+        raise ValueError(f"an int16 code holds at most {MAX_LOCAL_EXPERTS} experts a rank or node, not {per_part}")
+    num_sent, num_assigned = table_2rn[0, :, :2].sum(0).tolist()
+    codes = codes_A.to(torch.int64)
+    expert_A, row_A = codes >> 1, (codes & 1).cumsum(0) - 1
+    part_A = torch.div(expert_A, per_part, rounding_mode="floor")  # dropped: num_parts, which sorts last
+    key_A, order_A = torch.sort(part_A * rows_VD.shape[0] + row_A, stable=True)
+    key_B, order_B = key_A[:num_assigned], order_A[:num_assigned].clone()
+    first_B = torch.ones_like(key_B, dtype=torch.bool)
+    first_B[1:] = key_B[1:] != key_B[:-1]
+    # All assignments of a row write the same number to the same place.
+    source_U = key_B.new_empty(num_sent).scatter_(0, first_B.cumsum(0) - 1, row_A.index_select(0, order_B))
+    codes_B = (2 * (expert_A.index_select(0, order_B) % per_part) + first_B).to(torch.int16)
+    weights_B = weights.reshape(-1).index_select(0, order_B)
+    return rows_VD.index_select(0, source_U), source_U, weights_B, codes_B, order_B
 
 
 @pack_rows.register_fake
 def _(
-    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, num_ranks: int, dropless: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    ctx = torch.library.get_ctx()
-    num_rows, num_assignments = ctx.new_dynamic_size(), ids_TK.numel() if dropless else ctx.new_dynamic_size()
+    rows_VD: Tensor, weights: Tensor, codes_A: Tensor, num_experts: int, num_parts: int, table_2rn: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_sent = torch.library.get_ctx().new_dynamic_size()
+    num_assigned = torch.library.get_ctx().new_dynamic_size()
     return (
-        x_TD.new_empty(num_rows, x_TD.shape[1]),
-        ids_TK.new_empty(num_rows),
-        weights_TK.new_empty(num_assignments),
-        ids_TK.new_empty(num_assignments, dtype=torch.int16),
-        ids_TK.new_empty(num_assignments),
-        ids_TK.new_empty(num_ranks, 2),
+        rows_VD.new_empty(num_sent, rows_VD.shape[1]),
+        codes_A.new_empty(num_sent, dtype=torch.int64),
+        weights.new_empty(num_assigned),
+        codes_A.new_empty(num_assigned, dtype=torch.int16),
+        codes_A.new_empty(num_assigned, dtype=torch.int64),
     )
 
 
 def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[1], output[4])
-    ctx.num_tokens, ctx.top_k = inputs[1].shape
-    ctx.mark_non_differentiable(output[1], output[3], output[4], output[5])
+    ctx.num_rows, ctx.num_assignments, ctx.weights_shape = inputs[0].shape[0], inputs[1].numel(), inputs[1].shape
+    ctx.mark_non_differentiable(output[1], output[3], output[4])
 
 
-def _pack_backward(ctx: Any, grad_rows: Tensor, _t: Any, grad_weights: Tensor, *_: Any) -> tuple[Any, ...]:
-    tokens_U, order_A = ctx.saved_tensors
-    grad_x = torch.ops.moecompile.sum_rows(grad_rows, tokens_U, ctx.num_tokens)
-    grad_w = by_assignment(grad_weights, order_A, ctx.num_tokens * ctx.top_k).view(ctx.num_tokens, ctx.top_k)
-    return grad_x, None, grad_w, None, None, None
+def _pack_backward(ctx: Any, grad_rows: Tensor, _s: Any, grad_weights: Tensor, *_: Any) -> tuple[Any, ...]:
+    source_U, order_B = ctx.saved_tensors
+    grad_x = torch.ops.moecompile.sum_rows(grad_rows, source_U, ctx.num_rows)
+    grad_w = by_assignment(grad_weights, order_B, ctx.num_assignments)
+    return grad_x, grad_w.view(ctx.weights_shape), None, None, None, None
 
 
 pack_rows.register_autograd(_pack_backward, setup_context=_pack_setup)

@@ -79,6 +79,17 @@ def _(
     return None
 
 
+@torch.library.custom_op("moecompile::count_experts", mutates_args=())
+def count_experts(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Assignments to each expert, (E,) int64; dropped ones are left out."""
+    return expert_counts(ids_TK, num_experts).clone()  # an op may not return a view
+
+
+@count_experts.register_fake
+def _(ids_TK: Tensor, num_experts: int) -> Tensor:
+    return ids_TK.new_empty(num_experts, dtype=torch.int64)
+
+
 def expert_counts(ids: Tensor, num_experts: int) -> Tensor:
     """How often each expert id occurs, (E,) int64; the id num_experts (nobody) is left out.
 

@@ -28,7 +28,7 @@ from moecompile.plan import (
     RoutingPlan,
     reductions,
 )
-from moecompile.planner import ModelFacts, Wire, choose_dispatch, estimate, row_bytes
+from moecompile.planner import ModelFacts, RunFacts, Wire, choose_dispatch, estimate, row_bytes
 from moecompile.schema import (
     BalanceRule,
     Choice,
@@ -36,6 +36,8 @@ from moecompile.schema import (
     DispatchKind,
     ExpertInit,
     LayerSettings,
+    Precision,
+    WireDtype,
     check_selections,
     layer_settings,
     mesh_spec,
@@ -67,12 +69,23 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
         _layer(site, layer_settings(config, site.fqn, i, len(chosen)), config, mesh, facts)
         for i, site in enumerate(chosen)
     )
-    tokens = config.data.micro_batch_size * config.data.seq_len
     return Plan(  # Step 4
         mesh=mesh,
         layers=layers,
         reductions=reductions(mesh),
-        estimate=estimate(layers, mesh, facts, tokens_per_rank=tokens, memory_bytes=config.hardware.memory_gib * _GIB),
+        estimate=estimate(
+            layers, mesh, facts, _run_facts(config, mesh, facts), memory_bytes=config.hardware.memory_gib * _GIB
+        ),
+    )
+
+
+def _run_facts(config: Config, mesh: MeshSpec, facts: ModelFacts) -> RunFacts:
+    data, trainer = config.data, config.trainer
+    return RunFacts(
+        tokens_per_rank=data.micro_batch_size * data.seq_len,
+        compute_bytes=2 if trainer.precision is Precision.bf16_params else facts.bytes_per_param,
+        accumulation=max(1, data.global_batch_size // (data.micro_batch_size * mesh.world_size)),
+        checkpointing=trainer.checkpointing.value,
     )
 
 
@@ -169,8 +182,14 @@ def _dispatch(
     config: Config, mesh: MeshSpec, routing: RoutingPlan, placement: ExpertPlacement, site: PlannedSite
 ) -> DispatchPlan:
     kind = _dispatch_kind(config, mesh, routing, placement, site)
-    wire_dtype = "auto" if kind == "local" else config.dispatch.wire_dtype.value
-    return DispatchPlan(kind=kind, wire_dtype=wire_dtype)
+    return DispatchPlan(kind=kind, wire_dtype="auto" if kind == "local" else _wire_dtype(config).value)
+
+
+def _wire_dtype(config: Config) -> WireDtype:
+    """Under autocast experts round their rows to bf16 and return bf16: rounded on the wire, they are the same."""
+    if config.dispatch.wire_dtype is WireDtype.auto and config.trainer.precision is Precision.bf16_mixed:
+        return WireDtype.bf16
+    return config.dispatch.wire_dtype
 
 
 def _dispatch_kind(
@@ -191,6 +210,6 @@ def _dispatch_kind(
     wire = Wire(
         d_model=site.d_model,
         tokens_per_rank=config.data.micro_batch_size * config.data.seq_len,
-        element_bytes=row_bytes(config.dispatch.wire_dtype.value, 4),
+        element_bytes=row_bytes(_wire_dtype(config).value, 4),
     )
     return choose_dispatch(placement, routing, mesh, wire)

@@ -4,18 +4,19 @@ Algorithm:
   1. Replace each logical axis in the graphs by the name of its process group.
   2. Keep this rank's experts: expert weights become DTensors, Shard(0) on `ep`.
   3. fully_shard each layer and the root: dense weights over (dp_replicate, dp_shard), experts over
-     (dp_replicate, edp). Routers stay replicated, outside FSDP's casting.
+     (dp_replicate, edp). Routers stay replicated, outside FSDP's casting. Gradients are reduced in at least fp32.
 All gradient reductions are plain sums (docs/gradients.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import partial, reduce
 
+import torch
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from moecompile.errors import PassError, PlanError
@@ -33,12 +34,14 @@ def device_mesh_of(mesh: MeshSpec, device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, (mesh.dp_replicate, mesh.edp_shard, mesh.ep), mesh_dim_names=AXES)
 
 
-def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh) -> nn.Module:
+def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh, param_dtype: torch.dtype | None = None) -> nn.Module:
     """Shards a lowered model in place and returns it.
 
     Args:
         model: lowered by `plan`, with the same full weights on every rank.
         device_mesh: from `device_mesh_of`, or any mesh with these axes.
+        param_dtype: what layers compute in: FSDP2 gathers their weights in it and casts their inputs. The shards, which
+            the optimizer has, keep their dtype. None: no casts.
 
     Raises:
         PlanError: the mesh does not have the planned sizes.
@@ -53,8 +56,8 @@ def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh) -> nn.Module:
     bind_axes(model, device_mesh, plan.mesh.nodes_per_ep_group)  # Step 1
     if plan.mesh.ep > 1:
         _shard_experts(model, device_mesh["ep"])  # Step 2
-    if plan.mesh.world_size > 1:
-        _wrap(model, plan.mesh, device_mesh)  # Step 3
+    if plan.mesh.world_size > 1 or param_dtype is not None:
+        _wrap(model, plan.mesh, device_mesh, param_dtype)  # Step 3
     return model
 
 
@@ -93,7 +96,7 @@ def _shard_experts(model: nn.Module, ep_mesh: DeviceMesh) -> None:
         setattr(owner, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
 
 
-def _wrap(model: nn.Module, mesh: MeshSpec, device_mesh: DeviceMesh) -> None:
+def _wrap(model: nn.Module, mesh: MeshSpec, device_mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:
     experts = {owner.get_parameter(name) for owner, name in expert_parameters(model)}
     routers = {parameter for _, router in routers_of(model) for parameter in router.parameters()}
     experts_info: FSDPMeshInfo
@@ -112,7 +115,9 @@ def _wrap(model: nn.Module, mesh: MeshSpec, device_mesh: DeviceMesh) -> None:
     def place(parameter: Tensor) -> ShardPlacementResult:
         return ShardPlacementResult(Shard(0), experts_info if parameter in experts and mesh.ep > 1 else dense_info)
 
-    wrap = partial(fully_shard, mesh=dense_mesh, shard_placement_fn=place, ignored_params=routers)
+    wide = reduce(torch.promote_types, (parameter.dtype for parameter in model.parameters()), torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=wide)
+    wrap = partial(fully_shard, mesh=dense_mesh, shard_placement_fn=place, ignored_params=routers, mp_policy=policy)
     for layer in (*layers_of(model), model):
         wrap(layer)
         assert isinstance(layer, FSDPModule)

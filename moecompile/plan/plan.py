@@ -53,13 +53,19 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What the planner predicts. params_active: parameters that one token uses."""
+    """What the planner predicts.
+
+    params_active: parameters that one token uses. checkpointing: what backward computes again; `resent_...`: what it
+    sends again for that, beside the forward's bytes.
+    """
 
     params_total: int
     params_active: int
     memory_bytes_per_rank: MemoryEstimate
     fits: bool
     bytes_per_token_per_layer: Traffic
+    checkpointing: str
+    resent_bytes_per_token_per_layer: Traffic
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,13 @@
 """Predictions as pure numbers: bytes on the wire, parameters, memory. Imports the plan's nouns, never torch."""
 
 from moecompile.planner.estimate import estimate
-from moecompile.planner.params import ModelFacts
+from moecompile.planner.params import ModelFacts, RunFacts
 from moecompile.planner.traffic import Copies, Wire, choose_dispatch, copies_per_token, forward_traffic, row_bytes
 
 __all__ = [
     "Copies",
     "ModelFacts",
+    "RunFacts",
     "Wire",
     "choose_dispatch",
     "copies_per_token",

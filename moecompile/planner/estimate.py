@@ -7,38 +7,43 @@ from collections.abc import Sequence
 from moecompile.mesh import MeshSpec
 from moecompile.plan import Estimate, LayerPlan, Traffic
 from moecompile.planner.memory import memory_of_fullest_rank
-from moecompile.planner.params import ModelFacts, model_params
+from moecompile.planner.params import ModelFacts, RunFacts, model_params
 from moecompile.planner.traffic import Wire, forward_traffic, row_bytes
 
 
 def estimate(
-    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, *, tokens_per_rank: int, memory_bytes: float
+    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, *, memory_bytes: float
 ) -> Estimate:
     """Parameters, memory of the fullest rank and bytes on the wire.
 
     Args:
-        layers: the planned MoE layers. mesh: where they run. facts: the model before rewriting.
-        tokens_per_rank: tokens of one micro-batch. memory_bytes: memory of one rank.
+        layers: the planned MoE layers. mesh: where they run. facts: the model before rewriting. run: how it trains.
+        memory_bytes: memory of one rank.
     """
     params = model_params(layers, facts)
-    memory = memory_of_fullest_rank(layers, mesh, facts, tokens_per_rank)
+    memory = memory_of_fullest_rank(layers, mesh, facts, run)
+    traffic = _mean_traffic(layers, mesh, run)
     return Estimate(
         params_total=params.total,
         params_active=params.active,
         memory_bytes_per_rank=memory,
         fits=memory.total <= memory_bytes,
-        bytes_per_token_per_layer=_mean_traffic(layers, mesh, facts, tokens_per_rank),
+        bytes_per_token_per_layer=traffic,
+        checkpointing=run.checkpointing,
+        resent_bytes_per_token_per_layer=traffic
+        if run.checkpointing == "full"
+        else Traffic(intra_node=0.0, inter_node=0.0),
     )
 
 
-def _mean_traffic(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, tokens_per_rank: int) -> Traffic:
+def _mean_traffic(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> Traffic:
     """Mean over the MoE layers; nothing without any."""
     found = []
     for layer in layers:
         wire = Wire(
             d_model=layer.site.d_model,
-            tokens_per_rank=tokens_per_rank,
-            element_bytes=row_bytes(layer.dispatch.wire_dtype, facts.bytes_per_param),
+            tokens_per_rank=run.tokens_per_rank,
+            element_bytes=row_bytes(layer.dispatch.wire_dtype, run.compute_bytes),
         )  # routing weights stay fp32
         found.append(forward_traffic(layer.dispatch.kind, layer.placement, layer.routing, mesh, wire))
     count = max(1, len(found))

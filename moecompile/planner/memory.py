@@ -1,25 +1,30 @@
 """Memory of the fullest rank, bytes.
 
-P_d, P_e, P_r: dense, expert and router parameters of the model; b: bytes of an element; T: tokens per micro-batch;
-D, F, E, K as in params.py; V: vocabulary.
+P_d, P_e, P_r: dense, expert and router parameters of the model; b: bytes of a stored weight; a: bytes of a weight in
+use, an activation and a row (2 with trainer.precision=bf16_params); T: tokens per micro-batch; D, F, E, K as in
+params.py; V: vocabulary.
 
 1. Parameters that a rank keeps.
        own = P_d / dp_shard + P_e / (ep edp_shard) + P_r                      routers are replicated -> `_own_params`
 2. Parameters that FSDP gathers. It frees one layer before the next one, but keeps the root (embeddings, head, norm):
        unsharded = root + max over layers of (dense part of the layer + E / ep experts)        -> `_unsharded_params`
-   Nothing is gathered on one rank. Unsharded gradients live in a buffer of the same size until they are reduced.
-       weights = b (own + unsharded),  grads = b (own + unsharded),  optimizer = 2 * 4 own     (AdamW's moments, fp32)
+   Nothing is gathered on one rank. Unsharded gradients live in a buffer of the same size until they are reduced; under
+   accumulation they are reduced once, after the last micro-batch, and those of all weights are kept until then, fp32:
+   P_d + P_e / ep.                                                                       -> `_unsharded_grads_bytes`
+       weights = b own + a unsharded,  grads = b own + unsharded grads,  optimizer = 2 * 4 own  (AdamW's moments, fp32)
    Router weights are fp32 whatever b is.
-3. Activations that one forward saves for backward, without recomputation. c = 12 numbers per element of the residual
+3. Activations that one forward saves for backward. c = 12 numbers per element of the residual
    stream stand for norms, attention and residuals: 10 to 11 were counted for Llama and Qwen3 and 6 for OPT; multi-head
    latent attention (DeepSeek) needs up to 30.
-       activations = b T (sum over layers of (c D + ffn) + 3 V)            logits, their log-softmax, their gradient
+       activations = a T (sum over layers of (c D + ffn) + 3 V)            logits, their log-softmax, their gradient
+       with checkpointing = a T (sum over layers of (D + kept) + max over layers of (c D + ffn) + 3 V)
+       kept      = 2 copies D of an MoE layer with keep_exchanges, the rows received there and back; else 0
        dense ffn = 2 n F                                 n: 2 for gated, 1 for up_down (into and out of the activation)
        MoE ffn   = K (2 D + 2 n d_expert) + 2 n d_shared + 2 E     rows in and out, hidden rows; router logits, scores
    Balanced routing is assumed: a rank's experts get T K rows. D and the F of layers that stay dense are those of the
    widest planned site.                                                                          -> `_activations`
 4. Exchange buffers, alive in one layer at a time: rows sent and rows received.
-       dispatch = max over layers of 2 T copies D b                                                  -> `_dispatch`
+       dispatch = max over layers of 2 T copies D a                                                  -> `_dispatch`
 
 The parts peak at different moments, so their sum is an upper bound of the model's own tensors. The process itself
 (PyTorch, CUDA context, allocator fragmentation) is not counted.
@@ -31,7 +36,7 @@ from collections.abc import Sequence
 
 from moecompile.mesh import MeshSpec
 from moecompile.plan import LayerPlan, MemoryEstimate
-from moecompile.planner.params import ModelFacts, layer_params, model_params
+from moecompile.planner.params import ModelFacts, RunFacts, layer_params, model_params
 from moecompile.planner.traffic import copies_per_token
 
 FP32_BYTES = 4
@@ -41,17 +46,19 @@ LOGITS_COPIES = 3
 
 
 def memory_of_fullest_rank(
-    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, tokens_per_rank: int
+    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
 ) -> MemoryEstimate:
-    """The estimate above for micro-batches of `tokens_per_rank` tokens."""
+    """The estimate above."""
     own, router = _own_params(layers, mesh, facts)
-    weights = (own + _unsharded_params(layers, mesh, facts)) * facts.bytes_per_param + router * FP32_BYTES
+    stored = own * facts.bytes_per_param + router * FP32_BYTES
     return MemoryEstimate(
-        weights=weights,
-        grads=weights,
+        weights=stored + _unsharded_params(layers, mesh, facts) * run.compute_bytes,
+        grads=stored + _unsharded_grads_bytes(layers, mesh, facts, run),
         optimizer=(own + router) * ADAMW_MOMENTS * FP32_BYTES,
-        activations=_activations(layers, facts, tokens_per_rank),
-        dispatch=_dispatch(layers, mesh, facts, tokens_per_rank),
+        activations=_activations(layers, mesh, facts, run),
+        dispatch=round(
+            run.tokens_per_rank * run.compute_bytes * max((_exchanged(layer, mesh) for layer in layers), default=0)
+        ),
     )
 
 
@@ -71,14 +78,27 @@ def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelF
     return facts.params_embedding + _shard(in_layers, max(1, facts.num_layers, len(layers))) + largest
 
 
-def _activations(layers: Sequence[LayerPlan], facts: ModelFacts, tokens: int) -> int:
+def _unsharded_grads_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> int:
+    """Bytes of gradients that are not reduced yet (step 2)."""
+    if mesh.world_size == 1 or run.accumulation == 1:
+        return _unsharded_params(layers, mesh, facts) * run.compute_bytes
+    params = model_params(layers, facts)
+    return (params.dense + _shard(params.experts, mesh.ep)) * FP32_BYTES
+
+
+def _activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> int:
     """Bytes saved for backward (step 3)."""
     num_layers = max(facts.num_layers, len(layers))
     d_model = max((layer.site.d_model for layer in layers), default=0)
     dense = max((2 * layer.site.num_in_projections * layer.site.d_ff for layer in layers), default=0)
-    per_token = num_layers * RESIDUAL_NUMBERS * d_model + LOGITS_COPIES * facts.vocab_size
-    per_token += sum(_moe_numbers(layer) for layer in layers) + (num_layers - len(layers)) * dense
-    return tokens * per_token * facts.bytes_per_param
+    ffns = [_moe_numbers(layer) for layer in layers] + [dense] * (num_layers - len(layers))
+    saved = [RESIDUAL_NUMBERS * d_model + ffn for ffn in ffns]
+    per_token: float = LOGITS_COPIES * facts.vocab_size + sum(saved)
+    if run.checkpointing != "none":
+        kept = sum(_exchanged(layer, mesh) for layer in layers) if run.checkpointing == "keep_exchanges" else 0
+        again = LOGITS_COPIES * facts.vocab_size + num_layers * d_model + kept + max(saved, default=0)
+        per_token = min(per_token, again)
+    return round(run.tokens_per_rank * per_token * run.compute_bytes)
 
 
 def _moe_numbers(layer: LayerPlan) -> int:
@@ -89,15 +109,12 @@ def _moe_numbers(layer: LayerPlan) -> int:
     return routed + hidden * experts.d_shared + 2 * experts.num_routed
 
 
-def _dispatch(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, tokens: int) -> int:
-    """Bytes of the rows of the layer that exchanges most (step 4)."""
-    per_token = 0.0
-    for layer in layers:
-        if layer.dispatch.exchanges:
-            copies = copies_per_token(layer.dispatch.kind, layer.placement, layer.routing, mesh)
-            rows = copies.own + copies.intra_node + copies.inter_node
-            per_token = max(per_token, 2 * rows * layer.site.d_model)
-    return round(tokens * per_token * facts.bytes_per_param)
+def _exchanged(layer: LayerPlan, mesh: MeshSpec) -> float:
+    """Numbers per token that the exchanges of one layer move there and back (step 4)."""
+    if not layer.dispatch.exchanges:
+        return 0
+    copies = copies_per_token(layer.dispatch.kind, layer.placement, layer.routing, mesh)
+    return 2 * (copies.own + copies.intra_node + copies.inter_node) * layer.site.d_model
 
 
 def _shard(numbers: int, parts: int) -> int:

@@ -25,7 +25,7 @@ class ModelFacts:
 
     params_total: all parameters before rewriting, tied ones once. params_embedding: those outside the layers
     (embeddings, output head, final norm). num_layers, vocab_size: of the model; where they are 0 (a bare graph), only
-    the planned layers are counted. bytes_per_param: of weights, gradients, activations and rows (4: fp32). causal:
+    the planned layers are counted. bytes_per_param: of weights as they are stored (4: fp32). causal:
     whether a token must not see later ones (None: unknown).
     """
 
@@ -35,6 +35,20 @@ class ModelFacts:
     vocab_size: int = 0
     bytes_per_param: int = 4
     causal: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What the planner must know of the run.
+
+    tokens_per_rank: tokens of a micro-batch. compute_bytes: of a weight in use, an activation and a row. accumulation:
+    micro-batches per rank and optimizer step. checkpointing: none, full or keep_exchanges.
+    """
+
+    tokens_per_rank: int
+    compute_bytes: int = 4
+    accumulation: int = 1
+    checkpointing: str = "none"
 
 
 @dataclass(frozen=True, kw_only=True)

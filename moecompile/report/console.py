@@ -200,7 +200,15 @@ def _print_estimate(estimate: Estimate, console: Console) -> None:
     used = f"{count_text(estimate.params_total)}, a token uses {count_text(estimate.params_active)}"
     grid.add_row(Text("parameters", style="dim"), Text(used))
     grid.add_row(Text("forward bytes", style="dim"), Text(_traffic_text(asdict(estimate.bytes_per_token_per_layer))))
+    if estimate.checkpointing != "none":
+        grid.add_row(Text("recomputation", style="dim"), Text(_recomputation_text(estimate)))
     console.print(grid)
+
+
+def _recomputation_text(estimate: Estimate) -> str:
+    again = asdict(estimate.resent_bytes_per_token_per_layer)
+    sends = f"sends {_traffic_text(again)} again" if any(again.values()) else "sends nothing again"
+    return f"{estimate.checkpointing}: backward {sends}"
 
 
 def _traffic_text(bytes_by_link: Mapping[str, float]) -> str:

@@ -26,10 +26,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from moecompile import plan as plans
@@ -39,12 +41,13 @@ from moecompile.checkpoint.folders import PLAN
 from moecompile.checkpoint.tensors import read_tensors, shapes, tensors_of, write_tensors
 from moecompile.errors import ConfigError, PlanError
 from moecompile.nn import LayerLoad, auxiliary_loss, auxiliary_losses, set_random_key, update_balance
+from moecompile.passes.recompute import recompute
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.pipeline import compiled_module, plan_of
 from moecompile.plan import Plan
 from moecompile.runtime.gradients import all_finite, clip_by_global_norm, divide, sum_replicated
 from moecompile.runtime.nonfinite import origin, told
-from moecompile.torch_private import set_timeouts
+from moecompile.torch_private import compile_whole, set_timeouts
 
 LIGHTNING = "lightning.pt"
 """What Lightning keeps beside tensors, in a checkpoint that its Trainer saved."""
@@ -62,10 +65,13 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         on_nan: what to do when a loss or a gradient is not finite: `stop` ends the run and names layer and rank, `skip`
             drops the step on all ranks; None does not look.
         process_group_backend, timeout: of the process group; gloo on a CPU and NCCL on CUDA by default.
+        param_dtype: what layers compute in, see `moecompile.passes.shard.shard`; None: as their weights are.
+        checkpointing: `full` or `keep_exchanges`: layers compute again in backward (moecompile.passes.recompute).
+        compile_regions: whether the graphs that moecompile made go through torch.compile.
 
     Raises:
-        ConfigError: `loss` or `on_nan` is neither. PlanError (at setup): no compiled model, or the Trainer's ranks do
-            not fit it. NotFinite (in a step): as `on_nan` says.
+        ConfigError: an unknown `loss`, `on_nan` or `checkpointing`. PlanError (at setup): no compiled model, or the
+            Trainer's ranks do not fit it. NotFinite (in a step): as `on_nan` says.
 
     After each optimizer step `loads` has one `LayerLoad` a router; after each backward `aux_losses` has the sums over
     the micro-batch's layers by kind, coefficients included, per token.
@@ -78,13 +84,22 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         timeout: timedelta = DEFAULT_TIMEOUT,
         seed: int = 0,
         on_nan: str | None = None,
+        *,
+        param_dtype: torch.dtype | None = None,
+        checkpointing: str = "none",
+        compile_regions: bool = False,
     ) -> None:
         if loss not in ("mean", "sum"):
             raise ConfigError("loss", loss, "must be mean or sum", "Use what your training_step returns")
         if on_nan not in (None, "stop", "skip"):
             raise ConfigError("on_nan", on_nan, "must be stop, skip or None", "Use one of these")
+        if checkpointing not in ("none", "full", "keep_exchanges"):
+            raise ConfigError(
+                "checkpointing", checkpointing, "must be none, full or keep_exchanges", "Use one of these"
+            )
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self.loss, self.seed, self.on_nan = loss, seed, on_nan
+        self.param_dtype, self.checkpointing, self.compile_regions = param_dtype, checkpointing, compile_regions
         self.loads: list[LayerLoad] = []  # of the last optimizer step
         self.aux_losses: dict[str, Tensor] = {}  # of the last micro-batch
         self.grad_norm: float | None = None  # before clipping, of the last optimizer step that clipped
@@ -119,16 +134,41 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         plan = plan_of(compiled)
         self._check_world(plan)
         self.model_to_device()
+        self.model = self.precision_plugin.convert_module(self.model)
         if self._device_mesh is None:
             self._device_mesh = device_mesh_of(plan.mesh, self.root_device.type)
-            shard(compiled, plan, self._device_mesh)
+            self._parallelize(compiled, plan, self._device_mesh)
             set_timeouts(self._timeout or DEFAULT_TIMEOUT)
-        self.model = self.precision_plugin.convert_module(self.model)
         self.precision_plugin.clip_grad_by_norm = self._clip  # type: ignore[method-assign]
+        # Autocast's plugin refuses to clip for a fused optimizer, because of a scaler that bf16 does not have.
+        self.precision_plugin.clip_gradients = partial(  # type: ignore[method-assign]
+            Precision.clip_gradients, self.precision_plugin
+        )
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+
+    def _parallelize(self, compiled: nn.Module, plan: Plan, device_mesh: DeviceMesh) -> None:
+        shard(compiled, plan, device_mesh, self.param_dtype)
+        if self.compile_regions:
+            for region in [module for module in compiled.modules() if isinstance(module, fx.GraphModule)]:
+                compile_whole(region)
+        if self.checkpointing != "none":
+            recompute(compiled, self.checkpointing)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Micro-batches but the last one of a step: gradients are added up where they are, nothing is reduced."""
+        assert self.model is not None
+        wrapped = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        for module in wrapped:
+            module.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in wrapped:
+                module.set_requires_gradient_sync(True, recurse=False)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's step; with `loss="sum"` its token count is added up over the accumulation window."""

@@ -24,7 +24,7 @@ from moecompile.runtime.launch import is_restart
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.saving import LOAD_HISTORY, Saver, rows_until, starting_point, write_again
 from moecompile.runtime.strategy import ExpertParallelStrategy
-from moecompile.schema import Config, accumulation_steps
+from moecompile.schema import Compiled, Config, Precision, accumulation_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,11 @@ def make_trainer(
             seed=config.seed,
             timeout=timedelta(seconds=config.trainer.timeout_s),
             on_nan=config.trainer.on_nan.value,
+            param_dtype=torch.bfloat16 if config.trainer.precision is Precision.bf16_params else None,
+            checkpointing=config.trainer.checkpointing.value,
+            compile_regions=config.trainer.compile is Compiled.regions,
         ),
+        precision="bf16-mixed" if config.trainer.precision is Precision.bf16_mixed else "32-true",
         plugins=[TorchElasticEnvironment()],  # the variables that the launcher has set, also under SLURM
         accelerator=_accelerator(mesh.device),
         devices=local,

@@ -141,9 +141,34 @@ class DispatchKind(str, Enum):
 class WireDtype(str, Enum):
     """What rows are cast to for an exchange."""
 
-    auto = "auto"  # nothing: they travel as the activations are
+    auto = "auto"  # nothing: they travel as the activations are (bf16 under autocast)
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class Precision(str, Enum):
+    """What weights and activations are computed in. Routers, and sums of gradients over ranks, are fp32 under all."""
+
+    fp32 = "fp32"
+    bf16_mixed = "bf16_mixed"  # fp32 weights, matrix products under autocast
+    bf16_params = (
+        "bf16_params"  # bf16 weights and activations in every layer, made of fp32 shards that the optimizer has
+    )
+
+
+class Checkpointing(str, Enum):
+    """What is computed again in backward instead of being kept."""
+
+    none = "none"
+    full = "full"  # every layer, exchanges too
+    keep_exchanges = "keep_exchanges"  # every layer, but what was received and chosen is kept: nothing is sent again
+
+
+class Compiled(str, Enum):
+    """What goes through torch.compile."""
+
+    none = "none"
+    regions = "regions"  # the graphs that replaced FFNs or experts
 
 
 @dataclass(kw_only=True)
@@ -369,17 +394,21 @@ class OnNan(str, Enum):
 class TrainerConfig:
     """`trainer`: the run.
 
-    max_steps: optimizer steps. log_interval, val_interval: optimizer steps between rows and between validations.
-    timeout_s: of a collective; a rank that hangs is found after it. threads_per_rank: CPU threads of a rank.
-    progress_bar: a bar on a terminal, else lines. save_checkpoint: at the end. save_interval: optimizer steps between
-    checkpoints (0: only at the end). keep_last: newest checkpoints that are kept (0: all). async_save: write them in
-    the background. resume: `auto` (the latest checkpoint of this run directory, if there is one), or a run directory or
-    checkpoint to go on from (null: a new run). max_restarts: how often a run that lost a rank goes on from its latest
-    checkpoint by itself. on_nan: what happens when a loss or a gradient is not finite.
-    baseline: `dense` trains the dense model too, and shows both side by side.
+    max_steps: optimizer steps. precision: of weights and arithmetic. checkpointing: activations that are computed again
+    in backward. compile: what goes through torch.compile. log_interval, val_interval: optimizer steps between rows and
+    between validations. timeout_s: of a collective; a rank that hangs is found after it. threads_per_rank: CPU threads
+    of a rank. progress_bar: a bar on a terminal, else lines. save_checkpoint: at the end. save_interval: optimizer
+    steps between checkpoints (0: only at the end). keep_last: newest checkpoints that are kept (0: all). async_save:
+    write them in the background. resume: `auto` (the latest checkpoint of this run directory, if there is one), or a
+    run directory or checkpoint to go on from (null: a new run). max_restarts: how often a run that lost a rank goes on
+    from its latest checkpoint by itself. on_nan: what happens when a loss or a gradient is not finite. baseline:
+    `dense` trains the dense model too, and shows both side by side.
     """
 
     max_steps: int = 100
+    precision: Precision = Precision.fp32
+    checkpointing: Checkpointing = Checkpointing.keep_exchanges
+    compile: Compiled = Compiled.none
     log_interval: int = 10
     val_interval: int = 100
     timeout_s: int = 120

@@ -10,9 +10,10 @@ Legend: V vocabulary, B sequences of a micro-batch, S tokens of a sequence.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from moecompile.plan import DispatchPlan, ExpertPlacement, Plan, reductions
 from moecompile.runtime.data import IGNORED
 from moecompile.runtime.module import LanguageModule
 from moecompile.schema import Config, accumulation_steps, mesh_spec
+from moecompile.torch_private import in_backward
 
 _EXPERT_STD, _ROUTER_STD = 0.1, 0.5
 Batch = dict[str, Tensor]
@@ -36,9 +38,10 @@ class Trace:
 
     losses: cross entropy per optimizer step, nats per token. norms: global gradient norm before clipping, per step.
     loads: tokens per expert of every layer, per step. outputs: logits of each micro-batch of step 0, in evaluation
-    mode. inputs: token ids of every micro-batch. routes: router -> chosen experts (sorted) of each micro-batch of
-    step 0. grads: gradients of step 0, before clipping. weights: parameters and buffers after the last step. restored:
-    the same after a checkpoint was loaded into spoiled weights (N ranks only).
+    mode. inputs: token ids of every micro-batch. routes: router -> experts (sorted) of each micro-batch of step 0;
+    choices: the same before drops, as the router made them; flips: how many tokens it would have sent elsewhere where
+    choices are replayed. grads: gradients of step 0, before clipping. weights: parameters and buffers after the last
+    step. restored: the same after a checkpoint was loaded into spoiled weights (N ranks only).
     """
 
     losses: list[float] = field(default_factory=list)
@@ -47,6 +50,8 @@ class Trace:
     outputs: list[Tensor] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     routes: dict[str, list[Tensor]] = field(default_factory=dict)
+    choices: dict[str, list[Tensor]] = field(default_factory=dict)
+    flips: int = 0
     grads: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     restored: dict[str, Tensor] = field(default_factory=dict)
@@ -139,17 +144,56 @@ def evaluated(module: LanguageModule, batch: Batch) -> Tensor:
 
 @contextmanager
 def recorded_routes(model: nn.Module, trace: Trace) -> Iterator[None]:
-    """Adds the experts that every router chooses for this micro-batch, sorted within a token, to `trace.routes`."""
+    """Adds what every router chooses for this micro-batch to `trace.routes` and `trace.choices`.
 
-    def hook(name: str, output: tuple[Tensor, Tensor]) -> None:
-        trace.routes.setdefault(name, []).append(output[1].detach().sort(dim=1).values.clone())
+    A forward that backward runs again adds nothing.
+    """
 
-    handles = [
-        router.register_forward_hook(lambda _module, _args, output, name=name: hook(name, output))
-        for name, router in routers(model)
-    ]
+    def add(found: dict[str, list[Tensor]], name: str, ids: Tensor) -> None:
+        if not in_backward():
+            found.setdefault(name, []).append(ids.detach().clone())
+
+    with ExitStack() as stack:
+        for name, router in routers(model):
+            stack.enter_context(_watched(router, partial(add, trace.choices, name)))
+            handle = router.register_forward_hook(
+                lambda _module, _args, output, name=name: add(trace.routes, name, output[1].sort(dim=1).values)
+            )
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def replayed_routes(model: nn.Module, choices: Mapping[str, Tensor], trace: Trace) -> Iterator[None]:
+    """Lets every router choose what it is told for this micro-batch, and counts in `trace.flips` where it would not.
+
+    Where experts choose tokens there is nothing to tell.
+    """
+
+    def told(name: str, ids: Tensor) -> Tensor:
+        wanted = choices[name]
+        trace.flips += int((ids.sort(dim=1).values != wanted.sort(dim=1).values).any(1).sum())
+        return wanted
+
+    with ExitStack() as stack:
+        for name, router in routers(model):
+            if name in choices:
+                stack.enter_context(_watched(router, partial(told, name)))
+        yield
+
+
+@contextmanager
+def _watched(router: Router, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """`see` gets what the router chooses, and may choose something else."""
+    choose = router.choose
+
+    def watched(scores_TE: Tensor) -> Tensor:
+        ids = choose(scores_TE)
+        seen = see(ids)
+        return ids if seen is None else seen
+
+    router.choose = watched  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        router.choose = choose  # type: ignore[method-assign]

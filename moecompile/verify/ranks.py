@@ -115,6 +115,7 @@ class _Recorder(StepObserver):
     def ended(self, module: LanguageModule) -> None:
         """Routes of all ranks."""
         self.trace.routes = {name: _in_order(ids, len(ids)) for name, ids in self.trace.routes.items()}
+        self.trace.choices = {name: _in_order(ids, len(ids)) for name, ids in self.trace.choices.items()}
 
 
 def full(tensor: Tensor) -> Tensor:

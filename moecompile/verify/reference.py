@@ -1,48 +1,60 @@
 """The reference: one process that runs the micro-batches of all ranks in order, as accumulation.
 
-Independent of what it judges: plain autograd, torch's own clipping and no exchange, no FSDP, no strategy. Of moecompile
-it uses the rewritten model, the optimizer's settings and the balance rule.
+Independent of what it judges: plain autograd, torch's own clipping and no exchange, no FSDP, no strategy, nothing
+computed again. Of moecompile it uses the rewritten model, the optimizer's settings and the balance rule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from moecompile.nn import auxiliary_loss, set_random_key, update_balance
+from moecompile.nn import auxiliary_loss, routers_of, set_random_key, update_balance
 from moecompile.runtime.data import IGNORED
 from moecompile.runtime.module import LanguageModule
-from moecompile.schema import Config
-from moecompile.verify.job import Batch, Trace, evaluated, recorded_routes
+from moecompile.schema import Config, Precision
+from moecompile.verify.job import Batch, Trace, evaluated, recorded_routes, replayed_routes
 
 
-def run_reference(model: nn.Module, config: Config, batches: Sequence[Batch]) -> Trace:
+def run_reference(
+    model: nn.Module, config: Config, batches: Sequence[Batch], choices: Mapping[str, Sequence[Tensor]] | None = None
+) -> Trace:
     """Runs `trainer.max_steps` optimizer steps over `batches`, an equal number of them per step.
 
     Args:
         model: lowered for one process.
         batches: every micro-batch of the run, in global order.
+        choices: what each router chooses in step 0, by micro-batch; None: what it finds itself.
     """
     trace, module = Trace(), LanguageModule(model, config.optimizer, config.trainer.max_steps)
+    arithmetic = _Arithmetic(module, config.trainer.precision)
     steps = config.trainer.max_steps
     per_step = len(batches) // steps
     trace.inputs = [batch["input_ids"] for batch in batches]
-    trace.outputs = [evaluated(module, batch) for batch in batches[:per_step]]
+    with arithmetic.autocast():
+        trace.outputs = [evaluated(arithmetic.module, batch) for batch in batches[:per_step]]
     configured = module.configure_optimizers()
     optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
-    module.train()
+    arithmetic.module.train()
     for step in range(steps):
         optimizer.zero_grad()
         loss_sum, count = 0.0, 0
         for i, batch in enumerate(batches[step * per_step : (step + 1) * per_step]):
-            set_random_key(model, config.seed, step, i)
+            told = {name: ids[i] for name, ids in (choices or {}).items()} if step == 0 else {}
+            set_random_key(arithmetic.module, config.seed, step, i)
             num_tokens = int((batch["labels"] != IGNORED).sum())
-            with recorded_routes(model, trace if step == 0 else Trace()):
-                loss, _ = module.summed_loss(batch)
-            aux = auxiliary_loss(model)
+            with (
+                arithmetic.autocast(),
+                replayed_routes(arithmetic.module.model, told, trace),
+                recorded_routes(arithmetic.module.model, trace if step == 0 else Trace()),
+            ):
+                loss, _ = arithmetic.module.summed_loss(batch)
+            aux = auxiliary_loss(arithmetic.module)
             (loss if aux is None else loss + num_tokens * aux).backward()
+            arithmetic.add_gradients()
             loss_sum, count = loss_sum + float(loss.detach()), count + num_tokens
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -52,9 +64,50 @@ def run_reference(model: nn.Module, config: Config, batches: Sequence[Batch]) ->
         clip = config.optimizer.clip_norm
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf") if clip is None else clip)
         optimizer.step()
+        arithmetic.follow()
         scheduler.step()
-        trace.loads += [layer.load for layer in update_balance(model)]
+        trace.loads += [layer.load for layer in update_balance(arithmetic.module)]
         trace.losses.append(loss_sum / count)
         trace.norms.append(float(norm))
     trace.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     return trace
+
+
+class _Arithmetic:
+    """What a precision means for one process.
+
+    module: what runs: the given one, or with `bf16_params` a copy of it whose weights, but those of routers, are
+    rounded to bf16. Its gradients are added up in the given one's precision.
+    """
+
+    def __init__(self, given: LanguageModule, precision: Precision) -> None:
+        self.precision, self.given, self.module = precision, given, given
+        if precision is Precision.bf16_params:
+            self.module = copy.deepcopy(given)
+            kept = {parameter for _, router in routers_of(self.module) for parameter in router.parameters()}
+            for parameter in self.module.parameters():
+                if parameter not in kept:
+                    parameter.data = parameter.data.bfloat16()
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision is Precision.bf16_mixed)
+
+    def add_gradients(self) -> None:
+        """After a backward."""
+        for ours, theirs in self._pairs():
+            if theirs.grad is not None:
+                grad = theirs.grad.to(ours.dtype)
+                ours.grad = grad if ours.grad is None else ours.grad + grad
+                theirs.grad = None
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """After an optimizer step."""
+        for ours, theirs in self._pairs():
+            theirs.copy_(ours)
+
+    def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        if self.module is self.given:
+            return []
+        return list(zip(self.given.parameters(), self.module.parameters(), strict=True))

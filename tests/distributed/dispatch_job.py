@@ -236,7 +236,13 @@ def recount(case: Case, rank: int) -> dict[int, int]:
     assignment = max(width, 4) + 2
     links = [_Links(case.ids(peer).tolist(), case) for peer in peers]
     sent: Counter[int] = Counter(dict.fromkeys(range(case.mesh.ep), 0))
-    count = {"flat": _flat, "dedup": _dedup, "hierarchical": _hierarchical, "allgather": _allgather}[case.kind]
+    count = {
+        "flat": _flat,
+        "dedup": _dedup,
+        "hierarchical": _hierarchical,
+        "allgather": _allgather,
+        "local": _local,
+    }[case.kind]
     for peer, rows, assignments, numbers in count(case, links, me):
         sent[peer] += rows * row + assignments * assignment + 8 * numbers
     return {peers[position]: number for position, number in sent.items()}
@@ -256,6 +262,10 @@ class _Links:
 
 
 Messages = Iterable[tuple[int, int, int, int]]  # to peer, rows, assignments, int64 numbers
+
+
+def _local(case: Case, links: list[_Links], me: int) -> Messages:
+    return ()
 
 
 def _flat(case: Case, links: list[_Links], me: int) -> Messages:
@@ -318,11 +328,18 @@ def errors_of(
     """For each case the largest absolute errors, and how many bytes differ from a recount (`bytes`)."""
     found = []
     for case, (got, sent) in zip(cases, results_of(cases, rank, change), strict=True):
-        wanted, counted = reference(case, rank, travel), recount(case, rank)
-        errors = {name: error(got[name], wanted[name]) for name in wanted}
-        errors["bytes"] = float(sum(abs(sent.get(peer, 0) - counted.get(peer, 0)) for peer in {*sent, *counted}))
-        found.append(errors)
+        found.append(compare(case, rank, got, sent, travel))
     return found
+
+
+def compare(
+    case: Case, rank: int, got: Results, sent: dict[int, int], travel: Travel = lambda rows: rows
+) -> dict[str, float]:
+    """Largest absolute errors against the plain layer, and how many bytes differ from a recount."""
+    wanted, counted = reference(case, rank, travel), recount(case, rank)
+    errors = {name: error(got[name], wanted[name]) for name in wanted}
+    errors["bytes"] = float(sum(abs(sent.get(peer, 0) - counted.get(peer, 0)) for peer in {*sent, *counted}))
+    return errors
 
 
 def error(got: Tensor | None, wanted: Tensor) -> float:

@@ -54,6 +54,7 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "balanced_ids": lambda _: (values(8, 8).detach(), 3, 4, 2),
     "permute": lambda _: (values(3, 4), IDS_TK, 4),
     "permute: dropped": lambda _: (values(3, 4), DROPPED_TK, 4, False),
+    "permute: counted": lambda _: (values(3, 4), DROPPED_TK, 4, False, torch.tensor([[[2], [1]], [[0], [0]]])),
     "sum_slots": lambda _: (values(6, 4).detach(), ORDER_R, 3, 2),
     "sum_slots: dropped": lambda _: (values(3, 4).detach(), KEPT_R, 3, 2),
     "unpermute": lambda _: (values(6, 4), ORDER_R, values(3, 2)),
@@ -83,8 +84,8 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     ),
     "expert_bias": lambda _: (values(4, 5), COUNTS_E, values(6, 4).detach()),
     "sum_experts": lambda _: (values(6, 5).detach(), COUNTS_E),
-    "pack_rows": lambda _: (values(3, 4), IDS_TK, values(3, 2), 4, 2),
-    "pack_rows: dropped": lambda _: (values(3, 4), DROPPED_TK, values(3, 2), 4, 2, False),
+    "count_experts": lambda _: (DROPPED_TK, 4),
+    "count_rows": lambda _: (IDS_TK, 4, 2),
     "sum_rows": lambda _: (values(5, 4).detach(), torch.tensor([0, 2, 0, 1, 2]), 3),
     "expand_rows": lambda _: (values(2, 4), values(4), torch.tensor([1, 2, 1, 4], dtype=torch.int16), 3),
     "reduce_rows": lambda _: (values(4, 4), values(4), torch.tensor([0, 1, 0, 1]), values(2, 4).detach()),
@@ -92,7 +93,7 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "count_hops": lambda _: (IDS_TK, 4, 2, 2),
     "onward_counts": lambda _: (torch.tensor([[9, 9, 1, 2, 3, 4], [9, 9, 5, 6, 7, 8]]),),
     "read_tables": lambda _: tuple(torch.arange(n).view(2, -1) for n in (12, 12, 4, 4)),
-    "pack_hop": lambda _: (
+    "pack_rows": lambda _: (
         values(3, 4), values(3, 2), torch.tensor([5, 0, 5, 2, 1, 4]), 4, 2, torch.tensor([[[3, 3], [3, 3]]] * 2),
     ),
     "count_gathered": lambda _: (IDS_TK, 4, 2),
@@ -133,9 +134,9 @@ def test_torch_checks(name: str, axis: str) -> None:
 
 DIFFERENTIABLE = [
     "flatten_tokens", "unflatten_tokens", "router_logits", "router_logits: bias", "permute", "permute: dropped",
-    "unpermute", "unpermute: dropped", "pack_rows: dropped", "regroup", "ungroup", "grouped_mm",
+    "unpermute", "permute: counted", "unpermute: dropped", "regroup", "ungroup", "grouped_mm",
     "expert_bias", "pack_rows", "expand_rows", "reduce_rows", "combine_rows", "all_to_all", "exchange_assignments",
-    "pack_hop", "pad_tokens", "trim_tokens", "take_local", "wire_cast", "wire_uncast", "all_gather", "reduce_scatter",
+    "pad_tokens", "trim_tokens", "take_local", "wire_cast", "wire_uncast", "all_gather", "reduce_scatter",
     "gather_assignments", "expert_ffn", "sort_assignments", "sort_assignments: dropped", "sort_received",
     "sort_gathered",
 ]  # fmt: skip

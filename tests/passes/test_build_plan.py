@@ -304,6 +304,20 @@ def test_narrow_rows_are_planned_and_estimated(kind: str) -> None:
     assert plan("dispatch.wire_dtype=bf16").layers[0].dispatch.wire_dtype == "auto"  # nothing travels
 
 
+def test_under_autocast_rows_travel_as_experts_round_them() -> None:
+    for precision, wire_dtype, wanted in (
+        ("bf16_mixed", "auto", "bf16"),
+        ("bf16_mixed", "fp32", "fp32"),
+        ("bf16_params", "auto", "auto"),
+    ):
+        found = plan(*EP4, f"trainer.precision={precision}", f"dispatch.wire_dtype={wire_dtype}")
+        assert found.layers[0].dispatch.wire_dtype == wanted
+    wide, narrow = (
+        plan(*EP4, f"trainer.precision={p}").estimate.bytes_per_token_per_layer for p in ("fp32", "bf16_params")
+    )
+    assert 0.5 <= narrow.inter_node / wide.inter_node < 0.55
+
+
 def test_groups_resolve_to_the_nodes_once() -> None:
     routing = plan(*EP4, "routing.max_nodes=1").layers[0].routing
     assert (routing.groups, routing.top_groups) == (2, 1)

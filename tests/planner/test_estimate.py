@@ -21,11 +21,12 @@ from moecompile.plan import (
     RoutingPlan,
     Traffic,
 )
-from moecompile.planner import ModelFacts, Wire, estimate, forward_traffic
+from moecompile.planner import ModelFacts, RunFacts, Wire, estimate, forward_traffic
 from moecompile.planner.params import ffn_params, model_params
 
 # Two layers of 50 + ffn parameters, ffn = 3 * 8 * 16 = 384, and a tied embedding of 100 * 8.
 FACTS = ModelFacts(params_total=1668, params_embedding=800, num_layers=2, vocab_size=100)
+RUN = RunFacts(tokens_per_rank=10)
 ONE_RANK = MeshSpec()
 FOUR_RANKS = MeshSpec(num_nodes=2, ranks_per_node=2, ep=4)
 
@@ -67,19 +68,19 @@ def test_ffn_params(kind: str, bias: bool, expected: int) -> None:
 
 
 def test_params_total_and_active() -> None:
-    found = estimate([layer()], ONE_RANK, FACTS, tokens_per_rank=10, memory_bytes=1e9)
+    found = estimate([layer()], ONE_RANK, FACTS, RUN, memory_bytes=1e9)
     assert found.params_total == 1668 - 384 + 4 * 384 + 4 * 8
     assert found.params_active == 1668 - 384 + 2 * 384 + 4 * 8
 
 
 def test_the_shared_expert_is_always_active() -> None:
-    found = estimate([layer(d_expert=8, d_shared=8)], ONE_RANK, FACTS, tokens_per_rank=10, memory_bytes=1e9)
+    found = estimate([layer(d_expert=8, d_shared=8)], ONE_RANK, FACTS, RUN, memory_bytes=1e9)
     assert found.params_total == 1668 - 384 + 4 * 192 + 192 + 4 * 8
     assert found.params_active == 1668 - 384 + 2 * 192 + 192 + 4 * 8
 
 
 def test_one_rank_shards_nothing() -> None:
-    found = estimate([layer()], ONE_RANK, FACTS, tokens_per_rank=10, memory_bytes=1e9)
+    found = estimate([layer()], ONE_RANK, FACTS, RUN, memory_bytes=1e9)
     params = 1284 + 1536 + 32
     numbers = 2 * 12 * 8 + 3 * 100 + (2 * (2 * 8 + 4 * 16) + 2 * 4) + 4 * 16  # residuals, logits, MoE and dense layer
     assert found.memory_bytes_per_rank == MemoryEstimate(
@@ -89,7 +90,7 @@ def test_one_rank_shards_nothing() -> None:
 
 
 def test_four_ranks_shard_and_gather() -> None:
-    found = estimate([layer(4, "flat")], FOUR_RANKS, FACTS, tokens_per_rank=10, memory_bytes=1e9)
+    found = estimate([layer(4, "flat")], FOUR_RANKS, FACTS, RUN, memory_bytes=1e9)
     own = 1284 // 4 + 1536 // 4
     unsharded = 800 + (1668 - 800 - 384) // 2 + 1536 // 4  # root, dense part of a layer, the rank's experts
     memory = found.memory_bytes_per_rank
@@ -100,36 +101,72 @@ def test_four_ranks_shard_and_gather() -> None:
 
 def test_replicas_are_not_sharded_over() -> None:
     mesh = MeshSpec(num_nodes=2, ranks_per_node=2, ep=2, dp_replicate=2)
-    found = estimate([layer(2, "flat")], mesh, FACTS, tokens_per_rank=10, memory_bytes=1e9)
+    found = estimate([layer(2, "flat")], mesh, FACTS, RUN, memory_bytes=1e9)
     assert found.memory_bytes_per_rank.optimizer == 8 * (1284 // 2 + 1536 // 2 + 32)
 
 
 def test_bf16_halves_all_but_optimizer_and_router() -> None:
     wide, narrow = (
-        estimate([layer()], ONE_RANK, replace(FACTS, bytes_per_param=size), tokens_per_rank=10, memory_bytes=1e9)
+        estimate(
+            [layer()],
+            ONE_RANK,
+            replace(FACTS, bytes_per_param=size),
+            replace(RUN, compute_bytes=size),
+            memory_bytes=1e9,
+        )
         for size in (4, 2)
     )
     assert narrow.memory_bytes_per_rank.weights == 2 * (1284 + 1536) + 4 * 32
     assert narrow.memory_bytes_per_rank.optimizer == wide.memory_bytes_per_rank.optimizer
 
 
+def test_accumulation_keeps_the_gradients_of_everything_until_they_are_reduced() -> None:
+    one, four = (
+        estimate([layer(4, "flat")], FOUR_RANKS, FACTS, replace(RUN, accumulation=n), memory_bytes=1e9) for n in (1, 4)
+    )
+    own = 1284 // 4 + 1536 // 4
+    assert four.memory_bytes_per_rank.grads == 4 * (own + 32 + 1284 + 1536 // 4)
+    assert replace(four.memory_bytes_per_rank, grads=one.memory_bytes_per_rank.grads) == one.memory_bytes_per_rank
+
+
+def test_layers_that_are_computed_again_keep_their_inputs_and_what_was_received() -> None:
+    moe, rows = 12 * 8 + (2 * (2 * 8 + 4 * 16) + 2 * 4), 2 * 2 * 8  # top-2: two rows there, two back
+    for checkpointing, kept in (("full", 0), ("keep_exchanges", rows)):
+        run = replace(RUN, checkpointing=checkpointing)
+        found = estimate([layer(4, "flat")], FOUR_RANKS, FACTS, run, memory_bytes=1e9)
+        assert found.memory_bytes_per_rank.activations == 4 * 10 * (3 * 100 + 2 * 8 + kept + moe)
+        again = found.bytes_per_token_per_layer if checkpointing == "full" else Traffic(intra_node=0.0, inter_node=0.0)
+        assert found.resent_bytes_per_token_per_layer == again
+
+
+def test_bf16_parameters_are_gathered_narrow_and_stored_wide() -> None:
+    wide, narrow = (
+        estimate([layer(4, "flat")], FOUR_RANKS, FACTS, replace(RUN, compute_bytes=size), memory_bytes=1e9)
+        for size in (4, 2)
+    )
+    unsharded = 800 + (1668 - 800 - 384) // 2 + 1536 // 4
+    assert wide.memory_bytes_per_rank.weights - narrow.memory_bytes_per_rank.weights == 2 * unsharded
+    assert narrow.memory_bytes_per_rank.optimizer == wide.memory_bytes_per_rank.optimizer
+    assert 2 * narrow.memory_bytes_per_rank.activations == wide.memory_bytes_per_rank.activations
+
+
 def test_fits_means_no_more_than_the_memory() -> None:
-    total = estimate([layer()], ONE_RANK, FACTS, tokens_per_rank=10, memory_bytes=0).memory_bytes_per_rank.total
+    total = estimate([layer()], ONE_RANK, FACTS, RUN, memory_bytes=0).memory_bytes_per_rank.total
     for memory, fits in ((total - 1, False), (total, True)):
-        assert estimate([layer()], ONE_RANK, FACTS, tokens_per_rank=10, memory_bytes=memory).fits is fits
+        assert estimate([layer()], ONE_RANK, FACTS, RUN, memory_bytes=memory).fits is fits
 
 
 def test_traffic_is_the_mean_over_layers() -> None:
     layers = [layer(4, "flat"), layer(4, "dedup")]
     wire = Wire(d_model=8, tokens_per_rank=10)
     flat, dedup = (forward_traffic(x.dispatch.kind, x.placement, x.routing, FOUR_RANKS, wire) for x in layers)
-    found = estimate(layers, FOUR_RANKS, FACTS, tokens_per_rank=10, memory_bytes=1e9).bytes_per_token_per_layer
+    found = estimate(layers, FOUR_RANKS, FACTS, RUN, memory_bytes=1e9).bytes_per_token_per_layer
     assert found.inter_node == pytest.approx((flat.inter_node + dedup.inter_node) / 2)
     assert found.intra_node == pytest.approx((flat.intra_node + dedup.intra_node) / 2)
 
 
 def test_a_plan_without_layers_is_the_dense_model() -> None:
-    found = estimate([], FOUR_RANKS, FACTS, tokens_per_rank=10, memory_bytes=1e9)
+    found = estimate([], FOUR_RANKS, FACTS, RUN, memory_bytes=1e9)
     assert found.params_total == found.params_active == FACTS.params_total
     assert found.bytes_per_token_per_layer == Traffic(intra_node=0.0, inter_node=0.0)
 
@@ -163,7 +200,7 @@ def existing(num_experts: int = 4, d_ff: int = 16) -> LayerPlan:
 def test_experts_of_the_model_are_counted_once() -> None:
     """2000 parameters, of which one layer's experts are 4 * 384: nothing is added, and a token uses two of them."""
     facts = replace(FACTS, params_total=2000)
-    found = estimate([existing()], ONE_RANK, facts, tokens_per_rank=10, memory_bytes=1e9)
+    found = estimate([existing()], ONE_RANK, facts, RUN, memory_bytes=1e9)
     assert found.params_total == 2000
     assert found.params_active == 2000 - 2 * 384
     params = model_params([existing()], facts)

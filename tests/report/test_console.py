@@ -24,7 +24,7 @@ from moecompile.plan import (
     RoutingPlan,
     reductions,
 )
-from moecompile.planner import ModelFacts, estimate
+from moecompile.planner import ModelFacts, RunFacts, estimate
 from moecompile.report.console import print_passes, print_plan, print_result, print_sites
 
 COLUMNS = 80
@@ -64,7 +64,7 @@ def deepseek_v3() -> Plan:
         for i in range(3, 61)
     ]  # fmt: skip
     facts = ModelFacts(params_total=42 * 10**9, params_embedding=2 * 10**9, num_layers=61, vocab_size=129280)
-    predicted = estimate(layers, mesh, facts, tokens_per_rank=4096, memory_bytes=80 * 2**30)
+    predicted = estimate(layers, mesh, facts, RunFacts(tokens_per_rank=4096), memory_bytes=80 * 2**30)
     return Plan(mesh=mesh, layers=tuple(layers), reductions=reductions(mesh), estimate=predicted)
 
 

@@ -77,6 +77,12 @@ def loads_counted_twice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(strategy, "update_balance", wrong)
 
 
+def loads_counted_again_in_recomputation(patch: pytest.MonkeyPatch) -> None:
+    from moecompile.ops import tokens
+
+    patch.setattr(tokens, "in_backward", lambda: False)
+
+
 def loads_of_one_rank(patch: pytest.MonkeyPatch) -> None:
     from moecompile.runtime import strategy
 
@@ -113,6 +119,20 @@ def experts_lost_in_checkpoint(patch: pytest.MonkeyPatch) -> None:
             with torch.no_grad():
                 for parameter in filter(_is_expert, self.model.parameters()):
                     parameter.to_local().zero_()
+        right(self, checkpoint, filepath, storage_options)
+
+    patch.setattr(ExpertParallelStrategy, "save_checkpoint", wrong)
+
+
+def experts_of_rank_0_in_checkpoint(patch: pytest.MonkeyPatch) -> None:
+    from moecompile.runtime.strategy import ExpertParallelStrategy
+
+    right = ExpertParallelStrategy.save_checkpoint
+
+    def wrong(self: Any, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
+        with torch.no_grad():
+            for parameter in filter(_is_expert, self.model.parameters()):
+                dist.broadcast(parameter.to_local(), src=0)
         right(self, checkpoint, filepath, storage_options)
 
     patch.setattr(ExpertParallelStrategy, "save_checkpoint", wrong)
@@ -162,11 +182,13 @@ MUTATIONS: dict[Patch, str] = {
     divided_by_own_tokens: "gradients of dense",
     norm_of_one_rank: "gradient norm",
     loads_counted_twice: "loads",
+    loads_counted_again_in_recomputation: "loads",
     loads_of_one_rank: "loads",
     same_batch_on_peers: "micro-batches",
     experts_swapped: "outputs",
     experts_of_rank_0_everywhere: "outputs",
     experts_lost_in_checkpoint: "checkpoint round trip",
+    experts_of_rank_0_in_checkpoint: "checkpoint round trip",
     idle_experts_without_gradient: "gradients on one side only",
     aux_loss_not_flowing: "gradients of router",
     aux_loss_times_ep: "gradients of router",

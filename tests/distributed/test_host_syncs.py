@@ -1,0 +1,75 @@
+"""The host waits for the device once a layer and forward, for the split sizes, and never in backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from moecompile.mesh import MeshSpec
+from moecompile.ops import grouped
+from moecompile.passes.shard import bind_axes, device_mesh_of
+from tests.distributed import dispatch_job as job
+from tests.distributed.device import DeviceTensor, HostWaits
+from tests.distributed.dispatch_job import Case
+from tests.distributed.harness import run_distributed_test
+
+SPEC = MeshSpec(num_nodes=2, ranks_per_node=2, ep=4)
+CASES = [
+    Case(kind=kind, mesh=SPEC, experts_per_rank=2, top_k=3, tokens=(5, 7, 0, 6), routing=routing, seed=4)
+    for kind in job.KINDS
+    for routing in ("uniform", "drops")
+]  # fmt: skip
+
+
+def _waits(rank: int, world_size: int) -> list[tuple[list[str], list[str], bool]]:
+    """For each case: waits in forward and in backward, and whether the result is that of plain tensors."""
+    modules = nn.ModuleList(job.lowered(case, rank) for case in CASES)
+    bind_axes(modules, device_mesh_of(SPEC, "cpu"), SPEC.nodes_per_ep_group)
+    segments = grouped._segments  # the plain loop of matmuls stands for a kernel that takes the counts from the device
+    grouped._segments = lambda counts: segments(getattr(counts, "held", counts))
+    found = []
+    for case, module in zip(CASES, modules, strict=True):
+        wanted, _ = job.run(module, case, rank)
+        x, weights, grad = (DeviceTensor(tensor) for tensor in case.inputs(rank))
+        with HostWaits():
+            for name, parameter in list(module.experts.named_parameters()):
+                setattr(module.experts, name, nn.Parameter(DeviceTensor(parameter.detach())))
+        with HostWaits() as forward:
+            out = module(x.requires_grad_(), DeviceTensor(case.ids(rank)), weights.requires_grad_())
+        with HostWaits() as backward:
+            out.backward(grad)
+        same = torch.equal(out.held.detach(), wanted["output"]) and torch.equal(x.grad.held, wanted["x"])
+        found.append((forward.found, backward.found, same))
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> list[list[tuple[list[str], list[str], bool]]]:
+    return run_distributed_test(_waits, 4, timeout_s=60)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{case.kind}-{case.routing}" for case in CASES])
+def test_one_wait_a_layer(number: int, found: list[list[tuple[list[str], list[str], bool]]]) -> None:
+    for by_case in found:
+        forward, backward, same = by_case[number]
+        assert forward == ["aten::to"]  # the table of split sizes
+        assert backward == []
+        assert same
+
+
+def test_every_way_to_wait_is_seen() -> None:
+    """Else the count would say nothing."""
+    numbers = torch.tensor([3, 0, 2])
+    ways = {
+        "item": lambda t: int(t.sum()), "tolist": lambda t: t.tolist(), "cpu": lambda t: t.cpu(),
+        "mask": lambda t: t[t > 0], "nonzero": lambda t: t.nonzero(), "if": lambda t: bool(t.any()),
+        "repeat": lambda t: t.repeat_interleave(t), "select": lambda t: t.masked_select(t > 0),
+    }  # fmt: skip
+    for name, way in ways.items():
+        with HostWaits() as waits:
+            way(DeviceTensor(numbers))
+        assert waits.found, name
+    with HostWaits() as waits:
+        DeviceTensor(numbers).sort().values.cumsum(0)
+    assert not waits.found
