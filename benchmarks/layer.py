@@ -22,16 +22,9 @@ import copy
 import json
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-
-# glibc would map large buffers anew at every step; what workers of moecompile run with.
-HEAP = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**30), "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30), "OMP_NUM_THREADS": "1"}
-if __name__ == "__main__" and any(os.environ.get(name) != value for name, value in HEAP.items()):
-    import sys
-
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **HEAP})
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +33,10 @@ from torch.nn import functional as F
 from moecompile.ops import native
 from moecompile.pipeline import compile_with_report
 
+# glibc would map large buffers anew at every step; what workers of moecompile run with.
+HEAP = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**30), "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30), "OMP_NUM_THREADS": "1"}
 HIDDEN = 512
 SIZES = ("8,2,1024,4096", "64,6,256,4096", "64,6,256,512", "128,8,512,4096")
-Layer = Callable[[Tensor], Tensor]
 
 
 class Dense(nn.Module):
@@ -169,6 +163,8 @@ def main() -> None:
     parser.add_argument("--no-eager", action="store_true")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     arguments = parser.parse_args()
+    if any(os.environ.get(name) != value for name, value in HEAP.items()):  # libraries read them when they start
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **HEAP})
     torch.set_num_threads(1)
     rows = []
     print(f"{'experts, top-k, width, tokens':30} {'layer':12} {'CPU ms':>9} {'x dense':>8}")
