@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -569,3 +571,20 @@ def test_the_plan_counts_the_parameters_that_the_model_gets() -> None:
     estimate = moecompile.plan_of(model).estimate
     assert estimate is not None
     assert estimate.params_total == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("build", [TinyGPT, lambda: nn.Sequential(InOneModule(), UpDown())])
+def test_no_dense_weight_outlives_the_compilation(build: Callable[[], nn.Module]) -> None:
+    """Not in the captured graphs that are kept to be shown, and not in the record of the forward."""
+    model = build()
+    example = ids() if isinstance(model, TinyGPT) else tokens()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    alive = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
+    compiled = compile_with_report(model, COPY, example=example)
+    del model
+    gc.collect()
+    kept = {id(parameter) for parameter in compiled.model.parameters()}
+    assert {name for name, reference in alive.items() if reference() is not None} == {
+        names[i] for i in kept if i in names
+    }
+    assert sum(reference() is None for reference in alive.values()) == 8 if example.dtype == torch.int64 else 12
