@@ -50,6 +50,9 @@ class ExistingExperts(nn.Module):
                 rows_RD, source_R, weights_R, counts_E, given["gate_up_proj"], given["down_proj"]
             )
             return fused[0]
+        return self._experts(rows_RD, counts_E, given)
+
+    def _experts(self, rows_RD: Tensor, counts_E: Tensor, given: dict[str, Tensor]) -> Tensor:
         if "gate_up_proj" in given:
             hidden_RF = self.gate(self._project(rows_RD, counts_E, "gate_up_proj", given))
         else:
@@ -78,6 +81,25 @@ class ExistingExperts(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.num_experts} experts, weights {', '.join(self.names)}"
+
+
+class MatrixExperts(ExistingExperts):
+    """Experts whose projections are one matrix each, (E F, D): gate, up and down (DBRX).
+
+    Args:
+        num_experts, names: as above. own: the model's module with an `activation_fn`, without its parameters.
+    """
+
+    def __init__(self, num_experts: int, own: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__(num_experts, own, names, transposed=False)
+
+    def _experts(self, rows_RD: Tensor, counts_E: Tensor, given: dict[str, Tensor]) -> Tensor:
+        gate_EFD, up_EFD, down_EFD = (given[name].unflatten(0, (counts_E.shape[0], -1)) for name in self.names)
+        grouped_mm = torch.ops.moecompile.grouped_mm
+        hidden_RF = self._own("activation_fn", grouped_mm(rows_RD, gate_EFD, counts_E))
+        hidden_RF = hidden_RF * grouped_mm(rows_RD, up_EFD, counts_E)
+        out: Tensor = grouped_mm(hidden_RF, down_EFD.transpose(1, 2), counts_E)
+        return out
 
 
 class OneHotIds(nn.Module):

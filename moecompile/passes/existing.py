@@ -26,6 +26,7 @@ from moecompile.nn.existing import (
     ExistingExperts,
     ExistingMeter,
     IdentityExperts,
+    MatrixExperts,
     OneHotIds,
     WideWeights,
     without_parameters,
@@ -86,7 +87,8 @@ class RewriteExisting:
         root["meter"] = _meter(region, layer)
         graph.call_module("meter", (ids,))
         # Step 3
-        permuted = graph.call_function(ops.permute, (hidden, ids, match.num_experts, False))
+        tokens = hidden if match.call.is_flat else graph.call_function(ops.flatten_tokens, (hidden,))
+        permuted = graph.call_function(ops.permute, (tokens, ids, match.num_experts, False))
         rows, order, counts = items(graph, permuted, "rows", "order", "counts")
         root |= _experts(region)
         given = [graph.get_attr(name) for name in match.weights]
@@ -97,6 +99,8 @@ class RewriteExisting:
         result = graph.call_function(ops.unpermute, (outputs, order, weights))
         if match.num_identity:
             result = graph.call_function(torch.ops.aten.add.Tensor, (result, same))
+        if not match.call.is_flat:
+            result = graph.call_function(ops.unflatten_tokens, (result, hidden))
         graph.output(result)
         new = fx.GraphModule(root, graph, class_name=type(module).__name__)
         for child in new.children():
@@ -107,7 +111,8 @@ class RewriteExisting:
 
     def ensures(self, graph_module: fx.GraphModule, where: str) -> None:
         """One permute, experts call and unpermute; no exchange."""
-        found = [op_name(node) for node in graph_module.graph.nodes if is_ours(node)]
+        names = [op_name(node) for node in graph_module.graph.nodes if is_ours(node)]
+        found = [name for name in names if name not in ("flatten_tokens", "unflatten_tokens")]
         if found != ["permute", "unpermute"]:
             raise PassError(self.name, where, f"the graph holds {found}, one permute and one unpermute are meant")
 
@@ -125,17 +130,23 @@ def _experts(region: ExistingRegion) -> dict[str, Any]:
     """What the graph reads to compute the experts: name -> parameter or module."""
     match, module = region.match, region.module
     if region.ffn is None:
-        compute = ExistingExperts(
-            match.num_experts, without_parameters(module), match.weights, transposed=match.transposed
-        )
+        compute = _compute(match, module)
         return {"experts": compute, **{name: _weight(module, name, match) for name in match.weights}}
     return {"experts": _stacked(match, module, *region.ffn)}
+
+
+def _compute(match: ExpertsMatch, module: nn.Module) -> ExistingExperts:
+    """What computes the experts on rows, with weights that it is given."""
+    if match.are_matrices:
+        holder = module.get_submodule(match.weights[0].rpartition(".")[0])
+        return MatrixExperts(match.num_experts, without_parameters(holder), match.weights)
+    return ExistingExperts(match.num_experts, without_parameters(module), match.weights, transposed=match.transposed)
 
 
 def _weight(module: nn.Module, name: str, match: ExpertsMatch) -> nn.Parameter:
     """The model's own parameter; rows of experts that are the identity, which nothing reads, are cut off."""
     parameter = module.get_parameter(name)
-    if parameter.shape[0] == match.num_experts:
+    if not match.num_identity or parameter.shape[0] == match.num_experts:
         return parameter
     rows = parameter.detach()[: match.num_experts].clone()
     return nn.Parameter(rows, requires_grad=parameter.requires_grad)
@@ -165,8 +176,10 @@ def _stacked(match: ExpertsMatch, module: nn.Module, traced: fx.GraphModule, ffn
 
 def forget_weights(graph_module: fx.GraphModule) -> None:
     """Empties the parameters of a rewritten region that is kept to be shown, or sharding would free nothing."""
-    for name, parameter in list(graph_module.named_parameters(recurse=False)):
-        graph_module.register_parameter(name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+    for path in {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}:
+        owner, _, name = path.rpartition(".")
+        empty = nn.Parameter(graph_module.get_parameter(path).detach().to("meta"), requires_grad=False)
+        graph_module.get_submodule(owner).register_parameter(name, empty)
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:

@@ -19,17 +19,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+_MATRICES = ("w1", "v1", "w2")  # DBRX: gate, up and down, each one matrix (E F, D)
 _GROUPS = (("num_group", "topk_group"), ("n_group", "topk_group"))  # what routers and configs call (G, M)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsCall:
-    """arguments: the forward's names for hidden states, ids and weights. one_hot: whether ids are (T, K, E)."""
+    """arguments: the forward's names for hidden states, ids and weights. one_hot: whether ids are (T, K, E). is_flat:
+    whether hidden states are (T, D), else they have leading dims, as the output does.
+    """
 
     arguments: tuple[str, str, str]
     d_model: int
     top_k: int
     one_hot: bool = False
+    is_flat: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +42,9 @@ class ExpertsMatch:
 
     weights: names of the stacked parameters; none where each expert is a module, then `modules` are their paths below
     the experts module. num_identity: experts behind the last one that return their input, for which the projection up
-    has rows that nothing reads. transposed: whether stacked weights are (E, d_in, d_out). norm: a child that is applied
-    to the rows after the experts. activation: for people.
+    has rows that nothing reads. are_matrices: weights are gate, up and down, (E F, D) each, in a child. transposed:
+    whether stacked weights are (E, d_in, d_out). norm: a child that is applied to the rows after the experts.
+    activation: for people.
     """
 
     call: ExpertsCall
@@ -48,6 +53,7 @@ class ExpertsMatch:
     weights: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     num_identity: int = 0
+    are_matrices: bool = False
     transposed: bool = False
     norm: str | None = None
     activation: str
@@ -60,7 +66,7 @@ class ExpertsMatch:
     @property
     def gated(self) -> bool:
         """Whether two projections feed the activation."""
-        return "gate_up_proj" in self.weights
+        return self.are_matrices or "gate_up_proj" in self.weights
 
 
 def experts_call(arguments: Mapping[str, object]) -> ExpertsCall | None:
@@ -69,13 +75,15 @@ def experts_call(arguments: Mapping[str, object]) -> ExpertsCall | None:
     if len(given) != 3 or len(given) != len(arguments):
         return None
     (_, hidden), (_, ids), (_, weights) = given
-    if not hidden.is_floating_point() or not weights.is_floating_point() or hidden.ndim != 2 or weights.ndim != 2:
+    if not hidden.is_floating_point() or not weights.is_floating_point() or hidden.ndim < 2 or weights.ndim != 2:
         return None
-    one_hot = ids.ndim == 3
-    if ids.dtype != torch.int64 or ids.shape[:2] != weights.shape or ids.shape[0] != hidden.shape[0] or ids.ndim > 3:
+    one_hot, d_model = ids.ndim == 3, hidden.shape[-1]
+    if ids.dtype != torch.int64 or ids.shape[:2] != weights.shape or ids.ndim > 3:
+        return None
+    if ids.shape[0] * d_model != hidden.numel():
         return None
     names = (given[0][0], given[1][0], given[2][0])
-    return ExpertsCall(arguments=names, d_model=hidden.shape[1], top_k=ids.shape[1], one_hot=one_hot)
+    return ExpertsCall(arguments=names, d_model=d_model, top_k=ids.shape[1], one_hot=one_hot, is_flat=hidden.ndim == 2)
 
 
 def match_stacked(module: nn.Module, call: ExpertsCall) -> ExpertsMatch | str:
@@ -107,6 +115,35 @@ def match_stacked(module: nn.Module, call: ExpertsCall) -> ExpertsMatch | str:
     return ExpertsMatch(
         call=call, num_experts=down.shape[0], d_expert=d_expert, weights=names, num_identity=num_identity,
         transposed=transposed, norm=norm, activation=_activation(module),
+    )  # fmt: skip
+
+
+def matrices_of(module: nn.Module) -> tuple[str, int] | None:
+    """(name of the child that holds one matrix a projection, number of experts), as DBRX has them."""
+    holders = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
+    counts = {value for name, value in vars(module).items() if "experts" in name and isinstance(value, int)}
+    if len(holders) != 1 or len(counts) != 1 or any(True for _ in module.parameters(recurse=False)):
+        return None
+    own = dict(module.get_submodule(holders[0]).named_parameters())
+    (num_experts,) = counts
+    shapes = {parameter.shape for parameter in own.values()}
+    if tuple(own) != _MATRICES or len(shapes) > 1 or own["w1"].ndim != 2 or own["w1"].shape[0] % num_experts:
+        return None
+    return holders[0], num_experts
+
+
+def match_matrices(module: nn.Module, call: ExpertsCall) -> ExpertsMatch | str:
+    """Experts whose projections are one matrix each (steps 2 and 3); a text says why not."""
+    found = matrices_of(module)
+    assert found is not None
+    holder, num_experts = found
+    rows, d_in = module.get_submodule(holder).get_parameter("w1").shape
+    activation = getattr(module.get_submodule(holder), "activation_fn", None)
+    if call.one_hot or d_in != call.d_model or activation is None:
+        return "its w1, v1 and w2 are not a gate, an up and a down projection with an activation_fn"
+    return ExpertsMatch(
+        call=call, num_experts=num_experts, d_expert=rows // num_experts, are_matrices=True,
+        weights=tuple(f"{holder}.{name}" for name in _MATRICES), activation=_name_of(activation),
     )  # fmt: skip
 
 
@@ -192,7 +229,11 @@ def _activation(module: nn.Module) -> str:
     act = getattr(module, "act_fn", None)
     if act is None or name.startswith(type(module).__name__):
         return name
-    return str(getattr(act, "__name__", type(act).__name__)).removesuffix("Activation")
+    return _name_of(act)
+
+
+def _name_of(activation: object) -> str:
+    return str(getattr(activation, "__name__", type(activation).__name__)).removesuffix("Activation")
 
 
 def _value(value: object) -> object:

@@ -25,7 +25,9 @@ from moecompile.passes.match_experts import (
     experts_call,
     groups_of,
     holds_stacks,
+    match_matrices,
     match_stacked,
+    matrices_of,
     structure,
 )
 from moecompile.plan import ExpertsSite
@@ -36,7 +38,7 @@ _Traced = dict[tuple[object, ...], tuple[fx.GraphModule, FFNMatch] | str]  # str
 
 def may_be_experts(module: nn.Module) -> bool:
     """Whether `module` holds experts in a form that is known, judged by its weights alone."""
-    return holds_stacks(module) or bool(expert_modules(module))
+    return holds_stacks(module) or bool(expert_modules(module)) or matrices_of(module) is not None
 
 
 def find_existing(recording: Recording, refused: list[Site]) -> dict[str, ExistingRegion]:
@@ -96,6 +98,8 @@ def _region(module: nn.Module, call: ModuleCall, seen: ExpertsCall, traced: _Tra
     if children := expert_modules(module):
         ffn = _expert_ffn(module.get_submodule(children[0]), call, traced)
         match = ffn if isinstance(ffn, str) else _of_modules(seen, children, ffn[1])
+    elif matrices_of(module):
+        match = match_matrices(module, seen)
     elif any(True for _ in module.parameters()):
         match = match_stacked(module, seen)
     else:
@@ -138,7 +142,9 @@ def _unproven(region: ExistingRegion, call: ModuleCall) -> str | None:
     match, module = region.match, region.module
     if is_meta(module):
         # Classes of transformers declare their layout, and one-hot ids can mean nothing else.
-        known = hasattr(module, "is_concatenated") or match.call.one_hot or match.num_identity > 0
+        # The same holds of experts that are the identity, and of matrices by the names of DBRX.
+        named = match.num_identity > 0 or match.are_matrices
+        known = hasattr(module, "is_concatenated") or match.call.one_hot or named
         return None if known else "its class does not declare the layout, and on the meta device it cannot be tried"
     graph_module = RewriteExisting().run(region)
     wanted, got = _output(module, call), _output(graph_module, call)

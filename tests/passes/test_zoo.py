@@ -159,6 +159,35 @@ def test_generate_gives_the_same_text(name: str) -> None:
         assert torch.equal(model.generate(ids, **fixed, **way), text), way
 
 
+def dbrx() -> tuple[nn.Module, dict[str, Tensor]]:
+    """A tiny DBRX: gate, up and down of all experts are a matrix each, in a child; hidden states are (B, L, D)."""
+    from transformers import AutoModelForCausalLM, DbrxConfig
+
+    ffn = {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": None}
+    attn = {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}
+    tiny = DbrxConfig(
+        d_model=32, n_heads=4, n_layers=2, max_seq_len=32, vocab_size=64, attn_config=attn, ffn_config=ffn,
+        use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny).eval()
+    tiny_models.randomize(model)
+    return model, {"input_ids": torch.randint(1, 64, (2, 7))}
+
+
+def test_experts_of_one_matrix_a_projection() -> None:
+    model, inputs = dbrx()
+    reference, names = copy.deepcopy(model), list(model.state_dict())
+    compiled = compile_with_report(model, config(), example=inputs)
+    assert [layer.site.num_experts for layer in compiled.plan.layers] == [4, 4]
+    assert list(model.state_dict()) == names
+    wanted, wanted_grads = outputs_and_grads(reference, inputs)
+    got, grads = outputs_and_grads(compiled.model, inputs)
+    assert all(max_diff(a, b) <= 1e-5 for a, b in zip(got, wanted, strict=True))
+    assert worst(grads, wanted_grads) < (1e-4, "")
+    assert all(grads[f"{layer.site.fqn}.mlp.w2"].any() for layer in compiled.plan.layers)
+
+
 def test_experts_that_are_the_identity_stay_with_their_token() -> None:
     """LongCat-Flash: the rows of `gate_up_proj` behind the experts that have weights are never read, and are cut off."""
     model, inputs = language_model("longcat_flash", {"zero_expert_num": 3, "n_routed_experts": 4, "moe_topk": 3})
