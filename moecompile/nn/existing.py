@@ -50,6 +50,9 @@ class ExistingExperts(nn.Module):
                 rows_RD, source_R, weights_R, counts_E, given["gate_up_proj"], given["down_proj"]
             )
             return fused[0]
+        return self._experts(rows_RD, counts_E, given)
+
+    def _experts(self, rows_RD: Tensor, counts_E: Tensor, given: dict[str, Tensor]) -> Tensor:
         if "gate_up_proj" in given:
             hidden_RF = self.gate(self._project(rows_RD, counts_E, "gate_up_proj", given))
         else:
@@ -90,9 +93,8 @@ class MatrixExperts(ExistingExperts):
     def __init__(self, num_experts: int, own: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__(num_experts, own, names, transposed=False)
 
-    def forward(self, rows_RD: Tensor, counts_E: Tensor, *weights: Tensor) -> Tensor:
-        """rows_RD in expert order, counts_E rows of each local expert, their matrices -> (R, D)."""
-        gate_EFD, up_EFD, down_EFD = (_local(weight).unflatten(0, (counts_E.shape[0], -1)) for weight in weights)
+    def _experts(self, rows_RD: Tensor, counts_E: Tensor, given: dict[str, Tensor]) -> Tensor:
+        gate_EFD, up_EFD, down_EFD = (given[name].unflatten(0, (counts_E.shape[0], -1)) for name in self.names)
         grouped_mm = torch.ops.moecompile.grouped_mm
         hidden_RF = self._own("activation_fn", grouped_mm(rows_RD, gate_EFD, counts_E))
         hidden_RF = hidden_RF * grouped_mm(rows_RD, up_EFD, counts_E)

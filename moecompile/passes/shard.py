@@ -144,7 +144,7 @@ def expert_parameters(model: nn.Module) -> list[tuple[nn.Module, str]]:
         if isinstance(module, Experts):
             found += [(module, name) for name, _ in module.named_parameters(recurse=False)]
         elif isinstance(module, fx.GraphModule):
-            weights = [argument for call in experts_calls(module) for argument in call.args[2:]]
+            weights = [argument for call in experts_calls(module) for argument in call.args[2:]]  # of existing experts
             paths = [str(weight.target).rpartition(".") for weight in weights if isinstance(weight, fx.Node)]
             found += [(module.get_submodule(path), name) for path, _, name in paths]
     return found
