@@ -4,10 +4,10 @@
     python benchmarks/rewrite_time.py llama opt       # some
 
 The models have random weights and the sizes of a 135 M parameter model (30 layers, hidden size 576, FFN 1536); their
-FFNs become 4 copied experts. `CPU` is capture + match + rewrite + lower in seconds of CPU time, which another load on the
-machine does not stretch, `wall` in seconds of the clock; both with the two forwards that measure step 0. `peak` is the
-most memory of the process while it compiled, beyond the dense model; `experts` is what the new weights take, less the
-dense FFNs that they replace. Writes benchmarks/results/rewrite_time.json and exits with 1 if more than 3 s of CPU time
+FFNs become 4 copied experts. `CPU` is capture + match + rewrite + lower in seconds of CPU time, which another load on
+the machine stretches less than the `wall` clock's; both with the two forwards that measure step 0. `peak` is the most
+memory of the process while it compiled, beyond the dense model; `experts` is what the new weights take, less the dense
+FFNs that they replace. Writes benchmarks/results/rewrite_time.json and exits with 1 if more than 3 s of CPU time
 are added.
 """
 
@@ -32,6 +32,7 @@ FORMS = {
     "opt": "inline",
     "bert": "split",
 }
+WIDTHS = (6, 23, 5, 6, 6, 9, 7, 6)
 LAYERS, HIDDEN, FFN, VOCAB = 30, 576, 1536, 49_152
 
 
@@ -98,19 +99,15 @@ def main() -> int:
         print(json.dumps(one(args.models[0])))
         return 0
     rows = []
-    print(
-        f"{'model':8} {'form':24} {'sites':>5} {'CPU':>8} {'wall':>6} {'dense GiB':>10} {'experts':>8} {'peak':>6}   steps"
-    )
+    heads = ("model", "form", "sites", "CPU", "wall", "dense GiB", "experts", "peak")
+    print("  ".join(f"{head:>{width}}" for head, width in zip(heads, WIDTHS, strict=True)))
     for name in args.models:
         done = subprocess.run([sys.executable, __file__, "--one", name], check=True, stdout=subprocess.PIPE, text=True)
         row = json.loads(done.stdout.splitlines()[-1])
         rows.append(row)
-        steps = ", ".join(f"{step} {seconds:.2f}" for step, seconds in row["seconds"].items())
-        memory = f"{row['dense_gib']:10.2f} {row['experts_gib']:8.2f} {row['peak_gib']:6.2f}"
-        print(
-            f"{name:8} {row['form']:24} {row['sites']:5} {row['added']:8.2f} {row['wall']:6.2f} {memory}   {steps}",
-            flush=True,
-        )
+        numbers = (row[key] for key in ("added", "wall", "dense_gib", "experts_gib", "peak_gib"))
+        cells = (name, row["form"], row["sites"], *(f"{number:.2f}" for number in numbers))
+        print("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)), flush=True)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return int(max(row["added"] for row in rows) > MOST_SECONDS)
