@@ -112,8 +112,8 @@ def first_error(run_dir: Path, world_size: int, exit_codes: Mapping[int, int]) -
 
     Algorithm:
     1. The first exception that is not about a lost peer.
-    2. Else, if somebody has waited in vain: the ranks that have left no record hang. (Whoever waits for the one that has
-       given up sees a broken connection, and may be the first to tell.)
+    2. Else, if somebody has waited in vain: the ranks that have left no record hang. (Whoever waits for the one that
+       has given up sees a broken connection, and may be the first to tell.)
     3. Else the first rank that ended without a record, unless the launcher ended it: killed, or left by itself.
     4. Else the first lost peer.
     5. Else whoever was ended by a signal that did not come from the launcher.
