@@ -49,16 +49,19 @@ class Metrics(Callback):
         self.steps_skipped = 0
         self._sums: Tensor | None = None  # of this rank, since the last row
         self._step_sums: Tensor | None = None  # of this rank, in the running optimizer step
-        self._num_steps = 0  # of the whole run, as far as loads were counted
+        self._steps_before = 0  # steps that are not in `_steps` any more, since the run went on from a checkpoint
         self._row_start = self._timed_seconds = 0.0
         self._timed_tokens = 0
         self._last_step = 0
 
     def mean_of_last(self, name: str) -> float | None:
         """Mean over the last tenth of the steps (at least one) of a value in `over_layers`; None: not measured."""
-        steps = self._steps[-math.ceil(self._num_steps / 10) :]
-        values = [step[name] for step in steps if name in step]
+        values = [step[name] for step in self._last_tenth() if name in step]
         return sum(values) / len(values) if values else None
+
+    def _last_tenth(self) -> list[dict[str, float]]:
+        num_steps = self._steps_before + len(self._steps)
+        return self._steps[-math.ceil(num_steps / 10) :] if num_steps else []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
@@ -75,8 +78,8 @@ class Metrics(Callback):
             "loss_last": self.loss_last,
             "max_violation_last": self.max_violation_last,
             "steps_skipped": self.steps_skipped,
-            "num_steps": self._num_steps,
-            "steps": self._steps[-math.ceil(self._num_steps / 10) :] if self._num_steps else [],
+            "num_steps": self._steps_before + len(self._steps),
+            "steps": self._last_tenth(),
         }
 
     def restore(self, state: dict[str, Any], history: LoadHistory, *, is_first_rank: bool) -> None:
@@ -86,7 +89,8 @@ class Metrics(Callback):
             self._sums = sums if is_first_rank else torch.zeros_like(sums)
         self.loss_first, self.loss_last = state["loss_first"], state["loss_last"]
         self.max_violation_last, self.steps_skipped = state["max_violation_last"], state["steps_skipped"]
-        self._num_steps, self._steps = state["num_steps"], list(state["steps"])
+        self._steps = list(state["steps"])
+        self._steps_before = state["num_steps"] - len(self._steps)
         if is_first_rank:
             self.history = history
 
@@ -118,7 +122,6 @@ class Metrics(Callback):
             self.steps_skipped, sums = self.steps_skipped + 1, torch.zeros_like(sums)
         elif strategy.loads:
             self._steps.append(over_layers(strategy.loads))
-            self._num_steps += 1
         self._sums = sums if self._sums is None else self._sums.to(sums) + sums
 
     def _log_row(

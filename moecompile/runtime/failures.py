@@ -112,7 +112,8 @@ def first_error(run_dir: Path, world_size: int, exit_codes: Mapping[int, int]) -
 
     Algorithm:
     1. The first exception that is not about a lost peer.
-    2. Else, if the first who lost a peer had waited in vain: the ranks that have left no record hang.
+    2. Else, if somebody has waited in vain: the ranks that have left no record hang. (Whoever waits for the one that
+       has given up sees a broken connection, and may be the first to tell.)
     3. Else the first rank that ended without a record, unless the launcher ended it: killed, or left by itself.
     4. Else the first lost peer.
     5. Else whoever was ended by a signal that did not come from the launcher.
@@ -121,8 +122,9 @@ def first_error(run_dir: Path, world_size: int, exit_codes: Mapping[int, int]) -
     if causes := [failure for failure in records if not failure.peer_lost]:
         return to_error(causes[0], run_dir, world_size)  # Step 1
     silent = sorted(set(range(world_size)) - {failure.rank for failure in records})
-    if records and records[0].timed_out and silent:
-        return _hanging(silent, world_size, records[0])  # Step 2
+    waiting = [failure for failure in records if failure.timed_out]
+    if waiting and silent:
+        return _hanging(silent, world_size, waiting[0])  # Step 2
     ended = [rank for rank in exit_codes if rank in silent]
     silent_causes = [rank for rank in ended if exit_codes[rank] not in TERMINATED]
     if records and not silent_causes:

@@ -168,6 +168,25 @@ def _last_start(run_dir: Path) -> float:
     return max(float(path.read_text().split()[1]) for path in run_dir.glob("started_*"))
 
 
+def test_of_several_consequences_the_hung_rank_is_named(tmp_path: Path) -> None:
+    """Rank 2 hangs; one peer gives up, and another one sees that connection break and is the first to tell."""
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
+    late = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 15000ms for recv operation")
+    for rank, error in ((0, gone), (1, late), (3, late)):
+        failures.record(error, tmp_path, rank)
+    told = str(failures.first_error(tmp_path, 4, {0: 1, 1: 1, 3: 1, 2: -signal.SIGKILL}))
+    assert told.startswith("rank 2 of 4 hangs: rank 1 has waited for an answer as long as trainer.timeout_s says (")
+    failures.record(ValueError("its own"), tmp_path, 2)
+    assert str(failures.first_error(tmp_path, 4, {})).startswith("rank 2 of 4 failed: ValueError: its own")
+
+
+def test_a_killed_rank_is_not_taken_for_a_hung_one(tmp_path: Path) -> None:
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
+    failures.record(gone, tmp_path, 0)
+    told = str(failures.first_error(tmp_path, 2, {1: -signal.SIGKILL, 0: 1}))
+    assert told == "rank 1 of 2 failed: killed by SIGKILL (the machine may have run out of memory)"
+
+
 # -- in place ----------------------------------------------------------------------------------------------------------
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
