@@ -14,10 +14,23 @@ from torch._library.custom_ops import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from moecompile.ops import choice, exchange, gather, grouped, hops, layout, rows, tokens, wire, workload
+from moecompile.ops import (
+    choice,
+    exchange,
+    expert_ffn,
+    gather,
+    grouped,
+    hops,
+    layout,
+    rows,
+    sorting,
+    tokens,
+    wire,
+    workload,
+)
 
 DEVICE = "meta"  # the one other device that autograd knows in every build of torch
-_MODULES = (choice, exchange, gather, grouped, hops, layout, rows, tokens, wire, workload)
+_MODULES = (choice, exchange, expert_ffn, gather, grouped, hops, layout, rows, sorting, tokens, wire, workload)
 _OURS = {
     f"moecompile::{name}": op._init_fn
     for module in _MODULES
