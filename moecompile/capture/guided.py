@@ -23,7 +23,7 @@ from moecompile.torch_private import MASK_FUNCTIONS
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _REST = "moecompile_rest"  # key under which `**kwargs` of a forward travel to the calls that get them
-_STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 @contextlib.contextmanager
@@ -203,7 +203,7 @@ class GuidedTracer(fx.Tracer):
         if type(a) is Value:
             return a.node
         if type(a) is tuple and a and type(a[0]) is Value and a[0].node.target is operator.getitem:
-            whole = a[0].node.args[0]
+            whole: Any = a[0].node.args[0]
             items = [(item.node.args if type(item) is Value else None) for item in a]
             if items == [(whole, i) for i in range(len(a))] and len(self.values[whole]) == len(a):
                 return whole
@@ -214,7 +214,8 @@ class GuidedTracer(fx.Tracer):
         return attr_val if self._running else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def _run(self, node: fx.Node) -> Any:
-        args, kwargs = (map_arg(a, self.values.__getitem__) for a in (node.args, node.kwargs))
+        args: Any = map_arg(node.args, self.values.__getitem__)
+        kwargs: Any = map_arg(node.kwargs, self.values.__getitem__)
         self._running = True
         try:
             if node.op == "get_attr":

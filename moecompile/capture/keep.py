@@ -8,6 +8,7 @@ wraps the forward of every subclass (gradient checkpointing in transformers).
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Collection
 from functools import cache
 from typing import Any
@@ -47,7 +48,7 @@ def stand_in(graph_module: fx.GraphModule, module: nn.Module, gone: Collection[s
         gone: paths of the modules and parameters of `module` that the graph was made from. Those that it does not use
             any more are left out.
     """
-    original = type(module)
+    original: type = type(module)
     if isinstance(module, Kept):
         original = next(base for base in original.__mro__ if not issubclass(base, (fx.GraphModule, Kept, _Bare)))
     elif isinstance(module, fx.GraphModule):
@@ -65,12 +66,14 @@ def stand_in(graph_module: fx.GraphModule, module: nn.Module, gone: Collection[s
 
 
 @cache
-def _class_of(original: type[nn.Module]) -> type[fx.GraphModule]:
+def _class_of(original: type) -> type[fx.GraphModule]:
     """GraphModules that are instances of `original`."""
     bases = (Kept, fx.GraphModule, _Bare, original)
-    made = type(original)(original.__name__, bases, {"__module__": original.__module__})
+    made: type[fx.GraphModule] = types.new_class(
+        original.__name__, bases, exec_body=lambda names: names.update(__module__=original.__module__)
+    )
     made.__qualname__ = original.__qualname__
-    return made  # type: ignore[return-value]
+    return made
 
 
 def _carry(new: nn.Module, made: nn.Module, old: nn.Module, gone: frozenset[str], prefix: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from moecompile.capture.decisions import trace_guarded
+from moecompile.capture.decisions import Holds, trace_guarded
 from moecompile.capture.record import ModuleCall, in_mode, without_fast_path
 from moecompile.errors import CaptureError
 
@@ -72,7 +72,8 @@ def broken_rule(graph_module: fx.GraphModule, module: nn.Module, call: ModuleCal
     """Which of the arguments that a traced graph asserts something of are not so in another call of its module."""
     arguments = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
     arguments.apply_defaults()
-    for name, holds in graph_module.meta["asserted"].items():
+    asserted: dict[str, Holds] = graph_module.meta["asserted"]
+    for name, holds in asserted.items():
         if not holds.test(arguments.arguments.get(name), holds.value):
             return holds.rule
     return None

@@ -167,10 +167,11 @@ def _stacked(match: ExpertsMatch, module: nn.Module, traced: fx.GraphModule, ffn
         getattr(stack, stack.in_name)[i].copy_(torch.cat([x.weight_of(expert) for x in ffn.ins]))
         stack.down_proj[i].copy_(ffn.down.weight_of(expert))
         if bias_up:
-            biases = [like.new_zeros(x.d_out) if x.bias is None else x.bias_of(expert) for x in ffn.ins]
+            given = [x.bias_of(expert) for x in ffn.ins]
+            biases = [like.new_zeros(x.d_out) if b is None else b for b, x in zip(given, ffn.ins, strict=True)]
             getattr(stack, f"{stack.in_name}_bias")[i].copy_(torch.cat(biases))
-        if stack.down_proj_bias is not None:
-            stack.down_proj_bias[i].copy_(ffn.down.bias_of(expert))
+        if stack.down_proj_bias is not None and (bias := ffn.down.bias_of(expert)) is not None:
+            stack.down_proj_bias[i].copy_(bias)
     return stack
 
 

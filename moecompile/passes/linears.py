@@ -47,7 +47,7 @@ class Linear:
 
     def weight_of(self, root: nn.Module) -> Tensor:
         """(d_out, d_in)"""
-        stored = attribute(root, self.weight).detach()
+        stored: Tensor = attribute(root, self.weight).detach()
         stored = stored.T if self.transposed else stored
         return stored if self.rows is None else stored[self.rows]
 
@@ -55,7 +55,7 @@ class Linear:
         """(d_out,), or None without a bias."""
         if self.bias is None:
             return None
-        stored = attribute(root, self.bias).detach()
+        stored: Tensor = attribute(root, self.bias).detach()
         return stored if self.rows is None else stored[self.rows]
 
 
@@ -95,7 +95,7 @@ class _Reader:
         return form(self, node) if form else None
 
     def _module(self, node: fx.Node) -> Linear | None:
-        owner = self.root.get_submodule(str(node.target))
+        owner: Any = self.root.get_submodule(str(node.target))
         if type(owner).forward is not nn.Linear.forward or is_parametrized(owner):
             return None
         bias = f"{node.target}.bias" if owner.bias is not None else None
@@ -123,10 +123,10 @@ class _Reader:
             inner, weight, of_columns = (weight,), weight.args[0], not of_columns
         if not is_attribute(weight) or not isinstance(x, fx.Node) or not (bias is None or is_attribute(bias)):
             return None
-        shape = getattr(attribute(self.root, str(weight.target)), "shape", ())
+        shape: tuple[int, ...] = tuple(getattr(attribute(self.root, str(weight.target)), "shape", ()))
         if len(shape) != 2:
             return None
-        d_in, d_out = shape if of_columns else reversed(shape)
+        d_in, d_out = shape if of_columns else shape[::-1]
         path = None if bias is None else str(bias.target)
         return Linear(node, x, str(weight.target), path, d_in, d_out, transposed=of_columns, inner=inner)
 
@@ -175,10 +175,10 @@ class _Reader:
         name = self.name(node)
         if name not in ("getitem", "narrow") or not isinstance(node.args[0], fx.Node):
             return None
-        source = node.args[0]
-        base, between = linears.get(source), ()
-        if base is None:
-            base, between = linears.get(source.args[0]) if source.args else None, (source,)  # type: ignore[arg-type]
+        source, between = node.args[0], tuple[fx.Node, ...]()
+        base = linears.get(source)
+        if base is None and source.args:
+            base, between = linears.get(source.args[0]), (source,)  # type: ignore[arg-type]
         if base is None or base.rows is not None:
             return None
         if between:
