@@ -20,6 +20,9 @@ from pathlib import Path
 
 from moecompile.errors import MoecompileError, RankFailure, UserError
 
+_GLOO = ("gloo/transport", "Application timeout caused pair closure")
+"""What gloo says of a broken connection, and of one that it gave up after the timeout."""
+
 TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 """Exit codes of a rank that the launcher ended: by the signal itself, or by the rank's own watch for it."""
 
@@ -158,7 +161,7 @@ def is_peer_lost(error: BaseException | None) -> bool:
     """Whether `error`, or what it was raised from, is a broken or timed-out connection to another rank."""
     while error is not None:
         names = {cls.__name__ for cls in type(error).__mro__}
-        if "DistError" in names or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
+        if "DistError" in names or (isinstance(error, RuntimeError) and any(text in str(error) for text in _GLOO)):
             return True
         error = error.__cause__ or error.__context__
     return False

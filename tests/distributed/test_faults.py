@@ -110,7 +110,7 @@ def test_a_hung_rank_is_named_in_time(tmp_path: Path) -> None:
         stopped = time.monotonic()
         os.kill(workers(run_dir)[2], signal.SIGSTOP)
         code, error = finish(process)
-    assert time.monotonic() - stopped < 15 + 15
+    assert time.monotonic() - stopped < 15 + 60  # ending the others takes seconds, on a busy machine more
     assert code == 1
     assert error.startswith("error: rank 2 of 4 hangs: rank ") and error.count("\n") == 1
     assert "has waited for an answer as long as trainer.timeout_s says" in error

@@ -172,7 +172,8 @@ def test_of_several_consequences_the_hung_rank_is_named(tmp_path: Path) -> None:
     """Rank 2 hangs; one peer gives up, and another one sees that connection break and is the first to tell."""
     gone = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
     late = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 15000ms for recv operation")
-    for rank, error in ((0, gone), (1, late), (3, late)):
+    closed = RuntimeError("Application timeout caused pair closure")
+    for rank, error in ((0, gone), (1, late), (3, closed)):
         failures.record(error, tmp_path, rank)
     told = str(failures.first_error(tmp_path, 4, {0: 1, 1: 1, 3: 1, 2: -signal.SIGKILL}))
     assert told.startswith("rank 2 of 4 hangs: rank 1 has waited for an answer as long as trainer.timeout_s says (")
