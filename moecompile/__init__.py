@@ -5,6 +5,7 @@
     moecompile.make_plan(model_or_graph, overrides, example=...)   # the plan alone
     moecompile.plan_of(model)                                      # the plan that a model was compiled by
     moecompile.register_pattern(pattern), register_pass(step, after="rewrite")   # what the compiler does not know
+    moecompile.load_exported(path)                                 # a trained model, on one device
 
 Names are resolved on first use (PEP 562), so that `import moecompile` imports neither torch nor transformers.
 """
@@ -16,6 +17,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moecompile.convert import load_exported
     from moecompile.errors import ConfigError, MoecompileError, PlanError
     from moecompile.nn import auxiliary_loss, update_balance
     from moecompile.passes.match import FFNMatch, GraphView
@@ -38,6 +40,7 @@ _HOMES = {
     "auxiliary_loss": "nn",
     "compile_model": "pipeline",
     "device_mesh_of": "passes.shard",
+    "load_exported": "convert",
     "make_plan": "pipeline",
     "plan_of": "pipeline",
     "register_pass": "passes.registry",
@@ -58,6 +61,7 @@ __all__ = [
     "auxiliary_loss",
     "compile_model",
     "device_mesh_of",
+    "load_exported",
     "make_plan",
     "plan_of",
     "register_pass",

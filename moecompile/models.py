@@ -7,7 +7,8 @@ import importlib.util
 import inspect
 import os
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,27 @@ def pretrained_folder(model: ModelConfig) -> Path | None:
     return Path(model.pretrained) if model.pretrained else None
 
 
+def build_empty(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """The structure of the model in the folder `model.pretrained`, on the meta device.
+
+    Args:
+        dtype: of the weights, where the folder's config does not say it.
+    """
+    from transformers import AutoConfig
+
+    folder = pretrained_folder(model)
+    assert folder is not None
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            empty: nn.Module = _class_of(config)._from_config(
+                config, dtype=config.dtype or dtype, experts_implementation=_EXPERTS
+            )
+    except (OSError, ValueError) as error:
+        raise ConfigError("model.pretrained", str(folder), f"cannot be loaded: {error}", "Check the folder") from error
+    return empty
+
+
 def example_inputs(model: nn.Module, seq_len: int) -> dict[str, Tensor]:
     """One short batch of token ids for a language model, on its device; `use_cache` is left out of what is recorded."""
     config = getattr(model, "config", None)
@@ -86,7 +108,7 @@ def _from_architecture(model: ModelConfig) -> nn.Module:
         )  # fmt: skip
     try:
         config = AutoConfig.for_model(architecture, **model.config)
-        built: nn.Module = _auto_class(architecture).from_config(config, experts_implementation=_EXPERTS)
+        built: nn.Module = auto_class(architecture).from_config(config, experts_implementation=_EXPERTS)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ConfigError(
             "model.config", model.name, f"transformers cannot build a {model.architecture} from it: {error}", "Mend it"
@@ -108,9 +130,10 @@ def _from_pretrained(folder: Path) -> nn.Module:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        loaded: nn.Module = _class_of(config).from_pretrained(
-            folder, trust_remote_code=False, use_safetensors=True, dtype="auto", experts_implementation=_EXPERTS
-        )
+        with no_progress_bars():
+            loaded: nn.Module = _class_of(config).from_pretrained(
+                folder, trust_remote_code=False, use_safetensors=True, dtype="auto", experts_implementation=_EXPERTS
+            )
     except (OSError, ValueError) as error:
         raise ConfigError("model.pretrained", str(folder), f"cannot be loaded: {error}", "Check the folder") from error
     return loaded.train()  # as a built model is; a model in evaluation mode would train without dropout and counters
@@ -123,10 +146,24 @@ def _class_of(config: Any) -> Any:
     saved_from = getattr(transformers, (config.architectures or [""])[0], None)
     if isinstance(saved_from, type) and issubclass(saved_from, transformers.PreTrainedModel):
         return saved_from
-    return _auto_class(config.model_type)
+    return auto_class(config.model_type)._model_mapping[type(config)]
 
 
-def _auto_class(architecture: str) -> Any:
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """transformers reads and writes weights without bars, which would fill the logs of ranks."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def auto_class(architecture: str) -> Any:
     """The auto class of a causal model, or of an encoder-decoder model that has no causal form (T5)."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.models.auto import modeling_auto as known

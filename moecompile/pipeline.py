@@ -27,7 +27,7 @@ from moecompile.apply import (
     rewritten_graph,
     rewritten_region,
 )
-from moecompile.capture import Example
+from moecompile.capture import Example, is_meta
 from moecompile.compose import compose_config
 from moecompile.errors import CaptureError, ConfigError, PlanError
 from moecompile.passes.base import PassRecord, count_ops
@@ -58,6 +58,7 @@ _PLAN = "_moecompile_plan"
 class Compiled:
     """What a compilation did. graphs: stage -> region -> GraphModule. step0: whether outputs on the example stay.
 
+    regions: of a model on the meta device, what was captured, from which its values can be filled in later.
     notes: what a person should know of the plan (what was read from the model).
     """
 
@@ -66,6 +67,7 @@ class Compiled:
     sites: list[Site] = field(default_factory=list)
     records: list[PassRecord] = field(default_factory=list)
     graphs: dict[str, Graphs] = field(default_factory=dict)
+    regions: dict[str, Region] = field(default_factory=dict)
     step0: Receipt = field(default_factory=Receipt)
     notes: list[str] = field(default_factory=list)
 
@@ -216,6 +218,7 @@ def compile_with_report(
     records.append(clock.record("build_plan", before, before, f"{len(layers)} layers planned, hash {plan.hash}"))
     compiled = Compiled(model=model, plan=plan, sites=list_sites(captured, layers), records=records)
     compiled.notes = notes(plan, config)
+    compiled.regions = regions if is_meta(model) else {}  # else they would keep the dense weights
     compiled.graphs["captured"] = before
 
     comparison = Comparison(model, example, planned)

@@ -15,6 +15,9 @@ from moecompile.passes.upcycle import step0_reason
 from moecompile.plan import FFNSite, LayerPlan
 from moecompile.sites import Graphs
 
+ON_META = "the model is on the meta device"
+"""Why an equality that is promised was not measured."""
+
 _NAMED = 3  # layers that a reason names
 
 
@@ -52,7 +55,7 @@ class Comparison:
         model = replace_regions(model, promised)
         diff = self._diff(model) if self.before else None
         if not self.reasons:
-            reason = "the model is on the meta device" if rewritten and is_meta(model) else None
+            reason = ON_META if rewritten and is_meta(model) else None
             return model, Receipt(max_abs_diff=diff, reason=reason)
         rest = {path: graph for path, graph in rewritten.items() if path in self.unpromised}
         return replace_regions(model, rest), Receipt(reason=self._why(), promised_max_abs_diff=diff)

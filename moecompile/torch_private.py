@@ -11,6 +11,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group, _set_pg_timeout, _world
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn import functional as F
 
@@ -25,6 +27,7 @@ __all__ = [
     "compile_whole",
     "fake_tensors",
     "in_backward",
+    "local_rows",
     "move_hooks",
     "process_group_by_name",
     "set_attribute",
@@ -50,6 +53,14 @@ def compile_whole(module: nn.Module) -> None:
 def in_backward() -> bool:
     """Whether the autograd engine is running: true in backward and in the recomputation of checkpointed regions."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def local_rows(tensor: torch.Tensor) -> range:
+    """Which rows of the first dim this rank holds; all of them of a tensor that is not sharded."""
+    if not isinstance(tensor, DTensor):
+        return range(tensor.shape[0] if tensor.ndim else 0)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return range(offset[0], offset[0] + shape[0])
 
 
 def process_group_by_name(name: str) -> ProcessGroup | None:

@@ -76,9 +76,8 @@ def _rewrite_site(
     seed: int,
 ) -> None:
     # Steps 1 and 2
-    dense = DenseWeights.of(old, match)
-    router, experts, shared = build_modules(layer, dense, activation_module(old, match))
-    fill(router, experts, shared, dense, layer, torch.Generator().manual_seed(seed * 1_000_003 + layer.site.index))
+    router, experts, shared = build_modules(layer, DenseWeights.of(old, match), activation_module(old, match))
+    fill_site(router, experts, shared, old, match, layer, seed)
     prefix = common_owner([match.down.weight, *(linear.weight for linear in match.ins)])
     names = {
         role: _add(new, prefix, role, module)
@@ -134,6 +133,25 @@ def _insert(graph: fx.Graph, x: fx.Node, names: dict[str, str], layer: LayerPlan
             torch.ops.aten.add.Tensor, (result, graph.call_module(names["shared_experts"], (x,)))
         )
     return result
+
+
+def fill_site(
+    router: Router,
+    experts: Experts,
+    shared: SharedExperts | None,
+    old: fx.GraphModule,
+    match: FFNMatch,
+    layer: LayerPlan,
+    seed: int,
+    held: range | None = None,
+) -> None:
+    """Fills the modules of one site from the FFN in `old`; what is random depends on the seed and the site alone.
+
+    Args:
+        held: global ids of the experts that `experts` holds; None: all.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer.site.index)
+    fill(router, experts, shared, DenseWeights.of(old, match), layer, generator, held)
 
 
 def build_modules(

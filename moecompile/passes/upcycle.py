@@ -48,25 +48,31 @@ def fill(
     dense: DenseWeights,
     layer: LayerPlan,
     generator: torch.Generator,
+    held: range | None = None,
 ) -> None:
-    """Sets every weight in place; nothing happens on the meta device."""
+    """Sets every weight in place; nothing happens on the meta device.
+
+    Args:
+        held: global ids of the experts that `experts` holds; None: all.
+    """
     if dense.down_DF.is_meta:
         return
     plan = layer.experts
+    held = range(plan.num_routed) if held is None else held
     routed_slices = plan.virtual_group
     rows = torch.randn(plan.num_routed // routed_slices, layer.site.d_model, generator=generator) * _ROUTER_STD
     router.weight.copy_(rows.repeat_interleave(routed_slices, 0))
     if router.bias is not None:
         router.bias.zero_()
     if plan.init == "random":
-        _fill_random(experts, shared, dense, generator)
+        _fill_random(experts, shared, dense, generator.initial_seed(), held)
         return
     silent = not plan.is_sliced  # beside whole copies the shared expert starts with no say
     first = plan.num_shared if plan.is_sliced else 0
     scale = factors(router, experts, layer, generator)
-    _fill_experts(experts, dense, first, routed_slices, scale, bears_bias=silent or not shared)
+    _fill_experts(experts, dense, held, first, routed_slices, scale, bears_bias=silent or not shared)
     if plan.init == "drop":
-        _redraw(experts, plan.drop_ratio, generator.initial_seed())
+        _redraw(experts, plan.drop_ratio, generator.initial_seed(), held)
     if shared is not None:
         _fill_shared(shared, dense, silent=silent)
 
@@ -92,7 +98,7 @@ def step0_reason(layer: LayerPlan) -> str | None:
 
 
 def _fill_experts(
-    experts: Experts, dense: DenseWeights, first: int, slices: int, scale: Factors, *, bears_bias: bool
+    experts: Experts, dense: DenseWeights, held: range, first: int, slices: int, scale: Factors, *, bears_bias: bool
 ) -> None:
     """Expert id = copy * slices + slice; slice s is the dense FFN's slice first + s.
 
@@ -101,19 +107,19 @@ def _fill_experts(
     width = experts.d_expert
     in_proj = getattr(experts, experts.in_name)
     in_bias = getattr(experts, f"{experts.in_name}_bias")
-    for expert in range(experts.num_experts):
+    for i, expert in enumerate(held):
         piece = slice((first + expert % slices) * width, (first + expert % slices + 1) * width)
-        in_proj[expert].copy_(torch.cat([weight[piece] for weight in dense.ins]) * scale.ins)
-        experts.down_proj[expert].copy_(dense.down_DF[:, piece] * scale.down)
+        in_proj[i].copy_(torch.cat([weight[piece] for weight in dense.ins]) * scale.ins)
+        experts.down_proj[i].copy_(dense.down_DF[:, piece] * scale.down)
         if in_bias is not None:
             biases = [_bias(b, w)[piece] for b, w in zip(dense.in_biases, dense.ins, strict=True)]
-            in_bias[expert].copy_(torch.cat(biases) * scale.ins)
+            in_bias[i].copy_(torch.cat(biases) * scale.ins)
         if experts.down_proj_bias is not None and dense.down_bias is not None:
             share = scale.down_bias if bears_bias and expert % slices == 0 else 0.0
-            experts.down_proj_bias[expert].copy_(dense.down_bias * share)
+            experts.down_proj_bias[i].copy_(dense.down_bias * share)
 
 
-def _redraw(experts: Experts, ratio: float, seed: int) -> None:
+def _redraw(experts: Experts, ratio: float, seed: int, held: range) -> None:
     """Drop-upcycling (arXiv 2502.19261): each expert draws `ratio` of its hidden units anew.
 
     New entries are normal, with the mean and the standard deviation of those that they replace, for each projection
@@ -121,15 +127,15 @@ def _redraw(experts: Experts, ratio: float, seed: int) -> None:
     """
     width, num_ins = experts.d_expert, 2 if experts.gated else 1
     in_bias = getattr(experts, f"{experts.in_name}_bias")
-    for expert in range(experts.num_experts):
+    for i, expert in enumerate(held):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + expert + 1) % 2**63)
         units = torch.randperm(width, generator=generator)[: max(1, round(ratio * width))].sort().values
-        down_FD = experts.down_proj[expert].T
-        for i in range(num_ins):
-            rows = units + i * width
-            _redraw_rows(getattr(experts, experts.in_name)[expert], rows, generator)
+        down_FD = experts.down_proj[i].T
+        for j in range(num_ins):
+            rows = units + j * width
+            _redraw_rows(getattr(experts, experts.in_name)[i], rows, generator)
             if in_bias is not None:
-                _redraw_rows(in_bias[expert], rows, generator)
+                _redraw_rows(in_bias[i], rows, generator)
         _redraw_rows(down_FD, units, generator)
 
 
@@ -158,19 +164,27 @@ def _fill_shared(shared: SharedExperts, dense: DenseWeights, *, silent: bool) ->
         shared.down_proj.bias.copy_(dense.down_bias * factor)
 
 
-def _fill_random(
-    experts: Experts, shared: SharedExperts | None, dense: DenseWeights, generator: torch.Generator
-) -> None:
-    """Normal weights with the standard deviation of the dense ones; biases zero."""
+def _fill_random(experts: Experts, shared: SharedExperts | None, dense: DenseWeights, seed: int, held: range) -> None:
+    """Normal weights with the standard deviation of the dense ones; biases zero.
+
+    What an expert draws depends on the seed and its global id, so that a rank can draw its own experts alone.
+    """
     std_in, std_down = float(dense.ins[0].float().std()), float(dense.down_DF.float().std())
-    modules = [experts] if shared is None else [experts, shared]
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            if name.endswith("bias") or name == "gate_weight":
-                parameter.zero_()
-            else:
-                std = std_down if name.startswith("down_proj") else std_in
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    def draw(name: str, out: Tensor, generator: torch.Generator) -> None:
+        if name.endswith("bias") or name == "gate_weight":
+            out.zero_()
+        else:
+            std = std_down if name.startswith("down_proj") else std_in
+            out.copy_(torch.randn(out.shape, generator=generator) * std)
+
+    for i, expert in enumerate(held):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + expert + 1) % 2**63)
+        for name, stack in experts.named_parameters(recurse=False):
+            draw(name, stack[i], generator)
+    generator = torch.Generator().manual_seed((seed * 1_000_003) % 2**63)
+    for name, parameter in shared.named_parameters() if shared is not None else ():
+        draw(name, parameter, generator)
 
 
 def _bias(bias: Tensor | None, weight: Tensor) -> Tensor:

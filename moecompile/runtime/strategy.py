@@ -68,6 +68,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         param_dtype: what layers compute in, see `moecompile.passes.shard.shard`; None: as their weights are.
         checkpointing: `full` or `keep_exchanges`: layers compute again in backward (moecompile.passes.recompute).
         compile_regions: whether the graphs that moecompile made go through torch.compile.
+        materialize: for a model that was compiled on the meta device: called with the root device after sharding, it
+            gives the shards their values.
 
     Raises:
         ConfigError: an unknown `loss`, `on_nan` or `checkpointing`. PlanError (at setup): no compiled model, or the
@@ -88,6 +90,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         param_dtype: torch.dtype | None = None,
         checkpointing: str = "none",
         compile_regions: bool = False,
+        materialize: Callable[[torch.device], None] | None = None,
     ) -> None:
         if loss not in ("mean", "sum"):
             raise ConfigError("loss", loss, "must be mean or sum", "Use what your training_step returns")
@@ -98,7 +101,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 "checkpointing", checkpointing, "must be none, full or keep_exchanges", "Use one of these"
             )
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
-        self.loss, self.seed, self.on_nan = loss, seed, on_nan
+        self.loss, self.seed, self.on_nan, self.materialize = loss, seed, on_nan, materialize
         self.param_dtype, self.checkpointing, self.compile_regions = param_dtype, checkpointing, compile_regions
         self.loads: list[LayerLoad] = []  # of the last optimizer step
         self.aux_losses: dict[str, Tensor] = {}  # of the last micro-batch
@@ -133,11 +136,14 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         compiled = compiled_module(self.model)
         plan = plan_of(compiled)
         self._check_world(plan)
-        self.model_to_device()
+        if self.materialize is None or self._device_mesh is not None:
+            self.model_to_device()  # also puts back shards that an earlier validation has left gathered
         self.model = self.precision_plugin.convert_module(self.model)
         if self._device_mesh is None:
             self._device_mesh = device_mesh_of(plan.mesh, self.root_device.type)
             self._parallelize(compiled, plan, self._device_mesh)
+            if self.materialize is not None:
+                self.materialize(self.root_device)
             set_timeouts(self._timeout or DEFAULT_TIMEOUT)
         self.precision_plugin.clip_grad_by_norm = self._clip  # type: ignore[method-assign]
         # Autocast's plugin refuses to clip for a fused optimizer, because of a scaler that bf16 does not have.

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -51,11 +52,19 @@ class Outcome:
     checkpoint: Path | None
 
 
-def train(model: nn.Module, plan: Plan, config: Config, data: TextData, run_dir: Path) -> Outcome:
+def train(
+    model: nn.Module,
+    plan: Plan,
+    config: Config,
+    data: TextData,
+    run_dir: Path,
+    materialize: Callable[[torch.device], None] | None = None,
+) -> Outcome:
     """Validates, trains to `trainer.max_steps` optimizer steps, validates again and saves a checkpoint.
 
     Goes on from a checkpoint where `trainer.resume` names one, or where a lost rank has ended an earlier attempt.
     Called on every rank with the same lowered model; needs the process group and its environment variables.
+    `materialize`, of a model on the meta device, as for the strategy.
     """
     mesh, rank, max_steps = plan.mesh, int(os.environ["RANK"]), config.trainer.max_steps
     start = starting_point(config, plan, run_dir, is_restart=is_restart())
@@ -69,7 +78,7 @@ def train(model: nn.Module, plan: Plan, config: Config, data: TextData, run_dir:
     )
     meter, saver = TrafficMeter(mesh), Saver(run_dir, plan, config, metrics, start)
     trainer = make_trainer(config, mesh, run_dir, [metrics, meter, saver], start=None if start is None else start[0],
-                           first_step=first_step)  # fmt: skip
+                           first_step=first_step, materialize=materialize)  # fmt: skip
     val = val_loader(data.val, config.data, rank=rank, world_size=mesh.world_size)
     fit = train_loader(
         data.train, config.data, seed=config.seed, rank=rank, world_size=mesh.world_size,
@@ -102,7 +111,7 @@ def train(model: nn.Module, plan: Plan, config: Config, data: TextData, run_dir:
 
 def make_trainer(
     config: Config, mesh: MeshSpec, run_dir: Path, callbacks: list[Callback], *, start: Path | None = None,
-    first_step: int = 0,
+    first_step: int = 0, materialize: Callable[[torch.device], None] | None = None,
 ) -> Trainer:  # fmt: skip
     """A Trainer over the ranks that are already running. start, first_step: the checkpoint it will go on from."""
     _quiet_lightning()
@@ -121,6 +130,7 @@ def make_trainer(
             param_dtype=torch.bfloat16 if config.trainer.precision is Precision.bf16_params else None,
             checkpointing=config.trainer.checkpointing.value,
             compile_regions=config.trainer.compile is Compiled.regions,
+            materialize=materialize,
         ),
         precision="bf16-mixed" if config.trainer.precision is Precision.bf16_mixed else "32-true",
         plugins=[TorchElasticEnvironment()],  # the variables that the launcher has set, also under SLURM

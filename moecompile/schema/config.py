@@ -16,6 +16,7 @@ class TaskName(str, Enum):
     compile = "compile"
     plan = "plan"
     verify = "verify"
+    export = "export"
 
 
 class ModelDevice(str, Enum):
@@ -23,6 +24,13 @@ class ModelDevice(str, Enum):
 
     cpu = "cpu"
     meta = "meta"
+
+
+class ModelLoad(str, Enum):
+    """How the ranks of a mesh load a pretrained model."""
+
+    sharded = "sharded"  # each rank reads what it keeps
+    full = "full"  # each rank loads the whole model and then drops what it does not keep
 
 
 class SiteKind(str, Enum):
@@ -187,7 +195,7 @@ class ModelConfig:
     package: an installed Python package, by its name for pip, with such a folder or a GGUF file; no code of it runs.
     factory: `package.module:function`, called without arguments; only from the command line or Python.
     device: `meta` builds shapes without values, enough for task=plan and task=compile. published: what this
-    architecture's paper or model card says of its size, for people.
+    architecture's paper or model card says of its size, for people. load: how several ranks load `pretrained`.
     """
 
     name: str = "custom"
@@ -198,6 +206,7 @@ class ModelConfig:
     factory: Optional[str] = None
     device: ModelDevice = ModelDevice.cpu
     published: Optional[str] = None
+    load: ModelLoad = ModelLoad.sharded
 
 
 @dataclass(kw_only=True)
@@ -440,6 +449,30 @@ class VerifyConfig:
     dtype: VerifyDtype = VerifyDtype.both
 
 
+class ExportFormat(str, Enum):
+    """What a trained model is written as."""
+
+    huggingface = "huggingface"  # the family of transformers with the same mathematics
+    native = "native"  # our own names, with config and plan; `moecompile.load_exported` reads it
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """`export`: what task=export reads and writes; all else it takes from the run.
+
+    run: a run directory, or a native export. checkpoint: one of the run's checkpoints (null: its latest). format: what
+    is written. family: a model type of transformers (null: the first that fits). path: the new folder (null: `model` in
+    the run directory of this task). tolerance: largest difference of logits to the trained model, when loaded again.
+    """
+
+    run: Optional[str] = None
+    checkpoint: Optional[str] = None
+    format: ExportFormat = ExportFormat.huggingface
+    family: Optional[str] = None
+    path: Optional[str] = None
+    tolerance: float = 1e-5
+
+
 @dataclass(kw_only=True)
 class Config:
     """The whole config.
@@ -465,4 +498,5 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     given: list[str] = field(default_factory=list)

@@ -22,6 +22,7 @@ from moecompile.schema.config import (
     TokenizerSource,
     Workload,
 )
+from moecompile.schema.export import check_export
 from moecompile.schema.per_layer import LayerSettings
 from moecompile.schema.slices import site_slice
 
@@ -73,6 +74,7 @@ def validate(config: Config) -> None:
     for name in ("save_interval", "keep_last", "max_restarts"):
         _at_least(f"trainer.{name}", getattr(config.trainer, name), 0)
     _at_least("verify.steps", config.verify.steps, 1)
+    check_export(config)
 
 
 def validate_transform(config: Config) -> MeshSpec:

@@ -13,6 +13,7 @@ Algorithm:
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from functools import partial
 
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
@@ -53,7 +54,7 @@ def record_model(model: nn.Module, example: Example) -> Recording:
         if not is_meta(model):
             raise
     with fake_tensors() as mode:
-        fake = tree_map_only(Tensor, mode.from_tensor, example)
+        fake = tree_map_only(Tensor, partial(mode.from_tensor, static_shapes=True), example)
         return record(model, fake, opaque=may_be_experts)
 
 

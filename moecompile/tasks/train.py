@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch.distributed as dist
 from rich.console import Console
 
 from moecompile import plan as plans
+from moecompile.convert import ShardedImport, loads_sharded
 from moecompile.errors import ConfigError, PlanError
 from moecompile.models import build_model, example_inputs, pretrained_folder
 from moecompile.pipeline import Compiled, compile_with_report
+from moecompile.receipt import ON_META
 from moecompile.report.baseline import print_baseline
 from moecompile.report.console import print_result
 from moecompile.report.heatmap import write_heat_map
@@ -51,9 +54,13 @@ def run_rank(config: Config, run_dir: Path) -> None:
     rank = dist.get_rank()
     folder = pretrained_folder(config.model)
     data = load_data(config.data, run_dir, rank=rank, barrier=dist.barrier, model_folder=folder)
-    model = build_model(config.model, config.seed)
+    importing = ShardedImport(config) if loads_sharded(config, dist.get_world_size()) else None
+    model = build_model(config.model, config.seed) if importing is None else importing.model
     data = data_for(model, data, config)
     compiled = compile_with_report(model, config, example=example_inputs(model, config.data.seq_len))
+    if importing is not None and compiled.step0_reason == ON_META:
+        reason = "not compared, as no rank holds the dense model; task=compile does in one process"
+        compiled.step0 = dataclasses.replace(compiled.step0, reason=reason)
     check_same_plan(compiled.plan)
     _check_baseline(config, compiled.plan)
     console = Console(soft_wrap=False)
@@ -61,9 +68,10 @@ def run_rank(config: Config, run_dir: Path) -> None:
         show_compiled(compiled, run_dir, console)
     compiled.graphs.clear()  # they hold whole weights, of which this rank will keep a shard
     dist.barrier()
-    outcome = train(compiled.model, compiled.plan, config, data, run_dir)
+    materialize = None if importing is None else partial(importing.fill, compiled)
+    outcome = train(compiled.model, compiled.plan, config, data, run_dir, materialize)
     result = _result(config, compiled, outcome, data)
-    del model, compiled.model
+    del model, compiled.model, importing, materialize
     if config.trainer.baseline is Baseline.dense:
         result["baseline"] = _baseline(config, compiled.plan, data, run_dir)
     if rank == 0:

@@ -1,0 +1,102 @@
+"""What a plan made of a dense model, in the terms in which model families describe themselves."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from moecompile.plan import ExpertsPlan, FFNSite, LayerPlan, Plan, RoutingPlan
+
+_PLACE = re.compile(r"(?P<before>.+)\.(?P<number>\d+)\.(?P<name>\w+)")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a family does not compute what was trained: a setting, its value, the rule that it breaks."""
+
+    path: str
+    value: Any
+    rule: str
+
+    def __str__(self) -> str:
+        return f"{self.path}={self.value} {self.rule}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEForm:
+    """The MoE layers of a model, which are all alike.
+
+    before, name: layer i's FFN is the module `before.i.name`. layers: numbers of the layers that have experts, of
+    num_layers. site: the first one's. bias: whether a correction bias follows the load.
+    """
+
+    before: str
+    name: str
+    layers: tuple[int, ...]
+    num_layers: int
+    site: FFNSite
+    experts: ExpertsPlan
+    routing: RoutingPlan
+    bias: bool
+
+    @property
+    def dense_layers(self) -> list[int]:
+        """Numbers of the layers that stayed dense."""
+        return [i for i in range(self.num_layers) if i not in self.layers]
+
+    @property
+    def normalized(self) -> bool:
+        """Whether the weights of a token sum to `scale`, as those of a softmax over the chosen logits alone do."""
+        return self.routing.normalize or self.routing.score == "softmax_after_topk"
+
+    @property
+    def score(self) -> str:
+        """`softmax` or `sigmoid`."""
+        return "softmax" if self.routing.score.startswith("softmax") else self.routing.score
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """(groups, open groups); (1, 1) where all are open."""
+        limited = self.routing.top_groups < self.routing.groups
+        return (self.routing.groups, self.routing.top_groups) if limited else (1, 1)
+
+    def block(self, layer: int, name: str) -> str:
+        """Path of the MoE block of `layer`, which a family calls `name`."""
+        return f"{self.before}.{layer}.{name}"
+
+
+def form_of(plan: Plan, num_layers: int) -> MoEForm | str:
+    """The form of a plan that upcycled dense FFNs, or why it has none: families have one setting for all layers."""
+    first = plan.layers[0]
+    places = [_PLACE.fullmatch(layer.site.fqn) for layer in plan.layers]
+    for layer, place in zip(plan.layers, places, strict=True):
+        if not _is_own(layer, place, places[0]):
+            return f"{layer.site.fqn or 'the model'} is not one layer's own dense FFN"
+        if _function(layer) != _function(first):
+            return f"{layer.site.fqn} and {first.site.fqn} differ in experts, routing or balance.rule"
+    place = places[0]
+    assert place is not None and isinstance(first.site, FFNSite)
+    return MoEForm(
+        before=place["before"],
+        name=place["name"],
+        layers=tuple(sorted(int(found["number"]) for found in places if found)),
+        num_layers=num_layers,
+        site=first.site,
+        experts=first.experts,
+        routing=first.routing,
+        bias=first.balance.rule == "bias",
+    )
+
+
+def _is_own(layer: LayerPlan, place: re.Match[str] | None, first: re.Match[str] | None) -> bool:
+    if place is None or first is None or not isinstance(layer.site, FFNSite):
+        return False
+    return place["before"] == first["before"] and place["name"] == first["name"]
+
+
+def _function(layer: LayerPlan) -> tuple[Any, ...]:
+    """What a layer computes; where its weights came from does not count."""
+    experts = layer.experts
+    sizes = (experts.num_routed, experts.num_shared, experts.d_expert, experts.shared_gate)
+    return sizes, layer.routing, layer.balance.rule

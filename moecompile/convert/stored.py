@@ -1,0 +1,82 @@
+"""A folder of safetensors files as it lies on disk: which tensor is in which file, and parts of it read alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moecompile.errors import ConfigError
+
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor's place and shape."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+class Stored:
+    """The tensors of a folder. Headers are read at once, values when asked for.
+
+    Raises:
+        ConfigError: no files, one that cannot be read, or a tensor that two files hold.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, StoredTensor] = {}
+        self._open: dict[Path, Any] = {}
+        for file in self._files():
+            for name, shape in self._header(file).items():
+                if name in self.tensors:
+                    first = self.tensors[name].file.name
+                    raise self.error(f"{name} is in {first} and in {file.name}", "Remove one of them")
+                self.tensors[name] = StoredTensor(file, shape)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start .. stop of a tensor's first dim (a scalar: all of it); only these are read."""
+        stored = self.tensors[name]
+        opened = self._open[stored.file]
+        try:
+            out: Tensor = opened.get_slice(name)[start:stop] if stored.shape else opened.get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise self.error(f"{stored.file.name} cannot be read: {error}", "Copy it again") from error
+        return out
+
+    def dtype(self) -> torch.dtype:
+        """Of the first floating-point tensor."""
+        kinds = (self.read(name, 0, 0).dtype for name, stored in self.tensors.items() if stored.shape)
+        return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
+
+    def error(self, rule: str, fix: str) -> ConfigError:
+        """An error about this folder."""
+        return ConfigError("model.pretrained", self.folder, rule, fix)
+
+    def _files(self) -> list[Path]:
+        """Those of the index, or all."""
+        if not (self.folder / _INDEX).is_file():
+            if found := sorted(self.folder.glob("*.safetensors")):
+                return found
+            raise self.error("holds no safetensors", "Save the model with save_pretrained")
+        names = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        files = [self.folder / name for name in sorted(set(names))]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise self.error(f"{_INDEX} names {missing[0]}, which is not there", "Copy it too")
+        return files
+
+    def _header(self, file: Path) -> dict[str, tuple[int, ...]]:
+        try:
+            opened = safe_open(file, framework="pt")
+            self._open[file] = opened
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise self.error(f"{file.name} cannot be read: {error}", "Copy it again") from error

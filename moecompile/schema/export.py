@@ -1,0 +1,34 @@
+"""Rules of `export`, which task=export alone reads."""
+
+from __future__ import annotations
+
+import math
+
+from moecompile.errors import ConfigError
+from moecompile.schema.config import Config, ExportFormat, TaskName
+
+
+def check_export(config: Config) -> None:
+    """Checks what needs no run.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    export = config.export
+    if not 0 < export.tolerance < math.inf:
+        raise ConfigError("export.tolerance", export.tolerance, "must be positive", "Use 1e-5")
+    if config.task.name is not TaskName.export:
+        return
+    if export.run is None and export.checkpoint is None:
+        raise ConfigError(
+            "export.run", None, "task=export needs a run that was trained", "Give export.run=RUN_DIRECTORY"
+        )
+    if export.family is not None and export.format is ExportFormat.native:
+        raise ConfigError(
+            "export.family", export.family, "has no meaning with export.format=native", "Leave one of them out"
+        )
+    if others := [key for key in config.given if key.partition(".")[0] not in ("export", "task", "hydra")]:
+        raise ConfigError(
+            others[0], "...", "task=export takes the model and its plan from the run, and nothing else counts",
+            "Leave it out",
+        )  # fmt: skip

@@ -1,0 +1,98 @@
+"""task=export: writes a trained model for others to load, loads it again, and compares."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from moecompile.convert import (
+    Run,
+    find_run,
+    find_target,
+    load_exported,
+    load_run,
+    reload,
+    write,
+    write_native,
+    write_tokenizer,
+)
+from moecompile.errors import ConfigError, VerificationFailed
+from moecompile.models import example_inputs
+from moecompile.report.result import write_result
+from moecompile.schema import Config, ExportFormat
+
+
+def run(config: Config, run_dir: Path) -> None:
+    """Writes the folder `export.path` and `result.json`; if the comparison fails, the folder is not there.
+
+    Raises:
+        ConfigError: nothing to export, or no family that computes the same.
+        VerificationFailed: what was loaded again computes something else.
+    """
+    start, export = time.perf_counter(), config.export
+    trained = find_run(export.run, export.checkpoint)
+    path = Path(export.path) if export.path else run_dir / "model"
+    with _new_folder(path) as folder:
+        architecture, diff = _export(trained, config, folder)
+    result = {
+        "task": "export", "recipe": trained.config.name, "status": "ok", "seconds": time.perf_counter() - start,
+        "path": str(path), "architecture": architecture, "format": export.format.value, "max_abs_diff": diff,
+        "checkpoint": str(trained.checkpoint), "plan_hash": trained.plan.hash,
+    }  # fmt: skip
+    write_result(run_dir, result)
+    console = Console(soft_wrap=True)
+    console.print(f"{trained.config.name}  {trained.checkpoint} -> {path}")
+    console.print(f"{architecture}, loaded again: logits equal those of the trained model within {diff:.1e}")
+
+
+def _export(trained: Run, config: Config, folder: Path) -> tuple[str, float]:
+    """Class name and largest difference of logits."""
+    model = load_run(trained)
+    if config.export.format is ExportFormat.native:
+        write_native(model, trained, folder)
+        architecture = type(model).__name__
+    else:
+        architecture = write(model, find_target(model, trained.plan, config.export.family), folder)
+    if trained.tokenizer is not None:
+        write_tokenizer(trained.tokenizer, folder)
+    example = example_inputs(model, trained.config.data.seq_len)
+    expected = _logits(model.float(), example)
+    del model  # before the second one is loaded
+    again = load_exported(folder) if config.export.format is ExportFormat.native else reload(folder)
+    diff = float((_logits(again.float(), example) - expected).abs().max())
+    if not diff <= config.export.tolerance:  # NaN fails too
+        check = f"logits differ by {diff:.1e}, more than export.tolerance={config.export.tolerance:.0e}"
+        raise VerificationFailed(f"{architecture}, exported from {trained.checkpoint} and loaded again,", [check])
+    return architecture, diff
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, example: dict[str, Tensor]) -> Tensor:
+    logits: Tensor = model.eval()(**example, use_cache=False).logits
+    return logits
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that becomes it at the end; after an error nothing is left.
+
+    Raises:
+        ConfigError: there is something at `path`.
+    """
+    if path.exists():
+        raise ConfigError("export.path", path, "is there already", "Give a new folder, or remove it")
+    tmp = path.with_name(path.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        yield tmp
+        tmp.rename(path)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
