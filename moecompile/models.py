@@ -69,9 +69,9 @@ def build_empty(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            empty: nn.Module = _class_of(config)._from_config(
-                config, dtype=config.dtype or dtype, experts_implementation=_EXPERTS
-            )
+            kind = _class_of(config)
+            build = getattr(kind, "from_config", None) or kind._from_config  # an auto class, or a model's own
+            empty: nn.Module = build(config, dtype=config.dtype or dtype, experts_implementation=_EXPERTS)
     except (OSError, ValueError) as error:
         raise ConfigError("model.pretrained", str(folder), f"cannot be loaded: {error}", "Check the folder") from error
     return empty
@@ -146,7 +146,7 @@ def _class_of(config: Any) -> Any:
     saved_from = getattr(transformers, (config.architectures or [""])[0], None)
     if isinstance(saved_from, type) and issubclass(saved_from, transformers.PreTrainedModel):
         return saved_from
-    return auto_class(config.model_type)._model_mapping[type(config)]
+    return auto_class(config.model_type)
 
 
 @contextmanager
