@@ -248,7 +248,8 @@ def listed(sites: str) -> tuple[list[str], dict[str, tuple[str, str]]]:
 
 SHARED = {
     "model.layers.1.mlp.shared_experts": (
-        "not_matched", "lies in an MoE block that the model has already (a shared expert)",
+        "not_matched",
+        "lies in an MoE block that the model has already (a shared expert); name it by experts.match to rewrite it",
     )
 }  # fmt: skip
 DENSE, EXPERTS = "model.layers.0.mlp", "model.layers.1.mlp.experts"
@@ -263,6 +264,13 @@ def test_auto_and_existing_take_the_experts() -> None:
 def test_dense_takes_dense_ffns_and_leaves_the_shared_expert() -> None:
     reason = "experts.sites=dense takes dense FFNs alone"
     assert listed("dense") == ([DENSE], {EXPERTS: ("left", reason), **SHARED})
+
+
+def test_a_shared_expert_that_is_named_is_rewritten() -> None:
+    overrides = config("experts.sites=dense", "experts.match='*.shared_experts'", *COPY4)
+    compiled = compile_with_report(moe_model("deepseek_v3"), overrides, example=EXAMPLE)
+    assert [layer.site.fqn for layer in compiled.plan.layers] == ["model.layers.1.mlp.shared_experts"]
+    assert compiled.step0_max_abs_diff is not None and compiled.step0_max_abs_diff <= 1e-5
 
 
 def test_both_takes_both_in_model_order() -> None:

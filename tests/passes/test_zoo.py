@@ -66,6 +66,35 @@ def test_gradients_reach_router_and_experts_and_what_lies_below() -> None:
     assert without == []
 
 
+@pytest.mark.parametrize("name", ["opt", "bert-causal", "bart", "gpt2"])
+def test_what_transformers_does_with_a_layer_still_works(name: str) -> None:
+    """Inline, split, encoder-decoder, Conv1D: generation with a cache, recorded hidden states, checkpointing."""
+    model, inputs = tiny_models.build(name)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    before = copy.deepcopy(model)
+    compile_with_report(model, DENSE, example=inputs)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    prompt = {"input_ids": inputs["input_ids"]}
+    assert torch.equal(model.generate(**prompt, **options), before.generate(**prompt, **options))
+    with torch.no_grad():
+        got, wanted = (m(**inputs, output_hidden_states=True) for m in (model, before))
+    assert wanted.get("hidden_states") or wanted.get("decoder_hidden_states")
+    for kind in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states"):
+        if wanted.get(kind) is not None:
+            assert len(got[kind]) == len(wanted[kind]) > 0
+            assert all(max_diff(a, b) <= 1e-4 for a, b in zip(got[kind], wanted[kind], strict=True))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    plain, plain_grads = outputs_and_grads(before.train(), inputs)
+    outputs, grads = outputs_and_grads(model.train(), inputs)
+    assert all(max_diff(a, b) <= 1e-4 for a, b in zip(outputs, plain, strict=True))
+    same = {n for n in plain_grads.keys() & grads.keys() if plain_grads[n].abs().max() > 1e-5}
+    assert worst({n: grads[n] for n in same}, {n: plain_grads[n] for n in same}) < (1e-4, "")
+
+
 # -- models that are MoE already -------------------------------------------------------------------------------------
 
 
