@@ -102,11 +102,19 @@ def reload(folder: Path) -> nn.Module:
     return model
 
 
-def write_tokenizer(tokenizer: Path, folder: Path) -> None:
-    """Writes a `tokenizer.json` so that `AutoTokenizer.from_pretrained` finds it."""
-    from transformers import PreTrainedTokenizerFast
+def write_tokenizer(tokenizer: Path, folder: Path, model: Path | None = None) -> None:
+    """Writes a tokenizer so that `AutoTokenizer.from_pretrained` finds it.
 
-    PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)).save_pretrained(folder)
+    Args:
+        tokenizer: a `tokenizer.json`. model: folder of the pretrained model that it came with, if it did; that says which
+            of its tokens are special, and how chats are written.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if model is not None and (model / "tokenizer_config.json").is_file():
+        AutoTokenizer.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
+    else:
+        PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)).save_pretrained(folder)
 
 
 def _own_config(config: Any, plan: Plan, wanted: str | None) -> Any:

@@ -24,9 +24,9 @@ from moecompile.convert import (
     write_tokenizer,
 )
 from moecompile.errors import ConfigError, VerificationFailed
-from moecompile.models import example_inputs
+from moecompile.models import example_inputs, pretrained_folder
 from moecompile.report.result import write_result
-from moecompile.schema import Config, ExportFormat
+from moecompile.schema import Config, ExportFormat, TokenizerSource
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -61,7 +61,8 @@ def _export(trained: Run, config: Config, folder: Path) -> tuple[str, float]:
     else:
         architecture = write(model, find_target(model, trained.plan, config.export.family), folder)
     if trained.tokenizer is not None:
-        write_tokenizer(trained.tokenizer, folder)
+        is_own = trained.config.data.tokenizer is TokenizerSource.model
+        write_tokenizer(trained.tokenizer, folder, pretrained_folder(trained.config.model) if is_own else None)
     example = example_inputs(model, trained.config.data.seq_len)
     expected = _logits(model.float(), example)
     del model  # before the second one is loaded

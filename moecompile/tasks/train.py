@@ -67,6 +67,8 @@ def run_rank(config: Config, run_dir: Path) -> None:
     if rank == 0:
         show_compiled(compiled, run_dir, console)
     compiled.graphs.clear()  # they hold whole weights, of which this rank will keep a shard
+    if importing is None:
+        compiled.regions.clear()  # so do these, which an import fills the shards by
     dist.barrier()
     materialize = None if importing is None else partial(importing.fill, compiled)
     outcome = train(compiled.model, compiled.plan, config, data, run_dir, materialize)
