@@ -106,8 +106,8 @@ def write_tokenizer(tokenizer: Path, folder: Path, model: Path | None = None) ->
     """Writes a tokenizer so that `AutoTokenizer.from_pretrained` finds it.
 
     Args:
-        tokenizer: a `tokenizer.json`. model: folder of the pretrained model that it came with, if it did; that says which
-            of its tokens are special, and how chats are written.
+        tokenizer: a `tokenizer.json`. model: folder of the pretrained model that it came with, if it did, which says
+            what tokens are special, and how chats are written.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
