@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from moecompile.compose import compose_config
 from moecompile.schema import Config
 from moecompile.verify import Check, certify, shrink
+from moecompile.verify.certify import _rounding
 from tests.distributed.harness import run_distributed_test
 
 SMALL = [
@@ -230,3 +232,44 @@ def test_right_passes(found: dict[str, list[Check]]) -> None:
 def test_mutation_is_caught(mutation: Patch, found: dict[str, list[Check]]) -> None:
     failed = [check.name for check in found[mutation.__name__] if not check.passed]
     assert any(MUTATIONS[mutation] in name for name in failed), failed
+
+
+# FFNs that lie in the layer itself (OPT) or in two modules of it (BERT): the layer is the region, which FSDP2 wraps.
+LAYERS = {
+    "opt": {"ffn_dim": 64, "max_position_embeddings": 64, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "bert": {
+        "intermediate_size": 64, "max_position_embeddings": 64, "is_decoder": True, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+}  # fmt: skip
+
+
+def _of_layers(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
+    found = {}
+    for architecture, settings in LAYERS.items():
+        overrides = ["mesh=cpu_1x2", "data.vocab_size=300", "data.seq_len=16", "data.global_batch_size=8"]
+        config = compose_config([*overrides, "data.micro_batch_size=1", "verify.dtype=float64"])
+        config.model.architecture = architecture
+        config.model.config = {
+            "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **settings
+        }  # fmt: skip
+        (folder / architecture).mkdir(exist_ok=True)
+        found[architecture] = certify(shrink(config, steps=2)[0], folder / architecture)[0]
+    return found
+
+
+@pytest.mark.slow
+def test_layers_that_are_regions(tmp_path: Path) -> None:
+    for checks in run_distributed_test(_of_layers, 2, tmp_path, timeout_s=200)[0].values():
+        assert [check for check in checks if not check.passed] == []
+        (noise,) = [check for check in checks if check.name == "float64: gradients of rounding alone"]
+        assert "bias" in noise.where  # of the keys
+
+
+def test_only_what_is_rounding_on_both_sides_is_not_compared() -> None:
+    def side(**grads: float) -> Any:
+        return SimpleNamespace(grads={name: torch.tensor([value]) for name, value in grads.items()})
+
+    wanted = side(large=1.0, noise=1e-16, lost=1e-16, zero=0.0, small=1e-9)
+    got = side(large=1.0, noise=-3e-16, lost=0.5, zero=0.0, small=1e-9)
+    assert _rounding(got, wanted, torch.float64) == {"noise"}
