@@ -61,4 +61,6 @@ def inputs_of(name: str, ids: Tensor = IDS) -> dict[str, Tensor]:
 
 def rewrite(model: nn.Module, name: str, *overrides: str) -> Compiled:
     """Compiles in place: dense FFNs to copied experts, experts that the model has to themselves."""
-    return compile_with_report(model, config(*COPY4, *overrides), example=inputs_of(name))
+    device = next(model.parameters()).device
+    example = {key: ids.to(device) for key, ids in inputs_of(name).items()}
+    return compile_with_report(model, config(*COPY4, *overrides), example=example)

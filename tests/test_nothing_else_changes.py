@@ -145,6 +145,29 @@ def test_the_state_dict_loads_strictly_through_a_file(name: str) -> None:
     assert max_diff(other(**inputs).logits, model(**inputs).logits) == 0
 
 
+@pytest.mark.parametrize("name", [name for name in EXISTING if name != "switch_transformers"])  # has renamed weights
+def test_transformers_initialises_the_weights_where_they_are_now(name: str) -> None:
+    """`_init_weights` goes by the classes of modules: one of the model's own that has lost its weights would break it."""
+    model = rewrite(model_of(name), name).model
+    for module in model.modules():
+        model._init_weights(module)
+    assert torch.isfinite(model(**inputs_of(name)).logits).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_compiled_where_new_tensors_are_on_the_meta_device(name: str) -> None:
+    """As `from_pretrained` builds a model, before it loads the weights."""
+    from transformers import AutoModelForCausalLM
+
+    made = model_of(name).config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(made)
+        compiled = rewrite(model, name)
+    assert len(compiled.plan.layers) == 2
+    assert all(parameter.is_meta for parameter in compiled.model.parameters())
+    assert list(compiled.model.state_dict()) == list(rewrite(model_of(name), name).model.state_dict())
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_deep_copy_computes_the_same_and_shares_nothing(name: str) -> None:
     model, inputs = different_experts(name), inputs_of(name)

@@ -30,7 +30,9 @@ class ExistingExperts(nn.Module):
     def __init__(self, num_experts: int, own: nn.Module, names: tuple[str, ...], *, transposed: bool) -> None:
         super().__init__()
         self.num_experts, self.names, self.transposed = num_experts, names, transposed
-        self.own = own
+        # No submodule: what walks over the modules and knows the class (transformers' `_init_weights`) would look for
+        # the weights.
+        vars(self)["own"] = own
 
     def forward(
         self,

@@ -8,6 +8,7 @@ G rows gathered.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ def _setup(index_of_weights: int) -> Any:
 def _backward(ctx: Any, grad_R: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     (order_R,) = ctx.saved_tensors
     grads: list[Tensor | None] = [None] * ctx.num_inputs
-    grads[ctx.index_of_weights] = by_assignment(grad_R, order_R, ctx.weights_shape.numel()).view(ctx.weights_shape)
+    num_assignments = prod(ctx.weights_shape)  # Size.numel() would make a symbolic number of tokens a constant
+    grads[ctx.index_of_weights] = by_assignment(grad_R, order_R, num_assignments).view(ctx.weights_shape)
     return tuple(grads)
 
 

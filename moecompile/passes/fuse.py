@@ -64,7 +64,8 @@ def _computes_swiglu(owner: nn.Module, activation: Callable[[Tensor, Tensor], Te
     """Compared on a grid that is wide enough to show clamps and other slopes; dropout shows in training."""
     if any(True for _ in owner.parameters()) or any(True for _ in owner.buffers()):
         return False
-    values = torch.cat((torch.linspace(-40, 40, 161), torch.linspace(-2, 2, 41)))
+    cpu = torch.device("cpu")  # a model may be compiled where new tensors are on the meta device
+    values = torch.cat((torch.linspace(-40, 40, 161, device=cpu), torch.linspace(-2, 2, 41, device=cpu)))
     gate, up = torch.meshgrid(values, values, indexing="ij")
     wanted, modes = F.silu(gate) * up, [(module, module.training) for module in owner.modules()]
     try:
