@@ -27,6 +27,8 @@ class ExistingExperts(nn.Module):
         transposed: weights are (E, d_in, d_out), else (E, d_out, d_in).
     """
 
+    own: nn.Module
+
     def __init__(self, num_experts: int, own: nn.Module, names: tuple[str, ...], *, transposed: bool) -> None:
         super().__init__()
         self.num_experts, self.names, self.transposed = num_experts, names, transposed
