@@ -15,7 +15,7 @@ demo: .venv/.installed
 	$(BIN)/python -m moecompile recipe=deepseek_ep
 
 test: .venv/.installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

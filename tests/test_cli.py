@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -270,11 +270,8 @@ def test_import_help_and_cfg_load_nothing_heavy(cwd: Path) -> None:
 
 @pytest.mark.parametrize("args", [["--help"], ["--cfg", "job", "recipe=deepseek_ep"]], ids=["help", "cfg"])
 def test_help_and_cfg_take_less_than_two_seconds(args: list[str], cwd: Path) -> None:
-    seconds = []
-    for _ in range(3):  # the machine may be busy
-        start = time.perf_counter()
-        assert cli(cwd, *args, program=MODULE).returncode == 0
-        seconds.append(time.perf_counter() - start)
-        if seconds[-1] < 2:
-            return
-    pytest.fail(f"took {seconds} s")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert cli(cwd, *args, program=MODULE).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # CPU time: the machine may be busy with other tests.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2

@@ -77,7 +77,7 @@ def test_a_run_leaves_what_it_promises(sweep: tuple[Path, str]) -> None:
     }
     assert list((folder / "tensorboard").glob("events*"))
     graphs = {path.name for path in (folder / "graphs").iterdir()}
-    stages = ("captured", "rewritten", "lowered")
+    stages = ("captured", "rewritten", "lowered", "fused")
     assert graphs == {f"model.layers.1.mlp.{stage}.{kind}" for stage in stages for kind in ("txt", "svg")}
     assert Path(result["checkpoint"], ".metadata").is_file()
 
