@@ -153,7 +153,9 @@ def test_task_compile_writes_alike_layers_once(
     assert "step 0 was not compared with the model before: the model is on the meta device" in printed
     assert result["num_rewritten"] == 16
     names = {path.name for path in (tmp_path / "out" / "graphs").glob("*.txt")}
-    assert names == {f"model.layers.0.mlp.experts.{stage}.txt" for stage in ("captured", "rewritten", "lowered", "fused")}
+    assert names == {
+        f"model.layers.0.mlp.experts.{stage}.txt" for stage in ("captured", "rewritten", "lowered", "fused")
+    }
 
 
 @pytest.mark.slow

@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 
 from moecompile.errors import ConfigError
-from moecompile.schema.config import Config, ExportFormat, TaskName
+from moecompile.schema.config import (
+    Config,
+)
+from moecompile.schema.enums import (
+    ExportFormat,
+    TaskName,
+)
 
 
 def check_export(config: Config) -> None:

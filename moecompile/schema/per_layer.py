@@ -11,7 +11,13 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from moecompile.errors import ConfigError
-from moecompile.schema.config import BalanceConfig, Config, ExpertsConfig, PerLayerConfig, RoutingConfig
+from moecompile.schema.config import (
+    BalanceConfig,
+    Config,
+    ExpertsConfig,
+    PerLayerConfig,
+    RoutingConfig,
+)
 from moecompile.schema.slices import site_slice
 
 _PER_MODEL = {"experts": ("sites", "match", "layers")}  # they select the layers, so no layer can differ in them

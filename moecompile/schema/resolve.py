@@ -8,14 +8,16 @@ from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.schema.config import (
     BalanceConfig,
-    BalanceRule,
-    Choice,
     Config,
-    ExpertInit,
     ExpertsConfig,
     MeshConfig,
-    ModelDevice,
     RoutingConfig,
+)
+from moecompile.schema.enums import (
+    BalanceRule,
+    Choice,
+    ExpertInit,
+    ModelDevice,
     Score,
     SiteKind,
     TaskName,

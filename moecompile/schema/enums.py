@@ -1,0 +1,197 @@
+"""The choices that configs offer: enums, not booleans, where there is a choice of behaviour."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class TaskName(str, Enum):
+    """What the command does."""
+
+    train = "train"
+    compile = "compile"
+    plan = "plan"
+    verify = "verify"
+    export = "export"
+
+
+class ModelDevice(str, Enum):
+    """Where the model is built: `meta` has shapes and no values, for planning and compiling models of any size."""
+
+    cpu = "cpu"
+    meta = "meta"
+
+
+class ModelLoad(str, Enum):
+    """How the ranks of a mesh load a pretrained model."""
+
+    sharded = "sharded"  # each rank reads what it keeps
+    full = "full"  # each rank loads the whole model and then drops what it does not keep
+
+
+class SiteKind(str, Enum):
+    """Which sites are rewritten."""
+
+    auto = "auto"  # the experts that the model has already, else its dense FFNs
+    dense = "dense"
+    existing = "existing"
+    both = "both"
+
+
+class ExpertInit(str, Enum):
+    """How the experts get their first weights from the dense FFN (docs/upcycling.md)."""
+
+    copy = "copy"
+    virtual_group = "virtual_group"
+    drop = "drop"  # copies or slices, of which each expert draws some hidden units anew (Nakamura et al. 2025)
+    random = "random"
+
+
+class WeightScaling(str, Enum):
+    """How experts made from the dense FFN are scaled, so that their weighted sum starts like it (docs/upcycling.md)."""
+
+    none = "none"
+    exact = "exact"  # down by routed slices / scale: the dense FFN, where the weights of a token sum to `scale`
+    expected = "expected"  # down by routed slices / expected sum of the weights, for routers that do not normalise
+    nvidia = "nvidia"  # the same factor spread over all projections (He et al. 2024)
+
+
+class Choice(str, Enum):
+    """Who chooses: each token its experts, or each expert its tokens (Zhou et al. 2022, arXiv 2202.09368)."""
+
+    token = "token"
+    expert = "expert"
+
+
+class Score(str, Enum):
+    """What turns router logits into scores."""
+
+    softmax = "softmax"
+    sigmoid = "sigmoid"
+    softmax_after_topk = "softmax_after_topk"  # gpt-oss: over the logits of the chosen experts alone
+
+
+class DropPolicy(str, Enum):
+    """Which tokens an expert keeps when more choose it than its capacity."""
+
+    position = "position"  # the first ones
+    score = "score"  # those with the largest routing weights
+
+
+class Workload(str, Enum):
+    """Routing that ignores the router's choice, for benchmarks."""
+
+    none = "none"
+    balanced = "balanced"  # every expert gets the same number of tokens
+    zipf = "zipf"  # expert i is drawn with probability ~ 1 / (i + 1) ** skew
+    hot = "hot"  # half of the tokens choose expert 0
+    drift = "drift"  # zipf whose most loaded expert moves on at every step
+
+
+class GroupScore(str, Enum):
+    """How an expert group is scored for group-limited routing."""
+
+    max = "max"  # DeepSeek-V2: the best expert
+    top2 = "top2"  # DeepSeek-V3 as transformers computes it: sum of the two best
+    topk_over_m = "topk_over_m"  # DeepSeek-V3 report: sum of the top_k / top_groups best
+
+
+class BalanceRule(str, Enum):
+    """How the load of the experts is kept even."""
+
+    none = "none"
+    bias = "bias"  # DeepSeek-V3: a correction bias follows the load, no auxiliary loss
+
+
+class BiasUpdate(str, Enum):
+    """How the correction bias moves once per optimizer step."""
+
+    sign = "sign"  # DeepSeek-V3: += rate * sign(mean load - load)
+    proportional = "proportional"  # += rate * (mean load - load) / mean load
+
+
+class Objective(str, Enum):
+    """What the model learns to predict."""
+
+    causal = "causal"  # the next token
+    span_corruption = "span_corruption"  # T5: masked spans, for encoder-decoder models
+
+
+class TokenizerSource(str, Enum):
+    """Whose tokens the text is cut into."""
+
+    train = "train"  # a byte-level BPE, trained on the training split
+    model = "model"  # those that the pretrained model was trained on
+
+
+class Baseline(str, Enum):
+    """What is trained after the model, with the same data, optimizer and mesh, to compare with."""
+
+    none = "none"
+    dense = "dense"  # the model before it was rewritten
+
+
+class DispatchKind(str, Enum):
+    """How tokens travel to their experts."""
+
+    auto = "auto"
+    local = "local"
+    flat = "flat"
+    dedup = "dedup"
+    hierarchical = "hierarchical"
+    allgather = "allgather"
+
+
+class WireDtype(str, Enum):
+    """What rows are cast to for an exchange."""
+
+    auto = "auto"  # nothing: they travel as the activations are (bf16 under autocast)
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Precision(str, Enum):
+    """What weights and activations are computed in. Routers, and sums of gradients over ranks, are fp32 under all."""
+
+    fp32 = "fp32"
+    bf16_mixed = "bf16_mixed"  # fp32 weights, matrix products under autocast
+    bf16_params = (
+        "bf16_params"  # bf16 weights and activations in every layer, made of fp32 shards that the optimizer has
+    )
+
+
+class Checkpointing(str, Enum):
+    """What is computed again in backward instead of being kept."""
+
+    none = "none"
+    full = "full"  # every layer, exchanges too
+    keep_exchanges = "keep_exchanges"  # every layer, but what was received and chosen is kept: nothing is sent again
+
+
+class Compiled(str, Enum):
+    """What goes through torch.compile."""
+
+    none = "none"
+    regions = "regions"  # the graphs that replaced FFNs or experts
+
+
+class OnNan(str, Enum):
+    """What happens when a loss or a gradient is NaN or infinite."""
+
+    stop = "stop"  # the run ends and names the layer and the rank where it began
+    skip = "skip"  # the optimizer step is dropped on all ranks and counted
+
+
+class VerifyDtype(str, Enum):
+    """In which precision N ranks are compared with one process."""
+
+    both = "both"
+    float64 = "float64"
+    float32 = "float32"
+
+
+class ExportFormat(str, Enum):
+    """What a trained model is written as."""
+
+    huggingface = "huggingface"  # the family of transformers with the same mathematics
+    native = "native"  # our own names, with config and plan; `moecompile.load_exported` reads it
