@@ -71,10 +71,10 @@ def loads_counted_twice(patch: pytest.MonkeyPatch) -> None:
     from moecompile.nn import meters_of
     from moecompile.runtime import strategy
 
-    def wrong(model: Any, group: Any = None, right: Any = strategy.update_balance) -> Any:
+    def wrong(model: Any, group: Any = None, right: Any = strategy.update_balance, **options: Any) -> Any:
         for _, meter in meters_of(model):
             meter.load.mul_(2)
-        return right(model, group)
+        return right(model, group, **options)
 
     patch.setattr(strategy, "update_balance", wrong)
 
@@ -88,7 +88,8 @@ def loads_counted_again_in_recomputation(patch: pytest.MonkeyPatch) -> None:
 def loads_of_one_rank(patch: pytest.MonkeyPatch) -> None:
     from moecompile.runtime import strategy
 
-    patch.setattr(strategy, "update_balance", lambda model, group=None, right=strategy.update_balance: right(model))
+    right = strategy.update_balance
+    patch.setattr(strategy, "update_balance", lambda model, group=None, **options: right(model, **options))
 
 
 def same_batch_on_peers(patch: pytest.MonkeyPatch) -> None:
