@@ -245,6 +245,11 @@ def compile_with_report(
     return compiled
 
 
+def capture_planned(model: nn.Module, plan: Plan, config: Config, example: Example) -> Captured:
+    """The regions of `model`, not compiled yet, that the layers of `plan` are made from."""
+    return capture_regions(record_model(model, example), _kind(plan, config), _named(config, plan))
+
+
 def _by_region(
     captured: Captured, sites: Mapping[str, PlannedSite], plan: Plan
 ) -> tuple[dict[str, Region], dict[str, list[LayerPlan]]]:
