@@ -15,7 +15,8 @@ NOTE on speed, on a CPU:
      new length, which took up to 5 ms here, several times a layer and step.
   4. With matrix tiles (AMX) a product A^T B of bf16 took twice the time of A B; there A is transposed first, by a
      kernel of ours.
-On a GPU the grouped products take all experts at once, and the counts stay on the device.
+On a GPU the grouped products take all experts at once, and the counts stay on the device; on a CPU they do so where
+experts have few rows. bf16 is multiplied in fp32 where that is faster (moecompile.ops.products).
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moecompile.ops.blocks import TILE, Block, longest, make_blocks, new_gradient, padded, places, scratch, summed
-from moecompile.ops.grouped import grouped_mm, grouped_mm_input_grad, grouped_mm_weight_grad, has_kernel
-from moecompile.ops.native import kernels
+from moecompile.ops.grouped import at_once, grouped_mm, grouped_mm_input_grad, grouped_mm_weight_grad
+from moecompile.ops.native import Kernels, kernels
+from moecompile.ops.products import Products, faster_wide
 
 
 @torch.library.custom_op("moecompile::expert_ffn", mutates_args=())
@@ -45,9 +47,10 @@ def expert_ffn(
     Returns:
         y_VD, and what backward needs: gate_up_PG before the activation, source_P int32, weights_P.
     """
-    if has_kernel(x_VD):
-        return _on_device(x_VD, source_R, weights_R, counts_E, gate_up_EGD, down_EDF)
-    blocks, padded_E = make_blocks(counts_E, x_VD, gate_up_EGD)
+    if at_once(x_VD, source_R.shape[0], *gate_up_EGD.shape, down_EDF.shape[2]):
+        return _at_once(x_VD, source_R, weights_R, counts_E, gate_up_EGD, down_EDF)
+    product = Products(x_VD.dtype)
+    blocks, padded_E = make_blocks(counts_E, x_VD, gate_up_EGD, pad=_is_padded(x_VD))
     source_P, weights_P = padded(source_R, weights_R, counts_E, padded_E)
     gate_up_PG = x_VD.new_empty(source_P.shape[0], gate_up_EGD.shape[1])
     out_PD = x_VD.new_empty(source_P.shape[0], x_VD.shape[1])
@@ -57,10 +60,10 @@ def expert_ffn(
         x_MD, h_MF, gate_up_MG = rows(block), hidden(block), block.of(gate_up_PG)
         torch.index_select(x_VD, 0, block.of(source_P), out=x_MD)
         for x_mD, gate_up_mG, gate_up_DG in block.each((x_MD, gate_up_MG), gate_up_eDG):
-            torch.mm(x_mD, gate_up_DG, out=gate_up_mG)
+            product(x_mD, gate_up_DG, gate_up_mG, x_mD.shape[0])
         _activate(gate_up_MG, block.of(weights_P), h_MF)
         for h_mF, out_mD, down_FD in block.each((h_MF, block.of(out_PD)), down_eFD):
-            torch.mm(h_mF, down_FD, out=out_mD)
+            product(h_mF, down_FD, out_mD, h_mF.shape[0])
     return summed(out_PD, source_R, counts_E, padded_E, x_VD), gate_up_PG, source_P, weights_P
 
 
@@ -102,11 +105,12 @@ def expert_ffn_backward(
     gate_up_PG: Tensor, source_P: Tensor, weights_P: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `expert_ffn`: for x_VD, weights_R, gate_up_EGD and down_EDF; zero for experts without rows."""
-    if has_kernel(x_VD):
-        return _backward_on_device(
+    if at_once(x_VD, source_R.shape[0], *gate_up_EGD.shape, down_EDF.shape[2]):
+        return _backward_at_once(
             grad_VD, x_VD, source_R, counts_E, gate_up_EGD, down_EDF, gate_up_PG, source_P, weights_P
         )
-    blocks, padded_E = make_blocks(counts_E, x_VD, gate_up_EGD)
+    product = Products(x_VD.dtype)
+    blocks, padded_E = make_blocks(counts_E, x_VD, gate_up_EGD, pad=_is_padded(x_VD))
     grad_gate_up, grad_down = (new_gradient(blocks, weight) for weight in (gate_up_EGD, down_EDF))
     grad_PD, grad_weights_P = x_VD.new_empty(source_P.shape[0], x_VD.shape[1]), torch.empty_like(weights_P)
     width, model = down_EDF.shape[2], x_VD.shape[1]
@@ -119,16 +123,16 @@ def expert_ffn_backward(
         rows_MD, dh_MF, h_MF, inner_MG = (part(block) for part in (rows, grad_hidden, hidden, inner))
         torch.index_select(grad_VD, 0, block.of(source_P), out=rows_MD)
         for grad_mD, dh_mF, down_DF in block.each((rows_MD, dh_MF), down_e):
-            torch.mm(grad_mD, down_DF, out=dh_mF)
+            product(grad_mD, down_DF, dh_mF, grad_mD.shape[0])
         _activate_backward(block.of(gate_up_PG), block.of(weights_P), dh_MF, inner_MG, h_MF, block.of(grad_weights_P))
         for grad_mD, h_mF, inner_mG, grad_x_mD, gate_up_GD, grad_DF in block.each(
             (rows_MD, h_MF, inner_MG, block.of(grad_PD)), gate_up_e, grad_down_e
         ):
-            torch.mm(turn(grad_mD), h_mF, out=grad_DF)
-            torch.mm(inner_mG, gate_up_GD, out=grad_x_mD)
+            product(turn(grad_mD), h_mF, grad_DF, h_mF.shape[0])
+            product(inner_mG, gate_up_GD, grad_x_mD, inner_mG.shape[0])
         torch.index_select(x_VD, 0, block.of(source_P), out=rows_MD)
         for x_mD, inner_mG, grad_GD in block.each((rows_MD, inner_MG), grad_gate_up_e):
-            torch.mm(turn(inner_mG), x_mD, out=grad_GD)
+            product(turn(inner_mG), x_mD, grad_GD, x_mD.shape[0])
     grad_weights = grad_weights_P
     if source_P.shape[0] > source_R.shape[0]:
         grad_weights = grad_weights_P.index_select(0, places(counts_E, padded_E, source_R.shape[0]))
@@ -147,7 +151,7 @@ def _(
 
 
 def _is_padded(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and not has_kernel(x)
+    return x.dtype == torch.bfloat16 and not x.is_cuda and not faster_wide()
 
 
 # -- activation ------------------------------------------------------------------------------------------------------
@@ -155,9 +159,14 @@ def _is_padded(x: Tensor) -> bool:
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
+def _kernels_for(gate_up_MG: Tensor, weights_M: Tensor) -> Kernels | None:
+    known = gate_up_MG.dtype in _SUFFIX and weights_M.dtype == torch.float32
+    return kernels() if known and gate_up_MG.device.type == "cpu" else None
+
+
 def _activate(gate_up_MG: Tensor, weights_M: Tensor, hidden_MF: Tensor) -> None:
     """hidden = weight * silu(gate) * up, in place."""
-    native = kernels() if gate_up_MG.dtype in _SUFFIX and weights_M.dtype == torch.float32 else None
+    native = _kernels_for(gate_up_MG, weights_M)
     if native is not None:
         rows, width = hidden_MF.shape
         native(f"forward_{_SUFFIX[gate_up_MG.dtype]}", gate_up_MG, weights_M, hidden_MF, rows=rows, width=width)
@@ -170,7 +179,7 @@ def _activate_backward(
     gate_up_MG: Tensor, weights_M: Tensor, dh_MF: Tensor, grad_MG: Tensor, hidden_MF: Tensor, grad_weights_M: Tensor
 ) -> None:
     """Gradients of `_activate` and the hidden activation again, in place."""
-    native = kernels() if gate_up_MG.dtype in _SUFFIX and weights_M.dtype == torch.float32 else None
+    native = _kernels_for(gate_up_MG, weights_M)
     if native is not None:
         rows, width = hidden_MF.shape
         native(
@@ -215,10 +224,10 @@ class _Turned:
         return out
 
 
-# -- all experts at once, without a look at the counts ---------------------------------------------------------------
+# -- all experts at once ----------------------------------------------------------------------------------------------
 
 
-def _on_device(
+def _at_once(
     x_VD: Tensor, source_R: Tensor, weights_R: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gate_up_RG = grouped_mm(x_VD.index_select(0, source_R), gate_up_EGD, counts_E)
@@ -228,7 +237,7 @@ def _on_device(
     return out_VD, gate_up_RG, source_R.to(torch.int32), weights_R.clone()
 
 
-def _backward_on_device(
+def _backward_at_once(
     grad_VD: Tensor, x_VD: Tensor, source_R: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor,
     gate_up_RG: Tensor, source_P: Tensor, weights_R: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
