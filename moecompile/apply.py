@@ -8,12 +8,19 @@ from torch import fx, nn
 
 from moecompile.capture import stand_in
 from moecompile.errors import PlanError
-from moecompile.passes.existing import ExistingRegion, RewriteExisting, forget_weights, plain_attributes
-from moecompile.passes.fuse import Fuse
+from moecompile.nn import Experts
+from moecompile.passes.existing import (
+    ExistingRegion,
+    RewriteExisting,
+    computing,
+    forget_weights,
+    plain_attributes,
+)
+from moecompile.passes.fuse import Fuse, is_swiglu
 from moecompile.passes.lower import Lower
 from moecompile.passes.match import FFNMatch
 from moecompile.passes.registry import run_registered
-from moecompile.passes.rewrite import Rewrite
+from moecompile.passes.rewrite import Rewrite, activation_module
 from moecompile.plan import ExpertsSite, LayerPlan, PlannedSite
 from moecompile.sites import DenseRegion, Graphs, Region
 from moecompile.torch_private import move_hooks, set_attribute
@@ -140,6 +147,23 @@ def fused_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     out = step.run(graph_module)
     step.ensures(graph_module, out)
     return out
+
+
+def will_fuse(region: Region, fqn: str) -> bool:
+    """Whether the experts that the site `fqn` becomes, or has, will be computed in one op."""
+    if isinstance(region, DenseRegion):
+        return ffn_will_fuse(region.graph, region.matches[fqn])
+    if region.ffn is not None:
+        return ffn_will_fuse(*region.ffn)
+    return region.match.norm is None and is_swiglu(computing(region.match, region.module))
+
+
+def ffn_will_fuse(root: fx.GraphModule, match: FFNMatch) -> bool:
+    """The same of experts with the form of a dense FFN."""
+    if match.kind != "gated" or any(linear.bias for linear in (*match.ins, match.down)):
+        return False
+    activation = activation_module(root, match)
+    return is_swiglu(Experts(1, 1, 1, gated=True, activation=activation, device="meta"))
 
 
 def replace_regions(model: nn.Module, regions: Graphs) -> nn.Module:

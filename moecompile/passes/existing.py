@@ -130,12 +130,12 @@ def _experts(region: ExistingRegion) -> dict[str, Any]:
     """What the graph reads to compute the experts: name -> parameter or module."""
     match, module = region.match, region.module
     if region.ffn is None:
-        compute = _compute(match, module)
+        compute = computing(match, module)
         return {"experts": compute, **{name: _weight(module, name, match) for name in match.weights}}
     return {"experts": _stacked(match, module, *region.ffn)}
 
 
-def _compute(match: ExpertsMatch, module: nn.Module) -> ExistingExperts:
+def computing(match: ExpertsMatch, module: nn.Module) -> ExistingExperts:
     """What computes the experts on rows, with weights that it is given."""
     if match.are_matrices:
         holder = module.get_submodule(match.weights[0].rpartition(".")[0])

@@ -10,6 +10,7 @@ from moecompile.plan.layers import (
     LayerPlan,
     RoutingPlan,
 )
+from moecompile.plan.one_process import on_one_process, on_one_rank
 from moecompile.plan.plan import Estimate, MemoryEstimate, Plan, Reduction, Traffic
 from moecompile.plan.reductions import reductions
 from moecompile.plan.sites import ExpertsSite, FFNSite, PlannedSite
@@ -32,6 +33,8 @@ __all__ = [
     "Traffic",
     "from_yaml",
     "load",
+    "on_one_process",
+    "on_one_rank",
     "reductions",
     "save",
     "to_yaml",

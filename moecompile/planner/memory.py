@@ -13,16 +13,7 @@ params.py; V: vocabulary.
    P_d + P_e / ep.                                                                       -> `_unsharded_grads_bytes`
        weights = b own + a unsharded,  grads = b own + unsharded grads,  optimizer = 2 * 4 own  (AdamW's moments, fp32)
    Router weights are fp32 whatever b is.
-3. Activations that one forward saves for backward. c = 12 numbers per element of the residual
-   stream stand for norms, attention and residuals: 10 to 11 were counted for Llama and Qwen3 and 6 for OPT; multi-head
-   latent attention (DeepSeek) needs up to 30.
-       activations = a T (sum over layers of (c D + ffn) + 3 V)            logits, their log-softmax, their gradient
-       with checkpointing = a T (sum over layers of (D + kept) + max over layers of (c D + ffn) + 3 V)
-       kept      = 2 copies D of an MoE layer with keep_exchanges, the rows received there and back; else 0
-       dense ffn = 2 n F                                 n: 2 for gated, 1 for up_down (into and out of the activation)
-       MoE ffn   = K (2 D + 2 n d_expert) + 2 n d_shared + 2 E     rows in and out, hidden rows; router logits, scores
-   Balanced routing is assumed: a rank's experts get T K rows. D and the F of layers that stay dense are those of the
-   widest planned site.                                                                          -> `_activations`
+3. Activations that one forward saves for backward: activations.py.                          -> `activation_bytes`
 4. Exchange buffers, alive in one layer at a time: rows sent and rows received.
        dispatch = max over layers of 2 T copies D a                                                  -> `_dispatch`
 
@@ -36,13 +27,10 @@ from collections.abc import Sequence
 
 from moecompile.mesh import MeshSpec
 from moecompile.plan import LayerPlan, MemoryEstimate
+from moecompile.planner.activations import FP32_BYTES, activation_bytes, exchanged
 from moecompile.planner.params import ModelFacts, RunFacts, layer_params, model_params
-from moecompile.planner.traffic import copies_per_token
 
-FP32_BYTES = 4
 ADAMW_MOMENTS = 2
-RESIDUAL_NUMBERS = 12  # c in step 3
-LOGITS_COPIES = 3
 
 
 def memory_of_fullest_rank(
@@ -55,9 +43,9 @@ def memory_of_fullest_rank(
         weights=stored + _unsharded_params(layers, mesh, facts) * run.compute_bytes,
         grads=stored + _unsharded_grads_bytes(layers, mesh, facts, run),
         optimizer=(own + router) * ADAMW_MOMENTS * FP32_BYTES,
-        activations=_activations(layers, mesh, facts, run),
+        activations=activation_bytes(layers, mesh, facts, run),
         dispatch=round(
-            run.tokens_per_rank * run.compute_bytes * max((_exchanged(layer, mesh) for layer in layers), default=0)
+            run.tokens_per_rank * run.compute_bytes * max((exchanged(layer, mesh) for layer in layers), default=0)
         ),
     )
 
@@ -84,37 +72,6 @@ def _unsharded_grads_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: M
         return _unsharded_params(layers, mesh, facts) * run.compute_bytes
     params = model_params(layers, facts)
     return (params.dense + _shard(params.experts, mesh.ep)) * FP32_BYTES
-
-
-def _activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> int:
-    """Bytes saved for backward (step 3)."""
-    num_layers = max(facts.num_layers, len(layers))
-    d_model = max((layer.site.d_model for layer in layers), default=0)
-    dense = max((2 * layer.site.num_in_projections * layer.site.d_ff for layer in layers), default=0)
-    ffns = [_moe_numbers(layer) for layer in layers] + [dense] * (num_layers - len(layers))
-    saved = [RESIDUAL_NUMBERS * d_model + ffn for ffn in ffns]
-    per_token: float = LOGITS_COPIES * facts.vocab_size + sum(saved)
-    if run.checkpointing != "none":
-        kept = sum(_exchanged(layer, mesh) for layer in layers) if run.checkpointing == "keep_exchanges" else 0
-        again = LOGITS_COPIES * facts.vocab_size + num_layers * d_model + kept + max(saved, default=0)
-        per_token = min(per_token, again)
-    return round(run.tokens_per_rank * per_token * run.compute_bytes)
-
-
-def _moe_numbers(layer: LayerPlan) -> int:
-    """Numbers per token that one MoE layer saves."""
-    site, experts = layer.site, layer.experts
-    hidden = 2 * site.num_in_projections
-    routed = layer.routing.top_k * (2 * site.d_model + hidden * experts.d_expert)
-    return routed + hidden * experts.d_shared + 2 * experts.num_routed
-
-
-def _exchanged(layer: LayerPlan, mesh: MeshSpec) -> float:
-    """Numbers per token that the exchanges of one layer move there and back (step 4)."""
-    if not layer.dispatch.exchanges:
-        return 0
-    copies = copies_per_token(layer.dispatch.kind, layer.placement, layer.routing, mesh)
-    return 2 * (copies.own + copies.intra_node + copies.inter_node) * layer.site.d_model
 
 
 def _shard(numbers: int, parts: int) -> int:

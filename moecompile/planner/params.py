@@ -26,7 +26,8 @@ class ModelFacts:
     params_total: all parameters before rewriting, tied ones once. params_embedding: those outside the layers
     (embeddings, output head, final norm). num_layers, vocab_size: of the model; where they are 0 (a bare graph), only
     the planned layers are counted. bytes_per_param: of weights as they are stored (4: fp32). causal:
-    whether a token must not see later ones (None: unknown).
+    whether a token must not see later ones (None: unknown). fused: paths of the sites whose experts will be computed
+    in one op.
     """
 
     params_total: int
@@ -35,6 +36,7 @@ class ModelFacts:
     vocab_size: int = 0
     bytes_per_param: int = 4
     causal: bool | None = None
+    fused: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +44,15 @@ class RunFacts:
     """What the planner must know of the run.
 
     tokens_per_rank: tokens of a micro-batch. compute_bytes: of a weight in use, an activation and a row. accumulation:
-    micro-batches per rank and optimizer step. checkpointing: none, full or keep_exchanges.
+    micro-batches per rank and optimizer step. checkpointing: none, full or keep_exchanges. is_mixed: whether products
+    run in bf16 under autocast.
     """
 
     tokens_per_rank: int
     compute_bytes: int = 4
     accumulation: int = 1
     checkpointing: str = "none"
+    is_mixed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

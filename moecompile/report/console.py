@@ -34,7 +34,7 @@ def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
     console.print(_header(plan))
     console.print()
     if plan.layers:
-        console.print(_layers_table(plan.layers, _path_width(console)))
+        console.print(_layers_table(plan.layers, path_width(console)))
         console.print()
         for kind, steps in dict.fromkeys((layer.dispatch.kind, layer.steps) for layer in plan.layers if layer.steps):
             console.print(Text(f"{kind}, forward: {', '.join(op for op, _ in steps)}"))
@@ -51,7 +51,7 @@ def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
 
 def print_passes(records: Sequence[PassRecord], console: Console) -> None:
     """One numbered line a pass: `5  lower  0.02 s  12 -> 19 nodes  +3 all_to_all, ...`."""
-    grid = _grid()
+    grid = plain_grid()
     for number, record in enumerate(records, start=1):
         grid.add_row(
             Text(str(number)),
@@ -70,12 +70,12 @@ def print_sites(sites: Sequence[Mapping[str, str]], console: Console) -> None:
     Args:
         sites: {fqn, kind, where, status, reason}, the `sites` of result.json.
     """
-    table = _table("site", "kind", "status", "reason")
+    table = plain_table("site", "kind", "status", "reason")
     keys = [(s["fqn"] or s["where"], (s["kind"], s["status"], unsuffixed(s["reason"]))) for s in sites]
     for path, positions in fold_paths(keys):
         site = sites[positions[0]]
         table.add_row(
-            _path_text(path, len(positions), _path_width(console)),
+            path_text(path, len(positions), path_width(console)),
             Text(site["kind"]),
             Text(site["status"].replace("_", " "), style=_STATUS_STYLE.get(site["status"], "")),
             Text(site["reason"]),
@@ -95,7 +95,7 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
     console.print(
         Text.assemble((recipe, "bold"), (f"  {status}", _STATUS_STYLE.get(status, "")), f"  {result['seconds']:.1f} s")
     )
-    grid = _grid()
+    grid = plain_grid()
     for name, needed, text_of in _RESULT_LINES:
         values = [result.get(key) for key in needed]
         if None not in values:
@@ -109,7 +109,7 @@ def print_checks(checks: Sequence[Mapping[str, Any]], console: Console) -> None:
     Args:
         checks: {name, max_abs_err, tolerance, passed, where}, the `checks` of result.json.
     """
-    table = _table("check", "error", "tolerance", "", "worst in")
+    table = plain_table("check", "error", "tolerance", "", "worst in")
     for check in checks:
         passed = check["passed"]
         table.add_row(
@@ -124,7 +124,7 @@ def print_checks(checks: Sequence[Mapping[str, Any]], console: Console) -> None:
 
 
 def _header(plan: Plan) -> Table:
-    mesh, grid = plan.mesh, _grid()
+    mesh, grid = plan.mesh, plain_grid()
     axes = ", ".join(f"{name} {getattr(mesh, name)}" for name in ("ep", "edp", "dp_replicate", "dp_shard"))
     nodes, ranks = plural(mesh.num_nodes, "node"), plural(mesh.ranks_per_node, "rank")
     grid.add_row(Text("plan", style="bold"), Text(f"{plan.hash}, {plural(len(plan.layers), 'MoE layer')}"))
@@ -137,10 +137,10 @@ def _layers_table(layers: Sequence[LayerPlan], path_width: int) -> Table:
     """One row per set of layers that differ in their place alone."""
     found = {"experts": "expert FFN"}.get(layers[0].site.kind, "dense FFN")
     mixed = len({layer.site.kind == "experts" for layer in layers}) > 1
-    table = _table("site", "FFN" if mixed else found, "experts", "router", "dispatch")
+    table = plain_table("site", "FFN" if mixed else found, "experts", "router", "dispatch")
     for path, positions in fold_paths((layer.site.fqn or "the graph", _decisions(layer)) for layer in layers):
         cells = (Text("\n".join(lines)) for lines in _decisions(layers[positions[0]]))
-        table.add_row(_path_text(path, len(positions), path_width), *cells)
+        table.add_row(path_text(path, len(positions), path_width), *cells)
     return table
 
 
@@ -181,7 +181,7 @@ def _router_lines(layer: LayerPlan) -> tuple[str, ...]:
 
 
 def _reductions_table(plan: Plan) -> Table:
-    table = _table("gradients of", "replicated over", "sharded over", "summed over")
+    table = plain_table("gradients of", "replicated over", "sharded over", "summed over")
     for r in plan.reductions:
         axes = (", ".join(found) or "-" for found in (r.replicated_over, r.sharded_over, r.sum_over))
         table.add_row(Text(r.parameters), *map(Text, axes))
@@ -190,13 +190,13 @@ def _reductions_table(plan: Plan) -> Table:
 
 def _print_estimate(estimate: Estimate, console: Console) -> None:
     memory = estimate.memory_bytes_per_rank
-    table = _table("memory/rank", "weights", "grads", "optimizer", "activations", "dispatch", "fits")
+    table = plain_table("memory/rank", "weights", "grads", "optimizer", "activations", "dispatch", "fits")
     parts = (memory.total, memory.weights, memory.grads, memory.optimizer, memory.activations, memory.dispatch)
     fits = Text("yes", style="green") if estimate.fits else Text("no", style="bold red")
     table.add_row(*(Text(bytes_text(part), no_wrap=True) for part in parts), fits)
     console.print(table)
     console.print()
-    grid = _grid()
+    grid = plain_grid()
     used = f"{count_text(estimate.params_total)}, a token uses {count_text(estimate.params_active)}"
     grid.add_row(Text("parameters", style="dim"), Text(used))
     grid.add_row(Text("forward bytes", style="dim"), Text(_traffic_text(asdict(estimate.bytes_per_token_per_layer))))
@@ -231,22 +231,25 @@ def _added_text(record: PassRecord) -> str:
     return " ".join(filter(None, (added, detail)))
 
 
-def _table(*columns: str) -> Table:
+def plain_table(*columns: str) -> Table:
+    """A table without a frame; its first column is not broken."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
     for i, name in enumerate(columns):
         table.add_column(name, overflow="fold", no_wrap=i == 0)
     return table
 
 
-def _grid() -> Table:
+def plain_grid() -> Table:
+    """Lines of names and values."""
     return Table.grid(padding=(0, 2, 0, 0))
 
 
-def _path_width(console: Console) -> int:
+def path_width(console: Console) -> int:
+    """Characters of a line of a module path in a table."""
     return console.width // 3 - 1
 
 
-def _path_text(path: str, count: int, width: int) -> Text:
+def path_text(path: str, count: int, width: int) -> Text:
     """A module path, broken at dots where it is long, and how many sites it stands for."""
     lines = [""]
     for part in re.split(r"(?<=[^.]\.)(?=[^.])", path):

@@ -2,6 +2,7 @@
 
 from moecompile.schema.config import (
     BalanceConfig,
+    BenchConfig,
     Config,
     DataConfig,
     DispatchConfig,
@@ -59,6 +60,7 @@ __all__ = [
     "BalanceConfig",
     "BalanceRule",
     "Baseline",
+    "BenchConfig",
     "BiasUpdate",
     "Checkpointing",
     "Choice",

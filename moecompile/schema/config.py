@@ -291,6 +291,14 @@ class VerifyConfig:
 
 
 @dataclass(kw_only=True)
+class BenchConfig:
+    """`bench`: how often task=bench measures. rounds: what is measured counts so often. warmup: runs before that."""
+
+    rounds: int = 10
+    warmup: int = 3
+
+
+@dataclass(kw_only=True)
 class ExportConfig:
     """`export`: what task=export reads and writes; all else it takes from the run.
 
@@ -333,4 +341,5 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
     given: list[str] = field(default_factory=list)

@@ -13,6 +13,7 @@ class TaskName(str, Enum):
     plan = "plan"
     verify = "verify"
     export = "export"
+    bench = "bench"
 
 
 class ModelDevice(str, Enum):

@@ -76,6 +76,8 @@ def validate(config: Config) -> None:
     for name in ("save_interval", "keep_last", "max_restarts"):
         _at_least(f"trainer.{name}", getattr(config.trainer, name), 0)
     _at_least("verify.steps", config.verify.steps, 1)
+    for name in ("rounds", "warmup"):
+        _at_least(f"bench.{name}", getattr(config.bench, name), 1)
     check_export(config)
 
 
@@ -157,9 +159,10 @@ def _check_model(config: Config) -> None:
             "exactly one of model.architecture, model.pretrained, model.package and model.factory must be given",
             "Select a model group, for example model=llama_nano, or give one of the four",
         )
-    if config.model.device is ModelDevice.meta and config.task.name is TaskName.train:
+    task = config.task.name
+    if config.model.device is ModelDevice.meta and task in (TaskName.train, TaskName.bench):
         raise ConfigError(
-            "model.device", "meta", "the model has shapes and no values, so task=train cannot run it",
+            "model.device", "meta", f"the model has shapes and no values, so task={task.value} cannot run it",
             "Use task=plan or task=compile, or model.device=cpu if it fits into memory",
         )  # fmt: skip
     if config.model.device is ModelDevice.meta and (config.model.pretrained or config.model.package):
@@ -311,7 +314,7 @@ def _check_data(config: Config, mesh: MeshSpec) -> None:
     if not 0 < data.val_fraction < 1:
         raise ConfigError("data.val_fraction", data.val_fraction, "must lie between 0 and 1", "Use 0.05")
     _at_least("data.val_batches", data.val_batches, 0)
-    if config.task.name in (TaskName.train, TaskName.verify):
+    if config.task.name in (TaskName.train, TaskName.verify, TaskName.bench):
         accumulation_steps(config, mesh)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,22 @@ import torch.distributed as dist
 from rich.console import Console
 
 from moecompile import plan as plans
-from moecompile.convert import ShardedImport, loads_sharded
-from moecompile.errors import ConfigError, PlanError
-from moecompile.models import build_model, example_inputs, pretrained_folder
-from moecompile.pipeline import Compiled, compile_with_report
-from moecompile.receipt import ON_META
+from moecompile.errors import ConfigError
+from moecompile.models import build_model, example_inputs
+from moecompile.pipeline import Compiled
 from moecompile.report.baseline import print_baseline
 from moecompile.report.console import print_result
 from moecompile.report.heatmap import write_heat_map
 from moecompile.report.result import write_result
 from moecompile.runtime.baseline import train_dense
-from moecompile.runtime.data import TextData, TokenWindows, load_data, unigram_entropy
+from moecompile.runtime.data import TextData, TokenWindows, unigram_entropy
 from moecompile.runtime.history import LoadHistory
 from moecompile.runtime.launch import launch
-from moecompile.runtime.objective import data_for
 from moecompile.runtime.process_group import init_process_group
 from moecompile.runtime.saving import LOAD_HISTORY
 from moecompile.runtime.training import Outcome, train
 from moecompile.schema import Baseline, Config, mesh_spec
+from moecompile.tasks.job import load_job
 from moecompile.tasks.show import show_compiled, step0_fields
 
 
@@ -51,29 +48,17 @@ def run_rank(config: Config, run_dir: Path) -> None:
     """One rank: data, model, compilation, training, result."""
     start = time.perf_counter()
     init_process_group(config)
-    rank = dist.get_rank()
-    folder = pretrained_folder(config.model)
-    data = load_data(config.data, run_dir, rank=rank, barrier=dist.barrier, model_folder=folder)
-    importing = ShardedImport(config) if loads_sharded(config, dist.get_world_size()) else None
-    model = build_model(config.model, config.seed) if importing is None else importing.model
-    data = data_for(model, data, config)
-    compiled = compile_with_report(model, config, example=example_inputs(model, config.data.seq_len))
-    if importing is not None and compiled.step0_reason == ON_META:
-        reason = "not compared, as no rank holds the dense model; task=compile does in one process"
-        compiled.step0 = dataclasses.replace(compiled.step0, reason=reason)
-    check_same_plan(compiled.plan)
+    rank, job = dist.get_rank(), load_job(config, run_dir)
+    compiled, data = job.compile(config), job.data
     _check_baseline(config, compiled.plan)
     console = Console(soft_wrap=False)
     if rank == 0:
         show_compiled(compiled, run_dir, console)
-    compiled.graphs.clear()  # they hold whole weights, of which this rank will keep a shard
-    if importing is None:
-        compiled.regions.clear()  # so do these, which an import fills the shards by
+    materialize = job.materialize(compiled)
     dist.barrier()
-    materialize = None if importing is None else partial(importing.fill, compiled)
     outcome = train(compiled.model, compiled.plan, config, data, run_dir, materialize)
     result = _result(config, compiled, outcome, data)
-    del model, compiled.model, importing, materialize
+    del job, compiled.model, materialize
     if config.trainer.baseline is Baseline.dense:
         result["baseline"] = _baseline(config, compiled.plan, data, run_dir)
     if rank == 0:
@@ -85,20 +70,6 @@ def run_rank(config: Config, run_dir: Path) -> None:
         print_result({**result, "drop_rate_last": result["drop_rate_last"] or None, "run_dir": run_dir}, console)
         if "baseline" in result:
             print_baseline(result, console)
-
-
-def check_same_plan(plan: plans.Plan) -> None:
-    """All ranks must hold the same plan.
-
-    Raises:
-        PlanError: they do not.
-    """
-    hashes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(hashes, plan.hash)
-    if len(set(hashes)) > 1:
-        raise PlanError(
-            "plan.hash", hashes, "ranks made different plans", "Give all ranks the same config and versions"
-        )
 
 
 def _check_baseline(config: Config, plan: plans.Plan) -> None:

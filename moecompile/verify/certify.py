@@ -22,12 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moecompile.models import build_model, pretrained_folder
-from moecompile.plan import Plan
+from moecompile.plan import Plan, on_one_process
 from moecompile.runtime.data import TextData, load_data, train_loader
 from moecompile.runtime.objective import data_for
 from moecompile.schema import Config, Precision, WireDtype
 from moecompile.verify.compare import relative_error, worst
-from moecompile.verify.job import Batch, Trace, build, noiseless_plan, on_one_process, uneven
+from moecompile.verify.job import Batch, Trace, build, noiseless_plan, uneven
 from moecompile.verify.ranks import run_ranks
 from moecompile.verify.reference import run_reference
 

@@ -18,11 +18,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from moecompile.mesh import MeshSpec
 from moecompile.models import build_model, example_inputs
 from moecompile.nn import Experts, Router
 from moecompile.pipeline import compile_model, make_plan
-from moecompile.plan import DispatchPlan, ExpertPlacement, Plan, reductions
+from moecompile.plan import Plan
 from moecompile.runtime.data import IGNORED
 from moecompile.runtime.module import LanguageModule
 from moecompile.schema import Config, accumulation_steps, mesh_spec
@@ -65,20 +64,6 @@ def noiseless_plan(config: Config) -> Plan:
         dataclasses.replace(layer, routing=dataclasses.replace(layer.routing, jitter=0.0)) for layer in plan.layers
     )
     return dataclasses.replace(plan, layers=layers)
-
-
-def on_one_process(plan: Plan) -> Plan:
-    """The same model without a mesh: groups, experts and routers stay, every expert lives here."""
-    mesh = MeshSpec(device=plan.mesh.device)
-    layers = tuple(
-        dataclasses.replace(
-            layer,
-            placement=ExpertPlacement(num_experts=layer.placement.num_experts, ep=1),
-            dispatch=DispatchPlan(kind="local"),
-        )
-        for layer in plan.layers
-    )
-    return Plan(mesh=mesh, layers=layers, reductions=reductions(mesh))
 
 
 def build(config: Config, plan: Plan, dtype: torch.dtype) -> nn.Module:

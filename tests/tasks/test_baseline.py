@@ -16,7 +16,7 @@ from moecompile.compose import compose_config
 from moecompile.models import build_model
 from moecompile.nn import Experts
 from moecompile.runtime.data import load_data, train_loader, val_loader
-from moecompile.tasks import train
+from moecompile.tasks import job, train
 from tests.distributed.harness import run_distributed_test
 from tests.tasks.test_train import moecompile, result_of
 
@@ -106,7 +106,7 @@ def _experts_alive_when_a_model_is_built(rank: int, world_size: int, folder: str
         alive.append(sum(isinstance(found, Experts) for found in gc.get_objects()))
         return build_model(*arguments)
 
-    train.build_model = build  # type: ignore[attr-defined]
+    job.build_model = train.build_model = build  # type: ignore[attr-defined]
     train.init_process_group = lambda config: None  # type: ignore[attr-defined]  # the harness has one
     train.run_rank(compose_config([*LLAMA, "data.global_batch_size=2", "trainer.baseline=dense"]), Path(folder))
     return alive

@@ -1,0 +1,7 @@
+"""What a compiled model costs: each distinct MoE layer beside a dense FFN, and whole optimizer steps on the ranks."""
+
+from moecompile.bench.layers import LayerCost, measure_layers
+from moecompile.bench.measure import Times, kept_bytes
+from moecompile.bench.steps import StepCost, measure_steps
+
+__all__ = ["LayerCost", "StepCost", "Times", "kept_bytes", "measure_layers", "measure_steps"]

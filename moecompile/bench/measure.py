@@ -1,0 +1,78 @@
+"""Time and kept memory of one forward and backward."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Milliseconds. cpu_ms: of this process, all its threads. device_ms: on a GPU, by its events; None on a CPU."""
+
+    cpu_ms: float
+    wall_ms: float
+    device_ms: float | None = None
+
+    @property
+    def decisive_ms(self) -> float:
+        """What layers are compared by: the GPU's time, or on a CPU, where others may be at work too, CPU time."""
+        return self.cpu_ms if self.device_ms is None else self.device_ms
+
+
+def timed(run: Callable[[], object], device: torch.device) -> Times:
+    """Runs `run` once; on a GPU until it has done all of it."""
+    if device.type != "cuda":
+        cpu, wall = time.process_time(), time.perf_counter()
+        run()
+        return Times(cpu_ms=1e3 * (time.process_time() - cpu), wall_ms=1e3 * (time.perf_counter() - wall))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    torch.cuda.synchronize(device)
+    cpu, wall = time.process_time(), time.perf_counter()
+    events[0].record()
+    run()
+    events[1].record()
+    torch.cuda.synchronize(device)
+    seconds = time.process_time() - cpu, time.perf_counter() - wall
+    return Times(cpu_ms=1e3 * seconds[0], wall_ms=1e3 * seconds[1], device_ms=events[0].elapsed_time(events[1]))
+
+
+def medians(found: Sequence[Times]) -> Times:
+    """Each time's own median."""
+
+    def median(values: list[float]) -> float:
+        return float(statistics.median(values))
+
+    device = [times.device_ms for times in found if times.device_ms is not None]
+    return Times(
+        cpu_ms=median([times.cpu_ms for times in found]),
+        wall_ms=median([times.wall_ms for times in found]),
+        device_ms=median(device) if device else None,
+    )
+
+
+def kept_bytes(run: Callable[[], Any], weights: Iterable[Tensor]) -> int:
+    """Bytes that the forward `run` keeps for backward, its own input among them.
+
+    A storage counts once and whole, however many views of it are kept; the storages of `weights` do not count.
+    """
+    known = {weight.untyped_storage().data_ptr() for weight in weights}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = run()  # held until all is counted, or storages would be given out again
+    del kept
+    return sum(sizes.values())

@@ -1,0 +1,152 @@
+"""Whole optimizer steps of a compiled model on all ranks, as `task=train` runs them, and what they are spent on.
+
+Steps are timed from the end of one to the end of the next: data, forward, backward, reductions, optimizer. After the
+timed ones two more run under torch's profiler, on rank 0, which sees how long each op of ours takes. An exchange also
+takes what a rank waits for the others in it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from moecompile.bench.measure import Times, medians
+from moecompile.passes.lower import EXCHANGE_OPS
+from moecompile.plan import Plan
+from moecompile.runtime.data import TextData, train_loader
+from moecompile.runtime.module import LanguageModule
+from moecompile.runtime.observer import StepObserver
+from moecompile.runtime.strategy import ExpertParallelStrategy
+from moecompile.runtime.training import make_trainer
+from moecompile.schema import Config
+
+PROFILED_STEPS = 2
+_OURS = "moecompile::"
+_EXCHANGES = EXCHANGE_OPS | {"read_tables", "wire_cast", "wire_uncast"}
+_EXPERTS = ("expert_ffn", "grouped_mm", "expert_bias", "sum_experts")  # and what begins so, such as their backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """An optimizer step. step: of rank 0; its CPU time is the mean over the ranks. tokens: of the global batch.
+
+    exchanges, experts, rows: part of the profiled steps that rank 0 spends in exchanges, in the experts' arithmetic,
+    and in other ops of ours (choosing, sorting, packing and summing rows, counting).
+    """
+
+    world_size: int
+    tokens: int
+    step: Times
+    exchanges: float
+    experts: float
+    rows: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all ranks."""
+        return 1e3 * self.tokens / self.step.wall_ms
+
+
+def measure_steps(
+    model: nn.Module,
+    plan: Plan,
+    config: Config,
+    data: TextData,
+    run_dir: Path,
+    materialize: Callable[[torch.device], None] | None = None,
+) -> StepCost:
+    """Trains `bench.warmup` steps, `bench.rounds` timed ones and two profiled ones; every rank calls it.
+
+    Args:
+        model, plan, data, materialize: as for `runtime.training.train`. run_dir: where Lightning's loggers write.
+    """
+    mesh, rank = plan.mesh, dist.get_rank()
+    num_steps = config.bench.warmup + config.bench.rounds + PROFILED_STEPS
+    config = copy.deepcopy(config)
+    config.trainer = dataclasses.replace(config.trainer, max_steps=num_steps, progress_bar=False, resume=None)
+    loader = train_loader(
+        data.train, config.data, seed=config.seed, rank=rank, world_size=mesh.world_size, num_steps=num_steps
+    )
+    clock = _Clock(config.bench.warmup, config.bench.rounds)
+    trainer = make_trainer(config, mesh, run_dir, [clock], materialize=materialize)
+    trainer.fit(LanguageModule(model, config.optimizer, num_steps), loader)
+    step = medians(clock.found)
+    every: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(every, step.cpu_ms)
+    return StepCost(
+        world_size=mesh.world_size,
+        tokens=config.data.global_batch_size * config.data.seq_len,
+        step=dataclasses.replace(step, cpu_ms=sum(every) / len(every)),
+        **clock.shares,
+    )
+
+
+class _Clock(StepObserver):
+    """Times steps, then profiles some."""
+
+    def __init__(self, warmup: int, rounds: int) -> None:
+        self.warmup, self.rounds = warmup, rounds
+        self.found: list[Times] = []
+        self.shares = {"exchanges": 0.0, "experts": 0.0, "rows": 0.0}
+        self._steps_done = 0
+        self._last = (0.0, 0.0)
+        self._profiler: profile | None = None
+
+    def step_ended(self, module: LanguageModule, strategy: ExpertParallelStrategy) -> None:
+        """Takes the time; begins to profile after the last timed step, ends after the last step."""
+        self._steps_done += 1
+        on_gpu = strategy.root_device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize(strategy.root_device)
+        now, cpu = time.perf_counter(), time.process_time()
+        wall_ms, cpu_ms = 1e3 * (now - self._last[0]), 1e3 * (cpu - self._last[1])
+        timed = self._steps_done - self.warmup
+        if 0 < timed <= self.rounds:
+            self.found.append(Times(cpu_ms=cpu_ms, wall_ms=wall_ms))
+        if dist.get_rank() == 0 and timed == self.rounds:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it announces itself
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+            self._profiler = profile(activities=activities)
+            self._profiler.__enter__()
+            self._began = time.perf_counter()
+        if self._profiler is not None and timed == self.rounds + PROFILED_STEPS:
+            microseconds = 1e6 * (now - self._began)
+            self._profiler.__exit__(None, None, None)
+            self.shares = _shares(self._profiler.events() or (), microseconds, on_gpu=on_gpu)
+        self._last = (time.perf_counter(), time.process_time())
+
+
+def _shares(events: Iterable[Any], microseconds: float, *, on_gpu: bool) -> dict[str, float]:
+    """Time of our outermost ops by kind, over that of the steps."""
+    spent = {"exchanges": 0.0, "experts": 0.0, "rows": 0.0}
+    for event in events:
+        if event.name.startswith(_OURS) and not _is_inside(event):
+            spent[_kind(event.name.removeprefix(_OURS))] += event.device_time_total if on_gpu else event.cpu_time_total
+    return {kind: time / microseconds for kind, time in spent.items()}
+
+
+def _is_inside(event: Any) -> bool:
+    """Whether an op of ours runs it, or the same op before autograd."""
+    parent = event.cpu_parent
+    while parent is not None:
+        if parent.name.startswith(_OURS):
+            return True
+        parent = parent.cpu_parent
+    return False
+
+
+def _kind(name: str) -> str:
+    if name in _EXCHANGES:
+        return "exchanges"
+    return "experts" if name.startswith(_EXPERTS) else "rows"

@@ -1,0 +1,93 @@
+"""What a forward keeps for backward, bytes on one rank.
+
+a: bytes of an activation; T: tokens per micro-batch; D, F (of an expert), E, K as in params.py; S: width of the shared
+expert; n: projections before the activation, 2 for gated, 1 for up_down; V: vocabulary.
+
+1. One layer, beside its input.
+       dense FFN      = a T 2 n d_ff                                 into and out of the activation
+       MoE, unfused   = a T (K (2 D + 2 n F) + 2 n S + 2 E)          rows in and out, hidden rows; router logits, scores
+       MoE, fused     = b P 2 F + a T 2 n S + T (4 E + 36 K + 12)    what precedes the activation; fp32 scores; ids,
+                        + x                                          sources, order and weights of the assignments
+   b: bytes of a number in the experts (2 under autocast), P: their rows, K T and in bf16 on a CPU the padding (step 2).
+   x: copies of the input. A router of ours reads it in fp32, which is a copy if it is narrower (4 T D); under autocast
+   experts read it narrow (2 T D), and narrow copies of their weights are kept (2 * 3 D F E / ep). With exchanges, the
+   rows received are kept, as experts read them: b T D copies.                                   -> `moe_bytes`
+2. Rows of an expert are padded to whole steps of 16, or from 512 on of 1/64 to 1/32 of them, as in
+   moecompile.ops.expert_ffn; the mean padding is half a step less half a row.                   -> `_padded_rows`
+3. All layers. c = 12 numbers per element of the residual stream stand for norms, attention, residuals and the FFN's
+   input: 10 to 11 were counted for Llama and Qwen3 and 6 for OPT; multi-head latent attention (DeepSeek) needs up to
+   30.
+       activations = sum over layers of (a T c D + layer) + 3 a T V    logits, their log-softmax, their gradient
+       with checkpointing = sum over layers of (a T D + kept) + max over layers of (a T c D + layer) + 3 a T V
+       kept        = 2 copies D of an MoE layer with keep_exchanges, the rows received there and back; else 0
+                                                                                                 -> `activation_bytes`
+Balanced routing is assumed: a rank's experts get K T rows. D and d_ff of layers that stay dense are those of the widest
+planned site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moecompile.mesh import MeshSpec
+from moecompile.plan import FFNSite, LayerPlan
+from moecompile.planner.params import ModelFacts, RunFacts
+from moecompile.planner.traffic import copies_per_token
+
+BF16_BYTES, FP32_BYTES = 2, 4
+RESIDUAL_NUMBERS = 12  # c in step 3
+LOGITS_COPIES = 3
+ASSIGNMENT_BYTES = 36  # ids, sources and order int64, sources again int32, weights in both orders fp32
+TOKEN_BYTES = 12  # what normalising keeps
+PADDED_STEP, STEPS_PER_OCTAVE = 16, 32
+
+
+def activation_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> int:
+    """Step 3."""
+    num_layers, number = max(facts.num_layers, len(layers)), run.compute_bytes * run.tokens_per_rank
+    d_model = max((layer.site.d_model for layer in layers), default=0)
+    dense = max((2 * layer.site.num_in_projections * layer.site.d_ff for layer in layers), default=0)
+    moe = [moe_bytes(layer, mesh, run, fused=layer.site.fqn in facts.fused) for layer in layers]
+    saved = [RESIDUAL_NUMBERS * d_model * number + ffn for ffn in moe + [dense * number] * (num_layers - len(layers))]
+    logits = LOGITS_COPIES * facts.vocab_size * number
+    found = logits + sum(saved)
+    if run.checkpointing != "none":
+        kept = sum(exchanged(layer, mesh) for layer in layers) if run.checkpointing == "keep_exchanges" else 0
+        again = logits + (num_layers * d_model + kept) * number + max(saved, default=0)
+        found = min(found, again)
+    return round(found)
+
+
+def moe_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts, *, fused: bool) -> float:
+    """Step 1, for an MoE layer. fused: whether its experts are computed in one op (moecompile.passes.fuse)."""
+    site, experts, top_k, tokens = layer.site, layer.experts, layer.routing.top_k, run.tokens_per_rank
+    hidden = 2 * site.num_in_projections
+    if not fused:
+        routed = top_k * (2 * site.d_model + hidden * experts.d_expert)
+        return run.compute_bytes * tokens * (routed + hidden * experts.d_shared + 2 * experts.num_routed)
+    narrow = BF16_BYTES if run.is_mixed else run.compute_bytes
+    rows = _padded_rows(layer, run) if narrow == BF16_BYTES and mesh.device != "cuda" else top_k * tokens
+    found = narrow * rows * 2 * experts.d_expert + run.compute_bytes * tokens * hidden * experts.d_shared
+    found += tokens * (FP32_BYTES * experts.num_routed + ASSIGNMENT_BYTES * top_k + TOKEN_BYTES)
+    if isinstance(site, FFNSite) and run.compute_bytes < FP32_BYTES:
+        found += FP32_BYTES * tokens * site.d_model
+    if run.is_mixed:
+        found += BF16_BYTES * 3 * site.d_model * experts.d_expert * layer.placement.experts_per_rank
+    if layer.dispatch.exchanges:
+        return found + narrow * tokens * exchanged(layer, mesh) / 2
+    return found + (narrow * tokens * site.d_model if run.is_mixed else 0)
+
+
+def exchanged(layer: LayerPlan, mesh: MeshSpec) -> float:
+    """Numbers per token that the exchanges of one layer move there and back."""
+    if not layer.dispatch.exchanges:
+        return 0
+    copies = copies_per_token(layer.dispatch.kind, layer.placement, layer.routing, mesh)
+    return 2 * (copies.own + copies.intra_node + copies.inter_node) * layer.site.d_model
+
+
+def _padded_rows(layer: LayerPlan, run: RunFacts) -> float:
+    """Step 2."""
+    rows, experts = layer.routing.top_k * run.tokens_per_rank, layer.placement.experts_per_rank
+    step = max(PADDED_STEP, (1 << (rows // experts).bit_length()) // (2 * STEPS_PER_OCTAVE))
+    return rows + experts * (step - 1) / 2

@@ -1,0 +1,95 @@
+"""task=bench: what the config costs on this machine: each distinct MoE layer beside a dense FFN, and whole steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from moecompile.bench import LayerCost, StepCost, measure_layers, measure_steps
+from moecompile.models import example_inputs
+from moecompile.pipeline import make_plan
+from moecompile.report.bench import print_bench
+from moecompile.report.result import write_result
+from moecompile.runtime.launch import launch
+from moecompile.runtime.process_group import init_process_group
+from moecompile.schema import Config, mesh_spec
+from moecompile.tasks.job import Job, load_job
+from moecompile.tasks.plan import require_layers
+from moecompile.tasks.show import show_compiled
+from moecompile.versions import versions
+
+BENCH = "bench.json"
+_LAYERS_TIMEOUT = timedelta(hours=4)
+
+
+def run(config: Config, run_dir: Path) -> None:
+    """Starts one process per rank, or runs in place where ranks exist already."""
+    launch(
+        mesh_spec(config.mesh).world_size,
+        run_dir,
+        module="moecompile.tasks.worker",
+        threads=config.trainer.threads_per_rank,
+        timeout_s=config.trainer.timeout_s,
+    )
+
+
+def run_rank(config: Config, run_dir: Path) -> None:
+    """One rank: rank 0 measures the layers while the others wait, then all take steps; rank 0 shows and writes."""
+    start = time.perf_counter()
+    init_process_group(config)
+    rank, job, console = dist.get_rank(), load_job(config, run_dir), Console(soft_wrap=False)
+    patient = dist.new_group(backend="gloo", timeout=_LAYERS_TIMEOUT)
+    layers = _layers(job, config) if rank == 0 else []
+    dist.barrier(patient)
+    compiled = job.compile(config)
+    if rank == 0:
+        show_compiled(compiled, run_dir, console)
+    materialize = job.materialize(compiled)
+    step = measure_steps(compiled.model, compiled.plan, config, job.data, run_dir / "steps", materialize)
+    if rank > 0:
+        return
+    measured = {
+        "device": _device().type,
+        "threads": torch.get_num_threads(),
+        "precision": config.trainer.precision.value,
+        "layers": [_layer_row(cost) for cost in layers],
+        "step": _step_row(step),
+    }
+    body = {"recipe": config.name, "plan_hash": compiled.plan.hash, "versions": versions(), **measured}
+    path = run_dir / BENCH
+    path.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+    seconds = time.perf_counter() - start
+    head = {"task": "bench", "recipe": config.name, "status": "ok", "seconds": seconds}
+    write_result(run_dir, {**head, "plan_hash": compiled.plan.hash, "world_size": step.world_size, **measured})
+    print_bench(measured, console)
+    console.print(f"\n{config.name}  ok  {seconds:.1f} s  {path}", soft_wrap=True)
+
+
+def _layers(job: Job, config: Config) -> list[LayerCost]:
+    """The layers, on the device of rank 0."""
+    example = example_inputs(job.model, config.data.seq_len)
+    plan = make_plan(job.model, config, example=example)
+    require_layers(plan, config)
+    return measure_layers(job.model, plan, config, example, _device())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def _layer_row(cost: LayerCost) -> dict[str, Any]:
+    return {**dataclasses.asdict(cost), "kept_ratio": cost.kept_ratio}
+
+
+def _step_row(cost: StepCost) -> dict[str, Any]:
+    row = dataclasses.asdict(cost)
+    times = row.pop("step")
+    return {**row, "wall_ms": times["wall_ms"], "cpu_ms": times["cpu_ms"], "tokens_per_second": cost.tokens_per_second}

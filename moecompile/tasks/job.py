@@ -1,0 +1,78 @@
+"""What every task that trains on the ranks begins with: data, model, compilation, one plan on all ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moecompile import plan as plans
+from moecompile.convert import ShardedImport, loads_sharded
+from moecompile.errors import PlanError
+from moecompile.models import build_model, example_inputs, pretrained_folder
+from moecompile.pipeline import Compiled, compile_with_report
+from moecompile.receipt import ON_META
+from moecompile.runtime.data import TextData, load_data
+from moecompile.runtime.objective import data_for
+from moecompile.schema import Config
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A model that is not compiled yet, and its data. importing: where each rank reads what it will keep."""
+
+    model: nn.Module
+    data: TextData
+    importing: ShardedImport | None
+
+    def compile(self, config: Config) -> Compiled:
+        """Compiles the model; every rank calls it.
+
+        Raises:
+            PlanError: the ranks made different plans.
+        """
+        example = example_inputs(self.model, config.data.seq_len)
+        compiled = compile_with_report(self.model, config, example=example)
+        if self.importing is not None and compiled.step0_reason == ON_META:
+            reason = "not compared, as no rank holds the dense model; task=compile does in one process"
+            compiled.step0 = dataclasses.replace(compiled.step0, reason=reason)
+        check_same_plan(compiled.plan)
+        return compiled
+
+    def materialize(self, compiled: Compiled) -> Callable[[torch.device], None] | None:
+        """What fills the shards of a model that is imported; drops what else would keep whole weights alive."""
+        compiled.graphs.clear()  # they hold whole weights, of which this rank will keep a shard
+        if self.importing is not None:
+            return partial(self.importing.fill, compiled)
+        compiled.regions.clear()  # so do these, which an import fills the shards by
+        return None
+
+
+def load_job(config: Config, run_dir: Path) -> Job:
+    """Data and model of this rank; every rank calls it."""
+    folder = pretrained_folder(config.model)
+    data = load_data(config.data, run_dir, rank=dist.get_rank(), barrier=dist.barrier, model_folder=folder)
+    importing = ShardedImport(config) if loads_sharded(config, dist.get_world_size()) else None
+    model = build_model(config.model, config.seed) if importing is None else importing.model
+    return Job(model=model, data=data_for(model, data, config), importing=importing)
+
+
+def check_same_plan(plan: plans.Plan) -> None:
+    """All ranks must hold the same plan.
+
+    Raises:
+        PlanError: they do not.
+    """
+    hashes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hashes, plan.hash)
+    if len(set(hashes)) > 1:
+        raise PlanError(
+            "plan.hash", hashes, "ranks made different plans", "Give all ranks the same config and versions"
+        )

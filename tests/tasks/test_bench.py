@@ -1,0 +1,61 @@
+"""task=bench from the command line: two ranks, what is printed and written; what its config refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moecompile.compose import compose_config
+from moecompile.errors import ConfigError
+from moecompile.schema import validate
+from tests.tasks.test_train import TINY, moecompile
+
+
+def test_layers_and_steps_on_two_ranks(tmp_path: Path) -> None:
+    run = moecompile(
+        [*TINY, "task=bench", "mesh=cpu_1x2", "bench.rounds=2", "bench.warmup=1", "hydra.run.dir=out"], tmp_path
+    )
+    assert run.returncode == 0, run.stderr + run.stdout
+    assert run.stderr == ""
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    bench = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert (result["task"], result["status"], result["world_size"]) == ("bench", "ok", 2)
+    assert {key: result[key] for key in ("layers", "step", "device", "threads", "plan_hash")} == {
+        key: bench[key] for key in ("layers", "step", "device", "threads", "plan_hash")
+    }
+    (layer,) = bench["layers"]
+    assert layer["sites"] == ["model.layers.1.mlp"] and layer["num_experts"] == 16 and layer["tokens"] == 2 * 32
+    assert layer["dense"]["cpu_ms"] > 0 and layer["moe"]["cpu_ms"] > 0 and layer["ratio"] > 0
+    assert layer["moe_kept"] > 0 and layer["dense_kept"] > 0
+    step = bench["step"]
+    assert step["tokens"] == 8 * 32 and step["wall_ms"] > 0
+    assert step["tokens_per_second"] == pytest.approx(1e3 * step["tokens"] / step["wall_ms"])
+    shares = [step[name] for name in ("exchanges", "experts", "rows")]
+    assert all(share > 0 for share in shares) and sum(shares) < 1
+    for text in (
+        "model.layers.1.mlp",
+        f"16 x {layer['d_expert']}",
+        "tokens on 2 ranks",
+        "exchanges",
+        "CPU ms, 1 thread",
+    ):
+        assert text in run.stdout, text
+    assert max(map(len, run.stdout.splitlines()[:-1])) <= 80  # the last one has the path
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["bench.rounds=0"], "bench.rounds=0: must be at least 1. Use 1 or more."),
+        (["bench.warmup=0"], "bench.warmup=0: must be at least 1. Use 1 or more."),
+        (["model=deepseek_v3"], "model.device=meta: the model has shapes and no values, so task=bench cannot run it. Use task=plan or task=compile, or model.device=cpu if it fits into memory."),
+        (["data.global_batch_size=5"], "data.global_batch_size=5: must be a multiple of data.micro_batch_size * ranks = 4 * 1 = 4. Use 8, or a micro_batch_size that divides 5 / 1."),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(compose_config(["task=bench", *overrides]))
+    assert str(caught.value) == message
