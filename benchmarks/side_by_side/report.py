@@ -1,0 +1,102 @@
+"""The tables, the stored JSON and the picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from side_by_side.registry import LIMIT, is_ours, is_peer
+
+Row = dict[str, Any]
+
+
+def machine() -> dict[str, Any]:
+    """What decides bf16 speed on a CPU."""
+    words = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
+    return {"isa": torch.backends.cpu.get_cpu_capability(), "amx_bf16": "amx_bf16" in words}
+
+
+def store(path: Path, key: str, found: dict[str, Any]) -> None:
+    """Replaces one part of the JSON file."""
+    everything = json.loads(path.read_text()) if path.exists() else {}
+    everything[key] = found
+    path.write_text(json.dumps(_rounded(everything), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    return [_rounded(inner) for inner in value] if isinstance(value, list) else value
+
+
+def columns(rows: list[Row]) -> list[tuple[str, str, str]]:
+    """(key, head, format) of what the rows have."""
+    known = [
+        ("cpu_ms", "CPU ms", ".1f"), ("wall_ms", "wall ms", ".1f"), ("x_limit", "x limit", ".2f"),
+        ("ours_x", "ours x", ".2f"), ("kept_mib", "kept MiB", ".1f"), ("peak_mib", "peak MiB", ".1f"),
+        ("sent_mib", "sent MiB", ".2f"), ("error", "error", ".4f"),
+    ]  # fmt: skip
+    return [column for column in known if column[0] in rows[0] or column[0] == "error"]
+
+
+def table(rows: list[Row]) -> str:
+    """A Markdown table, one line a layer and size."""
+    shown = columns(rows)
+    lines = ["| experts, top-k, width, tokens | layer | " + " | ".join(head for _, head, _ in shown) + " |"]
+    lines.append("|---" * (2 + len(shown)) + "|")
+    for row in rows:
+        values = row | {"error": max(row["errors"].values()) if row["errors"] else None}
+        cells = ["" if values[key] is None else format(values[key], spec) for key, _, spec in shown]
+        lines.append(f"| {row['size'].replace(',', ', ')} | {row['layer']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def verdicts(rows: list[Row]) -> list[str]:
+    """For each size: our fastest layer against the fastest peer, and the fewest bytes of both."""
+    lines = []
+    for size in dict.fromkeys(row["size"] for row in rows):
+        here = [row for row in rows if row["size"] == size]
+        ours = [row for row in here if is_ours(row["layer"])]
+        peers = [row for row in here if is_peer(row["layer"])]
+        if not ours or not peers:
+            continue
+        best, peer = (min(group, key=lambda row: row["cpu_ms"]) for group in (ours, peers))
+        line = f"{size}: {best['layer']} takes {best['cpu_ms'] / peer['cpu_ms']:.2f} x the CPU time of {peer['layer']}"
+        if "sent_mib" in best:
+            few, fewest = (min(group, key=lambda row: row["sent_mib"]) for group in (ours, peers))
+            line += (
+                f"; {few['layer']} sends {few['sent_mib'] / fewest['sent_mib']:.2f} x the bytes of {fewest['layer']}"
+            )
+        lines.append(line)
+    return lines
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """CPU time relative to the limit, a group of bars for each size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    names = [name for name in dict.fromkeys(row["layer"] for row in rows) if name != LIMIT]
+    figure, axes = plt.subplots(figsize=(9, 4))
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        found = {row["size"]: row["x_limit"] for row in rows if row["layer"] == name}
+        places = [sizes.index(size) + (i - (len(names) - 1) / 2) * width for size in found]
+        bars = axes.bar(places, list(found.values()), width, label=name, hatch="//" if is_ours(name) else None)
+        axes.bar_label(bars, fmt="%.1f", fontsize=6)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(sizes)), [f"E{e} top-{k}\nF {f}, T {t}" for e, k, f, t in (s.split(",") for s in sizes)])
+    axes.set_yscale("log")
+    axes.set_ylabel("CPU time / dense FFN")
+    axes.legend(fontsize=7, ncols=2)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
