@@ -18,7 +18,8 @@ peak MiB  the most that is allocated at any time of the step, gradients of the w
 sent MiB  what a rank sends in a step, counted at the loopback interface for all alike
 error     largest error of output and gradients, relative to the largest entry
 
-Writes benchmarks/results/peers.json (one part for each number of ranks) and a picture beside docs/peers.md.
+Writes benchmarks/results/peers.json (one part for each number of ranks) and what docs/peers.md shows: a table and a
+picture.
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ def options() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", metavar="E,K,WIDTH,T")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--only", nargs="+", metavar="LAYER", help="these layers; the limit always runs")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "results" / "peers.json")
-    parser.add_argument("--picture", type=Path, default=REPOSITORY / "docs" / "assets", help="folder")
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results" / "peers.json")
+    parser.add_argument(
+        "--page", type=Path, default=REPOSITORY / "docs" / "assets", help="folder for what docs/peers.md shows"
+    )
     parser.add_argument("--job", help=argparse.SUPPRESS)  # of a rank
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank
     found = parser.parse_args()
@@ -90,8 +93,9 @@ def main() -> None:
             print("sent MiB: whatever crossed this machine's loopback, because a network namespace needs root")
     print("\n".join(report.verdicts(found["rows"])))
     found |= {"versions": registry.versions(chosen), "machine": report.machine(), "missing": missing}
-    report.store(told.output, f"ranks_{told.ranks}", found)
-    report.draw(found["rows"], told.picture / f"peers_{told.ranks}.png")
+    report.store(told.results, f"ranks_{told.ranks}", found)
+    report.write_page(told.page / f"peers_{told.ranks}.md", report.layers_page(found["rows"]))
+    report.draw(found["rows"], told.page / f"peers_{told.ranks}.png")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def run_small(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     """What a run of two rounds stored."""
     output = tmp_path / "peers.json"
-    done = run("--rounds", "2", "--output", str(output), "--picture", str(tmp_path), *arguments)
+    done = run("--rounds", "2", "--results", str(output), "--page", str(tmp_path), *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = json.loads(output.read_text()).values()
     assert f"| {found['rows'][-1]['layer']} |" in done.stdout

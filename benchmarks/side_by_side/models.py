@@ -51,6 +51,9 @@ def ours(family: str, dtype: torch.dtype, *, ranks: int = 1, dispatch: str = "au
     overrides = [f"mesh.ranks_per_node={ranks}", *([f"dispatch={dispatch}"] if ranks > 1 else [])]
     example = {"input_ids": torch.arange(8).reshape(1, 8)}
     model = plain(family, "eager", dtype, hidden=hidden)
+    if ranks > 1:
+        for parameter in model.parameters():  # FSDP2 wants one dtype a layer; transformers builds routers in float32
+            parameter.data = parameter.data.to(dtype)
     return compile_model(model, overrides, example=example, until="shard" if ranks > 1 else "lower")
 
 
@@ -60,10 +63,15 @@ def transformers_parallel(family: str, dtype: torch.dtype, *, ranks: int, hidden
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
-    with tempfile.TemporaryDirectory() as folder:
-        plain(family, "grouped_mm", dtype, hidden=hidden).save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as own:
+        shared = [own]
+        dist.broadcast_object_list(shared, 0)
+        source = plain(family, "grouped_mm", dtype, hidden=hidden)
+        if dist.get_rank() == 0:
+            source.save_pretrained(shared[0])
+        dist.barrier()
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, experts_implementation="grouped_mm",
+            shared[0], dtype=dtype, experts_implementation="grouped_mm",
             distributed_config=DistributedConfig(fsdp_size=ranks, ep_size=ranks, ep_implementation="all_to_all"),
         )  # fmt: skip
         dist.barrier()

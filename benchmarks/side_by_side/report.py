@@ -34,26 +34,56 @@ def _rounded(value: Any) -> Any:
     return [_rounded(inner) for inner in value] if isinstance(value, list) else value
 
 
-def columns(rows: list[Row]) -> list[tuple[str, str, str]]:
-    """(key, head, format) of what the rows have."""
-    known = [
-        ("cpu_ms", "CPU ms", ".1f"), ("wall_ms", "wall ms", ".1f"), ("x_limit", "x limit", ".2f"),
-        ("ours_x", "ours x", ".2f"), ("kept_mib", "kept MiB", ".1f"), ("peak_mib", "peak MiB", ".1f"),
-        ("sent_mib", "sent MiB", ".2f"), ("error", "error", ".4f"),
-    ]  # fmt: skip
-    return [column for column in known if column[0] in rows[0] or column[0] == "error"]
+LAYERS = (
+    ("cpu_ms", "CPU ms", ".1f"), ("wall_ms", "wall ms", ".1f"), ("x_limit", "x limit", ".2f"),
+    ("ours_x", "ours x", ".2f"), ("kept_mib", "kept MiB", ".1f"), ("peak_mib", "peak MiB", ".1f"),
+    ("sent_mib", "sent MiB", ".2f"), ("error", "error", ".4f"),
+)  # fmt: skip
+MODELS = (
+    ("cpu_ms", "CPU ms", ".0f"), ("optimizer_ms", "of it AdamW", ".0f"), ("wall_ms", "wall ms", ".0f"),
+    ("tokens_per_cpu_second", "tokens/CPU s", ".0f"), ("tokens_per_second", "tokens/s", ".0f"),
+    ("x_peer", "x grouped_mm", ".2f"), ("sent_mib", "sent MiB", ".1f"), ("logits", "logits", ".1e"),
+    ("step", "step", ".1e"),
+)  # fmt: skip
+Columns = tuple[tuple[str, str, str], ...]
 
 
 def table(rows: list[Row]) -> str:
     """A Markdown table, one line a layer and size."""
-    shown = columns(rows)
-    lines = ["| experts, top-k, width, tokens | layer | " + " | ".join(head for _, head, _ in shown) + " |"]
-    lines.append("|---" * (2 + len(shown)) + "|")
+    full = [
+        row | {"size": row["size"].replace(",", ", "), "error": max(row["errors"].values()) if row["errors"] else None}
+        for row in rows
+    ]
+    return _markdown(full, (("size", "experts, top-k, width, tokens", ""), ("layer", "layer", ""), *LAYERS))
+
+
+def models_table(rows: list[Row]) -> str:
+    """A Markdown table, one line a model."""
+    full = []
     for row in rows:
-        values = row | {"error": max(row["errors"].values()) if row["errors"] else None}
-        cells = ["" if values[key] is None else format(values[key], spec) for key, _, spec in shown]
-        lines.append(f"| {row['size'].replace(',', ', ')} | {row['layer']} | " + " | ".join(cells) + " |")
+        mine = [other for other in rows if other["family"] == row["family"]]
+        (peer,) = (other for other in mine if other["model"] in ("transformers grouped_mm", "transformers all_to_all"))
+        full.append(row | row["errors"] | {"x_peer": peer["cpu_ms"] / row["cpu_ms"]})
+    return _markdown(full, (("family", "family", ""), ("model", "model", ""), *MODELS))
+
+
+def _markdown(rows: list[Row], known: Columns) -> str:
+    shown = [column for column in known if column[0] in rows[0]]
+    lines = ["| " + " | ".join(head for _, head, _ in shown) + " |", "|---" * len(shown) + "|"]
+    for row in rows:
+        cells = ["" if row[key] is None else format(row[key], spec) for key, _, spec in shown]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def write_page(path: Path, text: str) -> None:
+    """What docs/peers.md shows of a run."""
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def layers_page(rows: list[Row]) -> str:
+    """The table, and what follows from it."""
+    return table(rows) + "\n\n" + "\n".join(f"* {line}" for line in verdicts(rows))
 
 
 def verdicts(rows: list[Row]) -> list[str]:
