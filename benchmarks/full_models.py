@@ -12,13 +12,14 @@ tokens/CPU s   tokens of a rank in a second of CPU time of its one thread (mean 
 tokens/s       the same by wall time, of the slowest rank
 x grouped_mm   tokens/CPU s relative to transformers' own fast experts (several ranks: to its all-to-all)
 
-Writes benchmarks/results/full_models.json, one part for each number of ranks.
+Writes benchmarks/results/full_models.json, one part for each number of ranks, and what docs/peers.md shows.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from side_by_side import common
@@ -57,7 +58,12 @@ def main() -> None:
     torch.set_num_threads(1)
     if told.job:
         training.run_rank(json.loads(told.job), told.folder)
+    if told.ranks > 1:
+        launch.enter_namespace()
     names = [name for name in models.builders(told.ranks) if not (told.no_eager and name.endswith("eager"))]
+    if told.ranks > 1 and find_spec("accelerate") is None:
+        names.remove(models.PARALLEL)
+        print(f"left out: {models.PARALLEL}: transformers asks for accelerate: pip install accelerate")
     if told.ranks == 1:
         rows = []
         for family in told.families:
@@ -65,14 +71,15 @@ def main() -> None:
             print(report.models_table(rows[-len(names) :]), "\n", flush=True)
         found = {"rows": rows}
     else:
-        launch.enter_namespace()
         job = {"families": list(told.families), "names": names, "rounds": told.rounds}
         job |= {"sequences": told.sequences, "hidden": told.hidden}
         found = launch.launch(Path(__file__), told.ranks, job)
-        print(report.models_table(found["rows"]))
-    found |= {"versions": registry.versions({"": registry.ONE_RANK["transformers eager"]}), "machine": report.machine()}
-    report.store(told.results, f"ranks_{told.ranks}", found)
-    report.write_page(told.page / f"full_models_{told.ranks}.md", report.models_table(found["rows"]))
+    installed = {name: entry for name, entry in registry.ONE_RANK.items() if entry.package == "transformers"}
+    found |= {"versions": registry.versions(installed), "machine": report.machine()}
+    found = report.store(told.results, f"ranks_{told.ranks}", found)
+    page = report.models_page(found)
+    print(page)
+    (told.page / f"full_models_{told.ranks}.md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -88,13 +88,11 @@ def main() -> None:
     else:
         job = {"sizes": list(told.sizes), "rounds": told.rounds, "names": list(chosen)}
         found = launch.launch(Path(__file__), told.ranks, job)
-        print(report.table(found["rows"]), "\n")
-        if found["namespace"] != "own":
-            print("sent MiB: whatever crossed this machine's loopback, because a network namespace needs root")
-    print("\n".join(report.verdicts(found["rows"])))
     found |= {"versions": registry.versions(chosen), "machine": report.machine(), "missing": missing}
-    report.store(told.results, f"ranks_{told.ranks}", found)
-    report.write_page(told.page / f"peers_{told.ranks}.md", report.layers_page(found["rows"]))
+    found = report.store(told.results, f"ranks_{told.ranks}", found)
+    page = report.layers_page(found)
+    print(page)
+    (told.page / f"peers_{told.ranks}.md").write_text(page, encoding="utf-8")
     report.draw(found["rows"], told.page / f"peers_{told.ranks}.png")
 
 

@@ -26,8 +26,8 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/peers.py", *arguments]
+def run(*arguments: str, program: str = "peers.py") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"benchmarks/{program}", *arguments]
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=240)
 
@@ -39,6 +39,7 @@ def run_small(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = json.loads(output.read_text()).values()
     assert f"| {found['rows'][-1]['layer']} |" in done.stdout
+    assert f"| {found['rows'][-1]['layer']} |" in next(tmp_path.glob("peers_*.md")).read_text()
     assert next(tmp_path.glob("peers_*.png")).read_bytes().startswith(b"\x89PNG")
     return dict(found)
 
@@ -150,3 +151,48 @@ def test_the_counter_counts_what_crosses_the_loopback() -> None:
         with receiver:
             assert len(receiver.recv(10_000, socket.MSG_WAITALL)) == 10_000
     assert loopback_bytes() - before >= 10_000
+
+
+@pytest.mark.slow
+def test_whole_models_are_the_same_and_take_turns(tmp_path: Path) -> None:
+    for ranks, models in (
+        ("1", {"moecompile", "transformers grouped_mm", "transformers eager"}),
+        ("2", {"moecompile auto", "moecompile flat"}),
+    ):
+        results = tmp_path / "full_models.json"
+        size = ["--families", "mixtral", "--hidden", "128", "--rounds", "1", "--sequences", "1", "--ranks", ranks]
+        done = run("--results", str(results), "--page", str(tmp_path), *size, program="full_models.py")
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = json.loads(results.read_text())[f"ranks_{ranks}"]
+        rows = {row["model"]: row for row in found["rows"]}
+        assert rows.keys() >= models
+        for row in rows.values():
+            assert row["tokens_per_cpu_second"] > 0 and row["optimizer_ms"] < row["cpu_ms"]
+            assert row["errors"]["logits"] < 1e-3 and row["errors"]["step"] < 2e-2
+
+
+# -- what is stored ------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_what_is_stored() -> None:
+    from side_by_side import report
+
+    page = (REPOSITORY / "docs" / "peers.md").read_text()
+    for name, text_of in (("peers", report.layers_page), ("full_models", report.models_page)):
+        stored = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
+        for key, found in stored.items():
+            part = f"{name}_{key.removeprefix('ranks_')}.md"
+            assert f'--8<-- "docs/assets/{part}"' in page
+            assert (REPOSITORY / "docs" / "assets" / part).read_text() == text_of(found)
+
+
+def test_all_peers_took_part_in_what_is_stored() -> None:
+    from side_by_side import registry
+
+    stored = json.loads(STORED.read_text())
+    for key, entries in (("ranks_1", registry.ONE_RANK), ("ranks_2", registry.MANY_RANKS)):
+        assert stored[key]["missing"] == {}
+        assert {row["layer"] for row in stored[key]["rows"]} == entries.keys()
+    assert stored["ranks_1"]["versions"].keys() == {
+        "torch", "transformers", "torchtitan", "deepspeed", "megatron-core"
+    }  # fmt: skip

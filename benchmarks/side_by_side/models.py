@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 VOCABULARY, SEQUENCE = 1024, 512
+GROUPED, PARALLEL = "transformers grouped_mm", "transformers all_to_all"
 FAMILIES = ("mixtral", "deepseek_v3")
 
 
@@ -83,7 +84,7 @@ def builders(ranks: int, *, hidden: int = 512) -> dict[str, Callable[[str, torch
     if ranks == 1:
         return {
             "moecompile": lambda family, dtype: ours(family, dtype, hidden=hidden),
-            "transformers grouped_mm": lambda family, dtype: plain(family, "grouped_mm", dtype, hidden=hidden),
+            GROUPED: lambda family, dtype: plain(family, "grouped_mm", dtype, hidden=hidden),
             "transformers eager": lambda family, dtype: plain(family, "eager", dtype, hidden=hidden),
         }
     return {
@@ -93,9 +94,7 @@ def builders(ranks: int, *, hidden: int = 512) -> dict[str, Callable[[str, torch
             )
             for kind in ("auto", "flat")
         },
-        "transformers all_to_all": lambda family, dtype: transformers_parallel(
-            family, dtype, ranks=ranks, hidden=hidden
-        ),
+        PARALLEL: lambda family, dtype: transformers_parallel(family, dtype, ranks=ranks, hidden=hidden),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from side_by_side.models import GROUPED, PARALLEL
 from side_by_side.registry import LIMIT, is_ours, is_peer
 
 Row = dict[str, Any]
@@ -19,19 +20,21 @@ def machine() -> dict[str, Any]:
     return {"isa": torch.backends.cpu.get_cpu_capability(), "amx_bf16": "amx_bf16" in words}
 
 
-def store(path: Path, key: str, found: dict[str, Any]) -> None:
-    """Replaces one part of the JSON file."""
+def store(path: Path, key: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Replaces one part of the JSON file; what is stored, which has four digits."""
     everything = json.loads(path.read_text()) if path.exists() else {}
-    everything[key] = found
-    path.write_text(json.dumps(_rounded(everything), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    everything[key] = rounded(found)
+    path.write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return dict(everything[key])
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Every float to four digits."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
-    return [_rounded(inner) for inner in value] if isinstance(value, list) else value
+        return {key: rounded(inner) for key, inner in value.items()}
+    return [rounded(inner) for inner in value] if isinstance(value, list) else value
 
 
 LAYERS = (
@@ -59,11 +62,8 @@ def table(rows: list[Row]) -> str:
 
 def models_table(rows: list[Row]) -> str:
     """A Markdown table, one line a model."""
-    full = []
-    for row in rows:
-        mine = [other for other in rows if other["family"] == row["family"]]
-        (peer,) = (other for other in mine if other["model"] in ("transformers grouped_mm", "transformers all_to_all"))
-        full.append(row | row["errors"] | {"x_peer": peer["cpu_ms"] / row["cpu_ms"]})
+    peers = {row["family"]: row["cpu_ms"] for row in rows if row["model"] in (GROUPED, PARALLEL)}
+    full = [row | row["errors"] | {"x_peer": peers[row["family"]] / row["cpu_ms"] if peers else None} for row in rows]
     return _markdown(full, (("family", "family", ""), ("model", "model", ""), *MODELS))
 
 
@@ -76,14 +76,26 @@ def _markdown(rows: list[Row], known: Columns) -> str:
     return "\n".join(lines)
 
 
-def write_page(path: Path, text: str) -> None:
-    """What docs/peers.md shows of a run."""
-    path.write_text(text + "\n", encoding="utf-8")
+def layers_page(found: dict[str, Any]) -> str:
+    """What docs/peers.md shows of stored layers: the table, what follows from it, the conditions."""
+    lines = [f"* {line}" for line in verdicts(found["rows"])]
+    return "\n".join([table(found["rows"]), "", *lines, "", conditions(found)]) + "\n"
 
 
-def layers_page(rows: list[Row]) -> str:
-    """The table, and what follows from it."""
-    return table(rows) + "\n\n" + "\n".join(f"* {line}" for line in verdicts(rows))
+def models_page(found: dict[str, Any]) -> str:
+    """What docs/peers.md shows of stored models."""
+    return f"{models_table(found['rows'])}\n\n{conditions(found)}\n"
+
+
+def conditions(found: dict[str, Any]) -> str:
+    """Versions, processor, rounds and what was left out, as a sentence."""
+    packages = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    matrices = "with" if found["machine"]["amx_bf16"] else "without"
+    text = f"{packages}; a CPU with {found['machine']['isa']}, {matrices} AMX;"
+    text += f" {max(row['rounds'] for row in found['rows'])} rounds."
+    if found.get("namespace", "own") != "own":
+        text += " Bytes are whatever crossed this machine's loopback: a network namespace needs root."
+    return " ".join([text, *(f"Left out: {name}." for name in found.get("missing", ()))])
 
 
 def verdicts(rows: list[Row]) -> list[str]:
@@ -121,7 +133,7 @@ def draw(rows: list[Row], path: Path) -> None:
         found = {row["size"]: row["x_limit"] for row in rows if row["layer"] == name}
         places = [sizes.index(size) + (i - (len(names) - 1) / 2) * width for size in found]
         bars = axes.bar(places, list(found.values()), width, label=name, hatch="//" if is_ours(name) else None)
-        axes.bar_label(bars, fmt="%.1f", fontsize=6)
+        axes.bar_label(bars, fmt="%.3g", fontsize=6)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(range(len(sizes)), [f"E{e} top-{k}\nF {f}, T {t}" for e, k, f, t in (s.split(",") for s in sizes)])
     axes.set_yscale("log")
