@@ -75,15 +75,24 @@ def test_two_ranks_send_what_the_dispatch_says(tmp_path: Path) -> None:
     assert rows["moecompile dedup"]["sent_mib"] < 0.95 * flat
 
 
-def test_options_are_checked() -> None:
-    for arguments, message in (
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["--sizes", "4,8,32,64"], "'4,8,32,64' is no size: give experts,top-k,width,tokens"),
+        (["--sizes", "4,2,32"], "'4,2,32' is no size"),
         (["--ranks", "3"], "64 experts cannot be spread over 3 ranks"),
-        (["--only", "nobody"], "--only 'nobody': there is limit, moecompile, "),
-    ):
-        done = run(*arguments)
-        assert done.returncode != 0 and message in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr
+        (["--rounds", "0"], "--ranks and --rounds start at 1"),
+    ],
+)
+def test_options_are_checked(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import peers
+
+    monkeypatch.setattr(sys, "argv", ["peers.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        peers.options()
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_peer_that_is_not_installed_is_named_with_how_to_install_it() -> None:
@@ -92,6 +101,8 @@ def test_a_peer_that_is_not_installed_is_named_with_how_to_install_it() -> None:
     entries = {"limit": registry.ONE_RANK["limit"], "x": registry.Entry(registry.DenseLayer, "no-such-peer")}
     chosen, missing = registry.choose(entries, None)
     assert list(chosen) == ["limit"]
+    with pytest.raises(ValueError, match="--only 'nobody': there is limit, x"):
+        registry.choose(entries, ["nobody"])
     assert missing == {"x": f"no-such-peer is not installed: {registry.INSTALL}"}
     half = registry.Entry(registry.DenseLayer, "torch", ("no_such_module",))
     _, missing = registry.choose({"x": half}, None)
@@ -139,6 +150,9 @@ def test_ratios_are_medians_within_rounds() -> None:
     assert found["slow"] == {"cpu_ms": 8000, "wall_ms": 9000, "x_limit": 8.0, "ours_x": 0.25, "rounds": 1}
     rows = [{"size": "4,2,32,64", "layer": name, **row} for name, row in found.items()]
     assert verdicts(rows) == ["4,2,32,64: moecompile takes 0.50 x the CPU time of slow"]
+    sent = {"limit": 0.0, "moecompile": 3.0, "slow": 2.0}
+    (line,) = verdicts([row | {"sent_mib": sent[row["layer"]]} for row in rows])
+    assert "of slow (aim: at most 0.8, met); moecompile sends 1.50 x the bytes of slow (aim: at most 1, missed)" in line
 
 
 def test_the_counter_counts_what_crosses_the_loopback() -> None:

@@ -60,7 +60,7 @@ def _measure(entries: dict[str, Entry], size: Size, rounds: int, counter: Counte
     return [
         {
             "size": str(size), "layer": name, **row,
-            "sent_mib": statistics.median(sent[name]) / place.ranks / 2**20,
+            "sent_mib": max(0.0, statistics.median(sent[name])) / place.ranks / 2**20,  # barriers vary by some bytes
             "errors": _worst([theirs[name] for _, theirs in everywhere]) if name != LIMIT else None,
         }
         for name, row in summary(merged, f"{OURS} auto").items()
