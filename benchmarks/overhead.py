@@ -1,13 +1,13 @@
 """What moecompile costs where it has nothing to win, against limits: exits with 1 if one is missed.
 
-    python benchmarks/overhead.py                     # about two minutes on two idle cores
-    python benchmarks/overhead.py --json overhead.json
+python benchmarks/overhead.py                     # about two minutes on two idle cores
+python benchmarks/overhead.py --json overhead.json
 
-    one expert  a dense FFN rewritten into one expert, top-1, 4,096 tokens, forward and backward: CPU time of one thread
-                beside the dense FFN in the same round, medians
-    import      CPU time of `import torch, moecompile` beyond that of `import torch`, medians of fresh processes
-    plan        `task=plan model=deepseek_v3` (671B parameters, on the meta device) from the shell, wall time
-    start       `recipe=deepseek_ep` from the shell to its first optimizer step on four ranks, wall time
+one expert  a dense FFN rewritten into one expert, top-1, 4,096 tokens, forward and backward: CPU time of one thread
+            beside the dense FFN in the same round, medians
+import      CPU time of `import torch, moecompile` beyond that of `import torch`, medians of fresh processes
+plan        `task=plan model=deepseek_v3` (671B parameters, on the meta device) from the shell, wall time
+start       `recipe=deepseek_ep` from the shell to its first optimizer step on four ranks, wall time
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from layer import HEAP, HIDDEN, block, cpu_seconds
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moecompile
-from benchmarks.layer import HEAP
+from moecompile.pipeline import compile_with_report
+from moecompile.torch_private import compile_whole
 
-HIDDEN, WIDTH, TOKENS = 512, 2048, 4096
+WIDTH, TOKENS = 2048, 4096
 ONE_EXPERT = ["experts.num_routed=1", "routing.top_k=1", "experts.init=copy"]
 LIMITS = {
-    "one expert, float32": 1.05, "one expert, bfloat16": 1.05, "import, s": 0.3, "plan, s": 8.0, "start, s": 25.0,
+    "one expert, float32": 1.05, "one expert, bfloat16": 1.05, "compiled, float32": 1.05,
+    "import, s": 0.3, "plan, s": 8.0, "start, s": 25.0,
 }  # fmt: skip
 MOECOMPILE = [sys.executable, "-m", "moecompile"]
 
@@ -66,24 +69,43 @@ class Model(nn.Module):
         return out
 
 
+def _zeros(dtype: torch.dtype) -> Tensor:
+    return torch.zeros(1, 4, HIDDEN, dtype=dtype)
+
+
 def one_expert(dtype: torch.dtype, rounds: int, tokens: int = TOKENS) -> float:
     """CPU time of the rewritten FFN relative to the dense one."""
     torch.manual_seed(0)
     dense = Model().to(dtype)
-    moe = moecompile.compile_model(Model().to(dtype), ONE_EXPERT, example=torch.zeros(1, 4, HIDDEN, dtype=dtype))
+    moe = moecompile.compile_model(Model().to(dtype), ONE_EXPERT, example=_zeros(dtype))
     ratios = []
     for i in range(rounds + 2):
         x, direction = (torch.randn(1, tokens, HIDDEN).to(dtype) for _ in range(2))
-        seconds = {}
-        for layer in (dense, moe) if i % 2 else (moe, dense):
-            layer.zero_grad(set_to_none=True)
-            inputs = x.clone().requires_grad_()
-            start = time.process_time()
-            layer(inputs).backward(direction)
-            seconds[layer] = time.process_time() - start
+        layers = (dense, moe) if i % 2 else (moe, dense)
+        seconds = {layer: cpu_seconds("fused", layer, x, direction) for layer in layers}
         if i >= 2:  # the first are warm-up
             ratios.append(seconds[moe] / seconds[dense])
     return statistics.median(ratios)
+
+
+def compiled_region(dtype: torch.dtype, rounds: int, tokens: int = 1024) -> float:
+    """CPU time of a compiled MoE region relative to the same one as it is.
+
+    Raises:
+        torch._dynamo.exc.RecompileError: another number of tokens compiled it again.
+    """
+    layers = [compile_with_report(block(8, 2, 1024, dtype, "eager"), example=_zeros(dtype)) for _ in range(2)]
+    (path,) = layers[1].graphs["fused"]
+    compile_whole(layers[1].model.get_submodule(path))
+    seconds: list[list[float]] = [[], []]
+    for i in range(rounds + 3):
+        x, direction = (torch.randn(1, tokens + i, HIDDEN).to(dtype) for _ in range(2))
+        with torch._dynamo.config.patch(error_on_recompile=i >= 3):  # the first make the number of tokens a symbol
+            for which in (0, 1) if i % 2 else (1, 0):
+                taken = cpu_seconds("fused", layers[which].model, x, direction)
+                if i >= 3:
+                    seconds[which].append(taken)
+    return statistics.median(fast / plain for plain, fast in zip(*seconds, strict=True))
 
 
 def import_seconds(runs: int) -> float:
@@ -139,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measures = {
         "one expert, float32": lambda: one_expert(torch.float32, given.rounds),
         "one expert, bfloat16": lambda: one_expert(torch.bfloat16, given.rounds),
+        "compiled, float32": lambda: compiled_region(torch.float32, given.rounds),
         "import, s": lambda: import_seconds(given.rounds),
         "plan, s": plan_seconds,
         "start, s": start_seconds,

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moecompile.runtime.gradients import sum_replicated
 from side_by_side import models
 from side_by_side.common import Place
 from side_by_side.launch import NAMESPACE
@@ -35,6 +36,8 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, 
     wall, cpu = time.perf_counter(), time.process_time()
     loss = model(input_ids=ids, labels=ids).loss / divisor
     loss.backward()
+    if getattr(model, "keeps_some_whole", False):
+        sum_replicated(model.parameters())
     before_update = time.process_time()
     optimizer.step()
     optimizer.zero_grad()
