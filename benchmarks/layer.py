@@ -9,6 +9,7 @@ dense FFN in the same round are printed. All layers have the same weights, and t
 with transformers' plain loop over experts before anything is timed.
 
     fused       what moecompile makes of a transformers block (moecompile.ops.expert_ffn)
+    skewed      the same module, tokens sent to experts by Zipf's law, other favourites every round
     torch only  the same without the compiled kernels, as on a machine without a C++ compiler
     lowered     the graph before the pass `fuse`
     grouped_mm  transformers' own fast experts
@@ -36,6 +37,7 @@ from moecompile.pipeline import compile_with_report
 # glibc would map large buffers anew at every step; what workers of moecompile run with.
 HEAP = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**30), "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30), "OMP_NUM_THREADS": "1"}
 HIDDEN = 512
+SKEWED = "skewed"
 SIZES = ("8,2,1024,4096", "64,6,256,4096", "64,6,256,512", "128,8,512,4096")
 
 
@@ -81,9 +83,20 @@ def layers(experts: int, top_k: int, width: int, dtype: torch.dtype, *, eager: b
     for name, parameter in compiled.model.get_submodule(fqn).named_parameters():
         graph.register_parameter(name, parameter)  # what is kept to be shown has no weights
     lowered.set_submodule(fqn, graph)
-    found = {"dense": Dense(top_k * width).to(dtype), "fused": compiled.model, "torch only": compiled.model}
+    found = {"dense": Dense(top_k * width).to(dtype)}
+    found |= dict.fromkeys(("fused", SKEWED, "torch only"), compiled.model)
     found |= {"lowered": lowered, "grouped_mm": block(experts, top_k, width, dtype, "grouped_mm")}
     return found | ({"eager": block(experts, top_k, width, dtype, "eager")} if eager else {})
+
+
+def skewed(x: Tensor, router: Tensor, top_k: int, generator: torch.Generator) -> Tensor:
+    """Inputs (1, T, D) whose router logits (E, D) choose experts by Zipf's law, its order drawn anew."""
+    tokens, experts = x.shape[1], router.shape[0]
+    zipf = 1 / torch.arange(1, experts + 1)[torch.randperm(experts, generator=generator)]
+    ids = torch.multinomial(zipf.expand(tokens, -1), top_k, generator=generator)
+    wanted = torch.zeros(tokens, experts).scatter_(1, ids, 1.0)
+    shift = wanted @ torch.linalg.pinv(router.float()).T  # logits of 1 for the chosen, 0 for the others
+    return x * 0.1 + shift * 0.5 / router.float().std()
 
 
 def use_kernels(on: bool) -> None:
@@ -137,10 +150,12 @@ def measure(size: str, dtype: torch.dtype, rounds: int, *, eager: bool) -> list[
     check_equal(found, block(experts, top_k, width, dtype, "eager"), draw(), draw())
     seconds: dict[str, list[float]] = {name: [] for name in found}
     names = list(found)
+    router = next(p for n, p in found["grouped_mm"].named_parameters() if "gate.weight" in n).detach()
     for i in range(rounds + 3):  # the first three are warm-up
         x, direction = draw(), draw()
+        hot = skewed(x, router, top_k, generator).to(dtype)
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            taken = cpu_seconds(name, found[name], x, direction)
+            taken = cpu_seconds(name, found[name], hot if name == SKEWED else x, direction)
             if i >= 3:
                 seconds[name].append(taken)
     return [

@@ -142,8 +142,11 @@ def fused_region(region: Region, lowered: fx.GraphModule) -> fx.GraphModule:
 
 
 def fused_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """The fuse pass."""
-    return Fuse().run(graph_module)
+    """The fuse pass, and its contract."""
+    step = Fuse()
+    out = step.run(graph_module)
+    step.ensures(graph_module, out)
+    return out
 
 
 def will_fuse(region: Region, fqn: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import EllipsisType
@@ -69,6 +70,8 @@ def record(
         stack.enter_context(in_mode(model, training=False))
         stack.enter_context(caches(model, on=False))
         stack.enter_context(without_fast_path())
+        if is_meta(model):
+            stack.enter_context(_masks_of_unknown_values())
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         try:
@@ -262,6 +265,21 @@ def without_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextlib.contextmanager
+def _masks_of_unknown_values() -> Iterator[None]:
+    """transformers' masks depend on values, unless it takes the run for a trace; on the meta device there are none."""
+    masks = sys.modules.get("transformers.masking_utils")
+    asks = getattr(masks, "is_tracing", None)
+    if masks is None or asks is None:
+        yield
+        return
+    masks.is_tracing = lambda *_, **__: True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        masks.is_tracing = asks  # type: ignore[attr-defined]
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -9,35 +9,29 @@ G = 2 F, E experts on this rank, P rows with padding.
 NOTE on speed, on a CPU:
   1. The routing weight is applied to the hidden activation. So expert outputs need not be kept for the router's
      gradient: it is a sum over F of what backward has at hand.
-  2. Experts are computed one after the other; what is gathered and what lies between two products fits the cache.
+  2. Experts are computed a few after the other; what is gathered and what lies between two products fits the cache,
+     and what is not a product is done once for the few.
   3. bf16 rows of an expert are padded to one of few lengths, with rows of weight 0: oneDNN builds a kernel for every
      new length, which took up to 5 ms here, several times a layer and step.
-  4. A product A^T B of bf16 took twice the time of A B; so A is transposed first, by a kernel of ours.
-On a GPU the grouped products take all experts at once, and the counts stay on the device.
+  4. With matrix tiles (AMX) a product A^T B of bf16 took twice the time of A B; there A is transposed first, by a
+     kernel of ours.
+On a GPU the grouped products take all experts at once, and the counts stay on the device; on a CPU they do so where
+experts have few rows. bf16 is multiplied in fp32 where that is faster (moecompile.ops.products).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moecompile.ops.grouped import grouped_mm, grouped_mm_input_grad, grouped_mm_weight_grad, has_kernel
-from moecompile.ops.native import kernels
-from moecompile.ops.tokens import expert_counts
-
-_TILE = 16  # rows of a matrix tile, in bf16
-_LENGTHS_PER_OCTAVE = 32
-
-
-class _Segment(NamedTuple):
-    """Rows start .. end of an expert, padding included."""
-
-    expert: int
-    start: int
-    end: int
+from moecompile.ops.blocks import TILE, Block, longest, make_blocks, new_gradient, padded, places, scratch, summed
+from moecompile.ops.grouped import at_once, grouped_mm, grouped_mm_input_grad, grouped_mm_weight_grad
+from moecompile.ops.native import Kernels, kernels
+from moecompile.ops.products import Products, faster_wide
 
 
 @torch.library.custom_op("moecompile::expert_ffn", mutates_args=())
@@ -53,20 +47,24 @@ def expert_ffn(
     Returns:
         y_VD, and what backward needs: gate_up_PG before the activation, source_P int32, weights_P.
     """
-    if has_kernel(x_VD):
-        return _on_device(x_VD, source_R, weights_R, counts_E, gate_up_EGD, down_EDF)
-    segments, padded_E = _segments(counts_E, x_VD.dtype)
-    source_P, weights_P = _padded(source_R, weights_R, counts_E, padded_E)
+    if at_once(x_VD, source_R.shape[0], *gate_up_EGD.shape, down_EDF.shape[2]):
+        return _at_once(x_VD, source_R, weights_R, counts_E, gate_up_EGD, down_EDF)
+    product = Products(x_VD.dtype)
+    blocks, padded_E = make_blocks(counts_E, x_VD, gate_up_EGD, pad=_is_padded(x_VD))
+    source_P, weights_P = padded(source_R, weights_R, counts_E, padded_E)
     gate_up_PG = x_VD.new_empty(source_P.shape[0], gate_up_EGD.shape[1])
     out_PD = x_VD.new_empty(source_P.shape[0], x_VD.shape[1])
-    rows, hidden = (_scratch(segments, x_VD, width) for width in (x_VD.shape[1], down_EDF.shape[2]))
-    for expert, start, end in segments:
-        rows_MD, hidden_MF = rows.take(end - start), hidden.take(end - start)
-        torch.index_select(x_VD, 0, source_P[start:end], out=rows_MD)
-        torch.mm(rows_MD, gate_up_EGD[expert].t(), out=gate_up_PG[start:end])
-        _activate(gate_up_PG[start:end], weights_P[start:end], hidden_MF)
-        torch.mm(hidden_MF, down_EDF[expert].t(), out=out_PD[start:end])
-    return _summed(out_PD, source_R, counts_E, padded_E, x_VD), gate_up_PG, source_P, weights_P
+    rows, hidden = (scratch(blocks, x_VD, width) for width in (x_VD.shape[1], down_EDF.shape[2]))
+    gate_up_eDG, down_eFD = gate_up_EGD.mT.unbind(), down_EDF.mT.unbind()
+    for block in blocks:
+        x_MD, h_MF, gate_up_MG = rows(block), hidden(block), block.of(gate_up_PG)
+        torch.index_select(x_VD, 0, block.of(source_P), out=x_MD)
+        for x_mD, gate_up_mG, gate_up_DG in block.each((x_MD, gate_up_MG), gate_up_eDG):
+            product(x_mD, gate_up_DG, gate_up_mG, x_mD.shape[0])
+        _activate(gate_up_MG, block.of(weights_P), h_MF)
+        for h_mF, out_mD, down_FD in block.each((h_MF, block.of(out_PD)), down_eFD):
+            product(h_mF, down_FD, out_mD, h_mF.shape[0])
+    return summed(out_PD, source_R, counts_E, padded_E, x_VD), gate_up_PG, source_P, weights_P
 
 
 @expert_ffn.register_fake
@@ -107,34 +105,38 @@ def expert_ffn_backward(
     gate_up_PG: Tensor, source_P: Tensor, weights_P: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `expert_ffn`: for x_VD, weights_R, gate_up_EGD and down_EDF; zero for experts without rows."""
-    if has_kernel(x_VD):
-        return _backward_on_device(
+    if at_once(x_VD, source_R.shape[0], *gate_up_EGD.shape, down_EDF.shape[2]):
+        return _backward_at_once(
             grad_VD, x_VD, source_R, counts_E, gate_up_EGD, down_EDF, gate_up_PG, source_P, weights_P
         )
-    segments, padded_E = _segments(counts_E, x_VD.dtype)
-    whole = len(segments) == counts_E.numel()  # else an expert without rows keeps the zeros
-    grad_gate_up, grad_down = (
-        torch.empty_like(weight) if whole else torch.zeros_like(weight) for weight in (gate_up_EGD, down_EDF)
-    )
+    product = Products(x_VD.dtype)
+    blocks, padded_E = make_blocks(counts_E, x_VD, gate_up_EGD, pad=_is_padded(x_VD))
+    grad_gate_up, grad_down = (new_gradient(blocks, weight) for weight in (gate_up_EGD, down_EDF))
     grad_PD, grad_weights_P = x_VD.new_empty(source_P.shape[0], x_VD.shape[1]), torch.empty_like(weights_P)
     width, model = down_EDF.shape[2], x_VD.shape[1]
-    rows, grad_hidden, hidden = (_scratch(segments, x_VD, n) for n in (model, width, width))
-    inner, turned = (_scratch(segments, x_VD, n) for n in (2 * width, max(2 * width, model)))
-    for expert, start, end in segments:
-        rows_MD, dh_MF, h_MF, inner_MG = (part.take(end - start) for part in (rows, grad_hidden, hidden, inner))
-        torch.index_select(grad_VD, 0, source_P[start:end], out=rows_MD)
-        torch.mm(rows_MD, down_EDF[expert], out=dh_MF)
-        _activate_backward(
-            gate_up_PG[start:end], weights_P[start:end], dh_MF, inner_MG, h_MF, grad_weights_P[start:end]
-        )
-        torch.mm(_transposed(rows_MD, turned), h_MF, out=grad_down[expert])
-        torch.mm(inner_MG, gate_up_EGD[expert], out=grad_PD[start:end])
-        torch.index_select(x_VD, 0, source_P[start:end], out=rows_MD)
-        torch.mm(_transposed(inner_MG, turned), rows_MD, out=grad_gate_up[expert])
+    rows, grad_hidden, hidden, inner = (scratch(blocks, x_VD, n) for n in (model, width, width, 2 * width))
+    turn = _Turned(blocks, x_VD, max(2 * width, model))
+    gate_up_e, down_e, grad_gate_up_e, grad_down_e = (
+        weight.unbind() for weight in (gate_up_EGD, down_EDF, grad_gate_up, grad_down)
+    )
+    for block in blocks:
+        rows_MD, dh_MF, h_MF, inner_MG = (part(block) for part in (rows, grad_hidden, hidden, inner))
+        torch.index_select(grad_VD, 0, block.of(source_P), out=rows_MD)
+        for grad_mD, dh_mF, down_DF in block.each((rows_MD, dh_MF), down_e):
+            product(grad_mD, down_DF, dh_mF, grad_mD.shape[0])
+        _activate_backward(block.of(gate_up_PG), block.of(weights_P), dh_MF, inner_MG, h_MF, block.of(grad_weights_P))
+        for grad_mD, h_mF, inner_mG, grad_x_mD, gate_up_GD, grad_DF in block.each(
+            (rows_MD, h_MF, inner_MG, block.of(grad_PD)), gate_up_e, grad_down_e
+        ):
+            product(turn(grad_mD), h_mF, grad_DF, h_mF.shape[0])
+            product(inner_mG, gate_up_GD, grad_x_mD, inner_mG.shape[0])
+        torch.index_select(x_VD, 0, block.of(source_P), out=rows_MD)
+        for x_mD, inner_mG, grad_GD in block.each((rows_MD, inner_MG), grad_gate_up_e):
+            product(turn(inner_mG), x_mD, grad_GD, x_mD.shape[0])
     grad_weights = grad_weights_P
     if source_P.shape[0] > source_R.shape[0]:
-        grad_weights = grad_weights_P.index_select(0, _places(counts_E, padded_E, source_R.shape[0]))
-    return _summed(grad_PD, source_R, counts_E, padded_E, x_VD), grad_weights, grad_gate_up, grad_down
+        grad_weights = grad_weights_P.index_select(0, places(counts_E, padded_E, source_R.shape[0]))
+    return summed(grad_PD, source_R, counts_E, padded_E, x_VD), grad_weights, grad_gate_up, grad_down
 
 
 @expert_ffn_backward.register_fake
@@ -148,73 +150,8 @@ def _(
     )  # fmt: skip
 
 
-# -- rows ------------------------------------------------------------------------------------------------------------
-
-
 def _is_padded(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and not has_kernel(x)
-
-
-def _segments(counts_E: Tensor, dtype: torch.dtype) -> tuple[list[_Segment], Tensor]:
-    """Where the rows of the experts that have some stand, and how many there are with padding, (E,)."""
-    lengths = [_padded_length(n) if dtype == torch.bfloat16 else n for n in counts_E.tolist()]
-    segments, start = [], 0
-    for expert, length in enumerate(lengths):
-        if length:
-            segments.append(_Segment(expert, start, start + length))
-        start += length
-    return segments, torch.tensor(lengths, dtype=torch.int64)
-
-
-def _padded_length(count: int) -> int:
-    """Whole tiles; from 512 rows on at most 32 lengths between n and 2 n, so at most 1/32 is padding."""
-    step = max(_TILE, (1 << count.bit_length()) // (2 * _LENGTHS_PER_OCTAVE))
-    return -(-count // step) * step
-
-
-def _places(counts_E: Tensor, padded_E: Tensor, num_rows: int) -> Tensor:
-    """Row in expert order -> its place among the padded rows, (R,) int64."""
-    shift_E = (padded_E.cumsum(0) - padded_E) - (counts_E.cumsum(0) - counts_E)
-    return torch.arange(num_rows) + shift_E.repeat_interleave(counts_E, output_size=num_rows)
-
-
-def _padded(source_R: Tensor, weights_R: Tensor, counts_E: Tensor, padded_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Sources and weights with the padding: copies of the input's first row, of weight 0."""
-    num_padded = int(padded_E.sum())
-    if num_padded == source_R.shape[0]:
-        return source_R.to(torch.int32), weights_R.clone()
-    places_R = _places(counts_E, padded_E, source_R.shape[0])
-    source_P = torch.zeros(num_padded, dtype=torch.int32).index_copy_(0, places_R, source_R.to(torch.int32))
-    return source_P, weights_R.new_zeros(num_padded).index_copy_(0, places_R, weights_R)
-
-
-def _summed(rows_PD: Tensor, source_R: Tensor, counts_E: Tensor, padded_E: Tensor, like_VD: Tensor) -> Tensor:
-    """Sum of the rows that came of each row of the input, (V, D), in expert order; padding is left out."""
-    num_rows = source_R.shape[0]
-    if num_rows == 0:
-        return torch.zeros_like(like_VD)
-    order_R = torch.argsort(source_R, stable=True)
-    if rows_PD.shape[0] > num_rows:
-        order_R = _places(counts_E, padded_E, num_rows).index_select(0, order_R)
-    lengths_V = expert_counts(source_R, like_VD.shape[0])
-    starts_V = lengths_V.cumsum(0) - lengths_V
-    return F.embedding_bag(order_R.to(torch.int32), rows_PD, starts_V.to(torch.int32), mode="sum")
-
-
-class _Scratch:
-    """One buffer for the experts one after the other, each taking as many rows as it has."""
-
-    def __init__(self, buffer: Tensor, width: int) -> None:
-        self.buffer, self.width = buffer, width
-
-    def take(self, rows: int) -> Tensor:
-        """(rows, width), not initialised."""
-        return self.buffer[: rows * self.width].view(rows, self.width)
-
-
-def _scratch(segments: list[_Segment], like: Tensor, width: int) -> _Scratch:
-    longest = max((segment.end - segment.start for segment in segments), default=0)
-    return _Scratch(like.new_empty(longest * width), width)
+    return x.dtype == torch.bfloat16 and not x.is_cuda and not faster_wide()
 
 
 # -- activation ------------------------------------------------------------------------------------------------------
@@ -222,9 +159,14 @@ def _scratch(segments: list[_Segment], like: Tensor, width: int) -> _Scratch:
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
+def _kernels_for(gate_up_MG: Tensor, weights_M: Tensor) -> Kernels | None:
+    known = gate_up_MG.dtype in _SUFFIX and weights_M.dtype == torch.float32
+    return kernels() if known and gate_up_MG.device.type == "cpu" else None
+
+
 def _activate(gate_up_MG: Tensor, weights_M: Tensor, hidden_MF: Tensor) -> None:
     """hidden = weight * silu(gate) * up, in place."""
-    native = kernels() if gate_up_MG.dtype in _SUFFIX and weights_M.dtype == torch.float32 else None
+    native = _kernels_for(gate_up_MG, weights_M)
     if native is not None:
         rows, width = hidden_MF.shape
         native(f"forward_{_SUFFIX[gate_up_MG.dtype]}", gate_up_MG, weights_M, hidden_MF, rows=rows, width=width)
@@ -237,7 +179,7 @@ def _activate_backward(
     gate_up_MG: Tensor, weights_M: Tensor, dh_MF: Tensor, grad_MG: Tensor, hidden_MF: Tensor, grad_weights_M: Tensor
 ) -> None:
     """Gradients of `_activate` and the hidden activation again, in place."""
-    native = kernels() if gate_up_MG.dtype in _SUFFIX and weights_M.dtype == torch.float32 else None
+    native = _kernels_for(gate_up_MG, weights_M)
     if native is not None:
         rows, width = hidden_MF.shape
         native(
@@ -261,21 +203,31 @@ def _wide(x: Tensor, like: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, like.dtype))
 
 
-def _transposed(x_MN: Tensor, turned: _Scratch) -> Tensor:
+@functools.cache
+def _has_tiles() -> bool:
+    return bool(torch.cpu.get_capabilities().get("amx_tile", False))
+
+
+class _Turned:
     """x^T; written out where a product with it is faster so."""
-    rows, width = x_MN.shape
-    native = kernels() if x_MN.dtype == torch.bfloat16 and width % _TILE == 0 else None
-    if native is None:
-        return x_MN.t()
-    out = turned.buffer[: rows * width].view(width, rows)
-    native("transpose_16bit", x_MN, out, rows=rows, width=width)
-    return out
+
+    def __init__(self, blocks: list[Block], like: Tensor, width: int) -> None:
+        self._kernels = kernels() if like.dtype == torch.bfloat16 and _has_tiles() else None
+        self._buffer = like.new_empty(longest(blocks) * width if self._kernels else 0)
+
+    def __call__(self, x_MN: Tensor) -> Tensor:
+        rows, width = x_MN.shape
+        if self._kernels is None or width % TILE:
+            return x_MN.t()
+        out = self._buffer[: rows * width].view(width, rows)
+        self._kernels("transpose_16bit", x_MN, out, rows=rows, width=width)
+        return out
 
 
-# -- all experts at once, without a look at the counts ---------------------------------------------------------------
+# -- all experts at once ----------------------------------------------------------------------------------------------
 
 
-def _on_device(
+def _at_once(
     x_VD: Tensor, source_R: Tensor, weights_R: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gate_up_RG = grouped_mm(x_VD.index_select(0, source_R), gate_up_EGD, counts_E)
@@ -285,7 +237,7 @@ def _on_device(
     return out_VD, gate_up_RG, source_R.to(torch.int32), weights_R.clone()
 
 
-def _backward_on_device(
+def _backward_at_once(
     grad_VD: Tensor, x_VD: Tensor, source_R: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor,
     gate_up_RG: Tensor, source_P: Tensor, weights_R: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip

@@ -11,15 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moecompile.ops.products import Products
+
+_ALIGNMENT_BYTES = 16  # of every row, or F.grouped_mm refuses
+_FEW_ROWS = {torch.float32: 128, torch.bfloat16: 24}  # an expert has on average, on a CPU; benchmarks/layer.py
+
 
 @torch.library.custom_op("moecompile::grouped_mm", mutates_args=())
 def grouped_mm(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     """rows of expert e times weight_EFD[e].T -> (R, F). Experts without rows cost nothing."""
-    if has_kernel(rows_RD):
+    if at_once(rows_RD, rows_RD.shape[0], *weight_EFD.shape):
         return F.grouped_mm(rows_RD, weight_EFD.transpose(1, 2), offs=_offsets(counts_E))
     out_RF = rows_RD.new_empty(rows_RD.shape[0], weight_EFD.shape[1])
+    product = Products(rows_RD.dtype)
     for expert, start, end in _segments(counts_E):
-        torch.mm(rows_RD[start:end], weight_EFD[expert].t(), out=out_RF[start:end])
+        product(rows_RD[start:end], weight_EFD[expert].t(), out_RF[start:end], end - start)
     return out_RF
 
 
@@ -31,11 +37,12 @@ def _(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
 @torch.library.custom_op("moecompile::grouped_mm_input_grad", mutates_args=())
 def grouped_mm_input_grad(grad_RF: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     """Gradient of `grouped_mm` for its rows, (R, D)."""
-    if has_kernel(grad_RF):
+    if at_once(grad_RF, grad_RF.shape[0], *weight_EFD.shape):
         return F.grouped_mm(grad_RF, weight_EFD, offs=_offsets(counts_E))
     out_RD = grad_RF.new_empty(grad_RF.shape[0], weight_EFD.shape[2])
+    product = Products(grad_RF.dtype)
     for expert, start, end in _segments(counts_E):
-        torch.mm(grad_RF[start:end], weight_EFD[expert], out=out_RD[start:end])
+        product(grad_RF[start:end], weight_EFD[expert], out_RD[start:end], end - start)
     return out_RD
 
 
@@ -47,11 +54,12 @@ def _(grad_RF: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
 @torch.library.custom_op("moecompile::grouped_mm_weight_grad", mutates_args=())
 def grouped_mm_weight_grad(grad_RF: Tensor, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
     """Gradient of `grouped_mm` for its weight, (E, F, D); zero for experts without rows, never missing."""
-    if has_kernel(grad_RF):
+    if at_once(grad_RF, grad_RF.shape[0], counts_E.shape[0], grad_RF.shape[1], rows_RD.shape[1]):
         return F.grouped_mm(grad_RF.t(), rows_RD, offs=_offsets(counts_E))
     out_EFD = grad_RF.new_zeros(counts_E.shape[0], grad_RF.shape[1], rows_RD.shape[1])
+    product = Products(grad_RF.dtype)
     for expert, start, end in _segments(counts_E):
-        torch.mm(grad_RF[start:end].t(), rows_RD[start:end], out=out_EFD[expert])
+        product(grad_RF[start:end].t(), rows_RD[start:end], out_EFD[expert], end - start)
     return out_EFD
 
 
@@ -115,10 +123,17 @@ def _(rows_RF: Tensor, counts_E: Tensor) -> Tensor:
     return rows_RF.new_empty(counts_E.shape[0], rows_RF.shape[1])
 
 
-def has_kernel(rows: Tensor) -> bool:
-    """Whether `F.grouped_mm` takes these rows."""
-    # One kernel for all experts, without reading the counts on the host; on a CPU the plain loop is as fast.
-    return rows.is_cuda and rows.dtype == torch.bfloat16
+def at_once(like: Tensor, num_rows: int, num_experts: int, *widths: int) -> bool:
+    """Whether `F.grouped_mm` takes so many rows of the type of `like`, and is not slower than one expert at a time.
+
+    On a GPU one kernel does all experts, without reading the counts on the host. On a CPU it is a plain loop, whose
+    calls cost less than ours; with more rows an expert, what lies between two products should stay in the cache.
+    """
+    if any(width * like.element_size() % _ALIGNMENT_BYTES for width in widths):
+        return False
+    if like.is_cuda:
+        return like.dtype == torch.bfloat16
+    return num_rows < _FEW_ROWS.get(like.dtype, 0) * num_experts
 
 
 def _offsets(counts_E: Tensor) -> Tensor:

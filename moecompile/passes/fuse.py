@@ -20,10 +20,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from moecompile.comm.dispatch import items
+from moecompile.errors import PassError
 from moecompile.nn import Experts
 from moecompile.nn.existing import ExistingExperts
 from moecompile.passes.base import erase_unused, op_name
-from moecompile.passes.lower import experts_calls
+from moecompile.passes.lower import exchanges_of, experts_calls
 
 ops = torch.ops.moecompile
 
@@ -46,6 +47,19 @@ class Fuse:
         new.graph.lint()
         new.recompile()
         return new
+
+    def ensures(self, before: fx.GraphModule, after: fx.GraphModule) -> None:
+        """The same exchanges in the same order; a fused experts call reads one sort, and rows that are not copied."""
+        was, now = ([(op_name(n), str(n.args[-1])) for n in exchanges_of(graph)] for graph in (before, after))
+        if was != now:
+            raise PassError(self.name, "", f"exchanges were {was}, are {now}")
+        for call in experts_calls(after):
+            if "source_R" not in call.kwargs:
+                continue
+            sources = {call.args[1], call.kwargs["source_R"], call.kwargs["weights_R"]}
+            sorts = {op_name(n.args[0]) for n in sources if isinstance(n, fx.Node) and isinstance(n.args[0], fx.Node)}
+            if len(sources) != 3 or len(sorts) != 1 or not min(sorts).startswith("sort_"):
+                raise PassError(self.name, str(call.target), f"counts, sources and weights come from {sorted(sorts)}")
 
 
 def is_swiglu(experts: nn.Module) -> bool:

@@ -4,13 +4,15 @@ Algorithm:
   1. Replace each logical axis in the graphs by the name of its process group.
   2. Keep this rank's experts: expert weights become DTensors, Shard(0) on `ep`.
   3. fully_shard each layer and the root: dense weights over (dp_replicate, dp_shard), experts over
-     (dp_replicate, edp). Routers stay replicated, outside FSDP's casting. Gradients are reduced in at least fp32.
+     (dp_replicate, edp). Routers stay replicated, outside FSDP's casting, and so do the few weights that a model keeps
+     in another dtype than the rest, which FSDP2 does not take. Gradients are reduced in at least fp32.
 All gradient reductions are plain sums (docs/gradients.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import partial, reduce
 
 import torch
@@ -98,7 +100,8 @@ def _shard_experts(model: nn.Module, ep_mesh: DeviceMesh) -> None:
 
 def _wrap(model: nn.Module, mesh: MeshSpec, device_mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:
     experts = {owner.get_parameter(name) for owner, name in expert_parameters(model)}
-    routers = {parameter for _, router in routers_of(model) for parameter in router.parameters()}
+    replicated = {parameter for _, router in routers_of(model) for parameter in router.parameters()}
+    replicated |= _of_another_dtype([p for p in model.parameters() if p not in replicated])
     experts_info: FSDPMeshInfo
     dense_info: FSDPMeshInfo
     # Dense weights live on a mesh of their own: its dp_shard axis is (edp, ep) of the experts' mesh, in the same order.
@@ -117,12 +120,21 @@ def _wrap(model: nn.Module, mesh: MeshSpec, device_mesh: DeviceMesh, param_dtype
 
     wide = reduce(torch.promote_types, (parameter.dtype for parameter in model.parameters()), torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=wide)
-    wrap = partial(fully_shard, mesh=dense_mesh, shard_placement_fn=place, ignored_params=routers, mp_policy=policy)
+    wrap = partial(fully_shard, mesh=dense_mesh, shard_placement_fn=place, ignored_params=replicated, mp_policy=policy)
     for layer in (*layers_of(model), model):
         wrap(layer)
         assert isinstance(layer, FSDPModule)
         layer.set_gradient_divide_factor(1.0)
         layer.set_force_sum_reduction_for_comms(True)
+
+
+def _of_another_dtype(parameters: Sequence[nn.Parameter]) -> set[nn.Parameter]:
+    """The weights that are not of the dtype of most numbers: transformers keeps some routers and norms in fp32."""
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in parameters:
+        sizes[parameter.dtype] += parameter.numel()
+    most = max(sizes, key=sizes.__getitem__, default=None)
+    return {parameter for parameter in parameters if parameter.dtype != most}
 
 
 def layers_of(model: nn.Module) -> Iterator[nn.Module]:

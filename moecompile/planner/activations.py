@@ -6,15 +6,13 @@ expert; n: projections before the activation, 2 for gated, 1 for up_down; V: voc
 1. One layer, beside its input.
        dense FFN      = a T 2 n d_ff                                 into and out of the activation
        MoE, unfused   = a T (K (2 D + 2 n F) + 2 n S + 2 E)          rows in and out, hidden rows; router logits, scores
-       MoE, fused     = b P 2 F + a T 2 n S + T (4 E + 36 K + 12)    what precedes the activation; fp32 scores; ids,
+       MoE, fused     = b K T 2 F + a T 2 n S + T (4 E + 36 K + 12)  what precedes the activation; fp32 scores; ids,
                         + x                                          sources, order and weights of the assignments
-   b: bytes of a number in the experts (2 under autocast), P: their rows, K T and in bf16 on a CPU the padding (step 2).
+   b: bytes of a number in the experts (2 under autocast). Rows that pad bf16 on some CPUs, 1/64 to 1/16, are left out.
    x: copies of the input. A router of ours reads it in fp32, which is a copy if it is narrower (4 T D); under autocast
    experts read it narrow (2 T D), and narrow copies of their weights are kept (2 * 3 D F E / ep). With exchanges, the
    rows received are kept, as experts read them: b T D copies.                                   -> `moe_bytes`
-2. Rows of an expert are padded to whole steps of 16, or from 512 on of 1/64 to 1/32 of them, as in
-   moecompile.ops.expert_ffn; the mean padding is half a step less half a row.                   -> `_padded_rows`
-3. All layers. c = 12 numbers per element of the residual stream stand for norms, attention, residuals and the FFN's
+2. All layers. c = 12 numbers per element of the residual stream stand for norms, attention, residuals and the FFN's
    input: 10 to 11 were counted for Llama and Qwen3 and 6 for OPT; multi-head latent attention (DeepSeek) needs up to
    30.
        activations = sum over layers of (a T c D + layer) + 3 a T V    logits, their log-softmax, their gradient
@@ -35,15 +33,14 @@ from moecompile.planner.params import ModelFacts, RunFacts
 from moecompile.planner.traffic import copies_per_token
 
 BF16_BYTES, FP32_BYTES = 2, 4
-RESIDUAL_NUMBERS = 12  # c in step 3
+RESIDUAL_NUMBERS = 12  # c in step 2
 LOGITS_COPIES = 3
 ASSIGNMENT_BYTES = 36  # ids, sources and order int64, sources again int32, weights in both orders fp32
 TOKEN_BYTES = 12  # what normalising keeps
-PADDED_STEP, STEPS_PER_OCTAVE = 16, 32
 
 
 def activation_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> int:
-    """Step 3."""
+    """Step 2."""
     num_layers, number = max(facts.num_layers, len(layers)), run.compute_bytes * run.tokens_per_rank
     d_model = max((layer.site.d_model for layer in layers), default=0)
     dense = max((2 * layer.site.num_in_projections * layer.site.d_ff for layer in layers), default=0)
@@ -66,8 +63,7 @@ def moe_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts, *, fused: bool) -
         routed = top_k * (2 * site.d_model + hidden * experts.d_expert)
         return run.compute_bytes * tokens * (routed + hidden * experts.d_shared + 2 * experts.num_routed)
     narrow = BF16_BYTES if run.is_mixed else run.compute_bytes
-    rows = _padded_rows(layer, run) if narrow == BF16_BYTES and mesh.device != "cuda" else top_k * tokens
-    found = narrow * rows * 2 * experts.d_expert + run.compute_bytes * tokens * hidden * experts.d_shared
+    found = narrow * top_k * tokens * 2 * experts.d_expert + run.compute_bytes * tokens * hidden * experts.d_shared
     found += tokens * (FP32_BYTES * experts.num_routed + ASSIGNMENT_BYTES * top_k + TOKEN_BYTES)
     if isinstance(site, FFNSite) and run.compute_bytes < FP32_BYTES:
         found += FP32_BYTES * tokens * site.d_model
@@ -84,10 +80,3 @@ def exchanged(layer: LayerPlan, mesh: MeshSpec) -> float:
         return 0
     copies = copies_per_token(layer.dispatch.kind, layer.placement, layer.routing, mesh)
     return 2 * (copies.own + copies.intra_node + copies.inter_node) * layer.site.d_model
-
-
-def _padded_rows(layer: LayerPlan, run: RunFacts) -> float:
-    """Step 2."""
-    rows, experts = layer.routing.top_k * run.tokens_per_rank, layer.placement.experts_per_rank
-    step = max(PADDED_STEP, (1 << (rows // experts).bit_length()) // (2 * STEPS_PER_OCTAVE))
-    return rows + experts * (step - 1) / 2

@@ -80,9 +80,18 @@ class _OwnRule:
         return taken
 
 
-def reference(architecture: str, dtype: torch.dtype) -> Trace:
+def built(architecture: str, dtype: torch.dtype, *, wide_gates: bool) -> nn.Module:
+    """wide_gates: in the next wider dtype, as transformers keeps DeepSeek-V3's in fp32 in a model of bf16."""
+    model = moe_model(architecture, dtype=dtype)
+    for name, module in model.named_modules():
+        if wide_gates and name.endswith("mlp.gate"):
+            module.to(torch.float64)
+    return model
+
+
+def reference(architecture: str, dtype: torch.dtype, *, wide_gates: bool = False) -> Trace:
     """One process runs all micro-batches in order, as accumulation."""
-    model, trace = moe_model(architecture, dtype=dtype).train(), Trace()
+    model, trace = built(architecture, dtype, wide_gates=wide_gates).train(), Trace()
     rule = _OwnRule(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-5)
     for step in range(STEPS):
@@ -107,10 +116,11 @@ def reference(architecture: str, dtype: torch.dtype) -> Trace:
 
 
 def sharded(
-    rank: int, world_size: int, architecture: str, dtype: torch.dtype, overrides: list[str], *, mutate: str = ""
-) -> Trace:
+    rank: int, world_size: int, architecture: str, dtype: torch.dtype, overrides: list[str], *, mutate: str = "",
+    wide_gates: bool = False,
+) -> Trace:  # fmt: skip
     """This rank's part of the same steps. `mutate` breaks one thing on purpose."""
-    model, trace = moe_model(architecture, dtype=dtype), Trace()
+    model, trace = built(architecture, dtype, wide_gates=wide_gates), Trace()
     bias = BIAS if architecture == "deepseek_v3" else []
     example = moe_inputs(architecture, torch.ones(1, SEQ, dtype=torch.int64))
     compile_model(model, [*overrides, *bias], example=example)

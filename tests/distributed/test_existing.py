@@ -36,11 +36,13 @@ def two_ranks() -> dict[tuple[str, str], job.Trace]:
 
 
 def _two(rank: int, world_size: int) -> dict[tuple[str, str], job.Trace]:
-    return {
+    found = {
         (architecture, mesh): job.sharded(rank, world_size, architecture, torch.float32, overrides)
         for architecture in ARCHITECTURES
         for mesh, overrides in TWO.items()
     }
+    wide = job.sharded(rank, world_size, "deepseek_v3", torch.float32, TWO["flat"], wide_gates=True)
+    return found | {("deepseek_v3", "wide gates"): wide}
 
 
 def _four(rank: int, world_size: int) -> dict[str, job.Trace]:
@@ -62,6 +64,14 @@ def assert_equal(got: job.Trace, wanted: job.Trace) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_two_ranks_equal_transformers_in_one_process(architecture: str, mesh: str) -> None:
     assert_equal(two_ranks()[architecture, mesh], reference(architecture))
+
+
+def test_weights_of_another_dtype_stay_whole() -> None:
+    """transformers keeps DeepSeek-V3's gates in fp32 in a model of bf16; FSDP2 takes one dtype."""
+    got = two_ranks()["deepseek_v3", "wide gates"]
+    assert_equal(got, job.reference("deepseek_v3", torch.float32, wide_gates=True))
+    (name,) = (name for name in got.weights if name.endswith("gate.weight"))
+    assert got.weights[name].dtype == torch.float64
 
 
 def test_the_models_own_bias_follows_the_global_load() -> None:

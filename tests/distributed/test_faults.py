@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -139,6 +140,40 @@ def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
         assert code == 2
         fix = "A run directory must be one that can be written, give another one: hydra.run.dir=FOLDER."
         assert re.fullmatch(rf"error: {run_dir}: {reason}\. {fix}\n", error), error
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for some checkpoints of this model."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, check=False)
+    if made.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {made.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_named_and_the_checkpoint_before_is_whole(small_disk: Path) -> None:
+    run_dir = small_disk / "run"
+    checkpoint = folders.checkpoints_of(run_dir)
+    with start(run_dir, f"trainer.max_steps={100 * STEPS}", "trainer.keep_last=100") as process:
+        code, error = finish(process)
+    assert code == 2
+    steps = folders.steps(checkpoint)
+    assert steps
+    assert re.fullmatch(
+        rf"error: the checkpoint of step {steps[-1] + 2} could not be written to {checkpoint} on rank \d: .*No space left "
+        rf"on device.* The checkpoints before it are whole, the latest is step-{steps[-1]}\. Make room, .*\n",
+        error,
+    ), error
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["latest", *sorted(f"step-{n}" for n in steps)]
+    for step in steps[:-1]:  # room is made
+        shutil.rmtree(checkpoint / f"step-{step}")
+    code, error = finish(start(run_dir, f"trainer.max_steps={steps[-1] + 2}", "trainer.resume=auto"))
+    assert code == 0, error
+    assert folders.steps(checkpoint)[-1] == steps[-1] + 2
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from moecompile.mesh import MeshSpec
-from moecompile.ops import grouped
+from moecompile.ops import expert_ffn, grouped
+from moecompile.passes.fuse import Fuse
 from moecompile.passes.shard import bind_axes, device_mesh_of
 from tests.distributed import dispatch_job as job
 from tests.distributed.device import DeviceTensor, HostWaits
@@ -23,13 +24,17 @@ CASES = [
 
 
 def _waits(rank: int, world_size: int) -> list[tuple[list[str], list[str], bool]]:
-    """For each case: waits in forward and in backward, and whether the result is that of plain tensors."""
+    """For each case, lowered and then fused: waits in forward and in backward, and whether the result is that of plain
+    tensors.
+    """
     modules = nn.ModuleList(job.lowered(case, rank) for case in CASES)
+    modules.extend(Fuse().run(job.lowered(case, rank)) for case in CASES)
     bind_axes(modules, device_mesh_of(SPEC, "cpu"), SPEC.nodes_per_ep_group)
     segments = grouped._segments  # the plain loop of matmuls stands for a kernel that takes the counts from the device
     grouped._segments = lambda counts: segments(getattr(counts, "held", counts))
+    expert_ffn.at_once = lambda like, *sizes: True  # as on a GPU
     found = []
-    for case, module in zip(CASES, modules, strict=True):
+    for case, module in zip(CASES * 2, modules, strict=True):
         wanted, _ = job.run(module, case, rank)
         x, weights, grad = (DeviceTensor(tensor) for tensor in case.inputs(rank))
         with HostWaits():
@@ -49,7 +54,10 @@ def found() -> list[list[tuple[list[str], list[str], bool]]]:
     return run_distributed_test(_waits, 4, timeout_s=60)
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{case.kind}-{case.routing}" for case in CASES])
+IDS = [f"{case.kind}-{case.routing}-{form}" for form in ("lowered", "fused") for case in CASES]
+
+
+@pytest.mark.parametrize("number", range(2 * len(CASES)), ids=IDS)
 def test_one_wait_a_layer(number: int, found: list[list[tuple[list[str], list[str], bool]]]) -> None:
     for by_case in found:
         forward, backward, same = by_case[number]

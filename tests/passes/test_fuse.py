@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from moecompile.errors import PassError
 from moecompile.nn import Experts
 from moecompile.passes.fuse import Fuse, is_swiglu
-from moecompile.passes.lower import Lower, experts_calls
+from moecompile.passes.lower import Lower, exchanges_of, experts_calls
 from moecompile.passes.rewrite import Rewrite
 from moecompile.pipeline import compile_with_report
 from tests.existing_models import moe_inputs, moe_model
@@ -69,6 +70,24 @@ def test_every_dispatch_sorts_and_does_not_copy(kind: str) -> None:
     assert not [op for op in COPYING if f"moecompile.{op}(" in after]
     for exchange in ("all_to_all", "exchange_assignments", "all_gather", "reduce_scatter"):
         assert after.count(f"moecompile.{exchange}(") == text(before).count(f"moecompile.{exchange}(")
+
+
+def test_a_lost_exchange_and_a_foreign_order_break_the_contract() -> None:
+    before = lowered("dedup")
+    step = Fuse()
+    after = step.run(before)
+    step.ensures(before, after)
+    (call,) = experts_calls(after)
+    counts = call.args[1]
+    call.args = (call.args[0], call.args[0], *call.args[2:])
+    with pytest.raises(PassError, match="counts, sources and weights come from"):
+        step.ensures(before, after)
+    call.args = (call.args[0], counts, *call.args[2:])
+    exchange = exchanges_of(after)[-1]
+    exchange.replace_all_uses_with(exchange.args[0])
+    after.graph.erase_node(exchange)
+    with pytest.raises(PassError, match="exchanges were"):
+        step.ensures(before, after)
 
 
 def test_flat_stays_because_each_row_travels_by_itself() -> None:

@@ -95,14 +95,18 @@ inline void interleave(const v16* in, v16* out) {
   }
 }
 
-inline void transpose_tile(const uint16_t* from, int64_t from_stride, uint16_t* to, int64_t to_stride) {
+// The first `count` of 16 rows; the others are not read and not written.
+inline void transpose_tile(const uint16_t* from, int64_t from_stride, uint16_t* to, int64_t to_stride, int64_t count) {
   v16 a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = *reinterpret_cast<const v16*>(from + i * from_stride);
+  for (int i = 0; i < 16; ++i) a[i] = *reinterpret_cast<const v16*>(from + (i < count ? i : 0) * from_stride);
   interleave(a, b);
   interleave(b, a);
   interleave(a, b);
   interleave(b, a);
-  for (int i = 0; i < 16; ++i) *reinterpret_cast<v16*>(to + i * to_stride) = a[i];
+  if (count >= 16)
+    for (int i = 0; i < 16; ++i) *reinterpret_cast<v16*>(to + i * to_stride) = a[i];
+  else
+    for (int i = 0; i < 16; ++i) std::memcpy(to + i * to_stride, &a[i], static_cast<size_t>(count) * sizeof *to);
 }
 
 }  // namespace
@@ -127,10 +131,10 @@ void backward_bf16(const bf16* gate_up, const float* weight, const bf16* grad_hi
   backward(gate_up, weight, grad_hidden, grad_gate_up, hidden, grad_weight, rows, width);
 }
 
-// (rows, width) -> (width, rows) of 16-bit numbers; both are multiples of 16.
+// (rows, width) -> (width, rows) of 16-bit numbers; width is a multiple of 16.
 void transpose_16bit(const uint16_t* from, uint16_t* to, int64_t rows, int64_t width) {
   for (int64_t i = 0; i < rows; i += 16)
-    for (int64_t j = 0; j < width; j += 16) transpose_tile(from + i * width + j, width, to + j * rows + i, rows);
+    for (int64_t j = 0; j < width; j += 16) transpose_tile(from + i * width + j, width, to + j * rows + i, rows, rows - i);
 }
 
 }  // extern "C"

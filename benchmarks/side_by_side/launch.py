@@ -1,0 +1,64 @@
+"""Starts ranks on this machine, if it may in a network namespace in which only they live."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+NAMESPACE = "SIDE_BY_SIDE_NAMESPACE"
+
+
+def enter_namespace() -> None:
+    """Starts this program again in a network namespace of its own, once; stays where it is if that is not allowed."""
+    if NAMESPACE in os.environ:
+        return
+    os.environ[NAMESPACE] = "shared"
+    up = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    if shutil.which("unshare") and subprocess.run([*up, "true"], capture_output=True).returncode == 0:
+        os.environ[NAMESPACE] = "own"
+        os.execvp(up[0], [*up, sys.executable, *sys.argv])
+
+
+def launch(program: Path, ranks: int, job: dict[str, Any], timeout_s: float = 3000) -> dict[str, Any]:
+    """Runs `program --job JOB --folder FOLDER` on every rank; what rank 0 wrote into `found.json` there.
+
+    Raises:
+        SystemExit: a rank failed, with the end of its output.
+    """
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
+        place |= {"MASTER_PORT": free.getsockname()[1], "GLOO_SOCKET_IFNAME": "lo"}
+        free.close()
+        processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(ranks):
+                here = {k: str(v) for k, v in (place | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+                with open(Path(folder, f"{rank}.log"), "wb") as log:
+                    command = [sys.executable, str(program), "--job", json.dumps(job), "--folder", folder]
+                    processes.append(subprocess.Popen(command, env=os.environ | here, stdout=log, stderr=log))
+            _wait(processes, folder, time.monotonic() + timeout_s)
+            return dict(json.loads(Path(folder, "found.json").read_text()))
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], folder: str, deadline: float) -> None:
+    while any(process.poll() is None for process in processes):
+        failed = [rank for rank, process in enumerate(processes) if process.poll()]
+        if failed or time.monotonic() > deadline:
+            output = Path(folder, f"{failed[0] if failed else 0}.log").read_text(errors="replace")
+            raise SystemExit(f"rank {failed or 'none'} failed, the others were stopped:\n{output[-4000:]}")
+        time.sleep(0.2)
+    if failed := [rank for rank, process in enumerate(processes) if process.returncode]:
+        raise SystemExit(Path(folder, f"{failed[0]}.log").read_text(errors="replace")[-4000:])

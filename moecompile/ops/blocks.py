@@ -1,0 +1,110 @@
+"""The rows of a rank's experts in blocks that fit the cache, padded to lengths that the matrix products know.
+
+Legend: V rows of the input, D model dim, R rows in expert order, E experts, P rows with padding, M rows of a block,
+G width of gate and up together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moecompile.ops.tokens import expert_counts
+
+TILE = 16  # rows of a matrix tile, in bf16
+_BLOCK_BYTES = 1 << 20  # of rows that are worked on together
+
+
+class Block(NamedTuple):
+    """Rows start .. end of some experts, padding included, and how many each expert has."""
+
+    start: int
+    end: int
+    experts: list[int]
+    lengths: list[int]
+
+    def of(self, rows_P: Tensor) -> Tensor:
+        """The block's rows of a (P, ...) tensor: (M, ...)."""
+        return rows_P[self.start : self.end]
+
+    def each(self, rows: Sequence[Tensor], *weights: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+        """For each expert of the block its part of the rows, each (M, ...), and its weights, each by expert."""
+        parts = (tensor.split(self.lengths) for tensor in rows)
+        return zip(*parts, *([weight[expert] for expert in self.experts] for weight in weights), strict=True)
+
+
+def make_blocks(counts_E: Tensor, x_VD: Tensor, gate_up_EGD: Tensor, *, pad: bool) -> tuple[list[Block], Tensor]:
+    """Blocks of the experts that have rows, and the rows of each expert with padding, (E,)."""
+    lengths = [_padded_length(n) if pad else n for n in counts_E.tolist()]
+    row_bytes = (x_VD.shape[1] + 2 * gate_up_EGD.shape[1]) * x_VD.element_size()
+    blocks: list[Block] = []
+    start = 0
+    for expert, length in enumerate(lengths):
+        if not length:
+            continue
+        last = blocks[-1] if blocks else None
+        if last and (start + length - last.start) * row_bytes <= _BLOCK_BYTES:
+            blocks[-1] = Block(last.start, start + length, [*last.experts, expert], [*last.lengths, length])
+        else:
+            blocks.append(Block(start, start + length, [expert], [length]))
+        start += length
+    return blocks, torch.tensor(lengths, dtype=torch.int64)
+
+
+def _padded_length(count: int) -> int:
+    """One of few lengths: all up to 32, then 16 between n and 2 n, from 512 on multiples of 16, from 2048 on 64 between
+    n and 2 n. At most 1/16 is padding, from 1024 on 1/64."""
+    octave = 1 << count.bit_length()
+    step = max(1, octave // 128, min(TILE, octave // 32))
+    return -(-count // step) * step
+
+
+def new_gradient(blocks: list[Block], weight: Tensor) -> Tensor:
+    """Not initialised, but zero for the experts without rows."""
+    grad = torch.empty_like(weight)
+    for expert in set(range(weight.shape[0])).difference(*(block.experts for block in blocks)):
+        grad[expert].zero_()
+    return grad
+
+
+def places(counts_E: Tensor, padded_E: Tensor, num_rows: int) -> Tensor:
+    """Row in expert order -> its place among the padded rows, (R,) int64."""
+    shift_E = (padded_E.cumsum(0) - padded_E) - (counts_E.cumsum(0) - counts_E)
+    return torch.arange(num_rows) + shift_E.repeat_interleave(counts_E, output_size=num_rows)
+
+
+def padded(source_R: Tensor, weights_R: Tensor, counts_E: Tensor, padded_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Sources and weights with the padding: copies of the input's first row, of weight 0."""
+    num_padded = int(padded_E.sum())
+    if num_padded == source_R.shape[0]:
+        return source_R.to(torch.int32), weights_R.clone()
+    places_R = places(counts_E, padded_E, source_R.shape[0])
+    source_P = torch.zeros(num_padded, dtype=torch.int32).index_copy_(0, places_R, source_R.to(torch.int32))
+    return source_P, weights_R.new_zeros(num_padded).index_copy_(0, places_R, weights_R)
+
+
+def summed(rows_PD: Tensor, source_R: Tensor, counts_E: Tensor, padded_E: Tensor, like_VD: Tensor) -> Tensor:
+    """Sum of the rows that came of each row of the input, (V, D), in expert order; padding is left out."""
+    num_rows = source_R.shape[0]
+    if num_rows == 0:
+        return torch.zeros_like(like_VD)
+    order_R = torch.argsort(source_R, stable=True)
+    if rows_PD.shape[0] > num_rows:
+        order_R = places(counts_E, padded_E, num_rows).index_select(0, order_R)
+    lengths_V = expert_counts(source_R, like_VD.shape[0])
+    starts_V = lengths_V.cumsum(0) - lengths_V
+    return F.embedding_bag(order_R.to(torch.int32), rows_PD, starts_V.to(torch.int32), mode="sum")
+
+
+def scratch(blocks: list[Block], like: Tensor, width: int) -> Callable[[Block], Tensor]:
+    """One buffer that the blocks use one after the other: block -> (its rows, width), not initialised."""
+    buffer = like.new_empty(longest(blocks), width)
+    return lambda block: buffer[: block.end - block.start]
+
+
+def longest(blocks: list[Block]) -> int:
+    return max((block.end - block.start for block in blocks), default=0)

@@ -1,0 +1,76 @@
+"""benchmarks/growth.py and overhead.py: small runs, and what they conclude."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
+    """They import each other as scripts do."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import growth
+    import overhead
+
+    return growth, overhead
+
+
+def rows(growth: Any, time_of: Any, kept_of: Any) -> dict[str, list[dict[str, Any]]]:
+    """What a machine of these properties would have shown."""
+    return {
+        axis: [
+            {"tokens": s.tokens, "experts": s.experts, "layers": s.layers, "weights_mib": 1.5 * s.experts,
+             "cpu_ms": time_of(s), "kept_mib": kept_of(s)}
+            for s in sizes
+        ]
+        for axis, sizes in growth.AXES.items()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "missed"),
+    [
+        (1.0, 0.0, set()),
+        (2.0, 0.0, {"cpu_ms ~ tokens^"}),
+        (1.0, 1.0, {"time added per doubling of experts"}),
+    ],
+)
+def test_what_is_not_linear_is_told(programs: Any, tokens: float, experts: float, missed: set[str]) -> None:
+    growth, _ = programs
+    found = growth.findings(
+        rows(growth, lambda s: s.tokens**tokens * s.layers * s.experts**experts, lambda s: s.tokens * s.layers), 0.0
+    )
+    assert {what for what, _, holds in found if not holds} == missed
+
+
+def test_reading_the_weights_does_not_count(programs: Any) -> None:
+    growth, _ = programs
+    found = growth.findings(
+        rows(growth, lambda s: s.tokens * s.layers + 3 * 1.5 * s.experts, lambda s: s.tokens * s.layers), 1e-3
+    )
+    assert found[-1][1] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_stack_is_measured(programs: Any) -> None:
+    growth, _ = programs
+    sizes = [growth.Size(tokens=16, experts=4, top_k=2, layers=n) for n in (1, 2)]
+    one, two = growth.one_rank(sizes, rounds=1)
+    assert one["cpu_ms"] > 0
+    assert two["weights_mib"] == 2 * one["weights_mib"]
+    assert two["kept_mib"] == pytest.approx(2 * one["kept_mib"], rel=0.2)
+
+
+@pytest.mark.slow
+def test_overheads(programs: Any) -> None:
+    """Small, so that no time is held against a limit; another number of tokens must not compile again."""
+    _, overhead = programs
+    assert overhead.one_expert(torch.float32, rounds=1, tokens=64) > 0
+    assert overhead.compiled_region(torch.float32, rounds=2, tokens=64) > 0
+    assert overhead.import_seconds(1) < 1
