@@ -108,3 +108,19 @@ def test_costs_say_what_was_measured() -> None:
     assert cost.moe_kept > 0 and cost.kept_ratio == cost.moe_kept / cost.dense_kept
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_params"])
+def test_a_fused_layer_keeps_little_more_than_half_of_what_a_dense_ffn_keeps(precision: str) -> None:
+    """Width 256, top-6 of 16, hidden size 512, behind a router of the model's own: the target is 0.6."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    sizes = {"hidden_size": 512, "intermediate_size": 256, "num_local_experts": 16, "num_experts_per_tok": 6}
+    block = MixtralSparseMoeBlock(MixtralConfig(**sizes))
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    settings = config(*SMALL, "data.seq_len=512", "bench.rounds=1", f"trainer.precision={precision}")
+    example = torch.randn(1, 4, 512)
+    (cost,) = measure_layers(block, make_plan(block, settings, example=example), settings, example, CPU)
+    assert 0.5 < cost.kept_ratio <= 0.6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -222,12 +223,21 @@ def _compiled(rank: int, world_size: int) -> list[tuple[str, float]]:
     for kind, module in zip(job.KINDS, modules, strict=True):
         wanted, _ = job.run(module, _sound(kind), rank)
         module.zero_grad()
-        got, _ = job.run(module, _sound(kind), rank, torch.compile(module, backend="aot_eager", fullgraph=True))
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        got, _ = job.run(module, _sound(kind), rank, compiled)
         found += [(kind, job.error(got[name], wanted[name])) for name in wanted]
+        for i, tokens in enumerate(((9, 12, 5, 7), (4, 3, 11, 6), (8, 13, 2, 10))):
+            case = replace(_sound(kind), tokens=tokens, seed=20 + i)
+            with torch._dynamo.config.patch(error_on_recompile=i > 0):  # the first one makes sizes symbols
+                module.zero_grad()
+                got, _ = job.run(module, case, rank, compiled)
+            module.zero_grad()
+            wanted, _ = job.run(module, case, rank)
+            found += [(kind, job.error(got[name], wanted[name])) for name in wanted]
     return found
 
 
 @pytest.mark.slow
-def test_every_kind_compiles_without_breaks() -> None:
+def test_every_kind_compiles_without_breaks_and_for_all_token_counts() -> None:
     for results in run_distributed_test(_compiled, 4, timeout_s=170):
         assert all(error == 0 for _, error in results), results

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from moecompile.mesh import MeshSpec
 from moecompile.ops import expert_ffn, grouped
 from moecompile.passes.fuse import Fuse
+from moecompile.passes.lower import experts_calls
 from moecompile.passes.shard import bind_axes, device_mesh_of
+from moecompile.pipeline import transform
 from tests.distributed import dispatch_job as job
 from tests.distributed.device import DeviceTensor, HostWaits
 from tests.distributed.dispatch_job import Case
 from tests.distributed.harness import run_distributed_test
+from tests.models import Gated, config
 
 SPEC = MeshSpec(num_nodes=2, ranks_per_node=2, ep=4)
 CASES = [
@@ -64,6 +67,32 @@ def test_one_wait_a_layer(number: int, found: list[list[tuple[list[str], list[st
         assert forward == ["aten::to"]  # the table of split sizes
         assert backward == []
         assert same
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_a_whole_layer_on_one_rank_waits_for_nothing(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Router, load meter, sorting, experts and sum."""
+    monkeypatch.setattr(expert_ffn, "at_once", lambda like, *sizes: True)
+    segments = grouped._segments
+    monkeypatch.setattr(grouped, "_segments", lambda counts: segments(getattr(counts, "held", counts)))
+    x, grad = torch.randn(2, 12, 8), torch.randn(2, 12, 8)
+    graph = transform(fx.symbolic_trace(Gated()), config("experts.num_routed=4", f"routing.score={score}"))
+    (call,) = experts_calls(graph)
+    assert "source_R" in call.kwargs  # the fused op, whose path on a device is taken
+    wanted = graph(x).detach()
+    with HostWaits():
+        for module in list(graph.modules()):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(DeviceTensor(parameter.detach())))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, DeviceTensor(buffer))
+    there = DeviceTensor(x)
+    with HostWaits() as forward:
+        out = graph(there.requires_grad_())
+    with HostWaits() as backward:
+        out.backward(DeviceTensor(grad))
+    assert (forward.found, backward.found) == ([], [])
+    assert torch.allclose(out.held.detach(), wanted) and there.grad is not None
 
 
 def test_every_way_to_wait_is_seen() -> None:
