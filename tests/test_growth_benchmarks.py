@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,3 +75,13 @@ def test_overheads(programs: Any) -> None:
     assert overhead.one_expert(torch.float32, rounds=1, tokens=64) > 0
     assert overhead.compiled_region(torch.float32, rounds=2, tokens=64) > 0
     assert overhead.import_seconds(1) < 1
+
+
+def test_the_stored_results_are_as_they_must_be(programs: Any) -> None:
+    growth, overhead = programs
+    stored = json.loads((BENCHMARKS / "results" / "growth.json").read_text())
+    assert {axis: len(found) for axis, found in stored["rows"].items()} == {a: len(s) for a, s in growth.AXES.items()}
+    assert all(finding["holds"] for finding in stored["findings"])
+    found = json.loads((BENCHMARKS / "results" / "overhead.json").read_text())
+    assert found.keys() == overhead.LIMITS.keys()
+    assert all(found[name] <= limit for name, limit in overhead.LIMITS.items())
