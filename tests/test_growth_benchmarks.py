@@ -69,6 +69,8 @@ def test_a_stack_is_measured(programs: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at inputs that are no leaves
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
 def test_overheads(programs: Any) -> None:
     """Small, so that no time is held against a limit; another number of tokens must not compile again."""
     _, overhead = programs
