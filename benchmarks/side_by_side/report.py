@@ -92,7 +92,7 @@ def models_page(found: dict[str, Any]) -> str:
 
 def conditions(found: dict[str, Any]) -> str:
     """Versions, processor, rounds and what was left out, as a sentence."""
-    packages = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    packages = ", ".join(f"{name} {version}" for name, version in sorted(found["versions"].items()))
     matrices = "with" if found["machine"]["amx_bf16"] else "without"
     text = f"{packages}; a CPU with {found['machine']['isa']}, {matrices} AMX;"
     text += f" {max(row['rounds'] for row in found['rows'])} rounds."
