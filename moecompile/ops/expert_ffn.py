@@ -71,7 +71,7 @@ def expert_ffn(
 def _(
     x_VD: Tensor, source_R: Tensor, weights_R: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    size = torch.library.get_ctx().new_dynamic_size() if _is_padded(x_VD) else source_R.shape[0]
+    size = torch.library.get_ctx().new_dynamic_size() if _may_be_padded(x_VD) else source_R.shape[0]
     return (
         torch.empty_like(x_VD),
         x_VD.new_empty(size, gate_up_EGD.shape[1]),
@@ -151,7 +151,12 @@ def _(
 
 
 def _is_padded(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and not x.is_cuda and not faster_wide()
+    return _may_be_padded(x) and not faster_wide()
+
+
+def _may_be_padded(x: Tensor) -> bool:
+    """What is known without trying the processor, which fake tensors cannot do."""
+    return x.dtype == torch.bfloat16 and not x.is_cuda
 
 
 # -- activation ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
 from moecompile import ops  # noqa: F401  (registers the ops)
@@ -147,6 +149,19 @@ def test_the_processor_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert faster_wide() is faster
         assert faster_wide() is faster
     faster_wide.cache_clear()
+
+
+def test_fake_tensors_do_not_try_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no speed; what they found would be kept for the real ones."""
+    monkeypatch.delenv("MOECOMPILE_WIDE_PRODUCTS", raising=False)
+    faster_wide.cache_clear()
+    *values, ids = case(torch.bfloat16, 600, 4, 32, 16)
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
+        x, weights, gate_up, down = (mode.from_tensor(value) for value in values)
+        weights_R, source, _, counts = op.sort_assignments(mode.from_tensor(ids), weights, 4)
+        out = op.expert_ffn(x, source, weights_R, counts, gate_up, down)[0]
+    assert out.shape == values[0].shape
+    assert faster_wide.cache_info().currsize == 0
 
 
 def test_only_few_lengths_and_little_padding() -> None:
