@@ -23,9 +23,10 @@ def lower_allgather(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> 
     """Replaces permute and unpermute by gathers before the experts and sums after them, in place."""
     placement, axis = layer.placement, layer.dispatch.axis
     axes = [name for op, name in layer.steps if op == "all_gather"]
-    with graph.inserting_before(nodes.experts):
+    with graph.inserting_before(nodes.after_choice):
         counts = graph.call_function(ops.count_gathered, (nodes.ids, placement.num_experts, placement.ep))
         received, table = items(graph, graph.call_function(ops.exchange_counts, (counts, axis)), "received", "table")
+    with graph.inserting_before(nodes.experts):
         padded = graph.call_function(ops.pad_tokens, (nodes.tokens, nodes.weights, nodes.ids, table))
         rows, weights, ids = items(graph, padded, "padded", "padded_weights", "padded_ids")
         for level in axes:

@@ -20,10 +20,11 @@ _ROWS, _ASSIGNMENTS = 0, 1  # columns of the counts
 def lower_dedup(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> None:
     """Replaces permute and unpermute by the deduplicated exchange, in place."""
     axis, placement = layer.dispatch.axis, layer.placement
-    with graph.inserting_before(nodes.experts):
+    with graph.inserting_before(nodes.after_choice):
         counted = graph.call_function(ops.count_rows, (nodes.ids, placement.num_experts, placement.ep))
         codes, counts = items(graph, counted, "codes", "counts")
         _, table = items(graph, graph.call_function(ops.exchange_counts, (counts, axis)), "received", "table")
+    with graph.inserting_before(nodes.experts):
         packed = graph.call_function(
             ops.pack_rows, (nodes.tokens, nodes.weights, codes, placement.num_experts, placement.ep, table)
         )

@@ -54,6 +54,14 @@ class DispatchNodes:
         return _node(self.permute.args[1])
 
     @property
+    def after_choice(self) -> fx.Node:
+        """The first place where the ids are known: counts go from here, before all work that needs none of them."""
+        node = self.ids.next
+        while node.op == "placeholder" or node.target is operator.getitem:
+            node = node.next
+        return node
+
+    @property
     def dropless(self) -> bool:
         """Whether no assignment is dropped."""
         return bool(self.permute.args[3]) if len(self.permute.args) > 3 else True

@@ -1,10 +1,9 @@
 """flat: one row per (token, expert) travels to the expert's rank and its output comes back. The baseline.
 
-permute -> exchange_counts -> all_to_all -> regroup -> experts -> ungroup -> all_to_all -> unpermute
+count_experts -> exchange_counts -> permute -> all_to_all -> regroup -> experts -> ungroup -> all_to_all -> unpermute
 
-Where assignments may be dropped, counts are made and exchanged first, so that the table has the number of rows as well:
-
-count_experts -> exchange_counts -> permute -> ...
+Counts go first, so that rows are copied while they are on their way to the host; where assignments may be dropped, the
+table also has the number of rows to copy.
 """
 
 from __future__ import annotations
@@ -23,10 +22,8 @@ _ALL = -1  # the sum over the numbers of a rank: rows for all of its experts
 def lower_flat(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> None:
     """Inserts the exchanges around the experts call, in place."""
     axis = layer.dispatch.axis
-    with graph.inserting_before(nodes.experts if nodes.dropless else nodes.permute):
-        counts = nodes.counts
-        if not nodes.dropless:
-            counts = graph.call_function(ops.count_experts, (nodes.ids, layer.placement.num_experts))
+    with graph.inserting_before(nodes.after_choice):
+        counts = graph.call_function(ops.count_experts, (nodes.ids, layer.placement.num_experts))
         received, table = items(graph, graph.call_function(ops.exchange_counts, (counts, axis)), "received", "table")
     if not nodes.dropless:
         nodes.permute.args = (*nodes.permute.args, table)

@@ -36,10 +36,11 @@ def lower_hierarchical(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) 
     placement, num_nodes = layer.placement, layer.placement.nodes
     inter, intra = f"{layer.dispatch.axis}_inter", f"{layer.dispatch.axis}_intra"
     on_node = placement.ep // num_nodes
-    with graph.inserting_before(nodes.experts):
+    with graph.inserting_before(nodes.after_choice):
         counted = graph.call_function(ops.count_hops, (nodes.ids, placement.num_experts, num_nodes, on_node))
         codes, counts = items(graph, counted, "codes", "counts")
         inter_table, intra_table = _tables(graph, counts, inter, intra)
+    with graph.inserting_before(nodes.experts):
 
         def hop(rows: fx.Node, weights: fx.Node, codes: fx.Node, parts: int, table: fx.Node, axis: str) -> _Hop:
             experts = placement.num_experts if axis == inter else placement.num_experts // num_nodes

@@ -7,8 +7,8 @@ Legend: R rows sent, S rows received, D model dim, K top-k, r ranks on the axis,
 M rows of a block, equally many on every rank of the axis.
 
 `table_2rn` is the one thing about split sizes that the host must know: [0] what this rank sends to each rank, [1] what
-it receives, int64 on the CPU. It costs one host sync a layer; later exchanges of the layer reuse it. `column` selects
-one of the n numbers, -1 their sum.
+it receives, int64 on the CPU. Whoever needs it first waits for it, the one host sync of a layer (moecompile.ops.host);
+later exchanges of the layer reuse it. `column` selects one of the n numbers, -1 their sum.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moecompile.errors import UnboundAxisError
+from moecompile.ops.host import finish_read, start_read
 from moecompile.ops.traffic import traffic
 from moecompile.torch_private import process_group_by_name
 
@@ -35,7 +36,7 @@ def exchange_counts(counts: Tensor, axis: str) -> tuple[Tensor, Tensor]:
         recv_rn int64 on the device, table_2rn int64 on the CPU (see above).
     """
     recv_rn = _exchange_counts(counts, axis)
-    return recv_rn, torch.stack((counts.reshape(recv_rn.shape), recv_rn)).cpu()
+    return recv_rn, start_read(torch.stack((counts.reshape(recv_rn.shape), recv_rn)))
 
 
 @exchange_counts.register_fake
@@ -241,6 +242,7 @@ def _count_blocks(axis: str, group: dist.ProcessGroup, block_bytes: int) -> None
 
 
 def _splits(table_2rn: Tensor, column: int, reverse: bool) -> tuple[list[int], list[int]]:
+    table_2rn = finish_read(table_2rn)
     sizes_2r = table_2rn.sum(2) if column < 0 else table_2rn[:, :, column]
     sent, received = sizes_2r.tolist()
     return (received, sent) if reverse else (sent, received)

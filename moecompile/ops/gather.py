@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moecompile.ops.host import finish_read
 from moecompile.ops.layout import by_assignment
 from moecompile.ops.tokens import expert_counts
 
@@ -43,7 +44,7 @@ def pad_tokens(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, table_2r3: Tens
     Returns:
         x_MD, weights_MK, ids_MK int16.
     """
-    missing = int(table_2r3[1, :, 0].max()) - x_TD.shape[0]
+    missing = int(finish_read(table_2r3)[1, :, 0].max()) - x_TD.shape[0]
     ids_MK = F.pad(ids_TK.to(torch.int16), (0, 0, 0, missing), value=_PADDING)
     return _padded(x_TD, missing), _padded(weights_TK, missing), ids_MK
 
@@ -144,9 +145,9 @@ def local_assignments(
     ids_GK: Tensor, received_r3: Tensor, table_2r3: Tensor, num_local: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Assignments to this rank by local expert: source_B (-> gathered row), order_B (-> flat assignment), counts_e."""
-    num_assigned = int(table_2r3[1, :, 1].sum())
     place_A = (ids_GK.to(torch.int64) - received_r3[0, 2]).reshape(-1)
     place_A = torch.where((place_A >= 0) & (place_A < num_local), place_A, num_local)  # of others: last
+    num_assigned = int(finish_read(table_2r3)[1, :, 1].sum())
     order_B = torch.argsort(place_A, stable=True)[:num_assigned].clone()
     source_B = torch.div(order_B, ids_GK.shape[1], rounding_mode="floor")
     return source_B, order_B, expert_counts(place_A, num_local + 1)[:num_local].clone()

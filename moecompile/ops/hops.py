@@ -12,8 +12,8 @@ NOTE on the way of a token, from rank (n, l), position l on node n, to its exper
 NOTE on the counts. What (m, l) sends on depends on what it receives, but every source can count that from its own ids.
 So hop 1's counts carry the counts of hop 2, 2 + 2 L numbers to each node:
   [rows, assignments, (rows, assignments) for position 0, ..., for position L - 1]
-Their sums over the sources are what (m, l) sends on. Both counts stay on the device, and one read brings both tables
-to the host: one host sync a layer, and with the sizes known no op here needs another one.
+Their sums over the sources are what (m, l) sends on. Both counts stay on the device, and both tables are on
+their way to the host together: one host sync a layer, and with the sizes known no op here needs another one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moecompile.ops.host import start_read
 from moecompile.ops.rows import assignment_codes
 
 
@@ -61,10 +62,8 @@ def _(received_Nn: Tensor) -> Tensor:
 
 @torch.library.custom_op("moecompile::read_tables", mutates_args=())
 def read_tables(sent_Nn: Tensor, received_Nn: Tensor, sent_L2: Tensor, received_L2: Tensor) -> tuple[Tensor, Tensor]:
-    """The tables of both hops, table_2Nn and table_2L2 (moecompile.ops.exchange), by one copy to the host."""
-    flat = torch.cat([counts.reshape(-1) for counts in (sent_Nn, received_Nn, sent_L2, received_L2)]).cpu()
-    first, second = flat.split((2 * sent_Nn.numel(), 2 * sent_L2.numel()))
-    return first.clone().view(2, *sent_Nn.shape), second.clone().view(2, *sent_L2.shape)
+    """The tables of both hops, table_2Nn and table_2L2 (moecompile.ops.exchange), waited for once."""
+    return start_read(torch.stack((sent_Nn, received_Nn))), start_read(torch.stack((sent_L2, received_L2)))
 
 
 @read_tables.register_fake

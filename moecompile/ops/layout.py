@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moecompile.ops.host import finish_read
 from moecompile.ops.tokens import expert_counts
 
 
@@ -128,7 +129,7 @@ def sorted_assignments(
     order_R = torch.argsort(ids_TK.reshape(-1), stable=True)
     counts_E = expert_counts(ids_TK, num_experts)
     if not dropless:
-        num_rows = counts_E.sum() if table_2rn is None else table_2rn[0].sum()
+        num_rows = counts_E.sum() if table_2rn is None else finish_read(table_2rn)[0].sum()
         order_R = order_R[: int(num_rows)].clone()
     return order_R, counts_E
 

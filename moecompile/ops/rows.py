@@ -8,8 +8,8 @@ NOTE on the wire format:
   2. Assignments stand by (destination rank, token, slot), so those of one row are neighbours.
   3. An assignment's int16 code is 2 * local expert + (1 if it is the first of its row). The receiver finds the row of
      an assignment as the running sum of the first-of-row bits: no row numbers travel.
-  4. Counts are exchanged before rows are packed. So the sizes of everything that is sent and received are in one table
-     on the host, and no op here reads the device.
+  4. Counts are exchanged before rows are packed. So the sizes of everything that is sent and received come in one table
+     to the host, for which it waits when the rows are in order and before they are cut; no op here reads the device.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moecompile.ops.host import finish_read
 from moecompile.ops.layout import by_assignment
 from moecompile.ops.tokens import expert_counts
 
@@ -69,11 +70,11 @@ def pack_rows(
     per_part = num_experts // num_parts
     if per_part > MAX_LOCAL_EXPERTS:
         raise ValueError(f"an int16 code holds at most {MAX_LOCAL_EXPERTS} experts a rank or node, not {per_part}")
-    num_sent, num_assigned = table_2rn[0, :, :2].sum(0).tolist()
     codes = codes_A.to(torch.int64)
     expert_A, row_A = codes >> 1, (codes & 1).cumsum(0) - 1
     part_A = torch.div(expert_A, per_part, rounding_mode="floor")  # dropped: num_parts, which sorts last
     key_A, order_A = torch.sort(part_A * rows_VD.shape[0] + row_A, stable=True)
+    num_sent, num_assigned = finish_read(table_2rn)[0, :, :2].sum(0).tolist()
     key_B, order_B = key_A[:num_assigned], order_A[:num_assigned].clone()
     first_B = torch.ones_like(key_B, dtype=torch.bool)
     first_B[1:] = key_B[1:] != key_B[:-1]

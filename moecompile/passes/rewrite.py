@@ -122,17 +122,15 @@ def _insert(graph: fx.Graph, x: fx.Node, names: dict[str, str], layer: LayerPlan
     tokens = graph.call_function(ops.flatten_tokens, (x,))
     routed = graph.call_module(names["router"], (x,))  # not the tokens: losses per sequence have to see sequences
     weights, ids = items(graph, routed, "weights", "ids")
+    # Here, so that a device has work while the host waits for the counts of an exchange.
+    shared = graph.call_module(names["shared_experts"], (x,)) if "shared_experts" in names else None
     dropless = () if layer.routing.dropless else (False,)
     permuted = graph.call_function(ops.permute, (tokens, ids, layer.experts.num_routed, *dropless))
     rows, order, counts = items(graph, permuted, "rows", "order", "counts")
     outputs = graph.call_module(names["experts"], (rows, counts))
     combined = graph.call_function(ops.unpermute, (outputs, order, weights))
     result = graph.call_function(ops.unflatten_tokens, (combined, x))
-    if "shared_experts" in names:
-        result = graph.call_function(
-            torch.ops.aten.add.Tensor, (result, graph.call_module(names["shared_experts"], (x,)))
-        )
-    return result
+    return result if shared is None else graph.call_function(torch.ops.aten.add.Tensor, (result, shared))
 
 
 def fill_site(

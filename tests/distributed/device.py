@@ -1,7 +1,8 @@
 """Tensors that say they are on a device, and a count of how often the host had to wait for their values.
 
 A `DeviceTensor` holds a CPU tensor. Whatever the ops of moecompile do inside is seen, because they run in Python with
-such tensors; only collectives are handed what is held.
+such tensors; only collectives are handed what is held. A copy to pinned memory that nobody need wait for has not arrived
+before its event was waited for: who reads too early reads `_NOT_YET`.
 """
 
 from __future__ import annotations
@@ -70,12 +71,39 @@ class DeviceTensor(Tensor):
         raise AssertionError(f"{func} was called outside `HostWaits`")
 
 
+_NOT_YET = -(2**40)
+_under_way: list[tuple[Tensor, Tensor, HostWaits]] = []  # to, from, who saw it
+
+
+class CopyEvent:
+    """Stands for `torch.Event`: after it the copies that were started before it have arrived."""
+
+    def __init__(self, device: torch.device) -> None:
+        assert torch.device(device).type == DEVICE
+        self._number = 0
+
+    def record(self) -> None:
+        """Stands behind the copies that are under way now."""
+        self._number = len(_under_way)
+
+    def synchronize(self) -> None:
+        """A wait, if something is under way."""
+        if _under_way:
+            _under_way[0][2].found.append("event")
+        for target, values, _ in _under_way[: self._number]:
+            target.copy_(values)
+        del _under_way[: self._number]
+
+
 class HostWaits(TorchDispatchMode):
-    """Runs ops on device tensors; `found` names those that made the host wait."""
+    """Runs ops on device tensors; `found` names those that made the host wait, `meanwhile` what ran on the device
+    while copies were under way.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.meanwhile: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name
@@ -83,6 +111,14 @@ class HostWaits(TorchDispatchMode):
             with self:
                 return _OURS[name](*args, **kwargs)
         on_device = any(isinstance(leaf, DeviceTensor) for leaf in torch.utils._pytree.tree_leaves((args, kwargs)))
+        if on_device and _under_way:
+            self.meanwhile.append(name)
+        if name == "aten::copy_" and not isinstance(args[0], DeviceTensor) and isinstance(args[1], DeviceTensor):
+            return self._copy_to_host(*args, **kwargs)
+        if kwargs.get("pin_memory"):
+            pinned = func(*args, **kwargs | {"pin_memory": False})
+            pinned.is_pinned_here = True
+            return pinned
         target = kwargs.get("device")
         if on_device and (name in _WAITS or self._copies_to_host(name, kwargs) or self._masks(name, args, kwargs)):
             self.found.append(name)
@@ -94,6 +130,13 @@ class HostWaits(TorchDispatchMode):
         if name.startswith("c10d::") or to_host or not (on_device or made_here):
             return out
         return tree_map(lambda leaf: DeviceTensor(leaf) if isinstance(leaf, Tensor) else leaf, out)
+
+    def _copy_to_host(self, target: Tensor, values: DeviceTensor, non_blocking: bool = False) -> Tensor:
+        if not (non_blocking and getattr(target, "is_pinned_here", False)):
+            self.found.append("aten::copy_")
+            return target.copy_(values.held)
+        _under_way.append((target, values.held, self))
+        return target.fill_(_NOT_YET)
 
     @staticmethod
     def _copies_to_host(name: str, kwargs: Any) -> bool:

@@ -1,4 +1,7 @@
-"""The host waits for the device once a layer and forward, for the split sizes, and never in backward."""
+"""The host waits for the device once a layer and forward, for the split sizes, and never in backward.
+
+It waits for a copy to pinned memory that was started before rows were put in order, not for the rows.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from moecompile.passes.lower import experts_calls
 from moecompile.passes.shard import bind_axes, device_mesh_of
 from moecompile.pipeline import transform
 from tests.distributed import dispatch_job as job
-from tests.distributed.device import DeviceTensor, HostWaits
+from tests.distributed.device import CopyEvent, DeviceTensor, HostWaits
 from tests.distributed.dispatch_job import Case
 from tests.distributed.harness import run_distributed_test
 from tests.models import Gated, config
@@ -26,9 +29,12 @@ CASES = [
 ]  # fmt: skip
 
 
-def _waits(rank: int, world_size: int) -> list[tuple[list[str], list[str], bool]]:
-    """For each case, lowered and then fused: waits in forward and in backward, and whether the result is that of plain
-    tensors.
+Found = tuple[list[str], list[str], list[str], bool]
+
+
+def _waits(rank: int, world_size: int) -> list[Found]:
+    """For each case, lowered and then fused: waits in forward, what ran on the device while the counts were on their
+    way, waits in backward, and whether the result is that of plain tensors.
     """
     modules = nn.ModuleList(job.lowered(case, rank) for case in CASES)
     modules.extend(Fuse().run(job.lowered(case, rank)) for case in CASES)
@@ -36,6 +42,7 @@ def _waits(rank: int, world_size: int) -> list[tuple[list[str], list[str], bool]
     segments = grouped._segments  # the plain loop of matmuls stands for a kernel that takes the counts from the device
     grouped._segments = lambda counts: segments(getattr(counts, "held", counts))
     expert_ffn.at_once = lambda like, *sizes: True  # as on a GPU
+    torch.Event = CopyEvent
     found = []
     for case, module in zip(CASES * 2, modules, strict=True):
         wanted, _ = job.run(module, case, rank)
@@ -48,12 +55,12 @@ def _waits(rank: int, world_size: int) -> list[tuple[list[str], list[str], bool]
         with HostWaits() as backward:
             out.backward(grad)
         same = torch.equal(out.held.detach(), wanted["output"]) and torch.equal(x.grad.held, wanted["x"])
-        found.append((forward.found, backward.found, same))
+        found.append((forward.found, forward.meanwhile, backward.found, same))
     return found
 
 
 @pytest.fixture(scope="module")
-def found() -> list[list[tuple[list[str], list[str], bool]]]:
+def found() -> list[list[Found]]:
     return run_distributed_test(_waits, 4, timeout_s=60)
 
 
@@ -61,12 +68,14 @@ IDS = [f"{case.kind}-{case.routing}-{form}" for form in ("lowered", "fused") for
 
 
 @pytest.mark.parametrize("number", range(2 * len(CASES)), ids=IDS)
-def test_one_wait_a_layer(number: int, found: list[list[tuple[list[str], list[str], bool]]]) -> None:
+def test_one_wait_a_layer(number: int, found: list[list[Found]]) -> None:
     for by_case in found:
-        forward, backward, same = by_case[number]
-        assert forward == ["aten::to"]  # the table of split sizes
+        forward, meanwhile, backward, same = by_case[number]
+        assert forward == ["event"]  # the table of split sizes
         assert backward == []
         assert same
+        if "allgather" not in IDS[number]:  # which must know the longest micro-batch before it can do anything
+            assert {"aten::sort", "aten::argsort"} & set(meanwhile)
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -107,6 +116,9 @@ def test_every_way_to_wait_is_seen() -> None:
         with HostWaits() as waits:
             way(DeviceTensor(numbers))
         assert waits.found, name
+    with HostWaits() as waits:
+        torch.empty(3, dtype=torch.int64).copy_(DeviceTensor(numbers), non_blocking=True)
+    assert waits.found == ["aten::copy_"]  # to memory that is not pinned
     with HostWaits() as waits:
         DeviceTensor(numbers).sort().values.cumsum(0)
     assert not waits.found
