@@ -6,7 +6,7 @@ G width of gate and up together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,37 +20,45 @@ _BLOCK_BYTES = 1 << 20  # of rows that are worked on together
 
 
 class Block(NamedTuple):
-    """Rows start .. end of some experts, padding included, and how many each expert has."""
+    """Rows start .. end of neighbouring experts, padding included, and how many each of them has."""
 
     start: int
     end: int
-    experts: list[int]
+    first: int
     lengths: list[int]
+
+    @classmethod
+    def whole(cls, counts_E: Tensor) -> Block:
+        """All experts."""
+        lengths = counts_E.tolist()
+        return cls(0, sum(lengths), 0, lengths)
 
     def of(self, rows_P: Tensor) -> Tensor:
         """The block's rows of a (P, ...) tensor: (M, ...)."""
         return rows_P[self.start : self.end]
 
-    def each(self, rows: Sequence[Tensor], *weights: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-        """For each expert of the block its part of the rows, each (M, ...), and its weights, each by expert."""
-        parts = (tensor.split(self.lengths) for tensor in rows)
-        return zip(*parts, *([weight[expert] for expert in self.experts] for weight in weights), strict=True)
+    def experts_of(self, weight_E: Tensor) -> Tensor:
+        """The weights of the block's experts, of an (E, ...) tensor: (n, ...)."""
+        return weight_E[self.first : self.first + len(self.lengths)]
+
+    def each(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """For each expert its part of the tensors, which are the block's rows (M, D) or its experts' weights."""
+        parts = (tensor.split(self.lengths) if tensor.dim() == 2 else tensor.unbind() for tensor in tensors)
+        return zip(*parts, strict=True)
 
 
 def make_blocks(counts_E: Tensor, x_VD: Tensor, gate_up_EGD: Tensor, *, pad: bool) -> tuple[list[Block], Tensor]:
-    """Blocks of the experts that have rows, and the rows of each expert with padding, (E,)."""
+    """Blocks, of which every expert is in one, and the rows of each expert with padding, (E,)."""
     lengths = [_padded_length(n) if pad else n for n in counts_E.tolist()]
     row_bytes = (x_VD.shape[1] + 2 * gate_up_EGD.shape[1]) * x_VD.element_size()
     blocks: list[Block] = []
     start = 0
     for expert, length in enumerate(lengths):
-        if not length:
-            continue
         last = blocks[-1] if blocks else None
-        if last and (start + length - last.start) * row_bytes <= _BLOCK_BYTES:
-            blocks[-1] = Block(last.start, start + length, [*last.experts, expert], [*last.lengths, length])
+        if last and (not length or (start + length - last.start) * row_bytes <= _BLOCK_BYTES):
+            blocks[-1] = Block(last.start, start + length, last.first, [*last.lengths, length])
         else:
-            blocks.append(Block(start, start + length, [expert], [length]))
+            blocks.append(Block(start, start + length, expert, [length]))
         start += length
     return blocks, torch.tensor(lengths, dtype=torch.int64)
 
@@ -61,14 +69,6 @@ def _padded_length(count: int) -> int:
     octave = 1 << count.bit_length()
     step = max(1, octave // 128, min(TILE, octave // 32))
     return -(-count // step) * step
-
-
-def new_gradient(blocks: list[Block], weight: Tensor) -> Tensor:
-    """Not initialised, but zero for the experts without rows."""
-    grad = torch.empty_like(weight)
-    for expert in set(range(weight.shape[0])).difference(*(block.experts for block in blocks)):
-        grad[expert].zero_()
-    return grad
 
 
 def places(counts_E: Tensor, padded_E: Tensor, num_rows: int) -> Tensor:

@@ -13,22 +13,20 @@ NOTE on speed, on a CPU:
      and what is not a product is done once for the few.
   3. bf16 rows of an expert are padded to one of few lengths, with rows of weight 0: oneDNN builds a kernel for every
      new length, which took up to 5 ms here, several times a layer and step.
-  4. With matrix tiles (AMX) a product A^T B of bf16 took twice the time of A B; there A is transposed first, by a
-     kernel of ours.
+  4. How rows and weights are multiplied is decided in moecompile.ops.products.
 On a GPU the grouped products take all experts at once, and the counts stay on the device; on a CPU they do so where
-experts have few rows. bf16 is multiplied in fp32 where that is faster (moecompile.ops.products).
+experts have few rows.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moecompile.ops.blocks import TILE, Block, longest, make_blocks, new_gradient, padded, places, scratch, summed
+from moecompile.ops.blocks import make_blocks, padded, places, scratch, summed
 from moecompile.ops.grouped import at_once, grouped_mm, grouped_mm_input_grad, grouped_mm_weight_grad
 from moecompile.ops.native import Kernels, kernels
 from moecompile.ops.products import Products, faster_wide
@@ -49,21 +47,18 @@ def expert_ffn(
     """
     if at_once(x_VD, source_R.shape[0], *gate_up_EGD.shape, down_EDF.shape[2]):
         return _at_once(x_VD, source_R, weights_R, counts_E, gate_up_EGD, down_EDF)
-    product = Products(x_VD.dtype)
+    products = Products(x_VD.dtype)
     blocks, padded_E = make_blocks(counts_E, x_VD, gate_up_EGD, pad=_is_padded(x_VD))
     source_P, weights_P = padded(source_R, weights_R, counts_E, padded_E)
     gate_up_PG = x_VD.new_empty(source_P.shape[0], gate_up_EGD.shape[1])
     out_PD = x_VD.new_empty(source_P.shape[0], x_VD.shape[1])
     rows, hidden = (scratch(blocks, x_VD, width) for width in (x_VD.shape[1], down_EDF.shape[2]))
-    gate_up_eDG, down_eFD = gate_up_EGD.mT.unbind(), down_EDF.mT.unbind()
     for block in blocks:
         x_MD, h_MF, gate_up_MG = rows(block), hidden(block), block.of(gate_up_PG)
         torch.index_select(x_VD, 0, block.of(source_P), out=x_MD)
-        for x_mD, gate_up_mG, gate_up_DG in block.each((x_MD, gate_up_MG), gate_up_eDG):
-            product(x_mD, gate_up_DG, gate_up_mG, x_mD.shape[0])
+        products.transposed(block, x_MD, gate_up_EGD, gate_up_MG)
         _activate(gate_up_MG, block.of(weights_P), h_MF)
-        for h_mF, out_mD, down_FD in block.each((h_MF, block.of(out_PD)), down_eFD):
-            product(h_mF, down_FD, out_mD, h_mF.shape[0])
+        products.transposed(block, h_MF, down_EDF, block.of(out_PD))
     return summed(out_PD, source_R, counts_E, padded_E, x_VD), gate_up_PG, source_P, weights_P
 
 
@@ -109,30 +104,21 @@ def expert_ffn_backward(
         return _backward_at_once(
             grad_VD, x_VD, source_R, counts_E, gate_up_EGD, down_EDF, gate_up_PG, source_P, weights_P
         )
-    product = Products(x_VD.dtype)
+    products = Products(x_VD.dtype)
     blocks, padded_E = make_blocks(counts_E, x_VD, gate_up_EGD, pad=_is_padded(x_VD))
-    grad_gate_up, grad_down = (new_gradient(blocks, weight) for weight in (gate_up_EGD, down_EDF))
+    grad_gate_up, grad_down = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
     grad_PD, grad_weights_P = x_VD.new_empty(source_P.shape[0], x_VD.shape[1]), torch.empty_like(weights_P)
     width, model = down_EDF.shape[2], x_VD.shape[1]
     rows, grad_hidden, hidden, inner = (scratch(blocks, x_VD, n) for n in (model, width, width, 2 * width))
-    turn = _Turned(blocks, x_VD, max(2 * width, model))
-    gate_up_e, down_e, grad_gate_up_e, grad_down_e = (
-        weight.unbind() for weight in (gate_up_EGD, down_EDF, grad_gate_up, grad_down)
-    )
     for block in blocks:
         rows_MD, dh_MF, h_MF, inner_MG = (part(block) for part in (rows, grad_hidden, hidden, inner))
         torch.index_select(grad_VD, 0, block.of(source_P), out=rows_MD)
-        for grad_mD, dh_mF, down_DF in block.each((rows_MD, dh_MF), down_e):
-            product(grad_mD, down_DF, dh_mF, grad_mD.shape[0])
+        products.straight(block, rows_MD, down_EDF, dh_MF)
         _activate_backward(block.of(gate_up_PG), block.of(weights_P), dh_MF, inner_MG, h_MF, block.of(grad_weights_P))
-        for grad_mD, h_mF, inner_mG, grad_x_mD, gate_up_GD, grad_DF in block.each(
-            (rows_MD, h_MF, inner_MG, block.of(grad_PD)), gate_up_e, grad_down_e
-        ):
-            product(turn(grad_mD), h_mF, grad_DF, h_mF.shape[0])
-            product(inner_mG, gate_up_GD, grad_x_mD, inner_mG.shape[0])
+        products.gradient(block, rows_MD, h_MF, grad_down)
+        products.straight(block, inner_MG, gate_up_EGD, block.of(grad_PD))
         torch.index_select(x_VD, 0, block.of(source_P), out=rows_MD)
-        for x_mD, inner_mG, grad_GD in block.each((rows_MD, inner_MG), grad_gate_up_e):
-            product(turn(inner_mG), x_mD, grad_GD, x_mD.shape[0])
+        products.gradient(block, inner_MG, rows_MD, grad_gate_up)
     grad_weights = grad_weights_P
     if source_P.shape[0] > source_R.shape[0]:
         grad_weights = grad_weights_P.index_select(0, places(counts_E, padded_E, source_R.shape[0]))
@@ -174,7 +160,7 @@ def _activate(gate_up_MG: Tensor, weights_M: Tensor, hidden_MF: Tensor) -> None:
     native = _kernels_for(gate_up_MG, weights_M)
     if native is not None:
         rows, width = hidden_MF.shape
-        native(f"forward_{_SUFFIX[gate_up_MG.dtype]}", gate_up_MG, weights_M, hidden_MF, rows=rows, width=width)
+        native(f"forward_{_SUFFIX[gate_up_MG.dtype]}", gate_up_MG, weights_M, hidden_MF, rows, width)
         return
     gate, up = _wide(gate_up_MG, weights_M).chunk(2, 1)
     hidden_MF.copy_((F.silu(gate) * up).mul_(weights_M.unsqueeze(1)))
@@ -189,7 +175,7 @@ def _activate_backward(
         rows, width = hidden_MF.shape
         native(
             f"backward_{_SUFFIX[gate_up_MG.dtype]}", gate_up_MG, weights_M, dh_MF, grad_MG, hidden_MF, grad_weights_M,
-            rows=rows, width=width,
+            rows, width,
         )  # fmt: skip
         return
     gate, up = _wide(gate_up_MG, weights_M).chunk(2, 1)
@@ -206,27 +192,6 @@ def _activate_backward(
 
 def _wide(x: Tensor, like: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, like.dtype))
-
-
-@functools.cache
-def _has_tiles() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_tile", False))
-
-
-class _Turned:
-    """x^T; written out where a product with it is faster so."""
-
-    def __init__(self, blocks: list[Block], like: Tensor, width: int) -> None:
-        self._kernels = kernels() if like.dtype == torch.bfloat16 and _has_tiles() else None
-        self._buffer = like.new_empty(longest(blocks) * width if self._kernels else 0)
-
-    def __call__(self, x_MN: Tensor) -> Tensor:
-        rows, width = x_MN.shape
-        if self._kernels is None or width % TILE:
-            return x_MN.t()
-        out = self._buffer[: rows * width].view(width, rows)
-        self._kernels("transpose_16bit", x_MN, out, rows=rows, width=width)
-        return out
 
 
 # -- all experts at once ----------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moecompile.ops.products import Products
+from moecompile.ops.blocks import Block
+from moecompile.ops.products import Products, suits_kernel
 
 _ALIGNMENT_BYTES = 16  # of every row, or F.grouped_mm refuses
 _FEW_ROWS = {torch.float32: 128, torch.bfloat16: 24}  # an expert has on average, on a CPU; benchmarks/layer.py
@@ -20,12 +21,10 @@ _FEW_ROWS = {torch.float32: 128, torch.bfloat16: 24}  # an expert has on average
 @torch.library.custom_op("moecompile::grouped_mm", mutates_args=())
 def grouped_mm(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     """rows of expert e times weight_EFD[e].T -> (R, F). Experts without rows cost nothing."""
-    if at_once(rows_RD, rows_RD.shape[0], *weight_EFD.shape):
+    if _by_library(rows_RD, *weight_EFD.shape):
         return F.grouped_mm(rows_RD, weight_EFD.transpose(1, 2), offs=_offsets(counts_E))
     out_RF = rows_RD.new_empty(rows_RD.shape[0], weight_EFD.shape[1])
-    product = Products(rows_RD.dtype)
-    for expert, start, end in _segments(counts_E):
-        product(rows_RD[start:end], weight_EFD[expert].t(), out_RF[start:end], end - start)
+    Products(rows_RD.dtype).transposed(Block.whole(counts_E), rows_RD, weight_EFD, out_RF)
     return out_RF
 
 
@@ -37,12 +36,10 @@ def _(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
 @torch.library.custom_op("moecompile::grouped_mm_input_grad", mutates_args=())
 def grouped_mm_input_grad(grad_RF: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     """Gradient of `grouped_mm` for its rows, (R, D)."""
-    if at_once(grad_RF, grad_RF.shape[0], *weight_EFD.shape):
+    if _by_library(grad_RF, *weight_EFD.shape):
         return F.grouped_mm(grad_RF, weight_EFD, offs=_offsets(counts_E))
     out_RD = grad_RF.new_empty(grad_RF.shape[0], weight_EFD.shape[2])
-    product = Products(grad_RF.dtype)
-    for expert, start, end in _segments(counts_E):
-        product(grad_RF[start:end], weight_EFD[expert], out_RD[start:end], end - start)
+    Products(grad_RF.dtype).straight(Block.whole(counts_E), grad_RF, weight_EFD, out_RD)
     return out_RD
 
 
@@ -54,12 +51,10 @@ def _(grad_RF: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
 @torch.library.custom_op("moecompile::grouped_mm_weight_grad", mutates_args=())
 def grouped_mm_weight_grad(grad_RF: Tensor, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
     """Gradient of `grouped_mm` for its weight, (E, F, D); zero for experts without rows, never missing."""
-    if at_once(grad_RF, grad_RF.shape[0], counts_E.shape[0], grad_RF.shape[1], rows_RD.shape[1]):
+    if _by_library(grad_RF, counts_E.shape[0], grad_RF.shape[1], rows_RD.shape[1]):
         return F.grouped_mm(grad_RF.t(), rows_RD, offs=_offsets(counts_E))
-    out_EFD = grad_RF.new_zeros(counts_E.shape[0], grad_RF.shape[1], rows_RD.shape[1])
-    product = Products(grad_RF.dtype)
-    for expert, start, end in _segments(counts_E):
-        product(grad_RF[start:end].t(), rows_RD[start:end], out_EFD[expert], end - start)
+    out_EFD = grad_RF.new_empty(counts_E.shape[0], grad_RF.shape[1], rows_RD.shape[1])
+    Products(grad_RF.dtype).gradient(Block.whole(counts_E), grad_RF, rows_RD, out_EFD)
     return out_EFD
 
 
@@ -124,10 +119,10 @@ def _(rows_RF: Tensor, counts_E: Tensor) -> Tensor:
 
 
 def at_once(like: Tensor, num_rows: int, num_experts: int, *widths: int) -> bool:
-    """Whether `F.grouped_mm` takes so many rows of the type of `like`, and is not slower than one expert at a time.
+    """Whether all experts' rows, of the type of `like`, go through each product together, not a block after the other.
 
-    On a GPU one kernel does all experts, without reading the counts on the host. On a CPU it is a plain loop, whose
-    calls cost less than ours; with more rows an expert, what lies between two products should stay in the cache.
+    On a GPU one kernel does all experts, without reading the counts on the host. On a CPU fewer calls are faster with
+    few rows; with more rows an expert, what lies between two products should stay in the cache.
     """
     if any(width * like.element_size() % _ALIGNMENT_BYTES for width in widths):
         return False
@@ -136,15 +131,12 @@ def at_once(like: Tensor, num_rows: int, num_experts: int, *widths: int) -> bool
     return num_rows < _FEW_ROWS.get(like.dtype, 0) * num_experts
 
 
+def _by_library(rows: Tensor, num_experts: int, *widths: int) -> bool:
+    """Whether `F.grouped_mm` takes such rows, and nothing here is faster. On a CPU it is a plain loop, whose calls cost
+    less than ours."""
+    sizes = (rows.shape[0], num_experts, *widths)
+    return at_once(rows, *sizes) and not suits_kernel(rows, *sizes)
+
+
 def _offsets(counts_E: Tensor) -> Tensor:
     return counts_E.cumsum(0).to(torch.int32)
-
-
-def _segments(counts_E: Tensor) -> list[tuple[int, int, int]]:
-    """(expert, first row, end row) of the experts that have rows."""
-    segments, start = [], 0
-    for expert, count in enumerate(counts_E.tolist()):
-        if count:
-            segments.append((expert, start, start + count))
-        start += count
-    return segments

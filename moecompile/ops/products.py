@@ -1,8 +1,13 @@
-"""Matrix products of bf16 on a CPU, by whichever arithmetic is faster there.
+"""Matrix products of experts on a CPU, by whichever way is faster there.
 
-With matrix tiles (AMX) a processor multiplies bf16 many times as fast as fp32. Without, it may be slower: half as fast
-where fp32 has twice the units, and far slower where bf16 is emulated. Then factors are widened, a block at a time, and
-only the product is rounded. As both add in fp32 and round once, results differ by the order of additions alone.
+Rows: with few rows an expert, reading the weights is what takes the time, and a library's product copies them first. A
+kernel of ours reads them as they stand (moecompile/ops/native/products.cpp).
+
+bf16: with matrix tiles (AMX) a processor multiplies bf16 many times as fast as fp32. Without, it may be slower: half as
+fast where fp32 has twice the units, and far slower where bf16 is emulated. Then factors are widened, a block at a time,
+and only the product is rounded. As both add in fp32 and round once, results differ by the order of additions alone.
+
+Legend: M rows of a block, K and N the widths of a weight, E experts.
 """
 
 from __future__ import annotations
@@ -15,32 +20,119 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moecompile.ops.blocks import TILE, Block
+from moecompile.ops.native import kernels, processor
+
 VARIABLE = "MOECOMPILE_WIDE_PRODUCTS"
-_FEW_ROWS = 24  # with fewer, reading the weight is what takes the time
+_FEW_ROWS = 24  # with fewer, widening a weight takes longer than its product
 _TRIALS, _GAIN = 3, 0.8
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+# Rows of an expert, on average, up to which the kernel is faster than a library; benchmarks/layer.py.
+_MOST_ROWS, _MOST_ROWS_BESIDE_TILES = 128, 16
+_CACHE_BYTES = 1 << 20  # what the kernel reads again and again must fit
+_MULTIPLE = 64  # of both widths
+_ALIGNMENT_BYTES = 64
 
 
 class Products:
-    """out = a b, for products one after the other that share scratch memory."""
+    """Products for blocks of experts one after the other, which share scratch memory."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.is_wide = dtype is torch.bfloat16 and faster_wide()
         self._buffers: dict[str, Tensor] = {}
 
+    def transposed(self, block: Block, rows_MK: Tensor, weight_ENK: Tensor, out_MN: Tensor) -> None:
+        """Each expert's rows times its transposed weight."""
+        weights_nNK = block.experts_of(weight_ENK)
+        if not self._by_kernel("product_transposed", block, rows_MK, weights_nNK, out_MN):
+            for a, b_NK, out in block.each(rows_MK, weights_nNK, out_MN):
+                self(a, b_NK.t(), out, a.shape[0])
+
+    def straight(self, block: Block, rows_MK: Tensor, weight_EKN: Tensor, out_MN: Tensor) -> None:
+        """Each expert's rows times its weight."""
+        weights_nKN = block.experts_of(weight_EKN)
+        if not self._by_kernel("product", block, rows_MK, weights_nKN, out_MN):
+            for a, b_KN, out in block.each(rows_MK, weights_nKN, out_MN):
+                self(a, b_KN, out, a.shape[0])
+
+    def gradient(self, block: Block, grad_MK: Tensor, rows_MN: Tensor, out_EKN: Tensor) -> None:
+        """What a weight gets of each expert's rows; zero for an expert without."""
+        out_nKN = block.experts_of(out_EKN)
+        if self._by_kernel("product_gradient", block, grad_MK, rows_MN, out_nKN):
+            return
+        for a, b, out in block.each(grad_MK, rows_MN, out_nKN):
+            if a.shape[0]:
+                self(self._turned(a), b, out, a.shape[0])
+            else:
+                out.zero_()
+
     def __call__(self, a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, rows: int) -> None:
-        """Writes the product. rows: of tokens, the smallest of the three sizes where experts are small."""
+        """One product by torch. rows: of tokens, the smallest of the three sizes where experts are small."""
         if not self.is_wide or rows < _FEW_ROWS:
             torch.mm(a_MK, b_KN, out=out_MN)
             return
         a, b = self._like("a", a_MK).copy_(a_MK), self._like("b", b_KN).copy_(b_KN)
         out_MN.copy_(torch.mm(a, b, out=self._like("out", out_MN)))
 
+    def _by_kernel(self, name: str, block: Block, a: Tensor, b: Tensor, out: Tensor) -> bool:
+        """Whether the kernel is right for such factors; then it has run."""
+        num_experts, depth, width = len(block.lengths), a.shape[1], out.shape[-1]
+        if not suits_kernel(a, a.shape[0], num_experts, depth, width):
+            return False
+        if not all(t.is_contiguous() and t.data_ptr() % _ALIGNMENT_BYTES == 0 for t in (a, b, out)):
+            return False
+        native = kernels()
+        assert native is not None
+        suffix = _SUFFIX[a.dtype] + ("_wide" if self.is_wide else "")
+        counts = torch.tensor(block.lengths, dtype=torch.int64)
+        native(f"{name}_{suffix}", a, b, out, counts, num_experts, depth, width)
+        return True
+
+    def _turned(self, x_MN: Tensor) -> Tensor:
+        """x^T; written out where a product of bf16 with it is faster so."""
+        native = kernels() if has_tiles() and x_MN.dtype is torch.bfloat16 and x_MN.device.type == "cpu" else None
+        rows, width = x_MN.shape
+        if native is None or width % TILE:
+            return x_MN.t()
+        out = self._like("turned", x_MN).view(width, rows)
+        native("transpose_16bit", x_MN, out, rows, width)
+        return out
+
     def _like(self, name: str, tensor: Tensor) -> Tensor:
-        """fp32 memory in the layout of `tensor`, which is one matrix, transposed or not."""
+        """Memory in the layout of `tensor`, which is one matrix, transposed or not: fp32, but `turned` as it is."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < tensor.numel():
-            buffer = self._buffers[name] = torch.empty(tensor.numel())
+            dtype = tensor.dtype if name == "turned" else torch.float32
+            buffer = self._buffers[name] = torch.empty(tensor.numel(), dtype=dtype)
         return buffer.as_strided(tensor.shape, tensor.stride())
+
+
+def suits_kernel(like: Tensor, num_rows: int, num_experts: int, *widths: int) -> bool:
+    """Whether so many rows of so many experts, of the type of `like`, are multiplied by our kernel.
+
+    Decided by what the processor is, not by trying: the same numbers come of it every time. It runs in one thread.
+    """
+    if like.device.type != "cpu" or like.dtype not in _SUFFIX or any(width % _MULTIPLE for width in widths):
+        return False
+    rows, most = num_rows / max(num_experts, 1), _most_rows(like.dtype)
+    fits = max(rows, _MULTIPLE) * max(widths) * 4 <= _CACHE_BYTES
+    return 0 < rows <= most and fits and torch.get_num_threads() == 1
+
+
+def _most_rows(dtype: torch.dtype) -> float:
+    native = kernels()
+    if native is None or not native.has_products:
+        return 0
+    if dtype is torch.bfloat16 and has_tiles():
+        return _MOST_ROWS_BESIDE_TILES
+    # MKL is slower on processors of this maker at all sizes.
+    return float("inf") if "AuthenticAMD" in processor() and dtype is torch.float32 else _MOST_ROWS
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the processor has matrix tiles."""
+    return bool(torch.cpu.get_capabilities().get("amx_tile", False))
 
 
 @functools.cache

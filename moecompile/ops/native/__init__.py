@@ -1,4 +1,4 @@
-"""SwiGLU kernels for a CPU, compiled from `swiglu.cpp` when they are first needed, once a machine.
+"""Kernels for a CPU, compiled from the C++ files here when they are first needed, once a machine.
 
 Without a C++ compiler, or with MOECOMPILE_NATIVE=0, torch's own functions do the same, slower.
 """
@@ -17,27 +17,42 @@ from pathlib import Path
 
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("swiglu.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("swiglu.cpp", "products.cpp"))
 _FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-_SIGNATURES = {"forward": 3, "backward": 6, "transpose": 2}  # how many tensors; two sizes follow
+# Function -> how many tensors and how many sizes it takes.
+_ALWAYS = {
+    "forward_f32": (3, 2),
+    "forward_bf16": (3, 2),
+    "backward_f32": (6, 2),
+    "backward_bf16": (6, 2),
+    "transpose_16bit": (2, 2),
+}
+_PRODUCTS = {
+    f"{name}_{suffix}": (4, 3)
+    for name in ("product_transposed", "product", "product_gradient")
+    for suffix in ("f32", "bf16", "bf16_wide")
+}
 _TIMEOUT_S = 120
 
 
 class Kernels:
-    """The compiled functions; tensors are contiguous, on the CPU, fp32 or bf16 (moecompile/ops/native/swiglu.cpp)."""
+    """The compiled functions; tensors are contiguous, on the CPU, of the types that the C++ files name.
+
+    has_products: whether the processor can run those of products.cpp.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._functions = {}
-        for name in ("forward_f32", "forward_bf16", "backward_f32", "backward_bf16", "transpose_16bit"):
+        self.has_products = bool(library.has_products())
+        for name, (tensors, sizes) in (_ALWAYS | (_PRODUCTS if self.has_products else {})).items():
             function = getattr(library, name)
-            tensors = _SIGNATURES[name.partition("_")[0]]
-            function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_int64] * 2
+            function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_int64] * sizes
             function.restype = None
             self._functions[name] = function
 
-    def __call__(self, name: str, *tensors: Tensor, rows: int, width: int) -> None:
-        """Runs one function on the tensors' memory."""
-        self._functions[name](*(tensor.data_ptr() for tensor in tensors), rows, width)
+    def __call__(self, name: str, *arguments: Tensor | int) -> None:
+        """Runs one function on the tensors' memory; the sizes follow."""
+        self._functions[name](*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
 @functools.cache
@@ -56,22 +71,26 @@ def kernels() -> Kernels | None:
 
 def _built(compiler: str) -> Path:
     """The library in the user's cache; ranks that build it at the same time do not disturb each other."""
-    key = hashlib.sha256("\0".join((SOURCE.read_text(), compiler, *_FLAGS, _processor())).encode()).hexdigest()[:16]
+    sources = [source.read_text(encoding="utf-8") for source in SOURCES]
+    key = hashlib.sha256("\0".join((*sources, compiler, *_FLAGS, processor())).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moecompile"
-    library = folder / f"swiglu-{key}.so"
+    library = folder / f"kernels-{key}.so"
     if not library.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch, "swiglu.so")
-            command = [compiler, *_FLAGS, str(SOURCE), "-o", str(made)]
+            made = Path(scratch, "kernels.so")
+            command = [compiler, *_FLAGS, *map(str, SOURCES), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)
             made.replace(library)
     return library
 
 
-def _processor() -> str:
+@functools.cache
+def processor() -> str:
     """What `-march=native` depends on: a home directory may be shared by machines."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    known = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    known = sorted(
+        {line for line in lines if line.startswith(("vendor_id", "model name", "flags", "Features", "CPU part"))}
+    )
     return "\n".join((platform.machine(), *known))
