@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from moecompile.mesh import MeshSpec
 from moecompile.ops import expert_ffn, grouped
+from moecompile.ops.blocks import Block
 from moecompile.passes.fuse import Fuse
 from moecompile.passes.lower import experts_calls
 from moecompile.passes.shard import bind_axes, device_mesh_of
@@ -29,6 +30,12 @@ CASES = [
 ]  # fmt: skip
 
 
+class _BlockOfHeld(Block):
+    @classmethod
+    def whole(cls, counts_E: torch.Tensor) -> Block:
+        return Block.whole(getattr(counts_E, "held", counts_E))
+
+
 Found = tuple[list[str], list[str], list[str], bool]
 
 
@@ -39,8 +46,7 @@ def _waits(rank: int, world_size: int) -> list[Found]:
     modules = nn.ModuleList(job.lowered(case, rank) for case in CASES)
     modules.extend(Fuse().run(job.lowered(case, rank)) for case in CASES)
     bind_axes(modules, device_mesh_of(SPEC, "cpu"), SPEC.nodes_per_ep_group)
-    segments = grouped._segments  # the plain loop of matmuls stands for a kernel that takes the counts from the device
-    grouped._segments = lambda counts: segments(getattr(counts, "held", counts))
+    grouped.Block = _BlockOfHeld  # the plain loop of matmuls stands for a kernel that takes the counts from the device
     expert_ffn.at_once = lambda like, *sizes: True  # as on a GPU
     torch.Event = CopyEvent
     found = []
@@ -82,8 +88,7 @@ def test_one_wait_a_layer(number: int, found: list[list[Found]]) -> None:
 def test_a_whole_layer_on_one_rank_waits_for_nothing(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Router, load meter, sorting, experts and sum."""
     monkeypatch.setattr(expert_ffn, "at_once", lambda like, *sizes: True)
-    segments = grouped._segments
-    monkeypatch.setattr(grouped, "_segments", lambda counts: segments(getattr(counts, "held", counts)))
+    monkeypatch.setattr(grouped, "Block", _BlockOfHeld)
     x, grad = torch.randn(2, 12, 8), torch.randn(2, 12, 8)
     graph = transform(fx.symbolic_trace(Gated()), config("experts.num_routed=4", f"routing.score={score}"))
     (call,) = experts_calls(graph)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.ops import native
 from moecompile.ops.blocks import _padded_length
-from moecompile.ops.products import Products, faster_wide
+from moecompile.ops.products import faster_wide
 
 op = torch.ops.moecompile
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-2}  # relative to the largest entry
@@ -36,7 +36,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The ways to multiply bf16 on processors that are unlike this one."""
     monkeypatch.setenv("MOECOMPILE_WIDE_PRODUCTS", "1" if request.param == "wide" else "0")
-    monkeypatch.setattr("moecompile.ops.expert_ffn._has_tiles", lambda: request.param == "tiles")
+    monkeypatch.setattr("moecompile.ops.products.has_tiles", lambda: request.param == "tiles")
     faster_wide.cache_clear()
     yield
     faster_wide.cache_clear()
@@ -70,10 +70,13 @@ def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return a.shape == b.shape and bool((a.double() - b).abs().max() <= tolerance * b.abs().max()) if b.numel() else True
 
 
-# Lengths below a tile, of whole tiles, with padding; widths that are and are not multiples of a tile.
+# Lengths below a tile, of whole tiles, with padding; widths that are and are not multiples of a tile; widths and
+# lengths for the kernel of few rows.
 @pytest.mark.parametrize(
-    "sizes", [(1, 4, 16, 32), (40, 4, 16, 16), (600, 4, 32, 16), (50, 9, 24, 20), (1100, 3, 16, 48)]
-)
+    "sizes",
+    [(1, 4, 16, 32), (40, 4, 16, 16), (600, 4, 32, 16), (50, 9, 24, 20), (1100, 3, 16, 48), (50, 9, 64, 128),
+     (130, 4, 192, 64)],
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_outputs_and_every_gradient(
     dtype: torch.dtype, sizes: tuple[int, int, int, int], kernels: None, products: None
@@ -125,30 +128,6 @@ def test_large_gates_do_not_overflow(gate: float, kernels: None) -> None:
     wanted.backward()
     assert torch.allclose(out[0, 0].double(), wanted, rtol=1e-6, atol=1e-30)
     assert torch.allclose(x.grad.double(), wide.grad, rtol=1e-5, atol=1e-30)
-
-
-@pytest.mark.parametrize("columns", [512, 1024])
-def test_few_rows_are_multiplied_as_they_are(columns: int, products: None) -> None:
-    """Whether widened or not, the product is that of the numbers given, rounded once."""
-    generator = torch.Generator().manual_seed(0)
-    product = Products(torch.bfloat16)
-    for rows in (1, 23, 24, 100):
-        a, b = (torch.randn(*size, generator=generator).bfloat16() for size in ((rows, 64), (columns, 64)))
-        out = torch.empty(rows, columns, dtype=torch.bfloat16)
-        product(a, b.t(), out, rows)
-        wanted = a.double() @ b.double().t()
-        assert (out.double() - wanted).abs().max() <= 2**-8 * wanted.abs().max()
-
-
-def test_the_processor_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MOECOMPILE_WIDE_PRODUCTS", raising=False)
-    times = iter([1.0, 2.0, 1.0, 1.1])  # widened, as it is
-    monkeypatch.setattr("moecompile.ops.products._seconds", lambda f: next(times))
-    for faster in (True, False):
-        faster_wide.cache_clear()
-        assert faster_wide() is faster
-        assert faster_wide() is faster
-    faster_wide.cache_clear()
 
 
 def test_fake_tensors_do_not_try_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
