@@ -11,6 +11,7 @@ float32 with transformers' plain model in one process: logits, and what one Adam
 tokens/CPU s   tokens of a rank in a second of CPU time of its one thread (mean over ranks)
 tokens/s       the same by wall time, of the slowest rank
 x grouped_mm   tokens/CPU s relative to transformers' own fast experts (several ranks: to its all-to-all)
+limit          one process: the same model with dense FFNs of the activated FLOPs in place of its experts
 
 Writes benchmarks/results/full_models.json, one part for each number of ranks, and what docs/peers.md shows.
 """

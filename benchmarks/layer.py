@@ -55,12 +55,12 @@ SIZES = ("8,2,1024,4096", "64,6,256,4096", "64,6,256,512", "128,8,512,4096")
 class Dense(nn.Module):
     """SwiGLU with the FLOPs that a token activates, gate and up as one linear."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden: int = HIDDEN) -> None:
         super().__init__()
-        self.gate_up, self.down = nn.Linear(HIDDEN, 2 * width, bias=False), nn.Linear(width, HIDDEN, bias=False)
+        self.gate_up, self.down = nn.Linear(hidden, 2 * width, bias=False), nn.Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(1, T, D) -> (1, T, D)."""
+        """(..., D) -> (..., D)."""
         gate, up = self.gate_up(x).chunk(2, -1)
         out: Tensor = self.down(F.silu(gate) * up)
         return out

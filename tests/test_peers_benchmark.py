@@ -170,7 +170,7 @@ def test_the_counter_counts_what_crosses_the_loopback() -> None:
 @pytest.mark.slow
 def test_whole_models_are_the_same_and_take_turns(tmp_path: Path) -> None:
     for ranks, models in (
-        ("1", {"moecompile", "transformers grouped_mm", "transformers eager"}),
+        ("1", {"moecompile", "transformers grouped_mm", "transformers eager", "limit"}),
         ("2", {"moecompile auto", "moecompile flat"}),
     ):
         results = tmp_path / "full_models.json"
@@ -182,7 +182,8 @@ def test_whole_models_are_the_same_and_take_turns(tmp_path: Path) -> None:
         assert rows.keys() >= models
         for row in rows.values():
             assert row["tokens_per_cpu_second"] > 0 and row["optimizer_ms"] < row["cpu_ms"]
-            assert row["errors"]["logits"] < 1e-3 and row["errors"]["step"] < 2e-2
+            if row["model"] != "limit":
+                assert row["errors"]["logits"] < 1e-3 and row["errors"]["step"] < 2e-2
 
 
 # -- what is stored ------------------------------------------------------------------------------------------------

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from layer import Dense
 from torch import Tensor, nn
+
+from side_by_side.registry import LIMIT
 
 VOCABULARY, SEQUENCE = 1024, 512
 GROUPED, PARALLEL = "transformers grouped_mm", "transformers all_to_all"
@@ -57,6 +60,17 @@ def ours(family: str, dtype: torch.dtype, *, ranks: int = 1, dispatch: str = "au
     return model
 
 
+def limit(family: str, dtype: torch.dtype, *, hidden: int = 512) -> nn.Module:
+    """The same model with dense FFNs of the FLOPs that a token activates: what no MoE of this size is faster than."""
+    model, config = plain(family, "eager", dtype, hidden=hidden), config_of(family, hidden=hidden)
+    width = config.num_experts_per_tok * getattr(config, "moe_intermediate_size", config.intermediate_size)
+    width += getattr(config, "n_shared_experts", 0) * getattr(config, "moe_intermediate_size", 0)
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp = Dense(width, hidden).to(dtype)
+    return model
+
+
 def transformers_parallel(family: str, dtype: torch.dtype, *, ranks: int, hidden: int = 512) -> nn.Module:
     """transformers' own: experts by all-to-all, everything else by FSDP2, loaded as its documentation says."""
     import torch.distributed as dist
@@ -85,6 +99,7 @@ def builders(ranks: int, *, hidden: int = 512) -> dict[str, Callable[[str, torch
             "moecompile": lambda family, dtype: ours(family, dtype, hidden=hidden),
             GROUPED: lambda family, dtype: plain(family, "grouped_mm", dtype, hidden=hidden),
             "transformers eager": lambda family, dtype: plain(family, "eager", dtype, hidden=hidden),
+            LIMIT: lambda family, dtype: limit(family, dtype, hidden=hidden),
         }
     return {
         **{

@@ -17,7 +17,8 @@ Row = dict[str, Any]
 def machine() -> dict[str, Any]:
     """What decides bf16 speed on a CPU."""
     words = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
-    return {"isa": torch.backends.cpu.get_cpu_capability(), "amx_bf16": "amx_bf16" in words}
+    flags = {flag: flag in words for flag in ("amx_bf16", "avx512_bf16")}
+    return {"isa": torch.backends.cpu.get_cpu_capability(), **flags}
 
 
 def store(path: Path, key: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +66,10 @@ def table(rows: list[Row]) -> str:
 def models_table(rows: list[Row]) -> str:
     """A Markdown table, one line a model."""
     peers = {row["family"]: row["cpu_ms"] for row in rows if row["model"] in (GROUPED, PARALLEL)}
-    full = [row | row["errors"] | {"x_peer": peers[row["family"]] / row["cpu_ms"] if peers else None} for row in rows]
+    none = {"logits": None, "step": None}
+    full = [
+        none | row | row["errors"] | {"x_peer": peers[row["family"]] / row["cpu_ms"] if peers else None} for row in rows
+    ]
     return _markdown(full, (("family", "family", ""), ("model", "model", ""), *MODELS))
 
 
@@ -93,8 +97,10 @@ def models_page(found: dict[str, Any]) -> str:
 def conditions(found: dict[str, Any]) -> str:
     """Versions, processor, rounds and what was left out, as a sentence."""
     packages = ", ".join(f"{name} {version}" for name, version in sorted(found["versions"].items()))
-    matrices = "with" if found["machine"]["amx_bf16"] else "without"
-    text = f"{packages}; a CPU with {found['machine']['isa']}, {matrices} AMX;"
+    known = found["machine"]
+    extras = [name for flag, name in (("avx512_bf16", "avx512_bf16"), ("amx_bf16", "AMX")) if known.get(flag)]
+    processor = " and ".join([known["isa"], *extras]) + ("" if known["amx_bf16"] else ", without AMX")
+    text = f"{packages}; a CPU with {processor};"
     text += f" {max(row['rounds'] for row in found['rows'])} rounds."
     if found.get("namespace", "own") != "own":
         text += " Bytes are whatever crossed this machine's loopback: a network namespace needs root."
@@ -132,7 +138,10 @@ def models_verdicts(rows: list[Row]) -> list[str]:
         for peer in here.keys() & {GROUPED, PARALLEL}:
             times = here[ours] / here[peer]
             aim = _aim(times >= SPEED_AIM, f"at least {SPEED_AIM}")
-            lines.append(f"{family}: {ours} trains {times:.2f} x the tokens of {peer} in a CPU second ({aim})")
+            line = f"{family}: {ours} trains {times:.2f} x the tokens of {peer} in a CPU second ({aim})"
+            if LIMIT in here:
+                line += f"; with dense FFNs of the activated FLOPs it would be {here[LIMIT] / here[peer]:.2f} x"
+            lines.append(line)
     return lines
 
 
