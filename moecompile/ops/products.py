@@ -46,14 +46,14 @@ class Products:
         weights_nNK = block.experts_of(weight_ENK)
         if not self._by_kernel("product_transposed", block, rows_MK, weights_nNK, out_MN):
             for a, b_NK, out in block.each(rows_MK, weights_nNK, out_MN):
-                self(a, b_NK.t(), out, a.shape[0])
+                self.by_torch(a, b_NK.t(), out, a.shape[0])
 
     def straight(self, block: Block, rows_MK: Tensor, weight_EKN: Tensor, out_MN: Tensor) -> None:
         """Each expert's rows times its weight."""
         weights_nKN = block.experts_of(weight_EKN)
         if not self._by_kernel("product", block, rows_MK, weights_nKN, out_MN):
             for a, b_KN, out in block.each(rows_MK, weights_nKN, out_MN):
-                self(a, b_KN, out, a.shape[0])
+                self.by_torch(a, b_KN, out, a.shape[0])
 
     def gradient(self, block: Block, grad_MK: Tensor, rows_MN: Tensor, out_EKN: Tensor) -> None:
         """What a weight gets of each expert's rows; zero for an expert without."""
@@ -62,12 +62,12 @@ class Products:
             return
         for a, b, out in block.each(grad_MK, rows_MN, out_nKN):
             if a.shape[0]:
-                self(self._turned(a), b, out, a.shape[0])
+                self.by_torch(self._turned(a), b, out, a.shape[0])
             else:
                 out.zero_()
 
-    def __call__(self, a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, rows: int) -> None:
-        """One product by torch. rows: of tokens, the smallest of the three sizes where experts are small."""
+    def by_torch(self, a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, rows: int) -> None:
+        """One product. rows: of tokens, the smallest of the three sizes where experts are small."""
         if not self.is_wide or rows < _FEW_ROWS:
             torch.mm(a_MK, b_KN, out=out_MN)
             return
@@ -76,8 +76,8 @@ class Products:
 
     def _by_kernel(self, name: str, block: Block, a: Tensor, b: Tensor, out: Tensor) -> bool:
         """Whether the kernel is right for such factors; then it has run."""
-        num_experts, depth, width = len(block.lengths), a.shape[1], out.shape[-1]
-        if not suits_kernel(a, a.shape[0], num_experts, depth, width):
+        depth, width, busy = a.shape[1], out.shape[-1], sum(map(bool, block.lengths))
+        if not suits_kernel(a, a.shape[0], busy, depth, width):
             return False
         if not all(t.is_contiguous() and t.data_ptr() % _ALIGNMENT_BYTES == 0 for t in (a, b, out)):
             return False
@@ -85,7 +85,7 @@ class Products:
         assert native is not None
         suffix = _SUFFIX[a.dtype] + ("_wide" if self.is_wide else "")
         counts = torch.tensor(block.lengths, dtype=torch.int64)
-        native(f"{name}_{suffix}", a, b, out, counts, num_experts, depth, width)
+        native(f"{name}_{suffix}", a, b, out, counts, len(block.lengths), depth, width)
         return True
 
     def _turned(self, x_MN: Tensor) -> Tensor:

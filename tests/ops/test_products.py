@@ -113,6 +113,16 @@ def test_rows_that_do_not_follow_each_other_are_left_to_torch(called: list[str])
     assert torch.allclose(out, wanted, atol=1e-4)
 
 
+def test_one_busy_expert_among_idle_ones_has_many_rows(called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "processor", lambda: "GenuineIntel")
+    for busy in (128, 129):
+        block, a, _, weight_ENK, _ = factors([0, busy, 0, 0], torch.float32)
+        out = torch.empty(busy, N)
+        Products(torch.float32).transposed(block, a, weight_ENK, out)
+        assert torch.allclose(out, a @ weight_ENK[1].t(), atol=1e-4)
+    assert called == ["product_transposed_f32"]
+
+
 def test_where_it_is_used(called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     like = torch.empty(0)
     monkeypatch.setattr(products, "processor", lambda: "GenuineIntel")
@@ -140,7 +150,7 @@ def test_one_product_by_torch(
     """Whether widened or not, the product is that of the numbers given, rounded once."""
     monkeypatch.setattr(products, "has_tiles", lambda: tiles)
     generator = torch.Generator().manual_seed(0)
-    product = Products(torch.bfloat16)
+    product = Products(torch.bfloat16).by_torch
     for rows in (1, 23, 24, 100):
         a, b = (torch.randn(*size, generator=generator).bfloat16() for size in ((rows, 64), (columns, 64)))
         out = torch.empty(rows, columns, dtype=torch.bfloat16)
