@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from moecompile.ops.tokens import expert_counts
+from moecompile.ops.layout import sum_by
 
 TILE = 16  # rows of a matrix tile, in bf16
 _BLOCK_BYTES = 1 << 20  # of rows that are worked on together
@@ -90,14 +89,8 @@ def padded(source_R: Tensor, weights_R: Tensor, counts_E: Tensor, padded_E: Tens
 def summed(rows_PD: Tensor, source_R: Tensor, counts_E: Tensor, padded_E: Tensor, like_VD: Tensor) -> Tensor:
     """Sum of the rows that came of each row of the input, (V, D), in expert order; padding is left out."""
     num_rows = source_R.shape[0]
-    if num_rows == 0:
-        return torch.zeros_like(like_VD)
-    order_R = torch.argsort(source_R, stable=True)
-    if rows_PD.shape[0] > num_rows:
-        order_R = places(counts_E, padded_E, num_rows).index_select(0, order_R)
-    lengths_V = expert_counts(source_R, like_VD.shape[0])
-    starts_V = lengths_V.cumsum(0) - lengths_V
-    return F.embedding_bag(order_R.to(torch.int32), rows_PD, starts_V.to(torch.int32), mode="sum")
+    place_R = places(counts_E, padded_E, num_rows) if rows_PD.shape[0] > num_rows else None
+    return sum_by(rows_PD, source_R, like_VD.shape[0], place_R)
 
 
 def scratch(blocks: list[Block], like: Tensor, width: int) -> Callable[[Block], Tensor]:

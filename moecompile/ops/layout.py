@@ -139,6 +139,24 @@ def by_assignment(values_R: Tensor, order_R: Tensor, num_assignments: int) -> Te
     return values_R.new_zeros(num_assignments).index_copy_(0, order_R, values_R)
 
 
+def sum_by(rows_RD: Tensor, index_R: Tensor, num_out: int, place_R: Tensor | None = None) -> Tensor:
+    """Sum of the rows of each index, (num_out, D), in the order of R, in at least fp32 and rounded once.
+
+    An embedding bag: it gathers, so it is fast, and does not depend on the order of atomics.
+
+    Args:
+        place_R: where row R stands in `rows_RD`, if not at R.
+    """
+    if index_R.shape[0] == 0:
+        return rows_RD.new_zeros(num_out, rows_RD.shape[1])
+    order_R = torch.argsort(index_R, stable=True)
+    if place_R is not None:
+        order_R = place_R.index_select(0, order_R)
+    lengths = expert_counts(index_R, num_out)
+    starts = lengths.cumsum(0) - lengths
+    return F.embedding_bag(order_R.to(torch.int32), rows_RD, starts.to(torch.int32), mode="sum")
+
+
 def _sum_kept(rows_RD: Tensor, order_R: Tensor, num_tokens: int, top_k: int, weights_R: Tensor | None = None) -> Tensor:
     """(Weighted) sum of the rows that each token has, slot by slot, (T, D).
 

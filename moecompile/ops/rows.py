@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moecompile.ops.host import finish_read
-from moecompile.ops.layout import by_assignment
+from moecompile.ops.layout import by_assignment, sum_by
 from moecompile.ops.tokens import expert_counts
 
 MAX_LOCAL_EXPERTS = 2**14  # an int16 code holds twice the expert id, plus one
@@ -119,8 +119,7 @@ pack_rows.register_autograd(_pack_backward, setup_context=_pack_setup)
 @torch.library.custom_op("moecompile::sum_rows", mutates_args=())
 def sum_rows(rows_UD: Tensor, index_U: Tensor, num_out: int) -> Tensor:
     """out[index_U[i]] += rows_UD[i], (num_out, D), summed in at least fp32 and rounded once."""
-    wide = rows_UD.to(torch.promote_types(rows_UD.dtype, torch.float32))
-    return wide.new_zeros(num_out, rows_UD.shape[1]).index_add_(0, index_U, wide).to(rows_UD.dtype)
+    return sum_by(rows_UD, index_U, num_out)
 
 
 @sum_rows.register_fake

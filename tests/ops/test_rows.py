@@ -70,8 +70,8 @@ def test_reduce_rows_weights_the_copies_of_each_row() -> None:
 
 
 def test_combine_rows_sums_what_came_back() -> None:
-    out = op.combine_rows(rows(1, 2, 4, 8), torch.tensor([0, 2, 0, 1]), rows(0, 0, 0, 0))
-    assert torch.equal(out, rows(5, 8, 2, 0))  # token 3 asked nobody
+    out = op.combine_rows(rows(1, 2, 4, 8).double(), torch.tensor([0, 2, 0, 1]), rows(0, 0, 0, 0))
+    assert torch.equal(out, rows(5, 8, 2, 0).double())  # token 3 asked nobody
 
 
 DROPS = {"some dropped": 0.4, "all dropped": 1.1}
