@@ -2,8 +2,8 @@
 
 count_experts -> exchange_counts -> permute -> all_to_all -> regroup -> experts -> ungroup -> all_to_all -> unpermute
 
-Counts go first, so that rows are copied while they are on their way to the host; where assignments may be dropped, the
-table also has the number of rows to copy.
+Counts go first, so that rows are put in order and copied while they are on their way to the host. Where assignments may
+be dropped, the table has the number of rows to copy, and only the order is ready before.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def _whole(shared: SharedExperts) -> SharedExperts:
 
 
 def _blocks(model: nn.Module, path: str) -> Iterator[_Block]:
-    """The blocks of a region, in the order of its graph: a router, experts, and perhaps a shared expert each."""
+    """The blocks of a region, in the order of its graph: a router first, then experts and perhaps a shared expert."""
     region = model.get_submodule(path)
     assert isinstance(region, fx.GraphModule)
     called = [str(node.target) for node in region.graph.nodes if node.op == "call_module"]
@@ -203,9 +203,10 @@ def _blocks(model: nn.Module, path: str) -> Iterator[_Block]:
         block = [(name, part) for name, part in parts[start:end] if isinstance(part, Router | Experts | SharedExperts)]
         prefix = f"{path}." if path else ""
         names = {f"{prefix}{name}.{key}" for name, module in block for key in module.state_dict()}
-        router, experts, *shared = (module for _, module in block)
-        assert isinstance(router, Router) and isinstance(experts, Experts)
-        yield _Block(router, experts, shared[0] if shared else None, names)  # type: ignore[arg-type]
+        (router,) = (module for _, module in block if isinstance(module, Router))
+        (experts,) = (module for _, module in block if isinstance(module, Experts))
+        shared = next((module for _, module in block if isinstance(module, SharedExperts)), None)
+        yield _Block(router, experts, shared, names)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ _FEW_ROWS = {torch.float32: 128, torch.bfloat16: 24}  # an expert has on average
 @torch.library.custom_op("moecompile::grouped_mm", mutates_args=())
 def grouped_mm(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     """rows of expert e times weight_EFD[e].T -> (R, F). Experts without rows cost nothing."""
-    if _by_library(rows_RD, *weight_EFD.shape):
+    if _by_library(counts_E, weight_EFD.shape[1:], rows_RD, weight_EFD):
         return F.grouped_mm(rows_RD, weight_EFD.transpose(1, 2), offs=_offsets(counts_E))
     out_RF = rows_RD.new_empty(rows_RD.shape[0], weight_EFD.shape[1])
     Products(rows_RD.dtype).transposed(Block.whole(counts_E), rows_RD, weight_EFD, out_RF)
@@ -36,7 +36,7 @@ def _(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
 @torch.library.custom_op("moecompile::grouped_mm_input_grad", mutates_args=())
 def grouped_mm_input_grad(grad_RF: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     """Gradient of `grouped_mm` for its rows, (R, D)."""
-    if _by_library(grad_RF, *weight_EFD.shape):
+    if _by_library(counts_E, weight_EFD.shape[1:], grad_RF, weight_EFD):
         return F.grouped_mm(grad_RF, weight_EFD, offs=_offsets(counts_E))
     out_RD = grad_RF.new_empty(grad_RF.shape[0], weight_EFD.shape[2])
     Products(grad_RF.dtype).straight(Block.whole(counts_E), grad_RF, weight_EFD, out_RD)
@@ -51,7 +51,7 @@ def _(grad_RF: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
 @torch.library.custom_op("moecompile::grouped_mm_weight_grad", mutates_args=())
 def grouped_mm_weight_grad(grad_RF: Tensor, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
     """Gradient of `grouped_mm` for its weight, (E, F, D); zero for experts without rows, never missing."""
-    if _by_library(grad_RF, counts_E.shape[0], grad_RF.shape[1], rows_RD.shape[1]):
+    if _by_library(counts_E, (grad_RF.shape[1], rows_RD.shape[1]), grad_RF, rows_RD):
         return F.grouped_mm(grad_RF.t(), rows_RD, offs=_offsets(counts_E))
     out_EFD = grad_RF.new_empty(counts_E.shape[0], grad_RF.shape[1], rows_RD.shape[1])
     Products(grad_RF.dtype).gradient(Block.whole(counts_E), grad_RF, rows_RD, out_EFD)
@@ -131,11 +131,12 @@ def at_once(like: Tensor, num_rows: int, num_experts: int, *widths: int) -> bool
     return num_rows < _FEW_ROWS.get(like.dtype, 0) * num_experts
 
 
-def _by_library(rows: Tensor, num_experts: int, *widths: int) -> bool:
-    """Whether `F.grouped_mm` takes such rows, and nothing here is faster. On a CPU it is a plain loop, whose calls cost
-    less than ours."""
-    sizes = (rows.shape[0], num_experts, *widths)
-    return at_once(rows, *sizes) and not suits_kernel(rows, *sizes)
+def _by_library(counts_E: Tensor, widths: tuple[int, ...], rows: Tensor, other: Tensor) -> bool:
+    """Whether `F.grouped_mm` takes such factors, and nothing here is faster. On a CPU it is a plain loop, whose calls
+    cost less than ours."""
+    num_rows, num_experts = rows.shape[0], counts_E.shape[0]
+    once = at_once(rows, num_rows, num_experts, *widths)
+    return once and not suits_kernel(num_rows, num_experts, widths, rows, other)
 
 
 def _offsets(counts_E: Tensor) -> Tensor:

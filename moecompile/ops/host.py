@@ -6,10 +6,13 @@ the copy goes to pinned memory, the host goes on queueing work, and the wait end
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
-_started: list[torch.Event] = []
+_started: dict[int, torch.Event] = {}
+_numbers = itertools.count()
 
 
 def start_read(values: Tensor) -> Tensor:
@@ -19,13 +22,14 @@ def start_read(values: Tensor) -> Tensor:
     copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     copy.copy_(values, non_blocking=True)
     done = torch.Event(values.device)
-    done.record()
-    _started.append(done)
+    done.record(torch.accelerator.current_stream(values.device))
+    _started[next(_numbers)] = done
     return copy
 
 
 def finish_read(copy: Tensor) -> Tensor:
     """Waits for all copies that were started: the first reader of a layer does, later ones find none."""
-    while _started:
-        _started.pop().synchronize()
+    for number, done in reversed(tuple(_started.items())):  # the newest first: then the others are done as well
+        done.synchronize()
+        _started.pop(number, None)  # only now: another thread may ask for the same copy
     return copy

@@ -75,24 +75,29 @@ class Products:
         out_MN.copy_(torch.mm(a, b, out=self._like("out", out_MN)))
 
     def _by_kernel(self, name: str, block: Block, a: Tensor, b: Tensor, out: Tensor) -> bool:
-        """Whether the kernel is right for such factors; then it has run."""
-        depth, width, busy = a.shape[1], out.shape[-1], sum(map(bool, block.lengths))
-        if not suits_kernel(a, a.shape[0], busy, depth, width):
-            return False
-        if not all(t.is_contiguous() and t.data_ptr() % _ALIGNMENT_BYTES == 0 for t in (a, b, out)):
+        """Whether the kernel is right for such factors; then it has run. Torch shall refuse what does not fit."""
+        (rows, depth), width, experts = a.shape, out.shape[-1], len(block.lengths)
+        shapes = {
+            "product_transposed": ((experts, width, depth), (rows, width)),
+            "product": ((experts, depth, width), (rows, width)),
+            "product_gradient": ((rows, width), (experts, depth, width)),
+        }
+        busy = sum(map(bool, block.lengths))
+        fits = (b.shape, out.shape) == shapes[name] and sum(block.lengths) == rows and min(block.lengths) >= 0
+        if not (fits and suits_kernel(rows, busy, (depth, width), a, b, out)):
             return False
         native = kernels()
         assert native is not None
         suffix = _SUFFIX[a.dtype] + ("_wide" if self.is_wide else "")
         counts = torch.tensor(block.lengths, dtype=torch.int64)
-        native(f"{name}_{suffix}", a, b, out, counts, len(block.lengths), depth, width)
+        native(f"{name}_{suffix}", a, b, out, counts, experts, depth, width)
         return True
 
     def _turned(self, x_MN: Tensor) -> Tensor:
         """x^T; written out where a product of bf16 with it is faster so."""
         native = kernels() if has_tiles() and x_MN.dtype is torch.bfloat16 and x_MN.device.type == "cpu" else None
         rows, width = x_MN.shape
-        if native is None or width % TILE:
+        if native is None or width % TILE or not x_MN.is_contiguous():
             return x_MN.t()
         out = self._like("turned", x_MN).view(width, rows)
         native("transpose_16bit", x_MN, out, rows, width)
@@ -107,16 +112,24 @@ class Products:
         return buffer.as_strided(tensor.shape, tensor.stride())
 
 
-def suits_kernel(like: Tensor, num_rows: int, num_experts: int, *widths: int) -> bool:
-    """Whether so many rows of so many experts, of the type of `like`, are multiplied by our kernel.
+def suits_kernel(num_rows: int, num_experts: int, widths: tuple[int, ...], *tensors: Tensor) -> bool:
+    """Whether our kernel multiplies so many rows of so many experts, with these factors (and this result).
 
     Decided by what the processor is, not by trying: the same numbers come of it every time. It runs in one thread.
     """
-    if like.device.type != "cpu" or like.dtype not in _SUFFIX or any(width % _MULTIPLE for width in widths):
+    dtype = tensors[0].dtype
+    if dtype not in _SUFFIX or any(width % _MULTIPLE for width in widths):
         return False
-    rows, most = num_rows / max(num_experts, 1), _most_rows(like.dtype)
-    fits = max(rows, _MULTIPLE) * max(widths) * 4 <= _CACHE_BYTES
-    return 0 < rows <= most and fits and torch.get_num_threads() == 1
+    rows, most = num_rows / max(num_experts, 1), _most_rows(dtype)
+    if not 0 < rows <= most or max(rows, _MULTIPLE) * max(widths) * 4 > _CACHE_BYTES:
+        return False
+    return torch.get_num_threads() == 1 and all(_is_plain(tensor, dtype) for tensor in tensors)
+
+
+def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    if tensor.device.type != "cpu" or tensor.dtype != dtype or not tensor.is_contiguous():
+        return False
+    return tensor.data_ptr() % _ALIGNMENT_BYTES == 0
 
 
 def _most_rows(dtype: torch.dtype) -> float:

@@ -82,8 +82,9 @@ class CopyEvent:
         assert torch.device(device).type == DEVICE
         self._number = 0
 
-    def record(self) -> None:
+    def record(self, stream: torch.device) -> None:
         """Stands behind the copies that are under way now."""
+        assert torch.device(stream).type == DEVICE
         self._number = len(_under_way)
 
     def synchronize(self) -> None:

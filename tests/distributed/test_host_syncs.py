@@ -48,7 +48,7 @@ def _waits(rank: int, world_size: int) -> list[Found]:
     bind_axes(modules, device_mesh_of(SPEC, "cpu"), SPEC.nodes_per_ep_group)
     grouped.Block = _BlockOfHeld  # the plain loop of matmuls stands for a kernel that takes the counts from the device
     expert_ffn.at_once = lambda like, *sizes: True  # as on a GPU
-    torch.Event = CopyEvent
+    torch.Event, torch.accelerator.current_stream = CopyEvent, torch.device
     found = []
     for case, module in zip(CASES * 2, modules, strict=True):
         wanted, _ = job.run(module, case, rank)

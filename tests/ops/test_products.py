@@ -47,11 +47,15 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def factors(counts: list[int], dtype: torch.dtype) -> tuple[Block, Tensor, Tensor, Tensor, Tensor]:
-    """Block, rows (M, K) and (M, N), weights (E, N, K) and (E, K, N); both neighbours in larger tensors are NaN."""
+    """Block of the experts from 1 on, rows (M, K) and (M, N), weights (1 + E, N, K) and (1 + E, K, N) of which the first
+    are NaN.
+    """
     generator = torch.Generator().manual_seed(len(counts))
-    block = Block(0, sum(counts), 0, counts)
+    block = Block(0, sum(counts), 1, counts)
     rows = (torch.randn(block.end, width, generator=generator).to(dtype) for width in (K, N))
-    weights = (torch.randn(len(counts), *shape, generator=generator).to(dtype) for shape in ((N, K), (K, N)))
+    weights = [torch.randn(1 + len(counts), *shape, generator=generator).to(dtype) for shape in ((N, K), (K, N))]
+    for weight in weights:
+        weight[0] = float("nan")
     return block, *rows, *weights
 
 
@@ -65,23 +69,21 @@ def test_the_kernel_computes_the_three_products(
     inside = torch.full((block.end + 2, N), float("nan"), dtype=dtype)  # what is beside the result stays
     out = inside[1:-1]
     grad = torch.full_like(weight_EKN, float("nan"))
-    wanted_rows = [
-        part.double() @ weight.double().t() for part, weight in zip(a.split(counts), weight_ENK, strict=True)
-    ]
+    wanted_rows = [x.double() @ w.double().t() for x, w in zip(a.split(counts), weight_ENK[1:], strict=True)]
     products.transposed(block, a, weight_ENK, out)
     assert close(out, torch.cat(wanted_rows), dtype)
     products.straight(block, a, weight_EKN, out.fill_(float("nan")))
-    assert close(
-        out, torch.cat([x.double() @ w.double() for x, w in zip(a.split(counts), weight_EKN, strict=True)]), dtype
-    )
+    wanted_rows = [x.double() @ w.double() for x, w in zip(a.split(counts), weight_EKN[1:], strict=True)]
+    assert close(out, torch.cat(wanted_rows), dtype)
     assert inside[[0, -1]].isnan().all()
     products.gradient(block, a, b, grad)
     pairs = zip(a.split(counts), b.split(counts), strict=True)
-    assert close(grad, torch.stack([x.double().t() @ y.double() for x, y in pairs]), dtype)
+    assert close(grad[1:], torch.stack([x.double().t() @ y.double() for x, y in pairs]), dtype)
+    assert grad[0].isnan().all()
     if block.end:
         suffix = {torch.float32: "f32", torch.bfloat16: "bf16_wide" if faster_wide() else "bf16"}[dtype]
         assert called == [f"{name}_{suffix}" for name in ("product_transposed", "product", "product_gradient")]
-    assert not grad[[i for i, count in enumerate(counts) if not count]].any()
+    assert not grad[[1 + i for i, count in enumerate(counts) if not count]].any()
 
 
 def close(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
@@ -98,9 +100,12 @@ def test_what_is_not_a_number_stays_where_it_is(dtype: torch.dtype, width_of_pro
     for product, weight in ((Products(dtype).transposed, weight_ENK), (Products(dtype).straight, weight_EKN)):
         product(block, a, weight, out)
         assert out.isnan().any(1).nonzero().flatten().tolist() == [6] and out[6].isnan().all()
-    Products(dtype).gradient(block, a, b, grad)
-    assert grad.isnan().any(2).nonzero().tolist() == [[1, 3]] and grad[1, 3].isnan().all()
+    Products(dtype).gradient(block, a, b, grad.zero_())
+    assert grad.isnan().any(2).nonzero().tolist() == [[2, 3]] and grad[2, 3].isnan().all()
     assert len(called) == 3
+    a[6, 3], b[4, 5] = 0.0, float("inf")  # the last of five rows: it has no neighbour
+    Products(dtype).gradient(block, a, b, grad)
+    assert grad[1, :, 5].isinf().all() and grad.isfinite().sum() == grad.numel() - K
 
 
 def test_rows_that_do_not_follow_each_other_are_left_to_torch(called: list[str]) -> None:
@@ -119,36 +124,62 @@ def test_one_busy_expert_among_idle_ones_has_many_rows(called: list[str], monkey
         block, a, _, weight_ENK, _ = factors([0, busy, 0, 0], torch.float32)
         out = torch.empty(busy, N)
         Products(torch.float32).transposed(block, a, weight_ENK, out)
-        assert torch.allclose(out, a @ weight_ENK[1].t(), atol=1e-4)
+        assert torch.allclose(out, a @ weight_ENK[2].t(), atol=1e-4)
     assert called == ["product_transposed_f32"]
 
 
 def test_where_it_is_used(called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    like = torch.empty(0)
+    like = torch.zeros(128)
+
+    def suits(tensor: Tensor, num_rows: int, num_experts: int, *widths: int) -> bool:
+        return suits_kernel(num_rows, num_experts, widths, tensor)
+
     monkeypatch.setattr(products, "processor", lambda: "GenuineIntel")
-    assert suits_kernel(like, 8 * 128, 8, 512, 256)
-    assert not suits_kernel(like, 8 * 129, 8, 512, 256)
-    assert not suits_kernel(like, 8, 8, 512, 260)
-    assert not suits_kernel(like, 8, 8, 8192, 64)  # does not fit the cache
-    assert not suits_kernel(like, 0, 8, 512, 256)
-    assert not suits_kernel(like.double(), 8, 8, 512, 256)
-    assert not suits_kernel(like.to("meta"), 8, 8, 512, 256)
+    assert suits(like, 8 * 128, 8, 512, 256)
+    assert not suits(like, 8 * 129, 8, 512, 256)
+    assert not suits(like, 8, 8, 512, 260)
+    assert not suits(like, 8, 8, 8192, 64)  # does not fit the cache
+    assert not suits(like, 0, 8, 512, 256)
+    assert not suits(like.double(), 8, 8, 512, 256)
+    assert not suits(like.to("meta"), 8, 8, 512, 256)
     monkeypatch.setattr(products, "processor", lambda: "AuthenticAMD")
-    assert suits_kernel(like, 8 * 500, 8, 512, 256)
-    assert not suits_kernel(like.bfloat16(), 8 * 500, 8, 512, 256)
+    assert suits(like, 8 * 500, 8, 512, 256)
+    assert not suits(like.bfloat16(), 8 * 500, 8, 512, 256)
     monkeypatch.setattr(products, "has_tiles", lambda: True)
-    assert not suits_kernel(like.bfloat16(), 8 * 17, 8, 512, 256)
+    assert not suits(like.bfloat16(), 8 * 17, 8, 512, 256)
+    assert suits(like, 8, 8, 512, 256)
+    assert not suits_kernel(8, 8, (512, 256), like, like.bfloat16())
+    assert not suits(like[1:], 8, 8, 512, 256)  # not aligned
+    assert not suits(like[::2], 8, 8, 512, 256)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert not suits_kernel(like, 8, 8, 512, 256)
+    assert not suits(like, 8, 8, 512, 256)
+
+
+MISTAKES = {
+    "another type": lambda w: (w.bfloat16(), [4, 4]),
+    "another width": lambda w: (w[:, :, :64].contiguous(), [4, 4]),
+    "too few experts": lambda w: (w, [4, 2, 2]),
+    "too many rows": lambda w: (w, [4, 4000]),
+    "too few rows": lambda w: (w, [4, 3]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("whole", [False, True], ids=["block", "op"])
+def test_factors_that_do_not_fit_never_reach_the_kernel(mistake: str, whole: bool, called: list[str]) -> None:
+    rows = torch.randn(8, K)
+    weight, counts = MISTAKES[mistake](torch.randn(2, N, K))
+    with pytest.raises((RuntimeError, ValueError)):
+        if whole:
+            torch.ops.moecompile.grouped_mm(rows, weight, torch.tensor(counts))
+        else:
+            Products(torch.float32).transposed(Block(0, 8, 0, counts), rows, weight, torch.empty(8, N))
+    assert called == []
 
 
 @pytest.mark.parametrize("columns", [512, 1024])
-@pytest.mark.parametrize("tiles", [False, True])
-def test_one_product_by_torch(
-    columns: int, tiles: bool, width_of_products: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_product_by_torch(columns: int, width_of_products: None) -> None:
     """Whether widened or not, the product is that of the numbers given, rounded once."""
-    monkeypatch.setattr(products, "has_tiles", lambda: tiles)
     generator = torch.Generator().manual_seed(0)
     product = Products(torch.bfloat16).by_torch
     for rows in (1, 23, 24, 100):

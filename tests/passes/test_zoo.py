@@ -118,7 +118,10 @@ def assert_experts_stay_exact(model: nn.Module, inputs: dict[str, Tensor], num_s
     wanted, wanted_grads = outputs_and_grads(reference, inputs)
     got, grads = outputs_and_grads(compiled.model, inputs)
     assert all(max_diff(a, b) <= 1e-5 for a, b in zip(got, wanted, strict=True))
-    assert worst(grads, wanted_grads) < (1e-4, "")
+    # Of its largest entry, or of a hundredth of the largest of all: a gradient that is zero but for rounding has others.
+    floor = 1e-2 * max(float(grad.abs().max()) for grad in wanted_grads.values())
+    off = {n: max_diff(grads[n], grad) / max(float(grad.abs().max()), floor) for n, grad in wanted_grads.items()}
+    assert grads.keys() == wanted_grads.keys() and {n: error for n, error in off.items() if not error < 1e-4} == {}
     assert any(grads[f"{layer.site.fqn}.down_proj"].any() for layer in compiled.plan.layers)
 
 

@@ -18,7 +18,10 @@ from pathlib import Path
 from torch import Tensor
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("swiglu.cpp", "products.cpp"))
-_FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_FLAGS = (
+    "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-shared",
+    "-fPIC",
+)  # fmt: skip
 # Function -> how many tensors and how many sizes it takes.
 _ALWAYS = {
     "forward_f32": (3, 2),

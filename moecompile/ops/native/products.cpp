@@ -15,7 +15,8 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__AVX512F__) && !defined(__clang__)  // clang 14 keeps the sums in memory: slower than a library
+// GCC 12 knows all that is used here; clang 14 keeps the sums in memory and is slower than a library.
+#if defined(__AVX512F__) && !defined(__clang__) && __GNUC__ >= 12
 #define HAS_PRODUCTS 1
 #else
 #define HAS_PRODUCTS 0
@@ -34,10 +35,10 @@ constexpr int kRows = 6;      // of out at a time: 6 x 4 sums, and what they are
 constexpr int kColumns = 4;   // of `dots`
 constexpr int kVectors = 4;   // of `multiples`
 constexpr int kAhead = 8;     // rows of b that are fetched before they are needed
-typedef float Vector __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t Bits __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t Pairs __attribute__((vector_size(64), aligned(2)));
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+typedef float Vector __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Pairs __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
 
 // -- numbers ----------------------------------------------------------------------------------------------------------
 
@@ -49,9 +50,17 @@ inline To bits_of(const From& from) {
   return to;
 }
 
-inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+// What stands in memory, at any address, as a value.
+template <class To>
+inline To read(const void* from) {
+  To to;
+  std::memcpy(&to, from, sizeof to);
+  return to;
+}
+
+inline Vector load(const float* from) { return read<Vector>(from); }
 inline Vector load(const bf16* from) {
-  return bits_of<Vector>(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Bits) << 16);
+  return bits_of<Vector>(__builtin_convertvector(read<Halves>(from), Bits) << 16);
 }
 
 inline Halves rounded(Vector value) {  // to the nearest, ties to even
@@ -59,8 +68,11 @@ inline Halves rounded(Vector value) {  // to the nearest, ties to even
   const Bits out = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return __builtin_convertvector(value == value ? out : Bits{} + 0x7fc0u, Halves);
 }
-inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
-inline void store(bf16* to, Vector value) { *reinterpret_cast<Halves*>(to) = rounded(value); }
+inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
+inline void store(bf16* to, Vector value) {
+  const Halves halves = rounded(value);
+  std::memcpy(to, &halves, sizeof halves);
+}
 
 // Past the caches: a weight's gradient is not read soon, and the memory need not be read to be written.
 inline void stream(float* to, Vector value) { _mm512_stream_ps(to, bits_of<__m512>(value)); }
@@ -103,13 +115,12 @@ struct Paired {
   using Number = bf16;
   using Left = uint32_t;  // two neighbours
   static constexpr int kStep = 2;
-  static Vector left(const Left* a) { return load(reinterpret_cast<const float*>(a)); }
-  static Vector right(const bf16* b) { return load(reinterpret_cast<const float*>(b)); }
+  static Vector left(const Left* a) { return read<Vector>(a); }
+  static Vector right(const bf16* b) { return read<Vector>(b); }
   static Vector spread(Left a) { return bits_of<Vector>(a - Bits{}); }
-  static void rows(const bf16* b, int64_t next, Vector* out) {  // row b beside the row after it
+  static void rows(const bf16* b, int64_t next, Vector* out) {  // row b beside the row after it, or beside zeros
     for (int v = 0; v < kVectors; v += 2) {
-      const Pairs one = *reinterpret_cast<const Pairs*>(b + v * kLanes);
-      const Pairs two = *reinterpret_cast<const Pairs*>(b + next + v * kLanes);
+      const Pairs one = read<Pairs>(b + v * kLanes), two = next ? read<Pairs>(b + next + v * kLanes) : Pairs{};
       out[v] = bits_of<Vector>(__builtin_shufflevector(one, two, FIRST_HALF));
       out[v + 1] = bits_of<Vector>(__builtin_shufflevector(one, two, SECOND_HALF));
     }
@@ -135,7 +146,7 @@ struct Paired {
 // -- kRows rows of out --------------------------------------------------------------------------------------------------
 
 // ROWS x 64 of out = sum over k of a(i, k) * b[k]; a(i, k) = a[i * a_row + k * a_step]. `odd`: the last row of b has no
-// neighbour, and a has zeros there.
+// neighbour.
 template <class Math, int ROWS, bool STREAM>
 void multiples(const typename Math::Left* a, int64_t a_row, int64_t a_step, const typename Math::Number* b,
                int64_t width, typename Math::Number* out, int64_t steps, bool odd) {

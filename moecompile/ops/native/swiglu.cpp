@@ -83,6 +83,7 @@ void backward(const T* gate_up, const float* weight, const T* grad_hidden, T* gr
   }
 }
 
+#if defined(__clang__) || __GNUC__ >= 12
 typedef uint16_t v16 __attribute__((vector_size(32), aligned(2)));
 #define LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
 #define HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
@@ -108,6 +109,12 @@ inline void transpose_tile(const uint16_t* from, int64_t from_stride, uint16_t* 
   else
     for (int i = 0; i < 16; ++i) std::memcpy(to + i * to_stride, &a[i], static_cast<size_t>(count) * sizeof *to);
 }
+#else
+inline void transpose_tile(const uint16_t* from, int64_t from_stride, uint16_t* to, int64_t to_stride, int64_t count) {
+  for (int64_t i = 0; i < 16; ++i)
+    for (int64_t j = 0; j < (count < 16 ? count : 16); ++j) to[i * to_stride + j] = from[j * from_stride + i];
+}
+#endif
 
 }  // namespace
 
