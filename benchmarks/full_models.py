@@ -37,6 +37,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=4, help="of a rank in a step")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--no-eager", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="one process: also print where the time of a step goes")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results" / "full_models.json")
     parser.add_argument(
         "--page", type=Path, default=REPOSITORY / "docs" / "assets", help="folder for what docs/peers.md shows"
@@ -68,7 +69,9 @@ def main() -> None:
     if told.ranks == 1:
         rows = []
         for family in told.families:
-            rows += training.measure(family, names, told.rounds, told.sequences, common.Place(), hidden=told.hidden)
+            rows += training.measure(
+                family, names, told.rounds, told.sequences, common.Place(), hidden=told.hidden, profiled=told.profile
+            )
             print(report.models_table(rows[-len(names) :]), "\n", flush=True)
         found = {"rows": rows}
     else:

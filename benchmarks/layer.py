@@ -47,6 +47,11 @@ SKEWED, PRODUCTS = "skewed", "products"
 GROUPS = {
     "products": ("mm", "addmm", "bmm", "_grouped_mm", "linear"),
     "rows": ("index_select", "_embedding_bag", "embedding_bag", "index_add_", "index_copy_", "index_put_", "gather"),
+    "attention": (
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+    ),
+    "AdamW": ("_fused_adamw_",),
     "choice": ("topk", "sort", "argsort", "cumsum", "scatter_add_", "bincount", "_softmax", "repeat_interleave"),
 }
 SIZES = ("8,2,1024,4096", "64,6,256,4096", "64,6,256,512", "128,8,512,4096")
@@ -188,7 +193,7 @@ def check_equal(found: dict[str, nn.Module], reference: nn.Module, x: Tensor, di
             raise SystemExit(f"{name} does not compute the same: relative errors {errors}")
 
 
-def print_profile(name: str, runs: Sequence[Callable[[], float]]) -> None:
+def print_profile(name: str, runs: Sequence[Callable[[], object]]) -> None:
     """Milliseconds a run spends in each group of operators; `kernels` is what operators of ours do themselves."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it announces itself
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -199,7 +204,7 @@ def print_profile(name: str, runs: Sequence[Callable[[], float]]) -> None:
         op = event.key.removeprefix("aten::")
         group = next((group for group, ops in GROUPS.items() if op in ops), "other")
         spent["kernels" if "moecompile" in op else group] += event.self_cpu_time_total / 1e3 / len(runs)
-    print(f"  profile of {name}: " + ", ".join(f"{group} {ms:.1f} ms" for group, ms in spent.items()), flush=True)
+    print(f"  profile of {name}: " + ", ".join(f"{group} {ms:.1f} ms" for group, ms in spent.items() if ms), flush=True)
 
 
 def measure(size: str, dtype: torch.dtype, rounds: int, *, eager: bool, profiled: bool) -> list[dict[str, object]]:

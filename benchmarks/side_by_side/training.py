@@ -6,11 +6,13 @@ import json
 import os
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from layer import print_profile
 from torch import Tensor, nn
 
 from moecompile.runtime.gradients import sum_replicated
@@ -103,7 +105,7 @@ def require(name: str, errors: dict[str, float]) -> None:
 
 def measure(
     family: str, names: list[str], rounds: int, sequences: int, place: Place, counter: Counter | None = None,
-    hidden: int = 512,
+    hidden: int = 512, profiled: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row a model. All take turns on the same new sequences; each rank has its own. All but the limit are compared.
 
@@ -131,6 +133,10 @@ def measure(
             found = _step(training[name], optimizers[name], ids, place.ranks, counter)
             if i >= WARM_UP:
                 taken[name].append(found)
+    if profiled:
+        ids = models.draw(sequences, seed=1)
+        for name in names:
+            print_profile(name, [partial(train_step, training[name], optimizers[name], ids) for _ in range(2)])
     return _rows(family, taken, errors, sequences * models.SEQUENCE, place)
 
 
