@@ -8,19 +8,17 @@ from torch import fx, nn
 
 from moecompile.capture import stand_in
 from moecompile.errors import PlanError
-from moecompile.nn import Experts
 from moecompile.passes.existing import (
     ExistingRegion,
     RewriteExisting,
-    computing,
     forget_weights,
     plain_attributes,
 )
-from moecompile.passes.fuse import Fuse, is_swiglu
+from moecompile.passes.fuse import Fuse
 from moecompile.passes.lower import Lower
 from moecompile.passes.match import FFNMatch
 from moecompile.passes.registry import run_registered
-from moecompile.passes.rewrite import Rewrite, activation_module
+from moecompile.passes.rewrite import Rewrite
 from moecompile.plan import ExpertsSite, LayerPlan, PlannedSite
 from moecompile.sites import DenseRegion, Graphs, Region
 from moecompile.torch_private import move_hooks, set_attribute
@@ -41,6 +39,11 @@ def planned_site(sites: Mapping[str, PlannedSite], layer: LayerPlan) -> PlannedS
             f"the model has {_form(found)} there",
             "Plan again for this model",
         )
+    if site.swiglu and not found.swiglu:
+        raise PlanError(
+            f"plan.layers[{site.fqn or 'the graph'}].site.swiglu", True,
+            f"the model computes {found.activation} there", "Plan again for this model",
+        )  # fmt: skip
     return found
 
 
@@ -132,38 +135,22 @@ def lowered_graph(graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> 
     return run_registered("lower", out, layers)
 
 
-def fused_region(region: Region, lowered: fx.GraphModule) -> fx.GraphModule:
-    """The lowered region with its experts fused where they can be."""
-    out = fused_graph(lowered)
+def fused_region(region: Region, lowered: fx.GraphModule, layers: Sequence[LayerPlan]) -> fx.GraphModule:
+    """The lowered region with its experts fused where the plan says so."""
+    out = fused_graph(lowered, layers)
     if isinstance(region, DenseRegion):
         return stand_in(out, lowered, attributes_of(lowered))
     forget_weights(lowered)
     return _with_attributes(region, out)
 
 
-def fused_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """The fuse pass, and its contract."""
+def fused_graph(graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> fx.GraphModule:
+    """The fuse pass between its contracts."""
     step = Fuse()
-    out = step.run(graph_module)
-    step.ensures(graph_module, out)
+    step.requires(graph_module, layers)
+    out = step.run(graph_module, layers)
+    step.ensures(graph_module, out, layers)
     return out
-
-
-def will_fuse(region: Region, fqn: str) -> bool:
-    """Whether the experts that the site `fqn` becomes, or has, will be computed in one op."""
-    if isinstance(region, DenseRegion):
-        return ffn_will_fuse(region.graph, region.matches[fqn])
-    if region.ffn is not None:
-        return ffn_will_fuse(*region.ffn)
-    return region.match.norm is None and is_swiglu(computing(region.match, region.module))
-
-
-def ffn_will_fuse(root: fx.GraphModule, match: FFNMatch) -> bool:
-    """The same of experts with the form of a dense FFN."""
-    if match.kind != "gated" or any(linear.bias for linear in (*match.ins, match.down)):
-        return False
-    activation = activation_module(root, match)
-    return is_swiglu(Experts(1, 1, 1, gated=True, activation=activation, device="meta"))
 
 
 def replace_regions(model: nn.Module, regions: Graphs) -> nn.Module:

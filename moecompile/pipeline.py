@@ -17,7 +17,6 @@ from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moecompile.apply import (
-    ffn_will_fuse,
     fused_graph,
     fused_region,
     lowered_graph,
@@ -27,14 +26,12 @@ from moecompile.apply import (
     replace_regions,
     rewritten_graph,
     rewritten_region,
-    will_fuse,
 )
 from moecompile.capture import Example, is_meta
 from moecompile.compose import compose_config
 from moecompile.errors import CaptureError, ConfigError, PlanError
 from moecompile.passes.base import PassRecord, count_ops
 from moecompile.passes.build_plan import build_plan
-from moecompile.passes.match import FFNMatch
 from moecompile.passes.plan_existing import notes
 from moecompile.passes.registry import registered_passes
 from moecompile.passes.shard import device_mesh_of, layers_of, shard
@@ -125,14 +122,13 @@ def make_plan(
     config = _config(overrides)
     sites: Sequence[PlannedSite]
     if isinstance(model_or_graph, fx.GraphModule) and example is None:
-        matches = graph_sites(model_or_graph)
-        sites, fused = list(matches), _fused_in_graph(model_or_graph, matches)
+        sites = list(graph_sites(model_or_graph))
     else:
         if example is None:
             raise CaptureError("make_plan needs example=... for a module that is not a GraphModule")
         captured = capture_regions(record_model(model_or_graph, example), config.experts.sites, _named(config))
-        sites, fused = captured.sites, _fused(captured)
-    return build_plan(sites, config, _facts(model_or_graph, fused))
+        sites = captured.sites
+    return build_plan(sites, config, _facts(model_or_graph))
 
 
 def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | Config | Plan = ()) -> fx.GraphModule:
@@ -151,14 +147,15 @@ def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | C
         plan, seed = overrides_or_plan, 0
     else:
         config = _config(overrides_or_plan)
-        plan, seed = build_plan(list(matches), config, _facts(source, _fused_in_graph(source, matches))), config.seed
+        plan, seed = build_plan(list(matches), config, _facts(source)), config.seed
     sites, by_fqn = {site.fqn: site for site in matches}, {site.fqn: match for site, match in matches.items()}
     pairs = [(by_fqn[planned_site(sites, layer).fqn], layer) for layer in plan.layers]
     order = {node: i for i, node in enumerate(source.graph.nodes)}
     pairs.sort(key=lambda pair: order[pair[0].down.node])  # a plan may list its layers in any order
     result: fx.GraphModule = source
     if pairs:
-        result = fused_graph(lowered_graph(rewritten_graph(source, pairs, seed), [layer for _, layer in pairs]))
+        layers = [layer for _, layer in pairs]
+        result = fused_graph(lowered_graph(rewritten_graph(source, pairs, seed), layers), layers)
     set_attribute(result, _PLAN, plan)
     return result
 
@@ -214,7 +211,7 @@ def compile_with_report(
     records = [clock.record("capture", {}, graphs, f"{len(recording.graph.nodes)} functions recorded")]
     records.append(clock.record("match", graphs, graphs, _found(captured)))
     if plan is None:
-        plan = build_plan(captured.sites, config, _facts(model, _fused(captured)))
+        plan = build_plan(captured.sites, config, _facts(model))
     layers = {layer.site.fqn: layer for layer in plan.layers}
     sites = {site.fqn: site for site in captured.sites}
     regions, planned = _by_region(captured, sites, plan)
@@ -238,7 +235,7 @@ def compile_with_report(
         records.append(
             clock.record("lower", rewritten, lowered, _with_registered("exchanges on logical axes", "lower"))
         )
-        fused = {path: fused_region(regions[path], graph) for path, graph in lowered.items()}
+        fused = {path: fused_region(regions[path], graph, planned[path]) for path, graph in lowered.items()}
         compiled.model = model = replace_regions(model, fused)
         compiled.graphs["fused"] = fused
         records.append(clock.record("fuse", lowered, fused, "one op for gather, experts and sum"))
@@ -293,17 +290,7 @@ def _kind(plan: Plan, config: Config) -> SiteKind:
     return SiteKind.existing if existing.pop() else SiteKind.dense
 
 
-def _fused(captured: Captured) -> frozenset[str]:
-    """Sites whose experts will be computed in one op."""
-    regions = ((site.fqn, captured.regions[captured.region_of[site.fqn]]) for site in captured.sites)
-    return frozenset(fqn for fqn, region in regions if will_fuse(region, fqn))
-
-
-def _fused_in_graph(graph_module: fx.GraphModule, matches: Mapping[FFNSite, FFNMatch]) -> frozenset[str]:
-    return frozenset(site.fqn for site, match in matches.items() if ffn_will_fuse(graph_module, match))
-
-
-def _facts(model: nn.Module, fused: frozenset[str]) -> ModelFacts:
+def _facts(model: nn.Module) -> ModelFacts:
     """Sizes of the dense model; what a bare module does not say about itself is left at 0."""
     layers = list(layers_of(model))
     inside = {parameter for layer in layers for parameter in layer.parameters()}
@@ -315,7 +302,6 @@ def _facts(model: nn.Module, fused: frozenset[str]) -> ModelFacts:
         vocab_size=int(getattr(getattr(model, "config", None), "vocab_size", 0) or 0),
         bytes_per_param=next((parameter.element_size() for parameter in model.parameters()), 4),
         causal=True if hasattr(model, "generate") else None,  # as language models of transformers do
-        fused=fused,
     )
 
 

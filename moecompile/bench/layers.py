@@ -20,13 +20,13 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
+from moecompile.apply import fused_graph
 from moecompile.bench.measure import Times, kept_bytes, medians, timed
 from moecompile.capture import Example, is_meta
 from moecompile.mesh import MeshSpec
 from moecompile.nn import Experts, Router, set_random_key
 from moecompile.nn.existing import ExistingExperts, MatrixExperts
 from moecompile.passes.existing import ExistingRegion, RewriteExisting
-from moecompile.passes.fuse import Fuse
 from moecompile.passes.lower import experts_calls
 from moecompile.passes.match_experts import ExpertsMatch
 from moecompile.passes.rewrite import activation_module
@@ -173,7 +173,7 @@ def _rewritten(layer: LayerPlan, region: DenseRegion, fqn: str) -> tuple[nn.Modu
 
 def _existing(layer: LayerPlan, region: ExistingRegion) -> tuple[nn.Module, fx.GraphModule]:
     """The dense FFN and a copy of the experts that the model has, as one call of them becomes."""
-    moe = copy.deepcopy(Fuse().run(RewriteExisting().run(region, layer)))
+    moe = copy.deepcopy(fused_graph(RewriteExisting().run(region, layer), [layer]))
     (call,) = experts_calls(moe)
     experts = moe.get_submodule(str(call.target))
     assert isinstance(experts, (Experts, ExistingExperts))

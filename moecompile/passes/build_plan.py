@@ -26,6 +26,7 @@ from moecompile.plan import (
     Plan,
     PlannedSite,
     RoutingPlan,
+    can_fuse,
     reductions,
 )
 from moecompile.planner import ModelFacts, RunFacts, Wire, choose_dispatch, estimate, row_bytes
@@ -144,6 +145,7 @@ def _layer(site: PlannedSite, settings: LayerSettings, config: Config, mesh: Mes
         skew=routing.skew,
     )
     placement = ExpertPlacement(num_experts=experts.num_routed, ep=mesh.ep, nodes=mesh.nodes_per_ep_group)
+    dispatch = _dispatch(config, mesh, routing_plan, placement, site)
     return LayerPlan(
         site=site,
         experts=ExpertsPlan(
@@ -165,7 +167,8 @@ def _layer(site: PlannedSite, settings: LayerSettings, config: Config, mesh: Mes
             **dataclasses.asdict(balance.losses),
         ),
         placement=placement,
-        dispatch=_dispatch(config, mesh, routing_plan, placement, site),
+        dispatch=dispatch,
+        fused=can_fuse(site, dispatch),
     )
 
 

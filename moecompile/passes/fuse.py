@@ -1,30 +1,29 @@
-"""fuse: experts whose activation is SwiGLU gather their rows and sum their outputs themselves, in one op.
+"""fuse: experts that the plan fuses gather their rows and sum their outputs themselves, in one op.
 
 What is copied for the experts and what lies between the projections is then neither kept nor written to memory as a
-whole (moecompile.ops.expert_ffn). Other experts stay as they are.
+whole (moecompile.ops.expert_ffn). Which experts that is, the plan decides: those whose activation is SwiGLU without
+biases, with a dispatch that copies and sums rows where the experts are. All others stay as they are.
 
-Algorithm, for each experts call:
-  1. Is it SwiGLU, without biases? What the activation computes is compared, so any spelling counts.
-  2. Does it stand between an op that copies rows and the one that sums them?
-  3. Sort the assignments alone, give the experts the rows and where each one's sources are, drop both ops.
+Algorithm, for each experts call that is planned so:
+  1. Find the op that copies its rows and the one that sums its outputs.
+  2. Sort the assignments alone, give the experts the rows and where each one's sources are, drop both ops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import fx
 
 from moecompile.comm.dispatch import items
 from moecompile.errors import PassError
-from moecompile.nn import Experts
-from moecompile.nn.existing import ExistingExperts
 from moecompile.passes.base import erase_unused, op_name
 from moecompile.passes.lower import exchanges_of, experts_calls
+from moecompile.passes.swiglu import is_swiglu
+from moecompile.plan import LayerPlan
 
 ops = torch.ops.moecompile
 
@@ -35,26 +34,43 @@ class Fuse:
 
     name: str = "fuse"
 
-    def run(self, graph_module: fx.GraphModule) -> fx.GraphModule:
+    def requires(self, graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> None:
+        """One experts call a layer, in the same order; what is planned as fused is SwiGLU, and not fused yet."""
+        calls = experts_calls(graph_module)
+        if len(calls) != len(layers):
+            raise PassError(self.name, "", f"{len(calls)} experts calls for {len(layers)} planned layers")
+        for call, layer in zip(calls, layers, strict=True):
+            if layer.fused and not is_swiglu(graph_module.get_submodule(str(call.target))):
+                raise PassError(self.name, layer.site.fqn, "is planned as fused, but its experts are not SwiGLU")
+            if _is_fused(call):
+                raise PassError(self.name, layer.site.fqn, "is fused already")
+
+    def run(self, graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> fx.GraphModule:
         """A new GraphModule over the same modules; the input keeps its graph."""
         graph = fx.Graph()
         graph.output(graph.graph_copy(graph_module.graph, {}))
         new = fx.GraphModule(graph_module, graph, class_name=type(graph_module).__name__)
-        for call in experts_calls(new):
-            if is_swiglu(new.get_submodule(str(call.target))):  # Step 1
-                _fuse(new.graph, call)
+        for call, layer in zip(experts_calls(new), layers, strict=True):
+            if layer.fused:
+                _fuse(new.graph, call, layer.site.fqn)
         erase_unused(new.graph)
         new.graph.lint()
         new.recompile()
         return new
 
-    def ensures(self, before: fx.GraphModule, after: fx.GraphModule) -> None:
-        """The same exchanges in the same order; a fused experts call reads one sort, and rows that are not copied."""
+    def ensures(self, before: fx.GraphModule, after: fx.GraphModule, layers: Sequence[LayerPlan]) -> None:
+        """The same exchanges in the same order; exactly the planned calls are fused.
+
+        A fused experts call reads one sort, and rows that are not copied.
+        """
         was, now = ([(op_name(n), str(n.args[-1])) for n in exchanges_of(graph)] for graph in (before, after))
         if was != now:
             raise PassError(self.name, "", f"exchanges were {was}, are {now}")
-        for call in experts_calls(after):
-            if "source_R" not in call.kwargs:
+        for call, layer in zip(experts_calls(after), layers, strict=True):
+            if _is_fused(call) != layer.fused:
+                rule = "is planned as fused, but is not" if layer.fused else "is fused, but is not planned so"
+                raise PassError(self.name, layer.site.fqn, rule)
+            if not layer.fused:
                 continue
             sources = {call.args[1], call.kwargs["source_R"], call.kwargs["weights_R"]}
             sorts = {op_name(n.args[0]) for n in sources if isinstance(n, fx.Node) and isinstance(n.args[0], fx.Node)}
@@ -62,48 +78,24 @@ class Fuse:
                 raise PassError(self.name, str(call.target), f"counts, sources and weights come from {sorted(sorts)}")
 
 
-def is_swiglu(experts: nn.Module) -> bool:
-    """Whether experts without biases compute silu(gate) * up, in training and in evaluation."""
-    if isinstance(experts, Experts):
-        plain = experts.gated and experts.gate_up_proj_bias is None and experts.down_proj_bias is None
-        return plain and _computes_swiglu(experts.activation, experts.activation)
-    if isinstance(experts, ExistingExperts):
-        plain = set(experts.names) == {"gate_up_proj", "down_proj"} and not experts.transposed
-        return plain and _computes_swiglu(experts.own, lambda gate, up: experts.gate(torch.cat((gate, up), -1)))
-    return False
+def _is_fused(call: fx.Node) -> bool:
+    return "source_R" in call.kwargs
 
 
-@torch.no_grad()
-def _computes_swiglu(owner: nn.Module, activation: Callable[[Tensor, Tensor], Tensor]) -> bool:
-    """Compared on a grid that is wide enough to show clamps and other slopes; dropout shows in training."""
-    if any(True for _ in owner.parameters()) or any(True for _ in owner.buffers()):
-        return False
-    cpu = torch.device("cpu")  # a model may be compiled where new tensors are on the meta device
-    values = torch.cat((torch.linspace(-40, 40, 161, device=cpu), torch.linspace(-2, 2, 41, device=cpu)))
-    gate, up = torch.meshgrid(values, values, indexing="ij")
-    wanted, modes = F.silu(gate) * up, [(module, module.training) for module in owner.modules()]
-    try:
-        for training in (False, True):
-            owner.train(training)
-            with torch.random.fork_rng(devices=[]):
-                if not torch.allclose(activation(gate.contiguous(), up.contiguous()), wanted, rtol=1e-5, atol=1e-6):
-                    return False
-    finally:
-        for module, training in modes:
-            module.training = training
-    return True
-
-
-def _fuse(graph: fx.Graph, call: fx.Node) -> None:
-    # Step 2
+def _fuse(graph: fx.Graph, call: fx.Node, where: str) -> None:
+    # Step 1
     rows = call.args[0]
     assert isinstance(rows, fx.Node)
     copied, summed = rows.args[0], list(call.users)
     assert isinstance(copied, fx.Node)
     rule = _RULES.get(op_name(copied))
-    if rule is None or len(summed) != 1 or op_name(summed[0]) != rule.sums:
-        return
-    # Step 3
+    if rule is None or [op_name(user) for user in summed] != [rule.sums]:
+        users = [op_name(user) for user in summed]
+        raise PassError(
+            Fuse.name, where,
+            f"is planned as fused, but its experts stand between {op_name(copied)} and {users}; set fused: false",
+        )  # fmt: skip
+    # Step 2
     x, sort, arguments = rule.sorting(copied, summed[0])
     with graph.inserting_before(call):
         ordered = graph.call_function(sort, arguments)

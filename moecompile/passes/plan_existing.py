@@ -25,6 +25,7 @@ from moecompile.plan import (
     Plan,
     PlannedSite,
     RoutingPlan,
+    can_fuse,
 )
 from moecompile.schema import BalanceRule, Config, LayerSettings
 
@@ -89,6 +90,7 @@ def existing_layer(
         group_score="max",
     )
     placement = ExpertPlacement(num_experts=site.num_experts, ep=mesh.ep, nodes=mesh.nodes_per_ep_group)
+    exchange = dispatch(routing, placement)
     return LayerPlan(
         site=site,
         experts=ExpertsPlan(
@@ -103,7 +105,8 @@ def existing_layer(
         routing=routing,
         balance=_balance(site, settings),  # Step 4
         placement=placement,
-        dispatch=dispatch(routing, placement),
+        dispatch=exchange,
+        fused=can_fuse(site, exchange),
     )
 
 

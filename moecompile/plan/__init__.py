@@ -9,6 +9,7 @@ from moecompile.plan.layers import (
     ExpertsPlan,
     LayerPlan,
     RoutingPlan,
+    can_fuse,
 )
 from moecompile.plan.one_process import on_one_process, on_one_rank
 from moecompile.plan.plan import Estimate, MemoryEstimate, Plan, Reduction, Traffic
@@ -31,6 +32,7 @@ __all__ = [
     "Reduction",
     "RoutingPlan",
     "Traffic",
+    "can_fuse",
     "from_yaml",
     "load",
     "on_one_process",

@@ -218,6 +218,8 @@ _STEPS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }  # fmt: skip
 EXCHANGES: dict[str, tuple[str, ...]] = {kind: tuple(op for op, _ in steps) for kind, steps in _STEPS.items()}
+FUSABLE = frozenset(EXCHANGES) - {"flat"}
+"""Kinds that copy and sum rows on the rank of the experts. flat does it on the rank of the tokens, around the wire."""
 _WIRE_DTYPES = ("auto", "fp32", "bf16")
 
 
@@ -260,6 +262,8 @@ class DispatchPlan:
 class LayerPlan:
     """One site and everything that is decided about it.
 
+    fused: whether its experts gather their rows and sum their outputs themselves, in one op.
+
     Raises:
         PlanError: parts that contradict each other.
     """
@@ -270,8 +274,12 @@ class LayerPlan:
     balance: BalancePlan
     placement: ExpertPlacement
     dispatch: DispatchPlan
+    fused: bool = False
 
     def __post_init__(self) -> None:
+        if self.fused and not can_fuse(self.site, self.dispatch):
+            rule = "needs SwiGLU experts without biases (site.swiglu), and a dispatch that is not flat"
+            raise PlanError(f"layers[{self.site.fqn or 'the graph'}].fused", True, rule, "Use false")
         for path, value, rule, fix in self._contradictions():
             raise PlanError(f"layers[{self.site.fqn or 'the graph'}].{path}", value, rule, fix)
 
@@ -315,3 +323,8 @@ class LayerPlan:
                 ("routing.top_k", routing.top_k) if routing.top_k % size else ("routing.groups", routing.groups)
             )
             yield path, value, f"a virtual group of {size} experts would be split", "Mend the plan, or plan again"
+
+
+def can_fuse(site: PlannedSite, dispatch: DispatchPlan) -> bool:
+    """Whether experts at `site` can be computed in one op under `dispatch`."""
+    return site.swiglu and dispatch.kind in FUSABLE

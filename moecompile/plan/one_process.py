@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from moecompile.mesh import MeshSpec
-from moecompile.plan.layers import DispatchPlan, ExpertPlacement, LayerPlan
+from moecompile.plan.layers import DispatchPlan, ExpertPlacement, LayerPlan, can_fuse
 from moecompile.plan.plan import Plan
 from moecompile.plan.reductions import reductions
 
@@ -17,6 +17,7 @@ def on_one_process(plan: Plan) -> Plan:
 
 
 def on_one_rank(layer: LayerPlan) -> LayerPlan:
-    """One layer with all of its experts on one rank."""
-    placement = ExpertPlacement(num_experts=layer.placement.num_experts, ep=1)
-    return dataclasses.replace(layer, placement=placement, dispatch=DispatchPlan(kind="local"))
+    """One layer with all of its experts on one rank, fused unless the plan could have fused them and did not."""
+    placement, dispatch = ExpertPlacement(num_experts=layer.placement.num_experts, ep=1), DispatchPlan(kind="local")
+    fused = can_fuse(layer.site, dispatch) and (layer.fused or not can_fuse(layer.site, layer.dispatch))
+    return dataclasses.replace(layer, placement=placement, dispatch=dispatch, fused=fused)

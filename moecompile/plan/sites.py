@@ -13,7 +13,8 @@ class FFNSite:
 
     fqn: module path of the region that holds the FFN ("" for a graph that the user brought). kind: `gated` (two
     linears feed the activation) or `up_down` (one). d_model, d_ff: widths. bias_up, bias_down: which linears have
-    biases. activation: the pointwise operations, for people to read. index: position among the matched sites.
+    biases. activation: the pointwise operations, for people to read. index: position among the matched sites. swiglu:
+    whether the FFN is down(silu(gate) * up) without biases.
     """
 
     fqn: str
@@ -24,8 +25,11 @@ class FFNSite:
     bias_down: bool
     activation: str
     index: int
+    swiglu: bool = False
 
     def __post_init__(self) -> None:
+        if self.swiglu and (self.kind != "gated" or self.bias_up or self.bias_down):
+            raise PlanError(f"{self.fqn}.swiglu", True, "holds for gated FFNs without biases alone", "Match the model")
         if self.kind not in ("gated", "up_down"):
             raise PlanError(f"{self.fqn}.kind", self.kind, "must be gated or up_down", "Use one of these")
         for name in ("d_model", "d_ff"):
@@ -46,7 +50,8 @@ class ExpertsSite:
     an expert, which are stacked. d_model, d_ff: widths of one expert. num_experts, top_k: read from the model, as are
     groups and top_groups (1: no limit) of its router, and whether that has a correction bias. num_in_projections:
     linears before the activation. bias_up, bias_down: whether they have biases. activation: for people to read. index:
-    position among the experts of the model.
+    position among the experts of the model. swiglu: whether one expert is down(silu(gate) * up) without biases, and
+    nothing else is done to what it returns.
     """
 
     fqn: str
@@ -64,6 +69,7 @@ class ExpertsSite:
     bias_down: bool = False
     activation: str
     index: int
+    swiglu: bool = False
 
     def __post_init__(self) -> None:
         if self.kind != "experts":

@@ -44,7 +44,7 @@ def activation_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFa
     num_layers, number = max(facts.num_layers, len(layers)), run.compute_bytes * run.tokens_per_rank
     d_model = max((layer.site.d_model for layer in layers), default=0)
     dense = max((2 * layer.site.num_in_projections * layer.site.d_ff for layer in layers), default=0)
-    moe = [moe_bytes(layer, mesh, run, fused=layer.site.fqn in facts.fused) for layer in layers]
+    moe = [moe_bytes(layer, mesh, run) for layer in layers]
     saved = [RESIDUAL_NUMBERS * d_model * number + ffn for ffn in moe + [dense * number] * (num_layers - len(layers))]
     logits = LOGITS_COPIES * facts.vocab_size * number
     found = logits + sum(saved)
@@ -55,11 +55,11 @@ def activation_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFa
     return round(found)
 
 
-def moe_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts, *, fused: bool) -> float:
-    """Step 1, for an MoE layer. fused: whether its experts are computed in one op (moecompile.passes.fuse)."""
+def moe_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
+    """Step 1, for an MoE layer."""
     site, experts, top_k, tokens = layer.site, layer.experts, layer.routing.top_k, run.tokens_per_rank
     hidden = 2 * site.num_in_projections
-    if not fused:
+    if not layer.fused:
         routed = top_k * (2 * site.d_model + hidden * experts.d_expert)
         return run.compute_bytes * tokens * (routed + hidden * experts.d_shared + 2 * experts.num_routed)
     narrow = BF16_BYTES if run.is_mixed else run.compute_bytes

@@ -26,8 +26,7 @@ class ModelFacts:
     params_total: all parameters before rewriting, tied ones once. params_embedding: those outside the layers
     (embeddings, output head, final norm). num_layers, vocab_size: of the model; where they are 0 (a bare graph), only
     the planned layers are counted. bytes_per_param: of weights as they are stored (4: fp32). causal:
-    whether a token must not see later ones (None: unknown). fused: paths of the sites whose experts will be computed
-    in one op.
+    whether a token must not see later ones (None: unknown).
     """
 
     params_total: int
@@ -36,7 +35,6 @@ class ModelFacts:
     vocab_size: int = 0
     bytes_per_param: int = 4
     causal: bool | None = None
-    fused: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)

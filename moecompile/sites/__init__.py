@@ -119,7 +119,7 @@ def graph_sites(graph_module: fx.GraphModule) -> dict[FFNSite, FFNMatch]:
     sites: dict[FFNSite, FFNMatch] = {}
     for i, (match, owner) in enumerate(zip(matches, owners, strict=True)):
         fqn = owner if owners.count(owner) == 1 else f"{owner}@{match.down.node.name}"
-        sites[ffn_site(fqn, match, i)] = match
+        sites[ffn_site(fqn, graph_module, match, i)] = match
     return sites
 
 

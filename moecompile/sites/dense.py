@@ -14,6 +14,7 @@ from moecompile.errors import CaptureError, MoecompileError
 from moecompile.passes.match import FFNMatch, GraphView, find_ffns
 from moecompile.passes.match_experts import structure
 from moecompile.passes.rewrite import common_owner
+from moecompile.passes.swiglu import ffn_is_swiglu
 from moecompile.plan import FFNSite
 from moecompile.sites.nouns import Captured, DenseRegion, Site
 
@@ -136,7 +137,7 @@ def trace_all(recording: Recording, found: list[RecordedFFN], captured: Captured
         if region is not None and region.matches:
             captured.regions[path] = region
             for fqn, match in region.matches.items():
-                captured.sites.append(ffn_site(fqn, match, index))
+                captured.sites.append(ffn_site(fqn, region.graph, match, index))
                 captured.region_of[fqn] = path
                 index += 1
 
@@ -152,8 +153,8 @@ def _leave_stateful(recording: Recording, regions: dict[str, DenseRegion], reaso
             del regions[path]
 
 
-def ffn_site(fqn: str, match: FFNMatch, index: int) -> FFNSite:
-    """The noun for a match."""
+def ffn_site(fqn: str, root: fx.GraphModule, match: FFNMatch, index: int) -> FFNSite:
+    """The noun for a match in the graph of `root`."""
     return FFNSite(
         fqn=fqn,
         kind=match.kind,
@@ -163,6 +164,7 @@ def ffn_site(fqn: str, match: FFNMatch, index: int) -> FFNSite:
         bias_down=match.down.bias is not None,
         activation=match.activation,
         index=index,
+        swiglu=ffn_is_swiglu(root, match),
     )
 
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from moecompile.capture import ModuleCall, Recording, in_mode, is_meta, trace_region
 from moecompile.errors import CaptureError
 from moecompile.nn.existing import correction_bias
-from moecompile.passes.existing import ExistingRegion, RewriteExisting
+from moecompile.passes.existing import ExistingRegion, RewriteExisting, computing
 from moecompile.passes.match import FFNMatch, GraphView, find_ffns
 from moecompile.passes.match_experts import (
     ExpertsCall,
@@ -30,6 +30,7 @@ from moecompile.passes.match_experts import (
     matrices_of,
     structure,
 )
+from moecompile.passes.swiglu import ffn_is_swiglu, is_swiglu
 from moecompile.plan import ExpertsSite
 from moecompile.sites.nouns import Site
 
@@ -88,7 +89,14 @@ def experts_site(recording: Recording, path: str, region: ExistingRegion, index:
         bias_down=down_bias,
         activation=match.activation,
         index=index,
+        swiglu=_is_swiglu(region),
     )
+
+
+def _is_swiglu(region: ExistingRegion) -> bool:
+    if region.ffn is not None:
+        return ffn_is_swiglu(*region.ffn)
+    return region.match.norm is None and is_swiglu(computing(region.match, region.module))
 
 
 def _region(module: nn.Module, call: ModuleCall, seen: ExpertsCall, traced: _Traced) -> ExistingRegion | str | None:

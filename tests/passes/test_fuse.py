@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -10,24 +11,35 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from moecompile.errors import PassError
+from moecompile.errors import PassError, PlanError
 from moecompile.nn import Experts
-from moecompile.passes.fuse import Fuse, is_swiglu
+from moecompile.passes.fuse import Fuse
 from moecompile.passes.lower import Lower, exchanges_of, experts_calls
 from moecompile.passes.rewrite import Rewrite
+from moecompile.passes.swiglu import is_swiglu
 from moecompile.pipeline import compile_with_report
+from moecompile.plan import LayerPlan, on_one_rank
 from tests.existing_models import moe_inputs, moe_model
 from tests.models import COPY4, Gated, UpDown, config, ids, max_diff, only_ffn, plan_for, randomize, text, tokens
 
 SHARDED = [*COPY4, "mesh.num_nodes=2", "mesh.ranks_per_node=2"]
 
 
-def lowered(kind: str, ffn: nn.Module | None = None) -> fx.GraphModule:
-    """A lowered FFN."""
+def lowered(kind: str, ffn: nn.Module | None = None) -> tuple[fx.GraphModule, list[LayerPlan]]:
+    """A lowered FFN and its layer."""
     ffn = ffn or Gated()
     before, match = only_ffn(ffn)
     (layer,) = plan_for(ffn, COPY4 if kind == "local" else [*SHARDED, f"dispatch.kind={kind}"]).layers
-    return Lower().run(Rewrite().run(before, [(match, layer)]), [layer])
+    return Lower().run(Rewrite().run(before, [(match, layer)]), [layer]), [layer]
+
+
+def fused(graph_module: fx.GraphModule, layers: list[LayerPlan]) -> fx.GraphModule:
+    """The pass between its contracts."""
+    step = Fuse()
+    step.requires(graph_module, layers)
+    after = step.run(graph_module, layers)
+    step.ensures(graph_module, after, layers)
+    return after
 
 
 EXPECTED_LOCAL = """\
@@ -47,9 +59,9 @@ output(%10)
 
 
 def test_expected_graph() -> None:
-    before = lowered("local")
+    before, layers = lowered("local")
     shown = text(before)
-    after = Fuse().run(before)
+    after = fused(before, layers)
     assert text(after) == EXPECTED_LOCAL
     assert text(before) == shown
     assert after.experts is before.experts
@@ -64,8 +76,8 @@ COPYING = ("permute", "expand_rows", "take_local", "reduce_rows", "unpermute")
 
 @pytest.mark.parametrize("kind", SORTING)
 def test_every_dispatch_sorts_and_does_not_copy(kind: str) -> None:
-    before = lowered(kind)
-    after = text(Fuse().run(before))
+    before, layers = lowered(kind)
+    after = text(fused(before, layers))
     assert f"moecompile.{SORTING[kind]}(" in after
     assert not [op for op in COPYING if f"moecompile.{op}(" in after]
     for exchange in ("all_to_all", "exchange_assignments", "all_gather", "reduce_scatter"):
@@ -73,26 +85,65 @@ def test_every_dispatch_sorts_and_does_not_copy(kind: str) -> None:
 
 
 def test_a_lost_exchange_and_a_foreign_order_break_the_contract() -> None:
-    before = lowered("dedup")
-    step = Fuse()
-    after = step.run(before)
-    step.ensures(before, after)
+    before, layers = lowered("dedup")
+    step, after = Fuse(), fused(before, layers)
     (call,) = experts_calls(after)
     counts = call.args[1]
     call.args = (call.args[0], call.args[0], *call.args[2:])
     with pytest.raises(PassError, match="counts, sources and weights come from"):
-        step.ensures(before, after)
+        step.ensures(before, after, layers)
     call.args = (call.args[0], counts, *call.args[2:])
     exchange = exchanges_of(after)[-1]
     exchange.replace_all_uses_with(exchange.args[0])
     after.graph.erase_node(exchange)
     with pytest.raises(PassError, match="exchanges were"):
-        step.ensures(before, after)
+        step.ensures(before, after, layers)
 
 
-def test_flat_stays_because_each_row_travels_by_itself() -> None:
-    before = lowered("flat")
-    assert text(Fuse().run(before)) == text(before)
+def test_the_plan_decides_and_the_pass_does_it() -> None:
+    before, (layer,) = lowered("dedup")
+    assert layer.fused
+    (left,) = layers = [dataclasses.replace(layer, fused=False)]
+    assert text(fused(before, layers)) == text(before)
+    step, after = Fuse(), fused(before, [layer])
+    for graph, planned, message in ((before, layer, "but is not"), (after, left, "is not planned so")):
+        with pytest.raises(PassError, match=message):
+            step.ensures(before, graph, [planned])
+    with pytest.raises(PassError, match="is fused already"):
+        step.requires(after, [layer])
+
+
+def test_what_cannot_be_fused_as_planned_is_an_error() -> None:
+    before, (layer,) = lowered("local")
+    _, (other,) = lowered("local", UpDown())
+    assert not other.fused
+    foreign = lowered("local", UpDown())[0]
+    with pytest.raises(PassError, match="its experts are not SwiGLU"):
+        Fuse().requires(foreign, [layer])
+    (call,) = experts_calls(before)
+    with before.graph.inserting_after(call):
+        between = before.graph.call_function(torch.neg, (call,))
+    call.replace_all_uses_with(between, delete_user_cb=lambda user: user is not between)
+    with pytest.raises(PassError, match=r"its experts stand between permute and \['neg'\]; set fused: false"):
+        Fuse().run(before, [layer])
+
+
+def test_flat_is_not_planned_so_because_each_row_travels_by_itself() -> None:
+    before, (layer,) = lowered("flat")
+    assert layer.site.swiglu
+    assert not layer.fused
+    assert text(fused(before, [layer])) == text(before)
+    with pytest.raises(
+        PlanError, match=r"fused=True: needs SwiGLU experts without biases .*, and a dispatch that is not"
+    ):
+        dataclasses.replace(layer, fused=True)
+
+
+def test_one_rank_fuses_what_no_dispatch_forbids() -> None:
+    (flat,), (dedup,) = lowered("flat")[1], lowered("dedup")[1]
+    assert on_one_rank(flat).fused
+    assert on_one_rank(dedup).fused
+    assert not on_one_rank(dataclasses.replace(dedup, fused=False)).fused  # decided by hand
 
 
 class Clamped(Gated):
@@ -115,8 +166,9 @@ class Dropped(Gated):
 
 @pytest.mark.parametrize("ffn", [UpDown, Clamped, Dropped])
 def test_other_activations_stay(ffn: Callable[[], nn.Module]) -> None:
-    before = lowered("local", ffn())
-    assert text(Fuse().run(before)) == text(before)
+    before, (layer,) = lowered("local", ffn())
+    assert not layer.site.swiglu
+    assert text(fused(before, [layer])) == text(before)
 
 
 class Act(nn.Module):
@@ -170,12 +222,13 @@ def test_outputs_and_gradients_are_those_of_the_lowered_graph(overrides: list[st
     assert {name: max_diff(wanted[name], got[name]) < 1e-12 for name in wanted} == dict.fromkeys(wanted, True)
 
 
-@pytest.mark.parametrize(("architecture", "fused"), [("mixtral", True), ("deepseek_v3", True), ("gpt_oss", False)])
-def test_experts_that_a_model_has(architecture: str, fused: bool) -> None:
+@pytest.mark.parametrize(("architecture", "is_fused"), [("mixtral", True), ("deepseek_v3", True), ("gpt_oss", False)])
+def test_experts_that_a_model_has(architecture: str, is_fused: bool) -> None:
     model = moe_model(architecture)
     names = list(model.state_dict())
     compiled = compile_with_report(model, config(), example=moe_inputs(architecture, ids()))
     for graph in compiled.graphs["fused"].values():
         (call,) = experts_calls(graph)
-        assert bool(call.kwargs) is fused
+        assert bool(call.kwargs) is is_fused
+    assert {layer.fused for layer in compiled.plan.layers} == {is_fused}
     assert list(compiled.model.state_dict()) == names

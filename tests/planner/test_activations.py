@@ -1,21 +1,27 @@
-"""What a layer is predicted to keep for backward against what it does keep, and fusing foretold."""
+"""What a layer is predicted to keep for backward against what it does keep, on one rank and on several."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from moecompile.bench import measure_layers
+from moecompile.bench.measure import kept_bytes
 from moecompile.compose import compose_config
 from moecompile.models import build_model, example_inputs
+from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.pipeline import compile_with_report, make_plan
 from moecompile.plan import on_one_process
-from moecompile.planner import ModelFacts, RunFacts
-from moecompile.planner.activations import activation_bytes, moe_bytes
+from moecompile.planner import RunFacts
+from moecompile.planner.activations import moe_bytes
 from moecompile.schema import Config
+from tests.distributed.harness import run_distributed_test
+from tests.models import Gated
 
 CPU = torch.device("cpu")
 RUN = ["bench.rounds=1", "bench.warmup=1", "data.global_batch_size=4", "model.config.num_hidden_layers=2"]
@@ -31,7 +37,7 @@ def kept(overrides: list[str]) -> tuple[float, float]:
     (cost, *_) = measure_layers(model, plan, config, example, CPU)
     run = run_facts(config, cost.tokens)
     layer = on_one_process(plan).layer(cost.sites[0])
-    predicted = moe_bytes(layer, on_one_process(plan).mesh, run, fused=True)
+    predicted = moe_bytes(layer, on_one_process(plan).mesh, run)
     return predicted, cost.moe_kept - cost.tokens * layer.site.d_model * run.compute_bytes
 
 
@@ -89,24 +95,39 @@ def _agrees(model: nn.Module, *, is_one_op: bool) -> None:
         (call,) = [node for node in graph.graph.nodes if str(node.target).endswith("experts")]
         assert ("source_R" in call.kwargs) == is_one_op
     plan, run = compiled.plan, RunFacts(tokens_per_rank=4 * 64)
-    bytes_of = [moe_bytes(plan.layers[0], plan.mesh, run, fused=fused) for fused in (False, True)]
+    assert [layer.fused for layer in plan.layers] == [is_one_op] * 2
     rest = 256 * 4 * (2 * 12 * 32 + 3 * 61)
     assert plan.estimate is not None
     found = plan.estimate.memory_bytes_per_rank.activations
-    assert found == pytest.approx(rest + 2 * bytes_of[is_one_op])
-    assert found != pytest.approx(rest + 2 * bytes_of[not is_one_op])
+    assert found == pytest.approx(rest + 2 * moe_bytes(plan.layers[0], plan.mesh, run))
+    if is_one_op:
+        unfused = moe_bytes(replace(plan.layers[0], fused=False), plan.mesh, run)
+        assert found < rest + 2 * unfused
 
 
-def test_with_exchanges_the_rows_received_are_kept() -> None:
-    config = compose_config(["mesh.ranks_per_node=2", "dispatch=flat", *SMALL])
-    model = build_model(config.model, 0)
-    plan = make_plan(model, config, example=example_inputs(model, 8))
-    layer, run = plan.layers[0], RunFacts(tokens_per_rank=100)
-    local = on_one_process(plan)
-    more = moe_bytes(layer, plan.mesh, run, fused=True) - moe_bytes(local.layers[0], local.mesh, run, fused=True)
-    assert more == pytest.approx(100 * 2 * 128 * 4)  # flat sends a row for each of the two experts
-    wide = replace(run, compute_bytes=4)
-    facts = ModelFacts(params_total=0, fused=frozenset(layer.site.fqn for layer in plan.layers))
-    assert activation_bytes(plan.layers, plan.mesh, facts, wide) < activation_bytes(
-        plan.layers, plan.mesh, ModelFacts(params_total=0), wide
-    )
+KINDS = ("flat", "dedup", "allgather")
+
+
+def _kept_on_ranks(rank: int, world_size: int) -> dict[str, tuple[float, int]]:
+    """Kind of dispatch -> bytes that one layer is predicted to keep, and keeps; balanced load."""
+    tokens, found = 4096, {}
+    for kind in KINDS:
+        config = ["mesh.ranks_per_node=2", f"dispatch.kind={kind}", "experts.num_routed=8", "routing.top_k=2"]
+        torch.manual_seed(0)
+        ffn = Gated(64, 256)
+        x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(rank))
+        compiled = compile_with_report(ffn, [*config, "routing.workload=balanced"], example=x[:4])
+        (layer,) = compiled.plan.layers
+        shard(compiled.model, compiled.plan, device_mesh_of(compiled.plan.mesh, "cpu"))
+        compiled.model(x)  # gathers weights, and compiles what is compiled on first use
+        weights = [*compiled.model.parameters(), *compiled.model.buffers(), x]
+        shards = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+        run = RunFacts(tokens_per_rank=tokens)
+        found[kind] = moe_bytes(layer, compiled.plan.mesh, run), kept_bytes(partial(compiled.model, x), shards)
+    return found
+
+
+def test_every_dispatch_keeps_what_is_predicted_on_two_ranks() -> None:
+    for found in run_distributed_test(_kept_on_ranks, 2):
+        for kind, (predicted, measured) in found.items():
+            assert predicted == pytest.approx(measured, rel=0.1), (kind, found)
