@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from moecompile.apply import replace_regions
 from moecompile.capture import Example, call_with, in_mode, is_meta
+from moecompile.errors import PassError
 from moecompile.passes.upcycle import step0_reason
 from moecompile.plan import FFNSite, LayerPlan
 from moecompile.sites import Graphs
@@ -50,10 +51,22 @@ class Comparison:
         self.before = _outputs(model, example) if is_needed else []
 
     def replace(self, model: nn.Module, rewritten: Graphs) -> tuple[nn.Module, Receipt]:
-        """The model with all regions replaced, those first that promise to change nothing; and the receipt."""
+        """The model with all regions replaced, those first that promise to change nothing; and the receipt.
+
+        Raises:
+            PassError: outputs that are promised to stay do not; the model is then as it was.
+        """
         promised = {path: graph for path, graph in rewritten.items() if path not in self.unpromised}
+        originals = {path: model.get_submodule(path) for path in promised}
         model = replace_regions(model, promised)
         diff = self._diff(model) if self.before else None
+        if diff is not None and not diff <= (bound := self._bound()):
+            replace_regions(model, originals)
+            first = next(layer.site.fqn for layer in self.layers if layer.site.fqn not in self.reasons)
+            rule = (
+                f"outputs on the example are promised to stay but differ by {diff:.3g}; rounding makes {bound:.3g}"
+            )
+            raise PassError("rewrite", first, rule)
         if not self.reasons:
             reason = ON_META if rewritten and is_meta(model) else None
             return model, Receipt(max_abs_diff=diff, reason=reason)
@@ -62,7 +75,12 @@ class Comparison:
 
     def _diff(self, model: nn.Module) -> float:
         pairs = zip(self.before, _outputs(model, self.example), strict=True)
-        return max((float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0)
+        return max((float(_difference(a, b).max()) for a, b in pairs if a.numel()), default=0.0)
+
+    def _bound(self) -> float:
+        """What rounding makes of equal functions at most: half the digits of the outputs."""
+        finite = [(out[out.isfinite()].abs(), torch.finfo(out.dtype).eps) for out in self.before]
+        return max((float(values.max()) * eps**0.5 for values, eps in finite if values.numel()), default=0.0)
 
     def _why(self) -> str:
         """The first reason; where not all layers have it, which ones have one."""
@@ -76,6 +94,11 @@ class Comparison:
 
 def _reason(layer: LayerPlan) -> str | None:
     return step0_reason(layer) if isinstance(layer.site, FFNSite) else None
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """Absolute; 0 where both are the same infinity or no number."""
+    return (a - b).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0.0)
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ __all__ = [
     "ShardPlacementResult",
     "compile_whole",
     "fake_tensors",
+    "hooks_of",
     "in_backward",
     "local_rows",
     "move_hooks",
@@ -40,6 +41,13 @@ _HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
 )  # fmt: skip
+
+_HOOK_WORDS = {
+    "_forward_pre_hooks": "a forward pre-hook", "_forward_hooks": "a forward hook",
+    "_backward_pre_hooks": "a backward pre-hook", "_backward_hooks": "a backward hook",
+    "_state_dict_pre_hooks": "a state-dict hook", "_state_dict_hooks": "a state-dict hook",
+    "_load_state_dict_pre_hooks": "a state-dict hook", "_load_state_dict_post_hooks": "a state-dict hook",
+}  # fmt: skip
 
 
 def compile_whole(module: nn.Module) -> None:
@@ -94,6 +102,20 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
     """Lets `new` run the forward and backward hooks of `old`; their handles stay valid."""
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
+
+
+def hooks_of(module: nn.Module) -> list[str]:
+    """What runs with `module` itself beside its class's forward: hooks on it and on its parameters, another forward.
+
+    Hooks for all modules (torch.nn.modules.module) do not count: they run on any other module too.
+    """
+    found = [words for name, words in _HOOK_WORDS.items() if getattr(module, name)]
+    if "forward" in vars(module) and not isinstance(module, torch.fx.GraphModule):
+        found.append("a forward of its own")
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            found.append(f"a gradient hook on its {name}")
+    return list(dict.fromkeys(found))
 
 
 def set_attribute(module: nn.Module, name: str, value: object) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from moecompile.errors import PassError
 from moecompile.nn import Experts
 from moecompile.pipeline import Compiled, compile_with_report
 from moecompile.receipt import Receipt
@@ -59,8 +60,10 @@ def test_some_layers_promise_it_and_are_measured_alone(tmp_path: Path) -> None:
     )
 
 
-def test_a_promise_that_is_broken_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The measurement is one of the rewritten layers: other weights in them give another difference."""
+@pytest.mark.parametrize("changes", [{}, {"last": LAST_RANDOM}], ids=["all promise it", "two of three"])
+def test_a_promise_that_is_broken_is_an_error_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
     from moecompile.passes import rewrite
 
     def doubled(router: Any, experts: Experts, *rest: Any) -> None:
@@ -68,10 +71,28 @@ def test_a_promise_that_is_broken_shows(monkeypatch: pytest.MonkeyPatch) -> None
         with torch.no_grad():
             experts.down_proj.mul_(2)
 
-    fill = rewrite.fill
-    monkeypatch.setattr(rewrite, "fill", doubled)
-    compiled = compile_with_report(TinyGPT(layers=3), mixed(last=LAST_RANDOM), example=ids())
-    assert compiled.step0.promised_max_abs_diff is not None and compiled.step0.promised_max_abs_diff > 1e-3
+    fill, model = rewrite.fill, TinyGPT(layers=3).eval()
+    before, modules = model(ids()), list(model.modules())
+    with monkeypatch.context() as patch:
+        patch.setattr(rewrite, "fill", doubled)
+        with pytest.raises(
+            PassError, match=r"blocks\.0\.mlp: outputs on the example are promised to stay but differ by"
+        ):
+            compile_with_report(model, mixed(**changes), example=ids())
+    assert list(model.modules()) == modules
+    assert torch.equal(model(ids()), before)
+    compile_with_report(model, mixed(**changes), example=ids())
+
+
+def test_outputs_that_are_no_numbers_can_stay() -> None:
+    class Masked(TinyGPT):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = super().forward(x).clone()
+            out[..., 0], out[..., 1] = float("-inf"), float("nan")
+            return out
+
+    compiled = compile_with_report(Masked(layers=1), config(*COPY4), example=ids())
+    assert compiled.step0.max_abs_diff is not None and compiled.step0.max_abs_diff <= 1e-5
 
 
 def test_layers_with_different_reasons_are_named() -> None:

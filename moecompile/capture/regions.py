@@ -30,6 +30,8 @@ def trace_region(module: nn.Module, call: ModuleCall, inlined: Collection[str] |
     Raises:
         CaptureError: the region's Python depends on values of tensors, or its graph does not compute the same.
     """
+    if "forward" in vars(module):
+        raise CaptureError("it has a forward of its own, beside that of its class, which would be lost")
     args, kwargs = _fresh(call)
     arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     try:
@@ -141,5 +143,5 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _outputs(module: nn.Module, call: ModuleCall, training: bool) -> list[Tensor]:
     args, kwargs = _fresh(call)
-    with _quiet(module, training=training):
-        return [leaf for leaf in tree_leaves(module(*args, **kwargs)) if isinstance(leaf, Tensor)]
+    with _quiet(module, training=training):  # not called: its own hooks stay, and see what the graph gives
+        return [leaf for leaf in tree_leaves(module.forward(*args, **kwargs)) if isinstance(leaf, Tensor)]

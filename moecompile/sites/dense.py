@@ -16,6 +16,7 @@ from moecompile.passes.match_experts import structure
 from moecompile.passes.rewrite import common_owner
 from moecompile.passes.swiglu import ffn_is_swiglu
 from moecompile.plan import FFNSite
+from moecompile.sites.hooks import lost_hooks
 from moecompile.sites.nouns import Captured, DenseRegion, Site
 
 _SHARED = "lies in an MoE block that the model has already (a shared expert); name it by experts.match to rewrite it"
@@ -187,11 +188,25 @@ def _trace(
     found: dict[str, FFNMatch] = {}
     for item in items:
         weight = item.ffn.down.weight
-        if weight in by_weight:
+        lost = _lost_hooks(path, module, by_weight[weight], items) if weight in by_weight else None
+        if lost is not None:
+            reasons[item.fqn] = lost
+        elif weight in by_weight:
             found[item.fqn] = by_weight[weight]
         else:
             reasons[item.fqn] = why.get(weight, f"in its region {path or 'the model'} it is no FFN any more")
     return DenseRegion(graph_module, found, module)
+
+
+def _lost_hooks(path: str, region: nn.Module, match: FFNMatch, items: Collection[RecordedFFN]) -> str | None:
+    """The first module whose hooks would not run any more: of the FFN, or one whose Python is traced through.
+
+    Those of the region itself, whose place the graph takes, are kept.
+    """
+    parts = {str(node.target) for node in match.nodes if node.op == "call_module"}
+    parts |= {linear.weight.rpartition(".")[0] for linear in (*match.ins, match.down)} | _inlined(items)
+    parts.discard("")
+    return lost_hooks(path, region, lambda name: any(name == part or name.startswith(f"{part}.") for part in parts))
 
 
 def _traced(

@@ -32,6 +32,7 @@ from moecompile.passes.match_experts import (
 )
 from moecompile.passes.swiglu import ffn_is_swiglu, is_swiglu
 from moecompile.plan import ExpertsSite
+from moecompile.sites.hooks import lost_hooks
 from moecompile.sites.nouns import Site
 
 _Traced = dict[tuple[object, ...], tuple[fx.GraphModule, FFNMatch] | str]  # structure -> an expert's FFN, or why none
@@ -51,7 +52,7 @@ def find_existing(recording: Recording, refused: list[Site]) -> dict[str, Existi
         seen = experts_call(_arguments(module, call))
         region: ExistingRegion | str | None
         if seen is not None:
-            region = _region(module, call, seen, traced)
+            region = _region(path, module, call, seen, traced)
         else:
             region = _CALLED_OTHERWISE if holds_stacks(module) else None
         if isinstance(region, ExistingRegion):
@@ -99,10 +100,14 @@ def _is_swiglu(region: ExistingRegion) -> bool:
     return region.match.norm is None and is_swiglu(computing(region.match, region.module))
 
 
-def _region(module: nn.Module, call: ModuleCall, seen: ExpertsCall, traced: _Traced) -> ExistingRegion | str | None:
+def _region(
+    path: str, module: nn.Module, call: ModuleCall, seen: ExpertsCall, traced: _Traced
+) -> ExistingRegion | str | None:
     """Experts, the reason why they are not supported, or None for a module without weights."""
     match: ExpertsMatch | str
     ffn = None
+    if "forward" in vars(module):
+        return "it has a forward of its own, beside that of its class, which would be lost"
     if children := expert_modules(module):
         ffn = _expert_ffn(module.get_submodule(children[0]), call, traced)
         match = ffn if isinstance(ffn, str) else _of_modules(seen, children, ffn[1])
@@ -115,7 +120,7 @@ def _region(module: nn.Module, call: ModuleCall, seen: ExpertsCall, traced: _Tra
     if isinstance(match, str) or isinstance(ffn, str):
         return str(match)
     region = ExistingRegion(match, module, ffn)
-    return _unproven(region, call) or region
+    return lost_hooks(path, module, lambda name: name != match.norm) or _unproven(region, call) or region
 
 
 def _of_modules(seen: ExpertsCall, children: tuple[str, ...], ffn: FFNMatch) -> ExpertsMatch:
@@ -169,7 +174,7 @@ def _unproven(region: ExistingRegion, call: ModuleCall) -> str | None:
 @torch.no_grad()
 def _output(module: nn.Module, call: ModuleCall, *, training: bool = False) -> Tensor:
     with torch.random.fork_rng(devices=[]), in_mode(module, training=training):
-        out: Tensor = module(*call.args, **call.kwargs)
+        out: Tensor = module.forward(*call.args, **call.kwargs)  # its own hooks go over to the graph
     return out
 
 
