@@ -63,9 +63,7 @@ class Comparison:
         if diff is not None and not diff <= (bound := self._bound()):
             replace_regions(model, originals)
             first = next(layer.site.fqn for layer in self.layers if layer.site.fqn not in self.reasons)
-            rule = (
-                f"outputs on the example are promised to stay but differ by {diff:.3g}; rounding makes {bound:.3g}"
-            )
+            rule = f"outputs on the example are promised to stay but differ by {diff:.3g}; rounding makes {bound:.3g}"
             raise PassError("rewrite", first, rule)
         if not self.reasons:
             reason = ON_META if rewritten and is_meta(model) else None

@@ -6,6 +6,7 @@ Without a C++ compiler, or with MOECOMPILE_NATIVE=0, torch's own functions do th
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -13,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -73,14 +75,18 @@ def kernels() -> Kernels | None:
 
 
 def _built(compiler: str) -> Path:
-    """The library in the user's cache; ranks that build it at the same time do not disturb each other."""
+    """The library in the user's cache; of ranks that need it at the same time one builds it, and the others wait."""
     sources = [source.read_text(encoding="utf-8") for source in SOURCES]
     key = hashlib.sha256("\0".join((*sources, compiler, *_FLAGS, processor())).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moecompile"
     library = folder / f"kernels-{key}.so"
     if not library.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with (folder / f"{library.stem}.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as scratch:
+            with suppress(OSError):  # a file system without locks: each builds its own
+                fcntl.flock(lock, fcntl.LOCK_EX)  # the end of a process, however it comes, gives it back
+            if library.exists():
+                return library
             made = Path(scratch, "kernels.so")
             command = [compiler, *_FLAGS, *map(str, SOURCES), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)
