@@ -20,7 +20,7 @@ from moecompile.passes.match import FFNMatch
 from moecompile.passes.registry import run_registered
 from moecompile.passes.rewrite import Rewrite
 from moecompile.plan import ExpertsSite, LayerPlan, PlannedSite
-from moecompile.sites import DenseRegion, Graphs, Region
+from moecompile.sites import DenseRegion, Region
 from moecompile.torch_private import move_hooks, set_attribute
 
 
@@ -153,17 +153,17 @@ def fused_graph(graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> fx
     return out
 
 
-def replace_regions(model: nn.Module, regions: Graphs) -> nn.Module:
-    """Puts each region's GraphModule in its place; the model itself is replaced where it is the region."""
+def replace_regions(model: nn.Module, regions: Mapping[str, nn.Module]) -> nn.Module:
+    """Puts each region's new module in its place; the model itself is replaced where it is the region."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
-    for fqn, graph_module in regions.items():
+    for fqn, module in regions.items():
         region = model.get_submodule(fqn)
-        move_hooks(region, graph_module)
+        move_hooks(region, module)
         for path in paths[id(region)]:
             if path == "":
-                model = graph_module
+                model = module
             else:
-                model.set_submodule(path, graph_module)
+                model.set_submodule(path, module)
     return model

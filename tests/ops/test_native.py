@@ -20,6 +20,7 @@ sys.exit(subprocess.call([{compiler!r}, *(word for word in sys.argv[1:] if not w
 PROGRAM = "from moecompile.ops.native import kernels; print(kernels() is not None)"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 def test_ranks_that_need_it_at_the_same_time_build_it_once(tmp_path: Path) -> None:
     calls, wrapper = tmp_path / "calls", tmp_path / "slow-c++"
