@@ -338,8 +338,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 self._complete_gradients()
             return result
 
-        closure = completed if self._is_automatic else closure
-        return super().optimizer_step(optimizer, closure, model, **kwargs)
+        return super().optimizer_step(optimizer, completed if self._is_automatic else closure, model, **kwargs)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """A folder of shards (torch DCP) that every mesh can read at `filepath`, whole or not there."""

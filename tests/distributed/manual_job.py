@@ -267,7 +267,7 @@ def disjoint(module: Pair) -> Any:
     names = ("experts", "router")
     moe = [p for name, p in module.model.named_parameters() if any(part in name for part in names)]
     rest = [p for name, p in module.model.named_parameters() if not any(part in name for part in names)]
-    return [torch.optim.SGD(moe, lr=0.1), torch.optim.AdamW(rest, lr=0.02, eps=1e-3)]
+    return [torch.optim.AdamW(rest, lr=0.02, eps=1e-3), torch.optim.SGD(moe, lr=0.1)]
 
 
 def two_models(module: Pair) -> Any:
