@@ -34,7 +34,9 @@ from moecompile.passes.base import PassRecord, count_ops
 from moecompile.passes.build_plan import build_plan
 from moecompile.passes.plan_existing import notes
 from moecompile.passes.registry import registered_passes
+from moecompile.passes.same_weights import check_same_weights
 from moecompile.passes.shard import device_mesh_of, layers_of, shard
+from moecompile.passes.trained import frozen_notes
 from moecompile.plan import ExpertsSite, FFNSite, LayerPlan, Plan, PlannedSite
 from moecompile.planner import ModelFacts
 from moecompile.receipt import Comparison, Receipt
@@ -218,7 +220,7 @@ def compile_with_report(
     before = {path: graphs[path] for path in regions}
     records.append(clock.record("build_plan", before, before, f"{len(layers)} layers planned, hash {plan.hash}"))
     compiled = Compiled(model=model, plan=plan, sites=list_sites(captured, layers), records=records)
-    compiled.notes = notes(plan, config)
+    compiled.notes = [*notes(plan, config), *frozen_notes(model, plan)]
     compiled.regions = regions if is_meta(model) else {}  # else they would keep the dense weights
     compiled.graphs["captured"] = before
 
@@ -241,6 +243,7 @@ def compile_with_report(
         records.append(clock.record("fuse", lowered, fused, "one op for gather, experts and sum"))
     set_attribute(model, _PLAN, plan)
     if until == "shard":
+        check_same_weights(model)
         shard(model, plan, device_mesh or device_mesh_of(plan.mesh, _device_type(model)))
         records.append(clock.record("shard", fused, fused, "axes bound, experts split"))
     return compiled

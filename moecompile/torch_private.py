@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group, _set_pg_timeout, _world
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -17,7 +18,10 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch._subclasses import FakeTensorMode
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 __all__ = [
     "MASK_FUNCTIONS",
@@ -25,11 +29,13 @@ __all__ = [
     "HSDPMeshInfo",
     "ShardPlacementResult",
     "compile_whole",
+    "drop_unreduced",
     "fake_tensors",
     "hooks_of",
     "in_backward",
     "local_rows",
     "move_hooks",
+    "parameters_of",
     "process_group_by_name",
     "set_attribute",
     "set_timeouts",
@@ -61,6 +67,26 @@ def compile_whole(module: nn.Module) -> None:
 def in_backward() -> bool:
     """Whether the autograd engine is running: true in backward and in the recomputation of checkpointed regions."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _fsdp_params(model: nn.Module) -> Iterator[FSDPParam]:
+    """FSDP2's own records of the weights that it has gathered at least once."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                yield from (param for param in group.fsdp_params if hasattr(param, "_unsharded_param"))
+
+
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """What optimizers have: shards also where `model.parameters()` gives the gathered weights, as after a forward."""
+    shards = {param._unsharded_param: param.sharded_param for param in _fsdp_params(model)}
+    return [shards.get(parameter, parameter) for parameter in model.parameters()]
+
+
+def drop_unreduced(model: nn.Module) -> None:
+    """Forgets gradients that FSDP2 has added up without reducing them: zero_grad does not see them."""
+    for param in _fsdp_params(model):
+        param.unsharded_accumulated_grad = param._unsharded_param.grad = None
 
 
 def local_rows(tensor: torch.Tensor) -> range:

@@ -1,6 +1,13 @@
 """Router, balance and experts: plain modules that know nothing of the compiler."""
 
-from moecompile.nn.balance import LayerLoad, auxiliary_loss, auxiliary_losses, meters_of, update_balance
+from moecompile.nn.balance import (
+    LayerLoad,
+    auxiliary_loss,
+    auxiliary_losses,
+    forget_auxiliary_losses,
+    meters_of,
+    update_balance,
+)
 from moecompile.nn.experts import Experts, SharedExperts
 from moecompile.nn.meter import LoadMeter
 from moecompile.nn.router import Router, routers_of, set_random_key
@@ -13,6 +20,7 @@ __all__ = [
     "SharedExperts",
     "auxiliary_loss",
     "auxiliary_losses",
+    "forget_auxiliary_losses",
     "meters_of",
     "routers_of",
     "set_random_key",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moecompile.errors import MoecompileError
 from moecompile.nn.existing import own_biases
 from moecompile.nn.meter import DROPPED, ENTROPY, TOKENS, LoadMeter
-from moecompile.nn.router import routers_of
+from moecompile.nn.router import Router, routers_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,15 +132,15 @@ def _move(bias_E: Tensor, load_E: Tensor, rate: float, update: str) -> None:
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor | None:
-    """Sum of the auxiliary losses of all layers in the last forward, coefficients included; None without any.
+    """Sum of the auxiliary losses of all layers in the last training forward, coefficients included; None without any.
 
     It is a mean over the micro-batch's tokens, with a graph: where the loss is a sum over tokens, add it times their
-    number.
+    number. Forwards in evaluation mode, or without gradients, change nothing; in evaluation, nobody asks for it.
 
     Raises:
         MoecompileError: gradients are asked for, but the forward ran without them (reentrant checkpointing).
     """
-    found = [(name, router, loss) for name, router in routers_of(model) if (loss := router.aux_loss) is not None]
+    found = [(name, router, loss) for name, router in _with_losses(model) if (loss := router.aux_loss) is not None]
     for name, router, loss in found:
         if torch.is_grad_enabled() and router.weight.requires_grad and not loss.requires_grad:
             raise MoecompileError(
@@ -153,7 +153,18 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
 def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
     """The same by kind and without a graph, to be logged."""
     sums: dict[str, Tensor] = {}
-    for _, router in routers_of(model):
+    for _, router in _with_losses(model):
         for kind, loss in router.aux_losses.items():
             sums[kind] = sums[kind] + loss.detach() if kind in sums else loss.detach()
     return sums
+
+
+def forget_auxiliary_losses(model: nn.Module) -> None:
+    """After a backward has used them: the next one adds those of a forward that comes after this."""
+    for _, router in routers_of(model):
+        router.aux_losses, router.aux_node = {}, None
+
+
+def _with_losses(model: nn.Module) -> list[tuple[str, Router]]:
+    """Routers whose losses count now. In evaluation mode and without gradients a model is evaluated, not trained."""
+    return [(name, router) for name, router in routers_of(model) if router.training or torch.is_grad_enabled()]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.nn import losses as loss_functions
@@ -99,13 +100,14 @@ class Router(nn.Module):
         even = torch.full((num_experts,), 1 / num_experts, device=device, dtype=wide)
         self.register_buffer("global_load", even if "global_batch" in self.losses else None)
         self.meter = LoadMeter(num_experts, num_nodes, device, has_entropy=True)
-        self.aux_losses: dict[str, Tensor] = {}  # coefficient * loss of the last forward, with its graph
+        self.aux_losses: dict[str, Tensor] = {}  # coefficient * loss of the last training forward, with its graph
+        self.aux_node: Node | None = None  # where in the graph: who depends on that forward has it among its ancestors
         self.key = torch.zeros(4, dtype=torch.int64, device="cpu")  # no buffer: ops read it on the host
         self.is_keyed = False
 
     @property
     def aux_loss(self) -> Tensor | None:
-        """Coefficients times losses of the last forward, a mean over its tokens; None without losses, in evaluation."""
+        """Coefficients times losses of the last training forward, a mean over its tokens; None without losses."""
         return torch.stack(list(self.aux_losses.values())).sum() if self.aux_losses else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,10 +125,8 @@ class Router(nn.Module):
         else:
             ids = self.choose(scores_TE)
             kept, weights = self._limited(ids, self._weights(scores_TE, ids))
-        found = self._train(logits, scores, ids, kept) if self.training else {}
-        # A recomputed forward must not keep its graph alive; compiled, the question cannot be asked.
-        if torch.compiler.is_compiling() or not in_backward():
-            self.aux_losses = found
+        if self.training:
+            self._keep(self._train(logits, scores, ids, kept), logits)
         return weights, kept
 
     def logits(self, x: Tensor) -> Tensor:
@@ -203,6 +203,19 @@ class Router(nn.Module):
             for name, coefficient in self.losses.items()
         }
 
+    def _keep(self, found: dict[str, Tensor], logits: Tensor) -> None:
+        """The losses of this forward take the place of the last one's.
+
+        Without gradients, as when outputs are only looked at, they do so only where those have none either: what an
+        objective needs stays until its backward.
+        """
+        if torch.compiler.is_compiling():
+            self.aux_losses = found  # whether autograd runs backward cannot be asked
+        elif in_backward():
+            return  # a recomputed forward must not keep its graph alive
+        elif torch.is_grad_enabled() or not any(loss.requires_grad for loss in self.aux_losses.values()):
+            self.aux_losses, self.aux_node = found, logits.grad_fn
+
     def _loss(self, name: str, logits: Tensor, scores: Tensor, probs: Tensor, ids: Tensor) -> Tensor:
         if name == "micro_batch":
             return loss_functions.micro_batch_loss(probs, ids)
@@ -244,7 +257,7 @@ class Router(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Losses belong to the last forward; their graph can be neither copied nor pickled.
-        return {**self.__dict__, "aux_losses": {}}
+        return {**self.__dict__, "aux_losses": {}, "aux_node": None}
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

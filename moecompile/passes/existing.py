@@ -35,6 +35,7 @@ from moecompile.passes.base import is_ours, op_name
 from moecompile.passes.match import FFNMatch
 from moecompile.passes.match_experts import ExpertsMatch
 from moecompile.passes.rewrite import activation_module
+from moecompile.passes.trained import freeze_stack
 from moecompile.passes.upcycle import DenseWeights
 from moecompile.plan import LayerPlan
 
@@ -90,7 +91,7 @@ class RewriteExisting:
         tokens = hidden if match.call.is_flat else graph.call_function(ops.flatten_tokens, (hidden,))
         permuted = graph.call_function(ops.permute, (tokens, ids, match.num_experts, False))
         rows, order, counts = items(graph, permuted, "rows", "order", "counts")
-        root |= _experts(region)
+        root |= _experts(region, layer.site.fqn if layer is not None else "")
         given = [graph.get_attr(name) for name in match.weights]
         outputs = graph.call_module("experts", (rows, counts, *given))
         if match.norm:
@@ -126,13 +127,13 @@ def _meter(region: ExistingRegion, layer: LayerPlan | None) -> ExistingMeter:
     return meter
 
 
-def _experts(region: ExistingRegion) -> dict[str, Any]:
+def _experts(region: ExistingRegion, fqn: str) -> dict[str, Any]:
     """What the graph reads to compute the experts: name -> parameter or module."""
     match, module = region.match, region.module
     if region.ffn is None:
         compute = computing(match, module)
         return {"experts": compute, **{name: _weight(module, name, match) for name in match.weights}}
-    return {"experts": _stacked(match, module, *region.ffn)}
+    return {"experts": _stacked(match, module, *region.ffn, fqn)}
 
 
 def computing(match: ExpertsMatch, module: nn.Module) -> ExistingExperts:
@@ -153,7 +154,7 @@ def _weight(module: nn.Module, name: str, match: ExpertsMatch) -> nn.Parameter:
 
 
 @torch.no_grad()
-def _stacked(match: ExpertsMatch, module: nn.Module, traced: fx.GraphModule, ffn: FFNMatch) -> Experts:
+def _stacked(match: ExpertsMatch, module: nn.Module, traced: fx.GraphModule, ffn: FFNMatch, fqn: str) -> Experts:
     """Separate experts as one stack; their parameters' names change."""
     dense = DenseWeights.of(traced, ffn)
     like: Tensor = dense.down_DF
@@ -172,6 +173,7 @@ def _stacked(match: ExpertsMatch, module: nn.Module, traced: fx.GraphModule, ffn
             getattr(stack, f"{stack.in_name}_bias")[i].copy_(torch.cat(biases))
         if stack.down_proj_bias is not None and (bias := ffn.down.bias_of(expert)) is not None:
             stack.down_proj_bias[i].copy_(bias)
+    freeze_stack(stack, [module.get_submodule(path) for path in match.modules], ffn, fqn)
     return stack
 
 

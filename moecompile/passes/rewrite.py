@@ -2,7 +2,8 @@
 
 Algorithm, for each site:
   1. Copy the pointwise operations into an activation module.
-  2. Build router, experts and shared experts, and fill them from the dense weights (upcycle.py).
+  2. Build router, experts and shared experts, fill them from the dense weights (upcycle.py), and freeze what is made
+     of frozen ones (trained.py).
   3. Insert the nodes where the FFN read its input, which may be written in place later, and let the users of its last
      linear read their result.
   4. Erase the FFN's nodes and the modules that nobody uses any more.
@@ -25,6 +26,7 @@ from moecompile.errors import PassError
 from moecompile.nn import Experts, Router, SharedExperts
 from moecompile.passes.base import erase_unused, is_ours, op_name
 from moecompile.passes.match import FFNMatch
+from moecompile.passes.trained import keep_frozen
 from moecompile.passes.upcycle import DenseWeights, fill
 from moecompile.plan import LayerPlan
 
@@ -78,6 +80,7 @@ def _rewrite_site(
     # Steps 1 and 2
     router, experts, shared = build_modules(layer, DenseWeights.of(old, match), activation_module(old, match))
     fill_site(router, experts, shared, old, match, layer, seed)
+    keep_frozen(experts, shared, old, match, layer)
     prefix = common_owner([match.down.weight, *(linear.weight for linear in match.ins)])
     names = {
         role: _add(new, prefix, role, module)

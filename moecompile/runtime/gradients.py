@@ -17,20 +17,30 @@ from torch.distributed.tensor import DTensor
 
 @torch.no_grad()
 def sum_replicated(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
-    """Sums the gradients of plain (not DTensor) weights over all ranks, in place: one all-reduce per dtype.
+    """Sums the gradients of plain (not DTensor) weights over all ranks, in place, in fp32 or wider.
 
-    A weight that got no gradient on this rank takes part with zeros, so that ranks never disagree on what they send.
+    A weight that got no gradient on this rank takes part with zeros, so that ranks never disagree on what they send;
+    one that got none on any rank keeps None, as in one process: an optimizer would decay it.
     """
     plain = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
-    for parameter in plain:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    for dtype in dict.fromkeys(p.dtype for p in plain):
-        grads = [p.grad for p in plain if p.dtype == dtype and p.grad is not None]
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
+    for wide in dict.fromkeys(_wide(p.dtype) for p in plain):
+        of_dtype = [p for p in plain if _wide(p.dtype) == wide]
+        # Whether there is a gradient travels behind the gradients themselves.
+        found = torch.tensor([p.grad is not None for p in of_dtype], dtype=wide, device=of_dtype[0].device)
+        grads = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in of_dtype]
+        flat = torch.cat([*(grad.reshape(-1).to(wide) for grad in grads), found])
         dist.all_reduce(flat, group=group)
-        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        *sums, holders = flat.split([*(grad.numel() for grad in grads), len(grads)])
+        for grad, summed in zip(grads, sums, strict=True):
             grad.copy_(summed.view_as(grad))
+        if lacking := [i for i, p in enumerate(of_dtype) if p.grad is None]:  # else the host need not wait
+            for i, has_grad in zip(lacking, holders[lacking].tolist(), strict=True):
+                of_dtype[i].grad = grads[i] if has_grad else None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What gradients of this dtype are added up in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from moecompile import plan as plans
 from moecompile.errors import ConfigError
 from moecompile.models import build_model, example_inputs
 from moecompile.passes.plan_existing import notes
+from moecompile.passes.trained import frozen_notes
 from moecompile.pipeline import make_plan
 from moecompile.plan import Plan
 from moecompile.report.console import print_plan
@@ -25,7 +26,7 @@ def run(config: Config, run_dir: Path) -> None:
     model = build_model(config.model, config.seed)
     plan = make_plan(model, config, example=example_inputs(model, config.data.seq_len))
     require_layers(plan, config)
-    found = notes(plan, config)
+    found = [*notes(plan, config), *frozen_notes(model, plan)]
     print_plan(plan, Console(), found)
     plans.save(plan, run_dir / "plan.yaml")
     result = {"task": "plan", "recipe": config.name, "status": "ok", "seconds": time.perf_counter() - start}

@@ -271,11 +271,28 @@ def test_losses_are_summed_over_layers_and_by_kind() -> None:
 def test_no_losses_in_evaluation() -> None:
     layers = two_layers(z=0.1)
     forward(layers)
-    forward(layers.eval())
-    assert all(layer.aux_loss is None for layer in layers)
-    assert auxiliary_loss(layers) is None
+    with torch.no_grad():
+        forward(layers.eval())
+        assert auxiliary_loss(layers) is None
+        assert auxiliary_losses(layers) == {}
     forward(two_layers())
     assert auxiliary_loss(two_layers()) is None
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_grad", "both"])
+def test_a_look_at_outputs_before_backward_leaves_the_losses(mode: str) -> None:
+    """Outputs are often logged between forward and backward."""
+    layers = two_layers(**ALL_LOSSES)
+    forward(layers)
+    wanted = auxiliary_loss(layers)
+    layers.train(mode == "no_grad")
+    with torch.set_grad_enabled(mode == "eval"):
+        forward(layers, 2 * tokens())
+    assert torch.equal(auxiliary_loss(layers), wanted)
+    layers.train()
+    assert torch.equal(auxiliary_loss(layers), wanted)
+    auxiliary_loss(layers).backward()
+    assert all(layer.weight.grad.abs().max() > 0 for layer in layers)
 
 
 def test_a_model_is_copied_and_pickled_after_a_forward() -> None:

@@ -1,0 +1,88 @@
+"""Ranks must begin with the same weights: sharding slices what each rank has, and broadcasts nothing.
+
+Algorithm:
+  1. Names, shapes and dtypes of all ranks must agree, or the next step could not be compared.
+  2. One number per tensor: its bytes as 64-bit words in rows, the sum of each row times an odd number of its own, added
+     up (all modulo 2^64). Reading the weights once is what it costs.
+  3. The largest and the smallest number over ranks are equal for every tensor, or the first one that differs is named.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moecompile.errors import PlanError
+
+_ROWS = 1024
+_NAMED = 4  # ranks that the message names
+_FIX = "Set one seed before the model is built on every rank (lightning.seed_everything), or load the same checkpoint"
+
+
+@torch.no_grad()
+def check_same_weights(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Parameters and buffers of the state dict, compared over the ranks of `group`.
+
+    Shards and tensors on the meta device have nothing to be compared.
+
+    Raises:
+        PlanError: the first tensor that differs, and the ranks; the same on every rank.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    whole = {
+        name: tensor.detach()
+        for name, tensor in state.items()
+        if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor) and not tensor.is_meta
+    }
+    device = next((tensor.device for tensor in whole.values()), torch.device("cpu"))
+    forms = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in whole.items()]
+    every = _gathered(torch.tensor([_digest("\n".join(forms))], device=device), group)  # Step 1
+    if different := _different(every[:, 0]):
+        raise PlanError("model", type(model).__name__, f"ranks {different} have other weights by name or shape", _FIX)
+    if not whole:
+        return
+    hashes = torch.stack([tensor_hash(tensor).to(device) for tensor in whole.values()])  # Step 2
+    extremes = torch.cat((hashes, ~hashes))  # the order of ~x is that of x turned round
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    largest, smallest = extremes[: len(hashes)], ~extremes[len(hashes) :]
+    differs = (largest != smallest).nonzero().flatten().tolist()
+    if differs:  # Step 3
+        ranks = _different(_gathered(hashes[differs[0]].reshape(1), group)[:, 0])
+        more = f" and {len(differs) - 1} more" if len(differs) > 1 else ""
+        rule = f"does not have the values of rank 0 on rank {ranks}{more}"
+        raise PlanError("model", list(whole)[differs[0]], f"ranks start from different weights: {rule}", _FIX)
+
+
+def tensor_hash(tensor: Tensor) -> Tensor:
+    """A number (0-dim int64) of a tensor's bytes, on its device."""
+    data = tensor.contiguous().reshape(-1).view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()
+    whole = data.numel() // (8 * _ROWS) * (8 * _ROWS)
+    sums = data[:whole].view(torch.int64).view(_ROWS, -1).sum(1) if whole else data.new_zeros(0, dtype=torch.int64)
+    sums = torch.cat((sums, data[whole:].long()))
+    odd = 2 * torch.arange(1, sums.numel() + 1, device=sums.device) * 0x61C8864680B583EB + 1
+    return (sums * odd).sum()
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _gathered(row: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """(ranks, n)"""
+    rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, row, group=group)
+    return torch.stack(rows)
+
+
+def _different(values: Tensor) -> str:
+    """The ranks whose value is not that of rank 0: `1, 3`; empty if there is none."""
+    ranks = (values != values[0]).nonzero().flatten().tolist()
+    return ", ".join(map(str, ranks[:_NAMED])) + (", ..." if len(ranks) > _NAMED else "")

@@ -1,0 +1,27 @@
+"""Routing counts and balances while Lightning trains, whatever mode a model was loaded in."""
+
+from __future__ import annotations
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from moecompile.nn import LoadMeter, Router
+
+
+def train_routing(model: nn.Module) -> None:
+    """Puts routers and meters of `model` into training mode, once, before training begins; says so if it changes any.
+
+    `from_pretrained` leaves a model in evaluation mode, and Lightning keeps the mode: counts, the bias rule and
+    auxiliary losses would rest without a word. All other modules keep their mode, and so does a model of which nothing
+    is trained.
+    """
+    found = [module for module in model.modules() if isinstance(module, (Router, LoadMeter)) and not module.training]
+    if not found or not any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    for module in found:
+        module.train()
+    rank_zero_info(
+        f"{len(found)} routers and load meters were in evaluation mode, as from_pretrained leaves a model. They are "
+        "now in training mode: loads are counted, the bias rule and auxiliary losses hold. All else, such as dropout, "
+        "keeps its mode; call model.train() to change that."
+    )
