@@ -78,7 +78,7 @@ class _CopyOnWrite(_CachingTorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
             self._copy(_written(func, args, kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     def _copy(self, memory: set[int]) -> None:
         def copied(held: Any) -> Any:
@@ -101,7 +101,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> set[int]:
 
 def _memory_of(tensor: torch.Tensor) -> int:
     """The same for views of one tensor."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def local_rows(tensor: torch.Tensor) -> range:
