@@ -5,13 +5,11 @@ from moecompile.capture.record import (
     Example,
     ModuleCall,
     Recording,
-    caches,
     call_with,
     calls_with_caches,
     in_mode,
     is_meta,
     record,
-    switches,
 )
 from moecompile.capture.regions import broken_rule, trace_again, trace_region
 
@@ -20,7 +18,6 @@ __all__ = [
     "ModuleCall",
     "Recording",
     "broken_rule",
-    "caches",
     "call_with",
     "calls_with_caches",
     "in_mode",
@@ -28,7 +25,6 @@ __all__ = [
     "record",
     "shell_of",
     "stand_in",
-    "switches",
     "trace_again",
     "trace_region",
 ]

@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from moecompile.capture import caches, switches
+from moecompile.caches import caches, switches
 from moecompile.errors import ConfigError
 from moecompile.passes.lower import EXCHANGE_OPS
 from moecompile.passes.shard import layers_of
