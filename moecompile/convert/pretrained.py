@@ -169,7 +169,10 @@ class Pretrained:
         from transformers.core_model_loading import apply_renamings
 
         pattern, key = source
-        return int(_numbered(pattern).search(apply_renamings(key, self._renamings))[1])  # type: ignore[index]
+        found = _numbered(pattern).search(apply_renamings(key, self._renamings))
+        if found is None:
+            raise self.stored.error(f"{key} does not say which expert it is", "Use model.load=full")
+        return int(found["expert"])
 
 
 def _stacks_experts(rule: Any) -> bool:
@@ -181,8 +184,8 @@ def _stacks_experts(rule: Any) -> bool:
 
 
 def _numbered(pattern: str) -> re.Pattern[str]:
-    """`.experts.*.w1.weight` -> a pattern whose group is the expert's number."""
-    return re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
+    """`.experts.*.w1.weight` -> a pattern whose group `expert` is the expert's number; what else it is stays."""
+    return re.compile(pattern.replace("*.", r"(?P<expert>\d+)\."))
 
 
 def _with_number(pattern: str, key: str, expert: int) -> str:
@@ -190,7 +193,7 @@ def _with_number(pattern: str, key: str, expert: int) -> str:
     found = _numbered(pattern).search(key)
     if found is None:  # a renaming has changed what the pattern matches
         return f"{key} of expert {expert}"
-    return key[: found.start(1)] + str(expert) + key[found.end(1) :]
+    return key[: found.start("expert")] + str(expert) + key[found.end("expert") :]
 
 
 def non_persistent(module: nn.Module) -> dict[str, Tensor]:
