@@ -87,8 +87,8 @@ def _convert(package: str, gguf: Path, folder: Path) -> None:
 
     source: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
     try:
-        loaded: Any
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        load: Any = AutoModelForCausalLM.from_pretrained
+        loaded, info = load(
             gguf.parent, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **source
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)

@@ -116,7 +116,7 @@ class Pretrained:
     def _check(self) -> None:
         recipes = {name: self.recipes.get(name) or self.recipes.get(self.tied.get(name, "")) for name in self.shapes}
         said = []
-        if missing := [name for name, recipe in recipes.items() if recipe is None]:
+        if missing := [name for name, recipe in recipes.items() if recipe is None and name not in self.tied]:
             said.append(f"lacks {some(missing)}")
         if self._unknown:
             said.append(f"holds {some(self._unknown)}, for which the model has no place")
