@@ -41,7 +41,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from moecompile.errors import ConfigError, MoecompileError, UserError
 from moecompile.explain import explain
-from moecompile.schema import Config, validate
+from moecompile.schema import Config, validate, with_implied
 from moecompile.trust import check_hydra_node, of_hydra
 
 CONFIG_DIR_VARIABLE = "MOECOMPILE_CONFIG_DIR"
@@ -123,9 +123,10 @@ def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:
         )  # fmt: skip
     if config.given:
         raise ConfigError("given", config.given, "is filled in by the program", "Leave it out")
-    given = (re.match(r"\+{0,2}(\w+(?:\.\w+)+|per_layer)=", item) for item in overrides)
-    config.given = [found[1] for found in given if found]  # a key without a dot selects a group's option
-    return config
+    keys = [found[1] for item in overrides if (found := re.match(r"\+{0,2}(\w+(?:\.\w+)*)=", item))]
+    groups = [key for key in keys if "." not in key]
+    config.given = [key for key in keys if "." in key or key in ("per_layer", "model")]
+    return with_implied(config, groups)
 
 
 def save_resolved(config: Config, path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moecompile.errors import ConfigError, MoecompileError
+from moecompile.loading import UNREADABLE, refuse_incomplete, told, unreadable
 from moecompile.packages import package_folder
 from moecompile.schema import ModelConfig, ModelDevice
 
@@ -36,7 +37,7 @@ def build_model(model: ModelConfig, seed: int) -> nn.Module:
         if model.factory:
             return _from_factory(model.factory)
         if (folder := pretrained_folder(model)) is not None:
-            return _from_pretrained(folder)
+            return _from_pretrained(folder, model)
         return _from_architecture(model)
 
 
@@ -72,8 +73,8 @@ def build_empty(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
             kind = _class_of(config)
             build = getattr(kind, "from_config", None) or kind._from_config  # an auto class, or a model's own
             empty: nn.Module = build(config, dtype=config.dtype or dtype, experts_implementation=_EXPERTS)
-    except (OSError, ValueError) as error:
-        raise ConfigError("model.pretrained", str(folder), f"cannot be loaded: {error}", "Check the folder") from error
+    except UNREADABLE as error:
+        raise unreadable(error, "model.pretrained", folder) from error
     return empty
 
 
@@ -125,17 +126,22 @@ def _reads(config_class: type, key: str) -> bool:
     return re.search(rf"""config(\.{re.escape(key)}\b|, ["']{re.escape(key)}["'])""", code) is not None
 
 
-def _from_pretrained(folder: Path) -> nn.Module:
+def _from_pretrained(folder: Path, model: ModelConfig) -> nn.Module:
     from transformers import AutoConfig
 
+    path = "model.package" if model.package else "model.pretrained"
+    value, names = model.package or str(folder), list[str]()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with no_progress_bars():
-            loaded: nn.Module = _class_of(config).from_pretrained(
-                folder, trust_remote_code=False, use_safetensors=True, dtype="auto", experts_implementation=_EXPERTS
-            )
-    except (OSError, ValueError) as error:
-        raise ConfigError("model.pretrained", str(folder), f"cannot be loaded: {error}", "Check the folder") from error
+        with no_progress_bars(), told() as names:
+            loaded: nn.Module
+            loaded, info = _class_of(config).from_pretrained(
+                folder, trust_remote_code=False, use_safetensors=True, dtype="auto", experts_implementation=_EXPERTS,
+                output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+    except UNREADABLE as error:
+        raise unreadable(error, path, value, names) from error
+    refuse_incomplete(info, path, value)
     return loaded.train()  # as a built model is; a model in evaluation mode would train without dropout and counters
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moecompile.errors import ConfigError
+from moecompile.loading import UNREADABLE, refuse_incomplete
 
 READERS = ("gguf", "accelerate")
 """What transformers needs to read a GGUF file."""
@@ -86,12 +87,16 @@ def _convert(package: str, gguf: Path, folder: Path) -> None:
 
     source: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+        load: Any = AutoModelForCausalLM.from_pretrained
+        loaded, info = load(
+            gguf.parent, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **source
+        )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise ConfigError(
             "model.package", package, f"transformers cannot read its {gguf.name}: {error}", "Name another package"
         ) from error
+    refuse_incomplete(info, "model.package", package, "Name another package")
     folder.mkdir()
     tied = {tensor.data_ptr(): name for name, tensor in reversed(loaded.state_dict().items())}  # the first name of each
     weights = {name: tensor for name, tensor in loaded.state_dict().items() if tied[tensor.data_ptr()] == name}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Collection
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode, _VersionWrapper
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +37,7 @@ __all__ = [
     "fake_tensors",
     "hooks_of",
     "in_backward",
+    "keeping",
     "local_rows",
     "move_hooks",
     "parameters_of",
@@ -87,6 +92,50 @@ def drop_unreduced(model: nn.Module) -> None:
     """Forgets gradients that FSDP2 has added up without reducing them: zero_grad does not see them."""
     for param in _fsdp_params(model):
         param.unsharded_accumulated_grad = param._unsharded_param.grad = None
+
+
+def keeping(kept: Collection[Any]) -> tuple[_CachingTorchDispatchMode, _CachedTorchDispatchMode]:
+    """Contexts of a first and a second forward; the second gets the results that the ops `kept` had in the first.
+
+    What torch's selective checkpointing does, but for one thing: a result that is written to afterwards, by routers
+    that divide their top-k in place, is copied before, so that the second forward sees it as it was.
+    """
+    storage: dict[Any, dict[int, Any]] = defaultdict(dict)
+
+    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> bool:
+        return op in kept
+
+    return _CopyOnWrite(policy, storage), _CachedTorchDispatchMode(policy, storage)
+
+
+class _CopyOnWrite(_CachingTorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
+            self._copy(_written(func, args, kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+
+    def _copy(self, memory: set[int]) -> None:
+        def copied(held: Any) -> Any:
+            shares = isinstance(held.val, torch.Tensor) and _memory_of(held.val) in memory
+            return _VersionWrapper(held.val.clone()) if shares else held
+
+        for results in self.storage.values():
+            for number, result in results.items():
+                if any(isinstance(leaf, _VersionWrapper) for leaf in tree_leaves(result)):
+                    results[number] = tree_map(copied, result)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> set[int]:
+    """Where the tensors lie that a function writes to."""
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    leaves = tree_leaves([given.get(name) for name in writes])
+    return {_memory_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    """The same for views of one tensor."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def local_rows(tensor: torch.Tensor) -> range:

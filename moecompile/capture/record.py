@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from moecompile.caches import caches, switches
 from moecompile.errors import CaptureError
 
 Example = Mapping[str, Tensor] | tuple[Any, ...] | Tensor
@@ -222,7 +223,7 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 def calls_with_caches(recording: Recording, paths: Collection[str]) -> dict[str, ModuleCall]:
     """First calls of the modules at `paths` in a forward as `generate` runs it, or none if the model has no caches."""
     model = recording.model
-    if is_meta(model) or not _switches(model):
+    if is_meta(model) or not switches(model):
         return {}
     seen = Recording(model, recording.example, fx.Graph())
     mode = _Recorder(seen.graph, {})
@@ -235,25 +236,6 @@ def calls_with_caches(recording: Recording, paths: Collection[str]) -> dict[str,
         stack.enter_context(torch.random.fork_rng(devices=[]))
         call_with(model, recording.example)
     return seen.calls
-
-
-def _switches(model: nn.Module) -> list[Any]:
-    """The configs inside `model` that switch caches of keys and values, or other states, on and off."""
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    return [config for config in configs.values() if isinstance(getattr(config, "use_cache", None), bool)]
-
-
-@contextlib.contextmanager
-def caches(model: nn.Module, *, on: bool) -> Iterator[None]:
-    """Switches caches, by the configs' own switch. While a model is recorded they are off: replayed calls fill them."""
-    before = [(config, config.use_cache) for config in _switches(model)]
-    for config, _ in before:
-        config.use_cache = on
-    try:
-        yield
-    finally:
-        for config, switch in before:
-            config.use_cache = switch
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -66,7 +67,15 @@ def _prefix(stored: Iterable[str], names: list[str]) -> str:
 def _load_safetensors(folder: Path, files: list[Path], weights: Mapping[str, Tensor]) -> None:
     try:
         opened = [safe_open(path, framework="pt") for path in files]
-        where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118  (no dict)
+        where: dict[str, Any] = {}
+        for path, file in zip(files, opened, strict=True):
+            for name in file.keys():  # noqa: SIM118  (no dict)
+                if name in where or name not in weights:
+                    what = f"{path.name} holds {name}, " + (
+                        "as another file does" if name in where else "which is none of it"
+                    )
+                    raise ConfigError("export.checkpoint", folder, what, "Use a folder as it was exported")
+                where[name] = file
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in where.items()}
         _check(folder, weights, shapes)
         for name, tensor in weights.items():

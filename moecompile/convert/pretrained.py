@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moecompile.convert.stored import Stored
+from moecompile.loading import some
 
 
 @dataclass
@@ -85,13 +86,14 @@ class Pretrained:
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-        prefix, wanted = self.model.base_model_prefix, self.model.state_dict()
+        prefix, wanted, unknown = self.model.base_model_prefix, self.model.state_dict(), list[str]()
         for key in sorted(self.stored.tensors, key=dot_natural_key):
             name, pattern = rename_source_key(key, self._renamings, converters, prefix, wanted)
             if name not in wanted and key in wanted:
                 name, pattern = rename_source_key(key, [], [], prefix, wanted)
             if name not in wanted:
-                continue  # for another head, or a part that this model does not have
+                unknown.append(key)
+                continue
             rule: Any = by_pattern[pattern] if pattern is not None else None
             recipe = self.recipes.setdefault(name, _Recipe(name, rule))
             recipe.sources.append((pattern or name, key))
@@ -99,12 +101,30 @@ class Pretrained:
                 recipe.by_expert[self._expert(recipe.sources[-1])].append(recipe.sources[-1])
             for other in rule.target_patterns[1:] if rule is not None else ():
                 self.recipes[name.replace(rule.target_patterns[0], other, 1)] = recipe
+        self._unknown = [key for key in unknown if not self._may_be_ignored(key)]
+
+    def _may_be_ignored(self, key: str) -> bool:
+        """As transformers says: what the class names, and buffers that older versions have saved."""
+        buffers = [name for name, _ in self.model.named_buffers()]
+        patterns = set(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+            patterns.add(r"rotary_emb\.inv_freq")
+        if any(name.endswith("position_ids") for name in buffers):
+            patterns.add(r"(^|\.)position_ids$")
+        return any(re.search(pattern, key) for pattern in patterns)
 
     def _check(self) -> None:
+        recipes = {name: self.recipes.get(name) or self.recipes.get(self.tied.get(name, "")) for name in self.shapes}
+        said = []
+        if missing := [name for name, recipe in recipes.items() if recipe is None and name not in self.tied]:
+            said.append(f"lacks {some(missing)}")
+        if self._unknown:
+            said.append(f"holds {some(self._unknown)}, for which the model has no place")
+        if said:
+            raise self.stored.error("; ".join(said), "Use a whole checkpoint of this model")
         for name, shape in self.shapes.items():
-            recipe = self.recipes.get(name) or self.recipes.get(self.tied.get(name, ""))
-            if recipe is None:
-                raise self.stored.error(f"lacks {name}", "Use a whole checkpoint of this model")
+            recipe = recipes[name]
+            assert recipe is not None
             if recipe.rule is None:
                 self._check_plain(name, shape, recipe)
             elif _stacks_experts(recipe.rule):
@@ -169,7 +189,10 @@ class Pretrained:
         from transformers.core_model_loading import apply_renamings
 
         pattern, key = source
-        return int(_numbered(pattern).search(apply_renamings(key, self._renamings))[1])  # type: ignore[index]
+        found = _numbered(pattern).search(apply_renamings(key, self._renamings))
+        if found is None:
+            raise self.stored.error(f"{key} does not say which expert it is", "Use model.load=full")
+        return int(found["expert"])
 
 
 def _stacks_experts(rule: Any) -> bool:
@@ -181,8 +204,8 @@ def _stacks_experts(rule: Any) -> bool:
 
 
 def _numbered(pattern: str) -> re.Pattern[str]:
-    """`.experts.*.w1.weight` -> a pattern whose group is the expert's number."""
-    return re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
+    """`.experts.*.w1.weight` -> a pattern whose group `expert` is the expert's number; what else it is stays."""
+    return re.compile(pattern.replace("*.", r"(?P<expert>\d+)\."))
 
 
 def _with_number(pattern: str, key: str, expert: int) -> str:
@@ -190,7 +213,7 @@ def _with_number(pattern: str, key: str, expert: int) -> str:
     found = _numbered(pattern).search(key)
     if found is None:  # a renaming has changed what the pattern matches
         return f"{key} of expert {expert}"
-    return key[: found.start(1)] + str(expert) + key[found.end(1) :]
+    return key[: found.start("expert")] + str(expert) + key[found.end("expert") :]
 
 
 def non_persistent(module: nn.Module) -> dict[str, Tensor]:

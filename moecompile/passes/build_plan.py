@@ -12,10 +12,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
-from moecompile.passes.plan_existing import check_given, existing_layer, only_existing
+from moecompile.passes.plan_existing import check_given, existing_layer, only_existing, selection
 from moecompile.plan import (
     BalancePlan,
     DispatchPlan,
@@ -97,27 +98,25 @@ def select(sites: Sequence[PlannedSite], config: Config) -> list[PlannedSite]:
     Raises:
         ConfigError: there are sites, but the config selects none of them.
     """
-    experts = config.experts
-    matched = [site for site in sites if fnmatchcase(site.fqn, experts.match)]
+    match, layers = selection(config) if only_existing(sites) else (config.experts.match, config.experts.layers)
+    matched = [site for site in sites if fnmatchcase(site.fqn, match)]
     if sites and not matched:
         known = ", ".join(site.fqn for site in sites[:3])
         raise ConfigError(
             "experts.match",
-            experts.match,
+            match,
             f"matches none of the {len(sites)} FFNs ({known}, ...)",
             "Change the pattern",
         )
-    selected = matched[site_slice(experts.layers)]
+    selected = matched[site_slice(layers)]
     if matched and not selected:
-        raise ConfigError(
-            "experts.layers", experts.layers, f"selects none of {len(matched)} FFNs", "Use ':' for all of them"
-        )
+        raise ConfigError("experts.layers", layers, f"selects none of {len(matched)} FFNs", "Use ':' for all of them")
     return selected
 
 
 def _layer(site: PlannedSite, settings: LayerSettings, config: Config, mesh: MeshSpec, facts: ModelFacts) -> LayerPlan:
     if isinstance(site, ExpertsSite):
-        return existing_layer(site, settings, mesh, lambda routing, at: _dispatch(config, mesh, routing, at, site))
+        return existing_layer(site, settings, mesh, config, partial(_dispatch, config, mesh, site))
     validate_settings(settings, mesh)
     experts, routing, balance = settings.experts, settings.routing, settings.balance
     if site.d_ff % experts.granularity:
@@ -145,7 +144,7 @@ def _layer(site: PlannedSite, settings: LayerSettings, config: Config, mesh: Mes
         skew=routing.skew,
     )
     placement = ExpertPlacement(num_experts=experts.num_routed, ep=mesh.ep, nodes=mesh.nodes_per_ep_group)
-    dispatch = _dispatch(config, mesh, routing_plan, placement, site)
+    dispatch = _dispatch(config, mesh, site, routing_plan, placement)
     return LayerPlan(
         site=site,
         experts=ExpertsPlan(
@@ -183,7 +182,7 @@ def _check_future(settings: LayerSettings, facts: ModelFacts) -> None:
 
 
 def _dispatch(
-    config: Config, mesh: MeshSpec, routing: RoutingPlan, placement: ExpertPlacement, site: PlannedSite
+    config: Config, mesh: MeshSpec, site: PlannedSite, routing: RoutingPlan, placement: ExpertPlacement
 ) -> DispatchPlan:
     kind = _dispatch_kind(config, mesh, routing, placement, site)
     return DispatchPlan(kind=kind, wire_dtype="auto" if kind == "local" else _wire_dtype(config).value)

@@ -4,13 +4,15 @@ Algorithm, for each site:
   1. Values that the caller gave for what the model decides are an error; those of recipes and presets are ignored.
   2. The mesh must fit the model: ep divides the experts.
   3. The most nodes that a token can reach follow from the model's groups and the placement; `routing.max_nodes` is
-     kept or refused.
-  4. Balance as far as the model's own router allows it.
+     kept, or refused if the caller gave it.
+  4. Balance as far as the model's own router allows it; what it does not allow is refused if the caller gave it.
+What is ignored is said (`notes`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moecompile.errors import ConfigError
@@ -27,9 +29,10 @@ from moecompile.plan import (
     RoutingPlan,
     can_fuse,
 )
-from moecompile.schema import BalanceRule, Config, LayerSettings
+from moecompile.schema import SOURCES, BalanceRule, Config, ExpertsConfig, LayerSettings, layer_settings
 
 _NOT_READ = {"experts": ("sites", "match", "layers"), "routing": ("max_nodes",)}  # these keep their meaning
+_EVERYWHERE = ExpertsConfig()
 _NAMES = {
     "experts.num_routed": "num_experts", "routing.top_k": "top_k", "routing.groups": "groups",
     "routing.top_groups": "top_groups",
@@ -67,19 +70,21 @@ def existing_layer(
     site: ExpertsSite,
     settings: LayerSettings,
     mesh: MeshSpec,
+    config: Config,
     dispatch: Callable[[RoutingPlan, ExpertPlacement], DispatchPlan],
 ) -> LayerPlan:
     """The plan of one site.
 
     Args:
         settings: of this layer; its balance and `routing.max_nodes` count.
+        config: says which of them the caller gave.
         dispatch: chooses the exchange.
 
     Raises:
         ConfigError: the mesh, the node limit or the balance do not fit the model.
     """
     _check_ep(site, mesh)  # Step 2
-    _check_max_nodes(site, settings, mesh)  # Step 3
+    _check_misfits(site, settings, mesh, config)  # Steps 3 and 4
     routing = RoutingPlan(
         top_k=site.top_k,
         score="own",
@@ -103,7 +108,7 @@ def existing_layer(
             weight_scaling="none",
         ),
         routing=routing,
-        balance=_balance(site, settings),  # Step 4
+        balance=_balance(site, settings),
         placement=placement,
         dispatch=exchange,
         fused=can_fuse(site, exchange),
@@ -129,14 +134,42 @@ def most_nodes(site: ExpertsSite, mesh: MeshSpec) -> int:
 
 
 def notes(plan: Plan, config: Config) -> list[str]:
-    """What a person should know of planned existing experts: what was read from the model, and where groups lie."""
+    """What a person should know of planned existing experts: what was read from the model, what of the config is
+    ignored, and where groups lie.
+    """
     sites = [layer.site for layer in plan.layers if isinstance(layer.site, ExpertsSite)]
     if not sites:
         return []
     return [
         _read_note(sites, config),
+        *_ignored_notes(plan, config),
         *dict.fromkeys(note for site in sites if (note := _groups_note(site, plan.mesh))),
     ]
+
+
+def _ignored_notes(plan: Plan, config: Config) -> Iterator[str]:
+    """`ignored: routing.max_nodes=1 (the router of ... is the model's own ...)`, each key once."""
+    said: dict[str, str] = {}
+    for i, layer in enumerate(plan.layers):
+        if isinstance(layer.site, ExpertsSite):
+            settings = layer_settings(config, layer.site.fqn, i, len(plan.layers))
+            for misfit in _misfits(layer.site, settings, plan.mesh):
+                said.setdefault(settings.path_of(misfit.key), f"{misfit.value} ({misfit.rule})")
+    selected = config.experts
+    if only_existing([layer.site for layer in plan.layers]) and selection(config) != (selected.match, selected.layers):
+        for name in ("match", "layers"):
+            if not is_given(config, f"experts.{name}") and getattr(selected, name) != getattr(_EVERYWHERE, name):
+                said[f"experts.{name}"] = f"{getattr(selected, name)} (it selects the FFNs of the recipe's own model)"
+    yield from (f"ignored: {path}={what}" for path, what in said.items())
+
+
+def selection(config: Config) -> tuple[str, str]:
+    """`experts.match` and `experts.layers` for a model's own experts: a recipe's count for the recipe's model alone."""
+    own = "model" in config.given or any(is_given(config, f"model.{name}") for name in SOURCES)
+    chosen = config.experts
+    match = chosen.match if not own or is_given(config, "experts.match") else _EVERYWHERE.match
+    layers = chosen.layers if not own or is_given(config, "experts.layers") else _EVERYWHERE.layers
+    return match, layers
 
 
 def _read_note(sites: Sequence[ExpertsSite], config: Config) -> str:
@@ -176,36 +209,58 @@ def _check_ep(site: ExpertsSite, mesh: MeshSpec) -> None:
         )
 
 
-def _check_max_nodes(site: ExpertsSite, settings: LayerSettings, mesh: MeshSpec) -> None:
+@dataclass(frozen=True)
+class _Misfit:
+    """A value of the config that the model's own router cannot keep. key: without `per_layer.NAME`."""
+
+    key: str
+    value: Any
+    rule: str
+    fix: str
+
+
+def _misfits(site: ExpertsSite, settings: LayerSettings, mesh: MeshSpec) -> Iterator[_Misfit]:
+    """Steps 3 and 4."""
     limit, reach = settings.routing.max_nodes, most_nodes(site, mesh)
     if limit is not None and reach > limit:
-        source = f"{settings.source}." if settings.source else ""
         groups = f"{site.top_groups} of {site.groups} groups" if site.groups > 1 else f"top-{site.top_k} without groups"
-        raise ConfigError(
-            f"{source}routing.max_nodes", limit,
+        yield _Misfit(
+            "routing.max_nodes", limit,
             f"the router of {site.fqn} is the model's own ({groups}) and lets a token reach {reach} nodes",
             f"Use {reach} or null, or a mesh whose EP group spans fewer nodes",
         )  # fmt: skip
+    for name, value in vars(settings.balance.losses).items():
+        if value:
+            yield _Misfit(
+                f"balance.losses.{name}", value,
+                f"the router of {site.fqn} is the model's own, and its scores are not at hand",
+                "Use 0; the model's own auxiliary loss, if it has one, stays as it is",
+            )  # fmt: skip
+    if settings.balance.rule is BalanceRule.bias and not site.correction_bias:
+        yield _Misfit(
+            "balance.rule", "bias",
+            f"the router of {site.fqn} is the model's own and has no buffer e_score_correction_bias to be moved",
+            "Use balance.rule=none",
+        )  # fmt: skip
+
+
+def _check_misfits(site: ExpertsSite, settings: LayerSettings, mesh: MeshSpec, config: Config) -> None:
+    for misfit in _misfits(site, settings, mesh):
+        path = settings.path_of(misfit.key)
+        if is_given(config, path):
+            raise ConfigError(path, misfit.value, misfit.rule, misfit.fix)
 
 
 def _balance(site: ExpertsSite, settings: LayerSettings) -> BalancePlan:
     balance = settings.balance
-    source = f"{settings.source}." if settings.source else ""
-    if used := [(name, value) for name, value in vars(balance.losses).items() if value]:
-        name, value = used[0]
-        raise ConfigError(
-            f"{source}balance.losses.{name}", value,
-            f"the router of {site.fqn} is the model's own, and its scores are not at hand",
-            "Use 0; the model's own auxiliary loss, if it has one, stays as it is",
-        )  # fmt: skip
-    if balance.rule is BalanceRule.bias and not site.correction_bias:
-        raise ConfigError(
-            f"{source}balance.rule", "bias",
-            f"the router of {site.fqn} is the model's own and has no buffer e_score_correction_bias to be moved",
-            "Use balance.rule=none",
-        )  # fmt: skip
-    rate = balance.rate if balance.rule is BalanceRule.bias else 0.0
-    return BalancePlan(rule=balance.rule.value, rate=rate, update=balance.update.value)
+    if balance.rule is BalanceRule.bias and site.correction_bias:
+        return BalancePlan(rule="bias", rate=balance.rate, update=balance.update.value)
+    return BalancePlan(rule="none", rate=0.0, update=balance.update.value)
+
+
+def is_given(config: Config, path: str) -> bool:
+    """Whether the caller set the key at a dotted path, or a group or `per_layer` around it, by value."""
+    return any(path == key or path.startswith(f"{key}.") for key in config.given)
 
 
 def _given(config: Config) -> Iterator[str]:

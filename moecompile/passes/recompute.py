@@ -4,24 +4,31 @@ Algorithm:
   1. The forward of each layer runs under torch's checkpointing: its inputs are kept, nothing else.
   2. With `keep_exchanges`, what exchanges received and what routers chose is kept as well. So backward sends nothing
      again, and the second forward cannot choose another way than the first one did.
+  3. Caches of keys and values rest while gradients are wanted: the second forward would fill them a second time.
 Loads and bytes are counted in the first forward alone (moecompile.ops.tokens, moecompile.ops.traffic).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
+from moecompile.caches import caches, switches
+from moecompile.errors import ConfigError
 from moecompile.passes.lower import EXCHANGE_OPS
 from moecompile.passes.shard import layers_of
+from moecompile.torch_private import keeping
 
 _CHOICES = (torch.ops.aten.topk.default, torch.ops.moecompile.expert_choice.default)
 _TABLES = (torch.ops.moecompile.read_tables.default,)
+_CACHES = ("past_key_values", "cache_params", "cache", "state")  # what models call the caches that they are given
 
 
 def recompute(model: nn.Module, checkpointing: str) -> None:
@@ -30,14 +37,16 @@ def recompute(model: nn.Module, checkpointing: str) -> None:
     Args:
         checkpointing: full or keep_exchanges.
     """
-    kept = [getattr(torch.ops.moecompile, name).default for name in sorted(EXCHANGE_OPS)]
-    contexts = partial(create_selective_checkpoint_contexts, [*kept, *_TABLES, *_CHOICES])
     again = partial(checkpoint, use_reentrant=False)
     if checkpointing == "keep_exchanges":
-        again = partial(again, context_fn=contexts)
+        exchanges = [getattr(torch.ops.moecompile, name).default for name in sorted(EXCHANGE_OPS)]
+        again = partial(again, context_fn=partial(keeping, {*exchanges, *_TABLES, *_CHOICES}))
     regions = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
     for layer in list(layers_of(model)) or regions:
         layer.forward = _recomputed(layer.forward, again)  # inside the hooks of FSDP, which gathers before it
+    said: list[bool] = []
+    for caller in _with_switch(model):
+        caller.forward = _without_caches(caller, caller.forward, checkpointing, said)  # Step 3
 
 
 def _recomputed(forward: Callable[..., Any], again: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,5 +54,44 @@ def _recomputed(forward: Callable[..., Any], again: Callable[..., Any]) -> Calla
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return again(partial(forward, **kwargs), *args)
+
+    return run
+
+
+def _with_switch(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules whose config switches a cache on and off."""
+    if isinstance(getattr(getattr(module, "config", None), "use_cache", None), bool):
+        yield module
+    else:
+        for child in module.children():
+            yield from _with_switch(child)
+
+
+def _without_caches(
+    model: nn.Module, forward: Callable[..., Any], checkpointing: str, said: list[bool]
+) -> Callable[..., Any]:
+    """Also where the caller asks for a cache; one that is given is refused, as what it holds must not get lost."""
+    signature = inspect.signature(forward)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        given = signature.bind_partial(*args, **kwargs)
+        named = {**given.arguments, **given.kwargs}
+        if name := next((name for name in _CACHES if named.get(name) is not None), None):
+            raise ConfigError(
+                "checkpointing", checkpointing,
+                f"layers are computed again in backward, and would fill the {name} that is given a second time",
+                "Use checkpointing='none', or call the model without it",
+            )  # fmt: skip
+        asked = named.get("use_cache")
+        if not said and (asked or (asked is None and any(config.use_cache for config in switches(model)))):
+            said.append(True)
+            print("use_cache is off in training, because layers are computed again in backward", file=sys.stderr)
+        if asked:
+            (given.arguments if "use_cache" in given.arguments else kwargs)["use_cache"] = False
+            args, kwargs = (given.args, given.kwargs) if "use_cache" in given.arguments else (args, kwargs)
+        with caches(model, on=False):
+            return forward(*args, **kwargs)
 
     return run

@@ -39,7 +39,7 @@ from moecompile import plan as plans
 from moecompile.checkpoint.atomic import whole_folder
 from moecompile.checkpoint.fit import check_entries
 from moecompile.checkpoint.folders import PLAN
-from moecompile.checkpoint.tensors import read_tensors, shapes, tensors_of, write_tensors
+from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, tensors_of, write_tensors
 from moecompile.errors import ConfigError, PlanError
 from moecompile.nn import (
     LayerLoad,
@@ -363,8 +363,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         rest: dict[str, Any] = torch.load(path / LIGHTNING, weights_only=True)
         groups = rest.get("optimizer_states", [])
         optimizers = self.optimizers if groups else []
-        tensors = tensors_of(self.model, optimizers)
         found = {name: shape for name, shape in shapes(path).items() if optimizers or name.startswith("model.")}
+        tensors = forget_unused(self.model, optimizers, tensors_of(self.model, optimizers), found)
         check_entries(found, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
         for optimizer, saved in zip(optimizers, groups, strict=True):
             _set_groups(optimizer, saved, path)

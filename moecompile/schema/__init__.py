@@ -45,6 +45,7 @@ from moecompile.schema.enums import (
     WireDtype,
     Workload,
 )
+from moecompile.schema.implied import SOURCES, with_implied
 from moecompile.schema.per_layer import LayerSettings, check_selections, layer_settings
 from moecompile.schema.resolve import (
     accumulation_steps,
@@ -57,6 +58,7 @@ from moecompile.schema.resolve import (
 from moecompile.schema.slices import site_slice
 
 __all__ = [
+    "SOURCES",
     "BalanceConfig",
     "BalanceRule",
     "Baseline",
@@ -108,4 +110,5 @@ __all__ = [
     "validate",
     "validate_settings",
     "validate_transform",
+    "with_implied",
 ]

@@ -25,6 +25,7 @@ from moecompile.schema.enums import (
     Workload,
 )
 from moecompile.schema.export import check_export
+from moecompile.schema.implied import SOURCES, has_experts
 from moecompile.schema.per_layer import LayerSettings
 from moecompile.schema.slices import site_slice
 
@@ -65,9 +66,9 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: the first rule that is broken.
     """
-    # A published model has experts; then what the config says of experts and routers is not what holds.
+    # Where the model has experts, what the config says of experts and routers is not what holds.
     sites = config.experts.sites
-    existing = sites is SiteKind.existing or (sites is SiteKind.auto and config.model.published is not None)
+    existing = sites is SiteKind.existing or (sites is SiteKind.auto and has_experts(config))
     mesh = mesh_spec(config.mesh) if existing else validate_transform(config)
     _check_model(config)
     _check_data(config, mesh)
@@ -150,7 +151,7 @@ def _check_balance(balance: BalanceConfig, routing: RoutingConfig) -> None:
 
 
 def _check_model(config: Config) -> None:
-    sources = {name: getattr(config.model, name) for name in ("architecture", "pretrained", "package", "factory")}
+    sources = {name: getattr(config.model, name) for name in SOURCES}
     given = [name for name, value in sources.items() if value]
     if len(given) != 1:
         raise ConfigError(

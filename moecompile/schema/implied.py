@@ -1,0 +1,57 @@
+"""What the choice of a model says of the rest, where the caller has not said it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from moecompile.errors import ConfigError
+from moecompile.schema.config import Config
+from moecompile.schema.enums import ModelDevice, TokenizerSource
+
+SOURCES = ("architecture", "pretrained", "package", "factory")
+"""Keys of `model` that say where a model comes from."""
+
+
+def with_implied(config: Config, groups: Collection[str]) -> Config:
+    """`config` itself: a `pretrained`, `package` or `factory` that the caller gave takes the place of the model group.
+
+    A pretrained model comes with its tokenizer, and so with its vocabulary.
+
+    Args:
+        groups: whose option the caller selected.
+
+    Raises:
+        ConfigError: `model.config` is given beside it.
+    """
+    model, given = config.model, config.given
+    chosen = [name for name in SOURCES if f"model.{name}" in given and getattr(model, name)]
+    if len(chosen) != 1 or chosen == ["architecture"] or "model" in groups:
+        return config
+    source, value = chosen[0], str(getattr(model, chosen[0]))
+    if key := next((key for key in given if key.startswith("model.config.")), None):
+        raise ConfigError(
+            key, model.config[key.split(".")[2]], f"model.{source}={value} has a config of its own",
+            "Leave it out, or build a model with model.architecture",
+        )  # fmt: skip
+    for name in SOURCES:
+        if name != source:
+            setattr(model, name, None)
+    model.config, model.published = {}, None
+    if "model.name" not in given:
+        model.name = Path(value).resolve().name if source == "pretrained" else value
+    if "model.device" not in given:
+        model.device = ModelDevice.cpu
+    own_data = "data" in groups or {"data.tokenizer", "data.vocab_size"} & set(given)
+    if source != "factory" and not own_data:
+        config.data.tokenizer, config.data.vocab_size = TokenizerSource.model, None
+    return config
+
+
+def has_experts(config: Config) -> bool:
+    """Whether the model says that it has experts, as far as that is known before it is built."""
+    model = config.model
+    if model.pretrained:
+        file = Path(model.pretrained, "config.json")
+        return file.is_file() and "experts" in file.read_text(encoding="utf-8", errors="replace")
+    return model.published is not None or any("experts" in key for key in model.config)

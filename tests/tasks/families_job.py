@@ -1,0 +1,144 @@
+"""Every family of transformers that is MoE already, as a user's folder: trained by the command line's defaults on two
+ranks, resumed on one, exported, and compared with transformers' own model in plain torch.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+VOCAB, SEQ = 320, 16
+STEPS, MORE = 2, 3
+SMALL = [
+    f"data.seq_len={SEQ}", "data.micro_batch_size=2", "data.global_batch_size=4", "data.val_batches=1",
+    "data.val_fraction=0.02", "trainer.log_interval=1", "trainer.progress_bar=false", "optimizer.warmup_steps=1",
+]  # fmt: skip
+Report = dict[str, Any]
+
+
+def write_folder(folder: Path, model: Any, tokenizer: Any) -> None:
+    """What a user has: weights, config and tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def quiet(config: Any) -> None:
+    """A config and those inside: a vocabulary for the text, and nothing random."""
+    for name, value in list(vars(config).items()):
+        if hasattr(value, "to_dict"):
+            quiet(value)
+        elif isinstance(value, float) and ("dropout" in name or "jitter" in name):
+            setattr(config, name, 0.0)
+
+
+def of_run(root: Path, name: str, kind: str, mesh: str, *more: str) -> Any:
+    """The config as the command line makes it; rank 0 writes it to the run directory."""
+    from moecompile.checkpoint.resume import resumed
+    from moecompile.compose import RESOLVED, compose_config, save_resolved
+    from moecompile.schema import validate
+
+    run_dir = root / kind / name
+    run_dir.mkdir(parents=True, exist_ok=True)
+    folder = root / "folders" / name
+    config = compose_config(
+        [f"model.pretrained={folder}", f"mesh={mesh}", f"data.path={root / 'text.txt'}", f"name={name}", *SMALL, *more]
+    )
+    config = resumed(config, run_dir)
+    validate(config)
+    save_resolved(config, run_dir / RESOLVED)
+    return config
+
+
+def each(names: list[str], work: Callable[[str], Report]) -> dict[str, Report]:
+    """What `work` reports of each family; an error is the report of that family alone."""
+    out: dict[str, Report] = {}
+    for name in names:
+        try:
+            with mock.patch("moecompile.tasks.train.init_process_group"):
+                out[name] = work(name)
+        except Exception as error:
+            out[name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+    return out
+
+
+def train_on_two(rank: int, world_size: int, root: Path, names: list[str]) -> dict[str, Report]:
+    """Rank 0 reports what the run's result says."""
+    from moecompile.tasks import train
+
+    def work(name: str) -> Report:
+        config = of_run(root, name, "two", "cpu_1x2", f"trainer.max_steps={STEPS}")
+        train.run_rank(config, root / "two" / name)
+        return json.loads((root / "two" / name / "result.json").read_text()) if rank == 0 else {}
+
+    return each(names, work)
+
+
+def resume_on_one(rank: int, world_size: int, root: Path, names: list[str]) -> dict[str, Report]:
+    """A run of one process, transformers' own model, and the run of two ranks that goes on here and is exported."""
+    from moecompile.compose import compose_config
+    from moecompile.tasks import export, train
+
+    def work(name: str) -> Report:
+        own = transformers_own(root, name)
+        one = of_run(root, name, "one", "cpu_1", f"trainer.max_steps={MORE}")
+        train.run_rank(one, root / "one" / name)
+        resume = of_run(
+            root, name, "resumed", "cpu_1", f"trainer.max_steps={MORE}", f"trainer.resume={root / 'two' / name}"
+        )
+        train.run_rank(resume, root / "resumed" / name)
+        (root / "exported" / name).mkdir(parents=True)
+        export.run(compose_config([f"export.run={root / 'resumed' / name}"]), root / "exported" / name)
+        kinds = ("one", "resumed", "exported")
+        return {"own": own} | {k: json.loads((root / k / name / "result.json").read_text()) for k in kinds}
+
+    return each(names, work)
+
+
+def transformers_own(root: Path, name: str) -> Report:
+    """Losses of transformers' own model in plain torch: validation, each step, validation. Nats per token."""
+    import torch.distributed as dist
+
+    from moecompile.models import build_model
+    from moecompile.runtime.data import load_data, train_loader, val_loader
+    from moecompile.runtime.module import LanguageModule
+
+    config = of_run(root, name, "own", "cpu_1", f"trainer.max_steps={STEPS}")
+    folder, run_dir = root / "folders" / name, root / "own" / name
+    data = load_data(config.data, run_dir, rank=0, barrier=dist.barrier, model_folder=folder)
+    model = build_model(config.model, 0)
+    made: Any = LanguageModule(model, config.optimizer, STEPS).configure_optimizers()
+    optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
+
+    def loss_of(batch: dict[str, Tensor]) -> Tensor:
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), reduction="sum")
+
+    @torch.no_grad()
+    def validate() -> float:
+        model.eval()
+        # As much as two ranks see in one batch each.
+        batches = list(val_loader(data.val, config.data, rank=0, world_size=1))
+        model.train()
+        return float(sum(loss_of(batch) for batch in batches)) / sum(batch["labels"].numel() for batch in batches)
+
+    out: Report = {"val_first": validate(), "steps": []}
+    loader = iter(train_loader(data.train, config.data, seed=0, rank=0, world_size=1, start_step=0, num_steps=STEPS))
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        batches = [next(loader), next(loader)]
+        loss = sum(loss_of(batch) for batch in batches) / sum(batch["labels"].numel() for batch in batches)
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        optimizer.step()
+        scheduler.step()
+        out["steps"].append(float(loss))
+    return out | {"val": validate()}
