@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from moecompile.checkpoint import folders
 from moecompile.checkpoint.fit import check_entries, check_plan
 from moecompile.checkpoint.state import State, check_settings, fixed_settings, read_state
+from moecompile.checkpoint.sums import check
 from moecompile.checkpoint.tensors import read_tensors, shapes, tensors_of
 from moecompile.checkpoint.writer import Writer
 from moecompile.errors import ConfigError
@@ -160,8 +161,11 @@ def starting_point(config: Config, plan: Plan, run_dir: Path, *, is_restart: boo
     folder = folders.find(folders.AUTO, run_dir) if is_restart else None
     if folder is None and resume is not None:
         folder = folders.find(resume, run_dir)
+    if folder is not None:
+        check(folder, [folders.STATE])
     start = None if folder is None else (folder, read_state(folder))
     if start is not None:
+        check(start[0], [folders.PLAN])
         check_settings(start[1], config, start[0])
         check_plan(load_plan(start[0] / folders.PLAN), plan, start[0])
     if (start is None or start[0].parent != checkpoints.resolve()) and folders.steps(checkpoints):
