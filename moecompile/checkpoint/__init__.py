@@ -6,5 +6,6 @@ state      state.json: where a run stood, and which settings it must go on with 
 sums       checksums of its files (needs no torch)
 tensors    weights and optimizer state through torch DCP, resharded when they are read
 weights    a model's weights in one process, from a run's checkpoint or a native export
+fingerprint  what a run computes and learns from, by names and values (needs no torch)
 fit        whether a checkpoint fits a plan, and what differs
 """

@@ -77,7 +77,8 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proce
         CheckpointException: a rank could not write; every rank raises it.
     """
     dcp.save(dict(tensors), storage_writer=_Writer(folder), process_group=group)
-    rank, everyone = dist.get_rank(group), [{} for _ in range(dist.get_world_size(group))]
+    rank = dist.get_rank(group)
+    everyone: list[Any] = [None] * dist.get_world_size(group)
     mine = {path.name: sums.file_sum(path) for path in folder.glob(f"__{rank}_*{_SHARD}")}
     dist.all_gather_object(everyone, mine, group=group)
     if rank == 0:
