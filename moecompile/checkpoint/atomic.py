@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moecompile.checkpoint.sums import seal
+
 UNFINISHED = ".tmp"
 """Suffix of a folder that is being written, or whose writing was cut off."""
 
@@ -30,6 +32,7 @@ def whole_folder(path: Path, *, is_first_rank: bool, barrier: Callable[[], objec
     yield tmp
     barrier()
     if is_first_rank:
+        seal(tmp)
         if path.exists():
             path.rename(old)
         publish(tmp, path)

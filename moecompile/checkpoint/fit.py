@@ -7,24 +7,40 @@ and the function that the model computes may not.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from moecompile.errors import PlanError
 from moecompile.plan import LayerPlan, Plan
 
-_SHOWN = 8
+_SHOWN, _WIDTH = 8, 80
 _FREE = ("capacity_factor", "drop", "jitter", "workload", "skew")
 
 
-def check_plan(found: Plan, wanted: Plan, folder: Path) -> None:
+def check_plan(found: Plan, wanted: Plan, folder: Path, allowed: Sequence[str] = ()) -> None:
     """Whether the plan `found` in a checkpoint makes the same model as `wanted`.
 
     Raises:
-        PlanError: lists the entries that differ.
+        PlanError: lists the entries that differ and are not allowed to.
     """
-    _raise_if_any(list(_layer_differences(found, wanted)), folder)
+    refuse(plan_differences(found, wanted), allowed, folder)
+
+
+def refuse(differences: Iterable[tuple[str, Any, Any]], allowed: Sequence[str], folder: Path) -> None:
+    """Raises unless all (name, saved value, value now) match the patterns in `allowed`.
+
+    Raises:
+        PlanError: lists the others.
+    """
+    kept = [entry for entry in differences if not any(fnmatchcase(entry[0], pattern) for pattern in allowed)]
+    names = list(dict.fromkeys(entry[0] for entry in kept))
+    listed = [f"{name}: {_short(saved)} in the checkpoint, {_short(now)} here" for name, saved, now in kept]
+    fix = (
+        f"Set these as they were, start a new run, or go on all the same with trainer.allow_changes=[{','.join(names)}]"
+    )
+    _raise_if_any(listed, folder, fix)
 
 
 def check_entries(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], folder: Path) -> None:
@@ -38,21 +54,20 @@ def check_entries(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tup
         ours, theirs = wanted.get(name), found.get(name)
         if ours != theirs:
             differences.append(f"{name}: {_shape(theirs)} in the checkpoint, {_shape(ours)} here")
-    _raise_if_any(differences, folder)
+    _raise_if_any(differences, folder, "Set these as they were, or start a new run")
 
 
-def _layer_differences(found: Plan, wanted: Plan) -> Iterator[str]:
+def plan_differences(found: Plan, wanted: Plan) -> Iterator[tuple[str, Any, Any]]:
+    """(name, saved value, value now) of what decides the model's weights and outputs and differs."""
     theirs, ours = ({layer.site.fqn: layer for layer in plan.layers} for plan in (found, wanted))
     for fqn in [*theirs, *(fqn for fqn in ours if fqn not in theirs)]:
         if fqn not in ours or fqn not in theirs:
-            yield f"{fqn}: {'experts' if fqn in theirs else 'dense'} in the checkpoint, " + (
-                "experts here" if fqn in ours else "dense here"
-            )
+            yield fqn, "experts" if fqn in theirs else "dense", "experts" if fqn in ours else "dense"
             continue
         before, now = _function(theirs[fqn]), _function(ours[fqn])
         for key in [*before, *(key for key in now if key not in before)]:
             if before.get(key) != now.get(key):
-                yield f"{fqn}.{key}: {before.get(key)} in the checkpoint, {now.get(key)} here"
+                yield f"{fqn}.{key}", before.get(key), now.get(key)
 
 
 def _function(layer: LayerPlan) -> dict[str, Any]:
@@ -70,11 +85,16 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else str(list(shape))
 
 
-def _raise_if_any(differences: list[str], folder: Path) -> None:
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 4]} ..."
+
+
+def _raise_if_any(differences: list[str], folder: Path, fix: str) -> None:
     if not differences:
         return
     more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
     raise PlanError(
         "trainer.resume", folder, f"the checkpoint does not fit this run: {'; '.join(differences[:_SHOWN])}{more}",
-        "Set these as they were, or start a new run",
+        fix,
     )  # fmt: skip

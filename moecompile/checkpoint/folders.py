@@ -1,6 +1,7 @@
 """The checkpoints of a run: names, the latest one, what is kept. Needs no torch.
 
-    RUN/checkpoints/step-20/       whole: DCP's files (.metadata, __RANK_0.distcp), plan.yaml, state.json
+    RUN/checkpoints/step-20/       whole: DCP's files (.metadata, __RANK_0.distcp), plan.yaml, state.json,
+                                   checksums.json
     RUN/checkpoints/step-30.tmp/   being written, or cut off while it was
     RUN/checkpoints/latest         a link to the newest whole one
 
@@ -14,6 +15,7 @@ import shutil
 from pathlib import Path
 
 from moecompile.checkpoint.atomic import UNFINISHED, point, publish, unfinished
+from moecompile.checkpoint.sums import seal
 from moecompile.errors import ConfigError
 
 CHECKPOINTS = "checkpoints"
@@ -75,6 +77,7 @@ def finish(checkpoints: Path, step: int, keep_last: int) -> Path:
     Killed at any moment, it leaves `latest` at a whole checkpoint.
     """
     folder = step_folder(checkpoints, step)
+    seal(unfinished(folder))
     publish(unfinished(folder), folder)
     point(checkpoints / LATEST, folder.name)
     for old in steps(checkpoints)[:-keep_last] if keep_last else []:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from moecompile.checkpoint.folders import AUTO, PLAN, find
+from moecompile.checkpoint.folders import AUTO, PLAN, STATE, find
 from moecompile.checkpoint.state import check_settings, read_state
+from moecompile.checkpoint.sums import check
 from moecompile.plan import load
 from moecompile.schema import Config, TaskName
 
@@ -25,6 +26,7 @@ def resumed(config: Config, run_dir: Path) -> Config:
     folder = find(resume, run_dir)
     if folder is None:
         return config
+    check(folder, [STATE, PLAN])
     check_settings(read_state(folder), config, folder)
     config = replace(config, trainer=replace(config.trainer, resume=AUTO if resume == AUTO else str(folder)))
     layers = [layer for layer in load(folder / PLAN).layers if layer.experts.init != "existing"]

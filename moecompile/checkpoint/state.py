@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from moecompile.checkpoint.atomic import write_file
+from moecompile.checkpoint.fingerprint import TEXT, differences, settings
+from moecompile.checkpoint.fit import refuse
 from moecompile.checkpoint.folders import STATE
 from moecompile.errors import ConfigError
 from moecompile.schema import Config
 
 FORMAT = 1
-
-_FIXED = ("data.objective", "data.corpus", "data.path", "data.vocab_size", "data.seq_len", "data.global_batch_size",
-          "data.val_fraction", "seed")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +22,8 @@ class State:
     """Where a run stood after `step` optimizer steps.
 
     sequences: training sequences seen, the position in the data. fixed: settings that decide which data comes next.
-    metrics: what the reports carry over. world_size, plan_hash, versions: who wrote it, for people.
+    metrics: what the reports carry over. fingerprint: of model and data, empty in what earlier versions wrote.
+    world_size, plan_hash, versions: who wrote it, for people.
     """
 
     step: int
@@ -33,17 +33,7 @@ class State:
     plan_hash: str
     versions: dict[str, Any]
     metrics: dict[str, Any] = field(default_factory=dict)
-
-
-def fixed_settings(config: Config) -> dict[str, Any]:
-    """The settings that a run must go on with, by dotted path."""
-    found = {}
-    for path in _FIXED:
-        value: Any = config
-        for key in path.split("."):
-            value = getattr(value, key)
-        found[path] = getattr(value, "value", value)
-    return found
+    fingerprint: dict[str, Any] = field(default_factory=dict)
 
 
 def write_state(folder: Path, state: State) -> None:
@@ -59,6 +49,7 @@ def read_state(folder: Path) -> State:
     """
     try:
         body = dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
+        body.setdefault("fingerprint", {})  # earlier versions wrote none
         if body.pop("format", None) != FORMAT or set(body) != {entry.name for entry in fields(State)}:
             raise ValueError(f"format {FORMAT} has the keys {[entry.name for entry in fields(State)]}")
         return State(**body)
@@ -69,19 +60,16 @@ def read_state(folder: Path) -> State:
 
 
 def check_settings(state: State, config: Config, folder: Path) -> None:
-    """Whether `config` continues the run that `folder` is a checkpoint of.
+    """Whether `config` continues the run that `folder` is a checkpoint of, as far as it can be told without a model.
 
     Raises:
         ConfigError: another data order, or fewer steps than are done already.
     """
-    for path, value in fixed_settings(config).items():
-        if path in state.fixed and state.fixed[path] != value:
-            raise ConfigError(
-                path, value, f"the checkpoint {folder} was made with {state.fixed[path]}, and other data would follow",
-                f"Use {path}={'null' if state.fixed[path] is None else state.fixed[path]}, or start a new run",
-            )  # fmt: skip
     if config.trainer.max_steps < state.step:
         raise ConfigError(
             "trainer.max_steps", config.trainer.max_steps, f"the checkpoint {folder} has {state.step} steps already",
             f"Use {state.step} or more",
         )  # fmt: skip
+    # The ranks, which read the text, compare its content; where it lies does not matter then.
+    text = {TEXT: state.fingerprint[TEXT]} if TEXT in state.fingerprint else {}
+    refuse(differences({**state.fixed, **text}, {**settings(config), **text}), config.trainer.allow_changes, folder)

@@ -24,15 +24,17 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.optim import Optimizer
 
+from moecompile.checkpoint import sums
 from moecompile.errors import ConfigError
 
 INDEX = ".metadata"
+_SHARD = ".distcp"
 
 _INDEX_CLASSES = {
     "torch.distributed.checkpoint.metadata": (
@@ -86,12 +88,21 @@ def staged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Writes this rank's shards; all ranks call it, and when it returns on one, all files of all ranks are complete.
+    """Writes this rank's shards and their checksums; all ranks call it. When it returns, all files are complete.
+
+    Each rank sums its own shards.
 
     Raises:
         CheckpointException: a rank could not write; every rank raises it.
     """
     dcp.save(dict(tensors), storage_writer=_Writer(folder), process_group=group)
+    rank = dist.get_rank(group)
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    mine = {path.name: sums.file_sum(path) for path in folder.glob(f"__{rank}_*{_SHARD}")}
+    dist.all_gather_object(everyone, mine, group=group)
+    if rank == 0:
+        sums.seal(folder, {name: value for part in everyone for name, value in part.items()})
+    dist.barrier(group)
 
 
 def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -107,6 +118,8 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             dcp.load(dict(tensors), storage_reader=_Reader(folder), planner=_TensorsAlone())
     except CheckpointException as error:  # no Exception, for torch
         rank, cause = failed_rank(error)
+        if isinstance(damaged := error.failures[rank][0], ConfigError):
+            raise damaged from error
         raise ConfigError(
             "trainer.resume", folder, f"it cannot be read on rank {rank} ({cause})", "Use another checkpoint"
         ) from error
@@ -134,6 +147,7 @@ def read_index(folder: Path) -> Metadata:
     Raises:
         ConfigError: there is none, it is broken, or it holds anything else.
     """
+    sums.check(folder, [INDEX])
     try:
         with (folder / INDEX).open("rb") as file:
             index = _IndexReader(file).load()
@@ -169,7 +183,14 @@ class _Writer(FileSystemWriter):
 
 
 class _Reader(FileSystemReader):
-    """DCP's reader with our way to read the index; tensors are read with weights_only by DCP itself."""
+    """DCP's reader with our way to read the index; tensors are read with weights_only by DCP itself.
+
+    Every rank checks the files that it will read, before any rank reads one.
+    """
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        sums.check(Path(self.path), {self.storage_data[item.storage_index].relative_path for item in plan.items})
+        return plan
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return read_index(Path(self.path))

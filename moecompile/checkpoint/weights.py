@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moecompile.checkpoint.folders import checkpoints_of, latest
+from moecompile.checkpoint.sums import check
 from moecompile.checkpoint.tensors import INDEX, read_tensors, shapes
 from moecompile.errors import ConfigError
 
@@ -65,6 +66,7 @@ def _prefix(stored: Iterable[str], names: list[str]) -> str:
 
 
 def _load_safetensors(folder: Path, files: list[Path], weights: Mapping[str, Tensor]) -> None:
+    check(folder, [path.name for path in files], key="export.checkpoint")
     try:
         opened = [safe_open(path, framework="pt") for path in files]
         where: dict[str, Any] = {}

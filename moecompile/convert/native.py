@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moecompile import plan as plans
+from moecompile.checkpoint.sums import seal
 from moecompile.compose import RESOLVED, save_resolved
 from moecompile.convert.run import PLAN, Run, find_run, load_run
 
@@ -28,6 +29,7 @@ def write_native(model: nn.Module, run: Run, folder: Path) -> None:
         index |= dict.fromkeys(tensors, name)
     body = json.dumps({"weight_map": index}, indent=2)
     (folder / "model.safetensors.index.json").write_text(body + "\n", encoding="utf-8")
+    seal(folder)
 
 
 def load_exported(path: str | Path) -> nn.Module:

@@ -13,8 +13,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from moecompile.checkpoint import folders
-from moecompile.checkpoint.fit import check_entries, check_plan
-from moecompile.checkpoint.state import State, check_settings, fixed_settings, read_state
+from moecompile.checkpoint.fingerprint import differences, settings
+from moecompile.checkpoint.fit import check_entries, plan_differences, refuse
+from moecompile.checkpoint.state import State, check_settings, read_state
+from moecompile.checkpoint.sums import check
 from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, tensors_of
 from moecompile.checkpoint.writer import Writer
 from moecompile.errors import ConfigError
@@ -30,19 +32,27 @@ METRICS = "metrics.csv"
 LOAD_HISTORY = "load.npz"
 """Load of every expert at every logged step, in the run directory."""
 
+_NOT_COMPARED = (
+    "This checkpoint is of an earlier version and has no fingerprint: the plan was compared, "
+    "the model's config and the text's content were not."
+)
+
 
 class Saver(Callback):
     """Writes a checkpoint every `trainer.save_interval` optimizer steps, and one at the end.
 
     Args:
-        metrics: whose state travels with the checkpoints. val_loss_first: of the run, travels too.
+        metrics: whose state travels with the checkpoints. fingerprint: of model and data, does too.
+            val_loss_first: of the run, as well.
         start: the checkpoint to go on from, with its state; None: from the beginning.
     """
 
     def __init__(
-        self, run_dir: Path, plan: Plan, config: Config, metrics: Metrics, start: tuple[Path, State] | None
-    ) -> None:
+        self, run_dir: Path, plan: Plan, config: Config, metrics: Metrics, start: tuple[Path, State] | None,
+        fingerprint: dict[str, Any],
+    ) -> None:  # fmt: skip
         self.checkpoints, self.plan, self.config, self.metrics = folders.checkpoints_of(run_dir), plan, config, metrics
+        self.fingerprint = fingerprint
         self.start, self.val_loss_first = start, None if start is None else start[1].metrics["val_loss_first"]
         self._step = 0 if start is None else start[1].step
         self._is_saved = start is not None and start[0].parent == self.checkpoints.resolve()
@@ -92,11 +102,12 @@ class Saver(Callback):
         state = State(
             step=self._step,
             sequences=self._step * self.config.data.global_batch_size,
-            fixed=fixed_settings(self.config),
+            fixed=settings(self.config),
             world_size=self.plan.mesh.world_size,
             plan_hash=self.plan.hash,
             versions=dict(versions()),
             metrics={**self.metrics.state(), "val_loss_first": self.val_loss_first},
+            fingerprint=self.fingerprint,
         )
         self._writer.save(tensors_of(module.model, trainer.strategy.optimizers), state)
         self._is_saved = True
@@ -145,12 +156,23 @@ def _history(folder: Path, step: int) -> LoadHistory:
     return LoadHistory.read(path).until(step) if path.is_file() else LoadHistory()
 
 
-def starting_point(config: Config, plan: Plan, run_dir: Path, *, is_restart: bool) -> tuple[Path, State] | None:
+def _check_function(start: tuple[Path, State], plan: Plan, config: Config, fingerprint: dict[str, Any]) -> None:
+    """Whether model, data and plan are those of the checkpoint."""
+    folder, state = start
+    found = [*differences(state.fingerprint, fingerprint)] if state.fingerprint else []
+    found += plan_differences(load_plan(folder / folders.PLAN), plan)
+    refuse(found, config.trainer.allow_changes, folder)
+
+
+def starting_point(
+    config: Config, plan: Plan, run_dir: Path, fingerprint: dict[str, Any], *, is_restart: bool
+) -> tuple[Path, State] | None:
     """The checkpoint that this run goes on from, and its state; None: from the beginning. All ranks call it.
 
     Removes what an earlier attempt has left unfinished, and later checkpoints, which this run writes again.
 
     Args:
+        fingerprint: of the model and the data.
         is_restart: a rank was lost, and the launcher has started all of them again.
 
     Raises:
@@ -161,10 +183,13 @@ def starting_point(config: Config, plan: Plan, run_dir: Path, *, is_restart: boo
     folder = folders.find(folders.AUTO, run_dir) if is_restart else None
     if folder is None and resume is not None:
         folder = folders.find(resume, run_dir)
+    if folder is not None:
+        check(folder, [folders.STATE])
     start = None if folder is None else (folder, read_state(folder))
     if start is not None:
+        check(start[0], [folders.PLAN])
         check_settings(start[1], config, start[0])
-        check_plan(load_plan(start[0] / folders.PLAN), plan, start[0])
+        _check_function(start, plan, config, fingerprint)
     if (start is None or start[0].parent != checkpoints.resolve()) and folders.steps(checkpoints):
         raise ConfigError(
             "hydra.run.dir", run_dir, "holds the checkpoints of another run",
@@ -175,5 +200,7 @@ def starting_point(config: Config, plan: Plan, run_dir: Path, *, is_restart: boo
         folders.forget_after(checkpoints, 0 if start is None else start[1].step)
         if start is not None:
             print(f"going on from step {start[1].step} of {start[0]}", flush=True)
+            if not start[1].fingerprint:
+                print(_NOT_COMPARED, flush=True)
     dist.barrier()
     return start

@@ -39,6 +39,7 @@ from moecompile import plan as plans
 from moecompile.checkpoint.atomic import whole_folder
 from moecompile.checkpoint.fit import check_entries
 from moecompile.checkpoint.folders import PLAN
+from moecompile.checkpoint.sums import check
 from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, tensors_of, write_tensors
 from moecompile.errors import ConfigError, PlanError
 from moecompile.nn import (
@@ -360,6 +361,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """
         path = Path(self.broadcast(checkpoint_path))
         assert self.model is not None
+        check(path, [LIGHTNING, PLAN], key="ckpt_path")
         rest: dict[str, Any] = torch.load(path / LIGHTNING, weights_only=True)
         groups = rest.get("optimizer_states", [])
         optimizers = self.optimizers if groups else []

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import nn
 
+from moecompile.checkpoint.fingerprint import fingerprint
 from moecompile.mesh import MeshSpec
 from moecompile.plan import Plan, Traffic
 from moecompile.runtime.callbacks import Metrics, ProgressBar, ProgressLines, TrafficMeter
@@ -67,7 +68,8 @@ def train(
     `materialize`, of a model on the meta device, as for the strategy.
     """
     mesh, rank, max_steps = plan.mesh, int(os.environ["RANK"]), config.trainer.max_steps
-    start = starting_point(config, plan, run_dir, is_restart=is_restart())
+    known = fingerprint(model, text_hash=data.text_hash, tokenizer=data.tokenizer.to_str())
+    start = starting_point(config, plan, run_dir, known, is_restart=is_restart())
     first_step = 0 if start is None else start[1].step
     module = LanguageModule(model, config.optimizer, max_steps)
     metrics = Metrics(
@@ -76,7 +78,7 @@ def train(
         has_capacity=any(layer.routing.capacity_factor is not None for layer in plan.layers),
         history_path=run_dir / LOAD_HISTORY,
     )
-    meter, saver = TrafficMeter(mesh), Saver(run_dir, plan, config, metrics, start)
+    meter, saver = TrafficMeter(mesh), Saver(run_dir, plan, config, metrics, start, known)
     trainer = make_trainer(config, mesh, run_dir, [metrics, meter, saver], start=None if start is None else start[0],
                            first_step=first_step, materialize=materialize)  # fmt: skip
     val = val_loader(data.val, config.data, rank=rank, world_size=mesh.world_size)

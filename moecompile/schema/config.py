@@ -258,9 +258,10 @@ class TrainerConfig:
     of a rank. progress_bar: a bar on a terminal, else lines. save_checkpoint: at the end. save_interval: optimizer
     steps between checkpoints (0: only at the end). keep_last: newest checkpoints that are kept (0: all). async_save:
     write them in the background. resume: `auto` (the latest checkpoint of this run directory, if there is one), or a
-    run directory or checkpoint to go on from (null: a new run). max_restarts: how often a run that lost a rank goes on
-    from its latest checkpoint by itself. on_nan: what happens when a loss or a gradient is not finite. baseline:
-    `dense` trains the dense model too, and shows both side by side.
+    run directory or checkpoint to go on from (null: a new run). allow_changes: names (shell patterns too) of what may
+    differ from the checkpoint all the same, as the refusal lists them. max_restarts: how often a run that lost a rank
+    goes on from its latest checkpoint by itself. on_nan: what happens when a loss or a gradient is not finite.
+    baseline: `dense` trains the dense model too, and shows both side by side.
     """
 
     max_steps: int = 100
@@ -277,6 +278,7 @@ class TrainerConfig:
     keep_last: int = 3
     async_save: bool = True
     resume: Optional[str] = None
+    allow_changes: list[str] = field(default_factory=list)
     max_restarts: int = 0
     on_nan: OnNan = OnNan.stop
     baseline: Baseline = Baseline.none

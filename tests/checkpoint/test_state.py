@@ -11,9 +11,10 @@ from torch import nn
 
 from moecompile import plan as plans
 from moecompile.checkpoint import folders
+from moecompile.checkpoint.fingerprint import settings
 from moecompile.checkpoint.fit import check_entries, check_plan
 from moecompile.checkpoint.resume import resumed
-from moecompile.checkpoint.state import State, check_settings, fixed_settings, read_state, write_state
+from moecompile.checkpoint.state import State, check_settings, read_state, write_state
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError, PlanError
 from moecompile.pipeline import make_plan
@@ -29,7 +30,7 @@ def planned(overrides: list[str]) -> Plan:
 
 
 def state_of(config: Config, step: int = 4) -> State:
-    return State(step=step, sequences=step * 16, fixed=fixed_settings(config), world_size=4, plan_hash="x", versions={})
+    return State(step=step, sequences=step * 16, fixed=settings(config), world_size=4, plan_hash="x", versions={})
 
 
 @pytest.fixture
@@ -57,8 +58,8 @@ def test_the_data_must_stay(checkpoint: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         check_settings(read_state(checkpoint), config, checkpoint)
     assert str(caught.value) == (
-        f"seed=3: the checkpoint {checkpoint} was made with 0, and other data would follow. "
-        "Use seed=0, or start a new run."
+        f"trainer.resume={checkpoint}: the checkpoint does not fit this run: seed: 0 in the checkpoint, 3 here. "
+        "Set these as they were, start a new run, or go on all the same with trainer.allow_changes=[seed]."
     )
 
 
@@ -97,7 +98,8 @@ def test_differences_are_listed() -> None:
         check_plan(theirs, ours, Path("step-1"))
     assert str(caught.value) == (
         "trainer.resume=step-1: the checkpoint does not fit this run: .experts.num_routed: 16 in the checkpoint, 8 "
-        "here; .routing.score: sigmoid in the checkpoint, softmax here. Set these as they were, or start a new run."
+        "here; .routing.score: sigmoid in the checkpoint, softmax here. Set these as they were, start a new run, or go on "
+        "all the same with trainer.allow_changes=[.experts.num_routed,.routing.score]."
     )
     other_site = replace(ours.layers[0], site=replace(ours.layers[0].site, fqn="layers.0"))
     with pytest.raises(PlanError, match=r": experts in the checkpoint, dense here; layers.0: dense in the checkpoint"):

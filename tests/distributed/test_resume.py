@@ -134,12 +134,12 @@ def test_what_does_not_fit_is_refused_in_words(root: tuple[Path, dict[str, Any]]
     experts, seq_len, steps, new = root[1]["errors"]
     assert experts == (
         f"trainer.resume={last}: the checkpoint does not fit this run: "
-        "model.layers.1.mlp.experts.num_routed: 16 in the checkpoint, 32 here. "
-        "Set these as they were, or start a new run."
+        "model.layers.1.mlp.experts.num_routed: 16 in the checkpoint, 32 here. Set these as they were, start a new run, or "
+        "go on all the same with trainer.allow_changes=[model.layers.1.mlp.experts.num_routed]."
     )
     assert seq_len == (
-        f"data.seq_len=16: the checkpoint {last} was made with 32, and other data would follow. "
-        "Use data.seq_len=32, or start a new run."
+        f"trainer.resume={last}: the checkpoint does not fit this run: data.seq_len: 32 in the checkpoint, 16 here. "
+        "Set these as they were, start a new run, or go on all the same with trainer.allow_changes=[data.seq_len]."
     )
     assert steps == f"trainer.max_steps=5: the checkpoint {last} has 6 steps already. Use 6 or more."
     assert new == (

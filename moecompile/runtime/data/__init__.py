@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
+from moecompile.checkpoint.fingerprint import content_hash
 from moecompile.errors import ConfigError
 from moecompile.runtime.data.batches import IGNORED, GlobalBatchSampler, TokenWindows, ValidationSampler
 from moecompile.runtime.data.spans import SpanCorruption, SpanCounts
@@ -48,11 +49,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TextData:
-    """A text, tokenized and split; the windows as `load_data` cuts them, or as an objective needs them."""
+    """A text, tokenized and split; the windows as `load_data` cuts them, or as an objective needs them.
+
+    text_hash: of the whole text, by which a checkpoint knows it.
+    """
 
     tokenizer: Tokenizer
     train: TokenWindows | SpanCorruption
     val: TokenWindows | SpanCorruption
+    text_hash: str = ""
 
 
 def load_data(
@@ -66,7 +71,8 @@ def load_data(
     Raises:
         ConfigError: the text cannot be read, or is too short.
     """
-    train, val = split_text(load_text(data), data.val_fraction)
+    text = load_text(data)
+    train, val = split_text(text, data.val_fraction)
     path = run_dir / "tokenizer.json"
     if data.tokenizer is TokenizerSource.model:
         assert model_folder is not None, "validate() has seen that the model has a folder"
@@ -74,7 +80,8 @@ def load_data(
     else:
         assert data.vocab_size is not None
         tokenizer = shared_tokenizer(path, train, data.vocab_size, rank=rank, barrier=barrier)
-    return TextData(tokenizer, *(_windows(tokenizer, text, data.seq_len) for text in (train, val)))
+    windows = [_windows(tokenizer, part, data.seq_len) for part in (train, val)]
+    return TextData(tokenizer, windows[0], windows[1], content_hash(text))
 
 
 def train_loader(
