@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobRuntime
@@ -41,6 +43,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from moecompile.errors import ConfigError, MoecompileError, UserError
 from moecompile.explain import explain
+from moecompile.flags import PROGRAM, own_flags
 from moecompile.schema import Config, validate, with_implied
 from moecompile.trust import check_hydra_node, of_hydra
 
@@ -79,7 +82,7 @@ def main(
 
     decorate = hydra.main(version_base=_VERSION_BASE, config_path=str(conf_dir()), config_name="config")
     try:
-        with _raising_hydra(), _guarded_hydra(), _explained(sys.argv[1:]), _narrow_help():
+        with _raising_hydra(), _guarded_hydra(), _explained(sys.argv[1:]), _own_flags(), _narrow_help():
             decorate(job)()
     except KeyboardInterrupt:
         return 130
@@ -274,6 +277,8 @@ def _guarded_hydra() -> Iterator[None]:
     load = ConfigLoaderImpl.load_configuration
 
     def checked(self: ConfigLoaderImpl, config_name: str | None, overrides: list[str], *rest: Any, **more: Any) -> Any:
+        if config_name is None:  # --hydra-help: no file of ours or of the user's is read, and nothing is run
+            return load(self, None, of_hydra(overrides), *rest, **more)
         cfg = load(self, config_name, overrides, *rest, **more)
         shipped = load(self, "config", of_hydra(overrides), *rest, **more)
         check_hydra_node(_plain(cfg.hydra), _plain(shipped.hydra))
@@ -292,16 +297,42 @@ def _plain(node: DictConfig) -> dict[str, Any]:
 
 
 @contextmanager
+def _own_flags() -> Iterator[None]:
+    """Hydra's command line, as `moecompile.flags` changes it."""
+    module: Any = sys.modules["hydra.main"]
+    make = module.get_args_parser
+    module.get_args_parser = lambda: own_flags(make())
+    program, sys.argv[0] = sys.argv[0], PROGRAM  # what a shell completes
+    try:
+        yield
+    finally:
+        module.get_args_parser, sys.argv[0] = make, program
+
+
+@contextmanager
 def _narrow_help() -> Iterator[None]:
-    """Breaks the lines of `--help`: Hydra writes all options of a group in one."""
-    if not {"--help", "-h"} & set(sys.argv):
+    """Breaks the lines of `--help`: Hydra writes all options of a group in one.
+
+    It also looks for them in a new copy of all its configs each time, which is most of what `--help` would take.
+    """
+    if not {"--help", "-h", "--hydra-help"} & set(sys.argv):
         yield
         return
-    text = io.StringIO()
+    text, options = io.StringIO(), ConfigLoaderImpl.get_group_options
+
+    @cache
+    def repository(self: ConfigLoaderImpl) -> Any:
+        return self._parse_overrides_and_create_caching_repo(None, [])[1]
+
+    def listed(self: ConfigLoaderImpl, group_name: str, results_filter: Any = ObjectType.CONFIG) -> Any:
+        return repository(self).get_group_options(group_name, results_filter)
+
+    ConfigLoaderImpl.get_group_options = listed  # type: ignore[assignment, method-assign]
     try:
         with redirect_stdout(text):
             yield
     finally:
+        ConfigLoaderImpl.get_group_options = options  # type: ignore[method-assign]
         for line in text.getvalue().splitlines():
             broken = textwrap.wrap(line, _HELP_WIDTH, subsequent_indent="    ") if len(line) > _HELP_WIDTH else [line]
             print("\n".join(broken))
