@@ -3,8 +3,8 @@
 python benchmarks/startup.py                      # half a minute
 python benchmarks/startup.py --rounds 20 --json startup.json
 
-The bare program is `@hydra.main` over an empty config, with the same flag. Both run in turn, A B A B, each time in a new
-process; the figure is the median of the rounds' ratios of CPU time, which another program's work hardly moves.
+The bare program is `@hydra.main` over an empty config, with the same flag. Both run in turn, A B A B, each time in a
+new process; the figure is the median of the rounds' ratios of CPU time, which another program's work hardly moves.
 """
 
 from __future__ import annotations
