@@ -11,9 +11,9 @@ import os
 from dataclasses import is_dataclass
 from typing import Any, NoReturn, get_type_hints
 
-from moecompile import __version__
 from moecompile.errors import UserError
 from moecompile.schema import Config
+from moecompile.version import __version__
 
 PROGRAM = "moecompile"
 
