@@ -65,11 +65,14 @@ OmegaConf.register_new_resolver("moecompile.add", lambda *numbers: sum(numbers),
 
 
 def main(
-    run: Callable[[Config, Path], int], prepare: Callable[[Config, Path], Config] = lambda config, _: config
+    run: Callable[[Config, Path], int],
+    prepare: Callable[[Config, Path], Config] = lambda config, _: config,
+    check: Callable[[Config], None] = lambda _: None,
 ) -> int:
     """The command line: composes `sys.argv`, calls `run(config, run_dir)` for each job and returns the exit code.
 
-    `prepare(config, run_dir)` completes each config before it is checked and written.
+    `prepare(config, run_dir)` completes each config before it is checked and written; `check(config)` looks at what it
+    names, such as files.
 
     A job that fails is reported in one message on stderr (with a traceback if `debug=true`, or if it is a defect and
     not a mistake) and does not stop the other jobs of a multirun.
@@ -77,7 +80,7 @@ def main(
     exit_codes: list[int] = []
 
     def job(cfg: DictConfig) -> int:
-        exit_codes.append(_run_job(cfg, run, prepare))
+        exit_codes.append(_run_job(cfg, run, prepare, check))
         return exit_codes[-1]
 
     decorate = hydra.main(version_base=_VERSION_BASE, config_path=str(conf_dir()), config_name="config")
@@ -159,7 +162,12 @@ def conf_dir() -> Path:
 # -- one job, and the end of a multirun ----------------------------------------------------------------------------
 
 
-def _run_job(cfg: DictConfig, run: Callable[[Config, Path], int], prepare: Callable[[Config, Path], Config]) -> int:
+def _run_job(
+    cfg: DictConfig,
+    run: Callable[[Config, Path], int],
+    prepare: Callable[[Config, Path], Config],
+    check: Callable[[Config], None],
+) -> int:
     """Writes the config to the run directory, checks it and runs it; never raises, so that a multirun goes on."""
     job = HydraConfig.get()
     run_dir, multirun = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
@@ -172,6 +180,7 @@ def _run_job(cfg: DictConfig, run: Callable[[Config, Path], int], prepare: Calla
         debug = config.debug
         save_resolved(config, run_dir / RESOLVED)
         validate(config)
+        check(config)
         code = run(config, run_dir)
     except Exception as error:
         code, message = _report(error, debug=debug), " ".join(str(error).split())
