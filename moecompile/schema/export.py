@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from moecompile.errors import ConfigError
-from moecompile.schema.config import (
-    Config,
-)
-from moecompile.schema.enums import (
-    ExportFormat,
-    TaskName,
-)
+from moecompile.schema.config import Config
+from moecompile.schema.enums import ExportFormat, TaskName
 
 
 def check_export(config: Config) -> None:
@@ -21,8 +14,6 @@ def check_export(config: Config) -> None:
         ConfigError: the first rule that is broken.
     """
     export = config.export
-    if not 0 < export.tolerance < math.inf:
-        raise ConfigError("export.tolerance", export.tolerance, "must be positive", "Use 1e-5")
     if config.task.name is not TaskName.export:
         return
     if export.run is None and export.checkpoint is None:

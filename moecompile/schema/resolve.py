@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.schema.config import (
@@ -27,6 +25,7 @@ from moecompile.schema.enums import (
 from moecompile.schema.export import check_export
 from moecompile.schema.implied import SOURCES, has_experts
 from moecompile.schema.per_layer import LayerSettings
+from moecompile.schema.ranges import Whole, check_numbers, check_schedule
 from moecompile.schema.slices import site_slice
 
 
@@ -69,16 +68,11 @@ def validate(config: Config) -> None:
     # Where the model has experts, what the config says of experts and routers is not what holds.
     sites = config.experts.sites
     existing = sites is SiteKind.existing or (sites is SiteKind.auto and has_experts(config))
+    check_numbers(config)
     mesh = mesh_spec(config.mesh) if existing else validate_transform(config)
     _check_model(config)
     _check_data(config, mesh)
-    for name in ("max_steps", "log_interval", "val_interval", "timeout_s", "threads_per_rank"):
-        _at_least(f"trainer.{name}", getattr(config.trainer, name), 1)
-    for name in ("save_interval", "keep_last", "max_restarts"):
-        _at_least(f"trainer.{name}", getattr(config.trainer, name), 0)
-    _at_least("verify.steps", config.verify.steps, 1)
-    for name in ("rounds", "warmup"):
-        _at_least(f"bench.{name}", getattr(config.bench, name), 1)
+    check_schedule(config)
     check_export(config)
 
 
@@ -100,6 +94,7 @@ def validate_settings(settings: LayerSettings, mesh: MeshSpec) -> None:
         ConfigError: the first rule that is broken.
     """
     try:
+        check_numbers(settings)
         _check_experts(settings.experts)
         _check_routing(settings.routing, settings.experts, mesh)
         _check_router_kind(settings.routing)
@@ -110,15 +105,7 @@ def validate_settings(settings: LayerSettings, mesh: MeshSpec) -> None:
 
 
 def _check_router_kind(routing: RoutingConfig) -> None:
-    """Rules between choice, score, capacity and noise."""
-    if routing.capacity_factor is not None and not 0 < routing.capacity_factor < math.inf:
-        raise ConfigError(
-            "routing.capacity_factor", routing.capacity_factor, "must be positive", "Use 1.25, or null for dropless"
-        )
-    if not 0 <= routing.jitter < 1:
-        raise ConfigError("routing.jitter", routing.jitter, "must lie in [0, 1)", "Use 0.01")
-    if not 0 < routing.skew < math.inf:
-        raise ConfigError("routing.skew", routing.skew, "must be positive", "Use 1.0")
+    """Rules between choice, score and the rest."""
     if routing.choice is not Choice.expert:
         return
     for path, value, wrong, fix in (
@@ -135,11 +122,8 @@ def _check_router_kind(routing: RoutingConfig) -> None:
 
 
 def _check_balance(balance: BalanceConfig, routing: RoutingConfig) -> None:
-    if balance.rule is BalanceRule.bias and not 0 < balance.rate < math.inf:
+    if balance.rule is BalanceRule.bias and not balance.rate:
         raise ConfigError("balance.rate", balance.rate, "must be positive", "Use 0.001 or balance.rule=none")
-    for name, value in vars(balance.losses).items():
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"balance.losses.{name}", value, "must not be negative", "Use 0 for none")
     if routing.choice is Choice.expert:
         losses = [name for name in ("micro_batch", "sequence", "global_batch") if getattr(balance.losses, name)]
         if balance.rule is BalanceRule.bias or losses:
@@ -173,19 +157,12 @@ def _check_model(config: Config) -> None:
 
 
 def _check_experts(experts: ExpertsConfig) -> None:
-    _at_least("experts.num_routed", experts.num_routed, 1)
-    _at_least("experts.granularity", experts.granularity, 1)
-    _at_least("experts.num_shared", experts.num_shared, 0)
     site_slice(experts.layers)
     if experts.init is ExpertInit.copy and experts.granularity != 1:
         raise ConfigError(
             "experts.init", "copy", f"copies whole FFNs but experts.granularity={experts.granularity}",
             "Use experts.init=virtual_group, or experts.granularity=1",
         )  # fmt: skip
-    if experts.init is ExpertInit.drop and not 0 < experts.drop_ratio <= 1:
-        raise ConfigError(
-            "experts.drop_ratio", experts.drop_ratio, "must lie in (0, 1]", "Use 0.5, or another experts.init for none"
-        )
     if _is_sliced(experts) and experts.num_shared >= experts.granularity:
         raise ConfigError(
             "experts.num_shared", experts.num_shared,
@@ -219,15 +196,12 @@ def _check_virtual_groups(experts: ExpertsConfig, routing: RoutingConfig, mesh: 
 
 
 def _check_routing(routing: RoutingConfig, experts: ExpertsConfig, mesh: MeshSpec) -> None:
-    _at_least("routing.top_k", routing.top_k, 1)
     if routing.top_k > experts.num_routed:
         raise ConfigError(
             "routing.top_k", routing.top_k,
             f"a token cannot use more than experts.num_routed={experts.num_routed} experts",
             f"Use at most {experts.num_routed}, or raise experts.num_routed",
         )  # fmt: skip
-    if routing.scale <= 0:
-        raise ConfigError("routing.scale", routing.scale, "must be positive", "Use 1.0")
     if experts.num_routed % mesh.ep:
         below = experts.num_routed // mesh.ep * mesh.ep
         valid = [n for n in (below, below + mesh.ep) if n]
@@ -250,7 +224,7 @@ def resolve_groups(routing: RoutingConfig, num_experts: int, mesh: MeshSpec) -> 
     nodes = mesh.nodes_per_ep_group
     _check_max_nodes(routing, nodes)
     groups = _int_or_auto("routing.groups", routing.groups, nodes if routing.max_nodes else 1)
-    _at_least("routing.groups", groups, 1)
+    Whole(1).check("routing.groups", groups)
     if num_experts % groups:
         raise ConfigError(
             "routing.groups", groups, f"must divide experts.num_routed={num_experts}",
@@ -281,7 +255,6 @@ def resolve_groups(routing: RoutingConfig, num_experts: int, mesh: MeshSpec) -> 
 def _check_max_nodes(routing: RoutingConfig, nodes: int) -> None:
     if routing.max_nodes is None:
         return
-    _at_least("routing.max_nodes", routing.max_nodes, 1)
     if routing.groups == "auto" and routing.max_nodes > nodes:
         raise ConfigError(
             "routing.max_nodes", routing.max_nodes, f"the EP group spans only {nodes} node{'s' * (nodes > 1)}",
@@ -298,7 +271,6 @@ def _top_groups(routing: RoutingConfig, groups: int, nodes: int) -> int:
                 f"Use at most {groups}, or raise routing.groups",
             )  # fmt: skip
         return limit
-    _at_least("routing.top_groups", routing.top_groups, 1)
     if routing.top_groups > groups:
         raise ConfigError(
             "routing.top_groups", routing.top_groups, f"there are only routing.groups={groups} groups",
@@ -308,13 +280,7 @@ def _top_groups(routing: RoutingConfig, groups: int, nodes: int) -> int:
 
 
 def _check_data(config: Config, mesh: MeshSpec) -> None:
-    data = config.data
-    for name, least in (("seq_len", 2), ("global_batch_size", 1), ("micro_batch_size", 1)):
-        _at_least(f"data.{name}", getattr(data, name), least)
     _check_tokenizer(config)
-    if not 0 < data.val_fraction < 1:
-        raise ConfigError("data.val_fraction", data.val_fraction, "must lie between 0 and 1", "Use 0.05")
-    _at_least("data.val_batches", data.val_batches, 0)
     if config.task.name in (TaskName.train, TaskName.verify, TaskName.bench):
         accumulation_steps(config, mesh)
 
@@ -326,7 +292,6 @@ def _check_tokenizer(config: Config) -> None:
             raise ConfigError(
                 "data.vocab_size", None, "data.tokenizer=train makes so many entries", "Give a number, such as 2048"
             )
-        _at_least("data.vocab_size", data.vocab_size, 257)
         return
     if not (model.pretrained or model.package):
         raise ConfigError(
@@ -364,8 +329,3 @@ def _int_or_auto(path: str, value: int | str, auto: int) -> int:
         return int(value)
     except ValueError:
         raise ConfigError(path, value, "must be a number or auto", "Give a whole number or auto") from None
-
-
-def _at_least(path: str, value: int, least: int) -> None:
-    if value < least:
-        raise ConfigError(path, value, f"must be at least {least}", f"Use {least} or more")

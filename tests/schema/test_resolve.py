@@ -163,7 +163,7 @@ BROKEN: dict[str, tuple[list[str], str]] = {
     ),
     "endless capacity": (
         ["routing.capacity_factor=.inf"],
-        "routing.capacity_factor=inf: must be positive. Use 1.25, or null for dropless.",
+        "routing.capacity_factor=inf: must be a finite number. Use 1.25, or null for dropless.",
     ),
     "jitter": (["routing.jitter=1.0"], "routing.jitter=1.0: must lie in [0, 1). Use 0.01."),
     "negative jitter": (["routing.jitter=-0.1"], "routing.jitter=-0.1: must lie in [0, 1). Use 0.01."),
@@ -233,7 +233,7 @@ ONLY_IN_TASKS: dict[str, tuple[list[str], str]] = {
     "batch": (["data.global_batch_size=0"], "data.global_batch_size=0: must be at least 1. Use 1 or more."),
     "micro-batch": (["data.micro_batch_size=0"], "data.micro_batch_size=0: must be at least 1. Use 1 or more."),
     "vocabulary": (["data.vocab_size=256"], "data.vocab_size=256: must be at least 257. Use 257 or more."),
-    "validation": (["data.val_fraction=1"], "data.val_fraction=1.0: must lie between 0 and 1. Use 0.05."),
+    "validation": (["data.val_fraction=1"], "data.val_fraction=1.0: must lie in (0, 1). Use 0.05."),
     "validation batches": (["data.val_batches=-1"], "data.val_batches=-1: must be at least 0. Use 0 or more."),
     "accumulation": (
         [*TWO_NODES, "data.global_batch_size=10", "data.micro_batch_size=2"],

@@ -14,7 +14,6 @@ from moecompile.checkpoint.fingerprint import content_hash
 from moecompile.errors import ConfigError
 from moecompile.runtime.data.batches import IGNORED, GlobalBatchSampler, TokenWindows, ValidationSampler
 from moecompile.runtime.data.spans import SpanCorruption, SpanCounts
-from moecompile.runtime.data.text import load_text, split_text
 from moecompile.runtime.data.tokens import (
     encode,
     model_tokenizer,
@@ -24,6 +23,7 @@ from moecompile.runtime.data.tokens import (
     unigram_entropy,
 )
 from moecompile.schema import DataConfig, TokenizerSource
+from moecompile.text import load_text, split_text
 
 __all__ = [
     "IGNORED",
@@ -33,6 +33,7 @@ __all__ = [
     "TextData",
     "TokenWindows",
     "ValidationSampler",
+    "check_tokens",
     "encode",
     "load_data",
     "load_text",
@@ -82,6 +83,19 @@ def load_data(
         tokenizer = shared_tokenizer(path, train, data.vocab_size, rank=rank, barrier=barrier)
     windows = [_windows(tokenizer, part, data.seq_len) for part in (train, val)]
     return TextData(tokenizer, windows[0], windows[1], content_hash(text))
+
+
+def check_tokens(data: DataConfig) -> None:
+    """Whether the text yields the vocabulary and a sequence in each split; for texts that take no time.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    train, val = split_text(load_text(data), data.val_fraction)
+    assert data.vocab_size is not None
+    tokenizer = train_tokenizer(train, data.vocab_size)
+    for text in (train, val):
+        _windows(tokenizer, text, data.seq_len)
 
 
 def train_loader(

@@ -1,0 +1,72 @@
+"""The flags of the command line: Hydra's, with our name and version, one message for a mistake, and two left out.
+
+--config-path         would put other configs in place of the shipped ones, and `--config-dir` adds to them
+--experimental-rerun  runs what a pickle says; a run keeps no pickle, only `resolved.yaml`
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import is_dataclass
+from typing import Any, NoReturn, get_type_hints
+
+from moecompile.errors import UserError
+from moecompile.schema import Config
+from moecompile.version import __version__
+
+PROGRAM = "moecompile"
+
+_LEFT_OUT = {
+    "config_path": "--config-path: the shipped configs are always used. Add your own by --config-dir FOLDER.",
+    "experimental_rerun": "--experimental-rerun: a run keeps no pickled config. Give the same overrides again, or "
+    "go on with a run by trainer.resume=RUN_DIR.",
+}
+
+
+def own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Hydra's parser, changed as the head of this file says; parsing raises `UserError`."""
+    parser.prog = PROGRAM
+    parser.error = _refuse  # type: ignore[method-assign]
+    for action in parser._actions:
+        if isinstance(action, argparse._VersionAction):
+            action.version, action.help = f"{PROGRAM} {__version__}", "Show the version and exit"
+        if action.dest in _LEFT_OUT:
+            action.help = argparse.SUPPRESS
+    parse = parser.parse_args
+
+    def checked(*args: Any, **more: Any) -> argparse.Namespace:
+        found: argparse.Namespace = parse(*args, **more)
+        _check(found)
+        return found
+
+    parser.parse_args = checked  # type: ignore[method-assign, assignment]
+    return parser
+
+
+def _check(found: argparse.Namespace) -> None:
+    for name, message in _LEFT_OUT.items():
+        if getattr(found, name, None) is not None:
+            raise UserError(message)
+    if found.package and not found.cfg:
+        raise UserError(f"--package {found.package}: shows one group of a config. Give it with --cfg job.")
+    if found.package:
+        _check_package(found.package)
+    asked = found.shell_completion and any(item.startswith("query=") for item in found.overrides)
+    if asked and "COMP_LINE" not in os.environ:
+        raise UserError("COMP_LINE is not set: the shell asks for completions, and `-sc install=bash` tells it to.")
+
+
+def _check_package(package: str) -> None:
+    hint: Any = Config
+    for key in package.split("."):
+        if not is_dataclass(hint) or (hint is Config and key == "hydra"):
+            return  # keys of a mapping, or Hydra's own
+        names = get_type_hints(hint)
+        if key not in names:
+            raise UserError(f"--package {package}: there is no {key}. Use one of {', '.join(names)}.")
+        hint = names[key]
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message}. --hydra-help lists the flags.")
