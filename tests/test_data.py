@@ -52,7 +52,9 @@ def test_an_unknown_corpus() -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^data.path=.*/none: there is no such file, and one text file is read\. Give"):
+    with pytest.raises(
+        ConfigError, match=r"^data.path=.*/none: there is no such file, and one text file is read\. Give"
+    ):
         load_text(DataConfig(path=str(tmp_path / "none")))
     (tmp_path / "latin").write_bytes("Gr\xf6\xdfe".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"latin: is not UTF-8 text \(byte 2\)"):

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 from moecompile.errors import PlanError
 from moecompile.plan.sites import ExpertsSite, PlannedSite
+from moecompile.schema import (
+    BalanceRule,
+    BiasUpdate,
+    Choice,
+    DropPolicy,
+    ExpertInit,
+    GroupScore,
+    Score,
+    WeightScaling,
+    WireDtype,
+    Workload,
+)
 
-_INITS = ("copy", "virtual_group", "drop", "random", "existing")
-_SCALINGS = ("none", "exact", "expected", "nvidia")
-_CHOICES = ("token", "expert")
-_SCORES = ("softmax", "sigmoid", "softmax_after_topk", "own")
-_GROUP_SCORES = ("max", "top2", "topk_over_m")
-_DROPS = ("none", "position", "score")
-_WORKLOADS = ("none", "balanced", "zipf", "hot", "drift")
-_RULES = ("none", "bias")
-_UPDATES = ("sign", "proportional")
+# What a plan may say: what configs offer, and what is read from a model.
+_INITS = (*ExpertInit, "existing")
+_SCORES = (*Score, "own")
+_DROPS = ("none", *DropPolicy)
 
 
 def _at_least(least: int, path: str, **values: int) -> None:
@@ -25,9 +33,10 @@ def _at_least(least: int, path: str, **values: int) -> None:
             raise PlanError(f"{path}.{name}", value, f"must be at least {least}", "Mend the plan")
 
 
-def _one_of(known: tuple[str, ...], path: str, value: str) -> None:
-    if value not in known:
-        raise PlanError(path, value, f"must be one of {list(known)}", "Use one of these")
+def _one_of(known: Iterable[str], path: str, value: str) -> None:
+    words = [item.value if isinstance(item, Enum) else item for item in known]
+    if value not in words:
+        raise PlanError(path, value, f"must be one of {words}", "Use one of these")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +62,7 @@ class ExpertsPlan:
         _at_least(1, "experts", num_routed=self.num_routed, granularity=self.granularity, d_expert=self.d_expert)
         _at_least(0, "experts", num_shared=self.num_shared)
         _one_of(_INITS, "experts.init", self.init)
-        _one_of(_SCALINGS, "experts.weight_scaling", self.weight_scaling)
+        _one_of(WeightScaling, "experts.weight_scaling", self.weight_scaling)
         if self.d_shared != self.num_shared * self.d_expert:
             raise PlanError(
                 "experts.d_shared", self.d_shared,
@@ -108,11 +117,11 @@ class RoutingPlan:
 
     def __post_init__(self) -> None:
         _at_least(1, "routing", top_k=self.top_k, groups=self.groups)
-        _one_of(_CHOICES, "routing.choice", self.choice)
+        _one_of(Choice, "routing.choice", self.choice)
         _one_of(_SCORES, "routing.score", self.score)
-        _one_of(_GROUP_SCORES, "routing.group_score", self.group_score)
+        _one_of(GroupScore, "routing.group_score", self.group_score)
         _one_of(_DROPS, "routing.drop", self.drop)
-        _one_of(_WORKLOADS, "routing.workload", self.workload)
+        _one_of(Workload, "routing.workload", self.workload)
         if (self.capacity_factor is None) != (self.drop == "none"):
             raise PlanError("routing.drop", self.drop, "is none without a capacity_factor, else not", "Mend the plan")
         if self.capacity_factor is not None and not self.capacity_factor > 0:
@@ -146,8 +155,8 @@ class BalancePlan:
     z: float = 0.0
 
     def __post_init__(self) -> None:
-        _one_of(_RULES, "balance.rule", self.rule)
-        _one_of(_UPDATES, "balance.update", self.update)
+        _one_of(BalanceRule, "balance.rule", self.rule)
+        _one_of(BiasUpdate, "balance.update", self.update)
         for name, value in self.losses.items():
             if not value > 0:
                 raise PlanError(f"balance.{name}", value, "must not be negative", "Use 0 for none")
@@ -220,7 +229,6 @@ _STEPS: dict[str, tuple[tuple[str, str], ...]] = {
 EXCHANGES: dict[str, tuple[str, ...]] = {kind: tuple(op for op, _ in steps) for kind, steps in _STEPS.items()}
 FUSABLE = frozenset(EXCHANGES) - {"flat"}
 """Kinds that copy and sum rows on the rank of the experts. flat does it on the rank of the tokens, around the wire."""
-_WIRE_DTYPES = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +245,7 @@ class DispatchPlan:
 
     def __post_init__(self) -> None:
         _one_of(tuple(EXCHANGES), "dispatch.kind", self.kind)
-        _one_of(_WIRE_DTYPES, "dispatch.wire_dtype", self.wire_dtype)
+        _one_of(WireDtype, "dispatch.wire_dtype", self.wire_dtype)
 
     @property
     def exchanges(self) -> tuple[str, ...]:
