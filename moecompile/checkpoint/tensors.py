@@ -61,6 +61,25 @@ def tensors_of(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> dict[s
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
+def forget_unused(
+    model: nn.Module, optimizers: Iterable[Optimizer], tensors: dict[str, Tensor], found: Iterable[str]
+) -> dict[str, Tensor]:
+    """`tensors` without the state of weights that had none: no gradient had reached them. Their state is removed.
+
+    Args:
+        tensors: from `tensors_of`, which makes state for all. found: names of a checkpoint's entries.
+    """
+    kept = {name.removeprefix("optimizer.").rpartition(".")[0] for name in found if name.startswith("optimizer.")}
+    if not kept:  # a checkpoint without an optimizer: it is refused
+        return tensors
+    unused = {name: parameter for name, parameter in model.named_parameters() if name not in kept}
+    for optimizer in optimizers:
+        for parameter in unused.values():
+            optimizer.state.pop(parameter, None)
+    gone = tuple(f"optimizer.{name}." for name in unused)
+    return {name: tensor for name, tensor in tensors.items() if not gone or not name.startswith(gone)}
+
+
 def staged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies in CPU memory, which training does not change any more."""
     return {name: value.detach().clone() if value.is_cpu else value.detach().cpu() for name, value in tensors.items()}

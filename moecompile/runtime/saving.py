@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from moecompile.checkpoint import folders
 from moecompile.checkpoint.fit import check_entries, check_plan
 from moecompile.checkpoint.state import State, check_settings, fixed_settings, read_state
-from moecompile.checkpoint.tensors import read_tensors, shapes, tensors_of
+from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, tensors_of
 from moecompile.checkpoint.writer import Writer
 from moecompile.errors import ConfigError
 from moecompile.plan import Plan
@@ -108,8 +108,9 @@ def restore(trainer: Trainer, module: LanguageModule, metrics: Metrics, folder: 
     Raises:
         PlanError: the checkpoint's names or shapes are others.
     """
-    tensors = tensors_of(module.model, trainer.strategy.optimizers)
-    check_entries(shapes(folder), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, folder)
+    optimizers, found = trainer.strategy.optimizers, shapes(folder)
+    tensors = forget_unused(module.model, optimizers, tensors_of(module.model, optimizers), found)
+    check_entries(found, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, folder)
     read_tensors(folder, tensors)
     for scheduler in trainer.strategy.lr_scheduler_configs:
         module.set_step(scheduler.scheduler, state.step)

@@ -39,7 +39,7 @@ from moecompile import plan as plans
 from moecompile.checkpoint.atomic import whole_folder
 from moecompile.checkpoint.fit import check_entries
 from moecompile.checkpoint.folders import PLAN
-from moecompile.checkpoint.tensors import read_tensors, shapes, tensors_of, write_tensors
+from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, tensors_of, write_tensors
 from moecompile.errors import ConfigError, PlanError
 from moecompile.nn import (
     LayerLoad,
@@ -347,10 +347,16 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
         rest = {name: value for name, value in checkpoint.items() if name != "state_dict"}
         with whole_folder(path, is_first_rank=self.is_global_zero, barrier=self.barrier) as folder:
-            write_tensors(folder, tensors_of(self.model, optimizers))
+            write_tensors(folder, self._tensors_of(optimizers))
             if self.is_global_zero:
                 plans.save(plan_of(self.model), folder / PLAN)
                 torch.save({**rest, "optimizer_states": groups} if optimizers else rest, folder / LIGHTNING)
+
+    def _tensors_of(self, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+        """Makes an optimizer's first step, of zeros, where it has no state yet: nobody else's business."""
+        assert self.model is not None
+        with nullcontext() if self._guard is None else self._guard.pause():
+            return tensors_of(self.model, optimizers)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads such a folder, written on whatever mesh; nothing in it is run as code.
@@ -363,8 +369,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         rest: dict[str, Any] = torch.load(path / LIGHTNING, weights_only=True)
         groups = rest.get("optimizer_states", [])
         optimizers = self.optimizers if groups else []
-        tensors = tensors_of(self.model, optimizers)
         found = {name: shape for name, shape in shapes(path).items() if optimizers or name.startswith("model.")}
+        tensors = forget_unused(self.model, optimizers, self._tensors_of(optimizers), found)
         check_entries(found, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
         for optimizer, saved in zip(optimizers, groups, strict=True):
             _set_groups(optimizer, saved, path)
