@@ -55,7 +55,7 @@ from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.pipeline import compiled_module, plan_of
 from moecompile.plan import Plan
 from moecompile.runtime.completion import Completion
-from moecompile.runtime.gradients import all_finite, clip_by_global_norm, sum_replicated
+from moecompile.runtime.gradients import all_finite, clip_by_global_norm, clip_by_value, sum_replicated
 from moecompile.runtime.manual import Guard, Tokens, only_routers_behind
 from moecompile.runtime.modes import train_routing
 from moecompile.runtime.nonfinite import origin, told
@@ -165,6 +165,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 check_same_weights(self.model)  # those that every rank holds whole
             set_timeouts(self._timeout or DEFAULT_TIMEOUT)
         self.precision_plugin.clip_grad_by_norm = self._clip  # type: ignore[method-assign]
+        self.precision_plugin.clip_grad_by_value = self._clip_by_value  # type: ignore[method-assign]
         # Autocast's plugin refuses to clip for a fused optimizer, because of a scaler that bf16 does not have.
         self.precision_plugin.clip_gradients = partial(  # type: ignore[method-assign]
             Precision.clip_gradients, self.precision_plugin
@@ -464,6 +465,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     def _clip(self, optimizer: Optimizer, clip_val: float) -> None:
         self.grad_norm = float(clip_by_global_norm(self.precision_plugin.main_params(optimizer), clip_val))
+
+    def _clip_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
+        clip_by_value(self.precision_plugin.main_params(optimizer), clip_val)
 
     def _check_world(self, plan: Plan) -> None:
         if plan.mesh.world_size != self.world_size:

@@ -36,7 +36,7 @@ def accumulated(side: Any, i: int, *, mean: bool) -> None:
             side.clip(number, 0.1)
             side.step(number)
         for optimizer in side.optimizers():
-            optimizer.zero_grad(set_to_none=i == 1)
+            optimizer.zero_grad(set_to_none=i != 1)
 
 
 def gan(side: Any, i: int, *, mean: bool, toggles: bool) -> None:
