@@ -61,9 +61,10 @@ def check_same_weights(model: nn.Module, group: dist.ProcessGroup | None = None)
 
 def tensor_hash(tensor: Tensor) -> Tensor:
     """A number (0-dim int64) of a tensor's bytes, on its device."""
-    data = tensor.contiguous().reshape(-1).view(torch.uint8)
-    if data.storage_offset() % 8:
-        data = data.clone()
+    data = tensor.contiguous().reshape(-1)
+    if data.stride() != (1,) or data.storage_offset() * data.element_size() % 8:
+        data = torch.empty(data.shape, dtype=data.dtype, device=data.device).copy_(data)
+    data = data.view(torch.uint8)
     whole = data.numel() // (8 * _ROWS) * (8 * _ROWS)
     sums = data[:whole].view(torch.int64).view(_ROWS, -1).sum(1) if whole else data.new_zeros(0, dtype=torch.int64)
     sums = torch.cat((sums, data[whole:].long()))

@@ -91,5 +91,5 @@ def _local(grad: Tensor) -> Tensor:
 
 
 def _version(grad: Tensor) -> int:
-    """Grows whenever a value is written in place."""
-    return _local(grad)._version
+    """Grows whenever a value is written in place, through the DTensor or through its shard."""
+    return grad._version + _local(grad)._version

@@ -82,6 +82,13 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> 
     return norm
 
 
+@torch.no_grad()
+def clip_by_value(parameters: Iterable[nn.Parameter], limit: float) -> None:
+    """Clips each entry to [-limit, limit]; torch's own clipping cannot mix DTensors with plain tensors."""
+    for grad in _local_grads(parameters):
+        grad.clamp_(-limit, limit)
+
+
 def _num_shards(parameter: Tensor) -> int:
     """Number of different shards of a weight; world size / this is the number of ranks with the same shard."""
     if not isinstance(parameter, DTensor):

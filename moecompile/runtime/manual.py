@@ -62,7 +62,7 @@ class Guard:
     def __init__(
         self, model: nn.Module, compiled: nn.Module, optimizers: list[Optimizer], after_step: Callable[[], None]
     ) -> None:
-        self._is_inside, self._num_backwards = False, 0
+        self._is_inside, self._is_paused, self._num_backwards = False, False, 0
         self._compiled, self._after_step = set(compiled.parameters()), after_step
         plain = [p for p in model.parameters() if p.is_leaf and p.requires_grad and not isinstance(p, DTensor)]
         self._handles: list[Any] = [p.register_post_accumulate_grad_hook(self._accumulated) for p in plain]
@@ -82,11 +82,22 @@ class Guard:
         finally:
             self._is_inside = False
 
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around steps that are none of the module's."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
     def _accumulated(self, parameter: Tensor) -> None:
         if not self._is_inside:
             raise _passed_by()
 
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._is_paused:
+            return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if not self._num_backwards and any(parameter.grad is not None for parameter in parameters):
             raise _passed_by()

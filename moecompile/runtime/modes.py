@@ -20,8 +20,9 @@ def train_routing(model: nn.Module) -> None:
         return
     for module in found:
         module.train()
+    layers = sum(isinstance(module, LoadMeter) for module in found)
     rank_zero_info(
-        f"{len(found)} routers and load meters were in evaluation mode, as from_pretrained leaves a model. They are "
+        f"The routers of {layers} MoE layers were in evaluation mode, as from_pretrained leaves a model. They are "
         "now in training mode: loads are counted, the bias rule and auxiliary losses hold. All else, such as dropout, "
         "keeps its mode; call model.train() to change that."
     )

@@ -56,7 +56,7 @@ from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.pipeline import compiled_module, plan_of
 from moecompile.plan import Plan
 from moecompile.runtime.completion import Completion
-from moecompile.runtime.gradients import all_finite, clip_by_global_norm, sum_replicated
+from moecompile.runtime.gradients import all_finite, clip_by_global_norm, clip_by_value, sum_replicated
 from moecompile.runtime.manual import Guard, Tokens, only_routers_behind
 from moecompile.runtime.modes import train_routing
 from moecompile.runtime.nonfinite import origin, told
@@ -166,6 +166,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 check_same_weights(self.model)  # those that every rank holds whole
             set_timeouts(self._timeout or DEFAULT_TIMEOUT)
         self.precision_plugin.clip_grad_by_norm = self._clip  # type: ignore[method-assign]
+        self.precision_plugin.clip_grad_by_value = self._clip_by_value  # type: ignore[method-assign]
         # Autocast's plugin refuses to clip for a fused optimizer, because of a scaler that bf16 does not have.
         self.precision_plugin.clip_gradients = partial(  # type: ignore[method-assign]
             Precision.clip_gradients, self.precision_plugin
@@ -348,10 +349,16 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
         rest = {name: value for name, value in checkpoint.items() if name != "state_dict"}
         with whole_folder(path, is_first_rank=self.is_global_zero, barrier=self.barrier) as folder:
-            write_tensors(folder, tensors_of(self.model, optimizers))
+            write_tensors(folder, self._tensors_of(optimizers))
             if self.is_global_zero:
                 plans.save(plan_of(self.model), folder / PLAN)
                 torch.save({**rest, "optimizer_states": groups} if optimizers else rest, folder / LIGHTNING)
+
+    def _tensors_of(self, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+        """Makes an optimizer's first step, of zeros, where it has no state yet: nobody else's business."""
+        assert self.model is not None
+        with nullcontext() if self._guard is None else self._guard.pause():
+            return tensors_of(self.model, optimizers)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads such a folder, written on whatever mesh; nothing in it is run as code.
@@ -366,7 +373,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         groups = rest.get("optimizer_states", [])
         optimizers = self.optimizers if groups else []
         found = {name: shape for name, shape in shapes(path).items() if optimizers or name.startswith("model.")}
-        tensors = forget_unused(self.model, optimizers, tensors_of(self.model, optimizers), found)
+        tensors = forget_unused(self.model, optimizers, self._tensors_of(optimizers), found)
         check_entries(found, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
         for optimizer, saved in zip(optimizers, groups, strict=True):
             _set_groups(optimizer, saved, path)
@@ -460,6 +467,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     def _clip(self, optimizer: Optimizer, clip_val: float) -> None:
         self.grad_norm = float(clip_by_global_norm(self.precision_plugin.main_params(optimizer), clip_val))
+
+    def _clip_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
+        clip_by_value(self.precision_plugin.main_params(optimizer), clip_val)
 
     def _check_world(self, plan: Plan) -> None:
         if plan.mesh.world_size != self.world_size:

@@ -6,7 +6,8 @@ one process goes through all ranks' batches, adds auxiliary losses and divides b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +126,12 @@ class OnRank:
     def step(self, i: int) -> None:
         self.optimizers()[i].step()
 
+    def step_by(self, i: int, closure: Callable[[], None], *, is_raw: bool) -> None:
+        self.module.optimizers(use_pl_optimizer=not is_raw)[i].step(lambda: closure() or torch.zeros(()))
+
+    def toggled(self, i: int, *, sync_grad: bool) -> Any:
+        return self.optimizers()[i].toggle_model(sync_grad=sync_grad)
+
     def toggle(self, i: int) -> None:
         self.module.toggle_optimizer(self.optimizers()[i])
 
@@ -147,7 +154,7 @@ class OnOne:
     made: list[torch.optim.Optimizer]
     means: dict[nn.Parameter, tuple[float, int]]
     state: dict[str, int]
-    toggled: dict[nn.Parameter, bool] = field(default_factory=dict)
+    frozen: dict[nn.Parameter, bool] = field(default_factory=dict)
     between: Callable[[], Any] = lambda: None
 
     def backward(self, loss: Loss, *, mean: bool) -> None:
@@ -193,18 +200,28 @@ class OnOne:
         if mine & set(self.module.model.parameters()):
             moecompile.update_balance(self.module)
 
+    def step_by(self, i: int, closure: Callable[[], None], *, is_raw: bool) -> None:
+        closure()
+        self.step(i)
+
+    @contextmanager
+    def toggled(self, i: int, *, sync_grad: bool) -> Iterator[None]:
+        self.toggle(i)
+        yield
+        self.untoggle(i)
+
     def toggle(self, i: int) -> None:
         mine = {p for group in self.made[i].param_groups for p in group["params"]}
         for optimizer in self.made:
             for group in optimizer.param_groups:
                 for p in group["params"]:
-                    self.toggled.setdefault(p, p.requires_grad)
-                    p.requires_grad = self.toggled[p] if p in mine else False
+                    self.frozen.setdefault(p, p.requires_grad)
+                    p.requires_grad = self.frozen[p] if p in mine else False
 
     def untoggle(self, i: int) -> None:
-        for p, needs in self.toggled.items():
+        for p, needs in self.frozen.items():
             p.requires_grad = needs
-        self.toggled = {}
+        self.frozen = {}
 
     def clip(self, i: int, norm: float) -> None:
         nn.utils.clip_grad_norm_([p for group in self.made[i].param_groups for p in group["params"]], norm)
