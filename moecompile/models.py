@@ -22,6 +22,8 @@ from moecompile.schema import ModelConfig, ModelDevice
 
 # Until the rewrite, experts that a model has are computed by transformers' plain loop, which takes every precision.
 _EXPERTS = "eager"
+LONGEST_EXAMPLE = 512
+"""Tokens of the sequence on which models are recorded and compared."""
 
 
 def build_model(model: ModelConfig, seed: int) -> nn.Module:
@@ -85,7 +87,12 @@ def empty_of(config: Any, **options: Any) -> nn.Module:
 
 
 def example_inputs(model: nn.Module, seq_len: int) -> dict[str, Tensor]:
-    """One short batch of token ids for a language model, on its device; `use_cache` is left out of what is recorded."""
+    """One short batch of token ids for a language model, on its device; `use_cache` is left out of what is recorded.
+
+    No longer than LONGEST_EXAMPLE: attention takes time and memory by the square, and neither a graph nor a plan
+    depends on the length.
+    """
+    seq_len = min(seq_len, LONGEST_EXAMPLE)
     config = getattr(model, "config", None)
     vocab_size = int(getattr(config, "vocab_size", 2))
     generator = torch.Generator().manual_seed(0)
