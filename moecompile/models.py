@@ -23,6 +23,8 @@ from moecompile.schema import ModelConfig, ModelDevice
 
 # Until the rewrite, experts that a model has are computed by transformers' plain loop, which takes every precision.
 _EXPERTS = "eager"
+LONGEST_EXAMPLE = 512
+"""Tokens of the sequence on which models are recorded and compared."""
 
 
 def build_model(model: ModelConfig, seed: int) -> nn.Module:
@@ -102,17 +104,28 @@ def build_empty(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     assert folder is not None
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            kind = _class_of(config)
-            build = getattr(kind, "from_config", None) or kind._from_config  # an auto class, or a model's own
-            empty: nn.Module = build(config, dtype=config.dtype or dtype, experts_implementation=_EXPERTS)
+        empty = empty_of(config, dtype=config.dtype or dtype, experts_implementation=_EXPERTS)
     except UNREADABLE as error:
         raise unreadable(error, "model.pretrained", folder) from error
     return empty
 
 
+def empty_of(config: Any, **options: Any) -> nn.Module:
+    """The model of a config of transformers, on the meta device."""
+    kind = class_of(config)
+    build = getattr(kind, "from_config", None) or kind._from_config  # an auto class, or a model's own
+    with torch.device("meta"):
+        empty: nn.Module = build(config, **options)
+    return empty
+
+
 def example_inputs(model: nn.Module, seq_len: int) -> dict[str, Tensor]:
-    """One short batch of token ids for a language model, on its device; `use_cache` is left out of what is recorded."""
+    """One short batch of token ids for a language model, on its device; `use_cache` is left out of what is recorded.
+
+    No longer than LONGEST_EXAMPLE: attention takes time and memory by the square, and neither a graph nor a plan
+    depends on the length.
+    """
+    seq_len = min(seq_len, LONGEST_EXAMPLE)
     config = getattr(model, "config", None)
     vocab_size = int(getattr(config, "vocab_size", 2))
     generator = torch.Generator().manual_seed(0)
@@ -183,7 +196,7 @@ def _from_pretrained(folder: Path, model: ModelConfig) -> nn.Module:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with no_progress_bars(), told() as names:
             loaded: nn.Module
-            loaded, info = _class_of(config).from_pretrained(
+            loaded, info = class_of(config).from_pretrained(
                 folder, trust_remote_code=False, use_safetensors=True, dtype="auto", experts_implementation=_EXPERTS,
                 output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
@@ -193,7 +206,7 @@ def _from_pretrained(folder: Path, model: ModelConfig) -> nn.Module:
     return loaded.train()  # as a built model is; a model in evaluation mode would train without dropout and counters
 
 
-def _class_of(config: Any) -> Any:
+def class_of(config: Any) -> Any:
     """The class that the checkpoint was saved from (`BertModel`: an encoder without a head), else an auto class."""
     import transformers
 

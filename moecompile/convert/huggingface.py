@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moecompile.convert.beside import own_fields
 from moecompile.convert.families import Family, choose_family, families_of, no_pair
 from moecompile.convert.form import MoEForm, form_of
 from moecompile.convert.names import family_weights
 from moecompile.errors import ConfigError
 from moecompile.loading import refuse_incomplete
-from moecompile.models import auto_class, no_progress_bars
+from moecompile.models import class_of, empty_of, no_progress_bars
 from moecompile.plan import ExpertsSite, Plan
 
 # Keys of a config that are its class's or the file's, not the model's.
@@ -73,8 +74,7 @@ def write(model: nn.Module, target: Target, folder: Path) -> str:
     weights = dict(model.state_dict())
     if target.family is not None and target.form is not None:
         weights = family_weights(weights, target.form, target.family)
-    with torch.device("meta"):
-        written: Any = auto_class(target.config.model_type).from_config(target.config)
+    written: Any = empty_of(target.config)
     _check(weights, written.state_dict(), target.config.model_type)
     written.load_state_dict(weights, strict=True, assign=True)
     written.tie_weights()
@@ -91,9 +91,9 @@ def reload(folder: Path) -> nn.Module:
     """
     from transformers import AutoConfig
 
-    kind = AutoConfig.from_pretrained(folder).model_type
+    kind = class_of(AutoConfig.from_pretrained(folder))
     with no_progress_bars():
-        loaded, info = auto_class(kind).from_pretrained(
+        loaded, info = kind.from_pretrained(
             folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
@@ -118,13 +118,16 @@ def write_tokenizer(tokenizer: Path, folder: Path, model: Path | None = None) ->
 
 
 def _own_config(config: Any, plan: Plan, wanted: str | None) -> Any:
-    own = str(config.model_type)
-    if wanted not in (None, own):
-        raise ConfigError("export.family", wanted, f"the model had its experts before and stays {own}", f"Use {own}")
+    family = str(config.model_type)
+    if wanted not in (None, family):
+        rule = f"the model had its experts before and stays {family}"
+        raise ConfigError("export.family", wanted, rule, f"Use {family}")
     for layer in plan.layers:
         if isinstance(layer.site, ExpertsSite) and layer.site.form == "modules":
             raise no_pair(wanted, f"{layer.site.fqn} was one module an expert and is one stack now")
-    return copy.deepcopy(config)
+    own = copy.deepcopy(config)
+    vars(own).pop("auto_map", None)  # code, which is not carried
+    return own
 
 
 def _family_config(family: Family, form: MoEForm, dense: Any) -> Any:
@@ -137,7 +140,7 @@ def _family_config(family: Family, form: MoEForm, dense: Any) -> Any:
     said = {key: value for key, value in dense.to_dict().items() if key not in _NOT_CARRIED}
     # head_dim is read by families that do not declare it.
     carried = {key: value for key, value in said.items() if key in known | {"head_dim", "layer_types", "dtype"}}
-    return kind(**{**carried, **settings})
+    return kind(**{**own_fields(dense), **carried, **settings})
 
 
 def _check(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], family: str) -> None:

@@ -14,6 +14,7 @@ from moecompile.errors import CaptureError, MoecompileError
 from moecompile.passes.match import FFNMatch, GraphView, find_ffns
 from moecompile.passes.match_experts import structure
 from moecompile.passes.rewrite import common_owner
+from moecompile.passes.shard import layers_of
 from moecompile.passes.swiglu import ffn_is_swiglu
 from moecompile.plan import FFNSite
 from moecompile.sites.hooks import lost_hooks
@@ -43,10 +44,13 @@ def find_dense(
     """FFNs outside of MoE blocks; near misses and shared experts, which lie inside, are added to `refused`.
 
     Args:
-        experts: paths of the experts that the model has; their parents are its MoE blocks.
+        experts: paths of the experts that the model has; their parents are its MoE blocks, but for whole layers: what
+            lies beside the experts of Gemma 4 is the layer's, not a block's.
         named: whether a shared expert is asked for by its path.
     """
+    layers = set(layers_of(recording.model))
     blocks = {path.rpartition(".")[0] for path in experts}
+    blocks = {path for path in blocks if recording.model.get_submodule(path) not in layers}
     matches, misses = find_ffns(GraphView(recording.graph, recording.model))
     for miss in misses:
         where = common_owner([miss.weight])

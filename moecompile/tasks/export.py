@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from moecompile.convert import (
     Run,
+    carry,
+    compare,
     find_run,
     find_target,
     load_exported,
@@ -60,9 +62,13 @@ def _export(trained: Run, config: Config, folder: Path) -> tuple[str, float]:
         architecture = type(model).__name__
     else:
         architecture = write(model, find_target(model, trained.plan, config.export.family), folder)
+    original, is_own = pretrained_folder(trained.config.model), trained.config.data.tokenizer is TokenizerSource.model
     if trained.tokenizer is not None:
-        is_own = trained.config.data.tokenizer is TokenizerSource.model
-        write_tokenizer(trained.tokenizer, folder, pretrained_folder(trained.config.model) if is_own else None)
+        write_tokenizer(trained.tokenizer, folder, original if is_own else None)
+    if original is not None:
+        carry(original, folder, tokenizer=is_own)
+        if config.export.format is ExportFormat.huggingface:
+            compare(original, folder, tokenizer=is_own)
     example = example_inputs(model, trained.config.data.seq_len)
     expected = _logits(model.float(), example)
     del model  # before the second one is loaded
