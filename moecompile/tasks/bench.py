@@ -18,6 +18,7 @@ from moecompile.models import example_inputs
 from moecompile.pipeline import make_plan
 from moecompile.report.bench import print_bench
 from moecompile.report.result import write_result
+from moecompile.rundir import accept
 from moecompile.runtime.launch import launch
 from moecompile.runtime.process_group import init_process_group
 from moecompile.schema import Config, mesh_spec
@@ -38,6 +39,7 @@ def run(config: Config, run_dir: Path) -> None:
         module="moecompile.tasks.worker",
         threads=config.trainer.threads_per_rank,
         timeout_s=config.trainer.timeout_s,
+        num_nodes=config.mesh.num_nodes,
     )
 
 
@@ -51,7 +53,9 @@ def run_rank(config: Config, run_dir: Path) -> None:
     dist.barrier(patient)
     compiled = job.compile(config)
     if rank == 0:
+        accept(run_dir)
         show_compiled(compiled, run_dir, console)
+    dist.barrier()
     materialize = job.materialize(compiled)
     step = measure_steps(compiled.model, compiled.plan, config, job.data, run_dir / "steps", materialize)
     if rank > 0:

@@ -11,6 +11,7 @@ from moecompile.models import build_model, example_inputs
 from moecompile.pipeline import compile_with_report
 from moecompile.report.console import print_sites
 from moecompile.report.result import write_result
+from moecompile.rundir import accept
 from moecompile.schema import Config
 from moecompile.tasks.plan import plan_fields, require_layers
 from moecompile.tasks.show import show_compiled, site_rows, step0_fields
@@ -24,6 +25,7 @@ def run(config: Config, run_dir: Path) -> None:
     if not compiled.plan.layers:
         print_sites(site_rows(compiled), console)
     require_layers(compiled.plan, config)
+    accept(run_dir)
     show_compiled(compiled, run_dir, console)
     print_sites(site_rows(compiled), console)
     write_result(

@@ -26,6 +26,7 @@ from moecompile.convert import (
 from moecompile.errors import ConfigError, VerificationFailed
 from moecompile.models import example_inputs, pretrained_folder
 from moecompile.report.result import write_result
+from moecompile.rundir import accept
 from moecompile.schema import Config, ExportFormat, TokenizerSource
 
 
@@ -46,6 +47,7 @@ def run(config: Config, run_dir: Path) -> None:
         "path": str(path), "architecture": architecture, "format": export.format.value, "max_abs_diff": diff,
         "checkpoint": str(trained.checkpoint), "plan_hash": trained.plan.hash,
     }  # fmt: skip
+    accept(run_dir)
     write_result(run_dir, result)
     console = Console(soft_wrap=True)
     console.print(f"{trained.config.name}  {trained.checkpoint} -> {path}")

@@ -16,6 +16,7 @@ from moecompile.pipeline import make_plan
 from moecompile.plan import Plan
 from moecompile.report.console import print_plan
 from moecompile.report.result import write_result
+from moecompile.rundir import accept
 from moecompile.schema import Config
 
 
@@ -27,6 +28,7 @@ def run(config: Config, run_dir: Path) -> None:
     require_layers(plan, config)
     found = notes(plan, config)
     print_plan(plan, Console(), found)
+    accept(run_dir)
     plans.save(plan, run_dir / "plan.yaml")
     result = {"task": "plan", "recipe": config.name, "status": "ok", "seconds": time.perf_counter() - start}
     write_result(run_dir, result | plan_fields(plan) | {"notes": found})

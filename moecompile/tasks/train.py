@@ -20,6 +20,7 @@ from moecompile.report.baseline import print_baseline
 from moecompile.report.console import print_result
 from moecompile.report.heatmap import write_heat_map
 from moecompile.report.result import write_result
+from moecompile.rundir import place
 from moecompile.runtime.baseline import train_dense
 from moecompile.runtime.data import TextData, TokenWindows, unigram_entropy
 from moecompile.runtime.history import LoadHistory
@@ -41,6 +42,7 @@ def run(config: Config, run_dir: Path) -> None:
         threads=config.trainer.threads_per_rank,
         timeout_s=config.trainer.timeout_s,
         max_restarts=config.trainer.max_restarts,
+        num_nodes=config.mesh.num_nodes,
     )
 
 
@@ -53,7 +55,7 @@ def run_rank(config: Config, run_dir: Path) -> None:
     _check_baseline(config, compiled.plan)
     console = Console(soft_wrap=False)
     if rank == 0:
-        show_compiled(compiled, run_dir, console)
+        show_compiled(compiled, place(run_dir), console)
     materialize = job.materialize(compiled)
     dist.barrier()
     outcome = train(compiled.model, compiled.plan, config, data, run_dir, materialize)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moecompile.rundir import place
 from moecompile.runtime.launch import rank_main
 
 
@@ -12,7 +13,7 @@ def main(run_dir: Path) -> None:
     from moecompile.compose import load_resolved
     from moecompile.tasks import in_rank
 
-    in_rank(load_resolved(run_dir / "resolved.yaml"), run_dir)
+    in_rank(load_resolved(place(run_dir) / "resolved.yaml"), run_dir)
 
 
 if __name__ == "__main__":
