@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from moecompile import clock, waiting
 from moecompile.runtime.ranks import in_place_ranks
 
 if TYPE_CHECKING:
     from moecompile.schema import Config
+
+_ON_RANKS = ("train", "verify", "bench")
 
 
 def main() -> int:
@@ -40,9 +44,16 @@ def _prepare(config: Config, run_dir: Path) -> Config:
 
 
 def _run(config: Config, run_dir: Path) -> int:
-    from moecompile import tasks  # torch: only once there is something to run
+    clock.begin()
+    world_size = config.mesh.num_nodes * config.mesh.ranks_per_node
+    where = f" on {world_size} ranks" if config.task.name.value in _ON_RANKS and world_size > 1 else ""
+    waiting.show(f"{config.name}: {config.task.name.value}{where}, loading torch")
+    try:
+        from moecompile import tasks  # torch: only once there is something to run
 
-    return tasks.run(config, run_dir)
+        return tasks.run(config, run_dir)
+    finally:
+        waiting.done()
 
 
 def _terminated(number: int, frame: object) -> NoReturn:
@@ -50,5 +61,13 @@ def _terminated(number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
+def console() -> NoReturn:
+    """The whole process. It ends at once: Python would take seconds to take torch apart."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -41,6 +41,7 @@ from hydra.types import RunMode
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf, read_write
 
+from moecompile import waiting
 from moecompile.errors import ConfigError, MoecompileError, UserError
 from moecompile.explain import explain
 from moecompile.rundir import discard, held, place
@@ -241,12 +242,14 @@ def _report(error: Exception, *, debug: bool) -> int:
             "give another one: hydra.run.dir=FOLDER."
         )
     known = isinstance(error, MoecompileError)
+    waiting.done()
     if isinstance(error, MoecompileError) and error.told:
         return error.exit_code
     if debug or not known:
         traceback.print_exception(error)
     if known:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        word = "" if hasattr(error, "number") else "error: "
+        print(f"{word}{error}", file=sys.stderr, flush=True)
     return error.exit_code if isinstance(error, MoecompileError) else 1
 
 

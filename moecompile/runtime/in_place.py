@@ -29,6 +29,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
+from moecompile import waiting
 from moecompile.errors import MoecompileError, RankFailure, UserError
 from moecompile.runtime import failures, logs, signals
 from moecompile.runtime.ranks import Ranks, check_mesh, check_places, worker_variables
@@ -135,6 +136,7 @@ def run_on_all(world_size: int, run_dir: Path, *, module: str, threads: int, num
     check_places(places, ranks.launcher)
     hosts = len({node for node, _ in places})
     played = check_mesh(num_nodes, world_size // num_nodes, hosts, ranks.world_size // hosts, ranks.launcher)
+    waiting.done()
     if played:
         print(played, flush=True)
     failures.clear(run_dir)
@@ -158,6 +160,7 @@ def run_on_all(world_size: int, run_dir: Path, *, module: str, threads: int, num
 
 def leave(code: int) -> NoReturn:
     """Ends this process at once, with its output flushed: gloo may abort the interpreter's own shutdown."""
+    waiting.done()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from moecompile import waiting
 from moecompile.errors import RankFailure
 from moecompile.runtime import failures, logs, signals
 from moecompile.runtime.in_place import GRACE_S, PEER_GRACE_S, is_leading, leave, run_on_all
@@ -124,6 +125,7 @@ def _launch_local(world_size: int, run_dir: Path, *, module: str, threads: int, 
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # otherwise it leaves a folder in /tmp; output is inherited
     )
     with _environment(_launch_variables(threads)), _quiet_elastic(), _asked_to_end(module) as asked:
+        waiting.done()
         try:
             elastic_launch(config, sys.executable)("-m", module, str(run_dir))
         except ChildFailedError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from moecompile import clock
 from moecompile.bench import LayerCost, StepCost, measure_layers, measure_steps
 from moecompile.models import example_inputs
 from moecompile.pipeline import make_plan
@@ -45,7 +45,6 @@ def run(config: Config, run_dir: Path) -> None:
 
 def run_rank(config: Config, run_dir: Path) -> None:
     """One rank: rank 0 measures the layers while the others wait, then all take steps; rank 0 shows and writes."""
-    start = time.perf_counter()
     init_process_group(config)
     rank, job, console = dist.get_rank(), load_job(config, run_dir), Console(soft_wrap=False)
     patient = dist.new_group(backend="gloo", timeout=_LAYERS_TIMEOUT)
@@ -70,7 +69,7 @@ def run_rank(config: Config, run_dir: Path) -> None:
     body = {"recipe": config.name, "plan_hash": compiled.plan.hash, "versions": versions(), **measured}
     path = run_dir / BENCH
     path.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-    seconds = time.perf_counter() - start
+    seconds = clock.seconds()
     head = {"task": "bench", "recipe": config.name, "status": "ok", "seconds": seconds}
     write_result(run_dir, {**head, "plan_hash": compiled.plan.hash, "world_size": step.world_size, **measured})
     print_bench(measured, console)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from moecompile import clock
 from moecompile.convert import (
     Run,
     find_run,
@@ -37,13 +37,13 @@ def run(config: Config, run_dir: Path) -> None:
         ConfigError: nothing to export, or no family that computes the same.
         VerificationFailed: what was loaded again computes something else.
     """
-    start, export = time.perf_counter(), config.export
+    export = config.export
     trained = find_run(export.run, export.checkpoint)
     path = Path(export.path) if export.path else run_dir / "model"
     with _new_folder(path) as folder:
         architecture, diff = _export(trained, config, folder)
     result = {
-        "task": "export", "recipe": trained.config.name, "status": "ok", "seconds": time.perf_counter() - start,
+        "task": "export", "recipe": trained.config.name, "status": "ok", "seconds": clock.seconds(),
         "path": str(path), "architecture": architecture, "format": export.format.value, "max_abs_diff": diff,
         "checkpoint": str(trained.checkpoint), "plan_hash": trained.plan.hash,
     }  # fmt: skip

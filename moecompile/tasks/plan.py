@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 
 from rich.console import Console
 
+from moecompile import clock
 from moecompile import plan as plans
 from moecompile.errors import ConfigError
 from moecompile.models import build_model, example_inputs
@@ -22,7 +22,6 @@ from moecompile.schema import Config
 
 def run(config: Config, run_dir: Path) -> None:
     """Prints the plan and writes `plan.yaml` and `result.json`."""
-    start = time.perf_counter()
     model = build_model(config.model, config.seed)
     plan = make_plan(model, config, example=example_inputs(model, config.data.seq_len))
     require_layers(plan, config)
@@ -30,7 +29,7 @@ def run(config: Config, run_dir: Path) -> None:
     print_plan(plan, Console(), found)
     accept(run_dir)
     plans.save(plan, run_dir / "plan.yaml")
-    result = {"task": "plan", "recipe": config.name, "status": "ok", "seconds": time.perf_counter() - start}
+    result = {"task": "plan", "recipe": config.name, "status": "ok", "seconds": clock.seconds()}
     write_result(run_dir, result | plan_fields(plan) | {"notes": found})
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 
 import torch.distributed as dist
 from rich.console import Console
 
+from moecompile import clock
 from moecompile import plan as plans
 from moecompile.compose import RESOLVED, save_resolved
 from moecompile.errors import VerificationFailed
@@ -51,7 +51,6 @@ def run(config: Config, run_dir: Path) -> None:
 
 def run_rank(config: Config, run_dir: Path) -> None:
     """One rank: both sides; rank 0 also the comparison, the table and the certificate."""
-    start = time.perf_counter()
     init_process_group(config)
     checks, plan = certify(config, place(run_dir))
     if dist.get_rank() > 0:
@@ -60,7 +59,7 @@ def run_rank(config: Config, run_dir: Path) -> None:
     console, passed = Console(soft_wrap=False), all(check.passed for check in checks)
     rows = [dataclasses.asdict(check) for check in checks]
     print_checks(rows, console)
-    seconds = time.perf_counter() - start
+    seconds = clock.seconds()
     plans.save(plan, run_dir / "plan.yaml")
     certificate = {
         "recipe": config.name, "passed": passed, "plan_hash": plan.hash, "world_size": plan.mesh.world_size,
