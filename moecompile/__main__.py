@@ -3,46 +3,38 @@
 from __future__ import annotations
 
 import os
-import shutil
+import signal
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from moecompile import compose
-from moecompile.runtime.ranks import Ranks, in_place_ranks
+from moecompile import clock, waiting
+from moecompile.runtime.ranks import in_place_ranks
 
 if TYPE_CHECKING:
     from moecompile.schema import Config
 
-_RUN_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
+_ON_RANKS = ("train", "verify", "bench")
 
 
 def main() -> int:
-    """Runs the command line in `sys.argv` and returns the exit code."""
-    ranks = in_place_ranks()
-    return compose.main(_run, _prepare, _check) if ranks is None else _main_in_place(ranks)
+    """Runs the command line in `sys.argv` and returns the exit code.
 
-
-def _main_in_place(ranks: Ranks) -> NoReturn:
-    """One of many ranks that torchrun or SLURM started: each of them runs the whole command line.
-
-    Rank 0 alone speaks and has a run directory, which the launcher tells the others; theirs, where Hydra insists on
-    one, is temporary. All end at once, because gloo may abort the interpreter's own shutdown after success.
+    Where torchrun or SLURM has started the ranks, rank 0 alone composes it and speaks; the others do what it says.
     """
-    from moecompile.runtime.launch import leave, leave_silently
+    ranks = in_place_ranks()
+    if ranks is None:
+        signal.signal(signal.SIGTERM, _terminated)
+        return _command_line()
+    from moecompile.runtime import in_place
 
-    if ranks.rank == 0:
-        leave(compose.main(_run, _prepare, _check))
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (for the life of the process)
-    folder = tempfile.mkdtemp(prefix="moecompile-")
-    mine = [argument for argument in sys.argv if argument.partition("=")[0] not in _RUN_FOLDERS]
-    sys.argv = [*mine, *(f"{name}={folder}/run" for name in _RUN_FOLDERS)]
-    code = compose.main(_run, _prepare, _check)
-    shutil.rmtree(folder, ignore_errors=True)
-    if code:
-        leave_silently(code)
-    leave(code)
+    return in_place.follow(ranks) if ranks.rank > 0 else in_place.lead(ranks, _command_line)
+
+
+def _command_line() -> int:
+    from moecompile import compose
+
+    return compose.main(_run, _prepare, _check)
 
 
 def _prepare(config: Config, run_dir: Path) -> Config:
@@ -58,10 +50,30 @@ def _check(config: Config) -> None:
 
 
 def _run(config: Config, run_dir: Path) -> int:
-    from moecompile import tasks  # torch: only once there is something to run
+    clock.begin()
+    world_size = config.mesh.num_nodes * config.mesh.ranks_per_node
+    where = f" on {world_size} ranks" if config.task.name.value in _ON_RANKS and world_size > 1 else ""
+    waiting.show(f"{config.name}: {config.task.name.value}{where}, loading torch")
+    try:
+        from moecompile import tasks  # torch: only once there is something to run
 
-    return tasks.run(config, run_dir)
+        return tasks.run(config, run_dir)
+    finally:
+        waiting.done()
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    """As for Ctrl-C, what is open is closed and removed on the way out."""
+    raise SystemExit(128 + number)
+
+
+def console() -> NoReturn:
+    """The whole process. It ends at once: Python would take seconds to take torch apart."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -14,6 +14,8 @@ import importlib
 import io
 import os
 import re
+import shlex
+import shutil
 import sys
 import textwrap
 import threading
@@ -41,9 +43,11 @@ from hydra.types import RunMode
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf, read_write
 
+from moecompile import waiting
 from moecompile.errors import ConfigError, MoecompileError, UserError
 from moecompile.explain import explain
 from moecompile.flags import PROGRAM, own_flags
+from moecompile.rundir import discard, held, place
 from moecompile.schema import Config, validate, with_implied
 from moecompile.trust import check_hydra_node, of_hydra
 
@@ -89,6 +93,10 @@ def main(
             decorate(job)()
     except KeyboardInterrupt:
         return 130
+    except SystemExit as error:  # the end of a multirun with a failure, or a signal
+        if isinstance(error.code, int):
+            return error.code
+        raise
     except Exception as error:  # the config could not be composed: no job has started
         if RunFolders.sweep:
             _remove_unused(RunFolders.sweep, keep=RunFolders.existing)
@@ -168,28 +176,75 @@ def _run_job(
     prepare: Callable[[Config, Path], Config],
     check: Callable[[Config], None],
 ) -> int:
-    """Writes the config to the run directory, checks it and runs it; never raises, so that a multirun goes on."""
+    """Runs one job in its run directory; raises nothing but a request to end, so that a multirun goes on."""
     job = HydraConfig.get()
     run_dir, multirun = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
     if multirun:
         print(f"job {job.job.num}: {' '.join(job.overrides.task)}", flush=True)
-        (run_dir / OVERRIDES).write_text("\n".join(job.overrides.task), encoding="utf-8")  # what the table names
     debug, message = _asks_debug(job.overrides.task), ""
     try:
-        config = prepare(to_config(cfg, job.overrides.task), run_dir)
-        debug = config.debug
-        save_resolved(config, run_dir / RESOLVED)
-        validate(config)
-        check(config)
-        code = run(config, run_dir)
+        with held(run_dir), _kept_apart(run_dir):
+            code = _in_directory(cfg, list(job.overrides.task), run_dir, multirun, run, prepare, check)
     except Exception as error:
+        debug = debug or cfg.get("debug") is True
         code, message = _report(error, debug=debug), " ".join(str(error).split())
+        if isinstance(getattr(error, "number", None), int):  # asked to end
+            print(_go_on(list(job.overrides.task), run_dir), file=sys.stderr, flush=True)
+            if multirun:
+                raise SystemExit(code) from None
     if code and multirun:
         with Path(job.sweep.dir, FAILURES).open("a", encoding="utf-8") as file:
             file.write(f"{job.job.num}\t{code}\t{message}\n")
     elif code in (0, UserError.exit_code) and not multirun:  # a crash keeps its config, a multirun its table's rows
         _remove_unused(run_dir, keep=RunFolders.existing)
     return code
+
+
+def _in_directory(
+    cfg: DictConfig, overrides: list[str], run_dir: Path, multirun: bool,
+    run: Callable[[Config, Path], int], prepare: Callable[[Config, Path], Config], check: Callable[[Config], None],
+) -> int:  # fmt: skip
+    """Writes the config, checks it and runs it."""
+    if multirun:
+        (place(run_dir) / OVERRIDES).write_text("\n".join(overrides), encoding="utf-8")  # what the table names
+    config = prepare(to_config(cfg, overrides), run_dir)
+    save_resolved(config, place(run_dir) / RESOLVED)
+    validate(config)
+    check(config)
+    return run(config, run_dir)
+
+
+@contextmanager
+def _kept_apart(run_dir: Path) -> Iterator[None]:
+    """What was not accepted in `run_dir` is removed, unless a crash left it, with its traceback."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or hasattr(error, "number"):
+            discard(run_dir)
+        raise
+    except BaseException:
+        discard(run_dir)
+        raise
+    discard(run_dir)
+
+
+def _go_on(overrides: Sequence[str], run_dir: Path) -> str:
+    """The command that goes on with a run that was asked to end."""
+    flags = [word for word in sys.argv[1:] if "=" not in word and word not in ("-m", "--multirun")]
+    kept = [word for word in overrides if not re.match(r"\+{0,2}(trainer\.resume|hydra\.run\.dir)=", word)]
+    python = "python" if os.path.realpath(shutil.which("python") or "") == os.path.realpath(sys.executable) else None
+    words = [python or sys.executable, "-m", "moecompile", *flags, *kept]
+    words += [f"hydra.run.dir={_quoted(run_dir)}", "trainer.resume=auto"]
+    return f"go on with:  {shlex.join(words)}"
+
+
+def _quoted(path: Path) -> str:
+    """A path as Hydra's grammar reads it."""
+    text = str(path)
+    if re.fullmatch(r"[\w./+-]+", text):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _report(error: Exception, *, debug: bool) -> int:
@@ -200,10 +255,14 @@ def _report(error: Exception, *, debug: bool) -> int:
             "give another one: hydra.run.dir=FOLDER."
         )
     known = isinstance(error, MoecompileError)
+    waiting.done()
+    if isinstance(error, MoecompileError) and error.told:
+        return error.exit_code
     if debug or not known:
         traceback.print_exception(error)
     if known:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        word = "" if hasattr(error, "number") else "error: "
+        print(f"{word}{error}", file=sys.stderr, flush=True)
     return error.exit_code if isinstance(error, MoecompileError) else 1
 
 

@@ -9,6 +9,7 @@ class MoecompileError(Exception):
     """Base of every error that moecompile raises on purpose; `exit_code` is what the command line returns."""
 
     exit_code = 1
+    told = False  # whether another rank has told about it already
 
 
 class UserError(MoecompileError):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from moecompile.errors import UserError
+from moecompile.errors import ConfigError, UserError
 from moecompile.runtime import failures
-from moecompile.runtime.ranks import Ranks, in_place_ranks, worker_variables
+from moecompile.runtime.ranks import Ranks, check_mesh, check_places, in_place_ranks, worker_variables
 
 # -- which failure is told -------------------------------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ def test_slurm_variables() -> None:
     ranks = in_place_ranks(STEP)
     assert ranks == Ranks(
         rank=2, world_size=4, local_rank=0, local_world_size=2, master_addr="n07", master_port=15000 + 4711,
-        launcher="srun",
+        launcher="srun", node=1,
     )  # fmt: skip
     assert ranks is not None
     assert ranks.variables() == {
@@ -95,9 +95,27 @@ def test_a_step_of_one_task_launches_by_itself() -> None:
     assert in_place_ranks({**STEP, "SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
-def test_slurm_cyclic_distribution_is_refused() -> None:
-    with pytest.raises(UserError, match="--distribution=block --ntasks-per-node=2"):
-        in_place_ranks({**STEP, "SLURM_PROCID": "1", "SLURM_LOCALID": "0"})
+@pytest.mark.parametrize(
+    "places",
+    [[(0, 0), (1, 0), (0, 1), (1, 1)], [(0, 0), (0, 1), (1, 0)], [(0, 0), (0, 1), (0, 2), (1, 0)], [(1, 0), (0, 0)]],
+)
+def test_ranks_of_a_node_are_contiguous_and_as_many_on_each(places: list[tuple[int, int]]) -> None:
+    with pytest.raises(UserError, match=r"srun put the ranks on nodes in another order .* --distribution=block"):
+        check_places(places, "srun")
+
+
+@pytest.mark.parametrize("places", [[(0, 0)], [(0, 0), (0, 1)], [(0, 0), (0, 1), (1, 0), (1, 1)]])
+def test_contiguous_ranks_are_accepted(places: list[tuple[int, int]]) -> None:
+    check_places(places, "torchrun")
+
+
+def test_which_meshes_fit_which_machines() -> None:
+    assert check_mesh(2, 2, 2, 2, "srun") is None
+    assert check_mesh(1, 4, 1, 4, "srun") is None
+    assert check_mesh(4, 2, 2, 4, "srun") == "each machine plays 2 nodes of 2 ranks (mesh.num_nodes=4)"
+    for nodes, per_node in ((1, 4), (3, 2)):
+        with pytest.raises(ConfigError, match=r"Use mesh.num_nodes=2 mesh.ranks_per_node="):
+            check_mesh(nodes, per_node, 2, 2 if nodes == 1 else 3, "srun")
 
 
 def test_torchrun_comes_before_slurm() -> None:

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
-from moecompile.checkpoint.folders import AUTO, PLAN, STATE, find
+from moecompile.checkpoint.folders import AUTO, PLAN, STATE, checkpoints_of, find, steps
 from moecompile.checkpoint.state import check_settings, read_state
 from moecompile.checkpoint.sums import check
+from moecompile.errors import ConfigError
 from moecompile.plan import load
+from moecompile.rundir import task_of
 from moecompile.schema import Config, TaskName
+
+
+def check_free(config: Config, run_dir: Path) -> None:
+    """Whether a run may write in `run_dir`: it is new, goes on with the run there, or replaces one of its own kind.
+
+    Raises:
+        ConfigError: it holds a run that this one would damage.
+    """
+    task, found = config.task.name.value, task_of(run_dir)
+    trained = bool(steps(checkpoints_of(run_dir)))
+    goes_on = config.task.name is TaskName.train and (config.trainer.resume is not None or _is_restarted())
+    if trained and not goes_on:
+        raise ConfigError(
+            "hydra.run.dir", run_dir, "holds the checkpoints of another run",
+            "Go on with that run by trainer.resume=auto, or use another directory",
+        )  # fmt: skip
+    if found is not None and found != task:
+        raise ConfigError("hydra.run.dir", run_dir, f"holds what task={found} has written", "Use another directory")
+
+
+def _is_restarted() -> bool:
+    """torchrun has started all ranks again, after one was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
 
 
 def resumed(config: Config, run_dir: Path) -> Config:
@@ -20,6 +46,7 @@ def resumed(config: Config, run_dir: Path) -> Config:
     Raises:
         ConfigError: no such checkpoint, one of another run, or one with more steps.
     """
+    check_free(config, run_dir)
     resume = config.trainer.resume
     if resume is None or config.task.name is not TaskName.train:
         return config

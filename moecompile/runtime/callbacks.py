@@ -255,7 +255,26 @@ class TrafficMeter(Callback):
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar without the version number, with rounded figures."""
+    """Lightning's bar over optimizer steps, from where the run goes on, with rounded figures."""
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Begins at the step that is done already."""
+        bar = self.train_progress_bar
+        if bar.total == trainer.max_steps:
+            return  # another pass over the data
+        bar.reset(total=trainer.max_steps)
+        bar.initial = bar.n = bar.last_print_n = trainer.global_step
+        bar.set_description("step")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves after a step, not after a micro-batch."""
+        bar, step = self.train_progress_bar, trainer.global_step
+        if step != bar.n and (step % self.refresh_rate == 0 or step == trainer.max_steps):
+            bar.n = step
+            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+            bar.refresh()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """loss, tokens/s, MaxVio, drops and val_loss, as far as they are known."""

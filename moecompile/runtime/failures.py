@@ -15,13 +15,23 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moecompile.errors import MoecompileError, RankFailure, UserError
+from moecompile.rundir import place
+from moecompile.runtime.logs import gone, log_path
 
 _GLOO = ("gloo/transport", "Application timeout caused pair closure")
 """What gloo says of a broken connection, and of one that it gave up after the timeout."""
+
+_STOPPED = "stopped"
+
+_GONE = (
+    "the process has ended without a message (killed by SIGKILL? the machine may have run out of memory; or its code "
+    "left Python by itself)"
+)
 
 TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 """Exit codes of a rank that the launcher ended: by the signal itself, or by the rank's own watch for it."""
@@ -61,12 +71,12 @@ class Failure:
 
 def errors_dir(run_dir: Path) -> Path:
     """Where the ranks of `run_dir` leave their failures."""
-    return run_dir / "errors"
+    return place(run_dir) / "errors"
 
 
 def clear(run_dir: Path) -> None:
-    """Removes the failures of an earlier run in the same directory."""
-    for path in errors_dir(run_dir).glob("*"):
+    """Removes the failures of an earlier run in the same directory, and the logs, which tell who is alive."""
+    for path in [*errors_dir(run_dir).glob("*"), *log_path(run_dir, 0).parent.glob("rank_*")]:
         if path.is_file():
             path.unlink()
 
@@ -101,17 +111,53 @@ def _write(failure: Failure, error: BaseException, folder: Path) -> None:
     partial.replace(folder / f"rank_{rank}.json")
 
 
+def any_recorded(run_dir: Path) -> bool:
+    """Whether a rank has failed by an exception."""
+    return next(_recorded(run_dir), None) is not None
+
+
+def record_stop(run_dir: Path, step: int | None) -> None:
+    """A rank has ended because it was asked to, after saving the optimizer step `step`; the launcher reads it."""
+    folder = errors_dir(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{_STOPPED}.{os.getpid()}"
+    partial.write_text(json.dumps(step), encoding="utf-8")
+    partial.replace(folder / _STOPPED)
+
+
+def was_stopped(run_dir: Path) -> bool:
+    """Whether the ranks have ended because they were asked to."""
+    return (errors_dir(run_dir) / _STOPPED).is_file()
+
+
+def stopped_at(run_dir: Path) -> int | None:
+    """The optimizer step that they have saved; None: none."""
+    step: int | None = json.loads((errors_dir(run_dir) / _STOPPED).read_text(encoding="utf-8"))
+    return step
+
+
 def claim(run_dir: Path) -> bool:
     """True for the first rank that asks: without a launcher of ours, one rank tells about the failure."""
     try:
+        errors_dir(run_dir).mkdir(parents=True, exist_ok=True)
         os.close(os.open(errors_dir(run_dir) / "told", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
         return False
+    except OSError:  # a full disk: better twice than never
+        return True
     return True
+
+
+def others_failed(run_dir: Path, rank: int, world_size: int) -> bool:
+    """Whether another rank than `rank` has recorded a failure, or has ended without a word."""
+    records = any(failure.rank != rank for failure in _recorded(run_dir))
+    return records or any(other != rank for other in gone(run_dir, world_size))
 
 
 def first_error(run_dir: Path, world_size: int, exit_codes: Mapping[int, int]) -> MoecompileError:
     """The error to raise for a run whose ranks ended with `exit_codes`, in the order in which they ended.
+
+    Without exit codes (in place) a rank that has ended is known by its log alone.
 
     Algorithm:
     1. The first exception that is not about a lost peer.
@@ -125,6 +171,9 @@ def first_error(run_dir: Path, world_size: int, exit_codes: Mapping[int, int]) -
     if causes := [failure for failure in records if not failure.peer_lost]:
         return to_error(causes[0], run_dir, world_size)  # Step 1
     silent = sorted(set(range(world_size)) - {failure.rank for failure in records})
+    lost = [] if exit_codes else [rank for rank in gone(run_dir, world_size) if rank in silent]
+    if lost:
+        return RankFailure(f"rank {lost[0]} of {world_size} failed: {_GONE}")  # Step 3, in place
     waiting = [failure for failure in records if failure.timed_out]
     if waiting and silent:
         return _hanging(silent, world_size, waiting[0])  # Step 2
@@ -132,6 +181,8 @@ def first_error(run_dir: Path, world_size: int, exit_codes: Mapping[int, int]) -
     silent_causes = [rank for rank in ended if exit_codes[rank] not in TERMINATED]
     if records and not silent_causes:
         return to_error(records[0], run_dir, world_size)  # Step 4
+    if not ended:
+        return RankFailure(f"a rank of {world_size} has ended the others without a word")
     rank = (silent_causes or ended)[0]  # Steps 3 and 5
     return RankFailure(f"rank {rank} of {world_size} failed: {_how_it_ended(exit_codes[rank])}")
 
@@ -153,7 +204,8 @@ def to_error(failure: Failure, run_dir: Path, world_size: int) -> MoecompileErro
         error = UserError(failure.message)
     else:
         error = RankFailure(f"rank {failure.rank} of {world_size} failed: {failure.last_line} (see {path})")
-    error.add_note(path.read_text(encoding="utf-8"))
+    with suppress(OSError):
+        error.add_note(path.read_text(encoding="utf-8"))
     return error
 
 
@@ -169,7 +221,10 @@ def is_peer_lost(error: BaseException | None) -> bool:
 
 def _recorded(run_dir: Path) -> Iterator[Failure]:
     for path in errors_dir(run_dir).glob("rank_*.json"):
-        yield Failure(**json.loads(path.read_text(encoding="utf-8")))
+        try:
+            yield Failure(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:  # moved meanwhile
+            continue
 
 
 def _how_it_ended(exit_code: int) -> str:

@@ -5,20 +5,25 @@ Reading it needs no torch, so that the command line knows before anything else w
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moecompile.errors import UserError
+from moecompile.errors import ConfigError, UserError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process's place among all ranks, in torchrun's words. launcher: who started them, for messages."""
+    """This process's place among all ranks, in torchrun's words. launcher: who started them, for messages.
+
+    node: of this process, as the launcher says.
+    """
 
     rank: int
     world_size: int
@@ -27,11 +32,7 @@ class Ranks:
     master_addr: str
     master_port: int
     launcher: str
-
-    @property
-    def node(self) -> int:
-        """The node of this rank; nodes are contiguous ranks."""
-        return self.rank // self.local_world_size
+    node: int = 0
 
     def variables(self) -> dict[str, str]:
         """The environment variables from which torch and Lightning read the same place."""
@@ -40,7 +41,7 @@ class Ranks:
             "WORLD_SIZE": str(self.world_size),
             "LOCAL_RANK": str(self.local_rank),
             "LOCAL_WORLD_SIZE": str(self.local_world_size),
-            "GROUP_RANK": str(self.node),
+            "GROUP_RANK": str(self.rank // self.local_world_size),
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
         }
@@ -51,9 +52,6 @@ def in_place_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
 
     torchrun comes first, because it is often started by srun. Inside a SLURM allocation but outside of a job step (a
     batch script, an interactive shell) there are no ranks yet, and neither in a step of one task.
-
-    Raises:
-        UserError: SLURM spread the tasks so that a node does not hold contiguous ranks.
     """
     if all(name in environ for name in _TORCHRUN):
         world_size = int(environ["WORLD_SIZE"])
@@ -65,11 +63,62 @@ def in_place_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
             master_addr=environ["MASTER_ADDR"],
             master_port=int(environ["MASTER_PORT"]),
             launcher="torchrun",
+            node=int(environ.get("GROUP_RANK", 0)),
         )
     num_tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or 1)
     if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and num_tasks > 1:
         return _slurm_ranks(environ, num_tasks)
     return None
+
+
+def check_places(places: Sequence[tuple[int, int]], launcher: str) -> None:
+    """Whether nodes hold as many ranks each, and contiguous ones: `places` are (node, local rank), by rank.
+
+    Raises:
+        UserError: they do not.
+    """
+    counts = Counter(node for node, _ in places)
+    per_node = len(places) // len(counts)
+    if [local for _, local in places] == [rank % per_node for rank in range(len(places))] and (
+        len(set(counts.values())) == 1 and [node for node, _ in places] == sorted(node for node, _ in places)
+    ):
+        return
+    shown = ", ".join(f"{rank} on node {node}" for rank, (node, _) in enumerate(places[:8]))
+    more = ", ..." if len(places) > 8 else ""
+    fix = (
+        f"srun --distribution=block --ntasks-per-node={math.ceil(per_node)}" if launcher == "srun"
+        else "as many processes on each node, nodes one after the other"
+    )  # fmt: skip
+    raise UserError(
+        f"{launcher} put the ranks on nodes in another order than one after the other, or not as many on each "
+        f"(rank {shown}{more}). Start them with {fix}."
+    )
+
+
+def check_mesh(num_nodes: int, ranks_per_node: int, hosts: int, local_world_size: int, launcher: str) -> str | None:
+    """Whether a mesh fits the ranks that `launcher` started on `hosts` machines; a sentence if some play nodes.
+
+    Raises:
+        ConfigError: another number of ranks, or a node of the mesh that would lie on several machines.
+    """
+    wanted, found = num_nodes * ranks_per_node, hosts * local_world_size
+    machines = "machine" if hosts == 1 else "machines"
+    started = f"{launcher} started {found} ranks, {local_world_size} on each of {hosts} {machines}"
+    if wanted != found:
+        raise ConfigError(
+            "mesh.num_nodes * mesh.ranks_per_node", wanted, started,
+            f"Use mesh.num_nodes={hosts} mesh.ranks_per_node={local_world_size}, or start {wanted} ranks",
+        )  # fmt: skip
+    if num_nodes % hosts:
+        raise ConfigError(
+            "mesh.num_nodes", num_nodes, f"{started}, and a node of the mesh would lie on several of them",
+            f"Use mesh.num_nodes={hosts} mesh.ranks_per_node={local_world_size}, "
+            f"or start {wanted} ranks on {num_nodes} {'machine' if num_nodes == 1 else 'machines'}",
+        )  # fmt: skip
+    if num_nodes == hosts:
+        return None
+    where = "this machine plays" if hosts == 1 else "each machine plays"
+    return f"{where} {num_nodes // hosts} nodes of {ranks_per_node} ranks (mesh.num_nodes={num_nodes})"
 
 
 def worker_variables(threads: int, *, one_machine: bool) -> dict[str, str]:
@@ -96,11 +145,6 @@ def _slurm_ranks(environ: Mapping[str, str], num_tasks: int) -> Ranks:
     rank, local_rank = int(environ["SLURM_PROCID"]), int(environ.get("SLURM_LOCALID", environ["SLURM_PROCID"]))
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(num_tasks)
     local_world_size = _tasks_on_node(tasks, int(environ.get("SLURM_NODEID", 0)))
-    if rank % local_world_size != local_rank:
-        raise UserError(
-            f"SLURM_PROCID={rank}, SLURM_LOCALID={local_rank}: the ranks of a node must be contiguous and every node "
-            f"must hold as many. Start the job with srun --distribution=block --ntasks-per-node={local_world_size}."
-        )
     nodes = next((environ[f"SLURM_{name}"] for name in ("STEP_NODELIST", "NODELIST", "JOB_NODELIST")
                   if environ.get(f"SLURM_{name}")), "127.0.0.1")  # fmt: skip
     return Ranks(
@@ -111,6 +155,7 @@ def _slurm_ranks(environ: Mapping[str, str], num_tasks: int) -> Ranks:
         master_addr=environ.get("MASTER_ADDR") or _first_host(nodes),
         master_port=int(environ.get("MASTER_PORT") or _port(environ)),
         launcher="srun",
+        node=int(environ.get("SLURM_NODEID", 0)),
     )
 
 

@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
@@ -22,6 +23,8 @@ from moecompile.checkpoint.writer import Writer
 from moecompile.errors import ConfigError
 from moecompile.plan import Plan
 from moecompile.plan import load as load_plan
+from moecompile.rundir import accept
+from moecompile.runtime import signals
 from moecompile.runtime.callbacks import Metrics
 from moecompile.runtime.history import LoadHistory
 from moecompile.runtime.module import LanguageModule
@@ -57,11 +60,15 @@ class Saver(Callback):
         self._step = 0 if start is None else start[1].step
         self._is_saved = start is not None and start[0].parent == self.checkpoints.resolve()
         self._writer: Writer | None = None
+        self._agreeing: dist.ProcessGroup | None = None  # the writer's group belongs to its thread
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Weights are sharded and the optimizer is made: reads the checkpoint into both."""
         assert isinstance(pl_module, LanguageModule)
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.config.trainer.timeout_s))
+        signals.quiet()
+        timeout = timedelta(seconds=self.config.trainer.timeout_s)
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        self._agreeing = dist.new_group(backend="gloo", timeout=timeout)
         self._writer = Writer(
             self.checkpoints, self.plan, keep_last=self.config.trainer.keep_last,
             background=self.config.trainer.async_save, group=group,
@@ -81,6 +88,37 @@ class Saver(Callback):
         interval = self.config.trainer.save_interval
         if interval and self._step % interval == 0:
             self._save(trainer, pl_module)
+        self._end_if_asked(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """A validation between two steps ends where it is."""
+        if self._agreeing is not None:
+            self._end_if_asked(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning has taken the signals again."""
+        signals.quiet()
+
+    def _end_if_asked(self, trainer: Trainer, module: LightningModule) -> None:
+        """All ranks end after the same step if a signal has asked one of them to.
+
+        Raises:
+            Stopped: the step is saved, if the run keeps checkpoints.
+        """
+        asked = torch.tensor([signals.requested()])
+        dist.all_reduce(asked, dist.ReduceOp.MAX, self._agreeing)
+        if not (number := int(asked)):
+            return
+        assert self._writer is not None
+        keeps = self.config.trainer.save_checkpoint or self.config.trainer.save_interval > 0
+        if keeps and not self._is_saved and self._step:
+            self._save(trainer, module)
+        self._writer.wait()
+        trainer.strategy.barrier()
+        raise signals.Stopped(number, self._step if self._is_saved else None)
 
     def finish(self, trainer: Trainer, module: LanguageModule) -> Path | None:
         """The last checkpoint, if one is wanted; waits for what is being written."""
@@ -197,6 +235,7 @@ def starting_point(
         )  # fmt: skip
     dist.barrier()
     if dist.get_rank() == 0:
+        accept(run_dir)
         folders.forget_after(checkpoints, 0 if start is None else start[1].step)
         if start is not None:
             print(f"going on from step {start[1].step} of {start[0]}", flush=True)

@@ -20,6 +20,7 @@ from torch import nn
 from moecompile.checkpoint.fingerprint import fingerprint
 from moecompile.mesh import MeshSpec
 from moecompile.plan import Plan, Traffic
+from moecompile.runtime import signals
 from moecompile.runtime.callbacks import Metrics, ProgressBar, ProgressLines, TrafficMeter
 from moecompile.runtime.data import TextData, train_loader, val_loader
 from moecompile.runtime.launch import is_restart
@@ -89,10 +90,11 @@ def train(
     if start is None:
         trainer.validate(module, val, verbose=False)
         saver.val_loss_first = module.val_loss
-    trainer.fit(module, fit, val)
-    checkpoint = saver.finish(trainer, module)
-    if max_steps % config.trainer.val_interval or first_step == max_steps:  # else validated within fit
-        trainer.validate(module, val, verbose=False)
+    with signals.training():
+        trainer.fit(module, fit, val)
+        checkpoint = saver.finish(trainer, module)
+        if max_steps % config.trainer.val_interval or first_step == max_steps:  # else validated within fit
+            trainer.validate(module, val, verbose=False)
     return Outcome(
         steps=trainer.global_step,
         steps_skipped=metrics.steps_skipped,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import time
 from contextlib import suppress
 from pathlib import Path
 
+from moecompile import clock, waiting
 from moecompile.errors import RankFailure
 from moecompile.report.result import write_result
 from moecompile.schema import Config
@@ -16,11 +16,12 @@ def run(config: Config, run_dir: Path) -> int:
     """Runs `config.task`, in this process or on all ranks of the mesh, and returns the exit code."""
     name = config.task.name.value
     module = importlib.import_module(f"moecompile.tasks.{name}")
-    start = time.perf_counter()
+    if not hasattr(module, "run_rank"):
+        waiting.done()
     try:
         module.run(config, run_dir)
     except RankFailure as error:
-        result = {"task": name, "recipe": config.name, "status": "failed", "seconds": time.perf_counter() - start}
+        result = {"task": name, "recipe": config.name, "status": "failed", "seconds": clock.seconds()}
         with suppress(OSError):  # a full disk
             write_result(run_dir, {**result, "error": str(error)})
         raise
@@ -29,4 +30,6 @@ def run(config: Config, run_dir: Path) -> int:
 
 def in_rank(config: Config, run_dir: Path) -> None:
     """This rank's part of a launched task."""
-    importlib.import_module(f"moecompile.tasks.{config.task.name.value}").run_rank(config, run_dir)
+    module = importlib.import_module(f"moecompile.tasks.{config.task.name.value}")
+    waiting.done()
+    module.run_rank(config, run_dir)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,13 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from moecompile import clock
 from moecompile.bench import LayerCost, StepCost, measure_layers, measure_steps
 from moecompile.models import example_inputs
 from moecompile.pipeline import make_plan
 from moecompile.report.bench import print_bench
 from moecompile.report.result import write_result
+from moecompile.rundir import accept
 from moecompile.runtime.launch import launch
 from moecompile.runtime.process_group import init_process_group
 from moecompile.schema import Config, mesh_spec
@@ -38,12 +39,12 @@ def run(config: Config, run_dir: Path) -> None:
         module="moecompile.tasks.worker",
         threads=config.trainer.threads_per_rank,
         timeout_s=config.trainer.timeout_s,
+        num_nodes=config.mesh.num_nodes,
     )
 
 
 def run_rank(config: Config, run_dir: Path) -> None:
     """One rank: rank 0 measures the layers while the others wait, then all take steps; rank 0 shows and writes."""
-    start = time.perf_counter()
     init_process_group(config)
     rank, job, console = dist.get_rank(), load_job(config, run_dir), Console(soft_wrap=False)
     patient = dist.new_group(backend="gloo", timeout=_LAYERS_TIMEOUT)
@@ -51,7 +52,9 @@ def run_rank(config: Config, run_dir: Path) -> None:
     dist.barrier(patient)
     compiled = job.compile(config)
     if rank == 0:
+        accept(run_dir)
         show_compiled(compiled, run_dir, console)
+    dist.barrier()
     materialize = job.materialize(compiled)
     step = measure_steps(compiled.model, compiled.plan, config, job.data, run_dir / "steps", materialize)
     if rank > 0:
@@ -66,7 +69,7 @@ def run_rank(config: Config, run_dir: Path) -> None:
     body = {"recipe": config.name, "plan_hash": compiled.plan.hash, "versions": versions(), **measured}
     path = run_dir / BENCH
     path.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-    seconds = time.perf_counter() - start
+    seconds = clock.seconds()
     head = {"task": "bench", "recipe": config.name, "status": "ok", "seconds": seconds}
     write_result(run_dir, {**head, "plan_hash": compiled.plan.hash, "world_size": step.world_size, **measured})
     print_bench(measured, console)

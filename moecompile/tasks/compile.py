@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from rich.console import Console
 
+from moecompile import clock
 from moecompile.models import build_model, example_inputs
 from moecompile.pipeline import compile_with_report
 from moecompile.report.console import print_sites
 from moecompile.report.result import write_result
+from moecompile.rundir import accept
 from moecompile.schema import Config
 from moecompile.tasks.plan import plan_fields, require_layers
 from moecompile.tasks.show import show_compiled, site_rows, step0_fields
@@ -18,12 +19,13 @@ from moecompile.tasks.show import show_compiled, site_rows, step0_fields
 
 def run(config: Config, run_dir: Path) -> None:
     """Prints plan, passes and sites; writes `plan.yaml`, `graphs/` and `result.json`."""
-    start, console = time.perf_counter(), Console()
+    console = Console()
     model = build_model(config.model, config.seed)
     compiled = compile_with_report(model, config, example=example_inputs(model, config.data.seq_len))
     if not compiled.plan.layers:
         print_sites(site_rows(compiled), console)
     require_layers(compiled.plan, config)
+    accept(run_dir)
     show_compiled(compiled, run_dir, console)
     print_sites(site_rows(compiled), console)
     write_result(
@@ -32,7 +34,7 @@ def run(config: Config, run_dir: Path) -> None:
             "task": "compile",
             "recipe": config.name,
             "status": "ok",
-            "seconds": time.perf_counter() - start,
+            "seconds": clock.seconds(),
             **plan_fields(compiled.plan),
             "notes": compiled.notes,
             "sites": site_rows(compiled),

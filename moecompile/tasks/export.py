@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from moecompile import clock
 from moecompile.convert import (
     Run,
     carry,
@@ -28,6 +28,7 @@ from moecompile.convert import (
 from moecompile.errors import ConfigError, VerificationFailed
 from moecompile.models import example_inputs, pretrained_folder
 from moecompile.report.result import write_result
+from moecompile.rundir import accept
 from moecompile.schema import Config, ExportFormat, TokenizerSource
 
 
@@ -38,16 +39,17 @@ def run(config: Config, run_dir: Path) -> None:
         ConfigError: nothing to export, or no family that computes the same.
         VerificationFailed: what was loaded again computes something else.
     """
-    start, export = time.perf_counter(), config.export
+    export = config.export
     trained = find_run(export.run, export.checkpoint)
     path = Path(export.path) if export.path else run_dir / "model"
     with _new_folder(path) as folder:
         architecture, diff = _export(trained, config, folder)
     result = {
-        "task": "export", "recipe": trained.config.name, "status": "ok", "seconds": time.perf_counter() - start,
+        "task": "export", "recipe": trained.config.name, "status": "ok", "seconds": clock.seconds(),
         "path": str(path), "architecture": architecture, "format": export.format.value, "max_abs_diff": diff,
         "checkpoint": str(trained.checkpoint), "plan_hash": trained.plan.hash,
     }  # fmt: skip
+    accept(run_dir)
     write_result(run_dir, result)
     console = Console(soft_wrap=True)
     console.print(f"{trained.config.name}  {trained.checkpoint} -> {path}")

@@ -19,6 +19,7 @@ from moecompile.errors import PlanError
 from moecompile.models import build_model, example_inputs, pretrained_folder
 from moecompile.pipeline import Compiled, compile_with_report
 from moecompile.receipt import ON_META
+from moecompile.rundir import place
 from moecompile.runtime.data import TextData, load_data
 from moecompile.runtime.objective import data_for
 from moecompile.schema import Config
@@ -58,7 +59,7 @@ class Job:
 def load_job(config: Config, run_dir: Path) -> Job:
     """Data and model of this rank; every rank calls it."""
     folder = pretrained_folder(config.model)
-    data = load_data(config.data, run_dir, rank=dist.get_rank(), barrier=dist.barrier, model_folder=folder)
+    data = load_data(config.data, place(run_dir), rank=dist.get_rank(), barrier=dist.barrier, model_folder=folder)
     importing = ShardedImport(config) if loads_sharded(config, dist.get_world_size()) else None
     model = build_model(config.model, config.seed) if importing is None else importing.model
     return Job(model=model, data=data_for(model, data, config), importing=importing)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 
 from rich.console import Console
 
+from moecompile import clock
 from moecompile import plan as plans
 from moecompile.errors import ConfigError
 from moecompile.models import build_model, example_inputs
@@ -17,19 +17,20 @@ from moecompile.pipeline import make_plan
 from moecompile.plan import Plan
 from moecompile.report.console import print_plan
 from moecompile.report.result import write_result
+from moecompile.rundir import accept
 from moecompile.schema import Config
 
 
 def run(config: Config, run_dir: Path) -> None:
     """Prints the plan and writes `plan.yaml` and `result.json`."""
-    start = time.perf_counter()
     model = build_model(config.model, config.seed)
     plan = make_plan(model, config, example=example_inputs(model, config.data.seq_len))
     require_layers(plan, config)
     found = [*notes(plan, config), *frozen_notes(model, plan)]
     print_plan(plan, Console(), found)
+    accept(run_dir)
     plans.save(plan, run_dir / "plan.yaml")
-    result = {"task": "plan", "recipe": config.name, "status": "ok", "seconds": time.perf_counter() - start}
+    result = {"task": "plan", "recipe": config.name, "status": "ok", "seconds": clock.seconds()}
     write_result(run_dir, result | plan_fields(plan) | {"notes": found})
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from moecompile import clock, waiting
 from moecompile import plan as plans
 from moecompile.errors import ConfigError
 from moecompile.models import build_model, example_inputs
@@ -20,6 +20,7 @@ from moecompile.report.baseline import print_baseline
 from moecompile.report.console import print_result
 from moecompile.report.heatmap import write_heat_map
 from moecompile.report.result import write_result
+from moecompile.rundir import place
 from moecompile.runtime.baseline import train_dense
 from moecompile.runtime.data import TextData, TokenWindows, unigram_entropy
 from moecompile.runtime.history import LoadHistory
@@ -41,19 +42,23 @@ def run(config: Config, run_dir: Path) -> None:
         threads=config.trainer.threads_per_rank,
         timeout_s=config.trainer.timeout_s,
         max_restarts=config.trainer.max_restarts,
+        num_nodes=config.mesh.num_nodes,
     )
 
 
 def run_rank(config: Config, run_dir: Path) -> None:
     """One rank: data, model, compilation, training, result."""
-    start = time.perf_counter()
     init_process_group(config)
-    rank, job = dist.get_rank(), load_job(config, run_dir)
+    rank = dist.get_rank()
+    if rank == 0:
+        waiting.show("building and compiling the model", line=False)
+    job = load_job(config, run_dir)
     compiled, data = job.compile(config), job.data
+    waiting.done()
     _check_baseline(config, compiled.plan)
     console = Console(soft_wrap=False)
     if rank == 0:
-        show_compiled(compiled, run_dir, console)
+        show_compiled(compiled, place(run_dir), console)
     materialize = job.materialize(compiled)
     dist.barrier()
     outcome = train(compiled.model, compiled.plan, config, data, run_dir, materialize)
@@ -62,9 +67,9 @@ def run_rank(config: Config, run_dir: Path) -> None:
     if config.trainer.baseline is Baseline.dense:
         result["baseline"] = _baseline(config, compiled.plan, data, run_dir)
     if rank == 0:
-        result["seconds"] = time.perf_counter() - start
         if compiled.plan.layers:
             write_heat_map(LoadHistory.read(run_dir / LOAD_HISTORY), run_dir / "load.png", title=config.name)
+        result["seconds"] = clock.seconds()
         write_result(run_dir, result)
         # Where nothing was dropped there is nothing to say about it.
         print_result({**result, "drop_rate_last": result["drop_rate_last"] or None, "run_dir": run_dir}, console)

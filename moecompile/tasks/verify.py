@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 
 import torch.distributed as dist
 from rich.console import Console
 
+from moecompile import clock
 from moecompile import plan as plans
 from moecompile.compose import RESOLVED, save_resolved
 from moecompile.errors import VerificationFailed
 from moecompile.report.console import print_checks
 from moecompile.report.result import write_result
+from moecompile.rundir import accept, place
 from moecompile.runtime.launch import launch
 from moecompile.runtime.process_group import init_process_group
 from moecompile.schema import Config, mesh_spec
@@ -31,7 +32,7 @@ def run(config: Config, run_dir: Path) -> None:
         VerificationFailed: a check did not pass.
     """
     small, notes = shrink(config, config.verify.steps)
-    save_resolved(small, run_dir / RESOLVED)
+    save_resolved(small, place(run_dir) / RESOLVED)
     for note in notes:
         print(f"shrunk  {note}", flush=True)
     launch(
@@ -40,6 +41,7 @@ def run(config: Config, run_dir: Path) -> None:
         module="moecompile.tasks.worker",
         threads=small.trainer.threads_per_rank,
         timeout_s=small.trainer.timeout_s,
+        num_nodes=small.mesh.num_nodes,
     )
     certificate = json.loads((run_dir / CERTIFICATE).read_text(encoding="utf-8"))
     failed = [check for check in certificate["checks"] if not check["passed"]]
@@ -49,15 +51,15 @@ def run(config: Config, run_dir: Path) -> None:
 
 def run_rank(config: Config, run_dir: Path) -> None:
     """One rank: both sides; rank 0 also the comparison, the table and the certificate."""
-    start = time.perf_counter()
     init_process_group(config)
-    checks, plan = certify(config, run_dir)
+    checks, plan = certify(config, place(run_dir))
     if dist.get_rank() > 0:
         return
+    accept(run_dir)
     console, passed = Console(soft_wrap=False), all(check.passed for check in checks)
     rows = [dataclasses.asdict(check) for check in checks]
     print_checks(rows, console)
-    seconds = time.perf_counter() - start
+    seconds = clock.seconds()
     plans.save(plan, run_dir / "plan.yaml")
     certificate = {
         "recipe": config.name, "passed": passed, "plan_hash": plan.hash, "world_size": plan.mesh.world_size,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from moecompile import waiting
+from moecompile.rundir import place
 from moecompile.runtime.launch import rank_main
 
 
 def main(run_dir: Path) -> None:
     """Runs the task that `run_dir`'s resolved config names."""
+    if os.environ.get("RANK") == "0":
+        waiting.show("loading torch", line=False)
     from moecompile.compose import load_resolved
     from moecompile.tasks import in_rank
 
-    in_rank(load_resolved(run_dir / "resolved.yaml"), run_dir)
+    in_rank(load_resolved(place(run_dir) / "resolved.yaml"), run_dir)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A job for the launcher's tests: `python -m tests.distributed.launched_job RUN_DIR`, started by `launch`.
 
-MODE in the environment says what the last rank does once all ranks have met.
+MODE in the environment says what the last rank (or FAILING_RANK) does once all ranks have met (or PHASE=start: before).
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ def main(run_dir: Path) -> None:
     import torch
     import torch.distributed as dist
 
+    failing = int(os.environ.get("FAILING_RANK") or int(os.environ["WORLD_SIZE"]) - 1)
+    if os.environ.get("PHASE") == "start" and int(os.environ["RANK"]) == failing:
+        _fail(os.environ["MODE"])
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     rank, world_size = dist.get_rank(), dist.get_world_size()
     total = torch.tensor([rank + 1])
@@ -34,7 +37,7 @@ def main(run_dir: Path) -> None:
     if mode == "deaf_peers" and rank != world_size - 1:
         _ignore_signals()
         time.sleep(100)
-    if rank == world_size - 1:
+    if rank == failing:
         _fail(mode)
     dist.all_reduce(total)
     (run_dir / f"done_{rank}").write_text(f"{total.item()} {os.environ.get('OMP_NUM_THREADS')}")
@@ -49,6 +52,9 @@ def _fail(mode: str) -> None:
         os._exit(3)
     if mode == "leave":
         sys.exit(0)
+    if mode == "late":
+        time.sleep(2)  # the others wait in a collective
+        raise ZeroDivisionError("in the middle of it")
     if mode == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -6,27 +6,39 @@ the word.
 
 from __future__ import annotations
 
+import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from moecompile.errors import MoecompileError
-from moecompile.runtime.launch import agree_on_run_dir, launch, leave
+from moecompile.runtime import in_place
+from moecompile.runtime.launch import launch
 from moecompile.runtime.ranks import in_place_ranks
 
 
 def main(world_size: int, run_dirs: list[Path]) -> int:
-    """Launches the job in each directory, or in one of rank 0's own where every rank computes another one."""
-    ranks = in_place_ranks()
-    for given in run_dirs:
-        run_dir = given if ranks is None else agree_on_run_dir(ranks, given / f"of_rank_{ranks.rank}")
+    """Launches the job in each directory."""
+    for run_dir in run_dirs:
         run_dir.mkdir(parents=True, exist_ok=True)
+        num_nodes = int(os.environ.get("MESH_NODES", "1"))
         try:
-            launch(world_size, run_dir, module="tests.distributed.launched_job", threads=1, timeout_s=60)
+            launch(
+                world_size, run_dir, module="tests.distributed.launched_job", threads=1, timeout_s=60,
+                num_nodes=num_nodes,
+            )  # fmt: skip
         except MoecompileError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            if not error.told:
+                print(f"error: {error}", file=sys.stderr)
             return error.exit_code
     return 0
 
 
 if __name__ == "__main__":
-    leave(main(int(sys.argv[1]), [Path(text) for text in sys.argv[2:]]))
+    command_line = partial(main, int(sys.argv[1]), [Path(text) for text in sys.argv[2:]])
+    ranks = in_place_ranks()
+    if ranks is not None and ranks.rank > 0:
+        in_place.follow(ranks)
+    if ranks is not None:
+        in_place.lead(ranks, command_line)
+    in_place.leave(command_line())

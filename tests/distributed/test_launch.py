@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
-import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,7 +29,7 @@ def from_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranks import their module from the working directory; no launcher around the tests is seen."""
     monkeypatch.chdir(REPOSITORY)
     for name in list(os.environ):
-        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MODE"):
+        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MODE", "PHASE"):
             monkeypatch.delenv(name)
 
 
@@ -120,7 +118,7 @@ def test_a_failing_rank_ends_the_run_and_is_named(
 def test_a_mistake_is_told_once_in_its_own_words(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODE", "mistake")
     result = _run([*PROGRAM, "2", str(run_dir)])
-    assert (result.returncode, result.stderr) == (2, "UserError: routing.top_k=9: must be at most 8. Use 8.\n")
+    assert (result.returncode, result.stderr) == (2, "error: routing.top_k=9: must be at most 8. Use 8.\n")
     monkeypatch.setenv("MODE", "succeed")
     _launch(1, run_dir)  # the same directory again: what an earlier run left is not taken for a failure
     assert list((run_dir / "errors").iterdir()) == []
@@ -142,9 +140,7 @@ def test_peers_that_ignore_sigterm_are_ended(run_dir: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "exit_code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
-)
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_ending_the_launcher_ends_its_ranks(number: signal.Signals, exit_code: int, run_dir: Path) -> None:
     environ = {**os.environ, "MODE": "hang"}
     with subprocess.Popen([*PROGRAM, "2", str(run_dir)], env=environ, stderr=subprocess.DEVNULL) as process:
@@ -186,60 +182,3 @@ def test_a_killed_rank_is_not_taken_for_a_hung_one(tmp_path: Path) -> None:
     failures.record(gone, tmp_path, 0)
     told = str(failures.first_error(tmp_path, 2, {1: -signal.SIGKILL, 0: 1}))
     assert told == "rank 1 of 2 failed: killed by SIGKILL (the machine may have run out of memory)"
-
-
-# -- in place ----------------------------------------------------------------------------------------------------------
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
-
-
-def test_torchrun_in_place(run_dir: Path) -> None:
-    runs = [run_dir / "first", run_dir / "second"]  # as a multirun: one process, a new process group each time
-    result = _run([*TORCHRUN, "2", *PROGRAM[1:], "2", *map(str, runs)])
-    assert result.returncode == 0, result.stderr
-    for folder in runs:
-        assert [path.name for path in folder.iterdir()] == ["of_rank_0"]
-        assert sorted(path.name for path in folder.glob("*/*")) == ["done_0", "done_1", "started_0", "started_1"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mode", "told"),
-    [
-        ("raise", r"RankFailure: rank 1 of 2 failed: ZeroDivisionError: in the middle of it \(see .*/rank_1.txt\)\n"),
-        ("mistake", r"UserError: routing.top_k=9: must be at most 8. Use 8.\n"),
-    ],
-)
-def test_torchrun_failure_is_told_once(mode: str, told: str, run_dir: Path) -> None:
-    result = _run([*TORCHRUN, "2", *PROGRAM[1:], "2", str(run_dir)], {"MODE": mode})
-    assert result.returncode != 0
-    assert len(re.findall(told, result.stderr)) == 1
-    assert len(re.findall("^(RankFailure|UserError)", result.stderr, re.MULTILINE)) == 1
-
-
-@pytest.mark.slow
-def test_torchrun_with_another_number_of_ranks(run_dir: Path) -> None:
-    result = _run([*TORCHRUN, "2", *PROGRAM[1:], "4", str(run_dir)])
-    assert result.returncode != 0
-    assert result.stderr.count(
-        "ConfigError: mesh.num_nodes * mesh.ranks_per_node=4: torchrun started 2 ranks, 2 on each node. "
-        "Use mesh.num_nodes=1 mesh.ranks_per_node=2, or start 4 ranks.\n"
-    ) == 1  # fmt: skip
-
-
-@pytest.mark.slow
-def test_slurm_in_place(run_dir: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environ = {
-        **os.environ, "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "2",
-        "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "localhost", "MASTER_PORT": port,
-    }  # fmt: skip
-    processes = []
-    for rank in ("0", "1"):
-        place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
-        processes.append(subprocess.Popen([*PROGRAM, "2", str(run_dir)], env={**environ, **place}))
-    assert [process.wait(60) for process in processes] == [0, 0]
-    assert (run_dir / "of_rank_0" / "done_1").exists()
-    assert not (run_dir / "of_rank_1").exists()

@@ -1,0 +1,86 @@
+"""A run directory belongs to one run. What is written before the run has been accepted there is kept apart.
+
+    RUN/.pending/    what a run writes in a directory that is not empty, until all that may refuse it has been checked
+    RUN/             where `accept` moves it; in an empty directory everything is written there at once
+
+A run that is refused, or that crashes before, leaves the files of the one before it as they were.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from moecompile.errors import ConfigError
+
+PENDING = ".pending"
+RESULT = "result.json"
+_BUSY = (errno.EWOULDBLOCK, errno.EACCES)
+
+
+def place(run_dir: Path) -> Path:
+    """Where the run writes now: `run_dir`, or apart from it until it is accepted."""
+    pending = run_dir / PENDING
+    return pending if pending.is_dir() else run_dir
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Holds the directory `run_dir`, which exists, for one run; whoever else wants it is refused.
+
+    The lock is the kernel's, on the directory itself: it ends with this process, however that ends. A file system that
+    cannot lock a directory (NFS) holds nobody off.
+
+    Raises:
+        ConfigError: another run is writing there.
+    """
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _BUSY:
+                raise ConfigError(
+                    "hydra.run.dir", run_dir, "another run is writing there", "Wait for it, or use another directory"
+                ) from None
+        discard(run_dir)  # of a run that was killed before it was accepted
+        if any(run_dir.iterdir()):
+            (run_dir / PENDING).mkdir()
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def accept(run_dir: Path) -> None:
+    """From here on the directory is this run's: what it has written so far replaces files of the same names."""
+    pending = run_dir / PENDING
+    if not pending.is_dir():
+        return
+    with suppress(FileNotFoundError):
+        (run_dir / RESULT).unlink()  # of the run before; this one has none yet
+    for path in sorted(pending.iterdir()):
+        target = run_dir / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    pending.rmdir()
+
+
+def discard(run_dir: Path) -> None:
+    """Removes what was written but not accepted."""
+    shutil.rmtree(run_dir / PENDING, ignore_errors=True)
+
+
+def task_of(run_dir: Path) -> str | None:
+    """The task whose result is in `run_dir`; None: no result."""
+    try:
+        found = json.loads((run_dir / RESULT).read_text(encoding="utf-8"))
+        return str(found["task"]) if found["status"] == "ok" else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,112 @@
+"""Ctrl-C and SIGTERM: the step is saved, and the command that is printed goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moecompile.checkpoint import folders
+from tests.distributed.resume_job import TINY, losses
+
+REPOSITORY = Path(__file__).parents[2]
+RUN = [*TINY, "mesh=cpu_1x2", "trainer.progress_bar=true"]
+STEPS = 400
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+
+pytestmark = pytest.mark.slow
+
+
+def start(run_dir: Path, *overrides: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    command = [sys.executable, *before, "-m", "moecompile", *RUN, f"hydra.run.dir={run_dir}", *overrides]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    """What the process prints, to the first line that begins with `text`."""
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line.startswith(text):
+            return said
+    raise AssertionError(f"{text!r} did not come: {said}")
+
+
+def rest(process: subprocess.Popen[str]) -> tuple[int, str]:
+    said, _ = process.communicate(timeout=120)
+    return process.returncode, said
+
+
+def printed_command(said: str) -> str:
+    found = re.search(r"^go on with:  (.*)$", said, re.MULTILINE)
+    assert found, said
+    return found[1]
+
+
+@pytest.mark.parametrize("how", ["ctrl_c", "sigterm", "torchrun"])
+def test_the_step_is_saved_and_the_command_goes_on(how: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "it's a run"
+    number = signal.SIGINT if how == "ctrl_c" else signal.SIGTERM
+    quoted = Path(f"'{run_dir}'".replace("it's", r"it\'s"))
+    process = start(quoted, f"trainer.max_steps={STEPS}", before=tuple(TORCHRUN) if how == "torchrun" else ())
+    read_until(process, "step 2/")
+    if how == "ctrl_c":  # as a terminal does
+        os.killpg(process.pid, number)
+    else:
+        os.kill(process.pid, number)
+    code, said = rest(process)
+    assert code == (1 if how == "torchrun" else 128 + number), said  # torchrun has a code of its own
+    checkpoints = folders.checkpoints_of(run_dir)
+    (step,) = folders.steps(checkpoints)
+    assert f"ended by {number.name}: step {step} is saved\n" in said and 2 <= step < STEPS
+    assert not list(checkpoints.glob("*.tmp")) and not (run_dir / ".pending").exists()
+    command = f"{printed_command(said)} trainer.max_steps={step + 2}"
+    again = subprocess.run(
+        command, shell=True, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"going on from step {step} of " in again.stdout
+    shown = re.findall(r"^step (\d+)/(\d+) ", again.stdout, re.MULTILINE)
+    assert shown == [(str(step + 1), str(step + 2)), (str(step + 2), str(step + 2))]
+    assert list(losses(run_dir)) == list(range(1, step + 3))
+
+
+def test_before_the_first_step_it_ends_at_once(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start(run_dir)
+    deadline = time.monotonic() + 100
+    while not (run_dir / "logs" / "rank_1.log").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    code, said = rest(process)
+    assert code == 130 and "ended by SIGINT: nothing was saved\n" in said
+    assert printed_command(said).endswith("trainer.resume=auto")
+    assert not (run_dir / "checkpoints").exists()
+
+
+def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
+    """A rank is stopped, so that no step ever ends."""
+    run_dir = tmp_path / "run"
+    process = start(run_dir, f"trainer.max_steps={STEPS}", "trainer.save_interval=1")
+    read_until(process, "step 2/")
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+    pids = [int(pid) for pid in children.stdout.split()]
+    os.kill(pids[-1], signal.SIGSTOP)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGINT)
+    code, said = rest(process)
+    assert code == 130, said
+    assert folders.latest(folders.checkpoints_of(run_dir)) is not None
+    assert not any(Path("/proc", str(pid)).exists() for pid in pids)
