@@ -20,7 +20,7 @@ from moecompile.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from moecompile.convert import load_exported
-    from moecompile.errors import ConfigError, MoecompileError, PlanError
+    from moecompile.errors import ArgumentError, CaptureError, ConfigError, MoecompileError, PlanError, UserError
     from moecompile.nn import auxiliary_loss, update_balance
     from moecompile.passes.match import FFNMatch, GraphView
     from moecompile.passes.registry import register_pass, register_pattern
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from moecompile.runtime.strategy import ExpertParallelStrategy
 
 _HOMES = {
+    "ArgumentError": "errors",
+    "CaptureError": "errors",
     "ConfigError": "errors",
     "ExpertParallelStrategy": "runtime.strategy",
     "FFNMatch": "passes.match",
@@ -37,6 +39,7 @@ _HOMES = {
     "MoecompileError": "errors",
     "Plan": "plan",
     "PlanError": "errors",
+    "UserError": "errors",
     "auxiliary_loss": "nn",
     "compile_model": "pipeline",
     "device_mesh_of": "passes.shard",
@@ -51,6 +54,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "ArgumentError",
+    "CaptureError",
     "ConfigError",
     "ExpertParallelStrategy",
     "FFNMatch",
@@ -58,6 +63,7 @@ __all__ = [
     "MoecompileError",
     "Plan",
     "PlanError",
+    "UserError",
     "auxiliary_loss",
     "compile_model",
     "device_mesh_of",

@@ -42,13 +42,15 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf.basecontainer import BaseContainer
+from omegaconf.resolvers import oc
 
 from moecompile import waiting
 from moecompile.errors import ConfigError, MoecompileError, UserError
 from moecompile.explain import explain
 from moecompile.flags import PROGRAM, own_flags
 from moecompile.rundir import discard, held, place
-from moecompile.schema import Config, validate, with_implied
+from moecompile.schema import Config, check_name, validate, with_implied
 from moecompile.trust import check_hydra_node, of_hydra
 
 CONFIG_DIR_VARIABLE = "MOECOMPILE_CONFIG_DIR"
@@ -89,7 +91,8 @@ def main(
 
     decorate = hydra.main(version_base=_VERSION_BASE, config_path=str(conf_dir()), config_name="config")
     try:
-        with _raising_hydra(), _guarded_hydra(), _explained(sys.argv[1:]), _own_flags(), _narrow_help():
+        arguments = sys.argv[1:]
+        with _hydra(arguments), _own_flags(), _narrow_help():
             decorate(job)()
     except KeyboardInterrupt:
         return 130
@@ -124,7 +127,7 @@ def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:
     Raises:
         UserError: an unknown key, a value of the wrong type, or a missing value.
     """
-    with _explained(overrides):
+    with _explained(overrides), _no_environment(overrides):
         config = _typed(cfg)
     if "_target_" in _keys(config.model.config):
         raise ConfigError(
@@ -156,7 +159,7 @@ def load_resolved(path: Path) -> Config:
     Raises:
         UserError: an unknown key or a value of the wrong type.
     """
-    with _explained(()):
+    with _explained(()), _no_environment(()):
         return _typed(OmegaConf.load(path))
 
 
@@ -326,6 +329,13 @@ def _existing(folder: str) -> Path:
 
 
 @contextmanager
+def _hydra(arguments: Sequence[str]) -> Iterator[None]:
+    """Hydra as the command line runs it."""
+    with _raising_hydra(), _guarded_hydra(), _explained(arguments), _no_environment(arguments):
+        yield
+
+
+@contextmanager
 def _raising_hydra() -> Iterator[None]:
     """Hydra raises its errors instead of printing them."""
     saved = os.environ.get("HYDRA_FULL_ERROR")
@@ -350,6 +360,8 @@ def _guarded_hydra() -> Iterator[None]:
         cfg = load(self, config_name, overrides, *rest, **more)
         shipped = load(self, "config", of_hydra(overrides), *rest, **more)
         check_hydra_node(_plain(cfg.hydra), _plain(shipped.hydra))
+        if RunFolders.sweep is None:  # it is part of a folder that Hydra makes before our code runs
+            check_name(cfg.name)
         return cfg
 
     ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
@@ -362,6 +374,33 @@ def _guarded_hydra() -> Iterator[None]:
 def _plain(node: DictConfig) -> dict[str, Any]:
     values: Any = OmegaConf.to_container(node, resolve=False)
     return dict(values)
+
+
+@contextmanager
+def _no_environment(overrides: Iterable[str]) -> Iterator[None]:
+    """`${oc.env:...}` works in what the caller gives, and nowhere else: a file of others must not read it.
+
+    Hydra's own node has been checked by `moecompile.trust`, and repeats what the caller gives.
+    """
+    given = {item.lstrip("+").partition("=")[0] for item in overrides if "oc.env" in item}
+
+    def environment(key: str, *default: Any, _node_: Any) -> Any:
+        path = str(_node_._get_full_key(None))
+        if not path.startswith("hydra.") and not any(
+            path == name or path.startswith((f"{name}.", f"{name}[")) for name in given
+        ):
+            raise ConfigError(
+                path, f"${{oc.env:{key}}}", "a config file may not read the environment",
+                f"Write the value there, or give {path}=... on the command line",
+            )  # fmt: skip
+        return oc.env(key, *default)
+
+    saved = BaseContainer._resolvers["oc.env"]
+    OmegaConf.register_new_resolver("oc.env", environment, replace=True)
+    try:
+        yield
+    finally:
+        BaseContainer._resolvers["oc.env"] = saved
 
 
 @contextmanager

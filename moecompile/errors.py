@@ -36,6 +36,10 @@ class ConfigError(UserError):
         return type(self), (self.path, self.value, self.rule, self.fix)
 
 
+class ArgumentError(ConfigError, TypeError):
+    """An argument of the Python API that is something else than what the function takes; `path` is its name."""
+
+
 class PlanError(ConfigError):
     """A plan that contradicts itself or that does not fit the model or the mesh it is used with."""
 

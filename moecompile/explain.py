@@ -64,7 +64,7 @@ def _bad_key_or_value(error: Any, text: str, given: Given) -> UserError:
     """`mesh.epp=3`, `mesh.num_nodes=two`: a key that the schema has not, or a value that it does not take."""
     path = error.full_key
     if isinstance(error, (AttributeError, KeyError)):
-        return _no_such_key(path, text, given)
+        return _no_such_key(path, text, given, _siblings(error))
     if "nterpolation" in str(error):
         return UserError(f"{path}: {_one_line(str(error))}. Refer to a key that exists and has the right type.")
     value = given.get(path, error.value)
@@ -76,15 +76,29 @@ def _bad_key_or_value(error: Any, text: str, given: Given) -> UserError:
     return ConfigError(path, value, f"{rule}{_where(text)}", f"{_guess(str(value), choices)}Give {wanted}")
 
 
-def _no_such_key(path: str, text: str, given: Given) -> UserError:
+def _no_such_key(path: str, text: str, given: Given, siblings: Sequence[str]) -> UserError:
+    if path.partition(".")[0] == "recipe" and (found := re.match(r"In '(recipe/[^']+)'", text)):
+        return UserError(
+            f"{found[1]}.yaml: its keys go below `recipe`, where there are none. "
+            "Begin the file with the line '# @package _global_'."
+        )
     parent, _, key = path.rpartition(".")
     owner = _schema_type(parent) if parent else Config
     rule = f"there is no such key{_where(text)}"
-    fix = f"Write +{path}=... to add it"
+    fix = f"{_guess(key, siblings)}Write +{path}=... to add a key"
     if is_dataclass(owner):
         names = [*get_type_hints(owner), *([] if parent else ["recipe"])]
         fix = f"{_guess(key, names)}{parent or 'The config'} has {', '.join(names)}"
     return _error(path, given.get(path), rule, fix)
+
+
+def _siblings(error: Any) -> list[str]:
+    """Keys beside the one that is not there; OmegaConf's error holds the place."""
+    keys = getattr(getattr(error, "parent_node", None), "keys", None)
+    try:
+        return [str(key) for key in keys()] if callable(keys) else []
+    except Exception:  # a node without content
+        return []
 
 
 def _by_text(text: str, given: Given) -> UserError:

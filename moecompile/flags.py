@@ -33,7 +33,7 @@ def own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             action.version, action.help = f"{PROGRAM} {__version__}", "Show the version and exit"
         if action.dest in _LEFT_OUT:
             action.help = argparse.SUPPRESS
-    parse = parser.parse_args
+    parse = parser.parse_intermixed_args  # flags may stand between overrides
 
     def checked(*args: Any, **more: Any) -> argparse.Namespace:
         found: argparse.Namespace = parse(*args, **more)

@@ -77,7 +77,7 @@ def config_of(model: ModelConfig) -> Any | None:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever its code makes of the file
-        raise ConfigError("model.pretrained", str(folder), f"cannot be loaded: {error}", "Check the folder") from error
+        raise unreadable(error, "model.pretrained", folder) from error
 
 
 def check_buildable(model: ModelConfig) -> None:

@@ -27,9 +27,10 @@ from moecompile.apply import (
     rewritten_graph,
     rewritten_region,
 )
+from moecompile.arguments import check_example, check_graph, check_model, check_overrides, check_plan
 from moecompile.capture import Example, is_meta
 from moecompile.compose import compose_config
-from moecompile.errors import CaptureError, ConfigError, PlanError
+from moecompile.errors import ArgumentError, CaptureError, ConfigError, PlanError
 from moecompile.passes.base import PassRecord, count_ops
 from moecompile.passes.build_plan import build_plan
 from moecompile.passes.plan_existing import notes
@@ -121,6 +122,7 @@ def make_plan(
         model_or_graph: a GraphModule, or any module together with an `example`.
         overrides, example: as for `compile_model`.
     """
+    check_model(model_or_graph, "model_or_graph")
     config = _config(overrides)
     sites: Sequence[PlannedSite]
     if isinstance(model_or_graph, fx.GraphModule) and example is None:
@@ -128,6 +130,7 @@ def make_plan(
     else:
         if example is None:
             raise CaptureError("make_plan needs example=... for a module that is not a GraphModule")
+        check_example(example)
         captured = capture_regions(record_model(model_or_graph, example), config.experts.sites, _named(config))
         sites = captured.sites
     return build_plan(sites, config, _facts(model_or_graph))
@@ -143,6 +146,9 @@ def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | C
     Raises:
         PlanError: a planned site is not in the graph.
     """
+    check_graph(graph_module)
+    if not isinstance(overrides_or_plan, Plan):
+        check_overrides(overrides_or_plan, "overrides_or_plan")
     source = copy.deepcopy(graph_module)
     matches = graph_sites(source)
     if isinstance(overrides_or_plan, Plan):
@@ -178,6 +184,7 @@ def compiled_module(model: nn.Module) -> nn.Module:
     Raises:
         PlanError: there is none, or more than one.
     """
+    check_model(model)
     found = [module for module in model.modules() if isinstance(getattr(module, _PLAN, None), Plan)]
     if len(found) != 1:
         raise PlanError(
@@ -197,6 +204,10 @@ def compile_with_report(
     until: str = "lower",
 ) -> Compiled:
     """`compile_model`, with all that was done: sites, pass records, graphs before and after, step-0 difference."""
+    check_model(model)
+    check_example(example)
+    if plan is not None:
+        check_plan(plan)
     if until not in ("rewrite", "lower", "shard"):
         raise ConfigError("until", until, "must be rewrite, lower or shard", "Use one of these")
     if any(hasattr(module, _PLAN) for module in model.modules()):
@@ -214,6 +225,8 @@ def compile_with_report(
     records.append(clock.record("match", graphs, graphs, _found(captured)))
     if plan is None:
         plan = build_plan(captured.sites, config, _facts(model))
+    elif not isinstance(overrides, Config):
+        _check_agree(plan, overrides, captured, _facts(model))
     layers = {layer.site.fqn: layer for layer in plan.layers}
     sites = {site.fqn: site for site in captured.sites}
     regions, planned = _by_region(captured, sites, plan)
@@ -252,6 +265,16 @@ def compile_with_report(
 def capture_planned(model: nn.Module, plan: Plan, config: Config, example: Example) -> Captured:
     """The regions of `model`, not compiled yet, that the layers of `plan` are made from."""
     return capture_regions(record_model(model, example), _kind(plan, config), _named(config, plan))
+
+
+def _check_agree(plan: Plan, overrides: Sequence[str], captured: Captured, facts: ModelFacts) -> None:
+    """A given plan decides; overrides beside it may say the same again. The seed is not in a plan."""
+    voided = [item for item in overrides if not item.startswith("seed=")]
+    if voided and build_plan(captured.sites, _config(overrides), facts).hash != plan.hash:
+        raise ArgumentError(
+            "overrides", " ".join(voided), f"would make another plan than the given one ({plan.hash}), which decides",
+            "Leave them out, or make the plan with them: moecompile.make_plan(model, overrides, example=...)",
+        )  # fmt: skip
 
 
 def _by_region(
@@ -309,6 +332,7 @@ def _facts(model: nn.Module) -> ModelFacts:
 
 
 def _config(overrides: Sequence[str] | Config) -> Config:
+    check_overrides(overrides)
     return overrides if isinstance(overrides, Config) else compose_config(list(overrides))
 
 

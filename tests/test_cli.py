@@ -298,6 +298,7 @@ except SystemExit:
         (["--cfg", "hydra"], r"hydra:\n  run:\n    dir: runs/"),
         (["--cfg", "job", "--resolve"], r"name: default\n(.|\n)*max_position_embeddings: 128\n"),
         (["--cfg", "job", "--package", "mesh"], r"# @package mesh\nnum_nodes: 1\n"),
+        (["seed=3", "--cfg", "job", "mesh=cpu_1"], r"name: default\nseed: 3\n"),
         (["--cfg", "job", "-p", "balance.losses"], r"# @package balance.losses\nmicro_batch: 0"),
         (["--shell-completion", "install=bash"], r"complete -o nospace .*moecompile\n$"),
         (["-sc", "query=bash"], r"mesh=cpu_1 mesh=cpu_1x2"),

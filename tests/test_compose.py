@@ -194,7 +194,7 @@ def test_other_hydra_programs_do_not_see_that_folder(tmp_path: Path, my_conf: Ca
         ("+per_layer.a.layers=[1]", "per_layer.a.layers=[1]: has the wrong type. Give text."),
         ("+per_layer.a=1", "per_layer.a=1: Invalid type assigned: int is not a subclass of PerLayerConfig."),
         ("mesh/foo=1", "mesh/foo=1: there is no such key."),
-        ("model.config.foo=1", "model.config.foo=1: there is no such key. Write +model.config.foo=... to add it."),
+        ("model.config.foo=1", "model.config.foo=1: there is no such key. Write +model.config.foo=... to add a key."),
         ("~foo", "Could not delete from config. 'foo' does not exist."),
         ("mesh=cpu_1x22", "mesh=cpu_1x22: there is no such option. Did you mean cpu_1x2"),
         ("recipe=nope", "recipe=nope: there is no such option. Use one of deepseek_ep"),
@@ -206,6 +206,11 @@ def test_other_hydra_programs_do_not_see_that_folder(tmp_path: Path, my_conf: Ca
         ("mesh.ep=1.5", "mesh.ep=1.5: has the wrong type. Give a whole number or auto."),
         ("mesh.ep=null", "mesh.ep=null: has the wrong type. Give a whole number or auto."),
         ("mesh.ep=???", "mesh.ep=???: has the wrong type. Give a whole number or auto."),
+        (
+            "model.config.hidden_sise=4",
+            "model.config.hidden_sise=4: there is no such key. Did you mean hidden_size? Write "
+            "+model.config.hidden_sise=... to add a key.",
+        ),
         ("optimizer.lr=fast", "optimizer.lr=fast: has the wrong type. Give a number."),
         ("optimizer.clip_norm=x", "optimizer.clip_norm=x: has the wrong type. Give a number or null."),
         ("optimizer.betas=[a,b]", "optimizer.betas[0]=a: has the wrong type. Give a list of numbers."),
@@ -248,6 +253,18 @@ def test_a_recipe_that_cannot_be(recipe: str, message: str, my_conf: Callable[[s
     with pytest.raises(UserError) as raised:
         compose_config(["recipe=mine"])
     assert str(raised.value).startswith(message)
+
+
+def test_a_recipe_without_its_first_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("name: mine\nmesh:\n  ep: 1\n")
+    monkeypatch.setenv(CONFIG_DIR_VARIABLE, str(tmp_path))
+    with pytest.raises(UserError) as raised:
+        compose_config(["recipe=mine"])
+    assert str(raised.value) == (
+        "recipe/mine.yaml: its keys go below `recipe`, where there are none. "
+        "Begin the file with the line '# @package _global_'."
+    )
 
 
 def test_settings_of_some_layers_may_be_given_key_by_key_or_whole() -> None:

@@ -214,11 +214,11 @@ def test_a_damaged_folder(damage: Any, folder: Path) -> None:
 def test_model_and_text_must_fit(folder: Path) -> None:
     given = [*WHOLE, f"model.pretrained='{folder}'"]
     assert refused(*given, "data.seq_len=65") == (
-        "data.seq_len=65: the model llama_nano has positions for 64 tokens. Use at most 64, or a model with more "
+        "data.seq_len=65: the model model has positions for 64 tokens. Use at most 64, or a model with more "
         "(max_position_embeddings)."
     )
     assert refused(*given, "data.vocab_size=513") == (
-        "data.vocab_size=513: the model llama_nano has embeddings for 512 tokens. Use at most 512."
+        "data.vocab_size=513: the model model has embeddings for 512 tokens. Use at most 512."
     )
     assert refused("model.config.vocab_size=100").startswith(
         "data.vocab_size=2048: the model llama_nano has embeddings"

@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+
+from moecompile.version import __version__
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -40,6 +43,11 @@ def run(cwd: Path, *args: str, path: Path | None = None) -> str:
     return result.stdout
 
 
+def test_the_version_is_said_once_more_where_it_is_built() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert project["version"] == __version__
+
+
 def test_the_source_distribution_holds_configs_recipes_and_licence(dist: Path) -> None:
     (archive,) = dist.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
@@ -55,6 +63,7 @@ def test_the_wheel_holds_every_config_recipe_and_data_file(installed: Path) -> N
     for path in (REPOSITORY / "recipes").glob("*.yaml"):
         assert (package / "conf" / "recipe" / path.name).read_bytes() == path.read_bytes()
     assert (package / "runtime" / "data" / "moby_dick.txt").stat().st_size == 1_204_997
+    assert (package / "py.typed").is_file()
     assert not (installed / "tests").exists()
 
 

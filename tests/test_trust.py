@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from moecompile.compose import compose_config
+from moecompile.compose import compose_config, load_resolved
 from moecompile.errors import PlanError, UserError
 from moecompile.plan import from_yaml
+from moecompile.schema import check_name
 from moecompile.trust import check_hydra_node, of_hydra
 
 RECIPES = {
@@ -78,3 +81,60 @@ def test_a_plan_cannot_run_code(text: str, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"plan.yaml=\.\.\.: is not plain YAML"):
         from_yaml(text.format(file=tmp_path / "ran"))
     assert not (tmp_path / "ran").exists()
+
+
+READS = {
+    "plain": "name: ${oc.env:SECRET}",
+    "default": "name: ${oc.env:SECRET,x}",
+    "nested": "data:\n  path: a/${oc.env:SECRET}/b",
+    "decoded": "model:\n  config:\n    hidden_size: ${oc.decode:${oc.env:SECRET}}",
+    "built": "optimizer:\n  lr: ${oc.${name}:SECRET}\nname: env",
+    "elsewhere": "name: ${data.path}\ndata:\n  path: ${oc.env:SECRET}",
+}
+
+
+@pytest.mark.parametrize("text", READS.values(), ids=READS)
+def test_a_config_file_cannot_read_the_environment(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "64")
+    monkeypatch.setenv("MOECOMPILE_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
+    with pytest.raises(UserError, match=r"=\$\{oc\.env:SECRET\}: a config file may not read the environment\. Write"):
+        compose_config(["recipe=mine"])
+
+
+def test_what_the_caller_gives_may_read_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "64")
+    config = compose_config(
+        ["data.path='/a/${oc.env:SECRET}'", "experts.num_routed=${oc.env:SECRET}", "name=${data.path}"]
+    )
+    assert (config.data.path, config.experts.num_routed, config.name) == ("/a/64", 64, "/a/64")
+    assert OmegaConf.create({"a": "${oc.env:SECRET}"}).a == "64", "other programs in this process are left alone"
+
+
+def test_a_stored_config_cannot_read_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "64")
+    (tmp_path / "resolved.yaml").write_text("name: ${oc.env:SECRET}\n")
+    with pytest.raises(UserError, match="a config file may not read the environment"):
+        load_resolved(tmp_path / "resolved.yaml")
+
+
+def test_a_name_cannot_lead_out_of_the_runs(tmp_path: Path) -> None:
+    cwd = tmp_path / "a" / "b" / "cwd"
+    (cwd / "recipe").mkdir(parents=True)
+    (cwd / "recipe" / "mine.yaml").write_text("# @package _global_\nname: ../../../out\n")
+    before = sorted(tmp_path.rglob("*"))
+    for args in (["name=../../.."], ["--config-dir", ".", "recipe=mine"], ["-m", "name=../../../x", "seed=0,1"]):
+        run = subprocess.run(
+            [sys.executable, "-m", "moecompile", "task=plan", *args],
+            capture_output=True, text=True, timeout=120, check=False, cwd=cwd, env=os.environ,
+        )  # fmt: skip
+        assert (run.returncode, run.stdout) == (2, "")
+        assert re.match(r"error: name=\.\./.*: is part of the run directory.*\n$", run.stderr)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "a/b", "/a", "a\\b", "a\nb", "x" * 201])
+def test_names_that_are_no_folder(name: str) -> None:
+    with pytest.raises(UserError, match=r"^name="):
+        check_name(name)

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from moecompile.arguments import check_model, check_plan
 from moecompile.errors import PassError, PlanError
 from moecompile.mesh import MeshSpec
 from moecompile.nn import Experts, routers_of
@@ -48,6 +49,8 @@ def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh, param_dtype: to
     Raises:
         PlanError: the mesh does not have the planned sizes.
     """
+    check_model(model)
+    check_plan(plan)
     sizes = dict(zip(AXES, (plan.mesh.dp_replicate, plan.mesh.edp_shard, plan.mesh.ep), strict=True))
     for axis, size in sizes.items():
         found = device_mesh[axis].size()

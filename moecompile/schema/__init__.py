@@ -50,6 +50,7 @@ from moecompile.schema.per_layer import LayerSettings, check_selections, layer_s
 from moecompile.schema.ranges import check_numbers
 from moecompile.schema.resolve import (
     accumulation_steps,
+    check_name,
     mesh_spec,
     resolve_groups,
     validate,
@@ -103,6 +104,7 @@ __all__ = [
     "WireDtype",
     "Workload",
     "accumulation_steps",
+    "check_name",
     "check_numbers",
     "check_selections",
     "layer_settings",

@@ -68,12 +68,28 @@ def validate(config: Config) -> None:
     # Where the model has experts, what the config says of experts and routers is not what holds.
     sites = config.experts.sites
     existing = sites is SiteKind.existing or (sites is SiteKind.auto and has_experts(config))
+    check_name(config.name)
     check_numbers(config)
     mesh = mesh_spec(config.mesh) if existing else validate_transform(config)
     _check_model(config)
     _check_data(config, mesh)
     check_schedule(config)
     check_export(config)
+
+
+def check_name(name: str) -> None:
+    """Whether a name can be that of one folder.
+
+    Raises:
+        ConfigError: it is empty, or leads elsewhere.
+    """
+    if not name.strip() or name in (".", "..") or not name.isprintable() or {"/", "\\"} & set(name):
+        raise ConfigError(
+            "name", name, "is part of the run directory, so it must be the name of one folder",
+            "Use letters, digits, - and _; hydra.run.dir=FOLDER says where a run goes",
+        )  # fmt: skip
+    if len(name.encode()) > 200:
+        raise ConfigError("name", name, "is longer than a folder's name may be", "Use a shorter one")
 
 
 def validate_transform(config: Config) -> MeshSpec:
@@ -83,6 +99,7 @@ def validate_transform(config: Config) -> MeshSpec:
         ConfigError: the first rule that is broken.
     """
     mesh = mesh_spec(config.mesh)
+    _check_nodes(config, mesh)
     validate_settings(LayerSettings(experts=config.experts, routing=config.routing, balance=config.balance), mesh)
     return mesh
 
@@ -252,13 +269,24 @@ def resolve_groups(routing: RoutingConfig, num_experts: int, mesh: MeshSpec) -> 
     return groups, top_groups
 
 
+def _check_nodes(config: Config, mesh: MeshSpec) -> None:
+    """Groups of a recipe go with any mesh; a limit that the caller gives must mean something on this one."""
+    limit, nodes = config.routing.max_nodes, mesh.num_nodes
+    asked = "routing.max_nodes" in config.given and config.trainer.resume is None
+    if asked and limit is not None and limit > nodes:
+        raise ConfigError(
+            "routing.max_nodes", limit, f"the mesh has {nodes} node{'s' * (nodes > 1)}",
+            f"Use at most {nodes}, or a mesh with more nodes",
+        )  # fmt: skip
+
+
 def _check_max_nodes(routing: RoutingConfig, nodes: int) -> None:
     if routing.max_nodes is None:
         return
     if routing.groups == "auto" and routing.max_nodes > nodes:
         raise ConfigError(
             "routing.max_nodes", routing.max_nodes, f"the EP group spans only {nodes} node{'s' * (nodes > 1)}",
-            f"Use at most {nodes}, or give routing.groups",
+            f"Use at most {nodes}, or let the EP group span more nodes (mesh, mesh.ep)",
         )  # fmt: skip
 
 

@@ -138,11 +138,11 @@ BROKEN: dict[str, tuple[list[str], str]] = {
     "no nodes": (["routing.max_nodes=0"], "routing.max_nodes=0: must be at least 1. Use 1 or more."),
     "more nodes than there are": (
         [*TWO_NODES, "routing.max_nodes=3"],
-        "routing.max_nodes=3: the EP group spans only 2 nodes. Use at most 2, or give routing.groups.",
+        "routing.max_nodes=3: the EP group spans only 2 nodes. Use at most 2, or let the EP group span more nodes (mesh, mesh.ep).",
     ),
     "more nodes than one": (
         ["routing.max_nodes=2"],
-        "routing.max_nodes=2: the EP group spans only 1 node. Use at most 1, or give routing.groups.",
+        "routing.max_nodes=2: the EP group spans only 1 node. Use at most 1, or let the EP group span more nodes (mesh, mesh.ep).",
     ),
     "more nodes than groups": (
         [*FOUR_NODES, "routing.groups=2", "routing.max_nodes=3"],
