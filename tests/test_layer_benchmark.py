@@ -15,6 +15,7 @@ REPOSITORY = Path(__file__).parents[1]
 BENCHMARKS = REPOSITORY / "benchmarks"
 
 
+@pytest.mark.slow
 def test_a_small_run_with_its_profile(tmp_path: Path) -> None:
     output = tmp_path / "layer.json"
     command = [sys.executable, "benchmarks/layer.py", "--dtype", "float32", "--sizes", "4,2,32,64", "--rounds", "2"]

@@ -44,6 +44,7 @@ def run_small(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return dict(found)
 
 
+@pytest.mark.slow
 def test_a_small_run_beside_transformers(tmp_path: Path) -> None:
     layers = ["moecompile", "transformers grouped_mm", "transformers eager"]
     found = run_small(tmp_path, "--sizes", "4,2,32,64", "--only", *layers)

@@ -96,7 +96,9 @@ def test_deepseek_r1_has_the_plan_of_deepseek_v3() -> None:
     assert built("deepseek_r1")[2].hash == built("deepseek_v3")[2].hash
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss_20b", "switch_base"])
+@pytest.mark.parametrize(
+    "name", ["deepseek_v3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_oss_20b", "switch_base"))]
+)
 def test_it_compiles_without_values(name: str) -> None:
     config = compose_config([f"model={name}", "mesh=h100_8", "dispatch=flat"])
     model = build_model(config.model, config.seed)

@@ -28,6 +28,7 @@ from moecompile.plan import (
     FFNSite,
     LayerPlan,
     RoutingPlan,
+    can_fuse,
 )
 
 D_MODEL, D_EXPERT = 6, 5
@@ -63,11 +64,13 @@ class Case:
 
     def layer(self) -> LayerPlan:
         drops = self.routing in ("drops", "all dropped")
+        site = FFNSite(
+            fqn="", kind="gated", d_model=D_MODEL, d_ff=D_EXPERT, bias_up=False, bias_down=False, activation="silu",
+            index=0, swiglu=True,
+        )  # fmt: skip
+        dispatch = DispatchPlan(kind=self.kind, wire_dtype=self.wire_dtype)
         return LayerPlan(
-            site=FFNSite(
-                fqn="", kind="gated", d_model=D_MODEL, d_ff=D_EXPERT, bias_up=False, bias_down=False,
-                activation="silu", index=0,
-            ),
+            site=site,
             experts=ExpertsPlan(
                 num_routed=self.num_experts, granularity=1, num_shared=0, d_expert=D_EXPERT, d_shared=0, init="random"
             ),
@@ -77,7 +80,8 @@ class Case:
             ),
             balance=BalancePlan(rule="none", rate=0.0),
             placement=ExpertPlacement(num_experts=self.num_experts, ep=self.mesh.ep, nodes=self.num_nodes),
-            dispatch=DispatchPlan(kind=self.kind, wire_dtype=self.wire_dtype),
+            dispatch=dispatch,
+            fused=can_fuse(site, dispatch),
         )  # fmt: skip
 
     def ids(self, rank: int) -> Tensor:

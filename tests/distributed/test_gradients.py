@@ -27,11 +27,19 @@ MESHES = {
 }
 # relative to the largest entry of each tensor
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
 
 
 AUX = {"none": (), "all": tuple(job.AUX)}
 KINDS = pytest.mark.parametrize("aux", AUX)
+CASES = pytest.mark.parametrize(
+    ("aux", "dtype"),
+    [
+        pytest.param("all", torch.float64, id="all-fp64"),
+        pytest.param("none", torch.float32, id="none-fp32"),
+        pytest.param("all", torch.float32, id="all-fp32", marks=pytest.mark.slow),
+        pytest.param("none", torch.float64, id="none-fp64", marks=pytest.mark.slow),
+    ],
+)
 
 
 @cache
@@ -71,15 +79,13 @@ def assert_same_loads(got: list[LayerLoad], wanted: list[LayerLoad]) -> None:
         assert ours.entropy == pytest.approx(theirs.entropy, rel=1e-5)
 
 
-@DTYPES
-@KINDS
+@CASES
 @pytest.mark.parametrize("mesh", MESHES)
 def test_ranks_equal_one_process(mesh: str, aux: str, dtype: torch.dtype) -> None:
     assert_equal(ranks(dtype, aux)[mesh][0], reference(dtype, aux), TOLERANCE[dtype])
 
 
-@DTYPES
-@KINDS
+@CASES
 def test_all_ranks_report_the_same(aux: str, dtype: torch.dtype) -> None:
     for traces in ranks(dtype, aux).values():
         first = (traces[0].norms, traces[0].losses, traces[0].aux)

@@ -44,7 +44,7 @@ def _waits(rank: int, world_size: int) -> list[Found]:
     way, waits in backward, and whether the result is that of plain tensors.
     """
     modules = nn.ModuleList(job.lowered(case, rank) for case in CASES)
-    modules.extend(Fuse().run(job.lowered(case, rank)) for case in CASES)
+    modules.extend(Fuse().run(job.lowered(case, rank), [case.layer()]) for case in CASES)
     bind_axes(modules, device_mesh_of(SPEC, "cpu"), SPEC.nodes_per_ep_group)
     grouped.Block = _BlockOfHeld  # the plain loop of matmuls stands for a kernel that takes the counts from the device
     expert_ffn.at_once = lambda like, *sizes: True  # as on a GPU

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -132,7 +133,8 @@ def test_a_registered_pass_runs_where_it_says(after: str) -> None:
     for block in doubled.blocks:
         block.mlp[3].weight.data *= 2
         block.mlp[3].bias.data *= 2
-    with moecompile.register_pass(step, after=after):
+    told = pytest.warns(UserWarning, match="promised to stay but differ by .* scale ran after rewrite")
+    with moecompile.register_pass(step, after=after), told if after == "rewrite" else nullcontext():
         compiled = compile_with_report(model, COPY, example=ids())
     assert step.seen == ["blocks.0.mlp", "blocks.1.mlp"]
     assert max_diff(model(ids()), doubled(ids())) <= 1e-5

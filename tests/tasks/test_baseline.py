@@ -64,6 +64,7 @@ def plain_training(folder: Path) -> tuple[float, float]:
     return first, validate()
 
 
+@pytest.mark.slow
 def test_the_dense_model_is_trained_beside(tmp_path: Path) -> None:
     run = moecompile(["mesh=cpu_1x2", *LLAMA, "trainer.baseline=dense", "hydra.run.dir=out"], tmp_path)
     assert run.returncode == 0, run.stderr + run.stdout
@@ -84,6 +85,7 @@ def test_the_dense_model_is_trained_beside(tmp_path: Path) -> None:
     assert table.split()[-2:] == [f"{result['val_loss']:.4f}", f"{last:.4f}"]
 
 
+@pytest.mark.slow
 def test_a_model_that_is_moe_already_has_no_dense_one(tmp_path: Path) -> None:
     mixtral = ["model.architecture=mixtral", "+model.config.num_local_experts=4"]
     run = moecompile([*LLAMA, *mixtral, "trainer.baseline=dense"], tmp_path)
@@ -94,6 +96,7 @@ def test_a_model_that_is_moe_already_has_no_dense_one(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_compiled_model_makes_room_for_the_dense_one(tmp_path: Path) -> None:
     (alive,) = run_distributed_test(_experts_alive_when_a_model_is_built, 1, str(tmp_path), timeout_s=120)
     assert alive == [0, 0]  # before the first model, and before the dense one

@@ -13,6 +13,7 @@ from moecompile.schema import validate
 from tests.tasks.test_train import TINY, moecompile
 
 
+@pytest.mark.slow
 def test_layers_and_steps_on_two_ranks(tmp_path: Path) -> None:
     run = moecompile(
         [*TINY, "task=bench", "mesh=cpu_1x2", "bench.rounds=2", "bench.warmup=1", "hydra.run.dir=out"], tmp_path

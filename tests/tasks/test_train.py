@@ -128,6 +128,7 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder / "t5", run.stdout
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_model_learns(t5: tuple[Path, str]) -> None:
     result = result_of(t5[0])
     assert (result["num_rewritten"], result["steps"]) == (4, 20)
@@ -138,6 +139,7 @@ def test_an_encoder_decoder_model_learns(t5: tuple[Path, str]) -> None:
     assert [layer.split(".")[1] for layer in layers] == ["encoder"] * 2 + ["decoder"] * 2
 
 
+@pytest.mark.slow
 def test_drops_and_auxiliary_losses_are_reported(t5: tuple[Path, str]) -> None:
     """Also that columns that come late, such as val_loss, break no row."""
     folder, output = t5
