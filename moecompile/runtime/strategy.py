@@ -56,7 +56,7 @@ from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.pipeline import compiled_module, plan_of
 from moecompile.plan import Plan
 from moecompile.runtime.completion import Completion
-from moecompile.runtime.gradients import all_finite, clip_by_global_norm, clip_by_value, sum_replicated
+from moecompile.runtime.gradients import all_finite, clip_by_global_norm, clip_by_value, divide, sum_replicated
 from moecompile.runtime.manual import Guard, Tokens, only_routers_behind
 from moecompile.runtime.modes import train_routing
 from moecompile.runtime.nonfinite import origin, told
@@ -391,6 +391,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if self.skipped:
             self._drop_step(parameters)
         else:
+            if self.loss == "sum":
+                divide(parameters, total.clamp_min(1))
             self._completion.close(parameters, total if self.loss == "sum" else None, kept, self._tokens.number)
         if self._is_automatic:
             self._end_window()
