@@ -59,21 +59,22 @@ class Completion:
             kept: `kept()` summed over all ranks, (parameters,).
             number: of the count of tokens; several windows over the same tokens have the same number.
         """
+        counted = None if tokens is None else tokens.double()
         was_kept = kept.tolist() if tokens is not None and self._before else [True] * len(parameters)
         for parameter, keep in zip(parameters, was_kept, strict=True):
             old, new = self._before.get(parameter), parameter.grad
             if new is None:
                 parameter.grad = old
                 continue
-            if tokens is None:
+            if counted is None:
                 parameter.grad = new if old is None else old.add_(new)
                 continue
             mean = self._means.get(parameter) if old is not None and keep else None
-            total = tokens.double()
+            total = counted
             if old is not None and mean is not None:
                 total = mean.tokens + (0 if mean.number == number else total)
                 _local(old).mul_(mean.tokens / total.clamp_min(1))
-                _local(new).mul_(tokens.clamp_min(1) / total.clamp_min(1))
+                _local(new).mul_(counted.clamp_min(1) / total.clamp_min(1))
             parameter.grad = new if old is None else old.add_(new)
             self._means[parameter] = _Mean(total, number, _version(parameter.grad))
         self._before, self.is_open = {}, False
