@@ -5,7 +5,7 @@ backward under manual optimization. Gradients that are there when a window begin
 aside, so that nothing is summed or divided twice, and added afterwards:
 
     mean   grad = old + new
-    sum    grad = (old * tokens_old + new) / (tokens_old + tokens): a mean over all tokens since it was zeroed
+    sum    grad = (old * tokens_old + new * tokens) / (tokens_old + tokens): a mean over all tokens since it was zeroed
 """
 
 from __future__ import annotations
@@ -52,28 +52,29 @@ class Completion:
 
     @torch.no_grad()
     def close(self, parameters: Sequence[nn.Parameter], tokens: Tensor | None, kept: Tensor, number: int) -> None:
-        """Ends the window; `.grad` holds sums over all ranks of what is new.
+        """Ends the window; `.grad` holds what is new, summed over all ranks and divided.
 
         Args:
-            tokens: of all ranks, what new sums are divided by; None: they are means.
+            tokens: of all ranks, that sums have been divided by; None: they are means over ranks.
             kept: `kept()` summed over all ranks, (parameters,).
             number: of the count of tokens; several windows over the same tokens have the same number.
         """
+        counted = None if tokens is None else tokens.double()
         was_kept = kept.tolist() if tokens is not None and self._before else [True] * len(parameters)
         for parameter, keep in zip(parameters, was_kept, strict=True):
             old, new = self._before.get(parameter), parameter.grad
             if new is None:
                 parameter.grad = old
                 continue
-            if tokens is None:
+            if counted is None:
                 parameter.grad = new if old is None else old.add_(new)
                 continue
             mean = self._means.get(parameter) if old is not None and keep else None
-            total = tokens.double()
+            total = counted
             if old is not None and mean is not None:
                 total = mean.tokens + (0 if mean.number == number else total)
                 _local(old).mul_(mean.tokens / total.clamp_min(1))
-            _local(new).div_(total.clamp_min(1))
+                _local(new).mul_(counted.clamp_min(1) / total.clamp_min(1))
             parameter.grad = new if old is None else old.add_(new)
             self._means[parameter] = _Mean(total, number, _version(parameter.grad))
         self._before, self.is_open = {}, False
