@@ -17,7 +17,7 @@ from moecompile.tasks import plan as task
 LONG = 2 * LONGEST_EXAMPLE
 SMALL = ["model.config.hidden_size=32", "model.config.intermediate_size=64", "model.config.num_hidden_layers=2"]
 KINDS = {
-    "dense": ["recipe=deepseek_ep", "model=llama_nano", *SMALL, "routing.top_k=4"],
+    "dense": ["recipe=mixtral_ep", *SMALL],
     "existing": ["model=olmoe_1b_7b", "mesh=h100_8", "model.config.num_hidden_layers=2"],
 }
 
