@@ -81,8 +81,13 @@ def _quiet(config: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Report, Report]]:
-    """Of each family: what two ranks told, and one."""
+def reports(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Report, Report]]:
+    """Of each family that is selected (`-k mixtral`): what two ranks told, and one."""
+    selected = {item.callspec.params["name"] for item in request.session.items if hasattr(item, "callspec")
+                and item.path == request.path}  # fmt: skip
+    names = [name for name in NAMES if name in selected]
     from transformers import PreTrainedTokenizerFast
 
     root = tmp_path_factory.mktemp("families")
@@ -92,14 +97,14 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Report,
     rules = [(re.compile(p), VOCAB if v == tiny_models.VOCAB and "vocab" in p else v) for p, v in tiny_models._RULES]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny_models, "RULES", rules)
-        for name in NAMES:
+        for name in names:
             model = family(name)
             tiny_models.randomize(model)
             model.save_pretrained(root / "folders" / name)
             tokenizer.save_pretrained(root / "folders" / name)
-    two = run_distributed_test(train_on_two, 2, root, NAMES, timeout_s=900)[0]
-    one = run_distributed_test(resume_on_one, 1, root, NAMES, timeout_s=900)[0]
-    return {name: (two[name], one[name]) for name in NAMES}
+    two = run_distributed_test(train_on_two, 2, root, names, timeout_s=900)[0]
+    one = run_distributed_test(resume_on_one, 1, root, names, timeout_s=900)[0]
+    return {name: (two[name], one[name]) for name in names}
 
 
 def test_all_families_are_here() -> None:
