@@ -119,13 +119,13 @@ def empty_of(config: Any, **options: Any) -> nn.Module:
     return empty
 
 
-def example_inputs(model: nn.Module, seq_len: int) -> dict[str, Tensor]:
+def example_inputs(model: nn.Module, seq_len: int, *, longest: int = LONGEST_EXAMPLE) -> dict[str, Tensor]:
     """One short batch of token ids for a language model, on its device; `use_cache` is left out of what is recorded.
 
-    No longer than LONGEST_EXAMPLE: attention takes time and memory by the square, and neither a graph nor a plan
+    No longer than `longest`: attention takes time and memory by the square, and neither a graph nor a plan
     depends on the length.
     """
-    seq_len = min(seq_len, LONGEST_EXAMPLE)
+    seq_len = min(seq_len, longest)
     config = getattr(model, "config", None)
     vocab_size = int(getattr(config, "vocab_size", 2))
     generator = torch.Generator().manual_seed(0)

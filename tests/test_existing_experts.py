@@ -449,6 +449,47 @@ def test_values_of_presets_and_recipes_are_ignored_and_listed() -> None:
     )
 
 
+IGNORED = [
+    (
+        "mixtral", [*TWO_NODES], {"routing.max_nodes", "balance.rule", "balance.losses.sequence"},
+        {"routing.max_nodes=1", "balance.rule=bias", "balance.losses.sequence=0.1"},
+    ),
+    (
+        "deepseek_v3", ["mesh.num_nodes=4", "experts.layers=':'"], {"routing.max_nodes", "balance.losses.sequence"},
+        {"routing.max_nodes=1", "balance.losses.sequence=0.1"},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("architecture", "mesh", "ignored", "given"), IGNORED)
+def test_what_the_models_router_cannot_keep_is_ignored_unless_the_caller_gave_it(
+    architecture: str, mesh: list[str], ignored: set[str], given: set[str]
+) -> None:
+    composed = compose_config(["recipe=deepseek_ep", "mesh=cpu_1", "mesh.ranks_per_node=1", *mesh])
+    plan = make_plan(moe_model(architecture), composed, example=EXAMPLE)
+    said = notes(plan, composed)
+    assert {re.match(r"ignored: ([\w.]+)=", note)[1] for note in said if note.startswith("ignored")} == ignored  # type: ignore[index]
+    assert plan.layers[0].balance.rule == ("none" if architecture == "mixtral" else "bias")
+    for value in given:
+        overrides = ["recipe=deepseek_ep", "mesh=cpu_1", "mesh.ranks_per_node=1", *mesh, value]
+        with pytest.raises(ConfigError, match=f"^{re.escape(value)}: the router of"):
+            make_plan(moe_model(architecture), overrides, example=EXAMPLE)
+
+
+def test_a_recipe_selects_layers_of_its_own_model_alone() -> None:
+    model = moe_model("mixtral")
+    layers = {}
+    for chosen in ([], ["model=llama_nano"], ["model=llama_nano", "experts.layers='1:'"]):
+        composed = compose_config(["recipe=deepseek_ep", "mesh=cpu_1", "balance=none", "routing=softmax_topk", *chosen])
+        composed.routing.max_nodes = None
+        plan = make_plan(model, composed, example=EXAMPLE)
+        layers[len(chosen)] = len(plan.layers)
+        said = [note for note in notes(plan, composed) if "experts.layers" in note]
+        selects = "it selects the FFNs of the recipe's own model"
+        assert said == [f"ignored: experts.layers=1: ({selects})"] * (len(chosen) == 1)
+    assert layers == {0: 1, 1: 2, 2: 1}
+
+
 def test_with_dense_sites_beside_them_the_callers_values_are_for_those() -> None:
     overrides = ["experts.sites=both", "experts.num_routed=4", "routing.top_k=2"]
     plan = make_plan(moe_model("deepseek_v3"), overrides, example=EXAMPLE)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,8 @@ def write(model: nn.Module, target: Target, folder: Path) -> str:
     if target.family is not None and target.form is not None:
         weights = family_weights(weights, target.form, target.family)
     written: Any = empty_of(target.config)
+    if target.family is None:
+        weights |= dict(_filled_up(weights, written.state_dict()))
     _check(weights, written.state_dict(), target.config.model_type)
     written.load_state_dict(weights, strict=True, assign=True)
     written.tie_weights()
@@ -141,6 +143,14 @@ def _family_config(family: Family, form: MoEForm, dense: Any) -> Any:
     # head_dim is read by families that do not declare it.
     carried = {key: value for key, value in said.items() if key in known | {"head_dim", "layer_types", "dtype"}}
     return kind(**{**own_fields(dense), **carried, **settings})
+
+
+def _filled_up(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Rows of experts that are the identity, which nothing reads and the rewrite has cut off: zeros."""
+    for name, tensor in weights.items():
+        more = wanted[name].shape[0] - tensor.shape[0] if name in wanted and tensor.ndim == 3 else 0
+        if more > 0 and wanted[name].shape[1:] == tensor.shape[1:]:
+            yield name, torch.cat((tensor, tensor.new_zeros(more, *tensor.shape[1:])))
 
 
 def _check(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], family: str) -> None:

@@ -28,7 +28,7 @@ from moecompile.models import build_empty
 from moecompile.nn import Experts, Router, SharedExperts, meters_of, routers_of
 from moecompile.passes.rewrite import fill_site
 from moecompile.pipeline import Compiled
-from moecompile.plan import ExpertsSite
+from moecompile.plan import ExpertsSite, Plan
 from moecompile.schema import Config, ModelLoad
 from moecompile.sites import DenseRegion
 from moecompile.torch_private import local_rows
@@ -61,6 +61,11 @@ class ShardedImport:
         self.model = build_empty(config.model, stored.dtype())
         self.weights = Pretrained(stored, self.model)
 
+    def why_not(self, plan: Plan) -> str | None:
+        """Why a model with this plan cannot be filled; None if it can."""
+        sites = [layer.site for layer in plan.layers if isinstance(layer.site, ExpertsSite)]
+        return next((f"each expert of {site.fqn} is a module" for site in sites if site.form == "modules"), None)
+
     @torch.no_grad()
     def fill(self, compiled: Compiled, device: torch.device | str = "cpu") -> None:
         """Gives every shard of `compiled.model` its values.
@@ -69,9 +74,8 @@ class ShardedImport:
             ConfigError: experts or buffers that this way of loading does not know.
         """
         model = compiled.model
-        for layer in compiled.plan.layers:
-            if isinstance(layer.site, ExpertsSite) and layer.site.form == "modules":
-                raise ConfigError("model.load", "sharded", f"each expert of {layer.site.fqn} is a module", _FULL)
+        if why := self.why_not(compiled.plan):
+            raise ConfigError("model.load", "sharded", why, _FULL)
         _materialise(model, torch.device(device))  # Step 1
         _init_buffers(model)  # Step 2
         upcycled = set()

@@ -78,7 +78,8 @@ def run_rank(config: Config, run_dir: Path) -> None:
 
 def _layers(job: Job, config: Config) -> list[LayerCost]:
     """The layers, on the device of rank 0."""
-    example = example_inputs(job.model, config.data.seq_len)
+    seq_len = config.data.seq_len
+    example = example_inputs(job.model, seq_len, longest=seq_len)  # what is measured is as long as what is trained
     plan = make_plan(job.model, config, example=example)
     require_layers(plan, config)
     return measure_layers(job.model, plan, config, example, _device())

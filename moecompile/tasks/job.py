@@ -15,7 +15,7 @@ from torch import nn
 
 from moecompile import plan as plans
 from moecompile.convert import ShardedImport, loads_sharded
-from moecompile.errors import PlanError
+from moecompile.errors import CaptureError, PlanError
 from moecompile.models import build_model, example_inputs, pretrained_folder
 from moecompile.pipeline import Compiled, compile_with_report
 from moecompile.receipt import ON_META
@@ -39,13 +39,26 @@ class Job:
         Raises:
             PlanError: the ranks made different plans.
         """
-        example = example_inputs(self.model, config.data.seq_len)
-        compiled = compile_with_report(self.model, config, example=example)
+        try:
+            compiled = self._compiled(config)
+            why = None if self.importing is None else self.importing.why_not(compiled.plan)
+        except CaptureError as error:
+            if self.importing is None:
+                raise
+            why = str(error)
+        if why is not None:
+            if dist.get_rank() == 0:
+                print(f"model.load=sharded is not possible, every rank loads the whole model: {why[:200]}", flush=True)
+            self.importing, self.model = None, build_model(config.model, config.seed)
+            compiled = self._compiled(config)
         if self.importing is not None and compiled.step0_reason == ON_META:
             reason = "not compared, as no rank holds the dense model; task=compile does in one process"
             compiled.step0 = dataclasses.replace(compiled.step0, reason=reason)
         check_same_plan(compiled.plan)
         return compiled
+
+    def _compiled(self, config: Config) -> Compiled:
+        return compile_with_report(self.model, config, example=example_inputs(self.model, config.data.seq_len))
 
     def materialize(self, compiled: Compiled) -> Callable[[torch.device], None] | None:
         """What fills the shards of a model that is imported; drops what else would keep whole weights alive."""

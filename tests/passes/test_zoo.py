@@ -166,6 +166,20 @@ def language_model(model_type: str, changes: dict[str, Any]) -> tuple[nn.Module,
     return model, tiny_models.example_inputs("text", tiny)
 
 
+@pytest.mark.parametrize("sites", ["dense", "both"])
+def test_experts_in_a_layer_make_no_block_of_it(sites: str) -> None:
+    """Gemma 4: its FFN runs beside the experts, and a projection of its per-layer inputs after them."""
+    model, inputs = language_model("gemma4_text", LANGUAGE_MODELS["gemma4_text"][1])
+    wanted = model(**inputs).logits
+    compiled = compile_with_report(model, config(f"experts.sites={sites}", "routing.top_k=2"), example=inputs)
+    kinds = ("mlp", "experts") if sites == "both" else ("mlp",)
+    assert [layer.site.fqn for layer in compiled.plan.layers] == [
+        f"model.layers.{i}.{kind}" for i in range(2) for kind in kinds
+    ]
+    assert max_diff(compiled.model(**inputs).logits, wanted) <= 1e-4
+    assert not any("MoE block" in site.reason for site in compiled.sites)
+
+
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
 def test_experts_of_more_language_models(model_type: str) -> None:
     num_sites, changes = LANGUAGE_MODELS[model_type]
