@@ -182,17 +182,18 @@ def _run_job(
     """Runs one job in its run directory; raises nothing but a request to end, so that a multirun goes on."""
     job = HydraConfig.get()
     run_dir, multirun = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
+    overrides = _unresolved(job.overrides.task)
     if multirun:
-        print(f"job {job.job.num}: {' '.join(job.overrides.task)}", flush=True)
-    debug, message = _asks_debug(job.overrides.task), ""
+        print(f"job {job.job.num}: {' '.join(overrides)}", flush=True)
+    debug, message = _asks_debug(overrides), ""
     try:
         with held(run_dir), _kept_apart(run_dir):
-            code = _in_directory(cfg, list(job.overrides.task), run_dir, multirun, run, prepare, check)
+            code = _in_directory(cfg, overrides, run_dir, multirun, run, prepare, check)
     except Exception as error:
-        debug = debug or cfg.get("debug") is True
+        debug = debug or _plain(cfg).get("debug") is True
         code, message = _report(error, debug=debug), " ".join(str(error).split())
         if isinstance(getattr(error, "number", None), int):  # asked to end
-            print(_go_on(list(job.overrides.task), run_dir), file=sys.stderr, flush=True)
+            print(_go_on(overrides, run_dir), file=sys.stderr, flush=True)
             if multirun:
                 raise SystemExit(code) from None
     if code and multirun:
@@ -369,6 +370,12 @@ def _guarded_hydra() -> Iterator[None]:
         yield
     finally:
         ConfigLoaderImpl.load_configuration = load  # type: ignore[method-assign]
+
+
+def _unresolved(overrides: Any) -> list[str]:
+    """Overrides as they were given: one may refer to a key that is not there."""
+    words: Any = OmegaConf.to_container(overrides, resolve=False)
+    return [str(word) for word in words]
 
 
 def _plain(node: DictConfig) -> dict[str, Any]:

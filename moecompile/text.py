@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from pathlib import Path
 
 from moecompile.errors import ConfigError
@@ -109,7 +110,7 @@ def check_kind(data: DataConfig) -> None:
     if not head:
         raise ConfigError("data.path", path, "is empty", "Give a UTF-8 text file")
     found = next((suffix for magic, suffix in _MAGIC.items() if head.startswith(magic)), path.suffix.lower())
-    kind = _SUFFIXES.get(found) or (_JSON_LINES if _is_json_lines(head) else None)
+    kind = _SUFFIXES.get(found) or _json(head)
     if kind is not None:
         what, how = kind
         raise ConfigError(
@@ -129,13 +130,15 @@ def _path(data: DataConfig) -> Path:
     return Path(__file__).with_name("runtime") / "data" / CORPORA[data.corpus]
 
 
-def _is_json_lines(head: bytes) -> bool:
-    """Whether the first whole lines are JSON objects, whatever the file is called."""
+def _json(head: bytes) -> tuple[str, str] | None:
+    """What a file holds by its first lines, whatever it is called: JSON objects line by line, or one document."""
     lines = [line for line in head.split(b"\n")[:-1] if line.strip()][:5]
     try:
-        return bool(lines) and all(isinstance(json.loads(line), dict) for line in lines)
+        if lines and all(isinstance(json.loads(line), dict) for line in lines):
+            return _JSON_LINES
     except ValueError:
-        return False
+        pass
+    return _SUFFIXES[".json"] if re.match(rb'\s*(\[\s*)?\{\s*"', head) else None
 
 
 def _unreadable(path: Path, error: UnicodeDecodeError | OSError) -> ConfigError:

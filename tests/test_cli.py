@@ -97,6 +97,8 @@ def test_runs_that_start_together_do_not_collide(cwd: Path) -> None:
         (["balance.rule=x"], "balance.rule=x: there is no such choice. Give one of none, bias."),
         (["mesh.ep=[1,"], "mesh.ep=[1,: cannot be read"),
         (["recipe=deepseek_ep", "mesh.ep=3"], "mesh.ep=3: must divide the world size (2 nodes x 2 ranks = 4 ranks)."),
+        (["seed=${nope}"], "seed: Interpolation key 'nope' not found. Refer to a key that exists"),
+        (["debug=${oc.env:HOME}"], "debug: While dereferencing interpolation '${oc.env:HOME}': Value"),
         (["seed=2"], "experts.layers=9:: selects no site. Use ':'."),
         (["--config-dir", "nope"], "--config-dir="),
         (["--config-name", "nope"], "--config-name=nope: there is no such option."),

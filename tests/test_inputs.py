@@ -56,6 +56,8 @@ def folder(saved: Path, tmp_path: Path) -> Path:
         ("empty.txt", b"", "is empty. Give a UTF-8 text file."),
         ("a.jsonl", ROWS.encode(), "is JSON lines, and plain text is read. Make text of it: jq -r .text {} > text.txt."),
         ("a.txt", ROWS.encode(), "is JSON lines, and plain text is read. Make text of it: jq -r .text {} > text.txt."),
+        ("a.txt", ROWS.encode().replace(b"\n", b""), "is JSON, and plain text is read. Make text of it: jq -r"),
+        ("a.txt", b'[\n  {\n    "text": "a"\n  }\n]', "is JSON, and plain text is read. Make text of it: jq -r"),
         ("a.json", b"[]", "is JSON, and plain text is read. Make text of it: jq -r '.[].text' {} > text.txt."),
         ("a.txt.gz", gzip.compress(PROSE.encode()), "is compressed, and plain text is read. Make text of it: zcat {} > text.txt."),
         ("a.txt", gzip.compress(PROSE.encode()), "is compressed, and plain text is read. Make text of it: zcat {} > text.txt."),

@@ -85,8 +85,12 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
 
 def _run_facts(config: Config, mesh: MeshSpec, facts: ModelFacts) -> RunFacts:
     data, trainer = config.data, config.trainer
+    stored = "" if facts.bytes_per_param == 4 else f" on weights of {facts.bytes_per_param} bytes"
     return RunFacts(
         tokens_per_rank=data.micro_batch_size * data.seq_len,
+        micro_batch_size=data.micro_batch_size,
+        precision=f"{trainer.precision.value}{stored}",
+        hardware=config.hardware.name,
         compute_bytes=2 if trainer.precision is Precision.bf16_params else facts.bytes_per_param,
         accumulation=max(1, data.global_batch_size // (data.micro_batch_size * mesh.world_size)),
         checkpointing=trainer.checkpointing.value,

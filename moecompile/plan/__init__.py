@@ -12,12 +12,13 @@ from moecompile.plan.layers import (
     can_fuse,
 )
 from moecompile.plan.one_process import on_one_process, on_one_rank
-from moecompile.plan.plan import Estimate, MemoryEstimate, Plan, Reduction, Traffic
+from moecompile.plan.plan import Assumptions, Estimate, MemoryEstimate, Plan, Reduction, Remedy, Traffic
 from moecompile.plan.reductions import reductions
 from moecompile.plan.sites import ExpertsSite, FFNSite, PlannedSite
 
 __all__ = [
     "EXCHANGES",
+    "Assumptions",
     "BalancePlan",
     "DispatchPlan",
     "Estimate",
@@ -30,6 +31,7 @@ __all__ = [
     "Plan",
     "PlannedSite",
     "Reduction",
+    "Remedy",
     "RoutingPlan",
     "Traffic",
     "can_fuse",

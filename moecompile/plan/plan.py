@@ -52,11 +52,37 @@ class Traffic:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """What a prediction takes for granted.
+
+    hardware, memory_bytes: of one rank. tokens_per_rank: of a micro-batch, which holds sequences of `seq_len`.
+    accumulation: micro-batches per rank and optimizer step. precision: of weights and arithmetic.
+    """
+
+    hardware: str
+    memory_bytes: int
+    tokens_per_rank: int
+    seq_len: int
+    accumulation: int
+    precision: str
+    optimizer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedy:
+    """A change of the config by which the fullest rank would need `total` bytes."""
+
+    change: str
+    total: int
+    fits: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """What the planner predicts.
 
     params_active: parameters that one token uses. checkpointing: what backward computes again; `resent_...`: what it
-    sends again for that, beside the forward's bytes.
+    sends again for that, beside the forward's bytes. remedies: what to change where it does not fit.
     """
 
     params_total: int
@@ -66,6 +92,8 @@ class Estimate:
     bytes_per_token_per_layer: Traffic
     checkpointing: str
     resent_bytes_per_token_per_layer: Traffic
+    assumes: Assumptions | None = None
+    remedies: tuple[Remedy, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

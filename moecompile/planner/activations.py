@@ -29,10 +29,10 @@ from collections.abc import Sequence
 
 from moecompile.mesh import MeshSpec
 from moecompile.plan import FFNSite, LayerPlan
-from moecompile.planner.params import ModelFacts, RunFacts
+from moecompile.planner.params import BF16_BYTES, ModelFacts, RunFacts
 from moecompile.planner.traffic import copies_per_token
 
-BF16_BYTES, FP32_BYTES = 2, 4
+FP32_BYTES = 4
 RESIDUAL_NUMBERS = 12  # c in step 2
 LOGITS_COPIES = 3
 ASSIGNMENT_BYTES = 36  # ids, sources and order int64, sources again int32, weights in both orders fp32

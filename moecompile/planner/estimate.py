@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moecompile.mesh import MeshSpec
-from moecompile.plan import Estimate, LayerPlan, Traffic
+from moecompile.plan import Assumptions, Estimate, LayerPlan, Traffic
 from moecompile.planner.memory import memory_of_fullest_rank
 from moecompile.planner.params import ModelFacts, RunFacts, model_params
+from moecompile.planner.remedies import remedies
 from moecompile.planner.traffic import Wire, forward_traffic, row_bytes
+
+OPTIMIZER = "adamw"  # two fp32 moments
 
 
 def estimate(
@@ -23,16 +26,27 @@ def estimate(
     params = model_params(layers, facts)
     memory = memory_of_fullest_rank(layers, mesh, facts, run)
     traffic = _mean_traffic(layers, mesh, run)
+    fits = memory.total <= memory_bytes
     return Estimate(
         params_total=params.total,
         params_active=params.active,
         memory_bytes_per_rank=memory,
-        fits=memory.total <= memory_bytes,
+        fits=fits,
         bytes_per_token_per_layer=traffic,
         checkpointing=run.checkpointing,
         resent_bytes_per_token_per_layer=traffic
         if run.checkpointing == "full"
         else Traffic(intra_node=0.0, inter_node=0.0),
+        assumes=Assumptions(
+            hardware=run.hardware,
+            memory_bytes=round(memory_bytes),
+            tokens_per_rank=run.tokens_per_rank,
+            seq_len=run.tokens_per_rank // run.micro_batch_size,
+            accumulation=run.accumulation,
+            precision=run.precision,
+            optimizer=OPTIMIZER,
+        ),
+        remedies=() if fits else remedies(layers, mesh, facts, run, memory_bytes=memory_bytes),
     )
 
 

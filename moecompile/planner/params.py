@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 from moecompile.plan import ExpertsSite, LayerPlan, PlannedSite
 
+BF16_BYTES = 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
@@ -43,10 +45,13 @@ class RunFacts:
 
     tokens_per_rank: tokens of a micro-batch. compute_bytes: of a weight in use, an activation and a row. accumulation:
     micro-batches per rank and optimizer step. checkpointing: none, full or keep_exchanges. is_mixed: whether products
-    run in bf16 under autocast.
+    run in bf16 under autocast. micro_batch_size: sequences of a micro-batch. precision, hardware: by their names.
     """
 
     tokens_per_rank: int
+    micro_batch_size: int = 1
+    precision: str = "fp32"
+    hardware: str = ""
     compute_bytes: int = 4
     accumulation: int = 1
     checkpointing: str = "none"

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moecompile.plan import EXCHANGES, Estimate, FFNSite, LayerPlan, Plan
+from moecompile.plan import EXCHANGES, Assumptions, Estimate, FFNSite, LayerPlan, Plan, Remedy
 from moecompile.report.text import bytes_text, count_text, fold_paths, plural, unsuffixed
 
 if TYPE_CHECKING:
@@ -189,20 +189,45 @@ def _reductions_table(plan: Plan) -> Table:
 
 
 def _print_estimate(estimate: Estimate, console: Console) -> None:
-    memory = estimate.memory_bytes_per_rank
+    memory, assumes = estimate.memory_bytes_per_rank, estimate.assumes
     table = plain_table("memory/rank", "weights", "grads", "optimizer", "activations", "dispatch", "fits")
-    parts = (memory.total, memory.weights, memory.grads, memory.optimizer, memory.activations, memory.dispatch)
+    parts = (memory.weights, memory.grads, memory.optimizer, memory.activations, memory.dispatch)
+    whole = bytes_text(memory.total) + (f"\nof {bytes_text(assumes.memory_bytes)}" if assumes else "")
     fits = Text("yes", style="green") if estimate.fits else Text("no", style="bold red")
-    table.add_row(*(Text(bytes_text(part), no_wrap=True) for part in parts), fits)
+    table.add_row(Text(whole, no_wrap=True), *(Text(bytes_text(part), no_wrap=True) for part in parts), fits)
     console.print(table)
     console.print()
+    if estimate.remedies:
+        console.print(_remedies_table(estimate.remedies))
+        console.print()
     grid = plain_grid()
     used = f"{count_text(estimate.params_total)}, a token uses {count_text(estimate.params_active)}"
     grid.add_row(Text("parameters", style="dim"), Text(used))
+    if assumes is not None:
+        grid.add_row(Text("assumes", style="dim"), Text(_assumes_text(assumes, estimate.checkpointing)))
     grid.add_row(Text("forward bytes", style="dim"), Text(_traffic_text(asdict(estimate.bytes_per_token_per_layer))))
     if estimate.checkpointing != "none":
         grid.add_row(Text("recomputation", style="dim"), Text(_recomputation_text(estimate)))
     console.print(grid)
+
+
+def _remedies_table(remedies: Sequence[Remedy]) -> Table:
+    table = plain_table("memory/rank", "fits", "it does not fit; with this change")
+    for remedy in remedies:
+        fits = Text("yes", style="green") if remedy.fits else Text("no", style="bold red")
+        table.add_row(Text(bytes_text(remedy.total)), fits, Text(remedy.change))
+    return table
+
+
+def _assumes_text(assumes: Assumptions, checkpointing: str) -> str:
+    """`8,192 tokens a rank and micro-batch (2 sequences of 4,096), 4 of them a step, bf16_params, adamw, ...`"""
+    sequences = plural(assumes.tokens_per_rank // assumes.seq_len, "sequence")
+    steps = f"accumulated over {assumes.accumulation} micro-batches" if assumes.accumulation > 1 else "no accumulation"
+    return (
+        f"{assumes.tokens_per_rank:,} tokens a rank ({sequences} of {assumes.seq_len:,}), {steps}, "
+        f"{assumes.precision}, {assumes.optimizer}, checkpointing {checkpointing}, "
+        f"{assumes.hardware} with {bytes_text(assumes.memory_bytes)} a rank"
+    )
 
 
 def _recomputation_text(estimate: Estimate) -> str:

@@ -32,6 +32,9 @@ _RESULTS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "max_violation_last": ("", ("max_violation_last",), ".3f"),
     "max_violation_mean_last": ("MaxVio", ("max_violation_mean_last",), ".3f"),
     "tokens_per_second": ("tok/s", ("tokens_per_second",), ",.0f"),
+    "memory_bytes_per_rank": ("memory", ("memory_bytes_per_rank", "total"), "bytes"),
+    "fits": ("fits", ("fits",), "yes"),
+    "intra_node_bytes_per_token": ("intra-node", ("bytes_per_token_per_layer", "intra_node"), "bytes"),
     "inter_node_bytes_per_token": ("inter-node", ("bytes_per_token_per_layer", "inter_node"), "bytes"),
 }
 
@@ -112,7 +115,9 @@ def _table(jobs: Sequence[Job], swept: Sequence[str]) -> Table:
     table.add_column("job", no_wrap=True)
     table.add_column("overrides", overflow="fold")
     table.add_column("status", no_wrap=True)
-    shown = {column: style for column, (heading, _, style) in _RESULTS.items() if heading}
+    measured = [name for name in _RESULTS if any(job.measured(name) is not None for job in jobs)]
+    hidden = "intra_node_bytes_per_token" if "loss_last" in measured else ""  # no room beside what training measures
+    shown = {name: _RESULTS[name][2] for name in measured if _RESULTS[name][0] and name != hidden}
     for column in shown:
         table.add_column(_RESULTS[column][0], no_wrap=True, justify="right")
     names = _short_names(swept)
@@ -134,7 +139,7 @@ def _draw(path: Path, jobs: Sequence[Job], swept: Sequence[str], console: Consol
         points = [
             Point(
                 settings={names[key]: job.overrides[key] for key in swept if key in job.overrides},
-                measured={column: job.measured(column) for column in _RESULTS},
+                measured={**{column: job.measured(column) for column in _RESULTS}, "memory_gib": _gib(job)},
             )
             for job in done
         ]
@@ -146,6 +151,11 @@ def _draw(path: Path, jobs: Sequence[Job], swept: Sequence[str], console: Consol
         console.print(Text(str(path)), soft_wrap=True)
 
 
+def _gib(job: Job) -> float | None:
+    found = job.measured("memory_bytes_per_rank")
+    return None if found is None else found / 2**30
+
+
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
     """Keys by their last part alone where that tells them apart."""
     last = [key.rpartition(".")[2] for key in keys]
@@ -155,4 +165,6 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
 def _number_text(value: Any, style: str) -> str:
     if value is None:
         return "-"
+    if style == "yes":
+        return "yes" if value else "no"
     return bytes_text(value) if style == "bytes" else format(value, style)

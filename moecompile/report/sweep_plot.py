@@ -26,6 +26,7 @@ PANELS = {
     "val_loss": ("validation loss, nats per token", ".3f"),
     "max_violation_mean_last": ("MaxVio, mean of layers", ".3f"),
     "tokens_per_second": ("tokens per second", ",.0f"),
+    "memory_gib": ("memory of the fullest rank, GiB", ",.2f"),
     "inter_node_bytes_per_token": ("inter-node bytes per token and layer", ",.0f"),
 }
 """Quantity -> (title of its panel, how the number at a bar is written)."""

@@ -80,7 +80,7 @@ def test_58_equal_layers_are_one_row() -> None:
         "dedup, forward: exchange_counts, all_to_all, exchange_assignments, all_to_all",
     ):  # fmt: skip
         assert shown in text
-    assert len(text.splitlines()) < 30
+    assert len(text.splitlines()) < 45
 
 
 def test_a_layer_that_differs_has_its_own_row() -> None:
@@ -99,6 +99,12 @@ def test_the_estimate_says_whether_it_fits() -> None:
     assert "inter-node per token and layer" in text
     row = next(line for line in text.splitlines() if line.count("GiB") > 1)
     assert row.split()[-1] == "no"
+    assumes = plan.estimate.assumes
+    assert assumes is not None
+    assert f"of {assumes.memory_bytes / 2**30:g} GiB" in text
+    assert f"{assumes.tokens_per_rank:,} tokens a rank (1 sequence of {assumes.seq_len:,})" in words(text)
+    assert all(remedy.change in words(text) for remedy in plan.estimate.remedies)
+    assert "it does not fit; with this change" in text
     roomy = replace(plan, estimate=replace(plan.estimate, fits=True))
     assert "yes" in printed(lambda console: print_plan(roomy, console)).split()
 

@@ -109,6 +109,23 @@ def test_a_swept_group_is_one_name_in_print_and_all_its_keys_in_the_file(
     assert (tmp_path / "sweep.csv").read_text().splitlines()[0].startswith("job,mesh.ep,mesh.num_nodes,status,")
 
 
+def test_plans_are_tabulated_by_memory_and_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, (gib, fits) in enumerate([(1.5, True), (100.0, False)]):
+        found = {
+            "status": "ok", "memory_bytes_per_rank": {"total": gib * 2**30}, "fits": fits,
+            "bytes_per_token_per_layer": {"intra_node": 1024.0, "inter_node": 0.0},
+        }  # fmt: skip
+        write_job(tmp_path / str(number), config(number + 1), found, f"routing.top_k={number + 1}")
+    summarize(tmp_path)
+    heading, _, *rows = capsys.readouterr().out.splitlines()[:4]
+    assert heading.split() == ["job", "overrides", "status", "memory", "fits", "intra-node", "inter-node"]
+    assert rows[0].split()[3:] == ["1.50", "GiB", "yes", "1", "KiB", "0", "B"]
+    assert rows[1].split()[3:] == ["100", "GiB", "no", "1", "KiB", "0", "B"]
+    (first, second) = csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines())
+    assert (first["memory_bytes_per_rank"], first["fits"], second["fits"]) == (str(1.5 * 2**30), "True", "False")
+    assert (tmp_path / "sweep.png").is_file()
+
+
 def test_neither_torch_nor_hydra_is_imported() -> None:
     code = "import sys, moecompile.report.sweep, moecompile.report.sweep_plot; assert not {'torch', 'hydra', 'omegaconf'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -83,6 +83,17 @@ def test_what_training_cannot_use(overrides: list[str], message: str) -> None:
     assert str(raised.value) == message
 
 
+def test_a_limit_of_nodes_must_mean_something_on_the_mesh() -> None:
+    groups = ["routing.groups=4", "mesh=cpu_2x2"]
+    with pytest.raises(ConfigError) as raised:
+        validate(compose_config([*groups, "routing.max_nodes=3"]))
+    assert str(raised.value) == ("routing.max_nodes=3: the mesh has 2 nodes. Use at most 2, or a mesh with more nodes.")
+    validate(compose_config([*groups, "routing.max_nodes=2"]))
+    validate(
+        compose_config(["routing.groups=4", "routing.max_nodes=3", "trainer.resume=auto"])
+    )  # groups are the model's
+
+
 def test_a_short_run_keeps_the_warm_up_of_its_recipe() -> None:
     validate(compose_config(["trainer.max_steps=3"]))
 
