@@ -13,7 +13,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from moecompile.checkpoint.tensors import INDEX, read_index, read_tensors, shapes, staged, tensors_of, write_tensors
+from moecompile.checkpoint.tensors import (
+    INDEX,
+    forget_unused,
+    read_index,
+    read_tensors,
+    shapes,
+    staged,
+    tensors_of,
+    write_tensors,
+)
 from moecompile.errors import ConfigError
 
 
@@ -97,3 +106,28 @@ def test_an_entry_cannot_run_code(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot be read on rank 0 \(model.weight is no tensor\)"):
         read_tensors(tmp_path / "saved", {"model.weight": torch.zeros(3)})
     assert not (tmp_path / "ran").exists()
+
+
+def test_weights_that_nothing_uses_have_no_state_and_none_afterwards() -> None:
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+        return model, torch.optim.AdamW(model.parameters())
+
+    model, optimizer = made()
+    model["used"](torch.ones(1, 2)).sum().backward()  # type: ignore[index]
+    optimizer.step()
+    stored = tensors_of(model, [optimizer])
+    assert "optimizer.used.weight.exp_avg" in stored and not any("optimizer.unused" in name for name in stored)
+    again, fresh = made()
+    tensors = tensors_of(again, [fresh])
+    assert any("optimizer.unused" in name for name in tensors)
+    tensors = forget_unused(again, [fresh], tensors, stored)
+    assert tensors.keys() == stored.keys()
+    assert all(p not in fresh.state for p in again["unused"].parameters())  # type: ignore[index]
+    before = again["unused"].weight.detach().clone()  # type: ignore[index]
+    again["used"](torch.ones(1, 2)).sum().backward()  # type: ignore[index]
+    fresh.step()
+    assert torch.equal(again["unused"].weight, before)  # type: ignore[index]
+    without = [name for name in stored if name.startswith("model.")]
+    tensors = tensors_of(again, [fresh])
+    assert forget_unused(again, [fresh], tensors, without) is tensors  # a checkpoint without an optimizer is refused
