@@ -21,6 +21,7 @@ from moecompile.errors import ConfigError
 
 PENDING = ".pending"
 RESULT = "result.json"
+_accepted: set[Path] = set()
 _BUSY = (errno.EWOULDBLOCK, errno.EACCES)
 
 
@@ -59,6 +60,7 @@ def held(run_dir: Path) -> Iterator[None]:
 
 def accept(run_dir: Path) -> None:
     """From here on the directory is this run's: what it has written so far replaces files of the same names."""
+    note_accepted(run_dir)
     pending = run_dir / PENDING
     if not pending.is_dir():
         return
@@ -70,6 +72,16 @@ def accept(run_dir: Path) -> None:
             shutil.rmtree(target)
         path.replace(target)
     pending.rmdir()
+
+
+def note_accepted(run_dir: Path) -> None:
+    """On ranks that know it from the one that accepts."""
+    _accepted.add(run_dir.absolute())
+
+
+def is_discarded(run_dir: Path, *, was_pending: bool) -> bool:
+    """Whether what the run has written there is gone: it was refused, and somebody has said so."""
+    return was_pending and not (run_dir / PENDING).is_dir() and run_dir.absolute() not in _accepted
 
 
 def discard(run_dir: Path) -> None:

@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 
 from moecompile import waiting
 from moecompile.errors import MoecompileError, RankFailure, UserError
+from moecompile.rundir import is_discarded, place
 from moecompile.runtime import failures, logs, signals
 from moecompile.runtime.ranks import Ranks, check_mesh, check_places, worker_variables
 
@@ -66,6 +67,7 @@ class _Now:
     """The run of this process that is under way."""
 
     run_dir: Path | None = None
+    was_pending: bool = False
     ranks: Ranks | None = None
     terminal: int = 2  # descriptor of the terminal's stderr
     ended: bool = False  # other ranks have left after a failure
@@ -181,7 +183,7 @@ def _run(order: Order, ranks: Ranks) -> None:
             f"hydra.run.dir={run_dir}: is not there on {socket.gethostname()} (rank {ranks.rank}). All ranks must see "
             "the same run directory: use one on a shared file system."
         )
-    _now.run_dir = run_dir
+    _now.run_dir, _now.was_pending = run_dir, place(run_dir) != run_dir
     logs.hold(run_dir, ranks.rank)
     try:
         importlib.import_module(order.module or "").main(run_dir)
@@ -196,10 +198,14 @@ def _run(order: Order, ranks: Ranks) -> None:
 
 def _failed(error: Exception, run_dir: Path, ranks: Ranks) -> MoecompileError | None:
     """Records the failure of this rank; what there is to tell, or None if another rank has the word."""
+    if is_discarded(run_dir, was_pending=_now.was_pending):
+        return None
     failure = failures.record(error, run_dir, ranks.rank)
     if failure.peer_lost:
         time.sleep(PEER_GRACE_S)  # lets the rank that failed first have the word
-    return failures.first_error(run_dir, ranks.world_size, {}) if failures.claim(run_dir) else None
+    if is_discarded(run_dir, was_pending=_now.was_pending) or not failures.claim(run_dir):
+        return None
+    return failures.first_error(run_dir, ranks.world_size, {})
 
 
 # -- orders ----------------------------------------------------------------------------------------------------------
@@ -263,14 +269,12 @@ def _meet(ranks: Ranks) -> Any:
     try:
         store = next(rendezvous("env://", timeout=timedelta(seconds=MEET_TIMEOUT_S)))[0]
     except DistNetworkError as error:
-        place = f"MASTER_PORT={ranks.master_port}"
+        port = f"MASTER_PORT={ranks.master_port}"
         if "EADDRINUSE" in str(error):
             raise UserError(
-                f"{place}: another program uses this port of {ranks.master_addr}. Set MASTER_PORT to a free one."
+                f"{port}: another program uses this port of {ranks.master_addr}. Set MASTER_PORT to a free one."
             ) from None
-        raise RankFailure(
-            f"MASTER_ADDR={ranks.master_addr} {place}: rank 0 cannot be reached there ({error})"
-        ) from None
+        raise RankFailure(f"MASTER_ADDR={ranks.master_addr} {port}: rank 0 cannot be reached there ({error})") from None
     store.set(f"moecompile/place/{ranks.rank}", json.dumps([ranks.node, ranks.local_rank]))
     return store
 
@@ -304,7 +308,10 @@ def _watch(ranks: Ranks) -> None:
     _now.ranks = ranks
 
     def failed() -> bool:
-        return _now.run_dir is not None and failures.others_failed(_now.run_dir, ranks.rank, ranks.world_size)
+        run_dir = _now.run_dir
+        if run_dir is None or is_discarded(run_dir, was_pending=_now.was_pending):
+            return False
+        return failures.others_failed(run_dir, ranks.rank, ranks.world_size)
 
     def end(code: int) -> NoReturn:
         if code == 128 + signal.SIGTERM and _now.run_dir is not None and failed() and failures.claim(_now.run_dir):
