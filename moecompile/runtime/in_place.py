@@ -83,7 +83,7 @@ def lead(ranks: Ranks, command_line: Callable[[], int]) -> NoReturn:
     try:
         store = _meet(ranks)
     except Exception as error:
-        print(_told(error), file=sys.stderr, flush=True)
+        _tell_alone(error, ranks)
         leave(_code(error))
     try:
         code = command_line()
@@ -324,18 +324,20 @@ def _watch(ranks: Ranks) -> None:
 
 
 def _tell_alone(error: Exception, ranks: Ranks) -> None:
-    """Before there is a run directory: rank 0 tells of what all ranks meet, so the others wait whether they are ended.
-
-    Then the first one of each machine tells.
-    """
-    time.sleep(GRACE_S)
-    started = Path(f"/proc/{os.getppid()}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19]
-    claim = Path(tempfile.gettempdir(), f"moecompile-told-{os.getppid()}-{started}")
+    """Before there is a run directory: rank 0 tells at once, the others if nobody on their machine has, by then."""
+    if ranks.rank > 0:
+        time.sleep(GRACE_S)
+    step = [os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_STEP_ID") if name in os.environ]
+    if not step:
+        started = Path(f"/proc/{os.getppid()}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19]
+        step = [str(os.getppid()), started]
+    claim = Path(tempfile.gettempdir(), f"moecompile-told-{os.getuid()}-{'-'.join([*step, str(ranks.master_port)])}")
     try:
         os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
         return
-    os.write(_now.terminal, f"{_told(error)} (rank {ranks.rank} of {ranks.world_size})\n".encode())
+    text = _told(error) + f" (rank {ranks.rank} of {ranks.world_size})" * (ranks.rank > 0)
+    os.write(_now.terminal, f"{text}\n".encode())
 
 
 def _told(error: Exception) -> str:
