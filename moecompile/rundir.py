@@ -12,12 +12,15 @@ import errno
 import fcntl
 import json
 import os
+import re
+import shlex
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moecompile.errors import ConfigError
+from moecompile.errors import ConfigError, UserError
 
 PENDING = ".pending"
 RESULT = "result.json"
@@ -87,6 +90,39 @@ def is_discarded(run_dir: Path, *, was_pending: bool) -> bool:
 def discard(run_dir: Path) -> None:
     """Removes what was written but not accepted."""
     shutil.rmtree(run_dir / PENDING, ignore_errors=True)
+
+
+@contextmanager
+def kept_apart(run_dir: Path) -> Iterator[None]:
+    """What was not accepted in `run_dir` is removed, unless a crash left it, with its traceback."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or hasattr(error, "number"):
+            discard(run_dir)
+        raise
+    except BaseException:
+        discard(run_dir)
+        raise
+    discard(run_dir)
+
+
+def go_on(overrides: Sequence[str], run_dir: Path) -> str:
+    """The command that goes on with a run that was asked to end."""
+    flags = [word for word in sys.argv[1:] if "=" not in word and word not in ("-m", "--multirun")]
+    kept = [word for word in overrides if not re.match(r"\+{0,2}(trainer\.resume|hydra\.run\.dir)=", word)]
+    python = "python" if os.path.realpath(shutil.which("python") or "") == os.path.realpath(sys.executable) else None
+    words = [python or sys.executable, "-m", "moecompile", *flags, *kept]
+    words += [f"hydra.run.dir={_quoted(run_dir)}", "trainer.resume=auto"]
+    return f"go on with:  {shlex.join(words)}"
+
+
+def _quoted(path: Path) -> str:
+    """A path as Hydra's grammar reads it."""
+    text = str(path)
+    if re.fullmatch(r"[\w./+-]+", text):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def task_of(run_dir: Path) -> str | None:

@@ -10,36 +10,26 @@ Algorithm:
 
 from __future__ import annotations
 
-import functools
 import importlib
-import itertools
-import json
 import os
 import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from moecompile import waiting
 from moecompile.errors import MoecompileError, RankFailure, UserError
 from moecompile.rundir import is_discarded, place
 from moecompile.runtime import failures, logs, signals
+from moecompile.runtime.orders import Order, end_others, free_port, give, meet, next_order, places
 from moecompile.runtime.ranks import Ranks, check_mesh, check_places, worker_variables
-
-MEET_TIMEOUT_S = 300.0
-"""Seconds in which ranks that a cluster starts must have found each other."""
-
-RESOLVE_TIMEOUT_S = 8.0
-"""Seconds in which the master's name must have an address."""
 
 GRACE_S = 5.0
 """Seconds that a rank leaves to another one, which may tell about the same failure or end it."""
@@ -47,19 +37,7 @@ GRACE_S = 5.0
 PEER_GRACE_S = 1.0
 """Seconds that a rank which has lost a peer waits, so that all others can tell what they saw."""
 
-_END_S = 30.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """What rank 0 tells the others. module: None ends them with `exit_code`. port: of the process group's store."""
-
-    run_dir: str = ""
-    module: str | None = None
-    threads: int = 1
-    port: int = 0
-    one_machine: bool = True
-    exit_code: int = 0
+_CLAIM_S = 60.0
 
 
 @dataclass
@@ -74,14 +52,13 @@ class _Now:
 
 
 _now = _Now()
-_orders = itertools.count()
 
 
 def lead(ranks: Ranks, command_line: Callable[[], int]) -> NoReturn:
     """Rank 0: runs the command line, and ends all ranks with its exit code."""
     _watch(ranks)
     try:
-        store = _meet(ranks)
+        store = meet(ranks)
     except Exception as error:
         _tell_alone(error, ranks)
         leave(_code(error))
@@ -90,7 +67,7 @@ def lead(ranks: Ranks, command_line: Callable[[], int]) -> NoReturn:
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     if not _now.ended:
-        _end_others(store, ranks, code)
+        end_others(store, ranks, code)
     leave(code)
 
 
@@ -99,8 +76,8 @@ def follow(ranks: Ranks) -> NoReturn:
     _now.terminal = logs.hide()
     _watch(ranks)
     try:
-        store = _meet(ranks)
-        while (order := _next_order(store)).module is not None:
+        store = meet(ranks)
+        while (order := next_order(store)).module is not None:
             with suppress(signals.Stopped):  # rank 0 says so, and then how it ends
                 _run(order, ranks)
         store.add("moecompile/ended", 1)
@@ -133,19 +110,19 @@ def run_on_all(world_size: int, run_dir: Path, *, module: str, threads: int, num
     assert ranks is not None
     if _now.ended:
         raise RankFailure("the other ranks have ended with an earlier job")
-    store = _meet(ranks)
-    places = _places(store, ranks)
-    check_places(places, ranks.launcher)
-    hosts = len({node for node, _ in places})
+    store = meet(ranks)
+    found = places(store, ranks)
+    check_places(found, ranks.launcher)
+    hosts = len({node for node, _ in found})
     played = check_mesh(num_nodes, world_size // num_nodes, hosts, ranks.world_size // hosts, ranks.launcher)
     waiting.done()
     if played:
         print(played, flush=True)
     failures.clear(run_dir)
     order = Order(
-        run_dir=str(run_dir.resolve()), module=module, threads=threads, port=_free_port(), one_machine=hosts == 1
+        run_dir=str(run_dir.resolve()), module=module, threads=threads, port=free_port(), one_machine=hosts == 1
     )
-    store.set(f"moecompile/order/{next(_orders)}", json.dumps(asdict(order)))
+    give(store, order)
     try:
         _run(order, ranks)
     except signals.Stopped:
@@ -208,99 +185,6 @@ def _failed(error: Exception, run_dir: Path, ranks: Ranks) -> MoecompileError | 
     return failures.first_error(run_dir, ranks.world_size, {})
 
 
-# -- orders ----------------------------------------------------------------------------------------------------------
-
-
-def _next_order(store: Any) -> Order:
-    from torch.distributed import DistNetworkError, DistStoreError
-
-    key = f"moecompile/order/{next(_orders)}"
-    while True:
-        try:
-            store.wait([key], timedelta(seconds=60))
-            break
-        except DistNetworkError as error:
-            raise RankFailure("rank 0 has ended without a word (killed by SIGKILL?)") from error
-        except DistStoreError:  # rank 0 is busy with what needs no other rank
-            continue
-    return Order(**json.loads(store.get(key)))
-
-
-def _end_others(store: Any, ranks: Ranks, code: int) -> None:
-    """Under SLURM the store is in this process: it stays until all others have read how it ends."""
-    if ranks.world_size == 1:
-        return
-    from torch.distributed import DistError
-
-    try:
-        store.set(f"moecompile/order/{next(_orders)}", json.dumps(asdict(Order(exit_code=code))))
-        deadline = time.monotonic() + _END_S
-        while store.add("moecompile/ended", 0) < ranks.world_size - 1 and time.monotonic() < deadline:
-            time.sleep(0.02)
-    except DistError:
-        return
-
-
-def _places(store: Any, ranks: Ranks) -> list[tuple[int, int]]:
-    """(node, local rank) of every rank."""
-    from torch.distributed import DistStoreError
-
-    keys = [f"moecompile/place/{rank}" for rank in range(ranks.world_size)]
-    try:
-        store.wait(keys, timedelta(seconds=MEET_TIMEOUT_S))
-    except DistStoreError:
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        raise RankFailure(f"ranks {missing} of {ranks.world_size} have not come in {MEET_TIMEOUT_S:.0f} s") from None
-    return [tuple(json.loads(store.get(key))) for key in keys]
-
-
-@functools.cache
-def _meet(ranks: Ranks) -> Any:
-    """The store at the launcher's MASTER_ADDR and MASTER_PORT; kept, because rank 0 may be its server.
-
-    Raises:
-        UserError: the master has no address, or somebody else listens there.
-    """
-    _resolve(ranks.master_addr)
-    from torch.distributed import DistNetworkError
-    from torch.distributed.rendezvous import rendezvous
-
-    os.environ.update(ranks.variables())
-    try:
-        store = next(rendezvous("env://", timeout=timedelta(seconds=MEET_TIMEOUT_S)))[0]
-    except DistNetworkError as error:
-        port = f"MASTER_PORT={ranks.master_port}"
-        if "EADDRINUSE" in str(error):
-            raise UserError(
-                f"{port}: another program uses this port of {ranks.master_addr}. Set MASTER_PORT to a free one."
-            ) from None
-        raise RankFailure(f"MASTER_ADDR={ranks.master_addr} {port}: rank 0 cannot be reached there ({error})") from None
-    store.set(f"moecompile/place/{ranks.rank}", json.dumps([ranks.node, ranks.local_rank]))
-    return store
-
-
-def _resolve(host: str) -> None:
-    """Looks the master's name up; a resolver may try for minutes, so it has a thread of its own."""
-    found: list[BaseException | None] = []
-
-    def look_up() -> None:
-        try:
-            socket.getaddrinfo(host, None)
-            found.append(None)
-        except OSError as error:
-            found.append(error)
-
-    thread = threading.Thread(target=look_up, daemon=True)
-    thread.start()
-    thread.join(RESOLVE_TIMEOUT_S)
-    if not found or found[0] is not None:
-        reason = f"{found[0]}" if found else f"no answer in {RESOLVE_TIMEOUT_S:.0f} s"
-        raise UserError(
-            f"MASTER_ADDR={host}: has no address on {socket.gethostname()} ({reason}). "
-            "Set it to a name or address of rank 0's machine."
-        )
-
-
 # -- the word --------------------------------------------------------------------------------------------------------
 
 
@@ -335,7 +219,9 @@ def _tell_alone(error: Exception, ranks: Ranks) -> None:
     try:
         os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
-        return
+        if time.time() - claim.stat().st_mtime < _CLAIM_S:
+            return
+        claim.touch()  # of an earlier job
     text = _told(error) + f" (rank {ranks.rank} of {ranks.world_size})" * (ranks.rank > 0)
     os.write(_now.terminal, f"{text}\n".encode())
 
@@ -347,9 +233,3 @@ def _told(error: Exception) -> str:
 
 def _code(error: BaseException) -> int:
     return error.exit_code if isinstance(error, MoecompileError) else 1
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

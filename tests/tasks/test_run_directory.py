@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -48,8 +49,12 @@ REFUSED = {
 def test_a_refused_run_changes_nothing_and_the_old_one_can_be_exported(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     here = f"hydra.run.dir={run_dir}"
+    began = time.monotonic()
     first = moecompile(*RUN, here)
     assert first.returncode == 0, first.stderr
+    wall = time.monotonic() - began
+    assert first.stdout.startswith("deepseek_ep: train on 2 ranks, loading torch ...\n")
+    assert 0.8 * wall < json.loads((run_dir / "result.json").read_text())["seconds"] < wall  # imports count, too
     before = contents(run_dir)
     assert {"resolved.yaml", "plan.yaml", "result.json", "logs/rank_1.log", "tokenizer.json"} <= before.keys()
     for name, (overrides, message) in REFUSED.items():
