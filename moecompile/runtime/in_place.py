@@ -15,7 +15,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from typing import NoReturn
 from moecompile import waiting
 from moecompile.errors import MoecompileError, RankFailure, UserError
 from moecompile.rundir import is_discarded, place
-from moecompile.runtime import failures, logs, signals
+from moecompile.runtime import failures, logs, machine, signals
 from moecompile.runtime.orders import Order, end_others, free_port, give, meet, next_order, places
 from moecompile.runtime.ranks import Ranks, check_mesh, check_places, worker_variables
 
@@ -36,8 +35,6 @@ GRACE_S = 5.0
 
 PEER_GRACE_S = 1.0
 """Seconds that a rank which has lost a peer waits, so that all others can tell what they saw."""
-
-_CLAIM_S = 60.0
 
 
 @dataclass
@@ -56,6 +53,7 @@ _now = _Now()
 
 def lead(ranks: Ranks, command_line: Callable[[], int]) -> NoReturn:
     """Rank 0: runs the command line, and ends all ranks with its exit code."""
+    machine.hold(ranks)
     _watch(ranks)
     try:
         store = meet(ranks)
@@ -74,6 +72,7 @@ def lead(ranks: Ranks, command_line: Callable[[], int]) -> NoReturn:
 def follow(ranks: Ranks) -> NoReturn:
     """The other ranks: what rank 0 says, until it says that it is over."""
     _now.terminal = logs.hide()
+    machine.hold(ranks)
     _watch(ranks)
     try:
         store = meet(ranks)
@@ -142,6 +141,8 @@ def leave(code: int) -> NoReturn:
     waiting.done()
     sys.stdout.flush()
     sys.stderr.flush()
+    if _now.ranks is not None:
+        machine.release(_now.ranks)
     os._exit(code)
 
 
@@ -193,37 +194,42 @@ def _watch(ranks: Ranks) -> None:
 
     def failed() -> bool:
         run_dir = _now.run_dir
-        if run_dir is None or is_discarded(run_dir, was_pending=_now.was_pending):
+        if run_dir is None:
+            return any(rank != ranks.rank for rank in machine.gone(ranks))
+        if is_discarded(run_dir, was_pending=_now.was_pending):
             return False
         return failures.others_failed(run_dir, ranks.rank, ranks.world_size)
 
     def end(code: int) -> NoReturn:
-        if code == 128 + signal.SIGTERM and _now.run_dir is not None and failed() and failures.claim(_now.run_dir):
-            told = failures.first_error(_now.run_dir, ranks.world_size, {})
-            os.write(_now.terminal, f"error: {told}\n".encode())
-            os._exit(told.exit_code)
+        if code == 128 + signal.SIGTERM and failed():
+            _tell_of_another(ranks)
+        machine.release(ranks)
         os._exit(code)
 
     signals.watch(failed=failed, leave=end, is_orphan=lambda: False, counts=True)
+
+
+def _tell_of_another(ranks: Ranks) -> None:
+    """Ends this process, and tells first who has failed, if nobody has."""
+    run_dir = _now.run_dir
+    told: MoecompileError | None = None
+    if run_dir is None and machine.claim(ranks):
+        lost = next(rank for rank in machine.gone(ranks) if rank != ranks.rank)
+        told = failures.ended_silently(lost, ranks.world_size)
+    elif run_dir is not None and failures.claim(run_dir):
+        told = failures.first_error(run_dir, ranks.world_size, {})
+    if told is not None:
+        os.write(_now.terminal, f"error: {told}\n".encode())
+        os._exit(told.exit_code)
 
 
 def _tell_alone(error: Exception, ranks: Ranks) -> None:
     """Before there is a run directory: rank 0 tells at once, the others if nobody on their machine has, by then."""
     if ranks.rank > 0:
         time.sleep(GRACE_S)
-    step = [os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_STEP_ID") if name in os.environ]
-    if not step:
-        started = Path(f"/proc/{os.getppid()}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19]
-        step = [str(os.getppid()), started]
-    claim = Path(tempfile.gettempdir(), f"moecompile-told-{os.getuid()}-{'-'.join([*step, str(ranks.master_port)])}")
-    try:
-        os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError:
-        if time.time() - claim.stat().st_mtime < _CLAIM_S:
-            return
-        claim.touch()  # of an earlier job
-    text = _told(error) + f" (rank {ranks.rank} of {ranks.world_size})" * (ranks.rank > 0)
-    os.write(_now.terminal, f"{text}\n".encode())
+    if machine.claim(ranks):
+        text = _told(error) + f" (rank {ranks.rank} of {ranks.world_size})" * (ranks.rank > 0)
+        os.write(_now.terminal, f"{text}\n".encode())
 
 
 def _told(error: Exception) -> str:
