@@ -46,6 +46,7 @@ class _Now:
     ranks: Ranks | None = None
     terminal: int = 2  # descriptor of the terminal's stderr
     ended: bool = False  # other ranks have left after a failure
+    has_the_word: bool = False  # this process is about to tell what went wrong
 
 
 _now = _Now()
@@ -183,6 +184,7 @@ def _failed(error: Exception, run_dir: Path, ranks: Ranks) -> MoecompileError | 
         time.sleep(PEER_GRACE_S)  # lets the rank that failed first have the word
     if is_discarded(run_dir, was_pending=_now.was_pending) or not failures.claim(run_dir):
         return None
+    _now.has_the_word = True
     return failures.first_error(run_dir, ranks.world_size, {})
 
 
@@ -201,7 +203,9 @@ def _watch(ranks: Ranks) -> None:
         return failures.others_failed(run_dir, ranks.rank, ranks.world_size)
 
     def end(code: int) -> NoReturn:
-        if code == 128 + signal.SIGTERM and failed():
+        if _now.has_the_word:
+            time.sleep(GRACE_S)
+        elif code == 128 + signal.SIGTERM and failed():
             _tell_of_another(ranks)
         machine.release(ranks)
         os._exit(code)
