@@ -207,6 +207,8 @@ def _watch(ranks: Ranks) -> None:
             time.sleep(GRACE_S)
         elif code == 128 + signal.SIGTERM and failed():
             _tell_of_another(ranks)
+        else:
+            _tell_of_the_signal(code - 128, ranks)
         machine.release(ranks)
         os._exit(code)
 
@@ -225,6 +227,22 @@ def _tell_of_another(ranks: Ranks) -> None:
     if told is not None:
         os.write(_now.terminal, f"error: {told}\n".encode())
         os._exit(told.exit_code)
+
+
+def _tell_of_the_signal(number: int, ranks: Ranks) -> None:
+    """A launcher may have sent it because of a rank that was killed before it could lock anything."""
+    if ranks.node > 0:
+        return
+    if ranks.rank > 0:
+        time.sleep(PEER_GRACE_S)
+    if machine.claim(ranks):
+        other = (
+            f" If nobody sent it, another rank has ended before it could say why: see what {ranks.launcher} reports."
+            if number == signal.SIGTERM and _now.run_dir is None
+            else ""
+        )
+        name = signal.Signals(number).name
+        os.write(_now.terminal, f"error: rank {ranks.rank} was ended at once by {name}.{other}\n".encode())
 
 
 def _tell_alone(error: Exception, ranks: Ranks) -> None:
