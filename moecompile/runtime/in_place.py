@@ -65,6 +65,8 @@ def lead(ranks: Ranks, command_line: Callable[[], int]) -> NoReturn:
         code = command_line()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    if code:
+        machine.claim(ranks)  # the command line has told
     if not _now.ended:
         end_others(store, ranks, code)
     leave(code)
@@ -143,7 +145,7 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if _now.ranks is not None:
-        machine.release(_now.ranks)
+        machine.release(_now.ranks, keep_claim=code != 0)
     os._exit(code)
 
 
@@ -209,7 +211,7 @@ def _watch(ranks: Ranks) -> None:
             _tell_of_another(ranks)
         else:
             _tell_of_the_signal(code - 128, ranks)
-        machine.release(ranks)
+        machine.release(ranks, keep_claim=True)
         os._exit(code)
 
     signals.watch(failed=failed, leave=end, is_orphan=lambda: False, counts=True)

@@ -50,10 +50,10 @@ def claim(ranks: Ranks) -> bool:
     return True
 
 
-def release(ranks: Ranks) -> None:
-    """This process ends in its own way."""
+def release(ranks: Ranks, *, keep_claim: bool) -> None:
+    """This process ends in its own way. keep_claim: a rank that has not even started shall not tell once more."""
     (_folder(ranks.master_port) / f"rank_{ranks.rank}").unlink(missing_ok=True)
-    if ranks.local_rank == 0:
+    if ranks.local_rank == 0 and not keep_claim:
         shutil.rmtree(_folder(ranks.master_port), ignore_errors=True)
 
 
