@@ -175,7 +175,8 @@ def _run_job(cfg: DictConfig, run: Callable[[Config, Path], int], prepare: Calla
         debug = debug or cfg.get("debug") is True
         code, message = _report(error, debug=debug), " ".join(str(error).split())
         if isinstance(getattr(error, "number", None), int):  # asked to end
-            print(go_on(list(job.overrides.task), run_dir), file=sys.stderr, flush=True)
+            if getattr(cfg.task.name, "value", cfg.task.name) == "train":
+                print(go_on(list(job.overrides.task), run_dir), file=sys.stderr, flush=True)
             if multirun:
                 raise SystemExit(code) from None
     if code and multirun:
