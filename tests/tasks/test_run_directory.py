@@ -24,7 +24,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 def moecompile(*arguments: str, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *before, "-m", "moecompile", *arguments],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False,
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def _killed_before_it_is_accepted(run_dir: Path) -> None:
     with subprocess.Popen(
         [*command, f"hydra.run.dir={run_dir}"], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (run_dir / rundir.PENDING / "logs" / "rank_1.log").exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
