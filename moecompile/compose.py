@@ -137,8 +137,12 @@ def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:
 def save_resolved(config: Config, path: Path) -> None:
     """Writes `config` as YAML, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load_resolved(path: Path) -> Config:
@@ -202,8 +206,8 @@ def _report(error: Exception, *, debug: bool) -> int:
     """Prints one message, with the traceback if asked for or if the error is a defect; returns the exit code."""
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         error = UserError(
-            f"{error.filename}: {error.strerror}. A run directory must be one that can be written, "
-            "give another one: hydra.run.dir=FOLDER."
+            f"{error.filename or 'the run directory'}: {error.strerror}. A run directory must be one that can be "
+            "written, give another one: hydra.run.dir=FOLDER."
         )
     known = isinstance(error, MoecompileError)
     waiting.done()
@@ -223,14 +227,15 @@ def _asks_debug(overrides: Iterable[str]) -> bool:
 
 @contextmanager
 def _used(run_dir: Path, *, multirun: bool) -> Iterator[None]:
-    """Removes a directory in which nothing came to be; a crash keeps its config, a multirun its table's rows."""
+    """Removes a new directory in which nothing came to be; a crash keeps its config, a multirun its table's rows."""
+    is_new = place(run_dir) == run_dir and not multirun
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) and not multirun:
+        if isinstance(error, UserError | OSError) and is_new:
             _remove_unused(run_dir, keep=RunFolders.existing)
         raise
-    if not multirun:
+    if is_new:
         _remove_unused(run_dir, keep=RunFolders.existing)
 
 

@@ -98,7 +98,7 @@ def kept_apart(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or hasattr(error, "number"):
+        if isinstance(error, UserError | OSError) or hasattr(error, "number"):
             discard(run_dir)
         raise
     except BaseException:

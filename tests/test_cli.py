@@ -233,6 +233,34 @@ def test_a_refused_run_leaves_the_directory_of_another_one(cwd: Path) -> None:
     assert files(cwd) == ["here/resolved.yaml"]
 
 
+@pytest.mark.parametrize("state", ["full", "read-only"])
+def test_a_directory_that_cannot_be_written_is_left_as_it_is(state: str, cwd: Path) -> None:
+    disk = cwd.parent / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        for name in ("used", "new"):
+            (disk / name).mkdir()
+        (disk / "used" / "resolved.yaml").write_text("of another run")
+        if state == "full":
+            with pytest.raises(OSError, match="No space left"), (disk / "rest").open("wb", buffering=0) as rest:
+                while rest.write(b"\0" * 4096):
+                    pass
+        else:
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        for name, left in (("used", ["resolved.yaml"]), ("new", [])):
+            result = cli(cwd, f"hydra.run.dir={disk / name}")
+            assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+            reason = "No space left on device" if state == "full" else "Read-only file system"
+            assert f": {reason}. A run directory must be one that can be written" in result.stderr
+            found = sorted(path.name for path in (disk / name).iterdir()) if (disk / name).exists() else []
+            assert found == left
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
 # -- what is shown -------------------------------------------------------------------------------------------------
 
 
