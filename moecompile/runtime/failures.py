@@ -104,7 +104,7 @@ def record(error: BaseException, run_dir: Path, rank: int) -> Failure:
 
 def _write(failure: Failure, error: BaseException, folder: Path) -> None:
     rank = failure.rank
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # its parent is gone if the run was refused meanwhile
     (folder / f"rank_{rank}.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     partial = folder / f"rank_{rank}.json.tmp"
     partial.write_text(json.dumps(asdict(failure), indent=1), encoding="utf-8")

@@ -25,7 +25,7 @@ from typing import NoReturn
 
 from moecompile import waiting
 from moecompile.errors import MoecompileError, RankFailure, UserError
-from moecompile.rundir import is_discarded, place
+from moecompile.rundir import discard, is_discarded, place
 from moecompile.runtime import failures, logs, machine, signals
 from moecompile.runtime.orders import Order, end_others, free_port, give, meet, next_order, places
 from moecompile.runtime.ranks import Ranks, check_mesh, check_places, worker_variables
@@ -92,6 +92,8 @@ def follow(ranks: Ranks) -> NoReturn:
             time.sleep(GRACE_S)
         else:
             os.write(_now.terminal, f"error: {told}\n".encode())
+            if told.exit_code == UserError.exit_code:
+                discard(_now.run_dir)  # rank 0 may be ended before it can
         leave(_code(told or error))
     leave(order.exit_code)
 
