@@ -24,7 +24,6 @@ def main() -> int:
     """
     ranks = in_place_ranks()
     if ranks is None:
-        signal.signal(signal.SIGTERM, _terminated)
         return _command_line()
     from moecompile.runtime import in_place
 
@@ -69,6 +68,7 @@ def _terminated(number: int, frame: object) -> NoReturn:
 
 def console() -> NoReturn:
     """The whole process. It ends at once: Python would take seconds to take torch apart."""
+    signal.signal(signal.SIGTERM, _terminated)
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -14,8 +14,6 @@ import importlib
 import io
 import os
 import re
-import shlex
-import shutil
 import sys
 import textwrap
 import threading
@@ -49,7 +47,7 @@ from moecompile import waiting
 from moecompile.errors import ConfigError, MoecompileError, UserError
 from moecompile.explain import explain
 from moecompile.flags import PROGRAM, own_flags
-from moecompile.rundir import discard, held, place
+from moecompile.rundir import go_on, held, kept_apart, place
 from moecompile.schema import Config, check_name, validate, with_implied
 from moecompile.trust import check_hydra_node, of_hydra
 
@@ -149,8 +147,12 @@ def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:
 def save_resolved(config: Config, path: Path) -> None:
     """Writes `config` as YAML, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load_resolved(path: Path) -> Config:
@@ -187,21 +189,25 @@ def _run_job(
         print(f"job {job.job.num}: {' '.join(overrides)}", flush=True)
     debug, message = _asks_debug(overrides), ""
     try:
-        with held(run_dir), _kept_apart(run_dir):
+        with held(run_dir), _used(run_dir, multirun=multirun), kept_apart(run_dir):
             code = _in_directory(cfg, overrides, run_dir, multirun, run, prepare, check)
     except Exception as error:
         debug = debug or _plain(cfg).get("debug") is True
         code, message = _report(error, debug=debug), " ".join(str(error).split())
         if isinstance(getattr(error, "number", None), int):  # asked to end
-            print(_go_on(overrides, run_dir), file=sys.stderr, flush=True)
+            if _task_of(cfg) == "train":
+                print(go_on(overrides, run_dir), file=sys.stderr, flush=True)
             if multirun:
                 raise SystemExit(code) from None
     if code and multirun:
         with Path(job.sweep.dir, FAILURES).open("a", encoding="utf-8") as file:
             file.write(f"{job.job.num}\t{code}\t{message}\n")
-    elif code in (0, UserError.exit_code) and not multirun:  # a crash keeps its config, a multirun its table's rows
-        _remove_unused(run_dir, keep=RunFolders.existing)
     return code
+
+
+def _task_of(cfg: DictConfig) -> str:
+    name = _plain(cfg)["task"]["name"]
+    return str(getattr(name, "value", name))
 
 
 def _in_directory(
@@ -218,45 +224,12 @@ def _in_directory(
     return run(config, run_dir)
 
 
-@contextmanager
-def _kept_apart(run_dir: Path) -> Iterator[None]:
-    """What was not accepted in `run_dir` is removed, unless a crash left it, with its traceback."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError) or hasattr(error, "number"):
-            discard(run_dir)
-        raise
-    except BaseException:
-        discard(run_dir)
-        raise
-    discard(run_dir)
-
-
-def _go_on(overrides: Sequence[str], run_dir: Path) -> str:
-    """The command that goes on with a run that was asked to end."""
-    flags = [word for word in sys.argv[1:] if "=" not in word and word not in ("-m", "--multirun")]
-    kept = [word for word in overrides if not re.match(r"\+{0,2}(trainer\.resume|hydra\.run\.dir)=", word)]
-    python = "python" if os.path.realpath(shutil.which("python") or "") == os.path.realpath(sys.executable) else None
-    words = [python or sys.executable, "-m", "moecompile", *flags, *kept]
-    words += [f"hydra.run.dir={_quoted(run_dir)}", "trainer.resume=auto"]
-    return f"go on with:  {shlex.join(words)}"
-
-
-def _quoted(path: Path) -> str:
-    """A path as Hydra's grammar reads it."""
-    text = str(path)
-    if re.fullmatch(r"[\w./+-]+", text):
-        return text
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def _report(error: Exception, *, debug: bool) -> int:
     """Prints one message, with the traceback if asked for or if the error is a defect; returns the exit code."""
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         error = UserError(
-            f"{error.filename}: {error.strerror}. A run directory must be one that can be written, "
-            "give another one: hydra.run.dir=FOLDER."
+            f"{error.filename or 'the run directory'}: {error.strerror}. A run directory must be one that can be "
+            "written, give another one: hydra.run.dir=FOLDER."
         )
     known = isinstance(error, MoecompileError)
     waiting.done()
@@ -272,6 +245,20 @@ def _report(error: Exception, *, debug: bool) -> int:
 
 def _asks_debug(overrides: Iterable[str]) -> bool:
     return any(re.fullmatch(r"\+{0,2}debug=(true|yes|on|1)", item, re.IGNORECASE) for item in overrides)
+
+
+@contextmanager
+def _used(run_dir: Path, *, multirun: bool) -> Iterator[None]:
+    """Removes a new directory in which nothing came to be; a crash keeps its config, a multirun its table's rows."""
+    is_new = place(run_dir) == run_dir and not multirun
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError | OSError) and is_new:
+            _remove_unused(run_dir, keep=RunFolders.existing)
+        raise
+    if is_new:
+        _remove_unused(run_dir, keep=RunFolders.existing)
 
 
 def _remove_unused(folder: Path, *, keep: Path) -> None:
@@ -302,6 +289,7 @@ class RunFolders(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Pins the sweep directory: jobs that sweep `recipe` or `name` would each compute another one."""
         RunFolders.existing = _existing(config.hydra.sweep.dir)
+        _check_sweep(Path(config.hydra.sweep.dir), list(config.hydra.overrides.task))
         RunFolders.sweep = Path(config.hydra.sweep.dir).absolute()
         quoted = str(RunFolders.sweep).replace("\\", "\\\\").replace("'", "\\'")
         with read_write(config.hydra):
@@ -319,6 +307,19 @@ class RunFolders(Callback):
             codes.append(_report(error, debug=False))
         if codes:
             sys.exit(max(codes))
+
+
+def _check_sweep(folder: Path, overrides: Sequence[str]) -> None:
+    """Ends the process if the directory holds a sweep, unless its jobs go on. Hydra would only warn of an error."""
+    if not (folder / "multirun.yaml").exists():
+        return
+    if not any(re.match(r"\+{0,2}trainer\.resume=", word) for word in overrides):
+        refused = ConfigError(
+            "hydra.sweep.dir", folder, "holds another sweep",
+            "Use another directory, or go on with its jobs by trainer.resume=auto",
+        )  # fmt: skip
+        sys.exit(_report(refused, debug=False))
+    (folder / FAILURES).unlink(missing_ok=True)
 
 
 def _existing(folder: str) -> Path:

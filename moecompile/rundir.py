@@ -12,15 +12,19 @@ import errno
 import fcntl
 import json
 import os
+import re
+import shlex
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moecompile.errors import ConfigError
+from moecompile.errors import ConfigError, UserError
 
 PENDING = ".pending"
 RESULT = "result.json"
+_accepted: set[Path] = set()
 _BUSY = (errno.EWOULDBLOCK, errno.EACCES)
 
 
@@ -59,6 +63,7 @@ def held(run_dir: Path) -> Iterator[None]:
 
 def accept(run_dir: Path) -> None:
     """From here on the directory is this run's: what it has written so far replaces files of the same names."""
+    note_accepted(run_dir)
     pending = run_dir / PENDING
     if not pending.is_dir():
         return
@@ -72,9 +77,52 @@ def accept(run_dir: Path) -> None:
     pending.rmdir()
 
 
+def note_accepted(run_dir: Path) -> None:
+    """On ranks that know it from the one that accepts."""
+    _accepted.add(run_dir.absolute())
+
+
+def is_discarded(run_dir: Path, *, was_pending: bool) -> bool:
+    """Whether what the run has written there is gone: it was refused, and somebody has said so."""
+    return was_pending and not (run_dir / PENDING).is_dir() and run_dir.absolute() not in _accepted
+
+
 def discard(run_dir: Path) -> None:
     """Removes what was written but not accepted."""
     shutil.rmtree(run_dir / PENDING, ignore_errors=True)
+
+
+@contextmanager
+def kept_apart(run_dir: Path) -> Iterator[None]:
+    """What was not accepted in `run_dir` is removed, unless a crash left it, with its traceback."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError | OSError) or hasattr(error, "number"):
+            discard(run_dir)
+        raise
+    except BaseException:
+        discard(run_dir)
+        raise
+    discard(run_dir)
+
+
+def go_on(overrides: Sequence[str], run_dir: Path) -> str:
+    """The command that goes on with a run that was asked to end."""
+    flags = [word for word in sys.argv[1:] if "=" not in word and word not in ("-m", "--multirun")]
+    kept = [word for word in overrides if not re.match(r"\+{0,2}(trainer\.resume|hydra\.run\.dir)=", word)]
+    python = "python" if os.path.realpath(shutil.which("python") or "") == os.path.realpath(sys.executable) else None
+    words = [python or sys.executable, "-m", "moecompile", *flags, *kept]
+    words += [f"hydra.run.dir={_quoted(run_dir)}", "trainer.resume=auto"]
+    return f"go on with:  {shlex.join(words)}"
+
+
+def _quoted(path: Path) -> str:
+    """A path as Hydra's grammar reads it."""
+    text = str(path)
+    if re.fullmatch(r"[\w./+-]+", text):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def task_of(run_dir: Path) -> str | None:

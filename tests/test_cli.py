@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import subprocess
@@ -204,6 +205,61 @@ def test_a_multirun_over_names_has_one_directory(cwd: Path) -> None:
         "s/default/multirun.yaml",
         "s/default/sweep.csv",
     ]
+
+
+def test_another_sweep_in_the_same_directory_is_refused(cwd: Path) -> None:
+    assert cli(cwd, "-m", "seed=0,6", "hydra.sweep.dir=s").returncode == 3
+    before = {path: path.read_bytes() for path in cwd.rglob("*") if path.is_file()}
+    result = cli(cwd, "-m", "seed=0,2", "hydra.sweep.dir=s")
+    assert (result.returncode, result.stderr) == (
+        2, "error: hydra.sweep.dir=s: holds another sweep. Use another directory, or go on with its jobs by "
+        "trainer.resume=auto.\n",
+    )  # fmt: skip
+    assert {path: path.read_bytes() for path in cwd.rglob("*") if path.is_file()} == before
+    assert cli(cwd, "-m", "seed=0,8", "hydra.sweep.dir=s", "trainer.resume=auto").returncode == 0, "old failures"
+
+
+def test_a_refused_run_leaves_the_directory_of_another_one(cwd: Path) -> None:
+    """Also one that has written no more than its config so far."""
+    assert cli(cwd, "seed=3", "hydra.run.dir=here").returncode == 1
+    assert files(cwd) == ["here/resolved.yaml"]
+    held = cwd / "here"
+    descriptor = os.open(held, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # the run is under way
+    result = cli(cwd, "seed=0", "hydra.run.dir=here")
+    os.close(descriptor)
+    assert (result.returncode, result.stderr) == (
+        2, f"error: hydra.run.dir={held}: another run is writing there. Wait for it, or use another directory.\n"
+    )  # fmt: skip
+    assert files(cwd) == ["here/resolved.yaml"]
+
+
+@pytest.mark.parametrize("state", ["full", "read-only"])
+def test_a_directory_that_cannot_be_written_is_left_as_it_is(state: str, cwd: Path) -> None:
+    disk = cwd.parent / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        for name in ("used", "new"):
+            (disk / name).mkdir()
+        (disk / "used" / "resolved.yaml").write_text("of another run")
+        if state == "full":
+            with pytest.raises(OSError, match="No space left"), (disk / "rest").open("wb", buffering=0) as rest:
+                while rest.write(b"\0" * 4096):
+                    pass
+        else:
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        for name, left in (("used", ["resolved.yaml"]), ("new", [])):
+            result = cli(cwd, f"hydra.run.dir={disk / name}")
+            assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+            reason = "No space left on device" if state == "full" else "Read-only file system"
+            assert f": {reason}. A run directory must be one that can be written" in result.stderr
+            found = sorted(path.name for path in (disk / name).iterdir()) if (disk / name).exists() else []
+            assert found == left
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 # -- what is shown -------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def record(error: BaseException, run_dir: Path, rank: int) -> Failure:
 
 def _write(failure: Failure, error: BaseException, folder: Path) -> None:
     rank = failure.rank
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # its parent is gone if the run was refused meanwhile
     (folder / f"rank_{rank}.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     partial = folder / f"rank_{rank}.json.tmp"
     partial.write_text(json.dumps(asdict(failure), indent=1), encoding="utf-8")
@@ -173,7 +173,7 @@ def first_error(run_dir: Path, world_size: int, exit_codes: Mapping[int, int]) -
     silent = sorted(set(range(world_size)) - {failure.rank for failure in records})
     lost = [] if exit_codes else [rank for rank in gone(run_dir, world_size) if rank in silent]
     if lost:
-        return RankFailure(f"rank {lost[0]} of {world_size} failed: {_GONE}")  # Step 3, in place
+        return ended_silently(lost[0], world_size)  # Step 3, in place
     waiting = [failure for failure in records if failure.timed_out]
     if waiting and silent:
         return _hanging(silent, world_size, waiting[0])  # Step 2
@@ -185,6 +185,11 @@ def first_error(run_dir: Path, world_size: int, exit_codes: Mapping[int, int]) -
         return RankFailure(f"a rank of {world_size} has ended the others without a word")
     rank = (silent_causes or ended)[0]  # Steps 3 and 5
     return RankFailure(f"rank {rank} of {world_size} failed: {_how_it_ended(exit_codes[rank])}")
+
+
+def ended_silently(rank: int, world_size: int) -> RankFailure:
+    """For a rank that has left nothing but its lock."""
+    return RankFailure(f"rank {rank} of {world_size} failed: {_GONE}")
 
 
 def _hanging(ranks: list[int], world_size: int, waiting: Failure) -> RankFailure:

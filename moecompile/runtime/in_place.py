@@ -10,35 +10,25 @@ Algorithm:
 
 from __future__ import annotations
 
-import functools
 import importlib
-import itertools
-import json
 import os
 import signal
 import socket
 import sys
-import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from moecompile import waiting
 from moecompile.errors import MoecompileError, RankFailure, UserError
-from moecompile.runtime import failures, logs, signals
+from moecompile.rundir import discard, is_discarded, place
+from moecompile.runtime import failures, logs, machine, signals
+from moecompile.runtime.orders import Order, end_others, free_port, give, meet, next_order, places
 from moecompile.runtime.ranks import Ranks, check_mesh, check_places, worker_variables
-
-MEET_TIMEOUT_S = 300.0
-"""Seconds in which ranks that a cluster starts must have found each other."""
-
-RESOLVE_TIMEOUT_S = 8.0
-"""Seconds in which the master's name must have an address."""
 
 GRACE_S = 5.0
 """Seconds that a rank leaves to another one, which may tell about the same failure or end it."""
@@ -46,59 +36,50 @@ GRACE_S = 5.0
 PEER_GRACE_S = 1.0
 """Seconds that a rank which has lost a peer waits, so that all others can tell what they saw."""
 
-_END_S = 30.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """What rank 0 tells the others. module: None ends them with `exit_code`. port: of the process group's store."""
-
-    run_dir: str = ""
-    module: str | None = None
-    threads: int = 1
-    port: int = 0
-    one_machine: bool = True
-    exit_code: int = 0
-
 
 @dataclass
 class _Now:
     """The run of this process that is under way."""
 
     run_dir: Path | None = None
+    was_pending: bool = False
     ranks: Ranks | None = None
     terminal: int = 2  # descriptor of the terminal's stderr
     ended: bool = False  # other ranks have left after a failure
+    has_the_word: bool = False  # this process is about to tell what went wrong
 
 
 _now = _Now()
-_orders = itertools.count()
 
 
 def lead(ranks: Ranks, command_line: Callable[[], int]) -> NoReturn:
     """Rank 0: runs the command line, and ends all ranks with its exit code."""
+    machine.hold(ranks)
     _watch(ranks)
     try:
-        store = _meet(ranks)
+        store = meet(ranks)
     except Exception as error:
-        print(_told(error), file=sys.stderr, flush=True)
+        _tell_alone(error, ranks)
         leave(_code(error))
     try:
         code = command_line()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    if code:
+        machine.claim(ranks)  # the command line has told
     if not _now.ended:
-        _end_others(store, ranks, code)
+        end_others(store, ranks, code)
     leave(code)
 
 
 def follow(ranks: Ranks) -> NoReturn:
     """The other ranks: what rank 0 says, until it says that it is over."""
     _now.terminal = logs.hide()
+    machine.hold(ranks)
     _watch(ranks)
     try:
-        store = _meet(ranks)
-        while (order := _next_order(store)).module is not None:
+        store = meet(ranks)
+        while (order := next_order(store)).module is not None:
             with suppress(signals.Stopped):  # rank 0 says so, and then how it ends
                 _run(order, ranks)
         store.add("moecompile/ended", 1)
@@ -111,6 +92,8 @@ def follow(ranks: Ranks) -> NoReturn:
             time.sleep(GRACE_S)
         else:
             os.write(_now.terminal, f"error: {told}\n".encode())
+            if told.exit_code == UserError.exit_code:
+                discard(_now.run_dir)  # rank 0 may be ended before it can
         leave(_code(told or error))
     leave(order.exit_code)
 
@@ -131,19 +114,19 @@ def run_on_all(world_size: int, run_dir: Path, *, module: str, threads: int, num
     assert ranks is not None
     if _now.ended:
         raise RankFailure("the other ranks have ended with an earlier job")
-    store = _meet(ranks)
-    places = _places(store, ranks)
-    check_places(places, ranks.launcher)
-    hosts = len({node for node, _ in places})
+    store = meet(ranks)
+    found = places(store, ranks)
+    check_places(found, ranks.launcher)
+    hosts = len({node for node, _ in found})
     played = check_mesh(num_nodes, world_size // num_nodes, hosts, ranks.world_size // hosts, ranks.launcher)
     waiting.done()
     if played:
         print(played, flush=True)
     failures.clear(run_dir)
     order = Order(
-        run_dir=str(run_dir.resolve()), module=module, threads=threads, port=_free_port(), one_machine=hosts == 1
+        run_dir=str(run_dir.resolve()), module=module, threads=threads, port=free_port(), one_machine=hosts == 1
     )
-    store.set(f"moecompile/order/{next(_orders)}", json.dumps(asdict(order)))
+    give(store, order)
     try:
         _run(order, ranks)
     except signals.Stopped:
@@ -163,6 +146,8 @@ def leave(code: int) -> NoReturn:
     waiting.done()
     sys.stdout.flush()
     sys.stderr.flush()
+    if _now.ranks is not None:
+        machine.release(_now.ranks, keep_claim=code != 0)
     os._exit(code)
 
 
@@ -181,7 +166,7 @@ def _run(order: Order, ranks: Ranks) -> None:
             f"hydra.run.dir={run_dir}: is not there on {socket.gethostname()} (rank {ranks.rank}). All ranks must see "
             "the same run directory: use one on a shared file system."
         )
-    _now.run_dir = run_dir
+    _now.run_dir, _now.was_pending = run_dir, place(run_dir) != run_dir
     logs.hold(run_dir, ranks.rank)
     try:
         importlib.import_module(order.module or "").main(run_dir)
@@ -196,105 +181,15 @@ def _run(order: Order, ranks: Ranks) -> None:
 
 def _failed(error: Exception, run_dir: Path, ranks: Ranks) -> MoecompileError | None:
     """Records the failure of this rank; what there is to tell, or None if another rank has the word."""
+    if is_discarded(run_dir, was_pending=_now.was_pending):
+        return None
     failure = failures.record(error, run_dir, ranks.rank)
     if failure.peer_lost:
         time.sleep(PEER_GRACE_S)  # lets the rank that failed first have the word
-    return failures.first_error(run_dir, ranks.world_size, {}) if failures.claim(run_dir) else None
-
-
-# -- orders ----------------------------------------------------------------------------------------------------------
-
-
-def _next_order(store: Any) -> Order:
-    from torch.distributed import DistNetworkError, DistStoreError
-
-    key = f"moecompile/order/{next(_orders)}"
-    while True:
-        try:
-            store.wait([key], timedelta(seconds=60))
-            break
-        except DistNetworkError as error:
-            raise RankFailure("rank 0 has ended without a word (killed by SIGKILL?)") from error
-        except DistStoreError:  # rank 0 is busy with what needs no other rank
-            continue
-    return Order(**json.loads(store.get(key)))
-
-
-def _end_others(store: Any, ranks: Ranks, code: int) -> None:
-    """Under SLURM the store is in this process: it stays until all others have read how it ends."""
-    if ranks.world_size == 1:
-        return
-    from torch.distributed import DistError
-
-    try:
-        store.set(f"moecompile/order/{next(_orders)}", json.dumps(asdict(Order(exit_code=code))))
-        deadline = time.monotonic() + _END_S
-        while store.add("moecompile/ended", 0) < ranks.world_size - 1 and time.monotonic() < deadline:
-            time.sleep(0.02)
-    except DistError:
-        return
-
-
-def _places(store: Any, ranks: Ranks) -> list[tuple[int, int]]:
-    """(node, local rank) of every rank."""
-    from torch.distributed import DistStoreError
-
-    keys = [f"moecompile/place/{rank}" for rank in range(ranks.world_size)]
-    try:
-        store.wait(keys, timedelta(seconds=MEET_TIMEOUT_S))
-    except DistStoreError:
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        raise RankFailure(f"ranks {missing} of {ranks.world_size} have not come in {MEET_TIMEOUT_S:.0f} s") from None
-    return [tuple(json.loads(store.get(key))) for key in keys]
-
-
-@functools.cache
-def _meet(ranks: Ranks) -> Any:
-    """The store at the launcher's MASTER_ADDR and MASTER_PORT; kept, because rank 0 may be its server.
-
-    Raises:
-        UserError: the master has no address, or somebody else listens there.
-    """
-    _resolve(ranks.master_addr)
-    from torch.distributed import DistNetworkError
-    from torch.distributed.rendezvous import rendezvous
-
-    os.environ.update(ranks.variables())
-    try:
-        store = next(rendezvous("env://", timeout=timedelta(seconds=MEET_TIMEOUT_S)))[0]
-    except DistNetworkError as error:
-        place = f"MASTER_PORT={ranks.master_port}"
-        if "EADDRINUSE" in str(error):
-            raise UserError(
-                f"{place}: another program uses this port of {ranks.master_addr}. Set MASTER_PORT to a free one."
-            ) from None
-        raise RankFailure(
-            f"MASTER_ADDR={ranks.master_addr} {place}: rank 0 cannot be reached there ({error})"
-        ) from None
-    store.set(f"moecompile/place/{ranks.rank}", json.dumps([ranks.node, ranks.local_rank]))
-    return store
-
-
-def _resolve(host: str) -> None:
-    """Looks the master's name up; a resolver may try for minutes, so it has a thread of its own."""
-    found: list[BaseException | None] = []
-
-    def look_up() -> None:
-        try:
-            socket.getaddrinfo(host, None)
-            found.append(None)
-        except OSError as error:
-            found.append(error)
-
-    thread = threading.Thread(target=look_up, daemon=True)
-    thread.start()
-    thread.join(RESOLVE_TIMEOUT_S)
-    if not found or found[0] is not None:
-        reason = f"{found[0]}" if found else f"no answer in {RESOLVE_TIMEOUT_S:.0f} s"
-        raise UserError(
-            f"MASTER_ADDR={host}: has no address on {socket.gethostname()} ({reason}). "
-            "Set it to a name or address of rank 0's machine."
-        )
+    if is_discarded(run_dir, was_pending=_now.was_pending) or not failures.claim(run_dir):
+        return None
+    _now.has_the_word = True
+    return failures.first_error(run_dir, ranks.world_size, {})
 
 
 # -- the word --------------------------------------------------------------------------------------------------------
@@ -304,31 +199,63 @@ def _watch(ranks: Ranks) -> None:
     _now.ranks = ranks
 
     def failed() -> bool:
-        return _now.run_dir is not None and failures.others_failed(_now.run_dir, ranks.rank, ranks.world_size)
+        run_dir = _now.run_dir
+        if run_dir is None:
+            return any(rank != ranks.rank for rank in machine.gone(ranks))
+        if is_discarded(run_dir, was_pending=_now.was_pending):
+            return False
+        return failures.others_failed(run_dir, ranks.rank, ranks.world_size)
 
     def end(code: int) -> NoReturn:
-        if code == 128 + signal.SIGTERM and _now.run_dir is not None and failed() and failures.claim(_now.run_dir):
-            told = failures.first_error(_now.run_dir, ranks.world_size, {})
-            os.write(_now.terminal, f"error: {told}\n".encode())
-            os._exit(told.exit_code)
+        if _now.has_the_word:
+            time.sleep(GRACE_S)
+        elif code == 128 + signal.SIGTERM and failed():
+            _tell_of_another(ranks)
+        else:
+            _tell_of_the_signal(code - 128, ranks)
+        machine.release(ranks, keep_claim=True)
         os._exit(code)
 
     signals.watch(failed=failed, leave=end, is_orphan=lambda: False, counts=True)
 
 
-def _tell_alone(error: Exception, ranks: Ranks) -> None:
-    """Before there is a run directory: rank 0 tells of what all ranks meet, so the others wait whether they are ended.
+def _tell_of_another(ranks: Ranks) -> None:
+    """Ends this process, and tells first who has failed, if nobody has."""
+    run_dir = _now.run_dir
+    told: MoecompileError | None = None
+    if run_dir is None and machine.claim(ranks):
+        lost = next(rank for rank in machine.gone(ranks) if rank != ranks.rank)
+        told = failures.ended_silently(lost, ranks.world_size)
+    elif run_dir is not None and failures.claim(run_dir):
+        told = failures.first_error(run_dir, ranks.world_size, {})
+    if told is not None:
+        os.write(_now.terminal, f"error: {told}\n".encode())
+        os._exit(told.exit_code)
 
-    Then the first one of each machine tells.
-    """
-    time.sleep(GRACE_S)
-    started = Path(f"/proc/{os.getppid()}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19]
-    claim = Path(tempfile.gettempdir(), f"moecompile-told-{os.getppid()}-{started}")
-    try:
-        os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError:
+
+def _tell_of_the_signal(number: int, ranks: Ranks) -> None:
+    """A launcher may have sent it because of a rank that was killed before it could lock anything."""
+    if ranks.node > 0:
         return
-    os.write(_now.terminal, f"{_told(error)} (rank {ranks.rank} of {ranks.world_size})\n".encode())
+    if ranks.rank > 0:
+        time.sleep(PEER_GRACE_S)
+    if machine.claim(ranks):
+        other = (
+            f" If nobody sent it, another rank has ended before it could say why: see what {ranks.launcher} reports."
+            if number == signal.SIGTERM and _now.run_dir is None
+            else ""
+        )
+        name = signal.Signals(number).name
+        os.write(_now.terminal, f"error: rank {ranks.rank} was ended at once by {name}.{other}\n".encode())
+
+
+def _tell_alone(error: Exception, ranks: Ranks) -> None:
+    """Before there is a run directory: rank 0 tells at once, the others if nobody on their machine has, by then."""
+    if ranks.rank > 0:
+        time.sleep(GRACE_S)
+    if machine.claim(ranks):
+        text = _told(error) + f" (rank {ranks.rank} of {ranks.world_size})" * (ranks.rank > 0)
+        os.write(_now.terminal, f"{text}\n".encode())
 
 
 def _told(error: Exception) -> str:
@@ -338,9 +265,3 @@ def _told(error: Exception) -> str:
 
 def _code(error: BaseException) -> int:
     return error.exit_code if isinstance(error, MoecompileError) else 1
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

@@ -22,7 +22,7 @@ from moecompile import waiting
 from moecompile.errors import RankFailure
 from moecompile.runtime import failures, logs, signals
 from moecompile.runtime.in_place import GRACE_S, PEER_GRACE_S, is_leading, leave, run_on_all
-from moecompile.runtime.ranks import worker_variables
+from moecompile.runtime.ranks import check_mesh, worker_variables
 
 _LAUNCHER_PID = "MOECOMPILE_LAUNCHER_PID"
 _RESTART = "MOECOMPILE_RESTART"
@@ -54,6 +54,9 @@ def launch(
     if is_leading():
         run_on_all(world_size, run_dir, module=module, threads=threads, num_nodes=num_nodes)
     else:
+        if played := check_mesh(num_nodes, world_size // num_nodes, 1, world_size, "moecompile"):
+            waiting.done()
+            print(played, flush=True)
         _launch_again(world_size, run_dir, max_restarts, module=module, threads=threads, timeout_s=timeout_s)
 
 

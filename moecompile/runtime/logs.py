@@ -14,7 +14,7 @@ from pathlib import Path
 from moecompile.rundir import place
 
 _TERMINAL = "This rank writes to the terminal.\n"
-_locks: dict[int, int] = {}  # rank -> descriptor, for the life of the process
+_locks: dict[int, int] = {}  # slot -> descriptor, for the life of the process
 
 
 def log_path(run_dir: Path, rank: int) -> Path:
@@ -33,19 +33,24 @@ def hold(run_dir: Path, rank: int) -> None:
             _take_early(log.fileno())
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-    if rank in _locks:
-        os.close(_locks.pop(rank))
+    lock(path, rank)
+
+
+def lock(path: Path, slot: int) -> None:
+    """Locks the file `path` for the life of this process, in place of what `slot` has locked before."""
+    if slot in _locks:
+        os.close(_locks.pop(slot))
     # A descriptor of its own: children inherit the others, and with them a lock.
-    _locks[rank] = os.open(path, os.O_RDWR)
+    _locks[slot] = os.open(path, os.O_RDWR)
     try:
-        fcntl.flock(_locks[rank], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(_locks[slot], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         path.with_suffix(".unlocked").touch()
 
 
 def gone(run_dir: Path, world_size: int) -> list[int]:
     """Ranks whose process has ended."""
-    return [rank for rank in range(world_size) if _is_free(log_path(run_dir, rank))]
+    return [rank for rank in range(world_size) if is_free(log_path(run_dir, rank))]
 
 
 _early: list[int] = []  # a file without a name, before the run directory is known
@@ -54,9 +59,12 @@ _early: list[int] = []  # a file without a name, before the run directory is kno
 def hide() -> int:
     """Keeps output off the terminal until there is a log to put it into; returns a descriptor of the old stderr."""
     terminal = os.dup(2)
-    descriptor, name = tempfile.mkstemp(prefix="moecompile-")
-    os.unlink(name)
-    _early.append(descriptor)
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="moecompile-")
+        os.unlink(name)
+        _early.append(descriptor)
+    except OSError:  # a full disk
+        descriptor = os.open(os.devnull, os.O_WRONLY)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     return terminal
@@ -71,7 +79,8 @@ def _take_early(log: int) -> None:
         os.close(descriptor)
 
 
-def _is_free(path: Path) -> bool:
+def is_free(path: Path) -> bool:
+    """Whether the process that has locked `path` has ended."""
     if path.with_suffix(".unlocked").exists():
         return False
     try:

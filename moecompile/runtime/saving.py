@@ -23,7 +23,7 @@ from moecompile.checkpoint.writer import Writer
 from moecompile.errors import ConfigError
 from moecompile.plan import Plan
 from moecompile.plan import load as load_plan
-from moecompile.rundir import accept
+from moecompile.rundir import accept, note_accepted
 from moecompile.runtime import signals
 from moecompile.runtime.callbacks import Metrics
 from moecompile.runtime.history import LoadHistory
@@ -65,7 +65,6 @@ class Saver(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Weights are sharded and the optimizer is made: reads the checkpoint into both."""
         assert isinstance(pl_module, LanguageModule)
-        signals.quiet()
         timeout = timedelta(seconds=self.config.trainer.timeout_s)
         group = dist.new_group(backend="gloo", timeout=timeout)
         self._agreeing = dist.new_group(backend="gloo", timeout=timeout)
@@ -98,8 +97,12 @@ class Saver(Callback):
         if self._agreeing is not None:
             self._end_if_asked(trainer, pl_module)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning has taken the signals."""
+        signals.quiet()
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning has taken the signals again."""
+        """It has taken them again, if this validation is not between two steps."""
         signals.quiet()
 
     def _end_if_asked(self, trainer: Trainer, module: LightningModule) -> None:
@@ -242,4 +245,5 @@ def starting_point(
             if not start[1].fingerprint:
                 print(_NOT_COMPARED, flush=True)
     dist.barrier()
+    note_accepted(run_dir)
     return start

@@ -50,11 +50,6 @@ class _State:
 _state = _State()
 
 
-def forget() -> None:
-    """Another run begins in this process."""
-    _state.requested = 0
-
-
 def requested() -> int:
     """The signal that asked this rank to end, 0: none yet."""
     return _state.requested

@@ -9,6 +9,8 @@ from pathlib import Path
 from moecompile import clock, waiting
 from moecompile.errors import RankFailure
 from moecompile.report.result import write_result
+from moecompile.rundir import is_discarded, place
+from moecompile.runtime.in_place import is_leading
 from moecompile.schema import Config
 
 
@@ -16,14 +18,17 @@ def run(config: Config, run_dir: Path) -> int:
     """Runs `config.task`, in this process or on all ranks of the mesh, and returns the exit code."""
     name = config.task.name.value
     module = importlib.import_module(f"moecompile.tasks.{name}")
+    was_pending = place(run_dir) != run_dir
     if not hasattr(module, "run_rank"):
         waiting.done()
     try:
         module.run(config, run_dir)
     except RankFailure as error:
         result = {"task": name, "recipe": config.name, "status": "failed", "seconds": clock.seconds()}
+        refused = is_leading() and is_discarded(run_dir, was_pending=was_pending)  # by another rank
         with suppress(OSError):  # a full disk
-            write_result(run_dir, {**result, "error": str(error)})
+            if not refused:
+                write_result(place(run_dir), {**result, "error": str(error)})
         raise
     return 0
 

@@ -18,7 +18,7 @@ from moecompile.models import example_inputs
 from moecompile.pipeline import make_plan
 from moecompile.report.bench import print_bench
 from moecompile.report.result import write_result
-from moecompile.rundir import accept
+from moecompile.rundir import accept, note_accepted
 from moecompile.runtime.launch import launch
 from moecompile.runtime.process_group import init_process_group
 from moecompile.schema import Config, mesh_spec
@@ -55,6 +55,7 @@ def run_rank(config: Config, run_dir: Path) -> None:
         accept(run_dir)
         show_compiled(compiled, run_dir, console)
     dist.barrier()
+    note_accepted(run_dir)
     materialize = job.materialize(compiled)
     step = measure_steps(compiled.model, compiled.plan, config, job.data, run_dir / "steps", materialize)
     if rank > 0:

@@ -85,7 +85,9 @@ def test_a_promise_that_the_new_mesh_cannot_say_is_still_kept(checkpoint: Path) 
 
 def test_a_new_run_takes_nothing(checkpoint: Path) -> None:
     config = compose_config(OVERRIDES)
-    assert resumed(config, checkpoint.parent.parent) is config
+    assert resumed(config, Path("nothing here")) is config
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir=.*: holds the checkpoints of another run"):
+        resumed(config, checkpoint.parent.parent)
     auto = compose_config([*OVERRIDES, "trainer.resume=auto"])
     assert resumed(auto, Path("nothing here")) is auto
     plan_task = replace(compose_config([*OVERRIDES, "task=plan", "trainer.resume=nowhere"]))

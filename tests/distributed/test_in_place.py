@@ -27,7 +27,7 @@ def from_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(command: list[str], **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, env={**os.environ, **environ}, capture_output=True, text=True, timeout=120, check=False
+        command, env={**os.environ, **environ}, capture_output=True, text=True, timeout=240, check=False
     )  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def slurm(world_size: int, places: list[tuple[int, int]], **environ: str) -> lis
 
 def ended(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str], str]:
     """Exit codes, all that was told, and the output."""
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=240) for process in processes]
     told = [line for _, text in outputs for line in errors(text)]
     return [process.returncode for process in processes], told, "".join(text for text, _ in outputs)
 

@@ -42,7 +42,7 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 
 
 def rest(process: subprocess.Popen[str]) -> tuple[int, str]:
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=240)
     return process.returncode, said
 
 
@@ -71,7 +71,7 @@ def test_the_step_is_saved_and_the_command_goes_on(how: str, tmp_path: Path) -> 
     assert not list(checkpoints.glob("*.tmp")) and not (run_dir / ".pending").exists()
     command = f"{printed_command(said)} trainer.max_steps={step + 2}"
     again = subprocess.run(
-        command, shell=True, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False
+        command, shell=True, cwd=REPOSITORY, capture_output=True, text=True, timeout=400, check=False
     )
     assert again.returncode == 0, again.stderr
     assert f"going on from step {step} of " in again.stdout
@@ -83,7 +83,7 @@ def test_the_step_is_saved_and_the_command_goes_on(how: str, tmp_path: Path) -> 
 def test_before_the_first_step_it_ends_at_once(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = start(run_dir)
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 240
     while not (run_dir / "logs" / "rank_1.log").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)

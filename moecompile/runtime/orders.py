@@ -1,0 +1,150 @@
+"""How ranks that somebody else started find each other, and what rank 0 tells the others.
+
+All of it goes through the store at MASTER_ADDR and MASTER_PORT: torchrun's own, or under SLURM one in rank 0's process.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+from moecompile.errors import RankFailure, UserError
+from moecompile.runtime.ranks import Ranks
+
+MEET_TIMEOUT_S = 300.0
+"""Seconds in which ranks that a cluster starts must have found each other."""
+
+RESOLVE_TIMEOUT_S = 8.0
+"""Seconds in which the master's name must have an address."""
+
+END_TIMEOUT_S = 30.0
+"""Seconds in which the other ranks must have read that it is over."""
+
+_orders = itertools.count()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What rank 0 tells the others. module: None ends them with `exit_code`. port: of the process group's store."""
+
+    run_dir: str = ""
+    module: str | None = None
+    threads: int = 1
+    port: int = 0
+    one_machine: bool = True
+    exit_code: int = 0
+
+
+def give(store: Any, order: Order) -> None:
+    """Rank 0: the others read it by `next_order`."""
+    store.set(f"moecompile/order/{next(_orders)}", json.dumps(asdict(order)))
+
+
+def next_order(store: Any) -> Order:
+    """The other ranks: waits for it.
+
+    Raises:
+        RankFailure: rank 0 is gone.
+    """
+    from torch.distributed import DistNetworkError, DistStoreError
+
+    key = f"moecompile/order/{next(_orders)}"
+    while True:
+        try:
+            store.wait([key], timedelta(seconds=60))
+            break
+        except DistNetworkError as error:
+            raise RankFailure("rank 0 has ended without a word (killed by SIGKILL?)") from error
+        except DistStoreError:  # rank 0 is busy with what needs no other rank
+            continue
+    return Order(**json.loads(store.get(key)))
+
+
+def end_others(store: Any, ranks: Ranks, code: int) -> None:
+    """Under SLURM the store is in this process: it stays until all others have read how it ends."""
+    if ranks.world_size == 1:
+        return
+    from torch.distributed import DistError
+
+    try:
+        give(store, Order(exit_code=code))
+        deadline = time.monotonic() + END_TIMEOUT_S
+        while store.add("moecompile/ended", 0) < ranks.world_size - 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
+    except DistError:
+        return
+
+
+def places(store: Any, ranks: Ranks) -> list[tuple[int, int]]:
+    """(node, local rank) of every rank."""
+    from torch.distributed import DistStoreError
+
+    keys = [f"moecompile/place/{rank}" for rank in range(ranks.world_size)]
+    try:
+        store.wait(keys, timedelta(seconds=MEET_TIMEOUT_S))
+    except DistStoreError:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise RankFailure(f"ranks {missing} of {ranks.world_size} have not come in {MEET_TIMEOUT_S:.0f} s") from None
+    return [tuple(json.loads(store.get(key))) for key in keys]
+
+
+@functools.cache
+def meet(ranks: Ranks) -> Any:
+    """The store at the launcher's MASTER_ADDR and MASTER_PORT; kept, because rank 0 may be its server.
+
+    Raises:
+        UserError: the master has no address, or somebody else listens there.
+    """
+    _resolve(ranks.master_addr)
+    from torch.distributed import DistNetworkError
+    from torch.distributed.rendezvous import rendezvous
+
+    os.environ.update(ranks.variables())
+    try:
+        store = next(rendezvous("env://", timeout=timedelta(seconds=MEET_TIMEOUT_S)))[0]
+    except DistNetworkError as error:
+        port = f"MASTER_PORT={ranks.master_port}"
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"{port}: another program uses this port of {ranks.master_addr}. Set MASTER_PORT to a free one."
+            ) from None
+        raise RankFailure(f"MASTER_ADDR={ranks.master_addr} {port}: rank 0 cannot be reached there ({error})") from None
+    store.set(f"moecompile/place/{ranks.rank}", json.dumps([ranks.node, ranks.local_rank]))
+    return store
+
+
+def _resolve(host: str) -> None:
+    """Looks the master's name up; a resolver may try for minutes, so it has a thread of its own."""
+    found: list[BaseException | None] = []
+
+    def look_up() -> None:
+        try:
+            socket.getaddrinfo(host, None)
+            found.append(None)
+        except OSError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=look_up, daemon=True)
+    thread.start()
+    thread.join(RESOLVE_TIMEOUT_S)
+    if not found or found[0] is not None:
+        reason = f"{found[0]}" if found else f"no answer in {RESOLVE_TIMEOUT_S:.0f} s"
+        raise UserError(
+            f"MASTER_ADDR={host}: has no address on {socket.gethostname()} ({reason}). "
+            "Set it to a name or address of rank 0's machine."
+        )
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
