@@ -77,7 +77,6 @@ def test_a_refused_run_changes_nothing_and_the_old_one_can_be_exported(tmp_path:
     assert kept == before
     exported = moecompile("task=export", f"export.run={run_dir}", f"hydra.run.dir={tmp_path / 'exported'}")
     assert exported.returncode == 0, exported.stderr
-    assert contents(run_dir).keys() - before.keys() == contents(run_dir).keys() - kept.keys()
     longer = moecompile(*RUN, here, "trainer.resume=auto", "trainer.max_steps=3")
     assert longer.returncode == 0, longer.stderr
     assert not (run_dir / rundir.PENDING).exists() and (run_dir / "checkpoints" / "step-3").is_dir()
