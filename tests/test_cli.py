@@ -336,7 +336,7 @@ CachingConfigRepository.__init__ = lambda self, delegate: (copies.append(1), mak
 sys.argv = ["moecompile", "--help"]
 try:
     main()
-except SystemExit:
+finally:
     print("copies", len(copies))
 """
     shown = cli(cwd, program=("-c", code)).stdout

@@ -108,6 +108,7 @@ def _shrink_run(work: _Shrinking, steps: int) -> None:
         work.limit(data, "data", "vocab_size", vocab, "as the model's")
     assert accumulation_steps(config, mesh_spec(config.mesh)) == _ACCUMULATION
     work.limit(config.trainer, "trainer", "max_steps", steps, why)
+    config.given = [*config.given, "trainer.max_steps"]  # as a caller shortens a run: it keeps its warm-up
     work.limit(
         config.optimizer, "optimizer", "eps", max(config.optimizer.eps, _EPS),
         "Adam would make whole steps of the rounding of tiny gradients",

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import moecompile
+from moecompile.checkpoint.sums import SUMS
 from moecompile.convert import reload
 from moecompile.convert.sharded import ShardedImport
 from moecompile.errors import ConfigError
@@ -139,6 +140,9 @@ def test_what_was_exported_is_checked_when_it_is_loaded(tmp_path: Path) -> None:
     folder = tiny_run(tmp_path / "run", tiny_config("llama", []))
     assert isinstance(moecompile.load_exported(folder), nn.Module)
     save_file({"more": torch.zeros(1)}, folder / "stray.safetensors")
+    with pytest.raises(ConfigError, match=r"stray\.safetensors has no entry in checksums\.json"):
+        moecompile.load_exported(folder)
+    (folder / SUMS).unlink()  # as earlier versions wrote it
     with pytest.raises(ConfigError, match=r"^export\.checkpoint=.*stray\.safetensors holds more, which is none of it"):
         moecompile.load_exported(folder)
     save_file({"model.norm.weight": torch.zeros(1)}, folder / "stray.safetensors")
