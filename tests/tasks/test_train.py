@@ -235,9 +235,10 @@ def test_a_mistake_that_only_the_model_shows_is_one_message(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_the_demo_learns(tmp_path: Path) -> None:
-    """The recipe as it is: validation loss clearly below the unigram entropy of the text and below its start."""
+    """The recipe as it is: validation far below the unigram entropy of the text, and no layer with idle experts."""
     run = moecompile(["recipe=deepseek_ep", "hydra.run.dir=demo", "trainer.progress_bar=false"], tmp_path)
     assert run.returncode == 0, run.stderr + run.stdout
     result = result_of(tmp_path / "demo")
-    assert result["val_loss"] < result["unigram_entropy"] - 0.5
+    assert result["val_loss"] < result["unigram_entropy"] - 1.1
     assert result["val_loss"] < result["val_loss_first"] - 1.5
+    assert result["max_violation_last"] <= 0.5  # of the worst layer
