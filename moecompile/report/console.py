@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moecompile.plan import EXCHANGES, Assumptions, Estimate, FFNSite, LayerPlan, Plan, Remedy
-from moecompile.report.text import bytes_text, count_text, fold_paths, plural, unsuffixed
+from moecompile.report.text import NOT_COMPARED, bytes_text, count_text, fold_paths, plural, unsuffixed
 
 if TYPE_CHECKING:
     from moecompile.passes.base import PassRecord
@@ -285,11 +285,15 @@ def path_text(path: str, count: int, width: int) -> Text:
     return text.append(f"\n{count} sites", style="dim") if count > 1 else text
 
 
+def _step0_reason(reason: str) -> str:
+    return reason if reason.startswith(NOT_COMPARED) else f"need not equal the dense model: {reason}"
+
+
 # Lines of `print_result`: (name, keys of result.json that it needs, their values -> text).
 _RESULT_LINES: tuple[tuple[str, tuple[str, ...], Callable[..., str]], ...] = (
     ("model", ("num_rewritten", "world_size"), lambda n, world: f"{plural(n, 'MoE layer')} on {plural(world, 'rank')}"),
     ("step 0", ("step0_max_abs_diff",), lambda diff: f"equals the dense model within {diff:.1e}"),
-    ("step 0", ("step0_reason",), lambda reason: f"need not equal the dense model: {reason}"),
+    ("step 0", ("step0_reason",), _step0_reason),
     ("", ("step0_promised_max_abs_diff",), lambda diff: f"with the other layers alone it does, within {diff:.1e}"),
     ("loss", ("loss_first", "loss_last", "steps"), lambda a, b, n: f"{a:.4f} -> {b:.4f} in {plural(n, 'step')}"),
     ("validation", ("val_loss",), lambda loss: f"{loss:.4f} nats per token"),

@@ -9,6 +9,9 @@ from itertools import pairwise
 
 _MIN_STRIDED = 3  # {0..4..2} is read more easily than {0,2,4}, {0..2..2} is not
 
+NOT_COMPARED = "not compared: "
+"""How a reason begins why step 0 was not measured, beside reasons why it need not be equal."""
+
 
 def bytes_text(count: float) -> str:
     """Bytes with a binary unit and three digits: `1.23 KiB`."""

@@ -19,6 +19,7 @@ from moecompile.errors import CaptureError, PlanError
 from moecompile.models import build_model, example_inputs, pretrained_folder
 from moecompile.pipeline import Compiled, compile_with_report
 from moecompile.receipt import ON_META
+from moecompile.report.text import NOT_COMPARED
 from moecompile.rundir import place
 from moecompile.runtime.data import TextData, load_data
 from moecompile.runtime.objective import data_for
@@ -52,7 +53,7 @@ class Job:
             self.importing, self.model = None, build_model(config.model, config.seed)
             compiled = self._compiled(config)
         if self.importing is not None and compiled.step0_reason == ON_META:
-            reason = "not compared, as no rank holds the dense model; task=compile does in one process"
+            reason = f"{NOT_COMPARED}no rank holds the whole model; task=compile compares in one process"
             compiled.step0 = dataclasses.replace(compiled.step0, reason=reason)
         check_same_plan(compiled.plan)
         return compiled

@@ -14,6 +14,7 @@ from moecompile.capture import is_meta
 from moecompile.pipeline import Compiled
 from moecompile.report.console import print_passes, print_plan
 from moecompile.report.graphs import graph_summary, write_graphs
+from moecompile.report.text import NOT_COMPARED
 
 
 def show_compiled(compiled: Compiled, run_dir: Path, console: Console) -> None:
@@ -46,7 +47,7 @@ def _step0_text(compiled: Compiled) -> str:
     if receipt.max_abs_diff is not None:
         return f"step 0 equals {same} within {receipt.max_abs_diff:.1e}"
     if is_meta(compiled.model):
-        return f"step 0 was not compared with {same}: {receipt.reason}"
+        return f"step 0 was not compared with {same}: {str(receipt.reason).removeprefix(NOT_COMPARED)}"
     rest = receipt.promised_max_abs_diff
     others = "" if rest is None else f"; with the other layers alone it does, within {rest:.1e}"
     return f"step 0 need not equal {same}: {receipt.reason}{others}"

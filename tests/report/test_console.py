@@ -172,6 +172,9 @@ def test_what_was_not_measured_is_left_out() -> None:
     result = {"recipe": "x", "status": "ok", "seconds": 1, "step0_max_abs_diff": None, "step0_reason": "random experts"}
     text = words(printed(lambda console: print_result(result, console)))
     assert text == "x ok 1.0 s step 0 need not equal the dense model: random experts"
+    result["step0_reason"] = "not compared: no rank holds the whole model"
+    text = words(printed(lambda console: print_result(result, console)))
+    assert text == "x ok 1.0 s step 0 not compared: no rank holds the whole model"
 
 
 def test_paths_are_printed_as_they_are() -> None:
