@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from moecompile.apply import fused_graph as fused
 from moecompile.errors import PassError, PlanError
 from moecompile.nn import Experts
 from moecompile.passes.fuse import Fuse
@@ -31,15 +32,6 @@ def lowered(kind: str, ffn: nn.Module | None = None) -> tuple[fx.GraphModule, li
     before, match = only_ffn(ffn)
     (layer,) = plan_for(ffn, COPY4 if kind == "local" else [*SHARDED, f"dispatch.kind={kind}"]).layers
     return Lower().run(Rewrite().run(before, [(match, layer)]), [layer]), [layer]
-
-
-def fused(graph_module: fx.GraphModule, layers: list[LayerPlan]) -> fx.GraphModule:
-    """The pass between its contracts."""
-    step = Fuse()
-    step.requires(graph_module, layers)
-    after = step.run(graph_module, layers)
-    step.ensures(graph_module, after, layers)
-    return after
 
 
 EXPECTED_LOCAL = """\
