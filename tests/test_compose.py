@@ -274,7 +274,7 @@ def test_settings_of_some_layers_may_be_given_key_by_key_or_whole() -> None:
 
 
 def test_a_defect_is_not_dressed_up_as_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moecompile.compose._typed", lambda cfg: 1 / 0)
+    monkeypatch.setattr("moecompile.compose.typed._typed", lambda cfg: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compose_config()
 

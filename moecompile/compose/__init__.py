@@ -1,0 +1,100 @@
+"""Hydra and OmegaConf in, typed schema out: the only room that imports them.
+
+    command line   main(run)            Hydra composes, `run` gets a checked Config and its run directory
+    Python         compose_config(...)  the same composition; the caller's own Hydra is left as it was
+    workers        save_resolved(...), load_resolved(...)
+
+jobs.py runs one job; hydra_state.py is what we change of Hydra meanwhile; typed.py makes the typed schema.
+
+Whatever is wrong with a config leaves this room as one `UserError`: dotted path, value, rule, what to change.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from moecompile.compose.hydra_state import (
+    CONFIG_DIR_VARIABLE,
+    VERSION_BASE,
+    changed_flags,
+    command_line_hydra,
+    conf_dir,
+    narrow_help,
+    own_hydra,
+)
+from moecompile.compose.jobs import FAILURES, OVERRIDES, RunFolders, asks_debug, remove_unused, report, run_job
+from moecompile.compose.typed import RESOLVED, explained, load_resolved, save_resolved, to_config
+from moecompile.schema import Config
+
+__all__ = [
+    "CONFIG_DIR_VARIABLE",
+    "FAILURES",
+    "OVERRIDES",
+    "RESOLVED",
+    "RunFolders",
+    "compose_config",
+    "conf_dir",
+    "load_resolved",
+    "main",
+    "save_resolved",
+    "to_config",
+]
+
+_LOCK = threading.Lock()  # Hydra's state is global to the process
+
+
+def main(
+    run: Callable[[Config, Path], int],
+    prepare: Callable[[Config, Path], Config] = lambda config, _: config,
+    check: Callable[[Config], None] = lambda _: None,
+) -> int:
+    """The command line: composes `sys.argv`, calls `run(config, run_dir)` for each job and returns the exit code.
+
+    `prepare(config, run_dir)` completes each config before it is checked and written; `check(config)` looks at what it
+    names, such as files.
+
+    A job that fails is reported in one message on stderr (with a traceback if `debug=true`, or if it is a defect and
+    not a mistake) and does not stop the other jobs of a multirun.
+    """
+    exit_codes: list[int] = []
+
+    def job(cfg: DictConfig) -> int:
+        exit_codes.append(run_job(cfg, run, prepare, check))
+        return exit_codes[-1]
+
+    decorate = hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name="config")
+    try:
+        arguments = sys.argv[1:]
+        with command_line_hydra(arguments), changed_flags(), narrow_help():
+            decorate(job)()
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as error:  # the end of a multirun with a failure, or a signal
+        if isinstance(error.code, int):
+            return error.code
+        raise
+    except Exception as error:  # the config could not be composed: no job has started
+        if RunFolders.sweep:
+            remove_unused(RunFolders.sweep, keep=RunFolders.existing)
+        return report(error, debug=asks_debug(sys.argv))
+    return max(exit_codes, default=0)
+
+
+def compose_config(overrides: Sequence[str] = ()) -> Config:
+    """The config that the command line would compose from `overrides`, for Python callers; it is not validated.
+
+    Works anywhere, also inside a function decorated with `@hydra.main`.
+
+    Raises:
+        UserError: an override or a config file that cannot be composed.
+    """
+    overrides = list(overrides)
+    with _LOCK, own_hydra(), explained(overrides):
+        cfg = hydra.compose("config", overrides)
+    return to_config(cfg, overrides)

@@ -1,0 +1,171 @@
+"""Hydra as we run it: what is global to the process, changed while our own Hydra runs and put back afterwards."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobRuntime
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.version import VersionBase
+
+from moecompile.compose.jobs import RunFolders
+from moecompile.compose.typed import explained, no_environment, plain
+from moecompile.errors import ConfigError
+from moecompile.flags import PROGRAM, own_flags
+from moecompile.schema import Config, check_name
+from moecompile.trust import check_hydra_node, of_hydra
+
+CONFIG_DIR_VARIABLE = "MOECOMPILE_CONFIG_DIR"
+"""Environment variable: a folder of one's own config groups and recipes, searched after the shipped ones."""
+
+VERSION_BASE = "1.3"
+_HELP_WIDTH = 110
+
+
+def conf_dir() -> Path:
+    """The shipped config groups: `moecompile/conf` in an installed package, `conf` beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+@contextmanager
+def command_line_hydra(arguments: Sequence[str]) -> Iterator[None]:
+    """Hydra as the command line runs it."""
+    with _raising_hydra(), _guarded_hydra(), explained(arguments), no_environment(arguments):
+        yield
+
+
+@contextmanager
+def _raising_hydra() -> Iterator[None]:
+    """Hydra raises its errors instead of printing them."""
+    saved = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if saved is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = saved
+
+
+@contextmanager
+def _guarded_hydra() -> Iterator[None]:
+    """Every composition is checked before Hydra runs what its own node says."""
+    load = ConfigLoaderImpl.load_configuration
+
+    def checked(self: ConfigLoaderImpl, config_name: str | None, overrides: list[str], *rest: Any, **more: Any) -> Any:
+        if config_name is None:  # --hydra-help: no file of ours or of the user's is read, and nothing is run
+            return load(self, None, of_hydra(overrides), *rest, **more)
+        cfg = load(self, config_name, overrides, *rest, **more)
+        shipped = load(self, "config", of_hydra(overrides), *rest, **more)
+        check_hydra_node(plain(cfg.hydra), plain(shipped.hydra))
+        if RunFolders.sweep is None:  # it is part of a folder that Hydra makes before our code runs
+            check_name(cfg.name)
+        return cfg
+
+    ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl.load_configuration = load  # type: ignore[method-assign]
+
+
+@contextmanager
+def changed_flags() -> Iterator[None]:
+    """Hydra's command line, as `moecompile.flags` changes it."""
+    module: Any = sys.modules["hydra.main"]
+    make = module.get_args_parser
+    module.get_args_parser = lambda: own_flags(make())
+    program, sys.argv[0] = sys.argv[0], PROGRAM  # what a shell completes
+    try:
+        yield
+    finally:
+        module.get_args_parser, sys.argv[0] = make, program
+
+
+@contextmanager
+def narrow_help() -> Iterator[None]:
+    """Breaks the lines of `--help`: Hydra writes all options of a group in one.
+
+    It also looks for them in a new copy of all its configs each time, which is most of what `--help` would take.
+    """
+    if not {"--help", "-h", "--hydra-help"} & set(sys.argv):
+        yield
+        return
+    text, options = io.StringIO(), ConfigLoaderImpl.get_group_options
+
+    @cache
+    def repository(self: ConfigLoaderImpl) -> Any:
+        return self._parse_overrides_and_create_caching_repo(None, [])[1]
+
+    def listed(self: ConfigLoaderImpl, group_name: str, results_filter: Any = ObjectType.CONFIG) -> Any:
+        return repository(self).get_group_options(group_name, results_filter)
+
+    ConfigLoaderImpl.get_group_options = listed  # type: ignore[assignment, method-assign]
+    try:
+        with redirect_stdout(text):
+            yield
+    finally:
+        ConfigLoaderImpl.get_group_options = options  # type: ignore[method-assign]
+        for line in text.getvalue().splitlines():
+            broken = textwrap.wrap(line, _HELP_WIDTH, subsequent_indent="    ") if len(line) > _HELP_WIDTH else [line]
+            print("\n".join(broken))
+
+
+@contextmanager
+def own_hydra() -> Iterator[None]:
+    """A Hydra of our own over the shipped configs; the caller's is put back afterwards."""
+    kinds: tuple[type, ...] = (GlobalHydra, VersionBase, JobRuntime)
+    saved = {kind: Singleton._instances.pop(kind) for kind in kinds if kind in Singleton._instances}
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
+            yield
+    finally:
+        for kind in kinds:
+            Singleton._instances.pop(kind, None)
+        Singleton._instances.update(saved)
+
+
+class _OwnConfigs(SearchPathPlugin):
+    """Adds the folder that CONFIG_DIR_VARIABLE names to the search path of our configs, not of other Hydra programs."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        folder = os.environ.get(CONFIG_DIR_VARIABLE)
+        if not folder or str(conf_dir()) not in (element.path for element in search_path.get_path()):
+            return
+        if not Path(folder).is_dir():
+            fix = f"Create it, or unset {CONFIG_DIR_VARIABLE}"
+            raise ConfigError(CONFIG_DIR_VARIABLE, folder, "there is no such folder", fix)
+        search_path.append("moecompile", f"file://{Path(folder).absolute()}")
+
+
+Plugins.instance().register(_OwnConfigs)
+
+
+@dataclass(kw_only=True)
+class _ComposedConfig(Config):
+    """Entries of `per_layer` may come key by key (`+per_layer.first.layers=0:1`); `_typed` checks what has come."""
+
+    per_layer: dict[str, Any] = field(default_factory=dict)
+
+
+ConfigStore.instance().store(name="moecompile_schema", node=_ComposedConfig, provider="moecompile")

@@ -1,0 +1,180 @@
+"""One job of the command line in its run directory, and the end of a multirun."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, read_write
+
+from moecompile import waiting
+from moecompile.compose.typed import RESOLVED, plain, save_resolved, to_config, unresolved
+from moecompile.errors import ConfigError, MoecompileError, UserError
+from moecompile.rundir import go_on, held, kept_apart, place
+from moecompile.schema import Config, validate
+
+FAILURES = "failures.txt"
+OVERRIDES = "overrides.txt"
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+
+
+def run_job(
+    cfg: DictConfig,
+    run: Callable[[Config, Path], int],
+    prepare: Callable[[Config, Path], Config],
+    check: Callable[[Config], None],
+) -> int:
+    """Runs one job in its run directory; raises nothing but a request to end, so that a multirun goes on."""
+    job = HydraConfig.get()
+    run_dir, multirun = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
+    overrides = unresolved(job.overrides.task)
+    if multirun:
+        print(f"job {job.job.num}: {' '.join(overrides)}", flush=True)
+    debug, message = asks_debug(overrides), ""
+    try:
+        with held(run_dir), _used(run_dir, multirun=multirun), kept_apart(run_dir):
+            code = _in_directory(cfg, overrides, run_dir, multirun, run, prepare, check)
+    except Exception as error:
+        debug = debug or plain(cfg).get("debug") is True
+        code, message = report(error, debug=debug), " ".join(str(error).split())
+        if isinstance(getattr(error, "number", None), int):  # asked to end
+            if _task_of(cfg) == "train":
+                print(go_on(overrides, run_dir), file=sys.stderr, flush=True)
+            if multirun:
+                raise SystemExit(code) from None
+    if code and multirun:
+        with Path(job.sweep.dir, FAILURES).open("a", encoding="utf-8") as file:
+            file.write(f"{job.job.num}\t{code}\t{message}\n")
+    return code
+
+
+def _task_of(cfg: DictConfig) -> str:
+    name = plain(cfg)["task"]["name"]
+    return str(getattr(name, "value", name))
+
+
+def _in_directory(
+    cfg: DictConfig, overrides: list[str], run_dir: Path, multirun: bool,
+    run: Callable[[Config, Path], int], prepare: Callable[[Config, Path], Config], check: Callable[[Config], None],
+) -> int:  # fmt: skip
+    """Writes the config, checks it and runs it."""
+    if multirun:
+        (place(run_dir) / OVERRIDES).write_text("\n".join(overrides), encoding="utf-8")  # what the table names
+    config = prepare(to_config(cfg, overrides), run_dir)
+    save_resolved(config, place(run_dir) / RESOLVED)
+    validate(config)
+    check(config)
+    return run(config, run_dir)
+
+
+def report(error: Exception, *, debug: bool) -> int:
+    """Prints one message, with the traceback if asked for or if the error is a defect; returns the exit code."""
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        error = UserError(
+            f"{error.filename or 'the run directory'}: {error.strerror}. A run directory must be one that can be "
+            "written, give another one: hydra.run.dir=FOLDER."
+        )
+    known = isinstance(error, MoecompileError)
+    waiting.done()
+    if isinstance(error, MoecompileError) and error.told:
+        return error.exit_code
+    if debug or not known:
+        traceback.print_exception(error)
+    if known:
+        word = "" if hasattr(error, "number") else "error: "
+        print(f"{word}{error}", file=sys.stderr, flush=True)
+    return error.exit_code if isinstance(error, MoecompileError) else 1
+
+
+def asks_debug(overrides: Iterable[str]) -> bool:
+    return any(re.fullmatch(r"\+{0,2}debug=(true|yes|on|1)", item, re.IGNORECASE) for item in overrides)
+
+
+@contextmanager
+def _used(run_dir: Path, *, multirun: bool) -> Iterator[None]:
+    """Removes a new directory in which nothing came to be; a crash keeps its config, a multirun its table's rows."""
+    is_new = place(run_dir) == run_dir and not multirun
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError | OSError) and is_new:
+            remove_unused(run_dir, keep=RunFolders.existing)
+        raise
+    if is_new:
+        remove_unused(run_dir, keep=RunFolders.existing)
+
+
+def remove_unused(folder: Path, *, keep: Path) -> None:
+    """Removes a run directory in which nothing was written but its config, and its empty parents below `keep`.
+
+    So it is after a mistake in the config, and on all ranks but the first where a job starter has made the ranks.
+    """
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} - {RESOLVED, "multirun.yaml"}:
+        return
+    for path in folder.iterdir():
+        path.unlink()
+    with suppress(OSError):  # not empty
+        while folder != keep:
+            folder.rmdir()
+            folder = folder.parent
+
+
+class RunFolders(Callback):
+    """Hydra's callback around a run: knows the directories, ends a multirun with a table and the exit code."""
+
+    existing: ClassVar[Path]  # the part of the directory that was there before the run
+    sweep: ClassVar[Path | None] = None
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Remembers what exists before Hydra makes the run directory."""
+        RunFolders.existing = _existing(config.hydra.run.dir)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Pins the sweep directory: jobs that sweep `recipe` or `name` would each compute another one."""
+        RunFolders.existing = _existing(config.hydra.sweep.dir)
+        _check_sweep(Path(config.hydra.sweep.dir), list(config.hydra.overrides.task))
+        RunFolders.sweep = Path(config.hydra.sweep.dir).absolute()
+        quoted = str(RunFolders.sweep).replace("\\", "\\\\").replace("'", "\\'")
+        with read_write(config.hydra):
+            config.hydra.sweep.dir = str(RunFolders.sweep)
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Prints the table; exits if a job failed (read from a file, as jobs may run in other processes)."""
+        sweep = Path(config.hydra.sweep.dir)
+        failures = sweep / FAILURES
+        codes = [int(line.split("\t")[1]) for line in failures.read_text().splitlines()] if failures.exists() else []
+        try:
+            importlib.import_module("moecompile.report.sweep").summarize(sweep)
+        except Exception as error:  # Hydra would turn it into a warning
+            codes.append(report(error, debug=False))
+        if codes:
+            sys.exit(max(codes))
+
+
+def _check_sweep(folder: Path, overrides: Sequence[str]) -> None:
+    """Ends the process if the directory holds a sweep, unless its jobs go on. Hydra would only warn of an error."""
+    if not (folder / "multirun.yaml").exists():
+        return
+    if not any(re.match(r"\+{0,2}trainer\.resume=", word) for word in overrides):
+        refused = ConfigError(
+            "hydra.sweep.dir", folder, "holds another sweep",
+            "Use another directory, or go on with its jobs by trainer.resume=auto",
+        )  # fmt: skip
+        sys.exit(report(refused, debug=False))
+    (folder / FAILURES).unlink(missing_ok=True)
+
+
+def _existing(folder: str) -> Path:
+    path = Path(folder).absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())

@@ -1,0 +1,132 @@
+"""What OmegaConf has composed, as the typed schema; and the YAML of it that a run keeps."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.basecontainer import BaseContainer
+from omegaconf.resolvers import oc
+
+from moecompile.errors import ConfigError
+from moecompile.explain import explain
+from moecompile.schema import Config, with_implied
+
+RESOLVED = "resolved.yaml"
+
+OmegaConf.register_new_resolver("moecompile.add", lambda *numbers: sum(numbers), replace=True)  # ${moecompile.add:a,b}
+
+
+def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:
+    """The typed config. `overrides` are those of the caller, the only place where `model.factory` may be set.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type, or a missing value.
+    """
+    with explained(overrides), no_environment(overrides):
+        config = _typed(cfg)
+    if "_target_" in _keys(config.model.config):
+        raise ConfigError(
+            "model.config", "_target_", "a config never chooses code to run", "Remove the key, or use model.factory"
+        )
+    if config.model.factory and not any(re.match(r"\+{0,2}model\.factory=", item) for item in overrides):
+        raise ConfigError(
+            "model.factory", config.model.factory, "a config file may not choose code to run",
+            "Give model.factory=... on the command line or in Python",
+        )  # fmt: skip
+    if config.given:
+        raise ConfigError("given", config.given, "is filled in by the program", "Leave it out")
+    keys = [found[1] for item in overrides if (found := re.match(r"\+{0,2}(\w+(?:\.\w+)*)=", item))]
+    groups = [key for key in keys if "." not in key]
+    config.given = [key for key in keys if "." in key or key in ("per_layer", "model")]
+    return with_implied(config, groups)
+
+
+def save_resolved(config: Config, path: Path) -> None:
+    """Writes `config` as YAML, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_resolved(path: Path) -> Config:
+    """Reads what `save_resolved` wrote.
+
+    Raises:
+        UserError: an unknown key or a value of the wrong type.
+    """
+    with explained(()), no_environment(()):
+        return _typed(OmegaConf.load(path))
+
+
+@contextmanager
+def explained(overrides: Sequence[str]) -> Iterator[None]:
+    """Errors about the config become UserErrors; all others are defects and pass."""
+    try:
+        yield
+    except Exception as error:
+        explanation = explain(error, overrides)
+        if explanation is None:
+            raise
+        raise explanation from error
+
+
+@contextmanager
+def no_environment(overrides: Iterable[str]) -> Iterator[None]:
+    """`${oc.env:...}` works in what the caller gives, and nowhere else: a file of others must not read it.
+
+    Hydra's own node has been checked by `moecompile.trust`, and repeats what the caller gives.
+    """
+    given = {item.lstrip("+").partition("=")[0] for item in overrides if "oc.env" in item}
+
+    def environment(key: str, *default: Any, _node_: Any) -> Any:
+        path = str(_node_._get_full_key(None))
+        if not path.startswith("hydra.") and not any(
+            path == name or path.startswith((f"{name}.", f"{name}[")) for name in given
+        ):
+            raise ConfigError(
+                path, f"${{oc.env:{key}}}", "a config file may not read the environment",
+                f"Write the value there, or give {path}=... on the command line",
+            )  # fmt: skip
+        return oc.env(key, *default)
+
+    saved = BaseContainer._resolvers["oc.env"]
+    OmegaConf.register_new_resolver("oc.env", environment, replace=True)
+    try:
+        yield
+    finally:
+        BaseContainer._resolvers["oc.env"] = saved
+
+
+def unresolved(overrides: Any) -> list[str]:
+    """Overrides as they were given: one may refer to a key that is not there."""
+    words: Any = OmegaConf.to_container(overrides, resolve=False)
+    return [str(word) for word in words]
+
+
+def plain(node: DictConfig) -> dict[str, Any]:
+    values: Any = OmegaConf.to_container(node, resolve=False)
+    return dict(values)
+
+
+def _keys(values: Any) -> Iterator[str]:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield key
+            yield from _keys(value)
+
+
+def _typed(cfg: Any) -> Config:
+    values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    assert isinstance(config, Config)
+    return config
