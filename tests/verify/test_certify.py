@@ -21,6 +21,7 @@ from tests.distributed.harness import run_distributed_test
 
 SMALL = [
     "recipe=deepseek_ep", "model.config.num_hidden_layers=3", "model.config.hidden_size=32",
+    "trainer.checkpointing=keep_exchanges",
     "model.config.intermediate_size=80", "data.vocab_size=300", "data.seq_len=16", "data.micro_batch_size=1",
     "data.global_batch_size=8", "verify.dtype=float64",
 ]  # fmt: skip
