@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from moecompile.compose import compose_config
 from moecompile.errors import MoecompileError
-from moecompile.pipeline import Compiled, compile_with_report
+from moecompile.pipeline import Compilation, compile_with_report
 from moecompile.plan import FFNSite
 from moecompile.verify import worst
 
@@ -166,7 +166,7 @@ def examine(name: str, zoo: Any) -> Row:
     return row
 
 
-def _shared(compiled: Compiled) -> str:
+def _shared(compiled: Compilation) -> str:
     """A pattern that names the shared experts, which are rewritten only then, or nothing."""
     paths = [site.fqn for site in compiled.sites if "shared expert" in site.reason and site.kind != "-"]
     return next((_general(path) for path in paths), "")
@@ -182,7 +182,7 @@ def no_dropout(model: nn.Module) -> None:
                 setattr(module, key, 0.0)
 
 
-def _describe(row: Row, compiled: Compiled, before: nn.Module) -> None:
+def _describe(row: Row, compiled: Compilation, before: nn.Module) -> None:
     done = [layer.site for layer in compiled.plan.layers]
     row.rewritten = len(done)
     row.sites = dict(Counter(f"{form_of(site, before)} {site.kind}" for site in done if isinstance(site, FFNSite)))

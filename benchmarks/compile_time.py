@@ -35,7 +35,7 @@ def one(model: str, layers: int, mesh: str) -> dict[str, Any]:
     import transformers.models.auto.modeling_auto  # noqa: F401  (else it would count as building)
 
     from moecompile.compose import compose_config
-    from moecompile.models import build_model, example_inputs
+    from moecompile.models.build import build_model, example_inputs
     from moecompile.pipeline import compile_with_report
 
     seconds = {"import": time.perf_counter() - start}

@@ -21,9 +21,9 @@ import torch
 from layer import HEAP, HIDDEN
 from torch import Tensor
 
-from moecompile.ops import products
-from moecompile.ops.blocks import Block
-from moecompile.ops.products import Products
+from moecompile.ops.cpu import products
+from moecompile.ops.cpu.blocks import Block
+from moecompile.ops.cpu.products import Products
 
 EXPERTS, WIDTH = 64, 256
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest entry

@@ -93,8 +93,8 @@ def one(folder: str, world_size: int, load: str) -> dict[str, Any]:
     from torch.distributed.tensor import DTensor
 
     from moecompile.compose import compose_config
-    from moecompile.convert import ShardedImport
-    from moecompile.models import build_model, example_inputs
+    from moecompile.models.build import build_model, example_inputs
+    from moecompile.models.sharded import ShardedImport
     from moecompile.passes.shard import device_mesh_of, shard
     from moecompile.pipeline import compile_with_report
 

@@ -22,7 +22,6 @@ with transformers' plain loop over experts before anything is timed.
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import json
 import os
@@ -30,14 +29,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moecompile.ops import native
-from moecompile.pipeline import compile_with_report
+from moecompile.ops.cpu import native
+from moecompile.pipeline import compile_model, make_plan
 
 # glibc would map large buffers anew at every step; what workers of moecompile run with.
 HEAP = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**30), "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30), "OMP_NUM_THREADS": "1"}
@@ -90,17 +90,14 @@ def block(experts: int, top_k: int, width: int, dtype: torch.dtype, implementati
 
 def layers(experts: int, top_k: int, width: int, dtype: torch.dtype, *, eager: bool) -> dict[str, nn.Module]:
     """Name -> module, all with the same weights but the dense one."""
-    compiled = compile_with_report(
-        block(experts, top_k, width, dtype, "eager"), example=torch.zeros(1, 4, HIDDEN, dtype=dtype)
-    )
-    (fqn,) = compiled.graphs["lowered"]
-    lowered = copy.deepcopy(compiled.model)
-    graph = copy.deepcopy(compiled.graphs["lowered"][fqn])
-    for name, parameter in compiled.model.get_submodule(fqn).named_parameters():
-        graph.register_parameter(name, parameter)  # what is kept to be shown has no weights
-    lowered.set_submodule(fqn, graph)
+    example = torch.zeros(1, 4, HIDDEN, dtype=dtype)
+    fused, lowered = (block(experts, top_k, width, dtype, "eager") for _ in range(2))
+    plan = make_plan(fused, example=example)
+    unfused = replace(plan, layers=tuple(replace(layer, fused=False) for layer in plan.layers))
+    compile_model(fused, example=example, plan=plan)
+    compile_model(lowered, example=example, plan=unfused)
     found = {"dense": Dense(top_k * width).to(dtype)}
-    found |= dict.fromkeys(("fused", SKEWED, "torch only"), compiled.model)
+    found |= dict.fromkeys(("fused", SKEWED, "torch only"), fused)
     found |= {"lowered": lowered, "grouped_mm": block(experts, top_k, width, dtype, "grouped_mm")}
     return found | ({"eager": block(experts, top_k, width, dtype, "eager")} if eager else {})
 

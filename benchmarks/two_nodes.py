@@ -200,7 +200,7 @@ def _turn(config: Any, data: Any, folder: Path) -> list[dict[str, Any]]:
     import torch.distributed as dist
 
     from moecompile.mesh import LinkClass
-    from moecompile.models import build_model, example_inputs
+    from moecompile.models.build import build_model, example_inputs
     from moecompile.ops import traffic
     from moecompile.pipeline import compile_model, plan_of
     from moecompile.runtime.data import train_loader

@@ -49,7 +49,7 @@ def configuration() -> str:
 
 def graphs(folder: Path) -> None:
     """The files of `assets`: `ffn.<stage>.txt`, and the picture `ffn.svg`."""
-    from moecompile.models import build_model, example_inputs
+    from moecompile.models.build import build_model, example_inputs
     from moecompile.pipeline import compile_with_report
     from moecompile.report.graphs import listing, write_before_after
 

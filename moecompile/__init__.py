@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 from moecompile.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from moecompile.convert import load_exported
     from moecompile.errors import ArgumentError, CaptureError, ConfigError, MoecompileError, PlanError, UserError
+    from moecompile.export import load_exported
+    from moecompile.match.patterns import FFNMatch, register_pattern
+    from moecompile.match.regions import Region
+    from moecompile.match.view import GraphView
     from moecompile.nn import auxiliary_loss, update_balance
-    from moecompile.passes.match import FFNMatch, GraphView
-    from moecompile.passes.registry import register_pass, register_pattern
+    from moecompile.passes.base import GraphPass, register_pass
     from moecompile.passes.shard import device_mesh_of, shard
     from moecompile.pipeline import compile_model, make_plan, plan_of, transform
     from moecompile.plan import Plan
@@ -34,20 +36,22 @@ _HOMES = {
     "CaptureError": "errors",
     "ConfigError": "errors",
     "ExpertParallelStrategy": "runtime.strategy",
-    "FFNMatch": "passes.match",
-    "GraphView": "passes.match",
+    "FFNMatch": "match.patterns",
+    "GraphPass": "passes.base",
+    "GraphView": "match.view",
     "MoecompileError": "errors",
     "Plan": "plan",
     "PlanError": "errors",
+    "Region": "match.regions",
     "UserError": "errors",
     "auxiliary_loss": "nn",
     "compile_model": "pipeline",
     "device_mesh_of": "passes.shard",
-    "load_exported": "convert",
+    "load_exported": "export",
     "make_plan": "pipeline",
     "plan_of": "pipeline",
-    "register_pass": "passes.registry",
-    "register_pattern": "passes.registry",
+    "register_pass": "passes.base",
+    "register_pattern": "match.patterns",
     "shard": "passes.shard",
     "transform": "pipeline",
     "update_balance": "nn",
@@ -59,10 +63,12 @@ __all__ = [
     "ConfigError",
     "ExpertParallelStrategy",
     "FFNMatch",
+    "GraphPass",
     "GraphView",
     "MoecompileError",
     "Plan",
     "PlanError",
+    "Region",
     "UserError",
     "auxiliary_loss",
     "compile_model",

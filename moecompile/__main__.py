@@ -33,7 +33,7 @@ def main() -> int:
 def _command_line() -> int:
     from moecompile import compose
 
-    return compose.main(_run, _prepare, _check)
+    return compose.main(_run, _prepare, _check, _summarize)
 
 
 def _prepare(config: Config, run_dir: Path) -> Config:
@@ -43,9 +43,15 @@ def _prepare(config: Config, run_dir: Path) -> Config:
 
 
 def _check(config: Config) -> None:
-    from moecompile.inputs import check_inputs
+    from moecompile.tasks.inputs import check_inputs
 
     check_inputs(config)
+
+
+def _summarize(sweep: Path) -> None:
+    from moecompile.report.sweep import summarize
+
+    summarize(sweep)
 
 
 def _run(config: Config, run_dir: Path) -> int:

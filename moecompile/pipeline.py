@@ -6,9 +6,8 @@ capture -> match -> build_plan -> rewrite -> lower -> fuse -> shard
 from __future__ import annotations
 
 import copy
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -16,53 +15,44 @@ import torch.distributed as dist
 from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from moecompile.apply import (
-    fused_graph,
-    fused_region,
-    lowered_graph,
-    lowered_region,
-    ordered,
-    planned_site,
-    replace_regions,
-    rewritten_graph,
-    rewritten_region,
-)
 from moecompile.arguments import check_example, check_graph, check_model, check_overrides, check_plan
-from moecompile.capture import Example, is_meta
+from moecompile.capture import Example, is_meta, layers_of, replace_regions
 from moecompile.compose import compose_config
 from moecompile.errors import ArgumentError, CaptureError, ConfigError, PlanError
-from moecompile.passes.base import PassRecord, count_ops
-from moecompile.passes.build_plan import build_plan
-from moecompile.passes.plan_existing import notes
-from moecompile.passes.registry import registered_passes
-from moecompile.passes.same_weights import check_same_weights
-from moecompile.passes.shard import device_mesh_of, layers_of, shard
-from moecompile.passes.trained import frozen_notes
-from moecompile.plan import ExpertsSite, FFNSite, LayerPlan, Plan, PlannedSite
-from moecompile.planner import ModelFacts
-from moecompile.receipt import Comparison, Receipt
-from moecompile.schema import Config, SiteKind
-from moecompile.sites import (
-    Captured,
+from moecompile.match.regions import Captured, Region, Site
+from moecompile.match.sites import capture_regions, graph_sites, list_sites, record_model
+from moecompile.passes.prove import unproven
+from moecompile.passes.receipt import Comparison, Receipt
+from moecompile.passes.run import (
     Graphs,
-    Region,
-    Site,
-    capture_regions,
-    graph_sites,
-    list_sites,
-    record_model,
+    Log,
+    PassRecord,
+    in_model,
+    on_one_device,
+    on_the_mesh,
+    run_passes,
+    standing,
 )
+from moecompile.passes.same_weights import check_same_weights
+from moecompile.passes.shard import device_mesh_of, shard
+from moecompile.passes.trained import frozen_notes
+from moecompile.plan import ExpertsSite, FFNSite, Plan, PlannedSite, planned_site
+from moecompile.planner import ModelFacts
+from moecompile.planner.build_plan import build_plan
+from moecompile.planner.existing import notes
+from moecompile.schema import Config, SiteKind
 from moecompile.torch_private import set_attribute
 
 _PLAN = "_moecompile_plan"
 
 
 @dataclass(kw_only=True)
-class Compiled:
-    """What a compilation did. graphs: stage -> region -> GraphModule. step0: whether outputs on the example stay.
+class Compilation:
+    """What a compilation did.
 
-    regions: of a model on the meta device, what was captured, from which its values can be filled in later.
-    notes: what a person should know of the plan (what was read from the model).
+    graphs: stage -> region -> its graph, to be shown. step0: whether outputs on the example stay. regions: of a model
+    on the meta device, what was captured, from which its values can be filled in later. notes: what a person should
+    know of the plan (what was read from the model).
     """
 
     model: nn.Module
@@ -102,7 +92,8 @@ def compile_model(
         example: what one forward takes: keyword tensors, a tuple, or a tensor.
         plan: use this plan instead of making one.
         device_mesh: for `until="shard"`; made from the plan if it is not given.
-        until: `rewrite` (one device), `lower` (with exchanges on logical axes, the default) or `shard`.
+        until: `rewrite` (one device), `lower` (exchanges on logical axes, and experts in one op where the plan says so;
+            the default) or `shard`.
 
     Returns:
         `model`; if the model itself is one site, its GraphModule instead.
@@ -131,8 +122,7 @@ def make_plan(
         if example is None:
             raise CaptureError("make_plan needs example=... for a module that is not a GraphModule")
         check_example(example)
-        captured = capture_regions(record_model(model_or_graph, example), config.experts.sites, _named(config))
-        sites = captured.sites
+        sites = capture_planned(model_or_graph, None, config, example).sites
     return build_plan(sites, config, _facts(model_or_graph))
 
 
@@ -156,14 +146,14 @@ def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | C
     else:
         config = _config(overrides_or_plan)
         plan, seed = build_plan(list(matches), config, _facts(source)), config.seed
-    sites, by_fqn = {site.fqn: site for site in matches}, {site.fqn: match for site, match in matches.items()}
-    pairs = [(by_fqn[planned_site(sites, layer).fqn], layer) for layer in plan.layers]
-    order = {node: i for i, node in enumerate(source.graph.nodes)}
-    pairs.sort(key=lambda pair: order[pair[0].down.node])  # a plan may list its layers in any order
-    result: fx.GraphModule = source
-    if pairs:
-        layers = [layer for _, layer in pairs]
-        result = fused_graph(lowered_graph(rewritten_graph(source, pairs, seed), layers), layers)
+    sites = {site.fqn: site for site in matches}
+    for layer in plan.layers:
+        planned_site(sites, layer)
+    region = Region(path="", graph=source, module=source, matches={s.fqn: match for s, match in matches.items()})
+    result = source
+    if plan.layers:
+        steps = (*on_one_device(seed), *on_the_mesh())
+        result = run_passes(steps, {"": region}, {"": region.ordered(plan.layers)})[""].graph
     set_attribute(result, _PLAN, plan)
     return result
 
@@ -202,8 +192,50 @@ def compile_with_report(
     plan: Plan | None = None,
     device_mesh: DeviceMesh | None = None,
     until: str = "lower",
-) -> Compiled:
+) -> Compilation:
     """`compile_model`, with all that was done: sites, pass records, graphs before and after, step-0 difference."""
+    _check(model, example, plan, device_mesh, until)
+    config, log = _config(overrides), Log()
+    captured = capture_planned(model, plan, config, example, log)
+    plan = _planned(model, captured, overrides if plan else config, plan)
+    layers = captured.planned(plan.layers)
+    regions = {path: captured.regions[path] for path in layers}
+    log.add("build_plan", regions, regions, f"{len(plan.layers)} layers planned, hash {plan.hash}")
+    log.keep("captured", regions)
+    comparison = Comparison(model, example, layers)
+    done = Compilation(model=model, plan=plan, records=log.records, graphs=log.graphs)
+    done.sites = list_sites(captured, {layer.site.fqn for layer in plan.layers})
+    done.notes = [*notes(plan, config), *frozen_notes(model, plan)]
+    done.regions = regions if is_meta(model) else {}  # else they would keep the dense weights
+
+    rewritten = run_passes(on_one_device(config.seed), regions, layers, log)
+    done.model, done.step0 = comparison.replace(model, standing(model, regions, rewritten))
+    if until != "rewrite":
+        rewritten = in_model(done.model, rewritten)  # a region may lie inside another
+        final = run_passes(on_the_mesh(), rewritten, layers, log)
+        done.model = replace_regions(done.model, standing(done.model, rewritten, final))
+    set_attribute(done.model, _PLAN, plan)
+    if until == "shard":
+        check_same_weights(done.model)
+        shard(done.model, plan, device_mesh or device_mesh_of(plan.mesh, _device_type(done.model)))
+        log.add("shard", final, final, "axes bound, experts split")
+    return done
+
+
+def capture_planned(
+    model: nn.Module, plan: Plan | None, config: Config, example: Example, log: Log | None = None
+) -> Captured:
+    """The regions of `model`, not compiled yet, that a plan is made for, or that the layers of `plan` are made from."""
+    log = log or Log()
+    recording = record_model(model, example)
+    log.add("capture", {}, {}, f"{len(recording.graph.nodes)} functions recorded")
+    kind = config.experts.sites if plan is None else _kind(plan, config)
+    captured = capture_regions(recording, unproven, kind, _named(config, plan))
+    log.add("match", captured.regions, captured.regions, _found(captured))
+    return captured
+
+
+def _check(model: nn.Module, example: Example, plan: Plan | None, device_mesh: DeviceMesh | None, until: str) -> None:
     check_model(model)
     check_example(example)
     if plan is not None:
@@ -216,81 +248,28 @@ def compile_with_report(
         raise ConfigError(
             "until", until, "sharding needs a process group", "Call torch.distributed.init_process_group, or use lower"
         )
-    config, clock = _config(overrides), _Clock()
-    recording = record_model(model, example)
-    kind = config.experts.sites if plan is None else _kind(plan, config)
-    captured = capture_regions(recording, kind, _named(config, plan))
-    graphs = {fqn: region.captured() for fqn, region in captured.regions.items()}
-    records = [clock.record("capture", {}, graphs, f"{len(recording.graph.nodes)} functions recorded")]
-    records.append(clock.record("match", graphs, graphs, _found(captured)))
+
+
+def _planned(model: nn.Module, captured: Captured, overrides: Sequence[str] | Config, plan: Plan | None) -> Plan:
+    """The plan for what was captured, or the given one, which must fit it.
+
+    A given plan decides; overrides beside it may say the same again. The seed is not in a plan.
+    """
+    facts = _facts(model)
     if plan is None:
-        plan = build_plan(captured.sites, config, _facts(model))
-    elif not isinstance(overrides, Config):
-        _check_agree(plan, overrides, captured, _facts(model))
-    layers = {layer.site.fqn: layer for layer in plan.layers}
+        return build_plan(captured.sites, _config(overrides), facts)
+    if not isinstance(overrides, Config):
+        voided = [item for item in overrides if not item.startswith("seed=")]
+        if voided and build_plan(captured.sites, _config(overrides), facts).hash != plan.hash:
+            raise ArgumentError(
+                "overrides", " ".join(voided), f"would make another plan than the given one ({plan.hash}), which "
+                "decides", "Leave them out, or make the plan with them: moecompile.make_plan(model, overrides, "
+                "example=...)",
+            )  # fmt: skip
     sites = {site.fqn: site for site in captured.sites}
-    regions, planned = _by_region(captured, sites, plan)
-    before = {path: graphs[path] for path in regions}
-    records.append(clock.record("build_plan", before, before, f"{len(layers)} layers planned, hash {plan.hash}"))
-    compiled = Compiled(model=model, plan=plan, sites=list_sites(captured, layers), records=records)
-    compiled.notes = [*notes(plan, config), *frozen_notes(model, plan)]
-    compiled.regions = regions if is_meta(model) else {}  # else they would keep the dense weights
-    compiled.graphs["captured"] = before
-
-    comparison = Comparison(model, example, planned)
-    rewritten = {path: rewritten_region(region, planned[path], config.seed) for path, region in regions.items()}
-    compiled.model, compiled.step0 = comparison.replace(model, rewritten)
-    model = compiled.model
-    compiled.graphs["rewritten"] = rewritten
-    records.append(clock.record("rewrite", before, rewritten, _with_registered("one device", "rewrite")))
-
-    if until in ("lower", "shard"):
-        lowered = {path: lowered_region(regions[path], rewritten[path], planned[path]) for path in regions}
-        compiled.graphs["lowered"] = lowered
-        records.append(
-            clock.record("lower", rewritten, lowered, _with_registered("exchanges on logical axes", "lower"))
-        )
-        fused = {path: fused_region(regions[path], graph, planned[path]) for path, graph in lowered.items()}
-        compiled.model = model = replace_regions(model, fused)
-        compiled.graphs["fused"] = fused
-        records.append(clock.record("fuse", lowered, fused, "one op for gather, experts and sum"))
-    set_attribute(model, _PLAN, plan)
-    if until == "shard":
-        check_same_weights(model)
-        shard(model, plan, device_mesh or device_mesh_of(plan.mesh, _device_type(model)))
-        records.append(clock.record("shard", fused, fused, "axes bound, experts split"))
-    return compiled
-
-
-def capture_planned(model: nn.Module, plan: Plan, config: Config, example: Example) -> Captured:
-    """The regions of `model`, not compiled yet, that the layers of `plan` are made from."""
-    return capture_regions(record_model(model, example), _kind(plan, config), _named(config, plan))
-
-
-def _check_agree(plan: Plan, overrides: Sequence[str], captured: Captured, facts: ModelFacts) -> None:
-    """A given plan decides; overrides beside it may say the same again. The seed is not in a plan."""
-    voided = [item for item in overrides if not item.startswith("seed=")]
-    if voided and build_plan(captured.sites, _config(overrides), facts).hash != plan.hash:
-        raise ArgumentError(
-            "overrides", " ".join(voided), f"would make another plan than the given one ({plan.hash}), which decides",
-            "Leave them out, or make the plan with them: moecompile.make_plan(model, overrides, example=...)",
-        )  # fmt: skip
-
-
-def _by_region(
-    captured: Captured, sites: Mapping[str, PlannedSite], plan: Plan
-) -> tuple[dict[str, Region], dict[str, list[LayerPlan]]]:
-    """The regions of a plan's layers, and the layers of each in the order of its graph."""
-    planned: dict[str, list[LayerPlan]] = {}
     for layer in plan.layers:
-        planned.setdefault(captured.region_of[planned_site(sites, layer).fqn], []).append(layer)
-    regions = {path: captured.regions[path] for path in planned}
-    return regions, {path: ordered(regions[path], layers) for path, layers in planned.items()}
-
-
-def _with_registered(detail: str, after: str) -> str:
-    """`one device, then count_tokens`"""
-    return ", then ".join([detail, *(graph_pass.name for graph_pass in registered_passes(after))])
+        planned_site(sites, layer)
+    return plan
 
 
 def _found(captured: Captured) -> str:
@@ -338,23 +317,3 @@ def _config(overrides: Sequence[str] | Config) -> Config:
 
 def _device_type(model: nn.Module) -> str:
     return next(model.parameters()).device.type
-
-
-class _Clock:
-    """Makes pass records with the time since the last one."""
-
-    def __init__(self) -> None:
-        self.last = time.perf_counter()
-
-    def record(self, name: str, before: Graphs, after: Graphs, detail: str) -> PassRecord:
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        counts = [sum((count_ops(g) for g in graphs.values()), start=Counter()) for graphs in (before, after)]
-        return PassRecord(
-            name=name,
-            nodes_before=sum(len(g.graph.nodes) for g in before.values()),
-            nodes_after=sum(len(g.graph.nodes) for g in after.values()),
-            added=dict(counts[1] - counts[0]),
-            detail=detail,
-            seconds=seconds,
-        )

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moecompile.pipeline import Compiled, compile_with_report
+from moecompile.pipeline import Compilation, compile_with_report
 from tests.existing_models import CONFIGS, moe_model
-from tests.models import COPY4, config
+from tests.tiny import COPY4, config
 
 VOCAB = 64
 _ATTENTION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
@@ -59,7 +59,7 @@ def inputs_of(name: str, ids: Tensor = IDS) -> dict[str, Tensor]:
     return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if name in SEQ2SEQ else {"input_ids": ids}
 
 
-def rewrite(model: nn.Module, name: str, *overrides: str) -> Compiled:
+def rewrite(model: nn.Module, name: str, *overrides: str) -> Compilation:
     """Compiles in place: dense FFNs to copied experts, experts that the model has to themselves."""
     device = next(model.parameters()).device
     example = {key: ids.to(device) for key, ids in inputs_of(name).items()}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moecompile.nn import meters_of
 from moecompile.verify import worst
 from tests.architectures import ALL, DENSE, EXISTING, IDS, VOCAB, inputs_of, model_of, rewrite
-from tests.models import max_diff, randomize
+from tests.tiny import max_diff, randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's models
 

@@ -21,7 +21,7 @@ from moecompile.passes.base import count_ops
 from moecompile.pipeline import compile_with_report
 from moecompile.plan import Plan, from_yaml, to_yaml
 from moecompile.report.graphs import listing
-from tests.models import (
+from tests.tiny import (
     COPY4,
     Gated,
     TinyGPT,

@@ -20,20 +20,19 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
-from moecompile.apply import fused_graph
 from moecompile.bench.measure import Times, kept_bytes, medians, timed
 from moecompile.capture import Example, is_meta
+from moecompile.match.experts import ExpertsMatch
+from moecompile.match.patterns import FFNMatch, activation_module
+from moecompile.match.regions import Region
 from moecompile.mesh import MeshSpec
 from moecompile.nn import Experts, Router, set_random_key
 from moecompile.nn.existing import ExistingExperts, MatrixExperts
-from moecompile.passes.existing import ExistingRegion, RewriteExisting
-from moecompile.passes.lower import experts_calls
-from moecompile.passes.match_experts import ExpertsMatch
-from moecompile.passes.rewrite import activation_module
+from moecompile.passes.base import experts_calls
+from moecompile.passes.run import on_one_device, on_the_mesh, run_passes
 from moecompile.pipeline import capture_planned, transform
 from moecompile.plan import ExpertsSite, FFNSite, LayerPlan, Plan, on_one_process, reductions
 from moecompile.schema import Compiled, Config, Precision
-from moecompile.sites import DenseRegion
 from moecompile.torch_private import compile_whole
 
 _STD = 0.02
@@ -116,11 +115,12 @@ def layer_pairs(model: nn.Module, plan: Plan, config: Config, example: Example, 
     dtype = next(model.parameters()).dtype
     for layer, sites in alike.items():
         region = captured.regions[captured.region_of[sites[0]]]
-        if isinstance(region, ExistingRegion):
+        match, layer = region.matches[sites[0]], _at(layer, sites[0])
+        if isinstance(match, ExpertsMatch):
             dense, moe = _existing(layer, region)
-            draw = partial(_draw_routed, region.match, config=config, dtype=_narrow(dtype, config))
+            draw = partial(_draw_routed, match, config=config, dtype=_narrow(dtype, config))
         else:
-            dense, moe = _rewritten(layer, region, sites[0])
+            dense, moe = _rewritten(_at(layer, ""), region.graph, match)
             draw = partial(_draw_hidden, layer.site.d_model, config=config, dtype=_narrow(dtype, config))
         for module in (dense, moe):
             _place(module, device, dtype, config)
@@ -136,6 +136,10 @@ def _narrow(dtype: torch.dtype, config: Config) -> torch.dtype:
 
 def _placeless(layer: LayerPlan) -> LayerPlan:
     return dataclasses.replace(layer, site=dataclasses.replace(layer.site, fqn="", index=0))
+
+
+def _at(layer: LayerPlan, fqn: str) -> LayerPlan:
+    return dataclasses.replace(layer, site=dataclasses.replace(layer.site, fqn=fqn))
 
 
 # -- Steps 2 and 3 ---------------------------------------------------------------------------------------------------
@@ -160,10 +164,10 @@ class _Activation(nn.Module):
         return out if self.width is None else out.flatten(-2)
 
 
-def _rewritten(layer: LayerPlan, region: DenseRegion, fqn: str) -> tuple[nn.Module, fx.GraphModule]:
+def _rewritten(layer: LayerPlan, graph: fx.GraphModule, match: FFNMatch) -> tuple[nn.Module, fx.GraphModule]:
     """The dense FFN and the graph that the layer's plan makes of an FFN like the site's."""
-    match, site, parts = region.matches[fqn], layer.site, layer.site.num_in_projections
-    activation = activation_module(region.graph, match)
+    site, parts = layer.site, layer.site.num_in_projections
+    activation = activation_module(graph, match)
     source = DenseFFN(site, site.d_ff, _Activation(activation, parts, None))
     mesh = MeshSpec()
     moe = transform(fx.symbolic_trace(source), Plan(mesh=mesh, layers=(layer,), reductions=reductions(mesh)))
@@ -171,9 +175,10 @@ def _rewritten(layer: LayerPlan, region: DenseRegion, fqn: str) -> tuple[nn.Modu
     return DenseFFN(site, _width(layer), _Activation(copy.deepcopy(activation), parts, width)), moe
 
 
-def _existing(layer: LayerPlan, region: ExistingRegion) -> tuple[nn.Module, fx.GraphModule]:
+def _existing(layer: LayerPlan, region: Region) -> tuple[nn.Module, fx.GraphModule]:
     """The dense FFN and a copy of the experts that the model has, as one call of them becomes."""
-    moe = copy.deepcopy(fused_graph(RewriteExisting().run(region, layer), [layer]))
+    steps = (*on_one_device(seed=0), *on_the_mesh())
+    moe = copy.deepcopy(run_passes(steps, {region.path: region}, {region.path: [layer]})[region.path].graph)
     (call,) = experts_calls(moe)
     experts = moe.get_submodule(str(call.target))
     assert isinstance(experts, (Experts, ExistingExperts))

@@ -22,7 +22,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from moecompile.bench.measure import Times, medians
-from moecompile.passes.lower import EXCHANGE_OPS
+from moecompile.passes.base import EXCHANGE_OPS
 from moecompile.plan import Plan
 from moecompile.runtime.data import TextData, train_loader
 from moecompile.runtime.module import LanguageModule

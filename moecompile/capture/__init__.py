@@ -1,6 +1,6 @@
 """One recorded forward -> dataflow; the regions that are needed -> GraphModules."""
 
-from moecompile.capture.keep import shell_of, stand_in
+from moecompile.capture.keep import attributes_of, layers_of, replace_regions, shell_of, stand_in
 from moecompile.capture.record import (
     Example,
     ModuleCall,
@@ -17,12 +17,15 @@ __all__ = [
     "Example",
     "ModuleCall",
     "Recording",
+    "attributes_of",
     "broken_rule",
     "call_with",
     "calls_with_caches",
     "in_mode",
     "is_meta",
+    "layers_of",
     "record",
+    "replace_regions",
     "shell_of",
     "stand_in",
     "trace_again",

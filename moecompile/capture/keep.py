@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Any
 
 from torch import Tensor, fx, nn
+
+from moecompile.torch_private import move_hooks
 
 
 class _Bare:
@@ -127,3 +129,33 @@ def _copy_attributes(old: nn.Module, new: nn.Module, memo: dict[int, Any] | None
     for name, value in vars(old).items():
         if name not in vars(new) and not isinstance(value, Tensor):
             object.__setattr__(new, name, value if memo is None else copy.deepcopy(value, memo))
+
+
+def layers_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The elements of the outermost module lists: the layers of a model."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            yield from (layer for layer in child if any(True for _ in layer.parameters()))
+        else:
+            yield from layers_of(child)
+
+
+def replace_regions(model: nn.Module, regions: Mapping[str, nn.Module]) -> nn.Module:
+    """Puts each region's new module in its place; the model itself is replaced where it is the region."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    for fqn, module in regions.items():
+        region = model.get_submodule(fqn)
+        move_hooks(region, module)
+        for path in paths[id(region)]:
+            if path == "":
+                model = module
+            else:
+                model.set_submodule(path, module)
+    return model
+
+
+def attributes_of(graph_module: fx.GraphModule) -> set[str]:
+    """Paths of the modules and tensors that a graph uses."""
+    return {str(node.target) for node in graph_module.graph.nodes if node.op in ("call_module", "get_attr")}

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from moecompile.caches import caches, switches
+from moecompile.capture.caches import caches, switches
 from moecompile.errors import CaptureError
 
 Example = Mapping[str, Tensor] | tuple[Any, ...] | Tensor

@@ -53,16 +53,18 @@ def main(
     run: Callable[[Config, Path], int],
     prepare: Callable[[Config, Path], Config] = lambda config, _: config,
     check: Callable[[Config], None] = lambda _: None,
+    summarize: Callable[[Path], None] = lambda _: None,
 ) -> int:
     """The command line: composes `sys.argv`, calls `run(config, run_dir)` for each job and returns the exit code.
 
     `prepare(config, run_dir)` completes each config before it is checked and written; `check(config)` looks at what it
-    names, such as files.
+    names, such as files; `summarize(directory)` is called at the end of a multirun.
 
     A job that fails is reported in one message on stderr (with a traceback if `debug=true`, or if it is a defect and
     not a mistake) and does not stop the other jobs of a multirun.
     """
     exit_codes: list[int] = []
+    RunFolders.summarize = staticmethod(summarize)
 
     def job(cfg: DictConfig) -> int:
         exit_codes.append(run_job(cfg, run, prepare, check))

@@ -25,12 +25,12 @@ from hydra.core.utils import JobRuntime
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.version import VersionBase
 
+from moecompile.compose.flags import PROGRAM, own_flags
 from moecompile.compose.jobs import RunFolders
+from moecompile.compose.trust import check_hydra_node, of_hydra
 from moecompile.compose.typed import explained, no_environment, plain
 from moecompile.errors import ConfigError
-from moecompile.flags import PROGRAM, own_flags
 from moecompile.schema import Config, check_name
-from moecompile.trust import check_hydra_node, of_hydra
 
 CONFIG_DIR_VARIABLE = "MOECOMPILE_CONFIG_DIR"
 """Environment variable: a folder of one's own config groups and recipes, searched after the shipped ones."""
@@ -91,7 +91,7 @@ def _guarded_hydra() -> Iterator[None]:
 
 @contextmanager
 def changed_flags() -> Iterator[None]:
-    """Hydra's command line, as `moecompile.flags` changes it."""
+    """Hydra's command line, as `moecompile.compose.flags` changes it."""
     module: Any = sys.modules["hydra.main"]
     make = module.get_args_parser
     module.get_args_parser = lambda: own_flags(make())

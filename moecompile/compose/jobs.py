@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import re
 import sys
 import traceback
@@ -134,6 +133,7 @@ class RunFolders(Callback):
 
     existing: ClassVar[Path]  # the part of the directory that was there before the run
     sweep: ClassVar[Path | None] = None
+    summarize: ClassVar[Callable[[Path], None]]  # a sweep that has ended
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Remembers what exists before Hydra makes the run directory."""
@@ -155,7 +155,7 @@ class RunFolders(Callback):
         failures = sweep / FAILURES
         codes = [int(line.split("\t")[1]) for line in failures.read_text().splitlines()] if failures.exists() else []
         try:
-            importlib.import_module("moecompile.report.sweep").summarize(sweep)
+            RunFolders.summarize(sweep)
         except Exception as error:  # Hydra would turn it into a warning
             codes.append(report(error, debug=False))
         if codes:

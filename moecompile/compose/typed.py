@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.basecontainer import BaseContainer
 from omegaconf.resolvers import oc
 
+from moecompile.compose.explain import explain
 from moecompile.errors import ConfigError
-from moecompile.explain import explain
 from moecompile.schema import Config, with_implied
 
 RESOLVED = "resolved.yaml"
@@ -84,7 +84,7 @@ def explained(overrides: Sequence[str]) -> Iterator[None]:
 def no_environment(overrides: Iterable[str]) -> Iterator[None]:
     """`${oc.env:...}` works in what the caller gives, and nowhere else: a file of others must not read it.
 
-    Hydra's own node has been checked by `moecompile.trust`, and repeats what the caller gives.
+    Hydra's own node has been checked by `moecompile.compose.trust`, and repeats what the caller gives.
     """
     given = {item.lstrip("+").partition("=")[0] for item in overrides if "oc.env" in item}
 

@@ -13,7 +13,7 @@ NOTE on speed, on a CPU:
      and what is not a product is done once for the few.
   3. bf16 rows of an expert are padded to one of few lengths, with rows of weight 0: oneDNN builds a kernel for every
      new length, which took up to 5 ms here, several times a layer and step.
-  4. How rows and weights are multiplied is decided in moecompile.ops.products.
+  4. How rows and weights are multiplied is decided in moecompile.ops.cpu.products.
 On a GPU the grouped products take all experts at once, and the counts stay on the device; on a CPU they do so where
 experts have few rows.
 """
@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moecompile.ops.blocks import make_blocks, padded, places, scratch, summed
+from moecompile.ops.cpu.blocks import make_blocks, padded, places, scratch, summed
+from moecompile.ops.cpu.native import Kernels, kernels
+from moecompile.ops.cpu.products import Products, faster_wide
 from moecompile.ops.grouped import at_once, grouped_mm, grouped_mm_input_grad, grouped_mm_weight_grad
-from moecompile.ops.native import Kernels, kernels
-from moecompile.ops.products import Products, faster_wide
 
 
 @torch.library.custom_op("moecompile::expert_ffn", mutates_args=())

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moecompile.ops.blocks import Block
-from moecompile.ops.products import Products, suits_kernel
+from moecompile.ops.cpu.blocks import Block
+from moecompile.ops.cpu.products import Products, suits_kernel
 
 _ALIGNMENT_BYTES = 16  # of every row, or F.grouped_mm refuses
 _FEW_ROWS = {torch.float32: 128, torch.bfloat16: 24}  # an expert has on average, on a CPU; benchmarks/layer.py

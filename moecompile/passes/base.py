@@ -1,27 +1,127 @@
-"""What all passes share: the record of what a pass did, and the contract check that runs between every two of them."""
+"""What all passes share: the protocol, those that users add, and the questions that passes ask of a graph."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+import operator
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from typing import Protocol
 
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
+from torch.utils.hooks import RemovableHandle
+
+from moecompile.errors import ConfigError, PassError
+from moecompile.match.regions import Region
+from moecompile.nn import Experts
+from moecompile.nn.existing import ExistingExperts
+from moecompile.plan import EXCHANGES, LayerPlan, Plan
+
+EXCHANGE_OPS = frozenset(op for ops in EXCHANGES.values() for op in ops)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PassRecord:
-    """What one pass did, for the console: "after lower: 12 -> 19 nodes, +3 all_to_all".
+class GraphPass(Protocol):
+    """A pass over one region of a model, ours or a user's.
 
-    nodes_before, nodes_after: graph nodes over all regions. added: op name -> how many nodes were added. detail: one
-    line in words. seconds: wall time.
+    layers: of this region, in the order of its graph. Two attributes are optional: `detail`, a line for the record, and
+    `stage`, what a graph is called from here on (`rewritten`, `lowered`).
     """
 
-    name: str
-    nodes_before: int
-    nodes_after: int
-    added: dict[str, int] = field(default_factory=dict)
-    detail: str = ""
-    seconds: float = 0.0
+    @property
+    def name(self) -> str:
+        """What records and errors call it."""
+
+    def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
+        """Raises PassError unless the region is as `run` needs it."""
+
+    def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
+        """The region with a new graph (`region.with_graph`); the input keeps its own."""
+
+    def ensures(self, before: Region, after: Region, layers: Sequence[LayerPlan]) -> None:
+        """Raises PassError unless the result is as it must be."""
+
+
+class ModelPass(Protocol):
+    """A pass over a whole compiled model, which it changes in place."""
+
+    @property
+    def name(self) -> str:
+        """What records and errors call it."""
+
+    def requires(self, model: nn.Module, plan: Plan) -> None:
+        """Raises PassError or PlanError unless the model is as `run` needs it."""
+
+    def run(self, model: nn.Module, plan: Plan) -> None:
+        """Changes the model."""
+
+    def ensures(self, model: nn.Module, plan: Plan) -> None:
+        """Raises PassError unless the model is as it must be."""
+
+
+def run_on_model(step: ModelPass, model: nn.Module, plan: Plan) -> None:
+    """Runs a pass over a whole model, between its contracts."""
+    step.requires(model, plan)
+    step.run(model, plan)
+    step.ensures(model, plan)
+
+
+_PLACES = ("rewrite", "lower")
+_registered: OrderedDict[int, tuple[str, GraphPass]] = OrderedDict()
+
+
+def register_pass(graph_pass: GraphPass, *, after: str) -> RemovableHandle:
+    """Runs a pass over every region that is compiled from now on, between its contracts.
+
+    Args:
+        after: `rewrite` (the graph runs on one device) or `lower` (it has the exchanges).
+
+    Returns:
+        A handle, as from `register_pattern`.
+    """
+    if after not in _PLACES:
+        raise ConfigError("after", after, "must be rewrite or lower", "Use one of these")
+    handle = RemovableHandle(_registered)
+    _registered[handle.id] = (after, graph_pass)
+    return handle
+
+
+def registered(after: str) -> tuple[GraphPass, ...]:
+    """The users' passes that run after a built-in one, in the order of their registration."""
+    return tuple(graph_pass for place, graph_pass in _registered.values() if place == after)
+
+
+def copied(graph_module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
+    """A new GraphModule over the same modules, and node -> its copy."""
+    graph, copies = Graph(), dict[Node, Node]()
+    graph.output(graph.graph_copy(graph_module.graph, copies))
+    return GraphModule(graph_module, graph, class_name=type(graph_module).__name__), copies
+
+
+def experts_calls(graph_module: GraphModule) -> list[Node]:
+    """Calls of experts modules, in graph order."""
+    return [
+        node
+        for node in graph_module.graph.nodes
+        if node.op == "call_module"
+        and isinstance(graph_module.get_submodule(str(node.target)), (Experts, ExistingExperts))
+    ]
+
+
+def exchanges_of(graph_module: GraphModule) -> list[Node]:
+    """Exchange nodes, in graph order."""
+    return [n for n in graph_module.graph.nodes if n.op == "call_function" and op_name(n) in EXCHANGE_OPS]
+
+
+def check_calls(name: str, region: Region, layers: Sequence[LayerPlan]) -> list[Node]:
+    """The experts calls of a region, one for each planned layer.
+
+    Raises:
+        PassError: of the pass `name`; there are more or fewer.
+    """
+    calls = experts_calls(region.graph)
+    if len(calls) != len(layers):
+        raise PassError(name, layers[0].site.fqn, f"{len(calls)} experts calls for {len(layers)} planned layers")
+    return calls
 
 
 def op_name(node: Node) -> str:
@@ -56,4 +156,11 @@ def count_ops(graph_module: GraphModule) -> Counter[str]:
     """How often each op occurs, placeholders, attributes and outputs left out."""
     return Counter(
         op_name(n) for n in graph_module.graph.nodes if n.op in ("call_function", "call_module", "call_method")
+    )
+
+
+def items(graph: Graph, node: Node, *names: str) -> tuple[Node, ...]:
+    """The outputs of a node that returns several tensors, named for people who read the graph."""
+    return tuple(
+        graph.create_node("call_function", operator.getitem, (node, i), name=name) for i, name in enumerate(names)
     )

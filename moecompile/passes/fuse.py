@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from moecompile.comm.dispatch import items
 from moecompile.errors import PassError
-from moecompile.passes.base import erase_unused, op_name
-from moecompile.passes.lower import exchanges_of, experts_calls
-from moecompile.passes.swiglu import is_swiglu
+from moecompile.match.regions import Region
+from moecompile.match.swiglu import is_swiglu
+from moecompile.passes.base import check_calls, copied, erase_unused, exchanges_of, experts_calls, items, op_name
 from moecompile.plan import LayerPlan
 
 ops = torch.ops.moecompile
@@ -33,40 +32,36 @@ class Fuse:
     """No options."""
 
     name: str = "fuse"
+    stage: str = "fused"
+    detail: str = "one op for gather, experts and sum"
 
-    def requires(self, graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> None:
+    def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
         """One experts call a layer, in the same order; what is planned as fused is SwiGLU, and not fused yet."""
-        calls = experts_calls(graph_module)
-        if len(calls) != len(layers):
-            raise PassError(self.name, "", f"{len(calls)} experts calls for {len(layers)} planned layers")
-        for call, layer in zip(calls, layers, strict=True):
-            if layer.fused and not is_swiglu(graph_module.get_submodule(str(call.target))):
+        for call, layer in zip(check_calls(self.name, region, layers), layers, strict=True):
+            if layer.fused and not is_swiglu(region.graph.get_submodule(str(call.target))):
                 raise PassError(self.name, layer.site.fqn, "is planned as fused, but its experts are not SwiGLU")
             if _is_fused(call):
                 raise PassError(self.name, layer.site.fqn, "is fused already")
 
-    def run(self, graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> fx.GraphModule:
-        """A new GraphModule over the same modules; the input keeps its graph."""
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(graph_module.graph, {}))
-        new = fx.GraphModule(graph_module, graph, class_name=type(graph_module).__name__)
+    def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
+        """A new graph over the same modules."""
+        new, _ = copied(region.graph)
         for call, layer in zip(experts_calls(new), layers, strict=True):
             if layer.fused:
                 _fuse(new.graph, call, layer.site.fqn)
         erase_unused(new.graph)
-        new.graph.lint()
         new.recompile()
-        return new
+        return region.with_graph(new)
 
-    def ensures(self, before: fx.GraphModule, after: fx.GraphModule, layers: Sequence[LayerPlan]) -> None:
+    def ensures(self, before: Region, after: Region, layers: Sequence[LayerPlan]) -> None:
         """The same exchanges in the same order; exactly the planned calls are fused.
 
         A fused experts call reads one sort, and rows that are not copied.
         """
-        was, now = ([(op_name(n), str(n.args[-1])) for n in exchanges_of(graph)] for graph in (before, after))
+        was, now = ([(op_name(n), str(n.args[-1])) for n in exchanges_of(r.graph)] for r in (before, after))
         if was != now:
-            raise PassError(self.name, "", f"exchanges were {was}, are {now}")
-        for call, layer in zip(experts_calls(after), layers, strict=True):
+            raise PassError(self.name, layers[0].site.fqn, f"exchanges were {was}, are {now}")
+        for call, layer in zip(check_calls(self.name, after, layers), layers, strict=True):
             if _is_fused(call) != layer.fused:
                 rule = "is planned as fused, but is not" if layer.fused else "is fused, but is not planned so"
                 raise PassError(self.name, layer.site.fqn, rule)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,10 +21,11 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from moecompile.caches import caches, switches
-from moecompile.errors import ConfigError
-from moecompile.passes.lower import EXCHANGE_OPS
-from moecompile.passes.shard import layers_of
+from moecompile.capture import layers_of
+from moecompile.capture.caches import caches, switches
+from moecompile.errors import ConfigError, PassError
+from moecompile.passes.base import EXCHANGE_OPS, experts_calls, run_on_model
+from moecompile.plan import Plan
 from moecompile.torch_private import keeping
 
 _CHOICES = (torch.ops.aten.topk.default, torch.ops.moecompile.expert_choice.default)
@@ -31,22 +33,60 @@ _TABLES = (torch.ops.moecompile.read_tables.default,)
 _CACHES = ("past_key_values", "cache_params", "cache", "state")  # what models call the caches that they are given
 
 
-def recompute(model: nn.Module, checkpointing: str) -> None:
-    """Lets the layers of a sharded (or whole) model compute again, in place; of a model without layers, its regions.
+def recompute(model: nn.Module, plan: Plan, checkpointing: str) -> None:
+    """Lets the layers of a sharded (or whole) model compute again, in place, and regions with experts outside of them.
 
     Args:
         checkpointing: full or keep_exchanges.
     """
-    again = partial(checkpoint, use_reentrant=False)
-    if checkpointing == "keep_exchanges":
-        exchanges = [getattr(torch.ops.moecompile, name).default for name in sorted(EXCHANGE_OPS)]
-        again = partial(again, context_fn=partial(keeping, {*exchanges, *_TABLES, *_CHOICES}))
-    regions = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
-    for layer in list(layers_of(model)) or regions:
-        layer.forward = _recomputed(layer.forward, again)  # inside the hooks of FSDP, which gathers before it
-    said: list[bool] = []
-    for caller in _with_switch(model):
-        caller.forward = _without_caches(caller, caller.forward, checkpointing, said)  # Step 3
+    run_on_model(Recompute(checkpointing=checkpointing), model, plan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recompute:
+    """checkpointing: as for `recompute`."""
+
+    checkpointing: str
+    name: str = "recompute"
+
+    def requires(self, model: nn.Module, plan: Plan) -> None:
+        """Nothing computes again yet."""
+        if any(_is_wrapped(layer) for layer in _computing_again(model)):
+            raise PassError(self.name, "the model", "its layers compute again already")
+
+    def run(self, model: nn.Module, plan: Plan) -> None:
+        """Changes the model."""
+        again = partial(checkpoint, use_reentrant=False)
+        if self.checkpointing == "keep_exchanges":
+            exchanges = [getattr(torch.ops.moecompile, name).default for name in sorted(EXCHANGE_OPS)]
+            again = partial(again, context_fn=partial(keeping, {*exchanges, *_TABLES, *_CHOICES}))
+        for layer in _computing_again(model):
+            layer.forward = _recomputed(layer.forward, again)  # inside the hooks of FSDP, which gathers before it
+        said: list[bool] = []
+        for caller in _with_switch(model):
+            caller.forward = _without_caches(caller, caller.forward, self.checkpointing, said)  # Step 3
+
+    def ensures(self, model: nn.Module, plan: Plan) -> None:
+        """Every experts call of the plan lies in what computes again."""
+        inside = {module for layer in _computing_again(model) if _is_wrapped(layer) for module in layer.modules()}
+        outside = [path for path, module in model.named_modules() if _holds_experts(module) and module not in inside]
+        if outside:
+            raise PassError(self.name, outside[0], "its experts would keep what the plan counts as computed again")
+
+
+def _computing_again(model: nn.Module) -> list[nn.Module]:
+    """The layers, and regions that lie in none."""
+    layers = list(layers_of(model))
+    inside = {module for layer in layers for module in layer.modules()}
+    return [*layers, *(module for module in model.modules() if _holds_experts(module) and module not in inside)]
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    return isinstance(module, fx.GraphModule) and bool(experts_calls(module))
+
+
+def _is_wrapped(layer: nn.Module) -> bool:
+    return getattr(layer.forward, "computes_again", False)
 
 
 def _recomputed(forward: Callable[..., Any], again: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,6 +95,7 @@ def _recomputed(forward: Callable[..., Any], again: Callable[..., Any]) -> Calla
             return forward(*args, **kwargs)
         return again(partial(forward, **kwargs), *args)
 
+    run.computes_again = True  # type: ignore[attr-defined]
     return run
 
 

@@ -21,11 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from moecompile.comm.dispatch import items
-from moecompile.errors import PassError
+from moecompile.errors import PassError, PlanError
+from moecompile.match.experts import ExpertsMatch
+from moecompile.match.linears import common_owner
+from moecompile.match.patterns import FFNMatch, activation_module
+from moecompile.match.regions import Region
 from moecompile.nn import Experts, Router, SharedExperts
-from moecompile.passes.base import erase_unused, is_ours, op_name
-from moecompile.passes.match import FFNMatch
+from moecompile.passes.base import check_calls, copied, erase_unused, exchanges_of, is_ours, items, op_name
+from moecompile.passes.rewrite_experts import rewrite_experts
 from moecompile.passes.trained import keep_frozen
 from moecompile.passes.upcycle import DenseWeights, fill
 from moecompile.plan import LayerPlan
@@ -39,41 +42,59 @@ class Rewrite:
 
     seed: int = 0
     name: str = "rewrite"
+    stage: str = "rewritten"
+    detail: str = "one device"
 
-    def requires(self, graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> None:
-        """No op of ours is in the graph yet."""
-        if found := [op_name(node) for node in graph_module.graph.nodes if is_ours(node)]:
+    def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
+        """Every layer has its match, no op of ours is there yet, and slices are possible where they are planned."""
+        if found := [op_name(node) for node in region.graph.graph.nodes if is_ours(node)]:
             raise PassError(self.name, layers[0].site.fqn, f"the graph is rewritten already, it holds {found}")
+        for layer in layers:
+            match = region.matches.get(layer.site.fqn)
+            if match is None:
+                raise PassError(self.name, layer.site.fqn, f"the region matched {list(region.matches)} alone")
+            if isinstance(match, FFNMatch):
+                _check_slices(match, layer)
 
-    def run(self, graph_module: fx.GraphModule, sites: Sequence[tuple[FFNMatch, LayerPlan]]) -> fx.GraphModule:
-        """A new GraphModule; the input keeps its graph, and the two share the weights that stay."""
-        graph = fx.Graph()
-        copied: dict[fx.Node, fx.Node] = {}
-        graph.output(graph.graph_copy(graph_module.graph, copied))
-        new = fx.GraphModule(graph_module, graph, class_name=type(graph_module).__name__)
-        for match, layer in sites:
-            _rewrite_site(new, graph_module, match, copied, layer, self.seed)
+    def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
+        """A new graph; the two share the weights that stay."""
+        new, copies = copied(region.graph)
+        for layer in layers:
+            match = region.matches[layer.site.fqn]
+            if isinstance(match, ExpertsMatch):
+                rewrite_experts(new, region.module, match, layer)
+            else:
+                _rewrite_ffn(new, region.graph, match, copies, layer, self.seed)
         erase_unused(new.graph)
-        new = fx.GraphModule(new, new.graph, class_name=type(graph_module).__name__)  # only with what the graph uses
-        new.graph.lint()
-        return new
+        new = fx.GraphModule(new, new.graph, class_name=type(region.graph).__name__)  # only with what the graph uses
+        return region.with_graph(new)
 
-    def ensures(self, graph_module: fx.GraphModule, layers: Sequence[LayerPlan]) -> None:
-        """One router, permute, experts and unpermute a layer; no exchange."""
-        counts = Counter(op_name(node) for node in graph_module.graph.nodes if is_ours(node))
+    def ensures(self, before: Region, after: Region, layers: Sequence[LayerPlan]) -> None:
+        """One permute, experts call and unpermute a layer; no exchange."""
+        check_calls(self.name, after, layers)
+        counts = Counter(op_name(node) for node in after.graph.graph.nodes if is_ours(node))
         for op in ("permute", "unpermute"):
             if counts[op] != len(layers):
                 raise PassError(self.name, layers[0].site.fqn, f"{counts[op]} {op} nodes for {len(layers)} layers")
-        found = sum(isinstance(m, Experts) for m in graph_module.modules())
-        if found != len(layers):
-            raise PassError(self.name, layers[0].site.fqn, f"{found} experts modules for {len(layers)} layers")
+        if found := [op_name(node) for node in exchanges_of(after.graph)]:
+            raise PassError(self.name, layers[0].site.fqn, f"the graph is for one device, but holds {found}")
 
 
-def _rewrite_site(
+def _check_slices(match: FFNMatch, layer: LayerPlan) -> None:
+    if match.whole and layer.experts.granularity > 1:
+        raise PlanError(
+            "experts.granularity", layer.experts.granularity,
+            f"must be 1 for {layer.site.fqn or 'the graph'}: what is between its linears ({match.activation}) needs all"
+            " hidden units at once, and slices have only some",
+            "Use experts.granularity=1 and experts.init=copy",
+        )  # fmt: skip
+
+
+def _rewrite_ffn(
     new: fx.GraphModule,
     old: fx.GraphModule,
     match: FFNMatch,
-    copied: dict[fx.Node, fx.Node],
+    copies: dict[fx.Node, fx.Node],
     layer: LayerPlan,
     seed: int,
 ) -> None:
@@ -88,15 +109,15 @@ def _rewrite_site(
         if module is not None
     }
     # Step 3
-    x, down = copied[match.ins[0].x], copied[match.down.node]
+    x, down = copies[match.ins[0].x], copies[match.down.node]
     position = {node: i for i, node in enumerate(new.graph.nodes)}
-    readers = [copied[node] for linear in match.ins for node in (*linear.reads, *linear.nodes)]
+    readers = [copies[node] for linear in match.ins for node in (*linear.reads, *linear.nodes)]
     with new.graph.inserting_before(min((n for n in readers if x in n.all_input_nodes), key=position.__getitem__)):
         result = _insert(new.graph, x, names, layer)
     down.replace_all_uses_with(result)
-    copied[match.down.node] = result  # the next FFN may read this one's output
+    copies[match.down.node] = result  # the next FFN may read this one's output
     # Step 4
-    gone = sorted((copied[node] for node in match.nodes if node is not match.down.node), key=position.__getitem__)
+    gone = sorted((copies[node] for node in match.nodes if node is not match.down.node), key=position.__getitem__)
     _erase(new.graph, [*gone, down])
 
 
@@ -194,36 +215,6 @@ def build_modules(
         site.d_model, plan.d_shared, activation=copy.deepcopy(activation), gate=plan.shared_gate, **kinds, **where
     )
     return router, experts, shared
-
-
-def activation_module(root: fx.GraphModule, match: FFNMatch) -> fx.GraphModule:
-    """The pointwise operations of a match as a module of their own: one argument per linear, gate first."""
-    graph = fx.Graph()
-    names = ("gate", "up") if match.kind == "gated" else ("up",)
-    env = {linear.node: graph.placeholder(name) for linear, name in zip(match.ins, names, strict=True)}
-
-    def copied(node: fx.Node) -> fx.Node:
-        if node not in env and node.op == "get_attr":  # a parameter of what is between: the experts share it
-            env[node] = graph.get_attr(str(node.target))
-        return env[node]
-
-    for node in match.pointwise:
-        env[node] = graph.node_copy(node, copied)
-    graph.output(env[match.down.x])
-    activation = fx.GraphModule(root, graph, class_name="Activation")
-    return copy.deepcopy(activation)
-
-
-def common_owner(paths: Sequence[str]) -> str:
-    """The longest module path that holds all attribute (or module) paths."""
-    parts = [path.split(".")[:-1] for path in paths]
-    shared = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        shared.append(level[0])
-    # The parent of two linears is their common path; one linear alone would be its own parent.
-    return ".".join(shared)
 
 
 def _add(root: fx.GraphModule, prefix: str, role: str, module: nn.Module) -> str:

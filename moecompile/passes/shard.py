@@ -12,7 +12,8 @@ All gradient reductions are plain sums (docs/gradients.md).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial, reduce
 
 import torch
@@ -22,14 +23,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from moecompile.arguments import check_model, check_plan
+from moecompile.capture import layers_of
 from moecompile.errors import PassError, PlanError
 from moecompile.mesh import MeshSpec
 from moecompile.nn import Experts, routers_of
-from moecompile.passes.lower import exchanges_of, experts_calls
+from moecompile.passes.base import exchanges_of, experts_calls, op_name, run_on_model
 from moecompile.plan import Plan
 from moecompile.torch_private import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult, split_axis
 
 AXES = ("dp_replicate", "edp", "ep")
+_LOGICAL = ("ep", "ep_inter", "ep_intra")
 
 
 def device_mesh_of(mesh: MeshSpec, device_type: str) -> DeviceMesh:
@@ -47,23 +50,59 @@ def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh, param_dtype: to
             the optimizer has, keep their dtype. None: no casts.
 
     Raises:
-        PlanError: the mesh does not have the planned sizes.
+        PlanError: the mesh does not have the planned sizes. PassError: the model is not what `plan` lowers to.
     """
     check_model(model)
     check_plan(plan)
-    sizes = dict(zip(AXES, (plan.mesh.dp_replicate, plan.mesh.edp_shard, plan.mesh.ep), strict=True))
-    for axis, size in sizes.items():
-        found = device_mesh[axis].size()
-        if found != size:
-            raise PlanError(
-                f"mesh.{axis}", size, f"the device mesh has {found} ranks there", "Plan for this device mesh"
-            )
-    bind_axes(model, device_mesh, plan.mesh.nodes_per_ep_group)  # Step 1
-    if plan.mesh.ep > 1:
-        _shard_experts(model, device_mesh["ep"])  # Step 2
-    if plan.mesh.world_size > 1 or param_dtype is not None:
-        _wrap(model, plan.mesh, device_mesh, param_dtype)  # Step 3
+    run_on_model(ShardModel(device_mesh=device_mesh, param_dtype=param_dtype), model, plan)
     return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardModel:
+    """device_mesh, param_dtype: as for `shard`."""
+
+    device_mesh: DeviceMesh
+    param_dtype: torch.dtype | None = None
+    name: str = "shard"
+
+    def requires(self, model: nn.Module, plan: Plan) -> None:
+        """The device mesh has the planned sizes, and the model the planned exchanges."""
+        sizes = dict(zip(AXES, (plan.mesh.dp_replicate, plan.mesh.edp_shard, plan.mesh.ep), strict=True))
+        for axis, size in sizes.items():
+            found = self.device_mesh[axis].size()
+            if found != size:
+                raise PlanError(
+                    f"mesh.{axis}", size, f"the device mesh has {found} ranks there", "Plan for this device mesh"
+                )
+        there = Counter(op_name(node) for module in _graphs(model).values() for node in exchanges_of(module))
+        planned = Counter(op for layer in plan.layers for op, _ in layer.steps)
+        if there != planned:
+            rule = f"the model holds the exchanges {dict(there)}, planned are {dict(planned)}: lower it by this plan"
+            raise PassError(self.name, "the model", rule)
+
+    def run(self, model: nn.Module, plan: Plan) -> None:
+        """Changes the model."""
+        bind_axes(model, self.device_mesh, plan.mesh.nodes_per_ep_group)  # Step 1
+        if plan.mesh.ep > 1:
+            _shard_experts(model, self.device_mesh["ep"])  # Step 2
+        if plan.mesh.world_size > 1 or self.param_dtype is not None:
+            _wrap(model, plan.mesh, self.device_mesh, self.param_dtype)  # Step 3
+
+    def ensures(self, model: nn.Module, plan: Plan) -> None:
+        """No exchange is left on a logical axis; with expert parallelism, every expert weight is split over ranks."""
+        for path, module in _graphs(model).items():
+            for node in exchanges_of(module):
+                if str(node.args[-1]) in _LOGICAL:
+                    raise PassError(self.name, path, f"{node.name} is still on the logical axis {node.args[-1]}")
+        for owner, name in expert_parameters(model) if plan.mesh.ep > 1 else ():
+            parameter = owner.get_parameter(name)
+            if not isinstance(parameter, DTensor) or "ep" not in (parameter.device_mesh.mesh_dim_names or ()):
+                raise PassError(self.name, name, f"{type(owner).__name__} holds every expert's {name} on every rank")
+
+
+def _graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, fx.GraphModule)}
 
 
 def bind_axes(model: nn.Module, device_mesh: DeviceMesh, num_nodes: int = 1) -> None:
@@ -73,7 +112,7 @@ def bind_axes(model: nn.Module, device_mesh: DeviceMesh, num_nodes: int = 1) -> 
     ranks on one node, are made from `ep` where a graph uses them.
     """
     groups = {axis: device_mesh.get_group(axis).group_name for axis in device_mesh.mesh_dim_names or ()}
-    graphs = {path: module for path, module in model.named_modules() if isinstance(module, fx.GraphModule)}
+    graphs = _graphs(model)
     used = {str(node.args[-1]) for module in graphs.values() for node in exchanges_of(module)}
     if "ep" in groups and used & {"ep_inter", "ep_intra"}:
         sizes = {"ep_inter": num_nodes, "ep_intra": device_mesh["ep"].size() // num_nodes}
@@ -138,15 +177,6 @@ def _of_another_dtype(parameters: Sequence[nn.Parameter]) -> set[nn.Parameter]:
         sizes[parameter.dtype] += parameter.numel()
     most = max(sizes, key=sizes.__getitem__, default=None)
     return {parameter for parameter in parameters if parameter.dtype != most}
-
-
-def layers_of(model: nn.Module) -> Iterator[nn.Module]:
-    """The elements of the outermost module lists: the layers of a model."""
-    for child in model.children():
-        if isinstance(child, nn.ModuleList):
-            yield from (layer for layer in child if any(True for _ in layer.parameters()))
-        else:
-            yield from layers_of(child)
 
 
 def expert_parameters(model: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from moecompile.errors import PlanError
+from moecompile.match.linears import Linear, attribute
+from moecompile.match.patterns import FFNMatch
 from moecompile.nn import Experts, SharedExperts
-from moecompile.passes.linears import Linear, attribute
-from moecompile.passes.match import FFNMatch
 from moecompile.plan import FFNSite, LayerPlan, Plan
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from moecompile.match.patterns import FFNMatch
 from moecompile.nn import Experts, Router, SharedExperts
-from moecompile.passes.match import FFNMatch
 from moecompile.passes.scaling import Factors, factors, sums_to_scale
 from moecompile.plan import LayerPlan
 

@@ -1,5 +1,7 @@
 """The nouns: sites, layers, placement, Plan. Frozen and torch-free; constructors validate."""
 
+from moecompile.plan.existing import layer_of, layer_on_one_device, own_routing
+from moecompile.plan.fit import planned_site
 from moecompile.plan.io import from_yaml, load, save, to_yaml
 from moecompile.plan.layers import (
     EXCHANGES,
@@ -36,9 +38,13 @@ __all__ = [
     "Traffic",
     "can_fuse",
     "from_yaml",
+    "layer_of",
+    "layer_on_one_device",
     "load",
     "on_one_process",
     "on_one_rank",
+    "own_routing",
+    "planned_site",
     "reductions",
     "save",
     "to_yaml",

@@ -19,7 +19,7 @@ from moecompile.plan import EXCHANGES, Assumptions, Estimate, FFNSite, LayerPlan
 from moecompile.report.text import NOT_COMPARED, bytes_text, count_text, fold_paths, plural, unsuffixed
 
 if TYPE_CHECKING:
-    from moecompile.passes.base import PassRecord
+    from moecompile.passes.run import PassRecord
 
 _STATUS_STYLE = {"ok": "green", "rewritten": "green", "failed": "bold red", "not_matched": "yellow"}
 _EXCHANGE_OPS = {op for ops in EXCHANGES.values() for op in ops}

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from moecompile.versions import versions
+from moecompile.version import versions
 
 REQUIRED = ("task", "recipe", "status", "seconds")
 

@@ -29,7 +29,7 @@ from moecompile.runtime.callbacks import Metrics
 from moecompile.runtime.history import LoadHistory
 from moecompile.runtime.module import LanguageModule
 from moecompile.schema import Config
-from moecompile.versions import versions
+from moecompile.version import versions
 
 METRICS = "metrics.csv"
 LOAD_HISTORY = "load.npz"

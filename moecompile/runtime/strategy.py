@@ -159,7 +159,7 @@ class ExpertParallelStrategy(TrainingSteps):
             for region in [module for module in compiled.modules() if isinstance(module, fx.GraphModule)]:
                 compile_whole(region)
         if self.checkpointing != "none":
-            recompute(compiled, self.checkpointing)
+            recompute(compiled, plan, self.checkpointing)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """A folder of shards (torch DCP) that every mesh can read at `filepath`, whole or not there."""

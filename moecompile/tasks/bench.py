@@ -14,7 +14,7 @@ from rich.console import Console
 
 from moecompile import clock
 from moecompile.bench import LayerCost, StepCost, measure_layers, measure_steps
-from moecompile.models import example_inputs
+from moecompile.models.build import example_inputs
 from moecompile.pipeline import make_plan
 from moecompile.report.bench import print_bench
 from moecompile.report.result import write_result
@@ -25,7 +25,7 @@ from moecompile.schema import Config, mesh_spec
 from moecompile.tasks.job import Job, load_job
 from moecompile.tasks.plan import require_layers
 from moecompile.tasks.show import show_compiled
-from moecompile.versions import versions
+from moecompile.version import versions
 
 BENCH = "bench.json"
 _LAYERS_TIMEOUT = timedelta(hours=4)

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from moecompile import clock
-from moecompile.models import build_model, example_inputs
+from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import compile_with_report
 from moecompile.report.console import print_sites
 from moecompile.report.result import write_result

@@ -12,7 +12,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from moecompile import clock
-from moecompile.convert import (
+from moecompile.errors import ConfigError, VerificationFailed
+from moecompile.export import (
     Run,
     carry,
     compare,
@@ -25,8 +26,7 @@ from moecompile.convert import (
     write_native,
     write_tokenizer,
 )
-from moecompile.errors import ConfigError, VerificationFailed
-from moecompile.models import example_inputs, pretrained_folder
+from moecompile.models.build import example_inputs, pretrained_folder
 from moecompile.report.result import write_result
 from moecompile.rundir import accept
 from moecompile.schema import Config, ExportFormat, TokenizerSource

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import nn
 
 from moecompile import plan as plans
-from moecompile.convert import ShardedImport, loads_sharded
 from moecompile.errors import CaptureError, PlanError
-from moecompile.models import build_model, example_inputs, pretrained_folder
-from moecompile.pipeline import Compiled, compile_with_report
-from moecompile.receipt import ON_META
+from moecompile.models.build import build_model, example_inputs, pretrained_folder
+from moecompile.models.sharded import ShardedImport, loads_sharded
+from moecompile.passes.receipt import ON_META
+from moecompile.pipeline import Compilation, compile_with_report
 from moecompile.report.text import NOT_COMPARED
 from moecompile.rundir import place
 from moecompile.runtime.data import TextData, load_data
@@ -34,7 +34,7 @@ class Job:
     data: TextData
     importing: ShardedImport | None
 
-    def compile(self, config: Config) -> Compiled:
+    def compile(self, config: Config) -> Compilation:
         """Compiles the model; every rank calls it.
 
         Raises:
@@ -58,15 +58,14 @@ class Job:
         check_same_plan(compiled.plan)
         return compiled
 
-    def _compiled(self, config: Config) -> Compiled:
+    def _compiled(self, config: Config) -> Compilation:
         return compile_with_report(self.model, config, example=example_inputs(self.model, config.data.seq_len))
 
-    def materialize(self, compiled: Compiled) -> Callable[[torch.device], None] | None:
-        """What fills the shards of a model that is imported; drops what else would keep whole weights alive."""
-        compiled.graphs.clear()  # they hold whole weights, of which this rank will keep a shard
+    def materialize(self, compiled: Compilation) -> Callable[[torch.device], None] | None:
+        """What fills the shards of a model that is imported."""
         if self.importing is not None:
             return partial(self.importing.fill, compiled)
-        compiled.regions.clear()  # so do these, which an import fills the shards by
+        compiled.regions.clear()  # they keep whole weights, of which this rank will keep a shard
         return None
 
 

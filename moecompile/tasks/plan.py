@@ -10,11 +10,11 @@ from rich.console import Console
 from moecompile import clock
 from moecompile import plan as plans
 from moecompile.errors import ConfigError
-from moecompile.models import build_model, example_inputs
-from moecompile.passes.plan_existing import notes
+from moecompile.models.build import build_model, example_inputs
 from moecompile.passes.trained import frozen_notes
 from moecompile.pipeline import make_plan
 from moecompile.plan import Plan
+from moecompile.planner.existing import notes
 from moecompile.report.console import print_plan
 from moecompile.report.result import write_result
 from moecompile.rundir import accept

@@ -11,13 +11,13 @@ from rich.text import Text
 
 from moecompile import plan as plans
 from moecompile.capture import is_meta
-from moecompile.pipeline import Compiled
+from moecompile.pipeline import Compilation
 from moecompile.report.console import print_passes, print_plan
 from moecompile.report.graphs import graph_summary, write_graphs
 from moecompile.report.text import NOT_COMPARED
 
 
-def show_compiled(compiled: Compiled, run_dir: Path, console: Console) -> None:
+def show_compiled(compiled: Compilation, run_dir: Path, console: Console) -> None:
     """Prints plan, passes and step 0; writes `plan.yaml` and `graphs/`, layers with the same graphs once."""
     print_plan(compiled.plan, console, compiled.notes)
     print_passes(compiled.records, console)
@@ -34,12 +34,12 @@ def show_compiled(compiled: Compiled, run_dir: Path, console: Console) -> None:
             write_graphs(stages, run_dir / "graphs", fqn or "model")
 
 
-def step0_fields(compiled: Compiled) -> dict[str, Any]:
+def step0_fields(compiled: Compilation) -> dict[str, Any]:
     """The step-0 receipt in result.json."""
     return {f"step0_{name}": value for name, value in dataclasses.asdict(compiled.step0).items()}
 
 
-def _step0_text(compiled: Compiled) -> str:
+def _step0_text(compiled: Compilation) -> str:
     """`step 0 equals the dense model within 6.0e-08`, or why it need not."""
     receipt = compiled.step0
     is_dense = all(isinstance(layer.site, plans.FFNSite) for layer in compiled.plan.layers)
@@ -53,6 +53,6 @@ def _step0_text(compiled: Compiled) -> str:
     return f"step 0 need not equal {same}: {receipt.reason}{others}"
 
 
-def site_rows(compiled: Compiled) -> list[dict[str, Any]]:
+def site_rows(compiled: Compilation) -> list[dict[str, Any]]:
     """The `sites` of result.json."""
     return [dataclasses.asdict(site) for site in compiled.sites]

@@ -14,8 +14,8 @@ from rich.console import Console
 from moecompile import clock, waiting
 from moecompile import plan as plans
 from moecompile.errors import ConfigError
-from moecompile.models import build_model, example_inputs
-from moecompile.pipeline import Compiled
+from moecompile.models.build import build_model, example_inputs
+from moecompile.pipeline import Compilation
 from moecompile.report.baseline import print_baseline
 from moecompile.report.console import print_result
 from moecompile.report.heatmap import write_heat_map
@@ -100,7 +100,7 @@ def _baseline(config: Config, plan: plans.Plan, data: TextData, run_dir: Path) -
     return {"kind": "dense", "params_total": num_params, "params_active": num_params, **measured}
 
 
-def _result(config: Config, compiled: Compiled, outcome: Outcome, data: TextData) -> dict[str, Any]:
+def _result(config: Config, compiled: Compilation, outcome: Outcome, data: TextData) -> dict[str, Any]:
     plan = compiled.plan
     predicted = plan.estimate.bytes_per_token_per_layer if plan.estimate else None
     measured = {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)}

@@ -20,7 +20,7 @@ from moecompile.runtime.launch import launch
 from moecompile.runtime.process_group import init_process_group
 from moecompile.schema import Config, mesh_spec
 from moecompile.verify import certify, shrink
-from moecompile.versions import versions
+from moecompile.version import versions
 
 CERTIFICATE = "certificate.json"
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moecompile.models import build_model, pretrained_folder
+from moecompile.models.build import build_model, pretrained_folder
 from moecompile.plan import Plan, on_one_process
 from moecompile.runtime.data import TextData, load_data, train_loader
 from moecompile.runtime.objective import data_for

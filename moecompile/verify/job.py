@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from moecompile.models import build_model, example_inputs
+from moecompile.models.build import build_model, example_inputs
 from moecompile.nn import Experts, Router
 from moecompile.pipeline import compile_model, make_plan
 from moecompile.plan import Plan

@@ -10,13 +10,13 @@ from torch import nn
 
 from moecompile.bench import measure_layers
 from moecompile.bench.layers import DenseFFN, Pair, layer_pairs
-from moecompile.models import example_inputs
+from moecompile.models.build import example_inputs
 from moecompile.nn import Router
 from moecompile.passes.lower import experts_calls
 from moecompile.pipeline import compile_with_report, make_plan
 from moecompile.report.graphs import graph_summary
 from moecompile.schema import Config
-from tests.models import UpDown, config, tiny_llama
+from tests.tiny import UpDown, config, tiny_llama
 
 CPU = torch.device("cpu")
 SMALL = ("data.seq_len=16", "data.micro_batch_size=2", "bench.rounds=2", "bench.warmup=1")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from moecompile.capture import ModuleCall, trace_region
 from moecompile.errors import CaptureError
-from tests.models import text, tokens
+from tests.tiny import text, tokens
 
 D = 8
 

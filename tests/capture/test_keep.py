@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moecompile
 from moecompile.pipeline import compile_with_report
-from tests.models import COPY4, config, max_diff, tokens
+from tests.tiny import COPY4, config, max_diff, tokens
 
 COPY = config(*COPY4)
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from moecompile.capture import call_with, in_mode, record
 from moecompile.errors import CaptureError
-from moecompile.passes.match import GraphView, find_ffns
-from tests.models import Gated, TinyGPT, UpDown, ids, tokens
+from moecompile.match.ffn import GraphView, find_ffns
+from tests.tiny import Gated, TinyGPT, UpDown, ids, tokens
 
 
 class Noisy(nn.Module):

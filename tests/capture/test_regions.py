@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from moecompile.capture import ModuleCall, record, trace_again, trace_region
 from moecompile.errors import CaptureError
-from tests.models import UpDown, tokens
+from tests.tiny import UpDown, tokens
 
 
 def traced(module: nn.Module, *args: Any, **kwargs: Any) -> torch.fx.GraphModule:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from moecompile.comm import LOWERINGS, DispatchNodes
-from moecompile.comm.dispatch import items
 from moecompile.mesh import MeshSpec
 from moecompile.nn import Experts
 from moecompile.ops import traffic
+from moecompile.passes.base import items
+from moecompile.passes.lower.kinds import LOWERINGS, DispatchNodes
 from moecompile.passes.shard import bind_axes, device_mesh_of
 from moecompile.plan import (
     BalancePlan,

@@ -12,7 +12,7 @@ from torch import nn
 
 from moecompile.checkpoint.resume import resumed
 from moecompile.compose import compose_config
-from moecompile.models import build_model, example_inputs
+from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import compile_model, plan_of
 from moecompile.runtime.data import load_data
 from moecompile.runtime.training import Outcome, train

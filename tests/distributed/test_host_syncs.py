@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import fx, nn
 
+from moecompile.match.regions import Region
 from moecompile.mesh import MeshSpec
 from moecompile.ops import expert_ffn, grouped
-from moecompile.ops.blocks import Block
+from moecompile.ops.cpu.blocks import Block
 from moecompile.passes.fuse import Fuse
 from moecompile.passes.lower import experts_calls
 from moecompile.passes.shard import bind_axes, device_mesh_of
@@ -20,7 +21,7 @@ from tests.distributed import dispatch_job as job
 from tests.distributed.device import CopyEvent, DeviceTensor, HostWaits
 from tests.distributed.dispatch_job import Case
 from tests.distributed.harness import run_distributed_test
-from tests.models import Gated, config
+from tests.tiny import Gated, config
 
 SPEC = MeshSpec(num_nodes=2, ranks_per_node=2, ep=4)
 CASES = [
@@ -39,12 +40,18 @@ class _BlockOfHeld(Block):
 Found = tuple[list[str], list[str], list[str], bool]
 
 
+def _fused(case: job.Case, rank: int) -> fx.GraphModule:
+    graph_module = job.lowered(case, rank)
+    region = Region(path="", graph=graph_module, module=graph_module, matches={})
+    return Fuse().run(region, [case.layer()]).graph
+
+
 def _waits(rank: int, world_size: int) -> list[Found]:
     """For each case, lowered and then fused: waits in forward, what ran on the device while the counts were on their
     way, waits in backward, and whether the result is that of plain tensors.
     """
     modules = nn.ModuleList(job.lowered(case, rank) for case in CASES)
-    modules.extend(Fuse().run(job.lowered(case, rank), [case.layer()]) for case in CASES)
+    modules.extend(_fused(case, rank) for case in CASES)
     bind_axes(modules, device_mesh_of(SPEC, "cpu"), SPEC.nodes_per_ep_group)
     grouped.Block = _BlockOfHeld  # the plain loop of matmuls stands for a kernel that takes the counts from the device
     expert_ffn.at_once = lambda like, *sizes: True  # as on a GPU

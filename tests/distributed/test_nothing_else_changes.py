@@ -24,7 +24,7 @@ from moecompile.verify import worst
 from tests.architectures import inputs_of, model_of
 from tests.distributed.gradient_job import full
 from tests.distributed.harness import run_distributed_test
-from tests.models import COPY4, config, randomize
+from tests.tiny import COPY4, config, randomize
 
 LENGTH, TOLERANCE = 9, 2e-5
 MESH = ["mesh.ranks_per_node=2", "dispatch.kind=dedup"]

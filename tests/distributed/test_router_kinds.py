@@ -21,7 +21,7 @@ from moecompile.runtime.gradients import sum_replicated
 from moecompile.verify import worst
 from tests.distributed.gradient_job import full
 from tests.distributed.harness import run_distributed_test
-from tests.models import TinyGPT, config, ids, max_diff, randomize
+from tests.tiny import TinyGPT, config, ids, max_diff, randomize
 
 pytestmark = pytest.mark.slow
 WORLD, STEPS, VOCAB = 4, 2, 31

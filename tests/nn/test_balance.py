@@ -25,7 +25,7 @@ from moecompile.nn import (
     routers_of,
     update_balance,
 )
-from tests.models import one_rank, tokens
+from tests.tiny import one_rank, tokens
 
 ALL_LOSSES = {"micro_batch": 0.3, "sequence": 0.2, "global_batch": 0.1, "z": 0.01}
 

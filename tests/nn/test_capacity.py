@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moecompile.nn import Router
 from moecompile.ops.choice import capacity
-from tests.models import tokens
+from tests.tiny import tokens
 
 EXPERTS, D = 8, 8
 F64 = torch.float64

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moecompile.nn import Experts, SharedExperts
-from tests.models import randomize
+from tests.tiny import randomize
 
 D, FF, E = 6, 10, 4
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 import moecompile
-from tests.models import config, max_diff, randomize, trace
+from tests.tiny import config, max_diff, randomize, trace
 
 SETTINGS = {
     "hidden_size": 16, "intermediate_size": 40, "moe_intermediate_size": 8, "n_routed_experts": 16,

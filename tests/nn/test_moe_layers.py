@@ -17,7 +17,7 @@ import moecompile
 from moecompile.errors import ConfigError
 from moecompile.nn import auxiliary_loss, routers_of, set_random_key, update_balance
 from moecompile.schema import PerLayerConfig
-from tests.models import COPY4, Gated, TinyGPT, UpDown, config, ids, max_diff, randomize, tiny_llama, tokens, trace
+from tests.tiny import COPY4, Gated, TinyGPT, UpDown, config, ids, max_diff, randomize, tiny_llama, tokens, trace
 
 F64 = torch.float64
 ALL_LOSSES = {"micro_batch": 0.3, "sequence": 0.2, "global_batch": 0.1, "z": 0.01}

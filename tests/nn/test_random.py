@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moecompile.nn import Router, set_random_key
-from tests.models import tokens
+from tests.tiny import tokens
 
 EXPERTS, D = 8, 8
 WORKLOADS = ["balanced", "zipf", "hot", "drift"]

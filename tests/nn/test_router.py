@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moecompile.nn import Router
-from tests.models import tokens
+from tests.tiny import tokens
 
 EXPERTS, TOP_K, TOKENS, D = 16, 4, 64, 8
 

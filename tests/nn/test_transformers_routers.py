@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moecompile.nn import Router
-from tests.models import tokens
+from tests.tiny import tokens
 
 EXPERTS, TOP_K, TOKENS, D = 16, 4, 64, 8
 PLAIN = {"hidden_size": D, "num_experts_per_tok": TOP_K}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import one_rank
+from tests.tiny import one_rank
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
 from moecompile import ops  # noqa: F401  (registers the ops)
-from moecompile.ops import native
-from moecompile.ops.blocks import _padded_length
-from moecompile.ops.products import faster_wide
+from moecompile.ops.cpu import native
+from moecompile.ops.cpu.blocks import _padded_length
+from moecompile.ops.cpu.products import faster_wide
 
 op = torch.ops.moecompile
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-2}  # relative to the largest entry
@@ -36,7 +36,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The ways to multiply bf16 on processors that are unlike this one."""
     monkeypatch.setenv("MOECOMPILE_WIDE_PRODUCTS", "1" if request.param == "wide" else "0")
-    monkeypatch.setattr("moecompile.ops.products.has_tiles", lambda: request.param == "tiles")
+    monkeypatch.setattr("moecompile.ops.cpu.products.has_tiles", lambda: request.param == "tiles")
     faster_wide.cache_clear()
     yield
     faster_wide.cache_clear()

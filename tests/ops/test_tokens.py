@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moecompile.nn import Router
 from moecompile.ops.tokens import expert_counts
-from tests.models import tokens
+from tests.tiny import tokens
 
 op = torch.ops.moecompile
 

@@ -16,7 +16,7 @@ import moecompile
 from moecompile.nn import Experts, Router
 from moecompile.passes.base import count_ops
 from moecompile.pipeline import compile_model
-from tests.models import COPY4, Gated, UpDown, config, max_diff, randomize, text, tokens, trace
+from tests.tiny import COPY4, Gated, UpDown, config, max_diff, randomize, text, tokens, trace
 
 op = torch.ops.moecompile
 

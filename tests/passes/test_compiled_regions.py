@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from moecompile.pipeline import compile_model
 from moecompile.torch_private import compile_whole
-from tests.models import COPY4, Gated, config
+from tests.tiny import COPY4, Gated, config
 
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 KINDS = {

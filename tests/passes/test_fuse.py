@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 
@@ -11,27 +10,45 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from moecompile.apply import fused_graph as fused
 from moecompile.errors import PassError, PlanError
+from moecompile.match.regions import Region
+from moecompile.match.swiglu import is_swiglu
 from moecompile.nn import Experts
+from moecompile.passes.base import exchanges_of, experts_calls
 from moecompile.passes.fuse import Fuse
-from moecompile.passes.lower import Lower, exchanges_of, experts_calls
+from moecompile.passes.lower import Lower
 from moecompile.passes.rewrite import Rewrite
-from moecompile.passes.swiglu import is_swiglu
 from moecompile.pipeline import compile_with_report
 from moecompile.plan import LayerPlan, on_one_rank
 from tests.existing_models import moe_inputs, moe_model
-from tests.models import COPY4, Gated, UpDown, config, ids, max_diff, only_ffn, plan_for, randomize, text, tokens
+from tests.tiny import (
+    COPY4,
+    Gated,
+    UpDown,
+    config,
+    ids,
+    max_diff,
+    only_region,
+    passed,
+    plan_for,
+    randomize,
+    text,
+    tokens,
+)
 
 SHARDED = [*COPY4, "mesh.num_nodes=2", "mesh.ranks_per_node=2"]
 
 
-def lowered(kind: str, ffn: nn.Module | None = None) -> tuple[fx.GraphModule, list[LayerPlan]]:
+def lowered(kind: str, ffn: nn.Module | None = None) -> tuple[Region, list[LayerPlan]]:
     """A lowered FFN and its layer."""
     ffn = ffn or Gated()
-    before, match = only_ffn(ffn)
     (layer,) = plan_for(ffn, COPY4 if kind == "local" else [*SHARDED, f"dispatch.kind={kind}"]).layers
-    return Lower().run(Rewrite().run(before, [(match, layer)]), [layer]), [layer]
+    return passed(only_region(ffn), layer, Rewrite(), Lower()), [layer]
+
+
+def fused(region: Region, layers: list[LayerPlan]) -> Region:
+    (layer,) = layers
+    return passed(region, layer, Fuse())
 
 
 EXPECTED_LOCAL = """\
@@ -52,11 +69,11 @@ output(%10)
 
 def test_expected_graph() -> None:
     before, layers = lowered("local")
-    shown = text(before)
+    shown = text(before.graph)
     after = fused(before, layers)
-    assert text(after) == EXPECTED_LOCAL
-    assert text(before) == shown
-    assert after.experts is before.experts
+    assert text(after.graph) == EXPECTED_LOCAL
+    assert text(before.graph) == shown
+    assert after.graph.experts is before.graph.experts
 
 
 SORTING = {
@@ -69,25 +86,25 @@ COPYING = ("permute", "expand_rows", "take_local", "reduce_rows", "unpermute")
 @pytest.mark.parametrize("kind", SORTING)
 def test_every_dispatch_sorts_and_does_not_copy(kind: str) -> None:
     before, layers = lowered(kind)
-    after = text(fused(before, layers))
+    after = text(fused(before, layers).graph)
     assert f"moecompile.{SORTING[kind]}(" in after
     assert not [op for op in COPYING if f"moecompile.{op}(" in after]
     for exchange in ("all_to_all", "exchange_assignments", "all_gather", "reduce_scatter"):
-        assert after.count(f"moecompile.{exchange}(") == text(before).count(f"moecompile.{exchange}(")
+        assert after.count(f"moecompile.{exchange}(") == text(before.graph).count(f"moecompile.{exchange}(")
 
 
 def test_a_lost_exchange_and_a_foreign_order_break_the_contract() -> None:
     before, layers = lowered("dedup")
     step, after = Fuse(), fused(before, layers)
-    (call,) = experts_calls(after)
+    (call,) = experts_calls(after.graph)
     counts = call.args[1]
     call.args = (call.args[0], call.args[0], *call.args[2:])
     with pytest.raises(PassError, match="counts, sources and weights come from"):
         step.ensures(before, after, layers)
     call.args = (call.args[0], counts, *call.args[2:])
-    exchange = exchanges_of(after)[-1]
+    exchange = exchanges_of(after.graph)[-1]
     exchange.replace_all_uses_with(exchange.args[0])
-    after.graph.erase_node(exchange)
+    after.graph.graph.erase_node(exchange)
     with pytest.raises(PassError, match="exchanges were"):
         step.ensures(before, after, layers)
 
@@ -96,7 +113,7 @@ def test_the_plan_decides_and_the_pass_does_it() -> None:
     before, (layer,) = lowered("dedup")
     assert layer.fused
     (left,) = layers = [dataclasses.replace(layer, fused=False)]
-    assert text(fused(before, layers)) == text(before)
+    assert text(fused(before, layers).graph) == text(before.graph)
     step, after = Fuse(), fused(before, [layer])
     for graph, planned, message in ((before, layer, "but is not"), (after, left, "is not planned so")):
         with pytest.raises(PassError, match=message):
@@ -112,9 +129,9 @@ def test_what_cannot_be_fused_as_planned_is_an_error() -> None:
     foreign = lowered("local", UpDown())[0]
     with pytest.raises(PassError, match="its experts are not SwiGLU"):
         Fuse().requires(foreign, [layer])
-    (call,) = experts_calls(before)
-    with before.graph.inserting_after(call):
-        between = before.graph.call_function(torch.neg, (call,))
+    (call,) = experts_calls(before.graph)
+    with before.graph.graph.inserting_after(call):
+        between = before.graph.graph.call_function(torch.neg, (call,))
     call.replace_all_uses_with(between, delete_user_cb=lambda user: user is not between)
     with pytest.raises(PassError, match=r"its experts stand between permute and \['neg'\]; set fused: false"):
         Fuse().run(before, [layer])
@@ -124,7 +141,7 @@ def test_flat_is_not_planned_so_because_each_row_travels_by_itself() -> None:
     before, (layer,) = lowered("flat")
     assert layer.site.swiglu
     assert not layer.fused
-    assert text(fused(before, [layer])) == text(before)
+    assert text(fused(before, [layer]).graph) == text(before.graph)
     with pytest.raises(
         PlanError, match=r"fused=True: needs SwiGLU experts without biases .*, and a dispatch that is not"
     ):
@@ -160,7 +177,7 @@ class Dropped(Gated):
 def test_other_activations_stay(ffn: Callable[[], nn.Module]) -> None:
     before, (layer,) = lowered("local", ffn())
     assert not layer.site.swiglu
-    assert text(fused(before, [layer])) == text(before)
+    assert text(fused(before, [layer]).graph) == text(before.graph)
 
 
 class Act(nn.Module):
@@ -204,12 +221,13 @@ def gradients(graph_module: fx.GraphModule, x: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("overrides", [[], ["routing.capacity_factor=0.5"], ["routing.top_k=1"]])
 def test_outputs_and_gradients_are_those_of_the_lowered_graph(overrides: list[str]) -> None:
-    compiled = compile_with_report(Gated().double(), config(*COPY4, *overrides), example=tokens(dtype=torch.float64))
-    graphs = {stage: copy.deepcopy(compiled.graphs[stage][""]) for stage in ("lowered", "fused")}
-    for graph in graphs.values():
-        randomize(graph)
+    ffn = Gated().double()
+    (layer,) = plan_for(ffn, [*COPY4, *overrides]).layers
+    lowered = passed(only_region(ffn), layer, Rewrite(), Lower())
+    after = fused(lowered, [layer])
+    randomize(lowered.graph)  # both have the same modules
     x = tokens(40, dtype=torch.float64)
-    wanted, got = (gradients(graphs[stage], x) for stage in ("lowered", "fused"))
+    wanted, got = (gradients(region.graph, x) for region in (lowered, after))
     assert wanted.keys() == got.keys()
     assert {name: max_diff(wanted[name], got[name]) < 1e-12 for name in wanted} == dict.fromkeys(wanted, True)
 

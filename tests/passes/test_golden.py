@@ -8,17 +8,17 @@ from functools import cache
 import pytest
 
 from moecompile.compose import compose_config, conf_dir
-from moecompile.models import build_model, example_inputs
-from moecompile.pipeline import Compiled, compile_with_report
+from moecompile.models.build import build_model, example_inputs
+from moecompile.pipeline import Compilation, compile_with_report
 from moecompile.plan import from_yaml, to_yaml
 from moecompile.report.graphs import graph_summary
-from tests.packaged_models import REAL
+from tests.models.packaged import REAL
 
 RECIPES = sorted(path.stem for path in (conf_dir() / "recipe").glob("*.yaml") if path.stem not in REAL)
 
 
 @cache
-def compiled(recipe: str) -> Compiled:
+def compiled(recipe: str) -> Compilation:
     config = compose_config([f"recipe={recipe}"])
     model = build_model(config.model, config.seed)
     return compile_with_report(model, config, example=example_inputs(model, config.data.seq_len))

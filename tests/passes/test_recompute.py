@@ -112,7 +112,7 @@ def test_models_with_caches_that_are_on(architecture: str, capsys: pytest.Captur
     for checkpointing in ("full", "keep_exchanges"):
         for more in ({}, {"use_cache": True}, {"use_cache": False}):
             again = copy.deepcopy(model)
-            recompute(again, checkpointing)
+            recompute(again, moecompile.plan_of(again), checkpointing)
             got_loss, got = loss_and_grads(again, architecture, **more)
             assert torch.equal(got_loss, loss) and got.keys() == wanted.keys()
             assert all(torch.equal(grad, wanted[name]) for name, grad in got.items())
@@ -124,7 +124,7 @@ def test_models_with_caches_that_are_on(architecture: str, capsys: pytest.Captur
 
 def test_without_gradients_the_cache_is_used() -> None:
     model = compiled("mixtral").eval()
-    recompute(model, "keep_exchanges")
+    recompute(model, moecompile.plan_of(model), "keep_exchanges")
     with torch.no_grad():
         assert model(input_ids=IDS).past_key_values.get_seq_length() == IDS.shape[1]
     wanted = model.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=False)
@@ -135,6 +135,6 @@ def test_a_cache_that_is_given_is_refused() -> None:
     model = compiled("mixtral")
     with torch.no_grad():
         filled = model(input_ids=IDS).past_key_values
-    recompute(model, "full")
+    recompute(model, moecompile.plan_of(model), "full")
     with pytest.raises(ConfigError, match=r"^checkpointing=full: layers are computed again .*past_key_values that is"):
         model(input_ids=IDS, past_key_values=filled)

@@ -13,21 +13,24 @@ from torch.nn import functional as F
 
 import moecompile
 from moecompile.errors import PassError
+from moecompile.match.linears import common_owner
+from moecompile.match.regions import Region
 from moecompile.nn import Experts, Router, SharedExperts
-from moecompile.passes.rewrite import Rewrite, common_owner
+from moecompile.passes.rewrite import Rewrite
 from moecompile.plan import LayerPlan
-from tests.models import COPY4, Gated, UpDown, config, max_diff, only_ffn, plan_for, text, tokens, trace
+from tests.tiny import COPY4, Gated, UpDown, config, max_diff, only_region, passed, plan_for, text, tokens, trace
 
 
 def rewrite(module: nn.Module, overrides: Sequence[str] = COPY4) -> tuple[fx.GraphModule, fx.GraphModule, LayerPlan]:
     """(before, after, layer) of the module's only FFN."""
-    before, match = only_ffn(module)
+    region = only_region(module)
     (layer,) = plan_for(module, overrides).layers
-    step = Rewrite()
-    step.requires(before, [layer])
-    after = step.run(before, [(match, layer)])
-    step.ensures(after, [layer])
-    return before, after, layer
+    return region.graph, passed(region, layer, Rewrite()).graph, layer
+
+
+def as_region(graph_module: fx.GraphModule) -> Region:
+    """A graph that is no longer what was matched, for what contracts say of it."""
+    return only_region(Gated()).with_graph(graph_module)
 
 
 class InALayer(nn.Module):
@@ -117,12 +120,13 @@ def test_shared_experts_beside_the_routed_ones_in_a_layer() -> None:
 
 
 def test_the_input_keeps_its_graph_its_code_and_its_weights() -> None:
-    before, match = only_ffn(Gated())
+    region = only_region(Gated())
+    before = region.graph
     (layer,) = plan_for(Gated()).layers
     graph, code = text(before), before.code
     state = {name: value.clone() for name, value in before.state_dict().items()}
     wanted = before(tokens())
-    Rewrite().run(before, [(match, layer)])
+    passed(region, layer, Rewrite())
     assert (text(before), before.code) == (graph, code)
     assert all(torch.equal(before.state_dict()[name], value) for name, value in state.items())
     assert torch.equal(before(tokens()), wanted)
@@ -173,8 +177,7 @@ def test_the_router_gets_every_setting_of_the_plan() -> None:
     losses = {"micro_batch": 0.1, "z": 0.01}
     (layer,) = plan_for(Gated()).layers
     layer = dataclasses.replace(layer, balance=dataclasses.replace(layer.balance, **losses))
-    before, match = only_ffn(Gated())
-    assert Rewrite().run(before, [(match, layer)]).router.losses == losses
+    assert passed(only_region(Gated()), layer, Rewrite()).graph.router.losses == losses
 
 
 DROPPING = {
@@ -313,11 +316,10 @@ def test_the_activation_is_a_copy_with_dropout_that_follows_the_mode() -> None:
 
 def test_the_seed_and_the_site_draw_the_router() -> None:
     def weight(seed: int, index: int) -> Tensor:
-        before, match = only_ffn(Gated())
         (layer,) = plan_for(Gated()).layers
         site = type(layer.site)(**{**vars(layer.site), "index": index})
         layer = LayerPlan(**{**vars(layer), "site": site})
-        return Rewrite(seed=seed).run(before, [(match, layer)]).router.weight
+        return passed(only_region(Gated()), layer, Rewrite(seed=seed)).graph.router.weight
 
     assert torch.equal(weight(1, 0), weight(1, 0))
     assert not torch.equal(weight(1, 0), weight(2, 0))
@@ -325,11 +327,10 @@ def test_the_seed_and_the_site_draw_the_router() -> None:
 
 
 def test_the_global_random_state_is_not_moved() -> None:
-    before, match = only_ffn(UpDown())
     overrides = ["experts.init=random", "experts.num_shared=1"]
     (layer,) = plan_for(UpDown(), [*COPY4, *overrides]).layers
-    state = torch.get_rng_state()
-    Rewrite().run(before, [(match, layer)])
+    region, state = only_region(UpDown()), torch.get_rng_state()
+    passed(region, layer, Rewrite())
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -341,7 +342,7 @@ def test_rewriting_twice_is_refused() -> None:
     message = "pass rewrite, the graph: the graph is rewritten already, it holds ['flatten_tokens', 'permute', "
     message += "'unpermute', 'unflatten_tokens']"
     with pytest.raises(PassError, match=re.escape(message)):
-        Rewrite().requires(after, [layer])
+        Rewrite().requires(as_region(after), [layer])
 
 
 @pytest.mark.parametrize(
@@ -358,14 +359,14 @@ def test_a_graph_that_lost_a_node_is_noticed(op: str, message: str) -> None:
         node.replace_all_uses_with(node.args[0])
     after.graph.erase_node(node)
     with pytest.raises(PassError, match=message):
-        Rewrite().ensures(after, [layer])
+        Rewrite().ensures(as_region(after), as_region(after), [layer])
 
 
 def test_experts_that_are_missing_are_noticed() -> None:
     _, after, layer = rewrite(Gated())
     after.experts = nn.Identity()
-    with pytest.raises(PassError, match="0 experts modules for 1 layers"):
-        Rewrite().ensures(after, [layer])
+    with pytest.raises(PassError, match="0 experts calls for 1 planned layers"):
+        Rewrite().ensures(as_region(after), as_region(after), [layer])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from moecompile.passes.lower import exchanges_of
 from moecompile.passes.shard import bind_axes, device_mesh_of, expert_parameters, shard
 from moecompile.pipeline import compile_with_report
 from tests.existing_models import moe_model
-from tests.models import COPY4, TinyGPT, UpDown, config, ids, max_diff, one_rank, tokens, trace
+from tests.tiny import COPY4, TinyGPT, UpDown, config, ids, max_diff, one_rank, tokens, trace
 
 EP2 = (*COPY4, "mesh.ranks_per_node=2", "dispatch.kind=flat")
 

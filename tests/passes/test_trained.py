@@ -14,7 +14,7 @@ from moecompile.pipeline import compile_with_report
 from moecompile.plan import Plan
 from moecompile.report.console import print_plan
 from tests.existing_models import moe_inputs, moe_model
-from tests.models import COPY4, Gated, TinyGPT, UpDown, ids, tokens
+from tests.tiny import COPY4, Gated, TinyGPT, UpDown, ids, tokens
 
 SHARED = [
     "experts.init=virtual_group", "experts.granularity=4", "experts.num_shared=1", "experts.num_routed=3",

@@ -13,7 +13,7 @@ import moecompile
 from moecompile.nn import Experts
 from moecompile.passes.upcycle import step0_reason
 from moecompile.pipeline import compile_with_report
-from tests.models import COPY4, Gated, UpDown, config, max_diff, plan_for, tokens, trace
+from tests.tiny import COPY4, Gated, UpDown, config, max_diff, plan_for, tokens, trace
 
 F64 = torch.float64
 

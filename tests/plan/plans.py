@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from moecompile.passes.build_plan import build_plan
 from moecompile.plan import FFNSite, Plan
 from moecompile.planner import ModelFacts
-from tests.models import config
+from moecompile.planner.build_plan import build_plan
+from tests.tiny import config
 
 OVERRIDES = (
     "mesh.num_nodes=2", "mesh.ranks_per_node=2", "experts.init=virtual_group", "experts.granularity=4",

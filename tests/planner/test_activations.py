@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from moecompile.bench import measure_layers
 from moecompile.bench.measure import kept_bytes
 from moecompile.compose import compose_config
-from moecompile.models import build_model, example_inputs
+from moecompile.models.build import build_model, example_inputs
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.pipeline import compile_with_report, make_plan
 from moecompile.plan import on_one_process
@@ -21,7 +21,7 @@ from moecompile.planner import RunFacts
 from moecompile.planner.activations import moe_bytes
 from moecompile.schema import Config
 from tests.distributed.harness import run_distributed_test
-from tests.models import Gated
+from tests.tiny import Gated
 
 CPU = torch.device("cpu")
 RUN = ["bench.rounds=1", "bench.warmup=1", "data.global_batch_size=4", "model.config.num_hidden_layers=2"]
@@ -68,7 +68,7 @@ def test_a_fused_layer_keeps_what_is_predicted(settings: list[str], precision: s
 
 def swiglu(**changes: bool) -> nn.Module:
     """A Llama with experts of another kind where `changes` says so."""
-    from tests.models import tiny_llama
+    from tests.tiny import tiny_llama
 
     return tiny_llama(hidden_act="gelu" if changes.get("gelu") else "silu", mlp_bias=changes.get("bias", False))
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from moecompile.mesh import MeshSpec
-from moecompile.passes.base import PassRecord
+from moecompile.passes.run import PassRecord
 from moecompile.plan import (
     BalancePlan,
     DispatchPlan,

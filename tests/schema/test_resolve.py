@@ -18,7 +18,7 @@ from moecompile.schema import (
     validate,
     validate_transform,
 )
-from tests.models import config
+from tests.tiny import config
 
 TWO_NODES = ["mesh.num_nodes=2", "mesh.ranks_per_node=2"]
 FOUR_NODES = ["mesh.num_nodes=4", "mesh.ranks_per_node=2", "experts.num_routed=16"]

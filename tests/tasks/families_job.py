@@ -92,7 +92,7 @@ def transformers_own(root: Path, name: str) -> Report:
     """
     import torch.distributed as dist
 
-    from moecompile.models import build_model
+    from moecompile.models.build import build_model
     from moecompile.runtime.data import load_data, train_loader, val_loader
     from moecompile.runtime.module import LanguageModule
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moecompile.compose import compose_config
-from moecompile.models import build_model
+from moecompile.models.build import build_model
 from moecompile.nn import Experts
 from moecompile.runtime.data import load_data, train_loader, val_loader
 from moecompile.tasks import job, train

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.convert.runs import scramble
+from tests.export.runs import scramble
 from tests.tasks.test_train import TINY, losses_of, moecompile, result_of
 
 

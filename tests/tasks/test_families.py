@@ -28,7 +28,7 @@ sys.path.insert(0, str(ZOO))
 import tiny_models  # noqa: E402
 
 sys.path.remove(str(ZOO))
-from tests.passes.test_zoo import LANGUAGE_MODELS, dbrx  # noqa: E402
+from tests.match.test_zoo import LANGUAGE_MODELS, dbrx  # noqa: E402
 
 # Families that cannot go all the way, how far they come, and why; docs/existing-models.md says so too.
 CANNOT = {

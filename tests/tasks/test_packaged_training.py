@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaged_models import TOKENS, gguf_of, install, tiny_llama
+from tests.models.packaged import TOKENS, gguf_of, install, tiny_llama
 from tests.tasks.test_train import moecompile, result_of
 
 pytestmark = pytest.mark.slow

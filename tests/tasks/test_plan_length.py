@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moecompile.compose import compose_config
-from moecompile.models import LONGEST_EXAMPLE, build_model, example_inputs
+from moecompile.models.build import LONGEST_EXAMPLE, build_model, example_inputs
 from moecompile.pipeline import make_plan
 from moecompile.tasks import plan as task
 

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from moecompile.compose import compose_config
-from moecompile.models import build_model, example_inputs, pretrained_folder
-from moecompile.pipeline import Compiled, compile_with_report
-from tests.packaged_models import REAL
+from moecompile.models.build import build_model, example_inputs, pretrained_folder
+from moecompile.pipeline import Compilation, compile_with_report
+from tests.models.packaged import REAL
 from tests.tasks.test_train import moecompile, result_of
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ def needs(recipe: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(found is None, reason=f"{REAL[recipe]} is not installed: make real-models")
 
 
-def compiled(recipe: str) -> tuple[nn.Module, Compiled]:
+def compiled(recipe: str) -> tuple[nn.Module, Compilation]:
     """The dense model and the compiled one."""
     config = compose_config([f"recipe={recipe}"])
     dense = build_model(config.model, config.seed).eval()

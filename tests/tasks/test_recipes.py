@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from moecompile.compose import compose_config, conf_dir
-from tests.packaged_models import REAL
+from tests.models.packaged import REAL
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (conf_dir() / "recipe").glob("*.yaml") if path.stem not in REAL)

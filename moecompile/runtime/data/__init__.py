@@ -22,8 +22,8 @@ from moecompile.runtime.data.tokens import (
     unigram_cross_entropy,
     unigram_entropy,
 )
+from moecompile.runtime.text import load_text, split_text
 from moecompile.schema import DataConfig, TokenizerSource
-from moecompile.text import load_text, split_text
 
 __all__ = [
     "IGNORED",

@@ -1,0 +1,23 @@
+"""A trained model as the Hugging Face family that computes the same, or as it is."""
+
+from moecompile.export.beside import carry, compare
+from moecompile.export.families import FAMILIES, pairs
+from moecompile.export.huggingface import find_target, reload, write, write_tokenizer
+from moecompile.export.native import load_exported, write_native
+from moecompile.export.run import Run, find_run, load_run
+
+__all__ = [
+    "FAMILIES",
+    "Run",
+    "carry",
+    "compare",
+    "find_run",
+    "find_target",
+    "load_exported",
+    "load_run",
+    "pairs",
+    "reload",
+    "write",
+    "write_native",
+    "write_tokenizer",
+]

@@ -1,0 +1,169 @@
+"""Experts that a recorded model has already: known by their call, understood by their weights, proven on the call.
+
+A match is proven like a traced region: on the recorded call, its rewritten graph must compute what the module computes.
+The proof needs a rewrite, so it is handed in: passes know what is matched, not the other way round.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from moecompile.capture import ModuleCall, Recording, trace_region
+from moecompile.errors import CaptureError
+from moecompile.match.experts import (
+    OWN,
+    ExpertsCall,
+    ExpertsMatch,
+    expert_modules,
+    experts_call,
+    groups_of,
+    holds_stacks,
+    match_matrices,
+    match_stacked,
+    matrices_of,
+    structure,
+)
+from moecompile.match.ffn import find_ffns
+from moecompile.match.hooks import lost_hooks
+from moecompile.match.patterns import FFNMatch
+from moecompile.match.regions import Captured, Region, Site
+from moecompile.match.swiglu import are_swiglu
+from moecompile.match.view import GraphView
+from moecompile.nn.existing import correction_bias
+from moecompile.plan import ExpertsSite
+
+Prove = Callable[[Region, ExpertsSite, ModuleCall], str | None]
+"""Why the rewritten region may not compute what its module computes in the recorded call; None where it does."""
+
+_Traced = dict[tuple[object, ...], tuple[fx.GraphModule, FFNMatch] | str]  # structure -> an expert's FFN, or why none
+
+
+def may_be_experts(module: nn.Module) -> bool:
+    """Whether `module` holds experts in a form that is known, judged by its weights alone."""
+    return holds_stacks(module) or bool(expert_modules(module)) or matrices_of(module) is not None
+
+
+def find_existing(recording: Recording, captured: Captured, prove: Prove) -> list[tuple[Region, ExpertsSite]]:
+    """Experts in the order of their calls; what looks like experts and is not supported goes to `captured.refused`."""
+    found: list[tuple[Region, ExpertsSite]] = []
+    traced: _Traced = {}
+    for path, call in recording.calls.items():
+        module = recording.model.get_submodule(path)
+        seen = experts_call(_arguments(module, call))
+        if seen is not None:
+            match = _understood(path, module, call, seen, traced)
+        else:
+            match = _CALLED_OTHERWISE if holds_stacks(module) else None
+        if isinstance(match, ExpertsMatch):
+            region = Region(path=path, graph=_own_call(module, match), module=module, matches={path: match})
+            site = _site(recording, path, match, len(found))
+            reason = prove(region, site, call)
+            if reason is None:
+                found.append((region, replace(site, swiglu=are_swiglu(match, module))))
+                continue
+            match = reason
+        if match is not None:
+            where = path or "the model"
+            captured.refused.append(Site(fqn=path, kind="experts", where=where, status="not_matched", reason=match))
+    return found
+
+
+_CALLED_OTHERWISE = (
+    "it holds stacked weights, but is not called with hidden states (T, D), expert ids (T, K) and weights (T, K)"
+)
+
+
+def _own_call(module: nn.Module, match: ExpertsMatch) -> fx.GraphModule:
+    """The region as it is: one call of the model's own experts."""
+    graph = fx.Graph()
+    given = tuple(graph.placeholder(name) for name in match.call.arguments)
+    graph.output(graph.call_module(OWN, given))
+    graph_module = fx.GraphModule({OWN: module}, graph, class_name=type(module).__name__)
+    graph_module.training = module.training
+    return graph_module
+
+
+def _site(recording: Recording, path: str, match: ExpertsMatch, index: int) -> ExpertsSite:
+    """The noun for experts; groups and the correction bias are those of the router in the block around them."""
+    module, block = recording.model.get_submodule(path), recording.model.get_submodule(path.rpartition(".")[0])
+    groups, top_groups = groups_of(block, module)
+    ins = match.ffn[1].ins if match.ffn else ()
+    bias_up = any(name.endswith("up_proj_bias") for name in match.weights) or any(linear.bias for linear in ins)
+    down_bias = match.ffn[1].down.bias is not None if match.ffn else "down_proj_bias" in match.weights
+    return ExpertsSite(
+        fqn=path,
+        form=match.form,
+        d_model=match.call.d_model,
+        d_ff=match.d_expert,
+        num_experts=match.num_experts,
+        top_k=match.call.top_k,
+        groups=groups,
+        top_groups=top_groups,
+        correction_bias=correction_bias(block, match.num_experts) is not None,
+        num_in_projections=len(ins) or (2 if match.gated else 1),
+        bias_up=bias_up,
+        bias_down=down_bias,
+        activation=match.activation,
+        index=index,
+    )
+
+
+def _understood(
+    path: str, module: nn.Module, call: ModuleCall, seen: ExpertsCall, traced: _Traced
+) -> ExpertsMatch | str | None:
+    """Experts, the reason why they are not supported, or None for a module without weights."""
+    match: ExpertsMatch | str
+    if "forward" in vars(module):
+        return "it has a forward of its own, beside that of its class, which would be lost"
+    if children := expert_modules(module):
+        ffn = _expert_ffn(module.get_submodule(children[0]), call, traced)
+        match = ffn if isinstance(ffn, str) else _of_modules(seen, children, ffn)
+    elif matrices_of(module):
+        match = match_matrices(module, seen)
+    elif any(True for _ in module.parameters()):
+        match = match_stacked(module, seen)
+    else:
+        return None
+    if isinstance(match, str):
+        return match
+    norm = match.norm
+    return lost_hooks(path, module, lambda name: name != norm) or match
+
+
+def _of_modules(seen: ExpertsCall, children: tuple[str, ...], ffn: tuple[fx.GraphModule, FFNMatch]) -> ExpertsMatch:
+    return ExpertsMatch(
+        call=seen, num_experts=len(children), d_expert=ffn[1].down.d_in, modules=children, ffn=ffn,
+        activation=ffn[1].activation,
+    )  # fmt: skip
+
+
+def _expert_ffn(expert: nn.Module, call: ModuleCall, traced: _Traced) -> tuple[fx.GraphModule, FFNMatch] | str:
+    """The FFN of an expert that is a module of its own; experts of equal structure share one trace."""
+    key = structure(expert)
+    if key not in traced:
+        rows = next(leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor))
+        traced[key] = _traced_ffn(expert, rows)
+    return traced[key]
+
+
+def _traced_ffn(expert: nn.Module, rows: Tensor) -> tuple[fx.GraphModule, FFNMatch] | str:
+    try:
+        graph_module = trace_region(expert, ModuleCall((rows,), {}))
+    except CaptureError as error:
+        return f"one of its experts: {error}"
+    matches, misses = find_ffns(GraphView(graph_module.graph, graph_module))
+    if len(matches) != 1:
+        why = "".join(f": {miss.reason}" for miss in misses[:1])
+        return f"one of its experts holds {len(matches)} FFNs, one is supported{why}"
+    return graph_module, matches[0]
+
+
+def _arguments(module: nn.Module, call: ModuleCall) -> Mapping[str, object]:
+    """The call's arguments by the forward's names; those that are None or empty are left out."""
+    bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
+    return {name: value for name, value in bound.arguments.items() if isinstance(value, Tensor) or value}

@@ -1,0 +1,190 @@
+"""Finds dense FFNs by dataflow: x -> linear(s) -> pointwise operations -> linear, never by names.
+
+It works on any fx graph: a recorded forward, a traced region, a graph that the user brought.
+
+Algorithm:
+  1. Read every linear of the graph, whatever its spelling.
+  2. From the input of each linear walk upwards through pointwise operations, and norms, until only linears are left.
+  3. The linears that are found must share one input, and widths must be those of an FFN.
+  4. No value and no weight inside may be used outside, or it would be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import fx
+
+from moecompile.match.linears import Linear, is_attribute
+from moecompile.match.patterns import FFNMatch, NearMiss, registered_patterns
+from moecompile.match.pointwise import (
+    is_activation,
+    is_activation_beside_norms,
+    is_norm,
+    is_pointwise,
+    torch_name,
+)
+from moecompile.match.view import GraphView
+
+
+def find_ffns(view: GraphView) -> tuple[list[FFNMatch], list[NearMiss]]:
+    """All FFNs of a graph in order, each claimed once, and the near misses with their reasons."""
+    matches: list[FFNMatch] = []
+    misses: list[NearMiss] = []
+    seen: set[str] = set()
+    claimed: set[fx.Node] = set()
+    for down in view.linears.values():  # Step 1
+        if down.rows is not None or down.weight in seen:
+            continue
+        found = _by_registered_patterns(down, view) or _by_walking_up(down, view)
+        if isinstance(found, FFNMatch):
+            found = _checked(found, view, claimed)
+        if found is None:
+            continue
+        seen.add(down.weight)
+        if isinstance(found, FFNMatch):
+            matches.append(found)
+            claimed.update(found.nodes)
+        else:
+            misses.append(found)
+    return matches, misses
+
+
+def _by_registered_patterns(down: Linear, view: GraphView) -> FFNMatch | None:
+    return next((found for pattern in registered_patterns() if (found := pattern(down, view))), None)
+
+
+def _by_walking_up(down: Linear, view: GraphView) -> FFNMatch | NearMiss | None:
+    # Step 2
+    ins, pointwise, others = _walk_up(down.x, down.d_in, view)
+    normed = any(is_norm(node, view.module) for node in pointwise)
+    is_one = is_activation_beside_norms if normed else is_activation
+    if not any(is_one(node, view.module) for node in pointwise):
+        return None
+    # Step 3
+    if reason := _not_of_linears(ins, others):
+        return NearMiss(down.weight, reason)
+    gate_first = sorted(ins, key=lambda linear: not any(is_activation(user, view.module) for user in linear.node.users))
+    return FFNMatch(tuple(gate_first), tuple(pointwise), down)
+
+
+def _checked(match: FFNMatch, view: GraphView, claimed: set[fx.Node]) -> FFNMatch | NearMiss:
+    """Whatever found it: an FFN's widths fit, and nothing inside is used outside."""
+    ins, down = match.ins, match.down
+    if reason := _wrong_shape(ins, down) or _unread_rows(ins, view):  # Step 3
+        return NearMiss(down.weight, reason)
+    # Step 4
+    inside = {*match.pointwise, *down.reads, *(node for linear in (*ins, down) for node in linear.nodes)}
+    asks = _asks(inside, view)
+    outside = {n: user for n in inside - {down.node} for user in n.users if user not in inside and user not in asks}
+    if outside:
+        first = min(outside, key=view.position.__getitem__)
+        return NearMiss(down.weight, f"the value of {first.name} is also used elsewhere")
+    if taken := [linear.weight for linear in ins if claimed.intersection(linear.nodes)]:
+        return NearMiss(down.weight, f"{taken[0]} is the last linear of another FFN")
+    if reason := _weight_used_elsewhere(match, view):
+        return NearMiss(down.weight, reason)
+    in_order = tuple(sorted(match.pointwise, key=view.position.__getitem__))
+    learned = {node for between in in_order for node in between.all_input_nodes if is_attribute(node)}
+    whole = not all(is_pointwise(node, view.module) for node in in_order)
+    whole = whole or any(_shape(node, view) not in ((), (1,)) for node in learned)
+    return replace(match, pointwise=in_order, asks=tuple(sorted(asks, key=view.position.__getitem__)), whole=whole)
+
+
+def _weight_used_elsewhere(match: FFNMatch, view: GraphView) -> str | None:
+    """Experts would replace one use of the weight and not the other. A module that is called again is the same use."""
+    linears = (*match.ins, match.down)
+    inside = {*match.pointwise, *(node for linear in linears for node in linear.nodes)}
+    owners = {node.meta.get("owner", node) for node in inside}
+    learned = [str(n.target) for node in match.pointwise for n in node.all_input_nodes if is_attribute(n)]
+    for path in filter(None, [*(path for linear in linears for path in (linear.weight, linear.bias)), *learned]):
+        for user in view.weight_users[id(view.tensor(path))]:
+            if user not in inside and view.name(user) not in _QUESTIONS and user.meta.get("owner") not in owners:
+                return f"its weight {path} is also used by {user.meta.get('owner') or user.name}"
+    return None
+
+
+def _shape(node: fx.Node, view: GraphView) -> tuple[int, ...] | None:
+    shape = getattr(view.tensor(str(node.target)), "shape", None)
+    return None if shape is None else tuple(shape)
+
+
+def _not_of_linears(ins: list[Linear], others: list[fx.Node]) -> str | None:
+    if not ins:
+        return f"the activation depends on {others[0].name if others else 'constants'}, not on a linear"
+    if others:
+        return f"the activation also depends on {others[0].name}"
+    return f"{len(ins)} linears feed the activation, at most 2 are supported" if len(ins) > 2 else None
+
+
+def _wrong_shape(ins: Sequence[Linear], down: Linear) -> str | None:
+    first = ins[0]
+    rules = (
+        (any(linear.x is not first.x for linear in ins), "the linears before the activation have different inputs"),
+        (any(linear.d_out != down.d_in for linear in ins), "the activation changes the width"),
+        (first.d_in != down.d_out, f"width in is {first.d_in} but width out is {down.d_out}"),
+        (2 * down.d_in < down.d_out, f"a bottleneck of {down.d_in} in {down.d_out} is an adapter, not an FFN"),
+    )
+    return next((reason for broken, reason in rules if broken), None)
+
+
+def _unread_rows(ins: Sequence[Linear], view: GraphView) -> str | None:
+    """Rows of a linear that nobody reads would be lost; rows that two read would be tied no more."""
+    for weight in {linear.weight for linear in ins if linear.rows is not None}:
+        rows = [linear.rows.indices(2**40) for linear in ins if linear.weight == weight and linear.rows is not None]
+        read = sorted(i for limits in rows for i in range(*limits))
+        stored = next(linear for linear in ins if linear.weight == weight)
+        whole = view.tensor(weight).shape[int(stored.transposed)]  # type: ignore[attr-defined]
+        if read != list(range(whole)):
+            return f"the rows of {weight} that feed the activation are not all of it, each once"
+    return None
+
+
+def _asks(inside: set[fx.Node], view: GraphView) -> set[fx.Node]:
+    """Nodes that ask for sizes or dtypes inside, with all that is made of the answers, if none of it gets outside."""
+    found: set[fx.Node] = set()
+    for node in inside:
+        for user in node.users:
+            if user not in inside and torch_name(user, view.module) in _QUESTIONS:
+                made = _made_of(user, inside)
+                found |= made or set()
+    return found
+
+
+_QUESTIONS = frozenset(("size", "shape", "dim", "ndim", "numel", "dtype", "device"))
+
+
+def _made_of(answer: fx.Node, inside: set[fx.Node]) -> set[fx.Node] | None:
+    """`answer` and every node that depends on it up to nodes inside; None if one of them is the graph's output."""
+    made, stack = set[fx.Node](), [answer]
+    while stack:
+        node = stack.pop()
+        if node.op == "output":
+            return None
+        if node not in made and node not in inside:
+            made.add(node)
+            stack.extend(node.users)
+    return made
+
+
+def _walk_up(start: fx.Node, start_width: int, view: GraphView) -> tuple[list[Linear], set[fx.Node], list[fx.Node]]:
+    """(linears, pointwise nodes, other nodes) that `start` depends on, stopping at the first that is not pointwise."""
+    ins: dict[fx.Node, Linear] = {}
+    pointwise: set[fx.Node] = set()
+    others: list[fx.Node] = []
+    stack = [start]
+    while stack:
+        node = stack.pop()
+        if node in pointwise or node in ins:
+            continue
+        if is_attribute(node) and _shape(node, view) in ((), (1,), (start_width,)):
+            continue  # learned by the activation: a number, or one of each hidden unit
+        if node in view.linears:
+            ins[node] = view.linears[node]
+        elif is_pointwise(node, view.module) or is_norm(node, view.module):
+            pointwise.add(node)
+            stack.extend(node.all_input_nodes)
+        else:
+            others.append(node)
+    return sorted(ins.values(), key=lambda linear: view.position[linear.node]), pointwise, others

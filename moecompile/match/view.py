@@ -1,0 +1,51 @@
+"""A graph with the module that its attribute paths refer to, and what is asked of both while FFNs are looked for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from torch import fx, nn
+
+from moecompile.match.linears import Linear, attribute, read_linears
+from moecompile.match.pointwise import torch_name
+
+
+class GraphView:
+    """A graph and the module that its attribute paths refer to (the traced module, or the recorded model)."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+        self.graph, self.root = graph, root
+
+    @cached_property
+    def linears(self) -> dict[fx.Node, Linear]:
+        """Every linear of the graph, in graph order, whatever its spelling."""
+        return read_linears(self.graph, self.root)
+
+    @cached_property
+    def weight_users(self) -> dict[int, list[fx.Node]]:
+        """Id of a weight -> the nodes that use it; tied weights have one id."""
+        users: dict[int, list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                users.setdefault(id(self.tensor(str(node.target))), []).extend(node.users)
+            elif node.op == "call_module":
+                for parameter in self.module(str(node.target)).parameters():
+                    users.setdefault(id(parameter), []).append(node)
+        return users
+
+    @cached_property
+    def position(self) -> dict[fx.Node, int]:
+        """Node -> place in the graph."""
+        return {node: i for i, node in enumerate(self.graph.nodes)}
+
+    def name(self, node: object) -> str:
+        """What a node does, by torch's name: `linear`, `gelu`, `layer_norm`; empty for anything else."""
+        return torch_name(node, self.module) if isinstance(node, fx.Node) else ""
+
+    def module(self, path: str) -> nn.Module:
+        """The submodule at `path`."""
+        return self.root.get_submodule(path)
+
+    def tensor(self, path: str) -> object:
+        """The attribute at `path`."""
+        return attribute(self.root, path)

@@ -1,0 +1,256 @@
+"""Builds or loads the model that a config describes. transformers is imported inside functions."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moecompile.errors import ConfigError
+from moecompile.models.loading import UNREADABLE, refuse_incomplete, told, unreadable
+from moecompile.models.packages import check_package, package_folder
+from moecompile.schema import ModelConfig, ModelDevice
+
+# Until the rewrite, experts that a model has are computed by transformers' plain loop, which takes every precision.
+_EXPERTS = "eager"
+LONGEST_EXAMPLE = 512
+"""Tokens of the sequence on which models are recorded and compared."""
+
+
+def build_model(model: ModelConfig, seed: int) -> nn.Module:
+    """The model. Random weights depend on `seed` alone, so all ranks build the same; on `meta` there are none.
+
+    Raises:
+        ConfigError: an unknown architecture, config keys that it does not have, or a model that cannot be loaded.
+    """
+    # Nothing is ever downloaded: a model is built from its config or loaded from a local folder.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with torch.random.fork_rng(devices=[]), torch.device("meta") if model.device is ModelDevice.meta else nullcontext():
+        torch.manual_seed(seed)
+        if model.factory:
+            return _from_factory(model.factory)
+        if (folder := pretrained_folder(model)) is not None:
+            return _from_pretrained(folder, model)
+        return _from_architecture(model)
+
+
+def pretrained_folder(model: ModelConfig) -> Path | None:
+    """The folder that holds the pretrained weights and the tokenizer; None: the model has neither.
+
+    Raises:
+        ConfigError: there is no such folder, or no such package.
+    """
+    if model.package:
+        return package_folder(model.package)
+    if model.pretrained and not Path(model.pretrained, "config.json").is_file():
+        raise ConfigError(
+            "model.pretrained", model.pretrained, "is not a folder with a config.json",
+            "Give a folder that save_pretrained wrote",
+        )  # fmt: skip
+    return Path(model.pretrained) if model.pretrained else None
+
+
+def config_of(model: ModelConfig) -> Any | None:
+    """transformers' config of the model, which takes no weights; None: only loading it tells.
+
+    Raises:
+        ConfigError: as `build_model`.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if model.architecture:
+        return _config_from_keys(model)
+    folder = Path(model.pretrained) if model.pretrained else check_package(model.package) if model.package else None
+    if folder is None:
+        return None
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever its code makes of the file
+        raise unreadable(error, "model.pretrained", folder) from error
+
+
+def check_buildable(model: ModelConfig) -> None:
+    """Whether the model can be built from its config: on the meta device, and for real only if that fails.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        build_model(replace(model, device=ModelDevice.meta), 0)
+    except ConfigError:
+        build_model(model, 0)
+
+
+def build_empty(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """The structure of the model in the folder `model.pretrained`, on the meta device.
+
+    Args:
+        dtype: of the weights, where the folder's config does not say it.
+    """
+    from transformers import AutoConfig
+
+    folder = pretrained_folder(model)
+    assert folder is not None
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        empty = empty_of(config, dtype=config.dtype or dtype, experts_implementation=_EXPERTS)
+    except UNREADABLE as error:
+        raise unreadable(error, "model.pretrained", folder) from error
+    return empty
+
+
+def empty_of(config: Any, **options: Any) -> nn.Module:
+    """The model of a config of transformers, on the meta device."""
+    kind = class_of(config)
+    build = getattr(kind, "from_config", None) or kind._from_config  # an auto class, or a model's own
+    with torch.device("meta"):
+        empty: nn.Module = build(config, **options)
+    return empty
+
+
+def example_inputs(model: nn.Module, seq_len: int, *, longest: int = LONGEST_EXAMPLE) -> dict[str, Tensor]:
+    """One short batch of token ids for a language model, on its device; `use_cache` is left out of what is recorded.
+
+    No longer than `longest`: attention takes time and memory by the square, and neither a graph nor a plan
+    depends on the length.
+    """
+    seq_len = min(seq_len, longest)
+    config = getattr(model, "config", None)
+    vocab_size = int(getattr(config, "vocab_size", 2))
+    generator = torch.Generator().manual_seed(0)
+    device = next((parameter.device for parameter in model.parameters()), "cpu")
+    names = ["input_ids"] + ["decoder_input_ids"] * bool(getattr(config, "is_encoder_decoder", False))
+    return {name: torch.randint(0, vocab_size, (1, seq_len), generator=generator).to(device) for name in names}
+
+
+def _from_architecture(model: ModelConfig) -> nn.Module:
+    config = _config_from_keys(model)
+    try:
+        built: nn.Module = auto_class(str(model.architecture)).from_config(config, experts_implementation=_EXPERTS)
+    except Exception as error:
+        raise _not_buildable(model, error) from error
+    return built
+
+
+def _config_from_keys(model: ModelConfig) -> Any:
+    architecture = str(model.architecture)
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model.architecture not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(architecture, list(CONFIG_MAPPING), 2)
+        raise ConfigError(
+            "model.architecture", model.architecture, "is not a model type of the installed transformers",
+            f"Did you mean {' or '.join(close)}" if close else "Use a model type such as llama or deepseek_v3",
+        )  # fmt: skip
+    config_class = CONFIG_MAPPING[architecture]
+    known = {*inspect.signature(config_class.__init__).parameters, *config_class.attribute_map}
+    # transformers itself takes any key silently; its models read a few that their configs do not declare.
+    if unknown := [key for key in model.config if key not in known and not _reads(config_class, key)]:
+        close = difflib.get_close_matches(unknown[0], known, 1)
+        raise ConfigError(
+            f"model.config.{unknown[0]}", model.config[unknown[0]], f"is not a setting of {model.architecture}",
+            f"Did you mean {close[0]}" if close else "Remove it, or correct its name",
+        )  # fmt: skip
+    if model.config.get("vocab_size", 1) == 0:
+        raise ConfigError("model.config.vocab_size", 0, "must be at least 1", "Use 1 or more")
+    try:
+        return AutoConfig.for_model(architecture, **model.config)
+    except Exception as error:
+        raise _not_buildable(model, error) from error
+
+
+def _not_buildable(model: ModelConfig, error: Exception) -> ConfigError:
+    """Whatever a model's code does with values that it did not expect."""
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    rule = f"transformers cannot build a {model.architecture} from it: {reason}"
+    return ConfigError("model.config", model.name, rule, "Correct what was set there")
+
+
+def _reads(config_class: type, key: str) -> bool:
+    """Whether the architecture's code reads `config.key`, or `getattr(config, "key", ...)`."""
+    spec = importlib.util.find_spec(config_class.__module__.replace(".configuration_", ".modeling_"))
+    if spec is None or spec.origin is None:
+        return False
+    code = Path(spec.origin).read_text(encoding="utf-8")
+    return re.search(rf"""config(\.{re.escape(key)}\b|, ["']{re.escape(key)}["'])""", code) is not None
+
+
+def _from_pretrained(folder: Path, model: ModelConfig) -> nn.Module:
+    from transformers import AutoConfig
+
+    path = "model.package" if model.package else "model.pretrained"
+    value, names = model.package or str(folder), list[str]()
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with no_progress_bars(), told() as names:
+            loaded: nn.Module
+            loaded, info = class_of(config).from_pretrained(
+                folder, trust_remote_code=False, use_safetensors=True, dtype="auto", experts_implementation=_EXPERTS,
+                output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+    except UNREADABLE as error:
+        raise unreadable(error, path, value, names) from error
+    refuse_incomplete(info, path, value)
+    return loaded.train()  # as a built model is; a model in evaluation mode would train without dropout and counters
+
+
+def class_of(config: Any) -> Any:
+    """The class that the checkpoint was saved from (`BertModel`: an encoder without a head), else an auto class."""
+    import transformers
+
+    saved_from = getattr(transformers, (config.architectures or [""])[0], None)
+    if isinstance(saved_from, type) and issubclass(saved_from, transformers.PreTrainedModel):
+        return saved_from
+    return auto_class(config.model_type)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """transformers reads and writes weights without bars, which would fill the logs of ranks."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def auto_class(architecture: str) -> Any:
+    """The auto class of a causal model, or of an encoder-decoder model that has no causal form (T5)."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.models.auto import modeling_auto as known
+
+    causal = architecture in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    both = architecture in known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForSeq2SeqLM if both and not causal else AutoModelForCausalLM
+
+
+def _from_factory(path: str) -> nn.Module:
+    module, _, name = path.partition(":")
+    try:
+        function: Any = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            "model.factory", path, f"cannot be imported: {error}", "Give it as package.module:function"
+        ) from error
+    built = function()
+    if not isinstance(built, nn.Module):
+        raise ConfigError(
+            "model.factory", path, f"returned a {type(built).__name__}, not a torch.nn.Module", "Name another function"
+        )
+    return built

@@ -1,0 +1,245 @@
+"""Fills a sharded model from a folder: each rank reads what it keeps, and no rank ever holds the whole model.
+
+The model is built, compiled and sharded on the meta device. Then:
+  1. Its shards get memory.
+  2. Buffers that no checkpoint holds (rotary frequencies) are made anew by the model's own code; counters are zero.
+  3. Weights that stay, and experts that the model has already, are read by rows or experts.
+  4. Upcycled FFNs: the dense FFN of one layer at a time is read, and fills the router, the rank's experts and its part
+     of the shared expert by the same rules as in one process (passes/upcycle.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.distributed.tensor import DTensor
+
+from moecompile.errors import ConfigError
+from moecompile.match.patterns import FFNMatch
+from moecompile.match.regions import Region
+from moecompile.models.build import build_empty
+from moecompile.models.pretrained import Pretrained, non_persistent
+from moecompile.models.stored import Stored
+from moecompile.nn import Experts, Router, SharedExperts, meters_of, routers_of
+from moecompile.passes.rewrite import fill_site
+from moecompile.pipeline import Compilation
+from moecompile.plan import ExpertsSite, LayerPlan, Plan
+from moecompile.schema import Config, ModelLoad
+from moecompile.torch_private import local_rows
+
+_FULL = "Use model.load=full, which needs memory for the whole model on every rank"
+
+
+def loads_sharded(config: Config, world_size: int) -> bool:
+    """Whether ranks read their shards alone: several of them, and a pretrained model."""
+    return world_size > 1 and bool(config.model.pretrained) and config.model.load is ModelLoad.sharded
+
+
+class ShardedImport:
+    """A pretrained model whose values come after it was compiled and sharded.
+
+        importing = ShardedImport(config)
+        compiled = compile_with_report(importing.model, config, example=...)
+        shard(compiled.model, compiled.plan, device_mesh)
+        importing.fill(compiled)
+
+    model: its structure, on the meta device.
+
+    Raises:
+        ConfigError: the folder's weights are not exactly the model's.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.seed = config.seed
+        stored = Stored(Path(str(config.model.pretrained)))
+        self.model = build_empty(config.model, stored.dtype())
+        self.weights = Pretrained(stored, self.model)
+
+    def why_not(self, plan: Plan) -> str | None:
+        """Why a model with this plan cannot be filled; None if it can."""
+        sites = [layer.site for layer in plan.layers if isinstance(layer.site, ExpertsSite)]
+        return next((f"each expert of {site.fqn} is a module" for site in sites if site.form == "modules"), None)
+
+    @torch.no_grad()
+    def fill(self, compiled: Compilation, device: torch.device | str = "cpu") -> None:
+        """Gives every shard of `compiled.model` its values.
+
+        Raises:
+            ConfigError: experts or buffers that this way of loading does not know.
+        """
+        model = compiled.model
+        if why := self.why_not(compiled.plan):
+            raise ConfigError("model.load", "sharded", why, _FULL)
+        _materialise(model, torch.device(device))  # Step 1
+        _init_buffers(model)  # Step 2
+        upcycled = set()
+        for path, region in compiled.regions.items():
+            ffns = {fqn: match for fqn, match in region.matches.items() if isinstance(match, FFNMatch)}
+            layers = [layer for layer in region.ordered(compiled.plan.layers) if layer.site.fqn in ffns]
+            with _dense_values(region, ffns.values(), self.weights):  # Step 4
+                for block, layer in zip(_blocks(model, path) if layers else (), layers, strict=True):
+                    block.fill(region.graph, ffns[layer.site.fqn], layer, self.seed)
+                    upcycled |= block.names
+        for name, tensor in _unique(model):  # Step 3
+            if name not in upcycled:
+                local, held = _local(tensor), local_rows(tensor)
+                for rows, part in self.weights.read(name, held):
+                    (local[rows.start - held.start : rows.stop - held.start] if local.ndim else local).copy_(part)
+
+
+def _materialise(model: nn.Module, device: torch.device) -> None:
+    """Memory for what is on the meta device; all else moves to `device`. Tied weights stay tied."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+
+    def real(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=device) if _local(tensor).is_meta else tensor.to(device)
+
+    model._apply(real)  # FSDP2 sees the new shards through its own _apply
+    for first, *others in names.values():
+        for name in others:
+            owner, _, attribute = name.rpartition(".")
+            model.get_submodule(owner)._parameters[attribute] = model.get_parameter(first)
+
+
+def _init_our_buffers(model: nn.Module) -> set[int]:
+    """Correction biases, loads and counters as they begin; the ids of those that no checkpoint holds."""
+    for _, router in routers_of(model):
+        router.correction_bias.zero_()
+        if router.global_load is not None:
+            router.global_load.fill_(1 / router.num_experts)
+    counters = [buffer for _, meter in meters_of(model) for buffer in meter.buffers()]
+    for counter in counters:
+        counter.zero_()
+    return {id(counter) for counter in counters}
+
+
+def _init_buffers(model: nn.Module) -> None:
+    """Buffers that no checkpoint holds.
+
+    Raises:
+        ConfigError: the model's code does not say how one of them is made.
+    """
+    ours = _init_our_buffers(model)
+    owner: Any = model
+    for path, module in model.named_modules():
+        owner = module if hasattr(module, "_init_weights") else owner
+        buffers = {name: buffer for name, buffer in non_persistent(module).items() if id(buffer) not in ours}
+        if not buffers:
+            continue
+        for buffer in buffers.values():
+            buffer.fill_(_unset(buffer))
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # transformers leaves these alone
+        with torch.random.fork_rng(devices=[]):
+            owner._init_weights(module)
+        for name, buffer in buffers.items():
+            if bool((buffer.isnan() if buffer.is_floating_point() else buffer == _unset(buffer)).any()):
+                raise ConfigError("model.load", "sharded", f"the buffer {path}.{name} is in no checkpoint", _FULL)
+
+
+def _unset(buffer: Tensor) -> float | int:
+    """A value that no buffer is meant to hold."""
+    if buffer.is_floating_point():
+        return float("nan")
+    return 0 if buffer.dtype == torch.bool else torch.iinfo(buffer.dtype).min
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What stands in a dense FFN's place. names: its weights in the model, which no checkpoint holds."""
+
+    router: Router
+    experts: Experts
+    shared: SharedExperts | None
+    names: set[str]
+
+    def fill(self, dense: fx.GraphModule, match: FFNMatch, layer: LayerPlan, seed: int) -> None:
+        """Router in full, this rank's experts in place, the shared expert in full and then this rank's rows of it."""
+        held = local_rows(self.experts.down_proj)
+        experts = _held_experts(self.experts, len(held))
+        shared = None if self.shared is None else _whole(self.shared)
+        fill_site(self.router, experts, shared, dense, match, layer, seed, held)
+        if self.shared is not None and shared is not None:
+            for name, parameter in self.shared.named_parameters():
+                rows = local_rows(parameter)
+                _local(parameter).copy_(shared.get_parameter(name)[rows.start : rows.stop])
+
+
+def _held_experts(experts: Experts, count: int) -> Experts:
+    """An `Experts` whose weights are this rank's shards."""
+    held = Experts(
+        experts.d_model, experts.d_expert, count, gated=experts.gated, activation=experts.activation,
+        bias_up=getattr(experts, f"{experts.in_name}_bias") is not None, bias_down=experts.down_proj_bias is not None,
+        device="meta",
+    )  # fmt: skip
+    for name, parameter in experts.named_parameters(recurse=False):
+        held.register_parameter(name, nn.Parameter(_local(parameter), requires_grad=False))
+    return held
+
+
+def _whole(shared: SharedExperts) -> SharedExperts:
+    """An empty shared expert like one that is sharded."""
+    up, down = shared.up_proj, shared.down_proj
+    return SharedExperts(
+        down.weight.shape[0], up.weight.shape[0], gated=shared.gate_proj is not None, activation=shared.activation,
+        bias_up=up.bias is not None, bias_down=down.bias is not None, gate=shared.gate_weight is not None,
+        device=_local(up.weight).device, dtype=up.weight.dtype,
+    )  # fmt: skip
+
+
+def _blocks(model: nn.Module, path: str) -> Iterator[_Block]:
+    """The blocks of a region, in the order of its graph: a router first, then experts and perhaps a shared expert."""
+    region = model.get_submodule(path)
+    assert isinstance(region, fx.GraphModule)
+    called = [str(node.target) for node in region.graph.nodes if node.op == "call_module"]
+    parts = [(name, region.get_submodule(name)) for name in called]
+    starts = [i for i, (_, module) in enumerate(parts) if isinstance(module, Router)]
+    for start, end in zip(starts, [*starts[1:], len(parts)], strict=True):
+        block = [(name, part) for name, part in parts[start:end] if isinstance(part, Router | Experts | SharedExperts)]
+        prefix = f"{path}." if path else ""
+        names = {f"{prefix}{name}.{key}" for name, module in block for key in module.state_dict()}
+        (router,) = (module for _, module in block if isinstance(module, Router))
+        (experts,) = (module for _, module in block if isinstance(module, Experts))
+        shared = next((module for _, module in block if isinstance(module, SharedExperts)), None)
+        yield _Block(router, experts, shared, names)
+
+
+@contextmanager
+def _dense_values(region: Region, ffns: Iterable[FFNMatch], weights: Pretrained) -> Iterator[None]:
+    """The captured FFNs of a region with their values, and without them afterwards."""
+    linears = [linear for match in ffns for linear in (*match.ins, match.down)]
+    used = {name for linear in linears for name in (linear.weight, linear.bias) if name}
+    empty = {name: region.graph.get_parameter(name) for name in used}
+    prefix = f"{region.path}." if region.path else ""
+    try:
+        for name, parameter in empty.items():
+            value = weights.whole(prefix + name).to(parameter.dtype)
+            _set(region.graph, name, nn.Parameter(value, requires_grad=False))
+        yield
+    finally:
+        for name, parameter in empty.items():
+            _set(region.graph, name, parameter)
+
+
+def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, attribute = name.rpartition(".")
+    module.get_submodule(owner)._parameters[attribute] = parameter
+
+
+def _unique(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers, tied ones once."""
+    yield from model.named_parameters()
+    kept = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,21 @@
+"""Exchanges built from registered ops: each module turns the one-device dispatch of a layer into its own."""
+
+from collections.abc import Callable
+
+from torch import fx
+
+from moecompile.passes.lower.allgather import lower_allgather
+from moecompile.passes.lower.dedup import lower_dedup
+from moecompile.passes.lower.dispatch import DispatchNodes
+from moecompile.passes.lower.flat import lower_flat
+from moecompile.passes.lower.hierarchical import lower_hierarchical
+from moecompile.passes.lower.local import lower_local
+from moecompile.plan import LayerPlan
+
+LOWERINGS: dict[str, Callable[[fx.Graph, DispatchNodes, LayerPlan], None]] = {
+    "local": lower_local,
+    "flat": lower_flat,
+    "dedup": lower_dedup,
+    "hierarchical": lower_hierarchical,
+    "allgather": lower_allgather,
+}

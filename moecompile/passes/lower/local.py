@@ -1,0 +1,12 @@
+"""local: one EP rank holds every expert, so nothing travels and the one-device dispatch is already right."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from moecompile.passes.lower.dispatch import DispatchNodes
+from moecompile.plan import LayerPlan
+
+
+def lower_local(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> None:
+    """Keeps the graph as it is."""

@@ -1,0 +1,127 @@
+"""rewrite of experts that a model has already: their call -> load meter, permute, experts, unpermute.
+
+The router around it, shared experts and the names of stacked weights stay: the region is the experts module alone, and
+its GraphModule owns the model's own parameters, which the experts call gets as arguments.
+
+Algorithm:
+  1. Placeholders with the forward's own argument names. The model may have rounded the routing weights; from here on
+     they are at least fp32.
+  2. Count the load; ids that equal the number of experts are dropped assignments. Experts that are the identity are
+     computed where the token is.
+  3. permute, experts on the rows (with the norm that follows them, if any), unpermute with the routing weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from moecompile.match.experts import OWN, ExpertsMatch
+from moecompile.match.patterns import FFNMatch, activation_module
+from moecompile.match.swiglu import computing
+from moecompile.nn import Experts
+from moecompile.nn.existing import ExistingMeter, IdentityExperts, OneHotIds, WideWeights
+from moecompile.passes.base import items
+from moecompile.passes.trained import freeze_stack
+from moecompile.passes.upcycle import DenseWeights
+from moecompile.plan import LayerPlan
+
+ops = torch.ops.moecompile
+
+
+def rewrite_experts(graph_module: fx.GraphModule, module: nn.Module, match: ExpertsMatch, layer: LayerPlan) -> None:
+    """Replaces the call of the model's own experts in a graph, in place.
+
+    Stacked weights are the model's own parameters, separate experts become stacked copies.
+
+    Args:
+        module: the model's experts. layer: gives the number of experts, and the meter's nodes and balance rule.
+    """
+    graph = graph_module.graph
+    (own,) = (node for node in graph.nodes if node.op == "call_module" and node.target == OWN)
+
+    def add(name: str, part: nn.Module) -> str:
+        graph_module.add_submodule(name, part.train(module.training))
+        return name
+
+    with graph.inserting_before(own):
+        # Step 1
+        hidden, ids, weights = own.args
+        weights = graph.call_module(add("wide_weights", WideWeights()), (weights, hidden))
+        # Step 2
+        if match.call.one_hot:
+            ids = graph.call_module(add("one_hot_ids", OneHotIds()), (ids,))
+        if match.num_identity:
+            identity = add("identity_experts", IdentityExperts(match.num_experts))
+            ids, same = items(graph, graph.call_module(identity, (hidden, ids, weights)), "kept_ids", "same")
+        graph.call_module(add("meter", _meter(module, layer)), (ids,))
+        # Step 3
+        tokens = hidden if match.call.is_flat else graph.call_function(ops.flatten_tokens, (hidden,))
+        permuted = graph.call_function(ops.permute, (tokens, ids, layer.experts.num_routed, False))
+        rows, order, counts = items(graph, permuted, "rows", "order", "counts")
+        if match.ffn is not None:
+            add("experts", _stacked(match, module, *match.ffn, layer.site.fqn))
+        else:
+            add("experts", computing(match, module))
+            for name in match.weights:
+                _add_parameter(graph_module, name, _weight(module, name, match))
+        given = [graph.get_attr(name) for name in match.weights]
+        result = graph.call_module("experts", (rows, counts, *given))
+        if match.norm:
+            result = graph.call_module(add(match.norm, module.get_submodule(match.norm)), (result,))
+        result = graph.call_function(ops.unpermute, (result, order, weights))
+        if match.num_identity:
+            result = graph.call_function(torch.ops.aten.add.Tensor, (result, same))
+        if not match.call.is_flat:
+            result = graph.call_function(ops.unflatten_tokens, (result, hidden))
+    own.replace_all_uses_with(result)
+    graph.erase_node(own)
+
+
+def _meter(module: nn.Module, layer: LayerPlan) -> ExistingMeter:
+    device = next(module.parameters()).device
+    meter = ExistingMeter(layer.experts.num_routed, layer.placement.nodes, device)
+    meter.bias_rate, meter.bias_update = layer.balance.rate, layer.balance.update
+    return meter
+
+
+def _weight(module: nn.Module, name: str, match: ExpertsMatch) -> nn.Parameter:
+    """The model's own parameter; rows of experts that are the identity, which nothing reads, are cut off."""
+    parameter = module.get_parameter(name)
+    if not match.num_identity or parameter.shape[0] == match.num_experts:
+        return parameter
+    rows = parameter.detach()[: match.num_experts].clone()
+    return nn.Parameter(rows, requires_grad=parameter.requires_grad)
+
+
+def _add_parameter(root: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    *owners, name = path.split(".")
+    for owner in owners:
+        if not hasattr(root, owner):
+            root.add_module(owner, nn.Module())
+        root = root.get_submodule(owner)
+    root.register_parameter(name, parameter)
+
+
+@torch.no_grad()
+def _stacked(match: ExpertsMatch, module: nn.Module, traced: fx.GraphModule, ffn: FFNMatch, fqn: str) -> Experts:
+    """Separate experts as one stack; their parameters' names change."""
+    dense = DenseWeights.of(traced, ffn)
+    like: Tensor = dense.down_DF
+    bias_up, bias_down = any(linear.bias for linear in ffn.ins), ffn.down.bias is not None
+    stack = Experts(
+        ffn.down.d_out, ffn.down.d_in, match.num_experts, gated=len(ffn.ins) == 2, bias_up=bias_up,
+        bias_down=bias_down, activation=activation_module(traced, ffn), device=like.device, dtype=like.dtype,
+    )  # fmt: skip
+    for i, path in enumerate(match.modules):
+        expert = module.get_submodule(path)
+        getattr(stack, stack.in_name)[i].copy_(torch.cat([x.weight_of(expert) for x in ffn.ins]))
+        stack.down_proj[i].copy_(ffn.down.weight_of(expert))
+        if bias_up:
+            given = [x.bias_of(expert) for x in ffn.ins]
+            biases = [like.new_zeros(x.d_out) if b is None else b for b, x in zip(given, ffn.ins, strict=True)]
+            getattr(stack, f"{stack.in_name}_bias")[i].copy_(torch.cat(biases))
+        if stack.down_proj_bias is not None and (bias := ffn.down.bias_of(expert)) is not None:
+            stack.down_proj_bias[i].copy_(bias)
+    freeze_stack(stack, [module.get_submodule(path) for path in match.modules], ffn, fqn)
+    return stack

@@ -1,0 +1,56 @@
+"""The plan of experts that a model has already, as far as the model itself decides it."""
+
+from __future__ import annotations
+
+from moecompile.plan.layers import (
+    BalancePlan,
+    DispatchPlan,
+    ExpertPlacement,
+    ExpertsPlan,
+    LayerPlan,
+    RoutingPlan,
+    can_fuse,
+)
+from moecompile.plan.sites import ExpertsSite
+
+
+def own_routing(site: ExpertsSite) -> RoutingPlan:
+    """The router that stays as it is."""
+    return RoutingPlan(
+        top_k=site.top_k,
+        score="own",
+        normalize=False,
+        scale=1.0,
+        groups=site.groups,
+        top_groups=site.top_groups,
+        group_score="max",
+    )
+
+
+def layer_of(
+    site: ExpertsSite, placement: ExpertPlacement, dispatch: DispatchPlan, balance: BalancePlan | None = None
+) -> LayerPlan:
+    """One layer. balance: None leaves the model's own router alone."""
+    experts = ExpertsPlan(
+        num_routed=site.num_experts,
+        granularity=1,
+        num_shared=0,
+        d_expert=site.d_ff,
+        d_shared=0,
+        init="existing",
+        weight_scaling="none",
+    )
+    return LayerPlan(
+        site=site,
+        experts=experts,
+        routing=own_routing(site),
+        balance=balance or BalancePlan(rule="none", rate=0.0),
+        placement=placement,
+        dispatch=dispatch,
+        fused=can_fuse(site, dispatch),
+    )
+
+
+def layer_on_one_device(site: ExpertsSite) -> LayerPlan:
+    """The layer without any mesh, by which the site is proven before anything is planned."""
+    return layer_of(site, ExpertPlacement(num_experts=site.num_experts, ep=1), DispatchPlan(kind="local"))

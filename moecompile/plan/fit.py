@@ -1,0 +1,43 @@
+"""Whether a plan fits what a model has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moecompile.errors import PlanError
+from moecompile.plan.layers import LayerPlan
+from moecompile.plan.sites import ExpertsSite, PlannedSite
+
+
+def planned_site(sites: Mapping[str, PlannedSite], layer: LayerPlan) -> PlannedSite:
+    """The site that a layer was planned for; a planned site that cannot be applied is an error, never a warning."""
+    site, found = layer.site, sites.get(layer.site.fqn)
+    if found is None:
+        what = "experts" if isinstance(site, ExpertsSite) else "FFN"
+        raise PlanError(
+            "plan.layers", site.fqn, f"the model has no {what} there", f"Plan again; it has {list(sites)[:3]}"
+        )
+    if _form(site) != _form(found):
+        raise PlanError(
+            f"plan.layers[{site.fqn or 'the graph'}]",
+            _form(site),
+            f"the model has {_form(found)} there",
+            "Plan again for this model",
+        )
+    if site.swiglu and not found.swiglu:
+        raise PlanError(
+            f"plan.layers[{site.fqn or 'the graph'}].site.swiglu", True,
+            f"the model computes {found.activation} there", "Plan again for this model",
+        )  # fmt: skip
+    return found
+
+
+def _form(site: PlannedSite) -> str:
+    """What a plan relies on: `gated 64x128`, `up_down 64x256 with bias_up, bias_down`, `8 experts 64x128 top-2`."""
+    biases = [name for name in ("bias_up", "bias_down") if getattr(site, name)]
+    kind, routing = site.kind, ""
+    if isinstance(site, ExpertsSite):
+        kind, routing = f"{site.num_experts} {site.form} {site.kind}", f" top-{site.top_k}"
+        if site.groups > 1:
+            routing += f" in {site.top_groups} of {site.groups} groups"
+    return f"{kind} {site.d_model}x{site.d_ff}{routing}" + (f" with {', '.join(biases)}" if biases else "")

@@ -1,0 +1,224 @@
+"""build_plan: sites and config -> Plan. Everything that is impossible is an error that says what to change.
+
+Algorithm:
+  1. Validate the config and derive the mesh.
+  2. Select the sites that the config names.
+  3. Decide experts, routing, placement and dispatch for each.
+  4. Derive the reductions and the estimate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+
+from moecompile.errors import ConfigError
+from moecompile.mesh import MeshSpec
+from moecompile.plan import (
+    BalancePlan,
+    DispatchPlan,
+    ExpertPlacement,
+    ExpertsPlan,
+    ExpertsSite,
+    LayerPlan,
+    Plan,
+    PlannedSite,
+    RoutingPlan,
+    can_fuse,
+    reductions,
+)
+from moecompile.planner import ModelFacts, RunFacts, Wire, choose_dispatch, estimate, row_bytes
+from moecompile.planner.existing import check_given, existing_layer, only_existing, selection
+from moecompile.schema import (
+    BalanceRule,
+    Choice,
+    Config,
+    DispatchKind,
+    ExpertInit,
+    LayerSettings,
+    Precision,
+    WireDtype,
+    check_numbers,
+    check_selections,
+    layer_settings,
+    mesh_spec,
+    resolve_groups,
+    site_slice,
+    validate_settings,
+    validate_transform,
+)
+
+_GIB = 2**30
+
+
+def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) -> Plan:
+    """The plan for the sites that `config` selects; with no site it is empty.
+
+    Args:
+        sites: all matched sites, in model order.
+        facts: sizes of the dense model, for the estimate.
+
+    Raises:
+        ConfigError: a rule of the config or of a site is broken.
+    """
+    check_numbers(config)
+    # Step 1: what the config says of experts and routers does not count where the model has both.
+    mesh = mesh_spec(config.mesh) if only_existing(sites) else validate_transform(config)
+    chosen = select(sites, config)  # Step 2
+    check_given(chosen, config)
+    check_selections(config, [site.fqn for site in chosen])
+    layers = tuple(  # Step 3
+        _layer(site, layer_settings(config, site.fqn, i, len(chosen)), config, mesh, facts)
+        for i, site in enumerate(chosen)
+    )
+    return Plan(  # Step 4
+        mesh=mesh,
+        layers=layers,
+        reductions=reductions(mesh),
+        estimate=estimate(
+            layers, mesh, facts, _run_facts(config, mesh, facts), memory_bytes=config.hardware.memory_gib * _GIB
+        ),
+    )
+
+
+def _run_facts(config: Config, mesh: MeshSpec, facts: ModelFacts) -> RunFacts:
+    data, trainer = config.data, config.trainer
+    stored = "" if facts.bytes_per_param == 4 else f" on weights of {facts.bytes_per_param} bytes"
+    return RunFacts(
+        tokens_per_rank=data.micro_batch_size * data.seq_len,
+        micro_batch_size=data.micro_batch_size,
+        precision=f"{trainer.precision.value}{stored}",
+        hardware=config.hardware.name,
+        compute_bytes=2 if trainer.precision is Precision.bf16_params else facts.bytes_per_param,
+        accumulation=max(1, data.global_batch_size // (data.micro_batch_size * mesh.world_size)),
+        checkpointing=trainer.checkpointing.value,
+        is_mixed=trainer.precision is Precision.bf16_mixed,
+    )
+
+
+def select(sites: Sequence[PlannedSite], config: Config) -> list[PlannedSite]:
+    """The sites that `experts.match` and `experts.layers` name.
+
+    Raises:
+        ConfigError: there are sites, but the config selects none of them.
+    """
+    match, layers = selection(config) if only_existing(sites) else (config.experts.match, config.experts.layers)
+    matched = [site for site in sites if fnmatchcase(site.fqn, match)]
+    if sites and not matched:
+        known = ", ".join(site.fqn for site in sites[:3])
+        raise ConfigError(
+            "experts.match",
+            match,
+            f"matches none of the {len(sites)} FFNs ({known}, ...)",
+            "Change the pattern",
+        )
+    selected = matched[site_slice(layers)]
+    if matched and not selected:
+        raise ConfigError("experts.layers", layers, f"selects none of {len(matched)} FFNs", "Use ':' for all of them")
+    return selected
+
+
+def _layer(site: PlannedSite, settings: LayerSettings, config: Config, mesh: MeshSpec, facts: ModelFacts) -> LayerPlan:
+    if isinstance(site, ExpertsSite):
+        return existing_layer(site, settings, mesh, config, partial(_dispatch, config, mesh, site))
+    validate_settings(settings, mesh)
+    experts, routing, balance = settings.experts, settings.routing, settings.balance
+    if site.d_ff % experts.granularity:
+        raise ConfigError(
+            settings.path_of("experts.granularity"), experts.granularity,
+            f"must divide d_ff={site.d_ff} of {site.fqn}", f"Use a divisor of {site.d_ff}",
+        )  # fmt: skip
+    _check_future(settings, facts)
+    groups, top_groups = resolve_groups(routing, experts.num_routed, mesh)
+    d_expert = site.d_ff // experts.granularity
+    routing_plan = RoutingPlan(
+        top_k=routing.top_k,
+        score=routing.score.value,
+        normalize=routing.normalize,
+        scale=routing.scale,
+        groups=groups,
+        top_groups=top_groups,
+        group_score=routing.group_score.value,
+        choice=routing.choice.value,
+        bias=routing.bias,
+        capacity_factor=routing.capacity_factor,
+        drop="none" if routing.capacity_factor is None else routing.drop.value,
+        jitter=routing.jitter,
+        workload=routing.workload.value,
+        skew=routing.skew,
+    )
+    placement = ExpertPlacement(num_experts=experts.num_routed, ep=mesh.ep, nodes=mesh.nodes_per_ep_group)
+    dispatch = _dispatch(config, mesh, site, routing_plan, placement)
+    return LayerPlan(
+        site=site,
+        experts=ExpertsPlan(
+            num_routed=experts.num_routed,
+            granularity=experts.granularity,
+            num_shared=experts.num_shared,
+            d_expert=d_expert,
+            d_shared=experts.num_shared * d_expert,
+            init=ExpertInit(experts.init).value,
+            shared_gate=experts.shared_gate and experts.num_shared > 0,
+            drop_ratio=experts.drop_ratio if experts.init is ExpertInit.drop else 0.0,
+            weight_scaling=experts.weight_scaling.value,
+        ),
+        routing=routing_plan,
+        balance=BalancePlan(
+            rule=balance.rule.value,
+            rate=balance.rate if balance.rule is BalanceRule.bias else 0.0,
+            update=balance.update.value,
+            **dataclasses.asdict(balance.losses),
+        ),
+        placement=placement,
+        dispatch=dispatch,
+        fused=can_fuse(site, dispatch),
+    )
+
+
+def _check_future(settings: LayerSettings, facts: ModelFacts) -> None:
+    routing = settings.routing
+    if routing.choice is Choice.expert and facts.causal and not routing.allow_future:
+        raise ConfigError(
+            settings.path_of("routing.choice"), "expert",
+            "an expert takes the tokens that it scores highest of all, so what becomes of a token depends on later "
+            "ones, and this model is causal", "Use routing.choice=token, or routing.allow_future=true",
+        )  # fmt: skip
+
+
+def _dispatch(
+    config: Config, mesh: MeshSpec, site: PlannedSite, routing: RoutingPlan, placement: ExpertPlacement
+) -> DispatchPlan:
+    kind = _dispatch_kind(config, mesh, routing, placement, site)
+    return DispatchPlan(kind=kind, wire_dtype="auto" if kind == "local" else _wire_dtype(config).value)
+
+
+def _wire_dtype(config: Config) -> WireDtype:
+    """Under autocast experts round their rows to bf16 and return bf16: rounded on the wire, they are the same."""
+    if config.dispatch.wire_dtype is WireDtype.auto and config.trainer.precision is Precision.bf16_mixed:
+        return WireDtype.bf16
+    return config.dispatch.wire_dtype
+
+
+def _dispatch_kind(
+    config: Config, mesh: MeshSpec, routing: RoutingPlan, placement: ExpertPlacement, site: PlannedSite
+) -> str:
+    """Whatever is asked for: with one EP rank nothing has to travel, and on one node hierarchical is dedup."""
+    kind = config.dispatch.kind
+    if kind is DispatchKind.local and mesh.ep > 1:
+        raise ConfigError(
+            "dispatch.kind", "local", f"experts are spread over mesh.ep={mesh.ep} ranks", "Use auto, flat or dedup"
+        )
+    if mesh.ep == 1:
+        return str(DispatchKind.local.value)
+    if kind is DispatchKind.hierarchical and mesh.nodes_per_ep_group == 1:
+        return str(DispatchKind.dedup.value)
+    if kind is not DispatchKind.auto:
+        return str(kind.value)
+    wire = Wire(
+        d_model=site.d_model,
+        tokens_per_rank=config.data.micro_batch_size * config.data.seq_len,
+        element_bytes=row_bytes(_wire_dtype(config).value, 4),
+    )
+    return choose_dispatch(placement, routing, mesh, wire)

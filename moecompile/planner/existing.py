@@ -1,0 +1,256 @@
+"""Plans experts that the model has already: their number, top-k and groups are read from it, never from the config.
+
+Algorithm, for each site:
+  1. Values that the caller gave for what the model decides are an error; those of recipes and presets are ignored.
+  2. The mesh must fit the model: ep divides the experts.
+  3. The most nodes that a token can reach follow from the model's groups and the placement; `routing.max_nodes` is
+     kept, or refused if the caller gave it.
+  4. Balance as far as the model's own router allows it; what it does not allow is refused if the caller gave it.
+What is ignored is said (`notes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moecompile.errors import ConfigError
+from moecompile.mesh import MeshSpec
+from moecompile.plan import (
+    BalancePlan,
+    DispatchPlan,
+    ExpertPlacement,
+    ExpertsSite,
+    LayerPlan,
+    Plan,
+    PlannedSite,
+    RoutingPlan,
+    layer_of,
+    own_routing,
+)
+from moecompile.schema import SOURCES, BalanceRule, Config, ExpertsConfig, LayerSettings, layer_settings
+
+_NOT_READ = {"experts": ("sites", "match", "layers"), "routing": ("max_nodes",)}  # these keep their meaning
+_EVERYWHERE = ExpertsConfig()
+_NAMES = {
+    "experts.num_routed": "num_experts", "routing.top_k": "top_k", "routing.groups": "groups",
+    "routing.top_groups": "top_groups",
+}  # fmt: skip
+
+
+def only_existing(sites: Sequence[PlannedSite]) -> bool:
+    """Whether there are sites, and all of them are in the model already."""
+    return bool(sites) and all(isinstance(site, ExpertsSite) for site in sites)
+
+
+def check_given(sites: Sequence[PlannedSite], config: Config) -> None:
+    """Refuses values of the caller that the model decides (step 1); with dense sites beside, they mean those.
+
+    Raises:
+        ConfigError: there is such a value; the site and the model's value are named.
+    """
+    if not only_existing(sites):
+        return
+    first = sites[0]
+    assert isinstance(first, ExpertsSite)
+    for key in _given(config):
+        path = ".".join(key.split(".")[2:]) if key.startswith("per_layer.") else key
+        group, _, name = path.partition(".")
+        if group not in _NOT_READ or not name or name in _NOT_READ[group]:
+            continue
+        says = f"has {path}={getattr(first, _NAMES[path])}" if path in _NAMES else "decides that itself"
+        raise ConfigError(
+            key, _value(config, key), f"{first.fqn} is in the model already, and the model {says}",
+            "Leave it out, or use experts.sites=dense to rewrite dense FFNs",
+        )  # fmt: skip
+
+
+def existing_layer(
+    site: ExpertsSite,
+    settings: LayerSettings,
+    mesh: MeshSpec,
+    config: Config,
+    dispatch: Callable[[RoutingPlan, ExpertPlacement], DispatchPlan],
+) -> LayerPlan:
+    """The plan of one site.
+
+    Args:
+        settings: of this layer; its balance and `routing.max_nodes` count.
+        config: says which of them the caller gave.
+        dispatch: chooses the exchange.
+
+    Raises:
+        ConfigError: the mesh, the node limit or the balance do not fit the model.
+    """
+    _check_ep(site, mesh)  # Step 2
+    _check_misfits(site, settings, mesh, config)  # Steps 3 and 4
+    placement = ExpertPlacement(num_experts=site.num_experts, ep=mesh.ep, nodes=mesh.nodes_per_ep_group)
+    return layer_of(site, placement, dispatch(own_routing(site), placement), _balance(site, settings))
+
+
+def most_nodes(site: ExpertsSite, mesh: MeshSpec) -> int:
+    """The most nodes that one token can reach: by its open groups, and by its number of experts.
+
+    Groups are runs of experts, and so is what a node holds: a group lies on the nodes first .. last. The largest union
+    of M such runs is built from left to right: best[(m, end)] is the most nodes that m groups cover up to node `end`.
+    """
+    nodes, size = mesh.nodes_per_ep_group, site.num_experts // site.groups
+    per_node = site.num_experts // nodes
+    best = {(0, -1): 0}
+    for group in range(site.groups):
+        first, last = group * size // per_node, ((group + 1) * size - 1) // per_node
+        for (count, end), covered in list(best.items()):
+            if count < site.top_groups:
+                more = covered + last - max(first, end + 1) + 1
+                best[count + 1, last] = max(more, best.get((count + 1, last), 0))
+    return min(nodes, site.top_k, max(covered for (count, _), covered in best.items() if count == site.top_groups))
+
+
+def notes(plan: Plan, config: Config) -> list[str]:
+    """What a person should know of planned existing experts: what was read from the model, what of the config is
+    ignored, and where groups lie.
+    """
+    sites = [layer.site for layer in plan.layers if isinstance(layer.site, ExpertsSite)]
+    if not sites:
+        return []
+    return [
+        _read_note(sites, config),
+        *_ignored_notes(plan, config),
+        *dict.fromkeys(note for site in sites if (note := _groups_note(site, plan.mesh))),
+    ]
+
+
+def _ignored_notes(plan: Plan, config: Config) -> Iterator[str]:
+    """`ignored: routing.max_nodes=1 (the router of ... is the model's own ...)`, each key once."""
+    said: dict[str, str] = {}
+    for i, layer in enumerate(plan.layers):
+        if isinstance(layer.site, ExpertsSite):
+            settings = layer_settings(config, layer.site.fqn, i, len(plan.layers))
+            for misfit in _misfits(layer.site, settings, plan.mesh):
+                said.setdefault(settings.path_of(misfit.key), f"{misfit.value} ({misfit.rule})")
+    selected = config.experts
+    if only_existing([layer.site for layer in plan.layers]) and selection(config) != (selected.match, selected.layers):
+        for name in ("match", "layers"):
+            if not is_given(config, f"experts.{name}") and getattr(selected, name) != getattr(_EVERYWHERE, name):
+                said[f"experts.{name}"] = f"{getattr(selected, name)} (it selects the FFNs of the recipe's own model)"
+    yield from (f"ignored: {path}={what}" for path, what in said.items())
+
+
+def selection(config: Config) -> tuple[str, str]:
+    """`experts.match` and `experts.layers` for a model's own experts: a recipe's count for the recipe's model alone."""
+    own = "model" in config.given or any(is_given(config, f"model.{name}") for name in SOURCES)
+    chosen = config.experts
+    match = chosen.match if not own or is_given(config, "experts.match") else _EVERYWHERE.match
+    layers = chosen.layers if not own or is_given(config, "experts.layers") else _EVERYWHERE.layers
+    return match, layers
+
+
+def _read_note(sites: Sequence[ExpertsSite], config: Config) -> str:
+    """`read from the model: experts.num_routed=256 (config: 8), routing.top_k=8 (config: 2)`."""
+    parts = []
+    for path, name in _NAMES.items():
+        found = dict.fromkeys(getattr(site, name) for site in sites)
+        config_value = _value(config, path)
+        differs = f" (config: {'null' if config_value is None else config_value})" * (list(found) != [config_value])
+        if max(found) > 1:  # without groups there is nothing to say about them
+            parts.append(f"{path}={' and '.join(map(str, found))}{differs}")
+    return f"read from the model: {', '.join(parts)}"
+
+
+def _groups_note(site: ExpertsSite, mesh: MeshSpec) -> str | None:
+    """What the router's groups mean on this mesh."""
+    nodes = mesh.nodes_per_ep_group
+    if site.groups == 1 or mesh.ep == 1:
+        return None
+    says = f"the model opens {site.top_groups} of {site.groups} expert groups to a token"
+    if nodes == 1:
+        return f"{says}; an EP group lies on one node here, so this limits no traffic between nodes"
+    reach = most_nodes(site, mesh)
+    if site.groups % nodes == 0:
+        where = f"{site.groups // nodes} on each of the {nodes} nodes of an EP group"
+    else:
+        where = f"which do not fill the {nodes} nodes of an EP group evenly, so groups straddle nodes"
+    limit = f"a token reaches up to {reach} of them" if reach < nodes else "a token may reach all of them"
+    return f"{says}, {where}; {limit}"
+
+
+def _check_ep(site: ExpertsSite, mesh: MeshSpec) -> None:
+    if site.num_experts % mesh.ep:
+        fitting = [n for n in range(1, site.num_experts + 1) if not site.num_experts % n and not mesh.world_size % n]
+        raise ConfigError(
+            "mesh.ep", mesh.ep, f"must divide the {site.num_experts} experts of {site.fqn}", f"Use one of {fitting}"
+        )
+
+
+@dataclass(frozen=True)
+class _Misfit:
+    """A value of the config that the model's own router cannot keep. key: without `per_layer.NAME`."""
+
+    key: str
+    value: Any
+    rule: str
+    fix: str
+
+
+def _misfits(site: ExpertsSite, settings: LayerSettings, mesh: MeshSpec) -> Iterator[_Misfit]:
+    """Steps 3 and 4."""
+    limit, reach = settings.routing.max_nodes, most_nodes(site, mesh)
+    if limit is not None and reach > limit:
+        groups = f"{site.top_groups} of {site.groups} groups" if site.groups > 1 else f"top-{site.top_k} without groups"
+        yield _Misfit(
+            "routing.max_nodes", limit,
+            f"the router of {site.fqn} is the model's own ({groups}) and lets a token reach {reach} nodes",
+            f"Use {reach} or null, or a mesh whose EP group spans fewer nodes",
+        )  # fmt: skip
+    for name, value in vars(settings.balance.losses).items():
+        if value:
+            yield _Misfit(
+                f"balance.losses.{name}", value,
+                f"the router of {site.fqn} is the model's own, and its scores are not at hand",
+                "Use 0; the model's own auxiliary loss, if it has one, stays as it is",
+            )  # fmt: skip
+    if settings.balance.rule is BalanceRule.bias and not site.correction_bias:
+        yield _Misfit(
+            "balance.rule", "bias",
+            f"the router of {site.fqn} is the model's own and has no buffer e_score_correction_bias to be moved",
+            "Use balance.rule=none",
+        )  # fmt: skip
+
+
+def _check_misfits(site: ExpertsSite, settings: LayerSettings, mesh: MeshSpec, config: Config) -> None:
+    for misfit in _misfits(site, settings, mesh):
+        path = settings.path_of(misfit.key)
+        if is_given(config, path):
+            raise ConfigError(path, misfit.value, misfit.rule, misfit.fix)
+
+
+def _balance(site: ExpertsSite, settings: LayerSettings) -> BalancePlan:
+    balance = settings.balance
+    if balance.rule is BalanceRule.bias and site.correction_bias:
+        return BalancePlan(rule="bias", rate=balance.rate, update=balance.update.value)
+    return BalancePlan(rule="none", rate=0.0, update=balance.update.value)
+
+
+def is_given(config: Config, path: str) -> bool:
+    """Whether the caller set the key at a dotted path, or a group or `per_layer` around it, by value."""
+    return any(path == key or path.startswith(f"{key}.") for key in config.given)
+
+
+def _given(config: Config) -> Iterator[str]:
+    """The caller's keys; of `per_layer`, which is given as a whole, those of its layers."""
+    for key in config.given:
+        if key != "per_layer":
+            yield key
+            continue
+        for name, change in config.per_layer.items():
+            for group in ("experts", "routing"):
+                yield from (f"per_layer.{name}.{group}.{changed}" for changed in getattr(change, group))
+
+
+def _value(config: Config, key: str) -> Any:
+    """The config's value at a dotted path; enums as they are written."""
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+    return getattr(value, "value", value)

@@ -1,0 +1,161 @@
+"""Whether what a config names is there and fits, before a rank is started and before anything is written.
+
+Algorithm: the cheap checks first, each an error that says what to change.
+  1. The text: a file of a kind that is read, long enough. Small ones are tokenized.
+  2. The device: as many GPUs here as ranks, where the config asks for GPUs.
+  3. The model: a package that is installed, files that are whole, a config that can be built.
+  4. Model and text: positions, vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from moecompile.errors import ConfigError
+from moecompile.models.packages import check_package
+from moecompile.runtime.ranks import in_place_ranks
+from moecompile.runtime.text import check_text
+from moecompile.schema import Config, TaskName, TokenizerSource, mesh_spec
+
+_ON_RANKS = (TaskName.train, TaskName.verify, TaskName.bench)
+_INDEX = "model.safetensors.index.json"
+_SMALL = 2**18  # bytes of a text that takes no time
+_BYTES_PER_ENTRY, _BYTES_PER_TOKEN = 100, 8  # texts with fewer may not yield the vocabulary, or one sequence
+
+
+def check_inputs(config: Config) -> None:
+    """All of it, for the config's task.
+
+    Raises:
+        ConfigError: the first thing that is missing or does not fit.
+    """
+    task = config.task.name
+    if task is TaskName.export:
+        return
+    if task in _ON_RANKS:
+        _check_text(config)  # Step 1
+        if task is not TaskName.verify:  # which runs on CPUs
+            _check_gpus(config)  # Step 2
+    folder = Path(config.model.pretrained) if config.model.pretrained else None  # Step 3
+    if config.model.package:
+        folder = check_package(config.model.package)
+    if folder is not None:
+        check_folder(folder)
+    _check_model(config)
+
+
+def _check_text(config: Config) -> None:
+    data = config.data
+    size, shorter = check_text(data)
+    doubtful = size < (data.vocab_size or 0) * _BYTES_PER_ENTRY or shorter < data.seq_len * _BYTES_PER_TOKEN
+    if (size < _SMALL or doubtful) and data.tokenizer is TokenizerSource.train:
+        from moecompile.runtime.data import check_tokens
+
+        check_tokens(data)
+
+
+def check_folder(folder: Path) -> None:
+    """Whether a folder holds a config and whole safetensors files, by their headers alone.
+
+    Raises:
+        ConfigError: what is missing or cut off.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise _folder_error(folder, "is not a folder with a config.json", "Give a folder that save_pretrained wrote")
+    _json(folder, path)
+    index = folder / _INDEX
+    files = sorted(folder.glob("*.safetensors"))
+    if index.is_file():
+        named = _json(folder, index).get("weight_map")
+        if not isinstance(named, dict):
+            raise _folder_error(folder, f"{_INDEX} has no weight_map", "Copy it again")
+        files = [folder / name for name in sorted(set(map(str, named.values())))]
+    if not files:
+        raise _folder_error(folder, "holds no safetensors", "Save the model with save_pretrained")
+    for file in files:
+        if not file.is_file():
+            raise _folder_error(folder, f"{_INDEX} names {file.name}, which is not there", "Copy it too")
+        _check_safetensors(folder, file)
+
+
+def _check_safetensors(folder: Path, file: Path) -> None:
+    """A file is 8 bytes that give the header's length, the header in JSON, and the bytes that it tells of."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            start = opened.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            if length > size - 8:
+                raise _folder_error(folder, f"{file.name} is cut off after {size:,} bytes", "Copy it again")
+            header = json.loads(opened.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise _folder_error(folder, f"{file.name} is not a safetensors file", "Copy it again") from None
+    except OSError as error:
+        raise _folder_error(folder, f"{file.name} cannot be read: {error.strerror}", "Change that") from None
+    whole = 8 + length + max(ends, default=0)
+    if size != whole:
+        what = "is cut off" if size < whole else "is too long"
+        raise _folder_error(folder, f"{file.name} {what}: {size:,} bytes of {whole:,}", "Copy it again")
+
+
+def _json(folder: Path, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _folder_error(folder, f"{path.name} cannot be read: {error}", "Copy it again") from None
+    if not isinstance(found, dict):
+        raise _folder_error(folder, f"{path.name} holds no object", "Copy it again")
+    return found
+
+
+def _folder_error(folder: Path, rule: str, fix: str) -> ConfigError:
+    return ConfigError("model.pretrained", folder, rule, fix)
+
+
+def _check_gpus(config: Config) -> None:
+    if config.mesh.device != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "mesh.device", "cuda", f"torch {torch.__version__} finds no GPU here",
+            "Use a mesh of CPU ranks (mesh=cpu_1x4), or run it where the GPUs are; task=plan needs none",
+        )  # fmt: skip
+    ranks, found = in_place_ranks(), torch.cuda.device_count()
+    needed = mesh_spec(config.mesh).world_size if ranks is None else ranks.local_world_size
+    if found < needed:
+        raise ConfigError(
+            "mesh.ranks_per_node", config.mesh.ranks_per_node,
+            f"{needed} ranks would start on this machine, which has {found} GPU{'s' * (found != 1)}",
+            "Use a smaller mesh, or start one command a node with torchrun or srun",
+        )  # fmt: skip
+
+
+def _check_model(config: Config) -> None:
+    """Steps 3 and 4, by transformers' config of the model: no weight is made or read."""
+    from moecompile.models.build import check_buildable, config_of
+
+    found = config_of(config.model)
+    if found is None:  # a factory, or a file that has to be converted first
+        return
+    if config.task.name in _ON_RANKS and config.model.architecture:  # the other tasks build it at once
+        check_buildable(config.model)
+    text = found.get_text_config() if hasattr(found, "get_text_config") else found
+    positions = getattr(text, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < config.data.seq_len:
+        raise ConfigError(
+            "data.seq_len", config.data.seq_len, f"the model {config.model.name} has positions for {positions} tokens",
+            f"Use at most {positions}, or a model with more (max_position_embeddings)",
+        )  # fmt: skip
+    vocab_size, entries = getattr(text, "vocab_size", None), config.data.vocab_size
+    if config.task.name in _ON_RANKS and entries and isinstance(vocab_size, int) and vocab_size < entries:
+        raise ConfigError(
+            "data.vocab_size", entries, f"the model {config.model.name} has embeddings for {vocab_size} tokens",
+            f"Use at most {vocab_size}",
+        )  # fmt: skip

@@ -1,0 +1,197 @@
+"""task=export: from sharded checkpoints, in our own format, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moecompile
+from moecompile.compose import compose_config
+from moecompile.errors import ConfigError, VerificationFailed
+from moecompile.export import huggingface, load_run, pairs
+from moecompile.export import run as runs
+from moecompile.models.build import example_inputs
+from moecompile.runtime.data import train_tokenizer
+from moecompile.schema import validate
+from tests.distributed.harness import run_distributed_test
+from tests.existing_models import CONFIGS
+from tests.export.runs import SEQ, tiny_config, tiny_run
+from tests.export.sharded import RUNS, save_runs
+from tests.export.test_pairs import exported
+from tests.tiny import max_diff
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """Checkpoints of four ranks, EP2 x DP2 and EP4, and the logits that these ranks computed."""
+    folder = tmp_path_factory.mktemp("sharded")
+    return folder, run_distributed_test(save_runs, 4, str(folder), timeout_s=180)[0]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_sharded_checkpoint_becomes_a_model_of_transformers(
+    name: str, sharded: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    folder, logits = sharded
+    result = exported(folder / name, tmp_path)
+    assert result["max_abs_diff"] <= 1e-5
+    assert result["checkpoint"].endswith("checkpoints/step-7")
+    model = huggingface.reload(tmp_path / "model")
+    with torch.no_grad():
+        again = model(**example_inputs(model, SEQ), use_cache=False).logits
+    assert max_diff(again, logits[name]) <= 1e-5 < float(again.std()) / 1000  # what the four ranks computed
+
+
+def test_deepseek_keeps_its_correction_biases(sharded: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    exported(sharded[0] / "deepseek", tmp_path)
+    model, trained = huggingface.reload(tmp_path / "model"), load_run(runs.find_run(str(sharded[0] / "deepseek"), None))
+    for layer in (1, 2):
+        bias = trained.get_buffer(f"model.layers.{layer}.mlp.router.correction_bias")
+        assert bias.abs().max() > 0.01
+        assert torch.equal(model.get_buffer(f"model.layers.{layer}.mlp.gate.e_score_correction_bias"), bias)
+
+
+def test_the_native_format_is_read_again(sharded: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    folder, logits = sharded
+    result = exported(folder / "deepseek", tmp_path / "native", "export.format=native")
+    native = Path(result["path"])
+    assert result["max_abs_diff"] == 0.0
+    model, trained = moecompile.load_exported(native), load_run(runs.find_run(str(folder / "deepseek"), None))
+    assert model.state_dict().keys() == trained.state_dict().keys()
+    for key, value in trained.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+    with torch.no_grad():
+        assert max_diff(model(**example_inputs(model, SEQ)).logits, logits["deepseek"]) <= 1e-5
+    assert exported(native, tmp_path / "family")["architecture"] == "DeepseekV3ForCausalLM"  # a native export is a run
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_existing_experts_stay_their_family(architecture: str, tmp_path: Path) -> None:
+    model = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, **CONFIGS[architecture]}
+    run = tiny_run(tmp_path / "run", tiny_config(architecture, ["experts.sites=existing"], model))
+    result = exported(run, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    assert (config["model_type"], result["max_abs_diff"] <= 1e-5) == (architecture, True)
+
+
+def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    run = tiny_run(tmp_path / "run", tiny_config("llama", ["data.vocab_size=300"], {"vocab_size": 300}))
+    text = "the whale, the whale, the white whale and the ship; " * 40
+    trained = train_tokenizer(text, 270)
+    trained.save(str(run / "tokenizer.json"))
+    exported(run, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    assert tokenizer("the white whale").input_ids == trained.encode("the white whale").ids
+    assert tokenizer.decode(tokenizer("the white whale").input_ids) == "the white whale"
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------
+
+_REFUSED = [
+    ("llama", ["routing.capacity_factor=1.0"], "routing.capacity_factor=1.0 drops tokens"),
+    ("llama", ["routing.bias=true"], "routing.bias=True gives the router's logits a bias"),
+    ("llama", ["routing.jitter=0.01"], "routing.jitter=0.01 jitters the router's input alone in training"),
+    ("llama", ["routing.scale=2.0"], "routing.scale=2.0 scales routing weights"),
+    ("llama", ["balance=bias"], "balance.rule=bias shifts the choice of experts by a correction bias"),
+    ("llama", ["routing.groups=2", "routing.top_groups=1"], "routing.top_groups=1 limits a token to some of 2 groups"),
+    ("olmo2", ["experts.layers=1:"], "experts.layers=all but [0] leaves layers dense"),
+    ("deepseek_v3", ["experts.layers=::2", "routing.score=sigmoid"], "experts.layers=all but [1] leaves layers dense that are not the first ones"),
+    ("deepseek_v3", ["routing.score=sigmoid", "routing.groups=2", "routing.top_groups=1", "routing.group_score=max"], "routing.group_score=max is not top2"),
+    ("ernie4_5", ["experts.layers=::2"], "experts.layers=[0, 2] is not one run of layers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dense", "overrides", "reason"), _REFUSED)
+def test_a_setting_that_no_family_has_is_named(dense: str, overrides: list[str], reason: str, tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run", tiny_config(dense, overrides))
+    with pytest.raises(ConfigError, match=re.escape(reason)) as caught:
+        exported(run, tmp_path / "out")
+    assert str(caught.value).startswith("export.format=huggingface: this ")
+    assert str(caught.value).endswith(f". Use export.format=native; pairs are {pairs()}.")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_model_without_a_pair_is_exported_as_it_is(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run", tiny_config("gpt_neox", []))
+    with pytest.raises(ConfigError, match=r"gpt_neox is in no pair.*export.format=native; pairs are llama, mistral"):
+        exported(run, tmp_path / "out")
+    assert exported(run, tmp_path / "out", "export.format=native")["max_abs_diff"] == 0.0
+
+
+def test_layers_that_differ_have_no_family(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run", tiny_config("llama", ["+per_layer.a.layers=0:1", "+per_layer.a.routing.top_k=1"]))
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp and model\.layers\.0\.mlp differ in experts, routing"):
+        exported(run, tmp_path / "out")
+
+
+def test_a_family_can_be_asked_for(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run", tiny_config("llama", []))
+    assert exported(run, tmp_path / "out", "export.family=qwen2_moe")["architecture"] == "Qwen2MoeForCausalLM"
+    with pytest.raises(ConfigError, match=r"export\.family=olmoe: llama becomes mixtral or qwen2_moe"):
+        exported(run, tmp_path / "other", "export.family=olmoe")
+
+
+def test_a_difference_fails_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny_run(tmp_path / "run", tiny_config("qwen3", []))
+    monkeypatch.setattr("moecompile.export.huggingface.family_weights", _wrong)
+    with pytest.raises(VerificationFailed, match=r"Qwen3MoeForCausalLM.*logits differ by .*export.tolerance=1e-05"):
+        exported(run, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def _wrong(*arguments: Any) -> dict[str, Tensor]:
+    """The right weights, two experts of one layer exchanged."""
+    from moecompile.export.names import family_weights
+
+    weights = family_weights(*arguments)
+    name = "model.layers.1.mlp.experts.down_proj"
+    weights[name] = weights[name][[1, 0, *range(2, 8)]]
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "export.run=null: task=export needs a run that was trained. Give export.run=RUN_DIRECTORY."),
+        (["export.run=x", "export.tolerance=0"], "export.tolerance=0.0: must be positive. Use 1e-5."),
+        (["export.run=x", "export.format=native", "export.family=mixtral"], "export.family=mixtral: has no meaning with export.format=native. Leave one of them out."),
+        (["export.run=x", "routing.top_k=1"], "routing.top_k=...: task=export takes the model and its plan from the run, and nothing else counts. Leave it out."),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        validate(compose_config(["task=export", *overrides]))
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"export\.run=.*has no resolved\.yaml\. Name the run directory of task=train"
+    ):
+        exported(tmp_path / "missing", tmp_path / "out")
+
+
+def test_a_run_without_a_checkpoint(sharded: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    for name in ("resolved.yaml", "plan.yaml"):
+        (tmp_path / name).write_text((sharded[0] / "mixtral" / name).read_text())
+    with pytest.raises(ConfigError, match=r"holds no checkpoint\. Train with trainer\.save_checkpoint=true"):
+        exported(tmp_path, tmp_path / "out")
+
+
+def test_a_checkpoint_of_another_model(sharded: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    wrong = sharded[0] / "mixtral" / "checkpoints" / "step-7"
+    with pytest.raises(ConfigError, match=r"export\.checkpoint=.*(lacks|the plan says)"):
+        exported(sharded[0] / "deepseek", tmp_path, f"export.checkpoint={wrong}")
+
+
+def test_an_existing_folder_is_not_overwritten(sharded: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError, match=r"export\.path=.*is there already"):
+        exported(sharded[0] / "mixtral", tmp_path, f"export.path={tmp_path}/mine")

@@ -1,0 +1,281 @@
+"""Tiny models of many architectures (../shared/zoo): their FFNs become experts, and the experts of those that are MoE
+already become sites.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moecompile.errors import ConfigError
+from moecompile.pipeline import compile_with_report
+from moecompile.verify import worst
+from tests.tiny import COPY4, config, max_diff
+
+ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
+if not (ZOO / "tiny_models.py").is_file():
+    pytest.skip(f"there is no {ZOO}", allow_module_level=True)
+sys.path.insert(0, str(ZOO))
+import tiny_models  # noqa: E402
+
+sys.path.remove(str(ZOO))
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's models
+
+DENSE = config(*COPY4, "experts.sites=dense")  # else a model that has experts already is refused
+# Models whose FFNs are not all rewritten, and what is said about them.
+LEFT = {
+    "zamba": "its weight model.layers.1.shared_transf.feed_forward.gate_proj.weight is also used by model.layers.3.",
+}
+
+
+@pytest.mark.parametrize("name", sorted(tiny_models.architectures))
+def test_ffns_become_experts_and_the_outputs_stay(name: str) -> None:
+    architecture = tiny_models.architectures[name]
+    model, inputs = tiny_models.build(name)
+    with torch.no_grad():
+        wanted = tiny_models.output_tensors(model(**inputs))
+        compiled = compile_with_report(model, DENSE, example=inputs)
+        got = tiny_models.output_tensors(compiled.model(**inputs))
+    rewritten = {site.fqn for site in compiled.sites if site.status == "rewritten"}
+    if name in LEFT:
+        assert rewritten == set()
+        reasons = [site.reason for site in compiled.sites]
+        assert not LEFT[name] or any(reason.startswith(LEFT[name]) for reason in reasons), reasons
+    else:
+        assert len(rewritten) == architecture.ffn_sites, compiled.sites
+    assert all(site.reason for site in compiled.sites if site.status != "rewritten")
+    assert len(got) == len(wanted)
+    tolerance = 1e-4 if rewritten else 0.0
+    assert all(max_diff(a, b) <= tolerance for a, b in zip(got, wanted, strict=True))
+    assert compiled.step0_max_abs_diff is None if not rewritten else compiled.step0_max_abs_diff <= 1e-4
+
+
+def test_gradients_reach_router_and_experts_and_what_lies_below() -> None:
+    model, inputs = tiny_models.build("qwen3")
+    compile_with_report(model, DENSE, example=inputs)
+    model.train()
+    model(**inputs).logits.square().mean().backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == []
+
+
+@pytest.mark.parametrize("name", ["opt", "bert-causal", "bart", "gpt2"])
+def test_what_transformers_does_with_a_layer_still_works(name: str) -> None:
+    """Inline, split, encoder-decoder, Conv1D: generation with a cache, recorded hidden states, checkpointing."""
+    model, inputs = tiny_models.build(name)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    before = copy.deepcopy(model)
+    compile_with_report(model, DENSE, example=inputs)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    prompt = {"input_ids": inputs["input_ids"]}
+    assert torch.equal(model.generate(**prompt, **options), before.generate(**prompt, **options))
+    with torch.no_grad():
+        got, wanted = (m(**inputs, output_hidden_states=True) for m in (model, before))
+    assert wanted.get("hidden_states") or wanted.get("decoder_hidden_states")
+    for kind in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states"):
+        if wanted.get(kind) is not None:
+            assert len(got[kind]) == len(wanted[kind]) > 0
+            assert all(max_diff(a, b) <= 1e-4 for a, b in zip(got[kind], wanted[kind], strict=True))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    plain, plain_grads = outputs_and_grads(before.train(), inputs)
+    outputs, grads = outputs_and_grads(model.train(), inputs)
+    assert all(max_diff(a, b) <= 1e-4 for a, b in zip(outputs, plain, strict=True))
+    same = {n for n in plain_grads.keys() & grads.keys() if plain_grads[n].abs().max() > 1e-5}
+    assert worst({n: grads[n] for n in same}, {n: plain_grads[n] for n in same}) < (1e-4, "")
+
+
+# -- models that are MoE already -------------------------------------------------------------------------------------
+
+
+def outputs_and_grads(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Floating-point outputs, and the gradients of their mean squares; zero where a weight has none."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    outputs = tiny_models.output_tensors(model(**inputs))
+    sum(output.float().square().mean() for output in outputs).backward()
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    return [output.detach() for output in outputs], grads
+
+
+def assert_experts_stay_exact(model: nn.Module, inputs: dict[str, Tensor], num_sites: int) -> None:
+    """Outputs, gradients and names are those of transformers' eager experts."""
+    reference, names = copy.deepcopy(model), list(model.state_dict())
+    compiled = compile_with_report(model, config(), example=inputs)
+    assert len(compiled.plan.layers) == num_sites
+    assert {layer.experts.init for layer in compiled.plan.layers} == {"existing"}
+    assert list(compiled.model.state_dict()) == names
+    wanted, wanted_grads = outputs_and_grads(reference, inputs)
+    with mock.patch(
+        "moecompile.ops.cpu.products._most_rows", lambda dtype: 0
+    ):  # products by torch, as in the reference
+        got, grads = outputs_and_grads(compiled.model, inputs)
+    assert all(max_diff(a, b) <= 1e-5 for a, b in zip(got, wanted, strict=True))
+    assert worst(grads, wanted_grads) < (1e-4, "")
+    got, grads = outputs_and_grads(compiled.model, inputs)
+    assert all(max_diff(a, b) <= 1e-5 for a, b in zip(got, wanted, strict=True))
+    # Our products add in another order, so a gradient that is zero but for rounding is another one: each is compared
+    # relative to its largest entry, or to a hundredth of the largest of all.
+    floor = 1e-2 * max(float(grad.abs().max()) for grad in wanted_grads.values())
+    off = {n: max_diff(grads[n], grad) / max(float(grad.abs().max()), floor) for n, grad in wanted_grads.items()}
+    assert grads.keys() == wanted_grads.keys() and {n: error for n, error in off.items() if not error < 1e-4} == {}
+    assert any(grads[f"{layer.site.fqn}.down_proj"].any() for layer in compiled.plan.layers)
+
+
+@pytest.mark.parametrize("name", tiny_models.names("moe"))
+def test_experts_of_the_zoo(name: str) -> None:
+    model, inputs = tiny_models.build(name)
+    assert_experts_stay_exact(model, inputs, tiny_models.architectures[name].experts)
+
+
+# Language models of transformers with experts behind its interface that the zoo does not list, built by its rules;
+# values that those miss. Number of MoE layers of the tiny model.
+_K2 = {"num_experts_per_tok": 2}
+LANGUAGE_MODELS: dict[str, tuple[int, dict[str, Any]]] = {
+    "aria_text": (2, {}), "axk1": (1, {}), "axk2": (1, {}), "exaone_moe": (1, {}), "flex_olmo": (2, {}),
+    "deepseek_v2": (2, {**_K2, "n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"}),
+    "gemma4_text": (2, {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}),
+    "glm4_moe": (1, {}), "glm4_moe_lite": (1, {}), "glm_moe_dsa": (1, {}), "granitemoe_swa": (2, {}),
+    "granitemoehybrid": (2, {}), "granitemoeshared": (2, {}), "hy_v3": (1, {}), "inkling2_loop_text": (2, {}),
+    "jamba": (1, {}), "kimi_linear": (1, {}), "kolibri1": (2, {}), "laguna": (1, {}), "lara_mini": (2, {}),
+    "mellum": (2, {}), "minimax_m2": (2, {}), "minimax_m3_vl_text": (2, {}), "qwen2_moe": (2, {}),
+    "qwen3_5_moe_text": (2, {}), "qwen3_next": (2, {}), "sarvam_moe": (1, {}), "zaya": (2, {}),
+}  # fmt: skip
+
+
+def language_model(model_type: str, changes: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A tiny model by the zoo's rules, and its inputs."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    settings = {**tiny_models._ZOO.overrides.get(model_type, {}), **changes}
+    tiny = tiny_models.tiny_config(CONFIG_MAPPING[model_type], {**tiny_models._ZOO.overrides, model_type: settings})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny).eval()
+    tiny_models.randomize(model)
+    torch.manual_seed(1)
+    return model, tiny_models.example_inputs("text", tiny)
+
+
+@pytest.mark.parametrize("sites", ["dense", "both"])
+def test_experts_in_a_layer_make_no_block_of_it(sites: str) -> None:
+    """Gemma 4: its FFN runs beside the experts, and a projection of its per-layer inputs after them."""
+    model, inputs = language_model("gemma4_text", LANGUAGE_MODELS["gemma4_text"][1])
+    wanted = model(**inputs).logits
+    compiled = compile_with_report(model, config(f"experts.sites={sites}", "routing.top_k=2"), example=inputs)
+    kinds = ("mlp", "experts") if sites == "both" else ("mlp",)
+    assert [layer.site.fqn for layer in compiled.plan.layers] == [
+        f"model.layers.{i}.{kind}" for i in range(2) for kind in kinds
+    ]
+    assert max_diff(compiled.model(**inputs).logits, wanted) <= 1e-4
+    assert not any("MoE block" in site.reason for site in compiled.sites)
+
+
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+def test_experts_of_more_language_models(model_type: str) -> None:
+    num_sites, changes = LANGUAGE_MODELS[model_type]
+    assert_experts_stay_exact(*language_model(model_type, changes), num_sites)
+
+
+# Tiny models that do not generate as they are: caches without an attention layer, ids outside of a hashed vocabulary, a
+# config of several modalities without its special tokens.
+NO_TEXT = (
+    "granitemoehybrid", "inkling2_loop_text", "inkling2_text", "jamba", "kimi_linear", "qwen3_omni_moe_thinker",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*tiny_models.names("moe"), *LANGUAGE_MODELS} - {*NO_TEXT}))
+def test_generate_gives_the_same_text(name: str) -> None:
+    """20 tokens: greedy with and without the cache, and by beam search."""
+    in_zoo = name in tiny_models.architectures
+    model, inputs = tiny_models.build(name) if in_zoo else language_model(name, LANGUAGE_MODELS[name][1])
+    ids = inputs["input_ids"][:, :5]
+    ways: tuple[dict[str, Any], ...] = ({"use_cache": True}, {"use_cache": False}, {"num_beams": 3})
+    fixed = {"attention_mask": torch.ones_like(ids), "min_new_tokens": 20, "max_new_tokens": 20, "do_sample": False}
+    wanted = [model.generate(ids, **fixed, **way) for way in ways]
+    assert len(set(wanted[0].flatten().tolist())) > 8
+    compile_with_report(model, config(), example=inputs)
+    for way, text in zip(ways, wanted, strict=True):
+        assert torch.equal(model.generate(ids, **fixed, **way), text), way
+
+
+def dbrx() -> tuple[nn.Module, dict[str, Tensor]]:
+    """A tiny DBRX: gate, up and down of all experts are a matrix each, in a child; hidden states are (B, L, D)."""
+    from transformers import AutoModelForCausalLM, DbrxConfig
+
+    ffn = {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": None}
+    attn = {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}
+    tiny = DbrxConfig(
+        d_model=32, n_heads=4, n_layers=2, max_seq_len=32, vocab_size=64, attn_config=attn, ffn_config=ffn,
+        use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny).eval()
+    tiny_models.randomize(model)
+    return model, {"input_ids": torch.randint(1, 64, (2, 7))}
+
+
+def test_experts_of_one_matrix_a_projection() -> None:
+    model, inputs = dbrx()
+    reference, names = copy.deepcopy(model), list(model.state_dict())
+    compiled = compile_with_report(model, config(), example=inputs)
+    assert [layer.site.num_experts for layer in compiled.plan.layers] == [4, 4]
+    assert list(model.state_dict()) == names
+    wanted, wanted_grads = outputs_and_grads(reference, inputs)
+    got, grads = outputs_and_grads(compiled.model, inputs)
+    assert all(max_diff(a, b) <= 1e-5 for a, b in zip(got, wanted, strict=True))
+    assert worst(grads, wanted_grads) < (1e-4, "")
+    assert all(grads[f"{layer.site.fqn}.mlp.w2"].any() for layer in compiled.plan.layers)
+
+
+def test_experts_that_are_the_identity_stay_with_their_token() -> None:
+    """LongCat-Flash: the rows of `gate_up_proj` behind the experts that have weights are never read, and are cut off."""
+    model, inputs = language_model("longcat_flash", {"zero_expert_num": 3, "n_routed_experts": 4, "moe_topk": 3})
+    reference = copy.deepcopy(model)
+    compiled = compile_with_report(model, config("mesh.ranks_per_node=2", "dispatch.kind=flat"), example=inputs)
+    assert {(layer.site.num_experts, layer.site.top_k) for layer in compiled.plan.layers} == {(4, 3)}
+    compiled = compile_with_report(copy.deepcopy(reference), config(), example=inputs)
+    model = compiled.model
+    wanted, wanted_grads = outputs_and_grads(reference, inputs)
+    got, grads = outputs_and_grads(model, inputs)
+    assert all(max_diff(a, b) <= 1e-5 for a, b in zip(got, wanted, strict=True))
+    assert list(grads) == list(wanted_grads)
+    for layer in compiled.plan.layers:
+        name = f"{layer.site.fqn}.gate_up_proj"
+        assert not wanted_grads[name][4:].any()
+        wanted_grads[name] = wanted_grads[name][:4]
+    assert worst(grads, wanted_grads) < (1e-4, "")
+    chosen: list[Tensor] = []
+    experts = model.get_submodule(compiled.plan.layers[0].site.fqn)
+    experts.register_forward_pre_hook(lambda _, args: chosen.append(args[1]))
+    model(**inputs)
+    assert (chosen[0] >= 4).any() and (chosen[0] < 4).any()
+
+
+# Experts that are seen and cannot be rewritten, and why.
+REFUSED = {
+    "jetmoe": "it holds stacked weights, but is not called with hidden states",  # each projection is a module
+    "llama4_text": "it holds stacked weights, but is not called with hidden states",  # every expert gets every token
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_other_forms_are_refused_with_the_reason(model_type: str) -> None:
+    model, inputs = language_model(model_type, {})
+    with pytest.raises(ConfigError, match=rf"^experts\.sites=auto: .*{REFUSED[model_type]}"):
+        compile_with_report(model, config(), example=inputs)
+    compiled = compile_with_report(model, DENSE, example=inputs)
+    reasons = [site.reason for site in compiled.sites if site.kind == "experts"]
+    assert reasons and all(reason.startswith(REFUSED[model_type]) for reason in reasons)

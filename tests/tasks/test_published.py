@@ -1,0 +1,175 @@
+"""The published sizes: parameters as published, plan and compilation on the meta device."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from torch import nn
+
+from moecompile import compose
+from moecompile.compose import compose_config
+from moecompile.errors import ConfigError
+from moecompile.models.build import build_model, example_inputs
+from moecompile.passes.base import count_ops
+from moecompile.pipeline import compile_with_report, make_plan
+from moecompile.plan import ExpertsSite, Plan
+from moecompile.schema import Config, validate
+
+REPOSITORY = Path(__file__).parents[2]
+FILES = sorted((REPOSITORY / "conf" / "model").glob("*.yaml"))
+
+# Billions, as published or, where only rounded figures are, as our count of the published hyper-parameters confirms
+# them: (total, active, whether the active ones hold the input embedding).
+PUBLISHED = {
+    "deepseek_v3": ("671.0", "37.6", True),
+    "deepseek_r1": ("671.0", "37.6", True),
+    "deepseek_v2": ("236", "21", False),
+    "mixtral_8x7b": ("46.7", "12.9", True),
+    "mixtral_8x22b": ("140.6", "39.2", True),
+    "qwen3_30b_a3b": ("30.5", "3.35", True),
+    "qwen3_235b_a22b": ("235.1", "22.2", True),
+    "gpt_oss_20b": ("20.91", "3.61", False),
+    "gpt_oss_120b": ("116.83", "5.13", False),
+    "olmoe_1b_7b": ("6.92", "1.28", True),
+    "switch_base": ("7.4", "0.22", True),
+}
+MOE_LAYERS = {
+    "deepseek_v3": 58, "deepseek_r1": 58, "deepseek_v2": 59, "mixtral_8x7b": 32, "mixtral_8x22b": 56,
+    "qwen3_30b_a3b": 48, "qwen3_235b_a22b": 94, "gpt_oss_20b": 24, "gpt_oss_120b": 36, "olmoe_1b_7b": 16,
+    "switch_base": 12,
+}  # fmt: skip
+
+
+@cache
+def built(name: str) -> tuple[Config, nn.Module, Plan]:
+    config = compose_config([f"model={name}", "mesh=h100_8"])
+    model = build_model(config.model, config.seed)
+    return config, model, make_plan(model, config, example=example_inputs(model, config.data.seq_len))
+
+
+def agrees(count: int, published: str) -> bool:
+    """Within 0.2 %, or rounded to the same digits."""
+    digits = len(published.partition(".")[2])
+    billions = count / 1e9
+    return abs(billions / float(published) - 1) <= 0.002 or f"{billions:.{digits}f}" == published
+
+
+def test_every_published_file_is_here() -> None:
+    published = {path.stem for path in FILES if "published" in yaml.safe_load(path.read_text(encoding="utf-8"))}
+    assert published == set(PUBLISHED) == set(MOE_LAYERS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_those_that_were_published(name: str) -> None:
+    total, active, with_embedding = PUBLISHED[name]
+    config, model, plan = built(name)
+    assert plan.estimate is not None
+    assert plan.estimate.params_total == sum(parameter.numel() for parameter in model.parameters())
+    assert agrees(plan.estimate.params_total, total), plan.estimate.params_total
+    embedding = 0 if with_embedding else model.get_input_embeddings().weight.numel()
+    assert agrees(plan.estimate.params_active - embedding, active), plan.estimate.params_active - embedding
+    assert config.model.published is not None
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_moe_layer_is_planned_from_the_model(name: str) -> None:
+    config, model, plan = built(name)
+    assert len(plan.layers) == MOE_LAYERS[name]
+    text = {**config.model.config, **vars(model.config)}
+    for layer in plan.layers:
+        assert isinstance(layer.site, ExpertsSite)
+        experts = [text[key] for key in ("n_routed_experts", "num_local_experts", "num_experts") if text.get(key)]
+        assert layer.experts.num_routed == experts[0]
+        assert layer.routing.top_k == text.get("num_experts_per_tok", 1)
+        if name.startswith("deepseek"):
+            assert (layer.routing.groups, layer.routing.top_groups) == (text["n_group"], text["topk_group"])
+
+
+def test_deepseek_r1_has_the_plan_of_deepseek_v3() -> None:
+    assert built("deepseek_r1")[2].hash == built("deepseek_v3")[2].hash
+
+
+@pytest.mark.parametrize(
+    "name", ["deepseek_v3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_oss_20b", "switch_base"))]
+)
+def test_it_compiles_without_values(name: str) -> None:
+    config = compose_config([f"model={name}", "mesh=h100_8", "dispatch=flat"])
+    model = build_model(config.model, config.seed)
+    compiled = compile_with_report(model, config, example=example_inputs(model, config.data.seq_len))
+    lowered = compiled.graphs["lowered"]
+    assert len(lowered) == MOE_LAYERS[name]
+    assert all(count_ops(graph_module)["all_to_all"] == 2 for graph_module in lowered.values())
+    assert (compiled.step0_max_abs_diff, compiled.step0_reason) == (None, "the model is on the meta device")
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_training_needs_values() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^model\.device=meta: the model has shapes and no values, so task=train cannot"
+    ):
+        validate(compose_config(["model=mixtral_8x7b"]))
+    validate(compose_config(["model=mixtral_8x7b", "task=plan"]))
+
+
+def test_presets_for_dense_models_do_not_stop_a_published_one() -> None:
+    """Eight experts, the default, do not fit 64 EP ranks; DeepSeek-V3's 256 do."""
+    validate(compose_config(["model=deepseek_v3", "task=plan", "mesh=h800_256x8"]))
+    with pytest.raises(ConfigError, match=r"experts\.num_routed=8: must be a multiple of mesh\.ep=64"):
+        validate(compose_config(["model=deepseek_v3", "task=plan", "mesh=h800_256x8", "experts.sites=dense"]))
+
+
+def run(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> tuple[str, dict]:
+    """(what the command line prints, result.json)."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["moecompile", *arguments, "hydra.run.dir=out"])
+    from moecompile import tasks
+
+    assert compose.main(tasks.run) == 0
+    return capsys.readouterr().out, json.loads((folder / "out" / "result.json").read_text(encoding="utf-8"))
+
+
+def test_task_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["task=plan", "model=deepseek_v3", "mesh=h800_256x8"]
+    printed, result = run(arguments, tmp_path, capsys, monkeypatch)
+    words = " ".join(printed.split())
+    assert "expert FFN" in printed and "own top-8" in printed and "671B, a token uses 37.6B" in words
+    assert "read from the model: experts.num_routed=256 (config: 8), routing.top_k=8 (config: 2)" in words
+    note = (
+        "the model opens 4 of 8 expert groups to a token, 1 on each of the 8 nodes of an EP group; a token reaches up"
+    )
+    assert note in words
+    assert (result["num_rewritten"], result["world_size"], len(result["notes"])) == (58, 2048, 2)
+
+
+def test_task_compile_writes_alike_layers_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed, result = run(["task=compile", "model=olmoe_1b_7b", "mesh=h100_8"], tmp_path, capsys, monkeypatch)
+    assert "step 0 was not compared with the model before: the model is on the meta device" in printed
+    assert result["num_rewritten"] == 16
+    names = {path.name for path in (tmp_path / "out" / "graphs").glob("*.txt")}
+    assert names == {
+        f"model.layers.0.mlp.experts.{stage}.txt" for stage in ("captured", "rewritten", "lowered", "fused")
+    }
+
+
+@pytest.mark.slow
+def test_compile_time_is_measured_and_linear() -> None:
+    """Two gibibytes; twice the layers, about twice the CPU time."""
+    rows = []
+    for layers in (15, 30, 61):
+        command = [sys.executable, "benchmarks/compile_time.py", "--one", "--layers", str(layers)]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=170)
+        assert done.returncode == 0, done.stderr
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    assert [row["moe_layers"] for row in rows] == [12, 27, 58]
+    assert all(row["peak_gib"] < 2 for row in rows)
+    seconds = [row["cpu_seconds"]["compile"] for row in rows]
+    assert seconds[2] / seconds[0] < 1.5 * 61 / 15
