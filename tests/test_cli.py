@@ -21,6 +21,7 @@ MODULE = ("-m", "moecompile")
 PROGRAM = """
 import sys
 from moecompile.compose import main
+from moecompile.report.sweep import summarize
 from moecompile.errors import ConfigError, RankFailure
 
 def run(config, run_dir):
@@ -43,7 +44,7 @@ def run(config, run_dir):
     return 0
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(main(run, summarize=summarize))
 """
 
 
