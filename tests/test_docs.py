@@ -28,7 +28,7 @@ _BLOCK = re.compile(r"^(?:<!-- ranks: (\d+) -->\n)?```(\w+)[^\n]*\n(.*?)^```$", 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. where: `docs/lightning.md:12`. ranks: 0 where it is run in this process."""
+    """A fenced block. where: `docs/use/lightning.md:12`. ranks: 0 where it is run in this process."""
 
     where: str
     line: int
@@ -168,7 +168,7 @@ def test_documented_errors_are_right(
 
 
 def test_the_configuration_reference_is_up_to_date() -> None:
-    page = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    page = (DOCS / "reference" / "configuration.md").read_text(encoding="utf-8")
     assert page == generate().configuration(), "run python docs/generate.py"
 
 
@@ -186,7 +186,7 @@ def test_the_table_of_ops_is_complete() -> None:
 
     from moecompile import ops  # noqa: F401  (registers the ops)
 
-    page = (DOCS / "how-it-works.md").read_text(encoding="utf-8")
+    page = (DOCS / "understand" / "how-it-works.md").read_text(encoding="utf-8")
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moecompile::")}
     missing = sorted(name for name in registered if f"`{name.removeprefix('moecompile::')}`" not in page)
     assert registered and not missing
@@ -202,7 +202,7 @@ def test_links_into_the_checkout_resolve(name: str) -> None:
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     run("-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site"), cwd=REPOSITORY)
-    assert (tmp_path / "site" / "configuration" / "index.html").exists()
+    assert (tmp_path / "site" / "reference" / "configuration" / "index.html").exists()
 
 
 # -- what a run leaves behind --------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ TINY = [
 @pytest.mark.parametrize("task", ["plan", "compile", "train"])
 def test_every_file_and_every_result_is_explained(task: str, tmp_path: Path) -> None:
     run("-m", "moecompile", f"task={task}", *TINY, "hydra.run.dir=out", cwd=tmp_path)
-    page = (DOCS / "command-line.md").read_text(encoding="utf-8")
+    page = (DOCS / "use" / "command-line.md").read_text(encoding="utf-8")
     _, _, files = page.partition("## The run directory")
     files, _, results = files.partition("## result.json")
     results, _, _ = results.partition("## Exit codes")
