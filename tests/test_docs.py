@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,6 +191,31 @@ def test_the_table_of_ops_is_complete() -> None:
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moecompile::")}
     missing = sorted(name for name in registered if f"`{name.removeprefix('moecompile::')}`" not in page)
     assert registered and not missing
+
+
+def test_the_page_of_the_floors_is_up_to_date() -> None:
+    contracts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    (floors,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    assert "\n".join(floors) in (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    page = (DOCS / "understand" / "architecture.md").read_text(encoding="utf-8")
+    floors_said, _, rooms_said = page.partition("## Rooms")
+    shown = [re.findall(r"`(\w+)`", cell) for cell in re.findall(r"^\| \d+ \| ([^|]+) \|", floors_said, re.MULTILINE)]
+    assert shown == [floor.split(" | ") for floor in floors]
+    described = re.findall(r"`(\w+)/?`", " ".join(re.findall(r"^\| ([^|]+) \|", rooms_said, re.MULTILINE)))
+    assert sorted(described) == sorted(room for rooms in shown for room in rooms)
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "decisions").glob("0*.md")), ids=lambda path: path.stem)
+def test_every_decision_has_the_same_sections(path: Path) -> None:
+    page = path.read_text(encoding="utf-8")
+    title, status, *_ = page.split("\n\n")
+    assert title.startswith(f"# {path.name[:4]}: ")
+    assert status.startswith("**Status:** ")
+    headings = re.findall(r"^## (.+)$", page, re.MULTILINE)
+    assert headings == ["Question", "Decision", "For", "Against", "What would change it"]
+    parts = re.split(r"^## .+$", page, flags=re.MULTILINE)[1:]
+    assert all(part.strip() for part in parts)
+    assert f"[{path.name[:4]}]({path.name})" in (path.parent / "index.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
