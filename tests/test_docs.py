@@ -227,7 +227,7 @@ def test_links_into_the_checkout_resolve(name: str) -> None:
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
-    run("-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site"), cwd=REPOSITORY)
+    run("-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site"), cwd=REPOSITORY)
     assert (tmp_path / "site" / "reference" / "configuration" / "index.html").exists()
 
 
