@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moecompile.plan import Plan
-from moecompile.runtime.callbacks import Metrics
 from moecompile.runtime.data import TextData, train_loader
+from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.observer import StepObserver
 from moecompile.runtime.strategy import ExpertParallelStrategy
@@ -107,8 +107,8 @@ class _Recorder(StepObserver):
 
     def step_ended(self, module: LanguageModule, strategy: ExpertParallelStrategy) -> None:
         """Loss, norm and loads."""
-        assert self.metrics.loss_last is not None and strategy.grad_norm is not None
-        self.trace.losses.append(self.metrics.loss_last)
+        assert self.metrics.tally.loss_last is not None and strategy.grad_norm is not None
+        self.trace.losses.append(self.metrics.tally.loss_last)
         self.trace.norms.append(strategy.grad_norm)
         self.trace.loads += [layer.load for layer in strategy.loads]
 
