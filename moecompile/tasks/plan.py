@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moecompile import clock
 from moecompile import plan as plans
 from moecompile.errors import ConfigError
 from moecompile.models.build import build_model, example_inputs
@@ -30,8 +29,7 @@ def run(config: Config, run_dir: Path) -> None:
     print_plan(plan, Console(), found)
     accept(run_dir)
     plans.save(plan, run_dir / "plan.yaml")
-    result = {"task": "plan", "recipe": config.name, "status": "ok", "seconds": clock.seconds()}
-    write_result(run_dir, result | plan_fields(plan) | {"notes": found})
+    write_result(run_dir, "plan", config.name, {**plan_fields(plan), "notes": found})
 
 
 def plan_fields(plan: Plan) -> dict[str, object]:
