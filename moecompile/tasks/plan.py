@@ -14,7 +14,7 @@ from moecompile.passes.trained import frozen_notes
 from moecompile.pipeline import make_plan
 from moecompile.plan import Plan
 from moecompile.planner.existing import notes
-from moecompile.report.console import print_plan
+from moecompile.report.plan_tables import print_plan
 from moecompile.report.result import write_result
 from moecompile.rundir import accept
 from moecompile.schema import Config
