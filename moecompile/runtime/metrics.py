@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from moecompile.load_history import LoadHistory
 from moecompile.nn import LayerLoad
-from moecompile.runtime.history import LoadHistory
 from moecompile.runtime.strategy import ExpertParallelStrategy
 from moecompile.runtime.tally import Tally, over_layers
 

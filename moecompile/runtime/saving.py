@@ -21,19 +21,17 @@ from moecompile.checkpoint.sums import check
 from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, tensors_of
 from moecompile.checkpoint.writer import Writer
 from moecompile.errors import ConfigError
+from moecompile.load_history import LOAD_HISTORY, LoadHistory
 from moecompile.plan import Plan
 from moecompile.plan import load as load_plan
 from moecompile.rundir import accept, note_accepted
 from moecompile.runtime import signals
-from moecompile.runtime.history import LoadHistory
 from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule
 from moecompile.schema import Config
 from moecompile.version import versions
 
 METRICS = "metrics.csv"
-LOAD_HISTORY = "load.npz"
-"""Load of every expert at every logged step, in the run directory."""
 
 _NOT_COMPARED = (
     "This checkpoint is of an earlier version and has no fingerprint: the plan was compared, "

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import nn
 
 from moecompile.checkpoint.fingerprint import fingerprint
+from moecompile.load_history import LOAD_HISTORY
 from moecompile.mesh import MeshSpec
 from moecompile.plan import Plan, Traffic
 from moecompile.runtime import signals
@@ -26,7 +27,7 @@ from moecompile.runtime.launch import is_restart
 from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.progress import ProgressBar, ProgressLines
-from moecompile.runtime.saving import LOAD_HISTORY, Saver, rows_until, starting_point, write_again
+from moecompile.runtime.saving import Saver, rows_until, starting_point, write_again
 from moecompile.runtime.sent_bytes import TrafficMeter
 from moecompile.runtime.strategy import ExpertParallelStrategy
 from moecompile.schema import Compiled, Config, Precision, accumulation_steps

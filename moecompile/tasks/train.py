@@ -14,6 +14,7 @@ from rich.console import Console
 from moecompile import plan as plans
 from moecompile import waiting
 from moecompile.errors import ConfigError
+from moecompile.load_history import LOAD_HISTORY, LoadHistory
 from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import Compilation
 from moecompile.report.baseline import print_baseline
@@ -23,9 +24,7 @@ from moecompile.report.result import write_result
 from moecompile.rundir import place
 from moecompile.runtime.baseline import train_dense
 from moecompile.runtime.data import TextData, TokenWindows, unigram_entropy
-from moecompile.runtime.history import LoadHistory
 from moecompile.runtime.process_group import init_process_group
-from moecompile.runtime.saving import LOAD_HISTORY
 from moecompile.runtime.training import Outcome, train
 from moecompile.schema import Baseline, Config
 from moecompile.tasks.job import load_job

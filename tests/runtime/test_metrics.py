@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from moecompile.load_history import LoadHistory
 from moecompile.nn import LayerLoad
-from moecompile.runtime.history import LoadHistory
 from moecompile.runtime.metrics import Metrics, of_layer
 
 
