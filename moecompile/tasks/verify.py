@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -49,7 +48,7 @@ def run_rank(config: Config, run_dir: Path) -> None:
         return
     accept(run_dir)
     console, passed = Console(soft_wrap=False), all(check.passed for check in checks)
-    rows = [dataclasses.asdict(check) for check in checks]
+    rows = [check.row() for check in checks]
     print_checks(rows, console)
     plans.save(plan, run_dir / "plan.yaml")
     certificate = {

@@ -21,6 +21,7 @@ from moecompile.runtime.observer import StepObserver
 from moecompile.runtime.strategy import ExpertParallelStrategy
 from moecompile.runtime.training import make_trainer
 from moecompile.schema import Config, accumulation_steps
+from moecompile.torch_private import local_part
 from moecompile.verify.job import Batch, Trace, evaluated, recorded_routes, uneven
 
 _QUIET = logging.getLogger("torch.distributed.tensor._redistribute")
@@ -132,7 +133,7 @@ def _whole(model: nn.Module) -> dict[str, Tensor]:
 def _spoil(model: nn.Module) -> None:
     """Overwrites every weight and buffer that a checkpoint holds."""
     for tensor in model.state_dict().values():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = local_part(tensor)
         local.fill_(float("nan") if local.is_floating_point() else -1)
 
 
