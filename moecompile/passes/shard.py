@@ -6,7 +6,7 @@ Algorithm:
   3. fully_shard each layer and the root: dense weights over (dp_replicate, dp_shard), experts over
      (dp_replicate, edp). Routers stay replicated, outside FSDP's casting, and so do the few weights that a model keeps
      in another dtype than the rest, which FSDP2 does not take. Gradients are reduced in at least fp32.
-All gradient reductions are plain sums (docs/gradients.md).
+All gradient reductions are plain sums (docs/understand/gradients.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""result.json: one flat JSON object a task (docs/command-line.md)."""
+"""result.json: one flat JSON object a task (docs/use/command-line.md)."""
 
 from __future__ import annotations
 
