@@ -17,7 +17,7 @@ from torch.autograd.graph import Node
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.nn import losses as loss_functions
 from moecompile.nn.meter import LoadMeter, at_least
-from moecompile.routing import NO_BALANCE, BalanceSpec, RouterConfig, check_balance, check_groups
+from moecompile.routing import NO_BALANCE, BalanceSpec, RouterConfig, check_balance
 from moecompile.torch_private import in_backward
 
 
@@ -56,8 +56,8 @@ class Router(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        check_groups(config.top_k, config.groups, config.top_groups, num_experts)
-        check_balance(config.choice, balance)
+        config.check_experts(num_experts)
+        check_balance(config, balance)
         self.num_experts, self.config, self.balance, self.losses = num_experts, config, balance, balance.losses
         wide = torch.promote_types(dtype, torch.float32)
         self.weight = nn.Parameter(torch.empty(num_experts, d_model, device=device, dtype=wide))

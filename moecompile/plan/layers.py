@@ -10,8 +10,7 @@ from moecompile.plan.checks import plan_errors
 from moecompile.plan.dispatch import DispatchPlan, can_fuse
 from moecompile.plan.experts import ExpertPlacement, ExpertsPlan
 from moecompile.plan.sites import ExpertsSite, PlannedSite
-from moecompile.routing import BalanceSpec, RouterConfig, check_balance, check_groups
-from moecompile.schema import check_virtual_groups
+from moecompile.routing import BalanceSpec, RouterConfig, check_balance
 
 RoutingPlan = RouterConfig
 BalancePlan = BalanceSpec
@@ -40,15 +39,12 @@ class LayerPlan:
         if self.fused and not can_fuse(self.site, self.dispatch):
             rule = "needs SwiGLU experts without biases (site.swiglu), and a dispatch that is not flat"
             raise PlanError(f"layers[{self.site.fqn or 'the graph'}].fused", True, rule, "Use false")
-        where, experts, routing = f"layers[{self.site.fqn or 'the graph'}].", self.experts, self.routing
+        where = f"layers[{self.site.fqn or 'the graph'}]."
         for path, value, rule, fix in self._contradictions():
             raise PlanError(f"{where}{path}", value, rule, fix)
         with plan_errors(where):
-            check_groups(routing.top_k, routing.groups, routing.top_groups, experts.num_routed)
-            check_virtual_groups(
-                experts.init, experts.granularity, experts.num_shared, experts.num_routed, routing.top_k, routing.groups
-            )
-            check_balance(routing.choice, self.balance)
+            self.routing.check_experts(self.experts.num_routed, self.experts.virtual_group)
+            check_balance(self.routing, self.balance)
 
     @property
     def steps(self) -> tuple[tuple[str, str], ...]:
@@ -59,7 +55,7 @@ class LayerPlan:
         """(path, value, rule, fix) of every rule between the parts that is broken."""
         experts, placement = self.experts, self.placement
         existing = isinstance(self.site, ExpertsSite)
-        if existing != (experts.init == "existing") or existing != (self.routing.score == "own"):
+        if existing != (experts.init == "existing") or existing != self.routing.is_own:
             rule = "init=existing and score=own hold for experts that the model has, and for no others"
             yield "experts.init", experts.init, rule, "Mend the plan, or plan again"
         if placement.num_experts != experts.num_routed:

@@ -147,7 +147,7 @@ def _layer(site: PlannedSite, settings: LayerSettings, config: Config, mesh: Mes
             weight_scaling=experts.weight_scaling.value,
         ),
         routing=routing_plan,
-        balance=balance_spec(settings.balance, routing),
+        balance=balance_spec(settings.balance, routing_plan),
         placement=placement,
         dispatch=dispatch,
         fused=can_fuse(site, dispatch),

@@ -52,7 +52,6 @@ from functools import cache
 
 from moecompile.mesh import MeshSpec
 from moecompile.plan import ExpertPlacement, RoutingPlan, Traffic, plan_errors
-from moecompile.routing import check_groups
 
 COUNT_BYTES = 8  # exchange_counts sends int64
 CODE_BYTES = 2  # exchange_assignments sends an int16 code beside each weight
@@ -217,4 +216,4 @@ def _overlaps(size: int, groups: int, experts: range) -> Counter[int]:
 
 def _check_top_k(placement: ExpertPlacement, routing: RoutingPlan) -> None:
     with plan_errors():
-        check_groups(routing.top_k, routing.groups, routing.top_groups, placement.num_experts)
+        routing.check_experts(placement.num_experts)

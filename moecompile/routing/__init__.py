@@ -12,7 +12,6 @@ from moecompile.routing.config import (
     BalanceSpec,
     RouterConfig,
     check_balance,
-    check_groups,
 )
 
 __all__ = [
@@ -30,5 +29,4 @@ __all__ = [
     "Score",
     "Workload",
     "check_balance",
-    "check_groups",
 ]

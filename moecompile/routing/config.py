@@ -82,7 +82,11 @@ class RouterConfig:
                 allowed.check(f"routing.{name}", value)
         for name, words in _WORDS.items():
             check_word(words, f"routing.{name}", getattr(self, name))
-        _check_top_groups(self.groups, self.top_groups)
+        if self.top_groups > self.groups:
+            raise ConfigError(
+                "routing.top_groups", self.top_groups, f"there are only routing.groups={self.groups} groups",
+                f"Use at most {self.groups}",
+            )  # fmt: skip
         if (self.capacity_factor is None) != (self.drop == "none"):
             raise ConfigError("routing.drop", self.drop, "is none without a capacity_factor, else not", "Mend the plan")
 
@@ -91,34 +95,51 @@ class RouterConfig:
         """Whether every token gets all of its top_k experts, so that the number of assignments is known in advance."""
         return self.choice == "token" and self.capacity_factor is None
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a router that the model has already."""
+        return self.score == "own"
 
-def check_groups(top_k: int, groups: int, top_groups: int, num_experts: int) -> None:
-    """Whether groups divide the experts, and the open ones hold as many as a token uses.
+    def check_experts(self, num_experts: int, virtual_group: int = 1) -> None:
+        """Whether the groups divide the experts, and the open ones hold as many as a token uses.
 
-    Raises:
-        ConfigError: they do not.
-    """
-    ROUTER_NUMBERS["groups"].check("routing.groups", groups)
-    if num_experts % groups:
-        raise ConfigError(
-            "routing.groups", groups, f"must divide experts.num_routed={num_experts}",
-            f"Use a divisor of {num_experts}, or change experts.num_routed",
-        )  # fmt: skip
-    _check_top_groups(groups, top_groups)
-    per_group = num_experts // groups
-    if top_k > top_groups * per_group:
-        raise ConfigError(
-            "routing.top_k", top_k,
-            f"only {top_groups} groups x {per_group} experts = {top_groups * per_group} experts are open to a token",
-            "Lower routing.top_k or raise routing.top_groups",
-        )  # fmt: skip
+        Args:
+            virtual_group: experts that are one copy of the dense FFN's routed slices. top_k chooses such a group whole,
+                and no routing group splits it.
 
+        Raises:
+            ConfigError: they do not.
+        """
+        if self.top_k > num_experts:
+            raise ConfigError(
+                "routing.top_k", self.top_k, f"a token cannot use more than experts.num_routed={num_experts} experts",
+                f"Use at most {num_experts}, or raise experts.num_routed",
+            )  # fmt: skip
+        if num_experts % self.groups:
+            raise ConfigError(
+                "routing.groups", self.groups, f"must divide experts.num_routed={num_experts}",
+                f"Use a divisor of {num_experts}, or change experts.num_routed",
+            )  # fmt: skip
+        per_group, held = num_experts // self.groups, num_experts // self.groups * self.top_groups
+        if self.top_k > held:
+            raise ConfigError(
+                "routing.top_k", self.top_k,
+                f"only {self.top_groups} groups x {per_group} experts = {held} experts are open to a token",
+                "Lower routing.top_k or raise routing.top_groups",
+            )  # fmt: skip
+        self._check_virtual_groups(num_experts, virtual_group)
 
-def _check_top_groups(groups: int, top_groups: int) -> None:
-    if top_groups > groups:
-        raise ConfigError(
-            "routing.top_groups", top_groups, f"there are only routing.groups={groups} groups", f"Use at most {groups}"
-        )
+    def _check_virtual_groups(self, num_experts: int, size: int) -> None:
+        rule = f"must be a multiple of the routed slices, experts.granularity - experts.num_shared = {size}"
+        for path, value in (("experts.num_routed", num_experts), ("routing.top_k", self.top_k)):
+            if value % size:
+                up = (value // size + 1) * size
+                raise ConfigError(path, value, rule, f"Use {up}, or experts.init=random")
+        if num_experts // self.groups % size:
+            raise ConfigError(
+                "routing.groups", self.groups, f"a virtual group of {size} experts would straddle routing groups",
+                f"Make experts.num_routed / routing.groups a multiple of {size}",
+            )  # fmt: skip
 
 
 # -- balance ---------------------------------------------------------------------------------------------------------
@@ -174,13 +195,13 @@ class BalanceSpec:
 NO_BALANCE = BalanceSpec(rule="none", rate=0.0)
 
 
-def check_balance(choice: str, balance: BalanceSpec) -> None:
+def check_balance(router: RouterConfig, balance: BalanceSpec) -> None:
     """Whether there is a load to be evened out: experts that choose take as many tokens each.
 
     Raises:
         ConfigError: a rule or a loss where experts choose tokens; the z-loss evens nothing out.
     """
-    if choice != "expert":
+    if router.choice != "expert":
         return
     wrong: list[tuple[str, str | float]] = [("balance.rule", balance.rule)] if balance.rule != "none" else []
     wrong += [(f"balance.losses.{name}", value) for name, value in balance.losses.items() if name != "z"]

@@ -47,12 +47,11 @@ from moecompile.schema.validation import check_name, validate, validate_settings
 from moecompile.schema.validation.experts import (
     check_placement,
     check_slices,
-    check_virtual_groups,
     is_sliced,
     virtual_group,
 )
 from moecompile.schema.validation.mesh import mesh_spec
-from moecompile.schema.validation.routing import balance_spec, resolve_groups, router_config
+from moecompile.schema.validation.routing import balance_spec, router_config
 from moecompile.schema.validation.run import accumulation_steps
 
 __all__ = [
@@ -107,11 +106,9 @@ __all__ = [
     "check_placement",
     "check_selections",
     "check_slices",
-    "check_virtual_groups",
     "is_sliced",
     "layer_settings",
     "mesh_spec",
-    "resolve_groups",
     "router_config",
     "site_slice",
     "validate",

@@ -11,7 +11,7 @@ from moecompile.schema.enums import SiteKind
 from moecompile.schema.implied import has_experts
 from moecompile.schema.per_layer import LayerSettings
 from moecompile.schema.ranges import check_numbers
-from moecompile.schema.validation.experts import check_experts, check_placement, check_virtual_groups
+from moecompile.schema.validation.experts import check_experts, check_placement, virtual_group
 from moecompile.schema.validation.export import check_export
 from moecompile.schema.validation.mesh import mesh_spec
 from moecompile.schema.validation.model import check_model
@@ -77,9 +77,7 @@ def validate_settings(settings: LayerSettings, mesh: MeshSpec) -> None:
         check_placement(experts.num_routed, mesh.ep)
         router = router_config(routing, experts.num_routed, mesh)
         check_expert_choice(routing)
-        check_virtual_groups(
-            experts.init, experts.granularity, experts.num_shared, experts.num_routed, router.top_k, router.groups
-        )
-        balance_spec(balance, routing)
+        router.check_experts(experts.num_routed, virtual_group(experts.init, experts.granularity, experts.num_shared))
+        balance_spec(balance, router)
     except ConfigError as error:
         raise ConfigError(settings.path_of(error.path), error.value, error.rule, error.fix) from None

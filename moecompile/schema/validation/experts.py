@@ -59,24 +59,3 @@ def check_placement(num_routed: int, ep: int) -> None:
             "experts.num_routed", num_routed, f"must be a multiple of mesh.ep={ep}",
             f"Use {' or '.join(map(str, valid))}",
         )  # fmt: skip
-
-
-def check_virtual_groups(
-    init: str, granularity: int, num_shared: int, num_routed: int, top_k: int, groups: int
-) -> None:
-    """A virtual group is one copy of all routed slices; top-k must be able to choose it whole.
-
-    Raises:
-        ConfigError: top-k or a routing group would split one.
-    """
-    size = virtual_group(init, granularity, num_shared)
-    rule = f"must be a multiple of the routed slices, experts.granularity - experts.num_shared = {size}"
-    for path, value in (("experts.num_routed", num_routed), ("routing.top_k", top_k)):
-        if value % size:
-            up = (value // size + 1) * size
-            raise ConfigError(path, value, rule, f"Use {up}, or experts.init=random")
-    if num_routed // groups % size:
-        raise ConfigError(
-            "routing.groups", groups, f"a virtual group of {size} experts would straddle routing groups",
-            f"Make experts.num_routed / routing.groups a multiple of {size}",
-        )  # fmt: skip

@@ -16,27 +16,33 @@ from moecompile.routing import (
     Score,
     Workload,
     check_balance,
-    check_groups,
 )
 from moecompile.schema.config import BalanceConfig, Config, RoutingConfig
 from moecompile.schema.validation.mesh import int_or_auto
 
 
 def router_config(routing: RoutingConfig, num_experts: int, mesh: MeshSpec) -> RouterConfig:
-    """The validated router; `auto` values are filled in.
+    """The validated router, with `auto` filled in and the topology proven (docs/routing.md).
+
+    Groups belong to the model: with given `groups` the mesh only bounds them. `max_nodes` promises that each token
+    reaches at most that many nodes.
 
     Raises:
-        ConfigError: as `resolve_groups`, or an option that contradicts another one.
+        ConfigError: options that contradict each other, groups that do not divide the experts, that would straddle
+            nodes, or that cannot keep `max_nodes`.
     """
-    groups, top_groups = resolve_groups(routing, num_experts, mesh)
+    nodes = mesh.nodes_per_ep_group
     options = {field.name: _plain(getattr(routing, field.name)) for field in fields(RouterConfig)}
-    options |= {"groups": groups, "top_groups": top_groups}
+    options["groups"], options["top_groups"] = _resolved_groups(routing, nodes)
     if routing.capacity_factor is None:
         options["drop"] = "none"
-    return RouterConfig(**options)
+    router = RouterConfig(**options)
+    router.check_experts(num_experts)
+    _check_topology(router, routing.max_nodes, nodes)
+    return router
 
 
-def balance_spec(balance: BalanceConfig, routing: RoutingConfig) -> BalanceSpec:
+def balance_spec(balance: BalanceConfig, router: RouterConfig) -> BalanceSpec:
     """The validated balance of a layer with this router.
 
     Raises:
@@ -51,7 +57,7 @@ def balance_spec(balance: BalanceConfig, routing: RoutingConfig) -> BalanceSpec:
         update=_plain(balance.update),
         **vars(balance.losses),
     )
-    check_balance(_plain(routing.choice), spec)
+    check_balance(router, spec)
     return spec
 
 
@@ -95,29 +101,28 @@ def check_nodes(config: Config, mesh: MeshSpec) -> None:
         )  # fmt: skip
 
 
-def resolve_groups(routing: RoutingConfig, num_experts: int, mesh: MeshSpec) -> tuple[int, int]:
-    """(groups, top_groups), with `auto` filled in and the topology proven (docs/routing.md).
-
-    Groups belong to the model: with given `groups` the mesh only bounds them. `max_nodes` promises that each token
-    reaches at most that many nodes.
-
-    Raises:
-        ConfigError: groups that do not divide the experts, that would straddle nodes, or that cannot keep `max_nodes`.
-    """
-    nodes, limit = mesh.nodes_per_ep_group, routing.max_nodes
+def _resolved_groups(routing: RoutingConfig, nodes: int) -> tuple[int, int]:
+    """(groups, top_groups) of an EP group that spans `nodes` nodes."""
+    limit = routing.max_nodes
     if limit is not None and routing.groups == "auto" and limit > nodes:
         raise ConfigError(
             "routing.max_nodes", limit, f"the EP group spans only {nodes} node{'s' * (nodes > 1)}",
             f"Use at most {nodes}, or let the EP group span more nodes (mesh, mesh.ep)",
         )  # fmt: skip
     groups = int_or_auto("routing.groups", routing.groups, nodes if limit else 1)
-    top_groups = _top_groups(routing, groups)
-    if routing.top_k > num_experts:
+    if routing.top_groups is not None:
+        return groups, routing.top_groups
+    if limit is not None and limit > groups:
         raise ConfigError(
-            "routing.top_k", routing.top_k, f"a token cannot use more than experts.num_routed={num_experts} experts",
-            f"Use at most {num_experts}, or raise experts.num_routed",
+            "routing.max_nodes", limit, f"there are only routing.groups={groups} groups",
+            f"Use at most {groups}, or raise routing.groups",
         )  # fmt: skip
-    check_groups(routing.top_k, groups, top_groups, num_experts)
+    return groups, limit or groups
+
+
+def _check_topology(router: RouterConfig, limit: int | None, nodes: int) -> None:
+    """Groups lie on whole nodes where they limit anything, and no more than `limit` nodes are reached."""
+    groups, top_groups = router.groups, router.top_groups
     if top_groups < groups and groups % nodes:
         raise ConfigError(
             "routing.groups", groups, f"a group would straddle nodes: the EP group spans {nodes} nodes",
@@ -129,16 +134,3 @@ def resolve_groups(routing: RoutingConfig, num_experts: int, mesh: MeshSpec) -> 
             f"lets a token reach {min(top_groups, nodes)} nodes, but routing.max_nodes={limit}",
             f"Use routing.top_groups={limit}",
         )  # fmt: skip
-    return groups, top_groups
-
-
-def _top_groups(routing: RoutingConfig, groups: int) -> int:
-    if routing.top_groups is not None:
-        return routing.top_groups
-    limit = routing.max_nodes or groups
-    if limit > groups:
-        raise ConfigError(
-            "routing.max_nodes", limit, f"there are only routing.groups={groups} groups",
-            f"Use at most {groups}, or raise routing.groups",
-        )  # fmt: skip
-    return limit
