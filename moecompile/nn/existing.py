@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.errors import MoecompileError
 from moecompile.nn.meter import LoadMeter
+from moecompile.routing import NO_BALANCE, BalanceSpec
+from moecompile.torch_private import local_part
 
 
 class ExistingExperts(nn.Module):
@@ -48,7 +49,7 @@ class ExistingExperts(nn.Module):
 
         With source_R and weights_R: as `Experts`.
         """
-        given = dict(zip(self.names, (_local(weight) for weight in weights), strict=True))
+        given = dict(zip(self.names, (local_part(weight) for weight in weights), strict=True))
         if source_R is not None and weights_R is not None:
             fused: tuple[Tensor, ...] = torch.ops.moecompile.expert_ffn(
                 rows_RD, source_R, weights_R, counts_E, given["gate_up_proj"], given["down_proj"]
@@ -148,19 +149,17 @@ class IdentityExperts(nn.Module):
 class ExistingMeter(LoadMeter):
     """Counts the load of experts behind a router of the model's own.
 
-    bias_rate: step of that router's correction bias per balance update, 0 for none. bias_update: `sign` or
-    `proportional`, as `Router` has it.
+    balance: the rule of that router's correction bias, as `Router` has it.
     """
 
-    bias_rate: float = 0.0
-    bias_update: str = "sign"
+    balance: BalanceSpec = NO_BALANCE
 
 
 def own_biases(model: nn.Module) -> list[tuple[ExistingMeter, Tensor]]:
     """Meters whose model's own router has a correction bias that follows the load, and that bias (E,)."""
     found = []
     for path, meter in model.named_modules():
-        if isinstance(meter, ExistingMeter) and meter.bias_rate:
+        if isinstance(meter, ExistingMeter) and meter.balance.rate:
             experts = path.rpartition(".")[0]
             bias = correction_bias(model.get_submodule(experts.rpartition(".")[0]), meter.num_experts)
             if bias is None:
@@ -192,8 +191,3 @@ def correction_bias(block: nn.Module, num_experts: int) -> Tensor | None:
         if name.rpartition(".")[2] == "e_score_correction_bias" and buffer.numel() == num_experts:
             return buffer
     return None
-
-
-def _local(weight: Tensor) -> Tensor:
-    """This rank's experts: expert-parallel weights are DTensors, sharded over experts."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
