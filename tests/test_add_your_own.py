@@ -22,8 +22,10 @@ from moecompile.passes.base import exchanges_of
 from moecompile.passes.lower import Lower
 from moecompile.passes.lower.kinds import LOWERINGS
 from moecompile.passes.rewrite import Rewrite
-from moecompile.plan import EXCHANGES, DispatchPlan, layers
-from tests.tiny import COPY4, Gated, only_region, passed, plan_for
+from moecompile.plan import EXCHANGES, DispatchPlan, dispatch
+from moecompile.routing import BalanceSpec, RouterConfig, Score
+from moecompile.routing import config as routing_config
+from tests.tiny import COPY4, PLAIN_ROUTING, Gated, only_region, passed, plan_for
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "moecompile"
@@ -81,7 +83,7 @@ def test_the_dispatch_on_the_page_inserts_its_exchanges(monkeypatch: pytest.Monk
     (lowering,) = re.findall(r'^```text\n("""gather: .*?)^```$', PAGE, re.MULTILINE | re.DOTALL)
     exec(compile(lowering, "docs/use/add-your-own.md", "exec", dont_inherit=True), code)
     (steps,) = re.findall(r'^    "gather": (\(\(.*\)\)),$', PAGE, re.MULTILINE)
-    monkeypatch.setitem(layers._STEPS, "gather", ast.literal_eval(steps))
+    monkeypatch.setitem(dispatch._STEPS, "gather", ast.literal_eval(steps))
     monkeypatch.setitem(EXCHANGES, "gather", tuple(op for op, _ in ast.literal_eval(steps)))
     monkeypatch.setitem(LOWERINGS, "gather", code["lower_gather"])
     (layer,) = plan_for(Gated(), [*COPY4, "mesh.ranks_per_node=2"]).layers
@@ -89,11 +91,14 @@ def test_the_dispatch_on_the_page_inserts_its_exchanges(monkeypatch: pytest.Monk
     assert len(exchanges_of(passed(only_region(Gated()), layer, Rewrite(), Lower()).graph)) == 4
 
 
-def test_the_score_on_the_page_routes() -> None:
+def test_the_score_on_the_page_routes(monkeypatch: pytest.MonkeyPatch) -> None:
     (methods,) = re.findall(r"^```text\n(    def _score\(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     code: dict[str, Any] = {"Router": Router, "Tensor": Tensor, "nn": nn}
     exec(compile(f"class Mine(Router):\n{methods}", "docs/use/add-your-own.md", "exec", dont_inherit=True), code)
-    router = code["Mine"](8, 4, top_k=2, score="sqrt_softplus", losses={"micro_batch": 0.1}).train()
+    monkeypatch.setitem(routing_config._WORDS, "score", (*Score, "sqrt_softplus"))
+    config = RouterConfig(**{**PLAIN_ROUTING, "score": "sqrt_softplus"})
+    router = code["Mine"](8, 4, config, BalanceSpec(rule="none", rate=0.0, micro_batch=0.1)).train()
+    torch.nn.init.normal_(router.weight)
     x_TD = torch.randn(6, 8)
     weights_TK, ids_TK = router(x_TD)
     scores_TE = nn.functional.softplus(router.logits(x_TD)).sqrt()
