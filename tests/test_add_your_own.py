@@ -72,6 +72,14 @@ def test_the_page_lists_the_files_that_name_one(word: str) -> None:
     assert listed(word) == naming(word)
 
 
+@pytest.mark.parametrize("word", TABLES)
+def test_the_functions_and_tables_to_change_are_in_these_files(word: str) -> None:
+    for path, what in re.findall(r"^\| `([^`]+)` \| (.*) \|$", TABLES[word], re.MULTILINE):
+        code = (PACKAGE / path.replace("KIND", word)).read_text(encoding="utf-8")
+        names = re.findall(r"`(_?[a-z]+(?:_[a-z]+)+|_[a-z]+|_?[A-Z]+)`", what)
+        assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
+
+
 def test_a_name_in_code_counts_and_prose_does_not() -> None:
     code = '"""one: prose."""\nkind = "two"  # three\n\n\ndef f():\n    """four"""\n    return kind.five\n'
     assert sorted(_names(code)) == ["five", "kind", "kind", "two"]
