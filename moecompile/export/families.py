@@ -51,8 +51,8 @@ class Family:
         return rules.common(form, dense) + [refusal for refusal in refusals if refusal is not None]
 
 
-def families_of(dense: Any, wanted: str | None) -> list[Family]:
-    """The families that a dense model can become, in the order of the table; only `wanted`, unless it is None.
+def families_of(dense: Any, requested: str | None) -> list[Family]:
+    """The families that a dense model can become, in the order of the table; only `requested`, unless it is None.
 
     Args:
         dense: the dense model's config.
@@ -62,14 +62,14 @@ def families_of(dense: Any, wanted: str | None) -> list[Family]:
     """
     architecture = str(dense.model_type)
     possible = [family for family in FAMILIES if architecture in family.sources]
-    families = [family for family in possible if wanted in (None, family.name)]
+    families = [family for family in possible if requested in (None, family.name)]
     if not families:
         names = " or ".join(family.name for family in possible)
-        raise no_pair(wanted, f"{architecture} becomes {names}" if possible else f"{architecture} is in no pair")
+        raise no_pair(requested, f"{architecture} becomes {names}" if possible else f"{architecture} is in no pair")
     return families
 
 
-def choose_family(families: list[Family], form: MoEForm, dense: Any, wanted: str | None) -> Family:
+def choose_family(families: list[Family], form: MoEForm, dense: Any, requested: str | None) -> Family:
     """The first of `families` that computes what `form` does.
 
     Raises:
@@ -79,13 +79,13 @@ def choose_family(families: list[Family], form: MoEForm, dense: Any, wanted: str
     suitable = next((family for family in families if not refused[family.name]), None)
     if suitable is None:
         reasons = "; ".join(f"{name}, because {' and '.join(map(str, refusals))}" for name, refusals in refused.items())
-        raise no_pair(wanted, f"this {dense.model_type} cannot become {reasons}")
+        raise no_pair(requested, f"this {dense.model_type} cannot become {reasons}")
     return suitable
 
 
-def no_pair(wanted: str | None, rule: str) -> ConfigError:
+def no_pair(requested: str | None, rule: str) -> ConfigError:
     """The error that no family computes the trained model: with the rule, the known pairs, and an alternative."""
-    path, value = ("export.format", "huggingface") if wanted is None else ("export.family", wanted)
+    path, value = ("export.format", "huggingface") if requested is None else ("export.family", requested)
     return ConfigError(path, value, rule, f"Use export.format=native; pairs are {pairs()}")
 
 

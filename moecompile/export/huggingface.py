@@ -40,28 +40,30 @@ class Target:
     config: Any
 
 
-def find_target(model: nn.Module, plan: Plan, wanted: str | None) -> Target:
+def find_target(model: nn.Module, plan: Plan, requested: str | None) -> Target:
     """The family and its config (steps 1 and 2).
 
     Args:
         model: rewritten by `plan`.
-        wanted: name of a family; None: the first suitable one.
+        requested: name of a family; None: the first suitable one.
 
     Raises:
         ConfigError: no family computes the trained model.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "model_type"):
-        raise no_pair(wanted, f"{type(model).__name__} is not a model of transformers")
+        raise no_pair(requested, f"{type(model).__name__} is not a model of transformers")
     existing = [isinstance(layer.site, ExpertsSite) for layer in plan.layers]
     if all(existing):
-        return Target(None, None, _own_config(config, plan, wanted))
+        return Target(None, None, _own_config(config, plan, requested))
     if any(existing):
-        raise no_pair(wanted, "some experts were the model's own and some are upcycled, which no family holds together")
-    families, form = families_of(config, wanted), form_of(plan, int(config.num_hidden_layers))
+        raise no_pair(
+            requested, "some experts were the model's own and some are upcycled, which no family holds together"
+        )
+    families, form = families_of(config, requested), form_of(plan, int(config.num_hidden_layers))
     if isinstance(form, str):
-        raise no_pair(wanted, form)
-    family = choose_family(families, form, config, wanted)
+        raise no_pair(requested, form)
+    family = choose_family(families, form, config, requested)
     return Target(family, form, _family_config(family, form, config))
 
 
@@ -119,14 +121,14 @@ def write_tokenizer(tokenizer: Path, folder: Path, model: Path | None = None) ->
         PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)).save_pretrained(folder)
 
 
-def _own_config(config: Any, plan: Plan, wanted: str | None) -> Any:
+def _own_config(config: Any, plan: Plan, requested: str | None) -> Any:
     family = str(config.model_type)
-    if wanted not in (None, family):
+    if requested not in (None, family):
         rule = f"the model had its experts before and stays {family}"
-        raise ConfigError("export.family", wanted, rule, f"Use {family}")
+        raise ConfigError("export.family", requested, rule, f"Use {family}")
     for layer in plan.layers:
         if isinstance(layer.site, ExpertsSite) and layer.site.form == "modules":
-            raise no_pair(wanted, f"{layer.site.fqn} had one module per expert and is one stack now")
+            raise no_pair(requested, f"{layer.site.fqn} had one module per expert and is one stack now")
     own = copy.deepcopy(config)
     vars(own).pop("auto_map", None)  # refers to code, which is not copied
     return own

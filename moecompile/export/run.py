@@ -37,7 +37,7 @@ class Run:
 
 
 def find_run(run: str | None, checkpoint: str | None) -> Run:
-    """The run, with the given or its latest checkpoint. Without `run`, it is the run whose `checkpoints` has the given.
+    """The run with a checkpoint, by default its latest. If only a checkpoint is given, its run is two levels above it.
 
     Raises:
         ConfigError: a folder without config, plan or checkpoint.

@@ -155,10 +155,10 @@ def _config_from_keys(model: ModelConfig) -> Any:
             f"Did you mean {' or '.join(close)}" if close else "Use a model type such as llama or deepseek_v3",
         )  # fmt: skip
     config_class = CONFIG_MAPPING[architecture]
-    known = {*inspect.signature(config_class.__init__).parameters, *config_class.attribute_map}
+    keys = {*inspect.signature(config_class.__init__).parameters, *config_class.attribute_map}
     # transformers accepts any key silently, and its models read a few keys that their configs do not declare.
-    if unknown := [key for key in model.config if key not in known and not _reads(config_class, key)]:
-        close = difflib.get_close_matches(unknown[0], known, 1)
+    if unknown := [key for key in model.config if key not in keys and not _reads(config_class, key)]:
+        close = difflib.get_close_matches(unknown[0], keys, 1)
         raise ConfigError(
             f"model.config.{unknown[0]}", model.config[unknown[0]], f"is not a setting of {model.architecture}",
             f"Did you mean {close[0]}" if close else "Remove it, or correct its name",
