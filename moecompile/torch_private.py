@@ -1,4 +1,4 @@
-"""All uses of private torch names, so that a torch upgrade has one file to check."""
+"""All uses of private torch names, so that a torch upgrade has one file to check; and helpers for DTensors."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ __all__ = [
     "hooks_of",
     "in_backward",
     "keeping",
+    "local_part",
     "local_rows",
     "move_hooks",
     "parameters_of",
@@ -136,6 +137,11 @@ def _written(func: Any, args: Any, kwargs: Any) -> set[int]:
 def _memory_of(tensor: torch.Tensor) -> int:
     """An id of the storage, equal for all views of a tensor."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The local shard of a DTensor (of expert weights: this rank's experts); a plain tensor is returned as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_rows(tensor: torch.Tensor) -> range:

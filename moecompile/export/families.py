@@ -1,6 +1,6 @@
 """Model families of transformers that an upcycled model can become: their configs, weight names and rules.
 
-An export to each family below was loaded again and compared (docs/export.md).
+An export to each family below was loaded again and compared (docs/use/export.md).
 """
 
 from __future__ import annotations

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.errors import MoecompileError
 from moecompile.nn.meter import LoadMeter
+from moecompile.routing import NO_BALANCE, BalanceSpec
+from moecompile.torch_private import local_part
 
 
 class ExistingExperts(nn.Module):
@@ -47,7 +48,7 @@ class ExistingExperts(nn.Module):
 
         With source_R and weights_R: as in `Experts`.
         """
-        by_name = dict(zip(self.names, (_local(weight) for weight in weights), strict=True))
+        by_name = dict(zip(self.names, (local_part(weight) for weight in weights), strict=True))
         if source_R is not None and weights_R is not None:
             fused: tuple[Tensor, ...] = torch.ops.moecompile.expert_ffn(
                 rows_RD, source_R, weights_R, counts_E, by_name["gate_up_proj"], by_name["down_proj"]
@@ -147,19 +148,17 @@ class IdentityExperts(nn.Module):
 class ExistingMeter(LoadMeter):
     """Counts the load of experts behind the model's own router.
 
-    bias_rate: step of that router's correction bias per balance update, 0 for none. bias_update: `sign` or
-    `proportional`, as in `Router`.
+    balance: the rule of that router's correction bias, as in `Router`.
     """
 
-    bias_rate: float = 0.0
-    bias_update: str = "sign"
+    balance: BalanceSpec = NO_BALANCE
 
 
 def own_biases(model: nn.Module) -> list[tuple[ExistingMeter, Tensor]]:
     """Meters whose router (the model's own) has a correction bias that follows the load, and that bias (E,)."""
     biases = []
     for path, meter in model.named_modules():
-        if isinstance(meter, ExistingMeter) and meter.bias_rate:
+        if isinstance(meter, ExistingMeter) and meter.balance.rate:
             experts = path.rpartition(".")[0]
             bias = correction_bias(model.get_submodule(experts.rpartition(".")[0]), meter.num_experts)
             if bias is None:
@@ -191,8 +190,3 @@ def correction_bias(block: nn.Module, num_experts: int) -> Tensor | None:
         if name.rpartition(".")[2] == "e_score_correction_bias" and buffer.numel() == num_experts:
             return buffer
     return None
-
-
-def _local(weight: Tensor) -> Tensor:
-    """This rank's experts: expert-parallel weights are DTensors, sharded over experts."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight

@@ -6,7 +6,7 @@ Algorithm:
   3. fully_shard each layer and the root: dense weights over (dp_replicate, dp_shard), experts over
      (dp_replicate, edp). Routers stay replicated and outside of FSDP's casts, and so do the few weights whose dtype
      differs from the rest, because FSDP2 does not support them. Gradients are reduced in fp32 or wider.
-All gradient reductions are plain sums (docs/gradients.md).
+All gradient reductions are plain sums (docs/understand/gradients.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fills router, experts and shared experts from the dense FFN (docs/upcycling.md).
+"""Fills router, experts and shared experts from the dense FFN (docs/understand/upcycling.md).
 
 Legend: D model dim, F width of one slice = d_ff / granularity, E routed experts, S shared slices, R routed slices.
 

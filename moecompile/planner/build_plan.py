@@ -9,7 +9,6 @@ Algorithm:
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -17,7 +16,6 @@ from functools import partial
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import (
-    BalancePlan,
     DispatchPlan,
     ExpertPlacement,
     ExpertsPlan,
@@ -32,7 +30,6 @@ from moecompile.plan import (
 from moecompile.planner import ModelFacts, RunFacts, Wire, choose_dispatch, estimate, row_bytes
 from moecompile.planner.existing import check_given, existing_layer, only_existing, selection
 from moecompile.schema import (
-    BalanceRule,
     Choice,
     Config,
     DispatchKind,
@@ -40,11 +37,12 @@ from moecompile.schema import (
     LayerSettings,
     Precision,
     WireDtype,
+    balance_spec,
     check_numbers,
     check_selections,
     layer_settings,
     mesh_spec,
-    resolve_groups,
+    router_config,
     site_slice,
     validate_settings,
     validate_transform,
@@ -124,31 +122,15 @@ def _layer(site: PlannedSite, settings: LayerSettings, config: Config, mesh: Mes
     if isinstance(site, ExpertsSite):
         return existing_layer(site, settings, mesh, config, partial(_dispatch, config, mesh, site))
     validate_settings(settings, mesh)
-    experts, routing, balance = settings.experts, settings.routing, settings.balance
+    experts, routing = settings.experts, settings.routing
     if site.d_ff % experts.granularity:
         raise ConfigError(
             settings.path_of("experts.granularity"), experts.granularity,
             f"must divide d_ff={site.d_ff} of {site.fqn}", f"Use a divisor of {site.d_ff}",
         )  # fmt: skip
     _check_future(settings, facts)
-    groups, top_groups = resolve_groups(routing, experts.num_routed, mesh)
     d_expert = site.d_ff // experts.granularity
-    routing_plan = RoutingPlan(
-        top_k=routing.top_k,
-        score=routing.score.value,
-        normalize=routing.normalize,
-        scale=routing.scale,
-        groups=groups,
-        top_groups=top_groups,
-        group_score=routing.group_score.value,
-        choice=routing.choice.value,
-        bias=routing.bias,
-        capacity_factor=routing.capacity_factor,
-        drop="none" if routing.capacity_factor is None else routing.drop.value,
-        jitter=routing.jitter,
-        workload=routing.workload.value,
-        skew=routing.skew,
-    )
+    routing_plan = router_config(routing, experts.num_routed, mesh)
     placement = ExpertPlacement(num_experts=experts.num_routed, ep=mesh.ep, nodes=mesh.nodes_per_ep_group)
     dispatch = _dispatch(config, mesh, site, routing_plan, placement)
     return LayerPlan(
@@ -165,12 +147,7 @@ def _layer(site: PlannedSite, settings: LayerSettings, config: Config, mesh: Mes
             weight_scaling=experts.weight_scaling.value,
         ),
         routing=routing_plan,
-        balance=BalancePlan(
-            rule=balance.rule.value,
-            rate=balance.rate if balance.rule is BalanceRule.bias else 0.0,
-            update=balance.update.value,
-            **dataclasses.asdict(balance.losses),
-        ),
+        balance=balance_spec(settings.balance, routing_plan),
         placement=placement,
         dispatch=dispatch,
         fused=can_fuse(site, dispatch),

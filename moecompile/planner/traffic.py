@@ -16,8 +16,8 @@ experts of open groups are chosen.
    by 0.2% to 0.6% for DeepSeek-V3 (256 experts, 8 groups) and by 3% for groups of two experts.
    Where experts choose tokens, each chooses for itself, and all S of a set miss with (1 - c K/E)^S; c is the capacity
    factor. Dropped assignments of token choice are not counted: they make the numbers here upper bounds.
-   A router that starts from virtual groups (docs/upcycling.md) chooses the experts of a group together, and all kinds
-   but `flat` and `allgather` send less than this until training has told them apart.
+   A router that starts from virtual groups (docs/understand/upcycling.md) chooses the experts of a group together, and
+   all kinds but `flat` and `allgather` send less than this until training has told them apart.
 
 2. Rows per token, by link class. EP groups fill whole nodes or fit into one, so every rank has L - 1 peers on its node
    and L (N - 1) on others, and the mean over source ranks needs only the means over destinations of step 1.
@@ -50,9 +50,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cache
 
-from moecompile.errors import PlanError
 from moecompile.mesh import MeshSpec
-from moecompile.plan import ExpertPlacement, RoutingPlan, Traffic
+from moecompile.plan import ExpertPlacement, RoutingPlan, Traffic, plan_errors
 
 COUNT_BYTES = 8  # exchange_counts sends int64
 CODE_BYTES = 2  # exchange_assignments sends an int16 code beside each weight
@@ -216,10 +215,5 @@ def _overlaps(size: int, groups: int, experts: range) -> Counter[int]:
 
 
 def _check_top_k(placement: ExpertPlacement, routing: RoutingPlan) -> None:
-    candidates = placement.num_experts // routing.groups * routing.top_groups
-    if routing.top_k > candidates:
-        raise PlanError(
-            "routing.top_k", routing.top_k,
-            f"{routing.top_groups} of {routing.groups} groups hold only {candidates} experts",
-            f"Use at most {candidates}, or raise routing.top_groups",
-        )  # fmt: skip
+    with plan_errors():
+        routing.check_experts(placement.num_experts)

@@ -143,10 +143,14 @@ def test_what_was_exported_is_checked_when_it_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"stray\.safetensors has no entry in checksums\.json"):
         moecompile.load_exported(folder)
     (folder / SUMS).unlink()  # as earlier versions wrote it
-    with pytest.raises(ConfigError, match=r"^export\.checkpoint=.*stray\.safetensors holds more, which the model does not have"):
+    with pytest.raises(
+        ConfigError, match=r"^export\.checkpoint=.*stray\.safetensors holds more, which the model does not have"
+    ):
         moecompile.load_exported(folder)
     save_file({"model.norm.weight": torch.zeros(1)}, folder / "stray.safetensors")
-    with pytest.raises(ConfigError, match=r"stray\.safetensors holds model\.norm\.weight, which another file holds too"):
+    with pytest.raises(
+        ConfigError, match=r"stray\.safetensors holds model\.norm\.weight, which another file holds too"
+    ):
         moecompile.load_exported(folder)
     plain = llama(tmp_path / "plain")
     change(plain, without(UP))

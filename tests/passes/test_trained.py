@@ -12,7 +12,7 @@ import moecompile
 from moecompile.errors import PlanError
 from moecompile.pipeline import compile_with_report
 from moecompile.plan import Plan
-from moecompile.report.console import print_plan
+from moecompile.report.plan_tables import print_plan
 from tests.existing_models import moe_inputs, moe_model
 from tests.tiny import COPY4, Gated, TinyGPT, UpDown, ids, tokens
 

@@ -1,0 +1,59 @@
+"""The load of every expert at every logged step: training writes it, reports read it. Needs numpy alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+LOAD_HISTORY = "load.npz"
+"""The file in the run directory."""
+NO_EXPERT = -1
+"""Load of an expert that a layer does not have, where another layer has more."""
+
+
+@dataclass
+class LoadHistory:
+    """layers: names in model order. steps: optimizer steps. loads: one (layers, experts) int64 array a step."""
+
+    layers: list[str] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    loads: list[NDArray[np.int64]] = field(default_factory=list)
+
+    def add(self, step: int, load: Mapping[str, Sequence[int]]) -> None:
+        """Adds a step. load: layer -> tokens per expert; every step has the same layers.
+
+        Raises:
+            ValueError: other layers than in the steps before.
+        """
+        if self.steps and self.layers != list(load):
+            raise ValueError(f"step {step} has the layers {list(load)}, the steps before it have {self.layers}")
+        rows = np.full((len(load), max(map(len, load.values()))), NO_EXPERT, dtype=np.int64)
+        for row, counts in zip(rows, load.values(), strict=True):
+            row[: len(counts)] = counts
+        self.layers = list(load)
+        self.steps.append(step)
+        self.loads.append(rows)
+
+    def until(self, step: int) -> LoadHistory:
+        """The part up to an optimizer step."""
+        count = sum(1 for found in self.steps if found <= step)
+        return LoadHistory(self.layers if count else [], self.steps[:count], self.loads[:count])
+
+    def save(self, path: Path) -> None:
+        """Writes `path`, whole or not at all: `steps` (R,), `layers` (L,) and `load` (R, L, E)."""
+        partial = path.with_name(f".{path.name}")
+        with partial.open("wb") as file:
+            np.savez_compressed(
+                file, steps=np.array(self.steps), layers=np.array(self.layers), load=np.stack(self.loads)
+            )
+        partial.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> LoadHistory:
+        """What `save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            return cls(layers=file["layers"].tolist(), steps=file["steps"].tolist(), loads=list(file["load"]))

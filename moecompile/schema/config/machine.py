@@ -1,0 +1,56 @@
+"""Where a model runs: `mesh`, `hardware` and `dispatch`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Union
+
+from moecompile.schema.enums import DispatchKind, WireDtype
+
+
+@dataclass(kw_only=True)
+class MeshConfig:
+    """`mesh`: ranks and their axes; num_nodes * ranks_per_node = dp_replicate * dp_shard."""
+
+    num_nodes: int = 1
+    """Nodes, 1 to 65536."""
+    ranks_per_node: int = 1
+    """Ranks on each node, 1 to 1024."""
+    ep: Union[int, str] = "auto"
+    """Ranks that share one set of experts (an EP group); `auto`: all."""
+    dp_replicate: int = 1
+    """Copies of the sharded weights, 1 or more."""
+    dp_shard: Union[int, str] = "auto"
+    """Ranks over which dense weights are sharded; `auto`: all of a copy."""
+    tp: int = 1
+    """Tensor parallelism does not exist yet: 1."""
+    pp: int = 1
+    """Pipeline parallelism does not exist yet: 1."""
+    cp: int = 1
+    """Context parallelism does not exist yet: 1."""
+    device: str = "auto"
+    """`cpu`, `cuda` or `auto`."""
+
+
+@dataclass(kw_only=True)
+class HardwareConfig:
+    """`hardware`: what one rank has."""
+
+    name: str = "laptop"
+    """Its name, for people."""
+    memory_gib: float = 4.0
+    """Memory of one rank, GiB, positive."""
+    intra_node_gb_s: float = 2.0
+    """Bandwidth of one rank within its node, 1e9 bytes/s, positive."""
+    inter_node_gb_s: float = 2.0
+    """Bandwidth of one rank to other nodes, 1e9 bytes/s, positive."""
+
+
+@dataclass(kw_only=True)
+class DispatchConfig:
+    """`dispatch`: how tokens travel to their experts."""
+
+    kind: DispatchKind = DispatchKind.auto
+    """Which exchange; `auto`: the one that sends the fewest bytes between nodes, then in all."""
+    wire_dtype: WireDtype = WireDtype.auto
+    """Precision of rows, partial sums and their gradients on the wire; routing weights stay fp32."""
