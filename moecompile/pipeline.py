@@ -307,7 +307,19 @@ def _facts(model: nn.Module) -> ModelFacts:
         vocab_size=int(getattr(getattr(model, "config", None), "vocab_size", 0) or 0),
         bytes_per_param=next((parameter.element_size() for parameter in model.parameters()), 4),
         causal=True if hasattr(model, "generate") else None,  # as in language models of transformers
+        frozen=_frozen(model),
     )
+
+
+def _frozen(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """`ModelFacts.frozen`."""
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return {}
+    inside = {path: list(module.parameters()) for path, module in model.named_modules()}
+    return {
+        path: (sum(p.numel() for p in found if not p.requires_grad), sum(p.numel() for p in found))
+        for path, found in inside.items()
+    }
 
 
 def _config(overrides: Sequence[str] | Config) -> Config:
