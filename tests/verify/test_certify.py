@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from moecompile.compose import compose_config
 from moecompile.schema import Config
 from moecompile.verify import Check, certify, shrink
-from moecompile.verify.certify import _rounding, compare
+from moecompile.verify.checks import _rounding, compare
 from moecompile.verify.job import Trace
 from tests.distributed.harness import run_distributed_test
 
