@@ -172,12 +172,14 @@ def _local_experts(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], t
     """Shards of experts are changed after they were cut."""
     from moecompile.passes import shard
 
-    class Wrong(DTensor):
-        @staticmethod
-        def from_local(local: torch.Tensor, *args: Any, **kwargs: Any) -> DTensor:
-            return DTensor.from_local(change(local), *args, **kwargs)
+    right, from_local = shard._shard_experts, DTensor.from_local
 
-    patch.setattr(shard, "DTensor", Wrong)
+    def wrong(*args: Any) -> None:
+        with pytest.MonkeyPatch.context() as cut:
+            cut.setattr(DTensor, "from_local", lambda local, *rest, **named: from_local(change(local), *rest, **named))
+            right(*args)
+
+    patch.setattr(shard, "_shard_experts", wrong)
 
 
 # mutation -> part of the name of a check that has to fail
