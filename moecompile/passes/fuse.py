@@ -36,7 +36,8 @@ class Fuse:
     detail: str = "one op for gather, experts and sum"
 
     def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
-        """One experts call a layer, in the same order; what is planned as fused is SwiGLU, and not fused yet."""
+        """One experts call a layer and chunk, in order; what is planned as fused is SwiGLU, and not fused yet."""
+        layers = _by_call(layers)
         for call, layer in zip(check_calls(self.name, region, layers), layers, strict=True):
             if layer.fused and not is_swiglu(region.graph.get_submodule(str(call.target))):
                 raise PassError(self.name, layer.site.fqn, "is planned as fused, but its experts are not SwiGLU")
@@ -46,7 +47,7 @@ class Fuse:
     def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
         """A new graph over the same modules."""
         new, _ = copied(region.graph)
-        for call, layer in zip(experts_calls(new), layers, strict=True):
+        for call, layer in zip(experts_calls(new), _by_call(layers), strict=True):
             if layer.fused:
                 _fuse(new.graph, call, layer.site.fqn)
         erase_unused(new.graph)
@@ -61,6 +62,7 @@ class Fuse:
         was, now = ([(op_name(n), str(n.args[-1])) for n in exchanges_of(r.graph)] for r in (before, after))
         if was != now:
             raise PassError(self.name, layers[0].site.fqn, f"exchanges were {was}, are {now}")
+        layers = _by_call(layers)
         for call, layer in zip(check_calls(self.name, after, layers), layers, strict=True):
             if _is_fused(call) != layer.fused:
                 rule = "is planned as fused, but is not" if layer.fused else "is fused, but is not planned so"
@@ -71,6 +73,11 @@ class Fuse:
             sorts = {op_name(n.args[0]) for n in sources if isinstance(n, fx.Node) and isinstance(n.args[0], fx.Node)}
             if len(sources) != 3 or len(sorts) != 1 or not min(sorts).startswith("sort_"):
                 raise PassError(self.name, str(call.target), f"counts, sources and weights come from {sorted(sorts)}")
+
+
+def _by_call(layers: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """The layer of each experts call: chunks have one each."""
+    return [layer for layer in layers for _ in range(layer.dispatch.chunks)]
 
 
 def _is_fused(call: fx.Node) -> bool:

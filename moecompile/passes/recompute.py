@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from moecompile.capture import layers_of
 from moecompile.capture.caches import caches, switches
 from moecompile.errors import ConfigError, PassError
-from moecompile.passes.base import EXCHANGE_OPS, experts_calls, run_on_model
-from moecompile.plan import Plan
+from moecompile.passes.base import experts_calls, run_on_model
+from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, Plan
 from moecompile.torch_private import keeping
 
 _CHOICES = (torch.ops.aten.topk.default, torch.ops.moecompile.expert_choice.default)
@@ -58,7 +58,7 @@ class Recompute:
         """Changes the model."""
         again = partial(checkpoint, use_reentrant=False)
         if self.checkpointing == "keep_exchanges":
-            exchanges = [getattr(torch.ops.moecompile, name).default for name in sorted(EXCHANGE_OPS)]
+            exchanges = [getattr(torch.ops.moecompile, name).default for name in sorted(EXCHANGE_OPS | WAIT_OPS)]
             again = partial(again, context_fn=partial(keeping, {*exchanges, *_TABLES, *_CHOICES}))
         for layer in _computing_again(model):
             layer.forward = _recomputed(layer.forward, again)  # inside the hooks of FSDP, which gathers before it

@@ -19,6 +19,7 @@ from moecompile.match.regions import Region
 from moecompile.passes.base import GraphPass, count_ops, registered
 from moecompile.passes.fuse import Fuse
 from moecompile.passes.lower import Lower
+from moecompile.passes.overlap import Overlap
 from moecompile.passes.rewrite import Rewrite
 from moecompile.plan import LayerPlan
 from moecompile.torch_private import set_attribute
@@ -35,7 +36,7 @@ def on_one_device(seed: int) -> tuple[GraphPass, ...]:
 
 def on_the_mesh() -> tuple[GraphPass, ...]:
     """The passes from there to the graph that every rank runs."""
-    return (Lower(), *registered("lower"), Fuse())
+    return (Lower(), *registered("lower"), Overlap(), Fuse())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,7 @@ def run_passes(
 
     Args:
         layers: path of a region -> its layers, in the order of its graph.
+        log: gets a record of each pass that changed a region.
 
     Raises:
         PassError: a pass found, or left, what its contract forbids.
@@ -101,7 +103,7 @@ def run_passes(
     for step in steps:
         before, done = done, {path: _between_contracts(step, region, layers[path]) for path, region in done.items()}
         stage = getattr(step, "stage", stage)
-        if log is not None:
+        if log is not None and any(done[path] is not region for path, region in before.items()):
             log.keep(stage, done)
             log.add(step.name, before, done, getattr(step, "detail", ""))
     return done

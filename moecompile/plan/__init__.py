@@ -4,7 +4,11 @@ from moecompile.plan.existing import layer_of, layer_on_one_device, own_routing
 from moecompile.plan.fit import planned_site
 from moecompile.plan.io import from_yaml, load, save, to_yaml
 from moecompile.plan.layers import (
+    EXCHANGE_OPS,
     EXCHANGES,
+    HALVES,
+    IN_FLIGHT,
+    WAIT_OPS,
     BalancePlan,
     DispatchPlan,
     ExpertPlacement,
@@ -20,6 +24,10 @@ from moecompile.plan.sites import ExpertsSite, FFNSite, PlannedSite
 
 __all__ = [
     "EXCHANGES",
+    "EXCHANGE_OPS",
+    "HALVES",
+    "IN_FLIGHT",
+    "WAIT_OPS",
     "Assumptions",
     "BalancePlan",
     "DispatchPlan",

@@ -227,6 +227,12 @@ _STEPS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }  # fmt: skip
 EXCHANGES: dict[str, tuple[str, ...]] = {kind: tuple(op for op, _ in steps) for kind, steps in _STEPS.items()}
+HALVES = {name: (f"{name}_start", f"{name}_wait") for name in ("all_to_all", "exchange_assignments")}
+"""Exchanges that can be in flight -> the op that starts one and the op that waits for it."""
+EXCHANGE_OPS = frozenset(op for ops in EXCHANGES.values() for op in ops) | {start for start, _ in HALVES.values()}
+WAIT_OPS = frozenset(wait for _, wait in HALVES.values())
+IN_FLIGHT = frozenset(kind for kind, ops in EXCHANGES.items() if set(ops) & set(HALVES))
+"""Kinds whose exchanges of rows can be in flight."""
 FUSABLE = frozenset(EXCHANGES) - {"flat"}
 """Kinds that copy and sum rows on the rank of the experts. flat does it on the rank of the tokens, around the wire."""
 
@@ -237,15 +243,31 @@ class DispatchPlan:
 
     kind: local, flat, dedup, hierarchical or allgather. axis: the logical mesh axis of the exchanges; those on two
     levels use `<axis>_inter` and `<axis>_intra`. wire_dtype: what rows are cast to for an exchange (auto: nothing).
+    overlap: what is computed while rows are on the wire: nothing (none), the shared experts (shared), or those and the
+    experts of other `chunks` of the tokens (chunks).
     """
 
     kind: str
     axis: str = "ep"
     wire_dtype: str = "auto"
+    overlap: str = "none"
+    chunks: int = 1
 
     def __post_init__(self) -> None:
         _one_of(tuple(EXCHANGES), "dispatch.kind", self.kind)
         _one_of(WireDtype, "dispatch.wire_dtype", self.wire_dtype)
+        _one_of(("none", "shared", "chunks"), "dispatch.overlap", self.overlap)
+        if self.in_flight and self.kind not in IN_FLIGHT:
+            raise PlanError("dispatch.overlap", self.overlap, f"is not there for dispatch.kind={self.kind}", "Use none")
+        if (self.overlap == "chunks") != (self.chunks > 1) or self.chunks < 1:
+            raise PlanError(
+                "dispatch.chunks", self.chunks, "is at least 2 with dispatch.overlap=chunks, else 1", "Use 2, or none"
+            )
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether exchanges of rows are started and waited for apart."""
+        return self.overlap != "none"
 
     @property
     def exchanges(self) -> tuple[str, ...]:
@@ -295,6 +317,24 @@ class LayerPlan:
     def steps(self) -> tuple[tuple[str, str], ...]:
         """The exchange ops that `lower` inserts and the logical axis of each, in order."""
         return self.dispatch.steps(self.placement.nodes)
+
+    @property
+    def scheduled_steps(self) -> tuple[tuple[str, str], ...]:
+        """The exchange ops of the final graph and their axes, in order: with overlap, starts, for each chunk.
+
+        A stage begins at each all-to-all. In slot t chunk c does stage t - c, the latest chunk first.
+        """
+        if not self.dispatch.in_flight:
+            return self.steps
+        counts = tuple(step for step in self.steps if step[0] not in HALVES)
+        stages: list[list[tuple[str, str]]] = []
+        for op, axis in (step for step in self.steps if step[0] in HALVES):
+            stages += [[]] if op == "all_to_all" else []
+            stages[-1].append((HALVES[op][0], axis))
+        chunks = self.dispatch.chunks
+        slots = range(len(stages) + chunks - 1)
+        order = [stages[t - c] for t in slots for c in reversed(range(chunks)) if 0 <= t - c < len(stages)]
+        return counts + tuple(step for stage in order for step in stage)
 
     def _contradictions(self) -> Iterator[tuple[str, object, str, str]]:
         """(path, value, rule, fix) of every rule between the parts that is broken."""

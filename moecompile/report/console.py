@@ -15,14 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moecompile.plan import EXCHANGES, Assumptions, Estimate, FFNSite, LayerPlan, Plan, Remedy
+from moecompile.plan import EXCHANGE_OPS, Assumptions, Estimate, FFNSite, LayerPlan, Plan, Remedy
 from moecompile.report.text import NOT_COMPARED, bytes_text, count_text, fold_paths, plural, unsuffixed
 
 if TYPE_CHECKING:
     from moecompile.passes.run import PassRecord
 
 _STATUS_STYLE = {"ok": "green", "rewritten": "green", "failed": "bold red", "not_matched": "yellow"}
-_EXCHANGE_OPS = {op for ops in EXCHANGES.values() for op in ops}
 
 
 def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
@@ -250,7 +249,7 @@ def _nodes_text(record: PassRecord) -> str:
 
 def _added_text(record: PassRecord) -> str:
     """Added ops, exchanges first, then the detail. Tuple unpacking says nothing and is left out."""
-    names = sorted((n for n in record.added if n != "getitem"), key=lambda name: (name not in _EXCHANGE_OPS, name))
+    names = sorted((n for n in record.added if n != "getitem"), key=lambda name: (name not in EXCHANGE_OPS, name))
     added = ", ".join(f"+{record.added[name]} {name}" for name in names) if record.nodes_before else ""
     detail = f"({record.detail})" if added and record.detail else record.detail
     return " ".join(filter(None, (added, detail)))

@@ -12,11 +12,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from moecompile.passes.base import op_name
-from moecompile.plan import EXCHANGES
+from moecompile.plan import EXCHANGE_OPS, WAIT_OPS
 from moecompile.report.picture import Box, Picture, Role, draw
 from moecompile.report.text import plural
 
-_EXCHANGE_OPS = {op for ops in EXCHANGES.values() for op in ops}
 _EXPERT_MODULES = {"router", "experts", "shared_experts"}
 _DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16",
@@ -108,7 +107,7 @@ def _box(node: Node, graph_module: GraphModule) -> Box:
 
 
 def _role(node: Node, name: str) -> Role:
-    if name in _EXCHANGE_OPS:
+    if name in EXCHANGE_OPS | WAIT_OPS:
         return Role.EXCHANGE
     if node.op == "call_module" and re.sub(r"_\d+$", "", name) in _EXPERT_MODULES:
         return Role.EXPERTS
@@ -119,7 +118,7 @@ def _role(node: Node, name: str) -> Role:
 
 def _counts(graph_module: GraphModule) -> str:
     nodes = list(graph_module.graph.nodes)
-    exchanges = sum(n.op == "call_function" and op_name(n) in _EXCHANGE_OPS for n in nodes)
+    exchanges = sum(n.op == "call_function" and op_name(n) in EXCHANGE_OPS for n in nodes)
     return plural(len(nodes), "node") + (f", {plural(exchanges, 'exchange')}" if exchanges else "")
 
 
