@@ -13,7 +13,7 @@ tokens/s       the same by wall time, of the slowest rank
 x grouped_mm   tokens/CPU s relative to transformers' own fast experts (several ranks: to its all-to-all)
 limit          one process: the same model with dense FFNs of the activated FLOPs in place of its experts
 
-Writes benchmarks/results/full_models.json, one part for each number of ranks, and what docs/peers.md shows.
+Writes benchmarks/results/full_models.json, one part for each number of ranks, and what docs/understand/peers.md shows.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="one process: also print where the time of a step goes")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results" / "full_models.json")
     parser.add_argument(
-        "--page", type=Path, default=REPOSITORY / "docs" / "assets", help="folder for what docs/peers.md shows"
+        "--page", type=Path, default=REPOSITORY / "docs" / "assets", help="folder for what the page shows"
     )
     parser.add_argument("--job", help=argparse.SUPPRESS)  # of a rank
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank

@@ -18,8 +18,8 @@ peak MiB  the most that is allocated at any time of the step, gradients of the w
 sent MiB  what a rank sends in a step, counted at the loopback interface for all alike
 error     largest error of output and gradients, relative to the largest entry
 
-Writes benchmarks/results/peers.json (one part for each number of ranks) and what docs/peers.md shows: a table and a
-picture.
+Writes benchmarks/results/peers.json (one part for each number of ranks) and what docs/understand/peers.md shows: a
+table and a picture.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="LAYER", help="these layers; the limit always runs")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results" / "peers.json")
     parser.add_argument(
-        "--page", type=Path, default=REPOSITORY / "docs" / "assets", help="folder for what docs/peers.md shows"
+        "--page", type=Path, default=REPOSITORY / "docs" / "assets", help="folder for what the page shows"
     )
     parser.add_argument("--job", help=argparse.SUPPRESS)  # of a rank
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank

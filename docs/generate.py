@@ -28,12 +28,12 @@ _HEAD = """<!-- Written by docs/generate.py: change the schema, not this page. -
 
 Every key of the config, with the value that holds when neither a recipe nor the command line says anything else. A
 `group=option` selects one of a group's files; a `group.key=value` sets one key. Keys that are not listed are errors.
-How the two compose is told in [Command line and configs](command-line.md).
+How the two compose is told in [Command line and configs](../use/command-line.md).
 """
 
 
 def configuration() -> str:
-    """The page `configuration.md`."""
+    """The page `reference/configuration.md`."""
     defaults = compose_config()
     top = [field.name for field in fields(Config) if not is_dataclass(getattr(defaults, field.name))]
     parts = [_HEAD, "## Top level\n", _said(Config)[0] + "\n", _table(Config, defaults, top)]
@@ -143,5 +143,5 @@ def _value(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    (DOCS / "configuration.md").write_text(configuration(), encoding="utf-8")
+    (DOCS / "reference" / "configuration.md").write_text(configuration(), encoding="utf-8")
     graphs(DOCS / "assets")

@@ -30,8 +30,8 @@ from moecompile.passes.run import (
     in_model,
     on_one_device,
     on_the_mesh,
+    replacements,
     run_passes,
-    standing,
 )
 from moecompile.passes.same_weights import check_same_weights
 from moecompile.passes.shard import device_mesh_of, shard
@@ -209,11 +209,11 @@ def compile_with_report(
     done.regions = regions if is_meta(model) else {}  # else they would keep the dense weights
 
     rewritten = run_passes(on_one_device(config.seed), regions, layers, log)
-    done.model, done.step0 = comparison.replace(model, standing(model, regions, rewritten))
+    done.model, done.step0 = comparison.replace(model, replacements(model, regions, rewritten))
     if until != "rewrite":
         rewritten = in_model(done.model, rewritten)  # a region may lie inside another
         final = run_passes(on_the_mesh(), rewritten, layers, log)
-        done.model = replace_regions(done.model, standing(done.model, rewritten, final))
+        done.model = replace_regions(done.model, replacements(done.model, rewritten, final))
     set_attribute(done.model, _PLAN, plan)
     if until == "shard":
         check_same_weights(done.model)

@@ -1,4 +1,7 @@
-"""Every use of a private torch name, in one place, so that a torch upgrade has one file to look at."""
+"""Every use of a private torch name, in one place, so that a torch upgrade has one file to look at.
+
+And, beside `local_rows`, the question that everybody has of a DTensor: `local_part`.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,7 @@ __all__ = [
     "hooks_of",
     "in_backward",
     "keeping",
+    "local_part",
     "local_rows",
     "move_hooks",
     "parameters_of",
@@ -136,6 +140,11 @@ def _written(func: Any, args: Any, kwargs: Any) -> set[int]:
 def _memory_of(tensor: torch.Tensor) -> int:
     """The same for views of one tensor."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a DTensor (of experts' weights: its own experts), a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_rows(tensor: torch.Tensor) -> range:

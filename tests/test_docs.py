@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ _BLOCK = re.compile(r"^(?:<!-- ranks: (\d+) -->\n)?```(\w+)[^\n]*\n(.*?)^```$", 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. where: `docs/lightning.md:12`. ranks: 0 where it is run in this process."""
+    """A fenced block. where: `docs/use/lightning.md:12`. ranks: 0 where it is run in this process."""
 
     where: str
     line: int
@@ -168,7 +169,7 @@ def test_documented_errors_are_right(
 
 
 def test_the_configuration_reference_is_up_to_date() -> None:
-    page = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    page = (DOCS / "reference" / "configuration.md").read_text(encoding="utf-8")
     assert page == generate().configuration(), "run python docs/generate.py"
 
 
@@ -186,10 +187,35 @@ def test_the_table_of_ops_is_complete() -> None:
 
     from moecompile import ops  # noqa: F401  (registers the ops)
 
-    page = (DOCS / "how-it-works.md").read_text(encoding="utf-8")
+    page = (DOCS / "understand" / "how-it-works.md").read_text(encoding="utf-8")
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moecompile::")}
     missing = sorted(name for name in registered if f"`{name.removeprefix('moecompile::')}`" not in page)
     assert registered and not missing
+
+
+def test_the_page_of_the_floors_is_up_to_date() -> None:
+    contracts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    (floors,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    assert "\n".join(floors) in (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    page = (DOCS / "understand" / "architecture.md").read_text(encoding="utf-8")
+    floors_said, _, rooms_said = page.partition("## Rooms")
+    shown = [re.findall(r"`(\w+)`", cell) for cell in re.findall(r"^\| \d+ \| ([^|]+) \|", floors_said, re.MULTILINE)]
+    assert shown == [floor.split(" | ") for floor in floors]
+    described = re.findall(r"`(\w+)/?`", " ".join(re.findall(r"^\| ([^|]+) \|", rooms_said, re.MULTILINE)))
+    assert sorted(described) == sorted(room for rooms in shown for room in rooms)
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "decisions").glob("0*.md")), ids=lambda path: path.stem)
+def test_every_decision_has_the_same_sections(path: Path) -> None:
+    page = path.read_text(encoding="utf-8")
+    title, status, *_ = page.split("\n\n")
+    assert title.startswith(f"# {path.name[:4]}: ")
+    assert status.startswith("**Status:** ")
+    headings = re.findall(r"^## (.+)$", page, re.MULTILINE)
+    assert headings == ["Question", "Decision", "For", "Against", "What would change it"]
+    parts = re.split(r"^## .+$", page, flags=re.MULTILINE)[1:]
+    assert all(part.strip() for part in parts)
+    assert f"[{path.name[:4]}]({path.name})" in (path.parent / "index.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
@@ -202,7 +228,7 @@ def test_links_into_the_checkout_resolve(name: str) -> None:
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     run("-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site"), cwd=REPOSITORY)
-    assert (tmp_path / "site" / "configuration" / "index.html").exists()
+    assert (tmp_path / "site" / "reference" / "configuration" / "index.html").exists()
 
 
 # -- what a run leaves behind --------------------------------------------------------------------------------------
@@ -219,7 +245,7 @@ TINY = [
 @pytest.mark.parametrize("task", ["plan", "compile", "train"])
 def test_every_file_and_every_result_is_explained(task: str, tmp_path: Path) -> None:
     run("-m", "moecompile", f"task={task}", *TINY, "hydra.run.dir=out", cwd=tmp_path)
-    page = (DOCS / "command-line.md").read_text(encoding="utf-8")
+    page = (DOCS / "use" / "command-line.md").read_text(encoding="utf-8")
     _, _, files = page.partition("## The run directory")
     files, _, results = files.partition("## result.json")
     results, _, _ = results.partition("## Exit codes")

@@ -73,7 +73,7 @@ def test_ranks_count_from_the_start_of_their_launcher(monkeypatch: pytest.Monkey
 
 def test_the_bar_begins_where_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps 6 to 8 of 8, of two micro-batches each."""
-    from moecompile.runtime.callbacks import ProgressBar
+    from moecompile.runtime.progress import ProgressBar
 
     bar: Any = ProgressBar(refresh_rate=1)
     monkeypatch.setattr(sys, "stdout", io.StringIO())

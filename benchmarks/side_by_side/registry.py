@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from side_by_side.common import Layer, NotHereError, Place, Size, Weights
 
 LIMIT, OURS = "limit", "moecompile"
-INSTALL = "make peers, or pip install -r benchmarks/requirements-peers.txt (see docs/peers.md)"
+INSTALL = "make peers, or pip install -r benchmarks/requirements-peers.txt (see docs/understand/peers.md)"
 
 
 @dataclass(frozen=True)

@@ -83,13 +83,13 @@ def _markdown(rows: list[Row], known: Columns) -> str:
 
 
 def layers_page(found: dict[str, Any]) -> str:
-    """What docs/peers.md shows of stored layers: the table, what follows from it, the conditions."""
+    """What docs/understand/peers.md shows of stored layers: the table, what follows from it, the conditions."""
     lines = [f"* {line}" for line in verdicts(found["rows"])]
     return "\n".join([table(found["rows"]), "", *lines, "", conditions(found)]) + "\n"
 
 
 def models_page(found: dict[str, Any]) -> str:
-    """What docs/peers.md shows of stored models."""
+    """What docs/understand/peers.md shows of stored models."""
     lines = [f"* {line}" for line in models_verdicts(found["rows"])]
     return "\n".join([models_table(found["rows"]), "", *lines, "", conditions(found)]) + "\n"
 

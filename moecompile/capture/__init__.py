@@ -1,4 +1,4 @@
-"""One recorded forward -> dataflow; the regions that are needed -> GraphModules."""
+"""Records one forward as a dataflow graph, and traces regions of the model to GraphModules."""
 
 from moecompile.capture.keep import attributes_of, layers_of, replace_regions, shell_of, stand_in
 from moecompile.capture.record import (

@@ -1,7 +1,7 @@
-"""The guided tracer: a module's Python runs once on proxies that know their values on a recorded call.
+"""The guided tracer: runs a module's Python once, on proxies that know their values in a recorded call.
 
-Every node is executed as it is made. So lengths of tuples, dtypes and conditions on shapes are known where Python asks,
-while the graph keeps them symbolic: sizes are nodes, and each decision that Python took is asserted in the graph.
+Every node is executed when it is created. So Python can read lengths of tuples, dtypes and conditions on shapes, while
+the graph keeps them symbolic: sizes are nodes, and the graph asserts every condition that Python branched on.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from torch.nn import functional as F
 from moecompile.torch_private import MASK_FUNCTIONS
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
-_REST = "moecompile_rest"  # key under which `**kwargs` of a forward travel to the calls that get them
+_REST = "moecompile_rest"  # key that passes the `**kwargs` of a forward to the calls inside
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 @contextlib.contextmanager
 def _mask_functions_are_calls() -> Iterator[None]:
-    """torch's layers hand masks to functions that ask whether these are tensors, which a proxy is not."""
+    """Records calls of torch's mask functions as nodes: they check for tensors, and a proxy is not one."""
     originals = {name: getattr(F, name) for name in MASK_FUNCTIONS}
 
     def call_of(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            given = next((a for a in (*args, *kwargs.values()) if type(a) is Value), None)
-            if given is None:
+            proxy = next((a for a in (*args, *kwargs.values()) if type(a) is Value), None)
+            if proxy is None:
                 return original(*args, **kwargs)
-            return given.tracer.create_proxy("call_function", original, args, kwargs)
+            return proxy.tracer.create_proxy("call_function", original, args, kwargs)
 
         return call
 
@@ -50,12 +50,12 @@ def _mask_functions_are_calls() -> Iterator[None]:
 
 
 def pass_on(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], rest: dict[str, Any]) -> Any:
-    """`module(*args, **kwargs)` of a forward that passes on whatever keywords it gets."""
+    """`module(*args, **kwargs)` in a forward that passes on all its keyword arguments."""
     return module(*args, **{**rest, **named})
 
 
 class Value(fx.Proxy):
-    """A proxy that knows its value on the recorded call."""
+    """A proxy that knows its value in the recorded call."""
 
     tracer: GuidedTracer
 
@@ -68,7 +68,7 @@ class Value(fx.Proxy):
     def __len__(self) -> int:
         value = self.tracer.values[self.node]
         if isinstance(value, Tensor):
-            raise TraceError("the length of a tensor is asked for")
+            raise TraceError("len() of a tensor cannot be traced")
         return len(value)
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -79,13 +79,13 @@ class GuidedTracer(fx.Tracer):
     """Traces a module from the arguments of a recorded call.
 
     Args:
-        arguments: by the names of the forward's parameters.
-        inlined: paths of the modules whose Python is traced, all others stay calls; None: all but linears and dropouts.
-        opaque: names of nodes that hold a plain value (None, a number, a text) and become proxies nevertheless. All
-            other plain values among the arguments, and None wherever it comes from, are what they are to Python.
+        arguments: by parameter name of forward.
+        inlined: paths of the modules whose Python is traced; all others stay calls. None: all but linears and dropouts.
+        opaque: names of nodes with a plain value (None, a number, a string) that become proxies anyway. Python sees all
+            other plain values among the arguments, and every None, as they are.
 
     Attributes:
-        values: node -> its value. sources: name of a node -> the plain value that Python saw in its place.
+        values: node -> its value. sources: name of a node -> the plain value that Python saw instead of a proxy.
     """
 
     def __init__(
@@ -95,22 +95,22 @@ class GuidedTracer(fx.Tracer):
         self.arguments, self.inlined, self.opaque = arguments, inlined, opaque
         self.values: dict[fx.Node, Any] = {}
         self.sources: dict[str, Any] = {}
-        self._given: set[fx.Node] = set()  # placeholders, and items of what they hold
+        self._inputs: set[fx.Node] = set()  # placeholders, and items of their values
         self._running = False
 
     def trace_calls(self, module: nn.Module) -> fx.Graph:
-        """The graph of `module`, without reads that nobody uses."""
+        """The graph of `module`, without unused reads."""
         with _mask_functions_are_calls():
             graph = self.trace(module)
         for node in reversed(list(graph.nodes)):
-            unread = node.op == "get_attr" or (
+            is_read = node.op == "get_attr" or (
                 node.op == "call_function" and node.target in (operator.getitem, getattr)
             )
-            if unread and not node.users:
+            if is_read and not node.users:
                 graph.erase_node(node)
         return graph
 
-    # -- what is a call and what is traced ---------------------------------------------------------------------------
+    # -- leaf modules and inlined modules ----------------------------------------------------------------------------
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if type(m).forward is nn.Linear.forward or isinstance(m, nn.modules.dropout._DropoutNd):
@@ -120,7 +120,7 @@ class GuidedTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """A leaf becomes a call; keywords that it gets only because the root passes all on stay one argument."""
+        """A leaf becomes a call; keyword arguments that the root only passes on stay a single argument."""
         if self._running:
             return forward(*args, **kwargs)
         kwargs = dict(kwargs)
@@ -148,7 +148,7 @@ class GuidedTracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """One placeholder a parameter."""
+        """One placeholder per parameter."""
         positional: list[Any] = [self.root]
         by_name: dict[str, Any] = {}
         optional = False
@@ -157,8 +157,8 @@ class GuidedTracer(fx.Tracer):
             star = _STARS.get(parameter.kind, "")
             default = None if parameter.default is parameter.empty else parameter.default
             node = self.create_node("placeholder", star + name, (default,) if optional and not star else (), {})
-            self._given.add(node)
-            value = self._knows(node, self.arguments.get(name, {"*": (), "**": {}}.get(star, default)))
+            self._inputs.add(node)
+            value = self._set_value(node, self.arguments.get(name, {"*": (), "**": {}}.get(star, default)))
             if star == "**":
                 rest = Value(node, self)
                 by_name |= {key: self._item(rest, key) for key in value}
@@ -177,13 +177,13 @@ class GuidedTracer(fx.Tracer):
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
         name: str | None = None, type_expr: Any = None, proxy_factory_fn: Any = None,
     ) -> Any:  # fmt: skip
-        """Makes the node and executes it."""
-        given = tuple(self.create_arg(a) for a in args)
-        node = self.create_node(kind, target, given, self.create_arg(kwargs), name, type_expr)
-        self._knows(node, self._run(node))
+        """Creates the node and executes it."""
+        node_args = tuple(self.create_arg(a) for a in args)
+        node = self.create_node(kind, target, node_args, self.create_arg(kwargs), name, type_expr)
+        self._set_value(node, self._run(node))
         return self._wrap(Value(node, self))
 
-    def _knows(self, node: fx.Node, value: Any) -> Any:
+    def _set_value(self, node: fx.Node, value: Any) -> Any:
         self.values[node] = value
         if isinstance(value, Tensor):
             node.meta["shape"] = tuple(value.shape)
@@ -192,14 +192,14 @@ class GuidedTracer(fx.Tracer):
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
     ) -> Any:
-        """Attributes may be read without a proxy (buffers are tensors to Python)."""
+        """Executes reads of attributes too, which may come without a proxy (Python sees buffers as tensors)."""
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if kind == "get_attr":
             self.values[node] = self._run(node)
         return node
 
     def create_arg(self, a: Any) -> Any:
-        """A tuple of all the items of a value, in order, is that value."""
+        """Replaces a tuple of all items of a value, in order, by the value."""
         if type(a) is Value:
             return a.node
         if type(a) is tuple and a and type(a[0]) is Value and a[0].node.target is operator.getitem:
@@ -210,7 +210,7 @@ class GuidedTracer(fx.Tracer):
         return super().create_arg(a)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Parameters are proxies to the code that is traced, and themselves to what is executed."""
+        """Traced code gets proxies for parameters; executed nodes get the parameters."""
         return attr_val if self._running else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def _run(self, node: fx.Node) -> Any:
@@ -229,39 +229,39 @@ class GuidedTracer(fx.Tracer):
             self._running = False
 
     def _wrap(self, value: Value) -> Any:
-        """What Python gets for a node: a proxy, a tuple of proxies, or a plain value as it is."""
-        node, known = value.node, self.values[value.node]
-        if type(known) in (tuple, torch.Size):
-            return tuple(self._item(value, i) for i in range(len(known)))
-        if (known is None or (node in self._given and isinstance(known, PLAIN))) and node.name not in self.opaque:
-            self.sources[node.name] = known
-            return known
+        """What Python sees for a node: a proxy, a tuple of proxies, or a plain value."""
+        node, actual = value.node, self.values[value.node]
+        if type(actual) in (tuple, torch.Size):
+            return tuple(self._item(value, i) for i in range(len(actual)))
+        if (actual is None or (node in self._inputs and isinstance(actual, PLAIN))) and node.name not in self.opaque:
+            self.sources[node.name] = actual
+            return actual
         return value
 
     def _item(self, whole: Value, key: Any) -> Any:
         node = self.create_node("call_function", operator.getitem, (whole.node, key), {})
-        self._knows(node, self.values[whole.node][key])
-        if whole.node in self._given:
-            self._given.add(node)
+        self._set_value(node, self.values[whole.node][key])
+        if whole.node in self._inputs:
+            self._inputs.add(node)
         return self._wrap(Value(node, self))
 
-    # -- decisions ---------------------------------------------------------------------------------------------------
+    # -- control flow ------------------------------------------------------------------------------------------------
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """The recorded decision; the graph asserts that it stays so."""
+        """The recorded truth value, which the graph asserts."""
         value = self.values[obj.node]
         if isinstance(value, Tensor):
             return super().to_bool(obj)  # raises
         truth = bool(value)
         test = self.create_node("call_function", operator.truth if truth else operator.not_, (obj.node,), {})
         self.values[test] = True
-        asked = f"{getattr(obj.node.target, '__name__', obj.node.target)}{obj.node.args}"
-        rule = f"{asked} was {truth} when the model was captured"
+        condition = f"{getattr(obj.node.target, '__name__', obj.node.target)}{obj.node.args}"
+        rule = f"{condition} was {truth} when the model was captured"
         self.values[self.create_node("call_function", torch._assert, (test, rule), {})] = None
         return truth
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """Items of lists; the rows of a tensor are not counted."""
+        """The items of a list; iterating over a tensor cannot be traced."""
         value = self.values[obj.node]
         if isinstance(value, Tensor) or not hasattr(value, "__len__"):
             return super().iter(obj)

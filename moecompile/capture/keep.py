@@ -1,7 +1,7 @@
-"""A GraphModule that takes a module's place in a model, and stays what the code around expects: an instance of its
-class, with its attributes, and with everything of it that the graph does not use.
+"""A GraphModule that replaces a module in a model and stays what other code expects: an instance of the same class,
+with its attributes and with all submodules and tensors that the graph does not use.
 
-Code around reads attributes of a layer, finds layers by their class (to record hidden states, to split a model), and
+Other code reads attributes of a layer, finds layers by their class (to record hidden states, to split a model), and
 wraps the forward of every subclass (gradient checkpointing in transformers).
 """
 
@@ -19,23 +19,23 @@ from moecompile.torch_private import move_hooks
 
 
 class _Bare:
-    """Stands between GraphModule and the original class, whose constructor wants arguments of its own."""
+    """Base class between GraphModule and the original class, whose constructor requires arguments."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)  # type: ignore[arg-type]
 
 
 class Kept:
-    """What a GraphModule that keeps a class does differently from other GraphModules."""
+    """A mixin for GraphModules that keep the class of the original module."""
 
     def recompile(self) -> Any:
-        """The original class may wrap the forwards of its subclasses, and this is where a new one comes to be."""
+        """Calls __init_subclass__ for the new forward: the original class may wrap the forwards of its subclasses."""
         code = super().recompile()  # type: ignore[misc]
         super(type(self), type(self)).__init_subclass__()
         return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """GraphModule copies its graph and modules alone."""
+        """Copies plain attributes too; GraphModule copies only its graph and modules."""
         new = super().__deepcopy__(memo)  # type: ignore[misc]
         _copy_attributes(self, new, memo)  # type: ignore[arg-type]
         _same_persistence(self, new)  # type: ignore[arg-type]
@@ -43,12 +43,12 @@ class Kept:
 
 
 def stand_in(graph_module: fx.GraphModule, module: nn.Module, gone: Collection[str]) -> fx.GraphModule:
-    """`graph_module` as an instance of the class of `module`, with all of `module` that it does not have itself.
+    """`graph_module` as an instance of the class of `module`, with all parts of `module` that it lacks.
 
     Args:
-        graph_module: what is to run. module: whose place it takes; its parts are shared, not copied.
-        gone: paths of the modules and parameters of `module` that the graph was made from. Those that it does not use
-            any more are left out.
+        graph_module: the graph to run. module: the module that it replaces; its parts are shared, not copied.
+        gone: paths of the modules and parameters of `module` that the captured graph used. Those that `graph_module`
+            does not use any more are left out.
     """
     original: type = type(module)
     if isinstance(module, Kept):
@@ -57,11 +57,11 @@ def stand_in(graph_module: fx.GraphModule, module: nn.Module, gone: Collection[s
         return graph_module
     new = _class_of(original)(graph_module, graph_module.graph, class_name=original.__name__)
     new.training = module.training
-    made = nn.Module()
-    for tensors in ("_modules", "_parameters", "_buffers"):
-        setattr(made, tensors, dict(getattr(new, tensors)))
-        getattr(new, tensors).clear()
-    _carry(new, made, module, frozenset(gone), "")
+    added = nn.Module()
+    for registry in ("_modules", "_parameters", "_buffers"):
+        setattr(added, registry, dict(getattr(new, registry)))
+        getattr(new, registry).clear()
+    _merge(new, added, module, frozenset(gone), "")
     _same_persistence(module, new)
     _copy_attributes(module, new, None)
     return new
@@ -69,40 +69,40 @@ def stand_in(graph_module: fx.GraphModule, module: nn.Module, gone: Collection[s
 
 @cache
 def _class_of(original: type) -> type[fx.GraphModule]:
-    """GraphModules that are instances of `original`."""
+    """The class of GraphModules that are instances of `original`."""
     bases = (Kept, fx.GraphModule, _Bare, original)
-    made: type[fx.GraphModule] = types.new_class(
+    kept_class: type[fx.GraphModule] = types.new_class(
         original.__name__, bases, exec_body=lambda names: names.update(__module__=original.__module__)
     )
-    made.__qualname__ = original.__qualname__
-    return made
+    kept_class.__qualname__ = original.__qualname__
+    return kept_class
 
 
-def _carry(new: nn.Module, made: nn.Module, old: nn.Module, gone: frozenset[str], prefix: str) -> None:
-    """Fills `new` with the parts of `made` and, in the order of `old`, with those that only `old` has."""
+def _merge(new: nn.Module, added: nn.Module, old: nn.Module, gone: frozenset[str], prefix: str) -> None:
+    """Fills `new` with the parts of `added` and those that only `old` has, in the order of `old`."""
     for name, child in old.named_children():
-        part = _part(made._modules.get(name), child, gone, prefix + name)
+        part = _part(added._modules.get(name), child, gone, prefix + name)
         if part is not None:
             new.add_module(name, part)
-    for name, added in made.named_children():
+    for name, child in added.named_children():
         if name not in new._modules:
-            new.add_module(name, added)
-    for name, parameter in {**old._parameters, **made._parameters}.items():
-        if prefix + name not in gone or name in made._parameters:
+            new.add_module(name, child)
+    for name, parameter in {**old._parameters, **added._parameters}.items():
+        if prefix + name not in gone or name in added._parameters:
             new.register_parameter(name, parameter)
-    for name, buffer in {**old._buffers, **made._buffers}.items():
-        if prefix + name not in gone or name in made._buffers:
+    for name, buffer in {**old._buffers, **added._buffers}.items():
+        if prefix + name not in gone or name in added._buffers:
             new.register_buffer(name, buffer)
 
 
-def _part(made: nn.Module | None, old: nn.Module, gone: frozenset[str], path: str) -> nn.Module | None:
-    """What stands at `path`, where `old` stood and the graph has `made`; None for nothing."""
+def _part(added: nn.Module | None, old: nn.Module, gone: frozenset[str], path: str) -> nn.Module | None:
+    """The module at `path`, where the original is `old` and the graph has `added`; None if there is none any more."""
     if path in gone:
-        return made
+        return added
     if not any(other.startswith(f"{path}.") for other in gone):
         return old
-    shell = shell_of(old)  # fx makes plain modules of what is around the modules that a graph uses
-    _carry(shell, made or nn.Module(), old, gone, f"{path}.")
+    shell = shell_of(old)  # fx replaces the parents of used modules by plain modules
+    _merge(shell, added or nn.Module(), old, gone, f"{path}.")
     return shell if shell._modules or shell._parameters or shell._buffers else None
 
 
@@ -116,16 +116,16 @@ def shell_of(module: nn.Module) -> nn.Module:
 
 
 def _same_persistence(old: nn.Module, new: nn.Module) -> None:
-    """Buffers that stay out of the state dict do so in the copies that fx has made of their owners."""
+    """Keeps non-persistent buffers out of the state dict where fx has copied their owners."""
     owners = dict(old.named_modules())
     for path, module in new.named_modules():
         if path in owners and owners[path] is not module:
-            kept_out = owners[path]._non_persistent_buffers_set & set(module._buffers)
-            module._non_persistent_buffers_set.update(kept_out)
+            non_persistent = owners[path]._non_persistent_buffers_set & set(module._buffers)
+            module._non_persistent_buffers_set.update(non_persistent)
 
 
 def _copy_attributes(old: nn.Module, new: nn.Module, memo: dict[int, Any] | None) -> None:
-    """Plain attributes, deeply copied where there is a `memo`."""
+    """Copies plain attributes that `new` lacks; with a `memo`, deeply."""
     for name, value in vars(old).items():
         if name not in vars(new) and not isinstance(value, Tensor):
             object.__setattr__(new, name, value if memo is None else copy.deepcopy(value, memo))
@@ -141,7 +141,7 @@ def layers_of(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def replace_regions(model: nn.Module, regions: Mapping[str, nn.Module]) -> nn.Module:
-    """Puts each region's new module in its place; the model itself is replaced where it is the region."""
+    """Replaces each region by its new module. If a region is the whole model, returns the new module."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)

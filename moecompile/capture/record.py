@@ -33,8 +33,8 @@ class ModuleCall:
 class Recording:
     """One forward of `model`.
 
-    graph: a dataflow graph for matching, not for running: one node per torch function, `meta["owner"]` is the path of
-    the module that called it; parameters are `get_attr` nodes. calls: first call of every module that ran.
+    graph: a dataflow graph for matching, not for execution: one node per torch function call; `meta["owner"]` is the
+    path of the module that made the call; parameters are `get_attr` nodes. calls: first call of every module that ran.
     """
 
     model: nn.Module
@@ -46,14 +46,14 @@ class Recording:
 def record(
     model: nn.Module, example: Example, *, opaque: Callable[[nn.Module], bool] = lambda module: False
 ) -> Recording:
-    """Runs `model` once on `example` (evaluation mode, no gradients) and records what it does.
+    """Runs `model` once on `example` (evaluation mode, no gradients) and records the forward.
 
-    The model is left as it was: training flags, random state, parameters and buffers.
+    Training flags, random state, parameters and buffers are restored.
 
     Args:
         example: keyword tensors, a tuple of positional arguments, or one tensor.
-        opaque: modules that do not run on the meta device, because what they do depends on values; there they return an
-            empty tensor like their first argument.
+        opaque: modules that cannot run on the meta device because they depend on values; they return an empty tensor
+            like their first argument there.
 
     Raises:
         CaptureError: the model cannot be run on the example.
@@ -72,7 +72,7 @@ def record(
         stack.enter_context(caches(model, on=False))
         stack.enter_context(without_fast_path())
         if is_meta(model):
-            stack.enter_context(_masks_of_unknown_values())
+            stack.enter_context(_masks_without_values())
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         try:
@@ -108,7 +108,7 @@ class _Recorder(TorchFunctionMode):
         named = {key: self._convert(value) for key, value in kwargs.items()}
         out = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if func.__name__ == "__setitem__":  # an in-place write makes its target anew
+        if func.__name__ == "__setitem__":  # an in-place write gives its target a new node
             outputs = [args[0]]
         if not outputs:
             return out
@@ -150,10 +150,9 @@ class _Recorder(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _watched(module: nn.Module, names: list[str], recording: Recording, mode: _Recorder) -> Iterator[None]:
-    """Notes the first call of `module` and makes it the owner of what runs inside.
+    """Records the first call of `module` and makes it the owner of the nodes inside.
 
-    A module at several places in the model (an activation that all layers share) is called by the name that it has
-    below its caller.
+    A module with several names (an activation that all layers share) goes by its name below the caller.
     """
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -195,13 +194,13 @@ def _not_run(module: nn.Module) -> Iterator[None]:
 
 
 def is_meta(module: nn.Module) -> bool:
-    """Whether `module` has shapes and no values."""
+    """Whether `module` is on the meta device."""
     return next((parameter.is_meta for parameter in module.parameters()), False)
 
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Training or evaluation mode. Training flags and buffers (statistics, counters) are put back afterwards."""
+    """Training or evaluation mode. Restores training flags and buffers (statistics, counters) at the end."""
     flags = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.detach().clone())
@@ -221,26 +220,26 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def calls_with_caches(recording: Recording, paths: Collection[str]) -> dict[str, ModuleCall]:
-    """First calls of the modules at `paths` in a forward as `generate` runs it, or none if the model has no caches."""
+    """First calls of the modules at `paths` in a forward with caches, as in `generate`; empty if the model has none."""
     model = recording.model
     if is_meta(model) or not switches(model):
         return {}
-    seen = Recording(model, recording.example, fx.Graph())
-    mode = _Recorder(seen.graph, {})
+    cached = Recording(model, recording.example, fx.Graph())
+    mode = _Recorder(cached.graph, {})
     with contextlib.ExitStack() as stack:
         for path in paths:
-            stack.enter_context(_watched(model.get_submodule(path), [path], seen, mode))
+            stack.enter_context(_watched(model.get_submodule(path), [path], cached, mode))
         stack.enter_context(in_mode(model, training=False))
         stack.enter_context(caches(model, on=True))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         call_with(model, recording.example)
-    return seen.calls
+    return cached.calls
 
 
 @contextlib.contextmanager
 def without_fast_path() -> Iterator[None]:
-    """Attention and encoder layers of torch fuse what they do in evaluation mode, FFN included, unless told not to."""
+    """Turns off the fast path of torch's attention and encoder layers, a fused op in evaluation mode, FFN included."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -250,18 +249,18 @@ def without_fast_path() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _masks_of_unknown_values() -> Iterator[None]:
-    """transformers' masks depend on values, unless it takes the run for a trace; on the meta device there are none."""
+def _masks_without_values() -> Iterator[None]:
+    """Makes transformers believe that it is traced; otherwise its masks depend on values, which meta tensors lack."""
     masks = sys.modules.get("transformers.masking_utils")
-    asks = getattr(masks, "is_tracing", None)
-    if masks is None or asks is None:
+    is_tracing = getattr(masks, "is_tracing", None)
+    if masks is None or is_tracing is None:
         yield
         return
     masks.is_tracing = lambda *_, **__: True  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        masks.is_tracing = asks  # type: ignore[attr-defined]
+        masks.is_tracing = is_tracing  # type: ignore[attr-defined]
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Traces one region: a module becomes a GraphModule that is called in the same way and computes the same."""
+"""Traces one region: turns a module into a GraphModule with the same call signature and the same results."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def trace_region(module: nn.Module, call: ModuleCall, inlined: Collection[str] |
 
     Args:
         module: the region; its parameters are shared, not copied.
-        call: a recorded call. Every argument becomes a placeholder; what Python decides by is asserted in the graph.
+        call: a recorded call. Every argument becomes a placeholder; the graph asserts what Python branches on.
         inlined: paths of the modules below the region whose Python is traced; all others stay calls. None: everything
             but linears and dropouts is traced.
 
     Raises:
-        CaptureError: the region's Python depends on values of tensors, or its graph does not compute the same.
+        CaptureError: the region's Python depends on tensor values, or its graph does not compute the same.
     """
     if "forward" in vars(module):
         raise CaptureError("it has a forward of its own, beside that of its class, which would be lost")
@@ -42,18 +42,18 @@ def trace_region(module: nn.Module, call: ModuleCall, inlined: Collection[str] |
     graph_module = fx.GraphModule(module, graph, class_name=type(module).__name__)
     graph_module.meta["asserted"] = asserted
     _dropouts_follow_training(graph_module)
-    known = set(module.modules())  # shared with the model: their flags are not ours to change
-    for new in set(graph_module.modules()) - known:
+    shared = set(module.modules())  # they keep their training flags
+    for new in set(graph_module.modules()) - shared:
         new.training = module.training
     _check_equal(module, graph_module, call)
     return graph_module
 
 
 def trace_again(traced: fx.GraphModule, module: nn.Module, call: ModuleCall) -> fx.GraphModule:
-    """The graph of another region over `module`, proven equal on the recorded call.
+    """Reuses the graph of another region for `module`, proven equal on the recorded call.
 
     Args:
-        traced: by `trace_region`, of a module with the same structure. module, call: as there.
+        traced: result of `trace_region` for a module with the same structure. module, call: as there.
 
     Raises:
         CaptureError: the graph does not compute the same as `module`.
@@ -71,7 +71,7 @@ def trace_again(traced: fx.GraphModule, module: nn.Module, call: ModuleCall) -> 
 
 
 def broken_rule(graph_module: fx.GraphModule, module: nn.Module, call: ModuleCall) -> str | None:
-    """Which of the arguments that a traced graph asserts something of are not so in another call of its module."""
+    """The first assertion of a traced graph on its arguments that another call of its module violates."""
     arguments = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
     arguments.apply_defaults()
     asserted: dict[str, Holds] = graph_module.meta["asserted"]
@@ -82,29 +82,29 @@ def broken_rule(graph_module: fx.GraphModule, module: nn.Module, call: ModuleCal
 
 
 def _attribute(module: nn.Module, traced: fx.GraphModule, path: str) -> Any:
-    """What `path` is in `module`; what tracing has added (a dropout, a constant) is copied."""
-    found: Any = module
+    """The attribute of `module` at `path`; or a copy of an attribute that tracing has added (a dropout, a constant)."""
+    value: Any = module
     for name in path.split("."):
-        if not hasattr(found, name):
+        if not hasattr(value, name):
             break
-        found = getattr(found, name)
+        value = getattr(value, name)
     else:
-        return found
+        return value
     owner, _, name = path.rpartition(".")
     return copy.deepcopy(getattr(traced.get_submodule(owner), name))
 
 
 def _fresh(call: ModuleCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copies of the call's arguments, which may be written in place; what cannot be copied is given as it is."""
+    """Copies of the arguments, because a forward may modify them in place; the originals if they cannot be copied."""
     try:
         args, kwargs = copy.deepcopy((call.args, call.kwargs))
-    except Exception:  # of objects that are not made to be copied
+    except Exception:  # some objects do not support it
         return call.args, call.kwargs
     return args, kwargs
 
 
 def _dropouts_follow_training(graph_module: fx.GraphModule) -> None:
-    """Tracing bakes `self.training` into F.dropout; a Dropout module reads it at run time."""
+    """Replaces F.dropout, in which tracing freezes `self.training`, by Dropout modules, which read it at run time."""
     for node in list(graph_module.graph.nodes):
         if node.op != "call_function" or node.target is not F.dropout:
             continue
@@ -122,7 +122,7 @@ def _dropouts_follow_training(graph_module: fx.GraphModule) -> None:
 
 @contextlib.contextmanager
 def _quiet(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Runs of `module` leave nothing behind: no gradients, random numbers, flags or buffers."""
+    """Runs `module` without side effects: no gradients, and random state, flags and buffers are restored."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]), in_mode(module, training=training), without_fast_path():
         torch.manual_seed(0)
         yield
@@ -130,18 +130,18 @@ def _quiet(module: nn.Module, *, training: bool) -> Iterator[None]:
 
 def _check_equal(module: nn.Module, graph_module: fx.GraphModule, call: ModuleCall) -> None:
     for training in (False, True):
-        wanted, got = (_outputs(m, call, training) for m in (module, graph_module))
-        if len(wanted) != len(got) or not all(_equal(a, b) for a, b in zip(wanted, got, strict=True)):
+        expected, got = (_outputs(m, call, training) for m in (module, graph_module))
+        if len(expected) != len(got) or not all(_equal(a, b) for a, b in zip(expected, got, strict=True)):
             mode = "training" if training else "evaluation"
             raise CaptureError(f"its traced graph does not compute the same as the module in {mode} mode")
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Values on the meta device cannot be compared; shapes can."""
+    """Compares values, or shapes and dtypes on the meta device."""
     return torch.equal(a, b) if not a.is_meta else (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 def _outputs(module: nn.Module, call: ModuleCall, training: bool) -> list[Tensor]:
     args, kwargs = _fresh(call)
-    with _quiet(module, training=training):  # not called: its own hooks stay, and see what the graph gives
+    with _quiet(module, training=training):  # not __call__: its hooks move to the graph
         return [leaf for leaf in tree_leaves(module.forward(*args, **kwargs)) if isinstance(leaf, Tensor)]

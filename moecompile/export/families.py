@@ -1,6 +1,6 @@
 """Model families of transformers that an upcycled model can become: their configs, their weights' names, their rules.
 
-Each family below was exported to, loaded again and compared (docs/export.md).
+Each family below was exported to, loaded again and compared (docs/use/export.md).
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What a model has: linears, pointwise functions, FFNs, experts, and the regions that hold them. Nothing is changed."""
+"""Finds what a model has: linears, pointwise functions, FFNs, experts and their regions. Changes nothing."""

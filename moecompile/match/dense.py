@@ -1,4 +1,4 @@
-"""Dense FFNs of a recorded model, and the smallest module that holds each, traced."""
+"""Finds the dense FFNs of a recorded model and traces the smallest module around each."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SHARED = "lies in an MoE block that the model has already (a shared expert); na
 
 @dataclass(frozen=True)
 class RecordedFFN:
-    """An FFN in the recorded dataflow. fqn: of its site. region: path of the smallest module that ran all of it."""
+    """An FFN in the recorded graph. fqn: of its site. region: path of the smallest module that ran all of its nodes."""
 
     fqn: str
     region: str
@@ -42,7 +42,7 @@ class RecordedFFN:
 
     @property
     def owners(self) -> set[str]:
-        """Paths, seen from the region, of the modules whose Python ran a node of it."""
+        """Paths, relative to the region, of the modules whose Python ran its nodes."""
         ran_by = {str(node.meta["owner"]) for node in self.ffn.nodes}
         return {path.removeprefix(self.region).removeprefix(".") for path in ran_by}
 
@@ -50,24 +50,24 @@ class RecordedFFN:
 def find_dense(
     recording: Recording, experts: Collection[str], refused: list[Site], named: Callable[[str], bool]
 ) -> list[RecordedFFN]:
-    """FFNs outside of MoE blocks; near misses and shared experts, which lie inside, are added to `refused`.
+    """The FFNs outside of MoE blocks. Near misses and shared experts (FFNs inside MoE blocks) are added to `refused`.
 
     Args:
-        experts: paths of the experts that the model has; their parents are its MoE blocks, but for whole layers: what
-            lies beside the experts of Gemma 4 is the layer's, not a block's.
-        named: whether a shared expert is asked for by its path.
+        experts: paths of the model's own experts. Their parents are MoE blocks, unless the parent is a whole layer, as
+            in Gemma 4: the FFN beside the experts belongs to the layer there.
+        named: whether experts.match names the path of a shared expert.
     """
     layers = set(layers_of(recording.model))
     blocks = {path.rpartition(".")[0] for path in experts}
     blocks = {path for path in blocks if recording.model.get_submodule(path) not in layers}
     matches, misses = find_ffns(GraphView(recording.graph, recording.model))
     for miss in misses:
-        where = common_owner([miss.weight])
-        if _inside(where, experts):
+        owner = common_owner([miss.weight])
+        if _inside(owner, experts):
             continue  # one of the experts
-        reason = _SHARED if _inside(where, blocks) else miss.reason
-        refused.append(Site(fqn=where, kind="-", where=where, status="not_matched", reason=reason))
-    found = []
+        reason = _SHARED if _inside(owner, blocks) else miss.reason
+        refused.append(Site(fqn=owner, kind="-", where=owner, status="not_matched", reason=reason))
+    ffns = []
     for match in matches:
         region = _region_of(match)
         if _inside(region, experts):
@@ -75,8 +75,8 @@ def find_dense(
         if _inside(region, blocks) and not named(region):
             refused.append(Site(fqn=region, kind=match.kind, where=region, status="not_matched", reason=_SHARED))
         else:
-            found.append(RecordedFFN(region, region, match))
-    return _told_apart(_in_outer_regions(found))
+            ffns.append(RecordedFFN(region, region, match))
+    return _with_unique_names(_in_outer_regions(ffns))
 
 
 def _inside(path: str, owners: Collection[str]) -> bool:
@@ -86,66 +86,66 @@ def _inside(path: str, owners: Collection[str]) -> bool:
 def _region_of(match: FFNMatch) -> str:
     """The smallest module that ran every node of the match."""
     owners = [str(node.meta["owner"]) for node in match.nodes]
-    # A linear is run by its own module, whose parent is meant; the others are run by the region or below it.
+    # Its own module runs an nn.Linear, so take the parent of that; the region or its descendants run all other nodes.
     return common_owner([f"{owner}.x" for owner in owners])
 
 
-def _in_outer_regions(found: list[RecordedFFN]) -> list[RecordedFFN]:
-    """FFNs whose region is part of another one's Python are in that region: a module can be replaced once."""
-    outer = list(found)
-    for i, item in enumerate(found):
-        for other in found:
+def _in_outer_regions(ffns: list[RecordedFFN]) -> list[RecordedFFN]:
+    """Moves FFNs whose region is inlined into another region to that region: a module can be replaced only once."""
+    outer = list(ffns)
+    for i, ffn in enumerate(ffns):
+        for other in ffns:
             prefix = f"{other.region}." if other.region else ""
-            below = item.region != other.region and item.region.startswith(prefix)
-            if below and _inlined([other]) & {item.region[len(prefix) :]}:
+            below = ffn.region != other.region and ffn.region.startswith(prefix)
+            if below and _inlined([other]) & {ffn.region[len(prefix) :]}:
                 outer[i] = replace(outer[i], fqn=other.region, region=other.region)
     return outer
 
 
-def _told_apart(found: list[RecordedFFN]) -> list[RecordedFFN]:
-    """FFNs of one region are called after their last linears."""
-    regions = [item.region for item in found]
+def _with_unique_names(ffns: list[RecordedFFN]) -> list[RecordedFFN]:
+    """Names FFNs that share a region after their last linears."""
+    regions = [ffn.region for ffn in ffns]
     return [
-        item
-        if regions.count(item.region) == 1
-        else replace(item, fqn=f"{item.region}@{item.ffn.down.weight.removeprefix(f'{item.region}.')}")
-        for item in found
+        ffn
+        if regions.count(ffn.region) == 1
+        else replace(ffn, fqn=f"{ffn.region}@{ffn.ffn.down.weight.removeprefix(f'{ffn.region}.')}")
+        for ffn in ffns
     ]
 
 
-def _inlined(items: Collection[RecordedFFN]) -> frozenset[str]:
-    """Paths below the region of the modules that own a node of the FFNs, and of all modules around these."""
+def _inlined(ffns: Collection[RecordedFFN]) -> frozenset[str]:
+    """Paths, relative to the region, of the modules that own a node of the FFNs, and of their ancestors."""
     paths: set[str] = set()
-    for owner in set().union(*(item.owners for item in items)):
+    for owner in set().union(*(ffn.owners for ffn in ffns)):
         parts = owner.split(".")
         paths.update(".".join(parts[:i]) for i in range(1, len(parts) + 1))
     return frozenset(paths)
 
 
-def trace_all(recording: Recording, found: list[RecordedFFN], captured: Captured) -> None:
-    """Traces the regions of the FFNs; FFNs whose region cannot be traced are refused.
+def trace_all(recording: Recording, ffns: list[RecordedFFN], captured: Captured) -> None:
+    """Traces the regions of the FFNs. FFNs whose region cannot be traced are refused.
 
-    Regions of equal structure that are called alike are traced once and share the graph.
+    Regions with equal structure and equal calls are traced once and share the graph.
     """
     traced: dict[tuple[object, ...], fx.GraphModule] = {}
     by_region: dict[str, list[RecordedFFN]] = {}
-    for item in found:
-        by_region.setdefault(item.region, []).append(item)
+    for ffn in ffns:
+        by_region.setdefault(ffn.region, []).append(ffn)
     regions: dict[str, Region] = {}
     reasons: dict[str, str] = {}
-    for path, items in by_region.items():
+    for path, region_ffns in by_region.items():
         try:
-            regions[path] = _trace(recording, path, items, traced, reasons)
+            regions[path] = _trace(recording, path, region_ffns, traced, reasons)
         except MoecompileError as error:
-            reasons |= {item.fqn: str(error) for item in items}
+            reasons |= {ffn.fqn: str(error) for ffn in region_ffns}
     _leave_stateful(recording, regions, reasons)
     index = 0
-    for path, items in by_region.items():
-        for item in items:
-            if item.fqn in reasons:
-                where, reason = item.region or "the model", reasons[item.fqn]
+    for path, region_ffns in by_region.items():
+        for ffn in region_ffns:
+            if ffn.fqn in reasons:
+                where, reason = ffn.region or "the model", reasons[ffn.fqn]
                 captured.refused.append(
-                    Site(fqn=item.fqn, kind=item.ffn.kind, where=where, status="not_matched", reason=reason)
+                    Site(fqn=ffn.fqn, kind=ffn.ffn.kind, where=where, status="not_matched", reason=reason)
                 )
         region = regions.get(path)
         if region is not None and region.matches:
@@ -158,18 +158,18 @@ def trace_all(recording: Recording, found: list[RecordedFFN], captured: Captured
 
 
 def _leave_stateful(recording: Recording, regions: dict[str, Region], reasons: dict[str, str]) -> None:
-    """Drops regions whose Python takes another way when the model keeps a cache or a state, as in `generate`."""
-    asking = {path: region for path, region in regions.items() if region.graph.meta.get("asserted")}
-    if not asking:
+    """Drops regions whose Python takes another branch when the model uses a cache or a state, as in `generate`."""
+    guarded = {path: region for path, region in regions.items() if region.graph.meta.get("asserted")}
+    if not guarded:
         return
-    for path, call in calls_with_caches(recording, asking).items():
-        if rule := broken_rule(asking[path].graph, asking[path].module, call):
-            reasons |= dict.fromkeys(asking[path].matches, f"its Python does something else with a cache: {rule}")
+    for path, call in calls_with_caches(recording, guarded).items():
+        if rule := broken_rule(guarded[path].graph, guarded[path].module, call):
+            reasons |= dict.fromkeys(guarded[path].matches, f"its Python does something else with a cache: {rule}")
             del regions[path]
 
 
 def ffn_site(fqn: str, root: fx.GraphModule, match: FFNMatch, index: int) -> FFNSite:
-    """The noun for a match in the graph of `root`."""
+    """The plan's description of a match in the graph of `root`."""
     return FFNSite(
         fqn=fqn,
         kind=match.kind,
@@ -186,41 +186,41 @@ def ffn_site(fqn: str, root: fx.GraphModule, match: FFNMatch, index: int) -> FFN
 def _trace(
     recording: Recording,
     path: str,
-    items: list[RecordedFFN],
+    ffns: list[RecordedFFN],
     traced: dict[tuple[object, ...], fx.GraphModule],
     reasons: dict[str, str],
 ) -> Region:
-    """The traced region; for each site that its graph does not hold, the reason is added to `reasons`."""
+    """The traced region. For each FFN that its graph does not hold, the reason is added to `reasons`."""
     if path not in recording.calls:
         raise CaptureError(f"its region {path or 'the model'} is not called as a module")
     module = recording.model.get_submodule(path)
-    graph_module = _traced(module, recording.calls[path], _inlined(items), traced)
+    graph_module = _traced(module, recording.calls[path], _inlined(ffns), traced)
     matches, misses = find_ffns(GraphView(graph_module.graph, graph_module))
     prefix = f"{path}." if path else ""
     by_weight = {prefix + match.down.weight: match for match in matches}
-    why = {prefix + miss.weight: miss.reason for miss in misses}
-    found: dict[str, FFNMatch] = {}
-    for item in items:
-        weight = item.ffn.down.weight
-        lost = _lost_hooks(path, module, by_weight[weight], items) if weight in by_weight else None
+    miss_reasons = {prefix + miss.weight: miss.reason for miss in misses}
+    by_fqn: dict[str, FFNMatch] = {}
+    for ffn in ffns:
+        weight = ffn.ffn.down.weight
+        lost = _lost_hooks(path, module, by_weight[weight], ffns) if weight in by_weight else None
         if lost is not None:
-            reasons[item.fqn] = lost
+            reasons[ffn.fqn] = lost
         elif weight in by_weight:
-            found[item.fqn] = by_weight[weight]
+            by_fqn[ffn.fqn] = by_weight[weight]
         else:
-            reasons[item.fqn] = why.get(weight, f"in its region {path or 'the model'} it is no FFN any more")
+            reasons[ffn.fqn] = miss_reasons.get(weight, f"in its region {path or 'the model'} it is no FFN any more")
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
-    in_order = dict(sorted(found.items(), key=lambda item: order[item[1].down.node]))
+    in_order = dict(sorted(by_fqn.items(), key=lambda entry: order[entry[1].down.node]))
     return Region(path=path, graph=graph_module, module=module, matches=in_order)
 
 
-def _lost_hooks(path: str, region: nn.Module, match: FFNMatch, items: Collection[RecordedFFN]) -> str | None:
-    """The first module whose hooks would not run any more: of the FFN, or one whose Python is traced through.
+def _lost_hooks(path: str, region: nn.Module, match: FFNMatch, ffns: Collection[RecordedFFN]) -> str | None:
+    """The first module whose hooks would be lost: a part of the FFN, or a module that tracing inlines.
 
-    Those of the region itself, whose place the graph takes, are kept.
+    Hooks of the region itself are kept: the graph takes its place.
     """
     parts = {str(node.target) for node in match.nodes if node.op == "call_module"}
-    parts |= {linear.weight.rpartition(".")[0] for linear in (*match.ins, match.down)} | _inlined(items)
+    parts |= {linear.weight.rpartition(".")[0] for linear in (*match.ins, match.down)} | _inlined(ffns)
     parts.discard("")
     return lost_hooks(path, region, lambda name: any(name == part or name.startswith(f"{part}.") for part in parts))
 
@@ -236,13 +236,13 @@ def _traced(
         try:
             return trace_again(traced[key], module, call)
         except CaptureError:
-            pass  # structure is not all there is to it: it gets a trace of its own
+            pass  # equal structure, but another function: trace it separately
     traced[key] = trace_region(module, call, inlined)
     return traced[key]
 
 
 def _form(call: ModuleCall) -> tuple[object, ...]:
-    """What a trace depends on: which arguments are tensors, and their shapes."""
+    """What a trace depends on: shapes and dtypes of tensor arguments, and values of the others."""
     return tuple(
         (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
         for leaf in tree_leaves((call.args, sorted(call.kwargs.items())))

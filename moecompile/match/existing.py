@@ -1,7 +1,7 @@
-"""Experts that a recorded model has already: known by their call, understood by their weights, proven on the call.
+"""Finds existing experts in a recorded model: recognized by their call, read from their weights, proven on the call.
 
-A match is proven like a traced region: on the recorded call, its rewritten graph must compute what the module computes.
-The proof needs a rewrite, so it is handed in: passes know what is matched, not the other way round.
+A match is proven like a traced region: on the recorded call, the rewritten graph must compute what the module computes.
+The proof needs a rewrite, so the caller passes it in: passes import match, not the other way round.
 """
 
 from __future__ import annotations
@@ -38,39 +38,39 @@ from moecompile.nn.existing import correction_bias
 from moecompile.plan import ExpertsSite
 
 Prove = Callable[[Region, ExpertsSite, ModuleCall], str | None]
-"""Why the rewritten region may not compute what its module computes in the recorded call; None where it does."""
+"""Why the rewritten region may differ from its module on the recorded call; None if they agree."""
 
-_Traced = dict[tuple[object, ...], tuple[fx.GraphModule, FFNMatch] | str]  # structure -> an expert's FFN, or why none
+_Traced = dict[tuple[object, ...], tuple[fx.GraphModule, FFNMatch] | str]  # structure -> an expert's FFN, or a reason
 
 
 def may_be_experts(module: nn.Module) -> bool:
-    """Whether `module` holds experts in a form that is known, judged by its weights alone."""
+    """Whether `module` holds experts in a known form, judging by its weights only."""
     return holds_stacks(module) or bool(expert_modules(module)) or matrices_of(module) is not None
 
 
 def find_existing(recording: Recording, captured: Captured, prove: Prove) -> list[tuple[Region, ExpertsSite]]:
-    """Experts in the order of their calls; what looks like experts and is not supported goes to `captured.refused`."""
-    found: list[tuple[Region, ExpertsSite]] = []
+    """Experts in the order of their calls. Modules that look like experts but are not supported are refused."""
+    existing: list[tuple[Region, ExpertsSite]] = []
     traced: _Traced = {}
     for path, call in recording.calls.items():
         module = recording.model.get_submodule(path)
-        seen = experts_call(_arguments(module, call))
-        if seen is not None:
-            match = _understood(path, module, call, seen, traced)
+        signature = experts_call(_arguments(module, call))
+        if signature is not None:
+            match = _matched(path, module, call, signature, traced)
         else:
             match = _CALLED_OTHERWISE if holds_stacks(module) else None
         if isinstance(match, ExpertsMatch):
             region = Region(path=path, graph=_own_call(module, match), module=module, matches={path: match})
-            site = _site(recording, path, match, len(found))
+            site = _site(recording, path, match, len(existing))
             reason = prove(region, site, call)
             if reason is None:
-                found.append((region, replace(site, swiglu=are_swiglu(match, module))))
+                existing.append((region, replace(site, swiglu=are_swiglu(match, module))))
                 continue
             match = reason
         if match is not None:
             where = path or "the model"
             captured.refused.append(Site(fqn=path, kind="experts", where=where, status="not_matched", reason=match))
-    return found
+    return existing
 
 
 _CALLED_OTHERWISE = (
@@ -79,17 +79,17 @@ _CALLED_OTHERWISE = (
 
 
 def _own_call(module: nn.Module, match: ExpertsMatch) -> fx.GraphModule:
-    """The region as it is: one call of the model's own experts."""
+    """The captured graph of the region: one call of the model's own experts."""
     graph = fx.Graph()
-    given = tuple(graph.placeholder(name) for name in match.call.arguments)
-    graph.output(graph.call_module(OWN, given))
+    placeholders = tuple(graph.placeholder(name) for name in match.call.arguments)
+    graph.output(graph.call_module(OWN, placeholders))
     graph_module = fx.GraphModule({OWN: module}, graph, class_name=type(module).__name__)
     graph_module.training = module.training
     return graph_module
 
 
 def _site(recording: Recording, path: str, match: ExpertsMatch, index: int) -> ExpertsSite:
-    """The noun for experts; groups and the correction bias are those of the router in the block around them."""
+    """The plan's description of existing experts; groups and correction bias come from the router of their block."""
     module, block = recording.model.get_submodule(path), recording.model.get_submodule(path.rpartition(".")[0])
     groups, top_groups = groups_of(block, module)
     ins = match.ffn[1].ins if match.ffn else ()
@@ -113,20 +113,20 @@ def _site(recording: Recording, path: str, match: ExpertsMatch, index: int) -> E
     )
 
 
-def _understood(
-    path: str, module: nn.Module, call: ModuleCall, seen: ExpertsCall, traced: _Traced
+def _matched(
+    path: str, module: nn.Module, call: ModuleCall, signature: ExpertsCall, traced: _Traced
 ) -> ExpertsMatch | str | None:
-    """Experts, the reason why they are not supported, or None for a module without weights."""
+    """The match, the reason why the experts are not supported, or None for a module without weights."""
     match: ExpertsMatch | str
     if "forward" in vars(module):
         return "it has a forward of its own, beside that of its class, which would be lost"
     if children := expert_modules(module):
         ffn = _expert_ffn(module.get_submodule(children[0]), call, traced)
-        match = ffn if isinstance(ffn, str) else _of_modules(seen, children, ffn)
+        match = ffn if isinstance(ffn, str) else _of_modules(signature, children, ffn)
     elif matrices_of(module):
-        match = match_matrices(module, seen)
+        match = match_matrices(module, signature)
     elif any(True for _ in module.parameters()):
-        match = match_stacked(module, seen)
+        match = match_stacked(module, signature)
     else:
         return None
     if isinstance(match, str):
@@ -135,15 +135,15 @@ def _understood(
     return lost_hooks(path, module, lambda name: name != norm) or match
 
 
-def _of_modules(seen: ExpertsCall, children: tuple[str, ...], ffn: tuple[fx.GraphModule, FFNMatch]) -> ExpertsMatch:
+def _of_modules(call: ExpertsCall, children: tuple[str, ...], ffn: tuple[fx.GraphModule, FFNMatch]) -> ExpertsMatch:
     return ExpertsMatch(
-        call=seen, num_experts=len(children), d_expert=ffn[1].down.d_in, modules=children, ffn=ffn,
+        call=call, num_experts=len(children), d_expert=ffn[1].down.d_in, modules=children, ffn=ffn,
         activation=ffn[1].activation,
     )  # fmt: skip
 
 
 def _expert_ffn(expert: nn.Module, call: ModuleCall, traced: _Traced) -> tuple[fx.GraphModule, FFNMatch] | str:
-    """The FFN of an expert that is a module of its own; experts of equal structure share one trace."""
+    """The FFN of an expert that is a separate module; experts with equal structure share one trace."""
     key = structure(expert)
     if key not in traced:
         rows = next(leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor))
@@ -158,12 +158,12 @@ def _traced_ffn(expert: nn.Module, rows: Tensor) -> tuple[fx.GraphModule, FFNMat
         return f"one of its experts: {error}"
     matches, misses = find_ffns(GraphView(graph_module.graph, graph_module))
     if len(matches) != 1:
-        why = "".join(f": {miss.reason}" for miss in misses[:1])
-        return f"one of its experts holds {len(matches)} FFNs, one is supported{why}"
+        reason = "".join(f": {miss.reason}" for miss in misses[:1])
+        return f"one of its experts holds {len(matches)} FFNs, one is supported{reason}"
     return graph_module, matches[0]
 
 
 def _arguments(module: nn.Module, call: ModuleCall) -> Mapping[str, object]:
-    """The call's arguments by the forward's names; those that are None or empty are left out."""
+    """The arguments of the call by parameter name, without those that are None or empty."""
     bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
     return {name: value for name, value in bound.arguments.items() if isinstance(value, Tensor) or value}

@@ -1,12 +1,12 @@
-"""Finds the experts that a model has already, by their call and their weights, never by names of modules.
+"""Finds existing experts by their call and their weights, never by names of modules.
 
-transformers calls all of its own alike: hidden states (T, D), expert ids (T, K), routing weights (T, K). The names of
-the weights are its convention (`gate_up_proj`, `down_proj`), which the classes' flags describe.
+transformers calls all its experts with hidden states (T, D), expert ids (T, K) and routing weights (T, K). It names the
+weights `gate_up_proj` and `down_proj`, and flags of the classes describe their layout.
 
 Algorithm, for each module that was called:
-  1. Are three tensors of such a call its arguments? Ids may also be one-hot, (T, K, E).
-  2. Read the stacked weights, or, where each expert is a module of its own, the modules.
-  3. Every parameter must be understood, or there is a reason why not.
+  1. Check that its arguments are three such tensors. Ids may also be one-hot, (T, K, E).
+  2. Read the stacked weights, or the modules if each expert is a separate module.
+  3. Account for every parameter, or give the reason why the experts are not supported.
 
 Legend: T tokens, D model dim, F expert width, E experts, K top-k.
 """
@@ -22,16 +22,16 @@ from torch import Tensor, fx, nn
 from moecompile.match.patterns import FFNMatch
 
 OWN = "own_experts"
-"""The model's experts in the captured graph of their region, which is one call of them."""
+"""Name of the model's experts in the captured graph of their region, which is a single call of them."""
 
 _MATRICES = ("w1", "v1", "w2")  # DBRX: gate, up and down, each one matrix (E F, D)
-_GROUPS = (("num_group", "topk_group"), ("n_group", "topk_group"))  # what routers and configs call (G, M)
+_GROUPS = (("num_group", "topk_group"), ("n_group", "topk_group"))  # names of (G, M) in routers and configs
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsCall:
-    """arguments: the forward's names for hidden states, ids and weights. one_hot: whether ids are (T, K, E). is_flat:
-    whether hidden states are (T, D), else they have leading dims, as the output does.
+    """arguments: parameter names of hidden states, ids and weights in forward. one_hot: whether ids are (T, K, E).
+    is_flat: whether hidden states are (T, D); else they and the output have more leading dims.
     """
 
     arguments: tuple[str, str, str]
@@ -43,13 +43,13 @@ class ExpertsCall:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsMatch:
-    """Experts of a model, understood.
+    """Existing experts of a supported form.
 
-    weights: names of the stacked parameters; none where each expert is a module, then `modules` are their paths below
-    the experts module, and `ffn` is the first of them, traced, with the FFN that it is. num_identity: experts behind
-    the last one that return their input, for which the projection up has rows that nothing reads. are_matrices: weights
-    are gate, up and down, (E F, D) each, in a child. transposed: whether stacked weights are (E, d_in, d_out). norm: a
-    child that is applied to the rows after the experts. activation: for people.
+    weights: names of the stacked parameters. If each expert is a separate module there are none; `modules` are then
+    the paths of the experts below the experts module, and `ffn` is the traced first one with its FFN. num_identity:
+    experts after the last one that return their input; their rows of the up projection are unused. are_matrices: the
+    weights are gate, up and down, (E F, D) each, in a child. transposed: whether stacked weights are (E, d_in, d_out).
+    norm: a child that is applied to the rows after the experts. activation: for display.
     """
 
     call: ExpertsCall
@@ -76,11 +76,11 @@ class ExpertsMatch:
 
 
 def experts_call(arguments: Mapping[str, object]) -> ExpertsCall | None:
-    """Whether bound arguments are those of experts (step 1)."""
-    given = [(name, value) for name, value in arguments.items() if isinstance(value, Tensor)]
-    if len(given) != 3 or len(given) != len(arguments):
+    """The call, if bound arguments are those of experts (step 1)."""
+    tensors = [(name, value) for name, value in arguments.items() if isinstance(value, Tensor)]
+    if len(tensors) != 3 or len(tensors) != len(arguments):
         return None
-    (_, hidden), (_, ids), (_, weights) = given
+    (_, hidden), (_, ids), (_, weights) = tensors
     if not hidden.is_floating_point() or not weights.is_floating_point() or hidden.ndim < 2 or weights.ndim != 2:
         return None
     one_hot, d_model = ids.ndim == 3, hidden.shape[-1]
@@ -88,24 +88,24 @@ def experts_call(arguments: Mapping[str, object]) -> ExpertsCall | None:
         return None
     if ids.shape[0] * d_model != hidden.numel():
         return None
-    names = (given[0][0], given[1][0], given[2][0])
+    names = (tensors[0][0], tensors[1][0], tensors[2][0])
     return ExpertsCall(arguments=names, d_model=d_model, top_k=ids.shape[1], one_hot=one_hot, is_flat=hidden.ndim == 2)
 
 
 def match_stacked(module: nn.Module, call: ExpertsCall) -> ExpertsMatch | str:
-    """Experts with stacked weights (steps 2 and 3); a text says why not."""
+    """Experts with stacked weights (steps 2 and 3), or the reason why they are not supported."""
     own = dict(module.named_parameters(recurse=False))
     first = next((name for name in ("gate_up_proj", "up_proj") if name in own), None)
     if first is None or "down_proj" not in own:
-        named = ", ".join(own) or "in a way of their own"
-        return f"its weights are called {named}, not gate_up_proj or up_proj, and down_proj"
+        found = f"called {', '.join(own)}" if own else "in its children"
+        return f"its weights are {found}, not gate_up_proj or up_proj, and down_proj"
     if call.one_hot:
         return "its expert ids are one-hot, which is supported for experts that are modules"
     known = (first, "down_proj", f"{first}_bias", "down_proj_bias")
     names = tuple(name for name in own if name in known)
     norm = "post_expert_norm" if getattr(module, "has_post_expert_norm", False) else None
     num_identity = _identities(module, own[first], own["down_proj"])
-    if reason := _not_understood(module, own, names, norm, num_identity):
+    if reason := _unsupported(module, own, names, norm, num_identity):
         return reason
     transposed = _transposed(module, own[first], call.d_model)
     d_in, d_out = (1, 2) if transposed else (2, 1)
@@ -116,8 +116,8 @@ def match_stacked(module: nn.Module, call: ExpertsCall) -> ExpertsMatch | str:
         ((down.shape[d_in], down.shape[d_out]) != (d_expert, call.d_model), "down_proj does not fit the projection up"),
         (not hasattr(module, "_apply_gate") and not hasattr(module, "act_fn"), "it has neither act_fn nor _apply_gate"),
     )
-    if broken := next((reason for found, reason in rules if found), None):
-        return broken
+    if reason := next((text for broken, text in rules if broken), None):
+        return reason
     return ExpertsMatch(
         call=call, num_experts=down.shape[0], d_expert=d_expert, weights=names, num_identity=num_identity,
         transposed=transposed, norm=norm, activation=_activation(module),
@@ -125,7 +125,7 @@ def match_stacked(module: nn.Module, call: ExpertsCall) -> ExpertsMatch | str:
 
 
 def matrices_of(module: nn.Module) -> tuple[str, int] | None:
-    """(name of the child that holds one matrix a projection, number of experts), as DBRX has them."""
+    """(name of the child with one matrix per projection, number of experts), as in DBRX."""
     holders = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
     counts = {value for name, value in vars(module).items() if "experts" in name and isinstance(value, int)}
     if len(holders) != 1 or len(counts) != 1 or any(True for _ in module.parameters(recurse=False)):
@@ -139,10 +139,10 @@ def matrices_of(module: nn.Module) -> tuple[str, int] | None:
 
 
 def match_matrices(module: nn.Module, call: ExpertsCall) -> ExpertsMatch | str:
-    """Experts whose projections are one matrix each (steps 2 and 3); a text says why not."""
-    found = matrices_of(module)
-    assert found is not None
-    holder, num_experts = found
+    """Experts whose projections are one matrix each (steps 2 and 3), or the reason why they are not supported."""
+    matrices = matrices_of(module)
+    assert matrices is not None
+    holder, num_experts = matrices
     rows, d_in = module.get_submodule(holder).get_parameter("w1").shape
     activation = getattr(module.get_submodule(holder), "activation_fn", None)
     if call.one_hot or d_in != call.d_model or activation is None:
@@ -154,7 +154,7 @@ def match_matrices(module: nn.Module, call: ExpertsCall) -> ExpertsMatch | str:
 
 
 def expert_modules(module: nn.Module) -> tuple[str, ...]:
-    """Names of the children that are one expert each: of a list or dict with a forward of its own, all alike."""
+    """Names of the children if each is one expert, in a list or dict of modules that has a forward."""
     if not isinstance(module, (nn.ModuleDict, nn.ModuleList)) or type(module).forward is nn.Module.forward:
         return ()
     children = {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
@@ -165,12 +165,12 @@ def expert_modules(module: nn.Module) -> tuple[str, ...]:
 
 
 def structure(module: nn.Module, inlined: Container[str] | None = None) -> tuple[object, ...]:
-    """What modules that compute the same function of their inputs and parameters share: classes, shapes, attributes.
+    """A key that is equal for modules that compute the same function: their classes, shapes and attributes.
 
-    Attributes that are not plain values (a config) count by identity.
+    Attributes that are not plain values (a config) are compared by identity.
 
     Args:
-        inlined: paths below the module whose inside matters; of all others only the class does. None: all of them.
+        inlined: relative paths of submodules that count in full; only the class of the others counts. None: all count.
     """
     parts: list[object] = []
     for name, child in module.named_modules():
@@ -188,13 +188,13 @@ def structure(module: nn.Module, inlined: Container[str] | None = None) -> tuple
 
 
 def groups_of(block: nn.Module, experts: nn.Module) -> tuple[int, int]:
-    """(groups, open groups) of the router in an MoE block; (1, 1) where nothing says that a token is so limited."""
+    """(groups, top groups) of the router in an MoE block; (1, 1) if it does not limit tokens to groups."""
     inside = set(experts.modules())
     for module in block.modules():
         if module in inside:
             continue
         for holder in (module, getattr(module, "config", None)):
-            if getattr(holder, "topk_method", "") == "greedy":  # DeepSeek-V2-Lite has groups and does not use them
+            if getattr(holder, "topk_method", "") == "greedy":  # DeepSeek-V2-Lite has groups but does not use them
                 return 1, 1
             for names in _GROUPS:
                 groups, top_groups = (getattr(holder, name, None) for name in names)
@@ -204,12 +204,12 @@ def groups_of(block: nn.Module, experts: nn.Module) -> tuple[int, int]:
 
 
 def _identities(module: nn.Module, first: Tensor, down: Tensor) -> int:
-    """Experts that return their input, as LongCat-Flash has them."""
-    more = first.shape[0] - down.shape[0]
-    return more if more > 0 and type(getattr(module, "identity_expert", None)) is nn.Identity else 0
+    """The number of identity experts, as in LongCat-Flash."""
+    extra = first.shape[0] - down.shape[0]
+    return extra if extra > 0 and type(getattr(module, "identity_expert", None)) is nn.Identity else 0
 
 
-def _not_understood(
+def _unsupported(
     module: nn.Module, own: Mapping[str, Tensor], names: tuple[str, ...], norm: str | None, num_identity: int
 ) -> str | None:
     if unknown := [name for name in own if name not in names]:
@@ -225,7 +225,7 @@ def _not_understood(
 
 
 def _transposed(module: nn.Module, first: Tensor, d_model: int) -> bool:
-    """As the class says; where it does not, by the shape."""
+    """From the flag of the class; without a flag, from the shape."""
     flag = getattr(module, "is_transposed", None)
     return bool(flag) if flag is not None else first.shape[1] == d_model != first.shape[2]
 
@@ -247,7 +247,7 @@ def _value(value: object) -> object:
 
 
 def holds_stacks(module: nn.Module) -> bool:
-    """Whether a module holds stacked weights (E, ., .) and counts its experts: such a module says what it is."""
+    """Whether a module has stacked weights (E, ., .) and an attribute with the number of experts, E."""
     sizes = {parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3}
     counts = {value for name, value in vars(module).items() if "experts" in name and isinstance(value, int)}
     return bool(sizes & counts - {1})

@@ -1,12 +1,12 @@
 """Finds dense FFNs by dataflow: x -> linear(s) -> pointwise operations -> linear, never by names.
 
-It works on any fx graph: a recorded forward, a traced region, a graph that the user brought.
+It works on any fx graph: a recorded forward, a traced region, a graph from the user.
 
 Algorithm:
-  1. Read every linear of the graph, whatever its spelling.
-  2. From the input of each linear walk upwards through pointwise operations, and norms, until only linears are left.
-  3. The linears that are found must share one input, and widths must be those of an FFN.
-  4. No value and no weight inside may be used outside, or it would be lost.
+  1. Read every linear of the graph, however it is written.
+  2. From the input of each linear, walk up through pointwise operations and norms until only linears are left.
+  3. These linears must share one input, and the widths must be those of an FFN.
+  4. Values and weights inside must not be used outside, because the rewrite removes them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from moecompile.match.view import GraphView
 
 
 def find_ffns(view: GraphView) -> tuple[list[FFNMatch], list[NearMiss]]:
-    """All FFNs of a graph in order, each claimed once, and the near misses with their reasons."""
+    """All FFNs of a graph in order, each with nodes of its own, and the near misses with their reasons."""
     matches: list[FFNMatch] = []
     misses: list[NearMiss] = []
     seen: set[str] = set()
@@ -37,22 +37,22 @@ def find_ffns(view: GraphView) -> tuple[list[FFNMatch], list[NearMiss]]:
     for down in view.linears.values():  # Step 1
         if down.rows is not None or down.weight in seen:
             continue
-        found = _by_registered_patterns(down, view) or _by_walking_up(down, view)
-        if isinstance(found, FFNMatch):
-            found = _checked(found, view, claimed)
-        if found is None:
+        match = _by_registered_patterns(down, view) or _by_walking_up(down, view)
+        if isinstance(match, FFNMatch):
+            match = _checked(match, view, claimed)
+        if match is None:
             continue
         seen.add(down.weight)
-        if isinstance(found, FFNMatch):
-            matches.append(found)
-            claimed.update(found.nodes)
+        if isinstance(match, FFNMatch):
+            matches.append(match)
+            claimed.update(match.nodes)
         else:
-            misses.append(found)
+            misses.append(match)
     return matches, misses
 
 
 def _by_registered_patterns(down: Linear, view: GraphView) -> FFNMatch | None:
-    return next((found for pattern in registered_patterns() if (found := pattern(down, view))), None)
+    return next((match for pattern in registered_patterns() if (match := pattern(down, view))), None)
 
 
 def _by_walking_up(down: Linear, view: GraphView) -> FFNMatch | NearMiss | None:
@@ -63,23 +63,23 @@ def _by_walking_up(down: Linear, view: GraphView) -> FFNMatch | NearMiss | None:
     if not any(is_one(node, view.module) for node in pointwise):
         return None
     # Step 3
-    if reason := _not_of_linears(ins, others):
+    if reason := _wrong_inputs(ins, others):
         return NearMiss(down.weight, reason)
     gate_first = sorted(ins, key=lambda linear: not any(is_activation(user, view.module) for user in linear.node.users))
     return FFNMatch(tuple(gate_first), tuple(pointwise), down)
 
 
 def _checked(match: FFNMatch, view: GraphView, claimed: set[fx.Node]) -> FFNMatch | NearMiss:
-    """Whatever found it: an FFN's widths fit, and nothing inside is used outside."""
+    """The match, however it was found, if its widths fit and nothing inside is used outside; else a near miss."""
     ins, down = match.ins, match.down
     if reason := _wrong_shape(ins, down) or _unread_rows(ins, view):  # Step 3
         return NearMiss(down.weight, reason)
     # Step 4
     inside = {*match.pointwise, *down.reads, *(node for linear in (*ins, down) for node in linear.nodes)}
-    asks = _asks(inside, view)
-    outside = {n: user for n in inside - {down.node} for user in n.users if user not in inside and user not in asks}
-    if outside:
-        first = min(outside, key=view.position.__getitem__)
+    asks = _size_queries(inside, view)
+    escaping = {n for n in inside - {down.node} for user in n.users if user not in inside and user not in asks}
+    if escaping:
+        first = min(escaping, key=view.position.__getitem__)
         return NearMiss(down.weight, f"the value of {first.name} is also used elsewhere")
     if taken := [linear.weight for linear in ins if claimed.intersection(linear.nodes)]:
         return NearMiss(down.weight, f"{taken[0]} is the last linear of another FFN")
@@ -93,14 +93,14 @@ def _checked(match: FFNMatch, view: GraphView, claimed: set[fx.Node]) -> FFNMatc
 
 
 def _weight_used_elsewhere(match: FFNMatch, view: GraphView) -> str | None:
-    """Experts would replace one use of the weight and not the other. A module that is called again is the same use."""
+    """Experts would replace only one of two uses of a weight. Repeated calls of a module count as one use."""
     linears = (*match.ins, match.down)
     inside = {*match.pointwise, *(node for linear in linears for node in linear.nodes)}
     owners = {node.meta.get("owner", node) for node in inside}
     learned = [str(n.target) for node in match.pointwise for n in node.all_input_nodes if is_attribute(n)]
     for path in filter(None, [*(path for linear in linears for path in (linear.weight, linear.bias)), *learned]):
         for user in view.weight_users[id(view.tensor(path))]:
-            if user not in inside and view.name(user) not in _QUESTIONS and user.meta.get("owner") not in owners:
+            if user not in inside and view.name(user) not in _QUERIES and user.meta.get("owner") not in owners:
                 return f"its weight {path} is also used by {user.meta.get('owner') or user.name}"
     return None
 
@@ -110,7 +110,7 @@ def _shape(node: fx.Node, view: GraphView) -> tuple[int, ...] | None:
     return None if shape is None else tuple(shape)
 
 
-def _not_of_linears(ins: list[Linear], others: list[fx.Node]) -> str | None:
+def _wrong_inputs(ins: list[Linear], others: list[fx.Node]) -> str | None:
     if not ins:
         return f"the activation depends on {others[0].name if others else 'constants'}, not on a linear"
     if others:
@@ -130,46 +130,45 @@ def _wrong_shape(ins: Sequence[Linear], down: Linear) -> str | None:
 
 
 def _unread_rows(ins: Sequence[Linear], view: GraphView) -> str | None:
-    """Rows of a linear that nobody reads would be lost; rows that two read would be tied no more."""
+    """Unused rows of a linear would be lost; rows that are read twice would become separate copies."""
     for weight in {linear.weight for linear in ins if linear.rows is not None}:
         rows = [linear.rows.indices(2**40) for linear in ins if linear.weight == weight and linear.rows is not None]
         read = sorted(i for limits in rows for i in range(*limits))
         stored = next(linear for linear in ins if linear.weight == weight)
         whole = view.tensor(weight).shape[int(stored.transposed)]  # type: ignore[attr-defined]
         if read != list(range(whole)):
-            return f"the rows of {weight} that feed the activation are not all of it, each once"
+            return f"the activation does not read every row of {weight} exactly once"
     return None
 
 
-def _asks(inside: set[fx.Node], view: GraphView) -> set[fx.Node]:
-    """Nodes that ask for sizes or dtypes inside, with all that is made of the answers, if none of it gets outside."""
-    found: set[fx.Node] = set()
+def _size_queries(inside: set[fx.Node], view: GraphView) -> set[fx.Node]:
+    """Nodes that query sizes or dtypes inside, and all nodes computed from the results, if these stay inside."""
+    queries: set[fx.Node] = set()
     for node in inside:
         for user in node.users:
-            if user not in inside and torch_name(user, view.module) in _QUESTIONS:
-                made = _made_of(user, inside)
-                found |= made or set()
-    return found
+            if user not in inside and torch_name(user, view.module) in _QUERIES:
+                queries |= _dependents(user, inside) or set()
+    return queries
 
 
-_QUESTIONS = frozenset(("size", "shape", "dim", "ndim", "numel", "dtype", "device"))
+_QUERIES = frozenset(("size", "shape", "dim", "ndim", "numel", "dtype", "device"))
 
 
-def _made_of(answer: fx.Node, inside: set[fx.Node]) -> set[fx.Node] | None:
-    """`answer` and every node that depends on it up to nodes inside; None if one of them is the graph's output."""
-    made, stack = set[fx.Node](), [answer]
+def _dependents(query: fx.Node, inside: set[fx.Node]) -> set[fx.Node] | None:
+    """`query` and every node that depends on it up to nodes inside; None if one of them is the graph's output."""
+    dependents, stack = set[fx.Node](), [query]
     while stack:
         node = stack.pop()
         if node.op == "output":
             return None
-        if node not in made and node not in inside:
-            made.add(node)
+        if node not in dependents and node not in inside:
+            dependents.add(node)
             stack.extend(node.users)
-    return made
+    return dependents
 
 
 def _walk_up(start: fx.Node, start_width: int, view: GraphView) -> tuple[list[Linear], set[fx.Node], list[fx.Node]]:
-    """(linears, pointwise nodes, other nodes) that `start` depends on, stopping at the first that is not pointwise."""
+    """(linears, pointwise nodes, other nodes) that `start` depends on; the walk stops at the linears and the others."""
     ins: dict[fx.Node, Linear] = {}
     pointwise: set[fx.Node] = set()
     others: list[fx.Node] = []
@@ -179,7 +178,7 @@ def _walk_up(start: fx.Node, start_width: int, view: GraphView) -> tuple[list[Li
         if node in pointwise or node in ins:
             continue
         if is_attribute(node) and _shape(node, view) in ((), (1,), (start_width,)):
-            continue  # learned by the activation: a number, or one of each hidden unit
+            continue  # a parameter of the activation: a scalar, or one value per hidden unit
         if node in view.linears:
             ins[node] = view.linears[node]
         elif is_pointwise(node, view.module) or is_norm(node, view.module):

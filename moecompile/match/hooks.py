@@ -1,6 +1,6 @@
-"""Hooks that a rewrite would lose: on modules inside an FFN or inside experts, which nothing calls any more.
+"""Hooks that a rewrite would lose: on modules inside an FFN or inside experts, which are not called any more.
 
-Hooks on the module whose place a graph takes go over to the graph; what is around it is not touched.
+Hooks on a module that a graph replaces move to the graph; modules around it are not changed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from moecompile.torch_private import hooks_of
 
 
 def lost_hooks(path: str, region: nn.Module, is_lost: Callable[[str], bool]) -> str | None:
-    """The first module below the region that has hooks and would not be called any more, in words that say what to do.
+    """A message about the first module below the region that has hooks and would not be called any more.
 
-    Warns too: the site stays as it is, which somebody who asked for a rewrite has to know.
+    Also warns, because the site stays as it is although the user asked for a rewrite.
 
     Args:
-        path: of the region. is_lost: whether a module below it, by its path there, is not called any more.
+        path: of the region. is_lost: whether a module, by its path below the region, is not called any more.
     """
     for name, module in region.named_modules(remove_duplicate=False):
         if name and is_lost(name):

@@ -1,9 +1,9 @@
-"""Reads the linears of a graph, whatever their spelling: modules, F.linear, `x @ W.T`, addmm, some rows of a linear.
+"""Reads the linears of a graph, however they are written: modules, F.linear, `x @ W.T`, addmm, some rows of a linear.
 
 Algorithm:
-  1. A call of nn.Linear or F.linear, or a product with a parameter of two dimensions, stored either way round.
+  1. A linear is a call of nn.Linear or F.linear, or a product with a two-dimensional parameter, transposed or not.
   2. A bias that is added to the product, and views that flatten before and unflatten after it, belong to it.
-  3. Halves of a linear's output (chunk, split, slices, every second entry) are linears too: of some of its rows.
+  3. Parts of a linear's output (chunk, split, slices, every second entry) are linears with some of its rows.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from moecompile.match.pointwise import torch_name
 class Linear:
     """One linear in a graph: y = x W^T + b.
 
-    node: gives y. weight, bias: attribute paths. transposed: whether the weight is stored as (d_in, d_out). rows: which
-    of the stored outputs y is (all of them where None). inner: nodes that belong to it besides `node`. reads: views
-    that flatten x for it, which others may use.
+    node: computes y. weight, bias: attribute paths. transposed: whether the weight is stored as (d_in, d_out). rows:
+    which rows of the stored weight y has (None: all). inner: other nodes that belong to it. reads: views that flatten x
+    for it, which other nodes may use too.
     """
 
     node: fx.Node
@@ -42,7 +42,7 @@ class Linear:
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        """Every node that the linear consists of."""
+        """All nodes of the linear."""
         return (*self.inner, self.node)
 
     def weight_of(self, root: nn.Module) -> Tensor:
@@ -60,23 +60,23 @@ class Linear:
 
 
 def attribute(root: nn.Module, path: str) -> Any:
-    """What the attribute path leads to."""
+    """The attribute at a dotted path."""
     owner, _, name = path.rpartition(".")
     return getattr(root.get_submodule(owner), name)
 
 
 def read_linears(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, Linear]:
-    """Node that gives the output -> linear, in graph order. Rows of a linear follow it."""
+    """Output node -> linear, in graph order. Linears with some rows of another one follow it."""
     reader = _Reader(root)
-    found: dict[fx.Node, Linear] = {}
+    linears: dict[fx.Node, Linear] = {}
     for node in graph.nodes:
         linear = reader.linear(node)  # Step 1
         # Steps 2 and 3
-        linear = reader.some_rows(node, found) if linear is None else reader.widened(linear)
+        linear = reader.some_rows(node, linears) if linear is None else reader.extended(linear)
         if linear is not None:
-            found[linear.node] = linear
+            linears[linear.node] = linear
     order = {node: i for i, node in enumerate(graph.nodes)}
-    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+    return dict(sorted(linears.items(), key=lambda item: order[item[0]]))
 
 
 class _Reader:
@@ -104,31 +104,31 @@ class _Reader:
 
     def functional(self, node: fx.Node) -> Linear | None:
         x, weight, bias = _arguments(node, "input", "weight", "bias")
-        return self._made(node, x, weight, bias, of_columns=False)
+        return self._linear_of(node, x, weight, bias, transposed=False)
 
     def product(self, node: fx.Node) -> Linear | None:
         x, weight = _arguments(node, "input", "other")
-        return self._made(node, x, weight, None, of_columns=True)
+        return self._linear_of(node, x, weight, None, transposed=True)
 
     def added_product(self, node: fx.Node) -> Linear | None:
         bias, x, weight = _arguments(node, "input", "mat1", "mat2")
         if set(node.kwargs) & {"beta", "alpha"} or len(node.args) > 3 or bias is None:
             return None
-        return self._made(node, x, weight, bias, of_columns=True)
+        return self._linear_of(node, x, weight, bias, transposed=True)
 
-    def _made(self, node: fx.Node, x: object, weight: object, bias: object, *, of_columns: bool) -> Linear | None:
-        """of_columns: whether the weight is meant as (d_in, d_out)."""
+    def _linear_of(self, node: fx.Node, x: object, weight: object, bias: object, *, transposed: bool) -> Linear | None:
+        """transposed: whether the op takes the weight as (d_in, d_out)."""
         inner: tuple[fx.Node, ...] = ()
         if isinstance(weight, fx.Node) and self._is_transpose(weight):
-            inner, weight, of_columns = (weight,), weight.args[0], not of_columns
+            inner, weight, transposed = (weight,), weight.args[0], not transposed
         if not is_attribute(weight) or not isinstance(x, fx.Node) or not (bias is None or is_attribute(bias)):
             return None
         shape: tuple[int, ...] = tuple(getattr(attribute(self.root, str(weight.target)), "shape", ()))
         if len(shape) != 2:
             return None
-        d_in, d_out = shape if of_columns else shape[::-1]
+        d_in, d_out = shape if transposed else shape[::-1]
         path = None if bias is None else str(bias.target)
-        return Linear(node, x, str(weight.target), path, d_in, d_out, transposed=of_columns, inner=inner)
+        return Linear(node, x, str(weight.target), path, d_in, d_out, transposed=transposed, inner=inner)
 
     def _is_transpose(self, node: fx.Node) -> bool:
         dims = {"transpose": ((0, 1), (1, 0), (-1, -2), (-2, -1)), "permute": ((1, 0), ((1, 0),))}
@@ -139,7 +139,8 @@ class _Reader:
 
     # -- Step 2 --------------------------------------------------------------------------------------------------------
 
-    def widened(self, linear: Linear) -> Linear:
+    def extended(self, linear: Linear) -> Linear:
+        """The linear with its bias and the views around it."""
         linear = self._with_bias(linear)
         before = self._flattened(linear.x)
         after = _only_user(linear.node)
@@ -161,7 +162,7 @@ class _Reader:
         return replace(linear, node=user, bias=str(other.target), inner=(*linear.inner, linear.node))
 
     def _flattened(self, node: fx.Node) -> fx.Node | None:
-        """What `node` is with its leading dimensions made one."""
+        """The node that `node` flattens to two dimensions; None if it does something else."""
         if self.name(node) not in ("view", "reshape", "flatten") or not isinstance(node.args[0], fx.Node):
             return None
         shape, whole = node.meta.get("shape"), node.args[0].meta.get("shape")
@@ -207,8 +208,8 @@ def is_attribute(value: object) -> TypeGuard[fx.Node]:
 
 
 def _arguments(node: fx.Node, *names: str) -> list[object]:
-    given: dict[str, object] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return [given.get(name) for name in names]
+    by_name: dict[str, object] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return [by_name.get(name) for name in names]
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -242,9 +243,9 @@ def _splits(node: fx.Node, base: Linear, index: object) -> slice | None:
 
 
 def _pieces(node: fx.Node) -> object:
-    """How many pieces, or how wide."""
-    named = [value for key, value in node.kwargs.items() if key != "dim"]
-    return (*node.args[1:], *named, None)[0]
+    """The number of pieces, or their widths."""
+    keywords = [value for key, value in node.kwargs.items() if key != "dim"]
+    return (*node.args[1:], *keywords, None)[0]
 
 
 def _along_last(node: fx.Node, base: Linear) -> bool:
@@ -272,7 +273,7 @@ _PIECES = {
 
 
 def _sliced(node: fx.Node, base: Linear) -> slice | None:
-    """y[..., a:b:c], or as many `:` as y has dimensions before the last"""
+    """y[..., a:b:c], or y[:, ..., :, a:b:c] with one `:` per leading dimension"""
     if node.target is not operator.getitem and getattr(node.target, "__name__", "") != "__getitem__":
         return None
     index = node.args[1]
@@ -297,12 +298,12 @@ def _narrowed(node: fx.Node, base: Linear) -> slice | None:
 
 
 def common_owner(paths: Sequence[str]) -> str:
-    """The longest module path that holds all attribute (or module) paths."""
+    """The longest module path that contains all attribute (or module) paths."""
     parts = [path.split(".")[:-1] for path in paths]
     shared = []
     for level in zip(*parts, strict=False):
         if len(set(level)) > 1:
             break
         shared.append(level[0])
-    # The parent of two linears is their common path; one linear alone would be its own parent.
+    # The common path of two linears is their parent; of one linear alone it is the linear.
     return ".".join(shared)

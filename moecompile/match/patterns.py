@@ -1,4 +1,4 @@
-"""Forms of FFNs: what is found of one, and the patterns that users add for forms that the compiler does not know."""
+"""A matched FFN, and the registry of user patterns for FFNs that the compiler does not know."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from moecompile.match.view import GraphView
 class FFNMatch:
     """A dense FFN in a graph.
 
-    ins: the linears before the activation, gate first. pointwise: what is between them and the last one, in graph
-    order. asks: nodes that ask for sizes and dtypes inside, and whose answers are used inside alone. whole: whether
-    what is between needs all hidden units of a token at once (a norm), so that experts cannot be slices of it.
+    ins: the linears before the activation, gate first. pointwise: the nodes between them and the last linear, in graph
+    order. asks: nodes that query sizes and dtypes inside and whose results are used only inside. whole: whether the
+    pointwise nodes need all hidden units of a token at once (a norm), so that experts cannot be slices of the FFN.
     """
 
     ins: tuple[Linear, ...]
@@ -37,32 +37,32 @@ class FFNMatch:
 
     @property
     def activation(self) -> str:
-        """The pointwise operations in words: `silu, mul`."""
+        """Names of the pointwise operations: `silu, mul`."""
         return describe(self.pointwise)
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        """Every node that the FFN consists of."""
+        """All nodes of the FFN."""
         ins = dict.fromkeys(node for linear in self.ins for node in linear.nodes)  # rows of one linear share its nodes
         return (*ins, *self.pointwise, *self.down.reads, *self.down.nodes, *self.asks)
 
 
 @dataclass(frozen=True)
 class NearMiss:
-    """What looks like an FFN and is none. weight: attribute path of its last linear."""
+    """Something that looks like an FFN but cannot be rewritten. weight: attribute path of its last linear."""
 
     weight: str
     reason: str
 
 
 def activation_module(root: fx.GraphModule, match: FFNMatch) -> fx.GraphModule:
-    """The pointwise operations of a match as a module of their own: one argument per linear, gate first."""
+    """The pointwise operations of a match as a separate module with one argument per linear, gate first."""
     graph = fx.Graph()
     names = ("gate", "up") if match.kind == "gated" else ("up",)
     env = {linear.node: graph.placeholder(name) for linear, name in zip(match.ins, names, strict=True)}
 
     def copied(node: fx.Node) -> fx.Node:
-        if node not in env and node.op == "get_attr":  # a parameter of what is between: the experts share it
+        if node not in env and node.op == "get_attr":  # a parameter of the activation: the experts share it
             env[node] = graph.get_attr(str(node.target))
         return env[node]
 
@@ -81,11 +81,11 @@ def register_pattern(pattern: Pattern) -> RemovableHandle:
     """Makes the compiler look for one more form of FFN.
 
     Args:
-        pattern: is asked about every linear of a graph whether an FFN ends there, given the graph's `GraphView`. It
-            returns the FFN or None. What is between the linears may be anything that maps each token by itself.
+        pattern: called with every linear of a graph and the graph's `GraphView`. Returns the FFN that ends there, or
+            None. The nodes between the linears may be anything that maps each token independently of the others.
 
     Returns:
-        A handle; `handle.remove()`, or the end of a `with handle:`, takes the pattern back.
+        A handle; `handle.remove()`, or the end of a `with handle:`, unregisters the pattern.
     """
     handle = RemovableHandle(_patterns)
     _patterns[handle.id] = pattern
@@ -93,5 +93,5 @@ def register_pattern(pattern: Pattern) -> RemovableHandle:
 
 
 def registered_patterns() -> Sequence[Pattern]:
-    """In the order of their registration."""
+    """The patterns in order of registration."""
     return tuple(_patterns.values())

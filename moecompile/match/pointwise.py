@@ -1,4 +1,4 @@
-"""Which operations are pointwise: they map each entry by itself, so they can run on rows in any order."""
+"""Which operations are pointwise: they map each entry independently, so they can run on rows in any order."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch import fx, nn
 
-# Names of torch functions and methods. They are torch's own names, never the model's.
+# Names of torch functions and methods; names from the model play no role.
 ACTIVATIONS = frozenset(
     (
         *("celu", "elu", "erf", "exp", "expm1", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu"),
@@ -46,7 +46,7 @@ GetModule = Callable[[str], nn.Module]
 
 
 def torch_name(node: fx.Node, module: GetModule) -> str:
-    """The torch name of what a node does, without the marks of dunder and in-place methods."""
+    """The torch name of a node's op, without the underscores of dunder and in-place methods."""
     if node.op == "call_module":
         return _MODULES.get(type(module(str(node.target))), "")
     if node.target is getattr:
@@ -60,17 +60,17 @@ def torch_name(node: fx.Node, module: GetModule) -> str:
 
 
 def is_pointwise(node: fx.Node, module: GetModule) -> bool:
-    """Whether the node maps each entry by itself, or asks for the dtype of a value."""
+    """Whether the node maps each entry independently, or reads the dtype of a value."""
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] == "dtype"
     name = torch_name(node, module)
-    if name in ("min", "max"):  # of two values; of one it is a reduction
+    if name in ("min", "max"):  # with one argument it is a reduction
         return len(node.args) == 2 and isinstance(node.args[1], fx.Node)
     return name in ACTIVATIONS or name in ARITHMETIC
 
 
 def is_activation(node: fx.Node, module: GetModule) -> bool:
-    """Whether the node is a nonlinear function of one value, or the product of two."""
+    """Whether the node is a nonlinear function of one value, or multiplies a value by itself."""
     name = torch_name(node, module)
     return name in ACTIVATIONS or (
         name == "mul" and len(node.all_input_nodes) == 1 and len(node.args) == 2 and node.args[0] is node.args[1]
@@ -78,7 +78,7 @@ def is_activation(node: fx.Node, module: GetModule) -> bool:
 
 
 def is_norm(node: fx.Node, module: GetModule) -> bool:
-    """Whether the node maps each token by itself, but needs all of its entries: what norms are made of."""
+    """Whether the node is a norm or part of one: it maps each token independently, but needs all entries of it."""
     name = torch_name(node, module)
     if name == "mean":
         dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
@@ -87,11 +87,11 @@ def is_norm(node: fx.Node, module: GetModule) -> bool:
 
 
 def is_activation_beside_norms(node: fx.Node, module: GetModule) -> bool:
-    """Norms have squares and roots of their own: beside one, these are no activation."""
+    """Whether the node is an activation where there are norms, whose own squares and roots are not activations."""
     return is_activation(node, module) and torch_name(node, module) not in ("pow", "square", "mul", "rsqrt")
 
 
 def describe(nodes: Iterable[fx.Node]) -> str:
-    """The operations in words, repeats left out: `silu, mul`."""
+    """Names of the operations without repeats: `silu, mul`."""
     names = (str(getattr(n.target, "__name__", n.target)).rsplit(".", 1)[-1].strip("_") for n in nodes)
     return ", ".join(dict.fromkeys(names))

@@ -1,4 +1,4 @@
-"""What is known of a captured model: its sites, the regions that hold them, and what was refused."""
+"""The sites of a captured model, the regions that hold them, and what was refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Match = FFNMatch | ExpertsMatch
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A line of the list of sites. status: `rewritten`, `left` (not selected) or `not_matched`, with the reason."""
+    """An entry of the list of sites. status: `rewritten`, `left` (not selected) or `not_matched`, with the reason."""
 
     fqn: str
     kind: str
@@ -30,10 +30,10 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """A module of the model and the graph that is to take its place: what passes read and return.
+    """A module of the model and the graph that replaces it: what passes read and return.
 
-    path: of the module in the model ("" for the model itself). graph: as captured, or as the last pass left it. module:
-    what stands in the model before the first pass. matches: site -> what was found in the captured graph, in its order.
+    path: of the module in the model ("" for the model itself). graph: as captured, or as the last pass returned it.
+    module: the original module. matches: site -> its match in the captured graph, in graph order.
     """
 
     path: str
@@ -46,17 +46,17 @@ class Region:
         return replace(self, graph=graph)
 
     def ordered(self, layers: Iterable[LayerPlan]) -> list[LayerPlan]:
-        """Layers of this region in the order of its graph."""
+        """The layers of this region in graph order."""
         by_site = {layer.site.fqn: layer for layer in layers}
         return [by_site[fqn] for fqn in self.matches if fqn in by_site]
 
     def shown(self) -> fx.GraphModule:
-        """The graph for people: without weights, which would outlive the rewrite and sharding."""
+        """A copy of the graph for display, without weights, which it would keep alive after rewrite and sharding."""
         root: dict[str, Any] = {}
         for node in self.graph.graph.nodes:
             if node.op in ("call_module", "get_attr"):
-                held = attribute(self.graph, str(node.target))
-                root[str(node.target)] = held.detach().to("meta") if isinstance(held, Tensor) else shell_of(held)
+                value = attribute(self.graph, str(node.target))
+                root[str(node.target)] = value.detach().to("meta") if isinstance(value, Tensor) else shell_of(value)
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.graph.graph, {}))
         return fx.GraphModule(root, graph, class_name=type(self.graph).__name__)
@@ -64,9 +64,8 @@ class Region:
 
 @dataclass(kw_only=True)
 class Captured:
-    """regions: path -> region, of the kind that is meant. region_of: site -> path of its region. sites: their nouns in
-    model order. others: sites of the other kind, which are left. refused: what looks like a site and is none, with the
-    reason.
+    """regions: path -> region, of the selected kind. region_of: site -> path of its region. sites: in model order.
+    others: sites of the other kind, which stay. refused: what looks like a site but cannot be rewritten, and why.
     """
 
     regions: dict[str, Region] = field(default_factory=dict)
@@ -76,8 +75,8 @@ class Captured:
     refused: list[Site] = field(default_factory=list)
 
     def planned(self, layers: Iterable[LayerPlan]) -> dict[str, list[LayerPlan]]:
-        """Path of each region that has layers -> these, in the order of its graph."""
+        """Path of each region with layers -> its layers in graph order."""
         by_region: dict[str, list[LayerPlan]] = {}
         for layer in layers:
             by_region.setdefault(self.region_of[layer.site.fqn], []).append(layer)
-        return {path: self.regions[path].ordered(found) for path, found in by_region.items()}
+        return {path: self.regions[path].ordered(its_layers) for path, its_layers in by_region.items()}

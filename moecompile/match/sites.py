@@ -1,13 +1,13 @@
-"""Finds the sites of a model: dense FFNs and experts that it has already, and the region that holds each.
+"""Finds the sites of a model, dense FFNs and existing experts, and the region that holds each.
 
-A region is the smallest module that holds a whole FFN, or the experts module itself. It alone is replaced; attention,
-routers, caches, `generate()` and hooks around it stay as they are.
+A region is the smallest module that holds a whole FFN, or the experts module itself. Only the region is replaced;
+attention, routers, caches, `generate()` and hooks around it stay as they are.
 
 Algorithm:
-  1. Experts: modules that were called as experts are, or that hold stacked weights (existing.py).
-  2. Which kind of site is meant: `auto` is the experts that the model has, else its dense FFNs.
-  3. FFNs by dataflow (dense.py). Those of an MoE block are its shared experts and stay, unless they are named.
-  4. Only regions of the kind that is meant are traced.
+  1. Find experts: modules that are called like experts, or that hold stacked weights (existing.py).
+  2. Decide the kind of site: `auto` selects the model's own experts if it has any, else its dense FFNs.
+  3. Find FFNs by dataflow (dense.py). FFNs inside an MoE block are shared experts and stay, unless they are named.
+  4. Trace the regions of FFNs, if dense FFNs are selected.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from moecompile.torch_private import fake_tensors
 
 
 def record_model(model: nn.Module, example: Example) -> Recording:
-    """One recorded forward. On the meta device experts do not run: what they do depends on values.
+    """Records one forward. On the meta device experts do not run, because they depend on values.
 
-    Where more of a meta model depends on values, fake tensors often help, at twenty times the time.
+    If other parts of a meta model depend on values too, fake tensors often help, but take twenty times as long.
     """
     try:
         return record(model, example, opaque=may_be_experts)
@@ -53,25 +53,25 @@ def capture_regions(
     """The sites of a recorded model, in model order.
 
     Args:
-        prove: says of experts that the model has why their rewrite may not compute the same.
-        named: whether the path of an FFN inside an MoE block, a shared expert, is asked for by name.
+        prove: why the rewrite of existing experts may not compute the same; None if it does.
+        named: whether experts.match names the path of a shared expert (an FFN inside an MoE block).
 
     Raises:
-        ConfigError: `auto` finds experts that cannot be rewritten, or `existing` finds none.
+        ConfigError: `auto` finds only experts that cannot be rewritten, or `existing` finds none.
     """
     captured = Captured()
     existing = find_existing(recording, captured, prove)  # Step 1
     paths = [region.path for region, _ in existing]
-    meant = _meant(kind, len(existing), captured.refused)  # Step 2
+    selected = _selected(kind, len(existing), captured.refused)  # Step 2
     experts = [*paths, *(site.fqn for site in captured.refused)]
     dense = find_dense(recording, experts, captured.refused, named)  # Step 3
-    if meant is SiteKind.dense:
+    if selected is SiteKind.dense:
         captured.others += [_left(path, "experts", "experts.sites=dense takes dense FFNs alone") for path in paths]
     else:
         captured.regions |= {region.path: region for region, _ in existing}
         captured.region_of |= {path: path for path in paths}
         captured.sites += [site for _, site in existing]
-    if meant is SiteKind.existing:
+    if selected is SiteKind.existing:
         reason = f"experts.sites={kind.value} takes the experts that the model has"
         captured.others += [_left(match.fqn, match.ffn.kind, reason) for match in dense]
     else:
@@ -81,8 +81,8 @@ def capture_regions(
     return captured
 
 
-def _meant(kind: SiteKind, num_existing: int, refused: Sequence[Site]) -> SiteKind:
-    """`auto` decided."""
+def _selected(kind: SiteKind, num_existing: int, refused: Sequence[Site]) -> SiteKind:
+    """Resolves `auto`."""
     if kind in (SiteKind.dense, SiteKind.both) or num_existing:
         return SiteKind.existing if kind is SiteKind.auto else kind
     if refused:
@@ -102,7 +102,7 @@ def _left(path: str, kind: str, reason: str) -> Site:
 
 
 def graph_sites(graph_module: fx.GraphModule) -> dict[FFNSite, FFNMatch]:
-    """The FFNs of a graph that the user brought. Sites of one owner are told apart by the name of their last node."""
+    """The FFNs of a user's graph. Sites with the same owner are distinguished by the name of their last node."""
     matches, _ = find_ffns(GraphView(graph_module.graph, graph_module))
     owners = [common_owner([m.down.weight, *(linear.weight for linear in m.ins)]) for m in matches]
     sites: dict[FFNSite, FFNMatch] = {}
@@ -113,7 +113,7 @@ def graph_sites(graph_module: fx.GraphModule) -> dict[FFNSite, FFNMatch]:
 
 
 def list_sites(captured: Captured, planned: Container[str]) -> list[Site]:
-    """Every site with what became of it, then those of the other kind and everything that was refused."""
+    """Every site of the selected kind with its status, then sites of the other kind and everything that was refused."""
     matched = [
         Site(
             fqn=site.fqn,

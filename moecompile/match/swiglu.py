@@ -1,4 +1,4 @@
-"""Whether experts compute SwiGLU, silu(gate) * up, however that is spelled: what one op can do for them (fuse.py)."""
+"""Whether experts compute SwiGLU, silu(gate) * up, however it is written; one fused op can then run them (fuse.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moecompile.nn.existing import ExistingExperts, MatrixExperts, without_param
 
 
 def computing(match: ExpertsMatch, module: nn.Module) -> ExistingExperts:
-    """What computes the experts of `module` on rows, with weights that it is given."""
+    """A module that computes the experts of `module` on rows, with weights as arguments."""
     if match.are_matrices:
         holder = module.get_submodule(match.weights[0].rpartition(".")[0])
         return MatrixExperts(match.num_experts, without_parameters(holder), match.weights)
@@ -23,14 +23,14 @@ def computing(match: ExpertsMatch, module: nn.Module) -> ExistingExperts:
 
 
 def are_swiglu(match: ExpertsMatch, module: nn.Module) -> bool:
-    """Whether the model's own experts are SwiGLU without biases, and nothing else is done to what they return."""
+    """Whether the model's own experts are SwiGLU without biases and without a norm on their outputs."""
     if match.ffn is not None:
         return ffn_is_swiglu(*match.ffn)
     return match.norm is None and is_swiglu(computing(match, module))
 
 
 def ffn_is_swiglu(root: fx.GraphModule, match: FFNMatch) -> bool:
-    """Whether experts in the form of this dense FFN will be SwiGLU without biases."""
+    """Whether experts made from this dense FFN will be SwiGLU without biases."""
     if match.kind != "gated" or any(linear.bias for linear in (*match.ins, match.down)):
         return False
     activation = activation_module(root, match)
@@ -38,7 +38,7 @@ def ffn_is_swiglu(root: fx.GraphModule, match: FFNMatch) -> bool:
 
 
 def is_swiglu(experts: nn.Module) -> bool:
-    """Whether experts without biases compute silu(gate) * up, in training and in evaluation."""
+    """Whether experts have no biases and compute silu(gate) * up, in training and in evaluation mode."""
     if isinstance(experts, Experts):
         plain = experts.gated and experts.gate_up_proj_bias is None and experts.down_proj_bias is None
         return plain and _computes_swiglu(experts.activation, experts.activation)
@@ -50,18 +50,18 @@ def is_swiglu(experts: nn.Module) -> bool:
 
 @torch.no_grad()
 def _computes_swiglu(owner: nn.Module, activation: Callable[[Tensor, Tensor], Tensor]) -> bool:
-    """Compared on a grid that is wide enough to show clamps and other slopes; dropout shows in training."""
+    """Compares on a grid wide enough to reveal clamps and other slopes; training mode reveals dropout."""
     if any(True for _ in owner.parameters()) or any(True for _ in owner.buffers()):
         return False
-    cpu = torch.device("cpu")  # a model may be compiled where new tensors are on the meta device
+    cpu = torch.device("cpu")  # the default device may be meta
     values = torch.cat((torch.linspace(-40, 40, 161, device=cpu), torch.linspace(-2, 2, 41, device=cpu)))
     gate, up = torch.meshgrid(values, values, indexing="ij")
-    wanted, modes = F.silu(gate) * up, [(module, module.training) for module in owner.modules()]
+    expected, modes = F.silu(gate) * up, [(module, module.training) for module in owner.modules()]
     try:
         for training in (False, True):
             owner.train(training)
             with torch.random.fork_rng(devices=[]):
-                if not torch.allclose(activation(gate.contiguous(), up.contiguous()), wanted, rtol=1e-5, atol=1e-6):
+                if not torch.allclose(activation(gate.contiguous(), up.contiguous()), expected, rtol=1e-5, atol=1e-6):
                     return False
     finally:
         for module, training in modes:

@@ -1,4 +1,4 @@
-"""A graph with the module that its attribute paths refer to, and what is asked of both while FFNs are looked for."""
+"""A graph with the module that its attribute paths refer to, and the queries that the search for FFNs needs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class GraphView:
 
     @cached_property
     def linears(self) -> dict[fx.Node, Linear]:
-        """Every linear of the graph, in graph order, whatever its spelling."""
+        """Every linear of the graph, in graph order, however it is written."""
         return read_linears(self.graph, self.root)
 
     @cached_property
     def weight_users(self) -> dict[int, list[fx.Node]]:
-        """Id of a weight -> the nodes that use it; tied weights have one id."""
+        """Id of a weight -> the nodes that use it; tied weights share an id."""
         users: dict[int, list[fx.Node]] = {}
         for node in self.graph.nodes:
             if node.op == "get_attr":
@@ -35,11 +35,11 @@ class GraphView:
 
     @cached_property
     def position(self) -> dict[fx.Node, int]:
-        """Node -> place in the graph."""
+        """Node -> position in the graph."""
         return {node: i for i, node in enumerate(self.graph.nodes)}
 
     def name(self, node: object) -> str:
-        """What a node does, by torch's name: `linear`, `gelu`, `layer_norm`; empty for anything else."""
+        """The torch name of a node's op: `linear`, `gelu`, `layer_norm`; empty for anything else."""
         return torch_name(node, self.module) if isinstance(node, fx.Node) else ""
 
     def module(self, path: str) -> nn.Module:

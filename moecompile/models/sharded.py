@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.distributed.tensor import DTensor
 
 from moecompile.errors import ConfigError
 from moecompile.match.patterns import FFNMatch
@@ -31,7 +30,7 @@ from moecompile.passes.rewrite import fill_site
 from moecompile.pipeline import Compilation
 from moecompile.plan import ExpertsSite, LayerPlan, Plan
 from moecompile.schema import Config, ModelLoad
-from moecompile.torch_private import local_rows
+from moecompile.torch_private import local_part, local_rows
 
 _FULL = "Use model.load=full, which needs memory for the whole model on every rank"
 
@@ -88,7 +87,7 @@ class ShardedImport:
                     upcycled |= block.names
         for name, tensor in _unique(model):  # Step 3
             if name not in upcycled:
-                local, held = _local(tensor), local_rows(tensor)
+                local, held = local_part(tensor), local_rows(tensor)
                 for rows, part in self.weights.read(name, held):
                     (local[rows.start - held.start : rows.stop - held.start] if local.ndim else local).copy_(part)
 
@@ -100,7 +99,7 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
         names.setdefault(id(parameter), []).append(name)
 
     def real(tensor: Tensor) -> Tensor:
-        return torch.empty_like(tensor, device=device) if _local(tensor).is_meta else tensor.to(device)
+        return torch.empty_like(tensor, device=device) if local_part(tensor).is_meta else tensor.to(device)
 
     model._apply(real)  # FSDP2 sees the new shards through its own _apply
     for first, *others in names.values():
@@ -170,7 +169,7 @@ class _Block:
         if self.shared is not None and shared is not None:
             for name, parameter in self.shared.named_parameters():
                 rows = local_rows(parameter)
-                _local(parameter).copy_(shared.get_parameter(name)[rows.start : rows.stop])
+                local_part(parameter).copy_(shared.get_parameter(name)[rows.start : rows.stop])
 
 
 def _held_experts(experts: Experts, count: int) -> Experts:
@@ -181,7 +180,7 @@ def _held_experts(experts: Experts, count: int) -> Experts:
         device="meta",
     )  # fmt: skip
     for name, parameter in experts.named_parameters(recurse=False):
-        held.register_parameter(name, nn.Parameter(_local(parameter), requires_grad=False))
+        held.register_parameter(name, nn.Parameter(local_part(parameter), requires_grad=False))
     return held
 
 
@@ -191,7 +190,7 @@ def _whole(shared: SharedExperts) -> SharedExperts:
     return SharedExperts(
         down.weight.shape[0], up.weight.shape[0], gated=shared.gate_proj is not None, activation=shared.activation,
         bias_up=up.bias is not None, bias_down=down.bias is not None, gate=shared.gate_weight is not None,
-        device=_local(up.weight).device, dtype=up.weight.dtype,
+        device=local_part(up.weight).device, dtype=up.weight.dtype,
     )  # fmt: skip
 
 
@@ -239,7 +238,3 @@ def _unique(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     kept = model.state_dict().keys()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.errors import MoecompileError
 from moecompile.nn.meter import LoadMeter
+from moecompile.torch_private import local_part
 
 
 class ExistingExperts(nn.Module):
@@ -48,7 +48,7 @@ class ExistingExperts(nn.Module):
 
         With source_R and weights_R: as `Experts`.
         """
-        given = dict(zip(self.names, (_local(weight) for weight in weights), strict=True))
+        given = dict(zip(self.names, (local_part(weight) for weight in weights), strict=True))
         if source_R is not None and weights_R is not None:
             fused: tuple[Tensor, ...] = torch.ops.moecompile.expert_ffn(
                 rows_RD, source_R, weights_R, counts_E, given["gate_up_proj"], given["down_proj"]
@@ -192,8 +192,3 @@ def correction_bias(block: nn.Module, num_experts: int) -> Tensor | None:
         if name.rpartition(".")[2] == "e_score_correction_bias" and buffer.numel() == num_experts:
             return buffer
     return None
-
-
-def _local(weight: Tensor) -> Tensor:
-    """This rank's experts: expert-parallel weights are DTensors, sharded over experts."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight

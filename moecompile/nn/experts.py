@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from moecompile import ops  # noqa: F401  (registers the ops)
+from moecompile.torch_private import local_part
 
 
 class Experts(nn.Module):
@@ -59,7 +59,7 @@ class Experts(nn.Module):
         sums over the experts of each come back, (V, D). The activation must be SwiGLU, without biases.
         """
         if source_R is not None and weights_R is not None:
-            gate_up, down = _local(getattr(self, self.in_name)), _local(self.down_proj)
+            gate_up, down = local_part(getattr(self, self.in_name)), local_part(self.down_proj)
             fused = torch.ops.moecompile.expert_ffn(rows_RD, source_R, weights_R, counts_E, gate_up, down)
             out_VD: Tensor = fused[0]
             return out_VD
@@ -72,11 +72,11 @@ class Experts(nn.Module):
         return self._project(hidden_RF, counts_E, "down_proj")
 
     def _project(self, rows: Tensor, counts_E: Tensor, name: str) -> Tensor:
-        out: Tensor = torch.ops.moecompile.grouped_mm(rows, _local(getattr(self, name)), counts_E)
+        out: Tensor = torch.ops.moecompile.grouped_mm(rows, local_part(getattr(self, name)), counts_E)
         bias = getattr(self, f"{name}_bias")
         if bias is not None:
             # The cast is for autocast: there the product is narrower than the bias, and the sum must stay so.
-            out = out + torch.ops.moecompile.expert_bias(_local(bias).to(out.dtype), counts_E, rows)
+            out = out + torch.ops.moecompile.expert_bias(local_part(bias).to(out.dtype), counts_E, rows)
         return out
 
     def extra_repr(self) -> str:
@@ -128,10 +128,3 @@ class SharedExperts(nn.Module):
         hidden = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x), up)
         out: Tensor = self.down_proj(hidden)
         return out if self.gate_weight is None else out * F.linear(x, self.gate_weight).sigmoid()
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """This rank's experts: expert-parallel weights are DTensors, sharded over experts."""
-    if isinstance(parameter, DTensor):
-        return parameter.to_local()
-    return parameter

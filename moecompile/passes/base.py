@@ -1,4 +1,4 @@
-"""What all passes share: the protocol, those that users add, and the questions that passes ask of a graph."""
+"""What all passes share: the protocol, the registry of user passes, and helpers that query a graph."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, LayerPlan, Plan
 class GraphPass(Protocol):
     """A pass over one region of a model, ours or a user's.
 
-    layers: of this region, in the order of its graph. Two attributes are optional: `detail`, a line for the record, and
-    `stage`, what a graph is called from here on (`rewritten`, `lowered`).
+    layers: those of this region, in graph order. Two attributes are optional: `detail`, a line for the record, and
+    `stage`, the name of the graph after this pass (`rewritten`, `lowered`).
     """
 
     @property
@@ -30,13 +30,13 @@ class GraphPass(Protocol):
         """What records and errors call it."""
 
     def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
-        """Raises PassError unless the region is as `run` needs it."""
+        """Raises PassError unless the region meets the preconditions of `run`."""
 
     def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
-        """The region with a new graph (`region.with_graph`); the input keeps its own."""
+        """Returns the region with a new graph (`region.with_graph`); the graph of the input is not changed."""
 
     def ensures(self, before: Region, after: Region, layers: Sequence[LayerPlan]) -> None:
-        """Raises PassError unless the result is as it must be."""
+        """Raises PassError unless the result meets the postconditions."""
 
 
 class ModelPass(Protocol):
@@ -47,17 +47,17 @@ class ModelPass(Protocol):
         """What records and errors call it."""
 
     def requires(self, model: nn.Module, plan: Plan) -> None:
-        """Raises PassError or PlanError unless the model is as `run` needs it."""
+        """Raises PassError or PlanError unless the model meets the preconditions of `run`."""
 
     def run(self, model: nn.Module, plan: Plan) -> None:
-        """Changes the model."""
+        """Changes the model in place."""
 
     def ensures(self, model: nn.Module, plan: Plan) -> None:
-        """Raises PassError unless the model is as it must be."""
+        """Raises PassError unless the model meets the postconditions."""
 
 
 def run_on_model(step: ModelPass, model: nn.Module, plan: Plan) -> None:
-    """Runs a pass over a whole model, between its contracts."""
+    """Runs a pass over a whole model and checks its contract before and after."""
     step.requires(model, plan)
     step.run(model, plan)
     step.ensures(model, plan)
@@ -68,7 +68,7 @@ _registered: OrderedDict[int, tuple[str, GraphPass]] = OrderedDict()
 
 
 def register_pass(graph_pass: GraphPass, *, after: str) -> RemovableHandle:
-    """Runs a pass over every region that is compiled from now on, between its contracts.
+    """Runs a pass over every region that is compiled from now on, and checks its contract before and after.
 
     Args:
         after: `rewrite` (the graph runs on one device) or `lower` (it has the exchanges).
@@ -84,12 +84,12 @@ def register_pass(graph_pass: GraphPass, *, after: str) -> RemovableHandle:
 
 
 def registered(after: str) -> tuple[GraphPass, ...]:
-    """The users' passes that run after a built-in one, in the order of their registration."""
+    """The user passes that run after a built-in one, in order of registration."""
     return tuple(graph_pass for place, graph_pass in _registered.values() if place == after)
 
 
-def copied(graph_module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
-    """A new GraphModule over the same modules, and node -> its copy."""
+def copy_graph_module(graph_module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
+    """A new GraphModule that shares the modules, and a map from each node to its copy."""
     graph, copies = Graph(), dict[Node, Node]()
     graph.output(graph.graph_copy(graph_module.graph, copies))
     return GraphModule(graph_module, graph, class_name=type(graph_module).__name__), copies
@@ -119,8 +119,11 @@ def on_an_axis(graph_module: GraphModule) -> list[Node]:
 def check_calls(name: str, region: Region, layers: Sequence[LayerPlan]) -> list[Node]:
     """The experts calls of a region, one for each planned layer.
 
+    Args:
+        name: of the pass that an error is attributed to.
+
     Raises:
-        PassError: of the pass `name`; there are more or fewer.
+        PassError: there are more or fewer calls than layers.
     """
     calls = experts_calls(region.graph)
     if len(calls) != len(layers):
@@ -129,16 +132,16 @@ def check_calls(name: str, region: Region, layers: Sequence[LayerPlan]) -> list[
 
 
 def op_name(node: Node) -> str:
-    """A short name of what the node does: `all_to_all`, `experts`, `silu`."""
+    """A short name of the node's op: `all_to_all`, `experts`, `silu`."""
     if node.op == "call_function":
         return getattr(node.target, "__name__", str(node.target)).split(".")[0]
     return str(node.target).rsplit(".", 1)[-1]
 
 
 def erase_unused(graph: Graph) -> None:
-    """Erases attributes, our own ops and their items that nobody reads.
+    """Erases unused attributes, unused ops of ours and unused getitems of their outputs.
 
-    Not `eliminate_dead_code`: it would also erase the user's in-place methods (`h.add_(1)`), whose results go unread.
+    Not `eliminate_dead_code`: it would also erase the user's in-place methods (`h.add_(1)`), whose results are unused.
     """
     for node in reversed(list(graph.nodes)):
         if not node.users and _reads_only(node):
@@ -152,19 +155,19 @@ def _reads_only(node: Node) -> bool:
 
 
 def is_ours(node: Node) -> bool:
-    """Whether the node is one of our registered ops; `x.permute(0, 2, 1)` of the user is not."""
+    """Whether the node is one of our registered ops; a user's `x.permute(0, 2, 1)` is not."""
     return node.op == "call_function" and str(node.target).startswith("moecompile.")
 
 
 def count_ops(graph_module: GraphModule) -> Counter[str]:
-    """How often each op occurs, placeholders, attributes and outputs left out."""
+    """How often each op occurs, not counting placeholders, attributes and outputs."""
     return Counter(
         op_name(n) for n in graph_module.graph.nodes if n.op in ("call_function", "call_module", "call_method")
     )
 
 
 def items(graph: Graph, node: Node, *names: str) -> tuple[Node, ...]:
-    """The outputs of a node that returns several tensors, named for people who read the graph."""
+    """The outputs of a node that returns several tensors, named so that the graph is readable."""
     return tuple(
         graph.create_node("call_function", operator.getitem, (node, i), name=name) for i, name in enumerate(names)
     )

@@ -1,12 +1,12 @@
-"""fuse: experts that the plan fuses gather their rows and sum their outputs themselves, in one op.
+"""fuse: where the plan says so, one op gathers the experts' rows, runs the experts and sums their outputs.
 
-What is copied for the experts and what lies between the projections is then neither kept nor written to memory as a
-whole (moecompile.ops.expert_ffn). Which experts that is, the plan decides: those whose activation is SwiGLU without
-biases, with a dispatch that copies and sums rows where the experts are. All others stay as they are.
+The copied rows and the hidden units are then never materialized as a whole (moecompile.ops.expert_ffn). The plan fuses
+experts whose activation is SwiGLU without biases, if the dispatch copies and sums rows on the rank of the experts. All
+other experts stay as they are.
 
-Algorithm, for each experts call that is planned so:
-  1. Find the op that copies its rows and the one that sums its outputs.
-  2. Sort the assignments alone, give the experts the rows and where each one's sources are, drop both ops.
+Algorithm, for each experts call with `fused` in the plan:
+  1. Find the op that copies its rows and the op that sums its outputs.
+  2. Replace both by a sort of the assignments alone; the experts gather their rows through its source indices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ from torch import fx
 from moecompile.errors import PassError
 from moecompile.match.regions import Region
 from moecompile.match.swiglu import is_swiglu
-from moecompile.passes.base import check_calls, copied, erase_unused, exchanges_of, experts_calls, items, op_name
+from moecompile.passes.base import (
+    check_calls,
+    copy_graph_module,
+    erase_unused,
+    exchanges_of,
+    experts_calls,
+    items,
+    op_name,
+)
 from moecompile.plan import LayerPlan
 
 ops = torch.ops.moecompile
@@ -36,7 +44,7 @@ class Fuse:
     detail: str = "one op for gather, experts and sum"
 
     def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
-        """One experts call a layer and chunk, in order; what is planned as fused is SwiGLU, and not fused yet."""
+        """One experts call per layer and chunk, in order, none fused yet; those planned as fused are SwiGLU."""
         layers = _by_call(layers)
         for call, layer in zip(check_calls(self.name, region, layers), layers, strict=True):
             if layer.fused and not is_swiglu(region.graph.get_submodule(str(call.target))):
@@ -46,7 +54,7 @@ class Fuse:
 
     def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
         """A new graph over the same modules."""
-        new, _ = copied(region.graph)
+        new, _ = copy_graph_module(region.graph)
         for call, layer in zip(experts_calls(new), _by_call(layers), strict=True):
             if layer.fused:
                 _fuse(new.graph, call, layer.site.fqn)
@@ -57,11 +65,11 @@ class Fuse:
     def ensures(self, before: Region, after: Region, layers: Sequence[LayerPlan]) -> None:
         """The same exchanges in the same order; exactly the planned calls are fused.
 
-        A fused experts call reads one sort, and rows that are not copied.
+        A fused experts call reads counts, sources and weights of a single sort.
         """
-        was, now = ([(op_name(n), str(n.args[-1])) for n in exchanges_of(r.graph)] for r in (before, after))
-        if was != now:
-            raise PassError(self.name, layers[0].site.fqn, f"exchanges were {was}, are {now}")
+        old, new = ([(op_name(n), str(n.args[-1])) for n in exchanges_of(r.graph)] for r in (before, after))
+        if old != new:
+            raise PassError(self.name, layers[0].site.fqn, f"exchanges were {old}, are {new}")
         layers = _by_call(layers)
         for call, layer in zip(check_calls(self.name, after, layers), layers, strict=True):
             if _is_fused(call) != layer.fused:
@@ -76,7 +84,7 @@ class Fuse:
 
 
 def _by_call(layers: Sequence[LayerPlan]) -> list[LayerPlan]:
-    """The layer of each experts call: chunks have one each."""
+    """The layer of each experts call: a chunked layer has one call per chunk."""
     return [layer for layer in layers for _ in range(layer.dispatch.chunks)]
 
 
@@ -84,7 +92,7 @@ def _is_fused(call: fx.Node) -> bool:
     return "source_R" in call.kwargs
 
 
-def _fuse(graph: fx.Graph, call: fx.Node, where: str) -> None:
+def _fuse(graph: fx.Graph, call: fx.Node, fqn: str) -> None:
     # Step 1
     rows = call.args[0]
     assert isinstance(rows, fx.Node)
@@ -94,8 +102,8 @@ def _fuse(graph: fx.Graph, call: fx.Node, where: str) -> None:
     if rule is None or [op_name(user) for user in summed] != [rule.sums]:
         users = [op_name(user) for user in summed]
         raise PassError(
-            Fuse.name, where,
-            f"is planned as fused, but its experts stand between {op_name(copied)} and {users}; set fused: false",
+            Fuse.name, fqn,
+            f"is planned as fused, but its experts are between {op_name(copied)} and {users}; set fused: false",
         )  # fmt: skip
     # Step 2
     x, sort, arguments = rule.sorting(copied, summed[0])
@@ -108,12 +116,12 @@ def _fuse(graph: fx.Graph, call: fx.Node, where: str) -> None:
     graph.erase_node(summed[0])
 
 
-# -- what copies rows, and what sums them ----------------------------------------------------------------------------
+# -- which ops copy and sum rows, and the sort that replaces them ----------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """sums: op that sums the experts' outputs. sorting: (copying node, summing node) -> input rows, op, arguments."""
+    """sums: op that sums the experts' outputs. sorting: (copying node, summing node) -> rows, sort op, arguments."""
 
     sums: str
     sorting: Callable[[fx.Node, fx.Node], tuple[Any, Any, tuple[Any, ...]]]

@@ -28,7 +28,15 @@ from torch import fx
 from moecompile.errors import PassError
 from moecompile.match.regions import Region
 from moecompile.nn import SharedExperts
-from moecompile.passes.base import check_calls, copied, erase_unused, exchanges_of, experts_calls, items, op_name
+from moecompile.passes.base import (
+    check_calls,
+    copy_graph_module,
+    erase_unused,
+    exchanges_of,
+    experts_calls,
+    items,
+    op_name,
+)
 from moecompile.plan import HALVES, WAIT_OPS, LayerPlan
 
 ops = torch.ops.moecompile
@@ -56,7 +64,7 @@ class Overlap:
         """A new graph over the same modules; the same region where no layer is planned so."""
         if not any(layer.dispatch.in_flight for layer in layers):
             return region
-        new, _ = copied(region.graph)
+        new, _ = copy_graph_module(region.graph)
         for call, layer in zip(experts_calls(new), layers, strict=True):
             if layer.dispatch.in_flight:
                 _overlap(new, call, layer)

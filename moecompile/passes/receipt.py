@@ -1,4 +1,4 @@
-"""The step-0 receipt: outputs on the example before and after the rewrite, where they are promised to be equal."""
+"""The step-0 receipt: outputs on the example before and after the rewrite, where the plan promises that they agree."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from moecompile.passes.upcycle import step0_reason
 from moecompile.plan import FFNSite, LayerPlan
 
 ON_META = "the model is on the meta device"
-"""Why an equality that is promised was not measured."""
+"""Why a promised equality was not measured."""
 
-_NAMED = 3  # layers that a reason names
+_NAMED = 3  # a reason names at most this many layers
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """max_abs_diff: of the outputs, where every layer promises equality. reason: why there is none.
+    """max_abs_diff: of the outputs, if every layer promises equality. reason: why max_abs_diff is None.
 
-    promised_max_abs_diff: where some layers promise it and some do not, the difference with the former rewritten alone.
+    promised_max_abs_diff: if only some layers promise equality, the difference with only those rewritten.
     """
 
     max_abs_diff: float | None = None
@@ -36,10 +36,10 @@ class Receipt:
 
 
 class Comparison:
-    """Puts rewritten regions into `model` and measures what that does to its outputs on the example.
+    """Puts rewritten regions into `model` and measures how its outputs on the example change.
 
     Args:
-        planned: path of a region -> its layers.
+        planned: region path -> its layers.
     """
 
     def __init__(self, model: nn.Module, example: Example, planned: Mapping[str, Sequence[LayerPlan]]) -> None:
@@ -52,10 +52,10 @@ class Comparison:
         self.before = _outputs(model, example) if is_needed else []
 
     def replace(self, model: nn.Module, rewritten: Graphs) -> tuple[nn.Module, Receipt]:
-        """The model with all regions replaced, those first that promise to change nothing; and the receipt.
+        """Replaces all regions, first those that promise equal outputs; returns the model and the receipt.
 
         Raises:
-            PassError: outputs that are promised to stay do not; the model is then as it was.
+            PassError: outputs change although they are promised to stay; the model is restored first.
         """
         promised = {path: graph for path, graph in rewritten.items() if path not in self.unpromised}
         originals = {path: model.get_submodule(path) for path in promised}
@@ -63,10 +63,10 @@ class Comparison:
         diff = self._diff(model) if self.before else None
         if diff is not None and not diff <= (bound := self._bound()):
             rule = f"outputs on the example are promised to stay but differ by {diff:.3g}; rounding makes {bound:.3g}"
-            if not (own := [graph_pass.name for graph_pass in registered("rewrite")]):
+            if not (user_passes := [graph_pass.name for graph_pass in registered("rewrite")]):
                 replace_regions(model, originals)
                 raise PassError("rewrite", self._first_promised(), rule)
-            warnings.warn(f"{rule}. {', '.join(own)} ran after rewrite", stacklevel=2)
+            warnings.warn(f"{rule}. {', '.join(user_passes)} ran after rewrite", stacklevel=2)
         if not self.reasons:
             reason = ON_META if rewritten and is_meta(model) else None
             return model, Receipt(max_abs_diff=diff, reason=reason)
@@ -81,12 +81,12 @@ class Comparison:
         return next(layer.site.fqn for layer in self.layers if layer.site.fqn not in self.reasons)
 
     def _bound(self) -> float:
-        """What rounding makes of equal functions at most: half the digits of the outputs."""
+        """The largest difference that rounding explains: half the digits of the outputs."""
         finite = [(out[out.isfinite()].abs(), torch.finfo(out.dtype).eps) for out in self.before]
         return max((float(values.max()) * eps**0.5 for values, eps in finite if values.numel()), default=0.0)
 
     def _why(self) -> str:
-        """The first reason; where not all layers have it, which ones have one."""
+        """The first reason, and the layers that have a reason unless all share this one."""
         first, fqns = next(iter(self.reasons.values())), list(self.reasons)
         if len(fqns) == len(self.layers) and len(set(self.reasons.values())) == 1:
             return first
@@ -100,7 +100,7 @@ def _reason(layer: LayerPlan) -> str | None:
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:
-    """Absolute; 0 where both are the same infinity or no number."""
+    """Absolute difference; 0 where both are the same infinity or both are NaN."""
     return (a - b).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0.0)
 
 

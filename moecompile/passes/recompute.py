@@ -1,11 +1,11 @@
-"""recompute: layers compute their activations again in backward instead of keeping them.
+"""recompute: layers recompute their activations in backward instead of keeping them.
 
 Algorithm:
-  1. The forward of each layer runs under torch's checkpointing: its inputs are kept, nothing else.
-  2. With `keep_exchanges`, what exchanges received and what routers chose is kept as well. So backward sends nothing
-     again, and the second forward cannot choose another way than the first one did.
-  3. Caches of keys and values rest while gradients are wanted: the second forward would fill them a second time.
-Loads and bytes are counted in the first forward alone (moecompile.ops.tokens, moecompile.ops.traffic).
+  1. The forward of each layer runs under torch's activation checkpointing, which keeps only its inputs.
+  2. With `keep_exchanges`, results of exchanges and choices of routers are kept as well. So backward repeats no
+     exchange, and the recomputed forward cannot route differently.
+  3. Key-value caches are off while gradients are enabled: the recomputed forward would fill them a second time.
+Loads and bytes are counted in the first forward only (moecompile.ops.tokens, moecompile.ops.traffic).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from moecompile.torch_private import keeping
 
 _CHOICES = (torch.ops.aten.topk.default, torch.ops.moecompile.expert_choice.default)
 _TABLES = (torch.ops.moecompile.read_tables.default,)
-_CACHES = ("past_key_values", "cache_params", "cache", "state")  # what models call the caches that they are given
+_CACHES = ("past_key_values", "cache_params", "cache", "state")  # names of cache arguments in model forwards
 
 
 def recompute(model: nn.Module, plan: Plan, checkpointing: str) -> None:
-    """Lets the layers of a sharded (or whole) model compute again, in place, and regions with experts outside of them.
+    """Makes the layers of a sharded (or whole) model, and regions with experts outside of layers, recompute, in place.
 
     Args:
         checkpointing: full or keep_exchanges.
@@ -50,32 +50,34 @@ class Recompute:
     name: str = "recompute"
 
     def requires(self, model: nn.Module, plan: Plan) -> None:
-        """Nothing computes again yet."""
-        if any(_is_wrapped(layer) for layer in _computing_again(model)):
+        """No layer is checkpointed yet."""
+        if any(_is_wrapped(layer) for layer in _recomputing(model)):
             raise PassError(self.name, "the model", "its layers compute again already")
 
     def run(self, model: nn.Module, plan: Plan) -> None:
-        """Changes the model."""
-        again = partial(checkpoint, use_reentrant=False)
-        if self.checkpointing == "keep_exchanges":
+        """Wraps the forwards of the layers, and those that have a cache."""
+        run_checkpointed = partial(checkpoint, use_reentrant=False)  # Step 1
+        if self.checkpointing == "keep_exchanges":  # Step 2
             exchanges = [getattr(torch.ops.moecompile, name).default for name in sorted(EXCHANGE_OPS | WAIT_OPS)]
-            again = partial(again, context_fn=partial(keeping, {*exchanges, *_TABLES, *_CHOICES}))
-        for layer in _computing_again(model):
-            layer.forward = _recomputed(layer.forward, again)  # inside the hooks of FSDP, which gathers before it
-        said: list[bool] = []
+            run_checkpointed = partial(run_checkpointed, context_fn=partial(keeping, {*exchanges, *_TABLES, *_CHOICES}))
+        for layer in _recomputing(model):
+            layer.forward = _recomputed(layer.forward, run_checkpointed)  # inside FSDP's hooks: it gathers first
+        reported: list[bool] = []
         for caller in _with_switch(model):
-            caller.forward = _without_caches(caller, caller.forward, self.checkpointing, said)  # Step 3
+            caller.forward = _without_caches(caller, caller.forward, self.checkpointing, reported)  # Step 3
 
     def ensures(self, model: nn.Module, plan: Plan) -> None:
-        """Every experts call of the plan lies in what computes again."""
-        inside = {module for layer in _computing_again(model) if _is_wrapped(layer) for module in layer.modules()}
+        """Every experts call of the plan is inside a checkpointed layer."""
+        inside = {module for layer in _recomputing(model) if _is_wrapped(layer) for module in layer.modules()}
         outside = [path for path, module in model.named_modules() if _holds_experts(module) and module not in inside]
         if outside:
-            raise PassError(self.name, outside[0], "its experts would keep what the plan counts as computed again")
+            raise PassError(
+                self.name, outside[0], "its experts would keep activations that the plan counts as recomputed"
+            )
 
 
-def _computing_again(model: nn.Module) -> list[nn.Module]:
-    """The layers, and regions that lie in none."""
+def _recomputing(model: nn.Module) -> list[nn.Module]:
+    """The layers, and regions outside of any layer."""
     layers = list(layers_of(model))
     inside = {module for layer in layers for module in layer.modules()}
     return [*layers, *(module for module in model.modules() if _holds_experts(module) and module not in inside)]
@@ -89,18 +91,18 @@ def _is_wrapped(layer: nn.Module) -> bool:
     return getattr(layer.forward, "computes_again", False)
 
 
-def _recomputed(forward: Callable[..., Any], again: Callable[..., Any]) -> Callable[..., Any]:
+def _recomputed(forward: Callable[..., Any], run_checkpointed: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return again(partial(forward, **kwargs), *args)
+        return run_checkpointed(partial(forward, **kwargs), *args)
 
     run.computes_again = True  # type: ignore[attr-defined]
     return run
 
 
 def _with_switch(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules whose config switches a cache on and off."""
+    """The outermost modules whose config has `use_cache`."""
     if isinstance(getattr(getattr(module, "config", None), "use_cache", None), bool):
         yield module
     else:
@@ -109,29 +111,29 @@ def _with_switch(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _without_caches(
-    model: nn.Module, forward: Callable[..., Any], checkpointing: str, said: list[bool]
+    model: nn.Module, forward: Callable[..., Any], checkpointing: str, reported: list[bool]
 ) -> Callable[..., Any]:
-    """Also where the caller asks for a cache; one that is given is refused, as what it holds must not get lost."""
+    """Turns caches off, even if the caller asks for one. A cache as argument is an error: it would be ignored."""
     signature = inspect.signature(forward)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        given = signature.bind_partial(*args, **kwargs)
-        named = {**given.arguments, **given.kwargs}
+        bound = signature.bind_partial(*args, **kwargs)
+        named = {**bound.arguments, **bound.kwargs}
         if name := next((name for name in _CACHES if named.get(name) is not None), None):
             raise ConfigError(
                 "checkpointing", checkpointing,
-                f"layers are computed again in backward, and would fill the {name} that is given a second time",
+                f"layers are computed again in backward, and would fill {name} a second time",
                 "Use checkpointing='none', or call the model without it",
             )  # fmt: skip
         asked = named.get("use_cache")
-        if not said and (asked or (asked is None and any(config.use_cache for config in switches(model)))):
-            said.append(True)
+        if not reported and (asked or (asked is None and any(config.use_cache for config in switches(model)))):
+            reported.append(True)
             print("use_cache is off in training, because layers are computed again in backward", file=sys.stderr)
         if asked:
-            (given.arguments if "use_cache" in given.arguments else kwargs)["use_cache"] = False
-            args, kwargs = (given.args, given.kwargs) if "use_cache" in given.arguments else (args, kwargs)
+            (bound.arguments if "use_cache" in bound.arguments else kwargs)["use_cache"] = False
+            args, kwargs = (bound.args, bound.kwargs) if "use_cache" in bound.arguments else (args, kwargs)
         with caches(model, on=False):
             return forward(*args, **kwargs)
 

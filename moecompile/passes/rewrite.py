@@ -2,11 +2,11 @@
 
 Algorithm, for each site:
   1. Copy the pointwise operations into an activation module.
-  2. Build router, experts and shared experts, fill them from the dense weights (upcycle.py), and freeze what is made
-     of frozen ones (trained.py).
-  3. Insert the nodes where the FFN read its input, which may be written in place later, and let the users of its last
-     linear read their result.
-  4. Erase the FFN's nodes and the modules that nobody uses any more.
+  2. Build router, experts and shared experts, fill them from the dense weights (upcycle.py), and freeze weights that
+     come from frozen ones (trained.py).
+  3. Insert the nodes where the FFN first reads its input, which may be modified in place later, and redirect the users
+     of the last linear to the new result.
+  4. Erase the FFN's nodes and unused modules.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moecompile.match.linears import common_owner
 from moecompile.match.patterns import FFNMatch, activation_module
 from moecompile.match.regions import Region
 from moecompile.nn import Experts, Router, SharedExperts
-from moecompile.passes.base import check_calls, copied, erase_unused, exchanges_of, is_ours, items, op_name
+from moecompile.passes.base import check_calls, copy_graph_module, erase_unused, exchanges_of, is_ours, items, op_name
 from moecompile.passes.rewrite_experts import rewrite_experts
 from moecompile.passes.trained import keep_frozen
 from moecompile.passes.upcycle import DenseWeights, fill
@@ -38,7 +38,7 @@ ops = torch.ops.moecompile
 
 @dataclass(frozen=True, kw_only=True)
 class Rewrite:
-    """seed: random weights (router rows, `random` experts) depend on it and on the site alone."""
+    """seed: random weights (router rows, `random` experts) depend only on it and on the site."""
 
     seed: int = 0
     name: str = "rewrite"
@@ -46,19 +46,19 @@ class Rewrite:
     detail: str = "one device"
 
     def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
-        """Every layer has its match, no op of ours is there yet, and slices are possible where they are planned."""
-        if found := [op_name(node) for node in region.graph.graph.nodes if is_ours(node)]:
-            raise PassError(self.name, layers[0].site.fqn, f"the graph is rewritten already, it holds {found}")
+        """Every layer has a match, the graph has no op of ours yet, and planned slices are possible."""
+        if ops_there := [op_name(node) for node in region.graph.graph.nodes if is_ours(node)]:
+            raise PassError(self.name, layers[0].site.fqn, f"the graph is rewritten already, it holds {ops_there}")
         for layer in layers:
             match = region.matches.get(layer.site.fqn)
             if match is None:
-                raise PassError(self.name, layer.site.fqn, f"the region matched {list(region.matches)} alone")
+                raise PassError(self.name, layer.site.fqn, f"the region has matches only for {list(region.matches)}")
             if isinstance(match, FFNMatch):
                 _check_slices(match, layer)
 
     def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
-        """A new graph; the two share the weights that stay."""
-        new, copies = copied(region.graph)
+        """Returns the region with a new graph, which shares the weights that stay with the old one."""
+        new, copies = copy_graph_module(region.graph)
         for layer in layers:
             match = region.matches[layer.site.fqn]
             if isinstance(match, ExpertsMatch):
@@ -66,26 +66,26 @@ class Rewrite:
             else:
                 _rewrite_ffn(new, region.graph, match, copies, layer, self.seed)
         erase_unused(new.graph)
-        new = fx.GraphModule(new, new.graph, class_name=type(region.graph).__name__)  # only with what the graph uses
+        new = fx.GraphModule(new, new.graph, class_name=type(region.graph).__name__)  # keeps only used modules
         return region.with_graph(new)
 
     def ensures(self, before: Region, after: Region, layers: Sequence[LayerPlan]) -> None:
-        """One permute, experts call and unpermute a layer; no exchange."""
+        """One permute, experts call and unpermute per layer; no exchange."""
         check_calls(self.name, after, layers)
         counts = Counter(op_name(node) for node in after.graph.graph.nodes if is_ours(node))
         for op in ("permute", "unpermute"):
             if counts[op] != len(layers):
                 raise PassError(self.name, layers[0].site.fqn, f"{counts[op]} {op} nodes for {len(layers)} layers")
-        if found := [op_name(node) for node in exchanges_of(after.graph)]:
-            raise PassError(self.name, layers[0].site.fqn, f"the graph is for one device, but holds {found}")
+        if exchanges := [op_name(node) for node in exchanges_of(after.graph)]:
+            raise PassError(self.name, layers[0].site.fqn, f"the graph is for one device, but holds {exchanges}")
 
 
 def _check_slices(match: FFNMatch, layer: LayerPlan) -> None:
     if match.whole and layer.experts.granularity > 1:
         raise PlanError(
             "experts.granularity", layer.experts.granularity,
-            f"must be 1 for {layer.site.fqn or 'the graph'}: what is between its linears ({match.activation}) needs all"
-            " hidden units at once, and slices have only some",
+            f"must be 1 for {layer.site.fqn or 'the graph'}: its activation ({match.activation}) needs all hidden units"
+            " at once, and slices have only some",
             "Use experts.granularity=1 and experts.init=copy",
         )  # fmt: skip
 
@@ -111,18 +111,18 @@ def _rewrite_ffn(
     # Step 3
     x, down = copies[match.ins[0].x], copies[match.down.node]
     position = {node: i for i, node in enumerate(new.graph.nodes)}
-    readers = [copies[node] for linear in match.ins for node in (*linear.reads, *linear.nodes)]
-    with new.graph.inserting_before(min((n for n in readers if x in n.all_input_nodes), key=position.__getitem__)):
+    consumers = [copies[node] for linear in match.ins for node in (*linear.reads, *linear.nodes)]
+    with new.graph.inserting_before(min((n for n in consumers if x in n.all_input_nodes), key=position.__getitem__)):
         result = _insert(new.graph, x, names, layer)
     down.replace_all_uses_with(result)
     copies[match.down.node] = result  # the next FFN may read this one's output
     # Step 4
-    gone = sorted((copies[node] for node in match.nodes if node is not match.down.node), key=position.__getitem__)
-    _erase(new.graph, [*gone, down])
+    others = sorted((copies[node] for node in match.nodes if node is not match.down.node), key=position.__getitem__)
+    _erase(new.graph, [*others, down])
 
 
 def _erase(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
-    """Erases nodes, in graph order, and views, sizes and transposed weights that were made for them alone."""
+    """Erases nodes (given in graph order), and views, sizes and transposed weights that only they used."""
     stack: dict[fx.Node, None] = {}
     for node in reversed(nodes):
         stack.update(dict.fromkeys(node.all_input_nodes))
@@ -144,9 +144,9 @@ _READS = frozenset((
 
 def _insert(graph: fx.Graph, x: fx.Node, names: dict[str, str], layer: LayerPlan) -> fx.Node:
     tokens = graph.call_function(ops.flatten_tokens, (x,))
-    routed = graph.call_module(names["router"], (x,))  # not the tokens: losses per sequence have to see sequences
+    routed = graph.call_module(names["router"], (x,))  # x, not tokens: per-sequence losses need the shape
     weights, ids = items(graph, routed, "weights", "ids")
-    # Here, so that a device has work while the host waits for the counts of an exchange.
+    # Before the permute, so that the device has work while the host waits for the counts of an exchange.
     shared = graph.call_module(names["shared_experts"], (x,)) if "shared_experts" in names else None
     dropless = () if layer.routing.dropless else (False,)
     permuted = graph.call_function(ops.permute, (tokens, ids, layer.experts.num_routed, *dropless))
@@ -167,7 +167,7 @@ def fill_site(
     seed: int,
     held: range | None = None,
 ) -> None:
-    """Fills the modules of one site from the FFN in `old`; what is random depends on the seed and the site alone.
+    """Fills the modules of one site from the FFN in `old`; random values depend only on the seed and the site.
 
     Args:
         held: global ids of the experts that `experts` holds; None: all.
@@ -179,7 +179,7 @@ def fill_site(
 def build_modules(
     layer: LayerPlan, dense: DenseWeights, activation: nn.Module
 ) -> tuple[Router, Experts, SharedExperts | None]:
-    """Empty modules of the planned sizes, on the dense weights' device and dtype."""
+    """Uninitialized modules of the planned sizes, with the device and dtype of the dense weights."""
     site, plan, routing, balance = layer.site, layer.experts, layer.routing, layer.balance
     like: Tensor = dense.down_DF
     router = Router(

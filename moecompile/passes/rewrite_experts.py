@@ -1,13 +1,13 @@
-"""rewrite of experts that a model has already: their call -> load meter, permute, experts, unpermute.
+"""rewrite of existing experts: the call of a model's own experts -> load meter, permute, experts, unpermute.
 
-The router around it, shared experts and the names of stacked weights stay: the region is the experts module alone, and
-its GraphModule owns the model's own parameters, which the experts call gets as arguments.
+The region is the experts module alone, so the router, shared experts and the names of stacked weights stay. The
+GraphModule owns the model's own parameters and passes them to the experts call.
 
 Algorithm:
-  1. Placeholders with the forward's own argument names. The model may have rounded the routing weights; from here on
-     they are at least fp32.
-  2. Count the load; ids that equal the number of experts are dropped assignments. Experts that are the identity are
-     computed where the token is.
+  1. Read hidden states, expert ids and routing weights; cast the weights to at least fp32, in case the model rounded
+     them.
+  2. Count the load; an id equal to the number of experts is a dropped assignment. Identity experts are computed on the
+     token's own rank.
   3. permute, experts on the rows (with the norm that follows them, if any), unpermute with the routing weights.
 """
 
@@ -32,10 +32,10 @@ ops = torch.ops.moecompile
 def rewrite_experts(graph_module: fx.GraphModule, module: nn.Module, match: ExpertsMatch, layer: LayerPlan) -> None:
     """Replaces the call of the model's own experts in a graph, in place.
 
-    Stacked weights are the model's own parameters, separate experts become stacked copies.
+    Stacked weights stay the model's own parameters; separate experts are copied into stacks.
 
     Args:
-        module: the model's experts. layer: gives the number of experts, and the meter's nodes and balance rule.
+        module: the model's experts. layer: number of experts, and the meter's nodes and balance rule.
     """
     graph = graph_module.graph
     (own,) = (node for node in graph.nodes if node.op == "call_module" and node.target == OWN)
@@ -53,7 +53,7 @@ def rewrite_experts(graph_module: fx.GraphModule, module: nn.Module, match: Expe
             ids = graph.call_module(add("one_hot_ids", OneHotIds()), (ids,))
         if match.num_identity:
             identity = add("identity_experts", IdentityExperts(match.num_experts))
-            ids, same = items(graph, graph.call_module(identity, (hidden, ids, weights)), "kept_ids", "same")
+            ids, passed = items(graph, graph.call_module(identity, (hidden, ids, weights)), "kept_ids", "same")
         graph.call_module(add("meter", _meter(module, layer)), (ids,))
         # Step 3
         tokens = hidden if match.call.is_flat else graph.call_function(ops.flatten_tokens, (hidden,))
@@ -65,13 +65,13 @@ def rewrite_experts(graph_module: fx.GraphModule, module: nn.Module, match: Expe
             add("experts", computing(match, module))
             for name in match.weights:
                 _add_parameter(graph_module, name, _weight(module, name, match))
-        given = [graph.get_attr(name) for name in match.weights]
-        result = graph.call_module("experts", (rows, counts, *given))
+        stacks = [graph.get_attr(name) for name in match.weights]
+        result = graph.call_module("experts", (rows, counts, *stacks))
         if match.norm:
             result = graph.call_module(add(match.norm, module.get_submodule(match.norm)), (result,))
         result = graph.call_function(ops.unpermute, (result, order, weights))
         if match.num_identity:
-            result = graph.call_function(torch.ops.aten.add.Tensor, (result, same))
+            result = graph.call_function(torch.ops.aten.add.Tensor, (result, passed))
         if not match.call.is_flat:
             result = graph.call_function(ops.unflatten_tokens, (result, hidden))
     own.replace_all_uses_with(result)
@@ -86,7 +86,7 @@ def _meter(module: nn.Module, layer: LayerPlan) -> ExistingMeter:
 
 
 def _weight(module: nn.Module, name: str, match: ExpertsMatch) -> nn.Parameter:
-    """The model's own parameter; rows of experts that are the identity, which nothing reads, are cut off."""
+    """The model's own parameter, without the unused rows of identity experts."""
     parameter = module.get_parameter(name)
     if not match.num_identity or parameter.shape[0] == match.num_experts:
         return parameter
@@ -105,7 +105,7 @@ def _add_parameter(root: nn.Module, path: str, parameter: nn.Parameter) -> None:
 
 @torch.no_grad()
 def _stacked(match: ExpertsMatch, module: nn.Module, traced: fx.GraphModule, ffn: FFNMatch, fqn: str) -> Experts:
-    """Separate experts as one stack; their parameters' names change."""
+    """Copies separate experts into one stack; their parameters' names change."""
     dense = DenseWeights.of(traced, ffn)
     like: Tensor = dense.down_DF
     bias_up, bias_down = any(linear.bias for linear in ffn.ins), ffn.down.bias is not None
@@ -118,8 +118,8 @@ def _stacked(match: ExpertsMatch, module: nn.Module, traced: fx.GraphModule, ffn
         getattr(stack, stack.in_name)[i].copy_(torch.cat([x.weight_of(expert) for x in ffn.ins]))
         stack.down_proj[i].copy_(ffn.down.weight_of(expert))
         if bias_up:
-            given = [x.bias_of(expert) for x in ffn.ins]
-            biases = [like.new_zeros(x.d_out) if b is None else b for b, x in zip(given, ffn.ins, strict=True)]
+            own = [x.bias_of(expert) for x in ffn.ins]
+            biases = [like.new_zeros(x.d_out) if b is None else b for b, x in zip(own, ffn.ins, strict=True)]
             getattr(stack, f"{stack.in_name}_bias")[i].copy_(torch.cat(biases))
         if stack.down_proj_bias is not None and (bias := ffn.down.bias_of(expert)) is not None:
             stack.down_proj_bias[i].copy_(bias)

@@ -1,6 +1,6 @@
-"""The list of passes, and what runs it: requires, run, ensures, record.
+"""The list of passes and its runner: requires, run, ensures, record.
 
-What the list says is the order; nothing else does. A new pass of ours is a line in it.
+The list alone defines the order. A new built-in pass is one more line in it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Graphs = dict[str, fx.GraphModule]
 
 
 def on_one_device(seed: int) -> tuple[GraphPass, ...]:
-    """The passes up to a graph that one device runs, and that can be compared with the model as it was."""
+    """The passes up to a single-device graph, which can be compared with the original model."""
     return (Rewrite(seed=seed), *registered("rewrite"))
 
 
 def on_the_mesh() -> tuple[GraphPass, ...]:
-    """The passes from there to the graph that every rank runs."""
+    """The passes from the single-device graph to the graph that every rank runs."""
     return (Lower(), *registered("lower"), Overlap(), Fuse())
 
 
@@ -43,8 +43,8 @@ def on_the_mesh() -> tuple[GraphPass, ...]:
 class PassRecord:
     """What one pass did, for the console: "after lower: 12 -> 19 nodes, +3 all_to_all".
 
-    nodes_before, nodes_after: graph nodes over all regions. added: op name -> how many nodes were added. detail: one
-    line in words. seconds: wall time.
+    nodes_before, nodes_after: graph nodes over all regions. added: op name -> number of nodes added. detail: a one-line
+    description. seconds: wall time.
     """
 
     name: str
@@ -56,7 +56,7 @@ class PassRecord:
 
 
 class Log:
-    """records: what each pass did, and how long it took. graphs: stage -> path of a region -> graph, to be shown."""
+    """records: what each pass did and how long it took. graphs: stage -> region path -> graph, for display."""
 
     def __init__(self) -> None:
         self.records: list[PassRecord] = []
@@ -64,10 +64,10 @@ class Log:
         self._last = time.perf_counter()
 
     def add(self, name: str, before: Regions, after: Regions, detail: str) -> None:
-        """A record, with the time since the last one."""
+        """Adds a record with the time since the previous one."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        was, now_there = (
+        ops_before, ops_after = (
             sum((count_ops(region.graph) for region in regions.values()), start=Counter[str]())
             for regions in (before, after)
         )
@@ -76,44 +76,43 @@ class Log:
                 name=name,
                 nodes_before=sum(len(region.graph.graph.nodes) for region in before.values()),
                 nodes_after=sum(len(region.graph.graph.nodes) for region in after.values()),
-                added=dict(now_there - was),
+                added=dict(ops_after - ops_before),
                 detail=detail,
                 seconds=seconds,
             )
         )
 
     def keep(self, stage: str, regions: Regions) -> None:
-        """What the graphs are at this stage."""
+        """Keeps a copy of the graphs at this stage, for display."""
         self.graphs[stage] = {path: region.shown() for path, region in regions.items()}
 
 
 def run_passes(
     steps: Sequence[GraphPass], regions: Regions, layers: Layers, log: Log | None = None
 ) -> dict[str, Region]:
-    """Runs passes over regions in turn, each between its contracts.
+    """Runs passes over regions in turn and checks the contract of each before and after it runs.
 
     Args:
-        layers: path of a region -> its layers, in the order of its graph.
-        log: gets a record of each pass that changed a region.
+        layers: region path -> its layers, in graph order. log: gets a record of each pass that changed a region.
 
     Raises:
-        PassError: a pass found, or left, what its contract forbids.
+        PassError: the input or the output of a pass violates its contract.
     """
-    done, stage = dict(regions), ""
+    current, stage = dict(regions), ""
     for step in steps:
-        before, done = done, {path: _between_contracts(step, region, layers[path]) for path, region in done.items()}
+        before, current = current, {path: _checked_run(step, region, layers[path]) for path, region in current.items()}
         stage = getattr(step, "stage", stage)
-        if log is not None and any(done[path] is not region for path, region in before.items()):
-            log.keep(stage, done)
-            log.add(step.name, before, done, getattr(step, "detail", ""))
-    return done
+        if log is not None and any(current[path] is not region for path, region in before.items()):
+            log.keep(stage, current)
+            log.add(step.name, before, current, getattr(step, "detail", ""))
+    return current
 
 
-def _between_contracts(step: GraphPass, region: Region, layers: Sequence[LayerPlan]) -> Region:
+def _checked_run(step: GraphPass, region: Region, layers: Sequence[LayerPlan]) -> Region:
     step.requires(region, layers)
     after = step.run(region, layers)
     if not isinstance(after, Region):
-        rule = f"run returned a {type(after).__name__}, a Region is meant: region.with_graph(graph_module)"
+        rule = f"run returned a {type(after).__name__}, not a Region: return region.with_graph(graph_module)"
         raise PassError(step.name, region.path, rule)
     after.graph.graph.lint()
     step.ensures(region, after, layers)
@@ -121,7 +120,7 @@ def _between_contracts(step: GraphPass, region: Region, layers: Sequence[LayerPl
 
 
 def in_model(model: nn.Module, regions: Regions) -> dict[str, Region]:
-    """The regions with the graphs that stand in `model`."""
+    """The regions with the graphs that are in `model` now."""
     return {path: region.with_graph(_graph_at(model, path)) for path, region in regions.items()}
 
 
@@ -131,18 +130,18 @@ def _graph_at(model: nn.Module, path: str) -> fx.GraphModule:
     return module
 
 
-def standing(model: nn.Module, before: Regions, after: Regions) -> Graphs:
-    """What takes the place of each region's module: an instance of its class, with its attributes and its other parts.
+def replacements(model: nn.Module, before: Regions, after: Regions) -> Graphs:
+    """The replacement of each region's module: an instance of the same class, with its attributes and other submodules.
 
-    Of experts, which are taken in as a whole, it keeps plain attributes alone: code around may read their sizes.
+    For existing experts, which are replaced as a whole, it keeps only plain attributes: other code may read sizes.
 
     Args:
-        before: the regions as they stand in `model`. after: as they are to stand there.
+        before: the regions as they are in `model`. after: the regions that replace them.
     """
-    return {path: _standing(model.get_submodule(path), before[path], region.graph) for path, region in after.items()}
+    return {path: _replacement(model.get_submodule(path), before[path], region.graph) for path, region in after.items()}
 
 
-def _standing(module: nn.Module, before: Region, graph_module: fx.GraphModule) -> fx.GraphModule:
+def _replacement(module: nn.Module, before: Region, graph_module: fx.GraphModule) -> fx.GraphModule:
     if not any(isinstance(match, ExpertsMatch) for match in before.matches.values()):
         return stand_in(graph_module, module, attributes_of(before.graph))
     for name, value in vars(before.module).items():

@@ -1,10 +1,10 @@
-"""Ranks must begin with the same weights: sharding slices what each rank has, and broadcasts nothing.
+"""Checks that all ranks start from the same weights: sharding slices local weights and broadcasts nothing.
 
 Algorithm:
-  1. Names, shapes and dtypes of all ranks must agree, or the next step could not be compared.
-  2. One number per tensor: its bytes as 64-bit words in rows, the sum of each row times an odd number of its own, added
-     up (all modulo 2^64). Reading the weights once is what it costs.
-  3. The largest and the smallest number over ranks are equal for every tensor, or the first one that differs is named.
+  1. Names, shapes and dtypes must agree on all ranks, or the hashes could not be compared.
+  2. One hash per tensor: arrange its bytes as rows of 64-bit words, and add up the row sums, each times an odd number
+     of its own (all modulo 2^64). It costs one read of the weights.
+  3. For every tensor the largest and the smallest hash over ranks must be equal; else name the first that differs.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch.distributed.tensor import DTensor
 from moecompile.errors import PlanError
 
 _ROWS = 1024
-_NAMED = 4  # ranks that the message names
+_NAMED = 4  # the message names at most this many ranks
 _FIX = "Set one seed before the model is built on every rank (lightning.seed_everything), or load the same checkpoint"
 
 
 @torch.no_grad()
 def check_same_weights(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Parameters and buffers of the state dict, compared over the ranks of `group`.
+    """Compares parameters and buffers of the state dict across the ranks of `group`.
 
-    Shards and tensors on the meta device have nothing to be compared.
+    Skips shards and tensors on the meta device.
 
     Raises:
-        PlanError: the first tensor that differs, and the ranks; the same on every rank.
+        PlanError: names the first tensor that differs, and the ranks; the same error on every rank.
     """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
@@ -48,7 +48,7 @@ def check_same_weights(model: nn.Module, group: dist.ProcessGroup | None = None)
     if not whole:
         return
     hashes = torch.stack([tensor_hash(tensor).to(device) for tensor in whole.values()])  # Step 2
-    extremes = torch.cat((hashes, ~hashes))  # the order of ~x is that of x turned round
+    extremes = torch.cat((hashes, ~hashes))  # ~x reverses the order, so one MAX gives both extremes
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     largest, smallest = extremes[: len(hashes)], ~extremes[len(hashes) :]
     differs = (largest != smallest).nonzero().flatten().tolist()
@@ -60,7 +60,7 @@ def check_same_weights(model: nn.Module, group: dist.ProcessGroup | None = None)
 
 
 def tensor_hash(tensor: Tensor) -> Tensor:
-    """A number (0-dim int64) of a tensor's bytes, on its device."""
+    """A hash (0-dim int64) of a tensor's bytes, on its device."""
     data = tensor.contiguous().reshape(-1)
     if data.stride() != (1,) or data.storage_offset() * data.element_size() % 8:
         data = torch.empty(data.shape, dtype=data.dtype, device=data.device).copy_(data)
@@ -84,6 +84,6 @@ def _gathered(row: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _different(values: Tensor) -> str:
-    """The ranks whose value is not that of rank 0: `1, 3`; empty if there is none."""
+    """The ranks whose value differs from that of rank 0: `1, 3`; empty if none does."""
     ranks = (values != values[0]).nonzero().flatten().tolist()
     return ", ".join(map(str, ranks[:_NAMED])) + (", ..." if len(ranks) > _NAMED else "")

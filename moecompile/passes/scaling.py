@@ -1,12 +1,12 @@
-"""What experts made from the dense FFN are multiplied by, so that their weighted sum starts like it.
+"""The factors that scale upcycled experts, so that their weighted sum starts equal to the dense FFN.
 
-The routed weights of a token sum to W. With whole virtual groups (R experts, one per slice) chosen and equal scores
-within a group, each slice gets W / R in total, so a factor of R / W makes the sum of the slices the dense FFN.
+The routing weights of a token sum to W. If whole virtual groups (R experts, one per slice) are chosen and scores within
+a group are equal, each slice gets W / R in total, so a factor of R / W makes the sum of the slices the dense FFN.
 
-    exact      W = scale, which holds where the router normalises
-    expected   W is the mean that the fresh router gives tokens of unit variance, as a norm before the FFN makes them
-    nvidia     W = scale * top_k * (1 / E after a softmax, 1 / 2 after a sigmoid): what a router gives whose logits are
-               all alike; where it normalises, W = scale. The factor is spread over all projections (arXiv 2410.07524)
+    exact      W = scale, which holds if the router normalises
+    expected   W is the mean over tokens of unit variance, as after a norm, routed by the newly initialized router
+    nvidia     W = scale * top_k * (1 / E after a softmax, 1 / 2 after a sigmoid), as for a router with equal logits;
+               if it normalises, W = scale. The factor is spread over all projections (arXiv 2410.07524)
 
 Legend: T tokens, D model dim, F expert width, E experts.
 """
@@ -22,12 +22,12 @@ import torch
 from moecompile.nn import Experts, Router
 from moecompile.plan import LayerPlan, RoutingPlan
 
-_TOKENS = 512  # for the expected W: its standard error is then below one percent
+_TOKENS = 512  # to estimate the expected W with a standard error below one percent
 
 
 @dataclass(frozen=True)
 class Factors:
-    """What weights are multiplied by: those before the activation, down, and the bias of down."""
+    """Factors of the weights before the activation, of down, and of the bias of down."""
 
     ins: float
     down: float
@@ -40,7 +40,7 @@ def sums_to_scale(routing: RoutingPlan) -> bool:
 
 
 def factors(router: Router, experts: Experts, layer: LayerPlan, generator: torch.Generator) -> Factors:
-    """The factors of a layer whose router has its first weights. `generator` draws the tokens of the expected W."""
+    """The factors of a layer whose router is initialized. `generator` draws the tokens for the expected W."""
     scaling = layer.experts.weight_scaling
     if scaling == "none":
         return Factors(1.0, 1.0, 1.0)
@@ -63,10 +63,10 @@ def _weight_sum(router: Router, layer: LayerPlan, generator: torch.Generator) ->
 
 
 def _spread(experts: Experts, factor: float) -> Factors:
-    """`factor` on the output of an expert, evenly over its projections.
+    """Spreads a `factor` on the output of an expert evenly over its projections.
 
-    The hidden units are a function of degree d in the projections before them, so all projections together one of
-    degree d + 1: its root is each one's share (a cube root where d = 2).
+    The hidden units are a function of degree d in the projections before them, so the output has degree d + 1 in all
+    projections: each gets the root of that degree (a cube root if d = 2).
     """
     degree = _degree(experts)
     share = factor ** (1 / (degree + 1))
@@ -74,7 +74,7 @@ def _spread(experts: Experts, factor: float) -> Factors:
 
 
 def _degree(experts: Experts) -> int:
-    """The power of its input with which the activation grows: gelu 1, squared relu 2, silu(gate) * up 2, tanh 0."""
+    """The degree at which the activation grows with its input: gelu 1, squared relu 2, silu(gate) * up 2, tanh 0."""
     activation = copy.deepcopy(experts.activation).eval()
     like, num_ins = experts.down_proj, 2 if experts.gated else 1
     small, large = (

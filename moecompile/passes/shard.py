@@ -2,11 +2,11 @@
 
 Algorithm:
   1. Replace each logical axis in the graphs by the name of its process group.
-  2. Keep this rank's experts: expert weights become DTensors, Shard(0) on `ep`.
+  2. Keep only this rank's experts: expert weights become DTensors, Shard(0) on `ep`.
   3. fully_shard each layer and the root: dense weights over (dp_replicate, dp_shard), experts over
-     (dp_replicate, edp). Routers stay replicated, outside FSDP's casting, and so do the few weights that a model keeps
-     in another dtype than the rest, which FSDP2 does not take. Gradients are reduced in at least fp32.
-All gradient reductions are plain sums (docs/gradients.md).
+     (dp_replicate, edp). Routers stay replicated and outside of FSDP's casts, and so do the few weights whose dtype
+     differs from the rest, because FSDP2 does not support them. Gradients are reduced in fp32 or wider.
+All gradient reductions are plain sums (docs/understand/gradients.md).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LOGICAL = ("ep", "ep_inter", "ep_intra")
 
 
 def device_mesh_of(mesh: MeshSpec, device_type: str) -> DeviceMesh:
-    """The (dp_replicate, edp, ep) mesh on which the experts live. Needs a process group."""
+    """The (dp_replicate, edp, ep) device mesh of the experts. Needs a process group."""
     return init_device_mesh(device_type, (mesh.dp_replicate, mesh.edp_shard, mesh.ep), mesh_dim_names=AXES)
 
 
@@ -46,11 +46,11 @@ def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh, param_dtype: to
     Args:
         model: lowered by `plan`, with the same full weights on every rank.
         device_mesh: from `device_mesh_of`, or any mesh with these axes.
-        param_dtype: what layers compute in: FSDP2 gathers their weights in it and casts their inputs. The shards, which
-            the optimizer has, keep their dtype. None: no casts.
+        param_dtype: compute dtype of the layers: FSDP2 gathers their weights in it and casts their inputs. The shards
+            that the optimizer sees keep their dtype. None: no casts.
 
     Raises:
-        PlanError: the mesh does not have the planned sizes. PassError: the model is not what `plan` lowers to.
+        PlanError: the mesh does not have the planned sizes. PassError: the model was not lowered by `plan`.
     """
     check_model(model)
     check_plan(plan)
@@ -67,22 +67,24 @@ class ShardModel:
     name: str = "shard"
 
     def requires(self, model: nn.Module, plan: Plan) -> None:
-        """The device mesh has the planned sizes, and the model the planned exchanges."""
+        """The device mesh has the planned sizes, and the graphs have the planned exchanges."""
         sizes = dict(zip(AXES, (plan.mesh.dp_replicate, plan.mesh.edp_shard, plan.mesh.ep), strict=True))
         for axis, size in sizes.items():
-            found = self.device_mesh[axis].size()
-            if found != size:
+            ranks = self.device_mesh[axis].size()
+            if ranks != size:
                 raise PlanError(
-                    f"mesh.{axis}", size, f"the device mesh has {found} ranks there", "Plan for this device mesh"
+                    f"mesh.{axis}", size, f"the device mesh has {ranks} ranks there", "Plan for this device mesh"
                 )
-        there = Counter(op_name(node) for module in _graphs(model).values() for node in exchanges_of(module))
+        exchanges = Counter(op_name(node) for module in _graphs(model).values() for node in exchanges_of(module))
         planned = Counter(op for layer in plan.layers for op, _ in layer.scheduled_steps)
-        if there != planned:
-            rule = f"the model holds the exchanges {dict(there)}, planned are {dict(planned)}: lower it by this plan"
+        if exchanges != planned:
+            rule = (
+                f"the model holds the exchanges {dict(exchanges)}, planned are {dict(planned)}: lower it by this plan"
+            )
             raise PassError(self.name, "the model", rule)
 
     def run(self, model: nn.Module, plan: Plan) -> None:
-        """Changes the model."""
+        """Shards the model in place."""
         bind_axes(model, self.device_mesh, plan.mesh.nodes_per_ep_group)  # Step 1
         if plan.mesh.ep > 1:
             _shard_experts(model, self.device_mesh["ep"])  # Step 2
@@ -90,7 +92,7 @@ class ShardModel:
             _wrap(model, plan.mesh, self.device_mesh, self.param_dtype)  # Step 3
 
     def ensures(self, model: nn.Module, plan: Plan) -> None:
-        """No exchange is left on a logical axis; with expert parallelism, every expert weight is split over ranks."""
+        """No exchange is on a logical axis any more; with expert parallelism, every expert weight is sharded."""
         for path, module in _graphs(model).items():
             for node in on_an_axis(module):
                 if str(node.args[-1]) in _LOGICAL:
@@ -108,8 +110,8 @@ def _graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
 def bind_axes(model: nn.Module, device_mesh: DeviceMesh, num_nodes: int = 1) -> None:
     """Replaces logical axes by process group names in every graph of `model`.
 
-    The axes `ep_inter`, the same local position on each of the `num_nodes` nodes of an EP group, and `ep_intra`, its
-    ranks on one node, are made from `ep` where a graph uses them.
+    If a graph uses them, `ep` is split into `ep_inter` (ranks with the same local rank on each of the `num_nodes` nodes
+    of an EP group) and `ep_intra` (its ranks on one node).
     """
     groups = {axis: device_mesh.get_group(axis).group_name for axis in device_mesh.mesh_dim_names or ()}
     graphs = _graphs(model)
@@ -132,7 +134,7 @@ def bind_axes(model: nn.Module, device_mesh: DeviceMesh, num_nodes: int = 1) -> 
 
 
 def _shard_experts(model: nn.Module, ep_mesh: DeviceMesh) -> None:
-    """Slices, never broadcasts: each rank keeps its own experts of the full weights that it holds already."""
+    """Each rank slices its own experts from the full weights that it already has; nothing is broadcast."""
     for owner, name in expert_parameters(model):
         parameter = owner.get_parameter(name)
         local = parameter.detach().chunk(ep_mesh.size(), 0)[ep_mesh.get_local_rank()].clone()
@@ -146,7 +148,7 @@ def _wrap(model: nn.Module, mesh: MeshSpec, device_mesh: DeviceMesh, param_dtype
     replicated |= _of_another_dtype([p for p in model.parameters() if p not in replicated])
     experts_info: FSDPMeshInfo
     dense_info: FSDPMeshInfo
-    # Dense weights live on a mesh of their own: its dp_shard axis is (edp, ep) of the experts' mesh, in the same order.
+    # Dense weights have their own mesh: its dp_shard axis is (edp, ep) of the experts' mesh, in the same order.
     if mesh.dp_replicate > 1:
         sizes, names = (mesh.dp_replicate, mesh.dp_shard), ("dp_replicate", "dp_shard")
         dense_mesh = init_device_mesh(device_mesh.device_type, sizes, mesh_dim_names=names)
@@ -171,7 +173,7 @@ def _wrap(model: nn.Module, mesh: MeshSpec, device_mesh: DeviceMesh, param_dtype
 
 
 def _of_another_dtype(parameters: Sequence[nn.Parameter]) -> set[nn.Parameter]:
-    """The weights that are not of the dtype of most numbers: transformers keeps some routers and norms in fp32."""
+    """The weights whose dtype is not that of most numbers: transformers keeps some routers and norms in fp32."""
     sizes: Counter[torch.dtype] = Counter()
     for parameter in parameters:
         sizes[parameter.dtype] += parameter.numel()
@@ -182,14 +184,15 @@ def _of_another_dtype(parameters: Sequence[nn.Parameter]) -> set[nn.Parameter]:
 def expert_parameters(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """(owner, name) of every weight that is stacked over experts.
 
-    They belong to `Experts`; those of experts that the model had already belong to the graph that calls them.
+    The owner is an `Experts`, or for existing experts the GraphModule that calls them.
     """
-    found: list[tuple[nn.Module, str]] = []
+    stacked: list[tuple[nn.Module, str]] = []
     for module in model.modules():
         if isinstance(module, Experts):
-            found += [(module, name) for name, _ in module.named_parameters(recurse=False)]
+            stacked += [(module, name) for name, _ in module.named_parameters(recurse=False)]
         elif isinstance(module, fx.GraphModule):
             weights = [argument for call in experts_calls(module) for argument in call.args[2:]]  # of existing experts
             paths = dict.fromkeys(str(weight.target) for weight in weights if isinstance(weight, fx.Node))
-            found += [(module.get_submodule(path), name) for path, _, name in (each.rpartition(".") for each in paths)]
-    return found
+            owned = (path.rpartition(".") for path in paths)
+            stacked += [(module.get_submodule(owner), name) for owner, _, name in owned]
+    return stacked

@@ -1,11 +1,11 @@
-"""Fills router, experts and shared experts from the dense FFN (docs/upcycling.md).
+"""Fills router, experts and shared experts from the dense FFN (docs/understand/upcycling.md).
 
 Legend: D model dim, F width of one slice = d_ff / granularity, E routed experts, S shared slices, R routed slices.
 
 The dense FFN is the sum of its G = S + R slices, because it is a sum over hidden units:
     ffn(x) = sum_s down[:, s] act(gate[s] x, up[s] x) + bias.
-A shared expert with a gate starts with a gate of 0.5, so its `down` is multiplied by 2. Routed experts are multiplied
-by the factor that makes up for their routing weights (`scaling.py`).
+A shared expert's gate starts at 0.5, so its `down` is multiplied by 2. Routed experts are multiplied by the factor that
+compensates for their routing weights (`scaling.py`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def fill(
     generator: torch.Generator,
     held: range | None = None,
 ) -> None:
-    """Sets every weight in place; nothing happens on the meta device.
+    """Sets every weight in place; does nothing on the meta device.
 
     Args:
         held: global ids of the experts that `experts` holds; None: all.
@@ -67,7 +67,7 @@ def fill(
     if plan.init == "random":
         _fill_random(experts, shared, dense, generator.initial_seed(), held)
         return
-    silent = not plan.is_sliced  # beside whole copies the shared expert starts with no say
+    silent = not plan.is_sliced  # beside whole copies, the shared expert starts with an output of zero
     first = plan.num_shared if plan.is_sliced else 0
     scale = factors(router, experts, layer, generator)
     _fill_experts(experts, dense, held, first, routed_slices, scale, bears_bias=silent or not shared)
@@ -78,15 +78,15 @@ def fill(
 
 
 def step0_reason(layer: LayerPlan) -> str | None:
-    """Why step 0 need not equal the dense model, or None where it is promised.
+    """Why step 0 need not equal the dense model; None if equality is promised.
 
-    Jitter is no reason: step 0 is measured in evaluation mode, without it.
+    Jitter is not a reason: step 0 is measured in evaluation mode, where it is off.
     """
     plan, routing = layer.experts, layer.routing
-    unscaled = plan.virtual_group == routing.scale  # the factor is 1, wherever it is put
+    unscaled = plan.virtual_group == routing.scale  # the factor is 1
     reasons = (
         (plan.init == "random", "experts are random"),
-        (plan.init == "drop", f"every expert has drawn {plan.drop_ratio:g} of its hidden units anew"),
+        (plan.init == "drop", f"every expert reinitializes {plan.drop_ratio:g} of its hidden units"),
         (routing.choice == "expert", "experts choose tokens, so a token may have any number of them"),
         (routing.workload != "none", "the workload chooses the experts, not the router"),
         (not sums_to_scale(routing), "the routing weights of a token do not sum to a constant"),
@@ -102,7 +102,7 @@ def _fill_experts(
 ) -> None:
     """Expert id = copy * slices + slice; slice s is the dense FFN's slice first + s.
 
-    The down bias is added once: by slice 0 if the routed experts bear it, else by the shared expert.
+    The bias of down is added once: by slice 0 if `bears_bias`, else by the shared expert.
     """
     width = experts.d_expert
     in_proj = getattr(experts, experts.in_name)
@@ -120,10 +120,10 @@ def _fill_experts(
 
 
 def _redraw(experts: Experts, ratio: float, seed: int, held: range) -> None:
-    """Drop-upcycling (arXiv 2502.19261): each expert draws `ratio` of its hidden units anew.
+    """Drop-upcycling (arXiv 2502.19261): each expert reinitializes a part `ratio` of its hidden units.
 
-    New entries are normal, with the mean and the standard deviation of those that they replace, for each projection
-    alone. Which units, and their values, depend on the seed and the expert's global id.
+    New entries are normal, with the mean and standard deviation of the entries that they replace, per projection. The
+    units and their values depend on the seed and the expert's global id.
     """
     width, num_ins = experts.d_expert, 2 if experts.gated else 1
     in_bias = getattr(experts, f"{experts.in_name}_bias")
@@ -147,7 +147,7 @@ def _redraw_rows(tensor: Tensor, rows: Tensor, generator: torch.Generator) -> No
 
 
 def _fill_shared(shared: SharedExperts, dense: DenseWeights, *, silent: bool) -> None:
-    """The first slices, whole down bias included; `silent` (beside whole copies) starts with a zero down_proj."""
+    """The first slices and the whole bias of down; if `silent` (beside whole copies), down_proj starts at zero."""
     width = shared.up_proj.out_features
     linears = (shared.up_proj,) if shared.gate_proj is None else (shared.gate_proj, shared.up_proj)
     for linear, weight, bias in zip(linears, dense.ins, dense.in_biases, strict=True):
@@ -165,9 +165,9 @@ def _fill_shared(shared: SharedExperts, dense: DenseWeights, *, silent: bool) ->
 
 
 def _fill_random(experts: Experts, shared: SharedExperts | None, dense: DenseWeights, seed: int, held: range) -> None:
-    """Normal weights with the standard deviation of the dense ones; biases zero.
+    """Normal weights with the standard deviation of the dense ones; biases are zero.
 
-    What an expert draws depends on the seed and its global id, so that a rank can draw its own experts alone.
+    The weights of an expert depend on the seed and its global id, so that a rank can draw only its own experts.
     """
     std_in, std_down = float(dense.ins[0].float().std()), float(dense.down_DF.float().std())
 
@@ -188,5 +188,5 @@ def _fill_random(experts: Experts, shared: SharedExperts | None, dense: DenseWei
 
 
 def _bias(bias: Tensor | None, weight: Tensor) -> Tensor:
-    """A linear without a bias has a bias of zero."""
+    """The bias of a linear, zeros if it has none."""
     return weight.new_zeros(weight.shape[0]) if bias is None else bias

@@ -45,7 +45,7 @@ class ExpertsPlan:
 
     init: where the weights come from; `existing`: the model has the experts already. shared_gate: whether the shared
     expert's output is multiplied by a learned sigmoid. drop_ratio: part of an expert's hidden units that is drawn anew.
-    weight_scaling: what makes up for the routing weights (docs/upcycling.md).
+    weight_scaling: what makes up for the routing weights (docs/understand/upcycling.md).
     """
 
     num_routed: int

@@ -16,8 +16,8 @@ experts of open groups are chosen.
    by 0.2% to 0.6% for DeepSeek-V3 (256 experts, 8 groups) and by 3% for groups of two experts.
    Where experts choose tokens, each chooses for itself, and all S of a set miss with (1 - c K/E)^S; c is the capacity
    factor. Dropped assignments of token choice are not counted: they make the numbers here upper bounds.
-   A router that starts from virtual groups (docs/upcycling.md) chooses the experts of a group together, and all kinds
-   but `flat` and `allgather` send less than this until training has told them apart.
+   A router that starts from virtual groups (docs/understand/upcycling.md) chooses the experts of a group together, and
+   all kinds but `flat` and `allgather` send less than this until training has told them apart.
 
 2. Rows per token, by link class. EP groups fill whole nodes or fit into one, so every rank has L - 1 peers on its node
    and L (N - 1) on others, and the mean over source ranks needs only the means over destinations of step 1.

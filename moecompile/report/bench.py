@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moecompile.report.console import path_text, path_width, plain_grid, plain_table
+from moecompile.report.tables import path_text, path_width, plain_grid, plain_table
 from moecompile.report.text import bytes_text, fold_paths, plural
 
 

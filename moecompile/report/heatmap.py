@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moecompile.runtime.history import NO_EXPERT, LoadHistory
+from moecompile.load_history import NO_EXPERT, LoadHistory
 
 MAX_PANELS = 6
 _MAX_LABELS = 24  # of an axis

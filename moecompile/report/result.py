@@ -1,36 +1,35 @@
-"""result.json: one flat JSON object a task (docs/command-line.md)."""
+"""result.json: one flat JSON object a task (docs/use/command-line.md)."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moecompile import clock
 from moecompile.version import versions
 
-REQUIRED = ("task", "recipe", "status", "seconds")
 
-
-def write_result(run_dir: Path, result: dict[str, Any]) -> Path:
-    """Writes `run_dir`/result.json in one step, with the versions added; numbers that are not finite become null.
+def write_result(
+    run_dir: Path, task: str, recipe: str, fields: Mapping[str, Any], *, status: str = "ok"
+) -> dict[str, Any]:
+    """Writes `run_dir`/result.json in one step; numbers that are not finite become null.
 
     Args:
-        result: `task`, `recipe`, `status` ("ok" or "failed"), `seconds`, and what the task found.
+        fields: what the task found. status: `ok` or `failed`.
 
-    Raises:
-        ValueError: one of these four is missing.
+    Returns:
+        the head (`task`, `recipe`, `status`, `seconds` up to now) and `fields`; the file has the versions between them.
     """
-    missing = [name for name in REQUIRED if name not in result]
-    if missing:
-        raise ValueError(f"result.json needs {', '.join(missing)}")
-    head = {name: result[name] for name in REQUIRED}
-    body = _finite({**head, "versions": versions(), **result})
+    head = {"task": task, "recipe": recipe, "status": status, "seconds": clock.seconds()}
     path = run_dir / "result.json"
     tmp = path.with_suffix(".tmp")
+    body = _finite({**head, "versions": versions(), **fields})
     tmp.write_text(json.dumps(body, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     tmp.replace(path)
-    return path
+    return {**head, **fields}
 
 
 def _finite(value: Any) -> Any:

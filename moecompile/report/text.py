@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 _MIN_STRIDED = 3  # {0..4..2} is read more easily than {0,2,4}, {0..2..2} is not
@@ -21,6 +21,12 @@ def bytes_text(count: float) -> str:
 def count_text(count: float) -> str:
     """A large count with three digits: `671B` for 671 billion."""
     return _scaled(count, 1000, ("", "K", "M", "B", "T")).replace(" ", "")
+
+
+def traffic_text(bytes_by_link: Mapping[str, float]) -> str:
+    """Bytes of `plan.Traffic` as a mapping, which is how result.json holds it."""
+    intra, inter = (bytes_text(bytes_by_link[link]) for link in ("intra_node", "inter_node"))
+    return f"{intra} intra-node, {inter} inter-node per token and layer"
 
 
 def plural(count: int, noun: str) -> str:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from moecompile.torch_private import local_part
 
 
 @dataclass(frozen=True)
@@ -73,24 +74,21 @@ class Completion:
             total = counted
             if old is not None and mean is not None:
                 total = mean.tokens + (0 if mean.number == number else total)
-                _local(old).mul_(mean.tokens / total.clamp_min(1))
-                _local(new).mul_(counted.clamp_min(1) / total.clamp_min(1))
+                local_part(old).mul_(mean.tokens / total.clamp_min(1))
+                local_part(new).mul_(counted.clamp_min(1) / total.clamp_min(1))
             parameter.grad = new if old is None else old.add_(new)
             self._means[parameter] = _Mean(total, number, _version(parameter.grad))
         self._before, self.is_open = {}, False
 
+    @torch.no_grad()
     def _zeroed(self, parameter: nn.Parameter) -> bool:
         grad, mean = self._before[parameter], self._means.get(parameter)
         if mean is None or mean.version == _version(grad):
             return False
-        return not _local(grad).any()
+        return not local_part(grad).any()
 
 
 @torch.no_grad()
-def _local(grad: Tensor) -> Tensor:
-    return grad.to_local() if isinstance(grad, DTensor) else grad
-
-
 def _version(grad: Tensor) -> int:
     """Grows whenever a value is written in place, through the DTensor or through its shard."""
-    return grad._version + _local(grad)._version
+    return grad._version + local_part(grad)._version

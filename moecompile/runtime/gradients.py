@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moecompile.torch_private import local_part
+
 
 @torch.no_grad()
 def sum_replicated(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
@@ -100,5 +102,4 @@ def _num_shards(parameter: Tensor) -> int:
 
 
 def _local_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    grads = [p.grad for p in parameters if p.grad is not None]
-    return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    return [local_part(p.grad) for p in parameters if p.grad is not None]

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from moecompile.errors import UserError
+from moecompile.torch_private import local_part
 
 
 class NotFinite(UserError):
@@ -105,5 +105,4 @@ class _Watch:
 @torch.no_grad()
 def is_finite(tensor: Tensor) -> bool:
     """Whether all values (of this rank's part) are finite."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return bool(torch.isfinite(local).all())
+    return bool(torch.isfinite(local_part(tensor)).all())

@@ -21,19 +21,17 @@ from moecompile.checkpoint.sums import check
 from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, tensors_of
 from moecompile.checkpoint.writer import Writer
 from moecompile.errors import ConfigError
+from moecompile.load_history import LOAD_HISTORY, LoadHistory
 from moecompile.plan import Plan
 from moecompile.plan import load as load_plan
 from moecompile.rundir import accept, note_accepted
 from moecompile.runtime import signals
-from moecompile.runtime.callbacks import Metrics
-from moecompile.runtime.history import LoadHistory
+from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule
 from moecompile.schema import Config
 from moecompile.version import versions
 
 METRICS = "metrics.csv"
-LOAD_HISTORY = "load.npz"
-"""Load of every expert at every logged step, in the run directory."""
 
 _NOT_COMPARED = (
     "This checkpoint is of an earlier version and has no fingerprint: the plan was compared, "
@@ -147,7 +145,7 @@ class Saver(Callback):
             world_size=self.plan.mesh.world_size,
             plan_hash=self.plan.hash,
             versions=dict(versions()),
-            metrics={**self.metrics.state(), "val_loss_first": self.val_loss_first},
+            metrics={**self.metrics.tally.state(), "val_loss_first": self.val_loss_first},
             fingerprint=self.fingerprint,
         )
         self._writer.save(tensors_of(module.model, trainer.strategy.optimizers), state)
@@ -170,7 +168,9 @@ def restore(trainer: Trainer, module: LanguageModule, metrics: Metrics, folder: 
     steps = loop.automatic_optimization.optim_progress.optimizer.step.total
     steps.ready = steps.completed = state.step  # what trainer.global_step reads
     loop.batch_progress.total.ready = loop.batch_progress.total.completed = batches  # when to validate
-    metrics.restore(state.metrics, _history(folder, state.step), is_first_rank=trainer.is_global_zero)
+    metrics.tally.restore(state.metrics, is_first_rank=trainer.is_global_zero)
+    if trainer.is_global_zero:
+        metrics.history = _history(folder, state.step)
 
 
 def rows_until(folder: Path, step: int) -> list[dict[str, float]]:

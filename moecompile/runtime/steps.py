@@ -21,7 +21,6 @@ from moecompile.nn import (
     auxiliary_loss,
     auxiliary_losses,
     forget_auxiliary_losses,
-    set_random_key,
     update_balance,
 )
 from moecompile.pipeline import compiled_module
@@ -29,9 +28,8 @@ from moecompile.runtime.completion import Completion
 from moecompile.runtime.gradients import all_finite, divide, sum_replicated
 from moecompile.runtime.manual import Guard, Tokens, only_routers_behind
 from moecompile.runtime.nonfinite import origin, told
+from moecompile.runtime.window import Window, keyed_random_numbers
 from moecompile.torch_private import drop_unreduced, parameters_of
-
-_MIX = 0x9E3779B97F4A7C15  # odd and large: neighbouring keys are far apart
 
 
 class TrainingSteps(ModelParallelStrategy):
@@ -47,11 +45,8 @@ class TrainingSteps(ModelParallelStrategy):
         self.loads: list[LayerLoad] = []  # of the last optimizer step
         self.aux_losses: dict[str, Tensor] = {}  # of the last micro-batch
         self.skipped = False  # whether the last optimizer step was dropped
-        self._window: list[tuple[tuple[Any, ...], dict[str, Any]]] = []  # arguments of its training steps, for on_nan
-        self._is_finite: Tensor | None = None  # of this rank's losses, in the accumulation window
+        self._window = Window()
         self._tokens = Tokens()  # of the last micro-batch
-        self._num_tokens: Tensor | int = 0  # of this rank, in the accumulation window
-        self._micro_batches = 0  # of this rank, in the accumulation window
         self._completion = Completion()
         self._guard: Guard | None = None  # under manual optimization
         self._is_again = False  # whether a step runs once more, to be looked at
@@ -126,8 +121,8 @@ class TrainingSteps(ModelParallelStrategy):
         """The module's step; with `loss="sum"` its token count is added up over the accumulation window."""
         self._begin_step()
         if self.on_nan is not None:
-            self._window.append((args, kwargs))
-        with self._keyed_random_numbers():
+            self._window.arguments.append((args, kwargs))
+        with self._random_numbers():
             output = super().training_step(*args, **kwargs)
         if self.loss == "sum" and self._is_automatic and output is not None:  # None: Lightning has its own answer
             if not isinstance(output, Mapping) or "num_tokens" not in output:
@@ -136,7 +131,7 @@ class TrainingSteps(ModelParallelStrategy):
                     "Return both, or use loss='mean'",
                 )  # fmt: skip
             self._tokens.count(output["num_tokens"], self.root_device)
-            self._num_tokens = self._num_tokens + self._tokens.last
+            self._window.num_tokens = self._window.num_tokens + self._tokens.last
         return output
 
     def _begin_step(self) -> None:
@@ -146,10 +141,10 @@ class TrainingSteps(ModelParallelStrategy):
         self._tokens.expire()
         trainer = self.lightning_module.trainer
         is_first = trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0
-        if self._is_automatic and is_first and self._micro_batches and not self._is_again:
+        if self._is_automatic and is_first and self._window.num_micro_batches and not self._is_again:
             drop_unreduced(self.model)
             self._completion.abandon()
-            self._end_window()
+            self._window = Window()
             update_balance(self.model, dist.group.WORLD, move=False)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -160,8 +155,7 @@ class TrainingSteps(ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None and self.model is not None
         loss = self._objective(closure_loss)
-        finite = loss.detach().isfinite().all()
-        self._is_finite = finite if self._is_finite is None else self._is_finite & finite
+        self._window.add_loss(loss)
         if not self._completion.is_open:
             self._completion.open(parameters_of(self.model))
         self.pre_backward(loss)
@@ -207,7 +201,7 @@ class TrainingSteps(ModelParallelStrategy):
                 result = closure()
             finally:
                 self._is_last = False
-            if self._micro_batches:  # no backward in the last training step
+            if self._window.num_micro_batches:  # no backward in the last training step
                 self._complete_gradients()
             return result
 
@@ -228,29 +222,26 @@ class TrainingSteps(ModelParallelStrategy):
                 divide(parameters, total.clamp_min(1))
             self._completion.close(parameters, total if self.loss == "sum" else None, kept, self._tokens.number)
         if self._is_automatic:
-            self._end_window()
+            self._window = Window()
             self.loads = update_balance(self.model, dist.group.WORLD, move=not self.skipped)
-
-    def _end_window(self) -> None:
-        self._num_tokens, self._micro_batches, self._is_finite = 0, 0, None
-        self._window.clear()
 
     def _end_manual_step(self) -> None:
         """Balances by what was counted since the last step: nothing, for the second optimizer after one backward."""
         assert self.model is not None
-        self._end_window()
+        self._window = Window()
         loads = update_balance(self.model, dist.group.WORLD)
         if any(load.tokens for load in loads):
             self.loads = loads
 
     def _over_ranks(self, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor, bool]:
         """Of all ranks: tokens of the window, weights whose gradients go on, whether something is not finite."""
-        tokens = self._num_tokens if self._is_automatic or self.loss == "mean" else self._tokens.last
+        tokens = self._window.num_tokens if self._is_automatic or self.loss == "mean" else self._tokens.last
         kept = self._completion.kept(parameters) if self.loss == "sum" else []
         sums = torch.zeros(2 + len(kept), dtype=torch.int64, device=self.root_device)
         sums[0] = tokens
         if self.on_nan is not None:
-            sums[1] = ~(all_finite(parameters) & (True if self._is_finite is None else self._is_finite))
+            losses = self._window.is_finite
+            sums[1] = ~(all_finite(parameters) & (True if losses is None else losses))
         if any(kept):
             sums[2:] = torch.tensor(kept)
         if self.loss == "sum" or self.on_nan is not None:
@@ -269,7 +260,7 @@ class TrainingSteps(ModelParallelStrategy):
         self._completion.abandon()
         if self.on_nan == "skip":
             return
-        window, self._window, self._micro_batches, self._is_last = self._window, [], 0, False
+        window, self._window, self._is_last = self._window, Window(), False
         step = self.lightning_module.trainer.global_step
 
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -279,23 +270,18 @@ class TrainingSteps(ModelParallelStrategy):
 
         self._is_again = True
         try:
-            event = origin(compiled_module(self.model), [partial(run, *arguments) for arguments in window])
+            event = origin(compiled_module(self.model), [partial(run, *arguments) for arguments in window.arguments])
         finally:
             self._is_again = False
         raise told(event, step + 1, self.world_size)
 
-    @contextmanager
-    def _keyed_random_numbers(self) -> Iterator[None]:
-        """What is random depends on the micro-batch's number in one process, not on the rank; dropout as well."""
+    def _random_numbers(self) -> AbstractContextManager[None]:
+        """Of the micro-batch that begins."""
         assert self.lightning_module is not None and self.model is not None
-        trainer = self.lightning_module.trainer
+        trainer, place = self.lightning_module.trainer, self._window.num_micro_batches
         if self._is_automatic:
-            number = self.global_rank * trainer.accumulate_grad_batches + self._micro_batches
+            number = self.global_rank * trainer.accumulate_grad_batches + place
         else:  # how many there will be is the module's choice
-            number = self._micro_batches * self.world_size + self.global_rank
-        set_random_key(self.model, self.seed, trainer.global_step, number)
-        self._micro_batches += 1
-        devices = [self.root_device] if self.root_device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(((self.seed * _MIX + trainer.global_step) * _MIX + number) % 2**63)
-            yield
+            number = place * self.world_size + self.global_rank
+        self._window.num_micro_batches += 1
+        return keyed_random_numbers(self.model, self.seed, trainer.global_step, number, self.root_device)

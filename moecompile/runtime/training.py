@@ -18,14 +18,17 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import nn
 
 from moecompile.checkpoint.fingerprint import fingerprint
+from moecompile.load_history import LOAD_HISTORY
 from moecompile.mesh import MeshSpec
 from moecompile.plan import Plan, Traffic
 from moecompile.runtime import signals
-from moecompile.runtime.callbacks import Metrics, ProgressBar, ProgressLines, TrafficMeter
 from moecompile.runtime.data import TextData, train_loader, val_loader
 from moecompile.runtime.launch import is_restart
+from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule
-from moecompile.runtime.saving import LOAD_HISTORY, Saver, rows_until, starting_point, write_again
+from moecompile.runtime.progress import ProgressBar, ProgressLines
+from moecompile.runtime.saving import Saver, rows_until, starting_point, write_again
+from moecompile.runtime.sent_bytes import TrafficMeter
 from moecompile.runtime.strategy import ExpertParallelStrategy
 from moecompile.schema import Compiled, Config, Precision, accumulation_steps
 
@@ -95,19 +98,20 @@ def train(
         checkpoint = saver.finish(trainer, module)
         if max_steps % config.trainer.val_interval or first_step == max_steps:  # else validated within fit
             trainer.validate(module, val, verbose=False)
+    tally = metrics.tally
     return Outcome(
         steps=trainer.global_step,
-        steps_skipped=metrics.steps_skipped,
-        loss_first=metrics.loss_first,
-        loss_last=metrics.loss_last,
+        steps_skipped=tally.steps_skipped,
+        loss_first=tally.loss_first,
+        loss_last=tally.loss_last,
         val_loss_first=saver.val_loss_first,
         val_loss=module.val_loss,
-        tokens_per_second=metrics.tokens_per_second,
-        max_violation_last=metrics.max_violation_last,
-        max_violation_mean_last=metrics.mean_of_last("max_violation"),
-        drop_rate_last=metrics.mean_of_last("drop_rate"),
-        entropy_last=metrics.mean_of_last("entropy"),
-        nodes_per_token_last=metrics.mean_of_last("nodes_per_token"),
+        tokens_per_second=tally.tokens_per_second,
+        max_violation_last=tally.max_violation_last,
+        max_violation_mean_last=tally.steps.mean_of_last("max_violation"),
+        drop_rate_last=tally.steps.mean_of_last("drop_rate"),
+        entropy_last=tally.steps.mean_of_last("entropy"),
+        nodes_per_token_last=tally.steps.mean_of_last("nodes_per_token"),
         bytes_per_token_per_layer=meter.per_token_and_layer,
         checkpoint=checkpoint,
     )

@@ -40,7 +40,7 @@ class SiteKind(str, Enum):
 
 
 class ExpertInit(str, Enum):
-    """How the experts get their first weights from the dense FFN (docs/upcycling.md)."""
+    """How the experts get their first weights from the dense FFN (docs/understand/upcycling.md)."""
 
     copy = "copy"
     virtual_group = "virtual_group"
@@ -49,7 +49,10 @@ class ExpertInit(str, Enum):
 
 
 class WeightScaling(str, Enum):
-    """How experts made from the dense FFN are scaled, so that their weighted sum starts like it (docs/upcycling.md)."""
+    """How experts made from the dense FFN are scaled, so that their weighted sum starts like it.
+
+    docs/understand/upcycling.md has the rules.
+    """
 
     none = "none"
     exact = "exact"  # down by routed slices / scale: the dense FFN, where the weights of a token sum to `scale`

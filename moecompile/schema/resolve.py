@@ -230,7 +230,7 @@ def _check_routing(routing: RoutingConfig, experts: ExpertsConfig, mesh: MeshSpe
 
 
 def resolve_groups(routing: RoutingConfig, num_experts: int, mesh: MeshSpec) -> tuple[int, int]:
-    """(groups, top_groups), with `auto` filled in and the topology proven (docs/routing.md).
+    """(groups, top_groups), with `auto` filled in and the topology proven (docs/understand/routing.md).
 
     Groups belong to the model: with given `groups` the mesh only bounds them. `max_nodes` promises that each token
     reaches at most that many nodes.

@@ -6,7 +6,7 @@ import importlib
 from contextlib import suppress
 from pathlib import Path
 
-from moecompile import clock, waiting
+from moecompile import waiting
 from moecompile.errors import RankFailure
 from moecompile.report.result import write_result
 from moecompile.rundir import is_discarded, place
@@ -24,11 +24,10 @@ def run(config: Config, run_dir: Path) -> int:
     try:
         module.run(config, run_dir)
     except RankFailure as error:
-        result = {"task": name, "recipe": config.name, "status": "failed", "seconds": clock.seconds()}
         refused = is_leading() and is_discarded(run_dir, was_pending=was_pending)  # by another rank
         with suppress(OSError):  # a full disk
             if not refused:
-                write_result(place(run_dir), {**result, "error": str(error)})
+                write_result(place(run_dir), name, config.name, {"error": str(error)}, status="failed")
         raise
     return 0
 

@@ -12,19 +12,18 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from moecompile import clock
 from moecompile.bench import LayerCost, StepCost, measure_layers, measure_steps
 from moecompile.models.build import example_inputs
 from moecompile.pipeline import make_plan
 from moecompile.report.bench import print_bench
 from moecompile.report.result import write_result
 from moecompile.rundir import accept, note_accepted
-from moecompile.runtime.launch import launch
 from moecompile.runtime.process_group import init_process_group
-from moecompile.schema import Config, mesh_spec
+from moecompile.schema import Config
 from moecompile.tasks.job import Job, load_job
 from moecompile.tasks.plan import require_layers
 from moecompile.tasks.show import show_compiled
+from moecompile.tasks.start import start_ranks
 from moecompile.version import versions
 
 BENCH = "bench.json"
@@ -33,14 +32,7 @@ _LAYERS_TIMEOUT = timedelta(hours=4)
 
 def run(config: Config, run_dir: Path) -> None:
     """Starts one process per rank, or runs in place where ranks exist already."""
-    launch(
-        mesh_spec(config.mesh).world_size,
-        run_dir,
-        module="moecompile.tasks.worker",
-        threads=config.trainer.threads_per_rank,
-        timeout_s=config.trainer.timeout_s,
-        num_nodes=config.mesh.num_nodes,
-    )
+    start_ranks(config, run_dir)
 
 
 def run_rank(config: Config, run_dir: Path) -> None:
@@ -70,11 +62,10 @@ def run_rank(config: Config, run_dir: Path) -> None:
     body = {"recipe": config.name, "plan_hash": compiled.plan.hash, "versions": versions(), **measured}
     path = run_dir / BENCH
     path.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-    seconds = clock.seconds()
-    head = {"task": "bench", "recipe": config.name, "status": "ok", "seconds": seconds}
-    write_result(run_dir, {**head, "plan_hash": compiled.plan.hash, "world_size": step.world_size, **measured})
+    fields = {"plan_hash": compiled.plan.hash, "world_size": step.world_size, **measured}
+    result = write_result(run_dir, "bench", config.name, fields)
     print_bench(measured, console)
-    console.print(f"\n{config.name}  ok  {seconds:.1f} s  {path}", soft_wrap=True)
+    console.print(f"\n{config.name}  ok  {result['seconds']:.1f} s  {path}", soft_wrap=True)
 
 
 def _layers(job: Job, config: Config) -> list[LayerCost]:

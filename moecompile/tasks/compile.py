@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moecompile import clock
 from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import compile_with_report
 from moecompile.report.console import print_sites
@@ -28,16 +27,6 @@ def run(config: Config, run_dir: Path) -> None:
     accept(run_dir)
     show_compiled(compiled, run_dir, console)
     print_sites(site_rows(compiled), console)
-    write_result(
-        run_dir,
-        {
-            "task": "compile",
-            "recipe": config.name,
-            "status": "ok",
-            "seconds": clock.seconds(),
-            **plan_fields(compiled.plan),
-            "notes": compiled.notes,
-            "sites": site_rows(compiled),
-            **step0_fields(compiled),
-        },
-    )
+    fields = plan_fields(compiled.plan)
+    fields |= {"notes": compiled.notes, "sites": site_rows(compiled), **step0_fields(compiled)}
+    write_result(run_dir, "compile", config.name, fields)

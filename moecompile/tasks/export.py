@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from moecompile import clock
 from moecompile.errors import ConfigError, VerificationFailed
 from moecompile.export import (
     Run,
@@ -44,13 +43,12 @@ def run(config: Config, run_dir: Path) -> None:
     path = Path(export.path) if export.path else run_dir / "model"
     with _new_folder(path) as folder:
         architecture, diff = _export(trained, config, folder)
-    result = {
-        "task": "export", "recipe": trained.config.name, "status": "ok", "seconds": clock.seconds(),
+    accept(run_dir)
+    fields = {
         "path": str(path), "architecture": architecture, "format": export.format.value, "max_abs_diff": diff,
         "checkpoint": str(trained.checkpoint), "plan_hash": trained.plan.hash,
     }  # fmt: skip
-    accept(run_dir)
-    write_result(run_dir, result)
+    write_result(run_dir, "export", trained.config.name, fields)
     console = Console(soft_wrap=True)
     console.print(f"{trained.config.name}  {trained.checkpoint} -> {path}")
     console.print(f"{architecture}, loaded again: logits equal those of the trained model within {diff:.1e}")

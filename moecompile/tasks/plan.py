@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moecompile import clock
 from moecompile import plan as plans
 from moecompile.errors import ConfigError
 from moecompile.models.build import build_model, example_inputs
@@ -15,7 +14,7 @@ from moecompile.passes.trained import frozen_notes
 from moecompile.pipeline import make_plan
 from moecompile.plan import Plan
 from moecompile.planner.existing import notes
-from moecompile.report.console import print_plan
+from moecompile.report.plan_tables import print_plan
 from moecompile.report.result import write_result
 from moecompile.rundir import accept
 from moecompile.schema import Config
@@ -30,8 +29,7 @@ def run(config: Config, run_dir: Path) -> None:
     print_plan(plan, Console(), found)
     accept(run_dir)
     plans.save(plan, run_dir / "plan.yaml")
-    result = {"task": "plan", "recipe": config.name, "status": "ok", "seconds": clock.seconds()}
-    write_result(run_dir, result | plan_fields(plan) | {"notes": found})
+    write_result(run_dir, "plan", config.name, {**plan_fields(plan), "notes": found})
 
 
 def plan_fields(plan: Plan) -> dict[str, object]:

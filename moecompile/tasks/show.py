@@ -12,8 +12,9 @@ from rich.text import Text
 from moecompile import plan as plans
 from moecompile.capture import is_meta
 from moecompile.pipeline import Compilation
-from moecompile.report.console import print_passes, print_plan
+from moecompile.report.console import print_passes
 from moecompile.report.graphs import graph_summary, write_graphs
+from moecompile.report.plan_tables import print_plan
 from moecompile.report.text import NOT_COMPARED
 
 

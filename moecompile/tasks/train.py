@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from moecompile import clock, waiting
 from moecompile import plan as plans
+from moecompile import waiting
 from moecompile.errors import ConfigError
+from moecompile.load_history import LOAD_HISTORY, LoadHistory
 from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import Compilation
 from moecompile.report.baseline import print_baseline
@@ -23,27 +24,17 @@ from moecompile.report.result import write_result
 from moecompile.rundir import place
 from moecompile.runtime.baseline import train_dense
 from moecompile.runtime.data import TextData, TokenWindows, unigram_entropy
-from moecompile.runtime.history import LoadHistory
-from moecompile.runtime.launch import launch
 from moecompile.runtime.process_group import init_process_group
-from moecompile.runtime.saving import LOAD_HISTORY
 from moecompile.runtime.training import Outcome, train
-from moecompile.schema import Baseline, Config, mesh_spec
+from moecompile.schema import Baseline, Config
 from moecompile.tasks.job import load_job
 from moecompile.tasks.show import show_compiled, step0_fields
+from moecompile.tasks.start import start_ranks
 
 
 def run(config: Config, run_dir: Path) -> None:
     """Starts one process per rank, or runs in place where ranks exist already."""
-    launch(
-        mesh_spec(config.mesh).world_size,
-        run_dir,
-        module="moecompile.tasks.worker",
-        threads=config.trainer.threads_per_rank,
-        timeout_s=config.trainer.timeout_s,
-        max_restarts=config.trainer.max_restarts,
-        num_nodes=config.mesh.num_nodes,
-    )
+    start_ranks(config, run_dir, max_restarts=config.trainer.max_restarts)
 
 
 def run_rank(config: Config, run_dir: Path) -> None:
@@ -62,15 +53,14 @@ def run_rank(config: Config, run_dir: Path) -> None:
     materialize = job.materialize(compiled)
     dist.barrier()
     outcome = train(compiled.model, compiled.plan, config, data, run_dir, materialize)
-    result = _result(config, compiled, outcome, data)
+    fields = _fields(compiled, outcome, data)
     del job, compiled.model, materialize
     if config.trainer.baseline is Baseline.dense:
-        result["baseline"] = _baseline(config, compiled.plan, data, run_dir)
+        fields["baseline"] = _baseline(config, compiled.plan, data, run_dir)
     if rank == 0:
         if compiled.plan.layers:
             write_heat_map(LoadHistory.read(run_dir / LOAD_HISTORY), run_dir / "load.png", title=config.name)
-        result["seconds"] = clock.seconds()
-        write_result(run_dir, result)
+        result = write_result(run_dir, "train", config.name, fields)
         # Where nothing was dropped there is nothing to say about it.
         print_result({**result, "drop_rate_last": result["drop_rate_last"] or None, "run_dir": run_dir}, console)
         if "baseline" in result:
@@ -100,14 +90,12 @@ def _baseline(config: Config, plan: plans.Plan, data: TextData, run_dir: Path) -
     return {"kind": "dense", "params_total": num_params, "params_active": num_params, **measured}
 
 
-def _result(config: Config, compiled: Compilation, outcome: Outcome, data: TextData) -> dict[str, Any]:
+def _fields(compiled: Compilation, outcome: Outcome, data: TextData) -> dict[str, Any]:
+    """What result.json says of a training run, but for the baseline."""
     plan = compiled.plan
     predicted = plan.estimate.bytes_per_token_per_layer if plan.estimate else None
     measured = {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)}
     return {
-        "task": "train",
-        "recipe": config.name,
-        "status": "ok",
         "world_size": plan.mesh.world_size,
         "plan_hash": plan.hash,
         "num_rewritten": len(plan.layers),

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import torch.distributed as dist
 from rich.console import Console
 
-from moecompile import clock
 from moecompile import plan as plans
 from moecompile.compose import RESOLVED, save_resolved
 from moecompile.errors import VerificationFailed
 from moecompile.report.console import print_checks
 from moecompile.report.result import write_result
 from moecompile.rundir import accept, place
-from moecompile.runtime.launch import launch
 from moecompile.runtime.process_group import init_process_group
-from moecompile.schema import Config, mesh_spec
+from moecompile.schema import Config
+from moecompile.tasks.start import start_ranks
 from moecompile.verify import certify, shrink
 from moecompile.version import versions
 
@@ -35,14 +33,7 @@ def run(config: Config, run_dir: Path) -> None:
     save_resolved(small, place(run_dir) / RESOLVED)
     for note in notes:
         print(f"shrunk  {note}", flush=True)
-    launch(
-        mesh_spec(small.mesh).world_size,
-        run_dir,
-        module="moecompile.tasks.worker",
-        threads=small.trainer.threads_per_rank,
-        timeout_s=small.trainer.timeout_s,
-        num_nodes=small.mesh.num_nodes,
-    )
+    start_ranks(small, run_dir)
     certificate = json.loads((run_dir / CERTIFICATE).read_text(encoding="utf-8"))
     failed = [check for check in certificate["checks"] if not check["passed"]]
     if failed:
@@ -57,9 +48,8 @@ def run_rank(config: Config, run_dir: Path) -> None:
         return
     accept(run_dir)
     console, passed = Console(soft_wrap=False), all(check.passed for check in checks)
-    rows = [dataclasses.asdict(check) for check in checks]
+    rows = [check.row() for check in checks]
     print_checks(rows, console)
-    seconds = clock.seconds()
     plans.save(plan, run_dir / "plan.yaml")
     certificate = {
         "recipe": config.name, "passed": passed, "plan_hash": plan.hash, "world_size": plan.mesh.world_size,
@@ -67,7 +57,7 @@ def run_rank(config: Config, run_dir: Path) -> None:
     }  # fmt: skip
     path = run_dir / CERTIFICATE
     path.write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
-    status = "ok" if passed else "failed"
-    head = {"task": "verify", "recipe": config.name, "status": status, "seconds": seconds}
-    write_result(run_dir, {**head, "passed": passed, "checks": rows, "plan_hash": plan.hash})
-    console.print(f"\n{config.name}  {'passed' if passed else 'FAILED'}  {seconds:.1f} s  {path}", soft_wrap=True)
+    fields = {"passed": passed, "checks": rows, "plan_hash": plan.hash}
+    result = write_result(run_dir, "verify", config.name, fields, status="ok" if passed else "failed")
+    verdict = "passed" if passed else "FAILED"
+    console.print(f"\n{config.name}  {verdict}  {result['seconds']:.1f} s  {path}", soft_wrap=True)

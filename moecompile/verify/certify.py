@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,15 +35,26 @@ from moecompile.verify.reference import run_reference
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One comparison. max_abs_err: the error that is held against the tolerance, relative to the largest entry of what
-    was compared (a count where the name says so). where: the name of the tensor that it occurs in.
+    """One comparison. error: what is held against the tolerance, relative to the largest entry of what was compared, or
+    a count where the name says so. where: the name of the tensor that it occurs in.
     """
 
     name: str
-    max_abs_err: float
+    error: float
     tolerance: float
     passed: bool
     where: str = ""
+
+    def row(self) -> dict[str, Any]:
+        """As result.json and certificate.json have it."""
+        # Programs read the key max_abs_err; what it holds is relative, or a count.
+        return {
+            "name": self.name,
+            "max_abs_err": self.error,
+            "tolerance": self.tolerance,
+            "passed": self.passed,
+            "where": self.where,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +147,7 @@ def compare(got: Trace, wanted: Trace, dtype: torch.dtype, exact: Trace | None =
     routes = _count(f"{label}: routes that differ", flips)
     if flips and dtype is torch.float32:
         # Near ties are decided by rounding; what follows would compare different functions. float64 decides.
-        return [Check(name=f"{routes.name} by rounding", max_abs_err=flips, tolerance=flips, passed=True)]
+        return [Check(name=f"{routes.name} by rounding", error=flips, tolerance=flips, passed=True)]
     noise = _rounding(got, wanted, dtype)
     if exact is not None:
         tolerance = _with_rounding(tolerance, wanted, exact, noise)
@@ -151,7 +163,7 @@ def compare(got: Trace, wanted: Trace, dtype: torch.dtype, exact: Trace | None =
     if noise:
         where = f"{min(noise)}: zero in exact arithmetic, not compared"
         name = f"{label}: gradients of rounding alone"
-        checks.append(Check(name=name, max_abs_err=len(noise), tolerance=len(noise), passed=True, where=where))
+        checks.append(Check(name=name, error=len(noise), tolerance=len(noise), passed=True, where=where))
     if tolerance.weights is not None:
         moved = [{n: w for n, w in side.weights.items() if n not in noise} for side in (got, wanted)]
         error, where = worst(*moved)
@@ -181,7 +193,7 @@ def compare_narrow(got: Trace, wanted: Trace, label: str) -> list[Check]:
     """Checks of one step in which both sides round to bf16; the reference was told what to choose."""
     told = f"{label}: tokens that rounding alone would route elsewhere"
     return [
-        Check(name=told, max_abs_err=wanted.flips, tolerance=wanted.flips, passed=True),
+        Check(name=told, error=wanted.flips, tolerance=wanted.flips, passed=True),
         *_step_checks(got, wanted, label, BF16, _rounding(got, wanted, torch.bfloat16)),
         _round_trip(got, label),
     ]
@@ -280,8 +292,8 @@ def _tensors(values: list[float]) -> list[Tensor]:
 
 
 def _count(name: str, found: int, where: str = "") -> Check:
-    return Check(name=name, max_abs_err=found, tolerance=0, passed=found == 0, where=where)
+    return Check(name=name, error=found, tolerance=0, passed=found == 0, where=where)
 
 
 def _check(name: str, error: float, tolerance: float, where: str) -> Check:
-    return Check(name=name, max_abs_err=error, tolerance=tolerance, passed=error <= tolerance, where=where)
+    return Check(name=name, error=error, tolerance=tolerance, passed=error <= tolerance, where=where)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moecompile.models.build import build_model, example_inputs
-from moecompile.nn import Experts, Router
+from moecompile.nn import Experts, Router, routers_of
 from moecompile.pipeline import compile_model, make_plan
 from moecompile.plan import Plan
 from moecompile.runtime.data import IGNORED
@@ -90,13 +90,6 @@ def uneven(batch: Batch, number: int, config: Config) -> Batch:
     return {**batch, "labels": labels}
 
 
-def routers(model: nn.Module) -> Iterator[tuple[str, Router]]:
-    """Routers of rewritten layers with their paths."""
-    for name, module in model.named_modules():
-        if isinstance(module, Router):
-            yield name, module
-
-
 @torch.no_grad()
 def _randomize(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed + 1)
@@ -139,7 +132,7 @@ def recorded_routes(model: nn.Module, trace: Trace) -> Iterator[None]:
             found.setdefault(name, []).append(ids.detach().clone())
 
     with ExitStack() as stack:
-        for name, router in routers(model):
+        for name, router in routers_of(model):
             stack.enter_context(_watched(router, partial(add, trace.choices, name)))
             handle = router.register_forward_hook(
                 lambda _module, _args, output, name=name: add(trace.routes, name, output[1].sort(dim=1).values)
@@ -161,7 +154,7 @@ def replayed_routes(model: nn.Module, choices: Mapping[str, Tensor], trace: Trac
         return wanted
 
     with ExitStack() as stack:
-        for name, router in routers(model):
+        for name, router in routers_of(model):
             if name in choices:
                 stack.enter_context(_watched(router, partial(told, name)))
         yield

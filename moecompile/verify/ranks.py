@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moecompile.plan import Plan
-from moecompile.runtime.callbacks import Metrics
 from moecompile.runtime.data import TextData, train_loader
+from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.observer import StepObserver
 from moecompile.runtime.strategy import ExpertParallelStrategy
 from moecompile.runtime.training import make_trainer
 from moecompile.schema import Config, accumulation_steps
+from moecompile.torch_private import local_part
 from moecompile.verify.job import Batch, Trace, evaluated, recorded_routes, uneven
 
 _QUIET = logging.getLogger("torch.distributed.tensor._redistribute")
@@ -107,8 +108,8 @@ class _Recorder(StepObserver):
 
     def step_ended(self, module: LanguageModule, strategy: ExpertParallelStrategy) -> None:
         """Loss, norm and loads."""
-        assert self.metrics.loss_last is not None and strategy.grad_norm is not None
-        self.trace.losses.append(self.metrics.loss_last)
+        assert self.metrics.tally.loss_last is not None and strategy.grad_norm is not None
+        self.trace.losses.append(self.metrics.tally.loss_last)
         self.trace.norms.append(strategy.grad_norm)
         self.trace.loads += [layer.load for layer in strategy.loads]
 
@@ -132,7 +133,7 @@ def _whole(model: nn.Module) -> dict[str, Tensor]:
 def _spoil(model: nn.Module) -> None:
     """Overwrites every weight and buffer that a checkpoint holds."""
     for tensor in model.state_dict().values():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = local_part(tensor)
         local.fill_(float("nan") if local.is_floating_point() else -1)
 
 

@@ -88,7 +88,7 @@ def test_the_stored_figures_keep_the_promise_and_the_page_shows_them(balance: Mo
     stored = json.loads((REPOSITORY / "benchmarks" / "results" / "balance.json").read_text())
     assert balance.holds(stored["rules"])
     assert all(len(rule["seeds"]) == 3 for rule in stored["rules"].values())
-    page = (REPOSITORY / "docs" / "balance.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "understand" / "balance.md").read_text(encoding="utf-8")
     assert balance.table(stored["rules"]) in page
     assert stored["settings"] == [f"balance={','.join(balance.RULES)}", *balance.SETTINGS]
     for setting in stored["settings"]:

@@ -99,5 +99,5 @@ def test_starting_is_measured_beside_a_bare_program(programs: Any, tmp_path: Pat
     found = json.loads((BENCHMARKS / "results" / "startup.json").read_text())
     assert found.keys() == startup.FLAGS.keys()
     assert all(value <= startup.LIMIT for value in found.values())
-    page = (BENCHMARKS.parent / "docs" / "speed.md").read_text()
+    page = (BENCHMARKS.parent / "docs" / "understand" / "speed.md").read_text()
     assert all(f"| `{name}` | {value:.1f} x |" in page for name, value in found.items())

@@ -193,7 +193,7 @@ def test_whole_models_are_the_same_and_take_turns(tmp_path: Path) -> None:
 def test_the_page_shows_what_is_stored() -> None:
     from side_by_side import report
 
-    page = (REPOSITORY / "docs" / "peers.md").read_text()
+    page = (REPOSITORY / "docs" / "understand" / "peers.md").read_text()
     for name, text_of in (("peers", report.layers_page), ("full_models", report.models_page)):
         stored = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
         for key, found in stored.items():

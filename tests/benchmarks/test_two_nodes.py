@@ -42,7 +42,7 @@ def test_bytes_on_the_link_are_the_predicted_ones_and_hierarchical_sends_half(tw
 
 def test_the_page_shows_what_is_stored() -> None:
     stored = json.loads((PROGRAM.parent / "results" / "two_nodes.json").read_text())["kinds"]
-    page = (PROGRAM.parents[1] / "docs" / "meshes.md").read_text()
+    page = (PROGRAM.parents[1] / "docs" / "understand" / "meshes.md").read_text()
     for kind, row in stored.items():
         counted, predicted = row["counted"] / 2**20, row["predicted"] / 2**20
         share = row["counted"] / stored["flat"]["counted"]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import moecompile
-from moecompile.nn import Experts, Router
+from tests.distributed.classifier import Classifier, spread
 from tests.distributed.gradient_job import full
 
 BATCH, STEPS = 4, 4
@@ -33,23 +33,12 @@ CPU = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "en
 Loss = Callable[["Pair", Tensor, Tensor], Tensor]
 
 
-class Model(nn.Module):
-    """Two blocks with an FFN each, and a part that nothing uses."""
+class Model(Classifier):
+    """With a part that nothing uses."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Linear(6, 16)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(2)
-        )
-        self.head = nn.Linear(16, 3)
         self.unused = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x)
 
 
 class Pair(LightningModule):
@@ -59,15 +48,10 @@ class Pair(LightningModule):
         super().__init__()
         torch.manual_seed(0)
         overrides = [*OVERRIDES, *mesh] if mesh else [o for o in OVERRIDES if not o.startswith("dispatch")]
-        self.model = moecompile.compile_model(Model().double(), overrides, example=torch.zeros(1, 6).double())
+        model = moecompile.compile_model(Model().double(), overrides, example=torch.zeros(1, 6).double())
+        self.model = spread(model)
         self.other = nn.Linear(3, 2).double()
         self.also_unused = nn.Linear(2, 2).double()
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for module in self.model.modules():
-                if isinstance(module, (Experts, Router)):
-                    for parameter in module.parameters(recurse=False):
-                        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
         self.automatic_optimization = False
         self.recipe = recipe
         self.grads: list[dict[str, Tensor | None]] = []

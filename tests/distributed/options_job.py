@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moecompile.compose import compose_config
-from moecompile.runtime.callbacks import TrafficMeter
 from moecompile.runtime.data import load_data, train_loader
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.observer import StepObserver
+from moecompile.runtime.sent_bytes import TrafficMeter
 from moecompile.runtime.training import make_trainer
 from moecompile.verify.job import build, noiseless_plan
 from moecompile.verify.ranks import full

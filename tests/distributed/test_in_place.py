@@ -14,15 +14,7 @@ import pytest
 PROGRAM = ["-m", "tests.distributed.launcher_program"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def from_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ranks import their module from the working directory; no launcher around the tests is seen."""
-    monkeypatch.chdir(REPOSITORY)
-    for name in list(os.environ):
-        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MODE", "PHASE"):
-            monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("from_the_repository")
 
 
 def run(command: list[str], **environ: str) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from moecompile.checkpoint import folders
 from moecompile.checkpoint.tensors import read_tensors, shapes
 from moecompile.errors import ConfigError, PlanError
-from moecompile.runtime.history import LoadHistory
+from moecompile.load_history import LoadHistory
 from tests.distributed.harness import run_distributed_test
 from tests.distributed.resume_job import fields, losses, rows, run
 

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import moecompile
 from moecompile.errors import ConfigError, PlanError
-from moecompile.nn import Experts, Router
 from moecompile.verify import worst
+from tests.distributed.classifier import Classifier, spread
 from tests.distributed.gradient_job import full
 from tests.distributed.harness import run_distributed_test
 
@@ -34,39 +34,10 @@ CPU = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "en
        "enable_model_summary": False, "barebones": False}  # fmt: skip
 
 
-class Classifier(nn.Module):
-    """An ordinary model with an FFN in each of two blocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(6, 16)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(2)
-        )
-        self.head = nn.Linear(16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x)
-
-
 def compiled(overrides: Sequence[str]) -> nn.Module:
     torch.manual_seed(0)
     model = moecompile.compile_model(Classifier(), [*OVERRIDES, *overrides], example=torch.zeros(1, 6))
     return spread(model)
-
-
-def spread(model: nn.Module) -> nn.Module:
-    """Independently random experts and routers."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, (Experts, Router)):
-                for parameter in module.parameters():
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
-    return model
 
 
 def one_process(overrides: Sequence[str]) -> nn.Module:
@@ -185,7 +156,7 @@ def fit(rank: int, world_size: int, module_class: type[Mean], strategy: str, fol
         default_root_dir=folder, **CPU,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moecompile.runtime.steps.set_random_key", lambda model, *key: keys.append(key))
+        patch.setattr("moecompile.runtime.window.set_random_key", lambda model, *key: keys.append(key))
         trainer.fit(module)
     path = Path(folder, "whole")
     trainer.save_checkpoint(path)

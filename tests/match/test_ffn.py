@@ -417,15 +417,15 @@ NEAR_MISSES: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         "the activation also depends on ", lambda: Linears(lambda m, x: m.b(F.silu(m.a(x)) * x), (D, D), (D, D))
     ),
     "a third of a linear that nobody reads": (
-        "the rows of a.weight that feed the activation are not all of it, each once",
+        "the activation does not read every row of a.weight exactly once",
         lambda: Linears(lambda m, x: m.b(F.silu((h := m.a(x).chunk(3, dim=-1))[0]) * h[1]), (D, 3 * FF), DOWN),
     ),
     "rows that are read twice": (
-        "the rows of a.weight that feed the activation are not all of it, each once",
+        "the activation does not read every row of a.weight exactly once",
         lambda: Linears(lambda m, x: m.b(F.silu((h := m.a(x))[..., :FF]) * h[..., FF // 2 : -FF // 2]), (D, 2 * FF), DOWN),
     ),
     "a third of a linear that is used elsewhere": (
-        "the rows of a.weight that feed the activation are not all", lambda: Linears(_uses_a_third, (D, 3 * FF), DOWN)
+        "the activation does not read every row of a.weight", lambda: Linears(_uses_a_third, (D, 3 * FF), DOWN)
     ),
     "halves along the tokens": (
         "the activation depends on getitem",

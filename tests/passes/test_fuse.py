@@ -133,7 +133,7 @@ def test_what_cannot_be_fused_as_planned_is_an_error() -> None:
     with before.graph.graph.inserting_after(call):
         between = before.graph.graph.call_function(torch.neg, (call,))
     call.replace_all_uses_with(between, delete_user_cb=lambda user: user is not between)
-    with pytest.raises(PassError, match=r"its experts stand between permute and \['neg'\]; set fused: false"):
+    with pytest.raises(PassError, match=r"its experts are between permute and \['neg'\]; set fused: false"):
         Fuse().run(before, [layer])
 
 

@@ -99,7 +99,7 @@ def test_layers_with_different_reasons_are_named() -> None:
     first = {"layers": ":1", "experts": {"init": "drop"}}
     compiled = compile_with_report(TinyGPT(layers=3), mixed(first=first, last=LAST_RANDOM), example=ids())
     assert compiled.step0.reason == (
-        "every expert has drawn 0.5 of its hidden units anew (2 of 3 layers promise nothing: blocks.0.mlp, blocks.2.mlp)"
+        "every expert reinitializes 0.5 of its hidden units (2 of 3 layers promise nothing: blocks.0.mlp, blocks.2.mlp)"
     )
     all_random = mixed(all={"experts": {"init": "random"}})
     assert compile_with_report(TinyGPT(), all_random, example=ids()).step0 == Receipt(reason="experts are random")

@@ -77,7 +77,7 @@ def test_a_pattern_is_gone_after_its_handle() -> None:
 def test_a_softmax_cannot_be_sliced() -> None:
     overrides = config("experts.num_routed=4", "experts.granularity=2", "experts.init=virtual_group", "routing.top_k=2")
     rule = (
-        "experts.granularity=2: must be 1 for 0: what is between its linears (softmax) needs all hidden units"
+        "experts.granularity=2: must be 1 for 0: its activation (softmax) needs all hidden units"
         " at once, and slices have only some. Use experts.granularity=1 and experts.init=copy."
     )
     with moecompile.register_pattern(memory), pytest.raises(PlanError, match=f"^{re.escape(rule)}$"):

@@ -72,7 +72,7 @@ def test_a_pass_that_returns_a_graph_module_is_told_what_is_meant() -> None:
         def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
             return region.graph
 
-    rule = r"^pass bare, .*: run returned a \w+, a Region is meant: region\.with_graph\(graph_module\)$"
+    rule = r"^pass bare, .*: run returned a \w+, not a Region: return region\.with_graph\(graph_module\)$"
     with moecompile.register_pass(Bare("bare"), after="lower"), pytest.raises(PassError, match=rule):
         moecompile.transform(trace(UpDown()), config(*COPY4))
 

@@ -12,7 +12,7 @@ import moecompile
 from moecompile.errors import PlanError
 from moecompile.pipeline import compile_with_report
 from moecompile.plan import Plan
-from moecompile.report.console import print_plan
+from moecompile.report.plan_tables import print_plan
 from tests.existing_models import moe_inputs, moe_model
 from tests.tiny import COPY4, Gated, TinyGPT, UpDown, ids, tokens
 
@@ -59,7 +59,7 @@ def test_half_of_a_joined_weight_cannot_be_frozen() -> None:
     ffn = frozen(Gated(), "gate.weight")
     before = dict(ffn.named_parameters())
     says = (
-        "the model.gate_up_proj=requires_grad: is made of weights of which some are trained (up.weight) and some are "
+        "the model.gate_up_proj=requires_grad: is made from weights of which some are trained (up.weight) and some are "
         "frozen (gate.weight). Train or freeze all of them, or leave this FFN as it is (experts.match)."
     )
     with pytest.raises(PlanError, match=re.escape(says)):
@@ -85,8 +85,8 @@ def test_a_choice_that_is_printed() -> None:
     count = sum(parameter.numel() for parameter in first.parameters())
     compiled = compile_with_report(model, COPY4, example=ids())
     assert compiled.notes == [
-        f"{count:,} of the model's {total:,} weights are frozen. Experts that are made of frozen weights stay frozen; new "
-        "routers (and experts that are drawn anew) are trained"
+        f"{count:,} of the model's {total:,} weights are frozen. Experts that are made from frozen weights stay frozen; "
+        "new routers (and reinitialized experts) are trained"
     ]
     text = StringIO()
     print_plan(compiled.plan, Console(file=text, width=200), compiled.notes)
@@ -114,5 +114,5 @@ def test_experts_that_differ_cannot_be_stacked() -> None:
     model = moe_model("switch_transformers")
     name = next(name for name, _ in model.named_parameters() if ".experts.expert_1.wo" in name)
     frozen(model, name)
-    with pytest.raises(PlanError, match=r"down_proj=requires_grad: is made of weights of which some are trained"):
+    with pytest.raises(PlanError, match=r"down_proj=requires_grad: is made from weights of which some are trained"):
         moecompile.compile_model(model, [], example=moe_inputs("switch_transformers", torch.zeros(1, 8).long()))

@@ -346,7 +346,7 @@ def test_random_experts_have_the_spread_of_the_dense_weights() -> None:
             "experts choose tokens, so a token may have any number of them",
         ),
         (["routing.workload=zipf"], "the workload chooses the experts, not the router"),
-        (["experts.init=drop", "experts.drop_ratio=0.25"], "every expert has drawn 0.25 of its hidden units anew"),
+        (["experts.init=drop", "experts.drop_ratio=0.25"], "every expert reinitializes 0.25 of its hidden units"),
         (["routing.scale=2.0", "experts.weight_scaling=none"], "nothing makes up for the routing weights"),
         (["routing.scale=2.0", "experts.weight_scaling=nvidia"], "the inputs of the activation are scaled too"),
     ],

@@ -6,26 +6,11 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 
 from rich.console import Console
 
-from moecompile.mesh import MeshSpec
 from moecompile.passes.run import PassRecord
-from moecompile.plan import (
-    BalancePlan,
-    DispatchPlan,
-    ExpertPlacement,
-    ExpertsPlan,
-    ExpertsSite,
-    FFNSite,
-    LayerPlan,
-    Plan,
-    RoutingPlan,
-    reductions,
-)
-from moecompile.planner import ModelFacts, RunFacts, estimate
-from moecompile.report.console import print_passes, print_plan, print_result, print_sites
+from moecompile.report.console import print_passes, print_result, print_sites
 
 COLUMNS = 80
 
@@ -41,77 +26,6 @@ def printed(show: Callable[[Console], None]) -> str:
 
 def words(text: str) -> str:
     return " ".join(text.split())
-
-
-def deepseek_v3() -> Plan:
-    mesh = MeshSpec(num_nodes=256, ranks_per_node=8, ep=64, device="cuda")
-    layers = [
-        LayerPlan(
-            site=FFNSite(
-                fqn=f"model.layers.{i}.mlp", kind="gated", d_model=7168, d_ff=18432,
-                bias_up=False, bias_down=False, activation="silu, mul", index=i - 3,
-            ),
-            experts=ExpertsPlan(
-                num_routed=256, granularity=9, num_shared=1, d_expert=2048, d_shared=2048, init="virtual_group"
-            ),
-            routing=RoutingPlan(
-                top_k=8, score="sigmoid", normalize=True, scale=2.5, groups=8, top_groups=4, group_score="topk_over_m"
-            ),
-            balance=BalancePlan(rule="bias", rate=1e-3),
-            placement=ExpertPlacement(num_experts=256, ep=64),
-            dispatch=DispatchPlan(kind="dedup"),
-        )
-        for i in range(3, 61)
-    ]  # fmt: skip
-    facts = ModelFacts(params_total=42 * 10**9, params_embedding=2 * 10**9, num_layers=61, vocab_size=129280)
-    predicted = estimate(layers, mesh, facts, RunFacts(tokens_per_rank=4096), memory_bytes=80 * 2**30)
-    return Plan(mesh=mesh, layers=tuple(layers), reductions=reductions(mesh), estimate=predicted)
-
-
-def test_58_equal_layers_are_one_row() -> None:
-    plan = deepseek_v3()
-    text = printed(lambda console: print_plan(plan, console))
-    assert text.count("model.layers") == 1
-    assert "model.layers.{3..60}.mlp" in text
-    for shown in (
-        plan.hash, "58 sites", "256 nodes x 8 ranks = 2048 on cuda", "ep 64, edp 32, dp_replicate 1, dp_shard 2048",
-        "7168 x 18432", "256 x 2048", "+ shared 2048", "4 per EP rank", "sigmoid top-8", "4 of 8 groups",
-        "by topk_over_m", "scale 2.5", "rate 0.001", "virtual_group",
-        "dedup, forward: exchange_counts, all_to_all, exchange_assignments, all_to_all",
-    ):  # fmt: skip
-        assert shown in text
-    assert len(text.splitlines()) < 45
-
-
-def test_a_layer_that_differs_has_its_own_row() -> None:
-    plan = deepseek_v3()
-    wider = replace(plan.layers[10], routing=replace(plan.layers[10].routing, scale=1.0))
-    changed = replace(plan, layers=(*plan.layers[:10], wider, *plan.layers[11:]))
-    text = printed(lambda console: print_plan(changed, console))
-    assert "{3..12,14..60}" in text
-    assert "model.layers.13.mlp" in text
-
-
-def test_the_estimate_says_whether_it_fits() -> None:
-    plan = deepseek_v3()
-    assert plan.estimate is not None
-    text = printed(lambda console: print_plan(plan, console))
-    assert "inter-node per token and layer" in text
-    row = next(line for line in text.splitlines() if line.count("GiB") > 1)
-    assert row.split()[-1] == "no"
-    assumes = plan.estimate.assumes
-    assert assumes is not None
-    assert f"of {assumes.memory_bytes / 2**30:g} GiB" in text
-    assert f"{assumes.tokens_per_rank:,} tokens a rank (1 sequence of {assumes.seq_len:,})" in words(text)
-    assert all(remedy.change in words(text) for remedy in plan.estimate.remedies)
-    assert "it does not fit; with this change" in text
-    roomy = replace(plan, estimate=replace(plan.estimate, fits=True))
-    assert "yes" in printed(lambda console: print_plan(roomy, console)).split()
-
-
-def test_a_plan_without_estimate_or_layers_prints() -> None:
-    empty = Plan(mesh=MeshSpec(), layers=(), reductions=reductions(MeshSpec()))
-    assert "0 MoE layers" in printed(lambda console: print_plan(empty, console))
 
 
 def test_passes_are_numbered_and_exchanges_come_first() -> None:
@@ -184,67 +98,5 @@ def test_paths_are_printed_as_they_are() -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, moecompile.report.console; assert not {'torch', 'hydra', 'matplotlib'} & set(sys.modules)"
+    code = "import sys, moecompile.report.console, moecompile.report.plan_tables; assert not {'torch', 'hydra', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def existing_layer(index: int) -> LayerPlan:
-    """Experts that the model has already, with groups and a bias rule."""
-    return LayerPlan(
-        site=ExpertsSite(
-            fqn=f"model.layers.{index}.mlp.experts", d_model=7168, d_ff=2048, num_experts=256, top_k=8, groups=8,
-            top_groups=4, correction_bias=True, activation="SiLU", index=index,
-        ),
-        experts=ExpertsPlan(num_routed=256, granularity=1, num_shared=0, d_expert=2048, d_shared=0, init="existing"),
-        routing=RoutingPlan(
-            top_k=8, score="own", normalize=False, scale=1.0, groups=8, top_groups=4, group_score="max"
-        ),
-        balance=BalancePlan(rule="bias", rate=1e-3),
-        placement=ExpertPlacement(num_experts=256, ep=64),
-        dispatch=DispatchPlan(kind="dedup"),
-    )  # fmt: skip
-
-
-def test_experts_of_the_model_are_told_from_dense_ffns() -> None:
-    plan = deepseek_v3()
-    own = replace(plan, layers=tuple(existing_layer(i) for i in range(3)))
-    text = printed(lambda console: print_plan(own, console, ["read from the model: experts.num_routed=256"]))
-    assert "expert FFN" in text and "dense FFN" not in text
-    row = words(text.split("dispatch")[1].split("dedup, forward")[0])
-    for part in ("gated", "256 x 2048", "own top-8", "4 of 8 groups", "balance: bias", "existing", "SiLU", "3 sites"):
-        assert part in row
-    assert "by max" not in row
-    assert text.rstrip().endswith("note  read from the model: experts.num_routed=256")
-    both = replace(plan, layers=(plan.layers[0], existing_layer(60)))
-    assert " FFN" in printed(lambda console: print_plan(both, console)).replace("expert FFN", "").replace(
-        "dense FFN", ""
-    )
-
-
-def test_how_experts_are_made_is_shown() -> None:
-    plan = deepseek_v3()
-    made = replace(plan.layers[0].experts, init="drop", drop_ratio=0.25, weight_scaling="expected")
-    changed = replace(plan, layers=(replace(plan.layers[0], experts=made),))
-    text = printed(lambda console: print_plan(changed, console))
-    assert "drop 0.25" in text and "scaled: expected" in text
-    assert "scaled" not in printed(lambda console: print_plan(plan, console))
-
-
-def test_everything_that_is_decided_about_the_router_is_shown() -> None:
-    plan = deepseek_v3()
-    routing = replace(
-        plan.layers[0].routing,
-        score="softmax",
-        bias=True,
-        capacity_factor=1.25,
-        drop="score",
-        jitter=0.01,
-        workload="zipf",
-    )
-    balance = BalancePlan(rule="none", rate=0.0, micro_batch=0.01, z=0.001)
-    layers = tuple(replace(layer, routing=routing, balance=balance) for layer in plan.layers)
-    text = words(printed(lambda console: print_plan(replace(plan, layers=layers), console)))
-    for part in (
-        "with bias", "capacity 1.25", "by score", "jitter 0.01", "workload: zipf", "micro_batch loss", "0.01", "z loss",
-    ):  # fmt: skip
-        assert part in text, part

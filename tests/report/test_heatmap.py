@@ -11,8 +11,8 @@ import pytest
 from matplotlib import colormaps
 from matplotlib.image import imread
 
+from moecompile.load_history import NO_EXPERT, LoadHistory
 from moecompile.report.heatmap import chosen_steps, load_ratios, short_names, write_heat_map
-from moecompile.runtime.history import NO_EXPERT, LoadHistory
 
 LAYERS = ("model.layers.1.mlp.router", "model.layers.2.mlp.router")
 
@@ -96,7 +96,7 @@ def test_any_size_is_a_picture(tmp_path: Path, layers: int, experts: int, rows: 
 
 def test_neither_torch_nor_lightning_nor_a_display_is_needed(tmp_path: Path) -> None:
     code = (
-        "import sys; from moecompile.report.heatmap import write_heat_map; from moecompile.runtime.history import *\n"
+        "import sys; from moecompile.report.heatmap import write_heat_map; from moecompile.load_history import *\n"
         "h = LoadHistory(); h.add(1, {'a': [1, 2]}); write_heat_map(h, __import__('pathlib').Path('load.png'), title='t')\n"
         "print(sorted({'torch', 'lightning', 'matplotlib.pyplot'} & set(sys.modules)))"
     )

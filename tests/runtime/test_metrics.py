@@ -1,16 +1,15 @@
-"""What a run reports of its load, from counts written by hand."""
+"""What a run writes of its load, from counts written by hand."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
+from moecompile.load_history import LoadHistory
 from moecompile.nn import LayerLoad
-from moecompile.runtime.callbacks import Metrics, of_layer, over_layers
-from moecompile.runtime.history import LoadHistory
+from moecompile.runtime.metrics import Metrics, of_layer
 
 
 def layer(name: str, load: list[int], *, dropped: int = 0, entropy: float | None = 1.0) -> LayerLoad:
@@ -32,22 +31,6 @@ def test_expert_numbers_sort_as_text_and_an_unknown_entropy_has_no_column() -> N
     columns = of_layer(layer("a", list(range(12)), entropy=None))
     assert [name for name in sorted(columns) if name.startswith("load")] == [f"load/a/{i:02d}" for i in range(12)]
     assert "entropy/a" not in columns
-
-
-def test_a_step_over_layers() -> None:
-    """MaxVio 0.5 and 0, drops 4 of 16 and none; only the second layer knows its entropy."""
-    step = over_layers([layer("a", [6, 2, 4, 4], dropped=4, entropy=None), layer("b", [4, 4, 4, 4], entropy=0.25)])
-    assert step == {"max_violation": 0.25, "entropy": 0.25, "nodes_per_token": 1.5, "drop_rate": 0.125}
-    assert "entropy" not in over_layers([layer("a", [1, 1], entropy=None)])
-
-
-@pytest.mark.parametrize(("num_steps", "mean"), [(1, 0.0), (10, 9.0), (11, 9.5), (30, 28.0)])
-def test_the_last_tenth_is_at_least_one_step(num_steps: int, mean: float) -> None:
-    metrics = Metrics(1, num_steps)
-    metrics._steps = [{"drop_rate": float(step)} for step in range(num_steps)]
-    assert metrics.mean_of_last("drop_rate") == mean
-    assert metrics.mean_of_last("entropy") is None
-    assert Metrics(1, 1).mean_of_last("drop_rate") is None
 
 
 def test_a_run_that_fails_leaves_its_history(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ import tiny_models  # noqa: E402
 sys.path.remove(str(ZOO))
 from tests.match.test_zoo import LANGUAGE_MODELS, dbrx  # noqa: E402
 
-# Families that cannot go all the way, how far they come, and why; docs/existing-models.md says so too.
+# Families that cannot go all the way, how far they come, and why; docs/understand/existing-models.md says so too.
 CANNOT = {
     "inkling2_loop_text": "its hashed vocabulary has no tiny form that a text's ids fit",
     "inkling2_text": "its hashed vocabulary has no tiny form that a text's ids fit",

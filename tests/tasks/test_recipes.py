@@ -58,7 +58,7 @@ def test_the_header_says_what_was_measured(recipe: str) -> None:
 def test_the_page_of_recipes_says_the_same(recipe: str) -> None:
     loss = re.search(EXPECTED_LOSS, header(recipe))
     assert loss is not None
-    page = (REPOSITORY / "docs" / "recipes.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "use" / "recipes.md").read_text(encoding="utf-8")
     row = next(line for line in page.splitlines() if line.startswith(f"| `{recipe}` | dense"))
     assert f"| {loss[1]} |" in row
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from moecompile import plan as plans
-from moecompile.runtime.history import LoadHistory
+from moecompile.load_history import LoadHistory
 
 TINY = [
     "recipe=deepseek_ep", "model.config.num_hidden_layers=2", "model.config.hidden_size=32", "data.vocab_size=300",

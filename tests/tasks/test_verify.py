@@ -41,7 +41,7 @@ def test_a_failed_check_is_an_error_that_names_it(tmp_path: Path, monkeypatch: p
     def ranks(*_: object, **__: object) -> None:
         (tmp_path / verify.CERTIFICATE).write_text(json.dumps({"checks": [check]}))
 
-    monkeypatch.setattr(verify, "launch", ranks)
+    monkeypatch.setattr(verify, "start_ranks", ranks)
     with pytest.raises(VerificationFailed, match="float64: gradient norm"):
         verify.run(compose_config(["task=verify", "recipe=deepseek_ep"]), tmp_path)
     assert VerificationFailed.exit_code == 1

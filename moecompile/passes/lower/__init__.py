@@ -1,8 +1,8 @@
-"""lower: inserts the exchanges that the plan names, by logical mesh axis. The result is rank-free.
+"""lower: inserts the planned exchanges, on logical mesh axes. The result is the same graph for every rank.
 
 Algorithm, for each experts call:
   1. Read the one-device dispatch around it.
-  2. Let the planned dispatch put its exchanges there (kinds.py).
+  2. Insert the exchanges of the planned dispatch (kinds.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from moecompile.errors import PassError
 from moecompile.match.regions import Region
-from moecompile.passes.base import check_calls, copied, erase_unused, exchanges_of, experts_calls, op_name
+from moecompile.passes.base import check_calls, copy_graph_module, erase_unused, exchanges_of, experts_calls, op_name
 from moecompile.passes.lower.dispatch import DispatchNodes
 from moecompile.passes.lower.kinds import LOWERINGS
 from moecompile.plan import LayerPlan
@@ -27,19 +27,19 @@ class Lower:
     detail: str = "exchanges on logical axes"
 
     def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
-        """One experts call a layer, in the same order, with as many experts as planned, and no exchange."""
+        """One experts call per layer, in the same order, with as many experts as planned, and no exchange."""
         for call, layer in zip(check_calls(self.name, region, layers), layers, strict=True):
-            held = region.graph.get_submodule(str(call.target)).num_experts
-            if held != layer.experts.num_routed:
-                rule = f"{call.target} holds {held} experts, planned are {layer.experts.num_routed}"
+            num_experts = region.graph.get_submodule(str(call.target)).num_experts
+            if num_experts != layer.experts.num_routed:
+                rule = f"{call.target} holds {num_experts} experts, planned are {layer.experts.num_routed}"
                 raise PassError(self.name, layer.site.fqn, rule)
-        if found := exchanges_of(region.graph):
-            names = [op_name(node) for node in found]
+        if exchanges := exchanges_of(region.graph):
+            names = [op_name(node) for node in exchanges]
             raise PassError(self.name, layers[0].site.fqn, f"the graph is lowered already, it holds {names}")
 
     def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
         """A new graph over the same modules."""
-        new, _ = copied(region.graph)
+        new, _ = copy_graph_module(region.graph)
         for call, layer in zip(experts_calls(new), layers, strict=True):
             # Step 1
             try:
@@ -53,11 +53,11 @@ class Lower:
         return region.with_graph(new)
 
     def ensures(self, before: Region, after: Region, layers: Sequence[LayerPlan]) -> None:
-        """Exactly the planned exchanges in order, on their logical axes; no one-device permute feeds remote experts."""
-        wanted = [step for layer in layers for step in layer.steps]
+        """Exactly the planned exchanges in order, on logical axes; rows of permute do not reach remote experts."""
+        planned = [step for layer in layers for step in layer.steps]
         got = [(op_name(node), str(node.args[-1])) for node in exchanges_of(after.graph)]
-        if got != wanted:
-            raise PassError(self.name, layers[0].site.fqn, f"exchanges are {got}, planned are {wanted}")
+        if got != planned:
+            raise PassError(self.name, layers[0].site.fqn, f"exchanges are {got}, planned are {planned}")
         for call, layer in zip(check_calls(self.name, after, layers), layers, strict=True):
             source = call.args[0].args[0]  # type: ignore[union-attr]
             if layer.dispatch.exchanges and op_name(source) == "permute":  # type: ignore[arg-type]

@@ -1,10 +1,10 @@
-"""allgather: all tokens of the EP group to all its ranks; each computes its own experts' part, the sums come back.
+"""allgather: all ranks of the EP group get all tokens; each computes the part of its own experts, sums come back.
 
 count_gathered -> exchange_counts -> pad_tokens -> all_gather (rows) -> gather_assignments -> take_local -> experts
 -> reduce_rows -> reduce_scatter -> trim_tokens
 
-Over several nodes rows are gathered across nodes first, between ranks of the same local position, then within each
-node, and scattered the other way round: a token crosses to each other node once, not once to each of its ranks.
+On several nodes, rows are gathered across nodes first, between ranks with the same local rank, then within each node;
+reduce_scatter runs in reverse order. So a token is sent to each other node once, not to each of its ranks.
 """
 
 from __future__ import annotations

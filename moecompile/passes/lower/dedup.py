@@ -1,4 +1,4 @@
-"""dedup: one row per (token, destination rank); routing weights and ids travel along, partial sums come back.
+"""dedup: one row per (token, destination rank), with its routing weights and expert ids; partial sums come back.
 
 count_rows -> exchange_counts -> pack_rows -> all_to_all (rows) -> exchange_assignments -> expand_rows -> experts
 -> reduce_rows -> all_to_all -> combine_rows

@@ -1,4 +1,4 @@
-"""The one-device dispatch of a layer, as nodes: what every exchange starts from."""
+"""The nodes of a layer's one-device dispatch, which every lowering starts from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import fx
 class DispatchNodes:
     """permute (tokens, ids) -> rows, order, counts; experts (rows, counts) -> outputs; unpermute (outputs, weights).
 
-    outputs: the experts call, or the last module that maps its rows one by one (a norm after the experts).
+    outputs: the experts call, or the last row-wise module after it (a norm after the experts).
     """
 
     permute: fx.Node
@@ -27,7 +27,7 @@ class DispatchNodes:
         """Reads the nodes around an experts call.
 
         Raises:
-            ValueError: the call does not stand between one permute and one unpermute.
+            ValueError: the call is not between one permute and one unpermute.
         """
         rows, counts = experts.args[:2]
         assert isinstance(rows, fx.Node) and isinstance(counts, fx.Node)
@@ -36,11 +36,11 @@ class DispatchNodes:
         while len(users) == 1 and users[0].op == "call_module":
             outputs, users = users[0], list(users[0].users)
         if _op(permute) != "permute" or len(users) != 1 or _op(users[0]) != "unpermute":
-            raise ValueError(f"{experts.name} does not stand between one permute and one unpermute")
+            raise ValueError(f"{experts.name} is not between one permute and one unpermute")
         return cls(permute, rows, counts, experts, outputs, users[0])
 
     def feed(self, rows: fx.Node, counts: fx.Node) -> None:
-        """Lets the experts read these rows; further arguments, the weights of existing experts, stay."""
+        """Makes the experts read these rows; any further arguments (weights of existing experts) stay."""
         self.experts.args = (rows, counts, *self.experts.args[2:])
 
     @property
@@ -55,7 +55,7 @@ class DispatchNodes:
 
     @property
     def after_choice(self) -> fx.Node:
-        """The first place where the ids are known: counts go from here, before all work that needs none of them."""
+        """The first node after the ids: counts are sent from here, before work that does not need them."""
         node = self.ids.next
         while node.op == "placeholder" or node.target is operator.getitem:
             node = node.next

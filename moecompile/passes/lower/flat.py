@@ -1,9 +1,9 @@
-"""flat: one row per (token, expert) travels to the expert's rank and its output comes back. The baseline.
+"""flat: one row per (token, expert) is sent to the expert's rank and its output comes back. The baseline.
 
 count_experts -> exchange_counts -> permute -> all_to_all -> regroup -> experts -> ungroup -> all_to_all -> unpermute
 
-Counts go first, so that rows are put in order and copied while they are on their way to the host. Where assignments may
-be dropped, the table has the number of rows to copy, and only the order is ready before.
+Counts are sent first, so that the device permutes rows while the counts are copied to the host. If assignments may be
+dropped, permute needs the number of rows from the table, so only the sort overlaps with that copy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moecompile.passes.lower.wire import all_to_all
 from moecompile.plan import LayerPlan
 
 ops = torch.ops.moecompile
-_ALL = -1  # the sum over the numbers of a rank: rows for all of its experts
+_ALL = -1  # sum over the columns: rows for all experts of a rank
 
 
 def lower_flat(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> None:

@@ -1,10 +1,10 @@
-"""hierarchical: one row per (token, destination node), then one per (token, rank) inside the node; sums come back so.
+"""hierarchical: one row per (token, destination node), then one per (token, rank) inside the node; sums come back.
 
 count_hops -> send_counts (inter) -> onward_counts -> send_counts (intra) -> read_tables
 -> pack_rows -> all_to_all (inter) -> exchange_assignments -> pack_rows -> all_to_all (intra) -> exchange_assignments
 -> expand_rows -> experts -> reduce_rows -> all_to_all (intra) -> combine_rows -> all_to_all (inter) -> combine_rows
 
-The way of a token and of the counts is told in moecompile.ops.hops.
+moecompile.ops.hops describes the route of a token and of the counts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ROWS, _ASSIGNMENTS = 0, 1  # columns of the counts
 
 
 class _Hop(NamedTuple):
-    """What one hop brought, and what its way back needs: each row sent -> the row it was made of."""
+    """What one hop received; for the way back, `source` maps each sent row to its source row."""
 
     rows: fx.Node
     weights: fx.Node
@@ -33,7 +33,7 @@ class _Hop(NamedTuple):
 
 
 def lower_hierarchical(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> None:
-    """Replaces permute and unpermute by two hops there and two back, in place."""
+    """Replaces permute and unpermute by two hops forth and two hops back, in place."""
     placement, num_nodes = layer.placement, layer.placement.nodes
     inter, intra = f"{layer.dispatch.axis}_inter", f"{layer.dispatch.axis}_intra"
     on_node = placement.ep // num_nodes
@@ -72,7 +72,7 @@ def lower_hierarchical(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) 
 
 
 def _tables(graph: fx.Graph, counts: fx.Node, inter: str, intra: str) -> tuple[fx.Node, ...]:
-    """The split sizes of both hops on the host."""
+    """The split sizes of both hops, on the host."""
     received = graph.call_function(ops.send_counts, (counts, inter))
     onward = graph.call_function(ops.onward_counts, (received,))
     arriving = graph.call_function(ops.send_counts, (onward, intra))

@@ -1,4 +1,4 @@
-"""Exchanges built from registered ops: each module turns the one-device dispatch of a layer into its own."""
+"""The lowering of each kind of dispatch: it replaces the one-device dispatch by exchanges built from registered ops."""
 
 from collections.abc import Callable
 

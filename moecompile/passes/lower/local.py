@@ -1,4 +1,4 @@
-"""local: one EP rank holds every expert, so nothing travels and the one-device dispatch is already right."""
+"""local: one EP rank has every expert, so nothing is sent and the one-device dispatch is already right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows over the wire: cast for the exchange and back where the plan asks for it."""
+"""Wire precision: casts rows for an exchange and back if the plan asks for it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def on_the_wire(
     graph: fx.Graph, layer: LayerPlan, rows: fx.Node, exchange: Callable[[fx.Node], fx.Node], like: fx.Node
 ) -> fx.Node:
-    """`exchange(rows)`, between a cast to the planned precision and one back to that of `like`; auto casts nothing.
+    """`exchange(rows)` between a cast to the planned precision and a cast back to that of `like`; auto casts nothing.
 
-    Each exchange has casts of its own, so that what is summed between two of them, rows forward and gradients backward,
-    is summed in the precision of the activations.
+    Each exchange has its own casts, so that sums between two exchanges (of rows in forward, of gradients in backward)
+    are in the precision of the activations.
     """
     dtype = _DTYPES.get(layer.dispatch.wire_dtype)
     if dtype is None:

@@ -168,7 +168,7 @@ def test_an_experts_call_without_its_permute_is_refused() -> None:
     with before.graph.inserting_before(node):
         doubled = before.graph.call_function(torch.mul, (node.args[0], 2))
     node.args = (doubled, *node.args[1:])
-    with pytest.raises(PassError, match="experts does not stand between one permute and one unpermute"):
+    with pytest.raises(PassError, match="experts is not between one permute and one unpermute"):
         Lower().run(region, [layer])
 
 

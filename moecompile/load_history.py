@@ -1,4 +1,4 @@
-"""The load of every expert at every logged step, kept in the run directory as `load.npz`. Needs numpy alone."""
+"""The load of every expert at every logged step: training writes it, reports read it. Needs numpy alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+LOAD_HISTORY = "load.npz"
+"""The file in the run directory."""
 NO_EXPERT = -1
 """Load of an expert that a layer does not have, where another layer has more."""
 

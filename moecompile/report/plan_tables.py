@@ -1,0 +1,151 @@
+"""What the command line prints of a plan: mesh, layers, reductions, predictions. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moecompile.plan import Assumptions, Estimate, FFNSite, LayerPlan, Plan, Remedy
+from moecompile.report.tables import path_text, path_width, plain_grid, plain_table
+from moecompile.report.text import bytes_text, count_text, fold_paths, plural, traffic_text
+
+
+def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
+    """The plan for review: mesh, layers, reductions and what the planner predicts.
+
+    Args:
+        notes: what a person should know beside it, one line each.
+    """
+    console.print(_header(plan))
+    console.print()
+    if plan.layers:
+        console.print(_layers_table(plan.layers, path_width(console)))
+        console.print()
+        for kind, steps in dict.fromkeys((layer.dispatch.kind, layer.steps) for layer in plan.layers if layer.steps):
+            console.print(Text(f"{kind}, forward: {', '.join(op for op, _ in steps)}"))
+        console.print()
+    console.print(_reductions_table(plan))
+    if plan.estimate is not None:
+        console.print()
+        _print_estimate(plan.estimate, console)
+    if notes:
+        console.print()
+    for note in notes:
+        console.print(Text(f"note  {note}"))
+
+
+def _header(plan: Plan) -> Table:
+    mesh, grid = plan.mesh, plain_grid()
+    axes = ", ".join(f"{name} {getattr(mesh, name)}" for name in ("ep", "edp", "dp_replicate", "dp_shard"))
+    nodes, ranks = plural(mesh.num_nodes, "node"), plural(mesh.ranks_per_node, "rank")
+    grid.add_row(Text("plan", style="bold"), Text(f"{plan.hash}, {plural(len(plan.layers), 'MoE layer')}"))
+    grid.add_row(Text("mesh", style="bold"), Text(f"{nodes} x {ranks} = {mesh.world_size} on {mesh.device}"))
+    grid.add_row(Text("axes", style="bold"), Text(axes))
+    return grid
+
+
+def _layers_table(layers: Sequence[LayerPlan], path_width: int) -> Table:
+    """One row per set of layers that differ in their place alone."""
+    found = {"experts": "expert FFN"}.get(layers[0].site.kind, "dense FFN")
+    mixed = len({layer.site.kind == "experts" for layer in layers}) > 1
+    table = plain_table("site", "FFN" if mixed else found, "experts", "router", "dispatch")
+    for path, positions in fold_paths((layer.site.fqn or "the graph", _decisions(layer)) for layer in layers):
+        cells = (Text("\n".join(lines)) for lines in _decisions(layers[positions[0]]))
+        table.add_row(path_text(path, len(positions), path_width), *cells)
+    return table
+
+
+def _decisions(layer: LayerPlan) -> tuple[tuple[str, ...], ...]:
+    """Everything that is decided about a layer, as the lines of its cells."""
+    site, experts = layer.site, layer.experts
+    kind = site.kind if isinstance(site, FFNSite) else "gated" if site.num_in_projections == 2 else "up_down"
+    ffn = (kind, f"{site.d_model} x {site.d_ff}", site.activation)
+    shared = (f"+ shared {experts.d_shared}",) if experts.d_shared else ()
+    placed = f"{layer.placement.experts_per_rank} per EP rank"
+    init = f"drop {experts.drop_ratio:g}" if experts.init == "drop" else experts.init
+    is_scaled = experts.init not in ("existing", "random") and experts.weight_scaling != "exact"
+    scaled = (f"scaled: {experts.weight_scaling}",) if is_scaled else ()
+    routed = (f"{experts.num_routed} x {experts.d_expert}", *shared, placed, init, *scaled)
+    return ffn, routed, _router_lines(layer), (layer.dispatch.kind,)
+
+
+def _router_lines(layer: LayerPlan) -> tuple[str, ...]:
+    routing, balance, own = layer.routing, layer.balance, layer.routing.score == "own"
+    limited = routing.top_groups < routing.groups
+    lines = (
+        (True, f"{routing.score} top-{routing.top_k}"),
+        (routing.choice == "expert", "experts choose"),
+        (routing.bias, "with bias"),
+        (limited, f"{routing.top_groups} of {routing.groups} groups"),
+        (limited and not own, f"by {routing.group_score}"),
+        (routing.normalize, "normalized"),
+        (routing.scale != 1, f"scale {routing.scale:g}"),
+        (routing.capacity_factor is not None, f"capacity {routing.capacity_factor}"),
+        (routing.drop != "none", f"by {routing.drop}"),
+        (routing.jitter > 0, f"jitter {routing.jitter:g}"),
+        (routing.workload != "none", f"workload: {routing.workload}"),
+        (balance.rule != "none", f"balance: {balance.rule}"),
+        (balance.rule != "none", f"rate {balance.rate:g}"),
+    )
+    losses = (line for name, value in balance.losses.items() for line in (f"{name} loss", f"  {value:g}"))
+    return (*(line for holds, line in lines if holds), *losses)
+
+
+def _reductions_table(plan: Plan) -> Table:
+    table = plain_table("gradients of", "replicated over", "sharded over", "summed over")
+    for r in plan.reductions:
+        axes = (", ".join(found) or "-" for found in (r.replicated_over, r.sharded_over, r.sum_over))
+        table.add_row(Text(r.parameters), *map(Text, axes))
+    return table
+
+
+def _print_estimate(estimate: Estimate, console: Console) -> None:
+    memory, assumes = estimate.memory_bytes_per_rank, estimate.assumes
+    table = plain_table("memory/rank", "weights", "grads", "optimizer", "activations", "dispatch", "fits")
+    parts = (memory.weights, memory.grads, memory.optimizer, memory.activations, memory.dispatch)
+    whole = bytes_text(memory.total) + (f"\nof {bytes_text(assumes.memory_bytes)}" if assumes else "")
+    fits = Text("yes", style="green") if estimate.fits else Text("no", style="bold red")
+    table.add_row(Text(whole, no_wrap=True), *(Text(bytes_text(part), no_wrap=True) for part in parts), fits)
+    console.print(table)
+    console.print()
+    if estimate.remedies:
+        console.print(_remedies_table(estimate.remedies))
+        console.print()
+    grid = plain_grid()
+    used = f"{count_text(estimate.params_total)}, a token uses {count_text(estimate.params_active)}"
+    grid.add_row(Text("parameters", style="dim"), Text(used))
+    if assumes is not None:
+        grid.add_row(Text("assumes", style="dim"), Text(_assumes_text(assumes, estimate.checkpointing)))
+    grid.add_row(Text("forward bytes", style="dim"), Text(traffic_text(asdict(estimate.bytes_per_token_per_layer))))
+    if estimate.checkpointing != "none":
+        grid.add_row(Text("recomputation", style="dim"), Text(_recomputation_text(estimate)))
+    console.print(grid)
+
+
+def _remedies_table(remedies: Sequence[Remedy]) -> Table:
+    table = plain_table("memory/rank", "fits", "it does not fit; with this change")
+    for remedy in remedies:
+        fits = Text("yes", style="green") if remedy.fits else Text("no", style="bold red")
+        table.add_row(Text(bytes_text(remedy.total)), fits, Text(remedy.change))
+    return table
+
+
+def _assumes_text(assumes: Assumptions, checkpointing: str) -> str:
+    """`8,192 tokens a rank and micro-batch (2 sequences of 4,096), 4 of them a step, bf16_params, adamw, ...`"""
+    sequences = plural(assumes.tokens_per_rank // assumes.seq_len, "sequence")
+    steps = f"accumulated over {assumes.accumulation} micro-batches" if assumes.accumulation > 1 else "no accumulation"
+    return (
+        f"{assumes.tokens_per_rank:,} tokens a rank ({sequences} of {assumes.seq_len:,}), {steps}, "
+        f"{assumes.precision}, {assumes.optimizer}, checkpointing {checkpointing}, "
+        f"{assumes.hardware} with {bytes_text(assumes.memory_bytes)} a rank"
+    )
+
+
+def _recomputation_text(estimate: Estimate) -> str:
+    again = asdict(estimate.resent_bytes_per_token_per_layer)
+    sends = f"sends {traffic_text(again)} again" if any(again.values()) else "sends nothing again"
+    return f"{estimate.checkpointing}: backward {sends}"

@@ -1,0 +1,66 @@
+"""What a run prints while it trains: a bar on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar over optimizer steps, from where the run goes on, with rounded figures."""
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Begins at the step that is done already."""
+        bar = self.train_progress_bar
+        if bar.total == trainer.max_steps:
+            return  # another pass over the data
+        bar.reset(total=trainer.max_steps)
+        bar.initial = bar.n = bar.last_print_n = trainer.global_step
+        bar.set_description("step")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves after a step, not after a micro-batch."""
+        bar, step = self.train_progress_bar, trainer.global_step
+        if step != bar.n and (step % self.refresh_rate == 0 or step == trainer.max_steps):
+            bar.n = step
+            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+            bar.refresh()
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """loss, tokens/s, MaxVio, drops and val_loss, as far as they are known."""
+        return _figures(trainer)
+
+
+class ProgressLines(Callback):
+    """The same figures as lines, for output that is no terminal: one every `log_interval` optimizer steps."""
+
+    def __init__(self, log_interval: int) -> None:
+        self.log_interval, self._last_step = log_interval, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where the run goes on."""
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Prints after a step that closes a row."""
+        step = trainer.global_step
+        if trainer.is_global_zero and step != self._last_step and (step == 1 or step % self.log_interval == 0):
+            figures = "  ".join(f"{name} {value}" for name, value in _figures(trainer).items())
+            print(f"step {step}/{trainer.max_steps}  {figures}", flush=True)
+        self._last_step = step
+
+
+def _figures(trainer: Trainer) -> dict[str, str]:
+    """loss, tokens/s, MaxVio, drops and val_loss as text, as far as they are known."""
+    found = trainer.progress_bar_metrics
+    names = {
+        "loss": "loss", "tokens_per_second": "tok/s", "max_violation": "MaxVio", "drop_rate": "drops", "val_loss": "val"
+    }  # fmt: skip
+    shapes = {"tokens_per_second": "{:,.0f}", "max_violation": "{:.2f}", "drop_rate": "{:.1%}"}
+    return {
+        short: shapes.get(name, "{:.3f}").format(float(found[name])) for name, short in names.items() if name in found
+    }

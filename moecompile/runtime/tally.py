@@ -1,0 +1,156 @@
+"""What a run has counted so far, by optimizer steps and rows of several: losses, tokens, what the layers did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moecompile.nn import LayerLoad
+
+
+class Tally:
+    """The figures of a run; a run that goes on from a checkpoint takes them over.
+
+    loss_first, loss_last: of the first and the last row, nats per token. max_violation_last: of the worst layer in the
+    last step that closed a row. tokens_per_second: after the first row, which holds the warm-up. None: not measured.
+    """
+
+    def __init__(self) -> None:
+        self.sums, self.steps = LossSums(), LayerMeans()
+        self.steps_skipped = 0
+        self.loss_first: float | None = None
+        self.loss_last: float | None = None
+        self.max_violation_last: float | None = None
+        self.tokens_per_second: float | None = None
+        self._timed_tokens, self._timed_seconds = 0, 0.0
+
+    def end_step(self, loads: Sequence[LayerLoad], *, skipped: bool) -> None:
+        """An optimizer step is done; of one that was dropped only the count is kept."""
+        self.sums.end_step(dropped=skipped)
+        if skipped:
+            self.steps_skipped += 1
+        elif loads:
+            self.steps.add(over_layers(loads))
+
+    def end_row(self, loss: float, num_tokens: float, seconds: float) -> dict[str, float]:
+        """The row's own columns. loss: summed over `num_tokens` tokens; 0 tokens if every step was dropped."""
+        row = {"tokens_per_second": num_tokens / seconds}
+        if num_tokens:
+            row["loss"] = self.loss_last = loss / num_tokens
+            if self.loss_first is None:
+                self.loss_first = self.loss_last
+            else:
+                self._timed_tokens += int(num_tokens)
+                self._timed_seconds += seconds
+                self.tokens_per_second = self._timed_tokens / self._timed_seconds
+        if self.steps_skipped:
+            row["steps_skipped"] = float(self.steps_skipped)
+        return row
+
+    def state(self) -> dict[str, Any]:
+        """What a run that goes on from here needs for the same rows; all ranks call it after the same step."""
+        return {
+            "sums": self.sums.over_ranks(),
+            "loss_first": self.loss_first,
+            "loss_last": self.loss_last,
+            "max_violation_last": self.max_violation_last,
+            "steps_skipped": self.steps_skipped,
+            "num_steps": self.steps.count,
+            "steps": self.steps.last_tenth(),
+        }
+
+    def restore(self, state: Mapping[str, Any], *, is_first_rank: bool) -> None:
+        """Takes over `state`, on whatever number of ranks."""
+        self.sums.restore(state["sums"], is_first_rank=is_first_rank)
+        self.steps.restore(state["steps"], state["num_steps"])
+        self.loss_first, self.loss_last = state["loss_first"], state["loss_last"]
+        self.max_violation_last, self.steps_skipped = state["max_violation_last"], state["steps_skipped"]
+
+
+class LossSums:
+    """Sums over this rank's tokens since the last row: the loss, their number, each auxiliary loss. float64."""
+
+    def __init__(self) -> None:
+        self._row: Tensor | None = None
+        self._step: Tensor | None = None  # of the running optimizer step
+        self._kinds: tuple[str, ...] = ()  # of auxiliary losses
+
+    def add(self, loss: Tensor, num_tokens: Tensor, aux_losses: Mapping[str, Tensor]) -> None:
+        """Adds a micro-batch. loss: the sum over its tokens; aux_losses: per token, by kind."""
+        num_tokens, self._kinds = num_tokens.double(), tuple(aux_losses)
+        aux = [value.double() * num_tokens for value in aux_losses.values()]
+        sums = torch.stack((loss.detach().double(), num_tokens, *aux))
+        self._step = sums if self._step is None else self._step + sums
+
+    def end_step(self, *, dropped: bool) -> None:
+        """Adds the running step to the row, unless it was dropped."""
+        sums, self._step = self._step, None
+        assert sums is not None
+        if dropped:
+            sums = torch.zeros_like(sums)
+        self._row = sums if self._row is None else self._row.to(sums) + sums
+
+    def over_ranks(self) -> list[float] | None:
+        """The row so far, of all ranks, which call it together; None before its first step."""
+        if self._row is None:
+            return None
+        sums = self._row.clone()
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        return sums.tolist()
+
+    def take(self) -> tuple[float, float, dict[str, float]]:
+        """Loss, tokens and auxiliary losses of the row, of all ranks, which call it together. A new row begins."""
+        sums = self.over_ranks()
+        assert sums is not None
+        self._row = None
+        loss, num_tokens, *aux_losses = sums
+        return loss, num_tokens, dict(zip(self._kinds, aux_losses, strict=True))
+
+    def restore(self, sums: Sequence[float] | None, *, is_first_rank: bool) -> None:
+        """Takes over what `over_ranks` gave: one rank holds it for all."""
+        if sums is not None:
+            row = torch.tensor(sums, dtype=torch.float64)
+            self._row = row if is_first_rank else torch.zeros_like(row)
+
+
+class LayerMeans:
+    """Of every optimizer step, what `over_layers` gives. A run that goes on has no more than the last tenth before."""
+
+    def __init__(self) -> None:
+        self.count = 0  # of the whole run
+        self._kept: list[dict[str, float]] = []
+
+    def add(self, step: dict[str, float]) -> None:
+        """Adds a step."""
+        self._kept.append(step)
+        self.count += 1
+
+    def last_tenth(self) -> list[dict[str, float]]:
+        """The last tenth of the steps, at least one."""
+        return self._kept[-math.ceil(self.count / 10) :] if self.count else []
+
+    def mean_of_last(self, name: str) -> float | None:
+        """Mean over the last tenth of a value in `over_layers`; None: not measured."""
+        values = [step[name] for step in self.last_tenth() if name in step]
+        return sum(values) / len(values) if values else None
+
+    def restore(self, steps: Sequence[dict[str, float]], count: int) -> None:
+        """Takes over what `last_tenth` gave after `count` steps."""
+        self._kept, self.count = list(steps), count
+
+
+def over_layers(loads: Sequence[LayerLoad]) -> dict[str, float]:
+    """Means over the layers in one step; routers whose entropy is unknown are left out of it."""
+    means = {
+        "max_violation": [load.max_violation for load in loads],
+        "entropy": [load.entropy for load in loads if load.entropy is not None],
+        "nodes_per_token": [load.nodes_per_token for load in loads],
+        "drop_rate": [load.drop_rate for load in loads],
+    }
+    return {name: sum(values) / len(values) for name, values in means.items() if values}

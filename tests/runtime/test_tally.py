@@ -1,0 +1,77 @@
+"""What a run counts, from figures written by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moecompile.runtime.tally import LayerMeans, LossSums, Tally, over_layers
+from tests.runtime.test_metrics import layer
+
+
+def test_a_step_over_layers() -> None:
+    """MaxVio 0.5 and 0, drops 4 of 16 and none; only the second layer knows its entropy."""
+    step = over_layers([layer("a", [6, 2, 4, 4], dropped=4, entropy=None), layer("b", [4, 4, 4, 4], entropy=0.25)])
+    assert step == {"max_violation": 0.25, "entropy": 0.25, "nodes_per_token": 1.5, "drop_rate": 0.125}
+    assert "entropy" not in over_layers([layer("a", [1, 1], entropy=None)])
+
+
+@pytest.mark.parametrize(("num_steps", "mean"), [(1, 0.0), (10, 9.0), (11, 9.5), (30, 28.0)])
+def test_the_last_tenth_is_at_least_one_step(num_steps: int, mean: float) -> None:
+    means = LayerMeans()
+    assert means.mean_of_last("drop_rate") is None
+    for step in range(num_steps):
+        means.add({"drop_rate": float(step)})
+    assert means.mean_of_last("drop_rate") == mean
+    assert means.mean_of_last("entropy") is None
+
+
+def add(sums: LossSums, loss: float, num_tokens: int, aux: float) -> None:
+    sums.add(torch.tensor(loss), torch.tensor(num_tokens), {"z": torch.tensor(aux)})
+
+
+def test_a_row_over_two_steps_of_two_micro_batches() -> None:
+    """Auxiliary losses are per token: 0.5 x 2 + 1 x 4, and nothing of a step that was dropped."""
+    sums = LossSums()
+    add(sums, 3.0, 2, 0.5)
+    add(sums, 5.0, 4, 1.0)
+    assert sums.over_ranks() is None  # no step is done
+    sums.end_step(dropped=False)
+    add(sums, float("nan"), 8, 9.0)
+    sums.end_step(dropped=True)
+    assert sums.over_ranks() == [8.0, 6.0, 5.0]
+    assert sums.take() == (8.0, 6.0, {"z": 5.0})
+    assert sums.over_ranks() is None
+
+
+def test_speed_is_that_of_the_rows_after_the_first() -> None:
+    """Rows of 6, 10 and 20 tokens in 3, 1 and 2 s; then one whose steps were all dropped."""
+    tally = Tally()
+    assert tally.end_row(12.0, 6, 3.0) == {"tokens_per_second": 2.0, "loss": 2.0}
+    assert tally.tokens_per_second is None
+    tally.end_row(10.0, 10, 1.0)
+    tally.end_row(10.0, 20, 2.0)
+    add(tally.sums, 1.0, 1, 0.0)
+    tally.end_step([], skipped=True)
+    assert tally.end_row(0.0, 0, 4.0) == {"tokens_per_second": 0.0, "steps_skipped": 1.0}
+    assert (tally.loss_first, tally.loss_last, tally.tokens_per_second) == (2.0, 0.5, 10.0)
+
+
+def test_a_run_that_goes_on_has_the_same_rows_and_the_same_last_tenth() -> None:
+    """12 steps are done, a row is open: one rank of the new run holds its sums, and 2 of the 12 steps are kept."""
+    before, first, other = Tally(), Tally(), Tally()
+    for step in range(12):
+        add(before.sums, 2.0 * step, 2, 0.0)
+        before.end_step([layer("a", [6 + step, 2, 4, 4])], skipped=False)
+    before.end_row(4.0, 2, 1.0)
+    state = before.state()
+    first.restore(state, is_first_rank=True)
+    other.restore(state, is_first_rank=False)
+    assert first.state() == state
+    assert other.sums.over_ranks() == [0.0, 0.0, 0.0]
+    for tally in (before, first):
+        for step in range(9):
+            tally.sums.add(torch.tensor(1.0), torch.tensor(1), {"z": torch.tensor(0.0)})
+            tally.end_step([layer("a", [9 + step, 2, 4, 4])], skipped=False)
+    assert first.steps.mean_of_last("max_violation") == before.steps.mean_of_last("max_violation")
+    assert first.steps.count == 21
