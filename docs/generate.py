@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -36,13 +38,13 @@ def configuration() -> str:
     """The page `reference/configuration.md`."""
     defaults = compose_config()
     top = [field.name for field in fields(Config) if not is_dataclass(getattr(defaults, field.name))]
-    parts = [_HEAD, "## Top level\n", _said(Config)[0] + "\n", _table(Config, defaults, top)]
+    parts = [_HEAD, "## Top level\n", _said(Config), _table(Config, defaults, top)]
     for field in fields(Config):
         value = getattr(defaults, field.name)
         if is_dataclass(value):
-            parts += [f"## {field.name}\n", _said(type(value))[0] + "\n", _options(field.name)]
+            parts += [f"## {field.name}\n", _said(type(value)), _options(field.name)]
             parts += _tables(type(value), value)
-    parts += ["## per_layer\n", _said(PerLayerConfig)[0] + "\n", *_tables(PerLayerConfig, PerLayerConfig())]
+    parts += ["## per_layer\n", _said(PerLayerConfig), *_tables(PerLayerConfig, PerLayerConfig())]
     parts += ["## recipe\n", "A complete choice of the groups above. Recipes live in `recipes/`.\n", _options("recipe")]
     return "\n".join(part for part in parts if part)
 
@@ -63,19 +65,21 @@ def graphs(folder: Path) -> None:
     write_before_after(before, after, folder / "ffn.svg")
 
 
-def _said(kind: type) -> tuple[str, dict[str, str]]:
-    """The prose of a class's docstring, and key -> meaning (`key: meaning.`, `a, b: meaning.`, `*_end: ...`)."""
-    text = inspect.cleandoc(kind.__doc__ or "").replace("\n", " ")
-    names = [field.name for field in fields(kind)]
-    some = "|".join(map(re.escape, names))
-    parts = re.split(rf"(?:^|(?<=[.;:] )|(?<=  ))((?:{some})(?:, (?:{some}))*|\*\w+): ", text)
-    meanings: dict[str, str] = {}
-    for keys, meaning in zip(parts[1::2], parts[2::2], strict=True):
-        for key in keys.split(", "):
-            found = [name for name in names if name == key or (key[0] == "*" and name.endswith(key[1:]))]
-            meanings |= dict.fromkeys(found, meaning.strip().rstrip(";."))
-    prose = re.sub(r"^`\w+`: ", "", parts[0]).strip()
-    return prose[:1].upper() + prose[1:], meanings
+def field_docs(kind: type) -> dict[str, str]:
+    """Field -> the string under it, of a dataclass; fields without one are left out."""
+    (body,) = (node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef))
+    return {
+        field.target.id: inspect.cleandoc(under.value.value).replace("\n", " ")
+        for field, under in pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(under, ast.Expr) and isinstance(under.value, ast.Constant) and isinstance(under.value.value, str)
+    }
+
+
+def _said(kind: type) -> str:
+    """The docstring of a group, without its name in front."""
+    prose = re.sub(r"^`[\w.]+`: ", "", inspect.cleandoc(kind.__doc__ or "").replace("\n\n", " ").replace("\n", " "))
+    return prose[:1].upper() + prose[1:] + "\n"
 
 
 def _tables(kind: type, defaults: Any) -> list[str]:
@@ -84,16 +88,14 @@ def _tables(kind: type, defaults: Any) -> list[str]:
     parts = [_table(kind, defaults, [field.name for field in fields(kind) if field.name not in inner])]
     for name in inner:
         value = getattr(defaults, name)
-        parts += [_said(type(value))[0] + "\n", _table(type(value), value, [f"{f.name}" for f in fields(value)])]
+        parts += [_said(type(value)), _table(type(value), value, [f"{f.name}" for f in fields(value)])]
     return parts
 
 
 def _table(kind: type, defaults: Any, names: list[str]) -> str:
-    hints, (_, meanings) = get_type_hints(kind), _said(kind)
-    rows = []
+    hints, docs, rows = get_type_hints(kind), field_docs(kind), []
     for name in names:
-        meaning = meanings.get(name) or _enum_text(hints[name])
-        cells = (f"`{name}`", _value(getattr(defaults, name)), _type(hints[name]), meaning)
+        cells = (f"`{name}`", _value(getattr(defaults, name)), _type(hints[name]), docs[name])
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(["| key | default | takes | what it is |", "|---|---|---|---|", *rows, ""])
 
@@ -101,6 +103,8 @@ def _table(kind: type, defaults: Any, names: list[str]) -> str:
 def _options(group: str) -> str:
     """The shipped files of a group, each with the first sentence of its comment."""
     said = {path.stem: _comment(path) for path in sorted((conf_dir() / group).glob("*.yaml"))}
+    if not said:
+        return ""
     if not any(said.values()):
         return f"Options: {', '.join(f'`{group}={name}`' for name in said)}.\n"
     rows = [f"| `{group}={name}` | {text} |" for name, text in said.items()]
@@ -111,11 +115,6 @@ def _comment(path: Path) -> str:
     lines = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     text = " ".join(line for line in lines if line and not line.startswith("@"))
     return re.split(r"(?<=\.) ", text)[0]
-
-
-def _enum_text(hint: Any) -> str:
-    is_enum = isinstance(hint, type) and issubclass(hint, Enum)
-    return (inspect.getdoc(hint) or "").split(" (DESIGN")[0].rstrip(".") if is_enum else ""
 
 
 def _type(hint: Any) -> str:

@@ -177,7 +177,7 @@ def test_an_edited_plan_is_followed() -> None:
     plan = edit(moecompile.make_plan(trace(model), COPY), change)
     graph_module = moecompile.transform(trace(model), plan)
     ((name, router),) = routers_of(graph_module)
-    assert (name, router.top_k, router.score) == ("first.router", 1, "sigmoid")
+    assert (name, router.config.top_k, router.config.score) == ("first.router", 1, "sigmoid")
     assert isinstance(graph_module.second.down, nn.Linear)
     assert max_diff(graph_module(tokens()), model(tokens())) <= 1e-5
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,15 +22,40 @@ from moecompile.match.patterns import FFNMatch
 from moecompile.match.regions import Region
 from moecompile.match.sites import graph_sites
 from moecompile.match.view import GraphView
+from moecompile.nn import Router
 from moecompile.passes.base import GraphPass
 from moecompile.passes.run import run_passes
 from moecompile.pipeline import make_plan
 from moecompile.plan import LayerPlan, Plan
 from moecompile.report.graphs import graph_summary
+from moecompile.routing import BalanceSpec, RouterConfig
 from moecompile.schema import Config
 
 D_MODEL, D_FF = 8, 16
 COPY4 = ["experts.num_routed=4", "routing.top_k=2"]
+
+
+PLAIN_ROUTING = {
+    "top_k": 2, "score": "softmax", "normalize": True, "scale": 1.0, "groups": 1, "top_groups": 1, "group_score": "top2",
+}  # fmt: skip
+
+
+def a_router(
+    d_model: int,
+    num_experts: int,
+    *,
+    losses: Mapping[str, float] | None = None,
+    bias_rate: float = 0.0,
+    bias_update: str = "sign",
+    num_nodes: int = 1,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Router:
+    """A router without values; `options` are those of `RouterConfig`, and change a plain softmax top-2."""
+    rule = "bias" if bias_rate else "none"
+    balance = BalanceSpec(rule=rule, rate=bias_rate, update=bias_update, **(losses or {}))
+    config = RouterConfig(**{**PLAIN_ROUTING, **options})
+    return Router(d_model, num_experts, config, balance, num_nodes=num_nodes, dtype=dtype)
 
 
 class UpDown(nn.Module):

@@ -15,6 +15,7 @@ from moecompile.errors import MoecompileError
 from moecompile.nn.existing import own_biases
 from moecompile.nn.meter import DROPPED, ENTROPY, TOKENS, LoadMeter
 from moecompile.nn.router import Router, routers_of
+from moecompile.routing import BalanceSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +94,11 @@ def update_balance(model: nn.Module, group: dist.ProcessGroup | None = None, *, 
 def _balance(model: nn.Module, load_of: dict[int, Tensor]) -> None:
     for _, router in routers_of(model):
         load_E = load_of[id(router.meter)]
-        _move(router.correction_bias, load_E, router.bias_rate, router.bias_update)
+        _move(router.correction_bias, load_E, router.balance)
         if router.global_load is not None and load_E.any():
             router.global_load.copy_(load_E / load_E.sum())
     for own_meter, bias_E in own_biases(model):
-        _move(bias_E, load_of[id(own_meter)], own_meter.bias_rate, own_meter.bias_update)
+        _move(bias_E, load_of[id(own_meter)], own_meter.balance)
 
 
 def _summed(meters: list[tuple[str, LoadMeter]], group: dist.ProcessGroup | None) -> list[Tensor]:
@@ -122,13 +123,13 @@ def _layer_load(name: str, meter: LoadMeter, summed: Tensor) -> LayerLoad:
     )
 
 
-def _move(bias_E: Tensor, load_E: Tensor, rate: float, update: str) -> None:
+def _move(bias_E: Tensor, load_E: Tensor, balance: BalanceSpec) -> None:
     """The rule of `update_balance`, in place; load_E is global and on the CPU."""
     mean = load_E.double().mean()
-    if rate and mean > 0:
+    if balance.rate and mean > 0:
         error_E = mean - load_E
-        step_E = error_E.sign() if update == "sign" else error_E / mean
-        bias_E += (rate * step_E).to(bias_E)
+        step_E = error_E.sign() if balance.update == "sign" else error_E / mean
+        bias_E += (balance.rate * step_E).to(bias_E)
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.errors import MoecompileError
 from moecompile.nn.meter import LoadMeter
+from moecompile.routing import NO_BALANCE, BalanceSpec
 from moecompile.torch_private import local_part
 
 
@@ -148,19 +149,17 @@ class IdentityExperts(nn.Module):
 class ExistingMeter(LoadMeter):
     """Counts the load of experts behind a router of the model's own.
 
-    bias_rate: step of that router's correction bias per balance update, 0 for none. bias_update: `sign` or
-    `proportional`, as `Router` has it.
+    balance: the rule of that router's correction bias, as `Router` has it.
     """
 
-    bias_rate: float = 0.0
-    bias_update: str = "sign"
+    balance: BalanceSpec = NO_BALANCE
 
 
 def own_biases(model: nn.Module) -> list[tuple[ExistingMeter, Tensor]]:
     """Meters whose model's own router has a correction bias that follows the load, and that bias (E,)."""
     found = []
     for path, meter in model.named_modules():
-        if isinstance(meter, ExistingMeter) and meter.bias_rate:
+        if isinstance(meter, ExistingMeter) and meter.balance.rate:
             experts = path.rpartition(".")[0]
             bias = correction_bias(model.get_submodule(experts.rpartition(".")[0]), meter.num_experts)
             if bias is None:

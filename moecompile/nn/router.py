@@ -7,7 +7,7 @@ Legend: T tokens, D model dim, E experts, K top-k, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +17,8 @@ from torch.autograd.graph import Node
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.nn import losses as loss_functions
 from moecompile.nn.meter import LoadMeter, at_least
+from moecompile.routing import NO_BALANCE, BalanceSpec, RouterConfig, check_balance
 from moecompile.torch_private import in_backward
-
-LOSSES = ("micro_batch", "sequence", "global_batch", "z")
 
 
 class Router(nn.Module):
@@ -33,24 +32,12 @@ class Router(nn.Module):
     weight 0.
 
     Args:
-        d_model, num_experts, top_k: sizes.
-        score: `softmax`, `sigmoid`, or `softmax_after_topk`: experts are chosen by their logits, and the weights are a
-            softmax over the chosen ones alone (gpt-oss), which sums to 1 whatever `normalize` says.
-        normalize: the weights of a token sum to `scale`; else they are the scores times `scale`.
-        groups, top_groups: contiguous expert groups, and how many of them a token may use.
-        group_score: `max` (DeepSeek-V2), `top2` (DeepSeek-V3 as transformers computes it) or `topk_over_m` (sum of the
-            top_k / top_groups best, as the DeepSeek-V3 report says).
-        choice: `token`, or `expert`: every expert takes the tokens that it scores highest, top_k / num_experts of them
-            times `capacity_factor` (1 if it is None), with score * scale as the weight (arXiv 2202.09368).
-        bias: whether the logits have a bias.
-        capacity_factor, drop: an expert keeps at most ceil(capacity_factor * T * K / E) of the T tokens of a forward:
-            the first ones (`position`) or those with the largest weights (`score`). `none` with None: dropless.
-        jitter: in training the router's input is multiplied by uniform(1 - jitter, 1 + jitter).
-        workload, skew: a choice of experts for benchmarks (moecompile.ops.workload); weights stay the scores of the
-            chosen, so gradients flow.
-        losses: auxiliary loss -> coefficient.
-        bias_rate, bias_update: the balance rule of `correction_bias`, see `update_balance`.
+        d_model, num_experts: sizes.
+        config: what is computed. balance: auxiliary losses, and the rule of `correction_bias` (see `update_balance`).
         num_nodes: nodes over which the experts are spread, for the meter.
+
+    Raises:
+        ConfigError: the config does not fit the number of experts, or the balance the config.
     """
 
     correction_bias: Tensor
@@ -61,44 +48,25 @@ class Router(nn.Module):
         self,
         d_model: int,
         num_experts: int,
+        config: RouterConfig,
+        balance: BalanceSpec = NO_BALANCE,
         *,
-        top_k: int,
-        score: str = "softmax",
-        normalize: bool = True,
-        scale: float = 1.0,
-        groups: int = 1,
-        top_groups: int = 1,
-        group_score: str = "top2",
-        choice: str = "token",
-        bias: bool = False,
-        capacity_factor: float | None = None,
-        drop: str = "none",
-        jitter: float = 0.0,
-        workload: str = "none",
-        skew: float = 1.0,
-        losses: Mapping[str, float] | None = None,
-        bias_rate: float = 0.0,
-        bias_update: str = "sign",
         num_nodes: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.num_experts, self.top_k = num_experts, top_k
-        self.score, self.normalize, self.scale = score, normalize, scale
-        self.groups, self.top_groups, self.group_score = groups, top_groups, group_score
-        self.choice, self.capacity_factor, self.drop = choice, capacity_factor, drop
-        self.jitter, self.workload, self.skew = jitter, workload, skew
-        self.losses, self.bias_rate, self.bias_update = dict(losses or {}), bias_rate, bias_update
-        self._check()
+        config.check_experts(num_experts)
+        check_balance(config, balance)
+        self.num_experts, self.config, self.balance, self.losses = num_experts, config, balance, balance.losses
         wide = torch.promote_types(dtype, torch.float32)
         self.weight = nn.Parameter(torch.empty(num_experts, d_model, device=device, dtype=wide))
         self.register_parameter(
-            "bias", nn.Parameter(torch.empty(num_experts, device=device, dtype=wide)) if bias else None
+            "bias", nn.Parameter(torch.empty(num_experts, device=device, dtype=wide)) if config.bias else None
         )
         self.register_buffer("correction_bias", torch.zeros(num_experts, device=device, dtype=wide))
         even = torch.full((num_experts,), 1 / num_experts, device=device, dtype=wide)
-        self.register_buffer("global_load", even if "global_batch" in self.losses else None)
+        self.register_buffer("global_load", even if balance.global_batch else None)
         self.meter = LoadMeter(num_experts, num_nodes, device, has_entropy=True)
         self.aux_losses: dict[str, Tensor] = {}  # coefficient * loss of the last training forward, with its graph
         self.aux_node: Node | None = None  # where in the graph: who depends on that forward has it among its ancestors
@@ -119,7 +87,7 @@ class Router(nn.Module):
         logits = self.logits(x)
         scores = self._score(logits)
         scores_TE = torch.ops.moecompile.flatten_tokens(scores)
-        if self.choice == "expert":
+        if self.config.choice == "expert":
             ids, weights = self._expert_choice(scores_TE)
             kept = ids
         else:
@@ -131,9 +99,9 @@ class Router(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., E), fp32 or wider, with jitter in training."""
-        if self.training and self.jitter:
+        if self.training and self.config.jitter:
             x = x.to(torch.promote_types(self.weight.dtype, torch.float32))
-            x = x * (1.0 + self.jitter * (2.0 * self._uniform(x) - 1.0))
+            x = x * (1.0 + self.config.jitter * (2.0 * self._uniform(x) - 1.0))
         logits: Tensor = torch.ops.moecompile.router_logits(x, self.weight, self.bias)
         return logits
 
@@ -145,52 +113,52 @@ class Router(nn.Module):
     @torch.no_grad()
     def choose(self, scores_TE: Tensor) -> Tensor:
         """Ids of the chosen experts before drops, (T, K) int64."""
-        kernels = torch.ops.moecompile
-        if self.workload == "balanced":
-            ids_TK: Tensor = kernels.balanced_ids(scores_TE, self.top_k, self.groups, self.top_groups)
+        kernels, config = torch.ops.moecompile, self.config
+        if config.workload == "balanced":
+            ids_TK: Tensor = kernels.balanced_ids(scores_TE, config.top_k, config.groups, config.top_groups)
             return ids_TK
-        if self.workload == "none":
+        if config.workload == "none":
             choice_TE = scores_TE + self.correction_bias
         else:
-            choice_TE = kernels.workload_scores(self._uniform(scores_TE), self.key, self.workload, self.skew)
-        if self.top_groups < self.groups:
+            choice_TE = kernels.workload_scores(self._uniform(scores_TE), self.key, config.workload, config.skew)
+        if config.top_groups < config.groups:
             # -inf, not 0: a closed group must lose even against negative corrected scores.
             choice_TE = choice_TE.masked_fill(~self._open_experts(choice_TE), float("-inf"))
-        return choice_TE.topk(self.top_k, dim=-1, sorted=False).indices
+        return choice_TE.topk(config.top_k, dim=-1, sorted=False).indices
 
     def _score(self, logits: Tensor) -> Tensor:
-        if self.score == "softmax_after_topk":
+        if self.config.score == "softmax_after_topk":
             return logits
-        return logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
+        return logits.sigmoid() if self.config.score == "sigmoid" else logits.softmax(-1)
 
     def _probs(self, logits: Tensor, scores: Tensor) -> Tensor:
         """Scores that sum to 1 over the experts of a token."""
-        if self.score == "sigmoid":
+        if self.config.score == "sigmoid":
             return scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
-        return scores if self.score == "softmax" else logits.softmax(-1)
+        return scores if self.config.score == "softmax" else logits.softmax(-1)
 
     def _weights(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
         weights_TK = scores_TE.gather(1, ids_TK)
-        if self.score == "softmax_after_topk":
+        if self.config.score == "softmax_after_topk":
             weights_TK = weights_TK.softmax(-1)
-        elif self.normalize:
+        elif self.config.normalize:
             # The floor keeps sigmoid scores that all underflow from dividing by zero (DeepSeek-V3 uses 1e-20).
             weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp_min(1e-20)
-        return weights_TK * self.scale
+        return weights_TK * self.config.scale
 
     def _limited(self, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
         """What capacity leaves; the weights of kept assignments stay as they are."""
-        if self.capacity_factor is None:
+        if self.config.capacity_factor is None:
             return ids_TK, weights_TK
         kept_TK = torch.ops.moecompile.within_capacity(
-            ids_TK, weights_TK.detach(), self.num_experts, self.capacity_factor, self.drop
+            ids_TK, weights_TK.detach(), self.num_experts, self.config.capacity_factor, self.config.drop
         )
         return ids_TK.masked_fill(~kept_TK, self.num_experts), weights_TK.masked_fill(~kept_TK, 0.0)
 
     def _expert_choice(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
-        factor = 1.0 if self.capacity_factor is None else self.capacity_factor
-        ids_TE = torch.ops.moecompile.expert_choice(scores_TE.detach(), self.top_k, factor)
-        return ids_TE, scores_TE.masked_fill(ids_TE == self.num_experts, 0.0) * self.scale
+        factor = 1.0 if self.config.capacity_factor is None else self.config.capacity_factor
+        ids_TE = torch.ops.moecompile.expert_choice(scores_TE.detach(), self.config.top_k, factor)
+        return ids_TE, scores_TE.masked_fill(ids_TE == self.num_experts, 0.0) * self.config.scale
 
     def _train(self, logits: Tensor, scores: Tensor, ids: Tensor, kept: Tensor) -> dict[str, Tensor]:
         """Counts this forward and returns its losses, coefficients included."""
@@ -220,18 +188,19 @@ class Router(nn.Module):
         if name == "micro_batch":
             return loss_functions.micro_batch_loss(probs, ids)
         if name == "sequence":
-            return loss_functions.sequence_loss(torch.atleast_2d(scores), torch.atleast_2d(probs), self.top_k)
+            return loss_functions.sequence_loss(torch.atleast_2d(scores), torch.atleast_2d(probs), self.config.top_k)
         if name == "global_batch":
             assert self.global_load is not None
             return loss_functions.global_batch_loss(probs, self.global_load)
         return loss_functions.z_loss(logits)
 
     def _open_experts(self, choice_TE: Tensor) -> Tensor:
-        per_group = self.num_experts // self.groups
-        by_group_TGe = choice_TE.view(-1, self.groups, per_group)
-        num_best = {"max": 1, "top2": 2, "topk_over_m": max(1, self.top_k // self.top_groups)}[self.group_score]
+        config = self.config
+        per_group = self.num_experts // config.groups
+        by_group_TGe = choice_TE.view(-1, config.groups, per_group)
+        num_best = {"max": 1, "top2": 2, "topk_over_m": max(1, config.top_k // config.top_groups)}[config.group_score]
         group_scores_TG = by_group_TGe.topk(min(num_best, per_group), dim=-1).values.sum(-1)
-        best = group_scores_TG.topk(self.top_groups, dim=-1, sorted=False).indices
+        best = group_scores_TG.topk(config.top_groups, dim=-1, sorted=False).indices
         open_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool).scatter_(1, best, True)
         return open_TG.repeat_interleave(per_group, dim=1)
 
@@ -241,14 +210,6 @@ class Router(nn.Module):
             noise: Tensor = torch.ops.moecompile.keyed_uniform(like.detach(), self.key)
             return noise
         return torch.rand_like(like)
-
-    def _check(self) -> None:
-        if unknown := [name for name in self.losses if name not in LOSSES]:
-            raise ValueError(f"unknown losses {unknown}, known are {list(LOSSES)}")
-        if self.choice == "token" and (self.capacity_factor is None) != (self.drop == "none"):
-            raise ValueError(f"drop={self.drop} with capacity_factor={self.capacity_factor}: give both or neither")
-        if self.choice == "expert" and (self.losses.keys() - {"z"} or self.bias_rate):
-            raise ValueError("where experts choose tokens their load is even by itself: no balance loss, no bias rule")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         # A cast of the model to bf16 moves the router but does not round it.
@@ -261,14 +222,15 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
-        limit = f", {self.top_groups} of {self.groups} groups by {self.group_score}" if self.groups > 1 else ""
-        words = [f"{self.num_experts} experts, {self.score} top-{self.top_k}{limit}, scale={self.scale}"]
-        if self.choice == "expert":
+        config = self.config
+        limit = f", {config.top_groups} of {config.groups} groups by {config.group_score}" if config.groups > 1 else ""
+        words = [f"{self.num_experts} experts, {config.score} top-{config.top_k}{limit}, scale={config.scale}"]
+        if config.choice == "expert":
             words.append("experts choose")
-        if self.capacity_factor is not None:
-            words.append(f"capacity {self.capacity_factor} by {self.drop}")
-        if self.workload != "none":
-            words.append(f"workload {self.workload}")
+        if config.capacity_factor is not None:
+            words.append(f"capacity {config.capacity_factor} by {config.drop}")
+        if config.workload != "none":
+            words.append(f"workload {config.workload}")
         return ", ".join(words)
 
 

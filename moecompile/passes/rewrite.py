@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from moecompile.errors import PassError, PlanError
 from moecompile.match.experts import ExpertsMatch
@@ -180,34 +180,12 @@ def build_modules(
     layer: LayerPlan, dense: DenseWeights, activation: nn.Module
 ) -> tuple[Router, Experts, SharedExperts | None]:
     """Uninitialized modules of the planned sizes, with the device and dtype of the dense weights."""
-    site, plan, routing, balance = layer.site, layer.experts, layer.routing, layer.balance
-    like: Tensor = dense.down_DF
+    site, plan = layer.site, layer.experts
+    where: dict[str, Any] = {"device": dense.down_DF.device, "dtype": dense.down_DF.dtype}
     router = Router(
-        site.d_model,
-        plan.num_routed,
-        top_k=routing.top_k,
-        score=routing.score,
-        normalize=routing.normalize,
-        scale=routing.scale,
-        groups=routing.groups,
-        top_groups=routing.top_groups,
-        group_score=routing.group_score,
-        choice=routing.choice,
-        bias=routing.bias,
-        capacity_factor=routing.capacity_factor,
-        drop=routing.drop,
-        jitter=routing.jitter,
-        workload=routing.workload,
-        skew=routing.skew,
-        losses=balance.losses,
-        bias_rate=balance.rate,
-        bias_update=balance.update,
-        num_nodes=layer.placement.nodes,
-        device=like.device,
-        dtype=like.dtype,
+        site.d_model, plan.num_routed, layer.routing, layer.balance, num_nodes=layer.placement.nodes, **where
     )
     kinds: dict[str, Any] = {"gated": site.kind == "gated", "bias_up": site.bias_up, "bias_down": site.bias_down}
-    where: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
     experts = Experts(site.d_model, plan.d_expert, plan.num_routed, activation=activation, **kinds, **where)
     if not plan.d_shared:
         return router, experts, None

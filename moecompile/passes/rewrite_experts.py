@@ -81,7 +81,7 @@ def rewrite_experts(graph_module: fx.GraphModule, module: nn.Module, match: Expe
 def _meter(module: nn.Module, layer: LayerPlan) -> ExistingMeter:
     device = next(module.parameters()).device
     meter = ExistingMeter(layer.experts.num_routed, layer.placement.nodes, device)
-    meter.bias_rate, meter.bias_update = layer.balance.rate, layer.balance.update
+    meter.balance = layer.balance
     return meter
 
 

@@ -1,22 +1,12 @@
 """The nouns: sites, layers, placement, Plan. Frozen and torch-free; constructors validate."""
 
+from moecompile.plan.checks import plan_errors
+from moecompile.plan.dispatch import EXCHANGE_OPS, EXCHANGES, HALVES, IN_FLIGHT, WAIT_OPS, DispatchPlan, can_fuse
 from moecompile.plan.existing import layer_of, layer_on_one_device, own_routing
+from moecompile.plan.experts import ExpertPlacement, ExpertsPlan
 from moecompile.plan.fit import planned_site
 from moecompile.plan.io import from_yaml, load, save, to_yaml
-from moecompile.plan.layers import (
-    EXCHANGE_OPS,
-    EXCHANGES,
-    HALVES,
-    IN_FLIGHT,
-    WAIT_OPS,
-    BalancePlan,
-    DispatchPlan,
-    ExpertPlacement,
-    ExpertsPlan,
-    LayerPlan,
-    RoutingPlan,
-    can_fuse,
-)
+from moecompile.plan.layers import BalancePlan, LayerPlan, RoutingPlan
 from moecompile.plan.one_process import on_one_process, on_one_rank
 from moecompile.plan.plan import Assumptions, Estimate, MemoryEstimate, Plan, Reduction, Remedy, Traffic
 from moecompile.plan.reductions import reductions
@@ -52,6 +42,7 @@ __all__ = [
     "on_one_process",
     "on_one_rank",
     "own_routing",
+    "plan_errors",
     "planned_site",
     "reductions",
     "save",

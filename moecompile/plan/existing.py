@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from moecompile.plan.layers import (
-    BalancePlan,
-    DispatchPlan,
-    ExpertPlacement,
-    ExpertsPlan,
-    LayerPlan,
-    RoutingPlan,
-    can_fuse,
-)
+from moecompile.plan.dispatch import DispatchPlan, can_fuse
+from moecompile.plan.experts import ExpertPlacement, ExpertsPlan
+from moecompile.plan.layers import BalancePlan, LayerPlan, RoutingPlan
 from moecompile.plan.sites import ExpertsSite
+from moecompile.routing import NO_BALANCE
 
 
 def own_routing(site: ExpertsSite) -> RoutingPlan:
@@ -44,7 +39,7 @@ def layer_of(
         site=site,
         experts=experts,
         routing=own_routing(site),
-        balance=balance or BalancePlan(rule="none", rate=0.0),
+        balance=balance or NO_BALANCE,
         placement=placement,
         dispatch=dispatch,
         fused=can_fuse(site, dispatch),

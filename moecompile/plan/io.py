@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from moecompile.errors import PlanError
+from moecompile.plan.checks import plan_errors
 from moecompile.plan.plan import Plan
 
 FORMAT = 1
@@ -107,4 +108,6 @@ def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
     missing = [n for n, f in fields.items() if n not in value and f.default is dataclasses.MISSING]
     if missing:
         raise PlanError(f"{path}.{missing[0]}", None, "is missing", "Add it, or plan again")
-    return kind(**{key: _build(hints[key], item, f"{path}.{key}") for key, item in value.items()})
+    built = {key: _build(hints[key], item, f"{path}.{key}") for key, item in value.items()}
+    with plan_errors():
+        return kind(**built)

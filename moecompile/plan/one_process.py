@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from moecompile.mesh import MeshSpec
-from moecompile.plan.layers import DispatchPlan, ExpertPlacement, LayerPlan, can_fuse
+from moecompile.plan.dispatch import DispatchPlan, can_fuse
+from moecompile.plan.experts import ExpertPlacement
+from moecompile.plan.layers import LayerPlan
 from moecompile.plan.plan import Plan
 from moecompile.plan.reductions import reductions
 

@@ -226,10 +226,12 @@ def _check_misfits(site: ExpertsSite, settings: LayerSettings, mesh: MeshSpec, c
 
 
 def _balance(site: ExpertsSite, settings: LayerSettings) -> BalancePlan:
+    """Auxiliary losses are refused, or ignored."""
     balance = settings.balance
-    if balance.rule is BalanceRule.bias and site.correction_bias:
-        return BalancePlan(rule="bias", rate=balance.rate, update=balance.update.value)
-    return BalancePlan(rule="none", rate=0.0, update=balance.update.value)
+    moved = balance.rule is BalanceRule.bias and site.correction_bias
+    return BalancePlan(
+        rule="bias" if moved else "none", rate=balance.rate if moved else 0.0, update=balance.update.value
+    )
 
 
 def is_given(config: Config, path: str) -> bool:

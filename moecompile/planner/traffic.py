@@ -50,9 +50,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cache
 
-from moecompile.errors import PlanError
 from moecompile.mesh import MeshSpec
-from moecompile.plan import ExpertPlacement, RoutingPlan, Traffic
+from moecompile.plan import ExpertPlacement, RoutingPlan, Traffic, plan_errors
 
 COUNT_BYTES = 8  # exchange_counts sends int64
 CODE_BYTES = 2  # exchange_assignments sends an int16 code beside each weight
@@ -216,10 +215,5 @@ def _overlaps(size: int, groups: int, experts: range) -> Counter[int]:
 
 
 def _check_top_k(placement: ExpertPlacement, routing: RoutingPlan) -> None:
-    candidates = placement.num_experts // routing.groups * routing.top_groups
-    if routing.top_k > candidates:
-        raise PlanError(
-            "routing.top_k", routing.top_k,
-            f"{routing.top_groups} of {routing.groups} groups hold only {candidates} experts",
-            f"Use at most {candidates}, or raise routing.top_groups",
-        )  # fmt: skip
+    with plan_errors():
+        routing.check_experts(placement.num_experts)

@@ -1,5 +1,6 @@
 """The typed config schema: what a user may write. Mutable input, read by `make_plan` and the tasks, by nobody after."""
 
+from moecompile.routing import BalanceRule, BiasUpdate, Choice, DropPolicy, GroupScore, Score, Workload
 from moecompile.schema.config import (
     BalanceConfig,
     BenchConfig,
@@ -20,46 +21,42 @@ from moecompile.schema.config import (
     VerifyConfig,
 )
 from moecompile.schema.enums import (
-    BalanceRule,
     Baseline,
-    BiasUpdate,
     Checkpointing,
-    Choice,
     Compiled,
     DispatchKind,
-    DropPolicy,
     ExpertInit,
     ExportFormat,
-    GroupScore,
     ModelDevice,
     ModelLoad,
     Objective,
     OnNan,
+    OverlapKind,
     Precision,
-    Score,
     SiteKind,
     TaskName,
     TokenizerSource,
     VerifyDtype,
     WeightScaling,
     WireDtype,
-    Workload,
 )
 from moecompile.schema.implied import SOURCES, with_implied
 from moecompile.schema.per_layer import LayerSettings, check_selections, layer_settings
-from moecompile.schema.ranges import check_numbers
-from moecompile.schema.resolve import (
-    accumulation_steps,
-    check_name,
-    mesh_spec,
-    resolve_groups,
-    validate,
-    validate_settings,
-    validate_transform,
-)
+from moecompile.schema.ranges import NUMBERS, check_numbers
 from moecompile.schema.slices import site_slice
+from moecompile.schema.validation import check_name, validate, validate_settings, validate_transform
+from moecompile.schema.validation.experts import (
+    check_placement,
+    check_slices,
+    is_sliced,
+    virtual_group,
+)
+from moecompile.schema.validation.mesh import mesh_spec
+from moecompile.schema.validation.routing import balance_spec, router_config
+from moecompile.schema.validation.run import accumulation_steps
 
 __all__ = [
+    "NUMBERS",
     "SOURCES",
     "BalanceConfig",
     "BalanceRule",
@@ -89,6 +86,7 @@ __all__ = [
     "Objective",
     "OnNan",
     "OptimizerConfig",
+    "OverlapKind",
     "PerLayerConfig",
     "Precision",
     "RoutingConfig",
@@ -104,15 +102,20 @@ __all__ = [
     "WireDtype",
     "Workload",
     "accumulation_steps",
+    "balance_spec",
     "check_name",
     "check_numbers",
+    "check_placement",
     "check_selections",
+    "check_slices",
+    "is_sliced",
     "layer_settings",
     "mesh_spec",
-    "resolve_groups",
+    "router_config",
     "site_slice",
     "validate",
     "validate_settings",
     "validate_transform",
+    "virtual_group",
     "with_implied",
 ]

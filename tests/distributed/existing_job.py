@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from moecompile.nn import meters_of, update_balance
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.pipeline import compile_model, plan_of
+from moecompile.routing import NO_BALANCE
 from moecompile.runtime.gradients import clip_by_global_norm, divide, sum_replicated
 from tests.distributed.gradient_job import full
 from tests.existing_models import VOCAB, moe_inputs, moe_model, stacked
@@ -147,7 +148,7 @@ def sharded(
         optimizer.step()
         if mutate == "no_bias_rule":
             for _, meter in meters_of(model):
-                meter.bias_rate = 0.0
+                meter.balance = NO_BALANCE
         loads = [load.load.tolist() for load in update_balance(model, torch.distributed.group.WORLD)]
         trace.loads = trace.loads or loads
         trace.losses.append(float(sums[0]))

@@ -146,7 +146,7 @@ def test_copies_and_training_flags() -> None:
     assert max_diff(again(**EXAMPLE).logits, model(**EXAMPLE).logits) == 0
     experts = again.get_submodule("model.layers.1.mlp.experts")
     assert experts.num_experts == 8  # what code around them may read stays
-    assert experts.meter.bias_rate == 0.001
+    assert experts.meter.balance.rate == 0.001
     assert not any(module.training for module in again.modules())
     again.train()
     assert all(module.training for module in again.modules())
@@ -586,7 +586,7 @@ def test_a_plan_is_read_back_and_followed() -> None:
     compiled = compile_with_report(model, [], example=EXAMPLE, plan=again)
     assert moecompile.plan_of(compiled.model) == plan
     assert max_diff(model(**EXAMPLE).logits, wanted) <= 1e-5
-    assert dict(meters_of(model))[site.fqn].bias_rate == 0.001
+    assert dict(meters_of(model))[site.fqn].balance.rate == 0.001
 
 
 def test_a_plan_for_other_experts_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
 from pathlib import Path
@@ -18,14 +19,13 @@ from moecompile.errors import MoecompileError
 from moecompile.nn import (
     LayerLoad,
     LoadMeter,
-    Router,
     auxiliary_loss,
     auxiliary_losses,
     meters_of,
     routers_of,
     update_balance,
 )
-from tests.tiny import one_rank, tokens
+from tests.tiny import a_router, one_rank, tokens
 
 ALL_LOSSES = {"micro_batch": 0.3, "sequence": 0.2, "global_batch": 0.1, "z": 0.01}
 
@@ -35,7 +35,7 @@ def model(*loads: list[int], rates: list[float] | float = 0.0, **options: Any) -
     each = [rates] * len(loads) if isinstance(rates, float) else rates
     routers = nn.Sequential(
         *(
-            Router(8, len(load), top_k=1, bias_rate=rate, **options)
+            a_router(8, len(load), top_k=1, bias_rate=rate, **options)
             for load, rate in zip(loads, each, strict=True)
         )
     )  # fmt: skip
@@ -59,7 +59,7 @@ def test_bias_moves_towards_the_mean_by_its_sign() -> None:
     routers = model([6, 2, 4, 4], rates=0.5)
     update_balance(routers)
     assert routers[0].correction_bias.tolist() == [-0.5, 0.5, 0.0, 0.0]  # mean 4: too full, too empty, just right
-    routers[0].bias_rate = 0.25
+    routers[0].balance = dataclasses.replace(routers[0].balance, rate=0.25)
     routers[0].meter.load.copy_(torch.tensor([10, 0, 0, 0]))
     update_balance(routers)
     assert routers[0].correction_bias.tolist() == [-0.75, 0.75, 0.25, 0.25]
@@ -127,7 +127,7 @@ def test_the_global_load_is_kept_where_a_loss_needs_it() -> None:
 def test_the_rule_balances_a_skewed_router() -> None:
     """Constant tokens that all prefer two experts: after some steps all are used about equally."""
     for update in ("sign", "proportional"):
-        router = Router(8, 4, top_k=2, score="sigmoid", bias_rate=0.02, bias_update=update)
+        router = a_router(8, 4, top_k=2, score="sigmoid", bias_rate=0.02, bias_update=update)
         nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
         router.correction_bias.copy_(torch.tensor([1.0, 1.0, 0.0, 0.0]))
         routers, violations = nn.Sequential(router), []
@@ -181,14 +181,14 @@ def test_experts_must_lie_evenly_on_nodes() -> None:
 
 
 def test_entropy_is_that_of_the_scores() -> None:
-    router = Router(8, 4, top_k=2)
+    router = a_router(8, 4, top_k=2)
     nn.init.zeros_(router.weight)
     router(tokens())
     (load,) = update_balance(router)
     assert load.entropy == pytest.approx(math.log(4))
     nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
     for score in ("softmax", "sigmoid", "softmax_after_topk"):
-        router.score = score
+        router.config = dataclasses.replace(router.config, score=score)
         router(tokens())
         logits = (tokens() @ router.weight.T).double()
         raw = logits.sigmoid() if score == "sigmoid" else logits.softmax(1)
@@ -199,7 +199,7 @@ def test_entropy_is_that_of_the_scores() -> None:
 
 def test_nodes_that_tokens_reach() -> None:
     """Against a plain count of distinct nodes, with drops."""
-    router = Router(8, 8, top_k=3, capacity_factor=0.75, drop="position", num_nodes=4)
+    router = a_router(8, 8, top_k=3, capacity_factor=0.75, drop="position", num_nodes=4)
     nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
     _, ids = router(tokens(64))
     reached = [{i // 2 for i in row if i < 8} for row in ids.tolist()]
@@ -211,7 +211,9 @@ def test_nodes_that_tokens_reach() -> None:
 
 
 def test_meters_are_named_by_their_owner() -> None:
-    layer = nn.ModuleDict({"router": Router(8, 4, top_k=1), "other": nn.Linear(2, 2), "count": LoadMeter(4, 1, "cpu")})
+    layer = nn.ModuleDict(
+        {"router": a_router(8, 4, top_k=1), "other": nn.Linear(2, 2), "count": LoadMeter(4, 1, "cpu")}
+    )
     parent = nn.ModuleDict({"layer": layer, "meter": LoadMeter(4, 1, "cpu")})
     assert [name for name, _ in meters_of(parent)] == ["layer.router", "layer.count", ""]
     assert [name for name, _ in routers_of(parent)] == ["layer.router"]
@@ -225,7 +227,7 @@ def test_a_model_without_routers() -> None:
 
 
 def test_casts_and_moves_do_not_round_counters() -> None:
-    router = Router(8, 4, top_k=1, losses={"global_batch": 0.1})
+    router = a_router(8, 4, top_k=1, losses={"global_batch": 0.1})
     nn.init.normal_(router.weight)
     router.meter.sums.fill_(2**24 + 1)
     weight = router.weight.detach().clone()
@@ -243,7 +245,7 @@ def test_casts_and_moves_do_not_round_counters() -> None:
 
 
 def two_layers(**losses: float) -> nn.Module:
-    layers = nn.ModuleList(Router(8, 4, top_k=2, losses=losses) for _ in range(2))
+    layers = nn.ModuleList(a_router(8, 4, top_k=2, losses=losses) for _ in range(2))
     for i, layer in enumerate(layers):
         nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(i))
     return layers

@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from moecompile.errors import ConfigError
 from moecompile.nn import Router
 from moecompile.ops.choice import capacity
-from tests.tiny import tokens
+from tests.tiny import a_router, tokens
 
 EXPERTS, D = 8, 8
 F64 = torch.float64
 
 
 def router(**options: Any) -> Router:
-    made = Router(D, EXPERTS, **{"top_k": 2, "dtype": F64, **options})
+    made = a_router(D, EXPERTS, **{"top_k": 2, "dtype": F64, **options})
     with torch.no_grad():
         made.weight.copy_(torch.randn(made.weight.shape, generator=torch.Generator().manual_seed(0), dtype=F64))
     return made
@@ -115,9 +116,9 @@ def test_capacity_holds_in_evaluation_too() -> None:
 
 
 def test_drop_and_capacity_belong_together() -> None:
-    with pytest.raises(ValueError, match="give both or neither"):
+    with pytest.raises(ConfigError, match="is none without a capacity_factor, else not"):
         router(capacity_factor=1.0)
-    with pytest.raises(ValueError, match="give both or neither"):
+    with pytest.raises(ConfigError, match="is none without a capacity_factor, else not"):
         router(drop="score")
 
 

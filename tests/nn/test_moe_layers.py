@@ -187,7 +187,7 @@ def test_layers_with_settings_of_their_own_train_together() -> None:
     x = ids(2, 8)
     (model(x).square().mean() + auxiliary_loss(model)).backward()
     routers = [router for _, router in routers_of(model)]
-    assert [(r.num_experts, r.top_k, r.score) for r in routers] == [
+    assert [(r.num_experts, r.config.top_k, r.config.score) for r in routers] == [
         (6, 3, "sigmoid"),
         (4, 2, "softmax"),
         (4, 1, "softmax"),

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moecompile.nn import Router, set_random_key
-from tests.tiny import tokens
+from tests.tiny import a_router, tokens
 
 EXPERTS, D = 8, 8
 WORKLOADS = ["balanced", "zipf", "hot", "drift"]
 
 
 def router(**options: Any) -> Router:
-    made = Router(D, options.pop("num_experts", EXPERTS), **{"top_k": 2, **options})
+    made = a_router(D, options.pop("num_experts", EXPERTS), **{"top_k": 2, **options})
     nn.init.normal_(made.weight, generator=torch.Generator().manual_seed(0))
     return made
 
@@ -27,7 +27,7 @@ def router(**options: Any) -> Router:
 def ids_of(layer: Router, num_tokens: int, step: int = 0) -> list[list[int]]:
     set_random_key(layer, seed=7, step=step, micro_batch=0)
     ids: list[list[int]] = layer(tokens(num_tokens))[1].tolist()
-    assert all(len(set(row)) == layer.top_k for row in ids)
+    assert all(len(set(row)) == layer.config.top_k for row in ids)
     return ids
 
 
@@ -42,7 +42,7 @@ def load(ids: list[list[int]], num_experts: int = EXPERTS) -> list[int]:
 
 def test_jitter_multiplies_the_routers_input() -> None:
     """One expert with the weight 1 in one place reads back what the input was multiplied by."""
-    layer = Router(1, 1, top_k=1, jitter=0.1)
+    layer = a_router(1, 1, top_k=1, jitter=0.1)
     nn.init.ones_(layer.weight)
     factors = layer.logits(torch.full((20_000, 1), 2.0)) / 2
     assert 0.9 <= factors.min() < 0.901
@@ -66,7 +66,7 @@ def test_jitter_is_drawn_for_each_element_and_leaves_the_input_alone() -> None:
 
 
 def test_jitter_is_fp32_for_bf16_states() -> None:
-    layer = Router(1, 1, top_k=1, jitter=0.01)
+    layer = a_router(1, 1, top_k=1, jitter=0.01)
     nn.init.ones_(layer.weight)
     logits = layer.logits(torch.ones(1000, 1, dtype=torch.bfloat16))
     assert logits.dtype == torch.float32

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moecompile.nn import Router
-from tests.tiny import tokens
+from tests.tiny import a_router, tokens
 
 EXPERTS, TOP_K, TOKENS, D = 16, 4, 64, 8
 
@@ -19,7 +19,7 @@ EXPERTS, TOP_K, TOKENS, D = 16, 4, 64, 8
 def router(seed: int = 0, spread: float = 0.0, **options: Any) -> Router:
     """Random weights, and correction biases of standard deviation `spread`."""
     options = {"top_k": TOP_K, **options}
-    made = Router(D, EXPERTS, **options)
+    made = a_router(D, EXPERTS, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -43,25 +43,25 @@ def reference(layer: Router, x: list[float]) -> dict[int, float]:
     weight, bias = layer.weight.tolist(), layer.correction_bias.tolist()
     shift = [0.0] * EXPERTS if layer.bias is None else layer.bias.tolist()
     logits = [sum(w * v for w, v in zip(row, x, strict=True)) + b for row, b in zip(weight, shift, strict=True)]
-    if layer.score == "sigmoid":
+    if layer.config.score == "sigmoid":
         scores = [1 / (1 + math.exp(-z)) for z in logits]
-    elif layer.score == "softmax_after_topk":
+    elif layer.config.score == "softmax_after_topk":
         scores = logits
     else:
         exponentials = [math.exp(z - max(logits)) for z in logits]
         scores = [e / sum(exponentials) for e in exponentials]
     choice = [s + b for s, b in zip(scores, bias, strict=True)]
-    size = layer.num_experts // layer.groups
-    groups = [range(g * size, (g + 1) * size) for g in range(layer.groups)]
-    best = {"max": 1, "top2": 2, "topk_over_m": layer.top_k // layer.top_groups}[layer.group_score]
+    size = layer.num_experts // layer.config.groups
+    groups = [range(g * size, (g + 1) * size) for g in range(layer.config.groups)]
+    best = {"max": 1, "top2": 2, "topk_over_m": layer.config.top_k // layer.config.top_groups}[layer.config.group_score]
     ranked = sorted(groups, key=lambda g: -sum(sorted((choice[e] for e in g), reverse=True)[:best]))
-    candidates = [e for group in ranked[: layer.top_groups] for e in group]
-    chosen = sorted(candidates, key=lambda e: -choice[e])[: layer.top_k]
-    if layer.score == "softmax_after_topk":
+    candidates = [e for group in ranked[: layer.config.top_groups] for e in group]
+    chosen = sorted(candidates, key=lambda e: -choice[e])[: layer.config.top_k]
+    if layer.config.score == "softmax_after_topk":
         scores = [math.exp(z) for z in logits]
-    normalize = layer.normalize or layer.score == "softmax_after_topk"
+    normalize = layer.config.normalize or layer.config.score == "softmax_after_topk"
     total = sum(scores[e] for e in chosen) if normalize else 1.0
-    return {e: scores[e] / total * layer.scale for e in chosen}
+    return {e: scores[e] / total * layer.config.scale for e in chosen}
 
 
 COMBINATIONS = list(
@@ -144,7 +144,7 @@ def test_the_bias_has_a_gradient() -> None:
 
 
 def test_one_expert() -> None:
-    layer = Router(D, 1, top_k=1)
+    layer = a_router(D, 1, top_k=1)
     torch.nn.init.normal_(layer.weight)
     weights, ids = layer(tokens())
     assert torch.equal(weights, torch.ones(6, 1))
@@ -152,7 +152,7 @@ def test_one_expert() -> None:
 
 
 def test_scores_that_all_underflow_do_not_divide_by_zero() -> None:
-    layer = Router(D, 4, top_k=2, score="sigmoid")
+    layer = a_router(D, 4, top_k=2, score="sigmoid")
     torch.nn.init.constant_(layer.weight, -1e4)
     weights, _ = layer(torch.ones(3, D))
     assert torch.equal(weights, torch.zeros(3, 2))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moecompile.nn import Router
-from tests.tiny import tokens
+from tests.tiny import a_router, tokens
 
 EXPERTS, TOP_K, TOKENS, D = 16, 4, 64, 8
 PLAIN = {"hidden_size": D, "num_experts_per_tok": TOP_K}
@@ -79,10 +79,10 @@ _CASTS_ITSELF = ("deepseek_v2", "deepseek_v3", "dots1", "glm4_moe")
 @torch.no_grad()
 def router(options: dict[str, Any], top_k: int = TOP_K) -> Router:
     """Random weights; correction biases too where the model has them."""
-    made, generator = Router(D, EXPERTS, top_k=top_k, **options), torch.Generator().manual_seed(0)
+    made, generator = a_router(D, EXPERTS, top_k=top_k, **options), torch.Generator().manual_seed(0)
     for parameter in made.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    if made.score == "sigmoid":
+    if made.config.score == "sigmoid":
         made.correction_bias.copy_(torch.randn(EXPERTS, generator=generator) * 0.2)
     return made
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moecompile.nn import Router
 from moecompile.ops.tokens import expert_counts
-from tests.tiny import tokens
+from tests.tiny import a_router, tokens
 
 op = torch.ops.moecompile
 
@@ -63,7 +63,7 @@ def test_router_logits_are_wide(dtype: torch.dtype, bias: bool) -> None:
 
 
 def router() -> Router:
-    made = Router(8, 4, top_k=2)
+    made = a_router(8, 4, top_k=2)
     nn.init.normal_(made.weight, generator=torch.Generator().manual_seed(0))
     return made
 

@@ -18,7 +18,21 @@ from moecompile.match.regions import Region
 from moecompile.nn import Experts, Router, SharedExperts
 from moecompile.passes.rewrite import Rewrite
 from moecompile.plan import LayerPlan
-from tests.tiny import COPY4, Gated, UpDown, config, max_diff, only_region, passed, plan_for, text, tokens, trace
+from moecompile.routing import BalanceSpec, RouterConfig
+from tests.tiny import (
+    COPY4,
+    PLAIN_ROUTING,
+    Gated,
+    UpDown,
+    config,
+    max_diff,
+    only_region,
+    passed,
+    plan_for,
+    text,
+    tokens,
+    trace,
+)
 
 
 def rewrite(module: nn.Module, overrides: Sequence[str] = COPY4) -> tuple[fx.GraphModule, fx.GraphModule, LayerPlan]:
@@ -143,14 +157,10 @@ def test_modules_have_the_planned_sizes() -> None:
     assert isinstance(router, Router)
     assert isinstance(experts, Experts)
     assert isinstance(shared, SharedExperts)
-    assert (router.num_experts, router.top_k, router.score, router.scale, router.normalize) == (
-        8,
-        3,
-        "sigmoid",
-        2.5,
-        False,
+    assert router.num_experts == 8
+    assert router.config == RouterConfig(
+        top_k=3, score="sigmoid", normalize=False, scale=2.5, groups=4, top_groups=2, group_score="max"
     )
-    assert (router.groups, router.top_groups, router.group_score) == (4, 2, "max")
     shapes = {name: tuple(p.shape) for name, p in after.named_parameters()}
     assert shapes == {
         "router.weight": (8, 8), "experts.up_proj": (8, 4, 8), "experts.up_proj_bias": (8, 4),
@@ -170,9 +180,10 @@ def test_the_router_gets_every_setting_of_the_plan() -> None:
     _, after, _ = rewrite(Gated(), overrides)
     router = after.router
     assert router.bias is not None
-    assert (router.capacity_factor, router.drop, router.jitter) == (1.5, "score", 0.1)
-    assert (router.workload, router.skew) == ("zipf", 0.5)
-    assert (router.bias_rate, router.bias_update, router.meter.num_nodes) == (0.25, "proportional", 2)
+    assert router.config == RouterConfig(
+        **PLAIN_ROUTING, bias=True, capacity_factor=1.5, drop="score", jitter=0.1, workload="zipf", skew=0.5
+    )
+    assert (router.balance, router.meter.num_nodes) == (BalanceSpec(rule="bias", rate=0.25, update="proportional"), 2)
     assert after.shared_experts.gate_weight.shape == (1, 8)
     losses = {"micro_batch": 0.1, "z": 0.01}
     (layer,) = plan_for(Gated()).layers

@@ -178,27 +178,27 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         (_set("layers.0.experts.init", "drop"), "experts.drop_ratio=0.0: lies in (0, 1] with init=drop, else is 0."),
         (_set("layers.0.experts.drop_ratio", 0.5), "experts.drop_ratio=0.5: lies in (0, 1] with init=drop, else is 0."),
         (_set("layers.0.experts.weight_scaling", "root"), "experts.weight_scaling=root: must be one of ['none', 'exact', "),
-        (_set("layers.0.experts.init", "copy"), "experts.granularity=4: must be 1, init=copy copies whole FFNs. Use 1."),
+        (_set("layers.0.experts.init", "copy"), "experts.init=copy: copies whole FFNs but experts.granularity=4."),
         (_set("layers.0.routing.top_k", 0), "routing.top_k=0: must be at least 1."),
-        (_set("layers.0.routing.top_k", 4), "layers[layers.0.mlp].routing.top_k=4: only 3 experts are open to a token."),
-        (_set("layers.0.routing.top_k", 2), "layers[layers.0.mlp].routing.top_k=2: a virtual group of 3 experts would"),
+        (_set("layers.0.routing.top_k", 4), "layers[layers.0.mlp].routing.top_k=4: only 1 groups x 3 experts = 3 experts are"),
+        (_set("layers.0.routing.top_k", 2), "layers[layers.0.mlp].routing.top_k=2: must be a multiple of the routed slices"),
         (_set("layers.0.routing.groups", 5), "layers[layers.0.mlp].routing.groups=5: must divide experts.num_routed=12."),
         (_set("layers.0.routing.groups", 0), "routing.groups=0: must be at least 1."),
-        (_set("layers.0.routing.top_groups", 5), "routing.top_groups=5: must lie in 1 .. groups=4. Lower it."),
-        (_set("layers.0.routing.top_groups", 0), "routing.top_groups=0: must lie in 1 .. groups=4. Lower it."),
+        (_set("layers.0.routing.top_groups", 5), "routing.top_groups=5: there are only routing.groups=4 groups. Use at most 4."),
+        (_set("layers.0.routing.top_groups", 0), "routing.top_groups=0: must be at least 1. Use 1 or more."),
         (_set("layers.0.routing.score", "softplus"), "routing.score=softplus: must be one of ['softmax', 'sigmoid', "),
         (_set("layers.0.routing.group_score", "mean"), "routing.group_score=mean: must be one of ['max', 'top2', 'topk_o"),
         (_set("layers.0.routing.scale", 0.0), "routing.scale=0.0: must be positive. Use 1.0."),
-        (_set("layers.0.routing.scale", float("nan")), "routing.scale=nan: must be positive."),
+        (_set("layers.0.routing.scale", float("nan")), "routing.scale=nan: must be a finite number."),
         (_set("layers.0.balance.rule", "loss"), "balance.rule=loss: must be one of ['none', 'bias']."),
         (_set("layers.0.balance.rule", "none"), "balance.rate=0.001: must be positive, or 0 without a rule."),
-        (_set("layers.0.balance.rate", -1.0), "balance.rate=-1.0: must be positive, or 0 without a rule."),
+        (_set("layers.0.balance.rate", -1.0), "balance.rate=-1.0: must not be negative."),
         (_set("layers.0.placement.ep", 0), "placement.ep=0: must be at least 1."),
-        (_set("layers.0.placement.ep", 5), "experts.num_routed=12: must be a multiple of mesh.ep=5. Use 15."),
+        (_set("layers.0.placement.ep", 5), "experts.num_routed=12: must be a multiple of mesh.ep=5. Use 10 or 15."),
         (_set("layers.0.placement.nodes", 3), "placement.nodes=3: must divide placement.ep=4. Plan again."),
         (_set("layers.0.routing.choice", "both"), "routing.choice=both: must be one of ['token', 'expert']."),
         (_set("layers.0.routing.capacity_factor", 1.0), "routing.drop=none: is none without a capacity_factor, else not."),
-        (_set("layers.0.routing.jitter", 1.0), "routing.jitter=1.0: must lie in [0, 1). Use 0.0."),
+        (_set("layers.0.routing.jitter", 1.0), "routing.jitter=1.0: must lie in [0, 1). Use 0.01."),
         (_set("layers.0.balance.z", -1.0), "balance.z=-1.0: must not be negative."),
         (_set("layers.0.dispatch.kind", "carrier pigeon"), "dispatch.kind=carrier pigeon: must be one of ['local', "),
         (
@@ -216,7 +216,9 @@ def test_virtual_groups_must_fit_routing_groups() -> None:
     def change(body: dict[str, Any]) -> None:
         body["layers"][0]["routing"].update(groups=6, top_groups=2)
 
-    with pytest.raises(PlanError, match=r"routing\.groups=6: a virtual group of 3 experts would be split"):
+    with pytest.raises(
+        PlanError, match=r"routing\.groups=6: a virtual group of 3 experts would straddle routing groups"
+    ):
         from_yaml(edited(change))
 
 

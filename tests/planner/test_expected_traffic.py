@@ -91,7 +91,7 @@ def test_auto_is_local_then_least_inter_node_then_least_total() -> None:
 
 
 def test_too_few_open_experts_is_an_error() -> None:
-    with pytest.raises(PlanError, match=r"1 of 4 groups hold only 2 experts\. Use at most 2"):
+    with pytest.raises(PlanError, match=r"only 1 groups x 2 experts = 2 experts are open to a token"):
         copies_per_token("dedup", ExpertPlacement(num_experts=8, ep=4), routing(3, 4, 1), mesh(1, 4))
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
+from moecompile.ranges import Real, Whole
 from moecompile.schema import Config, validate
-from moecompile.schema.ranges import NUMBERS, Real, Whole, check_numbers
+from moecompile.schema.ranges import NUMBERS, check_numbers
 
 ELSEWHERE = {"mesh.tp", "mesh.pp", "mesh.cp"}  # they must be 1
 

@@ -13,7 +13,7 @@ from moecompile.schema import (
     RoutingConfig,
     accumulation_steps,
     mesh_spec,
-    resolve_groups,
+    router_config,
     site_slice,
     validate,
     validate_transform,
@@ -343,7 +343,8 @@ def test_groups_belong_to_the_model_and_the_mesh_bounds_them(
     given: dict[str, int | str], mesh: MeshSpec, groups: tuple[int, int]
 ) -> None:
     routing = dataclasses.replace(RoutingConfig(), **given)
-    assert resolve_groups(routing, 24, mesh) == groups
+    router = router_config(routing, 24, mesh)
+    assert (router.groups, router.top_groups) == groups
 
 
 def test_auto_values_are_filled_in() -> None:

@@ -1,0 +1,24 @@
+"""The rules of configs hold for plans too, which may be edited by hand; here they are errors of the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from moecompile.errors import ConfigError, PlanError
+from moecompile.ranges import Whole
+
+
+@contextmanager
+def plan_errors(where: str = "") -> Iterator[None]:
+    """Raises a ConfigError as a PlanError, with `where` before its path."""
+    try:
+        yield
+    except ConfigError as error:
+        raise PlanError(f"{where}{error.path}", error.value, error.rule, error.fix) from None
+
+
+def at_least(least: int, path: str, **values: int) -> None:
+    """Raises ConfigError where one of `values` is smaller."""
+    for name, value in values.items():
+        Whole(least).check(f"{path}.{name}", value)

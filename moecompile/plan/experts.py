@@ -1,0 +1,91 @@
+"""The experts of one site, and where they live."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moecompile.errors import PlanError
+from moecompile.plan.checks import at_least, plan_errors
+from moecompile.ranges import check_word
+from moecompile.schema import ExpertInit, WeightScaling, check_placement, check_slices, is_sliced, virtual_group
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsPlan:
+    """num_routed experts of width d_expert, and a shared expert of width d_shared (0: none) that every token visits.
+
+    init: where the weights come from; `existing`: the model has the experts already. shared_gate: whether the shared
+    expert's output is multiplied by a learned sigmoid. drop_ratio: part of an expert's hidden units that is drawn anew.
+    weight_scaling: what makes up for the routing weights (docs/understand/upcycling.md).
+    """
+
+    num_routed: int
+    granularity: int
+    num_shared: int
+    d_expert: int
+    d_shared: int
+    init: str
+    shared_gate: bool = False
+    drop_ratio: float = 0.0
+    weight_scaling: str = "exact"
+
+    def __post_init__(self) -> None:
+        with plan_errors():
+            at_least(1, "experts", num_routed=self.num_routed, granularity=self.granularity, d_expert=self.d_expert)
+            at_least(0, "experts", num_shared=self.num_shared)
+            check_word((*ExpertInit, "existing"), "experts.init", self.init)
+            check_word(WeightScaling, "experts.weight_scaling", self.weight_scaling)
+        if self.d_shared != self.num_shared * self.d_expert:
+            raise PlanError(
+                "experts.d_shared", self.d_shared,
+                f"must be num_shared * d_expert = {self.num_shared} * {self.d_expert}",
+                f"Use {self.num_shared * self.d_expert}",
+            )  # fmt: skip
+        with plan_errors():
+            check_slices(self.init, self.granularity, self.num_shared)
+        if (self.init == "drop") != (0 < self.drop_ratio <= 1):
+            raise PlanError(
+                "experts.drop_ratio", self.drop_ratio, "lies in (0, 1] with init=drop, else is 0", "Mend the plan"
+            )
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether routed experts are slices of the dense FFN, else they are copies of it or have nothing of it."""
+        return is_sliced(self.init, self.granularity)
+
+    @property
+    def virtual_group(self) -> int:
+        """Routed experts that together are one copy of the dense FFN's routed slices (1 without slices)."""
+        return virtual_group(self.init, self.granularity, self.num_shared)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertPlacement:
+    """Expert -> EP rank: expert i lives on EP rank i // experts_per_rank, so every expert is placed exactly once.
+
+    nodes: nodes that the EP group spans, equally many of its ranks on each.
+    """
+
+    num_experts: int
+    ep: int
+    nodes: int = 1
+
+    def __post_init__(self) -> None:
+        with plan_errors():
+            at_least(1, "placement", num_experts=self.num_experts, ep=self.ep, nodes=self.nodes)
+            check_placement(self.num_experts, self.ep)
+        if self.ep % self.nodes:
+            raise PlanError("placement.nodes", self.nodes, f"must divide placement.ep={self.ep}", "Plan again")
+
+    @property
+    def experts_per_rank(self) -> int:
+        """Local experts of one EP rank."""
+        return self.num_experts // self.ep
+
+    def rank_of(self, expert: int) -> int:
+        """EP rank that holds global `expert`."""
+        return expert // self.experts_per_rank
+
+    def experts_of(self, ep_rank: int) -> range:
+        """Global expert ids on `ep_rank`."""
+        return range(ep_rank * self.experts_per_rank, (ep_rank + 1) * self.experts_per_rank)

@@ -1,0 +1,58 @@
+"""What a value may be: a whole number or a real one in an interval, or one of some words; else a ConfigError."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from moecompile.errors import ConfigError
+
+_MOST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole number in [low, high]."""
+
+    low: int
+    high: int = _MOST
+
+    def check(self, path: str, value: Any) -> None:
+        """Raises ConfigError outside of the range."""
+        if type(value) is not int:
+            raise ConfigError(path, value, "has the wrong type", "Give a whole number")
+        if value < self.low:
+            raise ConfigError(path, value, f"must be at least {self.low}", f"Use {self.low} or more")
+        if value > self.high:
+            raise ConfigError(path, value, f"must be at most {self.high}", f"Use {self.high} or less")
+
+
+@dataclass(frozen=True)
+class Real:
+    """A finite number in an interval, written as in mathematics: `[` includes the end, `(` does not."""
+
+    interval: str
+    fix: str
+
+    def check(self, path: str, value: Any) -> None:
+        """Raises ConfigError outside of the interval, and for NaN and the infinities."""
+        if type(value) not in (int, float):
+            raise ConfigError(path, value, "has the wrong type", "Give a number")
+        low, high = (float(end) for end in self.interval[1:-1].split(","))
+        above = value > low or (value == low and self.interval[0] == "[")
+        below = value < high or (value == high and self.interval[-1] == "]")
+        if not math.isfinite(value):
+            raise ConfigError(path, value, "must be a finite number", self.fix)
+        if not (above and below):
+            rules = {"(0, inf)": "must be positive", "[0, inf)": "must not be negative"}
+            raise ConfigError(path, value, rules.get(self.interval, f"must lie in {self.interval}"), self.fix)
+
+
+def check_word(known: Iterable[str], path: str, value: str) -> None:
+    """Raises ConfigError where `value` is none of the words (or members of an enum) in `known`."""
+    words = [item.value if isinstance(item, Enum) else item for item in known]
+    if value not in words:
+        raise ConfigError(path, value, f"must be one of {words}", "Use one of these")

@@ -1,0 +1,32 @@
+"""What a router is, as plain data: its choices, its options and their rules. No torch, no mesh.
+
+Configs are resolved into it, plans hold it and `nn.Router` takes it whole (docs/decisions/0013).
+"""
+
+from moecompile.routing.choices import BalanceRule, BiasUpdate, Choice, DropPolicy, GroupScore, Score, Workload
+from moecompile.routing.config import (
+    BALANCE_NUMBERS,
+    LOSSES,
+    NO_BALANCE,
+    ROUTER_NUMBERS,
+    BalanceSpec,
+    RouterConfig,
+    check_balance,
+)
+
+__all__ = [
+    "BALANCE_NUMBERS",
+    "LOSSES",
+    "NO_BALANCE",
+    "ROUTER_NUMBERS",
+    "BalanceRule",
+    "BalanceSpec",
+    "BiasUpdate",
+    "Choice",
+    "DropPolicy",
+    "GroupScore",
+    "RouterConfig",
+    "Score",
+    "Workload",
+    "check_balance",
+]

@@ -1,0 +1,40 @@
+"""The whole config: every group in one tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moecompile.schema.config.layers import BalanceConfig, ExpertsConfig, PerLayerConfig, RoutingConfig
+from moecompile.schema.config.machine import DispatchConfig, HardwareConfig, MeshConfig
+from moecompile.schema.config.run import DataConfig, OptimizerConfig, TrainerConfig
+from moecompile.schema.config.tasks import BenchConfig, ExportConfig, ModelConfig, TaskConfig, VerifyConfig
+
+
+@dataclass(kw_only=True)
+class Config:
+    """The whole config."""
+
+    name: str = "default"
+    """The recipe's name, used in results and for the run directory."""
+    seed: int = 0
+    """Decides weights, data order and all else that is random, 0 or more."""
+    debug: bool = False
+    """Tracebacks for mistakes too."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    per_layer: dict[str, PerLayerConfig] = field(default_factory=dict)
+    """Name -> other settings for some layers, applied in order."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    given: list[str] = field(default_factory=list)
+    """Keys that the caller set by value, filled in by the program."""

@@ -1,0 +1,83 @@
+"""Rules that need the config alone, by subject. What needs the model (hidden size, number of sites) is checked by
+`build_plan`.
+"""
+
+from __future__ import annotations
+
+from moecompile.errors import ConfigError
+from moecompile.mesh import MeshSpec
+from moecompile.schema.config import Config
+from moecompile.schema.enums import SiteKind
+from moecompile.schema.implied import has_experts
+from moecompile.schema.per_layer import LayerSettings
+from moecompile.schema.ranges import check_numbers
+from moecompile.schema.validation.experts import check_experts, check_placement, virtual_group
+from moecompile.schema.validation.export import check_export
+from moecompile.schema.validation.mesh import mesh_spec
+from moecompile.schema.validation.model import check_model
+from moecompile.schema.validation.routing import balance_spec, check_expert_choice, check_nodes, router_config
+from moecompile.schema.validation.run import check_data, check_schedule
+
+
+def validate(config: Config) -> None:
+    """Checks every rule that needs no model.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    # Where the model has experts, what the config says of experts and routers is not what holds.
+    sites = config.experts.sites
+    existing = sites is SiteKind.existing or (sites is SiteKind.auto and has_experts(config))
+    check_name(config.name)
+    check_numbers(config)
+    mesh = mesh_spec(config.mesh) if existing else validate_transform(config)
+    check_model(config)
+    check_data(config, mesh)
+    check_schedule(config)
+    check_export(config)
+
+
+def check_name(name: str) -> None:
+    """Whether a name can be that of one folder.
+
+    Raises:
+        ConfigError: it is empty, or leads elsewhere.
+    """
+    if not name.strip() or name in (".", "..") or not name.isprintable() or {"/", "\\"} & set(name):
+        raise ConfigError(
+            "name", name, "is part of the run directory, so it must be the name of one folder",
+            "Use letters, digits, - and _; hydra.run.dir=FOLDER says where a run goes",
+        )  # fmt: skip
+    if len(name.encode()) > 200:
+        raise ConfigError("name", name, "is longer than a folder's name may be", "Use a shorter one")
+
+
+def validate_transform(config: Config) -> MeshSpec:
+    """Checks the rules of the transform alone (mesh, experts, routing, balance), as the Python API needs them.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    mesh = mesh_spec(config.mesh)
+    check_nodes(config, mesh)
+    validate_settings(LayerSettings(experts=config.experts, routing=config.routing, balance=config.balance), mesh)
+    return mesh
+
+
+def validate_settings(settings: LayerSettings, mesh: MeshSpec) -> None:
+    """Checks the settings of one layer; an error of a change by `per_layer` names it.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    experts, routing, balance = settings.experts, settings.routing, settings.balance
+    try:
+        check_numbers(settings)
+        check_experts(experts)
+        check_placement(experts.num_routed, mesh.ep)
+        router = router_config(routing, experts.num_routed, mesh)
+        check_expert_choice(routing)
+        router.check_experts(experts.num_routed, virtual_group(experts.init, experts.granularity, experts.num_shared))
+        balance_spec(balance, router)
+    except ConfigError as error:
+        raise ConfigError(settings.path_of(error.path), error.value, error.rule, error.fix) from None

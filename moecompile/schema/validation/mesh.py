@@ -1,0 +1,51 @@
+"""Rules of `mesh`."""
+
+from __future__ import annotations
+
+from moecompile.errors import ConfigError
+from moecompile.mesh import MeshSpec
+from moecompile.schema.config import MeshConfig
+
+
+def mesh_spec(mesh: MeshConfig) -> MeshSpec:
+    """The validated mesh; `auto` values are filled in.
+
+    Raises:
+        ConfigError: sizes that do not fit each other, or an axis that does not exist yet.
+    """
+    for axis in ("tp", "pp", "cp"):
+        if getattr(mesh, axis) != 1:
+            raise ConfigError(f"mesh.{axis}", getattr(mesh, axis), "this axis does not exist yet", "Set it to 1")
+    if mesh.device not in ("cpu", "cuda", "auto"):
+        raise ConfigError("mesh.device", mesh.device, "must be cpu, cuda or auto", "Use one of these")
+    world = mesh.num_nodes * mesh.ranks_per_node
+    spec = MeshSpec(
+        num_nodes=mesh.num_nodes,
+        ranks_per_node=mesh.ranks_per_node,
+        ep=int_or_auto("mesh.ep", mesh.ep, world),
+        dp_replicate=mesh.dp_replicate,
+        device=mesh.device,
+    )
+    dp_shard = int_or_auto("mesh.dp_shard", mesh.dp_shard, spec.dp_shard)
+    if dp_shard != spec.dp_shard:
+        raise ConfigError(
+            "mesh.dp_shard",
+            dp_shard,
+            f"dp_replicate * dp_shard must be the world size, {mesh.dp_replicate} * {dp_shard} is not {world}",
+            f"Use {spec.dp_shard} or auto",
+        )
+    return spec
+
+
+def int_or_auto(path: str, value: int | str, auto: int) -> int:
+    """The number, or `auto` where the value is "auto".
+
+    Raises:
+        ConfigError: another word.
+    """
+    if value == "auto":
+        return auto
+    try:
+        return int(value)
+    except ValueError:
+        raise ConfigError(path, value, "must be a number or auto", "Give a whole number or auto") from None

@@ -1,0 +1,80 @@
+"""Rules of `data` and `optimizer`."""
+
+from __future__ import annotations
+
+from moecompile.errors import ConfigError
+from moecompile.mesh import MeshSpec
+from moecompile.ranges import Real
+from moecompile.schema.config import Config
+from moecompile.schema.enums import TaskName, TokenizerSource
+
+_BETA = Real("[0, 1)", "Use [0.9, 0.95]")
+
+
+def check_data(config: Config, mesh: MeshSpec) -> None:
+    """Whether the tokenizer fits the model, and the batch the mesh.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    _check_tokenizer(config)
+    if config.task.name in (TaskName.train, TaskName.verify, TaskName.bench):
+        accumulation_steps(config, mesh)
+
+
+def _check_tokenizer(config: Config) -> None:
+    data, model = config.data, config.model
+    if data.tokenizer is TokenizerSource.train:
+        if data.vocab_size is None:
+            raise ConfigError(
+                "data.vocab_size", None, "data.tokenizer=train makes so many entries", "Give a number, such as 2048"
+            )
+        return
+    if not (model.pretrained or model.package):
+        raise ConfigError(
+            "data.tokenizer", "model", f"the model {model.name} is not a pretrained one, so it has no tokenizer",
+            "Use data=moby_dick, or model.pretrained or model.package",
+        )  # fmt: skip
+    if data.vocab_size is not None:
+        raise ConfigError(
+            "data.vocab_size", data.vocab_size, "data.tokenizer=model has the entries that it has", "Use null"
+        )
+
+
+def accumulation_steps(config: Config, mesh: MeshSpec) -> int:
+    """Micro-batches per rank and optimizer step.
+
+    Raises:
+        ConfigError: the global batch is not a whole number of micro-batches on every rank.
+    """
+    data, world = config.data, mesh.world_size
+    per_step = data.micro_batch_size * world
+    if data.global_batch_size % per_step:
+        up = (data.global_batch_size // per_step + 1) * per_step
+        raise ConfigError(
+            "data.global_batch_size", data.global_batch_size,
+            f"must be a multiple of data.micro_batch_size * ranks = {data.micro_batch_size} * {world} = {per_step}",
+            f"Use {up}, or a micro_batch_size that divides {data.global_batch_size} / {world}",
+        )  # fmt: skip
+    return data.global_batch_size // per_step
+
+
+def check_schedule(config: Config) -> None:
+    """What `optimizer` says beside its ranges.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    optimizer, max_steps = config.optimizer, config.trainer.max_steps
+    if len(optimizer.betas) != 2:
+        raise ConfigError("optimizer.betas", optimizer.betas, "must be two numbers", "Use [0.9, 0.95]")
+    for i, beta in enumerate(optimizer.betas):
+        _BETA.check(f"optimizer.betas[{i}]", beta)
+    # A short run for a look keeps the warm-up that a recipe has, and ends before it does.
+    shortened = "trainer.max_steps" in config.given and "optimizer.warmup_steps" not in config.given
+    if optimizer.warmup_steps > max_steps and not shortened:
+        raise ConfigError(
+            "optimizer.warmup_steps", optimizer.warmup_steps,
+            f"the run ends after trainer.max_steps={max_steps}, before optimizer.lr is reached",
+            f"Use at most {max_steps}, or raise trainer.max_steps",
+        )  # fmt: skip
