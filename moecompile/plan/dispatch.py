@@ -110,9 +110,7 @@ def check_overlap(kind: str, overlap: str, chunks: int) -> None:
         reason = "nothing travels" if kind == "local" else "it gathers all tokens at once"
         raise ConfigError("dispatch.overlap", overlap, f"dispatch.kind={kind} cannot: {reason}", "Use none")
     if chunks < 1 or (overlap == "chunks") != (chunks > 1):
-        raise ConfigError(
-            "dispatch.chunks", chunks, "is 2 or more with dispatch.overlap=chunks, else 1", "Use 2 or none"
-        )
+        raise ConfigError("dispatch.chunks", chunks, "is at least 2 with overlap=chunks, else 1", "Use 2 or none")
 
 
 def can_fuse(site: PlannedSite, dispatch: DispatchPlan) -> bool:

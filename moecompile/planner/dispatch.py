@@ -81,8 +81,8 @@ def _overlap(
     elif chunks != "auto":
         _check_chunks(chunks, tokens)
         return "chunks", int(chunks)
-    if kind not in IN_FLIGHT:
-        return ("none" if overlap is OverlapKind.auto else "chunks"), 2
+    if overlap is OverlapKind.auto and kind not in IN_FLIGHT:
+        return "none", 1
     times = _seconds(config, mesh, site, widths, kind, routing, placement)
     rows_per_expert = tokens * mesh.ep * routing.top_k / placement.num_experts
     if overlap is OverlapKind.chunks:

@@ -51,12 +51,12 @@ def _both_ways(times: LayerSeconds, overlap: str, chunks: int) -> float:
     return forward_seconds(times, overlap, chunks) + forward_seconds(backward, overlap, chunks)
 
 
-def forward_seconds(times: LayerSeconds, overlap: str, chunks: int) -> float:
+def forward_seconds(times: LayerSeconds, overlap: str, chunks: int, price: float = PRICE) -> float:
     """Steps 1 and 2."""
     if overlap == "none":
         return times.wire + times.routed + times.shared
     hop = times.wire / 2 / chunks
-    routed = times.routed / chunks * (1 + PRICE * (chunks - 1))
+    routed = times.routed / chunks * (1 + price * (chunks - 1))
     wire = device = 0.0
     sent, back = [0.0] * chunks, [0.0] * chunks
     for slot in range(chunks + 2):
