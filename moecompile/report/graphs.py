@@ -15,6 +15,7 @@ from moecompile.passes.base import op_name
 from moecompile.plan import EXCHANGE_OPS, WAIT_OPS
 from moecompile.report.picture import Box, Picture, Role, draw
 from moecompile.report.text import plural
+from moecompile.report.timeline import timeline
 
 _EXPERT_MODULES = {"router", "experts", "shared_experts"}
 _DTYPES = {
@@ -32,7 +33,9 @@ def write_graphs(stages: Mapping[str, GraphModule], folder: Path, stem: str) -> 
     folder.mkdir(parents=True, exist_ok=True)
     for stage, graph_module in stages.items():
         title = f"{stem}, {stage}: {_counts(graph_module)}"
-        text = f"# {title}\n\n{listing(graph_module)}\n\n{graph_module.code.strip()}\n"
+        in_flight = timeline(graph_module)
+        parts = [f"# {title}", *([in_flight] if in_flight else []), listing(graph_module), graph_module.code.strip()]
+        text = "\n\n".join(parts) + "\n"
         (folder / f"{stem}.{stage}.txt").write_text(text, encoding="utf-8")
         draw([picture(graph_module, title)], folder / f"{stem}.{stage}.svg")
 
