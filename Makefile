@@ -24,7 +24,7 @@ lint: .venv/.installed
 	$(BIN)/lint-imports --no-logo
 
 docs: .venv/.installed-docs
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict # not --quiet: it would also silence the warnings that --strict counts
 
 bless: .venv/.installed # rewrites the golden files: read the diff before you commit it
 	$(BIN)/pytest --bless

@@ -1,4 +1,4 @@
-"""What the functions of the Python API take: anything else is one error that names the argument and says what to do."""
+"""Checks the arguments of the Python API; an error names the argument and says what to pass instead."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _LOAD_PLAN = "Read it first: moecompile.plan.load(path)"
 
 
 def check_model(value: Any, name: str = "model") -> None:
-    """Whether `value` is a module.
+    """Checks that `value` is a module.
 
     Raises:
         ArgumentError: it is not.
     """
     if isinstance(value, nn.Module):
         return
-    wanted = "a torch.nn.Module is taken"
+    rule = "must be a torch.nn.Module"
     if isinstance(value, str | os.PathLike):
-        raise ArgumentError(name, os.fspath(value), f"is a path, and {wanted}", _LOAD_MODEL)
+        raise ArgumentError(name, os.fspath(value), f"{rule}, not a path", _LOAD_MODEL)
     if isinstance(value, type) and issubclass(value, nn.Module):
-        raise ArgumentError(name, value.__name__, f"is a class, and {wanted}", f"Make one: {value.__name__}(...)")
-    raise ArgumentError(name, _kind(value), f"is the wrong type, and {wanted}", "Give the model itself")
+        raise ArgumentError(name, value.__name__, f"{rule}, not a class", f"Create one: {value.__name__}(...)")
+    raise ArgumentError(name, _kind(value), rule, "Give the model itself")
 
 
 def check_graph(value: Any) -> None:
-    """Whether `value` is a GraphModule.
+    """Checks that `value` is a GraphModule.
 
     Raises:
         ArgumentError: it is not.
@@ -41,13 +41,13 @@ def check_graph(value: Any) -> None:
     check_model(value, "graph_module")
     if not isinstance(value, fx.GraphModule):
         raise ArgumentError(
-            "graph_module", _kind(value), "is a module without a graph, and a torch.fx.GraphModule is taken",
+            "graph_module", _kind(value), "must be a torch.fx.GraphModule, not a module without a graph",
             "Use moecompile.compile_model(model, ..., example=...), or give torch.fx.symbolic_trace(model)",
         )  # fmt: skip
 
 
 def check_plan(value: Any, name: str = "plan") -> None:
-    """Whether `value` is a plan.
+    """Checks that `value` is a plan.
 
     Raises:
         ArgumentError: it is not.
@@ -55,13 +55,13 @@ def check_plan(value: Any, name: str = "plan") -> None:
     if isinstance(value, Plan):
         return
     if isinstance(value, str | os.PathLike):
-        raise ArgumentError(name, os.fspath(value), "is a path, and a moecompile.Plan is taken", _LOAD_PLAN)
+        raise ArgumentError(name, os.fspath(value), "must be a moecompile.Plan, not a path", _LOAD_PLAN)
     fix = "Make one with moecompile.make_plan" + ("; overrides=... takes the list" if _is_list(value) else "")
-    raise ArgumentError(name, _kind(value), "is the wrong type, and a moecompile.Plan is taken", fix)
+    raise ArgumentError(name, _kind(value), "must be a moecompile.Plan", fix)
 
 
 def check_example(value: Any) -> None:
-    """Whether `value` is what one forward takes.
+    """Checks that `value` has inputs for one forward.
 
     Raises:
         ArgumentError: it is not.
@@ -69,18 +69,18 @@ def check_example(value: Any) -> None:
     if isinstance(value, Tensor | tuple | Mapping):
         return
     fix = "Give keyword tensors ({'input_ids': ...}), a tuple of arguments, or one tensor"
-    raise ArgumentError("example", _kind(value), "is not what a forward takes", fix)
+    raise ArgumentError("example", _kind(value), "must be the inputs of one forward", fix)
 
 
 def check_overrides(value: Any, name: str = "overrides") -> None:
-    """Whether `value` is a config or a list of override strings.
+    """Checks that `value` is a config or a list of override strings.
 
     Raises:
         ArgumentError: it is not.
     """
     if isinstance(value, Config):
         return
-    wanted = "a list of strings is taken, as the command line takes them"
+    rule = "must be a list of strings, as on the command line"
     if isinstance(value, str):
         fix = (
             f'Write ["{value}"]'
@@ -89,19 +89,19 @@ def check_overrides(value: Any, name: str = "overrides") -> None:
             if value.endswith((".yaml", ".yml"))
             else "Write a list"
         )
-        raise ArgumentError(name, value, f"is one string, and {wanted}", fix)
+        raise ArgumentError(name, value, f"{rule}, not one string", fix)
     if isinstance(value, Plan):
-        raise ArgumentError(name, "Plan", f"is a plan, and {wanted}", "Give it as plan=...")
+        raise ArgumentError(name, "Plan", f"{rule}, not a plan", "Give it as plan=...")
     if isinstance(value, os.PathLike):
-        raise ArgumentError(name, os.fspath(value), f"is a path, and {wanted}", _LOAD_PLAN)
+        raise ArgumentError(name, os.fspath(value), f"{rule}, not a path", _LOAD_PLAN)
     if isinstance(value, Mapping):
         example = next((f"{key}={item}" for key, item in value.items()), "experts.num_routed=8")
-        raise ArgumentError(name, _kind(value), f"is a mapping, and {wanted}", f'Write ["{example}"]')
+        raise ArgumentError(name, _kind(value), f"{rule}, not a mapping", f'Write ["{example}"]')
     if not _is_list(value):
-        raise ArgumentError(name, _kind(value), f"is the wrong type, and {wanted}", 'Write ["experts.num_routed=8"]')
+        raise ArgumentError(name, _kind(value), rule, 'Write ["experts.num_routed=8"]')
     for i, item in enumerate(value):
         if not isinstance(item, str):
-            raise ArgumentError(f"{name}[{i}]", item, f"is no string, and {wanted}", 'Write "key=value"')
+            raise ArgumentError(f"{name}[{i}]", item, "must be a string", 'Write "key=value"')
 
 
 def _is_list(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""How long a run has taken, as the clock on the wall says: from the start of the process that the user started."""
+"""Wall time of a run, from the start of the process that the user started."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import time
 from pathlib import Path
 
 _STARTED = "MOECOMPILE_STARTED"
-"""Environment variable that tells ranks when their launcher was started, in seconds since the machine was."""
+"""Environment variable for ranks: start of their launcher, in seconds since boot."""
 
 _began: list[float] = []
 
 
 def begin() -> None:
-    """A run begins; the first one of a process began with the process."""
+    """Starts the clock of a run; that of the first run in a process started with the process."""
     _began.append(_now() if _began else _process_start())
     os.environ[_STARTED] = str(_began[-1])
 
 
 def seconds() -> float:
-    """Seconds since the run began, in its launcher and on its ranks."""
+    """Seconds since the start of the run, in its launcher and on its ranks."""
     started = os.environ.get(_STARTED)
     return _now() - (float(started) if started else _process_start())
 

@@ -1,4 +1,4 @@
-"""Typed errors. Each one tells a person where the value is, what it is, which rule it breaks and what to change."""
+"""Typed errors. Each message says where the value is, what it is, which rule it breaks and what to change."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 
 class MoecompileError(Exception):
-    """Base of every error that moecompile raises on purpose; `exit_code` is what the command line returns."""
+    """Base of all errors that moecompile raises on purpose; `exit_code` is that of the command line."""
 
     exit_code = 1
-    told = False  # whether another rank has told about it already
+    told = False  # whether another rank has reported it already
 
 
 class UserError(MoecompileError):
-    """A mistake that the user can mend: one message, exit code 2, no traceback."""
+    """A mistake that the user can correct: one message, exit code 2, no traceback."""
 
     exit_code = 2
 
@@ -23,7 +23,7 @@ class ConfigError(UserError):
 
     Args:
         path: dotted config path, for example `mesh.ep`.
-        value: the value found there.
+        value: its value.
         rule: the rule that it breaks, as a sentence without a full stop.
         fix: what to change, as a sentence without a full stop.
     """
@@ -37,19 +37,19 @@ class ConfigError(UserError):
 
 
 class ArgumentError(ConfigError, TypeError):
-    """An argument of the Python API that is something else than what the function takes; `path` is its name."""
+    """An argument of the Python API with the wrong type; `path` is its name."""
 
 
 class PlanError(ConfigError):
-    """A plan that contradicts itself or that does not fit the model or the mesh it is used with."""
+    """A plan that contradicts itself, or does not fit the model or the mesh."""
 
 
 class CaptureError(UserError):
-    """The model could not be run or traced as it was given."""
+    """The model could not be run or traced."""
 
 
 class PassError(MoecompileError):
-    """A pass found its input, or left its output, in a state that its contract forbids: a defect of the compiler."""
+    """The input or the output of a pass violates its contract: a defect of the compiler."""
 
     def __init__(self, name: str, where: str, rule: str) -> None:
         self.name, self.where, self.rule = name, where, rule
@@ -71,7 +71,7 @@ class VerificationFailed(MoecompileError):
 
 
 class UnboundAxisError(MoecompileError):
-    """An exchange was run before `shard` bound its mesh axis to a process group."""
+    """An exchange ran before `shard` bound its mesh axis to a process group."""
 
 
 class RankFailure(MoecompileError):

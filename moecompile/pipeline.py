@@ -1,4 +1,4 @@
-"""The passes as one readable list, and the programmatic API built on it.
+"""The compilation pipeline, and the Python API built on it.
 
 capture -> match -> build_plan -> rewrite -> lower -> fuse -> shard
 """
@@ -27,7 +27,7 @@ from moecompile.passes.run import (
     Graphs,
     Log,
     PassRecord,
-    in_model,
+    current_regions,
     on_one_device,
     on_the_mesh,
     replacements,
@@ -48,11 +48,11 @@ _PLAN = "_moecompile_plan"
 
 @dataclass(kw_only=True)
 class Compilation:
-    """What a compilation did.
+    """The result of a compilation.
 
-    graphs: stage -> region -> its graph, to be shown. step0: whether outputs on the example stay. regions: of a model
-    on the meta device, what was captured, from which its values can be filled in later. notes: what a person should
-    know of the plan (what was read from the model).
+    graphs: stage -> region -> its graph, for display. step0: whether outputs on the example stay equal. regions: the
+    captured regions of a model on the meta device, to fill in its values later. notes: for the user, about the plan
+    (what was read from the model).
     """
 
     model: nn.Module
@@ -66,12 +66,12 @@ class Compilation:
 
     @property
     def step0_max_abs_diff(self) -> float | None:
-        """Largest difference of the outputs before and after, where equality is promised."""
+        """Largest difference of the outputs before and after, if equality is promised."""
         return self.step0.max_abs_diff
 
     @property
     def step0_reason(self) -> str | None:
-        """Why it is not promised or not measured."""
+        """Why equality is not promised or not measured."""
         return self.step0.reason
 
 
@@ -84,22 +84,22 @@ def compile_model(
     device_mesh: DeviceMesh | None = None,
     until: str = "lower",
 ) -> nn.Module:
-    """Turns the dense FFNs of `model` into experts, or parallelises the experts that it has, in place.
+    """Turns the dense FFNs of `model` into experts, or parallelises its existing experts, in place.
 
     Args:
-        model: any module; its FFNs are found by dataflow and its experts by their call, all else stays as it is.
+        model: any module; its FFNs are found by dataflow and its experts by their call; everything else is unchanged.
         overrides: Hydra override strings (`["experts.num_routed=8", "routing.top_k=2"]`), or a whole config.
-        example: what one forward takes: keyword tensors, a tuple, or a tensor.
+        example: inputs of one forward: keyword tensors, a tuple, or a tensor.
         plan: use this plan instead of making one.
-        device_mesh: for `until="shard"`; made from the plan if it is not given.
-        until: `rewrite` (one device), `lower` (exchanges on logical axes, and experts in one op where the plan says so;
-            the default) or `shard`.
+        device_mesh: for `until="shard"`; by default created from the plan.
+        until: `rewrite` (one device), `lower` (exchanges on logical axes, and fused experts if the plan says so; the
+            default) or `shard`.
 
     Returns:
-        `model`; if the model itself is one site, its GraphModule instead.
+        `model`; if the model itself is a region, its GraphModule instead.
 
     Raises:
-        ConfigError, PlanError: something is impossible. CaptureError: the model does not run on the example.
+        ConfigError, PlanError: config, plan and model do not fit. CaptureError: the model does not run on the example.
     """
     return compile_with_report(model, overrides, example=example, plan=plan, device_mesh=device_mesh, until=until).model
 
@@ -107,7 +107,7 @@ def compile_model(
 def make_plan(
     model_or_graph: nn.Module, overrides: Sequence[str] | Config = (), *, example: Example | None = None
 ) -> Plan:
-    """The plan alone; nothing is changed.
+    """Makes the plan only; nothing is changed.
 
     Args:
         model_or_graph: a GraphModule, or any module together with an `example`.
@@ -127,7 +127,7 @@ def make_plan(
 
 
 def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | Config | Plan = ()) -> fx.GraphModule:
-    """Rewrites and lowers the dense FFNs of a graph. The input is untouched: the result has copies of its weights.
+    """Rewrites and lowers the dense FFNs of a graph. The input is not changed: the result has copies of its weights.
 
     Args:
         graph_module: for example `torch.fx.symbolic_trace(model)`.
@@ -159,10 +159,10 @@ def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | C
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The plan that `model`, or a module inside it, was compiled by.
+    """The plan with which `model`, or a module inside it, was compiled.
 
     Raises:
-        PlanError: nothing in the model was compiled.
+        PlanError: no module in the model was compiled.
     """
     plan: Plan = getattr(compiled_module(model), _PLAN)
     return plan
@@ -175,13 +175,13 @@ def compiled_module(model: nn.Module) -> nn.Module:
         PlanError: there is none, or more than one.
     """
     check_model(model)
-    found = [module for module in model.modules() if isinstance(getattr(module, _PLAN, None), Plan)]
-    if len(found) != 1:
+    compiled = [module for module in model.modules() if isinstance(getattr(module, _PLAN, None), Plan)]
+    if len(compiled) != 1:
         raise PlanError(
-            "model", type(model).__name__, f"holds {len(found)} compiled models, one is needed",
+            "model", type(model).__name__, f"holds {len(compiled)} compiled models, one is needed",
             "Call moecompile.compile_model on the one to be trained",
         )  # fmt: skip
-    return found[0]
+    return compiled[0]
 
 
 def compile_with_report(
@@ -193,7 +193,7 @@ def compile_with_report(
     device_mesh: DeviceMesh | None = None,
     until: str = "lower",
 ) -> Compilation:
-    """`compile_model`, with all that was done: sites, pass records, graphs before and after, step-0 difference."""
+    """`compile_model` with a full report: sites, pass records, graphs before and after, step-0 difference."""
     _check(model, example, plan, device_mesh, until)
     config, log = _config(overrides), Log()
     captured = capture_planned(model, plan, config, example, log)
@@ -206,12 +206,12 @@ def compile_with_report(
     done = Compilation(model=model, plan=plan, records=log.records, graphs=log.graphs)
     done.sites = list_sites(captured, {layer.site.fqn for layer in plan.layers})
     done.notes = [*notes(plan, config), *frozen_notes(model, plan)]
-    done.regions = regions if is_meta(model) else {}  # else they would keep the dense weights
+    done.regions = regions if is_meta(model) else {}  # otherwise they would keep the dense weights alive
 
     rewritten = run_passes(on_one_device(config.seed), regions, layers, log)
     done.model, done.step0 = comparison.replace(model, replacements(model, regions, rewritten))
     if until != "rewrite":
-        rewritten = in_model(done.model, rewritten)  # a region may lie inside another
+        rewritten = current_regions(done.model, rewritten)  # a region may lie inside another
         final = run_passes(on_the_mesh(), rewritten, layers, log)
         done.model = replace_regions(done.model, replacements(done.model, rewritten, final))
     set_attribute(done.model, _PLAN, plan)
@@ -225,13 +225,13 @@ def compile_with_report(
 def capture_planned(
     model: nn.Module, plan: Plan | None, config: Config, example: Example, log: Log | None = None
 ) -> Captured:
-    """The regions of `model`, not compiled yet, that a plan is made for, or that the layers of `plan` are made from."""
+    """The captured regions of a model that is not compiled yet: those to plan, or those of `plan`."""
     log = log or Log()
     recording = record_model(model, example)
     log.add("capture", {}, {}, f"{len(recording.graph.nodes)} functions recorded")
     kind = config.experts.sites if plan is None else _kind(plan, config)
     captured = capture_regions(recording, unproven, kind, _named(config, plan))
-    log.add("match", captured.regions, captured.regions, _found(captured))
+    log.add("match", captured.regions, captured.regions, _site_counts(captured))
     return captured
 
 
@@ -251,18 +251,18 @@ def _check(model: nn.Module, example: Example, plan: Plan | None, device_mesh: D
 
 
 def _planned(model: nn.Module, captured: Captured, overrides: Sequence[str] | Config, plan: Plan | None) -> Plan:
-    """The plan for what was captured, or the given one, which must fit it.
+    """A new plan for the captured sites, or the given one, which must fit them.
 
-    A given plan decides; overrides beside it may say the same again. The seed is not in a plan.
+    Overrides next to a given plan must agree with it, except for the seed, which is not part of a plan.
     """
     facts = _facts(model)
     if plan is None:
         return build_plan(captured.sites, _config(overrides), facts)
     if not isinstance(overrides, Config):
-        voided = [item for item in overrides if not item.startswith("seed=")]
-        if voided and build_plan(captured.sites, _config(overrides), facts).hash != plan.hash:
+        ignored = [item for item in overrides if not item.startswith("seed=")]
+        if ignored and build_plan(captured.sites, _config(overrides), facts).hash != plan.hash:
             raise ArgumentError(
-                "overrides", " ".join(voided), f"would make another plan than the given one ({plan.hash}), which "
+                "overrides", " ".join(ignored), f"would make another plan than the given one ({plan.hash}), which "
                 "decides", "Leave them out, or make the plan with them: moecompile.make_plan(model, overrides, "
                 "example=...)",
             )  # fmt: skip
@@ -272,14 +272,14 @@ def _planned(model: nn.Module, captured: Captured, overrides: Sequence[str] | Co
     return plan
 
 
-def _found(captured: Captured) -> str:
+def _site_counts(captured: Captured) -> str:
     """`58 experts`, `3 dense FFNs`."""
     counts = Counter("dense FFNs" if isinstance(site, FFNSite) else "experts" for site in captured.sites)
     return ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "0 dense FFNs"
 
 
 def _named(config: Config, plan: Plan | None = None) -> Callable[[str], bool]:
-    """Whether an FFN in an MoE block is asked for: by the plan, or by a pattern that does not just take everything."""
+    """Whether an FFN in an MoE block is selected: by the plan, or by a pattern other than `*`."""
     if plan is not None:
         planned = {layer.site.fqn for layer in plan.layers}
         return planned.__contains__
@@ -288,7 +288,7 @@ def _named(config: Config, plan: Plan | None = None) -> Callable[[str], bool]:
 
 
 def _kind(plan: Plan, config: Config) -> SiteKind:
-    """Which kind of site a given plan needs."""
+    """The kind of site that a given plan needs."""
     existing = {isinstance(layer.site, ExpertsSite) for layer in plan.layers}
     if len(existing) != 1:
         return SiteKind.both if existing else config.experts.sites
@@ -296,7 +296,7 @@ def _kind(plan: Plan, config: Config) -> SiteKind:
 
 
 def _facts(model: nn.Module) -> ModelFacts:
-    """Sizes of the dense model; what a bare module does not say about itself is left at 0."""
+    """Sizes of the dense model; 0 if they cannot be read from the module."""
     layers = list(layers_of(model))
     inside = {parameter for layer in layers for parameter in layer.parameters()}
     outside = sum(parameter.numel() for parameter in model.parameters() if parameter not in inside)
@@ -306,7 +306,7 @@ def _facts(model: nn.Module) -> ModelFacts:
         num_layers=len(layers),
         vocab_size=int(getattr(getattr(model, "config", None), "vocab_size", 0) or 0),
         bytes_per_param=next((parameter.element_size() for parameter in model.parameters()), 4),
-        causal=True if hasattr(model, "generate") else None,  # as language models of transformers do
+        causal=True if hasattr(model, "generate") else None,  # as in language models of transformers
     )
 
 

@@ -1,9 +1,9 @@
-"""A run directory belongs to one run. What is written before the run has been accepted there is kept apart.
+"""A run directory belongs to one run. Until the run is accepted there, its files are kept separate.
 
-    RUN/.pending/    what a run writes in a directory that is not empty, until all that may refuse it has been checked
-    RUN/             where `accept` moves it; in an empty directory everything is written there at once
+    RUN/.pending/    files of a run in a directory that is not empty, until all checks that may refuse the run are done
+    RUN/             where `accept` moves them; in an empty directory files are written here directly
 
-A run that is refused, or that crashes before, leaves the files of the one before it as they were.
+A run that is refused, or that crashes before that, does not change the files of the previous run.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _BUSY = (errno.EWOULDBLOCK, errno.EACCES)
 
 
 def place(run_dir: Path) -> Path:
-    """Where the run writes now: `run_dir`, or apart from it until it is accepted."""
+    """Where the run writes now: `run_dir`, or `run_dir`/.pending until it is accepted."""
     pending = run_dir / PENDING
     return pending if pending.is_dir() else run_dir
 
 
 @contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """Holds the directory `run_dir`, which exists, for one run; whoever else wants it is refused.
+    """Locks the existing directory `run_dir` for one run; other runs are refused.
 
-    The lock is the kernel's, on the directory itself: it ends with this process, however that ends. A file system that
-    cannot lock a directory (NFS) holds nobody off.
+    It is a kernel lock on the directory itself, released when this process ends for any reason. On a file system that
+    cannot lock a directory (NFS) it has no effect.
 
     Raises:
         ConfigError: another run is writing there.
@@ -53,7 +53,7 @@ def held(run_dir: Path) -> Iterator[None]:
                 raise ConfigError(
                     "hydra.run.dir", run_dir, "another run is writing there", "Wait for it, or use another directory"
                 ) from None
-        discard(run_dir)  # of a run that was killed before it was accepted
+        discard(run_dir)  # left by a run that was killed before it was accepted
         if any(run_dir.iterdir()):
             (run_dir / PENDING).mkdir()
         yield
@@ -62,13 +62,13 @@ def held(run_dir: Path) -> Iterator[None]:
 
 
 def accept(run_dir: Path) -> None:
-    """From here on the directory is this run's: what it has written so far replaces files of the same names."""
+    """Gives the directory to this run: the files that it has written so far replace those with the same names."""
     note_accepted(run_dir)
     pending = run_dir / PENDING
     if not pending.is_dir():
         return
     with suppress(FileNotFoundError):
-        (run_dir / RESULT).unlink()  # of the run before; this one has none yet
+        (run_dir / RESULT).unlink()  # of the previous run; this one has none yet
     for path in sorted(pending.iterdir()):
         target = run_dir / path.name
         if target.is_dir():
@@ -78,23 +78,23 @@ def accept(run_dir: Path) -> None:
 
 
 def note_accepted(run_dir: Path) -> None:
-    """On ranks that know it from the one that accepts."""
+    """Records the acceptance; also called on ranks that learn of it from the accepting rank."""
     _accepted.add(run_dir.absolute())
 
 
 def is_discarded(run_dir: Path, *, was_pending: bool) -> bool:
-    """Whether what the run has written there is gone: it was refused, and somebody has said so."""
+    """Whether the files of the run were removed because it was refused, which another rank has reported."""
     return was_pending and not (run_dir / PENDING).is_dir() and run_dir.absolute() not in _accepted
 
 
 def discard(run_dir: Path) -> None:
-    """Removes what was written but not accepted."""
+    """Removes the files of a run that was not accepted."""
     shutil.rmtree(run_dir / PENDING, ignore_errors=True)
 
 
 @contextmanager
 def kept_apart(run_dir: Path) -> Iterator[None]:
-    """What was not accepted in `run_dir` is removed, unless a crash left it, with its traceback."""
+    """Removes files that were not accepted in `run_dir`, except after a crash, whose traceback is among them."""
     try:
         yield
     except Exception as error:
@@ -108,7 +108,7 @@ def kept_apart(run_dir: Path) -> Iterator[None]:
 
 
 def go_on(overrides: Sequence[str], run_dir: Path) -> str:
-    """The command that goes on with a run that was asked to end."""
+    """The command that resumes a run that was ended by a signal."""
     flags = [word for word in sys.argv[1:] if "=" not in word and word not in ("-m", "--multirun")]
     kept = [word for word in overrides if not re.match(r"\+{0,2}(trainer\.resume|hydra\.run\.dir)=", word)]
     python = "python" if os.path.realpath(shutil.which("python") or "") == os.path.realpath(sys.executable) else None
@@ -118,7 +118,7 @@ def go_on(overrides: Sequence[str], run_dir: Path) -> str:
 
 
 def _quoted(path: Path) -> str:
-    """A path as Hydra's grammar reads it."""
+    """A path, quoted for Hydra's grammar."""
     text = str(path)
     if re.fullmatch(r"[\w./+-]+", text):
         return text
@@ -126,9 +126,9 @@ def _quoted(path: Path) -> str:
 
 
 def task_of(run_dir: Path) -> str | None:
-    """The task whose result is in `run_dir`; None: no result."""
+    """The task of the successful result in `run_dir`; None: no such result."""
     try:
-        found = json.loads((run_dir / RESULT).read_text(encoding="utf-8"))
-        return str(found["task"]) if found["status"] == "ok" else None
+        result = json.loads((run_dir / RESULT).read_text(encoding="utf-8"))
+        return str(result["task"]) if result["status"] == "ok" else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -1,7 +1,4 @@
-"""Every use of a private torch name, in one place, so that a torch upgrade has one file to look at.
-
-And, beside `local_rows`, the question that everybody has of a DTensor: `local_part`.
-"""
+"""All uses of private torch names, so that a torch upgrade has one file to check; and helpers for DTensors."""
 
 from __future__ import annotations
 
@@ -66,8 +63,8 @@ _HOOK_WORDS = {
 
 
 def compile_whole(module: nn.Module) -> None:
-    """Lets torch.compile run `module` as one graph, in which sizes may depend on values."""
-    import torch._dynamo  # it loads sympy
+    """Compiles `module` with torch.compile as one graph, in which sizes may depend on values."""
+    import torch._dynamo  # here, because it loads sympy
 
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     module.compile(fullgraph=True)
@@ -79,7 +76,7 @@ def in_backward() -> bool:
 
 
 def _fsdp_params(model: nn.Module) -> Iterator[FSDPParam]:
-    """FSDP2's own records of the weights that it has gathered at least once."""
+    """FSDP2's records of the weights that it has gathered at least once."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             for group in module._get_fsdp_state()._fsdp_param_groups:
@@ -87,22 +84,22 @@ def _fsdp_params(model: nn.Module) -> Iterator[FSDPParam]:
 
 
 def parameters_of(model: nn.Module) -> list[nn.Parameter]:
-    """What optimizers have: shards also where `model.parameters()` gives the gathered weights, as after a forward."""
+    """The parameters that optimizers have: always shards, also if `model.parameters()` has gathered weights."""
     shards = {param._unsharded_param: param.sharded_param for param in _fsdp_params(model)}
     return [shards.get(parameter, parameter) for parameter in model.parameters()]
 
 
 def drop_unreduced(model: nn.Module) -> None:
-    """Forgets gradients that FSDP2 has added up without reducing them: zero_grad does not see them."""
+    """Drops gradients that FSDP2 has accumulated without reducing them, which zero_grad does not clear."""
     for param in _fsdp_params(model):
         param.unsharded_accumulated_grad = param._unsharded_param.grad = None
 
 
 def keeping(kept: Collection[Any]) -> tuple[_CachingTorchDispatchMode, _CachedTorchDispatchMode]:
-    """Contexts of a first and a second forward; the second gets the results that the ops `kept` had in the first.
+    """Contexts for the first and the recomputed forward, which gets the results of the ops `kept` from the first.
 
-    What torch's selective checkpointing does, but for one thing: a result that is written to afterwards, by routers
-    that divide their top-k in place, is copied before, so that the second forward sees it as it was.
+    Like torch's selective checkpointing, except that a result that is modified in place later (some routers divide
+    their top-k in place) is copied first, so that the recomputed forward gets the original.
     """
     storage: dict[Any, dict[int, Any]] = defaultdict(dict)
 
@@ -119,9 +116,9 @@ class _CopyOnWrite(_CachingTorchDispatchMode):
         return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     def _copy(self, memory: set[int]) -> None:
-        def copied(held: Any) -> Any:
-            shares = isinstance(held.val, torch.Tensor) and _memory_of(held.val) in memory
-            return _VersionWrapper(held.val.clone()) if shares else held
+        def copied(kept: Any) -> Any:
+            shares = isinstance(kept.val, torch.Tensor) and _memory_of(kept.val) in memory
+            return _VersionWrapper(kept.val.clone()) if shares else kept
 
         for results in self.storage.values():
             for number, result in results.items():
@@ -130,25 +127,25 @@ class _CopyOnWrite(_CachingTorchDispatchMode):
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> set[int]:
-    """Where the tensors lie that a function writes to."""
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    """The memory of the tensors that a function writes to."""
+    by_name = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    leaves = tree_leaves([given.get(name) for name in writes])
+    leaves = tree_leaves([by_name.get(name) for name in writes])
     return {_memory_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
 
 
 def _memory_of(tensor: torch.Tensor) -> int:
-    """The same for views of one tensor."""
+    """An id of the storage, equal for all views of a tensor."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a DTensor (of experts' weights: its own experts), a plain tensor as it is."""
+    """The local shard of a DTensor (of expert weights: this rank's experts); a plain tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_rows(tensor: torch.Tensor) -> range:
-    """Which rows of the first dim this rank holds; all of them of a tensor that is not sharded."""
+    """The rows of the first dim that this rank has; all rows of a tensor that is not sharded."""
     if not isinstance(tensor, DTensor):
         return range(tensor.shape[0] if tensor.ndim else 0)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -164,46 +161,46 @@ def process_group_by_name(name: str) -> ProcessGroup | None:
 
 
 def fake_tensors() -> FakeTensorMode:
-    """A mode in which tensors are fake: code can tell that it is traced, and values that are not known stay open."""
-    from torch._subclasses import FakeTensorMode  # they load sympy
+    """A mode with fake tensors and symbolic values, in which code can detect that it is traced."""
+    from torch._subclasses import FakeTensorMode  # here, because these load sympy
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
 
 def split_axis(device_mesh: DeviceMesh, axis: str, sizes: dict[str, int]) -> DeviceMesh:
-    """A mesh in which `axis` is the axes `sizes`, the last one varying fastest; makes their process groups."""
+    """A mesh with `axis` split into the axes `sizes`, the last one varying fastest; creates their process groups."""
     return device_mesh._unflatten(axis, tuple(sizes.values()), tuple(sizes))
 
 
 def set_timeouts(timeout: timedelta) -> None:
-    """Gives every process group of this rank the same timeout: those of a device mesh begin with 30 minutes."""
+    """Gives every process group of this rank the same timeout; those of a device mesh start with 30 minutes."""
     for group in list(_world.pg_map):
         _set_pg_timeout(timeout, group)
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Lets `new` run the forward and backward hooks of `old`; their handles stay valid."""
+    """Moves the forward and backward hooks of `old` to `new`; their handles stay valid."""
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
 
 
 def hooks_of(module: nn.Module) -> list[str]:
-    """What runs with `module` itself beside its class's forward: hooks on it and on its parameters, another forward.
+    """Hooks of `module` itself in words: on it, on its own parameters, or a forward of the instance.
 
-    Hooks for all modules (torch.nn.modules.module) do not count: they run on any other module too.
+    Global hooks (torch.nn.modules.module) do not count: they run on every other module too.
     """
-    found = [words for name, words in _HOOK_WORDS.items() if getattr(module, name)]
+    hooks = [words for name, words in _HOOK_WORDS.items() if getattr(module, name)]
     if "forward" in vars(module) and not isinstance(module, torch.fx.GraphModule):
-        found.append("a forward of its own")
+        hooks.append("a forward of its own")
     for name, parameter in module.named_parameters(recurse=False):
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-            found.append(f"a gradient hook on its {name}")
-    return list(dict.fromkeys(found))
+            hooks.append(f"a gradient hook on its {name}")
+    return list(dict.fromkeys(hooks))
 
 
 def set_attribute(module: nn.Module, name: str, value: object) -> None:
-    """`module.name = value`, also in deep copies, in which a GraphModule would lose it."""
+    """Sets `module.name` so that deep copies have it too, which a GraphModule would drop."""
     setattr(module, name, value)
     if isinstance(module, torch.fx.GraphModule):
         module.meta.setdefault(_USER_PRESERVED_ATTRIBUTES_KEY, {})[name] = value

@@ -1,4 +1,4 @@
-"""What is shown while nothing else can be: a spinner on a terminal, one plain line elsewhere."""
+"""Progress display for long steps: a spinner on a terminal, else one plain line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _shown: list[Status] = []
 
 
 def show(text: str, *, line: bool = True) -> None:
-    """Shows `text` until `done`, in place of an earlier one. line: whether it is printed where there is no terminal."""
+    """Shows `text` until `done` and replaces an earlier one. line: whether to print it if there is no terminal."""
     done()
     if sys.stdout.isatty():
         from rich.console import Console
@@ -24,6 +24,6 @@ def show(text: str, *, line: bool = True) -> None:
 
 
 def done() -> None:
-    """Makes room for what is printed next."""
+    """Removes the spinner, before anything else is printed."""
     while _shown:
         _shown.pop().stop()

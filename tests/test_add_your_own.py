@@ -9,9 +9,23 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+
+from moecompile.nn import Router
+from moecompile.passes.base import exchanges_of
+from moecompile.passes.lower import Lower
+from moecompile.passes.lower.kinds import LOWERINGS
+from moecompile.passes.rewrite import Rewrite
+from moecompile.plan import EXCHANGES, DispatchPlan, dispatch
+from moecompile.routing import BalanceSpec, RouterConfig, Score
+from moecompile.routing import config as routing_config
+from tests.tiny import COPY4, PLAIN_ROUTING, Gated, only_region, passed, plan_for
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "moecompile"
@@ -58,6 +72,45 @@ def test_the_page_lists_the_files_that_name_one(word: str) -> None:
     assert listed(word) == naming(word)
 
 
+@pytest.mark.parametrize("word", TABLES)
+def test_the_functions_and_tables_to_change_are_in_these_files(word: str) -> None:
+    for path, what in re.findall(r"^\| `([^`]+)` \| (.*) \|$", TABLES[word], re.MULTILINE):
+        code = (PACKAGE / path.replace("KIND", word)).read_text(encoding="utf-8")
+        names = re.findall(r"`(_?[a-z]+(?:_[a-z]+)+|_[a-z]+|_?[A-Z]+)`", what)
+        assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
+
+
 def test_a_name_in_code_counts_and_prose_does_not() -> None:
     code = '"""one: prose."""\nkind = "two"  # three\n\n\ndef f():\n    """four"""\n    return kind.five\n'
     assert sorted(_names(code)) == ["five", "kind", "kind", "two"]
+
+
+def test_the_dispatch_on_the_page_inserts_its_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps and the lowering as they are printed, between the contracts of `lower`."""
+    code: dict[str, Any] = {}
+    (lowering,) = re.findall(r'^```text\n("""gather: .*?)^```$', PAGE, re.MULTILINE | re.DOTALL)
+    exec(compile(lowering, "docs/use/add-your-own.md", "exec", dont_inherit=True), code)
+    (steps,) = re.findall(r'^    "gather": (\(\(.*\)\)),$', PAGE, re.MULTILINE)
+    monkeypatch.setitem(dispatch._STEPS, "gather", ast.literal_eval(steps))
+    monkeypatch.setitem(EXCHANGES, "gather", tuple(op for op, _ in ast.literal_eval(steps)))
+    monkeypatch.setitem(LOWERINGS, "gather", code["lower_gather"])
+    (layer,) = plan_for(Gated(), [*COPY4, "mesh.ranks_per_node=2"]).layers
+    layer = replace(layer, dispatch=DispatchPlan(kind="gather"), fused=False)
+    assert len(exchanges_of(passed(only_region(Gated()), layer, Rewrite(), Lower()).graph)) == 4
+
+
+def test_the_score_on_the_page_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    (methods,) = re.findall(r"^```text\n(    def _score\(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    code: dict[str, Any] = {"Router": Router, "Tensor": Tensor, "nn": nn}
+    exec(compile(f"class Mine(Router):\n{methods}", "docs/use/add-your-own.md", "exec", dont_inherit=True), code)
+    monkeypatch.setitem(routing_config._WORDS, "score", (*Score, "sqrt_softplus"))
+    config = RouterConfig(**{**PLAIN_ROUTING, "score": "sqrt_softplus"})
+    router = code["Mine"](8, 4, config, BalanceSpec(rule="none", rate=0.0, micro_batch=0.1)).train()
+    torch.nn.init.normal_(router.weight)
+    x_TD = torch.randn(6, 8)
+    weights_TK, ids_TK = router(x_TD)
+    scores_TE = nn.functional.softplus(router.logits(x_TD)).sqrt()
+    best = scores_TE.topk(2, sorted=False)
+    assert torch.equal(ids_TK, best.indices)
+    torch.testing.assert_close(weights_TK, best.values / best.values.sum(1, keepdim=True))
+    assert router.aux_loss is not None and router.aux_loss.isfinite()

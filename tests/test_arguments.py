@@ -25,84 +25,84 @@ def a_plan(*overrides: str) -> moecompile.Plan:
     return moecompile.make_plan(mlp(), list(overrides), example=X)
 
 
-LIST = "and a list of strings is taken, as the command line takes them."
+LIST = "must be a list of strings, as on the command line"
 CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "one string": (
         lambda: moecompile.compile_model(mlp(), "experts.num_routed=8", example=X),
-        f'overrides=experts.num_routed=8: is one string, {LIST} Write ["experts.num_routed=8"].',
+        f'overrides=experts.num_routed=8: {LIST}, not one string. Write ["experts.num_routed=8"].',
     ),
     "one string for a plan": (
         lambda: moecompile.make_plan(mlp(), "mesh=cpu_1", example=X),
-        f'overrides=mesh=cpu_1: is one string, {LIST} Write ["mesh=cpu_1"].',
+        f'overrides=mesh=cpu_1: {LIST}, not one string. Write ["mesh=cpu_1"].',
     ),
     "a mapping": (
         lambda: moecompile.compile_model(mlp(), {"routing.top_k": 2}, example=X),
-        f'overrides=dict: is a mapping, {LIST} Write ["routing.top_k=2"].',
+        f'overrides=dict: {LIST}, not a mapping. Write ["routing.top_k=2"].',
     ),
     "a number in the list": (
         lambda: moecompile.compile_model(mlp(), ["seed=1", 8], example=X),
-        f'overrides[1]=8: is no string, {LIST} Write "key=value".',
+        'overrides[1]=8: must be a string. Write "key=value".',
     ),
     "none": (
         lambda: moecompile.compile_model(mlp(), None, example=X),
-        f'overrides=NoneType: is the wrong type, {LIST} Write ["experts.num_routed=8"].',
+        f'overrides=NoneType: {LIST}. Write ["experts.num_routed=8"].',
     ),
     "a plan as overrides": (
         lambda: moecompile.compile_model(mlp(), a_plan(), example=X),
-        f"overrides=Plan: is a plan, {LIST} Give it as plan=....",
+        f"overrides=Plan: {LIST}, not a plan. Give it as plan=....",
     ),
     "a folder as model": (
         lambda: moecompile.compile_model("runs/model", example=X),
-        "model=runs/model: is a path, and a torch.nn.Module is taken. Load it first, for example by "
+        "model=runs/model: must be a torch.nn.Module, not a path. Load it first, for example by "
         "transformers.AutoModelForCausalLM.from_pretrained.",
     ),
     "a path as model": (
         lambda: moecompile.make_plan(Path("model"), example=X),
-        "model_or_graph=model: is a path, and a torch.nn.Module is taken. Load it first, for example by "
+        "model_or_graph=model: must be a torch.nn.Module, not a path. Load it first, for example by "
         "transformers.AutoModelForCausalLM.from_pretrained.",
     ),
     "a class": (
         lambda: moecompile.compile_model(nn.Linear, example=X),
-        "model=Linear: is a class, and a torch.nn.Module is taken. Make one: Linear(...).",
+        "model=Linear: must be a torch.nn.Module, not a class. Create one: Linear(...).",
     ),
     "a function": (
         lambda: moecompile.plan_of(mlp),
-        "model=function: is the wrong type, and a torch.nn.Module is taken. Give the model itself.",
+        "model=function: must be a torch.nn.Module. Give the model itself.",
     ),
     "a path as plan": (
         lambda: moecompile.compile_model(mlp(), plan="plan.yaml", example=X),
-        "plan=plan.yaml: is a path, and a moecompile.Plan is taken. Read it first: moecompile.plan.load(path).",
+        "plan=plan.yaml: must be a moecompile.Plan, not a path. Read it first: moecompile.plan.load(path).",
     ),
     "a path as overrides or plan": (
         lambda: moecompile.transform(fx.symbolic_trace(mlp()), Path("plan.yaml")),
-        f"overrides_or_plan=plan.yaml: is a path, {LIST} Read it first: moecompile.plan.load(path).",
+        f"overrides_or_plan=plan.yaml: {LIST}, not a path. Read it first: moecompile.plan.load(path).",
     ),
     "a text as overrides or plan": (
         lambda: moecompile.transform(fx.symbolic_trace(mlp()), "plan.yaml"),
-        f"overrides_or_plan=plan.yaml: is one string, {LIST} Read it first: moecompile.plan.load(path).",
+        f"overrides_or_plan=plan.yaml: {LIST}, not one string. Read it first: moecompile.plan.load(path).",
     ),
     "a list as plan": (
         lambda: moecompile.compile_model(mlp(), plan=["mesh=cpu_1"], example=X),
-        "plan=list: is the wrong type, and a moecompile.Plan is taken. Make one with moecompile.make_plan; "
+        "plan=list: must be a moecompile.Plan. Make one with moecompile.make_plan; "
         "overrides=... takes the list.",
     ),
     "transform of a module": (
         lambda: moecompile.transform(mlp()),
-        "graph_module=Sequential: is a module without a graph, and a torch.fx.GraphModule is taken. Use "
+        "graph_module=Sequential: must be a torch.fx.GraphModule, not a module without a graph. Use "
         "moecompile.compile_model(model, ..., example=...), or give torch.fx.symbolic_trace(model).",
     ),
     "a list as example": (
         lambda: moecompile.compile_model(mlp(), example=[X]),
-        "example=list: is not what a forward takes. Give keyword tensors ({'input_ids': ...}), a tuple of arguments, "
+        "example=list: must be the inputs of one forward. Give keyword tensors ({'input_ids': ...}), a tuple of arguments, "
         "or one tensor.",
     ),
     "a path to shard": (
         lambda: moecompile.shard("model", a_plan(), None),
-        "model=model: is a path, and a torch.nn.Module is taken.",
+        "model=model: must be a torch.nn.Module, not a path.",
     ),
     "a plan file to shard by": (
         lambda: moecompile.shard(mlp(), Path("p.yaml"), None),
-        "plan=p.yaml: is a path, and a moecompile.Plan is taken.",
+        "plan=p.yaml: must be a moecompile.Plan, not a path.",
     ),
     "overrides beside a plan": (
         lambda: moecompile.compile_model(mlp(), ["routing.top_k=1", "seed=3"], plan=a_plan(), example=X),

@@ -218,6 +218,15 @@ def test_every_decision_has_the_same_sections(path: Path) -> None:
     assert f"[{path.name[:4]}]({path.name})" in (path.parent / "index.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """As paths from the checkout, or from the package: `docs/generate.py`, `match/ffn.py`."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    named = {name for name in re.findall(r"`([\w/]+/[\w/]+\.(?:py|cpp|yaml|json))`", prose) if "KIND" not in name}
+    roots = (REPOSITORY, REPOSITORY / "moecompile", DOCS / "examples" / "configs")
+    assert sorted(name for name in named if not any((root / name).exists() for root in roots)) == []
+
+
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_into_the_checkout_resolve(name: str) -> None:
     targets = re.findall(r"(?:\]\(|src=\")([^)#\s\"]+)", (REPOSITORY / name).read_text(encoding="utf-8"))
@@ -227,7 +236,7 @@ def test_links_into_the_checkout_resolve(name: str) -> None:
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
-    run("-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site"), cwd=REPOSITORY)
+    run("-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site"), cwd=REPOSITORY)
     assert (tmp_path / "site" / "reference" / "configuration" / "index.html").exists()
 
 

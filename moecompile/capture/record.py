@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from moecompile.capture.caches import caches, switches
+from moecompile.capture.caches import cache_configs, caches
 from moecompile.errors import CaptureError
 
 Example = Mapping[str, Tensor] | tuple[Any, ...] | Tensor
@@ -222,7 +222,7 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 def calls_with_caches(recording: Recording, paths: Collection[str]) -> dict[str, ModuleCall]:
     """First calls of the modules at `paths` in a forward with caches, as in `generate`; empty if the model has none."""
     model = recording.model
-    if is_meta(model) or not switches(model):
+    if is_meta(model) or not cache_configs(model):
         return {}
     cached = Recording(model, recording.example, fx.Graph())
     mode = _Recorder(cached.graph, {})

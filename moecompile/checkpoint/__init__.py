@@ -1,11 +1,11 @@
-"""Checkpoints: whole or not there, independent of the mesh, and without code in them.
+"""Checkpoints: complete or absent, independent of the mesh, and free of code.
 
-atomic     a folder is whole or not there
-folders    a run's checkpoints: names, the latest one, what is kept (needs no torch)
-state      state.json: where a run stood, and which settings it must go on with (needs no torch)
-sums       checksums of its files (needs no torch)
+atomic     writes a folder that is complete or absent
+folders    a run's checkpoints: names, the latest one, which are kept (needs no torch)
+state      state.json: the position of a run, and the settings that a resumed run must keep (needs no torch)
+sums       checksums of files (needs no torch)
 tensors    weights and optimizer state through torch DCP, resharded when they are read
 weights    a model's weights in one process, from a run's checkpoint or a native export
-fingerprint  what a run computes and learns from, by names and values (needs no torch)
+fingerprint  what a run computes and learns from, as names and values (needs no torch)
 fit        whether a checkpoint fits a plan, and what differs
 """

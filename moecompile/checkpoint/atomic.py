@@ -1,6 +1,6 @@
-"""A folder that many ranks write is either whole or not there: written beside its place, then renamed.
+"""A folder that many ranks write is either complete or absent: it is written under another name, then renamed.
 
-DCP alone is not safe here: a save that is killed while it overwrites an older one can load as a mix of both.
+DCP alone does not ensure this: a save that is killed while it overwrites an older one can load as a mix of both.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 from moecompile.checkpoint.sums import seal
 
 UNFINISHED = ".tmp"
-"""Suffix of a folder that is being written, or whose writing was cut off."""
+"""Suffix of a folder that is being written, or whose writing was interrupted."""
 
 
 @contextmanager
 def whole_folder(path: Path, *, is_first_rank: bool, barrier: Callable[[], object]) -> Iterator[Path]:
-    """Yields `<path>.tmp` to write into; afterwards it is at `path`, whole, on all ranks. All ranks must enter it.
+    """Yields `<path>.tmp` to write into, and renames it to `path` when all ranks are done. All ranks must enter it.
 
     An older folder at `path` stays until the new one is complete. If a rank fails, nothing is renamed.
     """
@@ -41,12 +41,12 @@ def whole_folder(path: Path, *, is_first_rank: bool, barrier: Callable[[], objec
 
 
 def unfinished(path: Path) -> Path:
-    """Where the folder that will be `path` is written."""
+    """The temporary name under which `path` is written."""
     return path.with_name(path.name + UNFINISHED)
 
 
 def publish(tmp: Path, path: Path) -> None:
-    """Renames the folder `tmp`, whose files are complete, to `path`; it is there after a power failure too."""
+    """Renames the complete folder `tmp` to `path`, and makes both files and name durable (fsync)."""
     for file in tmp.iterdir():
         sync(file)
     sync(tmp)
@@ -55,7 +55,7 @@ def publish(tmp: Path, path: Path) -> None:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Writes `path`, whole or not at all."""
+    """Writes a file atomically."""
     partial = path.with_name(f".{path.name}{UNFINISHED}")
     partial.write_text(text, encoding="utf-8")
     sync(partial)
@@ -63,7 +63,7 @@ def write_file(path: Path, text: str) -> None:
 
 
 def point(link: Path, target: str) -> None:
-    """Makes `link` a symbolic link to `target`, in one step if it is one already."""
+    """Makes `link` a symbolic link to `target`; an existing link is replaced atomically."""
     partial = link.with_name(f".{link.name}{UNFINISHED}")
     partial.unlink(missing_ok=True)
     partial.symlink_to(target)
@@ -72,7 +72,7 @@ def point(link: Path, target: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until the disk has a file's bytes, or a folder's entries."""
+    """Flushes a file's contents, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

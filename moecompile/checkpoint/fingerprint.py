@@ -1,9 +1,9 @@
-"""What a run computes and what it learns from, as names and values that a checkpoint keeps. Needs no torch.
+"""What a run computes and what it learns from, as names and values for the checkpoint. Needs no torch.
 
-    model.class, model.config.KEY    the model, by every setting of its config that decides its outputs
-    data.text, data.tokenizer        hashes of their content: a file of the same name may hold another text
+    model.class, model.config.KEY    the model: every setting of its config that affects its outputs
+    data.text, data.tokenizer        hashes of their content: a file may change under the same name
 
-What may differ when a run goes on (mesh, dispatch, optimizer, intervals) has no name here.
+Settings that may change when a run is resumed (mesh, dispatch, optimizer, intervals) are not included.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TEXT = "data.text"
 _FIXED = ("data.objective", "data.corpus", "data.path", "data.vocab_size", "data.seq_len", "data.global_batch_size",
           "data.val_fraction", "seed")  # fmt: skip
 _PLACES = ("data.corpus", "data.path")
-"""Where the text lies does not matter if its content is known."""
+"""Locations of the text, which do not matter if its content is known."""
 
 _NO_FUNCTION = {
     "architectures", "attn_implementation", "chunk_size_feed_forward", "dtype", "experts_implementation", "id2label",
@@ -27,18 +27,18 @@ _NO_FUNCTION = {
     "output_router_logits", "problem_type", "return_dict", "router_aux_loss_coef", "router_jitter_noise",
     "router_z_loss_coef", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
-"""Settings of transformers that change neither the outputs nor the weights of a model that is trained already."""
+"""Settings of transformers that change neither the outputs nor the weights of a trained model."""
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """The settings that decide the data which comes next, by dotted path."""
-    found = {}
+    """The settings that determine the next data, by dotted path."""
+    values = {}
     for path in _FIXED:
         value: Any = config
         for key in path.split("."):
             value = getattr(value, key)
-        found[path] = getattr(value, "value", value)
-    return found
+        values[path] = getattr(value, "value", value)
+    return values
 
 
 def fingerprint(model: object, *, text_hash: str, tokenizer: str) -> dict[str, Any]:
@@ -47,25 +47,25 @@ def fingerprint(model: object, *, text_hash: str, tokenizer: str) -> dict[str, A
     Args:
         model: a module; one of transformers has a config. text_hash: of the text. tokenizer: its definition.
     """
-    found: dict[str, Any] = {"model.class": type(model).__name__}
+    values: dict[str, Any] = {"model.class": type(model).__name__}
     to_dict = getattr(getattr(model, "config", None), "to_dict", None)
     if callable(to_dict):
-        plain = json.loads(json.dumps(to_dict(), default=str))  # as it will be when it is read
-        found |= dict(_flat("model.config", plain))
-    return found | {TEXT: text_hash, "data.tokenizer": content_hash(tokenizer)}
+        plain = json.loads(json.dumps(to_dict(), default=str))  # as state.json will be read
+        values |= dict(_flat("model.config", plain))
+    return values | {TEXT: text_hash, "data.tokenizer": content_hash(tokenizer)}
 
 
 def content_hash(text: str) -> str:
-    """A hash that stands for a text."""
+    """The hash of a text."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(name, saved value, value now) of what differs; where a name is on one side alone, the other is "not set"."""
-    known = TEXT in saved and TEXT in now
+    """(name, saved value, value now) of each difference; a value that is missing on one side is "not set"."""
+    has_text = TEXT in saved and TEXT in now
     for name in dict.fromkeys((*saved, *now)):
         before, after = saved.get(name, "not set"), now.get(name, "not set")
-        if before != after and not (known and name in _PLACES):
+        if before != after and not (has_text and name in _PLACES):
             yield name, before, after
 
 

@@ -1,7 +1,7 @@
-"""Whether a checkpoint fits a plan and a model, and if not, everything that differs.
+"""Whether a checkpoint fits a plan and a model, and if not, all differences.
 
-The mesh, the placement, the dispatch and what only training uses (balance, capacity, jitter) may differ: names, shapes
-and the function that the model computes may not.
+The mesh, the placement, the dispatch and settings that only training uses (balance, capacity, jitter) may differ;
+names, shapes and the function that the model computes may not.
 """
 
 from __future__ import annotations
@@ -19,47 +19,47 @@ _SHOWN, _WIDTH = 8, 80
 _FREE = ("capacity_factor", "drop", "jitter", "workload", "skew")
 
 
-def check_plan(found: Plan, wanted: Plan, folder: Path, allowed: Sequence[str] = ()) -> None:
-    """Whether the plan `found` in a checkpoint makes the same model as `wanted`.
+def check_plan(saved: Plan, plan: Plan, folder: Path, allowed: Sequence[str] = ()) -> None:
+    """Checks that the plan `saved` in a checkpoint describes the same model as `plan`.
 
     Raises:
-        PlanError: lists the entries that differ and are not allowed to.
+        PlanError: lists the entries that differ and are not in `allowed`.
     """
-    refuse(plan_differences(found, wanted), allowed, folder)
+    refuse(plan_differences(saved, plan), allowed, folder)
 
 
 def refuse(differences: Iterable[tuple[str, Any, Any]], allowed: Sequence[str], folder: Path) -> None:
-    """Raises unless all (name, saved value, value now) match the patterns in `allowed`.
+    """Raises unless the names of all (name, saved value, value now) match the patterns in `allowed`.
 
     Raises:
         PlanError: lists the others.
     """
-    kept = [entry for entry in differences if not any(fnmatchcase(entry[0], pattern) for pattern in allowed)]
-    names = list(dict.fromkeys(entry[0] for entry in kept))
-    listed = [f"{name}: {_short(saved)} in the checkpoint, {_short(now)} here" for name, saved, now in kept]
+    refused = [entry for entry in differences if not any(fnmatchcase(entry[0], pattern) for pattern in allowed)]
+    names = list(dict.fromkeys(entry[0] for entry in refused))
+    listed = [f"{name}: {_short(saved)} in the checkpoint, {_short(now)} here" for name, saved, now in refused]
     fix = (
         f"Set these as they were, start a new run, or go on all the same with trainer.allow_changes=[{','.join(names)}]"
     )
     _raise_if_any(listed, folder, fix)
 
 
-def check_entries(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Whether a checkpoint's entries are those that a model asks for.
+def check_entries(saved: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Checks that a checkpoint has exactly the entries (name -> shape) of a model.
 
     Raises:
         PlanError: lists names that are missing or unknown, and shapes that differ.
     """
     differences = []
-    for name in sorted(wanted.keys() | found.keys()):
-        ours, theirs = wanted.get(name), found.get(name)
+    for name in sorted(model.keys() | saved.keys()):
+        ours, theirs = model.get(name), saved.get(name)
         if ours != theirs:
             differences.append(f"{name}: {_shape(theirs)} in the checkpoint, {_shape(ours)} here")
     _raise_if_any(differences, folder, "Set these as they were, or start a new run")
 
 
-def plan_differences(found: Plan, wanted: Plan) -> Iterator[tuple[str, Any, Any]]:
-    """(name, saved value, value now) of what decides the model's weights and outputs and differs."""
-    theirs, ours = ({layer.site.fqn: layer for layer in plan.layers} for plan in (found, wanted))
+def plan_differences(saved: Plan, plan: Plan) -> Iterator[tuple[str, Any, Any]]:
+    """(name, saved value, value now) of each difference that affects the model's weights or outputs."""
+    theirs, ours = ({layer.site.fqn: layer for layer in each.layers} for each in (saved, plan))
     for fqn in [*theirs, *(fqn for fqn in ours if fqn not in theirs)]:
         if fqn not in ours or fqn not in theirs:
             yield fqn, "experts" if fqn in theirs else "dense", "experts" if fqn in ours else "dense"
@@ -71,7 +71,7 @@ def plan_differences(found: Plan, wanted: Plan) -> Iterator[tuple[str, Any, Any]
 
 
 def _function(layer: LayerPlan) -> dict[str, Any]:
-    """What decides weights and outputs of a layer, by dotted name."""
+    """The settings that affect weights and outputs of a layer, by dotted name."""
     parts = {"site": layer.site, "experts": layer.experts, "routing": layer.routing}
     return {
         f"{part}.{key}": value

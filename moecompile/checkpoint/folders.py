@@ -1,9 +1,9 @@
-"""The checkpoints of a run: names, the latest one, what is kept. Needs no torch.
+"""The checkpoints of a run: names, the latest one, which are kept. Needs no torch.
 
-    RUN/checkpoints/step-20/       whole: DCP's files (.metadata, __RANK_0.distcp), plan.yaml, state.json,
+    RUN/checkpoints/step-20/       complete: DCP's files (.metadata, __RANK_0.distcp), plan.yaml, state.json,
                                    checksums.json
-    RUN/checkpoints/step-30.tmp/   being written, or cut off while it was
-    RUN/checkpoints/latest         a link to the newest whole one
+    RUN/checkpoints/step-30.tmp/   being written, or interrupted
+    RUN/checkpoints/latest         a link to the newest complete one
 
 Only rank 0 changes anything here.
 """
@@ -36,45 +36,45 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 
 def steps(checkpoints: Path) -> list[int]:
-    """Steps of the whole checkpoints, ascending."""
-    found = (re.fullmatch(r"step-(\d+)", path.name) for path in checkpoints.glob("step-*"))
-    numbers = sorted(int(name[1]) for name in found if name)
+    """Steps of the complete checkpoints, ascending."""
+    matches = (re.fullmatch(r"step-(\d+)", path.name) for path in checkpoints.glob("step-*"))
+    numbers = sorted(int(match[1]) for match in matches if match)
     return [step for step in numbers if (step_folder(checkpoints, step) / STATE).is_file()]
 
 
 def latest(checkpoints: Path) -> Path | None:
-    """The newest whole checkpoint; without the link (a crash before the first one) the one of the highest step."""
+    """The newest complete checkpoint; without the link (after a crash at the first one), that of the highest step."""
     link = checkpoints / LATEST
     if (link / STATE).is_file():
         return link.resolve()
-    found = steps(checkpoints)
-    return step_folder(checkpoints, found[-1]) if found else None
+    numbers = steps(checkpoints)
+    return step_folder(checkpoints, numbers[-1]) if numbers else None
 
 
 def find(resume: str, run_dir: Path) -> Path | None:
-    """The checkpoint that `trainer.resume` names: `auto` is the latest of `run_dir`, None if there is none yet.
+    """The checkpoint that `trainer.resume` names; for `auto`, the latest of `run_dir`, or None if there is none yet.
 
     Raises:
-        ConfigError: a path that is neither a run directory with a checkpoint nor a checkpoint.
+        ConfigError: the path is neither a checkpoint nor a run directory with one.
     """
     if resume == AUTO:
         return latest(checkpoints_of(run_dir))
     path = Path(resume)
     if (path / STATE).is_file():
         return path.resolve()
-    found = latest(checkpoints_of(path)) or latest(path)
-    if found is None:
+    newest = latest(checkpoints_of(path)) or latest(path)
+    if newest is None:
         raise ConfigError(
             "trainer.resume", resume, "there is no whole checkpoint",
             "Give a run directory, one of its checkpoints/step-N, or auto",
         )  # fmt: skip
-    return found.absolute()
+    return newest.absolute()
 
 
 def finish(checkpoints: Path, step: int, keep_last: int) -> Path:
-    """Makes a complete `step-N.tmp` the latest checkpoint and removes old ones but `keep_last` (0: keeps all).
+    """Makes a complete `step-N.tmp` the latest checkpoint and removes all but the newest `keep_last` (0: keeps all).
 
-    Killed at any moment, it leaves `latest` at a whole checkpoint.
+    If it is killed at any moment, `latest` still points to a complete checkpoint.
     """
     folder = step_folder(checkpoints, step)
     seal(unfinished(folder))
@@ -86,7 +86,7 @@ def finish(checkpoints: Path, step: int, keep_last: int) -> Path:
 
 
 def forget_after(checkpoints: Path, step: int) -> None:
-    """Removes what a run that goes on at `step` will write again: later checkpoints, and what was cut off."""
+    """Removes what a run that resumes at `step` will write again: later checkpoints and interrupted ones."""
     for path in checkpoints.glob(f"*{UNFINISHED}"):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if not (later := [number for number in steps(checkpoints) if number > step]):
@@ -98,5 +98,5 @@ def forget_after(checkpoints: Path, step: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """A folder that is half removed is no checkpoint: it loses its name first."""
+    """Removes a checkpoint. It is renamed first, so that a half-removed folder is not taken for one."""
     shutil.rmtree(folder.rename(unfinished(folder)))

@@ -1,4 +1,4 @@
-"""What a config takes from the checkpoint that it goes on from, before any rank is started. Needs no torch."""
+"""What a resumed run takes from its checkpoint before any rank is started. Needs no torch."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from moecompile.schema import Config, TaskName
 
 
 def check_free(config: Config, run_dir: Path) -> None:
-    """Whether a run may write in `run_dir`: it is new, goes on with the run there, or replaces one of its own kind.
+    """Checks that a run may write to `run_dir`: it is new, or the run resumes or replaces one of the same task.
 
     Raises:
-        ConfigError: it holds a run that this one would damage.
+        ConfigError: the directory has a run that this one would damage.
     """
-    task, found = config.task.name.value, task_of(run_dir)
-    trained = bool(steps(checkpoints_of(run_dir)))
-    goes_on = config.task.name is TaskName.train and (config.trainer.resume is not None or _is_restarted())
-    if trained and not goes_on:
+    task, previous = config.task.name.value, task_of(run_dir)
+    has_checkpoints = bool(steps(checkpoints_of(run_dir)))
+    resumes = config.task.name is TaskName.train and (config.trainer.resume is not None or _is_restarted())
+    if has_checkpoints and not resumes:
         raise ConfigError(
             "hydra.run.dir", run_dir, "holds the checkpoints of another run",
             "Go on with that run by trainer.resume=auto, or use another directory",
         )  # fmt: skip
-    if found is not None and found != task:
-        raise ConfigError("hydra.run.dir", run_dir, f"holds what task={found} has written", "Use another directory")
+    if previous is not None and previous != task:
+        raise ConfigError("hydra.run.dir", run_dir, f"holds what task={previous} has written", "Use another directory")
 
 
 def _is_restarted() -> bool:
-    """torchrun has started all ranks again, after one was lost."""
+    """Whether torchrun has restarted all ranks, after one was lost."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
 
 
 def resumed(config: Config, run_dir: Path) -> Config:
-    """`config` with the routing groups that the checkpoint has frozen; itself if it begins a run.
+    """`config` with the routing groups of the checkpoint; unchanged for a new run.
 
-    `routing.groups=auto` follows the mesh only once: groups belong to the model, and another mesh must not change it.
+    `routing.groups=auto` follows the mesh only once: groups are part of the model, which another mesh must not change.
 
     Raises:
-        ConfigError: no such checkpoint, one of another run, or one with more steps.
+        ConfigError: there is no such checkpoint, it does not fit the config, or it has more steps.
     """
     check_free(config, run_dir)
     resume = config.trainer.resume
@@ -57,9 +57,9 @@ def resumed(config: Config, run_dir: Path) -> Config:
     check_settings(read_state(folder), config, folder)
     config = replace(config, trainer=replace(config.trainer, resume=AUTO if resume == AUTO else str(folder)))
     layers = [layer for layer in load(folder / PLAN).layers if layer.experts.init != "existing"]
-    frozen = {(layer.routing.groups, layer.routing.top_groups) for layer in layers}
-    if config.routing.groups != "auto" or len(frozen) != 1:
+    saved = {(layer.routing.groups, layer.routing.top_groups) for layer in layers}
+    if config.routing.groups != "auto" or len(saved) != 1:
         return config
-    groups, top_groups = frozen.pop()
+    groups, top_groups = saved.pop()
     limit = config.routing.top_groups or (top_groups if top_groups < groups else None)
     return replace(config, routing=replace(config.routing, groups=groups, top_groups=limit))

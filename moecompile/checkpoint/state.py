@@ -1,4 +1,4 @@
-"""state.json: where a run stood, and which settings it must go on with to be the same run. Needs no torch."""
+"""state.json: the position of a run, and the settings that a resumed run must keep. Needs no torch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Where a run stood after `step` optimizer steps.
+    """The position of a run after `step` optimizer steps.
 
-    sequences: training sequences seen, the position in the data. fixed: settings that decide which data comes next.
-    metrics: what the reports carry over. fingerprint: of model and data, empty in what earlier versions wrote.
-    world_size, plan_hash, versions: who wrote it, for people.
+    sequences: training sequences seen, the position in the data. fixed: settings that determine the next data.
+    metrics: values that reports carry over. fingerprint: of model and data; empty in files of earlier versions.
+    world_size, plan_hash, versions: of the run that wrote it, for information.
     """
 
     step: int
@@ -42,10 +42,10 @@ def write_state(folder: Path, state: State) -> None:
 
 
 def read_state(folder: Path) -> State:
-    """Reads it back.
+    """Reads `folder`/state.json.
 
     Raises:
-        ConfigError: it is not what this version wrote.
+        ConfigError: it is missing or has another format.
     """
     try:
         body = dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
@@ -60,16 +60,16 @@ def read_state(folder: Path) -> State:
 
 
 def check_settings(state: State, config: Config, folder: Path) -> None:
-    """Whether `config` continues the run that `folder` is a checkpoint of, as far as it can be told without a model.
+    """Checks that `config` continues the run of the checkpoint `folder`, as far as possible without a model.
 
     Raises:
-        ConfigError: another data order, or fewer steps than are done already.
+        ConfigError: the order of the data changes, or `max_steps` is below the steps already done.
     """
     if config.trainer.max_steps < state.step:
         raise ConfigError(
             "trainer.max_steps", config.trainer.max_steps, f"the checkpoint {folder} has {state.step} steps already",
             f"Use {state.step} or more",
         )  # fmt: skip
-    # The ranks, which read the text, compare its content; where it lies does not matter then.
+    # The ranks read the text and compare its content, so its location does not matter.
     text = {TEXT: state.fingerprint[TEXT]} if TEXT in state.fingerprint else {}
     refuse(differences({**state.fixed, **text}, {**settings(config), **text}), config.trainer.allow_changes, folder)

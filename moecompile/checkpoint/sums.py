@@ -1,7 +1,7 @@
-"""checksums.json: what every file of a checkpoint must hold, written with it and checked before it is used.
+"""checksums.json: checksums of all files of a checkpoint, written with it and checked before it is used.
 
-crc32 finds every flipped byte, and each rank sums the shards that it wrote, and those that it will read. It is no
-signature: who can write into the folder can write its checksums too. Needs no torch.
+crc32 detects every flipped byte. Each rank computes it for the shards that it writes, and for those that it will read.
+It is not a signature: whoever can write to the folder can also change the checksums. Needs no torch.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def file_sum(path: Path) -> str:
 
 
 def seal(folder: Path, known: Mapping[str, str] | None = None) -> None:
-    """Writes the checksums of all files in `folder`; those in `known` or sealed before are not summed again."""
-    found = {**_read(folder), **(known or {})}
+    """Writes the checksums of all files in `folder`; those in `known` or already written are not computed again."""
+    done = {**_read(folder), **(known or {})}
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != SUMS)
-    sums = {name: found.get(name) or file_sum(folder / name) for name in names}
+    sums = {name: done.get(name) or file_sum(folder / name) for name in names}
     (folder / SUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")  # not published yet
 
 
@@ -44,13 +44,13 @@ def is_sealed(folder: Path) -> bool:
 
 
 def check(folder: Path, names: Iterable[str], *, key: str = "trainer.resume") -> None:
-    """Whether files of a checkpoint are what was written. A folder without checksums cannot be checked.
+    """Checks files of a checkpoint against its checksums. A folder without checksums is not checked.
 
     Args:
         key: the config path that names the checkpoint, for the message.
 
     Raises:
-        ConfigError: a file differs, or is not there.
+        ConfigError: a file differs or is missing.
     """
     if not is_sealed(folder):
         return
@@ -66,19 +66,19 @@ def check(folder: Path, names: Iterable[str], *, key: str = "trainer.resume") ->
             )
 
 
-def _problem(path: Path, wanted: str | None) -> str | None:
-    if wanted is None:
+def _problem(path: Path, written: str | None) -> str | None:
+    if written is None:
         return None if not path.exists() else f"has no entry in {SUMS}"
     try:
-        found = file_sum(path)
+        actual = file_sum(path)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    if found == wanted:
+    if actual == written:
         return None
-    (crc, size), (wanted_crc, wanted_size) = found.split(), wanted.split()
-    if size != wanted_size:
-        return f"has {size} bytes where {wanted_size} were written"
-    return f"has the checksum {crc} where {wanted_crc} was written"
+    (crc, size), (written_crc, written_size) = actual.split(), written.split()
+    if size != written_size:
+        return f"has {size} bytes where {written_size} were written"
+    return f"has the checksum {crc} where {written_crc} was written"
 
 
 def _read(folder: Path) -> dict[str, str]:
@@ -87,5 +87,5 @@ def _read(folder: Path) -> dict[str, str]:
         return {}
     body = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(body, dict) or not all(isinstance(v, str) and len(v.split()) == 2 for v in body.values()):
-        raise ValueError("it is no table of checksums")
+        raise ValueError("it is not a table of checksums")
     return body

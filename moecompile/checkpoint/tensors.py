@@ -1,11 +1,11 @@
 """Weights and optimizer state as a folder of shards, through torch DCP.
 
     model.NAME                 a parameter or buffer of the model's state dict
-    optimizer.NAME.exp_avg     what the optimizer keeps for the parameter NAME
+    optimizer.NAME.exp_avg     optimizer state of the parameter NAME
 
-Every entry is a tensor with its global shape: experts are stacked in the order of their global ids, whatever rank holds
-them, so that a reader of any mesh finds its own part. Nothing is pickled but DCP's index, and that is read with a list
-of the classes that may occur in it: a checkpoint cannot run code.
+Every entry is a tensor with its global shape: experts are stacked in the order of their global ids, whichever rank has
+them, so that a reader on any mesh finds its own part. Only DCP's index is pickled, and only allowed classes are
+unpickled from it, so a checkpoint cannot run code.
 """
 
 from __future__ import annotations
@@ -50,73 +50,71 @@ _INDEX_CLASSES = {
 
 
 def tensors_of(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> dict[str, Tensor]:
-    """The entries of a checkpoint, as views: what is read into them is in the model and its optimizers.
+    """The entries of a checkpoint, as views: reading into them changes the model and its optimizers.
 
-    Calling it gives an optimizer that has not made a step yet its state. All ranks call it.
+    It creates the state of an optimizer that has not made a step yet. All ranks call it.
     """
-    found = {f"model.{name}": value for name, value in get_model_state_dict(model).items()}
+    tensors = {f"model.{name}": value for name, value in get_model_state_dict(model).items()}
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     for optimizer in optimizers:
         for name, value in get_optimizer_state_dict(model, optimizer, options=options).items():
             if isinstance(value, Tensor) and name.startswith("state."):
-                found[f"optimizer.{name.removeprefix('state.')}"] = value
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+                tensors[f"optimizer.{name.removeprefix('state.')}"] = value
+    return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
 
 
 def forget_unused(
-    model: nn.Module, optimizers: Iterable[Optimizer], tensors: dict[str, Tensor], found: Iterable[str]
+    model: nn.Module, optimizers: Iterable[Optimizer], tensors: dict[str, Tensor], saved: Iterable[str]
 ) -> dict[str, Tensor]:
-    """`tensors` without the state of weights that had none: no gradient had reached them. Their state is removed.
+    """Removes optimizer state that was not saved, of weights that no gradient had reached, also from `tensors`.
 
     Args:
-        tensors: from `tensors_of`, which makes state for all. found: names of a checkpoint's entries.
+        tensors: from `tensors_of`, which creates state for all. saved: names of a checkpoint's entries.
     """
-    kept = {name.removeprefix("optimizer.").rpartition(".")[0] for name in found if name.startswith("optimizer.")}
-    if not kept:  # a checkpoint without an optimizer: it is refused
+    with_state = {name.removeprefix("optimizer.").rpartition(".")[0] for name in saved if name.startswith("optimizer.")}
+    if not with_state:  # a checkpoint without an optimizer, which is refused later
         return tensors
-    unused = {name: parameter for name, parameter in model.named_parameters() if name not in kept}
+    unused = {name: parameter for name, parameter in model.named_parameters() if name not in with_state}
     for optimizer in optimizers:
         for parameter in unused.values():
             optimizer.state.pop(parameter, None)
-    gone = tuple(f"optimizer.{name}." for name in unused)
-    return {name: tensor for name, tensor in tensors.items() if not gone or not name.startswith(gone)}
+    prefixes = tuple(f"optimizer.{name}." for name in unused)
+    return {name: tensor for name, tensor in tensors.items() if not prefixes or not name.startswith(prefixes)}
 
 
 def staged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in CPU memory, which training does not change any more."""
+    """Copies in CPU memory, which training does not change."""
     return {name: value.detach().clone() if value.is_cpu else value.detach().cpu() for name, value in tensors.items()}
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Writes this rank's shards and their checksums; all ranks call it. When it returns, all files are complete.
-
-    Each rank sums its own shards.
+    """Writes the shards and their checksums. All ranks call it; when it returns, all files are complete.
 
     Raises:
-        CheckpointException: a rank could not write; every rank raises it.
+        CheckpointException: a rank could not write; raised on every rank.
     """
     dcp.save(dict(tensors), storage_writer=_Writer(folder), process_group=group)
     rank = dist.get_rank(group)
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    mine = {path.name: sums.file_sum(path) for path in folder.glob(f"__{rank}_*{_SHARD}")}
-    dist.all_gather_object(everyone, mine, group=group)
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    local_sums = {path.name: sums.file_sum(path) for path in folder.glob(f"__{rank}_*{_SHARD}")}
+    dist.all_gather_object(gathered, local_sums, group=group)
     if rank == 0:
-        sums.seal(folder, {name: value for part in everyone for name, value in part.items()})
+        sums.seal(folder, {name: value for part in gathered for name, value in part.items()})
     dist.barrier(group)
 
 
 def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills `tensors` in place with the entries of their names; all ranks of whatever mesh call it, or one process.
+    """Fills `tensors` in place from the entries with their names. All ranks of any mesh call it, or a single process.
 
     Raises:
-        ConfigError: the folder is not a checkpoint of ours, a shard is broken or gone, or an entry is missing or has
-            another shape (`fit.check_entries` says that better).
+        ConfigError: the folder is not our checkpoint, a shard is broken or missing, or an entry is missing or has
+            another shape (`fit.check_entries` gives a better message).
     """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is fine
-            dcp.load(dict(tensors), storage_reader=_Reader(folder), planner=_TensorsAlone())
-    except CheckpointException as error:  # no Exception, for torch
+            dcp.load(dict(tensors), storage_reader=_Reader(folder), planner=_TensorsOnly())
+    except CheckpointException as error:  # a BaseException in torch
         rank, cause = failed_rank(error)
         if isinstance(damaged := error.failures[rank][0], ConfigError):
             raise damaged from error
@@ -126,7 +124,7 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def failed_rank(error: CheckpointException) -> tuple[int, str]:
-    """The first rank that failed, and the first line of what it said."""
+    """The first rank that failed, and the first line of its error."""
     rank, (cause, _) = min(error.failures.items())
     return rank, (str(cause).splitlines() or [type(cause).__name__])[0]
 
@@ -135,17 +133,17 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The global shape of every entry.
 
     Raises:
-        ConfigError: the folder is not a checkpoint of ours.
+        ConfigError: the folder is not our checkpoint.
     """
     entries = read_index(folder).state_dict_metadata
     return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def read_index(folder: Path) -> Metadata:
-    """DCP's index, from classes that are known.
+    """DCP's index, unpickled with allowed classes only.
 
     Raises:
-        ConfigError: there is none, it is broken, or it holds anything else.
+        ConfigError: it is missing or broken, or contains other classes.
     """
     sums.check(folder, [INDEX])
     try:
@@ -160,17 +158,17 @@ def read_index(folder: Path) -> Metadata:
 
 
 class _IndexReader(pickle.Unpickler):
-    """Knows the classes of DCP's index and no other name."""
+    """Allows only the classes of DCP's index."""
 
     def find_class(self, module: str, name: str) -> Any:
         value = getattr(torch, name, None) if module == "torch" else None
         if name in _INDEX_CLASSES.get(module, ()) or isinstance(value, torch.dtype):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
 
 
 class _Writer(FileSystemWriter):
-    """DCP's writer. On a full disk torch's file format complains of itself, and only this rank knows why."""
+    """DCP's writer, which raises the OSError behind an error: on a full disk torch reports a broken file format."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
@@ -183,9 +181,9 @@ class _Writer(FileSystemWriter):
 
 
 class _Reader(FileSystemReader):
-    """DCP's reader with our way to read the index; tensors are read with weights_only by DCP itself.
+    """DCP's reader with our index reader; DCP itself reads tensors with weights_only.
 
-    Every rank checks the files that it will read, before any rank reads one.
+    Every rank checks the files that it will read before any rank reads one.
     """
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -196,8 +194,8 @@ class _Reader(FileSystemReader):
         return read_index(Path(self.path))
 
 
-class _TensorsAlone(DefaultLoadPlanner):
-    """DCP would unpickle an entry that is no tensor."""
+class _TensorsOnly(DefaultLoadPlanner):
+    """Refuses entries that are not tensors, which DCP would unpickle."""
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        raise pickle.UnpicklingError(f"{read_item.storage_index.fqn} is no tensor")
+        raise pickle.UnpicklingError(f"{read_item.storage_index.fqn} is not a tensor")

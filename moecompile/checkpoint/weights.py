@@ -1,6 +1,6 @@
-"""Reads a model's weights out of a checkpoint in one process, whatever mesh wrote it: names and expert ids are global.
+"""Reads a model's weights from a checkpoint of any mesh in one process: names and expert ids are global.
 
-A checkpoint is a folder of torch DCP, as a run writes it, or one of safetensors files, as `task=export` does.
+A checkpoint is a torch DCP folder, from a run, or a folder of safetensors files, from `task=export`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from moecompile.errors import ConfigError
 
 
 def latest_checkpoint(run: Path) -> Path:
-    """The latest checkpoint of a run directory; a native export is its own.
+    """The latest checkpoint of a run directory; for a native export, the folder itself.
 
     Raises:
         ConfigError: the run has none.
     """
     if any(run.glob("*.safetensors")):
         return run
-    found = latest(checkpoints_of(run))
-    if found is None:
+    checkpoint = latest(checkpoints_of(run))
+    if checkpoint is None:
         raise ConfigError("export.run", run, "holds no checkpoint", "Train with trainer.save_checkpoint=true")
-    return found
+    return checkpoint
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def load_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
     """Fills `weights` (name -> tensor) in place.
 
     Raises:
-        ConfigError: no checkpoint, or a weight that it lacks or holds in another shape.
+        ConfigError: there is no checkpoint, or a weight is missing or has another shape.
     """
     if (folder / INDEX).is_file():
         _load_dcp(folder, weights)
@@ -58,30 +58,29 @@ def _load_dcp(folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def _prefix(stored: Iterable[str], names: list[str]) -> str:
-    """What stands before every name: a Lightning module keeps its model under an attribute's name."""
-    found = set(stored)
-    ends = (name.removesuffix(names[0]) for name in sorted(found) if name.endswith(names[0]))
-    prefixes = [prefix for prefix in ends if not prefix or prefix.endswith(".")]
-    return max(prefixes, key=lambda prefix: sum(prefix + name in found for name in names), default="")
+    """The common prefix of all stored names: a Lightning module has its model in an attribute."""
+    all_stored = set(stored)
+    starts = (name.removesuffix(names[0]) for name in sorted(all_stored) if name.endswith(names[0]))
+    prefixes = [prefix for prefix in starts if not prefix or prefix.endswith(".")]
+    return max(prefixes, key=lambda prefix: sum(prefix + name in all_stored for name in names), default="")
 
 
 def _load_safetensors(folder: Path, files: list[Path], weights: Mapping[str, Tensor]) -> None:
     check(folder, [path.name for path in files], key="export.checkpoint")
     try:
         opened = [safe_open(path, framework="pt") for path in files]
-        where: dict[str, Any] = {}
+        file_of: dict[str, Any] = {}
         for path, file in zip(files, opened, strict=True):
-            for name in file.keys():  # noqa: SIM118  (no dict)
-                if name in where or name not in weights:
-                    what = f"{path.name} holds {name}, " + (
-                        "as another file does" if name in where else "which is none of it"
-                    )
-                    raise ConfigError("export.checkpoint", folder, what, "Use a folder as it was exported")
-                where[name] = file
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in where.items()}
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                if name in file_of or name not in weights:
+                    reason = "another file holds too" if name in file_of else "the model does not have"
+                    rule = f"{path.name} holds {name}, which {reason}"
+                    raise ConfigError("export.checkpoint", folder, rule, "Use a folder as it was exported")
+                file_of[name] = file
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in file_of.items()}
         _check(folder, weights, shapes)
         for name, tensor in weights.items():
-            tensor.copy_(where[name].get_tensor(name))
+            tensor.copy_(file_of[name].get_tensor(name))
     except (SafetensorError, OSError) as error:
         raise ConfigError("export.checkpoint", folder, f"cannot be read: {error}", "Export it again") from error
 

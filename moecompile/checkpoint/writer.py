@@ -1,10 +1,10 @@
-"""Saves checkpoints one after the other, in the background if asked to.
+"""Saves checkpoints one at a time, optionally in the background.
 
 Algorithm of one save:
-  1. Wait for the save before; copy what training will change.
-  2. Every rank writes its shards into step-N.tmp. DCP ends on rank 0 only when all ranks have written.
+  1. Wait for the previous save; copy tensors that training will change.
+  2. Every rank writes its shards into step-N.tmp. DCP returns on rank 0 only when all ranks have written.
   3. Rank 0 adds plan.yaml and state.json, renames the folder, moves `latest`, removes old checkpoints.
-The background has a process group of its own, so that its messages never meet those of training.
+A save in the background uses its own process group, so that its messages never mix with those of training.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from moecompile.plan import save as save_plan
 
 
 class Writer:
-    """Writes the checkpoints of one run; all ranks make one and call it alike.
+    """Writes the checkpoints of one run; all ranks create one and make the same calls.
 
     Args:
-        checkpoints: their folder. plan: saved with each of them. keep_last: newest ones that stay (0: all).
+        checkpoints: their folder. plan: saved with each of them. keep_last: number of newest ones to keep (0: all).
         background: whether `save` returns once the tensors are copied.
-        group: a CPU process group that nobody else uses.
+        group: a CPU process group for this writer only.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class Writer:
         self._pending: Future[None] | None = None
 
     def save(self, tensors: Mapping[str, Tensor], state: State) -> None:
-        """Saves what `tensors` hold now as the checkpoint of `state.step`.
+        """Saves the current values of `tensors` as the checkpoint of `state.step`.
 
         Raises:
-            UserError: this save, or the one before, could not be written.
+            UserError: this save, or the previous one, could not be written.
         """
         self.wait()  # Step 1
         if not self.background:
@@ -57,12 +57,12 @@ class Writer:
         return None
 
     def check(self) -> None:
-        """Raises what went wrong in a save that has ended by now."""
+        """Raises the error of a save that has ended by now, if any."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more; raises what went wrong."""
+        """Waits for the save in progress, if any, and raises its error."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -78,9 +78,9 @@ class Writer:
         except (CheckpointException, OSError) as error:
             if self.is_first_rank:
                 shutil.rmtree(tmp, ignore_errors=True)
-            raise UserError(self._told(state.step, error)) from error
+            raise UserError(self._message(state.step, error)) from error
 
-    def _told(self, step: int, error: CheckpointException | OSError) -> str:
+    def _message(self, step: int, error: CheckpointException | OSError) -> str:
         rank, cause = failed_rank(error) if isinstance(error, CheckpointException) else (0, str(error))
         last = folders.latest(self.checkpoints)
         kept = f"The checkpoints before it are whole, the latest is {last.name}" if last else "There is none before it"

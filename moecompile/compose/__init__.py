@@ -1,12 +1,12 @@
-"""Hydra and OmegaConf in, typed schema out: the only room that imports them.
+"""Composes configs with Hydra and OmegaConf into the typed schema; only this package imports them.
 
     command line   main(run)            Hydra composes, `run` gets a checked Config and its run directory
-    Python         compose_config(...)  the same composition; the caller's own Hydra is left as it was
+    Python         compose_config(...)  the same composition; the state of the caller's own Hydra is preserved
     workers        save_resolved(...), load_resolved(...)
 
-jobs.py runs one job; hydra_state.py is what we change of Hydra meanwhile; typed.py makes the typed schema.
+jobs.py runs one job; hydra_state.py changes Hydra's global state meanwhile; typed.py builds the typed schema.
 
-Whatever is wrong with a config leaves this room as one `UserError`: dotted path, value, rule, what to change.
+Every mistake in a config is raised as one `UserError`: dotted path, value, rule, what to change.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ def main(
 ) -> int:
     """The command line: composes `sys.argv`, calls `run(config, run_dir)` for each job and returns the exit code.
 
-    `prepare(config, run_dir)` completes each config before it is checked and written; `check(config)` looks at what it
-    names, such as files; `summarize(directory)` is called at the end of a multirun.
+    `prepare(config, run_dir)` completes each config before it is checked and written; `check(config)` checks what it
+    refers to, such as files; `summarize(directory)` is called at the end of a multirun.
 
-    A job that fails is reported in one message on stderr (with a traceback if `debug=true`, or if it is a defect and
-    not a mistake) and does not stop the other jobs of a multirun.
+    A failed job is reported as one message on stderr (with a traceback if `debug=true`, or if it is a defect and not a
+    mistake in the config), and the other jobs of a multirun still run.
     """
     exit_codes: list[int] = []
     RunFolders.summarize = staticmethod(summarize)
@@ -91,10 +91,10 @@ def main(
 def compose_config(overrides: Sequence[str] = ()) -> Config:
     """The config that the command line would compose from `overrides`, for Python callers; it is not validated.
 
-    Works anywhere, also inside a function decorated with `@hydra.main`.
+    It works anywhere, also inside a function decorated with `@hydra.main`.
 
     Raises:
-        UserError: an override or a config file that cannot be composed.
+        UserError: an override or a config file cannot be composed.
     """
     overrides = list(overrides)
     with _LOCK, own_hydra(), explained(overrides):

@@ -1,7 +1,7 @@
-"""What Hydra, OmegaConf and YAML raise about a config, said so that a person can act on it.
+"""Turns errors of Hydra, OmegaConf and YAML about a config into messages that users can act on.
 
-Hydra and OmegaConf are not imported: their errors are told apart by the attributes that carry what went wrong, and
-the few that carry nothing by their text.
+Hydra and OmegaConf are not imported: their errors are recognized by their attributes, and the few without attributes by
+their text.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def explain(error: BaseException, overrides: Sequence[str]) -> UserError | None:
     """One message for an error raised while a config is composed from `overrides`; None if it is not about the config.
 
     Algorithm:
-        1. look through the error and its causes, from outside in;
-        2. take the first rule that knows one of them, from the most to the least specific;
+        1. list the error and its causes, from outside in;
+        2. apply the first rule that matches one of them, from the most to the least specific;
         3. else go by the text.
     """
     causes = list(_causes(error))  # Step 1
@@ -61,25 +61,25 @@ def _unreadable(error: Any, text: str, given: Given) -> UserError:
 
 
 def _bad_key_or_value(error: Any, text: str, given: Given) -> UserError:
-    """`mesh.epp=3`, `mesh.num_nodes=two`: a key that the schema has not, or a value that it does not take."""
+    """`mesh.epp=3`, `mesh.num_nodes=two`: a key that the schema does not have, or a value that it does not accept."""
     path = error.full_key
     if isinstance(error, (AttributeError, KeyError)):
         return _no_such_key(path, text, given, _siblings(error))
     if "nterpolation" in str(error):
         return UserError(f"{path}: {_one_line(str(error))}. Refer to a key that exists and has the right type.")
     value = given.get(path, error.value)
-    wanted = _wanted(_schema_type(re.sub(r"\[\d+\]$", "", path)))
-    if wanted is None:
+    expected = _in_words(_schema_type(re.sub(r"\[\d+\]$", "", path)))
+    if expected is None:
         return ConfigError(path, value, _one_line(str(error)), "Change the value")
-    choices = wanted.removeprefix("one of ").split(", ") if wanted.startswith("one of ") else []
+    choices = expected.removeprefix("one of ").split(", ") if expected.startswith("one of ") else []
     rule = "there is no such choice" if choices else "has the wrong type"
-    return ConfigError(path, value, f"{rule}{_where(text)}", f"{_guess(str(value), choices)}Give {wanted}")
+    return ConfigError(path, value, f"{rule}{_where(text)}", f"{_guess(str(value), choices)}Give {expected}")
 
 
 def _no_such_key(path: str, text: str, given: Given, siblings: Sequence[str]) -> UserError:
-    if path.partition(".")[0] == "recipe" and (found := re.match(r"In '(recipe/[^']+)'", text)):
+    if path.partition(".")[0] == "recipe" and (file := re.match(r"In '(recipe/[^']+)'", text)):
         return UserError(
-            f"{found[1]}.yaml: its keys go below `recipe`, where there are none. "
+            f"{file[1]}.yaml: its keys go below `recipe`, where there are none. "
             "Begin the file with the line '# @package _global_'."
         )
     parent, _, key = path.rpartition(".")
@@ -93,7 +93,7 @@ def _no_such_key(path: str, text: str, given: Given, siblings: Sequence[str]) ->
 
 
 def _siblings(error: Any) -> list[str]:
-    """Keys beside the one that is not there; OmegaConf's error holds the place."""
+    """The existing keys next to the missing one, from OmegaConf's error."""
     keys = getattr(getattr(error, "parent_node", None), "keys", None)
     try:
         return [str(key) for key in keys()] if callable(keys) else []
@@ -103,10 +103,10 @@ def _siblings(error: Any) -> list[str]:
 
 def _by_text(text: str, given: Given) -> UserError:
     for pattern, path, rule, fix in _TEXTS:
-        if found := re.search(pattern, text):
-            named = found.groupdict()
-            path = path or named["path"]
-            value = named.get("value", given.get(path))
+        if match := re.search(pattern, text):
+            groups = match.groupdict()
+            path = path or groups["path"]
+            value = groups.get("value", given.get(path))
             return _error(path, value, f"{rule}{_where(text)}", fix.format(path=path, value=value))
     for path, value in given.items():
         if (path in ("", "recipe") or is_dataclass(_schema_type(path))) and not isinstance(yaml.safe_load(value), str):
@@ -115,12 +115,12 @@ def _by_text(text: str, given: Given) -> UserError:
 
 
 def _error(path: str, value: str | None, rule: str, fix: str) -> UserError:
-    """A ConfigError if the value is known; what stands in a file may not be."""
+    """A ConfigError if the value is known; a value from a file may not be."""
     return UserError(f"{path}: {rule}. {fix}.") if value is None else ConfigError(path, value, rule, fix)
 
 
 def _schema_type(path: str) -> Any:
-    """The annotation at a dotted path; None where the schema has none (`model.config.*`, `hydra.*`, a typo)."""
+    """The annotation at a dotted path; None if the schema has none (`model.config.*`, `hydra.*`, a typo)."""
     hint: Any = Config
     for key in path.split("."):
         entry = get_args(hint)[1] if get_origin(hint) is dict else None  # `per_layer.NAME`
@@ -128,13 +128,13 @@ def _schema_type(path: str) -> Any:
     return hint
 
 
-def _wanted(hint: Any) -> str | None:
+def _in_words(hint: Any) -> str | None:
     """An annotation in words."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
     if hint == Union[int, str]:  # noqa: UP007
         return "a whole number or auto"
     if get_origin(hint) is Union:
-        return " or ".join(filter(None, map(_wanted, get_args(hint))))
+        return " or ".join(filter(None, map(_in_words, get_args(hint))))
     if get_origin(hint) is list:
         return "a list of numbers"
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -148,9 +148,9 @@ def _guess(word: str, names: Sequence[str]) -> str:
 
 
 def _where(text: str) -> str:
-    """The config file that Hydra names, if it is one."""
-    found = re.match(r"In '([^']+)'", text)
-    return f" (in {found[1]}.yaml)" if found and found[1] != "config" else ""
+    """The config file that Hydra names, if any."""
+    file = re.match(r"In '([^']+)'", text)
+    return f" (in {file[1]}.yaml)" if file and file[1] != "config" else ""
 
 
 def _one_line(text: str) -> str:
@@ -171,7 +171,7 @@ _RULES: tuple[tuple[type | str, Callable[[Any, str, Given], UserError]], ...] = 
     ("override", _unreadable),
     ("full_key", _bad_key_or_value),
 )
-"""What an error is (its class, or the attribute that tells it), and who explains it."""
+"""How to recognize an error (its class, or an attribute), and the function that explains it."""
 
 _SWEEP = ("several values are a sweep", "Add -m for one job a value, or write {path}=[{value}] for a list")
 _TWICE = ("the group has an option already", "Write {path}={value}, without +")
@@ -183,4 +183,4 @@ _TEXTS = (
     (r"Multiple values for (?P<path>\S+)\. To override", None, *_TWICE),
     (r"Could not override '(?P<path>\S+)'\. No match", None, "there is no such group", "--help lists the groups"),
 )
-"""Text of an error, the path if it is always the same, the rule and what to change."""
+"""Text of an error, its path if that is always the same, the rule and what to change."""

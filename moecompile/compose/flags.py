@@ -1,7 +1,7 @@
-"""The flags of the command line: Hydra's, with our name and version, one message for a mistake, and two left out.
+"""The flags of the command line: Hydra's, with our name and version, one message per mistake, and without two flags.
 
---config-path         would put other configs in place of the shipped ones, and `--config-dir` adds to them
---experimental-rerun  runs what a pickle says; a run keeps no pickle, only `resolved.yaml`
+--config-path         would replace the shipped configs; `--config-dir` adds to them
+--experimental-rerun  runs code from a pickle; a run keeps no pickle, only `resolved.yaml`
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LEFT_OUT = {
 
 
 def own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Hydra's parser, changed as the head of this file says; parsing raises `UserError`."""
+    """Hydra's parser with the changes above; parsing raises `UserError`."""
     parser.prog = PROGRAM
     parser.error = _refuse  # type: ignore[method-assign]
     for action in parser._actions:
@@ -33,27 +33,27 @@ def own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             action.version, action.help = f"{PROGRAM} {__version__}", "Show the version and exit"
         if action.dest in _LEFT_OUT:
             action.help = argparse.SUPPRESS
-    parse = parser.parse_intermixed_args  # flags may stand between overrides
+    parse = parser.parse_intermixed_args  # flags may come between overrides
 
-    def checked(*args: Any, **more: Any) -> argparse.Namespace:
-        found: argparse.Namespace = parse(*args, **more)
-        _check(found)
-        return found
+    def checked(*args: Any, **kwargs: Any) -> argparse.Namespace:
+        parsed: argparse.Namespace = parse(*args, **kwargs)
+        _check(parsed)
+        return parsed
 
     parser.parse_args = checked  # type: ignore[method-assign, assignment]
     return parser
 
 
-def _check(found: argparse.Namespace) -> None:
+def _check(flags: argparse.Namespace) -> None:
     for name, message in _LEFT_OUT.items():
-        if getattr(found, name, None) is not None:
+        if getattr(flags, name, None) is not None:
             raise UserError(message)
-    if found.package and not found.cfg:
-        raise UserError(f"--package {found.package}: shows one group of a config. Give it with --cfg job.")
-    if found.package:
-        _check_package(found.package)
-    asked = found.shell_completion and any(item.startswith("query=") for item in found.overrides)
-    if asked and "COMP_LINE" not in os.environ:
+    if flags.package and not flags.cfg:
+        raise UserError(f"--package {flags.package}: shows one group of a config. Give it with --cfg job.")
+    if flags.package:
+        _check_package(flags.package)
+    completes = flags.shell_completion and any(item.startswith("query=") for item in flags.overrides)
+    if completes and "COMP_LINE" not in os.environ:
         raise UserError("COMP_LINE is not set: the shell asks for completions, and `-sc install=bash` tells it to.")
 
 

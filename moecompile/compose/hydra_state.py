@@ -1,4 +1,4 @@
-"""Hydra as we run it: what is global to the process, changed while our own Hydra runs and put back afterwards."""
+"""Changes Hydra's process-global state while our own Hydra runs, and restores it at the end."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from moecompile.errors import ConfigError
 from moecompile.schema import Config, check_name
 
 CONFIG_DIR_VARIABLE = "MOECOMPILE_CONFIG_DIR"
-"""Environment variable: a folder of one's own config groups and recipes, searched after the shipped ones."""
+"""Environment variable: a folder with the user's config groups and recipes, searched after the shipped ones."""
 
 VERSION_BASE = "1.3"
 _HELP_WIDTH = 110
 
 
 def conf_dir() -> Path:
-    """The shipped config groups: `moecompile/conf` in an installed package, `conf` beside it in a checkout."""
+    """The shipped config groups: `moecompile/conf` in an installed package, `conf` beside the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
@@ -48,14 +48,14 @@ def conf_dir() -> Path:
 
 @contextmanager
 def command_line_hydra(arguments: Sequence[str]) -> Iterator[None]:
-    """Hydra as the command line runs it."""
+    """All changes to Hydra for the command line."""
     with _raising_hydra(), _guarded_hydra(), explained(arguments), no_environment(arguments):
         yield
 
 
 @contextmanager
 def _raising_hydra() -> Iterator[None]:
-    """Hydra raises its errors instead of printing them."""
+    """Makes Hydra raise its errors instead of printing them."""
     saved = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -69,16 +69,18 @@ def _raising_hydra() -> Iterator[None]:
 
 @contextmanager
 def _guarded_hydra() -> Iterator[None]:
-    """Every composition is checked before Hydra runs what its own node says."""
+    """Checks every composition before Hydra runs anything from its own node."""
     load = ConfigLoaderImpl.load_configuration
 
-    def checked(self: ConfigLoaderImpl, config_name: str | None, overrides: list[str], *rest: Any, **more: Any) -> Any:
-        if config_name is None:  # --hydra-help: no file of ours or of the user's is read, and nothing is run
-            return load(self, None, of_hydra(overrides), *rest, **more)
-        cfg = load(self, config_name, overrides, *rest, **more)
-        shipped = load(self, "config", of_hydra(overrides), *rest, **more)
+    def checked(
+        self: ConfigLoaderImpl, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any
+    ) -> Any:
+        if config_name is None:  # --hydra-help: no file is read and nothing is run
+            return load(self, None, of_hydra(overrides), *args, **kwargs)
+        cfg = load(self, config_name, overrides, *args, **kwargs)
+        shipped = load(self, "config", of_hydra(overrides), *args, **kwargs)
         check_hydra_node(plain(cfg.hydra), plain(shipped.hydra))
-        if RunFolders.sweep is None:  # it is part of a folder that Hydra makes before our code runs
+        if RunFolders.sweep is None:  # the name is part of a folder that Hydra creates before our code runs
             check_name(cfg.name)
         return cfg
 
@@ -91,11 +93,11 @@ def _guarded_hydra() -> Iterator[None]:
 
 @contextmanager
 def changed_flags() -> Iterator[None]:
-    """Hydra's command line, as `moecompile.compose.flags` changes it."""
+    """Hydra's command line with the changes of `moecompile.compose.flags`."""
     module: Any = sys.modules["hydra.main"]
     make = module.get_args_parser
     module.get_args_parser = lambda: own_flags(make())
-    program, sys.argv[0] = sys.argv[0], PROGRAM  # what a shell completes
+    program, sys.argv[0] = sys.argv[0], PROGRAM  # the name that shells complete
     try:
         yield
     finally:
@@ -104,9 +106,9 @@ def changed_flags() -> Iterator[None]:
 
 @contextmanager
 def narrow_help() -> Iterator[None]:
-    """Breaks the lines of `--help`: Hydra writes all options of a group in one.
+    """Wraps the lines of `--help`, because Hydra prints all options of a group in one line.
 
-    It also looks for them in a new copy of all its configs each time, which is most of what `--help` would take.
+    It also caches Hydra's config repository, which is otherwise rebuilt for every group: most of the time of `--help`.
     """
     if not {"--help", "-h", "--hydra-help"} & set(sys.argv):
         yield
@@ -127,13 +129,13 @@ def narrow_help() -> Iterator[None]:
     finally:
         ConfigLoaderImpl.get_group_options = options  # type: ignore[method-assign]
         for line in text.getvalue().splitlines():
-            broken = textwrap.wrap(line, _HELP_WIDTH, subsequent_indent="    ") if len(line) > _HELP_WIDTH else [line]
-            print("\n".join(broken))
+            wrapped = textwrap.wrap(line, _HELP_WIDTH, subsequent_indent="    ") if len(line) > _HELP_WIDTH else [line]
+            print("\n".join(wrapped))
 
 
 @contextmanager
 def own_hydra() -> Iterator[None]:
-    """A Hydra of our own over the shipped configs; the caller's is put back afterwards."""
+    """Our own Hydra over the shipped configs; the caller's is restored at the end."""
     kinds: tuple[type, ...] = (GlobalHydra, VersionBase, JobRuntime)
     saved = {kind: Singleton._instances.pop(kind) for kind in kinds if kind in Singleton._instances}
     try:
@@ -146,7 +148,7 @@ def own_hydra() -> Iterator[None]:
 
 
 class _OwnConfigs(SearchPathPlugin):
-    """Adds the folder that CONFIG_DIR_VARIABLE names to the search path of our configs, not of other Hydra programs."""
+    """Adds the folder in CONFIG_DIR_VARIABLE to the search path of our configs, but not of other Hydra programs."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         folder = os.environ.get(CONFIG_DIR_VARIABLE)
@@ -163,7 +165,7 @@ Plugins.instance().register(_OwnConfigs)
 
 @dataclass(kw_only=True)
 class _ComposedConfig(Config):
-    """Entries of `per_layer` may come key by key (`+per_layer.first.layers=0:1`); `_typed` checks what has come."""
+    """Entries of `per_layer` may be set key by key (`+per_layer.first.layers=0:1`); `_typed` checks the result."""
 
     per_layer: dict[str, Any] = field(default_factory=dict)
 

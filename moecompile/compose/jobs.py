@@ -33,7 +33,7 @@ def run_job(
     prepare: Callable[[Config, Path], Config],
     check: Callable[[Config], None],
 ) -> int:
-    """Runs one job in its run directory; raises nothing but a request to end, so that a multirun goes on."""
+    """Runs one job in its run directory and returns its exit code; raises only if a signal ends a multirun."""
     job = HydraConfig.get()
     run_dir, multirun = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
     overrides = unresolved(job.overrides.task)
@@ -46,7 +46,7 @@ def run_job(
     except Exception as error:
         debug = debug or plain(cfg).get("debug") is True
         code, message = report(error, debug=debug), " ".join(str(error).split())
-        if isinstance(getattr(error, "number", None), int):  # asked to end
+        if isinstance(getattr(error, "number", None), int):  # ended by a signal
             if _task_of(cfg) == "train":
                 print(go_on(overrides, run_dir), file=sys.stderr, flush=True)
             if multirun:
@@ -68,7 +68,7 @@ def _in_directory(
 ) -> int:  # fmt: skip
     """Writes the config, checks it and runs it."""
     if multirun:
-        (place(run_dir) / OVERRIDES).write_text("\n".join(overrides), encoding="utf-8")  # what the table names
+        (place(run_dir) / OVERRIDES).write_text("\n".join(overrides), encoding="utf-8")  # read by the table
     config = prepare(to_config(cfg, overrides), run_dir)
     save_resolved(config, place(run_dir) / RESOLVED)
     validate(config)
@@ -77,21 +77,21 @@ def _in_directory(
 
 
 def report(error: Exception, *, debug: bool) -> int:
-    """Prints one message, with the traceback if asked for or if the error is a defect; returns the exit code."""
+    """Prints one message, with the traceback if `debug` or if the error is a defect; returns the exit code."""
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         error = UserError(
             f"{error.filename or 'the run directory'}: {error.strerror}. A run directory must be one that can be "
             "written, give another one: hydra.run.dir=FOLDER."
         )
-    known = isinstance(error, MoecompileError)
+    is_ours = isinstance(error, MoecompileError)
     waiting.done()
     if isinstance(error, MoecompileError) and error.told:
         return error.exit_code
-    if debug or not known:
+    if debug or not is_ours:
         traceback.print_exception(error)
-    if known:
-        word = "" if hasattr(error, "number") else "error: "
-        print(f"{word}{error}", file=sys.stderr, flush=True)
+    if is_ours:
+        prefix = "" if hasattr(error, "number") else "error: "
+        print(f"{prefix}{error}", file=sys.stderr, flush=True)
     return error.exit_code if isinstance(error, MoecompileError) else 1
 
 
@@ -101,7 +101,7 @@ def asks_debug(overrides: Iterable[str]) -> bool:
 
 @contextmanager
 def _used(run_dir: Path, *, multirun: bool) -> Iterator[None]:
-    """Removes a new directory in which nothing came to be; a crash keeps its config, a multirun its table's rows."""
+    """Removes a new run directory with no results; a crash keeps its config, a multirun the rows of its table."""
     is_new = place(run_dir) == run_dir and not multirun
     try:
         yield
@@ -114,9 +114,9 @@ def _used(run_dir: Path, *, multirun: bool) -> Iterator[None]:
 
 
 def remove_unused(folder: Path, *, keep: Path) -> None:
-    """Removes a run directory in which nothing was written but its config, and its empty parents below `keep`.
+    """Removes a run directory that has nothing but its config, and its empty parents below `keep`.
 
-    So it is after a mistake in the config, and on all ranks but the first where a job starter has made the ranks.
+    That is the case after a mistake in the config, and on ranks other than 0 if torchrun or SLURM has started them.
     """
     if not folder.is_dir() or {path.name for path in folder.iterdir()} - {RESOLVED, "multirun.yaml"}:
         return
@@ -129,18 +129,18 @@ def remove_unused(folder: Path, *, keep: Path) -> None:
 
 
 class RunFolders(Callback):
-    """Hydra's callback around a run: knows the directories, ends a multirun with a table and the exit code."""
+    """Hydra's callback around a run: keeps track of directories, and ends a multirun with a table and the exit code."""
 
-    existing: ClassVar[Path]  # the part of the directory that was there before the run
+    existing: ClassVar[Path]  # the part of the directory that existed before the run
     sweep: ClassVar[Path | None] = None
-    summarize: ClassVar[Callable[[Path], None]]  # a sweep that has ended
+    summarize: ClassVar[Callable[[Path], None]]  # called at the end of a sweep
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remembers what exists before Hydra makes the run directory."""
+        """Records what exists before Hydra creates the run directory."""
         RunFolders.existing = _existing(config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Pins the sweep directory: jobs that sweep `recipe` or `name` would each compute another one."""
+        """Fixes the sweep directory: jobs that sweep `recipe` or `name` would each compute a different one."""
         RunFolders.existing = _existing(config.hydra.sweep.dir)
         _check_sweep(Path(config.hydra.sweep.dir), list(config.hydra.overrides.task))
         RunFolders.sweep = Path(config.hydra.sweep.dir).absolute()
@@ -150,7 +150,7 @@ class RunFolders(Callback):
             config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Prints the table; exits if a job failed (read from a file, as jobs may run in other processes)."""
+        """Prints the table; exits if a job failed (according to a file, because jobs may run in other processes)."""
         sweep = Path(config.hydra.sweep.dir)
         failures = sweep / FAILURES
         codes = [int(line.split("\t")[1]) for line in failures.read_text().splitlines()] if failures.exists() else []
@@ -163,7 +163,7 @@ class RunFolders(Callback):
 
 
 def _check_sweep(folder: Path, overrides: Sequence[str]) -> None:
-    """Ends the process if the directory holds a sweep, unless its jobs go on. Hydra would only warn of an error."""
+    """Ends the process if the directory has a sweep that is not resumed; Hydra would turn an error into a warning."""
     if not (folder / "multirun.yaml").exists():
         return
     if not any(re.match(r"\+{0,2}trainer\.resume=", word) for word in overrides):

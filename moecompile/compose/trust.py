@@ -1,8 +1,8 @@
-"""What a config file may not do: change how Hydra itself runs.
+"""Refuses config files that change how Hydra itself runs.
 
-Hydra makes the objects that its own node names (callbacks, launcher, sweeper, log handlers) and sets the environment
-variables that stand there, before any of our code runs. So that node may differ from the shipped one only by what the
-command line says.
+Hydra instantiates the objects in its own node (callbacks, launcher, sweeper, log handlers) and sets the environment
+variables in it, before any of our code runs. So that node may differ from the shipped one only by overrides on the
+command line.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from typing import Any
 
 from moecompile.errors import UserError
 
-# What Hydra itself fills in from the overrides and the place; nothing of it is run.
+# Keys that Hydra itself fills in; none of them is run.
 _FILLED_IN = ("runtime", "overrides", "mode", "job.override_dirname", "job.config_name")
 
 
 def of_hydra(overrides: Iterable[str]) -> list[str]:
-    """The overrides that are about Hydra's own node."""
+    """The overrides of Hydra's own node."""
     return [item for item in overrides if item.lstrip("+~").startswith(("hydra.", "hydra/", "hydra="))]
 
 
-def check_hydra_node(found: Mapping[str, Any], shipped: Mapping[str, Any]) -> None:
-    """Whether a composed `hydra` node is the shipped one with the command line's overrides.
+def check_hydra_node(composed: Mapping[str, Any], shipped: Mapping[str, Any]) -> None:
+    """Checks that a composed `hydra` node is the shipped one with the command line's overrides.
 
     Raises:
         UserError: a recipe or another config file has changed it.
     """
-    ours, theirs = dict(_leaves(shipped)), dict(_leaves(found))
+    ours, theirs = dict(_leaves(shipped)), dict(_leaves(composed))
     for path in sorted(ours.keys() | theirs.keys()):
         if path not in ours or path not in theirs or ours[path] != theirs[path]:
             raise UserError(

@@ -1,4 +1,4 @@
-"""What OmegaConf has composed, as the typed schema; and the YAML of it that a run keeps."""
+"""Converts what OmegaConf has composed to the typed schema, and writes and reads it as YAML."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OmegaConf.register_new_resolver("moecompile.add", lambda *numbers: sum(numbers),
 
 
 def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:
-    """The typed config. `overrides` are those of the caller, the only place where `model.factory` may be set.
+    """The typed config. `overrides` are the caller's, and only they may set `model.factory`.
 
     Raises:
         UserError: an unknown key, a value of the wrong type, or a missing value.
@@ -41,14 +41,14 @@ def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:
         )  # fmt: skip
     if config.given:
         raise ConfigError("given", config.given, "is filled in by the program", "Leave it out")
-    keys = [found[1] for item in overrides if (found := re.match(r"\+{0,2}(\w+(?:\.\w+)*)=", item))]
+    keys = [match[1] for item in overrides if (match := re.match(r"\+{0,2}(\w+(?:\.\w+)*)=", item))]
     groups = [key for key in keys if "." not in key]
     config.given = [key for key in keys if "." in key or key in ("per_layer", "model")]
     return with_implied(config, groups)
 
 
 def save_resolved(config: Config, path: Path) -> None:
-    """Writes `config` as YAML, whole or not at all."""
+    """Writes `config` as YAML, atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
@@ -59,7 +59,7 @@ def save_resolved(config: Config, path: Path) -> None:
 
 
 def load_resolved(path: Path) -> Config:
-    """Reads what `save_resolved` wrote.
+    """Reads a file that `save_resolved` wrote.
 
     Raises:
         UserError: an unknown key or a value of the wrong type.
@@ -70,7 +70,7 @@ def load_resolved(path: Path) -> Config:
 
 @contextmanager
 def explained(overrides: Sequence[str]) -> Iterator[None]:
-    """Errors about the config become UserErrors; all others are defects and pass."""
+    """Turns errors about the config into UserErrors; all others are defects and pass through."""
     try:
         yield
     except Exception as error:
@@ -82,16 +82,16 @@ def explained(overrides: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def no_environment(overrides: Iterable[str]) -> Iterator[None]:
-    """`${oc.env:...}` works in what the caller gives, and nowhere else: a file of others must not read it.
+    """Allows `${oc.env:...}` only in the caller's overrides: a config file must not read the environment.
 
-    Hydra's own node has been checked by `moecompile.compose.trust`, and repeats what the caller gives.
+    Hydra's own node repeats these overrides; `moecompile.compose.trust` has checked it.
     """
-    given = {item.lstrip("+").partition("=")[0] for item in overrides if "oc.env" in item}
+    allowed = {item.lstrip("+").partition("=")[0] for item in overrides if "oc.env" in item}
 
     def environment(key: str, *default: Any, _node_: Any) -> Any:
         path = str(_node_._get_full_key(None))
         if not path.startswith("hydra.") and not any(
-            path == name or path.startswith((f"{name}.", f"{name}[")) for name in given
+            path == name or path.startswith((f"{name}.", f"{name}[")) for name in allowed
         ):
             raise ConfigError(
                 path, f"${{oc.env:{key}}}", "a config file may not read the environment",
@@ -108,7 +108,7 @@ def no_environment(overrides: Iterable[str]) -> Iterator[None]:
 
 
 def unresolved(overrides: Any) -> list[str]:
-    """Overrides as they were given: one may refer to a key that is not there."""
+    """The overrides without interpolation, because one may refer to a key that does not exist."""
     words: Any = OmegaConf.to_container(overrides, resolve=False)
     return [str(word) for word in words]
 

@@ -1,4 +1,4 @@
-"""A trained model as the Hugging Face family that computes the same, or as it is."""
+"""Exports a trained model as the Hugging Face family that computes the same function, or in our own format."""
 
 from moecompile.export.beside import carry, compare
 from moecompile.export.families import FAMILIES, pairs

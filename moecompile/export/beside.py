@@ -1,7 +1,7 @@
-"""What a pretrained folder holds beside weights: generation settings, tokenizer, chat templates, fields of its own.
+"""Files of a pretrained folder other than weights: generation settings, tokenizer, chat templates, custom fields.
 
-Files are copied as they are; what transformers has written anew (config, a tokenizer of the run's own) stays. Code is
-not carried: what was upcycled is no model of that code.
+Files are copied unchanged, except those that transformers has written for the export (config, the run's tokenizer).
+Code is not copied, because an upcycled model is not a model of that code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from moecompile.errors import VerificationFailed
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".onnx", ".index.json")
-_NEVER = ("config.json", "plan.yaml", "resolved.yaml")  # what is written says these
+_NEVER = ("config.json", "plan.yaml", "resolved.yaml")  # the export writes its own
 _TOKENIZER = (
     "tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "spiece", "sentencepiece", "chat_template",
     "additional_chat_templates",
@@ -23,36 +23,36 @@ _SAMPLE = "The whale, the White Whale! 42 \u00e9t\u00e9s\n\ttabs, \u6d77."
 
 
 def carry(original: Path, folder: Path, *, tokenizer: bool) -> None:
-    """Copies what `folder` lacks, and the generation settings, from `original`.
+    """Copies files that `folder` lacks, and the generation settings, from `original`.
 
     Args:
-        tokenizer: whether the original's tokenizer is the one that the model was trained with.
+        tokenizer: whether the model was trained with the original's tokenizer.
     """
     for path in sorted(original.iterdir()):
         if path.name in _NEVER or path.name.endswith((*_WEIGHTS, ".py")) or path.name.startswith("."):
             continue
         if path.name.startswith(_TOKENIZER) and not tokenizer:
             continue
-        there = folder / path.name
+        target = folder / path.name
         if path.is_dir():
             if path.name.startswith(_TOKENIZER):
-                shutil.copytree(path, there, dirs_exist_ok=True)
-        elif not there.exists() or path.name == "generation_config.json":
-            shutil.copyfile(path, there)
+                shutil.copytree(path, target, dirs_exist_ok=True)
+        elif not target.exists() or path.name == "generation_config.json":
+            shutil.copyfile(path, target)
 
 
 def own_fields(config: Any) -> dict[str, Any]:
-    """Fields of a config that its class does not declare: somebody's own."""
+    """Custom fields of a config, which its class does not declare."""
     declared = {*getattr(type(config), "__dataclass_fields__", {}), *type(config).attribute_map}
-    made = {*type(config)().to_dict(), "auto_map", "quantization_config", "architectures", "torch_dtype"}
-    return {key: value for key, value in config.to_dict().items() if key not in declared | made}
+    added = {*type(config)().to_dict(), "auto_map", "quantization_config", "architectures", "torch_dtype"}
+    return {key: value for key, value in config.to_dict().items() if key not in declared | added}
 
 
 def compare(original: Path, folder: Path, *, tokenizer: bool) -> None:
-    """Loads both again and compares all but weights.
+    """Loads both folders and compares everything but weights.
 
     Raises:
-        VerificationFailed: something is not there any more; says what.
+        VerificationFailed: something is missing or differs; lists it.
     """
     if different := list(_differences(original, folder, tokenizer)):
         raise VerificationFailed(f"{folder}, exported and loaded again,", different)

@@ -1,6 +1,6 @@
-"""Model families of transformers that an upcycled model can become: their configs, their weights' names, their rules.
+"""Model families of transformers that an upcycled model can become: their configs, weight names and rules.
 
-Each family below was exported to, loaded again and compared (docs/use/export.md).
+An export to each family below was loaded again and compared (docs/use/export.md).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from moecompile.export.rules import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """What a family calls the parts of an MoE block, relative to the layer or (all others) to the block.
+    """Names of the parts of an MoE block in a family; `block` is relative to the layer, all others to the block.
 
-    bias: the router's correction bias. shared: the shared expert; gate: the weight of its gate. A family that has one
-    always (shared_always) gets a silent one where the plan has none. bias_row: the bias is (1, E), not (E,).
+    bias: the router's correction bias. shared: the shared expert; gate: the weight of its gate. shared_always: the
+    family always has one, so it gets a silent one if the plan has none. bias_row: the bias is (1, E), not (E,).
     """
 
     block: str = "mlp"
@@ -36,7 +36,7 @@ class Names:
 class Family:
     """One architecture. sources: dense model types that share everything outside of the FFN with it.
 
-    settings: its config's keys that the dense model's config lacks, or that mean something else there.
+    settings: config keys that the dense model's config lacks, or that mean something else there.
     """
 
     name: str
@@ -46,13 +46,13 @@ class Family:
     names: Names = field(default_factory=Names)
 
     def refusals(self, form: MoEForm, dense: Any) -> list[Refusal]:
-        """Why it cannot compute what `form` does; empty if it can."""
-        found = (rule(form, dense) for rule in self.rules)
-        return rules.common(form, dense) + [refusal for refusal in found if refusal is not None]
+        """Why the family cannot compute what `form` does; empty if it can."""
+        refusals = (rule(form, dense) for rule in self.rules)
+        return rules.common(form, dense) + [refusal for refusal in refusals if refusal is not None]
 
 
-def families_of(dense: Any, wanted: str | None) -> list[Family]:
-    """The families that a dense model can become, in the order of the table; `wanted` alone if it is given.
+def families_of(dense: Any, requested: str | None) -> list[Family]:
+    """The families that a dense model can become, in the order of the table; only `requested`, unless it is None.
 
     Args:
         dense: the dense model's config.
@@ -61,31 +61,31 @@ def families_of(dense: Any, wanted: str | None) -> list[Family]:
         ConfigError: there is none.
     """
     architecture = str(dense.model_type)
-    known = [family for family in FAMILIES if architecture in family.sources]
-    found = [family for family in known if wanted in (None, family.name)]
-    if not found:
-        names = " or ".join(family.name for family in known)
-        raise no_pair(wanted, f"{architecture} becomes {names}" if known else f"{architecture} is in no pair")
-    return found
+    possible = [family for family in FAMILIES if architecture in family.sources]
+    families = [family for family in possible if requested in (None, family.name)]
+    if not families:
+        names = " or ".join(family.name for family in possible)
+        raise no_pair(requested, f"{architecture} becomes {names}" if possible else f"{architecture} is in no pair")
+    return families
 
 
-def choose_family(families: list[Family], form: MoEForm, dense: Any, wanted: str | None) -> Family:
+def choose_family(families: list[Family], form: MoEForm, dense: Any, requested: str | None) -> Family:
     """The first of `families` that computes what `form` does.
 
     Raises:
-        ConfigError: none does; says which setting is in the way of each.
+        ConfigError: none does; names the settings that rule out each.
     """
     refused = {family.name: family.refusals(form, dense) for family in families}
-    fitting = next((family for family in families if not refused[family.name]), None)
-    if fitting is None:
-        reasons = "; ".join(f"{name}, because {' and '.join(map(str, found))}" for name, found in refused.items())
-        raise no_pair(wanted, f"this {dense.model_type} cannot become {reasons}")
-    return fitting
+    suitable = next((family for family in families if not refused[family.name]), None)
+    if suitable is None:
+        reasons = "; ".join(f"{name}, because {' and '.join(map(str, refusals))}" for name, refusals in refused.items())
+        raise no_pair(requested, f"this {dense.model_type} cannot become {reasons}")
+    return suitable
 
 
-def no_pair(wanted: str | None, rule: str) -> ConfigError:
-    """What is trained is not what a family computes: names the rule, the pairs that there are, and the way out."""
-    path, value = ("export.format", "huggingface") if wanted is None else ("export.family", wanted)
+def no_pair(requested: str | None, rule: str) -> ConfigError:
+    """The error that no family computes the trained model: with the rule, the known pairs, and an alternative."""
+    path, value = ("export.format", "huggingface") if requested is None else ("export.family", requested)
     return ConfigError(path, value, rule, f"Use export.format=native; pairs are {pairs()}")
 
 
@@ -198,7 +198,7 @@ _SIGMOID = (rules.dense_layers_first, rules.sigmoid, rules.groups_by_top2, rules
 _QWEN_SHARED = Names(shared="shared_expert", gate="shared_expert_gate.weight", shared_always=True)
 _DEEPSEEK = Names(bias="gate.e_score_correction_bias", shared="shared_experts", shared_always=True)
 
-# Of several that fit, the first is taken.
+# If several are suitable, the first is used.
 FAMILIES: tuple[Family, ...] = (
     Family(name="mixtral", sources=("llama", "mistral"), settings=_mixtral, rules=_MIXTRAL),
     Family(

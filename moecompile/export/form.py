@@ -1,4 +1,4 @@
-"""What a plan made of a dense model, in the terms in which model families describe themselves."""
+"""Describes an upcycled model in the terms that model families use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PLACE = re.compile(r"(?P<before>.+)\.(?P<number>\d+)\.(?P<name>\w+)")
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a family does not compute what was trained: a setting, its value, the rule that it breaks."""
+    """Why a family cannot compute the trained model: a setting, its value, the rule that it breaks."""
 
     path: str
     value: Any
@@ -25,10 +25,10 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEForm:
-    """The MoE layers of a model, which are all alike.
+    """The MoE layers of a model, which all have the same settings.
 
-    before, name: layer i's FFN is the module `before.i.name`. layers: numbers of the layers that have experts, of
-    num_layers. site: the first one's. bias: whether a correction bias follows the load.
+    before, name: the FFN of layer i is the module `before.i.name`. layers: indices of the layers with experts, out of
+    num_layers. site: of the first one. bias: whether a correction bias follows the load.
     """
 
     before: str
@@ -42,12 +42,12 @@ class MoEForm:
 
     @property
     def dense_layers(self) -> list[int]:
-        """Numbers of the layers that stayed dense."""
+        """Indices of the layers that stayed dense."""
         return [i for i in range(self.num_layers) if i not in self.layers]
 
     @property
     def normalized(self) -> bool:
-        """Whether the weights of a token sum to `scale`, as those of a softmax over the chosen logits alone do."""
+        """Whether the weights of a token sum to `scale`, as with a softmax over only the chosen logits."""
         return self.routing.normalize or self.routing.score == "softmax_after_topk"
 
     @property
@@ -57,17 +57,17 @@ class MoEForm:
 
     @property
     def groups(self) -> tuple[int, int]:
-        """(groups, open groups); (1, 1) where all are open."""
+        """(groups, top groups); (1, 1) without a group limit."""
         limited = self.routing.top_groups < self.routing.groups
         return (self.routing.groups, self.routing.top_groups) if limited else (1, 1)
 
     def block(self, layer: int, name: str) -> str:
-        """Path of the MoE block of `layer`, which a family calls `name`."""
+        """Path of the MoE block of `layer`, for a family that names it `name`."""
         return f"{self.before}.{layer}.{name}"
 
 
 def form_of(plan: Plan, num_layers: int) -> MoEForm | str:
-    """The form of a plan that upcycled dense FFNs, or why it has none: families have one setting for all layers."""
+    """The form of a plan that upcycles dense FFNs, or why it has none: families have one setting for all layers."""
     first = plan.layers[0]
     places = [_PLACE.fullmatch(layer.site.fqn) for layer in plan.layers]
     for layer, place in zip(plan.layers, places, strict=True):
@@ -80,7 +80,7 @@ def form_of(plan: Plan, num_layers: int) -> MoEForm | str:
     return MoEForm(
         before=place["before"],
         name=place["name"],
-        layers=tuple(sorted(int(found["number"]) for found in places if found)),
+        layers=tuple(sorted(int(match["number"]) for match in places if match)),
         num_layers=num_layers,
         site=first.site,
         experts=first.experts,
@@ -96,7 +96,7 @@ def _is_own(layer: LayerPlan, place: re.Match[str] | None, first: re.Match[str] 
 
 
 def _function(layer: LayerPlan) -> tuple[Any, ...]:
-    """What a layer computes; where its weights came from does not count."""
+    """What a layer computes, wherever its weights come from."""
     experts = layer.experts
     sizes = (experts.num_routed, experts.num_shared, experts.d_expert, experts.shared_gate)
     return sizes, layer.routing, layer.balance.rule

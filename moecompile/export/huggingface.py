@@ -1,9 +1,9 @@
-"""Writes an upcycled model, or one that was MoE before, as a Hugging Face checkpoint, and loads it again.
+"""Writes an upcycled model, or one with existing experts, as a Hugging Face checkpoint, and loads it again.
 
 Algorithm:
-  1. The family: the model's own if no FFN of it was upcycled, else by the table of families.
-  2. Its config: the dense model's, with what the family's own settings say of experts and routing.
-  3. Its model on the meta device, filled with the trained tensors themselves (no copies), which transformers writes.
+  1. Choose the family: the model's own if no FFN was upcycled, else from the table of families.
+  2. Build its config from the dense model's and the family's settings for experts and routing.
+  3. Build its model on the meta device, assign the trained tensors (no copies), and let transformers write it.
 """
 
 from __future__ import annotations
@@ -27,69 +27,71 @@ from moecompile.models.build import class_of, empty_of, no_progress_bars
 from moecompile.models.loading import refuse_incomplete
 from moecompile.plan import ExpertsSite, Plan
 
-# Keys of a config that are its class's or the file's, not the model's.
-_NOT_CARRIED = ("model_type", "architectures", "transformers_version", "_name_or_path")
+# Config keys that describe the class or the file, not the model.
+_NOT_COPIED = ("model_type", "architectures", "transformers_version", "_name_or_path")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is written. family, form: None for a model that stays what it was. config: of transformers."""
+    """The format of an export. family, form: None if the model keeps its own family. config: of transformers."""
 
     family: Family | None
     form: MoEForm | None
     config: Any
 
 
-def find_target(model: nn.Module, plan: Plan, wanted: str | None) -> Target:
+def find_target(model: nn.Module, plan: Plan, requested: str | None) -> Target:
     """The family and its config (steps 1 and 2).
 
     Args:
         model: rewritten by `plan`.
-        wanted: a family's name, or None for the first that fits.
+        requested: name of a family; None: the first suitable one.
 
     Raises:
-        ConfigError: no family computes what was trained.
+        ConfigError: no family computes the trained model.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "model_type"):
-        raise no_pair(wanted, f"{type(model).__name__} is not a model of transformers")
+        raise no_pair(requested, f"{type(model).__name__} is not a model of transformers")
     existing = [isinstance(layer.site, ExpertsSite) for layer in plan.layers]
     if all(existing):
-        return Target(None, None, _own_config(config, plan, wanted))
+        return Target(None, None, _own_config(config, plan, requested))
     if any(existing):
-        raise no_pair(wanted, "some experts were the model's own and some are upcycled, which no family holds together")
-    families, form = families_of(config, wanted), form_of(plan, int(config.num_hidden_layers))
+        raise no_pair(
+            requested, "some experts were the model's own and some are upcycled, which no family holds together"
+        )
+    families, form = families_of(config, requested), form_of(plan, int(config.num_hidden_layers))
     if isinstance(form, str):
-        raise no_pair(wanted, form)
-    family = choose_family(families, form, config, wanted)
+        raise no_pair(requested, form)
+    family = choose_family(families, form, config, requested)
     return Target(family, form, _family_config(family, form, config))
 
 
 def write(model: nn.Module, target: Target, folder: Path) -> str:
-    """Writes config and weights (step 3) and returns the class's name.
+    """Writes config and weights (step 3) and returns the name of the class.
 
     Raises:
-        ConfigError: weights that the family has no place for, or that it misses.
+        ConfigError: the family has no such weight, or lacks one.
     """
     weights = dict(model.state_dict())
     if target.family is not None and target.form is not None:
         weights = family_weights(weights, target.form, target.family)
-    written: Any = empty_of(target.config)
+    exported: Any = empty_of(target.config)
     if target.family is None:
-        weights |= dict(_filled_up(weights, written.state_dict()))
-    _check(weights, written.state_dict(), target.config.model_type)
-    written.load_state_dict(weights, strict=True, assign=True)
-    written.tie_weights()
+        weights |= dict(_padded(weights, exported.state_dict()))
+    _check(weights, exported.state_dict(), target.config.model_type)
+    exported.load_state_dict(weights, strict=True, assign=True)
+    exported.tie_weights()
     with no_progress_bars():
-        written.save_pretrained(folder)
-    return type(written).__name__
+        exported.save_pretrained(folder)
+    return type(exported).__name__
 
 
 def reload(folder: Path) -> nn.Module:
-    """The checkpoint in `folder` as anyone would load it, in fp32, its experts in transformers' plain loop.
+    """Loads the checkpoint in `folder` with transformers, in fp32, with its plain loop over experts.
 
     Raises:
-        ConfigError: transformers does not find exactly the weights that it looks for.
+        ConfigError: the weights are not exactly those that transformers expects.
     """
     from transformers import AutoConfig
 
@@ -108,8 +110,8 @@ def write_tokenizer(tokenizer: Path, folder: Path, model: Path | None = None) ->
     """Writes a tokenizer so that `AutoTokenizer.from_pretrained` finds it.
 
     Args:
-        tokenizer: a `tokenizer.json`. model: folder of the pretrained model that it came with, if it did, which says
-            what tokens are special, and how chats are written.
+        tokenizer: a `tokenizer.json`. model: folder of the pretrained model that it belongs to, if any, with its
+            special tokens and chat template.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -119,46 +121,46 @@ def write_tokenizer(tokenizer: Path, folder: Path, model: Path | None = None) ->
         PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)).save_pretrained(folder)
 
 
-def _own_config(config: Any, plan: Plan, wanted: str | None) -> Any:
+def _own_config(config: Any, plan: Plan, requested: str | None) -> Any:
     family = str(config.model_type)
-    if wanted not in (None, family):
+    if requested not in (None, family):
         rule = f"the model had its experts before and stays {family}"
-        raise ConfigError("export.family", wanted, rule, f"Use {family}")
+        raise ConfigError("export.family", requested, rule, f"Use {family}")
     for layer in plan.layers:
         if isinstance(layer.site, ExpertsSite) and layer.site.form == "modules":
-            raise no_pair(wanted, f"{layer.site.fqn} was one module an expert and is one stack now")
+            raise no_pair(requested, f"{layer.site.fqn} had one module per expert and is one stack now")
     own = copy.deepcopy(config)
-    vars(own).pop("auto_map", None)  # code, which is not carried
+    vars(own).pop("auto_map", None)  # refers to code, which is not copied
     return own
 
 
 def _family_config(family: Family, form: MoEForm, dense: Any) -> Any:
-    """The family's config: what the dense one says, where the family knows the key too, and the family's settings."""
+    """The family's config: values of the dense config for keys that the family has too, and the family's settings."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[family.name]
     settings = family.settings(form, dense)
-    known = {field.name for field in dataclasses.fields(kind)}
-    said = {key: value for key, value in dense.to_dict().items() if key not in _NOT_CARRIED}
-    # head_dim is read by families that do not declare it.
-    carried = {key: value for key, value in said.items() if key in known | {"head_dim", "layer_types", "dtype"}}
-    return kind(**{**own_fields(dense), **carried, **settings})
+    declared = {field.name for field in dataclasses.fields(kind)}
+    values = {key: value for key, value in dense.to_dict().items() if key not in _NOT_COPIED}
+    # Some families read head_dim without declaring it.
+    shared = {key: value for key, value in values.items() if key in declared | {"head_dim", "layer_types", "dtype"}}
+    return kind(**{**own_fields(dense), **shared, **settings})
 
 
-def _filled_up(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Rows of experts that are the identity, which nothing reads and the rewrite has cut off: zeros."""
+def _padded(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Weights without the rows of identity experts, which are unused and the rewrite has removed, padded with zeros."""
     for name, tensor in weights.items():
-        more = wanted[name].shape[0] - tensor.shape[0] if name in wanted and tensor.ndim == 3 else 0
-        if more > 0 and wanted[name].shape[1:] == tensor.shape[1:]:
-            yield name, torch.cat((tensor, tensor.new_zeros(more, *tensor.shape[1:])))
+        missing = expected[name].shape[0] - tensor.shape[0] if name in expected and tensor.ndim == 3 else 0
+        if missing > 0 and expected[name].shape[1:] == tensor.shape[1:]:
+            yield name, torch.cat((tensor, tensor.new_zeros(missing, *tensor.shape[1:])))
 
 
-def _check(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], family: str) -> None:
-    """Exactly the family's weights, in its shapes."""
+def _check(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], family: str) -> None:
+    """Checks that names and shapes are exactly those of the family."""
     for name, tensor in weights.items():
-        if name not in wanted:
-            raise no_pair(family, f"has no place for the weight {name}")
-        if tensor.shape != wanted[name].shape:
-            raise no_pair(family, f"{name} is {list(tensor.shape)} here and {list(wanted[name].shape)} there")
-    if missing := [name for name in wanted if name not in weights]:
+        if name not in expected:
+            raise no_pair(family, f"has no weight {name}")
+        if tensor.shape != expected[name].shape:
+            raise no_pair(family, f"{name} is {list(tensor.shape)} here and {list(expected[name].shape)} there")
+    if missing := [name for name in expected if name not in weights]:
         raise no_pair(family, f"needs a weight {missing[0]}, which was not trained")

@@ -1,4 +1,4 @@
-"""The weights of an upcycled model under the names, and in the shapes, of a model family."""
+"""The weights of an upcycled model with the names and shapes of a model family."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ROUTER, _EXPERTS, _SHARED = "router", "experts", "shared_experts"
 
 
 def family_weights(weights: Mapping[str, Tensor], form: MoEForm, family: Family) -> dict[str, Tensor]:
-    """Name -> tensor as the family has them. Tensors that need no change are the given ones, not copies."""
+    """Name -> tensor in the family. Tensors that need no change are not copied."""
     blocks = {form.block(layer, form.name) + ".": form.block(layer, family.names.block) + "." for layer in form.layers}
     out = {name: tensor for name, tensor in weights.items() if not name.startswith(tuple(blocks))}
     for ours, theirs in blocks.items():
@@ -37,7 +37,7 @@ def _block(ours: Mapping[str, Tensor], form: MoEForm, names: Names) -> Iterator[
 
 
 def _shared(ours: Mapping[str, Tensor], names: Names, *, gated: bool) -> Iterator[tuple[str, Tensor]]:
-    """The shared expert. Where the family has a gate and the plan none, the gate is 0.5 and down_proj doubled."""
+    """The shared expert. If the family has a gate but the plan has none, the gate is 0.5 and down_proj is doubled."""
     for name in ("gate_proj", "up_proj", "down_proj"):
         weight = ours[f"{_SHARED}.{name}.weight"]
         doubled = name == "down_proj" and names.gate is not None and not gated
@@ -48,7 +48,7 @@ def _shared(ours: Mapping[str, Tensor], names: Names, *, gated: bool) -> Iterato
 
 
 def _silent(ours: Mapping[str, Tensor], names: Names) -> Iterator[tuple[str, Tensor]]:
-    """A shared expert with no say: a zero down_proj, and projections of expert 0, so that it can learn."""
+    """A shared expert with an output of zero: a zero down_proj, but projections of expert 0, so that it can learn."""
     gate_FD, up_FD = ours[f"{_EXPERTS}.gate_up_proj"][0].chunk(2)
     yield f"{names.shared}.gate_proj.weight", gate_FD.clone()
     yield f"{names.shared}.up_proj.weight", up_FD.clone()

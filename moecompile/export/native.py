@@ -1,4 +1,4 @@
-"""Our own format: safetensors under our own names, beside the config and the plan that say what they are."""
+"""Our own format: safetensors with our own names, together with the config and the plan."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_native(model: nn.Module, run: Run, folder: Path) -> None:
     index: dict[str, str] = {}
     for i, tensors in enumerate(files, 1):
         name = f"model-{i:05d}-of-{len(files):05d}.safetensors"
-        # Tied weights share memory, which safetensors refuses: each name has a tensor of its own in the file.
+        # safetensors refuses tied weights, which share memory, so each name gets its own tensor in the file.
         save_file({key: _own(key, tensor, tensors) for key, tensor in tensors.items()}, folder / name)
         index |= dict.fromkeys(tensors, name)
     body = json.dumps({"weight_map": index}, indent=2)
@@ -36,7 +36,7 @@ def load_exported(path: str | Path) -> nn.Module:
     """The model of a native export, or of a run directory's latest checkpoint, on one device in evaluation mode.
 
     Raises:
-        ConfigError, PlanError: the folder is not whole.
+        ConfigError, PlanError: the folder is incomplete.
     """
     return load_run(find_run(str(path), None))
 

@@ -1,4 +1,4 @@
-"""Rules of model families: each takes the form of a trained model (and its dense config) and refuses it, or not."""
+"""Rules of model families: each takes the form of a trained model and its dense config; None means that it fits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Rule = Callable[[MoEForm, Any], Refusal | None]
 
 
 def common(form: MoEForm, dense: Any) -> list[Refusal]:
-    """What no family has."""
+    """Refusals for settings that no family supports."""
     routing, site = form.routing, form.site
     return [
         Refusal(path, value, rule)
@@ -35,7 +35,7 @@ def every_layer(form: MoEForm, dense: Any) -> Refusal | None:
 
 
 def dense_layers_first(form: MoEForm, dense: Any) -> Refusal | None:
-    """Layers that stay dense come before all others."""
+    """Layers that stay dense come first."""
     kept = form.dense_layers
     if kept == list(range(len(kept))):
         return None
@@ -43,7 +43,7 @@ def dense_layers_first(form: MoEForm, dense: Any) -> Refusal | None:
 
 
 def one_run_of_layers(form: MoEForm, dense: Any) -> Refusal | None:
-    """Layers with experts follow each other."""
+    """Layers with experts are consecutive."""
     if form.layers[-1] - form.layers[0] + 1 == len(form.layers):
         return None
     return Refusal("experts.layers", list(form.layers), "is not one run of layers")
@@ -65,12 +65,12 @@ def normalized(form: MoEForm, dense: Any) -> Refusal | None:
 
 
 def normalized_softmax(form: MoEForm, dense: Any) -> Refusal | None:
-    """As `normalized`, where scores are a softmax."""
+    """As `normalized`, if scores are a softmax."""
     return normalized(form, dense) if form.score == "softmax" else None
 
 
 def not_normalized(form: MoEForm, dense: Any) -> Refusal | None:
-    """Weights are the scores."""
+    """Weights are the scores themselves."""
     return Refusal("routing.normalize", True, "normalises routing weights") if form.normalized else None
 
 
@@ -81,7 +81,7 @@ def unscaled(form: MoEForm, dense: Any) -> Refusal | None:
 
 
 def ungrouped(form: MoEForm, dense: Any) -> Refusal | None:
-    """All groups are open to a token."""
+    """Tokens are not limited to some groups."""
     groups, top_groups = form.groups
     return (
         None if groups == 1 else Refusal("routing.top_groups", top_groups, f"limits a token to some of {groups} groups")

@@ -1,4 +1,4 @@
-"""A trained model as its run left it: the config, the plan, the weights of a checkpoint, in one process."""
+"""The trained model of a run: its config, plan and the weights of a checkpoint, in one process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLAN, TOKENIZER = "plan.yaml", "tokenizer.json"
 
 @dataclass(frozen=True)
 class Run:
-    """folder: the run directory. checkpoint: the folder that holds the weights."""
+    """folder: the run directory. checkpoint: the folder with the weights."""
 
     folder: Path
     checkpoint: Path
@@ -30,14 +30,14 @@ class Run:
 
     @property
     def tokenizer(self) -> Path | None:
-        """The tokenizer that the run trained, or the model came with."""
+        """The tokenizer that the run trained, or that of the pretrained model."""
         beside = pretrained_folder(self.config.model)
         folders = [self.folder] if beside is None else [self.folder, beside]
         return next((path for folder in folders if (path := folder / TOKENIZER).is_file()), None)
 
 
 def find_run(run: str | None, checkpoint: str | None) -> Run:
-    """The run, and its latest checkpoint if none is given. A checkpoint alone lies in its run's `checkpoints` folder.
+    """The run with a checkpoint, by default its latest. If only a checkpoint is given, its run is two levels above it.
 
     Raises:
         ConfigError: a folder without config, plan or checkpoint.
@@ -47,14 +47,14 @@ def find_run(run: str | None, checkpoint: str | None) -> Run:
     for name in (RESOLVED, PLAN):
         if not (folder / name).is_file():
             raise ConfigError(path, value, f"{folder} has no {name}", "Name the run directory of task=train")
-    found = Path(checkpoint) if checkpoint is not None else latest_checkpoint(folder)
-    if not found.is_dir():
-        raise ConfigError("export.checkpoint", found, "is not a folder", "Name one of the run's checkpoints")
-    return Run(folder, found, load_resolved(folder / RESOLVED), plans.load(folder / PLAN))
+    weights = Path(checkpoint) if checkpoint is not None else latest_checkpoint(folder)
+    if not weights.is_dir():
+        raise ConfigError("export.checkpoint", weights, "is not a folder", "Name one of the run's checkpoints")
+    return Run(folder, weights, load_resolved(folder / RESOLVED), plans.load(folder / PLAN))
 
 
 def load_run(run: Run) -> nn.Module:
-    """The model on one device, in evaluation mode: rewritten by the run's plan and filled from its checkpoint.
+    """The model on one device, in evaluation mode, rewritten by the run's plan and filled from its checkpoint.
 
     Raises:
         ConfigError, PlanError: config, plan and checkpoint do not belong together.

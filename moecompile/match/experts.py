@@ -97,15 +97,15 @@ def match_stacked(module: nn.Module, call: ExpertsCall) -> ExpertsMatch | str:
     own = dict(module.named_parameters(recurse=False))
     first = next((name for name in ("gate_up_proj", "up_proj") if name in own), None)
     if first is None or "down_proj" not in own:
-        found = f"called {', '.join(own)}" if own else "in its children"
-        return f"its weights are {found}, not gate_up_proj or up_proj, and down_proj"
+        names = f"called {', '.join(own)}" if own else "in its children"
+        return f"its weights are {names}, not gate_up_proj or up_proj, and down_proj"
     if call.one_hot:
         return "its expert ids are one-hot, which is supported for experts that are modules"
-    known = (first, "down_proj", f"{first}_bias", "down_proj_bias")
-    names = tuple(name for name in own if name in known)
+    supported = (first, "down_proj", f"{first}_bias", "down_proj_bias")
+    weights = tuple(name for name in own if name in supported)
     norm = "post_expert_norm" if getattr(module, "has_post_expert_norm", False) else None
     num_identity = _identities(module, own[first], own["down_proj"])
-    if reason := _unsupported(module, own, names, norm, num_identity):
+    if reason := _unsupported(module, own, weights, norm, num_identity):
         return reason
     transposed = _transposed(module, own[first], call.d_model)
     d_in, d_out = (1, 2) if transposed else (2, 1)
@@ -119,7 +119,7 @@ def match_stacked(module: nn.Module, call: ExpertsCall) -> ExpertsMatch | str:
     if reason := next((text for broken, text in rules if broken), None):
         return reason
     return ExpertsMatch(
-        call=call, num_experts=down.shape[0], d_expert=d_expert, weights=names, num_identity=num_identity,
+        call=call, num_experts=down.shape[0], d_expert=d_expert, weights=weights, num_identity=num_identity,
         transposed=transposed, norm=norm, activation=_activation(module),
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from moecompile.nn import Experts
 from moecompile.nn.existing import ExistingExperts, MatrixExperts, without_parameters
 
 
-def computing(match: ExpertsMatch, module: nn.Module) -> ExistingExperts:
+def existing_experts(match: ExpertsMatch, module: nn.Module) -> ExistingExperts:
     """A module that computes the experts of `module` on rows, with weights as arguments."""
     if match.are_matrices:
         holder = module.get_submodule(match.weights[0].rpartition(".")[0])
@@ -26,7 +26,7 @@ def are_swiglu(match: ExpertsMatch, module: nn.Module) -> bool:
     """Whether the model's own experts are SwiGLU without biases and without a norm on their outputs."""
     if match.ffn is not None:
         return ffn_is_swiglu(*match.ffn)
-    return match.norm is None and is_swiglu(computing(match, module))
+    return match.norm is None and is_swiglu(existing_experts(match, module))
 
 
 def ffn_is_swiglu(root: fx.GraphModule, match: FFNMatch) -> bool:

@@ -1,1 +1,1 @@
-"""Models that are built, or loaded: from a config, a folder, a package, whole or each rank its part."""
+"""Builds or loads models: from a config, a folder or a package, in full or only the shards of each rank."""

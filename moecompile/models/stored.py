@@ -1,4 +1,4 @@
-"""A folder of safetensors files as it lies on disk: which tensor is in which file, and parts of it read alone."""
+"""A folder of safetensors files: which tensor is in which file, and partial reads of tensors."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor's place and shape."""
+    """File and shape of one tensor."""
 
     file: Path
     shape: tuple[int, ...]
 
 
 class Stored:
-    """The tensors of a folder. Headers are read at once, values when asked for.
+    """The tensors of a folder. Headers are read in the constructor, values on request.
 
     Raises:
-        ConfigError: no files, one that cannot be read, or a tensor that two files hold.
+        ConfigError: there are no files, one cannot be read, or a tensor is in two files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,7 +43,7 @@ class Stored:
                 self.tensors[name] = StoredTensor(file, shape)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start .. stop of a tensor's first dim (a scalar: all of it); only these are read."""
+        """Reads only rows start .. stop of a tensor's first dim (or a scalar)."""
         stored = self.tensors[name]
         opened = self._open[stored.file]
         try:
@@ -53,7 +53,7 @@ class Stored:
         return out
 
     def dtype(self) -> torch.dtype:
-        """Of the first floating-point tensor."""
+        """The dtype of the first floating-point tensor."""
         kinds = (self.read(name, 0, 0).dtype for name, stored in self.tensors.items() if stored.shape)
         return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
 
@@ -62,10 +62,10 @@ class Stored:
         return ConfigError("model.pretrained", self.folder, rule, fix)
 
     def _files(self) -> list[Path]:
-        """Those of the index, or all."""
+        """The files in the index, or all if there is no index."""
         if not (self.folder / _INDEX).is_file():
-            if found := sorted(self.folder.glob("*.safetensors")):
-                return found
+            if files := sorted(self.folder.glob("*.safetensors")):
+                return files
             raise self.error("holds no safetensors", "Save the model with save_pretrained")
         names = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
         files = [self.folder / name for name in sorted(set(names))]

@@ -1,4 +1,4 @@
-"""Router, balance and experts: plain modules that know nothing of the compiler."""
+"""Router, load balance and experts: plain modules that do not depend on the compiler."""
 
 from moecompile.nn.balance import (
     LayerLoad,

@@ -1,6 +1,6 @@
-"""Load balance, once per optimizer step from global counts: the correction-bias rule, the global load, the metrics.
+"""Load balance once per optimizer step, from global counts: correction bias, global load and metrics.
 
-Auxiliary losses, once per micro-batch, are summed over layers here.
+Also sums the auxiliary losses of a micro-batch over layers.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from moecompile.routing import BalanceSpec
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLoad:
-    """What one layer did over one optimizer step and all ranks.
+    """Routing statistics of one layer in one optimizer step, over all ranks.
 
-    load: assignments of each expert before drops, (E,) int64. tokens: tokens that were routed. dropped: assignments
-    that capacity dropped. entropy: mean of the router's entropy over tokens, nats; None: unknown. node_tokens: distinct
-    tokens that reached each node of their EP group, (num_nodes,) int64. Tensors are on the CPU.
+    load: assignments to each expert before drops, (E,) int64. tokens: routed tokens. dropped: assignments dropped for
+    capacity. entropy: mean entropy of the router over tokens, nats; None: unknown. node_tokens: distinct tokens that
+    reached each node of their EP group, (num_nodes,) int64. Tensors are on the CPU.
     """
 
     name: str
@@ -47,14 +47,14 @@ class LayerLoad:
 
     @property
     def nodes_per_token(self) -> float:
-        """Mean number of nodes that a token reaches, its own included."""
+        """Mean number of nodes that a token reaches, including its own."""
         return int(self.node_tokens.sum()) / max(1, self.tokens)
 
 
 def meters_of(model: nn.Module) -> list[tuple[str, LoadMeter]]:
-    """All meters in model order. The attribute `meter` of a module has that module's path, any other meter its own."""
-    found = [(path, module) for path, module in model.named_modules() if isinstance(module, LoadMeter)]
-    return [(_owner(path), meter) for path, meter in found]
+    """All meters in model order, by path. A meter named `meter` goes by the path of its parent."""
+    meters = [(path, module) for path, module in model.named_modules() if isinstance(module, LoadMeter)]
+    return [(_owner(path), meter) for path, meter in meters]
 
 
 def _owner(path: str) -> str:
@@ -64,19 +64,19 @@ def _owner(path: str) -> str:
 
 @torch.no_grad()
 def update_balance(model: nn.Module, group: dist.ProcessGroup | None = None, *, move: bool = True) -> list[LayerLoad]:
-    """Sums the counters over all ranks, balances by the sums, and starts the counters again.
+    """Sums the counters over all ranks, updates the balance, and resets the counters.
 
     Call it once per optimizer step. Each router follows its own rule, with e = mean load - load:
         `sign`: correction_bias += rate * sign(e) (DeepSeek-V3); `proportional`: += rate * e / mean load.
-    So does the correction bias of a router that the model had before, where the plan says so. A router with a
-    global_batch loss keeps each expert's fraction of the load for the next step.
+    So does the correction bias of the model's own router, if the plan says so. A router with a global_batch loss keeps
+    each expert's fraction of the load for the next step.
 
     Args:
-        group: ranks whose counts are summed, in one all-reduce; None: this process alone.
-        move: False only sums and starts again: the step that was counted is dropped.
+        group: ranks whose counts are summed, in one all-reduce; None: only this process.
+        move: False only sums and resets, for a step that is skipped.
 
     Returns:
-        what each layer did, in model order.
+        The statistics of each layer, in model order.
     """
     meters = meters_of(model)
     if not meters:
@@ -102,7 +102,7 @@ def _balance(model: nn.Module, load_of: dict[int, Tensor]) -> None:
 
 
 def _summed(meters: list[tuple[str, LoadMeter]], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Each meter's counters as one vector. As float64 they share an all-reduce; whole numbers are exact to 2^53."""
+    """Each meter's counters as one vector. All share one all-reduce in float64, exact for integers up to 2^53."""
     packed = [torch.cat([counter.double() for counter in meter.buffers()]) for _, meter in meters]
     flat = torch.cat(packed)
     if group is not None:
@@ -133,26 +133,26 @@ def _move(bias_E: Tensor, load_E: Tensor, balance: BalanceSpec) -> None:
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor | None:
-    """Sum of the auxiliary losses of all layers in the last training forward, coefficients included; None without any.
+    """Sum of the auxiliary losses of all layers in the last training forward, with coefficients; None without any.
 
-    It is a mean over the micro-batch's tokens, with a graph: where the loss is a sum over tokens, add it times their
-    number. Forwards in evaluation mode, or without gradients, change nothing; in evaluation, nobody asks for it.
+    It is a mean over the tokens of the micro-batch, with a graph; if your loss is a sum over tokens, multiply it by
+    their number. Forwards in evaluation mode or without gradients do not change it.
 
     Raises:
-        MoecompileError: gradients are asked for, but the forward ran without them (reentrant checkpointing).
+        MoecompileError: gradients are enabled, but the forward ran without them (reentrant checkpointing).
     """
-    found = [(name, router, loss) for name, router in _with_losses(model) if (loss := router.aux_loss) is not None]
-    for name, router, loss in found:
+    losses = [(name, router, loss) for name, router in _with_losses(model) if (loss := router.aux_loss) is not None]
+    for name, router, loss in losses:
         if torch.is_grad_enabled() and router.weight.requires_grad and not loss.requires_grad:
             raise MoecompileError(
-                f"{name}: the auxiliary loss has no gradient, since the forward ran without autograd. Activation "
-                "checkpointing must be the one with use_reentrant=False"
+                f"{name}: the auxiliary loss has no gradient, because the forward ran without autograd. Use activation "
+                "checkpointing with use_reentrant=False"
             )
-    return torch.stack([loss for _, _, loss in found]).sum() if found else None
+    return torch.stack([loss for _, _, loss in losses]).sum() if losses else None
 
 
 def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
-    """The same by kind and without a graph, to be logged."""
+    """The same losses by kind and without a graph, for logging."""
     sums: dict[str, Tensor] = {}
     for _, router in _with_losses(model):
         for kind, loss in router.aux_losses.items():
@@ -161,11 +161,11 @@ def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
 
 
 def forget_auxiliary_losses(model: nn.Module) -> None:
-    """After a backward has used them: the next one adds those of a forward that comes after this."""
+    """Drops the losses after a backward has used them, so that the next backward only adds those of later forwards."""
     for _, router in routers_of(model):
         router.aux_losses, router.aux_node = {}, None
 
 
 def _with_losses(model: nn.Module) -> list[tuple[str, Router]]:
-    """Routers whose losses count now. In evaluation mode and without gradients a model is evaluated, not trained."""
+    """Routers whose losses count, which are none if the model is evaluated: evaluation mode without gradients."""
     return [(name, router) for name, router in routers_of(model) if router.training or torch.is_grad_enabled()]

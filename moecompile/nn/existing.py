@@ -1,4 +1,4 @@
-"""Experts that a model has already, computed on rows in expert order by their own activation.
+"""Existing experts of a model, computed on rows in expert order with their own activation.
 
 Legend: R rows in expert order, D model dim, F expert width, E experts, T tokens.
 """
@@ -16,15 +16,14 @@ from moecompile.torch_private import local_part
 
 
 class ExistingExperts(nn.Module):
-    """Stacked experts without parameters: the weights belong to the module around them and are given at every call.
+    """Stacked experts without parameters: the weights belong to the parent module, which passes them at every call.
 
     So they keep their names, shapes and layout in the state dict.
 
     Args:
-        num_experts: of the model, on all ranks together.
-        own: the model's experts module without its parameters. Its `_apply_gate(gate_up)`, or `act_fn`, is the
-            activation.
-        names: `gate_up_proj` or `up_proj`, `down_proj`, and their `*_bias`, in the order in which they are given.
+        num_experts: of the model, over all ranks.
+        own: the model's experts module without parameters. Its `_apply_gate(gate_up)` or `act_fn` is the activation.
+        names: `gate_up_proj` or `up_proj`, `down_proj`, and their `*_bias`, in the order of the arguments.
         transposed: weights are (E, d_in, d_out), else (E, d_out, d_in).
     """
 
@@ -33,8 +32,8 @@ class ExistingExperts(nn.Module):
     def __init__(self, num_experts: int, own: nn.Module, names: tuple[str, ...], *, transposed: bool) -> None:
         super().__init__()
         self.num_experts, self.names, self.transposed = num_experts, names, transposed
-        # No submodule: what walks over the modules and knows the class (transformers' `_init_weights`) would look for
-        # the weights.
+        # Not a submodule: code that walks over modules and knows the class (transformers' `_init_weights`) would expect
+        # its weights.
         vars(self)["own"] = own
 
     def forward(
@@ -45,28 +44,28 @@ class ExistingExperts(nn.Module):
         source_R: Tensor | None = None,
         weights_R: Tensor | None = None,
     ) -> Tensor:
-        """rows_RD in expert order, counts_E rows of each local expert, the weights of the local experts -> (R, D).
+        """rows_RD in expert order, counts_E rows of each local expert, weights of the local experts -> (R, D).
 
-        With source_R and weights_R: as `Experts`.
+        With source_R and weights_R: as in `Experts`.
         """
-        given = dict(zip(self.names, (local_part(weight) for weight in weights), strict=True))
+        by_name = dict(zip(self.names, (local_part(weight) for weight in weights), strict=True))
         if source_R is not None and weights_R is not None:
             fused: tuple[Tensor, ...] = torch.ops.moecompile.expert_ffn(
-                rows_RD, source_R, weights_R, counts_E, given["gate_up_proj"], given["down_proj"]
+                rows_RD, source_R, weights_R, counts_E, by_name["gate_up_proj"], by_name["down_proj"]
             )
             return fused[0]
-        return self._experts(rows_RD, counts_E, given)
+        return self._experts(rows_RD, counts_E, by_name)
 
-    def _experts(self, rows_RD: Tensor, counts_E: Tensor, given: dict[str, Tensor]) -> Tensor:
-        if "gate_up_proj" in given:
-            hidden_RF = self.gate(self._project(rows_RD, counts_E, "gate_up_proj", given))
+    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        if "gate_up_proj" in weights:
+            hidden_RF = self.gate(self._project(rows_RD, counts_E, "gate_up_proj", weights))
         else:
-            hidden_RF = self._own("act_fn", self._project(rows_RD, counts_E, "up_proj", given))
-        return self._project(hidden_RF, counts_E, "down_proj", given)
+            hidden_RF = self._own("act_fn", self._project(rows_RD, counts_E, "up_proj", weights))
+        return self._project(hidden_RF, counts_E, "down_proj", weights)
 
     def gate(self, gate_up: Tensor) -> Tensor:
         """The activation of the model's own experts, (R, 2F) -> (R, F)."""
-        if hasattr(self.own, "_apply_gate"):  # what transformers calls it
+        if hasattr(self.own, "_apply_gate"):  # a method of transformers
             return self._own("_apply_gate", gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return self._own("act_fn", gate) * up
@@ -75,11 +74,11 @@ class ExistingExperts(nn.Module):
         out: Tensor = getattr(self.own, method)(value)
         return out
 
-    def _project(self, rows: Tensor, counts_E: Tensor, name: str, given: dict[str, Tensor]) -> Tensor:
-        weight = given[name].transpose(1, 2) if self.transposed else given[name]
+    def _project(self, rows: Tensor, counts_E: Tensor, name: str, weights: dict[str, Tensor]) -> Tensor:
+        weight = weights[name].transpose(1, 2) if self.transposed else weights[name]
         out: Tensor = torch.ops.moecompile.grouped_mm(rows, weight, counts_E)
-        if (bias := given.get(f"{name}_bias")) is not None:
-            # The cast is for autocast: there the product is narrower than the bias, and the sum must stay so.
+        if (bias := weights.get(f"{name}_bias")) is not None:
+            # Under autocast the product is narrower than the bias, and the sum must keep the dtype of the product.
             out = out + torch.ops.moecompile.expert_bias(bias.to(out.dtype), counts_E, rows)
         return out
 
@@ -98,8 +97,8 @@ class MatrixExperts(ExistingExperts):
     def __init__(self, num_experts: int, own: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__(num_experts, own, names, transposed=False)
 
-    def _experts(self, rows_RD: Tensor, counts_E: Tensor, given: dict[str, Tensor]) -> Tensor:
-        gate_EFD, up_EFD, down_EFD = (given[name].unflatten(0, (counts_E.shape[0], -1)) for name in self.names)
+    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        gate_EFD, up_EFD, down_EFD = (weights[name].unflatten(0, (counts_E.shape[0], -1)) for name in self.names)
         grouped_mm = torch.ops.moecompile.grouped_mm
         hidden_RF = self._own("activation_fn", grouped_mm(rows_RD, gate_EFD, counts_E))
         hidden_RF = hidden_RF * grouped_mm(rows_RD, up_EFD, counts_E)
@@ -108,7 +107,7 @@ class MatrixExperts(ExistingExperts):
 
 
 class OneHotIds(nn.Module):
-    """One-hot choices (T, 1, E) -> expert ids (T, 1); the id E for a token that was dropped and chose none."""
+    """One-hot choices (T, 1, E) -> expert ids (T, 1); the id E for a dropped token, whose choice is all zero."""
 
     def forward(self, chosen_T1E: Tensor) -> Tensor:
         """Returns int64 ids."""
@@ -117,7 +116,7 @@ class OneHotIds(nn.Module):
 
 
 class WideWeights(nn.Module):
-    """Routing weights as wide as the rows that they multiply, and at least fp32, as those of `Router` are."""
+    """Casts routing weights to a dtype as wide as the hidden states and at least fp32, like those of `Router`."""
 
     def forward(self, weights_TK: Tensor, hidden_TD: Tensor) -> Tensor:
         """Returns weights_TK."""
@@ -126,10 +125,10 @@ class WideWeights(nn.Module):
 
 
 class IdentityExperts(nn.Module):
-    """Experts that return their input (LongCat-Flash): ids from `num_experts` on, which no exchange has to carry.
+    """Experts that return their input (LongCat-Flash): ids from `num_experts` on, whose tokens need no exchange.
 
     Args:
-        num_experts: those that have weights.
+        num_experts: number of experts with weights.
     """
 
     def __init__(self, num_experts: int) -> None:
@@ -137,7 +136,7 @@ class IdentityExperts(nn.Module):
         self.num_experts = num_experts
 
     def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ids_TK, num_experts where it was one of these, and what they add to the output, (T, D)."""
+        """Returns ids_TK with these ids replaced by num_experts, and the output of these experts, (T, D)."""
         weights_T = weights_TK.masked_fill(ids_TK < self.num_experts, 0).sum(-1, keepdim=True)
         return ids_TK.clamp(max=self.num_experts), (hidden_TD * weights_T).to(hidden_TD.dtype)
 
@@ -147,31 +146,31 @@ class IdentityExperts(nn.Module):
 
 
 class ExistingMeter(LoadMeter):
-    """Counts the load of experts behind a router of the model's own.
+    """Counts the load of experts behind the model's own router.
 
-    balance: the rule of that router's correction bias, as `Router` has it.
+    balance: the rule of that router's correction bias, as in `Router`.
     """
 
     balance: BalanceSpec = NO_BALANCE
 
 
 def own_biases(model: nn.Module) -> list[tuple[ExistingMeter, Tensor]]:
-    """Meters whose model's own router has a correction bias that follows the load, and that bias (E,)."""
-    found = []
+    """Meters whose router (the model's own) has a correction bias that follows the load, and that bias (E,)."""
+    biases = []
     for path, meter in model.named_modules():
         if isinstance(meter, ExistingMeter) and meter.balance.rate:
             experts = path.rpartition(".")[0]
             bias = correction_bias(model.get_submodule(experts.rpartition(".")[0]), meter.num_experts)
             if bias is None:
                 raise MoecompileError(f"{experts}: the router's buffer e_score_correction_bias is gone")
-            found.append((meter, bias))
-    return found
+            biases.append((meter, bias))
+    return biases
 
 
 def without_parameters(module: nn.Module) -> nn.Module:
-    """A module of the same class with the same plain attributes and the same parameter-free children, for its methods.
+    """A module of the same class with the same plain attributes and parameter-free children, to call its methods.
 
-    Hooks, parameters and buffers stay with `module`.
+    Hooks, parameters and buffers are left out.
     """
     shell = type(module).__new__(type(module))
     nn.Module.__init__(shell)
@@ -186,7 +185,7 @@ def without_parameters(module: nn.Module) -> nn.Module:
 
 
 def correction_bias(block: nn.Module, num_experts: int) -> Tensor | None:
-    """The correction bias (E,) of the router that an MoE block has, as transformers names it; None if it has none."""
+    """The correction bias (E,) of the router in an MoE block, by its name in transformers; None if there is none."""
     for name, buffer in block.named_buffers():
         if name.rpartition(".")[2] == "e_score_correction_bias" and buffer.numel() == num_experts:
             return buffer

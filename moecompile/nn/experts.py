@@ -1,4 +1,4 @@
-"""Routed experts as stacked weights, and the shared expert that every token visits.
+"""Routed experts with stacked weights, and the shared expert, which gets every token.
 
 Legend: R rows in expert order, D model dim, F expert width, E experts on this rank.
 """
@@ -55,8 +55,8 @@ class Experts(nn.Module):
     ) -> Tensor:
         """rows_RD in expert order, counts_E rows of each local expert -> (R, D).
 
-        With source_R and weights_R, which the pass `fuse` gives: rows (V, D) to take the sources of, and the weighted
-        sums over the experts of each come back, (V, D). The activation must be SwiGLU, without biases.
+        With source_R and weights_R, from the pass `fuse`: rows_RD is (V, D), source_R has the row of each assignment,
+        and the result is the weighted sum over the experts of each row, (V, D). Only for SwiGLU without biases.
         """
         if source_R is not None and weights_R is not None:
             gate_up, down = local_part(getattr(self, self.in_name)), local_part(self.down_proj)
@@ -75,7 +75,7 @@ class Experts(nn.Module):
         out: Tensor = torch.ops.moecompile.grouped_mm(rows, local_part(getattr(self, name)), counts_E)
         bias = getattr(self, f"{name}_bias")
         if bias is not None:
-            # The cast is for autocast: there the product is narrower than the bias, and the sum must stay so.
+            # Under autocast the product is narrower than the bias, and the sum must keep the dtype of the product.
             out = out + torch.ops.moecompile.expert_bias(local_part(bias).to(out.dtype), counts_E, rows)
         return out
 
@@ -85,9 +85,9 @@ class Experts(nn.Module):
 
 
 class SharedExperts(nn.Module):
-    """The always-on expert: a dense FFN of width `d_shared` with the site's own activation.
+    """The shared expert: a dense FFN of width `d_shared` with the activation of the site.
 
-    Args: as `Experts`.
+    Args: as for `Experts`.
         gate: the output is multiplied by sigmoid(x gate_weight^T), one number per token (Qwen2-MoE). gate_weight (1, D)
             starts at zero, where the sigmoid is 0.5.
     """
@@ -110,9 +110,9 @@ class SharedExperts(nn.Module):
         super().__init__()
 
         def linear(d_in: int, d_out: int, bias: bool) -> nn.Linear:
-            # skip_init: the weights come from the dense FFN, and drawing others would move the global random state.
-            made: nn.Linear = nn.utils.skip_init(nn.Linear, d_in, d_out, bias=bias, device=device or "cpu", dtype=dtype)
-            return made
+            # skip_init: the weights come from the dense FFN, and drawing others would advance the global random state.
+            new: nn.Linear = nn.utils.skip_init(nn.Linear, d_in, d_out, bias=bias, device=device or "cpu", dtype=dtype)
+            return new
 
         self.gate_proj = linear(d_model, d_shared, bias_up) if gated else None
         self.up_proj = linear(d_model, d_shared, bias_up)

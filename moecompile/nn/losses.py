@@ -1,11 +1,11 @@
-"""Auxiliary losses of a router: what evens out the load through the gradient, and what keeps logits small.
+"""Auxiliary losses of a router: load-balancing losses, and a loss that keeps logits small.
 
-Legend: T tokens, S tokens of a sequence, E experts, K top-k. Leading dims (...) are batch dims; f and P are vectors
-over experts, which the balance losses multiply:
+Legend: T tokens, S tokens of a sequence, E experts, K top-k. Leading dims (...) are batch dims. The balance losses
+multiply two vectors over experts:
 
-    f_i   share of the assignments that go to expert i, times E: 1 for all i if the load is even. No gradient.
+    f_i   fraction of the assignments that go to expert i, times E: 1 for all i if the load is balanced. No gradient.
     P_i   mean over tokens of the scores, normalised to sum 1 over the experts of a token.
-    loss  sum_i f_i P_i: 1 if the load or the scores are even.
+    loss  sum_i f_i P_i: 1 if the load or the scores are balanced.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def micro_batch_loss(probs: Tensor, ids_TK: Tensor) -> Tensor:
 def sequence_loss(scores: Tensor, probs: Tensor, top_k: int) -> Tensor:
     """Load balance within each sequence, mean over sequences (DeepSeek-V3 report, arXiv 2412.19437, eq. 17-20).
 
-    f counts the top-k of the scores themselves, without correction bias and group limit, as the report writes it.
+    f counts the top-k of the scores themselves, without correction bias and group limit, as in the report.
     scores, probs: (..., S, E), or (S, E) for one sequence.
     """
     num_tokens, num_experts = probs.shape[-2:]
@@ -44,12 +44,12 @@ def sequence_loss(scores: Tensor, probs: Tensor, top_k: int) -> Tensor:
 def global_batch_loss(probs: Tensor, load_E: Tensor) -> Tensor:
     """Load balance over the global batch: f is the global load of the previous optimizer step, P of this micro-batch.
 
-    f carries no gradient, so the load of the whole previous step serves for every micro-batch of this one. No
-    collective in forward is needed, and the loss is the same for every mesh and every accumulation. Qiu et al.
-    (arXiv 2501.11873), who made the case for the global batch, synchronise the counts of the running batch instead.
+    f has no gradient, so the load of the whole previous step serves for every micro-batch of this one. Forward needs no
+    collective, and the loss is the same for every mesh and every number of micro-batches. Qiu et al. (arXiv
+    2501.11873), who proposed the global batch, synchronise the counts of the current batch instead.
 
     Args:
-        load_E: each expert's fraction of all assignments of the previous step (even before the first one).
+        load_E: each expert's fraction of all assignments of the previous step (1 / E before the first step).
     """
     num_experts = probs.shape[-1]
     f_E = num_experts * load_E.detach()
@@ -57,5 +57,5 @@ def global_batch_loss(probs: Tensor, load_E: Tensor) -> Tensor:
 
 
 def z_loss(logits: Tensor) -> Tensor:
-    """Mean over tokens of logsumexp(logits)^2: it keeps logits small (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    """Mean over tokens of logsumexp(logits)^2, which keeps logits small (ST-MoE, arXiv 2202.08906, eq. 5)."""
     return logits.logsumexp(-1).square().mean()

@@ -1,4 +1,4 @@
-"""Counts what routing does between two balance updates.
+"""Counts the load of experts between two balance updates.
 
 Legend: T tokens, E experts, K top-k.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 
-TOKENS, DROPPED, ENTROPY = range(3)  # places in `sums`
+TOKENS, DROPPED, ENTROPY = range(3)  # indices in `sums`
 
 
 class LoadMeter(nn.Module):
@@ -22,11 +22,11 @@ class LoadMeter(nn.Module):
     reach each node, after drops. sums (3,) float64: tokens, dropped assignments, entropy of the router in nats summed
     over tokens.
 
-    Nothing is counted in evaluation mode, nor while autograd recomputes a forward.
+    Nothing is counted in evaluation mode or in a recomputed forward.
 
     Args:
-        num_experts, num_nodes: sizes; node i holds the i-th equal part of the experts.
-        has_entropy: whether calls give the router's distribution.
+        num_experts, num_nodes: sizes; node i has the i-th equal part of the experts.
+        has_entropy: whether calls pass the router's distribution.
     """
 
     load: Tensor
@@ -43,7 +43,7 @@ class LoadMeter(nn.Module):
     ) -> None:
         super().__init__()
         if num_experts % num_nodes:
-            raise ValueError(f"{num_experts} experts do not lie evenly on {num_nodes} nodes")
+            raise ValueError(f"{num_experts} experts cannot be split evenly over {num_nodes} nodes")
         self.num_experts, self.num_nodes, self.has_entropy = num_experts, num_nodes, has_entropy
 
         def counter(size: int, dtype: torch.dtype) -> Tensor:
@@ -57,7 +57,7 @@ class LoadMeter(nn.Module):
         """Counts one forward.
 
         Args:
-            ids_TK: chosen experts. kept_TK: the same after drops, num_experts for a dropped one; None: none is dropped.
+            ids_TK: chosen experts. kept_TK: the same after drops, with num_experts for a dropped one; None: no drops.
             probs_TE: each token's distribution over experts.
         """
         if self.training:
@@ -65,7 +65,7 @@ class LoadMeter(nn.Module):
             torch.ops.moecompile.count_routing(self.load, self.node_tokens, self.sums, ids_TK, kept_TK, probs_TE)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoadMeter:
-        # A cast of the model to bf16 must not round counts.
+        # A cast of the model to bf16 must not round the counts.
         super()._apply(at_least(torch.float64, fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -75,7 +75,7 @@ class LoadMeter(nn.Module):
 
 
 def at_least(dtype: torch.dtype, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`fn` of `nn.Module._apply`, but floating-point tensors stay as wide as `dtype` and are not rounded on the way."""
+    """Wraps `fn` of `nn.Module._apply`: floating-point tensors get at least the width of `dtype`, without rounding."""
 
     def wide(tensor: Tensor) -> Tensor:
         out = fn(tensor)

@@ -1,7 +1,7 @@
 """Registered ops (`torch.ops.moecompile.*`): importing this package registers them.
 
-Every function node that the compiler inserts is one of these, with tensor split sizes, a fake kernel and an autograd
-formula, so that rewritten graphs print, re-trace, run under fake tensors and compile without breaks.
+Every function node that the compiler inserts is one of these. Each takes split sizes as tensors and has a fake kernel
+and an autograd formula, so rewritten graphs print, re-trace, run under fake tensors and compile without graph breaks.
 """
 
 from moecompile.ops import (  # isort: split

@@ -1,6 +1,6 @@
-"""Autocast rules: expert matmuls run in the autocast dtype, as every linear does; routing weights and sums keep theirs.
+"""Autocast rules: expert matmuls run in the autocast dtype, like every linear; routing weights and sums keep theirs.
 
-An op without a rule would run under autocast *inside*: a matmul in `unpermute` would sum in bf16.
+Without a rule, autocast would apply *inside* the op: a matmul in `unpermute` would sum in bf16.
 """
 
 from __future__ import annotations

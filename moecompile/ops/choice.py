@@ -1,4 +1,4 @@
-"""Which assignments of tokens to experts there are: capacity, expert choice. Index work, without gradients.
+"""Which tokens are assigned to which experts: capacity and expert choice. Index ops without gradients.
 
 Legend: T tokens, E experts, K top-k.
 """
@@ -13,17 +13,17 @@ from torch import Tensor
 
 
 def capacity(factor: float, num_tokens: int, top_k: int, num_experts: int) -> int:
-    """Tokens that one expert takes of a micro-batch: ceil(factor * T * K / E), without rounding on the way."""
+    """Tokens that one expert takes of a micro-batch: ceil(factor * T * K / E), computed exactly."""
     return math.ceil(Fraction(str(factor)) * num_tokens * top_k / num_experts)
 
 
 @torch.library.custom_op("moecompile::within_capacity", mutates_args=())
 def within_capacity(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, factor: float, policy: str) -> Tensor:
-    """Which assignments are kept when each expert takes `capacity` of them, (T, K) bool.
+    """Which assignments are kept if each expert takes at most `capacity` of them, (T, K) bool.
 
     Args:
-        policy: `position`: the first ones, by the token's position in the micro-batch, whatever the slot (Switch,
-            arXiv 2101.03961). `score`: those with the largest weights, of equal ones the first.
+        policy: `position`: the first ones by the token's position in the micro-batch, in any slot (Switch,
+            arXiv 2101.03961). `score`: those with the largest weights; among equal weights, the first.
     """
     num_tokens, top_k = ids_TK.shape
     flat = ids_TK.reshape(-1)
@@ -32,10 +32,10 @@ def within_capacity(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, factor
         order = by_weight.index_select(0, torch.argsort(flat.index_select(0, by_weight), stable=True))
     else:
         order = torch.argsort(flat, stable=True)
-    # Assignments stand by expert now, the preferred ones first: their rank is the place within the expert's run.
+    # Assignments are sorted by expert now, preferred ones first. Their rank is the offset from the expert's first one.
     expert = flat.index_select(0, order)
-    place = torch.arange(flat.numel(), device=flat.device)
-    rank = place - torch.searchsorted(expert, expert)
+    position = torch.arange(flat.numel(), device=flat.device)
+    rank = position - torch.searchsorted(expert, expert)
     kept = torch.empty_like(flat, dtype=torch.bool)
     kept[order] = rank < capacity(factor, num_tokens, top_k, num_experts)
     return kept.view(num_tokens, top_k)
@@ -48,7 +48,7 @@ def _(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, factor: float, polic
 
 @torch.library.custom_op("moecompile::expert_choice", mutates_args=())
 def expert_choice(scores_TE: Tensor, top_k: int, factor: float) -> Tensor:
-    """Each expert takes the `capacity` tokens that it scores highest, at most all (Zhou et al. 2022, arXiv 2202.09368).
+    """Each expert takes the `capacity` tokens with the highest scores (Zhou et al. 2022, arXiv 2202.09368).
 
     Returns:
         (T, E) int64: e in column e where expert e took the token, else E.
@@ -56,8 +56,8 @@ def expert_choice(scores_TE: Tensor, top_k: int, factor: float) -> Tensor:
     num_tokens, num_experts = scores_TE.shape
     taken = min(capacity(factor, num_tokens, top_k, num_experts), num_tokens)
     best = scores_TE.topk(taken, dim=0, sorted=False).indices
-    nobody = torch.full(scores_TE.shape, num_experts, dtype=torch.int64, device=scores_TE.device)
-    return nobody.scatter_(0, best, torch.arange(num_experts, device=best.device).expand_as(best))
+    no_expert = torch.full(scores_TE.shape, num_experts, dtype=torch.int64, device=scores_TE.device)
+    return no_expert.scatter_(0, best, torch.arange(num_experts, device=best.device).expand_as(best))
 
 
 @expert_choice.register_fake

@@ -1,14 +1,14 @@
-"""The exchanges: everything that crosses a mesh axis. The axis is the last argument of each.
+"""The exchanges: all communication over a mesh axis, which is the last argument of each op.
 
-`axis` is a logical mesh axis (`ep`) until `shard` replaces it by the name of a process group; running an exchange
-before that raises, it never falls back to the identity.
+`axis` is a logical mesh axis (`ep`) until `shard` replaces it by the name of a process group. Running an exchange
+before that raises an error; it never falls back to the identity.
 
 Legend: R rows sent, S rows received, D model dim, K top-k, r ranks on the axis, n numbers per rank, A assignments sent,
 M rows of a block, equally many on every rank of the axis.
 
-`table_2rn` is the one thing about split sizes that the host must know: [0] what this rank sends to each rank, [1] what
-it receives, int64 on the CPU. Whoever needs it first waits for it, the one host sync of a layer (moecompile.ops.host);
-later exchanges of the layer reuse it. `column` selects one of the n numbers, -1 their sum.
+`table_2rn`, int64 on the CPU, has all split sizes: input_splits in [0] (what this rank sends to each rank) and
+output_splits in [1] (what it receives). The first op that needs it waits for it, which is the only host sync of a layer
+(moecompile.ops.host); later exchanges reuse it. `column` selects one of the n numbers per rank, -1 their sum.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moecompile.torch_private import process_group_by_name
 
 @torch.library.custom_op("moecompile::exchange_counts", mutates_args=())
 def exchange_counts(counts: Tensor, axis: str) -> tuple[Tensor, Tensor]:
-    """Tells every rank what it will receive.
+    """Sends every rank the counts of what it will receive.
 
     Args:
         counts: int64, r * n numbers; row j of the (r, n) view goes to rank j.
@@ -48,7 +48,7 @@ def _(counts: Tensor, axis: str) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("moecompile::send_counts", mutates_args=())
 def send_counts(counts: Tensor, axis: str) -> Tensor:
-    """As `exchange_counts`, but nothing is read on the host: recv_rn alone, for counts on which others depend."""
+    """Like `exchange_counts` but without the copy to the host: returns only recv_rn, from which other counts follow."""
     return _exchange_counts(counts, axis)
 
 
@@ -60,12 +60,12 @@ def _(counts: Tensor, axis: str) -> Tensor:
 
 @torch.library.custom_op("moecompile::all_to_all", mutates_args=())
 def all_to_all(rows_RD: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str) -> Tensor:
-    """Sends rows, which stand by destination rank, and returns the received ones by source rank, (S, D).
+    """Sends rows, sorted by destination rank, and returns the received rows, sorted by source rank, (S, D).
 
-    With `reverse` the table is read the other way round: the answers to an earlier exchange travel back.
+    `reverse` swaps input and output splits, to return the results of an earlier exchange.
     """
-    sent, received = splits(table_2rn, column, reverse)
-    return _exchange(rows_RD, sent, received, axis)
+    input_splits, output_splits = splits(table_2rn, column, reverse)
+    return _exchange(rows_RD, input_splits, output_splits, axis)
 
 
 @all_to_all.register_fake
@@ -92,16 +92,16 @@ all_to_all.register_autograd(_all_to_all_backward, setup_context=_all_to_all_set
 def exchange_assignments(
     weights_A: Tensor, codes_A: Tensor, table_2rn: Tensor, column: int, axis: str
 ) -> tuple[Tensor, Tensor]:
-    """Sends routing weights and their int16 codes in one message: weight bit-cast to bytes, then the code.
+    """Sends routing weights and their int16 codes in one message: the bytes of the weight, then those of the code.
 
     Returns:
-        weights and codes received, by source rank.
+        received weights and codes, sorted by source rank.
     """
-    sent, received = splits(table_2rn, column, reverse=False)
+    input_splits, output_splits = splits(table_2rn, column, reverse=False)
     width = weights_A.element_size()
     packed = torch.cat((bytes_of(weights_A), bytes_of(codes_A)), dim=1)
-    landed = _exchange(packed, sent, received, axis)
-    return unpack(landed[:, :width], weights_A.dtype), unpack(landed[:, width:], codes_A.dtype)
+    received = _exchange(packed, input_splits, output_splits, axis)
+    return unpack(received[:, :width], weights_A.dtype), unpack(received[:, width:], codes_A.dtype)
 
 
 @exchange_assignments.register_fake
@@ -128,7 +128,7 @@ exchange_assignments.register_autograd(_assignments_backward, setup_context=_ass
 
 @torch.library.custom_op("moecompile::all_gather", mutates_args=())
 def all_gather(rows_MD: Tensor, axis: str) -> Tensor:
-    """The blocks of all ranks, (r * M, D), by source rank."""
+    """The blocks of all ranks, (r * M, D), sorted by source rank."""
     return _gather(rows_MD, axis)
 
 
@@ -139,17 +139,17 @@ def _(rows_MD: Tensor, axis: str) -> Tensor:
 
 @torch.library.custom_op("moecompile::reduce_scatter", mutates_args=())
 def reduce_scatter(rows: Tensor, axis: str) -> Tensor:
-    """Sums the blocks that the ranks hold for this one, (r * M, D) -> (M, D), in at least fp32.
+    """Sums the blocks that all ranks have for this rank, (r * M, D) -> (M, D), in at least fp32.
 
-    Blocks travel as an all-to-all and are added here, in the order of ranks: the same sum with every backend, each
-    block rounded once. A rank sends as many bytes as in a ring.
+    An all-to-all moves the blocks, and they are added here in rank order, so the sum is the same with every backend and
+    rounded once. A rank sends as many bytes as in a ring.
     """
     group = group_of(axis)
-    landed = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    received = torch.empty_like(rows, memory_format=torch.contiguous_format)
     if rows.numel():
-        dist.all_to_all_single(landed, rows.contiguous(), group=group)
+        dist.all_to_all_single(received, rows.contiguous(), group=group)
     _count_blocks(axis, group, rows.numel() * rows.element_size() // group.size())
-    blocks = landed.view(group.size(), -1, rows.shape[1])
+    blocks = received.view(group.size(), -1, rows.shape[1])
     return blocks.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)
 
 
@@ -179,8 +179,8 @@ def gather_assignments(weights_MK: Tensor, ids_MK: Tensor, axis: str) -> tuple[T
     """Gathers routing weights and int16 expert ids in one message, (r * M, K) each."""
     top_k, width = weights_MK.shape[1], weights_MK.shape[1] * weights_MK.element_size()
     packed = torch.cat((weights_MK.contiguous().view(torch.uint8), ids_MK.contiguous().view(torch.uint8)), dim=1)
-    landed = _gather(packed, axis)
-    weights, ids = unpack(landed[:, :width], weights_MK.dtype), unpack(landed[:, width:], ids_MK.dtype)
+    gathered = _gather(packed, axis)
+    weights, ids = unpack(gathered[:, :width], weights_MK.dtype), unpack(gathered[:, width:], ids_MK.dtype)
     return weights.view(-1, top_k), ids.view(-1, top_k)
 
 
@@ -229,43 +229,43 @@ def _exchange_counts(counts: Tensor, axis: str) -> Tensor:
 def _gather(block: Tensor, axis: str) -> Tensor:
     group = group_of(axis)
     out = block.new_empty(group.size() * block.shape[0], block.shape[1])
-    if block.numel():  # blocks are equally large, so all ranks agree
+    if block.numel():  # all ranks agree on this, because blocks have equal sizes
         dist.all_gather_single(out, block.contiguous(), group=group)
     _count_blocks(axis, group, block.numel() * block.element_size())
     return out
 
 
 def _count_blocks(axis: str, group: dist.ProcessGroup, block_bytes: int) -> None:
-    """Every rank is sent a block. A ring passes as many bytes, on to its next rank, which has the same link class if
-    the axis stays on one node or has one rank a node.
+    """Counts one block sent to every rank. A ring sends as many bytes to the next rank, over the same class of link if
+    the axis is on one node or has one rank per node.
     """
     traffic.add(axis, group, [block_bytes] * group.size())
 
 
 def splits(table_2rn: Tensor, column: int, reverse: bool) -> tuple[list[int], list[int]]:
-    """Rows sent to, and received from, each rank."""
+    """input_splits, output_splits: rows sent to, and received from, each rank."""
     table_2rn = finish_read(table_2rn)
     sizes_2r = table_2rn.sum(2) if column < 0 else table_2rn[:, :, column]
-    sent, received = sizes_2r.tolist()
-    return (received, sent) if reverse else (sent, received)
+    input_splits, output_splits = sizes_2r.tolist()
+    return (output_splits, input_splits) if reverse else (input_splits, output_splits)
 
 
-def _exchange(rows: Tensor, sent: list[int], received: list[int], axis: str) -> Tensor:
+def _exchange(rows: Tensor, input_splits: list[int], output_splits: list[int], axis: str) -> Tensor:
     group = group_of(axis)
-    out = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
-    count_sent(axis, group, rows, sent)
+    out = rows.new_empty(sum(output_splits), *rows.shape[1:])
+    dist.all_to_all_single(out, rows.contiguous(), output_splits, input_splits, group=group)
+    count_sent(axis, group, rows, input_splits)
     return out
 
 
-def count_sent(axis: str, group: dist.ProcessGroup, rows: Tensor, sent: list[int]) -> None:
-    """Counts `rows`, of which `sent[i]` go to rank i of the group."""
+def count_sent(axis: str, group: dist.ProcessGroup, rows: Tensor, input_splits: list[int]) -> None:
+    """Counts the bytes of `rows`, of which `input_splits[i]` go to rank i of the group."""
     row_bytes = rows.element_size() * rows[:1].numel() if rows.shape[0] else 0
-    traffic.add(axis, group, [count * row_bytes for count in sent])
+    traffic.add(axis, group, [count * row_bytes for count in input_splits])
 
 
 def unpack(columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Byte columns as values. The copy is explicit: of a single row, reshape and contiguous would return a view."""
+    """Byte columns as values. Copies explicitly, because reshape and contiguous return a view of a single row."""
     flat = torch.empty(columns.numel(), dtype=torch.uint8, device=columns.device)
     flat.view_as(columns).copy_(columns)
     return flat.view(dtype)

@@ -1,5 +1,5 @@
-"""The gated experts of one rank in one op: gather, both projections, SwiGLU, routing weight, sum. Only what backward
-cannot cheaply make again is kept: the input, and the projections before the activation.
+"""The gated experts of one rank in one op: gather, both projections, SwiGLU, routing weight, sum. It keeps only what
+backward cannot recompute cheaply: the input, and the projections before the activation.
 
     y[v] = sum over rows r with source v of  weight_r * (silu(gate) * up) down_e^T,   (gate, up) = x[v] gate_up_e^T
 
@@ -7,15 +7,15 @@ Legend: V rows of the input, D model dim, R rows in expert order = (row of the i
 G = 2 F, E experts on this rank, P rows with padding.
 
 NOTE on speed, on a CPU:
-  1. The routing weight is applied to the hidden activation. So expert outputs need not be kept for the router's
-     gradient: it is a sum over F of what backward has at hand.
-  2. Experts are computed a few after the other; what is gathered and what lies between two products fits the cache,
-     and what is not a product is done once for the few.
+  1. The routing weight is applied to the hidden activation. So expert outputs need not be kept for the gradient of the
+     router: it is a sum over F of values that backward has anyway.
+  2. Experts are computed in blocks of a few, so that gathered rows and intermediate results fit in the cache; all work
+     except the products is done once per block.
   3. bf16 rows of an expert are padded to one of few lengths, with rows of weight 0: oneDNN builds a kernel for every
-     new length, which took up to 5 ms here, several times a layer and step.
-  4. How rows and weights are multiplied is decided in moecompile.ops.cpu.products.
-On a GPU the grouped products take all experts at once, and the counts stay on the device; on a CPU they do so where
-experts have few rows.
+     new length, which took up to 5 ms here, several times per layer and step.
+  4. moecompile.ops.cpu.products decides how rows and weights are multiplied.
+On a GPU grouped products compute all experts at once, and the counts stay on the device; so do they on a CPU if experts
+have few rows.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def expert_ffn(
     """The sum above.
 
     Args:
-        source_R: int64, row of the input of each row in expert order. weights_R: routing weights, fp32 or wider.
+        source_R: int64, input row of each row in expert order. weights_R: routing weights, fp32 or wider.
         counts_E: int64, rows of each expert.
 
     Returns:
@@ -99,7 +99,7 @@ def expert_ffn_backward(
     grad_VD: Tensor, x_VD: Tensor, source_R: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor,
     gate_up_PG: Tensor, source_P: Tensor, weights_P: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of `expert_ffn`: for x_VD, weights_R, gate_up_EGD and down_EDF; zero for experts without rows."""
+    """Gradients of `expert_ffn` for x_VD, weights_R, gate_up_EGD and down_EDF; zero for experts without rows."""
     if at_once(x_VD, source_R.shape[0], *gate_up_EGD.shape, down_EDF.shape[2]):
         return _backward_at_once(
             grad_VD, x_VD, source_R, counts_E, gate_up_EGD, down_EDF, gate_up_PG, source_P, weights_P
@@ -141,7 +141,7 @@ def _is_padded(x: Tensor) -> bool:
 
 
 def _may_be_padded(x: Tensor) -> bool:
-    """What is known without trying the processor, which fake tensors cannot do."""
+    """Decides without timing the processor, which is impossible with fake tensors."""
     return x.dtype == torch.bfloat16 and not x.is_cuda
 
 
@@ -151,8 +151,8 @@ _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 def _kernels_for(gate_up_MG: Tensor, weights_M: Tensor) -> Kernels | None:
-    known = gate_up_MG.dtype in _SUFFIX and weights_M.dtype == torch.float32
-    return kernels() if known and gate_up_MG.device.type == "cpu" else None
+    supported = gate_up_MG.dtype in _SUFFIX and weights_M.dtype == torch.float32
+    return kernels() if supported and gate_up_MG.device.type == "cpu" else None
 
 
 def _activate(gate_up_MG: Tensor, weights_M: Tensor, hidden_MF: Tensor) -> None:
@@ -169,7 +169,7 @@ def _activate(gate_up_MG: Tensor, weights_M: Tensor, hidden_MF: Tensor) -> None:
 def _activate_backward(
     gate_up_MG: Tensor, weights_M: Tensor, dh_MF: Tensor, grad_MG: Tensor, hidden_MF: Tensor, grad_weights_M: Tensor
 ) -> None:
-    """Gradients of `_activate` and the hidden activation again, in place."""
+    """Writes the gradients of `_activate` and recomputes the hidden activation, in place."""
     native = _kernels_for(gate_up_MG, weights_M)
     if native is not None:
         rows, width = hidden_MF.shape

@@ -1,4 +1,4 @@
-"""Row movement of the `allgather` dispatch: a rank sees all tokens of its EP group and computes its own experts' part.
+"""Row movement of the `allgather` dispatch: each rank gets all tokens of its EP group and computes its own experts.
 
 Legend: T tokens, D model dim, K top-k, r EP ranks, M tokens of the longest micro-batch, G = r * M rows gathered,
 B assignments to experts of this rank.
@@ -16,14 +16,14 @@ from moecompile.ops.host import finish_read
 from moecompile.ops.layout import by_assignment
 from moecompile.ops.tokens import expert_counts
 
-_PADDING = -1  # an expert id that no rank holds
+_PADDING = -1  # expert id of padding, which no rank has
 
 
 @torch.library.custom_op("moecompile::count_gathered", mutates_args=())
 def count_gathered(ids_TK: Tensor, num_experts: int, num_ranks: int) -> Tensor:
-    """What each rank must know of this one, counts_r3 int64: tokens here, assignments to it, its first expert.
+    """Counts to send to each rank, counts_r3 int64: tokens of this rank, assignments to the other, its first expert.
 
-    The last number says the same on every rank; so the graph needs no rank of its own.
+    Every rank sends the same third number, so that the graph need not know the rank that runs it.
     """
     per_rank = num_experts // num_ranks
     rank_TK = torch.div(ids_TK, per_rank, rounding_mode="floor")  # dropped: num_ranks
@@ -39,7 +39,7 @@ def _(ids_TK: Tensor, num_experts: int, num_ranks: int) -> Tensor:
 
 @torch.library.custom_op("moecompile::pad_tokens", mutates_args=())
 def pad_tokens(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, table_2r3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pads a micro-batch to the longest one of the group, with tokens that choose no expert.
+    """Pads a micro-batch to the longest one of the group with tokens that have no expert.
 
     Returns:
         x_MD, weights_MK, ids_MK int16.
@@ -100,7 +100,7 @@ def take_local(
     """Copies each gathered row once per expert of this rank that it chose and sorts the copies by local expert.
 
     Args:
-        received_r3, table_2r3: what `count_gathered` said, exchanged: this rank's first expert and its assignments.
+        received_r3, table_2r3: the exchanged results of `count_gathered`.
 
     Returns:
         rows_BD, weights_B, source_B int64 (copy -> gathered row), order_B int64 (copy -> flat assignment), counts_e.
@@ -145,14 +145,14 @@ def local_assignments(
     ids_GK: Tensor, received_r3: Tensor, table_2r3: Tensor, num_local: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Assignments to this rank by local expert: source_B (-> gathered row), order_B (-> flat assignment), counts_e."""
-    place_A = (ids_GK.to(torch.int64) - received_r3[0, 2]).reshape(-1)
-    place_A = torch.where((place_A >= 0) & (place_A < num_local), place_A, num_local)  # of others: last
+    local_A = (ids_GK.to(torch.int64) - received_r3[0, 2]).reshape(-1)
+    local_A = torch.where((local_A >= 0) & (local_A < num_local), local_A, num_local)  # experts of other ranks: last
     num_assigned = int(finish_read(table_2r3)[1, :, 1].sum())
-    order_B = torch.argsort(place_A, stable=True)[:num_assigned].clone()
+    order_B = torch.argsort(local_A, stable=True)[:num_assigned].clone()
     source_B = torch.div(order_B, ids_GK.shape[1], rounding_mode="floor")
-    return source_B, order_B, expert_counts(place_A, num_local + 1)[:num_local].clone()
+    return source_B, order_B, expert_counts(local_A, num_local + 1)[:num_local].clone()
 
 
 def _padded(rows: Tensor, missing: int) -> Tensor:
-    # Without rows to add, F.pad would return its input, which an op may not.
+    # Without padding, F.pad would return its input, which an op must not do.
     return F.pad(rows, (0, 0, 0, missing)) if missing else rows.clone()

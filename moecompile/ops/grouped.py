@@ -1,4 +1,4 @@
-"""Expert matmuls over rows that stand in expert order.
+"""Expert matmuls over rows in expert order.
 
 Legend: R rows, D in dim, F out dim, E experts on this rank.
 """
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from moecompile.ops.cpu.blocks import Block
 from moecompile.ops.cpu.products import Products, suits_kernel
 
-_ALIGNMENT_BYTES = 16  # of every row, or F.grouped_mm refuses
-_FEW_ROWS = {torch.float32: 128, torch.bfloat16: 24}  # an expert has on average, on a CPU; benchmarks/layer.py
+_ALIGNMENT_BYTES = 16  # of every row; F.grouped_mm requires it
+_FEW_ROWS = {torch.float32: 128, torch.bfloat16: 24}  # average rows per expert, on a CPU; benchmarks/layer.py
 
 
 @torch.library.custom_op("moecompile::grouped_mm", mutates_args=())
@@ -50,7 +50,7 @@ def _(grad_RF: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
 
 @torch.library.custom_op("moecompile::grouped_mm_weight_grad", mutates_args=())
 def grouped_mm_weight_grad(grad_RF: Tensor, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
-    """Gradient of `grouped_mm` for its weight, (E, F, D); zero for experts without rows, never missing."""
+    """Gradient of `grouped_mm` for its weight, (E, F, D); zero for experts without rows."""
     if _by_library(counts_E, (grad_RF.shape[1], rows_RD.shape[1]), grad_RF, rows_RD):
         return F.grouped_mm(grad_RF.t(), rows_RD, offs=_offsets(counts_E))
     out_EFD = grad_RF.new_empty(counts_E.shape[0], grad_RF.shape[1], rows_RD.shape[1])
@@ -119,10 +119,10 @@ def _(rows_RF: Tensor, counts_E: Tensor) -> Tensor:
 
 
 def at_once(like: Tensor, num_rows: int, num_experts: int, *widths: int) -> bool:
-    """Whether all experts' rows, of the type of `like`, go through each product together, not a block after the other.
+    """Whether each product computes all experts at once instead of block by block, for rows of the type of `like`.
 
-    On a GPU one kernel does all experts, without reading the counts on the host. On a CPU fewer calls are faster with
-    few rows; with more rows an expert, what lies between two products should stay in the cache.
+    On a GPU one kernel computes all experts without reading the counts on the host. On a CPU fewer calls are faster if
+    experts have few rows; with more rows, intermediate results should stay in the cache.
     """
     if any(width * like.element_size() % _ALIGNMENT_BYTES for width in widths):
         return False
@@ -132,8 +132,8 @@ def at_once(like: Tensor, num_rows: int, num_experts: int, *widths: int) -> bool
 
 
 def _by_library(counts_E: Tensor, widths: tuple[int, ...], rows: Tensor, other: Tensor) -> bool:
-    """Whether `F.grouped_mm` takes such factors, and nothing here is faster. On a CPU it is a plain loop, whose calls
-    cost less than ours."""
+    """Whether `F.grouped_mm` supports such factors and our kernel is not faster. On a CPU it is a plain loop, with less
+    overhead per call than ours."""
     num_rows, num_experts = rows.shape[0], counts_E.shape[0]
     once = at_once(rows, num_rows, num_experts, *widths)
     return once and not suits_kernel(num_rows, num_experts, widths, rows, other)

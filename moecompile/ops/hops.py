@@ -1,19 +1,19 @@
-"""Row movement of the `hierarchical` dispatch: two hops, each a deduplicated exchange with ranks or nodes as its parts.
+"""Row movement of the `hierarchical` dispatch: two hops, each a deduplicated exchange between nodes or ranks (parts).
 
-Legend: T tokens, D model dim, K top-k, N nodes of the EP group, L EP ranks on each, V rows at hand, A assignments at
-hand, U rows sent, B assignments sent.
+Legend: T tokens, D model dim, K top-k, N nodes of the EP group, L EP ranks on each, V local rows, A local assignments,
+U rows sent, B assignments sent.
 
-NOTE on the way of a token, from rank (n, l), position l on node n, to its experts:
-  1. Hop 1, over `ep_inter`: one row to (m, l) for each node m that holds one of the token's experts.
-  2. Hop 2, over `ep_intra`: (m, l) sends the row on, once to each (m, j) that holds one of the token's experts.
-  3. Back the same way: (m, j) sends (m, l) one weighted sum a row, (m, l) adds up what its node sent and sends (n, l)
-     one row for the token.
+NOTE on the route of a token from rank (n, l), local rank l on node n, to its experts:
+  1. Hop 1, over `ep_inter`: one row to (m, l) for each node m that has one of the token's experts.
+  2. Hop 2, over `ep_intra`: (m, l) forwards the row once to each (m, j) that has one of the token's experts.
+  3. Back the same way: (m, j) sends (m, l) one weighted sum per row; (m, l) adds up the sums from its node and sends
+     (n, l) one row per token.
 
-NOTE on the counts. What (m, l) sends on depends on what it receives, but every source can count that from its own ids.
-So hop 1's counts carry the counts of hop 2, 2 + 2 L numbers to each node:
-  [rows, assignments, (rows, assignments) for position 0, ..., for position L - 1]
-Their sums over the sources are what (m, l) sends on. Both counts stay on the device, and both tables are on
-their way to the host together: one host sync a layer, and with the sizes known no op here needs another one.
+NOTE on the counts. What (m, l) forwards depends on what it receives, but every source can count it from its own ids.
+So the counts of hop 1 include those of hop 2, 2 + 2 L numbers for each node:
+  [rows, assignments, (rows, assignments) for local rank 0, ..., for local rank L - 1]
+Their sums over the sources are what (m, l) forwards. Both counts stay on the device, and both tables are copied to the
+host together: one host sync per layer. Since all sizes are then known, no op here needs another.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moecompile.ops.rows import assignment_codes
 
 @torch.library.custom_op("moecompile::count_hops", mutates_args=())
 def count_hops(ids_TK: Tensor, num_experts: int, num_nodes: int, ranks_per_node: int) -> tuple[Tensor, Tensor]:
-    """Codes of the assignments and what to send to each node (see the notes above). Dropped ones are not counted.
+    """Codes of the assignments, and counts to send to each node (see above). Dropped assignments are not counted.
 
     Returns:
         codes_A int64 (A = T * K): 2 * expert + (1 if it is the first of its token); counts_Nn int64.
@@ -51,7 +51,7 @@ def _(ids_TK: Tensor, num_experts: int, num_nodes: int, ranks_per_node: int) -> 
 
 @torch.library.custom_op("moecompile::onward_counts", mutates_args=())
 def onward_counts(received_Nn: Tensor) -> Tensor:
-    """Rows and assignments that hop 2 sends to each rank of the node, (L, 2)."""
+    """Rows and assignments that hop 2 forwards to each rank of the node, (L, 2)."""
     return received_Nn[:, 2:].sum(0).reshape(-1, 2)
 
 
@@ -62,7 +62,7 @@ def _(received_Nn: Tensor) -> Tensor:
 
 @torch.library.custom_op("moecompile::read_tables", mutates_args=())
 def read_tables(sent_Nn: Tensor, received_Nn: Tensor, sent_L2: Tensor, received_L2: Tensor) -> tuple[Tensor, Tensor]:
-    """The tables of both hops, table_2Nn and table_2L2 (moecompile.ops.exchange), waited for once."""
+    """The tables of both hops, table_2Nn and table_2L2 (moecompile.ops.exchange), with a single host sync."""
     return start_read(torch.stack((sent_Nn, received_Nn))), start_read(torch.stack((sent_L2, received_L2)))
 
 

@@ -1,7 +1,7 @@
-"""Numbers that the host must know of the device: their copy is started early and waited for where they are read.
+"""Reads numbers from the device: starts the copy to the host early and waits for it only where they are read.
 
-A plain copy to the host waits for everything queued on the device, and until then the host queues nothing more. Here
-the copy goes to pinned memory, the host goes on queueing work, and the wait ends with the copy, not with that work.
+A plain copy to the host waits for all queued work of the device, and the host queues nothing meanwhile. Here the copy
+goes to pinned memory, the host keeps queueing work, and the wait ends with the copy, not with that work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _numbers = itertools.count()
 
 
 def start_read(values: Tensor) -> Tensor:
-    """A CPU tensor of these values. Before its values are looked at, it must have gone through `finish_read`."""
+    """Starts the copy and returns the CPU tensor. Call `finish_read` before reading its values."""
     if values.device.type == "cpu":
         return values
     copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -28,8 +28,8 @@ def start_read(values: Tensor) -> Tensor:
 
 
 def finish_read(copy: Tensor) -> Tensor:
-    """Waits for all copies that were started: the first reader of a layer does, later ones find none."""
-    for number, done in reversed(tuple(_started.items())):  # the newest first: then the others are done as well
+    """Waits for all started copies. Only the first reader of a layer has to wait."""
+    for number, done in reversed(tuple(_started.items())):  # the newest first: the others are done before it
         done.synchronize()
-        _started.pop(number, None)  # only now: another thread may ask for the same copy
+        _started.pop(number, None)  # only now: another thread may wait for the same copy
     return copy

@@ -2,14 +2,14 @@
 
 Legend: T tokens, D model dim, E experts, e local experts, r EP ranks, K top-k, R rows = kept (token, expert) pairs.
 
-NOTE on the permutations, once for all ops here:
+NOTE on the permutations, for all ops here:
   1. An assignment is a (token, slot) pair; its flat index is a = token * K + slot.
-  2. `order_R[i]` is the assignment that stands at row i after the stable sort by expert.
-  3. The inverse, `argsort(order_R)[a]`, is the row at which assignment a stands.
+  2. `order_R` (the permuted indices): `order_R[i]` is the assignment in row i after the stable sort by expert.
+  3. The inverse: `argsort(order_R)[a]` is the row of assignment a.
   4. Every scatter is written as a gather through the inverse, so results do not depend on the order of atomics.
-  5. A dropped assignment has the id num_experts. It stands behind all others in the sort, has no row, and adds exactly
-     zero to every sum. Where assignments may be dropped (`dropless=False`) R is what the table of an exchange says
-     that is sent; without an exchange it is read from the device. Else R = T * K.
+  5. A dropped assignment has the id num_experts. It sorts after all others, has no row, and adds exactly zero to every
+     sum. If assignments may be dropped (`dropless=False`), R is the number of rows sent according to the table of the
+     exchange, or is read from the device if there is no exchange. Else R = T * K.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def permute(
     """Copies each token once per chosen expert and sorts the copies by expert.
 
     Returns:
-        rows_RD, order_R int64 (see the note above), counts_E int64.
+        rows_RD, order_R int64 (the permuted indices, see above), counts_E int64.
     """
     order_R, counts_E = sorted_assignments(ids_TK, num_experts, dropless, table_2rn)
     return x_TD.index_select(0, order_R // ids_TK.shape[1]), order_R, counts_E
@@ -83,7 +83,7 @@ def unpermute(rows_RD: Tensor, order_R: Tensor, weights_TK: Tensor) -> Tensor:
         out_TD = _sum_kept(rows_RD.to(weights_TK.dtype), order_R, num_tokens, top_k, weights_R)
         return out_TD.to(rows_RD.dtype)
     by_slot = rows_RD.index_select(0, torch.argsort(order_R)).view(num_tokens, top_k, rows_RD.shape[1])
-    # Into a tensor of its own: a view (of which einsum makes one) cannot be added to in place under autograd.
+    # Into a new tensor: einsum returns a view, and autograd does not allow in-place additions to views of custom ops.
     out_TD = weights_TK.new_empty(num_tokens, rows_RD.shape[1])
     torch.bmm(weights_TK.unsqueeze(1), by_slot.to(weights_TK.dtype), out=out_TD.unsqueeze(1))
     return out_TD.to(rows_RD.dtype)
@@ -135,17 +135,17 @@ def sorted_assignments(
 
 
 def by_assignment(values_R: Tensor, order_R: Tensor, num_assignments: int) -> Tensor:
-    """One number per row -> one per assignment, zero for a dropped one. No place is written twice."""
+    """One number per row -> one per assignment, zero for a dropped one. No element is written twice."""
     return values_R.new_zeros(num_assignments).index_copy_(0, order_R, values_R)
 
 
 def sum_by(rows_RD: Tensor, index_R: Tensor, num_out: int, place_R: Tensor | None = None) -> Tensor:
     """Sum of the rows of each index, (num_out, D), in the order of R, in at least fp32 and rounded once.
 
-    An embedding bag: it gathers, so it is fast, and does not depend on the order of atomics.
+    It is an embedding bag, a gather: fast, and independent of the order of atomics.
 
     Args:
-        place_R: where row R stands in `rows_RD`, if not at R.
+        place_R: position of each row in `rows_RD`; None: 0 .. R - 1.
     """
     if index_R.shape[0] == 0:
         return rows_RD.new_zeros(num_out, rows_RD.shape[1])
@@ -158,9 +158,9 @@ def sum_by(rows_RD: Tensor, index_R: Tensor, num_out: int, place_R: Tensor | Non
 
 
 def _sum_kept(rows_RD: Tensor, order_R: Tensor, num_tokens: int, top_k: int, weights_R: Tensor | None = None) -> Tensor:
-    """(Weighted) sum of the rows that each token has, slot by slot, (T, D).
+    """(Weighted) sum of the kept rows of each token in slot order, (T, D).
 
-    An embedding bag: it gathers, and what tokens do not have takes no memory (with expert choice, most of T * E).
+    It is an embedding bag, a gather that needs no memory for missing rows (with expert choice, most of T * E).
     """
     if order_R.shape[0] == 0:
         return rows_RD.new_zeros(num_tokens, rows_RD.shape[1])
@@ -173,7 +173,7 @@ def _sum_kept(rows_RD: Tensor, order_R: Tensor, num_tokens: int, top_k: int, wei
 
 @torch.library.custom_op("moecompile::regroup", mutates_args=())
 def regroup(rows_RD: Tensor, counts_re: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Received rows, which stand by (source rank, local expert), to (local expert, source rank) order.
+    """Permutes received rows from (source rank, local expert) order to (local expert, source rank) order.
 
     Args:
         rows_RD: received rows. counts_re: rows from each rank for each local expert, int64.

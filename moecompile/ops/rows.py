@@ -1,15 +1,15 @@
 """Row movement of the `dedup` dispatch: one row per (token, destination rank), partial sums back.
 
-Legend: T tokens, D model dim, K top-k, r EP ranks, e local experts, A assignments at hand, U rows sent, V rows at hand
-or received, B assignments sent or received (those that are kept).
+Legend: T tokens, D model dim, K top-k, r EP ranks, e local experts, A local assignments, U rows sent, V local or
+received rows, B assignments sent or received (only kept ones).
 
 NOTE on the wire format:
-  1. Rows stand by (destination rank, token); `source_U` names each row's token on the sender.
-  2. Assignments stand by (destination rank, token, slot), so those of one row are neighbours.
-  3. An assignment's int16 code is 2 * local expert + (1 if it is the first of its row). The receiver finds the row of
-     an assignment as the running sum of the first-of-row bits: no row numbers travel.
-  4. Counts are exchanged before rows are packed. So the sizes of everything that is sent and received come in one table
-     to the host, for which it waits when the rows are in order and before they are cut; no op here reads the device.
+  1. Rows are sorted by (destination rank, token); `source_U` is each row's token on the sender.
+  2. Assignments are sorted by (destination rank, token, slot), so those of one row are adjacent.
+  3. An assignment's int16 code is 2 * local expert + (1 if it is the first of its row). The receiver gets the row of
+     an assignment as the running sum of the first-of-row bits: no row numbers are sent.
+  4. Counts are exchanged before rows are packed. So the host gets all sizes that are sent and received in one table. It
+     waits for the table after the sort and before rows are cut; no op here reads from the device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_LOCAL_EXPERTS = 2**14  # an int16 code holds twice the expert id, plus one
 
 @torch.library.custom_op("moecompile::count_rows", mutates_args=())
 def count_rows(ids_TK: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor]:
-    """Codes of the assignments and what to send to each rank. The id num_experts is a dropped one: it is not counted.
+    """Codes of the assignments, and counts to send to each rank. The id num_experts, a dropped one, is not counted.
 
     Returns:
         codes_A int64 (A = T * K): 2 * expert + (1 if it is the first of its token); counts_r2 int64, rows and
@@ -56,16 +56,16 @@ def assignment_codes(ids_TK: Tensor) -> Tensor:
 def pack_rows(
     rows_VD: Tensor, weights: Tensor, codes_A: Tensor, num_experts: int, num_parts: int, table_2rn: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Builds what each part is sent: a row once if it holds one of the row's experts, and the assignments to it.
+    """Packs what is sent to each part: each row once if the part has one of its experts, and its assignments there.
 
     Args:
-        rows_VD: rows at hand. weights: of their assignments, A in all, of any shape. codes_A: 2 * expert + (1 if it is
-            the first of its row), so that assignments stand by row; an expert id of `num_experts` is dropped.
-        num_experts: experts of all parts, equally many each. table_2rn: rows and assignments sent to each part first.
+        rows_VD: local rows. weights: of their assignments, A in all, of any shape. codes_A: 2 * expert + (1 if it is
+            the first of its row), sorted by row; an expert id of `num_experts` is dropped.
+        num_experts: experts of all parts, equally many each. table_2rn: starts with rows and assignments per part.
 
     Returns:
-        rows_UD by (part, row), source_U int64 (row sent -> row at hand), weights_B, codes_B int16 by (part, row, slot)
-        with the expert's place on its part, order_B int64 (place -> assignment at hand).
+        rows_UD sorted by (part, row), source_U int64 (sent row -> local row), weights_B, codes_B int16 sorted by
+        (part, row, slot) with the local expert on the part, order_B int64 (sent -> local assignment).
     """
     per_part = num_experts // num_parts
     if per_part > MAX_LOCAL_EXPERTS:
@@ -78,7 +78,7 @@ def pack_rows(
     key_B, order_B = key_A[:num_assigned], order_A[:num_assigned].clone()
     first_B = torch.ones_like(key_B, dtype=torch.bool)
     first_B[1:] = key_B[1:] != key_B[:-1]
-    # All assignments of a row write the same number to the same place.
+    # All assignments of a row write the same number to the same element.
     source_U = key_B.new_empty(num_sent).scatter_(0, first_B.cumsum(0) - 1, row_A.index_select(0, order_B))
     codes_B = (2 * (expert_A.index_select(0, order_B) % per_part) + first_B).to(torch.int16)
     weights_B = weights.reshape(-1).index_select(0, order_B)
@@ -172,7 +172,7 @@ expand_rows.register_autograd(_expand_backward, setup_context=_expand_setup)
 
 
 def sorted_codes(codes_B: Tensor, num_local: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Received assignments by local expert: source_B (-> received row), order_B (-> assignment), counts_e."""
+    """Received assignments sorted by local expert: source_B (-> received row), order_B (-> assignment), counts_e."""
     codes = codes_B.to(torch.int64)
     expert_B, row_B = codes >> 1, (codes & 1).cumsum(0) - 1
     order_B = torch.argsort(expert_B, stable=True)
@@ -208,7 +208,7 @@ reduce_rows.register_autograd(_reduce_backward, setup_context=_reduce_setup)
 
 @torch.library.custom_op("moecompile::combine_rows", mutates_args=())
 def combine_rows(rows_UD: Tensor, tokens_U: Tensor, like_TD: Tensor) -> Tensor:
-    """Sum of the partial sums that came back for each token, (T, D); `like_TD` gives the number of tokens."""
+    """Adds up the returned partial sums of each token, (T, D); `like_TD` gives the number of tokens."""
     out: Tensor = torch.ops.moecompile.sum_rows(rows_UD, tokens_U, like_TD.shape[0])
     return out
 

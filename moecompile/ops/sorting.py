@@ -1,4 +1,4 @@
-"""Assignments to expert order, without their rows: what `expert_ffn` reads, which gathers the rows itself.
+"""Sorts assignments by expert without copying rows, for `expert_ffn`, which gathers the rows itself.
 
 Each op here is the counterpart of one that copies rows: permute, expand_rows, take_local.
 
@@ -25,7 +25,7 @@ _Sorted = tuple[Tensor, Tensor, Tensor, Tensor]
 def sort_assignments(
     ids_TK: Tensor, weights_TK: Tensor, num_experts: int, dropless: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `permute`.
+    """Like `permute`.
 
     Returns:
         weights_R, source_R int64 (the token of each row), order_R int64 (row -> flat assignment), counts_E int64.
@@ -42,7 +42,7 @@ def _(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, dropless: bool = Tru
 
 @torch.library.custom_op("moecompile::sort_received", mutates_args=())
 def sort_received(weights_B: Tensor, codes_B: Tensor, num_local: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `expand_rows`: weights_B, source_B int64 (the received row of each), order_B int64, counts_e int64."""
+    """Like `expand_rows`: weights_B, source_B int64 (the received row of each), order_B int64, counts_e int64."""
     source_B, order_B, counts_e = sorted_codes(codes_B, num_local)
     return weights_B.index_select(0, order_B), source_B, order_B, counts_e
 
@@ -56,7 +56,7 @@ def _(weights_B: Tensor, codes_B: Tensor, num_local: int) -> _Sorted:
 def sort_gathered(
     weights_GK: Tensor, ids_GK: Tensor, received_r3: Tensor, table_2r3: Tensor, num_local: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `take_local`: weights_B, source_B int64 (the gathered row of each), order_B int64, counts_e int64."""
+    """Like `take_local`: weights_B, source_B int64 (the gathered row of each), order_B int64, counts_e int64."""
     source_B, order_B, counts_e = local_assignments(ids_GK, received_r3, table_2r3, num_local)
     return weights_GK.reshape(-1).index_select(0, order_B), source_B, order_B, counts_e
 
@@ -84,7 +84,7 @@ def _setup(index_of_weights: int) -> Any:
 def _backward(ctx: Any, grad_R: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     (order_R,) = ctx.saved_tensors
     grads: list[Tensor | None] = [None] * ctx.num_inputs
-    num_assignments = prod(ctx.weights_shape)  # Size.numel() would make a symbolic number of tokens a constant
+    num_assignments = prod(ctx.weights_shape)  # Size.numel() would specialize a symbolic number of tokens
     grads[ctx.index_of_weights] = by_assignment(grad_R, order_R, num_assignments).view(ctx.weights_shape)
     return tuple(grads)
 

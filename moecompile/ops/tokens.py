@@ -18,13 +18,13 @@ _lib.define("router_logits(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor
 
 
 def _flatten_tokens(x: Tensor) -> Tensor:
-    """(..., D) -> (T, D): a view where the strides allow it."""
+    """(..., D) -> (T, D): a view if the strides allow it."""
     return x.reshape(-1, x.shape[-1])
 
 
 def _unflatten_tokens(y_TD: Tensor, like: Tensor) -> Tensor:
     """(T, D) -> the leading shape of `like`."""
-    # As torch's own linear: nobody else reads y, so the result is no view (FSDP cannot hook the gradient of a view).
+    # As in torch's linear: y has no other user, so the result need not be a view, whose gradient FSDP could not hook.
     shaped: Tensor = torch.ops.aten._unsafe_view.default(y_TD.contiguous(), like.shape)
     return shaped
 
@@ -51,19 +51,19 @@ def count_routing(
 ) -> None:
     """Adds one forward to the counters of a `LoadMeter`, in place.
 
-    Nothing is added while autograd runs, so that a recomputed forward (activation checkpointing) is not counted twice.
+    Adds nothing in backward, so that a recomputed forward (activation checkpointing) is not counted twice.
 
     Args:
-        load_E: assignments of each expert. node_tokens: distinct tokens that reach each node; node i holds the i-th
+        load_E: assignments of each expert. node_tokens: distinct tokens that reach each node; node i has the i-th
             equal part of the experts. sums: tokens, dropped assignments, entropy in nats.
-        chosen_TK, kept_TK: expert ids before and after drops, num_experts where there is none.
-        probs_TE: distribution over experts of each token, for the entropy; None: it is not counted.
+        chosen_TK, kept_TK: expert ids before and after drops; num_experts means no expert.
+        probs_TE: each token's distribution over experts, for the entropy; None: not counted.
     """
     if in_backward():
         return
     num_experts, num_nodes = load_E.numel(), node_tokens.numel()
     load_E.add_(expert_counts(chosen_TK, num_experts))
-    node_TK = torch.div(kept_TK, num_experts // num_nodes, rounding_mode="floor")  # num_nodes where there is no expert
+    node_TK = torch.div(kept_TK, num_experts // num_nodes, rounding_mode="floor")  # num_nodes: no expert
     reached = torch.zeros(kept_TK.shape[0], num_nodes + 1, dtype=torch.bool, device=kept_TK.device)
     node_tokens.add_(reached.scatter_(1, node_TK, True)[:, :num_nodes].sum(0))
     sums[0] += chosen_TK.shape[0]
@@ -81,8 +81,8 @@ def _(
 
 @torch.library.custom_op("moecompile::count_experts", mutates_args=())
 def count_experts(ids_TK: Tensor, num_experts: int) -> Tensor:
-    """Assignments to each expert, (E,) int64; dropped ones are left out."""
-    return expert_counts(ids_TK, num_experts).clone()  # an op may not return a view
+    """Assignments to each expert, (E,) int64, without dropped ones."""
+    return expert_counts(ids_TK, num_experts).clone()  # an op must not return a view
 
 
 @count_experts.register_fake
@@ -91,9 +91,9 @@ def _(ids_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def expert_counts(ids: Tensor, num_experts: int) -> Tensor:
-    """How often each expert id occurs, (E,) int64; the id num_experts (nobody) is left out.
+    """How often each expert id occurs, (E,) int64; the id num_experts (no expert) is not counted.
 
-    `bincount` would read its result's size back to the host.
+    `bincount` would cause a host sync, to get the size of its result.
     """
     flat = ids.reshape(-1)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)

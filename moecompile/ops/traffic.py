@@ -15,7 +15,7 @@ class TrafficCounter:
         self._ranks_by_axis: dict[str, list[int]] = {}
 
     def add(self, axis: str, group: dist.ProcessGroup, bytes_by_peer: list[int]) -> None:
-        """Adds what was sent to each peer of `group`, in group order."""
+        """Adds the bytes sent to each peer of `group`, in group order."""
         if in_backward():
             return
         if axis not in self._ranks_by_axis:
@@ -24,7 +24,7 @@ class TrafficCounter:
             self._bytes_by_rank[rank] = self._bytes_by_rank.get(rank, 0) + sent
 
     def take(self) -> dict[int, int]:
-        """Bytes sent per global rank (this rank's own rows included), and starts again from zero."""
+        """Returns the bytes sent to each global rank (including this one) and resets the counts to zero."""
         taken, self._bytes_by_rank = self._bytes_by_rank, {}
         return taken
 

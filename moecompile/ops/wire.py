@@ -1,4 +1,4 @@
-"""Casts around an exchange: rows may travel narrower than they are computed, and so do their gradients.
+"""Casts around an exchange: rows and their gradients may be sent in a lower precision than they are computed in.
 
 Routing weights, ids and counts are never cast.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @torch.library.custom_op("moecompile::wire_cast", mutates_args=())
 def wire_cast(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows as they travel, rounded to nearest. The gradient comes off the wire in `dtype` and is widened again."""
+    """Rows in the wire dtype, rounded to nearest. The gradient arrives in the wire dtype and is cast back."""
     return rows.to(dtype, copy=True)
 
 
@@ -24,7 +24,7 @@ def _(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("moecompile::wire_uncast", mutates_args=())
 def wire_uncast(rows: Tensor, like: Tensor) -> Tensor:
-    """Rows off the wire in the dtype of `like`. The gradient is rounded to the wire's dtype before it travels."""
+    """Received rows in the dtype of `like`. The gradient is rounded to the wire dtype before it is sent."""
     return rows.to(like.dtype, copy=True)
 
 

@@ -22,7 +22,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from moecompile.capture import layers_of
-from moecompile.capture.caches import caches, switches
+from moecompile.capture.caches import cache_configs, caches
 from moecompile.errors import ConfigError, PassError
 from moecompile.passes.base import experts_calls, run_on_model
 from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, Plan
@@ -127,11 +127,11 @@ def _without_caches(
                 f"layers are computed again in backward, and would fill {name} a second time",
                 "Use checkpointing='none', or call the model without it",
             )  # fmt: skip
-        asked = named.get("use_cache")
-        if not reported and (asked or (asked is None and any(config.use_cache for config in switches(model)))):
+        use_cache = named.get("use_cache")
+        if not reported and (use_cache or (use_cache is None and any(c.use_cache for c in cache_configs(model)))):
             reported.append(True)
             print("use_cache is off in training, because layers are computed again in backward", file=sys.stderr)
-        if asked:
+        if use_cache:
             (bound.arguments if "use_cache" in bound.arguments else kwargs)["use_cache"] = False
             args, kwargs = (bound.args, bound.kwargs) if "use_cache" in bound.arguments else (args, kwargs)
         with caches(model, on=False):

@@ -165,15 +165,15 @@ def fill_site(
     match: FFNMatch,
     layer: LayerPlan,
     seed: int,
-    held: range | None = None,
+    expert_ids: range | None = None,
 ) -> None:
     """Fills the modules of one site from the FFN in `old`; random values depend only on the seed and the site.
 
     Args:
-        held: global ids of the experts that `experts` holds; None: all.
+        expert_ids: global ids of the experts in `experts`; None: all.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + layer.site.index)
-    fill(router, experts, shared, DenseWeights.of(old, match), layer, generator, held)
+    fill(router, experts, shared, DenseWeights.of(old, match), layer, generator, expert_ids)
 
 
 def build_modules(

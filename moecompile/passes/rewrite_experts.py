@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from moecompile.match.experts import OWN, ExpertsMatch
 from moecompile.match.patterns import FFNMatch, activation_module
-from moecompile.match.swiglu import computing
+from moecompile.match.swiglu import existing_experts
 from moecompile.nn import Experts
 from moecompile.nn.existing import ExistingMeter, IdentityExperts, OneHotIds, WideWeights
 from moecompile.passes.base import items
@@ -62,7 +62,7 @@ def rewrite_experts(graph_module: fx.GraphModule, module: nn.Module, match: Expe
         if match.ffn is not None:
             add("experts", _stacked(match, module, *match.ffn, layer.site.fqn))
         else:
-            add("experts", computing(match, module))
+            add("experts", existing_experts(match, module))
             for name in match.weights:
                 _add_parameter(graph_module, name, _weight(module, name, match))
         stacks = [graph.get_attr(name) for name in match.weights]

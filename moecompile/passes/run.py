@@ -119,7 +119,7 @@ def _checked_run(step: GraphPass, region: Region, layers: Sequence[LayerPlan]) -
     return after
 
 
-def in_model(model: nn.Module, regions: Regions) -> dict[str, Region]:
+def current_regions(model: nn.Module, regions: Regions) -> dict[str, Region]:
     """The regions with the graphs that are in `model` now."""
     return {path: region.with_graph(_graph_at(model, path)) for path, region in regions.items()}
 

@@ -48,31 +48,31 @@ def fill(
     dense: DenseWeights,
     layer: LayerPlan,
     generator: torch.Generator,
-    held: range | None = None,
+    expert_ids: range | None = None,
 ) -> None:
     """Sets every weight in place; does nothing on the meta device.
 
     Args:
-        held: global ids of the experts that `experts` holds; None: all.
+        expert_ids: global ids of the experts in `experts`; None: all.
     """
     if dense.down_DF.is_meta:
         return
     plan = layer.experts
-    held = range(plan.num_routed) if held is None else held
+    expert_ids = range(plan.num_routed) if expert_ids is None else expert_ids
     routed_slices = plan.virtual_group
     rows = torch.randn(plan.num_routed // routed_slices, layer.site.d_model, generator=generator) * _ROUTER_STD
     router.weight.copy_(rows.repeat_interleave(routed_slices, 0))
     if router.bias is not None:
         router.bias.zero_()
     if plan.init == "random":
-        _fill_random(experts, shared, dense, generator.initial_seed(), held)
+        _fill_random(experts, shared, dense, generator.initial_seed(), expert_ids)
         return
     silent = not plan.is_sliced  # beside whole copies, the shared expert starts with an output of zero
     first = plan.num_shared if plan.is_sliced else 0
     scale = factors(router, experts, layer, generator)
-    _fill_experts(experts, dense, held, first, routed_slices, scale, bears_bias=silent or not shared)
+    _fill_experts(experts, dense, expert_ids, first, routed_slices, scale, bears_bias=silent or not shared)
     if plan.init == "drop":
-        _redraw(experts, plan.drop_ratio, generator.initial_seed(), held)
+        _redraw(experts, plan.drop_ratio, generator.initial_seed(), expert_ids)
     if shared is not None:
         _fill_shared(shared, dense, silent=silent)
 
@@ -98,7 +98,14 @@ def step0_reason(layer: LayerPlan) -> str | None:
 
 
 def _fill_experts(
-    experts: Experts, dense: DenseWeights, held: range, first: int, slices: int, scale: Factors, *, bears_bias: bool
+    experts: Experts,
+    dense: DenseWeights,
+    expert_ids: range,
+    first: int,
+    slices: int,
+    scale: Factors,
+    *,
+    bears_bias: bool,
 ) -> None:
     """Expert id = copy * slices + slice; slice s is the dense FFN's slice first + s.
 
@@ -107,7 +114,7 @@ def _fill_experts(
     width = experts.d_expert
     in_proj = getattr(experts, experts.in_name)
     in_bias = getattr(experts, f"{experts.in_name}_bias")
-    for i, expert in enumerate(held):
+    for i, expert in enumerate(expert_ids):
         piece = slice((first + expert % slices) * width, (first + expert % slices + 1) * width)
         in_proj[i].copy_(torch.cat([weight[piece] for weight in dense.ins]) * scale.ins)
         experts.down_proj[i].copy_(dense.down_DF[:, piece] * scale.down)
@@ -119,7 +126,7 @@ def _fill_experts(
             experts.down_proj_bias[i].copy_(dense.down_bias * share)
 
 
-def _redraw(experts: Experts, ratio: float, seed: int, held: range) -> None:
+def _redraw(experts: Experts, ratio: float, seed: int, expert_ids: range) -> None:
     """Drop-upcycling (arXiv 2502.19261): each expert reinitializes a part `ratio` of its hidden units.
 
     New entries are normal, with the mean and standard deviation of the entries that they replace, per projection. The
@@ -127,7 +134,7 @@ def _redraw(experts: Experts, ratio: float, seed: int, held: range) -> None:
     """
     width, num_ins = experts.d_expert, 2 if experts.gated else 1
     in_bias = getattr(experts, f"{experts.in_name}_bias")
-    for i, expert in enumerate(held):
+    for i, expert in enumerate(expert_ids):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + expert + 1) % 2**63)
         units = torch.randperm(width, generator=generator)[: max(1, round(ratio * width))].sort().values
         down_FD = experts.down_proj[i].T
@@ -164,7 +171,9 @@ def _fill_shared(shared: SharedExperts, dense: DenseWeights, *, silent: bool) ->
         shared.down_proj.bias.copy_(dense.down_bias * factor)
 
 
-def _fill_random(experts: Experts, shared: SharedExperts | None, dense: DenseWeights, seed: int, held: range) -> None:
+def _fill_random(
+    experts: Experts, shared: SharedExperts | None, dense: DenseWeights, seed: int, expert_ids: range
+) -> None:
     """Normal weights with the standard deviation of the dense ones; biases are zero.
 
     The weights of an expert depend on the seed and its global id, so that a rank can draw only its own experts.
@@ -178,7 +187,7 @@ def _fill_random(experts: Experts, shared: SharedExperts | None, dense: DenseWei
             std = std_down if name.startswith("down_proj") else std_in
             out.copy_(torch.randn(out.shape, generator=generator) * std)
 
-    for i, expert in enumerate(held):
+    for i, expert in enumerate(expert_ids):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + expert + 1) % 2**63)
         for name, stack in experts.named_parameters(recurse=False):
             draw(name, stack[i], generator)

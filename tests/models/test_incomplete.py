@@ -75,11 +75,11 @@ CASES: dict[str, tuple[Callable[[Path], Path], Callable[[dict[str, Tensor]], obj
     "a layer": (llama, without("layers.1."), {"both": r"lacks model\.layers\.1\.input_layernorm\.weight, .* more\."}),
     "renamed": (
         llama, renamed,
-        {"both": rf"lacks {re.escape(UP)}; holds model\.layers\.1\.mlp\.upp_proj\.weight, for which the model has no"},
+        {"both": rf"lacks {re.escape(UP)}; holds model\.layers\.1\.mlp\.upp_proj\.weight, which the model does not"},
     ),
     "one too many": (
         llama, lambda weights: weights.update(extra=torch.zeros(2)),
-        {"both": r"holds extra, for which the model has no place\."},
+        {"both": r"holds extra, which the model does not have\."},
     ),
     "another shape": (llama, narrowed, {"full": rf"holds {re.escape(UP)} as \[", "sharded": rf"{re.escape(UP)} in mod"}),
     "both tied ones": (llama, without("embed_tokens"), {"both": r"lacks .*embed_tokens\.weight"}),
@@ -143,10 +143,14 @@ def test_what_was_exported_is_checked_when_it_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"stray\.safetensors has no entry in checksums\.json"):
         moecompile.load_exported(folder)
     (folder / SUMS).unlink()  # as earlier versions wrote it
-    with pytest.raises(ConfigError, match=r"^export\.checkpoint=.*stray\.safetensors holds more, which is none of it"):
+    with pytest.raises(
+        ConfigError, match=r"^export\.checkpoint=.*stray\.safetensors holds more, which the model does not have"
+    ):
         moecompile.load_exported(folder)
     save_file({"model.norm.weight": torch.zeros(1)}, folder / "stray.safetensors")
-    with pytest.raises(ConfigError, match=r"stray\.safetensors holds model\.norm\.weight, as another file does"):
+    with pytest.raises(
+        ConfigError, match=r"stray\.safetensors holds model\.norm\.weight, which another file holds too"
+    ):
         moecompile.load_exported(folder)
     plain = llama(tmp_path / "plain")
     change(plain, without(UP))

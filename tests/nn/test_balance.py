@@ -176,7 +176,7 @@ def test_a_meter_counts_in_training_only() -> None:
 
 
 def test_experts_must_lie_evenly_on_nodes() -> None:
-    with pytest.raises(ValueError, match="6 experts do not lie evenly on 4 nodes"):
+    with pytest.raises(ValueError, match="6 experts cannot be split evenly over 4 nodes"):
         LoadMeter(6, 4, "cpu")
 
 

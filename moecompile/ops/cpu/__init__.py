@@ -1,1 +1,1 @@
-"""What is particular to a CPU: rows in blocks that fit the cache, products by our own kernels or a library's."""
+"""CPU specifics: blocks of rows that fit in the cache, and products by our own kernels or by a library."""

@@ -1,4 +1,4 @@
-"""The rows of a rank's experts in blocks that fit the cache, padded to lengths that the matrix products know.
+"""Splits the rows of a rank's experts into blocks that fit in the cache, padded to a few lengths for matrix products.
 
 Legend: V rows of the input, D model dim, R rows in expert order, E experts, P rows with padding, M rows of a block,
 G width of gate and up together.
@@ -15,11 +15,11 @@ from torch import Tensor
 from moecompile.ops.layout import sum_by
 
 TILE = 16  # rows of a matrix tile, in bf16
-_BLOCK_BYTES = 1 << 20  # of rows that are worked on together
+_BLOCK_BYTES = 1 << 20  # of the rows of a block
 
 
 class Block(NamedTuple):
-    """Rows start .. end of neighbouring experts, padding included, and how many each of them has."""
+    """Rows start .. end of consecutive experts from `first` on, and the number of rows of each; padding is included."""
 
     start: int
     end: int
@@ -28,7 +28,7 @@ class Block(NamedTuple):
 
     @classmethod
     def whole(cls, counts_E: Tensor) -> Block:
-        """All experts."""
+        """All experts in one block."""
         lengths = counts_E.tolist()
         return cls(0, sum(lengths), 0, lengths)
 
@@ -41,13 +41,13 @@ class Block(NamedTuple):
         return weight_E[self.first : self.first + len(self.lengths)]
 
     def each(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """For each expert its part of the tensors, which are the block's rows (M, D) or its experts' weights."""
+        """Each expert's part of the tensors, which are rows of the block, (M, D), or weights of its experts."""
         parts = (tensor.split(self.lengths) if tensor.dim() == 2 else tensor.unbind() for tensor in tensors)
         return zip(*parts, strict=True)
 
 
 def make_blocks(counts_E: Tensor, x_VD: Tensor, gate_up_EGD: Tensor, *, pad: bool) -> tuple[list[Block], Tensor]:
-    """Blocks, of which every expert is in one, and the rows of each expert with padding, (E,)."""
+    """Blocks that together have every expert once, and the rows of each expert with padding, (E,)."""
     lengths = [_padded_length(n) if pad else n for n in counts_E.tolist()]
     row_bytes = (x_VD.shape[1] + 2 * gate_up_EGD.shape[1]) * x_VD.element_size()
     blocks: list[Block] = []
@@ -63,21 +63,21 @@ def make_blocks(counts_E: Tensor, x_VD: Tensor, gate_up_EGD: Tensor, *, pad: boo
 
 
 def _padded_length(count: int) -> int:
-    """One of few lengths: all up to 32, then 16 between n and 2 n, from 512 on multiples of 16, from 2048 on 64 between
-    n and 2 n. At most 1/16 is padding, from 1024 on 1/64."""
+    """Rounds up to one of few lengths: all up to 32, then 16 between n and 2 n, from 512 on multiples of 16, from 2048
+    on 64 between n and 2 n. At most 1/16 is padding, from 1024 on 1/64."""
     octave = 1 << count.bit_length()
     step = max(1, octave // 128, min(TILE, octave // 32))
     return -(-count // step) * step
 
 
 def places(counts_E: Tensor, padded_E: Tensor, num_rows: int) -> Tensor:
-    """Row in expert order -> its place among the padded rows, (R,) int64."""
+    """Row in expert order -> its position among the padded rows, (R,) int64."""
     shift_E = (padded_E.cumsum(0) - padded_E) - (counts_E.cumsum(0) - counts_E)
     return torch.arange(num_rows) + shift_E.repeat_interleave(counts_E, output_size=num_rows)
 
 
 def padded(source_R: Tensor, weights_R: Tensor, counts_E: Tensor, padded_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Sources and weights with the padding: copies of the input's first row, of weight 0."""
+    """Sources and weights with padding, which is the first input row with weight 0."""
     num_padded = int(padded_E.sum())
     if num_padded == source_R.shape[0]:
         return source_R.to(torch.int32), weights_R.clone()
@@ -87,14 +87,14 @@ def padded(source_R: Tensor, weights_R: Tensor, counts_E: Tensor, padded_E: Tens
 
 
 def summed(rows_PD: Tensor, source_R: Tensor, counts_E: Tensor, padded_E: Tensor, like_VD: Tensor) -> Tensor:
-    """Sum of the rows that came of each row of the input, (V, D), in expert order; padding is left out."""
+    """Sums the rows of each input row, (V, D), in expert order, without padding."""
     num_rows = source_R.shape[0]
     place_R = places(counts_E, padded_E, num_rows) if rows_PD.shape[0] > num_rows else None
     return sum_by(rows_PD, source_R, like_VD.shape[0], place_R)
 
 
 def scratch(blocks: list[Block], like: Tensor, width: int) -> Callable[[Block], Tensor]:
-    """One buffer that the blocks use one after the other: block -> (its rows, width), not initialised."""
+    """One buffer that all blocks share: block -> (its rows, width), uninitialized."""
     buffer = like.new_empty(longest(blocks), width)
     return lambda block: buffer[: block.end - block.start]
 

@@ -1,4 +1,4 @@
-"""Kernels for a CPU, compiled from the C++ files here when they are first needed, once a machine.
+"""CPU kernels, compiled from the C++ files in this directory on first use, once per machine.
 
 Without a C++ compiler, or with MOECOMPILE_NATIVE=0, torch's own functions do the same, slower.
 """
@@ -24,7 +24,7 @@ _FLAGS = (
     "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-shared",
     "-fPIC",
 )  # fmt: skip
-# Function -> how many tensors and how many sizes it takes.
+# Function -> number of tensor arguments, number of sizes.
 _ALWAYS = {
     "forward_f32": (3, 2),
     "forward_bf16": (3, 2),
@@ -41,9 +41,9 @@ _TIMEOUT_S = 120
 
 
 class Kernels:
-    """The compiled functions; tensors are contiguous, on the CPU, of the types that the C++ files name.
+    """The compiled functions. Tensors must be contiguous, on the CPU, and of the dtypes in the C++ files.
 
-    has_products: whether the processor can run those of products.cpp.
+    has_products: whether the processor supports products.cpp.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -56,13 +56,13 @@ class Kernels:
             self._functions[name] = function
 
     def __call__(self, name: str, *arguments: Tensor | int) -> None:
-        """Runs one function on the tensors' memory; the sizes follow."""
+        """Calls one function with the data pointers of the tensors, then the sizes."""
         self._functions[name](*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
 @functools.cache
 def kernels() -> Kernels | None:
-    """The kernels, or None where they cannot be built."""
+    """The kernels, or None if they cannot be built."""
     if os.environ.get("MOECOMPILE_NATIVE") == "0":
         return None
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
@@ -75,7 +75,7 @@ def kernels() -> Kernels | None:
 
 
 def _built(compiler: str) -> Path:
-    """The library in the user's cache; of ranks that need it at the same time one builds it, and the others wait."""
+    """The library in the user's cache directory; if several ranks need it at once, one builds it, the others wait."""
     sources = [source.read_text(encoding="utf-8") for source in SOURCES]
     key = hashlib.sha256("\0".join((*sources, compiler, *_FLAGS, processor())).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moecompile"
@@ -83,23 +83,23 @@ def _built(compiler: str) -> Path:
     if not library.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (folder / f"{library.stem}.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as scratch:
-            with suppress(OSError):  # a file system without locks: each builds its own
-                fcntl.flock(lock, fcntl.LOCK_EX)  # the end of a process, however it comes, gives it back
+            with suppress(OSError):  # a file system without locks: each rank builds its own
+                fcntl.flock(lock, fcntl.LOCK_EX)  # released even if the process is killed
             if library.exists():
                 return library
-            made = Path(scratch, "kernels.so")
-            command = [compiler, *_FLAGS, *map(str, SOURCES), "-o", str(made)]
+            output = Path(scratch, "kernels.so")
+            command = [compiler, *_FLAGS, *map(str, SOURCES), "-o", str(output)]
             subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)
-            made.replace(library)
+            output.replace(library)
     return library
 
 
 @functools.cache
 def processor() -> str:
-    """What `-march=native` depends on: a home directory may be shared by machines."""
+    """What `-march=native` depends on. Part of the key, because machines may share a home directory."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    known = sorted(
+    features = sorted(
         {line for line in lines if line.startswith(("vendor_id", "model name", "flags", "Features", "CPU part"))}
     )
-    return "\n".join((platform.machine(), *known))
+    return "\n".join((platform.machine(), *features))

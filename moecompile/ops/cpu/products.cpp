@@ -1,21 +1,21 @@
-// Products of the rows of many experts with their weights, for few rows each, on a CPU with AVX512.
+// Products of the rows of many experts with their weights, for few rows per expert, on a CPU with AVX512.
 //
-// A library's product first copies its factors into the order in which it reads them. With few rows that copy of the
-// weight is most of the time. Here weights are read once for every kRows rows, as they stand.
+// A library product first packs (copies) its factors. With few rows, packing the weight takes most of the time. Here
+// weights are read in place, once for every kRows rows.
 //
-// Legend: R rows of all experts in their order, M of one; E experts; K, N the sizes of a weight, multiples of 64.
+// Legend: R rows of all experts in expert order, M of one; E experts; K, N the sizes of a weight, multiples of 64.
 //   product_transposed  (R, K) by (E, N, K) -> (R, N)    out = a b^T: sums along the rows of both, `dots`
 //   product             (R, K) by (E, K, N) -> (R, N)    out = a b:   rows of b times numbers of a, `multiples`
-//   product_gradient    (R, K) by (R, N) -> (E, K, N)    out = a^T b: likewise, zero for an expert without rows
-// fp32, or bf16 (its upper 16 bits) in one of two ways, both with sums in fp32 that are rounded once: multiplied in
-// pairs where the processor has an instruction for it, or widened first (`_wide`), which is faster on some that have it.
+//   product_gradient    (R, K) by (R, N) -> (E, K, N)    out = a^T b: the same, zero for an expert without rows
+// fp32, or bf16 (the upper 16 bits) in one of two ways, both with sums in fp32 that are rounded once: multiplied in
+// pairs if the processor has an instruction for it, or widened first (`_wide`), which is faster on some processors.
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <vector>
 
-// GCC 12 knows all that is used here; clang 14 keeps the sums in memory and is slower than a library.
+// GCC 12 supports everything used here; clang 14 keeps the sums in memory and is slower than a library.
 #if defined(__AVX512F__) && !defined(__clang__) && __GNUC__ >= 12
 #define HAS_PRODUCTS 1
 #else
@@ -30,11 +30,11 @@ extern "C" int has_products() { return HAS_PRODUCTS; }
 namespace {
 
 using bf16 = uint16_t;
-constexpr int kLanes = 16;    // fp32 numbers of a vector
-constexpr int kRows = 6;      // of out at a time: 6 x 4 sums, and what they are made of, fit the 32 registers
-constexpr int kColumns = 4;   // of `dots`
-constexpr int kVectors = 4;   // of `multiples`
-constexpr int kAhead = 8;     // rows of b that are fetched before they are needed
+constexpr int kLanes = 16;    // fp32 numbers in a vector
+constexpr int kRows = 6;      // rows of out at a time: 6 x 4 sums and their operands fit in the 32 registers
+constexpr int kColumns = 4;   // in `dots`
+constexpr int kVectors = 4;   // in `multiples`
+constexpr int kAhead = 8;     // rows of b to prefetch
 typedef float Vector __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef uint16_t Pairs __attribute__((vector_size(64)));
@@ -50,7 +50,7 @@ inline To bits_of(const From& from) {
   return to;
 }
 
-// What stands in memory, at any address, as a value.
+// Reads a value at any address.
 template <class To>
 inline To read(const void* from) {
   To to;
@@ -74,18 +74,18 @@ inline void store(bf16* to, Vector value) {
   std::memcpy(to, &halves, sizeof halves);
 }
 
-// Past the caches: a weight's gradient is not read soon, and the memory need not be read to be written.
+// Bypasses the caches: a weight's gradient is not read soon, and the memory need not be read before it is written.
 inline void stream(float* to, Vector value) { _mm512_stream_ps(to, bits_of<__m512>(value)); }
 inline void stream(bf16* to, Vector value) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits_of<__m256i>(rounded(value)));
 }
 
-// -- arithmetic: how many neighbours along a sum are multiplied at a time, and how ---------------------------------------
+// -- arithmetic: how many adjacent terms of a sum are multiplied at a time, and how --------------------------------------
 
 template <class T>
 struct Widened {
   using Number = T;
-  using Left = float;  // what a is read as
+  using Left = float;  // type of a
   static constexpr int kStep = 1;
   static Vector left(const Left* a) { return load(a); }
   static Vector right(const T* b) { return load(b); }
@@ -113,12 +113,12 @@ struct Widened {
 
 struct Paired {
   using Number = bf16;
-  using Left = uint32_t;  // two neighbours
+  using Left = uint32_t;  // two adjacent numbers
   static constexpr int kStep = 2;
   static Vector left(const Left* a) { return read<Vector>(a); }
   static Vector right(const bf16* b) { return read<Vector>(b); }
   static Vector spread(Left a) { return bits_of<Vector>(a - Bits{}); }
-  static void rows(const bf16* b, int64_t next, Vector* out) {  // row b beside the row after it, or beside zeros
+  static void rows(const bf16* b, int64_t next, Vector* out) {  // row b interleaved with the next row, or with zeros
     for (int v = 0; v < kVectors; v += 2) {
       const Pairs one = read<Pairs>(b + v * kLanes), two = next ? read<Pairs>(b + next + v * kLanes) : Pairs{};
       out[v] = bits_of<Vector>(__builtin_shufflevector(one, two, FIRST_HALF));
@@ -145,8 +145,8 @@ struct Paired {
 
 // -- kRows rows of out --------------------------------------------------------------------------------------------------
 
-// ROWS x 64 of out = sum over k of a(i, k) * b[k]; a(i, k) = a[i * a_row + k * a_step]. `odd`: the last row of b has no
-// neighbour.
+// ROWS x 64 of out = sum over k of a(i, k) * b[k]; a(i, k) = a[i * a_row + k * a_step]. `odd`: the last row of b is not
+// paired.
 template <class Math, int ROWS, bool STREAM>
 void multiples(const typename Math::Left* a, int64_t a_row, int64_t a_step, const typename Math::Number* b,
                int64_t width, typename Math::Number* out, int64_t steps, bool odd) {
@@ -194,7 +194,7 @@ void dots(const typename Math::Left* a, const typename Math::Number* b, int64_t 
     for (int c = 0; c < kColumns; ++c) of_b[c] = Math::right(b + c * depth + k * Math::kStep);
     for (int i = 0; i < ROWS; ++i) {
       Vector of_a = Math::left(a + i * a_row + k);
-      __asm__("" : "+v"(of_a));  // once into a register: a compiler would read it again for every column
+      __asm__("" : "+v"(of_a));  // keep it in a register: the compiler would reload it for every column
       for (int c = 0; c < kColumns; ++c) sums[i][c] = Math::add(sums[i][c], of_a, of_b[c]);
     }
   }
@@ -204,7 +204,7 @@ void dots(const typename Math::Left* a, const typename Math::Number* b, int64_t 
 
 // -- all rows, all experts ----------------------------------------------------------------------------------------------
 
-// Calls f(first row, number of rows, a constant) for parts of at most kRows rows, as equal as can be.
+// Calls f(first row, number of rows, a constant) for parts of at most kRows rows, as equal as possible.
 template <class F>
 void in_parts(int64_t rows, F f) {
   const int64_t parts = (rows + kRows - 1) / kRows;

@@ -1,11 +1,11 @@
-"""Matrix products of experts on a CPU, by whichever way is faster there.
+"""Matrix products of experts on a CPU, with the fastest method for the processor.
 
-Rows: with few rows an expert, reading the weights is what takes the time, and a library's product copies them first. A
-kernel of ours reads them as they stand (moecompile/ops/cpu/native/products.cpp).
+Rows: if experts have few rows, reading the weights dominates, and a library product copies them first. Our own kernel
+reads them in place (moecompile/ops/cpu/products.cpp).
 
 bf16: with matrix tiles (AMX) a processor multiplies bf16 many times as fast as fp32. Without, it may be slower: half as
-fast where fp32 has twice the units, and far slower where bf16 is emulated. Then factors are widened, a block at a time,
-and only the product is rounded. As both add in fp32 and round once, results differ by the order of additions alone.
+fast if fp32 has twice the units, and far slower if bf16 is emulated. Then factors are widened to fp32, a block at a
+time, and only the product is rounded. Both add in fp32 and round once, so results differ only in the order of sums.
 
 Legend: M rows of a block, K and N the widths of a weight, E experts.
 """
@@ -27,15 +27,15 @@ VARIABLE = "MOECOMPILE_WIDE_PRODUCTS"
 _FEW_ROWS = 24  # with fewer, widening a weight takes longer than its product
 _TRIALS, _GAIN = 3, 0.8
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-# Rows of an expert, on average, up to which the kernel is faster than a library; benchmarks/layer.py.
+# Average rows per expert up to which the kernel is faster than a library; benchmarks/layer.py.
 _MOST_ROWS, _MOST_ROWS_BESIDE_TILES = 128, 16
-_CACHE_BYTES = 1 << 20  # what the kernel reads again and again must fit
+_CACHE_BYTES = 1 << 20  # the working set that the kernel reads repeatedly must fit
 _MULTIPLE = 64  # of both widths
 _ALIGNMENT_BYTES = 64
 
 
 class Products:
-    """Products for blocks of experts one after the other, which share scratch memory."""
+    """Products for consecutive blocks of experts, with shared scratch memory."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.is_wide = dtype is torch.bfloat16 and faster_wide()
@@ -56,18 +56,18 @@ class Products:
                 self.by_torch(a, b_KN, out, a.shape[0])
 
     def gradient(self, block: Block, grad_MK: Tensor, rows_MN: Tensor, out_EKN: Tensor) -> None:
-        """What a weight gets of each expert's rows; zero for an expert without."""
+        """Weight gradient of each expert; zero for an expert without rows."""
         out_nKN = block.experts_of(out_EKN)
         if self._by_kernel("product_gradient", block, grad_MK, rows_MN, out_nKN):
             return
         for a, b, out in block.each(grad_MK, rows_MN, out_nKN):
             if a.shape[0]:
-                self.by_torch(self._turned(a), b, out, a.shape[0])
+                self.by_torch(self._transpose(a), b, out, a.shape[0])
             else:
                 out.zero_()
 
     def by_torch(self, a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, rows: int) -> None:
-        """One product. rows: of tokens, the smallest of the three sizes where experts are small."""
+        """One product. rows: number of tokens, the smallest of the three sizes if experts are small."""
         if not self.is_wide or rows < _FEW_ROWS:
             torch.mm(a_MK, b_KN, out=out_MN)
             return
@@ -75,16 +75,16 @@ class Products:
         out_MN.copy_(torch.mm(a, b, out=self._like("out", out_MN)))
 
     def _by_kernel(self, name: str, block: Block, a: Tensor, b: Tensor, out: Tensor) -> bool:
-        """Whether the kernel is right for such factors; then it has run. Torch shall refuse what does not fit."""
+        """Runs the kernel if it suits the factors; returns whether it has run. Torch reports wrong shapes."""
         (rows, depth), width, experts = a.shape, out.shape[-1], len(block.lengths)
         shapes = {
             "product_transposed": ((experts, width, depth), (rows, width)),
             "product": ((experts, depth, width), (rows, width)),
             "product_gradient": ((rows, width), (experts, depth, width)),
         }
-        busy = sum(map(bool, block.lengths))
+        num_busy = sum(map(bool, block.lengths))
         fits = (b.shape, out.shape) == shapes[name] and sum(block.lengths) == rows and min(block.lengths) >= 0
-        if not (fits and suits_kernel(rows, busy, (depth, width), a, b, out)):
+        if not (fits and suits_kernel(rows, num_busy, (depth, width), a, b, out)):
             return False
         native = kernels()
         assert native is not None
@@ -93,29 +93,29 @@ class Products:
         native(f"{name}_{suffix}", a, b, out, counts, experts, depth, width)
         return True
 
-    def _turned(self, x_MN: Tensor) -> Tensor:
-        """x^T; written out where a product of bf16 with it is faster so."""
+    def _transpose(self, x_MN: Tensor) -> Tensor:
+        """x^T; a copy if that makes a product in bf16 faster, else a view."""
         native = kernels() if has_tiles() and x_MN.dtype is torch.bfloat16 and x_MN.device.type == "cpu" else None
         rows, width = x_MN.shape
         if native is None or width % TILE or not x_MN.is_contiguous():
             return x_MN.t()
-        out = self._like("turned", x_MN).view(width, rows)
+        out = self._like("transposed", x_MN).view(width, rows)
         native("transpose_16bit", x_MN, out, rows, width)
         return out
 
     def _like(self, name: str, tensor: Tensor) -> Tensor:
-        """Memory in the layout of `tensor`, which is one matrix, transposed or not: fp32, but `turned` as it is."""
+        """Scratch memory with the strides of `tensor`, a matrix or its transpose; fp32, except for `transposed`."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < tensor.numel():
-            dtype = tensor.dtype if name == "turned" else torch.float32
+            dtype = tensor.dtype if name == "transposed" else torch.float32
             buffer = self._buffers[name] = torch.empty(tensor.numel(), dtype=dtype)
         return buffer.as_strided(tensor.shape, tensor.stride())
 
 
 def suits_kernel(num_rows: int, num_experts: int, widths: tuple[int, ...], *tensors: Tensor) -> bool:
-    """Whether our kernel multiplies so many rows of so many experts, with these factors (and this result).
+    """Whether to use our kernel for this many rows of this many experts, with these factors (and this result).
 
-    Decided by what the processor is, not by trying: the same numbers come of it every time. It runs in one thread.
+    It depends on the processor model, not on timing, so results are reproducible. The kernel runs in one thread.
     """
     dtype = tensors[0].dtype
     if dtype not in _SUFFIX or any(width % _MULTIPLE for width in widths):
@@ -138,7 +138,7 @@ def _most_rows(dtype: torch.dtype) -> float:
         return 0
     if dtype is torch.bfloat16 and has_tiles():
         return _MOST_ROWS_BESIDE_TILES
-    # MKL is slower on processors of this maker at all sizes.
+    # MKL is slower on this vendor's processors at all sizes.
     return float("inf") if "AuthenticAMD" in processor() and dtype is torch.float32 else _MOST_ROWS
 
 
@@ -150,10 +150,10 @@ def has_tiles() -> bool:
 
 @functools.cache
 def faster_wide() -> bool:
-    """Whether this processor multiplies bf16 faster in fp32: tried once, in 10 to 50 ms, or as the environment says."""
-    given = os.environ.get(VARIABLE)
-    if given in ("0", "1"):
-        return given == "1"
+    """Whether this processor multiplies bf16 faster in fp32: measured once, in 10 to 50 ms, or from the environment."""
+    setting = os.environ.get(VARIABLE)
+    if setting in ("0", "1"):
+        return setting == "1"
     a, b, out = torch.ones(256, 512).bfloat16(), torch.ones(512, 512).bfloat16(), torch.empty(256, 512).bfloat16()
     wide_a, wide_b, wide_out = a.float(), b.float(), out.float()
 
@@ -165,11 +165,11 @@ def faster_wide() -> bool:
 
 
 def _seconds(f: Callable[[], object]) -> float:
-    """The fastest of some runs after a first one."""
+    """The fastest of a few runs after a warm-up."""
     f()
-    found = []
+    seconds = []
     for _ in range(_TRIALS):
         start = time.perf_counter()
         f()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

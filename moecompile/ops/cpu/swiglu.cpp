@@ -1,5 +1,5 @@
-// SwiGLU with a routing weight per row, forward and backward, and the transpose that weight gradients want, on a CPU.
-// Plain loops that a compiler turns into vector code; no headers but the standard ones, so it is built in a second.
+// SwiGLU with a routing weight per row, forward and backward, and the transpose for weight gradients, on a CPU.
+// Plain loops that a compiler vectorizes; only standard headers, so it compiles in a second.
 //
 // Shapes, row-major: gate_up (rows, 2 * width), gate first; weight (rows); hidden, grad_hidden (rows, width).
 // bf16 is read and written as its upper 16 bits of a float; all arithmetic is fp32. NaN stays NaN.
@@ -61,7 +61,7 @@ void forward(const T* gate_up, const float* weight, T* hidden, int64_t rows, int
   }
 }
 
-// Gradients of `forward`, and hidden once more, which was not kept.
+// Gradients of `forward`, and hidden recomputed, which was not kept.
 template <class T>
 void backward(const T* gate_up, const float* weight, const T* grad_hidden, T* grad_gate_up, T* hidden,
               float* grad_weight, int64_t rows, int64_t width) {
@@ -88,7 +88,7 @@ typedef uint16_t v16 __attribute__((vector_size(32), aligned(2)));
 #define LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
 #define HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 
-// Four times interleaving row k with row k + 8 transposes 16 x 16.
+// Interleaving row k with row k + 8 four times transposes 16 x 16.
 inline void interleave(const v16* in, v16* out) {
   for (int k = 0; k < 8; ++k) {
     out[2 * k] = LOW(in[k], in[k + 8]);
@@ -96,7 +96,7 @@ inline void interleave(const v16* in, v16* out) {
   }
 }
 
-// The first `count` of 16 rows; the others are not read and not written.
+// The first `count` of 16 rows; the others are neither read nor written.
 inline void transpose_tile(const uint16_t* from, int64_t from_stride, uint16_t* to, int64_t to_stride, int64_t count) {
   v16 a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = *reinterpret_cast<const v16*>(from + (i < count ? i : 0) * from_stride);

@@ -30,16 +30,16 @@ def lower_dedup(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> None
             ops.pack_rows, (nodes.tokens, nodes.weights, codes, placement.num_experts, placement.ep, table)
         )
         rows, tokens, weights, codes = items(graph, packed, "rows", "tokens", "weights_sent", "codes_sent")
-        landed = all_to_all(graph, layer, rows, table, _ROWS, False, axis)
+        received_rows = all_to_all(graph, layer, rows, table, _ROWS, False, axis)
         sent = graph.call_function(ops.exchange_assignments, (weights, codes, table, _ASSIGNMENTS, axis))
         weights, codes = items(graph, sent, "weights", "codes")
-        expanded = graph.call_function(ops.expand_rows, (landed, weights, codes, placement.experts_per_rank))
+        expanded = graph.call_function(ops.expand_rows, (received_rows, weights, codes, placement.experts_per_rank))
         copies, weights, source, _, counts = items(
             graph, expanded, "copies", "copy_weights", "source", "order", "counts"
         )
     nodes.feed(copies, counts)
     with graph.inserting_before(nodes.unpermute):
-        partial = graph.call_function(ops.reduce_rows, (nodes.outputs, weights, source, landed))
+        partial = graph.call_function(ops.reduce_rows, (nodes.outputs, weights, source, received_rows))
         back = all_to_all(graph, layer, partial, table, _ROWS, True, axis)
         combined = graph.call_function(ops.combine_rows, (back, tokens, nodes.tokens))
     nodes.unpermute.replace_all_uses_with(combined)

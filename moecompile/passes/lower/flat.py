@@ -29,9 +29,9 @@ def lower_flat(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> None:
     if not nodes.dropless:
         nodes.permute.args = (*nodes.permute.args, table)
     with graph.inserting_before(nodes.experts):
-        landed = all_to_all(graph, layer, nodes.rows, table, _ALL, False, axis)
+        received_rows = all_to_all(graph, layer, nodes.rows, table, _ALL, False, axis)
         rows, order, counts = items(
-            graph, graph.call_function(ops.regroup, (landed, received)), "grouped", "order", "counts"
+            graph, graph.call_function(ops.regroup, (received_rows, received)), "grouped", "order", "counts"
         )
     nodes.feed(rows, counts)
     with graph.inserting_before(nodes.unpermute):

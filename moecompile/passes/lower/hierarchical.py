@@ -47,10 +47,10 @@ def lower_hierarchical(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) 
             experts = placement.num_experts if axis == inter else placement.num_experts // num_nodes
             packed = graph.call_function(ops.pack_rows, (rows, weights, codes, experts, parts, table))
             sent, source, weights, codes = items(graph, packed, "rows", "source", "weights_sent", "codes_sent")
-            landed = all_to_all(graph, layer, sent, table, _ROWS, False, axis)
+            received_rows = all_to_all(graph, layer, sent, table, _ROWS, False, axis)
             exchanged = graph.call_function(ops.exchange_assignments, (weights, codes, table, _ASSIGNMENTS, axis))
             weights, codes = items(graph, exchanged, "weights", "codes")
-            return _Hop(landed, weights, codes, source)
+            return _Hop(received_rows, weights, codes, source)
 
         node = hop(nodes.tokens, nodes.weights, codes, num_nodes, inter_table, inter)
         rank = hop(node.rows, node.weights, node.codes, on_node, intra_table, intra)
