@@ -22,11 +22,10 @@ from moecompile.errors import CaptureError, MoecompileError
 from moecompile.match.experts import structure
 from moecompile.match.ffn import find_ffns
 from moecompile.match.hooks import lost_hooks
-from moecompile.match.linears import common_owner
 from moecompile.match.patterns import FFNMatch
 from moecompile.match.regions import Captured, Region, Site
 from moecompile.match.swiglu import ffn_is_swiglu
-from moecompile.match.view import GraphView
+from moecompile.match.view import GraphView, common_owner
 from moecompile.plan import FFNSite
 
 _SHARED = "lies in an MoE block that the model has already (a shared expert); name it by experts.match to rewrite it"

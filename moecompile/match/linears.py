@@ -9,7 +9,7 @@ Algorithm:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeGuard
@@ -295,15 +295,3 @@ def _narrowed(node: fx.Node, base: Linear) -> slice | None:
     if not _is_last(dim, base) or not isinstance(start, int) or not isinstance(length, int):
         return None
     return slice(start, start + length, 1)
-
-
-def common_owner(paths: Sequence[str]) -> str:
-    """The longest module path that contains all attribute (or module) paths."""
-    parts = [path.split(".")[:-1] for path in paths]
-    shared = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        shared.append(level[0])
-    # The common path of two linears is their parent; of one linear alone it is the linear.
-    return ".".join(shared)

@@ -23,10 +23,9 @@ from moecompile.errors import CaptureError, ConfigError
 from moecompile.match.dense import ffn_site, find_dense, trace_all
 from moecompile.match.existing import Prove, find_existing, may_be_experts
 from moecompile.match.ffn import find_ffns
-from moecompile.match.linears import common_owner
 from moecompile.match.patterns import FFNMatch
 from moecompile.match.regions import Captured, Site
-from moecompile.match.view import GraphView
+from moecompile.match.view import GraphView, common_owner
 from moecompile.plan import FFNSite
 from moecompile.schema import SiteKind
 from moecompile.torch_private import fake_tensors

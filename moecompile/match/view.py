@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 from torch import fx, nn
@@ -49,3 +50,15 @@ class GraphView:
     def tensor(self, path: str) -> object:
         """The attribute at `path`."""
         return attribute(self.root, path)
+
+
+def common_owner(paths: Sequence[str]) -> str:
+    """The longest module path that contains all attribute (or module) paths."""
+    parts = [path.split(".")[:-1] for path in paths]
+    shared = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    # The common path of two linears is their parent; of one linear alone it is the linear.
+    return ".".join(shared)

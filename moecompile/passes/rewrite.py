@@ -23,9 +23,9 @@ from torch import fx, nn
 
 from moecompile.errors import PassError, PlanError
 from moecompile.match.experts import ExpertsMatch
-from moecompile.match.linears import common_owner
 from moecompile.match.patterns import FFNMatch, activation_module
 from moecompile.match.regions import Region
+from moecompile.match.view import common_owner
 from moecompile.nn import Experts, Router, SharedExperts
 from moecompile.passes.base import check_calls, copy_graph_module, erase_unused, exchanges_of, is_ours, items, op_name
 from moecompile.passes.rewrite_experts import rewrite_experts

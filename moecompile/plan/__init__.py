@@ -4,7 +4,7 @@ from moecompile.plan.checks import plan_errors
 from moecompile.plan.dispatch import EXCHANGE_OPS, EXCHANGES, HALVES, IN_FLIGHT, WAIT_OPS, DispatchPlan, can_fuse
 from moecompile.plan.existing import layer_of, layer_on_one_device, own_routing
 from moecompile.plan.experts import ExpertPlacement, ExpertsPlan
-from moecompile.plan.fit import planned_site
+from moecompile.plan.fit import check_sites
 from moecompile.plan.io import from_yaml, load, save, to_yaml
 from moecompile.plan.layers import BalancePlan, LayerPlan, RoutingPlan
 from moecompile.plan.one_process import on_one_process, on_one_rank
@@ -35,6 +35,7 @@ __all__ = [
     "RoutingPlan",
     "Traffic",
     "can_fuse",
+    "check_sites",
     "from_yaml",
     "layer_of",
     "layer_on_one_device",
@@ -43,7 +44,6 @@ __all__ = [
     "on_one_rank",
     "own_routing",
     "plan_errors",
-    "planned_site",
     "reductions",
     "save",
     "to_yaml",

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from moecompile.errors import PlanError
 from moecompile.plan.layers import LayerPlan
 from moecompile.plan.sites import ExpertsSite, PlannedSite
 
 
-def planned_site(sites: Mapping[str, PlannedSite], layer: LayerPlan) -> PlannedSite:
-    """The site that a layer was planned for; a planned site that cannot be applied is an error, never a warning."""
-    site, found = layer.site, sites.get(layer.site.fqn)
+def check_sites(layers: Iterable[LayerPlan], sites: Iterable[PlannedSite]) -> None:
+    """Whether a model with these sites has what every layer was planned for.
+
+    Raises:
+        PlanError: a site is missing, or has another form.
+    """
+    by_fqn = {site.fqn: site for site in sites}
+    for layer in layers:
+        _check_site(layer.site, by_fqn)
+
+
+def _check_site(site: PlannedSite, sites: Mapping[str, PlannedSite]) -> None:
+    found = sites.get(site.fqn)
     if found is None:
         what = "experts" if isinstance(site, ExpertsSite) else "FFN"
         raise PlanError(
@@ -29,7 +39,6 @@ def planned_site(sites: Mapping[str, PlannedSite], layer: LayerPlan) -> PlannedS
             f"plan.layers[{site.fqn or 'the graph'}].site.swiglu", True,
             f"the model computes {found.activation} there", "Plan again for this model",
         )  # fmt: skip
-    return found
 
 
 def _form(site: PlannedSite) -> str:

@@ -12,7 +12,8 @@ params.py; V: vocabulary.
    accumulation they are reduced once, after the last micro-batch, and those of all weights are kept until then, fp32:
    P_d + P_e / ep.                                                                       -> `_unsharded_grads_bytes`
        weights = b own + a unsharded,  grads = b own + unsharded grads,  optimizer = 2 * 4 own  (AdamW's moments, fp32)
-   Router weights are fp32 whatever b is.
+   Router weights are fp32 whatever b is. Frozen weights have no gradients and no moments: in the last two, `own` is
+   that of the trained ones, and no more gradients are unsharded than there are of those.       -> `trained_params`
 3. Activations that one forward saves for backward: activations.py.                          -> `activation_bytes`
 4. Exchange buffers, alive in one layer at a time: rows sent and rows received.
        dispatch = max over layers of 2 T copies D a                                                  -> `_dispatch`
@@ -28,7 +29,7 @@ from collections.abc import Sequence
 from moecompile.mesh import MeshSpec
 from moecompile.plan import LayerPlan, MemoryEstimate
 from moecompile.planner.activations import FP32_BYTES, activation_bytes, exchanged
-from moecompile.planner.params import ModelFacts, RunFacts, layer_params, model_params
+from moecompile.planner.params import ModelFacts, ModelParams, RunFacts, layer_params, model_params, trained_params
 
 ADAMW_MOMENTS = 2
 
@@ -37,12 +38,11 @@ def memory_of_fullest_rank(
     layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
 ) -> MemoryEstimate:
     """The estimate above."""
-    own, router = _own_params(layers, mesh, facts)
-    stored = own * facts.bytes_per_param + router * FP32_BYTES
+    params, trained = model_params(layers, facts), trained_params(layers, facts)
     return MemoryEstimate(
-        weights=stored + _unsharded_params(layers, mesh, facts) * run.compute_bytes,
-        grads=stored + _unsharded_grads_bytes(layers, mesh, facts, run),
-        optimizer=(own + router) * ADAMW_MOMENTS * FP32_BYTES,
+        weights=_stored_bytes(params, mesh, facts) + _unsharded_params(layers, mesh, facts) * run.compute_bytes,
+        grads=_stored_bytes(trained, mesh, facts) + _unsharded_grads_bytes(trained, layers, mesh, facts, run),
+        optimizer=(_own_params(trained, mesh) + trained.router) * ADAMW_MOMENTS * FP32_BYTES,
         activations=activation_bytes(layers, mesh, facts, run),
         dispatch=round(
             run.tokens_per_rank * run.compute_bytes * max((exchanged(layer, mesh) for layer in layers), default=0)
@@ -50,10 +50,13 @@ def memory_of_fullest_rank(
     )
 
 
-def _own_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> tuple[int, int]:
-    """Parameters that one rank keeps (step 1): sharded ones, replicated routers."""
-    params = model_params(layers, facts)
-    return _shard(params.dense, mesh.dp_shard) + _shard(params.experts, mesh.ep * mesh.edp_shard), params.router
+def _own_params(params: ModelParams, mesh: MeshSpec) -> int:
+    """Sharded parameters that one rank keeps (step 1); routers, which are replicated, come on top."""
+    return _shard(params.dense, mesh.dp_shard) + _shard(params.experts, mesh.ep * mesh.edp_shard)
+
+
+def _stored_bytes(params: ModelParams, mesh: MeshSpec, facts: ModelFacts) -> int:
+    return _own_params(params, mesh) * facts.bytes_per_param + params.router * FP32_BYTES
 
 
 def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> int:
@@ -66,12 +69,14 @@ def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelF
     return facts.params_embedding + _shard(in_layers, max(1, facts.num_layers, len(layers))) + largest
 
 
-def _unsharded_grads_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> int:
+def _unsharded_grads_bytes(
+    trained: ModelParams, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
+) -> int:
     """Bytes of gradients that are not reduced yet (step 2)."""
+    everything = trained.dense + _shard(trained.experts, mesh.ep)
     if mesh.world_size == 1 or run.accumulation == 1:
-        return _unsharded_params(layers, mesh, facts) * run.compute_bytes
-    params = model_params(layers, facts)
-    return (params.dense + _shard(params.experts, mesh.ep)) * FP32_BYTES
+        return min(everything, _unsharded_params(layers, mesh, facts)) * run.compute_bytes
+    return everything * FP32_BYTES
 
 
 def _shard(numbers: int, parts: int) -> int:

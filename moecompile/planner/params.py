@@ -5,6 +5,7 @@
                  + E D + E [bias]                                    router                         -> `LayerParams`
     total      = model - sum of ffn(D, d_ff) + sum of layer          over the planned layers        -> `ModelParams`
     active     = the same with K instead of E experts
+    trained    = total - frozen ones that stay - experts and shared experts made of frozen ones  -> `trained_params`
 
 Experts that the model has already are in its count: they replace E ffn(D, d_ff) by the same, and their router stays.
 
@@ -13,8 +14,8 @@ Legend: D model dim, F hidden dim, E routed experts, K top-k.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from moecompile.plan import ExpertsSite, LayerPlan, PlannedSite
 
@@ -28,7 +29,8 @@ class ModelFacts:
     params_total: all parameters before rewriting, tied ones once. params_embedding: those outside the layers
     (embeddings, output head, final norm). num_layers, vocab_size: of the model; where they are 0 (a bare graph), only
     the planned layers are counted. bytes_per_param: of weights as they are stored (4: fp32). causal:
-    whether a token must not see later ones (None: unknown).
+    whether a token must not see later ones (None: unknown). frozen: module path ("": the model) -> parameters inside
+    that are not trained, and all that are inside; empty where all are trained.
     """
 
     params_total: int
@@ -37,6 +39,7 @@ class ModelFacts:
     vocab_size: int = 0
     bytes_per_param: int = 4
     causal: bool | None = None
+    frozen: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,3 +120,21 @@ def model_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParams:
     router = sum(c.router for c in counts)
     used = sum(layer.routing.top_k * c.expert for layer, c in zip(layers, counts, strict=True))
     return ModelParams(dense=dense, experts=sum(c.experts for c in counts), router=router, active=dense + router + used)
+
+
+def trained_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParams:
+    """Those of `model_params` that have gradients; `active` is the model's.
+
+    What is made of frozen weights is frozen, a new router and what is drawn anew is trained. What is made of a module
+    of which some weights are frozen counts as trained, so the numbers are upper bounds.
+    """
+    params, (stays, _) = model_params(layers, facts), facts.frozen.get("", (0, 0))
+    dense, experts = params.dense, params.experts
+    for layer in layers:
+        counts = layer_params(layer)
+        frozen, inside = facts.frozen.get(layer.site.fqn, (counts.dense, 0))  # a path that is no module's: unknown
+        stays -= min(frozen, counts.dense)  # replaced
+        if frozen == inside and layer.experts.init not in ("random", "drop"):
+            experts -= counts.experts
+            dense -= counts.shared - layer.experts.shared_gate * layer.site.d_model
+    return replace(params, dense=dense - max(stays, 0), experts=experts)

@@ -17,7 +17,7 @@ shards that any mesh reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -33,25 +33,19 @@ from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from moecompile import plan as plans
-from moecompile.checkpoint.atomic import whole_folder
-from moecompile.checkpoint.fit import check_entries
-from moecompile.checkpoint.folders import PLAN
-from moecompile.checkpoint.sums import check
-from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, tensors_of, write_tensors
+from moecompile.checkpoint.tensors import tensors_of
 from moecompile.errors import ConfigError, PlanError
 from moecompile.passes.recompute import recompute
 from moecompile.passes.same_weights import check_same_weights
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.pipeline import compiled_module, plan_of
 from moecompile.plan import Plan
+from moecompile.runtime import trainer_checkpoint
 from moecompile.runtime.gradients import clip_by_global_norm, clip_by_value
 from moecompile.runtime.modes import train_routing
 from moecompile.runtime.steps import TrainingSteps
 from moecompile.torch_private import compile_whole, set_timeouts
 
-LIGHTNING = "lightning.pt"
-"""What Lightning keeps beside tensors, in a checkpoint that its Trainer saved."""
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
@@ -163,17 +157,14 @@ class ExpertParallelStrategy(TrainingSteps):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """A folder of shards (torch DCP) that every mesh can read at `filepath`, whole or not there."""
-        path, optimizers = Path(self.broadcast(filepath)), self.optimizers if "optimizer_states" in checkpoint else []
         assert self.model is not None
-        groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
-        rest = {name: value for name, value in checkpoint.items() if name != "state_dict"}
-        with whole_folder(path, is_first_rank=self.is_global_zero, barrier=self.barrier) as folder:
-            write_tensors(folder, self._tensors_of(optimizers))
-            if self.is_global_zero:
-                plans.save(plan_of(self.model), folder / PLAN)
-                torch.save({**rest, "optimizer_states": groups} if optimizers else rest, folder / LIGHTNING)
+        trainer_checkpoint.save(
+            Path(self.broadcast(filepath)), checkpoint, self.model,
+            self.optimizers if "optimizer_states" in checkpoint else [], self._tensors_of,
+            is_first_rank=self.is_global_zero, barrier=self.barrier,
+        )  # fmt: skip
 
-    def _tensors_of(self, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    def _tensors_of(self, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
         """Makes an optimizer's first step, of zeros, where it has no state yet: nobody else's business."""
         assert self.model is not None
         with nullcontext() if self._guard is None else self._guard.pause():
@@ -185,19 +176,9 @@ class ExpertParallelStrategy(TrainingSteps):
         Raises:
             PlanError: entries are missing or have other shapes, or the optimizers have other parameter groups.
         """
-        path = Path(self.broadcast(checkpoint_path))
         assert self.model is not None
-        check(path, [LIGHTNING, PLAN], key="ckpt_path")
-        rest: dict[str, Any] = torch.load(path / LIGHTNING, weights_only=True)
-        groups = rest.get("optimizer_states", [])
-        optimizers = self.optimizers if groups else []
-        found = {name: shape for name, shape in shapes(path).items() if optimizers or name.startswith("model.")}
-        tensors = forget_unused(self.model, optimizers, self._tensors_of(optimizers), found)
-        check_entries(found, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
-        for optimizer, saved in zip(optimizers, groups, strict=True):
-            _set_groups(optimizer, saved, path)
-        read_tensors(path, tensors)
-        return rest
+        path = Path(self.broadcast(checkpoint_path))
+        return trainer_checkpoint.load(path, self.model, self.optimizers, self._tensors_of)
 
     def _clip(self, optimizer: Optimizer, clip_val: float) -> None:
         self.grad_norm = float(clip_by_global_norm(self.precision_plugin.main_params(optimizer), clip_val))
@@ -212,17 +193,6 @@ class ExpertParallelStrategy(TrainingSteps):
                 f"the plan is for {plan.mesh.world_size} ranks, the Trainer has {self.world_size}",
                 "Change mesh.num_nodes and mesh.ranks_per_node, or the Trainer's devices and num_nodes",
             )  # fmt: skip
-
-
-def _set_groups(optimizer: Optimizer, saved: list[dict[str, Any]], path: Path) -> None:
-    """Learning rates and the like, as a scheduler or the user has left them."""
-    if len(saved) != len(optimizer.param_groups):
-        raise PlanError(
-            "ckpt_path", path, f"the optimizer had {len(saved)} parameter groups, it has {len(optimizer.param_groups)}",
-            "Make the same groups on every mesh",
-        )  # fmt: skip
-    for group, values in zip(optimizer.param_groups, saved, strict=True):
-        group.update(values)
 
 
 StrategyRegistry.register(

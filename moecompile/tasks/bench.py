@@ -38,20 +38,24 @@ def run(config: Config, run_dir: Path) -> None:
 def run_rank(config: Config, run_dir: Path) -> None:
     """One rank: rank 0 measures the layers while the others wait, then all take steps; rank 0 shows and writes."""
     init_process_group(config)
-    rank, job, console = dist.get_rank(), load_job(config, run_dir), Console(soft_wrap=False)
-    patient = dist.new_group(backend="gloo", timeout=_LAYERS_TIMEOUT)
-    layers = _layers(job, config) if rank == 0 else []
-    dist.barrier(patient)
+    job, console = load_job(config, run_dir), Console(soft_wrap=False)
+    layers = _layers(job, config)
     compiled = job.compile(config)
-    if rank == 0:
+    if dist.get_rank() == 0:
         accept(run_dir)
         show_compiled(compiled, run_dir, console)
     dist.barrier()
     note_accepted(run_dir)
     materialize = job.materialize(compiled)
     step = measure_steps(compiled.model, compiled.plan, config, job.data, run_dir / "steps", materialize)
-    if rank > 0:
-        return
+    if dist.get_rank() == 0:
+        _write(config, compiled.plan.hash, run_dir, layers, step, console)
+
+
+def _write(
+    config: Config, plan_hash: str, run_dir: Path, layers: list[LayerCost], step: StepCost, console: Console
+) -> None:
+    """The tables, `bench.json` and `result.json`."""
     measured = {
         "device": _device().type,
         "threads": torch.get_num_threads(),
@@ -59,17 +63,24 @@ def run_rank(config: Config, run_dir: Path) -> None:
         "layers": [_layer_row(cost) for cost in layers],
         "step": _step_row(step),
     }
-    body = {"recipe": config.name, "plan_hash": compiled.plan.hash, "versions": versions(), **measured}
+    body = {"recipe": config.name, "plan_hash": plan_hash, "versions": versions(), **measured}
     path = run_dir / BENCH
     path.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-    fields = {"plan_hash": compiled.plan.hash, "world_size": step.world_size, **measured}
+    fields = {"plan_hash": plan_hash, "world_size": step.world_size, **measured}
     result = write_result(run_dir, "bench", config.name, fields)
     print_bench(measured, console)
     console.print(f"\n{config.name}  ok  {result['seconds']:.1f} s  {path}", soft_wrap=True)
 
 
 def _layers(job: Job, config: Config) -> list[LayerCost]:
-    """The layers, on the device of rank 0."""
+    """The layers, on the device of rank 0 while the others wait; on them nothing."""
+    patient = dist.new_group(backend="gloo", timeout=_LAYERS_TIMEOUT)
+    found = _measured_layers(job, config) if dist.get_rank() == 0 else []
+    dist.barrier(patient)
+    return found
+
+
+def _measured_layers(job: Job, config: Config) -> list[LayerCost]:
     seq_len = config.data.seq_len
     example = example_inputs(job.model, seq_len, longest=seq_len)  # what is measured is as long as what is trained
     plan = make_plan(job.model, config, example=example)

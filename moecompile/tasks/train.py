@@ -58,13 +58,18 @@ def run_rank(config: Config, run_dir: Path) -> None:
     if config.trainer.baseline is Baseline.dense:
         fields["baseline"] = _baseline(config, compiled.plan, data, run_dir)
     if rank == 0:
-        if compiled.plan.layers:
-            write_heat_map(LoadHistory.read(run_dir / LOAD_HISTORY), run_dir / "load.png", title=config.name)
-        result = write_result(run_dir, "train", config.name, fields)
-        # Where nothing was dropped there is nothing to say about it.
-        print_result({**result, "drop_rate_last": result["drop_rate_last"] or None, "run_dir": run_dir}, console)
-        if "baseline" in result:
-            print_baseline(result, console)
+        _write(config, fields, run_dir, console)
+
+
+def _write(config: Config, fields: dict[str, Any], run_dir: Path, console: Console) -> None:
+    """The picture of the load, `result.json` and the summary."""
+    if fields["num_rewritten"]:
+        write_heat_map(LoadHistory.read(run_dir / LOAD_HISTORY), run_dir / "load.png", title=config.name)
+    result = write_result(run_dir, "train", config.name, fields)
+    # Where nothing was dropped there is nothing to say about it.
+    print_result({**result, "drop_rate_last": result["drop_rate_last"] or None, "run_dir": run_dir}, console)
+    if "baseline" in result:
+        print_baseline(result, console)
 
 
 def _check_baseline(config: Config, plan: plans.Plan) -> None:

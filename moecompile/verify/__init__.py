@@ -1,6 +1,7 @@
 """Proof that ranks compute what one process computes."""
 
-from moecompile.verify.certify import Check, certify, compare
+from moecompile.verify.certify import certify
+from moecompile.verify.checks import Check, compare
 from moecompile.verify.compare import relative_error, worst
 from moecompile.verify.shrink import shrink
 

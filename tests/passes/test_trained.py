@@ -10,7 +10,7 @@ from torch import nn
 
 import moecompile
 from moecompile.errors import PlanError
-from moecompile.pipeline import compile_with_report
+from moecompile.pipeline import compile_with_report, plan_of
 from moecompile.plan import Plan
 from moecompile.report.plan_tables import print_plan
 from tests.existing_models import moe_inputs, moe_model
@@ -39,6 +39,9 @@ def test_a_frozen_ffn_gives_frozen_experts_and_a_new_router_is_trained(make: typ
     compiled = moecompile.compile_model(frozen(make()), overrides, example=tokens())
     new = {"router.weight"} | ({"shared_experts.gate_weight"} if overrides is SHARED else set())
     assert trained(compiled) == new
+    estimate = plan_of(compiled).estimate
+    assert estimate is not None
+    assert estimate.memory_bytes_per_rank.optimizer == 8 * sum(compiled.get_parameter(name).numel() for name in new)
     out = compiled(tokens())
     out.square().sum().backward()
     assert {name for name, parameter in compiled.named_parameters() if parameter.grad is not None} == new

@@ -206,3 +206,52 @@ def test_experts_of_the_model_are_counted_once() -> None:
     params = model_params([existing()], facts)
     assert (params.dense, params.experts, params.router) == (2000 - 4 * 384, 4 * 384, 0)
     assert found.memory_bytes_per_rank.weights == 2000 * 4
+
+
+# -- frozen weights --------------------------------------------------------------------------------------------------
+
+
+def test_frozen_weights_have_no_gradients_and_no_moments() -> None:
+    """The embedding, 800, is frozen, and nothing else."""
+    plain, frozen = (
+        estimate([layer()], ONE_RANK, replace(FACTS, frozen=found), RUN, memory_bytes=1e9).memory_bytes_per_rank
+        for found in ({}, {"": (800, 1668), "layers.0.mlp": (0, 384)})
+    )
+    assert plain.grads - frozen.grads == 4 * 800
+    assert plain.optimizer - frozen.optimizer == 8 * 800
+    assert replace(plain, grads=frozen.grads, optimizer=frozen.optimizer) == frozen
+
+
+@pytest.mark.parametrize(
+    ("made", "trained"),
+    [
+        (layer(), 4 * 384 + 4 * 8),  # drawn anew: trained
+        (replace(layer(), experts=replace(layer().experts, init="copy")), 4 * 8),  # copies of frozen weights
+        (replace(layer(d_expert=8, d_shared=8), experts=replace(layer(d_expert=8, d_shared=8).experts, init="virtual_group")), 4 * 8),
+        (existing(), 0),
+    ],
+)  # fmt: skip
+def test_what_is_made_of_frozen_weights_is_frozen(made: LayerPlan, trained: int) -> None:
+    """The whole model is frozen: only the router, and what is drawn anew, is trained."""
+    total, inside = (2000, 4 * 384) if isinstance(made.site, ExpertsSite) else (1668, 384)
+    facts = replace(FACTS, params_total=total, frozen={"": (total, total), made.site.fqn: (inside, inside)})
+    found = estimate([made], ONE_RANK, facts, RUN, memory_bytes=1e9).memory_bytes_per_rank
+    assert (found.grads, found.optimizer) == (4 * trained, 8 * trained)
+
+
+def test_no_more_gradients_are_unsharded_than_are_trained() -> None:
+    facts = replace(FACTS, frozen={"": (1668, 1668), "layers.0.mlp": (384, 384)})
+    made = replace(layer(4, "flat"), experts=replace(layer().experts, init="copy"))
+    for accumulation in (1, 4):
+        run = replace(RUN, accumulation=accumulation)
+        assert estimate([made], FOUR_RANKS, facts, run, memory_bytes=1e9).memory_bytes_per_rank.grads == 4 * 32
+
+
+@pytest.mark.parametrize("frozen", [{"": (256, 1668), "layers.0.mlp": (256, 384)}, {"": (384, 1668)}])
+def test_what_is_frozen_in_part_or_nobody_knows_where_counts_as_trained(frozen: dict[str, tuple[int, int]]) -> None:
+    """The frozen weights are those of the FFN, which is replaced: nothing else has lost its gradients."""
+    made = replace(layer(), experts=replace(layer().experts, init="copy"))
+    facts = replace(FACTS, frozen=frozen)
+    assert estimate([made], ONE_RANK, facts, RUN, memory_bytes=1e9) == estimate(
+        [made], ONE_RANK, FACTS, RUN, memory_bytes=1e9
+    )

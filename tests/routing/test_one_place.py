@@ -39,7 +39,7 @@ READERS = {
     "verify/shrink.py": "a smaller mesh for the same recipe",
     "bench/layers.py": "sizes of a layer that is timed",
     "plan/plan.py": "a layer in one line",
-    "report/console.py": "a layer in a table",
+    "report/plan_tables.py": "a layer in a table",
     "planner/build_plan.py": "expert choice in a causal model",
     "plan/sites.py": "a site that has experts already, as it was found",
     "runtime/training.py": "whether dropped tokens are shown",

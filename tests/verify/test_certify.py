@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from moecompile.compose import compose_config
 from moecompile.schema import Config
 from moecompile.verify import Check, certify, shrink
-from moecompile.verify.certify import _rounding, compare
+from moecompile.verify.checks import _rounding, compare
 from moecompile.verify.job import Trace
 from tests.distributed.harness import run_distributed_test
 
@@ -172,12 +172,14 @@ def _local_experts(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], t
     """Shards of experts are changed after they were cut."""
     from moecompile.passes import shard
 
-    class Wrong(DTensor):
-        @staticmethod
-        def from_local(local: torch.Tensor, *args: Any, **kwargs: Any) -> DTensor:
-            return DTensor.from_local(change(local), *args, **kwargs)
+    right, from_local = shard._shard_experts, DTensor.from_local
 
-    patch.setattr(shard, "DTensor", Wrong)
+    def wrong(*args: Any) -> None:
+        with pytest.MonkeyPatch.context() as cut:
+            cut.setattr(DTensor, "from_local", lambda local, *rest, **named: from_local(change(local), *rest, **named))
+            right(*args)
+
+    patch.setattr(shard, "_shard_experts", wrong)
 
 
 # mutation -> part of the name of a check that has to fail

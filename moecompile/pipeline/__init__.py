@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moecompile.arguments import check_example, check_graph, check_model, check_overrides, check_plan
-from moecompile.capture import Example, is_meta, layers_of, replace_regions
+from moecompile.capture import Example, is_meta, replace_regions
 from moecompile.compose import compose_config
 from moecompile.errors import ArgumentError, CaptureError, ConfigError, PlanError
 from moecompile.match.regions import Captured, Region, Site
@@ -36,8 +36,8 @@ from moecompile.passes.run import (
 from moecompile.passes.same_weights import check_same_weights
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.passes.trained import frozen_notes
-from moecompile.plan import ExpertsSite, FFNSite, Plan, PlannedSite, planned_site
-from moecompile.planner import ModelFacts
+from moecompile.pipeline.facts import facts_of
+from moecompile.plan import ExpertsSite, FFNSite, Plan, PlannedSite, check_sites
 from moecompile.planner.build_plan import build_plan
 from moecompile.planner.existing import notes
 from moecompile.schema import Config, SiteKind
@@ -123,7 +123,7 @@ def make_plan(
             raise CaptureError("make_plan needs example=... for a module that is not a GraphModule")
         check_example(example)
         sites = capture_planned(model_or_graph, None, config, example).sites
-    return build_plan(sites, config, _facts(model_or_graph))
+    return build_plan(sites, config, facts_of(model_or_graph))
 
 
 def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | Config | Plan = ()) -> fx.GraphModule:
@@ -145,10 +145,8 @@ def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | C
         plan, seed = overrides_or_plan, 0
     else:
         config = _config(overrides_or_plan)
-        plan, seed = build_plan(list(matches), config, _facts(source)), config.seed
-    sites = {site.fqn: site for site in matches}
-    for layer in plan.layers:
-        planned_site(sites, layer)
+        plan, seed = build_plan(list(matches), config, facts_of(source)), config.seed
+    check_sites(plan.layers, matches)
     region = Region(path="", graph=source, module=source, matches={s.fqn: match for s, match in matches.items()})
     result = source
     if plan.layers:
@@ -255,7 +253,7 @@ def _planned(model: nn.Module, captured: Captured, overrides: Sequence[str] | Co
 
     Overrides next to a given plan must agree with it, except for the seed, which is not part of a plan.
     """
-    facts = _facts(model)
+    facts = facts_of(model)
     if plan is None:
         return build_plan(captured.sites, _config(overrides), facts)
     if not isinstance(overrides, Config):
@@ -266,9 +264,7 @@ def _planned(model: nn.Module, captured: Captured, overrides: Sequence[str] | Co
                 "decides", "Leave them out, or make the plan with them: moecompile.make_plan(model, overrides, "
                 "example=...)",
             )  # fmt: skip
-    sites = {site.fqn: site for site in captured.sites}
-    for layer in plan.layers:
-        planned_site(sites, layer)
+    check_sites(plan.layers, captured.sites)
     return plan
 
 
@@ -293,21 +289,6 @@ def _kind(plan: Plan, config: Config) -> SiteKind:
     if len(existing) != 1:
         return SiteKind.both if existing else config.experts.sites
     return SiteKind.existing if existing.pop() else SiteKind.dense
-
-
-def _facts(model: nn.Module) -> ModelFacts:
-    """Sizes of the dense model; 0 if they cannot be read from the module."""
-    layers = list(layers_of(model))
-    inside = {parameter for layer in layers for parameter in layer.parameters()}
-    outside = sum(parameter.numel() for parameter in model.parameters() if parameter not in inside)
-    return ModelFacts(
-        params_total=sum(parameter.numel() for parameter in model.parameters()),
-        params_embedding=outside if layers else 0,
-        num_layers=len(layers),
-        vocab_size=int(getattr(getattr(model, "config", None), "vocab_size", 0) or 0),
-        bytes_per_param=next((parameter.element_size() for parameter in model.parameters()), 4),
-        causal=True if hasattr(model, "generate") else None,  # as in language models of transformers
-    )
 
 
 def _config(overrides: Sequence[str] | Config) -> Config:

@@ -1,0 +1,35 @@
+"""What the planner must know of a model, read from the model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from moecompile.capture import layers_of
+from moecompile.planner import ModelFacts
+
+
+def facts_of(model: nn.Module) -> ModelFacts:
+    """Sizes of the dense model; 0 if they cannot be read from the module."""
+    layers = list(layers_of(model))
+    inside = {parameter for layer in layers for parameter in layer.parameters()}
+    outside = sum(parameter.numel() for parameter in model.parameters() if parameter not in inside)
+    return ModelFacts(
+        params_total=sum(parameter.numel() for parameter in model.parameters()),
+        params_embedding=outside if layers else 0,
+        num_layers=len(layers),
+        vocab_size=int(getattr(getattr(model, "config", None), "vocab_size", 0) or 0),
+        bytes_per_param=next((parameter.element_size() for parameter in model.parameters()), 4),
+        causal=True if hasattr(model, "generate") else None,  # as in language models of transformers
+        frozen=_frozen(model),
+    )
+
+
+def _frozen(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """`ModelFacts.frozen`."""
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return {}
+    inside = {path: list(module.parameters()) for path, module in model.named_modules()}
+    return {
+        path: (sum(p.numel() for p in found if not p.requires_grad), sum(p.numel() for p in found))
+        for path, found in inside.items()
+    }

@@ -1,0 +1,78 @@
+"""What a Trainer saves: a folder of shards (torch DCP) that every mesh reads, whole or not there; it runs no code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from moecompile import plan as plans
+from moecompile.checkpoint.atomic import whole_folder
+from moecompile.checkpoint.fit import check_entries
+from moecompile.checkpoint.folders import PLAN
+from moecompile.checkpoint.sums import check
+from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, write_tensors
+from moecompile.errors import PlanError
+from moecompile.pipeline import plan_of
+
+LIGHTNING = "lightning.pt"
+"""What Lightning keeps beside tensors."""
+TensorsOf = Callable[[Sequence[Optimizer]], dict[str, Tensor]]
+
+
+def save(
+    path: Path, checkpoint: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer], tensors_of: TensorsOf,
+    *, is_first_rank: bool, barrier: Callable[[], object],
+) -> None:  # fmt: skip
+    """Writes the folder `path`; all ranks call it.
+
+    Args:
+        checkpoint: Lightning's. model: the LightningModule. optimizers: whose state is saved, too.
+        tensors_of: optimizers -> the entries of model and optimizers.
+    """
+    groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
+    rest = {name: value for name, value in checkpoint.items() if name != "state_dict"}
+    with whole_folder(path, is_first_rank=is_first_rank, barrier=barrier) as folder:
+        write_tensors(folder, tensors_of(optimizers))
+        if is_first_rank:
+            plans.save(plan_of(model), folder / PLAN)
+            torch.save({**rest, "optimizer_states": groups} if optimizers else rest, folder / LIGHTNING)
+
+
+def load(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], tensors_of: TensorsOf) -> dict[str, Any]:
+    """Reads such a folder, written on whatever mesh, into model and optimizers; all ranks call it.
+
+    Args: as of `save`.
+
+    Returns:
+        Lightning's checkpoint without tensors.
+
+    Raises:
+        PlanError: entries are missing or have other shapes, or the optimizers have other parameter groups.
+    """
+    check(path, [LIGHTNING, PLAN], key="ckpt_path")
+    rest: dict[str, Any] = torch.load(path / LIGHTNING, weights_only=True)
+    groups = rest.get("optimizer_states", [])
+    optimizers = optimizers if groups else []
+    found = {name: shape for name, shape in shapes(path).items() if optimizers or name.startswith("model.")}
+    tensors = forget_unused(model, optimizers, tensors_of(optimizers), found)
+    check_entries(found, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
+    for optimizer, saved in zip(optimizers, groups, strict=True):
+        _set_groups(optimizer, saved, path)
+    read_tensors(path, tensors)
+    return rest
+
+
+def _set_groups(optimizer: Optimizer, saved: list[dict[str, Any]], path: Path) -> None:
+    """Learning rates and the like, as a scheduler or the user has left them."""
+    if len(saved) != len(optimizer.param_groups):
+        raise PlanError(
+            "ckpt_path", path, f"the optimizer had {len(saved)} parameter groups, it has {len(optimizer.param_groups)}",
+            "Make the same groups on every mesh",
+        )  # fmt: skip
+    for group, values in zip(optimizer.param_groups, saved, strict=True):
+        group.update(values)
