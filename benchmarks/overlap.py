@@ -17,6 +17,7 @@ alone      one chunk of a layer without a shared expert, beside the same layer w
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -62,25 +63,11 @@ def measure(sizes: Sizes, timeout_s: float = 1200) -> dict[str, Any]:
     import two_nodes
 
     with two_nodes.two_nodes(sizes.rate_mbit) as names, tempfile.TemporaryDirectory() as folder:
-        ranks = []
-        try:
-            for rank, name in enumerate(names):
-                with open(Path(folder, f"{rank}.log"), "wb") as log:
-                    ranks.append(_start(name, rank, sizes, folder, log))
-            deadline = time.monotonic() + timeout_s
-            while any(process.poll() is None for process in ranks):
-                if time.monotonic() > deadline or any(process.poll() for process in ranks):
-                    logs = [Path(folder, f"{rank}.log").read_text(errors="replace")[-2000:] for rank in range(2)]
-                    raise RuntimeError("a rank failed:\n" + "\n".join(logs))
-                time.sleep(0.1)
-            return dict(json.loads(Path(folder, "found.json").read_text()))
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
+        start = functools.partial(_start, names, sizes, folder)
+        return two_nodes.run_ranks(start, len(names), folder, timeout_s)
 
 
-def _start(namespace: str, rank: int, sizes: Sizes, folder: str, log: Any) -> subprocess.Popen[bytes]:
+def _start(names: list[str], sizes: Sizes, folder: str, rank: int, log: Any) -> subprocess.Popen[bytes]:
     from two_nodes import ADDRESSES, INTERFACE
 
     from moecompile.runtime.ranks import worker_variables
@@ -90,7 +77,7 @@ def _start(namespace: str, rank: int, sizes: Sizes, folder: str, log: Any) -> su
         "MASTER_PORT": PORT, "GLOO_SOCKET_IFNAME": INTERFACE, "OVERLAP": json.dumps(vars(sizes)),
     }  # fmt: skip
     environment = os.environ | worker_variables(1, one_machine=False) | {k: str(v) for k, v in place.items()}
-    command = ["ip", "netns", "exec", namespace, sys.executable, __file__, folder]
+    command = ["ip", "netns", "exec", names[rank], sys.executable, __file__, folder]
     return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
