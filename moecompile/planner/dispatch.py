@@ -5,7 +5,7 @@ from __future__ import annotations
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import IN_FLIGHT, DispatchPlan, ExpertPlacement, PlannedSite, RoutingPlan
-from moecompile.planner.overlap import CHUNKS, LayerSeconds, choose_overlap, forward_seconds
+from moecompile.planner.overlap import LayerSeconds, choose_chunks, choose_overlap
 from moecompile.planner.traffic import Wire, choose_dispatch, forward_traffic, row_bytes
 from moecompile.ranges import Whole
 from moecompile.schema import Config, DispatchKind, OverlapKind, Precision, WireDtype
@@ -86,7 +86,7 @@ def _overlap(
     times = _seconds(config, mesh, site, widths, kind, routing, placement)
     rows_per_expert = tokens * mesh.ep * routing.top_k / placement.num_experts
     if overlap is OverlapKind.chunks:
-        return "chunks", min(CHUNKS, key=lambda n: forward_seconds(times, "chunks", n))
+        return "chunks", choose_chunks(times, rows_per_expert)
     return choose_overlap(times, rows_per_expert)
 
 

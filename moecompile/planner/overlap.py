@@ -40,6 +40,12 @@ def choose_overlap(times: LayerSeconds, rows_per_expert: float) -> tuple[str, in
     return best if seconds[best] < _GAIN * seconds["none", 1] else ("none", 1)
 
 
+def choose_chunks(times: LayerSeconds, rows_per_expert: float) -> int:
+    """The number of chunks with the shortest predicted time; 2 where more would leave too few rows."""
+    allowed = [chunks for overlap, chunks in _candidates(times, rows_per_expert) if overlap == "chunks"]
+    return min(allowed or CHUNKS[:1], key=lambda chunks: _both_ways(times, "chunks", chunks))
+
+
 def _candidates(times: LayerSeconds, rows_per_expert: float) -> Iterator[tuple[str, int]]:
     if times.shared:
         yield "shared", 1

@@ -70,7 +70,14 @@ def _decisions(layer: LayerPlan) -> tuple[tuple[str, ...], ...]:
     is_scaled = experts.init not in ("existing", "random") and experts.weight_scaling != "exact"
     scaled = (f"scaled: {experts.weight_scaling}",) if is_scaled else ()
     routed = (f"{experts.num_routed} x {experts.d_expert}", *shared, placed, init, *scaled)
-    return ffn, routed, _router_lines(layer), (layer.dispatch.kind,)
+    return ffn, routed, _router_lines(layer), _dispatch_lines(layer)
+
+
+def _dispatch_lines(layer: LayerPlan) -> tuple[str, ...]:
+    """The kind, and what is in flight beside experts."""
+    dispatch = layer.dispatch
+    in_flight = {"none": (), "shared": ("overlap:", "shared"), "chunks": ("overlap:", f"{dispatch.chunks} chunks")}
+    return (dispatch.kind, *in_flight[dispatch.overlap])
 
 
 def _router_lines(layer: LayerPlan) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from moecompile.passes.lower import Lower
 from moecompile.passes.overlap import Overlap
 from moecompile.passes.rewrite import Rewrite
 from moecompile.plan import LayerPlan
-from moecompile.planner.overlap import LayerSeconds, choose_overlap, forward_seconds
+from moecompile.planner.overlap import LayerSeconds, choose_chunks, choose_overlap, forward_seconds
 from tests.tiny import COPY4, Gated, config, only_region, passed, plan_for, text
 
 SHARED = [*COPY4, "experts.num_shared=1", "mesh.num_nodes=2", "mesh.ranks_per_node=2"]
@@ -293,6 +293,11 @@ def test_predicted_times_are_those_of_a_simulation(ratio: float, shared: float, 
 )
 def test_auto_takes_what_is_predicted_to_be_fastest(times: LayerSeconds, rows: float, chosen: tuple[str, int]) -> None:
     assert choose_overlap(times, rows) == chosen
+
+
+def test_chunks_are_as_many_as_their_rows_allow() -> None:
+    slow = LayerSeconds(wire=2.0, routed=1.0, shared=0.0)
+    assert [choose_chunks(slow, rows) for rows in (4096, 4 * 64, 3 * 64, 1)] == [4, 4, 2, 2]
 
 
 def test_auto_is_planned() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from moecompile.mesh import MeshSpec
 from moecompile.plan import (
     BalancePlan,
@@ -153,3 +155,14 @@ def test_everything_that_is_decided_about_the_router_is_shown() -> None:
         "with bias", "capacity 1.25", "by score", "jitter 0.01", "workload: zipf", "micro_batch loss", "0.01", "z loss",
     ):  # fmt: skip
         assert part in text, part
+
+
+@pytest.mark.parametrize(("overlap", "chunks", "shown"), [("shared", 1, "shared"), ("chunks", 2, "2 chunks")])
+def test_the_dispatch_says_what_is_in_flight(overlap: str, chunks: int, shown: str) -> None:
+    plan = deepseek_v3()
+    assert "overlap" not in printed(lambda console: print_plan(plan, console))
+    dispatch = DispatchPlan(kind="dedup", overlap=overlap, chunks=chunks)
+    plan = replace(plan, layers=tuple(replace(layer, dispatch=dispatch) for layer in plan.layers))
+    rows = printed(lambda console: print_plan(plan, console)).splitlines()
+    at = next(i for i, row in enumerate(rows) if row.rstrip().endswith("overlap:"))
+    assert rows[at + 1].rstrip().endswith(shown)
