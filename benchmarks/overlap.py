@@ -3,7 +3,7 @@
     python benchmarks/two_nodes.py --overlap                      # as root; about four minutes on two cores
     python benchmarks/two_nodes.py --overlap --rate-mbit 400      # a faster link
 
-Two ranks, each a network namespace of its own (benchmarks/two_nodes.py). The layer is real: router, shared expert,
+Two ranks, each a network namespace of its own (benchmarks/nodes.py). The layer is real: router, shared expert,
 routed experts, `dispatch=dedup`; weights and inputs are random, the same for every schedule. Schedules take turns, so
 that what the machine does beside falls on all of them.
 
@@ -60,15 +60,15 @@ def measure(sizes: Sizes, timeout_s: float = 1200) -> dict[str, Any]:
     Raises:
         RuntimeError: a rank failed, with the end of its output.
     """
-    import two_nodes
+    from nodes import run_ranks, two_nodes
 
-    with two_nodes.two_nodes(sizes.rate_mbit) as names, tempfile.TemporaryDirectory() as folder:
+    with two_nodes(sizes.rate_mbit) as names, tempfile.TemporaryDirectory() as folder:
         start = functools.partial(_start, names, sizes, folder)
-        return two_nodes.run_ranks(start, len(names), folder, timeout_s)
+        return run_ranks(start, len(names), folder, timeout_s)
 
 
 def _start(names: list[str], sizes: Sizes, folder: str, rank: int, log: Any) -> subprocess.Popen[bytes]:
-    from two_nodes import ADDRESSES, INTERFACE
+    from nodes import ADDRESSES, INTERFACE
 
     from moecompile.runtime.ranks import worker_variables
 
@@ -85,7 +85,7 @@ def run_rank(folder: Path) -> None:
     """All schedules in turn; rank 0 writes `found.json`."""
     import torch
     import torch.distributed as dist
-    from two_nodes import INTERFACE
+    from nodes import INTERFACE
 
     import moecompile
     from moecompile.ops import in_flight

@@ -19,26 +19,23 @@ The counter also has TCP's headers and acknowledgements.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nodes import ADDRESSES, INTERFACE, NODES, run_ranks, two_nodes, why_not
+
 KINDS = ("flat", "dedup", "hierarchical")
-NODES, RANKS_PER_NODE, LAYERS = 2, 2, 3
-INTERFACE, PORT, MTU = "link0", 29400, 9000
-ADDRESSES = ("10.213.7.1", "10.213.7.2")
-PREFIX = "moenode"
+RANKS_PER_NODE, LAYERS = 2, 3
+PORT = 29400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,65 +52,6 @@ class Sizes:
     rounds: int = 3
 
 
-# -- the nodes -------------------------------------------------------------------------------------------------------
-
-
-def why_not() -> str:
-    """Why two nodes cannot be made here; empty if they can."""
-    for program in ("ip", "tc"):
-        if shutil.which(program) is None:
-            return f"there is no {program} (apt-get install iproute2)"
-    try:
-        with two_nodes(1000):
-            return ""
-    except RuntimeError as error:
-        return str(error)
-
-
-@contextlib.contextmanager
-def two_nodes(rate_mbit: int) -> Iterator[list[str]]:
-    """Two namespaces with a link between them; they are gone afterwards, and so are those of runs that were killed.
-
-    Raises:
-        RuntimeError: the system does not allow it.
-    """
-    _remove_left_behind()
-    names = [f"{PREFIX}-{os.getpid()}-{node}" for node in range(NODES)]
-    try:
-        for name in names:
-            _ip("netns", "add", name)
-        pair = [f"mv{os.getpid() % 10**6}x{node}" for node in range(NODES)]
-        _ip("link", "add", pair[0], "type", "veth", "peer", "name", pair[1])
-        for name, end, address in zip(names, pair, ADDRESSES, strict=True):
-            _ip("link", "set", end, "netns", name, "name", INTERFACE)
-            _ip("-n", name, "addr", "add", f"{address}/24", "dev", INTERFACE)
-            _ip("-n", name, "link", "set", INTERFACE, "mtu", str(MTU), "up")
-            _ip("-n", name, "link", "set", "lo", "up")
-            limit = ("rate", f"{rate_mbit}mbit", "burst", "256kb", "latency", "200ms")
-            _run("tc", "-n", name, "qdisc", "add", "dev", INTERFACE, "root", "tbf", *limit)
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)  # and with it its end of the link
-
-
-def _remove_left_behind() -> None:
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
-    for name in (line.split()[0] for line in listed.splitlines() if line.startswith(PREFIX)):
-        if not Path("/proc", name.split("-")[1]).exists():
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-
-def _ip(*arguments: str) -> None:
-    _run("ip", *arguments)
-
-
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
-
-
 # -- the launcher ----------------------------------------------------------------------------------------------------
 
 
@@ -128,33 +66,6 @@ def measure(sizes: Sizes, timeout_s: float = 1800) -> dict[str, Any]:
         return run_ranks(
             lambda rank, log: _start(place_of[rank], rank, sizes, folder, log), len(place_of), folder, timeout_s
         )
-
-
-def run_ranks(
-    start: Callable[[int, Any], subprocess.Popen[bytes]], count: int, folder: str, timeout_s: float
-) -> dict[str, Any]:
-    """Starts ranks and waits for them; what rank 0 wrote to `found.json`.
-
-    Raises:
-        RuntimeError: a rank failed, with the end of its output.
-    """
-    ranks: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(count):
-            with open(Path(folder, f"{rank}.log"), "wb") as log:
-                ranks.append(start(rank, log))
-        deadline = time.monotonic() + timeout_s
-        while any(process.poll() is None for process in ranks):
-            failed = [i for i, process in enumerate(ranks) if process.poll()]
-            if failed or time.monotonic() > deadline:
-                output = Path(folder, f"{failed[0] if failed else 0}.log").read_text(errors="replace")
-                raise RuntimeError(f"rank {failed or 'none'} ended, the others were stopped:\n{output[-4000:]}")
-            time.sleep(0.2)
-        return dict(json.loads(Path(folder, "found.json").read_text()))
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
 
 
 def _start(namespace: str, rank: int, sizes: Sizes, folder: str, log: Any) -> subprocess.Popen[bytes]:

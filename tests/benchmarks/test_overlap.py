@@ -25,8 +25,8 @@ def test_the_page_shows_the_stored_figures(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many bytes as without overlap, whatever the schedule; the price of two halves is not looked at here."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    overlap, two_nodes = (importlib.import_module(name) for name in ("overlap", "two_nodes"))
-    if reason := two_nodes.why_not():
+    overlap, nodes = (importlib.import_module(name) for name in ("overlap", "nodes"))
+    if reason := nodes.why_not():
         pytest.skip(reason)
     sizes = overlap.Sizes(rate_mbit=1000, hidden=64, width=64, tokens=512, rounds=1)
     found = overlap.measure(sizes, timeout_s=150)

@@ -17,6 +17,7 @@ PROGRAM = Path(__file__).parents[2] / "benchmarks" / "two_nodes.py"
 @pytest.fixture(scope="module")
 def two_nodes() -> ModuleType:
     """The program, which is no module of a package."""
+    sys.path.insert(0, str(PROGRAM.parent))  # for nodes.py
     spec = importlib.util.spec_from_file_location("two_nodes", PROGRAM)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
