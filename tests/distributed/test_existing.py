@@ -15,6 +15,7 @@ TWO_BY_TWO = ["mesh.num_nodes=2", "mesh.ranks_per_node=2"]
 TWO = {
     "flat": ["mesh.ranks_per_node=2", "dispatch.kind=flat"],
     "dedup": ["mesh.ranks_per_node=2", "dispatch.kind=dedup"],
+    "dedup, 2 chunks": ["mesh.ranks_per_node=2", "dispatch.kind=dedup", "dispatch.overlap=chunks", "dispatch.chunks=2"],
 }
 FOUR = {
     "ep4-hierarchical": [*TWO_BY_TWO, "mesh.ep=4", "dispatch.kind=hierarchical"],
