@@ -1,4 +1,4 @@
-"""How tokens reach the experts of one site: the exchanges of each dispatch, in order."""
+"""How tokens are sent to the experts of one site: the exchanges of each kind of dispatch, in order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moecompile.ranges import check_word
 from moecompile.schema import WireDtype
 
 # Forward exchanges that each dispatch inserts for one layer, in order, each with the part of the axis that it crosses:
-# "" the whole EP group, "_inter" the same local position on each of its nodes, "_intra" its ranks on one node.
+# "" the whole EP group, "_inter" ranks with the same local rank on each of its nodes, "_intra" its ranks on one node.
 _STEPS: dict[str, tuple[tuple[str, str], ...]] = {
     "local": (),
     "flat": (("exchange_counts", ""), ("all_to_all", ""), ("all_to_all", "")),
@@ -30,15 +30,15 @@ _STEPS: dict[str, tuple[tuple[str, str], ...]] = {
 }  # fmt: skip
 EXCHANGES: dict[str, tuple[str, ...]] = {kind: tuple(op for op, _ in steps) for kind, steps in _STEPS.items()}
 FUSABLE = frozenset(EXCHANGES) - {"flat"}
-"""Kinds that copy and sum rows on the rank of the experts. flat does it on the rank of the tokens, around the wire."""
+"""Kinds that copy and sum rows on the rank of the experts. flat does it on the rank of the tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DispatchPlan:
-    """How tokens reach their experts.
+    """How tokens are sent to their experts.
 
-    kind: local, flat, dedup, hierarchical or allgather. axis: the logical mesh axis of the exchanges; those on two
-    levels use `<axis>_inter` and `<axis>_intra`. wire_dtype: what rows are cast to for an exchange (auto: nothing).
+    kind: local, flat, dedup, hierarchical or allgather. axis: the logical mesh axis of the exchanges; kinds with two
+    levels use `<axis>_inter` and `<axis>_intra`. wire_dtype: dtype of rows in an exchange (auto: they are not cast).
     """
 
     kind: str
@@ -57,18 +57,18 @@ class DispatchPlan:
 
     @property
     def on_two_levels(self) -> bool:
-        """Whether ranks of the own node are told from others."""
+        """Whether ranks on the same node are addressed separately from ranks on other nodes."""
         return any(part for _, part in _STEPS[self.kind])
 
     def steps(self, num_nodes: int) -> tuple[tuple[str, str], ...]:
         """The exchange ops that `lower` inserts and the logical axis of each, in order.
 
-        An EP group on one node has no `_inter` axis, and exchanges over it fall away.
+        An EP group on one node has no `_inter` axis, so exchanges over it are left out.
         """
         steps = _STEPS[self.kind]
         return tuple((op, self.axis + part) for op, part in steps if part != "_inter" or num_nodes > 1)
 
 
 def can_fuse(site: PlannedSite, dispatch: DispatchPlan) -> bool:
-    """Whether experts at `site` can be computed in one op under `dispatch`."""
+    """Whether the experts at `site` can be computed in one op with `dispatch`."""
     return site.swiglu and dispatch.kind in FUSABLE
