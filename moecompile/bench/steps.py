@@ -22,8 +22,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from moecompile.bench.measure import Times, medians
-from moecompile.passes.base import EXCHANGE_OPS
-from moecompile.plan import Plan
+from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, Plan
 from moecompile.runtime.data import TextData, train_loader
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.observer import StepObserver
@@ -33,7 +32,7 @@ from moecompile.schema import Config
 
 PROFILED_STEPS = 2
 _OURS = "moecompile::"
-_EXCHANGES = EXCHANGE_OPS | {"read_tables", "wire_cast", "wire_uncast"}
+_EXCHANGES = EXCHANGE_OPS | WAIT_OPS | {"read_tables", "wire_cast", "wire_uncast"}
 _EXPERTS = ("expert_ffn", "grouped_mm", "expert_bias", "sum_experts")  # prefixes, for their backward ops too
 
 

@@ -107,7 +107,7 @@ def _qwen3_moe(form: MoEForm, dense: Any) -> dict[str, Any]:
         "num_experts": form.experts.num_routed,
         "num_experts_per_tok": form.routing.top_k,
         "moe_intermediate_size": form.experts.d_expert,
-        "norm_topk_prob": form.normalized,
+        "norm_topk_prob": form.routing.sums_to_scale,
         "mlp_only_layers": form.dense_layers,
         "decoder_sparse_step": 1,
     }
@@ -140,7 +140,7 @@ def _deepseek(form: MoEForm, dense: Any) -> dict[str, Any]:
         "first_k_dense_replace": len(form.dense_layers),
         "n_group": groups,
         "topk_group": top_groups,
-        "norm_topk_prob": form.normalized,
+        "norm_topk_prob": form.routing.sums_to_scale,
         "routed_scaling_factor": form.routing.scale,
     }
 
@@ -155,7 +155,7 @@ def _flex_olmo(form: MoEForm, dense: Any) -> dict[str, Any]:
         "num_experts": form.experts.num_routed,
         "num_experts_per_tok": form.routing.top_k,
         "intermediate_size": form.experts.d_expert,
-        "norm_topk_prob": form.normalized,
+        "norm_topk_prob": form.routing.sums_to_scale,
     }
 
 

@@ -46,11 +46,6 @@ class MoEForm:
         return [i for i in range(self.num_layers) if i not in self.layers]
 
     @property
-    def normalized(self) -> bool:
-        """Whether the weights of a token sum to `scale`, as with a softmax over only the chosen logits."""
-        return self.routing.normalize or self.routing.score == "softmax_after_topk"
-
-    @property
     def score(self) -> str:
         """`softmax` or `sigmoid`."""
         return "softmax" if self.routing.score.startswith("softmax") else self.routing.score

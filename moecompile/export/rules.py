@@ -61,7 +61,11 @@ def sigmoid(form: MoEForm, dense: Any) -> Refusal | None:
 
 def normalized(form: MoEForm, dense: Any) -> Refusal | None:
     """Weights of a token sum to a constant."""
-    return None if form.normalized else Refusal("routing.normalize", False, "does not normalise routing weights")
+    return (
+        None
+        if form.routing.sums_to_scale
+        else Refusal("routing.normalize", False, "does not normalise routing weights")
+    )
 
 
 def normalized_softmax(form: MoEForm, dense: Any) -> Refusal | None:
@@ -71,7 +75,7 @@ def normalized_softmax(form: MoEForm, dense: Any) -> Refusal | None:
 
 def not_normalized(form: MoEForm, dense: Any) -> Refusal | None:
     """Weights are the scores themselves."""
-    return Refusal("routing.normalize", True, "normalises routing weights") if form.normalized else None
+    return Refusal("routing.normalize", True, "normalises routing weights") if form.routing.sums_to_scale else None
 
 
 def unscaled(form: MoEForm, dense: Any) -> Refusal | None:

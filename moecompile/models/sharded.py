@@ -198,7 +198,7 @@ def _blocks(model: nn.Module, path: str) -> Iterator[_Block]:
     """The blocks of a region in graph order; each starts with a router."""
     region = model.get_submodule(path)
     assert isinstance(region, fx.GraphModule)
-    called = [str(node.target) for node in region.graph.nodes if node.op == "call_module"]
+    called = dict.fromkeys(str(node.target) for node in region.graph.nodes if node.op == "call_module")
     parts = [(name, region.get_submodule(name)) for name in called]
     starts = [i for i, (_, module) in enumerate(parts) if isinstance(module, Router)]
     for start, end in zip(starts, [*starts[1:], len(parts)], strict=True):

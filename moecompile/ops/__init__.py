@@ -6,11 +6,13 @@ and an autograd formula, so rewritten graphs print, re-trace, run under fake ten
 
 from moecompile.ops import (  # isort: split
     choice,
+    chunks,
     exchange,
     expert_ffn,
     gather,
     grouped,
     hops,
+    in_flight,
     layout,
     rows,
     sorting,
@@ -25,11 +27,13 @@ from moecompile.ops.traffic import traffic
 __all__ = [
     "autocast",
     "choice",
+    "chunks",
     "exchange",
     "expert_ffn",
     "gather",
     "grouped",
     "hops",
+    "in_flight",
     "layout",
     "rows",
     "sorting",

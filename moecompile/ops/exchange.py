@@ -64,7 +64,7 @@ def all_to_all(rows_RD: Tensor, table_2rn: Tensor, column: int, reverse: bool, a
 
     `reverse` swaps input and output splits, to return the results of an earlier exchange.
     """
-    input_splits, output_splits = _splits(table_2rn, column, reverse)
+    input_splits, output_splits = splits(table_2rn, column, reverse)
     return _exchange(rows_RD, input_splits, output_splits, axis)
 
 
@@ -97,11 +97,11 @@ def exchange_assignments(
     Returns:
         received weights and codes, sorted by source rank.
     """
-    input_splits, output_splits = _splits(table_2rn, column, reverse=False)
+    input_splits, output_splits = splits(table_2rn, column, reverse=False)
     width = weights_A.element_size()
-    packed = torch.cat((_bytes(weights_A), _bytes(codes_A)), dim=1)
+    packed = torch.cat((bytes_of(weights_A), bytes_of(codes_A)), dim=1)
     received = _exchange(packed, input_splits, output_splits, axis)
-    return _unpack(received[:, :width], weights_A.dtype), _unpack(received[:, width:], codes_A.dtype)
+    return unpack(received[:, :width], weights_A.dtype), unpack(received[:, width:], codes_A.dtype)
 
 
 @exchange_assignments.register_fake
@@ -144,7 +144,7 @@ def reduce_scatter(rows: Tensor, axis: str) -> Tensor:
     An all-to-all moves the blocks, and they are added here in rank order, so the sum is the same with every backend and
     rounded once. A rank sends as many bytes as in a ring.
     """
-    group = _group(axis)
+    group = group_of(axis)
     received = torch.empty_like(rows, memory_format=torch.contiguous_format)
     if rows.numel():
         dist.all_to_all_single(received, rows.contiguous(), group=group)
@@ -180,7 +180,7 @@ def gather_assignments(weights_MK: Tensor, ids_MK: Tensor, axis: str) -> tuple[T
     top_k, width = weights_MK.shape[1], weights_MK.shape[1] * weights_MK.element_size()
     packed = torch.cat((weights_MK.contiguous().view(torch.uint8), ids_MK.contiguous().view(torch.uint8)), dim=1)
     gathered = _gather(packed, axis)
-    weights, ids = _unpack(gathered[:, :width], weights_MK.dtype), _unpack(gathered[:, width:], ids_MK.dtype)
+    weights, ids = unpack(gathered[:, :width], weights_MK.dtype), unpack(gathered[:, width:], ids_MK.dtype)
     return weights.view(-1, top_k), ids.view(-1, top_k)
 
 
@@ -202,7 +202,8 @@ def _gather_assignments_backward(ctx: Any, grad_weights: Tensor, _ids: Tensor) -
 gather_assignments.register_autograd(_gather_assignments_backward, setup_context=_gather_assignments_setup)
 
 
-def _group(axis: str) -> dist.ProcessGroup:
+def group_of(axis: str) -> dist.ProcessGroup:
+    """The process group that an axis is bound to."""
     group = process_group_by_name(axis)
     if group is None:
         raise UnboundAxisError(
@@ -213,11 +214,11 @@ def _group(axis: str) -> dist.ProcessGroup:
 
 
 def _fake_axis_size(axis: str) -> int:
-    return _group(axis).size()
+    return group_of(axis).size()
 
 
 def _exchange_counts(counts: Tensor, axis: str) -> Tensor:
-    group = _group(axis)
+    group = group_of(axis)
     sent_rn = counts.reshape(group.size(), -1)
     recv_rn = torch.empty_like(sent_rn)
     dist.all_to_all_single(recv_rn, sent_rn, group=group)
@@ -226,7 +227,7 @@ def _exchange_counts(counts: Tensor, axis: str) -> Tensor:
 
 
 def _gather(block: Tensor, axis: str) -> Tensor:
-    group = _group(axis)
+    group = group_of(axis)
     out = block.new_empty(group.size() * block.shape[0], block.shape[1])
     if block.numel():  # all ranks agree on this, because blocks have equal sizes
         dist.all_gather_single(out, block.contiguous(), group=group)
@@ -241,7 +242,8 @@ def _count_blocks(axis: str, group: dist.ProcessGroup, block_bytes: int) -> None
     traffic.add(axis, group, [block_bytes] * group.size())
 
 
-def _splits(table_2rn: Tensor, column: int, reverse: bool) -> tuple[list[int], list[int]]:
+def splits(table_2rn: Tensor, column: int, reverse: bool) -> tuple[list[int], list[int]]:
+    """input_splits, output_splits: rows sent to, and received from, each rank."""
     table_2rn = finish_read(table_2rn)
     sizes_2r = table_2rn.sum(2) if column < 0 else table_2rn[:, :, column]
     input_splits, output_splits = sizes_2r.tolist()
@@ -249,20 +251,26 @@ def _splits(table_2rn: Tensor, column: int, reverse: bool) -> tuple[list[int], l
 
 
 def _exchange(rows: Tensor, input_splits: list[int], output_splits: list[int], axis: str) -> Tensor:
-    group = _group(axis)
+    group = group_of(axis)
     out = rows.new_empty(sum(output_splits), *rows.shape[1:])
     dist.all_to_all_single(out, rows.contiguous(), output_splits, input_splits, group=group)
-    row_bytes = rows.element_size() * rows[:1].numel() if rows.shape[0] else 0
-    traffic.add(axis, group, [count * row_bytes for count in input_splits])
+    count_sent(axis, group, rows, input_splits)
     return out
 
 
-def _unpack(columns: Tensor, dtype: torch.dtype) -> Tensor:
+def count_sent(axis: str, group: dist.ProcessGroup, rows: Tensor, input_splits: list[int]) -> None:
+    """Counts the bytes of `rows`, of which `input_splits[i]` go to rank i of the group."""
+    row_bytes = rows.element_size() * rows[:1].numel() if rows.shape[0] else 0
+    traffic.add(axis, group, [count * row_bytes for count in input_splits])
+
+
+def unpack(columns: Tensor, dtype: torch.dtype) -> Tensor:
     """Byte columns as values. Copies explicitly, because reshape and contiguous return a view of a single row."""
     flat = torch.empty(columns.numel(), dtype=torch.uint8, device=columns.device)
     flat.view_as(columns).copy_(columns)
     return flat.view(dtype)
 
 
-def _bytes(values_A: Tensor) -> Tensor:
+def bytes_of(values_A: Tensor) -> Tensor:
+    """(A, bytes of one value)"""
     return values_A.contiguous().view(torch.uint8).view(values_A.shape[0], values_A.element_size())

@@ -15,9 +15,7 @@ from moecompile.errors import ConfigError, PassError
 from moecompile.match.regions import Region
 from moecompile.nn import Experts
 from moecompile.nn.existing import ExistingExperts
-from moecompile.plan import EXCHANGES, LayerPlan, Plan
-
-EXCHANGE_OPS = frozenset(op for ops in EXCHANGES.values() for op in ops)
+from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, LayerPlan, Plan
 
 
 class GraphPass(Protocol):
@@ -110,6 +108,12 @@ def experts_calls(graph_module: GraphModule) -> list[Node]:
 def exchanges_of(graph_module: GraphModule) -> list[Node]:
     """Exchange nodes, in graph order."""
     return [n for n in graph_module.graph.nodes if n.op == "call_function" and op_name(n) in EXCHANGE_OPS]
+
+
+def on_an_axis(graph_module: GraphModule) -> list[Node]:
+    """Exchange nodes, and those that wait for one: their last argument is a mesh axis."""
+    names = EXCHANGE_OPS | WAIT_OPS
+    return [n for n in graph_module.graph.nodes if n.op == "call_function" and op_name(n) in names]
 
 
 def check_calls(name: str, region: Region, layers: Sequence[LayerPlan]) -> list[Node]:

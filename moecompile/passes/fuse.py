@@ -44,7 +44,8 @@ class Fuse:
     detail: str = "one op for gather, experts and sum"
 
     def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
-        """One experts call per layer, in the same order, none fused yet; those planned as fused are SwiGLU."""
+        """One experts call per layer and chunk, in order, none fused yet; those planned as fused are SwiGLU."""
+        layers = _by_call(layers)
         for call, layer in zip(check_calls(self.name, region, layers), layers, strict=True):
             if layer.fused and not is_swiglu(region.graph.get_submodule(str(call.target))):
                 raise PassError(self.name, layer.site.fqn, "is planned as fused, but its experts are not SwiGLU")
@@ -54,7 +55,7 @@ class Fuse:
     def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
         """A new graph over the same modules."""
         new, _ = copy_graph_module(region.graph)
-        for call, layer in zip(experts_calls(new), layers, strict=True):
+        for call, layer in zip(experts_calls(new), _by_call(layers), strict=True):
             if layer.fused:
                 _fuse(new.graph, call, layer.site.fqn)
         erase_unused(new.graph)
@@ -69,6 +70,7 @@ class Fuse:
         old, new = ([(op_name(n), str(n.args[-1])) for n in exchanges_of(r.graph)] for r in (before, after))
         if old != new:
             raise PassError(self.name, layers[0].site.fqn, f"exchanges were {old}, are {new}")
+        layers = _by_call(layers)
         for call, layer in zip(check_calls(self.name, after, layers), layers, strict=True):
             if _is_fused(call) != layer.fused:
                 rule = "is planned as fused, but is not" if layer.fused else "is fused, but is not planned so"
@@ -79,6 +81,11 @@ class Fuse:
             sorts = {op_name(n.args[0]) for n in sources if isinstance(n, fx.Node) and isinstance(n.args[0], fx.Node)}
             if len(sources) != 3 or len(sorts) != 1 or not min(sorts).startswith("sort_"):
                 raise PassError(self.name, str(call.target), f"counts, sources and weights come from {sorted(sorts)}")
+
+
+def _by_call(layers: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """The layer of each experts call: a chunked layer has one call per chunk."""
+    return [layer for layer in layers for _ in range(layer.dispatch.chunks)]
 
 
 def _is_fused(call: fx.Node) -> bool:

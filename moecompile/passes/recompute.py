@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from moecompile.capture import layers_of
 from moecompile.capture.caches import cache_configs, caches
 from moecompile.errors import ConfigError, PassError
-from moecompile.passes.base import EXCHANGE_OPS, experts_calls, run_on_model
-from moecompile.plan import Plan
+from moecompile.passes.base import experts_calls, run_on_model
+from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, Plan
 from moecompile.torch_private import keeping
 
 _CHOICES = (torch.ops.aten.topk.default, torch.ops.moecompile.expert_choice.default)
@@ -58,7 +58,7 @@ class Recompute:
         """Wraps the forwards of the layers, and those that have a cache."""
         run_checkpointed = partial(checkpoint, use_reentrant=False)  # Step 1
         if self.checkpointing == "keep_exchanges":  # Step 2
-            exchanges = [getattr(torch.ops.moecompile, name).default for name in sorted(EXCHANGE_OPS)]
+            exchanges = [getattr(torch.ops.moecompile, name).default for name in sorted(EXCHANGE_OPS | WAIT_OPS)]
             run_checkpointed = partial(run_checkpointed, context_fn=partial(keeping, {*exchanges, *_TABLES, *_CHOICES}))
         for layer in _recomputing(model):
             layer.forward = _recomputed(layer.forward, run_checkpointed)  # inside FSDP's hooks: it gathers first

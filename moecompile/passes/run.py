@@ -19,6 +19,7 @@ from moecompile.match.regions import Region
 from moecompile.passes.base import GraphPass, count_ops, registered
 from moecompile.passes.fuse import Fuse
 from moecompile.passes.lower import Lower
+from moecompile.passes.overlap import Overlap
 from moecompile.passes.rewrite import Rewrite
 from moecompile.plan import LayerPlan
 from moecompile.torch_private import set_attribute
@@ -35,7 +36,7 @@ def on_one_device(seed: int) -> tuple[GraphPass, ...]:
 
 def on_the_mesh() -> tuple[GraphPass, ...]:
     """The passes from the single-device graph to the graph that every rank runs."""
-    return (Lower(), *registered("lower"), Fuse())
+    return (Lower(), *registered("lower"), Overlap(), Fuse())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ def run_passes(
     """Runs passes over regions in turn and checks the contract of each before and after it runs.
 
     Args:
-        layers: region path -> its layers, in graph order.
+        layers: region path -> its layers, in graph order. log: gets a record of each pass that changed a region.
 
     Raises:
         PassError: the input or the output of a pass violates its contract.
@@ -101,7 +102,7 @@ def run_passes(
     for step in steps:
         before, current = current, {path: _checked_run(step, region, layers[path]) for path, region in current.items()}
         stage = getattr(step, "stage", stage)
-        if log is not None:
+        if log is not None and any(current[path] is not region for path, region in before.items()):
             log.keep(stage, current)
             log.add(step.name, before, current, getattr(step, "detail", ""))
     return current

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from moecompile.nn import Experts, Router
-from moecompile.plan import LayerPlan, RoutingPlan
+from moecompile.plan import LayerPlan
 
 _TOKENS = 512  # to estimate the expected W with a standard error below one percent
 
@@ -32,11 +32,6 @@ class Factors:
     ins: float
     down: float
     down_bias: float
-
-
-def sums_to_scale(routing: RoutingPlan) -> bool:
-    """Whether the routing weights of every token sum to `routing.scale`."""
-    return routing.normalize or routing.score == "softmax_after_topk"
 
 
 def factors(router: Router, experts: Experts, layer: LayerPlan, generator: torch.Generator) -> Factors:
@@ -51,7 +46,7 @@ def factors(router: Router, experts: Experts, layer: LayerPlan, generator: torch
 def _weight_sum(router: Router, layer: LayerPlan, generator: torch.Generator) -> float:
     """W."""
     routing, scaling = layer.routing, layer.experts.weight_scaling
-    if scaling == "exact" or sums_to_scale(routing):
+    if scaling == "exact" or routing.sums_to_scale:
         return routing.scale
     if scaling == "nvidia":
         each = 0.5 if routing.score == "sigmoid" else 1 / layer.experts.num_routed

@@ -27,7 +27,7 @@ from moecompile.capture import layers_of
 from moecompile.errors import PassError, PlanError
 from moecompile.mesh import MeshSpec
 from moecompile.nn import Experts, routers_of
-from moecompile.passes.base import exchanges_of, experts_calls, op_name, run_on_model
+from moecompile.passes.base import exchanges_of, experts_calls, on_an_axis, op_name, run_on_model
 from moecompile.plan import Plan
 from moecompile.torch_private import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult, split_axis
 
@@ -76,7 +76,7 @@ class ShardModel:
                     f"mesh.{axis}", size, f"the device mesh has {ranks} ranks there", "Plan for this device mesh"
                 )
         exchanges = Counter(op_name(node) for module in _graphs(model).values() for node in exchanges_of(module))
-        planned = Counter(op for layer in plan.layers for op, _ in layer.steps)
+        planned = Counter(op for layer in plan.layers for op, _ in layer.scheduled_steps)
         if exchanges != planned:
             rule = (
                 f"the model holds the exchanges {dict(exchanges)}, planned are {dict(planned)}: lower it by this plan"
@@ -94,7 +94,7 @@ class ShardModel:
     def ensures(self, model: nn.Module, plan: Plan) -> None:
         """No exchange is on a logical axis any more; with expert parallelism, every expert weight is sharded."""
         for path, module in _graphs(model).items():
-            for node in exchanges_of(module):
+            for node in on_an_axis(module):
                 if str(node.args[-1]) in _LOGICAL:
                     raise PassError(self.name, path, f"{node.name} is still on the logical axis {node.args[-1]}")
         for owner, name in expert_parameters(model) if plan.mesh.ep > 1 else ():
@@ -115,13 +115,13 @@ def bind_axes(model: nn.Module, device_mesh: DeviceMesh, num_nodes: int = 1) -> 
     """
     groups = {axis: device_mesh.get_group(axis).group_name for axis in device_mesh.mesh_dim_names or ()}
     graphs = _graphs(model)
-    used = {str(node.args[-1]) for module in graphs.values() for node in exchanges_of(module)}
+    used = {str(node.args[-1]) for module in graphs.values() for node in on_an_axis(module)}
     if "ep" in groups and used & {"ep_inter", "ep_intra"}:
         sizes = {"ep_inter": num_nodes, "ep_intra": device_mesh["ep"].size() // num_nodes}
         two_levels = split_axis(device_mesh, "ep", sizes)
         groups.update({axis: two_levels.get_group(axis).group_name for axis in sizes})
     for path, module in graphs.items():
-        nodes = exchanges_of(module)
+        nodes = on_an_axis(module)
         for node in nodes:
             axis = str(node.args[-1])
             if axis not in groups:
@@ -192,6 +192,7 @@ def expert_parameters(model: nn.Module) -> list[tuple[nn.Module, str]]:
             stacked += [(module, name) for name, _ in module.named_parameters(recurse=False)]
         elif isinstance(module, fx.GraphModule):
             weights = [argument for call in experts_calls(module) for argument in call.args[2:]]  # of existing experts
-            paths = [str(weight.target).rpartition(".") for weight in weights if isinstance(weight, fx.Node)]
-            stacked += [(module.get_submodule(path), name) for path, _, name in paths]
+            paths = dict.fromkeys(str(weight.target) for weight in weights if isinstance(weight, fx.Node))
+            owned = (path.rpartition(".") for path in paths)
+            stacked += [(module.get_submodule(owner), name) for owner, _, name in owned]
     return stacked

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from moecompile.match.patterns import FFNMatch
 from moecompile.nn import Experts, Router, SharedExperts
-from moecompile.passes.scaling import Factors, factors, sums_to_scale
+from moecompile.passes.scaling import Factors, factors
 from moecompile.plan import LayerPlan
 
 _ROUTER_STD = 0.02
@@ -89,7 +89,7 @@ def step0_reason(layer: LayerPlan) -> str | None:
         (plan.init == "drop", f"every expert reinitializes {plan.drop_ratio:g} of its hidden units"),
         (routing.choice == "expert", "experts choose tokens, so a token may have any number of them"),
         (routing.workload != "none", "the workload chooses the experts, not the router"),
-        (not sums_to_scale(routing), "the routing weights of a token do not sum to a constant"),
+        (not routing.sums_to_scale, "the routing weights of a token do not sum to a constant"),
         (routing.capacity_factor is not None, "experts drop the tokens beyond their capacity"),
         (plan.weight_scaling == "none" and not unscaled, "nothing makes up for the routing weights"),
         (plan.weight_scaling == "nvidia" and not unscaled, "the inputs of the activation are scaled too"),

@@ -1,7 +1,7 @@
 """The data classes of a plan: sites, layers, placement, Plan. Frozen, without torch; constructors validate."""
 
 from moecompile.plan.checks import plan_errors
-from moecompile.plan.dispatch import EXCHANGES, DispatchPlan, can_fuse
+from moecompile.plan.dispatch import EXCHANGE_OPS, EXCHANGES, HALVES, IN_FLIGHT, WAIT_OPS, DispatchPlan, can_fuse
 from moecompile.plan.existing import layer_of, layer_on_one_device, own_routing
 from moecompile.plan.experts import ExpertPlacement, ExpertsPlan
 from moecompile.plan.fit import check_sites
@@ -14,6 +14,10 @@ from moecompile.plan.sites import ExpertsSite, FFNSite, PlannedSite
 
 __all__ = [
     "EXCHANGES",
+    "EXCHANGE_OPS",
+    "HALVES",
+    "IN_FLIGHT",
+    "WAIT_OPS",
     "Assumptions",
     "BalancePlan",
     "DispatchPlan",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moecompile.errors import ConfigError
 from moecompile.plan.checks import plan_errors
 from moecompile.plan.sites import PlannedSite
 from moecompile.ranges import check_word
-from moecompile.schema import WireDtype
+from moecompile.schema import OverlapKind, WireDtype
 
 # Forward exchanges that each dispatch inserts for one layer, in order, each with the part of the axis that it crosses:
 # "" the whole EP group, "_inter" ranks with the same local rank on each of its nodes, "_intra" its ranks on one node.
@@ -29,6 +30,12 @@ _STEPS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }  # fmt: skip
 EXCHANGES: dict[str, tuple[str, ...]] = {kind: tuple(op for op, _ in steps) for kind, steps in _STEPS.items()}
+HALVES = {name: (f"{name}_start", f"{name}_wait") for name in ("all_to_all", "exchange_assignments")}
+"""Exchanges that can be asynchronous -> the op that starts one, and the op that waits for it."""
+EXCHANGE_OPS = frozenset(op for ops in EXCHANGES.values() for op in ops) | {start for start, _ in HALVES.values()}
+WAIT_OPS = frozenset(wait for _, wait in HALVES.values())
+IN_FLIGHT = frozenset(kind for kind, ops in EXCHANGES.items() if set(ops) & set(HALVES))
+"""Kinds whose exchanges of rows can be asynchronous."""
 FUSABLE = frozenset(EXCHANGES) - {"flat"}
 """Kinds that copy and sum rows on the rank of the experts. flat does it on the rank of the tokens."""
 
@@ -39,16 +46,26 @@ class DispatchPlan:
 
     kind: local, flat, dedup, hierarchical or allgather. axis: the logical mesh axis of the exchanges; kinds with two
     levels use `<axis>_inter` and `<axis>_intra`. wire_dtype: dtype of rows in an exchange (auto: they are not cast).
+    overlap: what runs while rows are on the wire: nothing (none), the shared experts (shared), or the shared experts
+    and the experts on other `chunks` of the tokens (chunks).
     """
 
     kind: str
     axis: str = "ep"
     wire_dtype: str = "auto"
+    overlap: str = "none"
+    chunks: int = 1
 
     def __post_init__(self) -> None:
         with plan_errors():
             check_word(EXCHANGES, "dispatch.kind", self.kind)
             check_word(WireDtype, "dispatch.wire_dtype", self.wire_dtype)
+            check_overlap(self.kind, self.overlap, self.chunks)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether exchanges of rows are started, and waited for later."""
+        return self.overlap != "none"
 
     @property
     def exchanges(self) -> tuple[str, ...]:
@@ -67,6 +84,33 @@ class DispatchPlan:
         """
         steps = _STEPS[self.kind]
         return tuple((op, self.axis + part) for op, part in steps if part != "_inter" or num_nodes > 1)
+
+    def scheduled_steps(self, num_nodes: int) -> tuple[tuple[str, str], ...]:
+        """The exchange ops of the final graph; with overlap, those of rows are replaced by a start for each chunk.
+
+        A stage begins at each all-to-all. In slot t, chunk c runs stage t - c, the latest chunk first.
+        """
+        steps = self.steps(num_nodes)
+        if not self.in_flight:
+            return steps
+        stages: list[list[tuple[str, str]]] = []
+        for op, axis in (step for step in steps if step[0] in HALVES):
+            stages += [[]] if op == "all_to_all" else []
+            stages[-1].append((HALVES[op][0], axis))
+        slots = range(len(stages) + self.chunks - 1)
+        order = [stages[t - c] for t in slots for c in reversed(range(self.chunks)) if 0 <= t - c < len(stages)]
+        counts = tuple(step for step in steps if step[0] not in HALVES)
+        return counts + tuple(step for stage in order for step in stage)
+
+
+def check_overlap(kind: str, overlap: str, chunks: int) -> None:
+    """Raises ConfigError if the dispatch does not support the overlap, or `chunks` does not fit it."""
+    check_word([word for word in OverlapKind if word is not OverlapKind.auto], "dispatch.overlap", overlap)
+    if overlap != "none" and kind not in IN_FLIGHT:
+        reason = "nothing is sent" if kind == "local" else "it gathers all tokens at once"
+        raise ConfigError("dispatch.overlap", overlap, f"dispatch.kind={kind} cannot: {reason}", "Use none")
+    if chunks < 1 or (overlap == "chunks") != (chunks > 1):
+        raise ConfigError("dispatch.chunks", chunks, "must be at least 2 with overlap=chunks, else 1", "Use 2 or none")
 
 
 def can_fuse(site: PlannedSite, dispatch: DispatchPlan) -> bool:

@@ -51,6 +51,11 @@ class LayerPlan:
         """The exchange ops that `lower` inserts and the logical axis of each, in order."""
         return self.dispatch.steps(self.placement.nodes)
 
+    @property
+    def scheduled_steps(self) -> tuple[tuple[str, str], ...]:
+        """The exchange ops of the final graph and the logical axis of each, in order."""
+        return self.dispatch.scheduled_steps(self.placement.nodes)
+
     def _contradictions(self) -> Iterator[tuple[str, object, str, str]]:
         """(path, value, rule, fix) of every broken rule between the parts."""
         experts, placement = self.experts, self.placement

@@ -16,27 +16,24 @@ from functools import partial
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import (
-    DispatchPlan,
     ExpertPlacement,
     ExpertsPlan,
     ExpertsSite,
     LayerPlan,
     Plan,
     PlannedSite,
-    RoutingPlan,
     can_fuse,
     reductions,
 )
-from moecompile.planner import ModelFacts, RunFacts, Wire, choose_dispatch, estimate, row_bytes
+from moecompile.planner import ModelFacts, RunFacts, estimate
+from moecompile.planner.dispatch import plan_dispatch
 from moecompile.planner.existing import check_given, existing_layer, only_existing, selection
 from moecompile.schema import (
     Choice,
     Config,
-    DispatchKind,
     ExpertInit,
     LayerSettings,
     Precision,
-    WireDtype,
     balance_spec,
     check_numbers,
     check_selections,
@@ -120,7 +117,7 @@ def select(sites: Sequence[PlannedSite], config: Config) -> list[PlannedSite]:
 
 def _layer(site: PlannedSite, settings: LayerSettings, config: Config, mesh: MeshSpec, facts: ModelFacts) -> LayerPlan:
     if isinstance(site, ExpertsSite):
-        return existing_layer(site, settings, mesh, config, partial(_dispatch, config, mesh, site))
+        return existing_layer(site, settings, mesh, config, partial(plan_dispatch, config, mesh, site, site.d_ff, 0))
     validate_settings(settings, mesh)
     experts, routing = settings.experts, settings.routing
     if site.d_ff % experts.granularity:
@@ -132,7 +129,8 @@ def _layer(site: PlannedSite, settings: LayerSettings, config: Config, mesh: Mes
     d_expert = site.d_ff // experts.granularity
     routing_plan = router_config(routing, experts.num_routed, mesh)
     placement = ExpertPlacement(num_experts=experts.num_routed, ep=mesh.ep, nodes=mesh.nodes_per_ep_group)
-    dispatch = _dispatch(config, mesh, site, routing_plan, placement)
+    d_shared = experts.num_shared * d_expert
+    dispatch = plan_dispatch(config, mesh, site, d_expert, d_shared, routing_plan, placement)
     return LayerPlan(
         site=site,
         experts=ExpertsPlan(
@@ -140,7 +138,7 @@ def _layer(site: PlannedSite, settings: LayerSettings, config: Config, mesh: Mes
             granularity=experts.granularity,
             num_shared=experts.num_shared,
             d_expert=d_expert,
-            d_shared=experts.num_shared * d_expert,
+            d_shared=d_shared,
             init=ExpertInit(experts.init).value,
             shared_gate=experts.shared_gate and experts.num_shared > 0,
             drop_ratio=experts.drop_ratio if experts.init is ExpertInit.drop else 0.0,
@@ -162,40 +160,3 @@ def _check_future(settings: LayerSettings, facts: ModelFacts) -> None:
             "an expert takes its highest-scoring tokens, so the output of a token depends on later tokens, "
             "and this model is causal", "Use routing.choice=token, or routing.allow_future=true",
         )  # fmt: skip
-
-
-def _dispatch(
-    config: Config, mesh: MeshSpec, site: PlannedSite, routing: RoutingPlan, placement: ExpertPlacement
-) -> DispatchPlan:
-    kind = _dispatch_kind(config, mesh, routing, placement, site)
-    return DispatchPlan(kind=kind, wire_dtype="auto" if kind == "local" else _wire_dtype(config).value)
-
-
-def _wire_dtype(config: Config) -> WireDtype:
-    """Under autocast, experts cast their rows to bf16 and return bf16, so a cast before the exchange is exact."""
-    if config.dispatch.wire_dtype is WireDtype.auto and config.trainer.precision is Precision.bf16_mixed:
-        return WireDtype.bf16
-    return config.dispatch.wire_dtype
-
-
-def _dispatch_kind(
-    config: Config, mesh: MeshSpec, routing: RoutingPlan, placement: ExpertPlacement, site: PlannedSite
-) -> str:
-    """For every configured kind: with one EP rank nothing is sent (local), and on one node hierarchical is dedup."""
-    kind = config.dispatch.kind
-    if kind is DispatchKind.local and mesh.ep > 1:
-        raise ConfigError(
-            "dispatch.kind", "local", f"experts are spread over mesh.ep={mesh.ep} ranks", "Use auto, flat or dedup"
-        )
-    if mesh.ep == 1:
-        return str(DispatchKind.local.value)
-    if kind is DispatchKind.hierarchical and mesh.nodes_per_ep_group == 1:
-        return str(DispatchKind.dedup.value)
-    if kind is not DispatchKind.auto:
-        return str(kind.value)
-    wire = Wire(
-        d_model=site.d_model,
-        tokens_per_rank=config.data.micro_batch_size * config.data.seq_len,
-        element_bytes=row_bytes(_wire_dtype(config).value, 4),
-    )
-    return choose_dispatch(placement, routing, mesh, wire)

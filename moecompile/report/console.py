@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from moecompile.plan import EXCHANGES
+from moecompile.plan import EXCHANGE_OPS
 from moecompile.report.tables import path_text, path_width, plain_grid, plain_table
 from moecompile.report.text import NOT_COMPARED, fold_paths, plural, traffic_text, unsuffixed
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from moecompile.passes.run import PassRecord
 
 _STATUS_STYLE = {"ok": "green", "rewritten": "green", "failed": "bold red", "not_matched": "yellow"}
-_EXCHANGE_OPS = {op for ops in EXCHANGES.values() for op in ops}
 
 
 def print_passes(records: Sequence[PassRecord], console: Console) -> None:
@@ -42,7 +41,7 @@ def _nodes_text(record: PassRecord) -> str:
 
 def _added_text(record: PassRecord) -> str:
     """Added ops, exchanges first, then the detail. Tuple unpacking is left out."""
-    names = sorted((n for n in record.added if n != "getitem"), key=lambda name: (name not in _EXCHANGE_OPS, name))
+    names = sorted((n for n in record.added if n != "getitem"), key=lambda name: (name not in EXCHANGE_OPS, name))
     added = ", ".join(f"+{record.added[name]} {name}" for name in names) if record.nodes_before else ""
     detail = f"({record.detail})" if added and record.detail else record.detail
     return " ".join(filter(None, (added, detail)))

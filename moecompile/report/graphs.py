@@ -12,11 +12,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from moecompile.passes.base import op_name
-from moecompile.plan import EXCHANGES
+from moecompile.plan import EXCHANGE_OPS, WAIT_OPS
 from moecompile.report.picture import Box, Picture, Role, draw
 from moecompile.report.text import plural
+from moecompile.report.timeline import timeline
 
-_EXCHANGE_OPS = {op for ops in EXCHANGES.values() for op in ops}
 _EXPERT_MODULES = {"router", "experts", "shared_experts"}
 _DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16",
@@ -33,7 +33,9 @@ def write_graphs(stages: Mapping[str, GraphModule], folder: Path, stem: str) -> 
     folder.mkdir(parents=True, exist_ok=True)
     for stage, graph_module in stages.items():
         title = f"{stem}, {stage}: {_counts(graph_module)}"
-        text = f"# {title}\n\n{listing(graph_module)}\n\n{graph_module.code.strip()}\n"
+        in_flight = timeline(graph_module)
+        parts = [f"# {title}", *([in_flight] if in_flight else []), listing(graph_module), graph_module.code.strip()]
+        text = "\n\n".join(parts) + "\n"
         (folder / f"{stem}.{stage}.txt").write_text(text, encoding="utf-8")
         draw([picture(graph_module, title)], folder / f"{stem}.{stage}.svg")
 
@@ -108,7 +110,7 @@ def _box(node: Node, graph_module: GraphModule) -> Box:
 
 
 def _role(node: Node, name: str) -> Role:
-    if name in _EXCHANGE_OPS:
+    if name in EXCHANGE_OPS | WAIT_OPS:
         return Role.EXCHANGE
     if node.op == "call_module" and re.sub(r"_\d+$", "", name) in _EXPERT_MODULES:
         return Role.EXPERTS
@@ -119,7 +121,7 @@ def _role(node: Node, name: str) -> Role:
 
 def _counts(graph_module: GraphModule) -> str:
     nodes = list(graph_module.graph.nodes)
-    exchanges = sum(n.op == "call_function" and op_name(n) in _EXCHANGE_OPS for n in nodes)
+    exchanges = sum(n.op == "call_function" and op_name(n) in EXCHANGE_OPS for n in nodes)
     return plural(len(nodes), "node") + (f", {plural(exchanges, 'exchange')}" if exchanges else "")
 
 

@@ -97,6 +97,11 @@ class RouterConfig:
         return self.choice == "token" and self.capacity_factor is None
 
     @property
+    def sums_to_scale(self) -> bool:
+        """Whether the routing weights of every token sum to `scale`, as with a softmax over the chosen logits."""
+        return self.normalize or self.score == "softmax_after_topk"
+
+    @property
     def is_own(self) -> bool:
         """Whether it is the model's own router."""
         return self.score == "own"

@@ -92,6 +92,15 @@ class DispatchKind(str, Enum):
     allgather = "allgather"
 
 
+class OverlapKind(str, Enum):
+    """What runs while rows are on the wire."""
+
+    none = "none"
+    shared = "shared"  # the shared experts
+    chunks = "chunks"  # the shared experts, and the experts on other tokens
+    auto = "auto"  # what is predicted to be fastest
+
+
 class WireDtype(str, Enum):
     """Dtype to which rows are cast for an exchange."""
 

@@ -22,6 +22,7 @@ NUMBERS: dict[str, Whole | Real] = {
     "hardware.memory_gib": Real("(0, inf)", "Give the memory of one rank in GiB"),
     "hardware.intra_node_gb_s": Real("(0, inf)", "Give the bandwidth of one rank in 1e9 bytes/s"),
     "hardware.inter_node_gb_s": Real("(0, inf)", "Give the bandwidth of one rank in 1e9 bytes/s"),
+    "hardware.tflops": Real("(0, inf)", "Give the speed of one rank's matrix products in 1e12 operations/s"),
     "data.vocab_size": Whole(257),
     "data.seq_len": Whole(2),
     "data.global_batch_size": Whole(1),

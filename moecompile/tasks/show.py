@@ -1,4 +1,4 @@
-"""What every task shows and writes of a compilation: plan, passes, sites, graphs."""
+"""Shows and writes a compilation: plan, passes, sites, graphs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from moecompile.report.console import print_passes
 from moecompile.report.graphs import graph_summary, write_graphs
 from moecompile.report.plan_tables import print_plan
 from moecompile.report.text import NOT_COMPARED
+from moecompile.report.timeline import timeline
 
 
 def show_compiled(compiled: Compilation, run_dir: Path, console: Console) -> None:
-    """Prints plan, passes and step 0; writes `plan.yaml` and `graphs/`, layers with the same graphs once."""
+    """Prints plan, passes and step 0; writes `plan.yaml` and `graphs/`, once for layers with equal graphs."""
     print_plan(compiled.plan, console, compiled.notes)
     print_passes(compiled.records, console)
+    _print_timelines(compiled, console)
     if compiled.plan.layers:
         console.print()
         console.print(Text(_step0_text(compiled)))
@@ -33,6 +35,18 @@ def show_compiled(compiled: Compilation, run_dir: Path, console: Console) -> Non
         if form not in seen:
             seen.add(form)
             write_graphs(stages, run_dir / "graphs", fqn or "model")
+
+
+def _print_timelines(compiled: Compilation, console: Console) -> None:
+    """Prints which exchanges overlap with experts, once for each kind of layer."""
+    paths: dict[str, list[str]] = {}
+    for path, graph in compiled.graphs.get("fused", {}).items():
+        if lines := timeline(graph):
+            paths.setdefault(lines, []).append(path or "the model")
+    for lines, where in paths.items():
+        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+        console.print()
+        console.print(Text(f"In flight, {where[0]}{more}:\n{lines}"), soft_wrap=True)
 
 
 def step0_fields(compiled: Compilation) -> dict[str, Any]:

@@ -14,11 +14,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from moecompile.match.regions import Region
 from moecompile.mesh import MeshSpec
 from moecompile.nn import Experts
 from moecompile.ops import traffic
 from moecompile.passes.base import items
-from moecompile.passes.lower.kinds import LOWERINGS, DispatchNodes
+from moecompile.passes.lower.dispatch import DispatchNodes
+from moecompile.passes.lower.kinds import LOWERINGS
+from moecompile.passes.overlap import Overlap
+from moecompile.passes.run import run_passes
 from moecompile.passes.shard import bind_axes, device_mesh_of
 from moecompile.plan import (
     BalancePlan,
@@ -49,6 +53,7 @@ class Case:
     seed: int = 0
     dtype: torch.dtype = torch.float64
     wire_dtype: str = "auto"
+    chunks: int = 0  # 0: exchanges are not in flight
 
     @property
     def num_experts(self) -> int:
@@ -68,7 +73,8 @@ class Case:
             fqn="", kind="gated", d_model=D_MODEL, d_ff=D_EXPERT, bias_up=False, bias_down=False, activation="silu",
             index=0, swiglu=True,
         )  # fmt: skip
-        dispatch = DispatchPlan(kind=self.kind, wire_dtype=self.wire_dtype)
+        overlap = ("none", "shared")[self.chunks] if self.chunks < 2 else "chunks"
+        dispatch = DispatchPlan(kind=self.kind, wire_dtype=self.wire_dtype, overlap=overlap, chunks=max(1, self.chunks))
         return LayerPlan(
             site=site,
             experts=ExpertsPlan(
@@ -148,6 +154,9 @@ def lowered(case: Case, ep_rank: int) -> fx.GraphModule:
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
+    if case.chunks:
+        region = Region(path="", graph=module, module=module, matches={})
+        module = run_passes([Overlap()], {"": region}, {"": [layer]})[""].graph
     return module
 
 
@@ -248,7 +257,7 @@ def recount(case: Case, rank: int) -> dict[int, int]:
         "local": _local,
     }[case.kind]
     for peer, rows, assignments, numbers in count(case, links, me):
-        sent[peer] += rows * row + assignments * assignment + 8 * numbers
+        sent[peer] += rows * row + assignments * assignment + 8 * numbers * max(1, case.chunks)
     return {peers[position]: number for position, number in sent.items()}
 
 

@@ -87,7 +87,7 @@ def test_gathered_bytes_are_counted_once(axis: str) -> None:
 
 def test_blocks_are_summed_wide_and_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four ranks bring 1 and three times 1/256: bf16 has 8 bits, so that adding them one by one would lose all three."""
-    monkeypatch.setattr("moecompile.ops.exchange._group", lambda axis: SimpleNamespace(size=lambda: 4))
+    monkeypatch.setattr("moecompile.ops.exchange.group_of", lambda axis: SimpleNamespace(size=lambda: 4))
     monkeypatch.setattr("moecompile.ops.exchange._count_blocks", lambda *args: None)
     monkeypatch.setattr("torch.distributed.all_to_all_single", lambda out, rows, group: out.copy_(rows))
     blocks = torch.tensor([[1.0], [1 / 256], [1 / 256], [1 / 256]], dtype=torch.bfloat16)

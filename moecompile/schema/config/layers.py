@@ -46,8 +46,7 @@ class RoutingConfig:
     score: Score = Score.softmax
     """The function from router logits to scores."""
     normalize: bool = True
-    """Whether the routing weights of a token are normalized to sum to `scale`; else they are its scores times `scale`.
-    """
+    """Whether the routing weights of a token are normalized to sum to `scale`, else they are its scores times it."""
     scale: float = 1.0
     """Factor of the routing weights, positive."""
     groups: Union[int, str] = "auto"
@@ -97,8 +96,7 @@ class BalanceConfig:
     rule: BalanceRule = BalanceRule.none
     """Whether a correction bias balances the load (DeepSeek-V3)."""
     update: BiasUpdate = BiasUpdate.sign
-    """Update of the correction bias after an optimizer step: by the sign of mean load - load, or in proportion to it.
-    """
+    """How the correction bias changes per optimizer step: by the sign of mean load - load, or in proportion to it."""
     rate: float = 1e-3
     """Step of the correction bias per optimizer step, positive with rule=bias."""
     losses: LossesConfig = field(default_factory=LossesConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Union
 
-from moecompile.schema.enums import DispatchKind, WireDtype
+from moecompile.schema.enums import DispatchKind, OverlapKind, WireDtype
 
 
 @dataclass(kw_only=True)
@@ -44,6 +44,8 @@ class HardwareConfig:
     """Bandwidth of one rank within its node, 1e9 bytes/s, positive."""
     inter_node_gb_s: float = 2.0
     """Bandwidth of one rank to other nodes, 1e9 bytes/s, positive."""
+    tflops: float = 0.1
+    """Matmul speed that experts reach on one rank, 1e12 operations/s, positive."""
 
 
 @dataclass(kw_only=True)
@@ -54,3 +56,8 @@ class DispatchConfig:
     """Kind of dispatch; `auto`: the one that sends the fewest bytes between nodes, then the fewest in total."""
     wire_dtype: WireDtype = WireDtype.auto
     """Precision of rows, partial sums and their gradients on the wire; routing weights stay fp32."""
+    overlap: OverlapKind = OverlapKind.none
+    """What runs while rows are on the wire: nothing (`none`), the shared experts (`shared`), these and the experts on
+    other parts of the tokens (`chunks`), or what is predicted to be fastest (`auto`)."""
+    chunks: Union[int, str] = "auto"
+    """Parts of a micro-batch's tokens with `overlap=chunks`, 2 or more; `auto`: 2 or 4, predicted to be faster."""

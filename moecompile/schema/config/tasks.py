@@ -40,8 +40,7 @@ class ModelConfig:
     published: Optional[str] = None
     """The size of this architecture as published in its paper or model card, for display."""
     load: ModelLoad = ModelLoad.sharded
-    """How several ranks load `pretrained`: each reads only its own part, or loads the whole model and drops the rest.
-    """
+    """How several ranks load `pretrained`: each reads only its part, or loads the whole model and drops the rest."""
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,165 @@
+"""Exchanges in two halves: `..._start` puts rows on the wire, `..._wait` returns those that arrived.
+
+Legend: R rows sent, S rows received, D model dim, A assignments sent.
+
+NOTE on what connects the halves:
+  1. A start returns a token and a ticket. The ticket names the exchange in flight in a table of this process; its wait
+     takes it out and returns the received rows. No tensor in flight is visible to anything else.
+  2. Autograd runs along the token, which has the shape of the rows sent and no memory (all strides are 0). A gradient
+     must have the shape of its value, and what travels back has as many rows as were sent.
+  3. In backward the order is mirrored: the backward of a wait starts the way back, under the same ticket, and returns
+     zeros without memory as the token's gradient; the backward of the start waits for it. Hooks and anomaly mode see
+     these zeros, never a buffer that is being written.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moecompile.ops.exchange import bytes_of, count_sent, group_of, splits, unpack
+
+_numbers = itertools.count(1)
+_in_flight: dict[int, tuple[Tensor, Tensor, dist.Work]] = {}  # received rows, sent rows (kept alive), what to wait for
+
+
+@torch.library.custom_op("moecompile::all_to_all_start", mutates_args=())
+def all_to_all_start(
+    rows_RD: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str
+) -> tuple[Tensor, Tensor]:
+    """Begins `all_to_all`: the arguments are the same.
+
+    Returns:
+        token_RD, ticket int64 on the CPU (see the note above).
+    """
+    ticket = next(_numbers)
+    _launch(ticket, rows_RD, *splits(table_2rn, column, reverse), axis)
+    return _token(rows_RD), torch.tensor(ticket)
+
+
+@all_to_all_start.register_fake
+def _(rows_RD: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str) -> tuple[Tensor, Tensor]:
+    return _token(rows_RD), torch.empty((), dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("moecompile::all_to_all_wait", mutates_args=())
+def all_to_all_wait(
+    token_RD: Tensor, ticket: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str
+) -> Tensor:
+    """The rows received, (S, D)."""
+    return _land(int(ticket))
+
+
+@all_to_all_wait.register_fake
+def _(token_RD: Tensor, ticket: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str) -> Tensor:
+    return token_RD.new_empty(torch.library.get_ctx().new_dynamic_size(), *token_RD.shape[1:])
+
+
+@torch.library.custom_op("moecompile::exchange_assignments_start", mutates_args=())
+def exchange_assignments_start(
+    weights_A: Tensor, codes_A: Tensor, table_2rn: Tensor, column: int, axis: str
+) -> tuple[Tensor, Tensor]:
+    """Begins `exchange_assignments`. Returns token_A and a ticket."""
+    ticket = next(_numbers)
+    packed = torch.cat((bytes_of(weights_A), bytes_of(codes_A)), dim=1)
+    _launch(ticket, packed, *splits(table_2rn, column, reverse=False), axis)
+    return _token(weights_A), torch.tensor(ticket)
+
+
+@exchange_assignments_start.register_fake
+def _(weights_A: Tensor, codes_A: Tensor, table_2rn: Tensor, column: int, axis: str) -> tuple[Tensor, Tensor]:
+    return _token(weights_A), torch.empty((), dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("moecompile::exchange_assignments_wait", mutates_args=())
+def exchange_assignments_wait(
+    token_A: Tensor, ticket: Tensor, table_2rn: Tensor, column: int, axis: str
+) -> tuple[Tensor, Tensor]:
+    """The routing weights and int16 codes received, by source rank."""
+    landed, width = _land(int(ticket)), token_A.element_size()
+    return unpack(landed[:, :width], token_A.dtype), unpack(landed[:, width:], torch.int16)
+
+
+@exchange_assignments_wait.register_fake
+def _(token_A: Tensor, ticket: Tensor, table_2rn: Tensor, column: int, axis: str) -> tuple[Tensor, Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return token_A.new_empty(size), token_A.new_empty(size, dtype=torch.int16)
+
+
+# -- the way back ----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("moecompile::gradient_start", mutates_args=())
+def gradient_start(
+    grad: Tensor, token: Tensor, ticket: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str
+) -> Tensor:
+    """Sends gradients of received rows, (S, ...), back to where these came from. Returns the token's gradient."""
+    received, sent = splits(table_2rn, column, reverse)
+    _launch(-int(ticket), grad, sent, received, axis)
+    return _token(token)
+
+
+@gradient_start.register_fake
+def _(grad: Tensor, token: Tensor, ticket: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str) -> Tensor:
+    return _token(token)
+
+
+@torch.library.custom_op("moecompile::gradient_wait", mutates_args=())
+def gradient_wait(grad_token: Tensor, ticket: Tensor) -> Tensor:
+    """The gradients of the rows sent, of the token's shape."""
+    return _land(-int(ticket))
+
+
+@gradient_wait.register_fake
+def _(grad_token: Tensor, ticket: Tensor) -> Tensor:
+    return grad_token.new_empty(grad_token.shape)
+
+
+def _start_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _rows_start_backward(ctx: Any, grad_token: Tensor, _ticket: Any) -> tuple[Any, ...]:
+    return torch.ops.moecompile.gradient_wait(grad_token, *ctx.saved_tensors), None, None, None, None
+
+
+def _wait_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    token, ticket, table, ctx.column, *rest = inputs
+    ctx.reverse, ctx.axis = (*rest,) if len(rest) == 2 else (False, rest[0])
+    ctx.save_for_backward(token, ticket, table)
+    if isinstance(output, tuple):
+        ctx.mark_non_differentiable(output[1])
+
+
+def _wait_backward(ctx: Any, grad: Tensor, *_codes: Any) -> tuple[Any, ...]:
+    sent = torch.ops.moecompile.gradient_start(grad.contiguous(), *ctx.saved_tensors, ctx.column, ctx.reverse, ctx.axis)
+    return sent, *[None] * (4 if _codes else 5)
+
+
+all_to_all_start.register_autograd(_rows_start_backward, setup_context=_start_setup)
+exchange_assignments_start.register_autograd(_rows_start_backward, setup_context=_start_setup)
+all_to_all_wait.register_autograd(_wait_backward, setup_context=_wait_setup)
+exchange_assignments_wait.register_autograd(_wait_backward, setup_context=_wait_setup)
+
+
+def _token(like: Tensor) -> Tensor:
+    return like.new_zeros(()).expand(like.shape)
+
+
+def _launch(ticket: int, rows: Tensor, sent: list[int], received: list[int], axis: str) -> None:
+    group, rows = group_of(axis), rows.contiguous()
+    out = rows.new_empty(sum(received), *rows.shape[1:])
+    work = dist.all_to_all_single(out, rows, received, sent, group=group, async_op=True)
+    _in_flight[ticket] = (out, rows, work)
+    count_sent(axis, group, rows, sent)
+
+
+def _land(ticket: int) -> Tensor:
+    out, _, work = _in_flight.pop(ticket)
+    work.wait()
+    return out

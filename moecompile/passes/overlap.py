@@ -1,0 +1,273 @@
+"""overlap: exchanges start early and are waited for late, for parts of the tokens one after the other.
+
+While one chunk's rows are on the wire, the experts compute another one's. Routing has happened before, on the whole
+micro-batch, so capacity, losses and loads do not change. Backward mirrors the order (moecompile.ops.in_flight).
+
+Algorithm, for each experts call that the plan overlaps, with n chunks:
+  1. The dispatch is what depends on the expert ids and leads to the combined output. It is copied for n parts of the
+     tokens, and their outputs are concatenated.
+  2. The counts of all chunks travel in one message, and each chunk reads its part of the one table.
+  3. Each exchange of rows becomes a start and a wait.
+  4. A stage ends where a wait begins. Chunk c does stage s in slot s + c, the latest chunk first. The shared experts
+     run after slot 0, before the first wait.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from moecompile.errors import PassError
+from moecompile.match.regions import Region
+from moecompile.nn import SharedExperts
+from moecompile.passes.base import (
+    check_calls,
+    copy_graph_module,
+    erase_unused,
+    exchanges_of,
+    experts_calls,
+    items,
+    op_name,
+)
+from moecompile.plan import HALVES, WAIT_OPS, LayerPlan
+
+ops = torch.ops.moecompile
+_COUNTING = ("count_rows", "count_experts", "count_hops")
+_COMBINING = ("combine_rows", "unpermute")
+_WAIT_OF = dict(HALVES.values())
+_Copies = dict[fx.Node, fx.Node]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """No options: the plan says which layers, and into how many chunks."""
+
+    name: str = "overlap"
+    stage: str = "overlapped"
+    detail: str = "exchanges in flight while experts compute"
+
+    def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
+        """One experts call a layer, and no exchange that is started already."""
+        check_calls(self.name, region, layers)
+        if started := [node.name for node in exchanges_of(region.graph) if op_name(node) in _WAIT_OF]:
+            raise PassError(self.name, layers[0].site.fqn, f"exchanges are started already: {started}")
+
+    def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
+        """A new graph over the same modules; the same region where no layer is planned so."""
+        if not any(layer.dispatch.in_flight for layer in layers):
+            return region
+        new, _ = copy_graph_module(region.graph)
+        for call, layer in zip(experts_calls(new), layers, strict=True):
+            if layer.dispatch.in_flight:
+                _overlap(new, call, layer)
+        erase_unused(new.graph)
+        new.recompile()
+        return region.with_graph(new)
+
+    def ensures(self, before: Region, after: Region, layers: Sequence[LayerPlan]) -> None:
+        """The planned exchanges in the planned order; each start has one wait, and no other reader."""
+        planned = [step for layer in layers for step in layer.scheduled_steps]
+        exchanges = exchanges_of(after.graph)
+        there = [(op_name(node), str(node.args[-1])) for node in exchanges]
+        if there != planned:
+            raise PassError(self.name, layers[0].site.fqn, f"exchanges are {there}, planned are {planned}")
+        for node in exchanges:
+            if (wait := _WAIT_OF.get(op_name(node))) is not None:
+                readers = list(dict.fromkeys(user for item in node.users for user in item.users))
+                if len(node.users) != 2 or [op_name(reader) for reader in readers] != [wait]:
+                    rule = f"{node.name} is read by {[reader.name for reader in readers]}, one {wait} is meant"
+                    raise PassError(self.name, layers[0].site.fqn, rule)
+
+
+def _overlap(graph_module: fx.GraphModule, call: fx.Node, layer: LayerPlan) -> None:
+    graph, num_chunks = graph_module.graph, layer.dispatch.chunks
+    dispatch, combined = _dispatch(graph, call, layer)
+    end = combined.next
+    with graph.inserting_before(end):
+        # Step 1
+        copies = _copies(graph, dispatch, num_chunks)
+        chunk_of = {node: chunk for chunk, made in enumerate(copies) for node in made.values()}
+        outputs = [made[combined] for made in copies]
+        # Step 2
+        if num_chunks > 1:
+            _join_counts(graph, dispatch, copies, layer)
+        result = outputs[0] if num_chunks == 1 else graph.call_function(torch.ops.aten.cat.default, (outputs,))
+    # Step 3
+    for node, chunk in list(chunk_of.items()):
+        if op_name(node) in HALVES:
+            chunk_of.update(dict.fromkeys(_in_halves(graph, node), chunk))
+    combined.replace_all_uses_with(result)
+    # Step 4
+    made = list(itertools.takewhile(lambda node: node is not end, _following(combined)))
+    _schedule(made, chunk_of, _shared_experts(graph_module, result), result, end)
+    for node in reversed(dispatch):
+        graph.erase_node(node)
+
+
+def _following(node: fx.Node) -> Iterator[fx.Node]:
+    while True:
+        node = node.next
+        yield node
+
+
+def _dispatch(graph: fx.Graph, call: fx.Node, layer: LayerPlan) -> tuple[list[fx.Node], fx.Node]:
+    """What depends on the expert ids and leads to the combined output, in graph order, and this output."""
+    combined = next(
+        node
+        for node in _closure([call], lambda node: node.users)
+        if op_name(node) in _COMBINING and not any(op_name(user) in ("all_to_all", "wire_cast") for user in node.users)
+    )
+    before = set(_closure([combined], lambda node: node.all_input_nodes))
+    counting = [node for node in graph.nodes if node in before and op_name(node) in _COUNTING][-1]
+    after = set(_closure([counting.all_input_nodes[0]], lambda node: node.users)) - {counting.all_input_nodes[0]}
+    dispatch = [node for node in graph.nodes if node in before and node in after]
+    inside = set(dispatch)
+    for node in dispatch:
+        outside = [user.name for user in node.users if user not in inside]
+        if outside and node is not combined:
+            rule = f"{node.name} is a part of the dispatch that {outside} read too, so it cannot be cut into chunks"
+            raise PassError(Overlap.name, layer.site.fqn, rule)
+    return dispatch, combined
+
+
+def _closure(nodes: Sequence[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> list[fx.Node]:
+    """Nodes with all that follow, nearest first."""
+    seen, queue = dict.fromkeys(nodes), list(nodes)
+    for node in queue:
+        new = [other for other in following(node) if other not in seen]
+        seen |= dict.fromkeys(new)
+        queue += new
+    return list(seen)
+
+
+def _copies(graph: fx.Graph, dispatch: Sequence[fx.Node], num_chunks: int) -> list[_Copies]:
+    """For each chunk: node of the dispatch -> its copy, which reads the chunk's part of the tokens."""
+    inside = set(dispatch)
+    sources = dict.fromkeys(
+        n for node in dispatch for n in node.all_input_nodes if n not in inside and n.op != "get_attr"
+    )
+    parts: dict[fx.Node, tuple[fx.Node, ...]] = {source: (source,) for source in sources}
+    if num_chunks > 1:
+        for source in sources:
+            split = graph.call_function(ops.split_tokens, (source, num_chunks))
+            parts[source] = items(graph, split, *(f"{source.name}_{i}" for i in range(num_chunks)))
+    copies = []
+    for chunk in range(num_chunks):
+        known = {source: part[chunk] for source, part in parts.items()}
+        made: _Copies = {}
+        for node in dispatch:
+            made[node] = graph.node_copy(node, functools.partial(_known, made | known))
+        copies.append(made)
+    return copies
+
+
+def _known(known: _Copies, node: fx.Node) -> fx.Node:
+    return known.get(node, node)
+
+
+class _Joined:
+    """Counts of all chunks side by side, and which part of them is whose."""
+
+    def __init__(self, graph: fx.Graph, copies: Sequence[_Copies]) -> None:
+        self.graph, self.copies = graph, copies
+        self.known: dict[tuple[Any, ...], fx.Node] = {}
+
+    def of(self, parts: Sequence[Any], num_ranks: int) -> fx.Node:
+        """One chunk's counts each -> the counts of all."""
+        key = tuple(parts)
+        if key not in self.known:
+            self.known[key] = self.graph.call_function(ops.join_counts, (list(parts), num_ranks))
+        return self.known[key]
+
+    def share(self, node: fx.Node, whole: fx.Node) -> None:
+        """Each copy of `node` becomes its chunk's part of `whole`."""
+        parts = []
+        for chunk, made in enumerate(self.copies):
+            part = self.graph.call_function(ops.counts_of_chunk, (whole, chunk, len(self.copies)))
+            made[node].replace_all_uses_with(part)
+            parts.append(part)
+        self.known[tuple(parts)] = whole
+
+
+def _join_counts(graph: fx.Graph, dispatch: Sequence[fx.Node], copies: Sequence[_Copies], layer: LayerPlan) -> None:
+    """One message and one table for the counts of all chunks. Their own are left without readers."""
+    axis, ep, nodes = layer.dispatch.axis, layer.placement.ep, layer.placement.nodes
+    num_ranks = {axis: ep, f"{axis}_inter": nodes, f"{axis}_intra": ep // nodes}
+    joined = _Joined(graph, copies)
+    for node in dispatch:
+        arguments = list(zip(*(made[node].args for made in copies), strict=True))
+        if node.target in (ops.exchange_counts, ops.send_counts):
+            counts = joined.of(arguments[0], num_ranks[str(node.args[-1])])
+            whole = graph.call_function(node.target, (counts, node.args[-1]))
+        elif node.target is ops.read_tables:
+            sizes = (nodes, nodes, ep // nodes, ep // nodes)  # of the first hop and of the second, sent and received
+            whole = graph.call_function(node.target, tuple(map(joined.of, arguments, sizes)))
+        else:
+            continue
+        if node.target is ops.send_counts:
+            joined.share(node, whole)
+        else:
+            for item in node.users:
+                joined.share(item, graph.call_function(operator.getitem, (whole, item.args[1])))
+
+
+def _in_halves(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
+    """A start and a wait in the place of an exchange."""
+    start, wait = (getattr(ops, name) for name in HALVES[op_name(node)])
+    num_sent = 2 if op_name(node) == "exchange_assignments" else 1  # rows, or weights and codes
+    with graph.inserting_before(node):
+        started = graph.call_function(start, node.args)
+        token, ticket = items(graph, started, "token", "ticket")
+        landed = graph.call_function(wait, (token, ticket, *node.args[num_sent:]))
+    node.replace_all_uses_with(landed)
+    graph.erase_node(node)
+    return [started, token, ticket, landed]
+
+
+def _shared_experts(graph_module: fx.GraphModule, result: fx.Node) -> fx.Node | None:
+    """The call of the shared experts whose output is added to that of the routed ones."""
+    after = _closure([result], lambda node: node.users)[:3]  # unflatten_tokens, add
+    for node in (other for user in after for other in user.all_input_nodes):
+        if node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), SharedExperts):
+            return node
+    return None
+
+
+def _schedule(
+    made: Sequence[fx.Node], chunk_of: Mapping[fx.Node, int], shared: fx.Node | None, result: fx.Node, end: fx.Node
+) -> None:
+    """Puts the nodes that were made in order, in front of `end`."""
+    inside, place = set(made), {node: i for i, node in enumerate(made)}
+
+    def sources(node: fx.Node) -> list[fx.Node]:
+        return [source for source in node.all_input_nodes if source in inside]
+
+    @functools.cache
+    def depth(node: fx.Node, *, of_waits: bool) -> int:
+        """Nodes, or waits, on the longest way to this one."""
+        counts = not of_waits or op_name(node) in WAIT_OPS
+        return max((depth(source, of_waits=of_waits) for source in sources(node)), default=0) + counts
+
+    joined = [node for node in made if node not in chunk_of and node is not result]
+    first = set(_closure(joined, sources))
+
+    def key(node: fx.Node) -> tuple[float, int, int]:
+        if node in first:
+            return -1, depth(node, of_waits=False), place[node]
+        if node is result:
+            return math.inf, 0, 0
+        return depth(node, of_waits=True) + chunk_of[node], -chunk_of[node], place[node]
+
+    order = sorted(made, key=key)
+    if shared is not None:
+        order.insert(next(i for i, node in enumerate(order) if op_name(node) in WAIT_OPS), shared)
+    for node in order:
+        end.prepend(node)

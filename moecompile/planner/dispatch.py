@@ -1,0 +1,116 @@
+"""Plans the dispatch of a layer: its kind, the dtype of rows in an exchange, and the overlap with computation."""
+
+from __future__ import annotations
+
+from moecompile.errors import ConfigError
+from moecompile.mesh import MeshSpec
+from moecompile.plan import IN_FLIGHT, DispatchPlan, ExpertPlacement, PlannedSite, RoutingPlan
+from moecompile.planner.overlap import CHUNKS, LayerSeconds, choose_overlap, forward_seconds
+from moecompile.planner.traffic import Wire, choose_dispatch, forward_traffic, row_bytes
+from moecompile.ranges import Whole
+from moecompile.schema import Config, DispatchKind, OverlapKind, Precision, WireDtype
+
+
+def plan_dispatch(
+    config: Config, mesh: MeshSpec, site: PlannedSite, d_expert: int, d_shared: int, routing: RoutingPlan,
+    placement: ExpertPlacement,
+) -> DispatchPlan:  # fmt: skip
+    """The dispatch of one layer.
+
+    Args:
+        d_expert, d_shared: widths of a routed expert, and of the shared experts in the region.
+
+    Raises:
+        ConfigError: the kind, the overlap or the number of chunks is not possible here.
+    """
+    kind = _dispatch_kind(config, mesh, routing, placement, site)
+    if kind == "local":
+        return DispatchPlan(kind=kind)  # nothing is sent
+    overlap, chunks = _overlap(config, mesh, site, (d_expert, d_shared), kind, routing, placement)
+    return DispatchPlan(kind=kind, wire_dtype=_wire_dtype(config).value, overlap=overlap, chunks=chunks)
+
+
+def _wire_dtype(config: Config) -> WireDtype:
+    """Under autocast, experts cast their rows to bf16 and return bf16, so a cast before the exchange is exact."""
+    if config.dispatch.wire_dtype is WireDtype.auto and config.trainer.precision is Precision.bf16_mixed:
+        return WireDtype.bf16
+    return config.dispatch.wire_dtype
+
+
+def _dispatch_kind(
+    config: Config, mesh: MeshSpec, routing: RoutingPlan, placement: ExpertPlacement, site: PlannedSite
+) -> str:
+    """For every configured kind: with one EP rank nothing is sent (local), and on one node hierarchical is dedup."""
+    kind = config.dispatch.kind
+    if kind is DispatchKind.local and mesh.ep > 1:
+        raise ConfigError(
+            "dispatch.kind", "local", f"experts are spread over mesh.ep={mesh.ep} ranks", "Use auto, flat or dedup"
+        )
+    if mesh.ep == 1:
+        return str(DispatchKind.local.value)
+    if kind is DispatchKind.hierarchical and mesh.nodes_per_ep_group == 1:
+        return str(DispatchKind.dedup.value)
+    if kind is not DispatchKind.auto:
+        return str(kind.value)
+    return choose_dispatch(placement, routing, mesh, _wire(config, site))
+
+
+def _wire(config: Config, site: PlannedSite) -> Wire:
+    return Wire(
+        d_model=site.d_model,
+        tokens_per_rank=config.data.micro_batch_size * config.data.seq_len,
+        element_bytes=row_bytes(_wire_dtype(config).value, 4),
+    )
+
+
+def _overlap(
+    config: Config, mesh: MeshSpec, site: PlannedSite, widths: tuple[int, int], kind: str, routing: RoutingPlan,
+    placement: ExpertPlacement,
+) -> tuple[str, int]:  # fmt: skip
+    """The overlap and the number of chunks."""
+    overlap, chunks = config.dispatch.overlap, config.dispatch.chunks
+    tokens = config.data.micro_batch_size * config.data.seq_len
+    if overlap is not OverlapKind.chunks:
+        if chunks != "auto":
+            raise ConfigError(
+                "dispatch.chunks", chunks, f"needs overlap=chunks, but dispatch.overlap={overlap.value}",
+                "Use dispatch.overlap=chunks, or chunks=auto",
+            )  # fmt: skip
+        if overlap is not OverlapKind.auto:
+            return overlap.value, 1
+    elif chunks != "auto":
+        _check_chunks(chunks, tokens)
+        return "chunks", int(chunks)
+    if overlap is OverlapKind.auto and kind not in IN_FLIGHT:
+        return "none", 1
+    times = _seconds(config, mesh, site, widths, kind, routing, placement)
+    rows_per_expert = tokens * mesh.ep * routing.top_k / placement.num_experts
+    if overlap is OverlapKind.chunks:
+        return "chunks", min(CHUNKS, key=lambda n: forward_seconds(times, "chunks", n))
+    return choose_overlap(times, rows_per_expert)
+
+
+def _check_chunks(chunks: int | str, tokens: int) -> None:
+    Whole(2).check("dispatch.chunks", chunks)
+    if int(chunks) > tokens:
+        raise ConfigError(
+            "dispatch.chunks", chunks, f"a micro-batch has {tokens} tokens (data.micro_batch_size * data.seq_len)",
+            f"Use at most {tokens}",
+        )  # fmt: skip
+
+
+def _seconds(
+    config: Config, mesh: MeshSpec, site: PlannedSite, widths: tuple[int, int], kind: str, routing: RoutingPlan,
+    placement: ExpertPlacement,
+) -> LayerSeconds:  # fmt: skip
+    """Times of one layer's forward on one rank, from the bandwidths and the speed of `hardware`."""
+    hardware, (d_expert, d_shared) = config.hardware, widths
+    tokens = config.data.micro_batch_size * config.data.seq_len
+    traffic = forward_traffic(kind, placement, routing, mesh, _wire(config, site))
+    wire = traffic.intra_node / hardware.intra_node_gb_s + traffic.inter_node / hardware.inter_node_gb_s
+    per_width = 2 * site.d_model * (site.num_in_projections + 1) / (hardware.tflops * 1e12)
+    return LayerSeconds(
+        wire=tokens * wire / 1e9,
+        routed=tokens * routing.top_k * d_expert * per_width,
+        shared=tokens * d_shared * per_width,
+    )

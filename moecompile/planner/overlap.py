@@ -1,0 +1,74 @@
+"""Predicts the time of a forward with overlapping exchanges and experts, and chooses the overlap and its chunks.
+
+W: seconds that the rows of one MoE layer are on the wire in forward, half for dispatch and half for combine; C, S:
+seconds that routed and shared experts compute; n: chunks. The wire and the device each do one thing at a time.
+
+1. without overlap      = W + C + S                                                             -> `forward_seconds`
+2. with overlap         = the end of the schedule of passes/overlap.py with these times, in which each chunk has 1/n of
+                          W, and 1/n of C times the price of chunks: experts multiply fewer rows at a time, and each
+                          chunk adds to the gradients of the weights separately.
+3. auto                 = the fastest of none, shared (if there are shared experts), 2 and 4 chunks, where a chunk
+                          leaves at least `LEAST_ROWS` rows per expert. Backward mirrors forward, with twice the
+                          computing, so both are added.                                         -> `choose_overlap`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+CHUNKS = (2, 4)
+LEAST_ROWS = 64
+PRICE = 0.08  # per chunk beyond the first, of the time of routed experts: benchmarks/chunks.py
+_GAIN = 0.98  # less than 2% faster is not worth more messages
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSeconds:
+    """Times of the forward of one MoE layer and micro-batch on one rank: wire, routed experts, shared experts."""
+
+    wire: float
+    routed: float
+    shared: float
+
+
+def choose_overlap(times: LayerSeconds, rows_per_expert: float) -> tuple[str, int]:
+    """(overlap, chunks) with the shortest predicted time (step 3)."""
+    kinds = [("none", 1), *_candidates(times, rows_per_expert)]
+    seconds = {kind: _both_ways(times, *kind) for kind in kinds}
+    best = min(kinds, key=seconds.__getitem__)
+    return best if seconds[best] < _GAIN * seconds["none", 1] else ("none", 1)
+
+
+def _candidates(times: LayerSeconds, rows_per_expert: float) -> Iterator[tuple[str, int]]:
+    if times.shared:
+        yield "shared", 1
+    yield from (("chunks", chunks) for chunks in CHUNKS if rows_per_expert / chunks >= LEAST_ROWS)
+
+
+def _both_ways(times: LayerSeconds, overlap: str, chunks: int) -> float:
+    backward = LayerSeconds(wire=times.wire, routed=2 * times.routed, shared=2 * times.shared)
+    return forward_seconds(times, overlap, chunks) + forward_seconds(backward, overlap, chunks)
+
+
+def forward_seconds(times: LayerSeconds, overlap: str, chunks: int, price: float = PRICE) -> float:
+    """Predicted seconds of forward (steps 1 and 2)."""
+    if overlap == "none":
+        return times.wire + times.routed + times.shared
+    hop = times.wire / 2 / chunks
+    routed = times.routed / chunks * (1 + price * (chunks - 1))
+    wire = device = 0.0
+    sent, back = [0.0] * chunks, [0.0] * chunks
+    for slot in range(chunks + 2):
+        for chunk in reversed(range(chunks)):
+            stage = slot - chunk
+            if stage == 0:
+                wire = sent[chunk] = max(wire, device) + hop
+            elif stage == 1:
+                device = max(device, sent[chunk]) + routed
+                wire = back[chunk] = max(wire, device) + hop
+            elif stage == 2:
+                device = max(device, back[chunk])
+        if slot == 0:
+            device += times.shared
+    return device

@@ -1,0 +1,172 @@
+"""Exchanges in flight over real ranks: the same outputs, gradients and bytes as the plain layer, and no rank left waiting."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moecompile.mesh import MeshSpec
+from moecompile.passes.recompute import recompute
+from moecompile.passes.shard import bind_axes, device_mesh_of, shard
+from moecompile.pipeline import plan_of
+from moecompile.plan import IN_FLIGHT
+from moecompile.torch_private import in_backward
+from moecompile.verify import worst
+from tests.distributed import dispatch_job as job
+from tests.distributed import gradient_job as gradients
+from tests.distributed.dispatch_job import Case
+from tests.distributed.harness import run_distributed_test
+from tests.distributed.test_dispatch_kinds import MESHES, TOLERANCE
+
+CHUNKS = (1, 2, 3, 4)
+
+
+def _cases(world_size: int) -> list[list[Case]]:
+    """By mesh: every kind whose exchanges can be in flight, in 1 to 4 chunks of 0 to 9 tokens."""
+    found = []
+    for i, spec in enumerate(MESHES[world_size]):
+        cases = [case for case in job.random_cases(spec, 10 * world_size + i, 5) if case.kind in IN_FLIGHT]
+        found.append([replace(case, chunks=chunks) for case in cases for chunks in CHUNKS])
+    return found
+
+
+def _errors(rank: int, world_size: int) -> list[tuple[Case, dict[str, float]]]:
+    return [result for cases in _cases(world_size) for result in zip(cases, job.errors_of(cases, rank), strict=True)]
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_every_kind_equals_the_plain_layer(world_size: int) -> None:
+    for rank, results in enumerate(run_distributed_test(_errors, world_size, timeout_s=170)):
+        for case, errors in results:
+            assert max(errors.values()) <= TOLERANCE, (rank, case, errors)
+
+
+# -- whole models ----------------------------------------------------------------------------------------------------
+
+CHUNKED = ["dispatch.overlap=chunks", "dispatch.chunks=2"]
+SHAPES = {
+    "dedup": ["mesh.ranks_per_node=2", "dispatch.kind=dedup", *CHUNKED],
+    "flat-shared": ["mesh.ranks_per_node=2", "dispatch.kind=flat", "dispatch.overlap=shared"],
+}
+
+
+def _train(rank: int, world_size: int, shapes: dict[str, list[str]]) -> dict[str, gradients.Trace]:
+    return {name: gradients.sharded(rank, world_size, torch.float64, shape) for name, shape in shapes.items()}
+
+
+def test_training_equals_one_process() -> None:
+    """Three steps, with accumulation, FSDP2, clipping and the correction bias."""
+    wanted, by_shape = gradients.reference(torch.float64), run_distributed_test(_train, 2, SHAPES, timeout_s=170)[0]
+    for name, got in by_shape.items():
+        assert got.losses == pytest.approx(wanted.losses, rel=TOLERANCE), name
+        assert got.norms == pytest.approx(wanted.norms, rel=TOLERANCE), name
+        assert worst(got.grads, wanted.grads) < (TOLERANCE, ""), name
+        assert worst(got.weights, wanted.weights) < (TOLERANCE, ""), name
+
+
+@pytest.mark.slow
+def test_training_over_two_levels_equals_one_process() -> None:
+    shapes = {
+        f"{chunks}": ["mesh.num_nodes=2", "mesh.ranks_per_node=2", "dispatch.kind=hierarchical",
+                      "dispatch.overlap=chunks", f"dispatch.chunks={chunks}", *gradients.AUX]
+        for chunks in (2, 4)
+    }  # fmt: skip
+    wanted = gradients.reference(torch.float64, tuple(gradients.AUX))
+    for name, got in run_distributed_test(_train, 4, shapes, timeout_s=170)[0].items():
+        assert worst(got.grads, wanted.grads) < (TOLERANCE, ""), name
+        assert worst(got.weights, wanted.weights) < (TOLERANCE, ""), name
+
+
+@dataclass
+class Step:
+    """loss and gradients of one forward and backward, and how often rows were sent in either."""
+
+    loss: float
+    grads: dict[str, Tensor]
+    forward: int
+    backward: int
+
+
+def _step(model: nn.Module, rank: int) -> Step:
+    """Counts at torch's own collective."""
+    sent = Counter[bool]()
+    original = dist.all_to_all_single
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        sent[in_backward()] += 1
+        return original(*args, **kwargs)
+
+    dist.all_to_all_single = counting
+    try:
+        loss = gradients.summed_loss(model, *gradients.micro_batches(0)[rank])
+        loss.backward()
+    finally:
+        dist.all_to_all_single = original
+    grads = {name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return Step(loss.item(), grads, sent[False], sent[True])
+
+
+def _whole(grad: Tensor) -> Tensor:
+    return grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
+
+
+def _ways(rank: int, world_size: int) -> dict[str, Step]:
+    found = {}
+    for name, overlap in {"none": [], "chunks": CHUNKED}.items():
+        for checkpointing in ("none", "keep_exchanges", "full"):
+            model = gradients.build(torch.float64, ["mesh.ranks_per_node=2", "dispatch.kind=dedup", *overlap])
+            plan = plan_of(model)
+            shard(model, plan, device_mesh_of(plan.mesh, "cpu"))
+            if checkpointing != "none":
+                recompute(model, plan, checkpointing)
+            found[f"{name} {checkpointing}"] = _step(model.train(), rank)
+    return found
+
+
+def test_checkpointing_resends_what_it_says() -> None:
+    steps = run_distributed_test(_ways, 2, timeout_s=170)[0]
+    wanted = steps["none none"]
+    for name, step in steps.items():
+        assert step.loss == pytest.approx(wanted.loss, rel=1e-12), name
+        assert worst(step.grads, wanted.grads)[0] < TOLERANCE, name
+    layers = 2
+    # Forward: counts, and rows, assignments and partial sums of each chunk. Backward: the last three.
+    assert (wanted.forward, wanted.backward) == (4 * layers, 3 * layers)
+    assert [steps[f"chunks {how}"].forward for how in ("none", "keep_exchanges", "full")] == [7 * layers] * 3
+    assert [steps[f"chunks {how}"].backward for how in ("none", "keep_exchanges", "full")] == [
+        6 * layers, 6 * layers, 13 * layers,
+    ]  # fmt: skip
+
+
+def _compiled(rank: int, world_size: int, backend: str) -> list[float]:
+    """Largest differences of compiled regions, whole graphs, on three token counts; warnings are errors."""
+    warnings.simplefilter("error", UserWarning)
+    spec = MeshSpec(num_nodes=1, ranks_per_node=2, ep=2)
+    found = []
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    for kind in ("flat", "dedup"):
+        case = Case(kind=kind, mesh=spec, experts_per_rank=2, top_k=2, tokens=(7, 9), chunks=2, seed=3)
+        module = job.lowered(case, rank)
+        bind_axes(module, device_mesh_of(spec, "cpu"), 1)
+        compiled = torch.compile(module, fullgraph=True, backend=backend)
+        for tokens in ((7, 9), (5, 0), (1, 12)):
+            again = replace(case, tokens=tokens)
+            module.zero_grad()
+            got, sent = job.run(module, again, rank, forward=compiled)
+            found.append(max(job.compare(again, rank, got, sent).values()))
+    return found
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_regions_are_whole_graphs(backend: str) -> None:
+    for found in run_distributed_test(_compiled, 2, backend, timeout_s=170):
+        assert max(found) <= TOLERANCE, found

@@ -1,0 +1,49 @@
+"""The timeline of exchanges in flight: read from graphs, printed and written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moecompile.passes.fuse import Fuse
+from moecompile.passes.lower import Lower
+from moecompile.passes.overlap import Overlap
+from moecompile.passes.rewrite import Rewrite
+from moecompile.report.graphs import write_graphs
+from moecompile.report.timeline import timeline
+from tests.passes.test_overlap import overlapped, planned
+from tests.tiny import Gated, only_region, passed
+
+TWO_CHUNKS = """\
+rows 0 ->  ├────────┤
+rows 1 ->     ├──────────────┤
+rows 0 <-                 ├───────────┤
+rows 1 <-                          ├─────┤
+computing        shared 0       1"""
+
+SHARED = """\
+rows 0 ->  ├─────┤
+rows 0 <-              ├──┤
+computing     shared 0"""
+
+
+@pytest.mark.parametrize(("chunks", "lines"), [(2, TWO_CHUNKS), (1, SHARED)])
+def test_a_bar_for_each_exchange(chunks: int, lines: str, tmp_path: Path) -> None:
+    _, region, layer = overlapped("dedup", chunks)
+    assert timeline(region.graph) == lines
+    fused = passed(region, layer, Fuse()).graph
+    assert timeline(fused) == lines
+    write_graphs({"fused": fused}, tmp_path, "ffn")
+    assert lines in (tmp_path / "ffn.fused.txt").read_text(encoding="utf-8")
+
+
+def test_two_levels_are_told_apart() -> None:
+    _, region, _ = overlapped("hierarchical", 2)
+    names = [line.split("  ")[0] for line in timeline(region.graph).splitlines()]
+    assert names[:4] == ["rows 0 -> inter", "rows 1 -> inter", "rows 0 -> intra", "rows 1 -> intra"]
+
+
+def test_nothing_where_nothing_is_in_flight() -> None:
+    layer = planned("dedup")
+    assert timeline(passed(only_region(Gated()), layer, Rewrite(), Lower(), Overlap()).graph) == ""
