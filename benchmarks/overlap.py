@@ -11,10 +11,13 @@ none       exchanges are waited for where they begin
 shared     the shared expert runs while rows are on the wire (one chunk)
 2, 4       and so do the experts of the other chunks
 control    2 chunks, each exchange waited for where it begins: what chunks alone cost or bring
+auto       what the planner chooses for this link and this machine
+alone      one chunk of a layer without a shared expert, beside the same layer with `none`: what the two halves cost
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -33,7 +36,9 @@ SCHEDULES = {
     "2": ["dispatch.overlap=chunks", "dispatch.chunks=2"],
     "4": ["dispatch.overlap=chunks", "dispatch.chunks=4"],
     "control": ["dispatch.overlap=chunks", "dispatch.chunks=2"],
+    "auto": ["dispatch.overlap=auto"],
 }
+ALONE = {"no shared": ["experts.num_shared=0"], "alone": ["experts.num_shared=0", "dispatch.overlap=shared"]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,25 +63,11 @@ def measure(sizes: Sizes, timeout_s: float = 1200) -> dict[str, Any]:
     import two_nodes
 
     with two_nodes.two_nodes(sizes.rate_mbit) as names, tempfile.TemporaryDirectory() as folder:
-        ranks = []
-        try:
-            for rank, name in enumerate(names):
-                with open(Path(folder, f"{rank}.log"), "wb") as log:
-                    ranks.append(_start(name, rank, sizes, folder, log))
-            deadline = time.monotonic() + timeout_s
-            while any(process.poll() is None for process in ranks):
-                if time.monotonic() > deadline or any(process.poll() for process in ranks):
-                    logs = [Path(folder, f"{rank}.log").read_text(errors="replace")[-2000:] for rank in range(2)]
-                    raise RuntimeError("a rank failed:\n" + "\n".join(logs))
-                time.sleep(0.1)
-            return dict(json.loads(Path(folder, "found.json").read_text()))
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
+        start = functools.partial(_start, names, sizes, folder)
+        return two_nodes.run_ranks(start, len(names), folder, timeout_s)
 
 
-def _start(namespace: str, rank: int, sizes: Sizes, folder: str, log: Any) -> subprocess.Popen[bytes]:
+def _start(names: list[str], sizes: Sizes, folder: str, rank: int, log: Any) -> subprocess.Popen[bytes]:
     from two_nodes import ADDRESSES, INTERFACE
 
     from moecompile.runtime.ranks import worker_variables
@@ -86,7 +77,7 @@ def _start(namespace: str, rank: int, sizes: Sizes, folder: str, log: Any) -> su
         "MASTER_PORT": PORT, "GLOO_SOCKET_IFNAME": INTERFACE, "OVERLAP": json.dumps(vars(sizes)),
     }  # fmt: skip
     environment = os.environ | worker_variables(1, one_machine=False) | {k: str(v) for k, v in place.items()}
-    command = ["ip", "netns", "exec", namespace, sys.executable, __file__, folder]
+    command = ["ip", "netns", "exec", names[rank], sys.executable, __file__, folder]
     return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
@@ -96,13 +87,14 @@ def run_rank(folder: Path) -> None:
     import torch.distributed as dist
     from two_nodes import INTERFACE
 
+    import moecompile
     from moecompile.ops import in_flight
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, sizes = dist.get_rank(), Sizes(**json.loads(os.environ["OVERLAP"]))
     counter = Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes")
-    layers = {name: _layer(sizes, overrides) for name, overrides in SCHEDULES.items()}
+    layers = {name: _layer(sizes, overrides) for name, overrides in (SCHEDULES | ALONE).items()}
     generator = torch.Generator().manual_seed(rank)
     x, direction = (torch.randn(1, sizes.tokens, sizes.hidden, generator=generator) for _ in range(2))
     launch = in_flight._launch
@@ -127,7 +119,9 @@ def run_rank(folder: Path) -> None:
                 sent[name] = int(counter.read_text()) - before
     if rank == 0:
         wire = 8 * sent["none"] / (sizes.rate_mbit * 1e6)
-        found = {"sizes": vars(sizes), "seconds": seconds, "sent": sent, "wire_s": wire}
+        (layer,) = moecompile.plan_of(layers["auto"]).layers
+        chosen = layer.dispatch.overlap if layer.dispatch.chunks == 1 else f"{layer.dispatch.chunks} chunks"
+        found = {"sizes": vars(sizes), "seconds": seconds, "sent": sent, "wire_s": wire, "auto": chosen}
         (folder / "found.json").write_text(json.dumps(found))
     dist.barrier()
     os._exit(0)  # a gloo thread may abort the interpreter's own shutdown
@@ -155,22 +149,25 @@ def _layer(sizes: Sizes, overrides: list[str]) -> Any:
     config = [
         f"experts.num_routed={sizes.experts}", "experts.granularity=2", "experts.num_shared=1", "experts.init=random",
         f"routing.top_k={sizes.top_k}", "mesh.num_nodes=2", "dispatch.kind=dedup", f"data.seq_len={sizes.tokens}",
-        "data.micro_batch_size=1", "routing.workload=balanced", *overrides,
+        "data.micro_batch_size=1", "routing.workload=balanced", f"hardware.inter_node_gb_s={sizes.rate_mbit / 8000}",
+        *overrides,
     ]  # fmt: skip
     return moecompile.compile_model(FFN(), config, example=torch.zeros(1, 4, sizes.hidden), until="shard")
 
 
 def report(found: dict[str, Any]) -> str:
     """Medians, and each relative to `none` as the median over the rounds."""
-    none, rate = found["seconds"]["none"], found["sizes"]["rate_mbit"]
+    rate = found["sizes"]["rate_mbit"]
     lines = [
         f"one MoE layer, forward and backward, {rate} Mbit/s: {found['wire_s']:.2f} s on the wire",
         f"{'schedule':<10}{'median':>9}{'of none':>9}{'bytes':>9}",
     ]
     for name, seconds in found["seconds"].items():
-        ratio = statistics.median(a / b for a, b in zip(seconds, none, strict=True))
-        share = found["sent"][name] / found["sent"]["none"]
-        lines.append(f"{name:<10}{statistics.median(seconds):>7.2f} s{ratio:>9.2f}{share:>9.3f}")
+        beside = "no shared" if name in ALONE else "none"
+        ratio = statistics.median(a / b for a, b in zip(seconds, found["seconds"][beside], strict=True))
+        share = found["sent"][name] / found["sent"][beside]
+        note = f"  {found['auto']}" if name == "auto" else ""
+        lines.append(f"{name:<10}{statistics.median(seconds):>7.2f} s{ratio:>9.2f}{share:>9.3f}{note}")
     return "\n".join(lines)
 
 

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,23 +124,37 @@ def measure(sizes: Sizes, timeout_s: float = 1800) -> dict[str, Any]:
         RuntimeError: a rank failed, with the end of its output.
     """
     with two_nodes(sizes.rate_mbit) as names, tempfile.TemporaryDirectory() as folder:
-        ranks: list[subprocess.Popen[bytes]] = []
-        try:
-            for rank in range(NODES * RANKS_PER_NODE):
-                with open(Path(folder, f"{rank}.log"), "wb") as log:
-                    ranks.append(_start(names[rank // RANKS_PER_NODE], rank, sizes, folder, log))
-            deadline = time.monotonic() + timeout_s
-            while any(process.poll() is None for process in ranks):
-                failed = [i for i, process in enumerate(ranks) if process.poll()]
-                if failed or time.monotonic() > deadline:
-                    output = Path(folder, f"{failed[0] if failed else 0}.log").read_text(errors="replace")
-                    raise RuntimeError(f"rank {failed or 'none'} ended, the others were stopped:\n{output[-4000:]}")
-                time.sleep(0.2)
-            return dict(json.loads(Path(folder, "found.json").read_text()))
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
+        place_of = [names[rank // RANKS_PER_NODE] for rank in range(NODES * RANKS_PER_NODE)]
+        return run_ranks(
+            lambda rank, log: _start(place_of[rank], rank, sizes, folder, log), len(place_of), folder, timeout_s
+        )
+
+
+def run_ranks(
+    start: Callable[[int, Any], subprocess.Popen[bytes]], count: int, folder: str, timeout_s: float
+) -> dict[str, Any]:
+    """Starts ranks and waits for them; what rank 0 wrote to `found.json`.
+
+    Raises:
+        RuntimeError: a rank failed, with the end of its output.
+    """
+    ranks: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(count):
+            with open(Path(folder, f"{rank}.log"), "wb") as log:
+                ranks.append(start(rank, log))
+        deadline = time.monotonic() + timeout_s
+        while any(process.poll() is None for process in ranks):
+            failed = [i for i, process in enumerate(ranks) if process.poll()]
+            if failed or time.monotonic() > deadline:
+                output = Path(folder, f"{failed[0] if failed else 0}.log").read_text(errors="replace")
+                raise RuntimeError(f"rank {failed or 'none'} ended, the others were stopped:\n{output[-4000:]}")
+            time.sleep(0.2)
+        return dict(json.loads(Path(folder, "found.json").read_text()))
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
 
 
 def _start(namespace: str, rank: int, sizes: Sizes, folder: str, log: Any) -> subprocess.Popen[bytes]:

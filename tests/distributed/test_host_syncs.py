@@ -5,6 +5,8 @@ It waits for a copy to pinned memory that was started before rows were put in or
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import fx, nn
@@ -17,6 +19,7 @@ from moecompile.passes.fuse import Fuse
 from moecompile.passes.lower import experts_calls
 from moecompile.passes.shard import bind_axes, device_mesh_of
 from moecompile.pipeline import transform
+from moecompile.plan import IN_FLIGHT
 from tests.distributed import dispatch_job as job
 from tests.distributed.device import CopyEvent, DeviceTensor, HostWaits
 from tests.distributed.dispatch_job import Case
@@ -29,6 +32,7 @@ CASES = [
     for kind in job.KINDS
     for routing in ("uniform", "drops")
 ]  # fmt: skip
+CASES += [replace(case, chunks=chunks) for case in CASES if case.kind in IN_FLIGHT for chunks in (1, 2)]
 
 
 class _BlockOfHeld(Block):
@@ -77,7 +81,7 @@ def found() -> list[list[Found]]:
     return run_distributed_test(_waits, 4, timeout_s=60)
 
 
-IDS = [f"{case.kind}-{case.routing}-{form}" for form in ("lowered", "fused") for case in CASES]
+IDS = [f"{case.kind}-{case.routing}-{case.chunks}-{form}" for form in ("lowered", "fused") for case in CASES]
 
 
 @pytest.mark.parametrize("number", range(2 * len(CASES)), ids=IDS)

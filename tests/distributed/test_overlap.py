@@ -147,6 +147,35 @@ def test_checkpointing_resends_what_it_says() -> None:
     ]  # fmt: skip
 
 
+def _watched(rank: int, world_size: int) -> tuple[dict[str, float], list[float]]:
+    """Errors under anomaly mode, which reads every gradient, and the largest entry of each token's gradient."""
+    spec = MeshSpec(num_nodes=1, ranks_per_node=2, ep=2)
+    case = Case(kind="dedup", mesh=spec, experts_per_rank=2, top_k=2, tokens=(7, 9), chunks=2, seed=3)
+    module, seen = job.lowered(case, rank), list[float]()
+
+    def watch(token: Tensor) -> Tensor:
+        token.register_hook(lambda grad: seen.append(float(grad.abs().max())))
+        return token
+
+    for start in [node for node in module.graph.nodes if "all_to_all_start" in str(node.target)]:
+        token = next(item for item in start.users if item.args[1] == 0)
+        with module.graph.inserting_after(token):
+            watched = module.graph.call_function(watch, (token,))
+        token.replace_all_uses_with(watched, delete_user_cb=lambda user, watched=watched: user is not watched)
+    module.recompile()
+    bind_axes(module, device_mesh_of(spec, "cpu"), 1)
+    with torch.autograd.set_detect_anomaly(True):
+        got, sent = job.run(module, case, rank)
+    return job.compare(case, rank, got, sent), seen
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_hooks_and_anomaly_mode_see_no_buffer_in_flight() -> None:
+    for errors, seen in run_distributed_test(_watched, 2, timeout_s=60):
+        assert max(errors.values()) <= TOLERANCE, errors
+        assert seen == [0.0] * 4
+
+
 def _compiled(rank: int, world_size: int, backend: str) -> list[float]:
     """Largest differences of compiled regions, whole graphs, on three token counts; warnings are errors."""
     warnings.simplefilter("error", UserWarning)

@@ -1,0 +1,36 @@
+"""benchmarks/overlap.py: a small run on a real link, and that the page shows what was stored."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+BENCHMARKS = REPOSITORY / "benchmarks"
+
+
+def test_the_page_shows_the_stored_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    overlap = importlib.import_module("overlap")
+    found = json.loads((BENCHMARKS / "results" / "overlap.json").read_text(encoding="utf-8"))
+    shown = (REPOSITORY / "docs" / "assets" / "overlap.txt").read_text(encoding="utf-8")
+    assert shown == overlap.report(found) + "\n"
+    assert set(found["seconds"]) == {*overlap.SCHEDULES, *overlap.ALONE}
+
+
+@pytest.mark.slow
+def test_a_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many bytes as without overlap, whatever the schedule; the price of two halves is not looked at here."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    overlap, two_nodes = (importlib.import_module(name) for name in ("overlap", "two_nodes"))
+    if reason := two_nodes.why_not():
+        pytest.skip(reason)
+    sizes = overlap.Sizes(rate_mbit=1000, hidden=64, width=64, tokens=512, rounds=1)
+    found = overlap.measure(sizes, timeout_s=150)
+    for name, sent in found["sent"].items():
+        beside = "no shared" if name in overlap.ALONE else "none"
+        assert abs(sent / found["sent"][beside] - 1) < 0.05, (name, found["sent"])
+    assert "2 " in overlap.report(found)
