@@ -1,4 +1,4 @@
-"""Writes what these pages take from the code: the configuration reference, and one FFN's graphs as text and picture.
+"""Generates parts of the pages from the code: the configuration reference, and the graphs of one FFN.
 
     python docs/generate.py
 
@@ -28,9 +28,9 @@ _HEAD = """<!-- Written by docs/generate.py: change the schema, not this page. -
 
 # Configuration reference
 
-Every key of the config, with the value that holds when neither a recipe nor the command line says anything else. A
-`group=option` selects one of a group's files; a `group.key=value` sets one key. Keys that are not listed are errors.
-How the two compose is told in [Command line and configs](../use/command-line.md).
+Every key of the config with its default, which recipes and the command line override. `group=option` selects one of a
+group's files; `group.key=value` sets one key. Keys that are not listed are errors. [Command line and
+configs](../use/command-line.md) explains how these compose.
 """
 
 
@@ -38,13 +38,13 @@ def configuration() -> str:
     """The page `reference/configuration.md`."""
     defaults = compose_config()
     top = [field.name for field in fields(Config) if not is_dataclass(getattr(defaults, field.name))]
-    parts = [_HEAD, "## Top level\n", _said(Config), _table(Config, defaults, top)]
+    parts = [_HEAD, "## Top level\n", _description(Config), _table(Config, defaults, top)]
     for field in fields(Config):
         value = getattr(defaults, field.name)
         if is_dataclass(value):
-            parts += [f"## {field.name}\n", _said(type(value)), _options(field.name)]
+            parts += [f"## {field.name}\n", _description(type(value)), _options(field.name)]
             parts += _tables(type(value), value)
-    parts += ["## per_layer\n", _said(PerLayerConfig), *_tables(PerLayerConfig, PerLayerConfig())]
+    parts += ["## per_layer\n", _description(PerLayerConfig), *_tables(PerLayerConfig, PerLayerConfig())]
     parts += ["## recipe\n", "A complete choice of the groups above. Recipes live in `recipes/`.\n", _options("recipe")]
     return "\n".join(part for part in parts if part)
 
@@ -66,7 +66,7 @@ def graphs(folder: Path) -> None:
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """Field -> the string under it, of a dataclass; fields without one are left out."""
+    """Field of a dataclass -> the string under it; fields without one are left out."""
     (body,) = (node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef))
     return {
         field.target.id: inspect.cleandoc(under.value.value).replace("\n", " ")
@@ -76,8 +76,8 @@ def field_docs(kind: type) -> dict[str, str]:
     }
 
 
-def _said(kind: type) -> str:
-    """The docstring of a group, without its name in front."""
+def _description(kind: type) -> str:
+    """The docstring of a group, without the name at its start."""
     prose = re.sub(r"^`[\w.]+`: ", "", inspect.cleandoc(kind.__doc__ or "").replace("\n\n", " ").replace("\n", " "))
     return prose[:1].upper() + prose[1:] + "\n"
 
@@ -88,7 +88,7 @@ def _tables(kind: type, defaults: Any) -> list[str]:
     parts = [_table(kind, defaults, [field.name for field in fields(kind) if field.name not in inner])]
     for name in inner:
         value = getattr(defaults, name)
-        parts += [_said(type(value)), _table(type(value), value, [f"{f.name}" for f in fields(value)])]
+        parts += [_description(type(value)), _table(type(value), value, [f"{f.name}" for f in fields(value)])]
     return parts
 
 
@@ -102,12 +102,12 @@ def _table(kind: type, defaults: Any, names: list[str]) -> str:
 
 def _options(group: str) -> str:
     """The shipped files of a group, each with the first sentence of its comment."""
-    said = {path.stem: _comment(path) for path in sorted((conf_dir() / group).glob("*.yaml"))}
-    if not said:
+    comments = {path.stem: _comment(path) for path in sorted((conf_dir() / group).glob("*.yaml"))}
+    if not comments:
         return ""
-    if not any(said.values()):
-        return f"Options: {', '.join(f'`{group}={name}`' for name in said)}.\n"
-    rows = [f"| `{group}={name}` | {text} |" for name, text in said.items()]
+    if not any(comments.values()):
+        return f"Options: {', '.join(f'`{group}={name}`' for name in comments)}.\n"
+    rows = [f"| `{group}={name}` | {text} |" for name, text in comments.items()]
     return "\n".join(["| option | what it is |", "|---|---|", *rows, ""])
 
 

@@ -1,4 +1,4 @@
-"""The door: `python -m moecompile` and the console script `moecompile`."""
+"""Entry point of `python -m moecompile` and of the console script `moecompile`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ON_RANKS = ("train", "verify", "bench")
 def main() -> int:
     """Runs the command line in `sys.argv` and returns the exit code.
 
-    Where torchrun or SLURM has started the ranks, rank 0 alone composes it and speaks; the others do what it says.
+    If torchrun or SLURM has started the ranks, only rank 0 runs it and prints; the others follow its orders.
     """
     ranks = in_place_ranks()
     if ranks is None:
@@ -60,7 +60,7 @@ def _run(config: Config, run_dir: Path) -> int:
     where = f" on {world_size} ranks" if config.task.name.value in _ON_RANKS and world_size > 1 else ""
     waiting.show(f"{config.name}: {config.task.name.value}{where}, loading torch")
     try:
-        from moecompile import tasks  # torch: only once there is something to run
+        from moecompile import tasks  # imports torch, so only when needed
 
         return tasks.run(config, run_dir)
     finally:
@@ -68,12 +68,12 @@ def _run(config: Config, run_dir: Path) -> int:
 
 
 def _terminated(number: int, frame: object) -> NoReturn:
-    """As for Ctrl-C, what is open is closed and removed on the way out."""
+    """Exits by an exception, as for Ctrl-C, so that files are closed and removed."""
     raise SystemExit(128 + number)
 
 
 def console() -> NoReturn:
-    """The whole process. It ends at once: Python would take seconds to take torch apart."""
+    """Runs the process. It ends with `os._exit`, because Python's shutdown with torch takes seconds."""
     signal.signal(signal.SIGTERM, _terminated)
     code = main()
     sys.stdout.flush()

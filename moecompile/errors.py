@@ -1,4 +1,4 @@
-"""Typed errors. Each message says where the value is, what it is, which rule it breaks and what to change."""
+"""Typed errors. Each message has the path of a value, the value, the rule that it breaks and how to fix it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 class MoecompileError(Exception):
-    """Base of all errors that moecompile raises on purpose; `exit_code` is that of the command line."""
+    """Base of all errors that moecompile raises itself; `exit_code` is that of the command line."""
 
     exit_code = 1
-    told = False  # whether another rank has reported it already
+    reported = False  # whether another rank has reported it already
 
 
 class UserError(MoecompileError):
@@ -41,7 +41,7 @@ class ArgumentError(ConfigError, TypeError):
 
 
 class PlanError(ConfigError):
-    """A plan that contradicts itself, or does not fit the model or the mesh."""
+    """A plan that is inconsistent, or does not fit the model or the mesh."""
 
 
 class CaptureError(UserError):
@@ -49,7 +49,7 @@ class CaptureError(UserError):
 
 
 class PassError(MoecompileError):
-    """The input or the output of a pass violates its contract: a defect of the compiler."""
+    """The input or output of a pass violates its contract: a bug in the compiler."""
 
     def __init__(self, name: str, where: str, rule: str) -> None:
         self.name, self.where, self.rule = name, where, rule
@@ -60,7 +60,7 @@ class PassError(MoecompileError):
 
 
 class VerificationFailed(MoecompileError):
-    """N ranks do not compute what one process computes."""
+    """N ranks do not compute the same as one process, or an export differs from its model."""
 
     def __init__(self, recipe: str, checks: list[str]) -> None:
         self.recipe, self.checks = recipe, checks
@@ -71,7 +71,7 @@ class VerificationFailed(MoecompileError):
 
 
 class UnboundAxisError(MoecompileError):
-    """An exchange ran before `shard` bound its mesh axis to a process group."""
+    """An exchange was run before `shard` bound its mesh axis to a process group."""
 
 
 class RankFailure(MoecompileError):

@@ -1,4 +1,4 @@
-"""The load of every expert at every logged step: training writes it, reports read it. Needs numpy alone."""
+"""The load of every expert at every logged step: training writes it, reports read it. Needs only numpy."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 LOAD_HISTORY = "load.npz"
-"""The file in the run directory."""
+"""Name of the file in the run directory."""
 NO_EXPERT = -1
-"""Load of an expert that a layer does not have, where another layer has more."""
+"""Load of an expert that a layer does not have, if another layer has more experts."""
 
 
 @dataclass
 class LoadHistory:
-    """layers: names in model order. steps: optimizer steps. loads: one (layers, experts) int64 array a step."""
+    """layers: names in model order. steps: optimizer steps. loads: one (layers, experts) int64 array per step."""
 
     layers: list[str] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
@@ -27,10 +27,10 @@ class LoadHistory:
         """Adds a step. load: layer -> tokens per expert; every step has the same layers.
 
         Raises:
-            ValueError: other layers than in the steps before.
+            ValueError: the layers differ from those of earlier steps.
         """
         if self.steps and self.layers != list(load):
-            raise ValueError(f"step {step} has the layers {list(load)}, the steps before it have {self.layers}")
+            raise ValueError(f"step {step} has the layers {list(load)}, earlier steps have {self.layers}")
         rows = np.full((len(load), max(map(len, load.values()))), NO_EXPERT, dtype=np.int64)
         for row, counts in zip(rows, load.values(), strict=True):
             row[: len(counts)] = counts
@@ -39,12 +39,12 @@ class LoadHistory:
         self.loads.append(rows)
 
     def until(self, step: int) -> LoadHistory:
-        """The part up to an optimizer step."""
-        count = sum(1 for found in self.steps if found <= step)
+        """The history up to and including an optimizer step."""
+        count = sum(1 for logged in self.steps if logged <= step)
         return LoadHistory(self.layers if count else [], self.steps[:count], self.loads[:count])
 
     def save(self, path: Path) -> None:
-        """Writes `path`, whole or not at all: `steps` (R,), `layers` (L,) and `load` (R, L, E)."""
+        """Writes `path` atomically: `steps` (R,), `layers` (L,) and `load` (R, L, E)."""
         partial = path.with_name(f".{path.name}")
         with partial.open("wb") as file:
             np.savez_compressed(
@@ -54,6 +54,6 @@ class LoadHistory:
 
     @classmethod
     def read(cls, path: Path) -> LoadHistory:
-        """What `save` wrote."""
+        """Reads what `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
             return cls(layers=file["layers"].tolist(), steps=file["steps"].tolist(), loads=list(file["load"]))

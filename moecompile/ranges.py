@@ -1,4 +1,4 @@
-"""What a value may be: a whole number or a real one in an interval, or one of some words; else a ConfigError."""
+"""Checks of single values: integers and real numbers in a range, words from a list. They raise ConfigErrors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Whole:
     high: int = _MOST
 
     def check(self, path: str, value: Any) -> None:
-        """Raises ConfigError outside of the range."""
+        """Raises ConfigError unless `value` is an integer in the range."""
         if type(value) is not int:
             raise ConfigError(path, value, "has the wrong type", "Give a whole number")
         if value < self.low:
@@ -32,13 +32,13 @@ class Whole:
 
 @dataclass(frozen=True)
 class Real:
-    """A finite number in an interval, written as in mathematics: `[` includes the end, `(` does not."""
+    """A finite number in an interval in the usual notation: `[` includes the end, `(` excludes it."""
 
     interval: str
     fix: str
 
     def check(self, path: str, value: Any) -> None:
-        """Raises ConfigError outside of the interval, and for NaN and the infinities."""
+        """Raises ConfigError unless `value` is in the interval, also for NaN and infinities."""
         if type(value) not in (int, float):
             raise ConfigError(path, value, "has the wrong type", "Give a number")
         low, high = (float(end) for end in self.interval[1:-1].split(","))
@@ -52,7 +52,7 @@ class Real:
 
 
 def check_word(known: Iterable[str], path: str, value: str) -> None:
-    """Raises ConfigError where `value` is none of the words (or members of an enum) in `known`."""
+    """Raises ConfigError unless `value` is one of the words (or the value of an enum member) in `known`."""
     words = [item.value if isinstance(item, Enum) else item for item in known]
     if value not in words:
         raise ConfigError(path, value, f"must be one of {words}", "Use one of these")

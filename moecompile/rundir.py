@@ -107,14 +107,14 @@ def kept_apart(run_dir: Path) -> Iterator[None]:
     discard(run_dir)
 
 
-def go_on(overrides: Sequence[str], run_dir: Path) -> str:
+def resume_hint(overrides: Sequence[str], run_dir: Path) -> str:
     """The command that resumes a run that was ended by a signal."""
     flags = [word for word in sys.argv[1:] if "=" not in word and word not in ("-m", "--multirun")]
     kept = [word for word in overrides if not re.match(r"\+{0,2}(trainer\.resume|hydra\.run\.dir)=", word)]
     python = "python" if os.path.realpath(shutil.which("python") or "") == os.path.realpath(sys.executable) else None
     words = [python or sys.executable, "-m", "moecompile", *flags, *kept]
     words += [f"hydra.run.dir={_quoted(run_dir)}", "trainer.resume=auto"]
-    return f"go on with:  {shlex.join(words)}"
+    return f"resume with:  {shlex.join(words)}"
 
 
 def _quoted(path: Path) -> str:

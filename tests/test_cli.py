@@ -213,7 +213,7 @@ def test_another_sweep_in_the_same_directory_is_refused(cwd: Path) -> None:
     before = {path: path.read_bytes() for path in cwd.rglob("*") if path.is_file()}
     result = cli(cwd, "-m", "seed=0,2", "hydra.sweep.dir=s")
     assert (result.returncode, result.stderr) == (
-        2, "error: hydra.sweep.dir=s: holds another sweep. Use another directory, or go on with its jobs by "
+        2, "error: hydra.sweep.dir=s: holds another sweep. Use another directory, or resume its jobs with "
         "trainer.resume=auto.\n",
     )  # fmt: skip
     assert {path: path.read_bytes() for path in cwd.rglob("*") if path.is_file()} == before

@@ -1,4 +1,4 @@
-"""What a compiled model costs: each distinct MoE layer beside a dense FFN, and whole optimizer steps on the ranks."""
+"""Measures a compiled model: each distinct MoE layer against a dense FFN, and whole optimizer steps on all ranks."""
 
 from moecompile.bench.layers import LayerCost, measure_layers
 from moecompile.bench.measure import Times, kept_bytes

@@ -1,11 +1,11 @@
-"""Each distinct MoE layer of a model, forward and backward on one rank, beside a dense FFN with the activated FLOPs.
+"""Measures each distinct MoE layer, forward and backward on one rank, against a dense FFN with the same active FLOPs.
 
 Algorithm:
-  1. Layers that differ in nothing but their place are measured once.
-  2. The layer is made again with all of its experts on one rank: a dense FFN of the site's form is rewritten by the
-     layer's plan; of experts that the model has, the call alone is taken, without the router, which is the model's.
-  3. Beside it stands a dense FFN of the same activation and of width top-k times that of an expert, and the shared one.
-  4. In every round both run on the same new random input, hence with new counts, in alternating order.
+  1. Group layers that differ only in their position; each group is measured once.
+  2. Build the layer with all of its experts on one rank: a dense FFN of the site's form is rewritten by the layer's
+     plan; of existing experts only the call is taken, without the model's own router.
+  3. Build a dense FFN with the same activation; its width is top-k times that of an expert, plus the shared expert's.
+  4. In every round, run both on the same new random input (so with new counts), in alternating order.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ Draw = Callable[[torch.Generator], tuple[Tensor, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """What one of `sites`, which are all alike, costs, and the dense FFN. ratio: median over the rounds.
+    """The cost of one MoE layer and of the dense FFN. sites: all equal layers. ratio: median over the rounds.
 
-    has_router: whether a router of ours is part of it. tokens: of the input. dense_kept, moe_kept: bytes that forward
-    keeps for backward, without the weights.
+    has_router: whether our router is part of it. tokens: of the input. dense_kept, moe_kept: bytes that forward saves
+    for backward, without the weights.
     """
 
     sites: tuple[str, ...]
@@ -67,10 +67,10 @@ class LayerCost:
 
 
 class DenseFFN(nn.Module):
-    """up -> activate -> down; the linears before a gate are one.
+    """up -> activate -> down; gate and up projections are one linear.
 
     Args:
-        site: gives the form. width: of the hidden activation. activate: what `up` returns -> hidden activation.
+        site: determines the form. width: of the hidden activation. activate: output of `up` -> hidden activation.
     """
 
     def __init__(self, site: FFNSite | ExpertsSite, width: int, activate: Callable[[Tensor], Tensor]) -> None:
@@ -86,7 +86,7 @@ class DenseFFN(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A layer with its dense counterpart. draw: new inputs, the first of them with a gradient."""
+    """A layer with its dense counterpart. draw: draws new inputs, of which the first one has a gradient."""
 
     sites: tuple[str, ...]
     layer: LayerPlan
@@ -98,7 +98,7 @@ class Pair:
 def measure_layers(
     model: nn.Module, plan: Plan, config: Config, example: Example, device: torch.device
 ) -> list[LayerCost]:
-    """Measures the layers that `plan` makes of `model`, which is not compiled yet and stays as it is.
+    """Measures the layers that `plan` makes from `model`, which is not compiled and is not changed.
 
     Args:
         example: as for `compile_model`. device: where to run.
@@ -107,13 +107,13 @@ def measure_layers(
 
 
 def layer_pairs(model: nn.Module, plan: Plan, config: Config, example: Example, device: torch.device) -> Iterator[Pair]:
-    """One pair for each distinct layer, made when it is asked for."""
+    """One pair for each distinct layer, built lazily."""
     captured = capture_planned(model, plan, config, example)
-    alike: dict[LayerPlan, list[str]] = {}  # Step 1
+    groups: dict[LayerPlan, list[str]] = {}  # Step 1
     for layer in on_one_process(plan).layers:
-        alike.setdefault(_placeless(layer), []).append(layer.site.fqn)
+        groups.setdefault(_without_position(layer), []).append(layer.site.fqn)
     dtype = next(model.parameters()).dtype
-    for layer, sites in alike.items():
+    for layer, sites in groups.items():
         region = captured.regions[captured.region_of[sites[0]]]
         match, layer = region.matches[sites[0]], _at(layer, sites[0])
         if isinstance(match, ExpertsMatch):
@@ -123,18 +123,18 @@ def layer_pairs(model: nn.Module, plan: Plan, config: Config, example: Example, 
             dense, moe = _rewritten(_at(layer, ""), region.graph, match)
             draw = partial(_draw_hidden, layer.site.d_model, config=config, dtype=_narrow(dtype, config))
         for module in (dense, moe):
-            _place(module, device, dtype, config)
+            _prepare(module, device, dtype, config)
         if config.trainer.compile is Compiled.regions:
             compile_whole(moe)
         yield Pair(sites=tuple(sites), layer=layer, dense=dense, moe=moe, draw=draw)
 
 
 def _narrow(dtype: torch.dtype, config: Config) -> torch.dtype:
-    """What layers compute in."""
+    """The dtype in which layers compute."""
     return torch.bfloat16 if config.trainer.precision is Precision.bf16_params else dtype
 
 
-def _placeless(layer: LayerPlan) -> LayerPlan:
+def _without_position(layer: LayerPlan) -> LayerPlan:
     return dataclasses.replace(layer, site=dataclasses.replace(layer.site, fqn="", index=0))
 
 
@@ -146,7 +146,7 @@ def _at(layer: LayerPlan, fqn: str) -> LayerPlan:
 
 
 class _Activation(nn.Module):
-    """What lies between the linears. parts: projections that it takes. width: where it needs whole hidden vectors."""
+    """What is between the linears. parts: number of its inputs. width: set if it needs vectors of a whole FFN."""
 
     def __init__(self, activation: nn.Module, parts: int, width: int | None) -> None:
         super().__init__()
@@ -154,18 +154,18 @@ class _Activation(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., parts * F) -> (..., F)."""
-        given = [hidden]
+        inputs = [hidden]
         if self.parts == 2:
             gate, up = hidden.chunk(2, -1)
-            given = [gate, up]
+            inputs = [gate, up]
         if self.width is not None:
-            given = [part.unflatten(-1, (-1, self.width)) for part in given]
-        out: Tensor = self.activation(*given)
+            inputs = [part.unflatten(-1, (-1, self.width)) for part in inputs]
+        out: Tensor = self.activation(*inputs)
         return out if self.width is None else out.flatten(-2)
 
 
 def _rewritten(layer: LayerPlan, graph: fx.GraphModule, match: FFNMatch) -> tuple[nn.Module, fx.GraphModule]:
-    """The dense FFN and the graph that the layer's plan makes of an FFN like the site's."""
+    """The dense FFN, and the graph that the layer's plan makes from an FFN like the site's."""
     site, parts = layer.site, layer.site.num_in_projections
     activation = activation_module(graph, match)
     source = DenseFFN(site, site.d_ff, _Activation(activation, parts, None))
@@ -176,7 +176,7 @@ def _rewritten(layer: LayerPlan, graph: fx.GraphModule, match: FFNMatch) -> tupl
 
 
 def _existing(layer: LayerPlan, region: Region) -> tuple[nn.Module, fx.GraphModule]:
-    """The dense FFN and a copy of the experts that the model has, as one call of them becomes."""
+    """The dense FFN, and the rewritten graph of one call of the model's existing experts."""
     steps = (*on_one_device(seed=0), *on_the_mesh())
     moe = copy.deepcopy(run_passes(steps, {region.path: region}, {region.path: [layer]})[region.path].graph)
     (call,) = experts_calls(moe)
@@ -186,7 +186,7 @@ def _existing(layer: LayerPlan, region: Region) -> tuple[nn.Module, fx.GraphModu
 
 
 def _activated(experts: Experts | ExistingExperts, hidden: Tensor) -> Tensor:
-    """The activation of experts that the model has, on what their projections up return, gate first."""
+    """The activation of existing experts, applied to the outputs of their gate and up projections, gate first."""
     out: Tensor
     if isinstance(experts, MatrixExperts):
         gate, up = hidden.chunk(2, -1)
@@ -203,8 +203,8 @@ def _width(layer: LayerPlan) -> int:
 
 
 @torch.no_grad()
-def _place(module: nn.Module, device: torch.device, dtype: torch.dtype, config: Config) -> None:
-    """Puts a module where and in what it is to run; what has no values yet gets random ones. Routers stay wide."""
+def _prepare(module: nn.Module, device: torch.device, dtype: torch.dtype, config: Config) -> None:
+    """Moves and casts a module to run it, except routers, which are not cast. Meta parameters get random values."""
     if is_meta(module):
         module.to_empty(device="cpu")
         for parameter in module.parameters():
@@ -228,7 +228,7 @@ def _draw_hidden(d_model: int, generator: torch.Generator, *, config: Config, dt
 def _draw_routed(
     match: ExpertsMatch, generator: torch.Generator, *, config: Config, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """Hidden states (T, D), ids (T, K) of experts that are chosen evenly, weights (T, K), as the model calls them."""
+    """Hidden states (T, D), evenly chosen expert ids (T, K) and weights (T, K), in the form of the model's call."""
     (hidden,) = _draw_hidden(match.call.d_model, generator, config=config, dtype=dtype)
     tokens = hidden.shape[0] * hidden.shape[1]
     scores = torch.randn(tokens, match.num_experts + match.num_identity, generator=generator)
@@ -240,7 +240,7 @@ def _draw_routed(
 
 def _cost(pair: Pair, config: Config, device: torch.device) -> LayerCost:
     generator = torch.Generator().manual_seed(config.seed)
-    modules, found = {"dense": pair.dense, "moe": pair.moe}, {"dense": list[Times](), "moe": list[Times]()}
+    modules, measured = {"dense": pair.dense, "moe": pair.moe}, {"dense": list[Times](), "moe": list[Times]()}
     kept: dict[str, int] = {}
     for i in range(config.bench.warmup + config.bench.rounds):
         inputs = [tensor.to(device) for tensor in pair.draw(generator)]
@@ -250,11 +250,11 @@ def _cost(pair: Pair, config: Config, device: torch.device) -> LayerCost:
             run = _Run(modules[name], inputs[: 1 if name == "dense" else None], direction, config)
             times = timed(run.both, device)
             if i >= config.bench.warmup:
-                found[name].append(times)
+                measured[name].append(times)
     for name, module in modules.items():
         run = _Run(module, inputs[: 1 if name == "dense" else None], direction, config)
         kept[name] = kept_bytes(run.forward, (*module.parameters(), *module.buffers()))
-    pairs = zip(found["moe"], found["dense"], strict=True)
+    pairs = zip(measured["moe"], measured["dense"], strict=True)
     experts, routing = pair.layer.experts, pair.layer.routing
     return LayerCost(
         sites=pair.sites,
@@ -264,8 +264,8 @@ def _cost(pair: Pair, config: Config, device: torch.device) -> LayerCost:
         top_k=routing.top_k,
         has_router=isinstance(pair.layer.site, FFNSite),
         tokens=config.data.micro_batch_size * config.data.seq_len,
-        dense=medians(found["dense"]),
-        moe=medians(found["moe"]),
+        dense=medians(measured["dense"]),
+        moe=medians(measured["moe"]),
         ratio=statistics.median(moe.decisive_ms / dense.decisive_ms for moe, dense in pairs),
         dense_kept=kept["dense"],
         moe_kept=kept["moe"],
@@ -273,7 +273,7 @@ def _cost(pair: Pair, config: Config, device: torch.device) -> LayerCost:
 
 
 class _Run:
-    """One forward, or forward and backward, in the config's precision; gradients are made anew."""
+    """One forward, or forward and backward, in the config's precision, without earlier gradients."""
 
     def __init__(self, module: nn.Module, inputs: list[Tensor], direction: Tensor, config: Config) -> None:
         self.module, self.direction, self.mixed = module, direction, config.trainer.precision is Precision.bf16_mixed
@@ -281,12 +281,12 @@ class _Run:
         module.zero_grad(set_to_none=True)
 
     def forward(self) -> Tensor:
-        """The output."""
+        """Runs forward and returns the output."""
         with torch.autocast(self.direction.device.type, torch.bfloat16, enabled=self.mixed):
             out: Tensor = self.module(*self.inputs)
         return out
 
     def both(self) -> None:
-        """Forward and backward."""
+        """Runs forward and backward."""
         out = self.forward()
         out.backward(self.direction.to(out.dtype))

@@ -1,4 +1,4 @@
-"""Time and kept memory of one forward and backward."""
+"""Measures time, and memory saved for backward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """Milliseconds. cpu_ms: of this process, all its threads. device_ms: on a GPU, by its events; None on a CPU."""
+    """Milliseconds. cpu_ms: of this process, all threads. device_ms: on a GPU, from CUDA events; None on a CPU."""
 
     cpu_ms: float
     wall_ms: float
@@ -23,12 +23,12 @@ class Times:
 
     @property
     def decisive_ms(self) -> float:
-        """What layers are compared by: the GPU's time, or on a CPU, where others may be at work too, CPU time."""
+        """The time by which layers are compared: GPU time, or on a CPU, which may be shared, CPU time."""
         return self.cpu_ms if self.device_ms is None else self.device_ms
 
 
 def timed(run: Callable[[], object], device: torch.device) -> Times:
-    """Runs `run` once; on a GPU until it has done all of it."""
+    """Times one call of `run`; on a GPU until all of its kernels are done."""
     if device.type != "cuda":
         cpu, wall = time.process_time(), time.perf_counter()
         run()
@@ -44,24 +44,24 @@ def timed(run: Callable[[], object], device: torch.device) -> Times:
     return Times(cpu_ms=1e3 * seconds[0], wall_ms=1e3 * seconds[1], device_ms=events[0].elapsed_time(events[1]))
 
 
-def medians(found: Sequence[Times]) -> Times:
-    """Each time's own median."""
+def medians(measured: Sequence[Times]) -> Times:
+    """The median of each kind of time."""
 
     def median(values: list[float]) -> float:
         return float(statistics.median(values))
 
-    device = [times.device_ms for times in found if times.device_ms is not None]
+    device = [times.device_ms for times in measured if times.device_ms is not None]
     return Times(
-        cpu_ms=median([times.cpu_ms for times in found]),
-        wall_ms=median([times.wall_ms for times in found]),
+        cpu_ms=median([times.cpu_ms for times in measured]),
+        wall_ms=median([times.wall_ms for times in measured]),
         device_ms=median(device) if device else None,
     )
 
 
 def kept_bytes(run: Callable[[], Any], weights: Iterable[Tensor]) -> int:
-    """Bytes that the forward `run` keeps for backward, its own input among them.
+    """Bytes that the forward `run` saves for backward, including its input.
 
-    A storage counts once and whole, however many views of it are kept; the storages of `weights` do not count.
+    A storage is counted once and completely, for any number of saved views; storages of `weights` are not counted.
     """
     known = {weight.untyped_storage().data_ptr() for weight in weights}
     sizes: dict[int, int] = {}
@@ -73,6 +73,6 @@ def kept_bytes(run: Callable[[], Any], weights: Iterable[Tensor]) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = run()  # held until all is counted, or storages would be given out again
+        kept = run()  # kept until all are counted, or their memory would be reused
     del kept
     return sum(sizes.values())

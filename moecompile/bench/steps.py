@@ -1,8 +1,8 @@
-"""Whole optimizer steps of a compiled model on all ranks, as `task=train` runs them, and what they are spent on.
+"""Measures whole optimizer steps of a compiled model on all ranks, as `task=train` runs them, and shares of our ops.
 
 Steps are timed from the end of one to the end of the next: data, forward, backward, reductions, optimizer. After the
-timed ones two more run under torch's profiler, on rank 0, which sees how long each op of ours takes. An exchange also
-takes what a rank waits for the others in it.
+timed steps, rank 0 runs two more under torch's profiler, which measures the time of each of our ops. The time of an
+exchange includes waiting for other ranks.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from moecompile.schema import Config
 PROFILED_STEPS = 2
 _OURS = "moecompile::"
 _EXCHANGES = EXCHANGE_OPS | WAIT_OPS | {"read_tables", "wire_cast", "wire_uncast"}
-_EXPERTS = ("expert_ffn", "grouped_mm", "expert_bias", "sum_experts")  # and what begins so, such as their backward
+_EXPERTS = ("expert_ffn", "grouped_mm", "expert_bias", "sum_experts")  # prefixes, for their backward ops too
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """An optimizer step. step: of rank 0; its CPU time is the mean over the ranks. tokens: of the global batch.
+    """The cost of an optimizer step. step: of rank 0; its CPU time is the mean over ranks. tokens: of the global batch.
 
-    exchanges, experts, rows: part of the profiled steps that rank 0 spends in exchanges, in the experts' arithmetic,
-    and in other ops of ours (choosing, sorting, packing and summing rows, counting).
+    exchanges, experts, rows: fraction of the profiled steps that rank 0 spends in exchanges, in the experts'
+    computation, and in our other ops (top-k, sorting, packing and summing rows, counting).
     """
 
     world_size: int
@@ -53,7 +53,7 @@ class StepCost:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all ranks."""
+        """Tokens per second of all ranks."""
         return 1e3 * self.tokens / self.step.wall_ms
 
 
@@ -65,7 +65,7 @@ def measure_steps(
     run_dir: Path,
     materialize: Callable[[torch.device], None] | None = None,
 ) -> StepCost:
-    """Trains `bench.warmup` steps, `bench.rounds` timed ones and two profiled ones; every rank calls it.
+    """Trains `bench.warmup` steps, `bench.rounds` timed ones and two profiled ones; all ranks call it.
 
     Args:
         model, plan, data, materialize: as for `runtime.training.train`. run_dir: where Lightning's loggers write.
@@ -80,30 +80,30 @@ def measure_steps(
     clock = _Clock(config.bench.warmup, config.bench.rounds)
     trainer = make_trainer(config, mesh, run_dir, [clock], materialize=materialize)
     trainer.fit(LanguageModule(model, config.optimizer, num_steps), loader)
-    step = medians(clock.found)
-    every: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(every, step.cpu_ms)
+    step = medians(clock.measured)
+    cpu_ms: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(cpu_ms, step.cpu_ms)
     return StepCost(
         world_size=mesh.world_size,
         tokens=config.data.global_batch_size * config.data.seq_len,
-        step=dataclasses.replace(step, cpu_ms=sum(every) / len(every)),
+        step=dataclasses.replace(step, cpu_ms=sum(cpu_ms) / len(cpu_ms)),
         **clock.shares,
     )
 
 
 class _Clock(StepObserver):
-    """Times steps, then profiles some."""
+    """Times some steps, then profiles some."""
 
     def __init__(self, warmup: int, rounds: int) -> None:
         self.warmup, self.rounds = warmup, rounds
-        self.found: list[Times] = []
+        self.measured: list[Times] = []
         self.shares = {"exchanges": 0.0, "experts": 0.0, "rows": 0.0}
         self._steps_done = 0
         self._last = (0.0, 0.0)
         self._profiler: profile | None = None
 
     def step_ended(self, module: LanguageModule, strategy: ExpertParallelStrategy) -> None:
-        """Takes the time; begins to profile after the last timed step, ends after the last step."""
+        """Records the time of the step; the profiler runs from the last timed step to the last step."""
         self._steps_done += 1
         on_gpu = strategy.root_device.type == "cuda"
         if on_gpu:
@@ -112,9 +112,9 @@ class _Clock(StepObserver):
         wall_ms, cpu_ms = 1e3 * (now - self._last[0]), 1e3 * (cpu - self._last[1])
         timed = self._steps_done - self.warmup
         if 0 < timed <= self.rounds:
-            self.found.append(Times(cpu_ms=cpu_ms, wall_ms=wall_ms))
+            self.measured.append(Times(cpu_ms=cpu_ms, wall_ms=wall_ms))
         if dist.get_rank() == 0 and timed == self.rounds:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it announces itself
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no messages of the profiler
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
             self._profiler = profile(activities=activities)
             self._profiler.__enter__()
@@ -127,7 +127,7 @@ class _Clock(StepObserver):
 
 
 def _shares(events: Iterable[Any], microseconds: float, *, on_gpu: bool) -> dict[str, float]:
-    """Time of our outermost ops by kind, over that of the steps."""
+    """Time of our outermost ops by kind, as a fraction of the time of the steps."""
     spent = {"exchanges": 0.0, "experts": 0.0, "rows": 0.0}
     for event in events:
         if event.name.startswith(_OURS) and not _is_inside(event):
@@ -136,7 +136,7 @@ def _shares(events: Iterable[Any], microseconds: float, *, on_gpu: bool) -> dict
 
 
 def _is_inside(event: Any) -> bool:
-    """Whether an op of ours runs it, or the same op before autograd."""
+    """Whether one of our ops, or the autograd wrapper of the same op, called it."""
     parent = event.cpu_parent
     while parent is not None:
         if parent.name.startswith(_OURS):

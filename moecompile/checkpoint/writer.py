@@ -86,5 +86,5 @@ class Writer:
         kept = f"The checkpoints before it are whole, the latest is {last.name}" if last else "There is none before it"
         return (
             f"the checkpoint of step {step} could not be written to {self.checkpoints} on rank {rank}: {cause}. "
-            f"{kept}. Make room, lower trainer.keep_last, or use another hydra.run.dir, and go on with trainer.resume."
+            f"{kept}. Make room, lower trainer.keep_last, or use another hydra.run.dir, and resume with trainer.resume."
         )

@@ -20,7 +20,7 @@ PROGRAM = "moecompile"
 _LEFT_OUT = {
     "config_path": "--config-path: the shipped configs are always used. Add your own by --config-dir FOLDER.",
     "experimental_rerun": "--experimental-rerun: a run keeps no pickled config. Give the same overrides again, or "
-    "go on with a run by trainer.resume=RUN_DIR.",
+    "resume a run with trainer.resume=RUN_DIR.",
 }
 
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, read_write
 from moecompile import waiting
 from moecompile.compose.typed import RESOLVED, plain, save_resolved, to_config, unresolved
 from moecompile.errors import ConfigError, MoecompileError, UserError
-from moecompile.rundir import go_on, held, kept_apart, place
+from moecompile.rundir import held, kept_apart, place, resume_hint
 from moecompile.schema import Config, validate
 
 FAILURES = "failures.txt"
@@ -48,7 +48,7 @@ def run_job(
         code, message = report(error, debug=debug), " ".join(str(error).split())
         if isinstance(getattr(error, "number", None), int):  # ended by a signal
             if _task_of(cfg) == "train":
-                print(go_on(overrides, run_dir), file=sys.stderr, flush=True)
+                print(resume_hint(overrides, run_dir), file=sys.stderr, flush=True)
             if multirun:
                 raise SystemExit(code) from None
     if code and multirun:
@@ -85,7 +85,7 @@ def report(error: Exception, *, debug: bool) -> int:
         )
     is_ours = isinstance(error, MoecompileError)
     waiting.done()
-    if isinstance(error, MoecompileError) and error.told:
+    if isinstance(error, MoecompileError) and error.reported:
         return error.exit_code
     if debug or not is_ours:
         traceback.print_exception(error)
@@ -169,7 +169,7 @@ def _check_sweep(folder: Path, overrides: Sequence[str]) -> None:
     if not any(re.match(r"\+{0,2}trainer\.resume=", word) for word in overrides):
         refused = ConfigError(
             "hydra.sweep.dir", folder, "holds another sweep",
-            "Use another directory, or go on with its jobs by trainer.resume=auto",
+            "Use another directory, or resume its jobs with trainer.resume=auto",
         )  # fmt: skip
         sys.exit(report(refused, debug=False))
     (folder / FAILURES).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The router: where each token goes and with which weight.
+"""The router: chooses the experts of each token and their routing weights.
 
     jitter -> logits + bias -> score -> correction bias -> group limit -> top-k -> normalise -> scale -> capacity
 
@@ -24,20 +24,20 @@ from moecompile.torch_private import in_backward
 class Router(nn.Module):
     """Chooses experts for tokens, or tokens for experts.
 
-    weight (E, D) and bias (E,) are at least fp32, and so is all arithmetic, under every precision. `correction_bias`
-    (E,) shifts the choice but not the routing weights (DeepSeek-V3 report, section 2.1.2). `global_load` (E,), only
-    with a global_batch loss, is each expert's fraction of the previous optimizer step's load. `meter` counts.
+    weight (E, D), bias (E,) and all computation are in fp32 or wider with every precision. `correction_bias` (E,)
+    affects the choice but not the routing weights (DeepSeek-V3 report, section 2.1.2). `global_load` (E,), only with a
+    global_batch loss, is each expert's fraction of the previous optimizer step's load. `meter` counts the load.
 
     A dropped assignment, and with expert choice an expert that did not take the token, has the id num_experts and the
     weight 0.
 
     Args:
         d_model, num_experts: sizes.
-        config: what is computed. balance: auxiliary losses, and the rule of `correction_bias` (see `update_balance`).
+        config: the routing. balance: auxiliary losses, and the rule of `correction_bias` (see `update_balance`).
         num_nodes: nodes over which the experts are spread, for the meter.
 
     Raises:
-        ConfigError: the config does not fit the number of experts, or the balance the config.
+        ConfigError: the config does not fit the number of experts, or the balance does not fit the config.
     """
 
     correction_bias: Tensor
@@ -69,17 +69,17 @@ class Router(nn.Module):
         self.register_buffer("global_load", even if balance.global_batch else None)
         self.meter = LoadMeter(num_experts, num_nodes, device, has_entropy=True)
         self.aux_losses: dict[str, Tensor] = {}  # coefficient * loss of the last training forward, with its graph
-        self.aux_node: Node | None = None  # where in the graph: who depends on that forward has it among its ancestors
-        self.key = torch.zeros(4, dtype=torch.int64, device="cpu")  # no buffer: ops read it on the host
+        self.aux_node: Node | None = None  # to test whether a loss depends on that forward
+        self.key = torch.zeros(4, dtype=torch.int64, device="cpu")  # not a buffer: ops read it on the host
         self.is_keyed = False
 
     @property
     def aux_loss(self) -> Tensor | None:
-        """Coefficients times losses of the last training forward, a mean over its tokens; None without losses."""
+        """Sum of coefficient * loss of the last training forward, a mean over its tokens; None without losses."""
         return torch.stack(list(self.aux_losses.values())).sum() if self.aux_losses else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Routes x (..., D), whose last dim but one is the sequence; (T, D) is one sequence.
+        """Routes x (..., D), with the sequence in dim -2; (T, D) is one sequence.
 
         Returns:
             weights_TK (fp32 or wider) and ids_TK (int64) of all T tokens; (T, E) with expert choice.
@@ -106,7 +106,7 @@ class Router(nn.Module):
         return logits
 
     def scores(self, x: Tensor) -> Tensor:
-        """What experts are chosen by, before the correction bias, (T, E), fp32 or wider."""
+        """The scores by which experts are chosen, before the correction bias, (T, E), fp32 or wider."""
         scores_TE: Tensor = torch.ops.moecompile.flatten_tokens(self._score(self.logits(x)))
         return scores_TE
 
@@ -132,7 +132,7 @@ class Router(nn.Module):
         return logits.sigmoid() if self.config.score == "sigmoid" else logits.softmax(-1)
 
     def _probs(self, logits: Tensor, scores: Tensor) -> Tensor:
-        """Scores that sum to 1 over the experts of a token."""
+        """Scores normalized to sum to 1 over the experts."""
         if self.config.score == "sigmoid":
             return scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
         return scores if self.config.score == "softmax" else logits.softmax(-1)
@@ -142,12 +142,12 @@ class Router(nn.Module):
         if self.config.score == "softmax_after_topk":
             weights_TK = weights_TK.softmax(-1)
         elif self.config.normalize:
-            # The floor keeps sigmoid scores that all underflow from dividing by zero (DeepSeek-V3 uses 1e-20).
+            # The minimum avoids a division by zero if all sigmoid scores underflow (DeepSeek-V3 uses 1e-20).
             weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp_min(1e-20)
         return weights_TK * self.config.scale
 
     def _limited(self, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """What capacity leaves; the weights of kept assignments stay as they are."""
+        """Drops assignments beyond the capacity; weights of kept assignments are unchanged."""
         if self.config.capacity_factor is None:
             return ids_TK, weights_TK
         kept_TK = torch.ops.moecompile.within_capacity(
@@ -161,28 +161,28 @@ class Router(nn.Module):
         return ids_TE, scores_TE.masked_fill(ids_TE == self.num_experts, 0.0) * self.config.scale
 
     def _train(self, logits: Tensor, scores: Tensor, ids: Tensor, kept: Tensor) -> dict[str, Tensor]:
-        """Counts this forward and returns its losses, coefficients included."""
+        """Counts the load of this forward, and returns its losses times their coefficients."""
         probs = self._probs(logits, scores)
         self.meter(ids, kept, torch.ops.moecompile.flatten_tokens(probs).detach())
-        if self.losses and logits.numel() == 0:  # without a token there is no mean
+        if self.losses and logits.numel() == 0:  # the mean over no tokens is undefined
             return {name: logits.sum() for name in self.losses}
         return {
             name: coefficient * self._loss(name, logits, scores, probs, ids)
             for name, coefficient in self.losses.items()
         }
 
-    def _keep(self, found: dict[str, Tensor], logits: Tensor) -> None:
-        """The losses of this forward take the place of the last one's.
+    def _keep(self, losses: dict[str, Tensor], logits: Tensor) -> None:
+        """Replaces the losses of the previous forward by those of this one.
 
-        Without gradients, as when outputs are only looked at, they do so only where those have none either: what an
-        objective needs stays until its backward.
+        A forward without gradients does not replace losses with gradients, which the objective still needs for its
+        backward.
         """
         if torch.compiler.is_compiling():
-            self.aux_losses = found  # whether autograd runs backward cannot be asked
+            self.aux_losses = losses  # compiled code cannot query whether autograd is in backward
         elif in_backward():
             return  # a recomputed forward must not keep its graph alive
         elif torch.is_grad_enabled() or not any(loss.requires_grad for loss in self.aux_losses.values()):
-            self.aux_losses, self.aux_node = found, logits.grad_fn
+            self.aux_losses, self.aux_node = losses, logits.grad_fn
 
     def _loss(self, name: str, logits: Tensor, scores: Tensor, probs: Tensor, ids: Tensor) -> Tensor:
         if name == "micro_batch":
@@ -212,12 +212,12 @@ class Router(nn.Module):
         return torch.rand_like(like)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        # A cast of the model to bf16 moves the router but does not round it.
+        # A cast of the model to bf16 leaves the router in fp32, a move to another device moves it.
         super()._apply(at_least(torch.float32, fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # Losses belong to the last forward; their graph can be neither copied nor pickled.
+        # The losses of the last forward have a graph, which can be neither copied nor pickled.
         return {**self.__dict__, "aux_losses": {}, "aux_node": None}
 
     def extra_repr(self) -> str:
@@ -240,12 +240,12 @@ def routers_of(model: nn.Module) -> list[tuple[str, Router]]:
 
 
 def set_random_key(model: nn.Module, seed: int, step: int, micro_batch: int) -> None:
-    """Gives every router a key: what is random in its next forwards depends on the key and the layer alone.
+    """Sets the random key of every router: random numbers of its next forwards depend only on the key and the layer.
 
-    So it is the same on every mesh, and a forward that is recomputed before the next key draws the same numbers.
+    So they are the same on every mesh, and a forward that is recomputed before the next key draws the same numbers.
 
     Args:
-        step: optimizer step. micro_batch: number of the micro-batch in the step, in the order of one process.
+        step: optimizer step. micro_batch: index of the micro-batch in the step, in the order of one process.
     """
     for layer, (_, router) in enumerate(routers_of(model)):
         router.key.copy_(torch.tensor((seed, step, micro_batch, layer)))

@@ -1,4 +1,4 @@
-"""The nouns: sites, layers, placement, Plan. Frozen and torch-free; constructors validate."""
+"""The data classes of a plan: sites, layers, placement, Plan. Frozen, without torch; constructors validate."""
 
 from moecompile.plan.checks import plan_errors
 from moecompile.plan.dispatch import EXCHANGE_OPS, EXCHANGES, HALVES, IN_FLIGHT, WAIT_OPS, DispatchPlan, can_fuse

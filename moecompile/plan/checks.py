@@ -1,4 +1,4 @@
-"""The rules of configs hold for plans too, which may be edited by hand; here they are errors of the plan."""
+"""Plans may be edited by hand, so the rules of configs are checked for them too, and raise PlanErrors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moecompile.ranges import Whole
 
 @contextmanager
 def plan_errors(where: str = "") -> Iterator[None]:
-    """Raises a ConfigError as a PlanError, with `where` before its path."""
+    """Turns a ConfigError into a PlanError, with `where` before its path."""
     try:
         yield
     except ConfigError as error:
@@ -19,6 +19,6 @@ def plan_errors(where: str = "") -> Iterator[None]:
 
 
 def at_least(least: int, path: str, **values: int) -> None:
-    """Raises ConfigError where one of `values` is smaller."""
+    """Raises ConfigError if one of `values` is smaller than `least`."""
     for name, value in values.items():
         Whole(least).check(f"{path}.{name}", value)

@@ -1,4 +1,4 @@
-"""How tokens reach the experts of one site: the exchanges of each dispatch, in order."""
+"""How tokens are sent to the experts of one site: the exchanges of each kind of dispatch, in order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moecompile.ranges import check_word
 from moecompile.schema import OverlapKind, WireDtype
 
 # Forward exchanges that each dispatch inserts for one layer, in order, each with the part of the axis that it crosses:
-# "" the whole EP group, "_inter" the same local position on each of its nodes, "_intra" its ranks on one node.
+# "" the whole EP group, "_inter" ranks with the same local rank on each of its nodes, "_intra" its ranks on one node.
 _STEPS: dict[str, tuple[tuple[str, str], ...]] = {
     "local": (),
     "flat": (("exchange_counts", ""), ("all_to_all", ""), ("all_to_all", "")),
@@ -31,23 +31,23 @@ _STEPS: dict[str, tuple[tuple[str, str], ...]] = {
 }  # fmt: skip
 EXCHANGES: dict[str, tuple[str, ...]] = {kind: tuple(op for op, _ in steps) for kind, steps in _STEPS.items()}
 HALVES = {name: (f"{name}_start", f"{name}_wait") for name in ("all_to_all", "exchange_assignments")}
-"""Exchanges that can be in flight -> the op that starts one, and the op that waits for it."""
+"""Exchanges that can be asynchronous -> the op that starts one, and the op that waits for it."""
 EXCHANGE_OPS = frozenset(op for ops in EXCHANGES.values() for op in ops) | {start for start, _ in HALVES.values()}
 WAIT_OPS = frozenset(wait for _, wait in HALVES.values())
 IN_FLIGHT = frozenset(kind for kind, ops in EXCHANGES.items() if set(ops) & set(HALVES))
-"""Kinds whose exchanges of rows can be in flight."""
+"""Kinds whose exchanges of rows can be asynchronous."""
 FUSABLE = frozenset(EXCHANGES) - {"flat"}
-"""Kinds that copy and sum rows on the rank of the experts. flat does it on the rank of the tokens, around the wire."""
+"""Kinds that copy and sum rows on the rank of the experts. flat does it on the rank of the tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DispatchPlan:
-    """How tokens reach their experts.
+    """How tokens are sent to their experts.
 
-    kind: local, flat, dedup, hierarchical or allgather. axis: the logical mesh axis of the exchanges; those on two
-    levels use `<axis>_inter` and `<axis>_intra`. wire_dtype: what rows are cast to for an exchange (auto: nothing).
-    overlap: what runs while rows are on the wire: nothing (none), the shared experts (shared), or these and the experts
-    on other `chunks` of the tokens (chunks).
+    kind: local, flat, dedup, hierarchical or allgather. axis: the logical mesh axis of the exchanges; kinds with two
+    levels use `<axis>_inter` and `<axis>_intra`. wire_dtype: dtype of rows in an exchange (auto: they are not cast).
+    overlap: what runs while rows are on the wire: nothing (none), the shared experts (shared), or the shared experts
+    and the experts on other `chunks` of the tokens (chunks).
     """
 
     kind: str
@@ -74,21 +74,21 @@ class DispatchPlan:
 
     @property
     def on_two_levels(self) -> bool:
-        """Whether ranks of the own node are told from others."""
+        """Whether ranks on the same node are addressed separately from ranks on other nodes."""
         return any(part for _, part in _STEPS[self.kind])
 
     def steps(self, num_nodes: int) -> tuple[tuple[str, str], ...]:
         """The exchange ops that `lower` inserts and the logical axis of each, in order.
 
-        An EP group on one node has no `_inter` axis, and exchanges over it fall away.
+        An EP group on one node has no `_inter` axis, so exchanges over it are left out.
         """
         steps = _STEPS[self.kind]
         return tuple((op, self.axis + part) for op, part in steps if part != "_inter" or num_nodes > 1)
 
     def scheduled_steps(self, num_nodes: int) -> tuple[tuple[str, str], ...]:
-        """The same of the final graph: with overlap, rows have starts, one for each chunk.
+        """The exchange ops of the final graph; with overlap, those of rows are replaced by a start for each chunk.
 
-        A stage begins at each all-to-all. In slot t chunk c does stage t - c, the latest chunk first.
+        A stage begins at each all-to-all. In slot t, chunk c runs stage t - c, the latest chunk first.
         """
         steps = self.steps(num_nodes)
         if not self.in_flight:
@@ -104,15 +104,15 @@ class DispatchPlan:
 
 
 def check_overlap(kind: str, overlap: str, chunks: int) -> None:
-    """Raises ConfigError for an overlap that a dispatch does not have, and for chunks that do not go with it."""
+    """Raises ConfigError if the dispatch does not support the overlap, or `chunks` does not fit it."""
     check_word([word for word in OverlapKind if word is not OverlapKind.auto], "dispatch.overlap", overlap)
     if overlap != "none" and kind not in IN_FLIGHT:
-        reason = "nothing travels" if kind == "local" else "it gathers all tokens at once"
+        reason = "nothing is sent" if kind == "local" else "it gathers all tokens at once"
         raise ConfigError("dispatch.overlap", overlap, f"dispatch.kind={kind} cannot: {reason}", "Use none")
     if chunks < 1 or (overlap == "chunks") != (chunks > 1):
-        raise ConfigError("dispatch.chunks", chunks, "is at least 2 with overlap=chunks, else 1", "Use 2 or none")
+        raise ConfigError("dispatch.chunks", chunks, "must be at least 2 with overlap=chunks, else 1", "Use 2 or none")
 
 
 def can_fuse(site: PlannedSite, dispatch: DispatchPlan) -> bool:
-    """Whether experts at `site` can be computed in one op under `dispatch`."""
+    """Whether the experts at `site` can be computed in one op with `dispatch`."""
     return site.swiglu and dispatch.kind in FUSABLE

@@ -1,4 +1,4 @@
-"""The plan of experts that a model has already, as far as the model itself decides it."""
+"""The plan of a model's existing experts, as far as the model itself determines it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moecompile.routing import NO_BALANCE
 
 
 def own_routing(site: ExpertsSite) -> RoutingPlan:
-    """The router that stays as it is."""
+    """The routing of the model's own router, which is kept."""
     return RoutingPlan(
         top_k=site.top_k,
         score="own",
@@ -25,7 +25,7 @@ def own_routing(site: ExpertsSite) -> RoutingPlan:
 def layer_of(
     site: ExpertsSite, placement: ExpertPlacement, dispatch: DispatchPlan, balance: BalancePlan | None = None
 ) -> LayerPlan:
-    """One layer. balance: None leaves the model's own router alone."""
+    """The plan of one layer. balance: None leaves the model's own router unchanged."""
     experts = ExpertsPlan(
         num_routed=site.num_experts,
         granularity=1,
@@ -47,5 +47,5 @@ def layer_of(
 
 
 def layer_on_one_device(site: ExpertsSite) -> LayerPlan:
-    """The layer without any mesh, by which the site is proven before anything is planned."""
+    """The layer without a mesh, with which the site is checked numerically before planning."""
     return layer_of(site, ExpertPlacement(num_experts=site.num_experts, ep=1), DispatchPlan(kind="local"))

@@ -1,4 +1,4 @@
-"""The experts of one site, and where they live."""
+"""The experts of one site, and their placement."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from moecompile.schema import ExpertInit, WeightScaling, check_placement, check_
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsPlan:
-    """num_routed experts of width d_expert, and a shared expert of width d_shared (0: none) that every token visits.
+    """num_routed experts of width d_expert, and a shared expert of width d_shared (0: none) that every token uses.
 
-    init: where the weights come from; `existing`: the model has the experts already. shared_gate: whether the shared
-    expert's output is multiplied by a learned sigmoid. drop_ratio: part of an expert's hidden units that is drawn anew.
-    weight_scaling: what makes up for the routing weights (docs/understand/upcycling.md).
+    init: how the weights are initialized; `existing`: the model has the experts already. shared_gate: whether the
+    shared expert's output is multiplied by a learned sigmoid. drop_ratio: fraction of an expert's hidden units that is
+    reinitialized. weight_scaling: what compensates for the routing weights (docs/understand/upcycling.md).
     """
 
     num_routed: int
@@ -45,25 +45,25 @@ class ExpertsPlan:
             check_slices(self.init, self.granularity, self.num_shared)
         if (self.init == "drop") != (0 < self.drop_ratio <= 1):
             raise PlanError(
-                "experts.drop_ratio", self.drop_ratio, "lies in (0, 1] with init=drop, else is 0", "Mend the plan"
+                "experts.drop_ratio", self.drop_ratio, "must be in (0, 1] with init=drop, else 0", "Correct the plan"
             )
 
     @property
     def is_sliced(self) -> bool:
-        """Whether routed experts are slices of the dense FFN, else they are copies of it or have nothing of it."""
+        """Whether routed experts are slices of the dense FFN, not full copies of it or randomly initialized."""
         return is_sliced(self.init, self.granularity)
 
     @property
     def virtual_group(self) -> int:
-        """Routed experts that together are one copy of the dense FFN's routed slices (1 without slices)."""
+        """How many routed experts together are one copy of the dense FFN's routed slices (1 without slices)."""
         return virtual_group(self.init, self.granularity, self.num_shared)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertPlacement:
-    """Expert -> EP rank: expert i lives on EP rank i // experts_per_rank, so every expert is placed exactly once.
+    """Expert -> EP rank: expert i is on EP rank i // experts_per_rank, so every expert is placed exactly once.
 
-    nodes: nodes that the EP group spans, equally many of its ranks on each.
+    nodes: nodes that the EP group spans, with the same number of its ranks on each.
     """
 
     num_experts: int
@@ -79,7 +79,7 @@ class ExpertPlacement:
 
     @property
     def experts_per_rank(self) -> int:
-        """Local experts of one EP rank."""
+        """Number of local experts of an EP rank."""
         return self.num_experts // self.ep
 
     def rank_of(self, expert: int) -> int:

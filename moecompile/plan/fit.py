@@ -1,4 +1,4 @@
-"""Whether a plan fits what a model has."""
+"""Checks that a plan fits a model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from moecompile.plan.sites import ExpertsSite, PlannedSite
 
 
 def check_sites(layers: Iterable[LayerPlan], sites: Iterable[PlannedSite]) -> None:
-    """Whether a model with these sites has what every layer was planned for.
+    """Checks that the sites of a model match those that the layers were planned for.
 
     Raises:
-        PlanError: a site is missing, or has another form.
+        PlanError: a site is missing or has other sizes or another form.
     """
     by_fqn = {site.fqn: site for site in sites}
     for layer in layers:
@@ -21,23 +21,23 @@ def check_sites(layers: Iterable[LayerPlan], sites: Iterable[PlannedSite]) -> No
 
 
 def _check_site(site: PlannedSite, sites: Mapping[str, PlannedSite]) -> None:
-    found = sites.get(site.fqn)
-    if found is None:
+    actual = sites.get(site.fqn)
+    if actual is None:
         what = "experts" if isinstance(site, ExpertsSite) else "FFN"
         raise PlanError(
             "plan.layers", site.fqn, f"the model has no {what} there", f"Plan again; it has {list(sites)[:3]}"
         )
-    if _form(site) != _form(found):
+    if _form(site) != _form(actual):
         raise PlanError(
             f"plan.layers[{site.fqn or 'the graph'}]",
             _form(site),
-            f"the model has {_form(found)} there",
+            f"the model has {_form(actual)} there",
             "Plan again for this model",
         )
-    if site.swiglu and not found.swiglu:
+    if site.swiglu and not actual.swiglu:
         raise PlanError(
             f"plan.layers[{site.fqn or 'the graph'}].site.swiglu", True,
-            f"the model computes {found.activation} there", "Plan again for this model",
+            f"the model computes {actual.activation} there", "Plan again for this model",
         )  # fmt: skip
 
 

@@ -24,27 +24,27 @@ def to_yaml(plan: Plan) -> str:
 
 
 def from_yaml(text: str, source: str = "plan.yaml") -> Plan:
-    """Reads a plan back.
+    """Reads a plan from YAML text.
 
     Raises:
-        PlanError: not YAML, another format, unknown or missing keys, wrong types, or a plan that contradicts itself.
+        PlanError: not YAML, another format, unknown or missing keys, wrong types, or an inconsistent plan.
     """
     try:
         body = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
-        raise PlanError(source, "...", f"is not plain YAML: {error}", "Write it with moecompile, or mend it") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an invalid date
+        raise PlanError(source, "...", f"is not plain YAML: {error}", "Write it with moecompile, or fix it") from error
     if not isinstance(body, dict):
         raise PlanError(source, type(body).__name__, "must be a mapping", "Write it with moecompile")
     if body.pop("format", None) != FORMAT:
         raise PlanError(f"{source}: format", "...", f"must be {FORMAT}", "Plan again with this version")
-    body.pop("hash", None)  # a plan may be edited by hand; its hash is computed anew
+    body.pop("hash", None)  # a plan may be edited by hand; its hash is computed again
     plan = _build(Plan, body, source)
     assert isinstance(plan, Plan)
     return plan
 
 
 def save(plan: Plan, path: Path) -> None:
-    """Writes `path` in one step."""
+    """Writes `path` atomically."""
     tmp = path.with_suffix(".tmp")
     tmp.write_text(to_yaml(plan), encoding="utf-8")
     tmp.replace(path)
@@ -54,7 +54,7 @@ def load(path: Path) -> Plan:
     """Reads `path`.
 
     Raises:
-        PlanError: as `from_yaml`, or the file cannot be read.
+        PlanError: the file cannot be read, or as in `from_yaml`.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -72,13 +72,13 @@ def _plain(value: Any) -> Any:
 
 
 def _build(kind: Any, value: Any, path: str) -> Any:
-    """`value` as `kind`: a dataclass, a tuple of one type, an optional, or a plain scalar."""
+    """Converts `value` to `kind`: a dataclass, a tuple of one type, an optional, or a plain scalar."""
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, path)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
         if not isinstance(value, list):
-            raise PlanError(path, value, "must be a list", "Mend the plan")
+            raise PlanError(path, value, "must be a list", "Correct the plan")
         return tuple(_build(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
@@ -87,19 +87,19 @@ def _build(kind: Any, value: Any, path: str) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise PlanError(path, value, f"must be of type {kind.__name__}", "Mend the plan")
+        raise PlanError(path, value, f"must be of type {kind.__name__}", "Correct the plan")
     return value
 
 
 def _option(options: tuple[Any, ...], value: Any) -> Any:
-    """The dataclass of a union whose `kind` the value names, else the first option."""
+    """The dataclass of a union whose `kind` is that of the value, else the first option."""
     kind = value.get("kind") if isinstance(value, dict) else None
     return next((o for o in options if dataclasses.is_dataclass(o) and getattr(o, "kind", None) == kind), options[0])
 
 
 def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
     if not isinstance(value, dict):
-        raise PlanError(path, value, "must be a mapping", "Mend the plan")
+        raise PlanError(path, value, "must be a mapping", "Correct the plan")
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in value:

@@ -1,4 +1,4 @@
-"""What becomes of one site: its experts, its router, where the experts live and how tokens reach them."""
+"""The plan of one site: experts, router, balance, placement and dispatch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from moecompile.routing import BalanceSpec, RouterConfig, check_balance
 
 RoutingPlan = RouterConfig
 BalancePlan = BalanceSpec
-"""A layer's router and its balance are planned as the router takes them."""
+"""Plans hold the same config objects that `nn.Router` takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """One site and everything that is decided about it.
+    """One site and all decisions about it.
 
-    fused: whether its experts gather their rows and sum their outputs themselves, in one op.
+    fused: whether one op gathers the rows, computes the experts and sums their outputs.
 
     Raises:
-        PlanError: parts that contradict each other.
+        PlanError: the parts contradict each other.
     """
 
     site: PlannedSite
@@ -57,21 +57,21 @@ class LayerPlan:
         return self.dispatch.scheduled_steps(self.placement.nodes)
 
     def _contradictions(self) -> Iterator[tuple[str, object, str, str]]:
-        """(path, value, rule, fix) of every rule between the parts that is broken."""
+        """(path, value, rule, fix) of every broken rule between the parts."""
         experts, placement = self.experts, self.placement
         existing = isinstance(self.site, ExpertsSite)
         if existing != (experts.init == "existing") or existing != self.routing.is_own:
-            rule = "init=existing and score=own hold for experts that the model has, and for no others"
-            yield "experts.init", experts.init, rule, "Mend the plan, or plan again"
+            rule = "init=existing and score=own are for experts that the model has already, and for no others"
+            yield "experts.init", experts.init, rule, "Correct the plan, or plan again"
         if placement.num_experts != experts.num_routed:
             rule = f"must be experts.num_routed={experts.num_routed}"
             yield "placement.num_experts", placement.num_experts, rule, "Place every expert once"
         if (self.dispatch.kind == "local") != (placement.ep == 1):
-            rule = f"local means one EP rank and nothing else does, but ep={placement.ep}"
+            rule = f"must be local if and only if ep is 1, but ep={placement.ep}"
             yield "dispatch.kind", self.dispatch.kind, rule, "Use local for ep=1, another kind for more"
         if self.dispatch.kind == "hierarchical" and placement.nodes == 1:
             rule = "needs an EP group on two nodes or more, but placement.nodes=1"
             yield "dispatch.kind", self.dispatch.kind, rule, "Use dedup"
         if experts.d_expert * experts.granularity != self.site.d_ff:
             rule = f"must be site.d_ff / granularity = {self.site.d_ff} / {experts.granularity}"
-            yield "experts.d_expert", experts.d_expert, rule, "Mend the plan, or plan again"
+            yield "experts.d_expert", experts.d_expert, rule, "Correct the plan, or plan again"

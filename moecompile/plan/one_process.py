@@ -1,4 +1,4 @@
-"""A plan without its mesh."""
+"""The plan of the same model on one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moecompile.plan.reductions import reductions
 
 
 def on_one_process(plan: Plan) -> Plan:
-    """The same model without a mesh: groups, experts and routers stay, every expert lives here."""
+    """The same model without a mesh: experts and routers stay the same, and all experts are on one rank."""
     mesh = MeshSpec(device=plan.mesh.device)
     return Plan(mesh=mesh, layers=tuple(map(on_one_rank, plan.layers)), reductions=reductions(mesh))
 

@@ -1,4 +1,4 @@
-"""The Plan: frozen, rank-free, tensor-free. All ranks must hold the same hash."""
+"""The Plan: frozen, without tensors, the same on every rank. All ranks must have the same hash."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Reduction:
     """How the gradients of one class of parameters are summed.
 
     parameters: `dense`, `router` or `experts`. replicated_over, sharded_over: mesh axes of the weights. sum_over: axes
-    whose ranks each hold a part of the gradient, summed by FSDP's reduce-scatter, an all-reduce, or (for the EP axis of
-    experts) by the backward all-to-all before any reduction.
+    whose ranks each have a part of the gradient, summed by FSDP's reduce-scatter or an all-reduce; the EP axis of
+    experts is not among them, because the backward all-to-all sums over it.
     """
 
     parameters: str
@@ -53,9 +53,9 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What a prediction takes for granted.
+    """The assumptions of an estimate.
 
-    hardware, memory_bytes: of one rank. tokens_per_rank: of a micro-batch, which holds sequences of `seq_len`.
+    hardware, memory_bytes: of one rank. tokens_per_rank: tokens of a micro-batch, in sequences of `seq_len`.
     accumulation: micro-batches per rank and optimizer step. precision: of weights and arithmetic.
     """
 
@@ -70,7 +70,7 @@ class Assumptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Remedy:
-    """A change of the config by which the fullest rank would need `total` bytes."""
+    """A change of the config, with which the fullest rank would need `total` bytes."""
 
     change: str
     total: int
@@ -81,8 +81,8 @@ class Remedy:
 class Estimate:
     """What the planner predicts.
 
-    params_active: parameters that one token uses. checkpointing: what backward computes again; `resent_...`: what it
-    sends again for that, beside the forward's bytes. remedies: what to change where it does not fit.
+    params_active: parameters that one token uses. checkpointing: what backward recomputes; `resent_...`: what it
+    sends again for that, in addition to the forward's bytes. remedies: what to change if the plan does not fit.
     """
 
     params_total: int
@@ -101,7 +101,7 @@ class Plan:
     """The reviewable result of planning, and the lock file `plan.yaml`.
 
     Raises:
-        PlanError: two layers claim one site, or a layer is placed on another mesh.
+        PlanError: two layers have the same site, or a layer is placed on another mesh.
     """
 
     mesh: MeshSpec
@@ -128,7 +128,7 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """16 hex digits over mesh, layers and reductions; the estimate does not count."""
+        """16 hex digits over mesh, layers and reductions, without the estimate."""
         body = asdict(replace(self, estimate=None))
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -1,9 +1,9 @@
-"""Which ranks' gradients are summed: one pure function of where weights live and how the batch is split.
+"""Over which mesh axes gradients are summed: a pure function of the placement of weights and the split of the batch.
 
-The rule. All reductions are plain sums. A rank's loss is a sum over its own tokens, so the gradient
-of a weight is the sum over all ranks whose tokens it saw. The batch is split over every axis; along an axis on which
-ranks own *different* weights, the tokens came to the weight through the exchange and their gradients with them, so
-nothing is left to be summed there.
+The rule: All reductions are plain sums. A rank's loss is a sum over its own tokens, so the gradient of a weight is the
+sum over all ranks whose tokens used it. The batch is split over every axis. Along an axis on which ranks have
+*different* weights, the exchange brings the tokens to the weight, and in backward their gradients, so nothing is left
+to sum there.
 """
 
 from __future__ import annotations

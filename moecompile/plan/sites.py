@@ -1,4 +1,4 @@
-"""Where in the model experts go, or are already."""
+"""Sites: where the model has dense FFNs, or experts already."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from moecompile.errors import PlanError
 class FFNSite:
     """A dense FFN: x -> linear(s) -> pointwise activation (and product) -> linear, of equal width in and out.
 
-    fqn: module path of the region that holds the FFN ("" for a graph that the user brought). kind: `gated` (two
-    linears feed the activation) or `up_down` (one). d_model, d_ff: widths. bias_up, bias_down: which linears have
-    biases. activation: the pointwise operations, for people to read. index: position among the matched sites. swiglu:
-    whether the FFN is down(silu(gate) * up) without biases.
+    fqn: module path of the region that contains the FFN ("" for a graph from the user). kind: `gated` (two linears
+    before the activation) or `up_down` (one). d_model, d_ff: widths. bias_up, bias_down: which linears have biases.
+    activation: the pointwise operations, for display only. index: position among the matched sites. swiglu: whether
+    the FFN is down(silu(gate) * up) without biases.
     """
 
     fqn: str
@@ -29,7 +29,7 @@ class FFNSite:
 
     def __post_init__(self) -> None:
         if self.swiglu and (self.kind != "gated" or self.bias_up or self.bias_down):
-            raise PlanError(f"{self.fqn}.swiglu", True, "holds for gated FFNs without biases alone", "Match the model")
+            raise PlanError(f"{self.fqn}.swiglu", True, "is only for gated FFNs without biases", "Match the model")
         if self.kind not in ("gated", "up_down"):
             raise PlanError(f"{self.fqn}.kind", self.kind, "must be gated or up_down", "Use one of these")
         for name in ("d_model", "d_ff"):
@@ -47,11 +47,11 @@ class ExpertsSite:
     """Experts that the model has already, called with hidden states (T, D), expert ids (T, K) and weights (T, K).
 
     fqn: module path of the experts. kind: `experts`. form: `stacked` weights, which keep their names, or `modules`, one
-    an expert, which are stacked. d_model, d_ff: widths of one expert. num_experts, top_k: read from the model, as are
-    groups and top_groups (1: no limit) of its router, and whether that has a correction bias. num_in_projections:
-    linears before the activation. bias_up, bias_down: whether they have biases. activation: for people to read. index:
-    position among the experts of the model. swiglu: whether one expert is down(silu(gate) * up) without biases, and
-    nothing else is done to what it returns.
+    per expert, which are stacked. d_model, d_ff: widths of one expert. num_experts, top_k: read from the model, as are
+    groups and top_groups (1: no limit) of its router, and whether it has a correction bias. num_in_projections: linears
+    before the activation. bias_up, bias_down: which linears have biases. activation: for display only. index: position
+    among the experts of the model. swiglu: whether one expert is down(silu(gate) * up) without biases, and its output
+    is not changed further.
     """
 
     fqn: str

@@ -1,4 +1,4 @@
-"""Predictions as pure numbers: bytes on the wire, parameters, memory. Imports the plan's nouns, never torch."""
+"""Builds plans and estimates traffic, parameters and memory, from `moecompile.plan` and without torch."""
 
 from moecompile.planner.estimate import estimate
 from moecompile.planner.params import ModelFacts, RunFacts

@@ -1,26 +1,26 @@
-"""What a forward keeps for backward, bytes on one rank.
+"""Activations that a forward saves for backward, bytes on one rank.
 
 a: bytes of an activation; T: tokens per micro-batch; D, F (of an expert), E, K as in params.py; S: width of the shared
 expert; n: projections before the activation, 2 for gated, 1 for up_down; V: vocabulary.
 
-1. One layer, beside its input.
+1. One layer, without its input.
        dense FFN      = a T 2 n d_ff                                 into and out of the activation
        MoE, unfused   = a T (K (2 D + 2 n F) + 2 n S + 2 E)          rows in and out, hidden rows; router logits, scores
        MoE, fused     = b K T 2 F + a T 2 n S + T (4 E + 36 K + 12)  what precedes the activation; fp32 scores; ids,
                         + x                                          sources, order and weights of the assignments
-   b: bytes of a number in the experts (2 under autocast). Rows that pad bf16 on some CPUs, 1/64 to 1/16, are left out.
-   x: copies of the input. A router of ours reads it in fp32, which is a copy if it is narrower (4 T D); under autocast
-   experts read it narrow (2 T D), and narrow copies of their weights are kept (2 * 3 D F E / ep). With exchanges, the
-   rows received are kept, as experts read them: b T D copies.                                   -> `moe_bytes`
-2. All layers. c = 12 numbers per element of the residual stream stand for norms, attention, residuals and the FFN's
-   input: 10 to 11 were counted for Llama and Qwen3 and 6 for OPT; multi-head latent attention (DeepSeek) needs up to
-   30.
+   b: bytes per element in the experts (2 under autocast). Padding rows of bf16 on some CPUs, 1/64 to 1/16, are left
+   out. x: copies of the input. Our router reads it in fp32, which is a copy if the input is narrower (4 T D); under
+   autocast, experts read it in bf16 (2 T D), and bf16 copies of their weights are kept (2 * 3 D F E / ep). With
+   exchanges, the received rows are kept in the dtype that experts read: b T D copies.           -> `moe_bytes`
+2. All layers. c = 12 numbers per element of the residual stream are assumed for norms, attention, residuals and the
+   FFN's input: 10 to 11 were counted for Llama and Qwen3 and 6 for OPT; multi-head latent attention (DeepSeek) needs
+   up to 30.
        activations = sum over layers of (a T c D + layer) + 3 a T V    logits, their log-softmax, their gradient
        with checkpointing = sum over layers of (a T D + kept) + max over layers of (a T c D + layer) + 3 a T V
-       kept        = 2 copies D of an MoE layer with keep_exchanges, the rows received there and back; else 0
+       kept        = 2 copies D of an MoE layer with keep_exchanges: rows received in dispatch and combine; else 0
                                                                                                  -> `activation_bytes`
-Balanced routing is assumed: a rank's experts get K T rows. D and d_ff of layers that stay dense are those of the widest
-planned site.
+Routing is assumed to be balanced: a rank's experts get K T rows. Dense layers are assumed to have the D and d_ff of the
+widest planned site.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FP32_BYTES = 4
 RESIDUAL_NUMBERS = 12  # c in step 2
 LOGITS_COPIES = 3
 ASSIGNMENT_BYTES = 36  # ids, sources and order int64, sources again int32, weights in both orders fp32
-TOKEN_BYTES = 12  # what normalising keeps
+TOKEN_BYTES = 12  # saved by the normalization of the weights
 
 
 def activation_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> int:
@@ -47,12 +47,12 @@ def activation_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFa
     moe = [moe_bytes(layer, mesh, run) for layer in layers]
     saved = [RESIDUAL_NUMBERS * d_model * number + ffn for ffn in moe + [dense * number] * (num_layers - len(layers))]
     logits = LOGITS_COPIES * facts.vocab_size * number
-    found = logits + sum(saved)
+    total = logits + sum(saved)
     if run.checkpointing != "none":
         kept = sum(exchanged(layer, mesh) for layer in layers) if run.checkpointing == "keep_exchanges" else 0
-        again = logits + (num_layers * d_model + kept) * number + max(saved, default=0)
-        found = min(found, again)
-    return round(found)
+        recomputed = logits + (num_layers * d_model + kept) * number + max(saved, default=0)
+        total = min(total, recomputed)
+    return round(total)
 
 
 def moe_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
@@ -63,19 +63,19 @@ def moe_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
         routed = top_k * (2 * site.d_model + hidden * experts.d_expert)
         return run.compute_bytes * tokens * (routed + hidden * experts.d_shared + 2 * experts.num_routed)
     narrow = BF16_BYTES if run.is_mixed else run.compute_bytes
-    found = narrow * top_k * tokens * 2 * experts.d_expert + run.compute_bytes * tokens * hidden * experts.d_shared
-    found += tokens * (FP32_BYTES * experts.num_routed + ASSIGNMENT_BYTES * top_k + TOKEN_BYTES)
+    saved = narrow * top_k * tokens * 2 * experts.d_expert + run.compute_bytes * tokens * hidden * experts.d_shared
+    saved += tokens * (FP32_BYTES * experts.num_routed + ASSIGNMENT_BYTES * top_k + TOKEN_BYTES)
     if isinstance(site, FFNSite) and run.compute_bytes < FP32_BYTES:
-        found += FP32_BYTES * tokens * site.d_model
+        saved += FP32_BYTES * tokens * site.d_model
     if run.is_mixed:
-        found += BF16_BYTES * 3 * site.d_model * experts.d_expert * layer.placement.experts_per_rank
+        saved += BF16_BYTES * 3 * site.d_model * experts.d_expert * layer.placement.experts_per_rank
     if layer.dispatch.exchanges:
-        return found + narrow * tokens * exchanged(layer, mesh) / 2
-    return found + (narrow * tokens * site.d_model if run.is_mixed else 0)
+        return saved + narrow * tokens * exchanged(layer, mesh) / 2
+    return saved + (narrow * tokens * site.d_model if run.is_mixed else 0)
 
 
 def exchanged(layer: LayerPlan, mesh: MeshSpec) -> float:
-    """Numbers per token that the exchanges of one layer move there and back."""
+    """Elements per token that the exchanges of one layer move in dispatch and combine."""
     if not layer.dispatch.exchanges:
         return 0
     copies = copies_per_token(layer.dispatch.kind, layer.placement, layer.routing, mesh)

@@ -1,9 +1,9 @@
-"""build_plan: sites and config -> Plan. Everything that is impossible is an error that says what to change.
+"""build_plan: sites and config -> Plan. What is impossible raises an error that says what to change.
 
 Algorithm:
   1. Validate the config and derive the mesh.
-  2. Select the sites that the config names.
-  3. Decide experts, routing, placement and dispatch for each.
+  2. Select the sites that match the config.
+  3. Plan experts, routing, placement and dispatch of each.
   4. Derive the reductions and the estimate.
 """
 
@@ -49,17 +49,17 @@ _GIB = 2**30
 
 
 def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) -> Plan:
-    """The plan for the sites that `config` selects; with no site it is empty.
+    """The plan for the sites that `config` selects; empty without sites.
 
     Args:
         sites: all matched sites, in model order.
         facts: sizes of the dense model, for the estimate.
 
     Raises:
-        ConfigError: a rule of the config or of a site is broken.
+        ConfigError: the config is invalid or does not fit a site.
     """
     check_numbers(config)
-    # Step 1: what the config says of experts and routers does not count where the model has both.
+    # Step 1: the config of experts and routers is not used if the model has both.
     mesh = mesh_spec(config.mesh) if only_existing(sites) else validate_transform(config)
     chosen = select(sites, config)  # Step 2
     check_given(chosen, config)
@@ -94,7 +94,7 @@ def _run_facts(config: Config, mesh: MeshSpec, facts: ModelFacts) -> RunFacts:
 
 
 def select(sites: Sequence[PlannedSite], config: Config) -> list[PlannedSite]:
-    """The sites that `experts.match` and `experts.layers` name.
+    """The sites that `experts.match` and `experts.layers` select.
 
     Raises:
         ConfigError: there are sites, but the config selects none of them.
@@ -157,6 +157,6 @@ def _check_future(settings: LayerSettings, facts: ModelFacts) -> None:
     if routing.choice is Choice.expert and facts.causal and not routing.allow_future:
         raise ConfigError(
             settings.path_of("routing.choice"), "expert",
-            "an expert takes the tokens that it scores highest of all, so what becomes of a token depends on later "
-            "ones, and this model is causal", "Use routing.choice=token, or routing.allow_future=true",
+            "an expert takes its highest-scoring tokens, so the output of a token depends on later tokens, "
+            "and this model is causal", "Use routing.choice=token, or routing.allow_future=true",
         )  # fmt: skip

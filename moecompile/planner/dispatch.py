@@ -1,4 +1,4 @@
-"""How tokens reach their experts: the kind of dispatch, what travels, and what is in flight while experts compute."""
+"""Plans the dispatch of a layer: its kind, the dtype of rows in an exchange, and the overlap with computation."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def plan_dispatch(
     """The dispatch of one layer.
 
     Args:
-        d_expert, d_shared: widths of a routed expert, and of the shared experts that the region holds.
+        d_expert, d_shared: widths of a routed expert, and of the shared experts in the region.
 
     Raises:
-        ConfigError: a kind, an overlap or a number of chunks that is not possible here.
+        ConfigError: the kind, the overlap or the number of chunks is not possible here.
     """
     kind = _dispatch_kind(config, mesh, routing, placement, site)
     if kind == "local":
-        return DispatchPlan(kind=kind)  # nothing travels, whatever is asked for
+        return DispatchPlan(kind=kind)  # nothing is sent
     overlap, chunks = _overlap(config, mesh, site, (d_expert, d_shared), kind, routing, placement)
     return DispatchPlan(kind=kind, wire_dtype=_wire_dtype(config).value, overlap=overlap, chunks=chunks)
 
 
 def _wire_dtype(config: Config) -> WireDtype:
-    """Under autocast experts round their rows to bf16 and return bf16: rounded on the wire, they are the same."""
+    """Under autocast, experts cast their rows to bf16 and return bf16, so a cast before the exchange is exact."""
     if config.dispatch.wire_dtype is WireDtype.auto and config.trainer.precision is Precision.bf16_mixed:
         return WireDtype.bf16
     return config.dispatch.wire_dtype
@@ -40,7 +40,7 @@ def _wire_dtype(config: Config) -> WireDtype:
 def _dispatch_kind(
     config: Config, mesh: MeshSpec, routing: RoutingPlan, placement: ExpertPlacement, site: PlannedSite
 ) -> str:
-    """Whatever is asked for: with one EP rank nothing has to travel, and on one node hierarchical is dedup."""
+    """For every configured kind: with one EP rank nothing is sent (local), and on one node hierarchical is dedup."""
     kind = config.dispatch.kind
     if kind is DispatchKind.local and mesh.ep > 1:
         raise ConfigError(
@@ -67,13 +67,13 @@ def _overlap(
     config: Config, mesh: MeshSpec, site: PlannedSite, widths: tuple[int, int], kind: str, routing: RoutingPlan,
     placement: ExpertPlacement,
 ) -> tuple[str, int]:  # fmt: skip
-    """What runs while rows are on the wire, and in how many chunks."""
+    """The overlap and the number of chunks."""
     overlap, chunks = config.dispatch.overlap, config.dispatch.chunks
     tokens = config.data.micro_batch_size * config.data.seq_len
     if overlap is not OverlapKind.chunks:
         if chunks != "auto":
             raise ConfigError(
-                "dispatch.chunks", chunks, f"are there with overlap=chunks, but dispatch.overlap={overlap.value}",
+                "dispatch.chunks", chunks, f"needs overlap=chunks, but dispatch.overlap={overlap.value}",
                 "Use dispatch.overlap=chunks, or chunks=auto",
             )  # fmt: skip
         if overlap is not OverlapKind.auto:

@@ -1,4 +1,4 @@
-"""Everything that the planner predicts of one plan."""
+"""The estimate of a plan: parameters, memory and traffic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def estimate(
     """Parameters, memory of the fullest rank and bytes on the wire.
 
     Args:
-        layers: the planned MoE layers. mesh: where they run. facts: the model before rewriting. run: how it trains.
+        layers: the planned MoE layers. mesh: their mesh. facts: of the model before rewriting. run: of the training.
         memory_bytes: memory of one rank.
     """
     params = model_params(layers, facts)
@@ -51,16 +51,16 @@ def estimate(
 
 
 def _mean_traffic(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> Traffic:
-    """Mean over the MoE layers; nothing without any."""
-    found = []
+    """Mean over the MoE layers; zero without any."""
+    traffic = []
     for layer in layers:
         wire = Wire(
             d_model=layer.site.d_model,
             tokens_per_rank=run.tokens_per_rank,
             element_bytes=row_bytes(layer.dispatch.wire_dtype, run.compute_bytes),
         )  # routing weights stay fp32
-        found.append(forward_traffic(layer.dispatch.kind, layer.placement, layer.routing, mesh, wire))
-    count = max(1, len(found))
+        traffic.append(forward_traffic(layer.dispatch.kind, layer.placement, layer.routing, mesh, wire))
+    count = max(1, len(traffic))
     return Traffic(
-        intra_node=sum(t.intra_node for t in found) / count, inter_node=sum(t.inter_node for t in found) / count
+        intra_node=sum(t.intra_node for t in traffic) / count, inter_node=sum(t.inter_node for t in traffic) / count
     )

@@ -1,12 +1,12 @@
 """Plans experts that the model has already: their number, top-k and groups are read from it, never from the config.
 
 Algorithm, for each site:
-  1. Values that the caller gave for what the model decides are an error; those of recipes and presets are ignored.
-  2. The mesh must fit the model: ep divides the experts.
-  3. The most nodes that a token can reach follow from the model's groups and the placement; `routing.max_nodes` is
-     kept, or refused if the caller gave it.
-  4. Balance as far as the model's own router allows it; what it does not allow is refused if the caller gave it.
-What is ignored is said (`notes`).
+  1. Values that the caller sets for what the model determines are an error; those of recipes and presets are ignored.
+  2. The mesh must fit the model: ep divides the number of experts.
+  3. The most nodes that a token can reach follow from the model's groups and the placement. If `routing.max_nodes` is
+     lower, it is refused if the caller set it, else ignored.
+  4. Balance what the model's own router allows; other balancing is refused if the caller set it, else ignored.
+`notes` lists the ignored values.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from moecompile.plan import (
 )
 from moecompile.schema import SOURCES, BalanceRule, Config, ExpertsConfig, LayerSettings, layer_settings
 
-_NOT_READ = {"experts": ("sites", "match", "layers"), "routing": ("max_nodes",)}  # these keep their meaning
+_NOT_READ = {"experts": ("sites", "match", "layers"), "routing": ("max_nodes",)}  # these are still used
 _EVERYWHERE = ExpertsConfig()
 _NAMES = {
     "experts.num_routed": "num_experts", "routing.top_k": "top_k", "routing.groups": "groups",
@@ -45,10 +45,10 @@ def only_existing(sites: Sequence[PlannedSite]) -> bool:
 
 
 def check_given(sites: Sequence[PlannedSite], config: Config) -> None:
-    """Refuses values of the caller that the model decides (step 1); with dense sites beside, they mean those.
+    """Refuses values of the caller that the model determines (step 1), unless there are dense sites to apply them to.
 
     Raises:
-        ConfigError: there is such a value; the site and the model's value are named.
+        ConfigError: there is such a value; the message has the site and the model's value.
     """
     if not only_existing(sites):
         return
@@ -59,9 +59,9 @@ def check_given(sites: Sequence[PlannedSite], config: Config) -> None:
         group, _, name = path.partition(".")
         if group not in _NOT_READ or not name or name in _NOT_READ[group]:
             continue
-        says = f"has {path}={getattr(first, _NAMES[path])}" if path in _NAMES else "decides that itself"
+        reason = f"has {path}={getattr(first, _NAMES[path])}" if path in _NAMES else "determines that itself"
         raise ConfigError(
-            key, _value(config, key), f"{first.fqn} is in the model already, and the model {says}",
+            key, _value(config, key), f"{first.fqn} is in the model already, and the model {reason}",
             "Leave it out, or use experts.sites=dense to rewrite dense FFNs",
         )  # fmt: skip
 
@@ -76,12 +76,12 @@ def existing_layer(
     """The plan of one site.
 
     Args:
-        settings: of this layer; its balance and `routing.max_nodes` count.
-        config: says which of them the caller gave.
-        dispatch: chooses the exchange.
+        settings: of this layer; only its balance and `routing.max_nodes` are used.
+        config: records which of them the caller set.
+        dispatch: chooses the dispatch.
 
     Raises:
-        ConfigError: the mesh, the node limit or the balance do not fit the model.
+        ConfigError: the mesh, the node limit or the balance does not fit the model.
     """
     _check_ep(site, mesh)  # Step 2
     _check_misfits(site, settings, mesh, config)  # Steps 3 and 4
@@ -90,10 +90,11 @@ def existing_layer(
 
 
 def most_nodes(site: ExpertsSite, mesh: MeshSpec) -> int:
-    """The most nodes that one token can reach: by its open groups, and by its number of experts.
+    """The most nodes that one token can reach, limited by its open groups and by its top-k.
 
-    Groups are runs of experts, and so is what a node holds: a group lies on the nodes first .. last. The largest union
-    of M such runs is built from left to right: best[(m, end)] is the most nodes that m groups cover up to node `end`.
+    Groups are consecutive experts, and so are the experts of a node: a group is on the nodes first .. last. The largest
+    union of M such ranges is built from left to right: best[(m, end)] is the most nodes that m groups cover up to node
+    `end`.
     """
     nodes, size = mesh.nodes_per_ep_group, site.num_experts // site.groups
     per_node = site.num_experts // nodes
@@ -108,9 +109,7 @@ def most_nodes(site: ExpertsSite, mesh: MeshSpec) -> int:
 
 
 def notes(plan: Plan, config: Config) -> list[str]:
-    """What a person should know of planned existing experts: what was read from the model, what of the config is
-    ignored, and where groups lie.
-    """
+    """Notes for the user about existing experts: values read from the model, ignored settings, placement of groups."""
     sites = [layer.site for layer in plan.layers if isinstance(layer.site, ExpertsSite)]
     if not sites:
         return []
@@ -123,26 +122,26 @@ def notes(plan: Plan, config: Config) -> list[str]:
 
 def _ignored_notes(plan: Plan, config: Config) -> Iterator[str]:
     """`ignored: routing.max_nodes=1 (the router of ... is the model's own ...)`, each key once."""
-    said: dict[str, str] = {}
+    ignored: dict[str, str] = {}
     for i, layer in enumerate(plan.layers):
         if isinstance(layer.site, ExpertsSite):
             settings = layer_settings(config, layer.site.fqn, i, len(plan.layers))
             for misfit in _misfits(layer.site, settings, plan.mesh):
-                said.setdefault(settings.path_of(misfit.key), f"{misfit.value} ({misfit.rule})")
+                ignored.setdefault(settings.path_of(misfit.key), f"{misfit.value} ({misfit.rule})")
     selected = config.experts
     if only_existing([layer.site for layer in plan.layers]) and selection(config) != (selected.match, selected.layers):
         for name in ("match", "layers"):
             if not is_given(config, f"experts.{name}") and getattr(selected, name) != getattr(_EVERYWHERE, name):
-                said[f"experts.{name}"] = f"{getattr(selected, name)} (it selects the FFNs of the recipe's own model)"
-    yield from (f"ignored: {path}={what}" for path, what in said.items())
+                ignored[f"experts.{name}"] = f"{getattr(selected, name)} (it selects FFNs of the recipe's own model)"
+    yield from (f"ignored: {path}={what}" for path, what in ignored.items())
 
 
 def selection(config: Config) -> tuple[str, str]:
-    """`experts.match` and `experts.layers` for a model's own experts: a recipe's count for the recipe's model alone."""
-    own = "model" in config.given or any(is_given(config, f"model.{name}") for name in SOURCES)
+    """`experts.match` and `experts.layers` for existing experts; those of a recipe apply only to the recipe's model."""
+    own_model = "model" in config.given or any(is_given(config, f"model.{name}") for name in SOURCES)
     chosen = config.experts
-    match = chosen.match if not own or is_given(config, "experts.match") else _EVERYWHERE.match
-    layers = chosen.layers if not own or is_given(config, "experts.layers") else _EVERYWHERE.layers
+    match = chosen.match if not own_model or is_given(config, "experts.match") else _EVERYWHERE.match
+    layers = chosen.layers if not own_model or is_given(config, "experts.layers") else _EVERYWHERE.layers
     return match, layers
 
 
@@ -150,29 +149,29 @@ def _read_note(sites: Sequence[ExpertsSite], config: Config) -> str:
     """`read from the model: experts.num_routed=256 (config: 8), routing.top_k=8 (config: 2)`."""
     parts = []
     for path, name in _NAMES.items():
-        found = dict.fromkeys(getattr(site, name) for site in sites)
+        values = dict.fromkeys(getattr(site, name) for site in sites)
         config_value = _value(config, path)
-        differs = f" (config: {'null' if config_value is None else config_value})" * (list(found) != [config_value])
-        if max(found) > 1:  # without groups there is nothing to say about them
-            parts.append(f"{path}={' and '.join(map(str, found))}{differs}")
+        differs = f" (config: {'null' if config_value is None else config_value})" * (list(values) != [config_value])
+        if max(values) > 1:  # groups=1 is not listed
+            parts.append(f"{path}={' and '.join(map(str, values))}{differs}")
     return f"read from the model: {', '.join(parts)}"
 
 
 def _groups_note(site: ExpertsSite, mesh: MeshSpec) -> str | None:
-    """What the router's groups mean on this mesh."""
+    """What the router's groups limit on this mesh."""
     nodes = mesh.nodes_per_ep_group
     if site.groups == 1 or mesh.ep == 1:
         return None
-    says = f"the model opens {site.top_groups} of {site.groups} expert groups to a token"
+    groups = f"the model opens {site.top_groups} of {site.groups} expert groups to a token"
     if nodes == 1:
-        return f"{says}; an EP group lies on one node here, so this limits no traffic between nodes"
+        return f"{groups}; an EP group is on one node here, so this limits no traffic between nodes"
     reach = most_nodes(site, mesh)
     if site.groups % nodes == 0:
         where = f"{site.groups // nodes} on each of the {nodes} nodes of an EP group"
     else:
         where = f"which do not fill the {nodes} nodes of an EP group evenly, so groups straddle nodes"
     limit = f"a token reaches up to {reach} of them" if reach < nodes else "a token may reach all of them"
-    return f"{says}, {where}; {limit}"
+    return f"{groups}, {where}; {limit}"
 
 
 def _check_ep(site: ExpertsSite, mesh: MeshSpec) -> None:
@@ -185,7 +184,7 @@ def _check_ep(site: ExpertsSite, mesh: MeshSpec) -> None:
 
 @dataclass(frozen=True)
 class _Misfit:
-    """A value of the config that the model's own router cannot keep. key: without `per_layer.NAME`."""
+    """A value of the config that the model's own router cannot comply with. key: without `per_layer.NAME`."""
 
     key: str
     value: Any
@@ -207,13 +206,13 @@ def _misfits(site: ExpertsSite, settings: LayerSettings, mesh: MeshSpec) -> Iter
         if value:
             yield _Misfit(
                 f"balance.losses.{name}", value,
-                f"the router of {site.fqn} is the model's own, and its scores are not at hand",
-                "Use 0; the model's own auxiliary loss, if it has one, stays as it is",
+                f"the router of {site.fqn} is the model's own, and its scores are not available",
+                "Use 0; the model's own auxiliary loss, if it has one, is kept",
             )  # fmt: skip
     if settings.balance.rule is BalanceRule.bias and not site.correction_bias:
         yield _Misfit(
             "balance.rule", "bias",
-            f"the router of {site.fqn} is the model's own and has no buffer e_score_correction_bias to be moved",
+            f"the router of {site.fqn} is the model's own and has no buffer e_score_correction_bias to update",
             "Use balance.rule=none",
         )  # fmt: skip
 
@@ -226,21 +225,21 @@ def _check_misfits(site: ExpertsSite, settings: LayerSettings, mesh: MeshSpec, c
 
 
 def _balance(site: ExpertsSite, settings: LayerSettings) -> BalancePlan:
-    """Auxiliary losses are refused, or ignored."""
+    """The balance without auxiliary losses, which have been refused or are ignored."""
     balance = settings.balance
-    moved = balance.rule is BalanceRule.bias and site.correction_bias
+    updated = balance.rule is BalanceRule.bias and site.correction_bias
     return BalancePlan(
-        rule="bias" if moved else "none", rate=balance.rate if moved else 0.0, update=balance.update.value
+        rule="bias" if updated else "none", rate=balance.rate if updated else 0.0, update=balance.update.value
     )
 
 
 def is_given(config: Config, path: str) -> bool:
-    """Whether the caller set the key at a dotted path, or a group or `per_layer` around it, by value."""
+    """Whether the caller set the key at a dotted path, or the group or `per_layer` that contains it."""
     return any(path == key or path.startswith(f"{key}.") for key in config.given)
 
 
 def _given(config: Config) -> Iterator[str]:
-    """The caller's keys; of `per_layer`, which is given as a whole, those of its layers."""
+    """The keys that the caller set; `per_layer`, which is set as a whole, is expanded to the keys of its layers."""
     for key in config.given:
         if key != "per_layer":
             yield key
@@ -251,7 +250,7 @@ def _given(config: Config) -> Iterator[str]:
 
 
 def _value(config: Config, key: str) -> Any:
-    """The config's value at a dotted path; enums as they are written."""
+    """The config's value at a dotted path; enum members as their values."""
     value: Any = config
     for name in key.split("."):
         value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)

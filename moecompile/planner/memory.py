@@ -1,24 +1,25 @@
 """Memory of the fullest rank, bytes.
 
-P_d, P_e, P_r: dense, expert and router parameters of the model; b: bytes of a stored weight; a: bytes of a weight in
-use, an activation and a row (2 with trainer.precision=bf16_params); T: tokens per micro-batch; D, F, E, K as in
-params.py; V: vocabulary.
+P_d, P_e, P_r: dense, expert and router parameters of the model; b: bytes of a stored weight; a: bytes per element of a
+weight in compute, an activation and a row (2 with trainer.precision=bf16_params); T: tokens per micro-batch; D, F, E, K
+as in params.py; V: vocabulary.
 
-1. Parameters that a rank keeps.
+1. Parameters that a rank stores.
        own = P_d / dp_shard + P_e / (ep edp_shard) + P_r                      routers are replicated -> `_own_params`
-2. Parameters that FSDP gathers. It frees one layer before the next one, but keeps the root (embeddings, head, norm):
+2. Parameters that FSDP gathers. It frees a layer before it gathers the next, but keeps the root (embeddings, head,
+   norm):
        unsharded = root + max over layers of (dense part of the layer + E / ep experts)        -> `_unsharded_params`
-   Nothing is gathered on one rank. Unsharded gradients live in a buffer of the same size until they are reduced; under
-   accumulation they are reduced once, after the last micro-batch, and those of all weights are kept until then, fp32:
-   P_d + P_e / ep.                                                                       -> `_unsharded_grads_bytes`
+   On one rank nothing is gathered. Unsharded gradients are in a buffer of the same size until they are reduced. With
+   gradient accumulation they are reduced once, after the last micro-batch, and those of all weights are kept until
+   then in fp32: P_d + P_e / ep.                                                         -> `_unsharded_grads_bytes`
        weights = b own + a unsharded,  grads = b own + unsharded grads,  optimizer = 2 * 4 own  (AdamW's moments, fp32)
-   Router weights are fp32 whatever b is. Frozen weights have no gradients and no moments: in the last two, `own` is
-   that of the trained ones, and no more gradients are unsharded than there are of those.       -> `trained_params`
+   Router weights are always fp32. Frozen weights have no gradients and no moments: for these two, `own` counts trained
+   parameters only, and their number also limits the unsharded gradients.                       -> `trained_params`
 3. Activations that one forward saves for backward: activations.py.                          -> `activation_bytes`
-4. Exchange buffers, alive in one layer at a time: rows sent and rows received.
+4. Exchange buffers, allocated in one layer at a time: rows sent and rows received.
        dispatch = max over layers of 2 T copies D a                                                  -> `_dispatch`
 
-The parts peak at different moments, so their sum is an upper bound of the model's own tensors. The process itself
+The parts peak at different times, so their sum is an upper bound for the model's own tensors. The process itself
 (PyTorch, CUDA context, allocator fragmentation) is not counted.
 """
 
@@ -37,7 +38,7 @@ ADAMW_MOMENTS = 2
 def memory_of_fullest_rank(
     layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
 ) -> MemoryEstimate:
-    """The estimate above."""
+    """The estimate in the module docstring."""
     params, trained = model_params(layers, facts), trained_params(layers, facts)
     return MemoryEstimate(
         weights=_stored_bytes(params, mesh, facts) + _unsharded_params(layers, mesh, facts) * run.compute_bytes,
@@ -51,7 +52,7 @@ def memory_of_fullest_rank(
 
 
 def _own_params(params: ModelParams, mesh: MeshSpec) -> int:
-    """Sharded parameters that one rank keeps (step 1); routers, which are replicated, come on top."""
+    """Sharded parameters that one rank stores (step 1), without routers, which are replicated."""
     return _shard(params.dense, mesh.dp_shard) + _shard(params.experts, mesh.ep * mesh.edp_shard)
 
 
@@ -60,7 +61,7 @@ def _stored_bytes(params: ModelParams, mesh: MeshSpec, facts: ModelFacts) -> int
 
 
 def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> int:
-    """Parameters that are gathered at the same time (step 2)."""
+    """Parameters that are unsharded at the same time (step 2)."""
     if mesh.world_size == 1:
         return 0
     counts = [layer_params(layer) for layer in layers]
@@ -72,11 +73,11 @@ def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelF
 def _unsharded_grads_bytes(
     trained: ModelParams, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
 ) -> int:
-    """Bytes of gradients that are not reduced yet (step 2)."""
-    everything = trained.dense + _shard(trained.experts, mesh.ep)
+    """Bytes of gradients before they are reduced (step 2)."""
+    all_grads = trained.dense + _shard(trained.experts, mesh.ep)
     if mesh.world_size == 1 or run.accumulation == 1:
-        return min(everything, _unsharded_params(layers, mesh, facts)) * run.compute_bytes
-    return everything * FP32_BYTES
+        return min(all_grads, _unsharded_params(layers, mesh, facts)) * run.compute_bytes
+    return all_grads * FP32_BYTES
 
 
 def _shard(numbers: int, parts: int) -> int:

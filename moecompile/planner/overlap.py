@@ -1,12 +1,12 @@
-"""Which exchanges are in flight while experts compute, and in how many chunks: asked for, or predicted to be fastest.
+"""Predicts the time of a forward with overlapping exchanges and experts, and chooses the overlap and its chunks.
 
-W: seconds that the rows of one MoE layer are on the wire in forward, half of them there and half back; C, S: seconds
-that routed and shared experts compute; n: chunks. The wire and the device each do one thing at a time.
+W: seconds that the rows of one MoE layer are on the wire in forward, half for dispatch and half for combine; C, S:
+seconds that routed and shared experts compute; n: chunks. The wire and the device each do one thing at a time.
 
-1. nothing in flight    = W + C + S                                                             -> `forward_seconds`
-2. in flight            = the end of the schedule of passes/overlap.py with these times, in which each chunk has 1/n of
-                          W, and of C times the price of chunks: experts multiply fewer rows at a time, and each chunk
-                          adds to the weights' gradients anew.
+1. without overlap      = W + C + S                                                             -> `forward_seconds`
+2. with overlap         = the end of the schedule of passes/overlap.py with these times, in which each chunk has 1/n of
+                          W, and 1/n of C times the price of chunks: experts multiply fewer rows at a time, and each
+                          chunk adds to the gradients of the weights separately.
 3. auto                 = the fastest of none, shared (if there are shared experts), 2 and 4 chunks, where a chunk
                           leaves at least `LEAST_ROWS` rows per expert. Backward mirrors forward, with twice the
                           computing, so both are added.                                         -> `choose_overlap`
@@ -20,12 +20,12 @@ from dataclasses import dataclass
 CHUNKS = (2, 4)
 LEAST_ROWS = 64
 PRICE = 0.08  # per chunk beyond the first, of the time of routed experts: benchmarks/chunks.py
-_GAIN = 0.98  # what is less than 2% faster is not worth its messages
+_GAIN = 0.98  # less than 2% faster is not worth more messages
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSeconds:
-    """Forward of one MoE layer and micro-batch on one rank: on the wire, in routed and in shared experts."""
+    """Times of the forward of one MoE layer and micro-batch on one rank: wire, routed experts, shared experts."""
 
     wire: float
     routed: float
@@ -58,7 +58,7 @@ def _both_ways(times: LayerSeconds, overlap: str, chunks: int) -> float:
 
 
 def forward_seconds(times: LayerSeconds, overlap: str, chunks: int, price: float = PRICE) -> float:
-    """Steps 1 and 2."""
+    """Predicted seconds of forward (steps 1 and 2)."""
     if overlap == "none":
         return times.wire + times.routed + times.shared
     hop = times.wire / 2 / chunks

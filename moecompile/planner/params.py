@@ -5,9 +5,9 @@
                  + E D + E [bias]                                    router                         -> `LayerParams`
     total      = model - sum of ffn(D, d_ff) + sum of layer          over the planned layers        -> `ModelParams`
     active     = the same with K instead of E experts
-    trained    = total - frozen ones that stay - experts and shared experts made of frozen ones  -> `trained_params`
+    trained    = total - frozen and kept - experts and shared experts made from frozen weights   -> `trained_params`
 
-Experts that the model has already are in its count: they replace E ffn(D, d_ff) by the same, and their router stays.
+Existing experts are part of the model's count: they replace E ffn(D, d_ff) with the same, and their router is kept.
 
 Legend: D model dim, F hidden dim, E routed experts, K top-k.
 """
@@ -24,13 +24,13 @@ BF16_BYTES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What the planner must know of the dense model.
+    """The model before rewriting, as far as the planner needs it.
 
     params_total: all parameters before rewriting, tied ones once. params_embedding: those outside the layers
-    (embeddings, output head, final norm). num_layers, vocab_size: of the model; where they are 0 (a bare graph), only
-    the planned layers are counted. bytes_per_param: of weights as they are stored (4: fp32). causal:
-    whether a token must not see later ones (None: unknown). frozen: module path ("": the model) -> parameters inside
-    that are not trained, and all that are inside; empty where all are trained.
+    (embeddings, output head, final norm). num_layers, vocab_size: of the model; if they are 0 (a bare graph), only the
+    planned layers are counted. bytes_per_param: of stored weights (4: fp32). causal: whether a token must not see later
+    tokens (None: unknown). frozen: module path ("": the model) -> its number of frozen parameters, and of all its
+    parameters; empty if none is frozen.
     """
 
     params_total: int
@@ -44,11 +44,12 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What the planner must know of the run.
+    """The training run, as far as the planner needs it.
 
-    tokens_per_rank: tokens of a micro-batch. compute_bytes: of a weight in use, an activation and a row. accumulation:
-    micro-batches per rank and optimizer step. checkpointing: none, full or keep_exchanges. is_mixed: whether products
-    run in bf16 under autocast. micro_batch_size: sequences of a micro-batch. precision, hardware: by their names.
+    tokens_per_rank: tokens of a micro-batch. compute_bytes: bytes per element of a weight in compute, an activation and
+    a row. accumulation: micro-batches per rank and optimizer step. checkpointing: none, full or keep_exchanges.
+    is_mixed: whether matmuls run in bf16 under autocast. micro_batch_size: sequences of a micro-batch. precision,
+    hardware: names.
     """
 
     tokens_per_rank: int
@@ -63,7 +64,7 @@ class RunFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerParams:
-    """Parameters of one rewritten site; `dense` is what it replaces, `expert` one routed expert."""
+    """Parameter counts of one rewritten site; `dense`: of what it replaces, `expert`: of one routed expert."""
 
     dense: int
     expert: int
@@ -74,9 +75,9 @@ class LayerParams:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParams:
-    """Parameters of the rewritten model by how they are placed.
+    """Parameter counts of the rewritten model, by placement.
 
-    dense: everything but routed experts and routers. active: parameters that one token uses.
+    dense: everything except routed experts and routers. active: parameters that one token uses.
     """
 
     dense: int
@@ -123,18 +124,18 @@ def model_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParams:
 
 
 def trained_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParams:
-    """Those of `model_params` that have gradients; `active` is the model's.
+    """Those of `model_params` that are trained; `active` is unchanged.
 
-    What is made of frozen weights is frozen, a new router and what is drawn anew is trained. What is made of a module
-    of which some weights are frozen counts as trained, so the numbers are upper bounds.
+    Weights made from frozen weights are frozen; a new router and randomly initialized weights are trained. Weights made
+    from a partly frozen module count as trained, so the numbers are upper bounds.
     """
-    params, (stays, _) = model_params(layers, facts), facts.frozen.get("", (0, 0))
+    params, (kept, _) = model_params(layers, facts), facts.frozen.get("", (0, 0))
     dense, experts = params.dense, params.experts
     for layer in layers:
         counts = layer_params(layer)
-        frozen, inside = facts.frozen.get(layer.site.fqn, (counts.dense, 0))  # a path that is no module's: unknown
-        stays -= min(frozen, counts.dense)  # replaced
+        frozen, inside = facts.frozen.get(layer.site.fqn, (counts.dense, 0))  # unknown if the path has no module
+        kept -= min(frozen, counts.dense)  # replaced
         if frozen == inside and layer.experts.init not in ("random", "drop"):
             experts -= counts.experts
             dense -= counts.shared - layer.experts.shared_gate * layer.site.d_model
-    return replace(params, dense=dense - max(stays, 0), experts=experts)
+    return replace(params, dense=dense - max(kept, 0), experts=experts)

@@ -1,10 +1,10 @@
-"""What to change where a plan does not fit into memory, each with the memory that it would take.
+"""What to change if a plan does not fit into memory, and the memory that it would need then.
 
 Algorithm:
-  1. Each change alone: recomputation, a smaller micro-batch (more accumulation), bf16 weights in use, more ranks (the
-     same `mesh.ep`, so that experts and dense weights are sharded over more of them).
-  2. All of them but more ranks together; then with as few more ranks as make it fit.
-  3. Those that save nothing are left out.
+  1. Each change alone: activation checkpointing, a smaller micro-batch (more accumulation), bf16 weights, more ranks
+     (with the same `mesh.ep`, so that experts and dense weights are sharded over more of them).
+  2. All of them together, without more ranks; then with as few more ranks as needed.
+  3. Leave out changes that save nothing.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ Change = tuple[str, MeshSpec, RunFacts]
 def remedies(
     layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, *, memory_bytes: float
 ) -> tuple[Remedy, ...]:
-    """Changes that save memory, in the order in which they are cheap; arguments as of `estimate`."""
+    """Changes that save memory, the cheapest first; arguments as for `estimate`."""
 
     def total(mesh: MeshSpec, run: RunFacts) -> int:
         return memory_of_fullest_rank(layers, mesh, facts, run).total
 
     def fewest_ranks(mesh: MeshSpec, run: RunFacts) -> Change | None:
-        """The smallest larger mesh that fits, else the last one that saves something."""
-        found, least = None, total(mesh, run)
+        """The smallest larger mesh that fits, else the largest one that still saves memory."""
+        best, least = None, total(mesh, run)
         for larger in _larger(mesh):
             more = replace(run, accumulation=max(1, run.accumulation * mesh.world_size // larger.world_size))
-            taken = total(larger, more)
-            if taken >= least * 0.98:  # nothing that counts is sharded any more
+            needed = total(larger, more)
+            if needed >= least * 0.98:  # more sharding saves next to nothing
                 break
-            found, least = (_mesh_text(larger, mesh, run), larger, more), taken
-            if taken <= memory_bytes:
+            best, least = (_mesh_text(larger, mesh, run), larger, more), needed
+            if needed <= memory_bytes:
                 break
-        return found
+        return best
 
     single, together = list(_single(mesh, run)), (mesh, run)  # Step 1
     for text, _, _ in single:
@@ -55,9 +55,9 @@ def remedies(
         if total(*together) > memory_bytes and (ranks := fewest_ranks(*together)) is not None:
             changes.append((f"{names} {ranks[0]}", *ranks[1:]))
     now = total(mesh, run)
-    found = (Remedy(change=text, total=taken, fits=taken <= memory_bytes)
-             for text, other, how in changes if (taken := total(other, how)) < now)  # fmt: skip
-    return tuple(found)  # Step 3
+    saving = (Remedy(change=text, total=needed, fits=needed <= memory_bytes)
+              for text, other, changed in changes if (needed := total(other, changed)) < now)  # fmt: skip
+    return tuple(saving)  # Step 3
 
 
 def _single(mesh: MeshSpec, run: RunFacts) -> Iterator[Change]:
@@ -88,13 +88,13 @@ def _applied(run: RunFacts, text: str) -> RunFacts:
 
 
 def _larger(mesh: MeshSpec) -> Iterator[MeshSpec]:
-    """Meshes of 2, 4, 8, ... times as many ranks: a single node fills up first, then there are more nodes."""
+    """Meshes with 2, 4, 8, ... times as many ranks: first up to a full node, then more nodes."""
     while mesh.world_size * 2 <= _MOST_RANKS:
         fills = mesh.num_nodes == 1 and mesh.ranks_per_node * 2 <= _RANKS_OF_A_NODE
         name = "ranks_per_node" if fills else "num_nodes"
         try:
             mesh = replace(mesh, **{name: getattr(mesh, name) * 2})
-        except ConfigError:  # an EP group that would no longer fill whole nodes
+        except ConfigError:  # an EP group would not fill whole nodes
             return
         yield mesh
 
@@ -103,4 +103,4 @@ def _mesh_text(larger: MeshSpec, mesh: MeshSpec, run: RunFacts) -> str:
     text = f"mesh.num_nodes={larger.num_nodes} mesh.ranks_per_node={larger.ranks_per_node} mesh.ep={larger.ep}"
     if run.accumulation * mesh.world_size >= larger.world_size:
         return text
-    return f"{text} data.global_batch_size={larger.world_size * run.micro_batch_size}"  # a sequence for each of them
+    return f"{text} data.global_batch_size={larger.world_size * run.micro_batch_size}"  # one per rank

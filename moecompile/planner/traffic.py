@@ -1,23 +1,23 @@
 """Expected bytes on the wire of one MoE layer's forward pass.
 
-Routing is taken to be as even as its constraint allows: a token's scores are independent and alike for all experts, so
-experts are taken in a random order. The groups of the first M different ones are the open groups, and the first K
-experts of open groups are chosen.
+Routing is assumed to be as even as its group limit allows: a token's scores are independent and identically distributed
+over experts, so experts are drawn in random order. The first M different groups drawn are the open groups, and the
+first K experts of open groups are chosen.
 
 1. How often a token needs a set of experts. Draw experts one after another; after k draws that all missed the set, with
-   m open groups of E/G experts that hold h of its experts,
+   m open groups of E/G experts that contain h experts of the set,
 
-       P(next one is of an open group, and misses) = (m E/G - k - h) / pool
+       P(next one is in an open group, and misses) = (m E/G - k - h) / pool
        P(next one opens a group of which the set has o, and misses) = (E/G - o) / pool     for each closed group, m < M
        pool = E - k if m < M else M E/G - k                                                 -> `_miss_probability`
 
-   p is 1 - this for the experts of one rank, q for those of one node, each the mean over the group  -> `_hit_rates`
-   This is exact for groups scored by their best expert. Scored by the sum of their two best, simulated copies differ
-   by 0.2% to 0.6% for DeepSeek-V3 (256 experts, 8 groups) and by 3% for groups of two experts.
-   Where experts choose tokens, each chooses for itself, and all S of a set miss with (1 - c K/E)^S; c is the capacity
-   factor. Dropped assignments of token choice are not counted: they make the numbers here upper bounds.
-   A router that starts from virtual groups (docs/understand/upcycling.md) chooses the experts of a group together, and
-   all kinds but `flat` and `allgather` send less than this until training has told them apart.
+   p is 1 - this for the experts of one rank, q for those of one node, as means over the group  -> `_hit_rates`
+   This is exact for groups scored by their best expert. If they are scored by the sum of their two best, simulated
+   copies differ by 0.2% to 0.6% for DeepSeek-V3 (256 experts, 8 groups) and by 3% for groups of two experts.
+   With expert choice, experts choose independently, and all S of a set miss with probability (1 - c K/E)^S; c is the
+   capacity factor. Dropped assignments of token choice are not subtracted, so the numbers are upper bounds then.
+   A router that starts from virtual groups (docs/understand/upcycling.md) chooses the experts of a group together, so
+   all kinds except `flat` and `allgather` send less than this until training has made the experts differ.
 
 2. Rows per token, by link class. EP groups fill whole nodes or fit into one, so every rank has L - 1 peers on its node
    and L (N - 1) on others, and the mean over source ranks needs only the means over destinations of step 1.
@@ -25,20 +25,20 @@ experts of open groups are chosen.
                       within the node      across nodes
        flat           (L - 1) K/ep         L (N - 1) K/ep
        dedup          (L - 1) p            L (N - 1) p
-       hierarchical   N (L - 1) p          (N - 1) q          within: on each node that the token reaches, its own too
+       hierarchical   N (L - 1) p          (N - 1) q          within: on all nodes of the token, also its own
        allgather      N (L - 1)            N - 1              padding to the longest micro-batch not counted
                                                                                              -> `copies_per_token`
-3. Bytes, as `moecompile.ops.exchange` sends them (b: of an element, w: of a routing weight). Rows travel there and
-   back, D b each. Beside them travel
+3. Bytes, as `moecompile.ops.exchange` sends them (b: of an element, w: of a routing weight). Each row, D b bytes, is
+   sent in dispatch and in combine. Also sent are
 
        flat           counts 8 e / T                                    to each peer
        dedup          assignments (w + 2) K/ep, counts 16 / T           to each peer
        hierarchical   assignments (w + 2) K/N, counts 16 (1 + L) / T    to one rank of each other node
                       assignments (w + 2) K/L, counts 16 / T            to each peer within the node
-       allgather      assignments (w + 2) K, E of them by expert choice beside each row
+       allgather      assignments (w + 2) K, or E with expert choice    with each row
                       counts 24 / T                                     to each peer             -> `_metadata`
 
-   Combined rows leave the expert's rank, dispatched ones the token's; the mean over ranks is the same for both.
+   Dispatch sends from the token's rank, combine from the expert's; the mean over ranks is the same for both.
 
 Legend: E experts, e experts per rank, G groups, M open groups, K top-k, D model dim, T tokens per rank and micro-batch,
 N nodes of an EP group, L ranks of an EP group on a node.
@@ -54,7 +54,7 @@ from moecompile.mesh import MeshSpec
 from moecompile.plan import ExpertPlacement, RoutingPlan, Traffic, plan_errors
 
 COUNT_BYTES = 8  # exchange_counts sends int64
-CODE_BYTES = 2  # exchange_assignments sends an int16 code beside each weight
+CODE_BYTES = 2  # exchange_assignments sends an int16 code with each weight
 DEDUP_COUNTS = 2  # rows and assignments
 ALLGATHER_COUNTS = 3  # tokens, assignments, first expert
 _WIRE_BYTES = {"fp32": 4, "bf16": 2}
@@ -62,9 +62,9 @@ _WIRE_BYTES = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Wire:
-    """What a row weighs.
+    """Sizes that determine the bytes of an exchange.
 
-    d_model: elements of a row. tokens_per_rank: tokens of a micro-batch, over which the counts are spread.
+    d_model: elements of a row. tokens_per_rank: tokens of a micro-batch; bytes of counts are divided by it.
     element_bytes, weight_bytes: of an activation and of a routing weight (4: fp32).
     """
 
@@ -76,7 +76,7 @@ class Wire:
 
 @dataclass(frozen=True, kw_only=True)
 class Copies:
-    """Rows per token that a layer's dispatch sends, by link class; `own` rows stay on their rank."""
+    """Rows per token that a layer's dispatch sends, by link class; `own`: those that stay on their rank."""
 
     own: float
     intra_node: float
@@ -84,7 +84,7 @@ class Copies:
 
 
 def row_bytes(wire_dtype: str, activation_bytes: int) -> int:
-    """Bytes of one element of a row: what `dispatch.wire_dtype` says, `auto` is what an activation has."""
+    """Bytes of one element of a row with `dispatch.wire_dtype`; `auto` is the size of an activation."""
     return _WIRE_BYTES.get(wire_dtype, activation_bytes)
 
 
@@ -92,7 +92,7 @@ def copies_per_token(kind: str, placement: ExpertPlacement, routing: RoutingPlan
     """Expected rows per token of one dispatch (step 2); `kind` is local, flat, dedup, hierarchical or allgather.
 
     Raises:
-        PlanError: the open groups hold fewer experts than a token uses.
+        PlanError: the open groups have fewer than top_k experts.
     """
     _check_top_k(placement, routing)
     nodes, on_node = _shape(mesh)
@@ -111,21 +111,19 @@ def forward_traffic(kind: str, placement: ExpertPlacement, routing: RoutingPlan,
     """Expected bytes per token of one layer that leave a rank in the forward pass: dispatch, combine and metadata.
 
     Raises:
-        PlanError: as `copies_per_token`.
+        PlanError: as in `copies_per_token`.
     """
     copies = copies_per_token(kind, placement, routing, mesh)
     intra, inter = _metadata(kind, placement, routing, mesh, wire)
-    there_and_back = 2 * wire.d_model * wire.element_bytes
-    return Traffic(
-        intra_node=copies.intra_node * there_and_back + intra, inter_node=copies.inter_node * there_and_back + inter
-    )
+    both_ways = 2 * wire.d_model * wire.element_bytes
+    return Traffic(intra_node=copies.intra_node * both_ways + intra, inter_node=copies.inter_node * both_ways + inter)
 
 
 def choose_dispatch(placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec, wire: Wire) -> str:
-    """What `dispatch=auto` means: local for ep = 1, else least inter-node bytes, then least bytes in all.
+    """The kind for `dispatch=auto`: local for ep = 1, else the one with least inter-node bytes, then least total bytes.
 
     Raises:
-        PlanError: as `copies_per_token`.
+        PlanError: as in `copies_per_token`.
     """
     if mesh.ep == 1:
         return "local"
@@ -134,7 +132,7 @@ def choose_dispatch(placement: ExpertPlacement, routing: RoutingPlan, mesh: Mesh
         traffic = forward_traffic(kind, placement, routing, mesh, wire)
         return traffic.inter_node, traffic.inter_node + traffic.intra_node
 
-    # On one node hierarchical is dedup, which stands before it and so wins the tie.
+    # On one node, hierarchical is dedup, which comes first in the list and wins the tie.
     return min(("flat", "dedup", "hierarchical", "allgather"), key=cost)
 
 
@@ -146,7 +144,7 @@ def _shape(mesh: MeshSpec) -> tuple[int, int]:
 def _metadata(
     kind: str, placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec, wire: Wire
 ) -> tuple[float, float]:
-    """Bytes per token beside the rows, within the node and across nodes (step 3)."""
+    """Bytes per token in addition to the rows, within the node and across nodes (step 3)."""
     nodes, on_node = _shape(mesh)
     assignment, count = wire.weight_bytes + CODE_BYTES, COUNT_BYTES / wire.tokens_per_rank
     assigned = _assignments(placement, routing)
@@ -174,9 +172,9 @@ def _assignments(placement: ExpertPlacement, routing: RoutingPlan) -> float:
     return min(routing.top_k * (routing.capacity_factor or 1), placement.num_experts)
 
 
-@cache  # the layers of a model ask the same question
+@cache  # most layers of a model have the same arguments
 def _hit_rates(placement: ExpertPlacement, routing: RoutingPlan, nodes: int) -> tuple[float, float]:
-    """p and q: how often a token needs a rank, and a node, each the mean over the EP group (step 1)."""
+    """p and q: probability that a token needs a rank, and a node, as means over the EP group (step 1)."""
 
     def rate(parts: int) -> float:
         size = placement.num_experts // parts
@@ -209,7 +207,7 @@ def _miss_probability(num_experts: int, routing: RoutingPlan, experts: range) ->
 
 
 def _overlaps(size: int, groups: int, experts: range) -> Counter[int]:
-    """How many of `experts` a group of `size` holds -> number of such groups; they sum to `groups`."""
+    """How many of `experts` are in a group of `size` -> number of such groups; they sum to `groups`."""
     held = Counter(expert // size for expert in experts)
     return Counter(held[group] for group in range(groups))
 

@@ -1,1 +1,1 @@
-"""What people read: the console, pictures of graphs, result.json, the table of a sweep."""
+"""Output for users: the console, pictures of graphs, result.json, the table of a sweep."""

@@ -1,4 +1,4 @@
-"""The table that shows a run beside its baseline."""
+"""Prints the table that compares a run with its baseline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moecompile.report.text import count_text
 
 
 def print_baseline(result: Mapping[str, Any], console: Console) -> None:
-    """MoE and dense, side by side.
+    """Prints MoE and dense model side by side.
 
     Args:
         result: result.json of a run with a baseline.

@@ -1,4 +1,4 @@
-"""The tables of task=bench. Needs no torch."""
+"""Prints the tables of task=bench. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moecompile.report.text import bytes_text, fold_paths, plural
 
 
 def print_bench(result: Mapping[str, Any], console: Console) -> None:
-    """Layers beside the dense FFN, then the optimizer step.
+    """Prints the layers compared with a dense FFN, then the optimizer step.
 
     Args:
         result: the content of bench.json.
@@ -26,8 +26,8 @@ def print_bench(result: Mapping[str, Any], console: Console) -> None:
     )
     console.print(_layers_table(result["layers"], path_width(console)))
     if not all(row["has_router"] for row in result["layers"]):
-        console.print(Text("experts that the model has are timed without its own router", style="dim"))
-    console.print(Text("kept: what forward keeps for backward, without weights", style="dim"))
+        console.print(Text("the model's existing experts are timed without its own router", style="dim"))
+    console.print(Text("kept: memory that forward saves for backward, without weights", style="dim"))
     console.print()
     console.print(_step_grid(result["step"]))
 
@@ -51,10 +51,10 @@ def _layers_table(rows: Sequence[Mapping[str, Any]], width: int) -> Table:
 
 
 def _decisive(times: Mapping[str, float | None]) -> float:
-    """The GPU's time where there is one, else CPU time."""
-    found = times["cpu_ms"] if times["device_ms"] is None else times["device_ms"]
-    assert found is not None
-    return found
+    """GPU time, or CPU time on a CPU."""
+    decisive = times["cpu_ms"] if times["device_ms"] is None else times["device_ms"]
+    assert decisive is not None
+    return decisive
 
 
 def _step_grid(step: Mapping[str, Any]) -> Table:
@@ -64,7 +64,7 @@ def _step_grid(step: Mapping[str, Any]) -> Table:
     rest = max(0.0, 1 - sum(share for _, share in spent))
     lines = (
         ("step", f"{step['wall_ms']:,.1f} ms for {step['tokens']:,} tokens on {ranks}"),
-        ("", f"{step['cpu_ms']:,.1f} ms of CPU time a rank"),
+        ("", f"{step['cpu_ms']:,.1f} ms of CPU time per rank"),
         ("speed", f"{step['tokens_per_second']:,.0f} tokens/s"),
         ("of it", ", ".join(f"{name} {share:.0%}" for name, share in [*spent, ("the rest", rest)])),
     )

@@ -1,4 +1,4 @@
-"""What the command line prints beside the plan: passes, sites, checks and the closing summary. Needs no torch."""
+"""Prints passes, sites, checks and the final summary on the console. Needs no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STATUS_STYLE = {"ok": "green", "rewritten": "green", "failed": "bold red", "not
 
 
 def print_passes(records: Sequence[PassRecord], console: Console) -> None:
-    """One numbered line a pass: `5  lower  0.02 s  12 -> 19 nodes  +3 all_to_all, ...`."""
+    """Prints one numbered line per pass: `5  lower  0.02 s  12 -> 19 nodes  +3 all_to_all, ...`."""
     grid = plain_grid()
     for number, record in enumerate(records, start=1):
         grid.add_row(
@@ -40,7 +40,7 @@ def _nodes_text(record: PassRecord) -> str:
 
 
 def _added_text(record: PassRecord) -> str:
-    """Added ops, exchanges first, then the detail. Tuple unpacking says nothing and is left out."""
+    """Added ops, exchanges first, then the detail. Tuple unpacking is left out."""
     names = sorted((n for n in record.added if n != "getitem"), key=lambda name: (name not in EXCHANGE_OPS, name))
     added = ", ".join(f"+{record.added[name]} {name}" for name in names) if record.nodes_before else ""
     detail = f"({record.detail})" if added and record.detail else record.detail
@@ -48,7 +48,7 @@ def _added_text(record: PassRecord) -> str:
 
 
 def print_sites(sites: Sequence[Mapping[str, str]], console: Console) -> None:
-    """Every FFN that was found, and each near miss with its reason.
+    """Prints every FFN that was matched, and each near miss with its reason.
 
     Args:
         sites: {fqn, kind, where, status, reason}, the `sites` of result.json.
@@ -68,7 +68,7 @@ def print_sites(sites: Sequence[Mapping[str, str]], console: Console) -> None:
 
 
 def print_checks(checks: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """One row a check: what was compared, the error, the tolerance.
+    """Prints one row per check: what was compared, the error, the tolerance.
 
     Args:
         checks: {name, max_abs_err, tolerance, passed, where}, the `checks` of result.json.
@@ -88,7 +88,7 @@ def print_checks(checks: Sequence[Mapping[str, Any]], console: Console) -> None:
 
 
 def print_result(result: Mapping[str, Any], console: Console) -> None:
-    """The closing summary of a training run; what the run did not measure is left out.
+    """Prints the final summary of a training run; values that the run did not measure are left out.
 
     Args:
         result: the content of result.json.
@@ -110,7 +110,7 @@ def _step0_reason(reason: str) -> str:
     return reason if reason.startswith(NOT_COMPARED) else f"need not equal the dense model: {reason}"
 
 
-# Lines of `print_result`: (name, keys of result.json that it needs, their values -> text).
+# Lines of `print_result`: (name, required keys of result.json, their values -> text).
 _RESULT_LINES: tuple[tuple[str, tuple[str, ...], Callable[..., str]], ...] = (
     ("model", ("num_rewritten", "world_size"), lambda n, world: f"{plural(n, 'MoE layer')} on {plural(world, 'rank')}"),
     ("step 0", ("step0_max_abs_diff",), lambda diff: f"equals the dense model within {diff:.1e}"),

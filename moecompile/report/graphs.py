@@ -1,4 +1,4 @@
-"""Graphs for people: listings, stable summaries for golden files, and pictures. The only report that imports torch."""
+"""Shows graphs: listings, stable summaries for golden files, and pictures. The only file here that imports torch."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def write_graphs(stages: Mapping[str, GraphModule], folder: Path, stem: str) -> 
 
 
 def write_before_after(before: GraphModule, after: GraphModule, path: Path) -> None:
-    """One picture with both graphs side by side; the suffix of `path` (`.svg`, `.png`) gives the format."""
+    """Draws both graphs side by side; the suffix of `path` (`.svg`, `.png`) determines the format."""
     titled = {"before": before, "after": after}
     draw([picture(graph, f"{name}: {_counts(graph)}") for name, graph in titled.items()], path)
 
 
 def graph_summary(graph_module: GraphModule) -> str:
-    """The graph op by op, for golden files: values are numbered, so that node names do not matter.
+    """The graph op by op, for golden files: values are numbered, so node names do not matter.
 
     %0 = placeholder x
     %1 = moecompile.flatten_tokens(%0)
@@ -63,7 +63,7 @@ def graph_summary(graph_module: GraphModule) -> str:
 
 
 def listing(graph_module: GraphModule) -> str:
-    """One line per node: name = op(args), and shape and dtype where they are known."""
+    """One line per node: name = op(args), and shape and dtype if they are known."""
     rows = [
         (node.name, _call(node, graph_module, lambda n: n.name), _value_text(node.meta.get("val")))
         for node in graph_module.graph.nodes
@@ -76,7 +76,7 @@ def listing(graph_module: GraphModule) -> str:
 
 
 def picture(graph_module: GraphModule, title: str) -> Picture:
-    """What is drawn of a graph: weights and tuple unpacking are left out, their users are joined to the producers."""
+    """The graph as a picture, without weights and tuple unpacking; edges skip these nodes."""
     hidden = {n for n in graph_module.graph.nodes if n.op == "get_attr" or _unpacks(n)}
     index = {node: i for i, node in enumerate(n for n in graph_module.graph.nodes if n not in hidden)}
     boxes = [_box(node, graph_module) for node in index]
@@ -85,7 +85,7 @@ def picture(graph_module: GraphModule, title: str) -> Picture:
 
 
 def _unpacks(node: Node) -> bool:
-    """Whether the node takes one of several results, not a part of a tensor."""
+    """Whether the node unpacks a tuple, rather than indexing a tensor."""
     return node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[1], int)
 
 
@@ -126,7 +126,7 @@ def _counts(graph_module: GraphModule) -> str:
 
 
 def _call(node: Node, graph_module: GraphModule, name_of: Callable[[Node], str]) -> str:
-    """What a node does, in one line without its result."""
+    """The operation of a node in one line, without its result."""
     if node.op in ("placeholder", "get_attr"):
         return f"{node.op} {node.target}"
     args = [_argument(arg, name_of) for arg in node.args]
@@ -160,7 +160,7 @@ def _argument(value: Any, name_of: Callable[[Node], str]) -> str:
 
 
 def _value_text(value: Any) -> str:
-    """`f32[16, 64]`, or a tuple of these; empty where nothing is known."""
+    """`f32[16, 64]`, or several of these; empty if nothing is known."""
     if isinstance(value, torch.Tensor):
         return f"{_dtype_text(value.dtype)}[{', '.join(map(str, value.shape))}]"
     if isinstance(value, list | tuple):

@@ -1,8 +1,8 @@
-"""A picture of the load: layers x experts at several steps of a run. Needs neither torch nor a display.
+"""A heat map of the load: layers x experts at several steps of a run. Needs neither torch nor a display.
 
 The colour of a cell is the expert's tokens over the mean of its layer. The scale is logarithmic and the same in every
-picture, with even load in its middle: an expert with half of the mean is as far from even as one with twice the mean.
-viridis is perceptually uniform, and readable in grey and with the common kinds of colour blindness.
+picture, with even load in the middle: an expert with half of the mean is as far from even as one with twice the mean.
+viridis is perceptually uniform, and readable in grey and with common kinds of colour blindness.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moecompile.load_history import NO_EXPERT, LoadHistory
 
 MAX_PANELS = 6
 _MAX_LABELS = 24  # of an axis
-_SCALE = {0.25: "¼", 0.5: "½", 1.0: "1 (even)", 2.0: "2", 4.0: "4"}  # ends of the colours, and ticks
+_SCALE = {0.25: "¼", 0.5: "½", 1.0: "1 (even)", 2.0: "2", 4.0: "4"}  # limits of the colours, and ticks
 Ratios = NDArray[np.float64]
 
 
@@ -27,9 +27,9 @@ def write_heat_map(history: LoadHistory, path: Path, *, title: str) -> None:
     """Writes the picture as PNG.
 
     Algorithm:
-      1. Choose up to six steps, evenly spaced over the logged ones, the first and the last among them.
-      2. Turn loads into ratios to the layer's mean; what a layer has no expert for stays blank.
-      3. Draw one panel a step, all on one colour scale.
+      1. Choose up to six steps, evenly spaced over the logged ones, including the first and the last.
+      2. Turn loads into ratios to the layer's mean; cells without an expert are blank.
+      3. Draw one panel per step, all on one colour scale.
 
     Args:
         history: with at least one step.
@@ -62,7 +62,7 @@ def write_heat_map(history: LoadHistory, path: Path, *, title: str) -> None:
     for panel in panels[-1]:
         panel.set_xlabel("expert", fontsize=9)
     figure.suptitle(f"{title}: load of the experts", fontsize=11)
-    aspect = 0.8 * figure.get_figwidth() / 0.14  # the bar is a seventh of an inch high in any figure
+    aspect = 0.8 * figure.get_figwidth() / 0.14  # the bar is a seventh of an inch high
     bar = figure.colorbar(image, ax=panels, location="bottom", extend="both", shrink=0.8, aspect=aspect, pad=0.02)
     bar.set_ticks(list(_SCALE), labels=list(_SCALE.values()))
     bar.minorticks_off()
@@ -72,20 +72,20 @@ def write_heat_map(history: LoadHistory, path: Path, *, title: str) -> None:
 
 
 def chosen_steps(count: int, most: int) -> list[int]:
-    """Up to `most` indices out of `count`, evenly spaced, the first and the last among them."""
+    """Up to `most` indices out of `count`, evenly spaced, including the first and the last."""
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
 
 
 def load_ratios(load: NDArray[np.int64]) -> Ratios:
-    """(L, E) tokens -> tokens over the mean of the layer; NaN where the layer has no such expert."""
-    held = load != NO_EXPERT
-    mean = np.where(held, load, 0).sum(1, keepdims=True) / held.sum(1, keepdims=True)
-    ratios: Ratios = np.where(held, load / np.maximum(mean, 1e-9), np.nan)
+    """(L, E) tokens -> tokens over the mean of the layer; NaN if the layer has no such expert."""
+    exists = load != NO_EXPERT
+    mean = np.where(exists, load, 0).sum(1, keepdims=True) / exists.sum(1, keepdims=True)
+    ratios: Ratios = np.where(exists, load / np.maximum(mean, 1e-9), np.nan)
     return ratios
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Module paths without the parts that all of them begin or end with; a lone one stays as it is."""
+    """Module paths without their common prefix and suffix; a single path is not changed."""
     if len(paths) == 1:
         return list(paths)
     parts = [path.split(".") for path in paths]
@@ -95,7 +95,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def _num_shared(lists: Sequence[Sequence[str]]) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     count = 0
     for level in zip(*lists, strict=False):
         if len(set(level)) > 1:
@@ -105,13 +105,13 @@ def _num_shared(lists: Sequence[Sequence[str]]) -> int:
 
 
 def _grid(count: int, num_experts: int) -> tuple[int, int]:
-    """(columns, rows) of panels: wide ones stand below each other."""
+    """(columns, rows) of panels: wide panels get fewer columns."""
     columns = min(count, 6 if num_experts <= 8 else 3 if num_experts <= 64 else 2)
     return columns, math.ceil(count / columns)
 
 
 def _inches(count: int, history: LoadHistory) -> tuple[float, float]:
-    """Size of the figure: cells of a sixth of an inch, but no panel is a stamp or a poster; room for names and bar."""
+    """Size of the figure: cells of a sixth of an inch within limits for a panel, and space for names and the bar."""
     num_layers, num_experts = history.loads[0].shape
     columns, rows = _grid(count, num_experts)
     width, height = min(max(num_experts / 6, 1.5), 4.5), min(max(num_layers / 5, 1.2), 4.0)
@@ -120,9 +120,9 @@ def _inches(count: int, history: LoadHistory) -> tuple[float, float]:
 
 
 def _label(panel: Any, history: LoadHistory) -> None:
-    """Layer names and expert ids, as many as can be read."""
+    """Sets layer names and expert ids as tick labels, as many as are readable."""
     num_layers, num_experts = history.loads[0].shape
     shown, names = range(0, num_layers, math.ceil(num_layers / _MAX_LABELS)), short_names(history.layers)
     panel.set_yticks(list(shown), [names[i] for i in shown])
-    apart = 2 ** max(0, math.ceil(math.log2(num_experts / 8)))
-    panel.set_xticks(list(range(0, num_experts, apart)))
+    stride = 2 ** max(0, math.ceil(math.log2(num_experts / 8)))
+    panel.set_xticks(list(range(0, num_experts, stride)))

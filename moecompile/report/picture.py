@@ -2,10 +2,10 @@
 
 Algorithm, lengths in points (1/72 inch), y downwards:
   1. Size every box by its text.
-  2. Lay out each connected part, top to bottom, and set the parts side by side.
-  3. Draw each edge as a chain of curves through the layout's bends; ends are spread along a box so that they do not
-     meet, then the boxes over them, a title over every graph and one legend.
-The same graph gives the same bytes: no dates, no random ids, text as outlines of the font that comes with matplotlib.
+  2. Lay out each connected component, top to bottom, and place the components side by side.
+  3. Draw each edge as a chain of curves through the layout's bends, with ends spread along a box so that they do not
+     touch; then the boxes over them, a title above every graph and one legend.
+The same graph gives the same bytes: no dates, no random ids, text as outlines of matplotlib's own font.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from matplotlib.textpath import TextToPath
 
 
 class Role(Enum):
-    """What a box does: (words in the legend, fill, border, text colour)."""
+    """The role of a box: (text in the legend, fill, border, text colour)."""
 
     EXCHANGE = ("exchange between ranks", "#d1263f", "#9c1028", "#ffffff")
     EXPERTS = ("router and experts", "#1f5fa8", "#143f73", "#ffffff")
@@ -65,14 +65,14 @@ _LABEL_SIZE, _DETAIL_SIZE, _TITLE_SIZE = 10.0, 7.5, 12.0
 _PAD_X, _LINE, _PAD_Y = 12.0, 12.0, 6.0
 _GAP_X, _GAP_Y = 22.0, 30.0
 _MARGIN, _TITLE_SPACE, _LEGEND_SPACE, _SWATCH = 18.0, 34.0, 34.0, 11.0
-_ROUNDS = 8  # of crossing reduction; more change nothing in graphs of this kind
+_ROUNDS = 8  # of crossing reduction; more do not change these graphs
 _PORT_STEP, _PORT_SHARE = 16.0, 0.6
 _ARROW, _EDGE_COLOR = 5.0, "#6b7785"
 
 
 @dataclass
 class _View:
-    """What grandalf reads (w, h) and writes (xy, the centre)."""
+    """Attributes that grandalf reads (w, h) and writes (xy, the centre)."""
 
     w: float
     h: float
@@ -80,7 +80,7 @@ class _View:
 
 
 class _EdgeView:
-    """What grandalf writes: the bends of an edge, centre of source and target included."""
+    """Attributes that grandalf writes: the bends of an edge, including the centres of source and target."""
 
     def __init__(self) -> None:
         self.points: list[Point] = []
@@ -90,7 +90,7 @@ class _EdgeView:
 
 
 def draw(pictures: list[Picture], path: FilePath) -> None:
-    """Draws `pictures` side by side into one file; the suffix (`.svg`, `.png`) gives the format."""
+    """Draws `pictures` side by side into one file; the suffix (`.svg`, `.png`) determines the format."""
     laid_out = [_LaidOut(picture) for picture in pictures]
     titles = [_text_width(p.title, _TITLE_SIZE, bold=True) for p in pictures]
     widths = [max(graph.width, title) for graph, title in zip(laid_out, titles, strict=True)]
@@ -111,18 +111,18 @@ def draw(pictures: list[Picture], path: FilePath) -> None:
 
 
 class _LaidOut:
-    """A picture with places (steps 1 and 2); its corner is at the origin."""
+    """A picture with positions (steps 1 and 2); its corner is at the origin."""
 
     def __init__(self, picture: Picture) -> None:
         self.picture = picture
         self.views = [_View(*_box_size(box)) for box in picture.boxes]
         self.paths: dict[tuple[int, int], list[Point]] = {}
         self.width = self.height = 0.0
-        for members in _connected_parts(len(picture.boxes), picture.edges):
+        for members in _components(len(picture.boxes), picture.edges):
             self._place(members)
 
     def _place(self, members: list[int]) -> None:
-        """Lays out one connected part to the right of the others."""
+        """Lays out one connected component to the right of the others."""
         vertices = {i: Vertex(i) for i in members}
         for i, vertex in vertices.items():
             vertex.view = self.views[i]
@@ -131,7 +131,7 @@ class _LaidOut:
             edge.view = _EdgeView()
         layout = SugiyamaLayout(graph_core(vertices.values(), edges))
         layout.xspace, layout.yspace = _GAP_X, _GAP_Y
-        layout.dw, layout.dh = _GAP_X, _LINE  # room that a passing edge takes
+        layout.dw, layout.dh = _GAP_X, _LINE  # space for a passing edge
         layout.init_all(inverted_edges=[], optimize=True)  # the graph has no cycles
         layout.draw(_ROUNDS)
         half = {self.views[i].xy[1]: 0.0 for i in members}  # centre of a layer -> half of its height
@@ -152,7 +152,7 @@ class _LaidOut:
         self.height = max([self.height, *(self.views[i].xy[1] + self.views[i].h / 2 for i in members)])
 
     def draw(self, axes: Any, left: float, top: float) -> None:
-        """Step 3, with the corner at (left, top)."""
+        """Draws edges and boxes (step 3), with the corner at (left, top)."""
         ends = self._ends()
         for key, points in self.paths.items():
             chain = [ends[key][0], *points[1:-1], ends[key][1]]
@@ -161,35 +161,35 @@ class _LaidOut:
             _draw_box(axes, box, view, left, top)
 
     def _ends(self) -> dict[tuple[int, int], tuple[Point, Point]]:
-        """Where each edge leaves the bottom of its source and meets the top of its target."""
+        """The start of each edge at the bottom of its source, and its end at the top of its target."""
         leaving: defaultdict[int, list[tuple[float, tuple[int, int]]]] = defaultdict(list)
         arriving: defaultdict[int, list[tuple[float, tuple[int, int]]]] = defaultdict(list)
         for (a, b), points in self.paths.items():
             leaving[a].append((points[1][0], (a, b)))
             arriving[b].append((points[-2][0], (a, b)))
-        starts = {key: p for box, found in leaving.items() for key, p in self._spread(box, found, +1)}
-        stops = {key: p for box, found in arriving.items() for key, p in self._spread(box, found, -1)}
+        starts = {key: p for box, edges in leaving.items() for key, p in self._spread(box, edges, +1)}
+        stops = {key: p for box, edges in arriving.items() for key, p in self._spread(box, edges, -1)}
         return {key: (starts[key], stops[key]) for key in self.paths}
 
     def _spread(
-        self, box: int, found: list[tuple[float, tuple[int, int]]], side: int
+        self, box: int, edges: list[tuple[float, tuple[int, int]]], side: int
     ) -> list[tuple[tuple[int, int], Point]]:
         view = self.views[box]
-        step = min(_PORT_STEP, view.w * _PORT_SHARE / len(found))
+        step = min(_PORT_STEP, view.w * _PORT_SHARE / len(edges))
         y = view.xy[1] + side * view.h / 2
-        first = view.xy[0] - step * (len(found) - 1) / 2
-        return [(key, (first + step * i, y)) for i, (_, key) in enumerate(sorted(found))]
+        first = view.xy[0] - step * (len(edges) - 1) / 2
+        return [(key, (first + step * i, y)) for i, (_, key) in enumerate(sorted(edges))]
 
 
 def _upright(points: list[Point], half: dict[float, float]) -> list[Point]:
-    """Bends stretched over the height of their layer, so that a passing edge bends between layers, not beside boxes."""
+    """Bends, stretched to the height of their layer, so that a passing edge bends between layers, not next to boxes."""
     bends = [(x, y + side * half[y]) for x, y in points[1:-1] for side in (-1, 1)]
     return [points[0], *bends, points[-1]]
 
 
-def _connected_parts(count: int, edges: tuple[tuple[int, int], ...]) -> list[list[int]]:
-    """Boxes that hang together, in order. grandalf finds them too, but visits edges in the order of their addresses."""
-    part = list(range(count))  # the smallest box that is known to hang together with each
+def _components(count: int, edges: tuple[tuple[int, int], ...]) -> list[list[int]]:
+    """Connected components, in order. Those of grandalf depend on the memory addresses of edges."""
+    part = list(range(count))  # box -> the smallest box known to be in its component
     for a, b in edges:
         low, high = sorted((part[a], part[b]))
         part = [low if p == high else p for p in part]

@@ -1,4 +1,4 @@
-"""What the command line prints of a plan: mesh, layers, reductions, predictions. Needs no torch."""
+"""Prints a plan: mesh, layers, reductions, estimate. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from moecompile.report.text import bytes_text, count_text, fold_paths, plural, t
 
 
 def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
-    """The plan for review: mesh, layers, reductions and what the planner predicts.
+    """Prints the plan for review: mesh, layers, reductions and the planner's estimate.
 
     Args:
-        notes: what a person should know beside it, one line each.
+        notes: further lines for the user.
     """
     console.print(_header(plan))
     console.print()
@@ -49,10 +49,10 @@ def _header(plan: Plan) -> Table:
 
 
 def _layers_table(layers: Sequence[LayerPlan], path_width: int) -> Table:
-    """One row per set of layers that differ in their place alone."""
-    found = {"experts": "expert FFN"}.get(layers[0].site.kind, "dense FFN")
+    """One row per set of layers that differ only in their position."""
+    heading = {"experts": "expert FFN"}.get(layers[0].site.kind, "dense FFN")
     mixed = len({layer.site.kind == "experts" for layer in layers}) > 1
-    table = plain_table("site", "FFN" if mixed else found, "experts", "router", "dispatch")
+    table = plain_table("site", "FFN" if mixed else heading, "experts", "router", "dispatch")
     for path, positions in fold_paths((layer.site.fqn or "the graph", _decisions(layer)) for layer in layers):
         cells = (Text("\n".join(lines)) for lines in _decisions(layers[positions[0]]))
         table.add_row(path_text(path, len(positions), path_width), *cells)
@@ -60,7 +60,7 @@ def _layers_table(layers: Sequence[LayerPlan], path_width: int) -> Table:
 
 
 def _decisions(layer: LayerPlan) -> tuple[tuple[str, ...], ...]:
-    """Everything that is decided about a layer, as the lines of its cells."""
+    """All decisions about a layer, as the lines of its cells."""
     site, experts = layer.site, layer.experts
     kind = site.kind if isinstance(site, FFNSite) else "gated" if site.num_in_projections == 2 else "up_down"
     ffn = (kind, f"{site.d_model} x {site.d_ff}", site.activation)
@@ -105,7 +105,7 @@ def _router_lines(layer: LayerPlan) -> tuple[str, ...]:
 def _reductions_table(plan: Plan) -> Table:
     table = plain_table("gradients of", "replicated over", "sharded over", "summed over")
     for r in plan.reductions:
-        axes = (", ".join(found) or "-" for found in (r.replicated_over, r.sharded_over, r.sum_over))
+        axes = (", ".join(names) or "-" for names in (r.replicated_over, r.sharded_over, r.sum_over))
         table.add_row(Text(r.parameters), *map(Text, axes))
     return table
 
@@ -153,6 +153,6 @@ def _assumes_text(assumes: Assumptions, checkpointing: str) -> str:
 
 
 def _recomputation_text(estimate: Estimate) -> str:
-    again = asdict(estimate.resent_bytes_per_token_per_layer)
-    sends = f"sends {traffic_text(again)} again" if any(again.values()) else "sends nothing again"
+    resent = asdict(estimate.resent_bytes_per_token_per_layer)
+    sends = f"sends {traffic_text(resent)} again" if any(resent.values()) else "sends nothing again"
     return f"{estimate.checkpointing}: backward {sends}"

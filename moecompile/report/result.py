@@ -1,4 +1,4 @@
-"""result.json: one flat JSON object a task (docs/use/command-line.md)."""
+"""Writes result.json: one flat JSON object per task (docs/use/command-line.md)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from moecompile.version import versions
 def write_result(
     run_dir: Path, task: str, recipe: str, fields: Mapping[str, Any], *, status: str = "ok"
 ) -> dict[str, Any]:
-    """Writes `run_dir`/result.json in one step; numbers that are not finite become null.
+    """Writes `run_dir`/result.json atomically; numbers that are not finite become null.
 
     Args:
-        fields: what the task found. status: `ok` or `failed`.
+        fields: results of the task. status: `ok` or `failed`.
 
     Returns:
-        the head (`task`, `recipe`, `status`, `seconds` up to now) and `fields`; the file has the versions between them.
+        the head (`task`, `recipe`, `status`, `seconds` so far) and `fields`; in the file, versions are between them.
     """
     head = {"task": task, "recipe": recipe, "status": status, "seconds": clock.seconds()}
     path = run_dir / "result.json"

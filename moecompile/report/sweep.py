@@ -1,9 +1,9 @@
-"""One table and one picture over the jobs of a multirun. Needs neither torch nor hydra.
+"""A table and a plot over the jobs of a multirun. Needs neither torch nor hydra.
 
 Algorithm:
-  1. Read `overrides.txt`, `resolved.yaml` and `result.json` of every job, which live in folders named by its number.
-  2. Find the overrides whose values differ between jobs: those are what was swept. With a group (`mesh=cpu_1,cpu_2x2`)
-     many config keys differ; they are columns of `sweep.csv`.
+  1. Read `overrides.txt`, `resolved.yaml` and `result.json` of every job, from a folder with the job's number as name.
+  2. Find the overrides whose values differ between jobs: those were swept. With a group (`mesh=cpu_1,cpu_2x2`), many
+     config keys differ; they are columns of `sweep.csv`.
   3. Write `sweep.csv`, print the table, draw `sweep.png`.
 """
 
@@ -24,7 +24,7 @@ from rich.text import Text
 
 from moecompile.report.text import bytes_text
 
-# column of sweep.csv -> (short heading, empty for columns of the file alone; path in result.json; how it is written)
+# column of sweep.csv -> (short heading, empty for columns only in the file; path in result.json; format)
 _RESULTS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "loss_first": ("first", ("loss_first",), ".4f"),
     "loss_last": ("last", ("loss_last",), ".4f"),
@@ -41,7 +41,7 @@ _RESULTS: dict[str, tuple[str, tuple[str, ...], str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One job: its number, its overrides, its flattened config and its result; empty where it did not get so far."""
+    """One job: number, overrides, flattened config and result; the latter are empty if it failed before."""
 
     number: int
     overrides: dict[str, str]
@@ -50,11 +50,11 @@ class Job:
 
     @property
     def status(self) -> str:
-        """`ok` or `failed`; a job without a result did not live to write one."""
+        """`ok` or `failed`; a job without a result failed before it could write one."""
         return str(self.result.get("status", "failed"))
 
     def measured(self, column: str) -> Any:
-        """A value of `_RESULTS`, None where the job did not measure it."""
+        """A value of `_RESULTS`; None if the job did not measure it."""
         value: Any = self.result
         for key in _RESULTS[column][1]:
             value = value.get(key) if isinstance(value, Mapping) else None
@@ -93,10 +93,10 @@ def _flatten(value: Any, path: str = "") -> list[tuple[str, str]]:
 
 
 def _differing(settings: Sequence[Mapping[str, str]]) -> list[str]:
-    """Keys whose values differ between those that have any, in their order. An absent key is a value too."""
-    given = [setting for setting in settings if setting]
-    keys = dict.fromkeys(key for setting in given for key in setting)
-    return [key for key in keys if len({setting.get(key) for setting in given}) > 1]
+    """Keys whose values differ between non-empty settings, in their order. An absent key counts as a value."""
+    nonempty = [setting for setting in settings if setting]
+    keys = dict.fromkeys(key for setting in nonempty for key in setting)
+    return [key for key in keys if len({setting.get(key) for setting in nonempty}) > 1]
 
 
 def _write_csv(path: Path, jobs: Sequence[Job], keys: Sequence[str]) -> None:
@@ -105,8 +105,8 @@ def _write_csv(path: Path, jobs: Sequence[Job], keys: Sequence[str]) -> None:
         writer = csv.writer(file)
         writer.writerow(["job", *keys, "status", *_RESULTS])
         for job in jobs:
-            found = (job.measured(column) for column in _RESULTS)
-            writer.writerow([job.number, *(job.config.get(key, "") for key in keys), job.status, *found])
+            values = (job.measured(column) for column in _RESULTS)
+            writer.writerow([job.number, *(job.config.get(key, "") for key in keys), job.status, *values])
     tmp.replace(path)
 
 
@@ -116,7 +116,7 @@ def _table(jobs: Sequence[Job], swept: Sequence[str]) -> Table:
     table.add_column("overrides", overflow="fold")
     table.add_column("status", no_wrap=True)
     measured = [name for name in _RESULTS if any(job.measured(name) is not None for job in jobs)]
-    hidden = "intra_node_bytes_per_token" if "loss_last" in measured else ""  # no room beside what training measures
+    hidden = "intra_node_bytes_per_token" if "loss_last" in measured else ""  # no space with training columns
     shown = {name: _RESULTS[name][2] for name in measured if _RESULTS[name][0] and name != hidden}
     for column in shown:
         table.add_column(_RESULTS[column][0], no_wrap=True, justify="right")
@@ -124,13 +124,13 @@ def _table(jobs: Sequence[Job], swept: Sequence[str]) -> Table:
     for job in jobs:
         values = "\n".join(f"{names[key]}={job.overrides[key]}" for key in swept if key in job.overrides)
         status = Text(job.status, style="green" if job.status == "ok" else "bold red")
-        found = (_number_text(job.measured(column), style) for column, style in shown.items())
-        table.add_row(str(job.number), Text(values), status, *found)
+        cells = (_number_text(job.measured(column), style) for column, style in shown.items())
+        table.add_row(str(job.number), Text(values), status, *cells)
     return table
 
 
 def _draw(path: Path, jobs: Sequence[Job], swept: Sequence[str], console: Console) -> None:
-    """The picture; whatever goes wrong with it is said and does no harm to the table and to the exit code."""
+    """Draws the plot; an error is printed and does not affect the table or the exit code."""
     done = [job for job in jobs if job.status == "ok"]
     names = _short_names(swept)
     try:
@@ -152,12 +152,12 @@ def _draw(path: Path, jobs: Sequence[Job], swept: Sequence[str], console: Consol
 
 
 def _gib(job: Job) -> float | None:
-    found = job.measured("memory_bytes_per_rank")
-    return None if found is None else found / 2**30
+    memory = job.measured("memory_bytes_per_rank")
+    return None if memory is None else memory / 2**30
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Keys by their last part alone where that tells them apart."""
+    """Key -> its last part if that is unique, else the key."""
     last = [key.rpartition(".")[2] for key in keys]
     return {key: short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)}
 

@@ -1,12 +1,12 @@
-"""Draws what a multirun measured: small panels over the swept settings. Needs neither torch nor hydra.
+"""Plots the results of a multirun: small panels over the swept settings. Needs neither torch nor hydra.
 
 Algorithm:
-  1. Find the settings that differ between the points. `seed` is repetition: points that differ in it alone are one,
-     drawn at their mean with a whisker from the smallest to the largest.
+  1. Find the settings that differ between the points. `seed` means repetition: points that differ only in it are drawn
+     as one, at their mean with a whisker from the smallest to the largest.
   2. The first setting whose values are all numbers is the x axis, with one line per combination of the others.
      Without one, or if no line would have two points, each combination is a horizontal bar.
-  3. One panel for each quantity that was measured and is not zero everywhere.
-Colours are Okabe and Ito's, which colour-blind people can tell apart; lines differ in marker and dash too.
+  3. Draw one panel for each quantity that was measured and is not zero everywhere.
+Colours are those of Okabe and Ito, which are safe for colour-blind readers; lines also differ in marker and dash.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ PANELS = {
     "memory_gib": ("memory of the fullest rank, GiB", ",.2f"),
     "inter_node_bytes_per_token": ("inter-node bytes per token and layer", ",.0f"),
 }
-"""Quantity -> (title of its panel, how the number at a bar is written)."""
+"""Quantity -> (title of its panel, format of the number at a bar)."""
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "--", ":")
 _REPETITION = "seed"
-_LOG_RANGE = 8  # values that span more than this are spread evenly on a logarithmic axis
+_LOG_RANGE = 8  # ratio of largest to smallest value from which the axis is logarithmic
 _MAX_LINES, _MAX_BARS = len(_COLORS) * len(_DASHES), 40
 _COLUMNS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One job. settings: what was swept, as text. measured: quantity -> value, None where it was not measured."""
+    """One job. settings: the swept settings, as text. measured: quantity -> value, None if it was not measured."""
 
     settings: Mapping[str, str]
     measured: Mapping[str, Any]
@@ -50,7 +50,7 @@ class Point:
 
 @dataclass(frozen=True)
 class _Range:
-    """What the repetitions of one combination measured."""
+    """Measured values of the repetitions of one combination."""
 
     values: Sequence[float]
 
@@ -60,12 +60,12 @@ class _Range:
 
     @property
     def whisker(self) -> tuple[float, float]:
-        """Down to the smallest, up to the largest."""
+        """Lengths down to the smallest and up to the largest value."""
         return self.mean - min(self.values), max(self.values) - self.mean
 
 
 def draw(points: Sequence[Point], path: Path) -> bool:
-    """Writes a PNG, if points differ in a setting and something was measured; says whether it did."""
+    """Writes a PNG if points differ in a setting and something was measured; returns whether it did."""
     keys = _keys(points)  # Step 1
     panels = [name for name in PANELS if any(point.measured.get(name) for point in points)]  # Step 3
     if not panels or not keys:
@@ -77,7 +77,7 @@ def draw(points: Sequence[Point], path: Path) -> bool:
 
 
 def _keys(points: Sequence[Point]) -> list[str]:
-    """Settings that differ, without the seed unless nothing else does."""
+    """Settings that differ, without the seed unless it is the only one."""
     names = dict.fromkeys(name for point in points for name in point.settings)
     keys = [name for name in names if len({point.settings.get(name) for point in points}) > 1]
     return [name for name in keys if name != _REPETITION] or keys
@@ -117,12 +117,12 @@ def _groups(points: Sequence[Point], keys: Sequence[str], without: str | None = 
 
 
 def _ranges(points: Sequence[Point], key: str, name: str) -> dict[str, _Range]:
-    """Value of `key` -> what was measured there; values at which nothing was measured are left out."""
+    """Value of `key` -> the measured values, without those at which nothing was measured."""
     values: dict[str, list[float]] = {}
     for point in points:
         if point.measured.get(name) is not None:
             values.setdefault(point.settings.get(key, "-"), []).append(float(point.measured[name]))
-    return {value: _Range(found) for value, found in values.items()}
+    return {value: _Range(measured) for value, measured in values.items()}
 
 
 # -- lines ---------------------------------------------------------------------------------------------------------
@@ -136,16 +136,16 @@ def _lines(points: Sequence[Point], keys: Sequence[str], axis: str, panels: Sequ
     ticks = sorted({float(point.settings[axis]): point.settings[axis] for point in points}.items())
     for axes, name in zip(panel_axes, panels, strict=True):
         for i, (label, members) in enumerate(list(groups.items())[:_MAX_LINES]):
-            found = sorted(_ranges(members, axis, name).items(), key=lambda item: float(item[0]))
-            if found:
-                _line(axes, [float(x) for x, _ in found], [r for _, r in found], label, i)
+            ranges = sorted(_ranges(members, axis, name).items(), key=lambda item: float(item[0]))
+            if ranges:
+                _line(axes, [float(x) for x, _ in ranges], [r for _, r in ranges], label, i)
         axes.set_xlabel(axis, fontsize=9)
         axes.yaxis.set_major_locator(MaxNLocator(5))
         _set_ticks(axes, ticks)
     if named:
         handles, labels = panel_axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=8)
-    _say_if_cut(figure, len(groups), _MAX_LINES)
+    _note_if_cut(figure, len(groups), _MAX_LINES)
     return figure
 
 
@@ -158,7 +158,7 @@ def _line(axes: Axes, xs: Sequence[float], ranges: Sequence[_Range], label: str,
 
 
 def _set_ticks(axes: Axes, ticks: Sequence[tuple[float, str]]) -> None:
-    """A tick at each value that was swept, written as it was given."""
+    """Sets a tick at each swept value, with its text in the override as label."""
     xs = [x for x, _ in ticks]
     if xs[0] > 0 and xs[-1] / xs[0] >= _LOG_RANGE:
         axes.set_xscale("log")
@@ -178,13 +178,13 @@ def _bars(points: Sequence[Point], keys: Sequence[str], panels: Sequence[str]) -
             measured = [float(p.measured[name]) for p in members if p.measured.get(name) is not None]
             if measured:
                 _bar(axes, i, _Range(measured), PANELS[name][1])
-        axes.set_xlim(0, axes.get_xlim()[1] * 1.2)  # bars begin at zero; room for the numbers at their ends
+        axes.set_xlim(0, axes.get_xlim()[1] * 1.2)  # bars start at zero; space for the numbers at their ends
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_ylim(len(groups) - 0.5, -0.5)  # the first job on top
         axes.set_yticks(range(len(groups)), names if number % _COLUMNS == 0 else [""] * len(groups))
         axes.grid(visible=False, axis="y")
     figure.supylabel(", ".join(keys), fontsize=9)
-    _say_if_cut(figure, len(_groups(points, keys)), _MAX_BARS)
+    _note_if_cut(figure, len(_groups(points, keys)), _MAX_BARS)
     return figure
 
 
@@ -195,7 +195,7 @@ def _bar(axes: Axes, place: int, measured: _Range, style: str) -> None:
     axes.annotate(format(measured.mean, style), end, xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
 
 
-# -- what both share -----------------------------------------------------------------------------------------------
+# -- both ----------------------------------------------------------------------------------------------------------
 
 
 def _panels(panels: Sequence[str], *, width: float, height: float, more_height: float = 0) -> tuple[Figure, list[Axes]]:
@@ -204,16 +204,16 @@ def _panels(panels: Sequence[str], *, width: float, height: float, more_height: 
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(width * columns, height * rows + more_height), layout="constrained")
     FigureCanvasAgg(figure)
-    made = [figure.add_subplot(rows, columns, number + 1) for number in range(len(panels))]
-    for axes, name in zip(made, panels, strict=True):
+    panel_axes = [figure.add_subplot(rows, columns, number + 1) for number in range(len(panels))]
+    for axes, name in zip(panel_axes, panels, strict=True):
         axes.set_title(PANELS[name][0], fontsize=9.5, loc="left")
         axes.grid(color="#d9d9d9", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.tick_params(labelsize=8.5, length=3)
         axes.spines[["top", "right"]].set_visible(False)
-    return figure, made
+    return figure, panel_axes
 
 
-def _say_if_cut(figure: Figure, count: int, limit: int) -> None:
+def _note_if_cut(figure: Figure, count: int, limit: int) -> None:
     if count > limit:
         figure.suptitle(f"the first {limit} of {count} combinations; all are in sweep.csv", fontsize=8.5)

@@ -1,4 +1,4 @@
-"""How numbers and lists of module paths are written for people."""
+"""Formats numbers and lists of module paths for display."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
-_MIN_STRIDED = 3  # {0..4..2} is read more easily than {0,2,4}, {0..2..2} is not
+_MIN_STRIDED = 3  # {0..4..2} is easier to read than {0,2,4}, {0..2..2} is not
 
 NOT_COMPARED = "not compared: "
-"""How a reason begins why step 0 was not measured, beside reasons why it need not be equal."""
+"""Start of the reasons why step 0 was not compared; other reasons say why it need not be equal."""
 
 
 def bytes_text(count: float) -> str:
@@ -24,7 +24,7 @@ def count_text(count: float) -> str:
 
 
 def traffic_text(bytes_by_link: Mapping[str, float]) -> str:
-    """Bytes of `plan.Traffic` as a mapping, which is how result.json holds it."""
+    """Formats the bytes of a `plan.Traffic`, given as a mapping, as in result.json."""
     intra, inter = (bytes_text(bytes_by_link[link]) for link in ("intra_node", "inter_node"))
     return f"{intra} intra-node, {inter} inter-node per token and layer"
 
@@ -35,7 +35,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def unsuffixed(text: str) -> str:
-    """`text` with the numbers of names (`layers.3`, `silu_3`) blotted out, to tell alike messages."""
+    """`text` with the numbers in names (`layers.3`, `silu_3`) replaced by #, to group similar messages."""
     return re.sub(r"(?<=[._])\d+", "#", text)
 
 
@@ -43,36 +43,36 @@ def fold_paths(items: Iterable[tuple[str, Hashable]]) -> list[tuple[str, list[in
     """Joins module paths that differ in one number and have equal keys: `model.layers.{0..5}.mlp`.
 
     Args:
-        items: (path, key), in the order in which they are to be shown.
+        items: (path, key), in the order in which they are shown.
 
     Returns:
-        (folded path, positions of the items that it stands for), in order of first appearance.
+        (folded path, positions of its items), in order of first appearance.
     """
     members: defaultdict[Hashable, list[tuple[int, list[str]]]] = defaultdict(list)
     for position, (path, key) in enumerate(items):
-        parts = re.split(r"(\d+)", path)  # texts at even places, numbers at odd ones
+        parts = re.split(r"(\d+)", path)  # text at even indices, numbers at odd ones
         members[tuple(parts[::2]), key].append((position, parts))
-    folded = [row for group in members.values() for row in _fold_alike(group)]
+    folded = [row for group in members.values() for row in _fold_group(group)]
     return sorted(folded, key=lambda row: row[1][0])
 
 
-def _fold_alike(group: list[tuple[int, list[str]]]) -> list[tuple[str, list[int]]]:
+def _fold_group(group: list[tuple[int, list[str]]]) -> list[tuple[str, list[int]]]:
     """Folds paths of one pattern over the number that varies most."""
-    places = range(1, len(group[0][1]), 2)
-    varying = max(places, key=lambda place: len({parts[place] for _, parts in group}), default=None)
+    indices = range(1, len(group[0][1]), 2)
+    varying = max(indices, key=lambda i: len({parts[i] for _, parts in group}), default=None)
     if varying is None:
         return [("".join(parts), [position]) for position, parts in group]
     rows: defaultdict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
     for position, parts in group:
         rows["".join(parts[:varying]), "".join(parts[varying + 1 :])].append((int(parts[varying]), position))
     return [
-        (before + _range_text([number for number, _ in found]) + after, [position for _, position in found])
-        for (before, after), found in rows.items()
+        (before + _range_text([number for number, _ in row]) + after, [position for _, position in row])
+        for (before, after), row in rows.items()
     ]
 
 
 def _range_text(numbers: Sequence[int]) -> str:
-    """`7`, `{0..5}`, `{0..10..2}` or `{0,3..5}`, as a shell would expand it."""
+    """`7`, `{0..5}`, `{0..10..2}` or `{0,3..5}`, in the syntax of shells."""
     if len(numbers) == 1:
         return str(numbers[0])
     steps = {b - a for a, b in pairwise(numbers)}

@@ -1,4 +1,4 @@
-"""The order of a graph whose exchanges are in flight, as a timeline: read from the graph itself, not from the plan.
+"""A timeline of a graph with asynchronous exchanges, read from the graph itself, not from the plan.
 
 A column is an event: a start, a wait, or a call of experts. A bar is an all-to-all of rows, from its start to its wait.
 
@@ -23,7 +23,7 @@ _COLUMN = 3  # characters
 
 
 def timeline(graph_module: GraphModule) -> str:
-    """A line for each exchange and one for what is computed; empty where nothing is in flight."""
+    """One line per exchange and one for the computation; empty if no exchange is asynchronous."""
     events = [node for node in graph_module.graph.nodes if op_name(node) in (_START, _WAIT) or _computes(node)]
     waits = {_start_of(node): i for i, node in enumerate(events) if op_name(node) == _WAIT}
     if not waits:
@@ -56,7 +56,7 @@ def _start_of(wait: Node) -> Node:
 
 
 def _name(start: Node) -> str:
-    """`rows {} ->`, `rows {} <- intra`: which chunk, there or back, and which level where there are two."""
+    """`rows {} ->` (dispatch) or `rows {} <- intra` (combine): {} for the chunk, and the level if there are two."""
     axis = str(start.args[-1])
     level = f" {axis.rpartition('_')[2]}" if axis.endswith(("_inter", "_intra")) else ""
     return f"rows {{}} {'<-' if start.args[3] else '->'}{level}"

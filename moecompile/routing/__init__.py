@@ -1,6 +1,6 @@
-"""What a router is, as plain data: its choices, its options and their rules. No torch, no mesh.
+"""The router's config as plain data: enums, options and their rules. No torch, no mesh.
 
-Configs are resolved into it, plans hold it and `nn.Router` takes it whole (docs/decisions/0013).
+Configs are resolved into it, plans contain it and `nn.Router` takes it (docs/decisions/0013).
 """
 
 from moecompile.routing.choices import BalanceRule, BiasUpdate, Choice, DropPolicy, GroupScore, Score, Workload

@@ -1,4 +1,4 @@
-"""The choices of a router and of its balance: enums, not booleans, where there is a choice of behaviour."""
+"""Enums of the router and of its load balancing."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class Choice(str, Enum):
 
 
 class Score(str, Enum):
-    """What turns router logits into scores."""
+    """The function from router logits to scores."""
 
     softmax = "softmax"
     sigmoid = "sigmoid"
-    softmax_after_topk = "softmax_after_topk"  # gpt-oss: over the logits of the chosen experts alone
+    softmax_after_topk = "softmax_after_topk"  # gpt-oss: over the logits of the chosen experts only
 
 
 class DropPolicy(str, Enum):
-    """Which tokens an expert keeps when more choose it than its capacity."""
+    """Which tokens an expert keeps when more tokens choose it than its capacity."""
 
     position = "position"  # the first ones
     score = "score"  # those with the largest routing weights
@@ -34,11 +34,11 @@ class Workload(str, Enum):
     balanced = "balanced"  # every expert gets the same number of tokens
     zipf = "zipf"  # expert i is drawn with probability ~ 1 / (i + 1) ** skew
     hot = "hot"  # half of the tokens choose expert 0
-    drift = "drift"  # zipf whose most loaded expert moves on at every step
+    drift = "drift"  # zipf, but the most loaded expert changes at every step
 
 
 class GroupScore(str, Enum):
-    """How an expert group is scored for group-limited routing."""
+    """How group-limited routing scores a group of experts."""
 
     max = "max"  # DeepSeek-V2: the best expert
     top2 = "top2"  # DeepSeek-V3 as transformers computes it: sum of the two best
@@ -46,14 +46,14 @@ class GroupScore(str, Enum):
 
 
 class BalanceRule(str, Enum):
-    """How the load of the experts is kept even."""
+    """How the load of the experts is balanced."""
 
     none = "none"
-    bias = "bias"  # DeepSeek-V3: a correction bias follows the load, no auxiliary loss
+    bias = "bias"  # DeepSeek-V3: a correction bias that depends on the load, no auxiliary loss
 
 
 class BiasUpdate(str, Enum):
-    """How the correction bias moves once per optimizer step."""
+    """How the correction bias is updated, once per optimizer step."""
 
     sign = "sign"  # DeepSeek-V3: += rate * sign(mean load - load)
     proportional = "proportional"  # += rate * (mean load - load) / mean load

@@ -1,7 +1,7 @@
-"""The router and its balance as frozen nouns, with the rules that hold for each and between them.
+"""The router and its load balancing as frozen data classes, with their rules.
 
-What a layer's config resolves into (`moecompile.schema.router_config`), what its plan holds (`RoutingPlan`,
-`BalancePlan` are these classes) and what `nn.Router` takes.
+`moecompile.schema.router_config` resolves a layer's config into them, plans contain them (as `RoutingPlan` and
+`BalancePlan`) and `nn.Router` takes them.
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ _WORDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """The router as a function of its logits: every field is part of the model, none of the mesh.
+    """The router as a function of its logits: every field belongs to the model, none to the mesh.
 
     Raises:
-        ConfigError: a value out of its range, or two that contradict each other.
+        ConfigError: a value is out of range, or two contradict each other.
     """
 
     top_k: int
-    """Experts of a token."""
+    """Experts per token."""
     score: str
     """`softmax`; `sigmoid`; `softmax_after_topk`: experts are chosen by their logits, and the weights are a softmax
-    over the chosen ones alone (gpt-oss), which sums to 1 whatever `normalize` says; `own`: the model's own router.
+    over the chosen ones only (gpt-oss), which sums to 1 for both values of `normalize`; `own`: the model's own router.
     """
     normalize: bool
-    """The weights of a token sum to `scale`; else they are the scores times `scale`."""
+    """Whether the weights of a token are normalized to sum to `scale`; else they are the scores times `scale`."""
     scale: float
     """Factor of the routing weights."""
     groups: int
-    """Contiguous groups of experts."""
+    """Number of groups of consecutive experts."""
     top_groups: int
-    """Groups that a token may use."""
+    """Number of groups that a token may use."""
     group_score: str
-    """`max` (DeepSeek-V2), `top2` (DeepSeek-V3 as transformers computes it) or `topk_over_m` (sum of the
-    top_k / top_groups best, as the DeepSeek-V3 report says).
+    """`max` (DeepSeek-V2), `top2` (DeepSeek-V3 in transformers) or `topk_over_m` (sum of the top_k / top_groups best,
+    as in the DeepSeek-V3 report).
     """
     choice: str = "token"
-    """`token`, or `expert`: every expert takes the tokens that it scores highest, top_k / num_experts of them times
+    """`token`, or `expert`: every expert takes its highest-scoring tokens, a fraction top_k / num_experts of all times
     `capacity_factor` (1 if it is None), with score * scale as the weight (arXiv 2202.09368).
     """
     bias: bool = False
@@ -68,11 +68,11 @@ class RouterConfig:
     capacity_factor: float | None = None
     """An expert keeps at most ceil(capacity_factor * T * K / E) of the T tokens of a forward; None: dropless."""
     drop: str = "none"
-    """Which tokens it keeps: the first ones (`position`) or those with the largest weights (`score`)."""
+    """Which tokens an expert keeps: the first ones (`position`) or those with the largest weights (`score`)."""
     jitter: float = 0.0
-    """In training the router's input is multiplied by uniform(1 - jitter, 1 + jitter)."""
+    """In training, the router's input is multiplied by uniform(1 - jitter, 1 + jitter)."""
     workload: str = "none"
-    """A choice of experts for benchmarks (moecompile.ops.workload); weights stay the scores of the chosen."""
+    """Synthetic choice of experts for benchmarks (moecompile.ops.workload); weights are the scores of those chosen."""
     skew: float = 1.0
     """Exponent of the workloads `zipf` and `drift`."""
 
@@ -88,11 +88,12 @@ class RouterConfig:
                 f"Use at most {self.groups}",
             )  # fmt: skip
         if (self.capacity_factor is None) != (self.drop == "none"):
-            raise ConfigError("routing.drop", self.drop, "is none without a capacity_factor, else not", "Mend the plan")
+            rule = "must be none if and only if capacity_factor is null"
+            raise ConfigError("routing.drop", self.drop, rule, "Correct the plan")
 
     @property
     def dropless(self) -> bool:
-        """Whether every token gets all of its top_k experts, so that the number of assignments is known in advance."""
+        """Whether every token gets all of its top_k experts, so the number of assignments is known in advance."""
         return self.choice == "token" and self.capacity_factor is None
 
     @property
@@ -102,18 +103,18 @@ class RouterConfig:
 
     @property
     def is_own(self) -> bool:
-        """Whether it is a router that the model has already."""
+        """Whether it is the model's own router."""
         return self.score == "own"
 
     def check_experts(self, num_experts: int, virtual_group: int = 1) -> None:
-        """Whether the groups divide the experts, and the open ones hold as many as a token uses.
+        """Checks that the groups divide the experts, and that the open groups have at least top_k experts.
 
         Args:
-            virtual_group: experts that are one copy of the dense FFN's routed slices. top_k chooses such a group whole,
-                and no routing group splits it.
+            virtual_group: number of experts that are one copy of the dense FFN's routed slices. top_k chooses all
+                experts of such a group, and no routing group splits it.
 
         Raises:
-            ConfigError: they do not.
+            ConfigError: one of these does not hold.
         """
         if self.top_k > num_experts:
             raise ConfigError(
@@ -125,11 +126,11 @@ class RouterConfig:
                 "routing.groups", self.groups, f"must divide experts.num_routed={num_experts}",
                 f"Use a divisor of {num_experts}, or change experts.num_routed",
             )  # fmt: skip
-        per_group, held = num_experts // self.groups, num_experts // self.groups * self.top_groups
-        if self.top_k > held:
+        per_group, available = num_experts // self.groups, num_experts // self.groups * self.top_groups
+        if self.top_k > available:
             raise ConfigError(
                 "routing.top_k", self.top_k,
-                f"only {self.top_groups} groups x {per_group} experts = {held} experts are open to a token",
+                f"only {self.top_groups} groups x {per_group} experts = {available} experts are open to a token",
                 "Lower routing.top_k or raise routing.top_groups",
             )  # fmt: skip
         self._check_virtual_groups(num_experts, virtual_group)
@@ -151,7 +152,7 @@ class RouterConfig:
 
 _LOSS = Real("[0, inf)", "Use 0 for none")
 LOSSES = ("micro_batch", "sequence", "global_batch", "z")
-"""Auxiliary losses, by the fields that hold their coefficients."""
+"""Auxiliary losses; the fields with their coefficients have the same names."""
 BALANCE_NUMBERS: Mapping[str, Real] = {
     "rate": Real("[0, inf)", "Use 0.001 or balance.rule=none"),
     **{f"losses.{name}": _LOSS for name in LOSSES},
@@ -161,18 +162,18 @@ BALANCE_NUMBERS: Mapping[str, Real] = {
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceSpec:
-    """How the load of one layer's experts is evened out.
+    """How the load of one layer's experts is balanced.
 
     Raises:
-        ConfigError: a value out of its range, or two that contradict each other.
+        ConfigError: a value is out of range, or two contradict each other.
     """
 
     rule: str
-    """`none`, or `bias`: a correction bias follows the load."""
+    """`none`, or `bias`: a correction bias that depends on the load."""
     rate: float
     """Step of the correction bias per optimizer step; 0 without a rule."""
     update: str = "sign"
-    """How the bias moves: `sign` or `proportional`, see `nn.update_balance`."""
+    """How the bias is updated: `sign` or `proportional`, see `nn.update_balance`."""
     micro_batch: float = 0.0
     """Coefficient of the loss over one micro-batch (Switch, GShard); 0 for none."""
     sequence: float = 0.0
@@ -189,7 +190,7 @@ class BalanceSpec:
             name = key.rpartition(".")[2]
             allowed.check(f"balance.{name}", getattr(self, name))
         if self.rule == "none" and self.rate:
-            raise ConfigError("balance.rate", self.rate, "must be positive, or 0 without a rule", "Mend the plan")
+            raise ConfigError("balance.rate", self.rate, "must be 0 with balance.rule=none", "Use 0, or rule=bias")
 
     @property
     def losses(self) -> dict[str, float]:
@@ -201,10 +202,10 @@ NO_BALANCE = BalanceSpec(rule="none", rate=0.0)
 
 
 def check_balance(router: RouterConfig, balance: BalanceSpec) -> None:
-    """Whether there is a load to be evened out: experts that choose take as many tokens each.
+    """Refuses load balancing for expert choice, where every expert takes the same number of tokens.
 
     Raises:
-        ConfigError: a rule or a loss where experts choose tokens; the z-loss evens nothing out.
+        ConfigError: a balance rule or loss with expert choice. The z-loss is allowed, since it does not balance.
     """
     if router.choice != "expert":
         return

@@ -1,4 +1,4 @@
-"""The dense model, trained as the compiled one was, to compare with."""
+"""Trains the dense model in the same way as the compiled one, as a baseline."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from moecompile.runtime.training import Outcome, train
 from moecompile.schema import Config
 
 FOLDER = "baseline"
-"""Where its metrics are, in the run directory."""
+"""Folder of its metrics in the run directory."""
 
 
 def train_dense(
     model: nn.Module, mesh: MeshSpec, config: Config, data: TextData, run_dir: Path, *, example: Example
 ) -> Outcome:
-    """Trains `model` by a plan without layers: same ranks, data, order, optimizer and steps; no checkpoint is kept.
+    """Trains `model` with a plan without layers: same ranks, data order, optimizer and steps; saves no checkpoint.
 
-    Called on every rank with the same freshly built model.
+    All ranks call it with the same newly built model.
     """
     plan = Plan(mesh=mesh, layers=(), reductions=reductions(mesh))
     dense = compile_model(model, config, example=example, plan=plan)

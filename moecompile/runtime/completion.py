@@ -1,8 +1,8 @@
-"""Completes gradients window by window, whatever is zeroed or carried on in between.
+"""Completes gradients window by window, also if gradients are zeroed or kept between windows.
 
-A window is what is completed at once: the micro-batches of an optimizer step under automatic optimization, one
-backward under manual optimization. Gradients that are there when a window begins are complete already; they are set
-aside, so that nothing is summed or divided twice, and added afterwards:
+The gradients of a window are completed together: the micro-batches of an optimizer step with automatic optimization,
+one backward with manual optimization. Gradients from before the window are complete already; they are set aside, so
+that nothing is summed or divided twice, and added afterwards:
 
     mean   grad = old + new
     sum    grad = (old * tokens_old + new * tokens) / (tokens_old + tokens): a mean over all tokens since it was zeroed
@@ -21,7 +21,7 @@ from moecompile.torch_private import local_part
 
 @dataclass(frozen=True)
 class _Mean:
-    """Tokens that a gradient is the mean over; the number of the last count among them; what it was when we left it."""
+    """A gradient that is a mean over `tokens`. number: of the last count in it. version: of the tensor at that time."""
 
     tokens: Tensor
     number: int
@@ -29,7 +29,7 @@ class _Mean:
 
 
 class Completion:
-    """Sets complete gradients aside while a window runs, and puts old and new ones together."""
+    """Sets complete gradients aside during a window, and combines old and new gradients afterwards."""
 
     def __init__(self) -> None:
         self.is_open = False
@@ -37,26 +37,26 @@ class Completion:
         self._means: dict[nn.Parameter, _Mean] = {}
 
     def open(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Begins a window: what `.grad` holds from now on is new."""
+        """Begins a window: `.grad` has only new gradients from now on."""
         self._before = {p: p.grad for p in parameters if p.grad is not None}
         for parameter in self._before:
             parameter.grad = None
         self.is_open = True
 
     def abandon(self) -> None:
-        """Ends a window that nobody will complete; what was set aside is forgotten."""
+        """Ends a window without completing it; gradients that were set aside are dropped."""
         self._before, self._means, self.is_open = {}, {}, False
 
     def kept(self, parameters: Sequence[nn.Parameter]) -> list[bool]:
-        """Of each weight, whether a gradient was set aside that, on this rank, nobody has zeroed in place."""
+        """For each weight, whether a gradient was set aside that has not been zeroed in place on this rank."""
         return [p in self._before and not self._zeroed(p) for p in parameters]
 
     @torch.no_grad()
     def close(self, parameters: Sequence[nn.Parameter], tokens: Tensor | None, kept: Tensor, number: int) -> None:
-        """Ends the window; `.grad` holds what is new, summed over all ranks and divided.
+        """Ends the window; `.grad` has the new gradients, summed over all ranks and divided.
 
         Args:
-            tokens: of all ranks, that sums have been divided by; None: they are means over ranks.
+            tokens: of all ranks, by which sums have been divided; None: gradients are means over ranks.
             kept: `kept()` summed over all ranks, (parameters,).
             number: of the count of tokens; several windows over the same tokens have the same number.
         """
@@ -90,5 +90,5 @@ class Completion:
 
 @torch.no_grad()
 def _version(grad: Tensor) -> int:
-    """Grows whenever a value is written in place, through the DTensor or through its shard."""
+    """A version that grows with every in-place write, to the DTensor or to its shard."""
     return grad._version + local_part(grad)._version

@@ -1,7 +1,7 @@
-"""How a rank's failure reaches the person: one file per failed rank, and the choice of the one to tell about.
+"""Records the failures of ranks, one file per failed rank, and chooses the one to report.
 
-A rank that fails leaves `errors/rank_N.json` (what the launcher needs) and `errors/rank_N.txt` (the traceback). Its
-peers then fail too, because their connections break: of all failures the first that is not such a consequence counts.
+A rank that fails writes `errors/rank_N.json` (for the launcher) and `errors/rank_N.txt` (the traceback). Its peers then
+fail too, because their connections break: the first failure that is not such a consequence is reported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moecompile.rundir import place
 from moecompile.runtime.logs import gone, log_path
 
 _GLOO = ("gloo/transport", "Application timeout caused pair closure")
-"""What gloo says of a broken connection, and of one that it gave up after the timeout."""
+"""Parts of gloo's messages for a broken connection, and for a timeout."""
 
 _STOPPED = "stopped"
 
@@ -34,14 +34,14 @@ _GONE = (
 )
 
 TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)
-"""Exit codes of a rank that the launcher ended: by the signal itself, or by the rank's own watch for it."""
+"""Exit codes of a rank that the launcher ended: by the signal itself, or by the rank's signal thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
     """One rank's failure. message: for the user. last_line: of the traceback.
 
-    peer_lost: another rank failed first. timed_out: it does not answer, but its connections are not broken.
+    peer_lost: another rank failed first. timed_out: that rank does not answer, but connections are not broken.
     """
 
     rank: int
@@ -55,7 +55,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException, rank: int) -> Failure:
-        """The failure that `error` means for `rank`."""
+        """The failure of `rank` by `error`."""
         last_line = "".join(traceback.format_exception_only(error)).strip()
         return cls(
             rank=rank,
@@ -70,19 +70,19 @@ class Failure:
 
 
 def errors_dir(run_dir: Path) -> Path:
-    """Where the ranks of `run_dir` leave their failures."""
+    """The folder in which the ranks of `run_dir` record failures."""
     return place(run_dir) / "errors"
 
 
 def clear(run_dir: Path) -> None:
-    """Removes the failures of an earlier run in the same directory, and the logs, which tell who is alive."""
+    """Removes the failures of an earlier run in the same directory, and its logs, which show which ranks live."""
     for path in [*errors_dir(run_dir).glob("*"), *log_path(run_dir, 0).parent.glob("rank_*")]:
         if path.is_file():
             path.unlink()
 
 
 def keep(run_dir: Path, attempt: int) -> Path:
-    """Moves the failures of an attempt into a folder of its own, which it returns."""
+    """Moves the failures of an attempt into a new folder, and returns it."""
     folder = errors_dir(run_dir) / f"attempt_{attempt}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -93,11 +93,11 @@ def keep(run_dir: Path, attempt: int) -> Path:
 
 
 def record(error: BaseException, run_dir: Path, rank: int) -> Failure:
-    """Writes the failure of `rank`; the launcher never sees half a file."""
+    """Records the failure of `rank`; files are written atomically."""
     failure = Failure.of(error, rank)
     try:
         _write(failure, error, errors_dir(run_dir))
-    except OSError as unwritten:  # the disk is full, perhaps that is why the rank failed
+    except OSError as unwritten:  # the disk is full, which may be why the rank failed
         print(f"rank {rank}: {failure.last_line} ({unwritten})", file=sys.stderr, flush=True)
     return failure
 
@@ -112,12 +112,12 @@ def _write(failure: Failure, error: BaseException, folder: Path) -> None:
 
 
 def any_recorded(run_dir: Path) -> bool:
-    """Whether a rank has failed by an exception."""
+    """Whether a rank has recorded a failure."""
     return next(_recorded(run_dir), None) is not None
 
 
 def record_stop(run_dir: Path, step: int | None) -> None:
-    """A rank has ended because it was asked to, after saving the optimizer step `step`; the launcher reads it."""
+    """Records for the launcher that a signal has ended this rank, after it saved the optimizer step `step`."""
     folder = errors_dir(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{_STOPPED}.{os.getpid()}"
@@ -126,30 +126,30 @@ def record_stop(run_dir: Path, step: int | None) -> None:
 
 
 def was_stopped(run_dir: Path) -> bool:
-    """Whether the ranks have ended because they were asked to."""
+    """Whether the ranks were ended by a signal."""
     return (errors_dir(run_dir) / _STOPPED).is_file()
 
 
 def stopped_at(run_dir: Path) -> int | None:
-    """The optimizer step that they have saved; None: none."""
+    """The optimizer step that was saved then; None: none."""
     step: int | None = json.loads((errors_dir(run_dir) / _STOPPED).read_text(encoding="utf-8"))
     return step
 
 
 def claim(run_dir: Path) -> bool:
-    """True for the first rank that asks: without a launcher of ours, one rank tells about the failure."""
+    """True for the first rank that calls it: without our own launcher, that rank reports the failure."""
     try:
         errors_dir(run_dir).mkdir(parents=True, exist_ok=True)
-        os.close(os.open(errors_dir(run_dir) / "told", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.close(os.open(errors_dir(run_dir) / "reported", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
         return False
-    except OSError:  # a full disk: better twice than never
+    except OSError:  # a full disk: two reports are better than none
         return True
     return True
 
 
 def others_failed(run_dir: Path, rank: int, world_size: int) -> bool:
-    """Whether another rank than `rank` has recorded a failure, or has ended without a word."""
+    """Whether another rank than `rank` has recorded a failure, or has ended without a record."""
     records = any(failure.rank != rank for failure in _recorded(run_dir))
     return records or any(other != rank for other in gone(run_dir, world_size))
 
@@ -157,15 +157,15 @@ def others_failed(run_dir: Path, rank: int, world_size: int) -> bool:
 def first_error(run_dir: Path, world_size: int, exit_codes: Mapping[int, int]) -> MoecompileError:
     """The error to raise for a run whose ranks ended with `exit_codes`, in the order in which they ended.
 
-    Without exit codes (in place) a rank that has ended is known by its log alone.
+    Without exit codes (in place), only the lock on its log shows that a rank has ended.
 
     Algorithm:
     1. The first exception that is not about a lost peer.
-    2. Else, if somebody has waited in vain: the ranks that have left no record hang. (Whoever waits for the one that
-       has given up sees a broken connection, and may be the first to tell.)
-    3. Else the first rank that ended without a record, unless the launcher ended it: killed, or left by itself.
+    2. Else, if a rank has timed out: the ranks without a record hang. (A rank that waits for the one that timed out
+       sees a broken connection, and may record its failure first.)
+    3. Else the first rank that ended without a record, unless the launcher ended it: killed, or exited by itself.
     4. Else the first lost peer.
-    5. Else whoever was ended by a signal that did not come from the launcher.
+    5. Else the first rank that was ended by a signal.
     """
     records = sorted(_recorded(run_dir), key=lambda failure: failure.time)
     if causes := [failure for failure in records if not failure.peer_lost]:
@@ -188,7 +188,7 @@ def first_error(run_dir: Path, world_size: int, exit_codes: Mapping[int, int]) -
 
 
 def ended_silently(rank: int, world_size: int) -> RankFailure:
-    """For a rank that has left nothing but its lock."""
+    """The error for a rank that ended without a record."""
     return RankFailure(f"rank {rank} of {world_size} failed: {_GONE}")
 
 
@@ -202,7 +202,7 @@ def _hanging(ranks: list[int], world_size: int, waiting: Failure) -> RankFailure
 
 
 def to_error(failure: Failure, run_dir: Path, world_size: int) -> MoecompileError:
-    """The exception that stands for `failure` outside of its rank; the rank's traceback is attached as a note."""
+    """The exception for `failure` in another process; the rank's traceback is attached as a note."""
     path = errors_dir(run_dir) / f"rank_{failure.rank}.txt"
     error: MoecompileError
     if failure.exit_code == UserError.exit_code:
@@ -215,7 +215,7 @@ def to_error(failure: Failure, run_dir: Path, world_size: int) -> MoecompileErro
 
 
 def is_peer_lost(error: BaseException | None) -> bool:
-    """Whether `error`, or what it was raised from, is a broken or timed-out connection to another rank."""
+    """Whether `error`, or one of its causes, is a broken or timed-out connection to another rank."""
     while error is not None:
         names = {cls.__name__ for cls in type(error).__mro__}
         if "DistError" in names or (isinstance(error, RuntimeError) and any(text in str(error) for text in _GLOO)):

@@ -1,7 +1,7 @@
-"""What happens to gradients between backward and the optimizer step, for weights on several meshes at once.
+"""Sums, divides and clips gradients between backward and the optimizer step, for weights on several meshes.
 
-FSDP2 has summed the gradients of sharded weights already (divide factor 1). What is left: weights that every rank holds
-whole (routers, and whatever lies outside the compiled model) are summed here; then one division, one global norm.
+FSDP2 has already summed the gradients of sharded weights (divide factor 1). Replicated weights (routers, and those
+outside the compiled model) are summed here; then all are divided once and clipped by one global norm.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from moecompile.torch_private import local_part
 def sum_replicated(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
     """Sums the gradients of plain (not DTensor) weights over all ranks, in place, in fp32 or wider.
 
-    A weight that got no gradient on this rank takes part with zeros, so that ranks never disagree on what they send;
-    one that got none on any rank keeps None, as in one process: an optimizer would decay it.
+    A weight without a gradient on this rank contributes zeros, so that all ranks send the same sizes. A weight without
+    a gradient on any rank keeps None, as in one process: with zeros, an optimizer would decay it.
     """
     plain = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
     for wide in dict.fromkeys(_wide(p.dtype) for p in plain):
         of_dtype = [p for p in plain if _wide(p.dtype) == wide]
-        # Whether there is a gradient travels behind the gradients themselves.
-        found = torch.tensor([p.grad is not None for p in of_dtype], dtype=wide, device=of_dtype[0].device)
+        # Flags for the existence of gradients are sent after the gradients.
+        flags = torch.tensor([p.grad is not None for p in of_dtype], dtype=wide, device=of_dtype[0].device)
         grads = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in of_dtype]
-        flat = torch.cat([*(grad.reshape(-1).to(wide) for grad in grads), found])
+        flat = torch.cat([*(grad.reshape(-1).to(wide) for grad in grads), flags])
         dist.all_reduce(flat, group=group)
         *sums, holders = flat.split([*(grad.numel() for grad in grads), len(grads)])
         for grad, summed in zip(grads, sums, strict=True):
             grad.copy_(summed.view_as(grad))
-        if lacking := [i for i, p in enumerate(of_dtype) if p.grad is None]:  # else the host need not wait
+        if lacking := [i for i, p in enumerate(of_dtype) if p.grad is None]:  # else there is no host sync
             for i, has_grad in zip(lacking, holders[lacking].tolist(), strict=True):
                 of_dtype[i].grad = grads[i] if has_grad else None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What gradients of this dtype are added up in."""
+    """The dtype in which gradients of this dtype are summed."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -54,7 +54,7 @@ def divide(parameters: Iterable[nn.Parameter], divisor: float | Tensor) -> None:
 
 @torch.no_grad()
 def all_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Whether all gradients of this rank are finite, as a tensor: the host does not wait for it."""
+    """Whether all gradients of this rank are finite, as a tensor, without a host sync."""
     norms = [grad.norm().double() for grad in _local_grads(parameters)]
     return torch.stack(norms).isfinite().all() if norms else torch.tensor(True)
 

@@ -1,11 +1,11 @@
-"""Ranks that torchrun or SLURM started: rank 0 runs the command line, the others do what it says.
+"""Ranks that torchrun or SLURM started: rank 0 runs the command line, the others follow its orders.
 
 Algorithm:
-1. All meet at the launcher's MASTER_ADDR and MASTER_PORT, and say on which node they are.
-2. Rank 0 composes the config. For each launch it sends an order: the run directory and the module; the others run its
-   `main(run_dir)`, as rank 0 does. When the command line ends, so do they, with its exit code.
-3. If a rank fails, one rank tells the first cause: that which claims the word in the run directory first. The others
-   leave without a word, after it.
+1. All ranks connect to the store at the launcher's MASTER_ADDR and MASTER_PORT, and publish their node.
+2. Rank 0 composes the config. For each launch it sends an order with the run directory and the module; all ranks run
+   its `main(run_dir)`. When the command line ends, the others end too, with its exit code.
+3. If a rank fails, one rank reports the first cause: the one that first claims the report in the run directory. The
+   others exit after it, without a message.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from moecompile.runtime.orders import Order, end_others, free_port, give, meet, 
 from moecompile.runtime.ranks import Ranks, check_mesh, check_places, worker_variables
 
 GRACE_S = 5.0
-"""Seconds that a rank leaves to another one, which may tell about the same failure or end it."""
+"""Seconds that a rank waits for another one, which may report the same failure, or end this rank."""
 
 PEER_GRACE_S = 1.0
-"""Seconds that a rank which has lost a peer waits, so that all others can tell what they saw."""
+"""Seconds that a rank which has lost a peer waits, so that all other ranks can record their failures."""
 
 
 @dataclass
 class _Now:
-    """The run of this process that is under way."""
+    """The current run of this process."""
 
     run_dir: Path | None = None
     was_pending: bool = False
     ranks: Ranks | None = None
     terminal: int = 2  # descriptor of the terminal's stderr
-    ended: bool = False  # other ranks have left after a failure
-    has_the_word: bool = False  # this process is about to tell what went wrong
+    ended: bool = False  # other ranks have exited after a failure
+    is_reporting: bool = False  # this process reports the failure
 
 
 _now = _Now()
@@ -59,47 +59,47 @@ def lead(ranks: Ranks, command_line: Callable[[], int]) -> NoReturn:
     try:
         store = meet(ranks)
     except Exception as error:
-        _tell_alone(error, ranks)
+        _report_early(error, ranks)
         leave(_code(error))
     try:
         code = command_line()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     if code:
-        machine.claim(ranks)  # the command line has told
+        machine.claim(ranks)  # the command line has reported it
     if not _now.ended:
         end_others(store, ranks, code)
     leave(code)
 
 
 def follow(ranks: Ranks) -> NoReturn:
-    """The other ranks: what rank 0 says, until it says that it is over."""
+    """The other ranks: run the orders of rank 0 until the last one."""
     _now.terminal = logs.hide()
     machine.hold(ranks)
     _watch(ranks)
     try:
         store = meet(ranks)
         while (order := next_order(store)).module is not None:
-            with suppress(signals.Stopped):  # rank 0 says so, and then how it ends
+            with suppress(signals.Stopped):  # rank 0 reports it and sends the exit code
                 _run(order, ranks)
         store.add("moecompile/ended", 1)
     except Exception as error:
         if _now.run_dir is None:
-            _tell_alone(error, ranks)
+            _report_early(error, ranks)
             leave(_code(error))
-        told = _failed(error, _now.run_dir, ranks)
-        if told is None:
+        cause = _failed(error, _now.run_dir, ranks)
+        if cause is None:
             time.sleep(GRACE_S)
         else:
-            os.write(_now.terminal, f"error: {told}\n".encode())
-            if told.exit_code == UserError.exit_code:
+            os.write(_now.terminal, f"error: {cause}\n".encode())
+            if cause.exit_code == UserError.exit_code:
                 discard(_now.run_dir)  # rank 0 may be ended before it can
-        leave(_code(told or error))
+        leave(_code(cause or error))
     leave(order.exit_code)
 
 
 def is_leading() -> bool:
-    """Whether this process is rank 0 of ranks that somebody else started."""
+    """Whether this process is rank 0 of ranks that torchrun or SLURM started."""
     return _now.ranks is not None
 
 
@@ -107,17 +107,17 @@ def run_on_all(world_size: int, run_dir: Path, *, module: str, threads: int, num
     """Rank 0: runs `module`'s `main(run_dir)` on all ranks.
 
     Raises:
-        UserError, ConfigError: the ranks do not fit the mesh, or what a rank raised.
-        RankFailure: anything else. Either has `told` set if another rank has told it.
+        UserError, ConfigError: the ranks do not fit the mesh, or a rank raised it.
+        RankFailure: any other failure. Both have `reported` set if another rank has reported it.
     """
     ranks = _now.ranks
     assert ranks is not None
     if _now.ended:
         raise RankFailure("the other ranks have ended with an earlier job")
     store = meet(ranks)
-    found = places(store, ranks)
-    check_places(found, ranks.launcher)
-    hosts = len({node for node, _ in found})
+    all_places = places(store, ranks)
+    check_places(all_places, ranks.launcher)
+    hosts = len({node for node, _ in all_places})
     played = check_mesh(num_nodes, world_size // num_nodes, hosts, ranks.world_size // hosts, ranks.launcher)
     waiting.done()
     if played:
@@ -133,16 +133,16 @@ def run_on_all(world_size: int, run_dir: Path, *, module: str, threads: int, num
         raise
     except Exception as error:
         _now.ended = True
-        told = _failed(error, run_dir, ranks)
-        if told is None:
+        cause = _failed(error, run_dir, ranks)
+        if cause is None:
             time.sleep(PEER_GRACE_S)
-            told = failures.first_error(run_dir, world_size, {})
-            told.told = True
-        raise told from error
+            cause = failures.first_error(run_dir, world_size, {})
+            cause.reported = True
+        raise cause from error
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process at once, with its output flushed: gloo may abort the interpreter's own shutdown."""
+    """Ends this process immediately, with output flushed: gloo may abort the interpreter's own shutdown."""
     waiting.done()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -156,7 +156,7 @@ def _run(order: Order, ranks: Ranks) -> None:
 
     for name, value in worker_variables(order.threads, one_machine=order.one_machine).items():
         os.environ.setdefault(name, value)
-    torch.set_num_threads(order.threads)  # OpenMP has read its variable long ago
+    torch.set_num_threads(order.threads)  # OpenMP has already read its variable
     run_dir = Path(order.run_dir)
     # A store of its own: in the launcher's, a second process group would find the addresses of the first one.
     os.environ["MASTER_PORT"] = str(order.port)
@@ -175,24 +175,24 @@ def _run(order: Order, ranks: Ranks) -> None:
     module = sys.modules.get("torch.distributed")
     if module is not None and module.is_initialized():
         module.barrier()
-        module.destroy_process_group()  # a multirun starts the next one in this process
+        module.destroy_process_group()  # the next job of a multirun starts one in this process
     _now.run_dir = None
 
 
 def _failed(error: Exception, run_dir: Path, ranks: Ranks) -> MoecompileError | None:
-    """Records the failure of this rank; what there is to tell, or None if another rank has the word."""
+    """Records the failure of this rank; returns the error to report, or None if another rank reports it."""
     if is_discarded(run_dir, was_pending=_now.was_pending):
         return None
     failure = failures.record(error, run_dir, ranks.rank)
     if failure.peer_lost:
-        time.sleep(PEER_GRACE_S)  # lets the rank that failed first have the word
+        time.sleep(PEER_GRACE_S)  # so that the rank that failed first reports it
     if is_discarded(run_dir, was_pending=_now.was_pending) or not failures.claim(run_dir):
         return None
-    _now.has_the_word = True
+    _now.is_reporting = True
     return failures.first_error(run_dir, ranks.world_size, {})
 
 
-# -- the word --------------------------------------------------------------------------------------------------------
+# -- reports ---------------------------------------------------------------------------------------------------------
 
 
 def _watch(ranks: Ranks) -> None:
@@ -207,34 +207,34 @@ def _watch(ranks: Ranks) -> None:
         return failures.others_failed(run_dir, ranks.rank, ranks.world_size)
 
     def end(code: int) -> NoReturn:
-        if _now.has_the_word:
+        if _now.is_reporting:
             time.sleep(GRACE_S)
         elif code == 128 + signal.SIGTERM and failed():
-            _tell_of_another(ranks)
+            _report_other_rank(ranks)
         else:
-            _tell_of_the_signal(code - 128, ranks)
+            _report_signal(code - 128, ranks)
         machine.release(ranks, keep_claim=True)
         os._exit(code)
 
     signals.watch(failed=failed, leave=end, is_orphan=lambda: False, counts=True)
 
 
-def _tell_of_another(ranks: Ranks) -> None:
-    """Ends this process, and tells first who has failed, if nobody has."""
+def _report_other_rank(ranks: Ranks) -> None:
+    """Reports the rank that has failed and ends this process, unless another rank has reported it."""
     run_dir = _now.run_dir
-    told: MoecompileError | None = None
+    cause: MoecompileError | None = None
     if run_dir is None and machine.claim(ranks):
         lost = next(rank for rank in machine.gone(ranks) if rank != ranks.rank)
-        told = failures.ended_silently(lost, ranks.world_size)
+        cause = failures.ended_silently(lost, ranks.world_size)
     elif run_dir is not None and failures.claim(run_dir):
-        told = failures.first_error(run_dir, ranks.world_size, {})
-    if told is not None:
-        os.write(_now.terminal, f"error: {told}\n".encode())
-        os._exit(told.exit_code)
+        cause = failures.first_error(run_dir, ranks.world_size, {})
+    if cause is not None:
+        os.write(_now.terminal, f"error: {cause}\n".encode())
+        os._exit(cause.exit_code)
 
 
-def _tell_of_the_signal(number: int, ranks: Ranks) -> None:
-    """A launcher may have sent it because of a rank that was killed before it could lock anything."""
+def _report_signal(number: int, ranks: Ranks) -> None:
+    """Reports a signal, which a launcher may have sent because a rank was killed before it locked its file."""
     if ranks.node > 0:
         return
     if ranks.rank > 0:
@@ -249,16 +249,16 @@ def _tell_of_the_signal(number: int, ranks: Ranks) -> None:
         os.write(_now.terminal, f"error: rank {ranks.rank} was ended at once by {name}.{other}\n".encode())
 
 
-def _tell_alone(error: Exception, ranks: Ranks) -> None:
-    """Before there is a run directory: rank 0 tells at once, the others if nobody on their machine has, by then."""
+def _report_early(error: Exception, ranks: Ranks) -> None:
+    """Reports an error before there is a run directory: rank 0 first, others if no rank on their machine has."""
     if ranks.rank > 0:
         time.sleep(GRACE_S)
     if machine.claim(ranks):
-        text = _told(error) + f" (rank {ranks.rank} of {ranks.world_size})" * (ranks.rank > 0)
+        text = _error_text(error) + f" (rank {ranks.rank} of {ranks.world_size})" * (ranks.rank > 0)
         os.write(_now.terminal, f"{text}\n".encode())
 
 
-def _told(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     trace = "" if isinstance(error, MoecompileError) else "".join(traceback.format_exception(error))
     return f"{trace}error: {error}" if isinstance(error, MoecompileError) else trace.rstrip()
 

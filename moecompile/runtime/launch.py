@@ -1,6 +1,6 @@
-"""Starts one process per rank, or runs in place where torchrun or SLURM has started them already.
+"""Starts one process per rank, or runs in place if torchrun or SLURM has started them already.
 
-The launcher and its ranks meet in the run directory alone. A rank is `python -m MODULE RUN_DIR`; its module has a
+The launcher and its ranks share only the run directory. A rank is `python -m MODULE RUN_DIR`; its module has a
 function `main(run_dir)` and ends with `rank_main(main)` under `if __name__ == "__main__"`.
 """
 
@@ -27,7 +27,7 @@ from moecompile.runtime.ranks import check_mesh, worker_variables
 _LAUNCHER_PID = "MOECOMPILE_LAUNCHER_PID"
 _RESTART = "MOECOMPILE_RESTART"
 _OF_ELASTIC = "SIGHUP,SIGQUIT"
-"""Signals that the elastic agent answers; the others ask training to end."""
+"""Signals that the elastic agent handles; others end training after the current step."""
 _KEPT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -37,19 +37,19 @@ def launch(
 ) -> None:  # fmt: skip
     """Runs `module`'s `main(run_dir)` on `world_size` ranks and returns when all of them have succeeded.
 
-    Where the environment already has ranks, this process is rank 0 of them and runs `main` itself.
+    If torchrun or SLURM has started ranks, this process is rank 0 and runs `main` itself.
 
     Args:
-        module: what `python -m` runs. threads: OpenMP threads per rank. timeout_s: of the ranks' first meeting.
-        max_restarts: how often all ranks are started again after one was lost; a mistake of the user's is not repeated.
-            In place this is torchrun's business (its --max-restarts).
-        num_nodes: of the mesh; processes of one machine may play several.
+        module: what `python -m` runs. threads: OpenMP threads per rank. timeout_s: of the rendezvous.
+        max_restarts: how often all ranks are restarted after one was lost; user errors are not retried. In place,
+            torchrun does this (its --max-restarts).
+        num_nodes: of the mesh; processes of one machine may simulate several.
 
     Raises:
-        UserError: what a rank raised, if it is the user's to mend.
-        RankFailure: anything else, naming the rank and its traceback's last line.
+        UserError: a rank raised it.
+        RankFailure: any other failure, with the rank and the last line of its traceback.
         ConfigError: torchrun or SLURM started ranks that do not fit the mesh.
-        Stopped: a signal asked the run to end.
+        Stopped: a signal has ended the run.
     """
     if is_leading():
         run_on_all(world_size, run_dir, module=module, threads=threads, num_nodes=num_nodes)
@@ -61,14 +61,14 @@ def launch(
 
 
 def is_restart() -> bool:
-    """Whether the launcher has started this rank again, after an attempt that lost a rank."""
+    """Whether the launcher has restarted this rank, after an attempt that lost a rank."""
     return int(os.environ.get(_RESTART) or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
 
 
 def rank_main(main: Callable[[Path], Any]) -> NoReturn:
-    """The whole life of a rank that `launch` started: `python -m MODULE RUN_DIR`.
+    """Runs a rank that `launch` started: `python -m MODULE RUN_DIR`.
 
-    Ends with `os._exit`: a gloo thread may abort the interpreter's own shutdown, after success and after failure.
+    It ends with `os._exit`, because a gloo thread may abort the interpreter's shutdown, after success and failure.
     """
     run_dir, rank, world_size = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     _watch_launcher(int(os.environ[_LAUNCHER_PID]), run_dir, rank, world_size)
@@ -76,7 +76,7 @@ def rank_main(main: Callable[[Path], Any]) -> NoReturn:
     try:
         main(run_dir)
         if (group := _process_group()) is not None:
-            group.barrier()  # nobody's leaving breaks a connection that another rank still needs
+            group.barrier()  # so that no exit breaks a connection that another rank needs
     except signals.Stopped as stopped:
         failures.record_stop(run_dir, stopped.step)
         leave(0)
@@ -91,7 +91,7 @@ def rank_main(main: Callable[[Path], Any]) -> NoReturn:
 
 
 def _launch_again(world_size: int, run_dir: Path, max_restarts: int, **how: Any) -> None:
-    """Starts all ranks, again after each lost rank; the last failure is raised."""
+    """Starts all ranks, and restarts them after each lost rank; the last failure is raised."""
     run_dir.mkdir(parents=True, exist_ok=True)
     for restart in range(max_restarts + 1):
         failures.clear(run_dir)
@@ -102,8 +102,8 @@ def _launch_again(world_size: int, run_dir: Path, max_restarts: int, **how: Any)
             if restart == max_restarts:
                 raise
             kept = failures.keep(run_dir, restart)
-            told = str(error).replace(str(failures.errors_dir(run_dir)), str(kept))
-            print(f"{told}\nrestart {restart + 1} of {max_restarts}", file=sys.stderr, flush=True)
+            text = str(error).replace(str(failures.errors_dir(run_dir)), str(kept))
+            print(f"{text}\nrestart {restart + 1} of {max_restarts}", file=sys.stderr, flush=True)
     return None
 
 
@@ -125,7 +125,7 @@ def _launch_local(world_size: int, run_dir: Path, *, module: str, threads: int, 
         monitor_interval=0.1,
         shutdown_timeout=int(GRACE_S),
         signals_to_handle=_OF_ELASTIC,
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # otherwise it leaves a folder in /tmp; output is inherited
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else it creates a folder in /tmp; output is inherited
     )
     with _environment(_launch_variables(threads)), _quiet_elastic(), _asked_to_end(module) as asked:
         waiting.done()
@@ -146,7 +146,7 @@ def _launch_local(world_size: int, run_dir: Path, *, module: str, threads: int, 
 
 
 def _launch_variables(threads: int) -> dict[str, str]:
-    """What the ranks of this machine inherit; what the user has set stays, but for the number of threads."""
+    """Environment variables of the ranks; those that the user has set are kept, except the number of threads."""
     variables = worker_variables(threads, one_machine=True)
     kept = {name: os.environ[name] for name in variables if name in os.environ and name != "OMP_NUM_THREADS"}
     return {
@@ -160,7 +160,7 @@ def _launch_variables(threads: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """`os.environ` with `variables`, put back afterwards: the elastic agent hands all of it to the ranks."""
+    """Sets `variables` in `os.environ`, which the elastic agent passes to the ranks, and restores it afterwards."""
     before = dict(os.environ)
     os.environ.update(variables)
     try:
@@ -172,7 +172,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_elastic() -> Iterator[None]:
-    """Keeps the elastic agent's log off the terminal: what it has to say is raised as an error."""
+    """Keeps the elastic agent's log off the terminal: its failures are raised as errors."""
     logger, silence = logging.getLogger("torch.distributed.elastic"), logging.NullHandler()
     propagate, logger.propagate = logger.propagate, False
     logger.addHandler(silence)
@@ -185,9 +185,9 @@ def _quiet_elastic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _asked_to_end(module: str) -> Iterator[list[int]]:
-    """While ranks run: the first SIGINT or SIGTERM asks them to save and end, the second one ends them.
+    """While ranks run: on the first SIGINT or SIGTERM they save and end, the second one kills them.
 
-    Ranks are in sessions of their own, where the terminal's Ctrl-C does not reach them. Yields the signals so far.
+    Ranks are in their own sessions, which do not receive the terminal's Ctrl-C. Yields the signals so far.
     """
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -216,30 +216,30 @@ def _asked_to_end(module: str) -> Iterator[list[int]]:
 
 def _ranks_of_this_process(module: str) -> list[int]:
     """Process ids of children that run `module`."""
-    found = []
+    pids = []
     for path in Path("/proc/self/task").glob("*/children"):
         for pid in path.read_text(encoding="utf-8").split():
             with contextlib.suppress(OSError):
                 if module.encode() in Path("/proc", pid, "cmdline").read_bytes().split(b"\0"):
-                    found.append(int(pid))
-    return found
+                    pids.append(int(pid))
+    return pids
 
 
 def _watch_launcher(pid: int, run_dir: Path, rank: int, world_size: int) -> None:
-    """Ends this rank when its launcher is gone, or `GRACE_S` after a signal that ended another one."""
+    """Ends this rank when its launcher is gone, or `GRACE_S` after a SIGTERM because another rank failed."""
 
     def failed() -> bool:
         return failures.others_failed(run_dir, rank, world_size)
 
     def end(code: int) -> NoReturn:
         if os.getppid() == pid and failed():
-            time.sleep(GRACE_S)  # this rank may have something to record, too
+            time.sleep(GRACE_S)  # this rank may still record a failure
         os._exit(code)
 
     signals.watch(failed=failed, leave=end, is_orphan=lambda: os.getppid() != pid, counts=False)
 
 
 def _process_group() -> Any:
-    """`torch.distributed`, if `main` imported it and left its process group open."""
+    """`torch.distributed`, if `main` has imported it and left its process group open."""
     module = sys.modules.get("torch.distributed")
     return module if module is not None and module.is_initialized() else None

@@ -1,7 +1,7 @@
-"""logs/rank_N.log: what a rank without the terminal prints; and a lock on it, by which others see that it is alive.
+"""logs/rank_N.log: the output of a rank without the terminal, locked to show other ranks that it is alive.
 
-The kernel drops the lock when the process ends, however it ends. So a rank that has lost a peer can tell the one that
-was killed from those that have only lost it too. Where the file system has no locks, nobody is known to be gone.
+The kernel releases the lock when the process ends for any reason. So a rank that has lost a peer can distinguish a
+killed rank from ranks that have only lost it too. On a file system without locks, no rank is known to have ended.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from moecompile.rundir import place
 
 _TERMINAL = "This rank writes to the terminal.\n"
-_locks: dict[int, int] = {}  # slot -> descriptor, for the life of the process
+_locks: dict[int, int] = {}  # slot -> descriptor, kept until the process ends
 
 
 def log_path(run_dir: Path, rank: int) -> Path:
@@ -23,7 +23,7 @@ def log_path(run_dir: Path, rank: int) -> Path:
 
 
 def hold(run_dir: Path, rank: int) -> None:
-    """Makes the log of `rank` and locks it. Sends standard output and error, of C++ too, there: rank 0 alone talks."""
+    """Creates and locks the log of `rank`. Redirects stdout and stderr to it, also of C++, except on rank 0."""
     path = log_path(run_dir, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     if rank == 0:
@@ -37,10 +37,10 @@ def hold(run_dir: Path, rank: int) -> None:
 
 
 def lock(path: Path, slot: int) -> None:
-    """Locks the file `path` for the life of this process, in place of what `slot` has locked before."""
+    """Locks the file `path` until this process ends, instead of the file that `slot` has locked before."""
     if slot in _locks:
         os.close(_locks.pop(slot))
-    # A descriptor of its own: children inherit the others, and with them a lock.
+    # A new descriptor: children inherit the redirected ones, and would keep the lock.
     _locks[slot] = os.open(path, os.O_RDWR)
     try:
         fcntl.flock(_locks[slot], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,11 +53,11 @@ def gone(run_dir: Path, world_size: int) -> list[int]:
     return [rank for rank in range(world_size) if is_free(log_path(run_dir, rank))]
 
 
-_early: list[int] = []  # a file without a name, before the run directory is known
+_early: list[int] = []  # an unlinked file, before the run directory is known
 
 
 def hide() -> int:
-    """Keeps output off the terminal until there is a log to put it into; returns a descriptor of the old stderr."""
+    """Keeps output off the terminal until there is a log for it; returns a descriptor of the old stderr."""
     terminal = os.dup(2)
     try:
         descriptor, name = tempfile.mkstemp(prefix="moecompile-")
@@ -86,7 +86,7 @@ def is_free(path: Path) -> bool:
     try:
         descriptor = os.open(path, os.O_RDWR)
     except OSError:
-        return False  # it has not started yet
+        return False  # the process has not started yet
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

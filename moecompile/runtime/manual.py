@@ -1,8 +1,8 @@
-"""Manual optimization: what a LightningModule with `automatic_optimization = False` may do, and what is refused.
+"""Manual optimization: what a LightningModule with `automatic_optimization = False` can do, and what is refused.
 
-Gradients are complete after each `manual_backward`, as with DDP: summed over ranks, divided, auxiliary losses included.
-So the order of backward, clipping, steps, toggles and closures does not matter. With `loss="sum"` each backward needs
-the number of its tokens before it.
+Gradients are complete after each `manual_backward`, as with DDP: summed over ranks, divided, with auxiliary losses. So
+the order of backward, clipping, steps, toggles and closures does not matter. With `loss="sum"`, the number of tokens
+must be set before each backward.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from moecompile.nn import Router, routers_of
 
 
 class Tokens:
-    """How many tokens the next backwards are over, on this rank, as the module says before them."""
+    """The number of tokens of the next backwards on this rank, which the module sets before them."""
 
     def __init__(self) -> None:
         self.number = 0  # of counts so far
         self._last: Tensor | None = None
 
     def count(self, num_tokens: Tensor | int, device: torch.device) -> None:
-        """Holds until the next count, or the next training step."""
+        """Sets the count until the next one, or the next training step."""
         self.number, self._last = self.number + 1, torch.as_tensor(num_tokens, dtype=torch.int64, device=device)
 
     def expire(self) -> None:
-        """Tokens of the last training step say nothing of this one."""
+        """Resets the count at the start of a training step."""
         self._last = None
 
     @property
     def last(self) -> Tensor:
-        """The count that holds.
+        """The current count.
 
         Raises:
             ConfigError: there is none.
@@ -52,7 +52,7 @@ class Tokens:
 
 
 class Guard:
-    """Sees to it that nobody passes by the strategy: backward goes through it, and it learns of every step.
+    """Detects a backward that bypasses the strategy, and notifies the strategy of every optimizer step.
 
     Args:
         model: the LightningModule. compiled: the model in it. optimizers: torch's own.
@@ -69,13 +69,13 @@ class Guard:
         self._handles += [optimizer.register_step_post_hook(self._stepped) for optimizer in optimizers]
 
     def remove(self) -> None:
-        """Ends the watch."""
+        """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
 
     @contextmanager
     def backward(self) -> Iterator[None]:
-        """Around a backward that the strategy runs."""
+        """The context of a backward by the strategy."""
         self._is_inside, self._num_backwards = True, self._num_backwards + 1
         try:
             yield
@@ -84,7 +84,7 @@ class Guard:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Around steps that are none of the module's."""
+        """The context of optimizer steps that are not the module's."""
         self._is_paused = True
         try:
             yield
@@ -93,19 +93,19 @@ class Guard:
 
     def _accumulated(self, parameter: Tensor) -> None:
         if not self._is_inside:
-            raise _passed_by()
+            raise _bypassed()
 
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
         if self._is_paused:
             return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if not self._num_backwards and any(parameter.grad is not None for parameter in parameters):
-            raise _passed_by()
+            raise _bypassed()
         if not self._compiled.isdisjoint(parameters):
             self._after_step()
 
 
-def _passed_by() -> ConfigError:
+def _bypassed() -> ConfigError:
     return ConfigError(
         "automatic_optimization", False,
         "a backward did not go through the strategy, so its gradients are not summed over ranks",
@@ -115,7 +115,7 @@ def _passed_by() -> ConfigError:
 
 @contextmanager
 def only_routers_behind(loss: Tensor, model: nn.Module) -> Iterator[None]:
-    """Holds back the auxiliary losses of routers whose last forward `loss` does not depend on (a detached one)."""
+    """Hides the auxiliary losses of routers if `loss` does not depend on their last forward (a detached one)."""
     nodes = {router.aux_node: router for _, router in routers_of(model) if router.aux_node is not None}
     held: dict[Router, tuple[dict[str, Tensor], Node | None]] = {}
     for node in _not_behind(loss.grad_fn, set(nodes)) if nodes else ():

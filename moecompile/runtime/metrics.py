@@ -1,4 +1,4 @@
-"""What a run writes while it trains: rows for the loggers and the progress bar, and the load of every expert."""
+"""Logs metrics during training: rows for the loggers and the progress bar, and the load of every expert."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Metrics(Callback):
     """Logs one row every `log_interval` optimizer steps, to the loggers and the progress bar, and keeps the load.
 
     loss: mean over all tokens of the steps since the last row, nats per token, without auxiliary losses. `aux/KIND`:
-    those, coefficients included, in the same way. tokens_per_second: tokens with a target over all ranks, since the
-    last row. max_violation: the worst layer's MaxVio of the last step. What each layer did in the last step has its
-    path in the column's name.
+    the same mean of an auxiliary loss, times its coefficient. tokens_per_second: tokens with a target on all ranks,
+    since the last row. max_violation: the worst layer's MaxVio in the last step. Columns with a module path have values
+    of one layer in the last step.
 
     Args:
         log_interval, max_steps: optimizer steps between rows, and of the run.
-        has_capacity: whether experts may drop tokens; then the drop rate of the last step is in the short row too.
-        history_path: where rank 0 writes the load of every row.
+        has_capacity: whether experts may drop tokens; then the progress bar also shows the drop rate of the last step.
+        history_path: file in which rank 0 writes the load of every row.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Metrics(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts the micro-batch; after an optimizer step that closes a row, logs it."""
+        """Counts the micro-batch; logs a row after an optimizer step that completes one."""
         strategy = trainer.strategy
         assert isinstance(strategy, ExpertParallelStrategy)
         # Lightning has divided the loss by the accumulation steps.
@@ -85,7 +85,7 @@ class Metrics(Callback):
         self._paused = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts it again."""
+        """Starts the clock again."""
         self._row_start += time.perf_counter() - self._paused
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,17 +93,17 @@ class Metrics(Callback):
         self.save_history()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes what there is of it."""
+        """Writes the load history so far."""
         self.save_history()
 
     def save_history(self) -> None:
-        """Writes the load of every row so far; on rank 0."""
+        """Writes the load of every row so far, on rank 0."""
         if self.history_path is not None and self.history.steps:
             self.history.save(self.history_path)
 
 
 def of_layer(load: LayerLoad) -> dict[str, float]:
-    """What a layer did in one step, as columns: `KIND/PATH`, and `load/PATH/EXPERT`, `node_tokens/PATH/NODE`."""
+    """Values of a layer in one step, as columns: `KIND/PATH`, and `load/PATH/EXPERT`, `node_tokens/PATH/NODE`."""
     columns: dict[str, float | None] = {
         f"max_violation/{load.name}": load.max_violation,
         f"drop_rate/{load.name}": load.drop_rate,

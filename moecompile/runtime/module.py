@@ -22,8 +22,8 @@ from moecompile.schema import OptimizerConfig
 class LanguageModule(LightningModule):
     """A language model with AdamW, for `ExpertParallelStrategy(loss="sum")`.
 
-    A batch holds `input_ids` and `labels`. The labels of a causal model are its inputs, shifted already; those of an
-    encoder-decoder model are what the decoder has to write, and its own inputs follow from them.
+    A batch has `input_ids` and `labels`. The labels of a causal model are its inputs, already shifted; those of an
+    encoder-decoder model are the decoder's targets, from which the decoder's inputs are derived.
 
     Args:
         model: takes `input_ids` (B, S) and returns an object with `logits` (B, S, V); with an encoder and a decoder, it
@@ -32,7 +32,7 @@ class LanguageModule(LightningModule):
         max_steps: optimizer steps of the run, for the decay.
 
     Raises:
-        ConfigError: an encoder-decoder model that does not say how its decoder starts.
+        ConfigError: an encoder-decoder model without a start token for its decoder.
     """
 
     def __init__(self, model: nn.Module, optimizer: OptimizerConfig, max_steps: int) -> None:
@@ -43,7 +43,7 @@ class LanguageModule(LightningModule):
         self._val_sums: Tensor | None = None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Sum of the token losses in nats, and how many tokens have a target."""
+        """Returns the sum of the token losses in nats, and the number of tokens with a target."""
         loss, num_tokens = self.summed_loss(batch)
         return {"loss": loss, "num_tokens": num_tokens}
 
@@ -55,7 +55,7 @@ class LanguageModule(LightningModule):
         return loss, (labels != IGNORED).sum()
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
-        """(B, S, V), or (B, L, V) of a decoder that is given the labels as its own past."""
+        """(B, S, V), or (B, L, V) of a decoder with the shifted labels as inputs (teacher forcing)."""
         inputs = {"input_ids": batch["input_ids"]}
         if self.decoder_start is not None:
             inputs["decoder_input_ids"] = shifted(batch["labels"], self.decoder_start)
@@ -86,7 +86,7 @@ class LanguageModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW; matrices decay, vectors (norms, biases) do not.
 
-        A group holds the weights of one device mesh, as the fused step (one kernel call a group) does not mix meshes.
+        A group has weights of one device mesh only, because the fused step (one kernel per group) cannot mix meshes.
         """
         o = self.optimizer
         groups: dict[tuple[bool, DeviceMesh | None], list[nn.Parameter]] = {}
@@ -108,7 +108,7 @@ class LanguageModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def set_step(self, scheduler: Any, step: int) -> None:
-        """Puts the schedule, and the rates of its optimizer, where they are after `step` optimizer steps."""
+        """Sets the schedule, and the learning rates of its optimizer, to `step` optimizer steps."""
         scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1})
         for group in scheduler.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self._lr_factor(step)
@@ -123,14 +123,14 @@ class LanguageModule(LightningModule):
 
 
 def shifted(labels: Tensor, start: int) -> Tensor:
-    """Decoder inputs, (B, L): `start`, then all labels but the last; `start` also stands where there is no target."""
+    """Decoder inputs, (B, L): `start`, then all labels but the last; `start` also replaces ignored targets."""
     inputs = labels.roll(1, dims=-1)
     inputs[:, 0] = start
     return inputs.masked_fill(inputs == IGNORED, start)
 
 
 def _decoder_start(model: nn.Module) -> int | None:
-    """The first input of the decoder: T5 has no token of its own for it and takes the padding. None: no decoder."""
+    """The first input of the decoder; T5 uses the padding token. None: no decoder."""
     if not is_encoder_decoder(model):
         return None
     names = ("decoder_start_token_id", "pad_token_id")

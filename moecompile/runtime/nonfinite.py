@@ -1,10 +1,10 @@
-"""Where a loss or gradient that is not finite began: the module and the rank.
+"""Finds the origin of a loss or gradient that is not finite: the module and the rank.
 
 Algorithm, on all ranks together, because a forward exchanges rows:
-  1. Run the micro-batches of the step again, with the same weights and random numbers, and watch each module's outputs
+  1. Run the micro-batches of the step again, with the same weights and random numbers, and check each module's outputs
      in forward and their gradients in backward.
-  2. All ranks run the same modules in the same order, so the events of all ranks can be compared: the first one is
-     where it began. What is not finite on one rank reaches the others through the next exchange or reduction.
+  2. All ranks run the same modules in the same order, so the events of all ranks can be compared: the first one is the
+     origin. Other ranks get non-finite values from it through the next exchange or reduction.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class NotFinite(UserError):
 
 @dataclass(frozen=True, order=True)
 class Event:
-    """The first value that is not finite on a rank. place: number of the module call; backward comes after forward."""
+    """A value that is not finite on a rank. place: index of the module call, with backward after forward."""
 
     place: int
     rank: int
@@ -39,7 +39,7 @@ class Event:
 
 
 def origin(model: nn.Module, runs: list[Callable[[], Any]]) -> Event | None:
-    """The first event of all ranks; None if the runs are finite this time.
+    """The first event on all ranks; None if the runs are finite this time.
 
     Args:
         runs: forward and backward of each micro-batch of the step on this rank.
@@ -49,20 +49,20 @@ def origin(model: nn.Module, runs: list[Callable[[], Any]]) -> Event | None:
             run()
         events: list[Event | None] = [None] * dist.get_world_size()
         dist.all_gather_object(events, min(seen, default=None))  # Step 2
-        if found := [event for event in events if event is not None]:
-            return min(found)
+        if seen_events := [event for event in events if event is not None]:
+            return min(seen_events)
     return None
 
 
-def told(event: Event | None, step: int, world_size: int) -> NotFinite:
-    """The error for people."""
+def error_of(event: Event | None, step: int, world_size: int) -> NotFinite:
+    """The error for the user."""
     if event is None:
-        began = "It was finite when the step was run again, so something outside of the model is random"
+        began = "It was finite when the step was run again, so something outside the model is random"
     else:
         began = f"It began in {event.name} on rank {event.rank} of {world_size}: {event.what} not finite"
     return NotFinite(
-        f"the loss or a gradient of step {step} is not finite. {began}. Lower optimizer.lr, look at the data, or drop "
-        "such steps with trainer.on_nan=skip; trainer.resume goes on from the last checkpoint."
+        f"the loss or a gradient of step {step} is not finite. {began}. Lower optimizer.lr, check the data, or skip "
+        "such steps with trainer.on_nan=skip; trainer.resume continues from the last checkpoint."
     )
 
 

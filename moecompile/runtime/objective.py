@@ -1,4 +1,4 @@
-"""Which windows a model learns from: `data.objective`, and whether the model fits it."""
+"""The training objective: inputs and targets for `data.objective`, and checks that the model fits it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def data_for(model: nn.Module, data: TextData, config: Config) -> TextData:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the model reads one sequence and writes another one (T5)."""
+    """Whether the model has an encoder and a decoder (T5)."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _check_kind(model: nn.Module, config: Config) -> None:
     both, objective = is_encoder_decoder(model), config.data.objective
-    writes_text = getattr(model, "can_generate", None)  # what transformers knows of its own classes
+    writes_text = getattr(model, "can_generate", None)  # a method of transformers' classes
     if callable(writes_text) and not writes_text():
         raise ConfigError(
             "data.objective", objective.value,

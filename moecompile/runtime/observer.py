@@ -1,4 +1,4 @@
-"""A look into a training run for rooms that do not know Lightning."""
+"""Hooks into a training run for packages that do not import Lightning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moecompile.runtime.strategy import ExpertParallelStrategy
 
 
 class StepObserver(Callback):
-    """Override what is of interest. Steps are optimizer steps, micro-batches are this rank's, both from 0."""
+    """Base class with hooks to override. Steps are optimizer steps, micro-batches are this rank's, both from 0."""
 
     _steps = 0
 
@@ -22,10 +22,10 @@ class StepObserver(Callback):
         """Before a forward."""
 
     def gradients_ready(self, module: LanguageModule, step: int) -> None:
-        """Gradients are summed over ranks and divided, and not clipped yet."""
+        """After gradients are summed over ranks and divided, before they are clipped."""
 
     def micro_batch_ended(self, module: LanguageModule, number: int) -> None:
-        """After a backward, and after the optimizer's step where the micro-batch ended one."""
+        """After a backward, and after the optimizer step if the micro-batch ended one."""
 
     def step_ended(self, module: LanguageModule, strategy: ExpertParallelStrategy) -> None:
         """After an optimizer step, once."""

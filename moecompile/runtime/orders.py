@@ -1,6 +1,6 @@
-"""How ranks that somebody else started find each other, and what rank 0 tells the others.
+"""How ranks that torchrun or SLURM started connect to each other, and the orders of rank 0 to the others.
 
-All of it goes through the store at MASTER_ADDR and MASTER_PORT: torchrun's own, or under SLURM one in rank 0's process.
+Both use the store at MASTER_ADDR and MASTER_PORT: torchrun's own, or under SLURM one in rank 0's process.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from moecompile.errors import RankFailure, UserError
 from moecompile.runtime.ranks import Ranks
 
 MEET_TIMEOUT_S = 300.0
-"""Seconds in which ranks that a cluster starts must have found each other."""
+"""Timeout, seconds, for all ranks to connect to the store."""
 
 RESOLVE_TIMEOUT_S = 8.0
-"""Seconds in which the master's name must have an address."""
+"""Timeout, seconds, to resolve the master's host name."""
 
 END_TIMEOUT_S = 30.0
-"""Seconds in which the other ranks must have read that it is over."""
+"""Timeout, seconds, for the other ranks to read the last order."""
 
 _orders = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What rank 0 tells the others. module: None ends them with `exit_code`. port: of the process group's store."""
+    """An order of rank 0 to the others. module: None ends them with `exit_code`. port: of the process group's store."""
 
     run_dir: str = ""
     module: str | None = None
@@ -44,12 +44,12 @@ class Order:
 
 
 def give(store: Any, order: Order) -> None:
-    """Rank 0: the others read it by `next_order`."""
+    """Rank 0: publishes an order, which the others read with `next_order`."""
     store.set(f"moecompile/order/{next(_orders)}", json.dumps(asdict(order)))
 
 
 def next_order(store: Any) -> Order:
-    """The other ranks: waits for it.
+    """The other ranks: waits for the next order.
 
     Raises:
         RankFailure: rank 0 is gone.
@@ -63,13 +63,13 @@ def next_order(store: Any) -> Order:
             break
         except DistNetworkError as error:
             raise RankFailure("rank 0 has ended without a word (killed by SIGKILL?)") from error
-        except DistStoreError:  # rank 0 is busy with what needs no other rank
+        except DistStoreError:  # rank 0 is busy without the other ranks
             continue
     return Order(**json.loads(store.get(key)))
 
 
 def end_others(store: Any, ranks: Ranks, code: int) -> None:
-    """Under SLURM the store is in this process: it stays until all others have read how it ends."""
+    """Sends the last order, and waits until all ranks have read it: under SLURM the store is in this process."""
     if ranks.world_size == 1:
         return
     from torch.distributed import DistError
@@ -101,7 +101,7 @@ def meet(ranks: Ranks) -> Any:
     """The store at the launcher's MASTER_ADDR and MASTER_PORT; kept, because rank 0 may be its server.
 
     Raises:
-        UserError: the master has no address, or somebody else listens there.
+        UserError: the master has no address, or another program uses the port.
     """
     _resolve(ranks.master_addr)
     from torch.distributed import DistNetworkError
@@ -122,7 +122,7 @@ def meet(ranks: Ranks) -> Any:
 
 
 def _resolve(host: str) -> None:
-    """Looks the master's name up; a resolver may try for minutes, so it has a thread of its own."""
+    """Resolves the master's host name; in a thread, because a resolver may try for minutes."""
     found: list[BaseException | None] = []
 
     def look_up() -> None:
@@ -144,7 +144,7 @@ def _resolve(host: str) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """An unused port of this machine."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

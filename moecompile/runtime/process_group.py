@@ -1,4 +1,4 @@
-"""The process group of a task that needs one before the Trainer does."""
+"""Creates the process group for tasks that need it before the Trainer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moecompile.schema import Config
 
 
 def init_process_group(config: Config) -> None:
-    """gloo or NCCL; the Trainer uses this group then. Also sets the CPU threads of this rank."""
+    """Initializes gloo or NCCL; the Trainer uses this group later. Also sets the CPU threads of this rank."""
     torch.set_num_threads(config.trainer.threads_per_rank)
     cuda = config.mesh.device == "cuda" or (config.mesh.device == "auto" and torch.cuda.is_available())
     if cuda:

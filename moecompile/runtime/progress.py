@@ -1,4 +1,4 @@
-"""What a run prints while it trains: a bar on a terminal, lines elsewhere."""
+"""Prints the progress of training: a bar on a terminal, else lines."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar over optimizer steps, from where the run goes on, with rounded figures."""
+    """Lightning's bar over optimizer steps, from the resumed step on, with rounded figures."""
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Begins at the step that is done already."""
+        """Starts the bar at the steps that are done already."""
         bar = self.train_progress_bar
         if bar.total == trainer.max_steps:
             return  # another pass over the data
@@ -23,7 +23,7 @@ class ProgressBar(TQDMProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Moves after a step, not after a micro-batch."""
+        """Updates the bar after an optimizer step, not after a micro-batch."""
         bar, step = self.train_progress_bar, trainer.global_step
         if step != bar.n and (step % self.refresh_rate == 0 or step == trainer.max_steps):
             bar.n = step
@@ -36,17 +36,17 @@ class ProgressBar(TQDMProgressBar):
 
 
 class ProgressLines(Callback):
-    """The same figures as lines, for output that is no terminal: one every `log_interval` optimizer steps."""
+    """Prints the same figures as lines if the output is not a terminal, every `log_interval` optimizer steps."""
 
     def __init__(self, log_interval: int) -> None:
         self.log_interval, self._last_step = log_interval, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Where the run goes on."""
+        """Records the step at which the run starts."""
         self._last_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Prints after a step that closes a row."""
+        """Prints a line after a step that completes a row."""
         step = trainer.global_step
         if trainer.is_global_zero and step != self._last_step and (step == 1 or step % self.log_interval == 0):
             figures = "  ".join(f"{name} {value}" for name, value in _figures(trainer).items())
@@ -56,11 +56,13 @@ class ProgressLines(Callback):
 
 def _figures(trainer: Trainer) -> dict[str, str]:
     """loss, tokens/s, MaxVio, drops and val_loss as text, as far as they are known."""
-    found = trainer.progress_bar_metrics
+    metrics = trainer.progress_bar_metrics
     names = {
         "loss": "loss", "tokens_per_second": "tok/s", "max_violation": "MaxVio", "drop_rate": "drops", "val_loss": "val"
     }  # fmt: skip
     shapes = {"tokens_per_second": "{:,.0f}", "max_violation": "{:.2f}", "drop_rate": "{:.1%}"}
     return {
-        short: shapes.get(name, "{:.3f}").format(float(found[name])) for name, short in names.items() if name in found
+        short: shapes.get(name, "{:.3f}").format(float(metrics[name]))
+        for name, short in names.items()
+        if name in metrics
     }

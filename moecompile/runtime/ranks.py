@@ -1,6 +1,6 @@
-"""Ranks that somebody else started: what torchrun's or SLURM's environment says about this process.
+"""Reads the ranks that torchrun or SLURM started from the environment variables of this process.
 
-Reading it needs no torch, so that the command line knows before anything else whether it is one rank of many.
+It needs no torch, so that the command line knows first whether it is one of several ranks.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process's place among all ranks, in torchrun's words. launcher: who started them, for messages.
+    """This process among all ranks, with torchrun's names. launcher: name of what started them, for messages.
 
-    node: of this process, as the launcher says.
+    node: index of this process's node, from the launcher.
     """
 
     rank: int
@@ -35,7 +35,7 @@ class Ranks:
     node: int = 0
 
     def variables(self) -> dict[str, str]:
-        """The environment variables from which torch and Lightning read the same place."""
+        """The same values as environment variables for torch and Lightning."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
@@ -48,10 +48,10 @@ class Ranks:
 
 
 def in_place_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
-    """The place that torchrun or a SLURM job step gave to this process; None if there is no such launcher.
+    """This process's rank under torchrun or in a SLURM job step; None without such a launcher.
 
-    torchrun comes first, because it is often started by srun. Inside a SLURM allocation but outside of a job step (a
-    batch script, an interactive shell) there are no ranks yet, and neither in a step of one task.
+    torchrun is checked first, because it is often started by srun. In a SLURM allocation outside of a job step (a batch
+    script, an interactive shell), and in a step of one task, there are no ranks.
     """
     if all(name in environ for name in _TORCHRUN):
         world_size = int(environ["WORLD_SIZE"])
@@ -72,10 +72,10 @@ def in_place_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
 
 
 def check_places(places: Sequence[tuple[int, int]], launcher: str) -> None:
-    """Whether nodes hold as many ranks each, and contiguous ones: `places` are (node, local rank), by rank.
+    """Checks that every node has the same number of ranks, and consecutive ones. places: (node, local rank) by rank.
 
     Raises:
-        UserError: they do not.
+        UserError: it does not hold.
     """
     counts = Counter(node for node, _ in places)
     per_node = len(places) // len(counts)
@@ -96,10 +96,10 @@ def check_places(places: Sequence[tuple[int, int]], launcher: str) -> None:
 
 
 def check_mesh(num_nodes: int, ranks_per_node: int, hosts: int, local_world_size: int, launcher: str) -> str | None:
-    """Whether a mesh fits the ranks that `launcher` started on `hosts` machines; a sentence if some play nodes.
+    """Checks that a mesh fits the ranks on `hosts` machines; returns a note if machines simulate several nodes.
 
     Raises:
-        ConfigError: another number of ranks, or a node of the mesh that would lie on several machines.
+        ConfigError: the number of ranks differs, or a node of the mesh would span several machines.
     """
     wanted, found = num_nodes * ranks_per_node, hosts * local_world_size
     machines = "machine" if hosts == 1 else "machines"
@@ -124,9 +124,9 @@ def check_mesh(num_nodes: int, ranks_per_node: int, hosts: int, local_world_size
 def worker_variables(threads: int, *, one_machine: bool) -> dict[str, str]:
     """Environment variables of a rank.
 
-    Threads that spin while they wait steal the cores of the other ranks, hence `passive`. Freed tensors stay on the
-    heap: glibc would otherwise map every big buffer anew in each step. All ranks of one machine talk over loopback,
-    whatever its host name resolves to.
+    Threads that spin while they wait take cores from other ranks, so they are `passive`. Freed tensors stay on the
+    heap, else glibc would map every large buffer again in each step. Ranks of one machine communicate over loopback,
+    independent of its host name.
     """
     variables = {
         "OMP_NUM_THREADS": str(threads),
@@ -174,6 +174,6 @@ def _first_host(nodes: str) -> str:
 
 
 def _port(environ: Mapping[str, str]) -> int:
-    """A port that all ranks derive alike, apart for two steps of a job and below the ephemeral ports."""
+    """A port that all ranks derive the same way, different for two steps of a job and below the ephemeral ports."""
     job, step = int(environ.get("SLURM_JOB_ID", 0)), int(environ["SLURM_STEP_ID"])
     return 15000 + (job + 101 * step) % 15000

@@ -1,4 +1,4 @@
-"""Saves a training run while it trains, and goes on with one that was saved, on this mesh or another."""
+"""Saves checkpoints during training, and resumes from them on the same mesh or another."""
 
 from __future__ import annotations
 
@@ -43,9 +43,8 @@ class Saver(Callback):
     """Writes a checkpoint every `trainer.save_interval` optimizer steps, and one at the end.
 
     Args:
-        metrics: whose state travels with the checkpoints. fingerprint: of model and data, does too.
-            val_loss_first: of the run, as well.
-        start: the checkpoint to go on from, with its state; None: from the beginning.
+        metrics: their state is saved too. fingerprint: of model and data, saved too.
+        start: the checkpoint to resume from, with its state; None: a new run.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class Saver(Callback):
         self._agreeing: dist.ProcessGroup | None = None  # the writer's group belongs to its thread
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Weights are sharded and the optimizer is made: reads the checkpoint into both."""
+        """Reads the checkpoint; weights are sharded and the optimizer exists."""
         assert isinstance(pl_module, LanguageModule)
         timeout = timedelta(seconds=self.config.trainer.timeout_s)
         group = dist.new_group(backend="gloo", timeout=timeout)
@@ -76,7 +75,7 @@ class Saver(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves after a step whose turn it is; tells of a save that has failed."""
+        """Saves every `save_interval` steps; raises the error of a background save."""
         assert self._writer is not None
         self._writer.check()
         if trainer.global_step == self._step:
@@ -91,23 +90,23 @@ class Saver(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        """A validation between two steps ends where it is."""
+        """Ends a validation between two steps after a signal."""
         if self._agreeing is not None:
             self._end_if_asked(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning has taken the signals."""
+        """Removes Lightning's signal handlers."""
         signals.quiet()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """It has taken them again, if this validation is not between two steps."""
+        """Removes them again, which Lightning sets for a validation outside of fit."""
         signals.quiet()
 
     def _end_if_asked(self, trainer: Trainer, module: LightningModule) -> None:
-        """All ranks end after the same step if a signal has asked one of them to.
+        """Ends all ranks after the same step if one of them has received a signal.
 
         Raises:
-            Stopped: the step is saved, if the run keeps checkpoints.
+            Stopped: after the step is saved, if the run keeps checkpoints.
         """
         asked = torch.tensor([signals.requested()])
         dist.all_reduce(asked, dist.ReduceOp.MAX, self._agreeing)
@@ -122,7 +121,7 @@ class Saver(Callback):
         raise signals.Stopped(number, self._step if self._is_saved else None)
 
     def finish(self, trainer: Trainer, module: LanguageModule) -> Path | None:
-        """The last checkpoint, if one is wanted; waits for what is being written."""
+        """Saves the last checkpoint if configured, waits until it is written, and returns its path."""
         assert self._writer is not None
         if self.config.trainer.save_checkpoint and not self._is_saved:
             self._save(trainer, module)
@@ -134,7 +133,7 @@ class Saver(Callback):
 
     def _save(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._writer is not None and isinstance(module, LanguageModule)
-        if trainer.is_global_zero:  # rows up to here are needed to go on from here
+        if trainer.is_global_zero:  # to resume from here, rows up to here are needed
             self.metrics.save_history()
             for logger in trainer.loggers:
                 logger.save()
@@ -153,14 +152,14 @@ class Saver(Callback):
 
 
 def restore(trainer: Trainer, module: LanguageModule, metrics: Metrics, folder: Path, state: State) -> None:
-    """Weights, biases, optimizer, learning rate, step and metrics as they were; random numbers follow from the step.
+    """Restores weights, biases, optimizer, learning rate, step and metrics; random numbers follow from the step.
 
     Raises:
-        PlanError: the checkpoint's names or shapes are others.
+        PlanError: the checkpoint has other names or shapes.
     """
-    optimizers, found = trainer.strategy.optimizers, shapes(folder)
-    tensors = forget_unused(module.model, optimizers, tensors_of(module.model, optimizers), found)
-    check_entries(found, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, folder)
+    optimizers, saved = trainer.strategy.optimizers, shapes(folder)
+    tensors = forget_unused(module.model, optimizers, tensors_of(module.model, optimizers), saved)
+    check_entries(saved, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, folder)
     read_tensors(folder, tensors)
     for scheduler in trainer.strategy.lr_scheduler_configs:
         module.set_step(scheduler.scheduler, state.step)
@@ -184,7 +183,7 @@ def rows_until(folder: Path, step: int) -> list[dict[str, float]]:
 
 
 def write_again(logger: CSVLogger, rows: list[dict[str, float]]) -> None:
-    """Puts earlier rows in front of those to come: Lightning's logger begins with an empty file."""
+    """Writes earlier rows before new ones, because Lightning's logger starts with an empty file."""
     for row in rows:
         values: dict[str, Any] = {name: int(value) if value.is_integer() else value for name, value in row.items()}
         logger.log_metrics(values, step=int(row["step"]))
@@ -198,26 +197,26 @@ def _history(folder: Path, step: int) -> LoadHistory:
 
 
 def _check_function(start: tuple[Path, State], plan: Plan, config: Config, fingerprint: dict[str, Any]) -> None:
-    """Whether model, data and plan are those of the checkpoint."""
+    """Checks that model, data and plan are those of the checkpoint."""
     folder, state = start
-    found = [*differences(state.fingerprint, fingerprint)] if state.fingerprint else []
-    found += plan_differences(load_plan(folder / folders.PLAN), plan)
-    refuse(found, config.trainer.allow_changes, folder)
+    changes = [*differences(state.fingerprint, fingerprint)] if state.fingerprint else []
+    changes += plan_differences(load_plan(folder / folders.PLAN), plan)
+    refuse(changes, config.trainer.allow_changes, folder)
 
 
 def starting_point(
     config: Config, plan: Plan, run_dir: Path, fingerprint: dict[str, Any], *, is_restart: bool
 ) -> tuple[Path, State] | None:
-    """The checkpoint that this run goes on from, and its state; None: from the beginning. All ranks call it.
+    """The checkpoint that this run resumes from, and its state; None: a new run. All ranks call it.
 
-    Removes what an earlier attempt has left unfinished, and later checkpoints, which this run writes again.
+    Removes unfinished checkpoints of an earlier attempt, and later checkpoints, which this run writes again.
 
     Args:
         fingerprint: of the model and the data.
-        is_restart: a rank was lost, and the launcher has started all of them again.
+        is_restart: whether the launcher has restarted all ranks after one was lost.
 
     Raises:
-        ConfigError: no such checkpoint, one of another run, or a new run in a directory that has checkpoints.
+        ConfigError: the checkpoint does not exist or is of another run, or a new run's directory has checkpoints.
         PlanError: it does not fit the plan.
     """
     checkpoints, resume = folders.checkpoints_of(run_dir), config.trainer.resume

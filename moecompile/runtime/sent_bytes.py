@@ -1,4 +1,4 @@
-"""How many bytes training forwards put on each link class, as they are sent."""
+"""Measures the bytes that training forwards send, by link class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moecompile.runtime.strategy import ExpertParallelStrategy
 
 
 class TrafficMeter(Callback):
-    """Counts the bytes that training forwards put on each link class."""
+    """Counts the bytes that training forwards send, by link class."""
 
     def __init__(self, mesh: MeshSpec) -> None:
         self.mesh = mesh
@@ -25,17 +25,17 @@ class TrafficMeter(Callback):
         self.per_token_and_layer: Traffic | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Where the run goes on."""
+        """Records the step at which the run starts."""
         self._last_step = trainer.global_step
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Forgets what was sent outside training (validation, warm-up)."""
+        """Discards bytes that were sent outside training (validation, warm-up)."""
         traffic.take()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Adds what this rank sent for one micro-batch, and the tokens of a step that ended."""
+        """Adds the bytes that this rank sent for one micro-batch, and the tokens of a completed step."""
         for rank, sent in traffic.take().items():
             self._bytes[self.mesh.link(trainer.global_rank, rank)] += sent
         if trainer.global_step != self._last_step:
@@ -44,7 +44,7 @@ class TrafficMeter(Callback):
             self._tokens += sum(load.tokens for load in trainer.strategy.loads)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bytes per token and MoE layer, over all ranks."""
+        """Computes the bytes per token and MoE layer, over all ranks."""
         sent = [self._bytes[LinkClass.INTRA_NODE], self._bytes[LinkClass.INTER_NODE]]
         sums = torch.tensor(sent, dtype=torch.int64, device=pl_module.device)
         if dist.is_initialized():

@@ -1,12 +1,12 @@
-"""Being asked to end: a rank that trains finishes its step and saves, any other one ends at once.
+"""Signals that end a run: a rank that trains finishes its step and saves, any other rank ends immediately.
 
-A rank that waits in C++ (a collective) never reaches a signal handler of Python. The wake-up descriptor is written to
-even then, and a thread reads it:
+A rank that waits in C++ (a collective) does not run signal handlers of Python. The wake-up descriptor is written even
+then, and a thread reads it:
 
-    a rank has failed before      SIGTERM is how launchers end the others: leave, and tell what happened if nobody has
-    nothing is being trained      leave at once
-    the first signal              remember it; training looks at `requested()` after each step, on all ranks together
-    the second one                leave at once (with a launcher of ours, that one says so by SIGKILL)
+    a rank has failed before      launchers end the others by SIGTERM: exit, and report the failure if no rank has
+    nothing is being trained      exit immediately
+    the first signal              record it; training checks `requested()` after each step, on all ranks together
+    the second one                exit immediately (our own launcher sends SIGKILL then)
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from moecompile.errors import MoecompileError
 
 ASKING = (signal.SIGTERM, signal.SIGINT)
 _FAILURE_S = 1.5
-"""Seconds after a SIGTERM in which a failure of another rank shows, if there was one."""
+"""Seconds after a SIGTERM within which a failure of another rank becomes visible."""
 _SECOND_S = 1.0
-"""Signals closer together are one request: a launcher and its terminal may both send it."""
+"""Signals within this time are one request: a launcher and its terminal may both send it."""
 
 
 class Stopped(MoecompileError):
-    """The run was asked to end. step: the optimizer step that was saved last; None: none was."""
+    """A signal has ended the run. step: the optimizer step that was saved last; None: none was."""
 
     def __init__(self, number: int, step: int | None = None) -> None:
         self.number, self.step = number, step
@@ -51,13 +51,13 @@ _state = _State()
 
 
 def requested() -> int:
-    """The signal that asked this rank to end, 0: none yet."""
+    """The signal that this rank has received; 0: none yet."""
     return _state.requested
 
 
 @contextmanager
 def training() -> Iterator[None]:
-    """A signal is answered after the step, not at once."""
+    """Within it, a signal takes effect after the current step, not immediately."""
     _state.is_training = True
     try:
         yield
@@ -66,7 +66,7 @@ def training() -> Iterator[None]:
 
 
 def quiet() -> None:
-    """Leaves the signals to the thread. Lightning puts a handler in its place, which starts a collective."""
+    """Leaves the signals to the thread again. Lightning sets its own handler, which starts a collective."""
     if threading.current_thread() is threading.main_thread() and _state.hooks:
         for number in ASKING:
             signal.signal(number, _nothing)
@@ -78,8 +78,8 @@ def watch(
     """Starts the thread.
 
     Args:
-        failed: whether another rank has failed. leave: ends this process with an exit code; tells first what happened.
-        is_orphan: whether the launcher is gone. counts: whether a second signal ends at once.
+        failed: whether another rank has failed. leave: reports, and ends this process with an exit code.
+        is_orphan: whether the launcher is gone. counts: whether a second signal ends this process immediately.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -118,4 +118,4 @@ def _shows_within(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def _nothing(number: int, frame: object) -> None:
-    """Python's handler: there must be one, or the signal would end the process."""
+    """Python's handler: without one, the signal would end the process."""

@@ -1,4 +1,4 @@
-"""What the strategy does from `training_step` to the optimizer step, under automatic and manual optimization."""
+"""The strategy's part from `training_step` to the optimizer step, with automatic and manual optimization."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from moecompile.pipeline import compiled_module
 from moecompile.runtime.completion import Completion
 from moecompile.runtime.gradients import all_finite, divide, sum_replicated
 from moecompile.runtime.manual import Guard, Tokens, only_routers_behind
-from moecompile.runtime.nonfinite import origin, told
+from moecompile.runtime.nonfinite import error_of, origin
 from moecompile.runtime.window import Window, keyed_random_numbers
 from moecompile.torch_private import drop_unreduced, parameters_of
 
@@ -36,7 +36,7 @@ class TrainingSteps(ModelParallelStrategy):
     """Objective, gradients and balance of `ExpertParallelStrategy`.
 
     Args:
-        loss, seed, on_nan: as there. options: of Lightning's strategy.
+        loss, seed, on_nan: as in `ExpertParallelStrategy`. options: of Lightning's strategy.
     """
 
     def __init__(self, loss: str, seed: int, on_nan: str | None, **options: Any) -> None:
@@ -44,16 +44,16 @@ class TrainingSteps(ModelParallelStrategy):
         self.loss, self.seed, self.on_nan = loss, seed, on_nan
         self.loads: list[LayerLoad] = []  # of the last optimizer step
         self.aux_losses: dict[str, Tensor] = {}  # of the last micro-batch
-        self.skipped = False  # whether the last optimizer step was dropped
+        self.skipped = False  # whether the last optimizer step was skipped
         self._window = Window()
         self._tokens = Tokens()  # of the last micro-batch
         self._completion = Completion()
-        self._guard: Guard | None = None  # under manual optimization
-        self._is_again = False  # whether a step runs once more, to be looked at
-        self._is_last = False  # whether the running micro-batch is the last one of its window
+        self._guard: Guard | None = None  # with manual optimization
+        self._is_again = False  # whether a step is run again, to find the origin of a NaN
+        self._is_last = False  # whether the current micro-batch is the last one of its window
 
     def _watch(self, compiled: nn.Module) -> None:
-        """Under manual optimization the module calls backward and steps itself."""
+        """Installs the guard with manual optimization, where the module itself calls backward and steps."""
         assert self.model is not None
         if self._guard is not None:
             self._guard.remove()
@@ -62,10 +62,10 @@ class TrainingSteps(ModelParallelStrategy):
             return
         if self.on_nan is not None:
             raise ConfigError(
-                "on_nan", self.on_nan, "looks at steps of automatic optimization alone",
-                "Use on_nan=None, and look at losses in training_step",
+                "on_nan", self.on_nan, "is only for automatic optimization",
+                "Use on_nan=None, and check losses in training_step",
             )  # fmt: skip
-        if isinstance(compiled, FSDPModule):  # zero_grad and toggles after a forward must meet the shards
+        if isinstance(compiled, FSDPModule):  # zero_grad and toggles after a forward must see the shards
             compiled.set_reshard_after_forward(True)
         self._guard = Guard(self.model, compiled, self.optimizers, self._end_manual_step)
 
@@ -76,9 +76,9 @@ class TrainingSteps(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Micro-batches but the last one of a step: gradients are added up where they are, nothing is reduced.
+        """For all micro-batches of a step except the last: gradients are accumulated locally, without a reduction.
 
-        Under manual optimization all are reduced, as nobody knows what will be zeroed before the step.
+        With manual optimization all are reduced, because the module may zero gradients before the step.
         """
         assert self.model is not None
         modules = self.model.modules() if self._is_automatic else ()
@@ -92,10 +92,11 @@ class TrainingSteps(ModelParallelStrategy):
                 module.set_requires_gradient_sync(True, recurse=False)
 
     def count_tokens(self, num_tokens: Tensor | int) -> None:
-        """Says, under manual optimization with `loss="sum"`, over how many tokens of this rank the next losses sum.
+        """Sets the number of this rank's tokens in the next losses, for manual optimization with `loss="sum"`.
 
-        It holds for every `manual_backward` until the next count or the next training step. The gradient of a weight is
-        divided by the tokens, over all ranks, of the counts whose losses reached it since it was zeroed, each once.
+        It is used for every `manual_backward` until the next count or the next training step. The gradient of a weight
+        is divided by the tokens of all ranks in the counts whose losses it depends on since it was zeroed, each counted
+        once.
 
         Raises:
             ConfigError: the optimization is automatic (`training_step` returns the count), or the loss is a mean.
@@ -103,13 +104,13 @@ class TrainingSteps(ModelParallelStrategy):
         if self._is_automatic or self.loss != "sum":
             raise ConfigError(
                 "count_tokens", int(num_tokens), "is for manual optimization with loss=sum",
-                "Under automatic optimization return {'loss': sum, 'num_tokens': n} from training_step; for a mean no "
-                "count is needed",
+                "With automatic optimization, return {'loss': sum, 'num_tokens': n} from training_step; "
+                "a mean needs no count",
             )  # fmt: skip
         self._tokens.count(num_tokens, self.root_device)
 
     def take_auxiliary_loss(self) -> Tensor | None:
-        """The auxiliary losses of the last training forward; what is taken is not added by the next backward again."""
+        """Returns the auxiliary losses of the last training forward, which the next backward does not add again."""
         assert self.model is not None
         aux = auxiliary_loss(self.model)
         if aux is not None:
@@ -118,13 +119,13 @@ class TrainingSteps(ModelParallelStrategy):
         return aux
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's step; with `loss="sum"` its token count is added up over the accumulation window."""
+        """Runs the module's step; with `loss="sum"`, its tokens are summed over the accumulation window."""
         self._begin_step()
         if self.on_nan is not None:
             self._window.arguments.append((args, kwargs))
         with self._random_numbers():
             output = super().training_step(*args, **kwargs)
-        if self.loss == "sum" and self._is_automatic and output is not None:  # None: Lightning has its own answer
+        if self.loss == "sum" and self._is_automatic and output is not None:  # None: handled by Lightning
             if not isinstance(output, Mapping) or "num_tokens" not in output:
                 raise ConfigError(
                     "loss", "sum", "training_step must return {'loss': sum over tokens, 'num_tokens': their number}",
@@ -135,7 +136,7 @@ class TrainingSteps(ModelParallelStrategy):
         return output
 
     def _begin_step(self) -> None:
-        """Forgets what belongs to the last step, and a window that was left before its end."""
+        """Resets the state of the last step, and abandons a window that was not completed."""
         assert self.lightning_module is not None and self.model is not None
         self.aux_losses = {}
         self._tokens.expire()
@@ -148,9 +149,9 @@ class TrainingSteps(ModelParallelStrategy):
             update_balance(self.model, dist.group.WORLD, move=False)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Adds the auxiliary losses, divides means, and completes the gradients where this is the last backward.
+        """Adds the auxiliary losses, divides means, and completes the gradients if this is the last backward.
 
-        They are added here and not to what `training_step` returns, so that the loss that is logged stays the module's.
+        They are added here, not to the result of `training_step`, so that the logged loss is the module's.
         """
         module = self.lightning_module
         assert module is not None and self.model is not None
@@ -169,7 +170,7 @@ class TrainingSteps(ModelParallelStrategy):
         return loss
 
     def _objective(self, loss: Tensor) -> Tensor:
-        """What this rank differentiates. Sums undo Lightning's division by the accumulation steps."""
+        """The loss for backward on this rank. For sums, it undoes Lightning's division by the accumulation steps."""
         assert self.lightning_module is not None and self.model is not None
         if self._is_automatic:
             accumulate = self.lightning_module.trainer.accumulate_grad_batches
@@ -193,7 +194,7 @@ class TrainingSteps(ModelParallelStrategy):
         model: LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Completes the gradients after the last backward, before hooks and clipping see them."""
+        """Completes the gradients after the last backward, before hooks and clipping."""
 
         def completed() -> Any:
             self._is_last = True
@@ -208,7 +209,7 @@ class TrainingSteps(ModelParallelStrategy):
         return super().optimizer_step(optimizer, completed if self._is_automatic else closure, model, **kwargs)
 
     def _complete_gradients(self) -> None:
-        """Ends a window: sums over ranks, one division, and under automatic optimization the balance."""
+        """Ends a window: sums over ranks, divides once, and with automatic optimization updates the balance."""
         assert self.model is not None
         parameters = parameters_of(self.model)
         if not self._completion.is_open:
@@ -226,7 +227,7 @@ class TrainingSteps(ModelParallelStrategy):
             self.loads = update_balance(self.model, dist.group.WORLD, move=not self.skipped)
 
     def _end_manual_step(self) -> None:
-        """Balances by what was counted since the last step: nothing, for the second optimizer after one backward."""
+        """Updates the balance from the load since the last step, which is zero for a second optimizer's step."""
         assert self.model is not None
         self._window = Window()
         loads = update_balance(self.model, dist.group.WORLD)
@@ -234,7 +235,7 @@ class TrainingSteps(ModelParallelStrategy):
             self.loads = loads
 
     def _over_ranks(self, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor, bool]:
-        """Of all ranks: tokens of the window, weights whose gradients go on, whether something is not finite."""
+        """Over all ranks: tokens of the window, weights with earlier gradients, whether something is not finite."""
         tokens = self._window.num_tokens if self._is_automatic or self.loss == "mean" else self._tokens.last
         kept = self._completion.kept(parameters) if self.loss == "sum" else []
         sums = torch.zeros(2 + len(kept), dtype=torch.int64, device=self.root_device)
@@ -249,10 +250,10 @@ class TrainingSteps(ModelParallelStrategy):
         return sums[0], sums[2:], self.on_nan is not None and bool(sums[1])
 
     def _drop_step(self, parameters: list[nn.Parameter]) -> None:
-        """An optimizer passes over weights without a gradient; or the run ends.
+        """Removes all gradients, so that the optimizer changes nothing; or ends the run.
 
         Raises:
-            NotFinite: on_nan=stop, the same on all ranks.
+            NotFinite: on_nan=stop; the same on all ranks.
         """
         assert self.lightning_module is not None and self.model is not None
         for parameter in parameters:
@@ -273,15 +274,15 @@ class TrainingSteps(ModelParallelStrategy):
             event = origin(compiled_module(self.model), [partial(run, *arguments) for arguments in window.arguments])
         finally:
             self._is_again = False
-        raise told(event, step + 1, self.world_size)
+        raise error_of(event, step + 1, self.world_size)
 
     def _random_numbers(self) -> AbstractContextManager[None]:
-        """Of the micro-batch that begins."""
+        """The context with the random numbers of the micro-batch that begins."""
         assert self.lightning_module is not None and self.model is not None
         trainer, place = self.lightning_module.trainer, self._window.num_micro_batches
         if self._is_automatic:
             number = self.global_rank * trainer.accumulate_grad_batches + place
-        else:  # how many there will be is the module's choice
+        else:  # the module decides how many there are
             number = place * self.world_size + self.global_rank
         self._window.num_micro_batches += 1
         return keyed_random_numbers(self.model, self.seed, trainer.global_step, number, self.root_device)

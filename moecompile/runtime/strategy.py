@@ -3,16 +3,16 @@
     Trainer(strategy="expert_parallel")                            # the module returns a mean loss over its batch
     Trainer(strategy=ExpertParallelStrategy(loss="sum"))           # it returns {"loss": sum, "num_tokens": n}
 
-The LightningModule is an ordinary one. It holds a model that `moecompile.compile_model` lowered; the strategy finds its
-plan, shards it, keys the routers' random numbers, and does what has to happen from backward to the optimizer step:
-  1. adds the routers' auxiliary losses to the loss, times the micro-batch's tokens where the loss is a sum,
-  2. sums the gradients of the weights that every rank holds whole (FSDP2 has summed the others),
+The LightningModule is an ordinary one, with a model that `moecompile.compile_model` has lowered. The strategy gets the
+plan from it, shards it, and sets the routers' random keys. From backward to the optimizer step it
+  1. adds the routers' auxiliary losses to the loss, times the micro-batch's tokens if the loss is a sum,
+  2. sums the gradients of replicated weights (FSDP2 has summed the others),
   3. divides once: by the world size (`mean`, as DDP does) or by the tokens of the whole accumulation window (`sum`),
-  4. moves the correction biases by the global load, once per optimizer step,
+  4. updates the correction biases from the global load, once per optimizer step,
   5. clips by one norm over all meshes (Lightning's own `gradient_clip_val`).
-Under manual optimization 1 to 3 happen in every `manual_backward` (moecompile.runtime.manual).
-A step whose loss or gradients are not finite can be dropped on all ranks, or end the run. Checkpoints are folders of
-shards that any mesh reads.
+With manual optimization, 1 to 3 are done in every `manual_backward` (moecompile.runtime.manual).
+A step with a loss or gradients that are not finite can be skipped on all ranks, or end the run. Checkpoints are folders
+of shards that can be loaded on any mesh.
 """
 
 from __future__ import annotations
@@ -54,24 +54,24 @@ class ExpertParallelStrategy(TrainingSteps):
 
     Args:
         loss: `mean` if `training_step` returns a mean over its batch; `sum` if it returns the sum over its tokens, in a
-            dict with their number: `{"loss": loss, "num_tokens": n}`. With `sum`, unequal token counts are exact. Under
-            manual optimization: what `manual_backward` gets, after `count_tokens(n)` for a sum.
-        seed: keys what is random in training (routers, dropout), together with the optimizer step and the micro-batch.
-        on_nan: what to do when a loss or a gradient is not finite: `stop` ends the run and names layer and rank, `skip`
-            drops the step on all ranks; None does not look. Not under manual optimization.
+            dict with their number: `{"loss": loss, "num_tokens": n}`. With `sum`, unequal token counts are exact. With
+            manual optimization: the argument of `manual_backward`, after `count_tokens(n)` for a sum.
+        seed: of random numbers in training (routers, dropout), with the optimizer step and the micro-batch.
+        on_nan: what to do if a loss or a gradient is not finite: `stop` ends the run and names layer and rank, `skip`
+            skips the step on all ranks; None: no check. Not with manual optimization.
         process_group_backend, timeout: of the process group; gloo on a CPU and NCCL on CUDA by default.
-        param_dtype: what layers compute in, see `moecompile.passes.shard.shard`; None: as their weights are.
-        checkpointing: `full` or `keep_exchanges`: layers compute again in backward (moecompile.passes.recompute).
-        compile_regions: whether the graphs that moecompile made go through torch.compile.
-        materialize: for a model that was compiled on the meta device: called with the root device after sharding, it
-            gives the shards their values.
+        param_dtype: the dtype in which layers compute, see `moecompile.passes.shard.shard`; None: that of the weights.
+        checkpointing: `full` or `keep_exchanges`: layers are recomputed in backward (moecompile.passes.recompute).
+        compile_regions: whether the graphs of moecompile are compiled with torch.compile.
+        materialize: for a model that was compiled on the meta device: called with the root device after sharding, to
+            fill the shards.
 
     Raises:
         ConfigError: an unknown `loss`, `on_nan` or `checkpointing`. PlanError (at setup): no compiled model, or the
             Trainer's ranks do not fit it. NotFinite (in a step): as `on_nan` says.
 
-    After each optimizer step `loads` has one `LayerLoad` a router; after each backward `aux_losses` has the sums over
-    the micro-batch's layers by kind, coefficients included, per token.
+    After each optimizer step, `loads` has one `LayerLoad` per router; after each backward, `aux_losses` has the sums
+    over the micro-batch's layers by kind, times their coefficients, per token.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class ExpertParallelStrategy(TrainingSteps):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """The batch is split over all ranks: EP peers hold different data."""
+        """The batch is split over all ranks: EP peers get different data."""
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     @property
@@ -113,7 +113,7 @@ class ExpertParallelStrategy(TrainingSteps):
         return self._device_mesh
 
     def setup_environment(self) -> None:
-        """Process group only; the mesh follows from the plan, which the module may not have made yet."""
+        """Sets up only the process group; the mesh depends on the plan, which the module may not have yet."""
         self._setup_distributed()
 
     def setup(self, trainer: Trainer) -> None:
@@ -124,7 +124,7 @@ class ExpertParallelStrategy(TrainingSteps):
         plan = plan_of(compiled)
         self._check_world(plan)
         if self.materialize is None or self._device_mesh is not None:
-            self.model_to_device()  # also puts back shards that an earlier validation has left gathered
+            self.model_to_device()  # also restores shards that an earlier validation left unsharded
         self.model = self.precision_plugin.convert_module(self.model)
         if self._device_mesh is None:
             check_same_weights(self.model)
@@ -132,7 +132,7 @@ class ExpertParallelStrategy(TrainingSteps):
             self._parallelize(compiled, plan, self._device_mesh)
             if self.materialize is not None:
                 self.materialize(self.root_device)
-                check_same_weights(self.model)  # those that every rank holds whole
+                check_same_weights(self.model)  # the replicated ones
             set_timeouts(self._timeout or DEFAULT_TIMEOUT)
         self.precision_plugin.clip_grad_by_norm = self._clip  # type: ignore[method-assign]
         self.precision_plugin.clip_grad_by_value = self._clip_by_value  # type: ignore[method-assign]
@@ -156,7 +156,7 @@ class ExpertParallelStrategy(TrainingSteps):
             recompute(compiled, plan, self.checkpointing)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """A folder of shards (torch DCP) that every mesh can read at `filepath`, whole or not there."""
+        """Writes the folder `filepath` atomically: shards (torch DCP) that can be loaded on any mesh."""
         assert self.model is not None
         trainer_checkpoint.save(
             Path(self.broadcast(filepath)), checkpoint, self.model,
@@ -165,7 +165,7 @@ class ExpertParallelStrategy(TrainingSteps):
         )  # fmt: skip
 
     def _tensors_of(self, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-        """Makes an optimizer's first step, of zeros, where it has no state yet: nobody else's business."""
+        """The entries to save. It creates missing optimizer state by a step with zeros, which the guard ignores."""
         assert self.model is not None
         with nullcontext() if self._guard is None else self._guard.pause():
             return tensors_of(self.model, optimizers)

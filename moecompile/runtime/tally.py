@@ -1,4 +1,4 @@
-"""What a run has counted so far, by optimizer steps and rows of several: losses, tokens, what the layers did."""
+"""Accumulates metrics over optimizer steps, and over rows of several steps: losses, tokens, loads."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from moecompile.nn import LayerLoad
 
 
 class Tally:
-    """The figures of a run; a run that goes on from a checkpoint takes them over.
+    """The metrics of a run, which a resumed run continues.
 
     loss_first, loss_last: of the first and the last row, nats per token. max_violation_last: of the worst layer in the
-    last step that closed a row. tokens_per_second: after the first row, which holds the warm-up. None: not measured.
+    last step of a row. tokens_per_second: without the first row, which includes the warm-up. None: not measured.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Tally:
         self._timed_tokens, self._timed_seconds = 0, 0.0
 
     def end_step(self, loads: Sequence[LayerLoad], *, skipped: bool) -> None:
-        """An optimizer step is done; of one that was dropped only the count is kept."""
+        """Ends an optimizer step; a skipped step is only counted."""
         self.sums.end_step(dropped=skipped)
         if skipped:
             self.steps_skipped += 1
@@ -38,7 +38,7 @@ class Tally:
             self.steps.add(over_layers(loads))
 
     def end_row(self, loss: float, num_tokens: float, seconds: float) -> dict[str, float]:
-        """The row's own columns. loss: summed over `num_tokens` tokens; 0 tokens if every step was dropped."""
+        """Ends a row and returns its columns. loss: sum over `num_tokens` tokens, 0 if all steps were skipped."""
         row = {"tokens_per_second": num_tokens / seconds}
         if num_tokens:
             row["loss"] = self.loss_last = loss / num_tokens
@@ -53,7 +53,7 @@ class Tally:
         return row
 
     def state(self) -> dict[str, Any]:
-        """What a run that goes on from here needs for the same rows; all ranks call it after the same step."""
+        """The state from which a resumed run continues its rows; all ranks call it after the same step."""
         return {
             "sums": self.sums.over_ranks(),
             "loss_first": self.loss_first,
@@ -65,7 +65,7 @@ class Tally:
         }
 
     def restore(self, state: Mapping[str, Any], *, is_first_rank: bool) -> None:
-        """Takes over `state`, on whatever number of ranks."""
+        """Restores `state`, on any number of ranks."""
         self.sums.restore(state["sums"], is_first_rank=is_first_rank)
         self.steps.restore(state["steps"], state["num_steps"])
         self.loss_first, self.loss_last = state["loss_first"], state["loss_last"]
@@ -77,7 +77,7 @@ class LossSums:
 
     def __init__(self) -> None:
         self._row: Tensor | None = None
-        self._step: Tensor | None = None  # of the running optimizer step
+        self._step: Tensor | None = None  # of the current optimizer step
         self._kinds: tuple[str, ...] = ()  # of auxiliary losses
 
     def add(self, loss: Tensor, num_tokens: Tensor, aux_losses: Mapping[str, Tensor]) -> None:
@@ -88,7 +88,7 @@ class LossSums:
         self._step = sums if self._step is None else self._step + sums
 
     def end_step(self, *, dropped: bool) -> None:
-        """Adds the running step to the row, unless it was dropped."""
+        """Adds the current step to the row, unless it was skipped."""
         sums, self._step = self._step, None
         assert sums is not None
         if dropped:
@@ -96,7 +96,7 @@ class LossSums:
         self._row = sums if self._row is None else self._row.to(sums) + sums
 
     def over_ranks(self) -> list[float] | None:
-        """The row so far, of all ranks, which call it together; None before its first step."""
+        """The row so far, summed over ranks, which all call it; None before its first step."""
         if self._row is None:
             return None
         sums = self._row.clone()
@@ -105,7 +105,7 @@ class LossSums:
         return sums.tolist()
 
     def take(self) -> tuple[float, float, dict[str, float]]:
-        """Loss, tokens and auxiliary losses of the row, of all ranks, which call it together. A new row begins."""
+        """Loss, tokens and auxiliary losses of the row, over all ranks, which all call it. Starts a new row."""
         sums = self.over_ranks()
         assert sums is not None
         self._row = None
@@ -113,14 +113,14 @@ class LossSums:
         return loss, num_tokens, dict(zip(self._kinds, aux_losses, strict=True))
 
     def restore(self, sums: Sequence[float] | None, *, is_first_rank: bool) -> None:
-        """Takes over what `over_ranks` gave: one rank holds it for all."""
+        """Restores the result of `over_ranks`: the first rank has the sums of all."""
         if sums is not None:
             row = torch.tensor(sums, dtype=torch.float64)
             self._row = row if is_first_rank else torch.zeros_like(row)
 
 
 class LayerMeans:
-    """Of every optimizer step, what `over_layers` gives. A run that goes on has no more than the last tenth before."""
+    """The results of `over_layers` of every optimizer step; a resumed run has only the last tenth of earlier steps."""
 
     def __init__(self) -> None:
         self.count = 0  # of the whole run
@@ -141,12 +141,12 @@ class LayerMeans:
         return sum(values) / len(values) if values else None
 
     def restore(self, steps: Sequence[dict[str, float]], count: int) -> None:
-        """Takes over what `last_tenth` gave after `count` steps."""
+        """Restores the result of `last_tenth` after `count` steps."""
         self._kept, self.count = list(steps), count
 
 
 def over_layers(loads: Sequence[LayerLoad]) -> dict[str, float]:
-    """Means over the layers in one step; routers whose entropy is unknown are left out of it."""
+    """Means over the layers in one step; the entropy is over routers for which it is known."""
     means = {
         "max_violation": [load.max_violation for load in loads],
         "entropy": [load.entropy for load in loads if load.entropy is not None],

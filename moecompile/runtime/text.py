@@ -1,4 +1,4 @@
-"""Where the text comes from, which part of it is held out, and whether it can be trained on. Needs no torch."""
+"""Loads, splits and checks the text. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from moecompile.errors import ConfigError
 from moecompile.schema import DataConfig
 
 CORPORA = {"moby_dick": "moby_dick.txt"}
-"""Embedded texts and the files in runtime/data that hold them; NOTICE there says where they are from."""
+"""Embedded texts -> their files in runtime/data; NOTICE there has their sources."""
 
-_HEAD, _READ = 2**16, 2**26  # bytes that are looked at, and that are decoded, before anything is started
+_HEAD, _READ = 2**16, 2**26  # bytes that are checked for their format, and that are decoded, before ranks start
 _JSON_LINES = ("JSON lines", "jq -r .text {name} > text.txt")
 _TABLE = ("a table", "Write its column of text to a file of its own, a document a line")
 _SUFFIXES = {
@@ -30,7 +30,7 @@ _SUFFIXES = {
     ".zst": ("compressed", "zstdcat {name} > text.txt"),
     ".zip": ("compressed", "unzip -p {name} > text.txt"),
 }
-"""Ending of a file -> (what it holds, how to make text of it)."""
+"""Suffix of a file -> (its format, how to convert it to text)."""
 _MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst", b"PK\x03\x04": ".zip",
           b"PAR1": ".parquet", b"ARROW1": ".arrow"}  # fmt: skip
 
@@ -39,7 +39,7 @@ def load_text(data: DataConfig) -> str:
     """The text at `data.path`, or else the embedded `data.corpus`.
 
     Raises:
-        ConfigError: an unknown corpus, or a file that is not plain UTF-8 text.
+        ConfigError: the corpus is unknown, or the file is not plain UTF-8 text.
     """
     check_kind(data)
     path = _path(data)
@@ -65,13 +65,13 @@ def split_text(text: str, val_fraction: float) -> tuple[str, str]:
 
 
 def check_text(data: DataConfig) -> tuple[int, int]:
-    """Whether the text is there, of a kind that is read, and long enough as far as bytes tell.
+    """Checks that the text exists, is plain text, and has enough bytes.
 
     Returns:
         bytes of the text, and of its shorter split.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: one of these does not hold.
     """
     check_kind(data)
     path = _path(data)
@@ -93,10 +93,10 @@ def check_text(data: DataConfig) -> tuple[int, int]:
 
 
 def check_kind(data: DataConfig) -> None:
-    """Whether the text is plain text: braces, commas or compressed bytes would be learned as they stand.
+    """Checks that the file is plain text; a model would learn the syntax of JSON or CSV, or compressed bytes.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: it has another format.
     """
     path = _path(data)
     if not path.is_file():
@@ -109,8 +109,8 @@ def check_kind(data: DataConfig) -> None:
         raise _unreadable(path, error) from None
     if not head:
         raise ConfigError("data.path", path, "is empty", "Give a UTF-8 text file")
-    found = next((suffix for magic, suffix in _MAGIC.items() if head.startswith(magic)), path.suffix.lower())
-    kind = _SUFFIXES.get(found) or _json(head)
+    suffix = next((suffix for magic, suffix in _MAGIC.items() if head.startswith(magic)), path.suffix.lower())
+    kind = _SUFFIXES.get(suffix) or _json(head)
     if kind is not None:
         what, how = kind
         raise ConfigError(
@@ -131,7 +131,7 @@ def _path(data: DataConfig) -> Path:
 
 
 def _json(head: bytes) -> tuple[str, str] | None:
-    """What a file holds by its first lines, whatever it is called: JSON objects line by line, or one document."""
+    """Detects JSON lines or a JSON document from the first lines, for any file name."""
     lines = [line for line in head.split(b"\n")[:-1] if line.strip()][:5]
     try:
         if lines and all(isinstance(json.loads(line), dict) for line in lines):

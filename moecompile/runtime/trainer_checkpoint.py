@@ -1,4 +1,4 @@
-"""What a Trainer saves: a folder of shards (torch DCP) that every mesh reads, whole or not there; it runs no code."""
+"""Checkpoints of a Trainer: a folder of shards (torch DCP), complete or absent, for any mesh, and free of code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moecompile.errors import PlanError
 from moecompile.pipeline import plan_of
 
 LIGHTNING = "lightning.pt"
-"""What Lightning keeps beside tensors."""
+"""Lightning's checkpoint without tensors."""
 TensorsOf = Callable[[Sequence[Optimizer]], dict[str, Tensor]]
 
 
@@ -44,9 +44,9 @@ def save(
 
 
 def load(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], tensors_of: TensorsOf) -> dict[str, Any]:
-    """Reads such a folder, written on whatever mesh, into model and optimizers; all ranks call it.
+    """Reads such a folder, written on any mesh, into model and optimizers; all ranks call it.
 
-    Args: as of `save`.
+    Arguments are those of `save`.
 
     Returns:
         Lightning's checkpoint without tensors.
@@ -58,9 +58,9 @@ def load(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], tensors_
     rest: dict[str, Any] = torch.load(path / LIGHTNING, weights_only=True)
     groups = rest.get("optimizer_states", [])
     optimizers = optimizers if groups else []
-    found = {name: shape for name, shape in shapes(path).items() if optimizers or name.startswith("model.")}
-    tensors = forget_unused(model, optimizers, tensors_of(optimizers), found)
-    check_entries(found, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
+    entries = {name: shape for name, shape in shapes(path).items() if optimizers or name.startswith("model.")}
+    tensors = forget_unused(model, optimizers, tensors_of(optimizers), entries)
+    check_entries(entries, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
     for optimizer, saved in zip(optimizers, groups, strict=True):
         _set_groups(optimizer, saved, path)
     read_tensors(path, tensors)
@@ -68,7 +68,7 @@ def load(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], tensors_
 
 
 def _set_groups(optimizer: Optimizer, saved: list[dict[str, Any]], path: Path) -> None:
-    """Learning rates and the like, as a scheduler or the user has left them."""
+    """Restores the options of parameter groups, such as learning rates."""
     if len(saved) != len(optimizer.param_groups):
         raise PlanError(
             "ckpt_path", path, f"the optimizer had {len(saved)} parameter groups, it has {len(optimizer.param_groups)}",

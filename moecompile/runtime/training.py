@@ -35,7 +35,7 @@ from moecompile.schema import Compiled, Config, Precision, accumulation_steps
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run measured. Losses in nats per token; bytes: forward dispatch and combine, per token and MoE layer.
+    """The results of a run. Losses in nats per token; bytes: forward dispatch and combine, per token and MoE layer.
 
     max_violation_last: of the worst layer in the last step. max_violation_mean_last, drop_rate_last, entropy_last (nats
     per token) and nodes_per_token_last: means over the layers and the last tenth of the steps.
@@ -67,9 +67,9 @@ def train(
 ) -> Outcome:
     """Validates, trains to `trainer.max_steps` optimizer steps, validates again and saves a checkpoint.
 
-    Goes on from a checkpoint where `trainer.resume` names one, or where a lost rank has ended an earlier attempt.
-    Called on every rank with the same lowered model; needs the process group and its environment variables.
-    `materialize`, of a model on the meta device, as for the strategy.
+    Resumes from a checkpoint if `trainer.resume` names one, or after a restart because of a lost rank. All ranks call
+    it with the same lowered model; it needs the process group and its environment variables. `materialize`: for a model
+    on the meta device, as for the strategy.
     """
     mesh, rank, max_steps = plan.mesh, int(os.environ["RANK"]), config.trainer.max_steps
     known = fingerprint(model, text_hash=data.text_hash, tokenizer=data.tokenizer.to_str())
@@ -121,7 +121,7 @@ def make_trainer(
     config: Config, mesh: MeshSpec, run_dir: Path, callbacks: list[Callback], *, start: Path | None = None,
     first_step: int = 0, materialize: Callable[[torch.device], None] | None = None,
 ) -> Trainer:  # fmt: skip
-    """A Trainer over the ranks that are already running. start, first_step: the checkpoint it will go on from."""
+    """A Trainer over the ranks that are already running. start, first_step: the checkpoint to resume from."""
     _quiet_lightning()
     accumulate = accumulation_steps(config, mesh)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
@@ -141,7 +141,7 @@ def make_trainer(
             materialize=materialize,
         ),
         precision="bf16-mixed" if config.trainer.precision is Precision.bf16_mixed else "32-true",
-        plugins=[TorchElasticEnvironment()],  # the variables that the launcher has set, also under SLURM
+        plugins=[TorchElasticEnvironment()],  # reads the variables of our launcher, also under SLURM
         accelerator=_accelerator(mesh.device),
         devices=local,
         num_nodes=mesh.world_size // local,
@@ -164,7 +164,7 @@ def make_trainer(
 
 
 def _loggers(run_dir: Path, start: Path | None, first_step: int) -> list[Logger]:
-    """Rows go on where the checkpoint `start` was."""
+    """The loggers, with the earlier rows of the checkpoint `start`."""
     rows = [] if start is None or int(os.environ["RANK"]) else rows_until(start, first_step)
     table = CSVLogger(run_dir, name="", version="")
     write_again(table, rows)
@@ -173,7 +173,7 @@ def _loggers(run_dir: Path, start: Path | None, first_step: int) -> list[Logger]
 
 
 def _accelerator(device: str) -> str:
-    """cpu or gpu; `auto` takes CUDA where it is."""
+    """cpu or gpu; `auto` uses CUDA if it is available."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return {"cuda": "gpu"}.get(device, device)
@@ -183,5 +183,5 @@ def _quiet_lightning() -> None:
     """Keeps hints about hardware, loggers and data loader workers off the terminal."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    # T5's layers return the position bias as a view; nobody writes to it, which is what FSDP2 is afraid of.
+    # T5's layers return the position bias as a view, which FSDP2 warns about; it is not modified in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPT5Block\) returned a view tensor")

@@ -1,4 +1,4 @@
-"""The accumulation window: the micro-batches of one optimizer step, and what is random in each of them."""
+"""The accumulation window: the micro-batches of one optimizer step, and their random numbers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _MIX = 0x9E3779B97F4A7C15  # odd and large: neighbouring keys are far apart
 
 @dataclass
 class Window:
-    """What this rank has seen of the running window; the next one is a new `Window`.
+    """The current window on this rank so far; each window is a new object.
 
-    num_micro_batches: that have begun. num_tokens: of them, under automatic optimization of a sum. is_finite: whether
-    their losses are; None before the first backward. arguments: of their training steps, where `on_nan` may need them.
+    num_micro_batches: those that have begun. num_tokens: their tokens, with automatic optimization of a sum. is_finite:
+    whether their losses are finite; None before the first backward. arguments: of their training steps, with `on_nan`.
     """
 
     num_micro_batches: int = 0
@@ -29,17 +29,17 @@ class Window:
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
     def add_loss(self, loss: Tensor) -> None:
-        """Looks at the loss of a micro-batch; the host does not wait for it."""
+        """Records whether the loss of a micro-batch is finite, without a host sync."""
         finite = loss.detach().isfinite().all()
         self.is_finite = finite if self.is_finite is None else self.is_finite & finite
 
 
 @contextmanager
 def keyed_random_numbers(model: nn.Module, seed: int, step: int, number: int, device: torch.device) -> Iterator[None]:
-    """What is random depends on the micro-batch's number in one process, not on the rank; dropout as well.
+    """Makes random numbers (routers, dropout) depend on the micro-batch's index in one process, not on the rank.
 
     Args:
-        step: optimizer step. number: of the micro-batch in it, in the order of one process.
+        step: optimizer step. number: index of the micro-batch in the step, in the order of one process.
     """
     set_random_key(model, seed, step, number)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -1,4 +1,4 @@
-"""The typed config schema: what a user may write. Mutable input, read by `make_plan` and the tasks, by nobody after."""
+"""The typed config schema and its rules. Configs are mutable input; only `make_plan` and the tasks read them."""
 
 from moecompile.routing import BalanceRule, BiasUpdate, Choice, DropPolicy, GroupScore, Score, Workload
 from moecompile.schema.config import (

@@ -1,4 +1,4 @@
-"""The choices that configs offer: enums, not booleans, where there is a choice of behaviour."""
+"""Enums of the config, except those of the router (`moecompile.routing`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TaskName(str, Enum):
 
 
 class ModelDevice(str, Enum):
-    """Where the model is built: `meta` has shapes and no values, for planning and compiling models of any size."""
+    """Device on which the model is built: `meta` has shapes but no values, to plan and compile models of any size."""
 
     cpu = "cpu"
     meta = "meta"
@@ -26,8 +26,8 @@ class ModelDevice(str, Enum):
 class ModelLoad(str, Enum):
     """How the ranks of a mesh load a pretrained model."""
 
-    sharded = "sharded"  # each rank reads what it keeps
-    full = "full"  # each rank loads the whole model and then drops what it does not keep
+    sharded = "sharded"  # each rank reads only its own part
+    full = "full"  # each rank loads the whole model, then drops the rest
 
 
 class SiteKind(str, Enum):
@@ -40,49 +40,49 @@ class SiteKind(str, Enum):
 
 
 class ExpertInit(str, Enum):
-    """How the experts get their first weights from the dense FFN (docs/understand/upcycling.md)."""
+    """How the experts are initialized from the dense FFN (docs/understand/upcycling.md)."""
 
     copy = "copy"
     virtual_group = "virtual_group"
-    drop = "drop"  # copies or slices, of which each expert draws some hidden units anew (Nakamura et al. 2025)
+    drop = "drop"  # copies or slices, with some hidden units of each expert reinitialized (Nakamura et al. 2025)
     random = "random"
 
 
 class WeightScaling(str, Enum):
-    """How experts made from the dense FFN are scaled, so that their weighted sum starts like it.
+    """How experts made from the dense FFN are scaled, so that their weighted sum starts like the dense FFN.
 
-    docs/understand/upcycling.md has the rules.
+    The formulas are in docs/understand/upcycling.md.
     """
 
     none = "none"
-    exact = "exact"  # down by routed slices / scale: the dense FFN, where the weights of a token sum to `scale`
-    expected = "expected"  # down by routed slices / expected sum of the weights, for routers that do not normalise
-    nvidia = "nvidia"  # the same factor spread over all projections (He et al. 2024)
+    exact = "exact"  # down by routed slices / scale: equals the dense FFN if the weights of a token sum to `scale`
+    expected = "expected"  # down by routed slices / expected sum of the weights, for routers that do not normalize
+    nvidia = "nvidia"  # the same factor, distributed over all projections (He et al. 2024)
 
 
 class Objective(str, Enum):
-    """What the model learns to predict."""
+    """The training objective."""
 
     causal = "causal"  # the next token
     span_corruption = "span_corruption"  # T5: masked spans, for encoder-decoder models
 
 
 class TokenizerSource(str, Enum):
-    """Whose tokens the text is cut into."""
+    """Where the tokenizer comes from."""
 
     train = "train"  # a byte-level BPE, trained on the training split
-    model = "model"  # those that the pretrained model was trained on
+    model = "model"  # the tokenizer of the pretrained model
 
 
 class Baseline(str, Enum):
-    """What is trained after the model, with the same data, optimizer and mesh, to compare with."""
+    """Baseline that is trained after the model, with the same data, optimizer and mesh."""
 
     none = "none"
-    dense = "dense"  # the model before it was rewritten
+    dense = "dense"  # the model before rewriting
 
 
 class DispatchKind(str, Enum):
-    """How tokens travel to their experts."""
+    """How tokens are sent to their experts."""
 
     auto = "auto"
     local = "local"
@@ -97,52 +97,50 @@ class OverlapKind(str, Enum):
 
     none = "none"
     shared = "shared"  # the shared experts
-    chunks = "chunks"  # these, and the experts on other tokens
+    chunks = "chunks"  # the shared experts, and the experts on other tokens
     auto = "auto"  # what is predicted to be fastest
 
 
 class WireDtype(str, Enum):
-    """What rows are cast to for an exchange."""
+    """Dtype to which rows are cast for an exchange."""
 
-    auto = "auto"  # nothing: they travel as the activations are (bf16 under autocast)
+    auto = "auto"  # that of the activations (bf16 under autocast), without a cast
     fp32 = "fp32"
     bf16 = "bf16"
 
 
 class Precision(str, Enum):
-    """What weights and activations are computed in. Routers, and sums of gradients over ranks, are fp32 under all."""
+    """Precision of weights and activations. Routers and the reduction of gradients are always fp32."""
 
     fp32 = "fp32"
-    bf16_mixed = "bf16_mixed"  # fp32 weights, matrix products under autocast
-    bf16_params = (
-        "bf16_params"  # bf16 weights and activations in every layer, made of fp32 shards that the optimizer has
-    )
+    bf16_mixed = "bf16_mixed"  # fp32 weights, matmuls under autocast
+    bf16_params = "bf16_params"  # bf16 weights and activations in every layer, cast from the optimizer's fp32 shards
 
 
 class Checkpointing(str, Enum):
-    """What is computed again in backward instead of being kept."""
+    """What is recomputed in backward instead of kept."""
 
     none = "none"
-    full = "full"  # every layer, exchanges too
-    keep_exchanges = "keep_exchanges"  # every layer, but what was received and chosen is kept: nothing is sent again
+    full = "full"  # every layer, including exchanges
+    keep_exchanges = "keep_exchanges"  # every layer, but received rows and expert ids are kept: nothing is sent again
 
 
 class Compiled(str, Enum):
-    """What goes through torch.compile."""
+    """What is compiled with torch.compile."""
 
     none = "none"
     regions = "regions"  # the graphs that replaced FFNs or experts
 
 
 class OnNan(str, Enum):
-    """What happens when a loss or a gradient is NaN or infinite."""
+    """What happens if a loss or a gradient is NaN or infinite."""
 
-    stop = "stop"  # the run ends and names the layer and the rank where it began
-    skip = "skip"  # the optimizer step is dropped on all ranks and counted
+    stop = "stop"  # the run ends; the error names the layer and the rank where it began
+    skip = "skip"  # the optimizer step is skipped on all ranks, and counted
 
 
 class VerifyDtype(str, Enum):
-    """In which precision N ranks are compared with one process."""
+    """Precision in which N ranks are compared with one process."""
 
     both = "both"
     float64 = "float64"
@@ -150,7 +148,7 @@ class VerifyDtype(str, Enum):
 
 
 class ExportFormat(str, Enum):
-    """What a trained model is written as."""
+    """Format in which a trained model is written."""
 
-    huggingface = "huggingface"  # the family of transformers with the same mathematics
-    native = "native"  # our own names, with config and plan; `moecompile.load_exported` reads it
+    huggingface = "huggingface"  # a transformers model that computes the same function
+    native = "native"  # our own format, with config and plan; `moecompile.load_exported` reads it

@@ -1,4 +1,4 @@
-"""What the choice of a model says of the rest, where the caller has not said it."""
+"""Settings that follow from the choice of a model, if the caller has not set them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from moecompile.schema.config import Config
 from moecompile.schema.enums import ModelDevice, TokenizerSource
 
 SOURCES = ("architecture", "pretrained", "package", "factory")
-"""Keys of `model` that say where a model comes from."""
+"""Keys of `model` with the source of a model."""
 
 
 def with_implied(config: Config, groups: Collection[str]) -> Config:
-    """`config` itself: a `pretrained`, `package` or `factory` that the caller gave takes the place of the model group.
+    """Changes `config`: a `pretrained`, `package` or `factory` that the caller set replaces the model group's source.
 
-    A pretrained model comes with its tokenizer, and so with its vocabulary.
+    A pretrained model implies its own tokenizer and vocabulary.
 
     Args:
-        groups: whose option the caller selected.
+        groups: groups of which the caller selected an option.
 
     Raises:
-        ConfigError: `model.config` is given beside it.
+        ConfigError: `model.config` is set too.
     """
     model, given = config.model, config.given
     chosen = [name for name in SOURCES if f"model.{name}" in given and getattr(model, name)]
@@ -49,7 +49,7 @@ def with_implied(config: Config, groups: Collection[str]) -> Config:
 
 
 def has_experts(config: Config) -> bool:
-    """Whether the model says that it has experts, as far as that is known before it is built."""
+    """Whether the model's config mentions experts, which is all that is known before the model is built."""
     model = config.model
     if model.pretrained:
         file = Path(model.pretrained, "config.json")

@@ -20,16 +20,16 @@ from moecompile.schema.config import (
 )
 from moecompile.schema.slices import site_slice
 
-_PER_MODEL = {"experts": ("sites", "match", "layers")}  # they select the layers, so no layer can differ in them
+_PER_MODEL = {"experts": ("sites", "match", "layers")}  # they select layers, so they cannot differ per layer
 _Group = TypeVar("_Group")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSettings:
-    """What holds for one layer.
+    """The settings of one layer.
 
-    sources: dotted key (`routing.top_k`) -> `per_layer.NAME` that set it. source: the last `per_layer.NAME` that the
-    layer is selected by, "" if there is none.
+    sources: dotted key (`routing.top_k`) -> `per_layer.NAME` that set it. source: the last `per_layer.NAME` that
+    selects the layer, "" if there is none.
     """
 
     experts: ExpertsConfig
@@ -39,13 +39,13 @@ class LayerSettings:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def path_of(self, key: str) -> str:
-        """Where a person finds the cause of what is wrong with `key`: there, or in the last change to this layer."""
+        """The path that an error about `key` names: in the change that set it, else in the layer's last change."""
         source = self.sources.get(key, self.source)
         return f"{source}.{key}" if source else key
 
 
 def layer_settings(config: Config, fqn: str, position: int, count: int) -> LayerSettings:
-    """The settings of the layer at `fqn`, number `position` of `count` rewritten ones.
+    """The settings of the layer at `fqn`, at `position` among `count` rewritten layers.
 
     Raises:
         ConfigError: a change has an unknown key or a value of the wrong type.
@@ -66,10 +66,10 @@ def layer_settings(config: Config, fqn: str, position: int, count: int) -> Layer
 
 
 def check_selections(config: Config, fqns: Sequence[str]) -> None:
-    """Checks that every change is one to some rewritten layer.
+    """Checks that every change selects a rewritten layer.
 
     Raises:
-        ConfigError: a change that selects none of the layers at `fqns`.
+        ConfigError: a change selects none of the layers at `fqns`.
     """
     for name, change in config.per_layer.items():
         path = f"per_layer.{name}"

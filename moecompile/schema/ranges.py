@@ -1,4 +1,4 @@
-"""The range of every number in the config, in one table. What depends on more than one key is in `validation`."""
+"""The range of every number in the config, in one table. Rules for more than one key are in `validation`."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ NUMBERS: dict[str, Whole | Real] = {
     "bench.warmup": Whole(1),
     "export.tolerance": Real("(0, inf)", "Use 1e-5"),
 }
-"""Dotted key -> its range; a key that may be null is checked where it is given."""
+"""Dotted key -> its range; keys that may be null are checked if they are not."""
 
 
-def check_numbers(found: Any) -> None:
+def check_numbers(config: Any) -> None:
     """Checks the numbers of a config, or of an object that has some of its groups.
 
     Raises:
-        ConfigError: the first one that is out of its range.
+        ConfigError: a number is out of its range (the first one).
     """
     for path, allowed in NUMBERS.items():
-        value = found
+        value = config
         for key in path.split("."):
             value = getattr(value, key, None)
         if value is not None:

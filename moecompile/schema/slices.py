@@ -1,4 +1,4 @@
-"""`layers` keys: Python slices over sites, written as text."""
+"""Parses `layers` keys: Python slices over sites, as text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from moecompile.errors import ConfigError
 
 
 def site_slice(text: str, path: str = "experts.layers") -> slice:
-    """`1:` or `::2` as a slice.
+    """Parses text such as `1:` or `::2` as a slice.
 
     Raises:
         ConfigError: not a Python slice.

@@ -1,4 +1,4 @@
-"""The tasks. `run` is what the command line calls; `in_rank` is what each rank of a launched task calls."""
+"""The tasks. The command line calls `run`; each rank of a launched task calls `in_rank`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(config: Config, run_dir: Path) -> int:
     try:
         module.run(config, run_dir)
     except RankFailure as error:
-        refused = is_leading() and is_discarded(run_dir, was_pending=was_pending)  # by another rank
+        refused = is_leading() and is_discarded(run_dir, was_pending=was_pending)  # another rank refused the run
         with suppress(OSError):  # a full disk
             if not refused:
                 write_result(place(run_dir), name, config.name, {"error": str(error)}, status="failed")
@@ -33,7 +33,7 @@ def run(config: Config, run_dir: Path) -> int:
 
 
 def in_rank(config: Config, run_dir: Path) -> None:
-    """This rank's part of a launched task."""
+    """Runs this rank's part of a launched task."""
     module = importlib.import_module(f"moecompile.tasks.{config.task.name.value}")
     waiting.done()
     module.run_rank(config, run_dir)

@@ -1,4 +1,4 @@
-"""task=bench: what the config costs on this machine: each distinct MoE layer beside a dense FFN, and whole steps."""
+"""task=bench: measures each distinct MoE layer against a dense FFN, and whole optimizer steps, on this machine."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _LAYERS_TIMEOUT = timedelta(hours=4)
 
 
 def run(config: Config, run_dir: Path) -> None:
-    """Starts one process per rank, or runs in place where ranks exist already."""
+    """Starts one process per rank, or runs in place if ranks exist already."""
     start_ranks(config, run_dir)
 
 
 def run_rank(config: Config, run_dir: Path) -> None:
-    """One rank: rank 0 measures the layers while the others wait, then all take steps; rank 0 shows and writes."""
+    """Runs one rank: rank 0 measures the layers while others wait, then all run steps; rank 0 writes the results."""
     init_process_group(config)
     job, console = load_job(config, run_dir), Console(soft_wrap=False)
     layers = _layers(job, config)
@@ -55,7 +55,7 @@ def run_rank(config: Config, run_dir: Path) -> None:
 def _write(
     config: Config, plan_hash: str, run_dir: Path, layers: list[LayerCost], step: StepCost, console: Console
 ) -> None:
-    """The tables, `bench.json` and `result.json`."""
+    """Prints the tables and writes `bench.json` and `result.json`."""
     measured = {
         "device": _device().type,
         "threads": torch.get_num_threads(),
@@ -73,16 +73,16 @@ def _write(
 
 
 def _layers(job: Job, config: Config) -> list[LayerCost]:
-    """The layers, on the device of rank 0 while the others wait; on them nothing."""
-    patient = dist.new_group(backend="gloo", timeout=_LAYERS_TIMEOUT)
-    found = _measured_layers(job, config) if dist.get_rank() == 0 else []
-    dist.barrier(patient)
-    return found
+    """Measures the layers on rank 0 while the others wait; empty on other ranks."""
+    long_timeout = dist.new_group(backend="gloo", timeout=_LAYERS_TIMEOUT)
+    costs = _measured_layers(job, config) if dist.get_rank() == 0 else []
+    dist.barrier(long_timeout)
+    return costs
 
 
 def _measured_layers(job: Job, config: Config) -> list[LayerCost]:
     seq_len = config.data.seq_len
-    example = example_inputs(job.model, seq_len, longest=seq_len)  # what is measured is as long as what is trained
+    example = example_inputs(job.model, seq_len, longest=seq_len)  # measure the length that is trained
     plan = make_plan(job.model, config, example=example)
     require_layers(plan, config)
     return measure_layers(job.model, plan, config, example, _device())

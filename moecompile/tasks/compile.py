@@ -1,4 +1,4 @@
-"""task=compile: rewrites and lowers the model in one process; shows every site, every pass and every graph."""
+"""task=compile: rewrites and lowers the model in one process; shows all sites, passes and graphs."""
 
 from __future__ import annotations
 

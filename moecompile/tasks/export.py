@@ -1,4 +1,4 @@
-"""task=export: writes a trained model for others to load, loads it again, and compares."""
+"""task=export: exports a trained model, loads the export again, and compares their logits."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from moecompile.schema import Config, ExportFormat, TokenizerSource
 
 
 def run(config: Config, run_dir: Path) -> None:
-    """Writes the folder `export.path` and `result.json`; if the comparison fails, the folder is not there.
+    """Writes the folder `export.path` and `result.json`; if the comparison fails, the folder is removed.
 
     Raises:
-        ConfigError: nothing to export, or no family that computes the same.
-        VerificationFailed: what was loaded again computes something else.
+        ConfigError: there is nothing to export, or no transformers family computes the same function.
+        VerificationFailed: the logits of the exported model differ.
     """
     export = config.export
     trained = find_run(export.run, export.checkpoint)
@@ -55,7 +55,7 @@ def run(config: Config, run_dir: Path) -> None:
 
 
 def _export(trained: Run, config: Config, folder: Path) -> tuple[str, float]:
-    """Class name and largest difference of logits."""
+    """Returns class name and largest difference of logits."""
     model = load_run(trained)
     if config.export.format is ExportFormat.native:
         write_native(model, trained, folder)
@@ -88,10 +88,10 @@ def _logits(model: nn.Module, example: dict[str, Tensor]) -> Tensor:
 
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that becomes it at the end; after an error nothing is left.
+    """Yields a temporary folder that is renamed to `path` at the end; after an error it is removed.
 
     Raises:
-        ConfigError: there is something at `path`.
+        ConfigError: `path` exists.
     """
     if path.exists():
         raise ConfigError("export.path", path, "is there already", "Give a new folder, or remove it")

@@ -1,9 +1,9 @@
-"""Whether what a config names is there and fits, before a rank is started and before anything is written.
+"""Checks that the inputs of a config exist and fit, before ranks are started and before anything is written.
 
-Algorithm: the cheap checks first, each an error that says what to change.
-  1. The text: a file of a kind that is read, long enough. Small ones are tokenized.
-  2. The device: as many GPUs here as ranks, where the config asks for GPUs.
-  3. The model: a package that is installed, files that are whole, a config that can be built.
+Algorithm: the cheap checks first, each with an error that says what to change.
+  1. The text: a file of a supported kind, long enough. Small texts are tokenized.
+  2. The device: as many GPUs as local ranks, if the config requires GPUs.
+  3. The model: an installed package, complete files, a config that can be built.
   4. Model and text: positions, vocabulary.
 """
 
@@ -22,15 +22,15 @@ from moecompile.schema import Config, TaskName, TokenizerSource, mesh_spec
 
 _ON_RANKS = (TaskName.train, TaskName.verify, TaskName.bench)
 _INDEX = "model.safetensors.index.json"
-_SMALL = 2**18  # bytes of a text that takes no time
-_BYTES_PER_ENTRY, _BYTES_PER_TOKEN = 100, 8  # texts with fewer may not yield the vocabulary, or one sequence
+_SMALL = 2**18  # bytes of a text that is tokenized in no time
+_BYTES_PER_ENTRY, _BYTES_PER_TOKEN = 100, 8  # texts with fewer may be too short for the vocabulary, or for a sequence
 
 
 def check_inputs(config: Config) -> None:
-    """All of it, for the config's task.
+    """Runs all checks for the config's task.
 
     Raises:
-        ConfigError: the first thing that is missing or does not fit.
+        ConfigError: an input is missing or does not fit (the first one).
     """
     task = config.task.name
     if task is TaskName.export:
@@ -58,10 +58,10 @@ def _check_text(config: Config) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Whether a folder holds a config and whole safetensors files, by their headers alone.
+    """Checks that a folder has a config and complete safetensors files; of these, only headers are read.
 
     Raises:
-        ConfigError: what is missing or cut off.
+        ConfigError: a file is missing or truncated.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -83,7 +83,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_safetensors(folder: Path, file: Path) -> None:
-    """A file is 8 bytes that give the header's length, the header in JSON, and the bytes that it tells of."""
+    """Checks a file: 8 bytes with the header's length, the header in JSON, and the bytes that it describes."""
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:
@@ -97,20 +97,20 @@ def _check_safetensors(folder: Path, file: Path) -> None:
         raise _folder_error(folder, f"{file.name} is not a safetensors file", "Copy it again") from None
     except OSError as error:
         raise _folder_error(folder, f"{file.name} cannot be read: {error.strerror}", "Change that") from None
-    whole = 8 + length + max(ends, default=0)
-    if size != whole:
-        what = "is cut off" if size < whole else "is too long"
-        raise _folder_error(folder, f"{file.name} {what}: {size:,} bytes of {whole:,}", "Copy it again")
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        what = "is cut off" if size < expected else "is too long"
+        raise _folder_error(folder, f"{file.name} {what}: {size:,} bytes of {expected:,}", "Copy it again")
 
 
 def _json(folder: Path, path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        body = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _folder_error(folder, f"{path.name} cannot be read: {error}", "Copy it again") from None
-    if not isinstance(found, dict):
+    if not isinstance(body, dict):
         raise _folder_error(folder, f"{path.name} holds no object", "Copy it again")
-    return found
+    return body
 
 
 def _folder_error(folder: Path, rule: str, fix: str) -> ConfigError:
@@ -127,26 +127,26 @@ def _check_gpus(config: Config) -> None:
             "mesh.device", "cuda", f"torch {torch.__version__} finds no GPU here",
             "Use a mesh of CPU ranks (mesh=cpu_1x4), or run it where the GPUs are; task=plan needs none",
         )  # fmt: skip
-    ranks, found = in_place_ranks(), torch.cuda.device_count()
+    ranks, num_gpus = in_place_ranks(), torch.cuda.device_count()
     needed = mesh_spec(config.mesh).world_size if ranks is None else ranks.local_world_size
-    if found < needed:
+    if num_gpus < needed:
         raise ConfigError(
             "mesh.ranks_per_node", config.mesh.ranks_per_node,
-            f"{needed} ranks would start on this machine, which has {found} GPU{'s' * (found != 1)}",
-            "Use a smaller mesh, or start one command a node with torchrun or srun",
+            f"{needed} ranks would start on this machine, which has {num_gpus} GPU{'s' * (num_gpus != 1)}",
+            "Use a smaller mesh, or start one command per node with torchrun or srun",
         )  # fmt: skip
 
 
 def _check_model(config: Config) -> None:
-    """Steps 3 and 4, by transformers' config of the model: no weight is made or read."""
+    """Steps 3 and 4, from the transformers config of the model: no weights are created or read."""
     from moecompile.models.build import check_buildable, config_of
 
-    found = config_of(config.model)
-    if found is None:  # a factory, or a file that has to be converted first
+    model_config = config_of(config.model)
+    if model_config is None:  # a factory, or a file that must be converted first
         return
-    if config.task.name in _ON_RANKS and config.model.architecture:  # the other tasks build it at once
+    if config.task.name in _ON_RANKS and config.model.architecture:  # other tasks build it immediately
         check_buildable(config.model)
-    text = found.get_text_config() if hasattr(found, "get_text_config") else found
+    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     positions = getattr(text, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < config.data.seq_len:
         raise ConfigError(

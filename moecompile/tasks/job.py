@@ -1,4 +1,4 @@
-"""What every task that trains on the ranks begins with: data, model, compilation, one plan on all ranks."""
+"""The start of every task that trains on ranks: data, model, compilation, and the same plan on all ranks."""
 
 from __future__ import annotations
 
@@ -28,28 +28,29 @@ from moecompile.schema import Config
 
 @dataclass(kw_only=True)
 class Job:
-    """A model that is not compiled yet, and its data. importing: where each rank reads what it will keep."""
+    """A model before compilation, and its data. importing: set if each rank reads only its own shards."""
 
     model: nn.Module
     data: TextData
     importing: ShardedImport | None
 
     def compile(self, config: Config) -> Compilation:
-        """Compiles the model; every rank calls it.
+        """Compiles the model; all ranks call it.
 
         Raises:
             PlanError: the ranks made different plans.
         """
         try:
             compiled = self._compiled(config)
-            why = None if self.importing is None else self.importing.why_not(compiled.plan)
+            reason = None if self.importing is None else self.importing.why_not(compiled.plan)
         except CaptureError as error:
             if self.importing is None:
                 raise
-            why = str(error)
-        if why is not None:
+            reason = str(error)
+        if reason is not None:
             if dist.get_rank() == 0:
-                print(f"model.load=sharded is not possible, every rank loads the whole model: {why[:200]}", flush=True)
+                text = "model.load=sharded is not possible, every rank loads the whole model"
+                print(f"{text}: {reason[:200]}", flush=True)
             self.importing, self.model = None, build_model(config.model, config.seed)
             compiled = self._compiled(config)
         if self.importing is not None and compiled.step0_reason == ON_META:
@@ -62,15 +63,15 @@ class Job:
         return compile_with_report(self.model, config, example=example_inputs(self.model, config.data.seq_len))
 
     def materialize(self, compiled: Compilation) -> Callable[[torch.device], None] | None:
-        """What fills the shards of a model that is imported."""
+        """The function that fills the shards if ranks read only their own; None: weights are loaded already."""
         if self.importing is not None:
             return partial(self.importing.fill, compiled)
-        compiled.regions.clear()  # they keep whole weights, of which this rank will keep a shard
+        compiled.regions.clear()  # they refer to whole weights, of which this rank will keep a shard
         return None
 
 
 def load_job(config: Config, run_dir: Path) -> Job:
-    """Data and model of this rank; every rank calls it."""
+    """Loads data and model of this rank; all ranks call it."""
     folder = pretrained_folder(config.model)
     data = load_data(config.data, place(run_dir), rank=dist.get_rank(), barrier=dist.barrier, model_folder=folder)
     importing = ShardedImport(config) if loads_sharded(config, dist.get_world_size()) else None
@@ -79,10 +80,10 @@ def load_job(config: Config, run_dir: Path) -> Job:
 
 
 def check_same_plan(plan: plans.Plan) -> None:
-    """All ranks must hold the same plan.
+    """Checks that all ranks have the same plan.
 
     Raises:
-        PlanError: they do not.
+        PlanError: the plans differ.
     """
     hashes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(hashes, plan.hash)

@@ -1,4 +1,4 @@
-"""task=plan: the plan alone, in one process, whatever the mesh: no GPU and no ranks are needed."""
+"""task=plan: only the plan, in one process for any mesh; needs no GPU and no ranks."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def run(config: Config, run_dir: Path) -> None:
     model = build_model(config.model, config.seed)
     plan = make_plan(model, config, example=example_inputs(model, config.data.seq_len))
     require_layers(plan, config)
-    found = [*notes(plan, config), *frozen_notes(model, plan)]
-    print_plan(plan, Console(), found)
+    plan_notes = [*notes(plan, config), *frozen_notes(model, plan)]
+    print_plan(plan, Console(), plan_notes)
     accept(run_dir)
     plans.save(plan, run_dir / "plan.yaml")
-    write_result(run_dir, "plan", config.name, {**plan_fields(plan), "notes": found})
+    write_result(run_dir, "plan", config.name, {**plan_fields(plan), "notes": plan_notes})
 
 
 def plan_fields(plan: Plan) -> dict[str, object]:
-    """What result.json says of a plan."""
+    """The fields of result.json about a plan."""
     fields: dict[str, object] = {
         "plan_hash": plan.hash,
         "world_size": plan.mesh.world_size,
@@ -51,7 +51,7 @@ def plan_fields(plan: Plan) -> dict[str, object]:
 
 
 def require_layers(plan: Plan, config: Config) -> None:
-    """A model without any site is fine for the Python API; on the command line it is a mistake.
+    """Refuses a plan without layers, which the Python API allows, but not the command line.
 
     Raises:
         ConfigError: nothing would be rewritten.

@@ -1,4 +1,4 @@
-"""What every task shows and writes of a compilation: plan, passes, sites, graphs."""
+"""Shows and writes a compilation: plan, passes, sites, graphs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moecompile.report.timeline import timeline
 
 
 def show_compiled(compiled: Compilation, run_dir: Path, console: Console) -> None:
-    """Prints plan, passes and step 0; writes `plan.yaml` and `graphs/`, layers with the same graphs once."""
+    """Prints plan, passes and step 0; writes `plan.yaml` and `graphs/`, once for layers with equal graphs."""
     print_plan(compiled.plan, console, compiled.notes)
     print_passes(compiled.records, console)
     _print_timelines(compiled, console)
@@ -38,7 +38,7 @@ def show_compiled(compiled: Compilation, run_dir: Path, console: Console) -> Non
 
 
 def _print_timelines(compiled: Compilation, console: Console) -> None:
-    """What is in flight while experts compute, for each kind of layer once."""
+    """Prints which exchanges overlap with experts, once for each kind of layer."""
     paths: dict[str, list[str]] = {}
     for path, graph in compiled.graphs.get("fused", {}).items():
         if lines := timeline(graph):

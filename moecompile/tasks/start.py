@@ -1,4 +1,4 @@
-"""How a task that runs on ranks starts them."""
+"""Starts the ranks of a task."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from moecompile.schema import Config, mesh_spec
 
 
 def start_ranks(config: Config, run_dir: Path, *, max_restarts: int = 0) -> None:
-    """One process per rank of the config's mesh, or in place where ranks exist already; returns when all succeeded.
+    """Starts one process per rank, or runs in place if ranks exist already; returns when all have succeeded.
 
     Each rank reads the resolved config of `run_dir` and runs `run_rank` of its task (moecompile.tasks.worker).
 
-    Args: as of `runtime.launch.launch`, whose errors are raised.
+    Arguments and errors are those of `runtime.launch.launch`.
     """
     launch(
         mesh_spec(config.mesh).world_size,

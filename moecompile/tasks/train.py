@@ -33,12 +33,12 @@ from moecompile.tasks.start import start_ranks
 
 
 def run(config: Config, run_dir: Path) -> None:
-    """Starts one process per rank, or runs in place where ranks exist already."""
+    """Starts one process per rank, or runs in place if ranks exist already."""
     start_ranks(config, run_dir, max_restarts=config.trainer.max_restarts)
 
 
 def run_rank(config: Config, run_dir: Path) -> None:
-    """One rank: data, model, compilation, training, result."""
+    """Runs one rank: data, model, compilation, training, result."""
     init_process_group(config)
     rank = dist.get_rank()
     if rank == 0:
@@ -62,11 +62,11 @@ def run_rank(config: Config, run_dir: Path) -> None:
 
 
 def _write(config: Config, fields: dict[str, Any], run_dir: Path, console: Console) -> None:
-    """The picture of the load, `result.json` and the summary."""
+    """Writes the heat map of the load and `result.json`, and prints the summary."""
     if fields["num_rewritten"]:
         write_heat_map(LoadHistory.read(run_dir / LOAD_HISTORY), run_dir / "load.png", title=config.name)
     result = write_result(run_dir, "train", config.name, fields)
-    # Where nothing was dropped there is nothing to say about it.
+    # A drop rate of 0 is not printed.
     print_result({**result, "drop_rate_last": result["drop_rate_last"] or None, "run_dir": run_dir}, console)
     if "baseline" in result:
         print_baseline(result, console)
@@ -76,13 +76,13 @@ def _check_baseline(config: Config, plan: plans.Plan) -> None:
     existing = [layer.site.fqn for layer in plan.layers if isinstance(layer.site, plans.ExpertsSite)]
     if config.trainer.baseline is Baseline.dense and existing:
         raise ConfigError(
-            "trainer.baseline", "dense", f"{existing[0]} has been experts before, so there is no dense model",
+            "trainer.baseline", "dense", f"{existing[0]} has experts already, so there is no dense model",
             "Use trainer.baseline=none",
         )  # fmt: skip
 
 
 def _baseline(config: Config, plan: plans.Plan, data: TextData, run_dir: Path) -> dict[str, Any]:
-    """What the dense model does with the same tokens, once the compiled one has made room."""
+    """Trains the dense model on the same data, after the memory of the compiled model has been freed."""
     gc.collect()  # Lightning's objects refer to each other
     if dist.get_rank() == 0:
         print("\nbaseline: the dense model, with the same data, optimizer and ranks", flush=True)
@@ -96,7 +96,7 @@ def _baseline(config: Config, plan: plans.Plan, data: TextData, run_dir: Path) -
 
 
 def _fields(compiled: Compilation, outcome: Outcome, data: TextData) -> dict[str, Any]:
-    """What result.json says of a training run, but for the baseline."""
+    """The fields of result.json of a training run, without the baseline."""
     plan = compiled.plan
     predicted = plan.estimate.bytes_per_token_per_layer if plan.estimate else None
     measured = {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)}
@@ -120,7 +120,7 @@ def _plain(traffic: plans.Traffic | None) -> dict[str, float] | None:
 
 
 def _unigram_entropy(data: TextData) -> float | None:
-    """What token counts alone reach; None for targets that are not the text's own tokens."""
+    """Entropy of the token frequencies, nats; None if the targets are not the text's own tokens."""
     if not isinstance(data.train, TokenWindows) or not isinstance(data.val, TokenWindows):
         return None
     return unigram_entropy(torch.cat((data.train.tokens, data.val.tokens)), data.tokenizer.get_vocab_size())

@@ -1,4 +1,4 @@
-"""task=verify: runs the config, shrunk, on one process and on all ranks of its mesh, and compares them."""
+"""task=verify: runs a shrunk config in one process and on all ranks of its mesh, and compares them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ CERTIFICATE = "certificate.json"
 
 
 def run(config: Config, run_dir: Path) -> None:
-    """Prints what was shrunk, runs the ranks, and fails if a check did.
+    """Prints what was shrunk and runs the ranks.
 
     Raises:
-        VerificationFailed: a check did not pass.
+        VerificationFailed: a check failed.
     """
     small, notes = shrink(config, config.verify.steps)
     save_resolved(small, place(run_dir) / RESOLVED)
@@ -41,7 +41,7 @@ def run(config: Config, run_dir: Path) -> None:
 
 
 def run_rank(config: Config, run_dir: Path) -> None:
-    """One rank: both sides; rank 0 also the comparison, the table and the certificate."""
+    """Runs one rank; rank 0 also runs the reference, compares, and writes the table and the certificate."""
     init_process_group(config)
     checks, plan = certify(config, place(run_dir))
     if dist.get_rank() > 0:

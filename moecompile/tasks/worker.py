@@ -11,7 +11,7 @@ from moecompile.runtime.launch import rank_main
 
 
 def main(run_dir: Path) -> None:
-    """Runs the task that `run_dir`'s resolved config names."""
+    """Runs the task of the resolved config in `run_dir`."""
     if os.environ.get("RANK") == "0":
         waiting.show("loading torch", line=False)
     from moecompile.compose import load_resolved

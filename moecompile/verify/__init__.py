@@ -1,4 +1,4 @@
-"""Proof that ranks compute what one process computes."""
+"""Verifies that N ranks compute the same as one process."""
 
 from moecompile.verify.certify import certify
 from moecompile.verify.checks import Check, compare

@@ -1,11 +1,11 @@
-"""Compares N ranks with one process and says, check by check, whether they agree.
+"""Compares training on N ranks with training in one process, and returns the result of each check.
 
 Algorithm:
-  1. Every rank makes the plan; all must hold the same hash.
+  1. Every rank makes the plan; all must have the same hash.
   2. All ranks train a few steps (ranks.py); rank 0 runs the same micro-batches in one process (reference.py). This is
-     done in each arithmetic: float64, then one step of float32 and of the config's own where it rounds to bf16.
+     done in each precision: float64, then one step of float32, and one of the config's precision if it uses bf16.
   3. Rank 0 compares (checks.py): batches, outputs, routes, loss, every gradient, norm, balance, weights, checkpoint.
-     Where both sides round to bf16, routers of the reference choose what those of the ranks chose.
+     In bf16, the reference replays the expert ids that the ranks chose.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from moecompile.verify.reference import run_reference
 
 @dataclass(frozen=True, kw_only=True)
 class Mode:
-    """An arithmetic in which both sides run.
+    """A precision in which both sides run.
 
-    dtype: of the stored weights. config: with its precision. is_narrow: whether something is rounded to bf16.
+    dtype: of the stored weights. config: with this precision. is_narrow: whether something is rounded to bf16.
     """
 
     label: str
@@ -42,7 +42,7 @@ class Mode:
 
 
 def certify(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
-    """Runs both sides in every arithmetic that the config names; every rank calls it, rank 0 gets the checks."""
+    """Runs both sides in every precision of the config. Every rank calls it; rank 0 returns the checks."""
     rank = dist.get_rank()
     checks = _plan_checks(noiseless_plan(config))  # Step 1
     folder = pretrained_folder(config.model)
@@ -68,27 +68,27 @@ def certify(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
 
 
 def modes(config: Config) -> list[Mode]:
-    """Every arithmetic to run in: exact ones with nothing rounded, then what the config asks for where it rounds."""
+    """The precisions to run in: first without casts to bf16, then that of the config if it has some."""
     exact = copy.deepcopy(config)
     exact.trainer.precision, exact.dispatch.wire_dtype = Precision.fp32, WireDtype.auto
-    found: list[Mode] = []
+    chosen: list[Mode] = []
     for dtype in _dtypes(config):
         of_mode = copy.deepcopy(exact)
-        if found:
-            of_mode.trainer.max_steps = 1  # later steps would amplify rounding; float64 has made them
-        found.append(Mode(label=str(dtype).removeprefix("torch."), dtype=dtype, config=of_mode))
+        if chosen:
+            of_mode.trainer.max_steps = 1  # later steps would amplify rounding errors; float64 runs them
+        chosen.append(Mode(label=str(dtype).removeprefix("torch."), dtype=dtype, config=of_mode))
     if config.trainer.precision is not Precision.fp32 or config.dispatch.wire_dtype is WireDtype.bf16:
         narrow = copy.deepcopy(config)
         narrow.trainer.max_steps = 1
         label = config.trainer.precision.value
         label = "bf16 wire" if config.trainer.precision is Precision.fp32 else label
-        found.append(Mode(label=label, dtype=torch.float32, config=narrow, is_narrow=True))
-    return found
+        chosen.append(Mode(label=label, dtype=torch.float32, config=narrow, is_narrow=True))
+    return chosen
 
 
 def _dtypes(config: Config) -> list[torch.dtype]:
-    chosen = config.verify.dtype.value
-    return [torch.float64, torch.float32] if chosen == "both" else [getattr(torch, chosen)]
+    name = config.verify.dtype.value
+    return [torch.float64, torch.float32] if name == "both" else [getattr(torch, name)]
 
 
 def _all_batches(config: Config, data: TextData) -> list[Batch]:
@@ -101,4 +101,4 @@ def _all_batches(config: Config, data: TextData) -> list[Batch]:
 def _plan_checks(plan: Plan) -> list[Check]:
     hashes: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(hashes, plan.hash)
-    return [count("ranks with another plan", sum(found != plan.hash for found in hashes), plan.hash)]
+    return [count("ranks with another plan", sum(other != plan.hash for other in hashes), plan.hash)]

@@ -1,6 +1,6 @@
-"""What is held against what: every check of N ranks' trace beside one process's. Pure: it knows nothing of ranks.
+"""The checks that compare the trace of N ranks with that of one process. Pure functions without communication.
 
-In float32 the rounding of the processor at hand is measured: what one process makes of it, against itself in float64.
+In float32, the rounding error of this processor is measured, as the difference of the reference to float64.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from moecompile.verify.job import Trace
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One comparison. error: what is held against the tolerance, relative to the largest entry of what was compared, or
-    a count where the name says so. where: the name of the tensor that it occurs in.
+    """One comparison. error: compared with the tolerance; relative to the largest entry of the reference, or a count if
+    the name says so. where: the name of the tensor with the error.
     """
 
     name: str
@@ -30,8 +30,8 @@ class Check:
     where: str = ""
 
     def row(self) -> dict[str, Any]:
-        """As result.json and certificate.json have it."""
-        # Programs read the key max_abs_err; what it holds is relative, or a count.
+        """The entry in result.json and certificate.json."""
+        # The key max_abs_err is kept for programs that read it; its value is relative, or a count.
         return {
             "name": self.name,
             "max_abs_err": self.error,
@@ -43,8 +43,8 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """Largest relative errors. Adam's quotient makes weights less exact than the gradients that they come from; None:
-    they are not compared, as the quotient makes a whole step of a tiny gradient's rounding.
+    """Largest relative errors. Adam's quotient makes weights less exact than gradients. None: weights are not compared,
+    because the quotient turns the rounding error of a tiny gradient into a full step.
     """
 
     outputs: float
@@ -57,32 +57,32 @@ TOLERANCES = {
     torch.float64: Tolerance(outputs=1e-10, grads=1e-10, norm=1e-10, weights=1e-8),
     torch.float32: Tolerance(outputs=2e-5, grads=2e-5, norm=1e-5, weights=None),
 }
-# Both sides round, in another order: the error between them may be so many times that of one process.
+# Both sides round in different orders: the error between them may be this many times the error of one process.
 _TIMES_ROUNDING, _MOST_ROUNDING = 8.0, 1e-3
-# Both sides round, at other places: partial sums on the wire, and what follows. A factor or a lost part would show.
+# Both sides round at different places (partial sums on the wire). A wrong factor or a missing part is still detected.
 BF16 = Tolerance(outputs=0.0, grads=0.15, norm=1e-2, weights=None)
-# Largest entry of a gradient that may be rounding alone, relative to the largest entry of all gradients.
+# Gradients with no larger entry may be pure rounding error; relative to the largest entry of all gradients.
 _ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-3}
 _CLASSES = ("experts", "router", "dense")
 
 
 def same_batches(got: Trace, wanted: Trace) -> Check:
-    """The micro-batches of all ranks are those of one process, in order."""
+    """Checks that the micro-batches of all ranks are those of one process, in order."""
     return count("micro-batches that differ", _differing(got.inputs, wanted.inputs))
 
 
 def distinct_batches(got: Trace) -> Check:
-    """No two micro-batches hold the same tokens: EP peers must not be fed alike."""
+    """Checks that no two micro-batches have the same tokens: EP peers must get different data."""
     return count("micro-batches seen twice", sum(torch.equal(a, b) for a, b in combinations(got.inputs, 2)))
 
 
 def compare(got: Trace, wanted: Trace, dtype: torch.dtype, exact: Trace | None = None) -> list[Check]:
-    """Every check of one dtype. exact: the reference in float64, by which rounding is known."""
+    """Every check of one dtype. exact: the reference in float64, from which rounding errors are measured."""
     tolerance, label = TOLERANCES[dtype], str(dtype).removeprefix("torch.")
     flips = sum(int((a != b).any(1).sum()) for a, b in _pairs(got.routes, wanted.routes))
     routes = count(f"{label}: routes that differ", flips)
     if flips and dtype is torch.float32:
-        # Near ties are decided by rounding; what follows would compare different functions. float64 decides.
+        # Rounding decides near ties, and further checks would compare different functions. float64 has checked them.
         return [Check(name=f"{routes.name} by rounding", error=flips, tolerance=flips, passed=True)]
     noise = _rounding(got, wanted, dtype)
     if exact is not None:
@@ -109,7 +109,7 @@ def compare(got: Trace, wanted: Trace, dtype: torch.dtype, exact: Trace | None =
 
 
 def _with_rounding(tolerance: Tolerance, wanted: Trace, exact: Trace, ignored: Collection[str]) -> Tolerance:
-    """Room for what this processor rounds: measured, and never so much that a lost part or a factor would pass."""
+    """`tolerance`, raised to this processor's measured rounding error, up to a limit that still detects real errors."""
 
     def room(least: float, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
         rounding = max((relative_error(a, b) for a, b in pairs.values()), default=0.0)
@@ -126,19 +126,19 @@ def _with_rounding(tolerance: Tolerance, wanted: Trace, exact: Trace, ignored: C
 
 
 def compare_narrow(got: Trace, wanted: Trace, label: str) -> list[Check]:
-    """Checks of one step in which both sides round to bf16; the reference was told what to choose."""
-    told = f"{label}: tokens that rounding alone would route elsewhere"
+    """Checks of one step in which both sides round to bf16; the reference replayed the choices of the ranks."""
+    flips = f"{label}: tokens that rounding alone would route elsewhere"
     return [
-        Check(name=told, error=wanted.flips, tolerance=wanted.flips, passed=True),
+        Check(name=flips, error=wanted.flips, tolerance=wanted.flips, passed=True),
         *_step_checks(got, wanted, label, BF16, _rounding(got, wanted, torch.bfloat16)),
         _round_trip(got, label),
     ]
 
 
 def _rounding(got: Trace, wanted: Trace, dtype: torch.dtype) -> set[str]:
-    """Weights whose gradient is zero but for rounding, on both sides: a key's bias, for one, which softmax cancels.
+    """Weights whose gradient is only rounding error on both sides, such as the bias of a key, which softmax cancels.
 
-    They have no relative error, and Adam makes a full step in the direction of the rounding.
+    They have no relative error, and Adam makes a full step in the direction of the rounding error.
     """
     sizes = [
         {name: float(grad.abs().max()) if grad.numel() else 0.0 for name, grad in side.grads.items()}
@@ -149,7 +149,7 @@ def _rounding(got: Trace, wanted: Trace, dtype: torch.dtype) -> set[str]:
 
 
 def _step_checks(got: Trace, wanted: Trace, label: str, tolerance: Tolerance, ignored: Collection[str]) -> list[Check]:
-    """Losses, gradients but the `ignored`, norms and loads."""
+    """Checks of losses, gradients except those in `ignored`, norms and loads."""
     lost = sorted(got.grads.keys() ^ wanted.grads.keys())
     checks = [
         _held(f"{label}: loss", _numbered(_tensors(got.losses), _tensors(wanted.losses)), tolerance.norm),
@@ -182,7 +182,7 @@ def _class_of(name: str) -> str:
 
 
 def _differing(got: list[Tensor], wanted: list[Tensor]) -> int:
-    """How many of two lists differ, entries that one of them lacks included."""
+    """Number of entries that differ between two lists, or are in one of them only."""
     differing = sum(not torch.equal(a, b) for a, b in zip(got, wanted, strict=False))
     return differing + abs(len(got) - len(wanted))
 
@@ -199,9 +199,9 @@ def _tensors(values: list[float]) -> list[Tensor]:
     return [torch.tensor(value, dtype=torch.float64) for value in values]
 
 
-def count(name: str, found: int, where: str = "") -> Check:
-    """A check that finds nothing where it passes."""
-    return Check(name=name, error=found, tolerance=0, passed=found == 0, where=where)
+def count(name: str, number: int, where: str = "") -> Check:
+    """A check that passes if `number` is 0."""
+    return Check(name=name, error=number, tolerance=0, passed=number == 0, where=where)
 
 
 def _check(name: str, error: float, tolerance: float, where: str) -> Check:

@@ -1,4 +1,4 @@
-"""Compares two sets of tensors by name. Pure: it knows nothing of ranks or of how they came about."""
+"""Compares two sets of tensors by name. Pure functions without communication."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 
 def worst(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[float, str]:
-    """The largest relative error over all tensors and the name where it occurs.
+    """The largest relative error over all tensors, and the name of its tensor.
 
     Raises:
-        KeyError: a tensor is on one side only; a lost gradient is never passed over.
+        KeyError: a tensor is on one side only, such as a missing gradient.
     """
     if lost := sorted(got.keys() ^ wanted.keys()):
         raise KeyError(f"on one side only: {lost}")

@@ -1,7 +1,7 @@
-"""The job that is verified: a few optimizer steps of the user's config, prepared alike for one process and for N ranks.
+"""The job to verify: a few optimizer steps of the user's config, prepared the same way for one process and N ranks.
 
-    weights   experts and routers are independently random: with copied experts a router's gradient is rounding alone
-    batches   real text; token counts differ between micro-batches, and in step 0 one rank has no target at all
+    weights   experts and routers are independently random: with equal experts, a router's gradient is only rounding
+    batches   real text; numbers of targets differ between micro-batches, and in step 0 one rank has none at all
     noise     dropout and jitter are off
 
 Legend: V vocabulary, B sequences of a micro-batch, S tokens of a sequence.
@@ -33,14 +33,14 @@ Batch = dict[str, Tensor]
 
 @dataclass(kw_only=True)
 class Trace:
-    """What one side did. Everything is indexed by global micro-batch, in the order of one process.
+    """The record of one side. Everything is indexed by global micro-batch, in the order of one process.
 
     losses: cross entropy per optimizer step, nats per token. norms: global gradient norm before clipping, per step.
     loads: tokens per expert of every layer, per step. outputs: logits of each micro-batch of step 0, in evaluation
     mode. inputs: token ids of every micro-batch. routes: router -> experts (sorted) of each micro-batch of step 0;
-    choices: the same before drops, as the router made them; flips: how many tokens it would have sent elsewhere where
-    choices are replayed. grads: gradients of step 0, before clipping. weights: parameters and buffers after the last
-    step. restored: the same after a checkpoint was loaded into spoiled weights (N ranks only).
+    choices: the same before drops and sorting; flips: with replayed choices, the number of tokens for which the router
+    itself would choose other experts. grads: gradients of step 0, before clipping. weights: parameters and buffers
+    after the last step. restored: the same after they were overwritten and loaded from a checkpoint (N ranks only).
     """
 
     losses: list[float] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Trace:
 
 
 def noiseless_plan(config: Config) -> Plan:
-    """The plan of the config's own mesh, with jitter off."""
+    """The plan for the config's mesh, with jitter off."""
     model = build_model(config.model, config.seed)
     plan = make_plan(model, config, example=example_inputs(model, config.data.seq_len))
     layers = tuple(
@@ -67,7 +67,7 @@ def noiseless_plan(config: Config) -> Plan:
 
 
 def build(config: Config, plan: Plan, dtype: torch.dtype) -> nn.Module:
-    """The model, lowered by `plan`, with full random weights that depend on the seed alone."""
+    """The model lowered by `plan`, with all experts and routers random, depending only on the seed."""
     model = build_model(config.model, config.seed).to(dtype)
     model = compile_model(model, config, example=example_inputs(model, config.data.seq_len), plan=plan)
     _randomize(model, config.seed)
@@ -76,16 +76,16 @@ def build(config: Config, plan: Plan, dtype: torch.dtype) -> nn.Module:
 
 
 def uneven(batch: Batch, number: int, config: Config) -> Batch:
-    """Micro-batch `number` of the run with some of its targets taken away: their counts differ, and those of rank 1 (or
-    every fourth, in one process) have none in step 0.
+    """Micro-batch `number` of the run with some targets masked: their counts differ, and in step 0 those of rank 1 (or
+    every fourth one, with one rank) have none.
     """
     world = mesh_spec(config.mesh).world_size
     accumulate = accumulation_steps(config, mesh_spec(config.mesh))
     per_step = world * accumulate
     step, place = divmod(number, per_step)
     labels = batch["labels"].clone()
-    silent = place // accumulate == 1 if world > 1 else place % 4 == 1
-    keep = 0 if silent and step == 0 and per_step > 1 else labels.shape[1] - number % (labels.shape[1] // 2)
+    masked = place // accumulate == 1 if world > 1 else place % 4 == 1
+    keep = 0 if masked and step == 0 and per_step > 1 else labels.shape[1] - number % (labels.shape[1] // 2)
     labels[:, keep:] = IGNORED
     return {**batch, "labels": labels}
 
@@ -106,13 +106,13 @@ def _without_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if isinstance(value, float) and "drop" in name:  # rates that a layer hands to F.dropout itself
+            if isinstance(value, float) and "drop" in name:  # rates that a layer passes to F.dropout
                 setattr(module, name, 0.0)
 
 
 @torch.no_grad()
 def evaluated(module: LanguageModule, batch: Batch) -> Tensor:
-    """Logits in evaluation mode, (B, S, V); the module is left in the mode that it was in."""
+    """Logits in evaluation mode, (B, S, V); the mode of the module is restored."""
     training = module.training
     module.eval()
     logits: Tensor = module.logits(batch)
@@ -122,14 +122,14 @@ def evaluated(module: LanguageModule, batch: Batch) -> Tensor:
 
 @contextmanager
 def recorded_routes(model: nn.Module, trace: Trace) -> Iterator[None]:
-    """Adds what every router chooses for this micro-batch to `trace.routes` and `trace.choices`.
+    """Adds every router's expert ids of this micro-batch to `trace.routes` and `trace.choices`.
 
-    A forward that backward runs again adds nothing.
+    A forward that is recomputed in backward adds nothing.
     """
 
-    def add(found: dict[str, list[Tensor]], name: str, ids: Tensor) -> None:
+    def add(records: dict[str, list[Tensor]], name: str, ids: Tensor) -> None:
         if not in_backward():
-            found.setdefault(name, []).append(ids.detach().clone())
+            records.setdefault(name, []).append(ids.detach().clone())
 
     with ExitStack() as stack:
         for name, router in routers_of(model):
@@ -143,32 +143,32 @@ def recorded_routes(model: nn.Module, trace: Trace) -> Iterator[None]:
 
 @contextmanager
 def replayed_routes(model: nn.Module, choices: Mapping[str, Tensor], trace: Trace) -> Iterator[None]:
-    """Lets every router choose what it is told for this micro-batch, and counts in `trace.flips` where it would not.
+    """Replaces every router's expert ids of this micro-batch by `choices`, and counts differences in `trace.flips`.
 
-    Where experts choose tokens there is nothing to tell.
+    With expert choice, nothing is replaced.
     """
 
-    def told(name: str, ids: Tensor) -> Tensor:
-        wanted = choices[name]
-        trace.flips += int((ids.sort(dim=1).values != wanted.sort(dim=1).values).any(1).sum())
-        return wanted
+    def replay(name: str, ids: Tensor) -> Tensor:
+        replayed = choices[name]
+        trace.flips += int((ids.sort(dim=1).values != replayed.sort(dim=1).values).any(1).sum())
+        return replayed
 
     with ExitStack() as stack:
         for name, router in routers_of(model):
             if name in choices:
-                stack.enter_context(_watched(router, partial(told, name)))
+                stack.enter_context(_watched(router, partial(replay, name)))
         yield
 
 
 @contextmanager
-def _watched(router: Router, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """`see` gets what the router chooses, and may choose something else."""
+def _watched(router: Router, on_choice: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Calls `on_choice` with the expert ids that the router chooses; what it returns, if not None, replaces them."""
     choose = router.choose
 
     def watched(scores_TE: Tensor) -> Tensor:
         ids = choose(scores_TE)
-        seen = see(ids)
-        return ids if seen is None else seen
+        replaced = on_choice(ids)
+        return ids if replaced is None else replaced
 
     router.choose = watched  # type: ignore[method-assign]
     try:

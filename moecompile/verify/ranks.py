@@ -1,4 +1,4 @@
-"""The job on N ranks, as `task=train` runs it: the strategy, the loaders, the Trainer. Recorded for comparison."""
+"""Runs the job on N ranks with the strategy, loaders and Trainer of `task=train`, and records a trace."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _QUIET = logging.getLogger("torch.distributed.tensor._redistribute")
 
 
 def run_ranks(model: nn.Module, plan: Plan, config: Config, data: TextData, run_dir: Path) -> Trace:
-    """Trains the lowered `model` on all ranks; every rank calls it.
+    """Trains the lowered `model`; all ranks call it.
 
     Returns:
-        on rank 0 the trace of all ranks, in the order of one process; on the others an incomplete one.
+        on rank 0 the trace of all ranks, in the order of one process; on other ranks an incomplete one.
     """
     mesh, rank = plan.mesh, dist.get_rank()
     module = LanguageModule(model, config.optimizer, config.trainer.max_steps)
@@ -51,20 +51,20 @@ def run_ranks(model: nn.Module, plan: Plan, config: Config, data: TextData, run_
     trace.inputs = _in_order([batch["input_ids"] for batch in batches], accumulate)
     trace.weights = _whole(model)
     trainer.save_checkpoint(run_dir / "checkpoint")
-    _spoil(model)
+    _overwrite(model)
     trainer.strategy.load_checkpoint(run_dir / "checkpoint")
     trace.restored = _whole(model)
     return trace
 
 
 def _global_number(i: int, rank: int, world_size: int, accumulate: int) -> int:
-    """The number, in one process, of this rank's micro-batch i."""
+    """The index in one process of this rank's micro-batch i."""
     step, place = divmod(i, accumulate)
     return (step * world_size + rank) * accumulate + place
 
 
 class _Batches:
-    """A loader over batches that exist already."""
+    """A loader over given batches."""
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
@@ -77,51 +77,51 @@ class _Batches:
 
 
 class _Recorder(StepObserver):
-    """Fills the trace during `fit`. It stands behind `Metrics`, whose rows it reads."""
+    """Fills the trace during `fit`. It must come after `Metrics` in the list of observers, whose results it reads."""
 
     def __init__(self, metrics: Metrics, first: list[Batch]) -> None:
         self.metrics, self.first, self.trace = metrics, first, Trace()
         self._recording: AbstractContextManager[None] | None = None
 
     def started(self, module: LanguageModule) -> None:
-        """Outputs before the first step."""
+        """Records the outputs before the first step."""
         outputs = [evaluated(module, batch) for batch in self.first]
         self.trace.outputs = _in_order(outputs, len(outputs))
 
     def micro_batch_started(self, module: LanguageModule, number: int) -> None:
-        """Routes of step 0."""
+        """Starts to record the routes of step 0."""
         if number < len(self.first):
             self._recording = recorded_routes(module.model, self.trace)
             self._recording.__enter__()
 
     def gradients_ready(self, module: LanguageModule, step: int) -> None:
-        """Gradients of step 0."""
+        """Records the gradients of step 0."""
         if step == 0:
             grads = {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
             self.trace.grads = {name: full(grad) for name, grad in grads.items()}
 
     def micro_batch_ended(self, module: LanguageModule, number: int) -> None:
-        """Ends what `micro_batch_started` began."""
+        """Ends the recording that `micro_batch_started` started."""
         if self._recording is not None:
             self._recording.__exit__(None, None, None)
             self._recording = None
 
     def step_ended(self, module: LanguageModule, strategy: ExpertParallelStrategy) -> None:
-        """Loss, norm and loads."""
+        """Records loss, norm and loads."""
         assert self.metrics.tally.loss_last is not None and strategy.grad_norm is not None
         self.trace.losses.append(self.metrics.tally.loss_last)
         self.trace.norms.append(strategy.grad_norm)
         self.trace.loads += [layer.load for layer in strategy.loads]
 
     def ended(self, module: LanguageModule) -> None:
-        """Routes of all ranks."""
+        """Gathers the routes of all ranks."""
         self.trace.routes = {name: _in_order(ids, len(ids)) for name, ids in self.trace.routes.items()}
         self.trace.choices = {name: _in_order(ids, len(ids)) for name, ids in self.trace.choices.items()}
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A DTensor gathered from all ranks, a plain tensor as it is; all ranks call it."""
-    _QUIET.setLevel(logging.ERROR)  # it warns that gathering over two axes takes two steps
+    """A copy of a tensor; a DTensor is gathered from all ranks. All ranks call it."""
+    _QUIET.setLevel(logging.ERROR)  # it warns that gathering over two axes takes two collectives
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
@@ -130,18 +130,18 @@ def _whole(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _spoil(model: nn.Module) -> None:
-    """Overwrites every weight and buffer that a checkpoint holds."""
+def _overwrite(model: nn.Module) -> None:
+    """Overwrites every weight and buffer of the checkpoint, with NaN or -1."""
     for tensor in model.state_dict().values():
         local = local_part(tensor)
         local.fill_(float("nan") if local.is_floating_point() else -1)
 
 
-def _in_order(mine: list[Tensor], per_step: int) -> list[Tensor]:
-    """The tensors of all ranks in the order of one process: step, rank, place in the step; on rank 0."""
+def _in_order(local: list[Tensor], per_step: int) -> list[Tensor]:
+    """On rank 0, the tensors of all ranks in the order of one process: by step, rank, and position in the step."""
     gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
-    dist.gather_object(mine, gathered or None)
+    dist.gather_object(local, gathered or None)
     if not gathered:
-        return mine
-    steps = range(0, len(mine), per_step)
+        return local
+    steps = range(0, len(local), per_step)
     return [tensor for step in steps for ranks in gathered for tensor in ranks[step : step + per_step]]

@@ -1,7 +1,7 @@
-"""The reference: one process that runs the micro-batches of all ranks in order, as accumulation.
+"""The reference: one process that runs the micro-batches of all ranks in order, with gradient accumulation.
 
-Independent of what it judges: plain autograd, torch's own clipping and no exchange, no FSDP, no strategy, nothing
-computed again. Of moecompile it uses the rewritten model, the optimizer's settings and the balance rule.
+It is independent of the code that it checks: plain autograd and torch's own clipping, without exchanges, FSDP, the
+strategy or recomputation. From moecompile it uses the rewritten model, the optimizer's settings and the balance rule.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def run_reference(
     Args:
         model: lowered for one process.
         batches: every micro-batch of the run, in global order.
-        choices: what each router chooses in step 0, by micro-batch; None: what it finds itself.
+        choices: router -> expert ids to replay in step 0, per micro-batch; None: routers choose themselves.
     """
     trace, module = Trace(), LanguageModule(model, config.optimizer, config.trainer.max_steps)
     arithmetic = _Arithmetic(module, config.trainer.precision)
@@ -43,12 +43,12 @@ def run_reference(
         optimizer.zero_grad()
         loss_sum, count = 0.0, 0
         for i, batch in enumerate(batches[step * per_step : (step + 1) * per_step]):
-            told = {name: ids[i] for name, ids in (choices or {}).items()} if step == 0 else {}
+            replayed = {name: ids[i] for name, ids in (choices or {}).items()} if step == 0 else {}
             set_random_key(arithmetic.module, config.seed, step, i)
             num_tokens = int((batch["labels"] != IGNORED).sum())
             with (
                 arithmetic.autocast(),
-                replayed_routes(arithmetic.module.model, told, trace),
+                replayed_routes(arithmetic.module.model, replayed, trace),
                 recorded_routes(arithmetic.module.model, trace if step == 0 else Trace()),
             ):
                 loss, _ = arithmetic.module.summed_loss(batch)
@@ -64,7 +64,7 @@ def run_reference(
         clip = config.optimizer.clip_norm
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf") if clip is None else clip)
         optimizer.step()
-        arithmetic.follow()
+        arithmetic.copy_weights()
         scheduler.step()
         trace.loads += [layer.load for layer in update_balance(arithmetic.module)]
         trace.losses.append(loss_sum / count)
@@ -74,40 +74,40 @@ def run_reference(
 
 
 class _Arithmetic:
-    """What a precision means for one process.
+    """A precision, implemented for one process.
 
-    module: what runs: the given one, or with `bf16_params` a copy of it whose weights, but those of routers, are
-    rounded to bf16. Its gradients are added up in the given one's precision.
+    module: the module to run: `main`, or with `bf16_params` a copy of it with weights cast to bf16, except those of
+    routers. Its gradients are accumulated in the precision of `main`.
     """
 
-    def __init__(self, given: LanguageModule, precision: Precision) -> None:
-        self.precision, self.given, self.module = precision, given, given
+    def __init__(self, main: LanguageModule, precision: Precision) -> None:
+        self.precision, self.main, self.module = precision, main, main
         if precision is Precision.bf16_params:
-            self.module = copy.deepcopy(given)
+            self.module = copy.deepcopy(main)
             kept = {parameter for _, router in routers_of(self.module) for parameter in router.parameters()}
             for parameter in self.module.parameters():
                 if parameter not in kept:
                     parameter.data = parameter.data.bfloat16()
 
     def autocast(self) -> torch.autocast:
-        """The context of a forward."""
+        """The context in which a forward runs."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.precision is Precision.bf16_mixed)
 
     def add_gradients(self) -> None:
-        """After a backward."""
-        for ours, theirs in self._pairs():
-            if theirs.grad is not None:
-                grad = theirs.grad.to(ours.dtype)
-                ours.grad = grad if ours.grad is None else ours.grad + grad
-                theirs.grad = None
+        """Moves the gradients of a backward to the main weights."""
+        for main, cast in self._pairs():
+            if cast.grad is not None:
+                grad = cast.grad.to(main.dtype)
+                main.grad = grad if main.grad is None else main.grad + grad
+                cast.grad = None
 
     @torch.no_grad()
-    def follow(self) -> None:
-        """After an optimizer step."""
-        for ours, theirs in self._pairs():
-            theirs.copy_(ours)
+    def copy_weights(self) -> None:
+        """Copies the main weights to the module after an optimizer step."""
+        for main, cast in self._pairs():
+            cast.copy_(main)
 
     def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        if self.module is self.given:
+        if self.module is self.main:
             return []
-        return list(zip(self.given.parameters(), self.module.parameters(), strict=True))
+        return list(zip(self.main.parameters(), self.module.parameters(), strict=True))

@@ -1,7 +1,7 @@
 """Makes a config small enough to be verified in seconds: widths and lengths shrink, the structure stays.
 
-Experts, top-k, groups, scores, balance, dispatch and the axes of the mesh decide what can go wrong, so they stay. Every
-change is returned as a line to print.
+Experts, top-k, groups, scores, balance, dispatch and the axes of the mesh determine what can go wrong, so they are
+kept. Every change is returned as a line to print.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ MAX_RANKS = 8
 _SEQ_LEN, _SEQUENCES, _ACCUMULATION = 32, 2, 2
 _EPS = 1e-5
 _NO_CLIPPING = 1e30
-_NARROW = 256  # a model that is no wider stays as it is
+_NARROW = 256  # a model up to this width is not changed
 _SLICE = 16
-# Names as transformers' configs spell them -> largest value. Powers of two, so that heads divide widths.
+# Keys of transformers configs -> largest value. Powers of two, so that heads divide widths.
 _LIMITS = {
     "vocab_size": 512, "num_hidden_layers": 4, "num_layers": 4, "num_decoder_layers": 4, "first_k_dense_replace": 1,
     "hidden_size": 64, "d_model": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
@@ -34,7 +34,7 @@ class _Shrinking:
     notes: list[str] = field(default_factory=list)
 
     def limit(self, group: object, path: str, name: str, value: object, why: str) -> None:
-        """Sets one value and says so, if it is not there already."""
+        """Sets a value and notes the change, if it differs."""
         old = getattr(group, name)
         if old != value:
             setattr(group, name, value)
@@ -42,7 +42,7 @@ class _Shrinking:
 
 
 def shrink(config: Config, steps: int) -> tuple[Config, list[str]]:
-    """A copy of `config` that runs `steps` optimizer steps in seconds, and what was changed, one line each."""
+    """A copy of `config` that runs `steps` optimizer steps in seconds, and one line for each change."""
     work = _Shrinking(copy.deepcopy(config))
     _shrink_mesh(work)
     _shrink_model(work)
@@ -108,14 +108,14 @@ def _shrink_run(work: _Shrinking, steps: int) -> None:
         work.limit(data, "data", "vocab_size", vocab, "as the model's")
     assert accumulation_steps(config, mesh_spec(config.mesh)) == _ACCUMULATION
     work.limit(config.trainer, "trainer", "max_steps", steps, why)
-    config.given = [*config.given, "trainer.max_steps"]  # as a caller shortens a run: it keeps its warm-up
+    config.given = [*config.given, "trainer.max_steps"]  # so that the warm-up is kept, as when a caller shortens a run
     work.limit(
         config.optimizer, "optimizer", "eps", max(config.optimizer.eps, _EPS),
-        "Adam would make whole steps of the rounding of tiny gradients",
+        "Adam would turn rounding errors of tiny gradients into full steps",
     )  # fmt: skip
     if config.optimizer.clip_norm is None:
         work.limit(config.optimizer, "optimizer", "clip_norm", _NO_CLIPPING, "the norm is known where it may clip")
-    # Not part of what is verified, so nothing to tell.
+    # These do not affect what is verified, so they are not noted.
     trainer = config.trainer
     trainer.log_interval, trainer.val_interval, trainer.progress_bar, trainer.save_checkpoint = 1, steps, False, False
     data.val_batches = 1

@@ -28,7 +28,7 @@ def main(world_size: int, run_dirs: list[Path]) -> int:
                 num_nodes=num_nodes,
             )  # fmt: skip
         except MoecompileError as error:
-            if not error.told:
+            if not error.reported:
                 print(f"error: {error}", file=sys.stderr)
             return error.exit_code
     return 0

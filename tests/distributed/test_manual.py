@@ -207,10 +207,10 @@ def test_mistakes_are_told() -> None:
             "passed_by_frozen_routers": by,
             "not_counted": "loss=sum: under manual optimization the tokens of a backward must be counted before it. Call "
             "self.trainer.strategy.count_tokens(num_tokens) before manual_backward, or use loss='mean'.",
-            "counted_for_means": "count_tokens=4: is for manual optimization with loss=sum. Under automatic optimization "
-            "return {'loss': sum, 'num_tokens': n} from training_step; for a mean no count is needed.",
-            "on_nan": "on_nan=stop: looks at steps of automatic optimization alone. Use on_nan=None, and look at losses "
-            "in training_step.",
+            "counted_for_means": "count_tokens=4: is for manual optimization with loss=sum. With automatic optimization, "
+            "return {'loss': sum, 'num_tokens': n} from training_step; a mean needs no count.",
+            "on_nan": "on_nan=stop: is only for automatic optimization. Use on_nan=None, and check losses in "
+            "training_step.",
         }
 
 

@@ -159,7 +159,7 @@ def test_in_the_background_and_on_a_full_disk(tmp_path: Path) -> None:
             == [
                 f"the checkpoint of step 2 could not be written to {tmp_path}/full/checkpoints on rank 1: [Errno 27] File "
                 "too large. The checkpoints before it are whole, the latest is step-1. Make room, lower trainer.keep_last, "
-                "or use another hydra.run.dir, and go on with trainer.resume."
+                "or use another hydra.run.dir, and resume with trainer.resume."
             ]
             * 2
         )

@@ -47,7 +47,7 @@ def rest(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def printed_command(said: str) -> str:
-    found = re.search(r"^go on with:  (.*)$", said, re.MULTILINE)
+    found = re.search(r"^resume with:  (.*)$", said, re.MULTILINE)
     assert found, said
     return found[1]
 

@@ -163,7 +163,7 @@ def _wrong(*arguments: Any) -> dict[str, Tensor]:
         ([], "export.run=null: task=export needs a run that was trained. Give export.run=RUN_DIRECTORY."),
         (["export.run=x", "export.tolerance=0"], "export.tolerance=0.0: must be positive. Use 1e-5."),
         (["export.run=x", "export.format=native", "export.family=mixtral"], "export.family=mixtral: has no meaning with export.format=native. Leave one of them out."),
-        (["export.run=x", "routing.top_k=1"], "routing.top_k=...: task=export takes the model and its plan from the run, and nothing else counts. Leave it out."),
+        (["export.run=x", "routing.top_k=1"], "routing.top_k=...: task=export takes the model and its plan from the run, so other keys have no effect. Leave it out."),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense(overrides: list[str], message: str) -> None:

@@ -425,8 +425,8 @@ def test_on_the_meta_device_only_declared_layouts_are_taken() -> None:
     [
         ("experts.num_routed=8", "experts.num_routed=8: {site} is in the model already, and the model has experts.num_routed=4"),
         ("++routing.top_k=1", "routing.top_k=1: {site} is in the model already, and the model has routing.top_k=2"),
-        ("routing.score=sigmoid", "routing.score=sigmoid: {site} is in the model already, and the model decides that itself"),
-        ("experts.init=random", "experts.init=random: {site} is in the model already, and the model decides that itself"),
+        ("routing.score=sigmoid", "routing.score=sigmoid: {site} is in the model already, and the model determines that itself"),
+        ("experts.init=random", "experts.init=random: {site} is in the model already, and the model determines that itself"),
         (
             "+per_layer={late: {routing: {top_k: 1}}}",
             "per_layer.late.routing.top_k=1: {site} is in the model already, and the model has routing.top_k=2",
@@ -487,7 +487,7 @@ def test_a_recipe_selects_layers_of_its_own_model_alone() -> None:
         plan = make_plan(model, composed, example=EXAMPLE)
         layers[len(chosen)] = len(plan.layers)
         said = [note for note in notes(plan, composed) if "experts.layers" in note]
-        selects = "it selects the FFNs of the recipe's own model"
+        selects = "it selects FFNs of the recipe's own model"
         assert said == [f"ignored: experts.layers=1: ({selects})"] * (len(chosen) == 1)
     assert layers == {0: 1, 1: 2, 2: 1}
 
@@ -528,17 +528,17 @@ def test_what_the_caller_gave_is_kept_in_the_resolved_config(tmp_path: Path) -> 
         (
             "mixtral", ["balance.rule=bias"],
             "balance.rule=bias: the router of model.layers.0.mlp.experts is the model's own and has no buffer "
-            "e_score_correction_bias to be moved. Use balance.rule=none.",
+            "e_score_correction_bias to update. Use balance.rule=none.",
         ),
         (
             "mixtral", ["balance.losses.z=0.1"],
-            "balance.losses.z=0.1: the router of model.layers.0.mlp.experts is the model's own, and its scores are not at "
-            "hand. Use 0; the model's own auxiliary loss, if it has one, stays as it is.",
+            "balance.losses.z=0.1: the router of model.layers.0.mlp.experts is the model's own, and its scores are not "
+            "available. Use 0; the model's own auxiliary loss, if it has one, is kept.",
         ),
         (
             "mixtral", ["+per_layer={first: {layers: ':1', balance: {losses: {micro_batch: 0.5}}}}"],
             "per_layer.first.balance.losses.micro_batch=0.5: the router of model.layers.0.mlp.experts is the model's own, "
-            "and its scores are not at hand. Use 0; the model's own auxiliary loss, if it has one, stays as it is.",
+            "and its scores are not available. Use 0; the model's own auxiliary loss, if it has one, is kept.",
         ),
     ],
 )  # fmt: skip
@@ -563,7 +563,7 @@ def test_what_the_models_groups_mean_on_the_mesh_is_said(mesh: list[str], note: 
     given = config(*mesh)
     plan = make_plan(moe_model("deepseek_v3"), given, example=EXAMPLE)
     says = "the model opens 2 of 4 expert groups to a token"
-    one_node = f"{says}; an EP group lies on one node here, so this limits no traffic between nodes"
+    one_node = f"{says}; an EP group is on one node here, so this limits no traffic between nodes"
     assert notes(plan, given)[1:] == [f"{says}, {note}" if note else one_node]
 
 

@@ -116,9 +116,9 @@ def test_capacity_holds_in_evaluation_too() -> None:
 
 
 def test_drop_and_capacity_belong_together() -> None:
-    with pytest.raises(ConfigError, match="is none without a capacity_factor, else not"):
+    with pytest.raises(ConfigError, match="must be none if and only if capacity_factor is null"):
         router(capacity_factor=1.0)
-    with pytest.raises(ConfigError, match="is none without a capacity_factor, else not"):
+    with pytest.raises(ConfigError, match="must be none if and only if capacity_factor is null"):
         router(drop="score")
 
 

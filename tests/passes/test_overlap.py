@@ -234,7 +234,7 @@ def test_a_part_that_others_read_cannot_be_cut() -> None:
         ),
         (
             ["dispatch.chunks=2"],
-            "dispatch.chunks=2: are there with overlap=chunks, but dispatch.overlap=none. Use dispatch.overlap=chunks, "
+            "dispatch.chunks=2: needs overlap=chunks, but dispatch.overlap=none. Use dispatch.overlap=chunks, "
             "or chunks=auto.",
         ),
         (

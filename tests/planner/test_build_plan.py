@@ -253,8 +253,8 @@ def test_expert_choice_on_a_model_that_is_not_known_to_be_causal(causal: bool | 
 def test_expert_choice_on_a_causal_model_must_be_asked_for() -> None:
     facts = ModelFacts(params_total=10_000, causal=True)
     message = (
-        "routing.choice=expert: an expert takes the tokens that it scores highest of all, so what becomes of a token "
-        "depends on later ones, and this model is causal. Use routing.choice=token, or routing.allow_future=true."
+        "routing.choice=expert: an expert takes its highest-scoring tokens, so the output of a token depends on later "
+        "tokens, and this model is causal. Use routing.choice=token, or routing.allow_future=true."
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         build_plan(SITES, config(*EXPERT_CHOICE), facts)

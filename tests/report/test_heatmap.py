@@ -40,7 +40,7 @@ def test_a_history_is_read_back(tmp_path: Path) -> None:
 
 
 def test_layers_do_not_change_on_the_way() -> None:
-    with pytest.raises(ValueError, match=r"step 2 has the layers \['a'\], the steps before it have"):
+    with pytest.raises(ValueError, match=r"step 2 has the layers \['a'\], earlier steps have"):
         history(([1], [1])).add(2, {"a": [1]})
 
 

@@ -27,9 +27,9 @@ SLICES = ["experts.init=virtual_group", "experts.granularity=4"]
 
 BROKEN: dict[str, tuple[list[str], str]] = {
     # mesh
-    "axis to come": (["mesh.tp=2"], "mesh.tp=2: this axis does not exist yet. Set it to 1."),
-    "pipeline": (["mesh.pp=4"], "mesh.pp=4: this axis does not exist yet. Set it to 1."),
-    "context": (["mesh.cp=0"], "mesh.cp=0: this axis does not exist yet. Set it to 1."),
+    "axis to come": (["mesh.tp=2"], "mesh.tp=2: this axis is not supported yet. Set it to 1."),
+    "pipeline": (["mesh.pp=4"], "mesh.pp=4: this axis is not supported yet. Set it to 1."),
+    "context": (["mesh.cp=0"], "mesh.cp=0: this axis is not supported yet. Set it to 1."),
     "device": (["mesh.device=tpu"], "mesh.device=tpu: must be cpu, cuda or auto. Use one of these."),
     "ep is a word": (["mesh.ep=most"], "mesh.ep=most: must be a number or auto. Give a whole number or auto."),
     "dp_shard": (
@@ -54,12 +54,12 @@ BROKEN: dict[str, tuple[list[str], str]] = {
     ),
     "only shared slices": (
         [*SLICES, "experts.num_shared=4"],
-        "experts.num_shared=4: must leave a slice to the routed experts, experts.granularity=4. Lower it or raise "
+        "experts.num_shared=4: must leave a slice for the routed experts, experts.granularity=4. Lower it or raise "
         "experts.granularity.",
     ),
     "only shared slices beside dropped ones": (
         ["experts.init=drop", "experts.granularity=2", "experts.num_shared=2"],
-        "experts.num_shared=2: must leave a slice to the routed experts, experts.granularity=2. Lower it or raise "
+        "experts.num_shared=2: must leave a slice for the routed experts, experts.granularity=2. Lower it or raise "
         "experts.granularity.",
     ),
     "half a virtual group, dropped": (
@@ -218,16 +218,16 @@ ONLY_IN_TASKS: dict[str, tuple[list[str], str]] = {
     ),
     "tokenizer of no model": (
         ["data.tokenizer=model"],
-        "data.tokenizer=model: the model llama_nano is not a pretrained one, so it has no tokenizer. Use data=moby_dick, "
+        "data.tokenizer=model: the model llama_nano is not pretrained, so it has no tokenizer. Use data=moby_dick, "
         "or model.pretrained or model.package.",
     ),
     "tokenizer with a size": (
         [*PACKAGE, "data.tokenizer=model"],
-        "data.vocab_size=2048: data.tokenizer=model has the entries that it has. Use null.",
+        "data.vocab_size=2048: data.tokenizer=model has a fixed vocabulary. Use null.",
     ),
     "tokenizer without a size": (
         ["data.vocab_size=null"],
-        "data.vocab_size=null: data.tokenizer=train makes so many entries. Give a number, such as 2048.",
+        "data.vocab_size=null: data.tokenizer=train needs a size. Give a number, such as 2048.",
     ),
     "sequence": (["data.seq_len=1"], "data.seq_len=1: must be at least 2. Use 2 or more."),
     "batch": (["data.global_batch_size=0"], "data.global_batch_size=0: must be at least 1. Use 1 or more."),

@@ -91,7 +91,7 @@ def test_a_model_that_is_moe_already_has_no_dense_one(tmp_path: Path) -> None:
     run = moecompile([*LLAMA, *mixtral, "trainer.baseline=dense"], tmp_path)
     assert run.returncode == 2
     assert run.stderr.strip().endswith(
-        "error: trainer.baseline=dense: model.layers.0.mlp.experts has been experts before, so there is no dense model. "
+        "error: trainer.baseline=dense: model.layers.0.mlp.experts has experts already, so there is no dense model. "
         "Use trainer.baseline=none."
     )
 

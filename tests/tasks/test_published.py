@@ -112,7 +112,7 @@ def test_it_compiles_without_values(name: str) -> None:
 
 def test_training_needs_values() -> None:
     with pytest.raises(
-        ConfigError, match=r"^model\.device=meta: the model has shapes and no values, so task=train cannot"
+        ConfigError, match=r"^model\.device=meta: the model has shapes but no values, so task=train cannot"
     ):
         validate(compose_config(["model=mixtral_8x7b"]))
     validate(compose_config(["model=mixtral_8x7b", "task=plan"]))

@@ -50,9 +50,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TextData:
-    """A text, tokenized and split; the windows as `load_data` cuts them, or as an objective needs them.
+    """A text, tokenized and split into windows, as `load_data` returns them or for another objective.
 
-    text_hash: of the whole text, by which a checkpoint knows it.
+    text_hash: of the whole text, for the fingerprint in checkpoints.
     """
 
     tokenizer: Tokenizer
@@ -86,10 +86,10 @@ def load_data(
 
 
 def check_tokens(data: DataConfig) -> None:
-    """Whether the text yields the vocabulary and a sequence in each split; for texts that take no time.
+    """Checks that the text is long enough for the vocabulary and a sequence per split; for small texts.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it is too short.
     """
     train, val = split_text(load_text(data), data.val_fraction)
     assert data.vocab_size is not None
@@ -102,7 +102,7 @@ def train_loader(
     windows: TokenWindows | SpanCorruption, data: DataConfig, *, seed: int, rank: int, world_size: int,
     start_step: int = 0, num_steps: int | None = None,
 ) -> DataLoader[Any]:  # fmt: skip
-    """This rank's training micro-batches from optimizer step `start_step` on: input_ids and labels, a row a window."""
+    """This rank's training micro-batches from step `start_step` on: input_ids and labels, one row per window."""
     sampler = GlobalBatchSampler(
         len(windows),
         global_batch_size=data.global_batch_size,

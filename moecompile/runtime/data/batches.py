@@ -1,14 +1,14 @@
-"""Which tokens are in which micro-batch of which rank.
+"""Samplers: which tokens are in which micro-batch of which rank.
 
-Training numbers all sequences that it ever sees: position p is window `permutation(seed, p // N)[p % N]` of the N
+Training numbers all sequences: position p is window `permutation(seed, p // N)[p % N]` of the N
 windows. Optimizer step s takes the global batch of positions [s * B, (s + 1) * B); rank r of W takes its r-th
 contiguous part and cuts it into micro-batches:
 
     B = 8, W = 2, micro-batch 2      step s:   |  0  1 |  2  3 |  4  5 |  6  7 |  + 8 s
                                                rank 0: m0, m1     rank 1: m0, m1
 
-So the micro-batches of all ranks, in rank order, are those of one process that accumulates; and the position, hence the
-place to resume at, does not depend on the mesh.
+So the micro-batches of all ranks, in rank order, are those of one process with gradient accumulation; and the position
+from which a run is resumed does not depend on the mesh.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 IGNORED = -100
-"""Label of a token that is no target."""
+"""Label of a token that is not a target."""
 
 
 class TokenWindows(Dataset[dict[str, Tensor]]):
     """Windows of `seq_len` tokens, side by side; window i is `tokens[i * seq_len : (i + 1) * seq_len + 1]`.
 
-    An item is {"input_ids": (S,), "labels": (S,)}, int64. Labels are shifted already: `labels[t]` is the token that
+    An item is {"input_ids": (S,), "labels": (S,)}, int64. Labels are already shifted: `labels[t]` is the token that
     follows `input_ids[t]`. Window `PADDING` has no targets.
     """
 
@@ -106,9 +106,9 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
 
 class ValidationSampler(Sampler[list[int]]):
-    """This rank's validation micro-batches: all ranks have as many, all of full size, and each window occurs once.
+    """This rank's validation micro-batches: the same number on all ranks, all of full size, each window once.
 
-    What is missing is filled with `TokenWindows.PADDING`, which adds nothing to the sum of losses nor to the count of
+    Missing windows are filled with `TokenWindows.PADDING`, which adds nothing to the sum of losses and the number of
     targets.
 
     Args:

@@ -1,13 +1,13 @@
 """Span corruption, T5's objective (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4).
 
-Some spans of a window are taken out; each leaves a sentinel, and the decoder has to say what was there:
+Some spans of a window are removed and each is replaced by a sentinel; the decoder predicts the removed tokens:
 
     window    a b c d e f g h i j
     inputs    a b <0> e f <1> j          for the encoder
     labels    <0> c d <1> g h i <2>      for the decoder; the sentinel after the last span ends them
 
-Sentinel i is id V - 1 - i of a model with V embeddings. How many tokens and spans are taken depends on the window's
-length alone, so all windows have inputs of one length and labels of one length; where the spans lie is random.
+Sentinel i is id V - 1 - i of a model with V embeddings. The numbers of removed tokens and spans depend only on the
+window's length, so inputs of all windows have the same length, and so do labels; positions of spans are random.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from torch.utils.data import Dataset
 from moecompile.runtime.data.batches import IGNORED, TokenWindows
 
 NOISE_DENSITY, MEAN_SPAN = 0.15, 3.0
-"""Part of the tokens that is taken out, and mean length of a span, as in T5."""
+"""Fraction of the tokens that is removed, and mean length of a span, as in T5."""
 
 
 @dataclass(frozen=True)
 class SpanCounts:
-    """What is taken out of a window of `seq_len` >= 2 tokens."""
+    """The numbers of tokens and spans to remove from a window of `seq_len` >= 2 tokens."""
 
     seq_len: int
 
     @property
     def num_noise(self) -> int:
-        """Tokens that are taken out."""
+        """Removed tokens."""
         return min(max(round(self.seq_len * NOISE_DENSITY), 1), self.seq_len - 1)
 
     @property
     def num_spans(self) -> int:
-        """Spans in which they lie."""
+        """Removed spans."""
         return max(round(self.num_noise / MEAN_SPAN), 1)
 
     @property
     def num_sentinels(self) -> int:
-        """One a span, and one that ends the labels."""
+        """One per span, and one that ends the labels."""
         return self.num_spans + 1
 
     @property
@@ -60,11 +60,11 @@ class SpanCounts:
 class SpanCorruption(Dataset[dict[str, Tensor]]):
     """Corrupted windows: {"input_ids": (input_len,), "labels": (label_len,)}, int64.
 
-    Item `window + epoch * number of windows` depends on (seed, item) alone; each epoch takes out other spans. Item
+    Item `window + epoch * number of windows` depends only on (seed, item); each epoch removes other spans. Item
     `TokenWindows.PADDING` has no targets.
 
     Args:
-        windows: the text. vocab_size: of the model, V. seed: decides the spans.
+        windows: the text. vocab_size: of the model, V. seed: of the spans.
     """
 
     def __init__(self, windows: TokenWindows, vocab_size: int, seed: int) -> None:

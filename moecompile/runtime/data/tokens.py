@@ -1,4 +1,4 @@
-"""From text to tokens: a byte-level BPE of one's own, and how surprising its tokens are."""
+"""Tokenizers: a byte-level BPE trained on the text or the model's own, and the entropy of tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from moecompile.errors import ConfigError
 
 
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE with `vocab_size` entries; the same text gives the same one, and it encodes any other text.
+    """Trains a byte-level BPE with `vocab_size` entries; deterministic, and able to encode any text.
 
     Raises:
-        ConfigError: the text is too short for so many entries.
+        ConfigError: the text is too short for that many entries.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -25,19 +25,19 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([text], trainer)
-    found = tokenizer.get_vocab_size()
-    if found != vocab_size:
+    entries = tokenizer.get_vocab_size()
+    if entries != vocab_size:
         raise ConfigError(
-            "data.vocab_size", vocab_size, f"the training text ({len(text)} characters) yields {found} entries only",
-            f"Use {found}, or a longer text",
+            "data.vocab_size", vocab_size, f"the training text ({len(text)} characters) yields {entries} entries only",
+            f"Use {entries}, or a longer text",
         )  # fmt: skip
     return tokenizer
 
 
 def shared_tokenizer(path: Path, text: str, vocab_size: int, *, rank: int, barrier: Callable[[], object]) -> Tokenizer:
-    """The tokenizer of `text`, trained by rank 0 and kept at `path`, from where every rank reads it after `barrier`.
+    """The tokenizer of `text`: rank 0 trains it and writes it to `path`, and all ranks read it after `barrier`.
 
-    Rank 0 trains it anew in each run, so that a file from other data is never taken for it.
+    Rank 0 trains it in every run, so that a file from other data is never used.
     """
     if rank == 0:
         partial = path.with_suffix(f".{os.getpid()}.tmp")
@@ -48,14 +48,14 @@ def shared_tokenizer(path: Path, text: str, vocab_size: int, *, rank: int, barri
 
 
 def model_tokenizer(source: Path, path: Path, *, rank: int, barrier: Callable[[], object]) -> Tokenizer:
-    """The tokenizer in the file `source`, without truncation and padding; rank 0 keeps it at `path` beside the run.
+    """The tokenizer in the file `source`, without truncation and padding; rank 0 writes a copy to `path`.
 
     Raises:
         ConfigError: there is no such file, or `tokenizers` cannot read it.
     """
     try:
         tokenizer = Tokenizer.from_file(str(source))
-    except Exception as error:  # tokenizers raises no narrower one
+    except Exception as error:  # tokenizers raises plain Exceptions
         raise ConfigError(
             "data.tokenizer", "model", f"{source} is not there or cannot be read: {error}",
             "Save the tokenizer beside the model, or use data=moby_dick",
@@ -71,7 +71,7 @@ def model_tokenizer(source: Path, path: Path, *, rank: int, barrier: Callable[[]
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Tensor:
-    """The tokens of `text` alone, int64 (N,): a tokenizer may have a start and an end to add around it."""
+    """The tokens of `text`, int64 (N,), without special tokens such as a start and an end."""
     return torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
 
 
@@ -88,7 +88,7 @@ def unigram_entropy(tokens: Tensor, vocab_size: int) -> float:
 def unigram_cross_entropy(train_tokens: Tensor, val_tokens: Tensor, vocab_size: int) -> float:
     """The loss, in nats per token, of the training text's token frequencies on the validation text.
 
-    Each count is one higher than counted, so that a token that training never saw has a finite loss.
+    All counts are increased by one, so that tokens that are not in the training text have a finite loss.
     """
     counts = torch.bincount(train_tokens, minlength=vocab_size).double() + 1
     return float(-(counts / counts.sum()).log()[val_tokens].mean())

@@ -1,7 +1,7 @@
-"""One dataclass per config group, with a string under each field that says what it is.
+"""One dataclass per config group, with a description under each field, which the reference page prints.
 
-YAML only fills values; enums, not booleans, where there is a choice of behaviour. OmegaConf reads the annotations at
-run time: Optional[...] and Union[...] are the spellings that it accepts. The strings are printed in the reference page.
+YAML only sets values. Choices of behaviour are enums, not booleans. OmegaConf reads the annotations at run time and
+accepts Optional[...] and Union[...], not `X | Y`.
 """
 
 from moecompile.schema.config.layers import BalanceConfig, ExpertsConfig, LossesConfig, PerLayerConfig, RoutingConfig

@@ -1,4 +1,4 @@
-"""What becomes of a layer: `experts`, `routing`, `balance`, and `per_layer` for some of them."""
+"""Config of the MoE layers: `experts`, `routing`, `balance`, and `per_layer` for some layers only."""
 
 from __future__ import annotations
 
@@ -11,68 +11,68 @@ from moecompile.schema.enums import ExpertInit, SiteKind, WeightScaling
 
 @dataclass(kw_only=True)
 class ExpertsConfig:
-    """`experts`: which FFNs become experts and how."""
+    """`experts`: which FFNs are replaced by experts, and how."""
 
     sites: SiteKind = SiteKind.auto
-    """Which kind of site is rewritten; `auto`: the experts that the model has already, else its dense FFNs."""
+    """Kind of site that is rewritten; `auto`: experts that the model has already, else its dense FFNs."""
     match: str = "*"
     """Shell pattern on the module path."""
     layers: str = ":"
-    """Python slice over the matched sites in model order (`1:` all but the first, `::2` every other)."""
+    """Python slice over the matched sites in model order (`1:`: all but the first; `::2`: every other)."""
     num_routed: int = 8
-    """Routed experts of a layer, 1 or more; a multiple of `mesh.ep`."""
+    """Routed experts per layer, 1 or more; a multiple of `mesh.ep`."""
     granularity: int = 1
-    """Slices that one dense FFN is cut into, 1 or more; an expert has 1/granularity of its hidden units."""
+    """Slices that a dense FFN is split into, 1 or more; an expert has 1/granularity of its hidden units."""
     num_shared: int = 0
-    """Slices that go to the shared expert, which every token visits; 0 for none."""
+    """Slices in the shared expert, which every token uses; 0 for none."""
     shared_gate: bool = False
     """The shared expert's output is multiplied by a learned sigmoid (Qwen2-MoE)."""
     init: ExpertInit = ExpertInit.copy
-    """Where the experts' first weights come from: how they are made of the dense FFN."""
+    """How the experts are initialized from the dense FFN."""
     drop_ratio: float = 0.5
-    """With init=drop, the part of an expert's hidden units that is drawn anew, in (0, 1]."""
+    """With init=drop, the fraction of an expert's hidden units that is reinitialized, in (0, 1]."""
     weight_scaling: WeightScaling = WeightScaling.exact
-    """What makes up for the routing weights, so that the experts' weighted sum starts like the dense FFN."""
+    """How weights are scaled to compensate for routing weights, so that the MoE layer starts like the dense FFN."""
 
 
 @dataclass(kw_only=True)
 class RoutingConfig:
-    """`routing`: where a token goes."""
+    """`routing`: the router."""
 
     choice: Choice = Choice.token
     """Token choice, or expert choice of `top_k` tokens per expert on average (Zhou et al. 2022, arXiv 2202.09368)."""
     top_k: int = 2
     """Experts per token, 1 to `experts.num_routed`."""
     score: Score = Score.softmax
-    """What turns router logits into scores."""
+    """The function from router logits to scores."""
     normalize: bool = True
-    """The routing weights of a token sum to `scale`; else they are its scores times `scale`."""
+    """Whether the routing weights of a token are normalized to sum to `scale`, else they are its scores times it."""
     scale: float = 1.0
     """Factor of the routing weights, positive."""
     groups: Union[int, str] = "auto"
-    """Contiguous groups of experts; `auto`: one per node that the EP group spans if `max_nodes` is given, else 1."""
+    """Groups of consecutive experts; `auto`: one per node of the EP group if `max_nodes` is set, else 1."""
     top_groups: Optional[int] = None
-    """Groups that a token may use, 1 to `groups`; null: all, or what `max_nodes` asks for."""
+    """Groups that a token may use, 1 to `groups`; null: as many as `max_nodes` allows, or all."""
     group_score: GroupScore = GroupScore.top2
-    """How a group is scored for group-limited routing: by its best expert, two best, or top_k / top_groups best."""
+    """How group-limited routing scores a group: by its best expert, its two best, or its top_k / top_groups best."""
     max_nodes: Optional[int] = None
     """Nodes that a token may reach, 1 or more; null: no limit."""
     bias: bool = False
-    """The router is a linear with a bias."""
+    """Whether the router's linear layer has a bias."""
     capacity_factor: Optional[float] = None
-    """An expert takes at most ceil(capacity_factor * tokens * top_k / experts) tokens of a micro-batch, positive; null:
-    dropless.
+    """An expert takes at most ceil(capacity_factor * tokens * top_k / experts) tokens of a micro-batch; positive, or
+    null for dropless.
     """
     drop: DropPolicy = DropPolicy.position
-    """Which tokens an expert keeps when more choose it than its capacity: the first ones, or the largest weights."""
+    """Which tokens an expert with too many keeps: the first ones, or those with the largest routing weights."""
     jitter: float = 0.0
-    """Router inputs are multiplied by uniform(1 - jitter, 1 + jitter) in training; in [0, 1)."""
+    """In training, router inputs are multiplied by uniform(1 - jitter, 1 + jitter); in [0, 1)."""
     workload: Workload = Workload.none
     """Routing that ignores the router's choice, for benchmarks."""
     skew: float = 1.0
     """Exponent of the workloads zipf and drift, positive: expert i is drawn with probability ~ 1 / (i + 1) ** skew."""
     allow_future: bool = False
-    """Allows expert choice in a causal model, where it sees the future."""
+    """Allows expert choice in a causal model, where it depends on future tokens."""
 
 
 @dataclass(kw_only=True)
@@ -91,12 +91,12 @@ class LossesConfig:
 
 @dataclass(kw_only=True)
 class BalanceConfig:
-    """`balance`: how load is evened out."""
+    """`balance`: load balancing."""
 
     rule: BalanceRule = BalanceRule.none
-    """Whether a correction bias follows the load (DeepSeek-V3)."""
+    """Whether a correction bias balances the load (DeepSeek-V3)."""
     update: BiasUpdate = BiasUpdate.sign
-    """How the correction bias moves in an optimizer step: by the sign of mean load - load, or in proportion to it."""
+    """How the correction bias changes per optimizer step: by the sign of mean load - load, or in proportion to it."""
     rate: float = 1e-3
     """Step of the correction bias per optimizer step, positive with rule=bias."""
     losses: LossesConfig = field(default_factory=LossesConfig)
@@ -104,15 +104,15 @@ class BalanceConfig:
 
 @dataclass(kw_only=True)
 class PerLayerConfig:
-    """`per_layer.NAME`: other settings for some of the rewritten layers."""
+    """`per_layer.NAME`: different settings for some of the rewritten layers."""
 
     match: str = "*"
     """Shell pattern on the module path."""
     layers: str = ":"
     """Python slice over the rewritten layers."""
     experts: dict[str, Any] = field(default_factory=dict)
-    """Keys of `experts` with their values there."""
+    """Keys of `experts` with their values for these layers."""
     routing: dict[str, Any] = field(default_factory=dict)
-    """Keys of `routing` with their values there."""
+    """Keys of `routing` with their values for these layers."""
     balance: dict[str, Any] = field(default_factory=dict)
-    """Keys of `balance` with their values there."""
+    """Keys of `balance` with their values for these layers."""

@@ -1,4 +1,4 @@
-"""The whole config: every group in one tree."""
+"""The root of the config, with all groups."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class Config:
     """The whole config."""
 
     name: str = "default"
-    """The recipe's name, used in results and for the run directory."""
+    """Name of the recipe, used in results and in the run directory."""
     seed: int = 0
-    """Decides weights, data order and all else that is random, 0 or more."""
+    """Random seed of weights, data order and everything else, 0 or more."""
     debug: bool = False
-    """Tracebacks for mistakes too."""
+    """Shows tracebacks for user errors too."""
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     per_layer: dict[str, PerLayerConfig] = field(default_factory=dict)
-    """Name -> other settings for some layers, applied in order."""
+    """Name -> different settings for some layers, applied in order."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
@@ -37,4 +37,4 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     given: list[str] = field(default_factory=list)
-    """Keys that the caller set by value, filled in by the program."""
+    """Keys that the caller set, filled in by the program."""

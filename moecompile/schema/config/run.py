@@ -1,4 +1,4 @@
-"""A training run: `data`, `optimizer` and `trainer`."""
+"""Config of a training run: `data`, `optimizer` and `trainer`."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ class DataConfig:
     objective: Objective = Objective.causal
     """What is predicted: the next token, or masked spans (T5)."""
     corpus: str = "moby_dick"
-    """`moby_dick` (embedded)."""
+    """`moby_dick`, which is part of the package."""
     path: Optional[str] = None
-    """A UTF-8 text file that is used instead."""
+    """A UTF-8 text file to use instead."""
     tokenizer: TokenizerSource = TokenizerSource.train
     """A new one, trained on the training split, or the model's own."""
     vocab_size: Optional[int] = 2048
-    """Entries of the byte-level BPE that is trained on the training split, 257 or more; null with the model's own."""
+    """Size of the byte-level BPE vocabulary trained on the training split, 257 or more; null with the model's own."""
     seq_len: int = 128
     """Tokens per sequence, 2 or more."""
     global_batch_size: int = 16
     """Sequences per optimizer step, independent of the mesh; a multiple of micro_batch_size * ranks."""
     micro_batch_size: int = 4
-    """Sequences per rank and forward, 1 or more; accumulation is derived."""
+    """Sequences per rank and forward, 1 or more; the number of accumulation steps is derived."""
     val_fraction: float = 0.05
-    """Tail of the text that is held out for validation, in (0, 1)."""
+    """Fraction of the text, at its end, that is held out for validation, in (0, 1)."""
     val_batches: int = 0
     """Validation micro-batches per rank; 0: all."""
 
@@ -39,9 +39,9 @@ class OptimizerConfig:
     """`optimizer`: AdamW with linear warm-up, then cosine decay."""
 
     lr: float = 1e-3
-    """Highest learning rate, 0 or more."""
+    """Peak learning rate, 0 or more."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """Decay of the two moments, each in [0, 1)."""
+    """Decay rates of the two moments, each in [0, 1)."""
     eps: float = 1e-8
     """Added to the denominator, positive."""
     weight_decay: float = 0.1
@@ -49,50 +49,50 @@ class OptimizerConfig:
     warmup_steps: int = 20
     """Optimizer steps of warm-up, at most `trainer.max_steps`."""
     min_lr_ratio: float = 0.1
-    """Last over highest learning rate, in [0, 1]; 1.0: constant."""
+    """Final over peak learning rate, in [0, 1]; 1.0: constant."""
     clip_norm: Optional[float] = 1.0
-    """Largest global gradient norm, positive; null: no clipping."""
+    """Maximum global gradient norm, positive; null: no clipping."""
 
 
 @dataclass(kw_only=True)
 class TrainerConfig:
-    """`trainer`: the run."""
+    """`trainer`: the training run."""
 
     max_steps: int = 100
     """Optimizer steps, 1 or more."""
     precision: Precision = Precision.fp32
-    """Of weights and arithmetic; routers, and sums of gradients over ranks, are fp32 under all."""
+    """Precision of weights and computation; routers and the reduction of gradients are always fp32."""
     checkpointing: Checkpointing = Checkpointing.keep_exchanges
-    """Activations that are computed again in backward instead of being kept."""
+    """Activation checkpointing: what is recomputed in backward instead of kept."""
     compile: Compiled = Compiled.none
-    """What goes through torch.compile."""
+    """What is compiled with torch.compile."""
     log_interval: int = 10
-    """Optimizer steps between rows."""
+    """Optimizer steps between rows of metrics."""
     val_interval: int = 100
     """Optimizer steps between validations."""
     timeout_s: int = 120
-    """Timeout of a collective, seconds; a rank that hangs is found after it."""
+    """Timeout of a collective, seconds, after which a rank that hangs is detected."""
     threads_per_rank: int = 1
-    """CPU threads of a rank."""
+    """CPU threads per rank."""
     progress_bar: bool = True
-    """A bar on a terminal, else lines."""
+    """Shows a progress bar on a terminal, else lines."""
     save_checkpoint: bool = True
     """Writes a checkpoint at the end."""
     save_interval: int = 1000
     """Optimizer steps between checkpoints; 0: only at the end."""
     keep_last: int = 3
-    """Newest checkpoints that are kept; 0: all."""
+    """Number of newest checkpoints to keep; 0: all."""
     async_save: bool = True
-    """Checkpoints are written in the background."""
+    """Writes checkpoints in the background."""
     resume: Optional[str] = None
-    """`auto` (the latest checkpoint of this run directory, if there is one), or a run directory or checkpoint to go on
-    from; null: a new run.
+    """Checkpoint to resume from: `auto` (the latest one of this run directory, if there is one), a run directory or a
+    checkpoint; null: a new run.
     """
     allow_changes: list[str] = field(default_factory=list)
-    """Names (shell patterns too) of what may differ from the checkpoint all the same, as the refusal lists them."""
+    """Settings that may differ from the checkpoint, by their names in the error message or by shell patterns."""
     max_restarts: int = 0
-    """How often a run that lost a rank goes on from its latest checkpoint by itself."""
+    """How often a run that lost a rank is restarted from its latest checkpoint automatically."""
     on_nan: OnNan = OnNan.stop
-    """What happens when a loss or a gradient is not finite."""
+    """What happens if a loss or a gradient is not finite."""
     baseline: Baseline = Baseline.none
-    """`dense` trains the dense model too, with the same data, optimizer and mesh, and shows both side by side."""
+    """`dense` also trains the dense model, with the same data, optimizer and mesh, and shows both side by side."""

@@ -1,4 +1,4 @@
-"""What is done, with which model: `task`, `model`, and what single tasks read."""
+"""Config of the task and the model: `task`, `model`, and the groups of single tasks."""
 
 from __future__ import annotations
 
@@ -10,72 +10,72 @@ from moecompile.schema.enums import ExportFormat, ModelDevice, ModelLoad, TaskNa
 
 @dataclass(kw_only=True)
 class TaskConfig:
-    """`task`: what to do."""
+    """`task`: what the command does."""
 
     name: TaskName = TaskName.train
-    """What the command does."""
+    """Name of the task."""
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """`model`: what is built or loaded.
+    """`model`: the model that is built or loaded.
 
-    Exactly one of `architecture`, `pretrained`, `package` and `factory` is given.
+    Exactly one of `architecture`, `pretrained`, `package` and `factory` must be set.
     """
 
     name: str = "custom"
-    """Its name, for people."""
+    """Its name, for display."""
     architecture: Optional[str] = None
     """A transformers model type (`deepseek_v3`), built with random weights from `config`."""
     config: dict[str, Any] = field(default_factory=dict)
     """Keys of the architecture's transformers config."""
     pretrained: Optional[str] = None
-    """A local folder that `save_pretrained` wrote; its `config.json` says which class is loaded."""
+    """A local folder written by `save_pretrained`; its `config.json` determines the class."""
     package: Optional[str] = None
-    """An installed Python package, by its name for pip, with such a folder or a GGUF file; no code of it runs."""
+    """The pip name of an installed Python package with such a folder or a GGUF file; no code of the package is run."""
     factory: Optional[str] = None
     """`package.module:function`, called without arguments; only from the command line or Python."""
     device: ModelDevice = ModelDevice.cpu
-    """Where it is built; `meta` builds shapes without values, enough for task=plan and task=compile."""
+    """Device on which it is built; `meta` has shapes but no values, enough for task=plan and task=compile."""
     published: Optional[str] = None
-    """What this architecture's paper or model card says of its size, for people."""
+    """The size of this architecture as published in its paper or model card, for display."""
     load: ModelLoad = ModelLoad.sharded
-    """How several ranks load `pretrained`: each reads what it keeps, or loads the whole model and drops the rest."""
+    """How several ranks load `pretrained`: each reads only its part, or loads the whole model and drops the rest."""
 
 
 @dataclass(kw_only=True)
 class VerifyConfig:
-    """`verify`: what task=verify runs."""
+    """`verify`: settings of task=verify."""
 
     steps: int = 3
     """Optimizer steps, 1 or more."""
     dtype: VerifyDtype = VerifyDtype.both
-    """Precision of weights and arithmetic in which N ranks are compared with one process."""
+    """Precision of weights and computation in which N ranks are compared with one process."""
 
 
 @dataclass(kw_only=True)
 class BenchConfig:
-    """`bench`: how often task=bench measures."""
+    """`bench`: number of measurements of task=bench."""
 
     rounds: int = 10
-    """What is measured counts so often, 1 or more."""
+    """Measured runs, 1 or more."""
     warmup: int = 3
-    """Runs before that, 1 or more."""
+    """Warm-up runs before that, 1 or more."""
 
 
 @dataclass(kw_only=True)
 class ExportConfig:
-    """`export`: what task=export reads and writes; all else it takes from the run."""
+    """`export`: input and output of task=export; everything else comes from the run."""
 
     run: Optional[str] = None
     """A run directory, or a native export."""
     checkpoint: Optional[str] = None
-    """One of the run's checkpoints; null: its latest."""
+    """One of the run's checkpoints; null: the latest."""
     format: ExportFormat = ExportFormat.huggingface
-    """What is written: the family of transformers with the same mathematics, or our own names with config and plan."""
+    """Output: a transformers model that computes the same function, or our own format with config and plan."""
     family: Optional[str] = None
     """A model type of transformers; null: the first that fits."""
     path: Optional[str] = None
-    """The new folder; null: `model` in the run directory of this task."""
+    """The folder to create; null: `model` in the run directory of this task."""
     tolerance: float = 1e-5
-    """Largest difference of logits to the trained model, when loaded again; positive."""
+    """Largest difference between the logits of the exported and the trained model; positive."""

@@ -1,6 +1,4 @@
-"""Rules that need the config alone, by subject. What needs the model (hidden size, number of sites) is checked by
-`build_plan`.
-"""
+"""Rules that need only the config, by subject. `build_plan` checks those that need the model (hidden size, sites)."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: the first rule that is broken.
     """
-    # Where the model has experts, what the config says of experts and routers is not what holds.
+    # If the model has experts already, the config of experts and routers is not used.
     sites = config.experts.sites
     existing = sites is SiteKind.existing or (sites is SiteKind.auto and has_experts(config))
     check_name(config.name)
@@ -38,22 +36,22 @@ def validate(config: Config) -> None:
 
 
 def check_name(name: str) -> None:
-    """Whether a name can be that of one folder.
+    """Checks that a name can be the name of one folder.
 
     Raises:
-        ConfigError: it is empty, or leads elsewhere.
+        ConfigError: it is empty, too long, or a path.
     """
     if not name.strip() or name in (".", "..") or not name.isprintable() or {"/", "\\"} & set(name):
         raise ConfigError(
             "name", name, "is part of the run directory, so it must be the name of one folder",
-            "Use letters, digits, - and _; hydra.run.dir=FOLDER says where a run goes",
+            "Use letters, digits, - and _; hydra.run.dir=FOLDER sets the run directory",
         )  # fmt: skip
     if len(name.encode()) > 200:
         raise ConfigError("name", name, "is longer than a folder's name may be", "Use a shorter one")
 
 
 def validate_transform(config: Config) -> MeshSpec:
-    """Checks the rules of the transform alone (mesh, experts, routing, balance), as the Python API needs them.
+    """Checks only the rules of the transform (mesh, experts, routing, balance), for the Python API.
 
     Raises:
         ConfigError: the first rule that is broken.
@@ -65,7 +63,7 @@ def validate_transform(config: Config) -> MeshSpec:
 
 
 def validate_settings(settings: LayerSettings, mesh: MeshSpec) -> None:
-    """Checks the settings of one layer; an error of a change by `per_layer` names it.
+    """Checks the settings of one layer; errors caused by a change in `per_layer` name it.
 
     Raises:
         ConfigError: the first rule that is broken.

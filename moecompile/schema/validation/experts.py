@@ -1,4 +1,4 @@
-"""Rules of `experts`. A plan that was edited by hand is held to the same ones."""
+"""Rules of `experts`, which are also checked for plans, as these may be edited by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moecompile.schema.slices import site_slice
 
 
 def check_experts(experts: ExpertsConfig) -> None:
-    """The rules that need this group alone.
+    """Checks the rules that need only this group.
 
     Raises:
         ConfigError: the first rule that is broken.
@@ -18,20 +18,20 @@ def check_experts(experts: ExpertsConfig) -> None:
 
 
 def is_sliced(init: str, granularity: int) -> bool:
-    """Whether routed experts are slices of the dense FFN, else they are copies of it or have nothing of it."""
+    """Whether routed experts are slices of the dense FFN, not full copies of it or randomly initialized."""
     return init == "virtual_group" or (init == "drop" and granularity > 1)
 
 
 def virtual_group(init: str, granularity: int, num_shared: int) -> int:
-    """Routed experts that together are one copy of the dense FFN's routed slices (1 without slices)."""
+    """How many routed experts together are one copy of the dense FFN's routed slices (1 without slices)."""
     return granularity - num_shared if is_sliced(init, granularity) else 1
 
 
 def check_slices(init: str, granularity: int, num_shared: int) -> None:
-    """Whether the slices of a dense FFN fit where the experts' weights come from.
+    """Checks that the number of slices fits the initialization.
 
     Raises:
-        ConfigError: copies of slices, or no slice for the routed experts.
+        ConfigError: init=copy with slices, or no slice is left for the routed experts.
     """
     if init == "copy" and granularity != 1:
         raise ConfigError(
@@ -41,16 +41,16 @@ def check_slices(init: str, granularity: int, num_shared: int) -> None:
     if is_sliced(init, granularity) and num_shared >= granularity:
         raise ConfigError(
             "experts.num_shared", num_shared,
-            f"must leave a slice to the routed experts, experts.granularity={granularity}",
+            f"must leave a slice for the routed experts, experts.granularity={granularity}",
             "Lower it or raise experts.granularity",
         )  # fmt: skip
 
 
 def check_placement(num_routed: int, ep: int) -> None:
-    """Whether every EP rank holds as many experts.
+    """Checks that every EP rank gets the same number of experts.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: ep does not divide the number of experts.
     """
     if num_routed % ep:
         below = num_routed // ep * ep

@@ -1,4 +1,4 @@
-"""Rules of `export`, which task=export alone reads."""
+"""Rules of `export`, which only task=export reads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moecompile.schema.enums import ExportFormat, TaskName
 
 
 def check_export(config: Config) -> None:
-    """Checks what needs no run.
+    """Checks the rules that need no run.
 
     Raises:
         ConfigError: the first rule that is broken.
@@ -26,6 +26,6 @@ def check_export(config: Config) -> None:
         )
     if others := [key for key in config.given if key.partition(".")[0] not in ("export", "task", "hydra")]:
         raise ConfigError(
-            others[0], "...", "task=export takes the model and its plan from the run, and nothing else counts",
+            others[0], "...", "task=export takes the model and its plan from the run, so other keys have no effect",
             "Leave it out",
         )  # fmt: skip

@@ -11,11 +11,11 @@ def mesh_spec(mesh: MeshConfig) -> MeshSpec:
     """The validated mesh; `auto` values are filled in.
 
     Raises:
-        ConfigError: sizes that do not fit each other, or an axis that does not exist yet.
+        ConfigError: the sizes do not fit each other, or an axis is not supported yet.
     """
     for axis in ("tp", "pp", "cp"):
         if getattr(mesh, axis) != 1:
-            raise ConfigError(f"mesh.{axis}", getattr(mesh, axis), "this axis does not exist yet", "Set it to 1")
+            raise ConfigError(f"mesh.{axis}", getattr(mesh, axis), "this axis is not supported yet", "Set it to 1")
     if mesh.device not in ("cpu", "cuda", "auto"):
         raise ConfigError("mesh.device", mesh.device, "must be cpu, cuda or auto", "Use one of these")
     world = mesh.num_nodes * mesh.ranks_per_node
@@ -38,10 +38,10 @@ def mesh_spec(mesh: MeshConfig) -> MeshSpec:
 
 
 def int_or_auto(path: str, value: int | str, auto: int) -> int:
-    """The number, or `auto` where the value is "auto".
+    """The number, or the argument `auto` if the value is "auto".
 
     Raises:
-        ConfigError: another word.
+        ConfigError: neither a number nor "auto".
     """
     if value == "auto":
         return auto

@@ -9,7 +9,7 @@ from moecompile.schema.implied import SOURCES
 
 
 def check_model(config: Config) -> None:
-    """Whether one model is given, on a device where the task can use it.
+    """Checks that one model is given, on a device that the task can use.
 
     Raises:
         ConfigError: the first rule that is broken.
@@ -26,7 +26,7 @@ def check_model(config: Config) -> None:
     task = config.task.name
     if config.model.device is ModelDevice.meta and task in (TaskName.train, TaskName.bench):
         raise ConfigError(
-            "model.device", "meta", f"the model has shapes and no values, so task={task.value} cannot run it",
+            "model.device", "meta", f"the model has shapes but no values, so task={task.value} cannot run it",
             "Use task=plan or task=compile, or model.device=cpu if it fits into memory",
         )  # fmt: skip
     if config.model.device is ModelDevice.meta and (config.model.pretrained or config.model.package):

@@ -1,4 +1,4 @@
-"""Rules of `routing` and `balance`, and what the two resolve into."""
+"""Rules of `routing` and `balance`, and their resolved forms."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from moecompile.schema.validation.mesh import int_or_auto
 
 
 def router_config(routing: RoutingConfig, num_experts: int, mesh: MeshSpec) -> RouterConfig:
-    """The validated router, with `auto` filled in and the topology proven (docs/understand/routing.md).
+    """The validated router, with `auto` filled in and the node limit checked (docs/understand/routing.md).
 
-    Groups belong to the model: with given `groups` the mesh only bounds them. `max_nodes` promises that each token
-    reaches at most that many nodes.
+    Groups are a property of the model: with explicit `groups` the mesh only limits them. `max_nodes` guarantees that
+    each token reaches at most that many nodes.
 
     Raises:
-        ConfigError: options that contradict each other, groups that do not divide the experts, that would straddle
-            nodes, or that cannot keep `max_nodes`.
+        ConfigError: options contradict each other, or groups do not divide the experts, would straddle nodes or cannot
+            guarantee `max_nodes`.
     """
     nodes = mesh.nodes_per_ep_group
     options = {field.name: _plain(getattr(routing, field.name)) for field in fields(RouterConfig)}
@@ -66,10 +66,10 @@ def _plain(value: Any) -> Any:
 
 
 def check_expert_choice(routing: RoutingConfig) -> None:
-    """What a token decides cannot be asked for where experts choose.
+    """Refuses options of token choice with expert choice.
 
     Raises:
-        ConfigError: the first key that is given all the same.
+        ConfigError: such an option is set (the first one).
     """
     if routing.choice is not Choice.expert:
         return
@@ -87,14 +87,14 @@ def check_expert_choice(routing: RoutingConfig) -> None:
 
 
 def check_nodes(config: Config, mesh: MeshSpec) -> None:
-    """Groups of a recipe go with any mesh; a limit that the caller gives must mean something on this one.
+    """Checks a `max_nodes` that the caller set against the mesh; that of a recipe is accepted with any mesh.
 
     Raises:
-        ConfigError: more nodes than the mesh has.
+        ConfigError: the limit is more than the nodes of the mesh.
     """
     limit, nodes = config.routing.max_nodes, mesh.num_nodes
-    asked = "routing.max_nodes" in config.given and config.trainer.resume is None
-    if asked and limit is not None and limit > nodes:
+    is_given = "routing.max_nodes" in config.given and config.trainer.resume is None
+    if is_given and limit is not None and limit > nodes:
         raise ConfigError(
             "routing.max_nodes", limit, f"the mesh has {nodes} node{'s' * (nodes > 1)}",
             f"Use at most {nodes}, or a mesh with more nodes",
@@ -121,7 +121,7 @@ def _resolved_groups(routing: RoutingConfig, nodes: int) -> tuple[int, int]:
 
 
 def _check_topology(router: RouterConfig, limit: int | None, nodes: int) -> None:
-    """Groups lie on whole nodes where they limit anything, and no more than `limit` nodes are reached."""
+    """Checks that groups do not straddle nodes if they limit routing, and that at most `limit` nodes are reached."""
     groups, top_groups = router.groups, router.top_groups
     if top_groups < groups and groups % nodes:
         raise ConfigError(

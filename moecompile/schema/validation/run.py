@@ -12,7 +12,7 @@ _BETA = Real("[0, 1)", "Use [0.9, 0.95]")
 
 
 def check_data(config: Config, mesh: MeshSpec) -> None:
-    """Whether the tokenizer fits the model, and the batch the mesh.
+    """Checks that the tokenizer fits the model, and the batch fits the mesh.
 
     Raises:
         ConfigError: the first rule that is broken.
@@ -27,18 +27,16 @@ def _check_tokenizer(config: Config) -> None:
     if data.tokenizer is TokenizerSource.train:
         if data.vocab_size is None:
             raise ConfigError(
-                "data.vocab_size", None, "data.tokenizer=train makes so many entries", "Give a number, such as 2048"
+                "data.vocab_size", None, "data.tokenizer=train needs a size", "Give a number, such as 2048"
             )
         return
     if not (model.pretrained or model.package):
         raise ConfigError(
-            "data.tokenizer", "model", f"the model {model.name} is not a pretrained one, so it has no tokenizer",
+            "data.tokenizer", "model", f"the model {model.name} is not pretrained, so it has no tokenizer",
             "Use data=moby_dick, or model.pretrained or model.package",
         )  # fmt: skip
     if data.vocab_size is not None:
-        raise ConfigError(
-            "data.vocab_size", data.vocab_size, "data.tokenizer=model has the entries that it has", "Use null"
-        )
+        raise ConfigError("data.vocab_size", data.vocab_size, "data.tokenizer=model has a fixed vocabulary", "Use null")
 
 
 def accumulation_steps(config: Config, mesh: MeshSpec) -> int:
@@ -60,7 +58,7 @@ def accumulation_steps(config: Config, mesh: MeshSpec) -> int:
 
 
 def check_schedule(config: Config) -> None:
-    """What `optimizer` says beside its ranges.
+    """Checks the rules of `optimizer` beyond the ranges of its numbers.
 
     Raises:
         ConfigError: the first rule that is broken.
@@ -70,7 +68,7 @@ def check_schedule(config: Config) -> None:
         raise ConfigError("optimizer.betas", optimizer.betas, "must be two numbers", "Use [0.9, 0.95]")
     for i, beta in enumerate(optimizer.betas):
         _BETA.check(f"optimizer.betas[{i}]", beta)
-    # A short run for a look keeps the warm-up that a recipe has, and ends before it does.
+    # A run that the caller shortens keeps the recipe's warm-up, and may end before it does.
     shortened = "trainer.max_steps" in config.given and "optimizer.warmup_steps" not in config.given
     if optimizer.warmup_steps > max_steps and not shortened:
         raise ConfigError(
