@@ -6,10 +6,10 @@ NOTE on what connects the halves:
   1. A start returns a token and a ticket. The ticket names the exchange in flight in a table of this process; its wait
      takes it out and returns the received rows. No tensor in flight is visible to anything else.
   2. Autograd runs along the token, which has the shape of the rows sent and no memory (all strides are 0). A gradient
-     must have the shape of its value, and what travels back has as many rows as were sent.
-  3. In backward the order is mirrored: the backward of a wait starts the way back, under the same ticket, and returns
-     zeros without memory as the token's gradient; the backward of the start waits for it. Hooks and anomaly mode see
-     these zeros, never a buffer that is being written.
+     must have the shape of its value, and the returned tensor has as many rows as were sent.
+  3. In backward the order is mirrored: the backward of a wait starts the reverse exchange, under the same ticket, and
+     returns zeros without memory as the token's gradient; the backward of the start waits for it. Hooks and anomaly
+     mode see these zeros, never a buffer that is being written.
 """
 
 from __future__ import annotations

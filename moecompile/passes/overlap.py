@@ -6,7 +6,7 @@ micro-batch, so capacity, losses and loads do not change. Backward mirrors the o
 Algorithm, for each experts call that the plan overlaps, with n chunks:
   1. The dispatch is what depends on the expert ids and leads to the combined output. It is copied for n parts of the
      tokens, and their outputs are concatenated.
-  2. The counts of all chunks travel in one message, and each chunk reads its part of the one table.
+  2. The counts of all chunks are sent in one message, and each chunk reads its part of the one table.
   3. Each exchange of rows becomes a start and a wait.
   4. A stage ends where a wait begins. Chunk c does stage s in slot s + c, the latest chunk first. The shared experts
      run after slot 0, before the first wait.

@@ -182,7 +182,7 @@ def first_error(run_dir: Path, world_size: int, exit_codes: Mapping[int, int]) -
     if records and not silent_causes:
         return to_error(records[0], run_dir, world_size)  # Step 4
     if not ended:
-        return RankFailure(f"a rank of {world_size} has ended the others without a word")
+        return RankFailure(f"a rank of {world_size} has ended the others without a record")
     rank = (silent_causes or ended)[0]  # Steps 3 and 5
     return RankFailure(f"rank {rank} of {world_size} failed: {_how_it_ended(exit_codes[rank])}")
 
@@ -197,7 +197,7 @@ def _hanging(ranks: list[int], world_size: int, waiting: Failure) -> RankFailure
         f"ranks {', '.join(map(str, ranks))} of {world_size} hang"
     )  # fmt: skip
     return RankFailure(
-        f"{names}: rank {waiting.rank} has waited for an answer as long as trainer.timeout_s says ({waiting.last_line})"
+        f"{names}: rank {waiting.rank} has waited for an answer for trainer.timeout_s ({waiting.last_line})"
     )
 
 

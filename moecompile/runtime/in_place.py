@@ -241,7 +241,7 @@ def _report_signal(number: int, ranks: Ranks) -> None:
         time.sleep(PEER_GRACE_S)
     if machine.claim(ranks):
         other = (
-            f" If nobody sent it, another rank has ended before it could say why: see what {ranks.launcher} reports."
+            f" If you did not send it, another rank ended before it could report: see what {ranks.launcher} reports."
             if number == signal.SIGTERM and _now.run_dir is None
             else ""
         )

@@ -62,7 +62,7 @@ def next_order(store: Any) -> Order:
             store.wait([key], timedelta(seconds=60))
             break
         except DistNetworkError as error:
-            raise RankFailure("rank 0 has ended without a word (killed by SIGKILL?)") from error
+            raise RankFailure("rank 0 has ended without a message (killed by SIGKILL?)") from error
         except DistStoreError:  # rank 0 is busy without the other ranks
             continue
     return Order(**json.loads(store.get(key)))

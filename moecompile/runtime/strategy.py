@@ -171,7 +171,7 @@ class ExpertParallelStrategy(TrainingSteps):
             return tensors_of(self.model, optimizers)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads such a folder, written on whatever mesh; nothing in it is run as code.
+        """Reads such a folder, written on any mesh; no code in it is run.
 
         Raises:
             PlanError: entries are missing or have other shapes, or the optimizers have other parameter groups.

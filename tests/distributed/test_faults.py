@@ -114,7 +114,7 @@ def test_a_hung_rank_is_named_in_time(tmp_path: Path) -> None:
     assert time.monotonic() - stopped < 15 + 60  # ending the others takes seconds, on a busy machine more
     assert code == 1
     assert error.startswith("error: rank 2 of 4 hangs: rank ") and error.count("\n") == 1
-    assert "has waited for an answer as long as trainer.timeout_s says" in error
+    assert "has waited for an answer for trainer.timeout_s" in error
     assert folders.latest(folders.checkpoints_of(run_dir)) is not None
 
 

@@ -163,7 +163,7 @@ def test_of_several_consequences_the_hung_rank_is_named(tmp_path: Path) -> None:
     for rank, error in ((0, gone), (1, late), (3, closed)):
         failures.record(error, tmp_path, rank)
     told = str(failures.first_error(tmp_path, 4, {0: 1, 1: 1, 3: 1, 2: -signal.SIGKILL}))
-    assert told.startswith("rank 2 of 4 hangs: rank 1 has waited for an answer as long as trainer.timeout_s says (")
+    assert told.startswith("rank 2 of 4 hangs: rank 1 has waited for an answer for trainer.timeout_s (")
     failures.record(ValueError("its own"), tmp_path, 2)
     assert str(failures.first_error(tmp_path, 4, {})).startswith("rank 2 of 4 failed: ValueError: its own")
 
