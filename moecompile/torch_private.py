@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._library.effects import EffectType
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group, _set_pg_timeout, _world
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MASK_FUNCTIONS",
+    "ORDERED",
     "FSDPMeshInfo",
     "HSDPMeshInfo",
     "ShardPlacementResult",
@@ -48,6 +50,8 @@ __all__ = [
     "split_axis",
 ]
 
+ORDERED = EffectType.ORDERED
+"""Of an op that compilers must not move before or after another such op."""
 MASK_FUNCTIONS = (F._canonical_mask.__name__, F._none_or_dtype.__name__)
 _HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",

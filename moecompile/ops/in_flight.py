@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moecompile.ops.exchange import bytes_of, count_sent, group_of, splits, unpack
+from moecompile.torch_private import ORDERED
 
 _numbers = itertools.count(1)
 _in_flight: dict[int, tuple[Tensor, Tensor, dist.Work]] = {}  # received rows, sent rows (kept alive), what to wait for
@@ -145,6 +146,10 @@ all_to_all_start.register_autograd(_rows_start_backward, setup_context=_start_se
 exchange_assignments_start.register_autograd(_rows_start_backward, setup_context=_start_setup)
 all_to_all_wait.register_autograd(_wait_backward, setup_context=_wait_setup)
 exchange_assignments_wait.register_autograd(_wait_backward, setup_context=_wait_setup)
+
+
+for _sends in (all_to_all_start, exchange_assignments_start, gradient_start):
+    _sends.register_effect(ORDERED)  # compiled graphs keep the order, which must be the same on every rank
 
 
 def _token(like: Tensor) -> Tensor:
