@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moecompile.errors import MoecompileError
 from moecompile.ops.exchange import bytes_of, count_sent, group_of, splits, unpack
 from moecompile.torch_private import ORDERED
 
@@ -165,6 +166,10 @@ def _launch(ticket: int, rows: Tensor, sent: list[int], received: list[int], axi
 
 
 def _land(ticket: int) -> Tensor:
+    if ticket not in _in_flight:
+        raise MoecompileError(
+            f"exchange {abs(ticket)} is not in flight: each start has one wait, in the process that started it"
+        )
     out, _, work = _in_flight.pop(ticket)
     work.wait()
     return out

@@ -120,11 +120,11 @@ def _following(node: fx.Node) -> Iterator[fx.Node]:
 
 def _dispatch(graph: fx.Graph, call: fx.Node, layer: LayerPlan) -> tuple[list[fx.Node], fx.Node]:
     """What depends on the expert ids and leads to the combined output, in graph order, and this output."""
-    combined = next(
-        node
-        for node in _closure([call], lambda node: node.users)
-        if op_name(node) in _COMBINING and not any(op_name(user) in ("all_to_all", "wire_cast") for user in node.users)
-    )
+    ends = (node for node in _closure([call], lambda node: node.users) if op_name(node) in _COMBINING)
+    sent_on = ("all_to_all", "wire_cast")  # of two levels, the first combine is sent on
+    combined = next((node for node in ends if not any(op_name(user) in sent_on for user in node.users)), None)
+    if combined is None:
+        raise PassError(Overlap.name, layer.site.fqn, f"no {' or '.join(_COMBINING)} follows {call.name}")
     before = set(_closure([combined], lambda node: node.all_input_nodes))
     counting = [node for node in graph.nodes if node in before and op_name(node) in _COUNTING][-1]
     after = set(_closure([counting.all_input_nodes[0]], lambda node: node.users)) - {counting.all_input_nodes[0]}
@@ -133,7 +133,7 @@ def _dispatch(graph: fx.Graph, call: fx.Node, layer: LayerPlan) -> tuple[list[fx
     for node in dispatch:
         outside = [user.name for user in node.users if user not in inside]
         if outside and node is not combined:
-            rule = f"{node.name} is a part of the dispatch that {outside} read too, so it cannot be cut into chunks"
+            rule = f"{node.name} is a part of the dispatch that {outside} read too, so it cannot be overlapped"
             raise PassError(Overlap.name, layer.site.fqn, rule)
     return dispatch, combined
 

@@ -93,7 +93,8 @@ def run_passes(
     """Runs passes over regions in turn and checks the contract of each before and after it runs.
 
     Args:
-        layers: region path -> its layers, in graph order. log: gets a record of each pass that changed a region.
+        layers: region path -> its layers, in graph order. log: gets a record of each pass; one with a stage of its own
+            that changed no region, because nothing is planned for it, has neither record nor stage.
 
     Raises:
         PassError: the input or the output of a pass violates its contract.
@@ -101,8 +102,9 @@ def run_passes(
     current, stage = dict(regions), ""
     for step in steps:
         before, current = current, {path: _checked_run(step, region, layers[path]) for path, region in current.items()}
-        stage = getattr(step, "stage", stage)
-        if log is not None and any(current[path] is not region for path, region in before.items()):
+        is_idle = hasattr(step, "stage") and all(current[path] is region for path, region in before.items())
+        if log is not None and not is_idle:
+            stage = getattr(step, "stage", stage)
             log.keep(stage, current)
             log.add(step.name, before, current, getattr(step, "detail", ""))
     return current

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moecompile import ops  # noqa: F401  (registers the ops)
+from moecompile.errors import MoecompileError
 
 op = torch.ops.moecompile
 F64, I64 = torch.float64, torch.int64
@@ -152,6 +153,14 @@ def test_two_halves_are_the_whole(whole: str, axis: str) -> None:
     for a, b in zip(got, wanted, strict=True) if num_sent == 2 else [(got, wanted)]:
         assert torch.equal(a, b) and a.requires_grad == b.requires_grad
     torch.autograd.gradcheck(lambda *each: halves(*each)[0] if num_sent == 2 else halves(*each), arguments)
+
+
+def test_a_ticket_is_good_for_one_wait(axis: str) -> None:
+    arguments = SAMPLES["all_to_all"](axis)
+    token, ticket = op.all_to_all_start(*arguments)
+    op.all_to_all_wait(token, ticket, *arguments[1:])
+    with pytest.raises(MoecompileError, match=r"exchange \d+ is not in flight: each start has one wait"):
+        op.all_to_all_wait(token, ticket, *arguments[1:])
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -208,6 +208,15 @@ def test_it_runs_once() -> None:
         Overlap().requires(after, [layer])
 
 
+def test_a_dispatch_without_its_end_is_refused() -> None:
+    before, _, layer = overlapped("dedup", 2)
+    combine = node_named(before, "combine_rows")
+    combine.replace_all_uses_with(combine.args[0])
+    before.graph.graph.erase_node(combine)
+    with pytest.raises(PassError, match="no combine_rows or unpermute follows experts"):
+        Overlap().run(before, [layer])
+
+
 def test_a_part_that_others_read_cannot_be_cut() -> None:
     """A pass of a user that looks at the rows received, for one."""
     before, _, layer = overlapped("dedup", 2)
