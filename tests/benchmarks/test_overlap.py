@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from moecompile.planner.overlap import LEAST_ROWS, PRICE
+
 REPOSITORY = Path(__file__).parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"
 
@@ -19,6 +21,21 @@ def test_the_page_shows_the_stored_figures(monkeypatch: pytest.MonkeyPatch) -> N
     shown = (REPOSITORY / "docs" / "assets" / "overlap.txt").read_text(encoding="utf-8")
     assert shown == overlap.report(found) + "\n"
     assert set(found["seconds"]) == {*overlap.SCHEDULES, *overlap.ALONE}
+
+
+def test_the_price_of_chunks_is_the_measured_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the planner allows chunks, none of the stored figures is above its price; below, some are far above."""
+    stored = json.loads((BENCHMARKS / "results" / "chunks.json").read_text(encoding="utf-8"))
+    allowed = [row for row in stored if row["rows"] / row["chunks"] >= LEAST_ROWS]
+    assert len(allowed) >= 3
+    assert max(row["price"] for row in allowed) <= PRICE
+    assert max(row["price"] for row in stored) > 10 * PRICE
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    chunks = importlib.import_module("chunks")
+    monkeypatch.setattr(chunks, "D_EXPERT", 32)
+    rows = chunks.measure(1, sizes=(8,))
+    assert [(row["rows"], row["chunks"]) for row in rows] == [(8, 2), (8, 4)]
+    assert all(row["ratio"] > 0 for row in rows)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from moecompile.passes.lower import Lower
 from moecompile.passes.overlap import Overlap
 from moecompile.passes.rewrite import Rewrite
 from moecompile.plan import LayerPlan
-from moecompile.planner.overlap import LayerSeconds, choose_chunks, choose_overlap, forward_seconds
+from moecompile.planner.overlap import LEAST_ROWS, LayerSeconds, choose_chunks, choose_overlap, forward_seconds
 from tests.tiny import COPY4, Gated, config, only_region, passed, plan_for, text
 
 SHARED = [*COPY4, "experts.num_shared=1", "mesh.num_nodes=2", "mesh.ranks_per_node=2"]
@@ -306,7 +306,7 @@ def test_auto_takes_what_is_predicted_to_be_fastest(times: LayerSeconds, rows: f
 
 def test_chunks_are_as_many_as_their_rows_allow() -> None:
     slow = LayerSeconds(wire=2.0, routed=1.0, shared=0.0)
-    assert [choose_chunks(slow, rows) for rows in (4096, 4 * 64, 3 * 64, 1)] == [4, 4, 2, 2]
+    assert [choose_chunks(slow, n * LEAST_ROWS) for n in (8, 4, 3, 1)] == [4, 4, 2, 2]
 
 
 def test_auto_is_planned() -> None:
