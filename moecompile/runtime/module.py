@@ -22,7 +22,8 @@ from moecompile.schema import OptimizerConfig
 class LanguageModule(LightningModule):
     """A language model with AdamW, for `ExpertParallelStrategy(loss="sum")`.
 
-    A batch has `input_ids` and `labels`. The labels of a causal model are its inputs, already shifted; those of an
+    A batch has `input_ids` and `labels`, of chats also `attention_mask` (1 for a token, 0 for padding) and, if several
+    chats share a row, `position_ids`. The labels of a causal model are its inputs, already shifted; those of an
     encoder-decoder model are the decoder's targets, from which the decoder's inputs are derived.
 
     Args:
@@ -59,6 +60,12 @@ class LanguageModule(LightningModule):
         inputs = {"input_ids": batch["input_ids"]}
         if self.decoder_start is not None:
             inputs["decoder_input_ids"] = shifted(batch["labels"], self.decoder_start)
+        # transformers finds packed samples where positions start again, but only if there is no attention mask. Padding
+        # is then a sample of its own.
+        if "position_ids" in batch:
+            inputs["position_ids"] = batch["position_ids"]
+        elif "attention_mask" in batch:
+            inputs["attention_mask"] = batch["attention_mask"]
         logits: Tensor = self.model(**inputs, use_cache=False).logits
         return logits
 

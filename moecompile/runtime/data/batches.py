@@ -42,14 +42,19 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if index == self.PADDING:
-            return {
-                "input_ids": torch.zeros(self.seq_len, dtype=torch.int64),
-                "labels": torch.full((self.seq_len,), IGNORED, dtype=torch.int64),
-            }
+            return no_targets(self.seq_len)
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         window = self.tokens[index * self.seq_len : (index + 1) * self.seq_len + 1]
         return {"input_ids": window[:-1], "labels": window[1:]}
+
+
+def no_targets(seq_len: int) -> dict[str, Tensor]:
+    """A window that adds nothing to sums of losses and numbers of targets."""
+    return {
+        "input_ids": torch.zeros(seq_len, dtype=torch.int64),
+        "labels": torch.full((seq_len,), IGNORED, dtype=torch.int64),
+    }
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -87,15 +92,15 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         steps = itertools.count(self.start_step)
-        epoch, order = -1, [0]
+        epoch, order = -1, torch.empty(0, dtype=torch.int64)
         for step in itertools.islice(steps, self.num_steps):
             first = step * self.global_batch_size + self.rank * self.per_rank
             windows = []
             for position in range(first, first + self.per_rank):
                 if position // self.num_windows != epoch:
                     epoch = position // self.num_windows
-                    order = _permutation(self.num_windows, self.seed, epoch)
-                windows.append(order[position % self.num_windows] + epoch * self.stride)
+                    order = permutation(self.num_windows, self.seed, epoch)
+                windows.append(int(order[position % self.num_windows]) + epoch * self.stride)
             yield from _cut(windows, self.micro_batch_size)
 
     def __len__(self) -> int:
@@ -133,11 +138,13 @@ class ValidationSampler(Sampler[list[int]]):
         return self.num_batches
 
 
-def _permutation(num_windows: int, seed: int, epoch: int) -> list[int]:
-    """The order of the windows in one epoch. The odd factor keeps the (seed, epoch) pairs of neighbours apart."""
+def permutation(num_windows: int, seed: int, epoch: int) -> Tensor:
+    """The order of the windows in one epoch, 8 bytes each.
+
+    The odd factor keeps the (seed, epoch) pairs of neighbours apart.
+    """
     generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
-    order: list[int] = torch.randperm(num_windows, generator=generator).tolist()
-    return order
+    return torch.randperm(num_windows, generator=generator)
 
 
 def _cut(windows: list[int], size: int) -> Iterator[list[int]]:
