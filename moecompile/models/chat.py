@@ -44,7 +44,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._own, self.template = tokenizer, str(tokenizer.get_chat_template())
+        self._own, self.template = tokenizer, _on_one_day(str(tokenizer.get_chat_template()))
         self.tokenizer: Tokenizer = tokenizer.backend_tokenizer
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_id = int(next(number for number in ids if number is not None))
@@ -94,10 +94,11 @@ class ChatTemplate:
             self._beginning(text, messages[:i], tools, prompt=True),
             self._beginning(text, messages[: i + 1], tools, prompt=False),
         )
-        if before is None or until is None:  # Step 3
-            content = self._content(text, messages, tools, i)
-            before = content[0] if before is None else before
-            until = content[1] + self._tail(text[content[1] :], messages[: i + 1], tools) if until is None else until
+        if before is None:  # Step 3
+            before = self._content_start(text, messages, tools, i)
+        if until is None:
+            until = self._content_end(text, messages, tools, i)
+            until += self._tail(text[until:], messages[: i + 1], tools)
         if before > until:
             raise ChatError(f"the chat template does not keep messages[{i}] as it was ({_HOW})")
         return before, self._trimmed(text, before, until)
@@ -110,22 +111,29 @@ class ChatTemplate:
             return None
         return len(beginning) if text.startswith(beginning) else None
 
-    def _content(self, text: str, messages: Messages, tools: Sequence[Any] | None, i: int) -> Span:
-        """Where the content of message i is in `text`, which is rendered of all messages."""
-        changed = [*messages[:i], {**messages[i], "content": _OTHER}, *messages[i + 1 :]]
-        other = self.text(changed, tools)
+    def _content_start(self, text: str, messages: Messages, tools: Sequence[Any] | None, i: int) -> int:
+        """Where the content of message i begins in `text`, which is rendered of all messages."""
+        other = self._with_other_content(messages, tools, i)
         start = _shared(text, other)
-        after = _shared(text[start:][::-1], other[start:][::-1])
-        if _OTHER[0] in text or other[start : len(other) - after] != _OTHER:  # Step 4
-            raise ChatError(
-                f"the chat template renders messages[{i}] of the assistant where it cannot be found ({_HOW})"
-            )
-        return start, len(text) - after
+        if _OTHER[0] in text or not other[start:].startswith(_OTHER):  # Step 4
+            raise _lost(i)
+        return start
+
+    def _content_end(self, text: str, messages: Messages, tools: Sequence[Any] | None, i: int) -> int:
+        """Where the content of message i ends."""
+        other = self._with_other_content(messages, tools, i)
+        after = _shared(text[::-1], other[::-1])
+        if _OTHER[0] in text or not other[: len(other) - after].endswith(_OTHER):  # Step 4
+            raise _lost(i)
+        return len(text) - after
+
+    def _with_other_content(self, messages: Messages, tools: Sequence[Any] | None, i: int) -> str:
+        return self.text([*messages[:i], {**messages[i], "content": _OTHER}, *messages[i + 1 :]], tools)
 
     def _tail(self, after: str, messages: Messages, tools: Sequence[Any] | None) -> int:
         """The length of what ends the turn of the last message, if the text `after` its content begins with it."""
         alone, last = self.text(messages, tools), len(messages) - 1
-        tail = alone[self._content(alone, messages, tools, last)[1] :]
+        tail = alone[self._content_end(alone, messages, tools, last) :]
         if not after.startswith(tail):  # Step 4
             raise ChatError(f"the chat template ends messages[{last}] in another way when others follow ({_HOW})")
         return len(tail)
@@ -138,11 +146,15 @@ class ChatTemplate:
     def _render(self, messages: Messages, tools: Sequence[Any] | None, **options: Any) -> Any:
         try:
             return self._own.apply_chat_template(
-                [dict(message) for message in messages], tools=tools, strftime_now=DATE.strftime, **options
+                [dict(message) for message in messages], tools=tools, chat_template=self.template, **options
             )
         except Exception as error:  # the code of the template may raise anything
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise ChatError(f"the chat template refuses it: {reason}") from error
+
+
+def _lost(i: int) -> ChatError:
+    return ChatError(f"the chat template renders messages[{i}] of the assistant where it cannot be found ({_HOW})")
 
 
 def _shared(a: str, b: str) -> int:
@@ -150,6 +162,15 @@ def _shared(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+def _on_one_day(template: str) -> str:
+    """The template with a `strftime_now` that knows `DATE` alone; transformers takes no function from outside."""
+    if "strftime_now" not in template:
+        return template
+    replaced = "".join(f" | replace('%{code}', '{DATE.strftime('%' + code)}')" for code in _DIRECTIVES)
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro -%}}{template}"
+
+
+_DIRECTIVES = ("-d", "-m", *"YmdbBaAyjHIMSp")
 _HOW = "put {% generation %} around it in the template"
 
 

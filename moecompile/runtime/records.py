@@ -108,6 +108,7 @@ def text_pieces(path: Path) -> Iterator[tuple[str, bool]]:
             except UnicodeDecodeError as error:
                 line += error.object[: error.start].count(b"\n")
                 raise bad(f"{path} line {line}", "is not UTF-8 text", "Convert the file to UTF-8") from None
+            piece = piece.removeprefix("\ufeff") if line == 1 else piece
             line += chunk.count(b"\n")
             if waiting:
                 yield waiting, False

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -99,6 +100,22 @@ def _digest(path: Path) -> str:
         while chunk := file.read(_READ):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+class Progress:
+    """Says from time to time how far a result is that takes minutes."""
+
+    EVERY_S = 30
+
+    def __init__(self, what: str, unit: str) -> None:
+        self.what, self.unit = what, unit
+        self._said = time.monotonic()
+
+    def show(self, amount: float) -> None:
+        """Prints a line if the last one is long ago."""
+        if time.monotonic() - self._said > self.EVERY_S:
+            self._said = time.monotonic()
+            print(f"{self.what}: {amount:,.0f} {self.unit} so far", flush=True)
 
 
 @contextmanager

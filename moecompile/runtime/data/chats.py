@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 
 from moecompile.errors import ChatError
 from moecompile.runtime.data.batches import IGNORED, TokenWindows, permutation
-from moecompile.runtime.data.cache import content_of, key_of, made
+from moecompile.runtime.data.cache import Progress, content_of, key_of, made
 from moecompile.runtime.data.corpus import HELD_OUT, num_held_out
 from moecompile.runtime.data.packing import pack
 from moecompile.runtime.data.shuffle import shuffled
@@ -204,8 +204,12 @@ class _Targets:
 
 def _render(found: Found, renderer: ChatRenderer, folder: Path) -> None:
     """Step 1. first.bin, count.bin: position of the first target of each chat, from 1, and number of targets; int32."""
-    writer = StoreWriter(folder, renderer.tokenizer.get_vocab_size(), has_targets=True)
-    with (folder / "first.bin").open("wb") as first_file, (folder / "count.bin").open("wb") as count_file:
+    progress, vocab_size = Progress("rendering chats", "of them"), renderer.tokenizer.get_vocab_size()
+    with (
+        StoreWriter(folder, vocab_size, has_targets=True) as writer,
+        (folder / "first.bin").open("wb") as first_file,
+        (folder / "count.bin").open("wb") as count_file,
+    ):
         for path in found.files:
             for record in records(path):
                 tokens, targets = _encoded(record, renderer)
@@ -213,7 +217,8 @@ def _render(found: Found, renderer: ChatRenderer, folder: Path) -> None:
                 places = np.flatnonzero(targets[1:]) + 1  # nothing is before the first token to predict it from
                 first_file.write(np.int32(places[0] if len(places) else 0).tobytes())
                 count_file.write(np.int32(len(places)).tobytes())
-    writer.close({})
+                progress.show(writer.num_documents)
+        writer.end({})
 
 
 def _encoded(record: Record, renderer: ChatRenderer) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

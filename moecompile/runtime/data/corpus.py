@@ -13,7 +13,6 @@ A window depends on the files, the seed and i alone, so the order of training do
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,7 @@ from torch.utils.data import Dataset
 
 from moecompile.errors import ConfigError
 from moecompile.runtime.data.batches import TokenWindows, no_targets
-from moecompile.runtime.data.cache import content_of, key_of, made
+from moecompile.runtime.data.cache import Progress, content_of, key_of, made
 from moecompile.runtime.data.shuffle import shuffled
 from moecompile.runtime.data.store import StoreWriter, TokenStore
 from moecompile.runtime.records import Found, bad, field_pieces, is_text, records, text_pieces
@@ -37,7 +36,6 @@ from moecompile.schema import DataConfig
 _BATCH = 2**18  # characters that are tokenized together
 _BLOCK = 2**16  # pieces whose ends are added up together
 _SAMPLE = 2**25  # characters of which a tokenizer is trained
-_SAY_EVERY_S = 30
 _FORMAT = 1  # of stores; a change makes them anew
 
 
@@ -79,7 +77,7 @@ class CorpusWindows(Dataset[dict[str, Tensor]]):
         self._first, self._count, self._key = first, count, key
         name = key_of("order", _FORMAT, store.folder.name, first, count, key)
         folder = made(cache, name, self._write_ends)
-        self._ends = np.memmap(folder / "ends.bin", dtype=np.int64, mode="r")
+        self._ends = np.asarray(np.memmap(folder / "ends.bin", dtype=np.int64, mode="r"))
         self.num_tokens = int(self._ends[-1])
 
     def __len__(self) -> int:
@@ -150,19 +148,17 @@ def sample(found: Found, data: DataConfig) -> Iterator[str]:
 
 def _tokenize(found: Found, data: DataConfig, tokenizer: Tokenizer, end: int, folder: Path) -> None:
     """Step 1."""
-    writer = StoreWriter(folder, max(tokenizer.get_vocab_size(), end + 1))
-    documents, characters, said = 0, 0, time.monotonic()
-    for batch in _batches(_pieces_of(found, data)):
-        encoded = tokenizer.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
-        for (piece, is_last), encoding in zip(batch, encoded, strict=True):
-            tokens = [*encoding.ids, end] if is_last else encoding.ids
-            if tokens:
-                writer.add(np.array(tokens, dtype=np.int64))
-            documents, characters = documents + is_last, characters + len(piece)
-        if time.monotonic() - said > _SAY_EVERY_S:
-            said = time.monotonic()
-            print(f"tokenizing {data.path}: {characters / 1e6:,.0f} million characters so far", flush=True)
-    writer.close({"documents": documents})
+    documents, characters, progress = 0, 0, Progress(f"tokenizing {data.path}", "million characters")
+    with StoreWriter(folder, max(tokenizer.get_vocab_size(), end + 1)) as writer:
+        for batch in _batches(_pieces_of(found, data)):
+            encoded = tokenizer.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
+            for (piece, is_last), encoding in zip(batch, encoded, strict=True):
+                tokens = [*encoding.ids, end] if is_last else encoding.ids
+                if tokens:
+                    writer.add(np.array(tokens, dtype=np.int64))
+                documents, characters = documents + is_last, characters + len(piece)
+            progress.show(characters / 1e6)
+        writer.end({"documents": documents})
 
 
 def _pieces_of(found: Found, data: DataConfig) -> Iterator[tuple[str, bool]]:

@@ -26,7 +26,7 @@ _META, _ENDS, _TARGETS = "meta.json", "ends.bin", "targets"
 
 
 class StoreWriter:
-    """Writes a store, one document at a time; nothing of it is kept in memory.
+    """Writes a store, one document at a time; nothing of it is kept in memory. A context manager that closes its files.
 
     Args:
         folder: an existing, empty folder. vocab_size: largest token plus one. shard: tokens of a shard.
@@ -56,10 +56,15 @@ class StoreWriter:
         self._ends.write(np.int64(self.num_tokens).tobytes())
         self.num_documents += 1
 
-    def close(self, counts: Mapping[str, Any]) -> None:
-        """Ends the store. counts: for `TokenStore.counts`."""
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         for file in (*self._files.values(), self._ends):
             file.close()
+
+    def end(self, counts: Mapping[str, Any]) -> None:
+        """Ends the store. counts: for `TokenStore.counts`."""
         meta = {
             "num_tokens": self.num_tokens, "num_documents": self.num_documents, "dtype": self.dtype.name,
             "shard": self.shard, "has_targets": self.has_targets, "counts": dict(counts),
@@ -130,4 +135,5 @@ class TokenStore:
         path = self.folder / name
         if path.stat().st_size != size * dtype.itemsize:
             raise ValueError(f"{name} has {path.stat().st_size:,} bytes, not {size * dtype.itemsize:,}")
-        return np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype)
+        # As a plain array: numpy is slow on its own subclass.
+        return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if size else np.zeros(0, dtype)
