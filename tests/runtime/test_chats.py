@@ -224,7 +224,7 @@ def test_too_few_chats(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         loaded(tmp_path, [chat("10", "20"), chat("10", "")])
     assert str(caught.value).startswith(
-        "data.val_fraction=0.01: there are 1 chats with a target within data.seq_len, too few to hold one out."
+        "data.val_fraction=0.01: there is one chat with a target within data.seq_len, and one is held out. Give more data."
     )
 
 

@@ -147,7 +147,7 @@ def load_chats(
     targets = _Targets(store, data.seq_len)
     used = targets.used  # Step 2
     order = used[shuffled(np.arange(len(used)), max(1, len(used)), HELD_OUT)]  # Step 3
-    held_out = num_held_out(len(used), data.val_fraction, "chats with a target within data.seq_len")
+    held_out = num_held_out(len(used), data.val_fraction, "chat with a target within data.seq_len")
     train = order[held_out:]
     train = train[shuffled(np.arange(len(train)), len(train), f"seed {seed}")]
     packed = data.layout is RowLayout.pack

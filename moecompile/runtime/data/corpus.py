@@ -94,12 +94,12 @@ class CorpusWindows(Dataset[dict[str, Tensor]]):
 
     def _stream(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Tokens start .. stop - 1 of the shuffled stream."""
-        place, parts = int(np.searchsorted(self._ends, start, side="right")), []
-        while start < stop:
-            begin, end = self.store.bounds(int(self._pieces(np.array([place]))[0]))
-            offset = start - (int(self._ends[place - 1]) if place else 0)
+        first, last = np.searchsorted(self._ends, (start, stop - 1), side="right").tolist()
+        offset, parts = start - (int(self._ends[first - 1]) if first else 0), []
+        for piece in self._pieces(np.arange(first, last + 1)).tolist():
+            begin, end = self.store.bounds(piece)
             parts.append(self.store.tokens(begin + offset, min(end, begin + offset + stop - start)))
-            start, place = start + len(parts[-1]), place + 1
+            start, offset = start + len(parts[-1]), 0
         return np.concatenate(parts)
 
     def _pieces(self, places: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -131,8 +131,9 @@ def num_held_out(total: int, val_fraction: float, what: str) -> int:
     """
     if total < 2:
         raise ConfigError(
-            "data.val_fraction", val_fraction, f"there are {total} {what}, too few to hold one out", "Give more data"
-        )
+            "data.val_fraction", val_fraction, f"there is {'one' if total else 'no'} {what}, and one is held out",
+            "Give more data",
+        )  # fmt: skip
     return min(max(1, round(total * val_fraction)), total - 1)
 
 

@@ -54,7 +54,7 @@ def load_corpus(data: DataConfig, run_dir: Path, *, rank: int, seed: int, model_
         end = int(tokenizer.token_to_id(END_OF_TEXT) or 0)  # special tokens come first
     store = corpus_store(found, data, tokenizer, end, cache)
     total, documents = store.num_documents, store.counts["documents"]
-    held_out = num_held_out(total, data.val_fraction, "pieces of text of 64 KiB or a record")
+    held_out = num_held_out(total, data.val_fraction, "piece of text (a record, or 64 KiB of a file)")
     windows = partial(CorpusWindows, store, data.seq_len, cache=cache)
     train = windows(first=held_out, count=total - held_out, key=f"seed {seed}")
     val = windows(first=0, count=held_out, key=None)
