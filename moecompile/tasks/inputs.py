@@ -45,6 +45,10 @@ def check_inputs(config: Config) -> None:
         folder = check_package(config.model.package)
     if folder is not None:
         check_folder(folder)
+        if task in _ON_RANKS and config.data.kind is DataKind.sft:
+            from moecompile.models.chat import load_chat_template
+
+            load_chat_template(folder)
     _check_model(config)
 
 

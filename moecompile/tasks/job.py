@@ -81,9 +81,10 @@ def load_job(config: Config, run_dir: Path) -> Job:
     )  # fmt: skip
     importing = ShardedImport(config) if loads_sharded(config, dist.get_world_size()) else None
     model = build_model(config.model, config.seed) if importing is None else importing.model
+    data = data_for(model, data, config)
     if config.data.kind is DataKind.sft and config.data.layout is RowLayout.pack:
         check_packing(model, config.model.name)
-    return Job(model=model, data=data_for(model, data, config), importing=importing)
+    return Job(model=model, data=data, importing=importing)
 
 
 def check_same_plan(plan: plans.Plan) -> None:

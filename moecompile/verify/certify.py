@@ -53,9 +53,9 @@ def certify(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
         chat_template=load_chat_template,
     )  # fmt: skip
     model = build_model(config.model, config.seed)
+    data = data_for(model, data, config)
     if config.data.kind is DataKind.sft and config.data.layout is RowLayout.pack:
         check_packing(model, config.model.name)
-    data = data_for(model, data, config)
     exact: Trace | None = None
     for mode in modes(config):
         plan = noiseless_plan(mode.config)

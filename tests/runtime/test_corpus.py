@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -37,7 +38,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Text of several pieces, lines and a table's worth of short documents."""
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "a.txt").write_text(PROSE, encoding="utf-8")
-    write_lines(folder / "b.jsonl", [{"text": f"Document {i} of a whale.", "id": i} for i in range(40)] + [{"text": ""}])
+    write_lines(
+        folder / "b.jsonl", [{"text": f"Document {i} of a whale.", "id": i} for i in range(40)] + [{"text": ""}]
+    )
     (folder / "notes.rst").write_text("not read")
     return folder
 
@@ -45,7 +48,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stream(windows: CorpusWindows) -> list[int]:
     """All tokens that the windows show, in order; their labels are the same tokens one place earlier."""
     items = [windows[i] for i in range(len(windows))]
-    for item, following in zip(items, items[1:], strict=False):
+    for item, following in itertools.pairwise(items):
         assert item["labels"][-1] == following["input_ids"][0]
         assert torch.equal(item["input_ids"][1:], item["labels"][:-1])
     return [token for item in items for token in item["input_ids"].tolist()] + [int(items[-1]["labels"][-1])]
@@ -123,7 +126,9 @@ def test_the_models_own_tokens_and_end_of_text(files: Path, tmp_path: Path) -> N
     (folder / "config.json").write_text(json.dumps({**model, "eos_token_id": [7, 8]}))
     assert stream(load(data, tmp_path, folder=folder).train).count(7) > 20
     (folder / "config.json").write_text(json.dumps({**model, "eos_token_id": None}))
-    with pytest.raises(ConfigError, match=r"^data.tokenizer=model: the tokenizer in .* names no end of text, which parts"):
+    with pytest.raises(
+        ConfigError, match=r"^data.tokenizer=model: the tokenizer in .* names no end of text, which parts"
+    ):
         load(data, tmp_path, folder=folder)
 
 
@@ -136,7 +141,10 @@ def test_spans_of_a_corpus_are_masked_too(files: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"body": "x"}, "line 2: has no text in the field 'text' (fields: body). Give data.text_field=FIELD, or correct"),
+        (
+            {"body": "x"},
+            "line 2: has no text in the field 'text' (fields: body). Give data.text_field=FIELD, or correct",
+        ),
         ({"text": None}, "line 2: has no text in the field 'text' (fields: text)."),
         ({"text": 3}, "line 2: has no string in the field 'text' (fields: text)."),
     ],
@@ -151,7 +159,10 @@ def test_a_bad_record_is_named(record: dict[str, Any], message: str, tmp_path: P
 def test_too_little_text(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text(PROSE[:9000])
-    with pytest.raises(ConfigError, match=r"^data.val_fraction=0.2: there is one piece of text \(a record, or 64 KiB of a file\), and one is"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^data.val_fraction=0.2: there is one piece of text \(a record, or 64 KiB of a file\), and one is",
+    ):
         load(settings(path, tmp_path, vocab_size=280), tmp_path)
     lines = write_lines(tmp_path / "b.jsonl", [{"text": PROSE}, {"text": "short"}, {"text": PROSE}])
     with pytest.raises(ConfigError, match=r"^data.seq_len=900000: a split has \d+ tokens, too few for one sequence"):

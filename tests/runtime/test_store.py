@@ -153,7 +153,7 @@ def test_a_known_file_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_cache_is_where_caches_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder(None) == tmp_path / "moecompile"
+    assert cache_folder(None) == tmp_path / "moecompile" / "data"
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"data.cache=.*file/x: cannot be created: Not a directory"):
         cache_folder(str(tmp_path / "file" / "x"))

@@ -119,6 +119,7 @@ def train_loader(
         start_step=start_step,
         num_steps=num_steps,
         distinct_epochs=isinstance(windows, SpanCorruption),
+        computed_order=isinstance(windows, CorpusWindows),
     )
     return DataLoader(windows, batch_sampler=sampler, collate_fn=_collate(windows))
 

@@ -17,9 +17,12 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+
+from moecompile.runtime.data.shuffle import shuffled
 
 IGNORED = -100
 """Label of a token that is not a target."""
@@ -64,6 +67,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         num_windows: N. global_batch_size: B, a multiple of micro_batch_size * world_size.
         start_step: the first optimizer step, for resuming. num_steps: how many steps (None: without end).
         distinct_epochs: indices are window + epoch * N, for windows that are not the same in every epoch.
+        computed_order: the order takes no memory (shuffle.py), for any number of windows; otherwise 8 bytes a window.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         start_step: int = 0,
         num_steps: int | None = None,
         distinct_epochs: bool = False,
+        computed_order: bool = False,
     ) -> None:
         if num_windows < 1 or global_batch_size % (micro_batch_size * world_size):
             raise ValueError(
@@ -89,17 +94,18 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.per_rank = global_batch_size // world_size
         self.rank, self.start_step, self.num_steps = rank, start_step, num_steps
         self.stride = num_windows if distinct_epochs else 0
+        self.order = ComputedOrder if computed_order else permutation
 
     def __iter__(self) -> Iterator[list[int]]:
         steps = itertools.count(self.start_step)
-        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        epoch, order = -1, self.order(1, self.seed, 0)
         for step in itertools.islice(steps, self.num_steps):
             first = step * self.global_batch_size + self.rank * self.per_rank
             windows = []
             for position in range(first, first + self.per_rank):
                 if position // self.num_windows != epoch:
                     epoch = position // self.num_windows
-                    order = permutation(self.num_windows, self.seed, epoch)
+                    order = self.order(self.num_windows, self.seed, epoch)
                 windows.append(int(order[position % self.num_windows]) + epoch * self.stride)
             yield from _cut(windows, self.micro_batch_size)
 
@@ -136,6 +142,16 @@ class ValidationSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return self.num_batches
+
+
+class ComputedOrder:
+    """The order of the windows in one epoch, each computed when it is asked for."""
+
+    def __init__(self, num_windows: int, seed: int, epoch: int) -> None:
+        self.num_windows, self.key = num_windows, f"seed {seed} epoch {epoch}"
+
+    def __getitem__(self, position: int) -> int:
+        return int(shuffled(np.array([position]), self.num_windows, self.key)[0])
 
 
 def permutation(num_windows: int, seed: int, epoch: int) -> Tensor:

@@ -28,13 +28,13 @@ _READ = 2**22
 
 
 def cache_folder(given: str | None) -> Path:
-    """`data.cache`, or `moecompile` in the user's folder for caches; created.
+    """`data.cache`, or `moecompile/data` in the user's folder for caches; created.
 
     Raises:
         ConfigError: it cannot be created.
     """
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    folder = Path(given) if given else Path(home, "moecompile")
+    folder = Path(given) if given else Path(home, "moecompile", "data")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

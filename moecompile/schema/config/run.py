@@ -35,7 +35,7 @@ class DataConfig:
     layout: RowLayout = RowLayout.pack
     """With `kind=sft`: several chats in one row of `seq_len` tokens, or one."""
     cache: Optional[str] = None
-    """Folder for tokenized data, with `kind=corpus` and `kind=sft`; null: `~/.cache/moecompile`."""
+    """Folder for tokenized data, with `kind=corpus` and `kind=sft`; null: `~/.cache/moecompile/data`."""
     tokenizer: TokenizerSource = TokenizerSource.train
     """A new one, trained on the training split, or the model's own."""
     vocab_size: Optional[int] = 2048
