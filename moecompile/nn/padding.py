@@ -76,9 +76,9 @@ class Padding:
             return
         if not self.is_used and self.recomputes() and _differ(masks, self.last):
             raise MoecompileError(
-                "two forwards with different padding before a backward, under the model's own activation checkpointing, "
-                "which could not tell them apart when it computes layers again. Call backward in between, or use the "
-                "checkpointing of ExpertParallelStrategy"
+                "two forwards with different padding before a backward, under the model's own checkpointing: "
+                "it could not tell them apart when it computes layers again. Call backward in between, or use "
+                "ExpertParallelStrategy's checkpointing"
             )
         self.last, self.is_used = masks, not masks
 
