@@ -10,6 +10,7 @@ Algorithm:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -33,6 +34,7 @@ from moecompile.schema import (
     Config,
     ExpertInit,
     LayerSettings,
+    MaskPadding,
     Precision,
     balance_spec,
     check_numbers,
@@ -64,8 +66,13 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
     chosen = select(sites, config)  # Step 2
     check_given(chosen, config)
     check_selections(config, [site.fqn for site in chosen])
+    masked = config.data.mask_padding
+    mask_padding = facts.has_padding_mask if masked is MaskPadding.auto else masked is MaskPadding.always
     layers = tuple(  # Step 3
-        _layer(site, layer_settings(config, site.fqn, i, len(chosen)), config, mesh, facts)
+        replace(
+            _layer(site, layer_settings(config, site.fqn, i, len(chosen)), config, mesh, facts),
+            mask_padding=mask_padding,
+        )
         for i, site in enumerate(chosen)
     )
     return Plan(  # Step 4
