@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,8 +16,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from moecompile.errors import ConfigError
+from moecompile.nn.padding import ENCODER, padding_of
 from moecompile.runtime.data import IGNORED
 from moecompile.runtime.objective import is_encoder_decoder
+from moecompile.runtime.strategy import groups_of
 from moecompile.schema import OptimizerConfig
 
 
@@ -66,8 +70,22 @@ class LanguageModule(LightningModule):
             inputs["position_ids"] = batch["position_ids"]
         elif "attention_mask" in batch:
             inputs["attention_mask"] = batch["attention_mask"]
-        logits: Tensor = self.model(**inputs, use_cache=False).logits
+        with self._padding_of(batch):
+            logits: Tensor = self.model(**inputs, use_cache=False).logits
         return logits
+
+    @contextmanager
+    def _padding_of(self, batch: dict[str, Tensor]) -> Iterator[None]:
+        """Gives MoE layers the padding of packed rows, of which the model's own call has no mask."""
+        padding = padding_of(self.model) if "position_ids" in batch else None
+        if padding is None:
+            yield
+            return
+        padding.start({ENCODER: batch["attention_mask"] != 0})
+        try:
+            yield
+        finally:
+            padding.end()
 
     def on_validation_epoch_start(self) -> None:
         """Starts the sums."""
@@ -82,8 +100,7 @@ class LanguageModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Validation loss over all ranks, nats per token."""
         assert self._val_sums is not None
-        if dist.is_initialized():
-            dist.all_reduce(self._val_sums)
+        dist.all_reduce(self._val_sums, group=groups_of(self.trainer).tokens)
         loss, num_tokens = self._val_sums.tolist()
         self.val_loss = loss / num_tokens
         self.log("val_loss", self.val_loss, prog_bar=True, logger=False)

@@ -10,6 +10,7 @@ from moecompile.schema.enums import (
     Checkpointing,
     Compiled,
     DataKind,
+    MaskPadding,
     Objective,
     OnNan,
     Precision,
@@ -50,6 +51,9 @@ class DataConfig:
     """Fraction that is held out for validation, in (0, 1): the end of a text, pieces of a corpus, or chats."""
     val_batches: int = 0
     """Validation micro-batches per rank; 0: all."""
+    mask_padding: MaskPadding = MaskPadding.auto
+    """Whether padding is taken out of routing, losses, loads, capacity and exchanges; auto: with chats, and if the
+    example that the model is compiled with has a padding mask."""
 
 
 @dataclass(kw_only=True)
