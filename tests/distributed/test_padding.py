@@ -96,7 +96,7 @@ def on_a_rank(rank: int, world_size: int, name: str, overrides: list[str], *, is
     logits, loss = loss_of(model, rank, is_padded=is_padded)
     sent = traffic.take()
     loss.backward()
-    sum_replicated(list(model.parameters()))
+    sum_replicated(list(model.parameters()), dist.group.WORLD)
     grads = {path: full(p.grad) for path, p in model.named_parameters() if p.grad is not None}
     loads = update_balance(model, dist.group.WORLD)
     return Found(logits, grads, [load.load.tolist() for load in loads], [load.tokens for load in loads], sent)
