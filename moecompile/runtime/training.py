@@ -85,7 +85,12 @@ def train(
     )
     meter, saver = TrafficMeter(mesh), Saver(run_dir, plan, config, metrics, start, known)
     routes = routes_observer(
-        model, config, run_dir, rank=rank, accumulate=accumulation_steps(config, mesh), first_step=first_step
+        model,
+        config,
+        run_dir,
+        rank=mesh.batch_index(rank),
+        accumulate=accumulation_steps(config, mesh),
+        first_step=first_step,
     )
     observers = [metrics, meter, saver] if routes is None else [routes, metrics, meter, saver]
     trainer = make_trainer(config, mesh, run_dir, observers, start=None if start is None else start[0],
