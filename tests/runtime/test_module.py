@@ -51,7 +51,8 @@ def a_batch(*, packed: bool) -> dict[str, Tensor]:
     rows = ChatRows.__new__(ChatRows)
     rows.packed, rows.pad_id = packed, 0
     items = []
-    for row in chats() if packed else [[chat] for row in chats() for chat in row]:
+    alone = [[chat] for chats_of_row in chats() for chat in chats_of_row]
+    for row in chats() if packed else alone:
         empty = [torch.zeros(0, dtype=torch.int64)]
         items.append(
             {
