@@ -58,6 +58,7 @@ from moecompile.schema.validation.experts import (
 from moecompile.schema.validation.mesh import mesh_spec
 from moecompile.schema.validation.routing import balance_spec, router_config
 from moecompile.schema.validation.run import accumulation_steps
+from moecompile.schema.workload import is_described, with_workload
 
 __all__ = [
     "NUMBERS",
@@ -116,6 +117,7 @@ __all__ = [
     "check_placement",
     "check_selections",
     "check_slices",
+    "is_described",
     "is_sliced",
     "layer_settings",
     "mesh_spec",
@@ -126,4 +128,5 @@ __all__ = [
     "validate_transform",
     "virtual_group",
     "with_implied",
+    "with_workload",
 ]

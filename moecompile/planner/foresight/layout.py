@@ -12,7 +12,7 @@ from math import gcd
 
 from moecompile.errors import ConfigError
 
-RECOMPUTED = ("full", "moe", "mlp", "attention", "mla_up_proj", "layernorm", "moe_act")
+RECOMPUTED = ("full", "all_but_exchanges", "moe", "mlp", "attention", "mla_up_proj", "layernorm", "moe_act")
 GRAPHED = ("attn", "mamba", "router", "preprocess", "dispatch", "experts", "dense", "all")
 SCHEDULES = ("onef1b", "dualpipe")
 DISPATCHERS = ("flat", "dedup", "hierarchical", "allgather", "alltoall", "deepep", "hybridep")

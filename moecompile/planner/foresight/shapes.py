@@ -108,7 +108,8 @@ class Experts:
     """A feed-forward part; a dense one has experts = top_k = 0 and the width d_shared.
 
     num_in: input projections (2: gated). d_shared: width that every token uses. latent: width of a row of a routed
-    expert (None: the model's), with a projection down and up. groups, top_groups: of group-limited routing.
+    expert (None: the model's), with a projection down and up. groups, top_groups: of group-limited routing. always: numbers of
+    further products that every token uses.
     """
 
     experts: int = 0
@@ -120,6 +121,7 @@ class Experts:
     latent: int | None = None
     groups: int = 1
     top_groups: int = 1
+    always: int = 0
 
     def row(self, hidden: int) -> int:
         """Numbers of a row that is dispatched."""
@@ -132,7 +134,7 @@ class Experts:
     def shared_weights(self, hidden: int) -> int:
         """Numbers of what every token uses, without the router."""
         latent = 2 * hidden * self.latent if self.latent else 0
-        return (self.num_in + 1) * hidden * self.d_shared + latent
+        return (self.num_in + 1) * hidden * self.d_shared + latent + self.always
 
     def router_weights(self, hidden: int) -> int:
         """Numbers of the router."""

@@ -117,7 +117,7 @@ def quantized(d_in: float, d_out: float, bits: int) -> float:
 def add_mixer(work: Work, mixer: Attention | Scan, hidden: int, layout: Layout, software: Software) -> None:
     """Attention or a scan, with its norm."""
     bits, own = software.bits, layout.tokens / layout.tp
-    again = 1.0 if software.repeats("full", "attention") else 0.0
+    again = 1.0 if software.repeats("full", "all_but_exchanges", "attention") else 0.0
     normed = max(again, float(software.repeats("layernorm")))
     work.passes += NORM_PASSES * hidden * BF16 * (1 + normed / PASSES) * own
     work.passes += quantized(hidden, mixer.width, bits) * own
@@ -146,7 +146,7 @@ def _add_always(work: Work, layer: Layer, hidden: int, layout: Layout, software:
     """What every token uses: norm, dense or shared experts, router."""
     ffn, own, bits = layer.ffn, layout.tokens / layout.tp, software.bits
     assert ffn is not None
-    again = float(software.repeats("full", "moe" if ffn.experts else "mlp"))
+    again = float(software.repeats("full", "all_but_exchanges", "moe" if ffn.experts else "mlp"))
     joint = 2 * hidden * hidden if layer.mtp else 0
     add_product(work, ffn.shared_weights(hidden) + joint, layout.tokens, layout, bits=bits, again=again)
     wide = (ffn.num_in + 1) * ffn.d_shared
@@ -164,7 +164,7 @@ def _add_always(work: Work, layer: Layer, hidden: int, layout: Layout, software:
 def add_experts(work: Work, ffn: Experts, hidden: int, layout: Layout, software: Software) -> None:
     """Routed experts, their permutation and their router's kernels (step 3), with an even load."""
     rows, local, bits = layout.tokens / layout.tp * ffn.top_k, ffn.experts / layout.ep, software.bits
-    again = float(software.repeats("full", "moe"))
+    again = float(software.repeats("full", "all_but_exchanges", "moe"))
     weights, row = ffn.expert_weights(hidden), ffn.row(hidden)
     work.grouped += 2 * rows * weights * (PASSES + again)
     work.stacks += local * weights / layout.etp * ((2 + again) * bits / 8 + 2 * FP32)
