@@ -1,7 +1,7 @@
 """How well is the time of a published run predicted? Fits the constants, scores them, writes tables and a plot.
 
     python benchmarks/foresight.py                      # scores: about a minute
-    python benchmarks/foresight.py fit                  # fits to all published runs: writes calibration.yaml, then scores
+    python benchmarks/foresight.py fit                  # fits to all published runs, writes calibration.yaml, scores
     python benchmarks/foresight.py score ROWS FEATURES  # runs of another file in the format of published.yaml
 
 Writes benchmarks/results/foresight.json, docs/assets/foresight.md and docs/assets/foresight.png.
@@ -70,7 +70,10 @@ def measure(runs: Sequence[Run], left_out: Mapping[str, str], constants: Mapping
     steps = simumax(constants)
     return {
         "constants": [
-            {"name": c.name, "meaning": c.meaning, "unit": c.unit, "prior": c.prior, "fitted": constants[c.name], "bounds": [c.low, c.high], "source": c.source}
+            {
+                "name": c.name, "meaning": c.meaning, "unit": c.unit, "prior": c.prior, "fitted": constants[c.name],
+                "bounds": [c.low, c.high], "source": c.source,
+            }
             for c in CONSTANTS
         ],
         "runs": [
@@ -88,7 +91,8 @@ def measure(runs: Sequence[Run], left_out: Mapping[str, str], constants: Mapping
         "systems": leave_out(runs, lambda run: run.system),
         "models": leave_out(runs, lambda run: run.model.name),
         "pairs": {
-            "layouts": pairs(runs, constants, layouts=True), "layouts and software": pairs(runs, constants, layouts=False)
+            "layouts": pairs(runs, constants, layouts=True),
+            "layouts and software": pairs(runs, constants, layouts=False),
         },
         "deepseek_v3": deepseek_v3(constants),
         "simumax": {

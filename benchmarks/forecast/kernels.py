@@ -1,6 +1,9 @@
 """Rooflines of single kernels: where the priors of the constants of products come from.
 
-Each class is fitted to b200_kernels.json as  time = operations / (peak * share) + bytes / (bandwidth * factor) + calls * t
+Each class is fitted to b200_kernels.json as
+
+    time = operations / (peak * share) + bytes / (bandwidth * factor) + calls * t
+
 with positive coefficients, by least squares in logarithms.
 """
 
@@ -11,8 +14,9 @@ import re
 from functools import cache
 
 import numpy as np
-from forecast.runs import PUBLISHED
 from numpy.typing import NDArray
+
+from forecast.runs import PUBLISHED
 
 PEAK, BANDWIDTH = 2250e12, 8e12
 BF16, FP32 = 2, 4
@@ -29,10 +33,7 @@ def kernel_fits() -> dict[str, dict[str, float]]:
         "attention forward": [_attention(key, 1.0) for key in tables["sdp_fwd"]["accurate_efficient_factor"]],
         "attention backward": [_attention(key, BACKWARD) for key in tables["sdp_bwd"]["accurate_efficient_factor"]],
     }
-    reached = {
-        "products": tables["matmul"], "grouped products": tables["group_matmul"], "attention forward": tables["sdp_fwd"],
-        "attention backward": tables["sdp_bwd"],
-    }  # fmt: skip
+    reached = dict(zip(rows, (tables[key] for key in ("matmul", "group_matmul", "sdp_fwd", "sdp_bwd")), strict=True))
     return {
         name: _fit(rows[name], list(reached[name]["accurate_efficient_factor"].values()), name.startswith("attention"))
         for name in rows
@@ -101,5 +102,7 @@ def _fit(rows: list[tuple[float, float, float]], reached: list[float], causal: b
 
 def _step(slope: NDArray[np.float64], wrong: NDArray[np.float64]) -> NDArray[np.float64]:
     damped = np.vstack([slope, 1e-3 * np.eye(slope.shape[1])])
-    result: NDArray[np.float64] = np.linalg.lstsq(damped, np.concatenate([wrong, np.zeros(slope.shape[1])]), rcond=None)[0]
+    result: NDArray[np.float64] = np.linalg.lstsq(
+        damped, np.concatenate([wrong, np.zeros(slope.shape[1])]), rcond=None
+    )[0]
     return result

@@ -86,7 +86,9 @@ def machine(system: str) -> Machine:
 def models() -> dict[str, ModelShape]:
     """All described models."""
     published, ours = (read(name) for name in ("published.yaml", "models.yaml"))
-    configs = {entry["name"]: {**entry["config"], **ours["changes"].get(entry["name"], {})} for entry in published["models"]}
+    configs = {
+        entry["name"]: {**entry["config"], **ours["changes"].get(entry["name"], {})} for entry in published["models"]
+    }
     return {name: shape_of(name, config) for name, config in {**configs, **ours["more"]}.items()}
 
 
@@ -95,7 +97,9 @@ def read(name: str, folder: Path = PUBLISHED) -> Any:
     return yaml.safe_load((folder / name).read_text(encoding="utf-8"))
 
 
-def read_runs(rows: Path = PUBLISHED / "published.yaml", features: Path = PUBLISHED / "published_features.yaml") -> tuple[list[Run], dict[str, str]]:
+def read_runs(
+    rows: Path = PUBLISHED / "published.yaml", features: Path = PUBLISHED / "published_features.yaml"
+) -> tuple[list[Run], dict[str, str]]:
     """The runs of a file, and id -> reason of those that cannot be described."""
     settings = {row["id"]: row for row in yaml.safe_load(features.read_text(encoding="utf-8"))["rows"]}
     runs, left_out = [], {}

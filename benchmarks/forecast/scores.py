@@ -1,15 +1,15 @@
-"""Errors of predictions: by split, leaving out a system or a model, of pairs of layouts, and without parts of the model."""
+"""Errors of predictions: by split, leaving out a system or a model, of pairs of layouts, without parts of the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import chain, combinations
 
 import numpy as np
+
 from forecast.kernels import kernel_shares
 from forecast.runs import ALLTOALL_SHARE, Run, machine, models, read, tokens_s
-
 from moecompile.planner.foresight.constants import CONSTANTS, PRIORS
 from moecompile.planner.foresight.counts import count
 from moecompile.planner.foresight.families import shape_of
@@ -43,7 +43,12 @@ def errors(runs: Sequence[Run], constants: Mapping[str, float]) -> list[float]:
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Median, 90th percentile, worst and number."""
     median, high = np.percentile(values, [50, 90])
-    return {"median": round(float(median), 1), "p90": round(float(high), 1), "worst": round(max(values), 1), "runs": len(values)}
+    return {
+        "median": round(float(median), 1),
+        "p90": round(float(high), 1),
+        "worst": round(max(values), 1),
+        "runs": len(values),
+    }
 
 
 def fold(run: Run, groups: Sequence[str]) -> int:
@@ -59,7 +64,7 @@ def splits(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
     return {
         "fitted to": summary(errors(seen, calibrate(seen))),
         "held out": summary(by_fold[HELD]),
-        "each fold in turn": summary(sum(by_fold, [])),
+        "each fold in turn": summary([*chain(*by_fold)]),
         "priors alone": summary(errors(runs, PRIORS)),
     }
 
@@ -72,7 +77,7 @@ def out_of(runs: Sequence[Run], left: Callable[[Run], bool]) -> list[float]:
 def leave_out(runs: Sequence[Run], key: Callable[[Run], str]) -> dict[str, dict[str, float]]:
     """Errors on each system, or model, of constants that were fitted to all others."""
     found = {name: out_of(runs, lambda run, name=name: key(run) == name) for name in sorted({key(run) for run in runs})}
-    return {**{name: summary(values) for name, values in found.items()}, "all": summary(sum(found.values(), []))}
+    return {**{name: summary(values) for name, values in found.items()}, "all": summary([*chain(*found.values())])}
 
 
 def one_vote(runs: Sequence[Run], constants: Mapping[str, float]) -> dict[str, float]:
@@ -135,7 +140,11 @@ def deepseek_v3(constants: Mapping[str, float]) -> dict[str, float]:
     )  # fmt: skip
     seconds = sum(step_seconds(count(model, layout, box, software), box, software, constants, layout.gpus).values())
     published = facts["derived"]["step_s_at_full_batch"]
-    return {"published_s": published, "predicted_s": round(seconds, 2), "percent": round(100 * (seconds / published - 1), 1)}
+    return {
+        "published_s": published,
+        "predicted_s": round(seconds, 2),
+        "percent": round(100 * (seconds / published - 1), 1),
+    }
 
 
 def simumax(constants: Mapping[str, float]) -> list[dict[str, object]]:
@@ -145,7 +154,9 @@ def simumax(constants: Mapping[str, float]) -> list[dict[str, object]]:
     software = Software(dispatcher="alltoall", wire_share=ALLTOALL_SHARE)
     for row in data["rows"]:
         config = {**configs[row["model"]], "layers": data["layers"], "dense_layers": data["dense_layers"], "mtp": 0}
-        layout = Layout(gpus=8, seq=4096, global_batch=row["micro_batches"] * 8 // row["pp"], ep=row["ep"], pp=row["pp"])
+        layout = Layout(
+            gpus=8, seq=4096, global_batch=row["micro_batches"] * 8 // row["pp"], ep=row["ep"], pp=row["pp"]
+        )
         counts = count(shape_of(row["model"], config), layout, box, software)
         ms = 1e3 * sum(step_seconds(counts, box, software, constants, layout.gpus).values())
         rows.append({**row, "predicted_ms": round(ms, 1), "percent": round(100 * (ms / row["ms"] - 1), 1)})
@@ -158,11 +169,28 @@ def counted() -> list[dict[str, object]]:
     for entry in published["models"]:
         ours = models()[entry["name"]].params_total() / 1e9
         theirs = entry["counted_total_b"]
-        rows.append({"what": f"{entry['name']}, parameters, 1e9", "published": theirs, "ours": round(ours, 3), "percent": round(100 * (ours / theirs - 1), 3)})
+        rows.append(
+            {
+                "what": f"{entry['name']}, parameters, 1e9",
+                "published": theirs,
+                "ours": round(ours, 3),
+                "percent": round(100 * (ours / theirs - 1), 3),
+            }
+        )
     for entry in published["flops_per_token"]["rows"]:
         if "older" in entry.get("variant", "") or entry["model"] == "gpt-oss-20b":
             continue  # counts of releases that ignored windows in another way
+        named = ", ".join(
+            [entry["model"], f"{entry['seq']:,} tokens", *([entry["variant"]] if "variant" in entry else [])]
+        )
         mtp = entry.get("variant") != "without MTP"
         ours = training_flops(models()[entry["model"]], entry["seq"], mtp=mtp) / 1e9
-        rows.append({"what": f"{entry['model']}, {entry['seq']:,} tokens{', ' + entry['variant'] if 'variant' in entry else ''}, 1e9 operations per token", "published": entry["gflop"], "ours": round(ours, 1), "percent": round(100 * (ours / entry["gflop"] - 1), 2)})
+        rows.append(
+            {
+                "what": f"{named}, 1e9 operations per token",
+                "published": entry["gflop"],
+                "ours": round(ours, 1),
+                "percent": round(100 * (ours / entry["gflop"] - 1), 2),
+            }
+        )
     return rows

@@ -1,7 +1,7 @@
 """The shape of a planned model for the time model, read from the model and its plan.
 
-Per layer, all parameters that are neither routed experts nor part of a described attention are products that every token
-uses. Attention's heads come from the model's config; a model without one has no attention that could be priced.
+Per layer, all parameters that are neither routed experts nor part of a described attention are products that every
+token uses. Attention's heads come from the model's config; a model without one has no attention that could be priced.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def shape_of_model(model: nn.Module, plan: Plan) -> ModelShape:
         (mixer, _ffn(layer, mixer, planned[paths[id(layer)]], hidden))
         for layer, mixer in zip(layers, mixers, strict=True)
     )
-    outside = sum(p.numel() for p in model.parameters()) - sum(p.numel() for layer in layers for p in layer.parameters())
+    outside = sum(p.numel() for p in model.parameters()) - sum(
+        p.numel() for layer in layers for p in layer.parameters()
+    )
     return ModelShape(
         name=type(model).__name__, hidden=hidden, vocab=int(getattr(config, "vocab_size", 0) or 0),
         layers=tuple(Layer(mixer=mixer, ffn=ffn, count=count) for (mixer, ffn), count in kinds.items()),
@@ -75,7 +77,8 @@ def _ffn(layer: nn.Module, mixer: Attention | None, planned: list[LayerPlan], hi
     """The rest of a layer: its planned experts, and all other parameters as products of every token."""
     always = sum(p.numel() for p in layer.parameters()) - (mixer.weights(hidden) if mixer else 0)
     if not planned:
-        return Experts(**_wide(always, 2, hidden))
+        d_shared, always = _wide(always, 2, hidden)
+        return Experts(d_shared=d_shared, always=always)
     site = planned[0]
     for each in planned:
         counts = layer_params(each)
@@ -83,13 +86,13 @@ def _ffn(layer: nn.Module, mixer: Attention | None, planned: list[LayerPlan], hi
     experts, routing = site.experts, site.routing
     if isinstance(site.site, ExpertsSite):
         always -= experts.num_routed * hidden  # its router is a part of the layer
+    d_shared, always = _wide(always, site.site.num_in_projections, hidden)
     return Experts(
         experts=experts.num_routed, top_k=routing.top_k, d_expert=experts.d_expert, num_in=site.site.num_in_projections,
-        groups=routing.groups, top_groups=routing.top_groups, **_wide(always, site.site.num_in_projections, hidden),
+        groups=routing.groups, top_groups=routing.top_groups, d_shared=d_shared, always=always,
     )  # fmt: skip
 
 
-def _wide(numbers: int, num_in: int, hidden: int) -> dict[str, int]:
-    """Products of every token as an FFN of that many numbers, and the rest."""
-    d_shared, always = divmod(max(0, numbers), (num_in + 1) * hidden)
-    return {"d_shared": d_shared, "always": always}
+def _wide(numbers: int, num_in: int, hidden: int) -> tuple[int, int]:
+    """The width of an FFN that every token uses with that many numbers, and the rest."""
+    return divmod(max(0, numbers), (num_in + 1) * hidden)

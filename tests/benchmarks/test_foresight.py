@@ -89,7 +89,9 @@ def test_a_wrong_constant_changes_the_scores(program: ModuleType, stored: Any) -
         assert program.summary(program.errors(runs, broken))["median"] > stored["calibrated on all"]["median"]
 
 
-def test_another_file_of_runs_is_scored(program: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_file_of_runs_is_scored(
+    program: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = yaml.safe_load((BENCHMARKS / "published" / "published.yaml").read_text())
     row = next(row for row in data["throughput"] if row["id"] == "T008")
     rows = tmp_path / "rows.yaml"

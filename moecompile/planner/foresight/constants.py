@@ -16,6 +16,7 @@ import yaml
 
 from moecompile.errors import ConfigError
 
+_UNITS = {"1": "", "us": " us"}
 CALIBRATION = Path(__file__).with_name("calibration.yaml")
 
 
@@ -59,7 +60,7 @@ CONSTANTS = (
         prior=0.75, spread=0.2, low=0.4, high=1.0, source=f"{_ESTIMATE}: products of quantized blocks",
     ),
     Constant(
-        name="power", meaning="exponent of a GPU's watts per peak operation, relative to an H100, in its sustained rate",
+        name="power", meaning="exponent of a GPU's watts per peak operation, over an H100's, in its sustained rate",
         prior=0.5, spread=0.4, low=0.05, high=1.5,
         source=f"{_ESTIMATE}: between 1/3 (frequency at a given power, voltage proportional to it) and 1",
     ),
@@ -85,7 +86,7 @@ CONSTANTS = (
         source="two published claims: 36.6% hidden, and 5 of 35 points left; the geometric mean of .63 and .14",
     ),
     Constant(
-        name="reduction", meaning="share of gradient reduction, gathered weights, stages and context that stays visible",
+        name="reduction", meaning="share of reduced gradients, gathered weights, stages and context that stays visible",
         prior=0.5, spread=0.5, low=0.02, high=1.0, source=f"{_ESTIMATE}: half of it hides behind backward",
     ),
     Constant(
@@ -112,7 +113,7 @@ def checked(values: Mapping[str, Any], where: str) -> dict[str, float]:
     for constant in CONSTANTS:
         path, value = f"{where}.{constant.name}", values.get(constant.name)
         if not isinstance(value, int | float) or not constant.low <= value <= constant.high:
-            rule = f"must be a number from {constant.low:g} to {constant.high:g} {constant.unit}"
+            rule = f"must be a number from {constant.low:g} to {constant.high:g}{_UNITS[constant.unit]}"
             raise ConfigError(path, value, rule, "Calibrate again: python benchmarks/foresight.py fit")
     return {name: float(value) for name, value in values.items()}
 

@@ -22,8 +22,8 @@ from moecompile.planner.foresight.work import Work, head_work, layer_work
 @dataclass(frozen=True, kw_only=True)
 class Counts:
     """body: layers of an average stage. head: the output head. wire: exchanges of an average stage. parallel: bytes of
-    tensor, context and pipeline parallelism and of gathered weights. step: bytes once per step. num_micro: micro-batches
-    of a step. bubble: idle ones. stages, layers: over which the body was averaged.
+    tensor, context and pipeline parallelism and of gathered weights. step: bytes once per step. num_micro:
+    micro-batches of a step. bubble: idle ones. stages, layers: over which the body was averaged.
     """
 
     body: Work

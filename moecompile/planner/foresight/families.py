@@ -15,10 +15,22 @@ from typing import Any
 from moecompile.errors import ConfigError
 from moecompile.planner.foresight.shapes import Attention, Experts, Layer, ModelShape, Scan
 
-_KEYS = frozenset(
-    "layers hidden vocab heads kv head_dim ffn moe_ffn dense_layers dense_ffn experts topk shared shared_ffn moe_every "
-    "groups topk_group mtp window mla latent num_in tied pattern scan activation".split()
+_SIZES = (
+    "layers",
+    "hidden",
+    "vocab",
+    "heads",
+    "kv",
+    "head_dim",
+    "dense_layers",
+    "moe_every",
+    "mtp",
+    "window",
+    "mla",
+    "tied",
 )
+_WIDTHS = ("ffn", "moe_ffn", "dense_ffn", "shared", "shared_ffn", "latent", "num_in", "activation")
+_KEYS = frozenset((*_SIZES, *_WIDTHS, "experts", "topk", "groups", "topk_group", "pattern", "scan"))
 
 
 def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:

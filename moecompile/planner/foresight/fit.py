@@ -25,7 +25,10 @@ Predict = Callable[[Mapping[str, float]], Sequence[float]]
 
 
 def fit(
-    predict: Predict, measured: Sequence[float], weights: Sequence[float] | None = None, free: Sequence[str] | None = None
+    predict: Predict,
+    measured: Sequence[float],
+    weights: Sequence[float] | None = None,
+    free: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """The constants.
 
@@ -34,7 +37,9 @@ def fit(
         free: names of constants to fit (None: all); the others keep their priors.
     """
     chosen = [constant for constant in CONSTANTS if free is None or constant.name in free]
-    problem = _Problem(predict, np.log(measured), np.ones(len(measured)) if weights is None else np.array(weights), chosen)
+    problem = _Problem(
+        predict, np.log(measured), np.ones(len(measured)) if weights is None else np.array(weights), chosen
+    )
     x = problem.prior
     residuals, damping = problem.residuals(x), 1e-2
     cost = problem.cost(residuals, x)

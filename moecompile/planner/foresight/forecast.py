@@ -21,8 +21,17 @@ from moecompile.planner.foresight.seconds import step_seconds
 from moecompile.planner.foresight.shapes import ModelShape, training_flops
 
 BEST = 3
+OVERLAP_UNITS = 20  # of DeepSeek-V3's exchanges
 _HELPS = 0.99  # of the time
-COMMUNICATION = ("exchange within the node", "exchange across nodes", "tensor", "context", "stages", "weights", "reduction")
+COMMUNICATION = (
+    "exchange within the node",
+    "exchange across nodes",
+    "tensor",
+    "context",
+    "stages",
+    "weights",
+    "reduction",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,32 +137,33 @@ class Keys:
 
 def alternatives_of(case: Case, keys: Keys) -> dict[str, Case]:
     """Changes of one setting, as overrides."""
-    found: dict[str, Case] = {}
-    layout, software = case.layout, case.software
-
-    def with_layout(text: str, **values: int) -> None:
+    found = {text: replace(case, software=software) for text, software in _software(case, keys)}
+    for text, values in _layouts(case):
         try:
-            found[text] = replace(case, layout=replace(layout, **values))
+            found[text] = replace(case, layout=replace(case.layout, **values))
         except ConfigError:
-            return  # it does not divide
+            continue  # it does not divide
+    return found
 
-    def with_software(text: str, **values: object) -> None:
-        found[text] = replace(case, software=replace(software, **values))  # type: ignore[arg-type]
 
-    with_layout(f"workload.micro_batch_size={2 * layout.micro_batch}", micro_batch=2 * layout.micro_batch)
+def _layouts(case: Case) -> Iterator[tuple[str, dict[str, int]]]:
+    layout = case.layout
+    yield f"workload.micro_batch_size={2 * layout.micro_batch}", {"micro_batch": 2 * layout.micro_batch}
     for ep in {layout.ep // 2, layout.ep * 2} - {0}:
         if all(layer.ffn is None or layer.ffn.experts % ep == 0 for layer in case.model.layers):
-            with_layout(f"mesh.ep={ep}", ep=ep)
-    if layout.ep > 1:
+            yield f"mesh.ep={ep}", {"ep": ep}
+
+
+def _software(case: Case, keys: Keys) -> Iterator[tuple[str, Software]]:
+    software = case.software
+    if case.layout.ep > 1:
         for kind in ("flat", "dedup", "hierarchical", "allgather"):
-            if kind != software.dispatcher:
-                with_software(f"{keys.dispatcher}={kind}", dispatcher=kind)
+            yield f"{keys.dispatcher}={kind}", replace(software, dispatcher=kind)
         if not software.overlap:
-            with_software("stack.overlap=true stack.comm_units.value=20", overlap=True, comm_units=20)
+            text = f"stack.overlap=true stack.comm_units.value={OVERLAP_UNITS}"
+            yield text, replace(software, overlap=True, comm_units=OVERLAP_UNITS)
     if software.recompute:
-        with_software(keys.no_recompute, recompute=())
-    if software.graph != ("all",):
-        with_software("stack.graph=[all]", graph=("all",))
+        yield keys.no_recompute, replace(software, recompute=())
+    yield "stack.graph=[all]", replace(software, graph=("all",))
     if software.bits == 16 and case.machine.peak[8] > case.machine.peak[16]:
-        with_software("stack.bits=8", bits=8)
-    return found
+        yield "stack.bits=8", replace(software, bits=8)

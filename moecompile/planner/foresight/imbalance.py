@@ -97,7 +97,8 @@ def _rows(path: Path, experts: Sequence[int]) -> Iterator[NDArray[np.float64]]:
     for loads in history.loads:
         held = [row[row != NO_EXPERT] for row in loads]
         if [len(row) for row in held] != list(experts):
-            rule = f"is of another model: experts per layer are {_short([len(row) for row in held])}, not {_short(experts)}"
+            found = _short([len(row) for row in held])
+            rule = f"is of another model: experts per layer are {found}, not {_short(experts)}"
             raise ConfigError(_PATH, str(path), rule, "Give the loads of a run of this model")
         yield from (row.astype(np.float64) for row in held if row.sum() > 0)
 

@@ -86,8 +86,8 @@ class Machine:
 
     peak: operations/s of matrix products by bits per number (16, 8, 4), from the data sheet. watts: its power limit.
     memory: bytes/s of its memory, from the data sheet; passes: bytes/s that kernels reach. intra, inter: bytes/s that
-    exchanges reach, of one GPU in one direction, within its link domain of `domain` GPUs and beyond it. latency: seconds
-    of an empty exchange. units: parts that kernels of exchanges may take (SMs). capacity: bytes of its memory.
+    exchanges reach, of one GPU in one direction, within its link domain of `domain` GPUs and beyond it. latency:
+    seconds of an empty exchange. units: parts that kernels of exchanges may take (SMs). capacity: bytes of its memory.
     """
 
     name: str
@@ -129,14 +129,13 @@ class Software:
     def __post_init__(self) -> None:
         words = {
             "dispatcher": (DISPATCHERS, (self.dispatcher,)), "schedule": (SCHEDULES, (self.schedule,)),
-            "bits": ((32, 16, 8, 4), (self.bits,)), "recompute": (RECOMPUTED, self.recompute), "graph": (GRAPHED, self.graph),
+            "bits": ((32, 16, 8, 4), (self.bits,)), "recompute": (RECOMPUTED, self.recompute),
+            "graph": (GRAPHED, self.graph),
         }  # fmt: skip
         for name, (known, given) in words.items():
             for word in given:
                 if word not in known:
-                    raise ConfigError(
-                        f"stack.{name}", word, "is not known", f"Use one of {', '.join(map(str, known))}"
-                    )
+                    raise ConfigError(f"stack.{name}", word, "is not known", f"Use one of {', '.join(map(str, known))}")
 
     def repeats(self, *parts: str) -> bool:
         """Whether backward computes one of these parts again."""

@@ -2,12 +2,12 @@
 
 A link domain is what the fast links connect (NVLink: 8 GPUs of a node, or 72 of a rack). t = T / tp tokens per GPU.
 
-1. Dispatch and combine, forward and backward: the rows of a token that leave a GPU, by link class, as planner/traffic.py
-   has them for each kind. `alltoall` is flat; `deepep` and `hybridep` send a token once to each other domain and, within
-   a domain, once to each rank, as `hierarchical`. With etp, the rows of a group are gathered and their outputs
+1. Dispatch and combine, forward and backward: the rows of a token that leave a GPU, by link class, as in
+   planner/traffic.py for each kind. `alltoall` is flat; `deepep` and `hybridep` send a token once to each other domain
+   and, within a domain, once to each rank, as `hierarchical`. With etp, rows are gathered over a group and outputs
    scattered.                                                                                      -> `dispatch_bytes`
-2. Tensor parallelism with sequence parallelism: per part of a layer T D numbers are gathered before and scattered after,
-   forward and backward; a GPU sends (tp - 1) / tp of them.
+2. Tensor parallelism with sequence parallelism: per part of a layer T D numbers are gathered before and scattered
+   after, forward and backward; a GPU sends (tp - 1) / tp of them.
 3. Context parallelism: keys and values go around, cp - 1 times those of T tokens, forward and twice backward; beyond a
    domain if tp * cp is larger.
 4. Stages: t D numbers forward and backward, vpp times.                                            -> `parallel_bytes`

@@ -5,9 +5,10 @@
 2. A product takes operations / rate + bytes / bandwidth. Of dense products half of the bytes is hidden.
 3. Exchanges take bytes / bandwidth + messages * latency; where they overlap with compute, the share `exposed` of it
    stays visible, and for the rest the units that they occupy are lost to compute.
-4. The host's launches take their time beside the GPU's. The longer one counts, and the share `blocked` of the shorter. A
-   dispatcher that waits for counts in forward also stops the host there, in a third of the work.    -> `_host`
-5. A stage takes whole layers, and the last one the head: the slowest stage of the best split sets the pace.
+4. The host's launches take their time beside the GPU's; the longer one counts. Where both are near, each waits for the
+   other now and then: (gpu^4 + host^4)^(1/4).                                                       -> `_host`
+5. A stage takes whole layers, and the last one the head: equal numbers if they divide, else the best split. The slowest
+   stage sets the pace. With DualPipe a rank has a stage from each end.
                                                                                                      -> `_uneven`
 6. step = (micro-batches + bubble) * slowest stage + what of the reduction is visible + optimizer, and `straggler` of it
    for each doubling of GPUs beyond 8.                                                               -> `step_seconds`

@@ -12,7 +12,7 @@ A layer has a mixer (attention or a scan), a feed-forward part (dense or experts
 The embedding is a look-up and counts nothing; norms and biases are left out of operations and of parameters (below 0.1%
 of the models here).
 
-Legend: h heads, H scan heads of P numbers, G groups, N state, s sequence length, D model dim, F expert hidden, E experts.
+Legend: h heads, H scan heads of P numbers, G groups, N state, s sequence length.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class Experts:
     """A feed-forward part; a dense one has experts = top_k = 0 and the width d_shared.
 
     num_in: input projections (2: gated). d_shared: width that every token uses. latent: width of a row of a routed
-    expert (None: the model's), with a projection down and up. groups, top_groups: of group-limited routing. always: numbers of
-    further products that every token uses.
+    expert (None: the model's), with a projection down and up. groups, top_groups: of group-limited routing. always:
+    numbers of further products that every token uses.
     """
 
     experts: int = 0

@@ -39,7 +39,16 @@ ROW_PASSES, FLAT_ROW_PASSES = {"hybridep": 6, "deepep": 8}, 12
 # Numbers of F per row: one fused kernel each way (SwiGLU); relu, square, an fp32 weight and a cast; for clamped gates
 # with biases two bias additions, two clamps, scale, sigmoid, addition and three products, each op with its backward.
 ACTIVATION_PASSES = {"swiglu": 12, "relu2": 26, "clamped": 70}
-KERNELS = {"attn": 45, "mla": 30, "mamba": 45, "router": 35, "preprocess": 15, "dispatch": 50, "experts": 60, "dense": 20}
+KERNELS = {
+    "attn": 45,
+    "mla": 30,
+    "mamba": 45,
+    "router": 35,
+    "preprocess": 15,
+    "dispatch": 50,
+    "experts": 60,
+    "dense": 20,
+}
 QUANTIZE_KERNELS, EXPERT_KERNELS = 12, 6
 _FROM_C = 0.2  # a launch from a library's loop over experts, in launches from Python
 _OVERLAP_LAUNCHES = 1.5  # forwards and backwards that alternate are cut into parts, each with events and streams

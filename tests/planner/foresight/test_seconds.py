@@ -20,14 +20,20 @@ from moecompile.planner.foresight.layout import Layout, Machine, Software
 from moecompile.planner.foresight.machine import machine_of, software_of
 from moecompile.planner.foresight.seconds import step_seconds
 
-MODEL = shape_of("tiny", {"layers": 4, "hidden": 1024, "vocab": 1000, "heads": 8, "kv": 8, "moe_ffn": 512, "experts": 16, "topk": 2})
+MODEL = shape_of(
+    "tiny", {"layers": 4, "hidden": 1024, "vocab": 1000, "heads": 8, "kv": 8, "moe_ffn": 512, "experts": 16, "topk": 2}
+)
 LAYOUT = Layout(gpus=16, seq=2048, global_batch=64, ep=16, micro_batch=1, zero=1)
 H100 = machine_of(compose_config(["hardware=h100"]).hardware)
 
 
-def seconds(machine: Machine = H100, layout: Layout = LAYOUT, software: Software | None = None, load: float = 1.0) -> float:
+def seconds(
+    machine: Machine = H100, layout: Layout = LAYOUT, software: Software | None = None, load: float = 1.0
+) -> float:
     software = software or Software()
-    return sum(step_seconds(count(MODEL, layout, machine, software), machine, software, PRIORS, layout.gpus, load).values())
+    return sum(
+        step_seconds(count(MODEL, layout, machine, software), machine, software, PRIORS, layout.gpus, load).values()
+    )
 
 
 def test_counts_of_a_layer_by_hand() -> None:
@@ -87,7 +93,7 @@ def test_the_parts_of_a_step_are_its_time_and_a_broken_constant_is_caught() -> N
     with pytest.raises(ConfigError) as error:
         checked({**PRIORS, "dense": 1.7}, "calibration.yaml")
     assert str(error.value) == (
-        "calibration.yaml.dense=1.7: must be a number from 0.4 to 1 1. Calibrate again: python benchmarks/foresight.py fit."
+        "calibration.yaml.dense=1.7: must be a number from 0.4 to 1. Calibrate again: python benchmarks/foresight.py fit."
     )
     with pytest.raises(ConfigError, match=r"calibration.yaml.launch=null: must be a number from 3 to 80 us"):
         checked({name: value for name, value in PRIORS.items() if name != "launch"}, "calibration.yaml")
@@ -124,7 +130,10 @@ def test_a_fit_finds_the_constants_that_made_the_data() -> None:
 def test_layouts_that_do_not_divide() -> None:
     for values, text in (
         ({"tp": 3}, "layout.gpus=16: tp * pp * cp = 3 must divide the 16 GPUs. Use a multiple of 3."),
-        ({"global_batch": 63}, "layout.global_batch=63: must be a multiple of replicas * micro-batch = 16 * 1. Use a multiple of 16."),
+        (
+            {"global_batch": 63},
+            "layout.global_batch=63: must be a multiple of replicas * micro-batch = 16 * 1. Use a multiple of 16.",
+        ),
         ({"pp": 0}, "layout.pp=0: must be at least 1. Give a positive number."),
         ({"ep": 32}, "layout.ep=32: pp * ep * etp = 32 must divide the 16 GPUs. Use a divisor of 16."),
     ):
@@ -135,9 +144,15 @@ def test_layouts_that_do_not_divide() -> None:
 
 def test_hardware_and_stacks_that_are_wrong() -> None:
     for override, text in (
-        ("hardware.figures.memory_tb_s.value=null", "hardware.figures.memory_tb_s.value=null: is needed to predict the time of a step"),
+        (
+            "hardware.figures.memory_tb_s.value=null",
+            "hardware.figures.memory_tb_s.value=null: is needed to predict the time of a step",
+        ),
         ("hardware.figures.watts.value=-1", "hardware.figures.watts.value=-1.0: must be positive"),
-        ("hardware.figures.intra_node_effective_gb_s.value=1000", "is above the data sheet's hardware.figures.intra_node_gb_s.value=450"),
+        (
+            "hardware.figures.intra_node_effective_gb_s.value=1000",
+            "is above the data sheet's hardware.figures.intra_node_gb_s.value=450",
+        ),
     ):
         with pytest.raises(ConfigError, match=text.replace(".", r"\.").replace("(", r"\(")):
             machine_of(compose_config(["hardware=h100", override]).hardware)

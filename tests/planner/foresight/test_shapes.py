@@ -10,7 +10,20 @@ from moecompile.errors import ConfigError
 from moecompile.planner.foresight.families import shape_of
 from moecompile.planner.foresight.shapes import Attention, Scan, training_flops
 
-TINY = {"layers": 3, "dense_layers": 1, "hidden": 32, "vocab": 64, "heads": 4, "kv": 2, "head_dim": 8, "ffn": 96, "moe_ffn": 16, "experts": 4, "topk": 2, "shared": 1}
+TINY = {
+    "layers": 3,
+    "dense_layers": 1,
+    "hidden": 32,
+    "vocab": 64,
+    "heads": 4,
+    "kv": 2,
+    "head_dim": 8,
+    "ffn": 96,
+    "moe_ffn": 16,
+    "experts": 4,
+    "topk": 2,
+    "shared": 1,
+}
 
 
 def test_attention_in_a_window_sees_as_many_keys_as_a_mask_shows() -> None:
