@@ -14,7 +14,7 @@ from torch import nn
 from moecompile.capture import layers_of
 from moecompile.plan import ExpertsSite, LayerPlan, Plan
 from moecompile.planner.foresight.shapes import Attention, Experts, Layer, ModelShape
-from moecompile.planner.params import layer_params
+from moecompile.planner.params import layer_params, routed
 
 _HEADS = ("num_attention_heads", "num_heads", "n_head")
 _HIDDEN = ("hidden_size", "d_model", "n_embd")
@@ -83,13 +83,13 @@ def _ffn(layer: nn.Module, mixer: Attention | None, planned: list[LayerPlan], hi
     for each in planned:
         counts = layer_params(each)
         always += counts.shared - counts.dense
-    experts, routing = site.experts, site.routing
+    experts, (chosen, groups, top_groups) = site.experts, routed(site)
     if isinstance(site.site, ExpertsSite):
         always -= experts.num_routed * hidden  # its router is a part of the layer
     d_shared, always = _wide(always, site.site.num_in_projections, hidden)
     return Experts(
-        experts=experts.num_routed, top_k=routing.top_k, d_expert=experts.d_expert, num_in=site.site.num_in_projections,
-        groups=routing.groups, top_groups=routing.top_groups, d_shared=d_shared, always=always,
+        experts=experts.num_routed, top_k=chosen, d_expert=experts.d_expert, num_in=site.site.num_in_projections,
+        groups=groups, top_groups=top_groups, d_shared=d_shared, always=always,
     )  # fmt: skip
 
 

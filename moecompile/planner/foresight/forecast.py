@@ -16,7 +16,7 @@ from moecompile.errors import ConfigError
 from moecompile.planner.foresight.constants import calibrated
 from moecompile.planner.foresight.counts import count
 from moecompile.planner.foresight.imbalance import Load
-from moecompile.planner.foresight.layout import Layout, Machine, Software
+from moecompile.planner.foresight.layout import KINDS, Layout, Machine, Software
 from moecompile.planner.foresight.seconds import step_seconds
 from moecompile.planner.foresight.shapes import ModelShape, training_flops
 
@@ -157,7 +157,7 @@ def _layouts(case: Case) -> Iterator[tuple[str, dict[str, int]]]:
 def _software(case: Case, keys: Keys) -> Iterator[tuple[str, Software]]:
     software = case.software
     if case.layout.ep > 1:
-        for kind in ("flat", "dedup", "hierarchical", "allgather"):
+        for kind in KINDS:
             yield f"{keys.dispatcher}={kind}", replace(software, dispatcher=kind)
         if not software.overlap:
             text = f"stack.overlap=true stack.comm_units.value={OVERLAP_UNITS}"

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from math import gcd
 
 from moecompile.errors import ConfigError
+from moecompile.schema import DispatchKind
 
 RECOMPUTED = ("full", "all_but_exchanges", "moe", "mlp", "attention", "mla_up_proj", "layernorm", "moe_act")
 GRAPHED = ("attn", "mamba", "router", "preprocess", "dispatch", "experts", "dense", "all")
 SCHEDULES = ("onef1b", "dualpipe")
-DISPATCHERS = ("flat", "dedup", "hierarchical", "allgather", "alltoall", "deepep", "hybridep")
+KINDS = tuple(kind.value for kind in DispatchKind if kind not in (DispatchKind.local, DispatchKind.auto))
+DISPATCHERS = (*KINDS, "alltoall", "deepep", "hybridep")
 
 
 @dataclass(frozen=True, kw_only=True)

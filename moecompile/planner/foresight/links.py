@@ -19,11 +19,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moecompile.mesh import MeshSpec
-from moecompile.plan import ExpertPlacement, RoutingPlan
 from moecompile.planner.foresight.layout import Layout, Machine, Software
 from moecompile.planner.foresight.shapes import Attention, Experts, ModelShape, layer_params
-from moecompile.planner.traffic import copies_per_token
+from moecompile.planner.traffic import even_copies
 
 BF16, FP32 = 2, 4
 KINDS = {"alltoall": "flat", "deepep": "hierarchical", "hybridep": "hierarchical"}
@@ -84,16 +82,7 @@ def dispatch_bytes(ffn: Experts, hidden: int, layout: Layout, machine: Machine, 
         return Wire(intra=etp, messages=4.0 if etp else 0.0)
     nodes, within = domains(layout.ep, layout.etp, machine.domain)
     kind = KINDS.get(software.dispatcher, software.dispatcher)
-    routing = RoutingPlan(
-        top_k=ffn.top_k, groups=ffn.groups, top_groups=ffn.top_groups, score="sigmoid", normalize=True, scale=1.0,
-        group_score="top2",
-    )  # fmt: skip
-    copies = copies_per_token(
-        kind,
-        ExpertPlacement(num_experts=ffn.experts, ep=layout.ep, nodes=nodes),
-        routing,
-        MeshSpec(num_nodes=nodes, ranks_per_node=within, ep=layout.ep),
-    )
+    copies = even_copies(kind, ffn.experts, (ffn.top_k, ffn.groups, ffn.top_groups), nodes, within)
     per_copy = own * row * (2 + again) * (software.row_bits / 8 + BF16)
     return Wire(intra=copies.intra_node * per_copy + etp, inter=copies.inter_node * per_copy, messages=4 + 2 * again)
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from moecompile.errors import ConfigError
 from moecompile.planner.foresight.layout import Machine, Software
-from moecompile.ranges import Real
-from moecompile.schema import FigureConfig, HardwareConfig, StackConfig
+from moecompile.schema import NUMBERS, FigureConfig, HardwareConfig, StackConfig
 
 GIB = 2**30
-_POSITIVE = Real("(0, inf)", "Give a positive number with its source")
 
 
 def machine_of(hardware: HardwareConfig) -> Machine:
@@ -54,13 +52,13 @@ def number(path: str, figure: FigureConfig) -> float:
     """The value of a figure.
 
     Raises:
-        ConfigError: it is missing or not positive.
+        ConfigError: it is missing or out of range.
     """
     if figure.value is None:
         raise ConfigError(
             f"{path}.value", None, "is needed to predict the time of a step", "Give the number and its source"
         )
-    _POSITIVE.check(f"{path}.value", figure.value)
+    NUMBERS[f"{path}.value"].check(f"{path}.value", figure.value)
     return float(figure.value)
 
 
@@ -75,8 +73,6 @@ def software_of(
     Raises:
         ConfigError: a word is not known, or a share is out of range.
     """
-    share = number("stack.wire_share", stack.wire_share)
-    Real("(0, 1]", "Use 1").check("stack.wire_share.value", share)
     return Software(
         bits=stack.bits or bits,
         dispatcher=stack.dispatcher or dispatcher,
@@ -87,5 +83,5 @@ def software_of(
         recompute=recompute if stack.recompute is None else tuple(stack.recompute),
         comm_units=round(stack.comm_units.value or 0),
         row_bits=stack.row_bits,
-        wire_share=share,
+        wire_share=number("stack.wire_share", stack.wire_share),
     )

@@ -12,6 +12,7 @@ from moecompile.planner.foresight.imbalance import Load, measured, synthetic
 from moecompile.planner.foresight.layout import Layout
 from moecompile.planner.foresight.machine import machine_of, software_of
 from moecompile.planner.foresight.shapes import ModelShape
+from moecompile.planner.params import routed
 from moecompile.schema import Config, Precision, is_described
 
 _PATHS = {
@@ -79,9 +80,9 @@ def loads_of(plan: Plan, config: Config) -> list[Load]:
     if not plan.layers:
         return []
     layer, skew = plan.layers[0], config.routing.skew
+    top_k, _, _ = routed(layer)
     loads = [
-        synthetic(kind, layer.experts.num_routed, plan.mesh.ep, layer.routing.top_k, skew)
-        for kind in ("balanced", "zipf", "hot")
+        synthetic(kind, layer.experts.num_routed, plan.mesh.ep, top_k, skew) for kind in ("balanced", "zipf", "hot")
     ]
     if config.workload.load is not None:
         experts = [each.experts.num_routed for each in plan.layers]
