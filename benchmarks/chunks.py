@@ -36,14 +36,21 @@ class SwiGLU(nn.Module):
 
 
 def step(experts: Experts, x: Tensor, direction: Tensor, per_expert: int, chunks: int) -> float:
-    """CPU seconds of forward and backward with `per_expert` rows for each expert, in `chunks` calls."""
+    """CPU seconds of forward and backward with `per_expert` rows for each expert, in `chunks` calls.
+
+    Several calls are as the passes `overlap` and `collect` make them: forward of all, then backward of all, and the
+    weight gradients once. One call is that of a layer without overlap.
+    """
+    num_experts = experts.num_experts
     rows = per_expert // chunks
-    source_R = torch.arange(rows * EXPERTS)
-    counts_E, weights_R = torch.full((EXPERTS,), rows), torch.ones(rows * EXPERTS)
+    source_R = torch.arange(rows * num_experts)
+    counts_E, weights_R = torch.full((num_experts,), rows), torch.ones(rows * num_experts)
+    parts = [part.detach().requires_grad_() for part in x.chunk(chunks)]
     experts.zero_grad()
     start = time.thread_time()
-    for part, grad in zip(x.chunk(chunks), direction.chunk(chunks), strict=True):
-        experts(part.detach().requires_grad_(), counts_E, source_R=source_R, weights_R=weights_R).backward(grad)
+    token = experts(collect=True) if chunks > 1 else None
+    outputs = [experts(part, counts_E, source_R=source_R, weights_R=weights_R, token=token) for part in parts]
+    torch.autograd.backward(outputs, list(direction.chunk(chunks)))
     return time.thread_time() - start
 
 
