@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moecompile.ops.cpu.blocks import make_blocks, pieces, places, scratch, starts_of, summed
+from moecompile.ops.cpu.blocks import longest, make_blocks, pieces, places, scratch, starts_of, summed
 from moecompile.ops.cpu.products import Products, is_padded
 from moecompile.ops.grouped import at_once, by_expert, grouped_mm_input_grad, grouped_mm_weight_grad
 from moecompile.ops.swiglu import activate_backward
@@ -83,23 +83,23 @@ def expert_ffn_weight_grad(
     starts = [starts_of(each, source.shape[0]) for each, source in zip(counts, sources_P, strict=True)]
     blocks, _ = make_blocks(torch.stack(counts_E).sum(0), x, gate_ups_PG[0], pad=is_padded(x))
     grad_gate_up, grad_down = x.new_empty(num_experts, inner, x.shape[1]), x.new_empty(num_experts, x.shape[1], width)
-    widths = (x.shape[1], x.shape[1], width, inner)
-    buffers = [scratch(blocks, x, size) for size in widths]
-    unused = weights_P[0].new_empty(max((block.end - block.start for block in blocks), default=0))
+    of_rows, of_hidden, of_inner = (scratch(blocks, x, size) for size in (x.shape[1], width, inner))
+    unused = weights_P[0].new_empty(longest(blocks))
     for block in blocks:
-        rows_MD, grad_MD, hidden_MF, inner_MG = (part(block) for part in buffers)
+        rows_MD, hidden_MF, inner_MG = of_rows(block), of_hidden(block), of_inner(block)
         found, padding = pieces(block, counts, starts)
+        for place in padding:
+            for buffer in (rows_MD, hidden_MF, inner_MG):
+                buffer[place].zero_()
         for chunk, rows, place in found:
-            torch.index_select(xs_VD[chunk], 0, sources_P[chunk][rows], out=rows_MD[place])
-            torch.index_select(grads_VD[chunk], 0, sources_P[chunk][rows], out=grad_MD[place])
+            torch.index_select(grads_VD[chunk], 0, sources_P[chunk][rows], out=rows_MD[place])
             activate_backward(
                 gate_ups_PG[chunk][rows], weights_P[chunk][rows], grad_hiddens_PF[chunk][rows], inner_MG[place],
                 hidden_MF[place], unused[place],
             )  # fmt: skip
-        for place in padding:
-            for buffer in (rows_MD, grad_MD, hidden_MF, inner_MG):
-                buffer[place].zero_()
-        products.gradient(block, grad_MD, hidden_MF, grad_down)
+        products.gradient(block, rows_MD, hidden_MF, grad_down)
+        for chunk, rows, place in found:
+            torch.index_select(xs_VD[chunk], 0, sources_P[chunk][rows], out=rows_MD[place])
         products.gradient(block, inner_MG, rows_MD, grad_gate_up)
     return grad_gate_up, grad_down
 

@@ -101,7 +101,8 @@ def _collect(graph: fx.Graph, calls: list[fx.Node]) -> None:
     first = next(node for node in graph.nodes if node in waits)
     weights = calls[0].args[2:]  # existing experts get theirs as arguments
     with graph.inserting_before(first):  # Step 2
-        made = graph.call_module(str(calls[0].target), (None, None, *weights) if weights else (), {COLLECT: True})
+        target, arguments = str(calls[0].target), (None, None, *weights) if weights else ()
+        made = graph.create_node("call_module", target, arguments, {COLLECT: True}, name="weight_gradients")
     for call in calls:  # Step 3
         call.kwargs = {**call.kwargs, TOKEN: made}
 
