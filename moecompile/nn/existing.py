@@ -14,7 +14,6 @@ from moecompile.nn.meter import LoadMeter
 from moecompile.routing import NO_BALANCE, BalanceSpec
 from moecompile.torch_private import local_part
 
-
 _MATRICES = 3  # dims of the stacked weights of a projection; biases have two
 
 
@@ -78,9 +77,7 @@ class ExistingExperts(nn.Module):
             return weights
         return {name: w.transpose(1, 2) if w.dim() == _MATRICES else w for name, w in weights.items()}
 
-    def _experts(
-        self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor], token: Tensor | None
-    ) -> Tensor:
+    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor], token: Tensor | None) -> Tensor:
         if "gate_up_proj" in weights:
             hidden_RF = self.gate(self._project(rows_RD, counts_E, "gate_up_proj", weights, token))
         else:
@@ -127,9 +124,7 @@ class MatrixExperts(ExistingExperts):
         gate, up, down = (weights[name].unflatten(0, (num_local, -1)) for name in self.names)
         return dict(zip(self.names, (gate, up, down.transpose(1, 2)), strict=True))
 
-    def _experts(
-        self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor], token: Tensor | None
-    ) -> Tensor:
+    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor], token: Tensor | None) -> Tensor:
         gate, up, down = self.names
         hidden_RF = self._own("activation_fn", self._project(rows_RD, counts_E, gate, weights, token))
         hidden_RF = hidden_RF * self._project(rows_RD, counts_E, up, weights, token)

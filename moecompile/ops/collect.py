@@ -64,7 +64,7 @@ def collected_by(token: Tensor | None) -> Collected | None:
 
 @torch.library.custom_op("moecompile::collect_gradients", mutates_args=())
 def collect_gradients(weights: list[Tensor]) -> Tensor:
-    """Makes a token, a zero: its backward computes the gradients of these weights for every experts op that it is given.
+    """Makes a token, a zero: its backward computes the gradients of these weights for all experts ops that get it.
 
     Args:
         weights: (E, F, D) each: gate_up and down of `expert_ffn`, or those of `grouped_mm` in the order of its `index`.

@@ -75,13 +75,15 @@ def _(grad_RF: Tensor, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
 def grouped_mm_weight_grads(grads_RF: list[Tensor], rows_RD: list[Tensor], counts_E: list[Tensor]) -> Tensor:
     """The sum of `grouped_mm_weight_grad` over chunks, one product per expert."""
     if len(grads_RF) == 1:
-        return grouped_mm_weight_grad(grads_RF[0], rows_RD[0], counts_E[0])
+        only: Tensor = grouped_mm_weight_grad(grads_RF[0], rows_RD[0], counts_E[0])
+        return only
     grad, rows, total_E = grads_RF[0], rows_RD[0], torch.stack(counts_E).sum(0)
     sizes, widths = [each.shape[0] for each in rows_RD], (grad.shape[1], rows.shape[1])
     if at_once(grad, sum(sizes), total_E.shape[0], *widths):
         order_R = by_expert(counts_E, sizes)
         grad_RF, row_RD = (torch.cat(parts).index_select(0, order_R) for parts in (grads_RF, rows_RD))
-        return grouped_mm_weight_grad(grad_RF, row_RD, total_E)
+        by_library: Tensor = grouped_mm_weight_grad(grad_RF, row_RD, total_E)
+        return by_library
     counts, out_EFD = [each.tolist() for each in counts_E], grad.new_empty(total_E.shape[0], *widths)
     starts = [starts_of(each, size) for each, size in zip(counts, sizes, strict=True)]
     blocks, _ = make_blocks(total_E, rows, grad, pad=False)

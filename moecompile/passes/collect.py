@@ -1,7 +1,7 @@
 """collect: weight gradients of experts as an op of their own, after the gradients of the rows are on their way back.
 
-Where exchanges are in flight, backward then computes the weight gradients while the rows' gradients travel, and those of
-all chunks at once: one product per expert, written once (moecompile.ops.collect).
+Where exchanges are in flight, backward then computes the weight gradients while the rows' gradients travel, and those
+of all chunks at once: one product per expert, written once (moecompile.ops.collect).
 
 Algorithm, for each layer whose exchanges are in flight:
   1. Find the first wait that its experts depend on. Exchanges have been started before it. Backward is mirrored: there
@@ -52,7 +52,8 @@ class Collect:
             raise PassError(self.name, layers[0].site.fqn, "its weight gradients are collected already")
         for layer, mine in zip(layers, calls_by_layer(region.graph, layers), strict=True):
             if layer.dispatch.in_flight and not _waits_before(mine):
-                raise PassError(self.name, layer.site.fqn, "its experts wait for no exchange in flight: overlap is first")
+                rule = "its experts wait for no exchange in flight: overlap is first"
+                raise PassError(self.name, layer.site.fqn, rule)
 
     def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
         """A new graph over the same modules; the same region where no layer is planned so."""
@@ -80,15 +81,14 @@ class Collect:
             read = {call.kwargs.get(TOKEN) for call in calls}
             if read != {token} or (token is None) == layer.dispatch.in_flight:
                 wanted = "one token" if layer.dispatch.in_flight else "none"
-                raise PassError(self.name, layer.site.fqn, f"its experts get {sorted(map(str, read))}, planned is {wanted}")
+                rule = f"its experts get {sorted(map(str, read))}, planned is {wanted}"
+                raise PassError(self.name, layer.site.fqn, rule)
             if token is not None:
                 self._check_place(token, place, calls, layer)
         if tokens:
             raise PassError(self.name, layers[0].site.fqn, f"{tokens} are read by no experts")
 
-    def _check_place(
-        self, token: fx.Node, place: dict[fx.Node, int], calls: list[fx.Node], layer: LayerPlan
-    ) -> None:
+    def _check_place(self, token: fx.Node, place: dict[fx.Node, int], calls: list[fx.Node], layer: LayerPlan) -> None:
         waits = _waits_before(calls)
         starts = [node for node in _all_before(waits) if op_name(node) in _STARTS]
         if not min(place[start] for start in starts) < place[token] < min(place[wait] for wait in waits):

@@ -32,7 +32,7 @@ _COLUMN = 3  # characters
 
 
 def timeline(graph_module: GraphModule) -> str:
-    """For forward and for backward, one line per exchange and one for the computation; empty if none is asynchronous."""
+    """For either direction, one line per exchange and one for the computation; empty if none is asynchronous."""
     events = [node for node in graph_module.graph.nodes if op_name(node) in (_START, _WAIT) or _computes(node)]
     waits = {_start_of(node): node for node in events if op_name(node) == _WAIT}
     if not waits:
@@ -49,8 +49,8 @@ def timeline(graph_module: GraphModule) -> str:
         return str(calls.index(node)) if node in calls else _word(node)
 
     forward = [node for node in events if _word(node) != "weights"]
-    names = {start: "rows {} {}".format(number, name) for start, (name, number) in numbers.items()}
-    back = {wait: "grads {} {}".format(numbers[start][1], _turned(numbers[start][0])) for start, wait in waits.items()}
+    names = {start: f"rows {number} {name}" for start, (name, number) in numbers.items()}
+    back = {wait: f"grads {numbers[start][1]} {_turned(numbers[start][0])}" for start, wait in waits.items()}
     parts = [_drawn(forward, waits, names, word)]
     if len(forward) < len(events):
         parts.append(_drawn(events[::-1], {wait: start for start, wait in waits.items()}, back, word))

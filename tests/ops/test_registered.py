@@ -77,7 +77,6 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
         values(4, 6, 4).detach(), values(4, 4, 3).detach(), values(6, 6).detach(),
         torch.tensor([0, 2, 1, 0, 1, 2], dtype=torch.int32), values(6).detach(),
     ),
-    "expert_ffn_input_grad": lambda _: SAMPLES["expert_ffn_backward"](_),
     "expert_ffn_weight_grad": lambda _: (
         [values(3, 4).detach()] * 2, [values(3, 4).detach()] * 2, [values(6, 3).detach()] * 2,
         [values(6, 6).detach()] * 2, [torch.tensor([0, 2, 1, 0, 1, 2], dtype=torch.int32)] * 2,
@@ -128,6 +127,9 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
         values(3), torch.tensor([1, 2, 5], dtype=torch.int16), table([1, 3], [1, 3]), 1, axis,
     ),
 }  # fmt: skip
+
+
+SAMPLES["expert_ffn_input_grad"] = SAMPLES["expert_ffn_backward"]
 
 
 def op_of(name: str) -> str:

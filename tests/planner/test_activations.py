@@ -134,7 +134,10 @@ def test_every_dispatch_keeps_what_is_predicted_on_two_ranks() -> None:
             assert predicted == pytest.approx(measured, rel=0.1), (kind, found)
 
 
-LEFT = {"dedup": (0, 2), "flat": (0,)}  # of what an experts op leaves in backward, the tensors that forward did not save
+LEFT = {
+    "dedup": (0, 2),
+    "flat": (0,),
+}  # of what an experts op leaves in backward, the tensors that forward did not save
 
 
 def _left_on_ranks(rank: int, world_size: int) -> dict[str, tuple[float, int]]:
