@@ -85,9 +85,9 @@ def train(
     meter, saver = TrafficMeter(mesh), Saver(run_dir, plan, config, metrics, start, known)
     trainer = make_trainer(config, mesh, run_dir, [metrics, meter, saver], start=None if start is None else start[0],
                            first_step=first_step, materialize=materialize)  # fmt: skip
-    val = val_loader(data.val, config.data, rank=rank, world_size=mesh.world_size)
+    val = val_loader(data.val, config.data, rank=mesh.batch_index(rank), world_size=mesh.num_batches)
     fit = train_loader(
-        data.train, config.data, seed=config.seed, rank=rank, world_size=mesh.world_size,
+        data.train, config.data, seed=config.seed, rank=mesh.batch_index(rank), world_size=mesh.num_batches,
         start_step=first_step, num_steps=max_steps - first_step,
     )  # fmt: skip
     if start is None:
@@ -153,7 +153,7 @@ def make_trainer(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        use_distributed_sampler=False,  # the loaders split the batch over all ranks themselves
+        use_distributed_sampler=False,  # the loaders split the batch over ranks themselves
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=show_bar,
