@@ -79,7 +79,7 @@ def grouped_mm_weight_grads(grads_RF: list[Tensor], rows_RD: list[Tensor], count
         return only
     grad, rows, total_E = grads_RF[0], rows_RD[0], torch.stack(counts_E).sum(0)
     sizes, widths = [each.shape[0] for each in rows_RD], (grad.shape[1], rows.shape[1])
-    if at_once(grad, sum(sizes), total_E.shape[0], *widths):
+    if grad.device.type != "cpu" or at_once(grad, sum(sizes), total_E.shape[0], *widths):  # without the counts
         order_R = by_expert(counts_E, sizes)
         grad_RF, row_RD = (torch.cat(parts).index_select(0, order_R) for parts in (grads_RF, rows_RD))
         by_library: Tensor = grouped_mm_weight_grad(grad_RF, row_RD, total_E)
