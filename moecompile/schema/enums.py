@@ -67,6 +67,21 @@ class Objective(str, Enum):
     span_corruption = "span_corruption"  # T5: masked spans, for encoder-decoder models
 
 
+class DataKind(str, Enum):
+    """What the data are."""
+
+    text = "text"  # one plain text file, held in memory
+    corpus = "corpus"  # many files of text, tokenized once into memory-mapped shards
+    sft = "sft"  # chats: the loss is on the assistant's tokens alone
+
+
+class RowLayout(str, Enum):
+    """How chats of different lengths become rows of a batch."""
+
+    pack = "pack"  # several chats a row, which do not see each other
+    pad = "pad"  # one chat a row, filled up to the longest of its micro-batch
+
+
 class TokenizerSource(str, Enum):
     """Where the tokenizer comes from."""
 
