@@ -173,8 +173,10 @@ def test_too_little_text(tmp_path: Path) -> None:
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from moecompile.runtime.data import load_data, train_loader
+from moecompile.runtime.data import corpus, load_data, train_loader
 from moecompile.schema import DataConfig, DataKind
+
+corpus._SAMPLE = 2**20  # the tokenizer is trained on as much of each
 
 def load(path):
     data = DataConfig(kind=DataKind.corpus, path=path, cache=sys.argv[3], vocab_size=300, seq_len=128)
