@@ -14,7 +14,7 @@ as in params.py; V: vocabulary.
    then in fp32: P_d + P_e / ep.                                                         -> `_unsharded_grads_bytes`
        weights = b own + a unsharded,  grads = b own + unsharded grads,  optimizer = 2 * 4 own  (AdamW's moments, fp32)
    Router weights are always fp32. Frozen weights have no gradients and no moments: for these two, `own` counts trained
-   parameters only, and their number also limits the unsharded gradients.                       -> `trained_params`
+   parameters only (with adapters: these), and their number also limits the unsharded gradients.                       -> `trained_params`
 3. Activations that one forward saves for backward: activations.py.                          -> `activation_bytes`
 4. Exchange buffers, allocated in one layer at a time: rows sent and rows received.
        dispatch = max over layers of 2 T copies D a                                                  -> `_dispatch`
@@ -66,7 +66,13 @@ def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelF
         return 0
     counts = [layer_params(layer) for layer in layers]
     in_layers = facts.params_total - facts.params_embedding - sum(c.dense for c in counts)
-    largest = max((c.shared + c.experts // mesh.ep for c in counts), default=0)
+    largest = max(
+        (
+            c.shared + (c.experts + layer.experts.num_routed * c.adapters) // mesh.ep
+            for layer, c in zip(layers, counts, strict=True)
+        ),
+        default=0,
+    )
     return facts.params_embedding + _shard(in_layers, max(1, facts.num_layers, len(layers))) + largest
 
 
