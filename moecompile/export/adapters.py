@@ -38,7 +38,7 @@ def with_adapters(base: nn.Module, trained: nn.Module, plan: Plan) -> Any:
     """
     from peft import get_peft_model
 
-    model: Any = get_peft_model(base, _config(base, plan), autocast_adapter_dtype=False)
+    model: Any = get_peft_model(base, _config(base, plan))
     weights = dict(trained.state_dict())
     used: set[str] = set()
     for path, module in model.get_base_model().named_modules():
@@ -57,7 +57,7 @@ def load_adapters(base: nn.Module, folder: Path) -> nn.Module:
     """The model `base` with the adapters in a folder, loaded by peft alone."""
     from peft import PeftModel
 
-    loaded: nn.Module = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
+    loaded: nn.Module = PeftModel.from_pretrained(base, str(folder))
     return loaded
 
 

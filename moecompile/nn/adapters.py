@@ -43,9 +43,15 @@ def expert_adapters(
         num_experts, d_out, d_in = weight.shape
         if transposed:
             d_in, d_out = d_out, d_in
-        new[f"lora_A.{name}"] = nn.Parameter(weight.new_zeros(num_experts, rank, d_in))
-        new[f"lora_B.{name}"] = nn.Parameter(weight.new_zeros(num_experts, d_out, rank))
+        dtype = wide(weight.dtype)
+        new[f"lora_A.{name}"] = nn.Parameter(weight.new_zeros(num_experts, rank, d_in, dtype=dtype))
+        new[f"lora_B.{name}"] = nn.Parameter(weight.new_zeros(num_experts, d_out, rank, dtype=dtype))
     return new
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of adapters of weights in `dtype`: at least fp32, as in peft, or small steps would be lost in bf16."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 @torch.no_grad()

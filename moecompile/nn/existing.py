@@ -89,8 +89,9 @@ class ExistingExperts(nn.Module):
         grouped_mm = torch.ops.moecompile.grouped_mm
         out: Tensor = grouped_mm(rows, weight, counts_E)
         if self.adapter_scale is not None and f"lora_A.{name}" in weights:
-            low_Rr = grouped_mm(rows, weights[f"lora_A.{name}"], counts_E)
-            out = out + self.adapter_scale * grouped_mm(low_Rr, weights[f"lora_B.{name}"], counts_E)
+            a_ErI, b_EOr = weights[f"lora_A.{name}"], weights[f"lora_B.{name}"]
+            low_Rr = grouped_mm(rows.to(a_ErI.dtype), a_ErI, counts_E)
+            out = out + (self.adapter_scale * grouped_mm(low_Rr, b_EOr, counts_E)).to(out.dtype)
         if (bias := weights.get(f"{name}_bias")) is not None:
             # Under autocast the product is narrower than the bias, and the sum must keep the dtype of the product.
             out = out + torch.ops.moecompile.expert_bias(bias.to(out.dtype), counts_E, rows)

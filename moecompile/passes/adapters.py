@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moecompile.errors import ConfigError, PassError, PlanError
-from moecompile.nn.adapters import init_adapters, own_router, side_of, train_only_adapters
+from moecompile.nn.adapters import init_adapters, own_router, side_of, train_only_adapters, wide
 from moecompile.passes.base import run_on_model
 from moecompile.plan import ExpertsSite, Plan
 
@@ -87,6 +87,9 @@ def _inject(model: nn.Module, plan: Plan) -> None:
         target_modules=[f"model.{path}" for path in adapters.linears],
     )  # fmt: skip
     inject_adapter_in_model(config, holder)
+    for name, parameter in model.named_parameters():
+        if side_of(name):
+            parameter.data = parameter.data.to(wide(parameter.dtype))
 
 
 def routers_to_train(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module]]:
