@@ -15,6 +15,7 @@ Legend: E experts, r rank.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ def with_adapters(base: nn.Module, trained: nn.Module, plan: Plan) -> Any:
     """
     from peft import get_peft_model
 
-    model: Any = get_peft_model(base, _config(base, plan))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads a property that transformers has renamed
+        model: Any = get_peft_model(base, _config(base, plan))
     weights = dict(trained.state_dict())
     used: set[str] = set()
     for path, module in model.get_base_model().named_modules():
@@ -57,7 +60,9 @@ def load_adapters(base: nn.Module, folder: Path) -> nn.Module:
     """The model `base` with the adapters in a folder, loaded by peft alone."""
     from peft import PeftModel
 
-    loaded: nn.Module = PeftModel.from_pretrained(base, str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        loaded: nn.Module = PeftModel.from_pretrained(base, str(folder))
     return loaded
 
 
@@ -68,7 +73,8 @@ def _config(base: nn.Module, plan: Plan) -> Any:
     assert adapters is not None
     stacked = [f"{x.site.fqn}.{name}" for x in plan.layers if x.adapters for name in x.adapters.weights]
     parameters = [*stacked, *(f"{path}.weight" for path in adapters.as_parameters)]
-    return LoraConfig(
+    kind: Any = LoraConfig  # its alpha is declared as an integer
+    return kind(
         r=adapters.rank,
         lora_alpha=adapters.alpha,
         lora_dropout=adapters.dropout,

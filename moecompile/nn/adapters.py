@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA): the weights of those of experts, first values, and which parameters are trained.
 
-    weight                 shape            adapters                                       names
-    linear  W_OI           (out, in)        W + s B_Or A_rI                                of peft: `PATH.lora_A.default.weight`
-    experts W_EOI          (E, out, in)     W_e + s B_EOr[e] A_ErI[e], for every expert    `EXPERTS.lora_A.WEIGHT`
+    weight         with adapters                     names of the adapters
+    linear W_OI    W + s B_Or A_rI                   of peft: `PATH.lora_A.default.weight`
+    stack W_EOI    W_e + s B_EOr[e] A_ErI[e]         `EXPERTS.lora_A.WEIGHT`, and lora_B
 
 The adapters of experts have the experts as first dim, so they are sharded, reduced and saved as the experts are. peft
 stores them in two dims and orders these differently (moecompile.export.adapters).

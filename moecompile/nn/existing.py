@@ -40,9 +40,9 @@ class ExistingExperts(nn.Module):
         vars(self)["own"] = own
 
     def adapt(self, names: Sequence[str], scale: float) -> None:
-        """Takes further arguments at every call: `lora_A.NAME` (E, r, d_in) and `lora_B.NAME` (E, d_out, r) for weights.
+        """Takes further arguments at every call, `lora_A.NAME` (E, r, d_in) and `lora_B.NAME` (E, d_out, r).
 
-        Expert e then computes with W_e + scale B_e A_e, without ever having this sum in memory.
+        Expert e then computes with W_e + scale B_e A_e of the weight NAME, but this sum is never in memory.
         """
         self.names, self.adapter_scale = (*self.names, *names), scale
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,7 +72,7 @@ class AttachAdapters:
 
 def _inject(model: nn.Module, plan: Plan) -> None:
     try:
-        from peft import LoraConfig, inject_adapter_in_model
+        import peft
     except ImportError as error:
         raise ConfigError(
             "adapters.kind", "lora", "adapters of linears need the package peft", "pip install 'moecompile[lora]'"
@@ -82,11 +83,12 @@ def _inject(model: nn.Module, plan: Plan) -> None:
     # experts of the model's older form, and adapts the experts instead.
     holder = nn.Module()
     holder.model = model
-    config = LoraConfig(
+    kind: Any = peft.LoraConfig  # its alpha is declared as an integer
+    config = kind(
         r=adapters.rank, lora_alpha=adapters.alpha, lora_dropout=adapters.dropout,
         target_modules=[f"model.{path}" for path in adapters.linears],
     )  # fmt: skip
-    inject_adapter_in_model(config, holder)
+    peft.inject_adapter_in_model(config, holder)
     for name, parameter in model.named_parameters():
         if side_of(name):
             parameter.data = parameter.data.to(wide(parameter.dtype))

@@ -45,7 +45,7 @@ def kinds_of(model: nn.Module, plan: Plan) -> dict[nn.Parameter, str]:
     """The kind of every parameter of a compiled model."""
     kinds = dict.fromkeys(model.parameters(), "other weights")
     outer = [*output_heads(model), *(module for module in model.modules() if isinstance(module, nn.Embedding))]
-    routers = [router for _, router in routers_of(model)]
+    routers: list[nn.Module] = [router for _, router in routers_of(model)]
     for site in (layer.site for layer in plan.layers):
         if isinstance(site, ExpertsSite):
             block = model.get_submodule(site.fqn.rpartition(".")[0])
@@ -54,6 +54,6 @@ def kinds_of(model: nn.Module, plan: Plan) -> dict[nn.Parameter, str]:
         kinds |= {parameter: kind for module in modules for parameter in module.parameters()}
     stacked = {owner.get_parameter(name) for owner, name in expert_parameters(model)}
     adapters = {parameter for name, parameter in model.named_parameters() if side_of(name)}
-    kinds |= {parameter: "adapters of linears" for parameter in adapters}
+    kinds |= dict.fromkeys(adapters, "adapters of linears")
     kinds |= {parameter: "adapters of experts" if parameter in adapters else "experts" for parameter in stacked}
     return kinds

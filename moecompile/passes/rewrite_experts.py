@@ -22,7 +22,7 @@ from moecompile.match.patterns import FFNMatch, activation_module
 from moecompile.match.swiglu import existing_experts
 from moecompile.nn import Experts
 from moecompile.nn.adapters import expert_adapters
-from moecompile.nn.existing import ExistingMeter, IdentityExperts, OneHotIds, WideWeights
+from moecompile.nn.existing import ExistingExperts, ExistingMeter, IdentityExperts, OneHotIds, WideWeights
 from moecompile.nn.padding import MaskRouting, TokenMask
 from moecompile.passes.base import items
 from moecompile.passes.trained import freeze_stack
@@ -67,22 +67,11 @@ def rewrite_experts(graph_module: fx.GraphModule, module: nn.Module, match: Expe
         tokens = hidden if match.call.is_flat else graph.call_function(ops.flatten_tokens, (hidden,))
         permuted = graph.call_function(ops.permute, (tokens, ids, layer.experts.num_routed, False))
         rows, order, counts = items(graph, permuted, "rows", "order", "counts")
-        names = list(match.weights)
-        if match.ffn is not None:
-            add("experts", _stacked(match, module, *match.ffn, layer.site.fqn))
-        else:
-            experts = existing_experts(match, module)
-            add("experts", experts)
-            for name in match.weights:
-                _add_parameter(graph_module, name, _weight(module, name, match))
-            if layer.adapters is not None:
-                _check_adapters(match, layer)
-                new = expert_adapters(module, layer.adapters.weights, layer.adapters.rank, transposed=match.transposed)
-                for name, parameter in new.items():
-                    _add_parameter(graph_module, name, parameter)
-                experts.adapt(list(new), layer.adapters.scale)
-                names += new
-        stacks = [graph.get_attr(name) for name in names]
+        experts, parameters = _experts(match, module, layer)
+        add("experts", experts)
+        for name, parameter in parameters.items():
+            _add_parameter(graph_module, name, parameter)
+        stacks = [graph.get_attr(name) for name in parameters]
         result = graph.call_module("experts", (rows, counts, *stacks))
         if match.norm:
             result = graph.call_module(add(match.norm, module.get_submodule(match.norm)), (result,))
@@ -93,6 +82,22 @@ def rewrite_experts(graph_module: fx.GraphModule, module: nn.Module, match: Expe
             result = graph.call_function(ops.unflatten_tokens, (result, hidden))
     own.replace_all_uses_with(result)
     graph.erase_node(own)
+
+
+def _experts(
+    match: ExpertsMatch, module: nn.Module, layer: LayerPlan
+) -> tuple[Experts | ExistingExperts, dict[str, nn.Parameter]]:
+    """The experts on rows, and the parameters that they are called with: the model's own and adapters."""
+    if match.ffn is not None:
+        return _stacked(match, module, *match.ffn, layer.site.fqn), {}
+    experts = existing_experts(match, module)
+    own = {name: _weight(module, name, match) for name in match.weights}
+    if layer.adapters is None:
+        return experts, own
+    _check_adapters(match, layer)
+    new = expert_adapters(module, layer.adapters.weights, layer.adapters.rank, transposed=match.transposed)
+    experts.adapt(list(new), layer.adapters.scale)
+    return experts, own | new
 
 
 def _check_adapters(match: ExpertsMatch, layer: LayerPlan) -> None:

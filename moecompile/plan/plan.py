@@ -82,8 +82,9 @@ class Remedy:
 class Estimate:
     """What the planner predicts.
 
-    params_active: parameters that one token uses. params_trained: those that are not frozen. checkpointing: what backward recomputes; `resent_...`: what it
-    sends again for that, in addition to the forward's bytes. remedies: what to change if the plan does not fit.
+    params_active: parameters that one token uses. params_trained: those that are not frozen. checkpointing: what
+    backward recomputes; `resent_...`: what it sends again for that, in addition to the forward's bytes. remedies: what
+    to change if the plan does not fit.
     """
 
     params_total: int

@@ -47,8 +47,9 @@ def plan_adapters(layers: Layers, config: Config, facts: ModelFacts) -> tuple[La
     )  # fmt: skip
     if chosen.dropout and plan.as_parameters:
         raise ConfigError(
-            "adapters.dropout", chosen.dropout, f"is not possible in peft's format for linears with the names of experts "
-            f"({plan.as_parameters[0]})", "Use 0, or leave them out of adapters.dense",
+            "adapters.dropout", chosen.dropout,
+            f"is not possible in peft for linears with the names of experts ({plan.as_parameters[0]})",
+            "Use 0, or leave them out of adapters.dense",
         )  # fmt: skip
     dense = sum(chosen.rank * sum(linears[path]) for path in matched)
     return adapted, plan, replace(facts, adapters=(dense, chosen.train_router))

@@ -13,8 +13,9 @@ as in params.py; V: vocabulary.
    gradient accumulation they are reduced once, after the last micro-batch, and those of all weights are kept until
    then in fp32: P_d + P_e / ep.                                                         -> `_unsharded_grads_bytes`
        weights = b own + a unsharded,  grads = b own + unsharded grads,  optimizer = 2 * 4 own  (AdamW's moments, fp32)
-   Router weights and adapters are always fp32. Frozen weights have no gradients and no moments: for these two, `own` counts trained
-   parameters only (with adapters: these), and their number also limits the unsharded gradients.                       -> `trained_params`
+   Router weights and adapters are always fp32. Frozen weights have no gradients and no moments: for these two, `own`
+   counts trained parameters only (adapters, if there are any), and their number also limits the unsharded gradients.
+                                                                                             -> `trained_params`
 3. Activations that one forward saves for backward: activations.py.                          -> `activation_bytes`
 4. Exchange buffers, allocated in one layer at a time: rows sent and rows received.
        dispatch = max over layers of 2 T copies D a                                                  -> `_dispatch`

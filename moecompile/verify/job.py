@@ -1,6 +1,7 @@
 """The job to verify: a few optimizer steps of the user's config, prepared the same way for one process and N ranks.
 
-    weights   experts, routers and adapters are independently random: with equal experts, a router's gradient is only rounding
+    weights   experts, routers and adapters are independently random: with equal experts, a router's gradient is only
+              rounding
     batches   real text; numbers of targets differ between micro-batches, and in step 0 one rank has none at all
     noise     dropout and jitter are off
 

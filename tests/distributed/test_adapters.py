@@ -71,9 +71,7 @@ def test_every_adapter_has_a_gradient() -> None:
 
 def _mutated(rank: int, world_size: int) -> dict[str, Trace]:
     names = ("frozen_experts", "swapped_columns")
-    return {
-        name: job.sharded(rank, world_size, "mixtral", torch.float64, TWO["ep2"], mutate=name) for name in names
-    }
+    return {name: job.sharded(rank, world_size, "mixtral", torch.float64, TWO["ep2"], mutate=name) for name in names}
 
 
 def test_mutations_are_caught() -> None:
