@@ -1,9 +1,11 @@
 """Existing experts of a model, computed on rows in expert order with their own activation.
 
-Legend: R rows in expert order, D model dim, F expert width, E experts, T tokens.
+Legend: R rows in expert order, D model dim, F expert width, E experts, T tokens, r rank of adapters.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ class ExistingExperts(nn.Module):
     """
 
     own: nn.Module
+    adapter_scale: float | None = None
 
     def __init__(self, num_experts: int, own: nn.Module, names: tuple[str, ...], *, transposed: bool) -> None:
         super().__init__()
@@ -35,6 +38,13 @@ class ExistingExperts(nn.Module):
         # Not a submodule: code that walks over modules and knows the class (transformers' `_init_weights`) would expect
         # its weights.
         vars(self)["own"] = own
+
+    def adapt(self, names: Sequence[str], scale: float) -> None:
+        """Takes further arguments at every call, `lora_A.NAME` (E, r, d_in) and `lora_B.NAME` (E, d_out, r).
+
+        Expert e then computes with W_e + scale B_e A_e of the weight NAME, but this sum is never in memory.
+        """
+        self.names, self.adapter_scale = (*self.names, *names), scale
 
     def forward(
         self,
@@ -76,7 +86,12 @@ class ExistingExperts(nn.Module):
 
     def _project(self, rows: Tensor, counts_E: Tensor, name: str, weights: dict[str, Tensor]) -> Tensor:
         weight = weights[name].transpose(1, 2) if self.transposed else weights[name]
-        out: Tensor = torch.ops.moecompile.grouped_mm(rows, weight, counts_E)
+        grouped_mm = torch.ops.moecompile.grouped_mm
+        out: Tensor = grouped_mm(rows, weight, counts_E)
+        if self.adapter_scale is not None and f"lora_A.{name}" in weights:
+            a_ErI, b_EOr = weights[f"lora_A.{name}"], weights[f"lora_B.{name}"]
+            low_Rr = grouped_mm(rows.to(a_ErI.dtype), a_ErI, counts_E)
+            out = out + (self.adapter_scale * grouped_mm(low_Rr, b_EOr, counts_E)).to(out.dtype)
         if (bias := weights.get(f"{name}_bias")) is not None:
             # Under autocast the product is narrower than the bias, and the sum must keep the dtype of the product.
             out = out + torch.ops.moecompile.expert_bias(bias.to(out.dtype), counts_E, rows)

@@ -2,6 +2,7 @@
 
 from moecompile.routing import BalanceRule, BiasUpdate, Choice, DropPolicy, GroupScore, Score, Workload
 from moecompile.schema.config import (
+    AdaptersConfig,
     BalanceConfig,
     BenchConfig,
     Config,
@@ -21,6 +22,8 @@ from moecompile.schema.config import (
     VerifyConfig,
 )
 from moecompile.schema.enums import (
+    AdapterExport,
+    AdapterKind,
     Baseline,
     Checkpointing,
     Compiled,
@@ -48,6 +51,7 @@ from moecompile.schema.per_layer import LayerSettings, check_selections, layer_s
 from moecompile.schema.ranges import NUMBERS, check_numbers
 from moecompile.schema.slices import site_slice
 from moecompile.schema.validation import check_name, validate, validate_settings, validate_transform
+from moecompile.schema.validation.adapters import check_adapters
 from moecompile.schema.validation.experts import (
     check_placement,
     check_slices,
@@ -61,6 +65,9 @@ from moecompile.schema.validation.run import accumulation_steps
 __all__ = [
     "NUMBERS",
     "SOURCES",
+    "AdapterExport",
+    "AdapterKind",
+    "AdaptersConfig",
     "BalanceConfig",
     "BalanceRule",
     "Baseline",
@@ -109,6 +116,7 @@ __all__ = [
     "Workload",
     "accumulation_steps",
     "balance_spec",
+    "check_adapters",
     "check_name",
     "check_numbers",
     "check_placement",
