@@ -16,6 +16,8 @@ from moecompile.nn.meter import LoadMeter
 from moecompile.routing import NO_BALANCE, BalanceSpec
 from moecompile.torch_private import local_part
 
+_MATRICES = 3  # dims of the stacked weights of a projection; biases have two
+
 
 class ExistingExperts(nn.Module):
     """Stacked experts without parameters: the weights belong to the parent module, which passes them at every call.
@@ -48,30 +50,50 @@ class ExistingExperts(nn.Module):
 
     def forward(
         self,
-        rows_RD: Tensor,
-        counts_E: Tensor,
+        rows_RD: Tensor | None,
+        counts_E: Tensor | None,
         *weights: Tensor,
         source_R: Tensor | None = None,
         weights_R: Tensor | None = None,
+        token: Tensor | None = None,
+        collect: bool = False,
     ) -> Tensor:
         """rows_RD in expert order, counts_E rows of each local expert, weights of the local experts -> (R, D).
 
-        With source_R and weights_R: as in `Experts`.
+        With source_R and weights_R, or with token or collect (without rows): as in `Experts`.
         """
-        by_name = dict(zip(self.names, (local_part(weight) for weight in weights), strict=True))
+        local = [local_part(weight) for weight in weights]
+        if counts_E is None:
+            num_local = self.num_experts * local[0].shape[0] // weights[0].shape[0]
+        else:
+            num_local = counts_E.shape[0]
+        by_name = self._matrices(dict(zip(self.names, local, strict=True)), num_local)
+        if collect:
+            made: Tensor = torch.ops.moecompile.collect_gradients([w for w in by_name.values() if w.dim() == _MATRICES])
+            return made
+        assert rows_RD is not None and counts_E is not None
+        if token is not None:
+            by_name = {name: w.detach() if w.dim() == _MATRICES else w for name, w in by_name.items()}
         if source_R is not None and weights_R is not None:
             fused: tuple[Tensor, ...] = torch.ops.moecompile.expert_ffn(
-                rows_RD, source_R, weights_R, counts_E, by_name["gate_up_proj"], by_name["down_proj"]
+                rows_RD, source_R, weights_R, counts_E, by_name["gate_up_proj"], by_name["down_proj"], token
             )
             return fused[0]
-        return self._experts(rows_RD, counts_E, by_name)
+        return self._experts(rows_RD, counts_E, by_name, token)
 
-    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def _matrices(self, weights: dict[str, Tensor], num_local: int) -> dict[str, Tensor]:
+        """The weights, those of projections as `grouped_mm` takes them, (E, d_out, d_in)."""
+        if not self.transposed:
+            return weights
+        stacks = {name for name, w in weights.items() if w.dim() == _MATRICES and not name.startswith("lora_")}
+        return {name: w.transpose(1, 2) if name in stacks else w for name, w in weights.items()}
+
+    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor], token: Tensor | None) -> Tensor:
         if "gate_up_proj" in weights:
-            hidden_RF = self.gate(self._project(rows_RD, counts_E, "gate_up_proj", weights))
+            hidden_RF = self.gate(self._project(rows_RD, counts_E, "gate_up_proj", weights, token))
         else:
-            hidden_RF = self._own("act_fn", self._project(rows_RD, counts_E, "up_proj", weights))
-        return self._project(hidden_RF, counts_E, "down_proj", weights)
+            hidden_RF = self._own("act_fn", self._project(rows_RD, counts_E, "up_proj", weights, token))
+        return self._project(hidden_RF, counts_E, "down_proj", weights, token)
 
     def gate(self, gate_up: Tensor) -> Tensor:
         """The activation of the model's own experts, (R, 2F) -> (R, F)."""
@@ -84,14 +106,15 @@ class ExistingExperts(nn.Module):
         out: Tensor = getattr(self.own, method)(value)
         return out
 
-    def _project(self, rows: Tensor, counts_E: Tensor, name: str, weights: dict[str, Tensor]) -> Tensor:
-        weight = weights[name].transpose(1, 2) if self.transposed else weights[name]
-        grouped_mm = torch.ops.moecompile.grouped_mm
-        out: Tensor = grouped_mm(rows, weight, counts_E)
+    def _project(
+        self, rows: Tensor, counts_E: Tensor, name: str, weights: dict[str, Tensor], token: Tensor | None
+    ) -> Tensor:
+        out = _product(rows, counts_E, name, weights, token)
         if self.adapter_scale is not None and f"lora_A.{name}" in weights:
-            a_ErI, b_EOr = weights[f"lora_A.{name}"], weights[f"lora_B.{name}"]
-            low_Rr = grouped_mm(rows.to(a_ErI.dtype), a_ErI, counts_E)
-            out = out + (self.adapter_scale * grouped_mm(low_Rr, b_EOr, counts_E)).to(out.dtype)
+            wide = rows.to(weights[f"lora_A.{name}"].dtype)
+            low_Rr = _product(wide, counts_E, f"lora_A.{name}", weights, token)
+            delta = _product(low_Rr, counts_E, f"lora_B.{name}", weights, token)
+            out = out + (self.adapter_scale * delta).to(out.dtype)
         if (bias := weights.get(f"{name}_bias")) is not None:
             # Under autocast the product is narrower than the bias, and the sum must keep the dtype of the product.
             out = out + torch.ops.moecompile.expert_bias(bias.to(out.dtype), counts_E, rows)
@@ -100,6 +123,13 @@ class ExistingExperts(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.num_experts} experts, weights {', '.join(self.names)}"
+
+
+def _product(rows: Tensor, counts_E: Tensor, name: str, weights: dict[str, Tensor], token: Tensor | None) -> Tensor:
+    """`grouped_mm` with the weight `name`; its number among the matrices is that of `collect_gradients`."""
+    index = [known for known, weight in weights.items() if weight.dim() == _MATRICES].index(name)
+    out: Tensor = torch.ops.moecompile.grouped_mm(rows, weights[name], counts_E, token, index)
+    return out
 
 
 class MatrixExperts(ExistingExperts):
@@ -112,13 +142,15 @@ class MatrixExperts(ExistingExperts):
     def __init__(self, num_experts: int, own: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__(num_experts, own, names, transposed=False)
 
-    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        gate_EFD, up_EFD, down_EFD = (weights[name].unflatten(0, (counts_E.shape[0], -1)) for name in self.names)
-        grouped_mm = torch.ops.moecompile.grouped_mm
-        hidden_RF = self._own("activation_fn", grouped_mm(rows_RD, gate_EFD, counts_E))
-        hidden_RF = hidden_RF * grouped_mm(rows_RD, up_EFD, counts_E)
-        out: Tensor = grouped_mm(hidden_RF, down_EFD.transpose(1, 2), counts_E)
-        return out
+    def _matrices(self, weights: dict[str, Tensor], num_local: int) -> dict[str, Tensor]:
+        gate, up, down = (weights[name].unflatten(0, (num_local, -1)) for name in self.names)
+        return dict(zip(self.names, (gate, up, down.transpose(1, 2)), strict=True))
+
+    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor], token: Tensor | None) -> Tensor:
+        gate, up, down = self.names
+        hidden_RF = self._own("activation_fn", self._project(rows_RD, counts_E, gate, weights, token))
+        hidden_RF = hidden_RF * self._project(rows_RD, counts_E, up, weights, token)
+        return self._project(hidden_RF, counts_E, down, weights, token)
 
 
 class OneHotIds(nn.Module):

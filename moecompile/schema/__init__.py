@@ -10,6 +10,7 @@ from moecompile.schema.config import (
     DispatchConfig,
     ExpertsConfig,
     ExportConfig,
+    FigureConfig,
     HardwareConfig,
     LossesConfig,
     MeshConfig,
@@ -17,9 +18,11 @@ from moecompile.schema.config import (
     OptimizerConfig,
     PerLayerConfig,
     RoutingConfig,
+    StackConfig,
     TaskConfig,
     TrainerConfig,
     VerifyConfig,
+    WorkloadConfig,
 )
 from moecompile.schema.enums import (
     AdapterExport,
@@ -39,6 +42,7 @@ from moecompile.schema.enums import (
     OverlapKind,
     Precision,
     RowLayout,
+    Schedule,
     SiteKind,
     TaskName,
     TokenizerSource,
@@ -61,6 +65,7 @@ from moecompile.schema.validation.experts import (
 from moecompile.schema.validation.mesh import mesh_spec
 from moecompile.schema.validation.routing import balance_spec, router_config
 from moecompile.schema.validation.run import accumulation_steps
+from moecompile.schema.workload import is_described, with_workload
 
 __all__ = [
     "NUMBERS",
@@ -86,6 +91,7 @@ __all__ = [
     "ExpertsConfig",
     "ExportConfig",
     "ExportFormat",
+    "FigureConfig",
     "GroupScore",
     "HardwareConfig",
     "LayerSettings",
@@ -103,8 +109,10 @@ __all__ = [
     "Precision",
     "RoutingConfig",
     "RowLayout",
+    "Schedule",
     "Score",
     "SiteKind",
+    "StackConfig",
     "TaskConfig",
     "TaskName",
     "TokenizerSource",
@@ -114,6 +122,7 @@ __all__ = [
     "WeightScaling",
     "WireDtype",
     "Workload",
+    "WorkloadConfig",
     "accumulation_steps",
     "balance_spec",
     "check_adapters",
@@ -122,6 +131,7 @@ __all__ = [
     "check_placement",
     "check_selections",
     "check_slices",
+    "is_described",
     "is_sliced",
     "layer_settings",
     "mesh_spec",
@@ -132,4 +142,5 @@ __all__ = [
     "validate_transform",
     "virtual_group",
     "with_implied",
+    "with_workload",
 ]

@@ -189,3 +189,10 @@ class ExportFormat(str, Enum):
 
     huggingface = "huggingface"  # a transformers model that computes the same function
     native = "native"  # our own format, with config and plan; `moecompile.load_exported` reads it
+
+
+class Schedule(str, Enum):
+    """Schedule of a pipeline that is described."""
+
+    onef1b = "onef1b"  # one forward, one backward, interleaved over virtual stages
+    dualpipe = "dualpipe"  # from both ends, forwards beside backwards (DeepSeek-V3)

@@ -13,7 +13,11 @@ from tests.distributed.existing_job import Trace
 from tests.distributed.harness import run_distributed_test
 
 ONE = {"local": ["mesh.ranks_per_node=1"]}
-TWO = {"ep2": ["mesh.ranks_per_node=2"], "ep1": ["mesh.ranks_per_node=2", "mesh.ep=1"]}
+TWO = {
+    "ep2": ["mesh.ranks_per_node=2"],
+    "ep1": ["mesh.ranks_per_node=2", "mesh.ep=1"],
+    "2 chunks": ["mesh.ranks_per_node=2", "dispatch.overlap=chunks", "dispatch.chunks=2"],
+}
 FOUR = {
     "ep4": ["mesh.ranks_per_node=4"],
     "ep2, edp2": ["mesh.ranks_per_node=4", "mesh.ep=2", "dispatch.kind=flat"],

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from moecompile.schema.config.adapters import AdaptersConfig
 from moecompile.schema.config.layers import BalanceConfig, ExpertsConfig, PerLayerConfig, RoutingConfig
-from moecompile.schema.config.machine import DispatchConfig, HardwareConfig, MeshConfig
+from moecompile.schema.config.machine import DispatchConfig, HardwareConfig, MeshConfig, StackConfig, WorkloadConfig
 from moecompile.schema.config.run import DataConfig, OptimizerConfig, TrainerConfig
 from moecompile.schema.config.tasks import BenchConfig, ExportConfig, ModelConfig, TaskConfig, VerifyConfig
 
@@ -31,6 +31,8 @@ class Config:
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    stack: StackConfig = field(default_factory=StackConfig)
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
