@@ -1,9 +1,11 @@
 """Existing experts of a model, computed on rows in expert order with their own activation.
 
-Legend: R rows in expert order, D model dim, F expert width, E experts, T tokens.
+Legend: R rows in expert order, D model dim, F expert width, E experts, T tokens, r rank of adapters.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ class ExistingExperts(nn.Module):
     """
 
     own: nn.Module
+    adapter_scale: float | None = None
 
     def __init__(self, num_experts: int, own: nn.Module, names: tuple[str, ...], *, transposed: bool) -> None:
         super().__init__()
@@ -37,6 +40,13 @@ class ExistingExperts(nn.Module):
         # Not a submodule: code that walks over modules and knows the class (transformers' `_init_weights`) would expect
         # its weights.
         vars(self)["own"] = own
+
+    def adapt(self, names: Sequence[str], scale: float) -> None:
+        """Takes further arguments at every call, `lora_A.NAME` (E, r, d_in) and `lora_B.NAME` (E, d_out, r).
+
+        Expert e then computes with W_e + scale B_e A_e of the weight NAME, but this sum is never in memory.
+        """
+        self.names, self.adapter_scale = (*self.names, *names), scale
 
     def forward(
         self,
@@ -75,7 +85,8 @@ class ExistingExperts(nn.Module):
         """The weights, those of projections as `grouped_mm` takes them, (E, d_out, d_in)."""
         if not self.transposed:
             return weights
-        return {name: w.transpose(1, 2) if w.dim() == _MATRICES else w for name, w in weights.items()}
+        stacks = {name for name, w in weights.items() if w.dim() == _MATRICES and not name.startswith("lora_")}
+        return {name: w.transpose(1, 2) if name in stacks else w for name, w in weights.items()}
 
     def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor], token: Tensor | None) -> Tensor:
         if "gate_up_proj" in weights:
@@ -98,8 +109,12 @@ class ExistingExperts(nn.Module):
     def _project(
         self, rows: Tensor, counts_E: Tensor, name: str, weights: dict[str, Tensor], token: Tensor | None
     ) -> Tensor:
-        index = [known for known, weight in weights.items() if weight.dim() == _MATRICES].index(name)
-        out: Tensor = torch.ops.moecompile.grouped_mm(rows, weights[name], counts_E, token, index)
+        out = _product(rows, counts_E, name, weights, token)
+        if self.adapter_scale is not None and f"lora_A.{name}" in weights:
+            wide = rows.to(weights[f"lora_A.{name}"].dtype)
+            low_Rr = _product(wide, counts_E, f"lora_A.{name}", weights, token)
+            delta = _product(low_Rr, counts_E, f"lora_B.{name}", weights, token)
+            out = out + (self.adapter_scale * delta).to(out.dtype)
         if (bias := weights.get(f"{name}_bias")) is not None:
             # Under autocast the product is narrower than the bias, and the sum must keep the dtype of the product.
             out = out + torch.ops.moecompile.expert_bias(bias.to(out.dtype), counts_E, rows)
@@ -108,6 +123,13 @@ class ExistingExperts(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.num_experts} experts, weights {', '.join(self.names)}"
+
+
+def _product(rows: Tensor, counts_E: Tensor, name: str, weights: dict[str, Tensor], token: Tensor | None) -> Tensor:
+    """`grouped_mm` with the weight `name`; its number among the matrices is that of `collect_gradients`."""
+    index = [known for known, weight in weights.items() if weight.dim() == _MATRICES].index(name)
+    out: Tensor = torch.ops.moecompile.grouped_mm(rows, weights[name], counts_E, token, index)
+    return out
 
 
 class MatrixExperts(ExistingExperts):

@@ -1,5 +1,6 @@
 """The data classes of a plan: sites, layers, placement, Plan. Frozen, without torch; constructors validate."""
 
+from moecompile.plan.adapters import AdaptersPlan, ExpertAdapters
 from moecompile.plan.checks import plan_errors
 from moecompile.plan.dispatch import EXCHANGE_OPS, EXCHANGES, HALVES, IN_FLIGHT, WAIT_OPS, DispatchPlan, can_fuse
 from moecompile.plan.existing import layer_of, layer_on_one_device, own_routing
@@ -18,10 +19,12 @@ __all__ = [
     "HALVES",
     "IN_FLIGHT",
     "WAIT_OPS",
+    "AdaptersPlan",
     "Assumptions",
     "BalancePlan",
     "DispatchPlan",
     "Estimate",
+    "ExpertAdapters",
     "ExpertPlacement",
     "ExpertsPlan",
     "ExpertsSite",

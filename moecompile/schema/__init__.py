@@ -2,6 +2,7 @@
 
 from moecompile.routing import BalanceRule, BiasUpdate, Choice, DropPolicy, GroupScore, Score, Workload
 from moecompile.schema.config import (
+    AdaptersConfig,
     BalanceConfig,
     BenchConfig,
     Config,
@@ -24,6 +25,8 @@ from moecompile.schema.config import (
     WorkloadConfig,
 )
 from moecompile.schema.enums import (
+    AdapterExport,
+    AdapterKind,
     Baseline,
     Checkpointing,
     Compiled,
@@ -52,6 +55,7 @@ from moecompile.schema.per_layer import LayerSettings, check_selections, layer_s
 from moecompile.schema.ranges import NUMBERS, check_numbers
 from moecompile.schema.slices import site_slice
 from moecompile.schema.validation import check_name, validate, validate_settings, validate_transform
+from moecompile.schema.validation.adapters import check_adapters
 from moecompile.schema.validation.experts import (
     check_placement,
     check_slices,
@@ -66,6 +70,9 @@ from moecompile.schema.workload import is_described, with_workload
 __all__ = [
     "NUMBERS",
     "SOURCES",
+    "AdapterExport",
+    "AdapterKind",
+    "AdaptersConfig",
     "BalanceConfig",
     "BalanceRule",
     "Baseline",
@@ -118,6 +125,7 @@ __all__ = [
     "WorkloadConfig",
     "accumulation_steps",
     "balance_spec",
+    "check_adapters",
     "check_name",
     "check_numbers",
     "check_placement",

@@ -96,6 +96,20 @@ class Baseline(str, Enum):
     dense = "dense"  # the model before rewriting
 
 
+class AdapterKind(str, Enum):
+    """Which adapters are trained in place of the model's weights."""
+
+    none = "none"
+    lora = "lora"
+
+
+class AdapterExport(str, Enum):
+    """How task=export writes a model that was trained with adapters."""
+
+    separate = "separate"  # the adapters alone, in the format of peft
+    merged = "merged"  # the whole model, with the adapters added to its weights
+
+
 class DispatchKind(str, Enum):
     """How tokens are sent to their experts."""
 

@@ -18,6 +18,9 @@ NUMBERS: dict[str, Whole | Real] = {
     "routing.max_nodes": Whole(1),
     **{f"routing.{name}": allowed for name, allowed in ROUTER_NUMBERS.items() if name != "groups"},  # or auto
     **{f"balance.{key}": allowed for key, allowed in BALANCE_NUMBERS.items()},
+    "adapters.rank": Whole(1),
+    "adapters.alpha": Real("(0, inf)", "Use twice adapters.rank"),
+    "adapters.dropout": Real("[0, 1)", "Use 0"),
     "mesh.num_nodes": Whole(1, 65_536),
     "mesh.ranks_per_node": Whole(1, 1_024),
     "mesh.dp_replicate": Whole(1),

@@ -4,6 +4,7 @@ YAML only sets values. Choices of behaviour are enums, not booleans. OmegaConf r
 accepts Optional[...] and Union[...], not `X | Y`.
 """
 
+from moecompile.schema.config.adapters import AdaptersConfig
 from moecompile.schema.config.layers import BalanceConfig, ExpertsConfig, LossesConfig, PerLayerConfig, RoutingConfig
 from moecompile.schema.config.machine import (
     DispatchConfig,
@@ -19,6 +20,7 @@ from moecompile.schema.config.run import DataConfig, OptimizerConfig, TrainerCon
 from moecompile.schema.config.tasks import BenchConfig, ExportConfig, ModelConfig, TaskConfig, VerifyConfig
 
 __all__ = [
+    "AdaptersConfig",
     "BalanceConfig",
     "BenchConfig",
     "Config",
