@@ -28,11 +28,10 @@ def print_forecast(forecast: Forecast, console: Console) -> None:
 
 def _head(forecast: Forecast) -> Table:
     grid = plain_grid()
-    speed = f"{forecast.tokens_per_second_per_rank:,.0f} tokens/s, {forecast.tflops_per_rank:,.1f} model TFLOP/s"
-    grid.add_row(
-        Text("predicted step", style="bold"),
-        Text(f"{seconds_text(forecast.seconds)}, {forecast.micro_batches} micro-batches"),
-    )
+    count = forecast.micro_batches
+    step = f"{seconds_text(forecast.seconds)}, {count} micro-batch{'es' * (count != 1)}"
+    speed = f"{forecast.tokens_per_second_per_rank:,.0f} tokens/s, {forecast.tflops_per_rank:,.3g} model TFLOP/s"
+    grid.add_row(Text("predicted step", style="bold"), Text(step))
     grid.add_row(Text("per rank", style="bold"), Text(f"{speed}, {100 * forecast.mfu:.1f}% of the peak (MFU)"))
     return grid
 

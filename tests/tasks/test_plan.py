@@ -134,6 +134,8 @@ def test_mistakes_are_one_message(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_deepseek_v3_is_planned_at_its_batch_and_as_it_was_trained(tmp_path: Path) -> None:
     base = ["model=deepseek_v3", "mesh=h800_256x8"]
+    for name in ("ours", "theirs"):
+        (tmp_path / name).mkdir()
     task.run(compose_config(base), tmp_path / "ours")
     ours = json.loads((tmp_path / "ours" / "result.json").read_text())
     assert ours["assumes"]["seq_len"] == 4096
