@@ -22,7 +22,8 @@ class LayerPlan:
     """One site and all decisions about it.
 
     fused: whether one op gathers the rows, computes the experts and sums their outputs. mask_padding: whether padding
-    is taken out of routing.
+    is taken out of routing. cut_over: mesh axes over which the tokens are cut after routing and joined after combine:
+    `tp`, if there is tensor parallelism.
 
     Raises:
         PlanError: the parts contradict each other.
@@ -36,6 +37,7 @@ class LayerPlan:
     dispatch: DispatchPlan
     fused: bool = False
     mask_padding: bool = False
+    cut_over: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.fused and not can_fuse(self.site, self.dispatch):
@@ -61,6 +63,8 @@ class LayerPlan:
     def _contradictions(self) -> Iterator[tuple[str, object, str, str]]:
         """(path, value, rule, fix) of every broken rule between the parts."""
         experts, placement = self.experts, self.placement
+        if self.cut_over not in ((), ("tp",)):
+            yield "cut_over", list(self.cut_over), "must be [] or [tp]", "Use [tp] if mesh.tp is more than 1"
         existing = isinstance(self.site, ExpertsSite)
         if existing != (experts.init == "existing") or existing != self.routing.is_own:
             rule = "init=existing and score=own are for experts that the model has already, and for no others"

@@ -22,4 +22,4 @@ def on_one_rank(layer: LayerPlan) -> LayerPlan:
     """One layer with all of its experts on one rank, fused unless the plan could have fused them and did not."""
     placement, dispatch = ExpertPlacement(num_experts=layer.placement.num_experts, ep=1), DispatchPlan(kind="local")
     fused = can_fuse(layer.site, dispatch) and (layer.fused or not can_fuse(layer.site, layer.dispatch))
-    return dataclasses.replace(layer, placement=placement, dispatch=dispatch, fused=fused)
+    return dataclasses.replace(layer, placement=placement, dispatch=dispatch, fused=fused, cut_over=())

@@ -9,16 +9,19 @@ from functools import cached_property
 
 from moecompile.errors import PlanError
 from moecompile.mesh import MeshSpec
+from moecompile.plan.checks import plan_errors
 from moecompile.plan.layers import LayerPlan
+from moecompile.plan.tensor_parallel import SplitModules, check_split
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reduction:
     """How the gradients of one class of parameters are summed.
 
-    parameters: `dense`, `router` or `experts`. replicated_over, sharded_over: mesh axes of the weights. sum_over: axes
-    whose ranks each have a part of the gradient, summed by FSDP's reduce-scatter or an all-reduce; the EP axis of
-    experts is not among them, because the backward all-to-all sums over it.
+    parameters: `dense`, `router`, `experts`, and with `tp` the classes that it treats differently. replicated_over,
+    sharded_over: mesh axes of the weights. sum_over: axes whose ranks each have a part of the gradient, summed by
+    FSDP's reduce-scatter or an all-reduce; the EP axis of experts is not among them, because the backward all-to-all
+    sums over it.
     """
 
     parameters: str
@@ -100,6 +103,8 @@ class Estimate:
 class Plan:
     """The reviewable result of planning, and the lock file `plan.yaml`.
 
+    tensor_parallel: modules outside of the MoE layers that are split over `tp`.
+
     Raises:
         PlanError: two layers have the same site, or a layer is placed on another mesh.
     """
@@ -107,9 +112,12 @@ class Plan:
     mesh: MeshSpec
     layers: tuple[LayerPlan, ...]
     reductions: tuple[Reduction, ...]
+    tensor_parallel: tuple[SplitModules, ...] = ()
     estimate: Estimate | None = None
 
     def __post_init__(self) -> None:
+        with plan_errors():
+            check_split(self.mesh.tp, self.tensor_parallel)
         seen: set[str] = set()
         for i, layer in enumerate(self.layers):
             if layer.site.fqn in seen:
@@ -120,6 +128,11 @@ class Plan:
                     f"layers[{i}].placement.ep", layer.placement.ep, f"must be mesh.ep={self.mesh.ep}",
                     "Plan again for this mesh",
                 )  # fmt: skip
+            if (self.mesh.tp > 1) != bool(layer.cut_over):
+                raise PlanError(
+                    f"layers[{i}].cut_over", list(layer.cut_over), f"does not fit mesh.tp={self.mesh.tp}",
+                    "Use [tp] if and only if it is more than 1",
+                )  # fmt: skip
             if layer.dispatch.on_two_levels and layer.placement.nodes != self.mesh.nodes_per_ep_group:
                 raise PlanError(
                     f"layers[{i}].placement.nodes", layer.placement.nodes,
@@ -128,7 +141,7 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """16 hex digits over mesh, layers and reductions, without the estimate."""
+        """16 hex digits over everything but the estimate."""
         body = asdict(replace(self, estimate=None))
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -144,7 +157,10 @@ class Plan:
         raise KeyError(fqn)
 
     def __str__(self) -> str:
-        lines = [f"Plan {self.hash}: {len(self.layers)} MoE layers on {self.mesh.world_size} ranks, ep={self.mesh.ep}"]
+        tp = f", tp={self.mesh.tp}" if self.mesh.tp > 1 else ""
+        lines = [
+            f"Plan {self.hash}: {len(self.layers)} MoE layers on {self.mesh.world_size} ranks, ep={self.mesh.ep}{tp}"
+        ]
         for layer in self.layers:
             e, r = layer.experts, layer.routing
             limit = f", {r.top_groups} of {r.groups} groups" if r.top_groups < r.groups else ""

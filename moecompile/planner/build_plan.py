@@ -4,7 +4,7 @@ Algorithm:
   1. Validate the config and derive the mesh.
   2. Select the sites that match the config.
   3. Plan experts, routing, placement and dispatch of each.
-  4. Derive the reductions and the estimate.
+  4. Derive the reductions, what tensor parallelism splits (tensor_parallel.py) and the estimate.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from moecompile.plan import (
 from moecompile.planner import ModelFacts, RunFacts, estimate
 from moecompile.planner.dispatch import plan_dispatch
 from moecompile.planner.existing import check_given, existing_layer, only_existing, selection
+from moecompile.planner.tensor_parallel import split_modules
 from moecompile.schema import (
     Choice,
     Config,
@@ -72,6 +73,7 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
         replace(
             _layer(site, layer_settings(config, site.fqn, i, len(chosen)), config, mesh, facts),
             mask_padding=mask_padding,
+            cut_over=("tp",) if mesh.tp > 1 else (),
         )
         for i, site in enumerate(chosen)
     )
@@ -79,6 +81,7 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
         mesh=mesh,
         layers=layers,
         reductions=reductions(mesh),
+        tensor_parallel=split_modules([site.fqn for site in chosen], mesh, facts),
         estimate=estimate(
             layers, mesh, facts, _run_facts(config, mesh, facts), memory_bytes=config.hardware.memory_gib * _GIB
         ),

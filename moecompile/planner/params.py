@@ -31,6 +31,8 @@ class ModelFacts:
     planned layers are counted. bytes_per_param: of stored weights (4: fp32). causal: whether a token must not see later
     tokens (None: unknown). frozen: module path ("": the model) -> its number of frozen parameters, and of all its
     parameters; empty if none is frozen. has_padding_mask: whether the example has one.
+    split: what the model's tp_plan names; no_split: why it cannot be used, empty if it can. heads: numbers of heads,
+    by their name in the model's config.
     """
 
     params_total: int
@@ -41,6 +43,27 @@ class ModelFacts:
     causal: bool | None = None
     frozen: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     has_padding_mask: bool = False
+    split: tuple[SplitFact, ...] = ()
+    no_split: str = "the model has no tp_plan, which says how its weights are split"
+    heads: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFact:
+    """A module or parameter that the model's tp_plan names.
+
+    pattern: its entry there, with `*` for a number. kind: `linear`, `embedding`, or its class. size: of the dim that is
+    split; size_name: what it is. params: of the parameters that are split. site: path of the site that it is a part of.
+    """
+
+    path: str
+    pattern: str
+    style: str
+    kind: str
+    size: int
+    size_name: str
+    params: int
+    site: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

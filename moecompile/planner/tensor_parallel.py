@@ -1,0 +1,72 @@
+"""Tensor parallelism outside of the MoE layers: the model's own `tp_plan`, as far as it can be carried.
+
+Algorithm:
+  1. Of the modules that the model's tp_plan names, those that become experts are left out: inside an MoE layer tokens
+     are cut over `tp`, not weights.
+  2. Every other one must have a style that is carried, and sizes that `tp` divides: the split dim of its weight, and
+     the number of heads if its outputs are heads.
+  3. Modules of one pattern (layers differ in their number alone) are one entry of the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from moecompile.errors import ConfigError
+from moecompile.mesh import MeshSpec
+from moecompile.plan import STYLES, SplitModules
+from moecompile.planner.params import ModelFacts, SplitFact
+
+_KEY_HEADS = ("k_proj", "v_proj")
+_QUERY_HEADS = ("q_proj", "q_b_proj", "kv_b_proj")
+_KIND_OF = {"embedding_rowwise": "embedding", "replicated_with_grad_allreduce": ""}
+
+
+def split_modules(planned: Collection[str], mesh: MeshSpec, facts: ModelFacts) -> tuple[SplitModules, ...]:
+    """The modules to split over `mesh.tp`; none if it is 1.
+
+    Args:
+        planned: paths of the sites that become (or are) experts.
+
+    Raises:
+        ConfigError: `mesh.tp` is not what the model's tp_plan allows; it names the weight and the reason.
+    """
+    if mesh.tp == 1:
+        return ()
+    if facts.no_split:
+        raise _error(mesh.tp, facts.no_split, 1)
+    left = remaining(planned, facts)  # Step 1
+    reasons = [reason for fact in left for reason in _reasons(fact, mesh.tp, facts)]  # Step 2
+    if reasons:
+        fitting = [n for n in range(1, mesh.tp) if not mesh.tp % n and not any(_reasons(f, n, facts) for f in left)]
+        raise _error(mesh.tp, reasons[0], max(fitting, default=1))
+    by_pattern = {fact.pattern: fact.style for fact in left}  # Step 3
+    return tuple(SplitModules(modules=pattern, style=style) for pattern, style in by_pattern.items())
+
+
+def remaining(planned: Collection[str], facts: ModelFacts) -> list[SplitFact]:
+    """The modules that the model's tp_plan names and that stay dense."""
+    return [fact for fact in facts.split if fact.site not in planned]
+
+
+def _error(tp: int, reason: str, largest: int) -> ConfigError:
+    fix = f"Use mesh.tp={largest}" if largest > 1 else "Use mesh.tp=1"
+    return ConfigError("mesh.tp", tp, reason, fix)
+
+
+def _reasons(fact: SplitFact, tp: int, facts: ModelFacts) -> Iterator[str]:
+    """Why a module cannot be split over `tp` ranks."""
+    if tp == 1:
+        return
+    where = f"{fact.path} ({fact.style} in the model's tp_plan)"
+    if fact.style not in STYLES:
+        yield f"{where} cannot be split: this style is not carried outside of MoE layers"
+    elif (kind := _KIND_OF.get(fact.style, "linear")) and fact.kind != kind:
+        yield f"{where} cannot be split: it is a {fact.kind}, not a plain {kind}"
+    elif fact.size % tp:
+        yield f"{where} cannot be split into {tp} equal parts: its {fact.size_name} is {fact.size}"
+    elif fact.style == "colwise":
+        name = fact.path.rpartition(".")[2]
+        heads = "num_key_value_heads" if name in _KEY_HEADS else "num_attention_heads"
+        if name in (*_KEY_HEADS, *_QUERY_HEADS) and facts.heads.get(heads, tp) % tp:
+            yield f"{where} cannot be split into {tp} equal parts: it has {heads}={facts.heads[heads]}"
