@@ -7,7 +7,6 @@ micro-batches in order with plain autograd.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +39,7 @@ ROUTED, SHARED = "experts", "shared_experts"
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model on a mesh. micro_batches: accumulated by every rank group; the others are split over `num_batches`."""
+    """A model on a mesh of `ranks`; its micro-batches are split over TP groups, and accumulated by each of them."""
 
     architecture: str
     tp: int
@@ -50,12 +49,15 @@ class Case:
     changes: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     capacity: float | None = None
+    ranks: int = 4
+    tolerance: float = 1e-10
 
     @property
     def name(self) -> str:
         """`llama-tp2-ep4`, with what is special about it."""
-        extra = "".join(f" {item}" for item in self.overrides) + " tied" * self.tied
-        return f"{self.architecture}-tp{self.tp}-ep{self.ep}{extra}"
+        capacity = "" if self.capacity is None else f"capacity {self.capacity}"
+        extra = [*self.overrides, *self.losses, capacity, "tied" * self.tied]
+        return "-".join(filter(None, (f"{self.architecture}-tp{self.tp}-ep{self.ep}", *extra)))
 
 
 def micro_batches() -> list[tuple[Tensor, Tensor]]:
@@ -90,9 +92,9 @@ def built(case: Case) -> nn.Module:
 
 
 def overrides_of(case: Case) -> list[str]:
-    """The overrides of a case on four ranks of one node."""
+    """The overrides of a case on the ranks of one node."""
     base = EXISTING if case.architecture in CONFIGS else UPCYCLE
-    mesh = ["mesh.ranks_per_node=4", f"mesh.ep={case.ep}", f"mesh.tp={case.tp}", "dispatch.kind=auto"]
+    mesh = [f"mesh.ranks_per_node={case.ranks}", f"mesh.ep={case.ep}", f"mesh.tp={case.tp}", "dispatch.kind=auto"]
     losses = [f"balance.losses.{name}={value}" for name, value in case.losses.items()]
     capacity = [] if case.capacity is None else [f"routing.capacity_factor={case.capacity}"]
     return [*base, *mesh, *losses, *capacity, *case.overrides]
@@ -237,8 +239,3 @@ def worst(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str
     }
     name = max(errors, key=errors.__getitem__)
     return errors[name], name
-
-
-def clone(case: Case) -> nn.Module:
-    """A copy for checkpoints."""
-    return copy.deepcopy(compiled(case))
