@@ -64,7 +64,12 @@ class LayerPlan:
         """(path, value, rule, fix) of every broken rule between the parts."""
         experts, placement = self.experts, self.placement
         if self.cut_over not in ((), ("tp",)):
-            yield "cut_over", list(self.cut_over), "must be [] or [tp]", "Use [tp] if mesh.tp is more than 1"
+            yield (
+                "cut_over",
+                "[" + ", ".join(self.cut_over) + "]",
+                "must be [] or [tp]",
+                "Use [tp] if mesh.tp is more than 1",
+            )
         existing = isinstance(self.site, ExpertsSite)
         if existing != (experts.init == "existing") or existing != self.routing.is_own:
             rule = "init=existing and score=own are for experts that the model has already, and for no others"

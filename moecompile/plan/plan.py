@@ -130,7 +130,7 @@ class Plan:
                 )  # fmt: skip
             if (self.mesh.tp > 1) != bool(layer.cut_over):
                 raise PlanError(
-                    f"layers[{i}].cut_over", list(layer.cut_over), f"does not fit mesh.tp={self.mesh.tp}",
+                    f"layers[{i}].cut_over", "[" + ", ".join(layer.cut_over) + "]", f"does not fit mesh.tp={self.mesh.tp}",
                     "Use [tp] if and only if it is more than 1",
                 )  # fmt: skip
             if layer.dispatch.on_two_levels and layer.placement.nodes != self.mesh.nodes_per_ep_group:

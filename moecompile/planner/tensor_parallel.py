@@ -10,7 +10,7 @@ Algorithm:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
@@ -36,10 +36,9 @@ def split_modules(planned: Collection[str], mesh: MeshSpec, facts: ModelFacts) -
     if facts.no_split:
         raise _error(mesh.tp, facts.no_split, 1)
     left = remaining(planned, facts)  # Step 1
-    reasons = [reason for fact in left for reason in _reasons(fact, mesh.tp, facts)]  # Step 2
-    if reasons:
-        fitting = [n for n in range(1, mesh.tp) if not mesh.tp % n and not any(_reasons(f, n, facts) for f in left)]
-        raise _error(mesh.tp, reasons[0], max(fitting, default=1))
+    if reasons := _reasons(left, mesh.tp, facts):  # Step 2
+        fitting = [n for n in range(1, mesh.tp) if not mesh.tp % n and not _reasons(left, n, facts)]
+        raise _error(mesh.tp, reasons[0], max(fitting))
     by_pattern = {fact.pattern: fact.style for fact in left}  # Step 3
     return tuple(SplitModules(modules=pattern, style=style) for pattern, style in by_pattern.items())
 
@@ -50,14 +49,15 @@ def remaining(planned: Collection[str], facts: ModelFacts) -> list[SplitFact]:
 
 
 def _error(tp: int, reason: str, largest: int) -> ConfigError:
-    fix = f"Use mesh.tp={largest}" if largest > 1 else "Use mesh.tp=1"
-    return ConfigError("mesh.tp", tp, reason, fix)
+    return ConfigError("mesh.tp", tp, reason, f"Use mesh.tp={largest}")
 
 
-def _reasons(fact: SplitFact, tp: int, facts: ModelFacts) -> Iterator[str]:
-    """Why a module cannot be split over `tp` ranks."""
-    if tp == 1:
-        return
+def _reasons(left: Sequence[SplitFact], tp: int, facts: ModelFacts) -> list[str]:
+    """Why these modules cannot be split over `tp` ranks; none if they can."""
+    return [reason for fact in left for reason in _reasons_of(fact, tp, facts)] if tp > 1 else []
+
+
+def _reasons_of(fact: SplitFact, tp: int, facts: ModelFacts) -> Iterator[str]:
     where = f"{fact.path} ({fact.style} in the model's tp_plan)"
     if fact.style not in STYLES:
         yield f"{where} cannot be split: this style is not carried outside of MoE layers"
