@@ -6,9 +6,11 @@ import re
 from typing import Any
 
 from torch import nn
+from torch.nn import Parameter
 
 from moecompile.match.patterns import FFNMatch
 from moecompile.match.regions import Captured
+from moecompile.plan import HEADS_STYLE
 from moecompile.planner.params import SplitFact
 
 
@@ -37,32 +39,39 @@ def splits_of(model: nn.Module, captured: Captured) -> tuple[SplitFact, ...]:
     """`ModelFacts.split`: modules, and parameters that have an entry of their own, in model order."""
     styles: dict[str, str] = getattr(model, "tp_plan", None) or {}
     parts = _parts(captured)
-    facts = []
+    facts, seen = [], set[Parameter]()
     for path, part in (*model.named_modules(), *model.named_parameters()):
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", path)
         if (style := styles.get(pattern)) is None:
             continue
         site = next((fqn for prefix, fqn in parts.items() if f"{path}.".startswith(prefix)), None)
-        facts.append(SplitFact(path=path, pattern=pattern, style=style, site=site, **_sizes(part, style)))
+        sizes = _sizes(part, style)
+        weight = getattr(part, "weight", None)
+        if weight in seen:  # tied
+            sizes["params"] = 0
+        if isinstance(weight, Parameter):
+            seen.add(weight)
+        facts.append(SplitFact(path=path, pattern=pattern, style=style, site=site, **sizes))
     return tuple(facts)
 
 
-def _sizes(part: nn.Module | nn.Parameter, style: str) -> dict[str, Any]:
-    """kind, size, size_name and params of a `SplitFact`; the size of what is not split is 0."""
-    if isinstance(part, nn.Linear) and type(part).forward is nn.Linear.forward and "forward" not in vars(part):
-        name = "in_features" if style.startswith("rowwise") else "out_features"
-        bias = 0 if part.bias is None or name == "in_features" else part.bias.numel()
-        kind, params = "linear", part.weight.numel() + bias
-    elif isinstance(part, nn.Embedding):
-        name, kind, params = "num_embeddings", "embedding", part.weight.numel()
+def _sizes(part: nn.Module | Parameter, style: str) -> dict[str, Any]:
+    """kind, size, size_name, params and width of a `SplitFact`; the size of what is not split is 0."""
+    if isinstance(part, nn.Embedding):
+        kind, name, width = "embedding", "num_embeddings", part.embedding_dim
+    elif isinstance(part, nn.Linear) and type(part).forward is nn.Linear.forward and "forward" not in vars(part):
+        kind, name, width = (
+            "linear",
+            "in_features" if style.startswith("rowwise") else "out_features",
+            part.out_features,
+        )
     else:
         return {"kind": type(part).__name__, "size": 0, "size_name": "", "params": 0}
-    is_whole = style not in ("embedding_rowwise", "rowwise", "colwise") and not style.endswith(
-        ("_rep", "_output", "_input")
-    )
-    if is_whole:
+    if style in ("mla_kv_a_proj", HEADS_STYLE):
         return {"kind": kind, "size": 0, "size_name": "", "params": 0}
-    return {"kind": kind, "size": getattr(part, name), "size_name": name, "params": params}
+    bias = part.bias.numel() if name == "out_features" and isinstance(part.bias, Parameter) else 0
+    params = part.weight.numel() + bias
+    return {"kind": kind, "size": getattr(part, name), "size_name": name, "params": params, "width": width}
 
 
 def _parts(captured: Captured) -> dict[str, str]:

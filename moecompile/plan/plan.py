@@ -85,7 +85,9 @@ class Estimate:
     """What the planner predicts.
 
     params_active: parameters that one token uses. checkpointing: what backward recomputes; `resent_...`: what it
-    sends again for that, in addition to the forward's bytes. remedies: what to change if the plan does not fit.
+    sends again for that, in addition to the forward's bytes. tp_bytes_per_token: what leaves a rank over `tp` in the
+    forward of the whole model: all-reduces after split linears, and the joins of MoE layers. remedies: what to change
+    if the plan does not fit.
     """
 
     params_total: int
@@ -95,6 +97,7 @@ class Estimate:
     bytes_per_token_per_layer: Traffic
     checkpointing: str
     resent_bytes_per_token_per_layer: Traffic
+    tp_bytes_per_token: Traffic = Traffic(intra_node=0.0, inter_node=0.0)
     assumes: Assumptions | None = None
     remedies: tuple[Remedy, ...] = ()
 
@@ -129,10 +132,8 @@ class Plan:
                     "Plan again for this mesh",
                 )  # fmt: skip
             if (self.mesh.tp > 1) != bool(layer.cut_over):
-                raise PlanError(
-                    f"layers[{i}].cut_over", "[" + ", ".join(layer.cut_over) + "]", f"does not fit mesh.tp={self.mesh.tp}",
-                    "Use [tp] if and only if it is more than 1",
-                )  # fmt: skip
+                cut_over, rule = "[" + ", ".join(layer.cut_over) + "]", f"does not fit mesh.tp={self.mesh.tp}"
+                raise PlanError(f"layers[{i}].cut_over", cut_over, rule, "Use [tp] if and only if it is more than 1")
             if layer.dispatch.on_two_levels and layer.placement.nodes != self.mesh.nodes_per_ep_group:
                 raise PlanError(
                     f"layers[{i}].placement.nodes", layer.placement.nodes,

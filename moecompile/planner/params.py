@@ -53,7 +53,8 @@ class SplitFact:
     """A module or parameter that the model's tp_plan names.
 
     pattern: its entry there, with `*` for a number. kind: `linear`, `embedding`, or its class. size: of the dim that is
-    split; size_name: what it is. params: of the parameters that are split. site: path of the site that it is a part of.
+    split; size_name: what it is. params: of the parameters that are split, tied ones counted once. site: path of the
+    site that it is a part of. width: of its output.
     """
 
     path: str
@@ -64,6 +65,7 @@ class SplitFact:
     size_name: str
     params: int
     site: str | None
+    width: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +103,18 @@ class LayerParams:
 class ModelParams:
     """Parameter counts of the rewritten model, by placement.
 
-    dense: everything except routed experts and routers. active: parameters that one token uses.
+    dense: everything except routed experts and routers. active: parameters that one token uses. split_root,
+    split_layers: those of `dense` that the model's tp_plan splits, outside and inside the layers. shared: those of
+    shared experts, whose gradient is summed over tp, so that FSDP shards them over it.
     """
 
     dense: int
     experts: int
     router: int
     active: int
+    split_root: int = 0
+    split_layers: int = 0
+    shared: int = 0
 
     @property
     def total(self) -> int:
@@ -144,7 +151,17 @@ def model_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParams:
     dense = facts.params_total + sum(c.shared - c.dense for c in counts)
     router = sum(c.router for c in counts)
     used = sum(layer.routing.top_k * c.expert for layer, c in zip(layers, counts, strict=True))
-    return ModelParams(dense=dense, experts=sum(c.experts for c in counts), router=router, active=dense + router + used)
+    planned = {layer.site.fqn for layer in layers}
+    split = [fact for fact in facts.split if fact.site not in planned]
+    return ModelParams(
+        dense=dense,
+        experts=sum(c.experts for c in counts),
+        router=router,
+        active=dense + router + used,
+        split_root=sum(fact.params for fact in split if "*" not in fact.pattern),
+        split_layers=sum(fact.params for fact in split if "*" in fact.pattern),
+        shared=sum(c.shared for c in counts),
+    )
 
 
 def trained_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParams:

@@ -6,6 +6,10 @@ Algorithm:
   2. Every other one must have a style that is carried, and sizes that `tp` divides: the split dim of its weight, and
      the number of heads if its outputs are heads.
   3. Modules of one pattern (layers differ in their number alone) are one entry of the plan.
+
+Bytes that a rank sends over `tp` in a forward, per token (n: ranks of a TP group, b: bytes of a number; in a ring):
+    2 (n - 1) / n  b  outputs    sum after a rowwise linear or a split embedding
+      (n - 1) / n  b  outputs    gather after `colwise_gather_output`, and the join of an MoE layer     -> `tp_traffic`
 """
 
 from __future__ import annotations
@@ -14,8 +18,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
-from moecompile.plan import STYLES, SplitModules
-from moecompile.planner.params import ModelFacts, SplitFact
+from moecompile.plan import STYLES, LayerPlan, SplitModules, Traffic
+from moecompile.planner.params import ModelFacts, RunFacts, SplitFact
 
 _KEY_HEADS = ("k_proj", "v_proj")
 _QUERY_HEADS = ("q_proj", "q_b_proj", "kv_b_proj")
@@ -46,6 +50,19 @@ def split_modules(planned: Collection[str], mesh: MeshSpec, facts: ModelFacts) -
 def remaining(planned: Collection[str], facts: ModelFacts) -> list[SplitFact]:
     """The modules that the model's tp_plan names and that stay dense."""
     return [fact for fact in facts.split if fact.site not in planned]
+
+
+def tp_traffic(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> Traffic:
+    """Bytes per token that leave a rank over tp in the forward of the whole model."""
+    summed, gathered = 0, sum(layer.site.d_model for layer in layers if layer.cut_over)
+    for fact in remaining([layer.site.fqn for layer in layers], facts) if mesh.tp > 1 else ():
+        if fact.style.startswith("rowwise") or fact.style == "embedding_rowwise":
+            summed += fact.width
+        elif fact.style in ("colwise_gather_output", "colwise_rep"):
+            gathered += fact.width
+    sent = (2 * summed + gathered) * run.compute_bytes * (mesh.tp - 1) / mesh.tp
+    on_a_node = mesh.tp <= mesh.ranks_per_node
+    return Traffic(intra_node=sent if on_a_node else 0.0, inter_node=0.0 if on_a_node else sent)
 
 
 def _error(tp: int, reason: str, largest: int) -> ConfigError:
