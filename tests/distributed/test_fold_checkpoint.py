@@ -1,4 +1,4 @@
-"""A checkpoint of tp 2, ep 4 is read by ep 2, by one process and by tp 4, bit for bit, with its optimizer's state."""
+"""A checkpoint of tp 2, ep 4 is read by ep 2, by one process and by another tp, bit for bit, with its optimizer's state."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def passed_on(rank: int, world_size: int, case: Case, source: str | None, target
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["qwen3", "mixtral"])
-def test_every_mesh_reads_the_same_values(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("architecture", "tp"), [("qwen3", 4), ("mixtral", 2)])  # the largest that heads allow
+def test_every_mesh_reads_the_same_values(architecture: str, tp: int, tmp_path: Path) -> None:
     def case(tp: int, ep: int, ranks: int) -> Case:
         return Case(architecture=architecture, tp=tp, ep=ep, ranks=ranks)
 
-    folders = [str(tmp_path / name) for name in ("tp2_ep4", "ep2", "one", "tp4_ep2")]
+    folders = [str(tmp_path / name) for name in ("tp2_ep4", "ep2", "one", "tp_ep2")]
     written = run_distributed_test(passed_on, 4, case(2, 4, 4), None, folders[0], timeout_s=200)
     for of_rank in written[1:]:  # ranks agree on what is whole on each of them
         assert all(torch.equal(of_rank[name], value) for name, value in written[0].items())
     assert all(value.any() for name, value in written[0].items() if "_proj.weight.exp_avg" in name)
-    for source, target, other in zip(folders, folders[1:], (case(1, 2, 2), case(1, 1, 1), case(4, 2, 4)), strict=False):
+    for source, target, other in zip(folders, folders[1:], (case(1, 2, 2), case(1, 1, 1), case(tp, 2, 4)), strict=False):
         (found, *_) = run_distributed_test(passed_on, other.ranks, other, source, target, timeout_s=200)
         assert found.keys() == written[0].keys()
         for name, value in written[0].items():
