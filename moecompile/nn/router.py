@@ -16,6 +16,7 @@ from torch.autograd.graph import Node
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.nn import losses as loss_functions
+from moecompile.nn.chosen import replayed_or_live
 from moecompile.nn.meter import LoadMeter, at_least
 from moecompile.nn.padding import without_padding
 from moecompile.routing import NO_BALANCE, BalanceSpec, RouterConfig, check_balance
@@ -71,6 +72,8 @@ class Router(nn.Module):
         self.meter = LoadMeter(num_experts, num_nodes, device, has_entropy=True)
         self.aux_losses: dict[str, Tensor] = {}  # coefficient * loss of the last training forward, with its graph
         self.aux_node: Node | None = None  # to test whether a loss depends on that forward
+        self.on_choice: Callable[[Tensor], None] | None = None  # `record_routes` is told every choice
+        self.replayed: Tensor | None = None  # the choice that `replay_routes` sets, (T, K)
         self.key = torch.zeros(4, dtype=torch.int64, device="cpu")  # not a buffer: ops read it on the host
         self.is_keyed = False
 
@@ -96,7 +99,11 @@ class Router(nn.Module):
             kept = ids
         else:
             ids = self.choose(scores_TE)
+            if self.replayed is not None:
+                ids = replayed_or_live(self.replayed, ids, self.num_experts)
             ids, weights = without_padding(ids, self._weights(scores_TE, ids), real_T, self.num_experts)
+            if self.on_choice is not None:
+                self.on_choice(ids)
             kept, weights = self._limited(ids, weights, real_T)
         if self.training:
             self._keep(self._train(logits, scores, ids, kept, real_T), logits)

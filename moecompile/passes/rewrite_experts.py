@@ -60,7 +60,9 @@ def rewrite_experts(graph_module: fx.GraphModule, module: nn.Module, match: Expe
             real = graph.call_module(add("token_mask", TokenMask()), (hidden,))
             masked = graph.call_module(add("mask_routing", MaskRouting(layer.experts.num_routed)), (ids, weights, real))
             ids, weights = items(graph, masked, "real_ids", "real_weights")
-        graph.call_module(add("meter", _meter(module, layer)), (ids, None, None, real) if real else (ids,))
+        graph.call_module(
+            add("meter", _meter(module, layer, match.call.top_k)), (ids, None, None, real) if real else (ids,)
+        )
         # Step 3
         tokens = hidden if match.call.is_flat else graph.call_function(ops.flatten_tokens, (hidden,))
         permuted = graph.call_function(ops.permute, (tokens, ids, layer.experts.num_routed, False))
@@ -84,10 +86,10 @@ def rewrite_experts(graph_module: fx.GraphModule, module: nn.Module, match: Expe
     graph.erase_node(own)
 
 
-def _meter(module: nn.Module, layer: LayerPlan) -> ExistingMeter:
+def _meter(module: nn.Module, layer: LayerPlan, top_k: int) -> ExistingMeter:
     device = next(module.parameters()).device
     meter = ExistingMeter(layer.experts.num_routed, layer.placement.nodes, device)
-    meter.balance = layer.balance
+    meter.balance, meter.top_k = layer.balance, top_k
     return meter
 
 

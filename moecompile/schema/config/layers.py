@@ -73,6 +73,10 @@ class RoutingConfig:
     """Exponent of the workloads zipf and drift, positive: expert i is drawn with probability ~ 1 / (i + 1) ** skew."""
     allow_future: bool = False
     """Allows expert choice in a causal model, where it depends on future tokens."""
+    replay: Optional[str] = None
+    """`record` writes which experts every token chooses into `routes/` of the run; the path of such a folder makes
+    tokens choose them again.
+    """
 
 
 @dataclass(kw_only=True)
