@@ -10,16 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
-from moecompile.nn import auxiliary_loss, meters_of, update_balance
+from moecompile.nn import auxiliary_loss, meters_of, split, update_balance
+from moecompile.passes import shard as passes_shard
+from moecompile.passes.recompute import recompute
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.pipeline import compile_model, plan_of
+from moecompile.plan import Plan
+from moecompile.plan.reductions import DENSE
 from moecompile.runtime.gradients import clip_by_global_norm, divide, sum_replicated
 from moecompile.runtime.groups import Groups
+from moecompile.torch_private import in_backward
 from tests.distributed.gradient_job import full
 from tests.existing_models import CONFIGS, moe_model
 
@@ -39,7 +45,10 @@ ROUTED, SHARED = "experts", "shared_experts"
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model on a mesh of `ranks`; its micro-batches are split over TP groups, and accumulated by each of them."""
+    """A model on a mesh of `ranks`; its micro-batches are split over TP groups, and accumulated by each of them.
+
+    fault: a class of weights whose gradient is not summed over tp, or an op without its backward.
+    """
 
     architecture: str
     tp: int
@@ -51,12 +60,15 @@ class Case:
     capacity: float | None = None
     ranks: int = 4
     tolerance: float = 1e-10
+    checkpointing: str = "none"
+    fault: str = ""
 
     @property
     def name(self) -> str:
         """`llama-tp2-ep4`, with what is special about it."""
         capacity = "" if self.capacity is None else f"capacity {self.capacity}"
-        extra = [*self.overrides, *self.losses, capacity, "tied" * self.tied]
+        checkpointing = "" if self.checkpointing == "none" else self.checkpointing
+        extra = [*self.overrides, *self.losses, capacity, "tied" * self.tied, checkpointing, self.fault]
         return "-".join(filter(None, (f"{self.architecture}-tp{self.tp}-ep{self.ep}", *extra)))
 
 
@@ -191,7 +203,15 @@ def step(case: Case) -> dict[str, Any]:
     """The same step on this launch's ranks: loss, gradients, norm, and what experts and meters saw."""
     model = compiled(case)
     plan = plan_of(model)
+    with pytest.MonkeyPatch.context() as patch:
+        _break(patch, case.fault)
+        return _step(case, model, plan)
+
+
+def _step(case: Case, model: nn.Module, plan: Plan) -> dict[str, Any]:
     sharded = shard(model, plan, device_mesh_of(plan.mesh, "cpu"))
+    if case.checkpointing != "none":
+        recompute(sharded, plan, case.checkpointing)
     groups = Groups.of(plan.mesh, "cpu")
     own = [batch for i, batch in enumerate(micro_batches()) if i % groups.num_batches == groups.batch_index]
     rows = _count_rows(sharded)
@@ -220,12 +240,24 @@ def step(case: Case) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _break(patch: pytest.MonkeyPatch, fault: str) -> None:
+    if fault == "spread":
+        patch.setattr(split, "spread", lambda x, axis: x)
+    elif fault:
+        right = passes_shard.classes_of
+
+        def wrong(model: nn.Module, plan: Plan) -> dict[nn.Parameter, str]:
+            return {parameter: DENSE if kind == fault else kind for parameter, kind in right(model, plan).items()}
+
+        patch.setattr(passes_shard, "classes_of", wrong)
+
+
 def _count_rows(model: nn.Module) -> list[int]:
     """Filled by every forward with the number of rows that this rank's experts compute."""
     counted: list[int] = []
     for module in model.modules():
         if type(module).__name__ in ("Experts", "ExistingExperts"):
-            module.register_forward_pre_hook(lambda _, args: counted.append(int(args[1].sum())))
+            module.register_forward_pre_hook(lambda _, args: in_backward() or counted.append(int(args[1].sum())))
     return counted
 
 

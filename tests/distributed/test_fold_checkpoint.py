@@ -56,7 +56,9 @@ def test_every_mesh_reads_the_same_values(architecture: str, tp: int, tmp_path: 
     for of_rank in written[1:]:  # ranks agree on what is whole on each of them
         assert all(torch.equal(of_rank[name], value) for name, value in written[0].items())
     assert all(value.any() for name, value in written[0].items() if "_proj.weight.exp_avg" in name)
-    for source, target, other in zip(folders, folders[1:], (case(1, 2, 2), case(1, 1, 1), case(tp, 2, 4)), strict=False):
+    for source, target, other in zip(
+        folders, folders[1:], (case(1, 2, 2), case(1, 1, 1), case(tp, 2, 4)), strict=False
+    ):
         (found, *_) = run_distributed_test(passed_on, other.ranks, other, source, target, timeout_s=200)
         assert found.keys() == written[0].keys()
         for name, value in written[0].items():
