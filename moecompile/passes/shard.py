@@ -32,7 +32,7 @@ from moecompile.nn import Experts
 from moecompile.passes.base import exchanges_of, experts_calls, on_an_axis, op_name, run_on_model
 from moecompile.passes.tensor_parallel import classes_of, split_dense
 from moecompile.plan import Plan
-from moecompile.plan.reductions import DENSE, EXPERTS, HEADS, ROUTER, SHARED, SPLIT
+from moecompile.plan.reductions import DENSE, EXPERTS, HEADS, INSIDE, ROUTER, SPLIT
 from moecompile.torch_private import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult, split_axis
 
 _LOGICAL = ("ep", "ep_inter", "ep_intra", "tp")
@@ -196,7 +196,7 @@ def _mesh_infos(mesh: MeshSpec, device_mesh: DeviceMesh, dense_mesh: DeviceMesh)
     every = init_device_mesh(device_mesh.device_type, sizes, mesh_dim_names=("dp_replicate", "dp_shard_tp"))
     summed = info(every, "dp_shard_tp")
     experts = info(device_mesh, "edp") if mesh.ep > 1 else summed
-    return {DENSE: dense, SPLIT: dense, HEADS: summed, SHARED: summed, EXPERTS: experts}
+    return {DENSE: dense, SPLIT: dense, HEADS: summed, INSIDE: summed, EXPERTS: experts}
 
 
 def _of_another_dtype(model: nn.Module, classes: Mapping[nn.Parameter, str]) -> set[nn.Parameter]:
@@ -212,7 +212,7 @@ def _of_another_dtype(model: nn.Module, classes: Mapping[nn.Parameter, str]) -> 
     most = max(sizes, key=sizes.__getitem__, default=None)
     others = {parameter for parameter, kind in classes.items() if kind != ROUTER and parameter.dtype != most}
     for name, parameter in model.named_parameters():
-        if parameter in others and classes[parameter] in (SPLIT, HEADS, SHARED):
+        if parameter in others and classes[parameter] in (SPLIT, HEADS, INSIDE):
             rule = f"is {parameter.dtype} while the model is {most}, and tensor parallelism needs one dtype"
             raise PlanError("mesh.tp", name, rule, "Convert the weight, or use mesh.tp=1")
     return others

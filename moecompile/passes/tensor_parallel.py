@@ -12,15 +12,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from torch import nn
+from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from moecompile.errors import PlanError
 from moecompile.nn import Experts, Router, SharedExperts, routers_of
 from moecompile.nn.split import split_module
-from moecompile.plan import HEADS_STYLE, Plan
-from moecompile.plan.reductions import DENSE, HEADS, ROUTER, SHARED, SPLIT
+from moecompile.passes.base import op_name
+from moecompile.plan import HEADS_STYLE, SLICE_OPS, Plan
+from moecompile.plan.reductions import DENSE, HEADS, INSIDE, ROUTER, SPLIT
 
 
 def split_dense(model: nn.Module, plan: Plan, tp: DeviceMesh) -> None:
@@ -57,8 +58,8 @@ def classes_of(model: nn.Module, plan: Plan) -> dict[nn.Parameter, str]:
     if plan.mesh.tp == 1:
         return classes
     for module in model.modules():
-        if isinstance(module, SharedExperts):
-            classes |= dict.fromkeys(module.parameters(), SHARED)
+        if isinstance(module, fx.GraphModule):
+            classes |= dict.fromkeys(_on_slices(module), INSIDE)
     for entry in plan.tensor_parallel:
         for module in _modules(model, entry.modules):
             own = module.parameters(recurse=False)
@@ -66,6 +67,16 @@ def classes_of(model: nn.Module, plan: Plan) -> dict[nn.Parameter, str]:
             if entry.style == HEADS_STYLE:
                 classes |= dict.fromkeys(module.parameters(), HEADS)
     return classes
+
+
+def _on_slices(graph_module: fx.GraphModule) -> Iterator[nn.Parameter]:
+    """Parameters of the modules between a cut of the tokens and its join: shared experts, norms and activations."""
+    is_cut = False
+    for node in graph_module.graph.nodes:
+        if op_name(node) in SLICE_OPS:
+            is_cut = op_name(node) == "cut_tokens"
+        elif is_cut and node.op == "call_module":
+            yield from graph_module.get_submodule(str(node.target)).parameters()
 
 
 def _modules(model: nn.Module, pattern: str) -> Iterator[nn.Module]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
-from moecompile.nn import auxiliary_loss, meters_of, split, update_balance
+from moecompile.nn import auxiliary_loss, meters_of, set_random_key, split, update_balance
 from moecompile.passes import shard as passes_shard
 from moecompile.passes.recompute import recompute
 from moecompile.passes.shard import device_mesh_of, shard
@@ -58,6 +58,7 @@ class Case:
     changes: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     capacity: float | None = None
+    jitter: float = 0.0
     ranks: int = 4
     tolerance: float = 1e-10
     checkpointing: str = "none"
@@ -68,7 +69,8 @@ class Case:
         """`llama-tp2-ep4`, with what is special about it."""
         capacity = "" if self.capacity is None else f"capacity {self.capacity}"
         checkpointing = "" if self.checkpointing == "none" else self.checkpointing
-        extra = [*self.overrides, *self.losses, capacity, "tied" * self.tied, checkpointing, self.fault]
+        jitter = f"jitter {self.jitter}" if self.jitter else ""
+        extra = [*self.overrides, *self.losses, capacity, jitter, "tied" * self.tied, checkpointing, self.fault]
         return "-".join(filter(None, (f"{self.architecture}-tp{self.tp}-ep{self.ep}", *extra)))
 
 
@@ -105,7 +107,9 @@ def built(case: Case) -> nn.Module:
 
 def overrides_of(case: Case) -> list[str]:
     """The overrides of a case on the ranks of one node."""
-    base = EXISTING if case.architecture in CONFIGS else UPCYCLE
+    base = [*UPCYCLE, f"routing.jitter={case.jitter}"]
+    if case.architecture in CONFIGS:
+        base = EXISTING
     mesh = [f"mesh.ranks_per_node={case.ranks}", f"mesh.ep={case.ep}", f"mesh.tp={case.tp}", "dispatch.kind=auto"]
     losses = [f"balance.losses.{name}={value}" for name, value in case.losses.items()]
     capacity = [] if case.capacity is None else [f"routing.capacity_factor={case.capacity}"]
@@ -139,10 +143,15 @@ class PlainMoE(nn.Module):
                 holder.register_parameter(name.replace(".", "__"), nn.Parameter(value.detach().clone()))
             self.add_module(role, holder)
         self.aux: Tensor | None = None
+        self.key = torch.zeros(4, dtype=torch.int64)  # seed, step, micro-batch, layer
 
     def forward(self, x: Tensor) -> Tensor:
         tokens, router, routed = x.flatten(0, 1), self.router, self.experts
-        logits = tokens @ router.weight.T
+        seen = tokens
+        if self.case.jitter:  # the numbers are the only thing that is shared with what is tested
+            uniform = torch.ops.moecompile.keyed_uniform(tokens.detach(), self.key)
+            seen = tokens * (1 + self.case.jitter * (2 * uniform - 1))
+        logits = seen @ router.weight.T
         probs = logits.softmax(-1)
         num_experts = probs.shape[1]
         weights, ids = probs.topk(2)
@@ -184,7 +193,9 @@ def reference(case: Case) -> tuple[float, dict[str, Tensor], Tensor]:
             layer.mlp = PlainMoE(ours.model.layers[i].mlp, case)  # type: ignore[union-attr,index]
             layers.append(layer.mlp)  # type: ignore[arg-type]
     total, num_tokens = 0.0, 0
-    for ids, labels in micro_batches():
+    for number, (ids, labels) in enumerate(micro_batches()):
+        for i, layer in enumerate(layers):
+            layer.key = torch.tensor([7, 0, number, i])
         logits = model(input_ids=ids, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
         count = int((labels != -100).sum())
@@ -213,10 +224,12 @@ def _step(case: Case, model: nn.Module, plan: Plan) -> dict[str, Any]:
     if case.checkpointing != "none":
         recompute(sharded, plan, case.checkpointing)
     groups = Groups.of(plan.mesh, "cpu")
-    own = [batch for i, batch in enumerate(micro_batches()) if i % groups.num_batches == groups.batch_index]
+    numbered = enumerate(micro_batches())
+    own = [(i, *batch) for i, batch in numbered if i % groups.num_batches == groups.batch_index]
     rows = _count_rows(sharded)
     sums = torch.zeros(2, dtype=torch.float64)
-    for i, (ids, labels) in enumerate(own):
+    for i, (number, ids, labels) in enumerate(own):
+        set_random_key(sharded, 7, 0, number)
         for module in sharded.modules():
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(i == len(own) - 1, recurse=False)

@@ -30,6 +30,7 @@ SLOW = (
     *(Case(architecture="deepseek_v3", tp=tp, ep=ep) for tp, ep in ((2, 2), (2, 4), (4, 4))),
     Case(architecture="llama", tp=2, ep=2, tied=True),
     Case(architecture="llama", tp=2, ep=4, tied=True, capacity=0.6, losses={"micro_batch": 0.3, "z": 0.2}),
+    Case(architecture="qwen3", tp=2, ep=4, jitter=0.1),
     Case(architecture="llama", tp=2, ep=2, overrides=("mesh.dp_replicate=2",)),
     Case(architecture="llama", tp=2, ep=4, overrides=("dispatch.kind=flat",)),
     Case(architecture="llama", tp=2, ep=4, overrides=("dispatch.kind=allgather",)),
@@ -88,7 +89,7 @@ def test_four_ranks_equal_one_process(case: Case, four: list[list[dict[str, Any]
 
 
 FAULTS = {
-    "norms of heads": "self_attn.q_norm.weight", "shared experts": "shared_experts.up_proj.weight",
+    "norms of heads": "self_attn.q_norm.weight", "inside MoE layers": "shared_experts.up_proj.weight",
     "spread": "input_layernorm.weight",
 }  # fmt: skip
 
