@@ -33,6 +33,7 @@ from moecompile.planner.tensor_parallel import split_modules
 from moecompile.schema import (
     Choice,
     Config,
+    DataKind,
     ExpertInit,
     LayerSettings,
     MaskPadding,
@@ -68,7 +69,8 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
     check_given(chosen, config)
     check_selections(config, [site.fqn for site in chosen])
     masked = config.data.mask_padding
-    mask_padding = facts.has_padding_mask if masked is MaskPadding.auto else masked is MaskPadding.always
+    has_padding = facts.has_padding_mask or config.data.kind is DataKind.sft  # rows of chats are filled up
+    mask_padding = has_padding if masked is MaskPadding.auto else masked is MaskPadding.always
     layers = tuple(  # Step 3
         replace(
             _layer(site, layer_settings(config, site.fqn, i, len(chosen)), config, mesh, facts),

@@ -145,6 +145,11 @@ def layer_params(layer: LayerPlan) -> LayerParams:
     )
 
 
+def routed(layer: LayerPlan) -> tuple[int, int, int]:
+    """Experts per token, groups of experts, and groups that a token may use."""
+    return layer.routing.top_k, layer.routing.groups, layer.routing.top_groups
+
+
 def model_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParams:
     """Parameters of the rewritten model."""
     counts = [layer_params(layer) for layer in layers]

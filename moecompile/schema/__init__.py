@@ -9,6 +9,7 @@ from moecompile.schema.config import (
     DispatchConfig,
     ExpertsConfig,
     ExportConfig,
+    FigureConfig,
     HardwareConfig,
     LossesConfig,
     MeshConfig,
@@ -16,14 +17,17 @@ from moecompile.schema.config import (
     OptimizerConfig,
     PerLayerConfig,
     RoutingConfig,
+    StackConfig,
     TaskConfig,
     TrainerConfig,
     VerifyConfig,
+    WorkloadConfig,
 )
 from moecompile.schema.enums import (
     Baseline,
     Checkpointing,
     Compiled,
+    DataKind,
     DispatchKind,
     ExpertInit,
     ExportFormat,
@@ -34,6 +38,8 @@ from moecompile.schema.enums import (
     OnNan,
     OverlapKind,
     Precision,
+    RowLayout,
+    Schedule,
     SiteKind,
     TaskName,
     TokenizerSource,
@@ -55,6 +61,7 @@ from moecompile.schema.validation.experts import (
 from moecompile.schema.validation.mesh import mesh_spec
 from moecompile.schema.validation.routing import balance_spec, router_config
 from moecompile.schema.validation.run import accumulation_steps
+from moecompile.schema.workload import is_described, with_workload
 
 __all__ = [
     "NUMBERS",
@@ -69,6 +76,7 @@ __all__ = [
     "Compiled",
     "Config",
     "DataConfig",
+    "DataKind",
     "DispatchConfig",
     "DispatchKind",
     "DropPolicy",
@@ -76,6 +84,7 @@ __all__ = [
     "ExpertsConfig",
     "ExportConfig",
     "ExportFormat",
+    "FigureConfig",
     "GroupScore",
     "HardwareConfig",
     "LayerSettings",
@@ -92,8 +101,11 @@ __all__ = [
     "PerLayerConfig",
     "Precision",
     "RoutingConfig",
+    "RowLayout",
+    "Schedule",
     "Score",
     "SiteKind",
+    "StackConfig",
     "TaskConfig",
     "TaskName",
     "TokenizerSource",
@@ -103,6 +115,7 @@ __all__ = [
     "WeightScaling",
     "WireDtype",
     "Workload",
+    "WorkloadConfig",
     "accumulation_steps",
     "balance_spec",
     "check_name",
@@ -110,6 +123,7 @@ __all__ = [
     "check_placement",
     "check_selections",
     "check_slices",
+    "is_described",
     "is_sliced",
     "layer_settings",
     "mesh_spec",
@@ -120,4 +134,5 @@ __all__ = [
     "validate_transform",
     "virtual_group",
     "with_implied",
+    "with_workload",
 ]

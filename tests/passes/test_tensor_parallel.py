@@ -31,11 +31,11 @@ class Learned(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(D_MODEL, D_FF), nn.Linear(D_FF, D_MODEL)
-        self.act = nn.PReLU()
+        self.scale = nn.Parameter(torch.ones(D_FF))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)"""
-        out: Tensor = self.down(self.act(self.up(x)))
+        out: Tensor = self.down(nn.functional.silu(self.up(x)) * self.scale)
         return out
 
 
