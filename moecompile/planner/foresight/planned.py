@@ -37,8 +37,8 @@ def case_of(shape: ModelShape, plan: Plan, config: Config) -> Case:
     try:
         layout = Layout(
             gpus=mesh.world_size, seq=data.seq_len, global_batch=batch, micro_batch=data.micro_batch_size,
-            ep=mesh.ep, tp=mesh.tp if mesh.tp > 1 else workload.tp, pp=workload.pp, vpp=workload.vpp, cp=workload.cp, etp=workload.etp,
-            zero=workload.zero,
+            ep=mesh.ep, tp=mesh.tp if mesh.tp > 1 else workload.tp, pp=workload.pp, vpp=workload.vpp,
+            cp=workload.cp, etp=workload.etp, zero=workload.zero,
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(_PATHS[error.path.removeprefix("layout.")], error.value, error.rule, error.fix) from error
