@@ -266,11 +266,16 @@ def _break(patch: pytest.MonkeyPatch, fault: str) -> None:
 
 
 def _count_rows(model: nn.Module) -> list[int]:
-    """Filled by every forward with the number of rows that this rank's experts compute."""
+    """Filled by every forward, but not by its recomputation, with the rows that this rank's experts compute."""
     counted: list[int] = []
+
+    def count(module: nn.Module, args: Any) -> None:
+        if not in_backward():
+            counted.append(int(args[1].sum()))
+
     for module in model.modules():
         if type(module).__name__ in ("Experts", "ExistingExperts"):
-            module.register_forward_pre_hook(lambda _, args: in_backward() or counted.append(int(args[1].sum())))
+            module.register_forward_pre_hook(count)
     return counted
 
 
