@@ -14,6 +14,8 @@ from moecompile.nn.meter import LoadMeter
 from moecompile.routing import NO_BALANCE, BalanceSpec
 from moecompile.torch_private import local_part
 
+_MATRICES = 3  # dims of the stacked weights of a projection; biases have two
+
 
 class ExistingExperts(nn.Module):
     """Stacked experts without parameters: the weights belong to the parent module, which passes them at every call.
@@ -38,30 +40,49 @@ class ExistingExperts(nn.Module):
 
     def forward(
         self,
-        rows_RD: Tensor,
-        counts_E: Tensor,
+        rows_RD: Tensor | None,
+        counts_E: Tensor | None,
         *weights: Tensor,
         source_R: Tensor | None = None,
         weights_R: Tensor | None = None,
+        token: Tensor | None = None,
+        collect: bool = False,
     ) -> Tensor:
         """rows_RD in expert order, counts_E rows of each local expert, weights of the local experts -> (R, D).
 
-        With source_R and weights_R: as in `Experts`.
+        With source_R and weights_R, or with token or collect (without rows): as in `Experts`.
         """
-        by_name = dict(zip(self.names, (local_part(weight) for weight in weights), strict=True))
+        local = [local_part(weight) for weight in weights]
+        if counts_E is None:
+            num_local = self.num_experts * local[0].shape[0] // weights[0].shape[0]
+        else:
+            num_local = counts_E.shape[0]
+        by_name = self._matrices(dict(zip(self.names, local, strict=True)), num_local)
+        if collect:
+            made: Tensor = torch.ops.moecompile.collect_gradients([w for w in by_name.values() if w.dim() == _MATRICES])
+            return made
+        assert rows_RD is not None and counts_E is not None
+        if token is not None:
+            by_name = {name: w.detach() if w.dim() == _MATRICES else w for name, w in by_name.items()}
         if source_R is not None and weights_R is not None:
             fused: tuple[Tensor, ...] = torch.ops.moecompile.expert_ffn(
-                rows_RD, source_R, weights_R, counts_E, by_name["gate_up_proj"], by_name["down_proj"]
+                rows_RD, source_R, weights_R, counts_E, by_name["gate_up_proj"], by_name["down_proj"], token
             )
             return fused[0]
-        return self._experts(rows_RD, counts_E, by_name)
+        return self._experts(rows_RD, counts_E, by_name, token)
 
-    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def _matrices(self, weights: dict[str, Tensor], num_local: int) -> dict[str, Tensor]:
+        """The weights, those of projections as `grouped_mm` takes them, (E, d_out, d_in)."""
+        if not self.transposed:
+            return weights
+        return {name: w.transpose(1, 2) if w.dim() == _MATRICES else w for name, w in weights.items()}
+
+    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor], token: Tensor | None) -> Tensor:
         if "gate_up_proj" in weights:
-            hidden_RF = self.gate(self._project(rows_RD, counts_E, "gate_up_proj", weights))
+            hidden_RF = self.gate(self._project(rows_RD, counts_E, "gate_up_proj", weights, token))
         else:
-            hidden_RF = self._own("act_fn", self._project(rows_RD, counts_E, "up_proj", weights))
-        return self._project(hidden_RF, counts_E, "down_proj", weights)
+            hidden_RF = self._own("act_fn", self._project(rows_RD, counts_E, "up_proj", weights, token))
+        return self._project(hidden_RF, counts_E, "down_proj", weights, token)
 
     def gate(self, gate_up: Tensor) -> Tensor:
         """The activation of the model's own experts, (R, 2F) -> (R, F)."""
@@ -74,9 +95,11 @@ class ExistingExperts(nn.Module):
         out: Tensor = getattr(self.own, method)(value)
         return out
 
-    def _project(self, rows: Tensor, counts_E: Tensor, name: str, weights: dict[str, Tensor]) -> Tensor:
-        weight = weights[name].transpose(1, 2) if self.transposed else weights[name]
-        out: Tensor = torch.ops.moecompile.grouped_mm(rows, weight, counts_E)
+    def _project(
+        self, rows: Tensor, counts_E: Tensor, name: str, weights: dict[str, Tensor], token: Tensor | None
+    ) -> Tensor:
+        index = [known for known, weight in weights.items() if weight.dim() == _MATRICES].index(name)
+        out: Tensor = torch.ops.moecompile.grouped_mm(rows, weights[name], counts_E, token, index)
         if (bias := weights.get(f"{name}_bias")) is not None:
             # Under autocast the product is narrower than the bias, and the sum must keep the dtype of the product.
             out = out + torch.ops.moecompile.expert_bias(bias.to(out.dtype), counts_E, rows)
@@ -97,13 +120,15 @@ class MatrixExperts(ExistingExperts):
     def __init__(self, num_experts: int, own: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__(num_experts, own, names, transposed=False)
 
-    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        gate_EFD, up_EFD, down_EFD = (weights[name].unflatten(0, (counts_E.shape[0], -1)) for name in self.names)
-        grouped_mm = torch.ops.moecompile.grouped_mm
-        hidden_RF = self._own("activation_fn", grouped_mm(rows_RD, gate_EFD, counts_E))
-        hidden_RF = hidden_RF * grouped_mm(rows_RD, up_EFD, counts_E)
-        out: Tensor = grouped_mm(hidden_RF, down_EFD.transpose(1, 2), counts_E)
-        return out
+    def _matrices(self, weights: dict[str, Tensor], num_local: int) -> dict[str, Tensor]:
+        gate, up, down = (weights[name].unflatten(0, (num_local, -1)) for name in self.names)
+        return dict(zip(self.names, (gate, up, down.transpose(1, 2)), strict=True))
+
+    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor], token: Tensor | None) -> Tensor:
+        gate, up, down = self.names
+        hidden_RF = self._own("activation_fn", self._project(rows_RD, counts_E, gate, weights, token))
+        hidden_RF = hidden_RF * self._project(rows_RD, counts_E, up, weights, token)
+        return self._project(hidden_RF, counts_E, down, weights, token)
 
 
 class OneHotIds(nn.Module):

@@ -51,29 +51,46 @@ class Experts(nn.Module):
         self.activation = activation
 
     def forward(
-        self, rows_RD: Tensor, counts_E: Tensor, source_R: Tensor | None = None, weights_R: Tensor | None = None
+        self,
+        rows_RD: Tensor | None = None,
+        counts_E: Tensor | None = None,
+        source_R: Tensor | None = None,
+        weights_R: Tensor | None = None,
+        token: Tensor | None = None,
+        collect: bool = False,
     ) -> Tensor:
         """rows_RD in expert order, counts_E rows of each local expert -> (R, D).
 
         With source_R and weights_R, from the pass `fuse`: rows_RD is (V, D), source_R has the row of each assignment,
         and the result is the weighted sum over the experts of each row, (V, D). Only for SwiGLU without biases.
+
+        With collect, from the pass `overlap`: a token. Calls that are given it compute no weight gradients; these are
+        computed for all of them at once (moecompile.ops.collect).
         """
+        weights = [local_part(getattr(self, name)) for name in (self.in_name, "down_proj")]
+        if collect:
+            made: Tensor = torch.ops.moecompile.collect_gradients(weights)
+            return made
+        assert rows_RD is not None and counts_E is not None
+        if token is not None:
+            weights = [weight.detach() for weight in weights]
         if source_R is not None and weights_R is not None:
-            gate_up, down = local_part(getattr(self, self.in_name)), local_part(self.down_proj)
-            fused = torch.ops.moecompile.expert_ffn(rows_RD, source_R, weights_R, counts_E, gate_up, down)
+            fused = torch.ops.moecompile.expert_ffn(rows_RD, source_R, weights_R, counts_E, *weights, token)
             out_VD: Tensor = fused[0]
             return out_VD
-        hidden = self._project(rows_RD, counts_E, self.in_name)
+        hidden = self._project(rows_RD, counts_E, weights, 0, token)
         if self.gated:
             gate_RF, up_RF = hidden.chunk(2, dim=-1)
             hidden_RF = self.activation(gate_RF, up_RF)
         else:
             hidden_RF = self.activation(hidden)
-        return self._project(hidden_RF, counts_E, "down_proj")
+        return self._project(hidden_RF, counts_E, weights, 1, token)
 
-    def _project(self, rows: Tensor, counts_E: Tensor, name: str) -> Tensor:
-        out: Tensor = torch.ops.moecompile.grouped_mm(rows, local_part(getattr(self, name)), counts_E)
-        bias = getattr(self, f"{name}_bias")
+    def _project(
+        self, rows: Tensor, counts_E: Tensor, weights: list[Tensor], index: int, token: Tensor | None
+    ) -> Tensor:
+        out: Tensor = torch.ops.moecompile.grouped_mm(rows, weights[index], counts_E, token, index)
+        bias = getattr(self, f"{(self.in_name, 'down_proj')[index]}_bias")
         if bias is not None:
             # Under autocast the product is narrower than the bias, and the sum must keep the dtype of the product.
             out = out + torch.ops.moecompile.expert_bias(local_part(bias).to(out.dtype), counts_E, rows)

@@ -17,8 +17,10 @@ from torch.utils._pytree import tree_map
 
 from moecompile.ops import (
     choice,
+    collect,
     exchange,
     expert_ffn,
+    expert_gradients,
     gather,
     grouped,
     hops,
@@ -31,7 +33,10 @@ from moecompile.ops import (
 )
 
 DEVICE = "meta"  # the one other device that autograd knows in every build of torch
-_MODULES = (choice, exchange, expert_ffn, gather, grouped, hops, layout, rows, sorting, tokens, wire, workload)
+_MODULES = (
+    choice, collect, exchange, expert_ffn, expert_gradients, gather, grouped, hops, layout, rows, sorting, tokens, wire,
+    workload,
+)  # fmt: skip
 _OURS = {
     f"moecompile::{name}": op._init_fn
     for module in _MODULES

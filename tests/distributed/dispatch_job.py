@@ -19,6 +19,7 @@ from moecompile.mesh import MeshSpec
 from moecompile.nn import Experts
 from moecompile.ops import traffic
 from moecompile.passes.base import items
+from moecompile.passes.collect import Collect
 from moecompile.passes.lower.dispatch import DispatchNodes
 from moecompile.passes.lower.kinds import LOWERINGS
 from moecompile.passes.overlap import Overlap
@@ -156,7 +157,7 @@ def lowered(case: Case, ep_rank: int) -> fx.GraphModule:
     module.recompile()
     if case.chunks:
         region = Region(path="", graph=module, module=module, matches={})
-        module = run_passes([Overlap()], {"": region}, {"": [layer]})[""].graph
+        module = run_passes([Overlap(), Collect()], {"": region}, {"": [layer]})[""].graph
     return module
 
 
