@@ -63,6 +63,8 @@ class ShardedImport:
 
     def why_not(self, plan: Plan) -> str | None:
         """Why a model with this plan cannot be filled; None if it can."""
+        if plan.mesh.tp > 1:
+            return f"mesh.tp={plan.mesh.tp} splits weights by columns too, and files are read by rows"
         sites = [layer.site for layer in plan.layers if isinstance(layer.site, ExpertsSite)]
         return next((f"each expert of {site.fqn} is a module" for site in sites if site.form == "modules"), None)
 

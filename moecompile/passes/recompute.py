@@ -31,6 +31,7 @@ from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, Plan
 from moecompile.torch_private import keeping
 
 _CHOICES = (torch.ops.aten.topk.default, torch.ops.moecompile.expert_choice.default)
+_WITHIN_TP = tuple(getattr(torch.ops.moecompile, name).default for name in ("join_tokens", "sum_ranks", "join_columns"))
 _TABLES = (torch.ops.moecompile.read_tables.default,)
 _CACHES = ("past_key_values", "cache_params", "cache", "state")  # names of cache arguments in model forwards
 
@@ -61,7 +62,8 @@ class Recompute:
         run_checkpointed = partial(checkpoint, use_reentrant=False)  # Step 1
         if self.checkpointing == "keep_exchanges":  # Step 2
             exchanges = [getattr(torch.ops.moecompile, name).default for name in sorted(EXCHANGE_OPS | WAIT_OPS)]
-            run_checkpointed = partial(run_checkpointed, context_fn=partial(keeping, {*exchanges, *_TABLES, *_CHOICES}))
+            kept = {*exchanges, *_TABLES, *_CHOICES, *_WITHIN_TP}
+            run_checkpointed = partial(run_checkpointed, context_fn=partial(keeping, kept))
         padding = padding_of(model) or Padding()  # Step 3
         for layer in _recomputing(model):
             # Inside FSDP's hooks: it gathers first.

@@ -18,6 +18,7 @@ from moecompile.match.experts import ExpertsMatch
 from moecompile.match.regions import Region
 from moecompile.passes.base import GraphPass, count_ops, registered
 from moecompile.passes.collect import Collect
+from moecompile.passes.fold import Fold
 from moecompile.passes.fuse import Fuse
 from moecompile.passes.lower import Lower
 from moecompile.passes.overlap import Overlap
@@ -37,7 +38,7 @@ def on_one_device(seed: int) -> tuple[GraphPass, ...]:
 
 def on_the_mesh() -> tuple[GraphPass, ...]:
     """The passes from the single-device graph to the graph that every rank runs."""
-    return (Lower(), *registered("lower"), Overlap(), Collect(), Fuse())
+    return (Fold(), Lower(), *registered("lower"), Overlap(), Collect(), Fuse())
 
 
 @dataclass(frozen=True, kw_only=True)

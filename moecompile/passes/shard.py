@@ -2,17 +2,19 @@
 
 Algorithm:
   1. Replace each logical axis in the graphs by the name of its process group.
-  2. Keep only this rank's experts: expert weights become DTensors, Shard(0) on `ep`.
-  3. fully_shard each layer and the root: dense weights over (dp_replicate, dp_shard), experts over
-     (dp_replicate, edp). Routers stay replicated and outside of FSDP's casts, and so do the few weights whose dtype
-     differs from the rest, because FSDP2 does not support them. Gradients are reduced in fp32 or wider.
+  2. Keep only this rank's experts: expert weights become DTensors, Shard(0) on `ep`. Split the planned modules outside
+     of MoE layers over `tp` (tensor_parallel.py).
+  3. fully_shard each layer and the root, each weight over the axes on which the plan sums its class: dense weights over
+     (dp_replicate, dp_shard), and tp where their work is split over it; experts over (dp_replicate, edp). Routers stay
+     replicated and outside of FSDP's casts, and so do the few weights whose dtype differs from the rest, because FSDP2
+     does not support them. Gradients are reduced in fp32 or wider.
 All gradient reductions are plain sums (docs/understand/gradients.md).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
 
@@ -25,18 +27,26 @@ from torch.distributed.tensor import DTensor, Shard
 from moecompile.arguments import check_model, check_plan
 from moecompile.capture import layers_of
 from moecompile.errors import PassError, PlanError
-from moecompile.mesh import EXPERT_AXES, MeshSpec
-from moecompile.nn import Experts, routers_of
+from moecompile.mesh import DENSE_AXES, EXPERT_AXES, MeshSpec
+from moecompile.nn import Experts
 from moecompile.passes.base import exchanges_of, experts_calls, on_an_axis, op_name, run_on_model
+from moecompile.passes.tensor_parallel import classes_of, split_dense
 from moecompile.plan import Plan
+from moecompile.plan.reductions import DENSE, EXPERTS, HEADS, INSIDE, ROUTER, SPLIT
 from moecompile.torch_private import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult, split_axis
 
-_LOGICAL = ("ep", "ep_inter", "ep_intra")
+_LOGICAL = ("ep", "ep_inter", "ep_intra", "tp")
 
 
 def device_mesh_of(mesh: MeshSpec, device_type: str) -> DeviceMesh:
     """The (dp_replicate, edp, ep) device mesh of the experts. Needs a process group."""
     return init_device_mesh(device_type, tuple(map(mesh.size, EXPERT_AXES)), mesh_dim_names=EXPERT_AXES)
+
+
+def dense_mesh_of(mesh: MeshSpec, device_type: str) -> DeviceMesh:
+    """The device mesh of dense weights: their axes, except those of one rank; dp_shard is always there."""
+    axes = tuple(axis for axis in DENSE_AXES if axis == "dp_shard" or mesh.size(axis) > 1)
+    return init_device_mesh(device_type, tuple(map(mesh.size, axes)), mesh_dim_names=axes)
 
 
 def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh, param_dtype: torch.dtype | None = None) -> nn.Module:
@@ -67,8 +77,6 @@ class ShardModel:
 
     def requires(self, model: nn.Module, plan: Plan) -> None:
         """The device mesh has the planned sizes, and the graphs have the planned exchanges."""
-        if plan.mesh.tp > 1:
-            raise PlanError("mesh.tp", plan.mesh.tp, "weights cannot be split over tp yet", "Use mesh.tp=1")
         for axis in EXPERT_AXES:
             size, ranks = plan.mesh.size(axis), self.device_mesh[axis].size()
             if ranks != size:
@@ -85,11 +93,15 @@ class ShardModel:
 
     def run(self, model: nn.Module, plan: Plan) -> None:
         """Shards the model in place."""
-        bind_axes(model, self.device_mesh, plan.mesh.nodes_per_ep_group)  # Step 1
+        dense_mesh = dense_mesh_of(plan.mesh, self.device_mesh.device_type)
+        tp = dense_mesh["tp"] if plan.mesh.tp > 1 else None
+        bind_axes(model, self.device_mesh, plan.mesh.nodes_per_ep_group, tp)  # Step 1
         if plan.mesh.ep > 1:
             _shard_experts(model, self.device_mesh["ep"])  # Step 2
+        if tp is not None:
+            split_dense(model, plan, tp)
         if plan.mesh.world_size > 1 or self.param_dtype is not None:
-            _wrap(model, plan.mesh, self.device_mesh, self.param_dtype)  # Step 3
+            _wrap(model, plan, self.device_mesh, dense_mesh, self.param_dtype)  # Step 3
 
     def ensures(self, model: nn.Module, plan: Plan) -> None:
         """No exchange is on a logical axis any more; with expert parallelism, every expert weight is sharded."""
@@ -107,13 +119,15 @@ def _graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     return {path: module for path, module in model.named_modules() if isinstance(module, fx.GraphModule)}
 
 
-def bind_axes(model: nn.Module, device_mesh: DeviceMesh, num_nodes: int = 1) -> None:
+def bind_axes(model: nn.Module, device_mesh: DeviceMesh, num_nodes: int = 1, tp: DeviceMesh | None = None) -> None:
     """Replaces logical axes by process group names in every graph of `model`.
 
     If a graph uses them, `ep` is split into `ep_inter` (ranks with the same local rank on each of the `num_nodes` nodes
-    of an EP group) and `ep_intra` (its ranks on one node).
+    of an EP group) and `ep_intra` (its ranks on one node). `tp` is an axis of the mesh of dense weights.
     """
     groups = {axis: device_mesh.get_group(axis).group_name for axis in device_mesh.mesh_dim_names or ()}
+    if tp is not None:
+        groups["tp"] = tp.get_group().group_name
     graphs = _graphs(model)
     used = {str(node.args[-1]) for module in graphs.values() for node in on_an_axis(module)}
     if "ep" in groups and used & {"ep_inter", "ep_intra"}:
@@ -142,31 +156,23 @@ def _shard_experts(model: nn.Module, ep_mesh: DeviceMesh) -> None:
         setattr(owner, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
 
 
-def _wrap(model: nn.Module, mesh: MeshSpec, device_mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:
-    experts = {owner.get_parameter(name) for owner, name in expert_parameters(model)}
-    replicated = {parameter for _, router in routers_of(model) for parameter in router.parameters()}
-    others = [parameter for parameter in model.parameters() if parameter not in replicated]
-    for trained in (True, False):  # frozen weights may be narrower than the trained adapters beside them
-        replicated |= _of_another_dtype([p for p in others if p.requires_grad is trained])
-    experts_info: FSDPMeshInfo
-    dense_info: FSDPMeshInfo
-    # Dense weights have their own mesh: its dp_shard axis is (edp, ep) of the experts' mesh, in the same order.
-    if mesh.dp_replicate > 1:
-        sizes, names = (mesh.dp_replicate, mesh.dp_shard), ("dp_replicate", "dp_shard")
-        dense_mesh = init_device_mesh(device_mesh.device_type, sizes, mesh_dim_names=names)
-        experts_info = HSDPMeshInfo(device_mesh["dp_replicate", "edp"], shard_mesh_dim=1, replicate_mesh_dim=0)
-        dense_info = HSDPMeshInfo(dense_mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
-    else:
-        dense_mesh = init_device_mesh(device_mesh.device_type, (mesh.dp_shard,), mesh_dim_names=("dp_shard",))
-        experts_info = FSDPMeshInfo(device_mesh["edp"], shard_mesh_dim=0)
-        dense_info = FSDPMeshInfo(dense_mesh, shard_mesh_dim=0)
+def _wrap(
+    model: nn.Module, plan: Plan, device_mesh: DeviceMesh, dense_mesh: DeviceMesh, param_dtype: torch.dtype | None
+) -> None:
+    classes = classes_of(model, plan)
+    classes |= {owner.get_parameter(name): EXPERTS for owner, name in expert_parameters(model)}
+    replicated = {parameter for parameter, kind in classes.items() if kind == ROUTER}
+    replicated |= _of_another_dtype(model, classes)
+    infos = _mesh_infos(plan.mesh, device_mesh, dense_mesh)
 
     def place(parameter: Tensor) -> ShardPlacementResult:
-        return ShardPlacementResult(Shard(0), experts_info if parameter in experts and mesh.ep > 1 else dense_info)
+        return ShardPlacementResult(Shard(0), infos[classes[parameter]])  # type: ignore[index]
 
     wide = reduce(torch.promote_types, (parameter.dtype for parameter in model.parameters()), torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=wide)
-    wrap = partial(fully_shard, mesh=dense_mesh, shard_placement_fn=place, ignored_params=replicated, mp_policy=policy)
+    wrap = partial(
+        fully_shard, mesh=infos[DENSE].mesh, shard_placement_fn=place, ignored_params=replicated, mp_policy=policy
+    )
     for layer in (*layers_of(model), model):
         wrap(layer)
         assert isinstance(layer, FSDPModule)
@@ -174,13 +180,44 @@ def _wrap(model: nn.Module, mesh: MeshSpec, device_mesh: DeviceMesh, param_dtype
         layer.set_force_sum_reduction_for_comms(True)
 
 
-def _of_another_dtype(parameters: Sequence[nn.Parameter]) -> set[nn.Parameter]:
-    """The weights whose dtype is not that of most numbers: transformers keeps some routers and norms in fp32."""
-    sizes: Counter[torch.dtype] = Counter()
-    for parameter in parameters:
-        sizes[parameter.dtype] += parameter.numel()
-    most = max(sizes, key=sizes.__getitem__, default=None)
-    return {parameter for parameter in parameters if parameter.dtype != most}
+def _mesh_infos(mesh: MeshSpec, device_mesh: DeviceMesh, dense_mesh: DeviceMesh) -> dict[str, FSDPMeshInfo]:
+    """For each class of weights, the ranks over which FSDP shards it and sums its gradient."""
+
+    def info(of: DeviceMesh, axis: str) -> FSDPMeshInfo:
+        if mesh.dp_replicate > 1:
+            return HSDPMeshInfo(of["dp_replicate", axis], shard_mesh_dim=1, replicate_mesh_dim=0)
+        return FSDPMeshInfo(of[axis], shard_mesh_dim=0)
+
+    # Dense weights have their own mesh: its dp_shard and tp are (edp, ep) of the experts' mesh, in the same order.
+    dense = info(dense_mesh, "dp_shard")
+    if mesh.tp == 1:
+        return {DENSE: dense, EXPERTS: info(device_mesh, "edp") if mesh.ep > 1 else dense}
+    sizes = (mesh.dp_replicate, mesh.dp_shard * mesh.tp)
+    every = init_device_mesh(device_mesh.device_type, sizes, mesh_dim_names=("dp_replicate", "dp_shard_tp"))
+    summed = info(every, "dp_shard_tp")
+    experts = info(device_mesh, "edp") if mesh.ep > 1 else summed
+    return {DENSE: dense, SPLIT: dense, HEADS: summed, INSIDE: summed, EXPERTS: experts}
+
+
+def _of_another_dtype(model: nn.Module, classes: Mapping[nn.Parameter, str]) -> set[nn.Parameter]:
+    """The weights whose dtype is not that of most numbers: transformers keeps some routers and norms in fp32.
+
+    Raises:
+        PlanError: one of them is split over tp, or its gradient is summed over it, which FSDP would do.
+    """
+    others: set[nn.Parameter] = set()
+    for trained in (True, False):  # frozen weights may be narrower than the trained adapters beside them
+        mine = [p for p, kind in classes.items() if kind != ROUTER and p.requires_grad is trained]
+        sizes: Counter[torch.dtype] = Counter()
+        for parameter in mine:
+            sizes[parameter.dtype] += parameter.numel()
+        most = max(sizes, key=sizes.__getitem__, default=None)
+        others.update(parameter for parameter in mine if parameter.dtype != most)
+    for name, parameter in model.named_parameters():
+        if parameter in others and classes[parameter] in (SPLIT, HEADS, INSIDE):
+            rule = f"is {parameter.dtype}, unlike most of the model, and tensor parallelism needs one dtype"
+            raise PlanError("mesh.tp", name, rule, "Convert the weight, or use mesh.tp=1")
+    return others
 
 
 def expert_parameters(model: nn.Module) -> list[tuple[nn.Module, str]]:

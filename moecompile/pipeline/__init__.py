@@ -40,7 +40,7 @@ from moecompile.passes.same_weights import check_same_weights
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.passes.trained import frozen_notes
 from moecompile.pipeline.facts import facts_of
-from moecompile.plan import ExpertsSite, FFNSite, Plan, PlannedSite, check_sites
+from moecompile.plan import ExpertsSite, FFNSite, Plan, check_sites
 from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import build_plan
 from moecompile.planner.existing import notes
@@ -119,15 +119,13 @@ def make_plan(
     """
     check_model(model_or_graph, "model_or_graph")
     config = _config(overrides)
-    sites: Sequence[PlannedSite]
     if isinstance(model_or_graph, fx.GraphModule) and example is None:
-        sites = list(graph_sites(model_or_graph))
-    else:
-        if example is None:
-            raise CaptureError("make_plan needs example=... for a module that is not a GraphModule")
-        check_example(example)
-        sites = capture_planned(model_or_graph, None, config, example).sites
-    return build_plan(sites, config, facts_of(model_or_graph, example))
+        return build_plan(list(graph_sites(model_or_graph)), config, facts_of(model_or_graph))
+    if example is None:
+        raise CaptureError("make_plan needs example=... for a module that is not a GraphModule")
+    check_example(example)
+    captured = capture_planned(model_or_graph, None, config, example)
+    return build_plan(captured.sites, config, facts_of(model_or_graph, example, captured))
 
 
 def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | Config | Plan = ()) -> fx.GraphModule:
@@ -199,7 +197,7 @@ def compile_with_report(
     _check(model, example, plan, device_mesh, until)
     config, log = _config(overrides), Log()
     captured = capture_planned(model, plan, config, example, log)
-    plan = _planned(model, captured, overrides if plan else config, plan, facts_of(model, example))
+    plan = _planned(model, captured, overrides if plan else config, plan, facts_of(model, example, captured))
     layers = captured.planned(plan.layers)
     regions = {path: captured.regions[path] for path in layers}
     log.add("build_plan", regions, regions, f"{len(plan.layers)} layers planned, hash {plan.hash}")
@@ -222,7 +220,8 @@ def compile_with_report(
     watch_padding(done.model)
     if until == "shard":
         check_same_weights(done.model)
-        shard(done.model, plan, device_mesh or device_mesh_of(plan.mesh, _device_type(done.model)))
+        device_type = next(done.model.parameters()).device.type
+        shard(done.model, plan, device_mesh or device_mesh_of(plan.mesh, device_type))
         log.add("shard", final, final, "axes bound, experts split")
     return done
 
@@ -302,7 +301,3 @@ def _kind(plan: Plan, config: Config) -> SiteKind:
 def _config(overrides: Sequence[str] | Config) -> Config:
     check_overrides(overrides)
     return overrides if isinstance(overrides, Config) else compose_config(list(overrides))
-
-
-def _device_type(model: nn.Module) -> str:
-    return next(model.parameters()).device.type

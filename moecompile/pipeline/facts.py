@@ -7,13 +7,19 @@ from collections.abc import Mapping
 from torch import nn
 
 from moecompile.capture import Example, layers_of
+from moecompile.match.regions import Captured
 from moecompile.nn.adapters import output_heads
 from moecompile.nn.padding import masks_of
+from moecompile.pipeline.splits import heads_of, no_split, splits_of
 from moecompile.planner import ModelFacts
 
 
-def facts_of(model: nn.Module, example: Example | None = None) -> ModelFacts:
-    """Sizes of the dense model, 0 if they cannot be read from the module; and what is known from the example."""
+def facts_of(model: nn.Module, example: Example | None = None, captured: Captured | None = None) -> ModelFacts:
+    """Sizes of the dense model, 0 if they cannot be read from the module; and what is known from the example.
+
+    Args:
+        captured: its sites, to know which modules they are made of.
+    """
     layers = list(layers_of(model))
     inside = {parameter for layer in layers for parameter in layer.parameters()}
     outside = sum(parameter.numel() for parameter in model.parameters() if parameter not in inside)
@@ -27,6 +33,9 @@ def facts_of(model: nn.Module, example: Example | None = None) -> ModelFacts:
         frozen=_frozen(model),
         linears=_linears(model),
         has_padding_mask=_has_padding_mask(model, example),
+        split=splits_of(model, captured or Captured()),
+        no_split=no_split(model),
+        heads=heads_of(model),
     )
 
 

@@ -2,7 +2,16 @@
 
 from moecompile.plan.adapters import AdaptersPlan, ExpertAdapters
 from moecompile.plan.checks import plan_errors
-from moecompile.plan.dispatch import EXCHANGE_OPS, EXCHANGES, HALVES, IN_FLIGHT, WAIT_OPS, DispatchPlan, can_fuse
+from moecompile.plan.dispatch import (
+    EXCHANGE_OPS,
+    EXCHANGES,
+    HALVES,
+    IN_FLIGHT,
+    SLICE_OPS,
+    WAIT_OPS,
+    DispatchPlan,
+    can_fuse,
+)
 from moecompile.plan.existing import layer_of, layer_on_one_device, own_routing
 from moecompile.plan.experts import ExpertPlacement, ExpertsPlan
 from moecompile.plan.fit import check_sites
@@ -12,12 +21,16 @@ from moecompile.plan.one_process import on_one_process, on_one_rank
 from moecompile.plan.plan import Assumptions, Estimate, MemoryEstimate, Plan, Reduction, Remedy, Traffic
 from moecompile.plan.reductions import reductions
 from moecompile.plan.sites import ExpertsSite, FFNSite, PlannedSite
+from moecompile.plan.tensor_parallel import HEADS_STYLE, STYLES, SplitModules
 
 __all__ = [
     "EXCHANGES",
     "EXCHANGE_OPS",
     "HALVES",
+    "HEADS_STYLE",
     "IN_FLIGHT",
+    "SLICE_OPS",
+    "STYLES",
     "WAIT_OPS",
     "AdaptersPlan",
     "Assumptions",
@@ -36,6 +49,7 @@ __all__ = [
     "Reduction",
     "Remedy",
     "RoutingPlan",
+    "SplitModules",
     "Traffic",
     "can_fuse",
     "check_sites",

@@ -36,6 +36,8 @@ EXCHANGE_OPS = frozenset(op for ops in EXCHANGES.values() for op in ops) | {star
 WAIT_OPS = frozenset(wait for _, wait in HALVES.values())
 IN_FLIGHT = frozenset(kind for kind, ops in EXCHANGES.items() if set(ops) & set(HALVES))
 """Kinds whose exchanges of rows can be asynchronous."""
+SLICE_OPS = ("cut_tokens", "join_tokens")
+"""Ops before and after the dispatch of a layer whose tokens are cut over `tp`."""
 FUSABLE = frozenset(EXCHANGES) - {"flat"}
 """Kinds that copy and sum rows on the rank of the experts. flat does it on the rank of the tokens."""
 

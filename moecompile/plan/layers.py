@@ -23,7 +23,8 @@ class LayerPlan:
     """One site and all decisions about it.
 
     fused: whether one op gathers the rows, computes the experts and sums their outputs. mask_padding: whether padding
-    is taken out of routing. adapters: of the experts; None: they have none.
+    is taken out of routing. adapters: of the experts; None: they have none. cut_over: mesh axes over which the tokens
+    are cut after routing and joined after combine: `tp`, if there is tensor parallelism.
 
     Raises:
         PlanError: the parts contradict each other.
@@ -38,6 +39,7 @@ class LayerPlan:
     fused: bool = False
     mask_padding: bool = False
     adapters: ExpertAdapters | None = None
+    cut_over: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.fused and not can_fuse(self.site, self.dispatch):
@@ -63,6 +65,13 @@ class LayerPlan:
     def _contradictions(self) -> Iterator[tuple[str, object, str, str]]:
         """(path, value, rule, fix) of every broken rule between the parts."""
         experts, placement = self.experts, self.placement
+        if self.cut_over not in ((), ("tp",)):
+            yield (
+                "cut_over",
+                "[" + ", ".join(self.cut_over) + "]",
+                "must be [] or [tp]",
+                "Use [tp] if mesh.tp is more than 1",
+            )
         existing = isinstance(self.site, ExpertsSite)
         if existing != (experts.init == "existing") or existing != self.routing.is_own:
             rule = "init=existing and score=own are for experts that the model has already, and for no others"

@@ -24,4 +24,4 @@ def on_one_rank(layer: LayerPlan) -> LayerPlan:
     placement, dispatch = ExpertPlacement(num_experts=layer.placement.num_experts, ep=1), DispatchPlan(kind="local")
     fusable = can_fuse(layer.site, dispatch) and layer.adapters is None
     fused = fusable and (layer.fused or not can_fuse(layer.site, layer.dispatch))
-    return dataclasses.replace(layer, placement=placement, dispatch=dispatch, fused=fused)
+    return dataclasses.replace(layer, placement=placement, dispatch=dispatch, fused=fused, cut_over=())

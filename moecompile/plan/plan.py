@@ -10,16 +10,19 @@ from functools import cached_property
 from moecompile.errors import PlanError
 from moecompile.mesh import MeshSpec
 from moecompile.plan.adapters import AdaptersPlan
+from moecompile.plan.checks import plan_errors
 from moecompile.plan.layers import LayerPlan
+from moecompile.plan.tensor_parallel import SplitModules, check_split
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reduction:
     """How the gradients of one class of parameters are summed.
 
-    parameters: `dense`, `router` or `experts`. replicated_over, sharded_over: mesh axes of the weights. sum_over: axes
-    whose ranks each have a part of the gradient, summed by FSDP's reduce-scatter or an all-reduce; the EP axis of
-    experts is not among them, because the backward all-to-all sums over it.
+    parameters: `dense`, `router`, `experts`, and with `tp` the classes that it treats differently. replicated_over,
+    sharded_over: mesh axes of the weights. sum_over: axes whose ranks each have a part of the gradient, summed by
+    FSDP's reduce-scatter or an all-reduce; the EP axis of experts is not among them, because the backward all-to-all
+    sums over it.
     """
 
     parameters: str
@@ -83,8 +86,9 @@ class Estimate:
     """What the planner predicts.
 
     params_active: parameters that one token uses. params_trained: those that are not frozen. checkpointing: what
-    backward recomputes; `resent_...`: what it sends again for that, in addition to the forward's bytes. remedies: what
-    to change if the plan does not fit.
+    backward recomputes; `resent_...`: what it sends again for that, in addition to the forward's bytes.
+    tp_bytes_per_token: what leaves a rank over `tp` in the forward of the whole model: all-reduces after split linears,
+    and the joins of MoE layers. remedies: what to change if the plan does not fit.
     """
 
     params_total: int
@@ -95,6 +99,7 @@ class Estimate:
     bytes_per_token_per_layer: Traffic
     checkpointing: str
     resent_bytes_per_token_per_layer: Traffic
+    tp_bytes_per_token: Traffic = Traffic(intra_node=0.0, inter_node=0.0)
     assumes: Assumptions | None = None
     remedies: tuple[Remedy, ...] = ()
 
@@ -104,6 +109,7 @@ class Plan:
     """The reviewable result of planning, and the lock file `plan.yaml`.
 
     adapters: what is trained in place of the model's weights; None: the weights themselves.
+    tensor_parallel: modules outside of the MoE layers that are split over `tp`.
 
     Raises:
         PlanError: two layers have the same site, or a layer is placed on another mesh.
@@ -113,9 +119,12 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     reductions: tuple[Reduction, ...]
     adapters: AdaptersPlan | None = None
+    tensor_parallel: tuple[SplitModules, ...] = ()
     estimate: Estimate | None = None
 
     def __post_init__(self) -> None:
+        with plan_errors():
+            check_split(self.mesh.tp, self.tensor_parallel)
         seen: set[str] = set()
         for i, layer in enumerate(self.layers):
             if layer.site.fqn in seen:
@@ -126,6 +135,9 @@ class Plan:
                     f"layers[{i}].placement.ep", layer.placement.ep, f"must be mesh.ep={self.mesh.ep}",
                     "Plan again for this mesh",
                 )  # fmt: skip
+            if (self.mesh.tp > 1) != bool(layer.cut_over):
+                cut_over, rule = "[" + ", ".join(layer.cut_over) + "]", f"does not fit mesh.tp={self.mesh.tp}"
+                raise PlanError(f"layers[{i}].cut_over", cut_over, rule, "Use [tp] if and only if it is more than 1")
             if layer.dispatch.on_two_levels and layer.placement.nodes != self.mesh.nodes_per_ep_group:
                 raise PlanError(
                     f"layers[{i}].placement.nodes", layer.placement.nodes,
@@ -134,7 +146,7 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """16 hex digits over mesh, layers, reductions and adapters, without the estimate."""
+        """16 hex digits over everything but the estimate."""
         body = asdict(replace(self, estimate=None))
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -150,7 +162,10 @@ class Plan:
         raise KeyError(fqn)
 
     def __str__(self) -> str:
-        lines = [f"Plan {self.hash}: {len(self.layers)} MoE layers on {self.mesh.world_size} ranks, ep={self.mesh.ep}"]
+        tp = f", tp={self.mesh.tp}" if self.mesh.tp > 1 else ""
+        lines = [
+            f"Plan {self.hash}: {len(self.layers)} MoE layers on {self.mesh.world_size} ranks, ep={self.mesh.ep}{tp}"
+        ]
         for layer in self.layers:
             e, r = layer.experts, layer.routing
             limit = f", {r.top_groups} of {r.groups} groups" if r.top_groups < r.groups else ""

@@ -37,13 +37,13 @@ class WeightClass:
 
 
 DENSE, ROUTER, EXPERTS = "dense", "router", "experts"
-SPLIT, HEADS, SHARED = "dense, split over tp", "norms of heads", "shared experts"
+SPLIT, HEADS, INSIDE = "dense, split over tp", "norms of heads", "inside MoE layers"
 
 _CLASSES = (
     WeightClass(name=DENSE, sharded=("dp_shard",)),
     WeightClass(name=SPLIT, owned=("tp",), sharded=("dp_shard", "tp")),
     WeightClass(name=HEADS, split=DENSE_AXES, sharded=("dp_shard", "tp")),
-    WeightClass(name=SHARED, split=DENSE_AXES, sharded=("dp_shard", "tp")),  # their tokens are cut over tp
+    WeightClass(name=INSIDE, split=DENSE_AXES, sharded=("dp_shard", "tp")),  # shared experts, norms: tokens are cut
     WeightClass(name=ROUTER),
     WeightClass(name=EXPERTS, axes=EXPERT_AXES, split=EXPERT_AXES, owned=("ep",), sharded=("edp", "ep")),
 )

@@ -24,12 +24,13 @@ expert; n: projections before the activation, 2 for gated, 1 for up_down; V: voc
        fused   = b T (K F + copies D)            gradients of the hidden rows and of the partial sums
        unfused = a T K (n F + D)                 gradients of the rows into and out of the activation  -> `left_bytes`
 Routing is assumed to be balanced: a rank's experts get K T rows. Dense layers are assumed to have the D and d_ff of the
-widest planned site.
+widest planned site. With tp, an MoE layer has T / tp tokens; activations between split linears are counted whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from moecompile.mesh import MeshSpec
 from moecompile.plan import FFNSite, LayerPlan
@@ -48,15 +49,22 @@ def activation_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFa
     num_layers, number = max(facts.num_layers, len(layers)), run.compute_bytes * run.tokens_per_rank
     d_model = max((layer.site.d_model for layer in layers), default=0)
     dense = max((2 * layer.site.num_in_projections * layer.site.d_ff for layer in layers), default=0)
-    moe = [moe_bytes(layer, mesh, run) for layer in layers]
+    cut = replace(run, tokens_per_rank=tokens_of_a_rank(mesh, run))
+    moe = [moe_bytes(layer, mesh, cut) for layer in layers]
     saved = [RESIDUAL_NUMBERS * d_model * number + ffn for ffn in moe + [dense * number] * (num_layers - len(layers))]
     logits = LOGITS_COPIES * facts.vocab_size * number
     total = logits + sum(saved)
     if run.checkpointing != "none":
         kept = sum(exchanged(layer, mesh) for layer in layers) if run.checkpointing == "keep_exchanges" else 0
-        recomputed = logits + (num_layers * d_model + kept) * number + max(saved, default=0)
+        recomputed = logits + num_layers * d_model * number + max(saved, default=0)
+        recomputed += kept * run.compute_bytes * cut.tokens_per_rank
         total = min(total, recomputed)
     return round(total + max((left_bytes(layer, mesh, run) for layer in layers), default=0))
+
+
+def tokens_of_a_rank(mesh: MeshSpec, run: RunFacts) -> int:
+    """Tokens of a micro-batch that one rank has inside MoE layers, where they are cut over tp."""
+    return -(-run.tokens_per_rank // mesh.tp)
 
 
 def moe_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:

@@ -31,6 +31,10 @@ def plan_adapters(layers: Layers, config: Config, facts: ModelFacts) -> tuple[La
     chosen = config.adapters
     if chosen.kind is AdapterKind.none:
         return layers, None, facts
+    if config.mesh.tp > 1:
+        raise ConfigError(
+            "mesh.tp", config.mesh.tp, "adapters are not split over tp", "Use mesh.tp=1, or adapters=none"
+        )
     _check_sites(layers)  # Step 1
     adapted = tuple(_with_adapters(layer, config) for layer in layers)  # Step 2
     known = [f"{layer.site.fqn}.{name}" for layer in layers for name in _weights(layer)]

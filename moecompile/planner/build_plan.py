@@ -4,7 +4,7 @@ Algorithm:
   1. Validate the config and derive the mesh.
   2. Select the sites that match the config.
   3. Plan experts, routing, placement and dispatch of each, and the adapters.
-  4. Derive the reductions and the estimate.
+  4. Derive the reductions, what tensor parallelism splits (tensor_parallel.py) and the estimate.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from moecompile.planner import ModelFacts, RunFacts, estimate
 from moecompile.planner.adapters import plan_adapters
 from moecompile.planner.dispatch import plan_dispatch
 from moecompile.planner.existing import check_given, existing_layer, only_existing, selection
+from moecompile.planner.tensor_parallel import split_modules
 from moecompile.schema import (
     Choice,
     Config,
@@ -75,6 +76,7 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
         replace(
             _layer(site, layer_settings(config, site.fqn, i, len(chosen)), config, mesh, facts),
             mask_padding=mask_padding,
+            cut_over=("tp",) if mesh.tp > 1 else (),
         )
         for i, site in enumerate(chosen)
     )
@@ -84,6 +86,7 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
         layers=layers,
         reductions=reductions(mesh),
         adapters=adapters,
+        tensor_parallel=split_modules([site.fqn for site in chosen], mesh, facts),
         estimate=estimate(
             layers, mesh, facts, _run_facts(config, mesh, facts), memory_bytes=config.hardware.memory_gib * _GIB
         ),

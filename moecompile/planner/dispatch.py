@@ -52,13 +52,18 @@ def _dispatch_kind(
         return str(DispatchKind.dedup.value)
     if kind is not DispatchKind.auto:
         return str(kind.value)
-    return choose_dispatch(placement, routing, mesh, _wire(config, site))
+    return choose_dispatch(placement, routing, mesh, _wire(config, mesh, site))
 
 
-def _wire(config: Config, site: PlannedSite) -> Wire:
+def _tokens(config: Config, mesh: MeshSpec) -> int:
+    """Tokens of a micro-batch that a rank sends to experts."""
+    return -(-config.data.micro_batch_size * config.data.seq_len // mesh.tp)
+
+
+def _wire(config: Config, mesh: MeshSpec, site: PlannedSite) -> Wire:
     return Wire(
         d_model=site.d_model,
-        tokens_per_rank=config.data.micro_batch_size * config.data.seq_len,
+        tokens_per_rank=_tokens(config, mesh),
         element_bytes=row_bytes(_wire_dtype(config).value, 4),
     )
 
@@ -69,7 +74,7 @@ def _overlap(
 ) -> tuple[str, int]:  # fmt: skip
     """The overlap and the number of chunks."""
     overlap, chunks = config.dispatch.overlap, config.dispatch.chunks
-    tokens = config.data.micro_batch_size * config.data.seq_len
+    tokens = _tokens(config, mesh)
     if overlap is not OverlapKind.chunks:
         if chunks != "auto":
             raise ConfigError(
@@ -79,7 +84,7 @@ def _overlap(
         if overlap is not OverlapKind.auto:
             return overlap.value, 1
     elif chunks != "auto":
-        _check_chunks(chunks, tokens)
+        _check_chunks(chunks, tokens, mesh)
         return "chunks", int(chunks)
     if overlap is OverlapKind.auto and kind not in IN_FLIGHT:
         return "none", 1
@@ -90,11 +95,12 @@ def _overlap(
     return choose_overlap(times, rows_per_expert)
 
 
-def _check_chunks(chunks: int | str, tokens: int) -> None:
+def _check_chunks(chunks: int | str, tokens: int, mesh: MeshSpec) -> None:
     Whole(2).check("dispatch.chunks", chunks)
+    cut = " / mesh.tp" if mesh.tp > 1 else ""
     if int(chunks) > tokens:
         raise ConfigError(
-            "dispatch.chunks", chunks, f"a micro-batch has {tokens} tokens (data.micro_batch_size * data.seq_len)",
+            "dispatch.chunks", chunks, f"a micro-batch has {tokens} tokens (data.micro_batch_size * data.seq_len{cut})",
             f"Use at most {tokens}",
         )  # fmt: skip
 
@@ -105,8 +111,8 @@ def _seconds(
 ) -> LayerSeconds:  # fmt: skip
     """Times of one layer's forward on one rank, from the bandwidths and the speed of `hardware`."""
     hardware, (d_expert, d_shared) = config.hardware, widths
-    tokens = config.data.micro_batch_size * config.data.seq_len
-    traffic = forward_traffic(kind, placement, routing, mesh, _wire(config, site))
+    tokens = _tokens(config, mesh)
+    traffic = forward_traffic(kind, placement, routing, mesh, _wire(config, mesh, site))
     wire = traffic.intra_node / hardware.intra_node_gb_s + traffic.inter_node / hardware.inter_node_gb_s
     per_width = 2 * site.d_model * (site.num_in_projections + 1) / (hardware.tflops * 1e12)
     return LayerSeconds(

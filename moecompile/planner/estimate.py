@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from moecompile.mesh import MeshSpec
 from moecompile.plan import Assumptions, Estimate, LayerPlan, Traffic
+from moecompile.planner.activations import tokens_of_a_rank
 from moecompile.planner.memory import memory_of_fullest_rank
 from moecompile.planner.params import ModelFacts, RunFacts, model_params, trained_params
 from moecompile.planner.remedies import remedies
+from moecompile.planner.tensor_parallel import tp_traffic
 from moecompile.planner.traffic import Wire, forward_traffic, row_bytes
 
 OPTIMIZER = "adamw"  # two fp32 moments
@@ -38,6 +40,7 @@ def estimate(
         resent_bytes_per_token_per_layer=traffic
         if run.checkpointing == "full"
         else Traffic(intra_node=0.0, inter_node=0.0),
+        tp_bytes_per_token=tp_traffic(layers, mesh, facts, run),
         assumes=Assumptions(
             hardware=run.hardware,
             memory_bytes=round(memory_bytes),
@@ -57,7 +60,7 @@ def _mean_traffic(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) ->
     for layer in layers:
         wire = Wire(
             d_model=layer.site.d_model,
-            tokens_per_rank=run.tokens_per_rank,
+            tokens_per_rank=tokens_of_a_rank(mesh, run),
             element_bytes=row_bytes(layer.dispatch.wire_dtype, run.compute_bytes),
         )  # routing weights stay fp32
         traffic.append(forward_traffic(layer.dispatch.kind, layer.placement, layer.routing, mesh, wire))

@@ -6,6 +6,7 @@ as in params.py; V: vocabulary.
 
 1. Parameters that a rank stores.
        own = P_d / dp_shard + P_e / (ep edp_shard) + P_r                      routers are replicated -> `_own_params`
+   With tp, those of P_d that the tp_plan splits and the shared experts are divided by tp too.
 2. Parameters that FSDP gathers. It frees a layer before it gathers the next, but keeps the root (embeddings, head,
    norm):
        unsharded = root + max over layers of (dense part of the layer + E / ep experts)        -> `_unsharded_params`
@@ -30,7 +31,7 @@ from collections.abc import Sequence
 
 from moecompile.mesh import MeshSpec
 from moecompile.plan import LayerPlan, MemoryEstimate
-from moecompile.planner.activations import FP32_BYTES, activation_bytes, exchanged
+from moecompile.planner.activations import FP32_BYTES, activation_bytes, exchanged, tokens_of_a_rank
 from moecompile.planner.params import ModelFacts, ModelParams, RunFacts, layer_params, model_params, trained_params
 
 ADAMW_MOMENTS = 2
@@ -50,14 +51,18 @@ def memory_of_fullest_rank(
         optimizer=(_own_params(trained, mesh) + trained.router) * ADAMW_MOMENTS * FP32_BYTES,
         activations=activation_bytes(layers, mesh, facts, run),
         dispatch=round(
-            run.tokens_per_rank * run.compute_bytes * max((exchanged(layer, mesh) for layer in layers), default=0)
+            tokens_of_a_rank(mesh, run)
+            * run.compute_bytes
+            * max((exchanged(layer, mesh) for layer in layers), default=0)
         ),
     )
 
 
 def _own_params(params: ModelParams, mesh: MeshSpec) -> int:
     """Sharded parameters that one rank stores (step 1), without routers, which are replicated."""
-    return _shard(params.dense, mesh.dp_shard) + _shard(params.experts, mesh.ep * mesh.edp_shard)
+    over_tp = min(params.dense, params.split_root + params.split_layers + params.shared) if mesh.tp > 1 else 0
+    dense = _shard(params.dense - over_tp, mesh.dp_shard) + _shard(over_tp, mesh.dp_shard * mesh.tp)
+    return dense + _shard(params.experts, mesh.ep * mesh.edp_shard)
 
 
 def _stored_bytes(params: ModelParams, mesh: MeshSpec, number: int) -> int:
@@ -73,8 +78,10 @@ def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelF
     """Parameters that are unsharded at the same time (step 2)."""
     if mesh.world_size == 1:
         return 0
-    counts = [layer_params(layer) for layer in layers]
+    counts, params = [layer_params(layer) for layer in layers], model_params(layers, facts)
     in_layers = facts.params_total - facts.params_embedding - sum(c.dense for c in counts)
+    in_layers -= params.split_layers - _shard(params.split_layers, mesh.tp)
+    root = facts.params_embedding - params.split_root + _shard(params.split_root, mesh.tp)
     largest = max(
         (
             c.shared + (c.experts + layer.experts.num_routed * c.adapters) // mesh.ep
@@ -82,14 +89,15 @@ def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelF
         ),
         default=0,
     )
-    return facts.params_embedding + _shard(in_layers, max(1, facts.num_layers, len(layers))) + largest
+    return root + _shard(in_layers, max(1, facts.num_layers, len(layers))) + largest
 
 
 def _unsharded_grads_bytes(
     trained: ModelParams, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
 ) -> int:
     """Bytes of gradients before they are reduced (step 2)."""
-    all_grads = trained.dense + _shard(trained.experts, mesh.ep)
+    split = min(trained.dense, trained.split_root + trained.split_layers)
+    all_grads = trained.dense - split + _shard(split, mesh.tp) + _shard(trained.experts, mesh.ep)
     if mesh.world_size == 1 or run.accumulation == 1:
         number = run.compute_bytes if facts.adapters is None else FP32_BYTES
         return min(all_grads, _unsharded_params(layers, mesh, facts)) * number

@@ -34,7 +34,8 @@ class ModelFacts:
     tokens (None: unknown). frozen: module path ("": the model) -> its number of frozen parameters, and of all its
     parameters; empty if none is frozen. has_padding_mask: whether the example has one. linears: module path ->
     (d_in, d_out) of its linears, without output heads. adapters: (parameters of the adapters of linears, whether
-    routers are trained), once they are planned; None: there are no adapters.
+    routers are trained), once they are planned; None: there are no adapters. split: what the model's tp_plan names;
+    no_split: why it cannot be used, empty if it can. heads: numbers of heads, by their name in the model's config.
     """
 
     params_total: int
@@ -47,6 +48,29 @@ class ModelFacts:
     has_padding_mask: bool = False
     linears: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     adapters: tuple[int, bool] | None = None
+    split: tuple[SplitFact, ...] = ()
+    no_split: str = "the model has no tp_plan, which says how its weights are split"
+    heads: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFact:
+    """A module or parameter that the model's tp_plan names.
+
+    pattern: its entry there, with `*` for a number. kind: `linear`, `embedding`, or its class. size: of the dim that is
+    split; size_name: what it is. params: of the parameters that are split, tied ones counted once. site: path of the
+    site that it is a part of. width: of its output.
+    """
+
+    path: str
+    pattern: str
+    style: str
+    kind: str
+    size: int
+    size_name: str
+    params: int
+    site: str | None
+    width: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +112,18 @@ class LayerParams:
 class ModelParams:
     """Parameter counts of the rewritten model, by placement.
 
-    dense: everything except routed experts and routers. active: parameters that one token uses.
+    dense: everything except routed experts and routers. active: parameters that one token uses. split_root,
+    split_layers: those of `dense` that the model's tp_plan splits, outside and inside the layers. shared: those of
+    shared experts, whose gradient is summed over tp, so that FSDP shards them over it.
     """
 
     dense: int
     experts: int
     router: int
     active: int
+    split_root: int = 0
+    split_layers: int = 0
+    shared: int = 0
 
     @property
     def total(self) -> int:
@@ -147,8 +176,17 @@ def model_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParams:
     dense = facts.params_total + sum(c.shared - c.dense for c in counts) + (facts.adapters or (0,))[0]
     router = sum(c.router for c in counts)
     used = sum(layer.routing.top_k * (c.expert + c.adapters) for layer, c in zip(layers, counts, strict=True))
-    experts = sum(c.experts for c in counts) + _all_adapters(layers)
-    return ModelParams(dense=dense, experts=experts, router=router, active=dense + router + used)
+    planned = {layer.site.fqn for layer in layers}
+    split = [fact for fact in facts.split if fact.site not in planned]
+    return ModelParams(
+        dense=dense,
+        experts=sum(c.experts for c in counts) + _all_adapters(layers),
+        router=router,
+        active=dense + router + used,
+        split_root=sum(fact.params for fact in split if "*" not in fact.pattern),
+        split_layers=sum(fact.params for fact in split if "*" in fact.pattern),
+        shared=sum(c.shared for c in counts),
+    )
 
 
 def _all_adapters(layers: Sequence[LayerPlan]) -> int:

@@ -29,6 +29,9 @@ def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
             console.print(Text(f"{kind}, forward: {', '.join(op for op, _ in steps)}"))
         console.print()
     console.print(_reductions_table(plan))
+    if plan.tensor_parallel:
+        console.print()
+        console.print(_split_table(plan))
     if plan.estimate is not None:
         console.print()
         _print_estimate(plan.estimate, console)
@@ -40,7 +43,10 @@ def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
 
 def _header(plan: Plan) -> Table:
     mesh, grid = plan.mesh, plain_grid()
-    axes = ", ".join(f"{name} {getattr(mesh, name)}" for name in ("ep", "edp", "dp_replicate", "dp_shard"))
+    axes = ", ".join(
+        f"{name} {getattr(mesh, name)}"
+        for name in ("ep", "edp", "dp_replicate", "dp_shard", *(("tp",) if mesh.tp > 1 else ()))
+    )
     nodes, ranks = plural(mesh.num_nodes, "node"), plural(mesh.ranks_per_node, "rank")
     grid.add_row(Text("plan", style="bold"), Text(f"{plan.hash}, {plural(len(plan.layers), 'MoE layer')}"))
     grid.add_row(Text("mesh", style="bold"), Text(f"{nodes} x {ranks} = {mesh.world_size} on {mesh.device}"))
@@ -121,6 +127,16 @@ def _reductions_table(plan: Plan) -> Table:
     return table
 
 
+def _split_table(plan: Plan) -> Table:
+    """The modules outside of MoE layers that are split over tp, by style."""
+    table = plain_table("split over tp", "modules")
+    styles = dict.fromkeys(entry.style for entry in plan.tensor_parallel)
+    for style in styles:
+        modules = [entry.modules for entry in plan.tensor_parallel if entry.style == style]
+        table.add_row(Text(style), Text("\n".join(modules)))
+    return table
+
+
 def _print_estimate(estimate: Estimate, console: Console) -> None:
     memory, assumes = estimate.memory_bytes_per_rank, estimate.assumes
     table = plain_table("memory/rank", "weights", "grads", "optimizer", "activations", "dispatch", "fits")
@@ -141,6 +157,12 @@ def _print_estimate(estimate: Estimate, console: Console) -> None:
     if assumes is not None:
         grid.add_row(Text("assumes", style="dim"), Text(_assumes_text(assumes, estimate.checkpointing)))
     grid.add_row(Text("forward bytes", style="dim"), Text(traffic_text(asdict(estimate.bytes_per_token_per_layer))))
+    if any(asdict(estimate.tp_bytes_per_token).values()):
+        sent = estimate.tp_bytes_per_token.intra_node, estimate.tp_bytes_per_token.inter_node
+        text = (
+            f"{bytes_text(sent[0])} intra-node, {bytes_text(sent[1])} inter-node per token over tp, all layers together"
+        )
+        grid.add_row(Text("tp bytes", style="dim"), Text(text))
     if estimate.checkpointing != "none":
         grid.add_row(Text("recomputation", style="dim"), Text(_recomputation_text(estimate)))
     console.print(grid)

@@ -27,7 +27,7 @@ def with_workload(config: Config) -> tuple[Config, list[str]]:
     if workload.precision is not None and "trainer.precision" not in config.given:
         trainer = replace(trainer, precision=workload.precision)
     if values and not is_described(workload):
-        step = data.micro_batch_size * mesh_spec(config.mesh).world_size
+        step = data.micro_batch_size * mesh_spec(config.mesh).num_batches
         whole = -(-data.global_batch_size // step) * step
         if whole != data.global_batch_size:
             notes.append(

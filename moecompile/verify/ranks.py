@@ -43,11 +43,11 @@ def run_ranks(model: nn.Module, plan: Plan, config: Config, data: TextData, run_
     accumulate = accumulation_steps(config, mesh)
     batches = [uneven(batch, _global_number(i, mesh, rank, accumulate), config) for i, batch in enumerate(loader)]
     metrics = Metrics(1, config.trainer.max_steps)
-    recorder = _Recorder(metrics, batches[:accumulate])
+    recorder = _Recorder(metrics, batches[:accumulate], mesh)
     trainer = make_trainer(config, mesh, run_dir, [metrics, recorder])
     trainer.fit(module, _Batches(batches))
     trace = recorder.trace
-    trace.inputs = _in_order([batch["input_ids"] for batch in batches], accumulate)
+    trace.inputs = _in_order([batch["input_ids"] for batch in batches], accumulate, mesh)
     trace.weights = _whole(model)
     trainer.save_checkpoint(run_dir / "checkpoint")
     _overwrite(model)
@@ -78,14 +78,14 @@ class _Batches:
 class _Recorder(StepObserver):
     """Fills the trace during `fit`. It must come after `Metrics` in the list of observers, whose results it reads."""
 
-    def __init__(self, metrics: Metrics, first: list[Batch]) -> None:
-        self.metrics, self.first, self.trace = metrics, first, Trace()
+    def __init__(self, metrics: Metrics, first: list[Batch], mesh: MeshSpec) -> None:
+        self.metrics, self.first, self.mesh, self.trace = metrics, first, mesh, Trace()
         self._recording: AbstractContextManager[None] | None = None
 
     def started(self, module: LanguageModule) -> None:
         """Records the outputs before the first step."""
         outputs = [evaluated(module, batch) for batch in self.first]
-        self.trace.outputs = _in_order(outputs, len(outputs))
+        self.trace.outputs = _in_order(outputs, len(outputs), self.mesh)
 
     def micro_batch_started(self, module: LanguageModule, number: int) -> None:
         """Starts to record the routes of step 0."""
@@ -114,8 +114,8 @@ class _Recorder(StepObserver):
 
     def ended(self, module: LanguageModule) -> None:
         """Gathers the routes of all ranks."""
-        self.trace.routes = {name: _in_order(ids, len(ids)) for name, ids in self.trace.routes.items()}
-        self.trace.choices = {name: _in_order(ids, len(ids)) for name, ids in self.trace.choices.items()}
+        self.trace.routes = {name: _in_order(ids, len(ids), self.mesh) for name, ids in self.trace.routes.items()}
+        self.trace.choices = {name: _in_order(ids, len(ids), self.mesh) for name, ids in self.trace.choices.items()}
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -136,11 +136,15 @@ def _overwrite(model: nn.Module) -> None:
         local.fill_(float("nan") if local.is_floating_point() else -1)
 
 
-def _in_order(local: list[Tensor], per_step: int) -> list[Tensor]:
-    """On rank 0, the tensors of all ranks in the order of one process: by step, rank, and position in the step."""
+def _in_order(local: list[Tensor], per_step: int, mesh: MeshSpec) -> list[Tensor]:
+    """On rank 0, the tensors of all ranks in the order of one process: by step, rank, and position in the step.
+
+    Of ranks that share micro-batches, those that count them.
+    """
     gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
     dist.gather_object(local, gathered or None)
     if not gathered:
         return local
     steps = range(0, len(local), per_step)
-    return [tensor for step in steps for ranks in gathered for tensor in ranks[step : step + per_step]]
+    counted = [tensors for rank, tensors in enumerate(gathered) if mesh.is_counted(rank)]
+    return [tensor for step in steps for tensors in counted for tensor in tensors[step : step + per_step]]

@@ -61,7 +61,13 @@ def _shrink_mesh(work: _Shrinking) -> None:
     nodes = min(2, spec.num_nodes)
     ranks = 2 if nodes > 1 or spec.ranks_per_node < 4 else 4
     ep = nodes * ranks if spec.ep == spec.world_size or spec.nodes_per_ep_group > 1 else min(spec.ep, ranks)
-    for name, value in (("num_nodes", nodes), ("ranks_per_node", ranks), ("ep", ep), ("dp_replicate", 1)):
+    for name, value in (
+        ("num_nodes", nodes),
+        ("ranks_per_node", ranks),
+        ("ep", ep),
+        ("dp_replicate", 1),
+        ("tp", min(spec.tp, ranks)),
+    ):
         work.limit(mesh, "mesh", name, value, why)
     work.limit(mesh, "mesh", "dp_shard", "auto", why)
     routing = work.config.routing
@@ -79,7 +85,9 @@ def _shrink_model(work: _Shrinking) -> None:
     why = "narrow enough for seconds"
     heads = {model.config.get(name) for name in ("num_attention_heads", "num_key_value_heads")}
     as_many = {"num_key_value_heads": _LIMITS["num_attention_heads"]} if len(heads) == 1 else {}  # latent attention
+    tp = mesh_spec(config.mesh).tp
     for name, most in {**_LIMITS, **as_many}.items():
+        most = max(most, tp) if name.startswith("num_") and name.endswith("_heads") else most  # it divides them
         old = model.config.get(name)
         if isinstance(old, int) and old > most:
             model.config[name] = most
@@ -103,8 +111,8 @@ def _shrink_run(work: _Shrinking, steps: int) -> None:
     longest = _CHAT_LEN if data.kind is DataKind.sft else _SEQ_LEN
     work.limit(data, "data", "seq_len", min(data.seq_len, longest), why)
     work.limit(data, "data", "micro_batch_size", min(data.micro_batch_size, _SEQUENCES), why)
-    world = mesh_spec(config.mesh).world_size
-    work.limit(data, "data", "global_batch_size", data.micro_batch_size * world * _ACCUMULATION, why)
+    batches = mesh_spec(config.mesh).num_batches
+    work.limit(data, "data", "global_batch_size", data.micro_batch_size * batches * _ACCUMULATION, why)
     vocab = config.model.config.get("vocab_size")
     if isinstance(vocab, int) and data.vocab_size is not None and vocab < data.vocab_size:
         work.limit(data, "data", "vocab_size", vocab, "as the model's")

@@ -126,6 +126,13 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "reduce_scatter": lambda axis: (values(3, 4), axis),
     "gather_assignments": lambda axis: (values(3, 2), IDS_TK.to(torch.int16), axis),
     "exchange_counts": lambda axis: (torch.tensor([3, 1]), axis),
+    "cut_tokens": lambda axis: (values(3, 4), values(3, 2), IDS_TK, axis),
+    "join_tokens": lambda axis: (values(3, 4), values(3, 4).detach(), axis),
+    "gather_slices": lambda axis: (values(3, 4).detach(), 3, axis),
+    "take_slice": lambda axis: (values(3, 4).detach(), 3, axis),
+    "sum_ranks": lambda axis: (values(2, 3, 4), axis),
+    "join_columns": lambda axis: (values(2, 3, 4), axis),
+    "cut_columns": lambda axis: (values(2, 3, 4), axis),
     "all_to_all": lambda axis: (values(4, 4), table([4], [4]), 0, False, axis),
     "split_tokens": lambda _: (values(5, 4), 3),
     "counts_of_chunk": lambda _: (torch.arange(12).view(2, 6), 1, 3),
@@ -193,7 +200,7 @@ DIFFERENTIABLE = [
     "expert_bias", "pack_rows", "expand_rows", "reduce_rows", "combine_rows", "all_to_all", "exchange_assignments",
     "pad_tokens", "trim_tokens", "take_local", "wire_cast", "wire_uncast", "all_gather", "reduce_scatter",
     "gather_assignments", "expert_ffn", "sort_assignments", "sort_assignments: dropped", "sort_received",
-    "sort_gathered",
+    "sort_gathered", "cut_tokens", "join_tokens", "sum_ranks", "join_columns", "cut_columns",
 ]  # fmt: skip
 
 

@@ -173,15 +173,15 @@ def test_with_tensor_parallelism_a_weight_is_summed_over_tp_only_where_its_work_
         "dense": (("tp",), ("dp_shard",), ("dp_shard",)),  # every rank of a TP group has the whole gradient
         "dense, split over tp": ((), ("dp_shard", "tp"), ("dp_shard",)),  # tp owns it
         "norms of heads": ((), ("dp_shard", "tp"), ("dp_shard", "tp")),  # a rank sees its own heads
-        "shared experts": ((), ("dp_shard", "tp"), ("dp_shard", "tp")),  # a rank sees its slice of the tokens
+        "inside MoE layers": ((), ("dp_shard", "tp"), ("dp_shard", "tp")),  # a rank sees its slice of the tokens
         "router": (("dp_shard", "tp"), (), ("dp_shard",)),  # it sees all tokens, before they are cut
         "experts": ((), ("edp", "ep"), ("edp",)),
     }
     folded = by_class(MeshSpec(ranks_per_node=4, ep=4, tp=4))
     assert all(
-        summed == () for name, (_, _, summed) in folded.items() if name not in ("norms of heads", "shared experts")
+        summed == () for name, (_, _, summed) in folded.items() if name not in ("norms of heads", "inside MoE layers")
     )
-    assert folded["norms of heads"][2] == folded["shared experts"][2] == ("tp",)
+    assert folded["norms of heads"][2] == folded["inside MoE layers"][2] == ("tp",)
 
 
 def test_the_plan_holds_the_reductions_of_its_mesh() -> None:

@@ -27,9 +27,19 @@ SLICES = ["experts.init=virtual_group", "experts.granularity=4"]
 
 BROKEN: dict[str, tuple[list[str], str]] = {
     # mesh
-    "axis to come": (["mesh.tp=2"], "mesh.tp=2: this axis is not supported yet. Set it to 1."),
-    "pipeline": (["mesh.pp=4"], "mesh.pp=4: this axis is not supported yet. Set it to 1."),
-    "context": (["mesh.cp=0"], "mesh.cp=0: this axis is not supported yet. Set it to 1."),
+    "pipeline": (
+        ["mesh.pp=4"],
+        "mesh.pp=4: pipeline parallelism is not supported: auxiliary losses of earlier stages would not reach the loss, "
+        "and FSDP2 loses gradients under schedules that split backward. Set it to 1.",
+    ),
+    "context": (["mesh.cp=0"], "mesh.cp=0: context parallelism is not supported yet. Set it to 1."),
+    "more tp than ranks": (
+        ["mesh.tp=2"], "mesh.tp=2: must divide the world size (1 nodes x 1 ranks = 1 ranks). Use one of [1]."
+    ),
+    "dp_shard with tp": (
+        [*TWO_NODES, "mesh.tp=2", "mesh.dp_shard=4"],
+        "mesh.dp_shard=4: dp_replicate * dp_shard must be the world size / tp, 1 * 4 is not 2. Use 2 or auto.",
+    ),
     "device": (["mesh.device=tpu"], "mesh.device=tpu: must be cpu, cuda or auto. Use one of these."),
     "ep is a word": (["mesh.ep=most"], "mesh.ep=most: must be a number or auto. Give a whole number or auto."),
     "dp_shard": (

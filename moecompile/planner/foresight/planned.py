@@ -32,13 +32,13 @@ def case_of(shape: ModelShape, plan: Plan, config: Config) -> Case:
     workload, data, mesh = config.workload, config.data, plan.mesh
     batch = data.global_batch_size
     if not is_described(workload):  # as in the plan's memory, each rank has at least one whole micro-batch
-        step = data.micro_batch_size * mesh.world_size
+        step = data.micro_batch_size * mesh.num_batches
         batch = -(-batch // step) * step
     try:
         layout = Layout(
             gpus=mesh.world_size, seq=data.seq_len, global_batch=batch, micro_batch=data.micro_batch_size,
-            ep=mesh.ep, tp=workload.tp, pp=workload.pp, vpp=workload.vpp, cp=workload.cp, etp=workload.etp,
-            zero=workload.zero,
+            ep=mesh.ep, tp=mesh.tp if mesh.tp > 1 else workload.tp, pp=workload.pp, vpp=workload.vpp,
+            cp=workload.cp, etp=workload.etp, zero=workload.zero,
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(_PATHS[error.path.removeprefix("layout.")], error.value, error.rule, error.fix) from error

@@ -10,7 +10,7 @@ from moecompile.schema.enums import DispatchKind, OverlapKind, Precision, Schedu
 
 @dataclass(kw_only=True)
 class MeshConfig:
-    """`mesh`: ranks and their axes; num_nodes * ranks_per_node = dp_replicate * dp_shard."""
+    """`mesh`: ranks and their axes; num_nodes * ranks_per_node = dp_replicate * dp_shard * tp."""
 
     num_nodes: int = 1
     """Nodes, 1 to 65536."""
@@ -21,11 +21,11 @@ class MeshConfig:
     dp_replicate: int = 1
     """Replicas of the sharded weights, 1 or more."""
     dp_shard: Union[int, str] = "auto"
-    """Ranks over which dense weights are sharded; `auto`: all ranks of a replica."""
+    """Ranks over which dense weights are sharded; `auto`: all ranks of a replica, divided by `tp`."""
     tp: int = 1
-    """Tensor parallel size; not supported yet, so 1."""
+    """Tensor parallel size: ranks that share a micro-batch and split dense weights, by the model's own `tp_plan`."""
     pp: int = 1
-    """Pipeline parallel size; not supported yet, so 1."""
+    """Pipeline parallel size; not supported, so 1."""
     cp: int = 1
     """Context parallel size; not supported yet, so 1."""
     device: str = "auto"

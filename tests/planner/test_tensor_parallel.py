@@ -1,0 +1,129 @@
+"""What a model's tp_plan allows, and what is said about the rest."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from torch import nn
+
+import moecompile
+from moecompile.errors import ConfigError, PlanError
+from moecompile.mesh import MeshSpec
+from moecompile.plan import Plan, SplitModules
+from moecompile.planner import ModelFacts
+from moecompile.planner.params import SplitFact
+from moecompile.planner.tensor_parallel import split_modules
+from tests.existing_models import moe_model
+from tests.tiny import COPY4, TinyGPT, config, ids, tiny_llama
+
+FOUR = MeshSpec(ranks_per_node=4, ep=4, tp=2)
+
+
+def fact(**changes: Any) -> SplitFact:
+    usual: dict[str, Any] = {
+        "path": "layers.0.q_proj", "pattern": "layers.*.q_proj", "style": "colwise", "kind": "linear", "size": 32,
+        "size_name": "out_features", "params": 1024, "site": None,
+    }  # fmt: skip
+    return SplitFact(**{**usual, **changes})
+
+
+def facts(*split: SplitFact, **changes: Any) -> ModelFacts:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return ModelFacts(**{"params_total": 10_000, "split": split, "no_split": "", "heads": heads, **changes})
+
+
+def test_modules_of_one_pattern_are_one_entry() -> None:
+    found = split_modules([], FOUR, facts(fact(), fact(path="layers.1.q_proj"), fact(pattern="head", style="rowwise")))
+    assert found == (
+        SplitModules(modules="layers.*.q_proj", style="colwise"), SplitModules(modules="head", style="rowwise"),
+    )  # fmt: skip
+
+
+def test_what_becomes_experts_is_not_split() -> None:
+    inside = fact(style="packed_colwise", site="layers.0.mlp")
+    assert split_modules(["layers.0.mlp"], FOUR, facts(inside)) == ()
+    with pytest.raises(ConfigError, match="packed_colwise"):
+        split_modules([], FOUR, facts(inside))
+
+
+def test_without_the_axis_nothing_is_split() -> None:
+    assert split_modules([], MeshSpec(), facts(fact(size=3))) == ()
+
+
+@pytest.mark.parametrize(
+    ("tp", "of_model", "message"),
+    [
+        (2, facts(no_split="Tiny has no tp_plan"), "mesh.tp=2: Tiny has no tp_plan. Use mesh.tp=1."),
+        (
+            2, facts(fact(size=33)),
+            "mesh.tp=2: layers.0.q_proj (colwise in the model's tp_plan) cannot be split into 2 equal parts: its "
+            "out_features is 33. Use mesh.tp=1.",
+        ),
+        (
+            4, facts(fact(path="layers.0.k_proj")),
+            "mesh.tp=4: layers.0.k_proj (colwise in the model's tp_plan) cannot be split into 4 equal parts: it has "
+            "num_key_value_heads=2. Use mesh.tp=2.",
+        ),
+        (
+            4, facts(fact(style="local_params", kind="Sinks")),
+            "mesh.tp=4: layers.0.q_proj (local_params in the model's tp_plan) cannot be split: this style is not "
+            "carried outside of MoE layers. Use mesh.tp=1.",
+        ),
+        (
+            2, facts(fact(kind="Conv1D")),
+            "mesh.tp=2: layers.0.q_proj (colwise in the model's tp_plan) cannot be split: it is a Conv1D, not a plain "
+            "linear. Use mesh.tp=1.",
+        ),
+    ],
+)  # fmt: skip
+def test_which_weight_and_why(tp: int, of_model: ModelFacts, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        split_modules([], replace(FOUR, tp=tp), of_model)
+
+
+def planned(model: nn.Module, *overrides: str) -> Plan:
+    return moecompile.make_plan(model, [*overrides, "mesh.ranks_per_node=4", "mesh.tp=2"], example={"input_ids": ids()})
+
+
+def test_a_model_of_transformers_is_split_by_its_own_plan() -> None:
+    plan = planned(tiny_llama(num_attention_heads=2, num_key_value_heads=2, vocab_size=32), *COPY4)
+    assert {entry.modules: entry.style for entry in plan.tensor_parallel} == {
+        "model.embed_tokens": "embedding_rowwise",
+        "model.layers.*.self_attn.q_proj": "colwise",
+        "model.layers.*.self_attn.k_proj": "colwise",
+        "model.layers.*.self_attn.v_proj": "colwise",
+        "model.layers.*.self_attn.o_proj": "rowwise",
+        "lm_head": "colwise_gather_output",
+    }
+    assert all(layer.cut_over == ("tp",) for layer in plan.layers)
+    assert moecompile.plan.from_yaml(moecompile.plan.to_yaml(plan)) == plan
+
+
+def test_dense_layers_that_stay_are_split_too() -> None:
+    plan = planned(tiny_llama(num_attention_heads=2, num_key_value_heads=2, vocab_size=32), *COPY4, "experts.layers=1:")
+    assert SplitModules(modules="model.layers.*.mlp.down_proj", style="rowwise") in plan.tensor_parallel
+
+
+def test_experts_that_the_model_has_are_not_split() -> None:
+    paths = [entry.modules for entry in planned(moe_model("mixtral")).tensor_parallel]
+    assert paths and not any("experts" in path for path in paths)
+
+
+def test_models_that_cannot_be_split_are_refused() -> None:
+    with pytest.raises(ConfigError, match=re.escape("mesh.tp=2: TinyGPT has no tp_plan, which says how its weights")):
+        moecompile.make_plan(TinyGPT(), config(*COPY4, "mesh.ranks_per_node=4", "mesh.tp=2"), example=ids())
+    with pytest.raises(ConfigError, match=re.escape("mesh.tp=2: attention_dropout=0.1 of LlamaForCausalLM would be")):
+        planned(tiny_llama(attention_dropout=0.1), *COPY4)
+
+
+def test_a_plan_and_its_axis_belong_together() -> None:
+    plan = planned(tiny_llama(num_attention_heads=2, num_key_value_heads=2, vocab_size=32), *COPY4)
+    with pytest.raises(PlanError, match=re.escape("tensor_parallel=model.embed_tokens: is split, but mesh.tp=1")):
+        replace(plan, mesh=replace(plan.mesh, tp=1))
+    with pytest.raises(PlanError, match=re.escape("layers[0].cut_over=[tp]: does not fit mesh.tp=1")):
+        replace(plan, mesh=replace(plan.mesh, tp=1), tensor_parallel=())
+    with pytest.raises(PlanError, match=re.escape("tensor_parallel.lm_head=sideways: must be one of")):
+        SplitModules(modules="lm_head", style="sideways")
