@@ -270,7 +270,7 @@ def _count_rows(model: nn.Module) -> list[int]:
     counted: list[int] = []
 
     def count(module: nn.Module, args: Any) -> None:
-        if not in_backward():
+        if args and not in_backward():  # a call without rows begins the collection of weight gradients
             counted.append(int(args[1].sum()))
 
     for module in model.modules():

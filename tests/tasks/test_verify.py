@@ -35,6 +35,20 @@ def test_switch_passes_with_drops_and_auxiliary_losses(tmp_path: Path) -> None:
     assert "shrunk  data.micro_batch_size" in run.stdout
 
 
+@pytest.mark.slow
+def test_tensor_parallelism_passes(tmp_path: Path) -> None:
+    """Four ranks of two TP groups and one EP group equal one process, through Lightning's strategy and a checkpoint."""
+    command = [
+        sys.executable, "-m", "moecompile", "task=verify", "recipe=deepseek_ep", "mesh=cpu_tp2_ep4", "verify.steps=2",
+        "verify.dtype=float64", "model.config.num_hidden_layers=2", f"hydra.run.dir={tmp_path}",
+    ]  # fmt: skip
+    run = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert json.loads((tmp_path / "certificate.json").read_text())["world_size"] == 4
+
+
 def test_a_failed_check_is_an_error_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check = {"name": "float64: gradient norm", "max_abs_err": 1.0, "tolerance": 1e-10, "passed": False, "where": ""}
 
