@@ -12,8 +12,7 @@ from moecompile.verify import Check, certify, shrink
 from tests.distributed.harness import run_distributed_test
 
 SMALL = [
-    "recipe=mixtral_ep", "mesh=cpu_1x2", "adapters=lora", "adapters.rank=2", "model.config.num_hidden_layers=2",
-    "model.config.hidden_size=32", "model.config.intermediate_size=48", "data.vocab_size=300", "data.seq_len=16",
+    "model=mixtral_8x7b", "mesh=cpu_1x2", "adapters=lora", "adapters.rank=2", "data.vocab_size=300", "data.seq_len=16",
     "data.micro_batch_size=1", "data.global_batch_size=4", "verify.dtype=float64",
 ]  # fmt: skip
 
