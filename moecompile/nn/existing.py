@@ -5,14 +5,19 @@ Legend: R rows in expert order, D model dim, F expert width, E experts, T tokens
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.errors import MoecompileError
+from moecompile.nn.experts import fused_experts, grouped_mm, with_bias
 from moecompile.nn.meter import LoadMeter
 from moecompile.routing import NO_BALANCE, BalanceSpec
 from moecompile.torch_private import local_part
+
+_Weights = Mapping[str, Tensor]
 
 
 class ExistingExperts(nn.Module):
@@ -43,25 +48,24 @@ class ExistingExperts(nn.Module):
         *weights: Tensor,
         source_R: Tensor | None = None,
         weights_R: Tensor | None = None,
+        borrowed: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """rows_RD in expert order, counts_E rows of each local expert, weights of the local experts -> (R, D).
 
-        With source_R and weights_R: as in `Experts`.
+        With source_R and weights_R: as in `Experts`. borrowed: as there, in the order of `weights`.
         """
         by_name = dict(zip(self.names, (local_part(weight) for weight in weights), strict=True))
+        lent = {} if borrowed is None else dict(zip(self.names, borrowed, strict=True))
         if source_R is not None and weights_R is not None:
-            fused: tuple[Tensor, ...] = torch.ops.moecompile.expert_ffn(
-                rows_RD, source_R, weights_R, counts_E, by_name["gate_up_proj"], by_name["down_proj"]
-            )
-            return fused[0]
-        return self._experts(rows_RD, counts_E, by_name)
+            return fused_experts(rows_RD, source_R, weights_R, counts_E, by_name, lent)
+        return self._experts(rows_RD, counts_E, by_name, lent)
 
-    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: _Weights, lent: _Weights) -> Tensor:
         if "gate_up_proj" in weights:
-            hidden_RF = self.gate(self._project(rows_RD, counts_E, "gate_up_proj", weights))
+            hidden_RF = self.gate(self._project(rows_RD, counts_E, "gate_up_proj", weights, lent))
         else:
-            hidden_RF = self._own("act_fn", self._project(rows_RD, counts_E, "up_proj", weights))
-        return self._project(hidden_RF, counts_E, "down_proj", weights)
+            hidden_RF = self._own("act_fn", self._project(rows_RD, counts_E, "up_proj", weights, lent))
+        return self._project(hidden_RF, counts_E, "down_proj", weights, lent)
 
     def gate(self, gate_up: Tensor) -> Tensor:
         """The activation of the model's own experts, (R, 2F) -> (R, F)."""
@@ -74,13 +78,13 @@ class ExistingExperts(nn.Module):
         out: Tensor = getattr(self.own, method)(value)
         return out
 
-    def _project(self, rows: Tensor, counts_E: Tensor, name: str, weights: dict[str, Tensor]) -> Tensor:
-        weight = weights[name].transpose(1, 2) if self.transposed else weights[name]
-        out: Tensor = torch.ops.moecompile.grouped_mm(rows, weight, counts_E)
-        if (bias := weights.get(f"{name}_bias")) is not None:
-            # Under autocast the product is narrower than the bias, and the sum must keep the dtype of the product.
-            out = out + torch.ops.moecompile.expert_bias(bias.to(out.dtype), counts_E, rows)
-        return out
+    def _project(self, rows: Tensor, counts_E: Tensor, name: str, weights: _Weights, lent: _Weights) -> Tensor:
+        weight, more = weights[name], lent.get(name)
+        if self.transposed:
+            weight, more = weight.transpose(1, 2), more if more is None else more.transpose(1, 2)
+        out = grouped_mm(rows, weight, counts_E, more)
+        bias = weights.get(f"{name}_bias")
+        return out if bias is None else with_bias(out, bias, counts_E, rows, lent.get(f"{name}_bias"))
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -97,13 +101,13 @@ class MatrixExperts(ExistingExperts):
     def __init__(self, num_experts: int, own: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__(num_experts, own, names, transposed=False)
 
-    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        gate_EFD, up_EFD, down_EFD = (weights[name].unflatten(0, (counts_E.shape[0], -1)) for name in self.names)
-        grouped_mm = torch.ops.moecompile.grouped_mm
-        hidden_RF = self._own("activation_fn", grouped_mm(rows_RD, gate_EFD, counts_E))
-        hidden_RF = hidden_RF * grouped_mm(rows_RD, up_EFD, counts_E)
-        out: Tensor = grouped_mm(hidden_RF, down_EFD.transpose(1, 2), counts_E)
-        return out
+    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: _Weights, lent: _Weights) -> Tensor:
+        gate, up, down = (lent.get(name) for name in self.names)  # (n, F, D) each
+        width = weights[self.names[0]].shape[0] // counts_E.shape[0] if gate is None else gate.shape[1]
+        gate_EFD, up_EFD, down_EFD = (weights[name].unflatten(0, (-1, width)) for name in self.names)
+        hidden_RF = self._own("activation_fn", grouped_mm(rows_RD, gate_EFD, counts_E, gate))
+        hidden_RF = hidden_RF * grouped_mm(rows_RD, up_EFD, counts_E, up)
+        return grouped_mm(hidden_RF, down_EFD.transpose(1, 2), counts_E, None if down is None else down.transpose(1, 2))
 
 
 class OneHotIds(nn.Module):

@@ -5,6 +5,8 @@ Legend: R rows in expert order, D model dim, F expert width, E experts on this r
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -51,37 +53,79 @@ class Experts(nn.Module):
         self.activation = activation
 
     def forward(
-        self, rows_RD: Tensor, counts_E: Tensor, source_R: Tensor | None = None, weights_R: Tensor | None = None
+        self,
+        rows_RD: Tensor,
+        counts_E: Tensor,
+        source_R: Tensor | None = None,
+        weights_R: Tensor | None = None,
+        borrowed: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """rows_RD in expert order, counts_E rows of each local expert -> (R, D).
 
         With source_R and weights_R, from the pass `fuse`: rows_RD is (V, D), source_R has the row of each assignment,
         and the result is the weighted sum over the experts of each row, (V, D). Only for SwiGLU without biases.
+
+        borrowed, from the pass `lend`: the parameters of experts of other ranks, in the order of `parameters()`.
+        counts_E has their rows after those of the local experts.
         """
+        names = [name for name, _ in self.named_parameters(recurse=False)]
+        lent = {} if borrowed is None else dict(zip(names, borrowed, strict=True))
         if source_R is not None and weights_R is not None:
-            gate_up, down = local_part(getattr(self, self.in_name)), local_part(self.down_proj)
-            fused = torch.ops.moecompile.expert_ffn(rows_RD, source_R, weights_R, counts_E, gate_up, down)
-            out_VD: Tensor = fused[0]
-            return out_VD
-        hidden = self._project(rows_RD, counts_E, self.in_name)
+            weights = {name: local_part(getattr(self, name)) for name in names}
+            return fused_experts(rows_RD, source_R, weights_R, counts_E, weights, lent)
+        hidden = self._project(rows_RD, counts_E, self.in_name, lent)
         if self.gated:
             gate_RF, up_RF = hidden.chunk(2, dim=-1)
             hidden_RF = self.activation(gate_RF, up_RF)
         else:
             hidden_RF = self.activation(hidden)
-        return self._project(hidden_RF, counts_E, "down_proj")
+        return self._project(hidden_RF, counts_E, "down_proj", lent)
 
-    def _project(self, rows: Tensor, counts_E: Tensor, name: str) -> Tensor:
-        out: Tensor = torch.ops.moecompile.grouped_mm(rows, local_part(getattr(self, name)), counts_E)
+    def _project(self, rows: Tensor, counts_E: Tensor, name: str, lent: Mapping[str, Tensor]) -> Tensor:
+        out = grouped_mm(rows, local_part(getattr(self, name)), counts_E, lent.get(name))
         bias = getattr(self, f"{name}_bias")
-        if bias is not None:
-            # Under autocast the product is narrower than the bias, and the sum must keep the dtype of the product.
-            out = out + torch.ops.moecompile.expert_bias(local_part(bias).to(out.dtype), counts_E, rows)
-        return out
+        return out if bias is None else with_bias(out, local_part(bias), counts_E, rows, lent.get(f"{name}_bias"))
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.num_experts} experts, {self.d_model} -> {self.d_expert}, {'gated' if self.gated else 'up-down'}"
+
+
+def fused_experts(
+    rows_VD: Tensor,
+    source_R: Tensor,
+    weights_R: Tensor,
+    counts_E: Tensor,
+    weights: Mapping[str, Tensor],
+    lent: Mapping[str, Tensor],
+) -> Tensor:
+    """`expert_ffn` of the local experts, and of those that are `lent` to this rank if there may be some, (V, D)."""
+    names = ("gate_up_proj", "down_proj")
+    arguments = (rows_VD, source_R, weights_R, counts_E, *(weights[name] for name in names))
+    if lent:
+        out: tuple[Tensor, ...] = torch.ops.moecompile.expert_ffn_slots(*arguments, *(lent[name] for name in names))
+    else:
+        out = torch.ops.moecompile.expert_ffn(*arguments)
+    return out[0]
+
+
+def grouped_mm(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor, lent_nFD: Tensor | None) -> Tensor:
+    """The op, over local experts and those that are lent to this rank, (R, F)."""
+    if lent_nFD is None:
+        out: Tensor = torch.ops.moecompile.grouped_mm(rows_RD, weight_EFD, counts_E)
+    else:
+        out = torch.ops.moecompile.grouped_mm_slots(rows_RD, weight_EFD, lent_nFD, counts_E)
+    return out
+
+
+def with_bias(out_RF: Tensor, bias_EF: Tensor, counts_E: Tensor, rows: Tensor, lent_nF: Tensor | None) -> Tensor:
+    """out_RF plus each row's expert bias."""
+    if lent_nF is not None:
+        bias_EF = torch.cat((bias_EF, lent_nF))
+        counts_E = counts_E[: bias_EF.shape[0]]  # slots that are not in use have no rows
+    # Under autocast the product is narrower than the bias, and the sum must keep the dtype of the product.
+    bias_RF: Tensor = torch.ops.moecompile.expert_bias(bias_EF.to(out_RF.dtype), counts_E, rows)
+    return out_RF + bias_RF
 
 
 class SharedExperts(nn.Module):

@@ -111,7 +111,7 @@ def _fuse(graph: fx.Graph, call: fx.Node, fqn: str) -> None:
         ordered = graph.call_function(sort, arguments)
         weights, source, _, counts = items(graph, ordered, "weights", "source", "order", "counts")
     call.args = (x, counts, *call.args[2:])
-    call.kwargs = {"source_R": source, "weights_R": weights}
+    call.kwargs = {**call.kwargs, "source_R": source, "weights_R": weights}
     summed[0].replace_all_uses_with(call)
     graph.erase_node(summed[0])
 

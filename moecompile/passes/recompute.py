@@ -29,7 +29,7 @@ from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, Plan
 from moecompile.torch_private import keeping
 
 _CHOICES = (torch.ops.aten.topk.default, torch.ops.moecompile.expert_choice.default)
-_TABLES = (torch.ops.moecompile.read_tables.default,)
+_TABLES = (torch.ops.moecompile.read_tables.default, torch.ops.moecompile.to_slots.default)
 _CACHES = ("past_key_values", "cache_params", "cache", "state")  # names of cache arguments in model forwards
 
 

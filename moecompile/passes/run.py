@@ -18,6 +18,7 @@ from moecompile.match.experts import ExpertsMatch
 from moecompile.match.regions import Region
 from moecompile.passes.base import GraphPass, count_ops, registered
 from moecompile.passes.fuse import Fuse
+from moecompile.passes.lend import Lend
 from moecompile.passes.lower import Lower
 from moecompile.passes.overlap import Overlap
 from moecompile.passes.rewrite import Rewrite
@@ -36,7 +37,7 @@ def on_one_device(seed: int) -> tuple[GraphPass, ...]:
 
 def on_the_mesh() -> tuple[GraphPass, ...]:
     """The passes from the single-device graph to the graph that every rank runs."""
-    return (Lower(), *registered("lower"), Overlap(), Fuse())
+    return (Lower(), Lend(), *registered("lower"), Overlap(), Fuse())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,25 @@
 """The data classes of a plan: sites, layers, placement, Plan. Frozen, without torch; constructors validate."""
 
 from moecompile.plan.checks import plan_errors
-from moecompile.plan.dispatch import EXCHANGE_OPS, EXCHANGES, HALVES, IN_FLIGHT, WAIT_OPS, DispatchPlan, can_fuse
+from moecompile.plan.dispatch import (
+    EXCHANGE_OPS,
+    EXCHANGES,
+    HALVES,
+    IN_FLIGHT,
+    LENDING,
+    LENDING_OPS,
+    WAIT_OPS,
+    DispatchPlan,
+    can_fuse,
+    check_lends,
+)
 from moecompile.plan.existing import layer_of, layer_on_one_device, own_routing
 from moecompile.plan.experts import ExpertPlacement, ExpertsPlan
 from moecompile.plan.fit import check_sites
 from moecompile.plan.io import from_yaml, load, save, to_yaml
 from moecompile.plan.layers import BalancePlan, LayerPlan, RoutingPlan
 from moecompile.plan.one_process import on_one_process, on_one_rank
-from moecompile.plan.plan import Assumptions, Estimate, MemoryEstimate, Plan, Reduction, Remedy, Traffic
+from moecompile.plan.plan import Assumptions, Estimate, Lending, MemoryEstimate, Plan, Reduction, Remedy, Traffic
 from moecompile.plan.reductions import reductions
 from moecompile.plan.sites import ExpertsSite, FFNSite, PlannedSite
 
@@ -17,6 +28,8 @@ __all__ = [
     "EXCHANGE_OPS",
     "HALVES",
     "IN_FLIGHT",
+    "LENDING",
+    "LENDING_OPS",
     "WAIT_OPS",
     "Assumptions",
     "BalancePlan",
@@ -27,6 +40,7 @@ __all__ = [
     "ExpertsSite",
     "FFNSite",
     "LayerPlan",
+    "Lending",
     "MemoryEstimate",
     "Plan",
     "PlannedSite",
@@ -35,6 +49,7 @@ __all__ = [
     "RoutingPlan",
     "Traffic",
     "can_fuse",
+    "check_lends",
     "check_sites",
     "from_yaml",
     "layer_of",

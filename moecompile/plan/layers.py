@@ -52,6 +52,11 @@ class LayerPlan:
         return self.dispatch.steps(self.placement.nodes)
 
     @property
+    def lent_steps(self) -> tuple[tuple[str, str], ...]:
+        """The exchange ops after `lend`, and the logical axis of each, in order."""
+        return self.dispatch.lent_steps(self.placement.nodes)
+
+    @property
     def scheduled_steps(self) -> tuple[tuple[str, str], ...]:
         """The exchange ops of the final graph and the logical axis of each, in order."""
         return self.dispatch.scheduled_steps(self.placement.nodes)
@@ -72,6 +77,10 @@ class LayerPlan:
         if self.dispatch.kind == "hierarchical" and placement.nodes == 1:
             rule = "needs an EP group on two nodes or more, but placement.nodes=1"
             yield "dispatch.kind", self.dispatch.kind, rule, "Use dedup"
+        others = placement.num_experts - placement.experts_per_rank
+        if self.dispatch.slots > others:
+            rule = f"other ranks have only {others} experts"
+            yield "dispatch.slots", self.dispatch.slots, rule, f"Use at most {others}"
         if experts.d_expert * experts.granularity != self.site.d_ff:
             rule = f"must be site.d_ff / granularity = {self.site.d_ff} / {experts.granularity}"
             yield "experts.d_expert", experts.d_expert, rule, "Correct the plan, or plan again"

@@ -52,6 +52,20 @@ class Traffic:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lending:
+    """What lending costs a rank at most, over the layers that lend.
+
+    expert_bytes: of the largest expert, which travels in forward; its gradient, as many, travels back. bytes_received:
+    of one micro-batch and layer in forward, with every slot in use. slot_bytes: memory of the slots of all layers, and
+    of their gradients in one layer.
+    """
+
+    expert_bytes: int
+    bytes_received: int
+    slot_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Assumptions:
     """The assumptions of an estimate.
 
@@ -83,6 +97,7 @@ class Estimate:
 
     params_active: parameters that one token uses. checkpointing: what backward recomputes; `resent_...`: what it
     sends again for that, in addition to the forward's bytes. remedies: what to change if the plan does not fit.
+    lending: None if no layer lends experts.
     """
 
     params_total: int
@@ -94,6 +109,7 @@ class Estimate:
     resent_bytes_per_token_per_layer: Traffic
     assumes: Assumptions | None = None
     remedies: tuple[Remedy, ...] = ()
+    lending: Lending | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

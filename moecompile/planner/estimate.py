@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from moecompile.mesh import MeshSpec
 from moecompile.plan import Assumptions, Estimate, LayerPlan, Traffic
+from moecompile.planner.lending import lending
 from moecompile.planner.memory import memory_of_fullest_rank
 from moecompile.planner.params import ModelFacts, RunFacts, model_params
 from moecompile.planner.remedies import remedies
@@ -46,6 +47,7 @@ def estimate(
             precision=run.precision,
             optimizer=OPTIMIZER,
         ),
+        lending=lending(layers, run),
         remedies=() if fits else remedies(layers, mesh, facts, run, memory_bytes=memory_bytes),
     )
 
