@@ -11,11 +11,13 @@ NOTE on the assignment. All numbers are integers, so that every rank gets the sa
      rows of the fullest rank, and are closer to each other near the mean.
   2. Ranks above the target give rows away, of their largest experts first; ranks below it take rows. In each round the
      rows to give lie on a line, largest piece first, and the room to take lies on the same line, largest room first.
-     Each rank takes the piece of which it gets most. So it borrows at most one expert a round.
-  3. On several nodes, half of the candidates match pieces and room of the same node first.
+     Each rank takes the piece of which it gets most. So it borrows at most one expert a round. Every target has another
+     candidate in which the i-th largest room simply takes the i-th largest piece: better if slots are few.
+  3. On several nodes there are candidates that match pieces and room of the same node first.
   4. The price of a candidate is the rows of its fullest rank, plus the price of a loan for every expert that the
-     busiest rank sends or receives. A loan costs as many rows as could be computed while its weights and their gradients are on
-     the wire. The cheapest candidate is taken if it saves one row of `LEAST_GAIN`; else nothing is lent.
+     busiest rank sends or receives. A loan costs as many rows as could be computed while its weights and their
+     gradients are on the wire. The cheapest candidate is taken if it saves one row of `LEAST_GAIN`; else nothing is
+     lent.
   5. Each rank sends rows of a lent expert to its own slot first, then to slots on its node, then to the others.
 
 Rows are counted before they are sent, one for each (token, expert): what experts compute.
@@ -31,7 +33,7 @@ LEAST_GAIN = 50  # one row of fifty; less is not worth a message
 _FAR = 2**40  # between the parts of a line that must not meet; beyond every number of rows
 
 
-def assign(counts_rE: Tensor, slots: int, nodes: int, near: int, far: int) -> tuple[Tensor, Tensor]:
+def assign(counts_rE: Tensor, slots: int, nodes: int, near: int, far: int) -> tuple[Tensor, Tensor, Tensor]:
     """The loans of one micro-batch.
 
     Args:
@@ -41,7 +43,7 @@ def assign(counts_rE: Tensor, slots: int, nodes: int, near: int, far: int) -> tu
 
     Returns:
         borrowed_rn: the expert in each slot for borrowed experts, E: none, which come last; rows_rn: its rows there.
-        Both int64.
+        excess: rows of the fullest rank beyond the mean (rounded up); 0 if slots suffice and loans pay. All int64.
     """
     num_ranks, num_experts = counts_rE.shape
     per_rank = num_experts // num_ranks
@@ -59,17 +61,14 @@ class _Candidates:
 
     def __init__(self, totals_E: Tensor, load_r: Tensor, slots: int, nodes: int) -> None:
         self.num_ranks, self.num_experts, device = load_r.shape[0], totals_E.shape[0], totals_E.device
-        mean, self.most = -(-load_r.sum() // self.num_ranks), load_r.max()
+        self.mean, self.most = -(-load_r.sum() // self.num_ranks), load_r.max()
         steps_G = torch.arange(NUM_TARGETS, device=device) ** 2
-        self.target_G1 = (mean + (self.most - mean) * steps_G // NUM_TARGETS**2).unsqueeze(1)
-        self.by_node_G1 = torch.zeros_like(self.target_G1)
-        if nodes > 1:  # every target twice: with and without a preference
-            self.target_G1 = self.target_G1.repeat(2, 1)
-            num = 2 * NUM_TARGETS
-            self.by_node_G1 = (
-                torch.arange(2, device=device).repeat_interleave(NUM_TARGETS, output_size=num).unsqueeze(1)
-            )
-        num = self.target_G1.shape[0]
+        self.target_G1 = (self.mean + (self.most - self.mean) * steps_G // NUM_TARGETS**2).unsqueeze(1)
+        variants = 3 if nodes > 1 else 2  # in pairs, on a line, on a line by node
+        num = variants * NUM_TARGETS
+        variant_G1 = (torch.arange(num, device=device) // NUM_TARGETS).unsqueeze(1)
+        self.target_G1 = self.target_G1.repeat(variants, 1)
+        self.in_pairs_G11, self.by_node_G1 = (variant_G1 == 0).unsqueeze(2), (variant_G1 == 2).long()
         self.owner_E = torch.arange(self.num_experts, device=device) // (self.num_experts // self.num_ranks)
         self.node_r = torch.arange(self.num_ranks, device=device) // (self.num_ranks // nodes)
         self.left_GE, self.load_Gr = totals_E.repeat(num, 1), load_r.repeat(num, 1)
@@ -83,11 +82,13 @@ class _Candidates:
         piece_GE = self._pieces()
         room_Gr = (self.target_G1 - self.load_Gr).clamp_min(0).masked_fill_(self.used_Gr >= self.slots, 0)
         far_G1 = self.by_node_G1 * _FAR if near_first else torch.zeros_like(self.by_node_G1)
-        start_GE = _on_a_line(piece_GE, far_G1 * self.node_r[self.owner_E])
-        start_Gr = _on_a_line(room_Gr, far_G1 * self.node_r)
+        start_GE, place_GE = _on_a_line(piece_GE, far_G1 * self.node_r[self.owner_E])
+        start_Gr, place_Gr = _on_a_line(room_Gr, far_G1 * self.node_r)
         end = torch.minimum((start_Gr + room_Gr).unsqueeze(2), (start_GE + piece_GE).unsqueeze(1))
         shared_GrE = end - torch.maximum(start_Gr.unsqueeze(2), start_GE.unsqueeze(1))
-        taken_Gr, expert_Gr = shared_GrE.max(2)
+        both_GrE = torch.minimum(room_Gr.unsqueeze(2), piece_GE.unsqueeze(1))
+        paired_GrE = both_GrE * (place_Gr.unsqueeze(2) == place_GE.unsqueeze(1))
+        taken_Gr, expert_Gr = torch.where(self.in_pairs_G11, paired_GrE, shared_GrE).max(2)
         taken_Gr = taken_Gr.clamp_min(0)
         self.left_GE.scatter_add_(1, expert_Gr, -taken_Gr)
         self.load_Gr += taken_Gr
@@ -117,9 +118,10 @@ class _Candidates:
                 self.rows_Grn[..., later].masked_fill_(same_Gr, 0)
                 self.borrowed_Grn[..., later].masked_fill_(same_Gr, self.num_experts)
 
-    def cheapest(self, near: int, far: int) -> tuple[Tensor, Tensor]:
-        """Step 4: borrowed_rn and rows_rn."""
-        price_G = self.load_Gr.max(1).values
+    def cheapest(self, near: int, far: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Step 4: what `assign` returns."""
+        most_G = self.load_Gr.max(1).values
+        price_G = most_G
         is_lent_Grn = self.rows_Grn > 0
         owner_Grn = self.owner_E[self.borrowed_Grn.clamp_max(self.num_experts - 1)]
         is_far_Grn = self.node_r[owner_Grn] != self.node_r.view(1, -1, 1)
@@ -132,11 +134,12 @@ class _Candidates:
         borrowed_rn, rows_rn = (there.index_select(0, best).squeeze(0) for there in (self.borrowed_Grn, self.rows_Grn))
         order_rn = (rows_rn == 0).long().argsort(dim=1, stable=True)
         borrowed_rn, rows_rn = borrowed_rn.gather(1, order_rn), rows_rn.gather(1, order_rn)
-        return borrowed_rn.masked_fill(~pays, self.num_experts), rows_rn.masked_fill(~pays, 0)
+        excess = torch.where(pays, most_G[best], self.most).squeeze() - self.mean
+        return borrowed_rn.masked_fill(~pays, self.num_experts), rows_rn.masked_fill(~pays, 0), excess
 
 
-def _on_a_line(size_GN: Tensor, offset_GN: Tensor) -> Tensor:
-    """Where each piece starts, if pieces lie on a line, the largest first, those with a larger offset after others."""
+def _on_a_line(size_GN: Tensor, offset_GN: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each piece starts, and which one it is, if pieces lie on a line, the largest first, by offset."""
     order_GN = (offset_GN - size_GN).argsort(dim=1, stable=True)
     sorted_GN, at_GN = size_GN.gather(1, order_GN), offset_GN.gather(1, order_GN)
     start_GN = sorted_GN.cumsum(1) - sorted_GN
@@ -144,7 +147,8 @@ def _on_a_line(size_GN: Tensor, offset_GN: Tensor) -> Tensor:
     first_GN = torch.ones_like(at_GN, dtype=torch.bool)
     first_GN[:, 1:] = at_GN[:, 1:] != at_GN[:, :-1]
     base_GN = torch.where(first_GN, start_GN, 0).cummax(1).values
-    return torch.empty_like(start_GN).scatter_(1, order_GN, start_GN - base_GN + at_GN)
+    start_GN = torch.empty_like(start_GN).scatter_(1, order_GN, start_GN - base_GN + at_GN)
+    return start_GN, order_GN.argsort(1)
 
 
 def shares(counts_rE: Tensor, borrowed_rn: Tensor, rows_rn: Tensor, rank: Tensor, nodes: int) -> Tensor:

@@ -64,7 +64,7 @@ def to_slots(
         slots_TK int64, borrowed_rn int64 on the CPU.
     """
     num_ranks, num_experts = counts_rE.shape
-    borrowed_rn, rows_rn = assign(counts_rE, slots, nodes, near, far)
+    borrowed_rn, rows_rn, _ = assign(counts_rE, slots, nodes, near, far)
     borrowed_host = start_read(borrowed_rn.clone())
     share_Er = shares(counts_rE, borrowed_rn, rows_rn, rank, nodes).flatten()
     num_rows = ids_TK.numel()
