@@ -88,9 +88,9 @@ def _(
 def lend_experts(weights: list[Tensor], borrowed_rn: Tensor, axis: str) -> list[Tensor]:
     """Weights of the local experts, (e, ...) each -> of the m experts that this rank borrows, (m, ...)."""
     loans = _Loans(borrowed_rn, weights[0].shape[0], axis)
-    arrived = loans.exchange([weight[loans.sent] for weight in weights])
+    arrived = loans.exchange([_picked(weight, loans.sent) for weight in weights])
     place = [loans.received.index(slot) for slot in range(len(loans.received))]
-    return [part[place] for part in arrived]
+    return [_picked(part, place) for part in arrived]
 
 
 @lend_experts.register_fake
@@ -117,7 +117,7 @@ def _(grads: list[Tensor], num_local: int, borrowed_rn: Tensor, axis: str) -> li
 def _returned(grads: Sequence[Tensor], num_local: int, borrowed_rn: Tensor, axis: str) -> list[Tensor | None]:
     """None for each on a rank that lends nothing: adding zero to the gradients of all its experts would take time."""
     loans = _Loans(borrowed_rn, num_local, axis)
-    arrived = loans.exchange([grad[loans.received] for grad in grads], back=True)
+    arrived = loans.exchange([_picked(grad, loans.received) for grad in grads], back=True)
     return [loans.by_owner(part) if loans.sent else None for part in arrived]
 
 
@@ -135,6 +135,11 @@ def _lend_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, None, None]:
 
 
 lend_experts.register_autograd(_lend_backward, setup_context=_lend_setup)
+
+
+def _picked(weight: Tensor, places: list[int]) -> Tensor:
+    """A copy of the experts at these places."""
+    return weight.index_select(0, torch.tensor(places, dtype=torch.int64).to(weight.device, non_blocking=True))
 
 
 class _Loans:
@@ -173,9 +178,9 @@ class _Loans:
 
     def by_owner(self, part: Tensor) -> Tensor:
         """Gradients of the experts `sent`, added up in at least fp32, among zeros for the others: (e, ...)."""
-        lent = sorted(set(self.sent))
-        index = torch.tensor([lent.index(expert) for expert in self.sent], device=part.device)
-        wide = part.to(torch.promote_types(part.dtype, torch.float32))
+        wide = torch.promote_types(part.dtype, torch.float32)
         total = part.new_zeros(self.num_local, *part.shape[1:])
-        total[lent] = wide.new_zeros(len(lent), *part.shape[1:]).index_add_(0, index, wide).to(part.dtype)
+        for expert in set(self.sent):
+            first, *more = (part[i].to(wide) for i, lent in enumerate(self.sent) if lent == expert)
+            total[expert].copy_(sum(more, start=first))
         return total

@@ -24,6 +24,8 @@ from moecompile.ops import (
     hops,
     layout,
     rows,
+    slot_experts,
+    slots,
     sorting,
     tokens,
     wire,
@@ -31,7 +33,10 @@ from moecompile.ops import (
 )
 
 DEVICE = "meta"  # the one other device that autograd knows in every build of torch
-_MODULES = (choice, exchange, expert_ffn, gather, grouped, hops, layout, rows, sorting, tokens, wire, workload)
+_MODULES = (
+    choice, exchange, expert_ffn, gather, grouped, hops, layout, rows, slot_experts, slots, sorting, tokens, wire,
+    workload,
+)  # fmt: skip
 _OURS = {
     f"moecompile::{name}": op._init_fn
     for module in _MODULES
