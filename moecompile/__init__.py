@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moecompile.match.regions import Region
     from moecompile.match.view import GraphView
     from moecompile.nn import auxiliary_loss, update_balance
+    from moecompile.nn.replay import record_routes, replay_routes
     from moecompile.passes.base import GraphPass, register_pass
     from moecompile.passes.shard import device_mesh_of, shard
     from moecompile.pipeline import compile_model, make_plan, plan_of, transform
@@ -50,8 +51,10 @@ _HOMES = {
     "load_exported": "export",
     "make_plan": "pipeline",
     "plan_of": "pipeline",
+    "record_routes": "nn.replay",
     "register_pass": "passes.base",
     "register_pattern": "match.patterns",
+    "replay_routes": "nn.replay",
     "shard": "passes.shard",
     "transform": "pipeline",
     "update_balance": "nn",
@@ -76,8 +79,10 @@ __all__ = [
     "load_exported",
     "make_plan",
     "plan_of",
+    "record_routes",
     "register_pass",
     "register_pattern",
+    "replay_routes",
     "shard",
     "transform",
     "update_balance",

@@ -1,14 +1,18 @@
-"""The device mesh as plain numbers: which ranks share a node, an EP group or a data-parallel axis.
+"""The device mesh as plain numbers: the axes of all weights, and which ranks share a node, a group or a micro-batch.
 
-Rank order (the same everywhere): nodes are contiguous ranks, and the `ep` axis varies fastest, so EP groups are
-contiguous ranks too:
+One set of ranks is factored twice, because dense weights and experts are placed differently (folding):
 
-    rank = (dp_replicate_index * edp_shard + edp_index) * ep + ep_index
+    dense weights  (dp_replicate, dp_shard, tp)      world = dp_replicate * dp_shard * tp
+    experts        (dp_replicate, edp, ep)           world = dp_replicate * edp * ep
 
-    world = num_nodes * ranks_per_node = dp_replicate * dp_shard = edp * ep,   dp_shard = edp_shard * ep
+Rank order (the same everywhere): nodes are contiguous ranks, and the last axis varies fastest, so the groups of `tp`
+and of `ep` are contiguous ranks:
 
-The batch is split over all ranks. Dense parameters live on (dp_replicate, dp_shard), experts on
-(dp_replicate, edp_shard, ep).
+    rank = (dp_replicate_index * dp_shard + dp_shard_index) * tp + tp_index
+         = (dp_replicate_index * edp_shard + edp_index) * ep + ep_index
+
+Ranks along `TOKEN_AXES` have different tokens. Ranks along `tp` share a micro-batch: they split weights, and inside MoE
+layers they split its tokens. A context-parallel axis would be one more entry of `TOKEN_AXES`, between dp_shard and tp.
 """
 
 from __future__ import annotations
@@ -17,6 +21,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 from moecompile.errors import ConfigError
+
+TOKEN_AXES = ("dp_replicate", "dp_shard")
+DENSE_AXES = (*TOKEN_AXES, "tp")
+EXPERT_AXES = ("dp_replicate", "edp", "ep")
 
 
 class LinkClass(str, Enum):
@@ -32,42 +40,47 @@ class MeshSpec:
     """A validated mesh; every size is a number of ranks.
 
     Raises:
-        ConfigError: the sizes do not multiply up, or an EP group would straddle nodes unevenly.
+        ConfigError: the sizes do not multiply up, or a TP or EP group would straddle nodes unevenly.
     """
 
     num_nodes: int = 1
     ranks_per_node: int = 1
     ep: int = 1
     dp_replicate: int = 1
+    tp: int = 1
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("num_nodes", "ranks_per_node", "ep", "dp_replicate"):
+        for name in ("num_nodes", "ranks_per_node", "ep", "dp_replicate", "tp"):
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"mesh.{name}", value, "must be at least 1", "Give a positive number")
-        shape = f"{self.num_nodes} nodes x {self.ranks_per_node} ranks = {self.world_size} ranks"
-        if self.world_size % self.ep:
+        for axis in ("ep", "tp"):
+            self._check_contiguous(axis)
+        copies, rule = self.edp, f"the number of expert copies, world / ep = {self.edp} ({self._shape}, ep={self.ep})"
+        if copies % self.dp_replicate == 0:
+            copies = self.num_batches
+            rule = f"the number of micro-batches, world / tp = {copies} ({self._shape}, tp={self.tp})"
+        if copies % self.dp_replicate:
             raise ConfigError(
-                "mesh.ep", self.ep, f"must divide the world size ({shape})", f"Use one of {_divisors(self.world_size)}"
+                "mesh.dp_replicate", self.dp_replicate, f"must divide {rule}", f"Use one of {_divisors(copies)}"
             )
-        if self.ep > 1 and self.ep % self.ranks_per_node and self.ranks_per_node % self.ep:
-            fitting = [
-                n for n in _divisors(self.world_size) if not (n % self.ranks_per_node and self.ranks_per_node % n)
-            ]
-            raise ConfigError(
-                "mesh.ep",
-                self.ep,
-                f"an EP group must fill whole nodes or fit into one ({shape})",
-                f"Use one of {fitting}",
-            )
-        if self.edp % self.dp_replicate:
-            raise ConfigError(
-                "mesh.dp_replicate",
-                self.dp_replicate,
-                f"must divide the number of expert copies, world / ep = {self.edp} ({shape}, ep={self.ep})",
-                f"Use one of {_divisors(self.edp)}",
-            )
+
+    def _check_contiguous(self, axis: str) -> None:
+        """Checks that the groups of an axis that varies fastest divide the ranks, and the nodes evenly."""
+        size, path, group = getattr(self, axis), f"mesh.{axis}", {"ep": "an EP group", "tp": "a TP group"}[axis]
+        divisors = _divisors(self.world_size)
+        if self.world_size % size:
+            rule = f"must divide the world size ({self._shape})"
+            raise ConfigError(path, size, rule, f"Use one of {divisors}")
+        if size % self.ranks_per_node and self.ranks_per_node % size:
+            fitting = [n for n in divisors if not (n % self.ranks_per_node and self.ranks_per_node % n)]
+            rule = f"{group} must fill whole nodes or fit into one ({self._shape})"
+            raise ConfigError(path, size, rule, f"Use one of {fitting}")
+
+    @property
+    def _shape(self) -> str:
+        return f"{self.num_nodes} nodes x {self.ranks_per_node} ranks = {self.world_size} ranks"
 
     @property
     def world_size(self) -> int:
@@ -81,18 +94,36 @@ class MeshSpec:
 
     @property
     def edp_shard(self) -> int:
-        """Number of ranks over which one copy of an expert is FSDP-sharded."""
+        """Number of ranks over which one copy of an expert is FSDP-sharded: the size of the axis `edp`."""
         return self.edp // self.dp_replicate
 
     @property
     def dp_shard(self) -> int:
         """Number of ranks over which dense parameters are FSDP-sharded."""
-        return self.world_size // self.dp_replicate
+        return self.num_batches // self.dp_replicate
+
+    @property
+    def num_batches(self) -> int:
+        """Number of different micro-batches at a time: the data-parallel size."""
+        return self.world_size // self.tp
 
     @property
     def nodes_per_ep_group(self) -> int:
         """Number of nodes that one EP group spans."""
         return max(1, self.ep // self.ranks_per_node)
+
+    def size(self, axis: str) -> int:
+        """The number of ranks along an axis of `DENSE_AXES` or `EXPERT_AXES`."""
+        size: int = getattr(self, {"edp": "edp_shard"}.get(axis, axis))
+        return size
+
+    def batch_index(self, rank: int) -> int:
+        """The index of the micro-batch of global `rank` among `num_batches`."""
+        return rank // self.tp
+
+    def is_counted(self, rank: int) -> bool:
+        """Whether global `rank` is the one of its micro-batch that counts it, in sums over all ranks."""
+        return rank % self.tp == 0
 
     def node_of(self, rank: int) -> int:
         """The node that holds global `rank`."""

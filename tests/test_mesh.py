@@ -7,7 +7,7 @@ import re
 import pytest
 
 from moecompile.errors import ConfigError
-from moecompile.mesh import LinkClass, MeshSpec
+from moecompile.mesh import DENSE_AXES, EXPERT_AXES, LinkClass, MeshSpec
 
 
 def mesh(num_nodes: int, ranks_per_node: int, ep: int, dp_replicate: int = 1) -> MeshSpec:
@@ -57,6 +57,34 @@ def test_sizes_multiply_up(spec: MeshSpec, world: int, edp: int, edp_shard: int,
 def test_sizes_that_do_not_fit(sizes: tuple[int, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         mesh(*sizes)
+
+
+def test_ranks_are_factored_twice() -> None:
+    spec = MeshSpec(num_nodes=2, ranks_per_node=4, ep=4, tp=2, dp_replicate=2)
+    assert [spec.size(axis) for axis in DENSE_AXES] == [2, 2, 2]  # dp_replicate, dp_shard, tp
+    assert [spec.size(axis) for axis in EXPERT_AXES] == [2, 1, 4]  # dp_replicate, edp, ep
+    assert spec.num_batches == 4
+    assert [spec.batch_index(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [spec.is_counted(rank) for rank in range(8)] == [True, False] * 4
+    plain = mesh(2, 4, 4)
+    assert plain.num_batches == plain.world_size == 8
+    assert all(plain.batch_index(rank) == rank and plain.is_counted(rank) for rank in range(8))
+
+
+@pytest.mark.parametrize(
+    ("tp", "dp_replicate", "message"),
+    [
+        (0, 1, "mesh.tp=0: must be at least 1. Give a positive number."),
+        (3, 1, "mesh.tp=3: must divide the world size (2 nodes x 4 ranks = 8 ranks). Use one of [1, 2, 4, 8]."),
+        (
+            4, 4, "mesh.dp_replicate=4: must divide the number of micro-batches, world / tp = 2 (2 nodes x 4 ranks = "
+            "8 ranks, tp=4). Use one of [1, 2].",
+        ),
+    ],
+)  # fmt: skip
+def test_tp_that_does_not_fit(tp: int, dp_replicate: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        MeshSpec(num_nodes=2, ranks_per_node=4, ep=2, tp=tp, dp_replicate=dp_replicate)
 
 
 def test_ep_groups_and_nodes_are_contiguous_ranks() -> None:

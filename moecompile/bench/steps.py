@@ -75,7 +75,12 @@ def measure_steps(
     config = copy.deepcopy(config)
     config.trainer = dataclasses.replace(config.trainer, max_steps=num_steps, progress_bar=False, resume=None)
     loader = train_loader(
-        data.train, config.data, seed=config.seed, rank=rank, world_size=mesh.world_size, num_steps=num_steps
+        data.train,
+        config.data,
+        seed=config.seed,
+        rank=mesh.batch_index(rank),
+        world_size=mesh.num_batches,
+        num_steps=num_steps,
     )
     clock = _Clock(config.bench.warmup, config.bench.rounds)
     trainer = make_trainer(config, mesh, run_dir, [clock], materialize=materialize)

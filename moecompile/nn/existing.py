@@ -152,10 +152,11 @@ class IdentityExperts(nn.Module):
 class ExistingMeter(LoadMeter):
     """Counts the load of experts behind the model's own router.
 
-    balance: the rule of that router's correction bias, as in `Router`.
+    balance: the rule of that router's correction bias, as in `Router`. top_k: experts per token.
     """
 
     balance: BalanceSpec = NO_BALANCE
+    top_k = 0
 
 
 def own_biases(model: nn.Module) -> list[tuple[ExistingMeter, Tensor]]:

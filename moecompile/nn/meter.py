@@ -53,16 +53,25 @@ class LoadMeter(nn.Module):
         self.register_buffer("node_tokens", counter(num_nodes, torch.int64), persistent=False)
         self.register_buffer("sums", counter(3, torch.float64), persistent=False)
 
-    def forward(self, ids_TK: Tensor, kept_TK: Tensor | None = None, probs_TE: Tensor | None = None) -> None:
+    def forward(
+        self,
+        ids_TK: Tensor,
+        kept_TK: Tensor | None = None,
+        probs_TE: Tensor | None = None,
+        real_T: Tensor | None = None,
+    ) -> None:
         """Counts one forward.
 
         Args:
             ids_TK: chosen experts. kept_TK: the same after drops, with num_experts for a dropped one; None: no drops.
             probs_TE: each token's distribution over experts.
+            real_T: which tokens are no padding, (T,) bool; None: all. Padding has no expert in ids_TK.
         """
         if self.training:
             kept_TK = ids_TK if kept_TK is None else kept_TK
-            torch.ops.moecompile.count_routing(self.load, self.node_tokens, self.sums, ids_TK, kept_TK, probs_TE)
+            torch.ops.moecompile.count_routing(
+                self.load, self.node_tokens, self.sums, ids_TK, kept_TK, probs_TE, real_T
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoadMeter:
         # A cast of the model to bf16 must not round the counts.

@@ -16,7 +16,9 @@ from torch.autograd.graph import Node
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.nn import losses as loss_functions
+from moecompile.nn.chosen import replayed_or_live
 from moecompile.nn.meter import LoadMeter, at_least
+from moecompile.nn.padding import without_padding
 from moecompile.routing import NO_BALANCE, BalanceSpec, RouterConfig, check_balance
 from moecompile.torch_private import in_backward
 
@@ -29,7 +31,7 @@ class Router(nn.Module):
     global_batch loss, is each expert's fraction of the previous optimizer step's load. `meter` counts the load.
 
     A dropped assignment, and with expert choice an expert that did not take the token, has the id num_experts and the
-    weight 0.
+    weight 0. So has padding, in every slot; it is in no count, loss or capacity.
 
     Args:
         d_model, num_experts: sizes.
@@ -70,6 +72,8 @@ class Router(nn.Module):
         self.meter = LoadMeter(num_experts, num_nodes, device, has_entropy=True)
         self.aux_losses: dict[str, Tensor] = {}  # coefficient * loss of the last training forward, with its graph
         self.aux_node: Node | None = None  # to test whether a loss depends on that forward
+        self.on_choice: Callable[[Tensor], None] | None = None  # `record_routes` is told every choice
+        self.replayed: Tensor | None = None  # the choice that `replay_routes` sets, (T, K)
         self.key = torch.zeros(4, dtype=torch.int64, device="cpu")  # not a buffer: ops read it on the host
         self.is_keyed = False
 
@@ -78,8 +82,11 @@ class Router(nn.Module):
         """Sum of coefficient * loss of the last training forward, a mean over its tokens; None without losses."""
         return torch.stack(list(self.aux_losses.values())).sum() if self.aux_losses else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, real_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Routes x (..., D), with the sequence in dim -2; (T, D) is one sequence.
+
+        Args:
+            real_T: which tokens are no padding, (T,) bool; None: all.
 
         Returns:
             weights_TK (fp32 or wider) and ids_TK (int64) of all T tokens; (T, E) with expert choice.
@@ -88,13 +95,18 @@ class Router(nn.Module):
         scores = self._score(logits)
         scores_TE = torch.ops.moecompile.flatten_tokens(scores)
         if self.config.choice == "expert":
-            ids, weights = self._expert_choice(scores_TE)
+            ids, weights = self._expert_choice(scores_TE, real_T)
             kept = ids
         else:
             ids = self.choose(scores_TE)
-            kept, weights = self._limited(ids, self._weights(scores_TE, ids))
+            if self.replayed is not None:
+                ids = replayed_or_live(self.replayed, ids, self.num_experts)
+            ids, weights = without_padding(ids, self._weights(scores_TE, ids), real_T, self.num_experts)
+            if self.on_choice is not None:
+                self.on_choice(ids)
+            kept, weights = self._limited(ids, weights, real_T)
         if self.training:
-            self._keep(self._train(logits, scores, ids, kept), logits)
+            self._keep(self._train(logits, scores, ids, kept, real_T), logits)
         return weights, kept
 
     def logits(self, x: Tensor) -> Tensor:
@@ -147,28 +159,30 @@ class Router(nn.Module):
             weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp_min(1e-20)
         return weights_TK * self.config.scale
 
-    def _limited(self, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+    def _limited(self, ids_TK: Tensor, weights_TK: Tensor, real_T: Tensor | None) -> tuple[Tensor, Tensor]:
         """Drops assignments beyond the capacity; weights of kept assignments are unchanged."""
         if self.config.capacity_factor is None:
             return ids_TK, weights_TK
         kept_TK = torch.ops.moecompile.within_capacity(
-            ids_TK, weights_TK.detach(), self.num_experts, self.config.capacity_factor, self.config.drop
+            ids_TK, weights_TK.detach(), self.num_experts, self.config.capacity_factor, self.config.drop, real_T
         )
         return ids_TK.masked_fill(~kept_TK, self.num_experts), weights_TK.masked_fill(~kept_TK, 0.0)
 
-    def _expert_choice(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def _expert_choice(self, scores_TE: Tensor, real_T: Tensor | None) -> tuple[Tensor, Tensor]:
         factor = 1.0 if self.config.capacity_factor is None else self.config.capacity_factor
-        ids_TE = torch.ops.moecompile.expert_choice(scores_TE.detach(), self.config.top_k, factor)
+        ids_TE = torch.ops.moecompile.expert_choice(scores_TE.detach(), self.config.top_k, factor, real_T)
         return ids_TE, scores_TE.masked_fill(ids_TE == self.num_experts, 0.0) * self.config.scale
 
-    def _train(self, logits: Tensor, scores: Tensor, ids: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    def _train(
+        self, logits: Tensor, scores: Tensor, ids: Tensor, kept: Tensor, real: Tensor | None
+    ) -> dict[str, Tensor]:
         """Counts the load of this forward, and returns its losses times their coefficients."""
         probs = self._probs(logits, scores)
-        self.meter(ids, kept, torch.ops.moecompile.flatten_tokens(probs).detach())
+        self.meter(ids, kept, torch.ops.moecompile.flatten_tokens(probs).detach(), real)
         if self.losses and logits.numel() == 0:  # the mean over no tokens is undefined
             return {name: logits.sum() for name in self.losses}
         return {
-            name: coefficient * self._loss(name, logits, scores, probs, ids)
+            name: coefficient * self._loss(name, logits, scores, probs, ids, real)
             for name, coefficient in self.losses.items()
         }
 
@@ -185,15 +199,18 @@ class Router(nn.Module):
         elif torch.is_grad_enabled() or not any(loss.requires_grad for loss in self.aux_losses.values()):
             self.aux_losses, self.aux_node = losses, logits.grad_fn
 
-    def _loss(self, name: str, logits: Tensor, scores: Tensor, probs: Tensor, ids: Tensor) -> Tensor:
+    def _loss(
+        self, name: str, logits: Tensor, scores: Tensor, probs: Tensor, ids: Tensor, real: Tensor | None
+    ) -> Tensor:
         if name == "micro_batch":
-            return loss_functions.micro_batch_loss(probs, ids)
+            return loss_functions.micro_batch_loss(probs, ids, real)
         if name == "sequence":
-            return loss_functions.sequence_loss(torch.atleast_2d(scores), torch.atleast_2d(probs), self.config.top_k)
+            sequences = torch.atleast_2d(scores), torch.atleast_2d(probs)
+            return loss_functions.sequence_loss(*sequences, self.config.top_k, real)
         if name == "global_batch":
             assert self.global_load is not None
-            return loss_functions.global_batch_loss(probs, self.global_load)
-        return loss_functions.z_loss(logits)
+            return loss_functions.global_batch_loss(probs, self.global_load, real)
+        return loss_functions.z_loss(logits, real)
 
     def _open_experts(self, choice_TE: Tensor) -> Tensor:
         config = self.config

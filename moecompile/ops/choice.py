@@ -17,13 +17,23 @@ def capacity(factor: float, num_tokens: int, top_k: int, num_experts: int) -> in
     return math.ceil(Fraction(str(factor)) * num_tokens * top_k / num_experts)
 
 
+def _capacity_of(real_T: Tensor, factor: float, top_k: int, num_experts: int) -> Tensor:
+    """`capacity` for the real tokens, int64 on their device: the host need not know how many there are."""
+    exact = Fraction(str(factor)) * top_k / num_experts
+    return -(-real_T.sum() * exact.numerator // exact.denominator)
+
+
 @torch.library.custom_op("moecompile::within_capacity", mutates_args=())
-def within_capacity(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, factor: float, policy: str) -> Tensor:
+def within_capacity(
+    ids_TK: Tensor, weights_TK: Tensor, num_experts: int, factor: float, policy: str, real_T: Tensor | None = None
+) -> Tensor:
     """Which assignments are kept if each expert takes at most `capacity` of them, (T, K) bool.
 
     Args:
+        ids_TK: num_experts for padding.
         policy: `position`: the first ones by the token's position in the micro-batch, in any slot (Switch,
             arXiv 2101.03961). `score`: those with the largest weights; among equal weights, the first.
+        real_T: which tokens are no padding, (T,) bool, and count for the capacity; None: all.
     """
     num_tokens, top_k = ids_TK.shape
     flat = ids_TK.reshape(-1)
@@ -37,29 +47,43 @@ def within_capacity(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, factor
     position = torch.arange(flat.numel(), device=flat.device)
     rank = position - torch.searchsorted(expert, expert)
     kept = torch.empty_like(flat, dtype=torch.bool)
-    kept[order] = rank < capacity(factor, num_tokens, top_k, num_experts)
+    if real_T is None:
+        kept[order] = rank < capacity(factor, num_tokens, top_k, num_experts)
+    else:
+        kept[order] = rank < _capacity_of(real_T, factor, top_k, num_experts)
     return kept.view(num_tokens, top_k)
 
 
 @within_capacity.register_fake
-def _(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, factor: float, policy: str) -> Tensor:
+def _(
+    ids_TK: Tensor, weights_TK: Tensor, num_experts: int, factor: float, policy: str, real_T: Tensor | None = None
+) -> Tensor:
     return torch.empty_like(ids_TK, dtype=torch.bool)
 
 
 @torch.library.custom_op("moecompile::expert_choice", mutates_args=())
-def expert_choice(scores_TE: Tensor, top_k: int, factor: float) -> Tensor:
+def expert_choice(scores_TE: Tensor, top_k: int, factor: float, real_T: Tensor | None = None) -> Tensor:
     """Each expert takes the `capacity` tokens with the highest scores (Zhou et al. 2022, arXiv 2202.09368).
+
+    Args:
+        real_T: which tokens are no padding, (T,) bool; only they are taken, and count for the capacity. None: all.
 
     Returns:
         (T, E) int64: e in column e where expert e took the token, else E.
     """
     num_tokens, num_experts = scores_TE.shape
     taken = min(capacity(factor, num_tokens, top_k, num_experts), num_tokens)
-    best = scores_TE.topk(taken, dim=0, sorted=False).indices
     no_expert = torch.full(scores_TE.shape, num_experts, dtype=torch.int64, device=scores_TE.device)
-    return no_expert.scatter_(0, best, torch.arange(num_experts, device=best.device).expand_as(best))
+    experts = torch.arange(num_experts, device=scores_TE.device).expand(taken, num_experts)
+    if real_T is None:
+        return no_expert.scatter_(0, scores_TE.topk(taken, dim=0, sorted=False).indices, experts)
+    scores_TE = scores_TE.masked_fill(~real_T.unsqueeze(1), float("-inf"))
+    most = torch.minimum(_capacity_of(real_T, factor, top_k, num_experts), real_T.sum())
+    beyond = torch.arange(taken, device=scores_TE.device).unsqueeze(1) >= most
+    best = scores_TE.topk(taken, dim=0).indices
+    return no_expert.scatter_(0, best, experts.masked_fill(beyond, num_experts))
 
 
 @expert_choice.register_fake
-def _(scores_TE: Tensor, top_k: int, factor: float) -> Tensor:
+def _(scores_TE: Tensor, top_k: int, factor: float, real_T: Tensor | None = None) -> Tensor:
     return torch.empty_like(scores_TE, dtype=torch.int64)

@@ -47,7 +47,13 @@ _lib.impl("router_logits", _router_logits, "CompositeImplicitAutograd")
 
 @torch.library.custom_op("moecompile::count_routing", mutates_args=("load_E", "node_tokens", "sums"))
 def count_routing(
-    load_E: Tensor, node_tokens: Tensor, sums: Tensor, chosen_TK: Tensor, kept_TK: Tensor, probs_TE: Tensor | None
+    load_E: Tensor,
+    node_tokens: Tensor,
+    sums: Tensor,
+    chosen_TK: Tensor,
+    kept_TK: Tensor,
+    probs_TE: Tensor | None,
+    real_T: Tensor | None = None,
 ) -> None:
     """Adds one forward to the counters of a `LoadMeter`, in place.
 
@@ -58,6 +64,7 @@ def count_routing(
             equal part of the experts. sums: tokens, dropped assignments, entropy in nats.
         chosen_TK, kept_TK: expert ids before and after drops; num_experts means no expert.
         probs_TE: each token's distribution over experts, for the entropy; None: not counted.
+        real_T: which tokens are no padding, (T,) bool; None: all. Padding has no expert in chosen_TK.
     """
     if in_backward():
         return
@@ -66,15 +73,22 @@ def count_routing(
     node_TK = torch.div(kept_TK, num_experts // num_nodes, rounding_mode="floor")  # num_nodes: no expert
     reached = torch.zeros(kept_TK.shape[0], num_nodes + 1, dtype=torch.bool, device=kept_TK.device)
     node_tokens.add_(reached.scatter_(1, node_TK, True)[:, :num_nodes].sum(0))
-    sums[0] += chosen_TK.shape[0]
+    sums[0] += chosen_TK.shape[0] if real_T is None else real_T.sum()
     sums[1] += (kept_TK == num_experts).sum() - (chosen_TK == num_experts).sum()
     if probs_TE is not None:
-        sums[2] += torch.special.entr(probs_TE).sum(dtype=sums.dtype)
+        entropy_T = torch.special.entr(probs_TE).sum(-1, dtype=sums.dtype)
+        sums[2] += (entropy_T if real_T is None else entropy_T.masked_fill(~real_T, 0.0)).sum()
 
 
 @count_routing.register_fake
 def _(
-    load_E: Tensor, node_tokens: Tensor, sums: Tensor, chosen_TK: Tensor, kept_TK: Tensor, probs_TE: Tensor | None
+    load_E: Tensor,
+    node_tokens: Tensor,
+    sums: Tensor,
+    chosen_TK: Tensor,
+    kept_TK: Tensor,
+    probs_TE: Tensor | None,
+    real_T: Tensor | None = None,
 ) -> None:
     return None
 

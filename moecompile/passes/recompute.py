@@ -4,7 +4,8 @@ Algorithm:
   1. The forward of each layer runs under torch's activation checkpointing, which keeps only its inputs.
   2. With `keep_exchanges`, results of exchanges and choices of routers are kept as well. So backward repeats no
      exchange, and the recomputed forward cannot route differently.
-  3. Key-value caches are off while gradients are enabled: the recomputed forward would fill them a second time.
+  3. Padding masks, which no layer gets as an argument, are those of its own forward again.
+  4. Key-value caches are off while gradients are enabled: the recomputed forward would fill them a second time.
 Loads and bytes are counted in the first forward only (moecompile.ops.tokens, moecompile.ops.traffic).
 """
 
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from moecompile.capture import layers_of
 from moecompile.capture.caches import cache_configs, caches
 from moecompile.errors import ConfigError, PassError
+from moecompile.nn.padding import Padding, padding_of
 from moecompile.passes.base import experts_calls, run_on_model
 from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, Plan
 from moecompile.torch_private import keeping
@@ -60,11 +62,13 @@ class Recompute:
         if self.checkpointing == "keep_exchanges":  # Step 2
             exchanges = [getattr(torch.ops.moecompile, name).default for name in sorted(EXCHANGE_OPS | WAIT_OPS)]
             run_checkpointed = partial(run_checkpointed, context_fn=partial(keeping, {*exchanges, *_TABLES, *_CHOICES}))
+        padding = padding_of(model) or Padding()  # Step 3
         for layer in _recomputing(model):
-            layer.forward = _recomputed(layer.forward, run_checkpointed)  # inside FSDP's hooks: it gathers first
+            # Inside FSDP's hooks: it gathers first.
+            layer.forward = _recomputed(layer.forward, run_checkpointed, padding)
         reported: list[bool] = []
         for caller in _with_switch(model):
-            caller.forward = _without_caches(caller, caller.forward, self.checkpointing, reported)  # Step 3
+            caller.forward = _without_caches(caller, caller.forward, self.checkpointing, reported)  # Step 4
 
     def ensures(self, model: nn.Module, plan: Plan) -> None:
         """Every experts call of the plan is inside a checkpointed layer."""
@@ -91,11 +95,19 @@ def _is_wrapped(layer: nn.Module) -> bool:
     return getattr(layer.forward, "computes_again", False)
 
 
-def _recomputed(forward: Callable[..., Any], run_checkpointed: Callable[..., Any]) -> Callable[..., Any]:
+def _recomputed(
+    forward: Callable[..., Any], run_checkpointed: Callable[..., Any], padding: Padding
+) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return run_checkpointed(partial(forward, **kwargs), *args)
+        masks = padding.now
+
+        def with_masks(*inputs: Any) -> Any:
+            with padding.during(masks):
+                return forward(*inputs, **kwargs)
+
+        return run_checkpointed(with_masks, *args)
 
     run.computes_again = True  # type: ignore[attr-defined]
     return run

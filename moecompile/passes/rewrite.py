@@ -27,6 +27,7 @@ from moecompile.match.patterns import FFNMatch, activation_module
 from moecompile.match.regions import Region
 from moecompile.match.view import common_owner
 from moecompile.nn import Experts, Router, SharedExperts
+from moecompile.nn.padding import MaskRows, TokenMask
 from moecompile.passes.base import check_calls, copy_graph_module, erase_unused, exchanges_of, is_ours, items, op_name
 from moecompile.passes.rewrite_experts import rewrite_experts
 from moecompile.passes.trained import keep_frozen
@@ -103,11 +104,10 @@ def _rewrite_ffn(
     fill_site(router, experts, shared, old, match, layer, seed)
     keep_frozen(experts, shared, old, match, layer)
     prefix = common_owner([match.down.weight, *(linear.weight for linear in match.ins)])
-    names = {
-        role: _add(new, prefix, role, module)
-        for role, module in (("router", router), ("experts", experts), ("shared_experts", shared))
-        if module is not None
-    }
+    parts: dict[str, nn.Module | None] = {"router": router, "experts": experts, "shared_experts": shared}
+    if layer.mask_padding:
+        parts |= {"token_mask": TokenMask(), "mask_rows": MaskRows() if shared else None}
+    names = {role: _add(new, prefix, role, module) for role, module in parts.items() if module is not None}
     # Step 3
     x, down = copies[match.ins[0].x], copies[match.down.node]
     position = {node: i for i, node in enumerate(new.graph.nodes)}
@@ -144,11 +144,14 @@ _READS = frozenset((
 
 def _insert(graph: fx.Graph, x: fx.Node, names: dict[str, str], layer: LayerPlan) -> fx.Node:
     tokens = graph.call_function(ops.flatten_tokens, (x,))
-    routed = graph.call_module(names["router"], (x,))  # x, not tokens: per-sequence losses need the shape
+    real = (graph.call_module(names["token_mask"], (x,)),) if "token_mask" in names else ()
+    routed = graph.call_module(names["router"], (x, *real))  # x, not tokens: per-sequence losses need the shape
     weights, ids = items(graph, routed, "weights", "ids")
     # Before the permute, so that the device has work while the host waits for the counts of an exchange.
     shared = graph.call_module(names["shared_experts"], (x,)) if "shared_experts" in names else None
-    dropless = () if layer.routing.dropless else (False,)
+    if shared is not None and real:
+        shared = graph.call_module(names["mask_rows"], (shared, *real))
+    dropless = () if layer.routing.dropless and not real else (False,)
     permuted = graph.call_function(ops.permute, (tokens, ids, layer.experts.num_routed, *dropless))
     rows, order, counts = items(graph, permuted, "rows", "order", "counts")
     outputs = graph.call_module(names["experts"], (rows, counts))

@@ -6,8 +6,8 @@ GraphModule owns the model's own parameters and passes them to the experts call.
 Algorithm:
   1. Read hidden states, expert ids and routing weights; cast the weights to at least fp32, in case the model rounded
      them.
-  2. Count the load; an id equal to the number of experts is a dropped assignment. Identity experts are computed on the
-     token's own rank.
+  2. Padding gets no expert. Count the load; an id equal to the number of experts is a dropped assignment. Identity
+     experts are computed on the token's own rank.
   3. permute, experts on the rows (with the norm that follows them, if any), unpermute with the routing weights.
 """
 
@@ -21,6 +21,7 @@ from moecompile.match.patterns import FFNMatch, activation_module
 from moecompile.match.swiglu import existing_experts
 from moecompile.nn import Experts
 from moecompile.nn.existing import ExistingMeter, IdentityExperts, OneHotIds, WideWeights
+from moecompile.nn.padding import MaskRouting, TokenMask
 from moecompile.passes.base import items
 from moecompile.passes.trained import freeze_stack
 from moecompile.passes.upcycle import DenseWeights
@@ -54,7 +55,14 @@ def rewrite_experts(graph_module: fx.GraphModule, module: nn.Module, match: Expe
         if match.num_identity:
             identity = add("identity_experts", IdentityExperts(match.num_experts))
             ids, passed = items(graph, graph.call_module(identity, (hidden, ids, weights)), "kept_ids", "same")
-        graph.call_module(add("meter", _meter(module, layer)), (ids,))
+        real = None
+        if layer.mask_padding:
+            real = graph.call_module(add("token_mask", TokenMask()), (hidden,))
+            masked = graph.call_module(add("mask_routing", MaskRouting(layer.experts.num_routed)), (ids, weights, real))
+            ids, weights = items(graph, masked, "real_ids", "real_weights")
+        graph.call_module(
+            add("meter", _meter(module, layer, match.call.top_k)), (ids, None, None, real) if real else (ids,)
+        )
         # Step 3
         tokens = hidden if match.call.is_flat else graph.call_function(ops.flatten_tokens, (hidden,))
         permuted = graph.call_function(ops.permute, (tokens, ids, layer.experts.num_routed, False))
@@ -78,10 +86,10 @@ def rewrite_experts(graph_module: fx.GraphModule, module: nn.Module, match: Expe
     graph.erase_node(own)
 
 
-def _meter(module: nn.Module, layer: LayerPlan) -> ExistingMeter:
+def _meter(module: nn.Module, layer: LayerPlan, top_k: int) -> ExistingMeter:
     device = next(module.parameters()).device
     meter = ExistingMeter(layer.experts.num_routed, layer.placement.nodes, device)
-    meter.balance = layer.balance
+    meter.balance, meter.top_k = layer.balance, top_k
     return meter
 
 

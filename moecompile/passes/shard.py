@@ -25,19 +25,18 @@ from torch.distributed.tensor import DTensor, Shard
 from moecompile.arguments import check_model, check_plan
 from moecompile.capture import layers_of
 from moecompile.errors import PassError, PlanError
-from moecompile.mesh import MeshSpec
+from moecompile.mesh import EXPERT_AXES, MeshSpec
 from moecompile.nn import Experts, routers_of
 from moecompile.passes.base import exchanges_of, experts_calls, on_an_axis, op_name, run_on_model
 from moecompile.plan import Plan
 from moecompile.torch_private import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult, split_axis
 
-AXES = ("dp_replicate", "edp", "ep")
 _LOGICAL = ("ep", "ep_inter", "ep_intra")
 
 
 def device_mesh_of(mesh: MeshSpec, device_type: str) -> DeviceMesh:
     """The (dp_replicate, edp, ep) device mesh of the experts. Needs a process group."""
-    return init_device_mesh(device_type, (mesh.dp_replicate, mesh.edp_shard, mesh.ep), mesh_dim_names=AXES)
+    return init_device_mesh(device_type, tuple(map(mesh.size, EXPERT_AXES)), mesh_dim_names=EXPERT_AXES)
 
 
 def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh, param_dtype: torch.dtype | None = None) -> nn.Module:
@@ -68,9 +67,10 @@ class ShardModel:
 
     def requires(self, model: nn.Module, plan: Plan) -> None:
         """The device mesh has the planned sizes, and the graphs have the planned exchanges."""
-        sizes = dict(zip(AXES, (plan.mesh.dp_replicate, plan.mesh.edp_shard, plan.mesh.ep), strict=True))
-        for axis, size in sizes.items():
-            ranks = self.device_mesh[axis].size()
+        if plan.mesh.tp > 1:
+            raise PlanError("mesh.tp", plan.mesh.tp, "weights cannot be split over tp yet", "Use mesh.tp=1")
+        for axis in EXPERT_AXES:
+            size, ranks = plan.mesh.size(axis), self.device_mesh[axis].size()
             if ranks != size:
                 raise PlanError(
                     f"mesh.{axis}", size, f"the device mesh has {ranks} ranks there", "Plan for this device mesh"

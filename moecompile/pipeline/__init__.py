@@ -21,6 +21,7 @@ from moecompile.compose import compose_config
 from moecompile.errors import ArgumentError, CaptureError, ConfigError, PlanError
 from moecompile.match.regions import Captured, Region, Site
 from moecompile.match.sites import capture_regions, graph_sites, list_sites, record_model
+from moecompile.nn.padding import watch_padding
 from moecompile.passes.prove import unproven
 from moecompile.passes.receipt import Comparison, Receipt
 from moecompile.passes.run import (
@@ -38,6 +39,7 @@ from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.passes.trained import frozen_notes
 from moecompile.pipeline.facts import facts_of
 from moecompile.plan import ExpertsSite, FFNSite, Plan, PlannedSite, check_sites
+from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import build_plan
 from moecompile.planner.existing import notes
 from moecompile.schema import Config, SiteKind
@@ -123,7 +125,7 @@ def make_plan(
             raise CaptureError("make_plan needs example=... for a module that is not a GraphModule")
         check_example(example)
         sites = capture_planned(model_or_graph, None, config, example).sites
-    return build_plan(sites, config, facts_of(model_or_graph))
+    return build_plan(sites, config, facts_of(model_or_graph, example))
 
 
 def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | Config | Plan = ()) -> fx.GraphModule:
@@ -195,7 +197,7 @@ def compile_with_report(
     _check(model, example, plan, device_mesh, until)
     config, log = _config(overrides), Log()
     captured = capture_planned(model, plan, config, example, log)
-    plan = _planned(model, captured, overrides if plan else config, plan)
+    plan = _planned(model, captured, overrides if plan else config, plan, facts_of(model, example))
     layers = captured.planned(plan.layers)
     regions = {path: captured.regions[path] for path in layers}
     log.add("build_plan", regions, regions, f"{len(plan.layers)} layers planned, hash {plan.hash}")
@@ -213,6 +215,7 @@ def compile_with_report(
         final = run_passes(on_the_mesh(), rewritten, layers, log)
         done.model = replace_regions(done.model, replacements(done.model, rewritten, final))
     set_attribute(done.model, _PLAN, plan)
+    watch_padding(done.model)
     if until == "shard":
         check_same_weights(done.model)
         shard(done.model, plan, device_mesh or device_mesh_of(plan.mesh, _device_type(done.model)))
@@ -248,12 +251,13 @@ def _check(model: nn.Module, example: Example, plan: Plan | None, device_mesh: D
         )
 
 
-def _planned(model: nn.Module, captured: Captured, overrides: Sequence[str] | Config, plan: Plan | None) -> Plan:
+def _planned(
+    model: nn.Module, captured: Captured, overrides: Sequence[str] | Config, plan: Plan | None, facts: ModelFacts
+) -> Plan:
     """A new plan for the captured sites, or the given one, which must fit them.
 
     Overrides next to a given plan must agree with it, except for the seed, which is not part of a plan.
     """
-    facts = facts_of(model)
     if plan is None:
         return build_plan(captured.sites, _config(overrides), facts)
     if not isinstance(overrides, Config):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
-from moecompile.capture import layers_of
+from moecompile.capture import Example, layers_of
+from moecompile.nn.padding import masks_of
 from moecompile.planner import ModelFacts
 
 
-def facts_of(model: nn.Module) -> ModelFacts:
-    """Sizes of the dense model; 0 if they cannot be read from the module."""
+def facts_of(model: nn.Module, example: Example | None = None) -> ModelFacts:
+    """Sizes of the dense model, 0 if they cannot be read from the module; and what is known from the example."""
     layers = list(layers_of(model))
     inside = {parameter for layer in layers for parameter in layer.parameters()}
     outside = sum(parameter.numel() for parameter in model.parameters() if parameter not in inside)
@@ -21,7 +24,16 @@ def facts_of(model: nn.Module) -> ModelFacts:
         bytes_per_param=next((parameter.element_size() for parameter in model.parameters()), 4),
         causal=True if hasattr(model, "generate") else None,  # as in language models of transformers
         frozen=_frozen(model),
+        has_padding_mask=_has_padding_mask(model, example),
     )
+
+
+def _has_padding_mask(model: nn.Module, example: Example | None) -> bool:
+    if example is None:
+        return False
+    if isinstance(example, Mapping):
+        return bool(masks_of(model, (), example))
+    return bool(masks_of(model, example if isinstance(example, tuple) else (example,), {}))
 
 
 def _frozen(model: nn.Module) -> dict[str, tuple[int, int]]:

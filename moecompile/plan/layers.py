@@ -21,7 +21,8 @@ BalancePlan = BalanceSpec
 class LayerPlan:
     """One site and all decisions about it.
 
-    fused: whether one op gathers the rows, computes the experts and sums their outputs.
+    fused: whether one op gathers the rows, computes the experts and sums their outputs. mask_padding: whether padding
+    is taken out of routing.
 
     Raises:
         PlanError: the parts contradict each other.
@@ -34,6 +35,7 @@ class LayerPlan:
     placement: ExpertPlacement
     dispatch: DispatchPlan
     fused: bool = False
+    mask_padding: bool = False
 
     def __post_init__(self) -> None:
         if self.fused and not can_fuse(self.site, self.dispatch):

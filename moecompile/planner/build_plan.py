@@ -10,6 +10,7 @@ Algorithm:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -33,6 +34,7 @@ from moecompile.schema import (
     Config,
     ExpertInit,
     LayerSettings,
+    MaskPadding,
     Precision,
     balance_spec,
     check_numbers,
@@ -64,8 +66,13 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
     chosen = select(sites, config)  # Step 2
     check_given(chosen, config)
     check_selections(config, [site.fqn for site in chosen])
+    masked = config.data.mask_padding
+    mask_padding = facts.has_padding_mask if masked is MaskPadding.auto else masked is MaskPadding.always
     layers = tuple(  # Step 3
-        _layer(site, layer_settings(config, site.fqn, i, len(chosen)), config, mesh, facts)
+        replace(
+            _layer(site, layer_settings(config, site.fqn, i, len(chosen)), config, mesh, facts),
+            mask_padding=mask_padding,
+        )
         for i, site in enumerate(chosen)
     )
     return Plan(  # Step 4
@@ -87,7 +94,7 @@ def _run_facts(config: Config, mesh: MeshSpec, facts: ModelFacts) -> RunFacts:
         precision=f"{trainer.precision.value}{stored}",
         hardware=config.hardware.name,
         compute_bytes=2 if trainer.precision is Precision.bf16_params else facts.bytes_per_param,
-        accumulation=max(1, data.global_batch_size // (data.micro_batch_size * mesh.world_size)),
+        accumulation=max(1, data.global_batch_size // (data.micro_batch_size * mesh.num_batches)),
         checkpointing=trainer.checkpointing.value,
         is_mixed=trainer.precision is Precision.bf16_mixed,
     )

@@ -30,7 +30,7 @@ class ModelFacts:
     (embeddings, output head, final norm). num_layers, vocab_size: of the model; if they are 0 (a bare graph), only the
     planned layers are counted. bytes_per_param: of stored weights (4: fp32). causal: whether a token must not see later
     tokens (None: unknown). frozen: module path ("": the model) -> its number of frozen parameters, and of all its
-    parameters; empty if none is frozen.
+    parameters; empty if none is frozen. has_padding_mask: whether the example has one.
     """
 
     params_total: int
@@ -40,6 +40,7 @@ class ModelFacts:
     bytes_per_param: int = 4
     causal: bool | None = None
     frozen: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    has_padding_mask: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ def remedies(
         """The smallest larger mesh that fits, else the largest one that still saves memory."""
         best, least = None, total(mesh, run)
         for larger in _larger(mesh):
-            more = replace(run, accumulation=max(1, run.accumulation * mesh.world_size // larger.world_size))
+            more = replace(run, accumulation=max(1, run.accumulation * mesh.num_batches // larger.num_batches))
             needed = total(larger, more)
             if needed >= least * 0.98:  # more sharding saves next to nothing
                 break
@@ -101,6 +101,6 @@ def _larger(mesh: MeshSpec) -> Iterator[MeshSpec]:
 
 def _mesh_text(larger: MeshSpec, mesh: MeshSpec, run: RunFacts) -> str:
     text = f"mesh.num_nodes={larger.num_nodes} mesh.ranks_per_node={larger.ranks_per_node} mesh.ep={larger.ep}"
-    if run.accumulation * mesh.world_size >= larger.world_size:
+    if run.accumulation * mesh.num_batches >= larger.num_batches:
         return text
-    return f"{text} data.global_batch_size={larger.world_size * run.micro_batch_size}"  # one per rank
+    return f"{text} data.global_batch_size={larger.num_batches * run.micro_batch_size}"  # one micro-batch each

@@ -1,7 +1,8 @@
 """Sums, divides and clips gradients between backward and the optimizer step, for weights on several meshes.
 
 FSDP2 has already summed the gradients of sharded weights (divide factor 1). Replicated weights (routers, and those
-outside the compiled model) are summed here; then all are divided once and clipped by one global norm.
+outside the compiled model) are summed here; then all are divided once and clipped by one global norm. Groups are those
+of `moecompile.runtime.groups`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from moecompile.torch_private import local_part
 
 
 @torch.no_grad()
-def sum_replicated(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
-    """Sums the gradients of plain (not DTensor) weights over all ranks, in place, in fp32 or wider.
+def sum_replicated(parameters: Iterable[nn.Parameter], tokens: dist.ProcessGroup) -> None:
+    """Sums the gradients of plain (not DTensor) weights over ranks with different tokens, in place, in fp32 or wider.
 
     A weight without a gradient on this rank contributes zeros, so that all ranks send the same sizes. A weight without
     a gradient on any rank keeps None, as in one process: with zeros, an optimizer would decay it.
+
+    Args:
+        tokens: `Groups.tokens`. Ranks that share tokens compute the same gradient.
     """
     plain = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
     for wide in dict.fromkeys(_wide(p.dtype) for p in plain):
@@ -31,7 +35,7 @@ def sum_replicated(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup 
         flags = torch.tensor([p.grad is not None for p in of_dtype], dtype=wide, device=of_dtype[0].device)
         grads = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in of_dtype]
         flat = torch.cat([*(grad.reshape(-1).to(wide) for grad in grads), flags])
-        dist.all_reduce(flat, group=group)
+        dist.all_reduce(flat, group=tokens)
         *sums, holders = flat.split([*(grad.numel() for grad in grads), len(grads)])
         for grad, summed in zip(grads, sums, strict=True):
             grad.copy_(summed.view_as(grad))
@@ -60,23 +64,26 @@ def all_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 @torch.no_grad()
-def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float, every: dist.ProcessGroup) -> Tensor:
     """Clips by one L2 norm over all weights of all meshes, as `torch.nn.utils.clip_grad_norm_` does in one process.
 
     Each entry counts once: the squares of a shard are divided by the number of ranks that hold the same shard, then
     summed over all ranks.
 
+    Args:
+        every: `Groups.every`, the ranks that together hold all shards.
+
     Returns:
         the norm before clipping, float64, equal on all ranks.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    world = dist.get_world_size(every)
     total = torch.zeros((), dtype=torch.float64, device=parameters[0].device if parameters else None)
     for parameter, grad in zip(parameters, _local_grads(parameters), strict=True):
         if grad.numel():
             total += grad.double().square().sum() * (_num_shards(parameter) / world)
     if world > 1:
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=every)
     norm = total.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for grad in _local_grads(parameters):

@@ -61,7 +61,7 @@ class Metrics(Callback):
     def _log_row(
         self, trainer: Trainer, pl_module: LightningModule, strategy: ExpertParallelStrategy, step: int
     ) -> None:
-        loss, num_tokens, aux_losses = self.tally.sums.take()
+        loss, num_tokens, aux_losses = self.tally.sums.take(strategy.groups.tokens)
         row = self.tally.end_row(loss, num_tokens, time.perf_counter() - self._row_start)
         loads = [] if strategy.skipped else strategy.loads
         if loads:

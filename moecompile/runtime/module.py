@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from moecompile.errors import ConfigError
 from moecompile.runtime.data import IGNORED
 from moecompile.runtime.objective import is_encoder_decoder
+from moecompile.runtime.strategy import groups_of
 from moecompile.schema import OptimizerConfig
 
 
@@ -75,8 +76,7 @@ class LanguageModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Validation loss over all ranks, nats per token."""
         assert self._val_sums is not None
-        if dist.is_initialized():
-            dist.all_reduce(self._val_sums)
+        dist.all_reduce(self._val_sums, group=groups_of(self.trainer).tokens)
         loss, num_tokens = self._val_sums.tolist()
         self.val_loss = loss / num_tokens
         self.log("val_loss", self.val_loss, prog_bar=True, logger=False)

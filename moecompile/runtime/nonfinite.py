@@ -10,7 +10,7 @@ Algorithm, on all ranks together, because a forward exchanges rows:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -38,17 +38,17 @@ class Event:
     what: str = field(compare=False)
 
 
-def origin(model: nn.Module, runs: list[Callable[[], Any]]) -> Event | None:
+def origin(model: nn.Module, runs: Sequence[Callable[[], Any]], every: dist.ProcessGroup) -> Event | None:
     """The first event on all ranks; None if the runs are finite this time.
 
     Args:
-        runs: forward and backward of each micro-batch of the step on this rank.
+        runs: forward and backward of each micro-batch of the step on this rank. every: `Groups.every`.
     """
     for run in runs:  # Step 1
         with _Watch(model) as seen:
             run()
-        events: list[Event | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(events, min(seen, default=None))  # Step 2
+        events: list[Event | None] = [None] * every.size()
+        dist.all_gather_object(events, min(seen, default=None), group=every)  # Step 2
         if seen_events := [event for event in events if event is not None]:
             return min(seen_events)
     return None

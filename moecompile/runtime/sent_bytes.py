@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from moecompile.mesh import LinkClass, MeshSpec
 from moecompile.ops import traffic
 from moecompile.plan import Traffic
-from moecompile.runtime.strategy import ExpertParallelStrategy
+from moecompile.runtime.strategy import ExpertParallelStrategy, groups_of
 
 
 class TrafficMeter(Callback):
@@ -47,7 +47,6 @@ class TrafficMeter(Callback):
         """Computes the bytes per token and MoE layer, over all ranks."""
         sent = [self._bytes[LinkClass.INTRA_NODE], self._bytes[LinkClass.INTER_NODE]]
         sums = torch.tensor(sent, dtype=torch.int64, device=pl_module.device)
-        if dist.is_initialized():
-            dist.all_reduce(sums)
+        dist.all_reduce(sums, group=groups_of(trainer).every)
         intra, inter = (total / max(1, self._tokens) for total in sums.tolist())
         self.per_token_and_layer = Traffic(intra_node=intra, inter_node=inter)

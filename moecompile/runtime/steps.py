@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from moecompile.errors import ConfigError
+from moecompile.errors import ConfigError, PlanError
 from moecompile.nn import (
     LayerLoad,
     auxiliary_loss,
@@ -26,6 +26,7 @@ from moecompile.nn import (
 from moecompile.pipeline import compiled_module
 from moecompile.runtime.completion import Completion
 from moecompile.runtime.gradients import all_finite, divide, sum_replicated
+from moecompile.runtime.groups import Groups
 from moecompile.runtime.manual import Guard, Tokens, only_routers_behind
 from moecompile.runtime.nonfinite import error_of, origin
 from moecompile.runtime.window import Window, keyed_random_numbers
@@ -45,6 +46,7 @@ class TrainingSteps(ModelParallelStrategy):
         self.loads: list[LayerLoad] = []  # of the last optimizer step
         self.aux_losses: dict[str, Tensor] = {}  # of the last micro-batch
         self.skipped = False  # whether the last optimizer step was skipped
+        self._groups: Groups | None = None  # after setup
         self._window = Window()
         self._tokens = Tokens()  # of the last micro-batch
         self._completion = Completion()
@@ -68,6 +70,13 @@ class TrainingSteps(ModelParallelStrategy):
         if isinstance(compiled, FSDPModule):  # zero_grad and toggles after a forward must see the shards
             compiled.set_reshard_after_forward(True)
         self._guard = Guard(self.model, compiled, self.optimizers, self._end_manual_step)
+
+    @property
+    def groups(self) -> Groups:
+        """The process groups by what they mean, after setup."""
+        if self._groups is None:
+            raise PlanError("strategy.groups", None, "are made at setup", "Read them after Trainer.fit has begun")
+        return self._groups
 
     @property
     def _is_automatic(self) -> bool:
@@ -146,7 +155,7 @@ class TrainingSteps(ModelParallelStrategy):
             drop_unreduced(self.model)
             self._completion.abandon()
             self._window = Window()
-            update_balance(self.model, dist.group.WORLD, move=False)
+            update_balance(self.model, self.groups.tokens, move=False)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Adds the auxiliary losses, divides means, and completes the gradients if this is the last backward.
@@ -185,7 +194,7 @@ class TrainingSteps(ModelParallelStrategy):
             return loss if aux is None else loss + tokens * aux
         if aux is not None:
             loss = loss + aux / accumulate
-        return loss / self.world_size
+        return loss / self.groups.num_batches
 
     def optimizer_step(
         self,
@@ -214,7 +223,7 @@ class TrainingSteps(ModelParallelStrategy):
         parameters = parameters_of(self.model)
         if not self._completion.is_open:
             self._completion.open(parameters)
-        sum_replicated(parameters)
+        sum_replicated(parameters, self.groups.tokens)
         total, kept, self.skipped = self._over_ranks(parameters)
         if self.skipped:
             self._drop_step(parameters)
@@ -224,13 +233,13 @@ class TrainingSteps(ModelParallelStrategy):
             self._completion.close(parameters, total if self.loss == "sum" else None, kept, self._tokens.number)
         if self._is_automatic:
             self._window = Window()
-            self.loads = update_balance(self.model, dist.group.WORLD, move=not self.skipped)
+            self.loads = update_balance(self.model, self.groups.tokens, move=not self.skipped)
 
     def _end_manual_step(self) -> None:
         """Updates the balance from the load since the last step, which is zero for a second optimizer's step."""
         assert self.model is not None
         self._window = Window()
-        loads = update_balance(self.model, dist.group.WORLD)
+        loads = update_balance(self.model, self.groups.tokens)
         if any(load.tokens for load in loads):
             self.loads = loads
 
@@ -239,14 +248,14 @@ class TrainingSteps(ModelParallelStrategy):
         tokens = self._window.num_tokens if self._is_automatic or self.loss == "mean" else self._tokens.last
         kept = self._completion.kept(parameters) if self.loss == "sum" else []
         sums = torch.zeros(2 + len(kept), dtype=torch.int64, device=self.root_device)
-        sums[0] = tokens
+        sums[0] = tokens if self.groups.is_counted else 0
         if self.on_nan is not None:
             losses = self._window.is_finite
             sums[1] = ~(all_finite(parameters) & (True if losses is None else losses))
         if any(kept):
             sums[2:] = torch.tensor(kept)
         if self.loss == "sum" or self.on_nan is not None:
-            dist.all_reduce(sums)
+            dist.all_reduce(sums, group=self.groups.every)
         return sums[0], sums[2:], self.on_nan is not None and bool(sums[1])
 
     def _drop_step(self, parameters: list[nn.Parameter]) -> None:
@@ -269,9 +278,10 @@ class TrainingSteps(ModelParallelStrategy):
             loss = output["loss"] if isinstance(output, Mapping) else output
             self.backward(loss, None)
 
+        runs = [partial(run, *arguments) for arguments in window.arguments]
         self._is_again = True
         try:
-            event = origin(compiled_module(self.model), [partial(run, *arguments) for arguments in window.arguments])
+            event = origin(compiled_module(self.model), runs, self.groups.every)
         finally:
             self._is_again = False
         raise error_of(event, step + 1, self.world_size)
@@ -281,8 +291,8 @@ class TrainingSteps(ModelParallelStrategy):
         assert self.lightning_module is not None and self.model is not None
         trainer, place = self.lightning_module.trainer, self._window.num_micro_batches
         if self._is_automatic:
-            number = self.global_rank * trainer.accumulate_grad_batches + place
+            number = self.groups.batch_index * trainer.accumulate_grad_batches + place
         else:  # the module decides how many there are
-            number = place * self.world_size + self.global_rank
+            number = place * self.groups.num_batches + self.groups.batch_index
         self._window.num_micro_batches += 1
         return keyed_random_numbers(self.model, self.seed, trainer.global_step, number, self.root_device)

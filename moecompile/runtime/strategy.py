@@ -7,7 +7,7 @@ The LightningModule is an ordinary one, with a model that `moecompile.compile_mo
 plan from it, shards it, and sets the routers' random keys. From backward to the optimizer step it
   1. adds the routers' auxiliary losses to the loss, times the micro-batch's tokens if the loss is a sum,
   2. sums the gradients of replicated weights (FSDP2 has summed the others),
-  3. divides once: by the world size (`mean`, as DDP does) or by the tokens of the whole accumulation window (`sum`),
+  3. divides once: by the micro-batches at a time (`mean`, as DDP does), or by the tokens of the whole window (`sum`),
   4. updates the correction biases from the global load, once per optimizer step,
   5. clips by one norm over all meshes (Lightning's own `gradient_clip_val`).
 With manual optimization, 1 to 3 are done in every `manual_backward` (moecompile.runtime.manual).
@@ -42,6 +42,7 @@ from moecompile.pipeline import compiled_module, plan_of
 from moecompile.plan import Plan
 from moecompile.runtime import trainer_checkpoint
 from moecompile.runtime.gradients import clip_by_global_norm, clip_by_value
+from moecompile.runtime.groups import Groups
 from moecompile.runtime.modes import train_routing
 from moecompile.runtime.steps import TrainingSteps
 from moecompile.torch_private import compile_whole, set_timeouts
@@ -102,8 +103,10 @@ class ExpertParallelStrategy(TrainingSteps):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """The batch is split over all ranks: EP peers get different data."""
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
+        """EP peers get different data; ranks of one TP group get the same."""
+        assert self.model is not None
+        mesh = plan_of(self.model).mesh
+        return {"num_replicas": mesh.num_batches, "rank": mesh.batch_index(self.global_rank)}
 
     @property
     def device_mesh(self) -> DeviceMesh:
@@ -129,6 +132,7 @@ class ExpertParallelStrategy(TrainingSteps):
         if self._device_mesh is None:
             check_same_weights(self.model)
             self._device_mesh = device_mesh_of(plan.mesh, self.root_device.type)
+            self._groups = Groups.of(plan.mesh, self.root_device.type)
             self._parallelize(compiled, plan, self._device_mesh)
             if self.materialize is not None:
                 self.materialize(self.root_device)
@@ -181,7 +185,8 @@ class ExpertParallelStrategy(TrainingSteps):
         return trainer_checkpoint.load(path, self.model, self.optimizers, self._tensors_of)
 
     def _clip(self, optimizer: Optimizer, clip_val: float) -> None:
-        self.grad_norm = float(clip_by_global_norm(self.precision_plugin.main_params(optimizer), clip_val))
+        parameters = self.precision_plugin.main_params(optimizer)
+        self.grad_norm = float(clip_by_global_norm(parameters, clip_val, self.groups.every))
 
     def _clip_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
         clip_by_value(self.precision_plugin.main_params(optimizer), clip_val)
@@ -193,6 +198,12 @@ class ExpertParallelStrategy(TrainingSteps):
                 f"the plan is for {plan.mesh.world_size} ranks, the Trainer has {self.world_size}",
                 "Change mesh.num_nodes and mesh.ranks_per_node, or the Trainer's devices and num_nodes",
             )  # fmt: skip
+
+
+def groups_of(trainer: Trainer) -> Groups:
+    """The process groups of a trainer with `ExpertParallelStrategy`."""
+    assert isinstance(trainer.strategy, ExpertParallelStrategy)
+    return trainer.strategy.groups
 
 
 StrategyRegistry.register(

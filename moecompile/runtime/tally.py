@@ -52,10 +52,14 @@ class Tally:
             row["steps_skipped"] = float(self.steps_skipped)
         return row
 
-    def state(self) -> dict[str, Any]:
-        """The state from which a resumed run continues its rows; all ranks call it after the same step."""
+    def state(self, tokens: dist.ProcessGroup | None = None) -> dict[str, Any]:
+        """The state from which a resumed run continues its rows; all ranks call it after the same step.
+
+        Args:
+            tokens: as for `LossSums.over_ranks`.
+        """
         return {
-            "sums": self.sums.over_ranks(),
+            "sums": self.sums.over_ranks(tokens),
             "loss_first": self.loss_first,
             "loss_last": self.loss_last,
             "max_violation_last": self.max_violation_last,
@@ -65,7 +69,7 @@ class Tally:
         }
 
     def restore(self, state: Mapping[str, Any], *, is_first_rank: bool) -> None:
-        """Restores `state`, on any number of ranks."""
+        """Restores `state`, on any number of ranks; is_first_rank: of those with different tokens."""
         self.sums.restore(state["sums"], is_first_rank=is_first_rank)
         self.steps.restore(state["steps"], state["num_steps"])
         self.loss_first, self.loss_last = state["loss_first"], state["loss_last"]
@@ -95,18 +99,22 @@ class LossSums:
             sums = torch.zeros_like(sums)
         self._row = sums if self._row is None else self._row.to(sums) + sums
 
-    def over_ranks(self) -> list[float] | None:
-        """The row so far, summed over ranks, which all call it; None before its first step."""
+    def over_ranks(self, tokens: dist.ProcessGroup | None = None) -> list[float] | None:
+        """The row so far, summed over the ranks of a group, which all call it; None before its first step.
+
+        Args:
+            tokens: `Groups.tokens`, the ranks with different tokens; None: only this process.
+        """
         if self._row is None:
             return None
         sums = self._row.clone()
-        if dist.is_initialized():
-            dist.all_reduce(sums)
+        if tokens is not None:
+            dist.all_reduce(sums, group=tokens)
         return sums.tolist()
 
-    def take(self) -> tuple[float, float, dict[str, float]]:
-        """Loss, tokens and auxiliary losses of the row, over all ranks, which all call it. Starts a new row."""
-        sums = self.over_ranks()
+    def take(self, tokens: dist.ProcessGroup | None = None) -> tuple[float, float, dict[str, float]]:
+        """Loss, tokens and auxiliary losses of the row, over ranks as in `over_ranks`. Starts a new row."""
+        sums = self.over_ranks(tokens)
         assert sums is not None
         self._row = None
         loss, num_tokens, *aux_losses = sums

@@ -27,6 +27,7 @@ from moecompile.runtime.launch import is_restart
 from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.progress import ProgressBar, ProgressLines
+from moecompile.runtime.routes import routes_observer
 from moecompile.runtime.saving import Saver, rows_until, starting_point, write_again
 from moecompile.runtime.sent_bytes import TrafficMeter
 from moecompile.runtime.strategy import ExpertParallelStrategy
@@ -83,11 +84,20 @@ def train(
         history_path=run_dir / LOAD_HISTORY,
     )
     meter, saver = TrafficMeter(mesh), Saver(run_dir, plan, config, metrics, start, known)
-    trainer = make_trainer(config, mesh, run_dir, [metrics, meter, saver], start=None if start is None else start[0],
+    routes = routes_observer(
+        model,
+        config,
+        run_dir,
+        rank=mesh.batch_index(rank),
+        accumulate=accumulation_steps(config, mesh),
+        first_step=first_step,
+    )
+    observers = [metrics, meter, saver] if routes is None else [routes, metrics, meter, saver]
+    trainer = make_trainer(config, mesh, run_dir, observers, start=None if start is None else start[0],
                            first_step=first_step, materialize=materialize)  # fmt: skip
-    val = val_loader(data.val, config.data, rank=rank, world_size=mesh.world_size)
+    val = val_loader(data.val, config.data, rank=mesh.batch_index(rank), world_size=mesh.num_batches)
     fit = train_loader(
-        data.train, config.data, seed=config.seed, rank=rank, world_size=mesh.world_size,
+        data.train, config.data, seed=config.seed, rank=mesh.batch_index(rank), world_size=mesh.num_batches,
         start_step=first_step, num_steps=max_steps - first_step,
     )  # fmt: skip
     if start is None:
@@ -153,7 +163,7 @@ def make_trainer(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        use_distributed_sampler=False,  # the loaders split the batch over all ranks themselves
+        use_distributed_sampler=False,  # the loaders split the batch over ranks themselves
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=show_bar,

@@ -133,6 +133,14 @@ class Checkpointing(str, Enum):
     keep_exchanges = "keep_exchanges"  # every layer, but received rows and expert ids are kept: nothing is sent again
 
 
+class MaskPadding(str, Enum):
+    """Whether padding is taken out of routing."""
+
+    auto = "auto"  # if the example has a padding mask
+    always = "always"
+    never = "never"
+
+
 class Compiled(str, Enum):
     """What is compiled with torch.compile."""
 

@@ -20,7 +20,7 @@ from moecompile.schema.config import (
 )
 from moecompile.schema.slices import site_slice
 
-_PER_MODEL = {"experts": ("sites", "match", "layers")}  # they select layers, so they cannot differ per layer
+_PER_MODEL = {"experts": ("sites", "match", "layers"), "routing": ("replay",)}  # they concern all layers
 _Group = TypeVar("_Group")
 
 
@@ -57,7 +57,7 @@ def layer_settings(config: Config, fqn: str, position: int, count: int) -> Layer
             continue
         settings = LayerSettings(
             experts=changed(settings.experts, change.experts, f"{path}.experts", _PER_MODEL["experts"]),
-            routing=changed(settings.routing, change.routing, f"{path}.routing"),
+            routing=changed(settings.routing, change.routing, f"{path}.routing", _PER_MODEL["routing"]),
             balance=changed(settings.balance, change.balance, f"{path}.balance"),
             source=path,
             sources={**settings.sources, **dict.fromkeys(_keys(change), path)},

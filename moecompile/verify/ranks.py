@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moecompile.mesh import MeshSpec
 from moecompile.plan import Plan
 from moecompile.runtime.data import TextData, train_loader
 from moecompile.runtime.metrics import Metrics
@@ -36,13 +37,11 @@ def run_ranks(model: nn.Module, plan: Plan, config: Config, data: TextData, run_
     mesh, rank = plan.mesh, dist.get_rank()
     module = LanguageModule(model, config.optimizer, config.trainer.max_steps)
     loader = train_loader(
-        data.train, config.data, seed=config.seed, rank=rank, world_size=mesh.world_size,
+        data.train, config.data, seed=config.seed, rank=mesh.batch_index(rank), world_size=mesh.num_batches,
         num_steps=config.trainer.max_steps,
     )  # fmt: skip
     accumulate = accumulation_steps(config, mesh)
-    batches = [
-        uneven(batch, _global_number(i, rank, mesh.world_size, accumulate), config) for i, batch in enumerate(loader)
-    ]
+    batches = [uneven(batch, _global_number(i, mesh, rank, accumulate), config) for i, batch in enumerate(loader)]
     metrics = Metrics(1, config.trainer.max_steps)
     recorder = _Recorder(metrics, batches[:accumulate])
     trainer = make_trainer(config, mesh, run_dir, [metrics, recorder])
@@ -57,10 +56,10 @@ def run_ranks(model: nn.Module, plan: Plan, config: Config, data: TextData, run_
     return trace
 
 
-def _global_number(i: int, rank: int, world_size: int, accumulate: int) -> int:
+def _global_number(i: int, mesh: MeshSpec, rank: int, accumulate: int) -> int:
     """The index in one process of this rank's micro-batch i."""
     step, place = divmod(i, accumulate)
-    return (step * world_size + rank) * accumulate + place
+    return (step * mesh.num_batches + mesh.batch_index(rank)) * accumulate + place
 
 
 class _Batches:

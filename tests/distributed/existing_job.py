@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -140,11 +141,11 @@ def sharded(
             trace.logits = logits.detach().clone() if trace.logits is None else trace.logits
         torch.distributed.all_reduce(sums)
         if mutate != "skip_router_sum":
-            sum_replicated(parameters)
+            sum_replicated(parameters, dist.group.WORLD)
         divide(parameters, float(sums[1]) * (2 if mutate == "divisor" else 1))
         if step == 0:
             trace.grads = {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-        trace.norms.append(float(clip_by_global_norm(parameters, CLIP)))
+        trace.norms.append(float(clip_by_global_norm(parameters, CLIP, dist.group.WORLD)))
         optimizer.step()
         if mutate == "no_bias_rule":
             for _, meter in meters_of(model):

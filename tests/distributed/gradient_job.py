@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -185,10 +186,10 @@ def sharded(
             sums += torch.tensor([loss.item(), num_tokens, *weighted], dtype=torch.float64)
         torch.distributed.all_reduce(sums)
         if mutate != "skip_router_sum":
-            sum_replicated(parameters)
+            sum_replicated(parameters, dist.group.WORLD)
         divide(parameters, float(sums[1]) * (2 if mutate == "divisor" else 1))
         _keep_grads(trace, step, {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None})
-        norm = clip_by_global_norm(parameters, CLIP)
+        norm = clip_by_global_norm(parameters, CLIP, dist.group.WORLD)
         optimizer.step()
         trace.loads.append(update_balance(model, torch.distributed.group.WORLD))
         trace.losses.append(float(sums[0]))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
@@ -82,7 +83,7 @@ def pair(case: str) -> tuple[nn.Module, nn.Module, str]:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Summed over ranks and whole; zero where there is none."""
-    sum_replicated(model.parameters())
+    sum_replicated(model.parameters(), dist.group.WORLD)
     return {n: full(torch.zeros_like(p) if p.grad is None else p.grad) for n, p in model.named_parameters()}
 
 

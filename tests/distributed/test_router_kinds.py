@@ -12,6 +12,7 @@ from functools import cache
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import moecompile
@@ -109,7 +110,7 @@ def sharded(rank: int, kind: str, dispatch: str) -> Trace:
     for step in range(STEPS):
         model.zero_grad()
         run(model, step, rank, trace)
-        sum_replicated(model.parameters())
+        sum_replicated(model.parameters(), dist.group.WORLD)
         trace.loads += update_balance(model, torch.distributed.group.WORLD)
     trace.grads = {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     trace.buffers = {

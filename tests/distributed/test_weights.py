@@ -141,7 +141,7 @@ def _narrow(rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tenso
     parameters[1].grad = grad.clone() if rank == 1 else None
     wide = grad.double()
     dist.all_reduce(wide)
-    sum_replicated(parameters)
+    sum_replicated(parameters, dist.group.WORLD)
     first, second, third = (parameter.grad for parameter in parameters)
     assert first is not None and torch.equal(first, wide.to(dtype))
     return first, second, third

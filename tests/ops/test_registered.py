@@ -19,6 +19,7 @@ IDS_TK = torch.tensor([[2, 0], [2, 1], [0, 2]])  # expert 3 gets nothing
 ORDER_R = torch.tensor([1, 4, 3, 0, 2, 5])  # by expert: 0: (t0,s1), (t2,s0); 1: (t1,s1); 2: (t0,s0), (t1,s0), (t2,s1)
 COUNTS_E = torch.tensor([2, 1, 3, 0])
 DROPPED_TK = torch.tensor([[2, 4], [4, 4], [0, 2]])  # 4 is nobody: token 1 has no expert
+REAL_T = torch.tensor([True, False, True])
 KEPT_R = torch.tensor([4, 0, 5])
 SOURCE_R = torch.tensor([0, 2, 1, 0, 1, 2])
 KEY = torch.tensor([1, 2, 3, 4])
@@ -46,6 +47,12 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "count_routing: without entropy": lambda _: (
         torch.zeros(4, dtype=I64), torch.zeros(1, dtype=I64), torch.zeros(3, dtype=F64), IDS_TK, IDS_TK, None,
     ),
+    "count_routing: padding": lambda _: (
+        torch.zeros(4, dtype=I64), torch.zeros(2, dtype=I64), torch.zeros(3, dtype=F64), IDS_TK, DROPPED_TK,
+        values(3, 4).detach().softmax(1), REAL_T,
+    ),
+    "within_capacity: padding": lambda _: (IDS_TK, values(3, 2).detach(), 4, 0.5, "score", REAL_T),
+    "expert_choice: padding": lambda _: (values(6, 4).detach(), 2, 1.0, torch.arange(6) != 2),
     "within_capacity": lambda _: (IDS_TK, values(3, 2).detach(), 4, 0.5, "position"),
     "within_capacity: by score": lambda _: (IDS_TK, values(3, 2).detach(), 4, 0.5, "score"),
     "expert_choice": lambda _: (values(6, 4).detach(), 2, 1.0),

@@ -131,32 +131,32 @@ def by_class(mesh: MeshSpec) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]
         (MeshSpec(), ((), (), ()), ((), (), ()), ((), (), ())),
         (
             MeshSpec(ranks_per_node=4, ep=4),
-            ((), ("ep",), ("ep",)),
-            (("ep",), (), ("ep",)),
+            ((), ("dp_shard",), ("dp_shard",)),
+            (("dp_shard",), (), ("dp_shard",)),
             ((), ("ep",), ()),  # each rank owns other experts: the all-to-all brought the gradients
         ),
         (
             MeshSpec(ranks_per_node=4, ep=1),
-            ((), ("edp",), ("edp",)),
-            (("edp",), (), ("edp",)),
+            ((), ("dp_shard",), ("dp_shard",)),
+            (("dp_shard",), (), ("dp_shard",)),
             ((), ("edp",), ("edp",)),
         ),
         (
             MeshSpec(num_nodes=2, ranks_per_node=2, ep=2),
-            ((), ("edp", "ep"), ("edp", "ep")),
-            (("edp", "ep"), (), ("edp", "ep")),
+            ((), ("dp_shard",), ("dp_shard",)),
+            (("dp_shard",), (), ("dp_shard",)),
             ((), ("edp", "ep"), ("edp",)),
         ),
         (
             MeshSpec(num_nodes=2, ranks_per_node=2, ep=2, dp_replicate=2),
-            (("dp_replicate",), ("ep",), ("dp_replicate", "ep")),
-            (("dp_replicate", "ep"), (), ("dp_replicate", "ep")),
+            (("dp_replicate",), ("dp_shard",), ("dp_replicate", "dp_shard")),
+            (("dp_replicate", "dp_shard"), (), ("dp_replicate", "dp_shard")),
             (("dp_replicate",), ("ep",), ("dp_replicate",)),
         ),
         (
             MeshSpec(num_nodes=4, ranks_per_node=2, ep=2, dp_replicate=2),
-            (("dp_replicate",), ("edp", "ep"), ("dp_replicate", "edp", "ep")),
-            (("dp_replicate", "edp", "ep"), (), ("dp_replicate", "edp", "ep")),
+            (("dp_replicate",), ("dp_shard",), ("dp_replicate", "dp_shard")),
+            (("dp_replicate", "dp_shard"), (), ("dp_replicate", "dp_shard")),
             (("dp_replicate",), ("edp", "ep"), ("dp_replicate", "edp")),
         ),
     ],
@@ -165,6 +165,23 @@ def test_reductions_follow_from_the_mesh(
     mesh: MeshSpec, dense: tuple[object, ...], router: tuple[object, ...], experts: tuple[object, ...]
 ) -> None:
     assert by_class(mesh) == {"dense": dense, "router": router, "experts": experts}
+
+
+def test_with_tensor_parallelism_a_weight_is_summed_over_tp_only_where_its_work_is_split() -> None:
+    found = by_class(MeshSpec(ranks_per_node=8, ep=4, tp=2))
+    assert found == {
+        "dense": (("tp",), ("dp_shard",), ("dp_shard",)),  # every rank of a TP group has the whole gradient
+        "dense, split over tp": ((), ("dp_shard", "tp"), ("dp_shard",)),  # tp owns it
+        "norms of heads": ((), ("dp_shard", "tp"), ("dp_shard", "tp")),  # a rank sees its own heads
+        "shared experts": ((), ("dp_shard", "tp"), ("dp_shard", "tp")),  # a rank sees its slice of the tokens
+        "router": (("dp_shard", "tp"), (), ("dp_shard",)),  # it sees all tokens, before they are cut
+        "experts": ((), ("edp", "ep"), ("edp",)),
+    }
+    folded = by_class(MeshSpec(ranks_per_node=4, ep=4, tp=4))
+    assert all(
+        summed == () for name, (_, _, summed) in folded.items() if name not in ("norms of heads", "shared experts")
+    )
+    assert folded["norms of heads"][2] == folded["shared experts"][2] == ("tp",)
 
 
 def test_the_plan_holds_the_reductions_of_its_mesh() -> None:

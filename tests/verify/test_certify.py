@@ -49,7 +49,7 @@ def expert_gradients_times_ep(patch: pytest.MonkeyPatch) -> None:
 def router_not_summed(patch: pytest.MonkeyPatch) -> None:
     from moecompile.runtime import steps
 
-    patch.setattr(steps, "sum_replicated", lambda parameters: None)
+    patch.setattr(steps, "sum_replicated", lambda parameters, tokens: None)
 
 
 def divided_by_own_tokens(patch: pytest.MonkeyPatch) -> None:
@@ -61,10 +61,10 @@ def divided_by_own_tokens(patch: pytest.MonkeyPatch) -> None:
 def norm_of_one_rank(patch: pytest.MonkeyPatch) -> None:
     from moecompile.runtime import strategy
 
-    def wrong(parameters: Any, max_norm: float, right: Any = strategy.clip_by_global_norm) -> torch.Tensor:
+    def wrong(parameters: Any, max_norm: float, every: Any, right: Any = strategy.clip_by_global_norm) -> torch.Tensor:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(dist, "get_world_size", lambda group=None: 1)
-            return right(parameters, max_norm)
+            return right(parameters, max_norm, every)
 
     patch.setattr(strategy, "clip_by_global_norm", wrong)
 

@@ -75,6 +75,10 @@ class RoutingConfig:
     """Experts of the block that the workloads from hot_block on make hot (or cold), 1 or more."""
     allow_future: bool = False
     """Allows expert choice in a causal model, where it depends on future tokens."""
+    replay: Optional[str] = None
+    """`record` writes which experts every token chooses into `routes/` of the run; the path of such a folder makes
+    tokens choose them again.
+    """
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Optional
 
-from moecompile.schema.enums import Baseline, Checkpointing, Compiled, Objective, OnNan, Precision, TokenizerSource
+from moecompile.schema.enums import (
+    Baseline,
+    Checkpointing,
+    Compiled,
+    MaskPadding,
+    Objective,
+    OnNan,
+    Precision,
+    TokenizerSource,
+)
 
 
 @dataclass(kw_only=True)
@@ -32,6 +41,9 @@ class DataConfig:
     """Fraction of the text, at its end, that is held out for validation, in (0, 1)."""
     val_batches: int = 0
     """Validation micro-batches per rank; 0: all."""
+    mask_padding: MaskPadding = MaskPadding.auto
+    """Whether padding is taken out of routing, losses, loads, capacity and exchanges; auto: if the example that the
+    model is compiled with has a padding mask."""
 
 
 @dataclass(kw_only=True)

@@ -79,6 +79,7 @@ def check_expert_choice(routing: RoutingConfig) -> None:
         ("routing.top_groups", routing.top_groups, routing.top_groups is not None, "null"),
         ("routing.max_nodes", routing.max_nodes, routing.max_nodes is not None, "null"),
         ("routing.workload", routing.workload.value, routing.workload is not Workload.none, "none"),
+        ("routing.replay", routing.replay, routing.replay is not None, "null"),
     ):  # fmt: skip
         if wrong:
             raise ConfigError(

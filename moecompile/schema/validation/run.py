@@ -40,18 +40,19 @@ def _check_tokenizer(config: Config) -> None:
 
 
 def accumulation_steps(config: Config, mesh: MeshSpec) -> int:
-    """Micro-batches per rank and optimizer step.
+    """Micro-batches per rank and optimizer step; ranks of one TP group share them.
 
     Raises:
         ConfigError: the global batch is not a whole number of micro-batches on every rank.
     """
-    data, world = config.data, mesh.world_size
+    data, world = config.data, mesh.num_batches
+    ranks = "ranks" if mesh.tp == 1 else "ranks / tp"
     per_step = data.micro_batch_size * world
     if data.global_batch_size % per_step:
         up = (data.global_batch_size // per_step + 1) * per_step
         raise ConfigError(
             "data.global_batch_size", data.global_batch_size,
-            f"must be a multiple of data.micro_batch_size * ranks = {data.micro_batch_size} * {world} = {per_step}",
+            f"must be a multiple of data.micro_batch_size * {ranks} = {data.micro_batch_size} * {world} = {per_step}",
             f"Use {up}, or a micro_batch_size that divides {data.global_batch_size} / {world}",
         )  # fmt: skip
     return data.global_batch_size // per_step

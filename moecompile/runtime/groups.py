@@ -1,0 +1,52 @@
+"""The process groups of a run, by what they mean. Sums, votes and numbers of micro-batches name one of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import init_device_mesh
+
+from moecompile.mesh import MeshSpec
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The ranks that something is summed over.
+
+    every: all ranks; votes (is something not finite) and norms of weights that are spread over all of them. tokens:
+    ranks with different tokens, this one among them: losses, token counts, loads, gradients of weights that are whole
+    on every rank. Without tensor parallelism, both have all ranks.
+    """
+
+    mesh: MeshSpec
+    rank: int
+    every: ProcessGroup
+    tokens: ProcessGroup
+
+    @classmethod
+    def of(cls, mesh: MeshSpec, device_type: str) -> Groups:
+        """The groups of this rank; all ranks call it, after the process group is initialized."""
+        every = dist.group.WORLD
+        assert every is not None
+        tokens = every
+        if mesh.tp > 1:
+            sizes = (mesh.num_batches, mesh.tp)
+            tokens = init_device_mesh(device_type, sizes, mesh_dim_names=("tokens", "tp"))["tokens"].get_group()
+        return cls(mesh, dist.get_rank(), every, tokens)
+
+    @property
+    def batch_index(self) -> int:
+        """The index of this rank's micro-batch among `num_batches` at a time."""
+        return self.mesh.batch_index(self.rank)
+
+    @property
+    def num_batches(self) -> int:
+        """Number of different micro-batches at a time."""
+        return self.mesh.num_batches
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether this rank counts its micro-batch in sums over `every`."""
+        return self.mesh.is_counted(self.rank)

@@ -1,0 +1,134 @@
+"""Routes of a run on disk: which experts every token chose in every layer, in the order of one process.
+
+    routes.yaml   format, steps, sequences (of a global batch), tokens (of a sequence), layers: path, num_experts, top_k
+    ids.npy       (steps, sequences, tokens, layers, top_k), uint8 or uint16: `numpy.load("ids.npy", mmap_mode="r")`
+
+Entry [s, i, t, l] has the experts of token t of sequence i in the global batch of optimizer step s + 1. The largest
+number of the type means that nothing was recorded: padding, steps that did not run, and slots beyond a layer's top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from moecompile.errors import ConfigError
+from moecompile.nn.replay import ReplayLayer
+
+FORMAT = 1
+_HEAD, _IDS = "routes.yaml", "ids.npy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutesFile:
+    """An open folder. head: the shape of what is stored. ids: mapped into memory; all ranks share its pages."""
+
+    head: dict[str, Any]
+    layers: tuple[ReplayLayer, ...]
+    ids: np.memmap[Any, Any]
+
+    @property
+    def unknown(self) -> int:
+        """The number that stands for no record."""
+        return int(np.iinfo(self.ids.dtype).max)
+
+
+def create(folder: Path, layers: Sequence[ReplayLayer], *, steps: int, sequences: int, tokens: int) -> None:
+    """Writes a folder without records, or leaves one of the same shape as it is. One rank calls it.
+
+    Raises:
+        ConfigError: the folder has routes of another shape.
+    """
+    head = _head(layers, steps, sequences, tokens)
+    if (folder / _HEAD).exists():
+        if _read_head(folder) != head:
+            raise ConfigError(
+                "routing.replay",
+                "record",
+                f"{folder} has routes of another run",
+                "Move it away, or use another run_dir",
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    width = max(layer.top_k for layer in layers)
+    dtype = np.uint8 if max(layer.num_experts for layer in layers) < np.iinfo(np.uint8).max else np.uint16
+    shape = (steps, sequences, tokens, len(layers), width)
+    ids: Any = np.lib.format.open_memmap(folder / _IDS, mode="w+", dtype=dtype, shape=shape)
+    for step in range(steps):
+        ids[step] = np.iinfo(dtype).max
+    ids.flush()
+    (folder / _HEAD).write_text(yaml.safe_dump(head, sort_keys=False), encoding="utf-8")  # last: the folder is whole
+
+
+def open_routes(folder: Path, *, writable: bool = False) -> RoutesFile:
+    """Opens a folder.
+
+    Raises:
+        ConfigError: it has no routes, or they are damaged.
+    """
+    head = _read_head(folder)
+    layers = tuple(ReplayLayer(**layer) for layer in head["layers"])
+    try:
+        ids = np.load(folder / _IDS, mmap_mode="r+" if writable else "r")
+    except (OSError, ValueError) as error:
+        raise ConfigError("routing.replay", str(folder), f"{_IDS} cannot be read: {error}", _RECORD) from error
+    wanted = (head["steps"], head["sequences"], head["tokens"], len(layers), max(layer.top_k for layer in layers))
+    if ids.shape != wanted:
+        rule = f"{_IDS} has the shape {ids.shape}, {_HEAD} says {wanted}"
+        raise ConfigError("routing.replay", str(folder), rule, _RECORD)
+    return RoutesFile(head=head, layers=layers, ids=ids)
+
+
+_RECORD = "Record it again with routing.replay=record"
+
+
+def check_fits(
+    routes: RoutesFile, folder: Path, layers: Sequence[ReplayLayer], *, steps: int, sequences: int, tokens: int
+) -> None:
+    """Checks that recorded routes fit a run.
+
+    Raises:
+        ConfigError: they have other layers, fewer steps, or another batch.
+    """
+    known, wanted = routes.head, _head(layers, steps, sequences, tokens)
+    for i, (have, need) in enumerate(zip(known["layers"], wanted["layers"], strict=False)):
+        if have != need:
+            rule = f"layer {i} of the routes is {_said(have)}, of the model {_said(need)}"
+            raise ConfigError("routing.replay", str(folder), rule, "Use the model whose routes were recorded")
+    for path, name in (("model", "layers"), ("data.global_batch_size", "sequences"), ("data.seq_len", "tokens")):
+        have, need = known[name], wanted[name]
+        if have != need:
+            counted = (len(have), len(need)) if name == "layers" else (have, need)
+            rule = f"has routes for {counted[0]} {name}, {path} has {counted[1]}"
+            raise ConfigError("routing.replay", str(folder), rule, "Use the config with which they were recorded")
+    if known["steps"] < steps:
+        rule = f"has routes of {known['steps']} steps, trainer.max_steps={steps}"
+        raise ConfigError("routing.replay", str(folder), rule, "Train fewer steps, or record more")
+
+
+def _said(layer: dict[str, Any]) -> str:
+    return f"{layer['path']} (top {layer['top_k']} of {layer['num_experts']})"
+
+
+def _head(layers: Sequence[ReplayLayer], steps: int, sequences: int, tokens: int) -> dict[str, Any]:
+    return {
+        "format": FORMAT, "steps": steps, "sequences": sequences, "tokens": tokens,
+        "layers": [asdict(layer) for layer in layers],
+    }  # fmt: skip
+
+
+def _read_head(folder: Path) -> dict[str, Any]:
+    path = folder / _HEAD
+    try:
+        head = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError("routing.replay", str(folder), f"{_HEAD} cannot be read: {error}", _RECORD) from error
+    keys = {"format", "steps", "sequences", "tokens", "layers"}
+    if not isinstance(head, dict) or set(head) != keys or head["format"] != FORMAT or not head["layers"]:
+        raise ConfigError("routing.replay", str(folder), f"{_HEAD} is not of format {FORMAT}", _RECORD)
+    return head
