@@ -18,7 +18,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from moecompile.compose import compose_config, conf_dir
-from moecompile.schema import Config, PerLayerConfig
+from moecompile.schema import Config, FigureConfig, PerLayerConfig
 
 DOCS = Path(__file__).parent
 REGION = "model.layers.1.mlp"
@@ -84,7 +84,8 @@ def _description(kind: type) -> str:
 
 def _tables(kind: type, defaults: Any) -> list[str]:
     """The keys of a group, then those of the mappings inside it."""
-    inner = [field.name for field in fields(kind) if is_dataclass(getattr(defaults, field.name))]
+    values = {field.name: getattr(defaults, field.name) for field in fields(kind)}
+    inner = [name for name, value in values.items() if is_dataclass(value) and not isinstance(value, FigureConfig)]
     parts = [_table(kind, defaults, [field.name for field in fields(kind) if field.name not in inner])]
     for name in inner:
         value = getattr(defaults, name)
@@ -118,7 +119,8 @@ def _comment(path: Path) -> str:
 
 
 def _type(hint: Any) -> str:
-    words = {int: "whole number", float: "number", bool: "true or false", str: "text", NoneType: "null"}
+    words: dict[Any, str] = {int: "whole number", float: "number", bool: "true or false", str: "text", NoneType: "null"}
+    words[FigureConfig] = "`value`: number, `source`: text"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return ", ".join(f"`{member.value}`" for member in hint)
     if {*get_args(hint)} == {int, str}:
@@ -135,7 +137,7 @@ def _type(hint: Any) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, dict):
         return "of the selected option" if value else "none"
-    if isinstance(value, Enum):
+    if isinstance(value, Enum | FigureConfig):
         value = value.value
     words = {None: "null", True: "true", False: "false"}
     return f"`{words[value] if value is None or isinstance(value, bool) else value}`"

@@ -44,6 +44,10 @@ class PlanError(ConfigError):
     """A plan that is inconsistent, or does not fit the model or the mesh."""
 
 
+class ChatError(UserError):
+    """A chat template cannot render a chat, or does not tell what the assistant wrote. The message says why."""
+
+
 class CaptureError(UserError):
     """The model could not be run or traced."""
 

@@ -34,6 +34,7 @@ __all__ = [
     "FSDPMeshInfo",
     "HSDPMeshInfo",
     "ShardPlacementResult",
+    "backward_number",
     "compile_whole",
     "drop_unreduced",
     "fake_tensors",
@@ -76,7 +77,12 @@ def compile_whole(module: nn.Module) -> None:
 
 def in_backward() -> bool:
     """Whether the autograd engine is running: true in backward and in the recomputation of checkpointed regions."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return backward_number() != -1
+
+
+def backward_number() -> int:
+    """A number of the backward that the autograd engine is running, unlike that of any other; -1 outside."""
+    return int(torch._C._current_graph_task_id())
 
 
 def _fsdp_params(model: nn.Module) -> Iterator[FSDPParam]:

@@ -23,6 +23,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "intermediate_size": 64, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3,
         "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "num_mtp_layers": 0, **_MLA,
     },
+    "qwen3_moe": {
+        "intermediate_size": 64, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3, "head_dim": 8,
+        "mlp_only_layers": [0], **_ATTENTION,
+    },
     "switch_transformers": {
         "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1,
         "num_sparse_decoder_layers": 1, "num_heads": 4, "num_experts": 4, "expert_capacity": 4, "dropout_rate": 0.0,

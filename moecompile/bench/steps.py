@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from moecompile.bench.measure import Times, medians
 from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, Plan
-from moecompile.runtime.data import TextData, train_loader
+from moecompile.runtime.data import TextData, mean_length, train_loader
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.observer import StepObserver
 from moecompile.runtime.strategy import ExpertParallelStrategy
@@ -90,7 +90,7 @@ def measure_steps(
     dist.all_gather_object(cpu_ms, step.cpu_ms)
     return StepCost(
         world_size=mesh.world_size,
-        tokens=config.data.global_batch_size * config.data.seq_len,
+        tokens=round(config.data.global_batch_size * mean_length(data.train, config.data.seq_len)),
         step=dataclasses.replace(step, cpu_ms=sum(cpu_ms) / len(cpu_ms)),
         **clock.shares,
     )

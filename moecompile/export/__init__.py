@@ -1,5 +1,6 @@
 """Exports a trained model as the Hugging Face family that computes the same function, or in our own format."""
 
+from moecompile.export.adapters import load_adapters, with_adapters
 from moecompile.export.beside import carry, compare
 from moecompile.export.families import FAMILIES, pairs
 from moecompile.export.huggingface import find_target, reload, write, write_tokenizer
@@ -13,10 +14,12 @@ __all__ = [
     "compare",
     "find_run",
     "find_target",
+    "load_adapters",
     "load_exported",
     "load_run",
     "pairs",
     "reload",
+    "with_adapters",
     "write",
     "write_native",
     "write_tokenizer",

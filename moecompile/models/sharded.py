@@ -5,7 +5,7 @@ The model is built, compiled and sharded on the meta device. Then:
   2. Initialize buffers that are in no checkpoint (rotary frequencies) with the model's own code, and counters to zero.
   3. Read unchanged weights and existing experts, by rows or experts.
   4. Read the dense FFN of one upcycled layer at a time, and fill the router, this rank's experts and its part of the
-     shared expert by the same rules as in one process (passes/upcycle.py).
+     shared expert by the same rules as in one process (passes/upcycle.py). Adapters get their first values.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from moecompile.models.build import build_empty
 from moecompile.models.pretrained import Pretrained, non_persistent
 from moecompile.models.stored import Stored
 from moecompile.nn import Experts, Router, SharedExperts, meters_of, routers_of
+from moecompile.nn.adapters import init_adapters, side_of
 from moecompile.passes.rewrite import fill_site
 from moecompile.pipeline import Compilation
 from moecompile.plan import ExpertsSite, LayerPlan, Plan
@@ -86,10 +87,12 @@ class ShardedImport:
                     block.fill(region.graph, ffns[layer.site.fqn], layer, self.seed)
                     upcycled |= block.names
         for name, tensor in _unique(model):  # Step 3
-            if name not in upcycled:
+            if name not in upcycled and side_of(name) is None:
                 local, held = local_part(tensor), local_rows(tensor)
-                for rows, part in self.weights.read(name, held):
+                for rows, part in self.weights.read(name.replace(".base_layer.", "."), held):
                     (local[rows.start - held.start : rows.stop - held.start] if local.ndim else local).copy_(part)
+        if compiled.plan.adapters is not None:
+            init_adapters(model, self.seed)
 
 
 def _materialise(model: nn.Module, device: torch.device) -> None:

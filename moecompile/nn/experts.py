@@ -54,10 +54,12 @@ class Experts(nn.Module):
 
     def forward(
         self,
-        rows_RD: Tensor,
-        counts_E: Tensor,
+        rows_RD: Tensor | None = None,
+        counts_E: Tensor | None = None,
         source_R: Tensor | None = None,
         weights_R: Tensor | None = None,
+        token: Tensor | None = None,
+        collect: bool = False,
         borrowed: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """rows_RD in expert order, counts_E rows of each local expert -> (R, D).
@@ -65,24 +67,38 @@ class Experts(nn.Module):
         With source_R and weights_R, from the pass `fuse`: rows_RD is (V, D), source_R has the row of each assignment,
         and the result is the weighted sum over the experts of each row, (V, D). Only for SwiGLU without biases.
 
+        With collect, from the pass `overlap`: a token. Calls that are given it compute no weight gradients; these are
+        computed for all of them at once (moecompile.ops.collect).
+
         borrowed, from the pass `lend`: the parameters of experts of other ranks, in the order of `parameters()`.
-        counts_E has their rows after those of the local experts.
+        counts_E has their rows after those of the local experts. Not with a token.
         """
         names = [name for name, _ in self.named_parameters(recurse=False)]
         lent = {} if borrowed is None else dict(zip(names, borrowed, strict=True))
+        weights = [local_part(getattr(self, name)) for name in (self.in_name, "down_proj")]
+        if collect:
+            made: Tensor = torch.ops.moecompile.collect_gradients(weights)
+            return made
+        assert rows_RD is not None and counts_E is not None
+        if token is not None:
+            weights = [weight.detach() for weight in weights]
         if source_R is not None and weights_R is not None:
-            weights = {name: local_part(getattr(self, name)) for name in names}
-            return fused_experts(rows_RD, source_R, weights_R, counts_E, weights, lent)
-        hidden = self._project(rows_RD, counts_E, self.in_name, lent)
+            more = [lent[name] for name in (self.in_name, "down_proj")] if lent else None
+            return fused_experts(rows_RD, source_R, weights_R, counts_E, weights, more, token)
+        hidden = self._project(rows_RD, counts_E, weights, 0, token, lent)
         if self.gated:
             gate_RF, up_RF = hidden.chunk(2, dim=-1)
             hidden_RF = self.activation(gate_RF, up_RF)
         else:
             hidden_RF = self.activation(hidden)
-        return self._project(hidden_RF, counts_E, "down_proj", lent)
+        return self._project(hidden_RF, counts_E, weights, 1, token, lent)
 
-    def _project(self, rows: Tensor, counts_E: Tensor, name: str, lent: Mapping[str, Tensor]) -> Tensor:
-        out = grouped_mm(rows, local_part(getattr(self, name)), counts_E, lent.get(name))
+    def _project(
+        self, rows: Tensor, counts_E: Tensor, weights: list[Tensor], index: int, token: Tensor | None,
+        lent: Mapping[str, Tensor],
+    ) -> Tensor:  # fmt: skip
+        name = (self.in_name, "down_proj")[index]
+        out = grouped_mm(rows, weights[index], counts_E, token, index, lent.get(name))
         bias = getattr(self, f"{name}_bias")
         return out if bias is None else with_bias(out, local_part(bias), counts_E, rows, lent.get(f"{name}_bias"))
 
@@ -96,23 +112,25 @@ def fused_experts(
     source_R: Tensor,
     weights_R: Tensor,
     counts_E: Tensor,
-    weights: Mapping[str, Tensor],
-    lent: Mapping[str, Tensor],
+    weights: Sequence[Tensor],
+    lent: Sequence[Tensor] | None,
+    token: Tensor | None,
 ) -> Tensor:
     """`expert_ffn` of the local experts, and of those that are `lent` to this rank if there may be some, (V, D)."""
-    names = ("gate_up_proj", "down_proj")
-    arguments = (rows_VD, source_R, weights_R, counts_E, *(weights[name] for name in names))
-    if lent:
-        out: tuple[Tensor, ...] = torch.ops.moecompile.expert_ffn_slots(*arguments, *(lent[name] for name in names))
+    arguments = (rows_VD, source_R, weights_R, counts_E, *weights)
+    if lent is None:
+        out: tuple[Tensor, ...] = torch.ops.moecompile.expert_ffn(*arguments, token)
     else:
-        out = torch.ops.moecompile.expert_ffn(*arguments)
+        out = torch.ops.moecompile.expert_ffn_slots(*arguments, *lent)
     return out[0]
 
 
-def grouped_mm(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor, lent_nFD: Tensor | None) -> Tensor:
+def grouped_mm(
+    rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor, token: Tensor | None, index: int, lent_nFD: Tensor | None
+) -> Tensor:
     """The op, over local experts and those that are lent to this rank, (R, F)."""
     if lent_nFD is None:
-        out: Tensor = torch.ops.moecompile.grouped_mm(rows_RD, weight_EFD, counts_E)
+        out: Tensor = torch.ops.moecompile.grouped_mm(rows_RD, weight_EFD, counts_E, token, index)
     else:
         out = torch.ops.moecompile.grouped_mm_slots(rows_RD, weight_EFD, lent_nFD, counts_E)
     return out

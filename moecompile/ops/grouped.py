@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moecompile.ops.cpu.blocks import Block
+from moecompile.ops.collect import collected_by
+from moecompile.ops.cpu.blocks import Block, make_blocks, pieces, scratch, starts_of
 from moecompile.ops.cpu.products import Products, suits_kernel
 
 _ALIGNMENT_BYTES = 16  # of every row; F.grouped_mm requires it
@@ -19,8 +20,15 @@ _FEW_ROWS = {torch.float32: 128, torch.bfloat16: 24}  # average rows per expert,
 
 
 @torch.library.custom_op("moecompile::grouped_mm", mutates_args=())
-def grouped_mm(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
-    """rows of expert e times weight_EFD[e].T -> (R, F). Experts without rows cost nothing."""
+def grouped_mm(
+    rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor, token: Tensor | None = None, index: int = 0
+) -> Tensor:
+    """rows of expert e times weight_EFD[e].T -> (R, F). Experts without rows cost nothing.
+
+    Args:
+        token: of `collect_gradients`, which then computes the gradient of its weight number `index`; the weight here is
+            detached.
+    """
     if _by_library(counts_E, weight_EFD.shape[1:], rows_RD, weight_EFD):
         return F.grouped_mm(rows_RD, weight_EFD.transpose(1, 2), offs=_offsets(counts_E))
     out_RF = rows_RD.new_empty(rows_RD.shape[0], weight_EFD.shape[1])
@@ -29,7 +37,7 @@ def grouped_mm(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
 
 
 @grouped_mm.register_fake
-def _(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+def _(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor, token: Tensor | None = None, index: int = 0) -> Tensor:
     return rows_RD.new_empty(rows_RD.shape[0], weight_EFD.shape[1])
 
 
@@ -63,19 +71,54 @@ def _(grad_RF: Tensor, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
     return grad_RF.new_empty(counts_E.shape[0], grad_RF.shape[1], rows_RD.shape[1])
 
 
+@torch.library.custom_op("moecompile::grouped_mm_weight_grads", mutates_args=())
+def grouped_mm_weight_grads(grads_RF: list[Tensor], rows_RD: list[Tensor], counts_E: list[Tensor]) -> Tensor:
+    """The sum of `grouped_mm_weight_grad` over chunks, one product per expert."""
+    if len(grads_RF) == 1:
+        only: Tensor = grouped_mm_weight_grad(grads_RF[0], rows_RD[0], counts_E[0])
+        return only
+    grad, rows, total_E = grads_RF[0], rows_RD[0], torch.stack(counts_E).sum(0)
+    sizes, widths = [each.shape[0] for each in rows_RD], (grad.shape[1], rows.shape[1])
+    if grad.device.type != "cpu" or at_once(grad, sum(sizes), total_E.shape[0], *widths):  # without the counts
+        order_R = by_expert(counts_E, sizes)
+        grad_RF, row_RD = (torch.cat(parts).index_select(0, order_R) for parts in (grads_RF, rows_RD))
+        by_library: Tensor = grouped_mm_weight_grad(grad_RF, row_RD, total_E)
+        return by_library
+    counts, out_EFD = [each.tolist() for each in counts_E], grad.new_empty(total_E.shape[0], *widths)
+    starts = [starts_of(each, size) for each, size in zip(counts, sizes, strict=True)]
+    blocks, _ = make_blocks(total_E, rows, grad, pad=False)
+    products, of_grad, of_rows = Products(grad.dtype), *(scratch(blocks, grad, width) for width in widths)
+    for block in blocks:
+        grad_MF, rows_MD = of_grad(block), of_rows(block)
+        for chunk, part, place in pieces(block, counts, starts)[0]:
+            grad_MF[place].copy_(grads_RF[chunk][part])
+            rows_MD[place].copy_(rows_RD[chunk][part])
+        products.gradient(block, grad_MF, rows_MD, out_EFD)
+    return out_EFD
+
+
+@grouped_mm_weight_grads.register_fake
+def _(grads_RF: list[Tensor], rows_RD: list[Tensor], counts_E: list[Tensor]) -> Tensor:
+    return grads_RF[0].new_empty(counts_E[0].shape[0], grads_RF[0].shape[1], rows_RD[0].shape[1])
+
+
 def _grouped_mm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *saved, token, ctx.index = inputs
+    ctx.save_for_backward(*saved)
+    ctx.collected = collected_by(token)
 
 
-def _grouped_mm_backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _grouped_mm_backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor | None, ...]:
     rows_RD, weight_EFD, counts_E = ctx.saved_tensors
     grad_RF = grad_RF.contiguous()
-    grad_rows = grad_weight = None
+    grad_rows = grad_weight = grad_token = None
     if ctx.needs_input_grad[0]:
         grad_rows = torch.ops.moecompile.grouped_mm_input_grad(grad_RF, weight_EFD, counts_E)
     if ctx.needs_input_grad[1]:
         grad_weight = torch.ops.moecompile.grouped_mm_weight_grad(grad_RF, rows_RD, counts_E)
-    return grad_rows, grad_weight, None
+    if ctx.collected is not None:
+        grad_token = ctx.collected.leave(ctx.index, grad_RF, rows_RD, counts_E)
+    return grad_rows, grad_weight, None, grad_token, None
 
 
 grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_grouped_mm_setup)
@@ -116,6 +159,15 @@ def sum_experts(rows_RF: Tensor, counts_E: Tensor) -> Tensor:
 @sum_experts.register_fake
 def _(rows_RF: Tensor, counts_E: Tensor) -> Tensor:
     return rows_RF.new_empty(counts_E.shape[0], rows_RF.shape[1])
+
+
+def by_expert(counts_E: list[Tensor], num_rows: list[int]) -> Tensor:
+    """Positions of all chunks' rows, one chunk after the other, in the order of experts: (R,) int64."""
+    experts = [
+        torch.arange(counts.shape[0], device=counts.device).repeat_interleave(counts, output_size=size)
+        for counts, size in zip(counts_E, num_rows, strict=True)
+    ]
+    return torch.cat(experts).argsort(stable=True)
 
 
 def at_once(like: Tensor, num_rows: int, num_experts: int, *widths: int) -> bool:

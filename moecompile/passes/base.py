@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -63,6 +64,7 @@ def run_on_model(step: ModelPass, model: nn.Module, plan: Plan) -> None:
     step.ensures(model, plan)
 
 
+COLLECT = "collect"  # argument of experts: the call makes the token of their weight gradients
 _PLACES = ("rewrite", "lower")
 _registered: OrderedDict[int, tuple[str, GraphPass]] = OrderedDict()
 
@@ -96,7 +98,16 @@ def copy_graph_module(graph_module: GraphModule) -> tuple[GraphModule, dict[Node
 
 
 def experts_calls(graph_module: GraphModule) -> list[Node]:
-    """Calls of experts modules, in graph order."""
+    """Calls of experts modules on rows, in graph order."""
+    return [node for node in _calls(graph_module) if not node.kwargs.get(COLLECT)]
+
+
+def collecting_calls(graph_module: GraphModule) -> list[Node]:
+    """Calls of experts modules that make the token of their weight gradients (moecompile.ops.collect)."""
+    return [node for node in _calls(graph_module) if node.kwargs.get(COLLECT)]
+
+
+def _calls(graph_module: GraphModule) -> list[Node]:
     return [
         node
         for node in graph_module.graph.nodes
@@ -129,6 +140,12 @@ def check_calls(name: str, region: Region, layers: Sequence[LayerPlan]) -> list[
     if len(calls) != len(layers):
         raise PassError(name, layers[0].site.fqn, f"{len(calls)} experts calls for {len(layers)} planned layers")
     return calls
+
+
+def calls_by_layer(graph_module: GraphModule, layers: Sequence[LayerPlan]) -> list[list[Node]]:
+    """The experts calls of each layer, one per chunk."""
+    calls = iter(experts_calls(graph_module))
+    return [list(itertools.islice(calls, layer.dispatch.chunks)) for layer in layers]
 
 
 def op_name(node: Node) -> str:

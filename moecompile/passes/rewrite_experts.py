@@ -1,7 +1,7 @@
 """rewrite of existing experts: the call of a model's own experts -> load meter, permute, experts, unpermute.
 
 The region is the experts module alone, so the router, shared experts and the names of stacked weights stay. The
-GraphModule owns the model's own parameters and passes them to the experts call.
+GraphModule owns the model's own parameters, and adapters of them if planned, and passes them to the experts call.
 
 Algorithm:
   1. Read hidden states, expert ids and routing weights; cast the weights to at least fp32, in case the model rounded
@@ -16,11 +16,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
+from moecompile.errors import PlanError
 from moecompile.match.experts import OWN, ExpertsMatch
 from moecompile.match.patterns import FFNMatch, activation_module
 from moecompile.match.swiglu import existing_experts
 from moecompile.nn import Experts
-from moecompile.nn.existing import ExistingMeter, IdentityExperts, OneHotIds, WideWeights
+from moecompile.nn.adapters import expert_adapters
+from moecompile.nn.existing import ExistingExperts, ExistingMeter, IdentityExperts, OneHotIds, WideWeights
 from moecompile.nn.padding import MaskRouting, TokenMask
 from moecompile.passes.base import items
 from moecompile.passes.trained import freeze_stack
@@ -67,13 +69,11 @@ def rewrite_experts(graph_module: fx.GraphModule, module: nn.Module, match: Expe
         tokens = hidden if match.call.is_flat else graph.call_function(ops.flatten_tokens, (hidden,))
         permuted = graph.call_function(ops.permute, (tokens, ids, layer.experts.num_routed, False))
         rows, order, counts = items(graph, permuted, "rows", "order", "counts")
-        if match.ffn is not None:
-            add("experts", _stacked(match, module, *match.ffn, layer.site.fqn))
-        else:
-            add("experts", existing_experts(match, module))
-            for name in match.weights:
-                _add_parameter(graph_module, name, _weight(module, name, match))
-        stacks = [graph.get_attr(name) for name in match.weights]
+        experts, parameters = _experts(match, module, layer)
+        add("experts", experts)
+        for name, parameter in parameters.items():
+            _add_parameter(graph_module, name, parameter)
+        stacks = [graph.get_attr(name) for name in parameters]
         result = graph.call_module("experts", (rows, counts, *stacks))
         if match.norm:
             result = graph.call_module(add(match.norm, module.get_submodule(match.norm)), (result,))
@@ -84,6 +84,35 @@ def rewrite_experts(graph_module: fx.GraphModule, module: nn.Module, match: Expe
             result = graph.call_function(ops.unflatten_tokens, (result, hidden))
     own.replace_all_uses_with(result)
     graph.erase_node(own)
+
+
+def _experts(
+    match: ExpertsMatch, module: nn.Module, layer: LayerPlan
+) -> tuple[Experts | ExistingExperts, dict[str, nn.Parameter]]:
+    """The experts on rows, and the parameters that they are called with: the model's own and adapters."""
+    if match.ffn is not None:
+        return _stacked(match, module, *match.ffn, layer.site.fqn), {}
+    experts = existing_experts(match, module)
+    own = {name: _weight(module, name, match) for name in match.weights}
+    if layer.adapters is None:
+        return experts, own
+    _check_adapters(match, layer)
+    new = expert_adapters(module, layer.adapters.weights, layer.adapters.rank, transposed=match.transposed)
+    experts.adapt(list(new), layer.adapters.scale)
+    return experts, own | new
+
+
+def _check_adapters(match: ExpertsMatch, layer: LayerPlan) -> None:
+    reason = None
+    if match.are_matrices:
+        reason = "are one matrix per projection, which peft cannot adapt expert by expert"
+    elif match.num_identity:
+        reason = "have identity experts, whose unused rows peft would adapt too"
+    if reason:
+        raise PlanError(
+            "adapters.experts", layer.adapters and layer.adapters.weights, f"the experts of {layer.site.fqn} {reason}",
+            "Use adapters.experts=null, or adapters=none",
+        )  # fmt: skip
 
 
 def _meter(module: nn.Module, layer: LayerPlan, top_k: int) -> ExistingMeter:

@@ -17,6 +17,7 @@ from moecompile.errors import PassError
 from moecompile.match.experts import ExpertsMatch
 from moecompile.match.regions import Region
 from moecompile.passes.base import GraphPass, count_ops, registered
+from moecompile.passes.collect import Collect
 from moecompile.passes.fuse import Fuse
 from moecompile.passes.lend import Lend
 from moecompile.passes.lower import Lower
@@ -37,7 +38,7 @@ def on_one_device(seed: int) -> tuple[GraphPass, ...]:
 
 def on_the_mesh() -> tuple[GraphPass, ...]:
     """The passes from the single-device graph to the graph that every rank runs."""
-    return (Lower(), Lend(), *registered("lower"), Overlap(), Fuse())
+    return (Lower(), Lend(), *registered("lower"), Overlap(), Collect(), Fuse())
 
 
 @dataclass(frozen=True, kw_only=True)

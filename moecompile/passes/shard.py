@@ -145,7 +145,9 @@ def _shard_experts(model: nn.Module, ep_mesh: DeviceMesh) -> None:
 def _wrap(model: nn.Module, mesh: MeshSpec, device_mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:
     experts = {owner.get_parameter(name) for owner, name in expert_parameters(model)}
     replicated = {parameter for _, router in routers_of(model) for parameter in router.parameters()}
-    replicated |= _of_another_dtype([p for p in model.parameters() if p not in replicated])
+    others = [parameter for parameter in model.parameters() if parameter not in replicated]
+    for trained in (True, False):  # frozen weights may be narrower than the trained adapters beside them
+        replicated |= _of_another_dtype([p for p in others if p.requires_grad is trained])
     experts_info: FSDPMeshInfo
     dense_info: FSDPMeshInfo
     # Dense weights have their own mesh: its dp_shard axis is (edp, ep) of the experts' mesh, in the same order.

@@ -22,6 +22,8 @@ from moecompile.errors import ArgumentError, CaptureError, ConfigError, PlanErro
 from moecompile.match.regions import Captured, Region, Site
 from moecompile.match.sites import capture_regions, graph_sites, list_sites, record_model
 from moecompile.nn.padding import watch_padding
+from moecompile.passes.adapters import attach_adapters
+from moecompile.passes.kinds import trained_notes
 from moecompile.passes.prove import unproven
 from moecompile.passes.receipt import Comparison, Receipt
 from moecompile.passes.run import (
@@ -214,6 +216,8 @@ def compile_with_report(
         rewritten = current_regions(done.model, rewritten)  # a region may lie inside another
         final = run_passes(on_the_mesh(), rewritten, layers, log)
         done.model = replace_regions(done.model, replacements(done.model, rewritten, final))
+    attach_adapters(done.model, plan, config.seed)
+    done.notes += trained_notes(done.model, plan)
     set_attribute(done.model, _PLAN, plan)
     watch_padding(done.model)
     if until == "shard":

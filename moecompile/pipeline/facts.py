@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from moecompile.capture import Example, layers_of
+from moecompile.nn.adapters import output_heads
 from moecompile.nn.padding import masks_of
 from moecompile.planner import ModelFacts
 
@@ -24,6 +25,7 @@ def facts_of(model: nn.Module, example: Example | None = None) -> ModelFacts:
         bytes_per_param=next((parameter.element_size() for parameter in model.parameters()), 4),
         causal=True if hasattr(model, "generate") else None,  # as in language models of transformers
         frozen=_frozen(model),
+        linears=_linears(model),
         has_padding_mask=_has_padding_mask(model, example),
     )
 
@@ -34,6 +36,16 @@ def _has_padding_mask(model: nn.Module, example: Example | None) -> bool:
     if isinstance(example, Mapping):
         return bool(masks_of(model, (), example))
     return bool(masks_of(model, example if isinstance(example, tuple) else (example,), {}))
+
+
+def _linears(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """`ModelFacts.linears`."""
+    heads = output_heads(model)
+    return {
+        path: (module.in_features, module.out_features)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and all(module is not head for head in heads)
+    }
 
 
 def _frozen(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -1,5 +1,6 @@
 """The data classes of a plan: sites, layers, placement, Plan. Frozen, without torch; constructors validate."""
 
+from moecompile.plan.adapters import AdaptersPlan, ExpertAdapters
 from moecompile.plan.checks import plan_errors
 from moecompile.plan.dispatch import (
     EXCHANGE_OPS,
@@ -31,10 +32,12 @@ __all__ = [
     "LENDING",
     "LENDING_OPS",
     "WAIT_OPS",
+    "AdaptersPlan",
     "Assumptions",
     "BalancePlan",
     "DispatchPlan",
     "Estimate",
+    "ExpertAdapters",
     "ExpertPlacement",
     "ExpertsPlan",
     "ExpertsSite",

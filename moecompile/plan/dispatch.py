@@ -86,6 +86,11 @@ class DispatchPlan:
         return self.overlap != "none"
 
     @property
+    def collects(self) -> bool:
+        """Whether weight gradients are an op of their own; gradients of borrowed experts must leave earlier."""
+        return self.in_flight and not self.lends
+
+    @property
     def exchanges(self) -> tuple[str, ...]:
         """Names of the exchange ops of this kind, in order."""
         return EXCHANGES[self.kind]

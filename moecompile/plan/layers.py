@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moecompile.errors import PlanError
+from moecompile.plan.adapters import ExpertAdapters
 from moecompile.plan.checks import plan_errors
 from moecompile.plan.dispatch import DispatchPlan, can_fuse
 from moecompile.plan.experts import ExpertPlacement, ExpertsPlan
@@ -22,7 +23,7 @@ class LayerPlan:
     """One site and all decisions about it.
 
     fused: whether one op gathers the rows, computes the experts and sums their outputs. mask_padding: whether padding
-    is taken out of routing.
+    is taken out of routing. adapters: of the experts; None: they have none.
 
     Raises:
         PlanError: the parts contradict each other.
@@ -36,6 +37,7 @@ class LayerPlan:
     dispatch: DispatchPlan
     fused: bool = False
     mask_padding: bool = False
+    adapters: ExpertAdapters | None = None
 
     def __post_init__(self) -> None:
         if self.fused and not can_fuse(self.site, self.dispatch):
@@ -83,6 +85,13 @@ class LayerPlan:
         if self.dispatch.slots > others:
             rule = f"other ranks have only {others} experts"
             yield "dispatch.slots", self.dispatch.slots, rule, f"Use at most {others}"
+        if self.adapters is not None and not existing:
+            rule = "are for experts that the model has already"
+            yield "adapters", self.adapters.weights, rule, "Use null"
+        if self.adapters is not None and self.dispatch.lends:
+            yield "dispatch.balance", "lend", "experts with adapters are not lent", "Use none, or adapters: null"
+        if self.adapters is not None and self.fused:
+            yield "fused", True, "the fused op has no adapters", "Use false, or adapters: null"
         if experts.d_expert * experts.granularity != self.site.d_ff:
             rule = f"must be site.d_ff / granularity = {self.site.d_ff} / {experts.granularity}"
             yield "experts.d_expert", experts.d_expert, rule, "Correct the plan, or plan again"

@@ -15,11 +15,13 @@ from moecompile.plan.reductions import reductions
 def on_one_process(plan: Plan) -> Plan:
     """The same model without a mesh: experts and routers stay the same, and all experts are on one rank."""
     mesh = MeshSpec(device=plan.mesh.device)
-    return Plan(mesh=mesh, layers=tuple(map(on_one_rank, plan.layers)), reductions=reductions(mesh))
+    layers = tuple(map(on_one_rank, plan.layers))
+    return Plan(mesh=mesh, layers=layers, reductions=reductions(mesh), adapters=plan.adapters)
 
 
 def on_one_rank(layer: LayerPlan) -> LayerPlan:
     """One layer with all of its experts on one rank, fused unless the plan could have fused them and did not."""
     placement, dispatch = ExpertPlacement(num_experts=layer.placement.num_experts, ep=1), DispatchPlan(kind="local")
-    fused = can_fuse(layer.site, dispatch) and (layer.fused or not can_fuse(layer.site, layer.dispatch))
+    fusable = can_fuse(layer.site, dispatch) and layer.adapters is None
+    fused = fusable and (layer.fused or not can_fuse(layer.site, layer.dispatch))
     return dataclasses.replace(layer, placement=placement, dispatch=dispatch, fused=fused)

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from moecompile.errors import PlanError
 from moecompile.mesh import MeshSpec
+from moecompile.plan.adapters import AdaptersPlan
 from moecompile.plan.layers import LayerPlan
 
 
@@ -95,13 +96,14 @@ class Remedy:
 class Estimate:
     """What the planner predicts.
 
-    params_active: parameters that one token uses. checkpointing: what backward recomputes; `resent_...`: what it
-    sends again for that, in addition to the forward's bytes. remedies: what to change if the plan does not fit.
-    lending: None if no layer lends experts.
+    params_active: parameters that one token uses. params_trained: those that are not frozen. checkpointing: what
+    backward recomputes; `resent_...`: what it sends again for that, in addition to the forward's bytes. remedies: what
+    to change if the plan does not fit. lending: None if no layer lends experts.
     """
 
     params_total: int
     params_active: int
+    params_trained: int
     memory_bytes_per_rank: MemoryEstimate
     fits: bool
     bytes_per_token_per_layer: Traffic
@@ -116,6 +118,8 @@ class Estimate:
 class Plan:
     """The reviewable result of planning, and the lock file `plan.yaml`.
 
+    adapters: what is trained in place of the model's weights; None: the weights themselves.
+
     Raises:
         PlanError: two layers have the same site, or a layer is placed on another mesh.
     """
@@ -123,6 +127,7 @@ class Plan:
     mesh: MeshSpec
     layers: tuple[LayerPlan, ...]
     reductions: tuple[Reduction, ...]
+    adapters: AdaptersPlan | None = None
     estimate: Estimate | None = None
 
     def __post_init__(self) -> None:
@@ -144,7 +149,7 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """16 hex digits over mesh, layers and reductions, without the estimate."""
+        """16 hex digits over mesh, layers, reductions and adapters, without the estimate."""
         body = asdict(replace(self, estimate=None))
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 

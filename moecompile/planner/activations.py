@@ -19,6 +19,10 @@ expert; n: projections before the activation, 2 for gated, 1 for up_down; V: voc
        with checkpointing = sum over layers of (a T D + kept) + max over layers of (a T c D + layer) + 3 a T V
        kept        = 2 copies D of an MoE layer with keep_exchanges: rows received in dispatch and combine; else 0
                                                                                                  -> `activation_bytes`
+3. Where exchanges are in flight, weight gradients are computed after those of the rows (passes/collect.py). What they
+   need is kept until then, in backward, one layer at a time; this is added to both:
+       fused   = b T (K F + copies D)            gradients of the hidden rows and of the partial sums
+       unfused = a T K (n F + D)                 gradients of the rows into and out of the activation  -> `left_bytes`
 Routing is assumed to be balanced: a rank's experts get K T rows. Dense layers are assumed to have the D and d_ff of the
 widest planned site.
 """
@@ -52,7 +56,7 @@ def activation_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFa
         kept = sum(exchanged(layer, mesh) for layer in layers) if run.checkpointing == "keep_exchanges" else 0
         recomputed = logits + (num_layers * d_model + kept) * number + max(saved, default=0)
         total = min(total, recomputed)
-    return round(total)
+    return round(total + max((left_bytes(layer, mesh, run) for layer in layers), default=0))
 
 
 def moe_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
@@ -72,6 +76,17 @@ def moe_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
     if layer.dispatch.exchanges:
         return saved + narrow * tokens * exchanged(layer, mesh) / 2
     return saved + (narrow * tokens * site.d_model if run.is_mixed else 0)
+
+
+def left_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
+    """Step 3."""
+    if not layer.dispatch.in_flight:
+        return 0
+    top_k, d_expert = layer.routing.top_k, layer.experts.d_expert
+    number = run.tokens_per_rank * (BF16_BYTES if run.is_mixed else run.compute_bytes)
+    if layer.fused:
+        return number * (top_k * d_expert + exchanged(layer, mesh) / 2)
+    return number * top_k * (layer.site.num_in_projections * d_expert + layer.site.d_model)
 
 
 def exchanged(layer: LayerPlan, mesh: MeshSpec) -> float:

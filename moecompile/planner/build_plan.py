@@ -3,7 +3,7 @@
 Algorithm:
   1. Validate the config and derive the mesh.
   2. Select the sites that match the config.
-  3. Plan experts, routing, placement and dispatch of each.
+  3. Plan experts, routing, placement and dispatch of each, and the adapters.
   4. Derive the reductions and the estimate.
 """
 
@@ -27,11 +27,13 @@ from moecompile.plan import (
     reductions,
 )
 from moecompile.planner import ModelFacts, RunFacts, estimate
+from moecompile.planner.adapters import plan_adapters
 from moecompile.planner.dispatch import plan_dispatch
 from moecompile.planner.existing import check_given, existing_layer, only_existing, selection
 from moecompile.schema import (
     Choice,
     Config,
+    DataKind,
     ExpertInit,
     LayerSettings,
     MaskPadding,
@@ -67,7 +69,8 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
     check_given(chosen, config)
     check_selections(config, [site.fqn for site in chosen])
     masked = config.data.mask_padding
-    mask_padding = facts.has_padding_mask if masked is MaskPadding.auto else masked is MaskPadding.always
+    has_padding = facts.has_padding_mask or config.data.kind is DataKind.sft  # rows of chats are filled up
+    mask_padding = has_padding if masked is MaskPadding.auto else masked is MaskPadding.always
     layers = tuple(  # Step 3
         replace(
             _layer(site, layer_settings(config, site.fqn, i, len(chosen)), config, mesh, facts),
@@ -75,10 +78,12 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
         )
         for i, site in enumerate(chosen)
     )
+    layers, adapters, facts = plan_adapters(layers, config, facts)
     return Plan(  # Step 4
         mesh=mesh,
         layers=layers,
         reductions=reductions(mesh),
+        adapters=adapters,
         estimate=estimate(
             layers, mesh, facts, _run_facts(config, mesh, facts), memory_bytes=config.hardware.memory_gib * _GIB
         ),

@@ -8,7 +8,7 @@ from moecompile.mesh import MeshSpec
 from moecompile.plan import Assumptions, Estimate, LayerPlan, Traffic
 from moecompile.planner.lending import lending
 from moecompile.planner.memory import memory_of_fullest_rank
-from moecompile.planner.params import ModelFacts, RunFacts, model_params
+from moecompile.planner.params import ModelFacts, RunFacts, model_params, trained_params
 from moecompile.planner.remedies import remedies
 from moecompile.planner.traffic import Wire, forward_traffic, row_bytes
 
@@ -31,6 +31,7 @@ def estimate(
     return Estimate(
         params_total=params.total,
         params_active=params.active,
+        params_trained=trained_params(layers, facts).total,
         memory_bytes_per_rank=memory,
         fits=fits,
         bytes_per_token_per_layer=traffic,

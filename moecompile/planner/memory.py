@@ -13,8 +13,9 @@ as in params.py; V: vocabulary.
    gradient accumulation they are reduced once, after the last micro-batch, and those of all weights are kept until
    then in fp32: P_d + P_e / ep.                                                         -> `_unsharded_grads_bytes`
        weights = b own + a unsharded,  grads = b own + unsharded grads,  optimizer = 2 * 4 own  (AdamW's moments, fp32)
-   Router weights are always fp32. Frozen weights have no gradients and no moments: for these two, `own` counts trained
-   parameters only, and their number also limits the unsharded gradients.                       -> `trained_params`
+   Router weights and adapters are always fp32. Frozen weights have no gradients and no moments: for these two, `own`
+   counts trained parameters only (adapters, if there are any), and their number also limits the unsharded gradients.
+                                                                                             -> `trained_params`
 3. Activations that one forward saves for backward: activations.py.                          -> `activation_bytes`
 4. Exchange buffers, allocated in one layer at a time: rows sent and rows received.
        dispatch = max over layers of 2 T copies D a
@@ -43,9 +44,12 @@ def memory_of_fullest_rank(
     """The estimate in the module docstring."""
     params, trained = model_params(layers, facts), trained_params(layers, facts)
     lent = lending(layers, run)
+    number, stored = _trained_bytes(facts), _stored_bytes(params, mesh, facts.bytes_per_param)
+    if facts.adapters is not None:
+        stored += _stored_bytes(trained, mesh, number - facts.bytes_per_param)
     return MemoryEstimate(
-        weights=_stored_bytes(params, mesh, facts) + _unsharded_params(layers, mesh, facts) * run.compute_bytes,
-        grads=_stored_bytes(trained, mesh, facts) + _unsharded_grads_bytes(trained, layers, mesh, facts, run),
+        weights=stored + _unsharded_params(layers, mesh, facts) * run.compute_bytes,
+        grads=_stored_bytes(trained, mesh, number) + _unsharded_grads_bytes(trained, layers, mesh, facts, run),
         optimizer=(_own_params(trained, mesh) + trained.router) * ADAMW_MOMENTS * FP32_BYTES,
         activations=activation_bytes(layers, mesh, facts, run),
         dispatch=round(
@@ -60,8 +64,13 @@ def _own_params(params: ModelParams, mesh: MeshSpec) -> int:
     return _shard(params.dense, mesh.dp_shard) + _shard(params.experts, mesh.ep * mesh.edp_shard)
 
 
-def _stored_bytes(params: ModelParams, mesh: MeshSpec, facts: ModelFacts) -> int:
-    return _own_params(params, mesh) * facts.bytes_per_param + params.router * FP32_BYTES
+def _stored_bytes(params: ModelParams, mesh: MeshSpec, number: int) -> int:
+    return _own_params(params, mesh) * number + params.router * FP32_BYTES
+
+
+def _trained_bytes(facts: ModelFacts) -> int:
+    """Bytes of a stored number that is trained."""
+    return facts.bytes_per_param if facts.adapters is None else max(FP32_BYTES, facts.bytes_per_param)
 
 
 def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> int:
@@ -70,7 +79,13 @@ def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelF
         return 0
     counts = [layer_params(layer) for layer in layers]
     in_layers = facts.params_total - facts.params_embedding - sum(c.dense for c in counts)
-    largest = max((c.shared + c.experts // mesh.ep for c in counts), default=0)
+    largest = max(
+        (
+            c.shared + (c.experts + layer.experts.num_routed * c.adapters) // mesh.ep
+            for layer, c in zip(layers, counts, strict=True)
+        ),
+        default=0,
+    )
     return facts.params_embedding + _shard(in_layers, max(1, facts.num_layers, len(layers))) + largest
 
 
@@ -80,7 +95,8 @@ def _unsharded_grads_bytes(
     """Bytes of gradients before they are reduced (step 2)."""
     all_grads = trained.dense + _shard(trained.experts, mesh.ep)
     if mesh.world_size == 1 or run.accumulation == 1:
-        return min(all_grads, _unsharded_params(layers, mesh, facts)) * run.compute_bytes
+        number = run.compute_bytes if facts.adapters is None else FP32_BYTES
+        return min(all_grads, _unsharded_params(layers, mesh, facts)) * number
     return all_grads * FP32_BYTES
 
 

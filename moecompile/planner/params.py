@@ -5,7 +5,9 @@
                  + E D + E [bias]                                    router                         -> `LayerParams`
     total      = model - sum of ffn(D, d_ff) + sum of layer          over the planned layers        -> `ModelParams`
     active     = the same with K instead of E experts
+    adapters   = sum of r (d_in + d_out)                             linears; times E for the weights of experts
     trained    = total - frozen and kept - experts and shared experts made from frozen weights   -> `trained_params`
+                 with adapters: these, and the routers if they are trained
 
 Existing experts are part of the model's count: they replace E ffn(D, d_ff) with the same, and their router is kept.
 
@@ -30,7 +32,9 @@ class ModelFacts:
     (embeddings, output head, final norm). num_layers, vocab_size: of the model; if they are 0 (a bare graph), only the
     planned layers are counted. bytes_per_param: of stored weights (4: fp32). causal: whether a token must not see later
     tokens (None: unknown). frozen: module path ("": the model) -> its number of frozen parameters, and of all its
-    parameters; empty if none is frozen. has_padding_mask: whether the example has one.
+    parameters; empty if none is frozen. has_padding_mask: whether the example has one. linears: module path ->
+    (d_in, d_out) of its linears, without output heads. adapters: (parameters of the adapters of linears, whether
+    routers are trained), once they are planned; None: there are no adapters.
     """
 
     params_total: int
@@ -41,6 +45,8 @@ class ModelFacts:
     causal: bool | None = None
     frozen: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     has_padding_mask: bool = False
+    linears: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    adapters: tuple[int, bool] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +71,17 @@ class RunFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerParams:
-    """Parameter counts of one rewritten site; `dense`: of what it replaces, `expert`: of one routed expert."""
+    """Parameter counts of one rewritten site.
+
+    dense: of what it replaces. expert: of one routed expert. adapters: of one routed expert's adapters.
+    """
 
     dense: int
     expert: int
     experts: int
     shared: int
     router: int
+    adapters: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +115,9 @@ def layer_params(layer: LayerPlan) -> LayerParams:
     expert = ffn_params(layer.site, layer.experts.d_expert)
     if isinstance(layer.site, ExpertsSite):
         stack = layer.experts.num_routed * expert
-        return LayerParams(dense=stack, expert=expert, experts=stack, shared=0, router=0)
+        return LayerParams(
+            dense=stack, expert=expert, experts=stack, shared=0, router=0, adapters=_expert_adapters(layer)
+        )
     return LayerParams(
         dense=ffn_params(layer.site, layer.site.d_ff),
         expert=expert,
@@ -115,13 +127,33 @@ def layer_params(layer: LayerPlan) -> LayerParams:
     )
 
 
+def _expert_adapters(layer: LayerPlan) -> int:
+    if layer.adapters is None:
+        return 0
+    site = layer.site
+    widths = {"down_proj": site.d_ff + site.d_model}
+    up = site.d_model + site.num_in_projections * site.d_ff  # gate and up are one weight
+    return sum(layer.adapters.rank * widths.get(name, up) for name in layer.adapters.weights)
+
+
+def routed(layer: LayerPlan) -> tuple[int, int, int]:
+    """Experts per token, groups of experts, and groups that a token may use."""
+    return layer.routing.top_k, layer.routing.groups, layer.routing.top_groups
+
+
 def model_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParams:
     """Parameters of the rewritten model."""
     counts = [layer_params(layer) for layer in layers]
-    dense = facts.params_total + sum(c.shared - c.dense for c in counts)
+    dense = facts.params_total + sum(c.shared - c.dense for c in counts) + (facts.adapters or (0,))[0]
     router = sum(c.router for c in counts)
-    used = sum(layer.routing.top_k * c.expert for layer, c in zip(layers, counts, strict=True))
-    return ModelParams(dense=dense, experts=sum(c.experts for c in counts), router=router, active=dense + router + used)
+    used = sum(layer.routing.top_k * (c.expert + c.adapters) for layer, c in zip(layers, counts, strict=True))
+    experts = sum(c.experts for c in counts) + _all_adapters(layers)
+    return ModelParams(dense=dense, experts=experts, router=router, active=dense + router + used)
+
+
+def _all_adapters(layers: Sequence[LayerPlan]) -> int:
+    """Parameters of the adapters of all experts."""
+    return sum(layer.experts.num_routed * layer_params(layer).adapters for layer in layers)
 
 
 def trained_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParams:
@@ -130,6 +162,11 @@ def trained_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParam
     Weights made from frozen weights are frozen; a new router and randomly initialized weights are trained. Weights made
     from a partly frozen module count as trained, so the numbers are upper bounds.
     """
+    if facts.adapters is not None:
+        linears, has_routers = facts.adapters
+        routers = sum(layer.experts.num_routed * layer.site.d_model for layer in layers) * has_routers
+        active = model_params(layers, facts).active
+        return ModelParams(dense=linears + routers, experts=_all_adapters(layers), router=0, active=active)
     params, (kept, _) = model_params(layers, facts), facts.frozen.get("", (0, 0))
     dense, experts = params.dense, params.experts
     for layer in layers:

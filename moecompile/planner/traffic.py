@@ -107,6 +107,26 @@ def copies_per_token(kind: str, placement: ExpertPlacement, routing: RoutingPlan
     return Copies(own=rank, intra_node=(on_node - 1) * rank, inter_node=(nodes - 1) * on_node * rank)
 
 
+def even_copies(kind: str, experts: int, routed: tuple[int, int, int], nodes: int, on_node: int) -> Copies:
+    """`copies_per_token` of a dispatch that is described by numbers alone.
+
+    Args:
+        routed: experts per token, groups, and groups that a token may use. nodes, on_node: shape of the EP group.
+    """
+    top_k, groups, top_groups = routed
+    mesh = MeshSpec(num_nodes=nodes, ranks_per_node=on_node, ep=nodes * on_node)
+    routing = RoutingPlan(
+        top_k=top_k,
+        groups=groups,
+        top_groups=top_groups,
+        score="sigmoid",
+        normalize=True,
+        scale=1.0,
+        group_score="top2",
+    )
+    return copies_per_token(kind, ExpertPlacement(num_experts=experts, ep=mesh.ep, nodes=nodes), routing, mesh)
+
+
 def forward_traffic(kind: str, placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec, wire: Wire) -> Traffic:
     """Expected bytes per token of one layer that leave a rank in the forward pass: dispatch, combine and metadata.
 

@@ -106,6 +106,30 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
     console.print(grid)
 
 
+def print_data(result: Mapping[str, Any], console: Console) -> None:
+    """Prints what is in a corpus or in chats; nothing for one text.
+
+    Args:
+        result: keys of result.json that begin with `data_`.
+    """
+    if "data_files" not in result:
+        return
+    count = {name.removeprefix("data_"): value for name, value in result.items()}
+    parts = [plural(count["files"], "file")]
+    if count["skipped"]:
+        parts[0] += f" ({count['skipped']:,} of other kinds not read)"
+    if "documents" in count:
+        parts += [f"{count['documents']:,} documents", f"{count['tokens']:,} tokens"]
+    else:
+        share = count["supervised"] / max(1, count["tokens"])
+        parts += [f"{count['records']:,} records", f"{count['left_out']:,} left out (no target)"]
+        parts += [f"{count['truncated']:,} truncated", f"{count['tokens']:,} tokens"]
+        parts += [f"{count['supervised']:,} supervised ({share:.1%})"]
+        parts += [f"{count['rows']:,} rows, {count['fill']:.1%} full"]
+    console.print()
+    console.print(Text(f"data  {', '.join(parts)}"), soft_wrap=True)
+
+
 def _step0_reason(reason: str) -> str:
     return reason if reason.startswith(NOT_COMPARED) else f"need not equal the dense model: {reason}"
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moecompile.plan import Assumptions, Estimate, FFNSite, LayerPlan, Lending, Plan, Remedy
+from moecompile.plan import AdaptersPlan, Assumptions, Estimate, FFNSite, LayerPlan, Lending, Plan, Remedy
 from moecompile.report.tables import path_text, path_width, plain_grid, plain_table
 from moecompile.report.text import bytes_text, count_text, fold_paths, plural, traffic_text
 
@@ -47,7 +47,18 @@ def _header(plan: Plan) -> Table:
     grid.add_row(Text("plan", style="bold"), Text(f"{plan.hash}, {plural(len(plan.layers), 'MoE layer')}"))
     grid.add_row(Text("mesh", style="bold"), Text(f"{nodes} x {ranks} = {mesh.world_size} on {mesh.device}"))
     grid.add_row(Text("axes", style="bold"), Text(axes))
+    if plan.adapters is not None:
+        grid.add_row(Text("adapters", style="bold"), Text(_adapters_text(plan, plan.adapters)))
     return grid
+
+
+def _adapters_text(plan: Plan, adapters: AdaptersPlan) -> str:
+    """`rank 16, alpha 32: 8 linears, 4 weights of experts; routers frozen`."""
+    stacked = sum(len(layer.adapters.weights) for layer in plan.layers if layer.adapters is not None)
+    dropout = f", dropout {adapters.dropout:g}" if adapters.dropout else ""
+    where = f"{plural(len(adapters.linears), 'linear')}, {plural(stacked, 'stacked weight')} of experts"
+    routers = "trained" if adapters.train_router else "frozen"
+    return f"rank {adapters.rank}, alpha {adapters.alpha:g}{dropout}: {where}; routers {routers}"
 
 
 def _layers_table(layers: Sequence[LayerPlan], path_width: int) -> Table:
@@ -129,6 +140,8 @@ def _print_estimate(estimate: Estimate, console: Console) -> None:
         console.print()
     grid = plain_grid()
     used = f"{count_text(estimate.params_total)}, a token uses {count_text(estimate.params_active)}"
+    if estimate.params_trained != estimate.params_total:
+        used += f", {count_text(estimate.params_trained)} are trained"
     grid.add_row(Text("parameters", style="dim"), Text(used))
     if assumes is not None:
         grid.add_row(Text("assumes", style="dim"), Text(_assumes_text(assumes, estimate.checkpointing)))

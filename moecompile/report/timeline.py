@@ -1,21 +1,30 @@
 """A timeline of a graph with asynchronous exchanges, read from the graph itself, not from the plan.
 
-A column is an event: a start, a wait, or a call of experts. A bar is an all-to-all of rows, from its start to its wait.
+A column is an event: a start, a wait, or something that is computed. A bar is an all-to-all of rows, from its start to
+its wait. Backward is the same graph from its end to its beginning: the backward of a wait starts an exchange of
+gradients, and the backward of the start waits for it. Weight gradients are computed where the graph makes their token.
 
-    rows 0 ->  ├──────────────┤
-    rows 1 ->     ├────────────────────┤
-    rows 0 <-                       ├──────────┤
-    rows 1 <-                                ├─────┤
-    computing        shared   0        1
+    rows 0 ->   ├────────┤
+    rows 1 ->      ├──────────────┤
+    rows 0 <-                  ├───────────┤
+    rows 1 <-                           ├─────┤
+    computing         shared 0       1
+
+    grads 1 ->  ├─────┤
+    grads 0 ->     ├───────────┤
+    grads 1 <-               ├─────────────────┤
+    grads 0 <-                        ├───────────┤
+    computing            1        0     weights shared
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 from torch.fx import GraphModule, Node
 
-from moecompile.passes.base import op_name
+from moecompile.passes.base import COLLECT, op_name
 from moecompile.plan import HALVES
 
 _START, _WAIT = HALVES["all_to_all"]
@@ -23,25 +32,47 @@ _COLUMN = 3  # characters
 
 
 def timeline(graph_module: GraphModule) -> str:
-    """One line per exchange and one for the computation; empty if no exchange is asynchronous."""
+    """For either direction, one line per exchange and one for the computation; empty if none is asynchronous."""
     events = [node for node in graph_module.graph.nodes if op_name(node) in (_START, _WAIT) or _computes(node)]
-    waits = {_start_of(node): i for i, node in enumerate(events) if op_name(node) == _WAIT}
+    waits = {_start_of(node): node for node in events if op_name(node) == _WAIT}
     if not waits:
         return ""
     seen: Counter[str] = Counter()
-    lines: dict[str, str] = {}
-    computing = ""
-    for i, node in enumerate(events):
-        if node in waits:
-            name = _name(node)
-            start, end = _COLUMN * i, _COLUMN * waits[node]
-            lines[name.format(seen[name])] = " " * start + "├" + "─" * (end - start - 1) + "┤"
-            seen[name] += 1
+    numbers = {}
+    for start in waits:
+        name = _name(start)
+        numbers[start] = (name, seen[name])
+        seen[name] += 1
+    calls = [node for node in events if _word(node) == "experts"]
+
+    def word(node: Node) -> str:
+        return str(calls.index(node)) if node in calls else _word(node)
+
+    forward = [node for node in events if _word(node) != "weights"]
+    names = {start: f"rows {number} {name}" for start, (name, number) in numbers.items()}
+    back = {wait: f"grads {numbers[start][1]} {_turned(numbers[start][0])}" for start, wait in waits.items()}
+    parts = [_drawn(forward, waits, names, word)]
+    if len(forward) < len(events):
+        parts.append(_drawn(events[::-1], {wait: start for start, wait in waits.items()}, back, word))
+    return "\n\n".join(parts)
+
+
+def _drawn(
+    events: Sequence[Node], ends: Mapping[Node, Node], names: Mapping[Node, str], word: Callable[[Node], str]
+) -> str:
+    """ends: where a bar begins -> where it ends."""
+    place, x = dict[Node, int](), 0
+    for node in events:
+        place[node] = x
+        x += max(_COLUMN, len(word(node)) + 1) if _computes(node) else _COLUMN
+    lines, computing = dict[str, str](), ""
+    for node in events:
+        if node in ends:
+            begin, end = place[node], place[ends[node]]
+            lines[names[node]] = " " * begin + "├" + "─" * (end - begin - 1) + "┤"
         elif _computes(node):
-            word = "shared" if op_name(node).startswith("shared") else str(seen["experts"])
-            seen["experts"] += word != "shared"
-            computing = computing.ljust(_COLUMN * i) + word + " "
-    lines["computing"] = computing.rstrip()
+            computing = computing.ljust(place[node]) + word(node)
+    lines["computing"] = computing
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {line}" for name, line in lines.items())
 
@@ -50,13 +81,26 @@ def _computes(node: Node) -> bool:
     return node.op == "call_module" and op_name(node).startswith(("experts", "shared_experts"))
 
 
+def _word(node: Node) -> str:
+    """experts, shared, or weights: the weight gradients of experts, in backward."""
+    if not _computes(node):
+        return ""
+    if node.kwargs.get(COLLECT):
+        return "weights"
+    return "shared" if op_name(node).startswith("shared") else "experts"
+
+
 def _start_of(wait: Node) -> Node:
     (start,) = wait.args[0].all_input_nodes  # type: ignore[union-attr]
     return start
 
 
 def _name(start: Node) -> str:
-    """`rows {} ->` (dispatch) or `rows {} <- intra` (combine): {} for the chunk, and the level if there are two."""
+    """`->` (dispatch) or `<- intra` (combine), with the level if there are two."""
     axis = str(start.args[-1])
     level = f" {axis.rpartition('_')[2]}" if axis.endswith(("_inter", "_intra")) else ""
-    return f"rows {{}} {'<-' if start.args[3] else '->'}{level}"
+    return f"{'<-' if start.args[3] else '->'}{level}"
+
+
+def _turned(name: str) -> str:
+    return name.replace("->", "<-") if "->" in name else name.replace("<-", "->")

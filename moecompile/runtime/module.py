@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from moecompile.errors import ConfigError
+from moecompile.nn.padding import ENCODER, padding_of
 from moecompile.runtime.data import IGNORED
 from moecompile.runtime.objective import is_encoder_decoder
 from moecompile.runtime.strategy import groups_of
@@ -23,7 +26,8 @@ from moecompile.schema import OptimizerConfig
 class LanguageModule(LightningModule):
     """A language model with AdamW, for `ExpertParallelStrategy(loss="sum")`.
 
-    A batch has `input_ids` and `labels`. The labels of a causal model are its inputs, already shifted; those of an
+    A batch has `input_ids` and `labels`, of chats also `attention_mask` (1 for a token, 0 for padding) and, if several
+    chats share a row, `position_ids`. The labels of a causal model are its inputs, already shifted; those of an
     encoder-decoder model are the decoder's targets, from which the decoder's inputs are derived.
 
     Args:
@@ -60,8 +64,28 @@ class LanguageModule(LightningModule):
         inputs = {"input_ids": batch["input_ids"]}
         if self.decoder_start is not None:
             inputs["decoder_input_ids"] = shifted(batch["labels"], self.decoder_start)
-        logits: Tensor = self.model(**inputs, use_cache=False).logits
+        # transformers finds packed samples where positions start again, but only if there is no attention mask. Padding
+        # is then a sample of its own.
+        if "position_ids" in batch:
+            inputs["position_ids"] = batch["position_ids"]
+        elif "attention_mask" in batch:
+            inputs["attention_mask"] = batch["attention_mask"]
+        with self._padding_of(batch):
+            logits: Tensor = self.model(**inputs, use_cache=False).logits
         return logits
+
+    @contextmanager
+    def _padding_of(self, batch: dict[str, Tensor]) -> Iterator[None]:
+        """Gives MoE layers the padding of packed rows, of which the model's own call has no mask."""
+        padding = padding_of(self.model) if "position_ids" in batch else None
+        if padding is None:
+            yield
+            return
+        padding.start({ENCODER: batch["attention_mask"] != 0})
+        try:
+            yield
+        finally:
+            padding.end()
 
     def on_validation_epoch_start(self) -> None:
         """Starts the sums."""

@@ -7,7 +7,8 @@ from dataclasses import replace
 from torch import nn
 
 from moecompile.errors import ConfigError
-from moecompile.runtime.data import SpanCorruption, SpanCounts, TextData, TokenWindows
+from moecompile.runtime.data import CorpusWindows, SpanCorruption, SpanCounts, TextData, TokenWindows
+from moecompile.runtime.data.loaded import Split
 from moecompile.schema import Config, Objective, TokenizerSource
 
 
@@ -22,9 +23,14 @@ def data_for(model: nn.Module, data: TextData, config: Config) -> TextData:
     _check_vocabulary(vocab_size, data.tokenizer.get_vocab_size(), config)
     if config.data.objective is Objective.causal:
         return data
-    assert isinstance(data.train, TokenWindows) and isinstance(data.val, TokenWindows) and vocab_size is not None
-    train, val = (SpanCorruption(windows, vocab_size, config.seed) for windows in (data.train, data.val))
+    assert vocab_size is not None
+    train, val = (SpanCorruption(_windows(split), vocab_size, config.seed) for split in (data.train, data.val))
     return replace(data, train=train, val=val)
+
+
+def _windows(split: Split) -> TokenWindows | CorpusWindows:
+    assert isinstance(split, TokenWindows | CorpusWindows), "validate() has seen that chats are causal"
+    return split
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

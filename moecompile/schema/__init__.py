@@ -2,6 +2,7 @@
 
 from moecompile.routing import BalanceRule, BiasUpdate, Choice, DropPolicy, GroupScore, Score, Workload
 from moecompile.schema.config import (
+    AdaptersConfig,
     BalanceConfig,
     BenchConfig,
     Config,
@@ -9,6 +10,7 @@ from moecompile.schema.config import (
     DispatchConfig,
     ExpertsConfig,
     ExportConfig,
+    FigureConfig,
     HardwareConfig,
     LossesConfig,
     MeshConfig,
@@ -16,14 +18,19 @@ from moecompile.schema.config import (
     OptimizerConfig,
     PerLayerConfig,
     RoutingConfig,
+    StackConfig,
     TaskConfig,
     TrainerConfig,
     VerifyConfig,
+    WorkloadConfig,
 )
 from moecompile.schema.enums import (
+    AdapterExport,
+    AdapterKind,
     Baseline,
     Checkpointing,
     Compiled,
+    DataKind,
     DispatchBalance,
     DispatchKind,
     ExpertInit,
@@ -35,6 +42,8 @@ from moecompile.schema.enums import (
     OnNan,
     OverlapKind,
     Precision,
+    RowLayout,
+    Schedule,
     SiteKind,
     TaskName,
     TokenizerSource,
@@ -47,6 +56,7 @@ from moecompile.schema.per_layer import LayerSettings, check_selections, layer_s
 from moecompile.schema.ranges import NUMBERS, check_numbers
 from moecompile.schema.slices import site_slice
 from moecompile.schema.validation import check_name, validate, validate_settings, validate_transform
+from moecompile.schema.validation.adapters import check_adapters
 from moecompile.schema.validation.experts import (
     check_placement,
     check_slices,
@@ -56,10 +66,14 @@ from moecompile.schema.validation.experts import (
 from moecompile.schema.validation.mesh import mesh_spec
 from moecompile.schema.validation.routing import balance_spec, router_config
 from moecompile.schema.validation.run import accumulation_steps
+from moecompile.schema.workload import is_described, with_workload
 
 __all__ = [
     "NUMBERS",
     "SOURCES",
+    "AdapterExport",
+    "AdapterKind",
+    "AdaptersConfig",
     "BalanceConfig",
     "BalanceRule",
     "Baseline",
@@ -70,6 +84,7 @@ __all__ = [
     "Compiled",
     "Config",
     "DataConfig",
+    "DataKind",
     "DispatchBalance",
     "DispatchConfig",
     "DispatchKind",
@@ -78,6 +93,7 @@ __all__ = [
     "ExpertsConfig",
     "ExportConfig",
     "ExportFormat",
+    "FigureConfig",
     "GroupScore",
     "HardwareConfig",
     "LayerSettings",
@@ -94,8 +110,11 @@ __all__ = [
     "PerLayerConfig",
     "Precision",
     "RoutingConfig",
+    "RowLayout",
+    "Schedule",
     "Score",
     "SiteKind",
+    "StackConfig",
     "TaskConfig",
     "TaskName",
     "TokenizerSource",
@@ -105,13 +124,16 @@ __all__ = [
     "WeightScaling",
     "WireDtype",
     "Workload",
+    "WorkloadConfig",
     "accumulation_steps",
     "balance_spec",
+    "check_adapters",
     "check_name",
     "check_numbers",
     "check_placement",
     "check_selections",
     "check_slices",
+    "is_described",
     "is_sliced",
     "layer_settings",
     "mesh_spec",
@@ -122,4 +144,5 @@ __all__ = [
     "validate_transform",
     "virtual_group",
     "with_implied",
+    "with_workload",
 ]

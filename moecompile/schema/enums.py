@@ -67,6 +67,21 @@ class Objective(str, Enum):
     span_corruption = "span_corruption"  # T5: masked spans, for encoder-decoder models
 
 
+class DataKind(str, Enum):
+    """What the data are."""
+
+    text = "text"  # one plain text file, held in memory
+    corpus = "corpus"  # many files of text, tokenized once into memory-mapped shards
+    sft = "sft"  # chats: the loss is on the assistant's tokens alone
+
+
+class RowLayout(str, Enum):
+    """How chats of different lengths become rows of a batch."""
+
+    pack = "pack"  # several chats a row, which do not see each other
+    pad = "pad"  # one chat a row, filled up to the longest of its micro-batch
+
+
 class TokenizerSource(str, Enum):
     """Where the tokenizer comes from."""
 
@@ -79,6 +94,20 @@ class Baseline(str, Enum):
 
     none = "none"
     dense = "dense"  # the model before rewriting
+
+
+class AdapterKind(str, Enum):
+    """Which adapters are trained in place of the model's weights."""
+
+    none = "none"
+    lora = "lora"
+
+
+class AdapterExport(str, Enum):
+    """How task=export writes a model that was trained with adapters."""
+
+    separate = "separate"  # the adapters alone, in the format of peft
+    merged = "merged"  # the whole model, with the adapters added to its weights
 
 
 class DispatchKind(str, Enum):
@@ -168,3 +197,10 @@ class ExportFormat(str, Enum):
 
     huggingface = "huggingface"  # a transformers model that computes the same function
     native = "native"  # our own format, with config and plan; `moecompile.load_exported` reads it
+
+
+class Schedule(str, Enum):
+    """Schedule of a pipeline that is described."""
+
+    onef1b = "onef1b"  # one forward, one backward, interleaved over virtual stages
+    dualpipe = "dualpipe"  # from both ends, forwards beside backwards (DeepSeek-V3)

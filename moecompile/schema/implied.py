@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moecompile.errors import ConfigError
 from moecompile.schema.config import Config
-from moecompile.schema.enums import ModelDevice, TokenizerSource
+from moecompile.schema.enums import DataKind, ModelDevice, TokenizerSource
 
 SOURCES = ("architecture", "pretrained", "package", "factory")
 """Keys of `model` with the source of a model."""
@@ -42,7 +42,9 @@ def with_implied(config: Config, groups: Collection[str]) -> Config:
         model.name = Path(value).resolve().name if source == "pretrained" else value
     if "model.device" not in given:
         model.device = ModelDevice.cpu
-    own_data = "data" in groups or {"data.tokenizer", "data.vocab_size"} & set(given)
+    # A corpus has no tokenizer of its own: the group that was selected leaves the choice to the model.
+    selected = "data" in groups and config.data.kind is not DataKind.corpus
+    own_data = selected or {"data.tokenizer", "data.vocab_size"} & set(given)
     if source != "factory" and not own_data:
         config.data.tokenizer, config.data.vocab_size = TokenizerSource.model, None
     return config

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from moecompile.ranges import Real, Whole
 from moecompile.routing import BALANCE_NUMBERS, ROUTER_NUMBERS
+from moecompile.schema.config import FiguresConfig
 
 NUMBERS: dict[str, Whole | Real] = {
     "seed": Whole(0, 2**63 - 1),
@@ -16,6 +18,9 @@ NUMBERS: dict[str, Whole | Real] = {
     "routing.max_nodes": Whole(1),
     **{f"routing.{name}": allowed for name, allowed in ROUTER_NUMBERS.items() if name != "groups"},  # or auto
     **{f"balance.{key}": allowed for key, allowed in BALANCE_NUMBERS.items()},
+    "adapters.rank": Whole(1),
+    "adapters.alpha": Real("(0, inf)", "Use twice adapters.rank"),
+    "adapters.dropout": Real("[0, 1)", "Use 0"),
     "mesh.num_nodes": Whole(1, 65_536),
     "mesh.ranks_per_node": Whole(1, 1_024),
     "mesh.dp_replicate": Whole(1),
@@ -23,6 +28,17 @@ NUMBERS: dict[str, Whole | Real] = {
     "hardware.intra_node_gb_s": Real("(0, inf)", "Give the bandwidth of one rank in 1e9 bytes/s"),
     "hardware.inter_node_gb_s": Real("(0, inf)", "Give the bandwidth of one rank in 1e9 bytes/s"),
     "hardware.tflops": Real("(0, inf)", "Give the speed of one rank's matrix products in 1e12 operations/s"),
+    **{
+        f"hardware.figures.{each.name}.value": Real("(0, inf)", "Give a positive number with its source")
+        for each in fields(FiguresConfig)
+    },
+    "stack.bits": Whole(4, 32),
+    "stack.row_bits": Whole(8, 16),
+    "stack.wire_share.value": Real("(0, 1]", "Use 1.0"),
+    "stack.comm_units.value": Real("[0, inf)", "Use 20, or 0 for none"),
+    **{f"workload.{name}": Whole(1) for name in ("seq_len", "global_batch_size", "micro_batch_size")},
+    **{f"workload.{name}": Whole(1) for name in ("tp", "pp", "vpp", "cp", "etp")},
+    "workload.zero": Whole(0, 3),
     "data.vocab_size": Whole(257),
     "data.seq_len": Whole(2),
     "data.global_batch_size": Whole(1),

@@ -18,17 +18,19 @@ from moecompile.export import (
     compare,
     find_run,
     find_target,
+    load_adapters,
     load_exported,
     load_run,
     reload,
+    with_adapters,
     write,
     write_native,
     write_tokenizer,
 )
-from moecompile.models.build import example_inputs, pretrained_folder
+from moecompile.models.build import build_model, example_inputs, pretrained_folder
 from moecompile.report.result import write_result
 from moecompile.rundir import accept
-from moecompile.schema import Config, ExportFormat, TokenizerSource
+from moecompile.schema import AdapterExport, Config, ExportFormat, TokenizerSource
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -57,27 +59,79 @@ def run(config: Config, run_dir: Path) -> None:
 def _export(trained: Run, config: Config, folder: Path) -> tuple[str, float]:
     """Returns class name and largest difference of logits."""
     model = load_run(trained)
+    _check_adapters(trained, config)
+    if trained.plan.adapters is not None and config.export.format is ExportFormat.huggingface:
+        return _export_adapters(model, trained, config, folder)
     if config.export.format is ExportFormat.native:
         write_native(model, trained, folder)
         architecture = type(model).__name__
     else:
         architecture = write(model, find_target(model, trained.plan, config.export.family), folder)
+    _write_beside(trained, folder, is_compared=config.export.format is ExportFormat.huggingface)
+    example = example_inputs(model, trained.config.data.seq_len)
+    expected = _logits(model.float(), example)
+    del model  # before the second one is loaded
+    again = load_exported(folder) if config.export.format is ExportFormat.native else reload(folder)
+    return architecture, _difference(architecture, again, example, expected, trained, config)
+
+
+def _difference(
+    what: str, again: nn.Module, example: dict[str, Tensor], expected: Tensor, trained: Run, config: Config
+) -> float:
+    """Largest difference between the logits of the model that was loaded again and the expected ones.
+
+    Raises:
+        VerificationFailed: it is too large.
+    """
+    diff = float((_logits(again.float(), example) - expected).abs().max())
+    if not diff <= config.export.tolerance:  # NaN fails too
+        check = f"logits differ by {diff:.1e}, more than export.tolerance={config.export.tolerance:.0e}"
+        raise VerificationFailed(f"{what}, exported from {trained.checkpoint} and loaded again,", [check])
+    return diff
+
+
+def _export_adapters(model: nn.Module, trained: Run, config: Config, folder: Path) -> tuple[str, float]:
+    """The adapters of a run in peft's format, or merged into the model."""
+    example = example_inputs(model, trained.config.data.seq_len)
+    adapted = with_adapters(build_model(trained.config.model, trained.config.seed), model, trained.plan)
+    expected = _logits(model.float(), example)
+    if config.export.adapters is AdapterExport.merged:
+        merged = adapted.merge_and_unload()
+        target = find_target(merged, trained.plan, config.export.family)
+        architecture = f"{write(merged, target, folder)} with merged adapters"
+        del model, adapted, merged
+        _write_beside(trained, folder, is_compared=True)
+        again = reload(folder)
+    else:
+        architecture = f"adapters of {type(adapted.get_base_model()).__name__}, in the format of peft"
+        adapted.save_pretrained(str(folder))
+        del model, adapted
+        again = load_adapters(build_model(trained.config.model, trained.config.seed), folder)
+    return architecture, _difference(architecture, again, example, expected, trained, config)
+
+
+def _check_adapters(trained: Run, config: Config) -> None:
+    export, has_adapters = config.export, trained.plan.adapters is not None
+    separate = export.adapters is AdapterExport.separate
+    if not has_adapters and not separate:
+        raise ConfigError("export.adapters", "merged", "the run was trained without adapters", "Leave it out")
+    if export.format is ExportFormat.native and not separate:
+        rule = "is for export.format=huggingface; the native format keeps adapters as they were trained"
+        raise ConfigError("export.adapters", "merged", rule, "Leave one of them out")
+    if has_adapters and separate and export.family is not None:
+        rule = "has no meaning for adapters alone, which are those of the model that was trained"
+        raise ConfigError("export.family", export.family, rule, "Leave it out, or use export.adapters=merged")
+
+
+def _write_beside(trained: Run, folder: Path, *, is_compared: bool) -> None:
+    """Writes the tokenizer, and what the folder of the pretrained model holds besides weights."""
     original, is_own = pretrained_folder(trained.config.model), trained.config.data.tokenizer is TokenizerSource.model
     if trained.tokenizer is not None:
         write_tokenizer(trained.tokenizer, folder, original if is_own else None)
     if original is not None:
         carry(original, folder, tokenizer=is_own)
-        if config.export.format is ExportFormat.huggingface:
+        if is_compared:
             compare(original, folder, tokenizer=is_own)
-    example = example_inputs(model, trained.config.data.seq_len)
-    expected = _logits(model.float(), example)
-    del model  # before the second one is loaded
-    again = load_exported(folder) if config.export.format is ExportFormat.native else reload(folder)
-    diff = float((_logits(again.float(), example) - expected).abs().max())
-    if not diff <= config.export.tolerance:  # NaN fails too
-        check = f"logits differ by {diff:.1e}, more than export.tolerance={config.export.tolerance:.0e}"
-        raise VerificationFailed(f"{architecture}, exported from {trained.checkpoint} and loaded again,", [check])
-    return architecture, diff
 
 
 @torch.no_grad()

@@ -17,8 +17,9 @@ from typing import Any
 from moecompile.errors import ConfigError
 from moecompile.models.packages import check_package
 from moecompile.runtime.ranks import in_place_ranks
+from moecompile.runtime.records import find_files
 from moecompile.runtime.text import check_text
-from moecompile.schema import Config, TaskName, TokenizerSource, mesh_spec
+from moecompile.schema import Config, DataKind, TaskName, TokenizerSource, mesh_spec
 
 _ON_RANKS = (TaskName.train, TaskName.verify, TaskName.bench)
 _INDEX = "model.safetensors.index.json"
@@ -44,11 +45,18 @@ def check_inputs(config: Config) -> None:
         folder = check_package(config.model.package)
     if folder is not None:
         check_folder(folder)
+        if task in _ON_RANKS and config.data.kind is DataKind.sft:
+            from moecompile.models.chat import load_chat_template
+
+            load_chat_template(folder)
     _check_model(config)
 
 
 def _check_text(config: Config) -> None:
     data = config.data
+    if data.kind is not DataKind.text:
+        find_files(data)
+        return
     size, shorter = check_text(data)
     doubtful = size < (data.vocab_size or 0) * _BYTES_PER_ENTRY or shorter < data.seq_len * _BYTES_PER_TOKEN
     if (size < _SMALL or doubtful) and data.tokenizer is TokenizerSource.train:

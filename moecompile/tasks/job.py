@@ -16,6 +16,8 @@ from torch import nn
 from moecompile import plan as plans
 from moecompile.errors import CaptureError, PlanError
 from moecompile.models.build import build_model, example_inputs, pretrained_folder
+from moecompile.models.chat import load_chat_template
+from moecompile.models.packing import check_packing
 from moecompile.models.sharded import ShardedImport, loads_sharded
 from moecompile.passes.receipt import ON_META
 from moecompile.pipeline import Compilation, compile_with_report
@@ -23,7 +25,7 @@ from moecompile.report.text import NOT_COMPARED
 from moecompile.rundir import place
 from moecompile.runtime.data import TextData, load_data
 from moecompile.runtime.objective import data_for
-from moecompile.schema import Config
+from moecompile.schema import Config, DataKind, RowLayout
 
 
 @dataclass(kw_only=True)
@@ -73,10 +75,16 @@ class Job:
 def load_job(config: Config, run_dir: Path) -> Job:
     """Loads data and model of this rank; all ranks call it."""
     folder = pretrained_folder(config.model)
-    data = load_data(config.data, place(run_dir), rank=dist.get_rank(), barrier=dist.barrier, model_folder=folder)
+    data = load_data(
+        config.data, place(run_dir), rank=dist.get_rank(), barrier=dist.barrier, model_folder=folder, seed=config.seed,
+        chat_template=load_chat_template,
+    )  # fmt: skip
     importing = ShardedImport(config) if loads_sharded(config, dist.get_world_size()) else None
     model = build_model(config.model, config.seed) if importing is None else importing.model
-    return Job(model=model, data=data_for(model, data, config), importing=importing)
+    data = data_for(model, data, config)
+    if config.data.kind is DataKind.sft and config.data.layout is RowLayout.pack:
+        check_packing(model, config.model.name)
+    return Job(model=model, data=data, importing=importing)
 
 
 def check_same_plan(plan: plans.Plan) -> None:

@@ -1,4 +1,4 @@
-"""task=plan: only the plan, in one process for any mesh; needs no GPU and no ranks."""
+"""task=plan: only the plan and the forecast of its step, in one process for any mesh; needs no GPU and no ranks."""
 
 from __future__ import annotations
 
@@ -12,24 +12,54 @@ from moecompile.errors import ConfigError
 from moecompile.models.build import build_model, example_inputs
 from moecompile.passes.trained import frozen_notes
 from moecompile.pipeline import make_plan
+from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan
 from moecompile.planner.existing import notes
+from moecompile.planner.foresight.forecast import Forecast
+from moecompile.planner.foresight.planned import forecast_plan
+from moecompile.report.forecast import print_forecast
 from moecompile.report.plan_tables import print_plan
 from moecompile.report.result import write_result
 from moecompile.rundir import accept
-from moecompile.schema import Config
+from moecompile.schema import Config, is_described, with_workload
 
 
 def run(config: Config, run_dir: Path) -> None:
     """Prints the plan and writes `plan.yaml` and `result.json`."""
+    config, workload_notes = with_workload(config)
     model = build_model(config.model, config.seed)
     plan = make_plan(model, config, example=example_inputs(model, config.data.seq_len))
     require_layers(plan, config)
-    plan_notes = [*notes(plan, config), *frozen_notes(model, plan)]
-    print_plan(plan, Console(), plan_notes)
+    forecast = forecast_plan(shape_of_model(model, plan), plan, config)
+    plan_notes = [*workload_notes, *_described(config), *notes(plan, config), *frozen_notes(model, plan)]
+    console = Console()
+    print_plan(plan, console, plan_notes)
+    print_forecast(forecast, console)
     accept(run_dir)
     plans.save(plan, run_dir / "plan.yaml")
-    write_result(run_dir, "plan", config.name, {**plan_fields(plan), "notes": plan_notes})
+    write_result(run_dir, "plan", config.name, {**plan_fields(plan), **_fields(forecast), "notes": plan_notes})
+
+
+def _described(config: Config) -> list[str]:
+    if not is_described(config.workload):
+        return []
+    return [
+        f"the time is that of the layout which workload={config.workload.name} describes; this package runs expert and "
+        "data parallelism alone, and its memory is that of a plan without the other axes"
+    ]
+
+
+def _fields(forecast: Forecast) -> dict[str, object]:
+    """The fields of result.json about the forecast."""
+    return {
+        "step_seconds": forecast.seconds,
+        "tokens_per_second_per_rank": forecast.tokens_per_second_per_rank,
+        "tflops_per_rank": forecast.tflops_per_rank,
+        "mfu": forecast.mfu,
+        "step_parts": dict(forecast.parts),
+        "imbalance": [dataclasses.asdict(price) for price in forecast.prices],
+        "changes": [dataclasses.asdict(change) for change in forecast.changes],
+    }
 
 
 def plan_fields(plan: Plan) -> dict[str, object]:
@@ -39,9 +69,6 @@ def plan_fields(plan: Plan) -> dict[str, object]:
         "world_size": plan.mesh.world_size,
         "num_rewritten": len(plan.layers),
         "dispatch": sorted({layer.dispatch.kind for layer in plan.layers}),
-        "step_seconds": None,
-        "tokens_per_second_per_rank": None,
-        "tflops_per_rank": None,
     }
     if plan.estimate is not None:
         estimate = dataclasses.asdict(plan.estimate)

@@ -18,7 +18,7 @@ from moecompile.load_history import LOAD_HISTORY, LoadHistory
 from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import Compilation
 from moecompile.report.baseline import print_baseline
-from moecompile.report.console import print_result
+from moecompile.report.console import print_data, print_result
 from moecompile.report.heatmap import write_heat_map
 from moecompile.report.result import write_result
 from moecompile.rundir import place
@@ -49,6 +49,7 @@ def run_rank(config: Config, run_dir: Path) -> None:
     _check_baseline(config, compiled.plan)
     console = Console(soft_wrap=False)
     if rank == 0:
+        print_data(_data_fields(data), console)
         show_compiled(compiled, place(run_dir), console)
     materialize = job.materialize(compiled)
     dist.barrier()
@@ -111,8 +112,15 @@ def _fields(compiled: Compilation, outcome: Outcome, data: TextData) -> dict[str
         "bytes_per_token_per_layer_predicted": _plain(predicted),
         "checkpoint": str(outcome.checkpoint) if outcome.checkpoint else None,
         "unigram_entropy": _unigram_entropy(data),
+        **_data_fields(data),
         **step0_fields(compiled),
     }
+
+
+def _data_fields(data: TextData) -> dict[str, Any]:
+    """What is in a corpus or in chats, every name with `data_` before it."""
+    counts = {} if data.counts is None else dataclasses.asdict(data.counts)
+    return {f"data_{name}": value for name, value in counts.items()}
 
 
 def _plain(traffic: plans.Traffic | None) -> dict[str, float] | None:

@@ -18,10 +18,12 @@ import torch
 import torch.distributed as dist
 
 from moecompile.models.build import build_model, pretrained_folder
+from moecompile.models.chat import load_chat_template
+from moecompile.models.packing import check_packing
 from moecompile.plan import Plan, on_one_process
 from moecompile.runtime.data import TextData, load_data, train_loader
 from moecompile.runtime.objective import data_for
-from moecompile.schema import Config, Precision, WireDtype
+from moecompile.schema import Config, DataKind, Precision, RowLayout, WireDtype
 from moecompile.verify.checks import Check, compare, compare_narrow, count, distinct_batches, same_batches
 from moecompile.verify.job import Batch, Trace, build, noiseless_plan, uneven
 from moecompile.verify.ranks import run_ranks
@@ -46,8 +48,14 @@ def certify(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
     rank = dist.get_rank()
     checks = _plan_checks(noiseless_plan(config))  # Step 1
     folder = pretrained_folder(config.model)
-    data = load_data(config.data, run_dir, rank=rank, barrier=dist.barrier, model_folder=folder)
-    data = data_for(build_model(config.model, config.seed), data, config)
+    data = load_data(
+        config.data, run_dir, rank=rank, barrier=dist.barrier, model_folder=folder, seed=config.seed,
+        chat_template=load_chat_template,
+    )  # fmt: skip
+    model = build_model(config.model, config.seed)
+    data = data_for(model, data, config)
+    if config.data.kind is DataKind.sft and config.data.layout is RowLayout.pack:
+        check_packing(model, config.model.name)
     exact: Trace | None = None
     for mode in modes(config):
         plan = noiseless_plan(mode.config)

@@ -1,6 +1,7 @@
 """The job to verify: a few optimizer steps of the user's config, prepared the same way for one process and N ranks.
 
-    weights   experts and routers are independently random: with equal experts, a router's gradient is only rounding
+    weights   experts, routers and adapters are independently random: with equal experts, a router's gradient is only
+              rounding
     batches   real text; numbers of targets differ between micro-batches, and in step 0 one rank has none at all
     noise     dropout and jitter are off
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from moecompile.models.build import build_model, example_inputs
 from moecompile.nn import Experts, Router, routers_of
+from moecompile.nn.adapters import side_of
 from moecompile.pipeline import compile_model, make_plan
 from moecompile.plan import Plan
 from moecompile.runtime.data import IGNORED
@@ -67,7 +69,7 @@ def noiseless_plan(config: Config) -> Plan:
 
 
 def build(config: Config, plan: Plan, dtype: torch.dtype) -> nn.Module:
-    """The model lowered by `plan`, with all experts and routers random, depending only on the seed."""
+    """The model lowered by `plan`, with all experts, routers and adapters random, depending only on the seed."""
     model = build_model(config.model, config.seed).to(dtype)
     model = compile_model(model, config, example=example_inputs(model, config.data.seq_len), plan=plan)
     _randomize(model, config.seed)
@@ -99,6 +101,9 @@ def _randomize(model: nn.Module, seed: int) -> None:
             for parameter in module.parameters(recurse=False):
                 drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std
                 parameter.copy_(drawn)
+    for name, parameter in model.named_parameters():
+        if side_of(name):  # one half of them starts at zero, so that the other half would have no gradient
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * _EXPERT_STD)
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
-from moecompile.schema import Config, ModelDevice, accumulation_steps, mesh_spec
+from moecompile.schema import Config, DataKind, ModelDevice, accumulation_steps, mesh_spec
 
 MAX_RANKS = 8
 _SEQ_LEN, _SEQUENCES, _ACCUMULATION = 32, 2, 2
+_CHAT_LEN = 256  # a template and a prompt come before the first target
 _EPS = 1e-5
 _NO_CLIPPING = 1e30
 _NARROW = 256  # a model up to this width is not changed
@@ -99,7 +100,8 @@ def _shrink_model(work: _Shrinking) -> None:
 def _shrink_run(work: _Shrinking, steps: int) -> None:
     config, data = work.config, work.config.data
     why = "seconds, not minutes"
-    work.limit(data, "data", "seq_len", min(data.seq_len, _SEQ_LEN), why)
+    longest = _CHAT_LEN if data.kind is DataKind.sft else _SEQ_LEN
+    work.limit(data, "data", "seq_len", min(data.seq_len, longest), why)
     work.limit(data, "data", "micro_batch_size", min(data.micro_batch_size, _SEQUENCES), why)
     world = mesh_spec(config.mesh).world_size
     work.limit(data, "data", "global_batch_size", data.micro_batch_size * world * _ACCUMULATION, why)

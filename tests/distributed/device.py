@@ -17,8 +17,10 @@ from torch.utils._pytree import tree_map
 
 from moecompile.ops import (
     choice,
+    collect,
     exchange,
     expert_ffn,
+    expert_gradients,
     gather,
     grouped,
     hops,
@@ -34,7 +36,8 @@ from moecompile.ops import (
 
 DEVICE = "meta"  # the one other device that autograd knows in every build of torch
 _MODULES = (
-    choice, exchange, expert_ffn, gather, grouped, hops, layout, rows, slot_experts, slots, sorting, tokens, wire,
+    choice, collect, exchange, expert_ffn, expert_gradients, gather, grouped, hops, layout, rows, slot_experts, slots,
+    sorting, tokens, wire,
     workload,
 )  # fmt: skip
 _OURS = {

@@ -20,6 +20,7 @@ from moecompile.mesh import MeshSpec
 from moecompile.nn import Experts
 from moecompile.ops import traffic
 from moecompile.passes.base import GraphPass, items
+from moecompile.passes.collect import Collect
 from moecompile.passes.lend import Lend
 from moecompile.passes.lower.dispatch import DispatchNodes
 from moecompile.passes.lower.kinds import LOWERINGS
@@ -165,7 +166,7 @@ def lowered(case: Case, ep_rank: int) -> fx.GraphModule:
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
-    steps: list[GraphPass] = [Lend()] * (case.slots > 0) + [Overlap()] * (case.chunks > 0)
+    steps: list[GraphPass] = [Lend()] * (case.slots > 0) + [Overlap(), Collect()] * (case.chunks > 0)
     region = Region(path="", graph=module, module=module, matches={})
     return run_passes(steps, {"": region}, {"": [layer]})[""].graph
 

@@ -25,6 +25,7 @@ from tests.distributed import gradient_job as gradients
 from tests.distributed.dispatch_job import Case
 from tests.distributed.harness import run_distributed_test
 from tests.distributed.test_dispatch_kinds import MESHES, TOLERANCE
+from tests.ops.test_collect import Ops
 
 CHUNKS = (1, 2, 3, 4)
 
@@ -174,6 +175,40 @@ def test_hooks_and_anomaly_mode_see_no_buffer_in_flight() -> None:
     for errors, seen in run_distributed_test(_watched, 2, timeout_s=60):
         assert max(errors.values()) <= TOLERANCE, errors
         assert seen == [0.0] * 4
+
+
+def _events(rank: int, world_size: int) -> dict[str, list[str]]:
+    """What ran in backward, in order: starts and waits of gradients, and the products of experts."""
+    spec = MeshSpec(num_nodes=1, ranks_per_node=2, ep=2)
+    found = {}
+    for kind in ("flat", "dedup"):
+        for chunks in (1, 2, 4):
+            case = Case(kind=kind, mesh=spec, experts_per_rank=2, top_k=2, tokens=(7, 9), chunks=chunks, seed=3)
+            module = job.lowered(case, rank)
+            bind_axes(module, device_mesh_of(spec, "cpu"), 1)
+            x, weights, grad = case.inputs(rank)
+            out = module(x.requires_grad_(), case.ids(rank), weights.requires_grad_())
+            with Ops() as ops:
+                out.backward(grad)
+            kept = ("gradient_", "grouped_mm")
+            found[f"{kind} {chunks}"] = [name for name in ops.names if name.startswith(kept)]
+    return found
+
+
+def test_the_gradients_dispatch_starts_before_the_weight_gradients() -> None:
+    """And none is waited for that could not have been, before they are done."""
+    for by_case in run_distributed_test(_events, 2, timeout_s=100):
+        for name, events in by_case.items():
+            kind, chunks = name.split()
+            sent = int(chunks) * (2 if kind == "flat" else 3)  # rows both ways; dedup: weights, on their way back
+            products = [i for i, event in enumerate(events) if event == "grouped_mm_weight_grads"]
+            assert events.count("gradient_start") == events.count("gradient_wait") == sent, name
+            assert len(products) == 2, name  # of gate and up, of down
+            assert "gradient_start" not in events[products[0] :], (name, events)
+            assert "grouped_mm_input_grad" not in events[products[0] :], (name, events)
+            # The dispatches of the last chunks that started in forward before the first wait: one, or two.
+            still = min(2, int(chunks)) * (1 if kind == "flat" else 2)
+            assert events[products[-1] + 1 :] == ["gradient_wait"] * still, (name, events)
 
 
 def _compiled(rank: int, world_size: int, backend: str) -> list[float]:

@@ -111,6 +111,20 @@ def _compiled(rank: int, world_size: int, folder: Path) -> tuple[float, str]:
     return worst(compiled.grads, plain.grads)
 
 
+def _compiled_in_flight(rank: int, world_size: int, folder: Path) -> list[tuple[float, str]]:
+    """Errors of the gradients, sharded by FSDP2, whose experts' weight gradients are collected over chunks."""
+    two = ["mesh.num_nodes=1", "mesh.ranks_per_node=2", "dispatch.kind=dedup"]
+    plain = one_step(two, folder, torch.float32)
+    chunks = [*two, "dispatch.overlap=chunks", "dispatch.chunks=2", "trainer.compile=regions"]
+    ways = ([*chunks, "trainer.checkpointing=keep_exchanges"], chunks)
+    return [worst(one_step(way, folder, torch.float32).grads, plain.grads) for way in ways]
+
+
+def test_compiled_regions_in_flight_compute_the_same(tmp_path: Path) -> None:
+    for error, where in run_distributed_test(_compiled_in_flight, 2, tmp_path, timeout_s=280)[0]:
+        assert error < 2e-5, where
+
+
 def test_compiled_regions_compute_the_same(tmp_path: Path) -> None:
     error, where = run_distributed_test(_compiled, 2, tmp_path, timeout_s=280)[0]
     assert error < 2e-5, where

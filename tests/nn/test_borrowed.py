@@ -50,9 +50,9 @@ def call(form: str, rows: Tensor, counts: Tensor, weights: list[Tensor], borrowe
         out: Tensor = torch.func.functional_call(experts, arguments, (rows, counts), {"borrowed": borrowed})
         return out
     if form == "transposed":
-        module = ExistingExperts(3, own, ("gate_up_proj", "down_proj"), transposed=True)
+        module = ExistingExperts(num_experts, own, ("gate_up_proj", "down_proj"), transposed=True)
     else:
-        module = MatrixExperts(3, own, ("gate", "up", "down"))
+        module = MatrixExperts(num_experts, own, ("gate", "up", "down"))
         weights = [weight.flatten(0, 1) for weight in weights]
     result: Tensor = module(rows, counts, *weights, borrowed=borrowed)
     return result

@@ -85,6 +85,15 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
         values(4, 6, 4).detach(), values(4, 4, 3).detach(), values(6, 6).detach(),
         torch.tensor([0, 2, 1, 0, 1, 2], dtype=torch.int32), values(6).detach(),
     ),
+    "expert_ffn_weight_grad": lambda _: (
+        [values(3, 4).detach()] * 2, [values(3, 4).detach()] * 2, [values(6, 3).detach()] * 2,
+        [values(6, 6).detach()] * 2, [torch.tensor([0, 2, 1, 0, 1, 2], dtype=torch.int32)] * 2,
+        [values(6).detach()] * 2, [COUNTS_E] * 2,
+    ),
+    "grouped_mm_weight_grads": lambda _: (
+        [values(6, 5).detach()] * 2, [values(6, 4).detach(), values(6, 4, seed=1).detach()], [COUNTS_E, COUNTS_E.flip(0)],
+    ),
+    "collect_gradients": lambda _: ([values(4, 6, 4), values(4, 4, 3)],),
     "sort_assignments": lambda _: (IDS_TK, values(3, 2), 4),
     "sort_assignments: dropped": lambda _: (DROPPED_TK, values(3, 2), 4, False),
     "sort_received": lambda _: (values(4), torch.tensor([1, 2, 1, 4], dtype=torch.int16), 3),
@@ -158,6 +167,9 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
         values(3), torch.tensor([1, 2, 5], dtype=torch.int16), table([1, 3], [1, 3]), 1, axis,
     ),
 }  # fmt: skip
+
+
+SAMPLES["expert_ffn_input_grad"] = SAMPLES["expert_ffn_backward"]
 
 
 def op_of(name: str) -> str:

@@ -18,7 +18,14 @@ from moecompile.passes.lower import Lower
 from moecompile.passes.overlap import Overlap
 from moecompile.passes.rewrite import Rewrite
 from moecompile.plan import LayerPlan
-from moecompile.planner.overlap import LEAST_ROWS, LayerSeconds, choose_chunks, choose_overlap, forward_seconds
+from moecompile.planner.overlap import (
+    LEAST_ROWS,
+    LayerSeconds,
+    backward_seconds,
+    choose_chunks,
+    choose_overlap,
+    forward_seconds,
+)
 from tests.tiny import COPY4, Gated, config, only_region, passed, plan_for, text
 
 SHARED = [*COPY4, "experts.num_shared=1", "mesh.num_nodes=2", "mesh.ranks_per_node=2"]
@@ -291,12 +298,29 @@ def test_predicted_times_are_those_of_a_simulation(ratio: float, shared: float, 
     assert step / whole == pytest.approx(SIMULATED[ratio, shared, chunks], abs=0.0051)
 
 
+# Wire, chunks -> backward of a layer whose routed experts take 1 in forward, event by event on paper: a fill of one hop,
+# gradients of the rows (1, in chunks, each of which waits for its hop), then weight gradients (1) beside the way back.
+ON_PAPER = {
+    (0.5, 1): 0.25 + 1 + 1, (1.0, 2): 0.25 + 1 + 1, (1.0, 4): 0.125 + 1 + 1, (2.0, 1): 1 + 1 + 1,
+    (2.0, 2): 0.5 + 1 + 1, (2.0, 4): 0.25 + 1.5 + 1, (8.0, 1): 4 + 1 + 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("wire", "chunks"), ON_PAPER)
+def test_weight_gradients_are_computed_while_gradients_return(wire: float, chunks: int) -> None:
+    kind = ("shared", 1) if chunks == 1 else ("chunks", chunks)
+    times = LayerSeconds(wire=wire, routed=1.0, shared=0.0)
+    assert backward_seconds(times, *kind, price=0.0) == pytest.approx(ON_PAPER[wire, chunks])
+    assert backward_seconds(times, "none", 1) == pytest.approx(wire + 2)
+
+
 @pytest.mark.parametrize(
     ("times", "rows", "chosen"),
     [
-        (LayerSeconds(wire=1.0, routed=1.0, shared=0.5), 4096, ("chunks", 2)),
+        (LayerSeconds(wire=1.0, routed=1.0, shared=0.5), 4096, ("chunks", 4)),
         (LayerSeconds(wire=1.0, routed=1.0, shared=0.5), 100, ("shared", 1)),  # too few rows for chunks
-        (LayerSeconds(wire=1.0, routed=1.0, shared=0.0), 100, ("none", 1)),
+        (LayerSeconds(wire=1.0, routed=1.0, shared=0.0), 100, ("shared", 1)),  # weight gradients hide the way back
+        (LayerSeconds(wire=0.01, routed=1.0, shared=0.0), 100, ("none", 1)),
         (LayerSeconds(wire=0.01, routed=1.0, shared=0.0), 4096, ("none", 1)),  # the price is higher than the wire
     ],
 )
@@ -305,7 +329,7 @@ def test_auto_takes_what_is_predicted_to_be_fastest(times: LayerSeconds, rows: f
 
 
 def test_chunks_are_as_many_as_their_rows_allow() -> None:
-    slow = LayerSeconds(wire=2.0, routed=1.0, shared=0.0)
+    slow = LayerSeconds(wire=1.0, routed=1.0, shared=0.0)
     assert [choose_chunks(slow, n * LEAST_ROWS) for n in (8, 4, 3, 1)] == [4, 4, 2, 2]
 
 

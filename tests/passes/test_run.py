@@ -14,6 +14,7 @@ import moecompile
 from moecompile import Region
 from moecompile.bench.layers import layer_pairs
 from moecompile.errors import PassError
+from moecompile.passes.adapters import AttachAdapters
 from moecompile.passes.base import GraphPass, ModelPass
 from moecompile.passes.lower import Lower
 from moecompile.passes.recompute import Recompute, recompute
@@ -50,7 +51,7 @@ def parameters(owner: object, method: str) -> list[str]:
     ("protocol", "steps"),
     [
         (GraphPass, (*on_one_device(0), *on_the_mesh(), Seen("a user's"))),
-        (ModelPass, (ShardModel(device_mesh=None), Recompute(checkpointing="full"))),
+        (ModelPass, (ShardModel(device_mesh=None), Recompute(checkpointing="full"), AttachAdapters(seed=0))),
     ],
 )
 def test_every_pass_is_of_one_kind(protocol: type, steps: Sequence[object]) -> None:

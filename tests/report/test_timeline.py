@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from moecompile.passes.collect import Collect
 from moecompile.passes.fuse import Fuse
 from moecompile.passes.lower import Lower
 from moecompile.passes.overlap import Overlap
@@ -16,24 +17,39 @@ from tests.passes.test_overlap import overlapped, planned
 from tests.tiny import Gated, only_region, passed
 
 TWO_CHUNKS = """\
-rows 0 ->  ├────────┤
-rows 1 ->     ├──────────────┤
-rows 0 <-                 ├───────────┤
-rows 1 <-                          ├─────┤
-computing        shared 0       1"""
+rows 0 ->  ├────────────┤
+rows 1 ->     ├──────────────────┤
+rows 0 <-                     ├───────────┤
+rows 1 <-                              ├─────┤
+computing        shared    0        1"""
 
 SHARED = """\
-rows 0 ->  ├─────┤
-rows 0 <-              ├──┤
-computing     shared 0"""
+rows 0 ->  ├─────────┤
+rows 0 <-                  ├──┤
+computing     shared    0"""
+
+# Weight gradients: after the last chunk's gradients are on their way back, and before any is waited for.
+TWO_CHUNKS_BACK = """\
+grads 1 ->  ├─────┤
+grads 0 ->     ├───────────┤
+grads 1 <-              ├──────────────────────────┤
+grads 0 <-                       ├────────────────────┤
+computing            1        0     weights shared"""
+
+SHARED_BACK = """\
+grads 0 ->  ├──┤
+grads 0 <-           ├─────────────────┤
+computing         0     weights shared"""
 
 
-@pytest.mark.parametrize(("chunks", "lines"), [(2, TWO_CHUNKS), (1, SHARED)])
-def test_a_bar_for_each_exchange(chunks: int, lines: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("chunks", "lines", "back"), [(2, TWO_CHUNKS, TWO_CHUNKS_BACK), (1, SHARED, SHARED_BACK)])
+def test_a_bar_for_each_exchange(chunks: int, lines: str, back: str, tmp_path: Path) -> None:
     _, region, layer = overlapped("dedup", chunks)
     assert timeline(region.graph) == lines
-    fused = passed(region, layer, Fuse()).graph
-    assert timeline(fused) == lines
+    collected = passed(region, layer, Collect())
+    assert timeline(collected.graph) == f"{lines}\n\n{back}"
+    fused = passed(collected, layer, Fuse()).graph
+    assert timeline(fused) == f"{lines}\n\n{back}"
     write_graphs({"fused": fused}, tmp_path, "ffn")
     assert lines in (tmp_path / "ffn.fused.txt").read_text(encoding="utf-8")
 

@@ -151,7 +151,7 @@ def _identity(num_windows: int, seed: int, epoch: int) -> list[int]:
 
 
 def test_micro_batches_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moecompile.runtime.data.batches._permutation", _identity)
+    monkeypatch.setattr("moecompile.runtime.data.batches.permutation", _identity)
     # Positions 0..15 of 5 windows: 0 1 2 3 4 | 0 1 2 3 4 | 0 1 2 3 4 | 0; a step has 8.
     assert list(_sampler(0, 1, num_steps=2)) == [[0, 1], [2, 3], [4, 0], [1, 2], [3, 4], [0, 1], [2, 3], [4, 0]]
     assert list(_sampler(0, 2, num_steps=2)) == [[0, 1], [2, 3], [3, 4], [0, 1]]

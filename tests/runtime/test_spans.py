@@ -125,7 +125,7 @@ def test_padding_has_no_targets_and_the_same_shapes() -> None:
 
 
 def test_epochs_are_told_apart_only_where_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moecompile.runtime.data.batches._permutation", lambda n, seed, epoch: list(range(n)))
+    monkeypatch.setattr("moecompile.runtime.data.batches.permutation", lambda n, seed, epoch: list(range(n)))
     sampler = GlobalBatchSampler(
         3, global_batch_size=4, micro_batch_size=4, rank=0, world_size=1, seed=0, num_steps=2, distinct_epochs=True
     )

@@ -72,3 +72,25 @@ def test_experts_of_a_folder_need_not_fit_the_config(kind: dict[str, int], tmp_p
         validate(compose_config(overrides))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", **kind}))
     validate(compose_config(overrides))
+
+
+def test_a_corpus_takes_the_tokenizer_of_the_model_that_is_given() -> None:
+    mine = ["model.pretrained=some-model", "data=corpus", "data.path=x"]
+    assert compose_config(mine).data.tokenizer is TokenizerSource.model
+    assert compose_config([*mine, "data.vocab_size=300"]).data.tokenizer is TokenizerSource.train
+    assert compose_config(["data=corpus", "data.path=x"]).data.tokenizer is TokenizerSource.train
+    assert compose_config(["data=sft", "data.path=x"]).data.vocab_size is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data=corpus", "data.path=x", "data.layout=pad"], "data.layout=pad: data.kind=corpus does not read it. Leave it out, or use data=sft."),
+        (["data.text_field=body"], "data.text_field=body: data.kind=text does not read it. Leave it out, or use data=corpus."),
+        (["data.cache=x"], "data.cache=x: data.kind=text does not read it. Leave it out, or use data=corpus or data=sft."),
+        (["data=corpus", "data.path=x", "data.corpus=moby_dick"], "data.corpus=moby_dick: data.kind=corpus does not read it. Leave it out, or use data=moby_dick."),
+    ],
+)  # fmt: skip
+def test_a_key_that_the_kind_of_data_does_not_read_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        validate(compose_config(overrides))

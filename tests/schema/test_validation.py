@@ -229,6 +229,25 @@ ONLY_IN_TASKS: dict[str, tuple[list[str], str]] = {
         ["data.vocab_size=null"],
         "data.vocab_size=null: data.tokenizer=train needs a size. Give a number, such as 2048.",
     ),
+    "no files": (
+        ["data.kind=corpus"],
+        "data.path=null: data.kind=corpus needs files. Give a file, a folder or a pattern.",
+    ),
+    "chats without a template": (
+        ["data.kind=sft", "data.path=x"],
+        "data.tokenizer=train: chats need the chat template beside a pretrained model. Use model.",
+    ),
+    "chats with spans": (
+        [
+            *PACKAGE,
+            "data.kind=sft",
+            "data.path=x",
+            "data.tokenizer=model",
+            "data.vocab_size=null",
+            "data.objective=span_corruption",
+        ],
+        "data.objective=span_corruption: chats are learned token by token. Use data.objective=causal.",
+    ),
     "sequence": (["data.seq_len=1"], "data.seq_len=1: must be at least 2. Use 2 or more."),
     "batch": (["data.global_batch_size=0"], "data.global_batch_size=0: must be at least 1. Use 1 or more."),
     "micro-batch": (["data.micro_batch_size=0"], "data.micro_batch_size=0: must be at least 1. Use 1 or more."),

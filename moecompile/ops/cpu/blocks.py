@@ -6,6 +6,7 @@ G width of gate and up together.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -44,6 +45,43 @@ class Block(NamedTuple):
         """Each expert's part of the tensors, which are rows of the block, (M, D), or weights of its experts."""
         parts = (tensor.split(self.lengths) if tensor.dim() == 2 else tensor.unbind() for tensor in tensors)
         return zip(*parts, strict=True)
+
+
+class Piece(NamedTuple):
+    """Rows of one chunk, and their place in a block of several chunks' rows."""
+
+    chunk: int
+    rows: slice
+    place: slice
+
+
+def pieces(block: Block, counts: list[list[int]], starts: list[list[int]]) -> tuple[list[Piece], list[slice]]:
+    """Where the rows of a block over several chunks come from, expert by expert, and the places that are padding.
+
+    Args:
+        counts, starts: for each chunk and expert, how many rows it has, and the first of them.
+    """
+    found, padding, place = list[Piece](), list[slice](), 0
+    for expert, length in enumerate(block.lengths, block.first):
+        end = place + length
+        for chunk, (counts_E, starts_E) in enumerate(zip(counts, starts, strict=True)):
+            start, count = starts_E[expert], counts_E[expert]
+            last = found[-1] if found else None
+            if last and (last.chunk, last.rows.stop, last.place.stop) == (chunk, start, place):
+                found[-1] = Piece(chunk, slice(last.rows.start, start + count), slice(last.place.start, place + count))
+            elif count:
+                found.append(Piece(chunk, slice(start, start + count), slice(place, place + count)))
+            place += count
+        if place < end:
+            padding.append(slice(place, end))
+        place = end
+    return found, padding
+
+
+def starts_of(counts: list[int], num_rows: int) -> list[int]:
+    """The first row of each expert in rows that are padded, unless there are just as many as counted."""
+    lengths = counts if sum(counts) == num_rows else map(_padded_length, counts)
+    return list(itertools.accumulate(lengths, initial=0))[:-1]
 
 
 def make_blocks(counts_E: Tensor, x_VD: Tensor, gate_up_EGD: Tensor, *, pad: bool) -> tuple[list[Block], Tensor]:

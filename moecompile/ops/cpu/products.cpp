@@ -183,15 +183,18 @@ inline void store_four(bf16* to, __m128 value) {
   std::memcpy(to, &all, 4 * sizeof *to);
 }
 
-// ROWS x 4 of out = a b^T.
-template <class Math, int ROWS>
+// ROWS x 4 of out = a b^T. AHEAD: prefetches the 4 rows of b that follow.
+template <class Math, int ROWS, bool AHEAD>
 void dots(const typename Math::Left* a, const typename Math::Number* b, int64_t depth, typename Math::Number* out,
           int64_t width) {
   const int64_t a_row = depth / Math::kStep;
   Vector sums[ROWS][kColumns] = {};
   for (int64_t k = 0; k < a_row; k += kLanes) {
     Vector of_b[kColumns];
-    for (int c = 0; c < kColumns; ++c) of_b[c] = Math::right(b + c * depth + k * Math::kStep);
+    for (int c = 0; c < kColumns; ++c) {
+      of_b[c] = Math::right(b + c * depth + k * Math::kStep);
+      if (AHEAD) __builtin_prefetch(b + (kColumns + c) * depth + k * Math::kStep);
+    }
     for (int i = 0; i < ROWS; ++i) {
       Vector of_a = Math::left(a + i * a_row + k);
       __asm__("" : "+v"(of_a));  // keep it in a register: the compiler would reload it for every column
@@ -230,7 +233,10 @@ void transposed_of(const T* a, const T* b, T* out, const int64_t* counts, int64_
     const auto* left = Math::along(a, counts[e], depth, scratch);
     for (int64_t j = 0; j < width; j += kColumns)
       in_parts(counts[e], [&](int64_t i, auto size) {
-        dots<Math, size.value>(left + i * depth / Math::kStep, b + j * depth, depth, out + i * width + j, width);
+        const auto* rows = left + i * depth / Math::kStep;
+        auto* to = out + i * width + j;
+        i ? dots<Math, size.value, false>(rows, b + j * depth, depth, to, width)
+          : dots<Math, size.value, true>(rows, b + j * depth, depth, to, width);
       });
     a += counts[e] * depth, out += counts[e] * width;
   }

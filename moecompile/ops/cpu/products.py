@@ -148,6 +148,16 @@ def has_tiles() -> bool:
     return bool(torch.cpu.get_capabilities().get("amx_tile", False))
 
 
+def is_padded(x: Tensor) -> bool:
+    """Whether the rows of an expert are padded to one of few lengths: a library product prepares for each length."""
+    return may_be_padded(x) and not faster_wide()
+
+
+def may_be_padded(x: Tensor) -> bool:
+    """Decides without timing the processor, which is impossible with fake tensors."""
+    return x.dtype == torch.bfloat16 and not x.is_cuda
+
+
 @functools.cache
 def faster_wide() -> bool:
     """Whether this processor multiplies bf16 faster in fp32: measured once, in 10 to 50 ms, or from the environment."""

@@ -1,18 +1,22 @@
-"""Text, tokens and batches: `load_data` once per rank, then `train_loader` and `val_loader`."""
+"""Text, chats, tokens and batches: `load_data` once per rank, then `train_loader` and `val_loader`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from moecompile.checkpoint.fingerprint import content_hash
 from moecompile.errors import ConfigError
 from moecompile.runtime.data.batches import IGNORED, GlobalBatchSampler, TokenWindows, ValidationSampler
+from moecompile.runtime.data.chats import ChatCounts, ChatRenderer, ChatRows
+from moecompile.runtime.data.corpus import CorpusCounts, CorpusWindows
+from moecompile.runtime.data.files import load_corpus, load_sft
+from moecompile.runtime.data.loaded import Split, TextData, mean_length
 from moecompile.runtime.data.spans import SpanCorruption, SpanCounts
 from moecompile.runtime.data.tokens import (
     encode,
@@ -23,10 +27,15 @@ from moecompile.runtime.data.tokens import (
     unigram_entropy,
 )
 from moecompile.runtime.text import load_text, split_text
-from moecompile.schema import DataConfig, TokenizerSource
+from moecompile.schema import DataConfig, DataKind, TokenizerSource
 
 __all__ = [
     "IGNORED",
+    "ChatCounts",
+    "ChatRenderer",
+    "ChatRows",
+    "CorpusCounts",
+    "CorpusWindows",
     "GlobalBatchSampler",
     "SpanCorruption",
     "SpanCounts",
@@ -37,6 +46,7 @@ __all__ = [
     "encode",
     "load_data",
     "load_text",
+    "mean_length",
     "model_tokenizer",
     "shared_tokenizer",
     "split_text",
@@ -48,30 +58,24 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class TextData:
-    """A text, tokenized and split into windows, as `load_data` returns them or for another objective.
-
-    text_hash: of the whole text, for the fingerprint in checkpoints.
-    """
-
-    tokenizer: Tokenizer
-    train: TokenWindows | SpanCorruption
-    val: TokenWindows | SpanCorruption
-    text_hash: str = ""
-
-
 def load_data(
-    data: DataConfig, run_dir: Path, *, rank: int, barrier: Callable[[], object], model_folder: Path | None = None
-) -> TextData:
-    """Loads, splits and tokenizes the text; all ranks call it, and rank 0 writes `run_dir/tokenizer.json`.
+    data: DataConfig, run_dir: Path, *, rank: int, barrier: Callable[[], object], model_folder: Path | None = None,
+    seed: int = 0, chat_template: Callable[[Path], ChatRenderer] | None = None,
+) -> TextData:  # fmt: skip
+    """Loads, splits and tokenizes the data; all ranks call it, and rank 0 writes `run_dir/tokenizer.json`.
 
     Args:
-        model_folder: of the pretrained model, for `data.tokenizer=model`.
+        model_folder: of the pretrained model, for `data.tokenizer=model`. seed: of the order of documents and chats.
+        chat_template: loads tokenizer and chat template of a folder, for `data.kind=sft`.
 
     Raises:
-        ConfigError: the text cannot be read, or is too short.
+        ConfigError: the data cannot be read, or are too short.
     """
+    if data.kind is DataKind.sft:
+        assert model_folder is not None and chat_template is not None, "validate() has seen that the model has a folder"
+        return load_sft(data, run_dir, rank=rank, seed=seed, model_folder=model_folder, chat_template=chat_template)
+    if data.kind is DataKind.corpus:
+        return load_corpus(data, run_dir, rank=rank, seed=seed, model_folder=model_folder)
     text = load_text(data)
     train, val = split_text(text, data.val_fraction)
     path = run_dir / "tokenizer.json"
@@ -99,10 +103,12 @@ def check_tokens(data: DataConfig) -> None:
 
 
 def train_loader(
-    windows: TokenWindows | SpanCorruption, data: DataConfig, *, seed: int, rank: int, world_size: int,
+    windows: Split, data: DataConfig, *, seed: int, rank: int, world_size: int,
     start_step: int = 0, num_steps: int | None = None,
 ) -> DataLoader[Any]:  # fmt: skip
-    """This rank's training micro-batches from step `start_step` on: input_ids and labels, one row per window."""
+    """This rank's training micro-batches from step `start_step` on: input_ids and labels, one row per window; of chats,
+    attention_mask and position_ids too (chats.py).
+    """
     sampler = GlobalBatchSampler(
         len(windows),
         global_batch_size=data.global_batch_size,
@@ -113,13 +119,12 @@ def train_loader(
         start_step=start_step,
         num_steps=num_steps,
         distinct_epochs=isinstance(windows, SpanCorruption),
+        computed_order=isinstance(windows, CorpusWindows),
     )
-    return DataLoader(windows, batch_sampler=sampler)
+    return DataLoader(windows, batch_sampler=sampler, collate_fn=_collate(windows))
 
 
-def val_loader(
-    windows: TokenWindows | SpanCorruption, data: DataConfig, *, rank: int, world_size: int
-) -> DataLoader[Any]:
+def val_loader(windows: Split, data: DataConfig, *, rank: int, world_size: int) -> DataLoader[Any]:
     """This rank's validation micro-batches; every rank has the same number."""
     sampler = ValidationSampler(
         len(windows),
@@ -128,7 +133,12 @@ def val_loader(
         world_size=world_size,
         max_batches=data.val_batches,
     )
-    return DataLoader(windows, batch_sampler=sampler)
+    return DataLoader(windows, batch_sampler=sampler, collate_fn=_collate(windows))
+
+
+def _collate(windows: Split) -> Callable[[list[Any]], dict[str, Tensor]] | None:
+    """How items become a batch; None: they are stacked."""
+    return windows.collate if isinstance(windows, ChatRows) else None
 
 
 def _windows(tokenizer: Tokenizer, text: str, seq_len: int) -> TokenWindows:

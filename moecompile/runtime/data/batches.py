@@ -17,9 +17,12 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+
+from moecompile.runtime.data.shuffle import shuffled
 
 IGNORED = -100
 """Label of a token that is not a target."""
@@ -42,14 +45,19 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if index == self.PADDING:
-            return {
-                "input_ids": torch.zeros(self.seq_len, dtype=torch.int64),
-                "labels": torch.full((self.seq_len,), IGNORED, dtype=torch.int64),
-            }
+            return no_targets(self.seq_len)
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         window = self.tokens[index * self.seq_len : (index + 1) * self.seq_len + 1]
         return {"input_ids": window[:-1], "labels": window[1:]}
+
+
+def no_targets(seq_len: int) -> dict[str, Tensor]:
+    """A window that adds nothing to sums of losses and numbers of targets."""
+    return {
+        "input_ids": torch.zeros(seq_len, dtype=torch.int64),
+        "labels": torch.full((seq_len,), IGNORED, dtype=torch.int64),
+    }
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -59,6 +67,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         num_windows: N. global_batch_size: B, a multiple of micro_batch_size * world_size.
         start_step: the first optimizer step, for resuming. num_steps: how many steps (None: without end).
         distinct_epochs: indices are window + epoch * N, for windows that are not the same in every epoch.
+        computed_order: the order takes no memory (shuffle.py), for any number of windows; otherwise 8 bytes a window.
     """
 
     def __init__(
@@ -73,6 +82,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         start_step: int = 0,
         num_steps: int | None = None,
         distinct_epochs: bool = False,
+        computed_order: bool = False,
     ) -> None:
         if num_windows < 1 or global_batch_size % (micro_batch_size * world_size):
             raise ValueError(
@@ -84,18 +94,19 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.per_rank = global_batch_size // world_size
         self.rank, self.start_step, self.num_steps = rank, start_step, num_steps
         self.stride = num_windows if distinct_epochs else 0
+        self.order = ComputedOrder if computed_order else permutation
 
     def __iter__(self) -> Iterator[list[int]]:
         steps = itertools.count(self.start_step)
-        epoch, order = -1, [0]
+        epoch, order = -1, self.order(1, self.seed, 0)
         for step in itertools.islice(steps, self.num_steps):
             first = step * self.global_batch_size + self.rank * self.per_rank
             windows = []
             for position in range(first, first + self.per_rank):
                 if position // self.num_windows != epoch:
                     epoch = position // self.num_windows
-                    order = _permutation(self.num_windows, self.seed, epoch)
-                windows.append(order[position % self.num_windows] + epoch * self.stride)
+                    order = self.order(self.num_windows, self.seed, epoch)
+                windows.append(int(order[position % self.num_windows]) + epoch * self.stride)
             yield from _cut(windows, self.micro_batch_size)
 
     def __len__(self) -> int:
@@ -133,11 +144,23 @@ class ValidationSampler(Sampler[list[int]]):
         return self.num_batches
 
 
-def _permutation(num_windows: int, seed: int, epoch: int) -> list[int]:
-    """The order of the windows in one epoch. The odd factor keeps the (seed, epoch) pairs of neighbours apart."""
+class ComputedOrder:
+    """The order of the windows in one epoch, each computed when it is asked for."""
+
+    def __init__(self, num_windows: int, seed: int, epoch: int) -> None:
+        self.num_windows, self.key = num_windows, f"seed {seed} epoch {epoch}"
+
+    def __getitem__(self, position: int) -> int:
+        return int(shuffled(np.array([position]), self.num_windows, self.key)[0])
+
+
+def permutation(num_windows: int, seed: int, epoch: int) -> Tensor:
+    """The order of the windows in one epoch, 8 bytes each.
+
+    The odd factor keeps the (seed, epoch) pairs of neighbours apart.
+    """
     generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
-    order: list[int] = torch.randperm(num_windows, generator=generator).tolist()
-    return order
+    return torch.randperm(num_windows, generator=generator)
 
 
 def _cut(windows: list[int], size: int) -> Iterator[list[int]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from moecompile.runtime.data.batches import IGNORED, TokenWindows
+from moecompile.runtime.data.corpus import CorpusWindows
 
 NOISE_DENSITY, MEAN_SPAN = 0.15, 3.0
 """Fraction of the tokens that is removed, and mean length of a span, as in T5."""
@@ -67,7 +68,7 @@ class SpanCorruption(Dataset[dict[str, Tensor]]):
         windows: the text. vocab_size: of the model, V. seed: of the spans.
     """
 
-    def __init__(self, windows: TokenWindows, vocab_size: int, seed: int) -> None:
+    def __init__(self, windows: TokenWindows | CorpusWindows, vocab_size: int, seed: int) -> None:
         self.windows, self.vocab_size, self.seed = windows, vocab_size, seed
         self.counts = SpanCounts(windows.seq_len)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,9 +12,15 @@ from torch import Tensor
 
 from moecompile.errors import ConfigError
 
+END_OF_TEXT = "<|endoftext|>"
+"""The token after each document, in a tokenizer that is trained on a corpus."""
 
-def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
+
+def train_tokenizer(text: str | Iterable[str], vocab_size: int, *, special: Sequence[str] = ()) -> Tokenizer:
     """Trains a byte-level BPE with `vocab_size` entries; deterministic, and able to encode any text.
+
+    Args:
+        text: one, or several, of which one is in memory at a time. special: tokens that no text has, among the entries.
 
     Raises:
         ConfigError: the text is too short for that many entries.
@@ -23,15 +29,25 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([text], trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False, special_tokens=list(special)
+    )
+    lengths: list[int] = []
+    tokenizer.train_from_iterator(_counted([text] if isinstance(text, str) else text, lengths), trainer)
     entries = tokenizer.get_vocab_size()
     if entries != vocab_size:
+        characters = sum(lengths)
         raise ConfigError(
-            "data.vocab_size", vocab_size, f"the training text ({len(text)} characters) yields {entries} entries only",
+            "data.vocab_size", vocab_size, f"the training text ({characters} characters) yields {entries} entries only",
             f"Use {entries}, or a longer text",
         )  # fmt: skip
     return tokenizer
+
+
+def _counted(texts: Iterable[str], lengths: list[int]) -> Iterator[str]:
+    for text in texts:
+        lengths.append(len(text))
+        yield text
 
 
 def shared_tokenizer(path: Path, text: str, vocab_size: int, *, rank: int, barrier: Callable[[], object]) -> Tokenizer:
@@ -53,6 +69,21 @@ def model_tokenizer(source: Path, path: Path, *, rank: int, barrier: Callable[[]
     Raises:
         ConfigError: there is no such file, or `tokenizers` cannot read it.
     """
+    tokenizer = plain_tokenizer(source)
+    if rank == 0:
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        tokenizer.save(str(partial))
+        partial.replace(path)
+    barrier()
+    return tokenizer
+
+
+def plain_tokenizer(source: Path) -> Tokenizer:
+    """The tokenizer in the file `source`, without truncation and padding.
+
+    Raises:
+        ConfigError: there is no such file, or `tokenizers` cannot read it.
+    """
     try:
         tokenizer = Tokenizer.from_file(str(source))
     except Exception as error:  # tokenizers raises plain Exceptions
@@ -62,11 +93,6 @@ def model_tokenizer(source: Path, path: Path, *, rank: int, barrier: Callable[[]
         ) from None  # fmt: skip
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    if rank == 0:
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        tokenizer.save(str(partial))
-        partial.replace(path)
-    barrier()
     return tokenizer
 
 

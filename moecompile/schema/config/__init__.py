@@ -4,13 +4,23 @@ YAML only sets values. Choices of behaviour are enums, not booleans. OmegaConf r
 accepts Optional[...] and Union[...], not `X | Y`.
 """
 
+from moecompile.schema.config.adapters import AdaptersConfig
 from moecompile.schema.config.layers import BalanceConfig, ExpertsConfig, LossesConfig, PerLayerConfig, RoutingConfig
-from moecompile.schema.config.machine import DispatchConfig, HardwareConfig, MeshConfig
+from moecompile.schema.config.machine import (
+    DispatchConfig,
+    FigureConfig,
+    FiguresConfig,
+    HardwareConfig,
+    MeshConfig,
+    StackConfig,
+    WorkloadConfig,
+)
 from moecompile.schema.config.root import Config
 from moecompile.schema.config.run import DataConfig, OptimizerConfig, TrainerConfig
 from moecompile.schema.config.tasks import BenchConfig, ExportConfig, ModelConfig, TaskConfig, VerifyConfig
 
 __all__ = [
+    "AdaptersConfig",
     "BalanceConfig",
     "BenchConfig",
     "Config",
@@ -18,6 +28,8 @@ __all__ = [
     "DispatchConfig",
     "ExpertsConfig",
     "ExportConfig",
+    "FigureConfig",
+    "FiguresConfig",
     "HardwareConfig",
     "LossesConfig",
     "MeshConfig",
@@ -25,7 +37,9 @@ __all__ = [
     "OptimizerConfig",
     "PerLayerConfig",
     "RoutingConfig",
+    "StackConfig",
     "TaskConfig",
     "TrainerConfig",
     "VerifyConfig",
+    "WorkloadConfig",
 ]

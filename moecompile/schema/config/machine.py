@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Union
+from dataclasses import dataclass, field
+from typing import Optional, Union
 
-from moecompile.schema.enums import DispatchBalance, DispatchKind, OverlapKind, WireDtype
+from moecompile.schema.enums import DispatchBalance, DispatchKind, OverlapKind, Precision, Schedule, WireDtype
 
 
 @dataclass(kw_only=True)
@@ -33,6 +33,52 @@ class MeshConfig:
 
 
 @dataclass(kw_only=True)
+class FigureConfig:
+    """A number and where it comes from."""
+
+    value: Optional[float] = None
+    """The number; null: not known."""
+    source: str = ""
+    """Where it is written, or how it was measured."""
+
+
+@dataclass(kw_only=True)
+class FiguresConfig:
+    """`hardware.figures`: what predicting the time of a step needs, per rank; each has a `value` and a `source`."""
+
+    bf16_tflops: FigureConfig = field(default_factory=FigureConfig)
+    """Peak of dense matrix products in bf16, 1e12 operations/s, from the data sheet."""
+    fp8_tflops: FigureConfig = field(default_factory=FigureConfig)
+    """The same in 8 bits; where there is no such unit, the bf16 peak."""
+    fp4_tflops: FigureConfig = field(default_factory=FigureConfig)
+    """The same in 4 bits; where there is no such unit, the peak in 8 bits."""
+    fp32_tflops: FigureConfig = field(default_factory=FigureConfig)
+    """The same for fp32 (on NVIDIA GPUs TF32)."""
+    watts: FigureConfig = field(default_factory=FigureConfig)
+    """Power limit."""
+    memory_gib: FigureConfig = field(default_factory=FigureConfig)
+    """Memory, GiB."""
+    memory_tb_s: FigureConfig = field(default_factory=FigureConfig)
+    """Bandwidth of the memory, 1e12 bytes/s, from the data sheet."""
+    memory_effective_tb_s: FigureConfig = field(default_factory=FigureConfig)
+    """Bandwidth that kernels reach, 1e12 bytes/s."""
+    intra_node_gb_s: FigureConfig = field(default_factory=FigureConfig)
+    """Bandwidth in one direction within a link domain, 1e9 bytes/s, from the data sheet."""
+    intra_node_effective_gb_s: FigureConfig = field(default_factory=FigureConfig)
+    """Bandwidth that exchanges reach there, 1e9 bytes/s."""
+    inter_node_gb_s: FigureConfig = field(default_factory=FigureConfig)
+    """Bandwidth in one direction beyond it, 1e9 bytes/s, from the data sheet."""
+    inter_node_effective_gb_s: FigureConfig = field(default_factory=FigureConfig)
+    """Bandwidth that exchanges reach there, 1e9 bytes/s."""
+    latency_us: FigureConfig = field(default_factory=FigureConfig)
+    """Time of an exchange without rows, microseconds."""
+    link_domain: FigureConfig = field(default_factory=FigureConfig)
+    """Ranks that the fast links connect (72: a rack of GB200)."""
+    compute_units: FigureConfig = field(default_factory=FigureConfig)
+    """Units, of which exchanges may take some (streaming multiprocessors)."""
+
+
+@dataclass(kw_only=True)
 class HardwareConfig:
     """`hardware`: memory and bandwidth of one rank."""
 
@@ -41,11 +87,73 @@ class HardwareConfig:
     memory_gib: float = 4.0
     """Memory of one rank, GiB, positive."""
     intra_node_gb_s: float = 2.0
-    """Bandwidth of one rank within its node, 1e9 bytes/s, positive."""
+    """Bandwidth that one rank reaches within its link domain, 1e9 bytes/s, positive."""
     inter_node_gb_s: float = 2.0
-    """Bandwidth of one rank to other nodes, 1e9 bytes/s, positive."""
+    """Bandwidth that one rank reaches beyond it, 1e9 bytes/s, positive."""
     tflops: float = 0.1
     """Matmul speed that experts reach on one rank, 1e12 operations/s, positive."""
+    figures: FiguresConfig = field(default_factory=FiguresConfig)
+
+
+@dataclass(kw_only=True)
+class StackConfig:
+    """`stack`: what the software of a run does, for predicting the time of a step (task=plan)."""
+
+    name: str = "runtime"
+    """Its name, for display."""
+    bits: Optional[int] = None
+    """Bits of the numbers in products with weights: 32, 16, 8 or 4; null: those of `trainer.precision`."""
+    dispatcher: Optional[str] = None
+    """`alltoall`, `deepep`, `hybridep` or a kind of `dispatch`; null: the plan's."""
+    overlap: bool = False
+    """Whether exchanges run beside the compute of another micro-batch."""
+    schedule: Schedule = Schedule.onef1b
+    """The pipeline's schedule."""
+    graph: list[str] = field(default_factory=list)
+    """Parts of a layer that CUDA graphs replay: attn, mamba, router, preprocess, dispatch, experts, dense; or all."""
+    fused: bool = False
+    """Whether activation and quantization are fused into the products of experts."""
+    recompute: Optional[list[str]] = None
+    """What backward computes again: full, all_but_exchanges, moe, mlp, attention, mla_up_proj, layernorm, moe_act;
+    null: that of `trainer.checkpointing`."""
+    row_bits: int = 16
+    """Bits of a number of a row in dispatch: 16 or 8."""
+    wire_share: FigureConfig = field(default_factory=lambda: FigureConfig(value=1.0))
+    """Share of the machine's effective bandwidth that its exchanges reach."""
+    comm_units: FigureConfig = field(default_factory=lambda: FigureConfig(value=20))
+    """Compute units that overlapped exchanges take."""
+
+
+@dataclass(kw_only=True)
+class WorkloadConfig:
+    """`workload`: the training step that task=plan plans, where it is not the one of `data`."""
+
+    name: str = "data"
+    """Its name, for display."""
+    seq_len: Optional[int] = None
+    """Tokens per sequence; null: `data.seq_len`."""
+    global_batch_size: Optional[int] = None
+    """Sequences per optimizer step; null: `data.global_batch_size`."""
+    micro_batch_size: Optional[int] = None
+    """Sequences per rank and forward; null: `data.micro_batch_size`."""
+    precision: Optional[Precision] = None
+    """Precision of weights and computation; null: `trainer.precision`."""
+    tp: int = 1
+    """Tensor parallel size of a layout that is described, not run."""
+    pp: int = 1
+    """Pipeline parallel size of a layout that is described, not run."""
+    vpp: int = 1
+    """Virtual stages per rank of such a pipeline."""
+    cp: int = 1
+    """Context parallel size of a layout that is described, not run."""
+    etp: int = 1
+    """Tensor parallel size of experts in a layout that is described, not run."""
+    zero: int = 3
+    """What is sharded over replicas: nothing (0), optimizer states (1), weights too (3, FSDP)."""
+    load: Optional[str] = None
+    """`metrics.csv` of a run, or a file of loads, whose imbalance is priced beside synthetic ones."""
+    source: str = ""
+    """Where the batch is published."""
 
 
 @dataclass(kw_only=True)

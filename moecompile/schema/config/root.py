@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from moecompile.schema.config.adapters import AdaptersConfig
 from moecompile.schema.config.layers import BalanceConfig, ExpertsConfig, PerLayerConfig, RoutingConfig
-from moecompile.schema.config.machine import DispatchConfig, HardwareConfig, MeshConfig
+from moecompile.schema.config.machine import DispatchConfig, HardwareConfig, MeshConfig, StackConfig, WorkloadConfig
 from moecompile.schema.config.run import DataConfig, OptimizerConfig, TrainerConfig
 from moecompile.schema.config.tasks import BenchConfig, ExportConfig, ModelConfig, TaskConfig, VerifyConfig
 
@@ -27,8 +28,11 @@ class Config:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     per_layer: dict[str, PerLayerConfig] = field(default_factory=dict)
     """Name -> different settings for some layers, applied in order."""
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    stack: StackConfig = field(default_factory=StackConfig)
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

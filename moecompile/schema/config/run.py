@@ -9,10 +9,12 @@ from moecompile.schema.enums import (
     Baseline,
     Checkpointing,
     Compiled,
+    DataKind,
     MaskPadding,
     Objective,
     OnNan,
     Precision,
+    RowLayout,
     TokenizerSource,
 )
 
@@ -21,29 +23,37 @@ from moecompile.schema.enums import (
 class DataConfig:
     """`data`: the text and the batch."""
 
+    kind: DataKind = DataKind.text
+    """One text, a corpus of many files, or chats to fine-tune on."""
     objective: Objective = Objective.causal
     """What is predicted: the next token, or masked spans (T5)."""
     corpus: str = "moby_dick"
     """`moby_dick`, which is part of the package."""
     path: Optional[str] = None
-    """A UTF-8 text file to use instead."""
+    """A UTF-8 text file to use instead; of a corpus or chats, a file, a folder or a pattern (`d/*.jsonl`)."""
+    text_field: str = "text"
+    """With `kind=corpus`: the field of a JSON line or the column of a table that holds the text."""
+    layout: RowLayout = RowLayout.pack
+    """With `kind=sft`: several chats in one row of `seq_len` tokens, or one."""
+    cache: Optional[str] = None
+    """Folder for tokenized data, with `kind=corpus` and `kind=sft`; null: `~/.cache/moecompile/data`."""
     tokenizer: TokenizerSource = TokenizerSource.train
     """A new one, trained on the training split, or the model's own."""
     vocab_size: Optional[int] = 2048
     """Size of the byte-level BPE vocabulary trained on the training split, 257 or more; null with the model's own."""
     seq_len: int = 128
-    """Tokens per sequence, 2 or more."""
+    """Tokens per sequence, 2 or more; longer chats are cut off."""
     global_batch_size: int = 16
     """Sequences per optimizer step, independent of the mesh; a multiple of micro_batch_size * ranks."""
     micro_batch_size: int = 4
     """Sequences per rank and forward, 1 or more; the number of accumulation steps is derived."""
     val_fraction: float = 0.05
-    """Fraction of the text, at its end, that is held out for validation, in (0, 1)."""
+    """Fraction that is held out for validation, in (0, 1): the end of a text, pieces of a corpus, or chats."""
     val_batches: int = 0
     """Validation micro-batches per rank; 0: all."""
     mask_padding: MaskPadding = MaskPadding.auto
-    """Whether padding is taken out of routing, losses, loads, capacity and exchanges; auto: if the example that the
-    model is compiled with has a padding mask."""
+    """Whether padding is taken out of routing, losses, loads, capacity and exchanges; auto: with chats, and if the
+    example that the model is compiled with has a padding mask."""
 
 
 @dataclass(kw_only=True)

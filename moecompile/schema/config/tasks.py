@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from moecompile.schema.enums import ExportFormat, ModelDevice, ModelLoad, TaskName, VerifyDtype
+from moecompile.schema.enums import AdapterExport, ExportFormat, ModelDevice, ModelLoad, TaskName, VerifyDtype
 
 
 @dataclass(kw_only=True)
@@ -73,6 +73,8 @@ class ExportConfig:
     """One of the run's checkpoints; null: the latest."""
     format: ExportFormat = ExportFormat.huggingface
     """Output: a transformers model that computes the same function, or our own format with config and plan."""
+    adapters: AdapterExport = AdapterExport.separate
+    """For a run with adapters: the adapters alone, in peft's format, or merged into the model."""
     family: Optional[str] = None
     """A model type of transformers; null: the first that fits."""
     path: Optional[str] = None

@@ -9,6 +9,7 @@ from moecompile.schema.enums import SiteKind
 from moecompile.schema.implied import has_experts
 from moecompile.schema.per_layer import LayerSettings
 from moecompile.schema.ranges import check_numbers
+from moecompile.schema.validation.adapters import check_adapters
 from moecompile.schema.validation.experts import check_experts, check_placement, virtual_group
 from moecompile.schema.validation.export import check_export
 from moecompile.schema.validation.mesh import mesh_spec
@@ -33,6 +34,7 @@ def validate(config: Config) -> None:
     check_data(config, mesh)
     check_schedule(config)
     check_export(config)
+    check_adapters(config)
 
 
 def check_name(name: str) -> None:

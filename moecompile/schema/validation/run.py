@@ -6,8 +6,16 @@ from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.ranges import Real
 from moecompile.schema.config import Config
-from moecompile.schema.enums import TaskName, TokenizerSource
+from moecompile.schema.enums import DataKind, Objective, TaskName, TokenizerSource
 
+_ONLY_FOR = {
+    "data.text_field": (DataKind.corpus,),
+    "data.layout": (DataKind.sft,),
+    "data.cache": (DataKind.corpus, DataKind.sft),
+    "data.corpus": (DataKind.text,),
+}
+"""Keys that only some kinds of data read."""
+_GROUPS = {DataKind.text: "moby_dick", DataKind.corpus: "corpus", DataKind.sft: "sft"}
 _BETA = Real("[0, 1)", "Use [0.9, 0.95]")
 
 
@@ -17,9 +25,38 @@ def check_data(config: Config, mesh: MeshSpec) -> None:
     Raises:
         ConfigError: the first rule that is broken.
     """
+    _check_kind(config)
     _check_tokenizer(config)
     if config.task.name in (TaskName.train, TaskName.verify, TaskName.bench):
         accumulation_steps(config, mesh)
+
+
+def _check_kind(config: Config) -> None:
+    data = config.data
+    for key, kinds in _ONLY_FOR.items():
+        if key in config.given and data.kind not in kinds:
+            value = getattr(data, key.removeprefix("data."))
+            raise ConfigError(
+                key, getattr(value, "value", value), f"data.kind={data.kind.value} does not read it",
+                f"Leave it out, or use {' or '.join(f'data={_GROUPS[kind]}' for kind in kinds)}",
+            )  # fmt: skip
+    if data.kind is DataKind.text:
+        return
+    if data.path is None and config.task.name in (TaskName.train, TaskName.verify, TaskName.bench):
+        raise ConfigError(
+            "data.path", None, f"data.kind={data.kind.value} needs files", "Give a file, a folder or a pattern"
+        )
+    if data.kind is DataKind.sft and data.tokenizer is not TokenizerSource.model:
+        raise ConfigError(
+            "data.tokenizer",
+            data.tokenizer.value,
+            "chats need the chat template beside a pretrained model",
+            "Use model",
+        )
+    if data.kind is DataKind.sft and data.objective is not Objective.causal:
+        raise ConfigError(
+            "data.objective", data.objective.value, "chats are learned token by token", "Use data.objective=causal"
+        )
 
 
 def _check_tokenizer(config: Config) -> None:

@@ -1,0 +1,121 @@
+"""collect: weight gradients of experts as an op of their own, after the gradients of the rows are on their way back.
+
+Where exchanges are in flight, backward then computes the weight gradients while the rows' gradients travel, and those
+of all chunks at once: one product per expert, written once (moecompile.ops.collect).
+
+Algorithm, for each layer whose exchanges are in flight:
+  1. Find the first wait that its experts depend on. Exchanges have been started before it. Backward is mirrored: there
+     it is the last of these exchanges to be started, and the backward of none of the starts has run.
+  2. Insert a call of the experts that makes a token.
+  3. Each call of the experts on rows is given the token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from moecompile.errors import PassError
+from moecompile.match.regions import Region
+from moecompile.passes.base import (
+    COLLECT,
+    calls_by_layer,
+    collecting_calls,
+    copy_graph_module,
+    exchanges_of,
+    experts_calls,
+    op_name,
+)
+from moecompile.plan import HALVES, WAIT_OPS, LayerPlan
+
+TOKEN = "token"
+_STARTS = frozenset(start for start, _ in HALVES.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collect:
+    """No options: the plan says in which layers exchanges are in flight."""
+
+    name: str = "collect"
+    stage: str = "overlapped"
+    detail: str = "weight gradients while the rows' gradients travel"
+
+    def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
+        """One experts call per chunk, none with a token; where exchanges are planned in flight, they are."""
+        calls = experts_calls(region.graph)
+        planned = sum(layer.dispatch.chunks for layer in layers)
+        if len(calls) != planned:
+            raise PassError(self.name, layers[0].site.fqn, f"{len(calls)} experts calls, planned are {planned}")
+        if collecting_calls(region.graph) or any(TOKEN in call.kwargs for call in calls):
+            raise PassError(self.name, layers[0].site.fqn, "its weight gradients are collected already")
+        for layer, mine in zip(layers, calls_by_layer(region.graph, layers), strict=True):
+            if layer.dispatch.collects and not _waits_before(mine):
+                rule = "its experts wait for no exchange in flight: overlap is first"
+                raise PassError(self.name, layer.site.fqn, rule)
+
+    def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
+        """A new graph over the same modules; the same region where no layer is planned so."""
+        if not any(layer.dispatch.collects for layer in layers):
+            return region
+        new, _ = copy_graph_module(region.graph)
+        for layer, calls in zip(layers, calls_by_layer(new, layers), strict=True):
+            if layer.dispatch.collects:
+                _collect(new.graph, calls)
+        new.recompile()
+        return region.with_graph(new)
+
+    def ensures(self, before: Region, after: Region, layers: Sequence[LayerPlan]) -> None:
+        """The same exchanges in the same order; each planned layer has one token, which all its calls get.
+
+        It is made after an exchange is started and before the first wait that the experts depend on.
+        """
+        old, new = ([(op_name(n), str(n.args[-1])) for n in exchanges_of(r.graph)] for r in (before, after))
+        if old != new:
+            raise PassError(self.name, layers[0].site.fqn, f"exchanges were {old}, are {new}")
+        tokens = collecting_calls(after.graph)
+        place = {node: i for i, node in enumerate(after.graph.graph.nodes)}
+        for layer, calls in zip(layers, calls_by_layer(after.graph, layers), strict=True):
+            token = tokens.pop(0) if tokens and layer.dispatch.collects else None
+            read = {call.kwargs.get(TOKEN) for call in calls}
+            if read != {token} or (token is None) == layer.dispatch.collects:
+                wanted = "one token" if layer.dispatch.collects else "none"
+                rule = f"its experts get {sorted(map(str, read))}, planned is {wanted}"
+                raise PassError(self.name, layer.site.fqn, rule)
+            if token is not None:
+                self._check_place(token, place, calls, layer)
+        if tokens:
+            raise PassError(self.name, layers[0].site.fqn, f"{tokens} are read by no experts")
+
+    def _check_place(self, token: fx.Node, place: dict[fx.Node, int], calls: list[fx.Node], layer: LayerPlan) -> None:
+        waits = _waits_before(calls)
+        starts = [node for node in _all_before(waits) if op_name(node) in _STARTS]
+        if not min(place[start] for start in starts) < place[token] < min(place[wait] for wait in waits):
+            rule = f"{token.name} must be after a start and before the first wait, so that gradients travel meanwhile"
+            raise PassError(self.name, layer.site.fqn, rule)
+
+
+def _collect(graph: fx.Graph, calls: list[fx.Node]) -> None:
+    waits = set(_waits_before(calls))  # Step 1
+    first = next(node for node in graph.nodes if node in waits)
+    weights = calls[0].args[2:]  # existing experts get theirs as arguments
+    with graph.inserting_before(first):  # Step 2
+        target, arguments = str(calls[0].target), (None, None, *weights) if weights else ()
+        made = graph.create_node("call_module", target, arguments, {COLLECT: True}, name="weight_gradients")
+    for call in calls:  # Step 3
+        call.kwargs = {**call.kwargs, TOKEN: made}
+
+
+def _waits_before(calls: Sequence[fx.Node]) -> list[fx.Node]:
+    return [node for node in _all_before(calls) if op_name(node) in WAIT_OPS]
+
+
+def _all_before(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    seen = dict.fromkeys(nodes)
+    queue = list(nodes)
+    for node in queue:
+        new = [source for source in node.all_input_nodes if source not in seen]
+        seen |= dict.fromkeys(new)
+        queue += new
+    return list(seen)

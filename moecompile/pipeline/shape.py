@@ -1,0 +1,98 @@
+"""The shape of a planned model for the time model, read from the model and its plan.
+
+Per layer, all parameters that are neither routed experts nor part of a described attention are products that every
+token uses. Attention's heads come from the model's config; a model without one has no attention that could be priced.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from moecompile.capture import layers_of
+from moecompile.plan import ExpertsSite, LayerPlan, Plan
+from moecompile.planner.foresight.shapes import Attention, Experts, Layer, ModelShape
+from moecompile.planner.params import layer_params, routed
+
+_HEADS = ("num_attention_heads", "num_heads", "n_head")
+_HIDDEN = ("hidden_size", "d_model", "n_embd")
+
+
+def shape_of_model(model: nn.Module, plan: Plan) -> ModelShape:
+    """The shape."""
+    config = getattr(model, "config", None)
+    paths = {id(module): path for path, module in model.named_modules()}
+    layers = list(layers_of(model)) or [model]
+    planned: dict[str, list[LayerPlan]] = {paths[id(layer)]: [] for layer in layers}
+    for site in plan.layers:
+        owner = next((path for path in planned if not path or f"{site.site.fqn}.".startswith(f"{path}.")), None)
+        if owner is not None:
+            planned[owner].append(site)
+    hidden = _first(config, _HIDDEN) or max((site.site.d_model for site in plan.layers), default=1)
+    mixers = _mixers(config, len(layers), hidden)
+    kinds = Counter(
+        (mixer, _ffn(layer, mixer, planned[paths[id(layer)]], hidden))
+        for layer, mixer in zip(layers, mixers, strict=True)
+    )
+    outside = sum(p.numel() for p in model.parameters()) - sum(
+        p.numel() for layer in layers for p in layer.parameters()
+    )
+    return ModelShape(
+        name=type(model).__name__, hidden=hidden, vocab=int(getattr(config, "vocab_size", 0) or 0),
+        layers=tuple(Layer(mixer=mixer, ffn=ffn, count=count) for (mixer, ffn), count in kinds.items()),
+        tied=outside < 2 * hidden * int(getattr(config, "vocab_size", 0) or 0),
+    )  # fmt: skip
+
+
+def _first(config: Any, names: tuple[str, ...]) -> int:
+    return next((int(value) for name in names if (value := getattr(config, name, None))), 0)
+
+
+def _mixers(config: Any, num_layers: int, hidden: int) -> list[Attention | None]:
+    heads = _first(config, _HEADS)
+    if not heads:
+        return [None] * num_layers
+    if kv_rank := _first(config, ("kv_lora_rank",)):
+        rope, nope = _first(config, ("qk_rope_head_dim",)), _first(config, ("qk_nope_head_dim",))
+        latent = Attention(
+            heads=heads, kv_heads=heads, d_qk=rope + nope, d_v=_first(config, ("v_head_dim",)), kv_rank=kv_rank,
+            q_rank=_first(config, ("q_lora_rank",)), d_rope=rope,
+        )  # fmt: skip
+        return [latent] * num_layers
+    d_head = _first(config, ("head_dim", "d_kv")) or hidden // heads
+    kinds = list(getattr(config, "layer_types", None) or [])
+    window = _first(config, ("sliding_window",))
+    return [
+        Attention(
+            heads=heads, kv_heads=_first(config, ("num_key_value_heads",)) or heads, d_qk=d_head, d_v=d_head,
+            window=window if window and i < len(kinds) and kinds[i] == "sliding_attention" else None,
+        )
+        for i in range(num_layers)
+    ]  # fmt: skip
+
+
+def _ffn(layer: nn.Module, mixer: Attention | None, planned: list[LayerPlan], hidden: int) -> Experts:
+    """The rest of a layer: its planned experts, and all other parameters as products of every token."""
+    always = sum(p.numel() for p in layer.parameters()) - (mixer.weights(hidden) if mixer else 0)
+    if not planned:
+        d_shared, always = _wide(always, 2, hidden)
+        return Experts(d_shared=d_shared, always=always)
+    site = planned[0]
+    for each in planned:
+        counts = layer_params(each)
+        always += counts.shared - counts.dense
+    experts, (chosen, groups, top_groups) = site.experts, routed(site)
+    if isinstance(site.site, ExpertsSite):
+        always -= experts.num_routed * hidden  # its router is a part of the layer
+    d_shared, always = _wide(always, site.site.num_in_projections, hidden)
+    return Experts(
+        experts=experts.num_routed, top_k=chosen, d_expert=experts.d_expert, num_in=site.site.num_in_projections,
+        groups=groups, top_groups=top_groups, d_shared=d_shared, always=always,
+    )  # fmt: skip
+
+
+def _wide(numbers: int, num_in: int, hidden: int) -> tuple[int, int]:
+    """The width of an FFN that every token uses with that many numbers, and the rest."""
+    return divmod(max(0, numbers), (num_in + 1) * hidden)

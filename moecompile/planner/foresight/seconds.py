@@ -1,0 +1,125 @@
+"""Seconds of a training step: the counts divided by rates, in a sum of rooflines.
+
+1. A rate is a data-sheet peak times the share that kernels reach (constants.py), times the share of its clock that the
+   GPU sustains: (watts per peak operation, relative to an H100) ** power.                           -> `_rates`
+2. A product takes operations / rate + bytes / bandwidth. Of dense products half of the bytes is hidden.
+3. Exchanges take bytes / bandwidth + messages * latency; where they overlap with compute, the share `exposed` of it
+   stays visible, and for the rest the units that they occupy are lost to compute.
+4. The host's launches take their time beside the GPU's; the longer one counts. Where both are near, each waits for the
+   other now and then: (gpu^4 + host^4)^(1/4).                                                       -> `_host`
+5. A stage takes whole layers, and the last one the head: equal numbers if they divide, else the best split. The slowest
+   stage sets the pace. With DualPipe a rank has a stage from each end.
+                                                                                                     -> `_uneven`
+6. step = (micro-batches + bubble) * slowest stage + what of the reduction is visible + optimizer, and `straggler` of it
+   for each doubling of GPUs beyond 8.                                                               -> `step_seconds`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import log2
+
+from moecompile.planner.foresight.counts import Counts
+from moecompile.planner.foresight.layout import Machine, Software
+from moecompile.planner.foresight.links import Wire
+from moecompile.planner.foresight.work import Work
+
+US = 1e-6
+H100_WATTS_PER_TFLOPS = 700 / 989.4
+HIDDEN_OPERANDS = 2.0  # measured products hide half of their bytes (b200_kernels.json)
+SMALL = 8  # GPUs
+BOTH = 4
+
+Constants = Mapping[str, float]
+
+
+def step_seconds(
+    counts: Counts, machine: Machine, software: Software, constants: Constants, gpus: int, load: float = 1.0
+) -> dict[str, float]:
+    """The addends of a step, seconds; `load`: rows of the fullest rank over the mean.
+
+    The keys are: dense products, expert products, attention, scans, memory passes, gaps, exchange, tensor, context,
+    stages, weights, host, uneven stages, bubble, reduction, optimizer, stragglers.
+    """
+    body = _work_seconds(counts.body, machine, software, constants, load)
+    body |= _wire_seconds(counts, machine, software, constants, load)
+    head = _work_seconds(counts.head, machine, software, constants, 1.0)
+    micro = {name: seconds + head.get(name, 0.0) / counts.stages for name, seconds in body.items()}
+    host = _host(counts.body, constants, sum(body.values()))
+    micro["host"] = host
+    whole = sum(micro.values())
+    uneven = _uneven(counts, sum(body.values()) + host, sum(head.values()), software.schedule) * whole
+    parts = {name: seconds * counts.num_micro for name, seconds in micro.items()}
+    parts["uneven stages"] = uneven * counts.num_micro
+    parts["bubble"] = (whole + uneven) * counts.bubble
+    parts["reduction"] = _seconds(counts.step.reduced, machine) * constants["reduction"]
+    parts["optimizer"] = counts.step.moments / machine.passes
+    parts["stragglers"] = sum(parts.values()) * constants["straggler"] * max(0.0, log2(gpus / SMALL))
+    return parts
+
+
+def sustained(machine: Machine, constants: Constants) -> float:
+    """Share of its data-sheet clock that a GPU sustains, relative to an H100 (step 1)."""
+    share = machine.watts / (machine.peak[16] / 1e12) / H100_WATTS_PER_TFLOPS
+    return float(min(1.0, share) ** constants["power"])
+
+
+def _work_seconds(
+    work: Work, machine: Machine, software: Software, constants: Constants, load: float
+) -> dict[str, float]:
+    """Kernels of a micro-batch (steps 1 and 2)."""
+    share = sustained(machine, constants)
+    wide = machine.peak[16] * share
+    rate = machine.peak[software.bits] * share * constants["narrowing"] ** log2(16 / software.bits)
+    dense = work.dense / rate + work.narrow / wide
+    return {
+        "dense products": dense / constants["dense"] + work.operands / machine.memory / HIDDEN_OPERANDS,
+        "expert products": load * work.grouped / (rate * constants["grouped"])
+        + work.stacks / machine.memory
+        + work.groups * constants["group"] * US,
+        "attention": work.core / (wide * constants["core"]),
+        "scans": work.scan / (wide * constants["scan"]),
+        "memory passes": work.passes * constants["passes"] / machine.passes,
+        "gaps": work.kernels * constants["gap"] * US,
+    }
+
+
+def _seconds(wire: Wire, machine: Machine) -> float:
+    return wire.intra / machine.intra + wire.inter / machine.inter + wire.messages * machine.latency
+
+
+def _wire_seconds(
+    counts: Counts, machine: Machine, software: Software, constants: Constants, load: float
+) -> dict[str, float]:
+    """Visible communication of a micro-batch (step 3)."""
+    exchange = load * (counts.wire.intra / machine.intra + counts.wire.inter / machine.inter) / software.wire_share
+    exchange += counts.wire.messages * machine.latency
+    if software.overlap:
+        lost = software.comm_units / machine.units * (1 - constants["exposed"])
+        exchange *= constants["exposed"] + lost
+    parallel = counts.parallel
+    return {
+        "exchange": exchange,
+        "tensor": _seconds(parallel.tensor, machine) * constants.get("tensor", 1.0),
+        "context": _seconds(parallel.context, machine) * constants["reduction"],
+        "stages": _seconds(parallel.stage, machine) * constants["reduction"],
+        "weights": _seconds(parallel.gathered, machine) * constants["reduction"],
+    }
+
+
+def _host(work: Work, constants: Constants, gpu: float) -> float:
+    """Seconds that the host adds to the GPU's (step 4)."""
+    host = work.launches * constants["launch"] * US
+    return float((gpu**BOTH + host**BOTH) ** (1 / BOTH) - gpu)
+
+
+def _uneven(counts: Counts, body: float, head: float, schedule: str) -> float:
+    """The slowest stage over the mean, less one (step 5)."""
+    stages = counts.stages // 2 if schedule == "dualpipe" else counts.stages
+    if stages <= 1:
+        return 0.0
+    total = body * counts.stages + head
+    layer, (each, rest) = body * counts.stages / counts.layers, divmod(counts.layers, stages)
+    last_layers = range(each + 1) if rest else (each,)
+    slowest = min(max(-(-(counts.layers - n) // (stages - 1)) * layer, n * layer + head) for n in last_layers)
+    return max(0.0, slowest / (total / stages) - 1)

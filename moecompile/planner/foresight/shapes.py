@@ -1,0 +1,211 @@
+"""What a model computes, as numbers: parameters and operations per token. No constant is fitted here.
+
+A layer has a mixer (attention or a scan), a feed-forward part (dense or experts), or both. Per token and forward:
+
+1. A product with a weight of n numbers      2 n operations
+2. Attention                                 2 h (d_qk + d_v) keys, where keys is the mean number that a query sees:
+                                             (s + 1) / 2 in a causal sequence of s, fewer with a window w:
+                                             w - w (w - 1) / (2 s)                                  -> `mean_keys`
+3. A scan (Mamba-2, chunks of c)             within a chunk 2 (c / 2) (G N + H P), across chunks 4 H P N
+4. Backward                                  twice forward, as published counts have it      -> `training_flops`
+
+The embedding is a look-up and counts nothing; norms and biases are left out of operations and of parameters (below 0.1%
+of the models here).
+
+Legend: h heads, H scan heads of P numbers, G groups, N state, s sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+TRAINING = 3  # forward and backward, in forwards
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Attention with `heads` queries and `kv_heads` keys of d_qk and values of d_v numbers.
+
+    window: keys that a query sees at most (None: all before it). q_rank, kv_rank, d_rope: of latent attention
+    (DeepSeek); kv_rank = 0 for ordinary attention.
+    """
+
+    heads: int
+    kv_heads: int
+    d_qk: int
+    d_v: int
+    window: int | None = None
+    q_rank: int = 0
+    kv_rank: int = 0
+    d_rope: int = 0
+
+    def weights(self, hidden: int) -> int:
+        """Numbers of all projections."""
+        return self.down_weights(hidden) + self.up_weights(hidden) + self.heads * self.d_v * hidden
+
+    def down_weights(self, hidden: int) -> int:
+        """Projections into latents, which tensor parallelism does not split."""
+        return hidden * (self.q_rank + self.kv_rank + self.d_rope) if self.kv_rank else 0
+
+    def up_weights(self, hidden: int) -> int:
+        """Projections to queries, keys and values."""
+        query = (self.q_rank or hidden) * self.heads * self.d_qk
+        if self.kv_rank:
+            return query + self.kv_rank * self.heads * (self.d_qk - self.d_rope + self.d_v)
+        return query + hidden * self.kv_heads * (self.d_qk + self.d_v)
+
+    def mean_keys(self, seq: int) -> float:
+        """Keys that a query sees on average in a causal sequence."""
+        window = min(self.window or seq, seq)
+        return window - window * (window - 1) / (2 * seq)
+
+    def core_flops(self, seq: int) -> float:
+        """Forward operations per token, without projections."""
+        return 2 * self.heads * (self.d_qk + self.d_v) * self.mean_keys(seq)
+
+    @property
+    def width(self) -> int:
+        """Numbers per token of queries, keys, values and outputs."""
+        kv = self.heads if self.kv_rank else self.kv_heads
+        return self.heads * (self.d_qk + self.d_v) + kv * (self.d_qk + self.d_v)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """A Mamba-2 mixer: `heads` of `d_head` numbers, `groups` of `state` numbers, a convolution over `conv` tokens."""
+
+    heads: int
+    d_head: int
+    groups: int
+    state: int
+    conv: int = 4
+    chunk: int = 128
+
+    @property
+    def inner(self) -> int:
+        """Numbers per token inside."""
+        return self.heads * self.d_head
+
+    def weights(self, hidden: int) -> int:
+        """Numbers of all projections and of the convolution."""
+        mixed = self.inner + 2 * self.groups * self.state
+        return hidden * (self.inner + mixed + self.heads) + self.inner * hidden + self.conv * mixed
+
+    def core_flops(self, seq: int) -> float:
+        """Forward operations per token of the scan."""
+        del seq
+        return self.chunk * (self.groups * self.state + self.inner) + 4 * self.inner * self.state
+
+    @property
+    def width(self) -> int:
+        """Numbers per token of what the scan reads and writes."""
+        return 3 * self.inner + 2 * self.groups * self.state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A feed-forward part; a dense one has experts = top_k = 0 and the width d_shared.
+
+    num_in: input projections (2: gated). d_shared: width that every token uses. latent: width of a row of a routed
+    expert (None: the model's), with a projection down and up. groups, top_groups: of group-limited routing. always:
+    numbers of further products that every token uses.
+    """
+
+    experts: int = 0
+    top_k: int = 0
+    d_expert: int = 0
+    d_shared: int = 0
+    num_in: int = 2
+    activation: str = "swiglu"
+    latent: int | None = None
+    groups: int = 1
+    top_groups: int = 1
+    always: int = 0
+
+    def row(self, hidden: int) -> int:
+        """Numbers of a row that is dispatched."""
+        return self.latent or hidden
+
+    def expert_weights(self, hidden: int) -> int:
+        """Numbers of one routed expert."""
+        return (self.num_in + 1) * self.row(hidden) * self.d_expert
+
+    def shared_weights(self, hidden: int) -> int:
+        """Numbers of what every token uses, without the router."""
+        latent = 2 * hidden * self.latent if self.latent else 0
+        return (self.num_in + 1) * hidden * self.d_shared + latent + self.always
+
+    def router_weights(self, hidden: int) -> int:
+        """Numbers of the router."""
+        return self.experts * hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """`count` equal layers. mtp: of the multi-token prediction module, which also has a projection and a head."""
+
+    mixer: Attention | Scan | None
+    ffn: Experts | None
+    count: int = 1
+    mtp: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A language model: its layers, embedding and head."""
+
+    name: str
+    hidden: int
+    vocab: int
+    layers: tuple[Layer, ...]
+    tied: bool = False
+
+    def main_layers(self) -> Iterator[Layer]:
+        """The layers without multi-token prediction."""
+        return (layer for layer in self.layers if not layer.mtp)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers, without multi-token prediction."""
+        return sum(layer.count for layer in self.main_layers())
+
+    @property
+    def head_weights(self) -> int:
+        """Numbers of the output head, which is also that of the embedding."""
+        return self.hidden * self.vocab
+
+    def params_total(self, *, mtp: bool = False) -> int:
+        """All parameters; `mtp`: also those of multi-token prediction."""
+        chosen = self.layers if mtp else tuple(self.main_layers())
+        return sum(layer.count * layer_params(layer, self.hidden)[0] for layer in chosen) + self.head_weights * (
+            1 if self.tied else 2
+        )
+
+    def params_active(self, *, mtp: bool = False) -> int:
+        """Parameters that a token multiplies with: without the embedding."""
+        chosen = self.layers if mtp else tuple(self.main_layers())
+        heads = 1 + sum(layer.count for layer in chosen if layer.mtp)
+        return sum(layer.count * layer_params(layer, self.hidden)[1] for layer in chosen) + self.head_weights * heads
+
+
+def layer_params(layer: Layer, hidden: int) -> tuple[int, int]:
+    """Parameters of one layer: all, and those that a token uses."""
+    mixer = layer.mixer.weights(hidden) if layer.mixer else 0
+    joint = 2 * hidden * hidden if layer.mtp else 0
+    ffn = layer.ffn
+    if ffn is None:
+        return mixer + joint, mixer + joint
+    always = mixer + joint + ffn.shared_weights(hidden) + ffn.router_weights(hidden)
+    expert = ffn.expert_weights(hidden)
+    return always + ffn.experts * expert, always + ffn.top_k * expert
+
+
+def training_flops(model: ModelShape, seq: int, *, mtp: bool = True) -> float:
+    """Operations per token, forward and backward; `mtp`: with the multi-token prediction that the model has.
+
+    Recomputation is not counted, nor what frameworks do in addition: these are model FLOPs.
+    """
+    layers = model.layers if mtp else tuple(model.main_layers())
+    core = sum(layer.count * layer.mixer.core_flops(seq) for layer in layers if layer.mixer)
+    return TRAINING * (2 * model.params_active(mtp=mtp) + core)

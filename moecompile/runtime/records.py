@@ -1,0 +1,224 @@
+"""Files of a corpus or of chats, and the records in them, one at a time. Needs no torch.
+
+    suffix               read as
+    .jsonl, .ndjson      JSON lines: a record a line
+    .parquet             a table: a record a row, by the library `datasets`, a group of rows at a time
+    a saved `datasets`   a folder that `save_to_disk` wrote, memory-mapped
+    .txt, .text, .md     plain UTF-8 text, in pieces; in a corpus alone. A file that is named may have any suffix.
+
+Every error names the file, the line or row, and what is wrong there.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moecompile.errors import ConfigError
+from moecompile.schema import DataConfig, DataKind
+
+PIECE = 2**16
+"""Length of a piece of a document: bytes of a file, characters of a field. A piece ends at the end of a line."""
+
+_LINES, _TABLES, _TEXTS = (".jsonl", ".ndjson"), (".parquet",), (".txt", ".text", ".md")
+_SAVED, _SPLITS = "dataset_info.json", "dataset_dict.json"  # what `save_to_disk` writes: one dataset, several splits
+_HEADS = {
+    b"\x1f\x8b": "compressed", b"BZh": "compressed", b"\xfd7zXZ": "compressed", b"\x28\xb5\x2f\xfd": "compressed",
+    b"PK\x03\x04": "compressed", b"PAR1": "a table", b"ARROW1": "a table",
+}  # fmt: skip
+_GIVE = (
+    "Give files that end in .jsonl, .parquet or .txt, a folder of them, or a folder that datasets' save_to_disk wrote"
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record. where: its file, and its line or row. value: what the line or row holds, unchecked."""
+
+    where: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files that are read, in order, and those of the folder that are not, because of their suffix."""
+
+    files: tuple[Path, ...]
+    skipped: tuple[Path, ...] = ()
+
+
+def find_files(data: DataConfig) -> Found:
+    """The files at `data.path`, sorted by path. Hidden files are no part of a folder.
+
+    Raises:
+        ConfigError: there is none, or one is of a kind that is not read.
+    """
+    path = Path(str(data.path))
+    if path.is_dir() and not _is_saved(path):
+        inside = sorted(file for file in path.rglob("*") if not _is_hidden(file.relative_to(path)))
+        saved = [folder for folder in inside if folder.is_dir() and _is_saved(folder)]
+        files = [file for file in inside if file.is_file() and not set(saved) & set(file.parents)]
+        found = Found(
+            tuple(sorted([*saved, *(file for file in files if _is_read(file, data.kind))])),
+            tuple(file for file in files if not _is_read(file, data.kind)),
+        )
+    elif path.exists():
+        found = Found((path,))
+    else:
+        found = Found(tuple(Path(name) for name in sorted(glob.glob(str(path), recursive=True))))
+    if not found.files:
+        rule = "no file in it can be read" if path.is_dir() else "there is no such file or folder"
+        raise ConfigError("data.path", path, rule, _GIVE)
+    for file in found.files:
+        _check_file(file, data.kind)
+    return found
+
+
+def records(path: Path) -> Iterator[Record]:
+    """The records of JSON lines, a table or a saved dataset, in order.
+
+    Raises:
+        ConfigError: a line is no JSON object, or the file cannot be read.
+    """
+    return _rows(path) if _is_table(path) else _json_lines(path)
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file is read as plain text."""
+    return not path.is_dir() and path.suffix.lower() not in _LINES + _TABLES
+
+
+def text_pieces(path: Path) -> Iterator[tuple[str, bool]]:
+    """(piece, whether it is the last one) of a text file, of which one piece at a time is in memory.
+
+    Raises:
+        ConfigError: a line is not UTF-8.
+    """
+    line, decoder, waiting = 1, codecs.getincrementaldecoder("utf-8")(), ""
+    with _opened(path) as file:
+        while chunk := file.read(PIECE) + file.readline(PIECE):
+            try:
+                piece = decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                line += error.object[: error.start].count(b"\n")
+                raise bad(f"{path} line {line}", "is not UTF-8 text", "Convert the file to UTF-8") from None
+            piece = piece.removeprefix("\ufeff") if line == 1 else piece
+            line += chunk.count(b"\n")
+            if waiting:
+                yield waiting, False
+            waiting = piece
+    if decoder.getstate()[0]:
+        raise bad(f"{path} line {line}", "ends within a character", "Copy the file again")
+    yield waiting, True
+
+
+def field_pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """(piece, whether it is the last one) of a text in memory, cut after lines."""
+    start = 0
+    while len(text) - start > PIECE:
+        cut = text.find("\n", start + PIECE, start + 2 * PIECE) + 1 or min(start + 2 * PIECE, len(text))
+        if cut == len(text):
+            break
+        yield text[start:cut], False
+        start = cut
+    yield text[start:], True
+
+
+def bad(where: str, rule: str, fix: str) -> ConfigError:
+    """The error for one record."""
+    return ConfigError("data.path", where, rule, fix)
+
+
+def _json_lines(path: Path) -> Iterator[Record]:
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path} line {number}"
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line.removeprefix(codecs.BOM_UTF8))
+            except UnicodeDecodeError:
+                raise bad(where, "is not UTF-8 text", "Convert the file to UTF-8") from None
+            except ValueError as error:
+                rule = f"is not JSON: {str(error).removesuffix('.')}"
+                raise bad(where, rule, "Write one JSON object a line, and escape line ends in it as \\n") from None
+            if not isinstance(value, dict):
+                raise bad(where, f"is {_kind(value)}, not an object with fields", "Write one JSON object a line")
+            yield Record(where, value)
+
+
+def _rows(path: Path) -> Iterator[Record]:
+    """The rows of a table, from 1."""
+    from datasets import IterableDataset, load_from_disk
+
+    try:
+        rows = load_from_disk(str(path)) if path.is_dir() else IterableDataset.from_parquet(str(path))
+        for number, row in enumerate(rows, start=1):
+            yield Record(f"{path} row {number}", row)
+    except ConfigError:
+        raise
+    except Exception as error:  # pyarrow and datasets raise many kinds
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise bad(str(path), f"cannot be read as a table: {reason}", "Copy it again") from error
+
+
+def _check_file(path: Path, kind: DataKind) -> None:
+    if path.is_dir() and not _is_saved(path):
+        raise ConfigError("data.path", path, "is a folder within the pattern", "Give a pattern of files")
+    if (path / _SPLITS).is_file():
+        raise ConfigError("data.path", path, "holds several splits", f"Give one of them, such as {path / 'train'}")
+    if _is_table(path) and importlib.util.find_spec("datasets") is None:
+        raise ConfigError(
+            "data.path", path, "tables are read by the library datasets, which is not installed",
+            "Run pip install 'moecompile[data]', or give JSON lines",
+        )  # fmt: skip
+    if path.is_dir():
+        return
+    with _opened(path) as file:
+        head = file.read(2**12)
+    if not head:
+        raise ConfigError("data.path", path, "is empty", _GIVE)
+    what = next((what for magic, what in _HEADS.items() if head.startswith(magic)), "binary" if b"\0" in head else None)
+    if what is not None and not (what == "a table" and _is_table(path)):
+        raise ConfigError(
+            "data.path", path, f"is {what}", "Unpack it, or give it the suffix .parquet" if what != "binary" else _GIVE
+        )
+    if kind is DataKind.sft and is_text(path):
+        raise ConfigError(
+            "data.path", path, "is text, and chats are records with fields", "Write them as JSON lines, .jsonl"
+        )
+
+
+def _is_read(path: Path, kind: DataKind) -> bool:
+    suffixes = _LINES + _TABLES + (_TEXTS if kind is DataKind.corpus else ())
+    return path.suffix.lower() in suffixes
+
+
+def _is_table(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() in _TABLES
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / _SAVED).is_file() or (folder / _SPLITS).is_file()
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ConfigError("data.path", path, f"cannot be read: {error.strerror}", "Change that") from None
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a string", bool: "a truth value", int: "a number", float: "a number"}
+    return names.get(type(value), "null")

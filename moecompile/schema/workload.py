@@ -1,0 +1,43 @@
+"""The training step that task=plan plans: `workload` instead of `data`, where it says so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moecompile.schema.config import Config, WorkloadConfig
+from moecompile.schema.validation.mesh import mesh_spec
+
+_DATA = ("seq_len", "global_batch_size", "micro_batch_size")
+_DESCRIBED = ("tp", "pp", "cp", "etp", "vpp")
+
+
+def with_workload(config: Config) -> tuple[Config, list[str]]:
+    """The config whose `data` and `trainer.precision` are those of `workload`, and notes about it.
+
+    Values of `data` and `trainer` that the caller gave win. Where a published batch is not a whole number of
+    micro-batches on every rank, it is rounded up.
+    """
+    workload = config.workload
+    values = {
+        name: value
+        for name in _DATA
+        if (value := getattr(workload, name)) is not None and f"data.{name}" not in config.given
+    }
+    data, trainer, notes = replace(config.data, **values), config.trainer, list[str]()
+    if workload.precision is not None and "trainer.precision" not in config.given:
+        trainer = replace(trainer, precision=workload.precision)
+    if values and not is_described(workload):
+        step = data.micro_batch_size * mesh_spec(config.mesh).world_size
+        whole = -(-data.global_batch_size // step) * step
+        if whole != data.global_batch_size:
+            notes.append(
+                f"{data.global_batch_size:,} sequences are not a whole number of micro-batches on each rank; "
+                f"{whole:,} are planned"
+            )
+            data = replace(data, global_batch_size=whole)
+    return replace(config, data=data, trainer=trainer), notes
+
+
+def is_described(workload: WorkloadConfig) -> bool:
+    """Whether the layout has axes that this package's runtime does not run."""
+    return any(getattr(workload, name) > 1 for name in _DESCRIBED)

@@ -1,0 +1,111 @@
+"""benchmarks/foresight.py: the calibration is that of the data, the stored scores are what the code computes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from moecompile.planner.foresight.constants import CALIBRATION, CONSTANTS, PRIORS, calibrated
+
+REPOSITORY = Path(__file__).parents[2]
+BENCHMARKS = REPOSITORY / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def program() -> ModuleType:
+    sys.path.insert(0, str(BENCHMARKS))  # programs import each other as scripts do
+    spec = importlib.util.spec_from_file_location("foresight_benchmark", BENCHMARKS / "foresight.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def stored() -> Any:
+    return json.loads((BENCHMARKS / "results" / "foresight.json").read_text())
+
+
+def test_the_calibration_is_of_this_data_and_these_rows(program: ModuleType, stored: Any) -> None:
+    calibration = yaml.safe_load(CALIBRATION.read_text(encoding="utf-8"))
+    runs, left_out = program.read_runs()
+    assert calibration["data_sha256"] == stored["data_sha256"] == program.data_hash()
+    assert calibration["rows"] == [run.id for run in runs]
+    assert stored["left_out"] == left_out
+    assert len(runs) + len(left_out) == 160
+    assert not set(calibration["constants"]) ^ {constant.name for constant in CONSTANTS}
+
+
+def test_the_stored_scores_are_what_the_code_computes(program: ModuleType, stored: Any) -> None:
+    runs, _ = program.read_runs()
+    constants = calibrated()
+    assert program.summary(program.errors(runs, constants)) == stored["calibrated on all"]
+    assert program.summary(program.errors(runs, PRIORS)) == stored["splits"]["priors alone"]
+    assert program.one_vote(runs, constants) == stored["one vote per config"]
+    assert program.deepseek_v3(constants) == stored["deepseek_v3"]
+    assert program.simumax(constants) == stored["simumax"]["rows"]
+    assert program.counted() == stored["counts"]
+    assert [round(program.tokens_s(run, constants), 1) for run in runs] == [run["predicted"] for run in stored["runs"]]
+    for run in runs:
+        assert sum(program.parts(run, constants).values()) > 0
+
+
+@pytest.mark.slow
+def test_the_stored_fit_is_what_a_fit_finds(program: ModuleType, stored: Any) -> None:
+    runs, _ = program.read_runs()
+    assert program.calibrate(runs) == pytest.approx(dict(calibrated()), rel=2e-2)
+    for name, scores in program.splits(runs).items():
+        assert scores["median"] == pytest.approx(stored["splits"][name]["median"], abs=0.3)
+        assert scores["p90"] == pytest.approx(stored["splits"][name]["p90"], abs=1.0)
+
+
+def test_counts_agree_with_published_ones(stored: Any) -> None:
+    for row in stored["counts"]:
+        assert abs(row["percent"]) <= (0.2 if "parameters" in row["what"] else 1.0), row
+
+
+def test_a_split_never_cuts_a_group(program: ModuleType) -> None:
+    from forecast.scores import FOLDS, fold
+
+    runs, _ = program.read_runs()
+    groups = sorted({run.group for run in runs})
+    sides = {(run.group, fold(run, groups)) for run in runs}
+    assert len(sides) == len(groups)
+    assert {side for _, side in sides} == set(range(FOLDS))
+
+
+def test_a_wrong_constant_changes_the_scores(program: ModuleType, stored: Any) -> None:
+    runs, _ = program.read_runs()
+    for name in ("dense", "grouped", "passes", "launch"):
+        broken = {**calibrated(), name: 3 * calibrated()[name]}
+        assert program.summary(program.errors(runs, broken))["median"] > stored["calibrated on all"]["median"]
+
+
+def test_another_file_of_runs_is_scored(
+    program: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = yaml.safe_load((BENCHMARKS / "published" / "published.yaml").read_text())
+    row = next(row for row in data["throughput"] if row["id"] == "T008")
+    rows = tmp_path / "rows.yaml"
+    rows.write_text(yaml.safe_dump({"throughput": [row, {**row, "id": "X", "model": "unheard-of"}]}))
+    program.main(["score", str(rows), str(BENCHMARKS / "published" / "published_features.yaml")])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["runs"] == 1
+    assert printed["left_out"] == {"X": "the architecture of unheard-of is not described"}
+
+
+def test_the_page_shows_what_is_stored(program: ModuleType, stored: Any) -> None:
+    assert (REPOSITORY / "docs" / "assets" / "foresight.md").read_text() == program.tables(stored)
+    page = (REPOSITORY / "docs" / "understand" / "foresight.md").read_text()
+    held = stored["splits"]["held out"]
+    assert re.search(rf"median {held['median']}%,\s+90th\s+percentile\s+{held['p90']}%", page)
+    assert f"{stored['deepseek_v3']['predicted_s']} s" in page
+    assert f"{stored['simumax']['ours']['median']}%" in page

@@ -1,0 +1,54 @@
+"""Fullest rank over mean, of loads worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moecompile.errors import ConfigError
+from moecompile.load_history import LoadHistory
+from moecompile.planner.foresight.imbalance import measured, synthetic
+
+
+def test_a_run_by_hand(tmp_path: Path) -> None:
+    history = LoadHistory()
+    history.add(1, {"a": [6, 2, 2, 2], "b": [3, 3, 3, 3]})
+    history.add(2, {"a": [8, 0, 0, 0], "b": [1, 1, 3, 3]})
+    history.save(tmp_path / "load.npz")
+    load = measured(tmp_path / "load.npz", [4, 4], 2)
+    # Ranks hold two experts: 8 of 12, 6 of 12, 8 of 8, 6 of 8 -> 4/3, 1, 2, 3/2 times the mean.
+    assert load.p50 == pytest.approx((4 / 3 + 3 / 2) / 2)
+    assert load.p99 == pytest.approx(2, rel=0.01)
+    (tmp_path / "metrics.csv").write_text("step,max_violation/a,max_violation/b\n1,0.5,0.1\n")
+    assert measured(tmp_path / "metrics.csv", [4, 4], 2) == load  # beside it
+    with pytest.raises(ConfigError) as error:
+        measured(tmp_path / "load.npz", [8, 8], 2)
+    assert "is of another model: experts per layer are 2 x 4, not 2 x 8" in str(error.value)
+
+
+def test_metrics_alone(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,loss,max_violation/a,max_violation/b\n1,3.0,0.5,0.1\n2,2.0,,\n")
+    load = measured(path, [4, 4], 2)
+    assert load.p50 == pytest.approx(1.3)
+    with pytest.raises(ConfigError, match="it has 2 MoE layers, the plan has 3"):
+        measured(path, [4, 4, 4], 2)
+    path.write_text("step,loss\n1,3.0\n")
+    with pytest.raises(ConfigError, match="has no columns max_violation/LAYER"):
+        measured(path, [4], 2)
+    with pytest.raises(ConfigError, match="is not a file"):
+        measured(tmp_path / "none.csv", [4], 2)
+    (tmp_path / "bad.npz").write_text("no")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        measured(tmp_path / "bad.npz", [4], 2)
+
+
+def test_synthetic() -> None:
+    assert synthetic("balanced", 64, 8, 6).p99 == synthetic("zipf", 64, 1, 6).p99 == 1
+    hot = synthetic("hot", 8, 8, 2)
+    # Every other token takes the hot expert: 1/2 of its rows; the others share 3/2: 3/14 each. Mean 1/4.
+    assert hot.p50 == hot.p99 == pytest.approx(2)
+    zipf = synthetic("zipf", 64, 8, 6)
+    assert 1 < zipf.p50 < zipf.p99 <= 8
+    assert synthetic("zipf", 64, 8, 6, skew=2.0).p50 > zipf.p50

@@ -1,0 +1,203 @@
+"""Counts by hand, and what must hold of seconds whatever the constants are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moecompile.compose import compose_config
+from moecompile.errors import ConfigError
+from moecompile.planner.foresight.constants import CALIBRATION, CONSTANTS, PRIORS, calibrated, checked
+from moecompile.planner.foresight.counts import count
+from moecompile.planner.foresight.families import shape_of
+from moecompile.planner.foresight.fit import fit
+from moecompile.planner.foresight.forecast import Case, Keys, alternatives_of, forecast, step_of
+from moecompile.planner.foresight.imbalance import synthetic
+from moecompile.planner.foresight.layout import Layout, Machine, Software
+from moecompile.planner.foresight.machine import machine_of, software_of
+from moecompile.planner.foresight.seconds import step_seconds
+
+MODEL = shape_of(
+    "tiny", {"layers": 4, "hidden": 1024, "vocab": 1000, "heads": 8, "kv": 8, "moe_ffn": 512, "experts": 16, "topk": 2}
+)
+LAYOUT = Layout(gpus=16, seq=2048, global_batch=64, ep=16, micro_batch=1, zero=1)
+H100 = machine_of(compose_config(["hardware=h100"]).hardware)
+
+
+def seconds(
+    machine: Machine = H100, layout: Layout = LAYOUT, software: Software | None = None, load: float = 1.0
+) -> float:
+    software = software or Software()
+    return sum(
+        step_seconds(count(MODEL, layout, machine, software), machine, software, PRIORS, layout.gpus, load).values()
+    )
+
+
+def test_counts_of_a_layer_by_hand() -> None:
+    counts = count(MODEL, LAYOUT, H100, Software())
+    tokens, d, f, e, k = 2048, 1024, 512, 16, 2
+    attention = 4 * d * d
+    assert counts.body.dense == 4 * 2 * 3 * tokens * attention
+    assert counts.body.narrow == 4 * 2 * 3 * tokens * e * d  # routers
+    assert counts.head.narrow == 2 * 3 * tokens * 1000 * d
+    assert counts.body.grouped == 4 * 2 * 3 * tokens * k * 3 * d * f
+    assert counts.body.groups == 4 * 1 * 6  # one local expert, two products, three passes
+    assert counts.body.core == pytest.approx(4 * (1 + 2.5) * tokens * 2 * 8 * (128 + 128) * (2048 + 1) / 2)
+    assert counts.num_micro == 4
+    assert counts.bubble == 0
+    # All-to-all: each of 2 rows goes to one of 16 ranks; 7 of the others are on the node, 8 are not; 4 exchanges of bf16.
+    assert counts.wire.intra == pytest.approx(4 * 4 * tokens * d * 2 * k * 7 / 16)
+    assert counts.wire.inter == pytest.approx(4 * 4 * tokens * d * 2 * k * 8 / 16)
+    dense = 4 * (attention + e * d) + 2 * 1000 * d
+    experts = 4 * 16 * 3 * d * f / 16
+    # Experts have one owner; dense weights are reduced within a node, and what is left of them over two nodes.
+    assert counts.step.reduced.intra == pytest.approx(dense * 6 * 7 / 8)
+    assert counts.step.reduced.inter == pytest.approx(dense * 6 / 8 * 1 / 2)
+    assert counts.step.owned == pytest.approx(dense / 16 + experts)
+
+
+def test_a_pipeline_and_tensor_parallelism_by_hand() -> None:
+    layout = Layout(gpus=16, seq=2048, global_batch=64, ep=4, tp=2, pp=2, vpp=2, etp=1, zero=1)
+    counts = count(MODEL, layout, H100, Software())
+    tokens, d = 2048, 1024
+    assert counts.num_micro == 16
+    assert counts.bubble == 0.5
+    assert counts.body.dense == 2 * 2 * 3 * tokens * 4 * d * d / 2
+    assert counts.parallel.tensor.intra == 2 * 4 * tokens * d * 2 / 2
+    assert counts.parallel.stage.inter == 2 * 2 * tokens * d * 2 / 2
+    assert count(MODEL, layout, H100, Software(schedule="dualpipe")).bubble == 0
+
+
+@pytest.mark.parametrize("name", ["memory", "passes", "intra", "inter"])
+def test_more_bandwidth_is_never_slower(name: str) -> None:
+    times = [seconds(replace(H100, **{name: factor * getattr(H100, name)})) for factor in (0.5, 1.0, 2.0, 10.0)]
+    assert times == sorted(times, reverse=True)
+    assert times[0] > times[-1]
+
+
+def test_monotonic_in_peak_latency_load_and_tokens() -> None:
+    assert seconds(replace(H100, peak={bits: 2 * peak for bits, peak in H100.peak.items()}, watts=1400)) < seconds()
+    assert seconds(replace(H100, latency=1e-3)) > seconds()
+    assert seconds(load=1.5) > seconds(load=1.0)
+    assert seconds(layout=replace(LAYOUT, global_batch=128)) > seconds()
+    assert seconds(software=Software(recompute=("full",))) > seconds()
+    assert seconds(software=Software(graph=("all",))) < seconds()
+    # A token goes to each node and rank once, so no kind sends more than flat.
+    assert seconds(software=Software(dispatcher="hybridep")) < seconds()
+
+
+def test_the_parts_of_a_step_are_its_time_and_a_broken_constant_is_caught() -> None:
+    with pytest.raises(ConfigError) as error:
+        checked({**PRIORS, "dense": 1.7}, "calibration.yaml")
+    assert str(error.value) == (
+        "calibration.yaml.dense=1.7: must be a number from 0.4 to 1. Calibrate again: python benchmarks/foresight.py fit."
+    )
+    with pytest.raises(ConfigError, match=r"calibration.yaml.launch=null: must be a number from 3 to 80 us"):
+        checked({name: value for name, value in PRIORS.items() if name != "launch"}, "calibration.yaml")
+    with pytest.raises(ConfigError, match="is not a constant of the model"):
+        checked({**PRIORS, "magic": 1}, "calibration.yaml")
+    assert len(CONSTANTS) <= 15
+    assert all(constant.low <= constant.prior <= constant.high and constant.source for constant in CONSTANTS)
+    stored = yaml.safe_load(CALIBRATION.read_text(encoding="utf-8"))
+    assert calibrated() == stored["constants"]
+
+
+def test_a_damaged_calibration_is_one_message(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.yaml"
+    path.write_text("constants: {dense: fast}\n")
+    with pytest.raises(ConfigError, match=r"calibration.yaml.dense=fast: must be a number"):
+        calibrated(path)
+
+
+def test_a_fit_finds_the_constants_that_made_the_data() -> None:
+    true = {**PRIORS, "dense": 0.8, "passes": 1.4}
+
+    def predict(constants: object) -> list[float]:
+        c = dict(constants)  # type: ignore[call-overload]
+        return [k / c["dense"] + c["passes"] for k in (0.1, 0.5, 1.0, 2.0, 5.0, 10.0) * 20]
+
+    found = fit(predict, predict(true), free=["dense", "passes"])
+    assert found["dense"] == pytest.approx(0.8, rel=0.02)
+    assert found["passes"] == pytest.approx(1.4, rel=0.02)
+    assert found["grouped"] == PRIORS["grouped"]
+    bounded = fit(predict, predict({**true, "dense": 3.0}), free=["dense"])
+    assert bounded["dense"] == 1.0  # its bound
+
+
+def test_layouts_that_do_not_divide() -> None:
+    for values, text in (
+        ({"tp": 3}, "layout.gpus=16: tp * pp * cp = 3 must divide the 16 GPUs. Use a multiple of 3."),
+        (
+            {"global_batch": 63},
+            "layout.global_batch=63: must be a multiple of replicas * micro-batch = 16 * 1. Use a multiple of 16.",
+        ),
+        ({"pp": 0}, "layout.pp=0: must be at least 1. Give a positive number."),
+        ({"ep": 32}, "layout.ep=32: pp * ep * etp = 32 must divide the 16 GPUs. Use a divisor of 16."),
+    ):
+        with pytest.raises(ConfigError) as error:
+            replace(LAYOUT, **values)  # type: ignore[arg-type]
+        assert str(error.value) == text
+
+
+def test_hardware_and_stacks_that_are_wrong() -> None:
+    for override, text in (
+        (
+            "hardware.figures.memory_tb_s.value=null",
+            "hardware.figures.memory_tb_s.value=null: is needed to predict the time of a step",
+        ),
+        ("hardware.figures.watts.value=-1", "hardware.figures.watts.value=-1.0: must be positive"),
+        (
+            "hardware.figures.intra_node_effective_gb_s.value=1000",
+            "is above the data sheet's hardware.figures.intra_node_gb_s.value=450",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=text.replace(".", r"\.").replace("(", r"\(")):
+            machine_of(compose_config(["hardware=h100", override]).hardware)
+    for override, text in (
+        ("stack.dispatcher=pigeon", "stack.dispatcher=pigeon: is not known"),
+        ("stack.graph=[walls]", "stack.graph=walls: is not known"),
+        ("stack.bits=7", "stack.bits=7: is not known"),
+        ("stack.wire_share.value=2", "stack.wire_share.value=2.0: must lie in"),
+    ):
+        with pytest.raises(ConfigError, match=text.replace(".", r"\.")):
+            software_of(compose_config([override]).stack)
+
+
+def test_every_shipped_machine_and_stack_is_complete() -> None:
+    for name in ("a100", "h100", "h200", "h800", "b200", "gb200", "b300", "gb300", "laptop"):
+        hardware = compose_config([f"hardware={name}"]).hardware
+        assert machine_of(hardware).name == name
+        assert all(getattr(hardware.figures, figure).source for figure in vars(hardware.figures))
+    for name in ("runtime", "nccl", "megatron_2026", "megatron_graphs", "deepseek_v3"):
+        software_of(compose_config([f"stack={name}"]).stack)
+
+
+def test_a_forecast_adds_up_and_its_changes_are_real() -> None:
+    case = Case(model=MODEL, layout=LAYOUT, machine=H100, software=Software(recompute=("full",)))
+    options = alternatives_of(case, Keys())
+    made = forecast(case, [synthetic("balanced", 16, 16, 2), synthetic("zipf", 16, 16, 2)], options)
+    assert made.seconds == pytest.approx(sum(made.parts.values()))
+    assert made.tokens_per_second_per_rank == pytest.approx(64 * 2048 / 16 / made.seconds)
+    assert made.tflops_per_rank == pytest.approx(made.flops_per_token * made.tokens_per_second_per_rank / 1e12)
+    assert made.changes
+    assert len(made.changes) <= 3
+    for change in made.changes:
+        assert change.seconds == sum(step_of(options[change.change]).values()) < made.seconds
+    assert [c.seconds for c in made.changes] == sorted(c.seconds for c in made.changes)
+    even, zipf = made.prices
+    assert even.p50_seconds == even.p99_seconds == pytest.approx(made.seconds)
+    assert made.seconds < zipf.p50_seconds <= zipf.p99_seconds  # one expert per rank: the same in all layers
+
+
+def test_elasticity_is_the_share() -> None:
+    """1% less of the exchange takes its share of 1% off the step."""
+    case = Case(model=MODEL, layout=LAYOUT, machine=replace(H100, latency=0.0), software=Software(graph=("all",)))
+    parts = step_of(case)
+    wire = parts["exchange within the node"] + parts["exchange across nodes"]
+    faster = replace(case.machine, intra=case.machine.intra * 1.01, inter=case.machine.inter * 1.01)
+    moved = sum(parts.values()) - sum(step_of(replace(case, machine=faster)).values())
+    others = parts["reduction"] + parts["weights"]
+    assert moved / sum(parts.values()) == pytest.approx(0.0099 * (wire + others) / sum(parts.values()), rel=0.1)

@@ -1,0 +1,46 @@
+"""task=verify of adapters: it passes as they are, and fails if experts are frozen by mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecompile.compose import compose_config
+from moecompile.verify import Check, certify, shrink
+from tests.distributed.harness import run_distributed_test
+
+SMALL = [
+    "recipe=mixtral_ep", "mesh=cpu_1x2", "adapters=lora", "adapters.rank=2", "model.config.num_hidden_layers=2",
+    "model.config.hidden_size=32", "model.config.intermediate_size=48", "data.vocab_size=300", "data.seq_len=16",
+    "data.micro_batch_size=1", "data.global_batch_size=4", "verify.dtype=float64",
+]  # fmt: skip
+
+
+def _both(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
+    from moecompile.runtime import strategy
+
+    right = strategy.shard
+
+    def frozen(model: Any, *args: Any) -> Any:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and ".experts.lora_" not in name)
+        return right(model, *args)
+
+    found = {}
+    for name, function in (("right", right), ("frozen", frozen)):
+        (folder / name).mkdir(exist_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(strategy, "shard", function)
+            found[name] = certify(shrink(compose_config(SMALL), steps=2)[0], folder / name)[0]
+    return found
+
+
+@pytest.mark.slow
+def test_frozen_experts_are_caught(tmp_path: Path) -> None:
+    found = run_distributed_test(_both, 2, tmp_path, timeout_s=240)[0]
+    assert [check for check in found["right"] if not check.passed] == []
+    assert any(check.name.endswith("gradients of experts") for check in found["right"])
+    failed = [check.name for check in found["frozen"] if not check.passed]
+    assert any("gradients on one side only" in name for name in failed), failed
