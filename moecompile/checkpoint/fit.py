@@ -16,7 +16,7 @@ from moecompile.errors import PlanError
 from moecompile.plan import LayerPlan, Plan
 
 _SHOWN, _WIDTH = 8, 80
-_FREE = ("capacity_factor", "drop", "jitter", "workload", "skew")
+_FREE = ("capacity_factor", "drop", "jitter", "workload", "skew", "hot_experts")
 
 
 def check_plan(saved: Plan, plan: Plan, folder: Path, allowed: Sequence[str] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +13,7 @@ from moecompile.capture import shell_of
 from moecompile.match.experts import ExpertsMatch
 from moecompile.match.linears import attribute
 from moecompile.match.patterns import FFNMatch
-from moecompile.plan import LayerPlan, PlannedSite
+from moecompile.plan import FFNSite, LayerPlan, PlannedSite
 
 Match = FFNMatch | ExpertsMatch
 
@@ -73,6 +74,12 @@ class Captured:
     sites: list[PlannedSite] = field(default_factory=list)
     others: list[Site] = field(default_factory=list)
     refused: list[Site] = field(default_factory=list)
+
+    @property
+    def summary(self) -> str:
+        """`58 experts`, `3 dense FFNs`."""
+        counts = Counter("dense FFNs" if isinstance(site, FFNSite) else "experts" for site in self.sites)
+        return ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "0 dense FFNs"
 
     def planned(self, layers: Iterable[LayerPlan]) -> dict[str, list[LayerPlan]]:
         """Path of each region with layers -> its layers in graph order."""

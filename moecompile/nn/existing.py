@@ -5,18 +5,27 @@ Legend: R rows in expert order, D model dim, F expert width, E experts, T tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.errors import MoecompileError
+from moecompile.nn.experts import fused_experts, grouped_mm, with_bias
 from moecompile.nn.meter import LoadMeter
 from moecompile.routing import NO_BALANCE, BalanceSpec
 from moecompile.torch_private import local_part
 
 _MATRICES = 3  # dims of the stacked weights of a projection; biases have two
+
+
+class _Calls(NamedTuple):
+    """token: of `collect_gradients`. lent: weights of borrowed experts, by name."""
+
+    token: Tensor | None
+    lent: Mapping[str, Tensor]
 
 
 class ExistingExperts(nn.Module):
@@ -57,13 +66,14 @@ class ExistingExperts(nn.Module):
         weights_R: Tensor | None = None,
         token: Tensor | None = None,
         collect: bool = False,
+        borrowed: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """rows_RD in expert order, counts_E rows of each local expert, weights of the local experts -> (R, D).
 
-        With source_R and weights_R, or with token or collect (without rows): as in `Experts`.
+        With source_R and weights_R, with token or collect (without rows), or with borrowed: as in `Experts`.
         """
         local = [local_part(weight) for weight in weights]
-        if counts_E is None:
+        if counts_E is None or borrowed is not None:
             num_local = self.num_experts * local[0].shape[0] // weights[0].shape[0]
         else:
             num_local = counts_E.shape[0]
@@ -72,14 +82,14 @@ class ExistingExperts(nn.Module):
             made: Tensor = torch.ops.moecompile.collect_gradients([w for w in by_name.values() if w.dim() == _MATRICES])
             return made
         assert rows_RD is not None and counts_E is not None
+        lent = {} if borrowed is None else self._matrices(dict(zip(self.names, borrowed, strict=True)), 0)
         if token is not None:
             by_name = {name: w.detach() if w.dim() == _MATRICES else w for name, w in by_name.items()}
         if source_R is not None and weights_R is not None:
-            fused: tuple[Tensor, ...] = torch.ops.moecompile.expert_ffn(
-                rows_RD, source_R, weights_R, counts_E, by_name["gate_up_proj"], by_name["down_proj"], token
-            )
-            return fused[0]
-        return self._experts(rows_RD, counts_E, by_name, token)
+            both = [[given["gate_up_proj"], given["down_proj"]] if given else None for given in (by_name, lent)]
+            assert both[0] is not None
+            return fused_experts(rows_RD, source_R, weights_R, counts_E, both[0], both[1], token)
+        return self._experts(rows_RD, counts_E, by_name, _Calls(token, lent))
 
     def _matrices(self, weights: dict[str, Tensor], num_local: int) -> dict[str, Tensor]:
         """The weights, those of projections as `grouped_mm` takes them, (E, d_out, d_in)."""
@@ -88,12 +98,12 @@ class ExistingExperts(nn.Module):
         stacks = {name for name, w in weights.items() if w.dim() == _MATRICES and not name.startswith("lora_")}
         return {name: w.transpose(1, 2) if name in stacks else w for name, w in weights.items()}
 
-    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor], token: Tensor | None) -> Tensor:
+    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor], calls: _Calls) -> Tensor:
         if "gate_up_proj" in weights:
-            hidden_RF = self.gate(self._project(rows_RD, counts_E, "gate_up_proj", weights, token))
+            hidden_RF = self.gate(self._project(rows_RD, counts_E, "gate_up_proj", weights, calls))
         else:
-            hidden_RF = self._own("act_fn", self._project(rows_RD, counts_E, "up_proj", weights, token))
-        return self._project(hidden_RF, counts_E, "down_proj", weights, token)
+            hidden_RF = self._own("act_fn", self._project(rows_RD, counts_E, "up_proj", weights, calls))
+        return self._project(hidden_RF, counts_E, "down_proj", weights, calls)
 
     def gate(self, gate_up: Tensor) -> Tensor:
         """The activation of the model's own experts, (R, 2F) -> (R, F)."""
@@ -106,30 +116,25 @@ class ExistingExperts(nn.Module):
         out: Tensor = getattr(self.own, method)(value)
         return out
 
-    def _project(
-        self, rows: Tensor, counts_E: Tensor, name: str, weights: dict[str, Tensor], token: Tensor | None
-    ) -> Tensor:
-        out = _product(rows, counts_E, name, weights, token)
+    def _project(self, rows: Tensor, counts_E: Tensor, name: str, weights: dict[str, Tensor], calls: _Calls) -> Tensor:
+        out = _product(rows, counts_E, name, weights, calls)
         if self.adapter_scale is not None and f"lora_A.{name}" in weights:
             wide = rows.to(weights[f"lora_A.{name}"].dtype)
-            low_Rr = _product(wide, counts_E, f"lora_A.{name}", weights, token)
-            delta = _product(low_Rr, counts_E, f"lora_B.{name}", weights, token)
+            low_Rr = _product(wide, counts_E, f"lora_A.{name}", weights, calls)
+            delta = _product(low_Rr, counts_E, f"lora_B.{name}", weights, calls)
             out = out + (self.adapter_scale * delta).to(out.dtype)
-        if (bias := weights.get(f"{name}_bias")) is not None:
-            # Under autocast the product is narrower than the bias, and the sum must keep the dtype of the product.
-            out = out + torch.ops.moecompile.expert_bias(bias.to(out.dtype), counts_E, rows)
-        return out
+        bias = weights.get(f"{name}_bias")
+        return out if bias is None else with_bias(out, bias, counts_E, rows, calls.lent.get(f"{name}_bias"))
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.num_experts} experts, weights {', '.join(self.names)}"
 
 
-def _product(rows: Tensor, counts_E: Tensor, name: str, weights: dict[str, Tensor], token: Tensor | None) -> Tensor:
+def _product(rows: Tensor, counts_E: Tensor, name: str, weights: dict[str, Tensor], calls: _Calls) -> Tensor:
     """`grouped_mm` with the weight `name`; its number among the matrices is that of `collect_gradients`."""
     index = [known for known, weight in weights.items() if weight.dim() == _MATRICES].index(name)
-    out: Tensor = torch.ops.moecompile.grouped_mm(rows, weights[name], counts_E, token, index)
-    return out
+    return grouped_mm(rows, weights[name], counts_E, calls.token, index, calls.lent.get(name))
 
 
 class MatrixExperts(ExistingExperts):
@@ -143,14 +148,16 @@ class MatrixExperts(ExistingExperts):
         super().__init__(num_experts, own, names, transposed=False)
 
     def _matrices(self, weights: dict[str, Tensor], num_local: int) -> dict[str, Tensor]:
-        gate, up, down = (weights[name].unflatten(0, (num_local, -1)) for name in self.names)
+        gate, up, down = (
+            w if w.dim() == _MATRICES else w.unflatten(0, (num_local, -1)) for w in (weights[n] for n in self.names)
+        )
         return dict(zip(self.names, (gate, up, down.transpose(1, 2)), strict=True))
 
-    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor], token: Tensor | None) -> Tensor:
+    def _experts(self, rows_RD: Tensor, counts_E: Tensor, weights: dict[str, Tensor], calls: _Calls) -> Tensor:
         gate, up, down = self.names
-        hidden_RF = self._own("activation_fn", self._project(rows_RD, counts_E, gate, weights, token))
-        hidden_RF = hidden_RF * self._project(rows_RD, counts_E, up, weights, token)
-        return self._project(hidden_RF, counts_E, down, weights, token)
+        hidden_RF = self._own("activation_fn", self._project(rows_RD, counts_E, gate, weights, calls))
+        hidden_RF = hidden_RF * self._project(rows_RD, counts_E, up, weights, calls)
+        return self._project(hidden_RF, counts_E, down, weights, calls)
 
 
 class OneHotIds(nn.Module):

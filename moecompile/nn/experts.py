@@ -5,6 +5,8 @@ Legend: R rows in expert order, D model dim, F expert width, E experts on this r
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,6 +60,7 @@ class Experts(nn.Module):
         weights_R: Tensor | None = None,
         token: Tensor | None = None,
         collect: bool = False,
+        borrowed: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """rows_RD in expert order, counts_E rows of each local expert -> (R, D).
 
@@ -66,7 +69,12 @@ class Experts(nn.Module):
 
         With collect, from the pass `overlap`: a token. Calls that are given it compute no weight gradients; these are
         computed for all of them at once (moecompile.ops.collect).
+
+        borrowed, from the pass `lend`: the parameters of experts of other ranks, in the order of `parameters()`.
+        counts_E has their rows after those of the local experts. Not with a token.
         """
+        names = [name for name, _ in self.named_parameters(recurse=False)]
+        lent = {} if borrowed is None else dict(zip(names, borrowed, strict=True))
         weights = [local_part(getattr(self, name)) for name in (self.in_name, "down_proj")]
         if collect:
             made: Tensor = torch.ops.moecompile.collect_gradients(weights)
@@ -75,30 +83,67 @@ class Experts(nn.Module):
         if token is not None:
             weights = [weight.detach() for weight in weights]
         if source_R is not None and weights_R is not None:
-            fused = torch.ops.moecompile.expert_ffn(rows_RD, source_R, weights_R, counts_E, *weights, token)
-            out_VD: Tensor = fused[0]
-            return out_VD
-        hidden = self._project(rows_RD, counts_E, weights, 0, token)
+            more = [lent[name] for name in (self.in_name, "down_proj")] if lent else None
+            return fused_experts(rows_RD, source_R, weights_R, counts_E, weights, more, token)
+        hidden = self._project(rows_RD, counts_E, weights, 0, token, lent)
         if self.gated:
             gate_RF, up_RF = hidden.chunk(2, dim=-1)
             hidden_RF = self.activation(gate_RF, up_RF)
         else:
             hidden_RF = self.activation(hidden)
-        return self._project(hidden_RF, counts_E, weights, 1, token)
+        return self._project(hidden_RF, counts_E, weights, 1, token, lent)
 
     def _project(
-        self, rows: Tensor, counts_E: Tensor, weights: list[Tensor], index: int, token: Tensor | None
-    ) -> Tensor:
-        out: Tensor = torch.ops.moecompile.grouped_mm(rows, weights[index], counts_E, token, index)
-        bias = getattr(self, f"{(self.in_name, 'down_proj')[index]}_bias")
-        if bias is not None:
-            # Under autocast the product is narrower than the bias, and the sum must keep the dtype of the product.
-            out = out + torch.ops.moecompile.expert_bias(local_part(bias).to(out.dtype), counts_E, rows)
-        return out
+        self, rows: Tensor, counts_E: Tensor, weights: list[Tensor], index: int, token: Tensor | None,
+        lent: Mapping[str, Tensor],
+    ) -> Tensor:  # fmt: skip
+        name = (self.in_name, "down_proj")[index]
+        out = grouped_mm(rows, weights[index], counts_E, token, index, lent.get(name))
+        bias = getattr(self, f"{name}_bias")
+        return out if bias is None else with_bias(out, local_part(bias), counts_E, rows, lent.get(f"{name}_bias"))
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.num_experts} experts, {self.d_model} -> {self.d_expert}, {'gated' if self.gated else 'up-down'}"
+
+
+def fused_experts(
+    rows_VD: Tensor,
+    source_R: Tensor,
+    weights_R: Tensor,
+    counts_E: Tensor,
+    weights: Sequence[Tensor],
+    lent: Sequence[Tensor] | None,
+    token: Tensor | None,
+) -> Tensor:
+    """`expert_ffn` of the local experts, and of those that are `lent` to this rank if there may be some, (V, D)."""
+    arguments = (rows_VD, source_R, weights_R, counts_E, *weights)
+    if lent is None:
+        out: tuple[Tensor, ...] = torch.ops.moecompile.expert_ffn(*arguments, token)
+    else:
+        out = torch.ops.moecompile.expert_ffn_slots(*arguments, *lent)
+    return out[0]
+
+
+def grouped_mm(
+    rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor, token: Tensor | None, index: int, lent_nFD: Tensor | None
+) -> Tensor:
+    """The op, over local experts and those that are lent to this rank, (R, F)."""
+    if lent_nFD is None:
+        out: Tensor = torch.ops.moecompile.grouped_mm(rows_RD, weight_EFD, counts_E, token, index)
+    else:
+        out = torch.ops.moecompile.grouped_mm_slots(rows_RD, weight_EFD, lent_nFD, counts_E)
+    return out
+
+
+def with_bias(out_RF: Tensor, bias_EF: Tensor, counts_E: Tensor, rows: Tensor, lent_nF: Tensor | None) -> Tensor:
+    """out_RF plus each row's expert bias."""
+    if lent_nF is not None:
+        bias_EF = torch.cat((bias_EF, lent_nF))
+        counts_E = counts_E[: bias_EF.shape[0]]  # slots that are not in use have no rows
+    # Under autocast the product is narrower than the bias, and the sum must keep the dtype of the product.
+    bias_RF: Tensor = torch.ops.moecompile.expert_bias(bias_EF.to(out_RF.dtype), counts_E, rows)
+    return out_RF + bias_RF
 
 
 class SharedExperts(nn.Module):

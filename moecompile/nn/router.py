@@ -132,7 +132,8 @@ class Router(nn.Module):
         if config.workload == "none":
             choice_TE = scores_TE + self.correction_bias
         else:
-            choice_TE = kernels.workload_scores(self._uniform(scores_TE), self.key, config.workload, config.skew)
+            how = (config.workload, config.skew, config.hot_experts)
+            choice_TE = kernels.workload_scores(self._uniform(scores_TE), self.key, *how)
         if config.top_groups < config.groups:
             # -inf, not 0: a closed group must lose even against negative corrected scores.
             choice_TE = choice_TE.masked_fill(~self._open_experts(choice_TE), float("-inf"))

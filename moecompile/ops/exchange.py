@@ -41,7 +41,7 @@ def exchange_counts(counts: Tensor, axis: str) -> tuple[Tensor, Tensor]:
 
 @exchange_counts.register_fake
 def _(counts: Tensor, axis: str) -> tuple[Tensor, Tensor]:
-    size = _fake_axis_size(axis)
+    size = fake_axis_size(axis)
     numbers = counts.numel() // size
     return counts.new_empty(size, numbers), torch.empty((2, size, numbers), dtype=counts.dtype, device="cpu")
 
@@ -54,7 +54,7 @@ def send_counts(counts: Tensor, axis: str) -> Tensor:
 
 @send_counts.register_fake
 def _(counts: Tensor, axis: str) -> Tensor:
-    size = _fake_axis_size(axis)
+    size = fake_axis_size(axis)
     return counts.new_empty(size, counts.numel() // size)
 
 
@@ -65,7 +65,7 @@ def all_to_all(rows_RD: Tensor, table_2rn: Tensor, column: int, reverse: bool, a
     `reverse` swaps input and output splits, to return the results of an earlier exchange.
     """
     input_splits, output_splits = splits(table_2rn, column, reverse)
-    return _exchange(rows_RD, input_splits, output_splits, axis)
+    return exchange_rows(rows_RD, input_splits, output_splits, axis)
 
 
 @all_to_all.register_fake
@@ -100,7 +100,7 @@ def exchange_assignments(
     input_splits, output_splits = splits(table_2rn, column, reverse=False)
     width = weights_A.element_size()
     packed = torch.cat((bytes_of(weights_A), bytes_of(codes_A)), dim=1)
-    received = _exchange(packed, input_splits, output_splits, axis)
+    received = exchange_rows(packed, input_splits, output_splits, axis)
     return unpack(received[:, :width], weights_A.dtype), unpack(received[:, width:], codes_A.dtype)
 
 
@@ -129,12 +129,12 @@ exchange_assignments.register_autograd(_assignments_backward, setup_context=_ass
 @torch.library.custom_op("moecompile::all_gather", mutates_args=())
 def all_gather(rows_MD: Tensor, axis: str) -> Tensor:
     """The blocks of all ranks, (r * M, D), sorted by source rank."""
-    return _gather(rows_MD, axis)
+    return gather_blocks(rows_MD, axis)
 
 
 @all_gather.register_fake
 def _(rows_MD: Tensor, axis: str) -> Tensor:
-    return rows_MD.new_empty(rows_MD.shape[0] * _fake_axis_size(axis), rows_MD.shape[1])
+    return rows_MD.new_empty(rows_MD.shape[0] * fake_axis_size(axis), rows_MD.shape[1])
 
 
 @torch.library.custom_op("moecompile::reduce_scatter", mutates_args=())
@@ -155,7 +155,7 @@ def reduce_scatter(rows: Tensor, axis: str) -> Tensor:
 
 @reduce_scatter.register_fake
 def _(rows: Tensor, axis: str) -> Tensor:
-    return rows.new_empty(rows.shape[0] // _fake_axis_size(axis), rows.shape[1])
+    return rows.new_empty(rows.shape[0] // fake_axis_size(axis), rows.shape[1])
 
 
 def _axis_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -179,14 +179,14 @@ def gather_assignments(weights_MK: Tensor, ids_MK: Tensor, axis: str) -> tuple[T
     """Gathers routing weights and int16 expert ids in one message, (r * M, K) each."""
     top_k, width = weights_MK.shape[1], weights_MK.shape[1] * weights_MK.element_size()
     packed = torch.cat((weights_MK.contiguous().view(torch.uint8), ids_MK.contiguous().view(torch.uint8)), dim=1)
-    gathered = _gather(packed, axis)
+    gathered = gather_blocks(packed, axis)
     weights, ids = unpack(gathered[:, :width], weights_MK.dtype), unpack(gathered[:, width:], ids_MK.dtype)
     return weights.view(-1, top_k), ids.view(-1, top_k)
 
 
 @gather_assignments.register_fake
 def _(weights_MK: Tensor, ids_MK: Tensor, axis: str) -> tuple[Tensor, Tensor]:
-    shape = (weights_MK.shape[0] * _fake_axis_size(axis), weights_MK.shape[1])
+    shape = (weights_MK.shape[0] * fake_axis_size(axis), weights_MK.shape[1])
     return weights_MK.new_empty(shape), ids_MK.new_empty(shape)
 
 
@@ -213,7 +213,7 @@ def group_of(axis: str) -> dist.ProcessGroup:
     return group
 
 
-def _fake_axis_size(axis: str) -> int:
+def fake_axis_size(axis: str) -> int:
     return group_of(axis).size()
 
 
@@ -226,7 +226,7 @@ def _exchange_counts(counts: Tensor, axis: str) -> Tensor:
     return recv_rn
 
 
-def _gather(block: Tensor, axis: str) -> Tensor:
+def gather_blocks(block: Tensor, axis: str) -> Tensor:
     group = group_of(axis)
     out = block.new_empty(group.size() * block.shape[0], block.shape[1])
     if block.numel():  # all ranks agree on this, because blocks have equal sizes
@@ -250,7 +250,7 @@ def splits(table_2rn: Tensor, column: int, reverse: bool) -> tuple[list[int], li
     return (output_splits, input_splits) if reverse else (input_splits, output_splits)
 
 
-def _exchange(rows: Tensor, input_splits: list[int], output_splits: list[int], axis: str) -> Tensor:
+def exchange_rows(rows: Tensor, input_splits: list[int], output_splits: list[int], axis: str) -> Tensor:
     group = group_of(axis)
     out = rows.new_empty(sum(output_splits), *rows.shape[1:])
     dist.all_to_all_single(out, rows.contiguous(), output_splits, input_splits, group=group)

@@ -9,11 +9,13 @@ nothing else: not on the mesh, not on the global random state, not on earlier dr
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
 
-STEP = 1  # index in the key
+STEP, MICRO_BATCH = 1, 2  # index in the key
+HOT_SHARE = 0.75  # of the first choice of each token
 
 
 @torch.library.custom_op("moecompile::keyed_uniform", mutates_args=())
@@ -30,13 +32,15 @@ def _(like: Tensor, key: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("moecompile::workload_scores", mutates_args=())
-def workload_scores(noise_TE: Tensor, key: Tensor, kind: str, skew: float) -> Tensor:
+def workload_scores(noise_TE: Tensor, key: Tensor, kind: str, skew: float, hot_experts: int = 1) -> Tensor:
     """Scores whose top-k is the choice of the workload, (T, E): Gumbel top-k, which draws without replacement.
 
     Args:
-        noise_TE: uniform numbers. key: its step shifts `drift`.
+        noise_TE: uniform numbers. key: its step shifts `drift` and `rotating`, its micro-batch `ragged`.
         kind: `zipf`: p_i ~ (i + 1) ** -skew. `drift`: the same, with experts rotated by one at every step. `hot`: every
-            other token takes expert 0 first, the others take it last; the rest is uniform.
+            other token takes expert 0 first, the others take it last; the rest is uniform. Others: moecompile.routing;
+            experts of the block have `HOT_SHARE` of the probability together, those of a cold block none.
+        hot_experts: size of the block.
     """
     num_experts = noise_TE.shape[1]
     gumbel_TE = -(-noise_TE.clamp_min(torch.finfo(noise_TE.dtype).tiny).log()).log()
@@ -46,13 +50,31 @@ def workload_scores(noise_TE: Tensor, key: Tensor, kind: str, skew: float) -> Te
         gumbel_TE[::2, 0] = extreme
         gumbel_TE[1::2, 0] = -extreme
         return gumbel_TE
+    if kind not in ("zipf", "drift"):
+        return gumbel_TE + _block_log(rank_E, key, kind, hot_experts).to(noise_TE.dtype)
     if kind == "drift":
         rank_E = (rank_E - int(key[STEP])) % num_experts
     return gumbel_TE - skew * (rank_E + 1).to(noise_TE.dtype).log()
 
 
+def _block_log(expert_E: Tensor, key: Tensor, kind: str, size: int) -> Tensor:
+    """Logarithms of the probabilities of experts, up to a constant."""
+    num_experts, step = expert_E.shape[0], int(key[STEP])
+    if kind == "hot_spread":
+        in_block_E = expert_E * size // num_experts != (expert_E - 1) * size // num_experts
+    else:
+        shift = {"ragged": int(key[MICRO_BATCH]), "rotating": step, "cold_block": -1}.get(kind, 0)
+        in_block_E = (expert_E - shift * size) % num_experts < size
+    if kind == "cold_block":
+        return in_block_E * -1e6  # below every Gumbel number, but finite
+    if kind == "burst" and step % 4 != 3:
+        return torch.zeros_like(expert_E)
+    cold = (1 - HOT_SHARE) / (num_experts - size)
+    return in_block_E * math.log(HOT_SHARE / size / cold)
+
+
 @workload_scores.register_fake
-def _(noise_TE: Tensor, key: Tensor, kind: str, skew: float) -> Tensor:
+def _(noise_TE: Tensor, key: Tensor, kind: str, skew: float, hot_experts: int = 1) -> Tensor:
     return torch.empty_like(noise_TE)
 
 

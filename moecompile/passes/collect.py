@@ -51,17 +51,17 @@ class Collect:
         if collecting_calls(region.graph) or any(TOKEN in call.kwargs for call in calls):
             raise PassError(self.name, layers[0].site.fqn, "its weight gradients are collected already")
         for layer, mine in zip(layers, calls_by_layer(region.graph, layers), strict=True):
-            if layer.dispatch.in_flight and not _waits_before(mine):
+            if layer.dispatch.collects and not _waits_before(mine):
                 rule = "its experts wait for no exchange in flight: overlap is first"
                 raise PassError(self.name, layer.site.fqn, rule)
 
     def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
         """A new graph over the same modules; the same region where no layer is planned so."""
-        if not any(layer.dispatch.in_flight for layer in layers):
+        if not any(layer.dispatch.collects for layer in layers):
             return region
         new, _ = copy_graph_module(region.graph)
         for layer, calls in zip(layers, calls_by_layer(new, layers), strict=True):
-            if layer.dispatch.in_flight:
+            if layer.dispatch.collects:
                 _collect(new.graph, calls)
         new.recompile()
         return region.with_graph(new)
@@ -77,10 +77,10 @@ class Collect:
         tokens = collecting_calls(after.graph)
         place = {node: i for i, node in enumerate(after.graph.graph.nodes)}
         for layer, calls in zip(layers, calls_by_layer(after.graph, layers), strict=True):
-            token = tokens.pop(0) if tokens and layer.dispatch.in_flight else None
+            token = tokens.pop(0) if tokens and layer.dispatch.collects else None
             read = {call.kwargs.get(TOKEN) for call in calls}
-            if read != {token} or (token is None) == layer.dispatch.in_flight:
-                wanted = "one token" if layer.dispatch.in_flight else "none"
+            if read != {token} or (token is None) == layer.dispatch.collects:
+                wanted = "one token" if layer.dispatch.collects else "none"
                 rule = f"its experts get {sorted(map(str, read))}, planned is {wanted}"
                 raise PassError(self.name, layer.site.fqn, rule)
             if token is not None:

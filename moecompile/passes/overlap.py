@@ -108,8 +108,16 @@ def _overlap(graph_module: fx.GraphModule, call: fx.Node, layer: LayerPlan) -> N
     # Step 4
     made = list(itertools.takewhile(lambda node: node is not end, _following(combined)))
     _schedule(made, chunk_of, _shared_experts(graph_module, result), result, end)
+    _after_counts(call, next(node for node in _following(combined) if op_name(node) in _WAIT_OF))
     for node in reversed(dispatch):
         graph.erase_node(node)
+
+
+def _after_counts(call: fx.Node, first_start: fx.Node) -> None:
+    """Borrowed experts are sent after the counts, so that the host waits for the device once."""
+    borrowed = [node for node in call.all_input_nodes if _holds_experts(node) and node.op != "get_attr"]
+    for node in dict.fromkeys(source for item in borrowed for source in (*item.all_input_nodes, item)):
+        first_start.prepend(node)
 
 
 def _following(node: fx.Node) -> Iterator[fx.Node]:
@@ -152,7 +160,7 @@ def _copies(graph: fx.Graph, dispatch: Sequence[fx.Node], num_chunks: int) -> li
     """For each chunk: node of the dispatch -> its copy, which reads the chunk's part of the tokens."""
     inside = set(dispatch)
     sources = dict.fromkeys(
-        n for node in dispatch for n in node.all_input_nodes if n not in inside and n.op != "get_attr"
+        n for node in dispatch for n in node.all_input_nodes if n not in inside and not _holds_experts(n)
     )
     parts: dict[fx.Node, tuple[fx.Node, ...]] = {source: (source,) for source in sources}
     if num_chunks > 1:
@@ -167,6 +175,11 @@ def _copies(graph: fx.Graph, dispatch: Sequence[fx.Node], num_chunks: int) -> li
             made[node] = graph.node_copy(node, functools.partial(_known, made | known))
         copies.append(made)
     return copies
+
+
+def _holds_experts(node: fx.Node) -> bool:
+    """Whether it is weights, which all chunks read, not something of each token."""
+    return node.op == "get_attr" or any(op_name(source) == "lend_experts" for source in node.all_input_nodes)
 
 
 def _known(known: _Copies, node: fx.Node) -> fx.Node:

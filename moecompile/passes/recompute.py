@@ -32,7 +32,7 @@ from moecompile.torch_private import keeping
 
 _CHOICES = (torch.ops.aten.topk.default, torch.ops.moecompile.expert_choice.default)
 _WITHIN_TP = tuple(getattr(torch.ops.moecompile, name).default for name in ("join_tokens", "sum_ranks", "join_columns"))
-_TABLES = (torch.ops.moecompile.read_tables.default,)
+_TABLES = (torch.ops.moecompile.read_tables.default, torch.ops.moecompile.to_slots.default)
 _CACHES = ("past_key_values", "cache_params", "cache", "state")  # names of cache arguments in model forwards
 
 

@@ -20,6 +20,7 @@ from moecompile.passes.base import GraphPass, count_ops, registered
 from moecompile.passes.collect import Collect
 from moecompile.passes.fold import Fold
 from moecompile.passes.fuse import Fuse
+from moecompile.passes.lend import Lend
 from moecompile.passes.lower import Lower
 from moecompile.passes.overlap import Overlap
 from moecompile.passes.rewrite import Rewrite
@@ -38,7 +39,7 @@ def on_one_device(seed: int) -> tuple[GraphPass, ...]:
 
 def on_the_mesh() -> tuple[GraphPass, ...]:
     """The passes from the single-device graph to the graph that every rank runs."""
-    return (Fold(), Lower(), *registered("lower"), Overlap(), Collect(), Fuse())
+    return (Fold(), Lower(), Lend(), *registered("lower"), Overlap(), Collect(), Fuse())
 
 
 @dataclass(frozen=True, kw_only=True)

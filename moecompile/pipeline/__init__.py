@@ -1,12 +1,11 @@
 """The compilation pipeline, and the Python API built on it.
 
-capture -> match -> build_plan -> rewrite -> lower -> fuse -> shard
+capture -> match -> build_plan -> rewrite -> fold -> lower -> lend -> overlap -> collect -> fuse -> shard
 """
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -40,7 +39,7 @@ from moecompile.passes.same_weights import check_same_weights
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.passes.trained import frozen_notes
 from moecompile.pipeline.facts import facts_of
-from moecompile.plan import ExpertsSite, FFNSite, Plan, check_sites
+from moecompile.plan import ExpertsSite, Plan, check_sites
 from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import build_plan
 from moecompile.planner.existing import notes
@@ -235,7 +234,7 @@ def capture_planned(
     log.add("capture", {}, {}, f"{len(recording.graph.nodes)} functions recorded")
     kind = config.experts.sites if plan is None else _kind(plan, config)
     captured = capture_regions(recording, unproven, kind, _named(config, plan))
-    log.add("match", captured.regions, captured.regions, _site_counts(captured))
+    log.add("match", captured.regions, captured.regions, captured.summary)
     return captured
 
 
@@ -273,12 +272,6 @@ def _planned(
             )  # fmt: skip
     check_sites(plan.layers, captured.sites)
     return plan
-
-
-def _site_counts(captured: Captured) -> str:
-    """`58 experts`, `3 dense FFNs`."""
-    counts = Counter("dense FFNs" if isinstance(site, FFNSite) else "experts" for site in captured.sites)
-    return ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "0 dense FFNs"
 
 
 def _named(config: Config, plan: Plan | None = None) -> Callable[[str], bool]:

@@ -7,10 +7,13 @@ from moecompile.plan.dispatch import (
     EXCHANGES,
     HALVES,
     IN_FLIGHT,
+    LENDING,
+    LENDING_OPS,
     SLICE_OPS,
     WAIT_OPS,
     DispatchPlan,
     can_fuse,
+    check_lends,
 )
 from moecompile.plan.existing import layer_of, layer_on_one_device, own_routing
 from moecompile.plan.experts import ExpertPlacement, ExpertsPlan
@@ -18,7 +21,7 @@ from moecompile.plan.fit import check_sites
 from moecompile.plan.io import from_yaml, load, save, to_yaml
 from moecompile.plan.layers import BalancePlan, LayerPlan, RoutingPlan
 from moecompile.plan.one_process import on_one_process, on_one_rank
-from moecompile.plan.plan import Assumptions, Estimate, MemoryEstimate, Plan, Reduction, Remedy, Traffic
+from moecompile.plan.plan import Assumptions, Estimate, Lending, MemoryEstimate, Plan, Reduction, Remedy, Traffic
 from moecompile.plan.reductions import reductions
 from moecompile.plan.sites import ExpertsSite, FFNSite, PlannedSite
 from moecompile.plan.tensor_parallel import HEADS_STYLE, STYLES, SplitModules
@@ -29,6 +32,8 @@ __all__ = [
     "HALVES",
     "HEADS_STYLE",
     "IN_FLIGHT",
+    "LENDING",
+    "LENDING_OPS",
     "SLICE_OPS",
     "STYLES",
     "WAIT_OPS",
@@ -43,6 +48,7 @@ __all__ = [
     "ExpertsSite",
     "FFNSite",
     "LayerPlan",
+    "Lending",
     "MemoryEstimate",
     "Plan",
     "PlannedSite",
@@ -52,6 +58,7 @@ __all__ = [
     "SplitModules",
     "Traffic",
     "can_fuse",
+    "check_lends",
     "check_sites",
     "from_yaml",
     "layer_of",

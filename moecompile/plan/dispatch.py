@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moecompile.errors import ConfigError
-from moecompile.plan.checks import plan_errors
+from moecompile.plan.checks import at_least, plan_errors
 from moecompile.plan.sites import PlannedSite
 from moecompile.ranges import check_word
 from moecompile.schema import OverlapKind, WireDtype
@@ -32,12 +32,18 @@ _STEPS: dict[str, tuple[tuple[str, str], ...]] = {
 EXCHANGES: dict[str, tuple[str, ...]] = {kind: tuple(op for op, _ in steps) for kind, steps in _STEPS.items()}
 HALVES = {name: (f"{name}_start", f"{name}_wait") for name in ("all_to_all", "exchange_assignments")}
 """Exchanges that can be asynchronous -> the op that starts one, and the op that waits for it."""
-EXCHANGE_OPS = frozenset(op for ops in EXCHANGES.values() for op in ops) | {start for start, _ in HALVES.values()}
+LENDING_OPS = ("gather_counts", "lend_experts")
+"""Exchanges of a layer that lends experts: counts before the others, and experts before the first rows."""
+EXCHANGE_OPS = frozenset(
+    {op for ops in EXCHANGES.values() for op in ops} | {start for start, _ in HALVES.values()} | {*LENDING_OPS}
+)
 WAIT_OPS = frozenset(wait for _, wait in HALVES.values())
 IN_FLIGHT = frozenset(kind for kind, ops in EXCHANGES.items() if set(ops) & set(HALVES))
 """Kinds whose exchanges of rows can be asynchronous."""
 SLICE_OPS = ("cut_tokens", "join_tokens")
 """Ops before and after the dispatch of a layer whose tokens are cut over `tp`."""
+LENDING = frozenset({"flat", "dedup", "hierarchical"})
+"""Kinds that send rows to experts, which may be lent."""
 FUSABLE = frozenset(EXCHANGES) - {"flat"}
 """Kinds that copy and sum rows on the rank of the experts. flat does it on the rank of the tokens."""
 
@@ -49,7 +55,9 @@ class DispatchPlan:
     kind: local, flat, dedup, hierarchical or allgather. axis: the logical mesh axis of the exchanges; kinds with two
     levels use `<axis>_inter` and `<axis>_intra`. wire_dtype: dtype of rows in an exchange (auto: they are not cast).
     overlap: what runs while rows are on the wire: nothing (none), the shared experts (shared), or the shared experts
-    and the experts on other `chunks` of the tokens (chunks).
+    and the experts on other `chunks` of the tokens (chunks). balance: `none`, or `lend`: a rank has `slots` for experts
+    of other ranks, and each micro-batch decides which ones are there. loan_rows, far_loan_rows: an expert in a slot
+    costs as much time as computing this many rows, within a node and across nodes; it is lent if that saves more.
     """
 
     kind: str
@@ -57,17 +65,32 @@ class DispatchPlan:
     wire_dtype: str = "auto"
     overlap: str = "none"
     chunks: int = 1
+    balance: str = "none"
+    slots: int = 0
+    loan_rows: int = 0
+    far_loan_rows: int = 0
 
     def __post_init__(self) -> None:
         with plan_errors():
+            check_lending(self)
             check_word(EXCHANGES, "dispatch.kind", self.kind)
             check_word(WireDtype, "dispatch.wire_dtype", self.wire_dtype)
             check_overlap(self.kind, self.overlap, self.chunks)
 
     @property
+    def lends(self) -> bool:
+        """Whether experts may be lent to other ranks."""
+        return self.balance == "lend"
+
+    @property
     def in_flight(self) -> bool:
         """Whether exchanges of rows are started, and waited for later."""
         return self.overlap != "none"
+
+    @property
+    def collects(self) -> bool:
+        """Whether weight gradients are an op of their own; gradients of borrowed experts must leave earlier."""
+        return self.in_flight and not self.lends
 
     @property
     def exchanges(self) -> tuple[str, ...]:
@@ -87,12 +110,21 @@ class DispatchPlan:
         steps = _STEPS[self.kind]
         return tuple((op, self.axis + part) for op, part in steps if part != "_inter" or num_nodes > 1)
 
+    def lent_steps(self, num_nodes: int) -> tuple[tuple[str, str], ...]:
+        """Those, and the exchanges that `lend` adds."""
+        steps = self.steps(num_nodes)
+        if not self.lends:
+            return steps
+        counts, experts = ((op, self.axis) for op in LENDING_OPS)
+        rows = next(i for i, (op, _) in enumerate(steps) if op in HALVES)
+        return (counts, *steps[:rows], experts, *steps[rows:])
+
     def scheduled_steps(self, num_nodes: int) -> tuple[tuple[str, str], ...]:
         """The exchange ops of the final graph; with overlap, those of rows are replaced by a start for each chunk.
 
         A stage begins at each all-to-all. In slot t, chunk c runs stage t - c, the latest chunk first.
         """
-        steps = self.steps(num_nodes)
+        steps = self.lent_steps(num_nodes)
         if not self.in_flight:
             return steps
         stages: list[list[tuple[str, str]]] = []
@@ -113,6 +145,28 @@ def check_overlap(kind: str, overlap: str, chunks: int) -> None:
         raise ConfigError("dispatch.overlap", overlap, f"dispatch.kind={kind} cannot: {reason}", "Use none")
     if chunks < 1 or (overlap == "chunks") != (chunks > 1):
         raise ConfigError("dispatch.chunks", chunks, "must be at least 2 with overlap=chunks, else 1", "Use 2 or none")
+
+
+def check_lending(plan: DispatchPlan) -> None:
+    """Raises ConfigError if the dispatch cannot lend experts, or has slots without lending."""
+    check_word(("none", "lend"), "dispatch.balance", plan.balance)
+    check_lends(plan.kind, plan.balance)
+    if (plan.slots > 0) != plan.lends or plan.slots < 0:
+        raise ConfigError("dispatch.slots", plan.slots, "must be at least 1 with balance=lend, else 0", "Use 1 or none")
+    at_least(0, "dispatch", loan_rows=plan.loan_rows, far_loan_rows=plan.far_loan_rows)
+
+
+def check_lends(kind: str, balance: str) -> None:
+    """Raises ConfigError if experts are to be lent with a kind of dispatch that cannot."""
+    if balance == "lend" and kind not in LENDING:
+        local = kind == "local"
+        reason = (
+            "mesh.ep=1, and no other rank could borrow"
+            if local
+            else f"dispatch.kind={kind} gives all tokens to all ranks"
+        )
+        fix = "Use none or auto, or mesh.ep=2 or more" if local else "Use none or auto, or dispatch.kind=dedup"
+        raise ConfigError("dispatch.balance", balance, f"experts cannot be lent: {reason}", fix)
 
 
 def can_fuse(site: PlannedSite, dispatch: DispatchPlan) -> bool:

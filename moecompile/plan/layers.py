@@ -58,20 +58,26 @@ class LayerPlan:
         return self.dispatch.steps(self.placement.nodes)
 
     @property
+    def lent_steps(self) -> tuple[tuple[str, str], ...]:
+        """The exchange ops after `lend`, and the logical axis of each, in order."""
+        return self.dispatch.lent_steps(self.placement.nodes)
+
+    @property
     def scheduled_steps(self) -> tuple[tuple[str, str], ...]:
         """The exchange ops of the final graph and the logical axis of each, in order."""
         return self.dispatch.scheduled_steps(self.placement.nodes)
 
+    def _wrong_cut(self) -> Iterator[tuple[str, object, str, str]]:
+        if self.cut_over not in ((), ("tp",)):
+            value = f"[{', '.join(self.cut_over)}]"
+            yield "cut_over", value, "must be [] or [tp]", "Use [tp] if mesh.tp is more than 1"
+        elif self.cut_over and self.dispatch.lends:
+            yield "dispatch.balance", "lend", "tokens are cut over tp, where experts are not lent", "Use none"
+
     def _contradictions(self) -> Iterator[tuple[str, object, str, str]]:
         """(path, value, rule, fix) of every broken rule between the parts."""
         experts, placement = self.experts, self.placement
-        if self.cut_over not in ((), ("tp",)):
-            yield (
-                "cut_over",
-                "[" + ", ".join(self.cut_over) + "]",
-                "must be [] or [tp]",
-                "Use [tp] if mesh.tp is more than 1",
-            )
+        yield from self._wrong_cut()
         existing = isinstance(self.site, ExpertsSite)
         if existing != (experts.init == "existing") or existing != self.routing.is_own:
             rule = "init=existing and score=own are for experts that the model has already, and for no others"
@@ -85,9 +91,15 @@ class LayerPlan:
         if self.dispatch.kind == "hierarchical" and placement.nodes == 1:
             rule = "needs an EP group on two nodes or more, but placement.nodes=1"
             yield "dispatch.kind", self.dispatch.kind, rule, "Use dedup"
+        others = placement.num_experts - placement.experts_per_rank
+        if self.dispatch.slots > others:
+            rule = f"other ranks have only {others} experts"
+            yield "dispatch.slots", self.dispatch.slots, rule, f"Use at most {others}"
         if self.adapters is not None and not existing:
             rule = "are for experts that the model has already"
             yield "adapters", self.adapters.weights, rule, "Use null"
+        if self.adapters is not None and self.dispatch.lends:
+            yield "dispatch.balance", "lend", "experts with adapters are not lent", "Use none, or adapters: null"
         if self.adapters is not None and self.fused:
             yield "fused", True, "the fused op has no adapters", "Use false, or adapters: null"
         if experts.d_expert * experts.granularity != self.site.d_ff:

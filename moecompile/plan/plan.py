@@ -56,6 +56,20 @@ class Traffic:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lending:
+    """What lending costs a rank at most, over the layers that lend.
+
+    expert_bytes: of the largest expert, which travels in forward; its gradient, as many, travels back. bytes_received:
+    of one micro-batch and layer in forward, with every slot in use. slot_bytes: memory of the slots of all layers, and
+    of their gradients in one layer.
+    """
+
+    expert_bytes: int
+    bytes_received: int
+    slot_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Assumptions:
     """The assumptions of an estimate.
 
@@ -88,7 +102,8 @@ class Estimate:
     params_active: parameters that one token uses. params_trained: those that are not frozen. checkpointing: what
     backward recomputes; `resent_...`: what it sends again for that, in addition to the forward's bytes.
     tp_bytes_per_token: what leaves a rank over `tp` in the forward of the whole model: all-reduces after split linears,
-    and the joins of MoE layers. remedies: what to change if the plan does not fit.
+    and the joins of MoE layers. remedies: what to change if the plan does not fit. lending: None if no layer lends
+    experts.
     """
 
     params_total: int
@@ -102,6 +117,7 @@ class Estimate:
     tp_bytes_per_token: Traffic = Traffic(intra_node=0.0, inter_node=0.0)
     assumes: Assumptions | None = None
     remedies: tuple[Remedy, ...] = ()
+    lending: Lending | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import IN_FLIGHT, DispatchPlan, ExpertPlacement, PlannedSite, RoutingPlan
+from moecompile.planner.lending import plan_lending
 from moecompile.planner.overlap import LayerSeconds, choose_chunks, choose_overlap
 from moecompile.planner.traffic import Wire, choose_dispatch, forward_traffic, row_bytes
 from moecompile.ranges import Whole
@@ -21,13 +24,15 @@ def plan_dispatch(
         d_expert, d_shared: widths of a routed expert, and of the shared experts in the region.
 
     Raises:
-        ConfigError: the kind, the overlap or the number of chunks is not possible here.
+        ConfigError: the kind, the overlap, the number of chunks or lending is not possible here.
     """
     kind = _dispatch_kind(config, mesh, routing, placement, site)
+    lending = plan_lending(config, mesh, site, d_expert, kind, routing, placement)
     if kind == "local":
-        return DispatchPlan(kind=kind)  # nothing is sent
+        return lending  # nothing is sent
     overlap, chunks = _overlap(config, mesh, site, (d_expert, d_shared), kind, routing, placement)
-    return DispatchPlan(kind=kind, wire_dtype=_wire_dtype(config).value, overlap=overlap, chunks=chunks)
+    wire = _wire_dtype(config).value
+    return dataclasses.replace(lending, kind=kind, wire_dtype=wire, overlap=overlap, chunks=chunks)
 
 
 def _wire_dtype(config: Config) -> WireDtype:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from moecompile.mesh import MeshSpec
 from moecompile.plan import Assumptions, Estimate, LayerPlan, Traffic
 from moecompile.planner.activations import tokens_of_a_rank
+from moecompile.planner.lending import lending
 from moecompile.planner.memory import memory_of_fullest_rank
 from moecompile.planner.params import ModelFacts, RunFacts, model_params, trained_params
 from moecompile.planner.remedies import remedies
@@ -50,6 +51,7 @@ def estimate(
             precision=run.precision,
             optimizer=OPTIMIZER,
         ),
+        lending=lending(layers, run),
         remedies=() if fits else remedies(layers, mesh, facts, run, memory_bytes=memory_bytes),
     )
 

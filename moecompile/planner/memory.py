@@ -19,7 +19,8 @@ as in params.py; V: vocabulary.
                                                                                              -> `trained_params`
 3. Activations that one forward saves for backward: activations.py.                          -> `activation_bytes`
 4. Exchange buffers, allocated in one layer at a time: rows sent and rows received.
-       dispatch = max over layers of 2 T copies D a                                                  -> `_dispatch`
+       dispatch = max over layers of 2 T copies D a
+   Slots for borrowed experts are counted here too.                                               -> lending.py
 
 The parts peak at different times, so their sum is an upper bound for the model's own tensors. The process itself
 (PyTorch, CUDA context, allocator fragmentation) is not counted.
@@ -32,6 +33,7 @@ from collections.abc import Sequence
 from moecompile.mesh import MeshSpec
 from moecompile.plan import LayerPlan, MemoryEstimate
 from moecompile.planner.activations import FP32_BYTES, activation_bytes, exchanged, tokens_of_a_rank
+from moecompile.planner.lending import lending
 from moecompile.planner.params import ModelFacts, ModelParams, RunFacts, layer_params, model_params, trained_params
 
 ADAMW_MOMENTS = 2
@@ -42,6 +44,7 @@ def memory_of_fullest_rank(
 ) -> MemoryEstimate:
     """The estimate in the module docstring."""
     params, trained = model_params(layers, facts), trained_params(layers, facts)
+    lent = lending(layers, run)
     number, stored = _trained_bytes(facts), _stored_bytes(params, mesh, facts.bytes_per_param)
     if facts.adapters is not None:
         stored += _stored_bytes(trained, mesh, number - facts.bytes_per_param)
@@ -54,7 +57,8 @@ def memory_of_fullest_rank(
             tokens_of_a_rank(mesh, run)
             * run.compute_bytes
             * max((exchanged(layer, mesh) for layer in layers), default=0)
-        ),
+        )
+        + (0 if lent is None else lent.slot_bytes),
     )
 
 

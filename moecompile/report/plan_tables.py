@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moecompile.plan import AdaptersPlan, Assumptions, Estimate, FFNSite, LayerPlan, Plan, Remedy
+from moecompile.plan import AdaptersPlan, Assumptions, Estimate, FFNSite, LayerPlan, Lending, Plan, Remedy
 from moecompile.report.tables import path_text, path_width, plain_grid, plain_table
 from moecompile.report.text import bytes_text, count_text, fold_paths, plural, traffic_text
 
@@ -25,7 +25,9 @@ def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
     if plan.layers:
         console.print(_layers_table(plan.layers, path_width(console)))
         console.print()
-        for kind, steps in dict.fromkeys((layer.dispatch.kind, layer.steps) for layer in plan.layers if layer.steps):
+        for kind, steps in dict.fromkeys(
+            (layer.dispatch.kind, layer.lent_steps) for layer in plan.layers if layer.steps
+        ):
             console.print(Text(f"{kind}, forward: {', '.join(op for op, _ in steps)}"))
         console.print()
     console.print(_reductions_table(plan))
@@ -91,10 +93,13 @@ def _decisions(layer: LayerPlan) -> tuple[tuple[str, ...], ...]:
 
 
 def _dispatch_lines(layer: LayerPlan) -> tuple[str, ...]:
-    """The kind, and what is in flight beside experts."""
+    """The kind, what is in flight beside experts, and what is lent."""
     dispatch = layer.dispatch
     in_flight = {"none": (), "shared": ("overlap:", "shared"), "chunks": ("overlap:", f"{dispatch.chunks} chunks")}
-    return (dispatch.kind, *in_flight[dispatch.overlap])
+    prices = [f"from {dispatch.loan_rows} rows"] * (layer.placement.ep > layer.placement.nodes)
+    prices += [f"far {dispatch.far_loan_rows} rows"] * (layer.placement.nodes > 1)
+    lent = (f"lends: {plural(dispatch.slots, 'slot')}", *prices) if dispatch.lends else ()
+    return (dispatch.kind, *in_flight[dispatch.overlap], *lent)
 
 
 def _router_lines(layer: LayerPlan) -> tuple[str, ...]:
@@ -163,6 +168,8 @@ def _print_estimate(estimate: Estimate, console: Console) -> None:
             f"{bytes_text(sent[0])} intra-node, {bytes_text(sent[1])} inter-node per token over tp, all layers together"
         )
         grid.add_row(Text("tp bytes", style="dim"), Text(text))
+    if estimate.lending is not None:
+        grid.add_row(Text("lending", style="dim"), Text(_lending_text(estimate.lending)))
     if estimate.checkpointing != "none":
         grid.add_row(Text("recomputation", style="dim"), Text(_recomputation_text(estimate)))
     console.print(grid)
@@ -184,6 +191,14 @@ def _assumes_text(assumes: Assumptions, checkpointing: str) -> str:
         f"{assumes.tokens_per_rank:,} tokens a rank ({sequences} of {assumes.seq_len:,}), {steps}, "
         f"{assumes.precision}, {assumes.optimizer}, checkpointing {checkpointing}, "
         f"{assumes.hardware} with {bytes_text(assumes.memory_bytes)} a rank"
+    )
+
+
+def _lending_text(lending: Lending) -> str:
+    expert, most, memory = map(bytes_text, (lending.expert_bytes, lending.bytes_received, lending.slot_bytes))
+    return (
+        f"an expert is {expert}; a rank borrows up to {most} per layer and micro-batch, and as much gradient returns; "
+        f"slots need {memory}"
     )
 
 

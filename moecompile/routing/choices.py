@@ -35,6 +35,12 @@ class Workload(str, Enum):
     zipf = "zipf"  # expert i is drawn with probability ~ 1 / (i + 1) ** skew
     hot = "hot"  # half of the tokens choose expert 0
     drift = "drift"  # zipf, but the most loaded expert changes at every step
+    hot_block = "hot_block"  # three quarters of the choices go to the first `hot_experts` experts
+    hot_spread = "hot_spread"  # the same, with these experts spread evenly over all
+    ragged = "ragged"  # another hot block in every micro-batch, and so on every rank
+    cold_block = "cold_block"  # the last `hot_experts` experts get nothing
+    rotating = "rotating"  # a hot block that moves by its size at every step
+    burst = "burst"  # a hot block at every fourth step, else uniform
 
 
 class GroupScore(str, Enum):

@@ -21,6 +21,7 @@ ROUTER_NUMBERS: Mapping[str, Whole | Real] = {
     "capacity_factor": Real("(0, inf)", "Use 1.25, or null for dropless"),
     "jitter": Real("[0, 1)", "Use 0.01"),
     "skew": Real("(0, inf)", "Use 1.0"),
+    "hot_experts": Whole(1),
 }
 """Field -> its range."""
 
@@ -75,6 +76,8 @@ class RouterConfig:
     """Synthetic choice of experts for benchmarks (moecompile.ops.workload); weights are the scores of those chosen."""
     skew: float = 1.0
     """Exponent of the workloads `zipf` and `drift`."""
+    hot_experts: int = 1
+    """Experts of the block of the workloads from `hot_block` on."""
 
     def __post_init__(self) -> None:
         for name, allowed in ROUTER_NUMBERS.items():
@@ -120,6 +123,11 @@ class RouterConfig:
             raise ConfigError(
                 "routing.top_k", self.top_k, f"a token cannot use more than experts.num_routed={num_experts} experts",
                 f"Use at most {num_experts}, or raise experts.num_routed",
+            )  # fmt: skip
+        if self.workload != "none" and self.hot_experts >= num_experts > 1:
+            raise ConfigError(
+                "routing.hot_experts", self.hot_experts, f"must be fewer than experts.num_routed={num_experts}",
+                f"Use at most {num_experts - 1}",
             )  # fmt: skip
         if num_experts % self.groups:
             raise ConfigError(

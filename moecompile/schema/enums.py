@@ -130,6 +130,14 @@ class OverlapKind(str, Enum):
     auto = "auto"  # what is predicted to be fastest
 
 
+class DispatchBalance(str, Enum):
+    """Whether ranks with little to do compute experts of other ranks."""
+
+    none = "none"
+    lend = "lend"  # hot experts are lent, decided in each micro-batch
+    auto = "auto"  # lend, if a loan can pay on this mesh
+
+
 class WireDtype(str, Enum):
     """Dtype to which rows are cast for an exchange."""
 

@@ -26,6 +26,8 @@ from moecompile.ops import (
     hops,
     layout,
     rows,
+    slot_experts,
+    slots,
     sorting,
     tokens,
     wire,
@@ -34,7 +36,8 @@ from moecompile.ops import (
 
 DEVICE = "meta"  # the one other device that autograd knows in every build of torch
 _MODULES = (
-    choice, collect, exchange, expert_ffn, expert_gradients, gather, grouped, hops, layout, rows, sorting, tokens, wire,
+    choice, collect, exchange, expert_ffn, expert_gradients, gather, grouped, hops, layout, rows, slot_experts, slots,
+    sorting, tokens, wire,
     workload,
 )  # fmt: skip
 _OURS = {

@@ -89,6 +89,27 @@ def test_four_ranks_on_two_nodes() -> None:
         assert_equal(trace, reference("deepseek_v3"))
 
 
+# On hardware that computes so slowly a loan always pays.
+LENT = ["mesh.ranks_per_node=2", "dispatch.balance=lend", "hardware.tflops=1e-9"]
+LENDING = {"flat": ["dispatch.kind=flat"], "dedup": ["dispatch.kind=dedup"]}
+
+
+def _lent(rank: int, world_size: int) -> dict[tuple[str, str], job.Trace]:
+    """Fused and not, with biases, transposed, interleaved, top-1 with drops."""
+    return {
+        (architecture, kind): job.sharded(rank, world_size, architecture, torch.float32, [*LENT, *overrides])
+        for architecture in ARCHITECTURES
+        for kind, overrides in LENDING.items()
+    }
+
+
+@pytest.mark.slow
+def test_lent_experts_equal_transformers_in_one_process() -> None:
+    for (architecture, kind), trace in run_distributed_test(_lent, 2, timeout_s=170)[0].items():
+        assert_equal(trace, reference(architecture))
+        assert trace.grads, (architecture, kind)
+
+
 def test_experts_and_routers_have_large_gradients() -> None:
     """Else agreement would say little."""
     grads = reference("mixtral").grads

@@ -6,6 +6,7 @@ It waits for a copy to pinned memory that was started before rows were put in or
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from moecompile.passes.fuse import Fuse
 from moecompile.passes.lower import experts_calls
 from moecompile.passes.shard import bind_axes, device_mesh_of
 from moecompile.pipeline import transform
-from moecompile.plan import IN_FLIGHT
+from moecompile.plan import IN_FLIGHT, LENDING
 from tests.distributed import dispatch_job as job
 from tests.distributed.device import CopyEvent, DeviceTensor, HostWaits
 from tests.distributed.dispatch_job import Case
@@ -32,7 +33,10 @@ CASES = [
     for kind in job.KINDS
     for routing in ("uniform", "drops")
 ]  # fmt: skip
+LENT = [replace(case, slots=1) for case in CASES if case.kind in LENDING and case.routing == "uniform"]
+LENT += [replace(case, slots=1, chunks=2) for case in CASES if case.kind == "dedup"]
 CASES += [replace(case, chunks=chunks) for case in CASES if case.kind in IN_FLIGHT for chunks in (1, 2)]
+CASES += LENT
 
 
 class _BlockOfHeld(Block):
@@ -71,17 +75,21 @@ def _waits(rank: int, world_size: int) -> list[Found]:
             out = module(x.requires_grad_(), DeviceTensor(case.ids(rank)), weights.requires_grad_())
         with HostWaits() as backward:
             out.backward(grad)
-        same = torch.equal(out.held.detach(), wanted["output"]) and torch.equal(x.grad.held, wanted["x"])
+        # On a device, own and borrowed experts are one call, which adds up in another order than two.
+        equal = partial(torch.allclose, rtol=1e-12, atol=1e-12) if case.slots else torch.equal
+        same = equal(out.held.detach(), wanted["output"]) and equal(x.grad.held, wanted["x"])
         found.append((forward.found, forward.meanwhile, backward.found, same))
     return found
 
 
 @pytest.fixture(scope="module")
 def found() -> list[list[Found]]:
-    return run_distributed_test(_waits, 4, timeout_s=60)
+    return run_distributed_test(_waits, 4, timeout_s=120)
 
 
-IDS = [f"{case.kind}-{case.routing}-{case.chunks}-{form}" for form in ("lowered", "fused") for case in CASES]
+IDS = [
+    f"{case.kind}-{case.routing}-{case.chunks}-{case.slots}-{form}" for form in ("lowered", "fused") for case in CASES
+]
 
 
 @pytest.mark.parametrize("number", range(2 * len(CASES)), ids=IDS)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moecompile.errors import ConfigError
 from moecompile.nn import Router, set_random_key
 from tests.tiny import a_router, tokens
 
@@ -260,6 +261,40 @@ def test_workloads_draw_anew_at_every_step_and_micro_batch(workload: str) -> Non
         set_random_key(layer, 0, step, micro_batch)
         seen.add(str(layer(tokens(32))[1].sort(1).values.tolist()))
     assert len(seen) == 3
+
+
+# Kind -> experts that get three quarters of the choices (none: uniform) in (step, micro-batch).
+BLOCKS = {
+    "hot_block": {(0, 0): {0, 1}, (3, 5): {0, 1}},
+    "hot_spread": {(0, 0): {0, 4}, (3, 5): {0, 4}},
+    "ragged": {(0, 0): {0, 1}, (3, 1): {2, 3}, (0, 5): {2, 3}},
+    "rotating": {(0, 3): {0, 1}, (2, 0): {4, 5}, (4, 0): {0, 1}},
+    "burst": {(0, 0): set(), (2, 0): set(), (3, 0): {0, 1}, (7, 4): {0, 1}},
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_block_of_experts_gets_three_quarters(kind: str) -> None:
+    num_tokens, layer = 4000, router(workload=kind, top_k=1, hot_experts=2)
+    for (step, micro_batch), block in BLOCKS[kind].items():
+        set_random_key(layer, 0, step, micro_batch)
+        counts = load(layer(tokens(num_tokens))[1].tolist())
+        for expert, count in enumerate(counts):
+            p = (0.375 if expert in block else 0.25 / 6) if block else 1 / EXPERTS
+            assert abs(count - p * num_tokens) < 5 * math.sqrt(p * num_tokens), (kind, step, micro_batch, expert)
+
+
+def test_a_cold_block_gets_nothing() -> None:
+    counts = load(ids_of(router(workload="cold_block", top_k=2, hot_experts=3), 2000))
+    assert counts[-3:] == [0, 0, 0]
+    assert all(abs(count - 800) < 5 * math.sqrt(800) for count in counts[:-3])
+
+
+def test_a_block_is_smaller_than_the_layer() -> None:
+    with pytest.raises(
+        ConfigError, match=r"routing.hot_experts=8: must be fewer than experts.num_routed=8. Use at most 7"
+    ):
+        router(workload="hot_block", hot_experts=8)
 
 
 def test_a_workload_may_overflow_the_capacity() -> None:

@@ -111,7 +111,7 @@ class Wire:
 def test_backward_travels_the_other_way(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks, of which this one sends 3 + 1 rows and receives 2 + 4: on one rank the two could not differ."""
     wire = Wire()
-    monkeypatch.setattr("moecompile.ops.exchange._exchange", wire)
+    monkeypatch.setattr("moecompile.ops.exchange.exchange_rows", wire)
     numbers = torch.tensor([[[3, 9], [1, 9]], [[2, 9], [4, 9]]])
     there, back = ([2, 4], [3, 1]) if reverse else ([3, 1], [2, 4])
     rows = torch.randn(sum(there), 5, requires_grad=True)
@@ -124,7 +124,7 @@ def test_backward_travels_the_other_way(reverse: bool, monkeypatch: pytest.Monke
 
 def test_assignments_come_back_the_other_way_too(monkeypatch: pytest.MonkeyPatch) -> None:
     wire = Wire()
-    monkeypatch.setattr("moecompile.ops.exchange._exchange", wire)
+    monkeypatch.setattr("moecompile.ops.exchange.exchange_rows", wire)
     numbers = torch.tensor([[[9, 3], [9, 1]], [[9, 2], [9, 4]]])
     weights = torch.randn(4, requires_grad=True)
     sent, codes = op.exchange_assignments(weights, torch.zeros(4, dtype=torch.int16), numbers, 1, "ep")

@@ -21,6 +21,7 @@ COUNTS_E = torch.tensor([2, 1, 3, 0])
 DROPPED_TK = torch.tensor([[2, 4], [4, 4], [0, 2]])  # 4 is nobody: token 1 has no expert
 REAL_T = torch.tensor([True, False, True])
 KEPT_R = torch.tensor([4, 0, 5])
+SOURCE_R = torch.tensor([0, 2, 1, 0, 1, 2])
 KEY = torch.tensor([1, 2, 3, 4])
 
 
@@ -98,6 +99,38 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "sort_received": lambda _: (values(4), torch.tensor([1, 2, 1, 4], dtype=torch.int16), 3),
     "sort_gathered": lambda _: (
         values(3, 2), IDS_TK.to(torch.int16), torch.tensor([[3, 3, 0]]), torch.tensor([[[3, 3, 0]]] * 2), 2,
+    ),
+    "grouped_mm_slots": lambda _: (values(6, 4), values(2, 5, 4), values(2, 5, 4, seed=1), COUNTS_E),
+    "grouped_mm_slots: nothing borrowed": lambda _: (
+        values(3, 4), values(2, 5, 4), values(2, 5, 4, seed=1), torch.tensor([2, 1, 0, 0]),
+    ),
+    "grouped_mm_slots_input_grad": lambda _: (
+        values(6, 5).detach(), values(2, 5, 4).detach(), values(2, 5, 4).detach(), COUNTS_E,
+    ),
+    "grouped_mm_slots_weight_grad": lambda _: (
+        values(6, 5).detach(), values(6, 4).detach(), values(2, 5, 4).detach(), values(2, 5, 4).detach(), COUNTS_E,
+    ),
+    "expert_ffn_slots": lambda _: (
+        values(3, 4), SOURCE_R, values(6), COUNTS_E, values(2, 6, 4), values(2, 4, 3), values(2, 6, 4, seed=1),
+        values(2, 4, 3, seed=1),
+    ),
+    "expert_ffn_slots: nothing borrowed": lambda _: (
+        values(3, 4), SOURCE_R, values(6), torch.tensor([2, 4, 0, 0]), values(2, 6, 4), values(2, 4, 3),
+        values(2, 6, 4, seed=1), values(2, 4, 3, seed=1),
+    ),
+    "expert_ffn_slots_backward": lambda _: (
+        values(3, 4).detach(), values(3, 4).detach(), SOURCE_R, COUNTS_E, *(
+            values(*shape).detach() for shape in ((2, 6, 4), (2, 4, 3), (2, 6, 4), (2, 4, 3))
+        ),
+        [values(3, 6).detach(), SOURCE_R[:3].to(torch.int32), values(3).detach()],
+        [values(3, 6).detach(), SOURCE_R[3:].to(torch.int32), values(3).detach()],
+    ),
+    "local_experts": lambda _: (values(6, 4), 3),
+    "gather_counts": lambda axis: (COUNTS_E, axis),
+    "to_slots": lambda _: (DROPPED_TK, torch.tensor([[1, 0, 2, 0], [0, 1, 7, 0]]), torch.tensor(0), 1, 1, 0, 0),
+    "lend_experts": lambda axis: ([values(4, 3, 2), values(4, 5)], torch.tensor([[2, 0, 4]]), axis),
+    "return_gradients": lambda axis: (
+        [values(2, 3, 2).detach(), values(2, 5).detach()], 4, torch.tensor([[2, 0, 4]]), axis,
     ),
     "expert_bias": lambda _: (values(4, 5), COUNTS_E, values(6, 4).detach()),
     "sum_experts": lambda _: (values(6, 5).detach(), COUNTS_E),
@@ -201,6 +234,8 @@ DIFFERENTIABLE = [
     "pad_tokens", "trim_tokens", "take_local", "wire_cast", "wire_uncast", "all_gather", "reduce_scatter",
     "gather_assignments", "expert_ffn", "sort_assignments", "sort_assignments: dropped", "sort_received",
     "sort_gathered", "cut_tokens", "join_tokens", "sum_ranks", "join_columns", "cut_columns",
+    "sort_gathered", "grouped_mm_slots", "grouped_mm_slots: nothing borrowed", "expert_ffn_slots",
+    "expert_ffn_slots: nothing borrowed", "local_experts",
 ]  # fmt: skip
 
 
@@ -214,9 +249,31 @@ def test_gradients_equal_finite_differences(name: str, axis: str) -> None:
     torch.autograd.gradcheck(floating, SAMPLES[name](axis))
 
 
+def test_gradients_of_borrowed_experts_come_home(axis: str) -> None:
+    """A list of tensors is something that `gradcheck` does not take; expert 2 is lent twice."""
+    table = torch.tensor([[2, 0, 2, 4]])
+
+    def borrowed(*weights: Tensor) -> tuple[Tensor, ...]:
+        return tuple(op.lend_experts(list(weights), table, axis))
+
+    weights = values(4, 3, 2), values(4, 5)
+    assert torch.equal(borrowed(*weights)[1], weights[1][[2, 0, 2]])
+    torch.autograd.gradcheck(borrowed, weights)
+
+
+def test_without_a_loan_nothing_travels_and_no_gradient_is_added(axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.distributed, "all_to_all_single")
+    weights = values(4, 3, 2), values(4, 5)
+    borrowed = op.lend_experts(list(weights), torch.tensor([[4, 4]]), axis)
+    assert [tuple(weight.shape) for weight in borrowed] == [(0, 3, 2), (0, 5)]
+    torch.autograd.backward([weight.sum() for weight in borrowed])
+    assert weights[0].grad is None and weights[1].grad is None
+
+
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_outputs_that_are_indices_have_no_gradient(name: str, axis: str) -> None:
     out = getattr(op, op_of(name))(*SAMPLES[name](axis))
     for tensor in out if isinstance(out, tuple) else (out,):
         # expert_ffn also returns what its backward needs.
-        assert tensor.requires_grad == (tensor.is_floating_point() and (name != "expert_ffn" or tensor is out[0]))
+        keeps = name.startswith("expert_ffn")
+        assert tensor.requires_grad == (tensor.is_floating_point() and (not keeps or tensor is out[0]))

@@ -21,6 +21,7 @@ from moecompile.plan import (
 )
 from moecompile.planner import ModelFacts, RunFacts, estimate
 from moecompile.report.plan_tables import print_plan
+from tests.plan.plans import a_plan
 from tests.report.test_console import printed, words
 
 
@@ -155,6 +156,21 @@ def test_everything_that_is_decided_about_the_router_is_shown() -> None:
         "with bias", "capacity 1.25", "by score", "jitter 0.01", "workload: zipf", "micro_batch loss", "0.01", "z loss",
     ):  # fmt: skip
         assert part in text, part
+
+
+def test_lending_is_shown_with_slots_prices_memory_and_bytes() -> None:
+    assert "lend" not in printed(lambda console: print_plan(a_plan(), console))
+    shown = printed(lambda console: print_plan(a_plan("dispatch.balance=lend"), console))
+    # An expert: two matrices of 16 x 12 in, one out with its bias, 592 numbers, 2,368 bytes.
+    rows = [" ".join(row.split()) for row in shown.splitlines()]
+    assert any(row.endswith("lends: 2 slots") for row in rows)
+    assert any(row.endswith("from 69 rows") for row in rows) and any(row.endswith("far 69 rows") for row in rows)
+    text = " ".join(rows)
+    assert (
+        "lending an expert is 2.31 KiB; a rank borrows up to 4.62 KiB per layer and micro-batch, and as much gradient "
+        "returns; slots need 13.9 KiB"
+    ) in text
+    assert "forward: gather_counts, exchange_counts, lend_experts, all_to_all, exchange_assignments" in text
 
 
 @pytest.mark.parametrize(("overlap", "chunks", "shown"), [("shared", 1, "shared"), ("chunks", 2, "2 chunks")])

@@ -27,6 +27,7 @@ READERS = {
     "planner/traffic.py": "rows and bytes follow from choice, top-k, groups and capacity",
     "planner/activations.py": "rows that are kept follow from top-k",
     "planner/params.py": "parameters that a token uses, and the router's bias",
+    "planner/lending.py": "rows that a loan may move follow from top-k",
     "planner/existing.py": "holds a config against experts that a model has already",
     "plan/existing.py": "what is known of a router that a model has already",
     "passes/scaling.py": "what the weights of a token sum to",

@@ -71,6 +71,8 @@ class RoutingConfig:
     """Routing that ignores the router's choice, for benchmarks."""
     skew: float = 1.0
     """Exponent of the workloads zipf and drift, positive: expert i is drawn with probability ~ 1 / (i + 1) ** skew."""
+    hot_experts: int = 1
+    """Experts of the block that the workloads from hot_block on make hot (or cold), 1 or more."""
     allow_future: bool = False
     """Allows expert choice in a causal model, where it depends on future tokens."""
     replay: Optional[str] = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Optional, Union
 
-from moecompile.schema.enums import DispatchKind, OverlapKind, Precision, Schedule, WireDtype
+from moecompile.schema.enums import DispatchBalance, DispatchKind, OverlapKind, Precision, Schedule, WireDtype
 
 
 @dataclass(kw_only=True)
@@ -169,3 +169,8 @@ class DispatchConfig:
     other parts of the tokens (`chunks`), or what is predicted to be fastest (`auto`)."""
     chunks: Union[int, str] = "auto"
     """Parts of a micro-batch's tokens with `overlap=chunks`, 2 or more; `auto`: 2 or 4, predicted to be faster."""
+    balance: DispatchBalance = DispatchBalance.none
+    """Whether experts with many tokens are lent to ranks with few, decided in each micro-batch: never (`none`), where
+    it saves time (`lend`), or `lend` if a loan can pay on this mesh (`auto`)."""
+    slots: Union[int, str] = "auto"
+    """Experts that a rank can borrow at once, 1 or more; `auto`: 2, or as many as other ranks have."""

@@ -1,0 +1,106 @@
+"""Plans the lending of experts: slots, the price of a loan in rows, and whether a loan can pay on a mesh.
+
+D, F: widths of the model and of an expert; n: linears before the activation; P: numbers of an expert; b: bytes of one.
+
+1. Computing a row takes 3 * 2 (n + 1) D F operations: forward, and twice as many in backward.        -> `_row_seconds`
+2. A loan sends an expert there and its gradient back, 2 P b bytes, on one link. Its price is the number of rows that
+   are computed in that time, rounded up.                                                              -> `_loan_rows`
+3. Lending can pay if a loan costs fewer rows than a rank computes on average. No loan moves more rows than that, or the
+   borrower would have more than the mean. `auto` lends if this holds for the cheapest link of an EP group.
+4. Weights of borrowed experts are kept until backward, in all layers (in one at a time with checkpointing=full), and
+   their gradients in one layer at a time.                                                             -> `lending`
+In each micro-batch, moecompile.ops.lending decides with these prices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from moecompile.errors import ConfigError
+from moecompile.mesh import MeshSpec
+from moecompile.plan import (
+    LENDING,
+    DispatchPlan,
+    ExpertPlacement,
+    LayerPlan,
+    Lending,
+    PlannedSite,
+    RoutingPlan,
+    check_lends,
+)
+from moecompile.planner.params import RunFacts, ffn_params
+from moecompile.ranges import Whole
+from moecompile.schema import Config, DispatchBalance, Precision
+
+SLOTS = 2  # of `auto`: with one slot, a rank that borrows the rest of a hot expert cannot take anything else
+
+
+def plan_lending(
+    config: Config, mesh: MeshSpec, site: PlannedSite, d_expert: int, kind: str, routing: RoutingPlan,
+    placement: ExpertPlacement,
+) -> DispatchPlan:  # fmt: skip
+    """A dispatch of this kind that lends, or does not.
+
+    Raises:
+        ConfigError: the kind of dispatch cannot lend, or the number of slots is not possible.
+    """
+    balance, slots = config.dispatch.balance, config.dispatch.slots
+    if balance is DispatchBalance.none:
+        if slots != "auto":
+            raise ConfigError(
+                "dispatch.slots", slots, "needs lending, but dispatch.balance=none",
+                "Use dispatch.balance=lend, or slots=auto",
+            )  # fmt: skip
+        return DispatchPlan(kind=kind)
+    if mesh.tp > 1:
+        if balance is DispatchBalance.auto:
+            return DispatchPlan(kind=kind)
+        raise ConfigError("dispatch.balance", "lend", f"experts are not lent with mesh.tp={mesh.tp}", "Use none")
+    number = _slots(slots, placement)
+    check_lends(kind, balance.value)
+    near, far = _loan_rows(config, mesh, site, d_expert)
+    rows = config.data.micro_batch_size * config.data.seq_len * routing.top_k
+    cheapest = near if mesh.ep > mesh.nodes_per_ep_group else far
+    if balance is DispatchBalance.auto and (kind not in LENDING or cheapest >= rows):
+        return DispatchPlan(kind=kind)
+    return DispatchPlan(kind=kind, balance="lend", slots=number, loan_rows=near, far_loan_rows=far)
+
+
+def _slots(slots: int | str, placement: ExpertPlacement) -> int:
+    others = placement.num_experts - placement.experts_per_rank
+    if slots == "auto":
+        return min(SLOTS, others)
+    Whole(1).check("dispatch.slots", slots)
+    if int(slots) > others > 0:
+        raise ConfigError(
+            "dispatch.slots", slots, f"other ranks have only {others} experts (experts.num_routed, mesh.ep)",
+            f"Use at most {others}",
+        )  # fmt: skip
+    return int(slots)
+
+
+def _row_seconds(config: Config, site: PlannedSite, d_expert: int) -> float:
+    """Step 1."""
+    forward = 2 * (site.num_in_projections + 1) * site.d_model * d_expert
+    return 3 * forward / (config.hardware.tflops * 1e12)
+
+
+def _loan_rows(config: Config, mesh: MeshSpec, site: PlannedSite, d_expert: int) -> tuple[int, int]:
+    """Price of a loan in rows, within a node and across nodes (step 2)."""
+    number_bytes = 2 if config.trainer.precision is Precision.bf16_params else 4
+    both_ways = 2 * ffn_params(site, d_expert) * number_bytes
+    row = _row_seconds(config, site, d_expert)
+    links = (config.hardware.intra_node_gb_s, config.hardware.inter_node_gb_s)
+    near, far = (math.ceil(both_ways / (link * 1e9) / row) for link in links)
+    return near, far if mesh.nodes_per_ep_group > 1 else 0
+
+
+def lending(layers: Sequence[LayerPlan], run: RunFacts) -> Lending | None:
+    """What it costs at most."""
+    experts = [ffn_params(layer.site, layer.experts.d_expert) * run.compute_bytes for layer in layers]
+    slots = [layer.dispatch.slots * size for layer, size in zip(layers, experts, strict=True)]
+    if not any(slots):
+        return None
+    kept = max(slots) if run.checkpointing == "full" else sum(slots)
+    return Lending(expert_bytes=max(experts), bytes_received=max(slots), slot_bytes=kept + max(slots))
