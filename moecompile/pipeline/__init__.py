@@ -1,6 +1,6 @@
 """The compilation pipeline, and the Python API built on it.
 
-capture -> match -> build_plan -> rewrite -> lower -> fuse -> shard
+capture -> match -> build_plan -> rewrite -> fold -> lower -> overlap -> fuse -> shard
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ class Compilation:
     """The result of a compilation.
 
     graphs: stage -> region -> its graph, for display. step0: whether outputs on the example stay equal. regions: the
-    captured regions of a model on the meta device, to fill in its values later. notes: for the user, about the plan
-    (what was read from the model).
+    captured regions of a model on the meta device, to fill in its values later. notes: about the plan, for the user.
     """
 
     model: nn.Module
@@ -96,8 +95,7 @@ def compile_model(
         example: inputs of one forward: keyword tensors, a tuple, or a tensor.
         plan: use this plan instead of making one.
         device_mesh: for `until="shard"`; by default created from the plan.
-        until: `rewrite` (one device), `lower` (exchanges on logical axes, and fused experts if the plan says so; the
-            default) or `shard`.
+        until: `rewrite` (one device), `lower` (exchanges on logical axes; the default) or `shard`.
 
     Returns:
         `model`; if the model itself is a region, its GraphModule instead.
@@ -249,9 +247,8 @@ def _check(model: nn.Module, example: Example, plan: Plan | None, device_mesh: D
     if any(hasattr(module, _PLAN) for module in model.modules()):
         raise PlanError("model", type(model).__name__, "is compiled already", "Compile a freshly built model")
     if until == "shard" and device_mesh is None and not dist.is_initialized():
-        raise ConfigError(
-            "until", until, "sharding needs a process group", "Call torch.distributed.init_process_group, or use lower"
-        )
+        fix = "Call torch.distributed.init_process_group, or use lower"
+        raise ConfigError("until", until, "sharding needs a process group", fix)
 
 
 def _planned(
