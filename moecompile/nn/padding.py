@@ -182,7 +182,7 @@ class _Warner:
         self.left = 20  # forwards that are looked at: each look waits for the device
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.left or not model.training:
+        if torch.compiler.is_compiling() or not self.left or not model.training:
             return
         padded = [name for name, mask in masks_of(model, args, kwargs).items() if mask.dim() == 2 and not mask.all()]
         self.left = 0 if padded else self.left - 1

@@ -73,7 +73,7 @@ def plan_fields(plan: Plan) -> dict[str, object]:
     if plan.estimate is not None:
         estimate = dataclasses.asdict(plan.estimate)
         estimate["memory_bytes_per_rank"]["total"] = plan.estimate.memory_bytes_per_rank.total
-        fields |= estimate
+        fields |= {name: value for name, value in estimate.items() if value is not None}  # None: no layer lends
     return fields
 
 

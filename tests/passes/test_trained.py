@@ -87,7 +87,7 @@ def test_a_choice_that_is_printed() -> None:
     first = frozen(model.get_submodule("blocks.0") if hasattr(model, "blocks") else model)
     count = sum(parameter.numel() for parameter in first.parameters())
     compiled = compile_with_report(model, COPY4, example=ids())
-    assert compiled.notes == [
+    assert compiled.notes[:1] == [
         f"{count:,} of the model's {total:,} weights are frozen. Experts that are made from frozen weights stay frozen; "
         "new routers (and reinitialized experts) are trained"
     ]
