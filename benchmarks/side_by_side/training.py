@@ -40,7 +40,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, 
     loss = model(input_ids=ids, labels=ids).loss / divisor
     loss.backward()
     if getattr(model, "keeps_some_whole", False):
-        sum_replicated(model.parameters())
+        sum_replicated(model.parameters(), dist.group.WORLD)
     before_update = time.process_time()
     optimizer.step()
     optimizer.zero_grad()
