@@ -84,13 +84,20 @@ def test_a_choice_that_is_printed() -> None:
     model = TinyGPT()
     assert compile_with_report(TinyGPT(), COPY4, example=ids()).notes == []
     total = sum(parameter.numel() for parameter in model.parameters())
-    first = frozen(model.get_submodule("blocks.0") if hasattr(model, "blocks") else model)
-    count = sum(parameter.numel() for parameter in first.parameters())
+    block = frozen(model.get_submodule("blocks.0") if hasattr(model, "blocks") else model)
+    count = sum(parameter.numel() for parameter in block.parameters())
     compiled = compile_with_report(model, COPY4, example=ids())
-    assert compiled.notes[:1] == [
+    first, *counts = compiled.notes
+    assert first == (
         f"{count:,} of the model's {total:,} weights are frozen. Experts that are made from frozen weights stay frozen; "
         "new routers (and reinitialized experts) are trained"
-    ]
+    )
+    parameters = [*compiled.model.parameters()]  # embeddings, attention and norms of both layers, experts, routers
+    said = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in counts}
+    assert said == {
+        "trained:": sum(p.numel() for p in parameters if p.requires_grad),
+        "frozen:": sum(p.numel() for p in parameters if not p.requires_grad),
+    }
     text = StringIO()
     print_plan(compiled.plan, Console(file=text, width=200), compiled.notes)
     assert "weights are frozen" in text.getvalue()

@@ -102,8 +102,8 @@ def reports(
             tiny_models.randomize(model)
             model.save_pretrained(root / "folders" / name)
             tokenizer.save_pretrained(root / "folders" / name)
-    two = run_distributed_test(train_on_two, 2, root, names, timeout_s=1800)[0]
-    one = run_distributed_test(resume_on_one, 1, root, names, timeout_s=1800)[0]
+    two = run_distributed_test(train_on_two, 2, root, names, timeout_s=900)[0]
+    one = run_distributed_test(resume_on_one, 1, root, names, timeout_s=900)[0]
     return {name: (two[name], one[name]) for name in names}
 
 
