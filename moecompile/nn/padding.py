@@ -23,8 +23,6 @@ from moecompile.torch_private import in_backward
 ENCODER, DECODER = "attention_mask", "decoder_attention_mask"
 _INVERTED = "src_key_padding_mask"  # of torch's own layers: true where padding is
 _PACKED = ("cu_seq_lens_q", "cu_seqlens")  # ends of the sequences of a pack; what comes after the last is padding
-MASKS = (ENCODER, DECODER, _INVERTED, *_PACKED)
-"""Arguments of a model in which padding is found."""
 
 
 class Padding:
@@ -205,7 +203,7 @@ class _Forgetter:
 
 
 def masks_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The padding masks among the arguments of a call of `model`, by argument (see `MASKS`)."""
+    """The padding masks among the arguments of a call of `model`, by argument."""
     given = dict(kwargs)
     if args:
         names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]

@@ -84,20 +84,14 @@ def train(
         history_path=run_dir / LOAD_HISTORY,
     )
     meter, saver = TrafficMeter(mesh), Saver(run_dir, plan, config, metrics, start, known)
-    routes = routes_observer(
-        model,
-        config,
-        run_dir,
-        rank=mesh.batch_index(rank),
-        accumulate=accumulation_steps(config, mesh),
-        first_step=first_step,
-    )
+    place, accumulate = mesh.batch_index(rank), accumulation_steps(config, mesh)
+    routes = routes_observer(model, config, run_dir, rank=place, accumulate=accumulate, first_step=first_step)
     observers = [metrics, meter, saver] if routes is None else [routes, metrics, meter, saver]
     trainer = make_trainer(config, mesh, run_dir, observers, start=None if start is None else start[0],
                            first_step=first_step, materialize=materialize)  # fmt: skip
-    val = val_loader(data.val, config.data, rank=mesh.batch_index(rank), world_size=mesh.num_batches)
+    val = val_loader(data.val, config.data, rank=place, world_size=mesh.num_batches)
     fit = train_loader(
-        data.train, config.data, seed=config.seed, rank=mesh.batch_index(rank), world_size=mesh.num_batches,
+        data.train, config.data, seed=config.seed, rank=place, world_size=mesh.num_batches,
         start_step=first_step, num_steps=max_steps - first_step,
     )  # fmt: skip
     if start is None:
@@ -108,14 +102,21 @@ def train(
         checkpoint = saver.finish(trainer, module)
         if max_steps % config.trainer.val_interval or first_step == max_steps:  # else validated within fit
             trainer.validate(module, val, verbose=False)
+    return _outcome(trainer.global_step, metrics, meter, saver.val_loss_first, module.val_loss, checkpoint)
+
+
+def _outcome(
+    steps: int, metrics: Metrics, meter: TrafficMeter, val_loss_first: float | None, val_loss: float,
+    checkpoint: Path | None,
+) -> Outcome:  # fmt: skip
     tally = metrics.tally
     return Outcome(
-        steps=trainer.global_step,
+        steps=steps,
         steps_skipped=tally.steps_skipped,
         loss_first=tally.loss_first,
         loss_last=tally.loss_last,
-        val_loss_first=saver.val_loss_first,
-        val_loss=module.val_loss,
+        val_loss_first=val_loss_first,
+        val_loss=val_loss,
         tokens_per_second=tally.tokens_per_second,
         max_violation_last=tally.max_violation_last,
         max_violation_mean_last=tally.steps.mean_of_last("max_violation"),

@@ -44,8 +44,8 @@ def _described(config: Config) -> list[str]:
     if not is_described(config.workload):
         return []
     return [
-        f"the time is that of the layout which workload={config.workload.name} describes; this package runs expert and "
-        "data parallelism alone, and its memory is that of a plan without the other axes"
+        f"the time is that of the layout which workload={config.workload.name} describes; this package runs expert, "
+        "tensor and data parallelism, and the memory is that of `mesh`, not of the described axes"
     ]
 
 

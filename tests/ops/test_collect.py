@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +18,6 @@ from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.errors import MoecompileError
 from moecompile.nn import Experts
 from moecompile.nn.existing import ExistingExperts, MatrixExperts
-from moecompile.ops.cpu import native
 from moecompile.ops.cpu.products import faster_wide
 
 op = torch.ops.moecompile
@@ -30,17 +29,6 @@ COUNTS = {
     "many": [[300, 20, 0, 0], [0, 0, 0, 0], [250, 7, 0, 0], [1, 0, 700, 0]],
     "one": [[200, 300, 0, 10]],
 }
-
-
-@pytest.fixture(params=["compiled", "torch"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    native.kernels.cache_clear()
-    if request.param == "torch":
-        monkeypatch.setenv("MOECOMPILE_NATIVE", "0")
-    elif native.kernels() is None:
-        pytest.skip("there is no C++ compiler")
-    yield
-    native.kernels.cache_clear()
 
 
 class SwiGLU(nn.Module):

@@ -20,18 +20,6 @@ op = torch.ops.moecompile
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-2}  # relative to the largest entry
 
 
-@pytest.fixture(params=["compiled", "torch"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Both ways to compute the activation."""
-    native.kernels.cache_clear()
-    if request.param == "torch":
-        monkeypatch.setenv("MOECOMPILE_NATIVE", "0")
-    elif native.kernels() is None:
-        pytest.skip("there is no C++ compiler")
-    yield
-    native.kernels.cache_clear()
-
-
 @pytest.fixture(params=["narrow", "wide", "tiles"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The ways to multiply bf16 on processors that are unlike this one."""
