@@ -28,9 +28,9 @@ from tests.existing_models import moe_model
 from tests.tiny import randomize, tiny_llama
 
 TWO_BY_TWO = ["mesh.num_nodes=2", "mesh.ranks_per_node=2", "mesh.ep=4"]
-TWO_RANKS = {
+TWO_RANKS = {"dedup": ["mesh.ranks_per_node=2", "dispatch.kind=dedup"]}
+MORE_ON_TWO = {
     "flat": ["mesh.ranks_per_node=2", "dispatch.kind=flat"],
-    "dedup": ["mesh.ranks_per_node=2", "dispatch.kind=dedup"],
     "chunks": ["mesh.ranks_per_node=2", "dispatch.kind=dedup", "dispatch.overlap=chunks", "dispatch.chunks=2"],
     "ep 1": ["mesh.ranks_per_node=2", "mesh.ep=1"],
 }
@@ -113,8 +113,10 @@ def job(rank: int, world_size: int, meshes: dict[str, list[str]]) -> dict[tuple[
 
 
 @cache
-def ranks(world_size: int) -> list[dict[tuple[str, ...], Found]]:
-    return run_distributed_test(job, world_size, TWO_RANKS if world_size == 2 else FOUR_RANKS, timeout_s=240)
+def ranks(mesh: str) -> list[dict[tuple[str, ...], Found]]:
+    """All meshes of one launch."""
+    meshes = next(meshes for meshes in (TWO_RANKS, MORE_ON_TWO, FOUR_RANKS) if mesh in meshes)
+    return run_distributed_test(job, 4 if meshes is FOUR_RANKS else 2, meshes, timeout_s=240)
 
 
 @cache
@@ -133,9 +135,14 @@ def reference(name: str, world_size: int) -> tuple[list[Tensor], dict[str, Tenso
     return logits, {path: p.grad for path, p in model.named_parameters() if p.grad is not None}
 
 
+def first_of(mesh: str) -> str:
+    """The first mesh of the launch that has `mesh`."""
+    return next(next(iter(meshes)) for meshes in (TWO_RANKS, MORE_ON_TWO, FOUR_RANKS) if mesh in meshes)
+
+
 def check(name: str, mesh: str, world_size: int) -> None:
     logits, grads = reference(name, world_size)
-    for rank, found in enumerate(ranks(world_size)):
+    for rank, found in enumerate(ranks(first_of(mesh))):
         plain = found[name, mesh, "plain", ""]
         for again in ("", "keep_exchanges"):
             padded = found[name, mesh, "padded", again]
@@ -153,6 +160,13 @@ def check(name: str, mesh: str, world_size: int) -> None:
 @pytest.mark.parametrize("mesh", TWO_RANKS)
 @pytest.mark.parametrize("name", ["mixtral", "llama"])
 def test_two_ranks(name: str, mesh: str) -> None:
+    check(name, mesh, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MORE_ON_TWO)
+@pytest.mark.parametrize("name", ["mixtral", "llama"])
+def test_two_ranks_with_other_dispatch(name: str, mesh: str) -> None:
     check(name, mesh, 2)
 
 
