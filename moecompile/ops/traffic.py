@@ -1,4 +1,4 @@
-"""Counts the bytes that forward exchanges send to each rank."""
+"""Counts the bytes that forward exchanges, and the optimizer, send to each rank."""
 
 from __future__ import annotations
 
@@ -30,3 +30,4 @@ class TrafficCounter:
 
 
 traffic = TrafficCounter()
+optimizer_traffic = TrafficCounter()

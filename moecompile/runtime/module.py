@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from moecompile.errors import ConfigError
@@ -20,11 +18,12 @@ from moecompile.nn.padding import ENCODER, padding_of
 from moecompile.runtime.data import IGNORED
 from moecompile.runtime.objective import is_encoder_decoder
 from moecompile.runtime.strategy import groups_of
+from moecompile.runtime.weight_groups import make_optimizer
 from moecompile.schema import OptimizerConfig
 
 
 class LanguageModule(LightningModule):
-    """A language model with AdamW, for `ExpertParallelStrategy(loss="sum")`.
+    """A language model with AdamW or Muon, for `ExpertParallelStrategy(loss="sum")`.
 
     A batch has `input_ids` and `labels`, of chats also `attention_mask` (1 for a token, 0 for padding) and, if several
     chats share a row, `position_ids`. The labels of a causal model are its inputs, already shifted; those of an
@@ -33,7 +32,7 @@ class LanguageModule(LightningModule):
     Args:
         model: takes `input_ids` (B, S) and returns an object with `logits` (B, S, V); with an encoder and a decoder, it
             also takes `decoder_input_ids` (B, L) and the logits are (B, L, V).
-        optimizer: AdamW, warm-up and decay.
+        optimizer: AdamW or Muon, warm-up and decay.
         max_steps: optimizer steps of the run, for the decay.
 
     Raises:
@@ -108,26 +107,8 @@ class LanguageModule(LightningModule):
             logger.log_metrics({"val_loss": self.val_loss}, step=self.trainer.global_step)
 
     def configure_optimizers(self) -> Any:
-        """AdamW; matrices decay, vectors (norms, biases) do not.
-
-        A group has weights of one device mesh only, because the fused step (one kernel per group) cannot mix meshes.
-        """
-        o = self.optimizer
-        groups: dict[tuple[bool, DeviceMesh | None], list[nn.Parameter]] = {}
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-                groups.setdefault((parameter.ndim > 1, mesh), []).append(parameter)
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": parameters, "weight_decay": o.weight_decay if is_matrix else 0.0}
-                for (is_matrix, _), parameters in groups.items()
-            ],
-            lr=o.lr,
-            betas=(o.betas[0], o.betas[1]),
-            eps=o.eps,
-            fused=True,
-        )
+        """AdamW or Muon, with the schedule (moecompile.runtime.weight_groups)."""
+        optimizer = make_optimizer(self.model, self.optimizer)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -15,6 +15,7 @@ from moecompile.schema.config import (
     LossesConfig,
     MeshConfig,
     ModelConfig,
+    MuonConfig,
     OptimizerConfig,
     PerLayerConfig,
     RoutingConfig,
@@ -22,6 +23,7 @@ from moecompile.schema.config import (
     TaskConfig,
     TrainerConfig,
     VerifyConfig,
+    WeightGroupConfig,
     WorkloadConfig,
 )
 from moecompile.schema.enums import (
@@ -38,8 +40,11 @@ from moecompile.schema.enums import (
     MaskPadding,
     ModelDevice,
     ModelLoad,
+    MuonPrecision,
+    MuonScale,
     Objective,
     OnNan,
+    OptimizerKind,
     OverlapKind,
     Precision,
     RowLayout,
@@ -64,6 +69,7 @@ from moecompile.schema.validation.experts import (
     virtual_group,
 )
 from moecompile.schema.validation.mesh import mesh_spec
+from moecompile.schema.validation.optimizer import group_of
 from moecompile.schema.validation.routing import balance_spec, router_config
 from moecompile.schema.validation.run import accumulation_steps
 from moecompile.schema.workload import is_described, with_workload
@@ -103,9 +109,13 @@ __all__ = [
     "ModelConfig",
     "ModelDevice",
     "ModelLoad",
+    "MuonConfig",
+    "MuonPrecision",
+    "MuonScale",
     "Objective",
     "OnNan",
     "OptimizerConfig",
+    "OptimizerKind",
     "OverlapKind",
     "PerLayerConfig",
     "Precision",
@@ -121,6 +131,7 @@ __all__ = [
     "TrainerConfig",
     "VerifyConfig",
     "VerifyDtype",
+    "WeightGroupConfig",
     "WeightScaling",
     "WireDtype",
     "Workload",
@@ -133,6 +144,7 @@ __all__ = [
     "check_placement",
     "check_selections",
     "check_slices",
+    "group_of",
     "is_described",
     "is_sliced",
     "layer_settings",

@@ -154,6 +154,27 @@ class Precision(str, Enum):
     bf16_params = "bf16_params"  # bf16 weights and activations in every layer, cast from the optimizer's fp32 shards
 
 
+class OptimizerKind(str, Enum):
+    """Which optimizer."""
+
+    adamw = "adamw"
+    muon = "muon"  # Muon for the matrices of hidden layers, AdamW for all other weights
+
+
+class MuonScale(str, Enum):
+    """Factor of Muon's step for a matrix with d_out rows and d_in columns, after `torch.optim.Muon`."""
+
+    match_rms_adamw = "match_rms_adamw"  # 0.2 sqrt(max(d_out, d_in)): as large as AdamW's (Liu et al. 2025, Moonlight)
+    original = "original"  # sqrt(max(1, d_out / d_in)) (Jordan 2024)
+
+
+class MuonPrecision(str, Enum):
+    """Precision of Newton-Schulz steps."""
+
+    fp32 = "fp32"  # or wider, if the weights are
+    bf16 = "bf16"  # as in `torch.optim.Muon`; also half of the bytes that are gathered
+
+
 class Checkpointing(str, Enum):
     """What is recomputed in backward instead of kept."""
 

@@ -15,8 +15,9 @@ from moecompile.schema.config.machine import (
     StackConfig,
     WorkloadConfig,
 )
+from moecompile.schema.config.optimizer import MuonConfig, OptimizerConfig, WeightGroupConfig
 from moecompile.schema.config.root import Config
-from moecompile.schema.config.run import DataConfig, OptimizerConfig, TrainerConfig
+from moecompile.schema.config.run import DataConfig, TrainerConfig
 from moecompile.schema.config.tasks import BenchConfig, ExportConfig, ModelConfig, TaskConfig, VerifyConfig
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "LossesConfig",
     "MeshConfig",
     "ModelConfig",
+    "MuonConfig",
     "OptimizerConfig",
     "PerLayerConfig",
     "RoutingConfig",
@@ -41,5 +43,6 @@ __all__ = [
     "TaskConfig",
     "TrainerConfig",
     "VerifyConfig",
+    "WeightGroupConfig",
     "WorkloadConfig",
 ]

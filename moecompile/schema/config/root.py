@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from moecompile.schema.config.adapters import AdaptersConfig
 from moecompile.schema.config.layers import BalanceConfig, ExpertsConfig, PerLayerConfig, RoutingConfig
 from moecompile.schema.config.machine import DispatchConfig, HardwareConfig, MeshConfig, StackConfig, WorkloadConfig
-from moecompile.schema.config.run import DataConfig, OptimizerConfig, TrainerConfig
+from moecompile.schema.config.optimizer import OptimizerConfig
+from moecompile.schema.config.run import DataConfig, TrainerConfig
 from moecompile.schema.config.tasks import BenchConfig, ExportConfig, ModelConfig, TaskConfig, VerifyConfig
 
 

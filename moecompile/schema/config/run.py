@@ -1,4 +1,4 @@
-"""Config of a training run: `data`, `optimizer` and `trainer`."""
+"""Config of a training run: `data` and `trainer`."""
 
 from __future__ import annotations
 
@@ -54,26 +54,6 @@ class DataConfig:
     mask_padding: MaskPadding = MaskPadding.auto
     """Whether padding is taken out of routing, losses, loads, capacity and exchanges; auto: with chats, and if the
     example that the model is compiled with has a padding mask."""
-
-
-@dataclass(kw_only=True)
-class OptimizerConfig:
-    """`optimizer`: AdamW with linear warm-up, then cosine decay."""
-
-    lr: float = 1e-3
-    """Peak learning rate, 0 or more."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """Decay rates of the two moments, each in [0, 1)."""
-    eps: float = 1e-8
-    """Added to the denominator, positive."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay of matrices; 0 for none."""
-    warmup_steps: int = 20
-    """Optimizer steps of warm-up, at most `trainer.max_steps`."""
-    min_lr_ratio: float = 0.1
-    """Final over peak learning rate, in [0, 1]; 1.0: constant."""
-    clip_norm: Optional[float] = 1.0
-    """Maximum global gradient norm, positive; null: no clipping."""
 
 
 @dataclass(kw_only=True)

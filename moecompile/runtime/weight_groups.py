@@ -1,0 +1,137 @@
+"""From `optimizer` in the config to torch's optimizer: which weight is stepped how.
+
+Algorithm:
+  1. By default, matrices of hidden layers are Muon's if it is asked for (moecompile.nn.matrices), all others AdamW's;
+     what has more than one dim decays, vectors (norms, biases) do not.
+  2. The first of `optimizer.groups` that matches a weight's name changes that for it.
+  3. Weights with the same settings are one group, in the order of the config; frozen ones are in none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from moecompile.errors import ConfigError
+from moecompile.nn.matrices import hidden_matrices
+from moecompile.runtime.muon import Muon
+from moecompile.schema import OptimizerConfig, OptimizerKind, group_of
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightGroup:
+    """Weights with the same settings.
+
+    match: the pattern that selected them; None: no pattern. kind: `muon` or `adamw`. lr: at its peak.
+    """
+
+    match: str | None
+    kind: str
+    lr: float
+    weight_decay: float
+    weights: list[nn.Parameter] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """`muon   24 weights, 4,915,200 parameters, lr 0.001, weight decay 0.1`."""
+        number, chosen = len(self.weights), f", match {self.match}" if self.match is not None else ""
+        return (
+            f"{self.kind:<6}{number} weight{'s' * (number != 1)}, {sum(p.numel() for p in self.weights):,} parameters, "
+            f"lr {self.lr:g}, weight decay {self.weight_decay:g}{chosen}"
+        )
+
+
+def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[WeightGroup]:
+    """The groups of a model's trained weights; each weight is in one of them.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or what Muon cannot step, or there is nothing for Muon.
+    """
+    is_muon = config.kind is OptimizerKind.muon
+    layouts = hidden_matrices(model) if is_muon or any(group.kind for group in config.groups) else {}
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups: dict[tuple[int, bool, bool], WeightGroup] = {}
+    for name, parameter in trained:
+        index = group_of(name, config.groups)
+        chosen = None if index is None else config.groups[index]
+        with_muon = is_muon and name in layouts  # Step 1
+        decays = parameter.ndim > 1
+        if chosen is not None and chosen.kind is not None:  # Step 2
+            with_muon = chosen.kind is OptimizerKind.muon
+            if with_muon and name not in layouts:
+                raise ConfigError(
+                    f"optimizer.groups[{index}].kind", "muon",
+                    f"{name} is no matrix of a hidden layer: {_why(parameter)}", "Change the pattern, or use adamw",
+                )  # fmt: skip
+        order = len(config.groups) if index is None else index
+        base = config.muon.lr if with_muon and config.muon.lr is not None else config.lr
+        decay = config.weight_decay if decays else 0.0
+        made = WeightGroup(
+            match=None if chosen is None else chosen.match, kind="muon" if with_muon else "adamw",
+            lr=base * (chosen.lr_scale if chosen else 1.0),
+            weight_decay=decay if chosen is None or chosen.weight_decay is None else chosen.weight_decay,
+        )  # fmt: skip
+        groups.setdefault((order, not with_muon, not decays), made).weights.append(parameter)
+    _check_patterns(config, {order for order, _, _ in groups}, [name for name, _ in trained])
+    if is_muon and trained and not any(group.kind == "muon" for group in groups.values()):
+        raise ConfigError(
+            "optimizer.kind", "muon", "no matrix of a hidden layer is trained with it", "Use optimizer=adamw"
+        )
+    return [group for _, group in sorted(groups.items(), key=lambda item: item[0])]
+
+
+def _why(parameter: nn.Parameter) -> str:
+    if parameter.ndim > 1 and min(parameter.shape) > 1:
+        return "embeddings, heads, routers and stacked biases are not"
+    return f"its shape is {list(parameter.shape)}"
+
+
+def _check_patterns(config: OptimizerConfig, used: set[int], names: Sequence[str]) -> None:
+    for i, group in enumerate(config.groups):
+        if i not in used:
+            taken = any(group_of(name, [group]) is not None for name in names)
+            rule = "are all in earlier groups" if taken else f"matches none of the {len(names)} trained weights"
+            shown = ", ".join(names[:_SHOWN])
+            raise ConfigError(
+                f"optimizer.groups[{i}].match", group.match,
+                f"the weights that it matches {rule}" if taken else f"{rule} ({shown}, ...)",
+                "Put it before these" if taken else "Change the pattern, or remove the group",
+            )  # fmt: skip
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """torch's AdamW, or Muon with AdamW for what is not its. Works on sharded weights, after `shard`."""
+    groups = weight_groups(model, config)
+    betas = (config.betas[0], config.betas[1])
+    if config.kind is OptimizerKind.adamw:
+        return torch.optim.AdamW(_by_mesh(groups), lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    muon, by_name = config.muon, hidden_matrices(model)
+    layouts = {parameter: by_name[name] for name, parameter in model.named_parameters() if name in by_name}
+    return Muon(
+        [
+            {"params": group.weights, "kind": group.kind, "lr": group.lr, "weight_decay": group.weight_decay}
+            for group in groups
+        ],
+        layouts, lr=config.lr, betas=betas, eps=config.eps, momentum=muon.momentum, nesterov=muon.nesterov,
+        scale=muon.scale.value, steps=muon.steps, coefficients=(muon.coefficients[0], muon.coefficients[1],
+        muon.coefficients[2]), precision=muon.precision.value,
+    )  # fmt: skip
+
+
+def _by_mesh(groups: Sequence[WeightGroup]) -> list[dict[str, Any]]:
+    """Groups with weights of one device mesh only: the fused step (one kernel per group) cannot mix meshes."""
+    made: list[dict[str, Any]] = []
+    for group in groups:
+        of_mesh: dict[Any, list[nn.Parameter]] = {}
+        for parameter in group.weights:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            of_mesh.setdefault(mesh, []).append(parameter)
+        made += [{"params": p, "lr": group.lr, "weight_decay": group.weight_decay} for p in of_mesh.values()]
+    return made
