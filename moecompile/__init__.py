@@ -3,6 +3,7 @@
     moecompile.transform(graph_module, overrides_or_plan)          # a new graph, the input untouched
     moecompile.compile_model(model, overrides, example=...)        # in place, like fully_shard
     moecompile.make_plan(model_or_graph, overrides, example=...)   # the plan alone
+    moecompile.make_optimizer(model, overrides)                    # AdamW or Muon, for sharded weights too
     moecompile.plan_of(model)                                      # the plan that a model was compiled by
     moecompile.register_pattern(pattern), register_pass(step, after="rewrite")   # what the compiler does not know
     moecompile.load_exported(path)                                 # a trained model, on one device
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from moecompile.pipeline import compile_model, make_plan, plan_of, transform
     from moecompile.plan import Plan
     from moecompile.runtime.strategy import ExpertParallelStrategy
+    from moecompile.runtime.weight_groups import make_optimizer
 
 _HOMES = {
     "ArgumentError": "errors",
@@ -49,6 +51,7 @@ _HOMES = {
     "compile_model": "pipeline",
     "device_mesh_of": "passes.shard",
     "load_exported": "export",
+    "make_optimizer": "runtime.weight_groups",
     "make_plan": "pipeline",
     "plan_of": "pipeline",
     "record_routes": "nn.replay",
@@ -77,6 +80,7 @@ __all__ = [
     "compile_model",
     "device_mesh_of",
     "load_exported",
+    "make_optimizer",
     "make_plan",
     "plan_of",
     "record_routes",

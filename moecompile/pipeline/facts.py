@@ -9,6 +9,7 @@ from torch import nn
 from moecompile.capture import Example, layers_of
 from moecompile.match.regions import Captured
 from moecompile.nn.adapters import output_heads
+from moecompile.nn.matrices import hidden_matrices
 from moecompile.nn.padding import masks_of
 from moecompile.pipeline.splits import heads_of, no_split, splits_of
 from moecompile.planner import ModelFacts
@@ -35,6 +36,7 @@ def facts_of(model: nn.Module, example: Example | None = None, captured: Capture
         has_padding_mask=_has_padding_mask(model, example),
         split=splits_of(model, captured or Captured()),
         no_split=no_split(model),
+        matrices=_matrices(model),
         heads=heads_of(model),
     )
 
@@ -55,6 +57,12 @@ def _linears(model: nn.Module) -> dict[str, tuple[int, int]]:
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and all(module is not head for head in heads)
     }
+
+
+def _matrices(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """`ModelFacts.matrices`."""
+    weights = {name: model.get_parameter(name) for name in hidden_matrices(model)}
+    return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items() if weight.requires_grad}
 
 
 def _frozen(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -102,8 +102,9 @@ class Estimate:
     params_active: parameters that one token uses. params_trained: those that are not frozen. checkpointing: what
     backward recomputes; `resent_...`: what it sends again for that, in addition to the forward's bytes.
     tp_bytes_per_token: what leaves a rank over `tp` in the forward of the whole model: all-reduces after split linears,
-    and the joins of MoE layers. remedies: what to change if the plan does not fit. lending: None if no layer lends
-    experts.
+    and the joins of MoE layers. params_muon: parameters of matrices that Muon steps; optimizer_bytes_per_step: what a
+    rank sends for them in an optimizer step, as a mean over the ranks. remedies: what to change if the plan does not
+    fit. lending: None if no layer lends experts.
     """
 
     params_total: int
@@ -115,6 +116,8 @@ class Estimate:
     checkpointing: str
     resent_bytes_per_token_per_layer: Traffic
     tp_bytes_per_token: Traffic = Traffic(intra_node=0.0, inter_node=0.0)
+    params_muon: int = 0
+    optimizer_bytes_per_step: Traffic = Traffic(intra_node=0.0, inter_node=0.0)
     assumes: Assumptions | None = None
     remedies: tuple[Remedy, ...] = ()
     lending: Lending | None = None

@@ -105,6 +105,7 @@ def _run_facts(config: Config, mesh: MeshSpec, facts: ModelFacts) -> RunFacts:
         accumulation=max(1, data.global_batch_size // (data.micro_batch_size * mesh.num_batches)),
         checkpointing=trainer.checkpointing.value,
         is_mixed=trainer.precision is Precision.bf16_mixed,
+        optimizer=config.optimizer,
     )
 
 

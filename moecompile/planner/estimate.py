@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from moecompile.mesh import MeshSpec
 from moecompile.plan import Assumptions, Estimate, LayerPlan, Traffic
-from moecompile.planner.activations import tokens_of_a_rank
+from moecompile.planner.activations import FP32_BYTES, tokens_of_a_rank
 from moecompile.planner.lending import lending
 from moecompile.planner.memory import memory_of_fullest_rank
-from moecompile.planner.params import ModelFacts, RunFacts, model_params, trained_params
+from moecompile.planner.optimizer import muon_params, step_traffic
+from moecompile.planner.params import BF16_BYTES, ModelFacts, RunFacts, model_params, trained_params
 from moecompile.planner.remedies import remedies
 from moecompile.planner.tensor_parallel import tp_traffic
 from moecompile.planner.traffic import Wire, forward_traffic, row_bytes
-
-OPTIMIZER = "adamw"  # two fp32 moments
+from moecompile.schema import MuonPrecision
 
 
 def estimate(
@@ -26,14 +26,16 @@ def estimate(
         layers: the planned MoE layers. mesh: their mesh. facts: of the model before rewriting. run: of the training.
         memory_bytes: memory of one rank.
     """
-    params = model_params(layers, facts)
+    params, trained = model_params(layers, facts), trained_params(layers, facts)
+    muon = muon_params(layers, mesh, facts, run.optimizer, trained)
     memory = memory_of_fullest_rank(layers, mesh, facts, run)
     traffic = _mean_traffic(layers, mesh, run)
     fits = memory.total <= memory_bytes
     return Estimate(
         params_total=params.total,
         params_active=params.active,
-        params_trained=trained_params(layers, facts).total,
+        params_trained=trained.total,
+        params_muon=muon.total,
         memory_bytes_per_rank=memory,
         fits=fits,
         bytes_per_token_per_layer=traffic,
@@ -42,6 +44,7 @@ def estimate(
         if run.checkpointing == "full"
         else Traffic(intra_node=0.0, inter_node=0.0),
         tp_bytes_per_token=tp_traffic(layers, mesh, facts, run),
+        optimizer_bytes_per_step=step_traffic(muon, mesh, _matrix_bytes(run)),
         assumes=Assumptions(
             hardware=run.hardware,
             memory_bytes=round(memory_bytes),
@@ -49,11 +52,16 @@ def estimate(
             seq_len=run.tokens_per_rank // run.micro_batch_size,
             accumulation=run.accumulation,
             precision=run.precision,
-            optimizer=OPTIMIZER,
+            optimizer=run.optimizer.kind.value,
         ),
         lending=lending(layers, run),
         remedies=() if fits else remedies(layers, mesh, facts, run, memory_bytes=memory_bytes),
     )
+
+
+def _matrix_bytes(run: RunFacts) -> int:
+    """Bytes of a number of a matrix that is gathered."""
+    return BF16_BYTES if run.optimizer.muon.precision is MuonPrecision.bf16 else FP32_BYTES
 
 
 def _mean_traffic(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> Traffic:

@@ -13,7 +13,7 @@ as in params.py; V: vocabulary.
    On one rank nothing is gathered. Unsharded gradients are in a buffer of the same size until they are reduced. With
    gradient accumulation they are reduced once, after the last micro-batch, and those of all weights are kept until
    then in fp32: P_d + P_e / ep.                                                         -> `_unsharded_grads_bytes`
-       weights = b own + a unsharded,  grads = b own + unsharded grads,  optimizer = 2 * 4 own  (AdamW's moments, fp32)
+       weights = b own + a unsharded,  grads = b own + unsharded grads,  optimizer: optimizer.py
    Router weights and adapters are always fp32. Frozen weights have no gradients and no moments: for these two, `own`
    counts trained parameters only (adapters, if there are any), and their number also limits the unsharded gradients.
                                                                                              -> `trained_params`
@@ -34,9 +34,8 @@ from moecompile.mesh import MeshSpec
 from moecompile.plan import LayerPlan, MemoryEstimate
 from moecompile.planner.activations import FP32_BYTES, activation_bytes, exchanged, tokens_of_a_rank
 from moecompile.planner.lending import lending
+from moecompile.planner.optimizer import muon_params, state_bytes
 from moecompile.planner.params import ModelFacts, ModelParams, RunFacts, layer_params, model_params, trained_params
-
-ADAMW_MOMENTS = 2
 
 
 def memory_of_fullest_rank(
@@ -45,13 +44,14 @@ def memory_of_fullest_rank(
     """The estimate in the module docstring."""
     params, trained = model_params(layers, facts), trained_params(layers, facts)
     lent = lending(layers, run)
+    muon = muon_params(layers, mesh, facts, run.optimizer, trained)
     number, stored = _trained_bytes(facts), _stored_bytes(params, mesh, facts.bytes_per_param)
     if facts.adapters is not None:
         stored += _stored_bytes(trained, mesh, number - facts.bytes_per_param)
     return MemoryEstimate(
         weights=stored + _unsharded_params(layers, mesh, facts) * run.compute_bytes,
         grads=_stored_bytes(trained, mesh, number) + _unsharded_grads_bytes(trained, layers, mesh, facts, run),
-        optimizer=(_own_params(trained, mesh) + trained.router) * ADAMW_MOMENTS * FP32_BYTES,
+        optimizer=state_bytes(_own_params(trained, mesh), trained.router, muon, mesh),
         activations=activation_bytes(layers, mesh, facts, run),
         dispatch=round(
             tokens_of_a_rank(mesh, run)

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from moecompile.plan import ExpertsSite, LayerPlan, PlannedSite
+from moecompile.schema import OptimizerConfig
 
 BF16_BYTES = 2
 
@@ -35,7 +36,8 @@ class ModelFacts:
     parameters; empty if none is frozen. has_padding_mask: whether the example has one. linears: module path ->
     (d_in, d_out) of its linears, without output heads. adapters: (parameters of the adapters of linears, whether
     routers are trained), once they are planned; None: there are no adapters. split: what the model's tp_plan names;
-    no_split: why it cannot be used, empty if it can. heads: numbers of heads, by their name in the model's config.
+    no_split: why it cannot be used, empty if it can. matrices: name -> shape of trained two-dimensional
+    weights of hidden layers. heads: numbers of heads, by their name in the model's config.
     """
 
     params_total: int
@@ -49,6 +51,7 @@ class ModelFacts:
     linears: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     adapters: tuple[int, bool] | None = None
     split: tuple[SplitFact, ...] = ()
+    matrices: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     no_split: str = "the model has no tp_plan, which says how its weights are split"
     heads: Mapping[str, int] = field(default_factory=dict)
 
@@ -80,7 +83,7 @@ class RunFacts:
     tokens_per_rank: tokens of a micro-batch. compute_bytes: bytes per element of a weight in compute, an activation and
     a row. accumulation: micro-batches per rank and optimizer step. checkpointing: none, full or keep_exchanges.
     is_mixed: whether matmuls run in bf16 under autocast. micro_batch_size: sequences of a micro-batch. precision,
-    hardware: names.
+    hardware: names. optimizer: its settings.
     """
 
     tokens_per_rank: int
@@ -91,6 +94,7 @@ class RunFacts:
     accumulation: int = 1
     checkpointing: str = "none"
     is_mixed: bool = False
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -63,6 +64,25 @@ def print_sites(sites: Sequence[Mapping[str, str]], console: Console) -> None:
             Text(site["status"].replace("_", " "), style=_STATUS_STYLE.get(site["status"], "")),
             Text(site["reason"]),
         )
+    console.print()
+    console.print(table)
+
+
+def print_weight_groups(groups: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Prints which weights have which optimizer and settings.
+
+    Args:
+        groups: {optimizer, weights, parameters, lr, weight_decay, match}, the `weight_groups` of result.json.
+    """
+    table = plain_table("optimizer", "weights", "parameters", "peak lr", "decay", "match")
+    for group in groups:
+        numbers = (
+            f"{group['weights']:,}",
+            f"{group['parameters']:,}",
+            f"{group['lr']:g}",
+            f"{group['weight_decay']:g}",
+        )
+        table.add_row(Text(group["optimizer"]), *map(Text, numbers), Text(group["match"] or "the rest"))
     console.print()
     console.print(table)
 
@@ -149,6 +169,8 @@ _RESULT_LINES: tuple[tuple[str, tuple[str, ...], Callable[..., str]], ...] = (
     ("speed", ("tokens_per_second",), lambda speed: f"{speed:,.0f} tokens/s"),
     ("forward bytes", ("bytes_per_token_per_layer",), traffic_text),
     ("predicted", ("bytes_per_token_per_layer_predicted",), traffic_text),
+    ("optimizer bytes", ("optimizer_bytes_per_step",), partial(traffic_text, per="rank and step")),
+    ("predicted", ("optimizer_bytes_per_step_predicted",), partial(traffic_text, per="rank and step")),
     ("checkpoint", ("checkpoint",), str),
     ("run dir", ("run_dir",), str),
 )

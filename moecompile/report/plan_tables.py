@@ -158,6 +158,8 @@ def _print_estimate(estimate: Estimate, console: Console) -> None:
     used = f"{count_text(estimate.params_total)}, a token uses {count_text(estimate.params_active)}"
     if estimate.params_trained != estimate.params_total:
         used += f", {count_text(estimate.params_trained)} are trained"
+    if estimate.params_muon:
+        used += f", {count_text(estimate.params_muon)} in matrices of Muon"
     grid.add_row(Text("parameters", style="dim"), Text(used))
     if assumes is not None:
         grid.add_row(Text("assumes", style="dim"), Text(_assumes_text(assumes, estimate.checkpointing)))
@@ -168,6 +170,9 @@ def _print_estimate(estimate: Estimate, console: Console) -> None:
             f"{bytes_text(sent[0])} intra-node, {bytes_text(sent[1])} inter-node per token over tp, all layers together"
         )
         grid.add_row(Text("tp bytes", style="dim"), Text(text))
+    if any(asdict(estimate.optimizer_bytes_per_step).values()):
+        text = traffic_text(asdict(estimate.optimizer_bytes_per_step), per="rank and step")
+        grid.add_row(Text("optimizer bytes", style="dim"), Text(text))
     if estimate.lending is not None:
         grid.add_row(Text("lending", style="dim"), Text(_lending_text(estimate.lending)))
     if estimate.checkpointing != "none":

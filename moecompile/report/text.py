@@ -23,10 +23,10 @@ def count_text(count: float) -> str:
     return _scaled(count, 1000, ("", "K", "M", "B", "T")).replace(" ", "")
 
 
-def traffic_text(bytes_by_link: Mapping[str, float]) -> str:
+def traffic_text(bytes_by_link: Mapping[str, float], per: str = "token and layer") -> str:
     """Formats the bytes of a `plan.Traffic`, given as a mapping, as in result.json."""
     intra, inter = (bytes_text(bytes_by_link[link]) for link in ("intra_node", "inter_node"))
-    return f"{intra} intra-node, {inter} inter-node per token and layer"
+    return f"{intra} intra-node, {inter} inter-node per {per}"
 
 
 def plural(count: int, noun: str) -> str:

@@ -109,8 +109,13 @@ class LanguageModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW or Muon, with the schedule (moecompile.runtime.weight_groups)."""
         optimizer = make_optimizer(self.model, self.optimizer)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"}
+        }  # fmt: skip
+
+    def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        """The learning rates of an optimizer of this module."""
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
 
     def set_step(self, scheduler: Any, step: int) -> None:
         """Sets the schedule, and the learning rates of its optimizer, to `step` optimizer steps."""

@@ -19,12 +19,11 @@ _EPS = 1e-7  # as in torch.optim.Muon: a matrix of zeros stays one
 def orthogonalized(matrices: Tensor, steps: int, coefficients: Sequence[float], dtype: torch.dtype) -> Tensor:
     """(..., O, I) -> the same shape, of `dtype`, in which the products are computed too."""
     a, b, c = coefficients
-    x = matrices.to(dtype)
+    x = matrices.to(dtype).reshape(-1, *matrices.shape[-2:])
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x  # the smaller square
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=_EPS)
     for _ in range(steps):
         square = x @ x.mT
-        x = a * x + (b * square + c * (square @ square)) @ x
-    out: Tensor = x.mT if is_tall else x
-    return out
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).reshape(matrices.shape)

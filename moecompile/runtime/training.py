@@ -36,7 +36,8 @@ from moecompile.schema import Compiled, Config, Precision, accumulation_steps
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The results of a run. Losses in nats per token; bytes: forward dispatch and combine, per token and MoE layer.
+    """The results of a run. Losses in nats per token; bytes: forward dispatch and combine, per token and MoE layer;
+    of the optimizer per rank and step.
 
     max_violation_last: of the worst layer in the last step. max_violation_mean_last, drop_rate_last, entropy_last (nats
     per token) and nodes_per_token_last: means over the layers and the last tenth of the steps.
@@ -55,6 +56,7 @@ class Outcome:
     entropy_last: float | None
     nodes_per_token_last: float | None
     bytes_per_token_per_layer: Traffic | None
+    optimizer_bytes_per_step: Traffic | None
     checkpoint: Path | None
 
 
@@ -124,6 +126,7 @@ def _outcome(
         entropy_last=tally.steps.mean_of_last("entropy"),
         nodes_per_token_last=tally.steps.mean_of_last("nodes_per_token"),
         bytes_per_token_per_layer=meter.per_token_and_layer,
+        optimizer_bytes_per_step=meter.per_rank_and_step,
         checkpoint=checkpoint,
     )
 

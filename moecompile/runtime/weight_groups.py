@@ -18,10 +18,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from moecompile.arguments import check_overrides
+from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.nn.matrices import hidden_matrices
 from moecompile.runtime.muon import Muon
-from moecompile.schema import OptimizerConfig, OptimizerKind, group_of
+from moecompile.schema import Config, OptimizerConfig, OptimizerKind, check_numbers, check_optimizer, group_of
 
 _SHOWN = 3
 
@@ -39,13 +41,16 @@ class WeightGroup:
     weight_decay: float
     weights: list[nn.Parameter] = field(default_factory=list)
 
-    def __str__(self) -> str:
-        """`muon   24 weights, 4,915,200 parameters, lr 0.001, weight decay 0.1`."""
-        number, chosen = len(self.weights), f", match {self.match}" if self.match is not None else ""
-        return (
-            f"{self.kind:<6}{number} weight{'s' * (number != 1)}, {sum(p.numel() for p in self.weights):,} parameters, "
-            f"lr {self.lr:g}, weight decay {self.weight_decay:g}{chosen}"
-        )
+    def row(self) -> dict[str, Any]:
+        """The entry in result.json; parameters are those of all ranks."""
+        return {
+            "optimizer": self.kind,
+            "weights": len(self.weights),
+            "parameters": sum(parameter.numel() for parameter in self.weights),
+            "lr": self.lr,
+            "weight_decay": self.weight_decay,
+            "match": self.match,
+        }
 
 
 def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[WeightGroup]:
@@ -106,8 +111,24 @@ def _check_patterns(config: OptimizerConfig, used: set[int], names: Sequence[str
             )  # fmt: skip
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """torch's AdamW, or Muon with AdamW for what is not its. Works on sharded weights, after `shard`."""
+def make_optimizer(model: nn.Module, settings: Sequence[str] | Config | OptimizerConfig = ()) -> Optimizer:
+    """torch's AdamW, or Muon with AdamW for the weights that are not its; call it when the weights are sharded.
+
+    Args:
+        model: a compiled model, after `shard`; or any other one. settings: overrides such as `optimizer=muon`, or a
+            config. Of its schedule and clipping nothing is used.
+
+    Raises:
+        ConfigError: a setting is out of range, or a pattern matches nothing.
+    """
+    if isinstance(settings, OptimizerConfig):
+        config = settings
+    else:
+        check_overrides(settings)
+        whole = settings if isinstance(settings, Config) else compose_config(settings)
+        check_numbers(whole)
+        check_optimizer(whole)
+        config = whole.optimizer
     groups = weight_groups(model, config)
     betas = (config.betas[0], config.betas[1])
     if config.kind is OptimizerKind.adamw:

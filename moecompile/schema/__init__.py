@@ -69,7 +69,7 @@ from moecompile.schema.validation.experts import (
     virtual_group,
 )
 from moecompile.schema.validation.mesh import mesh_spec
-from moecompile.schema.validation.optimizer import group_of
+from moecompile.schema.validation.optimizer import check_optimizer, group_of
 from moecompile.schema.validation.routing import balance_spec, router_config
 from moecompile.schema.validation.run import accumulation_steps
 from moecompile.schema.workload import is_described, with_workload
@@ -141,6 +141,7 @@ __all__ = [
     "check_adapters",
     "check_name",
     "check_numbers",
+    "check_optimizer",
     "check_placement",
     "check_selections",
     "check_slices",

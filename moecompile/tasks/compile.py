@@ -13,7 +13,7 @@ from moecompile.report.result import write_result
 from moecompile.rundir import accept
 from moecompile.schema import Config
 from moecompile.tasks.plan import plan_fields, require_layers
-from moecompile.tasks.show import show_compiled, site_rows, step0_fields
+from moecompile.tasks.show import show_compiled, show_weight_groups, site_rows, step0_fields
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -26,7 +26,8 @@ def run(config: Config, run_dir: Path) -> None:
     require_layers(compiled.plan, config)
     accept(run_dir)
     show_compiled(compiled, run_dir, console)
+    groups = show_weight_groups(compiled.model, config, console)
     print_sites(site_rows(compiled), console)
     fields = plan_fields(compiled.plan)
-    fields |= {"notes": compiled.notes, "sites": site_rows(compiled), **step0_fields(compiled)}
+    fields |= {"notes": compiled.notes, "sites": site_rows(compiled), **step0_fields(compiled), **groups}
     write_result(run_dir, "compile", config.name, fields)

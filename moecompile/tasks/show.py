@@ -8,15 +8,18 @@ from typing import Any
 
 from rich.console import Console
 from rich.text import Text
+from torch import nn
 
 from moecompile import plan as plans
 from moecompile.capture import is_meta
 from moecompile.pipeline import Compilation
-from moecompile.report.console import print_passes
+from moecompile.report.console import print_passes, print_weight_groups
 from moecompile.report.graphs import graph_summary, write_graphs
 from moecompile.report.plan_tables import print_plan
 from moecompile.report.text import NOT_COMPARED
 from moecompile.report.timeline import timeline
+from moecompile.runtime.weight_groups import weight_groups
+from moecompile.schema import Config, OptimizerKind
 
 
 def show_compiled(compiled: Compilation, run_dir: Path, console: Console) -> None:
@@ -66,6 +69,22 @@ def _step0_text(compiled: Compilation) -> str:
     rest = receipt.promised_max_abs_diff
     others = "" if rest is None else f"; with the other layers alone it does, within {rest:.1e}"
     return f"step 0 need not equal {same}: {receipt.reason}{others}"
+
+
+def show_weight_groups(model: nn.Module, config: Config, console: Console | None) -> dict[str, Any]:
+    """Prints which weights have which optimizer, unless all have AdamW's defaults; the field of result.json.
+
+    Args:
+        console: None on ranks that print nothing.
+
+    Raises:
+        ConfigError: a pattern of `optimizer.groups` matches nothing.
+    """
+    rows = [group.row() for group in weight_groups(model, config.optimizer)]
+    is_default = config.optimizer.kind is OptimizerKind.adamw and not config.optimizer.groups
+    if console is not None and not is_default:
+        print_weight_groups(rows, console)
+    return {} if is_default else {"weight_groups": rows}
 
 
 def site_rows(compiled: Compilation) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from moecompile.runtime.process_group import init_process_group
 from moecompile.runtime.training import Outcome, train
 from moecompile.schema import Baseline, Config
 from moecompile.tasks.job import load_job
-from moecompile.tasks.show import show_compiled, step0_fields
+from moecompile.tasks.show import show_compiled, show_weight_groups, step0_fields
 from moecompile.tasks.start import start_ranks
 
 
@@ -51,10 +51,11 @@ def run_rank(config: Config, run_dir: Path) -> None:
     if rank == 0:
         print_data(_data_fields(data), console)
         show_compiled(compiled, place(run_dir), console)
+    groups = show_weight_groups(compiled.model, config, console if rank == 0 else None)
     materialize = job.materialize(compiled)
     dist.barrier()
     outcome = train(compiled.model, compiled.plan, config, data, run_dir, materialize)
-    fields = _fields(compiled, outcome, data)
+    fields = {**_fields(compiled, outcome, data), **groups}
     del job, compiled.model, materialize
     if config.trainer.baseline is Baseline.dense:
         fields["baseline"] = _baseline(config, compiled.plan, data, run_dir)
@@ -100,6 +101,8 @@ def _fields(compiled: Compilation, outcome: Outcome, data: TextData) -> dict[str
     """The fields of result.json of a training run, without the baseline."""
     plan = compiled.plan
     predicted = plan.estimate.bytes_per_token_per_layer if plan.estimate else None
+    of_optimizer = plan.estimate.optimizer_bytes_per_step if plan.estimate else None
+    gathers = of_optimizer is not None and of_optimizer.intra_node + of_optimizer.inter_node > 0
     measured = {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)}
     return {
         "world_size": plan.mesh.world_size,
@@ -110,6 +113,8 @@ def _fields(compiled: Compilation, outcome: Outcome, data: TextData) -> dict[str
         **measured,
         "bytes_per_token_per_layer": _plain(outcome.bytes_per_token_per_layer),
         "bytes_per_token_per_layer_predicted": _plain(predicted),
+        "optimizer_bytes_per_step": _plain(outcome.optimizer_bytes_per_step if gathers else None),
+        "optimizer_bytes_per_step_predicted": _plain(of_optimizer if gathers else None),
         "checkpoint": str(outcome.checkpoint) if outcome.checkpoint else None,
         "unigram_entropy": _unigram_entropy(data),
         **_data_fields(data),

@@ -1,7 +1,8 @@
 """The reference: one process that runs the micro-batches of all ranks in order, with gradient accumulation.
 
 It is independent of the code that it checks: plain autograd and torch's own clipping, without exchanges, FSDP, the
-strategy or recomputation. From moecompile it uses the rewritten model, the optimizer's settings and the balance rule.
+strategy or recomputation. Steps are those of torch's AdamW, and of a plain loop for Muon. From moecompile it uses the
+rewritten model, the settings of the optimizer for each weight, and the balance rule.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from moecompile.runtime.data import IGNORED
 from moecompile.runtime.module import LanguageModule
 from moecompile.schema import Config, Precision
 from moecompile.verify.job import Batch, Trace, evaluated, recorded_routes, replayed_routes
+from moecompile.verify.plain_muon import plain_optimizer
 
 
 def run_reference(
@@ -36,8 +38,8 @@ def run_reference(
     trace.inputs = [batch["input_ids"] for batch in batches]
     with arithmetic.autocast():
         trace.outputs = [evaluated(arithmetic.module, batch) for batch in batches[:per_step]]
-    configured = module.configure_optimizers()
-    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    optimizer = plain_optimizer(module.model, config.optimizer)
+    scheduler = module.schedule(optimizer)
     arithmetic.module.train()
     for step in range(steps):
         optimizer.zero_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
-from moecompile.schema import Config, DataKind, ModelDevice, accumulation_steps, mesh_spec
+from moecompile.schema import Config, DataKind, ModelDevice, MuonPrecision, accumulation_steps, mesh_spec
 
 MAX_RANKS = 8
 _SEQ_LEN, _SEQUENCES, _ACCUMULATION = 32, 2, 2
@@ -122,6 +122,10 @@ def _shrink_run(work: _Shrinking, steps: int) -> None:
     work.limit(
         config.optimizer, "optimizer", "eps", max(config.optimizer.eps, _EPS),
         "Adam would turn rounding errors of tiny gradients into full steps",
+    )  # fmt: skip
+    work.limit(
+        config.optimizer.muon, "optimizer.muon", "precision", MuonPrecision.fp32,
+        "bf16 would hide what differs; a rounding of the products is not what ranks can get wrong",
     )  # fmt: skip
     if config.optimizer.clip_norm is None:
         work.limit(config.optimizer, "optimizer", "clip_norm", _NO_CLIPPING, "the norm is known where it may clip")

@@ -56,11 +56,11 @@ def alternating(name: str, weight: Tensor) -> Iterator[Tensor]:
 
 
 def joined(name: str, weight: Tensor) -> Iterator[Tensor]:
-    """DBRX: the matrices of 4 experts below each other; w2 as (d_in, d_out)."""
+    """DBRX: the matrices of 2 experts below each other, which FSDP cuts anywhere; w2 as (d_in, d_out)."""
     if not name.endswith(("w1", "v1", "w2")):
         yield weight
         return
-    for expert in weight.chunk(4):
+    for expert in weight.chunk(2):
         yield expert.T if name.endswith("w2") else expert
 
 
@@ -133,10 +133,11 @@ CASES: dict[str, Case] = {
     ),
     "dbrx": Case(
         architecture="dbrx", muon=("Wqkv", "out_proj", "w1", "v1", "w2"), blocks=joined,
-        overrides=(*_mesh(2), "balance.rule=none"), options={"scale": MuonScale.original},
+        overrides=(*_mesh(1), "balance.rule=none"), options={"scale": MuonScale.original},
         config={
-            "d_model": 24, "n_heads": 4, "n_layers": 2, "max_seq_len": 32, "attn_config": {"kv_n_heads": 2},
-            "ffn_config": {"ffn_hidden_size": 15, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 24},
+            "d_model": 24, "n_heads": 4, "n_layers": 2, "max_seq_len": 32,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+            "ffn_config": {"ffn_hidden_size": 15, "moe_num_experts": 2, "moe_top_k": 1, "hidden_size": 24},
         },
     ),
     "gpt2": Case(

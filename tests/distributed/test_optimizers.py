@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from tests.distributed import optimizer_job as job
 from tests.distributed.harness import run_distributed_test

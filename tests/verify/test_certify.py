@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -168,6 +169,36 @@ def aux_loss_times_ep(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(steps, "auxiliary_loss", lambda model, right=steps.auxiliary_loss: 4 * right(model))
 
 
+def muon_of_a_shard(patch: pytest.MonkeyPatch) -> None:
+    """Each rank orthogonalizes what it has of a matrix."""
+    from moecompile.runtime import muon
+
+    patch.setattr(muon, "cuts_of", lambda parameter, is_stack: ())
+
+
+def muon_of_gate_and_up_as_one(patch: pytest.MonkeyPatch) -> None:
+    """And of all experts of a stack, the first matrix is that of two projections."""
+    from moecompile.nn.matrices import Layout
+
+    patch.setattr(Layout, "matrices", lambda self, weight, num_experts=0: weight)
+
+
+def muon_of_another_expert(patch: pytest.MonkeyPatch) -> None:
+    from moecompile.runtime import muon
+
+    right = muon.orthogonalized
+    patch.setattr(muon, "orthogonalized", lambda matrices, *rest: right(matrices, *rest).roll(1, 0))
+
+
+def groups_forgotten(patch: pytest.MonkeyPatch) -> None:
+    from moecompile.runtime import module
+
+    def wrong(model: Any, config: Any, right: Any = module.make_optimizer) -> Any:
+        return right(model, replace(config, groups=[]))
+
+    patch.setattr(module, "make_optimizer", wrong)
+
+
 def _local_experts(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Shards of experts are changed after they were cut."""
     from moecompile.passes import shard
@@ -199,7 +230,20 @@ MUTATIONS: dict[Patch, str] = {
     idle_experts_without_gradient: "gradients on one side only",
     aux_loss_not_flowing: "gradients of router",
     aux_loss_times_ep: "gradients of router",
+    muon_of_a_shard: "weights after",
+    muon_of_gate_and_up_as_one: "weights after",
+    muon_of_another_expert: "weights after",
+    groups_forgotten: "weights after",
 }
+_MUON = ["optimizer=muon"]
+_GROUPS = ['optimizer.groups=[{match: "*norm*", lr_scale: 0.5}]']
+OPTIONS: dict[Patch, list[str]] = {
+    muon_of_a_shard: _MUON,
+    muon_of_gate_and_up_as_one: _MUON,
+    muon_of_another_expert: _MUON,
+    groups_forgotten: _GROUPS,
+}
+"""What the config has beside AUX, for some mutations."""
 
 
 def _config(overrides: list[str]) -> Config:
@@ -208,16 +252,17 @@ def _config(overrides: list[str]) -> Config:
 
 def _all(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
     found = {"right": _certified(folder / "right")}
+    found["right optimizers"] = _certified(folder / "right optimizers", [*_MUON, *_GROUPS])
     for mutation in MUTATIONS:
         with pytest.MonkeyPatch.context() as patch:
             mutation(patch)
-            found[mutation.__name__] = _certified(folder / mutation.__name__)
+            found[mutation.__name__] = _certified(folder / mutation.__name__, OPTIONS.get(mutation, []))
     return found
 
 
-def _certified(folder: Path) -> list[Check]:
+def _certified(folder: Path, options: Sequence[str] = ()) -> list[Check]:
     folder.mkdir(exist_ok=True)
-    return certify(_config(AUX), folder)[0]
+    return certify(_config([*AUX, *options]), folder)[0]
 
 
 @pytest.fixture(scope="module")
@@ -227,9 +272,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Check]]:
 
 
 @pytest.mark.slow
-def test_right_passes(found: dict[str, list[Check]]) -> None:
-    assert [check for check in found["right"] if not check.passed] == []
-    assert len(found["right"]) > 12
+@pytest.mark.parametrize("name", ["right", "right optimizers"])
+def test_right_passes(found: dict[str, list[Check]], name: str) -> None:
+    assert [check for check in found[name] if not check.passed] == []
+    assert len(found[name]) > 12
 
 
 @pytest.mark.slow

@@ -1,0 +1,145 @@
+"""What the optimizer needs: its state, and with Muon the bytes that bring whole matrices together.
+
+P: parameters of matrices that Muon steps; n: ranks over which FSDP cuts them; t: tp.
+
+1. Muon's matrices are those of the model's hidden layers (moecompile.nn.matrices), without those of FFNs that become
+   experts and those of routers, and with those of experts and shared experts; with adapters, these alone.
+                                                                                              -> `muon_params`
+2. State, in fp32: one momentum for a matrix, two moments for everything else.                -> `state_bytes`
+3. A matrix that is cut goes to one of the n ranks and its result returns. Mean over the ranks of what one sends:
+       2 P (n - 1) / n^2                                     and for matrices that tp cuts too
+       2 P (n - 1) / (n^2 t) + 2 P (t - 1) / (n t^2)
+   Stacks of experts are cut between experts: nothing is sent for them, but for matrices of experts below each other in
+   one weight (DBRX).                                                                         -> `step_traffic`
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from moecompile.mesh import MeshSpec
+from moecompile.plan import ExpertsSite, LayerPlan, Traffic
+from moecompile.planner.activations import FP32_BYTES
+from moecompile.planner.params import ModelFacts, ModelParams
+from moecompile.schema import OptimizerConfig, OptimizerKind, group_of
+
+_ADAMW_MOMENTS = 2
+_SPLIT = ("colwise", "rowwise")  # styles of a tp_plan that cut a weight start with one of these
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonParams:
+    """Parameters that Muon steps. dense: cut by FSDP alone; split: by tp too; summed: over tp as over FSDP's ranks;
+    experts: all of them; joined: those of experts whose matrices are below each other.
+    """
+
+    dense: int = 0
+    split: int = 0
+    summed: int = 0
+    experts: int = 0
+    joined: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.dense + self.split + self.summed + self.experts
+
+
+def muon_params(
+    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, config: OptimizerConfig, trained: ModelParams
+) -> MuonParams:
+    """Step 1; zero without `optimizer=muon`. Patterns of `optimizer.groups` are followed as far as names are known."""
+    if config.kind is not OptimizerKind.muon:
+        return MuonParams()
+    if facts.adapters is not None:
+        return MuonParams(dense=facts.adapters[0], experts=trained.experts)
+    kept, replaced, joined = _dense(layers, facts)
+    kept = {name: shape for name, shape in kept.items() if _is_muons(name, config)}
+    styles = {f"{fact.path}.weight": fact.style for fact in facts.split} if mesh.tp > 1 else {}
+    sizes = Counter[str]()
+    for name, (rows, columns) in kept.items():
+        style = styles.get(name, "")
+        cut = "split" if style.startswith(_SPLIT) else "summed" if style.startswith("replicated") else "dense"
+        sizes[cut] += rows * columns
+    experts, shared = (sum(size for name, size in of if _is_muons(name, config)) for of in _new(layers))
+    shared = min(shared, trained.dense)
+    sizes["summed" if mesh.tp > 1 else "dense"] += shared
+    return MuonParams(
+        dense=max(0, sizes["dense"] - replaced), split=sizes["split"], summed=sizes["summed"],
+        experts=min(experts, trained.experts), joined=min(joined, experts, trained.experts),
+    )  # fmt: skip
+
+
+def _is_muons(name: str, config: OptimizerConfig) -> bool:
+    index = group_of(name, config.groups)
+    return index is None or config.groups[index].kind is not OptimizerKind.adamw
+
+
+def _dense(layers: Sequence[LayerPlan], facts: ModelFacts) -> tuple[Mapping[str, tuple[int, int]], int, int]:
+    """Matrices outside of what becomes experts, parameters among them that do, and those of joined experts."""
+    kept, replaced, joined = dict(facts.matrices), 0, 0
+    for site, num_experts in ((layer.site, layer.experts.num_routed) for layer in layers):
+        inside = {name for name in kept if name.startswith(f"{site.fqn}." if site.fqn else "")}
+        size = sum(kept[name][0] * kept[name][1] for name in inside)
+        if isinstance(site, ExpertsSite):
+            block = site.fqn.rpartition(".")[0]
+            joined += size if site.form == "stacked" else 0
+            inside |= {n for n, (rows, _) in kept.items() if n.startswith(f"{block}.") and rows == num_experts}
+        elif size != (ffn := (site.num_in_projections + 1) * site.d_model * site.d_ff):
+            inside, replaced = set(), replaced + ffn  # the site is a part of the module at its path
+        kept = {name: shape for name, shape in kept.items() if name not in inside}
+    return kept, replaced, joined
+
+
+def _new(layers: Sequence[LayerPlan]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """(name, parameters) of the matrices of experts, and of shared experts."""
+    experts, shared = [], []
+    for site, plan in ((layer.site, layer.experts) for layer in layers):
+        prefix = site.fqn if isinstance(site, ExpertsSite) else f"{site.fqn}.experts".lstrip(".")
+        stack = plan.num_routed * site.d_model * plan.d_expert
+        up = "gate_up_proj" if site.num_in_projections > 1 else "up_proj"
+        experts += [(f"{prefix}.{up}", site.num_in_projections * stack), (f"{prefix}.down_proj", stack)]
+        one = site.d_model * plan.d_shared
+        names = ("gate_proj", "up_proj", "down_proj")[2 - site.num_in_projections :]
+        shared += [(f"{site.fqn}.shared_experts.{name}.weight".lstrip("."), one) for name in names if one]
+    return experts, shared
+
+
+def state_bytes(own: int, router: int, muon: MuonParams, mesh: MeshSpec) -> int:
+    """Step 2. own: trained parameters of the fullest rank without routers, which are replicated."""
+    over = mesh.dp_shard * mesh.tp
+    of_muon = muon.dense // mesh.dp_shard + (muon.split + muon.summed) // over
+    of_muon += muon.experts // (mesh.ep * mesh.edp_shard)
+    return ((own + router) * _ADAMW_MOMENTS - min(of_muon, own)) * FP32_BYTES
+
+
+def step_traffic(muon: MuonParams, mesh: MeshSpec, number: int) -> Traffic:
+    """Step 3, bytes. number: bytes of a number on the wire."""
+    parts = [
+        (muon.dense, mesh.dp_shard, mesh.tp),
+        (muon.split / mesh.tp, mesh.dp_shard, mesh.tp),
+        (muon.split / mesh.dp_shard, mesh.tp, 1),
+        (muon.summed, mesh.dp_shard * mesh.tp, 1),
+        (muon.joined / mesh.ep, mesh.edp_shard, mesh.ep),
+    ]
+    sent = Traffic(intra_node=0.0, inter_node=0.0)
+    for params, ranks, stride in parts:
+        bytes_ = 2 * params * (ranks - 1) / ranks**2 * number
+        near = _near(mesh, ranks, stride)
+        sent = replace(
+            sent, intra_node=sent.intra_node + near * bytes_, inter_node=sent.inter_node + (1 - near) * bytes_
+        )
+    return sent
+
+
+def _near(mesh: MeshSpec, ranks: int, stride: int) -> float:
+    """The fraction of pairs of different ranks of a group, `stride` apart, that are on one node."""
+    nodes = Counter(mesh.node_of(rank) for rank in _group(ranks, stride))
+    pairs = ranks * (ranks - 1)
+    return sum(n * (n - 1) for n in nodes.values()) / pairs if pairs else 1.0
+
+
+def _group(ranks: int, stride: int) -> Iterator[int]:
+    yield from range(0, ranks * stride, stride)

@@ -1,0 +1,117 @@
+"""Which weight is stepped how, with counts; and patterns that match nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import moecompile
+from moecompile.errors import ConfigError
+from moecompile.runtime.muon import Muon
+from moecompile.runtime.weight_groups import make_optimizer, weight_groups
+from moecompile.schema import OptimizerConfig, OptimizerKind, WeightGroupConfig
+
+MUON = OptimizerKind.muon
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 4)
+        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 6), nn.Linear(6, 4)) for _ in range(2))
+        self.head = nn.Linear(4, 10, bias=False)
+
+
+def group(match: str, **settings: object) -> WeightGroupConfig:
+    return WeightGroupConfig(match=match, **settings)  # type: ignore[arg-type]
+
+
+def rows(config: OptimizerConfig, model: nn.Module | None = None) -> list[tuple[object, ...]]:
+    return [tuple(each.row().values()) for each in weight_groups(model or Small(), config)]
+
+
+def test_by_default_matrices_decay_and_vectors_do_not() -> None:
+    assert rows(OptimizerConfig()) == [("adamw", 6, 176, 1e-3, 0.1, None), ("adamw", 8, 36, 1e-3, 0.0, None)]
+
+
+def test_muon_has_the_matrices_of_hidden_layers() -> None:
+    assert rows(OptimizerConfig(kind=MUON)) == [
+        ("muon", 4, 96, 1e-3, 0.1, None), ("adamw", 2, 80, 1e-3, 0.1, None), ("adamw", 8, 36, 1e-3, 0.0, None),
+    ]  # fmt: skip
+
+
+def test_the_first_pattern_that_matches_counts() -> None:
+    groups = [
+        group("layers.0.1.weight", kind=OptimizerKind.adamw, lr_scale=2.0), group("layers.0.*", weight_decay=0.3),
+        group("head*", lr_scale=0.0),
+    ]  # fmt: skip
+    assert rows(OptimizerConfig(kind=MUON, groups=groups)) == [
+        ("adamw", 1, 24, 2e-3, 0.1, "layers.0.1.weight"), ("muon", 1, 24, 1e-3, 0.3, "layers.0.*"),
+        ("adamw", 4, 18, 1e-3, 0.3, "layers.0.*"), ("adamw", 1, 40, 0.0, 0.1, "head*"),
+        ("muon", 2, 48, 1e-3, 0.1, None), ("adamw", 1, 40, 1e-3, 0.1, None), ("adamw", 4, 18, 1e-3, 0.0, None),
+    ]  # fmt: skip
+
+
+def test_muon_may_have_a_learning_rate_of_its_own() -> None:
+    config = OptimizerConfig(kind=MUON, groups=[group("layers.1.*", lr_scale=0.5)])
+    config.muon.lr = 0.02
+    found = rows(config)
+    assert [(row[0], row[3]) for row in found] == [
+        ("muon", 0.01), ("adamw", 5e-4), ("muon", 0.02), ("adamw", 1e-3), ("adamw", 1e-3),
+    ]  # fmt: skip
+
+
+def test_frozen_weights_are_in_no_group() -> None:
+    model = Small()
+    model.layers.requires_grad_(False)
+    assert rows(OptimizerConfig(), model) == [("adamw", 2, 80, 1e-3, 0.1, None)]
+    with pytest.raises(ConfigError, match="no matrix of a hidden layer is trained with it"):
+        weight_groups(model, OptimizerConfig(kind=MUON))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            OptimizerConfig(groups=[group("*.norm*", weight_decay=0.0)]),
+            "optimizer.groups[0].match='*.norm*': matches none of the 14 trained weights (embed.weight, layers.0.0.weight, "
+            "layers.0.0.bias, ...). Change the pattern, or remove the group.",
+        ),
+        (
+            OptimizerConfig(groups=[group("layers.*"), group("*.bias")]),
+            "optimizer.groups[1].match='*.bias': the weights that it matches are all in earlier groups. Put it before "
+            "these.",
+        ),
+        (
+            OptimizerConfig(kind=MUON, groups=[group("head*", kind=MUON)]),
+            "optimizer.groups[0].kind='muon': head.weight is no matrix of a hidden layer: embeddings, heads, routers and "
+            "stacked biases are not. Change the pattern, or use adamw.",
+        ),
+        (
+            OptimizerConfig(kind=MUON, groups=[group("*.bias", kind=MUON)]),
+            "optimizer.groups[0].kind='muon': layers.0.0.bias is no matrix of a hidden layer: its shape is [4]. Change the "
+            "pattern, or use adamw.",
+        ),
+    ],
+)
+def test_what_cannot_be_is_said(config: OptimizerConfig, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        weight_groups(Small(), config)
+    assert str(error.value).replace("'", "") == message.replace("'", "")
+
+
+def test_it_is_part_of_the_python_api() -> None:
+    model = Small()
+    optimizer = moecompile.make_optimizer(model, ["optimizer=muon", "optimizer.lr=0.01", "optimizer.muon.steps=3"])
+    assert isinstance(optimizer, Muon)
+    assert [(g["kind"], g["lr"], g["steps"]) for g in optimizer.param_groups][0] == ("muon", 0.01, 3)
+    assert type(moecompile.make_optimizer(model)) is torch.optim.AdamW
+    with pytest.raises(ConfigError, match=r"optimizer.muon.momentum=1.0: must lie in \[0, 1\)"):
+        moecompile.make_optimizer(model, ["optimizer=muon", "optimizer.muon.momentum=1"])
+
+
+def test_settings_survive_in_torchs_groups() -> None:
+    config = OptimizerConfig(groups=[group("*.0.weight", lr_scale=0.5, weight_decay=0.2)])
+    first = make_optimizer(Small(), config).param_groups[0]
+    assert (first["lr"], first["weight_decay"], len(first["params"])) == (5e-4, 0.2, 2)
