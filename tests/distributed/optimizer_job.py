@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from moecompile.compose import compose_config
 from moecompile.mesh import MeshSpec
 from moecompile.ops.traffic import optimizer_traffic
 from moecompile.passes.shard import device_mesh_of, shard
@@ -62,6 +63,11 @@ def joined(name: str, weight: Tensor) -> Iterator[Tensor]:
         return
     for expert in weight.chunk(2):
         yield expert.T if name.endswith("w2") else expert
+
+
+def factors(name: str, weight: Tensor) -> Iterator[Tensor]:
+    """Adapters: each factor is a matrix, of every linear and of every expert."""
+    yield from weight if weight.ndim == 3 else [weight]
 
 
 def conv1d(name: str, weight: Tensor) -> Iterator[Tensor]:
@@ -140,6 +146,11 @@ CASES: dict[str, Case] = {
             "ffn_config": {"ffn_hidden_size": 15, "moe_num_experts": 2, "moe_top_k": 1, "hidden_size": 24},
         },
     ),
+    "adapters": Case(
+        architecture="mixtral", muon=("lora_",), blocks=factors,
+        overrides=(*_mesh(2), "balance.rule=none", "adapters=lora", "adapters.rank=4", "adapters.dense=*_proj"),
+        config={**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "gpt2": Case(
         architecture="gpt2", muon=("c_attn.weight", "c_proj.weight", "experts.up_proj", "experts.down_proj"),
         blocks=conv1d, overrides=(*_mesh(2), *_UPCYCLED), options={"scale": MuonScale.original},
@@ -151,12 +162,14 @@ CASES: dict[str, Case] = {
 def _model(case: Case) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(case.architecture, vocab_size=VOCAB, use_cache=False, **case.config)
-    config._experts_implementation = "eager"
+    sizes = AutoConfig.for_model(case.architecture, vocab_size=VOCAB, use_cache=False, **case.config)
+    sizes._experts_implementation = "eager"
     torch.manual_seed(0)
-    model: nn.Module = AutoModelForCausalLM.from_config(config).to(torch.float64).eval()
+    model: nn.Module = AutoModelForCausalLM.from_config(sizes).to(torch.float64).eval()
     ids = torch.arange(8).view(1, 8)
-    compiled = compile_model(model, list(case.overrides), example={"input_ids": ids})
+    config = compose_config([*case.overrides, "optimizer=muon"])
+    config.optimizer = settings(case)
+    compiled = compile_model(model, config, example={"input_ids": ids})
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in compiled.parameters():
@@ -182,13 +195,14 @@ def gradient(name: str, shape: Sequence[int], step: int) -> Tensor:
 
 @dataclass(kw_only=True)
 class Run:
-    """weights: after the steps, whole. bytes_sent: by the optimizer of this rank in one step. state: numbers of its
-    entries in this rank's state, per weight.
+    """weights: after the steps, whole. bytes_sent: by the optimizer of this rank in one step; planned: the mean over
+    ranks of it, and of_muon: the planned number of Muon's parameters. state: entries in the state of each weight.
     """
 
     weights: dict[str, Tensor]
     bytes_sent: int = 0
     planned: float = 0.0
+    of_muon: int = 0
     state: dict[str, int] = field(default_factory=dict)
 
 
@@ -203,6 +217,8 @@ def sharded(case: Case) -> Run:
     sent = 0
     for step in range(STEPS):
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             whole = gradient(name, parameter.shape, step)
             if isinstance(parameter, DTensor):
                 like = parameter.detach()
@@ -214,7 +230,12 @@ def sharded(case: Case) -> Run:
     names = {parameter: name for name, parameter in model.named_parameters()}
     state = {names[p]: sum(v.numel() for k, v in entry.items() if k != "step") for p, entry in optimizer.state.items()}
     weights = {name: full(parameter) for name, parameter in model.named_parameters()}
-    return Run(weights=weights, bytes_sent=sent, state=state)
+    assert plan.estimate is not None
+    per_step = plan.estimate.optimizer_bytes_per_step
+    planned = 2 * (per_step.intra_node + per_step.inter_node)  # for weights of 4 bytes; these have 8
+    return Run(
+        weights=weights, bytes_sent=sent, planned=planned, of_muon=plan.estimate.params_muon, state=state
+    )  # fmt: skip
 
 
 def _distributed(whole: Tensor, like: Any) -> Tensor:
@@ -244,6 +265,8 @@ def looped(case: Case) -> Run:
     state: dict[str, int] = {}
     chosen: dict[str, tuple[float, float]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         group = next((g for g in config.groups if _matches(name, g.match)), WeightGroupConfig())
         by_muon = parameter.ndim > 1 and any(part in name for part in case.muon) and not name.endswith("bias")
         by_muon = by_muon and "gate_weight" not in name and group.kind is not OptimizerKind.adamw
@@ -253,10 +276,10 @@ def looped(case: Case) -> Run:
         else:
             rest.append({"params": [parameter], "lr": LR * group.lr_scale, "weight_decay": decay})
         state[name] = parameter.numel() * (1 if by_muon else 2)
-    adamw = torch.optim.AdamW(rest, betas=BETAS, eps=EPS)
+    adamw = torch.optim.AdamW(rest or [torch.zeros(())], betas=BETAS, eps=EPS)
     for step in range(STEPS):
         for name, parameter in model.named_parameters():
-            parameter.grad = gradient(name, parameter.shape, step)
+            parameter.grad = gradient(name, parameter.shape, step) if parameter.requires_grad else None
         adamw.step()
         with torch.no_grad():
             for name, (lr, decay) in chosen.items():
@@ -268,7 +291,8 @@ def looped(case: Case) -> Run:
                 parameter -= lr * decay * parameter
                 for weight, matrix in zip(case.blocks(name, parameter), case.blocks(name, update), strict=True):
                     weight -= lr * _factor(muon, *weight.shape) * _newton_schulz(matrix, muon)
-    return Run(weights={name: p.detach().clone() for name, p in model.named_parameters()}, state=state)
+    of_muon = sum(model.get_parameter(name).numel() for name in chosen)
+    return Run(weights={n: p.detach().clone() for n, p in model.named_parameters()}, of_muon=of_muon, state=state)
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -105,7 +105,7 @@ def test_it_is_part_of_the_python_api() -> None:
     model = Small()
     optimizer = moecompile.make_optimizer(model, ["optimizer=muon", "optimizer.lr=0.01", "optimizer.muon.steps=3"])
     assert isinstance(optimizer, Muon)
-    assert [(g["kind"], g["lr"], g["steps"]) for g in optimizer.param_groups][0] == ("muon", 0.01, 3)
+    assert next((g["kind"], g["lr"], g["steps"]) for g in optimizer.param_groups) == ("muon", 0.01, 3)
     assert type(moecompile.make_optimizer(model)) is torch.optim.AdamW
     with pytest.raises(ConfigError, match=r"optimizer.muon.momentum=1.0: must lie in \[0, 1\)"):
         moecompile.make_optimizer(model, ["optimizer=muon", "optimizer.muon.momentum=1"])

@@ -1,0 +1,88 @@
+"""Which weights of a model are matrices of hidden layers, and how the matrices lie in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moecompile.nn.matrices import Layout, hidden_matrices
+from moecompile.pipeline import compile_model
+from tests.existing_models import moe_inputs, moe_model
+from tests.tiny import COPY4
+
+ATTENTION = {f"self_attn.{name}_proj.weight": Layout() for name in "qkvo"}
+EXISTING = ["balance.rule=none", "mesh=cpu_1"]
+
+
+def in_layer(model: nn.Module, number: int) -> dict[str, Layout]:
+    prefix = f"model.layers.{number}."
+    found = hidden_matrices(model)
+    assert all(name.startswith("model.layers.") for name in found)  # no embeddings, no head
+    return {name.removeprefix(prefix): layout for name, layout in found.items() if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "experts"),
+    [
+        ("mixtral", {"mlp.experts.gate_up_proj": Layout(parts=2), "mlp.experts.down_proj": Layout()}),
+        (
+            "gpt_oss",
+            {
+                "mlp.experts.gate_up_proj": Layout(parts=2, interleaved=True, transposed=True),
+                "mlp.experts.down_proj": Layout(transposed=True),
+            },
+        ),
+    ],
+)
+def test_of_existing_experts_without_their_router(architecture: str, experts: dict[str, Layout]) -> None:
+    model = moe_model(architecture)
+    model = compile_model(model, EXISTING, example=moe_inputs(architecture, torch.arange(8).view(1, 8)))
+    assert in_layer(model, 0) == ATTENTION | experts
+    assert any("bias" in name and p.ndim == 2 for name, p in model.named_parameters()) is (architecture == "gpt_oss")
+
+
+def test_factors_of_adapters_are_matrices_of_their_own() -> None:
+    model = moe_model("mixtral")
+    overrides = [*EXISTING, "adapters=lora", "adapters.rank=4"]
+    model = compile_model(model, overrides, example=moe_inputs("mixtral", torch.arange(8).view(1, 8)))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    found = hidden_matrices(model)
+    assert trained <= found.keys()
+    assert {found[name] for name in trained} == {Layout()}
+
+
+class Stack(nn.Module):
+    """Layers with what is no matrix of a hidden layer beside one that is."""
+
+    def __init__(self, **in_layer: Any) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        layer = nn.ModuleDict({"up": nn.Linear(8, 16), "table": nn.Embedding(4, 8), "norm": nn.LayerNorm(8)})
+        layer["conv"], layer["one"] = nn.Conv1d(8, 8, 3), nn.Linear(8, 1)
+        self.layers = nn.ModuleList([layer])
+        self.classifier = nn.Linear(8, 3)
+
+
+def test_others_are_outside_of_layers_or_no_matrices() -> None:
+    assert hidden_matrices(Stack()) == {"layers.0.up.weight": Layout()}
+
+
+def test_without_a_list_of_layers_all_matrices_count() -> None:
+    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    assert list(hidden_matrices(model)) == ["1.weight", "3.weight"]
+    compiled = compile_model(model, COPY4, example=torch.arange(6).view(1, 6))
+    assert sorted(hidden_matrices(compiled).values(), key=str) == [Layout(), Layout()]
+
+
+def test_linears_of_gpt2_are_stored_the_other_way() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8))
+    found = hidden_matrices(model)
+    assert list(found) == [
+        f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    assert set(found.values()) == {Layout(transposed=True)}

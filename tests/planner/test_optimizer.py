@@ -1,0 +1,89 @@
+"""What a plan says of the optimizer, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from moecompile.compose import compose_config
+from moecompile.mesh import MeshSpec
+from moecompile.plan import Estimate, Traffic
+from moecompile.planner import ModelFacts
+from moecompile.planner.build_plan import build_plan
+from moecompile.planner.optimizer import MuonParams, state_bytes, step_traffic
+from tests.planner.test_build_plan import site
+
+FOUR = MeshSpec(ranks_per_node=4, ep=4)
+# A layer: attention of two 16 x 16 matrices, an FFN of three 16 x 48; embeddings of 1000 and 50 others beside them.
+FFN = {f"model.layers.0.mlp.{name}.weight": (48, 16) for name in ("gate", "up")}
+FFN["model.layers.0.mlp.down.weight"] = (16, 48)
+ATTENTION = {f"model.layers.0.self_attn.{name}.weight": (16, 16) for name in ("qkv", "o")}
+FACTS = ModelFacts(
+    params_total=3 * 48 * 16 + 2 * 256 + 1050, params_embedding=1000, num_layers=1, matrices={**FFN, **ATTENTION}
+)
+MUON = ("optimizer=muon", "mesh.ranks_per_node=4", "experts.num_routed=4", "routing.top_k=2")
+EXPERTS = 4 * 3 * 48 * 16
+
+
+def estimated(*overrides: str, facts: ModelFacts = FACTS) -> Estimate:
+    found = build_plan([site(0)], compose_config(overrides), facts).estimate
+    assert found is not None
+    return found
+
+
+def test_muons_parameters_are_those_of_matrices() -> None:
+    found = estimated(*MUON)
+    assert found.params_muon == 2 * 256 + EXPERTS
+    assert found.assumes is not None and found.assumes.optimizer == "muon"
+    shared = ["experts.granularity=2", "experts.num_shared=1", "experts.num_routed=4", "experts.init=virtual_group"]
+    assert estimated(*MUON, *shared).params_muon == 2 * 256 + EXPERTS // 2 + 3 * 16 * 24
+
+
+def test_an_ffn_that_is_a_part_of_its_module_is_replaced_too() -> None:
+    inline = {name.replace(".mlp.", ".").replace(".self_attn.", "."): shape for name, shape in FACTS.matrices.items()}
+    facts = ModelFacts(params_total=FACTS.params_total, params_embedding=1000, num_layers=1, matrices=inline)
+    found = build_plan([site(0, "model.layers.0")], compose_config(MUON), facts).estimate
+    assert found is not None and found.params_muon == 2 * 256 + EXPERTS
+
+
+def test_patterns_give_weights_to_adamw() -> None:
+    groups = 'optimizer.groups=[{match: "*.qkv.*", kind: adamw}, {match: "*experts.down_proj", kind: adamw}]'
+    assert estimated(*MUON, groups).params_muon == 256 + EXPERTS * 2 // 3
+
+
+def test_muon_has_one_number_of_state_where_adamw_has_two() -> None:
+    adamw, muon = estimated(*MUON[1:]), estimated(*MUON)
+    saved = adamw.memory_bytes_per_rank.optimizer - muon.memory_bytes_per_rank.optimizer
+    assert saved == 4 * (2 * 256 + EXPERTS) // 4  # 4 bytes each, over 4 ranks
+    assert adamw.params_muon == 0 and adamw.optimizer_bytes_per_step == Traffic(intra_node=0.0, inter_node=0.0)
+    assert state_bytes(100, 10, MuonParams(), FOUR) == 110 * 8
+    assert state_bytes(100, 10, MuonParams(dense=120, experts=200), FOUR) == 110 * 8 - (30 + 50) * 4
+
+
+@pytest.mark.parametrize(
+    ("muon", "mesh", "intra", "inter"),
+    [
+        (MuonParams(dense=160, experts=999), FOUR, 2 * 160 * 3 / 16, 0.0),
+        (MuonParams(dense=160), MeshSpec(), 0.0, 0.0),
+        (MuonParams(dense=160), MeshSpec(ranks_per_node=4, dp_replicate=2), 2 * 160 / 4, 0.0),
+        # Of the three others, one is on the same node.
+        (
+            MuonParams(dense=160),
+            MeshSpec(num_nodes=2, ranks_per_node=2),
+            2 * 160 * 3 / 16 / 3,
+            2 * 160 * 3 / 16 * 2 / 3,
+        ),
+        # Two ranks of FSDP have 80 each, then two of tp; a rank is one of four.
+        (MuonParams(split=160), MeshSpec(ranks_per_node=4, tp=2), (2 * 80 + 2 * 80) / 4, 0.0),
+        (MuonParams(summed=160), MeshSpec(ranks_per_node=4, tp=2), 2 * 160 * 3 / 16, 0.0),
+        (MuonParams(joined=160, experts=160), MeshSpec(ranks_per_node=4, ep=2), 2 * 80 / 4, 0.0),
+    ],
+)
+def test_bytes_of_a_step(muon: MuonParams, mesh: MeshSpec, intra: float, inter: float) -> None:
+    sent = step_traffic(muon, mesh, 4)
+    assert (sent.intra_node, sent.inter_node) == pytest.approx((4 * intra, 4 * inter))
+
+
+def test_bf16_products_halve_the_bytes() -> None:
+    wide = estimated(*MUON).optimizer_bytes_per_step.intra_node
+    assert wide == 4 * 2 * 512 * 3 / 16
+    assert estimated(*MUON, "optimizer.muon.precision=bf16").optimizer_bytes_per_step.intra_node == wide / 2
