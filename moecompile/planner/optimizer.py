@@ -85,7 +85,8 @@ def _dense(layers: Sequence[LayerPlan], facts: ModelFacts) -> tuple[Mapping[str,
         size = sum(kept[name][0] * kept[name][1] for name in inside)
         if isinstance(site, ExpertsSite):
             block = site.fqn.rpartition(".")[0]
-            joined += size if site.form == "stacked" else 0
+            if site.form == "stacked":  # stacked biases have a row per expert
+                joined += sum(kept[n][0] * kept[n][1] for n in inside if kept[n][0] != num_experts)
             inside |= {n for n, (rows, _) in kept.items() if n.startswith(f"{block}.") and rows == num_experts}
         elif size != (ffn := (site.num_in_projections + 1) * site.d_model * site.d_ff):
             inside, replaced = set(), replaced + ffn  # the site is a part of the module at its path
