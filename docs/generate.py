@@ -87,10 +87,16 @@ def _tables(kind: type, defaults: Any) -> list[str]:
     values = {field.name: getattr(defaults, field.name) for field in fields(kind)}
     inner = [name for name, value in values.items() if is_dataclass(value) and not isinstance(value, FigureConfig)]
     parts = [_table(kind, defaults, [field.name for field in fields(kind) if field.name not in inner])]
+    listed = [get_args(hint)[0] for hint in get_type_hints(kind).values() if _lists_mappings(hint)]
+    parts += [text for each in listed for text in (_description(each), *_tables(each, each()))]
     for name in inner:
         value = getattr(defaults, name)
         parts += [_description(type(value)), _table(type(value), value, [f"{f.name}" for f in fields(value)])]
     return parts
+
+
+def _lists_mappings(hint: Any) -> bool:
+    return get_origin(hint) is list and is_dataclass(get_args(hint)[0])
 
 
 def _table(kind: type, defaults: Any, names: list[str]) -> str:
@@ -125,6 +131,8 @@ def _type(hint: Any) -> str:
         return ", ".join(f"`{member.value}`" for member in hint)
     if {*get_args(hint)} == {int, str}:
         return "whole number or `auto`"
+    if _lists_mappings(hint):
+        return "list of mappings"
     if get_origin(hint) is list:
         return "list of texts" if get_args(hint) == (str,) else "list of numbers"
     if get_origin(hint) is dict:

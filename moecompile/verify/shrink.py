@@ -125,7 +125,7 @@ def _shrink_run(work: _Shrinking, steps: int) -> None:
     )  # fmt: skip
     work.limit(
         config.optimizer.muon, "optimizer.muon", "precision", MuonPrecision.fp32,
-        "bf16 would hide what differs; a rounding of the products is not what ranks can get wrong",
+        "bf16 would hide what differs",
     )  # fmt: skip
     if config.optimizer.clip_norm is None:
         work.limit(config.optimizer, "optimizer", "clip_norm", _NO_CLIPPING, "the norm is known where it may clip")

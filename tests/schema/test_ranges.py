@@ -69,6 +69,37 @@ def test_a_range_holds_at_its_ends(path: str) -> None:
         (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9]: must be two numbers. Use [0.9, 0.95]."),
         (["optimizer.betas=[0.9,1]"], "optimizer.betas[1]=1.0: must lie in [0, 1). Use [0.9, 0.95]."),
         (["optimizer.betas=[nan,0.9]"], "optimizer.betas[0]=nan: must be a finite number. Use [0.9, 0.95]."),
+        (
+            ["optimizer=muon", "optimizer.muon.lr=-1"],
+            "optimizer.muon.lr=-1.0: must not be negative. Use 0.02, or null for optimizer.lr.",
+        ),
+        (["optimizer=muon", "optimizer.muon.momentum=1"], "optimizer.muon.momentum=1.0: must lie in [0, 1). Use 0.95."),
+        (
+            ["optimizer=muon", "optimizer.muon.coefficients=[1,2]"],
+            "optimizer.muon.coefficients=[1.0, 2.0]: must be three numbers. Use [3.4445, -4.775, 2.0315].",
+        ),
+        (
+            ["optimizer=muon", "optimizer.muon.coefficients=[1,2,nan]"],
+            "optimizer.muon.coefficients[2]=nan: must be a finite number. Use [3.4445, -4.775, 2.0315].",
+        ),
+        (
+            ["optimizer.muon.steps=3"],
+            "optimizer.muon.steps=3: has no effect with AdamW. Use optimizer=muon, or leave it out.",
+        ),
+        (
+            ["optimizer.muon.scale=original"],
+            "optimizer.muon.scale=original: has no effect with AdamW. Use optimizer=muon, or leave it out.",
+        ),
+        (["optimizer.groups=[{lr_scale: -1}]"], "optimizer.groups[0].lr_scale=-1.0: must not be negative. Use 1.0."),
+        (
+            ["optimizer.groups=[{match: a}, {weight_decay: nan}]"],
+            "optimizer.groups[1].weight_decay=nan: must be a finite number. Use 0.1, or 0 for none.",
+        ),
+        (
+            ["optimizer.groups=[{kind: muon}]"],
+            "optimizer.groups[0].kind=muon: chooses among the two optimizers of optimizer=muon. Use optimizer=muon, or leave "
+            "it out.",
+        ),
         (["optimizer.clip_norm=0"], "optimizer.clip_norm=0.0: must be positive. Use 1.0, or null for no clipping."),
         (["seed=-1"], "seed=-1: must be at least 0. Use 0 or more."),
         (

@@ -30,7 +30,7 @@ class MuonConfig:
 
 @dataclass(kw_only=True)
 class WeightGroupConfig:
-    """One of `optimizer.groups`: other settings for some weights."""
+    """`optimizer.groups[N]`: other settings for some weights."""
 
     match: str = "*"
     """Pattern for the weights by name (`*.norm.weight`); a weight belongs to the first group that matches."""
