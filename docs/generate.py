@@ -131,10 +131,9 @@ def _type(hint: Any) -> str:
         return ", ".join(f"`{member.value}`" for member in hint)
     if {*get_args(hint)} == {int, str}:
         return "whole number or `auto`"
-    if _lists_mappings(hint):
-        return "list of mappings"
     if get_origin(hint) is list:
-        return "list of texts" if get_args(hint) == (str,) else "list of numbers"
+        kinds = {(str,): "list of texts"}
+        return "list of mappings" if _lists_mappings(hint) else kinds.get(get_args(hint), "list of numbers")
     if get_origin(hint) is dict:
         return "mapping"
     if get_args(hint):
