@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,13 @@ import torch
 from torch import Tensor
 
 from moecompile.checkpoint.tensors import read_tensors, shapes
+from moecompile.runtime.weight_groups import make_optimizer
+from moecompile.verify import worst
+from tests.distributed import manual_job
 from tests.distributed import optimizer_job as job
 from tests.distributed.harness import run_distributed_test
 from tests.distributed.resume_job import run
+from tests.distributed.test_manual import MESHES, accumulated
 
 Found = dict[str, tuple[job.Run, job.Run | None]]
 _UNEVEN = ("dbrx",)  # rows that 4 ranks do not share evenly; the plan has the mean over all owners
@@ -80,3 +85,23 @@ def test_a_run_goes_on_on_another_mesh(tmp_path: Path) -> None:
         torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-10, msg=name)
     assert out["other"][0] == pytest.approx(out["whole"][0], abs=1e-10)
     assert out["whole"][1].intra_node > 0 and out["whole"][1] == out["other"][1]
+
+
+def both_optimizers(module: Any) -> list[torch.optim.Optimizer]:
+    muon = make_optimizer(module.model, ["optimizer=muon", "optimizer.lr=0.02", "optimizer.muon.steps=4"])
+    return [muon, torch.optim.AdamW(module.other.parameters(), lr=0.02)]
+
+
+MANUAL = manual_job.Recipe(step=partial(accumulated, mean=False), optimizers=both_optimizers, loss="sum")
+
+
+def manual(rank: int, world_size: int) -> list[dict[str, Any]]:
+    return [manual_job.on_ranks(MANUAL, world_size, mesh) for mesh in MESHES.values()]
+
+
+@pytest.mark.slow
+def test_manual_optimization_steps_it_too() -> None:
+    """Accumulated, clipped, beside another optimizer; on one process the gradients are plain autograd's."""
+    wanted = manual_job.on_one(MANUAL, 2)
+    for got in run_distributed_test(manual, 2, timeout_s=200)[0]:
+        assert worst(got["weights"], wanted["weights"])[0] <= 1e-10

@@ -233,7 +233,7 @@ def _config(overrides: list[str]) -> Config:
 
 
 def _all(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
-    found = {"right": _certified(folder / "right")}
+    found = {"right": _certified(folder / "right", _GROUPS)}
     found["right optimizers"] = _certified(folder / "right optimizers", [*_MUON, *_GROUPS])
     for mutation in MUTATIONS:
         with pytest.MonkeyPatch.context() as patch:
