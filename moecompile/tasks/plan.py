@@ -16,10 +16,13 @@ from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan
 from moecompile.planner.existing import notes
 from moecompile.planner.foresight.forecast import Forecast
-from moecompile.planner.foresight.planned import forecast_plan
+from moecompile.planner.foresight.memory import memory_of
+from moecompile.planner.foresight.planned import case_of, forecast_plan
+from moecompile.planner.foresight.shapes import ModelShape
 from moecompile.report.forecast import print_forecast
 from moecompile.report.plan_tables import print_plan
 from moecompile.report.result import write_result
+from moecompile.report.text import bytes_text
 from moecompile.rundir import accept
 from moecompile.schema import Config, is_described, with_workload
 
@@ -30,28 +33,40 @@ def run(config: Config, run_dir: Path) -> None:
     model = build_model(config.model, config.seed)
     plan = make_plan(model, config, example=example_inputs(model, config.data.seq_len))
     require_layers(plan, config)
-    forecast = forecast_plan(shape_of_model(model, plan), plan, config)
-    plan_notes = [*workload_notes, *_described(config), *notes(plan, config), *frozen_notes(model, plan)]
+    shape = shape_of_model(model, plan)
+    forecast, memory = forecast_plan(shape, plan, config), _memory(shape, plan, config)
+    plan_notes = [*workload_notes, *_described(config, memory), *notes(plan, config), *frozen_notes(model, plan)]
     console = Console()
     print_plan(plan, console, plan_notes)
     print_forecast(forecast, console)
     accept(run_dir)
     plans.save(plan, run_dir / "plan.yaml")
-    write_result(run_dir, "plan", config.name, {**plan_fields(plan), **_fields(forecast), "notes": plan_notes})
+    write_result(run_dir, "plan", config.name, {**plan_fields(plan), **_fields(forecast, memory), "notes": plan_notes})
 
 
-def _described(config: Config) -> list[str]:
+def _memory(shape: ModelShape, plan: Plan, config: Config) -> int | None:
+    """Bytes of the fullest rank of a described layout, if there is one."""
     if not is_described(config.workload):
+        return None
+    case = case_of(shape, plan, config)
+    return round(memory_of(case.model, case.layout, case.software).total)
+
+
+def _described(config: Config, memory: int | None) -> list[str]:
+    if memory is None:
         return []
     return [
         f"the time is that of the layout which workload={config.workload.name} describes; this package runs expert, "
-        "tensor and data parallelism, and the memory is that of `mesh`, not of the described axes"
+        "tensor and data parallelism, and the memory above is that of `mesh`; the described layout needs about "
+        f"{bytes_text(memory)} a rank"
     ]
 
 
-def _fields(forecast: Forecast) -> dict[str, object]:
-    """The fields of result.json about the forecast."""
+def _fields(forecast: Forecast, memory: int | None) -> dict[str, object]:
+    """The fields of result.json about the forecast; memory: of a described layout."""
+    described = {} if memory is None else {"described_memory_bytes": memory}
     return {
+        **described,
         "step_seconds": forecast.seconds,
         "tokens_per_second_per_rank": forecast.tokens_per_second_per_rank,
         "tflops_per_rank": forecast.tflops_per_rank,

@@ -17,7 +17,14 @@ from moecompile.schema.config.machine import (
 )
 from moecompile.schema.config.root import Config
 from moecompile.schema.config.run import DataConfig, OptimizerConfig, TrainerConfig
-from moecompile.schema.config.tasks import BenchConfig, ExportConfig, ModelConfig, TaskConfig, VerifyConfig
+from moecompile.schema.config.tasks import (
+    BenchConfig,
+    ExportConfig,
+    ModelConfig,
+    SearchConfig,
+    TaskConfig,
+    VerifyConfig,
+)
 
 __all__ = [
     "AdaptersConfig",
@@ -37,6 +44,7 @@ __all__ = [
     "OptimizerConfig",
     "PerLayerConfig",
     "RoutingConfig",
+    "SearchConfig",
     "StackConfig",
     "TaskConfig",
     "TrainerConfig",

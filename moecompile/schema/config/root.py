@@ -8,7 +8,14 @@ from moecompile.schema.config.adapters import AdaptersConfig
 from moecompile.schema.config.layers import BalanceConfig, ExpertsConfig, PerLayerConfig, RoutingConfig
 from moecompile.schema.config.machine import DispatchConfig, HardwareConfig, MeshConfig, StackConfig, WorkloadConfig
 from moecompile.schema.config.run import DataConfig, OptimizerConfig, TrainerConfig
-from moecompile.schema.config.tasks import BenchConfig, ExportConfig, ModelConfig, TaskConfig, VerifyConfig
+from moecompile.schema.config.tasks import (
+    BenchConfig,
+    ExportConfig,
+    ModelConfig,
+    SearchConfig,
+    TaskConfig,
+    VerifyConfig,
+)
 
 
 @dataclass(kw_only=True)
@@ -40,5 +47,6 @@ class Config:
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     given: list[str] = field(default_factory=list)
     """Keys that the caller set, filled in by the program."""
