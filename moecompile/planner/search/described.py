@@ -23,6 +23,7 @@ from moecompile.planner.foresight.shapes import Attention, Scan
 from moecompile.planner.search.found import Rejected
 
 MOST_STAGES, MOST_CONTEXT = 64, 16
+_POWERS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +114,11 @@ def settings_text(sizes: dict[str, int]) -> str:
 
 
 def _virtual(case: Case, pp: int) -> list[int]:
-    """Virtual stages that a stage's layers can be cut into."""
+    """Virtual stages that a stage's layers can be cut into: equal ones, or powers of two if there are none."""
     layers = sum(layer.count for layer in case.model.main_layers())
-    if pp == 1 or layers % pp or case.software.schedule == "dualpipe":
+    if pp == 1 or case.software.schedule == "dualpipe":
         return [1]
-    return divisors(layers // pp)
+    return [n for n in _POWERS if n * pp <= layers or n == 1] if layers % pp else divisors(layers // pp)
 
 
 def _broken(case: Case, sizes: dict[str, int], batch: int) -> str | None:
