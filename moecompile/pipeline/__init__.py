@@ -127,9 +127,11 @@ def make_plan(
     return build_plan(sites, config, facts)
 
 
-def planning_facts(model: nn.Module, config: Config, example: Example) -> tuple[Sequence[PlannedSite], ModelFacts]:
-    """All that planning needs of a model: its sites, and its sizes."""
-    captured = capture_planned(model, None, config, example)
+def planning_facts(
+    model: nn.Module, config: Config, example: Example, plan: Plan | None = None
+) -> tuple[Sequence[PlannedSite], ModelFacts]:
+    """All that planning needs of a model: its sites (those of `plan`, if it is given), and its sizes."""
+    captured = capture_planned(model, plan, config, example)
     return captured.sites, facts_of(model, example, captured)
 
 

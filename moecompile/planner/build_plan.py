@@ -64,6 +64,11 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
         ConfigError: the config is invalid or does not fit a site.
     """
     plan, facts = draft_plan(sites, config, facts)
+    return with_estimate(plan, config, facts)
+
+
+def with_estimate(plan: Plan, config: Config, facts: ModelFacts) -> Plan:
+    """The plan with its estimate for the run that `config` describes."""
     run, memory_bytes = run_facts(config, plan.mesh, facts), config.hardware.memory_gib * GIB
     return replace(plan, estimate=estimate(plan.layers, plan.mesh, facts, run, memory_bytes=memory_bytes))
 

@@ -10,9 +10,8 @@ from rich.text import Text
 
 from moecompile.planner.search.found import Candidate
 from moecompile.planner.search.run import Found
-from moecompile.report.forecast import seconds_text
 from moecompile.report.tables import plain_grid, plain_table
-from moecompile.report.text import bytes_text
+from moecompile.report.text import bytes_text, seconds_text
 from moecompile.schema import Config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Optional
 
 from moecompile.schema.config.adapters import AdaptersConfig
 from moecompile.schema.config.layers import BalanceConfig, ExpertsConfig, PerLayerConfig, RoutingConfig
@@ -28,6 +29,10 @@ class Config:
     """Random seed of weights, data order and everything else, 0 or more."""
     debug: bool = False
     """Shows tracebacks for user errors too."""
+    plan: Optional[str] = None
+    """A `plan.yaml`, or a run directory with one, that decides in task=plan, compile and train; null: a new plan."""
+    compare: Optional[str] = None
+    """Another `plan.yaml` or run directory, with task=plan: what differs, and what that costs."""
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
