@@ -29,10 +29,6 @@ class Config:
     """Random seed of weights, data order and everything else, 0 or more."""
     debug: bool = False
     """Shows tracebacks for user errors too."""
-    plan: Optional[str] = None
-    """A `plan.yaml`, or a run directory with one, that decides in task=plan, compile and train; null: a new plan."""
-    compare: Optional[str] = None
-    """Another `plan.yaml` or run directory, with task=plan: what differs, and what that costs."""
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
@@ -53,5 +49,9 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    plan: Optional[str] = None
+    """A `plan.yaml`, or a run directory with one, that decides in task=plan, compile and train; null: a new plan."""
+    compare: Optional[str] = None
+    """Another `plan.yaml` or run directory, with task=plan: what differs, and what that costs."""
     given: list[str] = field(default_factory=list)
     """Keys that the caller set, filled in by the program."""
