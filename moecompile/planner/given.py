@@ -2,7 +2,7 @@
 
 Algorithm:
   1. A key that the caller set must have the plan's value; `auto` always has. One that the plan does not record is
-     refused. So is a mesh, a dispatch or adapters of another kind.
+     refused. So is a mesh, a dispatch or adapters of another kind, and code to run that the caller does not name.
   2. The mesh of the config becomes the plan's.
   3. Where all layers are alike, so do dispatch, experts, routing and balance, so that the config says what runs. Where
      they differ, the plan alone says it.
@@ -73,6 +73,7 @@ def with_plan(config: Config) -> Config:
         for each in _KEYS.get(key, (key,)):
             _check(each, config, plan)
     _check_adapters(config, plan)
+    _check_code(config, plan)
     mesh = {name: getattr(plan.mesh, name) for name in _MESH}  # Step 2
     config = replace(config, plan=str(file), mesh=replace(config.mesh, **mesh, dp_shard="auto"))
     return _like_layers(config, plan.layers)  # Step 3
@@ -84,6 +85,15 @@ def _check_adapters(config: Config, plan: Plan) -> None:
         has = "none" if plan.adapters is None else "some"
         rule = f"the plan of {config.plan} has {has}"
         raise ConfigError("adapters.kind", kind.value, rule, "Select the same, adapters=none or lora, or plan again")
+
+
+def _check_code(config: Config, plan: Plan) -> None:
+    """Refuses a plan that names code to run, unless the caller names it too."""
+    for group in ("dispatch", "experts"):
+        named = sorted({getattr(layer, group).backend for layer in plan.layers} - {""})
+        if named and f"{group}.backend" not in config.given:
+            rule = f"names code to run, {group}.backend={named[0]}"
+            raise ConfigError("plan", config.plan, rule, f"Give {group}.backend={named[0]} too")
 
 
 def _check(key: str, config: Config, plan: Plan) -> None:
@@ -142,7 +152,7 @@ def _filled(node: Any, values: Mapping[str, Any]) -> Any:
 
 def _is_kept(name: str, values: Mapping[str, Any]) -> bool:
     """Whether a plan's value is one that a config may have; a plan writes others where a setting has no effect."""
-    without_effect = {"chunks": 1, "slots": 0, "drop": "none", "drop_ratio": 0.0, "rate": 0.0}
+    without_effect = {"chunks": 1, "slots": 0, "drop": "none", "drop_ratio": 0.0, "rate": 0.0, "backend": ""}
     return name not in without_effect or bool(values[name] != without_effect[name])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,16 @@ def test_layers_that_differ_are_the_plan_s_alone(tmp_path: Path) -> None:
 def test_a_config_that_disagrees_is_refused(run: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         with_plan(compose_config(["recipe=mixtral_ep", f"plan={run}", override]))
+
+
+def test_a_plan_chooses_no_code_to_run_by_itself(tmp_path: Path) -> None:
+    plan = planned("recipe=mixtral_ep", "dispatch.kind=dedup", "trainer.checkpointing=none")
+    layers = tuple(replace(layer, dispatch=replace(layer.dispatch, backend="mine:fast")) for layer in plan.layers)
+    save(replace(plan, layers=layers), tmp_path / "plan.yaml")
+    words = ["recipe=mixtral_ep", f"plan={tmp_path}"]
+    with pytest.raises(ConfigError, match=r"^plan=.*: names code to run, dispatch\.backend=mine:fast\. Give dispatch"):
+        with_plan(compose_config(words))
+    assert with_plan(compose_config([*words, "dispatch.backend='mine:fast'"])).dispatch.backend == "mine:fast"
 
 
 def test_what_agrees_is_accepted(run: Path) -> None:

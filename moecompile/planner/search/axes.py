@@ -76,7 +76,7 @@ def axes_of(config: Config, layers: Sequence[LayerPlan], ep: int) -> Axes:
         micro_batch=sorted({*MICRO_BATCHES, data.micro_batch_size})
         if "micro_batch" in searched
         else [data.micro_batch_size],
-        checkpointing=[each.value for each in Checkpointing]
+        checkpointing=[each.value for each in Checkpointing if _may_keep(config) or each.value != "keep_exchanges"]
         if "checkpointing" in searched
         else [config.trainer.checkpointing.value],
         max_nodes=[None, *divisors(mesh.num_nodes)] if "max_nodes" in searched else [config.routing.max_nodes],
@@ -84,6 +84,11 @@ def axes_of(config: Config, layers: Sequence[LayerPlan], ep: int) -> Axes:
         layout="layout" in searched,
         kept=kept,
     )
+
+
+def _may_keep(config: Config) -> bool:
+    """Whether rows that were received can be kept for backward."""
+    return config.dispatch.backend is None
 
 
 def _kept(config: Config, layers: Sequence[LayerPlan]) -> dict[str, str]:

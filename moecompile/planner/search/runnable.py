@@ -116,14 +116,17 @@ def _planned(search: Search, config: Config, shapes: dict[object, ModelShape]) -
     if key not in shapes:
         shapes[key] = search.shape(plan)
     overlapped = tuple(
-        replace(layer, dispatch=replace(layer.dispatch, overlap="shared"))
-        if layer.dispatch.kind in IN_FLIGHT
-        else layer
+        replace(layer, dispatch=replace(layer.dispatch, overlap="shared")) if _in_flight(layer) else layer
         for layer in plan.layers
     )
     return _Structure(
         config=config, plan=plan, facts=facts, case=case_of(shapes[key], plan, config), overlapped=overlapped
     )
+
+
+def _in_flight(layer: LayerPlan) -> bool:
+    """Whether exchanges of a layer may be in flight."""
+    return layer.dispatch.kind in IN_FLIGHT and not layer.dispatch.backend
 
 
 def _changed(search: Search, plan: Plan) -> str | None:
@@ -206,8 +209,7 @@ def _possible(overlap: tuple[str, int], structure: _Structure, run: RunFacts) ->
     """Whether a kind of dispatch has this overlap; a micro-batch has at least as many tokens as chunks."""
     kind, chunks = overlap
     tokens = -(-run.tokens_per_rank // structure.plan.mesh.tp)
-    kinds = {layer.dispatch.kind for layer in structure.plan.layers}
-    return kind == "none" or (kinds <= IN_FLIGHT and chunks <= tokens)
+    return kind == "none" or (all(map(_in_flight, structure.plan.layers)) and chunks <= tokens)
 
 
 def _settings(
