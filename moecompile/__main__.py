@@ -38,8 +38,9 @@ def _command_line() -> int:
 
 def _prepare(config: Config, run_dir: Path) -> Config:
     from moecompile.checkpoint.resume import resumed
+    from moecompile.planner.given import with_plan
 
-    return resumed(config, run_dir)
+    return resumed(with_plan(config), run_dir)
 
 
 def _check(config: Config) -> None:

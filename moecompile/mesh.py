@@ -63,18 +63,18 @@ class MeshSpec:
             rule = f"the number of micro-batches, world / tp = {copies} ({self._shape}, tp={self.tp})"
         if copies % self.dp_replicate:
             raise ConfigError(
-                "mesh.dp_replicate", self.dp_replicate, f"must divide {rule}", f"Use one of {_divisors(copies)}"
+                "mesh.dp_replicate", self.dp_replicate, f"must divide {rule}", f"Use one of {divisors(copies)}"
             )
 
     def _check_contiguous(self, axis: str) -> None:
         """Checks that the groups of an axis that varies fastest divide the ranks, and the nodes evenly."""
         size, path, group = getattr(self, axis), f"mesh.{axis}", {"ep": "an EP group", "tp": "a TP group"}[axis]
-        divisors = _divisors(self.world_size)
+        fitting = divisors(self.world_size)
         if self.world_size % size:
             rule = f"must divide the world size ({self._shape})"
-            raise ConfigError(path, size, rule, f"Use one of {divisors}")
+            raise ConfigError(path, size, rule, f"Use one of {fitting}")
         if size % self.ranks_per_node and self.ranks_per_node % size:
-            fitting = [n for n in divisors if not (n % self.ranks_per_node and self.ranks_per_node % n)]
+            fitting = [n for n in fitting if not (n % self.ranks_per_node and self.ranks_per_node % n)]
             rule = f"{group} must fill whole nodes or fit into one ({self._shape})"
             raise ConfigError(path, size, rule, f"Use one of {fitting}")
 
@@ -141,5 +141,6 @@ class MeshSpec:
         return LinkClass.INTRA_NODE if self.node_of(a) == self.node_of(b) else LinkClass.INTER_NODE
 
 
-def _divisors(n: int) -> list[int]:
+def divisors(n: int) -> list[int]:
+    """The divisors of `n`, the smallest first."""
     return [d for d in range(1, n + 1) if n % d == 0]

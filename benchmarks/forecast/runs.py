@@ -123,7 +123,7 @@ def _run(row: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> Run:
     model, box = models()[row["model"]], machine(row["system"])
     if row.get("variant") == "w/o MTP":
         model = replace(model, layers=tuple(model.main_layers()))
-    layout, assumed = _layout(row, model)
+    layout, assumed = layout_of(row, model)
     software, more = _software(row, recipe)
     measured = row.get("tokens_s_gpu") or row["tflops_gpu"] * 1e12 / training_flops(model, row["seq"])
     return Run(
@@ -133,7 +133,8 @@ def _run(row: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> Run:
     )  # fmt: skip
 
 
-def _layout(row: Mapping[str, Any], model: ModelShape) -> tuple[Layout, list[str]]:
+def layout_of(row: Mapping[str, Any], model: ModelShape) -> tuple[Layout, list[str]]:
+    """The layout of a row, and what was assumed."""
     method, assumed = row.get("method") or "", []
 
     def known(key: str, otherwise: int) -> int:

@@ -18,6 +18,8 @@ from moecompile.errors import ConfigError
 from moecompile.schema import Config, with_implied
 
 RESOLVED = "resolved.yaml"
+GIVEN_GROUPS = ("per_layer", "model", "mesh", "dispatch")
+"""Words without a dot that `Config.given` keeps."""
 
 OmegaConf.register_new_resolver("moecompile.add", lambda *numbers: sum(numbers), replace=True)  # ${moecompile.add:a,b}
 
@@ -43,7 +45,7 @@ def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:
         raise ConfigError("given", config.given, "is filled in by the program", "Leave it out")
     keys = [match[1] for item in overrides if (match := re.match(r"\+{0,2}(\w+(?:\.\w+)*)=", item))]
     groups = [key for key in keys if "." not in key]
-    config.given = [key for key in keys if "." in key or key in ("per_layer", "model")]
+    config.given = [key for key in keys if "." in key or key in GIVEN_GROUPS]
     return with_implied(config, groups)
 
 

@@ -39,7 +39,7 @@ from moecompile.passes.same_weights import check_same_weights
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.passes.trained import frozen_notes
 from moecompile.pipeline.facts import facts_of
-from moecompile.plan import ExpertsSite, Plan, check_sites
+from moecompile.plan import ExpertsSite, Plan, PlannedSite, check_sites
 from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import build_plan
 from moecompile.planner.existing import notes
@@ -123,8 +123,16 @@ def make_plan(
     if example is None:
         raise CaptureError("make_plan needs example=... for a module that is not a GraphModule")
     check_example(example)
-    captured = capture_planned(model_or_graph, None, config, example)
-    return build_plan(captured.sites, config, facts_of(model_or_graph, example, captured))
+    sites, facts = planning_facts(model_or_graph, config, example)
+    return build_plan(sites, config, facts)
+
+
+def planning_facts(
+    model: nn.Module, config: Config, example: Example, plan: Plan | None = None
+) -> tuple[Sequence[PlannedSite], ModelFacts]:
+    """All that planning needs of a model: its sites (those of `plan`, if it is given), and its sizes."""
+    captured = capture_planned(model, plan, config, example)
+    return captured.sites, facts_of(model, example, captured)
 
 
 def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | Config | Plan = ()) -> fx.GraphModule:

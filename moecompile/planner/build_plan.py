@@ -50,7 +50,7 @@ from moecompile.schema import (
     validate_transform,
 )
 
-_GIB = 2**30
+GIB = 2**30
 
 
 def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) -> Plan:
@@ -59,6 +59,22 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
     Args:
         sites: all matched sites, in model order.
         facts: sizes of the dense model, for the estimate.
+
+    Raises:
+        ConfigError: the config is invalid or does not fit a site.
+    """
+    plan, facts = draft_plan(sites, config, facts)
+    return with_estimate(plan, config, facts)
+
+
+def with_estimate(plan: Plan, config: Config, facts: ModelFacts) -> Plan:
+    """The plan with its estimate for the run that `config` describes."""
+    run, memory_bytes = run_facts(config, plan.mesh, facts), config.hardware.memory_gib * GIB
+    return replace(plan, estimate=estimate(plan.layers, plan.mesh, facts, run, memory_bytes=memory_bytes))
+
+
+def draft_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) -> tuple[Plan, ModelFacts]:
+    """The plan without its estimate, and the facts with which it is estimated; arguments as for `build_plan`.
 
     Raises:
         ConfigError: the config is invalid or does not fit a site.
@@ -81,19 +97,18 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
         for i, site in enumerate(chosen)
     )
     layers, adapters, facts = plan_adapters(layers, config, facts)
-    return Plan(  # Step 4
+    plan = Plan(  # Step 4
         mesh=mesh,
         layers=layers,
         reductions=reductions(mesh),
         adapters=adapters,
         tensor_parallel=split_modules([site.fqn for site in chosen], mesh, facts),
-        estimate=estimate(
-            layers, mesh, facts, _run_facts(config, mesh, facts), memory_bytes=config.hardware.memory_gib * _GIB
-        ),
     )
+    return plan, facts
 
 
-def _run_facts(config: Config, mesh: MeshSpec, facts: ModelFacts) -> RunFacts:
+def run_facts(config: Config, mesh: MeshSpec, facts: ModelFacts) -> RunFacts:
+    """The training run that `config` describes."""
     data, trainer = config.data, config.trainer
     stored = "" if facts.bytes_per_param == 4 else f" on weights of {facts.bytes_per_param} bytes"
     return RunFacts(

@@ -42,24 +42,37 @@ def memory_of_fullest_rank(
     layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
 ) -> MemoryEstimate:
     """The estimate in the module docstring."""
+    weights, grads, optimizer = model_state_bytes(layers, mesh, facts, run)
+    return MemoryEstimate(
+        weights=weights,
+        grads=grads,
+        optimizer=optimizer,
+        activations=activation_bytes(layers, mesh, facts, run),
+        dispatch=buffer_bytes(layers, mesh, run),
+    )
+
+
+def model_state_bytes(
+    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
+) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer (steps 1 and 2); of `run`, tokens do not matter."""
     params, trained = model_params(layers, facts), trained_params(layers, facts)
-    lent = lending(layers, run)
     muon = muon_params(layers, mesh, facts, run.optimizer, trained)
     number, stored = _trained_bytes(facts), _stored_bytes(params, mesh, facts.bytes_per_param)
     if facts.adapters is not None:
         stored += _stored_bytes(trained, mesh, number - facts.bytes_per_param)
-    return MemoryEstimate(
-        weights=stored + _unsharded_params(layers, mesh, facts) * run.compute_bytes,
-        grads=_stored_bytes(trained, mesh, number) + _unsharded_grads_bytes(trained, layers, mesh, facts, run),
-        optimizer=state_bytes(_own_params(trained, mesh), trained.router, muon, mesh),
-        activations=activation_bytes(layers, mesh, facts, run),
-        dispatch=round(
-            tokens_of_a_rank(mesh, run)
-            * run.compute_bytes
-            * max((exchanged(layer, mesh) for layer in layers), default=0)
-        )
-        + (0 if lent is None else lent.slot_bytes),
+    return (
+        stored + _unsharded_params(layers, mesh, facts) * run.compute_bytes,
+        _stored_bytes(trained, mesh, number) + _unsharded_grads_bytes(trained, layers, mesh, facts, run),
+        state_bytes(_own_params(trained, mesh), trained.router, muon, mesh),
     )
+
+
+def buffer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> int:
+    """Bytes of buffers of an exchange (step 4)."""
+    rows = max((exchanged(layer, mesh) for layer in layers), default=0)
+    lent = lending(layers, run)
+    return round(tokens_of_a_rank(mesh, run) * run.compute_bytes * rows) + (0 if lent is None else lent.slot_bytes)
 
 
 def _own_params(params: ModelParams, mesh: MeshSpec) -> int:

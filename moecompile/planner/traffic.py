@@ -107,6 +107,7 @@ def copies_per_token(kind: str, placement: ExpertPlacement, routing: RoutingPlan
     return Copies(own=rank, intra_node=(on_node - 1) * rank, inter_node=(nodes - 1) * on_node * rank)
 
 
+@cache
 def even_copies(kind: str, experts: int, routed: tuple[int, int, int], nodes: int, on_node: int) -> Copies:
     """`copies_per_token` of a dispatch that is described by numbers alone.
 

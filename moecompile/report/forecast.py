@@ -8,6 +8,7 @@ from rich.text import Text
 
 from moecompile.planner.foresight.forecast import COMMUNICATION, Forecast
 from moecompile.report.tables import plain_grid, plain_table
+from moecompile.report.text import seconds_text
 
 _LEAST = 0.002  # parts below this share of a step are joined
 
@@ -68,10 +69,3 @@ def _changes(forecast: Forecast) -> Table:
         saved = 100 * (1 - change.seconds / forecast.seconds)
         table.add_row(Text(seconds_text(change.seconds)), Text(f"{saved:.1f}%"), Text(change.change))
     return table
-
-
-def seconds_text(seconds: float) -> str:
-    """`19.2 s`, `3.41 ms`, `12 us`."""
-    if seconds >= 1:
-        return f"{seconds:,.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"
-    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} us"

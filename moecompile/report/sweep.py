@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moecompile.report.text import bytes_text
+from moecompile.report.text import bytes_text, seconds_text
 
 # column of sweep.csv -> (short heading, empty for columns only in the file; path in result.json; format)
 _RESULTS: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -34,6 +34,8 @@ _RESULTS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "tokens_per_second": ("tok/s", ("tokens_per_second",), ",.0f"),
     "memory_bytes_per_rank": ("memory", ("memory_bytes_per_rank", "total"), "bytes"),
     "fits": ("fits", ("fits",), "yes"),
+    "step_seconds": ("step", ("step_seconds",), "seconds"),
+    "tokens_per_second_per_rank": ("", ("tokens_per_second_per_rank",), ",.0f"),
     "intra_node_bytes_per_token": ("intra-node", ("bytes_per_token_per_layer", "intra_node"), "bytes"),
     "inter_node_bytes_per_token": ("inter-node", ("bytes_per_token_per_layer", "inter_node"), "bytes"),
 }
@@ -167,4 +169,5 @@ def _number_text(value: Any, style: str) -> str:
         return "-"
     if style == "yes":
         return "yes" if value else "no"
-    return bytes_text(value) if style == "bytes" else format(value, style)
+    named = {"bytes": bytes_text, "seconds": seconds_text}
+    return named[style](value) if style in named else format(value, style)

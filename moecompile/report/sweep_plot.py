@@ -27,6 +27,7 @@ PANELS = {
     "max_violation_mean_last": ("MaxVio, mean of layers", ".3f"),
     "tokens_per_second": ("tokens per second", ",.0f"),
     "memory_gib": ("memory of the fullest rank, GiB", ",.2f"),
+    "step_seconds": ("predicted step, seconds", ",.3g"),
     "inter_node_bytes_per_token": ("inter-node bytes per token and layer", ",.0f"),
 }
 """Quantity -> (title of its panel, format of the number at a bar)."""

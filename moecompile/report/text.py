@@ -18,6 +18,13 @@ def bytes_text(count: float) -> str:
     return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
 
 
+def seconds_text(seconds: float) -> str:
+    """`19.2 s`, `3.41 ms`, `12 us`."""
+    if seconds >= 1:
+        return f"{seconds:,.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} us"
+
+
 def count_text(count: float) -> str:
     """A large count with three digits: `671B` for 671 billion."""
     return _scaled(count, 1000, ("", "K", "M", "B", "T")).replace(" ", "")

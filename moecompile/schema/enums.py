@@ -14,6 +14,7 @@ class TaskName(str, Enum):
     verify = "verify"
     export = "export"
     bench = "bench"
+    search = "search"
 
 
 class ModelDevice(str, Enum):

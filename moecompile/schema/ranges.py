@@ -34,6 +34,8 @@ NUMBERS: dict[str, Whole | Real] = {
     },
     "stack.bits": Whole(4, 32),
     "stack.row_bits": Whole(8, 16),
+    "stack.grad_bits": Whole(16, 32),
+    "stack.moment_bits": Whole(8, 32),
     "stack.wire_share.value": Real("(0, 1]", "Use 1.0"),
     "stack.comm_units.value": Real("[0, inf)", "Use 20, or 0 for none"),
     **{f"workload.{name}": Whole(1) for name in ("seq_len", "global_batch_size", "micro_batch_size")},
@@ -65,6 +67,7 @@ NUMBERS: dict[str, Whole | Real] = {
     "verify.steps": Whole(1),
     "bench.rounds": Whole(1),
     "bench.warmup": Whole(1),
+    "search.show": Whole(1),
     "export.tolerance": Real("(0, inf)", "Use 1e-5"),
 }
 """Dotted key -> its range; keys that may be null are checked if they are not."""

@@ -8,6 +8,7 @@ from moecompile.schema.config import Config, WorkloadConfig
 from moecompile.schema.validation.mesh import mesh_spec
 
 _DATA = ("seq_len", "global_batch_size", "micro_batch_size")
+FSDP = 3  # `workload.zero` of what this package runs
 _DESCRIBED = ("tp", "pp", "cp", "etp", "vpp")
 
 
@@ -40,4 +41,4 @@ def with_workload(config: Config) -> tuple[Config, list[str]]:
 
 def is_described(workload: WorkloadConfig) -> bool:
     """Whether the layout has axes that this package's runtime does not run."""
-    return any(getattr(workload, name) > 1 for name in _DESCRIBED)
+    return workload.zero != FSDP or any(getattr(workload, name) > 1 for name in _DESCRIBED)

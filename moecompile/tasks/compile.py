@@ -8,6 +8,7 @@ from rich.console import Console
 
 from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import compile_with_report
+from moecompile.planner.given import given_plan
 from moecompile.report.console import print_sites
 from moecompile.report.result import write_result
 from moecompile.rundir import accept
@@ -20,7 +21,8 @@ def run(config: Config, run_dir: Path) -> None:
     """Prints plan, passes and sites; writes `plan.yaml`, `graphs/` and `result.json`."""
     console = Console()
     model = build_model(config.model, config.seed)
-    compiled = compile_with_report(model, config, example=example_inputs(model, config.data.seq_len))
+    example = example_inputs(model, config.data.seq_len)
+    compiled = compile_with_report(model, config, example=example, plan=given_plan(config))
     if not compiled.plan.layers:
         print_sites(site_rows(compiled), console)
     require_layers(compiled.plan, config)

@@ -21,6 +21,7 @@ from moecompile.models.packing import check_packing
 from moecompile.models.sharded import ShardedImport, loads_sharded
 from moecompile.passes.receipt import ON_META
 from moecompile.pipeline import Compilation, compile_with_report
+from moecompile.planner.given import given_plan
 from moecompile.report.text import NOT_COMPARED
 from moecompile.rundir import place
 from moecompile.runtime.data import TextData, load_data
@@ -62,7 +63,8 @@ class Job:
         return compiled
 
     def _compiled(self, config: Config) -> Compilation:
-        return compile_with_report(self.model, config, example=example_inputs(self.model, config.data.seq_len))
+        example = example_inputs(self.model, config.data.seq_len)
+        return compile_with_report(self.model, config, example=example, plan=given_plan(config))
 
     def materialize(self, compiled: Compilation) -> Callable[[torch.device], None] | None:
         """The function that fills the shards if ranks read only their own; None: weights are loaded already."""

@@ -6,52 +6,138 @@ import dataclasses
 from pathlib import Path
 
 from rich.console import Console
+from torch import nn
 
 from moecompile import plan as plans
+from moecompile.compose import RESOLVED, load_resolved
 from moecompile.errors import ConfigError
 from moecompile.models.build import build_model, example_inputs
 from moecompile.passes.trained import frozen_notes
-from moecompile.pipeline import make_plan
+from moecompile.pipeline import make_plan, planning_facts
 from moecompile.pipeline.shape import shape_of_model
-from moecompile.plan import Plan
+from moecompile.plan import Plan, check_sites
+from moecompile.planner.build_plan import with_estimate
 from moecompile.planner.existing import notes
 from moecompile.planner.foresight.forecast import Forecast
-from moecompile.planner.foresight.planned import forecast_plan
+from moecompile.planner.foresight.memory import memory_of
+from moecompile.planner.foresight.planned import case_of, forecast_plan
+from moecompile.planner.foresight.shapes import ModelShape
+from moecompile.planner.given import given_plan, plan_file
+from moecompile.report.compare import Compared, costs, differences, print_comparison
 from moecompile.report.forecast import print_forecast
 from moecompile.report.plan_tables import print_plan
 from moecompile.report.result import write_result
+from moecompile.report.text import bytes_text
 from moecompile.rundir import accept
 from moecompile.schema import Config, is_described, with_workload
+
+_READ = ("data", "hardware", "stack", "workload")  # config groups
 
 
 def run(config: Config, run_dir: Path) -> None:
     """Prints the plan and writes `plan.yaml` and `result.json`."""
     config, workload_notes = with_workload(config)
     model = build_model(config.model, config.seed)
-    plan = make_plan(model, config, example=example_inputs(model, config.data.seq_len))
+    plan = planned(model, config)
     require_layers(plan, config)
-    forecast = forecast_plan(shape_of_model(model, plan), plan, config)
-    plan_notes = [*workload_notes, *_described(config), *notes(plan, config), *frozen_notes(model, plan)]
+    shape = shape_of_model(model, plan)
+    forecast, memory = forecast_plan(shape, plan, config), _memory(shape, plan, config)
+    plan_notes = [
+        *decides(config),
+        *workload_notes,
+        *_described(config, memory),
+        *notes(plan, config),
+        *frozen_notes(model, plan),
+    ]
     console = Console()
     print_plan(plan, console, plan_notes)
     print_forecast(forecast, console)
+    compared = _compare(model, Compared(plan=plan, forecast=forecast, config=flat(config)), config, console)
     accept(run_dir)
     plans.save(plan, run_dir / "plan.yaml")
-    write_result(run_dir, "plan", config.name, {**plan_fields(plan), **_fields(forecast), "notes": plan_notes})
+    write_result(
+        run_dir,
+        "plan",
+        config.name,
+        {**plan_fields(plan), **_fields(forecast, memory), **compared, "notes": plan_notes},
+    )
 
 
-def _described(config: Config) -> list[str]:
+def decides(config: Config) -> list[str]:
+    """A note that a given plan decides."""
+    return [f"{config.plan} decides: mesh, layers, dispatch and adapters are those of this plan"] * bool(config.plan)
+
+
+def planned(model: nn.Module, config: Config) -> Plan:
+    """The plan that `config.plan` gives, with the estimate for this config, or a new one.
+
+    Raises:
+        PlanError: the given plan does not fit the model.
+    """
+    example, plan = example_inputs(model, config.data.seq_len), given_plan(config)
+    if plan is None:
+        return make_plan(model, config, example=example)
+    sites, facts = planning_facts(model, config, example, plan)
+    check_sites(plan.layers, sites)
+    if plan.adapters is not None:
+        numbers = sum(plan.adapters.rank * sum(facts.linears[path]) for path in plan.adapters.linears)
+        facts = dataclasses.replace(facts, adapters=(numbers, plan.adapters.train_router))
+    return with_estimate(plan, config, facts)
+
+
+def flat(config: Config) -> dict[str, object]:
+    """The values of the config that a forecast reads beside the plan: dotted key -> value."""
+    found: dict[str, object] = {}
+    for group in _READ:
+        for name, value in vars(getattr(config, group)).items():
+            if not dataclasses.is_dataclass(value):
+                found[f"{group}.{name}"] = getattr(value, "value", value)
+    return found | {"trainer.checkpointing": config.trainer.checkpointing.value, "model.name": config.model.name}
+
+
+def _compare(model: nn.Module, this: Compared, config: Config, console: Console) -> dict[str, object]:
+    """Prints and returns what differs from another plan, which is forecast with the config of its run, if it has one.
+
+    Raises:
+        ConfigError: there is no such plan, or it is not of this model.
+    """
+    if config.compare is None:
+        return {}
+    file = plan_file(config.compare, "compare")
+    resolved = file.with_name(RESOLVED)
+    theirs, _ = with_workload(load_resolved(resolved)) if resolved.is_file() else (config, [])
+    theirs = dataclasses.replace(theirs, plan=str(file), workload=dataclasses.replace(theirs.workload, load=None))
+    plan = planned(model, theirs)
+    shape = shape_of_model(model, plan)
+    other = Compared(plan=plan, forecast=forecast_plan(shape, plan, theirs), config=flat(theirs))
+    print_comparison(this, other, console)
+    pairs = {"differences": differences(this, other), "costs": costs(this, other)}
+    return {"compared": {name: {key: list(pair) for key, pair in rows.items()} for name, rows in pairs.items()}}
+
+
+def _memory(shape: ModelShape, plan: Plan, config: Config) -> int | None:
+    """Bytes of the fullest rank of a described layout, if there is one."""
     if not is_described(config.workload):
+        return None
+    case = case_of(shape, plan, config)
+    return round(memory_of(case.model, case.layout, case.software).total)
+
+
+def _described(config: Config, memory: int | None) -> list[str]:
+    if memory is None:
         return []
     return [
         f"the time is that of the layout which workload={config.workload.name} describes; this package runs expert, "
-        "tensor and data parallelism, and the memory is that of `mesh`, not of the described axes"
+        "tensor and data parallelism, and the memory above is that of `mesh`; the described layout needs about "
+        f"{bytes_text(memory)} a rank"
     ]
 
 
-def _fields(forecast: Forecast) -> dict[str, object]:
-    """The fields of result.json about the forecast."""
+def _fields(forecast: Forecast, memory: int | None) -> dict[str, object]:
+    """The fields of result.json about the forecast; memory: of a described layout."""
+    described = {} if memory is None else {"described_memory_bytes": memory}
     return {
+        **described,
         "step_seconds": forecast.seconds,
         "tokens_per_second_per_rank": forecast.tokens_per_second_per_rank,
         "tflops_per_rank": forecast.tflops_per_rank,

@@ -44,13 +44,16 @@ def test_assignments_of_each_row(seed: int) -> None:
     assert weights_R.grad is not None and torch.equal(weights_R.grad, 1.0 + expert_R)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_existing_experts_by_a_back_end(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("mixtral", EXPERTS), ("qwen3_moe", "experts.backend=docs.examples.experts_one_by_one:one_by_one")],
+)
+def test_existing_experts_by_a_back_end(name: str, backend: str) -> None:
     """Logits and every gradient equal those of transformers."""
     reference, model = (moe_model(name).double() for _ in range(2))
     model.load_state_dict(reference.state_dict())
     inputs = moe_inputs(name, ids())
-    moecompile.compile_model(model, [EXPERTS], example=inputs)
+    moecompile.compile_model(model, [backend], example=inputs)
     assert [
         call.kwargs["backend"] for m in model.modules() if isinstance(m, fx.GraphModule) for call in experts_calls(m)
     ]

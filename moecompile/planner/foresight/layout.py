@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from math import gcd
 
 from moecompile.errors import ConfigError
-from moecompile.schema import DispatchKind
+from moecompile.schema import DispatchKind, OverlapKind
 
 RECOMPUTED = ("full", "all_but_exchanges", "moe", "mlp", "attention", "mla_up_proj", "layernorm", "moe_act")
 GRAPHED = ("attn", "mamba", "router", "preprocess", "dispatch", "experts", "dense", "all")
 SCHEDULES = ("onef1b", "dualpipe")
 KINDS = tuple(kind.value for kind in DispatchKind if kind not in (DispatchKind.local, DispatchKind.auto))
+IN_FLIGHT = tuple(kind.value for kind in OverlapKind if kind is not OverlapKind.auto)
 DISPATCHERS = (*KINDS, "alltoall", "deepep", "hybridep")
 
 
@@ -26,6 +27,7 @@ class Layout:
 
     gpus: all of them. seq: tokens of a sequence. micro_batch: sequences per micro-batch of a model replica.
     global_batch: sequences per step. zero: 0 nothing sharded but experts, 1 optimizer states, 3 weights too (FSDP).
+    replicas: of the weights that ZeRO 3 shards (HSDP).
     """
 
     gpus: int
@@ -39,6 +41,7 @@ class Layout:
     cp: int = 1
     etp: int = 1
     zero: int = 1
+    replicas: int = 1
 
     def __post_init__(self) -> None:
         for name, value, rule, fix in self._broken():
@@ -114,7 +117,8 @@ class Software:
     graph replays (`attn`, `mamba`, `router`, `preprocess`, `experts`, or `all`). fused: whether activation and
     quantization are fused into the experts' products. recompute: what backward computes again. comm_units: units that
     overlapped exchanges take from compute. row_bits: bits of a number on the wire in dispatch. wire_share: share of a
-    machine's exchange bandwidth that this dispatcher reaches.
+    machine's exchange bandwidth that this dispatcher reaches. in_flight, chunks: overlap of a plan's own exchanges
+    (planner/overlap.py). grad_bits, moment_bits: of a gradient and of each of the optimizer's two moments.
     """
 
     bits: int = 16
@@ -127,12 +131,17 @@ class Software:
     comm_units: int = 20
     row_bits: int = 16
     wire_share: float = 1.0
+    in_flight: str = "none"
+    chunks: int = 1
+    grad_bits: int = 32
+    moment_bits: int = 32
 
     def __post_init__(self) -> None:
         words = {
             "dispatcher": (DISPATCHERS, (self.dispatcher,)), "schedule": (SCHEDULES, (self.schedule,)),
             "bits": ((32, 16, 8, 4), (self.bits,)), "recompute": (RECOMPUTED, self.recompute),
-            "graph": (GRAPHED, self.graph),
+            "graph": (GRAPHED, self.graph), "in_flight": (IN_FLIGHT, (self.in_flight,)),
+            "grad_bits": ((32, 16), (self.grad_bits,)), "moment_bits": ((32, 16, 8), (self.moment_bits,)),
         }  # fmt: skip
         for name, (known, given) in words.items():
             for word in given:

@@ -12,7 +12,8 @@ A link domain is what the fast links connect (NVLink: 8 GPUs of a node, or 72 of
    domain if tp * cp is larger.
 4. Stages: t D numbers forward and backward, vpp times.                                            -> `parallel_bytes`
 5. A step: fp32 gradients are reduced and bf16 weights gathered, over replicas (dp * cp for dense weights, edp for
-   experts). With ZeRO 3, weights are gathered twice and gradients reduced in each micro-batch.    -> `step_bytes`
+   experts). With ZeRO 3, weights are gathered twice and gradients reduced in each micro-batch, over the ranks of one
+   of `replicas`; between these, fp32 gradients of what a rank owns are reduced.                    -> `step_bytes`
 """
 
 from __future__ import annotations
@@ -134,9 +135,16 @@ def stage_params(model: ModelShape, layout: Layout) -> tuple[float, float]:
 def _over_replicas(model: ModelShape, layout: Layout, machine: Machine, bytes_per_param: float) -> Wire:
     """Bytes that a GPU sends when these bytes of each parameter are reduced or gathered over its replicas."""
     dense, experts = stage_params(model, layout)
-    wire, apart = Wire(), layout.ep * layout.etp
+    wire, apart, copies = Wire(), layout.ep * layout.etp, layout.replicas
     for params, size, stride in ((dense, layout.dp * layout.cp, layout.tp), (experts, layout.edp, apart)):
-        nodes, within = domains(size, min(stride, machine.domain), machine.domain)
-        once = params * bytes_per_param
-        wire = wire + Wire(intra=once * (within - 1) / within, inter=once / within * (nodes - 1) / nodes)
+        shards = max(1, size // copies)
+        wire = wire + _over_group(params * bytes_per_param, shards, stride, machine)
+        if copies > 1:
+            wire = wire + _over_group(2 * FP32 * params / shards, copies, stride * shards, machine)
     return wire
+
+
+def _over_group(once: float, size: int, stride: int, machine: Machine) -> Wire:
+    """Bytes that a GPU sends of `once` bytes that a group of `size` GPUs, `stride` apart, reduces or gathers."""
+    nodes, within = domains(size, min(stride, machine.domain), machine.domain)
+    return Wire(intra=once * (within - 1) / within, inter=once / within * (nodes - 1) / nodes)

@@ -83,5 +83,7 @@ def software_of(
         recompute=recompute if stack.recompute is None else tuple(stack.recompute),
         comm_units=round(stack.comm_units.value or 0),
         row_bits=stack.row_bits,
+        grad_bits=stack.grad_bits,
+        moment_bits=stack.moment_bits,
         wire_share=number("stack.wire_share", stack.wire_share),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ _PATHS = {
     "micro_batch": "data.micro_batch_size", **{name: f"workload.{name}" for name in ("tp", "pp", "vpp", "cp", "etp")},
 }  # fmt: skip
 _BITS = {Precision.fp32: 32}
-_RECOMPUTED = {"none": (), "full": ("full",), "keep_exchanges": ("all_but_exchanges",)}
+REPEATED: Mapping[str, tuple[str, ...]] = {"none": (), "full": ("full",), "keep_exchanges": ("all_but_exchanges",)}
 
 
 def case_of(shape: ModelShape, plan: Plan, config: Config) -> Case:
@@ -39,21 +40,24 @@ def case_of(shape: ModelShape, plan: Plan, config: Config) -> Case:
             gpus=mesh.world_size, seq=data.seq_len, global_batch=batch, micro_batch=data.micro_batch_size,
             ep=mesh.ep, tp=mesh.tp if mesh.tp > 1 else workload.tp, pp=workload.pp, vpp=workload.vpp,
             cp=workload.cp, etp=workload.etp, zero=workload.zero,
+            replicas=mesh.dp_replicate if workload.zero == 3 and not is_described(workload) else 1,
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(_PATHS[error.path.removeprefix("layout.")], error.value, error.rule, error.fix) from error
-    kinds = [layer.dispatch.kind for layer in plan.layers]
-    kind = max(set(kinds), key=kinds.count) if kinds else "local"
+    dispatches = [(layer.dispatch.kind, layer.dispatch.overlap, layer.dispatch.chunks) for layer in plan.layers]
+    kind, overlap, chunks = max(dict.fromkeys(dispatches), key=dispatches.count, default=("local", "none", 1))
+    own = config.stack.dispatcher is None and not config.stack.overlap
+    software = software_of(
+        config.stack, bits=_BITS.get(config.trainer.precision, 16), dispatcher="flat" if kind == "local" else kind,
+        recompute=REPEATED[config.trainer.checkpointing.value],
+    )  # fmt: skip
     return Case(
         model=shape,
         layout=layout,
         # The plan's nodes are its link domains: ranks of one node are connected by the fast links.
         machine=replace(machine_of(config.hardware), domain=mesh.ranks_per_node),
-        software=software_of(
-            config.stack, bits=_BITS.get(config.trainer.precision, 16), dispatcher="flat" if kind == "local" else kind,
-            recompute=_RECOMPUTED[config.trainer.checkpointing.value],
-        ),
-    )  # fmt: skip
+        software=replace(software, in_flight=overlap, chunks=chunks) if own else software,
+    )
 
 
 def forecast_plan(shape: ModelShape, plan: Plan, config: Config) -> Forecast:

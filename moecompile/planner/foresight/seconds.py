@@ -4,7 +4,8 @@
    GPU sustains: (watts per peak operation, relative to an H100) ** power.                           -> `_rates`
 2. A product takes operations / rate + bytes / bandwidth. Of dense products half of the bytes is hidden.
 3. Exchanges take bytes / bandwidth + messages * latency; where they overlap with compute, the share `exposed` of it
-   stays visible, and for the rest the units that they occupy are lost to compute.
+   stays visible, and for the rest the units that they occupy are lost to compute. Exchanges of a plan that are in
+   flight are scheduled as in planner/overlap.py, and what the schedule adds to compute is visible.  -> `_in_flight`
 4. The host's launches take their time beside the GPU's; the longer one counts. Where both are near, each waits for the
    other now and then: (gpu^4 + host^4)^(1/4).                                                       -> `_host`
 5. A stage takes whole layers, and the last one the head: equal numbers if they divide, else the best split. The slowest
@@ -17,12 +18,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import log2
 
 from moecompile.planner.foresight.counts import Counts
 from moecompile.planner.foresight.layout import Machine, Software
 from moecompile.planner.foresight.links import Wire
-from moecompile.planner.foresight.work import Work
+from moecompile.planner.foresight.work import PASSES, Work
+from moecompile.planner.overlap import LayerSeconds, backward_seconds, forward_seconds
 
 US = 1e-6
 H100_WATTS_PER_TFLOPS = 700 / 989.4
@@ -42,7 +45,9 @@ def step_seconds(
     stages, weights, host, uneven stages, bubble, reduction, optimizer, stragglers.
     """
     body = _work_seconds(counts.body, machine, software, constants, load)
-    body |= _wire_seconds(counts, machine, software, constants, load)
+    shared = counts.body.shared / _rate(machine, software, constants) / constants["dense"]
+    times = LayerSeconds(wire=0.0, routed=body["expert products"], shared=shared)
+    body |= _wire_seconds(counts, machine, software, constants, load, times)
     head = _work_seconds(counts.head, machine, software, constants, 1.0)
     micro = {name: seconds + head.get(name, 0.0) / counts.stages for name, seconds in body.items()}
     host = _host(counts.body, constants, sum(body.values()))
@@ -64,13 +69,18 @@ def sustained(machine: Machine, constants: Constants) -> float:
     return float(min(1.0, share) ** constants["power"])
 
 
+def _rate(machine: Machine, software: Software, constants: Constants) -> float:
+    """Operations/s of products in the recipe's numbers, before the share that kernels reach."""
+    share = sustained(machine, constants)
+    return float(machine.peak[software.bits] * share * constants["narrowing"] ** log2(16 / software.bits))
+
+
 def _work_seconds(
     work: Work, machine: Machine, software: Software, constants: Constants, load: float
 ) -> dict[str, float]:
     """Kernels of a micro-batch (steps 1 and 2)."""
-    share = sustained(machine, constants)
-    wide = machine.peak[16] * share
-    rate = machine.peak[software.bits] * share * constants["narrowing"] ** log2(16 / software.bits)
+    wide = machine.peak[16] * sustained(machine, constants)
+    rate = _rate(machine, software, constants)
     dense = work.dense / rate + work.narrow / wide
     return {
         "dense products": dense / constants["dense"] + work.operands / machine.memory / HIDDEN_OPERANDS,
@@ -89,12 +99,18 @@ def _seconds(wire: Wire, machine: Machine) -> float:
 
 
 def _wire_seconds(
-    counts: Counts, machine: Machine, software: Software, constants: Constants, load: float
+    counts: Counts, machine: Machine, software: Software, constants: Constants, load: float, times: LayerSeconds
 ) -> dict[str, float]:
-    """Visible communication of a micro-batch (step 3)."""
+    """Visible communication of a micro-batch (step 3).
+
+    Args:
+        times: of the experts, in all passes.
+    """
     exchange = load * (counts.wire.intra / machine.intra + counts.wire.inter / machine.inter) / software.wire_share
-    exchange += counts.wire.messages * machine.latency
-    if software.overlap:
+    exchange += counts.wire.messages * machine.latency * software.chunks
+    if software.in_flight != "none":
+        exchange = _in_flight(replace(times, wire=exchange), software)
+    elif software.overlap:
         lost = software.comm_units / machine.units * (1 - constants["exposed"])
         exchange *= constants["exposed"] + lost
     parallel = counts.parallel
@@ -105,6 +121,21 @@ def _wire_seconds(
         "stages": _seconds(parallel.stage, machine) * constants["reduction"],
         "weights": _seconds(parallel.gathered, machine) * constants["reduction"],
     }
+
+
+def _in_flight(times: LayerSeconds, software: Software) -> float:
+    """What exchanges in flight add to compute (step 3), of all MoE layers of a stage in a micro-batch.
+
+    Args:
+        times: in all passes: forward, backward (twice the operations), and forward again with recomputation.
+    """
+    again = float(software.repeats("full", "moe"))
+    computed = PASSES + float(software.repeats("full", "all_but_exchanges", "moe"))
+    once = LayerSeconds(wire=times.wire / (2 + again), routed=times.routed / computed, shared=times.shared / computed)
+    kind, chunks = software.in_flight, software.chunks
+    forward = forward_seconds(once, kind, chunks) - once.routed - once.shared
+    backward = backward_seconds(once, kind, chunks) - 2 * (once.routed + once.shared)
+    return (1 + again) * forward + backward
 
 
 def _host(work: Work, constants: Constants, gpu: float) -> float:

@@ -20,7 +20,7 @@ Legend: t tokens, D model dim, F hidden numbers of an expert, E experts, K top-k
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from moecompile.planner.foresight.layout import Layout, Software
 from moecompile.planner.foresight.shapes import Attention, Experts, Layer, Scan
@@ -57,13 +57,14 @@ _OVERLAP_LAUNCHES = 1.5  # forwards and backwards that alternate are cut into pa
 @dataclass(kw_only=True)
 class Work:
     """What a GPU does. dense: operations of products in the recipe's numbers; narrow: of those that stay in bf16 (head,
-    router); grouped: of experts; core, scan: of attention and scans. operands, stacks: bytes that dense and grouped
-    products move; passes: bytes outside products. groups: products of single experts. kernels: on the GPU; launches:
-    those that the host makes.
+    router); shared: those of `dense` that belong to shared experts; grouped: of experts; core, scan: of attention and
+    scans. operands, stacks: bytes that dense and grouped products move; passes: bytes outside products. groups:
+    products of single experts. kernels: on the GPU; launches: those that the host makes.
     """
 
     dense: float = 0
     narrow: float = 0
+    shared: float = 0
     grouped: float = 0
     core: float = 0
     scan: float = 0
@@ -76,8 +77,8 @@ class Work:
 
     def add(self, other: Work, times: float) -> None:
         """Adds `times` of `other`."""
-        for each in fields(self):
-            setattr(self, each.name, getattr(self, each.name) + times * getattr(other, each.name))
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + times * value)
 
 
 def layer_work(layer: Layer, hidden: int, layout: Layout, software: Software) -> Work:
@@ -159,6 +160,8 @@ def _add_always(work: Work, layer: Layer, hidden: int, layout: Layout, software:
     joint = 2 * hidden * hidden if layer.mtp else 0
     add_product(work, ffn.shared_weights(hidden) + joint, layout.tokens, layout, bits=bits, again=again)
     wide = (ffn.num_in + 1) * ffn.d_shared
+    if ffn.experts:
+        work.shared += 2 * (ffn.num_in + 1) * hidden * ffn.d_shared / layout.tp * layout.tokens * (PASSES + again)
     work.operands += own * moved(2 * hidden * layout.tp, wide, bits, again) * (wide > 0)
     work.passes += (ACTIVATION_PASSES[ffn.activation] * ffn.d_shared * BF16 + quantized(hidden, wide, bits)) * own
     normed = max(again, float(software.repeats("layernorm")))

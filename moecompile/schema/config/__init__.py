@@ -18,7 +18,14 @@ from moecompile.schema.config.machine import (
 from moecompile.schema.config.optimizer import MuonConfig, OptimizerConfig, WeightGroupConfig
 from moecompile.schema.config.root import Config
 from moecompile.schema.config.run import DataConfig, TrainerConfig
-from moecompile.schema.config.tasks import BenchConfig, ExportConfig, ModelConfig, TaskConfig, VerifyConfig
+from moecompile.schema.config.tasks import (
+    BenchConfig,
+    ExportConfig,
+    ModelConfig,
+    SearchConfig,
+    TaskConfig,
+    VerifyConfig,
+)
 
 __all__ = [
     "AdaptersConfig",
@@ -39,6 +46,7 @@ __all__ = [
     "OptimizerConfig",
     "PerLayerConfig",
     "RoutingConfig",
+    "SearchConfig",
     "StackConfig",
     "TaskConfig",
     "TrainerConfig",

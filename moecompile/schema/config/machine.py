@@ -118,6 +118,10 @@ class StackConfig:
     null: that of `trainer.checkpointing`."""
     row_bits: int = 16
     """Bits of a number of a row in dispatch: 16 or 8."""
+    grad_bits: int = 32
+    """Bits of a gradient in a described layout: 32 or 16."""
+    moment_bits: int = 32
+    """Bits of each of the optimizer's two moments in a described layout: 32, 16 or 8."""
     wire_share: FigureConfig = field(default_factory=lambda: FigureConfig(value=1.0))
     """Share of the machine's effective bandwidth that its exchanges reach."""
     comm_units: FigureConfig = field(default_factory=lambda: FigureConfig(value=20))

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Optional
 
 from moecompile.schema.config.adapters import AdaptersConfig
 from moecompile.schema.config.layers import BalanceConfig, ExpertsConfig, PerLayerConfig, RoutingConfig
 from moecompile.schema.config.machine import DispatchConfig, HardwareConfig, MeshConfig, StackConfig, WorkloadConfig
 from moecompile.schema.config.optimizer import OptimizerConfig
 from moecompile.schema.config.run import DataConfig, TrainerConfig
-from moecompile.schema.config.tasks import BenchConfig, ExportConfig, ModelConfig, TaskConfig, VerifyConfig
+from moecompile.schema.config.tasks import (
+    BenchConfig,
+    ExportConfig,
+    ModelConfig,
+    SearchConfig,
+    TaskConfig,
+    VerifyConfig,
+)
 
 
 @dataclass(kw_only=True)
@@ -41,5 +49,10 @@ class Config:
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    plan: Optional[str] = None
+    """A `plan.yaml`, or a run directory with one, that decides in task=plan, compile and train; null: a new plan."""
+    compare: Optional[str] = None
+    """Another `plan.yaml` or run directory, with task=plan: what differs, and what that costs."""
     given: list[str] = field(default_factory=list)
     """Keys that the caller set, filled in by the program."""

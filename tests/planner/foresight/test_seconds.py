@@ -201,3 +201,35 @@ def test_elasticity_is_the_share() -> None:
     moved = sum(parts.values()) - sum(step_of(replace(case, machine=faster)).values())
     others = parts["reduction"] + parts["weights"]
     assert moved / sum(parts.values()) == pytest.approx(0.0099 * (wire + others) / sum(parts.values()), rel=0.1)
+
+
+def test_replicas_of_sharded_weights_by_hand() -> None:
+    """Two replicas of eight ranks each: a node shards, and fp32 gradients of what a rank owns cross the nodes."""
+    layout = replace(LAYOUT, zero=3, replicas=2, ep=8)
+    counts = count(MODEL, layout, H100, Software())
+    d, f, e = 1024, 512, 16
+    dense = 4 * (4 * d * d + e * d) + 2 * 1000 * d
+    experts = 4 * 16 * 3 * d * f / 8
+    assert counts.parallel.gathered.intra == pytest.approx(dense * 8 * 7 / 8)  # experts are whole on their rank
+    assert counts.parallel.gathered.inter == pytest.approx((dense / 8 + experts) * 2 * 4 * 1 / 2)
+    whole = count(MODEL, replace(layout, replicas=1), H100, Software()).parallel.gathered
+    assert whole.inter == pytest.approx(dense * 8 / 8 / 2 + experts * 8 / 2)
+
+
+def test_exchanges_in_flight_by_hand() -> None:
+    parts = {
+        kind: step_of(Case(model=MODEL, layout=LAYOUT, machine=H100, software=Software(in_flight=kind, chunks=chunks)))
+        for kind, chunks in (("none", 1), ("shared", 1), ("chunks", 2))
+    }
+    exchanges = {
+        kind: sum(s for name, s in each.items() if name.startswith("exchange")) for kind, each in parts.items()
+    }
+    # Without shared experts: forward gains nothing; in backward, weight gradients run beside the first exchange. Products
+    # that are computed apart cost 3% more.
+    wire, products = exchanges["none"] / 2, parts["none"]["expert products"] / 3
+    apart = 1.03 * products
+    backward = max(apart, wire / 2) + apart + wire / 2
+    assert exchanges["shared"] == pytest.approx(wire + apart - products + backward - 2 * products)
+    assert exchanges["chunks"] < exchanges["none"]
+    for kind in ("shared", "chunks"):
+        assert parts[kind]["expert products"] == 3 * products

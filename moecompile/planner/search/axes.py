@@ -1,0 +1,139 @@
+"""What a search varies and what it keeps.
+
+1. An axis is searched if `search.axes` names it (all if it is empty) and the caller has not set its key.
+2. What would change the result of training is kept, unless `search.model=true`: the node limit and the granularity, and
+   the micro-batch where something is computed over it: a capacity, expert choice, a balancing loss.
+3. The global batch and the sequence length are always kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from moecompile.errors import ConfigError
+from moecompile.mesh import divisors
+from moecompile.plan import ExpertsSite, LayerPlan
+from moecompile.schema import Checkpointing, Config
+
+AXES = {
+    "ep": "mesh.ep", "dp_replicate": "mesh.dp_replicate", "tp": "mesh.tp", "dispatch": "dispatch.kind",
+    "overlap": "dispatch.overlap", "micro_batch": "data.micro_batch_size", "checkpointing": "trainer.checkpointing",
+    "max_nodes": "routing.max_nodes", "granularity": "experts.granularity", "layout": "workload.tp",
+}  # fmt: skip
+"""Axis -> the key that it sets. `layout`: tp, pp, vpp, cp, etp and zero of `workload`, which are described."""
+DESCRIBED = tuple(f"workload.{name}" for name in ("tp", "pp", "vpp", "cp", "etp", "zero"))
+_CHANGE_THE_MODEL = ("max_nodes", "granularity")
+KINDS = ("flat", "dedup", "hierarchical", "allgather")
+OVERLAPS = (("none", 1), ("shared", 1), ("chunks", 2), ("chunks", 4))
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+GRANULARITIES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """The searched values of each axis; an axis that is kept has its one value. kept: axis -> why, if it is kept."""
+
+    ep: Sequence[int]
+    dp_replicate: Sequence[int]
+    tp: Sequence[int]
+    dispatch: Sequence[str]
+    overlap: Sequence[tuple[str, int]]
+    micro_batch: Sequence[int]
+    checkpointing: Sequence[str]
+    max_nodes: Sequence[int | None]
+    granularity: Sequence[int]
+    layout: bool
+    kept: dict[str, str]
+
+    def chosen(self, settings: Mapping[str, object]) -> dict[str, object]:
+        """Settings without those of axes that are kept."""
+        kept = {AXES[name] for name in self.kept}
+        return {key: value for key, value in settings.items() if key not in kept}
+
+
+def axes_of(config: Config, layers: Sequence[LayerPlan], ep: int) -> Axes:
+    """The axes of a search.
+
+    Args:
+        layers: the plan of the config as it is. ep: its EP size.
+
+    Raises:
+        ConfigError: `search.axes` names something that is not an axis.
+    """
+    kept = _kept(config, layers)
+    mesh, data, searched = config.mesh, config.data, [name for name in AXES if name not in kept]
+    world = mesh.num_nodes * mesh.ranks_per_node
+    overlap = config.dispatch.overlap.value
+    now = layers[0].dispatch if layers else None
+    powers = [2**n for n in range(mesh.ranks_per_node.bit_length()) if mesh.ranks_per_node % 2**n == 0 and 2**n <= 8]
+    return Axes(
+        ep=divisors(world) if "ep" in searched else [ep],
+        dp_replicate=divisors(world) if "dp_replicate" in searched else [mesh.dp_replicate],
+        tp=powers if "tp" in searched else [mesh.tp],
+        dispatch=KINDS if "dispatch" in searched else [config.dispatch.kind.value],
+        overlap=OVERLAPS if "overlap" in searched else [(now.overlap, now.chunks) if now else (overlap, 1)],
+        micro_batch=sorted({*MICRO_BATCHES, data.micro_batch_size})
+        if "micro_batch" in searched
+        else [data.micro_batch_size],
+        checkpointing=[each.value for each in Checkpointing if _may_keep(config) or each.value != "keep_exchanges"]
+        if "checkpointing" in searched
+        else [config.trainer.checkpointing.value],
+        max_nodes=[None, *divisors(mesh.num_nodes)] if "max_nodes" in searched else [config.routing.max_nodes],
+        granularity=GRANULARITIES if "granularity" in searched else [config.experts.granularity],
+        layout="layout" in searched,
+        kept=kept,
+    )
+
+
+def _may_keep(config: Config) -> bool:
+    """Whether rows that were received can be kept for backward."""
+    return config.dispatch.backend is None
+
+
+def _kept(config: Config, layers: Sequence[LayerPlan]) -> dict[str, str]:
+    """Axes that are not searched, and why."""
+    named = config.search.axes
+    if unknown := [name for name in named if name not in AXES]:
+        raise ConfigError("search.axes", unknown[0], "is not an axis", f"Use some of {', '.join(AXES)}")
+    kept: dict[str, str] = {}
+    for name, key in AXES.items():
+        if named and name not in named:
+            kept[name] = "search.axes does not name it"
+        elif given := [word for word in config.given if word in (DESCRIBED if name == "layout" else (key,))]:
+            kept[name] = f"{given[0]} was set"
+        elif reason := _unchanged(name, config, layers):
+            kept[name] = reason
+    if "layout" not in kept and not config.search.described:
+        kept["layout"] = "search.described=false"
+    return kept
+
+
+def _unchanged(name: str, config: Config, layers: Sequence[LayerPlan]) -> str | None:
+    """Why an axis that nobody has set is kept (step 2), or is decided by the software stack."""
+    stack, others = config.stack, {}
+    if stack.dispatcher is not None:
+        others["dispatch"] = f"stack.dispatcher={stack.dispatcher}"
+    if stack.dispatcher is not None or stack.overlap:
+        others["overlap"] = f"stack={stack.name} says what overlaps"
+    if stack.recompute is not None:
+        others["checkpointing"] = f"stack={stack.name} says what is recomputed"
+    changing = "" if config.search.model else "changes {}; search.model=true searches it"
+    if any(isinstance(layer.site, ExpertsSite) for layer in layers):
+        others |= dict.fromkeys(_CHANGE_THE_MODEL, "the model has its experts and its router already")
+    elif changing:
+        others |= dict.fromkeys(_CHANGE_THE_MODEL, f"it {changing.format('the model')}")
+    if changing and (what := _over_micro_batch(layers)):
+        others["micro_batch"] = f"{what} is over a micro-batch, so it {changing.format('training')}"
+    return others.get(name)
+
+
+def _over_micro_batch(layers: Sequence[LayerPlan]) -> str | None:
+    for layer in layers:
+        if layer.routing.capacity_factor is not None:
+            return "the capacity of an expert"
+        if layer.routing.choice == "expert":
+            return "expert choice"
+        if layer.balance.micro_batch:
+            return "balance.losses.micro_batch"
+    return None

@@ -1,0 +1,120 @@
+"""task=search: what it prints is what task=plan predicts and what runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecompile.compose import compose_config
+from moecompile.errors import ConfigError
+from moecompile.plan import load
+from moecompile.tasks import plan as plan_task
+from moecompile.tasks import search as task
+
+
+def searched(folder: Path, *overrides: str) -> dict[str, Any]:
+    task.run(compose_config(["task=search", *overrides]), folder)
+    return json.loads((folder / "result.json").read_text())  # type: ignore[no-any-return]
+
+
+def planned(folder: Path, *overrides: str) -> dict[str, Any]:
+    folder.mkdir()
+    plan_task.run(compose_config(["task=plan", *overrides]), folder)
+    return json.loads((folder / "result.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_the_whole_front_is_what_task_plan_predicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = searched(tmp_path, "recipe=mixtral_ep", "search.show=2")
+    shown = capsys.readouterr().out
+    assert found["best"] == found["front"][0]
+    assert found["best"]["overrides"] in shown
+    assert "best layout that runs" in shown
+    assert found["candidates"] == found["fitting"] + sum(reason["count"] for reason in found["rejected"])
+    assert set(found["kept"]) == {"micro_batch", "max_nodes", "granularity"}
+    candidates = [*found["front"], *found["described_front"]]
+    assert all(each["runs"] for each in found["front"])
+    assert not any(each["runs"] for each in found["described_front"])
+    for i, each in enumerate([candidates[0], candidates[3], candidates[-1], found["described_front"][0]]):
+        plan = planned(tmp_path / str(i), "recipe=mixtral_ep", *each["overrides"].split())
+        assert plan["step_seconds"] == each["seconds"]
+        assert plan["tokens_per_second_per_rank"] == each["tokens_per_second_per_rank"]
+        if each["runs"]:
+            assert plan["memory_bytes_per_rank"]["total"] == each["memory_bytes"]
+            assert plan["fits"]
+        else:
+            assert plan["described_memory_bytes"] == each["memory_bytes"]
+    best = planned(tmp_path / "best", "recipe=mixtral_ep", *found["best"]["overrides"].split())
+    assert load(tmp_path / "plan.yaml").hash == best["plan_hash"] == found["plan_hash"]
+
+
+def test_fronts_have_no_candidate_that_another_beats(tmp_path: Path) -> None:
+    found = searched(tmp_path, "recipe=deepseek_ep", "mesh=cpu_2x2")
+    for front in (found["front"], found["described_front"]):
+        speeds = [each["tokens_per_second_per_rank"] for each in front]
+        memory = [each["memory_bytes"] for each in front]
+        assert speeds == sorted(speeds, reverse=True)
+        assert memory == sorted(set(memory), reverse=True)
+
+
+def test_only_what_leaves_training_unchanged_is_searched(tmp_path: Path) -> None:
+    """With a node limit, groups of the router follow the nodes of an EP group; granularity changes the experts."""
+    base = ["recipe=mixtral_ep", "routing.max_nodes=1", "search.described=false"]
+    same, changed = tmp_path / "same", tmp_path / "changed"
+    same.mkdir()
+    found = searched(same, *base)
+    assert {each["settings"]["mesh.ep"] for each in found["front"]} == {4}
+    assert any("would change the model: the router's groups" in reason["rule"] for reason in found["rejected"])
+    assert found["described_front"] == []
+    changed.mkdir()
+    free = searched(changed, *base, "experts.init=random", "search.model=true")
+    assert {"max_nodes"} == set(free["kept"]) - {"layout"}
+    assert {each["settings"]["mesh.ep"] for each in free["front"]} > {4}
+    assert any(each["settings"]["experts.granularity"] > 1 for each in free["front"])
+    assert any(each["settings"]["data.micro_batch_size"] == 2 for each in free["front"])
+
+
+def test_given_keys_are_kept(tmp_path: Path) -> None:
+    found = searched(tmp_path, "recipe=mixtral_ep", "mesh.ep=2", "dispatch.kind=flat", "search.axes=[ep,checkpointing]")
+    assert found["kept"]["ep"] == "mesh.ep was set"
+    assert found["kept"]["overlap"] == "search.axes does not name it"
+    assert {each["overrides"].split("=")[0] for each in found["front"]} == {"trainer.checkpointing"}
+    with pytest.raises(ConfigError, match=r"search\.axes=epp: is not an axis. Use some of ep, dp_replicate, tp"):
+        searched(tmp_path, "recipe=mixtral_ep", "search.axes=[epp]")
+
+
+def test_nothing_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = searched(tmp_path, "recipe=mixtral_ep", "hardware.memory_gib=0.001", "search.described=false")
+    assert found["best"] is None
+    assert found["fitting"] == 0
+    assert "no layout that runs fits into memory; the least is" in capsys.readouterr().out
+    assert not (tmp_path / "plan.yaml").exists()
+
+
+@pytest.mark.slow
+def test_the_winner_compiles_and_trains(tmp_path: Path) -> None:
+    base = ["recipe=mixtral_ep", "trainer.max_steps=3", "trainer.val_interval=3", "data.val_batches=1"]
+    found = searched(tmp_path, *base)
+    line = found["best"]["overrides"].split()
+    for name in ("compile", "train"):
+        folder = tmp_path / name
+        command = [sys.executable, "-m", "moecompile", f"task={name}", *base, *line, f"hydra.run.dir={folder}"]
+        subprocess.run(command, check=True, timeout=300)
+        result = json.loads((folder / "result.json").read_text())
+        assert result["status"] == "ok"
+        assert load(folder / "plan.yaml").hash == found["plan_hash"]
+
+
+@pytest.mark.slow
+def test_ten_thousand_candidates_in_five_seconds(tmp_path: Path) -> None:
+    base = ["model=deepseek_v3", "mesh=h800_256x8"]
+    found = searched(tmp_path, *base)
+    assert found["candidates"] > 10_000
+    assert found["search_cpu_seconds"] / found["candidates"] * 10_000 <= 5
+    for i, each in enumerate([found["best"], found["described_front"][0]]):
+        plan = planned(tmp_path / str(i), *base, *each["overrides"].split())
+        assert plan["step_seconds"] == each["seconds"]
