@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moecompile.match.regions import Region
     from moecompile.match.view import GraphView
     from moecompile.nn import auxiliary_loss, update_balance
+    from moecompile.nn.context import own_positions
     from moecompile.nn.replay import record_routes, replay_routes
     from moecompile.passes.base import GraphPass, register_pass
     from moecompile.passes.shard import device_mesh_of, shard
@@ -50,6 +51,7 @@ _HOMES = {
     "device_mesh_of": "passes.shard",
     "load_exported": "export",
     "make_plan": "pipeline",
+    "own_positions": "nn.context",
     "plan_of": "pipeline",
     "record_routes": "nn.replay",
     "register_pass": "passes.base",
@@ -78,6 +80,7 @@ __all__ = [
     "device_mesh_of",
     "load_exported",
     "make_plan",
+    "own_positions",
     "plan_of",
     "record_routes",
     "register_pass",

@@ -30,3 +30,5 @@ class TrafficCounter:
 
 
 traffic = TrafficCounter()
+context_traffic = TrafficCounter()
+"""Of the exchanges of attention over cp, which are planned and counted apart from those of experts."""

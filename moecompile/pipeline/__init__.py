@@ -124,7 +124,7 @@ def make_plan(
         raise CaptureError("make_plan needs example=... for a module that is not a GraphModule")
     check_example(example)
     captured = capture_planned(model_or_graph, None, config, example)
-    return build_plan(captured.sites, config, facts_of(model_or_graph, example, captured))
+    return build_plan(captured.sites, config, facts_of(model_or_graph, example, captured, cp=config.mesh.cp))
 
 
 def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | Config | Plan = ()) -> fx.GraphModule:
@@ -196,7 +196,8 @@ def compile_with_report(
     _check(model, example, plan, device_mesh, until)
     config, log = _config(overrides), Log()
     captured = capture_planned(model, plan, config, example, log)
-    plan = _planned(model, captured, overrides if plan else config, plan, facts_of(model, example, captured))
+    facts = facts_of(model, example, captured, cp=config.mesh.cp)
+    plan = _planned(model, captured, overrides if plan else config, plan, facts)
     layers = captured.planned(plan.layers)
     regions = {path: captured.regions[path] for path in layers}
     log.add("build_plan", regions, regions, f"{len(plan.layers)} layers planned, hash {plan.hash}")

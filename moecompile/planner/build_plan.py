@@ -4,7 +4,8 @@ Algorithm:
   1. Validate the config and derive the mesh.
   2. Select the sites that match the config.
   3. Plan experts, routing, placement and dispatch of each, and the adapters.
-  4. Derive the reductions, what tensor parallelism splits (tensor_parallel.py) and the estimate.
+  4. Derive the reductions, what tensor and context parallelism split (tensor_parallel.py, context_parallel.py) and
+     the estimate.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from moecompile.plan import (
 )
 from moecompile.planner import ModelFacts, RunFacts, estimate
 from moecompile.planner.adapters import plan_adapters
+from moecompile.planner.context_parallel import exchanged_attention
 from moecompile.planner.dispatch import plan_dispatch
 from moecompile.planner.existing import check_given, existing_layer, only_existing, selection
 from moecompile.planner.tensor_parallel import split_modules
@@ -81,14 +83,21 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
         for i, site in enumerate(chosen)
     )
     layers, adapters, facts = plan_adapters(layers, config, facts)
-    return Plan(  # Step 4
+    exchanged = exchanged_attention(layers, mesh, facts, config)  # Step 4
+    return Plan(
         mesh=mesh,
         layers=layers,
         reductions=reductions(mesh),
         adapters=adapters,
         tensor_parallel=split_modules([site.fqn for site in chosen], mesh, facts),
+        context_parallel=exchanged,
         estimate=estimate(
-            layers, mesh, facts, _run_facts(config, mesh, facts), memory_bytes=config.hardware.memory_gib * _GIB
+            layers,
+            mesh,
+            facts,
+            _run_facts(config, mesh, facts),
+            memory_bytes=config.hardware.memory_gib * _GIB,
+            exchanged=exchanged,
         ),
     )
 
@@ -97,7 +106,7 @@ def _run_facts(config: Config, mesh: MeshSpec, facts: ModelFacts) -> RunFacts:
     data, trainer = config.data, config.trainer
     stored = "" if facts.bytes_per_param == 4 else f" on weights of {facts.bytes_per_param} bytes"
     return RunFacts(
-        tokens_per_rank=data.micro_batch_size * data.seq_len,
+        tokens_per_rank=data.micro_batch_size * data.seq_len // mesh.cp,
         micro_batch_size=data.micro_batch_size,
         precision=f"{trainer.precision.value}{stored}",
         hardware=config.hardware.name,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moecompile.mesh import MeshSpec
-from moecompile.plan import Assumptions, Estimate, LayerPlan, Traffic
+from moecompile.plan import Assumptions, Estimate, ExchangedAttention, LayerPlan, Traffic
 from moecompile.planner.activations import tokens_of_a_rank
+from moecompile.planner.context_parallel import cp_traffic
 from moecompile.planner.lending import lending
 from moecompile.planner.memory import memory_of_fullest_rank
 from moecompile.planner.params import ModelFacts, RunFacts, model_params, trained_params
@@ -18,13 +19,14 @@ OPTIMIZER = "adamw"  # two fp32 moments
 
 
 def estimate(
-    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, *, memory_bytes: float
-) -> Estimate:
+    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, *, memory_bytes: float,
+    exchanged: Sequence[ExchangedAttention] = (),
+) -> Estimate:  # fmt: skip
     """Parameters, memory of the fullest rank and bytes on the wire.
 
     Args:
         layers: the planned MoE layers. mesh: their mesh. facts: of the model before rewriting. run: of the training.
-        memory_bytes: memory of one rank.
+        memory_bytes: memory of one rank. exchanged: what attention exchanges over cp.
     """
     params = model_params(layers, facts)
     memory = memory_of_fullest_rank(layers, mesh, facts, run)
@@ -42,11 +44,12 @@ def estimate(
         if run.checkpointing == "full"
         else Traffic(intra_node=0.0, inter_node=0.0),
         tp_bytes_per_token=tp_traffic(layers, mesh, facts, run),
+        cp_bytes_per_token=cp_traffic(exchanged, mesh, run),
         assumes=Assumptions(
             hardware=run.hardware,
             memory_bytes=round(memory_bytes),
             tokens_per_rank=run.tokens_per_rank,
-            seq_len=run.tokens_per_rank // run.micro_batch_size,
+            seq_len=run.tokens_per_rank * mesh.cp // run.micro_batch_size,
             accumulation=run.accumulation,
             precision=run.precision,
             optimizer=OPTIMIZER,

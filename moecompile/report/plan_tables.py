@@ -47,7 +47,7 @@ def _header(plan: Plan) -> Table:
     mesh, grid = plan.mesh, plain_grid()
     axes = ", ".join(
         f"{name} {getattr(mesh, name)}"
-        for name in ("ep", "edp", "dp_replicate", "dp_shard", *(("tp",) if mesh.tp > 1 else ()))
+        for name in ("ep", "edp", "dp_replicate", "dp_shard", *(axis for axis in ("tp", "cp") if mesh.size(axis) > 1))
     )
     nodes, ranks = plural(mesh.num_nodes, "node"), plural(mesh.ranks_per_node, "rank")
     grid.add_row(Text("plan", style="bold"), Text(f"{plan.hash}, {plural(len(plan.layers), 'MoE layer')}"))
@@ -168,6 +168,10 @@ def _print_estimate(estimate: Estimate, console: Console) -> None:
             f"{bytes_text(sent[0])} intra-node, {bytes_text(sent[1])} inter-node per token over tp, all layers together"
         )
         grid.add_row(Text("tp bytes", style="dim"), Text(text))
+    if any(asdict(estimate.cp_bytes_per_token).values()):
+        near, far = estimate.cp_bytes_per_token.intra_node, estimate.cp_bytes_per_token.inter_node
+        text = f"{bytes_text(near)} intra-node, {bytes_text(far)} inter-node per token over cp, all layers together"
+        grid.add_row(Text("cp bytes", style="dim"), Text(text))
     if estimate.lending is not None:
         grid.add_row(Text("lending", style="dim"), Text(_lending_text(estimate.lending)))
     if estimate.checkpointing != "none":

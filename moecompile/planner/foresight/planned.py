@@ -38,7 +38,7 @@ def case_of(shape: ModelShape, plan: Plan, config: Config) -> Case:
         layout = Layout(
             gpus=mesh.world_size, seq=data.seq_len, global_batch=batch, micro_batch=data.micro_batch_size,
             ep=mesh.ep, tp=mesh.tp if mesh.tp > 1 else workload.tp, pp=workload.pp, vpp=workload.vpp,
-            cp=workload.cp, etp=workload.etp, zero=workload.zero,
+            cp=mesh.cp if mesh.cp > 1 else workload.cp, etp=workload.etp, zero=workload.zero,
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(_PATHS[error.path.removeprefix("layout.")], error.value, error.rule, error.fix) from error
