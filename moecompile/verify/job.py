@@ -78,8 +78,8 @@ def build(config: Config, plan: Plan, dtype: torch.dtype) -> nn.Module:
 
 
 def uneven(batch: Batch, number: int, config: Config) -> Batch:
-    """Micro-batch `number` of the run with some targets masked: their counts differ, and in step 0 the second rank's (or
-    every fourth one, with one micro-batch at a time) have none.
+    """Micro-batch `number` of the run with some targets masked: their counts differ, and in step 0 those of the second
+    place among ranks (or every fourth one, with one micro-batch at a time) have none.
     """
     world = mesh_spec(config.mesh).num_batches
     accumulate = accumulation_steps(config, mesh_spec(config.mesh))

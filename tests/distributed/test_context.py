@@ -21,6 +21,11 @@ def ranks(rank: int, world_size: int, cases: tuple[Case, ...]) -> list[Step]:
     return [job.step(case) for case in cases]
 
 
+def in_fp32(case: Case, name: str) -> bool:
+    """Whether transformers computes the gradient in fp32 in a model of float64: sums of it round by their order."""
+    return case.architecture == "deepseek_v3" and name.endswith("mlp.gate.weight")
+
+
 def check(case: Case, found: list[Step]) -> None:
     """found: of each rank."""
     wanted = job.reference(case)
@@ -30,26 +35,26 @@ def check(case: Case, found: list[Step]) -> None:
             real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
             assert float((got - logits)[real].abs().max()) <= 1e-10 * float(logits.abs().max())
         assert of_rank.norm == pytest.approx(wanted.norm, rel=1e-10)
-        error, name = worst(of_rank.grads, wanted.grads)
-        assert error <= 1e-10, f"{case.name}: {name} is off by {error}"
+        exact = {name: grad for name, grad in of_rank.grads.items() if not in_fp32(case, name)}
+        for names, most in ((exact.keys(), 1e-10), (of_rank.grads.keys() - exact.keys(), 1e-6)):
+            if names:
+                error, name = worst({n: of_rank.grads[n] for n in names}, {n: wanted.grads[n] for n in names})
+                assert error <= most, f"{case.name}: {name} is off by {error}"
+        assert of_rank.grads.keys() == wanted.grads.keys()
         near, far, planned_near, planned_far = of_rank.rest["bytes"]
         assert (near, far) == (planned_near, planned_far) and near + far > 0
 
 
 SLOW = (
-    *(Case(architecture="mixtral", cp=cp, ep=ep) for cp in (2, 4) for ep in (1, 2, 4)),
-    *(Case(architecture="deepseek_v3", cp=cp, ep=4, rows=rows) for cp, rows in ((2, "full"), (2, "left"))),
-    Case(architecture="qwen3_moe", cp=2, ep=2, rows="right"),
-    Case(architecture="qwen3_moe", cp=4, ep=4, rows="packed"),
-    Case(architecture="qwen3_moe", cp=4, ep=4, rows="left", overrides=("data.mask_padding=always",)),
-    Case(architecture="llama", cp=2, ep=4, losses={"micro_batch": 0.3, "z": 0.2}),
+    *(Case(architecture="mixtral", cp=cp, ep=ep) for cp, ep in ((2, 2), (4, 1), (4, 4))),
+    Case(architecture="deepseek_v3", cp=2, ep=4, rows="left"),
+    Case(architecture="qwen3_moe", cp=4, ep=2, rows="packed"),
+    Case(architecture="qwen3_moe", cp=4, ep=4, rows="right", overrides=("data.mask_padding=always",)),
     Case(architecture="llama", cp=4, ep=2, losses={"micro_batch": 0.3, "z": 0.2}, rows="packed"),
-    Case(architecture="llama", cp=4, ep=4, rows="right", overrides=("data.mask_padding=always",)),
     Case(architecture="llama", cp=4, ep=4, changes={"num_key_value_heads": 1}),
     Case(architecture="mixtral", cp=2, ep=2, overrides=("mesh.dp_replicate=2",)),
     Case(architecture="mixtral", cp=2, ep=2, changes={"sliding_window": 5}),
     Case(architecture="mixtral", cp=2, ep=4, overrides=("dispatch.kind=allgather",)),
-    Case(architecture="llama", cp=2, ep=4, overrides=("dispatch.overlap=chunks", "dispatch.chunks=2")),
     Case(
         architecture="llama",
         cp=4,
@@ -57,14 +62,12 @@ SLOW = (
         overrides=("mesh.num_nodes=2", "mesh.ranks_per_node=2", "dispatch.kind=hierarchical"),
     ),
     Case(architecture="qwen3_moe", cp=2, ep=4, checkpointing="full"),
-    Case(architecture="mixtral", cp=2, ep=4, checkpointing="keep_exchanges"),
+    Case(architecture="mixtral", cp=2, ep=4, checkpointing="keep_exchanges", rows="left"),
 )
 EIGHT = (
     Case(architecture="mixtral", cp=2, ep=8, ranks=8, changes={"num_local_experts": 8}),
-    Case(architecture="mixtral", cp=4, ep=2, ranks=8),
-    Case(architecture="deepseek_v3", cp=4, ep=4, ranks=8, changes={"num_attention_heads": 4, "num_key_value_heads": 4}),
+    Case(architecture="deepseek_v3", cp=4, ep=2, ranks=8, changes={"num_attention_heads": 4, "num_key_value_heads": 4}),
     Case(architecture="qwen3_moe", cp=4, ep=8, ranks=8, rows="packed"),
-    Case(architecture="llama", cp=2, ep=8, ranks=8, losses={"micro_batch": 0.3, "z": 0.2}),
 )
 
 
