@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.errors import ConfigError, MoecompileError
@@ -35,6 +36,7 @@ class Positions:
 
     def __init__(self, axis: str, index: int, size: int) -> None:
         self.axis, self.index, self.size = axis, index, size
+        self._parts = WeakTensorKeyDictionary()
 
     def cut(self, x: Tensor, dim: int) -> Tensor:
         """The part of `x` at this rank's positions, which are along `dim`.
@@ -49,6 +51,13 @@ class Positions:
                 "tokens of a sequence", length, rule, f"Pad sequences to {-(-length // self.size) * self.size} tokens"
             )
         return x.narrow(dim, length // self.size * self.index, length // self.size)
+
+    def part(self, x: Tensor, dim: int) -> Tensor:
+        """A copy of `cut`, the same one for every layer that is given `x`: a view would keep all of it."""
+        if x not in self._parts:
+            self._parts[x] = self.cut(x, dim).clone()
+        found: Tensor = self._parts[x]
+        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Positions:
         return self
@@ -122,7 +131,9 @@ def cut_arguments(given: Mapping[str, Any], positions: Positions, *, is_first: b
         MoecompileError: a cache, or a tensor of which it is not known where its positions are.
     """
     name = next((name for name in (_HIDDEN, "hidden_state", "x") if name in given), next(iter(given)))
-    hidden = positions.cut(given[name], 1) if is_first else given[name]
+    hidden = given[name]
+    if is_first:
+        hidden = positions.cut(hidden, 1).clone()
     length = hidden.shape[1] * positions.size
     cut = {**given, name: hidden}
     for key, value in given.items():
@@ -156,7 +167,7 @@ def _cut_whole(value: Any, length: int, dim: int, positions: Positions) -> Any:
         return value
     if value.shape[dim] != length:
         raise MoecompileError(f"positions {tuple(value.shape)} are not those of {length} tokens")
-    return positions.cut(value, dim)
+    return positions.part(value, dim)
 
 
 class _Grouped:

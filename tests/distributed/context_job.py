@@ -39,9 +39,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model on a mesh of `ranks`. rows: `full`, `left` or `right` (padded) or `packed`. double: whether the gradients
-    of dense weights are divided by the ranks of a CP group once more, a fault.
-    """
+    """A model on a mesh of `ranks`. rows: `full`, `left` or `right` (padded) or `packed`."""
 
     architecture: str
     cp: int
@@ -52,7 +50,6 @@ class Case:
     losses: dict[str, float] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
     checkpointing: str = "none"
-    double: bool = False
 
     @property
     def name(self) -> str:
@@ -168,8 +165,6 @@ def step(case: Case) -> Step:
     sum_replicated(parameters, groups.tokens)
     torch.distributed.all_reduce(sums, group=groups.tokens)
     divide(parameters, sums[1])
-    if case.double:
-        divide([p for name, p in sharded.named_parameters() if "experts" not in name], plan.mesh.cp)
     grads = {name: full(p.grad) for name, p in sharded.named_parameters() if p.grad is not None}
     norm = clip_by_global_norm(parameters, 1e30, groups.every)
     loads = update_balance(sharded, groups.tokens) if meters_of(sharded) else []
@@ -210,3 +205,26 @@ def _whole(kept: dict[int, Tensor], plan: Plan) -> list[Tensor]:
     return [
         torch.cat([of_rank[number] for of_rank in gathered if number in of_rank], 1) for number in range(len(LENGTHS))
     ]
+
+
+def saved_bytes(case: Case, length: int) -> int:
+    """Bytes of the activations that autograd keeps after a forward of `length` tokens on this rank, each storage once.
+
+    Weights, which FSDP gathers and frees, are left out.
+    """
+    model = compiled(case)
+    plan = plan_of(model)
+    shapes = {frozenset(p.shape) for p in model.parameters()}
+    sharded = shard(model, plan, device_mesh_of(plan.mesh, "cpu"))
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if frozenset(tensor.shape) not in shapes:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.randint(1, fold_job.VOCAB, (1, length), generator=torch.Generator().manual_seed(plan.mesh.cp))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = logits_of(sharded, {"input_ids": ids})
+    logits.sum().backward()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

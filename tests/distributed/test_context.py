@@ -101,3 +101,19 @@ def eight() -> list[list[Step]]:
 @pytest.mark.parametrize("case", EIGHT, ids=lambda case: case.name)
 def test_eight_ranks_equal_one_process(case: Case, eight: list[list[Step]]) -> None:
     check(case, [of_rank[EIGHT.index(case)] for of_rank in eight])
+
+
+def memory(rank: int, world_size: int) -> dict[int, int]:
+    cases = (Case(architecture="mixtral", cp=cp, ep=4, changes={"num_key_value_heads": 4}) for cp in (1, 2, 4))
+    return {case.cp: job.saved_bytes(case, 1000) for case in cases}
+
+
+@pytest.mark.slow
+def test_activations_of_a_rank_are_divided_by_cp() -> None:
+    """Rows of 1000 tokens on 4 ranks, summed over them: experts have unequally many rows.
+
+    Token ids and rotary embeddings stay whole, which is a larger part of so narrow a model than of others.
+    """
+    found = run_distributed_test(memory, 4, timeout_s=200)
+    whole, two, four = (sum(of_rank[cp] for of_rank in found) for cp in (1, 2, 4))
+    assert (whole / two, whole / four) == (pytest.approx(2, rel=0.05), pytest.approx(4, rel=0.05))

@@ -13,6 +13,7 @@ import moecompile
 from moecompile.errors import ConfigError, MoecompileError
 from moecompile.nn.context import CutLayer, Positions, cut_arguments, keep_positions, key_copies
 from moecompile.nn.padding import Padding, TokenMask
+from moecompile.nn.replay import replay_layers
 
 SECOND = Positions("", 1, 2)
 HIDDEN = torch.arange(24.0).view(1, 8, 3)
@@ -67,6 +68,13 @@ def test_own_positions() -> None:
     assert moecompile.own_positions(model, labels) is labels
     keep_positions(model, SECOND)
     assert torch.equal(moecompile.own_positions(nn.Sequential(model), labels), labels[:, 4:])
+
+
+def test_routes_of_parts_are_not_recorded() -> None:
+    model = nn.Linear(3, 3)
+    keep_positions(model, SECOND)
+    with pytest.raises(MoecompileError, match=r"routes are of whole sequences, and mesh.cp gives a rank a part"):
+        replay_layers(model)
 
 
 @pytest.mark.parametrize(("heads", "size", "copies"), [(8, 4, 1), (2, 4, 2), (1, 4, 4), (3, 2, 2), (6, 4, 2)])

@@ -118,7 +118,9 @@ def test_models_that_mix_positions_elsewhere_are_refused() -> None:
         ConfigError, match=r"^mesh.cp=2: LlamaForCausalLM has attention_dropout=0.1, which would be drawn"
     ):
         planned(tiny_llama(attention_dropout=0.1), *COPY4)
-    with pytest.raises(ConfigError, match=r"^mesh.cp=2: SwitchTransformersFor.* has an encoder and a decoder, of which"):
+    with pytest.raises(
+        ConfigError, match=r"^mesh.cp=2: SwitchTransformersFor.* has an encoder and a decoder, of which"
+    ):
         both = {"input_ids": ids(), "decoder_input_ids": ids()}
         switch = moe_model("switch_transformers")
         moecompile.make_plan(switch, config("mesh.ranks_per_node=4", "mesh.ep=4", "mesh.cp=2"), example=both)
@@ -142,7 +144,9 @@ def test_a_mix_of_positions_that_no_name_tells_is_found() -> None:
     model = tiny_llama()
     layers: Any = model.get_submodule("model.layers")
     layers[1].input_layernorm = Shifting(layers[1].input_layernorm)
-    with pytest.raises(ConfigError, match=r"^mesh.cp=2: LlamaForCausalLM mixes positions outside of the attention that"):
+    with pytest.raises(
+        ConfigError, match=r"^mesh.cp=2: LlamaForCausalLM mixes positions outside of the attention that"
+    ):
         planned(model, *COPY4)
     assert model.config._attn_implementation == "sdpa"  # what was probed is as it was
 
