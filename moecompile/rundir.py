@@ -88,8 +88,11 @@ def is_discarded(run_dir: Path, *, was_pending: bool) -> bool:
 
 
 def discard(run_dir: Path) -> None:
-    """Removes the files of a run that was not accepted."""
-    shutil.rmtree(run_dir / PENDING, ignore_errors=True)
+    """Removes the files of a run that was not accepted; at once for other ranks, which may be writing there."""
+    with suppress(OSError):
+        (run_dir / PENDING).rename(run_dir / f"{PENDING}-{os.getpid()}")
+    for path in run_dir.glob(f"{PENDING}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

@@ -97,6 +97,8 @@ def record(error: BaseException, run_dir: Path, rank: int) -> Failure:
     failure = Failure.of(error, rank)
     try:
         _write(failure, error, errors_dir(run_dir))
+    except FileNotFoundError:  # the run was refused meanwhile
+        pass
     except OSError as unwritten:  # the disk is full, which may be why the rank failed
         print(f"rank {rank}: {failure.last_line} ({unwritten})", file=sys.stderr, flush=True)
     return failure
@@ -104,7 +106,7 @@ def record(error: BaseException, run_dir: Path, rank: int) -> Failure:
 
 def _write(failure: Failure, error: BaseException, folder: Path) -> None:
     rank = failure.rank
-    folder.mkdir(exist_ok=True)  # its parent is gone if the run was refused meanwhile
+    folder.mkdir(exist_ok=True)
     (folder / f"rank_{rank}.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     partial = folder / f"rank_{rank}.json.tmp"
     partial.write_text(json.dumps(asdict(failure), indent=1), encoding="utf-8")
@@ -139,9 +141,9 @@ def stopped_at(run_dir: Path) -> int | None:
 def claim(run_dir: Path) -> bool:
     """True for the first rank that calls it: without our own launcher, that rank reports the failure."""
     try:
-        errors_dir(run_dir).mkdir(parents=True, exist_ok=True)
+        errors_dir(run_dir).mkdir(exist_ok=True)
         os.close(os.open(errors_dir(run_dir) / "reported", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):  # no folder: the run was refused, which a rank has reported
         return False
     except OSError:  # a full disk: two reports are better than none
         return True

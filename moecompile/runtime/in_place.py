@@ -181,15 +181,16 @@ def _run(order: Order, ranks: Ranks) -> None:
 
 def _failed(error: Exception, run_dir: Path, ranks: Ranks) -> MoecompileError | None:
     """Records the failure of this rank; returns the error to report, or None if another rank reports it."""
+    folder = place(run_dir)  # also after another rank discards it, when `place` is the folder of the previous run
     if is_discarded(run_dir, was_pending=_now.was_pending):
         return None
-    failure = failures.record(error, run_dir, ranks.rank)
+    failure = failures.record(error, folder, ranks.rank)
     if failure.peer_lost:
         time.sleep(PEER_GRACE_S)  # so that the rank that failed first reports it
-    if is_discarded(run_dir, was_pending=_now.was_pending) or not failures.claim(run_dir):
+    if is_discarded(run_dir, was_pending=_now.was_pending) or not failures.claim(folder):
         return None
     _now.is_reporting = True
-    return failures.first_error(run_dir, ranks.world_size, {})
+    return failures.first_error(folder, ranks.world_size, {})
 
 
 # -- reports ---------------------------------------------------------------------------------------------------------
@@ -226,8 +227,10 @@ def _report_other_rank(ranks: Ranks) -> None:
     if run_dir is None and machine.claim(ranks):
         lost = next(rank for rank in machine.gone(ranks) if rank != ranks.rank)
         cause = failures.ended_silently(lost, ranks.world_size)
-    elif run_dir is not None and failures.claim(run_dir):
-        cause = failures.first_error(run_dir, ranks.world_size, {})
+    elif run_dir is not None:
+        folder = place(run_dir)
+        if not is_discarded(run_dir, was_pending=_now.was_pending) and failures.claim(folder):
+            cause = failures.first_error(folder, ranks.world_size, {})
     if cause is not None:
         os.write(_now.terminal, f"error: {cause}\n".encode())
         os._exit(cause.exit_code)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from moecompile import rundir
 from moecompile.errors import ConfigError, UserError
-from moecompile.runtime import failures
+from moecompile.runtime import failures, in_place
 from moecompile.runtime.ranks import Ranks, check_mesh, check_places, in_place_ranks, worker_variables
 
 # -- which failure is told -------------------------------------------------------------------------------------------
@@ -47,6 +48,28 @@ def test_the_first_failure_that_is_no_consequence_is_told(
 def test_one_rank_claims_the_word(tmp_path: Path) -> None:
     failures.record(UserError("no"), tmp_path, 1)
     assert [failures.claim(tmp_path), failures.claim(tmp_path)] == [True, False]
+
+
+@pytest.mark.parametrize("moment", ["record", "claim"])
+def test_a_rank_that_fails_while_the_run_is_refused_says_nothing_more(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another rank has reported it, and takes the folder away between any two steps of this one."""
+    (tmp_path / "plan.yaml").touch()  # of the previous run
+    (tmp_path / rundir.PENDING).mkdir()
+    monkeypatch.setattr(in_place._now, "was_pending", True)
+    found = getattr(failures, moment)
+
+    def refused(*arguments: object) -> object:
+        rundir.discard(tmp_path)
+        return found(*arguments)
+
+    monkeypatch.setattr(failures, moment, refused)
+    ranks = in_place_ranks(STEP)
+    assert ranks is not None
+    assert in_place._failed(UserError("no"), tmp_path, ranks) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]
+    assert capfd.readouterr() == ("", "")
 
 
 # -- torchrun and SLURM ----------------------------------------------------------------------------------------------
