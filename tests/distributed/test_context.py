@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from moecompile.checkpoint.tensors import read_tensors, tensors_of, write_tensors
+from moecompile.errors import ConfigError
+from moecompile.passes.shard import device_mesh_of, shard
+from moecompile.pipeline import plan_of
+from moecompile.runtime.gradients import sum_replicated
+from moecompile.runtime.groups import Groups
+from moecompile.runtime.strategy import ExpertParallelStrategy
 from tests.distributed import context_job as job
 from tests.distributed.context_job import Case, Step
 from tests.distributed.fold_job import worst
+from tests.distributed.gradient_job import full
 from tests.distributed.harness import run_distributed_test
 
 FAST = (
@@ -117,3 +129,51 @@ def test_activations_of_a_rank_are_divided_by_cp() -> None:
     found = run_distributed_test(memory, 4, timeout_s=200)
     whole, two, four = (sum(of_rank[cp] for of_rank in found) for cp in (1, 2, 4))
     assert (whole / two, whole / four) == (pytest.approx(2, rel=0.05), pytest.approx(4, rel=0.05))
+
+
+def passed_on(rank: int, world_size: int, case: Case, source: str | None, target: str) -> dict[str, Tensor]:
+    """Reads `source`, or makes one step; writes `target`. Returns every entry whole."""
+    model = job.compiled(case)
+    plan = plan_of(model)
+    shard(model, plan, device_mesh_of(plan.mesh, "cpu"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
+    if source is None:
+        job.logits_of(model, job.micro_batches(case)[plan.mesh.batch_index(rank)]).square().sum().backward()
+        sum_replicated(model.parameters(), Groups.of(plan.mesh, "cpu").tokens)
+        optimizer.step()
+        optimizer.zero_grad()
+    tensors = tensors_of(model, [optimizer])
+    if source is not None:
+        read_tensors(Path(source), tensors)
+    Path(target).mkdir(exist_ok=True)
+    dist.barrier()
+    write_tensors(Path(target), tensors)
+    return {name: full(tensor) for name, tensor in tensors.items()}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_read_by_another_mesh(tmp_path: Path) -> None:
+    first = Case(architecture="mixtral", cp=2, ep=4)
+    wanted, *_ = run_distributed_test(passed_on, 4, first, None, str(tmp_path / "first"), timeout_s=200)
+    assert all(value.any() for name, value in wanted.items() if "_proj.weight.exp_avg" in name)
+    for source, target, case in (
+        ("first", "without", Case(architecture="mixtral", cp=1, ep=2, ranks=2)),
+        ("without", "again", Case(architecture="mixtral", cp=2, ep=1, ranks=2)),
+    ):
+        folders = str(tmp_path / source), str(tmp_path / target)
+        for found in run_distributed_test(passed_on, case.ranks, case, *folders, timeout_s=200):
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[name], value) for name, value in wanted.items()), target
+
+
+class OnFour(ExpertParallelStrategy):
+    world_size = 4  # type: ignore[assignment]
+
+
+def test_a_mean_over_parts_of_sequences_is_refused() -> None:
+    plan = plan_of(job.compiled(Case(architecture="mixtral", cp=2, ep=4)))
+    OnFour(loss="sum")._check_world(plan)
+    with pytest.raises(
+        ConfigError, match=r"loss=mean: with mesh\.cp=2, ranks may have unequally many of a sequence's targets"
+    ):
+        OnFour(loss="mean")._check_world(plan)
