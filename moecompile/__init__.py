@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moecompile.nn import auxiliary_loss, update_balance
     from moecompile.nn.context import own_positions
     from moecompile.nn.replay import record_routes, replay_routes
+    from moecompile.ops.backend import DispatchBackend, Dispatched, ExpertsBackend, count_sent_bytes
     from moecompile.passes.base import GraphPass, register_pass
     from moecompile.passes.shard import device_mesh_of, shard
     from moecompile.pipeline import compile_model, make_plan, plan_of, transform
@@ -37,7 +38,10 @@ _HOMES = {
     "ArgumentError": "errors",
     "CaptureError": "errors",
     "ConfigError": "errors",
+    "DispatchBackend": "ops.backend",
+    "Dispatched": "ops.backend",
     "ExpertParallelStrategy": "runtime.strategy",
+    "ExpertsBackend": "ops.backend",
     "FFNMatch": "match.patterns",
     "GraphPass": "passes.base",
     "GraphView": "match.view",
@@ -48,6 +52,7 @@ _HOMES = {
     "UserError": "errors",
     "auxiliary_loss": "nn",
     "compile_model": "pipeline",
+    "count_sent_bytes": "ops.backend",
     "device_mesh_of": "passes.shard",
     "load_exported": "export",
     "make_plan": "pipeline",
@@ -66,7 +71,10 @@ __all__ = [
     "ArgumentError",
     "CaptureError",
     "ConfigError",
+    "DispatchBackend",
+    "Dispatched",
     "ExpertParallelStrategy",
+    "ExpertsBackend",
     "FFNMatch",
     "GraphPass",
     "GraphView",
@@ -77,6 +85,7 @@ __all__ = [
     "UserError",
     "auxiliary_loss",
     "compile_model",
+    "count_sent_bytes",
     "device_mesh_of",
     "load_exported",
     "make_plan",

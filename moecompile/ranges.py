@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -49,6 +50,12 @@ class Real:
         if not (above and below):
             rules = {"(0, inf)": "must be positive", "[0, inf)": "must not be negative"}
             raise ConfigError(path, value, rules.get(self.interval, f"must lie in {self.interval}"), self.fix)
+
+
+def check_object(path: str, value: str) -> None:
+    """Raises ConfigError unless `value` names an object of a module, `module:name`."""
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*", value):
+        raise ConfigError(path, value, "must be module:name", "Name an object that every rank can import")
 
 
 def check_word(known: Iterable[str], path: str, value: str) -> None:

@@ -15,6 +15,7 @@ from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.errors import MoecompileError
 from moecompile.nn.experts import fused_experts, grouped_mm, with_bias
 from moecompile.nn.meter import LoadMeter
+from moecompile.ops.backend import experts_by
 from moecompile.routing import NO_BALANCE, BalanceSpec
 from moecompile.torch_private import local_part
 
@@ -67,10 +68,12 @@ class ExistingExperts(nn.Module):
         token: Tensor | None = None,
         collect: bool = False,
         borrowed: Sequence[Tensor] | None = None,
+        backend: str = "",
+        most: int = 0,
     ) -> Tensor:
         """rows_RD in expert order, counts_E rows of each local expert, weights of the local experts -> (R, D).
 
-        With source_R and weights_R, with token or collect (without rows), or with borrowed: as in `Experts`.
+        With source_R and weights_R, token or collect (without rows), borrowed, or a backend: as in `Experts`.
         """
         local = [local_part(weight) for weight in weights]
         if counts_E is None or borrowed is not None:
@@ -88,6 +91,8 @@ class ExistingExperts(nn.Module):
         if source_R is not None and weights_R is not None:
             both = [[given["gate_up_proj"], given["down_proj"]] if given else None for given in (by_name, lent)]
             assert both[0] is not None
+            if backend:
+                return experts_by(backend, most, rows_RD, source_R, weights_R, counts_E, both[0][0], both[0][1])
             return fused_experts(rows_RD, source_R, weights_R, counts_E, both[0], both[1], token)
         return self._experts(rows_RD, counts_E, by_name, _Calls(token, lent))
 

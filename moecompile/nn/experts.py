@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moecompile import ops  # noqa: F401  (registers the ops)
+from moecompile.ops.backend import experts_by
 from moecompile.torch_private import local_part
 
 
@@ -61,6 +62,8 @@ class Experts(nn.Module):
         token: Tensor | None = None,
         collect: bool = False,
         borrowed: Sequence[Tensor] | None = None,
+        backend: str = "",
+        most: int = 0,
     ) -> Tensor:
         """rows_RD in expert order, counts_E rows of each local expert -> (R, D).
 
@@ -72,6 +75,8 @@ class Experts(nn.Module):
 
         borrowed, from the pass `lend`: the parameters of experts of other ranks, in the order of `parameters()`.
         counts_E has their rows after those of the local experts. Not with a token.
+
+        backend, from the plan: `module:name` of what computes the fused experts, at most `most` of them for a row.
         """
         names = [name for name, _ in self.named_parameters(recurse=False)]
         lent = {} if borrowed is None else dict(zip(names, borrowed, strict=True))
@@ -83,6 +88,8 @@ class Experts(nn.Module):
         if token is not None:
             weights = [weight.detach() for weight in weights]
         if source_R is not None and weights_R is not None:
+            if backend:
+                return experts_by(backend, most, rows_RD, source_R, weights_R, counts_E, weights[0], weights[1])
             more = [lent[name] for name in (self.in_name, "down_proj")] if lent else None
             return fused_experts(rows_RD, source_R, weights_R, counts_E, weights, more, token)
         hidden = self._project(rows_RD, counts_E, weights, 0, token, lent)

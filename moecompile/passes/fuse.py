@@ -7,6 +7,7 @@ other experts stay as they are.
 Algorithm, for each experts call with `fused` in the plan:
   1. Find the op that copies its rows and the op that sums its outputs.
   2. Replace both by a sort of the assignments alone; the experts gather their rows through its source indices.
+  3. Name the back end that computes the experts, if the plan has one (moecompile.ops.backend).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import fx
 from moecompile.errors import PassError
 from moecompile.match.regions import Region
 from moecompile.match.swiglu import is_swiglu
+from moecompile.ops.backend import EXPERTS, load
 from moecompile.passes.base import (
     check_calls,
     copy_graph_module,
@@ -58,6 +60,7 @@ class Fuse:
         for call, layer in zip(experts_calls(new), _by_call(layers), strict=True):
             if layer.fused:
                 _fuse(new.graph, call, layer.site.fqn)
+                _name_backend(call, layer)
         erase_unused(new.graph)
         new.recompile()
         return region.with_graph(new)
@@ -77,6 +80,8 @@ class Fuse:
                 raise PassError(self.name, layer.site.fqn, rule)
             if not layer.fused:
                 continue
+            if call.kwargs.get("backend", "") != layer.experts.backend:
+                raise PassError(self.name, layer.site.fqn, f"its experts are not computed by {layer.experts.backend}")
             sources = {call.args[1], call.kwargs["source_R"], call.kwargs["weights_R"]}
             sorts = {op_name(n.args[0]) for n in sources if isinstance(n, fx.Node) and isinstance(n.args[0], fx.Node)}
             if len(sources) != 3 or len(sorts) != 1 or not min(sorts).startswith("sort_"):
@@ -90,6 +95,14 @@ def _by_call(layers: Sequence[LayerPlan]) -> list[LayerPlan]:
 
 def _is_fused(call: fx.Node) -> bool:
     return "source_R" in call.kwargs
+
+
+def _name_backend(call: fx.Node, layer: LayerPlan) -> None:
+    """Has a back end compute the experts, if one is planned."""
+    if layer.experts.backend:
+        load(EXPERTS, layer.experts.backend)
+        most = layer.routing.most_per_token(layer.experts.num_routed)
+        call.kwargs = {**call.kwargs, "backend": layer.experts.backend, "most": most}
 
 
 def _fuse(graph: fx.Graph, call: fx.Node, fqn: str) -> None:

@@ -24,12 +24,13 @@ from torch.utils.checkpoint import checkpoint
 
 from moecompile.capture import layers_of
 from moecompile.capture.caches import cache_configs, caches
-from moecompile.errors import ConfigError, PassError
+from moecompile.errors import ConfigError, PassError, PlanError
 from moecompile.nn.padding import Padding, padding_of
 from moecompile.passes.base import experts_calls, run_on_model
-from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, Plan
+from moecompile.plan import BACKEND_OPS, EXCHANGE_OPS, WAIT_OPS, Plan
 from moecompile.torch_private import keeping
 
+_EXCHANGES = (EXCHANGE_OPS | WAIT_OPS) - {*BACKEND_OPS}
 _CHOICES = (torch.ops.aten.topk.default, torch.ops.moecompile.expert_choice.default)
 _WITHIN_TP = tuple(getattr(torch.ops.moecompile, name).default for name in ("join_tokens", "sum_ranks", "join_columns"))
 _OVER_CP = tuple(getattr(torch.ops.moecompile, name).default for name in ("exchange_dims", "join_positions"))
@@ -54,7 +55,11 @@ class Recompute:
     name: str = "recompute"
 
     def requires(self, model: nn.Module, plan: Plan) -> None:
-        """No layer is checkpointed yet."""
+        """No layer is checkpointed yet; a back end's exchanges, which are no ops, cannot be kept."""
+        backends = {layer.dispatch.backend for layer in plan.layers} - {""}
+        if self.checkpointing == "keep_exchanges" and backends:
+            rule = f"what dispatch.backend={min(backends)} receives cannot be kept"
+            raise PlanError("trainer.checkpointing", self.checkpointing, rule, "Use full or none")
         if any(_is_wrapped(layer) for layer in _recomputing(model)):
             raise PassError(self.name, "the model", "its layers compute again already")
 
@@ -62,7 +67,7 @@ class Recompute:
         """Wraps the forwards of the layers, and those that have a cache."""
         run_checkpointed = partial(checkpoint, use_reentrant=False)  # Step 1
         if self.checkpointing == "keep_exchanges":  # Step 2
-            exchanges = [getattr(torch.ops.moecompile, name).default for name in sorted(EXCHANGE_OPS | WAIT_OPS)]
+            exchanges = [getattr(torch.ops.moecompile, name).default for name in sorted(_EXCHANGES)]
             kept = {*exchanges, *_TABLES, *_CHOICES, *_WITHIN_TP, *_OVER_CP}
             run_checkpointed = partial(run_checkpointed, context_fn=partial(keeping, kept))
         padding = padding_of(model) or Padding()  # Step 3

@@ -4,6 +4,8 @@ from moecompile.plan.adapters import AdaptersPlan, ExpertAdapters
 from moecompile.plan.checks import plan_errors
 from moecompile.plan.context_parallel import ExchangedAttention
 from moecompile.plan.dispatch import (
+    BACKEND_KINDS,
+    BACKEND_OPS,
     EXCHANGE_OPS,
     EXCHANGES,
     HALVES,
@@ -28,6 +30,8 @@ from moecompile.plan.sites import ExpertsSite, FFNSite, PlannedSite
 from moecompile.plan.tensor_parallel import HEADS_STYLE, STYLES, SplitModules
 
 __all__ = [
+    "BACKEND_KINDS",
+    "BACKEND_OPS",
     "EXCHANGES",
     "EXCHANGE_OPS",
     "HALVES",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moecompile.errors import ConfigError
 from moecompile.plan.checks import at_least, plan_errors
 from moecompile.plan.sites import PlannedSite
-from moecompile.ranges import check_word
+from moecompile.ranges import check_object, check_word
 from moecompile.schema import OverlapKind, WireDtype
 
 # Forward exchanges that each dispatch inserts for one layer, in order, each with the part of the axis that it crosses:
@@ -34,14 +34,20 @@ HALVES = {name: (f"{name}_start", f"{name}_wait") for name in ("all_to_all", "ex
 """Exchanges that can be asynchronous -> the op that starts one, and the op that waits for it."""
 LENDING_OPS = ("gather_counts", "lend_experts")
 """Exchanges of a layer that lends experts: counts before the others, and experts before the first rows."""
+BACKEND_OPS = ("dispatch_tokens", "combine_tokens")
+"""The calls of a dispatch back end, in place of the exchanges."""
 EXCHANGE_OPS = frozenset(
-    {op for ops in EXCHANGES.values() for op in ops} | {start for start, _ in HALVES.values()} | {*LENDING_OPS}
+    {op for ops in EXCHANGES.values() for op in ops}
+    | {start for start, _ in HALVES.values()}
+    | {*LENDING_OPS, *BACKEND_OPS}
 )
 WAIT_OPS = frozenset(wait for _, wait in HALVES.values())
 IN_FLIGHT = frozenset(kind for kind, ops in EXCHANGES.items() if set(ops) & set(HALVES))
 """Kinds whose exchanges of rows can be asynchronous."""
 SLICE_OPS = ("cut_tokens", "join_tokens")
 """Ops before and after the dispatch of a layer whose tokens are cut over `tp`."""
+BACKEND_KINDS = frozenset({"dedup", "hierarchical"})
+"""Kinds that send a token once to a rank and return sums, as back ends do."""
 LENDING = frozenset({"flat", "dedup", "hierarchical"})
 """Kinds that send rows to experts, which may be lent."""
 FUSABLE = frozenset(EXCHANGES) - {"flat"}
@@ -58,6 +64,7 @@ class DispatchPlan:
     and the experts on other `chunks` of the tokens (chunks). balance: `none`, or `lend`: a rank has `slots` for experts
     of other ranks, and each micro-batch decides which ones are there. loan_rows, far_loan_rows: an expert in a slot
     costs as much time as computing this many rows, within a node and across nodes; it is lent if that saves more.
+    backend: `module:name` of a back end that does the exchanges instead; the kind says which bytes it sends.
     """
 
     kind: str
@@ -69,6 +76,7 @@ class DispatchPlan:
     slots: int = 0
     loan_rows: int = 0
     far_loan_rows: int = 0
+    backend: str = ""
 
     def __post_init__(self) -> None:
         with plan_errors():
@@ -76,6 +84,7 @@ class DispatchPlan:
             check_word(EXCHANGES, "dispatch.kind", self.kind)
             check_word(WireDtype, "dispatch.wire_dtype", self.wire_dtype)
             check_overlap(self.kind, self.overlap, self.chunks)
+            check_backend(self)
 
     @property
     def lends(self) -> bool:
@@ -107,6 +116,8 @@ class DispatchPlan:
 
         An EP group on one node has no `_inter` axis, so exchanges over it are left out.
         """
+        if self.backend:
+            return tuple((op, self.axis) for op in BACKEND_OPS)
         steps = _STEPS[self.kind]
         return tuple((op, self.axis + part) for op, part in steps if part != "_inter" or num_nodes > 1)
 
@@ -145,6 +156,22 @@ def check_overlap(kind: str, overlap: str, chunks: int) -> None:
         raise ConfigError("dispatch.overlap", overlap, f"dispatch.kind={kind} cannot: {reason}", "Use none")
     if chunks < 1 or (overlap == "chunks") != (chunks > 1):
         raise ConfigError("dispatch.chunks", chunks, "must be at least 2 with overlap=chunks, else 1", "Use 2 or none")
+
+
+def check_backend(plan: DispatchPlan) -> None:
+    """Raises ConfigError if a dispatch back end cannot do what the plan says."""
+    if not plan.backend:
+        return
+    check_object("dispatch.backend", plan.backend)
+    wrong = {
+        "dispatch.kind": (plan.kind, plan.kind not in BACKEND_KINDS, "Use dedup, or hierarchical if it forwards rows"),
+        "dispatch.overlap": (plan.overlap, plan.in_flight, "Use none"),
+        "dispatch.balance": (plan.balance, plan.lends, "Use none"),
+    }
+    for path, (value, is_wrong, fix) in wrong.items():
+        if is_wrong:
+            rule = f"dispatch.backend={plan.backend} sends a token once to a rank, in one call, to its own experts"
+            raise ConfigError(path, value, rule, fix)
 
 
 def check_lending(plan: DispatchPlan) -> None:

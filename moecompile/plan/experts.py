@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moecompile.errors import PlanError
 from moecompile.plan.checks import at_least, plan_errors
-from moecompile.ranges import check_word
+from moecompile.ranges import check_object, check_word
 from moecompile.schema import ExpertInit, WeightScaling, check_placement, check_slices, is_sliced, virtual_group
 
 
@@ -16,7 +16,8 @@ class ExpertsPlan:
 
     init: how the weights are initialized; `existing`: the model has the experts already. shared_gate: whether the
     shared expert's output is multiplied by a learned sigmoid. drop_ratio: fraction of an expert's hidden units that is
-    reinitialized. weight_scaling: what compensates for the routing weights (docs/understand/upcycling.md).
+    reinitialized. weight_scaling: what compensates for the routing weights (docs/understand/upcycling.md). backend:
+    `module:name` of a back end that computes the experts of a rank.
     """
 
     num_routed: int
@@ -28,6 +29,7 @@ class ExpertsPlan:
     shared_gate: bool = False
     drop_ratio: float = 0.0
     weight_scaling: str = "exact"
+    backend: str = ""
 
     def __post_init__(self) -> None:
         with plan_errors():
@@ -35,6 +37,8 @@ class ExpertsPlan:
             at_least(0, "experts", num_shared=self.num_shared)
             check_word((*ExpertInit, "existing"), "experts.init", self.init)
             check_word(WeightScaling, "experts.weight_scaling", self.weight_scaling)
+            if self.backend:
+                check_object("experts.backend", self.backend)
         if self.d_shared != self.num_shared * self.d_expert:
             raise PlanError(
                 "experts.d_shared", self.d_shared,

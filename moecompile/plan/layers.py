@@ -74,6 +74,18 @@ class LayerPlan:
         elif self.cut_over and self.dispatch.lends:
             yield "dispatch.balance", "lend", "tokens are cut over tp, where experts are not lent", "Use none"
 
+    def _wrong_backend(self) -> Iterator[tuple[str, object, str, str]]:
+        backend, dispatch = self.experts.backend, self.dispatch
+        if not backend:
+            return
+        rule = f"experts.backend={backend} computes "
+        if not self.fused:
+            yield "fused", False, rule + "gather, SwiGLU experts without biases and sum in one", "Use no back end here"
+        if dispatch.in_flight:
+            yield "dispatch.overlap", dispatch.overlap, rule + "weight gradients itself, at once", "Use none"
+        if dispatch.lends:
+            yield "dispatch.balance", dispatch.balance, rule + "the experts of its own rank", "Use none"
+
     def _contradictions(self) -> Iterator[tuple[str, object, str, str]]:
         """(path, value, rule, fix) of every broken rule between the parts."""
         experts, placement = self.experts, self.placement
@@ -100,6 +112,7 @@ class LayerPlan:
             yield "adapters", self.adapters.weights, rule, "Use null"
         if self.adapters is not None and self.dispatch.lends:
             yield "dispatch.balance", "lend", "experts with adapters are not lent", "Use none, or adapters: null"
+        yield from self._wrong_backend()
         if self.adapters is not None and self.fused:
             yield "fused", True, "the fused op has no adapters", "Use false, or adapters: null"
         if experts.d_expert * experts.granularity != self.site.d_ff:

@@ -20,8 +20,12 @@ def on_one_process(plan: Plan) -> Plan:
 
 
 def on_one_rank(layer: LayerPlan) -> LayerPlan:
-    """One layer with all of its experts on one rank, fused unless the plan could have fused them and did not."""
+    """One layer with all of its experts on one rank, fused unless the plan could have fused them and did not.
+
+    Without back ends: it is what they are compared with.
+    """
     placement, dispatch = ExpertPlacement(num_experts=layer.placement.num_experts, ep=1), DispatchPlan(kind="local")
     fusable = can_fuse(layer.site, dispatch) and layer.adapters is None
     fused = fusable and (layer.fused or not can_fuse(layer.site, layer.dispatch))
-    return dataclasses.replace(layer, placement=placement, dispatch=dispatch, fused=fused, cut_over=())
+    experts = dataclasses.replace(layer.experts, backend="")
+    return dataclasses.replace(layer, experts=experts, placement=placement, dispatch=dispatch, fused=fused, cut_over=())

@@ -140,6 +140,12 @@ def select(sites: Sequence[PlannedSite], config: Config) -> list[PlannedSite]:
 
 
 def _layer(site: PlannedSite, settings: LayerSettings, config: Config, mesh: MeshSpec, facts: ModelFacts) -> LayerPlan:
+    return _by_backend(_own_layer(site, settings, config, mesh, facts), settings)
+
+
+def _own_layer(
+    site: PlannedSite, settings: LayerSettings, config: Config, mesh: MeshSpec, facts: ModelFacts
+) -> LayerPlan:
     if isinstance(site, ExpertsSite):
         return existing_layer(site, settings, mesh, config, partial(plan_dispatch, config, mesh, site, site.d_ff, 0))
     validate_settings(settings, mesh)
@@ -174,6 +180,20 @@ def _layer(site: PlannedSite, settings: LayerSettings, config: Config, mesh: Mes
         dispatch=dispatch,
         fused=can_fuse(site, dispatch),
     )
+
+
+def _by_backend(layer: LayerPlan, settings: LayerSettings) -> LayerPlan:
+    """The layer, with its experts computed by `experts.backend`."""
+    backend = settings.experts.backend
+    if not backend:
+        return layer
+    if not layer.fused:
+        raise ConfigError(
+            settings.path_of("experts.backend"), backend, "computes SwiGLU experts without biases, from rows that were "
+            f"sent once to a rank: not those of {layer.site.fqn} with dispatch.kind={layer.dispatch.kind}",
+            "Use null, or another dispatch.kind than flat",
+        )  # fmt: skip
+    return replace(layer, experts=replace(layer.experts, backend=backend))
 
 
 def _check_future(settings: LayerSettings, facts: ModelFacts) -> None:

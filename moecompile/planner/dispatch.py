@@ -31,8 +31,8 @@ def plan_dispatch(
     if kind == "local":
         return lending  # nothing is sent
     overlap, chunks = _overlap(config, mesh, site, (d_expert, d_shared), kind, routing, placement)
-    wire = _wire_dtype(config).value
-    return dataclasses.replace(lending, kind=kind, wire_dtype=wire, overlap=overlap, chunks=chunks)
+    wire, backend = _wire_dtype(config).value, config.dispatch.backend or ""
+    return dataclasses.replace(lending, kind=kind, wire_dtype=wire, overlap=overlap, chunks=chunks, backend=backend)
 
 
 def _wire_dtype(config: Config) -> WireDtype:
@@ -55,6 +55,8 @@ def _dispatch_kind(
         return str(DispatchKind.local.value)
     if kind is DispatchKind.hierarchical and mesh.nodes_per_ep_group == 1:
         return str(DispatchKind.dedup.value)
+    if kind is DispatchKind.auto and config.dispatch.backend:
+        return str(DispatchKind.dedup.value)  # what back ends do
     if kind is not DispatchKind.auto:
         return str(kind.value)
     return choose_dispatch(placement, routing, mesh, _wire(config, mesh, site))

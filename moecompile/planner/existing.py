@@ -31,7 +31,10 @@ from moecompile.plan import (
 )
 from moecompile.schema import SOURCES, BalanceRule, Config, ExpertsConfig, LayerSettings, layer_settings
 
-_NOT_READ = {"experts": ("sites", "match", "layers"), "routing": ("max_nodes", "replay")}  # these are still used
+_NOT_READ = {
+    "experts": ("sites", "match", "layers", "backend"),
+    "routing": ("max_nodes", "replay"),
+}  # these are still used
 _EVERYWHERE = ExpertsConfig()
 _NAMES = {
     "experts.num_routed": "num_experts", "routing.top_k": "top_k", "routing.groups": "groups",

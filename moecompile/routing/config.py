@@ -99,6 +99,10 @@ class RouterConfig:
         """Whether every token gets all of its top_k experts, so the number of assignments is known in advance."""
         return self.choice == "token" and self.capacity_factor is None
 
+    def most_per_token(self, num_experts: int) -> int:
+        """The most experts that one token may have."""
+        return self.top_k if self.choice == "token" else num_experts
+
     @property
     def sums_to_scale(self) -> bool:
         """Whether the routing weights of every token sum to `scale`, as with a softmax over the chosen logits."""

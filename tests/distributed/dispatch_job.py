@@ -21,7 +21,9 @@ from moecompile.nn import Experts
 from moecompile.ops import traffic
 from moecompile.passes.base import GraphPass, items
 from moecompile.passes.collect import Collect
+from moecompile.passes.fuse import Fuse
 from moecompile.passes.lend import Lend
+from moecompile.passes.lower.backend import lower_to_backend
 from moecompile.passes.lower.dispatch import DispatchNodes
 from moecompile.passes.lower.kinds import LOWERINGS
 from moecompile.passes.overlap import Overlap
@@ -59,6 +61,8 @@ class Case:
     chunks: int = 0  # 0: exchanges are not in flight
     slots: int = 0  # for borrowed experts on each rank
     loan_rows: tuple[int, int] = (0, 0)
+    backend: str = ""  # of the dispatch
+    experts_backend: str = ""
 
     @property
     def num_experts(self) -> int:
@@ -80,12 +84,14 @@ class Case:
         )  # fmt: skip
         overlap = ("none", "shared")[self.chunks] if self.chunks < 2 else "chunks"
         dispatch = DispatchPlan(
-            kind=self.kind, wire_dtype=self.wire_dtype, overlap=overlap, chunks=max(1, self.chunks), **self.lending
-        )
+            kind=self.kind, wire_dtype=self.wire_dtype, overlap=overlap, chunks=max(1, self.chunks),
+            backend=self.backend, **self.lending,
+        )  # fmt: skip
         return LayerPlan(
             site=site,
             experts=ExpertsPlan(
-                num_routed=self.num_experts, granularity=1, num_shared=0, d_expert=D_EXPERT, d_shared=0, init="random"
+                num_routed=self.num_experts, granularity=1, num_shared=0, d_expert=D_EXPERT, d_shared=0, init="random",
+                backend=self.experts_backend,
             ),
             routing=RoutingPlan(
                 top_k=self.top_k, score="softmax", normalize=True, scale=1.0, groups=1, top_groups=1,
@@ -162,11 +168,12 @@ def lowered(case: Case, ep_rank: int) -> fx.GraphModule:
     result = graph.call_function(ops.unpermute, (outputs, order, weights))
     graph.output(result)
     module = fx.GraphModule({"experts": experts}, graph)
-    LOWERINGS[case.kind](graph, DispatchNodes.around(outputs), layer)
+    (lower_to_backend if case.backend else LOWERINGS[case.kind])(graph, DispatchNodes.around(outputs), layer)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
     steps: list[GraphPass] = [Lend()] * (case.slots > 0) + [Overlap(), Collect()] * (case.chunks > 0)
+    steps += [Fuse()] * bool(case.experts_backend)
     region = Region(path="", graph=module, module=module, matches={})
     return run_passes(steps, {"": region}, {"": [layer]})[""].graph
 
@@ -362,7 +369,7 @@ def compare(
     """Largest absolute errors against the plain layer, and, without lending, how many bytes differ from a recount."""
     wanted = reference(case, rank, travel)
     errors = {name: error(got[name], wanted[name]) for name in wanted}
-    if case.slots:  # where rows go is not known from the ids alone
+    if case.slots or case.backend:  # where rows go is not known from the ids alone, or the test's own back end counts
         return errors
     counted = recount(case, rank)
     errors["bytes"] = float(sum(abs(sent.get(peer, 0) - counted.get(peer, 0)) for peer in {*sent, *counted}))

@@ -95,7 +95,7 @@ def test_a_layer_holds_what_the_config_says() -> None:
     assert layer.site == SITES[1]
     assert vars(layer.experts) == {
         "num_routed": 12, "granularity": 4, "num_shared": 1, "d_expert": 12, "d_shared": 12, "init": "virtual_group",
-        "shared_gate": False, "drop_ratio": 0.0, "weight_scaling": "exact",
+        "shared_gate": False, "drop_ratio": 0.0, "weight_scaling": "exact", "backend": "",
     }  # fmt: skip
     assert vars(layer.routing) == {
         "top_k": 3, "score": "sigmoid", "normalize": True, "scale": 2.5, "groups": 4, "top_groups": 1,

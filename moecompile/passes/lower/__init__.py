@@ -2,7 +2,7 @@
 
 Algorithm, for each experts call:
   1. Read the one-device dispatch around it.
-  2. Insert the exchanges of the planned dispatch (kinds.py).
+  2. Insert the exchanges of the planned dispatch (kinds.py), or the calls of a back end (backend.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from moecompile.errors import PassError
 from moecompile.match.regions import Region
+from moecompile.ops.backend import DISPATCH, load
 from moecompile.passes.base import check_calls, copy_graph_module, erase_unused, exchanges_of, experts_calls, op_name
+from moecompile.passes.lower.backend import lower_to_backend
 from moecompile.passes.lower.dispatch import DispatchNodes
 from moecompile.passes.lower.kinds import LOWERINGS
 from moecompile.plan import LayerPlan
@@ -47,7 +49,10 @@ class Lower:
             except ValueError as error:
                 raise PassError(self.name, layer.site.fqn, str(error)) from error
             # Step 2
-            LOWERINGS[layer.dispatch.kind](new.graph, nodes, layer)
+            if layer.dispatch.backend:
+                load(DISPATCH, layer.dispatch.backend)
+            insert = lower_to_backend if layer.dispatch.backend else LOWERINGS[layer.dispatch.kind]
+            insert(new.graph, nodes, layer)
         erase_unused(new.graph)
         new.recompile()
         return region.with_graph(new)
@@ -60,5 +65,6 @@ class Lower:
             raise PassError(self.name, layers[0].site.fqn, f"exchanges are {got}, planned are {planned}")
         for call, layer in zip(check_calls(self.name, after, layers), layers, strict=True):
             source = call.args[0].args[0]  # type: ignore[union-attr]
-            if layer.dispatch.exchanges and op_name(source) == "permute":  # type: ignore[arg-type]
+            own = op_name(source) == "permute" and not layer.dispatch.backend  # type: ignore[arg-type]
+            if layer.steps and own:
                 raise PassError(self.name, layer.site.fqn, "rows reach remote experts without an exchange")

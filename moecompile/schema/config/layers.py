@@ -33,6 +33,8 @@ class ExpertsConfig:
     """With init=drop, the fraction of an expert's hidden units that is reinitialized, in (0, 1]."""
     weight_scaling: WeightScaling = WeightScaling.exact
     """How weights are scaled to compensate for routing weights, so that the MoE layer starts like the dense FFN."""
+    backend: Optional[str] = None
+    """`module:name` of a function that computes the SwiGLU experts of a rank instead; null: the package's own."""
 
 
 @dataclass(kw_only=True)

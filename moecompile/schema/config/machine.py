@@ -174,3 +174,5 @@ class DispatchConfig:
     it saves time (`lend`), or `lend` if a loan can pay on this mesh (`auto`)."""
     slots: Union[int, str] = "auto"
     """Experts that a rank can borrow at once, 1 or more; `auto`: 2, or as many as other ranks have."""
+    backend: Optional[str] = None
+    """`module:name` of a back end that dispatches and combines instead (DeepEP, ...); null: the exchanges of `kind`."""

@@ -15,7 +15,7 @@ from moecompile.schema.validation.export import check_export
 from moecompile.schema.validation.mesh import mesh_spec
 from moecompile.schema.validation.model import check_model
 from moecompile.schema.validation.routing import balance_spec, check_expert_choice, check_nodes, router_config
-from moecompile.schema.validation.run import check_data, check_schedule
+from moecompile.schema.validation.run import check_data, check_recomputation, check_schedule
 
 
 def validate(config: Config) -> None:
@@ -33,6 +33,7 @@ def validate(config: Config) -> None:
     check_model(config)
     check_data(config, mesh)
     check_schedule(config)
+    check_recomputation(config)
     check_export(config)
     check_adapters(config)
 

@@ -1,0 +1,198 @@
+"""Two seams for other back ends: (routing, dispatch, combine) over a mesh axis, and the experts of one rank.
+
+A back end is named `module:name` in the config, so every rank imports it by itself. Both seams use the forms that the
+libraries of the field have in common:
+
+    dispatch(x, ids, weights) -> rows, ids, weights, handle;   combine(rows, handle) -> y      (DeepEP, NCCL EP)
+    experts(x, ids, weights, gate_up, down) -> y                                               (fused MoE kernels)
+
+Legend: T tokens, K top-k, V rows received, k experts of a received row, D model dim, F expert width, e local experts,
+R rows in expert order.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moecompile.errors import ConfigError, MoecompileError
+from moecompile.ops.exchange import group_of
+from moecompile.ops.traffic import traffic
+
+P = ParamSpec("P")
+R = TypeVar("R")
+DISPATCH, EXPERTS = "dispatch.backend", "experts.backend"
+"""Config paths of the two seams."""
+
+
+class Dispatched(NamedTuple):
+    """What a rank has received.
+
+    rows_VD: in any order. ids_VK: int64 (V, k), local experts (0 .. e - 1) of each row, -1 where there is none.
+    weights_VK: (V, k), their routing weights. handle: whatever the back end needs to return sums.
+    """
+
+    rows_VD: Tensor
+    ids_VK: Tensor
+    weights_VK: Tensor
+    handle: Any
+
+
+class DispatchBackend(Protocol):
+    """Sends tokens to the ranks of their experts and returns sums; autograd is not its task.
+
+    Every rank of the group calls each method, in the same order. `count_sent_bytes` records what is sent, if the bytes
+    of a run are to be compared with the planned ones.
+    """
+
+    def dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, group: dist.ProcessGroup
+    ) -> Dispatched:
+        """Sends each token to the ranks of its experts.
+
+        Args:
+            ids_TK: int64, over all ranks: rank i has experts i * e .. (i + 1) * e - 1; -1 where an assignment is
+                dropped. weights_TK: fp32 or wider.
+        """
+
+    def dispatch_again(self, x_TD: Tensor, handle: Any) -> Tensor:
+        """Sends other rows on the same way, rows_VD: gradients of `combine`."""
+
+    def combine(self, rows_VD: Tensor, handle: Any, weights_VK: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The sum of the rows of each token, (T, D), and with weights_VK its entries at home, (T, K).
+
+        Args:
+            weights_VK: in backward, gradients of the weights received.
+        """
+
+
+class ExpertsBackend(Protocol):
+    """Computes the SwiGLU experts of one rank; differentiable in x, the routing weights and both stacks of weights."""
+
+    def __call__(
+        self, x_VD: Tensor, ids_VK: Tensor, weights_VK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+    ) -> Tensor:
+        """y[v] = sum over k of weights[v, k] * down (silu(gate x[v]) * (up x[v])) of the expert ids[v, k].
+
+        Args:
+            ids_VK: int64, local experts, -1 where there is none. gate_up_EGD: (e, 2F, D), gate first.
+            down_EDF: (e, D, F).
+        """
+
+
+@functools.cache
+def load(path: str, name: str) -> Any:
+    """The back end `module:name` of a config path.
+
+    Raises:
+        ConfigError: it cannot be imported, or is not one.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:
+        rule = f"cannot be imported: {type(error).__name__}: {error}"
+        raise ConfigError(path, name, rule, "Give module:name, of a module that Python finds on every rank") from error
+    wanted = ("dispatch", "dispatch_again", "combine") if path == DISPATCH else ("__call__",)
+    if missing := [method for method in wanted if not callable(getattr(found, method, None))]:
+        rule = f"has no {' and no '.join(missing)}"
+        raise ConfigError(path, name, rule, "See moecompile.DispatchBackend and moecompile.ExpertsBackend")
+    return found
+
+
+def _outside_of_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """torch.compile leaves its graph here."""
+    kept: Callable[P, R] = torch.compiler.disable(function)
+    return kept
+
+
+def count_sent_bytes(group: dist.ProcessGroup, sent: list[int]) -> None:
+    """Counts what a back end has sent over `group`: bytes to each of its ranks."""
+    traffic.add(group.group_name, group, sent)
+
+
+# -- routing, dispatch, combine ---------------------------------------------------------------------------------------
+
+
+@_outside_of_graphs
+def dispatch_tokens(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, backend: str, axis: str
+) -> Dispatched:
+    """The rows of this rank's experts; ids without an expert are -1 for a back end, and `e` for `permute`."""
+    given_TK = torch.where(ids_TK < num_experts, ids_TK, -1)
+    arguments = (x_TD, weights_TK, given_TK, num_experts, load(DISPATCH, backend), axis)
+    rows, ids, weights, handle = _Dispatch.apply(*arguments)  # type: ignore[no-untyped-call]
+    return Dispatched(rows, torch.where(ids < 0, num_experts // group_of(axis).size(), ids), weights, handle)
+
+
+@_outside_of_graphs
+def combine_tokens(rows_VD: Tensor, handle: Any, x_TD: Tensor, backend: str, axis: str) -> Tensor:
+    """The sum of the rows of each token, shaped like x_TD."""
+    out: Tensor = _Combine.apply(rows_VD, handle, load(DISPATCH, backend))  # type: ignore[no-untyped-call]
+    if out.shape != x_TD.shape:
+        raise MoecompileError(f"{DISPATCH}={backend}: combine returned {tuple(out.shape)}, not {tuple(x_TD.shape)}")
+    return out
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, ids: Tensor, num_experts: int, backend: Any, axis: str) -> Any:
+        got = backend.dispatch(x, ids, weights, num_experts, group_of(axis))
+        ctx.backend, ctx.handle = backend, got.handle
+        ctx.mark_non_differentiable(got.ids_VK)
+        return got.rows_VD, got.ids_VK, got.weights_VK, got.handle
+
+    @staticmethod
+    def backward(ctx: Any, grad_VD: Tensor, _ids: Any, grad_VK: Tensor, _handle: Any) -> Any:
+        x_TD, weights_TK = ctx.backend.combine(grad_VD.contiguous(), ctx.handle, grad_VK.contiguous())
+        return x_TD, weights_TK, None, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, handle: Any, backend: Any) -> Any:
+        ctx.backend, ctx.handle = backend, handle
+        return backend.combine(rows, handle, None)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> Any:
+        return ctx.backend.dispatch_again(grad_TD.contiguous(), ctx.handle), None, None
+
+
+# -- the experts of one rank ------------------------------------------------------------------------------------------
+
+
+@_outside_of_graphs
+def experts_by(
+    backend: str, most: int, rows_VD: Tensor, source_R: Tensor, weights_R: Tensor, counts_E: Tensor,
+    gate_up_EGD: Tensor, down_EDF: Tensor,
+) -> Tensor:  # fmt: skip
+    """`expert_ffn` by a back end; a row has at most `most` of the local experts."""
+    width = min(most, gate_up_EGD.shape[0])
+    ids_VK, weights_VK = by_row(source_R, weights_R, counts_E, rows_VD.shape[0], width)
+    out: Tensor = load(EXPERTS, backend)(rows_VD, ids_VK, weights_VK, gate_up_EGD, down_EDF)
+    if out.shape != rows_VD.shape or out.dtype != rows_VD.dtype:
+        got, wanted = (f"{tuple(t.shape)} {t.dtype}" for t in (out, rows_VD))
+        raise MoecompileError(f"{EXPERTS}={backend}: returned {got}, not {wanted}")
+    return out
+
+
+def by_row(source_R: Tensor, weights_R: Tensor, counts_E: Tensor, num_rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Assignments in expert order as ids_VK, -1 where a row has fewer than `width`, and weights_VK; differentiable."""
+    expert_R = torch.repeat_interleave(counts_E, output_size=source_R.shape[0])
+    order_R = torch.argsort(source_R, stable=True)
+    row_R = source_R.index_select(0, order_R)
+    per_row_V = row_R.new_zeros(num_rows).index_add_(0, row_R, torch.ones_like(row_R))
+    before_V = per_row_V.cumsum(0) - per_row_V
+    slot_R = torch.arange(row_R.shape[0], device=row_R.device) - before_V.index_select(0, row_R)
+    ids_VK = expert_R.new_full((num_rows, width), -1).index_put_((row_R, slot_R), expert_R.index_select(0, order_R))
+    empty_VK = weights_R.new_zeros(num_rows, width)
+    return ids_VK, empty_VK.index_put((row_R, slot_R), weights_R.index_select(0, order_R))

@@ -1,0 +1,96 @@
+"""Back ends of the tests, in plain torch: one that sends a token once to each rank, and one that loops over experts."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+import moecompile
+
+
+class _Handle(NamedTuple):
+    """index_U: the token of each row sent. sent, received: rows to and from each rank. used_UK: assignments sent."""
+
+    index_U: Tensor
+    sent: list[int]
+    received: list[int]
+    used_UK: Tensor
+    num_tokens: int
+    group: dist.ProcessGroup
+
+
+class OncePerRank:
+    """A row for each (token, rank), with all of its ids and weights; those of other ranks are -1 and 0."""
+
+    def dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, group: dist.ProcessGroup
+    ) -> moecompile.Dispatched:
+        each = num_experts // group.size()
+        there = [(ids_TK >= rank * each) & (ids_TK < (rank + 1) * each) for rank in range(group.size())]
+        index = [used.any(1).nonzero().flatten() for used in there]
+        sent = torch.tensor([rows.numel() for rows in index])
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=group)
+        ids = torch.cat(
+            [torch.where(u, ids_TK - r * each, -1)[i] for r, (u, i) in enumerate(zip(there, index, strict=True))]
+        )
+        used = torch.cat([u[i] for u, i in zip(there, index, strict=True)])
+        handle = _Handle(torch.cat(index), sent.tolist(), received.tolist(), used, x_TD.shape[0], group)
+        rows = _exchange(x_TD[handle.index_U], handle)
+        weights = _exchange(torch.where(used, weights_TK[handle.index_U], 0), handle)
+        return moecompile.Dispatched(rows, _exchange(ids, handle), weights, handle)
+
+    def dispatch_again(self, x_TD: Tensor, handle: _Handle) -> Tensor:
+        return _exchange(x_TD[handle.index_U], handle)
+
+    def combine(self, rows_VD: Tensor, handle: _Handle, weights_VK: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        def summed(rows: Tensor) -> Tensor:
+            return rows.new_zeros(handle.num_tokens, rows.shape[1]).index_add_(0, handle.index_U, rows)
+
+        sums = summed(_exchange(rows_VD, handle, back=True))
+        if weights_VK is None:
+            return sums, None
+        return sums, summed(torch.where(handle.used_UK, _exchange(weights_VK, handle, back=True), 0))
+
+
+def _exchange(rows: Tensor, handle: _Handle, *, back: bool = False) -> Tensor:
+    sent, received = (handle.received, handle.sent) if back else (handle.sent, handle.received)
+    out = rows.new_empty(sum(received), rows.shape[1])
+    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=handle.group)
+    moecompile.count_sent_bytes(handle.group, [n * rows.shape[1] * rows.element_size() for n in sent])
+    return out
+
+
+once_per_rank = OncePerRank()
+
+
+class _WrongWay(OncePerRank):
+    """Returns gradients of rows in another order."""
+
+    def dispatch_again(self, x_TD: Tensor, handle: _Handle) -> Tensor:
+        return super().dispatch_again(x_TD, handle).flip(0)
+
+
+wrong_way = _WrongWay()
+
+
+def one_by_one(x_VD: Tensor, ids_VK: Tensor, weights_VK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    """Every expert on all rows; those that did not choose it count nothing."""
+    y_VD = torch.zeros_like(x_VD)
+    for expert, (gate_up, down) in enumerate(zip(gate_up_EGD, down_EDF, strict=True)):
+        gate, up = (x_VD @ gate_up.T.to(x_VD.dtype)).chunk(2, -1)
+        weight_V = torch.where(ids_VK == expert, weights_VK, 0).sum(1, keepdim=True)
+        y_VD = y_VD + (weight_V * ((F.silu(gate) * up) @ down.T.to(x_VD.dtype))).to(x_VD.dtype)
+    return y_VD
+
+
+def transposed(*arguments: Any) -> Tensor:
+    """Returns another shape."""
+    return one_by_one(*arguments).T
+
+
+not_callable = 3
