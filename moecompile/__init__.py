@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moecompile.match.regions import Region
     from moecompile.match.view import GraphView
     from moecompile.nn import auxiliary_loss, update_balance
+    from moecompile.nn.context import own_positions
     from moecompile.nn.replay import record_routes, replay_routes
     from moecompile.ops.backend import DispatchBackend, Dispatched, ExpertsBackend, count_sent_bytes
     from moecompile.passes.base import GraphPass, register_pass
@@ -58,6 +59,7 @@ _HOMES = {
     "load_exported": "export",
     "make_optimizer": "runtime.weight_groups",
     "make_plan": "pipeline",
+    "own_positions": "nn.context",
     "plan_of": "pipeline",
     "record_routes": "nn.replay",
     "register_pass": "passes.base",
@@ -91,6 +93,7 @@ __all__ = [
     "load_exported",
     "make_optimizer",
     "make_plan",
+    "own_positions",
     "plan_of",
     "record_routes",
     "register_pass",

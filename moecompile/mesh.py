@@ -2,17 +2,18 @@
 
 One set of ranks is factored twice, because dense weights and experts are placed differently (folding):
 
-    dense weights  (dp_replicate, dp_shard, tp)      world = dp_replicate * dp_shard * tp
+    dense weights  (dp_replicate, dp_shard, cp, tp)  world = dp_replicate * dp_shard * cp * tp
     experts        (dp_replicate, edp, ep)           world = dp_replicate * edp * ep
 
-Rank order (the same everywhere): nodes are contiguous ranks, and the last axis varies fastest, so the groups of `tp`
-and of `ep` are contiguous ranks:
+Rank order (the same everywhere): nodes are contiguous ranks, and the last axis varies fastest, so the groups of `tp`,
+of `cp` (without `tp`) and of `ep` are contiguous ranks:
 
-    rank = (dp_replicate_index * dp_shard + dp_shard_index) * tp + tp_index
+    rank = ((dp_replicate_index * dp_shard + dp_shard_index) * cp + cp_index) * tp + tp_index
          = (dp_replicate_index * edp_shard + edp_index) * ep + ep_index
 
-Ranks along `TOKEN_AXES` have different tokens. Ranks along `tp` share a micro-batch: they split weights, and inside MoE
-layers they split its tokens. A context-parallel axis would be one more entry of `TOKEN_AXES`, between dp_shard and tp.
+Ranks along `TOKEN_AXES` have different tokens: along `cp`, each has its part of the positions of the same sequences.
+Ranks along `tp` share a micro-batch: they split weights, and inside MoE layers they split its tokens. `cp` and `tp` are
+not used together.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from enum import Enum
 
 from moecompile.errors import ConfigError
 
-TOKEN_AXES = ("dp_replicate", "dp_shard")
+TOKEN_AXES = ("dp_replicate", "dp_shard", "cp")
 DENSE_AXES = (*TOKEN_AXES, "tp")
 EXPERT_AXES = ("dp_replicate", "edp", "ep")
 
@@ -40,7 +41,8 @@ class MeshSpec:
     """A validated mesh; every size is a number of ranks.
 
     Raises:
-        ConfigError: the sizes do not multiply up, or a TP or EP group would straddle nodes unevenly.
+        ConfigError: the sizes do not multiply up, a TP, CP or EP group would straddle nodes unevenly, or cp and tp are
+            used together.
     """
 
     num_nodes: int = 1
@@ -48,19 +50,23 @@ class MeshSpec:
     ep: int = 1
     dp_replicate: int = 1
     tp: int = 1
+    cp: int = 1
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("num_nodes", "ranks_per_node", "ep", "dp_replicate", "tp"):
+        for name in ("num_nodes", "ranks_per_node", "ep", "dp_replicate", "tp", "cp"):
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"mesh.{name}", value, "must be at least 1", "Give a positive number")
-        for axis in ("ep", "tp"):
+        for axis in ("ep", "tp", "cp"):
             self._check_contiguous(axis)
+        if self.tp > 1 and self.cp > 1:
+            rule = f"attention splits heads over cp, and mesh.tp={self.tp} splits them too"
+            raise ConfigError("mesh.cp", self.cp, rule, "Use mesh.cp=1, or mesh.tp=1")
         copies, rule = self.edp, f"the number of expert copies, world / ep = {self.edp} ({self._shape}, ep={self.ep})"
         if copies % self.dp_replicate == 0:
-            copies = self.num_batches
-            rule = f"the number of micro-batches, world / tp = {copies} ({self._shape}, tp={self.tp})"
+            copies, axis = self.num_batches, "cp" if self.cp > 1 else "tp"
+            rule = f"the number of micro-batches, world / {axis} = {copies} ({self._shape}, {axis}={self.size(axis)})"
         if copies % self.dp_replicate:
             raise ConfigError(
                 "mesh.dp_replicate", self.dp_replicate, f"must divide {rule}", f"Use one of {divisors(copies)}"
@@ -68,7 +74,8 @@ class MeshSpec:
 
     def _check_contiguous(self, axis: str) -> None:
         """Checks that the groups of an axis that varies fastest divide the ranks, and the nodes evenly."""
-        size, path, group = getattr(self, axis), f"mesh.{axis}", {"ep": "an EP group", "tp": "a TP group"}[axis]
+        group = {"ep": "an EP group", "tp": "a TP group", "cp": "a CP group"}[axis]
+        size, path = getattr(self, axis), f"mesh.{axis}"
         fitting = divisors(self.world_size)
         if self.world_size % size:
             rule = f"must divide the world size ({self._shape})"
@@ -99,13 +106,18 @@ class MeshSpec:
 
     @property
     def dp_shard(self) -> int:
-        """Number of ranks over which dense parameters are FSDP-sharded."""
+        """Number of ranks along the axis `dp_shard`."""
         return self.num_batches // self.dp_replicate
+
+    @property
+    def fsdp_shard(self) -> int:
+        """Number of ranks over which dense parameters are FSDP-sharded: those along dp_shard and cp."""
+        return self.dp_shard * self.cp
 
     @property
     def num_batches(self) -> int:
         """Number of different micro-batches at a time: the data-parallel size."""
-        return self.world_size // self.tp
+        return self.world_size // (self.cp * self.tp)
 
     @property
     def nodes_per_ep_group(self) -> int:
@@ -119,10 +131,10 @@ class MeshSpec:
 
     def batch_index(self, rank: int) -> int:
         """The index of the micro-batch of global `rank` among `num_batches`."""
-        return rank // self.tp
+        return rank // (self.cp * self.tp)
 
     def is_counted(self, rank: int) -> bool:
-        """Whether global `rank` is the one of its micro-batch that counts it, in sums over all ranks."""
+        """Whether global `rank` is the one of those with the same tokens that counts them, in sums over all ranks."""
         return rank % self.tp == 0
 
     def node_of(self, rank: int) -> int:

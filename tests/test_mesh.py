@@ -61,7 +61,7 @@ def test_sizes_that_do_not_fit(sizes: tuple[int, ...], message: str) -> None:
 
 def test_ranks_are_factored_twice() -> None:
     spec = MeshSpec(num_nodes=2, ranks_per_node=4, ep=4, tp=2, dp_replicate=2)
-    assert [spec.size(axis) for axis in DENSE_AXES] == [2, 2, 2]  # dp_replicate, dp_shard, tp
+    assert [spec.size(axis) for axis in DENSE_AXES] == [2, 2, 1, 2]  # dp_replicate, dp_shard, cp, tp
     assert [spec.size(axis) for axis in EXPERT_AXES] == [2, 1, 4]  # dp_replicate, edp, ep
     assert spec.num_batches == 4
     assert [spec.batch_index(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -69,6 +69,14 @@ def test_ranks_are_factored_twice() -> None:
     plain = mesh(2, 4, 4)
     assert plain.num_batches == plain.world_size == 8
     assert all(plain.batch_index(rank) == rank and plain.is_counted(rank) for rank in range(8))
+
+
+def test_ranks_of_a_cp_group_are_contiguous_and_have_tokens_of_their_own() -> None:
+    spec = MeshSpec(num_nodes=2, ranks_per_node=4, ep=4, cp=2, dp_replicate=2)
+    assert [spec.size(axis) for axis in DENSE_AXES] == [2, 2, 2, 1]
+    assert (spec.num_batches, spec.fsdp_shard) == (4, 4)
+    assert [spec.batch_index(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert all(spec.is_counted(rank) for rank in range(8))
 
 
 @pytest.mark.parametrize(

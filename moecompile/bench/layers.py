@@ -30,7 +30,8 @@ from moecompile.nn import Experts, Router, set_random_key
 from moecompile.nn.existing import ExistingExperts, MatrixExperts
 from moecompile.passes.base import experts_calls
 from moecompile.passes.run import on_one_device, on_the_mesh, run_passes
-from moecompile.pipeline import capture_planned, transform
+from moecompile.pipeline import transform
+from moecompile.pipeline.captured import capture_planned
 from moecompile.plan import ExpertsSite, FFNSite, LayerPlan, Plan, on_one_process, reductions
 from moecompile.schema import Compiled, Config, Precision
 from moecompile.torch_private import compile_whole

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moecompile.errors import MoecompileError
+from moecompile.nn.context import Positions
 from moecompile.torch_private import in_backward
 
 ENCODER, DECODER = "attention_mask", "decoder_attention_mask"
@@ -36,6 +37,7 @@ class Padding:
         self.now: dict[str, Tensor] | None = None
         self.last: dict[str, Tensor] = {}
         self.is_used = True  # whether a layer was computed again with `last`
+        self.positions: Positions | None = None  # those of this rank, if positions are split over ranks
         self.recomputes: Callable[[], bool] = lambda: False
         self._outer: list[dict[str, Tensor] | None] = []  # a model may call a model
         self._is_masked = False  # whether the current forward has masks
@@ -110,11 +112,13 @@ class TokenMask(nn.Module):
             MoecompileError: the mask of the model's call does not fit the tokens that reach this layer.
         """
         mask = None if self.padding is None else self.padding.mask(self.argument)
-        if mask is None:
+        if mask is None or self.padding is None:
             return None
-        num_tokens = x.shape[:-1].numel()
+        num_tokens, positions = x.shape[:-1].numel(), self.padding.positions
         if mask.dim() == 1:  # ends of packed sequences
-            return torch.arange(num_tokens, device=x.device) < mask[-1]
+            first = 0 if positions is None else num_tokens * positions.index
+            return torch.arange(first, first + num_tokens, device=x.device) < mask[-1]
+        mask = mask if positions is None else positions.cut(mask, 1)
         per_sequence = num_tokens // max(1, mask.shape[0])
         if per_sequence * mask.shape[0] != num_tokens or per_sequence > mask.shape[1]:
             raise MoecompileError(

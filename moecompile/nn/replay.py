@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from moecompile.errors import ArgumentError, MoecompileError
 from moecompile.nn.chosen import replayed_or_live
+from moecompile.nn.context import positions_of
 from moecompile.nn.existing import ExistingMeter
 from moecompile.nn.meter import LoadMeter
 from moecompile.nn.router import Router
@@ -63,8 +64,11 @@ def replay_layers(model: nn.Module) -> list[ReplayLayer]:
     """The MoE layers of a compiled model, in model order.
 
     Raises:
-        MoecompileError: experts choose tokens in a layer, or it ignores its router (`routing.workload`).
+        MoecompileError: experts choose tokens in a layer, it ignores its router (`routing.workload`), or this rank has
+            a part of every sequence.
     """
+    if positions_of(model) is not None:
+        raise MoecompileError("routes are of whole sequences, and mesh.cp gives a rank a part of them. Use mesh.cp=1")
     return [_layer(path, module) for path, module in _routed(model)]
 
 

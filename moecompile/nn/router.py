@@ -17,6 +17,7 @@ from torch.autograd.graph import Node
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.nn import losses as loss_functions
 from moecompile.nn.chosen import replayed_or_live
+from moecompile.nn.context import whole_sequences
 from moecompile.nn.meter import LoadMeter, at_least
 from moecompile.nn.padding import without_padding
 from moecompile.routing import NO_BALANCE, BalanceSpec, RouterConfig, check_balance
@@ -74,6 +75,7 @@ class Router(nn.Module):
         self.aux_node: Node | None = None  # to test whether a loss depends on that forward
         self.on_choice: Callable[[Tensor], None] | None = None  # `record_routes` is told every choice
         self.replayed: Tensor | None = None  # the choice that `replay_routes` sets, (T, K)
+        self.positions: str | None = None  # process group of the ranks with the other positions of a sequence
         self.key = torch.zeros(4, dtype=torch.int64, device="cpu")  # not a buffer: ops read it on the host
         self.is_keyed = False
 
@@ -181,6 +183,10 @@ class Router(nn.Module):
         self.meter(ids, kept, torch.ops.moecompile.flatten_tokens(probs).detach(), real)
         if self.losses and logits.numel() == 0:  # the mean over no tokens is undefined
             return {name: logits.sum() for name in self.losses}
+        if self.losses and self.positions is not None:
+            logits, ids, real = whole_sequences(logits, ids, real, self.positions)
+            scores = self._score(logits)
+            probs = self._probs(logits, scores)
         return {
             name: coefficient * self._loss(name, logits, scores, probs, ids, real)
             for name, coefficient in self.losses.items()

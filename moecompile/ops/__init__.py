@@ -17,6 +17,7 @@ from moecompile.ops import (  # isort: split
     in_flight,
     layout,
     lending,
+    positions,
     rows,
     slices,
     slot_experts,
@@ -28,13 +29,14 @@ from moecompile.ops import (  # isort: split
 )
 
 from moecompile.ops import autocast  # after the ops that it has rules for
-from moecompile.ops.traffic import traffic
+from moecompile.ops.traffic import context_traffic, traffic
 
 __all__ = [
     "autocast",
     "choice",
     "chunks",
     "collect",
+    "context_traffic",
     "exchange",
     "expert_ffn",
     "expert_gradients",
@@ -44,6 +46,7 @@ __all__ = [
     "in_flight",
     "layout",
     "lending",
+    "positions",
     "rows",
     "slices",
     "slot_experts",

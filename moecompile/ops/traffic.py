@@ -31,3 +31,5 @@ class TrafficCounter:
 
 traffic = TrafficCounter()
 optimizer_traffic = TrafficCounter()
+context_traffic = TrafficCounter()
+"""Of the exchanges of attention over cp, which are planned and counted apart from those of experts."""

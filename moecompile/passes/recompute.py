@@ -33,6 +33,7 @@ from moecompile.torch_private import keeping
 _EXCHANGES = (EXCHANGE_OPS | WAIT_OPS) - {*BACKEND_OPS}
 _CHOICES = (torch.ops.aten.topk.default, torch.ops.moecompile.expert_choice.default)
 _WITHIN_TP = tuple(getattr(torch.ops.moecompile, name).default for name in ("join_tokens", "sum_ranks", "join_columns"))
+_OVER_CP = tuple(getattr(torch.ops.moecompile, name).default for name in ("exchange_dims", "join_positions"))
 _TABLES = (torch.ops.moecompile.read_tables.default, torch.ops.moecompile.to_slots.default)
 _CACHES = ("past_key_values", "cache_params", "cache", "state")  # names of cache arguments in model forwards
 
@@ -67,7 +68,7 @@ class Recompute:
         run_checkpointed = partial(checkpoint, use_reentrant=False)  # Step 1
         if self.checkpointing == "keep_exchanges":  # Step 2
             exchanges = [getattr(torch.ops.moecompile, name).default for name in sorted(_EXCHANGES)]
-            kept = {*exchanges, *_TABLES, *_CHOICES, *_WITHIN_TP}
+            kept = {*exchanges, *_TABLES, *_CHOICES, *_WITHIN_TP, *_OVER_CP}
             run_checkpointed = partial(run_checkpointed, context_fn=partial(keeping, kept))
         padding = padding_of(model) or Padding()  # Step 3
         for layer in _recomputing(model):

@@ -3,11 +3,11 @@
 Algorithm:
   1. Replace each logical axis in the graphs by the name of its process group.
   2. Keep only this rank's experts: expert weights become DTensors, Shard(0) on `ep`. Split the planned modules outside
-     of MoE layers over `tp` (tensor_parallel.py).
+     of MoE layers over `tp` (tensor_parallel.py), and positions over `cp` (context_parallel.py).
   3. fully_shard each layer and the root, each weight over the axes on which the plan sums its class: dense weights over
-     (dp_replicate, dp_shard), and tp where their work is split over it; experts over (dp_replicate, edp). Routers stay
-     replicated and outside of FSDP's casts, and so do the few weights whose dtype differs from the rest, because FSDP2
-     does not support them. Gradients are reduced in fp32 or wider.
+     (dp_replicate, dp_shard, cp), and tp where their work is split over it; experts over (dp_replicate, edp). Routers
+     stay replicated and outside of FSDP's casts, and so do the few weights whose dtype differs from the rest, because
+     FSDP2 does not support them. Gradients are reduced in fp32 or wider.
 All gradient reductions are plain sums (docs/understand/gradients.md).
 """
 
@@ -30,6 +30,7 @@ from moecompile.errors import PassError, PlanError
 from moecompile.mesh import DENSE_AXES, EXPERT_AXES, MeshSpec
 from moecompile.nn import Experts
 from moecompile.passes.base import exchanges_of, experts_calls, on_an_axis, op_name, run_on_model
+from moecompile.passes.context_parallel import check_exchanged, split_positions
 from moecompile.passes.tensor_parallel import classes_of, split_dense
 from moecompile.plan import Plan
 from moecompile.plan.reductions import DENSE, EXPERTS, HEADS, INSIDE, ROUTER, SPLIT
@@ -100,11 +101,17 @@ class ShardModel:
             _shard_experts(model, self.device_mesh["ep"])  # Step 2
         if tp is not None:
             split_dense(model, plan, tp)
+        if plan.mesh.cp > 1:
+            split_positions(model, plan, dense_mesh["cp"])
         if plan.mesh.world_size > 1 or self.param_dtype is not None:
             _wrap(model, plan, self.device_mesh, dense_mesh, self.param_dtype)  # Step 3
 
     def ensures(self, model: nn.Module, plan: Plan) -> None:
-        """No exchange is on a logical axis any more; with expert parallelism, every expert weight is sharded."""
+        """No exchange is on a logical axis any more; with expert parallelism, every expert weight is sharded; with
+        context parallelism, attention is exchanged.
+        """
+        if plan.mesh.cp > 1:
+            check_exchanged(model)
         for path, module in _graphs(model).items():
             for node in on_an_axis(module):
                 if str(node.args[-1]) in _LOGICAL:
@@ -188,13 +195,14 @@ def _mesh_infos(mesh: MeshSpec, device_mesh: DeviceMesh, dense_mesh: DeviceMesh)
             return HSDPMeshInfo(of["dp_replicate", axis], shard_mesh_dim=1, replicate_mesh_dim=0)
         return FSDPMeshInfo(of[axis], shard_mesh_dim=0)
 
-    # Dense weights have their own mesh: its dp_shard and tp are (edp, ep) of the experts' mesh, in the same order.
+    # Dense weights have their own mesh: its dp_shard, cp and tp are (edp, ep) of the experts' mesh, in the same order.
     dense = info(dense_mesh, "dp_shard")
-    if mesh.tp == 1:
+    if mesh.tp == mesh.cp == 1:
         return {DENSE: dense, EXPERTS: info(device_mesh, "edp") if mesh.ep > 1 else dense}
-    sizes = (mesh.dp_replicate, mesh.dp_shard * mesh.tp)
-    every = init_device_mesh(device_mesh.device_type, sizes, mesh_dim_names=("dp_replicate", "dp_shard_tp"))
-    summed = info(every, "dp_shard_tp")
+    sizes, axis = (mesh.dp_replicate, mesh.fsdp_shard * mesh.tp), "dp_shard_tp" if mesh.tp > 1 else "dp_shard_cp"
+    every = init_device_mesh(device_mesh.device_type, sizes, mesh_dim_names=("dp_replicate", axis))
+    summed = info(every, axis)
+    dense = dense if mesh.cp == 1 else summed
     experts = info(device_mesh, "edp") if mesh.ep > 1 else summed
     return {DENSE: dense, SPLIT: dense, HEADS: summed, INSIDE: summed, EXPERTS: experts}
 

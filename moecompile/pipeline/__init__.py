@@ -6,9 +6,8 @@ capture -> match -> build_plan -> rewrite -> fold -> lower -> lend -> overlap ->
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import torch.distributed as dist
 from torch import fx, nn
@@ -19,11 +18,10 @@ from moecompile.capture import Example, is_meta, replace_regions
 from moecompile.compose import compose_config
 from moecompile.errors import ArgumentError, CaptureError, ConfigError, PlanError
 from moecompile.match.regions import Captured, Region, Site
-from moecompile.match.sites import capture_regions, graph_sites, list_sites, record_model
+from moecompile.match.sites import graph_sites, list_sites
 from moecompile.nn.padding import watch_padding
 from moecompile.passes.adapters import attach_adapters
 from moecompile.passes.kinds import trained_notes
-from moecompile.passes.prove import unproven
 from moecompile.passes.receipt import Comparison, Receipt
 from moecompile.passes.run import (
     Graphs,
@@ -38,12 +36,13 @@ from moecompile.passes.run import (
 from moecompile.passes.same_weights import check_same_weights
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.passes.trained import frozen_notes
+from moecompile.pipeline.captured import capture_planned, planning_facts
 from moecompile.pipeline.facts import facts_of
-from moecompile.plan import ExpertsSite, Plan, PlannedSite, check_sites
+from moecompile.plan import Plan, check_sites
 from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import build_plan
 from moecompile.planner.existing import notes
-from moecompile.schema import Config, SiteKind
+from moecompile.schema import Config
 from moecompile.torch_private import set_attribute
 
 _PLAN = "_moecompile_plan"
@@ -127,14 +126,6 @@ def make_plan(
     return build_plan(sites, config, facts)
 
 
-def planning_facts(
-    model: nn.Module, config: Config, example: Example, plan: Plan | None = None
-) -> tuple[Sequence[PlannedSite], ModelFacts]:
-    """All that planning needs of a model: its sites (those of `plan`, if it is given), and its sizes."""
-    captured = capture_planned(model, plan, config, example)
-    return captured.sites, facts_of(model, example, captured)
-
-
 def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | Config | Plan = ()) -> fx.GraphModule:
     """Rewrites and lowers the dense FFNs of a graph. The input is not changed: the result has copies of its weights.
 
@@ -204,7 +195,8 @@ def compile_with_report(
     _check(model, example, plan, device_mesh, until)
     config, log = _config(overrides), Log()
     captured = capture_planned(model, plan, config, example, log)
-    plan = _planned(model, captured, overrides if plan else config, plan, facts_of(model, example, captured))
+    facts = facts_of(model, example, captured, cp=config.mesh.cp)
+    plan = _planned(model, captured, overrides if plan else config, plan, facts)
     layers = captured.planned(plan.layers)
     regions = {path: captured.regions[path] for path in layers}
     log.add("build_plan", regions, regions, f"{len(plan.layers)} layers planned, hash {plan.hash}")
@@ -231,19 +223,6 @@ def compile_with_report(
         shard(done.model, plan, device_mesh or device_mesh_of(plan.mesh, device_type))
         log.add("shard", final, final, "axes bound, experts split")
     return done
-
-
-def capture_planned(
-    model: nn.Module, plan: Plan | None, config: Config, example: Example, log: Log | None = None
-) -> Captured:
-    """The captured regions of a model that is not compiled yet: those to plan, or those of `plan`."""
-    log = log or Log()
-    recording = record_model(model, example)
-    log.add("capture", {}, {}, f"{len(recording.graph.nodes)} functions recorded")
-    kind = config.experts.sites if plan is None else _kind(plan, config)
-    captured = capture_regions(recording, unproven, kind, _named(config, plan))
-    log.add("match", captured.regions, captured.regions, captured.summary)
-    return captured
 
 
 def _check(model: nn.Module, example: Example, plan: Plan | None, device_mesh: DeviceMesh | None, until: str) -> None:
@@ -280,23 +259,6 @@ def _planned(
             )  # fmt: skip
     check_sites(plan.layers, captured.sites)
     return plan
-
-
-def _named(config: Config, plan: Plan | None = None) -> Callable[[str], bool]:
-    """Whether an FFN in an MoE block is selected: by the plan, or by a pattern other than `*`."""
-    if plan is not None:
-        planned = {layer.site.fqn for layer in plan.layers}
-        return planned.__contains__
-    pattern = config.experts.match
-    return lambda fqn: pattern != "*" and fnmatchcase(fqn, pattern)
-
-
-def _kind(plan: Plan, config: Config) -> SiteKind:
-    """The kind of site that a given plan needs."""
-    existing = {isinstance(layer.site, ExpertsSite) for layer in plan.layers}
-    if len(existing) != 1:
-        return SiteKind.both if existing else config.experts.sites
-    return SiteKind.existing if existing.pop() else SiteKind.dense
 
 
 def _config(overrides: Sequence[str] | Config) -> Config:

@@ -11,18 +11,23 @@ from moecompile.match.regions import Captured
 from moecompile.nn.adapters import output_heads
 from moecompile.nn.matrices import hidden_matrices
 from moecompile.nn.padding import masks_of
+from moecompile.pipeline.attention import attention_of
 from moecompile.pipeline.splits import heads_of, no_split, splits_of
 from moecompile.planner import ModelFacts
 
 
-def facts_of(model: nn.Module, example: Example | None = None, captured: Captured | None = None) -> ModelFacts:
+def facts_of(
+    model: nn.Module, example: Example | None = None, captured: Captured | None = None, *, cp: int = 1
+) -> ModelFacts:
     """Sizes of the dense model, 0 if they cannot be read from the module; and what is known from the example.
 
     Args:
-        captured: its sites, to know which modules they are made of.
+        captured: its sites, to know which modules they are made of. cp: `mesh.cp`; attention is looked at if it is more
+            than 1, because that takes three forwards.
     """
     layers = list(layers_of(model))
     inside = {parameter for layer in layers for parameter in layer.parameters()}
+    attention, no_context = attention_of(model, example) if cp > 1 else ((), "")
     outside = sum(parameter.numel() for parameter in model.parameters() if parameter not in inside)
     return ModelFacts(
         params_total=sum(parameter.numel() for parameter in model.parameters()),
@@ -38,6 +43,8 @@ def facts_of(model: nn.Module, example: Example | None = None, captured: Capture
         no_split=no_split(model),
         matrices=_matrices(model),
         heads=heads_of(model),
+        attention=attention,
+        no_context=no_context,
     )
 
 

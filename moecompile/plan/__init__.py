@@ -2,6 +2,7 @@
 
 from moecompile.plan.adapters import AdaptersPlan, ExpertAdapters
 from moecompile.plan.checks import plan_errors
+from moecompile.plan.context_parallel import ExchangedAttention
 from moecompile.plan.dispatch import (
     BACKEND_KINDS,
     BACKEND_OPS,
@@ -46,6 +47,7 @@ __all__ = [
     "BalancePlan",
     "DispatchPlan",
     "Estimate",
+    "ExchangedAttention",
     "ExpertAdapters",
     "ExpertPlacement",
     "ExpertsPlan",

@@ -11,6 +11,7 @@ from moecompile.errors import PlanError
 from moecompile.mesh import MeshSpec
 from moecompile.plan.adapters import AdaptersPlan
 from moecompile.plan.checks import plan_errors
+from moecompile.plan.context_parallel import ExchangedAttention, check_context
 from moecompile.plan.layers import LayerPlan
 from moecompile.plan.tensor_parallel import SplitModules, check_split
 
@@ -102,9 +103,9 @@ class Estimate:
     params_active: parameters that one token uses. params_trained: those that are not frozen. checkpointing: what
     backward recomputes; `resent_...`: what it sends again for that, in addition to the forward's bytes.
     tp_bytes_per_token: what leaves a rank over `tp` in the forward of the whole model: all-reduces after split linears,
-    and the joins of MoE layers. params_muon: parameters of matrices that Muon steps; optimizer_bytes_per_step: what a
-    rank sends for them in an optimizer step, as a mean over the ranks. remedies: what to change if the plan does not
-    fit. lending: None if no layer lends experts.
+    and the joins of MoE layers. cp_bytes_per_token: the same over `cp`: the exchanges of attention. params_muon:
+    parameters of matrices that Muon steps; optimizer_bytes_per_step: what a rank sends for them in an optimizer step,
+    as a mean over ranks. remedies: what to change if the plan does not fit. lending: None if no layer lends experts.
     """
 
     params_total: int
@@ -116,6 +117,7 @@ class Estimate:
     checkpointing: str
     resent_bytes_per_token_per_layer: Traffic
     tp_bytes_per_token: Traffic = Traffic(intra_node=0.0, inter_node=0.0)
+    cp_bytes_per_token: Traffic = Traffic(intra_node=0.0, inter_node=0.0)
     params_muon: int = 0
     optimizer_bytes_per_step: Traffic = Traffic(intra_node=0.0, inter_node=0.0)
     assumes: Assumptions | None = None
@@ -128,7 +130,8 @@ class Plan:
     """The reviewable result of planning, and the lock file `plan.yaml`.
 
     adapters: what is trained in place of the model's weights; None: the weights themselves.
-    tensor_parallel: modules outside of the MoE layers that are split over `tp`.
+    tensor_parallel: modules outside of the MoE layers that are split over `tp`. context_parallel: attention that
+    exchanges positions for heads over `cp`.
 
     Raises:
         PlanError: two layers have the same site, or a layer is placed on another mesh.
@@ -139,11 +142,13 @@ class Plan:
     reductions: tuple[Reduction, ...]
     adapters: AdaptersPlan | None = None
     tensor_parallel: tuple[SplitModules, ...] = ()
+    context_parallel: tuple[ExchangedAttention, ...] = ()
     estimate: Estimate | None = None
 
     def __post_init__(self) -> None:
         with plan_errors():
             check_split(self.mesh.tp, self.tensor_parallel)
+            check_context(self.mesh.cp, self.context_parallel)
         seen: set[str] = set()
         for i, layer in enumerate(self.layers):
             if layer.site.fqn in seen:
@@ -181,10 +186,9 @@ class Plan:
         raise KeyError(fqn)
 
     def __str__(self) -> str:
-        tp = f", tp={self.mesh.tp}" if self.mesh.tp > 1 else ""
-        lines = [
-            f"Plan {self.hash}: {len(self.layers)} MoE layers on {self.mesh.world_size} ranks, ep={self.mesh.ep}{tp}"
-        ]
+        sizes = {axis: self.mesh.size(axis) for axis in ("ep", "tp", "cp")}
+        axes = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if axis == "ep" or size > 1)
+        lines = [f"Plan {self.hash}: {len(self.layers)} MoE layers on {self.mesh.world_size} ranks, {axes}"]
         for layer in self.layers:
             e, r = layer.experts, layer.routing
             limit = f", {r.top_groups} of {r.groups} groups" if r.top_groups < r.groups else ""

@@ -9,6 +9,9 @@ Along an axis that *owns* a weight (its ranks have different parts of it), the f
 and the backward brings their gradients back, so nothing is left to sum there. Along an axis on which tokens are *not*
 split, every rank computes the whole gradient.
 
+Along `cp` tokens are split everywhere: its ranks have different positions of the same sequences. Attention brings all
+positions together, and its backward takes each gradient back to where its position is.
+
 At the norms of single heads, heads are split over `tp` instead of tokens: each rank's gradient is from its own heads, a
 part of the whole one too.
 """
@@ -40,7 +43,7 @@ DENSE, ROUTER, EXPERTS = "dense", "router", "experts"
 SPLIT, HEADS, INSIDE = "dense, split over tp", "norms of heads", "inside MoE layers"
 
 _CLASSES = (
-    WeightClass(name=DENSE, sharded=("dp_shard",)),
+    WeightClass(name=DENSE, sharded=("dp_shard", "cp")),
     WeightClass(name=SPLIT, owned=("tp",), sharded=("dp_shard", "tp")),
     WeightClass(name=HEADS, split=DENSE_AXES, sharded=("dp_shard", "tp")),
     WeightClass(name=INSIDE, split=DENSE_AXES, sharded=("dp_shard", "tp")),  # shared experts, norms: tokens are cut

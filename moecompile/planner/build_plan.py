@@ -4,7 +4,8 @@ Algorithm:
   1. Validate the config and derive the mesh.
   2. Select the sites that match the config.
   3. Plan experts, routing, placement and dispatch of each, and the adapters.
-  4. Derive the reductions, what tensor parallelism splits (tensor_parallel.py) and the estimate.
+  4. Derive the reductions, what tensor and context parallelism split (tensor_parallel.py, context_parallel.py) and
+     the estimate.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from moecompile.plan import (
 )
 from moecompile.planner import ModelFacts, RunFacts, estimate
 from moecompile.planner.adapters import plan_adapters
+from moecompile.planner.context_parallel import exchanged_attention
 from moecompile.planner.dispatch import plan_dispatch
 from moecompile.planner.existing import check_given, existing_layer, only_existing, selection
 from moecompile.planner.tensor_parallel import split_modules
@@ -70,7 +72,8 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
 def with_estimate(plan: Plan, config: Config, facts: ModelFacts) -> Plan:
     """The plan with its estimate for the run that `config` describes."""
     run, memory_bytes = run_facts(config, plan.mesh, facts), config.hardware.memory_gib * GIB
-    return replace(plan, estimate=estimate(plan.layers, plan.mesh, facts, run, memory_bytes=memory_bytes))
+    made = estimate(plan.layers, plan.mesh, facts, run, memory_bytes=memory_bytes, exchanged=plan.context_parallel)
+    return replace(plan, estimate=made)
 
 
 def draft_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) -> tuple[Plan, ModelFacts]:
@@ -103,6 +106,7 @@ def draft_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
         reductions=reductions(mesh),
         adapters=adapters,
         tensor_parallel=split_modules([site.fqn for site in chosen], mesh, facts),
+        context_parallel=exchanged_attention(layers, mesh, facts, config),
     )
     return plan, facts
 
@@ -112,7 +116,7 @@ def run_facts(config: Config, mesh: MeshSpec, facts: ModelFacts) -> RunFacts:
     data, trainer = config.data, config.trainer
     stored = "" if facts.bytes_per_param == 4 else f" on weights of {facts.bytes_per_param} bytes"
     return RunFacts(
-        tokens_per_rank=data.micro_batch_size * data.seq_len,
+        tokens_per_rank=data.micro_batch_size * data.seq_len // mesh.cp,
         micro_batch_size=data.micro_batch_size,
         precision=f"{trainer.precision.value}{stored}",
         hardware=config.hardware.name,

@@ -64,7 +64,7 @@ def _dispatch_kind(
 
 def _tokens(config: Config, mesh: MeshSpec) -> int:
     """Tokens of a micro-batch that a rank sends to experts."""
-    return -(-config.data.micro_batch_size * config.data.seq_len // mesh.tp)
+    return -(-config.data.micro_batch_size * config.data.seq_len // (mesh.cp * mesh.tp))
 
 
 def _wire(config: Config, mesh: MeshSpec, site: PlannedSite) -> Wire:
@@ -104,7 +104,7 @@ def _overlap(
 
 def _check_chunks(chunks: int | str, tokens: int, mesh: MeshSpec) -> None:
     Whole(2).check("dispatch.chunks", chunks)
-    cut = " / mesh.tp" if mesh.tp > 1 else ""
+    cut = " / mesh.tp" if mesh.tp > 1 else " / mesh.cp" if mesh.cp > 1 else ""
     if int(chunks) > tokens:
         raise ConfigError(
             "dispatch.chunks", chunks, f"a micro-batch has {tokens} tokens (data.micro_batch_size * data.seq_len{cut})",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moecompile.mesh import MeshSpec
-from moecompile.plan import Assumptions, Estimate, LayerPlan, Traffic
+from moecompile.plan import Assumptions, Estimate, ExchangedAttention, LayerPlan, Traffic
 from moecompile.planner.activations import FP32_BYTES, tokens_of_a_rank
+from moecompile.planner.context_parallel import cp_traffic
 from moecompile.planner.lending import lending
 from moecompile.planner.memory import memory_of_fullest_rank
 from moecompile.planner.optimizer import muon_params, step_traffic
@@ -18,13 +19,14 @@ from moecompile.schema import MuonPrecision
 
 
 def estimate(
-    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, *, memory_bytes: float
-) -> Estimate:
+    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, *, memory_bytes: float,
+    exchanged: Sequence[ExchangedAttention] = (),
+) -> Estimate:  # fmt: skip
     """Parameters, memory of the fullest rank and bytes on the wire.
 
     Args:
         layers: the planned MoE layers. mesh: their mesh. facts: of the model before rewriting. run: of the training.
-        memory_bytes: memory of one rank.
+        memory_bytes: memory of one rank. exchanged: what attention exchanges over cp.
     """
     params, trained = model_params(layers, facts), trained_params(layers, facts)
     muon = muon_params(layers, mesh, facts, run.optimizer, trained)
@@ -44,12 +46,13 @@ def estimate(
         if run.checkpointing == "full"
         else Traffic(intra_node=0.0, inter_node=0.0),
         tp_bytes_per_token=tp_traffic(layers, mesh, facts, run),
+        cp_bytes_per_token=cp_traffic(exchanged, mesh, run),
         optimizer_bytes_per_step=step_traffic(muon, mesh, _matrix_bytes(run)),
         assumes=Assumptions(
             hardware=run.hardware,
             memory_bytes=round(memory_bytes),
             tokens_per_rank=run.tokens_per_rank,
-            seq_len=run.tokens_per_rank // run.micro_batch_size,
+            seq_len=run.tokens_per_rank * mesh.cp // run.micro_batch_size,
             accumulation=run.accumulation,
             precision=run.precision,
             optimizer=run.optimizer.kind.value,

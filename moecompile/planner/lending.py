@@ -60,7 +60,7 @@ def plan_lending(
     number = _slots(slots, placement)
     check_lends(kind, balance.value)
     near, far = _loan_rows(config, mesh, site, d_expert)
-    rows = config.data.micro_batch_size * config.data.seq_len * routing.top_k
+    rows = config.data.micro_batch_size * config.data.seq_len // mesh.cp * routing.top_k
     cheapest = near if mesh.ep > mesh.nodes_per_ep_group else far
     if balance is DispatchBalance.auto and (kind not in LENDING or cheapest >= rows):
         return DispatchPlan(kind=kind)

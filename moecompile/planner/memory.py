@@ -5,7 +5,7 @@ weight in compute, an activation and a row (2 with trainer.precision=bf16_params
 as in params.py; V: vocabulary.
 
 1. Parameters that a rank stores.
-       own = P_d / dp_shard + P_e / (ep edp_shard) + P_r                      routers are replicated -> `_own_params`
+       own = P_d / (dp_shard cp) + P_e / (ep edp_shard) + P_r                 routers are replicated -> `_own_params`
    With tp, those of P_d that the tp_plan splits and the shared experts are divided by tp too.
 2. Parameters that FSDP gathers. It frees a layer before it gathers the next, but keeps the root (embeddings, head,
    norm):
@@ -78,7 +78,7 @@ def buffer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> 
 def _own_params(params: ModelParams, mesh: MeshSpec) -> int:
     """Sharded parameters that one rank stores (step 1), without routers, which are replicated."""
     over_tp = min(params.dense, params.split_root + params.split_layers + params.shared) if mesh.tp > 1 else 0
-    dense = _shard(params.dense - over_tp, mesh.dp_shard) + _shard(over_tp, mesh.dp_shard * mesh.tp)
+    dense = _shard(params.dense - over_tp, mesh.fsdp_shard) + _shard(over_tp, mesh.fsdp_shard * mesh.tp)
     return dense + _shard(params.experts, mesh.ep * mesh.edp_shard)
 
 

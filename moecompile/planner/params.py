@@ -37,7 +37,8 @@ class ModelFacts:
     (d_in, d_out) of its linears, without output heads. adapters: (parameters of the adapters of linears, whether
     routers are trained), once they are planned; None: there are no adapters. split: what the model's tp_plan names;
     no_split: why it cannot be used, empty if it can. matrices: name -> shape of trained two-dimensional
-    weights of hidden layers. heads: numbers of heads, by their name in the model's config.
+    weights of hidden layers. heads: numbers of heads, by their name in the model's config. attention: of each layer,
+    where mesh.cp asks for it; no_context: why positions cannot be split, empty if they can.
     """
 
     params_total: int
@@ -54,6 +55,8 @@ class ModelFacts:
     matrices: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     no_split: str = "the model has no tp_plan, which says how its weights are split"
     heads: Mapping[str, int] = field(default_factory=dict)
+    attention: tuple[AttentionFact, ...] = ()
+    no_context: str = "the plan is made of a graph, which does not say what its attention is"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,17 @@ class SplitFact:
     params: int
     site: str | None
     width: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionFact:
+    """One attention module: its path, heads of queries and of keys and values, and their widths."""
+
+    path: str
+    query_heads: int
+    key_heads: int
+    d_key: int
+    d_value: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,9 +34,12 @@ def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
     if plan.tensor_parallel:
         console.print()
         console.print(_split_table(plan))
+    if plan.context_parallel:
+        console.print()
+        console.print(_exchanged_table(plan))
     if plan.estimate is not None:
         console.print()
-        _print_estimate(plan.estimate, console)
+        _print_estimate(plan.estimate, plan.mesh.cp, console)
     if notes:
         console.print()
     for note in notes:
@@ -47,7 +50,7 @@ def _header(plan: Plan) -> Table:
     mesh, grid = plan.mesh, plain_grid()
     axes = ", ".join(
         f"{name} {getattr(mesh, name)}"
-        for name in ("ep", "edp", "dp_replicate", "dp_shard", *(("tp",) if mesh.tp > 1 else ()))
+        for name in ("ep", "edp", "dp_replicate", "dp_shard", *(axis for axis in ("tp", "cp") if mesh.size(axis) > 1))
     )
     nodes, ranks = plural(mesh.num_nodes, "node"), plural(mesh.ranks_per_node, "rank")
     grid.add_row(Text("plan", style="bold"), Text(f"{plan.hash}, {plural(len(plan.layers), 'MoE layer')}"))
@@ -142,7 +145,17 @@ def _split_table(plan: Plan) -> Table:
     return table
 
 
-def _print_estimate(estimate: Estimate, console: Console) -> None:
+def _exchanged_table(plan: Plan) -> Table:
+    """The attention that exchanges positions for heads over cp."""
+    table = plain_table("attention over cp", "layers", "heads of a rank", "key heads of a rank", "copies")
+    for each in plan.context_parallel:
+        cp = plan.mesh.cp
+        numbers = (each.layers, each.query_heads // cp, each.key_heads * each.key_copies // cp, each.key_copies)
+        table.add_row(Text(each.modules), *(Text(str(number)) for number in numbers))
+    return table
+
+
+def _print_estimate(estimate: Estimate, cp: int, console: Console) -> None:
     memory, assumes = estimate.memory_bytes_per_rank, estimate.assumes
     table = plain_table("memory/rank", "weights", "grads", "optimizer", "activations", "dispatch", "fits")
     parts = (memory.weights, memory.grads, memory.optimizer, memory.activations, memory.dispatch)
@@ -162,7 +175,7 @@ def _print_estimate(estimate: Estimate, console: Console) -> None:
         used += f", {count_text(estimate.params_muon)} in matrices of Muon"
     grid.add_row(Text("parameters", style="dim"), Text(used))
     if assumes is not None:
-        grid.add_row(Text("assumes", style="dim"), Text(_assumes_text(assumes, estimate.checkpointing)))
+        grid.add_row(Text("assumes", style="dim"), Text(_assumes_text(assumes, estimate.checkpointing, cp)))
     grid.add_row(Text("forward bytes", style="dim"), Text(traffic_text(asdict(estimate.bytes_per_token_per_layer))))
     if any(asdict(estimate.tp_bytes_per_token).values()):
         sent = estimate.tp_bytes_per_token.intra_node, estimate.tp_bytes_per_token.inter_node
@@ -170,6 +183,10 @@ def _print_estimate(estimate: Estimate, console: Console) -> None:
             f"{bytes_text(sent[0])} intra-node, {bytes_text(sent[1])} inter-node per token over tp, all layers together"
         )
         grid.add_row(Text("tp bytes", style="dim"), Text(text))
+    if any(asdict(estimate.cp_bytes_per_token).values()):
+        near, far = estimate.cp_bytes_per_token.intra_node, estimate.cp_bytes_per_token.inter_node
+        text = f"{bytes_text(near)} intra-node, {bytes_text(far)} inter-node per token over cp, all layers together"
+        grid.add_row(Text("cp bytes", style="dim"), Text(text))
     if any(asdict(estimate.optimizer_bytes_per_step).values()):
         text = traffic_text(asdict(estimate.optimizer_bytes_per_step), per="rank and step")
         grid.add_row(Text("optimizer bytes", style="dim"), Text(text))
@@ -188,12 +205,13 @@ def _remedies_table(remedies: Sequence[Remedy]) -> Table:
     return table
 
 
-def _assumes_text(assumes: Assumptions, checkpointing: str) -> str:
+def _assumes_text(assumes: Assumptions, checkpointing: str, cp: int) -> str:
     """`8,192 tokens a rank and micro-batch (2 sequences of 4,096), 4 of them a step, bf16_params, adamw, ...`"""
-    sequences = plural(assumes.tokens_per_rank // assumes.seq_len, "sequence")
+    sequences = f"{plural(assumes.tokens_per_rank * cp // assumes.seq_len, 'sequence')} of {assumes.seq_len:,}"
+    sequences += f" over {cp} ranks" if cp > 1 else ""
     steps = f"accumulated over {assumes.accumulation} micro-batches" if assumes.accumulation > 1 else "no accumulation"
     return (
-        f"{assumes.tokens_per_rank:,} tokens a rank ({sequences} of {assumes.seq_len:,}), {steps}, "
+        f"{assumes.tokens_per_rank:,} tokens a rank ({sequences}), {steps}, "
         f"{assumes.precision}, {assumes.optimizer}, checkpointing {checkpointing}, "
         f"{assumes.hardware} with {bytes_text(assumes.memory_bytes)} a rank"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -17,13 +18,15 @@ class Groups:
 
     every: all ranks; votes (is something not finite) and norms of weights that are spread over all of them. tokens:
     ranks with different tokens, this one among them: losses, token counts, loads, gradients of weights that are whole
-    on every rank. Without tensor parallelism, both have all ranks.
+    on every rank. Without tensor parallelism, both have all ranks. sequences: ranks with parts of the same sequences;
+    None without context parallelism.
     """
 
     mesh: MeshSpec
     rank: int
     every: ProcessGroup
     tokens: ProcessGroup
+    sequences: ProcessGroup | None = None
 
     @classmethod
     def of(cls, mesh: MeshSpec, device_type: str) -> Groups:
@@ -34,7 +37,18 @@ class Groups:
         if mesh.tp > 1:
             sizes = (mesh.num_batches, mesh.tp)
             tokens = init_device_mesh(device_type, sizes, mesh_dim_names=("tokens", "tp"))["tokens"].get_group()
-        return cls(mesh, dist.get_rank(), every, tokens)
+        sequences = None
+        if mesh.cp > 1:
+            sizes = (mesh.num_batches, mesh.cp)
+            sequences = init_device_mesh(device_type, sizes, mesh_dim_names=("batches", "cp"))["cp"].get_group()
+        return cls(mesh, dist.get_rank(), every, tokens, sequences)
+
+    def of_micro_batch(self, num_tokens: Tensor) -> Tensor:
+        """The tokens of a whole micro-batch, of which this rank has `num_tokens`."""
+        if self.sequences is not None:
+            num_tokens = num_tokens.clone()
+            dist.all_reduce(num_tokens, group=self.sequences)
+        return num_tokens
 
     @property
     def batch_index(self) -> int:
@@ -48,5 +62,5 @@ class Groups:
 
     @property
     def is_counted(self) -> bool:
-        """Whether this rank counts its micro-batch in sums over `every`."""
+        """Whether this rank counts its tokens in sums over `every`."""
         return self.mesh.is_counted(self.rank)

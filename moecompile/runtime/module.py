@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moecompile.errors import ConfigError
+from moecompile.nn.context import own_positions
 from moecompile.nn.padding import ENCODER, padding_of
 from moecompile.runtime.data import IGNORED
 from moecompile.runtime.objective import is_encoder_decoder
@@ -52,14 +53,17 @@ class LanguageModule(LightningModule):
         return {"loss": loss, "num_tokens": num_tokens}
 
     def summed_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Cross entropy in nats, summed over the tokens that have a target, and their number."""
-        labels, logits = batch["labels"], self.logits(batch)
+        """Cross entropy in nats, summed over the tokens of this rank that have a target, and their number."""
+        labels, logits = own_positions(self.model, batch["labels"]), self.logits(batch)
         wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORED, reduction="sum")
         return loss, (labels != IGNORED).sum()
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
-        """(B, S, V), or (B, L, V) of a decoder with the shifted labels as inputs (teacher forcing)."""
+        """(B, S, V), or (B, L, V) of a decoder with the shifted labels as inputs (teacher forcing).
+
+        With context parallelism, S are the positions of this rank.
+        """
         inputs = {"input_ids": batch["input_ids"]}
         if self.decoder_start is not None:
             inputs["decoder_input_ids"] = shifted(batch["labels"], self.decoder_start)

@@ -191,7 +191,7 @@ class TrainingSteps(ModelParallelStrategy):
         if self.loss == "sum":
             tokens = self._tokens.last
             loss = loss * accumulate
-            return loss if aux is None else loss + tokens * aux
+            return loss if aux is None else loss + self.groups.of_micro_batch(tokens) * aux
         if aux is not None:
             loss = loss + aux / accumulate
         return loss / self.groups.num_batches

@@ -103,7 +103,7 @@ class ExpertParallelStrategy(TrainingSteps):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """EP peers get different data; ranks of one TP group get the same."""
+        """EP peers get different data; ranks of one TP or CP group get the same."""
         assert self.model is not None
         mesh = plan_of(self.model).mesh
         return {"num_replicas": mesh.num_batches, "rank": mesh.batch_index(self.global_rank)}
@@ -197,6 +197,11 @@ class ExpertParallelStrategy(TrainingSteps):
                 "mesh", f"{plan.mesh.num_nodes} x {plan.mesh.ranks_per_node}",
                 f"the plan is for {plan.mesh.world_size} ranks, the Trainer has {self.world_size}",
                 "Change mesh.num_nodes and mesh.ranks_per_node, or the Trainer's devices and num_nodes",
+            )  # fmt: skip
+        if plan.mesh.cp > 1 and self.loss == "mean":
+            raise ConfigError(
+                "loss", "mean", f"with mesh.cp={plan.mesh.cp}, ranks may have unequally many of a sequence's targets",
+                "Return {'loss': sum, 'num_tokens': n} of moecompile.own_positions(model, labels), and use loss='sum'",
             )  # fmt: skip
 
 

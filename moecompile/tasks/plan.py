@@ -13,7 +13,8 @@ from moecompile.compose import RESOLVED, load_resolved
 from moecompile.errors import ConfigError
 from moecompile.models.build import build_model, example_inputs
 from moecompile.passes.trained import frozen_notes
-from moecompile.pipeline import make_plan, planning_facts
+from moecompile.pipeline import make_plan
+from moecompile.pipeline.captured import planning_facts
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan, check_sites
 from moecompile.planner.build_plan import with_estimate

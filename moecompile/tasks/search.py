@@ -12,7 +12,7 @@ from rich.console import Console
 
 from moecompile import plan as plans
 from moecompile.models.build import build_model, example_inputs
-from moecompile.pipeline import planning_facts
+from moecompile.pipeline.captured import planning_facts
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.planner.build_plan import build_plan
 from moecompile.planner.search.found import Candidate

@@ -78,10 +78,10 @@ def build(config: Config, plan: Plan, dtype: torch.dtype) -> nn.Module:
 
 
 def uneven(batch: Batch, number: int, config: Config) -> Batch:
-    """Micro-batch `number` of the run with some targets masked: their counts differ, and in step 0 those of rank 1 (or
-    every fourth one, with one rank) have none.
+    """Micro-batch `number` of the run with some targets masked: their counts differ, and in step 0 those of the second
+    place among ranks (or every fourth one, with one micro-batch at a time) have none.
     """
-    world = mesh_spec(config.mesh).world_size
+    world = mesh_spec(config.mesh).num_batches
     accumulate = accumulation_steps(config, mesh_spec(config.mesh))
     per_step = world * accumulate
     step, place = divmod(number, per_step)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moecompile.mesh import MeshSpec
+from moecompile.nn.context import own_positions
 from moecompile.plan import Plan
 from moecompile.runtime.data import TextData, train_loader
 from moecompile.runtime.metrics import Metrics
@@ -47,7 +48,7 @@ def run_ranks(model: nn.Module, plan: Plan, config: Config, data: TextData, run_
     trainer = make_trainer(config, mesh, run_dir, [metrics, recorder])
     trainer.fit(module, _Batches(batches))
     trace = recorder.trace
-    trace.inputs = _in_order([batch["input_ids"] for batch in batches], accumulate, mesh)
+    trace.inputs = _in_order([own_positions(model, batch["input_ids"]) for batch in batches], accumulate, mesh)
     trace.weights = _whole(model)
     trainer.save_checkpoint(run_dir / "checkpoint")
     _overwrite(model)
@@ -114,8 +115,13 @@ class _Recorder(StepObserver):
 
     def ended(self, module: LanguageModule) -> None:
         """Gathers the routes of all ranks."""
-        self.trace.routes = {name: _in_order(ids, len(ids), self.mesh) for name, ids in self.trace.routes.items()}
-        self.trace.choices = {name: _in_order(ids, len(ids), self.mesh) for name, ids in self.trace.choices.items()}
+        for chosen in (self.trace.routes, self.trace.choices):
+            for name, ids in chosen.items():
+                whole = [
+                    ids_TK.unflatten(0, (len(batch["labels"]), -1))
+                    for ids_TK, batch in zip(ids, self.first, strict=True)
+                ]
+                chosen[name] = [ids_BSK.flatten(0, 1) for ids_BSK in _in_order(whole, len(ids), self.mesh)]
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -137,14 +143,18 @@ def _overwrite(model: nn.Module) -> None:
 
 
 def _in_order(local: list[Tensor], per_step: int, mesh: MeshSpec) -> list[Tensor]:
-    """On rank 0, the tensors of all ranks in the order of one process: by step, rank, and position in the step.
+    """On rank 0, the tensors (B, s, ...) of all ranks in the order of one process: by step, rank, position in the step.
 
-    Of ranks that share micro-batches, those that count them.
+    Of ranks that share tokens, those of the one that counts them; parts of the same sequences are joined.
     """
     gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
     dist.gather_object(local, gathered or None)
     if not gathered:
         return local
     steps = range(0, len(local), per_step)
-    counted = [tensors for rank, tensors in enumerate(gathered) if mesh.is_counted(rank)]
+    parts = [tensors for rank, tensors in enumerate(gathered) if mesh.is_counted(rank)]
+    counted = [
+        [torch.cat(tensors, 1) for tensors in zip(*parts[first : first + mesh.cp], strict=True)]
+        for first in range(0, len(parts), mesh.cp)
+    ]
     return [tensor for step in steps for tensors in counted for tensor in tensors[step : step + per_step]]

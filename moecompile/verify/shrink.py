@@ -67,6 +67,7 @@ def _shrink_mesh(work: _Shrinking) -> None:
         ("ep", ep),
         ("dp_replicate", 1),
         ("tp", min(spec.tp, ranks)),
+        ("cp", min(spec.cp, ranks)),
     ):
         work.limit(mesh, "mesh", name, value, why)
     work.limit(mesh, "mesh", "dp_shard", "auto", why)
@@ -85,9 +86,10 @@ def _shrink_model(work: _Shrinking) -> None:
     why = "narrow enough for seconds"
     heads = {model.config.get(name) for name in ("num_attention_heads", "num_key_value_heads")}
     as_many = {"num_key_value_heads": _LIMITS["num_attention_heads"]} if len(heads) == 1 else {}  # latent attention
-    tp = mesh_spec(config.mesh).tp
+    spec = mesh_spec(config.mesh)
+    most_split = max(spec.tp, spec.cp)
     for name, most in {**_LIMITS, **as_many}.items():
-        most = max(most, tp) if name.startswith("num_") and name.endswith("_heads") else most  # it divides them
+        most = max(most, most_split) if name.startswith("num_") and name.endswith("_heads") else most  # it divides them
         old = model.config.get(name)
         if isinstance(old, int) and old > most:
             model.config[name] = most

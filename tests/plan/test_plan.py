@@ -184,6 +184,14 @@ def test_with_tensor_parallelism_a_weight_is_summed_over_tp_only_where_its_work_
     assert folded["norms of heads"][2] == folded["inside MoE layers"][2] == ("tp",)
 
 
+def test_with_context_parallelism_every_weight_is_summed_over_cp() -> None:
+    assert by_class(MeshSpec(ranks_per_node=8, ep=4, cp=2)) == {
+        "dense": ((), ("dp_shard", "cp"), ("dp_shard", "cp")),
+        "router": (("dp_shard", "cp"), (), ("dp_shard", "cp")),
+        "experts": ((), ("edp", "ep"), ("edp",)),  # the backward all-to-all brings gradients from every position
+    }
+
+
 def test_the_plan_holds_the_reductions_of_its_mesh() -> None:
     plan = a_plan()
     assert plan.reductions == reductions(plan.mesh)

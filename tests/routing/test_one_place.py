@@ -42,6 +42,7 @@ READERS = {
     "plan/plan.py": "a layer in one line",
     "report/plan_tables.py": "a layer in a table",
     "planner/build_plan.py": "expert choice in a causal model",
+    "planner/context_parallel.py": "what counts, or draws numbers for, the tokens of a micro-batch is refused",
     "plan/sites.py": "a site that has experts already, as it was found",
     "runtime/training.py": "whether dropped tokens are shown",
     "verify/job.py": "runs without jitter",

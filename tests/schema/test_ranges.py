@@ -15,7 +15,7 @@ from moecompile.ranges import Real, Whole
 from moecompile.schema import Config, validate
 from moecompile.schema.ranges import NUMBERS, check_numbers
 
-ELSEWHERE = {"mesh.tp", "mesh.pp", "mesh.cp"}  # they must be 1
+ELSEWHERE = {"mesh.tp", "mesh.pp", "mesh.cp"}  # checked by the mesh; pp must be 1
 
 
 def numbers(owner: Any, prefix: str = "") -> Iterator[str]:

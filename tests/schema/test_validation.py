@@ -32,7 +32,7 @@ BROKEN: dict[str, tuple[list[str], str]] = {
         "mesh.pp=4: pipeline parallelism is not supported: auxiliary losses of earlier stages would not reach the loss, "
         "and FSDP2 loses gradients under schedules that split backward. Set it to 1.",
     ),
-    "context": (["mesh.cp=0"], "mesh.cp=0: context parallelism is not supported yet. Set it to 1."),
+    "context": (["mesh.cp=0"], "mesh.cp=0: must be at least 1. Give a positive number."),
     "more tp than ranks": (
         ["mesh.tp=2"], "mesh.tp=2: must divide the world size (1 nodes x 1 ranks = 1 ranks). Use one of [1]."
     ),

@@ -74,13 +74,13 @@ def test_the_result_says_what_was_learned(folder: Path) -> None:
     assert len(stores) == 1
 
 
-@pytest.mark.parametrize("layout", ["pack", "pad"])
-def test_ranks_compute_what_one_process_does(folder: Path, layout: str) -> None:
+@pytest.mark.parametrize(("layout", "cp"), [("pack", 1), ("pad", 1), ("pack", 2)])
+def test_ranks_compute_what_one_process_does(folder: Path, layout: str, cp: int) -> None:
     output = run(
-        folder, f"verify {layout}", "task=verify", f"data.layout={layout}", "mesh=cpu_1x2", "verify.steps=2",
-        "verify.dtype=float64",
+        folder, f"verify {layout} {cp}", "task=verify", f"data.layout={layout}", "mesh=cpu_1x2", f"mesh.cp={cp}",
+        "verify.steps=2", "verify.dtype=float64",
     )  # fmt: skip
-    result = result_of(folder / f"verify {layout}")
+    result = result_of(folder / f"verify {layout} {cp}")
     assert result["status"] == "ok" and all(check["passed"] for check in result["checks"]), output
 
 

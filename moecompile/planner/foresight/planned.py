@@ -39,7 +39,7 @@ def case_of(shape: ModelShape, plan: Plan, config: Config) -> Case:
         layout = Layout(
             gpus=mesh.world_size, seq=data.seq_len, global_batch=batch, micro_batch=data.micro_batch_size,
             ep=mesh.ep, tp=mesh.tp if mesh.tp > 1 else workload.tp, pp=workload.pp, vpp=workload.vpp,
-            cp=workload.cp, etp=workload.etp, zero=workload.zero,
+            cp=mesh.cp if mesh.cp > 1 else workload.cp, etp=workload.etp, zero=workload.zero,
             replicas=mesh.dp_replicate if workload.zero == 3 and not is_described(workload) else 1,
         )  # fmt: skip
     except ConfigError as error:

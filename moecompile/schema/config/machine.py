@@ -10,7 +10,7 @@ from moecompile.schema.enums import DispatchBalance, DispatchKind, OverlapKind, 
 
 @dataclass(kw_only=True)
 class MeshConfig:
-    """`mesh`: ranks and their axes; num_nodes * ranks_per_node = dp_replicate * dp_shard * tp."""
+    """`mesh`: ranks and their axes; num_nodes * ranks_per_node = dp_replicate * dp_shard * cp * tp."""
 
     num_nodes: int = 1
     """Nodes, 1 to 65536."""
@@ -21,13 +21,13 @@ class MeshConfig:
     dp_replicate: int = 1
     """Replicas of the sharded weights, 1 or more."""
     dp_shard: Union[int, str] = "auto"
-    """Ranks over which dense weights are sharded; `auto`: all ranks of a replica, divided by `tp`."""
+    """Ranks over which dense weights are sharded; `auto`: all ranks of a replica, divided by `cp` and `tp`."""
     tp: int = 1
     """Tensor parallel size: ranks that share a micro-batch and split dense weights, by the model's own `tp_plan`."""
     pp: int = 1
     """Pipeline parallel size; not supported, so 1."""
     cp: int = 1
-    """Context parallel size; not supported yet, so 1."""
+    """Context parallel size: ranks that share sequences, and split their positions; attention splits its heads."""
     device: str = "auto"
     """`cpu`, `cuda` or `auto`."""
 

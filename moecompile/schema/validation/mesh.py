@@ -7,7 +7,6 @@ from moecompile.mesh import MeshSpec
 from moecompile.schema.config import MeshConfig
 
 _NOT_YET = {
-    "cp": "context parallelism is not supported yet",
     "pp": "pipeline parallelism is not supported: auxiliary losses of earlier stages would not reach the loss, and "
     "FSDP2 loses gradients under schedules that split backward",
 }
@@ -31,10 +30,11 @@ def mesh_spec(mesh: MeshConfig) -> MeshSpec:
         ep=int_or_auto("mesh.ep", mesh.ep, world),
         dp_replicate=mesh.dp_replicate,
         tp=mesh.tp,
+        cp=mesh.cp,
         device=mesh.device,
     )
     dp_shard = int_or_auto("mesh.dp_shard", mesh.dp_shard, spec.dp_shard)
-    of = "the world size" if spec.tp == 1 else "the world size / tp"
+    of = "the world size" + (" / tp" if spec.tp > 1 else " / cp" if spec.cp > 1 else "")
     if dp_shard != spec.dp_shard:
         raise ConfigError(
             "mesh.dp_shard",

@@ -90,13 +90,13 @@ def check_recomputation(config: Config) -> None:
 
 
 def accumulation_steps(config: Config, mesh: MeshSpec) -> int:
-    """Micro-batches per rank and optimizer step; ranks of one TP group share them.
+    """Micro-batches per rank and optimizer step; ranks of one TP or CP group share them.
 
     Raises:
         ConfigError: the global batch is not a whole number of micro-batches on every rank.
     """
     data, world = config.data, mesh.num_batches
-    ranks = "ranks" if mesh.tp == 1 else "ranks / tp"
+    ranks = "ranks" + (" / tp" if mesh.tp > 1 else " / cp" if mesh.cp > 1 else "")
     per_step = data.micro_batch_size * world
     if data.global_batch_size % per_step:
         up = (data.global_batch_size // per_step + 1) * per_step

@@ -1,0 +1,122 @@
+"""context_parallel: every rank of a CP group computes its own positions, and attention its own heads.
+
+Algorithm:
+  1. Each layer's arguments are cut to this rank's positions (moecompile.nn.context): the hidden states of the first
+     layer, and the positions of all. Masks of attention are made by the model for whole sequences, and stay whole.
+  2. transformers' attention interface gets a function that exchanges positions for heads, runs the implementation that
+     the model had, and exchanges back. Masks are made as that implementation wants them. The model's configs name it.
+  3. Padding masks are cut where an MoE layer reads them, and the losses of our routers are computed from the logits of
+     all ranks.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from moecompile.capture import layers_of
+from moecompile.errors import ConfigError, PassError, PlanError
+from moecompile.nn import routers_of
+from moecompile.nn.context import CutLayer, Positions, exchanged_attention, keep_positions
+from moecompile.nn.padding import padding_of
+from moecompile.plan import Plan
+
+IMPLEMENTATIONS = ("sdpa", "eager")
+"""transformers' implementations of attention that take any heads and whole masks."""
+_PREFIX = "moecompile_cp_"
+
+
+def split_positions(model: nn.Module, plan: Plan, cp: DeviceMesh) -> None:
+    """Makes a lowered model compute this rank's positions, in place.
+
+    Raises:
+        PlanError: the model's attention is not what was planned.
+    """
+    group = cp.get_group()
+    positions = Positions(group.group_name, dist.get_rank(group), group.size())
+    paths = {module: path for path, module in model.named_modules()}
+    for entry in plan.context_parallel:
+        matches = re.compile(re.escape(entry.modules).replace(r"\*", r"\d+")).fullmatch
+        if (found := sum(matches(path) is not None for path in paths.values())) != entry.layers:
+            rule = f"{found} of the model's modules have this path, planned are {entry.layers}"
+            raise PlanError("context_parallel", entry.modules, rule, "Plan again for this model")
+    for i, layer in enumerate(layers_of(model)):  # Step 1
+        CutLayer(paths[layer], layer, positions, is_first=i == 0)
+    keep_positions(model, positions)
+    model.register_forward_pre_hook(_without_labels, with_kwargs=True)
+    name = _PREFIX + implementation_of(model)  # Step 2
+    register_attention(name, exchanged_attention, implementation_of(model))
+    for config in configs_of(model):
+        config._attn_implementation = name
+    if (padding := padding_of(model)) is not None:  # Step 3
+        padding.positions = positions
+    for _, router in routers_of(model):
+        router.positions = positions.axis
+
+
+def check_exchanged(model: nn.Module) -> None:
+    """Raises PassError unless the model's attention is ours."""
+    if not implementation_of(model).startswith(_PREFIX):
+        raise PassError("shard", "the model", f"its attention is {implementation_of(model)}, which sees one rank only")
+
+
+def implementation_of(model: nn.Module) -> str:
+    """The name of the attention that the model's configs choose."""
+    return str(getattr(next(configs_of(model), None), "_attn_implementation", None))
+
+
+def configs_of(model: nn.Module) -> Iterator[Any]:
+    """The configs inside `model` that choose an implementation of attention, each once."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    return (config for config in configs.values() if hasattr(config, "_attn_implementation"))
+
+
+def register_attention(name: str, function: Callable[..., Any], inner: str) -> None:
+    """Registers `function(implementation, module, query, ...)` with transformers, with the masks of `inner`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(_implementation(inner, module), module, *args, **kwargs)
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
+
+
+def _implementation(name: str, module: nn.Module) -> Callable[..., Any]:
+    """The attention function that transformers would call in `module`; eager ones are written beside each model."""
+    of_model = sys.modules[type(module).__module__]
+    eager = getattr(of_model, "eager_attention_forward", None)
+    function: Callable[..., Any] = of_model.ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    return function
+
+
+@contextmanager
+def attention_replaced(model: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the attention of every layer is `function(implementation, module, query, ...)`."""
+    configs = list(configs_of(model))
+    before = [config._attn_implementation for config in configs]
+    register_attention("moecompile_replaced", partial(function), before[0])
+    try:
+        for config in configs:
+            config._attn_implementation = "moecompile_replaced"
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+
+
+def _without_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("labels") is not None:
+        raise ConfigError(
+            "labels", tuple(kwargs["labels"].shape), "the model computes the logits of this rank's positions only",
+            "Call it without labels, shift them, and take moecompile.own_positions(model, labels) for the loss",
+        )  # fmt: skip

@@ -1,0 +1,56 @@
+"""What is captured of a model that is not compiled yet, for its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from moecompile.capture import Example
+from moecompile.match.regions import Captured
+from moecompile.match.sites import capture_regions, record_model
+from moecompile.passes.prove import unproven
+from moecompile.passes.run import Log
+from moecompile.pipeline.facts import facts_of
+from moecompile.plan import ExpertsSite, Plan, PlannedSite
+from moecompile.planner import ModelFacts
+from moecompile.schema import Config, SiteKind
+
+
+def planning_facts(
+    model: nn.Module, config: Config, example: Example, plan: Plan | None = None
+) -> tuple[Sequence[PlannedSite], ModelFacts]:
+    """All that planning needs of a model: its sites (those of `plan`, if it is given), and its sizes."""
+    captured = capture_planned(model, plan, config, example)
+    return captured.sites, facts_of(model, example, captured, cp=config.mesh.cp)
+
+
+def capture_planned(
+    model: nn.Module, plan: Plan | None, config: Config, example: Example, log: Log | None = None
+) -> Captured:
+    """The captured regions of a model that is not compiled yet: those to plan, or those of `plan`."""
+    log = log or Log()
+    recording = record_model(model, example)
+    log.add("capture", {}, {}, f"{len(recording.graph.nodes)} functions recorded")
+    kind = config.experts.sites if plan is None else _kind(plan, config)
+    captured = capture_regions(recording, unproven, kind, _named(config, plan))
+    log.add("match", captured.regions, captured.regions, captured.summary)
+    return captured
+
+
+def _named(config: Config, plan: Plan | None = None) -> Callable[[str], bool]:
+    """Whether an FFN in an MoE block is selected: by the plan, or by a pattern other than `*`."""
+    if plan is not None:
+        planned = {layer.site.fqn for layer in plan.layers}
+        return planned.__contains__
+    pattern = config.experts.match
+    return lambda fqn: pattern != "*" and fnmatchcase(fqn, pattern)
+
+
+def _kind(plan: Plan, config: Config) -> SiteKind:
+    """The kind of site that a given plan needs."""
+    existing = {isinstance(layer.site, ExpertsSite) for layer in plan.layers}
+    if len(existing) != 1:
+        return SiteKind.both if existing else config.experts.sites
+    return SiteKind.existing if existing.pop() else SiteKind.dense
