@@ -259,10 +259,14 @@ def _memory(structure: _Structure, states: _States) -> Callable[[int, RunFacts, 
     def of_mesh(replicas: int) -> MeshSpec:
         return replace(plan.mesh, dp_replicate=replicas)
 
-    @cache
+    known: dict[object, int] = {}
+
     def of_run(run: RunFacts, in_flight: bool) -> int:
-        layers = structure.overlapped if in_flight else plan.layers
-        return activation_bytes(layers, plan.mesh, structure.facts, run) + buffer_bytes(layers, plan.mesh, run)
+        key = (run.tokens_per_rank, run.micro_batch_size, run.checkpointing, in_flight)
+        if key not in known:
+            layers, mesh = structure.overlapped if in_flight else plan.layers, plan.mesh
+            known[key] = activation_bytes(layers, mesh, structure.facts, run) + buffer_bytes(layers, mesh, run)
+        return known[key]
 
     def total(replicas: int, run: RunFacts, in_flight: bool) -> int:
         return states(structure, of_mesh(replicas), run) + of_run(run, in_flight)
