@@ -52,6 +52,16 @@ def test_the_whole_front_is_what_task_plan_predicts(tmp_path: Path, capsys: pyte
     assert load(tmp_path / "plan.yaml").hash == best["plan_hash"] == found["plan_hash"]
 
 
+def test_what_is_given_beside_counts(tmp_path: Path) -> None:
+    """A rank has half of the tokens of a micro-batch; one momentum instead of two moments; bytes of its matrices."""
+    given = ["recipe=mixtral_ep", "mesh.cp=2", "optimizer=muon"]
+    found = searched(tmp_path, *given, "search.described=false")
+    for i, each in enumerate([found["front"][0], found["front"][-1]]):
+        plan = planned(tmp_path / str(i), *given, *each["overrides"].split())
+        assert plan["step_seconds"] == each["seconds"]
+        assert plan["memory_bytes_per_rank"]["total"] == each["memory_bytes"]
+
+
 def test_fronts_have_no_candidate_that_another_beats(tmp_path: Path) -> None:
     found = searched(tmp_path, "recipe=deepseek_ep", "mesh=cpu_2x2")
     for front in (found["front"], found["described_front"]):

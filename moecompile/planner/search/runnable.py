@@ -148,7 +148,6 @@ def _inside(search: Search, structure: _Structure, states: _States, rejected: Re
     """Step 2."""
     axes, config, mesh = search.axes, structure.config, structure.plan.mesh
     limit = config.hardware.memory_gib * GIB
-    base = run_facts(config, mesh, structure.facts)
     replicas = [n for n in axes.dp_replicate if not mesh.edp % n and not mesh.num_batches % n]
     for micro_batch in axes.micro_batch:
         inner = len(axes.checkpointing) * len(replicas)
@@ -158,14 +157,11 @@ def _inside(search: Search, structure: _Structure, states: _States, rejected: Re
                 "micro-batches on every rank"  # fmt: skip
             rejected.add(rule, f"mesh.tp={mesh.tp} data.micro_batch_size={micro_batch}", inner)
             continue
-        placed = structure
+        data = replace(config.data, micro_batch_size=micro_batch, global_batch_size=batch)
+        given, placed = replace(config, data=data), structure
         if config.dispatch.balance is not DispatchBalance.none:  # what a loan is worth depends on it
-            data = replace(config.data, micro_batch_size=micro_batch)
-            placed = _planned(search, replace(config, data=data), {})
-        run = replace(
-            base, tokens_per_rank=micro_batch * config.data.seq_len, micro_batch_size=micro_batch,
-            accumulation=batch // (micro_batch * mesh.num_batches),
-        )  # fmt: skip
+            placed = _planned(search, given, {})
+        run = run_facts(given, mesh, structure.facts)
         yield from _of_micro_batch(search, placed, run, batch, replicas, states, limit, rejected)
 
 
