@@ -1,6 +1,6 @@
 """What the optimizer needs: its state, and with Muon the bytes that bring whole matrices together.
 
-P: parameters of matrices that Muon steps; n: ranks over which FSDP cuts them; t: tp.
+P: parameters of matrices that Muon steps; n: ranks over which FSDP cuts them (dp_shard cp); t: tp.
 
 1. Muon's matrices are those of the model's hidden layers (moecompile.nn.matrices), without those of FFNs that become
    experts and those of routers, and with those of experts and shared experts; with adapters, these alone.
@@ -110,8 +110,8 @@ def _new(layers: Sequence[LayerPlan]) -> tuple[list[tuple[str, int]], list[tuple
 
 def state_bytes(own: int, router: int, muon: MuonParams, mesh: MeshSpec) -> int:
     """Step 2. own: trained parameters of the fullest rank without routers, which are replicated."""
-    over = mesh.dp_shard * mesh.tp
-    of_muon = muon.dense // mesh.dp_shard + (muon.split + muon.summed) // over
+    over = mesh.fsdp_shard * mesh.tp
+    of_muon = muon.dense // mesh.fsdp_shard + (muon.split + muon.summed) // over
     of_muon += muon.experts // (mesh.ep * mesh.edp_shard)
     return ((own + router) * _ADAMW_MOMENTS - min(of_muon, own)) * FP32_BYTES
 
@@ -119,10 +119,10 @@ def state_bytes(own: int, router: int, muon: MuonParams, mesh: MeshSpec) -> int:
 def step_traffic(muon: MuonParams, mesh: MeshSpec, number: int) -> Traffic:
     """Step 3, bytes. number: bytes of a number on the wire."""
     parts = [
-        (muon.dense, mesh.dp_shard, mesh.tp),
-        (muon.split / mesh.tp, mesh.dp_shard, mesh.tp),
-        (muon.split / mesh.dp_shard, mesh.tp, 1),
-        (muon.summed, mesh.dp_shard * mesh.tp, 1),
+        (muon.dense, mesh.fsdp_shard, mesh.tp),
+        (muon.split / mesh.tp, mesh.fsdp_shard, mesh.tp),
+        (muon.split / mesh.fsdp_shard, mesh.tp, 1),
+        (muon.summed, mesh.fsdp_shard * mesh.tp, 1),
         (muon.joined / mesh.ep, mesh.edp_shard, mesh.ep),
     ]
     sent = Traffic(intra_node=0.0, inter_node=0.0)

@@ -57,6 +57,8 @@ def test_muon_has_one_number_of_state_where_adamw_has_two() -> None:
     assert adamw.params_muon == 0 and adamw.optimizer_bytes_per_step == Traffic(intra_node=0.0, inter_node=0.0)
     assert state_bytes(100, 10, MuonParams(), FOUR) == 110 * 8
     assert state_bytes(100, 10, MuonParams(dense=120, experts=200), FOUR) == 110 * 8 - (30 + 50) * 4
+    long = MeshSpec(ranks_per_node=4, ep=4, cp=4)
+    assert state_bytes(100, 10, MuonParams(dense=120, experts=200), long) == 110 * 8 - (30 + 50) * 4
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,7 @@ def test_muon_has_one_number_of_state_where_adamw_has_two() -> None:
     [
         (MuonParams(dense=160, experts=999), FOUR, 2 * 160 * 3 / 16, 0.0),
         (MuonParams(dense=160), MeshSpec(), 0.0, 0.0),
+        (MuonParams(dense=160), MeshSpec(ranks_per_node=4, cp=2), 2 * 160 * 3 / 16, 0.0),  # FSDP is over cp, too
         (MuonParams(dense=160), MeshSpec(ranks_per_node=4, dp_replicate=2), 2 * 160 / 4, 0.0),
         # Of the three others, one is on the same node.
         (
