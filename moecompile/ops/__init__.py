@@ -1,8 +1,8 @@
 """Registered ops (`torch.ops.moecompile.*`): importing this package registers them.
 
 Every function node that the compiler inserts is one of these, except the two calls of a dispatch back end (backend.py).
-Each takes split sizes as tensors and has a fake kernel and an autograd formula, so rewritten graphs print, re-trace, run
-under fake tensors and compile without graph breaks.
+Each takes split sizes as tensors and has a fake kernel and an autograd formula, so rewritten graphs print, re-trace,
+run under fake tensors and compile without graph breaks.
 """
 
 from moecompile.ops import (  # isort: split
