@@ -33,25 +33,21 @@ def _cases(world_size: int) -> list[list[Case]]:
 
 
 def _wrong(rank: int, world_size: int) -> dict[str, float]:
-    (case,) = job.random_cases(MESHES[2][0], 7, 1)[1:2]
-    assert case.kind == "dedup" and min(case.tokens) > 1
+    """Of a back end that returns gradients in another order."""
+    case = next(c for c in job.random_cases(MESHES[world_size][0], 7, 1) if c.kind == "dedup" and min(c.tokens) > 1)
     return job.errors_of([replace(case, backend="tests.backends:wrong_way")], rank)[0]
 
 
-def test_a_wrong_back_end_is_seen() -> None:
-    """It returns gradients in another order."""
-    for errors in run_distributed_test(_wrong, 2, timeout_s=100):
-        assert errors["output"] <= 1e-10 and errors["x"] > 1e-3
-
-
-def _errors(rank: int, world_size: int) -> list[tuple[Case, dict[str, float]]]:
-    return [each for cases in _cases(world_size) for each in zip(cases, job.errors_of(cases, rank), strict=True)]
+def _errors(rank: int, world_size: int) -> tuple[list[tuple[Case, dict[str, float]]], dict[str, float]]:
+    found = [each for cases in _cases(world_size) for each in zip(cases, job.errors_of(cases, rank), strict=True)]
+    return found, _wrong(rank, world_size)
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_other_back_ends_equal_the_plain_layer(world_size: int) -> None:
-    """Also drops, ranks without tokens, top-1 to top-8: output and every gradient."""
-    for rank, results in enumerate(run_distributed_test(_errors, world_size, timeout_s=170)):
+    """Also drops, ranks without tokens, top-1 to top-8: output and every gradient; and a wrong one is seen."""
+    for rank, (results, wrong) in enumerate(run_distributed_test(_errors, world_size, timeout_s=170)):
+        assert wrong["output"] <= 1e-10 and wrong["x"] > 1e-3
         assert {(bool(case.backend), bool(case.experts_backend)) for case, _ in results} == {
             (True, True), (True, False), (False, True),
         }  # fmt: skip

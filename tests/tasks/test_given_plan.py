@@ -74,8 +74,8 @@ def test_what_differs_and_what_it_costs(
 def test_a_plan_of_another_model_is_refused(first: tuple[Path, Any], tmp_path: Path) -> None:
     folder, _ = first
     for key in ("plan", "compare"):
-        with pytest.raises(PlanError, match=r"the model has (no FFN|gated|.*) there"):
-            planned(tmp_path / key, f"{key}={folder / 'plan.yaml'}", "model=switch_base")
+        with pytest.raises(PlanError, match=r"the model has .* there"):
+            planned(tmp_path / key, f"{key}={folder / 'plan.yaml'}", "model=t5_nano")
 
 
 @pytest.mark.slow
