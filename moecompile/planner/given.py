@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moecompile.errors import ConfigError
+from moecompile.mesh import MeshSpec
 from moecompile.plan import ExpertsSite, LayerPlan, Plan, load
 from moecompile.schema import AdapterKind, Config, TaskName
 
@@ -24,12 +25,12 @@ FILE = "plan.yaml"
 _TASKS = (TaskName.plan, TaskName.compile, TaskName.train)
 _GROUPS = ("mesh", "dispatch", "experts", "routing", "balance", "adapters", "per_layer")
 _LOSSES = "balance.losses."
+_MESH = tuple(field.name for field in fields(MeshSpec))
 _KEYS = {
-    "mesh": tuple(f"mesh.{name}" for name in ("num_nodes", "ranks_per_node", "ep", "dp_replicate", "tp")),
+    "mesh": tuple(f"mesh.{name}" for name in _MESH if name != "device"),
     "dispatch": ("dispatch.kind",),
 }
 """A group that the caller selected -> its keys that a plan must have."""
-_MESH = ("num_nodes", "ranks_per_node", "ep", "dp_replicate", "tp", "device")
 
 
 def plan_file(path: str, key: str = "plan") -> Path:

@@ -13,6 +13,8 @@ from moecompile.plan import FFNSite, Plan, save
 from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import build_plan
 from moecompile.planner.given import given_plan, plan_file, with_plan
+from moecompile.planner.params import AttentionFact
+from moecompile.schema import mesh_spec
 
 SITES = [
     FFNSite(
@@ -54,6 +56,19 @@ def test_a_recipe_s_own_plan_can_be_given(recipe: str, tmp_path: Path) -> None:
     save(plan, tmp_path / "plan.yaml")
     given = with_plan(compose_config([f"recipe={recipe}", f"plan={tmp_path}"]))
     assert build_plan(SITES, given, FACTS).hash == plan.hash
+
+
+def test_every_axis_of_the_mesh_is_the_plan_s(tmp_path: Path) -> None:
+    attention = AttentionFact(path="layers.0.attn", query_heads=4, key_heads=2, d_key=16, d_value=16)
+    facts = replace(FACTS, attention=(attention,), no_context="")
+    given = compose_config(["recipe=mixtral_ep", "mesh.cp=2"])
+    plan = build_plan(SITES, given, facts)
+    save(plan, tmp_path / "plan.yaml")
+    config = with_plan(compose_config(["recipe=mixtral_ep", f"plan={tmp_path}"]))
+    assert mesh_spec(config.mesh) == plan.mesh and plan.mesh.cp == 2
+    assert build_plan(SITES, config, facts).hash == plan.hash
+    with pytest.raises(ConfigError, match=r"^mesh\.cp=1: the plan of .* has 2"):
+        with_plan(compose_config(["recipe=mixtral_ep", f"plan={tmp_path}", "mesh.cp=1"]))
 
 
 def test_layers_that_differ_are_the_plan_s_alone(tmp_path: Path) -> None:
