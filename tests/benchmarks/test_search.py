@@ -34,6 +34,7 @@ def stored() -> Any:
     return json.loads((BENCHMARKS / "results" / "search.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_stored_seconds_and_the_table_are_of_this_code(program: ModuleType, stored: Any) -> None:
     cases = program.cases()
     assert [row["name"] for row in stored] == list(cases)

@@ -71,6 +71,7 @@ def test_what_differs_and_what_it_costs(
     assert "the same plan, with the same config" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_plan_of_another_model_is_refused(first: tuple[Path, Any], tmp_path: Path) -> None:
     folder, _ = first
     for key in ("plan", "compare"):
