@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from moecompile.checkpoint.tensors import read_tensors, tensors_of, write_tensors
 from moecompile.errors import ConfigError
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.pipeline import plan_of
@@ -19,7 +17,7 @@ from moecompile.runtime.strategy import ExpertParallelStrategy
 from tests.distributed import context_job as job
 from tests.distributed.context_job import Case, Step
 from tests.distributed.fold_job import worst
-from tests.distributed.gradient_job import full
+from tests.distributed.handed_over import handed_over
 from tests.distributed.harness import run_distributed_test
 
 FAST = (
@@ -142,13 +140,7 @@ def passed_on(rank: int, world_size: int, case: Case, source: str | None, target
         sum_replicated(model.parameters(), Groups.of(plan.mesh, "cpu").tokens)
         optimizer.step()
         optimizer.zero_grad()
-    tensors = tensors_of(model, [optimizer])
-    if source is not None:
-        read_tensors(Path(source), tensors)
-    Path(target).mkdir(exist_ok=True)
-    dist.barrier()
-    write_tensors(Path(target), tensors)
-    return {name: full(tensor) for name, tensor in tensors.items()}
+    return handed_over(model, optimizer, source, target)
 
 
 @pytest.mark.slow

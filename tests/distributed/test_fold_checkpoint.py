@@ -6,17 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from moecompile.checkpoint.tensors import read_tensors, tensors_of, write_tensors
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.pipeline import plan_of
 from moecompile.runtime.gradients import sum_replicated
 from moecompile.runtime.groups import Groups
 from tests.distributed import fold_job as job
 from tests.distributed.fold_job import Case
-from tests.distributed.gradient_job import full
+from tests.distributed.handed_over import handed_over
 from tests.distributed.harness import run_distributed_test
 
 
@@ -36,13 +34,7 @@ def passed_on(rank: int, world_size: int, case: Case, source: str | None, target
         sum_replicated(model.parameters(), Groups.of(plan.mesh, "cpu").tokens)
         optimizer.step()
         optimizer.zero_grad()
-    tensors = tensors_of(model, [optimizer])
-    if source is not None:
-        read_tensors(Path(source), tensors)
-    Path(target).mkdir(exist_ok=True)
-    dist.barrier()
-    write_tensors(Path(target), tensors)
-    return {name: full(tensor) for name, tensor in tensors.items()}
+    return handed_over(model, optimizer, source, target)
 
 
 @pytest.mark.slow
