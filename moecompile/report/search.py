@@ -33,11 +33,8 @@ def print_search(found: Found, config: Config, console: Console) -> None:
     if found.described:
         best, is_faster = found.described[0], not found.runs or found.described[0].seconds < found.runs[0].seconds
         console.print()
-        console.print(
-            Text(
-                f"best described layout, {'faster' if is_faster else 'slower'}; task=plan shows it, it is not run as described:"
-            )
-        )
+        speed = "faster" if is_faster else "slower"
+        console.print(Text(f"best described layout, {speed}; task=plan shows it, it is not run as described:"))
         console.print(Text(best.overrides), soft_wrap=True)
     if found.rejected:
         console.print()
