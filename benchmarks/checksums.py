@@ -53,14 +53,14 @@ def measure(folder: Path, mib: int, rounds: int) -> list[dict[str, Any]]:
 
     def save(name: str) -> None:
         with whole_folder(folder / name, is_first_rank=first, barrier=dist.barrier) as unfinished:
-            write_tensors(unfinished, {"model.weight": sharded})
+            write_tensors(unfinished, {"model.weight": sharded}, orders={})
 
     def save_unsummed() -> None:
         with mock.patch.object(sums, "file_sum", lambda path: "00000000 0"):
             save("unsummed")
 
     def load() -> None:
-        read_tensors(folder / "summed", {"model.weight": sharded})
+        read_tensors(folder / "summed", {"model.weight": sharded}, orders={})
 
     def load_unchecked() -> None:
         with mock.patch.object(sums, "check", lambda *_, **__: None):

@@ -60,7 +60,7 @@ def measure(dtype: torch.dtype, rows: int, rounds: int) -> dict[str, tuple[float
             for most, times in taken.items():
                 with mock.patch.object(products, "_most_rows", lambda dtype, most=most: most):
                     start = time.process_time()
-                    getattr(Products(dtype), method)(block, a, b, out)
+                    getattr(Products(a), method)(block, a, b, out)
                     times.append(1e3 * (time.process_time() - start))
                 results = [*results[-1:], out.clone()]
         error = float((results[0].float() - results[1].float()).abs().max() / results[0].float().abs().max())

@@ -1,8 +1,8 @@
-"""Generates parts of the pages from the code: the configuration reference, and the graphs of one FFN.
+"""Generates parts of the pages from the code: the configuration reference, messages, pictures, graphs.
 
     python docs/generate.py
 
-`tests/test_docs.py` fails when the configuration reference or the listings are out of date.
+`tests/test_docs.py` and `tests/test_site.py` fail when one of them is out of date.
 """
 
 from __future__ import annotations
@@ -151,5 +151,10 @@ def _value(value: Any) -> str:
 
 
 if __name__ == "__main__":
+    import draw  # docs/draw.py
+    import messages  # docs/messages.py
+
+    draw.draw(DOCS / "assets" / "concepts")
+    (DOCS / "reference" / "messages.md").write_text(messages.page(), encoding="utf-8")
     (DOCS / "reference" / "configuration.md").write_text(configuration(), encoding="utf-8")
     graphs(DOCS / "assets")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moecompile.match.patterns import FFNMatch, register_pattern
     from moecompile.match.regions import Region
     from moecompile.match.view import GraphView
+    from moecompile.models.widen import widen_experts
     from moecompile.nn import auxiliary_loss, update_balance
     from moecompile.nn.context import own_positions
     from moecompile.nn.replay import record_routes, replay_routes
@@ -68,6 +69,7 @@ _HOMES = {
     "shard": "passes.shard",
     "transform": "pipeline",
     "update_balance": "nn",
+    "widen_experts": "models.widen",
 }
 
 __all__ = [
@@ -102,6 +104,7 @@ __all__ = [
     "shard",
     "transform",
     "update_balance",
+    "widen_experts",
 ]
 
 

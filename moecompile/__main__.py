@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from moecompile import clock, waiting
+from moecompile.errors import RankFailure
 from moecompile.runtime.ranks import in_place_ranks
 
 if TYPE_CHECKING:
@@ -33,17 +34,37 @@ def main() -> int:
 def _command_line() -> int:
     from moecompile import compose
 
-    return compose.main(_run, _prepare, _check, _summarize)
+    code = compose.main(_run, _prepare, _check, _summarize)
+    if "moecompile.tasks.submit" not in sys.modules:
+        return code
+    from moecompile.runtime.slurm import wait_for_jobs
+
+    try:
+        wait_for_jobs()  # here the run directory is free for the job
+    except KeyboardInterrupt:
+        return 130
+    except RankFailure as error:
+        code = compose.report(error, debug=False)
+    return code
 
 
 def _prepare(config: Config, run_dir: Path) -> Config:
     from moecompile.checkpoint.resume import resumed
     from moecompile.planner.given import with_plan
+    from moecompile.planner.placement import with_placement
+    from moecompile.schema import TaskName, of_the_job
 
-    return resumed(with_plan(config), run_dir)
+    if config.task.name is TaskName.submit:  # what its job would refuse is refused before it waits
+        resumed(with_plan(with_placement(of_the_job(config))), run_dir)
+        return config
+    return resumed(with_plan(with_placement(config)), run_dir)
 
 
 def _check(config: Config) -> None:
+    from moecompile.runtime.in_place import check_started
+
+    if config.task.name.value in ("train", "bench"):  # verify has a smaller mesh
+        check_started(config.mesh.num_nodes, config.mesh.ranks_per_node)
     from moecompile.tasks.inputs import check_inputs
 
     check_inputs(config)
@@ -52,11 +73,26 @@ def _check(config: Config) -> None:
 def _summarize(sweep: Path) -> None:
     from moecompile.report.sweep import summarize
 
-    summarize(sweep)
+    if "moecompile.tasks.submit" not in sys.modules:
+        return summarize(sweep)
+    from moecompile.runtime.slurm import has_waiting, wait_for_jobs
+
+    if not has_waiting():
+        return None  # the results come later
+    try:
+        wait_for_jobs()
+    finally:
+        summarize(sweep)
+    return None
 
 
 def _run(config: Config, run_dir: Path) -> int:
     clock.begin()
+    if config.task.name.value == "submit":
+        from moecompile.tasks import submit
+
+        submit.run(config, run_dir)
+        return 0
     world_size = config.mesh.num_nodes * config.mesh.ranks_per_node
     where = f" on {world_size} ranks" if config.task.name.value in _ON_RANKS and world_size > 1 else ""
     waiting.show(f"{config.name}: {config.task.name.value}{where}, loading torch")
@@ -76,7 +112,12 @@ def _terminated(number: int, frame: object) -> NoReturn:
 def console() -> NoReturn:
     """Runs the process. It ends with `os._exit`, because Python's shutdown with torch takes seconds."""
     signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a batch system's warning; ranks that train answer it
     code = main()
+    from moecompile.runtime.slurm import requeue_if_asked
+
+    if (told := requeue_if_asked()) is not None:
+        print(told, flush=True)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

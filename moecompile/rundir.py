@@ -24,6 +24,17 @@ from moecompile.errors import ConfigError, UserError
 
 PENDING = ".pending"
 RESULT = "result.json"
+REPORT = "report.html"
+ERRORS = "errors"
+"""The folder with the failures of ranks."""
+FORECAST = "forecast.json"
+"""The predicted time of a step of a training run."""
+PROFILE = "step_profile.json"
+"""What the last steps of a training run measured: time by part, rows, bytes, memory."""
+ROUTES = "routes_sample.npz"
+"""Which experts tokens of the last steps chose."""
+SAMPLES = "samples.jsonl"
+"""Text that the model wrote during training."""
 _accepted: set[Path] = set()
 _BUSY = (errno.EWOULDBLOCK, errno.EACCES)
 
@@ -69,6 +80,7 @@ def accept(run_dir: Path) -> None:
         return
     with suppress(FileNotFoundError):
         (run_dir / RESULT).unlink()  # of the previous run; this one has none yet
+    shutil.rmtree(run_dir / ERRORS, ignore_errors=True)  # else a signal would be taken for the end of a failed run
     for path in sorted(pending.iterdir()):
         target = run_dir / path.name
         if target.is_dir():
@@ -112,12 +124,39 @@ def kept_apart(run_dir: Path) -> Iterator[None]:
 
 def resume_hint(overrides: Sequence[str], run_dir: Path) -> str:
     """The command that resumes a run that was ended by a signal."""
-    flags = [word for word in sys.argv[1:] if "=" not in word and word not in ("-m", "--multirun")]
-    kept = [word for word in overrides if not re.match(r"\+{0,2}(trainer\.resume|hydra\.run\.dir)=", word)]
     python = "python" if os.path.realpath(shutil.which("python") or "") == os.path.realpath(sys.executable) else None
-    words = [python or sys.executable, "-m", "moecompile", *flags, *kept]
-    words += [f"hydra.run.dir={_quoted(run_dir)}", "trainer.resume=auto"]
+    kept = _without(overrides, "trainer.resume")
+    words = [*_command(python or sys.executable, kept, run_dir), "trainer.resume=auto"]
     return f"resume with:  {shlex.join(words)}"
+
+
+def job_command(overrides: Sequence[str], run_dir: Path, task: str, python: str) -> list[str]:
+    """The command of a job that runs `task` in `run_dir`, and goes on there if it is started again."""
+    kept = _without(overrides, "task", "launcher.dry_run")
+    resumes = task != "train" or _without(kept, "trainer.resume") != kept  # as the caller says
+    return [*_command(python, [f"task={task}", *kept], run_dir), *([] if resumes else ["trainer.resume=auto"])]
+
+
+def _command(python: str, overrides: Sequence[str], run_dir: Path) -> list[str]:
+    flags = [word for word in sys.argv[1:] if "=" not in word and word not in ("-m", "--multirun")]
+    kept = _without(overrides, "hydra.run.dir")
+    return [python, "-m", "moecompile", *flags, *kept, f"hydra.run.dir={_quoted(run_dir)}"]
+
+
+def _without(overrides: Sequence[str], *keys: str) -> list[str]:
+    """The overrides of other keys than these."""
+    return [word for word in overrides if word.lstrip("+").partition("=")[0] not in keys]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file atomically."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _quoted(path: Path) -> str:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection
+from copy import copy
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._library.effects import EffectType
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _resolve_process_group, _set_pg_timeout, _world
+from torch.distributed.distributed_c10d import _resolve_process_group, _world
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode, _VersionWrapper
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    _CachingTorchDispatchMode,
+    _VersionWrapper,
+    create_selective_checkpoint_contexts,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,8 +41,10 @@ __all__ = [
     "FSDPMeshInfo",
     "HSDPMeshInfo",
     "ShardPlacementResult",
+    "all_gather_single",
     "backward_number",
     "compile_whole",
+    "device_of",
     "drop_unreduced",
     "fake_tensors",
     "hooks_of",
@@ -105,18 +114,18 @@ def drop_unreduced(model: nn.Module) -> None:
         param.unsharded_accumulated_grad = param._unsharded_param.grad = None
 
 
-def keeping(kept: Collection[Any]) -> tuple[_CachingTorchDispatchMode, _CachedTorchDispatchMode]:
+def keeping(kept: Collection[Any]) -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """Contexts for the first and the recomputed forward, which gets the results of the ops `kept` from the first.
 
     Like torch's selective checkpointing, except that a result that is modified in place later (some routers divide
     their top-k in place) is copied first, so that the recomputed forward gets the original.
     """
-    storage: dict[Any, dict[int, Any]] = defaultdict(dict)
 
-    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> bool:
-        return op in kept
+    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return _CopyOnWrite(policy, storage), _CachedTorchDispatchMode(policy, storage)
+    caching, cached = create_selective_checkpoint_contexts(policy)
+    return _CopyOnWrite(policy, caching.storage), cached
 
 
 class _CopyOnWrite(_CachingTorchDispatchMode):
@@ -127,11 +136,15 @@ class _CopyOnWrite(_CachingTorchDispatchMode):
 
     def _copy(self, memory: set[int]) -> None:
         def copied(kept: Any) -> Any:
-            shares = isinstance(kept.val, torch.Tensor) and _memory_of(kept.val) in memory
-            return _VersionWrapper(kept.val.clone()) if shares else kept
+            if not isinstance(kept.val, torch.Tensor) or _memory_of(kept.val) not in memory:
+                return kept
+            changed = copy(kept)
+            changed.val = kept.val.clone()
+            changed.version = changed.val._version
+            return changed
 
         for results in self.storage.values():
-            for number, result in results.items():
+            for number, result in results.items() if isinstance(results, dict) else enumerate(results):
                 if any(isinstance(leaf, _VersionWrapper) for leaf in tree_leaves(result)):
                     results[number] = tree_map(copied, result)
 
@@ -170,6 +183,18 @@ def process_group_by_name(name: str) -> ProcessGroup | None:
         return None
 
 
+def all_gather_single(out: torch.Tensor, block: torch.Tensor, group: ProcessGroup) -> None:
+    """Gathers the blocks of all ranks into `out`. Before torch 2.13 the function had another name, deprecated there."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, block, group=group)
+
+
+def device_of(group: ProcessGroup | None = None) -> torch.device:
+    """Where collectives of a group (None: of all ranks) want their tensors: NCCL has none on the CPU."""
+    on_gpu = "nccl" in dist.get_backend(group)
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
 def fake_tensors() -> FakeTensorMode:
     """A mode with fake tensors and symbolic values, in which code can detect that it is traced."""
     from torch._subclasses import FakeTensorMode  # here, because these load sympy
@@ -186,7 +211,7 @@ def split_axis(device_mesh: DeviceMesh, axis: str, sizes: dict[str, int]) -> Dev
 def set_timeouts(timeout: timedelta) -> None:
     """Gives every process group of this rank the same timeout; those of a device mesh start with 30 minutes."""
     for group in list(_world.pg_map):
-        _set_pg_timeout(timeout, group)
+        group.set_timeout(timeout)
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:

@@ -11,6 +11,11 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: more threads than cores make it crawl
 
 GOLDEN = Path(__file__).parent / "golden"
+LONGEST = (
+    "tests/tasks/test_families.py", "tests/tasks/test_train.py", "tests/tasks/test_recipes.py", "tests/verify/",
+    "tests/cluster/", "tests/tasks/", "tests/distributed/",
+)  # fmt: skip
+"""Files and rooms that begin first: a worker gets whole files, and a long one at the end would leave the others idle."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--bless"):
         items[:] = [item for item in items if "bless" in getattr(item, "fixturenames", ())]
+    items.sort(key=lambda item: [not item.nodeid.startswith(name) for name in LONGEST])
 
 
 @pytest.fixture

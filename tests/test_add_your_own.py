@@ -102,14 +102,15 @@ def test_the_dispatch_on_the_page_inserts_its_exchanges(monkeypatch: pytest.Monk
 def test_the_score_on_the_page_routes(monkeypatch: pytest.MonkeyPatch) -> None:
     (methods,) = re.findall(r"^```text\n(    def _score\(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     code: dict[str, Any] = {"Router": Router, "Tensor": Tensor, "nn": nn}
+    methods = methods.replace("        ...\n", "        return Router._score(self, logits)\n")
     exec(compile(f"class Mine(Router):\n{methods}", "docs/use/add-your-own.md", "exec", dont_inherit=True), code)
-    monkeypatch.setitem(routing_config._WORDS, "score", (*Score, "sqrt_softplus"))
-    config = RouterConfig(**{**PLAIN_ROUTING, "score": "sqrt_softplus"})
+    monkeypatch.setitem(routing_config._WORDS, "score", (*Score, "softplus"))
+    config = RouterConfig(**{**PLAIN_ROUTING, "score": "softplus"})
     router = code["Mine"](8, 4, config, BalanceSpec(rule="none", rate=0.0, micro_batch=0.1)).train()
     torch.nn.init.normal_(router.weight)
     x_TD = torch.randn(6, 8)
     weights_TK, ids_TK = router(x_TD)
-    scores_TE = nn.functional.softplus(router.logits(x_TD)).sqrt()
+    scores_TE = nn.functional.softplus(router.logits(x_TD))
     best = scores_TE.topk(2, sorted=False)
     assert torch.equal(ids_TK, best.indices)
     torch.testing.assert_close(weights_TK, best.values / best.values.sum(1, keepdim=True))

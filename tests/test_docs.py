@@ -47,7 +47,8 @@ def _blocks() -> Iterator[Block]:
             yield Block(where, line, found[2], int(found[1] or 0), found[3])
 
 
-BLOCKS = [block for block in _blocks() if "--8<--" not in block.text]
+# Tutorials are run whole by tests/test_tutorials.py.
+BLOCKS = [block for block in _blocks() if "--8<--" not in block.text and not block.where.startswith("docs/tutorials/")]
 PROGRAMS = [block for block in BLOCKS if block.language == "python"]
 
 
@@ -115,10 +116,12 @@ def _commands() -> Iterator[tuple[str, str]]:
                     yield f"{page}:{block.line + i}", line
 
 
-COMMANDS = list(_commands())
+def _marks(line: str) -> tuple[pytest.MarkDecorator, ...]:
+    """A sweep composes each of its jobs: seconds."""
+    return (pytest.mark.slow,) if "moecompile -m" in line else ()
 
 
-@pytest.mark.parametrize("line", [line for _, line in COMMANDS], ids=[where for where, _ in COMMANDS])
+@pytest.mark.parametrize("line", [pytest.param(line, id=where, marks=_marks(line)) for where, line in _commands()])
 def test_documented_commands_are_right(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command of moecompile composes to a valid config; others name things that exist."""
     monkeypatch.chdir(REPOSITORY)
@@ -235,9 +238,16 @@ def test_links_into_the_checkout_resolve(name: str) -> None:
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs")
+    for plugin in ("mkdocs", "mkdocstrings", "mkdocs_jupyter"):
+        pytest.importorskip(plugin)
     run("-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site"), cwd=REPOSITORY)
-    assert (tmp_path / "site" / "reference" / "configuration" / "index.html").exists()
+    assert (tmp_path / "site" / "reference" / "configuration.html").exists()
+    fetched = re.compile(
+        r'<(?:script|img|iframe|source|link (?!rel="canonical"))[^>]*?(?:src|href)="(?:https?:)?//[^"]+"'
+    )
+    pages = {path: path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html")}
+    assert len(pages) > 60
+    assert [(path.name, tag) for path, page in pages.items() for tag in fetched.findall(page)] == []
 
 
 # -- what a run leaves behind --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,7 @@ import yaml
 from moecompile.version import __version__
 
 REPOSITORY = Path(__file__).parents[1]
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 pytestmark = pytest.mark.slow
 
@@ -43,9 +45,27 @@ def run(cwd: Path, *args: str, path: Path | None = None) -> str:
     return result.stdout
 
 
-def test_the_version_is_said_once_more_where_it_is_built() -> None:
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    assert project["version"] == __version__
+def test_the_version_is_the_same_wherever_it_is_said() -> None:
+    assert PROJECT["version"] == __version__
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (__version__, PROJECT["license"])
+    newest = re.search(r"^## \[(.+?)\] - (.+)$", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None and newest.groups() == (__version__, str(citation["date-released"]))
+    for page in ("README.md", "docs/index.md"):
+        assert f"Version {__version__}" in (REPOSITORY / page).read_text(), page
+
+
+def test_the_docs_and_messages_name_extras_that_exist_and_every_extra_is_named() -> None:
+    texts = [
+        path.read_text()
+        for room in ("docs", "moecompile")
+        for path in (REPOSITORY / room).rglob("*.*")
+        if path.suffix in (".md", ".py")
+    ]
+    named = {
+        name for text in texts for found in re.findall(r"moecompile\[([\w,]+)\]", text) for name in found.split(",")
+    }
+    assert named == set(PROJECT["optional-dependencies"]) - {"dev", "docs"}
 
 
 def test_the_source_distribution_holds_configs_recipes_and_licence(dist: Path) -> None:
@@ -53,7 +73,9 @@ def test_the_source_distribution_holds_configs_recipes_and_licence(dist: Path) -
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
         assert not [member.name for member in tar.getmembers() if member.issym() or member.islnk()]
-    assert {"conf/config.yaml", "conf/recipe/deepseek_ep.yaml", "LICENSE", "NOTICE", "pyproject.toml"} <= names
+    needed = {"conf/config.yaml", "conf/recipe/deepseek_ep.yaml", "LICENSE", "NOTICE", "CITATION.cff", "pyproject.toml"}
+    needed |= {"benchmarks/memory.py", "tests/test_packaging.py", "docs/index.md", ".ci/run"}
+    assert needed <= names
 
 
 def test_the_wheel_holds_every_config_recipe_and_data_file(installed: Path) -> None:

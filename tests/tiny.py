@@ -35,6 +35,12 @@ D_MODEL, D_FF = 8, 16
 COPY4 = ["experts.num_routed=4", "routing.top_k=2"]
 
 
+def collective(name: str) -> str:
+    """What this torch calls one of its collectives: before 2.13 two of them had other names."""
+    earlier = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}
+    return name if hasattr(dist, name) else earlier[name]
+
+
 PLAIN_ROUTING = {
     "top_k": 2, "score": "softmax", "normalize": True, "scale": 1.0, "groups": 1, "top_groups": 1, "group_score": "top2",
 }  # fmt: skip

@@ -50,10 +50,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Place:
-    """This rank among those that share the experts."""
+    """This rank among those that share the experts, on one node or several."""
 
     rank: int = 0
     ranks: int = 1
+    nodes: int = 1
 
     def mine(self, tensor: Tensor) -> Tensor:
         """(E, ...) -> (e, ...): this rank's experts."""

@@ -62,4 +62,5 @@ def _module(size: Size, place: Place) -> Any:
             perform_initialization=False,
         )  # fmt: skip
         spec = get_moe_module_spec(use_te=False, num_experts=size.experts, moe_grouped_gemm=False)
-        return MoELayer(config, spec.submodules)
+        submodules = getattr(spec, "submodules", None) or spec.keywords["submodules"]  # 0.16, 0.19
+        return MoELayer(config, submodules)

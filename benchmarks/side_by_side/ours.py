@@ -11,13 +11,14 @@ from side_by_side.hugging_face import mixtral_block
 
 
 class MoecompileLayer:
-    """dispatch: `flat`, `dedup`, `allgather` or `auto`; one rank has no exchange."""
+    """dispatch: `flat`, `dedup`, `hierarchical`, `allgather` or `auto`; one rank has no exchange."""
 
     def __init__(self, size: Size, weights: Weights, place: Place, dispatch: str = "auto") -> None:
         from moecompile import compile_model
 
         block = mixtral_block(size, weights, "eager")
-        overrides = [f"mesh.ranks_per_node={place.ranks}", "data.micro_batch_size=1"]
+        overrides = [f"mesh.num_nodes={place.nodes}", f"mesh.ranks_per_node={place.ranks // place.nodes}"]
+        overrides += ["data.micro_batch_size=1"]
         overrides += [f"data.seq_len={size.tokens}", f"data.global_batch_size={place.ranks}"]
         overrides += [f"dispatch={dispatch}"] if place.ranks > 1 else []
         example = torch.zeros(1, 4, HIDDEN, dtype=weights.router_ED.dtype)
@@ -45,7 +46,7 @@ def _bind(module: nn.Module, place: Place) -> None:
     from moecompile.passes.shard import bind_axes, expert_parameters
 
     mesh = device_mesh_of(plan_of(module).mesh, "cpu")
-    bind_axes(module, mesh)
+    bind_axes(module, mesh, place.nodes)
     for owner, name in expert_parameters(module):
         local = place.mine(owner.get_parameter(name).detach()).clone()
         setattr(owner, name, nn.Parameter(DTensor.from_local(local, mesh["ep"], [Shard(0)], run_check=False)))

@@ -18,17 +18,18 @@ from side_by_side import agreement
 from side_by_side.common import Layer, Place, Size, Weights
 from side_by_side.launch import NAMESPACE
 from side_by_side.one_rank import WARM_UP, Times, step, summary
-from side_by_side.registry import LIMIT, MANY_RANKS, OURS, Entry
+from side_by_side.registry import LIMIT, OURS, TWO_NODES, Entry
 from side_by_side.wire import Counter
 
 
 def run_rank(job: dict[str, Any], folder: Path) -> None:
     """All sizes; rank 0 writes `found.json`. Does not return."""
     dist.init_process_group("gloo")
-    entries = {name: MANY_RANKS[name] for name in job["names"]}
+    entries = {name: TWO_NODES[name] for name in job["names"]}
     counter = Counter()
-    rows = [row for size in job["sizes"] for row in _measure(entries, Size.parse(size), job["rounds"], counter)]
-    counter_x = counter.check()
+    place = Place(dist.get_rank(), dist.get_world_size(), job["nodes"])
+    rows = [row for size in job["sizes"] for row in _measure(entries, Size.parse(size), job["rounds"], counter, place)]
+    counter_x = counter.check(job["nodes"])
     if dist.get_rank() == 0:
         found = {"namespace": os.environ.get(NAMESPACE), "counter_x": counter_x, "rows": rows}
         (folder / "found.json").write_text(json.dumps(found))
@@ -36,8 +37,9 @@ def run_rank(job: dict[str, Any], folder: Path) -> None:
     os._exit(0)  # a gloo thread may abort the interpreter's own shutdown
 
 
-def _measure(entries: dict[str, Entry], size: Size, rounds: int, counter: Counter) -> list[dict[str, Any]]:
-    place = Place(dist.get_rank(), dist.get_world_size())
+def _measure(
+    entries: dict[str, Entry], size: Size, rounds: int, counter: Counter, place: Place
+) -> list[dict[str, Any]]:
     weights = Weights.random(size)
     layers = {name: entry.build(size, weights, place) for name, entry in entries.items()}
     reference = agreement.Reference(size, weights, place)
@@ -60,7 +62,8 @@ def _measure(entries: dict[str, Entry], size: Size, rounds: int, counter: Counte
     return [
         {
             "size": str(size), "layer": name, **row,
-            "sent_mib": max(0.0, statistics.median(sent[name])) / place.ranks / 2**20,  # barriers vary by some bytes
+            # Barriers vary by some bytes. The ranks of a node share an interface.
+            "sent_mib": max(0.0, statistics.median(sent[name])) * place.nodes / place.ranks / 2**20,
             "errors": _worst([theirs[name] for _, theirs in everywhere]) if name != LIMIT else None,
         }
         for name, row in summary(merged, f"{OURS} auto").items()
@@ -74,7 +77,7 @@ def _worst(errors: list[dict[str, float]]) -> dict[str, float]:
 def _interleaved(
     layers: dict[str, Layer], size: Size, rounds: int, counter: Counter
 ) -> tuple[Times, dict[str, list[float]]]:
-    """This rank's times, and the bytes that all ranks sent, of each round."""
+    """This rank's times, and the bytes that its interface sent, of each round."""
     generator = torch.Generator().manual_seed(1 + dist.get_rank())
 
     def draw() -> Tensor:

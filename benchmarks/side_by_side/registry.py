@@ -79,6 +79,11 @@ _TITAN = Entry(
 )
 _DEEPSPEED = Entry(_made("deepspeed_moe", "DeepSpeedLayer"), "deepspeed")
 _MEGATRON = Entry(_made("megatron_moe", "MegatronLayer"), "megatron-core")
+_AXOLOTL_DISPATCH = "axolotl.integrations.expert_parallel.torch_dispatch"  # since 0.21
+_AXOLOTL = {
+    f"Axolotl {name}": Entry(_made("axolotl_moe", "AxolotlLayer", chunks), "axolotl", ("addict", _AXOLOTL_DISPATCH))
+    for name, chunks in (("torch", "1"), ("torch, 2 chunks", "2"))
+}
 _GROUPED = _made("hugging_face", "TransformersLayer", "grouped_mm")
 
 ONE_RANK = {
@@ -100,7 +105,9 @@ MANY_RANKS = {
     "torchtitan all_to_all": _TITAN,
     "DeepSpeed all_to_all": _DEEPSPEED,
     "Megatron-Core allgather": _MEGATRON,
+    **_AXOLOTL,
 }
+TWO_NODES = MANY_RANKS | {f"{OURS} hierarchical": Entry(_made("ours", "MoecompileLayer", "hierarchical"))}
 
 
 def is_ours(name: str) -> bool:

@@ -102,6 +102,14 @@ def conditions(found: dict[str, Any]) -> str:
     processor = " and ".join([known["isa"], *extras]) + ("" if known["amx_bf16"] else ", without AMX")
     text = f"{packages}; a CPU with {processor};"
     text += f" {max(row['rounds'] for row in found['rows'])} rounds."
+    if found.get("link_mbit"):
+        return " ".join(
+            [
+                text,
+                f"A link of {found['link_mbit']:,} Mbit/s.",
+                *(f"Left out: {name}." for name in found.get("missing", ())),
+            ]
+        )
     if found.get("namespace", "own") != "own":
         text += " Bytes are whatever crossed this machine's loopback: a network namespace needs root."
     return " ".join([text, *(f"Left out: {name}." for name in found.get("missing", ()))])

@@ -8,6 +8,8 @@ FFN of each block into eight experts, four on each rank.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -76,12 +78,11 @@ def samples() -> DataLoader[tuple[Tensor, ...]]:
     return DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True)
 
 
-def main() -> None:
-    """Trains for a few epochs; Lightning's sampler gives each rank its own part of the data."""
-    trainer = Trainer(
+def make_trainer(**where: Any) -> Trainer:
+    """Trains for a few epochs; `where` is the accelerator, the devices of a machine and the number of machines."""
+    return Trainer(
         strategy="expert_parallel",
-        accelerator="cpu",
-        devices=2,
+        **where,
         max_epochs=5,
         gradient_clip_val=1.0,
         logger=False,
@@ -89,6 +90,11 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def main() -> None:
+    """Lightning's sampler gives each rank its own part of the data."""
+    trainer = make_trainer(accelerator="cpu", devices=2)
     module = Module()
     trainer.fit(module, samples())
     if trainer.is_global_zero:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from moecompile.bench.measure import Times, medians
+from moecompile.bench.peak import PeakMemory
 from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, Plan
 from moecompile.runtime.data import TextData, mean_length, train_loader
 from moecompile.runtime.module import LanguageModule
@@ -30,7 +31,7 @@ from moecompile.runtime.strategy import ExpertParallelStrategy
 from moecompile.runtime.training import make_trainer
 from moecompile.schema import Config
 
-PROFILED_STEPS = 2
+PROFILED_STEPS, MEMORY_STEPS = 2, 2
 _OURS = "moecompile::"
 _EXCHANGES = EXCHANGE_OPS | WAIT_OPS | {"read_tables", "wire_cast", "wire_uncast"}
 _EXPERTS = ("expert_ffn", "grouped_mm", "expert_bias", "sum_experts")  # prefixes, for their backward ops too
@@ -41,7 +42,8 @@ class StepCost:
     """The cost of an optimizer step. step: of rank 0; its CPU time is the mean over ranks. tokens: of the global batch.
 
     exchanges, experts, rows: fraction of the profiled steps that rank 0 spends in exchanges, in the experts'
-    computation, and in our other ops (top-k, sorting, packing and summing rows, counting).
+    computation, and in our other ops (top-k, sorting, packing and summing rows, counting). peak_bytes: of the tensors
+    of the fullest rank, in one more step (peak.py); planned_bytes: what the plan says of it.
     """
 
     world_size: int
@@ -50,6 +52,8 @@ class StepCost:
     exchanges: float
     experts: float
     rows: float
+    peak_bytes: int
+    planned_bytes: int | None
 
     @property
     def tokens_per_second(self) -> float:
@@ -71,9 +75,11 @@ def measure_steps(
         model, plan, data, materialize: as for `runtime.training.train`. run_dir: where Lightning's loggers write.
     """
     mesh, rank = plan.mesh, dist.get_rank()
-    num_steps = config.bench.warmup + config.bench.rounds + PROFILED_STEPS
+    num_steps = config.bench.warmup + config.bench.rounds + PROFILED_STEPS + MEMORY_STEPS
     config = copy.deepcopy(config)
-    config.trainer = dataclasses.replace(config.trainer, max_steps=num_steps, progress_bar=False, resume=None)
+    config.trainer = dataclasses.replace(
+        config.trainer, max_steps=num_steps, progress_bar=False, resume=None, loggers=[]
+    )
     loader = train_loader(
         data.train,
         config.data,
@@ -86,18 +92,21 @@ def measure_steps(
     trainer = make_trainer(config, mesh, run_dir, [clock], materialize=materialize)
     trainer.fit(LanguageModule(model, config.optimizer, num_steps), loader)
     step = medians(clock.measured)
-    cpu_ms: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(cpu_ms, step.cpu_ms)
+    found: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(found, (step.cpu_ms, clock.peak_bytes))
+    cpu_ms, peaks = zip(*found, strict=True)
     return StepCost(
         world_size=mesh.world_size,
         tokens=round(config.data.global_batch_size * mean_length(data.train, config.data.seq_len)),
         step=dataclasses.replace(step, cpu_ms=sum(cpu_ms) / len(cpu_ms)),
         **clock.shares,
+        peak_bytes=max(peaks),
+        planned_bytes=plan.estimate.memory_bytes_per_rank.total if plan.estimate else None,
     )
 
 
 class _Clock(StepObserver):
-    """Times some steps, then profiles some."""
+    """Times some steps, then profiles some, then measures the memory of one."""
 
     def __init__(self, warmup: int, rounds: int) -> None:
         self.warmup, self.rounds = warmup, rounds
@@ -105,7 +114,9 @@ class _Clock(StepObserver):
         self.shares = {"exchanges": 0.0, "experts": 0.0, "rows": 0.0}
         self._steps_done = 0
         self._last = (0.0, 0.0)
+        self.peak_bytes = 0
         self._profiler: profile | None = None
+        self._memory: PeakMemory | None = None
 
     def step_ended(self, module: LanguageModule, strategy: ExpertParallelStrategy) -> None:
         """Records the time of the step; the profiler runs from the last timed step to the last step."""
@@ -128,6 +139,14 @@ class _Clock(StepObserver):
             microseconds = 1e6 * (now - self._began)
             self._profiler.__exit__(None, None, None)
             self.shares = _shares(self._profiler.events() or (), microseconds, on_gpu=on_gpu)
+            self._profiler = None
+        if timed == self.rounds + PROFILED_STEPS:
+            self._memory = PeakMemory(strategy.root_device)
+            self._memory.watch()
+        elif self._memory is not None and timed < self.rounds + PROFILED_STEPS + MEMORY_STEPS:
+            self._memory.start()
+        elif self._memory is not None:
+            self.peak_bytes = self._memory.stop()
         self._last = (time.perf_counter(), time.process_time())
 
 

@@ -35,12 +35,16 @@ class Recording:
 
     graph: a dataflow graph for matching, not for execution: one node per torch function call; `meta["owner"]` is the
     path of the module that made the call; parameters are `get_attr` nodes. calls: first call of every module that ran.
+    read, made: the nodes of the tensors in the arguments and in the result of that call; None for a tensor that no
+    node stands for.
     """
 
     model: nn.Module
     example: Example
     graph: fx.Graph
     calls: dict[str, ModuleCall] = field(default_factory=dict)
+    read: dict[str, list[fx.Node | None]] = field(default_factory=dict)
+    made: dict[str, list[fx.Node | None]] = field(default_factory=dict)
 
 
 def record(
@@ -118,6 +122,10 @@ class _Recorder(TorchFunctionMode):
             self._bind(tensor, node if len(outputs) == 1 else self._item(node, i, tensor))
         return out
 
+    def nodes_of(self, values: Any) -> list[fx.Node | None]:
+        """The node of every tensor in `values`."""
+        return [self.nodes.get(id(leaf)) for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
     def _item(self, node: fx.Node, index: int, tensor: Tensor) -> fx.Node:
         item = self.graph.create_node("call_function", operator.getitem, (node, index))
         item.meta["owner"], item.meta["shape"] = self.owners[-1], tuple(tensor.shape)
@@ -159,10 +167,11 @@ def _watched(module: nn.Module, names: list[str], recording: Recording, mode: _R
         caller = mode.owners[-1]
         name = next((name for name in names if name.startswith(f"{caller}.")), names[0])
         recording.calls.setdefault(name, ModuleCall(args, dict(kwargs)))
+        recording.read.setdefault(name, mode.nodes_of((args, kwargs)))
         mode.owners.append(name)
 
-    def after(*_: Any) -> None:
-        mode.owners.pop()
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        recording.made.setdefault(mode.owners.pop(), mode.nodes_of(output))
 
     handles = [
         module.register_forward_pre_hook(before, with_kwargs=True),

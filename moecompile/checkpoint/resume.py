@@ -23,7 +23,7 @@ def check_free(config: Config, run_dir: Path) -> None:
     """
     task, previous = config.task.name.value, task_of(run_dir)
     has_checkpoints = bool(steps(checkpoints_of(run_dir)))
-    resumes = config.task.name is TaskName.train and (config.trainer.resume is not None or _is_restarted())
+    resumes = config.task.name is TaskName.train and (config.trainer.resume is not None or is_restarted())
     if has_checkpoints and not resumes:
         raise ConfigError(
             "hydra.run.dir", run_dir, "holds the checkpoints of another run",
@@ -33,9 +33,9 @@ def check_free(config: Config, run_dir: Path) -> None:
         raise ConfigError("hydra.run.dir", run_dir, f"holds what task={previous} has written", "Use another directory")
 
 
-def _is_restarted() -> bool:
-    """Whether torchrun has restarted all ranks, after one was lost."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+def is_restarted() -> bool:
+    """Whether torchrun has restarted all ranks, after one was lost, or SLURM has requeued the job."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def resumed(config: Config, run_dir: Path) -> Config:

@@ -22,7 +22,6 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
@@ -31,6 +30,7 @@ from torch.futures import Future
 from torch.optim import Optimizer
 
 from moecompile.checkpoint import sums
+from moecompile.checkpoint.placed import LoadById, Orders, SaveById
 from moecompile.errors import ConfigError
 
 INDEX = ".metadata"
@@ -87,13 +87,19 @@ def staged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone() if value.is_cpu else value.detach().cpu() for name, value in tensors.items()}
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+def write_tensors(
+    folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None, *, orders: Orders
+) -> None:
     """Writes the shards and their checksums. All ranks call it; when it returns, all files are complete.
+
+    Args:
+        orders: from `orders_of`: the expert at each position of entries that are not in the order of ids. It has no
+            default, because rows would be written for other experts silently.
 
     Raises:
         CheckpointException: a rank could not write; raised on every rank.
     """
-    dcp.save(dict(tensors), storage_writer=_Writer(folder), process_group=group)
+    dcp.save(dict(tensors), storage_writer=_Writer(folder), planner=SaveById(orders), process_group=group)
     rank = dist.get_rank(group)
     gathered: list[Any] = [None] * dist.get_world_size(group)
     local_sums = {path.name: sums.file_sum(path) for path in folder.glob(f"__{rank}_*{_SHARD}")}
@@ -103,8 +109,11 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proce
     dist.barrier(group)
 
 
-def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def read_tensors(folder: Path, tensors: Mapping[str, Tensor], *, orders: Orders) -> None:
     """Fills `tensors` in place from the entries with their names. All ranks of any mesh call it, or a single process.
+
+    Args:
+        orders: from `orders_of`, as for `write_tensors`.
 
     Raises:
         ConfigError: the folder is not our checkpoint, a shard is broken or missing, or an entry is missing or has
@@ -113,7 +122,7 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is fine
-            dcp.load(dict(tensors), storage_reader=_Reader(folder), planner=_TensorsOnly())
+            dcp.load(dict(tensors), storage_reader=_Reader(folder), planner=_TensorsOnly(orders))
     except CheckpointException as error:  # a BaseException in torch
         rank, cause = failed_rank(error)
         if isinstance(damaged := error.failures[rank][0], ConfigError):
@@ -161,6 +170,7 @@ class _IndexReader(pickle.Unpickler):
     """Allows only the classes of DCP's index."""
 
     def find_class(self, module: str, name: str) -> Any:
+        module = "pathlib" if module == "pathlib._local" else module  # where Python 3.13 has its classes
         value = getattr(torch, name, None) if module == "torch" else None
         if name in _INDEX_CLASSES.get(module, ()) or isinstance(value, torch.dtype):
             return super().find_class(module, name)
@@ -194,7 +204,7 @@ class _Reader(FileSystemReader):
         return read_index(Path(self.path))
 
 
-class _TensorsOnly(DefaultLoadPlanner):
+class _TensorsOnly(LoadById):
     """Refuses entries that are not tensors, which DCP would unpickle."""
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moecompile.checkpoint.folders import checkpoints_of, latest
+from moecompile.checkpoint.placed import BY_ID
 from moecompile.checkpoint.sums import check
 from moecompile.checkpoint.tensors import INDEX, read_tensors, shapes
 from moecompile.errors import ConfigError
@@ -54,7 +55,7 @@ def _load_dcp(folder: Path, weights: Mapping[str, Tensor]) -> None:
     stored = shapes(folder)
     prefix = _prefix(stored, list(weights))
     _check(folder, weights, {name.removeprefix(prefix): shape for name, shape in stored.items()})
-    read_tensors(folder, {prefix + name: tensor for name, tensor in weights.items()})
+    read_tensors(folder, {prefix + name: tensor for name, tensor in weights.items()}, orders=BY_ID)
 
 
 def _prefix(stored: Iterable[str], names: list[str]) -> str:

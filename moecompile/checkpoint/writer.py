@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from moecompile.checkpoint import folders
 from moecompile.checkpoint.atomic import unfinished
+from moecompile.checkpoint.placed import Orders
 from moecompile.checkpoint.state import State, write_state
 from moecompile.checkpoint.tensors import failed_rank, staged, write_tensors
 from moecompile.errors import UserError
@@ -44,16 +45,16 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, tensors: Mapping[str, Tensor], state: State) -> None:
-        """Saves the current values of `tensors` as the checkpoint of `state.step`.
+    def save(self, tensors: Mapping[str, Tensor], state: State, orders: Orders) -> None:
+        """Saves the current values of `tensors` as the checkpoint of `state.step`; `orders` as for `write_tensors`.
 
         Raises:
             UserError: this save, or the previous one, could not be written.
         """
         self.wait()  # Step 1
         if not self.background:
-            return self._write(tensors, state)
-        self._pending = self._thread.submit(self._write, staged(tensors), state)
+            return self._write(tensors, state, orders)
+        self._pending = self._thread.submit(self._write, staged(tensors), state, orders)
         return None
 
     def check(self) -> None:
@@ -67,10 +68,10 @@ class Writer:
         if pending is not None:
             pending.result()
 
-    def _write(self, tensors: Mapping[str, Tensor], state: State) -> None:
+    def _write(self, tensors: Mapping[str, Tensor], state: State, orders: Orders) -> None:
         tmp = unfinished(folders.step_folder(self.checkpoints, state.step))
         try:
-            write_tensors(tmp, tensors, self.group)  # Step 2
+            write_tensors(tmp, tensors, self.group, orders=orders)  # Step 2
             if self.is_first_rank:  # Step 3
                 save_plan(self.plan, tmp / folders.PLAN)
                 write_state(tmp, state)

@@ -42,6 +42,7 @@ __all__ = [
     "conf_dir",
     "load_resolved",
     "main",
+    "report",
     "save_resolved",
     "to_config",
 ]

@@ -68,7 +68,10 @@ def _bad_key_or_value(error: Any, text: str, given: Given) -> UserError:
     if "nterpolation" in str(error):
         return UserError(f"{path}: {_one_line(str(error))}. Refer to a key that exists and has the right type.")
     value = given.get(path, error.value)
-    expected = _in_words(_schema_type(re.sub(r"\[\d+\]$", "", path)))
+    hint = _schema_type(re.sub(r"\[\d+\]$", "", path))
+    if path.endswith("]") and get_origin(hint) is list:
+        hint = get_args(hint)[0]
+    expected = _in_words(hint)
     if expected is None:
         return ConfigError(path, value, _one_line(str(error)), "Change the value")
     choices = expected.removeprefix("one of ").split(", ") if expected.startswith("one of ") else []
@@ -136,7 +139,8 @@ def _in_words(hint: Any) -> str | None:
     if get_origin(hint) is Union:
         return " or ".join(filter(None, map(_in_words, get_args(hint))))
     if get_origin(hint) is list:
-        return "a list of numbers"
+        (entry,) = get_args(hint)
+        return f"a list, each {_in_words(entry)}"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return f"one of {', '.join(member.name for member in hint)}"
     return words.get(hint)

@@ -42,7 +42,7 @@ def run_job(
     debug, message = asks_debug(overrides), ""
     try:
         with held(run_dir), _used(run_dir, multirun=multirun), kept_apart(run_dir):
-            code = _in_directory(cfg, overrides, run_dir, multirun, run, prepare, check)
+            code = _in_directory(cfg, overrides, run_dir, run, prepare, check)
     except Exception as error:
         debug = debug or plain(cfg).get("debug") is True
         code, message = report(error, debug=debug), " ".join(str(error).split())
@@ -63,12 +63,12 @@ def _task_of(cfg: DictConfig) -> str:
 
 
 def _in_directory(
-    cfg: DictConfig, overrides: list[str], run_dir: Path, multirun: bool,
+    cfg: DictConfig, overrides: list[str], run_dir: Path,
     run: Callable[[Config, Path], int], prepare: Callable[[Config, Path], Config], check: Callable[[Config], None],
 ) -> int:  # fmt: skip
     """Writes the config, checks it and runs it."""
-    if multirun:
-        (place(run_dir) / OVERRIDES).write_text("\n".join(overrides), encoding="utf-8")  # read by the table
+    # Read by the report and by the table of a sweep.
+    (place(run_dir) / OVERRIDES).write_text("\n".join(overrides), encoding="utf-8")
     config = prepare(to_config(cfg, overrides), run_dir)
     save_resolved(config, place(run_dir) / RESOLVED)
     validate(config)
@@ -118,7 +118,7 @@ def remove_unused(folder: Path, *, keep: Path) -> None:
 
     That is the case after a mistake in the config, and on ranks other than 0 if torchrun or SLURM has started them.
     """
-    if not folder.is_dir() or {path.name for path in folder.iterdir()} - {RESOLVED, "multirun.yaml"}:
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} - {RESOLVED, OVERRIDES, "multirun.yaml"}:
         return
     for path in folder.iterdir():
         path.unlink()

@@ -20,7 +20,8 @@ class Names:
     """Names of the parts of an MoE block in a family; `block` is relative to the layer, all others to the block.
 
     bias: the router's correction bias. shared: the shared expert; gate: the weight of its gate. shared_always: the
-    family always has one, so it gets a silent one if the plan has none. bias_row: the bias is (1, E), not (E,).
+    family always has one, so it gets a silent one if the plan has none. bias_row: the bias is (1, E), not (E,). latent:
+    the projections down to the latent width and up from it.
     """
 
     block: str = "mlp"
@@ -30,13 +31,15 @@ class Names:
     shared: str | None = None
     gate: str | None = None
     shared_always: bool = False
+    latent: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One architecture. sources: dense model types that share everything outside of the FFN with it.
 
-    settings: config keys that the dense model's config lacks, or that mean something else there.
+    settings: config keys that the dense model's config lacks, or that mean something else there. gated: whether its
+    experts have a gate.
     """
 
     name: str
@@ -44,11 +47,13 @@ class Family:
     settings: Callable[[MoEForm, Any], dict[str, Any]]
     rules: tuple[Rule, ...]
     names: Names = field(default_factory=Names)
+    gated: bool = True
 
     def refusals(self, form: MoEForm, dense: Any) -> list[Refusal]:
         """Why the family cannot compute what `form` does; empty if it can."""
         refusals = (rule(form, dense) for rule in self.rules)
-        return rules.common(form, dense) + [refusal for refusal in refusals if refusal is not None]
+        inside = rules.parts(form, gated=self.gated, latent=self.names.latent is not None)
+        return [*rules.common(form, dense), *inside, *(refusal for refusal in refusals if refusal is not None)]
 
 
 def families_of(dense: Any, requested: str | None) -> list[Family]:
@@ -150,6 +155,18 @@ def _deepseek_v2(form: MoEForm, dense: Any) -> dict[str, Any]:
     return {**_deepseek(form, dense), "topk_method": method}
 
 
+def _nemotron_h(form: MoEForm, dense: Any) -> dict[str, Any]:
+    kinds = ["moe" if i in form.layers else kind for i, kind in enumerate(dense.layers_block_type)]
+    settings = _deepseek(form, dense)
+    del settings["first_k_dense_replace"]
+    return {
+        **settings,
+        "layers_block_type": kinds,
+        "moe_shared_expert_intermediate_size": form.experts.d_shared or form.experts.d_expert,
+        "moe_latent_size": form.experts.latent_size,
+    }
+
+
 def _flex_olmo(form: MoEForm, dense: Any) -> dict[str, Any]:
     return {
         "num_experts": form.experts.num_routed,
@@ -219,7 +236,9 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="cohere2_moe", sources=("cohere2",), settings=_cohere2_moe,
-        rules=(rules.no_correction_bias, *_PLAIN, rules.normalized_softmax, rules.shared_ungated),
+        rules=(
+            rules.softmax_or_sigmoid, rules.no_correction_bias, *_PLAIN, rules.normalized_softmax, rules.shared_ungated,
+        ),
         names=Names(shared="shared_experts"),
     ),
     Family(
@@ -244,5 +263,13 @@ FAMILIES: tuple[Family, ...] = (
             rules.groups_by_max, rules.shared_ungated,
         ),
         names=Names(shared="shared_experts", shared_always=True),
+    ),
+    Family(
+        name="nemotron_h", sources=("nemotron_h",), settings=_nemotron_h, gated=False,
+        rules=(rules.sigmoid, rules.groups_by_top2, rules.shared_ungated),
+        names=Names(
+            block="mixer", bias="gate.e_score_correction_bias", shared="shared_experts", shared_always=True,
+            latent=("fc1_latent_proj.weight", "fc2_latent_proj.weight"),
+        ),
     ),
 )  # fmt: skip

@@ -28,7 +28,7 @@ class MoEForm:
     """The MoE layers of a model, which all have the same settings.
 
     before, name: the FFN of layer i is the module `before.i.name`. layers: indices of the layers with experts, out of
-    num_layers. site: of the first one. bias: whether a correction bias follows the load.
+    num_layers. site: of the first one. rule: of the balance.
     """
 
     before: str
@@ -38,7 +38,12 @@ class MoEForm:
     site: FFNSite
     experts: ExpertsPlan
     routing: RoutingPlan
-    bias: bool
+    rule: str
+
+    @property
+    def bias(self) -> bool:
+        """Whether the choice depends on a correction bias."""
+        return self.rule != "none"
 
     @property
     def dense_layers(self) -> list[int]:
@@ -47,8 +52,8 @@ class MoEForm:
 
     @property
     def score(self) -> str:
-        """`softmax` or `sigmoid`."""
-        return "softmax" if self.routing.score.startswith("softmax") else self.routing.score
+        """`softmax` or `sigmoid`, also for one of the chosen logits; another score as it is called."""
+        return self.routing.score.removesuffix("_after_topk")
 
     @property
     def groups(self) -> tuple[int, int]:
@@ -80,7 +85,7 @@ def form_of(plan: Plan, num_layers: int) -> MoEForm | str:
         site=first.site,
         experts=first.experts,
         routing=first.routing,
-        bias=first.balance.rule == "bias",
+        rule=first.balance.rule,
     )
 
 
@@ -93,5 +98,6 @@ def _is_own(layer: LayerPlan, place: re.Match[str] | None, first: re.Match[str] 
 def _function(layer: LayerPlan) -> tuple[Any, ...]:
     """What a layer computes, wherever its weights come from."""
     experts = layer.experts
-    sizes = (experts.num_routed, experts.num_shared, experts.d_expert, experts.shared_gate)
-    return sizes, layer.routing, layer.balance.rule
+    sizes = (experts.num_routed, experts.num_shared, experts.d_expert, experts.shared_gate, experts.shared_routed)
+    latent = (experts.num_identity, experts.latent_size, experts.latent_norm)
+    return sizes, latent, layer.routing, layer.balance.has_bias

@@ -25,6 +25,7 @@ from moecompile.export.form import MoEForm, form_of
 from moecompile.export.names import family_weights
 from moecompile.models.build import class_of, empty_of, no_progress_bars
 from moecompile.models.loading import refuse_incomplete
+from moecompile.nn.own_router import own_routers
 from moecompile.plan import ExpertsSite, Plan
 
 # Config keys that describe the class or the file, not the model.
@@ -78,6 +79,8 @@ def write(model: nn.Module, target: Target, folder: Path) -> str:
         weights = family_weights(weights, target.form, target.family)
     exported: Any = empty_of(target.config)
     if target.family is None:
+        for path, _ in own_routers(model):  # what a loss over the global batch remembers is not the model's
+            weights.pop(f"{path}.global_load", None)
         weights |= dict(_padded(weights, exported.state_dict()))
     _check(weights, exported.state_dict(), target.config.model_type)
     exported.load_state_dict(weights, strict=True, assign=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 from moecompile.export.families import Family, Names
 from moecompile.export.form import MoEForm
 
 _ROUTER, _EXPERTS, _SHARED = "router", "experts", "shared_experts"
+_LATENT_DOWN = "latent_down.weight"
 
 
 def family_weights(weights: Mapping[str, Tensor], form: MoEForm, family: Family) -> dict[str, Tensor]:
@@ -28,8 +28,11 @@ def _block(ours: Mapping[str, Tensor], form: MoEForm, names: Names) -> Iterator[
     if names.bias:
         bias_E = ours[f"{_ROUTER}.correction_bias"]
         yield names.bias, bias_E.unsqueeze(0) if names.bias_row else bias_E
-    for name in ("gate_up_proj", "down_proj"):
-        yield f"{_EXPERTS}.{name}", ours[f"{_EXPERTS}.{name}"]
+    for name in ("gate_up_proj", "up_proj", "down_proj"):
+        if (stacked := ours.get(f"{_EXPERTS}.{name}")) is not None:
+            yield f"{_EXPERTS}.{name}", stacked
+    if names.latent is not None and form.experts.latent_size is not None:
+        yield from zip(names.latent, (ours[_LATENT_DOWN], ours["latent_up.weight"]), strict=True)
     if names.shared and form.experts.num_shared:
         yield from _shared(ours, names, gated=form.experts.shared_gate)
     elif names.shared and names.shared_always:
@@ -39,7 +42,9 @@ def _block(ours: Mapping[str, Tensor], form: MoEForm, names: Names) -> Iterator[
 def _shared(ours: Mapping[str, Tensor], names: Names, *, gated: bool) -> Iterator[tuple[str, Tensor]]:
     """The shared expert. If the family has a gate but the plan has none, the gate is 0.5 and down_proj is doubled."""
     for name in ("gate_proj", "up_proj", "down_proj"):
-        weight = ours[f"{_SHARED}.{name}.weight"]
+        weight = ours.get(f"{_SHARED}.{name}.weight")
+        if weight is None:  # no gate
+            continue
         doubled = name == "down_proj" and names.gate is not None and not gated
         yield f"{names.shared}.{name}.weight", weight * 2 if doubled else weight
     if names.gate is not None:
@@ -49,9 +54,15 @@ def _shared(ours: Mapping[str, Tensor], names: Names, *, gated: bool) -> Iterato
 
 def _silent(ours: Mapping[str, Tensor], names: Names) -> Iterator[tuple[str, Tensor]]:
     """A shared expert with an output of zero: a zero down_proj, but projections of expert 0, so that it can learn."""
-    gate_FD, up_FD = ours[f"{_EXPERTS}.gate_up_proj"][0].chunk(2)
-    yield f"{names.shared}.gate_proj.weight", gate_FD.clone()
+    stacked = ours.get(f"{_EXPERTS}.gate_up_proj")
+    if stacked is not None:
+        gate_FD, up_FD = stacked[0].chunk(2)
+        yield f"{names.shared}.gate_proj.weight", gate_FD.clone()
+    else:
+        up_FD = ours[f"{_EXPERTS}.up_proj"][0]
+    if _LATENT_DOWN in ours:  # a shared expert reads x, not its projection
+        up_FD = up_FD @ ours[_LATENT_DOWN]
     yield f"{names.shared}.up_proj.weight", up_FD.clone()
-    yield f"{names.shared}.down_proj.weight", torch.zeros_like(ours[f"{_EXPERTS}.down_proj"][0])
+    yield f"{names.shared}.down_proj.weight", up_FD.new_zeros(up_FD.shape[::-1])
     if names.gate is not None:
         yield names.gate, up_FD.new_zeros(1, up_FD.shape[1])

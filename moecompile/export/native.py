@@ -36,7 +36,8 @@ def load_exported(path: str | Path) -> nn.Module:
     """The model of a native export, or of a run directory's latest checkpoint, on one device in evaluation mode.
 
     Raises:
-        ConfigError, PlanError: the folder is incomplete.
+        ConfigError: the folder is incomplete.
+        PlanError: so is the plan in it.
     """
     return load_run(find_run(str(path), None))
 

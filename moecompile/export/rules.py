@@ -13,16 +13,40 @@ Rule = Callable[[MoEForm, Any], Refusal | None]
 def common(form: MoEForm, dense: Any) -> list[Refusal]:
     """Refusals for settings that no family supports."""
     routing, site = form.routing, form.site
+    identity = form.experts.num_identity
     return [
         Refusal(path, value, rule)
         for path, value, broken, rule in (
-            ("routing.choice", routing.choice, routing.choice != "token", "lets experts choose tokens"),
+            ("routing.choice", routing.choice, routing.choice == "expert", "lets experts choose tokens"),
+            ("routing.choice", routing.choice, routing.choice == "hash", "chooses by a hash of the token id"),
+            ("routing.norm", routing.norm, routing.norm, "norms the router's input"),
+            ("routing.expert_scale", routing.expert_scale, routing.expert_scale, "scales the weights of each expert"),
             ("routing.capacity_factor", routing.capacity_factor, not routing.dropless, "drops tokens"),
             ("routing.bias", routing.bias, routing.bias, "gives the router's logits a bias"),
             ("routing.jitter", routing.jitter, routing.jitter > 0, "jitters the router's input alone in training"),
             ("routing.workload", routing.workload, routing.workload != "none", "is a benchmark, not a router"),
-            ("the FFN", site.kind, site.kind != "gated", "has no gate"),
+            ("experts.shared_routed", True, form.experts.shared_routed, "makes the router weigh the shared expert"),
+            ("experts.num_identity", identity, identity > 0, "adds experts without weights"),
             ("the FFN", "bias", site.bias_up or site.bias_down, "is a part of the dense FFN's linears"),
+        )
+        if broken
+    ]
+
+
+def parts(form: MoEForm, *, gated: bool, latent: bool) -> list[Refusal]:
+    """Refusals for parts of the experts that a family has otherwise.
+
+    Args:
+        gated: whether its experts have a gate. latent: whether they may work in a latent width.
+    """
+    kind, size, norm = form.site.kind, form.experts.latent_size, form.experts.latent_norm
+    wrong_kind = "has no gate" if gated else "has a gate"
+    return [
+        Refusal(path, value, rule)
+        for path, value, broken, rule in (
+            ("the FFN", kind, (kind == "gated") != gated, wrong_kind),
+            ("experts.latent_size", size, size is not None and not latent, "makes experts work in a latent width"),
+            ("experts.latent_norm", norm, norm and latent, "puts a norm before the projection up"),
         )
         if broken
     ]
@@ -55,8 +79,15 @@ def softmax(form: MoEForm, dense: Any) -> Refusal | None:
 
 
 def sigmoid(form: MoEForm, dense: Any) -> Refusal | None:
-    """Scores are sigmoids."""
-    return None if form.score == "sigmoid" else Refusal("routing.score", form.routing.score, "is not sigmoid")
+    """Scores are sigmoids, to which a correction bias is added."""
+    score = form.routing.score
+    return None if score == "sigmoid" else Refusal("routing.score", score, "is not sigmoid")
+
+
+def softmax_or_sigmoid(form: MoEForm, dense: Any) -> Refusal | None:
+    """Scores are a softmax or sigmoids."""
+    known = form.score in ("softmax", "sigmoid")
+    return None if known else Refusal("routing.score", form.routing.score, "is neither softmax nor sigmoid")
 
 
 def normalized(form: MoEForm, dense: Any) -> Refusal | None:
@@ -112,7 +143,8 @@ def groups_by_max(form: MoEForm, dense: Any) -> Refusal | None:
 
 def no_correction_bias(form: MoEForm, dense: Any) -> Refusal | None:
     """The router has no correction bias."""
-    return Refusal("balance.rule", "bias", "shifts the choice of experts by a correction bias") if form.bias else None
+    rule = "shifts the choice of experts by a correction bias"
+    return Refusal("balance.rule", form.rule, rule) if form.bias else None
 
 
 def no_shared(form: MoEForm, dense: Any) -> Refusal | None:

@@ -11,7 +11,8 @@ from moecompile import plan as plans
 from moecompile.checkpoint.weights import latest_checkpoint, load_weights
 from moecompile.compose import RESOLVED, load_resolved
 from moecompile.errors import ConfigError
-from moecompile.models.build import build_model, example_inputs, pretrained_folder
+from moecompile.models.build import example_inputs, pretrained_folder
+from moecompile.models.source import source_structure
 from moecompile.pipeline import compile_with_report
 from moecompile.plan import Plan
 from moecompile.schema import Config
@@ -59,7 +60,7 @@ def load_run(run: Run) -> nn.Module:
     Raises:
         ConfigError, PlanError: config, plan and checkpoint do not belong together.
     """
-    model = build_model(run.config.model, run.config.seed)
+    model = source_structure(run.config)
     example = example_inputs(model, run.config.data.seq_len)
     model = compile_with_report(model, run.config, example=example, plan=run.plan, until="rewrite").model
     load_weights(run.checkpoint, model.state_dict())

@@ -30,6 +30,7 @@ from moecompile.match.experts import (
 )
 from moecompile.match.ffn import find_ffns
 from moecompile.match.hooks import lost_hooks
+from moecompile.match.own_router import RouterMatch, own_router
 from moecompile.match.patterns import FFNMatch
 from moecompile.match.regions import Captured, Region, Site
 from moecompile.match.swiglu import are_swiglu
@@ -60,6 +61,7 @@ def find_existing(recording: Recording, captured: Captured, prove: Prove) -> lis
         else:
             match = _CALLED_OTHERWISE if holds_stacks(module) else None
         if isinstance(match, ExpertsMatch):
+            match = replace(match, router=_router(recording, path, match))
             region = Region(path=path, graph=_own_call(module, match), module=module, matches={path: match})
             site = _site(recording, path, match, len(existing))
             reason = prove(region, site, call)
@@ -76,6 +78,12 @@ def find_existing(recording: Recording, captured: Captured, prove: Prove) -> lis
 _CALLED_OTHERWISE = (
     "it holds stacked weights, but is not called with hidden states (T, D), expert ids (T, K) and weights (T, K)"
 )
+
+
+def _router(recording: Recording, path: str, match: ExpertsMatch) -> RouterMatch | None:
+    found = own_router(recording, path, match.num_experts + match.num_identity, match.call.d_model)
+    # Identity experts have scores, but no load that is counted.
+    return replace(found, score="other") if found is not None and match.num_identity else found
 
 
 def _own_call(module: nn.Module, match: ExpertsMatch) -> fx.GraphModule:
@@ -101,10 +109,14 @@ def _site(recording: Recording, path: str, match: ExpertsMatch, index: int) -> E
         d_model=match.call.d_model,
         d_ff=match.d_expert,
         num_experts=match.num_experts,
+        num_identity=match.num_identity,
         top_k=match.call.top_k,
         groups=groups,
         top_groups=top_groups,
-        correction_bias=correction_bias(block, match.num_experts) is not None,
+        correction_bias=correction_bias(block, match.num_experts + match.num_identity) is not None,
+        score=match.router.score if match.router else "unknown",
+        has_sequences=match.router is not None and match.router.sequences,
+        own_capacity=match.call.one_hot,
         num_in_projections=len(ins) or (2 if match.gated else 1),
         bias_up=bias_up,
         bias_down=down_bias,

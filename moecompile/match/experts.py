@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from moecompile.match.own_router import RouterMatch
 from moecompile.match.patterns import FFNMatch
 
 OWN = "own_experts"
@@ -49,7 +50,8 @@ class ExpertsMatch:
     the paths of the experts below the experts module, and `ffn` is the traced first one with its FFN. num_identity:
     experts after the last one that return their input; their rows of the up projection are unused. are_matrices: the
     weights are gate, up and down, (E F, D) each, in a child. transposed: whether stacked weights are (E, d_in, d_out).
-    norm: a child that is applied to the rows after the experts. activation: for display.
+    norm: a child that is applied to the rows after the experts. activation: for display. router: where the logits of
+    the model's own router are; None: not found.
     """
 
     call: ExpertsCall
@@ -63,6 +65,7 @@ class ExpertsMatch:
     transposed: bool = False
     norm: str | None = None
     activation: str
+    router: RouterMatch | None = None
 
     @property
     def form(self) -> str:

@@ -19,9 +19,13 @@ from moecompile.match.view import GraphView
 class FFNMatch:
     """A dense FFN in a graph.
 
-    ins: the linears before the activation, gate first. pointwise: the nodes between them and the last linear, in graph
-    order. asks: nodes that query sizes and dtypes inside and whose results are used only inside. whole: whether the
-    pointwise nodes need all hidden units of a token at once (a norm), so that experts cannot be slices of the FFN.
+    Attributes:
+        ins: the linears before the activation, gate first.
+        pointwise: the nodes between them and the last linear, in graph order.
+        down: the last linear.
+        asks: nodes that query sizes and dtypes inside and whose results are used only inside.
+        whole: whether the pointwise nodes need all hidden units of a token at once (a norm), so that experts cannot be
+            slices of the FFN.
     """
 
     ins: tuple[Linear, ...]

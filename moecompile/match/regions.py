@@ -33,8 +33,11 @@ class Site:
 class Region:
     """A module of the model and the graph that replaces it: what passes read and return.
 
-    path: of the module in the model ("" for the model itself). graph: as captured, or as the last pass returned it.
-    module: the original module. matches: site -> its match in the captured graph, in graph order.
+    Attributes:
+        path: of the module in the model ("" for the model itself).
+        graph: as captured, or as the last pass returned it.
+        module: the original module.
+        matches: site -> its match in the captured graph, in graph order.
     """
 
     path: str

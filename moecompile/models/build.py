@@ -55,7 +55,7 @@ def pretrained_folder(model: ModelConfig) -> Path | None:
     if model.pretrained and not Path(model.pretrained, "config.json").is_file():
         raise ConfigError(
             "model.pretrained", model.pretrained, "is not a folder with a config.json",
-            "Give a folder that save_pretrained wrote",
+            "Give a folder that save_pretrained wrote; nothing is downloaded",
         )  # fmt: skip
     return Path(model.pretrained) if model.pretrained else None
 

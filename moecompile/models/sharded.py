@@ -5,7 +5,8 @@ The model is built, compiled and sharded on the meta device. Then:
   2. Initialize buffers that are in no checkpoint (rotary frequencies) with the model's own code, and counters to zero.
   3. Read unchanged weights and existing experts, by rows or experts.
   4. Read the dense FFN of one upcycled layer at a time, and fill the router, this rank's experts and its part of the
-     shared expert by the same rules as in one process (passes/upcycle.py). Adapters get their first values.
+     shared expert and of the projections of a latent width by the same rules as in one process (passes/upcycle.py).
+     Adapters get their first values.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from moecompile.match.regions import Region
 from moecompile.models.build import build_empty
 from moecompile.models.pretrained import Pretrained, non_persistent
 from moecompile.models.stored import Stored
-from moecompile.nn import Experts, Router, SharedExperts, meters_of, routers_of
+from moecompile.nn import Experts, Latent, LatentDown, LatentUp, Router, SharedExperts, meters_of, routers_of
 from moecompile.nn.adapters import init_adapters, side_of
+from moecompile.nn.own_router import own_routers
+from moecompile.nn.placement import expert_orders, global_rows, runs_of
 from moecompile.passes.rewrite import fill_site
 from moecompile.pipeline import Compilation
 from moecompile.plan import ExpertsSite, LayerPlan, Plan
@@ -80,7 +83,7 @@ class ShardedImport:
             raise ConfigError("model.load", "sharded", why, _FULL)
         _materialise(model, torch.device(device))  # Step 1
         _init_buffers(model)  # Step 2
-        upcycled = set()
+        upcycled = {f"{path}.global_load" for path, _ in own_routers(model)}
         for path, region in compiled.regions.items():
             ffns = {fqn: match for fqn, match in region.matches.items() if isinstance(match, FFNMatch)}
             layers = [layer for layer in region.ordered(compiled.plan.layers) if layer.site.fqn in ffns]
@@ -88,11 +91,14 @@ class ShardedImport:
                 for block, layer in zip(_blocks(model, path) if layers else (), layers, strict=True):
                     block.fill(region.graph, ffns[layer.site.fqn], layer, self.seed)
                     upcycled |= block.names
+        orders = expert_orders(model)
         for name, tensor in _unique(model):  # Step 3
             if name not in upcycled and side_of(name) is None:
-                local, held = local_part(tensor), local_rows(tensor)
-                for rows, part in self.weights.read(name.replace(".base_layer.", "."), held):
-                    (local[rows.start - held.start : rows.stop - held.start] if local.ndim else local).copy_(part)
+                local = local_part(tensor)
+                for first, held in runs_of(global_rows(tensor, orders.get(name))) if local.ndim else [(0, range(0))]:
+                    for rows, part in self.weights.read(name.replace(".base_layer.", "."), held):
+                        start = first + rows.start - held.start
+                        (local[start : start + len(rows)] if local.ndim else local).copy_(part)
         if compiled.plan.adapters is not None:
             init_adapters(model, self.seed)
 
@@ -119,6 +125,9 @@ def _init_our_buffers(model: nn.Module) -> set[int]:
         router.correction_bias.zero_()
         if router.global_load is not None:
             router.global_load.fill_(1 / router.num_experts)
+    for _, reader in own_routers(model):
+        if reader.global_load is not None:
+            reader.global_load.fill_(1 / reader.num_choices)
     counters = [buffer for _, meter in meters_of(model) for buffer in meter.buffers()]
     for counter in counters:
         counter.zero_()
@@ -163,18 +172,22 @@ class _Block:
     router: Router
     experts: Experts
     shared: SharedExperts | None
+    latent: Latent | None
     names: set[str]
 
     def fill(self, dense: fx.GraphModule, match: FFNMatch, layer: LayerPlan, seed: int) -> None:
-        """Fills the router and this rank's experts in place, and copies this rank's rows of a full shared expert."""
-        held = local_rows(self.experts.down_proj)
+        """Fills the router and this rank's experts in place, and copies this rank's rows of what is made in full."""
+        held = global_rows(self.experts.down_proj, expert_orders(self.experts).get("down_proj"))
         experts = _held_experts(self.experts, len(held))
         shared = None if self.shared is None else _whole(self.shared)
-        fill_site(self.router, experts, shared, dense, match, layer, seed, held)
-        if self.shared is not None and shared is not None:
-            for name, parameter in self.shared.named_parameters():
+        latent = None if self.latent is None else _whole_latent(self.latent)
+        fill_site(self.router, experts, shared, dense, match, layer, seed, held, latent)
+        pairs = [(self.shared, shared), *zip(self.latent or (), latent or (), strict=True)]
+        for own, whole in pairs:
+            for name, parameter in () if own is None else own.named_parameters():
+                assert whole is not None
                 rows = local_rows(parameter)
-                local_part(parameter).copy_(shared.get_parameter(name)[rows.start : rows.stop])
+                local_part(parameter).copy_(whole.get_parameter(name)[rows.start : rows.stop])
 
 
 def _held_experts(experts: Experts, count: int) -> Experts:
@@ -199,6 +212,17 @@ def _whole(shared: SharedExperts) -> SharedExperts:
     )  # fmt: skip
 
 
+def _whole_latent(latent: Latent) -> Latent:
+    """Uninitialized full projections like the sharded ones."""
+    d_latent, d_model = latent.down.weight.shape
+    where: dict[str, Any] = {"device": local_part(latent.down.weight).device, "dtype": latent.down.weight.dtype}
+    up = LatentUp(d_model, d_latent, norm=latent.up.norm_weight is not None, **where)
+    return Latent(LatentDown(d_model, d_latent, **where), up)
+
+
+_PARTS = (Router, Experts, SharedExperts, LatentDown, LatentUp)
+
+
 def _blocks(model: nn.Module, path: str) -> Iterator[_Block]:
     """The blocks of a region in graph order; each starts with a router."""
     region = model.get_submodule(path)
@@ -207,13 +231,16 @@ def _blocks(model: nn.Module, path: str) -> Iterator[_Block]:
     parts = [(name, region.get_submodule(name)) for name in called]
     starts = [i for i, (_, module) in enumerate(parts) if isinstance(module, Router)]
     for start, end in zip(starts, [*starts[1:], len(parts)], strict=True):
-        block = [(name, part) for name, part in parts[start:end] if isinstance(part, Router | Experts | SharedExperts)]
+        block = [(name, part) for name, part in parts[start:end] if isinstance(part, _PARTS)]
         prefix = f"{path}." if path else ""
         names = {f"{prefix}{name}.{key}" for name, module in block for key in module.state_dict()}
         (router,) = (module for _, module in block if isinstance(module, Router))
         (experts,) = (module for _, module in block if isinstance(module, Experts))
         shared = next((module for _, module in block if isinstance(module, SharedExperts)), None)
-        yield _Block(router, experts, shared, names)
+        down = next((module for _, module in block if isinstance(module, LatentDown)), None)
+        up = next((module for _, module in block if isinstance(module, LatentUp)), None)
+        latent = None if down is None or up is None else Latent(down, up)
+        yield _Block(router, experts, shared, latent, names)
 
 
 @contextmanager

@@ -9,11 +9,15 @@ from moecompile.nn.balance import (
     update_balance,
 )
 from moecompile.nn.experts import Experts, SharedExperts
+from moecompile.nn.latent import Latent, LatentDown, LatentUp
 from moecompile.nn.meter import LoadMeter
 from moecompile.nn.router import Router, routers_of, set_random_key
 
 __all__ = [
     "Experts",
+    "Latent",
+    "LatentDown",
+    "LatentUp",
     "LayerLoad",
     "LoadMeter",
     "Router",

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from moecompile.nn.placement import expert_orders, global_rows
 from moecompile.torch_private import local_part, local_rows
 
 _ADAPTER = re.compile(r"(^|\.)lora_(?P<side>[AB])\.")
@@ -61,6 +62,7 @@ def init_adapters(model: nn.Module, seed: int) -> None:
     The values depend only on the seed, the name and the expert, so they are the same on every mesh. A rank fills its
     part. Does nothing on the meta device.
     """
+    orders = expert_orders(model)
     for name, parameter in model.named_parameters():
         local = local_part(parameter)
         if (side := side_of(name)) is None or local.is_meta:
@@ -68,11 +70,11 @@ def init_adapters(model: nn.Module, seed: int) -> None:
         if side == "B":
             local.zero_()
             continue
-        held = local_rows(parameter)
         if parameter.ndim == 3:
-            for row, expert in zip(local, held, strict=True):
+            for row, expert in zip(local, global_rows(parameter, orders.get(name)), strict=True):
                 row.copy_(_uniform(row.shape, f"{seed} {name} {expert}"))
         else:
+            held = local_rows(parameter)
             local.copy_(_uniform(parameter.shape, f"{seed} {name}")[held.start : held.stop])
 
 

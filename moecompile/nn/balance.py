@@ -12,9 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moecompile.errors import MoecompileError
+from moecompile.nn.auxiliary import KeepsLosses, keepers_of
 from moecompile.nn.existing import own_biases
 from moecompile.nn.meter import DROPPED, ENTROPY, TOKENS, LoadMeter
+from moecompile.nn.own_router import own_routers
 from moecompile.nn.router import Router, routers_of
+from moecompile.ops.required_bias import solved_bias
 from moecompile.routing import BalanceSpec
 
 
@@ -67,7 +70,9 @@ def update_balance(model: nn.Module, group: dist.ProcessGroup | None = None, *, 
     """Sums the counters over all ranks, updates the balance, and resets the counters.
 
     Call it once per optimizer step. Each router follows its own rule, with e = mean load - load:
-        `sign`: correction_bias += rate * sign(e) (DeepSeek-V3); `proportional`: += rate * e / mean load.
+        `sign`: correction_bias += rate * sign(e) (DeepSeek-V3); `proportional`: += rate * e / mean load; with
+        `recenter`, its mean is subtracted then.
+        `quantile`: correction_bias is solved from the scores of all ranks' tokens (`ops.required_bias`).
     So does the correction bias of the model's own router, if the plan says so. A router with a global_batch loss keeps
     each expert's fraction of the load for the next step.
 
@@ -81,29 +86,39 @@ def update_balance(model: nn.Module, group: dist.ProcessGroup | None = None, *, 
     meters = meters_of(model)
     if not meters:
         return []
-    loads = [_layer_load(name, meter, sums) for (name, meter), sums in zip(meters, _summed(meters, group), strict=True)]
-    by_meter = {id(meter): load for (_, meter), load in zip(meters, loads, strict=True)}
+    summed = _summed(meters, group)
+    loads = [_layer_load(name, meter, sums) for (name, meter), sums in zip(meters, summed, strict=True)]
     if move:
-        _balance(model, {meter: load.load for meter, load in by_meter.items()})
+        parts = zip(meters, loads, summed, strict=True)
+        _balance(model, {id(meter): (load.load, sums) for (_, meter), load, sums in parts})
     for _, meter in meters:
         for counter in meter.buffers():
             counter.zero_()
     return loads
 
 
-def _balance(model: nn.Module, load_of: dict[int, Tensor]) -> None:
+def _balance(model: nn.Module, counted: dict[int, tuple[Tensor, Tensor]]) -> None:
     for _, router in routers_of(model):
-        load_E = load_of[id(router.meter)]
+        load_E, sums = counted[id(router.meter)]
+        if router.meter.required is not None:
+            _solve(router, sums[-router.meter.required.numel() :].view(router.num_experts, -1))
         _move(router.correction_bias, load_E, router.balance)
-        if router.global_load is not None and load_E.any():
-            router.global_load.copy_(load_E / load_E.sum())
+        _keep_load(router.global_load, load_E)
+    for path, reader in own_routers(model):
+        meter = model.get_submodule(f"{path.rpartition('.')[0]}.meter")
+        _keep_load(reader.global_load, counted[id(meter)][0])
     for own_meter, bias_E in own_biases(model):
-        _move(bias_E, load_of[id(own_meter)], own_meter.balance)
+        _move(bias_E, counted[id(own_meter)][0], own_meter.balance)
+
+
+def _keep_load(global_load: Tensor | None, load_E: Tensor) -> None:
+    if global_load is not None and load_E.any():
+        global_load.copy_(load_E.double() / load_E.sum())
 
 
 def _summed(meters: list[tuple[str, LoadMeter]], group: dist.ProcessGroup | None) -> list[Tensor]:
     """Each meter's counters as one vector. All share one all-reduce in float64, exact for integers up to 2^53."""
-    packed = [torch.cat([counter.double() for counter in meter.buffers()]) for _, meter in meters]
+    packed = [torch.cat([counter.double().view(-1) for counter in meter.buffers()]) for _, meter in meters]
     flat = torch.cat(packed)
     if group is not None:
         dist.all_reduce(flat, group=group)
@@ -111,7 +126,7 @@ def _summed(meters: list[tuple[str, LoadMeter]], group: dist.ProcessGroup | None
 
 
 def _layer_load(name: str, meter: LoadMeter, summed: Tensor) -> LayerLoad:
-    load_E, node_tokens, sums = summed.split([counter.numel() for counter in meter.buffers()])
+    load_E, node_tokens, sums, *_ = summed.split([counter.numel() for counter in meter.buffers()])
     tokens = int(sums[TOKENS])
     return LayerLoad(
         name=name,
@@ -130,6 +145,16 @@ def _move(bias_E: Tensor, load_E: Tensor, balance: BalanceSpec) -> None:
         error_E = mean - load_E
         step_E = error_E.sign() if balance.update == "sign" else error_E / mean
         bias_E += (balance.rate * step_E).to(bias_E)
+        if balance.recenter:
+            bias_E -= bias_E.mean()
+
+
+def _solve(router: Router, required_EB: Tensor) -> None:
+    """Quantile balancing, in place; required_EB is global and on the CPU."""
+    if required_EB.any():
+        bias_E = router.correction_bias
+        share = router.config.top_k / router.num_experts
+        bias_E.copy_(solved_bias(required_EB, bias_E.cpu(), share))
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor | None:
@@ -143,7 +168,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
     """
     losses = [(name, router, loss) for name, router in _with_losses(model) if (loss := router.aux_loss) is not None]
     for name, router, loss in losses:
-        if torch.is_grad_enabled() and router.weight.requires_grad and not loss.requires_grad:
+        if torch.is_grad_enabled() and router.is_trained and not loss.requires_grad:
             raise MoecompileError(
                 f"{name}: the auxiliary loss has no gradient, because the forward ran without autograd. Use activation "
                 "checkpointing with use_reentrant=False"
@@ -162,10 +187,10 @@ def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
 
 def forget_auxiliary_losses(model: nn.Module) -> None:
     """Drops the losses after a backward has used them, so that the next backward only adds those of later forwards."""
-    for _, router in routers_of(model):
+    for _, router in keepers_of(model):
         router.aux_losses, router.aux_node = {}, None
 
 
-def _with_losses(model: nn.Module) -> list[tuple[str, Router]]:
+def _with_losses(model: nn.Module) -> list[tuple[str, KeepsLosses]]:
     """Routers whose losses count, which are none if the model is evaluated: evaluation mode without gradients."""
-    return [(name, router) for name, router in routers_of(model) if router.training or torch.is_grad_enabled()]
+    return [(name, router) for name, router in keepers_of(model) if router.training or torch.is_grad_enabled()]

@@ -1,6 +1,6 @@
-"""The choice that a router replays.
+"""Limits of a router's choice: groups that are open to a token, and a choice that is replayed.
 
-Legend: T tokens, K top-k.
+Legend: T tokens, E experts, K top-k, G groups of e experts.
 """
 
 from __future__ import annotations
@@ -9,6 +9,18 @@ import torch
 from torch import Tensor
 
 from moecompile.errors import MoecompileError
+from moecompile.routing import RouterConfig
+
+
+def open_experts(choice_TE: Tensor, config: RouterConfig, num_experts: int) -> Tensor:
+    """Which experts are in the `top_groups` best groups of a token, (T, E) bool."""
+    per_group = num_experts // config.groups
+    by_group_TGe = choice_TE.view(-1, config.groups, per_group)
+    num_best = {"max": 1, "top2": 2, "topk_over_m": max(1, config.top_k // config.top_groups)}[config.group_score]
+    group_scores_TG = by_group_TGe.topk(min(num_best, per_group), dim=-1).values.sum(-1)
+    best = group_scores_TG.topk(config.top_groups, dim=-1, sorted=False).indices
+    open_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool).scatter_(1, best, True)
+    return open_TG.repeat_interleave(per_group, dim=1)
 
 
 def replayed_or_live(ids_TK: Tensor, live_TK: Tensor, num_experts: int) -> Tensor:
@@ -24,3 +36,15 @@ def replayed_or_live(ids_TK: Tensor, live_TK: Tensor, num_experts: int) -> Tenso
     ids_TK = ids_TK.to(live_TK)
     known_T1 = ((ids_TK >= 0) & (ids_TK < num_experts)).all(1, keepdim=True)
     return torch.where(known_T1, ids_TK, live_TK)
+
+
+def in_words(config: RouterConfig, num_experts: int) -> str:
+    """The router in one line."""
+    limit = f", {config.top_groups} of {config.groups} groups by {config.group_score}" if config.groups > 1 else ""
+    words = [f"{num_experts} experts, {config.score} top-{config.top_k}{limit}, scale={config.scale}"]
+    words += {"token": [], "expert": ["experts choose"], "hash": ["a hash of the token id chooses"]}[config.choice]
+    if config.capacity_factor is not None:
+        words.append(f"capacity {config.capacity_factor} by {config.drop}")
+    if config.workload != "none":
+        words.append(f"workload {config.workload}")
+    return ", ".join(words)

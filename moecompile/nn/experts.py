@@ -191,9 +191,13 @@ class SharedExperts(nn.Module):
         )
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+    def forward(self, x: Tensor, weights_TS: Tensor | None = None) -> Tensor:
+        """(..., D) -> (..., D). weights_TS: of each of S equal slices, from the router (Inkling)."""
         up = self.up_proj(x)
         hidden = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x), up)
+        if weights_TS is not None:
+            slices = hidden.unflatten(-1, (weights_TS.shape[1], -1))
+            weights = weights_TS.to(hidden.dtype).view(*slices.shape[:-1], 1)
+            hidden = (slices * weights).flatten(-2)
         out: Tensor = self.down_proj(hidden)
         return out if self.gate_weight is None else out * F.linear(x, self.gate_weight).sigmoid()

@@ -18,6 +18,21 @@ from torch import Tensor
 from moecompile.ops.tokens import expert_counts
 
 
+def loss_of(
+    name: str, logits: Tensor, scores: Tensor, probs: Tensor, ids_TK: Tensor, top_k: int, real: Tensor | None
+) -> Tensor:
+    """The loss `micro_batch`, `sequence` or `z` of a router.
+
+    Args:
+        logits, scores, probs: (..., S, E), the last normalised; (S, E) is one sequence. ids_TK: chosen experts.
+    """
+    if name == "micro_batch":
+        return micro_batch_loss(probs, ids_TK, real)
+    if name == "sequence":
+        return sequence_loss(torch.atleast_2d(scores), torch.atleast_2d(probs), top_k, real)
+    return z_loss(logits, real)
+
+
 def micro_batch_loss(probs: Tensor, ids_TK: Tensor, real: Tensor | None = None) -> Tensor:
     """Load balance over one micro-batch (Switch, arXiv 2101.03961, eq. 4; GShard, arXiv 2006.16668), for any top-k.
 

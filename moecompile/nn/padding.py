@@ -1,15 +1,14 @@
-"""Padding is no token: finds the padding mask of a forward, and gives it to every MoE layer.
+"""Padding is no token: what the MoE layers of a model are told of its call, which is its padding mask, and token ids.
 
-A hook on the model reads the mask from the arguments of its call; the layers below never get it. Each MoE layer holds a
-`TokenMask`, which returns it for the tokens of that layer.
+A hook on the model reads the mask from the arguments of its call (watch.py); the layers below never get it. Each MoE
+layer holds a `TokenMask`, which returns it for the tokens of that layer, and `TokenIds` if a hash of the ids chooses
+its experts.
 
 Legend: B sequences, S tokens of a sequence, T = B S tokens, K top-k.
 """
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,12 +21,11 @@ from moecompile.nn.context import Positions
 from moecompile.torch_private import in_backward
 
 ENCODER, DECODER = "attention_mask", "decoder_attention_mask"
-_INVERTED = "src_key_padding_mask"  # of torch's own layers: true where padding is
-_PACKED = ("cu_seq_lens_q", "cu_seqlens")  # ends of the sequences of a pack; what comes after the last is padding
+IDS = "input_ids"
 
 
 class Padding:
-    """The masks of one model's current forward: argument name -> bool mask, true where a token is real.
+    """The masks of one model's current forward: argument name -> bool mask, true where a token is real. Token ids too.
 
     They are known only while the model runs. A layer that is computed again in backward gets those of the last forward
     with gradients; `during` gives it those of another one.
@@ -52,16 +50,19 @@ class Padding:
         return self.last.get(name)
 
     def start(self, masks: dict[str, Tensor]) -> None:
-        """A forward begins. Without masks of its own it has those of the forward around it.
+        """A forward begins. Without masks of its own it has those of the forward around it; without ids, its ids.
 
         Raises:
             MoecompileError: an earlier forward with another mask still has to be computed again.
         """
         self._outer.append(self.now)
-        self.now = masks or self.now or {}
+        around = self.now or {}
+        if masks.keys() - {IDS}:
+            around = {name: ids for name, ids in around.items() if name == IDS}
+        self.now = {**around, **masks}
         if masks:
             self._is_masked = True
-            self._begin(masks)
+            self._begin(self.now)
 
     def end(self) -> None:
         """The forward is over."""
@@ -76,9 +77,9 @@ class Padding:
             return
         if not self.is_used and self.recomputes() and _differ(masks, self.last):
             raise MoecompileError(
-                "two forwards with different padding before a backward, under the model's own checkpointing: "
-                "it could not tell them apart when it computes layers again. Call backward in between, or use "
-                "ExpertParallelStrategy's checkpointing"
+                "two forwards with different padding or token ids before a backward, under the model's own "
+                "checkpointing: it could not tell them apart when it computes layers again. Call backward in between, "
+                "or use ExpertParallelStrategy's checkpointing"
             )
         self.last, self.is_used = masks, not masks
 
@@ -99,10 +100,15 @@ class Padding:
         return Padding, ()
 
 
-class TokenMask(nn.Module):
-    """Which tokens of a layer are real. `watch_padding` connects it to the model; until then, all are."""
+class ReadsCall(nn.Module):
+    """A part of a layer that gets what the model's call was given. `watch_padding` connects it to the model."""
 
     padding: Padding | None = None
+
+
+class TokenMask(ReadsCall):
+    """Which tokens of a layer are real; all are until it is connected."""
+
     argument = ENCODER
 
     def forward(self, x: Tensor) -> Tensor | None:
@@ -127,6 +133,31 @@ class TokenMask(nn.Module):
             )
         # With a cache the mask also covers earlier tokens, to the left of these.
         return mask[:, mask.shape[1] - per_sequence :].reshape(-1)
+
+
+class TokenIds(ReadsCall):
+    """The ids of a layer's tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, S, D) or (T, D) -> (T,).
+
+        Raises:
+            MoecompileError: the model's call has no token ids, or they are not those of the tokens of this layer.
+        """
+        ids = None if self.padding is None else self.padding.mask(IDS)
+        if ids is None or self.padding is None:
+            raise MoecompileError(
+                "a hash of token ids chooses experts, and the model was not called with any: give it input_ids, not "
+                "embeddings, or use routing.choice=token"
+            )
+        positions = self.padding.positions
+        ids = ids if positions is None else positions.cut(ids, 1)
+        if ids.numel() != x.shape[:-1].numel():
+            raise MoecompileError(
+                f"{tuple(ids.shape)} token ids are not those of the {x.shape[:-1].numel()} tokens that reach an MoE "
+                "layer whose experts a hash of them chooses. Use routing.choice=token"
+            )
+        return ids.reshape(-1)
 
 
 class MaskRouting(nn.Module):
@@ -167,106 +198,9 @@ class MaskRows(nn.Module):
         return y if real_T is None else y.masked_fill(~real_T.view(*y.shape[:-1], 1), 0.0)
 
 
-class _Finder:
-    """The hook before a forward: reads the masks from the arguments."""
-
-    def __init__(self, padding: Padding) -> None:
-        self.padding = padding
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.padding.start(masks_of(model, args, kwargs))
-
-
-class _Warner:
-    """The hook of a model that routes padding like tokens: warns at its first training forward that has some."""
-
-    def __init__(self) -> None:
-        self.left = 20  # forwards that are looked at: each look waits for the device
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or not self.left or not model.training:
-            return
-        padded = [name for name, mask in masks_of(model, args, kwargs).items() if mask.dim() == 2 and not mask.all()]
-        self.left = 0 if padded else self.left - 1
-        if padded:
-            warnings.warn(
-                f"{padded[0]} has padding, which is routed, sent and counted like tokens: compile with an example that "
-                "has this argument, or with data.mask_padding=always",
-                stacklevel=2,
-            )
-
-
-class _Forgetter:
-    """The hook after a forward."""
-
-    def __init__(self, padding: Padding) -> None:
-        self.padding = padding
-
-    def __call__(self, *_: Any) -> None:
-        self.padding.end()
-
-
-def masks_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The padding masks among the arguments of a call of `model`, by argument."""
-    given = dict(kwargs)
-    if args:
-        names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        given.update(zip(names, args, strict=False))
-    masks: dict[str, Tensor] = {}
-    for name in (ENCODER, DECODER):
-        mask = given.get(name)
-        if isinstance(mask, Tensor) and mask.dim() == 2:  # masks of more dims say who sees whom, not what is padding
-            masks[name] = mask != 0
-    mask = given.get(_INVERTED)
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.dtype == torch.bool:
-        masks[ENCODER] = ~mask
-    for name in _PACKED:
-        if isinstance(given.get(name), Tensor):
-            masks.setdefault(ENCODER, given[name])
-    return masks
-
-
-def watch_padding(model: nn.Module) -> None:
-    """Connects the `TokenMask`s of a compiled model to the calls of `model`, and of models inside it.
-
-    A model without any warns once if it is trained with padding.
-    """
-    masks = {path: module for path, module in model.named_modules() if isinstance(module, TokenMask)}
-    if not masks:
-        model.register_forward_pre_hook(_Warner(), with_kwargs=True)
-        return
-    padding = Padding()
-    both = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    for path, mask in masks.items():
-        mask.padding = padding
-        mask.argument = DECODER if both and "decoder" in path.split(".") else ENCODER
-    padding.recomputes = _Recomputes(model)
-    for module in model.modules():
-        if module is model or _takes(module, DECODER if both else ENCODER):
-            module.register_forward_pre_hook(_Finder(padding), with_kwargs=True)
-            module.register_forward_hook(_Forgetter(padding), always_call=True)
-
-
-def _takes(module: nn.Module, argument: str) -> bool:
-    """Whether it is a model itself that takes a padding mask (the base model of a language model)."""
-    if not hasattr(module, "config") or not any(isinstance(part, TokenMask) for part in module.modules()):
-        return False
-    return {"input_ids", argument} <= inspect.signature(module.forward).parameters.keys()
-
-
-class _Recomputes:
-    """Whether layers of a model of transformers compute again in backward."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self) -> bool:
-        return any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
-
-
 def padding_of(model: nn.Module) -> Padding | None:
     """What `watch_padding` connected; None: nothing."""
-    return next((module.padding for module in model.modules() if isinstance(module, TokenMask)), None)
+    return next((module.padding for module in model.modules() if isinstance(module, ReadsCall)), None)
 
 
 def _differ(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

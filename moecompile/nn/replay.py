@@ -76,6 +76,9 @@ def replay_layers(model: nn.Module) -> list[ReplayLayer]:
 def record_routes(model: nn.Module) -> Iterator[Routes]:
     """Records the choices of all forwards inside, except those that are computed again in backward.
 
+    `with record_routes(model) as routes:` gives them layer by layer as `routes.ids`, and stacked, (T, L, K), by
+    `routes.stacked()`.
+
     Padding and assignments that a model's own router drops are `NOT_RECORDED`.
     """
     routes = Routes(replay_layers(model))
@@ -96,7 +99,8 @@ def replay_routes(model: nn.Module, ids: Tensor | Mapping[str, Tensor]) -> Itera
             is no expert, stands for a token that chooses for itself.
 
     Raises:
-        ArgumentError: shapes do not fit the model. MoecompileError: a layer cannot be replayed.
+        ArgumentError: shapes do not fit the model.
+        MoecompileError: a layer cannot be replayed.
     """
     by_layer = _by_layer(replay_layers(model), ids)
     with ExitStack() as stack:

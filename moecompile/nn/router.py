@@ -1,6 +1,7 @@
 """The router: chooses the experts of each token and their routing weights.
 
-    jitter -> logits + bias -> score -> correction bias -> group limit -> top-k -> normalise -> scale -> capacity
+    jitter -> norm -> logits + bias -> score -> correction bias -> group limit -> top-k -> normalise -> scale
+    -> scale of the expert -> capacity
 
 Legend: T tokens, D model dim, E experts, K top-k, G groups.
 """
@@ -8,28 +9,29 @@ Legend: T tokens, D model dim, E experts, K top-k, G groups.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
 from moecompile import ops  # noqa: F401  (registers the ops)
+from moecompile.errors import MoecompileError
 from moecompile.nn import losses as loss_functions
-from moecompile.nn.chosen import replayed_or_live
+from moecompile.nn.auxiliary import KeepsLosses
+from moecompile.nn.chosen import in_words, open_experts, replayed_or_live
 from moecompile.nn.context import whole_sequences
-from moecompile.nn.meter import LoadMeter, at_least
+from moecompile.nn.meter import BINS, LoadMeter, at_least
 from moecompile.nn.padding import without_padding
+from moecompile.nn.scores import normed, sqrt_softplus
 from moecompile.routing import NO_BALANCE, BalanceSpec, RouterConfig, check_balance
-from moecompile.torch_private import in_backward
 
 
-class Router(nn.Module):
+class Router(KeepsLosses):
     """Chooses experts for tokens, or tokens for experts.
 
-    weight (E, D), bias (E,) and all computation are in fp32 or wider with every precision. `correction_bias` (E,)
-    affects the choice but not the routing weights (DeepSeek-V3 report, section 2.1.2). `global_load` (E,), only with a
-    global_batch loss, is each expert's fraction of the previous optimizer step's load. `meter` counts the load.
+    weight (E, D), bias (E,), norm_scale (D,), expert_scale (E,), shared_weight (S, D) and all computation are in fp32
+    or wider with every precision; without these options, the last four are None. `correction_bias` (E,) affects the
+    choice but not the routing weights (DeepSeek-V3 report, section 2.1.2). `global_load` (E,), only with a global_batch
+    loss, is each expert's fraction of the previous optimizer step's load. `meter` counts the load.
 
     A dropped assignment, and with expert choice an expert that did not take the token, has the id num_experts and the
     weight 0. So has padding, in every slot; it is in no count, loss or capacity.
@@ -37,7 +39,10 @@ class Router(nn.Module):
     Args:
         d_model, num_experts: sizes.
         config: the routing. balance: auxiliary losses, and the rule of `correction_bias` (see `update_balance`).
-        num_nodes: nodes over which the experts are spread, for the meter.
+        num_nodes, num_identity: nodes over which the experts are spread, and how many of these, the last ones, have no
+            weights; for the meter.
+        num_shared: slices of a shared expert that the router weighs beside a token's chosen experts (Inkling).
+        layer: number of the layer; with choice=hash, layers with different numbers choose independently.
 
     Raises:
         ConfigError: the config does not fit the number of experts, or the balance does not fit the config.
@@ -45,6 +50,9 @@ class Router(nn.Module):
 
     correction_bias: Tensor
     bias: Tensor | None
+    norm_scale: Tensor | None
+    expert_scale: Tensor | None
+    shared_weight: Tensor | None
     global_load: Tensor | None
 
     def __init__(
@@ -55,6 +63,9 @@ class Router(nn.Module):
         balance: BalanceSpec = NO_BALANCE,
         *,
         num_nodes: int = 1,
+        num_identity: int = 0,
+        num_shared: int = 0,
+        layer: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -64,60 +75,72 @@ class Router(nn.Module):
         self.num_experts, self.config, self.balance, self.losses = num_experts, config, balance, balance.losses
         wide = torch.promote_types(dtype, torch.float32)
         self.weight = nn.Parameter(torch.empty(num_experts, d_model, device=device, dtype=wide))
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(num_experts, device=device, dtype=wide)) if config.bias else None
-        )
+        for name, size, exists in (
+            ("bias", num_experts, config.bias),
+            ("norm_scale", d_model, config.norm),
+            ("expert_scale", num_experts, config.expert_scale),
+        ):
+            made = nn.Parameter(torch.empty(size, device=device, dtype=wide)) if exists else None
+            self.register_parameter(name, made)
+        rows = nn.Parameter(torch.empty(num_shared, d_model, device=device, dtype=wide)) if num_shared else None
+        self.register_parameter("shared_weight", rows)
         self.register_buffer("correction_bias", torch.zeros(num_experts, device=device, dtype=wide))
         even = torch.full((num_experts,), 1 / num_experts, device=device, dtype=wide)
         self.register_buffer("global_load", even if balance.global_batch else None)
-        self.meter = LoadMeter(num_experts, num_nodes, device, has_entropy=True)
-        self.aux_losses: dict[str, Tensor] = {}  # coefficient * loss of the last training forward, with its graph
-        self.aux_node: Node | None = None  # to test whether a loss depends on that forward
+        bins = BINS if balance.rule == "quantile" else 0
+        self.meter = LoadMeter(num_experts, num_nodes, device, has_entropy=True, num_identity=num_identity, bins=bins)
+        self.layer = layer
         self.on_choice: Callable[[Tensor], None] | None = None  # `record_routes` is told every choice
         self.replayed: Tensor | None = None  # the choice that `replay_routes` sets, (T, K)
         self.positions: str | None = None  # process group of the ranks with the other positions of a sequence
         self.key = torch.zeros(4, dtype=torch.int64, device="cpu")  # not a buffer: ops read it on the host
         self.is_keyed = False
 
-    @property
-    def aux_loss(self) -> Tensor | None:
-        """Sum of coefficient * loss of the last training forward, a mean over its tokens; None without losses."""
-        return torch.stack(list(self.aux_losses.values())).sum() if self.aux_losses else None
-
-    def forward(self, x: Tensor, real_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, real_T: Tensor | None = None, tokens_T: Tensor | None = None) -> tuple[Tensor, ...]:
         """Routes x (..., D), with the sequence in dim -2; (T, D) is one sequence.
 
         Args:
             real_T: which tokens are no padding, (T,) bool; None: all.
+            tokens_T: token ids, for choice=hash.
 
         Returns:
-            weights_TK (fp32 or wider) and ids_TK (int64) of all T tokens; (T, E) with expert choice.
+            weights_TK (fp32 or wider) and ids_TK (int64) of all T tokens; (T, E) with expert choice. With num_shared S
+            also the weights of the slices of the shared expert, (T, S).
         """
-        logits = self.logits(x)
+        inputs = self._inputs(x)
+        logits: Tensor = torch.ops.moecompile.router_logits(inputs, self.weight, self.bias)
+        of_shared: list[Tensor] = []
         scores = self._score(logits)
         scores_TE = torch.ops.moecompile.flatten_tokens(scores)
         if self.config.choice == "expert":
             ids, weights = self._expert_choice(scores_TE, real_T)
             kept = ids
         else:
-            ids = self.choose(scores_TE)
+            ids = self.choose(scores_TE, tokens_T)
             if self.replayed is not None:
                 ids = replayed_or_live(self.replayed, ids, self.num_experts)
-            ids, weights = without_padding(ids, self._weights(scores_TE, ids), real_T, self.num_experts)
+            weights, *of_shared = self._weights(scores_TE, ids, inputs)
+            ids, weights = without_padding(ids, weights, real_T, self.num_experts)
             if self.on_choice is not None:
                 self.on_choice(ids)
             kept, weights = self._limited(ids, weights, real_T)
         if self.training:
-            self._keep(self._train(logits, scores, ids, kept, real_T), logits)
-        return weights, kept
+            self.keep(self._train(logits, scores, ids, kept, real_T), logits)
+        return weights, kept, *of_shared
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., E), fp32 or wider, with jitter in training."""
-        if self.training and self.config.jitter:
-            x = x.to(torch.promote_types(self.weight.dtype, torch.float32))
-            x = x * (1.0 + self.config.jitter * (2.0 * self._uniform(x) - 1.0))
-        logits: Tensor = torch.ops.moecompile.router_logits(x, self.weight, self.bias)
+        logits: Tensor = torch.ops.moecompile.router_logits(self._inputs(x), self.weight, self.bias)
         return logits
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        if self.training and self.config.jitter:
+            x = x.to(wide)
+            x = x * (1.0 + self.config.jitter * (2.0 * self._uniform(x) - 1.0))
+        if self.norm_scale is not None:
+            x = normed(x.to(wide), self.norm_scale)
+        return x
 
     def scores(self, x: Tensor) -> Tensor:
         """The scores by which experts are chosen, before the correction bias, (T, E), fp32 or wider."""
@@ -125,9 +148,18 @@ class Router(nn.Module):
         return scores_TE
 
     @torch.no_grad()
-    def choose(self, scores_TE: Tensor) -> Tensor:
-        """Ids of the chosen experts before drops, (T, K) int64."""
+    def choose(self, scores_TE: Tensor, tokens_T: Tensor | None = None) -> Tensor:
+        """Ids of the chosen experts before drops, (T, K) int64.
+
+        Raises:
+            MoecompileError: choice=hash without token ids.
+        """
         kernels, config = torch.ops.moecompile, self.config
+        if config.choice == "hash":
+            if tokens_T is None:
+                raise MoecompileError("routing.choice=hash needs token ids: call the model with input_ids")
+            hashed_TK: Tensor = kernels.hashed_ids(tokens_T, self.num_experts, config.top_k, self.layer)
+            return hashed_TK
         if config.workload == "balanced":
             ids_TK: Tensor = kernels.balanced_ids(scores_TE, config.top_k, config.groups, config.top_groups)
             return ids_TK
@@ -138,28 +170,40 @@ class Router(nn.Module):
             choice_TE = kernels.workload_scores(self._uniform(scores_TE), self.key, *how)
         if config.top_groups < config.groups:
             # -inf, not 0: a closed group must lose even against negative corrected scores.
-            choice_TE = choice_TE.masked_fill(~self._open_experts(choice_TE), float("-inf"))
+            choice_TE = choice_TE.masked_fill(~open_experts(choice_TE, config, self.num_experts), float("-inf"))
         return choice_TE.topk(config.top_k, dim=-1, sorted=False).indices
 
     def _score(self, logits: Tensor) -> Tensor:
-        if self.config.score == "softmax_after_topk":
+        if self.config.score in ("softmax_after_topk", "sigmoid_after_topk"):
             return logits
+        if self.config.score == "sqrt_softplus":
+            return sqrt_softplus(logits)
         return logits.sigmoid() if self.config.score == "sigmoid" else logits.softmax(-1)
 
     def _probs(self, logits: Tensor, scores: Tensor) -> Tensor:
         """Scores normalized to sum to 1 over the experts."""
-        if self.config.score == "sigmoid":
-            return scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
-        return scores if self.config.score == "softmax" else logits.softmax(-1)
+        if self.config.score.startswith("softmax"):
+            return scores if self.config.score == "softmax" else logits.softmax(-1)
+        scores = logits.sigmoid() if self.config.score == "sigmoid_after_topk" else scores
+        return scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
 
-    def _weights(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
+    def _weights(self, scores_TE: Tensor, ids_TK: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
         weights_TK = scores_TE.gather(1, ids_TK)
         if self.config.score == "softmax_after_topk":
             weights_TK = weights_TK.softmax(-1)
-        elif self.config.normalize:
+        elif self.config.score == "sigmoid_after_topk":
+            weights_TK = weights_TK.sigmoid()
+        num_chosen = weights_TK.shape[1]
+        if self.shared_weight is not None:  # they share one sum with the chosen experts
+            logits = torch.ops.moecompile.router_logits(inputs, self.shared_weight, None)
+            weights_TK = torch.cat((weights_TK, torch.ops.moecompile.flatten_tokens(logits).sigmoid()), 1)
+        if self.config.normalize and self.config.score != "softmax_after_topk":
             # The minimum avoids a division by zero if all sigmoid scores underflow (DeepSeek-V3 uses 1e-20).
             weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp_min(1e-20)
-        return weights_TK * self.config.scale
+        weights_TK = weights_TK * self.config.scale
+        shared = () if self.shared_weight is None else (weights_TK[:, num_chosen:],)
+        weights_TK = weights_TK[:, :num_chosen] if shared else weights_TK
+        return weights_TK if self.expert_scale is None else weights_TK * self.expert_scale[ids_TK], *shared
 
     def _limited(self, ids_TK: Tensor, weights_TK: Tensor, real_T: Tensor | None) -> tuple[Tensor, Tensor]:
         """Drops assignments beyond the capacity; weights of kept assignments are unchanged."""
@@ -173,14 +217,17 @@ class Router(nn.Module):
     def _expert_choice(self, scores_TE: Tensor, real_T: Tensor | None) -> tuple[Tensor, Tensor]:
         factor = 1.0 if self.config.capacity_factor is None else self.config.capacity_factor
         ids_TE = torch.ops.moecompile.expert_choice(scores_TE.detach(), self.config.top_k, factor, real_T)
-        return ids_TE, scores_TE.masked_fill(ids_TE == self.num_experts, 0.0) * self.config.scale
+        weights_TE = scores_TE.masked_fill(ids_TE == self.num_experts, 0.0) * self.config.scale
+        return ids_TE, weights_TE if self.expert_scale is None else weights_TE * self.expert_scale
 
     def _train(
         self, logits: Tensor, scores: Tensor, ids: Tensor, kept: Tensor, real: Tensor | None
     ) -> dict[str, Tensor]:
         """Counts the load of this forward, and returns its losses times their coefficients."""
         probs = self._probs(logits, scores)
-        self.meter(ids, kept, torch.ops.moecompile.flatten_tokens(probs).detach(), real)
+        flat = torch.ops.moecompile.flatten_tokens
+        self.meter(ids, kept, flat(probs).detach(), real)
+        self.meter.count_required(flat(scores).detach(), self.correction_bias, self.config.top_k, real)
         if self.losses and logits.numel() == 0:  # the mean over no tokens is undefined
             return {name: logits.sum() for name in self.losses}
         if self.losses and self.positions is not None:
@@ -192,41 +239,13 @@ class Router(nn.Module):
             for name, coefficient in self.losses.items()
         }
 
-    def _keep(self, losses: dict[str, Tensor], logits: Tensor) -> None:
-        """Replaces the losses of the previous forward by those of this one.
-
-        A forward without gradients does not replace losses with gradients, which the objective still needs for its
-        backward.
-        """
-        if torch.compiler.is_compiling():
-            self.aux_losses = losses  # compiled code cannot query whether autograd is in backward
-        elif in_backward():
-            return  # a recomputed forward must not keep its graph alive
-        elif torch.is_grad_enabled() or not any(loss.requires_grad for loss in self.aux_losses.values()):
-            self.aux_losses, self.aux_node = losses, logits.grad_fn
-
     def _loss(
         self, name: str, logits: Tensor, scores: Tensor, probs: Tensor, ids: Tensor, real: Tensor | None
     ) -> Tensor:
-        if name == "micro_batch":
-            return loss_functions.micro_batch_loss(probs, ids, real)
-        if name == "sequence":
-            sequences = torch.atleast_2d(scores), torch.atleast_2d(probs)
-            return loss_functions.sequence_loss(*sequences, self.config.top_k, real)
         if name == "global_batch":
             assert self.global_load is not None
             return loss_functions.global_batch_loss(probs, self.global_load, real)
-        return loss_functions.z_loss(logits, real)
-
-    def _open_experts(self, choice_TE: Tensor) -> Tensor:
-        config = self.config
-        per_group = self.num_experts // config.groups
-        by_group_TGe = choice_TE.view(-1, config.groups, per_group)
-        num_best = {"max": 1, "top2": 2, "topk_over_m": max(1, config.top_k // config.top_groups)}[config.group_score]
-        group_scores_TG = by_group_TGe.topk(min(num_best, per_group), dim=-1).values.sum(-1)
-        best = group_scores_TG.topk(config.top_groups, dim=-1, sorted=False).indices
-        open_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool).scatter_(1, best, True)
-        return open_TG.repeat_interleave(per_group, dim=1)
+        return loss_functions.loss_of(name, logits, scores, probs, ids, self.config.top_k, real)
 
     def _uniform(self, like: Tensor) -> Tensor:
         """Uniform numbers in [0, 1): from the key if one was set, else from the global random state."""
@@ -235,27 +254,19 @@ class Router(nn.Module):
             return noise
         return torch.rand_like(like)
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether its weight gets gradients."""
+        return self.weight.requires_grad
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         # A cast of the model to bf16 leaves the router in fp32, a move to another device moves it.
         super()._apply(at_least(torch.float32, fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The losses of the last forward have a graph, which can be neither copied nor pickled.
-        return {**self.__dict__, "aux_losses": {}, "aux_node": None}
-
     def extra_repr(self) -> str:
         """Shown by print(model)."""
-        config = self.config
-        limit = f", {config.top_groups} of {config.groups} groups by {config.group_score}" if config.groups > 1 else ""
-        words = [f"{self.num_experts} experts, {config.score} top-{config.top_k}{limit}, scale={config.scale}"]
-        if config.choice == "expert":
-            words.append("experts choose")
-        if config.capacity_factor is not None:
-            words.append(f"capacity {config.capacity_factor} by {config.drop}")
-        if config.workload != "none":
-            words.append(f"workload {config.workload}")
-        return ", ".join(words)
+        return in_words(self.config, self.num_experts)
 
 
 def routers_of(model: nn.Module) -> list[tuple[str, Router]]:
@@ -271,6 +282,10 @@ def set_random_key(model: nn.Module, seed: int, step: int, micro_batch: int) -> 
     Args:
         step: optimizer step. micro_batch: index of the micro-batch in the step, in the order of one process.
     """
-    for layer, (_, router) in enumerate(routers_of(model)):
-        router.key.copy_(torch.tensor((seed, step, micro_batch, layer)))
+    routers = [router for _, router in routers_of(model)]
+    keys = torch.tensor([(seed, step, micro_batch, layer) for layer in range(len(routers))])
+    if routers and routers[0].key.is_cuda:  # one copy, for which the host does not wait
+        keys = keys.pin_memory().to(routers[0].key.device, non_blocking=True)
+    for router, key in zip(routers, keys, strict=True):
+        router.key.copy_(key)
         router.is_keyed = True

@@ -34,8 +34,11 @@ DISPATCH, EXPERTS = "dispatch.backend", "experts.backend"
 class Dispatched(NamedTuple):
     """What a rank has received.
 
-    rows_VD: in any order. ids_VK: int64 (V, k), local experts (0 .. e - 1) of each row, -1 where there is none.
-    weights_VK: (V, k), their routing weights. handle: whatever the back end needs to return sums.
+    Attributes:
+        rows_VD: in any order.
+        ids_VK: int64 (V, k), local experts (0 .. e - 1) of each row, -1 where there is none.
+        weights_VK: (V, k), their routing weights.
+        handle: whatever the back end needs to return sums.
     """
 
     rows_VD: Tensor
@@ -57,8 +60,12 @@ class DispatchBackend(Protocol):
         """Sends each token to the ranks of its experts.
 
         Args:
+            x_TD: the tokens of this rank.
             ids_TK: int64, over all ranks: rank i has experts i * e .. (i + 1) * e - 1; -1 where an assignment is
-                dropped. weights_TK: fp32 or wider.
+                dropped.
+            weights_TK: fp32 or wider.
+            num_experts: of all ranks.
+            group: the ranks that share these experts.
         """
 
     def dispatch_again(self, x_TD: Tensor, handle: Any) -> Tensor:
@@ -81,7 +88,10 @@ class ExpertsBackend(Protocol):
         """y[v] = sum over k of weights[v, k] * down (silu(gate x[v]) * (up x[v])) of the expert ids[v, k].
 
         Args:
-            ids_VK: int64, local experts, -1 where there is none. gate_up_EGD: (e, 2F, D), gate first.
+            x_VD: rows.
+            ids_VK: int64, local experts, -1 where there is none.
+            weights_VK: routing weights.
+            gate_up_EGD: (e, 2F, D), gate first.
             down_EDF: (e, D, F).
         """
 
@@ -115,7 +125,12 @@ def _outside_of_graphs(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def count_sent_bytes(group: dist.ProcessGroup, sent: list[int]) -> None:
-    """Counts what a back end has sent over `group`: bytes to each of its ranks."""
+    """Counts what a back end has sent over `group`, for the bytes of a run.
+
+    Args:
+        group: the group that the back end was called with.
+        sent: bytes to each of its ranks.
+    """
     traffic.add(group.group_name, group, sent)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from moecompile.errors import UnboundAxisError
 from moecompile.ops.host import finish_read, start_read
 from moecompile.ops.traffic import traffic
-from moecompile.torch_private import process_group_by_name
+from moecompile.torch_private import all_gather_single, process_group_by_name
 
 
 @torch.library.custom_op("moecompile::exchange_counts", mutates_args=())
@@ -230,7 +230,7 @@ def gather_blocks(block: Tensor, axis: str) -> Tensor:
     group = group_of(axis)
     out = block.new_empty(group.size() * block.shape[0], block.shape[1])
     if block.numel():  # all ranks agree on this, because blocks have equal sizes
-        dist.all_gather_single(out, block.contiguous(), group=group)
+        all_gather_single(out, block.contiguous(), group)
     _count_blocks(axis, group, block.numel() * block.element_size())
     return out
 

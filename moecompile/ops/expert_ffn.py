@@ -49,7 +49,7 @@ def expert_ffn(
     """
     if at_once(x_VD, source_R.shape[0], *gate_up_EGD.shape, down_EDF.shape[2]):
         return _at_once(x_VD, source_R, weights_R, counts_E, gate_up_EGD, down_EDF)
-    products = Products(x_VD.dtype)
+    products = Products(x_VD)
     blocks, padded_E = make_blocks(counts_E, x_VD, gate_up_EGD, pad=is_padded(x_VD))
     source_P, weights_P = padded(source_R, weights_R, counts_E, padded_E)
     gate_up_PG = x_VD.new_empty(source_P.shape[0], gate_up_EGD.shape[1])

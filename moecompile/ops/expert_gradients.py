@@ -79,7 +79,7 @@ def expert_ffn_weight_grad(
     num_rows = sum(source.shape[0] for source in sources_P)
     if at_once(x, num_rows, num_experts, inner, x.shape[1], width):
         return _weights_at_once(grads_VD, xs_VD, grad_hiddens_PF, gate_ups_PG, sources_P, weights_P, counts_E)
-    products, counts = Products(x.dtype), [each.tolist() for each in counts_E]
+    products, counts = Products(x), [each.tolist() for each in counts_E]
     starts = [starts_of(each, source.shape[0]) for each, source in zip(counts, sources_P, strict=True)]
     blocks, _ = make_blocks(torch.stack(counts_E).sum(0), x, gate_ups_PG[0], pad=is_padded(x))
     grad_gate_up, grad_down = x.new_empty(num_experts, inner, x.shape[1]), x.new_empty(num_experts, x.shape[1], width)
@@ -120,7 +120,7 @@ def _by_blocks(
     grads: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients for x_VD and weights_R. Writes those of the hidden activation, or those of the weights."""
-    products = Products(x_VD.dtype)
+    products = Products(x_VD)
     blocks, padded_E = make_blocks(counts_E, x_VD, gate_up_EGD, pad=is_padded(x_VD))
     grad_PD, grad_weights_P = x_VD.new_empty(source_P.shape[0], x_VD.shape[1]), torch.empty_like(weights_P)
     width, model = down_EDF.shape[2], x_VD.shape[1]

@@ -32,7 +32,7 @@ def grouped_mm(
     if _by_library(counts_E, weight_EFD.shape[1:], rows_RD, weight_EFD):
         return F.grouped_mm(rows_RD, weight_EFD.transpose(1, 2), offs=_offsets(counts_E))
     out_RF = rows_RD.new_empty(rows_RD.shape[0], weight_EFD.shape[1])
-    Products(rows_RD.dtype).transposed(Block.whole(counts_E), rows_RD, weight_EFD, out_RF)
+    Products(rows_RD).transposed(Block.whole(counts_E), rows_RD, weight_EFD, out_RF)
     return out_RF
 
 
@@ -47,7 +47,7 @@ def grouped_mm_input_grad(grad_RF: Tensor, weight_EFD: Tensor, counts_E: Tensor)
     if _by_library(counts_E, weight_EFD.shape[1:], grad_RF, weight_EFD):
         return F.grouped_mm(grad_RF, weight_EFD, offs=_offsets(counts_E))
     out_RD = grad_RF.new_empty(grad_RF.shape[0], weight_EFD.shape[2])
-    Products(grad_RF.dtype).straight(Block.whole(counts_E), grad_RF, weight_EFD, out_RD)
+    Products(grad_RF).straight(Block.whole(counts_E), grad_RF, weight_EFD, out_RD)
     return out_RD
 
 
@@ -62,7 +62,7 @@ def grouped_mm_weight_grad(grad_RF: Tensor, rows_RD: Tensor, counts_E: Tensor) -
     if _by_library(counts_E, (grad_RF.shape[1], rows_RD.shape[1]), grad_RF, rows_RD):
         return F.grouped_mm(grad_RF.t(), rows_RD, offs=_offsets(counts_E))
     out_EFD = grad_RF.new_empty(counts_E.shape[0], grad_RF.shape[1], rows_RD.shape[1])
-    Products(grad_RF.dtype).gradient(Block.whole(counts_E), grad_RF, rows_RD, out_EFD)
+    Products(grad_RF).gradient(Block.whole(counts_E), grad_RF, rows_RD, out_EFD)
     return out_EFD
 
 
@@ -87,7 +87,7 @@ def grouped_mm_weight_grads(grads_RF: list[Tensor], rows_RD: list[Tensor], count
     counts, out_EFD = [each.tolist() for each in counts_E], grad.new_empty(total_E.shape[0], *widths)
     starts = [starts_of(each, size) for each, size in zip(counts, sizes, strict=True)]
     blocks, _ = make_blocks(total_E, rows, grad, pad=False)
-    products, of_grad, of_rows = Products(grad.dtype), *(scratch(blocks, grad, width) for width in widths)
+    products, of_grad, of_rows = Products(grad), *(scratch(blocks, grad, width) for width in widths)
     for block in blocks:
         grad_MF, rows_MD = of_grad(block), of_rows(block)
         for chunk, part, place in pieces(block, counts, starts)[0]:

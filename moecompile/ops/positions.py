@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moecompile.ops.exchange import group_of
 from moecompile.ops.traffic import context_traffic
+from moecompile.torch_private import all_gather_single
 
 
 @torch.library.custom_op("moecompile::exchange_dims", mutates_args=())
@@ -59,7 +60,7 @@ def join_positions(x: Tensor, axis: str) -> Tensor:
     """The positions of all ranks in order, (..., s, N) -> (..., S, N)."""
     group = group_of(axis)
     parts = x.new_empty(group.size() * x.numel())
-    dist.all_gather_single(parts, x.reshape(-1), group=group)
+    all_gather_single(parts, x.reshape(-1), group)
     return torch.cat(parts.view(group.size(), *x.shape).unbind(), -2)
 
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moecompile.ops.exchange import group_of
+from moecompile.torch_private import all_gather_single
 
 
 @torch.library.custom_op("moecompile::cut_tokens", mutates_args=())
@@ -125,7 +126,7 @@ def join_columns(y: Tensor, axis: str) -> Tensor:
     group = group_of(axis)
     blocks = y.new_empty(group.size() * y.numel())
     if y.numel():
-        dist.all_gather_single(blocks, y.reshape(-1), group=group)
+        all_gather_single(blocks, y.reshape(-1), group)
     columns = blocks.view(group.size(), *y.shape).movedim(0, -2).reshape(*y.shape[:-1], -1)
     return columns.clone() if group.size() == 1 else columns
 
@@ -195,5 +196,5 @@ def _gathered(y_tD: Tensor, num_tokens: int, group: dist.ProcessGroup) -> Tensor
         padded = y_tD.new_zeros(size, y_tD.shape[1])
         padded[: y_tD.shape[0]] = y_tD
     if blocks.numel():  # all ranks agree on this
-        dist.all_gather_single(blocks, padded.contiguous(), group=group)
+        all_gather_single(blocks, padded.contiguous(), group)
     return blocks[:num_tokens].clone() if num_tokens < blocks.shape[0] else blocks

@@ -5,6 +5,8 @@ Legend: T tokens, D model dim, E experts, K top-k.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,6 +56,7 @@ def count_routing(
     kept_TK: Tensor,
     probs_TE: Tensor | None,
     real_T: Tensor | None = None,
+    num_identity: int = 0,
 ) -> None:
     """Adds one forward to the counters of a `LoadMeter`, in place.
 
@@ -65,12 +68,14 @@ def count_routing(
         chosen_TK, kept_TK: expert ids before and after drops; num_experts means no expert.
         probs_TE: each token's distribution over experts, for the entropy; None: not counted.
         real_T: which tokens are no padding, (T,) bool; None: all. Padding has no expert in chosen_TK.
+        num_identity: the last of the experts, which are on no node.
     """
     if in_backward():
         return
     num_experts, num_nodes = load_E.numel(), node_tokens.numel()
     load_E.add_(expert_counts(chosen_TK, num_experts))
-    node_TK = torch.div(kept_TK, num_experts // num_nodes, rounding_mode="floor")  # num_nodes: no expert
+    per_node = (num_experts - num_identity) // num_nodes
+    node_TK = torch.div(kept_TK, per_node, rounding_mode="floor").clamp_max_(num_nodes)  # num_nodes: on no node
     reached = torch.zeros(kept_TK.shape[0], num_nodes + 1, dtype=torch.bool, device=kept_TK.device)
     node_tokens.add_(reached.scatter_(1, node_TK, True)[:, :num_nodes].sum(0))
     sums[0] += chosen_TK.shape[0] if real_T is None else real_T.sum()
@@ -89,8 +94,25 @@ def _(
     kept_TK: Tensor,
     probs_TE: Tensor | None,
     real_T: Tensor | None = None,
+    num_identity: int = 0,
 ) -> None:
     return None
+
+
+@torch.library.custom_op("moecompile::place_ids", mutates_args=())
+def place_ids(ids_TK: Tensor, positions_E: list[int]) -> Tensor:
+    """The position of each chosen expert in the order in which ranks hold them, (T, K); an id E (none) stays E."""
+    return _positions(tuple(positions_E), ids_TK.device)[ids_TK]
+
+
+@place_ids.register_fake
+def _(ids_TK: Tensor, positions_E: list[int]) -> Tensor:
+    return ids_TK.new_empty(ids_TK.shape, dtype=torch.int64)
+
+
+@functools.cache  # so that a device gets each table once
+def _positions(positions_E: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([*positions_E, len(positions_E)], device=device)
 
 
 @torch.library.custom_op("moecompile::count_experts", mutates_args=())

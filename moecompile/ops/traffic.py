@@ -23,6 +23,10 @@ class TrafficCounter:
         for rank, sent in zip(self._ranks_by_axis[axis], bytes_by_peer, strict=True):
             self._bytes_by_rank[rank] = self._bytes_by_rank.get(rank, 0) + sent
 
+    def so_far(self) -> dict[int, int]:
+        """The bytes sent to each global rank since the last `take`."""
+        return dict(self._bytes_by_rank)
+
     def take(self) -> dict[int, int]:
         """Returns the bytes sent to each global rank (including this one) and resets the counts to zero."""
         taken, self._bytes_by_rank = self._bytes_by_rank, {}

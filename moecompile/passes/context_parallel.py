@@ -5,8 +5,8 @@ Algorithm:
      layer, and the positions of all. Masks of attention are made by the model for whole sequences, and stay whole.
   2. transformers' attention interface gets a function that exchanges positions for heads, runs the implementation that
      the model had, and exchanges back. Masks are made as that implementation wants them. The model's configs name it.
-  3. Padding masks are cut where an MoE layer reads them, and the losses of our routers are computed from the logits of
-     all ranks.
+  3. Padding masks are cut where an MoE layer reads them, and the losses of routers are computed from the logits of all
+     ranks.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from moecompile.capture import layers_of
 from moecompile.errors import ConfigError, PassError, PlanError
 from moecompile.nn import routers_of
 from moecompile.nn.context import CutLayer, Positions, exchanged_attention, keep_positions
+from moecompile.nn.own_router import own_routers
 from moecompile.nn.padding import padding_of
 from moecompile.plan import Plan
 
@@ -60,6 +61,8 @@ def split_positions(model: nn.Module, plan: Plan, cp: DeviceMesh) -> None:
         padding.positions = positions
     for _, router in routers_of(model):
         router.positions = positions.axis
+    for _, reader in own_routers(model):
+        reader.positions = positions.axis
 
 
 def check_exchanged(model: nn.Module) -> None:

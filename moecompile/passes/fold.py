@@ -5,7 +5,8 @@ sends its slice to the experts, so that these compute each token once, wherever 
 
 Algorithm, for each experts call whose layer the plan cuts:
   1. Cut tokens, routing weights and expert ids, which the router chose from all tokens of the micro-batch.
-  2. The one-device dispatch reads the slices. So do shared experts that are added to its output.
+  2. The one-device dispatch reads the slices. So do shared experts that are added to its output, and the projection
+     to a latent width.
   3. Join the sum of both, for all tokens, before it gets its leading dims back.
 """
 
@@ -15,11 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from moecompile.errors import PassError
 from moecompile.match.regions import Region
-from moecompile.nn import SharedExperts
+from moecompile.nn import LatentDown, LatentUp, SharedExperts
 from moecompile.passes.base import check_calls, copy_graph_module, experts_calls, items, op_name
 from moecompile.passes.lower.dispatch import DispatchNodes
 from moecompile.plan import SLICE_OPS, LayerPlan
@@ -63,7 +64,8 @@ class Fold:
             raise PassError(self.name, layers[0].site.fqn, f"cuts and joins are {found}, planned are {planned}")
         for call, layer in zip(check_calls(self.name, after, layers), layers, strict=True):
             nodes = DispatchNodes.around(call)
-            read = [nodes.tokens, nodes.ids, nodes.weights] if layer.cut_over else []
+            tokens = _ends(after.graph, nodes)[0]
+            read = [tokens, nodes.ids, nodes.weights] if layer.cut_over else []
             if whole := [node.name for node in read if not _is_from(node, "cut_tokens")]:
                 raise PassError(self.name, layer.site.fqn, f"the dispatch reads {whole}, which are not cut")
 
@@ -78,26 +80,41 @@ def _is_from(node: fx.Node, op: str) -> bool:
 
 
 def _fold(graph_module: fx.GraphModule, nodes: DispatchNodes, axis: str) -> None:
-    graph, tokens = graph_module.graph, nodes.tokens
-    shared = _Shared.beside(graph_module, nodes.unpermute)
+    graph = graph_module.graph
+    tokens, first, last = _ends(graph_module, nodes)
+    shared = _Shared.beside(graph_module, last)
     # Step 1
-    with graph.inserting_before(nodes.permute if shared is None else shared.call):
+    with graph.inserting_before(first if shared is None else shared.call):
         cut = graph.call_function(ops.cut_tokens, (tokens, nodes.weights, nodes.ids, axis))
         x, weights, ids = items(graph, cut, "own_tokens", "own_weights", "own_ids")
     # Step 2
-    nodes.permute.args = (x, ids, *nodes.permute.args[2:])
+    nodes.permute.args = (nodes.tokens, ids, *nodes.permute.args[2:])
+    first.replace_input_with(tokens, x)
     nodes.unpermute.args = (*nodes.unpermute.args[:2], weights, *nodes.unpermute.args[3:])
     # Step 3
-    readers, summed = list(nodes.unpermute.users), nodes.unpermute
+    readers, summed = list(last.users), last
     with graph.inserting_before(readers[0]):
         if shared is not None:
             shared.call.args = (x,)
-            summed = graph.call_function(torch.ops.aten.add.Tensor, (nodes.unpermute, shared.call))
+            summed = graph.call_function(torch.ops.aten.add.Tensor, (last, shared.call))
         joined = graph.call_function(ops.join_tokens, (summed, tokens, axis))
     for reader in readers:
-        reader.replace_input_with(nodes.unpermute, joined)
+        reader.replace_input_with(last, joined)
     if shared is not None:
         shared.erase_total(graph)
+
+
+def _ends(graph_module: fx.GraphModule, nodes: DispatchNodes) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """The tokens, what reads them first, and the experts' output for them; outside of projections of a latent width."""
+    tokens, first, last = nodes.tokens, nodes.permute, nodes.unpermute
+    if _calls(graph_module, tokens, LatentDown):
+        first, tokens = tokens, tokens.all_input_nodes[0]
+    up = next(iter(last.users), None)
+    return tokens, first, up if up is not None and _calls(graph_module, up, LatentUp) else last
+
+
+def _calls(graph_module: fx.GraphModule, node: fx.Node, kind: type[nn.Module]) -> bool:
+    return node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), kind)
 
 
 @dataclass(frozen=True)
@@ -123,7 +140,7 @@ class _Shared:
             call = node if mask is None else mask.args[0]
             if not isinstance(call, fx.Node) or call.op != "call_module" or call.args != (shaped.args[1],):
                 continue
-            if isinstance(graph_module.get_submodule(str(call.target)), SharedExperts):
+            if _calls(graph_module, call, SharedExperts):
                 return cls(call, mask, shaped, total)
         return None
 

@@ -247,7 +247,8 @@ def _in_halves(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
 
 def _shared_experts(graph_module: fx.GraphModule, result: fx.Node) -> fx.Node | None:
     """The call of the shared experts whose output is added to that of the routed ones."""
-    after = _closure([result], lambda node: node.users)[:3]  # unflatten_tokens, add
+    # At most latent_up, the sum with identity experts, unflatten_tokens and the sum that is looked for.
+    after = _closure([result], lambda node: node.users)[:5]
     for node in (other for user in after for other in user.all_input_nodes):
         if node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), SharedExperts):
             return node

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from moecompile.capture import Example, call_with, in_mode, is_meta, replace_regions
 from moecompile.errors import PassError
+from moecompile.nn.padding import TokenIds
+from moecompile.nn.watch import connect
 from moecompile.passes.base import registered
 from moecompile.passes.run import Graphs
 from moecompile.passes.upcycle import step0_reason
@@ -96,7 +98,9 @@ class Comparison:
 
 
 def _reason(layer: LayerPlan) -> str | None:
-    return step0_reason(layer) if isinstance(layer.site, FFNSite) else None
+    if isinstance(layer.site, FFNSite):
+        return step0_reason(layer)
+    return None if layer.routing.capacity_factor is None else "experts drop the tokens beyond their capacity"
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:
@@ -107,7 +111,10 @@ def _difference(a: Tensor, b: Tensor) -> Tensor:
 @torch.no_grad()
 def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
     """Floating-point outputs in evaluation mode."""
+    handles = connect(model, TokenIds)  # without masks: the dense model has padding in its FFNs too
     with in_mode(model, training=False):
         out = call_with(model, example)
+    for handle in handles:
+        handle.remove()
     leaves = tree_leaves(dict(out) if hasattr(out, "items") else out)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -1,4 +1,6 @@
-"""rewrite: dense FFN -> router, permute, experts, unpermute (+ shared experts). The result runs on one device.
+"""rewrite: dense FFN -> router, permute, experts, unpermute (+ shared experts, + projections of a latent width).
+
+The result runs on one device.
 
 Algorithm, for each site:
   1. Copy the pointwise operations into an activation module.
@@ -26,8 +28,9 @@ from moecompile.match.experts import ExpertsMatch
 from moecompile.match.patterns import FFNMatch, activation_module
 from moecompile.match.regions import Region
 from moecompile.match.view import common_owner
-from moecompile.nn import Experts, Router, SharedExperts
-from moecompile.nn.padding import MaskRows, TokenMask
+from moecompile.nn import Experts, Latent, LatentDown, LatentUp, Router, SharedExperts
+from moecompile.nn.identity import IdentityExperts
+from moecompile.nn.padding import MaskRows, TokenIds, TokenMask
 from moecompile.passes.base import check_calls, copy_graph_module, erase_unused, exchanges_of, is_ours, items, op_name
 from moecompile.passes.rewrite_experts import rewrite_experts
 from moecompile.passes.trained import keep_frozen
@@ -100,13 +103,19 @@ def _rewrite_ffn(
     seed: int,
 ) -> None:
     # Steps 1 and 2
-    router, experts, shared = build_modules(layer, DenseWeights.of(old, match), activation_module(old, match))
-    fill_site(router, experts, shared, old, match, layer, seed)
+    router, experts, shared, latent = build_modules(layer, DenseWeights.of(old, match), activation_module(old, match))
+    fill_site(router, experts, shared, old, match, layer, seed, latent=latent)
     keep_frozen(experts, shared, old, match, layer)
     prefix = common_owner([match.down.weight, *(linear.weight for linear in match.ins)])
     parts: dict[str, nn.Module | None] = {"router": router, "experts": experts, "shared_experts": shared}
+    if latent is not None:
+        parts |= {"latent_down": latent.down, "latent_up": latent.up}
+    if layer.experts.num_identity:
+        parts["identity_experts"] = IdentityExperts(layer.experts.num_routed)
     if layer.mask_padding:
         parts |= {"token_mask": TokenMask(), "mask_rows": MaskRows() if shared else None}
+    if layer.routing.choice == "hash":
+        parts["token_ids"] = TokenIds()
     names = {role: _add(new, prefix, role, module) for role, module in parts.items() if module is not None}
     # Step 3
     x, down = copies[match.ins[0].x], copies[match.down.node]
@@ -145,17 +154,28 @@ _READS = frozenset((
 def _insert(graph: fx.Graph, x: fx.Node, names: dict[str, str], layer: LayerPlan) -> fx.Node:
     tokens = graph.call_function(ops.flatten_tokens, (x,))
     real = (graph.call_module(names["token_mask"], (x,)),) if "token_mask" in names else ()
-    routed = graph.call_module(names["router"], (x, *real))  # x, not tokens: per-sequence losses need the shape
-    weights, ids = items(graph, routed, "weights", "ids")
+    hashed = (*(real or (None,)), graph.call_module(names["token_ids"], (x,))) if "token_ids" in names else real
+    routed = graph.call_module(names["router"], (x, *hashed))  # x, not tokens: per-sequence losses need the shape
+    of_shared = ("shared_weights",) * layer.experts.shared_routed
+    weights, ids, *weighed = items(graph, routed, "weights", "ids", *of_shared)
     # Before the permute, so that the device has work while the host waits for the counts of an exchange.
-    shared = graph.call_module(names["shared_experts"], (x,)) if "shared_experts" in names else None
+    shared = graph.call_module(names["shared_experts"], (x, *weighed)) if "shared_experts" in names else None
     if shared is not None and real:
         shared = graph.call_module(names["mask_rows"], (shared, *real))
-    dropless = () if layer.routing.dropless and not real else (False,)
+    if "identity_experts" in names:
+        passed_by = graph.call_module(names["identity_experts"], (tokens, ids, weights))
+        ids, same = items(graph, passed_by, "kept_ids", "same")
+    if "latent_down" in names:
+        tokens = graph.call_module(names["latent_down"], (tokens,))
+    dropless = () if layer.routing.dropless and not real and "identity_experts" not in names else (False,)
     permuted = graph.call_function(ops.permute, (tokens, ids, layer.experts.num_routed, *dropless))
     rows, order, counts = items(graph, permuted, "rows", "order", "counts")
     outputs = graph.call_module(names["experts"], (rows, counts))
     combined = graph.call_function(ops.unpermute, (outputs, order, weights))
+    if "latent_up" in names:
+        combined = graph.call_module(names["latent_up"], (combined,))
+    if "identity_experts" in names:
+        combined = graph.call_function(torch.ops.aten.add.Tensor, (combined, same))
     result = graph.call_function(ops.unflatten_tokens, (combined, x))
     return result if shared is None else graph.call_function(torch.ops.aten.add.Tensor, (result, shared))
 
@@ -168,7 +188,8 @@ def fill_site(
     match: FFNMatch,
     layer: LayerPlan,
     seed: int,
-    expert_ids: range | None = None,
+    expert_ids: Sequence[int] | None = None,
+    latent: Latent | None = None,
 ) -> None:
     """Fills the modules of one site from the FFN in `old`; random values depend only on the seed and the site.
 
@@ -176,26 +197,34 @@ def fill_site(
         expert_ids: global ids of the experts in `experts`; None: all.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + layer.site.index)
-    fill(router, experts, shared, DenseWeights.of(old, match), layer, generator, expert_ids)
+    fill(router, experts, shared, DenseWeights.of(old, match), layer, generator, expert_ids, latent)
 
 
 def build_modules(
     layer: LayerPlan, dense: DenseWeights, activation: nn.Module
-) -> tuple[Router, Experts, SharedExperts | None]:
+) -> tuple[Router, Experts, SharedExperts | None, Latent | None]:
     """Uninitialized modules of the planned sizes, with the device and dtype of the dense weights."""
     site, plan = layer.site, layer.experts
     where: dict[str, Any] = {"device": dense.down_DF.device, "dtype": dense.down_DF.dtype}
     router = Router(
-        site.d_model, plan.num_routed, layer.routing, layer.balance, num_nodes=layer.placement.nodes, **where
-    )
+        site.d_model, plan.num_routed + plan.num_identity, layer.routing, layer.balance, layer=site.index,
+        num_nodes=layer.placement.nodes, num_identity=plan.num_identity,
+        num_shared=plan.num_shared * plan.shared_routed, **where,
+    )  # fmt: skip
+    if layer.placement.order:
+        router.meter.place(layer.placement.positions)
     kinds: dict[str, Any] = {"gated": site.kind == "gated", "bias_up": site.bias_up, "bias_down": site.bias_down}
-    experts = Experts(site.d_model, plan.d_expert, plan.num_routed, activation=activation, **kinds, **where)
+    experts = Experts(layer.row_site.d_model, plan.d_expert, plan.num_routed, activation=activation, **kinds, **where)
+    latent = None
+    if plan.latent_size is not None:
+        sizes = (site.d_model, plan.latent_size)
+        latent = Latent(LatentDown(*sizes, **where), LatentUp(*sizes, norm=plan.latent_norm, **where))
     if not plan.d_shared:
-        return router, experts, None
+        return router, experts, None, latent
     shared = SharedExperts(
         site.d_model, plan.d_shared, activation=copy.deepcopy(activation), gate=plan.shared_gate, **kinds, **where
     )
-    return router, experts, shared
+    return router, experts, shared, latent
 
 
 def _add(root: fx.GraphModule, prefix: str, role: str, module: nn.Module) -> str:

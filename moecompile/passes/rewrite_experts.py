@@ -6,23 +6,29 @@ GraphModule owns the model's own parameters, and adapters of them if planned, an
 Algorithm:
   1. Read hidden states, expert ids and routing weights; cast the weights to at least fp32, in case the model rounded
      them.
-  2. Padding gets no expert. Count the load; an id equal to the number of experts is a dropped assignment. Identity
-     experts are computed on the token's own rank.
+  2. Padding gets no expert. Identity experts are computed on the token's own rank. Read the logits of the model's own
+     router, drop what is beyond a planned capacity, and count the load; an id equal to the number of experts is a
+     dropped assignment.
   3. permute, experts on the rows (with the norm that follows them, if any), unpermute with the routing weights.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx, nn
 
 from moecompile.errors import PlanError
 from moecompile.match.experts import OWN, ExpertsMatch
+from moecompile.match.own_router import RouterMatch
 from moecompile.match.patterns import FFNMatch, activation_module
 from moecompile.match.swiglu import existing_experts
 from moecompile.nn import Experts
 from moecompile.nn.adapters import expert_adapters
-from moecompile.nn.existing import ExistingExperts, ExistingMeter, IdentityExperts, OneHotIds, WideWeights
+from moecompile.nn.existing import ExistingExperts, ExistingMeter, OneHotIds, WideWeights
+from moecompile.nn.identity import IdentityExperts
+from moecompile.nn.own_router import OwnCapacity, OwnRouter
 from moecompile.nn.padding import MaskRouting, TokenMask
 from moecompile.passes.base import items
 from moecompile.passes.trained import freeze_stack
@@ -54,17 +60,10 @@ def rewrite_experts(graph_module: fx.GraphModule, module: nn.Module, match: Expe
         # Step 2
         if match.call.one_hot:
             ids = graph.call_module(add("one_hot_ids", OneHotIds()), (ids,))
+        ids, weights = _routed(graph, add, (hidden, ids, weights), module, match, layer)
         if match.num_identity:
             identity = add("identity_experts", IdentityExperts(match.num_experts))
             ids, passed = items(graph, graph.call_module(identity, (hidden, ids, weights)), "kept_ids", "same")
-        real = None
-        if layer.mask_padding:
-            real = graph.call_module(add("token_mask", TokenMask()), (hidden,))
-            masked = graph.call_module(add("mask_routing", MaskRouting(layer.experts.num_routed)), (ids, weights, real))
-            ids, weights = items(graph, masked, "real_ids", "real_weights")
-        graph.call_module(
-            add("meter", _meter(module, layer, match.call.top_k)), (ids, None, None, real) if real else (ids,)
-        )
         # Step 3
         tokens = hidden if match.call.is_flat else graph.call_function(ops.flatten_tokens, (hidden,))
         permuted = graph.call_function(ops.permute, (tokens, ids, layer.experts.num_routed, False))
@@ -84,6 +83,34 @@ def rewrite_experts(graph_module: fx.GraphModule, module: nn.Module, match: Expe
             result = graph.call_function(ops.unflatten_tokens, (result, hidden))
     own.replace_all_uses_with(result)
     graph.erase_node(own)
+
+
+def _routed(
+    graph: fx.Graph,
+    add: Callable[[str, nn.Module], str],
+    call: tuple[fx.Node, fx.Node, fx.Node],
+    module: nn.Module,
+    match: ExpertsMatch,
+    layer: LayerPlan,
+) -> tuple[fx.Node, fx.Node]:
+    """Step 2: ids and weights of a call (hidden states, ids, weights) after padding and capacity, with their meters."""
+    hidden, ids, weights = call
+    mask: tuple[fx.Node, ...] = ()
+    choices = match.num_experts + match.num_identity
+    if layer.mask_padding:
+        mask = (graph.call_module(add("token_mask", TokenMask()), (hidden,)),)
+        masked = graph.call_module(add("mask_routing", MaskRouting(choices)), (ids, weights, *mask))
+        ids, weights = items(graph, masked, "real_ids", "real_weights")
+    probs = None
+    if match.router is not None:
+        reader = add("own_router", _reader(module, match.router, layer, match.call.top_k))
+        probs = graph.call_module(reader, (ids, weights, *mask))
+    chosen = ids
+    if (factor := layer.routing.capacity_factor) is not None:
+        capacity = add("capacity", OwnCapacity(layer.experts.num_routed, factor, layer.routing.drop))
+        ids, weights = items(graph, graph.call_module(capacity, (ids, weights, *mask)), "fit_ids", "fit_weights")
+    graph.call_module(add("meter", _meter(module, layer, match)), (chosen, ids, probs, *mask))
+    return ids, weights
 
 
 def _experts(
@@ -115,11 +142,27 @@ def _check_adapters(match: ExpertsMatch, layer: LayerPlan) -> None:
         )  # fmt: skip
 
 
-def _meter(module: nn.Module, layer: LayerPlan, top_k: int) -> ExistingMeter:
+def _meter(module: nn.Module, layer: LayerPlan, match: ExpertsMatch) -> ExistingMeter:
     device = next(module.parameters()).device
-    meter = ExistingMeter(layer.experts.num_routed, layer.placement.nodes, device)
-    meter.balance, meter.top_k = layer.balance, top_k
+    has_entropy = match.router is not None and match.router.score != "other"
+    experts, nodes = layer.experts, layer.placement.nodes
+    meter = ExistingMeter(
+        experts.num_routed + experts.num_identity, nodes, device, has_entropy=has_entropy,
+        num_identity=experts.num_identity,
+    )  # fmt: skip
+    if layer.placement.order:
+        meter.place(layer.placement.positions)
+    meter.balance, meter.top_k = layer.balance, match.call.top_k
     return meter
+
+
+def _reader(module: nn.Module, router: RouterMatch, layer: LayerPlan, top_k: int) -> OwnRouter:
+    block = layer.site.fqn.rpartition(".")[0]
+    source, first = (router.path.removeprefix(f"{block}."), router.index), next(module.parameters())
+    return OwnRouter(
+        router.num_choices, top_k, router.score, source, layer.balance, has_sequences=router.sequences,
+        device=first.device, dtype=first.dtype,
+    )  # fmt: skip
 
 
 def _weight(module: nn.Module, name: str, match: ExpertsMatch) -> nn.Parameter:

@@ -23,6 +23,7 @@ from moecompile.passes.fuse import Fuse
 from moecompile.passes.lend import Lend
 from moecompile.passes.lower import Lower
 from moecompile.passes.overlap import Overlap
+from moecompile.passes.place import Place
 from moecompile.passes.rewrite import Rewrite
 from moecompile.plan import LayerPlan
 from moecompile.torch_private import set_attribute
@@ -39,7 +40,7 @@ def on_one_device(seed: int) -> tuple[GraphPass, ...]:
 
 def on_the_mesh() -> tuple[GraphPass, ...]:
     """The passes from the single-device graph to the graph that every rank runs."""
-    return (Fold(), Lower(), Lend(), *registered("lower"), Overlap(), Collect(), Fuse())
+    return (Fold(), Place(), Lower(), Lend(), *registered("lower"), Overlap(), Collect(), Fuse())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moecompile.errors import PlanError
+from moecompile.torch_private import device_of
 
 _ROWS = 1024
 _NAMED = 4  # the message names at most this many ranks
@@ -40,7 +41,7 @@ def check_same_weights(model: nn.Module, group: dist.ProcessGroup | None = None)
         for name, tensor in state.items()
         if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor) and not tensor.is_meta
     }
-    device = next((tensor.device for tensor in whole.values()), torch.device("cpu"))
+    device = next((tensor.device for tensor in whole.values() if not tensor.is_cpu), device_of(group))
     forms = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in whole.items()]
     every = _gathered(torch.tensor([_digest("\n".join(forms))], device=device), group)  # Step 1
     if different := _different(every[:, 0]):

@@ -5,8 +5,9 @@ a group are equal, each slice gets W / R in total, so a factor of R / W makes th
 
     exact      W = scale, which holds if the router normalises
     expected   W is the mean over tokens of unit variance, as after a norm, routed by the newly initialized router
-    nvidia     W = scale * top_k * (1 / E after a softmax, 1 / 2 after a sigmoid), as for a router with equal logits;
-               if it normalises, W = scale. The factor is spread over all projections (arXiv 2410.07524)
+    nvidia     W = scale * top_k * (1 / E after a softmax, 1 / 2 after a sigmoid, sqrt(ln 2) after sqrt_softplus), as
+               for a router whose logits are 0; if it normalises, W = scale. The factor is spread over all projections
+               (arXiv 2410.07524)
 
 Legend: T tokens, D model dim, F expert width, E experts.
 """
@@ -46,15 +47,23 @@ def factors(router: Router, experts: Experts, layer: LayerPlan, generator: torch
 def _weight_sum(router: Router, layer: LayerPlan, generator: torch.Generator) -> float:
     """W."""
     routing, scaling = layer.routing, layer.experts.weight_scaling
-    if scaling == "exact" or routing.sums_to_scale:
-        return routing.scale
+    rest = 1 - shared_part(layer) / routing.scale
+    if scaling == "exact" or (routing.sums_to_scale and not layer.experts.shared_routed):
+        return routing.scale * rest
     if scaling == "nvidia":
-        each = 0.5 if routing.score == "sigmoid" else 1 / layer.experts.num_routed
-        return routing.scale * routing.top_k * each
+        equal = {"sigmoid": 0.5, "sigmoid_after_topk": 0.5, "sqrt_softplus": math.sqrt(math.log(2))}
+        each = equal.get(routing.score, 1 / layer.experts.num_routed)
+        return routing.scale * (rest if routing.normalize else routing.top_k * each)
     x_TD = torch.randn(_TOKENS, layer.site.d_model, generator=generator)
     fresh = copy.deepcopy(router).eval()
-    weights, _ = fresh(x_TD.to(router.weight))
-    return float(weights.sum(-1).mean())
+    tokens = (None, torch.arange(_TOKENS, device=router.weight.device)) if routing.choice == "hash" else ()
+    return float(fresh(x_TD.to(router.weight), *tokens)[0].sum(-1).mean())
+
+
+def shared_part(layer: LayerPlan) -> float:
+    """What the slices of a shared expert get of the routing weights of a token, as long as all scores are alike."""
+    shared = layer.experts.num_shared * layer.experts.shared_routed
+    return layer.routing.scale * shared / (layer.routing.top_k + shared)
 
 
 def _spread(experts: Experts, factor: float) -> Factors:

@@ -2,8 +2,8 @@
 
 Algorithm:
   1. Replace each logical axis in the graphs by the name of its process group.
-  2. Keep only this rank's experts: expert weights become DTensors, Shard(0) on `ep`. Split the planned modules outside
-     of MoE layers over `tp` (tensor_parallel.py), and positions over `cp` (context_parallel.py).
+  2. Keep only this rank's experts, in the planned order: their weights become DTensors, Shard(0) on `ep`. Split the
+     planned modules outside of MoE layers over `tp` (tensor_parallel.py), positions over `cp` (context_parallel.py).
   3. fully_shard each layer and the root, each weight over the axes on which the plan sums its class: dense weights over
      (dp_replicate, dp_shard, cp), and tp where their work is split over it; experts over (dp_replicate, edp). Routers
      stay replicated and outside of FSDP's casts, and so do the few weights whose dtype differs from the rest, because
@@ -29,8 +29,10 @@ from moecompile.capture import layers_of
 from moecompile.errors import PassError, PlanError
 from moecompile.mesh import DENSE_AXES, EXPERT_AXES, MeshSpec
 from moecompile.nn import Experts
+from moecompile.nn.placement import keep_order, rows_of
 from moecompile.passes.base import exchanges_of, experts_calls, on_an_axis, op_name, run_on_model
 from moecompile.passes.context_parallel import check_exchanged, split_positions
+from moecompile.passes.place import order_of
 from moecompile.passes.tensor_parallel import classes_of, split_dense
 from moecompile.plan import Plan
 from moecompile.plan.reductions import DENSE, EXPERTS, HEADS, INSIDE, ROUTER, SPLIT
@@ -60,7 +62,8 @@ def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh, param_dtype: to
             that the optimizer sees keep their dtype. None: no casts.
 
     Raises:
-        PlanError: the mesh does not have the planned sizes. PassError: the model was not lowered by `plan`.
+        PlanError: the mesh does not have the planned sizes.
+        PassError: the model was not lowered by `plan`.
     """
     check_model(model)
     check_plan(plan)
@@ -156,9 +159,14 @@ def bind_axes(model: nn.Module, device_mesh: DeviceMesh, num_nodes: int = 1, tp:
 
 def _shard_experts(model: nn.Module, ep_mesh: DeviceMesh) -> None:
     """Each rank slices its own experts from the full weights that it already has; nothing is broadcast."""
-    for owner, name in expert_parameters(model):
+    for owner, name, order in _stacks(model):
         parameter = owner.get_parameter(name)
-        local = parameter.detach().chunk(ep_mesh.size(), 0)[ep_mesh.get_local_rank()].clone()
+        if order:
+            keep_order(owner, name, order)
+            rows = torch.tensor(rows_of(order, parameter.shape[0]), device=parameter.device)
+            local = parameter.detach().index_select(0, rows.chunk(ep_mesh.size())[ep_mesh.get_local_rank()])
+        else:
+            local = parameter.detach().chunk(ep_mesh.size(), 0)[ep_mesh.get_local_rank()].clone()
         sharded = DTensor.from_local(local, ep_mesh, [Shard(0)], run_check=False)
         setattr(owner, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
 
@@ -233,13 +241,26 @@ def expert_parameters(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
     The owner is an `Experts`, or for existing experts the GraphModule that calls them.
     """
-    stacked: list[tuple[nn.Module, str]] = []
+    return [(owner, name) for owner, name, _ in _stacks(model)]
+
+
+def _stacks(model: nn.Module) -> list[tuple[nn.Module, str, tuple[int, ...]]]:
+    """These, each with the planned order of its experts (place.py); empty: that of their ids."""
+    graphs = _graphs(model).values()
+    calls = [(module, call) for module in graphs for call in experts_calls(module)]
+    orders = {module.get_submodule(str(call.target)): order_of(call) for module, call in calls}
+    stacked: list[tuple[nn.Module, str, tuple[int, ...]]] = []
     for module in model.modules():
         if isinstance(module, Experts):
-            stacked += [(module, name) for name, _ in module.named_parameters(recurse=False)]
+            order = orders.get(module, ())
+            stacked += [(module, name, order) for name, _ in module.named_parameters(recurse=False)]
         elif isinstance(module, fx.GraphModule):
-            weights = [argument for call in experts_calls(module) for argument in call.args[2:]]  # of existing experts
-            paths = dict.fromkeys(str(weight.target) for weight in weights if isinstance(weight, fx.Node))
-            owned = (path.rpartition(".") for path in paths)
-            stacked += [(module.get_submodule(owner), name) for owner, _, name in owned]
+            found = {str(w.target): order_of(call) for call in experts_calls(module) for w in _weights(call)}
+            split = ((path.rpartition("."), order) for path, order in found.items())
+            stacked += [(module.get_submodule(owner), name, order) for (owner, _, name), order in split]
     return stacked
+
+
+def _weights(call: fx.Node) -> list[fx.Node]:
+    """The weights that existing experts are called with."""
+    return [argument for argument in call.args[2:] if isinstance(argument, fx.Node)]

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from moecompile.errors import PlanError
-from moecompile.nn import Experts, Router, SharedExperts, routers_of
+from moecompile.nn import Experts, LatentDown, LatentUp, Router, SharedExperts, routers_of
 from moecompile.nn.split import split_module
 from moecompile.passes.base import op_name
 from moecompile.plan import HEADS_STYLE, SLICE_OPS, Plan
@@ -82,7 +82,8 @@ def _on_slices(graph_module: fx.GraphModule) -> Iterator[nn.Parameter]:
 def _modules(model: nn.Module, pattern: str) -> Iterator[nn.Module]:
     """Modules with the path `pattern`, in which `*` is a number; not those of experts and routers that are ours."""
     matches = re.compile(re.escape(pattern).replace(r"\*", r"\d+")).fullmatch
-    ours = tuple(path for path, module in model.named_modules() if isinstance(module, (Experts, Router, SharedExperts)))
+    own_classes = (Experts, LatentDown, LatentUp, Router, SharedExperts)
+    ours = tuple(path for path, module in model.named_modules() if isinstance(module, own_classes))
     for path, module in model.named_modules():
         if matches(path) and not path.startswith(tuple(f"{own}." for own in ours)):
             yield module

@@ -19,7 +19,8 @@ from moecompile.compose import compose_config
 from moecompile.errors import ArgumentError, CaptureError, ConfigError, PlanError
 from moecompile.match.regions import Captured, Region, Site
 from moecompile.match.sites import graph_sites, list_sites
-from moecompile.nn.padding import watch_padding
+from moecompile.nn.own_router import watch_routers
+from moecompile.nn.watch import watch_padding
 from moecompile.passes.adapters import attach_adapters
 from moecompile.passes.kinds import trained_notes
 from moecompile.passes.receipt import Comparison, Receipt
@@ -101,7 +102,9 @@ def compile_model(
         `model`; if the model itself is a region, its GraphModule instead.
 
     Raises:
-        ConfigError, PlanError: config, plan and model do not fit. CaptureError: the model does not run on the example.
+        ConfigError: config and model do not fit.
+        PlanError: plan and model do not fit.
+        CaptureError: the model does not run on the example.
     """
     return compile_with_report(model, overrides, example=example, plan=plan, device_mesh=device_mesh, until=until).model
 
@@ -113,7 +116,8 @@ def make_plan(
 
     Args:
         model_or_graph: a GraphModule, or any module together with an `example`.
-        overrides, example: as for `compile_model`.
+        overrides: as for `compile_model`.
+        example: as for `compile_model`.
     """
     check_model(model_or_graph, "model_or_graph")
     config = _config(overrides)
@@ -204,7 +208,7 @@ def compile_with_report(
     comparison = Comparison(model, example, layers)
     done = Compilation(model=model, plan=plan, records=log.records, graphs=log.graphs)
     done.sites = list_sites(captured, {layer.site.fqn for layer in plan.layers})
-    done.notes = [*notes(plan, config), *frozen_notes(model, plan)]
+    done.notes = [*notes(plan, config, facts.widened), *frozen_notes(model, plan)]
     done.regions = regions if is_meta(model) else {}  # otherwise they would keep the dense weights alive
 
     rewritten = run_passes(on_one_device(config.seed), regions, layers, log)
@@ -217,6 +221,7 @@ def compile_with_report(
     done.notes += trained_notes(done.model, plan)
     set_attribute(done.model, _PLAN, plan)
     watch_padding(done.model)
+    watch_routers(done.model)
     if until == "shard":
         check_same_weights(done.model)
         device_type = next(done.model.parameters()).device.type

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -10,10 +11,15 @@ from moecompile.capture import Example, layers_of
 from moecompile.match.regions import Captured
 from moecompile.nn.adapters import output_heads
 from moecompile.nn.matrices import hidden_matrices
-from moecompile.nn.padding import masks_of
+from moecompile.nn.watch import masks_of
 from moecompile.pipeline.attention import attention_of
+from moecompile.pipeline.shape import mixers
 from moecompile.pipeline.splits import heads_of, no_split, splits_of
 from moecompile.planner import ModelFacts
+
+WIDENED = "_moecompile_widened"
+"""Attribute of a model that `widen_experts` has made: what it did, for people."""
+_QUERY_NORMS = ("q_norm", "query_layernorm", "q_layernorm")
 
 
 def facts_of(
@@ -28,12 +34,14 @@ def facts_of(
     layers = list(layers_of(model))
     inside = {parameter for layer in layers for parameter in layer.parameters()}
     attention, no_context = attention_of(model, example) if cp > 1 else ((), "")
+    config = getattr(model, "config", None)
+    hidden = int(getattr(config, "hidden_size", 0) or 0)
     outside = sum(parameter.numel() for parameter in model.parameters() if parameter not in inside)
     return ModelFacts(
         params_total=sum(parameter.numel() for parameter in model.parameters()),
         params_embedding=outside if layers else 0,
         num_layers=len(layers),
-        vocab_size=int(getattr(getattr(model, "config", None), "vocab_size", 0) or 0),
+        vocab_size=int(getattr(config, "vocab_size", 0) or 0),
         bytes_per_param=next((parameter.element_size() for parameter in model.parameters()), 4),
         causal=True if hasattr(model, "generate") else None,  # as in language models of transformers
         frozen=_frozen(model),
@@ -43,9 +51,28 @@ def facts_of(
         no_split=no_split(model),
         matrices=_matrices(model),
         heads=heads_of(model),
+        d_model=hidden,
+        attention_numbers=_attention_numbers(model, config, len(layers), hidden),
         attention=attention,
         no_context=no_context,
+        widened=getattr(model, WIDENED, ""),
     )
+
+
+def _attention_numbers(model: nn.Module, config: Any, num_layers: int, hidden: int) -> int:
+    """`ModelFacts.attention_numbers`, counted for Llama, Qwen3 and DeepSeek-V3."""
+    found = [mixer for mixer in mixers(config, num_layers, hidden) if mixer is not None] if hidden else []
+    if not found:
+        return 0
+    norms = any(name.rpartition(".")[2] in _QUERY_NORMS for name, _ in model.named_modules())
+    kept = 0
+    for mixer in found:
+        if mixer.kv_rank:  # latents and their norms; queries, keys, values, with the parts that they are made of
+            nope = mixer.d_qk - mixer.d_rope
+            kept += 3 * (mixer.q_rank + mixer.kv_rank) + mixer.heads * (2 * mixer.d_qk + nope + 3 * mixer.d_v)
+        else:
+            kept += (4 if norms else 2) * (mixer.heads + mixer.kv_heads) * mixer.d_qk
+    return kept // len(found)
 
 
 def _has_padding_mask(model: nn.Module, example: Example | None) -> bool:

@@ -31,10 +31,10 @@ def shape_of_model(model: nn.Module, plan: Plan) -> ModelShape:
         if owner is not None:
             planned[owner].append(site)
     hidden = _first(config, _HIDDEN) or max((site.site.d_model for site in plan.layers), default=1)
-    mixers = _mixers(config, len(layers), hidden)
+    found = mixers(config, len(layers), hidden)
     kinds = Counter(
         (mixer, _ffn(layer, mixer, planned[paths[id(layer)]], hidden))
-        for layer, mixer in zip(layers, mixers, strict=True)
+        for layer, mixer in zip(layers, found, strict=True)
     )
     outside = sum(p.numel() for p in model.parameters()) - sum(
         p.numel() for layer in layers for p in layer.parameters()
@@ -47,10 +47,21 @@ def shape_of_model(model: nn.Module, plan: Plan) -> ModelShape:
 
 
 def _first(config: Any, names: tuple[str, ...]) -> int:
-    return next((int(value) for name in names if (value := getattr(config, name, None))), 0)
+    """The first that is there and is a number; Swin has a list of them, one for each stage."""
+    found = (value for name in names if isinstance(value := _value(config, name), (int, float)) and value)
+    return next(map(int, found), 0)
 
 
-def _mixers(config: Any, num_layers: int, hidden: int) -> list[Attention | None]:
+def _value(config: Any, name: str) -> Any:
+    """None too for a value that differs from layer to layer (Gemma 4), which transformers refuses to give as one."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
+
+
+def mixers(config: Any, num_layers: int, hidden: int) -> list[Attention | None]:
+    """The attention of each layer, as far as the config names its heads."""
     heads = _first(config, _HEADS)
     if not heads:
         return [None] * num_layers
@@ -82,14 +93,17 @@ def _ffn(layer: nn.Module, mixer: Attention | None, planned: list[LayerPlan], hi
     site = planned[0]
     for each in planned:
         counts = layer_params(each)
-        always += counts.shared - counts.dense
+        always += counts.shared - counts.latent - counts.dense
     experts, (chosen, groups, top_groups) = site.experts, routed(site)
     if isinstance(site.site, ExpertsSite):
         always -= experts.num_routed * hidden  # its router is a part of the layer
+    latent = site.experts.latent_size or (site.row_site.d_model if site.row_site.d_model != hidden else None)
+    if latent and site.experts.latent_size is None:
+        always -= 2 * hidden * latent  # existing experts: their projections are a part of the layer
     d_shared, always = _wide(always, site.site.num_in_projections, hidden)
     return Experts(
         experts=experts.num_routed, top_k=chosen, d_expert=experts.d_expert, num_in=site.site.num_in_projections,
-        groups=groups, top_groups=top_groups, d_shared=d_shared, always=always,
+        groups=groups, top_groups=top_groups, d_shared=d_shared, always=always, latent=latent,
     )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from moecompile.plan.sites import ExpertsSite
 from moecompile.routing import NO_BALANCE
 
 
-def own_routing(site: ExpertsSite) -> RoutingPlan:
-    """The routing of the model's own router, which is kept."""
+def own_routing(site: ExpertsSite, capacity_factor: float | None = None, drop: str = "none") -> RoutingPlan:
+    """The routing of the model's own router, which is kept; what is over the capacity is dropped behind it."""
     return RoutingPlan(
         top_k=site.top_k,
         score="own",
@@ -19,13 +19,19 @@ def own_routing(site: ExpertsSite) -> RoutingPlan:
         groups=site.groups,
         top_groups=site.top_groups,
         group_score="max",
+        capacity_factor=capacity_factor,
+        drop=drop,
     )
 
 
 def layer_of(
-    site: ExpertsSite, placement: ExpertPlacement, dispatch: DispatchPlan, balance: BalancePlan | None = None
+    site: ExpertsSite,
+    placement: ExpertPlacement,
+    dispatch: DispatchPlan,
+    balance: BalancePlan | None = None,
+    routing: RoutingPlan | None = None,
 ) -> LayerPlan:
-    """The plan of one layer. balance: None leaves the model's own router unchanged."""
+    """The plan of one layer. balance, routing: None leaves the model's own router and what it chose unchanged."""
     experts = ExpertsPlan(
         num_routed=site.num_experts,
         granularity=1,
@@ -33,12 +39,13 @@ def layer_of(
         d_expert=site.d_ff,
         d_shared=0,
         init="existing",
+        num_identity=site.num_identity,
         weight_scaling="none",
     )
     return LayerPlan(
         site=site,
         experts=experts,
-        routing=own_routing(site),
+        routing=routing or own_routing(site),
         balance=balance or NO_BALANCE,
         placement=placement,
         dispatch=dispatch,
@@ -48,4 +55,8 @@ def layer_of(
 
 def layer_on_one_device(site: ExpertsSite) -> LayerPlan:
     """The layer without a mesh, with which the site is checked numerically before planning."""
-    return layer_of(site, ExpertPlacement(num_experts=site.num_experts, ep=1), DispatchPlan(kind="local"))
+    return layer_of(
+        site,
+        ExpertPlacement(num_experts=site.num_experts, ep=1, num_identity=site.num_identity),
+        DispatchPlan(kind="local"),
+    )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moecompile.errors import PlanError
 from moecompile.plan.adapters import ExpertAdapters
 from moecompile.plan.checks import plan_errors
 from moecompile.plan.dispatch import DispatchPlan, can_fuse
 from moecompile.plan.experts import ExpertPlacement, ExpertsPlan
-from moecompile.plan.sites import ExpertsSite, PlannedSite
+from moecompile.plan.sites import ExpertsSite, FFNSite, PlannedSite
 from moecompile.routing import BalanceSpec, RouterConfig, check_balance
+from moecompile.schema import check_shared
 
 RoutingPlan = RouterConfig
 BalancePlan = BalanceSpec
@@ -51,6 +52,13 @@ class LayerPlan:
         with plan_errors(where):
             self.routing.check_experts(self.experts.num_routed, self.experts.virtual_group)
             check_balance(self.routing, self.balance)
+            check_shared(self.experts, self.routing)
+
+    @property
+    def row_site(self) -> PlannedSite:
+        """The site with the width of a row of a routed expert as d_model, the latent width if there is one."""
+        latent = self.experts.latent_size
+        return self.site if latent is None else replace(self.site, d_model=latent)
 
     @property
     def steps(self) -> tuple[tuple[str, str], ...]:
@@ -73,6 +81,9 @@ class LayerPlan:
             yield "cut_over", value, "must be [] or [tp]", "Use [tp] if mesh.tp is more than 1"
         elif self.cut_over and self.dispatch.lends:
             yield "dispatch.balance", "lend", "tokens are cut over tp, where experts are not lent", "Use none"
+        elif self.cut_over and self.experts.shared_routed:
+            rule = "weighs a shared expert for tokens that are not cut over tp"
+            yield "experts.shared_routed", True, rule, "Use mesh.tp=1, or experts.shared_routed=false"
 
     def _wrong_backend(self) -> Iterator[tuple[str, object, str, str]]:
         backend, dispatch = self.experts.backend, self.dispatch
@@ -85,6 +96,49 @@ class LayerPlan:
             yield "dispatch.overlap", dispatch.overlap, rule + "weight gradients itself, at once", "Use none"
         if dispatch.lends:
             yield "dispatch.balance", dispatch.balance, rule + "the experts of its own rank", "Use none"
+
+    def _wrong_latent(self) -> Iterator[tuple[str, object, str, str]]:
+        latent, d_model = self.experts.latent_size, self.site.d_model
+        if latent is None:
+            return
+        if not 1 <= latent <= d_model:
+            yield "experts.latent_size", latent, f"must be 1 to site.d_model={d_model}", f"Use {d_model // 2}, or null"
+        if isinstance(self.site, ExpertsSite):
+            rule = "is for upcycled experts; site.d_model is that of existing ones"
+            yield "experts.latent_size", latent, rule, "Use null"
+
+    def _wrong_identity(self) -> Iterator[tuple[str, object, str, str]]:
+        experts, routing = self.experts, self.routing
+        own = self.site.num_identity if isinstance(self.site, ExpertsSite) else experts.num_identity
+        if self.placement.num_identity != experts.num_identity:
+            rule = f"must be experts.num_identity={experts.num_identity}"
+            yield "placement.num_identity", self.placement.num_identity, rule, "Correct the plan"
+        if experts.num_identity != own:
+            yield "experts.num_identity", experts.num_identity, f"the model has {own}", f"Use {own}"
+        limits = (
+            ("routing.choice", routing.choice, routing.choice != "token"),
+            ("routing.capacity_factor", routing.capacity_factor, routing.capacity_factor is not None),
+            ("routing.workload", routing.workload, routing.workload != "none"),
+            ("routing.groups", routing.groups, routing.groups > 1),
+        )
+        if self.cut_over and experts.num_identity and isinstance(self.site, FFNSite):
+            rule = "experts without weights are not cut over tp"
+            yield "experts.num_identity", experts.num_identity, rule, "Use mesh.tp=1, or experts.num_identity=0"
+        for path, value, broken in limits:
+            if broken and experts.num_identity:
+                rule = f"is not for a router with experts.num_identity={experts.num_identity} experts without weights"
+                yield path, value, rule, "Leave it out, or use experts.num_identity=0"
+
+    def _wrong_placement(self) -> Iterator[tuple[str, object, str, str]]:
+        placement, groups = self.placement, self.routing.groups
+        if not placement.order or self.routing.top_groups >= groups or groups % placement.nodes:
+            return
+        size = placement.num_experts // groups
+        for group in range(groups):
+            if len({placement.node_of(expert) for expert in range(group * size, (group + 1) * size)}) > 1:
+                rule = f"splits the experts of group {group} over nodes, so tokens would reach more nodes than planned"
+                yield "placement.order", list(placement.order), rule, "Place each group on one node"
+                return
 
     def _contradictions(self) -> Iterator[tuple[str, object, str, str]]:
         """(path, value, rule, fix) of every broken rule between the parts."""
@@ -107,6 +161,9 @@ class LayerPlan:
         if self.dispatch.slots > others:
             rule = f"other ranks have only {others} experts"
             yield "dispatch.slots", self.dispatch.slots, rule, f"Use at most {others}"
+        yield from self._wrong_placement()
+        yield from self._wrong_latent()
+        yield from self._wrong_identity()
         if self.adapters is not None and not existing:
             rule = "are for experts that the model has already"
             yield "adapters", self.adapters.weights, rule, "Use null"

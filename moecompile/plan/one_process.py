@@ -6,7 +6,6 @@ import dataclasses
 
 from moecompile.mesh import MeshSpec
 from moecompile.plan.dispatch import DispatchPlan, can_fuse
-from moecompile.plan.experts import ExpertPlacement
 from moecompile.plan.layers import LayerPlan
 from moecompile.plan.plan import Plan
 from moecompile.plan.reductions import reductions
@@ -24,7 +23,8 @@ def on_one_rank(layer: LayerPlan) -> LayerPlan:
 
     Without back ends: it is what they are compared with.
     """
-    placement, dispatch = ExpertPlacement(num_experts=layer.placement.num_experts, ep=1), DispatchPlan(kind="local")
+    placement = dataclasses.replace(layer.placement, ep=1, nodes=1, order=())
+    dispatch = DispatchPlan(kind="local")
     fusable = can_fuse(layer.site, dispatch) and layer.adapters is None
     fused = fusable and (layer.fused or not can_fuse(layer.site, layer.dispatch))
     experts = dataclasses.replace(layer.experts, backend="")

@@ -34,18 +34,19 @@ class Reduction:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes on the fullest rank."""
+    """Bytes on the fullest rank. apart: of gradients and activations, what is never there at the same time."""
 
     weights: int
     grads: int
     optimizer: int
     activations: int
     dispatch: int
+    apart: int = 0
 
     @property
     def total(self) -> int:
-        """Sum of all parts, bytes."""
-        return self.weights + self.grads + self.optimizer + self.activations + self.dispatch
+        """Bytes at the fullest moment: the sum of all parts, without what is apart."""
+        return self.weights + self.grads + self.optimizer + self.activations + self.dispatch - self.apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,8 @@ class Estimate:
     tp_bytes_per_token: what leaves a rank over `tp` in the forward of the whole model: all-reduces after split linears,
     and the joins of MoE layers. cp_bytes_per_token: the same over `cp`: the exchanges of attention. params_muon:
     parameters of matrices that Muon steps; optimizer_bytes_per_step: what a rank sends for them in an optimizer step,
-    as a mean over ranks. remedies: what to change if the plan does not fit. lending: None if no layer lends experts.
+    as a mean over ranks. memory_bytes_uneven: of a rank that gets twice the mean rows, in total. remedies: what to
+    change if the plan does not fit. lending: None if no layer lends experts.
     """
 
     params_total: int
@@ -120,6 +122,7 @@ class Estimate:
     cp_bytes_per_token: Traffic = Traffic(intra_node=0.0, inter_node=0.0)
     params_muon: int = 0
     optimizer_bytes_per_step: Traffic = Traffic(intra_node=0.0, inter_node=0.0)
+    memory_bytes_uneven: int = 0
     assumes: Assumptions | None = None
     remedies: tuple[Remedy, ...] = ()
     lending: Lending | None = None
@@ -129,9 +132,14 @@ class Estimate:
 class Plan:
     """The reviewable result of planning, and the lock file `plan.yaml`.
 
-    adapters: what is trained in place of the model's weights; None: the weights themselves.
-    tensor_parallel: modules outside of the MoE layers that are split over `tp`. context_parallel: attention that
-    exchanges positions for heads over `cp`.
+    Attributes:
+        mesh: the ranks and their axes.
+        layers: one for each FFN or stack of experts that is rewritten.
+        reductions: over which axes gradients are summed, for each class of weights.
+        adapters: what is trained in place of the model's weights; None: the weights themselves.
+        tensor_parallel: modules outside of the MoE layers that are split over `tp`.
+        context_parallel: attention that exchanges positions for heads over `cp`.
+        estimate: memory and bytes, which `hash` leaves out.
 
     Raises:
         PlanError: two layers have the same site, or a layer is placed on another mesh.
@@ -193,6 +201,7 @@ class Plan:
             e, r = layer.experts, layer.routing
             limit = f", {r.top_groups} of {r.groups} groups" if r.top_groups < r.groups else ""
             shared = f" + shared {e.d_shared}" if e.d_shared else ""
+            shared += f" in latent {e.latent_size}" if e.latent_size else ""
             lines.append(
                 f"  {layer.site.fqn or '<graph>'}: {layer.site.kind} {layer.site.d_model}x{layer.site.d_ff} -> "
                 f"{e.num_routed} experts of {e.d_expert}{shared}, {r.score} top-{r.top_k}{limit}, {layer.dispatch.kind}"

@@ -8,58 +8,89 @@ expert; n: projections before the activation, 2 for gated, 1 for up_down; V: voc
        MoE, unfused   = a T (K (2 D + 2 n F) + 2 n S + 2 E)          rows in and out, hidden rows; router logits, scores
        MoE, fused     = b K T 2 F + a T 2 n S + T (4 E + 36 K + 12)  what precedes the activation; fp32 scores; ids,
                         + x                                          sources, order and weights of the assignments
-   b: bytes per element in the experts (2 under autocast). Padding rows of bf16 on some CPUs, 1/64 to 1/16, are left
+       latent width   + a T L (1 + [fused, without exchanges])       input of the projection up; rows of the experts
+                      + 2 * 4 T L [norm]                             fp32: its input, and that over its norm
+   L: latent width, which is that of rows, D above. b: bytes per element in the experts (2 under autocast). Padding rows
+   of bf16 on some CPUs, 1/64 to 1/16, are left
    out. x: copies of the input. Our router reads it in fp32, which is a copy if the input is narrower (4 T D); under
    autocast, experts read it in bf16 (2 T D), and bf16 copies of their weights are kept (2 * 3 D F E / ep). With
    exchanges, the received rows are kept in the dtype that experts read: b T D copies.           -> `moe_bytes`
-2. All layers. c = 12 numbers per element of the residual stream are assumed for norms, attention, residuals and the
-   FFN's input: 10 to 11 were counted for Llama and Qwen3 and 6 for OPT; multi-head latent attention (DeepSeek) needs
-   up to 30.
-       activations = sum over layers of (a T c D + layer) + 3 a T V    logits, their log-softmax, their gradient
-       with checkpointing = sum over layers of (a T D + kept) + max over layers of (a T c D + layer) + 3 a T V
-       kept        = 2 copies D of an MoE layer with keep_exchanges: rows received in dispatch and combine; else 0
-                                                                                                 -> `activation_bytes`
-3. Where exchanges are in flight, weight gradients are computed after those of the rows (passes/collect.py). What they
-   need is kept until then, in backward, one layer at a time; this is added to both:
-       fused   = b T (K F + copies D)            gradients of the hidden rows and of the partial sums
-       unfused = a T K (n F + D)                 gradients of the rows into and out of the activation  -> `left_bytes`
-Routing is assumed to be balanced: a rank's experts get K T rows. Dense layers are assumed to have the D and d_ff of the
-widest planned site. With tp, an MoE layer has T / tp tokens; activations between split linears are counted whole.
+2. All layers. c numbers per token are kept for norms, residuals, the FFN's input, and attention: 6 D, and what the
+   planner is told of attention, else 6 D again. Attention keeps 2 (heads + key heads) times the width of a head, twice
+   that with norms of queries and keys (Llama and Qwen3: within 1%), and in a latent (DeepSeek-V3: within 5%)
+   3 (q rank + kv rank) + heads (2 width of a query + its part without positions + 3 width of a value).
+   Two moments are compared: the loss, and the backward of a layer.
+       activations = kept + max(loss, layers)                                                   -> `Activations`
+       loss        = 3 a T V                                        logits, their log-softmax, their gradient
+       layers      = max over layers of again + max over layers of backward
+       kept        = sum over layers of (a T c + layer);                                            again = 0
+       with checkpointing
+       kept        = sum over layers of (a T D + exchanged), again = a T c + layer                  computed again
+       exchanged   = 2 copies D of an MoE layer with keep_exchanges: rows received in dispatch and combine; else 0
+   With checkpointing this is at most what it is without.                                            -> `activations`
+3. Backward of one MoE layer: the gradients of rows, in and out, of its input and output, and of hidden rows.
+       backward = a T (2 (K + 1) D + K F) + w                                                   -> `backward_bytes`
+   With gradient accumulation, gradients of its experts are made beside those that are there already: w = a P_e / ep of
+   the layer, else 0. Where exchanges are in flight, weight gradients are computed after those of the rows
+   (passes/collect.py). What they need is kept until then, one layer at a time:
+       + b T (K F + copies D)                    fused: gradients of the hidden rows and of the partial sums
+       + a T K (n F + D)                         unfused: of the rows into and out of the activation  -> `left_bytes`
+A rank gets K T rows with balanced routing; otherwise K stands for K times the rows of the rank over their mean, which a
+capacity limits. Dense layers are assumed to have the D and d_ff of the widest planned site. With tp, an MoE layer has
+T / tp tokens; activations between split linears are counted whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from moecompile.mesh import MeshSpec
 from moecompile.plan import FFNSite, LayerPlan
-from moecompile.planner.params import BF16_BYTES, ModelFacts, RunFacts
+from moecompile.planner.params import BF16_BYTES, ModelFacts, RunFacts, computed_per_token
 from moecompile.planner.traffic import copies_per_token
 
 FP32_BYTES = 4
-RESIDUAL_NUMBERS = 12  # c in step 2
+RESIDUAL_NUMBERS = 6  # of c in step 2
 LOGITS_COPIES = 3
 ASSIGNMENT_BYTES = 36  # ids, sources and order int64, sources again int32, weights in both orders fp32
 TOKEN_BYTES = 12  # saved by the normalization of the weights
 
 
-def activation_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Bytes (step 2). kept: from forward until a layer's backward. loss, layers: more than that, at the two moments."""
+
+    kept: float
+    loss: float
+    layers: float
+
+    @property
+    def peak(self) -> int:
+        """At the fuller one of the two moments."""
+        return round(self.kept + max(self.loss, self.layers))
+
+
+def activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> Activations:
     """Step 2."""
     num_layers, number = max(facts.num_layers, len(layers)), run.compute_bytes * run.tokens_per_rank
-    d_model = max((layer.site.d_model for layer in layers), default=0)
+    # Existing experts in a latent width have it as their d_model.
+    d_model = max((facts.d_model, *(layer.site.d_model for layer in layers)))
     dense = max((2 * layer.site.num_in_projections * layer.site.d_ff for layer in layers), default=0)
     cut = replace(run, tokens_per_rank=tokens_of_a_rank(mesh, run))
     moe = [moe_bytes(layer, mesh, cut) for layer in layers]
-    saved = [RESIDUAL_NUMBERS * d_model * number + ffn for ffn in moe + [dense * number] * (num_layers - len(layers))]
-    logits = LOGITS_COPIES * facts.vocab_size * number
-    total = logits + sum(saved)
-    if run.checkpointing != "none":
-        kept = sum(exchanged(layer, mesh) for layer in layers) if run.checkpointing == "keep_exchanges" else 0
-        recomputed = logits + num_layers * d_model * number + max(saved, default=0)
-        recomputed += kept * run.compute_bytes * cut.tokens_per_rank
-        total = min(total, recomputed)
-    return round(total + max((left_bytes(layer, mesh, run) for layer in layers), default=0))
+    residual = RESIDUAL_NUMBERS * d_model + (facts.attention_numbers or RESIDUAL_NUMBERS * d_model)
+    saved = [residual * number + ffn for ffn in moe + [dense * number] * (num_layers - len(layers))]
+    backward = max((backward_bytes(layer, mesh, cut) for layer in layers), default=0)
+    found = Activations(kept=sum(saved), loss=LOGITS_COPIES * facts.vocab_size * number, layers=backward)
+    if run.checkpointing == "none":
+        return found
+    kept = 0.0
+    if run.checkpointing == "keep_exchanges":
+        kept = sum(exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2 for layer in layers)
+    kept = num_layers * d_model * number + kept * run.compute_bytes * cut.tokens_per_rank
+    again = replace(found, kept=kept, layers=max(saved, default=0) + backward)
+    return min(found, again, key=lambda each: each.peak)
 
 
 def tokens_of_a_rank(mesh: MeshSpec, run: RunFacts) -> int:
@@ -69,32 +100,64 @@ def tokens_of_a_rank(mesh: MeshSpec, run: RunFacts) -> int:
 
 def moe_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
     """Step 1, for an MoE layer."""
-    site, experts, top_k, tokens = layer.site, layer.experts, layer.routing.top_k, run.tokens_per_rank
-    hidden = 2 * site.num_in_projections
+    site, experts, top_k, tokens = layer.row_site, layer.experts, rows_per_token(layer, run), run.tokens_per_rank
+    hidden, latent = 2 * site.num_in_projections, _latent_bytes(layer, run)
     if not layer.fused:
         routed = top_k * (2 * site.d_model + hidden * experts.d_expert)
-        return run.compute_bytes * tokens * (routed + hidden * experts.d_shared + 2 * experts.num_routed)
+        return run.compute_bytes * tokens * (routed + hidden * experts.d_shared + 2 * experts.num_routed) + latent
     narrow = BF16_BYTES if run.is_mixed else run.compute_bytes
-    saved = narrow * top_k * tokens * 2 * experts.d_expert + run.compute_bytes * tokens * hidden * experts.d_shared
-    saved += tokens * (FP32_BYTES * experts.num_routed + ASSIGNMENT_BYTES * top_k + TOKEN_BYTES)
+    saved = latent + narrow * top_k * tokens * 2 * experts.d_expert
+    saved += run.compute_bytes * tokens * hidden * experts.d_shared
+    saved += tokens * (FP32_BYTES * experts.num_routed + ASSIGNMENT_BYTES * layer.routing.top_k + TOKEN_BYTES)
     if isinstance(site, FFNSite) and run.compute_bytes < FP32_BYTES:
-        saved += FP32_BYTES * tokens * site.d_model
+        saved += FP32_BYTES * tokens * layer.site.d_model
     if run.is_mixed:
         saved += BF16_BYTES * 3 * site.d_model * experts.d_expert * layer.placement.experts_per_rank
     if layer.dispatch.exchanges:
-        return saved + narrow * tokens * exchanged(layer, mesh) / 2
+        return saved + narrow * tokens * exchanged(layer, mesh) / 2 * row_load(layer, run)
     return saved + (narrow * tokens * site.d_model if run.is_mixed else 0)
 
 
-def left_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
+def _latent_bytes(layer: LayerPlan, run: RunFacts) -> float:
+    """What the projections of a latent width keep."""
+    if layer.experts.latent_size is None:
+        return 0
+    kept = run.compute_bytes * (1 + (layer.fused and not layer.dispatch.exchanges))
+    kept += 2 * FP32_BYTES * layer.experts.latent_norm
+    return kept * run.tokens_per_rank * layer.experts.latent_size
+
+
+def backward_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
     """Step 3."""
+    top_k, experts = rows_per_token(layer, run), layer.experts
+    numbers = 2 * (top_k + 1) * layer.row_site.d_model + top_k * experts.d_expert
+    made = 0
+    if run.accumulation > 1:
+        stack = (layer.site.num_in_projections + 1) * layer.row_site.d_model * experts.d_expert
+        made = stack * layer.placement.experts_per_rank * run.compute_bytes
+    return numbers * run.tokens_per_rank * run.compute_bytes + made + left_bytes(layer, mesh, run)
+
+
+def left_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
+    """Step 3, what is kept where exchanges are in flight."""
     if not layer.dispatch.in_flight:
         return 0
-    top_k, d_expert = layer.routing.top_k, layer.experts.d_expert
+    top_k, d_expert = rows_per_token(layer, run), layer.experts.d_expert
     number = run.tokens_per_rank * (BF16_BYTES if run.is_mixed else run.compute_bytes)
     if layer.fused:
-        return number * (top_k * d_expert + exchanged(layer, mesh) / 2)
-    return number * top_k * (layer.site.num_in_projections * d_expert + layer.site.d_model)
+        return number * (top_k * d_expert + exchanged(layer, mesh) / 2 * row_load(layer, run))
+    return number * top_k * (layer.site.num_in_projections * d_expert + layer.row_site.d_model)
+
+
+def rows_per_token(layer: LayerPlan, run: RunFacts) -> float:
+    """Rows of the fullest rank's experts per token of a rank."""
+    return computed_per_token(layer) * row_load(layer, run)
+
+
+def row_load(layer: LayerPlan, run: RunFacts) -> float:
+    """Rows of the fullest rank over their mean, at most those of all ranks, or what the capacity lets through."""
+    most = layer.experts.num_routed / layer.placement.experts_per_rank
+    return max(1.0, min(run.row_load, most, layer.routing.capacity_factor or most))
 
 
 def exchanged(layer: LayerPlan, mesh: MeshSpec) -> float:
@@ -102,4 +165,4 @@ def exchanged(layer: LayerPlan, mesh: MeshSpec) -> float:
     if not layer.dispatch.exchanges:
         return 0
     copies = copies_per_token(layer.dispatch.kind, layer.placement, layer.routing, mesh)
-    return 2 * (copies.own + copies.intra_node + copies.inter_node) * layer.site.d_model
+    return 2 * (copies.own + copies.intra_node + copies.inter_node) * layer.row_site.d_model

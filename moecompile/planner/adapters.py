@@ -100,9 +100,10 @@ def _is_router(path: str, sizes: tuple[int, int], layers: Sequence[LayerPlan]) -
 
 def _check_balance(layers: Sequence[LayerPlan], config: Config) -> None:
     for layer in layers:
-        if layer.balance.rule == "bias" and not config.adapters.train_router:
+        if layer.balance.has_bias and not config.adapters.train_router:
             raise ConfigError(
-                "balance.rule", "bias", f"moves the correction bias of the router of {layer.site.fqn}, which is frozen "
+                "balance.rule", layer.balance.rule,
+                f"moves the correction bias of the router of {layer.site.fqn}, which is frozen "
                 "(adapters.train_router=false)", "Use balance.rule=none, or adapters.train_router=true",
             )  # fmt: skip
 

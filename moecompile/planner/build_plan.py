@@ -21,6 +21,7 @@ from moecompile.plan import (
     ExpertPlacement,
     ExpertsPlan,
     ExpertsSite,
+    FFNSite,
     LayerPlan,
     Plan,
     PlannedSite,
@@ -32,6 +33,7 @@ from moecompile.planner.adapters import plan_adapters
 from moecompile.planner.context_parallel import exchanged_attention
 from moecompile.planner.dispatch import plan_dispatch
 from moecompile.planner.existing import check_given, existing_layer, only_existing, selection
+from moecompile.planner.placement import placed
 from moecompile.planner.tensor_parallel import split_modules
 from moecompile.schema import (
     Choice,
@@ -86,7 +88,7 @@ def draft_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
     # Step 1: the config of experts and routers is not used if the model has both.
     mesh = mesh_spec(config.mesh) if only_existing(sites) else validate_transform(config)
     chosen = select(sites, config)  # Step 2
-    check_given(chosen, config)
+    check_given(chosen, config, facts.widened)
     check_selections(config, [site.fqn for site in chosen])
     masked = config.data.mask_padding
     has_padding = facts.has_padding_mask or config.data.kind is DataKind.sft  # rows of chats are filled up
@@ -99,7 +101,7 @@ def draft_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
         )
         for i, site in enumerate(chosen)
     )
-    layers, adapters, facts = plan_adapters(layers, config, facts)
+    layers, adapters, facts = plan_adapters(placed(layers, config), config, facts)
     plan = Plan(  # Step 4
         mesh=mesh,
         layers=layers,
@@ -161,6 +163,11 @@ def _own_layer(
         return existing_layer(site, settings, mesh, config, partial(plan_dispatch, config, mesh, site, site.d_ff, 0))
     validate_settings(settings, mesh)
     experts, routing = settings.experts, settings.routing
+    if experts.init is ExpertInit.widen:
+        raise ConfigError(
+            settings.path_of("experts.init"), "widen", f"copies the experts of a model, and {site.fqn} is a dense FFN",
+            "Use experts.init=copy",
+        )  # fmt: skip
     if site.d_ff % experts.granularity:
         raise ConfigError(
             settings.path_of("experts.granularity"), experts.granularity,
@@ -169,9 +176,12 @@ def _own_layer(
     _check_future(settings, facts)
     d_expert = site.d_ff // experts.granularity
     routing_plan = router_config(routing, experts.num_routed, mesh)
-    placement = ExpertPlacement(num_experts=experts.num_routed, ep=mesh.ep, nodes=mesh.nodes_per_ep_group)
+    placement = ExpertPlacement(
+        num_experts=experts.num_routed, ep=mesh.ep, nodes=mesh.nodes_per_ep_group, num_identity=experts.num_identity
+    )
     d_shared = experts.num_shared * d_expert
-    dispatch = plan_dispatch(config, mesh, site, d_expert, d_shared, routing_plan, placement)
+    row_site, d_shared_rows = _rows(site, settings, d_shared)
+    dispatch = plan_dispatch(config, mesh, row_site, d_expert, d_shared_rows, routing_plan, placement)
     return LayerPlan(
         site=site,
         experts=ExpertsPlan(
@@ -182,6 +192,10 @@ def _own_layer(
             d_shared=d_shared,
             init=ExpertInit(experts.init).value,
             shared_gate=experts.shared_gate and experts.num_shared > 0,
+            shared_routed=experts.shared_routed,
+            num_identity=experts.num_identity,
+            latent_size=experts.latent_size,
+            latent_norm=experts.latent_norm,
             drop_ratio=experts.drop_ratio if experts.init is ExpertInit.drop else 0.0,
             weight_scaling=experts.weight_scaling.value,
         ),
@@ -191,6 +205,24 @@ def _own_layer(
         dispatch=dispatch,
         fused=can_fuse(site, dispatch),
     )
+
+
+def _rows(site: FFNSite, settings: LayerSettings, d_shared: int) -> tuple[FFNSite, int]:
+    """The site with the width of a row as d_model, and a width of shared experts that would be as much work on rows.
+
+    Raises:
+        ConfigError: the latent width is wider than the model.
+    """
+    latent = settings.experts.latent_size
+    if latent is None:
+        return site, d_shared
+    if latent > site.d_model:
+        raise ConfigError(
+            settings.path_of("experts.latent_size"), latent,
+            f"must be at most d_model={site.d_model} of {site.fqn or 'the graph'}",
+            f"Use {max(1, site.d_model // 2)}, or null",
+        )  # fmt: skip
+    return replace(site, d_model=latent), d_shared * site.d_model // latent
 
 
 def _by_backend(layer: LayerPlan, settings: LayerSettings) -> LayerPlan:

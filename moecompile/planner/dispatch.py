@@ -21,6 +21,7 @@ def plan_dispatch(
     """The dispatch of one layer.
 
     Args:
+        site: with the width of a row as d_model.
         d_expert, d_shared: widths of a routed expert, and of the shared experts in the region.
 
     Raises:

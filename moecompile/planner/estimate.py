@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from moecompile.mesh import MeshSpec
 from moecompile.plan import Assumptions, Estimate, ExchangedAttention, LayerPlan, Traffic
 from moecompile.planner.activations import FP32_BYTES, tokens_of_a_rank
 from moecompile.planner.context_parallel import cp_traffic
 from moecompile.planner.lending import lending
-from moecompile.planner.memory import memory_of_fullest_rank
+from moecompile.planner.memory import UNEVEN, memory_of_fullest_rank
 from moecompile.planner.optimizer import muon_params, step_traffic
 from moecompile.planner.params import BF16_BYTES, ModelFacts, RunFacts, model_params, trained_params
 from moecompile.planner.remedies import remedies
@@ -39,6 +40,7 @@ def estimate(
         params_trained=trained.total,
         params_muon=muon.total,
         memory_bytes_per_rank=memory,
+        memory_bytes_uneven=memory_of_fullest_rank(layers, mesh, facts, replace(run, row_load=UNEVEN)).total,
         fits=fits,
         bytes_per_token_per_layer=traffic,
         checkpointing=run.checkpointing,
@@ -72,7 +74,7 @@ def _mean_traffic(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) ->
     traffic = []
     for layer in layers:
         wire = Wire(
-            d_model=layer.site.d_model,
+            d_model=layer.row_site.d_model,
             tokens_per_rank=tokens_of_a_rank(mesh, run),
             element_bytes=row_bytes(layer.dispatch.wire_dtype, run.compute_bytes),
         )  # routing weights stay fp32

@@ -5,20 +5,19 @@ Algorithm, for each site:
   2. The mesh must fit the model: ep divides the number of experts.
   3. The most nodes that a token can reach follow from the model's groups and the placement. If `routing.max_nodes` is
      lower, it is refused if the caller set it, else ignored.
-  4. Balance what the model's own router allows; other balancing is refused if the caller set it, else ignored.
+  4. Balance what the model's own router allows, and drop what is over a capacity that the caller sets
+     (own_router.py); what it does not allow is refused if the caller set it, else ignored.
 `notes` lists the ignored values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import (
-    BalancePlan,
     DispatchPlan,
     ExpertPlacement,
     ExpertsSite,
@@ -27,14 +26,22 @@ from moecompile.plan import (
     PlannedSite,
     RoutingPlan,
     layer_of,
-    own_routing,
 )
-from moecompile.schema import SOURCES, BalanceRule, Config, ExpertsConfig, LayerSettings, layer_settings
+from moecompile.planner.own_router import (
+    Misfit,
+    balance_misfits,
+    capacity_misfits,
+    is_given,
+    planned_balance,
+    planned_routing,
+)
+from moecompile.schema import SOURCES, Config, ExpertInit, ExpertsConfig, LayerSettings, layer_settings
 
 _NOT_READ = {
     "experts": ("sites", "match", "layers", "backend"),
-    "routing": ("max_nodes", "replay"),
+    "routing": ("max_nodes", "replay", "capacity_factor", "drop"),
 }  # these are still used
+_WIDENED = ("experts.init", "experts.num_routed", "experts.widen")  # already carried out
 _EVERYWHERE = ExpertsConfig()
 _NAMES = {
     "experts.num_routed": "num_experts", "routing.top_k": "top_k", "routing.groups": "groups",
@@ -47,17 +54,28 @@ def only_existing(sites: Sequence[PlannedSite]) -> bool:
     return bool(sites) and all(isinstance(site, ExpertsSite) for site in sites)
 
 
-def check_given(sites: Sequence[PlannedSite], config: Config) -> None:
+def check_given(sites: Sequence[PlannedSite], config: Config, widened: str) -> None:
     """Refuses values of the caller that the model determines (step 1), unless there are dense sites to apply them to.
+
+    Args:
+        widened: `ModelFacts.widened`.
 
     Raises:
         ConfigError: there is such a value; the message has the site and the model's value.
     """
+    widens = config.experts.init is ExpertInit.widen
+    if widens and not (widened and only_existing(sites)):
+        raise ConfigError(
+            "experts.init", "widen", "makes a larger model before anything is planned, and this one was given as it is",
+            "Call moecompile.widen_experts, and plan its model with the other settings",
+        )  # fmt: skip
     if not only_existing(sites):
         return
     first = sites[0]
     assert isinstance(first, ExpertsSite)
     for key in _given(config):
+        if widens and key.startswith(_WIDENED):
+            continue
         path = ".".join(key.split(".")[2:]) if key.startswith("per_layer.") else key
         group, _, name = path.partition(".")
         if group not in _NOT_READ or not name or name in _NOT_READ[group]:
@@ -79,7 +97,7 @@ def existing_layer(
     """The plan of one site.
 
     Args:
-        settings: of this layer; only its balance and `routing.max_nodes` are used.
+        settings: of this layer; only its balance, its capacity and `routing.max_nodes` are used.
         config: records which of them the caller set.
         dispatch: chooses the dispatch.
 
@@ -88,8 +106,11 @@ def existing_layer(
     """
     _check_ep(site, mesh)  # Step 2
     _check_misfits(site, settings, mesh, config)  # Steps 3 and 4
-    placement = ExpertPlacement(num_experts=site.num_experts, ep=mesh.ep, nodes=mesh.nodes_per_ep_group)
-    return layer_of(site, placement, dispatch(own_routing(site), placement), _balance(site, settings))
+    placement = ExpertPlacement(
+        num_experts=site.num_experts, ep=mesh.ep, nodes=mesh.nodes_per_ep_group, num_identity=site.num_identity
+    )
+    routing = planned_routing(site, settings, config)
+    return layer_of(site, placement, dispatch(routing, placement), planned_balance(site, settings), routing)
 
 
 def most_nodes(site: ExpertsSite, mesh: MeshSpec) -> int:
@@ -111,12 +132,17 @@ def most_nodes(site: ExpertsSite, mesh: MeshSpec) -> int:
     return min(nodes, site.top_k, max(covered for (count, _), covered in best.items() if count == site.top_groups))
 
 
-def notes(plan: Plan, config: Config) -> list[str]:
-    """Notes for the user about existing experts: values read from the model, ignored settings, placement of groups."""
+def notes(plan: Plan, config: Config, widened: str = "") -> list[str]:
+    """Notes for the user about existing experts: values read from the model, ignored settings, placement of groups.
+
+    Args:
+        widened: `ModelFacts.widened`.
+    """
     sites = [layer.site for layer in plan.layers if isinstance(layer.site, ExpertsSite)]
     if not sites:
         return []
     return [
+        *([f"widened: {widened}"] if widened else []),
         _read_note(sites, config),
         *_ignored_notes(plan, config),
         *dict.fromkeys(note for site in sites if (note := _groups_note(site, plan.mesh))),
@@ -129,7 +155,7 @@ def _ignored_notes(plan: Plan, config: Config) -> Iterator[str]:
     for i, layer in enumerate(plan.layers):
         if isinstance(layer.site, ExpertsSite):
             settings = layer_settings(config, layer.site.fqn, i, len(plan.layers))
-            for misfit in _misfits(layer.site, settings, plan.mesh):
+            for misfit in _misfits(layer.site, settings, plan.mesh, config):
                 ignored.setdefault(settings.path_of(misfit.key), f"{misfit.value} ({misfit.rule})")
     selected = config.experts
     if only_existing([layer.site for layer in plan.layers]) and selection(config) != (selected.match, selected.layers):
@@ -185,60 +211,25 @@ def _check_ep(site: ExpertsSite, mesh: MeshSpec) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Misfit:
-    """A value of the config that the model's own router cannot comply with. key: without `per_layer.NAME`."""
-
-    key: str
-    value: Any
-    rule: str
-    fix: str
-
-
-def _misfits(site: ExpertsSite, settings: LayerSettings, mesh: MeshSpec) -> Iterator[_Misfit]:
+def _misfits(site: ExpertsSite, settings: LayerSettings, mesh: MeshSpec, config: Config) -> Iterator[Misfit]:
     """Steps 3 and 4."""
     limit, reach = settings.routing.max_nodes, most_nodes(site, mesh)
     if limit is not None and reach > limit:
         groups = f"{site.top_groups} of {site.groups} groups" if site.groups > 1 else f"top-{site.top_k} without groups"
-        yield _Misfit(
+        yield Misfit(
             "routing.max_nodes", limit,
             f"the router of {site.fqn} is the model's own ({groups}) and lets a token reach {reach} nodes",
             f"Use {reach} or null, or a mesh whose EP group spans fewer nodes",
         )  # fmt: skip
-    for name, value in vars(settings.balance.losses).items():
-        if value:
-            yield _Misfit(
-                f"balance.losses.{name}", value,
-                f"the router of {site.fqn} is the model's own, and its scores are not available",
-                "Use 0; the model's own auxiliary loss, if it has one, is kept",
-            )  # fmt: skip
-    if settings.balance.rule is BalanceRule.bias and not site.correction_bias:
-        yield _Misfit(
-            "balance.rule", "bias",
-            f"the router of {site.fqn} is the model's own and has no buffer e_score_correction_bias to update",
-            "Use balance.rule=none",
-        )  # fmt: skip
+    yield from balance_misfits(site, settings)
+    yield from capacity_misfits(site, settings, config)
 
 
 def _check_misfits(site: ExpertsSite, settings: LayerSettings, mesh: MeshSpec, config: Config) -> None:
-    for misfit in _misfits(site, settings, mesh):
+    for misfit in _misfits(site, settings, mesh, config):
         path = settings.path_of(misfit.key)
         if is_given(config, path):
             raise ConfigError(path, misfit.value, misfit.rule, misfit.fix)
-
-
-def _balance(site: ExpertsSite, settings: LayerSettings) -> BalancePlan:
-    """The balance without auxiliary losses, which have been refused or are ignored."""
-    balance = settings.balance
-    updated = balance.rule is BalanceRule.bias and site.correction_bias
-    return BalancePlan(
-        rule="bias" if updated else "none", rate=balance.rate if updated else 0.0, update=balance.update.value
-    )
-
-
-def is_given(config: Config, path: str) -> bool:
-    """Whether the caller set the key at a dotted path, or the group or `per_layer` that contains it."""
-    return any(path == key or path.startswith(f"{key}.") for key in config.given)
 
 
 def _given(config: Config) -> Iterator[str]:

@@ -98,7 +98,7 @@ def _loan_rows(config: Config, mesh: MeshSpec, site: PlannedSite, d_expert: int)
 
 def lending(layers: Sequence[LayerPlan], run: RunFacts) -> Lending | None:
     """What it costs at most."""
-    experts = [ffn_params(layer.site, layer.experts.d_expert) * run.compute_bytes for layer in layers]
+    experts = [ffn_params(layer.row_site, layer.experts.d_expert) * run.compute_bytes for layer in layers]
     slots = [layer.dispatch.slots * size for layer, size in zip(layers, experts, strict=True)]
     if not any(slots):
         return None

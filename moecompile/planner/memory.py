@@ -13,17 +13,21 @@ as in params.py; V: vocabulary.
    On one rank nothing is gathered. Unsharded gradients are in a buffer of the same size until they are reduced. With
    gradient accumulation they are reduced once, after the last micro-batch, and those of all weights are kept until
    then in fp32: P_d + P_e / ep.                                                         -> `_unsharded_grads_bytes`
-       weights = b own + a unsharded,  grads = b own + unsharded grads,  optimizer: optimizer.py
+       weights = b own + a unsharded,  grads = max(b own, unsharded grads),  optimizer: optimizer.py
    Router weights and adapters are always fp32. Frozen weights have no gradients and no moments: for these two, `own`
    counts trained parameters only (adapters, if there are any), and their number also limits the unsharded gradients.
                                                                                              -> `trained_params`
-3. Activations that one forward saves for backward: activations.py.                          -> `activation_bytes`
+3. Activations that one forward saves for backward, and what a layer's backward needs: activations.py.
 4. Exchange buffers, allocated in one layer at a time: rows sent and rows received.
        dispatch = max over layers of 2 T copies D a
    Slots for borrowed experts are counted here too.                                               -> lending.py
 
-The parts peak at different times, so their sum is an upper bound for the model's own tensors. The process itself
-(PyTorch, CUDA context, allocator fragmentation) is not counted.
+5. With accumulation, unsharded gradients are there at the activations' peak. Without, the reduced ones of the last step
+   are there until backward begins, and those of this step grow as what was kept is freed:     -> `together`
+       fullest = grads + activations                                                       with accumulation
+       fullest = max(grads + kept + 2/3 loss, max(grads, kept) + max(loss, layers))        without
+Routing is balanced, except for the total with `UNEVEN` times the mean rows on a rank. The process itself (PyTorch, CUDA
+context, allocator fragmentation) is not counted. benchmarks/memory.py compares this with what ranks use.
 """
 
 from __future__ import annotations
@@ -32,10 +36,12 @@ from collections.abc import Sequence
 
 from moecompile.mesh import MeshSpec
 from moecompile.plan import LayerPlan, MemoryEstimate
-from moecompile.planner.activations import FP32_BYTES, activation_bytes, exchanged, tokens_of_a_rank
+from moecompile.planner.activations import FP32_BYTES, Activations, activations, exchanged, row_load, tokens_of_a_rank
 from moecompile.planner.lending import lending
 from moecompile.planner.optimizer import muon_params, state_bytes
 from moecompile.planner.params import ModelFacts, ModelParams, RunFacts, layer_params, model_params, trained_params
+
+UNEVEN = 2.0
 
 
 def memory_of_fullest_rank(
@@ -43,13 +49,22 @@ def memory_of_fullest_rank(
 ) -> MemoryEstimate:
     """The estimate in the module docstring."""
     weights, grads, optimizer = model_state_bytes(layers, mesh, facts, run)
+    made = activations(layers, mesh, facts, run)
     return MemoryEstimate(
         weights=weights,
         grads=grads,
         optimizer=optimizer,
-        activations=activation_bytes(layers, mesh, facts, run),
+        activations=made.peak,
         dispatch=buffer_bytes(layers, mesh, run),
+        apart=grads + made.peak - together(grads, made, run),
     )
+
+
+def together(grads: int, made: Activations, run: RunFacts) -> int:
+    """Bytes of gradients and activations at their fullest moment (step 5)."""
+    if run.accumulation > 1:
+        return grads + made.peak
+    return round(max(grads + made.kept + made.loss * 2 / 3, max(grads, made.kept) + max(made.loss, made.layers)))
 
 
 def model_state_bytes(
@@ -63,14 +78,15 @@ def model_state_bytes(
         stored += _stored_bytes(trained, mesh, number - facts.bytes_per_param)
     return (
         stored + _unsharded_params(layers, mesh, facts) * run.compute_bytes,
-        _stored_bytes(trained, mesh, number) + _unsharded_grads_bytes(trained, layers, mesh, facts, run),
+        max(_own_params(trained, mesh) * number, _unsharded_grads_bytes(trained, layers, mesh, facts, run))
+        + trained.router * FP32_BYTES,
         state_bytes(_own_params(trained, mesh), trained.router, muon, mesh),
     )
 
 
 def buffer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> int:
     """Bytes of buffers of an exchange (step 4)."""
-    rows = max((exchanged(layer, mesh) for layer in layers), default=0)
+    rows = max((exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2 for layer in layers), default=0)
     lent = lending(layers, run)
     return round(tokens_of_a_rank(mesh, run) * run.compute_bytes * rows) + (0 if lent is None else lent.slot_bytes)
 

@@ -95,16 +95,19 @@ def _dense(layers: Sequence[LayerPlan], facts: ModelFacts) -> tuple[Mapping[str,
 
 
 def _new(layers: Sequence[LayerPlan]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """(name, parameters) of the matrices of experts, and of shared experts."""
+    """(name, parameters) of the matrices of experts, and of shared experts and of a latent width."""
     experts, shared = [], []
     for site, plan in ((layer.site, layer.experts) for layer in layers):
         prefix = site.fqn if isinstance(site, ExpertsSite) else f"{site.fqn}.experts".lstrip(".")
-        stack = plan.num_routed * site.d_model * plan.d_expert
+        stack = plan.num_routed * (plan.latent_size or site.d_model) * plan.d_expert
         up = "gate_up_proj" if site.num_in_projections > 1 else "up_proj"
         experts += [(f"{prefix}.{up}", site.num_in_projections * stack), (f"{prefix}.down_proj", stack)]
         one = site.d_model * plan.d_shared
         names = ("gate_proj", "up_proj", "down_proj")[2 - site.num_in_projections :]
         shared += [(f"{site.fqn}.shared_experts.{name}.weight".lstrip("."), one) for name in names if one]
+        if plan.latent_size is not None:
+            size = site.d_model * plan.latent_size
+            shared += [(f"{site.fqn}.latent_{name}.weight".lstrip("."), size) for name in ("down", "up")]
     return experts, shared
 
 

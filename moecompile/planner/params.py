@@ -1,17 +1,20 @@
 """Parameter counts before and after rewriting.
 
     ffn(D, F)  = n (D F + F [bias_up]) + F D + D [bias_down]         n: 2 for gated, 1 for up_down  -> `ffn_params`
-    layer      = E ffn(D, d_expert) + ffn(D, d_shared) + D [gate]    experts, shared expert,
-                 + E D + E [bias]                                    router                         -> `LayerParams`
+    layer      = E ffn(L, d_expert) + ffn(D, d_shared) + D [gate]    experts, shared expert,
+                 + E D + E [bias] + E [expert scale] + D [norm]      router,
+                 + num_shared D [weights of the shared expert]
+                 + (2 L D + L [latent norm])                         projections of a latent width  -> `LayerParams`
     total      = model - sum of ffn(D, d_ff) + sum of layer          over the planned layers        -> `ModelParams`
-    active     = the same with K instead of E experts
+    active     = the same with K instead of E experts, or K E / (E + Z) with Z identity experts
     adapters   = sum of r (d_in + d_out)                             linears; times E for the weights of experts
     trained    = total - frozen and kept - experts and shared experts made from frozen weights   -> `trained_params`
                  with adapters: these, and the routers if they are trained
 
 Existing experts are part of the model's count: they replace E ffn(D, d_ff) with the same, and their router is kept.
+Rows that a model has for identity experts are removed (nn/existing.py).
 
-Legend: D model dim, F hidden dim, E routed experts, K top-k.
+Legend: D model dim, L width of a row (the latent width, else D), F hidden dim, E routed experts, K top-k.
 """
 
 from __future__ import annotations
@@ -38,7 +41,10 @@ class ModelFacts:
     routers are trained), once they are planned; None: there are no adapters. split: what the model's tp_plan names;
     no_split: why it cannot be used, empty if it can. matrices: name -> shape of trained two-dimensional
     weights of hidden layers. heads: numbers of heads, by their name in the model's config. attention: of each layer,
-    where mesh.cp asks for it; no_context: why positions cannot be split, empty if they can.
+    where mesh.cp asks for it; no_context: why positions cannot be split, empty if they can. d_model: width of the
+    residual stream, by the model's config (0: unknown). attention_numbers: what attention keeps for
+    backward, numbers per token and layer, without what is as wide as the residual stream (0: unknown). widened: what
+    was done to make it of a model with fewer experts, empty for other models.
     """
 
     params_total: int
@@ -55,8 +61,11 @@ class ModelFacts:
     matrices: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     no_split: str = "the model has no tp_plan, which says how its weights are split"
     heads: Mapping[str, int] = field(default_factory=dict)
+    d_model: int = 0
+    attention_numbers: int = 0
     attention: tuple[AttentionFact, ...] = ()
     no_context: str = "the plan is made of a graph, which does not say what its attention is"
+    widened: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +106,7 @@ class RunFacts:
     tokens_per_rank: tokens of a micro-batch. compute_bytes: bytes per element of a weight in compute, an activation and
     a row. accumulation: micro-batches per rank and optimizer step. checkpointing: none, full or keep_exchanges.
     is_mixed: whether matmuls run in bf16 under autocast. micro_batch_size: sequences of a micro-batch. precision,
-    hardware: names. optimizer: its settings.
+    hardware: names. optimizer: its settings. row_load: rows of the fullest rank over their mean.
     """
 
     tokens_per_rank: int
@@ -108,6 +117,7 @@ class RunFacts:
     accumulation: int = 1
     checkpointing: str = "none"
     is_mixed: bool = False
+    row_load: float = 1.0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -115,7 +125,8 @@ class RunFacts:
 class LayerParams:
     """Parameter counts of one rewritten site.
 
-    dense: of what it replaces. expert: of one routed expert. adapters: of one routed expert's adapters.
+    dense: of what it replaces. expert: of one routed expert. latent: of the projections of a latent width, which are a
+    part of `shared`, as they are used by every token. adapters: of one routed expert's adapters.
     """
 
     dense: int
@@ -123,6 +134,7 @@ class LayerParams:
     experts: int
     shared: int
     router: int
+    latent: int = 0
     adapters: int = 0
 
 
@@ -157,21 +169,42 @@ def ffn_params(site: PlannedSite, d_hidden: int) -> int:
     return up + (d_hidden + site.bias_down) * site.d_model
 
 
+def latent_params(layer: LayerPlan) -> int:
+    """Parameters of the projections of a latent width; none without one."""
+    latent = layer.experts.latent_size or 0
+    return latent * (2 * layer.site.d_model + layer.experts.latent_norm)
+
+
+def _unused(layer: LayerPlan) -> int:
+    """Parameters of the rows that transformers keeps for one identity expert, and that are removed."""
+    return layer.site.num_in_projections * layer.site.d_model * layer.site.d_ff
+
+
 def layer_params(layer: LayerPlan) -> LayerParams:
     """Parameters before and after one site is rewritten."""
-    expert = ffn_params(layer.site, layer.experts.d_expert)
+    expert = ffn_params(layer.row_site, layer.experts.d_expert)
+    latent = latent_params(layer)
     if isinstance(layer.site, ExpertsSite):
         stack = layer.experts.num_routed * expert
+        rows = layer.experts.num_identity * _unused(layer)
         return LayerParams(
-            dense=stack, expert=expert, experts=stack, shared=0, router=0, adapters=_expert_adapters(layer)
+            dense=stack + rows, expert=expert, experts=stack, shared=0, router=0, adapters=_expert_adapters(layer)
         )
     return LayerParams(
         dense=ffn_params(layer.site, layer.site.d_ff),
         expert=expert,
         experts=layer.experts.num_routed * expert,
-        shared=ffn_params(layer.site, layer.experts.d_shared) + layer.experts.shared_gate * layer.site.d_model,
-        router=layer.experts.num_routed * (layer.site.d_model + layer.routing.bias),
+        shared=ffn_params(layer.site, layer.experts.d_shared) + latent + layer.experts.shared_gate * layer.site.d_model,
+        latent=latent,
+        router=_router_params(layer),
     )
+
+
+def _router_params(layer: LayerPlan) -> int:
+    routing, d_model = layer.routing, layer.site.d_model
+    scored = layer.experts.num_routed + layer.experts.num_identity
+    weighed = layer.experts.num_shared * layer.experts.shared_routed
+    return scored * (d_model + routing.bias + routing.expert_scale) + (weighed + routing.norm) * d_model
 
 
 def _expert_adapters(layer: LayerPlan) -> int:
@@ -183,9 +216,14 @@ def _expert_adapters(layer: LayerPlan) -> int:
     return sum(layer.adapters.rank * widths.get(name, up) for name in layer.adapters.weights)
 
 
+def computed_per_token(layer: LayerPlan) -> float:
+    """Experts with weights per token, on average, of the top_k that the router chooses."""
+    return layer.routing.top_k * layer.placement.share_computed
+
+
 def routed(layer: LayerPlan) -> tuple[int, int, int]:
-    """Experts per token, groups of experts, and groups that a token may use."""
-    return layer.routing.top_k, layer.routing.groups, layer.routing.top_groups
+    """Experts with weights per token, rounded; groups of experts; and groups that a token may use."""
+    return round(computed_per_token(layer)), layer.routing.groups, layer.routing.top_groups
 
 
 def model_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParams:
@@ -193,14 +231,14 @@ def model_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParams:
     counts = [layer_params(layer) for layer in layers]
     dense = facts.params_total + sum(c.shared - c.dense for c in counts) + (facts.adapters or (0,))[0]
     router = sum(c.router for c in counts)
-    used = sum(layer.routing.top_k * (c.expert + c.adapters) for layer, c in zip(layers, counts, strict=True))
+    used = sum(computed_per_token(layer) * (c.expert + c.adapters) for layer, c in zip(layers, counts, strict=True))
     planned = {layer.site.fqn for layer in layers}
     split = [fact for fact in facts.split if fact.site not in planned]
     return ModelParams(
         dense=dense,
         experts=sum(c.experts for c in counts) + _all_adapters(layers),
         router=router,
-        active=dense + router + used,
+        active=round(dense + router + used),
         split_root=sum(fact.params for fact in split if "*" not in fact.pattern),
         split_layers=sum(fact.params for fact in split if "*" in fact.pattern),
         shared=sum(c.shared for c in counts),
@@ -231,5 +269,5 @@ def trained_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParam
         kept -= min(frozen, counts.dense)  # replaced
         if frozen == inside and layer.experts.init not in ("random", "drop"):
             experts -= counts.experts
-            dense -= counts.shared - layer.experts.shared_gate * layer.site.d_model
+            dense -= counts.shared - counts.latent - layer.experts.shared_gate * layer.site.d_model
     return replace(params, dense=dense - max(kept, 0), experts=experts)

@@ -16,6 +16,7 @@ first K experts of open groups are chosen.
    copies differ by 0.2% to 0.6% for DeepSeek-V3 (256 experts, 8 groups) and by 3% for groups of two experts.
    With expert choice, experts choose independently, and all S of a set miss with probability (1 - c K/E)^S; c is the
    capacity factor. Dropped assignments of token choice are not subtracted, so the numbers are upper bounds then.
+   With Z identity experts, experts are drawn from E + Z, and a token has K E / (E + Z) of those with weights.
    A router that starts from virtual groups (docs/understand/upcycling.md) chooses the experts of a group together, so
    all kinds except `flat` and `allgather` send less than this until training has made the experts differ.
 
@@ -47,7 +48,7 @@ N nodes of an EP group, L ranks of an EP group on a node.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from moecompile.mesh import MeshSpec
@@ -101,7 +102,7 @@ def copies_per_token(kind: str, placement: ExpertPlacement, routing: RoutingPlan
     if kind in ("local", "flat"):
         per_peer = _assignments(placement, routing) / placement.ep
         return Copies(own=per_peer, intra_node=(on_node - 1) * per_peer, inter_node=(nodes - 1) * on_node * per_peer)
-    rank, node = _hit_rates(placement, routing, nodes)
+    rank, node = _hit_rates(replace(placement, order=()), routing, nodes)
     if kind == "hierarchical" and nodes > 1:
         return Copies(own=node + nodes * rank, intra_node=nodes * (on_node - 1) * rank, inter_node=(nodes - 1) * node)
     return Copies(own=rank, intra_node=(on_node - 1) * rank, inter_node=(nodes - 1) * on_node * rank)
@@ -187,9 +188,9 @@ def _metadata(
 
 
 def _assignments(placement: ExpertPlacement, routing: RoutingPlan) -> float:
-    """Experts per token, on average."""
-    if routing.choice == "token":
-        return routing.top_k
+    """Experts with weights per token, on average."""
+    if routing.choice != "expert":
+        return routing.top_k * placement.share_computed
     return min(routing.top_k * (routing.capacity_factor or 1), placement.num_experts)
 
 
@@ -202,7 +203,8 @@ def _hit_rates(placement: ExpertPlacement, routing: RoutingPlan, nodes: int) -> 
         held = [range(part * size, (part + 1) * size) for part in range(parts)]
         if routing.choice == "expert":
             return 1 - (1 - _assignments(placement, routing) / placement.num_experts) ** size
-        return 1 - sum(_miss_probability(placement.num_experts, routing, experts) for experts in held) / parts
+        drawn = placement.num_experts + placement.num_identity
+        return 1 - sum(_miss_probability(drawn, routing, experts) for experts in held) / parts
 
     return rate(placement.ep), rate(nodes)
 

@@ -66,8 +66,15 @@ def _step_grid(step: Mapping[str, Any]) -> Table:
         ("step", f"{step['wall_ms']:,.1f} ms for {step['tokens']:,} tokens on {ranks}"),
         ("", f"{step['cpu_ms']:,.1f} ms of CPU time per rank"),
         ("speed", f"{step['tokens_per_second']:,.0f} tokens/s"),
+        ("memory", _memory_text(step)),
         ("of it", ", ".join(f"{name} {share:.0%}" for name, share in [*spent, ("the rest", rest)])),
     )
     for name, text in lines:
         grid.add_row(Text(name, style="dim"), Text(text))
     return grid
+
+
+def _memory_text(step: Mapping[str, Any]) -> str:
+    planned = step["planned_bytes"]
+    text = f"{bytes_text(step['peak_bytes'])} of tensors on the fullest rank"
+    return text if planned is None else f"{text}, planned {bytes_text(planned)}"

@@ -118,12 +118,20 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
     console.print(
         Text.assemble((recipe, "bold"), (f"  {status}", _STATUS_STYLE.get(status, "")), f"  {result['seconds']:.1f} s")
     )
-    grid = plain_grid()
+    lines = []
     for name, needed, text_of in _RESULT_LINES:
         values = [result.get(key) for key in needed]
         if None not in values:
-            grid.add_row(Text(name, style="dim"), Text(text_of(*values), overflow="fold"))
+            lines.append((name, text_of(*values)))
+    grid = plain_grid()
+    for name, text in lines:
+        if name not in _PATHS:
+            grid.add_row(Text(name, style="dim"), Text(text, overflow="fold"))
     console.print(grid)
+    width = max((len(name) for name, _ in lines), default=0) + 2
+    for name, text in lines:
+        if name in _PATHS:  # in one line, to be copied
+            console.print(Text.assemble((name.ljust(width), "dim"), text), soft_wrap=True)
 
 
 def print_data(result: Mapping[str, Any], console: Console) -> None:
@@ -151,13 +159,16 @@ def print_data(result: Mapping[str, Any], console: Console) -> None:
 
 
 def _step0_reason(reason: str) -> str:
-    return reason if reason.startswith(NOT_COMPARED) else f"need not equal the dense model: {reason}"
+    return reason if reason.startswith(NOT_COMPARED) else f"need not equal the model before: {reason}"
 
+
+# Last lines of `print_result`, never broken.
+_PATHS = ("checkpoint", "report", "run dir")
 
 # Lines of `print_result`: (name, required keys of result.json, their values -> text).
 _RESULT_LINES: tuple[tuple[str, tuple[str, ...], Callable[..., str]], ...] = (
     ("model", ("num_rewritten", "world_size"), lambda n, world: f"{plural(n, 'MoE layer')} on {plural(world, 'rank')}"),
-    ("step 0", ("step0_max_abs_diff",), lambda diff: f"equals the dense model within {diff:.1e}"),
+    ("step 0", ("step0_max_abs_diff",), lambda diff: f"equals the model before within {diff:.1e}"),
     ("step 0", ("step0_reason",), _step0_reason),
     ("", ("step0_promised_max_abs_diff",), lambda diff: f"with the other layers alone it does, within {diff:.1e}"),
     ("loss", ("loss_first", "loss_last", "steps"), lambda a, b, n: f"{a:.4f} -> {b:.4f} in {plural(n, 'step')}"),
@@ -172,5 +183,6 @@ _RESULT_LINES: tuple[tuple[str, tuple[str, ...], Callable[..., str]], ...] = (
     ("optimizer bytes", ("optimizer_bytes_per_step",), partial(traffic_text, per="rank and step")),
     ("predicted", ("optimizer_bytes_per_step_predicted",), partial(traffic_text, per="rank and step")),
     ("checkpoint", ("checkpoint",), str),
+    ("report", ("run_dir", "report"), lambda folder, name: f"{folder}/{name}"),
     ("run dir", ("run_dir",), str),
 )

@@ -64,7 +64,7 @@ def _prices(forecast: Forecast) -> Table:
 
 
 def _changes(forecast: Forecast) -> Table:
-    table = plain_table("step", "saves", "with this change (memory not checked)")
+    table = plain_table("step", "saves", "with this change (memory not checked, stack.* not run)")
     for change in forecast.changes:
         saved = 100 * (1 - change.seconds / forecast.seconds)
         table.add_row(Text(seconds_text(change.seconds)), Text(f"{saved:.1f}%"), Text(change.change))

@@ -39,7 +39,7 @@ def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
         console.print(_exchanged_table(plan))
     if plan.estimate is not None:
         console.print()
-        _print_estimate(plan.estimate, plan.mesh.cp, console)
+        _print_estimate(plan.estimate, plan.layers, plan.mesh.cp, console)
     if notes:
         console.print()
     for note in notes:
@@ -87,11 +87,13 @@ def _decisions(layer: LayerPlan) -> tuple[tuple[str, ...], ...]:
     kind = site.kind if isinstance(site, FFNSite) else "gated" if site.num_in_projections == 2 else "up_down"
     ffn = (kind, f"{site.d_model} x {site.d_ff}", site.activation)
     shared = (f"+ shared {experts.d_shared}",) if experts.d_shared else ()
-    placed = f"{layer.placement.experts_per_rank} per EP rank"
+    identity = (f"+ {experts.num_identity} identity",) if experts.num_identity else ()
+    latent = (f"latent {experts.latent_size}",) if experts.latent_size else ()
+    placed = f"{layer.placement.experts_per_rank} per EP rank{', placed' * bool(layer.placement.order)}"
     init = f"drop {experts.drop_ratio:g}" if experts.init == "drop" else experts.init
     is_scaled = experts.init not in ("existing", "random") and experts.weight_scaling != "exact"
     scaled = (f"scaled: {experts.weight_scaling}",) if is_scaled else ()
-    routed = (f"{experts.num_routed} x {experts.d_expert}", *shared, placed, init, *scaled)
+    routed = (f"{experts.num_routed} x {experts.d_expert}", *identity, *shared, *latent, placed, init, *scaled)
     return ffn, routed, _router_lines(layer), _dispatch_lines(layer)
 
 
@@ -111,17 +113,21 @@ def _router_lines(layer: LayerPlan) -> tuple[str, ...]:
     lines = (
         (True, f"{routing.score} top-{routing.top_k}"),
         (routing.choice == "expert", "experts choose"),
+        (routing.choice == "hash", "by a hash of the id"),
+        (routing.norm, "normed input"),
         (routing.bias, "with bias"),
         (limited, f"{routing.top_groups} of {routing.groups} groups"),
         (limited and not own, f"by {routing.group_score}"),
         (routing.normalize, "normalized"),
         (routing.scale != 1, f"scale {routing.scale:g}"),
+        (routing.expert_scale, "scale per expert"),
         (routing.capacity_factor is not None, f"capacity {routing.capacity_factor}"),
         (routing.drop != "none", f"by {routing.drop}"),
         (routing.jitter > 0, f"jitter {routing.jitter:g}"),
         (routing.workload != "none", f"workload: {routing.workload}"),
         (balance.rule != "none", f"balance: {balance.rule}"),
-        (balance.rule != "none", f"rate {balance.rate:g}"),
+        (balance.rate > 0, f"rate {balance.rate:g}"),
+        (balance.recenter, "recentred"),
     )
     losses = (line for name, value in balance.losses.items() for line in (f"{name} loss", f"  {value:g}"))
     return (*(line for holds, line in lines if holds), *losses)
@@ -155,7 +161,7 @@ def _exchanged_table(plan: Plan) -> Table:
     return table
 
 
-def _print_estimate(estimate: Estimate, cp: int, console: Console) -> None:
+def _print_memory(estimate: Estimate, console: Console) -> None:
     memory, assumes = estimate.memory_bytes_per_rank, estimate.assumes
     table = plain_table("memory/rank", "weights", "grads", "optimizer", "activations", "dispatch", "fits")
     parts = (memory.weights, memory.grads, memory.optimizer, memory.activations, memory.dispatch)
@@ -163,7 +169,18 @@ def _print_estimate(estimate: Estimate, cp: int, console: Console) -> None:
     fits = Text("yes", style="green") if estimate.fits else Text("no", style="bold red")
     table.add_row(Text(whole, no_wrap=True), *(Text(bytes_text(part), no_wrap=True) for part in parts), fits)
     console.print(table)
+    if memory.apart:
+        text = f"{bytes_text(memory.apart)} of gradients and activations are never there together"
+        console.print(Text(text, style="dim"))
+    if estimate.memory_bytes_uneven > memory.total:
+        text = f"{bytes_text(estimate.memory_bytes_uneven)} on a rank that gets twice the mean rows"
+        console.print(Text(text, style="dim"))
     console.print()
+
+
+def _print_estimate(estimate: Estimate, layers: Sequence[LayerPlan], cp: int, console: Console) -> None:
+    assumes = estimate.assumes
+    _print_memory(estimate, console)
     if estimate.remedies:
         console.print(_remedies_table(estimate.remedies))
         console.print()
@@ -192,6 +209,7 @@ def _print_estimate(estimate: Estimate, cp: int, console: Console) -> None:
         grid.add_row(Text("optimizer bytes", style="dim"), Text(text))
     if estimate.lending is not None:
         grid.add_row(Text("lending", style="dim"), Text(_lending_text(estimate.lending)))
+    grid.add_row(Text("padding", style="dim"), Text(_padding_text(layers)))
     if estimate.checkpointing != "none":
         grid.add_row(Text("recomputation", style="dim"), Text(_recomputation_text(estimate)))
     console.print(grid)
@@ -223,6 +241,12 @@ def _lending_text(lending: Lending) -> str:
         f"an expert is {expert}; a rank borrows up to {most} per layer and micro-batch, and as much gradient returns; "
         f"slots need {memory}"
     )
+
+
+def _padding_text(layers: Sequence[LayerPlan]) -> str:
+    if all(layer.mask_padding for layer in layers):
+        return "no token: not routed, not counted, in no loss"
+    return "none is looked for (data.mask_padding): a padded token would be a token"
 
 
 def _recomputation_text(estimate: Estimate) -> str:

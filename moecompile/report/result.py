@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moecompile import clock
+from moecompile.rundir import REPORT
 from moecompile.version import versions
 
 
@@ -21,9 +22,10 @@ def write_result(
         fields: results of the task. status: `ok` or `failed`.
 
     Returns:
-        the head (`task`, `recipe`, `status`, `seconds` so far) and `fields`; in the file, versions are between them.
+        the head (`task`, `recipe`, `status`, `seconds` so far, `report`) and `fields`; in the file, versions are
+        between them.
     """
-    head = {"task": task, "recipe": recipe, "status": status, "seconds": clock.seconds()}
+    head = {"task": task, "recipe": recipe, "status": status, "seconds": clock.seconds(), "report": REPORT}
     path = run_dir / "result.json"
     tmp = path.with_suffix(".tmp")
     body = _finite({**head, "versions": versions(), **fields})

@@ -4,7 +4,7 @@ Algorithm:
   1. Read `overrides.txt`, `resolved.yaml` and `result.json` of every job, from a folder with the job's number as name.
   2. Find the overrides whose values differ between jobs: those were swept. With a group (`mesh=cpu_1,cpu_2x2`), many
      config keys differ; they are columns of `sweep.csv`.
-  3. Write `sweep.csv`, print the table, draw `sweep.png`.
+  3. Write `sweep.csv`, print the table, draw `sweep.png`, write `report.html`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ class Job:
 
 
 def summarize(sweep_dir: Path) -> None:
-    """Prints one row per job of `sweep_dir`; writes `sweep.csv`, and `sweep.png` if two jobs or more succeeded."""
+    """Prints one row per job of `sweep_dir`; writes `sweep.csv`.
+
+    If two jobs or more succeeded, it also writes `sweep.png` and `report.html`.
+    """
     folders = sorted((p for p in sweep_dir.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name))
     jobs = [_read(folder) for folder in folders]  # Step 1
     swept = _differing([job.overrides for job in jobs])  # Step 2
@@ -73,6 +76,7 @@ def summarize(sweep_dir: Path) -> None:
     console.print(_table(jobs, swept))
     console.print(Text(str(sweep_dir / "sweep.csv")), soft_wrap=True)
     _draw(sweep_dir / "sweep.png", jobs, swept, console)
+    _report(sweep_dir, jobs, swept, console)
 
 
 def _read(folder: Path) -> Job:
@@ -151,6 +155,26 @@ def _draw(path: Path, jobs: Sequence[Job], swept: Sequence[str], console: Consol
         return
     if drawn:
         console.print(Text(str(path)), soft_wrap=True)
+
+
+def _report(sweep_dir: Path, jobs: Sequence[Job], swept: Sequence[str], console: Console) -> None:
+    """Writes `report.html`, if jobs can be compared; as for the plot, an error is only printed."""
+    if sum(job.status == "ok" for job in jobs) < 2:
+        return
+    names = _short_names(swept)
+    try:
+        from moecompile.report.page.sweeps import SweepJob, write_sweep_report
+
+        write_sweep_report(sweep_dir, [
+            SweepJob(
+                name=str(job.number), status=job.status, task=str(job.result.get("task", "")),
+                settings={names[key]: job.overrides[key] for key in swept if key in job.overrides},
+                figures={column: job.measured(column) for column in _RESULTS},
+            )
+            for job in jobs
+        ])  # fmt: skip
+    except Exception as error:
+        console.print(Text(f"report.html could not be written: {type(error).__name__}: {error}"))
 
 
 def _gib(job: Job) -> float | None:

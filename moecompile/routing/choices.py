@@ -10,6 +10,7 @@ class Choice(str, Enum):
 
     token = "token"
     expert = "expert"
+    hash = "hash"  # a hash of the token id (Roller et al. 2021, arXiv 2106.04426; DeepSeek-V4's first layers)
 
 
 class Score(str, Enum):
@@ -18,6 +19,8 @@ class Score(str, Enum):
     softmax = "softmax"
     sigmoid = "sigmoid"
     softmax_after_topk = "softmax_after_topk"  # gpt-oss: over the logits of the chosen experts only
+    sqrt_softplus = "sqrt_softplus"  # DeepSeek-V4: sqrt(log(1 + exp(logit)))
+    sigmoid_after_topk = "sigmoid_after_topk"  # Llama 4, Cohere2-MoE: of the logits of the chosen experts only
 
 
 class DropPolicy(str, Enum):
@@ -56,6 +59,7 @@ class BalanceRule(str, Enum):
 
     none = "none"
     bias = "bias"  # DeepSeek-V3: a correction bias that depends on the load, no auxiliary loss
+    quantile = "quantile"  # Kimi K3: a correction bias that is solved from the scores of the global batch
 
 
 class BiasUpdate(str, Enum):

@@ -46,7 +46,9 @@ class RouterConfig:
     """Experts per token."""
     score: str
     """`softmax`; `sigmoid`; `softmax_after_topk`: experts are chosen by their logits, and the weights are a softmax
-    over the chosen ones only (gpt-oss), which sums to 1 for both values of `normalize`; `own`: the model's own router.
+    over the chosen ones only (gpt-oss), which sums to 1 for both values of `normalize`; `sqrt_softplus`, the root of
+    log(1 + exp(logit)) (DeepSeek-V4); `sigmoid_after_topk`: the same with sigmoids of the chosen logits (Llama 4,
+    Cohere2-MoE), which `normalize` may divide by their sum; `own`: the model's own router.
     """
     normalize: bool
     """Whether the weights of a token are normalized to sum to `scale`; else they are the scores times `scale`."""
@@ -62,7 +64,8 @@ class RouterConfig:
     """
     choice: str = "token"
     """`token`, or `expert`: every expert takes its highest-scoring tokens, a fraction top_k / num_experts of all times
-    `capacity_factor` (1 if it is None), with score * scale as the weight (arXiv 2202.09368).
+    `capacity_factor` (1 if it is None), with score * scale as the weight (arXiv 2202.09368); or `hash`: the experts of
+    a token follow from its id, and their weights from its scores (moecompile.ops.hashing).
     """
     bias: bool = False
     """Whether the logits have a bias."""
@@ -78,6 +81,12 @@ class RouterConfig:
     """Exponent of the workloads `zipf` and `drift`."""
     hot_experts: int = 1
     """Experts of the block of the workloads from `hot_block` on."""
+    norm: bool = False
+    """Whether the router's input is divided by its root mean square, and multiplied by a learned vector / sqrt(D)
+    (Gemma 4).
+    """
+    expert_scale: bool = False
+    """Whether the routing weights of an expert are multiplied by a learned number, last of all (Gemma 4)."""
 
     def __post_init__(self) -> None:
         for name, allowed in ROUTER_NUMBERS.items():
@@ -97,15 +106,18 @@ class RouterConfig:
     @property
     def dropless(self) -> bool:
         """Whether every token gets all of its top_k experts, so the number of assignments is known in advance."""
-        return self.choice == "token" and self.capacity_factor is None
+        return self.choice != "expert" and self.capacity_factor is None
 
     def most_per_token(self, num_experts: int) -> int:
         """The most experts that one token may have."""
-        return self.top_k if self.choice == "token" else num_experts
+        return num_experts if self.choice == "expert" else self.top_k
 
     @property
     def sums_to_scale(self) -> bool:
-        """Whether the routing weights of every token sum to `scale`, as with a softmax over the chosen logits."""
+        """Whether the routing weights of every token sum to `scale`, as with a softmax over the chosen logits.
+
+        With `expert_scale` they do until it is trained: it starts at 1.
+        """
         return self.normalize or self.score == "softmax_after_topk"
 
     @property
@@ -181,9 +193,9 @@ class BalanceSpec:
     """
 
     rule: str
-    """`none`, or `bias`: a correction bias that depends on the load."""
+    """`none`; `bias`: a correction bias that depends on the load; `quantile`: one that is solved from the scores."""
     rate: float
-    """Step of the correction bias per optimizer step; 0 without a rule."""
+    """Step of the correction bias per optimizer step; 0 unless the rule is `bias`."""
     update: str = "sign"
     """How the bias is updated: `sign` or `proportional`, see `nn.update_balance`."""
     micro_batch: float = 0.0
@@ -194,6 +206,8 @@ class BalanceSpec:
     """Coefficient of the loss over the global batch (Qwen); 0 for none."""
     z: float = 0.0
     """Coefficient of the router z-loss (ST-MoE); 0 for none."""
+    recenter: bool = False
+    """With rule=bias: whether the mean of the bias over the experts is subtracted after every update (torchtitan)."""
 
     def __post_init__(self) -> None:
         check_word(BalanceRule, "balance.rule", self.rule)
@@ -201,8 +215,17 @@ class BalanceSpec:
         for key, allowed in BALANCE_NUMBERS.items():
             name = key.rpartition(".")[2]
             allowed.check(f"balance.{name}", getattr(self, name))
-        if self.rule == "none" and self.rate:
-            raise ConfigError("balance.rate", self.rate, "must be 0 with balance.rule=none", "Use 0, or rule=bias")
+        if self.rule != "bias" and self.rate:
+            rule = f"must be 0 with balance.rule={self.rule}"
+            raise ConfigError("balance.rate", self.rate, rule, "Use 0, or rule=bias")
+        if self.rule != "bias" and self.recenter:
+            rule = f"centres the bias that balance.rule=bias moves, and the rule is {self.rule}"
+            raise ConfigError("balance.recenter", True, rule, "Use false, or balance.rule=bias")
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether a correction bias takes part in the choice of experts."""
+        return self.rule != "none"
 
     @property
     def losses(self) -> dict[str, float]:
@@ -211,20 +234,33 @@ class BalanceSpec:
 
 
 NO_BALANCE = BalanceSpec(rule="none", rate=0.0)
+_BOUNDED = ("sigmoid", "softmax")
 
 
 def check_balance(router: RouterConfig, balance: BalanceSpec) -> None:
-    """Refuses load balancing for expert choice, where every expert takes the same number of tokens.
+    """Refuses load balancing where tokens do not choose by their scores, and quantiles of scores without bounds.
 
     Raises:
-        ConfigError: a balance rule or loss with expert choice. The z-loss is allowed, since it does not balance.
+        ConfigError: a balance rule or loss with expert choice or a hash; the z-loss is allowed, since it does not
+            balance. Or quantile balancing with scores that may leave [0, 1], or with a group limit.
     """
-    if router.choice != "expert":
+    if router.choice != "token":
+        wrong: list[tuple[str, str | float]] = [("balance.rule", balance.rule)] if balance.rule != "none" else []
+        wrong += [(f"balance.losses.{name}", value) for name, value in balance.losses.items() if name != "z"]
+        reason = {
+            "expert": "experts choose tokens: their load is even by itself",
+            "hash": "a hash of the token id chooses: no score could move the load",
+        }
+        for path, value in wrong[:1]:
+            none = "Use none" if path == "balance.rule" else "Use 0"
+            fix = "Leave it out" if router.choice == "expert" else none
+            raise ConfigError(path, value, f"has no meaning where {reason[router.choice]}", fix)
+    if balance.rule != "quantile":
         return
-    wrong: list[tuple[str, str | float]] = [("balance.rule", balance.rule)] if balance.rule != "none" else []
-    wrong += [(f"balance.losses.{name}", value) for name, value in balance.losses.items() if name != "z"]
-    if wrong:
-        path, value = wrong[0]
-        raise ConfigError(
-            path, value, "has no meaning where experts choose tokens: their load is even by itself", "Leave it out"
-        )
+    if router.score not in _BOUNDED:
+        rule = f"needs scores in [0, 1], and those of routing.score={router.score} have no bounds"
+        fix = f"Use routing.score={' or '.join(_BOUNDED)}, or balance.rule=bias"
+        raise ConfigError("balance.rule", balance.rule, rule, fix)
+    if router.top_groups < router.groups:
+        rule = f"compares a token's experts, and only {router.top_groups} of {router.groups} groups are open to it"
+        raise ConfigError("balance.rule", balance.rule, rule, "Use balance.rule=bias, or no group limit")

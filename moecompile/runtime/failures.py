@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moecompile.errors import MoecompileError, RankFailure, UserError
-from moecompile.rundir import place
+from moecompile.rundir import ERRORS, place
 from moecompile.runtime.logs import gone, log_path
+from moecompile.runtime.signals import Stopped
 
 _GLOO = ("gloo/transport", "Application timeout caused pair closure")
 """Parts of gloo's messages for a broken connection, and for a timeout."""
@@ -71,7 +72,7 @@ class Failure:
 
 def errors_dir(run_dir: Path) -> Path:
     """The folder in which the ranks of `run_dir` record failures."""
-    return place(run_dir) / "errors"
+    return place(run_dir) / ERRORS
 
 
 def clear(run_dir: Path) -> None:
@@ -118,24 +119,20 @@ def any_recorded(run_dir: Path) -> bool:
     return next(_recorded(run_dir), None) is not None
 
 
-def record_stop(run_dir: Path, step: int | None) -> None:
-    """Records for the launcher that a signal has ended this rank, after it saved the optimizer step `step`."""
+def record_stop(run_dir: Path, stopped: Stopped) -> None:
+    """Records for the launcher that a signal has ended this rank."""
     folder = errors_dir(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{_STOPPED}.{os.getpid()}"
-    partial.write_text(json.dumps(step), encoding="utf-8")
+    fields = (stopped.number, stopped.step, stopped.num_steps)
+    partial.write_text(json.dumps(fields), encoding="utf-8")
     partial.replace(folder / _STOPPED)
 
 
-def was_stopped(run_dir: Path) -> bool:
-    """Whether the ranks were ended by a signal."""
-    return (errors_dir(run_dir) / _STOPPED).is_file()
-
-
-def stopped_at(run_dir: Path) -> int | None:
-    """The optimizer step that was saved then; None: none."""
-    step: int | None = json.loads((errors_dir(run_dir) / _STOPPED).read_text(encoding="utf-8"))
-    return step
+def stopped(run_dir: Path) -> Stopped | None:
+    """What a rank has recorded, if a signal has ended the ranks."""
+    path = errors_dir(run_dir) / _STOPPED
+    return Stopped(*json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def claim(run_dir: Path) -> bool:

@@ -23,11 +23,14 @@ def sum_replicated(parameters: Iterable[nn.Parameter], tokens: dist.ProcessGroup
     """Sums the gradients of plain (not DTensor) weights over ranks with different tokens, in place, in fp32 or wider.
 
     A weight without a gradient on this rank contributes zeros, so that all ranks send the same sizes. A weight without
-    a gradient on any rank keeps None, as in one process: with zeros, an optimizer would decay it.
+    a gradient on any rank keeps None, as in one process: with zeros, an optimizer would decay it. Of one rank, nothing
+    is summed, and nothing is copied.
 
     Args:
         tokens: `Groups.tokens`. Ranks that share tokens compute the same gradient.
     """
+    if dist.get_world_size(tokens) == 1:
+        return
     plain = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
     for wide in dict.fromkeys(_wide(p.dtype) for p in plain):
         of_dtype = [p for p in plain if _wide(p.dtype) == wide]
@@ -81,7 +84,8 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float, eve
     total = torch.zeros((), dtype=torch.float64, device=parameters[0].device if parameters else None)
     for parameter, grad in zip(parameters, _local_grads(parameters), strict=True):
         if grad.numel():
-            total += grad.double().square().sum() * (_num_shards(parameter) / world)
+            norm = torch.linalg.vector_norm(grad, dtype=torch.float64)  # one copy at most, not two
+            total += norm.square() * (_num_shards(parameter) / world)
     if world > 1:
         dist.all_reduce(total, group=every)
     norm = total.sqrt()

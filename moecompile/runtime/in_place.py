@@ -26,9 +26,9 @@ from typing import NoReturn
 from moecompile import waiting
 from moecompile.errors import MoecompileError, RankFailure, UserError
 from moecompile.rundir import discard, is_discarded, place
-from moecompile.runtime import failures, logs, machine, signals
+from moecompile.runtime import failures, logs, machine, signals, slurm
 from moecompile.runtime.orders import Order, end_others, free_port, give, meet, next_order, places
-from moecompile.runtime.ranks import Ranks, check_mesh, check_places, worker_variables
+from moecompile.runtime.ranks import Ranks, check_mesh, check_order, check_places, worker_variables
 
 GRACE_S = 5.0
 """Seconds that a rank waits for another one, which may report the same failure, or end this rank."""
@@ -57,6 +57,7 @@ def lead(ranks: Ranks, command_line: Callable[[], int]) -> NoReturn:
     machine.hold(ranks)
     _watch(ranks)
     try:
+        check_order(ranks)
         store = meet(ranks)
     except Exception as error:
         _report_early(error, ranks)
@@ -69,6 +70,8 @@ def lead(ranks: Ranks, command_line: Callable[[], int]) -> NoReturn:
         machine.claim(ranks)  # the command line has reported it
     if not _now.ended:
         end_others(store, ranks, code)
+    if (told := slurm.requeue_if_asked()) is not None:
+        print(told, flush=True)
     leave(code)
 
 
@@ -78,6 +81,7 @@ def follow(ranks: Ranks) -> NoReturn:
     machine.hold(ranks)
     _watch(ranks)
     try:
+        check_order(ranks)
         store = meet(ranks)
         while (order := next_order(store)).module is not None:
             with suppress(signals.Stopped):  # rank 0 reports it and sends the exit code
@@ -101,6 +105,18 @@ def follow(ranks: Ranks) -> NoReturn:
 def is_leading() -> bool:
     """Whether this process is rank 0 of ranks that torchrun or SLURM started."""
     return _now.ranks is not None
+
+
+def check_started(num_nodes: int, ranks_per_node: int) -> None:
+    """Checks that ranks which a launcher started fit a mesh, as far as their variables tell; `run_on_all` sees all.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    ranks = _now.ranks
+    if ranks is not None and ranks.world_size % ranks.local_world_size == 0:
+        hosts = ranks.world_size // ranks.local_world_size
+        check_mesh(num_nodes, ranks_per_node, hosts, ranks.local_world_size, ranks.launcher)
 
 
 def run_on_all(world_size: int, run_dir: Path, *, module: str, threads: int, num_nodes: int) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moecompile import waiting
+from moecompile.checkpoint.resume import is_restarted
 from moecompile.errors import RankFailure
 from moecompile.runtime import failures, logs, signals
 from moecompile.runtime.in_place import GRACE_S, PEER_GRACE_S, is_leading, leave, run_on_all
@@ -28,7 +29,7 @@ _LAUNCHER_PID = "MOECOMPILE_LAUNCHER_PID"
 _RESTART = "MOECOMPILE_RESTART"
 _OF_ELASTIC = "SIGHUP,SIGQUIT"
 """Signals that the elastic agent handles; others end training after the current step."""
-_KEPT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_KEPT = (*signals.ASKING, signals.WARNING, signal.SIGHUP, signal.SIGQUIT)
 
 
 def launch(
@@ -61,8 +62,8 @@ def launch(
 
 
 def is_restart() -> bool:
-    """Whether the launcher has restarted this rank, after an attempt that lost a rank."""
-    return int(os.environ.get(_RESTART) or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+    """Whether this rank was restarted: after an attempt that lost a rank, or in a job that was requeued."""
+    return int(os.environ.get(_RESTART) or 0) > 0 or is_restarted()
 
 
 def rank_main(main: Callable[[Path], Any]) -> NoReturn:
@@ -78,7 +79,7 @@ def rank_main(main: Callable[[Path], Any]) -> NoReturn:
         if (group := _process_group()) is not None:
             group.barrier()  # so that no exit breaks a connection that another rank needs
     except signals.Stopped as stopped:
-        failures.record_stop(run_dir, stopped.step)
+        failures.record_stop(run_dir, stopped)
         leave(0)
     except SystemExit as error:  # only returning from `main` is success
         leave(error.code if isinstance(error.code, int) and error.code else 128 + signal.SIGTERM)
@@ -139,10 +140,9 @@ def _launch_local(world_size: int, run_dir: Path, *, module: str, threads: int, 
             raise failed from None
         except SignalException as error:
             raise signals.Stopped(asked[0] if asked else int(error.sigval)) from None
-        if asked and failures.was_stopped(run_dir):
-            step = failures.stopped_at(run_dir)
+        if (stopped := failures.stopped(run_dir)) is not None:
             failures.clear(run_dir)
-            raise signals.Stopped(asked[0], step)
+            raise signals.Stopped(asked[0] if asked else stopped.number, stopped.step, stopped.num_steps)
 
 
 def _launch_variables(threads: int) -> dict[str, str]:
@@ -185,7 +185,7 @@ def _quiet_elastic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _asked_to_end(module: str) -> Iterator[list[int]]:
-    """While ranks run: on the first SIGINT or SIGTERM they save and end, the second one kills them.
+    """While ranks run: SIGINT or SIGTERM lets them save and end, the second one kills them; SIGUSR1 is passed on.
 
     Ranks are in their own sessions, which do not receive the terminal's Ctrl-C. Yields the signals so far.
     """
@@ -195,16 +195,19 @@ def _asked_to_end(module: str) -> Iterator[list[int]]:
         return
 
     def answer(number: int, frame: object) -> None:
-        asked.append(number)
+        if number != signals.WARNING:
+            asked.append(number)
+        sent = number if number == signals.WARNING else signal.SIGINT if len(asked) == 1 else signal.SIGKILL
         for pid in _ranks_of_this_process(module):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGINT if len(asked) == 1 else signal.SIGKILL)
-        if len(asked) == 1:
-            text = f"\n{signal.Signals(number).name}: the step is finished and saved; the same again ends at once\n"
+                os.kill(pid, sent)
+        if len(asked) < 2:
+            again = "" if number == signals.WARNING else "; the same again ends at once"
+            text = f"\n{signal.Signals(number).name}: the step is finished and saved{again}\n"
             os.write(2, text.encode())
 
     before = {number: signal.getsignal(number) for number in _KEPT}
-    for number in signals.ASKING:
+    for number in (*signals.ASKING, signals.WARNING):
         signal.signal(number, answer)
     try:
         yield asked

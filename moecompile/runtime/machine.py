@@ -17,6 +17,7 @@ from pathlib import Path
 from moecompile.runtime.logs import is_free, lock
 from moecompile.runtime.ranks import Ranks
 
+_OF_A_STEP = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
 _CLAIM_S = 60.0
 """Seconds after which a claim belongs to an earlier job."""
 
@@ -60,7 +61,7 @@ def release(ranks: Ranks, *, keep_claim: bool) -> None:
 @functools.cache
 def _folder(port: int) -> Path:
     """The folder of a job on this machine, the same for all ranks of a job step or of one launcher."""
-    job = [os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_STEP_ID") if name in os.environ]
+    job = [os.environ[name] for name in _OF_A_STEP if name in os.environ]
     if not job:
         started = Path(f"/proc/{os.getppid()}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19]
         job = [str(os.getppid()), started]

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from moecompile.errors import ConfigError
-from moecompile.nn import Router, routers_of
+from moecompile.nn.auxiliary import KeepsLosses, keepers_of
 
 
 class Tokens:
@@ -116,8 +116,8 @@ def _bypassed() -> ConfigError:
 @contextmanager
 def only_routers_behind(loss: Tensor, model: nn.Module) -> Iterator[None]:
     """Hides the auxiliary losses of routers if `loss` does not depend on their last forward (a detached one)."""
-    nodes = {router.aux_node: router for _, router in routers_of(model) if router.aux_node is not None}
-    held: dict[Router, tuple[dict[str, Tensor], Node | None]] = {}
+    nodes = {router.aux_node: router for _, router in keepers_of(model) if router.aux_node is not None}
+    held: dict[KeepsLosses, tuple[dict[str, Tensor], Node | None]] = {}
     for node in _not_behind(loss.grad_fn, set(nodes)) if nodes else ():
         router = nodes[node]
         held[router] = router.aux_losses, router.aux_node

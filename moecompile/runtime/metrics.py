@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ class Metrics(Callback):
 
     loss: mean over all tokens of the steps since the last row, nats per token, without auxiliary losses. `aux/KIND`:
     the same mean of an auxiliary loss, times its coefficient. tokens_per_second: tokens with a target on all ranks,
-    since the last row. max_violation: the worst layer's MaxVio in the last step. Columns with a module path have values
-    of one layer in the last step.
+    since the last row. learning_rate: of the first group of weights in the last step. max_violation: the worst layer's
+    MaxVio in the last step. Columns with a module path have values of one layer in the last step.
 
     Args:
         log_interval, max_steps: optimizer steps between rows, and of the run.
@@ -34,12 +36,17 @@ class Metrics(Callback):
         self.log_interval, self.max_steps, self.has_capacity = log_interval, max_steps, has_capacity
         self.tally = Tally()
         self.history_path, self.history = history_path, LoadHistory()
-        self._last_step = 0
+        self._last_step = self.rows = 0
+        self._learning_rate: float | None = None
         self._row_start = self._paused = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
         self._row_start, self._last_step = time.perf_counter(), trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Keeps the learning rate of the step, before the schedule goes on."""
+        self._learning_rate = float(optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -73,12 +80,24 @@ class Metrics(Callback):
         extra = {f"aux/{kind}": aux / max(1, num_tokens) for kind, aux in aux_losses.items()}
         for load in loads:
             extra |= of_layer(load)
+        if self._learning_rate is not None:
+            extra["learning_rate"] = self._learning_rate
         if strategy.grad_norm is not None and not strategy.skipped:
             extra["grad_norm"] = strategy.grad_norm
         pl_module.log_dict(row, prog_bar=True, logger=False)
         for logger in trainer.loggers:
             logger.log_metrics(row | extra, step=step)
+        self.rows += 1
         self._row_start = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside is not training time."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._row_start += time.perf_counter() - start
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops the clock: validation is not training time."""

@@ -5,10 +5,12 @@ Both use the store at MASTER_ADDR and MASTER_PORT: torchrun's own, or under SLUR
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
 import os
+import random
 import socket
 import threading
 import time
@@ -28,6 +30,10 @@ RESOLVE_TIMEOUT_S = 8.0
 END_TIMEOUT_S = 30.0
 """Timeout, seconds, for the other ranks to read the last order."""
 
+FREE_PORTS = (30_000, 32_768)
+"""Ports for process groups: below the ephemeral ones of Linux, above those that SLURM's ranks derive."""
+
+_TRIED_PORTS = 64
 _orders = itertools.count()
 
 
@@ -144,7 +150,19 @@ def _resolve(host: str) -> None:
 
 
 def free_port() -> int:
-    """An unused port of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    """An unused port of this machine, if there is one below those that the kernel gives to connections.
+
+    It is opened later, by another process; meanwhile only a program that wants this very port can take it.
+
+    Raises:
+        UserError: no port can be opened.
+    """
+    system = random.SystemRandom()  # no seed of the run: two runs would try the same ports
+    for port in (*(system.randrange(*FREE_PORTS) for _ in range(_TRIED_PORTS)), 0):  # 0: as the kernel chooses
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return int(probe.getsockname()[1])
+    low, high = FREE_PORTS
+    raise UserError(
+        f"no port of {socket.gethostname()} can be opened. Let programs listen on ports {low} to {high - 1}."
+    )

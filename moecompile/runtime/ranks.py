@@ -95,6 +95,25 @@ def check_places(places: Sequence[tuple[int, int]], launcher: str) -> None:
     )
 
 
+def check_order(ranks: Ranks, environ: Mapping[str, str] = os.environ) -> None:
+    """Checks the places of SLURM's ranks as far as each of them knows, before they have met; `check_places` sees all.
+
+    Raises:
+        UserError: the nodes have unequally many ranks, or those of this node are not contiguous.
+    """
+    if ranks.launcher != "srun":
+        return
+    counts = _tasks_per_node(_tasks_text(environ, ranks.world_size))
+    own = [int(rank) for rank in environ.get("SLURM_GTIDS", "").split(",") if rank.isdigit()]
+    if len(set(counts)) == 1 and (not own or own == [*range(own[0], own[0] + len(own))]):
+        return
+    shown = f"ranks {', '.join(map(str, own[:8]))} on node {ranks.node}" if own else f"{counts} ranks on the nodes"
+    raise UserError(
+        f"srun put {shown}: nodes must have as many ranks each, and those of a node must be contiguous. Start them "
+        f"with srun --distribution=block --ntasks-per-node={math.ceil(ranks.world_size / len(counts))}."
+    )
+
+
 def check_mesh(num_nodes: int, ranks_per_node: int, hosts: int, local_world_size: int, launcher: str) -> str | None:
     """Checks that a mesh fits the ranks on `hosts` machines; returns a note if machines simulate several nodes.
 
@@ -143,8 +162,8 @@ def worker_variables(threads: int, *, one_machine: bool) -> dict[str, str]:
 
 def _slurm_ranks(environ: Mapping[str, str], num_tasks: int) -> Ranks:
     rank, local_rank = int(environ["SLURM_PROCID"]), int(environ.get("SLURM_LOCALID", environ["SLURM_PROCID"]))
-    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(num_tasks)
-    local_world_size = _tasks_on_node(tasks, int(environ.get("SLURM_NODEID", 0)))
+    counts = _tasks_per_node(_tasks_text(environ, num_tasks))
+    local_world_size = counts[min(int(environ.get("SLURM_NODEID", 0)), len(counts) - 1)]
     nodes = next((environ[f"SLURM_{name}"] for name in ("STEP_NODELIST", "NODELIST", "JOB_NODELIST")
                   if environ.get(f"SLURM_{name}")), "127.0.0.1")  # fmt: skip
     return Ranks(
@@ -159,13 +178,17 @@ def _slurm_ranks(environ: Mapping[str, str], num_tasks: int) -> Ranks:
     )
 
 
-def _tasks_on_node(text: str, node: int) -> int:
-    """Entry `node` of SLURM's run-length list: `2(x3),1` is 2, 2, 2, 1."""
+def _tasks_text(environ: Mapping[str, str], num_tasks: int) -> str:
+    return environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(num_tasks)
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """SLURM's run-length list: `2(x3),1` is 2, 2, 2, 1."""
     counts: list[int] = []
     for part in text.split(","):
         count, _, repeat = part.partition("(x")
         counts += [int(count)] * int(repeat.rstrip(")") or 1)
-    return counts[min(node, len(counts) - 1)]
+    return counts
 
 
 def _first_host(nodes: str) -> str:

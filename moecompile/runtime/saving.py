@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from moecompile.checkpoint import folders
 from moecompile.checkpoint.fingerprint import differences, settings
 from moecompile.checkpoint.fit import check_entries, plan_differences, refuse
+from moecompile.checkpoint.placed import orders_of
 from moecompile.checkpoint.state import State, check_settings, read_state
 from moecompile.checkpoint.sums import check
 from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, tensors_of
@@ -119,7 +120,8 @@ class Saver(Callback):
             self._save(trainer, module)
         self._writer.wait()
         trainer.strategy.barrier()
-        raise signals.Stopped(number, self._step if self._is_saved else None)
+        first = 0 if self.start is None else self.start[1].step
+        raise signals.Stopped(number, self._step if self._is_saved else None, self._step - first)
 
     def finish(self, trainer: Trainer, module: LanguageModule) -> Path | None:
         """Saves the last checkpoint if configured, waits until it is written, and returns its path."""
@@ -148,7 +150,8 @@ class Saver(Callback):
             metrics={**self.metrics.tally.state(groups_of(trainer).tokens), "val_loss_first": self.val_loss_first},
             fingerprint=self.fingerprint,
         )
-        self._writer.save(tensors_of(module.model, trainer.strategy.optimizers), state)
+        tensors = tensors_of(module.model, trainer.strategy.optimizers)
+        self._writer.save(tensors, state, orders_of(module.model, tensors))
         self._is_saved = True
 
 
@@ -161,7 +164,7 @@ def restore(trainer: Trainer, module: LanguageModule, metrics: Metrics, folder: 
     optimizers, saved = trainer.strategy.optimizers, shapes(folder)
     tensors = forget_unused(module.model, optimizers, tensors_of(module.model, optimizers), saved)
     check_entries(saved, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, folder)
-    read_tensors(folder, tensors)
+    read_tensors(folder, tensors, orders=orders_of(module.model, tensors))
     for scheduler in trainer.strategy.lr_scheduler_configs:
         module.set_step(scheduler.scheduler, state.step)
     loop, batches = trainer.fit_loop.epoch_loop, state.step * trainer.accumulate_grad_batches

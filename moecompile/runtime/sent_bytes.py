@@ -22,6 +22,7 @@ class TrafficMeter(Callback):
         self.mesh = mesh
         self._bytes = {LinkClass.INTRA_NODE: 0, LinkClass.INTER_NODE: 0, LinkClass.SELF: 0}
         self._by_optimizer = dict.fromkeys(self._bytes, 0)
+        self._by_rank = [0] * mesh.world_size
         self._first_step = 0
         self._tokens = 0  # of all ranks and layers; those of an encoder and a decoder see different numbers
         self._last_step = 0
@@ -43,12 +44,18 @@ class TrafficMeter(Callback):
         """Adds the bytes that this rank sent for one micro-batch, and the tokens of a completed step."""
         for rank, sent in traffic.take().items():
             self._bytes[self.mesh.link(trainer.global_rank, rank)] += sent
+            self._by_rank[rank] += sent
         if trainer.global_step != self._last_step:
             self._last_step = trainer.global_step
             for rank, sent in optimizer_traffic.take().items():
                 self._by_optimizer[self.mesh.link(trainer.global_rank, rank)] += sent
             assert isinstance(trainer.strategy, ExpertParallelStrategy)
             self._tokens += sum(load.tokens for load in trainer.strategy.loads)
+
+    def sent_per_step(self, rank: int) -> list[float]:
+        """Bytes that this rank, `rank`, sent to each other rank in the forwards of a step, as a mean over the steps."""
+        steps = max(1, self._last_step - self._first_step)
+        return [0.0 if other == rank else sent / steps for other, sent in enumerate(self._by_rank)]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Computes the bytes per token and MoE layer, over all ranks."""

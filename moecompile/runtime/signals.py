@@ -3,6 +3,7 @@
 A rank that waits in C++ (a collective) does not run signal handlers of Python. The wake-up descriptor is written even
 then, and a thread reads it:
 
+    SIGUSR1                       a batch system's warning that time is running out: record it, also before training
     a rank has failed before      launchers end the others by SIGTERM: exit, and report the failure if no rank has
     nothing is being trained      exit immediately
     the first signal              record it; training checks `requested()` after each step, on all ranks together
@@ -23,6 +24,8 @@ from dataclasses import dataclass, field
 from moecompile.errors import MoecompileError
 
 ASKING = (signal.SIGTERM, signal.SIGINT)
+WARNING = signal.SIGUSR1
+IGNORED_AT_THE_END = (*ASKING, WARNING)
 _FAILURE_S = 1.5
 """Seconds after a SIGTERM within which a failure of another rank becomes visible."""
 _SECOND_S = 1.0
@@ -30,10 +33,15 @@ _SECOND_S = 1.0
 
 
 class Stopped(MoecompileError):
-    """A signal has ended the run. step: the optimizer step that was saved last; None: none was."""
+    """A signal has ended the run.
 
-    def __init__(self, number: int, step: int | None = None) -> None:
-        self.number, self.step = number, step
+    Args:
+        step: the optimizer step that was saved last; None: none was.
+        num_steps: optimizer steps since the run was started or resumed.
+    """
+
+    def __init__(self, number: int, step: int | None = None, num_steps: int = 0) -> None:
+        self.number, self.step, self.num_steps = number, step, num_steps
         self.exit_code = 128 + number
         saved = "nothing was saved" if step is None else f"step {step} is saved"
         super().__init__(f"ended by {signal.Signals(number).name}: {saved}")
@@ -42,7 +50,7 @@ class Stopped(MoecompileError):
 @dataclass
 class _State:
     requested: int = 0
-    at: float = 0.0
+    at: float | None = None  # of the first signal but the warning
     is_training: bool = False
     hooks: list[Callable[[], None]] = field(default_factory=list)
 
@@ -68,7 +76,7 @@ def training() -> Iterator[None]:
 def quiet() -> None:
     """Leaves the signals to the thread again. Lightning sets its own handler, which starts a collective."""
     if threading.current_thread() is threading.main_thread() and _state.hooks:
-        for number in ASKING:
+        for number in (*ASKING, WARNING):
             signal.signal(number, _nothing)
 
 
@@ -91,7 +99,9 @@ def watch(
         while not is_orphan():
             if select.select([reader], [], [], 0.5)[0]:
                 for number in os.read(reader, 64):
-                    if number in ASKING:
+                    if number == WARNING:
+                        _state.requested = _state.requested or number
+                    elif number in ASKING:
                         _answer(number, failed, leave, counts=counts)
         leave(128 + signal.SIGTERM)
 
@@ -101,11 +111,11 @@ def watch(
 def _answer(number: int, failed: Callable[[], bool], leave: Callable[[int], object], *, counts: bool) -> None:
     now = time.monotonic()
     ends = number == signal.SIGTERM and _shows_within(failed, _FAILURE_S)
-    again = counts and _state.requested != 0 and now - _state.at > _SECOND_S
+    again = counts and _state.at is not None and now - _state.at > _SECOND_S
     if ends or again or not _state.is_training:
         leave(128 + number)
-    elif not _state.requested:
-        _state.requested, _state.at = number, now
+    elif _state.at is None:
+        _state.requested, _state.at = _state.requested or number, now
 
 
 def _shows_within(condition: Callable[[], bool], seconds: float) -> bool:

@@ -60,7 +60,8 @@ class ExpertParallelStrategy(TrainingSteps):
         seed: of random numbers in training (routers, dropout), with the optimizer step and the micro-batch.
         on_nan: what to do if a loss or a gradient is not finite: `stop` ends the run and names layer and rank, `skip`
             skips the step on all ranks; None: no check. Not with manual optimization.
-        process_group_backend, timeout: of the process group; gloo on a CPU and NCCL on CUDA by default.
+        process_group_backend: by default gloo on a CPU and NCCL on CUDA.
+        timeout: of the process group.
         param_dtype: the dtype in which layers compute, see `moecompile.passes.shard.shard`; None: that of the weights.
         checkpointing: `full` or `keep_exchanges`: layers are recomputed in backward (moecompile.passes.recompute).
         compile_regions: whether the graphs of moecompile are compiled with torch.compile.
@@ -68,8 +69,9 @@ class ExpertParallelStrategy(TrainingSteps):
             fill the shards.
 
     Raises:
-        ConfigError: an unknown `loss`, `on_nan` or `checkpointing`. PlanError (at setup): no compiled model, or the
-            Trainer's ranks do not fit it. NotFinite (in a step): as `on_nan` says.
+        ConfigError: an unknown `loss`, `on_nan` or `checkpointing`.
+        PlanError: at setup: no compiled model, or the Trainer's ranks do not fit it.
+        NotFinite: in a step: as `on_nan` says.
 
     After each optimizer step, `loads` has one `LayerLoad` per router; after each backward, `aux_losses` has the sums
     over the micro-batch's layers by kind, times their coefficients, per token.

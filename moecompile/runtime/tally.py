@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moecompile.nn import LayerLoad
+from moecompile.torch_private import device_of
 
 
 class Tally:
@@ -109,6 +110,7 @@ class LossSums:
             return None
         sums = self._row.clone()
         if tokens is not None:
+            sums = sums.to(device_of(tokens)) if sums.is_cpu else sums  # as it is restored, until the first step
             dist.all_reduce(sums, group=tokens)
         return sums.tolist()
 

@@ -14,6 +14,7 @@ from moecompile import plan as plans
 from moecompile.checkpoint.atomic import whole_folder
 from moecompile.checkpoint.fit import check_entries
 from moecompile.checkpoint.folders import PLAN
+from moecompile.checkpoint.placed import orders_of
 from moecompile.checkpoint.sums import check
 from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, write_tensors
 from moecompile.errors import PlanError
@@ -37,7 +38,8 @@ def save(
     groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
     rest = {name: value for name, value in checkpoint.items() if name != "state_dict"}
     with whole_folder(path, is_first_rank=is_first_rank, barrier=barrier) as folder:
-        write_tensors(folder, tensors_of(optimizers))
+        tensors = tensors_of(optimizers)
+        write_tensors(folder, tensors, orders=orders_of(model, tensors))
         if is_first_rank:
             plans.save(plan_of(model), folder / PLAN)
             torch.save({**rest, "optimizer_states": groups} if optimizers else rest, folder / LIGHTNING)
@@ -63,7 +65,7 @@ def load(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], tensors_
     check_entries(entries, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
     for optimizer, saved in zip(optimizers, groups, strict=True):
         _set_groups(optimizer, saved, path)
-    read_tensors(path, tensors)
+    read_tensors(path, tensors, orders=orders_of(model, tensors))
     return rest
 
 

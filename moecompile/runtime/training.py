@@ -14,21 +14,25 @@ from pathlib import Path
 import torch
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import nn
 
 from moecompile.checkpoint.fingerprint import fingerprint
 from moecompile.load_history import LOAD_HISTORY
 from moecompile.mesh import MeshSpec
 from moecompile.plan import Plan, Traffic
+from moecompile.rundir import SAMPLES
 from moecompile.runtime import signals
 from moecompile.runtime.data import TextData, train_loader, val_loader
 from moecompile.runtime.launch import is_restart
+from moecompile.runtime.live import Live
+from moecompile.runtime.loggers import finished, make_callbacks, make_loggers
 from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule
+from moecompile.runtime.profile import StepProfile
 from moecompile.runtime.progress import ProgressBar, ProgressLines
 from moecompile.runtime.routes import routes_observer
-from moecompile.runtime.saving import Saver, rows_until, starting_point, write_again
+from moecompile.runtime.samples import Samples
+from moecompile.runtime.saving import Saver, starting_point
 from moecompile.runtime.sent_bytes import TrafficMeter
 from moecompile.runtime.strategy import ExpertParallelStrategy
 from moecompile.schema import Compiled, Config, Precision, accumulation_steps
@@ -67,12 +71,14 @@ def train(
     data: TextData,
     run_dir: Path,
     materialize: Callable[[torch.device], None] | None = None,
+    on_row: Callable[[], None] | None = None,
 ) -> Outcome:
     """Validates, trains to `trainer.max_steps` optimizer steps, validates again and saves a checkpoint.
 
     Resumes from a checkpoint if `trainer.resume` names one, or after a restart because of a lost rank. All ranks call
     it with the same lowered model; it needs the process group and its environment variables. `materialize`: for a model
-    on the meta device, as for the strategy.
+    on the meta device, as for the strategy. `on_row`: rank 0 calls it after some rows, when metrics and loads are on
+    disk.
     """
     mesh, rank, max_steps = plan.mesh, int(os.environ["RANK"]), config.trainer.max_steps
     known = fingerprint(model, text_hash=data.text_hash, tokenizer=data.tokenizer.to_str())
@@ -88,22 +94,35 @@ def train(
     meter, saver = TrafficMeter(mesh), Saver(run_dir, plan, config, metrics, start, known)
     place, accumulate = mesh.batch_index(rank), accumulation_steps(config, mesh)
     routes = routes_observer(model, config, run_dir, rank=place, accumulate=accumulate, first_step=first_step)
-    observers = [metrics, meter, saver] if routes is None else [routes, metrics, meter, saver]
+    observers: list[Callback] = [metrics, meter, saver]
+    if routes is not None:
+        observers.insert(0, routes)
+    routed = config.routing.replay is None
+    observers.append(StepProfile(plan, run_dir, max_steps, meter, routes=routed))
+    val = val_loader(data.val, config.data, rank=place, world_size=mesh.num_batches)
+    interval = config.trainer.sample_interval
+    if interval != 0 and mesh.cp == 1:  # with cp, a rank has logits of its positions only
+        observers.append(Samples(interval, val, data.tokenizer, run_dir / SAMPLES, metrics, seed=config.seed))
+    if on_row is not None:
+        observers.append(Live(metrics, on_row))
+    observers += make_callbacks(config.trainer)
     trainer = make_trainer(config, mesh, run_dir, observers, start=None if start is None else start[0],
                            first_step=first_step, materialize=materialize)  # fmt: skip
-    val = val_loader(data.val, config.data, rank=place, world_size=mesh.num_batches)
     fit = train_loader(
         data.train, config.data, seed=config.seed, rank=place, world_size=mesh.num_batches,
         start_step=first_step, num_steps=max_steps - first_step,
     )  # fmt: skip
-    if start is None:
-        trainer.validate(module, val, verbose=False)
-        saver.val_loss_first = module.val_loss
-    with signals.training():
-        trainer.fit(module, fit, val)
-        checkpoint = saver.finish(trainer, module)
-        if max_steps % config.trainer.val_interval or first_step == max_steps:  # else validated within fit
+    with finished(trainer):
+        if start is None:
             trainer.validate(module, val, verbose=False)
+            saver.val_loss_first = module.val_loss
+        with signals.training():
+            trainer.fit(module, fit, val)
+            if trainer.global_step < max_steps and trainer.is_global_zero:
+                print(f"ended after step {trainer.global_step} of {max_steps} by a callback", flush=True)
+            checkpoint = saver.finish(trainer, module)
+            if max_steps % config.trainer.val_interval or first_step == max_steps:  # else validated within fit
+                trainer.validate(module, val, verbose=False)
     return _outcome(trainer.global_step, metrics, meter, saver.val_loss_first, module.val_loss, checkpoint)
 
 
@@ -171,19 +190,10 @@ def make_trainer(
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=show_bar,
-        logger=_loggers(run_dir, start, first_step),
+        logger=make_loggers(config, run_dir, start, first_step),
         callbacks=callbacks,
         default_root_dir=run_dir,
     )
-
-
-def _loggers(run_dir: Path, start: Path | None, first_step: int) -> list[Logger]:
-    """The loggers, with the earlier rows of the checkpoint `start`."""
-    rows = [] if start is None or int(os.environ["RANK"]) else rows_until(start, first_step)
-    table = CSVLogger(run_dir, name="", version="")
-    write_again(table, rows)
-    purge = None if start is None else first_step + 1
-    return [table, TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=purge)]
 
 
 def _accelerator(device: str) -> str:

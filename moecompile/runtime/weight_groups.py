@@ -115,8 +115,8 @@ def make_optimizer(model: nn.Module, settings: Sequence[str] | Config | Optimize
     """torch's AdamW, or Muon with AdamW for the weights that are not its; call it when the weights are sharded.
 
     Args:
-        model: a compiled model, after `shard`; or any other one. settings: overrides such as `optimizer=muon`, or a
-            config. Of its schedule and clipping nothing is used.
+        model: a compiled model, after `shard`; or any other one.
+        settings: overrides such as `optimizer=muon`, or a config. Of its schedule and clipping nothing is used.
 
     Raises:
         ConfigError: a setting is out of range, or a pattern matches nothing.

@@ -12,12 +12,14 @@ from moecompile.schema.config import (
     ExportConfig,
     FigureConfig,
     HardwareConfig,
+    LauncherConfig,
     LossesConfig,
     MeshConfig,
     ModelConfig,
     MuonConfig,
     OptimizerConfig,
     PerLayerConfig,
+    PlaceConfig,
     RoutingConfig,
     SearchConfig,
     StackConfig,
@@ -25,6 +27,7 @@ from moecompile.schema.config import (
     TrainerConfig,
     VerifyConfig,
     WeightGroupConfig,
+    WidenConfig,
     WorkloadConfig,
 )
 from moecompile.schema.enums import (
@@ -38,6 +41,8 @@ from moecompile.schema.enums import (
     DispatchKind,
     ExpertInit,
     ExportFormat,
+    LauncherKind,
+    LoggerKind,
     MaskPadding,
     ModelDevice,
     ModelLoad,
@@ -55,6 +60,7 @@ from moecompile.schema.enums import (
     TokenizerSource,
     VerifyDtype,
     WeightScaling,
+    WidenTopK,
     WireDtype,
 )
 from moecompile.schema.implied import SOURCES, with_implied
@@ -64,11 +70,14 @@ from moecompile.schema.slices import site_slice
 from moecompile.schema.validation import check_name, validate, validate_settings, validate_transform
 from moecompile.schema.validation.adapters import check_adapters
 from moecompile.schema.validation.experts import (
+    check_latent,
     check_placement,
+    check_shared,
     check_slices,
     is_sliced,
     virtual_group,
 )
+from moecompile.schema.validation.launcher import of_the_job
 from moecompile.schema.validation.mesh import mesh_spec
 from moecompile.schema.validation.optimizer import check_optimizer, group_of
 from moecompile.schema.validation.routing import balance_spec, router_config
@@ -103,7 +112,10 @@ __all__ = [
     "FigureConfig",
     "GroupScore",
     "HardwareConfig",
+    "LauncherConfig",
+    "LauncherKind",
     "LayerSettings",
+    "LoggerKind",
     "LossesConfig",
     "MaskPadding",
     "MeshConfig",
@@ -119,6 +131,7 @@ __all__ = [
     "OptimizerKind",
     "OverlapKind",
     "PerLayerConfig",
+    "PlaceConfig",
     "Precision",
     "RoutingConfig",
     "RowLayout",
@@ -135,23 +148,28 @@ __all__ = [
     "VerifyDtype",
     "WeightGroupConfig",
     "WeightScaling",
+    "WidenConfig",
+    "WidenTopK",
     "WireDtype",
     "Workload",
     "WorkloadConfig",
     "accumulation_steps",
     "balance_spec",
     "check_adapters",
+    "check_latent",
     "check_name",
     "check_numbers",
     "check_optimizer",
     "check_placement",
     "check_selections",
+    "check_shared",
     "check_slices",
     "group_of",
     "is_described",
     "is_sliced",
     "layer_settings",
     "mesh_spec",
+    "of_the_job",
     "router_config",
     "site_slice",
     "validate",

@@ -15,6 +15,15 @@ class TaskName(str, Enum):
     export = "export"
     bench = "bench"
     search = "search"
+    place = "place"
+    submit = "submit"
+
+
+class LauncherKind(str, Enum):
+    """Who starts the job."""
+
+    local = "local"  # this command
+    slurm = "slurm"  # task=submit, by a batch job
 
 
 class ModelDevice(str, Enum):
@@ -41,12 +50,20 @@ class SiteKind(str, Enum):
 
 
 class ExpertInit(str, Enum):
-    """How the experts are initialized from the dense FFN (docs/understand/upcycling.md)."""
+    """How the experts are initialized: from the dense FFN (docs/understand/upcycling.md), or from a model's experts."""
 
     copy = "copy"
     virtual_group = "virtual_group"
     drop = "drop"  # copies or slices, with some hidden units of each expert reinitialized (Nakamura et al. 2025)
     random = "random"
+    widen = "widen"  # copies of the experts of a model that is MoE already (docs/understand/widening.md)
+
+
+class WidenTopK(str, Enum):
+    """Experts per token of a model that is widened."""
+
+    scaled = "scaled"  # as many times as many as there are experts, which can keep the outputs
+    kept = "kept"  # as many as before
 
 
 class WeightScaling(str, Enum):
@@ -204,6 +221,14 @@ class OnNan(str, Enum):
 
     stop = "stop"  # the run ends; the error names the layer and the rank where it began
     skip = "skip"  # the optimizer step is skipped on all ranks, and counted
+
+
+class LoggerKind(str, Enum):
+    """Where metrics of training go, beside metrics.csv."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"  # Weights & Biases, offline unless WANDB_MODE says otherwise
+    mlflow = "mlflow"  # files in the run directory, or MLFLOW_TRACKING_URI
 
 
 class VerifyDtype(str, Enum):

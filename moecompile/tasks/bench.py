@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from moecompile.tasks.job import Job, load_job
 from moecompile.tasks.plan import require_layers
 from moecompile.tasks.show import show_compiled
 from moecompile.tasks.start import start_ranks
+from moecompile.torch_private import device_of
 from moecompile.version import versions
 
 BENCH = "bench.json"
@@ -32,6 +34,8 @@ _LAYERS_TIMEOUT = timedelta(hours=4)
 
 def run(config: Config, run_dir: Path) -> None:
     """Starts one process per rank, or runs in place if ranks exist already."""
+    # torch warns that its profiler does not see older memory freed, which bench/peak.py allows for.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     start_ranks(config, run_dir)
 
 
@@ -57,7 +61,7 @@ def _write(
 ) -> None:
     """Prints the tables and writes `bench.json` and `result.json`."""
     measured = {
-        "device": _device().type,
+        "device": device_of().type,
         "threads": torch.get_num_threads(),
         "precision": config.trainer.precision.value,
         "layers": [_layer_row(cost) for cost in layers],
@@ -85,11 +89,7 @@ def _measured_layers(job: Job, config: Config) -> list[LayerCost]:
     example = example_inputs(job.model, seq_len, longest=seq_len)  # measure the length that is trained
     plan = make_plan(job.model, config, example=example)
     require_layers(plan, config)
-    return measure_layers(job.model, plan, config, example, _device())
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    return measure_layers(job.model, plan, config, example, device_of())
 
 
 def _layer_row(cost: LayerCost) -> dict[str, Any]:

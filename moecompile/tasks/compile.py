@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moecompile.models.build import build_model, example_inputs
+from moecompile.models.build import example_inputs
+from moecompile.models.source import source_model
 from moecompile.pipeline import compile_with_report
 from moecompile.planner.given import given_plan
 from moecompile.report.console import print_sites
@@ -20,7 +21,7 @@ from moecompile.tasks.show import show_compiled, show_weight_groups, site_rows, 
 def run(config: Config, run_dir: Path) -> None:
     """Prints plan, passes and sites; writes `plan.yaml`, `graphs/` and `result.json`."""
     console = Console()
-    model = build_model(config.model, config.seed)
+    model = source_model(config)
     example = example_inputs(model, config.data.seq_len)
     compiled = compile_with_report(model, config, example=example, plan=given_plan(config))
     if not compiled.plan.layers:

@@ -27,7 +27,8 @@ from moecompile.export import (
     write_native,
     write_tokenizer,
 )
-from moecompile.models.build import build_model, example_inputs, pretrained_folder
+from moecompile.models.build import example_inputs, pretrained_folder
+from moecompile.models.source import source_model
 from moecompile.report.result import write_result
 from moecompile.rundir import accept
 from moecompile.schema import AdapterExport, Config, ExportFormat, TokenizerSource
@@ -93,7 +94,7 @@ def _difference(
 def _export_adapters(model: nn.Module, trained: Run, config: Config, folder: Path) -> tuple[str, float]:
     """The adapters of a run in peft's format, or merged into the model."""
     example = example_inputs(model, trained.config.data.seq_len)
-    adapted = with_adapters(build_model(trained.config.model, trained.config.seed), model, trained.plan)
+    adapted = with_adapters(source_model(trained.config), model, trained.plan)
     expected = _logits(model.float(), example)
     if config.export.adapters is AdapterExport.merged:
         merged = adapted.merge_and_unload()
@@ -106,7 +107,7 @@ def _export_adapters(model: nn.Module, trained: Run, config: Config, folder: Pat
         architecture = f"adapters of {type(adapted.get_base_model()).__name__}, in the format of peft"
         adapted.save_pretrained(str(folder))
         del model, adapted
-        again = load_adapters(build_model(trained.config.model, trained.config.seed), folder)
+        again = load_adapters(source_model(trained.config), folder)
     return architecture, _difference(architecture, again, example, expected, trained, config)
 
 

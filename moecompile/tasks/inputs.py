@@ -5,6 +5,7 @@ Algorithm: the cheap checks first, each with an error that says what to change.
   2. The device: as many GPUs as local ranks, if the config requires GPUs.
   3. The model: an installed package, complete files, a config that can be built.
   4. Model and text: positions, vocabulary.
+  5. Loggers and callbacks of training.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from moecompile.models.packages import check_package
 from moecompile.runtime.ranks import in_place_ranks
 from moecompile.runtime.records import find_files
 from moecompile.runtime.text import check_text
-from moecompile.schema import Config, DataKind, TaskName, TokenizerSource, mesh_spec
+from moecompile.schema import (
+    Config,
+    DataKind,
+    ExpertInit,
+    TaskName,
+    TokenizerSource,
+    TrainerConfig,
+    mesh_spec,
+    of_the_job,
+)
 
 _ON_RANKS = (TaskName.train, TaskName.verify, TaskName.bench)
 _INDEX = "model.safetensors.index.json"
@@ -33,12 +43,14 @@ def check_inputs(config: Config) -> None:
     Raises:
         ConfigError: an input is missing or does not fit (the first one).
     """
+    is_elsewhere = config.task.name is TaskName.submit  # the GPUs are those of other machines
+    config = of_the_job(config)
     task = config.task.name
-    if task is TaskName.export:
+    if task in (TaskName.export, TaskName.place):
         return
     if task in _ON_RANKS:
         _check_text(config)  # Step 1
-        if task is not TaskName.verify:  # which runs on CPUs
+        if task is not TaskName.verify and not is_elsewhere:  # verify runs on CPUs
             _check_gpus(config)  # Step 2
     folder = Path(config.model.pretrained) if config.model.pretrained else None  # Step 3
     if config.model.package:
@@ -50,6 +62,11 @@ def check_inputs(config: Config) -> None:
 
             load_chat_template(folder)
     _check_model(config)
+    default = TrainerConfig()
+    if task is TaskName.train and (config.trainer.loggers, config.trainer.callbacks) != (default.loggers, {}):
+        from moecompile.runtime.loggers import check_loggers  # imports Lightning
+
+        check_loggers(config.trainer)  # Step 5
 
 
 def _check_text(config: Config) -> None:
@@ -73,7 +90,8 @@ def check_folder(folder: Path) -> None:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise _folder_error(folder, "is not a folder with a config.json", "Give a folder that save_pretrained wrote")
+        fix = "Give a folder that save_pretrained wrote; nothing is downloaded"
+        raise _folder_error(folder, "is not a folder with a config.json", fix)
     _json(folder, path)
     index = folder / _INDEX
     files = sorted(folder.glob("*.safetensors"))
@@ -150,6 +168,10 @@ def _check_model(config: Config) -> None:
     from moecompile.models.build import check_buildable, config_of
 
     model_config = config_of(config.model)
+    if config.experts.init is ExpertInit.widen:
+        from moecompile.models.source import check_widening_inputs
+
+        check_widening_inputs(config, model_config)
     if model_config is None:  # a factory, or a file that must be converted first
         return
     if config.task.name in _ON_RANKS and config.model.architecture:  # other tasks build it immediately

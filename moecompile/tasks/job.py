@@ -15,10 +15,11 @@ from torch import nn
 
 from moecompile import plan as plans
 from moecompile.errors import CaptureError, PlanError
-from moecompile.models.build import build_model, example_inputs, pretrained_folder
+from moecompile.models.build import example_inputs, pretrained_folder
 from moecompile.models.chat import load_chat_template
 from moecompile.models.packing import check_packing
 from moecompile.models.sharded import ShardedImport, loads_sharded
+from moecompile.models.source import source_model
 from moecompile.passes.receipt import ON_META
 from moecompile.pipeline import Compilation, compile_with_report
 from moecompile.planner.given import given_plan
@@ -26,7 +27,7 @@ from moecompile.report.text import NOT_COMPARED
 from moecompile.rundir import place
 from moecompile.runtime.data import TextData, load_data
 from moecompile.runtime.objective import data_for
-from moecompile.schema import Config, DataKind, RowLayout
+from moecompile.schema import Config, DataKind, ExpertInit, RowLayout
 
 
 @dataclass(kw_only=True)
@@ -51,10 +52,8 @@ class Job:
                 raise
             reason = str(error)
         if reason is not None:
-            if dist.get_rank() == 0:
-                text = "model.load=sharded is not possible, every rank loads the whole model"
-                print(f"{text}: {reason[:200]}", flush=True)
-            self.importing, self.model = None, build_model(config.model, config.seed)
+            _say_whole(reason)
+            self.importing, self.model = None, source_model(config)
             compiled = self._compiled(config)
         if self.importing is not None and compiled.step0_reason == ON_META:
             reason = f"{NOT_COMPARED}no rank holds the whole model; task=compile compares in one process"
@@ -74,6 +73,13 @@ class Job:
         return None
 
 
+def _say_whole(reason: str) -> None:
+    """Says on rank 0 why ranks do not read their shards alone."""
+    if dist.get_rank() == 0:
+        text = "model.load=sharded is not possible, every rank loads the whole model"
+        print(f"{text}: {reason[:200]}", flush=True)
+
+
 def load_job(config: Config, run_dir: Path) -> Job:
     """Loads data and model of this rank; all ranks call it."""
     folder = pretrained_folder(config.model)
@@ -81,8 +87,12 @@ def load_job(config: Config, run_dir: Path) -> Job:
         config.data, place(run_dir), rank=dist.get_rank(), barrier=dist.barrier, model_folder=folder, seed=config.seed,
         chat_template=load_chat_template,
     )  # fmt: skip
-    importing = ShardedImport(config) if loads_sharded(config, dist.get_world_size()) else None
-    model = build_model(config.model, config.seed) if importing is None else importing.model
+    is_sharded = loads_sharded(config, dist.get_world_size())
+    if is_sharded and config.experts.init is ExpertInit.widen:
+        _say_whole("experts.init=widen copies whole weights")
+        is_sharded = False
+    importing = ShardedImport(config) if is_sharded else None
+    model = source_model(config) if importing is None else importing.model
     data = data_for(model, data, config)
     if config.data.kind is DataKind.sft and config.data.layout is RowLayout.pack:
         check_packing(model, config.model.name)

@@ -11,10 +11,12 @@ from torch import nn
 from moecompile import plan as plans
 from moecompile.compose import RESOLVED, load_resolved
 from moecompile.errors import ConfigError
-from moecompile.models.build import build_model, example_inputs
+from moecompile.models.build import example_inputs
+from moecompile.models.source import source_model
 from moecompile.passes.trained import frozen_notes
 from moecompile.pipeline import make_plan
 from moecompile.pipeline.captured import planning_facts
+from moecompile.pipeline.facts import WIDENED
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan, check_sites
 from moecompile.planner.build_plan import with_estimate
@@ -24,13 +26,16 @@ from moecompile.planner.foresight.memory import memory_of
 from moecompile.planner.foresight.planned import case_of, forecast_plan
 from moecompile.planner.foresight.shapes import ModelShape
 from moecompile.planner.given import given_plan, plan_file
+from moecompile.planner.placement import read_placement
 from moecompile.report.compare import Compared, costs, differences, print_comparison
 from moecompile.report.forecast import print_forecast
+from moecompile.report.placement import placement_fields, print_placement
 from moecompile.report.plan_tables import print_plan
 from moecompile.report.result import write_result
 from moecompile.report.text import bytes_text
 from moecompile.rundir import accept
 from moecompile.schema import Config, is_described, with_workload
+from moecompile.tasks.foretell import forecast_fields
 
 _READ = ("data", "hardware", "stack", "workload")  # config groups
 
@@ -38,7 +43,7 @@ _READ = ("data", "hardware", "stack", "workload")  # config groups
 def run(config: Config, run_dir: Path) -> None:
     """Prints the plan and writes `plan.yaml` and `result.json`."""
     config, workload_notes = with_workload(config)
-    model = build_model(config.model, config.seed)
+    model = source_model(config)
     plan = planned(model, config)
     require_layers(plan, config)
     shape = shape_of_model(model, plan)
@@ -47,11 +52,14 @@ def run(config: Config, run_dir: Path) -> None:
         *decides(config),
         *workload_notes,
         *_described(config, memory),
-        *notes(plan, config),
+        *notes(plan, config, getattr(model, WIDENED, "")),
         *frozen_notes(model, plan),
     ]
     console = Console()
     print_plan(plan, console, plan_notes)
+    where = read_placement(Path(config.mesh.placement)) if config.mesh.placement else []
+    if where:
+        print_placement(where, console)
     print_forecast(forecast, console)
     compared = _compare(model, Compared(plan=plan, forecast=forecast, config=flat(config)), config, console)
     accept(run_dir)
@@ -60,7 +68,13 @@ def run(config: Config, run_dir: Path) -> None:
         run_dir,
         "plan",
         config.name,
-        {**plan_fields(plan), **_fields(forecast, memory), **compared, "notes": plan_notes},
+        {
+            **plan_fields(plan),
+            **_fields(forecast, memory),
+            **compared,
+            **(placement_fields(where) if where else {}),
+            "notes": plan_notes,
+        },
     )
 
 
@@ -139,13 +153,7 @@ def _fields(forecast: Forecast, memory: int | None) -> dict[str, object]:
     described = {} if memory is None else {"described_memory_bytes": memory}
     return {
         **described,
-        "step_seconds": forecast.seconds,
-        "tokens_per_second_per_rank": forecast.tokens_per_second_per_rank,
-        "tflops_per_rank": forecast.tflops_per_rank,
-        "mfu": forecast.mfu,
-        "step_parts": dict(forecast.parts),
-        "imbalance": [dataclasses.asdict(price) for price in forecast.prices],
-        "changes": [dataclasses.asdict(change) for change in forecast.changes],
+        **forecast_fields(forecast),
     }
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from moecompile import plan as plans
-from moecompile.models.build import build_model, example_inputs
+from moecompile.models.build import example_inputs
+from moecompile.models.source import source_model
 from moecompile.pipeline.captured import planning_facts
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.planner.build_plan import build_plan
@@ -31,7 +32,7 @@ def run(config: Config, run_dir: Path) -> None:
     batch = published if rounds and published is not None else config.data.global_batch_size
     config, _ = with_workload(config)
     config = replace(config, data=replace(config.data, global_batch_size=batch))
-    model = build_model(config.model, config.seed)
+    model = source_model(config)
     sites, facts = planning_facts(model, config, example_inputs(model, config.data.seq_len))
     require_layers(build_plan(sites, config, facts), config)
     found = search(sites, facts, config, lambda plan: shape_of_model(model, plan), rounds=rounds)

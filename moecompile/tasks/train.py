@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moecompile.pipeline import Compilation
 from moecompile.report.baseline import print_baseline
 from moecompile.report.console import print_data, print_result
 from moecompile.report.heatmap import write_heat_map
+from moecompile.report.page import try_report
 from moecompile.report.result import write_result
 from moecompile.rundir import place
 from moecompile.runtime.baseline import train_dense
@@ -27,6 +29,7 @@ from moecompile.runtime.data import TextData, TokenWindows, unigram_entropy
 from moecompile.runtime.process_group import init_process_group
 from moecompile.runtime.training import Outcome, train
 from moecompile.schema import Baseline, Config
+from moecompile.tasks.foretell import outline, shape_of, write_forecast
 from moecompile.tasks.job import load_job
 from moecompile.tasks.show import show_compiled, show_weight_groups, step0_fields
 from moecompile.tasks.start import start_ranks
@@ -44,7 +47,9 @@ def run_rank(config: Config, run_dir: Path) -> None:
     if rank == 0:
         waiting.show("building and compiling the model", line=False)
     job = load_job(config, run_dir)
+    before = outline(job.model) if rank == 0 else None
     compiled, data = job.compile(config), job.data
+    shape = shape_of(before, compiled.plan)
     waiting.done()
     _check_baseline(config, compiled.plan)
     console = Console(soft_wrap=False)
@@ -53,13 +58,17 @@ def run_rank(config: Config, run_dir: Path) -> None:
         show_compiled(compiled, place(run_dir), console)
     groups = show_weight_groups(compiled.model, config, console if rank == 0 else None)
     materialize = job.materialize(compiled)
+    write_forecast(shape, compiled.plan, config, run_dir)
     dist.barrier()
-    outcome = train(compiled.model, compiled.plan, config, data, run_dir, materialize)
+    outcome = train(
+        compiled.model, compiled.plan, config, data, run_dir, materialize, partial(try_report, run_dir, "train")
+    )
     fields = {**_fields(compiled, outcome, data), **groups}
     del job, compiled.model, materialize
     if config.trainer.baseline is Baseline.dense:
         fields["baseline"] = _baseline(config, compiled.plan, data, run_dir)
     if rank == 0:
+        write_forecast(shape, compiled.plan, config, run_dir, run_dir / LOAD_HISTORY)
         _write(config, fields, run_dir, console)
 
 

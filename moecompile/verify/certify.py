@@ -5,7 +5,8 @@ Algorithm:
   2. All ranks train a few steps (ranks.py); rank 0 runs the same micro-batches in one process (reference.py). This is
      done in each precision: float64, then one step of float32, and one of the config's precision if it uses bf16.
   3. Rank 0 compares (checks.py): batches, outputs, routes, loss, every gradient, norm, balance, weights, checkpoint.
-     In bf16, the reference replays the expert ids that the ranks chose.
+     In bf16, the reference replays the expert ids that the ranks chose. With `routing.replay`, both sides replay
+     experts that are drawn.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
-from moecompile.models.build import build_model, pretrained_folder
+from moecompile.models.build import pretrained_folder
 from moecompile.models.chat import load_chat_template
 from moecompile.models.packing import check_packing
+from moecompile.models.source import source_model
 from moecompile.plan import Plan, on_one_process
 from moecompile.runtime.data import TextData, load_data, train_loader
 from moecompile.runtime.objective import data_for
 from moecompile.schema import Config, DataKind, Precision, RowLayout, WireDtype
 from moecompile.verify.checks import Check, compare, compare_narrow, count, distinct_batches, same_batches
-from moecompile.verify.job import Batch, Trace, build, noiseless_plan, uneven
+from moecompile.verify.job import Batch, Trace, build, drawn_routes, noiseless_plan, uneven
 from moecompile.verify.ranks import run_ranks
 from moecompile.verify.reference import run_reference
 
@@ -52,7 +55,7 @@ def certify(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
         config.data, run_dir, rank=rank, barrier=dist.barrier, model_folder=folder, seed=config.seed,
         chat_template=load_chat_template,
     )  # fmt: skip
-    model = build_model(config.model, config.seed)
+    model = source_model(config)
     data = data_for(model, data, config)
     if config.data.kind is DataKind.sft and config.data.layout is RowLayout.pack:
         check_packing(model, config.model.name)
@@ -61,10 +64,9 @@ def certify(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
         plan = noiseless_plan(mode.config)
         trace = run_ranks(build(mode.config, plan, mode.dtype), plan, mode.config, data, run_dir / mode.label)
         if rank == 0:  # Step 2
-            reference = run_reference(
-                build(mode.config, on_one_process(plan), mode.dtype), mode.config, _all_batches(mode.config, data),
-                trace.choices if mode.is_narrow else None,
-            )  # fmt: skip
+            alone, batches = build(mode.config, on_one_process(plan), mode.dtype), _all_batches(mode.config, data)
+            choices = _drawn(alone, mode.config, batches) or (trace.choices if mode.is_narrow else None)
+            reference = run_reference(alone, mode.config, batches, choices)
             checks += [] if len(checks) > 1 else [same_batches(trace, reference), distinct_batches(trace)]  # Step 3
             if mode.is_narrow:
                 checks += compare_narrow(trace, reference, mode.label)
@@ -104,6 +106,15 @@ def _all_batches(config: Config, data: TextData) -> list[Batch]:
         data.train, config.data, seed=config.seed, rank=0, world_size=1, num_steps=config.trainer.max_steps
     )
     return [uneven(batch, i, config) for i, batch in enumerate(loader)]
+
+
+def _drawn(model: nn.Module, config: Config, batches: list[Batch]) -> dict[str, list[Tensor]]:
+    """Layer -> what each micro-batch of step 0 replays."""
+    found: dict[str, list[Tensor]] = {}
+    for i, batch in enumerate(batches[: len(batches) // config.trainer.max_steps]):
+        for name, ids in drawn_routes(model, config, batch, i).items():
+            found.setdefault(name, []).append(ids)
+    return found
 
 
 def _plan_checks(plan: Plan) -> list[Check]:

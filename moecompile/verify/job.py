@@ -4,6 +4,7 @@
               rounding
     batches   real text; numbers of targets differ between micro-batches, and in step 0 one rank has none at all
     noise     dropout and jitter are off
+    replay    with `routing.replay`, both sides replay experts that are drawn at random in step 0: each in its own way
 
 Legend: V vocabulary, B sequences of a micro-batch, S tokens of a sequence.
 """
@@ -19,9 +20,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from moecompile.models.build import build_model, example_inputs
-from moecompile.nn import Experts, Router, routers_of
+from moecompile.errors import ConfigError, MoecompileError
+from moecompile.models.build import example_inputs
+from moecompile.models.source import source_model
+from moecompile.nn import Experts, Router, routers_of, set_random_key
 from moecompile.nn.adapters import side_of
+from moecompile.nn.replay import replay_layers, replay_routes
 from moecompile.pipeline import compile_model, make_plan
 from moecompile.plan import Plan
 from moecompile.runtime.data import IGNORED
@@ -60,7 +64,7 @@ class Trace:
 
 def noiseless_plan(config: Config) -> Plan:
     """The plan for the config's mesh, with jitter off."""
-    model = build_model(config.model, config.seed)
+    model = source_model(config)
     plan = make_plan(model, config, example=example_inputs(model, config.data.seq_len))
     layers = tuple(
         dataclasses.replace(layer, routing=dataclasses.replace(layer.routing, jitter=0.0)) for layer in plan.layers
@@ -70,7 +74,7 @@ def noiseless_plan(config: Config) -> Plan:
 
 def build(config: Config, plan: Plan, dtype: torch.dtype) -> nn.Module:
     """The model lowered by `plan`, with all experts, routers and adapters random, depending only on the seed."""
-    model = build_model(config.model, config.seed).to(dtype)
+    model = source_model(config).to(dtype)
     model = compile_model(model, config, example=example_inputs(model, config.data.seq_len), plan=plan)
     _randomize(model, config.seed)
     _without_dropout(model)
@@ -116,10 +120,15 @@ def _without_dropout(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def evaluated(module: LanguageModule, batch: Batch) -> Tensor:
-    """Logits in evaluation mode, (B, S, V); the mode of the module is restored."""
+def evaluated(module: LanguageModule, batch: Batch, seed: int, number: int) -> Tensor:
+    """Logits in evaluation mode, (B, S, V); the mode of the module is restored.
+
+    Args:
+        number: of the micro-batch in one process; routers that draw (`routing.workload`) draw by it and the seed.
+    """
     training = module.training
     module.eval()
+    set_random_key(module, seed, 0, number)
     logits: Tensor = module.logits(batch)
     module.train(training)
     return logits.detach().clone()
@@ -146,11 +155,31 @@ def recorded_routes(model: nn.Module, trace: Trace) -> Iterator[None]:
         yield
 
 
+def drawn_routes(model: nn.Module, config: Config, batch: Batch, number: int) -> dict[str, Tensor]:
+    """Experts to replay in micro-batch `number` (layer -> (T, K)), random ones; none without `routing.replay`.
+
+    Raises:
+        ConfigError: a layer cannot be replayed.
+    """
+    if config.routing.replay is None:
+        return {}
+    try:
+        layers = replay_layers(model)
+    except MoecompileError as error:
+        fix = "Use routing.replay=null"
+        raise ConfigError("routing.replay", config.routing.replay, str(error), fix) from error
+    generator, found = torch.Generator().manual_seed(config.seed * 1_000_003 + number), {}
+    for layer in layers:
+        tokens = batch["labels" if "decoder" in layer.path.split(".") else "input_ids"].numel()
+        found[layer.path] = torch.rand(tokens, layer.num_experts, generator=generator).topk(layer.top_k).indices
+    return found
+
+
 @contextmanager
 def replayed_routes(model: nn.Module, choices: Mapping[str, Tensor], trace: Trace) -> Iterator[None]:
     """Replaces every router's expert ids of this micro-batch by `choices`, and counts differences in `trace.flips`.
 
-    With expert choice, nothing is replaced.
+    With expert choice, nothing is replaced. The choices of models' own routers are replayed as on the ranks.
     """
 
     def replay(name: str, ids: Tensor) -> Tensor:
@@ -158,8 +187,11 @@ def replayed_routes(model: nn.Module, choices: Mapping[str, Tensor], trace: Trac
         trace.flips += int((ids.sort(dim=1).values != replayed.sort(dim=1).values).any(1).sum())
         return replayed
 
+    ours = routers_of(model)
     with ExitStack() as stack:
-        for name, router in routers_of(model):
+        if set(choices) - {name for name, _ in ours}:
+            stack.enter_context(replay_routes(model, choices))
+        for name, router in ours:
             if name in choices:
                 stack.enter_context(_watched(router, partial(replay, name)))
         yield
@@ -170,8 +202,8 @@ def _watched(router: Router, on_choice: Callable[[Tensor], Tensor | None]) -> It
     """Calls `on_choice` with the expert ids that the router chooses; what it returns, if not None, replaces them."""
     choose = router.choose
 
-    def watched(scores_TE: Tensor) -> Tensor:
-        ids = choose(scores_TE)
+    def watched(scores_TE: Tensor, tokens_T: Tensor | None = None) -> Tensor:
+        ids = choose(scores_TE, tokens_T)
         replaced = on_choice(ids)
         return ids if replaced is None else replaced
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from moecompile.mesh import MeshSpec
 from moecompile.nn.context import own_positions
+from moecompile.nn.placement import by_id, expert_orders
+from moecompile.nn.replay import replay_routes
 from moecompile.plan import Plan
 from moecompile.runtime.data import TextData, train_loader
 from moecompile.runtime.metrics import Metrics
@@ -24,7 +26,7 @@ from moecompile.runtime.strategy import ExpertParallelStrategy
 from moecompile.runtime.training import make_trainer
 from moecompile.schema import Config, accumulation_steps
 from moecompile.torch_private import local_part
-from moecompile.verify.job import Batch, Trace, evaluated, recorded_routes, uneven
+from moecompile.verify.job import Batch, Trace, drawn_routes, evaluated, recorded_routes, uneven
 
 _QUIET = logging.getLogger("torch.distributed.tensor._redistribute")
 
@@ -42,9 +44,13 @@ def run_ranks(model: nn.Module, plan: Plan, config: Config, data: TextData, run_
         num_steps=config.trainer.max_steps,
     )  # fmt: skip
     accumulate = accumulation_steps(config, mesh)
-    batches = [uneven(batch, _global_number(i, mesh, rank, accumulate), config) for i, batch in enumerate(loader)]
+    numbers = [_global_number(i, mesh, rank, accumulate) for i in range(accumulate * config.trainer.max_steps)]
+    batches = [uneven(batch, number, config) for batch, number in zip(loader, numbers, strict=True)]
+    first = list(zip(batches, numbers, strict=True))[:accumulate]
+    replayed = [drawn_routes(model, config, batch, number) for batch, number in first]
     metrics = Metrics(1, config.trainer.max_steps)
-    recorder = _Recorder(metrics, batches[:accumulate], mesh)
+    keys = [(config.seed, number) for number in numbers[:accumulate]]
+    recorder = _Recorder(metrics, batches[:accumulate], mesh, replayed, keys)
     trainer = make_trainer(config, mesh, run_dir, [metrics, recorder])
     trainer.fit(module, _Batches(batches))
     trace = recorder.trace
@@ -77,34 +83,42 @@ class _Batches:
 
 
 class _Recorder(StepObserver):
-    """Fills the trace during `fit`. It must come after `Metrics` in the list of observers, whose results it reads."""
+    """Fills the trace during `fit`. It must come after `Metrics` in the list of observers, whose results it reads.
 
-    def __init__(self, metrics: Metrics, first: list[Batch], mesh: MeshSpec) -> None:
-        self.metrics, self.first, self.mesh, self.trace = metrics, first, mesh, Trace()
-        self._recording: AbstractContextManager[None] | None = None
+    Args:
+        first: micro-batches of step 0 on this rank. replayed: the experts that each of them replays; empty: none.
+        keys: seed and global number of each, for routers that draw.
+    """
+
+    def __init__(
+        self, metrics: Metrics, first: list[Batch], mesh: MeshSpec, replayed: list[dict[str, Tensor]],
+        keys: list[tuple[int, int]],
+    ) -> None:  # fmt: skip
+        self.metrics, self.first, self.mesh, self.replayed, self.trace = metrics, first, mesh, replayed, Trace()
+        self.keys = keys
+        self._micro_batch = ExitStack()
 
     def started(self, module: LanguageModule) -> None:
         """Records the outputs before the first step."""
-        outputs = [evaluated(module, batch) for batch in self.first]
+        outputs = [evaluated(module, batch, *key) for batch, key in zip(self.first, self.keys, strict=True)]
         self.trace.outputs = _in_order(outputs, len(outputs), self.mesh)
 
     def micro_batch_started(self, module: LanguageModule, number: int) -> None:
-        """Starts to record the routes of step 0."""
+        """Starts to record the routes of step 0, and to replay some."""
         if number < len(self.first):
-            self._recording = recorded_routes(module.model, self.trace)
-            self._recording.__enter__()
+            self._micro_batch.enter_context(recorded_routes(module.model, self.trace))
+            if self.replayed[number]:
+                self._micro_batch.enter_context(replay_routes(module.model, self.replayed[number]))
 
     def gradients_ready(self, module: LanguageModule, step: int) -> None:
         """Records the gradients of step 0."""
         if step == 0:
             grads = {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
-            self.trace.grads = {name: full(grad) for name, grad in grads.items()}
+            self.trace.grads = _by_id(module.model, grads)
 
     def micro_batch_ended(self, module: LanguageModule, number: int) -> None:
-        """Ends the recording that `micro_batch_started` started."""
-        if self._recording is not None:
-            self._recording.__exit__(None, None, None)
-            self._recording = None
+        """Ends what `micro_batch_started` started."""
+        self._micro_batch.close()
 
     def step_ended(self, module: LanguageModule, strategy: ExpertParallelStrategy) -> None:
         """Records loss, norm and loads."""
@@ -131,7 +145,13 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def _whole(model: nn.Module) -> dict[str, Tensor]:
-    return {name: full(tensor) for name, tensor in model.state_dict().items()}
+    return _by_id(model, model.state_dict())
+
+
+def _by_id(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors by name of the parameter, experts in the order of their ids."""
+    orders = expert_orders(model)
+    return {name: by_id(full(tensor), orders.get(name)) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()

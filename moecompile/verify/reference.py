@@ -37,7 +37,9 @@ def run_reference(
     per_step = len(batches) // steps
     trace.inputs = [batch["input_ids"] for batch in batches]
     with arithmetic.autocast():
-        trace.outputs = [evaluated(arithmetic.module, batch) for batch in batches[:per_step]]
+        trace.outputs = [
+            evaluated(arithmetic.module, batch, config.seed, i) for i, batch in enumerate(batches[:per_step])
+        ]
     optimizer = plain_optimizer(module.model, config.optimizer)
     scheduler = module.schedule(optimizer)
     arithmetic.module.train()

@@ -26,6 +26,7 @@ _LIMITS = {
     "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
     "sliding_window": 16, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2,
 }  # fmt: skip
+_PLACED = ("mesh.ep:", *(f"model.config.{name}:" for name in _LIMITS if "layers" in name))
 _FFN_WIDTHS = ("intermediate_size", "d_ff", "ffn_dim", "n_inner")
 
 
@@ -48,6 +49,8 @@ def shrink(config: Config, steps: int) -> tuple[Config, list[str]]:
     _shrink_mesh(work)
     _shrink_model(work)
     _shrink_run(work, steps)
+    if any(note.startswith(_PLACED) for note in work.notes):
+        work.limit(work.config.mesh, "mesh", "placement", None, "it is for the mesh and the layers before")
     return work.config, work.notes
 
 
@@ -94,6 +97,9 @@ def _shrink_model(work: _Shrinking) -> None:
         if isinstance(old, int) and old > most:
             model.config[name] = most
             work.notes.append(f"model.config.{name}: {old} -> {most}, {why}")
+    hidden = max(model.config.get(name, 0) for name in ("hidden_size", "d_model"))
+    if config.experts.latent_size is not None and config.experts.latent_size > hidden > 0:
+        work.limit(config.experts, "experts", "latent_size", hidden // 2, "narrower than the model")
     width = _SLICE * max(config.experts.granularity, 2)
     for name in _FFN_WIDTHS:
         old = model.config.get(name)
@@ -131,7 +137,10 @@ def _shrink_run(work: _Shrinking, steps: int) -> None:
     )  # fmt: skip
     if config.optimizer.clip_norm is None:
         work.limit(config.optimizer, "optimizer", "clip_norm", _NO_CLIPPING, "the norm is known where it may clip")
+    if config.routing.replay is not None:
+        work.limit(config.routing, "routing", "replay", "record", "what is replayed is drawn, on both sides the same")
     # These do not affect what is verified, so they are not noted.
     trainer = config.trainer
+    trainer.loggers = []
     trainer.log_interval, trainer.val_interval, trainer.progress_bar, trainer.save_checkpoint = 1, steps, False, False
     data.val_batches = 1

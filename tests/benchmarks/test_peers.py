@@ -76,6 +76,27 @@ def test_two_ranks_send_what_the_dispatch_says(tmp_path: Path) -> None:
     assert rows["moecompile dedup"]["sent_mib"] < 0.95 * flat
 
 
+@pytest.mark.slow
+def test_two_nodes_send_over_the_link_what_the_dispatch_says(tmp_path: Path) -> None:
+    import nodes
+
+    if reason := nodes.why_not():
+        pytest.skip(f"two nodes cannot be made here: {reason}")
+    layers = ["moecompile flat", "moecompile hierarchical", "moecompile auto", "transformers all_to_all"]
+    found = run_small(tmp_path, "--ranks", "4", "--link-mbit", "1000", "--sizes", "16,4,64,512", "--only", *layers)
+    rows = {row["layer"]: row for row in found["rows"]}
+    assert rows.keys() == {"limit", *layers} and found["link_mbit"] == 1000
+    assert 1 <= found["counter_x"] < 1.05
+    assert rows["limit"]["sent_mib"] < 0.01
+    # Half of a rank's rows go to the other node: dispatch and combine, forward and backward, bf16.
+    flat = 4 * 512 * 4 / 2 * 512 * 2 / 2**20
+    for name in ("moecompile flat", "transformers all_to_all"):
+        assert rows[name]["sent_mib"] == pytest.approx(flat, rel=0.1)
+    # Hierarchical: a token crosses once if any of its four experts is there, 1 - C(8, 4) / C(16, 4) of them.
+    once = 4 * 512 * (1 - 70 / 1820) * 512 * 2 / 2**20
+    assert rows["moecompile hierarchical"]["sent_mib"] == pytest.approx(once, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -83,6 +104,11 @@ def test_two_ranks_send_what_the_dispatch_says(tmp_path: Path) -> None:
         (["--sizes", "4,2,32"], "'4,2,32' is no size"),
         (["--ranks", "3"], "64 experts cannot be spread over 3 ranks"),
         (["--rounds", "0"], "--ranks and --rounds start at 1"),
+        (
+            ["--ranks", "4", "--link-mbit", "0"],
+            "--link-mbit is a positive rate, of a link between two halves of --ranks",
+        ),
+        (["--link-mbit", "1000"], "--link-mbit is a positive rate, of a link between two halves of --ranks"),
     ],
 )
 def test_options_are_checked(
@@ -157,15 +183,15 @@ def test_ratios_are_medians_within_rounds() -> None:
 
 
 def test_the_counter_counts_what_crosses_the_loopback() -> None:
-    from side_by_side.wire import loopback_bytes
+    from side_by_side.wire import sent_bytes
 
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sender:
         receiver, _ = server.accept()
-        before = loopback_bytes()
+        before = sent_bytes("lo")
         sender.sendall(bytes(10_000))
         with receiver:
             assert len(receiver.recv(10_000, socket.MSG_WAITALL)) == 10_000
-    assert loopback_bytes() - before >= 10_000
+    assert sent_bytes("lo") - before >= 10_000
 
 
 @pytest.mark.slow

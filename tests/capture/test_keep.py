@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -146,6 +147,7 @@ def test_a_region_inside_a_region() -> None:
     assert not any(isinstance(module, nn.Linear) for module in model.modules())
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="dynamo does not trace a module that is set inside a checkpoint")
 def test_it_compiles_without_a_break() -> None:
     model, _ = compiled()
     torch._dynamo.reset()

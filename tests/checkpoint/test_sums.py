@@ -32,14 +32,14 @@ def two_ranks(rank: int, world_size: int, folder: str) -> tuple[str, bool]:
     mesh = init_device_mesh("cpu", (world_size,))
     whole = torch.arange(4096.0).view(64, 64)
     path = Path(folder) / "saved"
-    write_tensors(path, {"a": distribute_tensor(whole, mesh, [Shard(0)])})
+    write_tensors(path, {"a": distribute_tensor(whole, mesh, [Shard(0)])}, orders={})
     dist.barrier()
     if rank == 0:
         flip(path / "__1_0.distcp")
     dist.barrier()
     read: dict[str, Tensor] = {"a": distribute_tensor(torch.zeros(64, 64), mesh, [Shard(0)])}
     try:
-        read_tensors(path, read)
+        read_tensors(path, read, orders={})
     except ConfigError as error:
         return str(error), bool(read["a"].to_local().any())  # type: ignore[attr-defined]
     raise AssertionError("it was read")
@@ -54,7 +54,7 @@ def test_a_flipped_bit_in_a_shard_is_named_on_all_ranks_before_anything_is_read(
     assert message.endswith(", so it is damaged. Use another checkpoint, or a copy of this one.")
     assert not was_read
     with pytest.raises(ConfigError, match=r"__1_0\.distcp has the checksum"):  # one process, as an export has
-        read_tensors(path, {"a": torch.zeros(64, 64)})
+        read_tensors(path, {"a": torch.zeros(64, 64)}, orders={})
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def group() -> Iterator[None]:
 @pytest.fixture
 def sealed(group: None, tmp_path: Path) -> Path:
     """A checkpoint of one process, with another file beside the tensors."""
-    write_tensors(tmp_path / "one", {"a": torch.arange(1000.0)})
+    write_tensors(tmp_path / "one", {"a": torch.arange(1000.0)}, orders={})
     (tmp_path / "one" / "plan.yaml").write_text("plan: 1\n")
     sums.seal(tmp_path / "one")
     return tmp_path / "one"
@@ -94,10 +94,10 @@ def test_a_shard_that_is_cut_off_or_gone_is_named(sealed: Path) -> None:
     shard = sealed / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-7])
     with pytest.raises(ConfigError, match=r"__0_0\.distcp has \d+ bytes where \d+ were written, so it is damaged"):
-        read_tensors(sealed, {"a": torch.zeros(1000)})
+        read_tensors(sealed, {"a": torch.zeros(1000)}, orders={})
     shard.unlink()
     with pytest.raises(ConfigError, match=r"__0_0\.distcp cannot be read \(No such file or directory\)"):
-        read_tensors(sealed, {"a": torch.zeros(1000)})
+        read_tensors(sealed, {"a": torch.zeros(1000)}, orders={})
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"plan.yaml": 3}', '{"plan.yaml": "1"}'])
@@ -110,5 +110,5 @@ def test_broken_checksums_are_a_mistake(text: str, sealed: Path) -> None:
 def test_a_checkpoint_without_checksums_is_still_read(sealed: Path) -> None:
     (sealed / sums.SUMS).unlink()
     found = {"a": torch.zeros(1000)}
-    read_tensors(sealed, found)
+    read_tensors(sealed, found, orders={})
     assert torch.equal(found["a"], torch.arange(1000.0)) and shapes(sealed) == {"a": (1000,)}

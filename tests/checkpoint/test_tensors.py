@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 
 from moecompile.checkpoint.tensors import (
     INDEX,
+    _IndexReader,
     forget_unused,
     read_index,
     read_tensors,
@@ -47,19 +49,19 @@ def made(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
 def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     model, optimizer = made(2)
     before = staged(tensors_of(model, [optimizer]))
-    write_tensors(tmp_path, before)
+    write_tensors(tmp_path, before, orders={})
     assert shapes(tmp_path) == {name: tuple(tensor.shape) for name, tensor in before.items()}
     assert {"model.0.weight", "model.1.running_mean", "optimizer.0.weight.exp_avg", "optimizer.1.bias.step"} <= set(
         before
     )
     other, its_optimizer = made(1)
-    read_tensors(tmp_path, tensors_of(other, [its_optimizer]))
+    read_tensors(tmp_path, tensors_of(other, [its_optimizer]), orders={})
     for name, tensor in tensors_of(other, [its_optimizer]).items():
         assert torch.equal(tensor, before[name]), name
     assert its_optimizer.state[other[0].weight]["step"] == 2
     # The weights alone, into an optimizer-free model; a fresh optimizer takes the state too.
     third, fresh = made(0)
-    read_tensors(tmp_path, tensors_of(third, [fresh]))
+    read_tensors(tmp_path, tensors_of(third, [fresh]), orders={})
     assert torch.equal(fresh.state[third[0].bias]["exp_avg"], before["optimizer.0.bias.exp_avg"])
 
 
@@ -104,7 +106,7 @@ def test_an_entry_cannot_run_code(tmp_path: Path) -> None:
     """DCP pickles what is no tensor, and would unpickle it."""
     dcp.save({"model.weight": Payload(tmp_path / "ran")}, storage_writer=dcp.FileSystemWriter(tmp_path / "saved"))
     with pytest.raises(ConfigError, match=r"cannot be read on rank 0 \(model.weight is not a tensor\)"):
-        read_tensors(tmp_path / "saved", {"model.weight": torch.zeros(3)})
+        read_tensors(tmp_path / "saved", {"model.weight": torch.zeros(3)}, orders={})
     assert not (tmp_path / "ran").exists()
 
 
@@ -131,3 +133,11 @@ def test_weights_that_nothing_uses_have_no_state_and_none_afterwards() -> None:
     without = [name for name in stored if name.startswith("model.")]
     tensors = tensors_of(again, [fresh])
     assert forget_unused(again, [fresh], tensors, without) is tensors  # a checkpoint without an optimizer is refused
+
+
+def test_an_index_that_python_3_13_wrote_is_read_by_others() -> None:
+    """Only there are paths of the module pathlib._local."""
+    reader = _IndexReader(io.BytesIO())
+    assert reader.find_class("pathlib._local", "PosixPath") is PosixPath
+    with pytest.raises(pickle.UnpicklingError, match="not allowed"):
+        reader.find_class("pathlib._local", "os")

@@ -19,7 +19,7 @@ from moecompile.match.regions import Region
 from moecompile.mesh import MeshSpec
 from moecompile.nn import Experts
 from moecompile.ops import traffic
-from moecompile.passes.base import GraphPass, items
+from moecompile.passes.base import GraphPass, experts_calls, items
 from moecompile.passes.collect import Collect
 from moecompile.passes.fuse import Fuse
 from moecompile.passes.lend import Lend
@@ -27,6 +27,7 @@ from moecompile.passes.lower.backend import lower_to_backend
 from moecompile.passes.lower.dispatch import DispatchNodes
 from moecompile.passes.lower.kinds import LOWERINGS
 from moecompile.passes.overlap import Overlap
+from moecompile.passes.place import Place
 from moecompile.passes.run import run_passes
 from moecompile.passes.shard import bind_axes, device_mesh_of
 from moecompile.plan import (
@@ -63,6 +64,7 @@ class Case:
     loan_rows: tuple[int, int] = (0, 0)
     backend: str = ""  # of the dispatch
     experts_backend: str = ""
+    order: tuple[int, ...] = ()  # the expert at each position; empty: in the order of ids
 
     @property
     def num_experts(self) -> int:
@@ -98,7 +100,9 @@ class Case:
                 group_score="max", capacity_factor=1.0 if drops else None, drop="position" if drops else "none",
             ),
             balance=BalancePlan(rule="none", rate=0.0),
-            placement=ExpertPlacement(num_experts=self.num_experts, ep=self.mesh.ep, nodes=self.num_nodes),
+            placement=ExpertPlacement(
+                num_experts=self.num_experts, ep=self.mesh.ep, nodes=self.num_nodes, order=self.order
+            ),
             dispatch=dispatch,
             fused=can_fuse(site, dispatch),
         )  # fmt: skip
@@ -158,7 +162,7 @@ def lowered(case: Case, ep_rank: int) -> fx.GraphModule:
     """permute -> experts -> unpermute with the exchanges of the case, and the experts of one EP rank."""
     experts = Experts(D_MODEL, D_EXPERT, case.num_experts, gated=True, activation=SwiGLU())
     for name, full in zip(("gate_up_proj", "down_proj"), case.weights(), strict=True):
-        setattr(experts, name, nn.Parameter(full.chunk(case.mesh.ep)[ep_rank].clone()))
+        setattr(experts, name, nn.Parameter(full[list(case.layer().placement.experts_of(ep_rank))]))
     graph, layer, ops = fx.Graph(), case.layer(), torch.ops.moecompile
     x, ids, weights = (graph.placeholder(name) for name in ("x", "ids", "weights"))
     dropless = layer.routing.drop == "none"
@@ -168,6 +172,9 @@ def lowered(case: Case, ep_rank: int) -> fx.GraphModule:
     result = graph.call_function(ops.unpermute, (outputs, order, weights))
     graph.output(result)
     module = fx.GraphModule({"experts": experts}, graph)
+    region = Region(path="", graph=module, module=module, matches={})
+    module = Place().run(region, [layer]).graph
+    graph, (outputs,) = module.graph, experts_calls(module)
     (lower_to_backend if case.backend else LOWERINGS[case.kind])(graph, DispatchNodes.around(outputs), layer)
     graph.eliminate_dead_code()
     graph.lint()
@@ -225,10 +232,10 @@ def reference(case: Case, rank: int, travel: Travel = lambda rows: rows) -> Resu
     out.backward(torch.cat(gs))
     start = sum(case.tokens[peer] for peer in peers if peer < rank)
     mine = slice(start, start + case.tokens[rank])
-    position = peers.index(rank)
+    held = list(case.layer().placement.experts_of(peers.index(rank)))
     return {
         "output": out.detach()[mine], "x": x.grad[mine], "weights": weights.grad[mine],
-        "gate_up": up.grad.chunk(case.mesh.ep)[position], "down": down.grad.chunk(case.mesh.ep)[position],
+        "gate_up": up.grad[held], "down": down.grad[held],
     }  # fmt: skip
 
 
@@ -283,7 +290,8 @@ class _Links:
     """Where the tokens of one source go. rows: tokens; assignments: (token, slot) pairs; per rank and per node."""
 
     def __init__(self, ids: list[list[int]], case: Case) -> None:
-        ranks = [[i // case.experts_per_rank for i in chosen if i < case.num_experts] for chosen in ids]
+        rank_of = case.layer().placement.rank_of
+        ranks = [[rank_of(i) for i in chosen if i < case.num_experts] for chosen in ids]
         self.num_tokens = len(ids)
         self.rank_assignments = Counter(r for chosen in ranks for r in chosen)
         self.rank_rows = Counter(r for chosen in ranks for r in set(chosen))

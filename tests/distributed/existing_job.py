@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moecompile.nn import meters_of, update_balance
+from moecompile.nn.placement import by_id, expert_orders
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.pipeline import compile_model, plan_of
 from moecompile.routing import NO_BALANCE
@@ -144,7 +145,7 @@ def sharded(
             sum_replicated(parameters, dist.group.WORLD)
         divide(parameters, float(sums[1]) * (2 if mutate == "divisor" else 1))
         if step == 0:
-            trace.grads = {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+            trace.grads = _by_id(model, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         trace.norms.append(float(clip_by_global_norm(parameters, CLIP, dist.group.WORLD)))
         optimizer.step()
         if mutate == "no_bias_rule":
@@ -153,5 +154,11 @@ def sharded(
         loads = [load.load.tolist() for load in update_balance(model, torch.distributed.group.WORLD)]
         trace.loads = trace.loads or loads
         trace.losses.append(float(sums[0]))
-    trace.weights = {name: full(t) for name, t in model.state_dict().items()}
+    trace.weights = _by_id(model, model.state_dict())
     return trace if rank == 0 else Trace(losses=trace.losses, norms=trace.norms)
+
+
+def _by_id(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors, experts in the order of their ids."""
+    orders = expert_orders(model)
+    return {name: by_id(full(tensor), orders.get(name)) for name, tensor in tensors.items()}

@@ -40,7 +40,7 @@ UPCYCLE = [
     "experts.num_shared=1", "routing.score=softmax", "balance.rule=none",
 ]  # fmt: skip
 EXISTING = ["balance.rule=none"]
-ROUTED, SHARED = "experts", "shared_experts"
+ROUTED, SHARED, LATENT = "experts", "shared_experts", ("latent_down", "latent_up")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ def compiled(case: Case) -> nn.Module:
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if f".{ROUTED}." in name or ".router." in name or f".{SHARED}." in name:
+                if any(f".{role}." in name for role in (ROUTED, "router", SHARED, *LATENT)):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
     return model
 
@@ -132,12 +132,15 @@ def compiled(case: Case) -> nn.Module:
 
 
 class PlainMoE(nn.Module):
-    """Softmax top-k over a loop of SwiGLU experts, plus a shared one. Weights are those of a compiled layer."""
+    """Softmax top-k over a loop of SwiGLU experts, plus a shared one. Weights are those of a compiled layer.
+
+    With a projection down and one up, experts work between them.
+    """
 
     def __init__(self, layer: nn.Module, case: Case) -> None:
         super().__init__()
         self.case = case
-        for role in ("router", ROUTED, SHARED):
+        for role in ("router", ROUTED, SHARED, *(name for name in LATENT if hasattr(layer, name))):
             holder = nn.Module()
             for name, value in layer.get_submodule(role).named_parameters():
                 holder.register_parameter(name.replace(".", "__"), nn.Parameter(value.detach().clone()))
@@ -156,6 +159,29 @@ class PlainMoE(nn.Module):
         num_experts = probs.shape[1]
         weights, ids = probs.topk(2)
         weights = weights / weights.sum(1, keepdim=True)
+        kept = self._kept(ids, num_experts)
+        outputs, inner = [], tokens @ self.latent_down.weight.T if hasattr(self, "latent_down") else tokens
+        for token in range(tokens.shape[0]):
+            row = torch.zeros_like(inner[token])
+            for slot in range(ids.shape[1]):
+                if kept[token, slot] and ids[token, slot] < len(routed.down_proj):
+                    gate, up = (routed.gate_up_proj[ids[token, slot]] @ inner[token]).chunk(2)
+                    row = row + weights[token, slot] * (routed.down_proj[ids[token, slot]] @ (F.silu(gate) * up))
+            outputs.append(row)
+        shared = self.shared_experts
+        hidden = F.silu(tokens @ shared.gate_proj__weight.T) * (tokens @ shared.up_proj__weight.T)
+        out = self._up(torch.stack(outputs)) + hidden @ shared.down_proj__weight.T
+        identity = weights.masked_fill(ids < len(routed.down_proj), 0).sum(1, keepdim=True)
+        out = out + identity * tokens  # experts that return their input
+        losses = self.case.losses
+        if losses:
+            share = F.one_hot(ids, num_experts).sum((0, 1)).double() / ids.numel()
+            aux = losses.get("micro_batch", 0.0) * num_experts * (share * probs.mean(0)).sum()
+            self.aux = aux + losses.get("z", 0.0) * logits.logsumexp(-1).square().mean()
+        return out.view_as(x)
+
+    def _kept(self, ids: Tensor, num_experts: int) -> Tensor:
+        """Which assignments are not dropped."""
         kept = torch.ones_like(ids, dtype=torch.bool)
         if self.case.capacity is not None:  # an expert keeps its first tokens
             most, used = max(1, int(-(-self.case.capacity * ids.numel() // num_experts))), [0] * num_experts
@@ -164,23 +190,16 @@ class PlainMoE(nn.Module):
                     expert = int(ids[token, slot])
                     kept[token, slot] = used[expert] < most
                     used[expert] += 1
-        outputs = []
-        for token in range(tokens.shape[0]):
-            row = torch.zeros_like(tokens[token])
-            for slot in range(ids.shape[1]):
-                if kept[token, slot]:
-                    gate, up = (routed.gate_up_proj[ids[token, slot]] @ tokens[token]).chunk(2)
-                    row = row + weights[token, slot] * (routed.down_proj[ids[token, slot]] @ (F.silu(gate) * up))
-            outputs.append(row)
-        shared = self.shared_experts
-        hidden = F.silu(tokens @ shared.gate_proj__weight.T) * (tokens @ shared.up_proj__weight.T)
-        out = torch.stack(outputs) + hidden @ shared.down_proj__weight.T
-        losses = self.case.losses
-        if losses:
-            share = F.one_hot(ids, num_experts).sum((0, 1)).double() / ids.numel()
-            aux = losses.get("micro_batch", 0.0) * num_experts * (share * probs.mean(0)).sum()
-            self.aux = aux + losses.get("z", 0.0) * logits.logsumexp(-1).square().mean()
-        return out.view_as(x)
+        return kept
+
+    def _up(self, combined: Tensor) -> Tensor:
+        """The experts' sum in the model's width."""
+        if not hasattr(self, "latent_up"):
+            return combined
+        if hasattr(self.latent_up, "norm_weight"):
+            root = (combined.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            combined = combined / root * self.latent_up.norm_weight
+        return combined @ self.latent_up.weight.T
 
 
 def reference(case: Case) -> tuple[float, dict[str, Tensor], Tensor]:
@@ -247,9 +266,10 @@ def _step(case: Case, model: nn.Module, plan: Plan) -> dict[str, Any]:
     norm = clip_by_global_norm(parameters, 1e30, groups.every)
     has_meters = bool(meters_of(sharded))
     loads = update_balance(sharded, groups.tokens) if has_meters else []
+    num_experts = plan.layers[0].experts.num_routed  # those with weights
     return {
         "loss": sums[0].item(), "grads": grads, "norm": norm, "rows": sum(rows),
-        "loads": [(int(load.load.sum()), load.tokens) for load in loads],
+        "loads": [(int(load.load[:num_experts].sum()), load.tokens) for load in loads],
     }  # fmt: skip
 
 

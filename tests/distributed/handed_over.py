@@ -16,8 +16,8 @@ def handed_over(model: nn.Module, optimizer: Optimizer, source: str | None, targ
     """Reads `source`, if there is one, and writes `target`. Returns every tensor, whole."""
     tensors = tensors_of(model, [optimizer])
     if source is not None:
-        read_tensors(Path(source), tensors)
+        read_tensors(Path(source), tensors, orders={})
     Path(target).mkdir(exist_ok=True)
     dist.barrier()
-    write_tensors(Path(target), tensors)
+    write_tensors(Path(target), tensors, orders={})
     return {name: full(tensor) for name, tensor in tensors.items()}

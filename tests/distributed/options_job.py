@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moecompile.compose import compose_config
+from moecompile.nn.placement import by_id, expert_orders
 from moecompile.runtime.data import load_data, train_loader
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.observer import StepObserver
@@ -22,6 +23,7 @@ from moecompile.runtime.sent_bytes import TrafficMeter
 from moecompile.runtime.training import make_trainer
 from moecompile.verify.job import build, noiseless_plan
 from moecompile.verify.ranks import full
+from tests.tiny import collective
 
 SMALL = [
     "recipe=deepseek_ep", "model.config.num_hidden_layers=2", "model.config.hidden_size=32",
@@ -63,7 +65,8 @@ def one_step(overrides: list[str], folder: Path, dtype: torch.dtype = torch.floa
         def gradients_ready(self, module: LanguageModule, number: int) -> None:
             named = [(name, p) for name, p in module.model.named_parameters() if p.grad is not None]
             sent = Counter(step.sent)
-            step.grads = {name: full(p.grad) for name, p in named}
+            orders = expert_orders(module.model)
+            step.grads = {name: by_id(full(p.grad), orders.get(name)) for name, p in named}
             step.sent = sent  # gathering them is not part of the step
             step.dtypes = {name: str(p.dtype) for name, p in named}
 
@@ -94,5 +97,5 @@ def counted(sent: Counter[tuple[str, str]]) -> Iterator[Counter[tuple[str, str]]
 
     with pytest.MonkeyPatch.context() as patch:
         for name in SENDS:
-            patch.setattr(dist, name, counting(name, getattr(dist, name)))
+            patch.setattr(dist, collective(name), counting(name, getattr(dist, collective(name))))
         yield sent

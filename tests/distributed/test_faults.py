@@ -147,7 +147,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own with room for some checkpoints of this model."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, check=False)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, check=False)
     if made.returncode != 0:
         pytest.skip(f"no file system can be mounted here: {made.stderr.decode().strip()}")
     yield folder

@@ -35,7 +35,7 @@ CASES = pytest.mark.parametrize(
     ("aux", "dtype"),
     [
         pytest.param("all", torch.float64, id="all-fp64"),
-        pytest.param("none", torch.float32, id="none-fp32"),
+        pytest.param("none", torch.float32, id="none-fp32", marks=pytest.mark.slow),
         pytest.param("all", torch.float32, id="all-fp32", marks=pytest.mark.slow),
         pytest.param("none", torch.float64, id="none-fp64", marks=pytest.mark.slow),
     ],

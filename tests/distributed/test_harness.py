@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -62,3 +63,31 @@ def test_a_hanging_rank_is_killed() -> None:
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] of 2 did not end"):
         run_distributed_test(_hang, 2, timeout_s=3)
     assert time.monotonic() - begin < 6
+
+
+def _compute(rank: int, world_size: int, seconds: float) -> None:
+    begin = time.process_time()
+    while time.process_time() - begin < seconds:
+        pass
+
+
+def _crash(rank: int, world_size: int) -> None:
+    if rank == 1:
+        ctypes.string_at(0)
+    dist.barrier()
+
+
+def test_a_rank_that_computes_goes_on_until_it_has_used_the_cores_for_that_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    run_distributed_test(_compute, 1, 3, timeout_s=2)
+    with pytest.raises(TimeoutError) as caught:
+        run_distributed_test(_compute, 1, 1000, timeout_s=2)
+    assert "in _compute" in caught.value.__notes__[0]
+
+
+def test_a_rank_that_crashes_shows_where() -> None:
+    with pytest.raises(RuntimeError, match="rank 1 died with exit code -11") as caught:
+        run_distributed_test(_crash, 2)
+    assert any("rank 1 was here" in note and "in _crash" in note for note in caught.value.__notes__)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from moecompile.runtime.orders import free_port
 
 PROGRAM = ["-m", "tests.distributed.launcher_program"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
@@ -100,14 +101,11 @@ def test_an_import_that_fails_before_the_ranks_have_met(broken: str, tmp_path: P
 
 def slurm(world_size: int, places: list[tuple[int, int]], **environ: str) -> list[subprocess.Popen[str]]:
     """The processes of a job step; `places`: node and local rank of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     nodes = len({node for node, _ in places})
     common = {
         **os.environ, "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": str(len(places)),
         "SLURM_TASKS_PER_NODE": f"{len(places) // nodes}(x{nodes})", "SLURM_JOB_NODELIST": "localhost",
-        "MASTER_PORT": port, **environ,
+        "MASTER_PORT": str(free_port()), **environ,
     }  # fmt: skip
     processes = []
     for rank, (node, local_rank) in enumerate(places):

@@ -31,6 +31,7 @@ from tests.distributed import gradient_job as gradients
 from tests.distributed.dispatch_job import Case
 from tests.distributed.harness import run_distributed_test
 from tests.distributed.test_dispatch_kinds import MESHES, TOLERANCE
+from tests.tiny import collective
 
 ON_NODE, ON_TWO = MeshSpec(num_nodes=1, ranks_per_node=2, ep=2), MeshSpec(num_nodes=2, ranks_per_node=2, ep=4)
 
@@ -107,7 +108,7 @@ class _messages:
     """Counts torch's own collectives; the key says whether it was in backward."""
 
     def __init__(self, *names: str) -> None:
-        self.names = names or ("all_to_all_single", "all_gather_single")
+        self.names = [collective(name) for name in names or ("all_to_all_single", "all_gather_single")]
 
     def __enter__(self) -> Counter[bool]:
         self.sent = Counter[bool]()

@@ -71,7 +71,7 @@ def resumed(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 
 def entries(checkpoint: Path) -> dict[str, Tensor]:
     found = {name: torch.empty(shape, dtype=torch.float64) for name, shape in shapes(checkpoint).items()}
-    read_tensors(checkpoint, found)
+    read_tensors(checkpoint, found, orders={})
     return found
 
 

@@ -231,7 +231,8 @@ def _compiled(rank: int, world_size: int, backend: str) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_regions_are_whole_graphs(backend: str) -> None:
     for found in run_distributed_test(_compiled, 2, backend, timeout_s=170):
         assert max(found) <= TOLERANCE, found

@@ -1,7 +1,7 @@
 """Padded batches on ranks, of which one has almost nothing else, equal the same tokens without padding in one process:
 logits, every gradient, loads; and the bytes sent are those of the tokens alone.
 
-The reference of Mixtral is transformers' own model. That of the upcycled Llama, which has no other, is ours for one
+The reference of Mixtral is transformers' own model. That of the upcycled Llamas, which have no other, is ours for one
 device, compiled without padding masks.
 """
 
@@ -42,6 +42,21 @@ FOUR_RANKS = {
 LLAMA = [
     "experts.num_routed=4", "routing.top_k=2", "experts.num_shared=1", "experts.granularity=2", "experts.init=random",
 ]  # fmt: skip
+OPTIONS = {
+    "mixtral": [], "llama": LLAMA, "latent": [*LLAMA, "experts.latent_size=12", "experts.latent_norm=true"],
+}  # fmt: skip
+FOUR = ["experts.num_routed=4", "routing.top_k=2"]
+KINDS = {
+    "capacity": [*FOUR, "routing.capacity_factor=0.75"],
+    "capacity by score": [*FOUR, "routing.capacity_factor=0.75", "routing.drop=score"],
+    "expert choice": [*FOUR, "routing.choice=expert", "routing.normalize=false", "routing.allow_future=true"],
+    "identity": [*FOUR, "experts.num_identity=2"],
+    "hash": [*FOUR, "routing.choice=hash"],
+    "shared, routed": [*LLAMA, "experts.shared_routed=true", "routing.score=sigmoid"],
+    "groups and a bias": [*FOUR, "routing.groups=2", "routing.top_groups=1", "routing.score=sigmoid", "balance=bias"],
+}  # fmt: skip
+OF_KINDS = {**TWO_RANKS, "lend": [*TWO_RANKS["dedup"], "dispatch.balance=lend", "dispatch.slots=1"]}
+LENT = ("capacity", "hash", "shared, routed", "groups and a bias")
 LENGTH, PADDED = (5, 1, 4, 2), 9  # real tokens of a sequence on each rank, and with padding
 WIDE = {"dtype": torch.float64}
 
@@ -59,8 +74,9 @@ class Found:
 
 def model_of(name: str, overrides: list[str]) -> nn.Module:
     model = moe_model("mixtral", **WIDE) if name == "mixtral" else tiny_llama().double()
-    options = [] if name == "mixtral" else LLAMA
-    compile_model(model, [*options, *overrides, "data.mask_padding=always"], example=inputs(0, is_padded=True))
+    compile_model(
+        model, [*(OPTIONS | KINDS)[name], *overrides, "data.mask_padding=always"], example=inputs(0, is_padded=True)
+    )
     randomize(model)
     return model
 
@@ -104,11 +120,21 @@ def on_a_rank(rank: int, world_size: int, name: str, overrides: list[str], *, is
 
 def job(rank: int, world_size: int, meshes: dict[str, list[str]]) -> dict[tuple[str, ...], Found]:
     found: dict[tuple[str, ...], Found] = {}
-    for name in ("mixtral", "llama"):
+    for name in list(OPTIONS)[: 2 if meshes == TWO_RANKS else 3]:
         for mesh, overrides in meshes.items():
             for is_padded, again in ((True, ""), (False, ""), (True, "keep_exchanges")):
                 key = (name, mesh, "padded" if is_padded else "plain", again)
                 found[key] = on_a_rank(rank, world_size, name, overrides, is_padded=is_padded, again=again)
+    return found
+
+
+def of_kinds(rank: int, world_size: int) -> dict[tuple[str, ...], Found]:
+    found: dict[tuple[str, ...], Found] = {}
+    for name in KINDS:
+        for mesh in OF_KINDS if name in LENT else TWO_RANKS:
+            for is_padded in (True, False):
+                key = (name, mesh, "padded" if is_padded else "plain", "")
+                found[key] = on_a_rank(rank, world_size, name, OF_KINDS[mesh], is_padded=is_padded, again="")
     return found
 
 
@@ -123,9 +149,9 @@ def ranks(mesh: str) -> list[dict[tuple[str, ...], Found]]:
 def reference(name: str, world_size: int) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Logits of each rank's tokens, and gradients, in one process without padding."""
     model = moe_model("mixtral", **WIDE) if name == "mixtral" else tiny_llama().double()
-    if name == "llama":
+    if name != "mixtral":
         example = {"input_ids": torch.ones(1, 4, dtype=torch.int64)}
-        compile_model(model, [*LLAMA, "data.mask_padding=never"], example=example, until="rewrite")
+        compile_model(model, [*(OPTIONS | KINDS)[name], "data.mask_padding=never"], example=example, until="rewrite")
     randomize(model)
     logits = []
     for rank in range(world_size):
@@ -141,10 +167,16 @@ def first_of(mesh: str) -> str:
 
 
 def check(name: str, mesh: str, world_size: int) -> None:
+    compare(name, mesh, world_size, ranks(first_of(mesh)), ("", "keep_exchanges"))
+
+
+def compare(
+    name: str, mesh: str, world_size: int, of_ranks: list[dict[tuple[str, ...], Found]], recomputed: tuple[str, ...]
+) -> None:
     logits, grads = reference(name, world_size)
-    for rank, found in enumerate(ranks(first_of(mesh))):
+    for rank, found in enumerate(of_ranks):
         plain = found[name, mesh, "plain", ""]
-        for again in ("", "keep_exchanges"):
+        for again in recomputed:
             padded = found[name, mesh, "padded", again]
             torch.testing.assert_close(padded.logits, logits[rank], rtol=0, atol=1e-10)
             assert padded.grads.keys() == grads.keys()
@@ -165,16 +197,23 @@ def test_two_ranks(name: str, mesh: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MORE_ON_TWO)
-@pytest.mark.parametrize("name", ["mixtral", "llama"])
+@pytest.mark.parametrize("name", OPTIONS)
 def test_two_ranks_with_other_dispatch(name: str, mesh: str) -> None:
     check(name, mesh, 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", FOUR_RANKS)
-@pytest.mark.parametrize("name", ["mixtral", "llama"])
+@pytest.mark.parametrize("name", OPTIONS)
 def test_four_ranks(name: str, mesh: str) -> None:
     check(name, mesh, 4)
+
+
+@pytest.mark.slow
+def test_every_kind_of_router_on_two_ranks_and_with_lent_experts() -> None:
+    of_ranks = run_distributed_test(of_kinds, 2, timeout_s=240)
+    for name, mesh in {key[:2] for key in of_ranks[0]}:
+        compare(name, mesh, 2, of_ranks, ("",))
 
 
 def test_the_check_sees_padding_that_is_routed(monkeypatch: Any) -> None:

@@ -54,7 +54,7 @@ def whole_step(folder: Path) -> int:
         return 0
     step = read_state(latest).step
     found = {name: torch.zeros(shape) for name, shape in shapes(latest).items()}
-    read_tensors(latest, found)
+    read_tensors(latest, found, orders={})
     assert len(found) == NUM_TENSORS and all(bool((value == step).all()) for value in found.values())
     return step
 
@@ -72,7 +72,7 @@ def save_without_end(rank: int, world_size: int, run_dir: str) -> None:
     dist.barrier()
     Path(run_dir, f"pid_{rank}").write_text(str(os.getpid()))
     for step in itertools.count(first + 1):
-        saves.save(tensors(step), state(step))
+        saves.save(tensors(step), state(step), {})
 
 
 def kill_one(run_dir: Path, rank: int, num_saves: int, delay: float) -> None:
@@ -117,7 +117,7 @@ def in_the_background(rank: int, world_size: int, run_dir: str) -> tuple[int, fl
     for step in (1, 2, 3):
         for value in values.values():
             value.to_local().fill_(step)
-        saves.save(values, state(step))
+        saves.save(values, state(step), {})
         for value in values.values():
             value.to_local().fill_(-1.0)
     saves.wait()
@@ -129,14 +129,14 @@ def in_the_background(rank: int, world_size: int, run_dir: str) -> tuple[int, fl
 def full(rank: int, world_size: int, run_dir: str) -> list[str]:
     """Rank 1 may write no file as large as its shard: as on a full disk."""
     checkpoints = folders.checkpoints_of(Path(run_dir))
-    writer(checkpoints, background=False).save(tensors(1), state(1))
+    writer(checkpoints, background=False).save(tensors(1), state(1), {})
     told = []
     for background in (False, True):
         saves = writer(checkpoints, background=background)
         if rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         try:
-            saves.save(tensors(2), state(2))
+            saves.save(tensors(2), state(2), {})
             saves.wait()
         except UserError as error:
             told.append(str(error))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step is saved, and the command that is printed goes on as if nothing had happened."""
+"""Ctrl-C, SIGTERM, a batch system's SIGUSR1: the step is saved, and the printed command goes on as if nothing happened."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def printed_command(said: str) -> str:
     return found[1]
 
 
-@pytest.mark.parametrize("how", ["ctrl_c", "sigterm", "torchrun"])
+@pytest.mark.parametrize("how", ["ctrl_c", "sigterm", "sigusr1", "torchrun"])
 def test_the_step_is_saved_and_the_command_goes_on(how: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "it's a run"
-    number = signal.SIGINT if how == "ctrl_c" else signal.SIGTERM
+    number = {"ctrl_c": signal.SIGINT, "sigusr1": signal.SIGUSR1}.get(how, signal.SIGTERM)
     quoted = Path(f"'{run_dir}'".replace("it's", r"it\'s"))
     process = start(quoted, f"trainer.max_steps={STEPS}", before=tuple(TORCHRUN) if how == "torchrun" else ())
     read_until(process, "step 2/")

@@ -40,6 +40,11 @@ DENSE: dict[str, dict[str, Any]] = {
         **_GATED, "num_key_value_heads": 4, "first_k_dense_replace": 3, "q_lora_rank": 16, "kv_lora_rank": 8,
         "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_mtp_layers": 0,
     },
+    "nemotron_h": {
+        **{key: value for key, value in _GATED.items() if key != "num_hidden_layers"}, "head_dim": 8, "mamba_num_heads": 4,
+        "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 8,
+        "layers_block_type": ["mamba", "mlp", "attention", "mlp"],
+    },
     "gpt_neox": {**_SIZES, "num_attention_heads": 4, "intermediate_size": 48, **_TOKENS},
 }  # fmt: skip
 

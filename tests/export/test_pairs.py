@@ -41,12 +41,14 @@ CASES: list[tuple[str, list[str], str, dict[str, Any]]] = [
     ("qwen3", [_RAW], "qwen3_moe", {"norm_topk_prob": False}),
     ("qwen3", [*_V3, *_GROUPS, _FIRST_DENSE], "dots1", {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}),
     ("qwen3", [*_SCORES, "routing.scale=1.5", "balance=bias"], "dots1", {"n_group": 1, "routed_scaling_factor": 1.5}),
+    ("qwen3", [*_SCORES, "balance=quantile"], "dots1", {"n_group": 1}),
     ("olmo2", [], "flex_olmo", {"norm_topk_prob": True}),
     ("olmo2", [*_SLICES, _RAW], "flex_olmo", {"norm_topk_prob": False, "num_experts": 8}),
     ("granite", [], "granitemoe", {"embedding_multiplier": 3.0}),
     ("cohere2", [*_SHARED, _MIDDLE_DENSE], "cohere2_moe", {"num_shared_experts": 1}),
     ("cohere2", [*_SCORES], "cohere2_moe", {"expert_selection_fn": "sigmoid", "norm_topk_prob": True}),
     ("cohere2", [*_SCORES, _RAW], "cohere2_moe", {"norm_topk_prob": False}),
+    ("cohere2", ["routing.score=sigmoid_after_topk"], "cohere2_moe", {"expert_selection_fn": "sigmoid"}),
     (
         "ernie4_5",
         [*_SHARED, _FIRST_DENSE, "balance=bias"],
@@ -72,6 +74,14 @@ CASES: list[tuple[str, list[str], str, dict[str, Any]]] = [
         {"topk_method": "group_limited_greedy", "topk_group": 1},
     ),
     ("deepseek_v3", [_RAW], "deepseek_v2", {"topk_method": "greedy"}),
+    (
+        "nemotron_h",
+        [*_V3, *_GROUPS, "experts.latent_size=8"],
+        "nemotron_h",
+        {"moe_latent_size": 8, "moe_shared_expert_intermediate_size": 12, "n_group": 2, "routed_scaling_factor": 2.5},
+    ),
+    ("nemotron_h", [*_SCORES, "experts.latent_size=8", "experts.layers=1:"], "nemotron_h", {"norm_topk_prob": True}),
+    ("nemotron_h", [*_SCORES, _RAW], "nemotron_h", {"moe_latent_size": None}),
 ]
 
 

@@ -453,12 +453,10 @@ def test_values_of_presets_and_recipes_are_ignored_and_listed() -> None:
 
 IGNORED = [
     (
-        "mixtral", [*TWO_NODES], {"routing.max_nodes", "balance.rule", "balance.losses.sequence"},
-        {"routing.max_nodes=1", "balance.rule=bias", "balance.losses.sequence=0.1"},
+        "mixtral", [*TWO_NODES], {"routing.max_nodes", "balance.rule"}, {"routing.max_nodes=1", "balance.rule=bias"},
     ),
     (
-        "deepseek_v3", ["mesh.num_nodes=4", "experts.layers=':'"], {"routing.max_nodes", "balance.losses.sequence"},
-        {"routing.max_nodes=1", "balance.losses.sequence=0.1"},
+        "deepseek_v3", ["mesh.num_nodes=4", "experts.layers=':'"], {"routing.max_nodes"}, {"routing.max_nodes=1"},
     ),
 ]  # fmt: skip
 
@@ -472,6 +470,7 @@ def test_what_the_models_router_cannot_keep_is_ignored_unless_the_caller_gave_it
     said = notes(plan, composed)
     assert {re.match(r"ignored: ([\w.]+)=", note)[1] for note in said if note.startswith("ignored")} == ignored  # type: ignore[index]
     assert plan.layers[0].balance.rule == ("none" if architecture == "mixtral" else "bias")
+    assert plan.layers[0].balance.losses == {"sequence": 0.0001}  # what the router allows is planned
     for value in given:
         overrides = ["recipe=deepseek_ep", "mesh=cpu_1", "mesh.ranks_per_node=1", *mesh, value]
         with pytest.raises(ConfigError, match=f"^{re.escape(value)}: the router of"):
@@ -531,20 +530,32 @@ def test_what_the_caller_gave_is_kept_in_the_resolved_config(tmp_path: Path) -> 
             "e_score_correction_bias to update. Use balance.rule=none.",
         ),
         (
-            "mixtral", ["balance.losses.z=0.1"],
-            "balance.losses.z=0.1: the router of model.layers.0.mlp.experts is the model's own, and its scores are not "
-            "available. Use 0; the model's own auxiliary loss, if it has one, is kept.",
+            "mixtral", ["balance.rule=quantile"],
+            "balance.rule=quantile: the router of model.layers.0.mlp.experts is the model's own, and only routers that "
+            "are made here solve for their bias. Use balance.rule=none.",
         ),
         (
-            "mixtral", ["+per_layer={first: {layers: ':1', balance: {losses: {micro_batch: 0.5}}}}"],
-            "per_layer.first.balance.losses.micro_batch=0.5: the router of model.layers.0.mlp.experts is the model's own, "
-            "and its scores are not available. Use 0; the model's own auxiliary loss, if it has one, is kept.",
+            "deepseek_v3", ["balance.rule=quantile"],
+            "balance.rule=quantile: the router of model.layers.1.mlp.experts is the model's own, and only routers that "
+            "are made here solve for their bias. Use balance.rule=bias.",
+        ),
+        (
+            "switch_transformers",
+            ["+per_layer={first: {layers: ':1', balance: {losses: {z: 0.1, micro_batch: 0.5}}}}"],
+            "per_layer.first.balance.losses.micro_batch=0.5: the router of encoder.block.1.layer.1.mlp.experts is the "
+            "model's own, and it drops tokens itself, so what it chose before is not known. Use 0; the model's own "
+            "auxiliary loss, if it has one, is kept.",
+        ),
+        (
+            "switch_transformers", ["routing.capacity_factor=1.0"],
+            "routing.capacity_factor=1.0: the router of encoder.block.1.layer.1.mlp.experts is the model's own and has a "
+            "capacity of its own. Use null, and set the model's own in model.config.",
         ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_the_model_says_so(architecture: str, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        make_plan(moe_model(architecture), overrides, example=EXAMPLE)
+        make_plan(moe_model(architecture), overrides, example=moe_inputs(architecture, IDS))
 
 
 @pytest.mark.parametrize(

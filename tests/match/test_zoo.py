@@ -207,7 +207,11 @@ def test_experts_in_a_layer_make_no_block_of_it(sites: str) -> None:
     assert not any("MoE block" in site.reason for site in compiled.sites)
 
 
-@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+# its attention without kernels takes half a minute
+_LONG = pytest.param("kimi_linear", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("model_type", [_LONG if name == "kimi_linear" else name for name in LANGUAGE_MODELS])
 def test_experts_of_more_language_models(model_type: str) -> None:
     num_sites, changes = LANGUAGE_MODELS[model_type]
     assert_experts_stay_exact(*language_model(model_type, changes), num_sites)

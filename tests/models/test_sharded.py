@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
-from moecompile.models.build import build_model
+from moecompile.models.build import build_model, example_inputs
+from moecompile.pipeline import make_plan
 from tests.distributed.harness import run_distributed_test
 from tests.existing_models import moe_model
-from tests.export.runs import scramble, tiny_config
-from tests.models.import_job import compare, write_pretrained
+from tests.export.runs import SEQ, scramble, tiny_config
+from tests.models.import_job import compare, import_config, write_pretrained
+from tests.placements import random_placement
 
 _EP4, _EP2 = ["mesh=cpu_2x2"], ["mesh=cpu_2x2", "mesh.ep=2"]
 _SLICED = [
@@ -52,6 +55,8 @@ MORE: dict[str, tuple[str, list[str]]] = {
     "random ep2": ("qwen2", [*_EP2, "experts.init=random", "experts.num_shared=1", "experts.shared_gate=true"]),
     "drop ep4": ("qwen2", [*_EP4, "experts.init=drop"]),
     "expected ep2": ("qwen2", [*_EP2, "experts.weight_scaling=expected", "routing.normalize=false"]),
+    "latent ep4": ("llama", [*_EP4, *_SLICED, "experts.latent_size=12", "experts.latent_norm=true"]),
+    "latent ep2": ("gpt_neox", [*_EP2, "experts.latent_size=12"]),
     "biases ep4": ("gpt_neox", [*_EP4, "routing.bias=true", "balance=global_batch"]),
     "deepseek ep4": ("deepseek_v3", [*_EP4, "balance=bias"]),
     "deepseek ep2": ("deepseek_v3", [*_EP2, "balance=bias"]),
@@ -63,6 +68,22 @@ def differences(cases: dict[str, tuple[str, list[str]]], folders: dict[str, str]
     return run_distributed_test(compare, 4, given, timeout_s=300)
 
 
+PLACED = {"placed": ("mixtral", [*_EP2, "{file}"]), "placed, sliced": ("llama", [*_EP4, *_SLICED, "{file}"])}
+
+
+@pytest.mark.slow
+def test_so_it_does_where_experts_are_placed(folders: dict[str, str], tmp_path: Path) -> None:
+    cases = {}
+    for case, (name, overrides) in PLACED.items():
+        config = import_config(folders[name], overrides[:-1])
+        model = build_model(config.model, config.seed)
+        plan = make_plan(model, config, example=example_inputs(model, SEQ))
+        cases[case] = (name, [*overrides[:-1], random_placement(plan.layers, tmp_path / f"{name}.yaml", 1)])
+    for found in differences(cases, folders):
+        assert found == {case: [] for case in cases}
+
+
+@pytest.mark.slow
 def test_loading_by_shards_equals_loading_in_full(folders: dict[str, str]) -> None:
     for found in differences(CASES, folders):
         assert found == {case: [] for case in CASES}

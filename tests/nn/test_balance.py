@@ -19,12 +19,14 @@ from moecompile.errors import MoecompileError
 from moecompile.nn import (
     LayerLoad,
     LoadMeter,
+    Router,
     auxiliary_loss,
     auxiliary_losses,
     meters_of,
     routers_of,
     update_balance,
 )
+from moecompile.routing import BalanceSpec
 from tests.tiny import a_router, one_rank, tokens
 
 ALL_LOSSES = {"micro_batch": 0.3, "sequence": 0.2, "global_batch": 0.1, "z": 0.01}
@@ -71,6 +73,29 @@ def test_a_proportional_bias_moves_by_the_error_over_the_mean() -> None:
     assert routers[0].correction_bias.tolist() == [-0.25, 0.25, 0.0, 0.0]  # 0.5 * (4 - load) / 4
     update_balance(routers)  # nothing was counted: nothing moves, and nothing is divided by zero
     assert routers[0].correction_bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
+
+
+def test_a_recentred_bias_keeps_its_differences() -> None:
+    routers = model([6, 2, 4, 4], rates=0.5)
+    routers[0].balance = dataclasses.replace(routers[0].balance, recenter=True)
+    routers[0].correction_bias.copy_(torch.tensor([1.0, 1.0, 1.0, 3.0]))
+    update_balance(routers)
+    assert routers[0].correction_bias.tolist() == [-1.0, 0.0, -0.5, 1.5]  # [0.5, 1.5, 1, 3] minus 1.5
+
+
+def test_quantiles_do_not_count_a_recomputed_forward() -> None:
+    router = Router(8, 4, a_router(8, 4, score="sigmoid").config, BalanceSpec(rule="quantile", rate=0.0))
+    nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
+    with set_checkpoint_early_stop(False):  # else the recomputed forward would end before it counts
+        checkpoint(lambda x: router(x)[0], tokens(6).requires_grad_(), use_reentrant=False).sum().backward()
+    assert router.meter.required.sum(1).tolist() == [6] * 4
+    update_balance(nn.Sequential(router))
+    assert router.correction_bias.abs().max() > 0
+    assert router.correction_bias.mean().abs() < 1e-6
+    assert not router.meter.required.any()
+    solved = router.correction_bias.clone()
+    update_balance(nn.Sequential(router))  # a step without a token says nothing
+    assert torch.equal(router.correction_bias, solved)
 
 
 def test_a_router_without_a_rate_keeps_its_bias() -> None:
@@ -164,6 +189,11 @@ def test_a_meter_counts_by_hand() -> None:
     assert meter.sums.tolist() == [3, 3, 0]
     meter(chosen)
     assert meter.node_tokens.tolist() == [1 + 2, 1 + 2]
+    placed = LoadMeter(4, 2, "cpu")
+    placed.place((0, 2, 1, 3))  # experts 0 and 2 on node 0
+    placed(chosen, kept)
+    assert placed.load.tolist() == [2, 1, 2, 1] and placed.sums.tolist() == [3, 3, 0]
+    assert placed.node_tokens.tolist() == [2, 1]  # token 0 on both nodes, token 1 on node 0
     (load,) = update_balance(nn.Sequential(meter))
     assert (load.name, load.tokens, load.dropped, load.entropy) == ("0", 6, 3, None)
     assert load.nodes_per_token == 1.0

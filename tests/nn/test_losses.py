@@ -15,7 +15,7 @@ from tests.tiny import a_router
 
 EXPERTS, TOP_K, D = 8, 3, 6
 SHAPES = [(12, D), (3, 7, D), (2, 2, 5, D)]
-SCORES = ["softmax", "sigmoid", "softmax_after_topk"]
+SCORES = ["softmax", "sigmoid", "softmax_after_topk", "sqrt_softplus", "sigmoid_after_topk"]
 
 
 def router(score: str = "softmax", bias: float = 0.0, **options: Any) -> Router:
@@ -78,8 +78,11 @@ def test_z_loss_equals_switch() -> None:
 def distribution(layer: Router, token: list[float]) -> tuple[list[float], list[float], list[float]]:
     """Logits, scores as they are chosen by, and the scores that sum to 1, of one token."""
     logits = [sum(w * v for w, v in zip(row, token, strict=True)) for row in layer.weight.tolist()]
-    if layer.config.score == "sigmoid":
+    if layer.config.score in ("sigmoid", "sigmoid_after_topk"):
         scores = [1 / (1 + math.exp(-z)) for z in logits]
+        return logits, scores if layer.config.score == "sigmoid" else logits, [s / sum(scores) for s in scores]
+    if layer.config.score == "sqrt_softplus":
+        scores = [math.sqrt(math.log1p(math.exp(z))) for z in logits]
         return logits, scores, [s / sum(scores) for s in scores]
     exponentials = [math.exp(z) for z in logits]
     probs = [e / sum(exponentials) for e in exponentials]

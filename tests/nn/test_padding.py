@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import moecompile
 from moecompile.errors import MoecompileError
 from moecompile.nn import LayerLoad, auxiliary_loss, update_balance
-from moecompile.nn.padding import Padding, TokenMask, masks_of, watch_padding
+from moecompile.nn.padding import Padding, TokenMask
+from moecompile.nn.watch import masks_of, watch_padding
 from moecompile.passes.recompute import recompute
 from moecompile.pipeline import plan_of
 from tests.existing_models import moe_model
@@ -36,6 +37,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         [*FOUR, "routing.capacity_factor=0.75", "routing.drop=score", *LOSSES],
     ),
     "sigmoid": (lambda: tiny_llama().double(), [*FOUR, "routing.score=sigmoid", *LOSSES]),
+    "shared expert with a routed weight": (
+        lambda: tiny_llama().double(),
+        [*FOUR, *SHARED, "experts.shared_routed=true", "routing.score=sigmoid", *LOSSES],
+    ),
     "expert choice": (
         lambda: tiny_llama().double(),
         [
@@ -144,7 +149,7 @@ def test_checkpointing_of_transformers() -> None:
     torch.testing.assert_close(got[1], wanted[1], rtol=0, atol=1e-11)
     results(model, padded(IDS, 0, 0))  # another mask, after the backward
     first = model(**padded(IDS, 2, 1), use_cache=False).logits.sum()
-    with pytest.raises(MoecompileError, match="two forwards with different padding before a backward"):
+    with pytest.raises(MoecompileError, match="two forwards with different padding or token ids before a backward"):
         model(**padded(IDS, 1, 2), use_cache=False)
     first.backward()
     model(**padded(IDS, 1, 2), use_cache=False)

@@ -45,7 +45,9 @@ def reference(layer: Router, x: list[float]) -> dict[int, float]:
     logits = [sum(w * v for w, v in zip(row, x, strict=True)) + b for row, b in zip(weight, shift, strict=True)]
     if layer.config.score == "sigmoid":
         scores = [1 / (1 + math.exp(-z)) for z in logits]
-    elif layer.config.score == "softmax_after_topk":
+    elif layer.config.score == "sqrt_softplus":
+        scores = [math.sqrt(math.log1p(math.exp(z))) for z in logits]
+    elif layer.config.score.endswith("after_topk"):
         scores = logits
     else:
         exponentials = [math.exp(z - max(logits)) for z in logits]
@@ -59,6 +61,8 @@ def reference(layer: Router, x: list[float]) -> dict[int, float]:
     chosen = sorted(candidates, key=lambda e: -choice[e])[: layer.config.top_k]
     if layer.config.score == "softmax_after_topk":
         scores = [math.exp(z) for z in logits]
+    if layer.config.score == "sigmoid_after_topk":
+        scores = [1 / (1 + math.exp(-z)) for z in logits]
     normalize = layer.config.normalize or layer.config.score == "softmax_after_topk"
     total = sum(scores[e] for e in chosen) if normalize else 1.0
     return {e: scores[e] / total * layer.config.scale for e in chosen}
@@ -66,7 +70,7 @@ def reference(layer: Router, x: list[float]) -> dict[int, float]:
 
 COMBINATIONS = list(
     itertools.product(
-        ("softmax", "sigmoid", "softmax_after_topk"),
+        ("softmax", "sigmoid", "softmax_after_topk", "sqrt_softplus", "sigmoid_after_topk"),
         (True, False),
         ((1, 1), (4, 2), (2, 1), (4, 4)),
         ("max", "top2", "topk_over_m"),

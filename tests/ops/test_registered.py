@@ -57,6 +57,14 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "within_capacity: by score": lambda _: (IDS_TK, values(3, 2).detach(), 4, 0.5, "score"),
     "expert_choice": lambda _: (values(6, 4).detach(), 2, 1.0),
     "keyed_uniform": lambda _: (values(3, 4).detach(), KEY),
+    "place_ids": lambda _: (DROPPED_TK, [2, 0, 3, 1]),
+    "hashed_ids": lambda _: (torch.tensor([5, 0, 5, 30_000]), 8, 3, 1),
+    "count_required_bias": lambda _: (
+        torch.zeros(4, 10, dtype=torch.int32), values(3, 4).detach().sigmoid(), values(4).detach(), 2,
+    ),
+    "count_required_bias: padding": lambda _: (
+        torch.zeros(4, 10, dtype=torch.int32), values(3, 4).detach().sigmoid(), values(4).detach(), 2, REAL_T,
+    ),
     "workload_scores": lambda _: (torch.rand(3, 4, dtype=F64), KEY, "zipf", 1.0),
     "workload_scores: drift": lambda _: (torch.rand(3, 4, dtype=F64), KEY, "drift", 1.0),
     "workload_scores: hot": lambda _: (torch.rand(3, 4, dtype=F64), KEY, "hot", 1.0),

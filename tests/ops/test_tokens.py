@@ -37,6 +37,12 @@ def test_expert_counts_by_hand() -> None:
     assert expert_counts(torch.tensor([[2, 3], [3, 0]]), 3).tolist() == [1, 0, 1]  # 3 is nobody
 
 
+def test_ids_become_positions() -> None:
+    ids = torch.tensor([[0, 3], [2, 4]])  # 4 is nobody
+    assert op.place_ids(ids, [2, 0, 3, 1]).tolist() == [[2, 1], [3, 4]]
+    assert op.place_ids(ids[:0], [2, 0, 3, 1]).shape == (0, 2)
+
+
 def test_count_routing_adds_up() -> None:
     """3 experts on 3 nodes; 3 is nobody."""
     load, nodes = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)

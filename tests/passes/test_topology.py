@@ -7,6 +7,7 @@ import torch
 
 from moecompile.nn import Router
 from moecompile.pipeline import compile_model, plan_of
+from moecompile.routing import Score
 from tests.tiny import Gated, tokens
 
 NODES, TOKENS = 4, 512
@@ -33,7 +34,7 @@ def most_nodes_of_a_token(*overrides: str) -> int:
     return most
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid", "softmax_after_topk"])
+@pytest.mark.parametrize("score", [score.value for score in Score])
 @pytest.mark.parametrize("group_score", ["max", "top2", "topk_over_m"])
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_no_token_reaches_more_nodes_than_promised(limit: int, group_score: str, score: str) -> None:

@@ -51,6 +51,8 @@ INITS = {
     "virtual groups within routing groups": [*virtual_group(4, 0, 4, 1), "routing.groups=2", "routing.top_groups=1"],
     "granularity 1": virtual_group(1, 0, 4, 2),
     "copy beside a gated shared expert": [*COPY4, "experts.num_shared=1", "experts.shared_gate=true"],
+    "a latent width as wide as the model": [*COPY4, "experts.latent_size=8"],
+    "virtual groups in such a width": [*virtual_group(4, 1, 2, 1), "experts.latent_size=8"],
     "virtual groups and a gated shared slice": [*virtual_group(4, 1, 3, 2), "experts.shared_gate=true"],
 }
 SCORES = {
@@ -315,6 +317,24 @@ def test_slices_are_dropped_within_themselves_and_the_shared_slice_is_kept() -> 
     assert torch.equal(rows[:, 0], rows[:, 2])
 
 
+def test_a_latent_width_loses_nothing_of_an_ffn_that_uses_no_more() -> None:
+    """An FFN that reads and writes five of eight directions, in a latent width of five; its shared slice is as it was."""
+    basis, _ = torch.linalg.qr(tokens(8, dtype=F64))
+    inside = basis[:, :5] @ basis[:, :5].T
+    model, x = Gated().to(F64), tokens(32, dtype=F64)
+    with torch.no_grad():
+        for linear in (model.gate, model.up):
+            linear.weight.copy_(linear.weight @ inside)
+        model.down.weight.copy_(inside @ model.down.weight)
+    for init in (COPY4, virtual_group(4, 1, 2, 1)):
+        compiled = transformed(model, [*init, "experts.latent_size=5"])
+        assert max_diff(compiled(x), model(x)) <= 1e-10
+        narrower = transformed(model, [*init, "experts.latent_size=4"])
+        assert max_diff(narrower(x), model(x)) > 1e-4
+        down, up = narrower.latent_down.weight, narrower.latent_up.weight
+        assert max_diff(down @ down.T, torch.eye(4, dtype=F64)) <= 1e-10 and torch.equal(up, down.T)
+
+
 # -- where nothing is promised ----------------------------------------------------------------------------------------
 
 
@@ -340,6 +360,8 @@ def test_random_experts_have_the_spread_of_the_dense_weights() -> None:
             ["routing.top_k=1", "routing.normalize=false", "routing.capacity_factor=1.25"],  # Switch
             "the routing weights of a token do not sum to a constant",
         ),
+        (["experts.latent_size=6"], "experts work in 6 of 8 dimensions"),
+        (["experts.latent_size=8", "experts.latent_norm=true"], "the sum of the experts is normed"),
         (["routing.capacity_factor=1.25"], "experts drop the tokens beyond their capacity"),
         (
             ["routing.choice=expert", "routing.normalize=false"],

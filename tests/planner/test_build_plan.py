@@ -95,17 +95,18 @@ def test_a_layer_holds_what_the_config_says() -> None:
     assert layer.site == SITES[1]
     assert vars(layer.experts) == {
         "num_routed": 12, "granularity": 4, "num_shared": 1, "d_expert": 12, "d_shared": 12, "init": "virtual_group",
-        "shared_gate": False, "drop_ratio": 0.0, "weight_scaling": "exact", "backend": "",
+        "shared_gate": False, "shared_routed": False, "num_identity": 0, "latent_size": None, "latent_norm": False, "drop_ratio": 0.0, "weight_scaling": "exact", "backend": "",
     }  # fmt: skip
     assert vars(layer.routing) == {
         "top_k": 3, "score": "sigmoid", "normalize": True, "scale": 2.5, "groups": 4, "top_groups": 1,
         "group_score": "topk_over_m", "choice": "token", "bias": False, "capacity_factor": None, "drop": "none",
-        "jitter": 0.0, "workload": "none", "skew": 1.0, "hot_experts": 1,
+        "jitter": 0.0, "workload": "none", "skew": 1.0, "hot_experts": 1, "norm": False, "expert_scale": False,
     }  # fmt: skip
     assert vars(layer.balance) == {
         "rule": "bias", "rate": 0.01, "update": "sign", "micro_batch": 0.0, "sequence": 0.0, "global_batch": 0.0, "z": 0.0,
+        "recenter": False,
     }  # fmt: skip
-    assert vars(layer.placement) == {"num_experts": 12, "ep": 4, "nodes": 2}
+    assert vars(layer.placement) == {"num_experts": 12, "ep": 4, "nodes": 2, "num_identity": 0, "order": ()}
 
 
 def test_a_layer_holds_the_rest_of_the_routing_and_the_balance() -> None:
@@ -185,7 +186,8 @@ BROKEN_PER_LAYER: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a choice that is none": (
         {"routing": {"score": "softplus"}},
-        "per_layer.odd.routing.score=softplus: must be one of ['softmax', 'sigmoid', 'softmax_after_topk']. Change the value.",
+        "per_layer.odd.routing.score=softplus: must be one of ['softmax', 'sigmoid', 'softmax_after_topk', 'sqrt_softplus', "
+        "'sigmoid_after_topk']. Change the value.",
     ),
     "neither a number nor null": (
         {"routing": {"capacity_factor": "much"}},

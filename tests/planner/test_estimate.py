@@ -84,8 +84,9 @@ def test_one_rank_shards_nothing() -> None:
     params = 1284 + 1536 + 32
     numbers = 2 * 12 * 8 + 3 * 100 + (2 * (2 * 8 + 4 * 16) + 2 * 4) + 4 * 16  # residuals, logits, MoE and dense layer
     assert found.memory_bytes_per_rank == MemoryEstimate(
-        weights=4 * params, grads=4 * params, optimizer=8 * params, activations=4 * 10 * numbers, dispatch=0
-    )
+        weights=4 * params, grads=4 * params, optimizer=8 * params, activations=4 * 10 * numbers, dispatch=0,
+        apart=4 * 10 * 100,  # the gradient of the logits, which comes when old gradients are gone
+    )  # fmt: skip
     assert found.bytes_per_token_per_layer == Traffic(intra_node=0.0, inter_node=0.0)
 
 
@@ -94,7 +95,8 @@ def test_four_ranks_shard_and_gather() -> None:
     own = 1284 // 4 + 1536 // 4
     unsharded = 800 + (1668 - 800 - 384) // 2 + 1536 // 4  # root, dense part of a layer, the rank's experts
     memory = found.memory_bytes_per_rank
-    assert memory.weights == memory.grads == 4 * (own + unsharded + 32)
+    assert memory.weights == 4 * (own + unsharded + 32)
+    assert memory.grads == 4 * (max(own, unsharded) + 32)
     assert memory.optimizer == 8 * (own + 32)
     assert memory.dispatch == 2 * (10 * 2) * 8 * 4
 
@@ -124,17 +126,44 @@ def test_accumulation_keeps_the_gradients_of_everything_until_they_are_reduced()
     one, four = (
         estimate([layer(4, "flat")], FOUR_RANKS, FACTS, replace(RUN, accumulation=n), memory_bytes=1e9) for n in (1, 4)
     )
-    own = 1284 // 4 + 1536 // 4
-    assert four.memory_bytes_per_rank.grads == 4 * (own + 32 + 1284 + 1536 // 4)
-    assert replace(four.memory_bytes_per_rank, grads=one.memory_bytes_per_rank.grads) == one.memory_bytes_per_rank
+    assert four.memory_bytes_per_rank.grads == 4 * (32 + 1284 + 1536 // 4)
+    assert one.memory_bytes_per_rank.apart > 0 == four.memory_bytes_per_rank.apart
+    same = {"grads": one.memory_bytes_per_rank.grads, "apart": one.memory_bytes_per_rank.apart}
+    assert replace(four.memory_bytes_per_rank, **same) == one.memory_bytes_per_rank
+
+
+def test_accumulated_gradients_of_a_layer_are_made_beside_those_that_are_there() -> None:
+    """Where the logits are small, and a layer's backward is the fullest moment."""
+    small = replace(FACTS, vocab_size=1)
+    one, four = (
+        estimate([layer(4, "flat")], FOUR_RANKS, small, replace(RUN, accumulation=n), memory_bytes=1e9) for n in (1, 4)
+    )
+    more = four.memory_bytes_per_rank.activations - one.memory_bytes_per_rank.activations
+    assert more == 4 * 1536 // 4
+
+
+def test_rows_of_a_fuller_rank_take_more_up_to_the_capacity() -> None:
+    def total(load: float, capacity: float | None = None) -> int:
+        planned = layer(4, "flat")
+        if capacity is not None:
+            routing = replace(planned.routing, capacity_factor=capacity, drop="position")
+            planned = replace(planned, routing=routing)
+        run = replace(RUN, row_load=load)
+        return estimate([planned], FOUR_RANKS, FACTS, run, memory_bytes=1e9).memory_bytes_per_rank.total
+
+    assert total(1) < total(2) < total(4) == total(9)
+    assert total(9, capacity=1.25) == total(1.25)
+    found = estimate([layer(4, "flat")], FOUR_RANKS, FACTS, RUN, memory_bytes=1e9)
+    assert found.memory_bytes_uneven == total(2)
 
 
 def test_layers_that_are_computed_again_keep_their_inputs_and_what_was_received() -> None:
     moe, rows = 12 * 8 + (2 * (2 * 8 + 4 * 16) + 2 * 4), 2 * 2 * 8  # top-2: two rows there, two back
+    backward = 2 * (2 + 1) * 8 + 2 * 16  # two rows and one token, in and out; two hidden rows
     for checkpointing, kept in (("full", 0), ("keep_exchanges", rows)):
         run = replace(RUN, checkpointing=checkpointing)
         found = estimate([layer(4, "flat")], FOUR_RANKS, FACTS, run, memory_bytes=1e9)
-        assert found.memory_bytes_per_rank.activations == 4 * 10 * (3 * 100 + 2 * 8 + kept + moe)
+        assert found.memory_bytes_per_rank.activations == 4 * 10 * (2 * 8 + kept + max(3 * 100, moe + backward))
         again = found.bytes_per_token_per_layer if checkpointing == "full" else Traffic(intra_node=0.0, inter_node=0.0)
         assert found.resent_bytes_per_token_per_layer == again
 

@@ -91,6 +91,15 @@ def test_the_estimate_says_whether_it_fits() -> None:
     assert "yes" in printed(lambda console: print_plan(roomy, console)).split()
 
 
+def test_the_plan_says_whether_padding_is_a_token() -> None:
+    plan = deepseek_v3()
+    said = "a padded token would be a token"
+    assert said in words(printed(lambda console: print_plan(plan, console)))
+    masked = replace(plan, layers=tuple(replace(layer, mask_padding=True) for layer in plan.layers))
+    text = words(printed(lambda console: print_plan(masked, console)))
+    assert "padding no token: not routed, not counted" in text and said not in text
+
+
 def test_a_plan_without_estimate_or_layers_prints() -> None:
     empty = Plan(mesh=MeshSpec(), layers=(), reductions=reductions(MeshSpec()))
     assert "0 MoE layers" in printed(lambda console: print_plan(empty, console))

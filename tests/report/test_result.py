@@ -16,7 +16,7 @@ HEAD = ("train", "deepseek_ep")
 def test_versions_are_added_and_the_rest_is_kept(tmp_path: Path) -> None:
     returned = write_result(tmp_path, *HEAD, {"loss_last": 3.25, "sites": [{"fqn": "mlp"}]})
     found = json.loads((tmp_path / "result.json").read_text())
-    assert list(found) == ["task", "recipe", "status", "seconds", "versions", "loss_last", "sites"]
+    assert list(found) == ["task", "recipe", "status", "seconds", "report", "versions", "loss_last", "sites"]
     assert {name: value for name, value in found.items() if name != "versions"} == returned
     assert (returned["status"], returned["seconds"] > 0) == ("ok", True)
     assert found["versions"]["python"] == platform.python_version()

@@ -205,3 +205,24 @@ def test_more_lines_than_can_be_told_apart_are_cut_and_it_is_said() -> None:
     figure = sweep_plot._lines(points, ["top_k", "name"], "top_k", ["val_loss"])
     assert len(figure.axes[0].get_legend_handles_labels()[1]) == 21
     assert figure.get_suptitle() == "the first 21 of 25 combinations; all are in sweep.csv"
+
+
+def test_a_sweep_has_a_report_that_links_those_of_its_jobs(tmp_path: Path) -> None:
+    from moecompile.report.page.sweeps import SweepJob, write_sweep_report
+
+    for name in ("0", "1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_text("step,loss,val_loss\n1,3.0,\n2,2.0,2.5\n")
+    (tmp_path / "0" / "report.html").write_text("")
+    jobs = [
+        SweepJob(name=str(i), settings={"lr": rate}, status=status, task="train", figures={"val_loss": loss, "fits": None})
+        for i, (rate, status, loss) in enumerate([("0.1", "ok", 2.5), ("<b>", "ok", 2.25), ("1", "failed", None)])
+    ]  # fmt: skip
+    text = write_sweep_report(tmp_path, jobs).read_text()
+    assert '<a href="0/report.html">0</a>' in text
+    assert 'href="1/report.html"' not in text
+    assert "1 of 3 jobs failed" in text
+    assert "<b>" not in text
+    assert [f'id="{name}"' in text for name in ("loss", "val_loss", "bars-val_loss", "bars-step_seconds")] == [
+        True
+    ] * 3 + [False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from moecompile import rundir
 from moecompile.errors import ConfigError, UserError
 from moecompile.runtime import failures, in_place
+from moecompile.runtime.orders import free_port
 from moecompile.runtime.ranks import Ranks, check_mesh, check_places, in_place_ranks, worker_variables
 
 # -- which failure is told -------------------------------------------------------------------------------------------
@@ -151,3 +153,23 @@ def test_torchrun_comes_before_slurm() -> None:
 def test_loopback_only_on_one_machine() -> None:
     assert "GLOO_SOCKET_IFNAME" in worker_variables(1, one_machine=True)
     assert "GLOO_SOCKET_IFNAME" not in worker_variables(1, one_machine=False)
+
+
+def test_a_free_port_is_none_that_a_connection_gets() -> None:
+    """Ports are opened later: one that the kernel gives to another program's connection would be taken by then."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {free_port() for _ in range(50)}
+    assert len(ports) > 40 and all(30_000 <= port < first for port in ports)
+
+
+def test_no_free_port_is_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def refuse(self: socket.socket, address: tuple[str, int]) -> None:
+        asked.append(address[1])
+        raise PermissionError
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    with pytest.raises(UserError, match=r"no port of .* can be opened\. Let programs listen on ports 30000 to 32767\."):
+        free_port()
+    assert asked[-1] == 0 and len(asked) < 100  # at last as the kernel chooses

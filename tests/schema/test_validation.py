@@ -199,7 +199,44 @@ BROKEN: dict[str, tuple[list[str], str]] = {
         [*EXPERT_CHOICE, "routing.workload=zipf"],
         "routing.workload=zipf: has no meaning where experts choose tokens. Use none, or routing.choice=token.",
     ),
+    "a hash chooses within groups": (
+        ["routing.choice=hash", "routing.groups=4", "routing.top_groups=2"],
+        "routing.top_groups=2: has no meaning where a hash of the token id chooses. Use null, or routing.choice=token.",
+    ),
+    "a hash chooses within nodes": (
+        [*TWO_NODES, "routing.choice=hash", "routing.max_nodes=1"],
+        "routing.max_nodes=1: has no meaning where a hash of the token id chooses. Use null, or routing.choice=token.",
+    ),
+    "a hash chooses and a workload does": (
+        ["routing.choice=hash", "routing.workload=zipf"],
+        "routing.workload=zipf: has no meaning where a hash of the token id chooses. Use none, or routing.choice=token.",
+    ),
     # balance
+    "bias where a hash chooses": (
+        ["routing.choice=hash", "balance.rule=quantile"],
+        "balance.rule=quantile: has no meaning where a hash of the token id chooses: no score could move the load. "
+        "Use none.",
+    ),
+    "quantiles of scores without bounds": (
+        ["routing.score=sqrt_softplus", "balance.rule=quantile"],
+        "balance.rule=quantile: needs scores in [0, 1], and those of routing.score=sqrt_softplus have no bounds. Use "
+        "routing.score=sigmoid or softmax, or balance.rule=bias.",
+    ),
+    "quantiles within groups": (
+        ["routing.groups=4", "routing.top_groups=2", "balance.rule=quantile"],
+        "balance.rule=quantile: compares a token's experts, and only 2 of 4 groups are open to it. Use "
+        "balance.rule=bias, or no group limit.",
+    ),
+    "centred without a rule": (
+        ["balance.recenter=true"],
+        "balance.recenter=True: centres the bias that balance.rule=bias moves, and the rule is none. Use false, or "
+        "balance.rule=bias.",
+    ),
+    "centred quantiles": (
+        ["balance.rule=quantile", "balance.recenter=true"],
+        "balance.recenter=True: centres the bias that balance.rule=bias moves, and the rule is quantile. Use false, or "
+        "balance.rule=bias.",
+    ),
     "bias where experts choose": (
         [*EXPERT_CHOICE, "balance.rule=bias"],
         "balance.rule=bias: has no meaning where experts choose tokens: their load is even by itself. Leave it out.",

@@ -1,4 +1,7 @@
-"""adapters=lora with the command line's defaults on a folder: two ranks, resumed on one, exported alone and merged."""
+"""adapters=lora with the command line's defaults on a folder: two ranks, resumed on one, exported alone and merged.
+
+On two ranks, experts are where a placement says.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from moecompile.pipeline import make_plan
 from moecompile.runtime.data import load_text, train_tokenizer
 from moecompile.schema import DataConfig
 from tests.distributed.harness import run_distributed_test
 from tests.existing_models import moe_model
+from tests.placements import random_placement
 from tests.tasks.families_job import VOCAB, of_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of peft and transformers
@@ -29,6 +34,9 @@ def _folders(root: Path) -> None:
     for name in FAMILIES:
         moe_model(name, vocab_size=VOCAB).save_pretrained(root / "folders" / name)
         tokenizer.save_pretrained(root / "folders" / name)
+        example = {"input_ids": torch.ones(1, 8, dtype=torch.int64)}
+        plan = make_plan(moe_model(name, vocab_size=VOCAB), ["mesh.ranks_per_node=2"], example=example)
+        random_placement(plan.layers, root / f"{name}.yaml", 1)
 
 
 def _train(rank: int, world_size: int, root: Path, kind: str, mesh: str, steps: int, start: str) -> None:
@@ -38,7 +46,8 @@ def _train(rank: int, world_size: int, root: Path, kind: str, mesh: str, steps: 
 
     for name, more in FAMILIES.items():
         resumed = [f"trainer.resume={root / start / name}"] if start else []
-        config = of_run(root, name, kind, mesh, *LORA, *more, f"trainer.max_steps={steps}", *resumed)
+        placed = [f"mesh.placement={root}/{name}.yaml"] if world_size > 1 else []
+        config = of_run(root, name, kind, mesh, *LORA, *more, f"trainer.max_steps={steps}", *resumed, *placed)
         with mock.patch("moecompile.tasks.train.init_process_group"):
             train.run_rank(config, root / kind / name)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from moecompile.compose import compose_config
 from moecompile.models.build import build_model
+from moecompile.models.source import source_model
 from moecompile.nn import Experts
 from moecompile.runtime.data import load_data, train_loader, val_loader
 from moecompile.tasks import job, train
@@ -105,12 +107,15 @@ def test_the_compiled_model_makes_room_for_the_dense_one(tmp_path: Path) -> None
 def _experts_alive_when_a_model_is_built(rank: int, world_size: int, folder: str) -> list[int]:
     alive: list[int] = []
 
-    def build(*arguments: Any) -> nn.Module:
-        held = [found for found in gc.get_objects() if type(found) is Experts]  # graphs to be shown hold empty shells
-        alive.append(sum(len(list(experts.parameters())) for experts in held))
-        return build_model(*arguments)
+    def counted(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        def build(*arguments: Any) -> nn.Module:
+            held = [found for found in gc.get_objects() if type(found) is Experts]  # graphs to be shown: empty shells
+            alive.append(sum(len(list(experts.parameters())) for experts in held))
+            return make(*arguments)
 
-    job.build_model = train.build_model = build  # type: ignore[attr-defined]
+        return build
+
+    job.source_model, train.build_model = counted(source_model), counted(build_model)  # type: ignore[attr-defined]
     train.init_process_group = lambda config: None  # type: ignore[attr-defined]  # the harness has one
     train.run_rank(compose_config([*LLAMA, "data.global_batch_size=2", "trainer.baseline=dense"]), Path(folder))
     return alive

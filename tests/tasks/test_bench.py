@@ -7,10 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.memory import MOST, measured
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.schema import validate
 from tests.tasks.test_train import TINY, moecompile
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["cpu_1", "cpu_1x4"])
+def test_memory_of_a_recipe_is_what_was_planned(mesh: str, tmp_path: Path) -> None:
+    (row,) = measured([f"mixtral_ep {mesh}"], tmp_path)  # one with accumulation, one without
+    assert abs(row.error) <= MOST, row
 
 
 @pytest.mark.slow
@@ -35,6 +43,7 @@ def test_layers_and_steps_on_two_ranks(tmp_path: Path) -> None:
     assert step["tokens_per_second"] == pytest.approx(1e3 * step["tokens"] / step["wall_ms"])
     shares = [step[name] for name in ("exchanges", "experts", "rows")]
     assert all(share > 0 for share in shares) and sum(shares) < 1
+    assert step["planned_bytes"] / 2 < step["peak_bytes"] < 1.5 * step["planned_bytes"]
     for text in (
         "model.layers.1.mlp",
         f"16 x {layer['d_expert']}",

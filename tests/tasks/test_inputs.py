@@ -179,7 +179,7 @@ def broken_index(folder: Path) -> str:
 
 def no_config(folder: Path) -> str:
     (folder / "config.json").unlink()
-    return "is not a folder with a config.json. Give a folder that save_pretrained wrote."
+    return "is not a folder with a config.json. Give a folder that save_pretrained wrote; nothing is downloaded."
 
 
 def broken_config(folder: Path) -> str:

@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (conf_dir() / "recipe").glob("*.yaml") if path.stem not in REAL)
 NUM_LAYERS = {
     "deepseek_ep": 5, "deepseek_v2": 5, "gpt_oss": 4, "mixtral_ep": 4, "olmoe": 4, "qwen3_moe": 4, "switch_ep": 4,
+    "kimi_k3": 5, "nemotron3": 4, "longcat": 6, "deepseek_v4": 6,
 }  # fmt: skip
 # Two ranks, so that each recipe has an exchange; what a recipe is (experts, routing, balance, dispatch) stays.
 SMALL = [
@@ -113,6 +114,7 @@ def test_what_a_recipe_is_known_for_happens(sweep: Path) -> None:
     assert losses == {
         "deepseek_ep": {"sequence"}, "deepseek_v2": {"sequence"}, "gpt_oss": {"micro_batch"}, "mixtral_ep": {"micro_batch"},
         "olmoe": {"micro_batch", "z"}, "qwen3_moe": {"global_batch"}, "switch_ep": {"micro_batch"},
+        "kimi_k3": set(), "nemotron3": {"sequence"}, "longcat": {"sequence"}, "deepseek_v4": {"sequence"},
     }  # fmt: skip
 
 

@@ -105,8 +105,9 @@ def test_an_empty_directory_is_written_at_once(tmp_path: Path) -> None:
 
 
 def test_what_is_accepted_replaces_what_was_there(tmp_path: Path) -> None:
-    (tmp_path / "logs").mkdir()
-    for name in ("resolved.yaml", "logs/rank_3.log", "result.json", "metrics.csv"):
+    for folder in ("logs", "errors"):
+        (tmp_path / folder).mkdir()
+    for name in ("resolved.yaml", "logs/rank_3.log", "errors/rank_0.json", "result.json", "metrics.csv"):
         (tmp_path / name).write_text("old")
     with rundir.held(tmp_path):
         place = rundir.place(tmp_path)

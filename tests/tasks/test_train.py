@@ -74,6 +74,9 @@ def test_a_run_leaves_what_it_promises(sweep: tuple[Path, str]) -> None:
         "tokenizer.json",
         "load.npz",
         "load.png",
+        "overrides.txt",
+        "forecast.json",
+        "report.html",
     }
     assert list((folder / "tensorboard").glob("events*"))
     graphs = {path.name for path in (folder / "graphs").iterdir()}
@@ -183,13 +186,13 @@ def test_a_seed_decides_everything(sweep: tuple[Path, str]) -> None:
 
 
 def test_objectives_must_fit(tmp_path: Path) -> None:
-    run = moecompile([*TINY, "data.objective=span_corruption"], tmp_path)
+    run = moecompile([*TINY, "mesh=cpu_1x2", "data.objective=span_corruption"], tmp_path)
     assert run.returncode == 2
     assert run.stderr.startswith("error: data.objective=span_corruption: the model deepseek_nano has no encoder and")
 
 
 def test_vocabularies_must_fit(tmp_path: Path) -> None:
-    run = moecompile([*TINY, "model.config.vocab_size=100"], tmp_path)
+    run = moecompile([*TINY, "mesh=cpu_1x2", "model.config.vocab_size=100"], tmp_path)
     assert run.returncode == 2
     assert run.stderr.startswith("error: data.vocab_size=300: the model deepseek_nano has embeddings for 100 tokens.")
 
@@ -226,7 +229,7 @@ def test_under_torchrun_a_mistake_is_told_once(tmp_path: Path) -> None:
 
 def test_a_mistake_that_only_the_model_shows_is_one_message(tmp_path: Path) -> None:
     """Raised on every rank, told once; exit code 2, no traceback."""
-    run = moecompile([*TINY, "model.config.intermediate_size=81"], tmp_path)
+    run = moecompile([*TINY, "mesh=cpu_1x2", "model.config.intermediate_size=81"], tmp_path)
     assert run.returncode == 2
     assert run.stderr.strip() == (
         "error: experts.granularity=5: must divide d_ff=81 of model.layers.1.mlp. Use a divisor of 81."

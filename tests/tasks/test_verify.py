@@ -12,7 +12,10 @@ import pytest
 
 from moecompile.compose import compose_config
 from moecompile.errors import VerificationFailed
+from moecompile.models.build import build_model, example_inputs
+from moecompile.pipeline import make_plan
 from moecompile.tasks import verify
+from tests.placements import random_placement
 
 
 @pytest.mark.slow
@@ -37,16 +40,24 @@ def test_switch_passes_with_drops_and_auxiliary_losses(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_tensor_parallelism_passes(tmp_path: Path) -> None:
-    """Four ranks of two TP groups and one EP group equal one process, through Lightning's strategy and a checkpoint."""
+    """Four ranks of two TP groups and one EP group equal one process, through Lightning's strategy and a checkpoint.
+
+    Experts are where a placement says.
+    """
+    overrides = ["recipe=deepseek_ep", "mesh=cpu_tp2_ep4", "model.config.num_hidden_layers=2"]
+    config = compose_config(overrides)
+    model = build_model(config.model, config.seed)
+    plan = make_plan(model, config, example=example_inputs(model, config.data.seq_len))
     command = [
-        sys.executable, "-m", "moecompile", "task=verify", "recipe=deepseek_ep", "mesh=cpu_tp2_ep4", "verify.steps=2",
-        "verify.dtype=float64", "model.config.num_hidden_layers=2", f"hydra.run.dir={tmp_path}",
+        sys.executable, "-m", "moecompile", "task=verify", *overrides, "verify.steps=2", "verify.dtype=float64",
+        random_placement(plan.layers, tmp_path / "placement.yaml", 1), f"hydra.run.dir={tmp_path / 'run'}",
     ]  # fmt: skip
     run = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert json.loads((tmp_path / "certificate.json").read_text())["world_size"] == 4
+    assert json.loads((tmp_path / "run" / "certificate.json").read_text())["world_size"] == 4
+    assert "shrunk  mesh.placement" not in run.stdout
 
 
 def test_a_failed_check_is_an_error_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from moecompile.ops.layout import sum_by
 
 TILE = 16  # rows of a matrix tile, in bf16
-_BLOCK_BYTES = 1 << 20  # of the rows of a block
+_BLOCK_BYTES = 1 << 20  # of the rows of a block, on a CPU: they should stay in its cache
 
 
 class Block(NamedTuple):
@@ -85,14 +85,18 @@ def starts_of(counts: list[int], num_rows: int) -> list[int]:
 
 
 def make_blocks(counts_E: Tensor, x_VD: Tensor, gate_up_EGD: Tensor, *, pad: bool) -> tuple[list[Block], Tensor]:
-    """Blocks that together have every expert once, and the rows of each expert with padding, (E,)."""
+    """Blocks that together have every expert once, and the rows of each expert with padding, (E,).
+
+    One block on a GPU, which reads the counts on the host all the same.
+    """
     lengths = [_padded_length(n) if pad else n for n in counts_E.tolist()]
     row_bytes = (x_VD.shape[1] + 2 * gate_up_EGD.shape[1]) * x_VD.element_size()
+    most = _BLOCK_BYTES if x_VD.device.type == "cpu" else float("inf")
     blocks: list[Block] = []
     start = 0
     for expert, length in enumerate(lengths):
         last = blocks[-1] if blocks else None
-        if last and (not length or (start + length - last.start) * row_bytes <= _BLOCK_BYTES):
+        if last and (not length or (start + length - last.start) * row_bytes <= most):
             blocks[-1] = Block(last.start, start + length, last.first, [*last.lengths, length])
         else:
             blocks.append(Block(start, start + length, expert, [length]))

@@ -35,10 +35,13 @@ _ALIGNMENT_BYTES = 64
 
 
 class Products:
-    """Products for consecutive blocks of experts, with shared scratch memory."""
+    """Products for consecutive blocks of experts, with shared scratch memory, of factors like `like`.
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.is_wide = dtype is torch.bfloat16 and faster_wide()
+    On a GPU, which computes here what its grouped products do not (fp32, widths that are not aligned), by plain ones.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.is_wide = like.device.type == "cpu" and like.dtype is torch.bfloat16 and faster_wide()
         self._buffers: dict[str, Tensor] = {}
 
     def transposed(self, block: Block, rows_MK: Tensor, weight_ENK: Tensor, out_MN: Tensor) -> None:
@@ -118,7 +121,7 @@ def suits_kernel(num_rows: int, num_experts: int, widths: tuple[int, ...], *tens
     It depends on the processor model, not on timing, so results are reproducible. The kernel runs in one thread.
     """
     dtype = tensors[0].dtype
-    if dtype not in _SUFFIX or any(width % _MULTIPLE for width in widths):
+    if tensors[0].device.type != "cpu" or dtype not in _SUFFIX or any(width % _MULTIPLE for width in widths):
         return False
     rows, most = num_rows / max(num_experts, 1), _most_rows(dtype)
     if not 0 < rows <= most or max(rows, _MULTIPLE) * max(widths) * 4 > _CACHE_BYTES:

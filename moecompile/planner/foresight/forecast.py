@@ -148,7 +148,7 @@ def alternatives_of(case: Case, keys: Keys) -> dict[str, Case]:
 
 def _layouts(case: Case) -> Iterator[tuple[str, dict[str, int]]]:
     layout = case.layout
-    yield f"workload.micro_batch_size={2 * layout.micro_batch}", {"micro_batch": 2 * layout.micro_batch}
+    yield f"data.micro_batch_size={2 * layout.micro_batch}", {"micro_batch": 2 * layout.micro_batch}
     for ep in {layout.ep // 2, layout.ep * 2} - {0}:
         if all(layer.ffn is None or layer.ffn.experts % ep == 0 for layer in case.model.layers):
             yield f"mesh.ep={ep}", {"ep": ep}

@@ -45,11 +45,15 @@ def synthetic(kind: str, experts: int, ep: int, top_k: int, skew: float = 1.0) -
     return _load(kind, draws)
 
 
-def measured(path: Path, experts: Sequence[int], ep: int) -> Load:
+def measured(
+    path: Path, experts: Sequence[int], ep: int, identity: Sequence[int] = (), orders: Sequence[Sequence[int]] = ()
+) -> Load:
     """The imbalance of a run (step 2).
 
     Args:
         path: `metrics.csv` of a run directory, or a `load.npz`. experts: routed experts of the planned layers.
+        identity: experts behind these that no rank computes; empty: none. orders: the expert at each position, by
+            layer; empty: in the order of ids.
 
     Raises:
         ConfigError: there is no such file, or it is of another model.
@@ -59,7 +63,8 @@ def measured(path: Path, experts: Sequence[int], ep: int) -> Load:
     beside = path.with_name(LOAD_HISTORY)
     if path.suffix == ".npz" or beside.is_file():
         found = path if path.suffix == ".npz" else beside
-        return _load(found.name, [_fullest(row, ep) for row in _rows(found, experts)])
+        rows = _rows(found, experts, identity or [0] * len(experts), orders or [()] * len(experts))
+        return _load(found.name, [_fullest(row, ep) for row in rows])
     values = list(_violations(path, len(experts)))
     if not values:
         raise ConfigError(_PATH, str(path), "has no columns max_violation/LAYER", "Give the metrics.csv of an MoE run")
@@ -89,18 +94,25 @@ def _hot(experts: int, top_k: int) -> NDArray[np.float64]:
     return rows
 
 
-def _rows(path: Path, experts: Sequence[int]) -> Iterator[NDArray[np.float64]]:
+def _rows(
+    path: Path, experts: Sequence[int], identity: Sequence[int], orders: Sequence[Sequence[int]]
+) -> Iterator[NDArray[np.float64]]:
+    """Rows by position, of every layer at every logged step."""
     try:
         history = LoadHistory.read(path)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(_PATH, str(path), f"cannot be read: {error}", "Give the load.npz of a run") from error
     for loads in history.loads:
         held = [row[row != NO_EXPERT] for row in loads]
+        if len(held) == len(identity):
+            held = [row[: max(0, len(row) - last)] for row, last in zip(held, identity, strict=True)]
         if [len(row) for row in held] != list(experts):
             found = _short([len(row) for row in held])
             rule = f"is of another model: experts per layer are {found}, not {_short(experts)}"
             raise ConfigError(_PATH, str(path), rule, "Give the loads of a run of this model")
-        yield from (row.astype(np.float64) for row in held if row.sum() > 0)
+        for row, order in zip(held, orders, strict=True):
+            if row.sum() > 0:
+                yield (row[list(order)] if order else row).astype(np.float64)
 
 
 def _violations(path: Path, layers: int) -> Iterator[float]:

@@ -90,5 +90,7 @@ def loads_of(plan: Plan, config: Config) -> list[Load]:
     ]
     if config.workload.load is not None:
         experts = [each.experts.num_routed for each in plan.layers]
-        loads.append(measured(Path(config.workload.load), experts, plan.mesh.ep))
+        identity = [each.experts.num_identity for each in plan.layers]
+        orders = [each.placement.order for each in plan.layers]
+        loads.append(measured(Path(config.workload.load), experts, plan.mesh.ep, identity, orders))
     return loads

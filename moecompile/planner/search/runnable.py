@@ -20,12 +20,12 @@ from itertools import product
 from moecompile.errors import MoecompileError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import IN_FLIGHT, LayerPlan, Plan, PlannedSite
-from moecompile.planner.activations import activation_bytes
+from moecompile.planner.activations import Activations, activations
 from moecompile.planner.build_plan import GIB, draft_plan, run_facts
 from moecompile.planner.foresight.forecast import Case, step_of
 from moecompile.planner.foresight.planned import REPEATED, case_of
 from moecompile.planner.foresight.shapes import ModelShape
-from moecompile.planner.memory import buffer_bytes, model_state_bytes
+from moecompile.planner.memory import buffer_bytes, model_state_bytes, together
 from moecompile.planner.params import ModelFacts, RunFacts
 from moecompile.planner.search.axes import Axes
 from moecompile.planner.search.found import Candidate, Rejected
@@ -237,13 +237,13 @@ class _States:
     """Bytes of weights, gradients and optimizer, by what they depend on."""
 
     def __init__(self) -> None:
-        self._known: dict[object, int] = {}
+        self._known: dict[object, tuple[int, int, int]] = {}
 
-    def __call__(self, structure: _Structure, mesh: MeshSpec, run: RunFacts) -> int:
+    def __call__(self, structure: _Structure, mesh: MeshSpec, run: RunFacts) -> tuple[int, int, int]:
         layer = structure.plan.layers[0]
         key = (mesh, run.accumulation > 1, layer.experts, len(structure.plan.layers))
         if key not in self._known:
-            self._known[key] = sum(model_state_bytes(structure.plan.layers, mesh, structure.facts, run))
+            self._known[key] = model_state_bytes(structure.plan.layers, mesh, structure.facts, run)
         return self._known[key]
 
 
@@ -255,16 +255,18 @@ def _memory(structure: _Structure, states: _States) -> Callable[[int, RunFacts, 
     def of_mesh(replicas: int) -> MeshSpec:
         return replace(plan.mesh, dp_replicate=replicas)
 
-    known: dict[object, int] = {}
+    known: dict[object, tuple[Activations, int]] = {}
 
-    def of_run(run: RunFacts, in_flight: bool) -> int:
-        key = (run.tokens_per_rank, run.micro_batch_size, run.checkpointing, in_flight)
+    def of_run(run: RunFacts, in_flight: bool) -> tuple[Activations, int]:
+        key = (run.tokens_per_rank, run.micro_batch_size, run.accumulation > 1, run.checkpointing, in_flight)
         if key not in known:
             layers, mesh = structure.overlapped if in_flight else plan.layers, plan.mesh
-            known[key] = activation_bytes(layers, mesh, structure.facts, run) + buffer_bytes(layers, mesh, run)
+            known[key] = activations(layers, mesh, structure.facts, run), buffer_bytes(layers, mesh, run)
         return known[key]
 
     def total(replicas: int, run: RunFacts, in_flight: bool) -> int:
-        return states(structure, of_mesh(replicas), run) + of_run(run, in_flight)
+        weights, grads, optimizer = states(structure, of_mesh(replicas), run)
+        made, buffers = of_run(run, in_flight)
+        return weights + optimizer + buffers + together(grads, made, run)
 
     return total

@@ -5,7 +5,14 @@ accepts Optional[...] and Union[...], not `X | Y`.
 """
 
 from moecompile.schema.config.adapters import AdaptersConfig
-from moecompile.schema.config.layers import BalanceConfig, ExpertsConfig, LossesConfig, PerLayerConfig, RoutingConfig
+from moecompile.schema.config.layers import (
+    BalanceConfig,
+    ExpertsConfig,
+    LossesConfig,
+    PerLayerConfig,
+    RoutingConfig,
+    WidenConfig,
+)
 from moecompile.schema.config.machine import (
     DispatchConfig,
     FigureConfig,
@@ -21,7 +28,9 @@ from moecompile.schema.config.run import DataConfig, TrainerConfig
 from moecompile.schema.config.tasks import (
     BenchConfig,
     ExportConfig,
+    LauncherConfig,
     ModelConfig,
+    PlaceConfig,
     SearchConfig,
     TaskConfig,
     VerifyConfig,
@@ -39,12 +48,14 @@ __all__ = [
     "FigureConfig",
     "FiguresConfig",
     "HardwareConfig",
+    "LauncherConfig",
     "LossesConfig",
     "MeshConfig",
     "ModelConfig",
     "MuonConfig",
     "OptimizerConfig",
     "PerLayerConfig",
+    "PlaceConfig",
     "RoutingConfig",
     "SearchConfig",
     "StackConfig",
@@ -52,5 +63,6 @@ __all__ = [
     "TrainerConfig",
     "VerifyConfig",
     "WeightGroupConfig",
+    "WidenConfig",
     "WorkloadConfig",
 ]

@@ -6,7 +6,21 @@ from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 from moecompile.routing import BalanceRule, BiasUpdate, Choice, DropPolicy, GroupScore, Score, Workload
-from moecompile.schema.enums import ExpertInit, SiteKind, WeightScaling
+from moecompile.schema.enums import ExpertInit, SiteKind, WeightScaling, WidenTopK
+
+
+@dataclass(kw_only=True)
+class WidenConfig:
+    """`experts.widen`: how init=widen copies the experts of a model that is MoE already."""
+
+    top_k: WidenTopK = WidenTopK.scaled
+    """Experts per token: scaled as the experts are, or kept."""
+    loads: Optional[str] = None
+    """A run of the model before, whose loads say which experts get more copies; null: all get the same number."""
+    noise: float = 0.0
+    """Standard deviation of what is added to all copies but the first of an expert, relative to that of each weight;
+    in [0, 1), positive with top_k=kept.
+    """
 
 
 @dataclass(kw_only=True)
@@ -27,8 +41,18 @@ class ExpertsConfig:
     """Slices in the shared expert, which every token uses; 0 for none."""
     shared_gate: bool = False
     """The shared expert's output is multiplied by a learned sigmoid (Qwen2-MoE)."""
+    shared_routed: bool = False
+    """The router weighs the slices of the shared expert too, in one sum with a token's chosen experts (Inkling)."""
+    num_identity: int = 0
+    """Further experts, which return their input (zero-compute experts of LongCat-Flash); the router scores them too."""
+    latent_size: Optional[int] = None
+    """Width in which routed experts work, between a projection down and one up (latent MoE); null: the model's."""
+    latent_norm: bool = False
+    """With `latent_size`, an RMSNorm before the projection up (Kimi K3)."""
     init: ExpertInit = ExpertInit.copy
-    """How the experts are initialized from the dense FFN."""
+    """How the experts are initialized, from the dense FFN or, with `widen`, from the experts that a model has."""
+    widen: WidenConfig = field(default_factory=WidenConfig)
+    """With init=widen, how they are copied. `num_routed` is the number afterwards."""
     drop_ratio: float = 0.5
     """With init=drop, the fraction of an expert's hidden units that is reinitialized, in (0, 1]."""
     weight_scaling: WeightScaling = WeightScaling.exact
@@ -42,7 +66,9 @@ class RoutingConfig:
     """`routing`: the router."""
 
     choice: Choice = Choice.token
-    """Token choice, or expert choice of `top_k` tokens per expert on average (Zhou et al. 2022, arXiv 2202.09368)."""
+    """Token choice; expert choice of `top_k` tokens per expert on average (Zhou et al. 2022, arXiv 2202.09368); or a
+    hash of the token id, with weights from the router's scores (DeepSeek-V4, in its first layers).
+    """
     top_k: int = 2
     """Experts per token, 1 to `experts.num_routed`."""
     score: Score = Score.softmax
@@ -67,6 +93,10 @@ class RoutingConfig:
     """
     drop: DropPolicy = DropPolicy.position
     """Which tokens an expert with too many keeps: the first ones, or those with the largest routing weights."""
+    norm: bool = False
+    """The router's input is divided by its root mean square and multiplied by a learned vector (Gemma 4)."""
+    expert_scale: bool = False
+    """The routing weights of an expert are multiplied by a learned number (Gemma 4)."""
     jitter: float = 0.0
     """In training, router inputs are multiplied by uniform(1 - jitter, 1 + jitter); in [0, 1)."""
     workload: Workload = Workload.none
@@ -102,11 +132,15 @@ class BalanceConfig:
     """`balance`: load balancing."""
 
     rule: BalanceRule = BalanceRule.none
-    """Whether a correction bias balances the load (DeepSeek-V3)."""
+    """Whether a correction bias balances the load: one that is nudged (`bias`, DeepSeek-V3), or solved from the scores
+    of the global batch (`quantile`, Kimi K3).
+    """
     update: BiasUpdate = BiasUpdate.sign
     """How the correction bias changes per optimizer step: by the sign of mean load - load, or in proportion to it."""
     rate: float = 1e-3
     """Step of the correction bias per optimizer step, positive with rule=bias."""
+    recenter: bool = False
+    """With rule=bias, the mean of the bias is subtracted after every update (torchtitan)."""
     losses: LossesConfig = field(default_factory=LossesConfig)
 
 

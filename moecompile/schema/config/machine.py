@@ -30,6 +30,8 @@ class MeshConfig:
     """Context parallel size: ranks that share sequences, and split their positions; attention splits its heads."""
     device: str = "auto"
     """`cpu`, `cuda` or `auto`."""
+    placement: Optional[str] = None
+    """A `placement.yaml` of task=place, or its folder: which EP rank has which experts; null: in the order of ids."""
 
 
 @dataclass(kw_only=True)

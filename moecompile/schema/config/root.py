@@ -13,7 +13,9 @@ from moecompile.schema.config.run import DataConfig, TrainerConfig
 from moecompile.schema.config.tasks import (
     BenchConfig,
     ExportConfig,
+    LauncherConfig,
     ModelConfig,
+    PlaceConfig,
     SearchConfig,
     TaskConfig,
     VerifyConfig,
@@ -46,10 +48,12 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    place: PlaceConfig = field(default_factory=PlaceConfig)
     plan: Optional[str] = None
     """A `plan.yaml`, or a run directory with one, that decides in task=plan, compile and train; null: a new plan."""
     compare: Optional[str] = None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 from moecompile.schema.enums import (
     Baseline,
     Checkpointing,
     Compiled,
     DataKind,
+    LoggerKind,
     MaskPadding,
     Objective,
     OnNan,
@@ -72,6 +73,12 @@ class TrainerConfig:
     """Optimizer steps between rows of metrics."""
     val_interval: int = 100
     """Optimizer steps between validations."""
+    sample_interval: Optional[int] = None
+    """Optimizer steps between samples of text that the model writes; null: only after the last step; 0: none."""
+    loggers: list[LoggerKind] = field(default_factory=lambda: [LoggerKind.tensorboard])
+    """Where metrics go, beside metrics.csv."""
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """Lightning's callbacks and their arguments: EarlyStopping, Timer."""
     timeout_s: int = 120
     """Timeout of a collective, seconds, after which a rank that hangs is detected."""
     threads_per_rank: int = 1

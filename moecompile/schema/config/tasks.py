@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from moecompile.schema.enums import AdapterExport, ExportFormat, ModelDevice, ModelLoad, TaskName, VerifyDtype
+from moecompile.schema.enums import (
+    AdapterExport,
+    ExportFormat,
+    LauncherKind,
+    ModelDevice,
+    ModelLoad,
+    TaskName,
+    VerifyDtype,
+)
 
 
 @dataclass(kw_only=True)
@@ -14,6 +22,43 @@ class TaskConfig:
 
     name: TaskName = TaskName.train
     """Name of the task."""
+
+
+@dataclass(kw_only=True)
+class LauncherConfig:
+    """`launcher`: the batch job that task=submit writes and submits. Nodes, ranks and GPUs are those of `mesh`."""
+
+    kind: LauncherKind = LauncherKind.local
+    """`local`: none; `slurm`: a job for sbatch."""
+    task: TaskName = TaskName.train
+    """What the job does: train or bench."""
+    dry_run: bool = False
+    """Writes and prints the job, and submits nothing."""
+    wait: bool = False
+    """Waits until the job has ended, in a sweep all jobs, and fails if one has failed."""
+    partition: Optional[str] = None
+    """Partition; null: the cluster's default."""
+    account: Optional[str] = None
+    """Account; null: the user's default."""
+    qos: Optional[str] = None
+    """Quality of service; null: the default."""
+    time: Optional[str] = None
+    """Time limit as sbatch takes it (`90`, `12:00:00`, `2-00:00:00`); null: the partition's."""
+    signal_s: int = 120
+    """Seconds before the time limit at which the ranks are asked to save (SIGUSR1), 1 or more; longer than a step and a
+    checkpoint take."""
+    requeue: bool = True
+    """Whether a job that was asked to end puts itself back into the queue, and goes on from what it saved."""
+    cpus_per_rank: Optional[int] = None
+    """CPUs of a rank; null: `trainer.threads_per_rank`."""
+    interface: Optional[str] = None
+    """Network interface between nodes (`ib0`), for gloo and NCCL; null: their own choice."""
+    directives: list[str] = field(default_factory=list)
+    """Further options of sbatch, such as `--mem=0`."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of bash before the ranks start, such as `module load cuda`."""
+    python: Optional[str] = None
+    """Python of the job; null: the one that submits it."""
 
 
 @dataclass(kw_only=True)
@@ -77,6 +122,17 @@ class SearchConfig:
     """Also layouts that this package does not run."""
     show: int = 8
     """Rows of each table, 1 or more."""
+
+
+@dataclass(kw_only=True)
+class PlaceConfig:
+    """`place`: input of task=place, which writes a `placement.yaml` for `mesh.placement`."""
+
+    run: Optional[str] = None
+    """A run directory, or its `load.npz` or `metrics.csv`; its plan says what is placed, and where, unless a mesh is
+    given."""
+    steps: Optional[int] = None
+    """Only this many of the last logged steps count; null: all."""
 
 
 @dataclass(kw_only=True)

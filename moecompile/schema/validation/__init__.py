@@ -5,17 +5,24 @@ from __future__ import annotations
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.schema.config import Config
-from moecompile.schema.enums import SiteKind
+from moecompile.schema.enums import ExpertInit, SiteKind
 from moecompile.schema.implied import has_experts
 from moecompile.schema.per_layer import LayerSettings
 from moecompile.schema.ranges import check_numbers
 from moecompile.schema.validation.adapters import check_adapters
-from moecompile.schema.validation.experts import check_experts, check_placement, virtual_group
+from moecompile.schema.validation.experts import (
+    check_experts,
+    check_placement,
+    check_shared,
+    check_widening,
+    virtual_group,
+)
 from moecompile.schema.validation.export import check_export
+from moecompile.schema.validation.launcher import check_launcher, of_the_job
 from moecompile.schema.validation.mesh import mesh_spec
 from moecompile.schema.validation.model import check_model
 from moecompile.schema.validation.optimizer import check_optimizer
-from moecompile.schema.validation.routing import balance_spec, check_expert_choice, check_nodes, router_config
+from moecompile.schema.validation.routing import balance_spec, check_choice, check_nodes, router_config
 from moecompile.schema.validation.run import check_data, check_recomputation, check_schedule
 
 
@@ -25,11 +32,15 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: the first rule that is broken.
     """
+    check_launcher(config)
+    config = of_the_job(config)
     # If the model has experts already, the config of experts and routers is not used.
     sites = config.experts.sites
-    existing = sites is SiteKind.existing or (sites is SiteKind.auto and has_experts(config))
+    widens = config.experts.init is ExpertInit.widen
+    existing = widens or sites is SiteKind.existing or (sites is SiteKind.auto and has_experts(config))
     check_name(config.name)
     check_numbers(config)
+    check_widening(config)
     mesh = mesh_spec(config.mesh) if existing else validate_transform(config)
     check_model(config)
     check_data(config, mesh)
@@ -77,9 +88,10 @@ def validate_settings(settings: LayerSettings, mesh: MeshSpec) -> None:
     try:
         check_numbers(settings)
         check_experts(experts)
+        check_shared(experts, routing)
         check_placement(experts.num_routed, mesh.ep)
         router = router_config(routing, experts.num_routed, mesh)
-        check_expert_choice(routing)
+        check_choice(routing)
         router.check_experts(experts.num_routed, virtual_group(experts.init, experts.granularity, experts.num_shared))
         balance_spec(balance, router)
     except ConfigError as error:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from moecompile.errors import ConfigError
-from moecompile.schema.config import ExpertsConfig
+from moecompile.schema.config import Config, ExpertsConfig
+from moecompile.schema.enums import AdapterKind, ExpertInit, SiteKind, WidenTopK
 from moecompile.schema.slices import site_slice
 
 
@@ -15,6 +18,41 @@ def check_experts(experts: ExpertsConfig) -> None:
     """
     site_slice(experts.layers)
     check_slices(experts.init, experts.granularity, experts.num_shared)
+    check_latent(experts.latent_size, experts.latent_norm)
+
+
+def check_widening(config: Config) -> None:
+    """Checks what init=widen, which makes a larger model before anything is planned, does not go together with.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    experts, widen = config.experts, config.experts.widen
+    if experts.init is not ExpertInit.widen:
+        if given := next((key for key in config.given if key.startswith("experts.widen.")), None):
+            value = getattr(widen, given.rpartition(".")[2], None)
+            rule = f"has no effect with experts.init={experts.init.value}"
+            raise ConfigError(given, getattr(value, "value", value), rule, "Use experts.init=widen, or leave it out")
+        return
+    if experts.sites in (SiteKind.dense, SiteKind.both):
+        raise ConfigError(
+            "experts.sites", experts.sites.value, "are dense FFNs, and experts.init=widen copies experts",
+            "Use experts.sites=auto, or experts.init=copy",
+        )  # fmt: skip
+    if widen.top_k is WidenTopK.kept and not widen.noise:
+        raise ConfigError(
+            "experts.widen.noise", widen.noise, "leaves copies alike, and with experts.widen.top_k=kept rounding alone "
+            "would decide which copy a token gets", "Use 0.01, or experts.widen.top_k=scaled",
+        )  # fmt: skip
+    for key, value, broken, what in (
+        ("plan", config.plan, config.plan is not None, "is a plan of the model after it"),
+        ("adapters.kind", config.adapters.kind.value, config.adapters.kind is not AdapterKind.none, "are for weights "
+         "that are in a folder"),
+    ):  # fmt: skip
+        if broken:
+            rule = f"{what}, and experts.init=widen makes a new model at each start"
+            fix = "Save the larger model first (moecompile.widen_experts), and give its folder as model.pretrained"
+            raise ConfigError(key, value, rule, fix)
 
 
 def is_sliced(init: str, granularity: int) -> bool:
@@ -44,6 +82,40 @@ def check_slices(init: str, granularity: int, num_shared: int) -> None:
             f"must leave a slice for the routed experts, experts.granularity={granularity}",
             "Lower it or raise experts.granularity",
         )  # fmt: skip
+
+
+def check_latent(latent_size: int | None, latent_norm: bool) -> None:
+    """Checks that a norm in the latent width has one.
+
+    Raises:
+        ConfigError: there is no latent width.
+    """
+    if latent_norm and latent_size is None:
+        raise ConfigError(
+            "experts.latent_norm", True, "is a norm in the latent width, but experts.latent_size=null",
+            "Give experts.latent_size, or use experts.latent_norm=false",
+        )  # fmt: skip
+
+
+def check_shared(experts: Any, routing: Any) -> None:
+    """Checks what a shared expert that the router weighs needs. Both are of a config, or of a plan.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    if not experts.shared_routed:
+        return
+    for path, value, broken, rule, fix in (
+        ("experts.num_shared", experts.num_shared, not experts.num_shared, "leaves no shared expert to weigh", "Use 1"),
+        ("experts.shared_gate", True, experts.shared_gate, "is another weight of the shared expert", "Use false"),
+        ("routing.score", routing.score, routing.score != "sigmoid", "has no score for a shared expert", "Use sigmoid"),
+        ("routing.normalize", False, not routing.normalize, "leaves no sum to share", "Use true"),
+        ("routing.choice", routing.choice, routing.choice == "expert", "gives a token no sum to share", "Use token"),
+    ):
+        if broken:
+            value = getattr(value, "value", value)
+            why = "and experts.shared_routed=true makes the router weigh it beside the chosen experts"
+            raise ConfigError(path, value, f"{rule}, {why}", f"{fix}, or experts.shared_routed=false")
 
 
 def check_placement(num_routed: int, ep: int) -> None:

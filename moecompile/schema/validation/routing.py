@@ -55,6 +55,7 @@ def balance_spec(balance: BalanceConfig, router: RouterConfig) -> BalanceSpec:
         rule=_plain(balance.rule),
         rate=balance.rate if has_rule else 0.0,
         update=_plain(balance.update),
+        recenter=balance.recenter,
         **vars(balance.losses),
     )
     check_balance(router, spec)
@@ -65,16 +66,21 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def check_expert_choice(routing: RoutingConfig) -> None:
-    """Refuses options of token choice with expert choice.
+_AFTER_TOPK = (Score.softmax_after_topk, Score.sigmoid_after_topk)
+
+
+def check_choice(routing: RoutingConfig) -> None:
+    """Refuses options of token choice where experts choose, or a hash does.
 
     Raises:
         ConfigError: such an option is set (the first one).
     """
+    if routing.choice is Choice.hash:
+        _check_hash(routing)
     if routing.choice is not Choice.expert:
         return
     for path, value, wrong, fix in (
-        ("routing.score", routing.score.value, routing.score is Score.softmax_after_topk, "softmax or sigmoid"),
+        ("routing.score", routing.score.value, routing.score in _AFTER_TOPK, "softmax or sigmoid"),
         ("routing.normalize", True, routing.normalize, "false"),
         ("routing.top_groups", routing.top_groups, routing.top_groups is not None, "null"),
         ("routing.max_nodes", routing.max_nodes, routing.max_nodes is not None, "null"),
@@ -85,6 +91,17 @@ def check_expert_choice(routing: RoutingConfig) -> None:
             raise ConfigError(
                 path, value, "has no meaning where experts choose tokens", f"Use {fix}, or routing.choice=token"
             )
+
+
+def _check_hash(routing: RoutingConfig) -> None:
+    for path, value, wrong, fix in (
+        ("routing.top_groups", routing.top_groups, routing.top_groups is not None, "null"),
+        ("routing.max_nodes", routing.max_nodes, routing.max_nodes is not None, "null"),
+        ("routing.workload", routing.workload.value, routing.workload is not Workload.none, "none"),
+    ):
+        if wrong:
+            rule = "has no meaning where a hash of the token id chooses"
+            raise ConfigError(path, value, rule, f"Use {fix}, or routing.choice=token")
 
 
 def check_nodes(config: Config, mesh: MeshSpec) -> None:

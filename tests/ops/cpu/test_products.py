@@ -65,7 +65,7 @@ def test_the_kernel_computes_the_three_products(
     counts: list[int], dtype: torch.dtype, width_of_products: None, called: list[str]
 ) -> None:
     block, a, b, weight_ENK, weight_EKN = factors(counts, dtype)
-    products = Products(dtype)
+    products = Products(torch.empty(0, dtype=dtype))
     inside = torch.full((block.end + 2, N), float("nan"), dtype=dtype)  # what is beside the result stays
     out = inside[1:-1]
     grad = torch.full_like(weight_EKN, float("nan"))
@@ -97,14 +97,17 @@ def test_what_is_not_a_number_stays_where_it_is(dtype: torch.dtype, width_of_pro
     block, a, b, weight_ENK, weight_EKN = factors([5, 8], dtype)
     a[6, 3] = float("nan")
     out, grad = torch.empty(13, N, dtype=dtype), torch.empty_like(weight_EKN)
-    for product, weight in ((Products(dtype).transposed, weight_ENK), (Products(dtype).straight, weight_EKN)):
+    for product, weight in (
+        (Products(torch.empty(0, dtype=dtype)).transposed, weight_ENK),
+        (Products(torch.empty(0, dtype=dtype)).straight, weight_EKN),
+    ):
         product(block, a, weight, out)
         assert out.isnan().any(1).nonzero().flatten().tolist() == [6] and out[6].isnan().all()
-    Products(dtype).gradient(block, a, b, grad.zero_())
+    Products(torch.empty(0, dtype=dtype)).gradient(block, a, b, grad.zero_())
     assert grad.isnan().any(2).nonzero().tolist() == [[2, 3]] and grad[2, 3].isnan().all()
     assert len(called) == 3
     a[6, 3], b[4, 5] = 0.0, float("inf")  # the last of five rows: it has no neighbour
-    Products(dtype).gradient(block, a, b, grad)
+    Products(torch.empty(0, dtype=dtype)).gradient(block, a, b, grad)
     assert grad[1, :, 5].isinf().all() and grad.isfinite().sum() == grad.numel() - K
 
 
@@ -112,8 +115,8 @@ def test_rows_that_do_not_follow_each_other_are_left_to_torch(called: list[str])
     block, a, _, weight_ENK, _ = factors([5, 8], torch.float32)
     strided = torch.empty(13, 2 * K)[:, ::2].copy_(a)
     wanted, out = torch.empty(13, N), torch.empty(13, N)
-    Products(torch.float32).transposed(block, a, weight_ENK, wanted)
-    Products(torch.float32).transposed(block, strided, weight_ENK, out)
+    Products(torch.empty(0)).transposed(block, a, weight_ENK, wanted)
+    Products(torch.empty(0)).transposed(block, strided, weight_ENK, out)
     assert called == ["product_transposed_f32"]
     assert torch.allclose(out, wanted, atol=1e-4)
 
@@ -123,7 +126,7 @@ def test_one_busy_expert_among_idle_ones_has_many_rows(called: list[str], monkey
     for busy in (128, 129):
         block, a, _, weight_ENK, _ = factors([0, busy, 0, 0], torch.float32)
         out = torch.empty(busy, N)
-        Products(torch.float32).transposed(block, a, weight_ENK, out)
+        Products(torch.empty(0)).transposed(block, a, weight_ENK, out)
         assert torch.allclose(out, a @ weight_ENK[2].t(), atol=1e-4)
     assert called == ["product_transposed_f32"]
 
@@ -173,7 +176,7 @@ def test_factors_that_do_not_fit_never_reach_the_kernel(mistake: str, whole: boo
         if whole:
             torch.ops.moecompile.grouped_mm(rows, weight, torch.tensor(counts))
         else:
-            Products(torch.float32).transposed(Block(0, 8, 0, counts), rows, weight, torch.empty(8, N))
+            Products(torch.empty(0)).transposed(Block(0, 8, 0, counts), rows, weight, torch.empty(8, N))
     assert called == []
 
 
@@ -181,7 +184,7 @@ def test_factors_that_do_not_fit_never_reach_the_kernel(mistake: str, whole: boo
 def test_one_product_by_torch(columns: int, width_of_products: None) -> None:
     """Whether widened or not, the product is that of the numbers given, rounded once."""
     generator = torch.Generator().manual_seed(0)
-    product = Products(torch.bfloat16).by_torch
+    product = Products(torch.empty(0, dtype=torch.bfloat16)).by_torch
     for rows in (1, 23, 24, 100):
         a, b = (torch.randn(*size, generator=generator).bfloat16() for size in ((rows, 64), (columns, 64)))
         out = torch.empty(rows, columns, dtype=torch.bfloat16)

@@ -178,6 +178,7 @@ def test_every_shipped_machine_and_stack_is_complete() -> None:
 def test_a_forecast_adds_up_and_its_changes_are_real() -> None:
     case = Case(model=MODEL, layout=LAYOUT, machine=H100, software=Software(recompute=("full",)))
     options = alternatives_of(case, Keys())
+    assert "data.micro_batch_size=2" in options  # not of `workload`, which a run does not read
     made = forecast(case, [synthetic("balanced", 16, 16, 2), synthetic("zipf", 16, 16, 2)], options)
     assert made.seconds == pytest.approx(sum(made.parts.values()))
     assert made.tokens_per_second_per_rank == pytest.approx(64 * 2048 / 16 / made.seconds)

@@ -1,0 +1,232 @@
+"""What is read from the router that a model has already: its logits, for losses and for its entropy.
+
+A hook on the module that returns the logits hands them to an `OwnRouter` beside the experts, which run later in the
+same block. The router itself is not changed.
+
+Legend: T tokens, E experts that a token may choose, K top-k, B sequences, S tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from moecompile.errors import ConfigError, MoecompileError
+from moecompile.nn import losses as loss_functions
+from moecompile.nn.auxiliary import KeepsLosses
+from moecompile.nn.context import whole_sequences
+from moecompile.nn.meter import at_least
+from moecompile.nn.watch import named_arguments
+from moecompile.routing import NO_BALANCE, BalanceSpec
+
+_OWN_LOSSES = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")
+"""Coefficients in transformers' configs of the losses that its models add themselves."""
+
+
+class OwnRouter(KeepsLosses):
+    """The model's own router as its experts see it.
+
+    `global_load` (E,), only with a global_batch loss, is each expert's fraction of the previous optimizer step's load.
+
+    Args:
+        num_choices: E. top_k: experts per token. score: `softmax` or `sigmoid`, of the logits; `other`: only their
+            z-loss is known.
+        source: path in the block of the module that returns the logits, and which of its tensors they are.
+        balance: its losses are those of this router. has_sequences: whether the block is called with (B, S, D).
+    """
+
+    global_load: Tensor | None
+    router: nn.Module | None
+
+    def __init__(
+        self,
+        num_choices: int,
+        top_k: int,
+        score: str,
+        source: tuple[str, int],
+        balance: BalanceSpec = NO_BALANCE,
+        *,
+        has_sequences: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.num_choices, self.top_k, self.score, self.source = num_choices, top_k, score, source
+        self.losses, self.has_sequences = balance.losses, has_sequences
+        wide = torch.promote_types(dtype, torch.float32)
+        even = torch.full((num_choices,), 1 / num_choices, device=device, dtype=wide)
+        self.register_buffer("global_load", even if balance.global_batch else None)
+        self.positions: str | None = None  # process group of the ranks with the other positions of a sequence
+        self.given: Tensor | None = None  # the logits of this forward, (..., E); (B, S, E) if sequences are known
+        vars(self)["router"] = None  # the module that is read, which stays where it is; None: nothing is read
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the router has weights that get gradients."""
+        return self.router is not None and any(weight.requires_grad for weight in self.router.parameters())
+
+    def forward(self, ids_TK: Tensor, weights_TK: Tensor, real_T: Tensor | None = None) -> Tensor | None:
+        """Keeps the losses of this forward.
+
+        Args:
+            ids_TK: chosen experts before drops. weights_TK: their routing weights, which the loss depends on.
+            real_T: which tokens are no padding, (T,) bool; None: all.
+
+        Returns:
+            Each token's distribution over the choices, (T, E), without a graph; None in evaluation mode, or if it is
+            not known.
+
+        Raises:
+            MoecompileError: the router did not run before the experts.
+        """
+        logits, self.given = self.given, None
+        if not self.training or self.router is None:
+            return None
+        if logits is None:
+            raise MoecompileError(f"the module {self.source[0]}, whose logits are read, did not run before the experts")
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if real_T is not None:
+            ids_TK = ids_TK.masked_fill(~real_T.unsqueeze(1), self.num_choices)
+        self.keep(self._losses(logits, ids_TK, real_T), weights_TK)
+        if self.score == "other":
+            return None
+        return self._scored(logits.detach())[1].reshape(-1, self.num_choices)
+
+    def _losses(self, logits: Tensor, ids_TK: Tensor, real_T: Tensor | None) -> dict[str, Tensor]:
+        if self.losses and logits.numel() == 0:  # the mean over no tokens is undefined
+            return {name: logits.sum() for name in self.losses}
+        if self.losses and self.positions is not None:
+            logits, ids_TK, real_T = whole_sequences(logits, ids_TK, real_T, self.positions)
+        scores, probs = self._scored(logits) if self.losses else (logits, logits)
+        return {
+            name: coefficient * self._loss(name, logits, scores, probs, ids_TK, real_T)
+            for name, coefficient in self.losses.items()
+        }
+
+    def _loss(
+        self, name: str, logits: Tensor, scores: Tensor, probs: Tensor, ids_TK: Tensor, real_T: Tensor | None
+    ) -> Tensor:
+        if name == "global_batch":
+            assert self.global_load is not None
+            return loss_functions.global_batch_loss(probs, self.global_load, real_T)
+        return loss_functions.loss_of(name, logits, scores, probs, ids_TK, self.top_k, real_T)
+
+    def _scored(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores, and the same normalised to sum to 1 over the choices of a token."""
+        if self.score == "sigmoid":
+            scores = logits.sigmoid()
+            return scores, scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
+        scores = logits.softmax(-1)
+        return scores, scores
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OwnRouter:
+        super()._apply(at_least(torch.float32, fn), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "given": None}
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        losses = "".join(f", {name} {value:g}" for name, value in self.losses.items())
+        return f"reads {self.source[0]}, {self.num_choices} choices, {self.score}{losses}"
+
+
+class OwnCapacity(nn.Module):
+    """Drops assignments of the model's own router beyond the capacity; weights of kept assignments are unchanged.
+
+    Args:
+        num_experts: with weights. factor, drop: `routing.capacity_factor` and `routing.drop`.
+    """
+
+    def __init__(self, num_experts: int, factor: float, drop: str) -> None:
+        super().__init__()
+        self.num_experts, self.factor, self.drop = num_experts, factor, drop
+
+    def forward(self, ids_TK: Tensor, weights_TK: Tensor, real_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns ids, with `num_experts` for a dropped assignment, and weights, 0 for one."""
+        kept_TK = torch.ops.moecompile.within_capacity(
+            ids_TK, weights_TK.detach(), self.num_experts, self.factor, self.drop, real_T
+        )
+        return ids_TK.masked_fill(~kept_TK, self.num_experts), weights_TK.masked_fill(~kept_TK, 0.0)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{self.num_experts} experts, capacity {self.factor} by {self.drop}"
+
+
+def own_routers(model: nn.Module) -> list[tuple[str, OwnRouter]]:
+    """All of them with their module paths, in model order."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, OwnRouter)]
+
+
+def watch_routers(model: nn.Module) -> None:
+    """Makes the models' own routers of a compiled model hand their logits over.
+
+    Raises:
+        MoecompileError: a router is gone.
+    """
+    found = own_routers(model)
+    for path, reader in found:
+        block = path.rpartition(".")[0].rpartition(".")[0]
+        where, index = reader.source
+        try:
+            router = model.get_submodule(f"{block}.{where}".removeprefix("."))
+        except AttributeError as error:
+            raise MoecompileError(f"{block}: its router {where} is gone") from error
+        vars(reader)["router"] = router
+        logits = _Logits(reader, index)
+        router.register_forward_hook(logits)
+        if reader.has_sequences:
+            model.get_submodule(block).register_forward_pre_hook(_Sequences(logits), with_kwargs=True)
+    if any(reader.losses for _, reader in found) and hasattr(model, "config"):
+        model.register_forward_pre_hook(_check_counted_once, with_kwargs=True)
+
+
+class _Logits:
+    """The hook after the router's module.
+
+    It gives the logits their sequences: the experts may be compiled, and a size that they read would be a guard.
+    """
+
+    def __init__(self, reader: OwnRouter, index: int) -> None:
+        self.reader, self.index = reader, index
+        self.dims: tuple[int, ...] | None = None  # (B, S) of this forward
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.reader.training:
+            tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            logits = tensors[self.index]
+            self.reader.given = logits if self.dims is None else logits.reshape(*self.dims, -1)
+
+
+class _Sequences:
+    """The hook before the block: which of its tokens are one sequence."""
+
+    def __init__(self, logits: _Logits) -> None:
+        self.logits = logits
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        self.logits.dims = tuple(first.shape[:-1])
+
+
+def _check_counted_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses a training forward in which transformers adds its own losses of the same routers."""
+    config: Any = model.config
+    given = named_arguments(model, args, kwargs)
+    asked = given.get("output_router_logits")
+    asked = getattr(config, "output_router_logits", False) if asked is None else asked
+    if not (model.training and asked and given.get("labels") is not None):
+        return
+    for name in _OWN_LOSSES:
+        if value := getattr(config, name, 0):
+            raise ConfigError(
+                f"model.config.{name}", value,
+                "the model adds this loss of its routers itself, because output_router_logits is true, so with "
+                "balance.losses their load would count twice",
+                "Set output_router_logits=False, or use balance=none",
+            )  # fmt: skip

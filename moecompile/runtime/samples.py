@@ -1,0 +1,144 @@
+"""Text that the model writes during training, from the beginnings of validation texts.
+
+Algorithm of one sample, on all ranks at once, because a forward exchanges tokens between them:
+  1. A validation micro-batch of this rank; of its rows a causal model is given the first quarter, an encoder-decoder
+     model all of the encoder's input.
+  2. One forward for each token, as many on every rank, also if rows of chats are shorter on some. Rows keep their
+     length, so that nothing is compiled again; causal models do not see what is not written yet. (Behind a capacity, it
+     competes for experts all the same.)
+  3. The next token is drawn at temperature 0.8 with a seed that depends on the step alone.
+  4. Rank 0 writes prompts and continuations to `samples.jsonl`, and to loggers that take text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from moecompile.runtime.metrics import Metrics
+from moecompile.runtime.module import LanguageModule
+from moecompile.runtime.observer import StepObserver
+from moecompile.runtime.strategy import ExpertParallelStrategy
+
+TOKENS, ROWS, TEMPERATURE = 24, 2, 0.8
+
+
+class Samples(StepObserver):
+    """Writes samples every `interval` optimizer steps and after the last one; None: only after the last one.
+
+    Args:
+        batches: validation micro-batches, of which the first is taken. tokenizer: of the text. path: of samples.jsonl.
+        metrics: whose clock stops meanwhile.
+    """
+
+    def __init__(
+        self, interval: int | None, batches: Iterable[dict[str, Tensor]], tokenizer: Tokenizer, path: Path,
+        metrics: Metrics, *, seed: int,
+    ) -> None:  # fmt: skip
+        self.interval, self.batches, self.tokenizer, self.path = interval, batches, tokenizer, path
+        self.metrics, self.seed = metrics, seed
+        self._sampled = 0
+
+    def started(self, module: LanguageModule) -> None:
+        """Samples after the step from which a run goes on are of a run that went another way."""
+        step = module.trainer.global_step
+        if module.trainer.is_global_zero and self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+
+    def step_ended(self, module: LanguageModule, strategy: ExpertParallelStrategy) -> None:
+        """Writes a sample if it is time."""
+        if self.interval and module.trainer.global_step % self.interval == 0:
+            self._sample(module, strategy)
+
+    def ended(self, module: LanguageModule) -> None:
+        """Writes the last one, also of a run that a callback has ended early."""
+        strategy = module.trainer.strategy
+        assert isinstance(strategy, ExpertParallelStrategy)
+        if self._steps and module.trainer.global_step != self._sampled:
+            self._sample(module, strategy)
+
+    def _sample(self, module: LanguageModule, strategy: ExpertParallelStrategy) -> None:
+        trainer = module.trainer
+        assert isinstance(trainer, Trainer)
+        self._sampled = step = trainer.global_step
+        with self.metrics.paused():
+            batch = strategy.batch_to_device(next(iter(self.batches)), strategy.root_device)
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+            vocabulary = self.tokenizer.get_vocab_size()
+            count = fewest(room(module, batch), strategy.groups.every, strategy.root_device)
+            with strategy.precision_plugin.val_step_context():
+                rows = written(module, batch, count, vocabulary=vocabulary, generator=generator)
+            if trainer.is_global_zero:
+                self._write(trainer, step, [tuple(map(self.tokenizer.decode, row)) for row in rows[:ROWS]])
+
+    def _write(self, trainer: Trainer, step: int, texts: list[tuple[str, ...]]) -> None:
+        rows = [
+            json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) for prompt, text in texts
+        ]
+        with suppress(OSError), self.path.open("a", encoding="utf-8") as file:  # a full disk is told by the checkpoint
+            file.write("".join(f"{row}\n" for row in rows))
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_text"):  # wandb
+                logger.log_text("sample", columns=["prompt", "text"], data=[list(row) for row in texts], step=step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("sample", "\n\n".join(f"**{p}**{t}" for p, t in texts), step)
+
+
+def room(module: LanguageModule, batch: dict[str, Tensor]) -> int:
+    """How many tokens of a sample fit behind the prompts."""
+    if module.decoder_start is not None:
+        return min(TOKENS, batch["labels"].shape[1])
+    length = batch["input_ids"].shape[1]
+    return min(TOKENS, length - _prompt(length))
+
+
+def fewest(count: int, group: dist.ProcessGroup | None, device: torch.device) -> int:
+    """The smallest `count` of all ranks."""
+    number = torch.tensor(count, device=device)
+    dist.all_reduce(number, dist.ReduceOp.MIN, group=group)
+    return int(number)
+
+
+def _prompt(length: int) -> int:
+    return max(1, length // 4)
+
+
+@torch.no_grad()
+def written(
+    module: LanguageModule, batch: dict[str, Tensor], count: int, *, vocabulary: int, generator: torch.Generator
+) -> list[tuple[list[int], list[int]]]:
+    """Prompt and continuation of every row, token ids. All ranks call it together, with the same `count`.
+
+    Args:
+        batch: as for the module; of several chats in a row the first begins the prompt. count: tokens to write.
+        vocabulary: ids to draw from.
+    """
+    is_causal, training = module.decoder_start is None, module.training
+    module.eval()
+    try:
+        inputs: dict[str, Any] = {"input_ids": batch["input_ids"].clone()} if is_causal else dict(batch)
+        inputs["labels"] = batch["labels"].clone()
+        target = inputs["input_ids" if is_causal else "labels"]
+        first = _prompt(target.shape[1]) if is_causal else 0
+        last = first + count
+        target[:, first:] = target[:, first - 1 : first] if is_causal else 0
+        for place in range(first, last):
+            logits = module.logits(inputs)[:, place - is_causal, :vocabulary]
+            finite = logits.float().nan_to_num(0.0, posinf=0.0)  # a run may go on with weights that are not
+            chances = (finite / TEMPERATURE).softmax(-1).cpu()
+            target[:, place] = torch.multinomial(chances, 1, generator=generator)[:, 0].to(target.device)
+        prompts = target[:, :first] if is_causal else batch["input_ids"]
+        return list(zip(prompts.tolist(), target[:, first:last].tolist(), strict=True))
+    finally:
+        module.train(training)

@@ -1,0 +1,76 @@
+"""The forecast of a training run's step, for its report: `forecast.json`, with the keys of task=plan's result.json."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moecompile.pipeline.shape import shape_of_model
+from moecompile.plan import Plan
+from moecompile.planner.foresight.forecast import Forecast
+from moecompile.planner.foresight.planned import forecast_plan
+from moecompile.planner.foresight.shapes import ModelShape
+from moecompile.rundir import FORECAST, place
+from moecompile.schema import Config
+
+
+def outline(model: nn.Module) -> nn.Module | None:
+    """A copy of a model before compilation with weights on the meta device; None: it cannot be copied."""
+    memo: dict[int, object] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in model.parameters()
+    }
+    memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception:  # a module of the user's own that refuses to be copied
+        return None
+
+
+def shape_of(model: nn.Module | None, plan: Plan) -> ModelShape | None:
+    """The shape of an outline; None: there is no outline, no layer was planned, or the model's config cannot be read.
+
+    A report must not end a run: rank 0 alone makes it, and the others would wait for it.
+    """
+    if model is None or not plan.layers:
+        return None
+    try:
+        return shape_of_model(model, plan)
+    except Exception:
+        return None
+
+
+def write_forecast(
+    shape: ModelShape | None, plan: Plan, config: Config, run_dir: Path, load: Path | None = None
+) -> None:
+    """Writes the forecast, or nothing if the hardware has no figures for one, or the disk no room: see `shape_of`.
+
+    Args:
+        load: the load of the run, whose imbalance is priced too.
+    """
+    if shape is None:
+        return
+    if load is not None and load.exists():
+        config = dataclasses.replace(config, workload=dataclasses.replace(config.workload, load=str(load)))
+    try:
+        text = json.dumps(forecast_fields(forecast_plan(shape, plan, config)), indent=2) + "\n"
+        (place(run_dir) / FORECAST).write_text(text, encoding="utf-8")
+    except Exception:
+        return
+
+
+def forecast_fields(forecast: Forecast) -> dict[str, object]:
+    """The fields of result.json about a forecast."""
+    return {
+        "step_seconds": forecast.seconds,
+        "tokens_per_second_per_rank": forecast.tokens_per_second_per_rank,
+        "tflops_per_rank": forecast.tflops_per_rank,
+        "mfu": forecast.mfu,
+        "step_parts": dict(forecast.parts),
+        "imbalance": [dataclasses.asdict(price) for price in forecast.prices],
+        "changes": [dataclasses.asdict(change) for change in forecast.changes],
+    }

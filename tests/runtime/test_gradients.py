@@ -1,0 +1,48 @@
+"""Gradients of one rank: nothing is summed, and no copies are made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moecompile.bench.peak import PeakMemory
+from moecompile.runtime.gradients import clip_by_global_norm, sum_replicated
+from tests.tiny import one_rank
+
+MIB = 2**20
+
+
+def _peak(weights: list[nn.Parameter], *, clipped: bool) -> int:
+    assert dist.group.WORLD is not None
+    peak = PeakMemory(torch.device("cpu"))
+    peak.watch()
+    peak.start()
+    if clipped:
+        clip_by_global_norm(weights, 1.0, dist.group.WORLD)
+    else:
+        sum_replicated(weights, dist.group.WORLD)
+    return peak.stop()
+
+
+def test_one_rank_copies_nothing(tmp_path: Path) -> None:
+    with one_rank(tmp_path):
+        _check()
+
+
+def _check() -> None:
+    weights = [nn.Parameter(torch.randn(MIB // 4)) for _ in range(4)]  # 1 MiB each
+    for weight in weights[:3]:
+        weight.grad = torch.randn_like(weight)
+    before = [weight.grad for weight in weights]
+    least = _peak([], clipped=False)
+    assert _peak(weights, clipped=False) - least < MIB // 8
+    assert all(weight.grad is grad for weight, grad in zip(weights, before, strict=True))
+    wanted = torch.stack([w.grad.double().square().sum() for w in weights[:3] if w.grad is not None]).sum().sqrt()
+    assert _peak(weights, clipped=True) - least < 2.2 * MIB  # one gradient in fp64
+    assert weights[3].grad is None
+    got = torch.stack([w.grad.double().square().sum() for w in weights[:3] if w.grad is not None]).sum().sqrt()
+    assert float(got) == pytest.approx(1.0, rel=1e-5) and float(wanted) > 1

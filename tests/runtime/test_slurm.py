@@ -1,0 +1,120 @@
+"""The batch job without a cluster: its text, what is refused, and when it goes back into the queue."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moecompile.compose import compose_config
+from moecompile.errors import ConfigError
+from moecompile.rundir import job_command
+from moecompile.runtime.launch import is_restart
+from moecompile.runtime.slurm import _may_go_on, job_id, job_script
+from moecompile.schema import validate
+
+SUBMIT = ["task=submit", "launcher=slurm"]
+
+
+def directives(text: str) -> dict[str, str]:
+    lines = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert all(len(words) == 1 for words in lines)
+    return dict(words[0].partition("=")[::2] for words in lines)
+
+
+def test_the_job_is_that_of_the_mesh() -> None:
+    config = compose_config([
+        *SUBMIT, "recipe=deepseek_ep", "mesh=h100_2x8", "launcher.partition=gpu", "launcher.time='2-00:00:00'",
+        "launcher.interface=ib0", "launcher.setup=[module load cuda]", "launcher.directives=['--mem=0']",
+        "launcher.cpus_per_rank=12",
+    ])  # fmt: skip
+    text = job_script(config, Path("/data/it's 100% #1"), ["python", "-m", "moecompile", "name=it's"], {})
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    found = directives(text)
+    assert found == {
+        "--job-name": "deepseek_ep", "--partition": "gpu", "--time": "2-00:00:00", "--nodes": "2",
+        "--ntasks-per-node": "8", "--cpus-per-task": "12", "--gpus-per-node": "8", "--distribution": "block:block",
+        "--signal": "USR1@120", "--chdir": str(Path.cwd()), "--output": "/data/it's 100%% #1/slurm-%j.out",
+        "--requeue": "", "--open-mode": "append", "--mem": "0",
+    }  # fmt: skip
+    *before, last = [line for line in text.splitlines() if not line.startswith("#")]
+    assert before[:2] == ["set -e", "module load cuda"]
+    assert "export NCCL_SOCKET_IFNAME=ib0" in before and "export GLOO_SOCKET_IFNAME=ib0" in before
+    assert shlex.split(last)[-4:] == ["python", "-m", "moecompile", "name=it's"]
+
+
+def test_without_gpus_and_without_requeue() -> None:
+    config = compose_config([*SUBMIT, "mesh=cpu_2x2", "launcher.requeue=false"])
+    found = directives(job_script(config, Path("/run"), ["true"], {}))
+    assert "--no-requeue" in found and "--requeue" not in found and "--gpus-per-node" not in found
+
+
+def test_the_command_goes_on_in_its_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["moecompile", "--config-dir", "mine", "-m", *SUBMIT, "seed=1,2"])
+    overrides = [*SUBMIT, "seed=1", "launcher.dry_run=true"]
+    train = job_command(overrides, Path("/a b"), "train", "python3")
+    assert train == [
+        "python3", "-m", "moecompile", "--config-dir", "mine", "task=train", "launcher=slurm", "seed=1",
+        "hydra.run.dir='/a b'", "trainer.resume=auto",
+    ]  # fmt: skip
+    assert job_command([*overrides, "trainer.resume=/old"], Path("/b"), "train", "python3")[-2:] == [
+        "trainer.resume=/old", "hydra.run.dir=/b"
+    ]  # fmt: skip
+    assert job_command(overrides, Path("/b"), "bench", "python3")[-1] == "hydra.run.dir=/b"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["launcher=local"], "launcher=local: submits nothing. Use launcher=slurm, or leave out task=submit."),
+        (["launcher.task=verify"], "launcher.task=verify: does not run on the ranks of a mesh. Use train or bench."),
+        (["launcher.directives=['--nodes=3']"], "launcher.directives[0]=--nodes=3: is decided by mesh.num_nodes."),
+        (["launcher.directives=['-t 5']"], "launcher.directives[0]=-t 5: is decided by launcher.time."),
+        (["launcher.directives=['mem=0']"], "launcher.directives[0]=mem=0: is no option of sbatch."),
+        (['launcher.setup=["a\nb"]'], "launcher.setup[0]='a\\nb': must be one line of text."),
+        (["launcher.partition=''"], "launcher.partition='': must be one line of text."),
+        (["launcher.signal_s=0"], "launcher.signal_s=0: must be"),
+        (
+            ["data.global_batch_size=7", "mesh=cpu_1x2"],
+            "data.global_batch_size=7: ",
+        ),  # what the job itself would refuse
+    ],
+)
+def test_what_cannot_be_submitted(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(compose_config([*SUBMIT, *overrides]))
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("shown", "may"),
+    [
+        ("JobState=RUNNING Reason=None Dependency=(null)\n   Requeue=1", True),
+        ("JobState=COMPLETING Reason=TimeLimit Dependency=(null)", True),
+        ("JobState=COMPLETING Reason=None Dependency=(null)", False),  # cancelled
+        ("JobState=PENDING Reason=BeginTime Dependency=(null)", False),  # requeued already
+        ("", False),
+    ],
+)
+def test_a_cancelled_job_stays_cancelled(shown: str, may: bool) -> None:
+    """As scontrol of SLURM 24.11 shows jobs."""
+    assert _may_go_on(shown) is may
+
+
+def test_the_id_of_a_job() -> None:
+    assert job_id({}) is None
+    assert job_id({"SLURM_JOB_ID": "7"}) == "7"
+    assert job_id({"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}) == "7_1"
+
+
+def test_a_requeued_job_is_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the run's own checkpoint comes before a given trainer.resume, as after a lost rank."""
+    for name in ("MOECOMPILE_RESTART", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert not is_restart()
+    for count, expected in (("0", False), ("2", True)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+        assert is_restart() is expected
