@@ -100,11 +100,11 @@ def _hierarchical(mesh: MeshSpec, placement: ExpertPlacement, ids: list[Tensor])
 
 def _allgather(mesh: MeshSpec, placement: ExpertPlacement, ids: list[Tensor]) -> Sends:
     nodes, on_node = mesh.nodes_per_ep_group, mesh.ep // mesh.nodes_per_ep_group
-    longest = torch.stack([op.count_gathered(ids_TK, placement.num_experts, mesh.ep)[0] for ids_TK in ids])
-    table = longest.expand(2, -1, -1)
+    table = torch.stack([op.count_gathered(ids_TK, placement.num_experts, mesh.ep)[0] for ids_TK in ids])
     sends = []
     for source, ids_TK in enumerate(ids):
-        block, _, _ = op.pad_tokens(_rows(ids_TK), _weights(ids_TK), ids_TK, table)
+        own_N = op.own_tokens(ids_TK, table[source].expand(2, 1, -1), placement.num_experts)
+        block, _, _ = op.pad_tokens(_rows(ids_TK), _weights(ids_TK), ids_TK, own_N, table.expand(2, -1, -1))
         column = range(source % on_node, mesh.ep, on_node) if nodes > 1 else ()
         sends += [(source, target, block.shape[0]) for target in column]
         first = source // on_node * on_node

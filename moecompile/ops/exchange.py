@@ -149,7 +149,7 @@ def reduce_scatter(rows: Tensor, axis: str) -> Tensor:
     if rows.numel():
         dist.all_to_all_single(received, rows.contiguous(), group=group)
     _count_blocks(axis, group, rows.numel() * rows.element_size() // group.size())
-    blocks = received.view(group.size(), -1, rows.shape[1])
+    blocks = received.view(group.size(), rows.shape[0] // group.size(), rows.shape[1])
     return blocks.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)
 
 

@@ -1,7 +1,7 @@
-"""Row movement of the `allgather` dispatch: each rank gets all tokens of its EP group and computes its own experts.
+"""Row movement of the `allgather` dispatch: each rank gets the tokens of its EP group and computes its own experts.
 
-Legend: T tokens, D model dim, K top-k, r EP ranks, M tokens of the longest micro-batch, G = r * M rows gathered,
-B assignments to experts of this rank.
+Legend: T tokens, N of them with an expert, D model dim, K top-k, r EP ranks, M the most of any rank's N,
+G = r * M rows gathered, B assignments to experts of this rank.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moecompile.ops.host import finish_read
 from moecompile.ops.layout import by_assignment
@@ -21,7 +20,7 @@ _PADDING = -1  # expert id of padding, which no rank has
 
 @torch.library.custom_op("moecompile::count_gathered", mutates_args=())
 def count_gathered(ids_TK: Tensor, num_experts: int, num_ranks: int) -> Tensor:
-    """Counts to send to each rank, counts_r3 int64: tokens of this rank, assignments to the other, its first expert.
+    """Counts to send to each rank, counts_r3 int64: tokens with an expert, assignments to the other, its first expert.
 
     Every rank sends the same third number, so that the graph need not know the rank that runs it.
     """
@@ -29,7 +28,7 @@ def count_gathered(ids_TK: Tensor, num_experts: int, num_ranks: int) -> Tensor:
     rank_TK = torch.div(ids_TK, per_rank, rounding_mode="floor")  # dropped: num_ranks
     assigned_r = expert_counts(rank_TK, num_ranks + 1)[:num_ranks]
     first_r = torch.arange(num_ranks, device=ids_TK.device) * per_rank
-    return torch.stack((torch.full_like(first_r, ids_TK.shape[0]), assigned_r, first_r), dim=1)
+    return torch.stack((_has_expert(ids_TK, num_experts).sum().expand_as(first_r), assigned_r, first_r), dim=1)
 
 
 @count_gathered.register_fake
@@ -37,20 +36,39 @@ def _(ids_TK: Tensor, num_experts: int, num_ranks: int) -> Tensor:
     return ids_TK.new_empty(num_ranks, 3)
 
 
+@torch.library.custom_op("moecompile::own_tokens", mutates_args=())
+def own_tokens(ids_TK: Tensor, table_2r3: Tensor, num_experts: int) -> Tensor:
+    """Which tokens have an expert and so are gathered, own_N int64; padding and wholly dropped tokens have none."""
+    num_own, num_tokens = int(finish_read(table_2r3)[0, 0, 0]), ids_TK.shape[0]
+    if num_own == num_tokens:
+        return torch.arange(num_tokens, device=ids_TK.device)
+    # `nonzero` would cause a host sync, to get the size of its result.
+    return torch.argsort(~_has_expert(ids_TK, num_experts), stable=True)[:num_own].clone()
+
+
+@own_tokens.register_fake
+def _(ids_TK: Tensor, table_2r3: Tensor, num_experts: int) -> Tensor:
+    return ids_TK.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
 @torch.library.custom_op("moecompile::pad_tokens", mutates_args=())
-def pad_tokens(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, table_2r3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pads a micro-batch to the longest one of the group with tokens that have no expert.
+def pad_tokens(
+    x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, own_N: Tensor, table_2r3: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Takes a rank's own tokens and pads them to the most that a rank of the group has with rows without an expert.
 
     Returns:
         x_MD, weights_MK, ids_MK int16.
     """
-    missing = int(finish_read(table_2r3)[1, :, 0].max()) - x_TD.shape[0]
-    ids_MK = F.pad(ids_TK.to(torch.int16), (0, 0, 0, missing), value=_PADDING)
-    return _padded(x_TD, missing), _padded(weights_TK, missing), ids_MK
+    most = int(finish_read(table_2r3)[1, :, 0].max())
+    ids_MK = _take_padded(ids_TK.to(torch.int16), own_N, most, _PADDING)
+    return _take_padded(x_TD, own_N, most), _take_padded(weights_TK, own_N, most), ids_MK
 
 
 @pad_tokens.register_fake
-def _(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, table_2r3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, own_N: Tensor, table_2r3: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     size = torch.library.get_ctx().new_dynamic_size()
     return (
         x_TD.new_empty(size, x_TD.shape[1]),
@@ -61,36 +79,42 @@ def _(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, table_2r3: Tensor) -> tu
 
 def _pad_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.num_tokens = inputs[0].shape[0]
+    ctx.save_for_backward(inputs[3])
     ctx.mark_non_differentiable(output[2])
 
 
-def _pad_backward(ctx: Any, grad_x: Tensor, grad_weights: Tensor, _ids: Any) -> tuple[Tensor, Tensor, None, None]:
-    return grad_x[: ctx.num_tokens], grad_weights[: ctx.num_tokens], None, None
+def _pad_backward(ctx: Any, grad_x: Tensor, grad_weights: Tensor, _ids: Any) -> tuple[Any, ...]:
+    (own_N,) = ctx.saved_tensors
+    return _spread(grad_x, own_N, ctx.num_tokens), _spread(grad_weights, own_N, ctx.num_tokens), None, None, None
 
 
 pad_tokens.register_autograd(_pad_backward, setup_context=_pad_setup)
 
 
-@torch.library.custom_op("moecompile::trim_tokens", mutates_args=())
-def trim_tokens(y_MD: Tensor, like_TD: Tensor) -> Tensor:
-    """The rows of this rank's own tokens, (T, D); `like_TD` gives their number."""
-    return y_MD[: like_TD.shape[0]].clone()
+@torch.library.custom_op("moecompile::spread_tokens", mutates_args=())
+def spread_tokens(y_MD: Tensor, own_N: Tensor, like_TD: Tensor) -> Tensor:
+    """The rows of a rank's own tokens, each at its place in the micro-batch, (T, D); tokens without an expert get 0.
+
+    like_TD: gives their number.
+    """
+    return _spread(y_MD, own_N, like_TD.shape[0])
 
 
-@trim_tokens.register_fake
-def _(y_MD: Tensor, like_TD: Tensor) -> Tensor:
+@spread_tokens.register_fake
+def _(y_MD: Tensor, own_N: Tensor, like_TD: Tensor) -> Tensor:
     return y_MD.new_empty(like_TD.shape[0], y_MD.shape[1])
 
 
-def _trim_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.missing = inputs[0].shape[0] - inputs[1].shape[0]
+def _spread_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.num_rows = inputs[0].shape[0]
+    ctx.save_for_backward(inputs[1])
 
 
-def _trim_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
-    return F.pad(grad_TD, (0, 0, 0, ctx.missing)), None
+def _spread_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+    return _take_padded(grad_TD, ctx.saved_tensors[0], ctx.num_rows), None, None
 
 
-trim_tokens.register_autograd(_trim_backward, setup_context=_trim_setup)
+spread_tokens.register_autograd(_spread_backward, setup_context=_spread_setup)
 
 
 @torch.library.custom_op("moecompile::take_local", mutates_args=())
@@ -153,6 +177,22 @@ def local_assignments(
     return source_B, order_B, expert_counts(local_A, num_local + 1)[:num_local].clone()
 
 
-def _padded(rows: Tensor, missing: int) -> Tensor:
-    # Without padding, F.pad would return its input, which an op must not do.
-    return F.pad(rows, (0, 0, 0, missing)) if missing else rows.clone()
+def _has_expert(ids_TK: Tensor, num_experts: int) -> Tensor:
+    return (ids_TK < num_experts).any(1)
+
+
+def _take_padded(rows_TD: Tensor, own_N: Tensor, most: int, value: float = 0.0) -> Tensor:
+    """rows[own], and rows of `value` up to `most`."""
+    num_own = own_N.shape[0]
+    taken = rows_TD.new_empty(most, rows_TD.shape[1])
+    torch.index_select(rows_TD, 0, own_N, out=taken[:num_own])
+    taken[num_own:].fill_(value)
+    return taken
+
+
+def _spread(rows_MD: Tensor, own_N: Tensor, num_tokens: int) -> Tensor:
+    """Rows back at the places `own_N`, 0 elsewhere. One pass if they are all places, in order."""
+    num_own = own_N.shape[0]
+    if num_own == num_tokens:
+        return rows_MD[:num_own].clone()
+    return rows_MD.new_zeros(num_tokens, rows_MD.shape[1]).index_copy_(0, own_N, rows_MD[:num_own])

@@ -185,8 +185,7 @@ def compare(
                 torch.testing.assert_close(padded.grads[path], grad, rtol=0, atol=atol, msg=path)
             assert padded.loads == plain.loads and padded.tokens == plain.tokens
             assert padded.tokens == [2 * sum(LENGTH[:world_size])] * len(padded.tokens)
-            if mesh != "allgather":  # whose blocks are as long as the longest
-                assert padded.sent == plain.sent
+            assert padded.sent == plain.sent
 
 
 @pytest.mark.parametrize("mesh", TWO_RANKS)

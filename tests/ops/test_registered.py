@@ -155,8 +155,11 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
         values(3, 4), values(3, 2), torch.tensor([5, 0, 5, 2, 1, 4]), 4, 2, torch.tensor([[[3, 3], [3, 3]]] * 2),
     ),
     "count_gathered": lambda _: (IDS_TK, 4, 2),
-    "pad_tokens": lambda _: (values(3, 4), values(3, 2), IDS_TK, torch.tensor([[[3, 1, 0], [5, 1, 2]]] * 2)),
-    "trim_tokens": lambda _: (values(5, 4), values(3, 4).detach()),
+    "own_tokens": lambda _: (IDS_TK, torch.tensor([[[3, 1, 0], [5, 1, 2]]] * 2), 4),
+    "pad_tokens": lambda _: (
+        values(3, 4), values(3, 2), IDS_TK, torch.tensor([0, 2]), torch.tensor([[[2, 1, 0], [5, 1, 2]]] * 2),
+    ),
+    "spread_tokens": lambda _: (values(5, 4), torch.tensor([0, 2]), values(3, 4).detach()),
     "take_local": lambda _: (
         values(3, 4), values(3, 2), IDS_TK.to(torch.int16), torch.tensor([[3, 3, 0]]), torch.tensor([[[3, 3, 0]]] * 2), 2,
     ),
@@ -242,7 +245,7 @@ DIFFERENTIABLE = [
     "flatten_tokens", "unflatten_tokens", "router_logits", "router_logits: bias", "permute", "permute: dropped",
     "unpermute", "permute: counted", "unpermute: dropped", "regroup", "ungroup", "grouped_mm",
     "expert_bias", "pack_rows", "expand_rows", "reduce_rows", "combine_rows", "all_to_all", "exchange_assignments",
-    "pad_tokens", "trim_tokens", "take_local", "wire_cast", "wire_uncast", "all_gather", "reduce_scatter",
+    "pad_tokens", "spread_tokens", "take_local", "wire_cast", "wire_uncast", "all_gather", "reduce_scatter",
     "gather_assignments", "expert_ffn", "sort_assignments", "sort_assignments: dropped", "sort_received",
     "sort_gathered", "cut_tokens", "join_tokens", "sum_ranks", "join_columns", "cut_columns",
     "sort_gathered", "grouped_mm_slots", "grouped_mm_slots: nothing borrowed", "expert_ffn_slots",

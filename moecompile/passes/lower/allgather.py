@@ -1,7 +1,8 @@
-"""allgather: all ranks of the EP group get all tokens; each computes the part of its own experts, sums come back.
+"""allgather: all ranks of the EP group get all tokens that have an expert; each computes the part of its own experts,
+and sums come back.
 
-count_gathered -> exchange_counts -> pad_tokens -> all_gather (rows) -> gather_assignments -> take_local -> experts
--> reduce_rows -> reduce_scatter -> trim_tokens
+count_gathered -> exchange_counts -> own_tokens -> pad_tokens -> all_gather (rows) -> gather_assignments -> take_local
+-> experts -> reduce_rows -> reduce_scatter -> spread_tokens
 
 On several nodes, rows are gathered across nodes first, between ranks with the same local rank, then within each node;
 reduce_scatter runs in reverse order. So a token is sent to each other node once, not to each of its ranks.
@@ -28,7 +29,8 @@ def lower_allgather(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> 
         counts = graph.call_function(ops.count_gathered, (nodes.ids, placement.num_experts, placement.ep))
         received, table = items(graph, graph.call_function(ops.exchange_counts, (counts, axis)), "received", "table")
     with graph.inserting_before(nodes.experts):
-        padded = graph.call_function(ops.pad_tokens, (nodes.tokens, nodes.weights, nodes.ids, table))
+        own = graph.call_function(ops.own_tokens, (nodes.ids, table, placement.num_experts))
+        padded = graph.call_function(ops.pad_tokens, (nodes.tokens, nodes.weights, nodes.ids, own, table))
         rows, weights, ids = items(graph, padded, "padded", "padded_weights", "padded_ids")
         for level in axes:
             rows = _over(graph, layer, rows, ops.all_gather, level)
@@ -41,7 +43,7 @@ def lower_allgather(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> 
         partial = graph.call_function(ops.reduce_rows, (nodes.outputs, weights, source, rows))
         for level in reversed(axes):
             partial = _over(graph, layer, partial, ops.reduce_scatter, level)
-        combined = graph.call_function(ops.trim_tokens, (partial, nodes.tokens))
+        combined = graph.call_function(ops.spread_tokens, (partial, own, nodes.tokens))
     nodes.unpermute.replace_all_uses_with(combined)
     graph.erase_node(nodes.unpermute)
 
