@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moecompile.ops.host import finish_read
 from moecompile.ops.layout import by_assignment
@@ -183,11 +184,8 @@ def _has_expert(ids_TK: Tensor, num_experts: int) -> Tensor:
 
 def _take_padded(rows_TD: Tensor, own_N: Tensor, most: int, value: float = 0.0) -> Tensor:
     """rows[own], and rows of `value` up to `most`."""
-    num_own = own_N.shape[0]
-    taken = rows_TD.new_empty(most, rows_TD.shape[1])
-    torch.index_select(rows_TD, 0, own_N, out=taken[:num_own])
-    taken[num_own:].fill_(value)
-    return taken
+    taken, missing = rows_TD.index_select(0, own_N), most - own_N.shape[0]
+    return F.pad(taken, (0, 0, 0, missing), value=value) if missing else taken
 
 
 def _spread(rows_MD: Tensor, own_N: Tensor, num_tokens: int) -> Tensor:
