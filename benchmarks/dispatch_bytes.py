@@ -18,11 +18,12 @@ from torch import Tensor
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.mesh import LinkClass, MeshSpec
 from moecompile.plan import ExpertPlacement, RoutingPlan
-from moecompile.planner import Wire, choose_dispatch, copies_per_token, forward_traffic
+from moecompile.planner import Links, Wire, choose_dispatch, copies_per_token, forward_traffic
 
 op = torch.ops.moecompile
 KINDS = ("flat", "dedup", "hierarchical", "allgather")
 Rows = dict[tuple[str, LinkClass], float]
+LINKS = Links(intra=155e9, inter=50e9, latency=20e-6)  # conf/hardware/h800.yaml
 
 
 def simulate(mesh: MeshSpec, placement: ExpertPlacement, routing: RoutingPlan, tokens_per_rank: int, seed: int) -> Rows:
@@ -147,7 +148,7 @@ def main() -> None:
         mesh = MeshSpec(num_nodes=nodes, ranks_per_node=8, ep=8 * nodes)
         placement = ExpertPlacement(num_experts=256, ep=mesh.ep)
         found = simulate(mesh, placement, routing, args.tokens, seed=0)
-        print(f"\n{nodes} nodes x 8 ranks, auto is {choose_dispatch(placement, routing, mesh, wire)}")
+        print(f"\n{nodes} nodes x 8 ranks, auto is {choose_dispatch(placement, routing, mesh, wire, LINKS)}")
         print(f"{'':14}{'across nodes':>24}{'within nodes':>24}{'MB across':>12}{'MB within':>12}{'metadata':>10}")
         print(f"{'':14}{'simulated':>12}{'predicted':>12}" + f"{'simulated':>12}{'predicted':>12}")
         for kind in KINDS:

@@ -2,10 +2,19 @@
 
 from moecompile.planner.estimate import estimate
 from moecompile.planner.params import ModelFacts, RunFacts
-from moecompile.planner.traffic import Copies, Wire, choose_dispatch, copies_per_token, forward_traffic, row_bytes
+from moecompile.planner.traffic import (
+    Copies,
+    Links,
+    Wire,
+    choose_dispatch,
+    copies_per_token,
+    forward_traffic,
+    row_bytes,
+)
 
 __all__ = [
     "Copies",
+    "Links",
     "ModelFacts",
     "RunFacts",
     "Wire",

@@ -9,7 +9,7 @@ from moecompile.mesh import MeshSpec
 from moecompile.plan import IN_FLIGHT, DispatchPlan, ExpertPlacement, PlannedSite, RoutingPlan
 from moecompile.planner.lending import plan_lending
 from moecompile.planner.overlap import LayerSeconds, choose_chunks, choose_overlap
-from moecompile.planner.traffic import Wire, choose_dispatch, forward_traffic, row_bytes
+from moecompile.planner.traffic import Links, Wire, choose_dispatch, forward_traffic, row_bytes
 from moecompile.ranges import Whole
 from moecompile.schema import Config, DispatchKind, OverlapKind, Precision, WireDtype
 
@@ -60,7 +60,13 @@ def _dispatch_kind(
         return str(DispatchKind.dedup.value)  # what back ends do
     if kind is not DispatchKind.auto:
         return str(kind.value)
-    return choose_dispatch(placement, routing, mesh, _wire(config, mesh, site))
+    return choose_dispatch(placement, routing, mesh, _wire(config, mesh, site), _links(config))
+
+
+def _links(config: Config) -> Links:
+    hardware = config.hardware
+    latency = hardware.figures.latency_us.value or 0.0  # not known: bytes alone decide
+    return Links(intra=hardware.intra_node_gb_s * 1e9, inter=hardware.inter_node_gb_s * 1e9, latency=latency * 1e-6)
 
 
 def _tokens(config: Config, mesh: MeshSpec) -> int:

@@ -40,6 +40,8 @@ first K experts of open groups are chosen.
                       counts 24 / T                                     to each peer             -> `_metadata`
 
    Dispatch sends from the token's rank, combine from the expert's; the mean over ranks is the same for both.
+4. Seconds: bytes over the bandwidth of their links, and a latency for each exchange but that of assignments, which
+   follows its rows to the same ranks.                                                      -> `exchange_seconds`
 
 Legend: E experts, e experts per rank, G groups, M open groups, K top-k, D model dim, T tokens per rank and micro-batch,
 N nodes of an EP group, L ranks of an EP group on a node.
@@ -52,7 +54,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from moecompile.mesh import MeshSpec
-from moecompile.plan import ExpertPlacement, RoutingPlan, Traffic, plan_errors
+from moecompile.plan import EXCHANGES, ExpertPlacement, RoutingPlan, Traffic, plan_errors
 
 COUNT_BYTES = 8  # exchange_counts sends int64
 CODE_BYTES = 2  # exchange_assignments sends an int16 code with each weight
@@ -73,6 +75,15 @@ class Wire:
     tokens_per_rank: int
     element_bytes: int = 4
     weight_bytes: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """Bytes/s that a rank reaches within a node and across nodes, and seconds of an exchange without rows."""
+
+    intra: float
+    inter: float
+    latency: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,21 +152,32 @@ def forward_traffic(kind: str, placement: ExpertPlacement, routing: RoutingPlan,
     return Traffic(intra_node=copies.intra_node * both_ways + intra, inter_node=copies.inter_node * both_ways + inter)
 
 
-def choose_dispatch(placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec, wire: Wire) -> str:
-    """The kind for `dispatch=auto`: local for ep = 1, else the one with least inter-node bytes, then least total bytes.
+def exchange_seconds(
+    kind: str, placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec, wire: Wire, links: Links
+) -> float:
+    """Predicted time of one layer's exchanges in a forward (step 4); backward sends as much.
+
+    Raises:
+        PlanError: as in `copies_per_token`.
+    """
+    traffic = forward_traffic(kind, placement, routing, mesh, wire)
+    per_token = traffic.intra_node / links.intra + traffic.inter_node / links.inter
+    rounds = sum("assignments" not in name for name in EXCHANGES[kind])
+    return rounds * links.latency + wire.tokens_per_rank * per_token
+
+
+def choose_dispatch(placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec, wire: Wire, links: Links) -> str:
+    """The kind for `dispatch=auto`: local for ep = 1, else the one whose exchanges are predicted to take least time.
 
     Raises:
         PlanError: as in `copies_per_token`.
     """
     if mesh.ep == 1:
         return "local"
-
-    def cost(kind: str) -> tuple[float, float]:
-        traffic = forward_traffic(kind, placement, routing, mesh, wire)
-        return traffic.inter_node, traffic.inter_node + traffic.intra_node
-
-    # On one node, hierarchical is dedup, which comes first in the list and wins the tie.
-    return min(("flat", "dedup", "hierarchical", "allgather"), key=cost)
+    nodes, on_node = _shape(mesh)
+    # allgather sends at least what dedup does, and nothing overlaps with it. One hop needs no second level.
+    kinds = ("flat", "dedup", "hierarchical") if nodes > 1 and on_node > 1 else ("flat", "dedup")
+    return min(kinds, key=lambda kind: exchange_seconds(kind, placement, routing, mesh, wire, links))
 
 
 def _shape(mesh: MeshSpec) -> tuple[int, int]:

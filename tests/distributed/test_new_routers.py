@@ -48,7 +48,7 @@ KINDS = {
 MESHES = {
     1: ["mesh.ranks_per_node=1"],
     2: ["mesh.ranks_per_node=2", "mesh.ep=2"],
-    4: ["mesh.num_nodes=2", "mesh.ranks_per_node=2", "mesh.ep=4"],
+    4: ["mesh.num_nodes=2", "mesh.ranks_per_node=2", "mesh.ep=4", "dispatch.kind=hierarchical"],
 }
 
 

@@ -15,7 +15,10 @@ from tests.distributed.resume_job import losses, run
 
 pytestmark = pytest.mark.slow
 STEPS = ["trainer.max_steps=6", "trainer.val_interval=6"]
-KINDS = {"hierarchical": ["mesh=cpu_2x2"], "overlap": ["mesh=cpu_2x2", "dispatch=dedup", "dispatch.overlap=shared"]}
+KINDS = {
+    "hierarchical": ["mesh=cpu_2x2", "dispatch=hierarchical"],
+    "overlap": ["mesh=cpu_2x2", "dispatch=dedup", "dispatch.overlap=shared"],
+}
 
 
 def ranks(rank: int, world_size: int, folder: Path, overrides: list[str]) -> None:

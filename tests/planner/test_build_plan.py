@@ -283,7 +283,8 @@ def test_without_a_balance_rule_the_rate_is_zero() -> None:
         ([*EP4, "dispatch.kind=hierarchical"], "hierarchical"),
         ([*EP4, "dispatch.kind=allgather"], "allgather"),
         (["mesh.ranks_per_node=4", "dispatch.kind=hierarchical"], "dedup"),  # on one node they are the same
-        ([*EP4, "dispatch.kind=auto", "routing.top_k=4"], "hierarchical"),
+        ([*EP4, "dispatch.kind=auto", "routing.top_k=4"], "dedup"),  # played nodes: their link is no slower
+        ([*EP4, "dispatch.kind=auto", "routing.top_k=4", "hardware.inter_node_gb_s=1e-4"], "hierarchical"),
         (["mesh.ranks_per_node=4", "dispatch.kind=auto", "routing.top_k=2"], "dedup"),
         ([*EP4, "dispatch.kind=auto", "routing.top_k=1"], "flat"),
         ([*EP4, "mesh.ep=1", "dispatch.kind=auto"], "local"),

@@ -13,7 +13,8 @@ from benchmarks.dispatch_bytes import KINDS, simulate
 from moecompile.errors import PlanError
 from moecompile.mesh import LinkClass, MeshSpec
 from moecompile.plan import ExpertPlacement, RoutingPlan
-from moecompile.planner import Wire, choose_dispatch, copies_per_token, forward_traffic, row_bytes
+from moecompile.planner import Links, Wire, choose_dispatch, copies_per_token, forward_traffic, row_bytes
+from moecompile.planner.traffic import exchange_seconds
 
 
 def routing(top_k: int, groups: int = 1, top_groups: int = 1, group_score: str = "max") -> RoutingPlan:
@@ -79,15 +80,42 @@ def test_one_rank_sends_nothing() -> None:
     assert (traffic.intra_node, traffic.inter_node) == (0, 0)
 
 
-def test_auto_is_local_then_least_inter_node_then_least_total() -> None:
+def test_auto_takes_the_least_predicted_time() -> None:
     wide, narrow = (Wire(d_model=width, tokens_per_rank=4096) for width in (1024, 1))
-    assert choose_dispatch(ExpertPlacement(num_experts=8, ep=1), routing(2), mesh(1, 1), wide) == "local"
-    placement = ExpertPlacement(num_experts=8, ep=4)
-    assert choose_dispatch(placement, routing(4), mesh(2, 2), wide) == "hierarchical"
-    assert choose_dispatch(placement, routing(4), mesh(4, 1), wide) == "dedup"  # one rank a node: the same rows
-    assert choose_dispatch(placement, routing(1), mesh(2, 2), wide) == "flat"  # nothing to merge, only metadata
-    assert choose_dispatch(placement, routing(4), mesh(1, 4), wide) == "dedup"  # no inter-node link: total decides
-    assert choose_dispatch(placement, routing(4), mesh(1, 4), narrow) == "flat"
+    placement, cluster, laptop = (
+        ExpertPlacement(num_experts=8, ep=4),
+        Links(intra=4e11, inter=5e10),
+        Links(intra=2e9, inter=2e9),
+    )
+    assert choose_dispatch(ExpertPlacement(num_experts=8, ep=1), routing(2), mesh(1, 1), wide, cluster) == "local"
+    assert choose_dispatch(placement, routing(4), mesh(2, 2), wide, cluster) == "hierarchical"
+    assert choose_dispatch(placement, routing(4), mesh(2, 2), wide, laptop) == "dedup"  # a second hop costs as much
+    assert (
+        choose_dispatch(placement, routing(4), mesh(4, 1), wide, cluster) == "dedup"
+    )  # one rank a node: no second hop
+    assert (
+        choose_dispatch(placement, routing(1), mesh(2, 2), wide, cluster) == "flat"
+    )  # nothing to merge, only metadata
+    assert choose_dispatch(placement, routing(4), mesh(1, 4), wide, cluster) == "dedup"
+    assert choose_dispatch(placement, routing(4), mesh(1, 4), narrow, cluster) == "flat"
+
+
+def test_few_tokens_are_not_worth_twice_as_many_messages() -> None:
+    placement, links = ExpertPlacement(num_experts=8, ep=4), Links(intra=4e11, inter=5e10, latency=20e-6)
+    chosen = [
+        choose_dispatch(placement, routing(4), mesh(2, 2), Wire(d_model=1024, tokens_per_rank=tokens), links)
+        for tokens in (64, 16384)
+    ]
+    assert chosen == ["dedup", "hierarchical"]
+
+
+def test_seconds_by_hand() -> None:
+    """Two nodes of one rank: of two experts of four, a token needs the other rank with 1 - 1/6."""
+    placement, wire = ExpertPlacement(num_experts=4, ep=2), Wire(d_model=8, tokens_per_rank=6)
+    links = Links(intra=1.0, inter=100.0, latency=0.25)
+    rows, assignments, counts = 2 * 8 * 4 * (5 / 6) * 6, (4 + 2) * 1 * 6, 2 * 8
+    found = exchange_seconds("dedup", placement, routing(2), mesh(2, 1), wire, links)
+    assert found == pytest.approx(3 * 0.25 + (rows + assignments + counts) / 100)
 
 
 def test_too_few_open_experts_is_an_error() -> None:
@@ -173,13 +201,19 @@ def test_on_one_node_hierarchical_is_dedup() -> None:
         )
 
 
-def test_auto_never_takes_hierarchical_on_one_node_nor_allgather_by_bytes() -> None:
-    """A rank that is sent at most one row a token is never sent more than all tokens."""
+def test_auto_takes_the_fastest_and_hierarchical_on_several_nodes_alone() -> None:
     for seed in range(200):
-        spec, placement, router = random_case(np.random.default_rng(seed))
-        kind = choose_dispatch(placement, router, spec, wire(1024))
+        generator = np.random.default_rng(seed)
+        spec, placement, router = random_case(generator)
+        links = Links(intra=generator.uniform(1e9, 1e12), inter=generator.uniform(1e9, 1e11), latency=2e-5)
+        kind = choose_dispatch(placement, router, spec, wire(1024), links)
         assert kind != "allgather"
         assert kind != "hierarchical" or (spec.nodes_per_ep_group > 1 and spec.ranks_per_node > 1)
+        if kind != "local":
+            seconds = {
+                each: exchange_seconds(each, placement, router, spec, wire(1024), links) for each in ("flat", "dedup")
+            }
+            assert exchange_seconds(kind, placement, router, spec, wire(1024), links) <= min(seconds.values())
 
 
 def test_experts_that_choose_are_independent() -> None:

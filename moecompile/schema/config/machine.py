@@ -167,7 +167,8 @@ class DispatchConfig:
     """`dispatch`: how tokens are sent to their experts."""
 
     kind: DispatchKind = DispatchKind.auto
-    """Kind of dispatch; `auto`: the one that sends the fewest bytes between nodes, then the fewest in total."""
+    """Kind of dispatch; `auto`: flat, dedup or hierarchical, whose exchanges are predicted to take the least time, from
+    `hardware`."""
     wire_dtype: WireDtype = WireDtype.auto
     """Precision of rows, partial sums and their gradients on the wire; routing weights stay fp32."""
     overlap: OverlapKind = OverlapKind.none
