@@ -77,7 +77,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     arguments = ["-m", f"recipe={','.join(RECIPES)}", *SMALL, "hydra.sweep.dir=swept"]
     run = subprocess.run(
-        [sys.executable, "-m", "moecompile", *arguments], cwd=folder, timeout=900, capture_output=True, text=True,
+        [sys.executable, "-m", "moecompile", *arguments], cwd=folder, timeout=1500, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr

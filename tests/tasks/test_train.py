@@ -27,7 +27,7 @@ TINY = [
 def moecompile(arguments: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """`python -m moecompile` in `folder`, as a user would run it."""
     return subprocess.run(
-        [sys.executable, "-m", "moecompile", *arguments], cwd=folder, env={**os.environ, **variables}, timeout=480,
+        [sys.executable, "-m", "moecompile", *arguments], cwd=folder, env={**os.environ, **variables}, timeout=900,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -209,7 +209,7 @@ def test_under_torchrun_every_rank_uses_one_directory(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "moecompile", *TINY,
          "mesh=cpu_1x2", "trainer.max_steps=1", "trainer.progress_bar=false"],
-        cwd=tmp_path, timeout=480, capture_output=True, text=True, check=False,
+        cwd=tmp_path, timeout=900, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr + run.stdout
     assert len(list(tmp_path.rglob("result.json"))) == 1
