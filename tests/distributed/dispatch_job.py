@@ -287,7 +287,10 @@ def recount(case: Case, rank: int) -> dict[int, int]:
 
 
 class _Links:
-    """Where the tokens of one source go. num_tokens: those that have an expert; rows: tokens; assignments: (token, slot) pairs; per rank and per node."""
+    """Where the tokens of one source go, per rank and per node.
+
+    num_tokens: those that have an expert. rows: tokens. assignments: (token, slot) pairs.
+    """
 
     def __init__(self, ids: list[list[int]], case: Case) -> None:
         rank_of = case.layer().placement.rank_of

@@ -1,4 +1,4 @@
-"""What an all-gather needs around it, by hand: 4 experts on 2 ranks, rank 0 with 3 tokens that have one, rank 1 with 1."""
+"""What an all-gather needs around it, by hand: 4 experts on 2 ranks, 3 and 1 tokens that have an expert."""
 
 from __future__ import annotations
 
