@@ -62,7 +62,7 @@ def test_a_hanging_rank_is_killed() -> None:
     begin = time.monotonic()
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] of 2 did not end"):
         run_distributed_test(_hang, 2, timeout_s=3)
-    assert time.monotonic() - begin < 6
+    assert time.monotonic() - begin < 60  # long before its sleep ends, however busy the machine is
 
 
 def _compute(rank: int, world_size: int, seconds: float) -> None:
