@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from moecompile.errors import ConfigError
-from moecompile.planner.foresight.layout import Machine, Software
-from moecompile.schema import NUMBERS, FigureConfig, HardwareConfig, StackConfig
+from moecompile.planner.foresight.layout import Host, Machine, Software
+from moecompile.schema import NUMBERS, FigureConfig, HardwareConfig, HostConfig, StackConfig
 
 GIB = 2**30
 
@@ -42,7 +42,44 @@ def machine_of(hardware: HardwareConfig) -> Machine:
         domain=round(figure("link_domain")),
         units=round(figure("compute_units")),
         capacity=hardware.memory_gib * GIB,
+        host=None if hardware.host.cores is None else host_of(hardware.host),
     )
+
+
+def host_of(host: HostConfig) -> Host:
+    """The ranks of a CPU.
+
+    Raises:
+        ConfigError: a figure is missing, or a table is not one of positive numbers with rising first ones.
+    """
+    figures = {name: number(f"hardware.host.{name}", getattr(host, name)) for name in _HOST_FIGURES}
+    tables = {name: _table(name, getattr(host, name), width) for name, width in _HOST_TABLES.items()}
+    return Host(
+        cores=host.cores or 1,
+        products=tuple((rows, 1e9 * rate) for rows, rate in tables["products"]),
+        grouped=tuple((rows, 1e9 * rate) for rows, rate in tables["grouped"]),
+        contention=tuple((ranks, factor) for ranks, factor in tables["contention"]),
+        messages=tuple((ranks, 1e-6 * fixed, 1e-9 * each) for ranks, fixed, each in tables["messages"]),
+        passes=1e9 * figures["pass_gb_s"],
+        node=1e-6 * figures["node_us"],
+        optimizer=1e-9 * figures["optimizer_ns"],
+    )
+
+
+_HOST_FIGURES = ("pass_gb_s", "node_us", "optimizer_ns")
+_HOST_TABLES = {"products": 2, "grouped": 2, "contention": 2, "messages": 3}
+
+
+def _table(name: str, rows: list[list[float]], width: int) -> list[list[float]]:
+    path, first = f"hardware.host.{name}", [row[0] for row in rows if row]
+    if name == "messages" and not rows:
+        return []  # measured on one rank
+    if not rows or any(len(row) != width or min(row) <= 0 for row in rows) or first != sorted(set(first)):
+        raise ConfigError(
+            path, [list(row) for row in rows], f"must be rows of {width} positive numbers, with rising first ones",
+            "Measure it with task=bench",
+        )  # fmt: skip
+    return rows
 
 
 PEAKS = {32: "fp32_tflops", 16: "bf16_tflops", 8: "fp8_tflops", 4: "fp4_tflops"}

@@ -81,6 +81,28 @@ class FiguresConfig:
 
 
 @dataclass(kw_only=True)
+class HostConfig:
+    """`hardware.host`: ranks that compute on the CPU, as task=bench measures them. The time of a step is CPU time then."""
+
+    cores: Optional[int] = None
+    """Cores of a node, which its ranks share, 1 or more; null: no such ranks."""
+    products: list[list[float]] = field(default_factory=list)
+    """Rows, and 1e9 operations/s of dense products with as many."""
+    grouped: list[list[float]] = field(default_factory=list)
+    """Rows of an expert, and 1e9 operations/s of the products of experts with as many."""
+    contention: list[list[float]] = field(default_factory=list)
+    """Ranks of a node that compute at once, and how much longer each of them takes than one alone."""
+    messages: list[list[float]] = field(default_factory=list)
+    """Ranks, microseconds of an exchange between them, and nanoseconds of each byte that a rank sends in it."""
+    pass_gb_s: FigureConfig = field(default_factory=FigureConfig)
+    """Bandwidth that operations on single numbers reach, 1e9 bytes/s."""
+    node_us: FigureConfig = field(default_factory=FigureConfig)
+    """What Python and autograd take for one operation, microseconds."""
+    optimizer_ns: FigureConfig = field(default_factory=FigureConfig)
+    """What the optimizer takes for a parameter, nanoseconds."""
+
+
+@dataclass(kw_only=True)
 class HardwareConfig:
     """`hardware`: memory and bandwidth of one rank."""
 
@@ -95,6 +117,7 @@ class HardwareConfig:
     tflops: float = 0.1
     """Matmul speed that experts reach on one rank, 1e12 operations/s, positive."""
     figures: FiguresConfig = field(default_factory=FiguresConfig)
+    host: HostConfig = field(default_factory=HostConfig)
 
 
 @dataclass(kw_only=True)
