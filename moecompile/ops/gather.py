@@ -86,7 +86,8 @@ def _pad_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 def _pad_backward(ctx: Any, grad_x: Tensor, grad_weights: Tensor, _ids: Any) -> tuple[Any, ...]:
     (own_N,) = ctx.saved_tensors
-    return _spread(grad_x, own_N, ctx.num_tokens), _spread(grad_weights, own_N, ctx.num_tokens), None, None, None
+    spread, like_T0 = torch.ops.moecompile.spread_tokens, grad_x.new_empty(ctx.num_tokens, 0)
+    return spread(grad_x, own_N, like_T0), spread(grad_weights, own_N, like_T0), None, None, None
 
 
 pad_tokens.register_autograd(_pad_backward, setup_context=_pad_setup)
@@ -98,7 +99,10 @@ def spread_tokens(y_MD: Tensor, own_N: Tensor, like_TD: Tensor) -> Tensor:
 
     like_TD: gives their number.
     """
-    return _spread(y_MD, own_N, like_TD.shape[0])
+    num_own, num_tokens = own_N.shape[0], like_TD.shape[0]
+    if num_own == num_tokens:  # all of them, in order
+        return y_MD[:num_own].clone()
+    return y_MD.new_zeros(num_tokens, y_MD.shape[1]).index_copy_(0, own_N, y_MD[:num_own])
 
 
 @spread_tokens.register_fake
@@ -112,10 +116,21 @@ def _spread_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _spread_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
-    return _take_padded(grad_TD, ctx.saved_tensors[0], ctx.num_rows), None, None
+    return torch.ops.moecompile.own_block(grad_TD, ctx.saved_tensors[0], ctx.num_rows), None, None
 
 
 spread_tokens.register_autograd(_spread_backward, setup_context=_spread_setup)
+
+
+@torch.library.custom_op("moecompile::own_block", mutates_args=())
+def own_block(rows_TD: Tensor, own_N: Tensor, num_rows: int) -> Tensor:
+    """The backward of `spread_tokens`: rows[own], then zeros, (num_rows, D)."""
+    return _take_padded(rows_TD, own_N, num_rows)
+
+
+@own_block.register_fake
+def _(rows_TD: Tensor, own_N: Tensor, num_rows: int) -> Tensor:
+    return rows_TD.new_empty(num_rows, rows_TD.shape[1])
 
 
 @torch.library.custom_op("moecompile::take_local", mutates_args=())
@@ -186,11 +201,3 @@ def _take_padded(rows_TD: Tensor, own_N: Tensor, most: int, value: float = 0.0) 
     """rows[own], and rows of `value` up to `most`."""
     taken, missing = rows_TD.index_select(0, own_N), most - own_N.shape[0]
     return F.pad(taken, (0, 0, 0, missing), value=value) if missing else taken
-
-
-def _spread(rows_MD: Tensor, own_N: Tensor, num_tokens: int) -> Tensor:
-    """Rows back at the places `own_N`, 0 elsewhere. One pass if they are all places, in order."""
-    num_own = own_N.shape[0]
-    if num_own == num_tokens:
-        return rows_MD[:num_own].clone()
-    return rows_MD.new_zeros(num_tokens, rows_MD.shape[1]).index_copy_(0, own_N, rows_MD[:num_own])

@@ -287,12 +287,12 @@ def recount(case: Case, rank: int) -> dict[int, int]:
 
 
 class _Links:
-    """Where the tokens of one source go. rows: tokens; assignments: (token, slot) pairs; per rank and per node."""
+    """Where the tokens of one source go. num_tokens: those that have an expert; rows: tokens; assignments: (token, slot) pairs; per rank and per node."""
 
     def __init__(self, ids: list[list[int]], case: Case) -> None:
         rank_of = case.layer().placement.rank_of
         ranks = [[rank_of(i) for i in chosen if i < case.num_experts] for chosen in ids]
-        self.num_tokens = len(ids)
+        self.num_tokens = sum(any(i < case.num_experts for i in chosen) for chosen in ids)
         self.rank_assignments = Counter(r for chosen in ranks for r in chosen)
         self.rank_rows = Counter(r for chosen in ranks for r in set(chosen))
         nodes = [[r // case.on_node for r in chosen] for chosen in ranks]

@@ -159,6 +159,7 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "pad_tokens": lambda _: (
         values(3, 4), values(3, 2), IDS_TK, torch.tensor([0, 2]), torch.tensor([[[2, 1, 0], [5, 1, 2]]] * 2),
     ),
+    "own_block": lambda _: (values(3, 4).detach(), torch.tensor([0, 2]), 5),
     "spread_tokens": lambda _: (values(5, 4), torch.tensor([0, 2]), values(3, 4).detach()),
     "take_local": lambda _: (
         values(3, 4), values(3, 2), IDS_TK.to(torch.int16), torch.tensor([[3, 3, 0]]), torch.tensor([[[3, 3, 0]]] * 2), 2,

@@ -14,13 +14,19 @@ from moecompile.ops import in_flight
 from moecompile.verify import Check, certify, shrink
 from tests.distributed.harness import run_distributed_test
 
-RECIPES = ("deepseek_ep", "deepseek_v2", "gpt_oss", "mixtral_ep", "olmoe", "qwen3_moe", "switch_ep")
+RECIPES = (
+    "deepseek_ep", "deepseek_v2", "deepseek_v4", "gpt_oss", "kimi_k3", "longcat", "mixtral_ep", "nemotron3", "olmoe",
+    "qwen3_moe", "switch_ep",
+)  # fmt: skip
 TINY = [
     "mesh=cpu_1x2", "data.vocab_size=300", "data.seq_len=16", "data.micro_batch_size=1", "data.global_batch_size=8",
     "verify.dtype=float64", "dispatch.overlap=chunks", "trainer.checkpointing=keep_exchanges",
 ]  # fmt: skip
 LAYERS = ["model.config.num_hidden_layers=2"]
-SHALLOW = {"switch_ep": ["model.config.num_layers=2"]}
+SHALLOW = {
+    "switch_ep": ["model.config.num_layers=2"],
+    "nemotron3": ["model.config.layers_block_type=[mamba,mlp,attention,mlp]"],
+}
 
 
 def _certified(recipe: str, chunks: int, folder: Path) -> list[Check]:
