@@ -27,6 +27,7 @@ from moecompile.version import __version__
 NAME = "this_machine"
 _GIB = 2**30
 _LEAST_NODE = 1e-7  # seconds
+_LEAST_NS = 1e-3
 _FACTORS = (0.1, 10.0)  # of messages: outside, something else was measured
 _MESSAGES = ("exchange", "weights")
 
@@ -44,6 +45,7 @@ def calibrated(cost: MachineCost, one: Case, case: Case, step_seconds: float) ->
         grouped=tuple((float(rows), 1e9 * rate) for rows, rate in cost.grouped),
         contention=tuple((float(ranks), factor) for ranks, factor in cost.contention),
         messages=tuple((float(ranks), 1e-6 * fixed, 1e-9 * each) for ranks, fixed, each in line_of(cost.exchanges)),
+        attention=1e9 * cost.attention_gflops,
         passes=1e9 * cost.pass_gb_s,
         node=0.0,
         optimizer=1e-9 * cost.optimizer_ns,
@@ -100,10 +102,14 @@ def hardware_of(cost: MachineCost, host: Host, before: HardwareConfig, ranks_per
         "figures": figures,
         "host": {
             "cores": host.cores,
-            "products": [[rows, _short(rate / 1e9)] for rows, rate in host.products],
-            "grouped": [[rows, _short(rate / 1e9)] for rows, rate in host.grouped],
-            "contention": [[ranks, _short(factor)] for ranks, factor in host.contention],
-            "messages": [[ranks, _short(1e6 * fixed), _short(1e9 * each)] for ranks, fixed, each in host.messages],
+            "products": [{"rows": rows, "gflops": _short(rate / 1e9)} for rows, rate in host.products],
+            "grouped": [{"rows": rows, "gflops": _short(rate / 1e9)} for rows, rate in host.grouped],
+            "contention": [{"ranks": ranks, "factor": _short(factor)} for ranks, factor in host.contention],
+            "messages": [
+                {"ranks": ranks, "fixed_us": _short(1e6 * fixed), "byte_ns": max(_LEAST_NS, _short(1e9 * each))}
+                for ranks, fixed, each in host.messages
+            ],
+            "attention_gflops": _figure(host.attention / 1e9, measured),
             "pass_gb_s": _figure(host.passes / 1e9, measured),
             "node_us": _figure(1e6 * host.node, f"{measured}: the rest of forward and backward, per operation"),
             "optimizer_ns": _figure(1e9 * host.optimizer, measured),

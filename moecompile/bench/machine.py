@@ -1,11 +1,10 @@
-"""Measures what the time of a step on this machine depends on, for `hardware.host`: one rank, many at once, and between.
+"""Measures what the time of a step on this machine depends on, for `hardware.host`.
 
 All in CPU time, except where wall time is said. Ranks of the mesh that are not needed wait.
 
-1. On rank 0: products by rows, experts' products by rows of each, a memory pass over a token's widths, the optimizer,
-   all at the model's own sizes; then the model's forward and backward before it is compiled. What that takes beyond its
-   products and passes, per operation that Python calls, is the price of a node.                   -> `measure_machine`
-2. The products of step 1 on 2, 4, ... ranks at once, over those of one rank.                        -> `_contention`
+1. On rank 0: products by rows, experts' products by rows of each, attention, a memory pass, the optimizer, all at the
+   model's own sizes; then the whole model's forward and backward.                                    -> `_one_rank`
+2. The model's forward and backward on 2, 4, ... ranks at once, over that of one rank.              -> `_contention`
 3. Exchanges of each kind by size, on the first 2, 4, ... ranks. Messages are the line through those of rows.
                                                                                                      -> `_exchanges`
 """
@@ -28,23 +27,27 @@ from torch.nn import functional as F
 
 from moecompile.bench.layers import WEIGHT_STD
 from moecompile.nn import Experts
+from moecompile.planner.foresight.work import ATTENTION_BACKWARD
 from moecompile.torch_private import all_gather_single, reduce_scatter_single
 
 ROWS, EXPERT_ROWS = (16, 64, 256, 1024), (1, 4, 16, 64, 256)
 SIZES = (64, 4096, 65536, 524288, 2097152)  # bytes that a rank sends
-_ROUNDS, _LEAST_SECONDS, _CALLS = 5, 0.02, 10
+_ROUNDS, _LEAST_SECONDS, _TOGETHER_SECONDS, _CALLS = 5, 0.02, 0.3, 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """Of the model and its micro-batch: what is measured is measured at these.
 
-    d_model, d_ffn: of a dense product. row: width of the experts' rows. experts: on a rank. d_expert: their width.
-    tokens: of a micro-batch.
+    d_model: of a dense product. heads, d_qk, d_v, seq: of attention; no heads: none. row: width of the experts' rows.
+    experts: on a rank. d_expert: their width. tokens: of a micro-batch.
     """
 
     d_model: int
-    d_ffn: int
+    heads: int
+    d_qk: int
+    d_v: int
+    seq: int
     row: int
     experts: int
     d_expert: int
@@ -72,6 +75,7 @@ class MachineCost:
     threads: int
     products: list[tuple[int, float]]
     grouped: list[tuple[int, float]]
+    attention_gflops: float
     pass_gb_s: float
     optimizer_ns: float
     model_seconds: float
@@ -85,14 +89,14 @@ def measure_machine(
     """All ranks call it; None on all but rank 0.
 
     Args:
-        run: forward and backward of the model on one rank, which rank 0 calls. waiting: of all ranks, which wait in it
-            for rank 0. timeout: of groups of some of them.
+        run: forward and backward of the model on this rank alone. waiting: of all ranks, which wait in it for rank 0.
+            timeout: of groups of some of them.
     """
     torch.manual_seed(0)
     groups = {ranks: dist.new_group(list(range(ranks)), timeout=timeout) for ranks in _counts(dist.get_world_size())}
     one = _one_rank(run, sizes) if dist.get_rank() == 0 else None
     dist.barrier(waiting)
-    contention = _contention(groups, sizes, waiting)
+    contention = _contention(run, one["model_seconds"] if one else 1.0, groups, waiting)
     exchanges = [cost for ranks, group in groups.items() for cost in _exchanges(ranks, group, waiting)]
     if one is None:
         return None
@@ -115,6 +119,7 @@ def _one_rank(run: Callable[[], object], sizes: Sizes) -> dict[str, Any]:
     return {
         "products": [(rows, _product_rate(rows, sizes)) for rows in ROWS],
         "grouped": [(rows, _expert_rate(rows, sizes)) for rows in EXPERT_ROWS],
+        "attention_gflops": _attention_rate(sizes),
         "pass_gb_s": _pass_rate(sizes),
         "optimizer_ns": _optimizer_ns(sizes),
         "model_seconds": _seconds(run),
@@ -124,7 +129,7 @@ def _one_rank(run: Callable[[], object], sizes: Sizes) -> dict[str, Any]:
 def _product_rate(rows: int, sizes: Sizes) -> float:
     """1e9 operations/s of a linear layer's three products."""
     x, weight, grad = (
-        torch.randn(*shape) for shape in ((rows, sizes.d_model), (sizes.d_ffn, sizes.d_model), (rows, sizes.d_ffn))
+        torch.randn(*shape) for shape in ((rows, sizes.d_model), (sizes.d_model, sizes.d_model), (rows, sizes.d_model))
     )
 
     def products() -> None:
@@ -132,14 +137,13 @@ def _product_rate(rows: int, sizes: Sizes) -> float:
         grad @ weight
         grad.T @ x
 
-    return 6e-9 * rows * sizes.d_model * sizes.d_ffn / _seconds(products)
+    return 6e-9 * rows * sizes.d_model * sizes.d_model / _seconds(products)
 
 
 def _expert_rate(rows: int, sizes: Sizes) -> float:
     """1e9 operations/s of the experts of a rank, forward and backward, with as many rows for each."""
-    experts = Experts(
-        sizes.row, sizes.d_expert, sizes.experts, gated=True, activation=nn.Identity()
-    )  # the op has its own
+    none = nn.Identity()  # the op has its own activation
+    experts = Experts(sizes.row, sizes.d_expert, sizes.experts, gated=True, activation=none)
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=WEIGHT_STD)
     total = rows * sizes.experts
@@ -154,6 +158,22 @@ def _expert_rate(rows: int, sizes: Sizes) -> float:
     return 18e-9 * total * sizes.row * sizes.d_expert / _seconds(step)
 
 
+def _attention_rate(sizes: Sizes) -> float:
+    """1e9 operations/s of causal attention, forward and backward, which has 2.5 times as many."""
+    if not sizes.heads:
+        return _product_rate(sizes.tokens, sizes)  # nothing will be divided by it
+    shape = (max(1, sizes.tokens // sizes.seq), sizes.heads, sizes.seq)
+    q, k = (torch.randn(*shape, sizes.d_qk, requires_grad=True) for _ in range(2))
+    v = torch.randn(*shape, sizes.d_v, requires_grad=True)
+    grad = torch.randn(*shape, sizes.d_v)
+
+    def step() -> None:
+        F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(grad)
+
+    flops = 2 * shape[0] * sizes.seq * sizes.heads * (sizes.d_qk + sizes.d_v) * (sizes.seq + 1) / 2
+    return 1e-9 * flops * (1 + ATTENTION_BACKWARD) / _seconds(step)
+
+
 def _pass_rate(sizes: Sizes) -> float:
     """1e9 bytes/s of an addition of two micro-batches of hidden states, which is read and written in turn."""
     x, y, out = (torch.randn(sizes.tokens, 4 * sizes.d_model) for _ in range(3))
@@ -162,7 +182,7 @@ def _pass_rate(sizes: Sizes) -> float:
 
 def _optimizer_ns(sizes: Sizes) -> float:
     """Nanoseconds of AdamW for a parameter."""
-    weights = [nn.Parameter(torch.randn(sizes.d_ffn, sizes.d_model)) for _ in range(8)]
+    weights = [nn.Parameter(torch.randn(sizes.d_model, sizes.d_model)) for _ in range(8)]
     for weight in weights:
         weight.grad = torch.randn_like(weight)
     optimizer = torch.optim.AdamW(weights)
@@ -170,32 +190,16 @@ def _optimizer_ns(sizes: Sizes) -> float:
 
 
 def _contention(
-    groups: dict[int, dist.ProcessGroup], sizes: Sizes, waiting: dist.ProcessGroup
+    run: Callable[[], object], alone: float, groups: dict[int, dist.ProcessGroup], waiting: dist.ProcessGroup
 ) -> list[tuple[int, float]]:
-    """Step 2."""
+    """Step 2; on rank 0 from what it takes `alone`."""
     found = [(1, 1.0)]
-    alone = _together(sizes) if dist.get_rank() == 0 else 0.0
-    dist.barrier(waiting)
     for ranks, group in groups.items():
         if dist.get_rank() < ranks:
             dist.barrier(group)
-            found.append((ranks, max(1.0, _together(sizes) / alone) if alone else 1.0))
-            dist.barrier(group)
+            found.append((ranks, max(1.0, _seconds(run, least=_TOGETHER_SECONDS) / alone)))
         dist.barrier(waiting)
     return found
-
-
-def _together(sizes: Sizes) -> float:
-    """CPU seconds of products, experts and passes, at sizes of a micro-batch, for a quarter of a second."""
-    x, weight = torch.randn(sizes.tokens, sizes.d_model), torch.randn(sizes.d_ffn, sizes.d_model)
-    out = F.linear(x, weight)
-
-    def work() -> None:
-        torch.mm(x, weight.T, out=out)
-        torch.mm(out, weight)
-        torch.mul(out, 1.0, out=out)
-
-    return _seconds(work, least=0.05)
 
 
 def _exchanges(ranks: int, group: dist.ProcessGroup, waiting: dist.ProcessGroup) -> Iterator[ExchangeCost]:

@@ -34,7 +34,7 @@ NUMBERS: dict[str, Whole | Real] = {
     "hardware.tflops": Real("(0, inf)", "Give the speed of one rank's matrix products in 1e12 operations/s"),
     **{f"hardware.figures.{each.name}.value": _FIGURE for each in fields(FiguresConfig)},
     "hardware.host.cores": Whole(1),
-    **{f"hardware.host.{name}.value": _FIGURE for name in ("pass_gb_s", "node_us", "optimizer_ns")},
+    **{f"hardware.host.{name}.value": _FIGURE for name in ("attention_gflops", "pass_gb_s", "node_us", "optimizer_ns")},
     "stack.bits": Whole(4, 32),
     "stack.row_bits": Whole(8, 16),
     "stack.grad_bits": Whole(16, 32),

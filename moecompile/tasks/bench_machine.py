@@ -32,7 +32,7 @@ from moecompile.plan import Plan, on_one_process
 from moecompile.planner.foresight.forecast import Case
 from moecompile.planner.foresight.layout import Layout
 from moecompile.planner.foresight.planned import case_of
-from moecompile.planner.foresight.shapes import ModelShape
+from moecompile.planner.foresight.shapes import Attention, ModelShape
 from moecompile.schema import Config
 from moecompile.tasks.job import Job
 from moecompile.torch_private import device_of
@@ -68,20 +68,20 @@ def measured_machine(job: Job, config: Config, waiting: dist.ProcessGroup) -> Me
     example = example_inputs(job.model, config.data.seq_len, longest=config.data.seq_len)
     plan = make_plan(job.model, config, example=example)
     shape = shape_of_model(job.model, plan)
-    run = _forward_backward(job.model, plan, config) if dist.get_rank() == 0 else _nothing
+    run = _forward_backward(job.model, plan, config)
     cost = measure_machine(run, _sizes(shape, plan, config), waiting, _TIMEOUT)
     return None if cost is None else Measured(cost=cost, shape=shape)
 
 
-def _nothing() -> None:
-    """What the other ranks run."""
-
-
 def _sizes(shape: ModelShape, plan: Plan, config: Config) -> Sizes:
     layer = plan.layers[0]
+    attention = next((each.mixer for each in shape.layers if isinstance(each.mixer, Attention)), None)
     return Sizes(
         d_model=shape.hidden,
-        d_ffn=3 * shape.hidden,
+        heads=0 if attention is None else attention.heads,
+        d_qk=0 if attention is None else attention.d_qk,
+        d_v=0 if attention is None else attention.d_v,
+        seq=config.data.seq_len,
         row=layer.row_site.d_model,
         experts=layer.placement.experts_per_rank,
         d_expert=layer.experts.d_expert,

@@ -3,9 +3,11 @@
 Nothing runs beside anything else on a core, so the addends of a micro-batch add up, all in CPU seconds of one rank:
 
 1. Products: operations over the rate that was measured with as many rows, of dense products and of experts' ones.
-2. Attention: its operations without tiles, backward 2.5 times forward, at the rate of dense products.
+2. Attention and scans: their operations without tiles, backward 2.5 times forward, over the rate of attention.
 3. Memory passes: bytes over a bandwidth. Counts assume numbers of 16 bits; `bits` says what they have.
-4. Nodes: what Python calls one by one, forward and backward, each with its own overhead.
+4. Nodes: what Python calls one by one, forward and backward, each with its own overhead. A third of them is forward;
+   with full checkpointing it runs twice, and if exchanges are kept each of its nodes also goes through a mode that is
+   written in Python.                                                                                -> `_nodes`
 5. Exchanges: of MoE layers, those of the plan in forward and those of rows again in backward; of FSDP, two gathers and
    a reduction for each layer and the root, and once more for its experts if they have replicas.      -> `_messages`
    A message takes a time that depends on the number of ranks, and a time per byte.
@@ -22,6 +24,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from math import log2
 
+from moecompile.errors import ConfigError
 from moecompile.plan import EXCHANGES
 from moecompile.planner.foresight.counts import Counts
 from moecompile.planner.foresight.layout import Host, Layout, Machine, Software
@@ -31,7 +34,7 @@ from moecompile.planner.foresight.work import ATTENTION_BACKWARD, Work
 
 WAITING = "waiting for a core"
 _COUNTED_BITS = 16
-_FORWARD_AGAIN = 1 / 3  # of the nodes of forward and backward
+_FORWARD = 1 / 3  # of the nodes of forward and backward
 
 
 def host_seconds(
@@ -49,10 +52,10 @@ def host_seconds(
     parts = {
         "dense products": (counts.body.dense + counts.body.narrow) / rate + counts.head.narrow / rate / counts.stages,
         "expert products": sum(_experts(model, layout, counts.body, host, load)),
-        "attention": _attention_flops(model, layout, software) / rate,
-        "scans": counts.body.scan / rate,
+        "attention": _attention_flops(model, layout, software) / host.attention,
+        "scans": counts.body.scan / host.attention,
         "memory passes": wide * (counts.body.passes + counts.head.passes / counts.stages) / host.passes,
-        "host": host.node * counts.body.launches * (1 + _FORWARD_AGAIN * software.repeats("full", "all_but_exchanges")),
+        "host": host.node * _nodes(counts.body, software),
     }
     computing = between(host.contention, min(machine.domain, layout.gpus))
     parts = {name: seconds * computing for name, seconds in parts.items()} | {
@@ -68,7 +71,7 @@ def host_seconds(
 
 
 def between(points: Sequence[tuple[float, float]], at: float) -> float:
-    """The value at `at` of a function that is measured at these points, linear in log2 between them, constant beyond."""
+    """The value at `at` of what was measured at these points: linear in log2 between them, constant beyond."""
     right = bisect_left([x for x, _ in points], at)
     if right == 0 or right == len(points):
         return points[min(right, len(points) - 1)][1]
@@ -77,9 +80,18 @@ def between(points: Sequence[tuple[float, float]], at: float) -> float:
 
 
 def message_seconds(host: Host, ranks: int, num_bytes: float) -> float:
-    """CPU seconds of an exchange in which a rank sends these bytes. Beyond what was measured, in proportion to peers."""
+    """CPU seconds of an exchange in which a rank sends these bytes; beyond what was measured, in proportion to peers.
+
+    Raises:
+        ConfigError: no exchange was measured.
+    """
     if ranks == 1:
         return 0.0
+    if not host.messages:
+        raise ConfigError(
+            "hardware.host.messages", [], f"has no exchange, and {ranks} ranks exchange rows",
+            "Measure with task=bench mesh=cpu_1x4",
+        )  # fmt: skip
     measured = [row[0] for row in host.messages]
     if ranks <= measured[0] or ranks >= measured[-1]:
         nearest, fixed, each = host.messages[0 if ranks <= measured[0] else -1]
@@ -90,11 +102,17 @@ def message_seconds(host: Host, ranks: int, num_bytes: float) -> float:
 
 def _experts(model: ModelShape, layout: Layout, body: Work, host: Host, load: float) -> Iterator[float]:
     """Seconds of each kind of layer's experts, at the rate of as many rows as each of them gets."""
-    layers = [layer for layer in model.layers if layer.ffn is not None and layer.ffn.experts]
-    work = {layer: layer.count * layer.ffn.top_k * layer.ffn.expert_weights(model.hidden) for layer in layers}
-    for layer, share in work.items():
-        rows = load * layout.tokens / layout.tp * layer.ffn.top_k * layout.ep / layer.ffn.experts
-        yield load * body.grouped * share / sum(work.values()) / between(host.grouped, rows)
+    ffns = [(layer.ffn, layer.count) for layer in model.layers if layer.ffn is not None and layer.ffn.experts]
+    shares = [count * ffn.top_k * ffn.expert_weights(model.hidden) for ffn, count in ffns]
+    for (ffn, _), share in zip(ffns, shares, strict=True):
+        rows = load * layout.tokens / layout.tp * ffn.top_k * layout.ep / ffn.experts
+        yield load * body.grouped * share / sum(shares) / between(host.grouped, rows)
+
+
+def _nodes(body: Work, software: Software) -> float:
+    again = float(software.repeats("full", "all_but_exchanges"))
+    modes = 2.0 * software.repeats("all_but_exchanges")
+    return body.launches * (1 + (again + modes) * _FORWARD)
 
 
 def _attention_flops(model: ModelShape, layout: Layout, software: Software) -> float:

@@ -90,15 +90,16 @@ class Host:
     """A node that computes on its CPU, in seconds of one rank.
 
     cores: of a node. products: rows -> operations/s of dense products; grouped: rows of an expert -> operations/s.
-    contention: ranks that compute at once -> how much longer each takes. passes: bytes/s. node: of an operation that
-    Python calls. optimizer: of a parameter. messages: ranks -> seconds of an exchange, and of each byte that a rank
-    sends in it.
+    contention: ranks that compute at once -> how much longer each takes. attention: operations/s. passes: bytes/s.
+    node: of an operation that Python calls. optimizer: of a parameter. messages: ranks -> seconds of an exchange, and
+    of each byte that a rank sends in it.
     """
 
     cores: int
     products: tuple[tuple[float, float], ...]
     grouped: tuple[tuple[float, float], ...]
     contention: tuple[tuple[float, float], ...]
+    attention: float
     passes: float
     node: float
     optimizer: float

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from moecompile.errors import ConfigError
 from moecompile.planner.foresight.layout import Host, Machine, Software
-from moecompile.schema import NUMBERS, FigureConfig, HardwareConfig, HostConfig, StackConfig
+from moecompile.schema import (
+    NUMBERS,
+    ContentionConfig,
+    FigureConfig,
+    HardwareConfig,
+    HostConfig,
+    MessageConfig,
+    RateConfig,
+    StackConfig,
+)
 
 GIB = 2**30
+Row = TypeVar("Row", RateConfig, ContentionConfig, MessageConfig)
 
 
 def machine_of(hardware: HardwareConfig) -> Machine:
@@ -53,30 +65,32 @@ def host_of(host: HostConfig) -> Host:
         ConfigError: a figure is missing, or a table is not one of positive numbers with rising first ones.
     """
     figures = {name: number(f"hardware.host.{name}", getattr(host, name)) for name in _HOST_FIGURES}
-    tables = {name: _table(name, getattr(host, name), width) for name, width in _HOST_TABLES.items()}
     return Host(
         cores=host.cores or 1,
-        products=tuple((rows, 1e9 * rate) for rows, rate in tables["products"]),
-        grouped=tuple((rows, 1e9 * rate) for rows, rate in tables["grouped"]),
-        contention=tuple((ranks, factor) for ranks, factor in tables["contention"]),
-        messages=tuple((ranks, 1e-6 * fixed, 1e-9 * each) for ranks, fixed, each in tables["messages"]),
+        products=tuple((each.rows, 1e9 * each.gflops) for each in _rows("products", host.products)),
+        grouped=tuple((each.rows, 1e9 * each.gflops) for each in _rows("grouped", host.grouped)),
+        contention=tuple((each.ranks, each.factor) for each in _rows("contention", host.contention)),
+        messages=tuple(
+            (each.ranks, 1e-6 * each.fixed_us, 1e-9 * each.byte_ns)
+            for each in _rows("messages", host.messages, least=0)
+        ),
+        attention=1e9 * figures["attention_gflops"],
         passes=1e9 * figures["pass_gb_s"],
         node=1e-6 * figures["node_us"],
         optimizer=1e-9 * figures["optimizer_ns"],
     )
 
 
-_HOST_FIGURES = ("pass_gb_s", "node_us", "optimizer_ns")
-_HOST_TABLES = {"products": 2, "grouped": 2, "contention": 2, "messages": 3}
+_HOST_FIGURES = ("attention_gflops", "pass_gb_s", "node_us", "optimizer_ns")
 
 
-def _table(name: str, rows: list[list[float]], width: int) -> list[list[float]]:
-    path, first = f"hardware.host.{name}", [row[0] for row in rows if row]
-    if name == "messages" and not rows:
-        return []  # measured on one rank
-    if not rows or any(len(row) != width or min(row) <= 0 for row in rows) or first != sorted(set(first)):
+def _rows(name: str, rows: list[Row], least: int = 1) -> list[Row]:
+    """A table, checked."""
+    values = [list(vars(row).values()) for row in rows]
+    first = [row[0] for row in values]
+    if len(rows) < least or any(min(row) <= 0 for row in values) or first != sorted(set(first)):
         raise ConfigError(
-            path, [list(row) for row in rows], f"must be rows of {width} positive numbers, with rising first ones",
+            f"hardware.host.{name}", values, "needs rows of positive numbers, with rising first ones",
             "Measure it with task=bench",
         )  # fmt: skip
     return rows
