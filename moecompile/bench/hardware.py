@@ -27,7 +27,7 @@ from moecompile.version import __version__
 NAME = "this_machine"
 _GIB = 2**30
 _LEAST_NODE = 1e-7  # seconds
-_LEAST_NS = 1e-3
+_LEAST = 1e-3
 _FACTORS = (0.1, 10.0)  # of messages: outside, something else was measured
 _MESSAGES = ("exchange", "weights")
 
@@ -76,20 +76,20 @@ def _node(cost: MachineCost, one: Case, host: Host) -> float:
     return max(_LEAST_NODE, (cost.model_seconds - rest) / nodes)
 
 
-def hardware_of(cost: MachineCost, host: Host, before: HardwareConfig, ranks_per_node: int) -> dict[str, Any]:
+def hardware_of(cost: MachineCost, host: Host, before: HardwareConfig, local_ranks: int) -> dict[str, Any]:
     """The content of the file: numbers, and where each comes from.
 
     Args:
-        before: the hardware of the run, for what a single rank cannot measure.
+        before: the hardware of the run, for what was not measured. local_ranks: ranks of this machine.
     """
     measured = f"measured by task=bench, moecompile {__version__}, {cost.threads} thread(s) a rank"
     fastest = max(rate for _, rate in (*cost.products, *cost.grouped))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB / ranks_per_node
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB / local_ranks
     peak = _figure(fastest / 1e3, f"{measured}: the fastest product")
     figures = {
         **dict.fromkeys(("bf16_tflops", "fp8_tflops", "fp4_tflops", "fp32_tflops"), peak),
         "watts": _kept(before, "watts"),
-        "memory_gib": _figure(memory, "the memory of this machine over the ranks of a node"),
+        "memory_gib": _figure(memory, "the memory of this machine over its ranks"),
         **dict.fromkeys(("memory_tb_s", "memory_effective_tb_s"), _figure(cost.pass_gb_s / 1e3, measured)),
         **_links(cost, before, measured),
         "link_domain": _kept(before, "link_domain"),
@@ -106,7 +106,11 @@ def hardware_of(cost: MachineCost, host: Host, before: HardwareConfig, ranks_per
             "grouped": [{"rows": rows, "gflops": _short(rate / 1e9)} for rows, rate in host.grouped],
             "contention": [{"ranks": ranks, "factor": _short(factor)} for ranks, factor in host.contention],
             "messages": [
-                {"ranks": ranks, "fixed_us": _short(1e6 * fixed), "byte_ns": max(_LEAST_NS, _short(1e9 * each))}
+                {
+                    "ranks": ranks,
+                    "fixed_us": max(_LEAST, _short(1e6 * fixed)),
+                    "byte_ns": max(_LEAST, _short(1e9 * each)),
+                }
                 for ranks, fixed, each in host.messages
             ],
             "attention_gflops": _figure(host.attention / 1e9, measured),

@@ -30,9 +30,11 @@ def print_bench(result: Mapping[str, Any], console: Console) -> None:
     console.print(Text("kept: memory that forward saves for backward, without weights", style="dim"))
     console.print()
     console.print(_step_grid(result["step"]))
-    if result.get("machine"):
+    if machine := result.get("machine"):
         console.print()
-        console.print(_machine_grid(result["machine"]))
+        console.print(
+            _machine_grid(machine) if "hardware" in machine else Text(f"no hardware file: {machine['reason']}")
+        )
 
 
 def _layers_table(rows: Sequence[Mapping[str, Any]], width: int) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +26,7 @@ from moecompile.bench import (
     write_hardware,
 )
 from moecompile.capture import is_meta
+from moecompile.errors import ConfigError
 from moecompile.models.build import example_inputs
 from moecompile.pipeline import compile_model, make_plan
 from moecompile.pipeline.shape import shape_of_model
@@ -33,11 +35,12 @@ from moecompile.planner.foresight.forecast import Case
 from moecompile.planner.foresight.layout import Layout
 from moecompile.planner.foresight.planned import case_of
 from moecompile.planner.foresight.shapes import Attention, ModelShape
-from moecompile.schema import Config
+from moecompile.schema import Config, DispatchConfig, MeshConfig
 from moecompile.tasks.job import Job
 from moecompile.torch_private import device_of
 
 _TIMEOUT = timedelta(minutes=10)
+_MOST_PARAMS = 500_000_000  # each rank has a second copy while it measures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +51,21 @@ class Measured:
     shape: ModelShape
 
     def write(self, plan: Plan, config: Config, step: StepCost, run_dir: Path) -> dict[str, Any]:
-        """Writes the file, and returns what bench.json has of it."""
-        case, seconds = case_of(self.shape, plan, config), 1e-3 * step.step.cpu_ms
-        case = dataclasses.replace(case, software=dataclasses.replace(case.software, fused=True))
+        """Writes the file, and returns what bench.json has of it; without a file a `reason`."""
+        try:
+            case = case_of(self.shape, plan, config)
+        except ConfigError as error:  # the run's own hardware has no figures, or its layout cannot be described
+            return {**dataclasses.asdict(self.cost), "reason": str(error)}
+        seconds = 1e-3 * step.step.cpu_ms
+        # More than the ranks of a node, if this machine plays several.
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", plan.mesh.world_size))
+        case = dataclasses.replace(
+            case,
+            software=dataclasses.replace(case.software, fused=True),
+            machine=dataclasses.replace(case.machine, domain=local),
+        )
         host = calibrated(self.cost, _one(case), case, seconds)
-        content = hardware_of(self.cost, host, config.hardware, plan.mesh.ranks_per_node)
+        content = hardware_of(self.cost, host, config.hardware, local)
         return {
             **dataclasses.asdict(self.cost),
             "hardware": content,
@@ -62,8 +75,8 @@ class Measured:
 
 
 def measured_machine(job: Job, config: Config, waiting: dist.ProcessGroup) -> Measured | None:
-    """All ranks call it. None on all but rank 0, on a GPU, and for a model whose weights no rank has as a whole."""
-    if device_of().type != "cpu" or is_meta(job.model):
+    """All ranks call it. None on all but rank 0, on a GPU, and for a model that a rank cannot run alone."""
+    if device_of().type != "cpu" or is_meta(job.model) or count_params(job.model) > _MOST_PARAMS:
         return None
     example = example_inputs(job.model, config.data.seq_len, longest=config.data.seq_len)
     plan = make_plan(job.model, config, example=example)
@@ -71,6 +84,11 @@ def measured_machine(job: Job, config: Config, waiting: dist.ProcessGroup) -> Me
     run = _forward_backward(job.model, plan, config)
     cost = measure_machine(run, _sizes(shape, plan, config), waiting, _TIMEOUT)
     return None if cost is None else Measured(cost=cost, shape=shape)
+
+
+def count_params(model: nn.Module) -> int:
+    """Parameters of a model."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _sizes(shape: ModelShape, plan: Plan, config: Config) -> Sizes:
@@ -99,9 +117,9 @@ def _one(case: Case) -> Case:
 
 def _forward_backward(model: nn.Module, plan: Plan, config: Config) -> Callable[[], None]:
     """One micro-batch through the compiled model on this rank alone, with the loss of predicting its input."""
-    seq_len = config.data.seq_len
+    seq_len, alone = config.data.seq_len, dataclasses.replace(config, mesh=MeshConfig(), dispatch=DispatchConfig())
     short = example_inputs(model, seq_len)
-    compiled = compile_model(copy.deepcopy(model), config, example=short, plan=on_one_process(plan))
+    compiled = compile_model(copy.deepcopy(model), alone, example=short, plan=on_one_process(plan))
     whole = example_inputs(model, seq_len, longest=seq_len)
     batch = {name: ids.repeat(config.data.micro_batch_size, 1) for name, ids in whole.items()}
     labels = next(reversed(batch.values()))  # of the decoder, if there is one
