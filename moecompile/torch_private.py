@@ -189,6 +189,12 @@ def all_gather_single(out: torch.Tensor, block: torch.Tensor, group: ProcessGrou
     gather(out, block, group=group)
 
 
+def reduce_scatter_single(out: torch.Tensor, blocks: torch.Tensor, group: ProcessGroup) -> None:
+    """Sums the blocks that all ranks have for this one into `out`. Before torch 2.13, as above."""
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter(out, blocks, group=group)
+
+
 def device_of(group: ProcessGroup | None = None) -> torch.device:
     """Where collectives of a group (None: of all ranks) want their tensors: NCCL has none on the CPU."""
     on_gpu = "nccl" in dist.get_backend(group)

@@ -1,7 +1,23 @@
 """Measures a compiled model: each distinct MoE layer against a dense FFN, and whole optimizer steps on all ranks."""
 
+from moecompile.bench.hardware import calibrated, cpu_parts, hardware_of, write_hardware
 from moecompile.bench.layers import LayerCost, measure_layers
+from moecompile.bench.machine import MachineCost, Sizes, measure_machine
 from moecompile.bench.measure import Times, kept_bytes
 from moecompile.bench.steps import StepCost, measure_steps
 
-__all__ = ["LayerCost", "StepCost", "Times", "kept_bytes", "measure_layers", "measure_steps"]
+__all__ = [
+    "LayerCost",
+    "MachineCost",
+    "Sizes",
+    "StepCost",
+    "Times",
+    "calibrated",
+    "cpu_parts",
+    "hardware_of",
+    "kept_bytes",
+    "measure_layers",
+    "measure_machine",
+    "measure_steps",
+    "write_hardware",
+]

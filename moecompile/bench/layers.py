@@ -36,7 +36,7 @@ from moecompile.plan import ExpertsSite, FFNSite, LayerPlan, Plan, on_one_proces
 from moecompile.schema import Compiled, Config, Precision
 from moecompile.torch_private import compile_whole
 
-_STD = 0.02
+WEIGHT_STD = 0.02
 Draw = Callable[[torch.Generator], tuple[Tensor, ...]]
 
 
@@ -209,7 +209,7 @@ def _prepare(module: nn.Module, device: torch.device, dtype: torch.dtype, config
     if is_meta(module):
         module.to_empty(device="cpu")
         for parameter in module.parameters():
-            parameter.normal_(std=_STD)
+            parameter.normal_(std=WEIGHT_STD)
     for part in module.modules():
         if not isinstance(part, Router):
             for parameter in part.parameters(recurse=False):

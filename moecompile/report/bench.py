@@ -30,6 +30,11 @@ def print_bench(result: Mapping[str, Any], console: Console) -> None:
     console.print(Text("kept: memory that forward saves for backward, without weights", style="dim"))
     console.print()
     console.print(_step_grid(result["step"]))
+    if machine := result.get("machine"):
+        console.print()
+        console.print(
+            _machine_grid(machine) if "hardware" in machine else Text(f"no hardware file: {machine['reason']}")
+        )
 
 
 def _layers_table(rows: Sequence[Mapping[str, Any]], width: int) -> Table:
@@ -69,6 +74,33 @@ def _step_grid(step: Mapping[str, Any]) -> Table:
         ("memory", _memory_text(step)),
         ("of it", ", ".join(f"{name} {share:.0%}" for name, share in [*spent, ("the rest", rest)])),
     )
+    for name, text in lines:
+        grid.add_row(Text(name, style="dim"), Text(text))
+    return grid
+
+
+def _machine_grid(machine: Mapping[str, Any]) -> Table:
+    """What of a step's time is the machine's, in CPU time of a rank."""
+    host = machine["hardware"]["host"]
+    fastest = {name: max(row["gflops"] for row in host[name]) for name in ("products", "grouped")}
+    overheads = f"{host['node_us']['value']:.3g} us per operation, {host['optimizer_ns']['value']:.3g} ns per parameter"
+    grid = plain_grid()
+    lines = [
+        (
+            "machine",
+            f"{plural(host['cores'], 'core')}, {fastest['products']:.0f} GFLOP/s, experts {fastest['grouped']:.0f}",
+        ),
+        (
+            "",
+            f"attention {host['attention_gflops']['value']:.0f} GFLOP/s, memory {host['pass_gb_s']['value']:.0f} GB/s",
+        ),
+        ("overhead", overheads),
+    ]
+    for row in host["messages"]:
+        price = f"{row['fixed_us'] / 1e3:.2g} ms and {row['byte_ns']:.2g} ns per byte"
+        lines.append(("exchange", f"{price} on {plural(int(row['ranks']), 'rank')}"))
+    lines.append(("predicted", f"{machine['predicted_cpu_ms']:,.1f} ms of CPU time per rank for this step"))
+    lines.append(("select it", f"hardware={machine['hardware']['name']} --config-dir FOLDER (this run's)"))
     for name, text in lines:
         grid.add_row(Text(name, style="dim"), Text(text))
     return grid

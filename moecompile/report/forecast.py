@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moecompile.planner.foresight.forecast import COMMUNICATION, Forecast
+from moecompile.planner.foresight.host import WAITING
 from moecompile.report.tables import plain_grid, plain_table
 from moecompile.report.text import seconds_text
 
@@ -31,6 +32,8 @@ def _head(forecast: Forecast) -> Table:
     grid = plain_grid()
     count = forecast.micro_batches
     step = f"{seconds_text(forecast.seconds)}, {count} micro-batch{'es' * (count != 1)}"
+    if WAITING in forecast.parts:
+        step += f", {seconds_text(forecast.seconds - forecast.parts[WAITING])} of CPU time"
     speed = f"{forecast.tokens_per_second_per_rank:,.0f} tokens/s, {forecast.tflops_per_rank:,.3g} model TFLOP/s"
     grid.add_row(Text("predicted step", style="bold"), Text(step))
     grid.add_row(Text("per rank", style="bold"), Text(f"{speed}, {100 * forecast.mfu:.1f}% of the peak (MFU)"))

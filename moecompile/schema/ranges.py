@@ -9,6 +9,7 @@ from moecompile.ranges import Real, Whole
 from moecompile.routing import BALANCE_NUMBERS, ROUTER_NUMBERS
 from moecompile.schema.config import FiguresConfig
 
+_FIGURE = Real("(0, inf)", "Give a positive number with its source")
 NUMBERS: dict[str, Whole | Real] = {
     "seed": Whole(0, 2**63 - 1),
     "experts.num_routed": Whole(1),
@@ -31,10 +32,9 @@ NUMBERS: dict[str, Whole | Real] = {
     "hardware.intra_node_gb_s": Real("(0, inf)", "Give the bandwidth of one rank in 1e9 bytes/s"),
     "hardware.inter_node_gb_s": Real("(0, inf)", "Give the bandwidth of one rank in 1e9 bytes/s"),
     "hardware.tflops": Real("(0, inf)", "Give the speed of one rank's matrix products in 1e12 operations/s"),
-    **{
-        f"hardware.figures.{each.name}.value": Real("(0, inf)", "Give a positive number with its source")
-        for each in fields(FiguresConfig)
-    },
+    **{f"hardware.figures.{each.name}.value": _FIGURE for each in fields(FiguresConfig)},
+    "hardware.host.cores": Whole(1),
+    **{f"hardware.host.{name}.value": _FIGURE for name in ("attention_gflops", "pass_gb_s", "node_us", "optimizer_ns")},
     "stack.bits": Whole(4, 32),
     "stack.row_bits": Whole(8, 16),
     "stack.grad_bits": Whole(16, 32),

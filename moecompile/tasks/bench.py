@@ -21,6 +21,7 @@ from moecompile.report.result import write_result
 from moecompile.rundir import accept, note_accepted
 from moecompile.runtime.process_group import init_process_group
 from moecompile.schema import Config
+from moecompile.tasks.bench_machine import measured_machine
 from moecompile.tasks.job import Job, load_job
 from moecompile.tasks.plan import require_layers
 from moecompile.tasks.show import show_compiled
@@ -43,7 +44,9 @@ def run_rank(config: Config, run_dir: Path) -> None:
     """Runs one rank: rank 0 measures the layers while others wait, then all run steps; rank 0 writes the results."""
     init_process_group(config)
     job, console = load_job(config, run_dir), Console(soft_wrap=False)
-    layers = _layers(job, config)
+    waiting = dist.new_group(backend="gloo", timeout=_LAYERS_TIMEOUT)
+    layers = _layers(job, config, waiting)
+    machine = measured_machine(job, config, waiting)
     compiled = job.compile(config)
     if dist.get_rank() == 0:
         accept(run_dir)
@@ -53,11 +56,18 @@ def run_rank(config: Config, run_dir: Path) -> None:
     materialize = job.materialize(compiled)
     step = measure_steps(compiled.model, compiled.plan, config, job.data, run_dir / "steps", materialize)
     if dist.get_rank() == 0:
-        _write(config, compiled.plan.hash, run_dir, layers, step, console)
+        found = None if machine is None else machine.write(compiled.plan, config, step, run_dir)
+        _write(config, compiled.plan.hash, run_dir, layers, step, found, console)
 
 
 def _write(
-    config: Config, plan_hash: str, run_dir: Path, layers: list[LayerCost], step: StepCost, console: Console
+    config: Config,
+    plan_hash: str,
+    run_dir: Path,
+    layers: list[LayerCost],
+    step: StepCost,
+    machine: dict[str, Any] | None,
+    console: Console,
 ) -> None:
     """Prints the tables and writes `bench.json` and `result.json`."""
     measured = {
@@ -66,6 +76,7 @@ def _write(
         "precision": config.trainer.precision.value,
         "layers": [_layer_row(cost) for cost in layers],
         "step": _step_row(step),
+        "machine": machine,
     }
     body = {"recipe": config.name, "plan_hash": plan_hash, "versions": versions(), **measured}
     path = run_dir / BENCH
@@ -76,11 +87,10 @@ def _write(
     console.print(f"\n{config.name}  ok  {result['seconds']:.1f} s  {path}", soft_wrap=True)
 
 
-def _layers(job: Job, config: Config) -> list[LayerCost]:
+def _layers(job: Job, config: Config, waiting: dist.ProcessGroup) -> list[LayerCost]:
     """Measures the layers on rank 0 while the others wait; empty on other ranks."""
-    long_timeout = dist.new_group(backend="gloo", timeout=_LAYERS_TIMEOUT)
     costs = _measured_layers(job, config) if dist.get_rank() == 0 else []
-    dist.barrier(long_timeout)
+    dist.barrier(waiting)
     return costs
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks.memory import MOST, measured
 from moecompile.compose import compose_config
@@ -44,7 +45,25 @@ def test_layers_and_steps_on_two_ranks(tmp_path: Path) -> None:
     shares = [step[name] for name in ("exchanges", "experts", "rows")]
     assert all(share > 0 for share in shares) and sum(shares) < 1
     assert step["planned_bytes"] / 2 < step["peak_bytes"] < 1.5 * step["planned_bytes"]
+    machine = bench["machine"]
+    assert result["machine"] == machine
+    assert {(each["kind"], each["ranks"]) for each in machine["exchanges"]} == {
+        (kind, 2) for kind in ("all_to_all", "all_gather", "reduce_scatter")
+    }
+    assert machine["predicted_cpu_ms"] == pytest.approx(step["cpu_ms"], rel=0.5)  # what calibrated it
+    with (tmp_path / "out" / "hardware" / "this_machine.yaml").open() as file:
+        written = yaml.safe_load(file)
+    assert written == machine["hardware"]
+    assert written["host"]["node_us"]["value"] > 0.1 and written["figures"]["latency_us"]["value"] > 1
+    select = ["hardware=this_machine", "--config-dir", "out", "mesh=cpu_1x4", "hydra.run.dir=planned"]
+    plan = moecompile([*TINY, "task=plan", *select], tmp_path)
+    assert plan.returncode == 0, plan.stderr + plan.stdout
+    assert "of CPU time" in plan.stdout
+    assert "waiting for a core" in json.loads((tmp_path / "planned" / "result.json").read_text())["step_parts"]
     for text in (
+        "us per operation",
+        "on 2 ranks",
+        "ms of CPU time per rank for this step",
         "model.layers.1.mlp",
         f"16 x {layer['d_expert']}",
         "tokens on 2 ranks",

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from moecompile.errors import ConfigError
 from moecompile.planner.foresight.constants import calibrated
 from moecompile.planner.foresight.counts import count
+from moecompile.planner.foresight.host import host_seconds
 from moecompile.planner.foresight.imbalance import Load
 from moecompile.planner.foresight.layout import KINDS, Layout, Machine, Software
 from moecompile.planner.foresight.seconds import step_seconds
@@ -107,7 +108,10 @@ def forecast(case: Case, loads: Sequence[Load], alternatives: Mapping[str, Case]
 def step_of(case: Case, load: float = 1.0) -> dict[str, float]:
     """The addends of the step, seconds, with exchanges by link class."""
     counts = count(case.model, case.layout, case.machine, case.software)
-    parts = step_seconds(counts, case.machine, case.software, calibrated(), case.layout.gpus, load)
+    if case.machine.host is not None:
+        parts = host_seconds(case.model, case.layout, counts, case.machine, case.software, load)
+    else:
+        parts = step_seconds(counts, case.machine, case.software, calibrated(), case.layout.gpus, load)
     exchange, wire = parts.pop("exchange"), counts.wire
     intra, inter = wire.intra / case.machine.intra, wire.inter / case.machine.inter
     within = intra / (intra + inter) if intra + inter else 1.0

@@ -86,6 +86,27 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Host:
+    """A node that computes on its CPU, in seconds of one rank.
+
+    cores: of a node. products: rows -> operations/s of dense products; grouped: rows of an expert -> operations/s.
+    contention: ranks that compute at once -> how much longer each takes. attention: operations/s. passes: bytes/s.
+    node: of an operation that Python calls. optimizer: of a parameter. messages: ranks -> seconds of an exchange, and
+    of each byte that a rank sends in it.
+    """
+
+    cores: int
+    products: tuple[tuple[float, float], ...]
+    grouped: tuple[tuple[float, float], ...]
+    contention: tuple[tuple[float, float], ...]
+    attention: float
+    passes: float
+    node: float
+    optimizer: float
+    messages: tuple[tuple[float, float, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Machine:
     """One GPU and its links; conf/hardware has figures and their sources.
 
@@ -93,6 +114,7 @@ class Machine:
     memory: bytes/s of its memory, from the data sheet; passes: bytes/s that kernels reach. intra, inter: bytes/s that
     exchanges reach, of one GPU in one direction, within its link domain of `domain` GPUs and beyond it. latency:
     seconds of an empty exchange. units: parts that kernels of exchanges may take (SMs). capacity: bytes of its memory.
+    host: what was measured of ranks that compute on the CPU, which then decides about time.
     """
 
     name: str
@@ -106,6 +128,7 @@ class Machine:
     domain: int
     units: int
     capacity: float
+    host: Host | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from moecompile.errors import ConfigError
-from moecompile.planner.foresight.layout import Machine, Software
-from moecompile.schema import NUMBERS, FigureConfig, HardwareConfig, StackConfig
+from moecompile.planner.foresight.layout import Host, Machine, Software
+from moecompile.schema import (
+    NUMBERS,
+    ContentionConfig,
+    FigureConfig,
+    HardwareConfig,
+    HostConfig,
+    MessageConfig,
+    RateConfig,
+    StackConfig,
+)
 
 GIB = 2**30
+Row = TypeVar("Row", RateConfig, ContentionConfig, MessageConfig)
 
 
 def machine_of(hardware: HardwareConfig) -> Machine:
@@ -42,7 +54,46 @@ def machine_of(hardware: HardwareConfig) -> Machine:
         domain=round(figure("link_domain")),
         units=round(figure("compute_units")),
         capacity=hardware.memory_gib * GIB,
+        host=None if hardware.host.cores is None else host_of(hardware.host),
     )
+
+
+def host_of(host: HostConfig) -> Host:
+    """The ranks of a CPU.
+
+    Raises:
+        ConfigError: a figure is missing, or a table is not one of positive numbers with rising first ones.
+    """
+    figures = {name: number(f"hardware.host.{name}", getattr(host, name)) for name in _HOST_FIGURES}
+    return Host(
+        cores=host.cores or 1,
+        products=tuple((each.rows, 1e9 * each.gflops) for each in _rows("products", host.products)),
+        grouped=tuple((each.rows, 1e9 * each.gflops) for each in _rows("grouped", host.grouped)),
+        contention=tuple((each.ranks, each.factor) for each in _rows("contention", host.contention)),
+        messages=tuple(
+            (each.ranks, 1e-6 * each.fixed_us, 1e-9 * each.byte_ns)
+            for each in _rows("messages", host.messages, least=0)
+        ),
+        attention=1e9 * figures["attention_gflops"],
+        passes=1e9 * figures["pass_gb_s"],
+        node=1e-6 * figures["node_us"],
+        optimizer=1e-9 * figures["optimizer_ns"],
+    )
+
+
+_HOST_FIGURES = ("attention_gflops", "pass_gb_s", "node_us", "optimizer_ns")
+
+
+def _rows(name: str, rows: list[Row], least: int = 1) -> list[Row]:
+    """A table, checked."""
+    values = [list(vars(row).values()) for row in rows]
+    first = [row[0] for row in values]
+    if len(rows) < least or any(min(row) <= 0 for row in values) or first != sorted(set(first)):
+        raise ConfigError(
+            f"hardware.host.{name}", values, "needs rows of positive numbers, with rising first ones",
+            "Measure it with task=bench",
+        )  # fmt: skip
+    return rows
 
 
 PEAKS = {32: "fp32_tflops", 16: "bf16_tflops", 8: "fp8_tflops", 4: "fp4_tflops"}

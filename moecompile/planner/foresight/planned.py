@@ -51,11 +51,14 @@ def case_of(shape: ModelShape, plan: Plan, config: Config) -> Case:
         config.stack, bits=_BITS.get(config.trainer.precision, 16), dispatcher="flat" if kind == "local" else kind,
         recompute=REPEATED[config.trainer.checkpointing.value],
     )  # fmt: skip
+    # The plan's nodes are its link domains: ranks of one node are connected by the fast links.
+    machine = replace(machine_of(config.hardware), domain=mesh.ranks_per_node)
+    if machine.host is not None:
+        software = replace(software, fused=True)  # as the experts' kernel for CPUs is
     return Case(
         model=shape,
         layout=layout,
-        # The plan's nodes are its link domains: ranks of one node are connected by the fast links.
-        machine=replace(machine_of(config.hardware), domain=mesh.ranks_per_node),
+        machine=machine,
         software=replace(software, in_flight=overlap, chunks=chunks) if own else software,
     )
 

@@ -81,6 +81,62 @@ class FiguresConfig:
 
 
 @dataclass(kw_only=True)
+class RateConfig:
+    """A rate of `hardware.host`; rows rise from one to the next."""
+
+    rows: float = 0.0
+    """Rows, positive."""
+    gflops: float = 0.0
+    """1e9 operations/s with as many, positive."""
+
+
+@dataclass(kw_only=True)
+class ContentionConfig:
+    """One of `hardware.host.contention`; ranks rise from one to the next."""
+
+    ranks: float = 0.0
+    """Ranks of a node that compute at once, positive."""
+    factor: float = 0.0
+    """How many times as long each of them takes as one alone, positive."""
+
+
+@dataclass(kw_only=True)
+class MessageConfig:
+    """One of `hardware.host.messages`; ranks rise from one to the next."""
+
+    ranks: float = 0.0
+    """Ranks of an exchange, positive."""
+    fixed_us: float = 0.0
+    """CPU time of an exchange without rows, microseconds, positive."""
+    byte_ns: float = 0.0
+    """CPU time for each byte that a rank sends, nanoseconds, positive."""
+
+
+@dataclass(kw_only=True)
+class HostConfig:
+    """`hardware.host`: ranks that compute on the CPU, as task=bench measures them; steps then take CPU time."""
+
+    cores: Optional[int] = None
+    """Cores of a node, which its ranks share, 1 or more; null: no such ranks."""
+    products: list[RateConfig] = field(default_factory=list)
+    """Dense products, by the rows that they have."""
+    grouped: list[RateConfig] = field(default_factory=list)
+    """Products of experts, by the rows of each of them."""
+    contention: list[ContentionConfig] = field(default_factory=list)
+    """What ranks of a node that compute at once cost each other."""
+    messages: list[MessageConfig] = field(default_factory=list)
+    """Exchanges, by the ranks among which they are; none: measured on one rank."""
+    attention_gflops: FigureConfig = field(default_factory=FigureConfig)
+    """Speed of attention without projections, 1e9 operations/s."""
+    pass_gb_s: FigureConfig = field(default_factory=FigureConfig)
+    """Bandwidth that operations on single numbers reach, 1e9 bytes/s."""
+    node_us: FigureConfig = field(default_factory=FigureConfig)
+    """What Python and autograd take for one operation, microseconds."""
+    optimizer_ns: FigureConfig = field(default_factory=FigureConfig)
+    """What the optimizer takes for a parameter, nanoseconds."""
+
+
+@dataclass(kw_only=True)
 class HardwareConfig:
     """`hardware`: memory and bandwidth of one rank."""
 
@@ -95,6 +151,7 @@ class HardwareConfig:
     tflops: float = 0.1
     """Matmul speed that experts reach on one rank, 1e12 operations/s, positive."""
     figures: FiguresConfig = field(default_factory=FiguresConfig)
+    host: HostConfig = field(default_factory=HostConfig)
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,275 @@
+"""Measures what the time of a step on this machine depends on, for `hardware.host`.
+
+All in CPU time, except where wall time is said. Ranks of the mesh that are not needed wait.
+
+1. On rank 0: products by rows, experts' products by rows of each, attention, a memory pass, the optimizer, all at the
+   model's own sizes; then the whole model's forward and backward.                                    -> `_one_rank`
+2. The model's forward and backward on 2, 4, ... ranks at once, over that of one rank.              -> `_contention`
+3. Exchanges of each kind by size, on the first 2, 4, ... ranks. Messages are the line through those of rows.
+                                                                                                     -> `_exchanges`
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from moecompile.bench.layers import WEIGHT_STD
+from moecompile.nn import Experts
+from moecompile.planner.foresight.work import ATTENTION_BACKWARD
+from moecompile.torch_private import all_gather_single, reduce_scatter_single
+
+ROWS, EXPERT_ROWS = (16, 64, 256, 1024), (1, 4, 16, 64, 256)
+SIZES = (64, 4096, 65536, 524288, 2097152)  # bytes that a rank sends
+_ROUNDS, _LEAST_SECONDS, _TOGETHER_SECONDS, _CALLS = 5, 0.02, 0.3, 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of the model and its micro-batch: what is measured is measured at these.
+
+    d_model: of a dense product. heads, d_qk, d_v, seq: of attention; no heads: none. row: width of the experts' rows.
+    experts: on a rank. d_expert: their width. tokens: of a micro-batch.
+    """
+
+    d_model: int
+    heads: int
+    d_qk: int
+    d_v: int
+    seq: int
+    row: int
+    experts: int
+    d_expert: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangeCost:
+    """Microseconds of one exchange on rank 0: all_to_all, all_gather or reduce_scatter, of bytes that a rank sends."""
+
+    kind: str
+    ranks: int
+    bytes: int
+    wall_us: float
+    cpu_us: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineCost:
+    """What was measured: rows -> 1e9 operations/s of products, 1e9 bytes/s of passes, nanoseconds of the optimizer per
+    parameter, seconds of the model's forward and backward, ranks -> factor of ranks that compute at once.
+    """
+
+    cores: int
+    threads: int
+    products: list[tuple[int, float]]
+    grouped: list[tuple[int, float]]
+    attention_gflops: float
+    pass_gb_s: float
+    optimizer_ns: float
+    model_seconds: float
+    contention: list[tuple[int, float]]
+    exchanges: list[ExchangeCost]
+
+
+def measure_machine(
+    run: Callable[[], object], sizes: Sizes, waiting: dist.ProcessGroup, timeout: timedelta
+) -> MachineCost | None:
+    """All ranks call it; None on all but rank 0.
+
+    Args:
+        run: forward and backward of the model on this rank alone. waiting: of all ranks, which wait in it for rank 0.
+            timeout: of groups of some of them.
+    """
+    torch.manual_seed(0)
+    groups = {ranks: dist.new_group(list(range(ranks)), timeout=timeout) for ranks in _counts(dist.get_world_size())}
+    one = _one_rank(run, sizes) if dist.get_rank() == 0 else None
+    dist.barrier(waiting)
+    contention = _contention(run, one["model_seconds"] if one else 1.0, groups, waiting)
+    exchanges = [cost for ranks, group in groups.items() for cost in _exchanges(ranks, group, waiting)]
+    if one is None:
+        return None
+    return MachineCost(
+        cores=len(os.sched_getaffinity(0)),
+        threads=torch.get_num_threads(),
+        contention=contention,
+        exchanges=exchanges,
+        **one,
+    )
+
+
+def _counts(world: int) -> list[int]:
+    """2, 4, ... and all of them."""
+    return sorted({2**i for i in range(1, world.bit_length()) if 2**i <= world} | ({world} if world > 1 else set()))
+
+
+def _one_rank(run: Callable[[], object], sizes: Sizes) -> dict[str, Any]:
+    """Step 1."""
+    return {
+        "products": [(rows, _product_rate(rows, sizes)) for rows in ROWS],
+        "grouped": [(rows, _expert_rate(rows, sizes)) for rows in EXPERT_ROWS],
+        "attention_gflops": _attention_rate(sizes),
+        "pass_gb_s": _pass_rate(sizes),
+        "optimizer_ns": _optimizer_ns(sizes),
+        "model_seconds": _seconds(run),
+    }
+
+
+def _product_rate(rows: int, sizes: Sizes) -> float:
+    """1e9 operations/s of a linear layer's three products."""
+    x, weight, grad = (
+        torch.randn(*shape) for shape in ((rows, sizes.d_model), (sizes.d_model, sizes.d_model), (rows, sizes.d_model))
+    )
+
+    def products() -> None:
+        F.linear(x, weight)
+        grad @ weight
+        grad.T @ x
+
+    return 6e-9 * rows * sizes.d_model * sizes.d_model / _seconds(products)
+
+
+def _expert_rate(rows: int, sizes: Sizes) -> float:
+    """1e9 operations/s of the experts of a rank, forward and backward, with as many rows for each."""
+    none = nn.Identity()  # the op has its own activation
+    experts = Experts(sizes.row, sizes.d_expert, sizes.experts, gated=True, activation=none)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=WEIGHT_STD)
+    total = rows * sizes.experts
+    x = torch.randn(total, sizes.row, requires_grad=True)
+    source_R, weights_R, grad = torch.arange(total), torch.ones(total), torch.randn(total, sizes.row)
+    counts_E = torch.full((sizes.experts,), rows)
+
+    def step() -> None:
+        experts(x, counts_E, source_R=source_R, weights_R=weights_R).backward(grad)
+        experts.zero_grad()
+
+    return 18e-9 * total * sizes.row * sizes.d_expert / _seconds(step)
+
+
+def _attention_rate(sizes: Sizes) -> float:
+    """1e9 operations/s of causal attention, forward and backward, which has 2.5 times as many."""
+    if not sizes.heads:
+        return _product_rate(sizes.tokens, sizes)  # nothing will be divided by it
+    shape = (max(1, sizes.tokens // sizes.seq), sizes.heads, sizes.seq)
+    q, k = (torch.randn(*shape, sizes.d_qk, requires_grad=True) for _ in range(2))
+    v = torch.randn(*shape, sizes.d_v, requires_grad=True)
+    grad = torch.randn(*shape, sizes.d_v)
+
+    def step() -> None:
+        F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(grad)
+
+    flops = 2 * shape[0] * sizes.seq * sizes.heads * (sizes.d_qk + sizes.d_v) * (sizes.seq + 1) / 2
+    return 1e-9 * flops * (1 + ATTENTION_BACKWARD) / _seconds(step)
+
+
+def _pass_rate(sizes: Sizes) -> float:
+    """1e9 bytes/s of an addition of two micro-batches of hidden states, which is read and written in turn."""
+    x, y, out = (torch.randn(sizes.tokens, 4 * sizes.d_model) for _ in range(3))
+    return 3e-9 * x.nbytes / _seconds(lambda: torch.add(x, y, out=out))
+
+
+def _optimizer_ns(sizes: Sizes) -> float:
+    """Nanoseconds of AdamW for a parameter."""
+    weights = [nn.Parameter(torch.randn(sizes.d_model, sizes.d_model)) for _ in range(8)]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer = torch.optim.AdamW(weights)
+    return 1e9 * _seconds(optimizer.step) / sum(weight.numel() for weight in weights)
+
+
+def _contention(
+    run: Callable[[], object], alone: float, groups: dict[int, dist.ProcessGroup], waiting: dist.ProcessGroup
+) -> list[tuple[int, float]]:
+    """Step 2; on rank 0 from what it takes `alone`."""
+    found = [(1, 1.0)]
+    for ranks, group in groups.items():
+        if dist.get_rank() < ranks:
+            dist.barrier(group)
+            found.append((ranks, max(1.0, _seconds(run, least=_TOGETHER_SECONDS) / alone)))
+        dist.barrier(waiting)
+    return found
+
+
+def _exchanges(ranks: int, group: dist.ProcessGroup, waiting: dist.ProcessGroup) -> Iterator[ExchangeCost]:
+    """Step 3; nothing on ranks that are not in the group."""
+    if dist.get_rank() < ranks:
+        for size in SIZES:
+            for kind, call in _calls(ranks, size // 4, group).items():
+                wall, cpu = _exchange_seconds(call, group)
+                yield ExchangeCost(kind=kind, ranks=ranks, bytes=size, wall_us=1e6 * wall, cpu_us=1e6 * cpu)
+    dist.barrier(waiting)
+
+
+def _calls(ranks: int, numbers: int, group: dist.ProcessGroup) -> dict[str, Callable[[], object]]:
+    """Each kind of exchange, in which a rank sends about as many fp32 numbers to the others together."""
+    block = max(1, numbers // (ranks - 1))
+    one, whole, other = torch.zeros(block), torch.zeros(block * ranks), torch.zeros(block * ranks)
+    return {
+        "all_to_all": lambda: dist.all_to_all_single(other, whole, group=group),
+        "all_gather": lambda: all_gather_single(whole, one, group),
+        "reduce_scatter": lambda: reduce_scatter_single(one, whole, group),
+    }
+
+
+def _exchange_seconds(call: Callable[[], object], group: dist.ProcessGroup) -> tuple[float, float]:
+    """Wall and CPU seconds, medians; CPU time is that of the process, whose back end has threads of its own."""
+    times = []
+    for _ in range(_ROUNDS + 1):
+        dist.barrier(group)
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(_CALLS):
+            call()
+        times.append(((time.perf_counter() - wall) / _CALLS, (time.process_time() - cpu) / _CALLS))
+    walls, cpus = zip(*times[1:], strict=True)
+    return statistics.median(walls), statistics.median(cpus)
+
+
+def _seconds(call: Callable[[], object], least: float = _LEAST_SECONDS) -> float:
+    """CPU seconds of one call: the median of rounds that take `least` at least."""
+    call()
+    start = time.process_time()
+    call()
+    number = max(1, int(least / max(1e-9, time.process_time() - start)))
+    rounds = []
+    for _ in range(_ROUNDS):
+        start = time.process_time()
+        for _ in range(number):
+            call()
+        rounds.append((time.process_time() - start) / number)
+    return statistics.median(rounds)
+
+
+def line_of(exchanges: Sequence[ExchangeCost]) -> list[tuple[int, float, float]]:
+    """Ranks, microseconds of CPU time of an exchange, and nanoseconds per byte: least squares over sizes of all kinds.
+
+    Relative errors count, so that small exchanges do not vanish beside large ones.
+    """
+    found = []
+    for ranks in sorted({cost.ranks for cost in exchanges}):
+        costs = [cost for cost in exchanges if cost.ranks == ranks]
+        found.append((ranks, *_fit([(cost.bytes, cost.cpu_us) for cost in costs])))
+    return found
+
+
+def _fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(microseconds, nanoseconds per byte), not negative."""
+    ones = np.ones(len(points))
+    rows = np.array([[1 / y, 1e-3 * x / y] for x, y in points])
+    fixed, each = np.linalg.lstsq(rows, ones, rcond=None)[0]
+    if fixed < 0:
+        fixed, each = 0.0, np.linalg.lstsq(rows[:, 1:], ones, rcond=None)[0][0]
+    elif each < 0:
+        fixed, each = np.linalg.lstsq(rows[:, :1], ones, rcond=None)[0][0], 0.0
+    return float(fixed), float(each)
