@@ -52,12 +52,17 @@ def _prepare(config: Config, run_dir: Path) -> Config:
     from moecompile.checkpoint.resume import resumed
     from moecompile.planner.given import with_plan
     from moecompile.planner.placement import with_placement
-    from moecompile.schema import TaskName, of_the_job
+    from moecompile.schema import SEARCHED, TaskName, of_the_job
 
     if config.task.name is TaskName.submit:  # what its job would refuse is refused before it waits
         resumed(with_plan(with_placement(of_the_job(config))), run_dir)
         return config
-    return resumed(with_plan(with_placement(config)), run_dir)
+    config = with_plan(with_placement(config))
+    if config.mesh.ep == SEARCHED:
+        from moecompile.tasks.layout import with_layout  # imports torch
+
+        config = with_layout(config)
+    return resumed(config, run_dir)
 
 
 def _check(config: Config) -> None:

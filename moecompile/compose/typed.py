@@ -21,7 +21,15 @@ RESOLVED = "resolved.yaml"
 GIVEN_GROUPS = ("per_layer", "model", "mesh", "dispatch")
 """Words without a dot that `Config.given` keeps."""
 
+
+def _started(what: str, default: int) -> int:
+    """`${moecompile.started:nodes,1}`: the number of `nodes`, or of `ranks_per_node`, that torchrun started."""
+    return int(os.environ.get(_TORCHRUN[what], default))
+
+
+_TORCHRUN = {"nodes": "GROUP_WORLD_SIZE", "ranks_per_node": "LOCAL_WORLD_SIZE"}
 OmegaConf.register_new_resolver("moecompile.add", lambda *numbers: sum(numbers), replace=True)  # ${moecompile.add:a,b}
+OmegaConf.register_new_resolver("moecompile.started", _started, replace=True)
 
 
 def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:

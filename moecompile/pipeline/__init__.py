@@ -39,10 +39,12 @@ from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.passes.trained import frozen_notes
 from moecompile.pipeline.captured import capture_planned, planning_facts
 from moecompile.pipeline.facts import facts_of
-from moecompile.plan import Plan, check_sites
+from moecompile.pipeline.shape import shape_of_model
+from moecompile.plan import Plan, PlannedSite, check_sites
 from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import build_plan
 from moecompile.planner.existing import notes
+from moecompile.planner.search.chosen import choose_layout
 from moecompile.schema import Config
 from moecompile.torch_private import set_attribute
 
@@ -122,12 +124,12 @@ def make_plan(
     check_model(model_or_graph, "model_or_graph")
     config = _config(overrides)
     if isinstance(model_or_graph, fx.GraphModule) and example is None:
-        return build_plan(list(graph_sites(model_or_graph)), config, facts_of(model_or_graph))
+        return _new_plan(model_or_graph, list(graph_sites(model_or_graph)), config, facts_of(model_or_graph))
     if example is None:
         raise CaptureError("make_plan needs example=... for a module that is not a GraphModule")
     check_example(example)
     sites, facts = planning_facts(model_or_graph, config, example)
-    return build_plan(sites, config, facts)
+    return _new_plan(model_or_graph, sites, config, facts)
 
 
 def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | Config | Plan = ()) -> fx.GraphModule:
@@ -149,7 +151,7 @@ def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | C
         plan, seed = overrides_or_plan, 0
     else:
         config = _config(overrides_or_plan)
-        plan, seed = build_plan(list(matches), config, facts_of(source)), config.seed
+        plan, seed = _new_plan(source, list(matches), config, facts_of(source)), config.seed
     check_sites(plan.layers, matches)
     region = Region(path="", graph=source, module=source, matches={s.fqn: match for s, match in matches.items()})
     result = source
@@ -253,10 +255,10 @@ def _planned(
     Overrides next to a given plan must agree with it, except for the seed, which is not part of a plan.
     """
     if plan is None:
-        return build_plan(captured.sites, _config(overrides), facts)
+        return _new_plan(model, captured.sites, _config(overrides), facts)
     if not isinstance(overrides, Config):
         ignored = [item for item in overrides if not item.startswith("seed=")]
-        if ignored and build_plan(captured.sites, _config(overrides), facts).hash != plan.hash:
+        if ignored and _new_plan(model, captured.sites, _config(overrides), facts).hash != plan.hash:
             raise ArgumentError(
                 "overrides", " ".join(ignored), f"would make another plan than the given one ({plan.hash}), which "
                 "decides", "Leave them out, or make the plan with them: moecompile.make_plan(model, overrides, "
@@ -264,6 +266,11 @@ def _planned(
             )  # fmt: skip
     check_sites(plan.layers, captured.sites)
     return plan
+
+
+def _new_plan(model: nn.Module, sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) -> Plan:
+    choice = choose_layout(sites, facts, config, lambda plan: shape_of_model(model, plan))
+    return build_plan(sites, config if choice is None else choice.config, facts)
 
 
 def _config(overrides: Sequence[str] | Config) -> Config:

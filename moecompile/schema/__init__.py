@@ -82,7 +82,7 @@ from moecompile.schema.validation.experts import (
     virtual_group,
 )
 from moecompile.schema.validation.launcher import of_the_job
-from moecompile.schema.validation.mesh import mesh_spec
+from moecompile.schema.validation.mesh import SEARCHED, commonest, mesh_spec, meshes
 from moecompile.schema.validation.optimizer import check_optimizer, group_of
 from moecompile.schema.validation.routing import balance_spec, router_config
 from moecompile.schema.validation.run import accumulation_steps
@@ -90,6 +90,7 @@ from moecompile.schema.workload import is_described, with_workload
 
 __all__ = [
     "NUMBERS",
+    "SEARCHED",
     "SOURCES",
     "AdapterExport",
     "AdapterKind",
@@ -172,11 +173,13 @@ __all__ = [
     "check_selections",
     "check_shared",
     "check_slices",
+    "commonest",
     "group_of",
     "is_described",
     "is_sliced",
     "layer_settings",
     "mesh_spec",
+    "meshes",
     "of_the_job",
     "router_config",
     "site_slice",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +14,7 @@ from moecompile.models.source import source_model
 from moecompile.pipeline.captured import planning_facts
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.planner.build_plan import build_plan
+from moecompile.planner.search.chosen import with_settings
 from moecompile.planner.search.found import Candidate
 from moecompile.planner.search.run import Found, search
 from moecompile.report.result import write_result
@@ -44,17 +43,6 @@ def run(config: Config, run_dir: Path) -> None:
         plans.save(best, run_dir / "plan.yaml")
         fields = {**plan_fields(best), **fields}
     write_result(run_dir, "search", config.name, fields)
-
-
-def with_settings(config: Config, settings: Mapping[str, object]) -> Config:
-    """The config with these settings: dotted key of two parts -> value."""
-    for key, value in settings.items():
-        group, _, name = key.partition(".")
-        node = getattr(config, group)
-        now = getattr(node, name)
-        typed = type(now)(value) if isinstance(now, Enum) else value
-        config = replace(config, **{group: replace(node, **{name: typed})})
-    return config
 
 
 def _fields(found: Found) -> dict[str, object]:

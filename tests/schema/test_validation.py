@@ -41,7 +41,7 @@ BROKEN: dict[str, tuple[list[str], str]] = {
         "mesh.dp_shard=4: dp_replicate * dp_shard must be the world size / tp, 1 * 4 is not 2. Use 2 or auto.",
     ),
     "device": (["mesh.device=tpu"], "mesh.device=tpu: must be cpu, cuda or auto. Use one of these."),
-    "ep is a word": (["mesh.ep=most"], "mesh.ep=most: must be a number or auto. Give a whole number or auto."),
+    "ep is a word": (["mesh.ep=most"], "mesh.ep=most: must be a number, auto or search. Give one of these."),
     "dp_shard": (
         [*TWO_NODES, "mesh.dp_shard=3"],
         "mesh.dp_shard=3: dp_replicate * dp_shard must be the world size, 1 * 3 is not 4. Use 4 or auto.",

@@ -17,7 +17,8 @@ class MeshConfig:
     ranks_per_node: int = 1
     """Ranks on each node, 1 to 1024."""
     ep: Union[int, str] = "auto"
-    """Expert parallel size: ranks of an EP group, over which the experts are spread; `auto`: all ranks."""
+    """Expert parallel size: ranks of an EP group, over which the experts are spread; `auto`: all ranks; `search`: what
+    is predicted to be fastest and fits, with `dp_replicate` and what is `auto` in `dispatch`."""
     dp_replicate: int = 1
     """Replicas of the sharded weights, 1 or more."""
     dp_shard: Union[int, str] = "auto"

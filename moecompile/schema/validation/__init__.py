@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.schema.config import Config
@@ -19,7 +21,7 @@ from moecompile.schema.validation.experts import (
 )
 from moecompile.schema.validation.export import check_export
 from moecompile.schema.validation.launcher import check_launcher, of_the_job
-from moecompile.schema.validation.mesh import mesh_spec
+from moecompile.schema.validation.mesh import commonest, mesh_spec, meshes
 from moecompile.schema.validation.model import check_model
 from moecompile.schema.validation.optimizer import check_optimizer
 from moecompile.schema.validation.routing import balance_spec, check_choice, check_nodes, router_config
@@ -27,13 +29,22 @@ from moecompile.schema.validation.run import check_data, check_recomputation, ch
 
 
 def validate(config: Config) -> None:
-    """Checks every rule that needs no model.
+    """Checks every rule that needs no model. Of meshes that are to be searched, one must keep them.
 
     Raises:
         ConfigError: the first rule that is broken.
     """
     check_launcher(config)
-    config = of_the_job(config)
+    config, errors = of_the_job(config), list[ConfigError]()
+    for mesh in meshes(config.mesh):
+        try:
+            return _validate(replace(config, mesh=mesh))
+        except ConfigError as error:
+            errors.append(error)
+    raise commonest(errors)
+
+
+def _validate(config: Config) -> None:
     # If the model has experts already, the config of experts and routers is not used.
     sites = config.experts.sites
     widens = config.experts.init is ExpertInit.widen

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from moecompile.errors import ConfigError
-from moecompile.mesh import MeshSpec
+from moecompile.mesh import MeshSpec, divisors
 from moecompile.schema.config import MeshConfig
 
+SEARCHED = "search"
+"""`mesh.ep` of a layout that is not chosen yet."""
 _NOT_YET = {
     "pp": "pipeline parallelism is not supported: auxiliary losses of earlier stages would not reach the loss, and "
     "FSDP2 loses gradients under schedules that split backward",
@@ -13,7 +18,7 @@ _NOT_YET = {
 
 
 def mesh_spec(mesh: MeshConfig) -> MeshSpec:
-    """The validated mesh; `auto` values are filled in.
+    """The validated mesh; `auto` values are filled in. With an EP size that is to be searched, only its ranks count.
 
     Raises:
         ConfigError: the sizes do not fit each other, or an axis is not supported yet.
@@ -27,7 +32,7 @@ def mesh_spec(mesh: MeshConfig) -> MeshSpec:
     spec = MeshSpec(
         num_nodes=mesh.num_nodes,
         ranks_per_node=mesh.ranks_per_node,
-        ep=int_or_auto("mesh.ep", mesh.ep, world),
+        ep=_ep(mesh.ep, world),
         dp_replicate=mesh.dp_replicate,
         tp=mesh.tp,
         cp=mesh.cp,
@@ -43,6 +48,28 @@ def mesh_spec(mesh: MeshConfig) -> MeshSpec:
             f"Use {spec.dp_shard} or auto",
         )
     return spec
+
+
+def _ep(value: int | str, world: int) -> int:
+    if value in ("auto", SEARCHED):
+        return world
+    try:
+        return int(value)
+    except ValueError:
+        raise ConfigError("mesh.ep", value, "must be a number, auto or search", "Give one of these") from None
+
+
+def meshes(mesh: MeshConfig) -> list[MeshConfig]:
+    """The meshes of which one will be chosen, the largest EP size first; `mesh` alone if there is nothing to search."""
+    if mesh.ep != SEARCHED:
+        return [mesh]
+    return [replace(mesh, ep=ep) for ep in reversed(divisors(mesh.num_nodes * mesh.ranks_per_node))]
+
+
+def commonest(errors: Sequence[ConfigError]) -> ConfigError:
+    """Of the errors of several meshes, the one that most of them have: the others are of their sizes."""
+    paths = [error.path for error in errors]
+    return max(errors, key=lambda error: paths.count(error.path))
 
 
 def int_or_auto(path: str, value: int | str, auto: int) -> int:

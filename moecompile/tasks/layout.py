@@ -1,0 +1,36 @@
+"""`mesh.ep=search` on the command line: the layout is chosen before ranks are started, so that all have the same."""
+
+from __future__ import annotations
+
+from moecompile import waiting
+from moecompile.models.build import example_inputs
+from moecompile.models.source import source_model
+from moecompile.pipeline.captured import planning_facts
+from moecompile.pipeline.shape import shape_of_model
+from moecompile.planner.search.chosen import EP, choose_layout
+from moecompile.report.text import seconds_text
+from moecompile.schema import SEARCHED, Config, TaskName, validate
+from moecompile.tasks.inputs import check_inputs
+
+_WITHOUT = (TaskName.export, TaskName.place)
+
+
+def with_layout(config: Config) -> Config:
+    """The config with the layout of least predicted time, which is printed; unchanged if the task needs no mesh.
+
+    Raises:
+        ConfigError: the config is wrong, or no layout fits.
+    """
+    if config.task.name in _WITHOUT:
+        return config
+    validate(config)
+    check_inputs(config)
+    waiting.show(f"{EP}={SEARCHED}: loading the model", line=False)
+    model = source_model(config)
+    sites, facts = planning_facts(model, config, example_inputs(model, config.data.seq_len))
+    choice = choose_layout(sites, facts, config, lambda plan: shape_of_model(model, plan))
+    waiting.done()
+    assert choice is not None
+    step = f"the fastest of {choice.layouts} layouts, {seconds_text(choice.seconds)} a step predicted"
+    print(f"{EP}={SEARCHED}: {choice.settings}  ({step})", flush=True)
+    return choice.config
