@@ -87,7 +87,9 @@ class MeshSpec:
 
     @property
     def _shape(self) -> str:
-        return f"{self.num_nodes} nodes x {self.ranks_per_node} ranks = {self.world_size} ranks"
+        sizes = ((self.num_nodes, "node"), (self.ranks_per_node, "rank"), (self.world_size, "rank"))
+        nodes, each, ranks = (f"{size} {noun}{'s' * (size != 1)}" for size, noun in sizes)
+        return f"{nodes} x {each} = {ranks}"
 
     @property
     def world_size(self) -> int:

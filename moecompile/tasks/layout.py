@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from moecompile import waiting
 from moecompile.models.build import example_inputs
+from moecompile.models.sharded import ShardedImport, loads_sharded
 from moecompile.models.source import source_model
 from moecompile.pipeline.captured import planning_facts
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.planner.search.chosen import EP, choose_layout
 from moecompile.report.text import seconds_text
-from moecompile.schema import SEARCHED, Config, TaskName, validate
+from moecompile.schema import SEARCHED, Config, ExpertInit, TaskName, validate
 from moecompile.tasks.inputs import check_inputs
 
 _WITHOUT = (TaskName.export, TaskName.place)
@@ -26,7 +27,9 @@ def with_layout(config: Config) -> Config:
     validate(config)
     check_inputs(config)
     waiting.show(f"{EP}={SEARCHED}: loading the model", line=False)
-    model = source_model(config)
+    world = config.mesh.num_nodes * config.mesh.ranks_per_node
+    is_sharded = loads_sharded(config, world) and config.experts.init is not ExpertInit.widen
+    model = ShardedImport(config).model if is_sharded else source_model(config)  # as ranks do, without the weights
     sites, facts = planning_facts(model, config, example_inputs(model, config.data.seq_len))
     choice = choose_layout(sites, facts, config, lambda plan: shape_of_model(model, plan))
     waiting.done()

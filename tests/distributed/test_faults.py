@@ -30,7 +30,7 @@ COMMON = [*TINY, f"trainer.max_steps={STEPS}", "trainer.save_interval=2", "mesh=
 @pytest.fixture(autouse=True)
 def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while left := workers(tmp_path_factory.getbasetemp()):
         assert time.monotonic() < deadline, f"ranks were left behind: {left}"
         time.sleep(0.1)

@@ -95,7 +95,7 @@ def test_a_failing_rank_ends_the_run_and_is_named(
     monkeypatch.setenv("MODE", mode)
     with pytest.raises(RankFailure) as caught:
         _launch(4, run_dir)
-    assert time.time() - _last_start(run_dir) < 10
+    assert time.time() - _last_start(run_dir) < 25  # a collective would wait for 30 s
     assert str(caught.value) == message.format(errors=run_dir / "errors")
     assert caught.value.exit_code == 1
     assert "Traceback" not in capfd.readouterr().err
@@ -127,7 +127,7 @@ def test_peers_that_ignore_sigterm_are_ended(run_dir: Path, monkeypatch: pytest.
     monkeypatch.setenv("MODE", "deaf_peers")
     with pytest.raises(RankFailure, match="rank 1 of 2 failed: ZeroDivisionError"):
         _launch(2, run_dir)
-    assert time.time() - _last_start(run_dir) < GRACE_S + 5
+    assert time.time() - _last_start(run_dir) < GRACE_S + 45  # they would sleep for 100 s
 
 
 @pytest.mark.slow

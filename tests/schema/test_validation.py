@@ -34,7 +34,7 @@ BROKEN: dict[str, tuple[list[str], str]] = {
     ),
     "context": (["mesh.cp=0"], "mesh.cp=0: must be at least 1. Give a positive number."),
     "more tp than ranks": (
-        ["mesh.tp=2"], "mesh.tp=2: must divide the world size (1 nodes x 1 ranks = 1 ranks). Use one of [1]."
+        ["mesh.tp=2"], "mesh.tp=2: must divide the world size (1 node x 1 rank = 1 rank). Use one of [1]."
     ),
     "dp_shard with tp": (
         [*TWO_NODES, "mesh.tp=2", "mesh.dp_shard=4"],
