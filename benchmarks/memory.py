@@ -44,7 +44,7 @@ def measured(cases: Sequence[str], folder: Path) -> list[Row]:
         recipe, mesh = case.split()
         run = folder / case.replace(" ", "-")
         settings = [f"recipe={recipe}", f"mesh={mesh}", "routing.workload=balanced"]
-        settings += ["bench.rounds=1", "bench.warmup=1", f"hydra.run.dir={run}"]
+        settings += ["bench.rounds=1", "bench.warmup=1", "bench.machine=false", f"hydra.run.dir={run}"]
         command = [sys.executable, "-m", "moecompile", "task=bench", *settings]
         subprocess.run(command, check=True, capture_output=True)
         step = json.loads((run / "bench.json").read_text())["step"]

@@ -40,7 +40,7 @@ def memory(device: torch.device, precision: str, folder: Path, *, large: bool) -
     """`task=bench` of `recipe=mixtral_ep`, made `large` for a GPU: bytes at a step's fullest moment, and the plan's."""
     asked = [
         "recipe=mixtral_ep", *_SHORT, *(_LARGE if large else _SMALL), f"trainer.precision={precision}",
-        "bench.warmup=1", "bench.rounds=2",
+        "bench.warmup=1", "bench.rounds=2", "bench.machine=false",
     ]  # fmt: skip
     result = _run("bench", asked, device, folder / "bench")
     step = result["step"]

@@ -46,7 +46,7 @@ def run_rank(config: Config, run_dir: Path) -> None:
     job, console = load_job(config, run_dir), Console(soft_wrap=False)
     waiting = dist.new_group(backend="gloo", timeout=_LAYERS_TIMEOUT)
     layers = _layers(job, config, waiting)
-    machine = measured_machine(job, config, waiting)
+    machine = measured_machine(job, config, waiting) if config.bench.machine else None
     compiled = job.compile(config)
     if dist.get_rank() == 0:
         accept(run_dir)

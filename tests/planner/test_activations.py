@@ -26,7 +26,13 @@ from tests.distributed.harness import run_distributed_test
 from tests.tiny import Gated
 
 CPU = torch.device("cpu")
-RUN = ["bench.rounds=1", "bench.warmup=1", "data.global_batch_size=4", "model.config.num_hidden_layers=2"]
+RUN = [
+    "bench.rounds=1",
+    "bench.warmup=1",
+    "bench.machine=false",
+    "data.global_batch_size=4",
+    "model.config.num_hidden_layers=2",
+]
 SMALL = ["model.config.hidden_size=128", "model.config.intermediate_size=256"]
 
 

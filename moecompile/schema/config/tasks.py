@@ -100,12 +100,14 @@ class VerifyConfig:
 
 @dataclass(kw_only=True)
 class BenchConfig:
-    """`bench`: number of measurements of task=bench."""
+    """`bench`: measurements of task=bench."""
 
     rounds: int = 10
     """Measured runs, 1 or more."""
     warmup: int = 3
     """Warm-up runs before that, 1 or more."""
+    machine: bool = True
+    """Also what the time of a step depends on, if ranks compute on the CPU, for a `hardware` file."""
 
 
 @dataclass(kw_only=True)
