@@ -9,8 +9,9 @@ Nothing runs beside anything else on a core, so the addends of a micro-batch add
    with full checkpointing it runs twice, and if exchanges are kept each of its nodes also goes through a mode that is
    written in Python.                                                                                -> `_nodes`
 5. Exchanges: of MoE layers, those of the plan in forward and those of rows again in backward; of FSDP, two gathers and
-   a reduction for each layer and the root, and once more for its experts if they have replicas.      -> `_messages`
-   A message takes a time that depends on the number of ranks, and a time per byte.
+   a reduction for each layer and the root, and once more for its experts if they have replicas; those of split dense
+   weights and positions. A message takes a time that depends on the number of ranks, and a time per byte.
+                                                                                                     -> `_messages`
 6. The optimizer, once a step, per parameter that a rank owns.
 7. Ranks of a node that compute at once share caches, memory and hardware threads: all but exchanges takes as many times
    longer as was measured.
@@ -28,13 +29,14 @@ from moecompile.errors import ConfigError
 from moecompile.plan import EXCHANGES
 from moecompile.planner.foresight.counts import Counts
 from moecompile.planner.foresight.layout import Host, Layout, Machine, Software
-from moecompile.planner.foresight.links import KINDS
-from moecompile.planner.foresight.shapes import ModelShape
+from moecompile.planner.foresight.links import KINDS, Wire
+from moecompile.planner.foresight.shapes import Attention, ModelShape
 from moecompile.planner.foresight.work import ATTENTION_BACKWARD, Work
 
 WAITING = "waiting for a core"
 _COUNTED_BITS = 16
 _FORWARD = 1 / 3  # of the nodes of forward and backward
+_CONTEXT = 4  # exchanges of an attention layer whose positions are split: before and after it, forward and backward
 
 
 def host_seconds(
@@ -60,6 +62,8 @@ def host_seconds(
     computing = between(host.contention, min(machine.domain, layout.gpus))
     parts = {name: seconds * computing for name, seconds in parts.items()} | {
         "exchange": _exchange(model, layout, counts, software, host, load),
+        "tensor": _messages(host, layout.tp, counts.parallel.tensor, counts.parallel.tensor.messages, software),
+        "context": _messages(host, layout.cp, counts.parallel.context, _CONTEXT * _mixers(model) / layout.pp, software),
         "weights": _sharding(model, layout, counts, host),
     }
     parts = {name: seconds * counts.num_micro for name, seconds in parts.items()}
@@ -126,11 +130,20 @@ def _exchange(model: ModelShape, layout: Layout, counts: Counts, software: Softw
     if layout.ep == 1:
         return 0.0
     layers = sum(layer.count for layer in model.layers if layer.ffn is not None and layer.ffn.experts) / layout.pp
-    forward = len(EXCHANGES[kind])
-    rows = sum("counts" not in name for name in EXCHANGES[kind])
-    number = layers * (forward * (1 + software.repeats("full")) + rows) * software.chunks
-    sent = load * (counts.wire.intra + counts.wire.inter) * software.bits / _COUNTED_BITS
-    return number * message_seconds(host, layout.ep, sent / max(1.0, number))
+    rows = software.chunks * sum("counts" not in name for name in EXCHANGES[kind])
+    forward = rows + sum("counts" in name for name in EXCHANGES[kind])
+    number = layers * (forward * (1 + software.repeats("full")) + rows)
+    return _messages(host, layout.ep, counts.wire.times(load), number, software)
+
+
+def _messages(host: Host, ranks: int, wire: Wire, number: float, software: Software) -> float:
+    """Seconds of so many exchanges that send all of `wire`."""
+    sent = (wire.intra + wire.inter) * software.bits / _COUNTED_BITS
+    return number * message_seconds(host, ranks, sent / number) if number else 0.0
+
+
+def _mixers(model: ModelShape) -> int:
+    return sum(layer.count for layer in model.layers if isinstance(layer.mixer, Attention))
 
 
 def _sharding(model: ModelShape, layout: Layout, counts: Counts, host: Host) -> float:

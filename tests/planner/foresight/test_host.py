@@ -79,6 +79,25 @@ def test_exchanges_are_those_of_the_plan_and_of_fsdp() -> None:
     assert again["host"] == pytest.approx(parts["host"] * 4 / 3) and kept["host"] == pytest.approx(parts["host"] * 2)
 
 
+def test_split_weights_and_positions_exchange_rows_too() -> None:
+    """tp: four for attention in each of two layers (they have no shared expert); cp: four for each attention."""
+    free = replace(MACHINE, domain=2, host=replace(HOST, messages=((2.0, 1e-3, 1e-6),), contention=((1.0, 1.0),)))
+    split = seconds(replace(ONE, gpus=2, tp=2), machine=free)
+    assert split["context"] == split["exchange"] == 0
+    assert split["tensor"] == pytest.approx(2 * 2 * 4 * (1e-3 + 1e-6 * 4 * 32 * 16 / 2))  # two micro-batches, fp32
+    parts = seconds(replace(ONE, gpus=2, cp=2), machine=free)
+    assert parts["tensor"] == 0
+    keys = 3 * 16 * 2 * (8 + 8)  # of half of the 32 tokens, forward and twice backward
+    assert parts["context"] == pytest.approx(2 * 2 * 4 * (1e-3 + 1e-6 * 4 * keys / 4))
+
+
+def test_chunks_exchange_rows_more_often_and_counts_once() -> None:
+    two = replace(ONE, gpus=2, ep=2)
+    free = replace(MACHINE, domain=2, host=replace(HOST, messages=((2.0, 1e-3, 0.0),)))
+    chunked = seconds(two, replace(SOFTWARE, in_flight="chunks", chunks=2), machine=free)
+    assert chunked["exchange"] == pytest.approx(2 * (1 + 2 * 3 + 2 * 3) * 1e-3)
+
+
 def test_ranks_of_a_node_slow_each_other_and_share_its_cores() -> None:
     layout = replace(ONE, gpus=4, ep=1, global_batch=8)
     alone, shared = seconds(layout), seconds(layout, machine=replace(MACHINE, domain=4))
