@@ -104,7 +104,7 @@ def test_runs_that_start_together_do_not_collide(cwd: Path) -> None:
         (["seed=2"], "experts.layers=9:: selects no site. Use ':'."),
         (["--config-dir", "nope"], "--config-dir="),
         (["--config-name", "nope"], "--config-name=nope: there is no such option."),
-        (["-m", "mesh=cpu_1,nope"], "mesh=nope: there is no such option. Use one of cpu_1,"),
+        (["-m", "mesh=cpu_1,nope"], "mesh=nope: there is no such option. Use one of auto, cpu_1,"),
         (["-m", "seed=0,1", "mesh.epp=3"], "mesh.epp=3: there is no such key."),
         (["-m", "optimizer.lr=interval(0,1)"], "BasicSweeper does not support sweep type"),
     ],
@@ -277,7 +277,7 @@ def test_help_lists_commands_groups_and_recipes(cwd: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     for text in (
         "python -m moecompile [group=option ...]",
-        "mesh: cpu_1, cpu_1x2,",
+        "mesh: auto, cpu_1, cpu_1x2,",
         "task: ",
         "recipe: deepseek_ep",
         "MOECOMPILE_CONFIG_DIR",
