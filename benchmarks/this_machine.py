@@ -1,9 +1,9 @@
 """How well is the CPU time of a step on this machine predicted, from what task=bench measured with another recipe?
 
-    python benchmarks/this_machine.py                 # about seven minutes on two cores that do nothing else
+    python benchmarks/this_machine.py                 # a quarter of an hour on two cores that do nothing else
 
 `task=bench recipe=mixtral_ep` on four ranks writes a `hardware` file. With it, `task=plan` predicts the steps of
-mixtral_ep and deepseek_ep on one, two and four ranks, and task=bench measures them. Then the kinds of dispatch take
+mixtral_ep and deepseek_ep on one, two and four ranks, and task=bench measures them, three times in turn. Then the kinds of dispatch take
 turns on four ranks, beside the one that `dispatch=auto` takes with that file. Writes results/this_machine.json and
 docs/assets/this_machine.md, and exits with 1 unless the predictions of deepseek_ep are within 20% and the chosen
 dispatch is within 10% of the fastest.
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,33 +47,42 @@ def step_of(run_dir: Path) -> dict[str, float]:
 
 
 def measure(folder: Path, rounds: int) -> dict[str, Any]:
-    """Milliseconds of CPU time by recipe and mesh, measured and predicted; of wall time by dispatch."""
-    calibration = ran(folder, "calibration", "task=bench", f"recipe={CALIBRATED}", "mesh=cpu_1x4")
-    machine = [f"--config-dir={calibration}", "hardware=this_machine"]
-    steps = []
-    for recipe in (CALIBRATED, PREDICTED):
-        for mesh, ranks in MESHES.items():
-            words = [f"recipe={recipe}", f"mesh={mesh}"]
-            measured = step_of(ran(folder, f"{recipe}-{mesh}", *STEP, *words))
-            plan = ran(folder, f"plan-{recipe}-{mesh}", "task=plan", *words, *machine)
-            parts = {name: 1e3 * s for name, s in json.loads((plan / "result.json").read_text())["step_parts"].items()}
-            wall_ms, waiting = sum(parts.values()), parts.get(WAITING, 0.0)
-            steps.append(
-                {
-                    "recipe": recipe, "ranks": ranks,
-                    "measured": measured["cpu_ms"], "predicted": wall_ms - waiting,
-                    "wall_measured": measured["wall_ms"], "wall_predicted": wall_ms, "parts": parts,
-                }
-            )  # fmt: skip
-    four = [f"recipe={PREDICTED}", "mesh=cpu_1x4"]
+    """Milliseconds of CPU time by recipe and mesh, measured and predicted; of wall time by dispatch. Medians of rounds,
+    because a shared machine is not equally fast all the time: each round calibrates, then measures everything."""
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
     walls: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    chosen = set()
     for number in range(rounds):
+        place = folder / str(number)
+        calibration = ran(place, "calibration", "task=bench", f"recipe={CALIBRATED}", "mesh=cpu_1x4")
+        machine = [f"--config-dir={calibration}", "hardware=this_machine"]
+        for recipe, (mesh, ranks) in product((CALIBRATED, PREDICTED), MESHES.items()):
+            words = [f"recipe={recipe}", f"mesh={mesh}"]
+            found.setdefault((recipe, ranks), []).append(step(place / f"{recipe}-{mesh}", words, machine))
+        four = [f"recipe={PREDICTED}", "mesh=cpu_1x4"]
         for kind in KINDS:
-            run_dir = ran(folder, f"{kind}-{number}", *STEP, *four, f"dispatch={kind}")
-            walls[kind].append(step_of(run_dir)["wall_ms"])
-    chosen = ran(folder, "chosen", "task=plan", *four, "dispatch=auto", *machine)
-    (kind,) = json.loads((chosen / "result.json").read_text())["dispatch"]
-    return {"steps": steps, "wall": walls, "chosen": kind}
+            walls[kind].append(step_of(ran(place, kind, *STEP, *four, f"dispatch={kind}"))["wall_ms"])
+        plan = ran(place, "chosen", "task=plan", *four, "dispatch=auto", *machine)
+        chosen |= {*json.loads((plan / "result.json").read_text())["dispatch"]}
+    steps = [
+        {"recipe": recipe, "ranks": ranks}
+        | {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+        | {"rounds": [row["predicted"] / row["measured"] for row in rows]}
+        for (recipe, ranks), rows in found.items()
+    ]
+    return {"steps": steps, "wall": walls, "chosen": sorted(chosen)}
+
+
+def step(folder: Path, words: list[str], machine: list[str]) -> dict[str, float]:
+    """A step as it was measured and as the machine's file predicts it."""
+    measured = step_of(ran(folder, "measured", *STEP, *words))
+    plan = ran(folder, "plan", "task=plan", *words, *machine)
+    parts = json.loads((plan / "result.json").read_text())["step_parts"]
+    wall = 1e3 * sum(parts.values())
+    return {
+        "measured": measured["cpu_ms"], "predicted": wall - 1e3 * parts.get(WAITING, 0.0),
+        "wall_measured": measured["wall_ms"], "wall_predicted": wall,
+    }  # fmt: skip
 
 
 def report(found: Mapping[str, Any]) -> str:
@@ -92,7 +102,7 @@ def report(found: Mapping[str, Any]) -> str:
     shown = ", ".join(f"`{kind}` {wall:.0f} ms" for kind, wall in walls.items())
     lines += [
         "",
-        f"A step of `{PREDICTED}` on four ranks, wall time: {shown}. `dispatch=auto` takes `{found['chosen']}`.",
+        f"A step of `{PREDICTED}` on four ranks, wall time: {shown}. `dispatch=auto` takes `{'`, `'.join(found['chosen'])}`.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -101,13 +111,15 @@ def holds(found: Mapping[str, Any]) -> bool:
     """Whether the predictions and the choice are as good as they should be."""
     errors = [abs(row["predicted"] / row["measured"] - 1) for row in found["steps"] if row["recipe"] == PREDICTED]
     walls = {kind: statistics.median(values) for kind, values in found["wall"].items()}
-    return max(errors) <= MOST_ERROR and walls[found["chosen"]] <= MOST_SLOWER * min(walls.values())
+    return max(errors) <= MOST_ERROR and max(walls[kind] for kind in found["chosen"]) <= MOST_SLOWER * min(
+        walls.values()
+    )
 
 
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="of the kinds of dispatch")
+    parser.add_argument("--rounds", type=int, default=3)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder), parser.parse_args().rounds)
     RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

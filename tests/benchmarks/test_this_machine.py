@@ -21,5 +21,6 @@ def test_the_page_shows_the_stored_figures(monkeypatch: pytest.MonkeyPatch) -> N
     worse["steps"][-1]["predicted"] = 1.3 * worse["steps"][-1]["measured"]
     assert not this_machine.holds(worse)
     slower = json.loads(json.dumps(found))
-    slower["wall"][found["chosen"]] = [2 * wall for wall in found["wall"][found["chosen"]]]
+    (kind,) = found["chosen"]
+    slower["wall"][kind] = [2 * wall for wall in found["wall"][kind]]
     assert not this_machine.holds(slower)

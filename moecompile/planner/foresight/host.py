@@ -12,7 +12,8 @@ Nothing runs beside anything else on a core, so the addends of a micro-batch add
    a reduction for each layer and the root, and once more for its experts if they have replicas; those of split dense
    weights and positions. A message takes a time that depends on the number of ranks, and a time per byte.
                                                                                                      -> `_messages`
-6. The optimizer, once a step, per parameter that a rank owns.
+6. The optimizer, once a step, per parameter that a rank owns; and gradients, which are summed over micro-batches and
+   clipped, as the share of the optimizer's bytes that this moves.
 7. Ranks of a node that compute at once share caches, memory and hardware threads: all but exchanges takes as many times
    longer as was measured.
 
@@ -29,13 +30,14 @@ from moecompile.errors import ConfigError
 from moecompile.plan import EXCHANGES
 from moecompile.planner.foresight.counts import Counts
 from moecompile.planner.foresight.layout import Host, Layout, Machine, Software
-from moecompile.planner.foresight.links import KINDS, Wire
+from moecompile.planner.foresight.links import KINDS, OPTIMIZER_BYTES, Wire
 from moecompile.planner.foresight.shapes import Attention, ModelShape
 from moecompile.planner.foresight.work import ATTENTION_BACKWARD, Work
 
 WAITING = "waiting for a core"
 _COUNTED_BITS = 16
 _FORWARD = 1 / 3  # of the nodes of forward and backward
+_TOUCHED = 12 / OPTIMIZER_BYTES  # two fp32 numbers read and one written
 _CONTEXT = 4  # exchanges of an attention layer whose positions are split: before and after it, forward and backward
 
 
@@ -68,7 +70,8 @@ def host_seconds(
     }
     parts = {name: seconds * counts.num_micro for name, seconds in parts.items()}
     parts["bubble"] = sum(parts.values()) * counts.bubble / counts.num_micro
-    parts["optimizer"] = computing * host.optimizer * counts.step.owned
+    owned = computing * host.optimizer * counts.step.owned
+    parts |= {"gradients": counts.num_micro * _TOUCHED * owned, "optimizer": owned}
     on_node = min(machine.domain, layout.gpus)
     parts[WAITING] = sum(parts.values()) * max(0.0, on_node / host.cores - 1)
     return parts
