@@ -3,10 +3,10 @@
     python benchmarks/this_machine.py                 # a quarter of an hour on two cores that do nothing else
 
 `task=bench recipe=mixtral_ep` on four ranks writes a `hardware` file. With it, `task=plan` predicts the steps of
-mixtral_ep and deepseek_ep on one, two and four ranks, and task=bench measures them, three times in turn. Then the kinds of dispatch take
-turns on four ranks, beside the one that `dispatch=auto` takes with that file. Writes results/this_machine.json and
-docs/assets/this_machine.md, and exits with 1 unless the predictions of deepseek_ep are within 20% and the chosen
-dispatch is within 10% of the fastest.
+mixtral_ep and deepseek_ep on one, two and four ranks, and task=bench measures them, three times in turn. In each round
+the kinds of dispatch run on four ranks, beside the one that `dispatch=auto` takes with that file. Writes
+results/this_machine.json and docs/assets/this_machine.md, and exits with 1 unless the predictions of deepseek_ep are
+within 20% and the chosen dispatch is within 10% of the fastest.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def report(found: Mapping[str, Any]) -> str:
     shown = ", ".join(f"`{kind}` {wall:.0f} ms" for kind, wall in walls.items())
     lines += [
         "",
-        f"A step of `{PREDICTED}` on four ranks, wall time: {shown}. `dispatch=auto` takes `{'`, `'.join(found['chosen'])}`.",
+        f"A step of `{PREDICTED}` on four ranks, wall time: {shown}. `dispatch=auto` takes `{', '.join(found['chosen'])}`.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -84,6 +84,7 @@ def test_a_run_has_its_own_directory_and_is_silent_about_hydra(cwd: Path) -> Non
     assert (resolved["name"], resolved["model"]["config"]["vocab_size"]) == ("deepseek_ep", 2048)
 
 
+@pytest.mark.slow
 def test_runs_that_start_together_do_not_collide(cwd: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda _: cli(cwd), range(4)))
@@ -214,6 +215,7 @@ def test_a_multirun_over_names_has_one_directory(cwd: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_another_sweep_in_the_same_directory_is_refused(cwd: Path) -> None:
     assert cli(cwd, "-m", "seed=0,6", "hydra.sweep.dir=s").returncode == 3
     before = {path: path.read_bytes() for path in cwd.rglob("*") if path.is_file()}

@@ -237,6 +237,7 @@ def test_links_into_the_checkout_resolve(name: str) -> None:
     assert not missing
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for plugin in ("mkdocs", "mkdocstrings", "mkdocs_jupyter"):
         pytest.importorskip(plugin)

@@ -24,6 +24,7 @@ def measured(rank: int, world_size: int, folder: str) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_every_cost_is_measured_on_all_ranks(tmp_path: Path) -> None:
     rows, others = run_distributed_test(measured, 2, str(tmp_path))
     assert rows == others

@@ -74,6 +74,7 @@ def test_it_is_converted_once(llama: nn.Module, tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_processes_that_come_at_once_convert_once(llama: nn.Module, site: Path, tmp_path: Path) -> None:
     """One of them converts; what a killed one left is thrown away."""
     program = "from moecompile.models.packages import package_folder; print(package_folder('tiny-llama'))"

@@ -160,6 +160,7 @@ def test_parts_that_do_not_hang_together_stand_side_by_side(tmp_path: Path) -> N
     assert (tmp_path / "parts.svg").exists()
 
 
+@pytest.mark.slow
 def test_the_same_graph_gives_the_same_bytes(tmp_path: Path) -> None:
     """In other processes, with other addresses and hashes."""
     code = (

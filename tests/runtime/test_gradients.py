@@ -28,6 +28,7 @@ def _peak(weights: list[nn.Parameter], *, clipped: bool) -> int:
     return peak.stop()
 
 
+@pytest.mark.slow
 def test_one_rank_copies_nothing(tmp_path: Path) -> None:
     with one_rank(tmp_path):
         _check()

@@ -126,6 +126,7 @@ def test_a_limit_of_nodes_must_mean_something_on_the_mesh() -> None:
     )  # groups are the model's
 
 
+@pytest.mark.slow
 def test_a_short_run_keeps_the_warm_up_of_its_recipe() -> None:
     validate(compose_config(["trainer.max_steps=3"]))
 

@@ -113,6 +113,7 @@ def test_ranks_are_those_that_torchrun_started(monkeypatch: pytest.MonkeyPatch) 
     assert vars(compose_config(["mesh=auto"]).mesh).items() >= {"num_nodes": 3, "ranks_per_node": 2}.items()
 
 
+@pytest.mark.slow
 def test_torchrun_trains_what_was_chosen(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "moecompile", *RECIPE, "mesh=auto",

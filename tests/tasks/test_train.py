@@ -207,6 +207,7 @@ def test_a_multirun_ends_with_one_table(sweep: tuple[Path, str]) -> None:
     assert output.count("job  overrides") == 1
 
 
+@pytest.mark.slow
 def test_under_torchrun_every_rank_uses_one_directory(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "moecompile", *TINY,
@@ -229,6 +230,7 @@ def test_under_torchrun_a_mistake_is_told_once(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_mistake_that_only_the_model_shows_is_one_message(tmp_path: Path) -> None:
     """Raised on every rank, told once; exit code 2, no traceback."""
     run = moecompile([*TINY, "mesh=cpu_1x2", "model.config.intermediate_size=81"], tmp_path)

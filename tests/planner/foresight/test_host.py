@@ -61,6 +61,7 @@ def test_one_rank_by_hand() -> None:
     assert parts["attention"] == pytest.approx(2 * 2 * 3.5 * tokens * 2 * 2 * (8 + 8) * keys / 5e8)
     params = 2 * (attention_weights + router + 4 * 3 * 16 * 32 + 2 * 16) + 2 * head
     assert parts["optimizer"] == pytest.approx(1e-9 * params, rel=0.02)  # norms
+    assert parts["gradients"] == pytest.approx(2 * 12 / 28 * parts["optimizer"])  # a second micro-batch, and clipping
     assert parts["exchange"] == parts["weights"] == parts[WAITING] == parts["bubble"] == 0
     assert seconds(ONE, load=2.0)["expert products"] == pytest.approx(2 * parts["expert products"])
 
