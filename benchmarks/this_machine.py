@@ -100,9 +100,10 @@ def report(found: Mapping[str, Any]) -> str:
         lines.append(f"| `{row['recipe']}` | {row['ranks']} | {' | '.join(times)} |")
     walls = {kind: statistics.median(values) for kind, values in found["wall"].items()}
     shown = ", ".join(f"`{kind}` {wall:.0f} ms" for kind, wall in walls.items())
+    chosen = ", ".join(f"`{kind}`" for kind in found["chosen"])
     lines += [
         "",
-        f"A step of `{PREDICTED}` on four ranks, wall time: {shown}. `dispatch=auto` takes `{', '.join(found['chosen'])}`.",
+        f"A step of `{PREDICTED}` on four ranks, wall time: {shown}. `dispatch=auto` takes {chosen}.",
     ]
     return "\n".join(lines) + "\n"
 
