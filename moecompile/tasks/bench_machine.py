@@ -125,7 +125,7 @@ def _forward_backward(model: nn.Module, plan: Plan, config: Config) -> Callable[
     labels = next(reversed(batch.values()))  # of the decoder, if there is one
 
     def step() -> None:
-        logits = compiled(**batch).logits
+        logits = compiled(**batch, use_cache=False).logits
         F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten()).backward()
         compiled.zero_grad()
 
