@@ -101,7 +101,11 @@ def report(found: Mapping[str, Any]) -> str:
     walls = {kind: statistics.median(values) for kind, values in found["wall"].items()}
     shown = ", ".join(f"`{kind}` {wall:.0f} ms" for kind, wall in walls.items())
     chosen = ", ".join(f"`{kind}`" for kind in found["chosen"])
+    alone = [ratio for row in found["steps"] if row["recipe"] == PREDICTED for ratio in row["rounds"]]
     lines += [
+        "",
+        f"Medians of {len(alone) // len(MESHES)} rounds. One round alone predicted {min(alone):.2f} to {max(alone):.2f} "
+        f"of what was measured for `{PREDICTED}`.",
         "",
         f"A step of `{PREDICTED}` on four ranks, wall time: {shown}. `dispatch=auto` takes {chosen}.",
     ]
