@@ -104,8 +104,8 @@ def report(found: Mapping[str, Any]) -> str:
     alone = [ratio for row in found["steps"] if row["recipe"] == PREDICTED for ratio in row["rounds"]]
     lines += [
         "",
-        f"Medians of {len(alone) // len(MESHES)} rounds. One round alone predicted {min(alone):.2f} to {max(alone):.2f} "
-        f"of what was measured for `{PREDICTED}`.",
+        f"Medians of {len(alone) // len(MESHES)} rounds. "
+        f"One round alone predicted {min(alone):.2f} to {max(alone):.2f} of what was measured for `{PREDICTED}`.",
         "",
         f"A step of `{PREDICTED}` on four ranks, wall time: {shown}. `dispatch=auto` takes {chosen}.",
     ]
