@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from moecompile.bench.measure import Times, kept_bytes, medians, timed
+from moecompile.bench.token_ids import Draw, drawing_ids
 from moecompile.capture import Example, is_meta
 from moecompile.match.experts import ExpertsMatch
 from moecompile.match.patterns import FFNMatch, activation_module
@@ -37,7 +38,6 @@ from moecompile.schema import Compiled, Config, Precision
 from moecompile.torch_private import compile_whole
 
 WEIGHT_STD = 0.02
-Draw = Callable[[torch.Generator], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +119,13 @@ def layer_pairs(model: nn.Module, plan: Plan, config: Config, example: Example, 
         match, layer = region.matches[sites[0]], _at(layer, sites[0])
         if isinstance(match, ExpertsMatch):
             dense, moe = _existing(layer, region)
-            draw = partial(_draw_routed, match, config=config, dtype=_narrow(dtype, config))
+            draw: Draw = partial(_draw_routed, match, config=config, dtype=_narrow(dtype, config))
         else:
             dense, moe = _rewritten(_at(layer, ""), region.graph, match)
             draw = partial(_draw_hidden, layer.site.d_model, config=config, dtype=_narrow(dtype, config))
         for module in (dense, moe):
             _prepare(module, device, dtype, config)
+        draw = drawing_ids(moe, draw, (config.data.micro_batch_size, config.data.seq_len), device)
         if config.trainer.compile is Compiled.regions:
             compile_whole(moe)
         yield Pair(sites=tuple(sites), layer=layer, dense=dense, moe=moe, draw=draw)

@@ -53,6 +53,22 @@ def test_a_rewritten_ffn_is_timed_as_the_graph_it_becomes(mesh: tuple[str, ...])
     )  # top-3 and the shared one
 
 
+def test_a_layer_whose_experts_a_hash_chooses_has_new_ids_in_each_round() -> None:
+    (pair,) = pairs(tiny_llama(), config(*SMALL, "routing.choice=hash", "experts.layers=0:1"))
+    (router,) = (module for module in pair.moe.modules() if isinstance(module, Router))
+    seen: list[Any] = []
+    router.register_forward_hook(lambda module, args, out: seen.append(out[0].clone()))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        pair.moe(*pair.draw(generator))
+    assert seen[0].shape == (32, 2) and not torch.equal(*seen)
+    (cost,) = measure_layers(
+        tiny_llama(), make_plan(tiny_llama(), settings := config(*SMALL, "routing.choice=hash"), example=example_inputs(tiny_llama(), 8)),
+        settings, example_inputs(tiny_llama(), 8), CPU,
+    )  # fmt: skip
+    assert cost.moe.cpu_ms > 0
+
+
 def test_experts_of_the_model_are_timed_with_their_own_weights_and_without_a_router() -> None:
     model = mixtral()
     (pair,) = pairs(model, config(*SMALL))
