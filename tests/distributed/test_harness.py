@@ -77,6 +77,7 @@ def _crash(rank: int, world_size: int) -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 def test_a_rank_that_computes_goes_on_until_it_has_used_the_cores_for_that_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -118,7 +118,8 @@ def _steps(rank: int, world_size: int, folder: str, files: dict[str, str]) -> di
     return found if rank == 0 else {}
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_a_step_has_the_same_gradients(world_size: int, tmp_path: Path) -> None:
     files = _files(tmp_path, STEPS[world_size])
     found = run_distributed_test(_steps, world_size, str(tmp_path), files, timeout_s=400)[0]

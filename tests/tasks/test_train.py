@@ -45,18 +45,25 @@ def losses_of(folder: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One job on four ranks."""
+    folder = tmp_path_factory.mktemp("run")
+    run = moecompile([*TINY, "hydra.run.dir=again"], folder)
+    assert run.returncode == 0, run.stderr + run.stdout
+    return folder / "again"
+
+
+@pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """One multirun over three world sizes, and the same four-rank job again."""
+    """One multirun over three world sizes, the last one that of `run_dir`."""
     folder = tmp_path_factory.mktemp("sweep")
     run = moecompile(["-m", *TINY, "mesh=cpu_1,cpu_1x2,cpu_2x2", "hydra.sweep.dir=swept"], folder)
     assert run.returncode == 0, run.stderr + run.stdout
-    again = moecompile([*TINY, "hydra.run.dir=again"], folder)
-    assert again.returncode == 0, again.stderr + again.stdout
     return folder, run.stdout
 
 
-def test_a_run_leaves_what_it_promises(sweep: tuple[Path, str]) -> None:
-    folder = sweep[0] / "again"
+def test_a_run_leaves_what_it_promises(run_dir: Path) -> None:
+    folder = run_dir
     result = result_of(folder)
     assert {k: result[k] for k in ("task", "recipe", "status", "world_size", "num_rewritten", "steps")} == {
         "task": "train", "recipe": "deepseek_ep", "status": "ok", "world_size": 4, "num_rewritten": 1, "steps": 3,
@@ -92,9 +99,9 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
     return [row for row in csv.DictReader((folder / "metrics.csv").read_text().splitlines()) if row["loss"]]
 
 
-def test_every_row_says_what_each_layer_did(sweep: tuple[Path, str]) -> None:
+def test_every_row_says_what_each_layer_did(run_dir: Path) -> None:
     """3 rows of 8 x 32 tokens, top-4 of 16 experts, one of two nodes each."""
-    folder = sweep[0] / "again"
+    folder = run_dir
     rows, path = rows_of(folder), "model.model.layers.1.mlp.router"
     history = LoadHistory.read(folder / "load.npz")
     assert (history.steps, history.layers) == ([1, 2, 3], [path])
@@ -163,9 +170,10 @@ def test_drops_and_auxiliary_losses_are_reported(t5: tuple[Path, str]) -> None:
     assert len(lines) == 1 and "%" in lines[0]
 
 
+@pytest.mark.slow
 def test_counted_bytes_are_of_the_planned_order(sweep: tuple[Path, str]) -> None:
     """The plan assumes uniform routing; a fresh router is not far from it, and no link class is mistaken."""
-    result = result_of(sweep[0] / "again")
+    result = result_of(sweep[0] / "swept" / "2")
     counted, predicted = result["bytes_per_token_per_layer"], result["bytes_per_token_per_layer_predicted"]
     for link in ("intra_node", "inter_node"):
         assert 0.3 * predicted[link] < counted[link] < 1.5 * predicted[link]
@@ -174,6 +182,7 @@ def test_counted_bytes_are_of_the_planned_order(sweep: tuple[Path, str]) -> None
     assert result_of(sweep[0] / "swept" / "0")["bytes_per_token_per_layer"] == {"intra_node": 0, "inter_node": 0}
 
 
+@pytest.mark.slow
 def test_meshes_train_the_same_function(sweep: tuple[Path, str]) -> None:
     one, two, four = (losses_of(sweep[0] / "swept" / str(i)) for i in range(3))
     assert len(one) == 3
@@ -181,12 +190,14 @@ def test_meshes_train_the_same_function(sweep: tuple[Path, str]) -> None:
     assert four == pytest.approx(one, rel=1e-5)
 
 
-def test_a_seed_decides_everything(sweep: tuple[Path, str]) -> None:
-    first, second = sweep[0] / "swept" / "2", sweep[0] / "again"
+@pytest.mark.slow
+def test_a_seed_decides_everything(sweep: tuple[Path, str], run_dir: Path) -> None:
+    first, second = sweep[0] / "swept" / "2", run_dir
     assert losses_of(first) == losses_of(second)
     assert result_of(first)["val_loss"] == result_of(second)["val_loss"]
 
 
+@pytest.mark.slow
 def test_objectives_must_fit(tmp_path: Path) -> None:
     run = moecompile([*TINY, "mesh=cpu_1x2", "data.objective=span_corruption"], tmp_path)
     assert run.returncode == 2
@@ -199,10 +210,11 @@ def test_vocabularies_must_fit(tmp_path: Path) -> None:
     assert run.stderr.startswith("error: data.vocab_size=300: the model deepseek_nano has embeddings for 100 tokens.")
 
 
+@pytest.mark.slow
 def test_a_multirun_ends_with_one_table(sweep: tuple[Path, str]) -> None:
     folder, output = sweep
     assert sorted(p.name for p in (folder / "swept").iterdir() if p.is_dir()) == ["0", "1", "2"]
-    assert sorted(p.name for p in folder.iterdir()) == ["again", "swept"]
+    assert sorted(p.name for p in folder.iterdir()) == ["swept"]
     assert (folder / "swept" / "sweep.csv").is_file()
     assert output.count("job  overrides") == 1
 
