@@ -100,7 +100,7 @@ CHECKS = {"suppress_health_check": [HealthCheck.function_scoped_fixture, HealthC
 
 
 @given(case=cases())
-@settings(max_examples=25, **FIXED, **CHECKS)
+@settings(max_examples=40, **FIXED, **CHECKS)
 def test_any_layer_equals_the_plain_one(pools: Pools, case: Case) -> None:
     check(pools, case)
 
