@@ -29,11 +29,12 @@ _GIB = 2**30
 _LEAST_NODE = 1e-7  # seconds
 _LEAST = 1e-3
 _FACTORS = (0.1, 10.0)  # of messages: outside, something else was measured
-_MESSAGES = ("exchange", "weights")
+_ONCE = ("gradients", "optimizer")  # a step, not in forward and backward
+_MESSAGES = ("exchange", "tensor", "context", "weights")
 
 
-def calibrated(cost: MachineCost, one: Case, case: Case, step_seconds: float) -> Host:
-    """The host that the measured step calibrates.
+def calibrated(cost: MachineCost, one: Case, case: Case, step_seconds: float) -> tuple[Host, float | None]:
+    """The host that the measured step calibrates, and the factor of its messages; None: the step has none.
 
     Args:
         one: a micro-batch on one rank, of which `cost.model_seconds` was measured. case: the step of all ranks.
@@ -53,12 +54,12 @@ def calibrated(cost: MachineCost, one: Case, case: Case, step_seconds: float) ->
     host = dataclasses.replace(host, node=_node(cost, one, host))
     parts = cpu_parts(case, host)
     messages = sum(parts[name] for name in _MESSAGES)
-    if messages:
-        least, most = _FACTORS
-        factor = min(most, max(least, (step_seconds - sum(parts.values()) + messages) / messages))
-        rows = tuple((ranks, factor * fixed, factor * each) for ranks, fixed, each in host.messages)
-        host = dataclasses.replace(host, messages=rows)
-    return host
+    if not messages:
+        return host, None
+    least, most = _FACTORS
+    factor = min(most, max(least, (step_seconds - sum(parts.values()) + messages) / messages))
+    rows = tuple((ranks, factor * fixed, factor * each) for ranks, fixed, each in host.messages)
+    return dataclasses.replace(host, messages=rows), factor
 
 
 def cpu_parts(case: Case, host: Host) -> dict[str, float]:
@@ -71,7 +72,7 @@ def cpu_parts(case: Case, host: Host) -> dict[str, float]:
 
 def _node(cost: MachineCost, one: Case, host: Host) -> float:
     """Step 1."""
-    rest = sum(seconds for name, seconds in cpu_parts(one, host).items() if name != "optimizer")
+    rest = sum(seconds for name, seconds in cpu_parts(one, host).items() if name not in _ONCE)
     nodes = cpu_parts(one, dataclasses.replace(host, node=1.0))["host"]
     return max(_LEAST_NODE, (cost.model_seconds - rest) / nodes)
 

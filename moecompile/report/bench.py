@@ -99,7 +99,10 @@ def _machine_grid(machine: Mapping[str, Any]) -> Table:
     for row in host["messages"]:
         price = f"{row['fixed_us'] / 1e3:.2g} ms and {row['byte_ns']:.2g} ns per byte"
         lines.append(("exchange", f"{price} on {plural(int(row['ranks']), 'rank')}"))
-    lines.append(("predicted", f"{machine['predicted_cpu_ms']:,.1f} ms of CPU time per rank for this step"))
+    if machine["message_factor"] is None:
+        lines.append(("predicted", f"{machine['predicted_cpu_ms']:,.1f} ms of CPU time for this step"))
+    else:
+        lines.append(("", f"{machine['message_factor']:.2g} times one alone, so that this step is met"))
     lines.append(("select it", f"hardware={machine['hardware']['name']} --config-dir FOLDER (this run's)"))
     for name, text in lines:
         grid.add_row(Text(name, style="dim"), Text(text))

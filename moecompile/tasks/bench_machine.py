@@ -64,12 +64,13 @@ class Measured:
             software=dataclasses.replace(case.software, fused=True),
             machine=dataclasses.replace(case.machine, domain=local),
         )
-        host = calibrated(self.cost, _one(case), case, seconds)
+        host, factor = calibrated(self.cost, _one(case), case, seconds)
         content = hardware_of(self.cost, host, config.hardware, local)
         return {
             **dataclasses.asdict(self.cost),
             "hardware": content,
             "path": str(write_hardware(run_dir, content)),
+            "message_factor": factor,
             "predicted_cpu_ms": 1e3 * sum(cpu_parts(case, host).values()),
         }
 

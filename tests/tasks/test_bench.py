@@ -50,20 +50,26 @@ def test_layers_and_steps_on_two_ranks(tmp_path: Path) -> None:
     assert {(each["kind"], each["ranks"]) for each in machine["exchanges"]} == {
         (kind, 2) for kind in ("all_to_all", "all_gather", "reduce_scatter")
     }
-    assert machine["predicted_cpu_ms"] == pytest.approx(step["cpu_ms"], rel=0.5)  # what calibrated it
+    assert 0.1 <= machine["message_factor"] <= 10
+    if 0.1 < machine["message_factor"] < 10:
+        assert machine["predicted_cpu_ms"] == pytest.approx(step["cpu_ms"])
     with (tmp_path / "out" / "hardware" / "this_machine.yaml").open() as file:
         written = yaml.safe_load(file)
     assert written == machine["hardware"]
     assert written["host"]["node_us"]["value"] > 0.1 and written["figures"]["latency_us"]["value"] > 1
-    select = ["hardware=this_machine", "--config-dir", "out", "mesh=cpu_1x4", "hydra.run.dir=planned"]
+    select = ["hardware=this_machine", "--config-dir", "out", "mesh=cpu_1x2", "hydra.run.dir=planned"]
+    select += ["hardware.host.cores=1"]
     plan = moecompile([*TINY, "task=plan", *select], tmp_path)
     assert plan.returncode == 0, plan.stderr + plan.stdout
     assert "of CPU time" in plan.stdout
-    assert "waiting for a core" in json.loads((tmp_path / "planned" / "result.json").read_text())["step_parts"]
+    parts = json.loads((tmp_path / "planned" / "result.json").read_text())["step_parts"]
+    waiting = 1e3 * parts.pop("waiting for a core")
+    assert waiting == pytest.approx(1e3 * sum(parts.values()))  # two ranks on one core
+    assert waiting == pytest.approx(machine["predicted_cpu_ms"], rel=0.01)  # the file is rounded
     for text in (
         "us per operation",
         "on 2 ranks",
-        "ms of CPU time per rank for this step",
+        "times one alone, so that this step is met",
         "model.layers.1.mlp",
         f"16 x {layer['d_expert']}",
         "tokens on 2 ranks",
