@@ -20,10 +20,11 @@ from functools import partial, reduce
 
 import torch
 from torch import Tensor, fx, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from moecompile import kept_groups
 from moecompile.arguments import check_model, check_plan
 from moecompile.capture import layers_of
 from moecompile.errors import PassError, PlanError
@@ -36,20 +37,20 @@ from moecompile.passes.place import order_of
 from moecompile.passes.tensor_parallel import classes_of, split_dense
 from moecompile.plan import Plan
 from moecompile.plan.reductions import DENSE, EXPERTS, HEADS, INSIDE, ROUTER, SPLIT
-from moecompile.torch_private import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult, split_axis
+from moecompile.torch_private import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 
 _LOGICAL = ("ep", "ep_inter", "ep_intra", "tp")
 
 
 def device_mesh_of(mesh: MeshSpec, device_type: str) -> DeviceMesh:
     """The (dp_replicate, edp, ep) device mesh of the experts. Needs a process group."""
-    return init_device_mesh(device_type, tuple(map(mesh.size, EXPERT_AXES)), mesh_dim_names=EXPERT_AXES)
+    return kept_groups.device_mesh(device_type, {axis: mesh.size(axis) for axis in EXPERT_AXES})
 
 
 def dense_mesh_of(mesh: MeshSpec, device_type: str) -> DeviceMesh:
     """The device mesh of dense weights: their axes, except those of one rank; dp_shard is always there."""
     axes = tuple(axis for axis in DENSE_AXES if axis == "dp_shard" or mesh.size(axis) > 1)
-    return init_device_mesh(device_type, tuple(map(mesh.size, axes)), mesh_dim_names=axes)
+    return kept_groups.device_mesh(device_type, {axis: mesh.size(axis) for axis in axes})
 
 
 def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh, param_dtype: torch.dtype | None = None) -> nn.Module:
@@ -142,7 +143,7 @@ def bind_axes(model: nn.Module, device_mesh: DeviceMesh, num_nodes: int = 1, tp:
     used = {str(node.args[-1]) for module in graphs.values() for node in on_an_axis(module)}
     if "ep" in groups and used & {"ep_inter", "ep_intra"}:
         sizes = {"ep_inter": num_nodes, "ep_intra": device_mesh["ep"].size() // num_nodes}
-        two_levels = split_axis(device_mesh, "ep", sizes)
+        two_levels = kept_groups.split_axis(device_mesh, "ep", sizes)
         groups.update({axis: two_levels.get_group(axis).group_name for axis in sizes})
     for path, module in graphs.items():
         nodes = on_an_axis(module)
@@ -207,8 +208,9 @@ def _mesh_infos(mesh: MeshSpec, device_mesh: DeviceMesh, dense_mesh: DeviceMesh)
     dense = info(dense_mesh, "dp_shard")
     if mesh.tp == mesh.cp == 1:
         return {DENSE: dense, EXPERTS: info(device_mesh, "edp") if mesh.ep > 1 else dense}
-    sizes, axis = (mesh.dp_replicate, mesh.fsdp_shard * mesh.tp), "dp_shard_tp" if mesh.tp > 1 else "dp_shard_cp"
-    every = init_device_mesh(device_mesh.device_type, sizes, mesh_dim_names=("dp_replicate", axis))
+    axis = "dp_shard_tp" if mesh.tp > 1 else "dp_shard_cp"
+    axes = {"dp_replicate": mesh.dp_replicate, axis: mesh.fsdp_shard * mesh.tp}
+    every = kept_groups.device_mesh(device_mesh.device_type, axes)
     summed = info(every, axis)
     dense = dense if mesh.cp == 1 else summed
     experts = info(device_mesh, "edp") if mesh.ep > 1 else summed

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import init_device_mesh
 
+from moecompile.kept_groups import device_mesh
 from moecompile.mesh import MeshSpec
 
 
@@ -35,12 +35,10 @@ class Groups:
         assert every is not None
         tokens = every
         if mesh.tp > 1:
-            sizes = (mesh.num_batches, mesh.tp)
-            tokens = init_device_mesh(device_type, sizes, mesh_dim_names=("tokens", "tp"))["tokens"].get_group()
+            tokens = device_mesh(device_type, {"tokens": mesh.num_batches, "tp": mesh.tp})["tokens"].get_group()
         sequences = None
         if mesh.cp > 1:
-            sizes = (mesh.num_batches, mesh.cp)
-            sequences = init_device_mesh(device_type, sizes, mesh_dim_names=("batches", "cp"))["cp"].get_group()
+            sequences = device_mesh(device_type, {"batches": mesh.num_batches, "cp": mesh.cp})["cp"].get_group()
         return cls(mesh, dist.get_rank(), every, tokens, sequences)
 
     def of_micro_batch(self, num_tokens: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from moecompile.checkpoint.sums import check
 from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, tensors_of
 from moecompile.checkpoint.writer import Writer
 from moecompile.errors import ConfigError
+from moecompile.kept_groups import cpu_group
 from moecompile.load_history import LOAD_HISTORY, LoadHistory
 from moecompile.plan import Plan
 from moecompile.plan import load as load_plan
@@ -65,8 +66,8 @@ class Saver(Callback):
         """Reads the checkpoint; weights are sharded and the optimizer exists."""
         assert isinstance(pl_module, LanguageModule)
         timeout = timedelta(seconds=self.config.trainer.timeout_s)
-        group = dist.new_group(backend="gloo", timeout=timeout)
-        self._agreeing = dist.new_group(backend="gloo", timeout=timeout)
+        group = cpu_group("checkpoints", timeout)
+        self._agreeing = cpu_group("agreeing to end", timeout)
         self._writer = Writer(
             self.checkpoints, self.plan, keep_last=self.config.trainer.keep_last,
             background=self.config.trainer.async_save, group=group,
