@@ -15,8 +15,6 @@ from moecompile.runtime.ranks import in_place_ranks
 if TYPE_CHECKING:
     from moecompile.schema import Config
 
-_ON_RANKS = ("train", "verify", "bench")
-
 
 def main() -> int:
     """Runs the command line in `sys.argv` and returns the exit code.
@@ -99,10 +97,10 @@ def _run(config: Config, run_dir: Path) -> int:
         submit.run(config, run_dir)
         return 0
     world_size = config.mesh.num_nodes * config.mesh.ranks_per_node
-    where = f" on {world_size} ranks" if config.task.name.value in _ON_RANKS and world_size > 1 else ""
+    where = f" on {world_size} ranks" if config.task.name.is_launched and world_size > 1 else ""
     waiting.show(f"{config.name}: {config.task.name.value}{where}, loading torch")
     try:
-        from moecompile import tasks  # imports torch, so only when needed
+        from moecompile import tasks
 
         return tasks.run(config, run_dir)
     finally:

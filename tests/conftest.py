@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,11 +18,6 @@ LONGEST = (
 """Files and rooms that begin first: a worker gets whole files, and a long one at the end would leave the others idle."""
 
 
-SLOW_UNTIL = "MOECOMPILE_SLOW_TESTS_UNTIL"
-"""Environment variable: seconds since the epoch after which no slow test begins, where a check must end in time."""
-_OUT_OF_TIME = f"no time was left for slow tests ({SLOW_UNTIL})"
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bless", action="store_true", help="rewrite the golden files, and run only tests that use them")
 
@@ -32,19 +26,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--bless"):
         items[:] = [item for item in items if "bless" in getattr(item, "fixturenames", ())]
     items.sort(key=lambda item: [not item.nodeid.startswith(name) for name in LONGEST])
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    until = os.environ.get(SLOW_UNTIL)
-    if until and time.time() > float(until) and item.get_closest_marker("slow"):
-        pytest.skip(_OUT_OF_TIME)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = terminalreporter.stats.get("skipped", [])
-    if number := sum(_OUT_OF_TIME in str(report.longrepr) for report in skipped):
-        terminalreporter.write_line(f"{number} slow tests were NOT run: {_OUT_OF_TIME}", red=True, bold=True)
 
 
 @pytest.fixture

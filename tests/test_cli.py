@@ -326,10 +326,12 @@ for args in (["--version"], ["--help"], ["--hydra-help"], ["--cfg", "job", "reci
     except SystemExit as end:
         assert not end.code
     assert not heavy & set(sys.modules), args
+import moecompile.tasks.train, moecompile.tasks.verify, moecompile.tasks.bench, moecompile.runtime.launch
+assert not heavy & set(sys.modules), "what starts ranks; they load it"
 """
 
 
-def test_import_version_help_and_cfg_load_nothing_heavy(cwd: Path) -> None:
+def test_import_version_help_cfg_and_launchers_load_nothing_heavy(cwd: Path) -> None:
     result = cli(cwd, program=("-c", HEAVY))
     assert (result.returncode, result.stderr) == (0, "")
 

@@ -22,9 +22,9 @@ from moecompile.plan import Plan, on_one_process
 from moecompile.runtime.gradients import sum_replicated
 from moecompile.runtime.orders import free_port
 from moecompile.schema import Config
+from moecompile.tasks.shrink import shrink
 from moecompile.verify.job import build, noiseless_plan
 from moecompile.verify.ranks import full
-from moecompile.verify.shrink import shrink
 
 RANKS = 2
 TOLERANCE = 1e-5

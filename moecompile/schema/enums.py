@@ -18,6 +18,11 @@ class TaskName(str, Enum):
     place = "place"
     submit = "submit"
 
+    @property
+    def is_launched(self) -> bool:
+        """Whether it runs on every rank of the mesh."""
+        return self in (TaskName.train, TaskName.verify, TaskName.bench)
+
 
 class LauncherKind(str, Enum):
     """Who starts the job."""

@@ -21,7 +21,7 @@ def run(config: Config, run_dir: Path) -> int:
     name = config.task.name.value
     module = importlib.import_module(f"moecompile.tasks.{name}")
     was_pending = rundir.place(run_dir) != run_dir
-    if not hasattr(module, "run_rank"):
+    if not config.task.name.is_launched:
         waiting.done()
     try:
         module.run(config, run_dir)
@@ -45,6 +45,6 @@ def run(config: Config, run_dir: Path) -> int:
 
 def in_rank(config: Config, run_dir: Path) -> None:
     """Runs this rank's part of a launched task."""
-    module = importlib.import_module(f"moecompile.tasks.{config.task.name.value}")
+    module = importlib.import_module(f"moecompile.tasks.ranks.{config.task.name.value}")
     waiting.done()
     module.run_rank(config, run_dir)

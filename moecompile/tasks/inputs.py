@@ -31,7 +31,6 @@ from moecompile.schema import (
     of_the_job,
 )
 
-_ON_RANKS = (TaskName.train, TaskName.verify, TaskName.bench)
 _INDEX = "model.safetensors.index.json"
 _SMALL = 2**18  # bytes of a text that is tokenized in no time
 _BYTES_PER_ENTRY, _BYTES_PER_TOKEN = 100, 8  # texts with fewer may be too short for the vocabulary, or for a sequence
@@ -48,7 +47,7 @@ def check_inputs(config: Config) -> None:
     task = config.task.name
     if task in (TaskName.export, TaskName.place):
         return
-    if task in _ON_RANKS:
+    if task.is_launched:
         _check_text(config)  # Step 1
         if task is not TaskName.verify and not is_elsewhere:  # verify runs on CPUs
             _check_gpus(config)  # Step 2
@@ -57,7 +56,7 @@ def check_inputs(config: Config) -> None:
         folder = check_package(config.model.package)
     if folder is not None:
         check_folder(folder)
-        if task in _ON_RANKS and config.data.kind is DataKind.sft:
+        if task.is_launched and config.data.kind is DataKind.sft:
             from moecompile.models.chat import load_chat_template
 
             load_chat_template(folder)
@@ -174,7 +173,7 @@ def _check_model(config: Config) -> None:
         check_widening_inputs(config, model_config)
     if model_config is None:  # a factory, or a file that must be converted first
         return
-    if config.task.name in _ON_RANKS and config.model.architecture:  # other tasks build it immediately
+    if config.task.name.is_launched and config.model.architecture:  # other tasks build it immediately
         check_buildable(config.model)
     text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     positions = getattr(text, "max_position_embeddings", None)
@@ -184,7 +183,7 @@ def _check_model(config: Config) -> None:
             f"Use at most {positions}, or a model with more (max_position_embeddings)",
         )  # fmt: skip
     vocab_size, entries = getattr(text, "vocab_size", None), config.data.vocab_size
-    if config.task.name in _ON_RANKS and entries and isinstance(vocab_size, int) and vocab_size < entries:
+    if config.task.name.is_launched and entries and isinstance(vocab_size, int) and vocab_size < entries:
         raise ConfigError(
             "data.vocab_size", entries, f"the model {config.model.name} has embeddings for {vocab_size} tokens",
             f"Use at most {vocab_size}",

@@ -11,7 +11,7 @@ from moecompile.schema import Config, mesh_spec
 def start_ranks(config: Config, run_dir: Path, *, max_restarts: int = 0) -> None:
     """Starts one process per rank, or runs in place if ranks exist already; returns when all have succeeded.
 
-    Each rank reads the resolved config of `run_dir` and runs `run_rank` of its task (moecompile.tasks.worker).
+    Each rank reads the resolved config of `run_dir` and runs `run_rank` of its task in moecompile.tasks.ranks.
 
     Arguments and errors are those of `runtime.launch.launch`.
     """

@@ -3,6 +3,5 @@
 from moecompile.verify.certify import certify
 from moecompile.verify.checks import Check, compare
 from moecompile.verify.compare import relative_error, worst
-from moecompile.verify.shrink import shrink
 
-__all__ = ["Check", "certify", "compare", "relative_error", "shrink", "worst"]
+__all__ = ["Check", "certify", "compare", "relative_error", "worst"]

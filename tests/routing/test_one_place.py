@@ -44,7 +44,7 @@ READERS = {
     "checkpoint/fit.py": "options that leave a checkpoint's function as it is",
     "checkpoint/resume.py": "groups are the model's, not the new mesh's",
     "schema/validation/experts.py": "what a shared expert that the router weighs needs",
-    "verify/shrink.py": "a smaller mesh for the same recipe",
+    "tasks/shrink.py": "a smaller mesh for the same recipe",
     "bench/layers.py": "sizes of a layer that is timed",
     "plan/plan.py": "a layer in one line",
     "plan/layers.py": "what experts without weights do not go with",

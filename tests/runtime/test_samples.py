@@ -88,7 +88,7 @@ def _train(rank: int, world_size: int, root: Path) -> dict[str, Any]:
     from unittest import mock
 
     from moecompile.compose import RESOLVED, compose_config, save_resolved
-    from moecompile.tasks import train
+    from moecompile.tasks.ranks import train
     from tests.tasks.test_train import TINY
 
     found = {}
@@ -96,7 +96,7 @@ def _train(rank: int, world_size: int, root: Path) -> dict[str, Any]:
         (root / name).mkdir(exist_ok=True)
         config = compose_config([*TINY, "mesh=cpu_1x2", "trainer.save_checkpoint=false", *settings])
         save_resolved(config, root / name / RESOLVED)
-        with mock.patch("moecompile.tasks.train.init_process_group"):
+        with mock.patch("moecompile.tasks.ranks.train.init_process_group"):
             train.run_rank(config, root / name)
         found[name] = json.loads((root / name / "result.json").read_text()) if rank == 0 else {}
     return found

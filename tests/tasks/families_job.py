@@ -48,7 +48,7 @@ def each(names: list[str], work: Callable[[str], Report]) -> dict[str, Report]:
     out: dict[str, Report] = {}
     for name in names:
         try:
-            with mock.patch("moecompile.tasks.train.init_process_group"):
+            with mock.patch("moecompile.tasks.ranks.train.init_process_group"):
                 out[name] = work(name)
         except Exception as error:
             out[name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
@@ -57,7 +57,7 @@ def each(names: list[str], work: Callable[[str], Report]) -> dict[str, Report]:
 
 def train_on_two(rank: int, world_size: int, root: Path, names: list[str]) -> dict[str, Report]:
     """Rank 0 reports what the run's result says."""
-    from moecompile.tasks import train
+    from moecompile.tasks.ranks import train
 
     def work(name: str) -> Report:
         config = of_run(root, name, "two", "cpu_1x2", f"trainer.max_steps={STEPS}")
@@ -70,7 +70,8 @@ def train_on_two(rank: int, world_size: int, root: Path, names: list[str]) -> di
 def resume_on_one(rank: int, world_size: int, root: Path, names: list[str]) -> dict[str, Report]:
     """Transformers' own model, and the run of two ranks that goes on here and is exported."""
     from moecompile.compose import compose_config
-    from moecompile.tasks import export, train
+    from moecompile.tasks import export
+    from moecompile.tasks.ranks import train
 
     def work(name: str) -> Report:
         run = root / "resumed" / name

@@ -42,13 +42,13 @@ def _folders(root: Path) -> None:
 def _train(rank: int, world_size: int, root: Path, kind: str, mesh: str, steps: int, start: str) -> None:
     from unittest import mock
 
-    from moecompile.tasks import train
+    from moecompile.tasks.ranks import train
 
     for name, more in FAMILIES.items():
         resumed = [f"trainer.resume={root / start / name}"] if start else []
         placed = [f"mesh.placement={root}/{name}.yaml"] if world_size > 1 else []
         config = of_run(root, name, kind, mesh, *LORA, *more, f"trainer.max_steps={steps}", *resumed, *placed)
-        with mock.patch("moecompile.tasks.train.init_process_group"):
+        with mock.patch("moecompile.tasks.ranks.train.init_process_group"):
             train.run_rank(config, root / kind / name)
 
 

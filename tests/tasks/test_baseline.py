@@ -18,7 +18,8 @@ from moecompile.models.build import build_model
 from moecompile.models.source import source_model
 from moecompile.nn import Experts
 from moecompile.runtime.data import load_data, train_loader, val_loader
-from moecompile.tasks import job, train
+from moecompile.tasks import job
+from moecompile.tasks.ranks import train
 from tests.distributed.harness import run_distributed_test
 from tests.tasks.test_train import moecompile, result_of
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from moecompile.compose import compose_config
-from moecompile.verify import Check, certify, shrink
+from moecompile.tasks.shrink import shrink
+from moecompile.verify import Check, certify
 from tests.distributed.harness import run_distributed_test
 
 SMALL = [

@@ -14,7 +14,8 @@ from moecompile.compose import compose_config
 from moecompile.runtime import module as runtime_module
 from moecompile.runtime import steps
 from moecompile.runtime.groups import Groups
-from moecompile.verify import Check, certify, shrink
+from moecompile.tasks.shrink import shrink
+from moecompile.verify import Check, certify
 from tests.distributed.harness import run_distributed_test
 
 SMALL = [

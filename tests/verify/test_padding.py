@@ -10,7 +10,8 @@ import pytest
 from torch import Tensor
 
 from moecompile.compose import compose_config
-from moecompile.verify import Check, certify, shrink
+from moecompile.tasks.shrink import shrink
+from moecompile.verify import Check, certify
 from tests.chat_models import CHATML, chats, save_mixtral, unmarked, write_lines
 from tests.distributed.harness import run_distributed_test
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from moecompile.compose import compose_config
-from moecompile.verify import Check, certify, shrink
+from moecompile.tasks.shrink import shrink
+from moecompile.verify import Check, certify
 from tests.distributed.harness import run_distributed_test
 
 KINDS = ("zipf", "hot")

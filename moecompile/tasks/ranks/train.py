@@ -1,0 +1,142 @@
+"""A rank of task=train: compiles the model and trains it."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from moecompile import plan as plans
+from moecompile import waiting
+from moecompile.errors import ConfigError
+from moecompile.load_history import LOAD_HISTORY, LoadHistory
+from moecompile.models.build import build_model, example_inputs
+from moecompile.pipeline import Compilation
+from moecompile.report.baseline import print_baseline
+from moecompile.report.console import print_data, print_result
+from moecompile.report.heatmap import write_heat_map
+from moecompile.report.page import try_report
+from moecompile.report.result import write_result
+from moecompile.rundir import place
+from moecompile.runtime.baseline import train_dense
+from moecompile.runtime.data import TextData, TokenWindows, unigram_entropy
+from moecompile.runtime.process_group import init_process_group
+from moecompile.runtime.training import Outcome, train
+from moecompile.schema import Baseline, Config
+from moecompile.tasks.foretell import outline, shape_of, write_forecast
+from moecompile.tasks.job import load_job
+from moecompile.tasks.show import show_compiled, show_weight_groups, step0_fields
+
+
+def run_rank(config: Config, run_dir: Path) -> None:
+    """Runs one rank: data, model, compilation, training, result."""
+    init_process_group(config)
+    rank = dist.get_rank()
+    if rank == 0:
+        waiting.show("building and compiling the model", line=False)
+    job = load_job(config, run_dir)
+    before = outline(job.model) if rank == 0 else None
+    compiled, data = job.compile(config), job.data
+    shape = shape_of(before, compiled.plan)
+    waiting.done()
+    _check_baseline(config, compiled.plan)
+    console = Console(soft_wrap=False)
+    if rank == 0:
+        print_data(_data_fields(data), console)
+        show_compiled(compiled, place(run_dir), console)
+    groups = show_weight_groups(compiled.model, config, console if rank == 0 else None)
+    materialize = job.materialize(compiled)
+    write_forecast(shape, compiled.plan, config, run_dir)
+    dist.barrier()
+    outcome = train(
+        compiled.model, compiled.plan, config, data, run_dir, materialize, partial(try_report, run_dir, "train")
+    )
+    fields = {**_fields(compiled, outcome, data), **groups}
+    del job, compiled.model, materialize
+    if config.trainer.baseline is Baseline.dense:
+        fields["baseline"] = _baseline(config, compiled.plan, data, run_dir)
+    if rank == 0:
+        write_forecast(shape, compiled.plan, config, run_dir, run_dir / LOAD_HISTORY)
+        _write(config, fields, run_dir, console)
+
+
+def _write(config: Config, fields: dict[str, Any], run_dir: Path, console: Console) -> None:
+    """Writes the heat map of the load and `result.json`, and prints the summary."""
+    if fields["num_rewritten"]:
+        write_heat_map(LoadHistory.read(run_dir / LOAD_HISTORY), run_dir / "load.png", title=config.name)
+    result = write_result(run_dir, "train", config.name, fields)
+    # A drop rate of 0 is not printed.
+    print_result({**result, "drop_rate_last": result["drop_rate_last"] or None, "run_dir": run_dir}, console)
+    if "baseline" in result:
+        print_baseline(result, console)
+
+
+def _check_baseline(config: Config, plan: plans.Plan) -> None:
+    existing = [layer.site.fqn for layer in plan.layers if isinstance(layer.site, plans.ExpertsSite)]
+    if config.trainer.baseline is Baseline.dense and existing:
+        raise ConfigError(
+            "trainer.baseline", "dense", f"{existing[0]} has experts already, so there is no dense model",
+            "Use trainer.baseline=none",
+        )  # fmt: skip
+
+
+def _baseline(config: Config, plan: plans.Plan, data: TextData, run_dir: Path) -> dict[str, Any]:
+    """Trains the dense model on the same data, after the memory of the compiled model has been freed."""
+    gc.collect()  # Lightning's objects refer to each other
+    if dist.get_rank() == 0:
+        print("\nbaseline: the dense model, with the same data, optimizer and ranks", flush=True)
+    model = build_model(config.model, config.seed)
+    num_params = sum(parameter.numel() for parameter in model.parameters())
+    example = example_inputs(model, config.data.seq_len)
+    outcome = train_dense(model, plan.mesh, config, data, run_dir, example=example)
+    names = ("steps", "loss_first", "loss_last", "val_loss_first", "val_loss", "tokens_per_second")
+    measured = {name: getattr(outcome, name) for name in names}
+    return {"kind": "dense", "params_total": num_params, "params_active": num_params, **measured}
+
+
+def _fields(compiled: Compilation, outcome: Outcome, data: TextData) -> dict[str, Any]:
+    """The fields of result.json of a training run, without the baseline."""
+    plan = compiled.plan
+    predicted = plan.estimate.bytes_per_token_per_layer if plan.estimate else None
+    of_optimizer = plan.estimate.optimizer_bytes_per_step if plan.estimate else None
+    gathers = of_optimizer is not None and of_optimizer.intra_node + of_optimizer.inter_node > 0
+    measured = {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)}
+    return {
+        "world_size": plan.mesh.world_size,
+        "plan_hash": plan.hash,
+        "num_rewritten": len(plan.layers),
+        "params_total": plan.estimate.params_total if plan.estimate else None,
+        "params_active": plan.estimate.params_active if plan.estimate else None,
+        **measured,
+        "bytes_per_token_per_layer": _plain(outcome.bytes_per_token_per_layer),
+        "bytes_per_token_per_layer_predicted": _plain(predicted),
+        "optimizer_bytes_per_step": _plain(outcome.optimizer_bytes_per_step if gathers else None),
+        "optimizer_bytes_per_step_predicted": _plain(of_optimizer if gathers else None),
+        "checkpoint": str(outcome.checkpoint) if outcome.checkpoint else None,
+        "unigram_entropy": _unigram_entropy(data),
+        **_data_fields(data),
+        **step0_fields(compiled),
+    }
+
+
+def _data_fields(data: TextData) -> dict[str, Any]:
+    """What is in a corpus or in chats, every name with `data_` before it."""
+    counts = {} if data.counts is None else dataclasses.asdict(data.counts)
+    return {f"data_{name}": value for name, value in counts.items()}
+
+
+def _plain(traffic: plans.Traffic | None) -> dict[str, float] | None:
+    return dataclasses.asdict(traffic) if traffic else None
+
+
+def _unigram_entropy(data: TextData) -> float | None:
+    """Entropy of the token frequencies, nats; None if the targets are not the text's own tokens."""
+    if not isinstance(data.train, TokenWindows) or not isinstance(data.val, TokenWindows):
+        return None
+    return unigram_entropy(torch.cat((data.train.tokens, data.val.tokens)), data.tokenizer.get_vocab_size())
