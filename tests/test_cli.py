@@ -327,7 +327,7 @@ for args in (["--version"], ["--help"], ["--hydra-help"], ["--cfg", "job", "reci
         assert not end.code
     assert not heavy & set(sys.modules), args
 import moecompile.tasks.train, moecompile.tasks.verify, moecompile.tasks.bench, moecompile.runtime.launch
-assert not heavy & set(sys.modules), "what starts ranks; they load it"
+assert not (heavy - {"numpy"}) & set(sys.modules), "what starts ranks; they load it"
 """
 
 
