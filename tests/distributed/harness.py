@@ -28,7 +28,16 @@ import torch.distributed as dist
 from moecompile.runtime.failures import is_peer_lost
 from moecompile.runtime.ranks import worker_variables
 
-_PRELOAD = ("torch", "torch.distributed", "pytest", "lightning", "transformers")
+_PRELOAD = {
+    "torch": ("torch", "torch.distributed", "pytest"),
+    "lightning": ("lightning", "moecompile.runtime.training"),
+    "transformers": (
+        "transformers.models.deepseek_v3.modeling_deepseek_v3",
+        "transformers.models.mixtral.modeling_mixtral",
+    ),
+    "moecompile.pipeline": ("moecompile.pipeline", "torch.fx.experimental.symbolic_shapes"),
+}
+"""What the fork server imports, by what the tests of this process have imported."""
 _PEER_GRACE_S = 2.0
 _MORE_S, _BUSY = 2.0, 0.05
 """How long ranks that compute go on at a time; less than this part of a core is waiting."""
@@ -51,7 +60,9 @@ def run_distributed_test(fn: Callable[..., Any], world_size: int, *args: Any, ti
             traceback as a note.
         RuntimeError, TimeoutError: a rank died, or did not end; with the stacks of all ranks as a note.
     """
-    _context.set_forkserver_preload([name for name in _PRELOAD if name in sys.modules])
+    _context.set_forkserver_preload(
+        [name for needed, names in _PRELOAD.items() if needed in sys.modules for name in names]
+    )
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     stacks = tempfile.TemporaryDirectory(prefix="ranks_")
     ranks: dict[Connection, int] = {}

@@ -7,16 +7,13 @@ it finds wrong it makes small.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from moecompile.mesh import MeshSpec
-from moecompile.passes import shard as shard_pass
 from moecompile.passes.shard import bind_axes, device_mesh_of
 from tests.distributed import dispatch_job as job
 from tests.distributed.dispatch_job import Case
@@ -71,21 +68,10 @@ def pools() -> Iterator[Pools]:
     started.close()
 
 
-@cache
-def _device_mesh(mesh: MeshSpec) -> DeviceMesh:
-    return device_mesh_of(mesh, "cpu")
-
-
-_split = cache(lambda device_mesh, axis, sizes: _SPLIT_AXIS(device_mesh, axis, dict(sizes)))
-_SPLIT_AXIS = shard_pass.split_axis
-
-
 def errors(rank: int, case: Case) -> dict[str, float]:
-    """As `dispatch_job.errors_of`; process groups are made once for each mesh."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_pass, "split_axis", lambda m, axis, sizes: _split(m, axis, tuple(sizes.items())))
-        module = job.lowered(case, rank % case.mesh.ep)
-        bind_axes(nn.ModuleList([module]), _device_mesh(case.mesh), case.num_nodes)
+    """As `dispatch_job.errors_of`, but for one layer."""
+    module = job.lowered(case, rank % case.mesh.ep)
+    bind_axes(nn.ModuleList([module]), device_mesh_of(case.mesh, "cpu"), case.num_nodes)
     got, sent = job.run(module, case, rank)
     return job.compare(case, rank, got, sent)
 
