@@ -1,7 +1,7 @@
 """Process groups that are made once: a process that compiles or trains again uses those of the first time.
 
 Each group of gloo has a thread that wakes a hundred times a second, and is not freed before the process group of all
-ranks is: a process that trained sixty models had four hundred of them, which took two fifths of its time.
+ranks is: two ranks that had trained fifty models had eight hundred, which took a seventh of two cores.
 """
 
 from __future__ import annotations
