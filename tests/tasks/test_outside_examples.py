@@ -24,12 +24,12 @@ EXAMPLES = REPOSITORY / "docs" / "examples"
 
 
 # On a machine that does much else, a worker needs more than Ray's 60 s to begin; Ray would start it again, without end.
-PATIENT = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300"}
+PATIENT = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "240"}
 
 
 def output(program: list[str], folder: Path) -> str:
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), **PATIENT}
-    done = subprocess.run(program, cwd=folder, env=environ, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(program, cwd=folder, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
