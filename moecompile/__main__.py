@@ -68,6 +68,10 @@ def _check(config: Config) -> None:
 
     if config.task.name.value in ("train", "bench"):  # verify has a smaller mesh
         check_started(config.mesh.num_nodes, config.mesh.ranks_per_node)
+    if config.task.name.is_launched:
+        from moecompile.tasks.start import prepare_ranks
+
+        prepare_ranks(config)
     from moecompile.tasks.inputs import check_inputs
 
     check_inputs(config)

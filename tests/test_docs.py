@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ from types import ModuleType
 import pytest
 
 from moecompile import compose
+from tests import forked
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
@@ -67,8 +66,7 @@ def generate() -> ModuleType:
 
 def run(*args: str, cwd: Path) -> str:
     """Standard output of `python ARGS` in `cwd`."""
-    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, *args], cwd=cwd, env=environ, capture_output=True, text=True, timeout=180)
+    done = forked.python(*args, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -7,17 +7,16 @@ be run as it is; commands of the quickstart get settings that make them small.
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.forked import python
 from tests.test_docs import TINY
 
 REPOSITORY = Path(__file__).parents[1]
@@ -67,14 +66,11 @@ def expanded(command: str) -> list[str]:
 def run(words: Sequence[str], folder: Path) -> str:
     """What a command prints."""
     start = {
-        "python": [sys.executable],
-        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
-        "moecompile": [sys.executable, "-m", "moecompile"],
+        "python": [],
+        "torchrun": ["-m", "torch.distributed.run"],
+        "moecompile": ["-m", "moecompile"],
     }[words[0]]
-    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [*start, *words[1:]], cwd=folder, env=environ, capture_output=True, text=True, timeout=480, check=False
-    )
+    done = python(*start, *words[1:], cwd=folder)
     assert done.returncode == 0, (words, done.stdout + done.stderr)
     return done.stdout
 

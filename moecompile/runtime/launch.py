@@ -1,34 +1,42 @@
 """Starts one process per rank, or runs in place if torchrun or SLURM has started them already.
 
-The launcher and its ranks share only the run directory. A rank is `python -m MODULE RUN_DIR`; its module has a
-function `main(run_dir)` and ends with `rank_main(main)` under `if __name__ == "__main__"`.
+The launcher and its ranks share only the run directory: each rank runs `main(run_dir)` of a module. Ranks are forked
+from a fork server, a process that imports what they need once, while the launcher does other things.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import logging
+import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
 import time
+import types
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from multiprocessing import forkserver, reduction, util
 from pathlib import Path
 from typing import Any, NoReturn
 
 from moecompile import waiting
 from moecompile.checkpoint.resume import is_restarted
-from moecompile.errors import RankFailure
+from moecompile.errors import MoecompileError, RankFailure
 from moecompile.runtime import failures, logs, signals
 from moecompile.runtime.in_place import GRACE_S, PEER_GRACE_S, is_leading, leave, run_on_all
 from moecompile.runtime.ranks import check_mesh, worker_variables
 
-_LAUNCHER_PID = "MOECOMPILE_LAUNCHER_PID"
 _RESTART = "MOECOMPILE_RESTART"
 _OF_ELASTIC = "SIGHUP,SIGQUIT"
 """Signals that the elastic agent handles; others end training after the current step."""
+_ELASTIC = r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|TORCH_NCCL_.*"
+"""Environment variables that the elastic agent sets in a rank; all others are those of the launcher."""
+_TALKING = ("distributed.elastic", "multiprocessing")
 _KEPT = (*signals.ASKING, signals.WARNING, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -41,7 +49,7 @@ def launch(
     If torchrun or SLURM has started ranks, this process is rank 0 and runs `main` itself.
 
     Args:
-        module: what `python -m` runs. threads: OpenMP threads per rank. timeout_s: of the rendezvous.
+        threads: OpenMP threads per rank. timeout_s: of the rendezvous.
         max_restarts: how often all ranks are restarted after one was lost; user errors are not retried. In place,
             torchrun does this (its --max-restarts).
         num_nodes: of the mesh; processes of one machine may simulate several.
@@ -58,7 +66,21 @@ def launch(
         if played := check_mesh(num_nodes, world_size // num_nodes, 1, world_size, "moecompile"):
             waiting.done()
             print(played, flush=True)
-        _launch_again(world_size, run_dir, max_restarts, module=module, threads=threads, timeout_s=timeout_s)
+        prepare([module], threads)
+        with _environment(_launch_variables(threads)):
+            _launch_again(world_size, run_dir, max_restarts, module=module, timeout_s=timeout_s)
+
+
+def prepare(modules: Sequence[str], threads: int) -> None:
+    """Starts the fork server, if none runs and there are no ranks: it imports `modules` while this process goes on.
+
+    Args:
+        modules: they may not start threads or use a GPU. threads: OpenMP threads per rank.
+    """
+    if not is_leading():
+        multiprocessing.set_forkserver_preload(["moecompile.runtime.fork_server", __name__, *modules])
+        with _environment(_launch_variables(threads)):
+            forkserver.ensure_running()
 
 
 def is_restart() -> bool:
@@ -66,29 +88,50 @@ def is_restart() -> bool:
     return int(os.environ.get(_RESTART) or 0) > 0 or is_restarted()
 
 
-def rank_main(main: Callable[[Path], Any]) -> NoReturn:
-    """Runs a rank that `launch` started: `python -m MODULE RUN_DIR`.
-
-    It ends with `os._exit`, because a gloo thread may abort the interpreter's shutdown, after success and failure.
-    """
-    run_dir, rank, world_size = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    _watch_launcher(int(os.environ[_LAUNCHER_PID]), run_dir, rank, world_size)
+def _rank(module: str, run_dir: Path, folder: str, variables: dict[str, str], terminal: _Terminal) -> None:
+    """A rank, in a process that was forked for it. Returning from `main` is success; any failure ends the process."""
+    os.setsid()  # a terminal's Ctrl-C goes to the launcher alone
+    elastic = {name: value for name, value in os.environ.items() if re.fullmatch(_ELASTIC, name)}
+    os.environ.clear()
+    os.environ.update({**variables, **elastic})
+    os.chdir(folder)
+    if (torch := sys.modules.get("torch")) is not None:  # which has read the fork server's variable
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with contextlib.suppress(OSError):  # Linux: what `ps -e` and `top` call it
+        Path("/proc/self/comm").write_text(f"moecompile_r{rank}"[:15], encoding="utf-8")
+    _watch_launcher(run_dir, rank, world_size)
     logs.hold(run_dir, rank)
     try:
-        main(run_dir)
+        importlib.import_module(module).main(run_dir)
         if (group := _process_group()) is not None:
             group.barrier()  # so that no exit breaks a connection that another rank needs
     except signals.Stopped as stopped:
         failures.record_stop(run_dir, stopped)
-        leave(0)
-    except SystemExit as error:  # only returning from `main` is success
+    except SystemExit as error:
         leave(error.code if isinstance(error.code, int) and error.code else 128 + signal.SIGTERM)
     except BaseException as error:
         failure = failures.record(error, run_dir, rank)
         if failure.peer_lost:
             time.sleep(PEER_GRACE_S)
         leave(failure.exit_code)
-    leave(0)
+    # Once the launcher has heard of all ranks: no thread that a callback has left keeps the process.
+    util.Finalize(None, leave, args=(0,), exitpriority=0)
+
+
+class _Terminal:
+    """Stdout and stderr of the process that pickles it, which become those of the process that is started with it."""
+
+    def __reduce__(self) -> Any:
+        return _take_terminal, (reduction.DupFd(1), reduction.DupFd(2))
+
+
+def _take_terminal(*outputs: Any) -> _Terminal:
+    for number, output in enumerate(outputs, start=1):
+        descriptor = output.detach()
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    return _Terminal()
 
 
 def _launch_again(world_size: int, run_dir: Path, max_restarts: int, **how: Any) -> None:
@@ -108,41 +151,52 @@ def _launch_again(world_size: int, run_dir: Path, max_restarts: int, **how: Any)
     return None
 
 
-def _launch_local(world_size: int, run_dir: Path, *, module: str, threads: int, timeout_s: float) -> None:
+def _launch_local(world_size: int, run_dir: Path, *, module: str, timeout_s: float) -> None:
+    if (failure := _elastic_failure(world_size, run_dir, module=module, timeout_s=timeout_s)) is not None:
+        raise failure  # here, where no traceback holds the elastic agent
+
+
+def _elastic_failure(world_size: int, run_dir: Path, *, module: str, timeout_s: float) -> MoecompileError | None:
+    """Runs all ranks; what ended them early."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from moecompile.runtime.meeting import ONE_MACHINE  # registers it
 
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=world_size,
         run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_backend=ONE_MACHINE,
         rdzv_configs={"timeout": int(timeout_s)},
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.1,
+        start_method="forkserver",
         shutdown_timeout=int(GRACE_S),
         signals_to_handle=_OF_ELASTIC,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else it creates a folder in /tmp; output is inherited
     )
-    with _environment(_launch_variables(threads)), _quiet_elastic(), _asked_to_end(module) as asked:
+    job = (module, run_dir, os.getcwd(), dict(os.environ), _Terminal())
+    with _quiet_elastic(), _asked_to_end() as asked, _without_main_module():
         waiting.done()
         try:
-            elastic_launch(config, sys.executable)("-m", module, str(run_dir))
+            elastic_launch(config, _rank)(*job)
         except ChildFailedError as error:
             exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            failed = failures.first_error(run_dir, world_size, exit_codes)
             if asked and (len(asked) > 1 or not failures.any_recorded(run_dir)):
-                raise signals.Stopped(asked[0]) from None
-            raise failed from None
+                return signals.Stopped(asked[0])
+            return failures.first_error(run_dir, world_size, exit_codes)
         except SignalException as error:
-            raise signals.Stopped(asked[0] if asked else int(error.sigval)) from None
-        if (stopped := failures.stopped(run_dir)) is not None:
-            failures.clear(run_dir)
-            raise signals.Stopped(asked[0] if asked else stopped.number, stopped.step, stopped.num_steps)
+            return signals.Stopped(asked[0] if asked else int(error.sigval))
+        finally:
+            gc.collect()  # semaphores of the elastic agent, or their tracker would complain
+    if (stopped := failures.stopped(run_dir)) is None:
+        return None
+    failures.clear(run_dir)
+    return signals.Stopped(asked[0] if asked else stopped.number, stopped.step, stopped.num_steps)
 
 
 def _launch_variables(threads: int) -> dict[str, str]:
@@ -152,9 +206,7 @@ def _launch_variables(threads: int) -> dict[str, str]:
     return {
         **variables,
         **kept,
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),  # a rank imports what its launcher can
-        _LAUNCHER_PID: str(os.getpid()),
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a fork server that has initialized CUDA could not fork ranks
     }
 
 
@@ -171,20 +223,33 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_elastic() -> Iterator[None]:
-    """Keeps the elastic agent's log off the terminal: its failures are raised as errors."""
-    logger, silence = logging.getLogger("torch.distributed.elastic"), logging.NullHandler()
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(silence)
+def _without_main_module() -> Iterator[None]:
+    """Hides `__main__`, which every started process would import: it may be a script without a guard."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
     try:
         yield
     finally:
-        logger.propagate = propagate
-        logger.removeHandler(silence)
+        sys.modules["__main__"] = main
 
 
 @contextlib.contextmanager
-def _asked_to_end(module: str) -> Iterator[list[int]]:
+def _quiet_elastic() -> Iterator[None]:
+    """Keeps the elastic agent's log off the terminal: its failures are raised as errors."""
+    loggers, silence = [logging.getLogger(f"torch.{name}") for name in _TALKING], logging.NullHandler()
+    before = [logger.propagate for logger in loggers]
+    for logger in loggers:
+        logger.propagate = False
+        logger.addHandler(silence)
+    try:
+        yield
+    finally:
+        for logger, propagate in zip(loggers, before, strict=True):
+            logger.propagate = propagate
+            logger.removeHandler(silence)
+
+
+@contextlib.contextmanager
+def _asked_to_end() -> Iterator[list[int]]:
     """While ranks run: SIGINT or SIGTERM lets them save and end, the second one kills them; SIGUSR1 is passed on.
 
     Ranks are in their own sessions, which do not receive the terminal's Ctrl-C. Yields the signals so far.
@@ -198,9 +263,9 @@ def _asked_to_end(module: str) -> Iterator[list[int]]:
         if number != signals.WARNING:
             asked.append(number)
         sent = number if number == signals.WARNING else signal.SIGINT if len(asked) == 1 else signal.SIGKILL
-        for pid in _ranks_of_this_process(module):
+        for process in multiprocessing.process._children:  # type: ignore[attr-defined]  # active_children() would reap
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, sent)
+                os.kill(process.pid, sent)
         if len(asked) < 2:
             again = "" if number == signals.WARNING else "; the same again ends at once"
             text = f"\n{signal.Signals(number).name}: the step is finished and saved{again}\n"
@@ -217,29 +282,20 @@ def _asked_to_end(module: str) -> Iterator[list[int]]:
                 signal.signal(number, handler)
 
 
-def _ranks_of_this_process(module: str) -> list[int]:
-    """Process ids of children that run `module`."""
-    pids = []
-    for path in Path("/proc/self/task").glob("*/children"):
-        for pid in path.read_text(encoding="utf-8").split():
-            with contextlib.suppress(OSError):
-                if module.encode() in Path("/proc", pid, "cmdline").read_bytes().split(b"\0"):
-                    pids.append(int(pid))
-    return pids
-
-
-def _watch_launcher(pid: int, run_dir: Path, rank: int, world_size: int) -> None:
+def _watch_launcher(run_dir: Path, rank: int, world_size: int) -> None:
     """Ends this rank when its launcher is gone, or `GRACE_S` after a SIGTERM because another rank failed."""
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
 
     def failed() -> bool:
         return failures.others_failed(run_dir, rank, world_size)
 
     def end(code: int) -> NoReturn:
-        if os.getppid() == pid and failed():
+        if launcher.is_alive() and failed():
             time.sleep(GRACE_S)  # this rank may still record a failure
         os._exit(code)
 
-    signals.watch(failed=failed, leave=end, is_orphan=lambda: os.getppid() != pid, counts=False)
+    signals.watch(failed=failed, leave=end, is_orphan=lambda: not launcher.is_alive(), counts=False)
 
 
 def _process_group() -> Any:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moecompile.runtime.launch import launch
+from moecompile.runtime.launch import launch, prepare
 from moecompile.schema import Config, mesh_spec
+
+WORKER = "moecompile.tasks.worker"
+
+
+def prepare_ranks(config: Config) -> None:
+    """Lets ranks import what they need while the launcher checks its inputs."""
+    rank = f"moecompile.tasks.ranks.{config.task.name.value}"
+    others = ("moecompile.compose", "transformers.modeling_utils", "torch.fx.experimental.symbolic_shapes")
+    prepare([WORKER, rank, *others], config.trainer.threads_per_rank)
 
 
 def start_ranks(config: Config, run_dir: Path, *, max_restarts: int = 0) -> None:
@@ -18,7 +27,7 @@ def start_ranks(config: Config, run_dir: Path, *, max_restarts: int = 0) -> None
     launch(
         mesh_spec(config.mesh).world_size,
         run_dir,
-        module="moecompile.tasks.worker",
+        module=WORKER,
         threads=config.trainer.threads_per_rank,
         timeout_s=config.trainer.timeout_s,
         max_restarts=max_restarts,

@@ -1,4 +1,4 @@
-"""One rank of a task: `python -m moecompile.tasks.worker RUN_DIR`, started by `runtime.launch`."""
+"""One rank of a task, started by `runtime.launch`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 from moecompile import waiting
 from moecompile.rundir import place
-from moecompile.runtime.launch import rank_main
 
 
 def main(run_dir: Path) -> None:
@@ -18,7 +17,3 @@ def main(run_dir: Path) -> None:
     from moecompile.tasks import in_rank
 
     in_rank(load_resolved(place(run_dir) / "resolved.yaml"), run_dir)
-
-
-if __name__ == "__main__":
-    rank_main(main)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from moecompile.compose.trust import check_hydra_node, of_hydra
 from moecompile.errors import PlanError, UserError
 from moecompile.plan import from_yaml
 from moecompile.schema import check_name
+from tests.forked import python
 
 RECIPES = {
     "callback": "hydra:\n  callbacks:\n    x:\n      _target_: subprocess.Popen\n      args: [touch, {file}]\n",
@@ -34,10 +32,7 @@ def test_a_recipe_cannot_make_hydra_run_code(mode: list[str], tmp_path: Path) ->
         body = f"# @package _global_\nname: {name}\n" + text.format(file=ran)
         (tmp_path / "recipe" / f"{name}.yaml").write_text(body)
     folders = [f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep"]
-    run = subprocess.run(
-        [sys.executable, "-m", "moecompile", "--config-dir", str(tmp_path), *mode, "task=plan", *folders],
-        capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path, env=os.environ,
-    )  # fmt: skip
+    run = python("-m", "moecompile", "--config-dir", str(tmp_path), *mode, "task=plan", *folders, cwd=tmp_path)
     assert run.returncode == 2, run.stdout + run.stderr
     assert run.stderr.startswith("error: hydra.") and run.stderr.count("\n") == 1
     assert "a recipe or another config file sets it, and Hydra would run what it says. Remove it there" in run.stderr
@@ -125,10 +120,7 @@ def test_a_name_cannot_lead_out_of_the_runs(tmp_path: Path) -> None:
     (cwd / "recipe" / "mine.yaml").write_text("# @package _global_\nname: ../../../out\n")
     before = sorted(tmp_path.rglob("*"))
     for args in (["name=../../.."], ["--config-dir", ".", "recipe=mine"], ["-m", "name=../../../x", "seed=0,1"]):
-        run = subprocess.run(
-            [sys.executable, "-m", "moecompile", "task=plan", *args],
-            capture_output=True, text=True, timeout=120, check=False, cwd=cwd, env=os.environ,
-        )  # fmt: skip
+        run = python("-m", "moecompile", "task=plan", *args, cwd=cwd)
         assert (run.returncode, run.stdout) == (2, "")
         assert re.match(r"error: name=\.\./.*: is part of the run directory.*\n$", run.stderr)
         assert sorted(tmp_path.rglob("*")) == before

@@ -1,14 +1,12 @@
 """Runs a function on several real ranks: `results = run_distributed_test(fn, world_size, *args)`.
 
-The ranks are forked from a fork server that has imported torch (and what else the tests of this process import) once,
-so that a launch of 4 ranks takes a fraction of a second after the first one. Put many checks into one launch all the
-same: each rank still imports its test module.
+The ranks are forked (`tests/forked.py`), so that a launch of 4 takes a fraction of a second after the first one. Put
+many checks into one launch all the same: each rank still imports its test module.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import pickle
 import signal
@@ -27,24 +25,14 @@ import torch.distributed as dist
 
 from moecompile.runtime.failures import is_peer_lost
 from moecompile.runtime.ranks import worker_variables
+from tests import forked
 
-_PRELOAD = {
-    "torch": ("torch", "torch.distributed", "pytest"),
-    "lightning": ("lightning", "moecompile.runtime.training"),
-    "transformers": (
-        "transformers.models.deepseek_v3.modeling_deepseek_v3",
-        "transformers.models.mixtral.modeling_mixtral",
-    ),
-    "moecompile.pipeline": ("moecompile.pipeline", "torch.fx.experimental.symbolic_shapes"),
-}
-"""What the fork server imports, by what the tests of this process have imported."""
 _PEER_GRACE_S = 2.0
 _MORE_S, _BUSY = 2.0, 0.05
 """How long ranks that compute go on at a time; less than this part of a core is waiting."""
 _COLLECTIVE = 4
 """Times the limit of a launch: a peer may have less of the machine."""
 _SHOW = signal.SIGUSR2
-_context = multiprocessing.get_context("forkserver")
 
 
 def run_distributed_test(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60) -> list[Any]:
@@ -60,22 +48,19 @@ def run_distributed_test(fn: Callable[..., Any], world_size: int, *args: Any, ti
             traceback as a note.
         RuntimeError, TimeoutError: a rank died, or did not end; with the stacks of all ranks as a note.
     """
-    _context.set_forkserver_preload(
-        [name for needed, names in _PRELOAD.items() if needed in sys.modules for name in names]
-    )
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     stacks = tempfile.TemporaryDirectory(prefix="ranks_")
     ranks: dict[Connection, int] = {}
     processes: list[ForkServerProcess] = []
     try:
         for rank in range(world_size):
-            receiver, sender = _context.Pipe(duplex=False)
-            process = _context.Process(
+            receiver, sender = forked.context.Pipe(duplex=False)
+            process = forked.context.Process(
                 target=_rank,
                 args=(sender, fn, rank, world_size, store.port, timeout_s, _stack(stacks.name, rank), args),
                 daemon=True,
             )
-            process.start()
+            forked.start(process)
             sender.close()  # the rank's end alone stays open: the pipe breaks when the rank dies
             ranks[receiver] = rank
             processes.append(process)

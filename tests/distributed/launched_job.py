@@ -1,4 +1,4 @@
-"""A job for the launcher's tests: `python -m tests.distributed.launched_job RUN_DIR`, started by `launch`.
+"""A job for the launcher's tests, started by `launch`.
 
 MODE in the environment says what the last rank (or FAILING_RANK) does once all ranks have met (or PHASE=start: before).
 """
@@ -13,7 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 
 from moecompile.errors import ConfigError
-from moecompile.runtime.launch import rank_main
 
 
 def main(run_dir: Path) -> None:
@@ -63,7 +62,3 @@ def _ignore_signals() -> None:
     """As Lightning does: a Python handler, which never runs while the rank waits in C++."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-
-
-if __name__ == "__main__":
-    rank_main(main)

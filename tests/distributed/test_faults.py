@@ -20,9 +20,9 @@ import pytest
 from benchmarks import soak
 from moecompile.checkpoint import folders
 from tests.distributed.resume_job import TINY, losses
+from tests.forked import ranks_of
 
 REPOSITORY = Path(__file__).parents[2]
-WORKER = b"moecompile.tasks.worker"
 STEPS = 12
 COMMON = [*TINY, f"trainer.max_steps={STEPS}", "trainer.save_interval=2", "mesh=cpu_1x2"]
 
@@ -31,23 +31,9 @@ COMMON = [*TINY, f"trainer.max_steps={STEPS}", "trainer.save_interval=2", "mesh=
 def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
     deadline = time.monotonic() + 30
-    while left := workers(tmp_path_factory.getbasetemp()):
+    while left := ranks_of(tmp_path_factory.getbasetemp()):
         assert time.monotonic() < deadline, f"ranks were left behind: {left}"
         time.sleep(0.1)
-
-
-def workers(folder: Path) -> dict[int, int]:
-    """Rank -> process id of the ranks whose run directory lies in `folder`."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words, environ = (path / "cmdline").read_bytes().split(b"\0"), (path / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        rank = next((int(item[5:]) for item in environ if item.startswith(b"RANK=")), None)
-        if WORKER in words and rank is not None and any(word.startswith(bytes(folder)) for word in words):
-            found[rank] = int(path.name)
-    return found
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 240) -> Any:
@@ -85,7 +71,7 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(whole: Path, tmp_pat
     run_dir = tmp_path / "run"
     with start(run_dir, "trainer.max_restarts=1") as process:
         wait_for(lambda: folders.steps(folders.checkpoints_of(run_dir))[-1:] >= [4])
-        os.kill(workers(run_dir)[1], signal.SIGKILL)
+        os.kill(ranks_of(run_dir)[1], signal.SIGKILL)
         code, error = finish(process)
     assert code == 0, error
     assert re.fullmatch(r"rank 1 of 2 failed: killed by SIGKILL \(the machine .*memory\)\nrestart 1 of 1\n", error)
@@ -109,7 +95,7 @@ def test_a_hung_rank_is_named_in_time(tmp_path: Path) -> None:
     with start(run_dir, *mesh) as process:
         wait_for(lambda: folders.steps(folders.checkpoints_of(run_dir)))
         stopped = time.monotonic()
-        os.kill(workers(run_dir)[2], signal.SIGSTOP)
+        os.kill(ranks_of(run_dir)[2], signal.SIGSTOP)
         code, error = finish(process)
     assert time.monotonic() - stopped < 15 + 60  # ending the others takes seconds, on a busy machine more
     assert code == 1
@@ -123,7 +109,7 @@ def test_a_rank_without_memory_is_named(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     big = ["data.micro_batch_size=512", "data.global_batch_size=1024", "data.seq_len=32"]
     with start(run_dir, *big) as process:
-        rank = wait_for(lambda: workers(run_dir).get(1))
+        rank = wait_for(lambda: ranks_of(run_dir).get(1))
         wait_for((run_dir / "plan.yaml").exists)
         used = int(Path(f"/proc/{rank}/statm").read_text().split()[0]) * resource.getpagesize()
         resource.prlimit(rank, resource.RLIMIT_AS, (used, used))

@@ -18,6 +18,7 @@ import pytest
 from moecompile.errors import RankFailure
 from moecompile.runtime import failures
 from moecompile.runtime.launch import GRACE_S, launch
+from tests.forked import ranks_of
 
 JOB = "tests.distributed.launched_job"
 PROGRAM = [sys.executable, "-m", "tests.distributed.launcher_program"]
@@ -28,24 +29,11 @@ pytestmark = pytest.mark.usefixtures("from_the_repository")
 def run_dir(tmp_path: Path) -> Iterator[Path]:
     """A run directory that no process holds on to afterwards."""
     yield tmp_path / "run"
-    _wait_for(lambda: not _ranks_of(tmp_path), "ranks were left behind", seconds=2)
+    _wait_for(lambda: not ranks_of(tmp_path), "ranks were left behind", seconds=2)
 
 
 def _launch(world_size: int, run_dir: Path) -> None:
     launch(world_size, run_dir, module=JOB, threads=1, timeout_s=60)
-
-
-def _ranks_of(folder: Path) -> list[int]:
-    """Process ids whose command line names a directory below `folder`."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if JOB.encode() in words and any(word.startswith(bytes(folder)) for word in words):
-            found.append(int(path.parent.name))
-    return found
 
 
 def _wait_for(condition: Callable[[], Any], what: str, *, seconds: float) -> None:

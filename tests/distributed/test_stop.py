@@ -14,6 +14,7 @@ import pytest
 
 from moecompile.checkpoint import folders
 from tests.distributed.resume_job import TINY, losses
+from tests.forked import ranks_of
 
 REPOSITORY = Path(__file__).parents[2]
 RUN = [*TINY, "mesh=cpu_1x2", "trainer.progress_bar=true"]
@@ -99,8 +100,8 @@ def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = start(run_dir, f"trainer.max_steps={STEPS}", "trainer.save_interval=1")
     read_until(process, "step 2/")
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
-    pids = [int(pid) for pid in children.stdout.split()]
+    pids = list(ranks_of(tmp_path).values())
+    assert len(pids) == 2
     os.kill(pids[-1], signal.SIGSTOP)
     os.kill(process.pid, signal.SIGINT)
     time.sleep(1)

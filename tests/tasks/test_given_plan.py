@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from moecompile.compose import compose_config, save_resolved
 from moecompile.errors import PlanError
 from moecompile.planner.given import with_plan
 from moecompile.tasks import plan as task
+from tests.forked import python
 
 BASE = ("recipe=mixtral_ep",)
 
@@ -85,8 +85,7 @@ def test_the_command_line_runs_a_plan(tmp_path: Path) -> None:
     short = ("trainer.max_steps=2", "trainer.val_interval=2", "data.val_batches=1", "trainer.save_checkpoint=false")
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "moecompile", *BASE, *words]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False)
+        return python("-m", "moecompile", *BASE, *words, cwd=tmp_path)
 
     swept = run("-m", "task=plan", "dispatch=flat,dedup", "hydra.sweep.dir=swept")
     assert swept.returncode == 0, swept.stderr

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -23,6 +20,7 @@ from moecompile.pipeline.shape import shape_of_model
 from moecompile.planner.foresight.planned import forecast_plan
 from moecompile.schema import Config, DispatchKind
 from moecompile.tasks.layout import with_layout
+from tests.forked import python
 
 RECIPE = ["recipe=mixtral_ep", "model.config.num_hidden_layers=1"]
 SLOW_LINKS = ["hardware.figures.inter_node_effective_gb_s.value=0.001", "hardware.figures.inter_node_gb_s.value=0.001"]
@@ -115,11 +113,10 @@ def test_ranks_are_those_that_torchrun_started(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.slow
 def test_torchrun_trains_what_was_chosen(tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "moecompile", *RECIPE, "mesh=auto",
-        "trainer.max_steps=1", "hydra.run.dir=out",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ})
+    done = python(
+        "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "moecompile", *RECIPE, "mesh=auto",
+        "trainer.max_steps=1", "hydra.run.dir=out", cwd=tmp_path,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("mesh.ep=search: mesh.ep=") == 1
     result = json.loads((tmp_path / "out" / "result.json").read_text())

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import pytest
 import yaml
 
 from moecompile.compose import compose_config, conf_dir
+from tests.forked import python
 from tests.models.packaged import REAL
 
 REPOSITORY = Path(__file__).parents[2]
@@ -76,10 +74,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One multirun over all recipes."""
     folder = tmp_path_factory.mktemp("recipes")
     arguments = ["-m", f"recipe={','.join(RECIPES)}", *SMALL, "hydra.sweep.dir=swept"]
-    run = subprocess.run(
-        [sys.executable, "-m", "moecompile", *arguments], cwd=folder, timeout=1500, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+    run = python("-m", "moecompile", *arguments, cwd=folder, timeout_s=1500)
     assert run.returncode == 0, run.stdout + run.stderr
     return folder / "swept"
 

@@ -15,6 +15,7 @@ import pytest
 
 from moecompile import rundir
 from tests.distributed.resume_job import TINY
+from tests.forked import python
 
 REPOSITORY = Path(__file__).parents[2]
 RUN = [*TINY, "trainer.max_steps=2", "trainer.save_interval=1", "mesh=cpu_1x2"]
@@ -22,10 +23,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 
 
 def moecompile(*arguments: str, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *before, "-m", "moecompile", *arguments],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
+    return python(*before, "-m", "moecompile", *arguments, cwd=REPOSITORY)
 
 
 def contents(folder: Path) -> dict[str, str]:

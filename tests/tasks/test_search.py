@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from moecompile.errors import ConfigError
 from moecompile.plan import load
 from moecompile.tasks import plan as plan_task
 from moecompile.tasks import search as task
+from tests.forked import python
 
 
 def searched(folder: Path, *overrides: str) -> dict[str, Any]:
@@ -112,8 +111,8 @@ def test_the_winner_compiles_and_trains(tmp_path: Path) -> None:
     line = found["best"]["overrides"].split()
     for name in ("compile", "train"):
         folder = tmp_path / name
-        command = [sys.executable, "-m", "moecompile", f"task={name}", *base, *line, f"hydra.run.dir={folder}"]
-        subprocess.run(command, check=True, timeout=300)
+        done = python("-m", "moecompile", f"task={name}", *base, *line, f"hydra.run.dir={folder}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
         result = json.loads((folder / "result.json").read_text())
         assert result["status"] == "ok"
         assert load(folder / "plan.yaml").hash == found["plan_hash"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.forked import python
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLE = REPOSITORY / "docs" / "examples" / "optuna_search.py"
@@ -23,9 +23,17 @@ TINY = [
 
 
 def search(folder: Path, trials: int, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXAMPLE), "--study", str(folder), "--trials", str(trials), *TINY, *overrides]
-    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, cwd=folder.parent, env=environ, capture_output=True, text=True, timeout=600)
+    return python(
+        str(EXAMPLE),
+        "--study",
+        str(folder),
+        "--trials",
+        str(trials),
+        *TINY,
+        *overrides,
+        cwd=folder.parent,
+        timeout_s=600,
+    )
 
 
 @pytest.mark.slow

@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 
 from moecompile import plan as plans
 from moecompile.load_history import LoadHistory
+from tests.forked import python
 
 TINY = [
     "recipe=deepseek_ep", "model.config.num_hidden_layers=2", "model.config.hidden_size=32", "data.vocab_size=300",
@@ -28,10 +27,7 @@ def moecompile(
     arguments: list[str], folder: Path, *, timeout_s: float = 480, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """`python -m moecompile` in `folder`, as a user would run it."""
-    return subprocess.run(
-        [sys.executable, "-m", "moecompile", *arguments], cwd=folder, env={**os.environ, **variables}, timeout=timeout_s,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return python("-m", "moecompile", *arguments, cwd=folder, timeout_s=timeout_s, environ=variables)
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -221,10 +217,9 @@ def test_a_multirun_ends_with_one_table(sweep: tuple[Path, str]) -> None:
 
 @pytest.mark.slow
 def test_under_torchrun_every_rank_uses_one_directory(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "moecompile", *TINY,
-         "mesh=cpu_1x2", "trainer.max_steps=1", "trainer.progress_bar=false"],
-        cwd=tmp_path, timeout=480, capture_output=True, text=True, check=False,
+    run = python(
+        "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "moecompile", *TINY, "mesh=cpu_1x2",
+        "trainer.max_steps=1", "trainer.progress_bar=false", cwd=tmp_path,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr + run.stdout
     assert len(list(tmp_path.rglob("result.json"))) == 1
@@ -233,10 +228,9 @@ def test_under_torchrun_every_rank_uses_one_directory(tmp_path: Path) -> None:
 
 
 def test_under_torchrun_a_mistake_is_told_once(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "moecompile", *TINY, "mesh.ep=3"],
-        cwd=tmp_path, timeout=120, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    run = python(
+        "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "moecompile", *TINY, "mesh.ep=3", cwd=tmp_path
+    )
     assert run.returncode != 0
     assert run.stderr.count("error: mesh.ep=3: must divide the world size") == 1
     assert not list(tmp_path.iterdir())

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,19 +12,17 @@ from moecompile.errors import VerificationFailed
 from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import make_plan
 from moecompile.tasks import verify
+from tests.forked import python
 from tests.placements import random_placement
 
 
 @pytest.mark.slow
 def test_switch_passes_with_drops_and_auxiliary_losses(tmp_path: Path) -> None:
     """T5, top-1 with capacity, an auxiliary loss: two ranks equal one process."""
-    command = [
-        sys.executable, "-m", "moecompile", "task=verify", "recipe=switch_ep", "mesh=cpu_1x2", "verify.dtype=float64",
-        "verify.steps=2", f"hydra.run.dir={tmp_path}",
-    ]  # fmt: skip
-    run = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
-    )
+    run = python(
+        "-m", "moecompile", "task=verify", "recipe=switch_ep", "mesh=cpu_1x2", "verify.dtype=float64", "verify.steps=2",
+        f"hydra.run.dir={tmp_path}", cwd=tmp_path,
+    )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     certificate = json.loads((tmp_path / "certificate.json").read_text())
     assert certificate["passed"] and certificate["world_size"] == 2
@@ -48,13 +43,10 @@ def test_tensor_parallelism_passes(tmp_path: Path) -> None:
     config = compose_config(overrides)
     model = build_model(config.model, config.seed)
     plan = make_plan(model, config, example=example_inputs(model, config.data.seq_len))
-    command = [
-        sys.executable, "-m", "moecompile", "task=verify", *overrides, "verify.steps=2", "verify.dtype=float64",
-        random_placement(plan.layers, tmp_path / "placement.yaml", 1), f"hydra.run.dir={tmp_path / 'run'}",
-    ]  # fmt: skip
-    run = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
-    )
+    run = python(
+        "-m", "moecompile", "task=verify", *overrides, "verify.steps=2", "verify.dtype=float64",
+        random_placement(plan.layers, tmp_path / "placement.yaml", 1), f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path,
+    )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     assert json.loads((tmp_path / "run" / "certificate.json").read_text())["world_size"] == 4
     assert "shrunk  mesh.placement" not in run.stdout
