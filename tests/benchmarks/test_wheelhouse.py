@@ -31,7 +31,7 @@ def test_it_takes_what_torch_and_transformers_do_not_bring() -> None:
     assert not [name for name in names if name.startswith(("nvidia", "triton", "cuda"))]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_it_installs_without_a_network_and_the_program_runs(tmp_path: Path) -> None:
     from wheelhouse import GIVEN, _closure
 

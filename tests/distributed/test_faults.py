@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ import pytest
 from benchmarks import soak
 from moecompile.checkpoint import folders
 from tests.distributed.resume_job import TINY, losses
-from tests.forked import ranks_of
+from tests.forked import Program, ranks_of
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 12
@@ -44,17 +43,15 @@ def wait_for(condition: Callable[[], Any], seconds: float = 240) -> Any:
     return value
 
 
-def start(run_dir: Path, *overrides: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "moecompile", *COMMON, f"hydra.run.dir={run_dir}", *overrides]
-    return subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env
-    )
+def start(run_dir: Path, *overrides: str, environ: dict[str, str] | None = None) -> Program:
+    words = ["-m", "moecompile", *COMMON, f"hydra.run.dir={run_dir}", *overrides]
+    return Program(*words, cwd=REPOSITORY, environ=environ)
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str]:
+def finish(process: Program, seconds: float = 300) -> tuple[int, str]:
     """Exit code and what was said on stderr."""
-    _, error = process.communicate(timeout=seconds)
-    return process.returncode, error
+    _, error = process.communicate(seconds)
+    return process.wait(), error
 
 
 @pytest.fixture(scope="module")
@@ -169,11 +166,11 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         environ = {
-            **os.environ, "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "2",
+            "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "2",
             "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
-        code, error = finish(start(tmp_path / "run", env=environ))
+        code, error = finish(start(tmp_path / "run", environ=environ))
     assert code == 2
     assert error == (
         f"error: MASTER_PORT={port}: another program uses this port of 127.0.0.1. Set MASTER_PORT to a free one.\n"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,7 +14,7 @@ import pytest
 
 from moecompile.checkpoint import folders
 from tests.distributed.resume_job import TINY, losses
-from tests.forked import ranks_of
+from tests.forked import Program, python, ranks_of
 
 REPOSITORY = Path(__file__).parents[2]
 RUN = [*TINY, "mesh=cpu_1x2", "trainer.progress_bar=true"]
@@ -24,16 +24,13 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 pytestmark = pytest.mark.slow
 
 
-def start(run_dir: Path, *overrides: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    command = [sys.executable, *before, "-m", "moecompile", *RUN, f"hydra.run.dir={run_dir}", *overrides]
-    return subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+def start(run_dir: Path, *overrides: str, before: tuple[str, ...] = ()) -> Program:
+    words = [*before, "-m", "moecompile", *RUN, f"hydra.run.dir={run_dir}", *overrides]
+    return Program(*words, cwd=REPOSITORY, merged=True)
 
 
-def read_until(process: subprocess.Popen[str], text: str) -> str:
+def read_until(process: Program, text: str) -> str:
     """What the process prints, to the first line that begins with `text`."""
-    assert process.stdout is not None
     said = ""
     for line in process.stdout:
         said += line
@@ -42,9 +39,9 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
     raise AssertionError(f"{text!r} did not come: {said}")
 
 
-def rest(process: subprocess.Popen[str]) -> tuple[int, str]:
-    said, _ = process.communicate(timeout=240)
-    return process.returncode, said
+def rest(process: Program) -> tuple[int, str]:
+    said, _ = process.communicate(240)
+    return process.wait(), said
 
 
 def printed_command(said: str) -> str:
@@ -70,10 +67,9 @@ def test_the_step_is_saved_and_the_command_goes_on(how: str, tmp_path: Path) -> 
     (step,) = folders.steps(checkpoints)
     assert f"ended by {number.name}: step {step} is saved\n" in said and 2 <= step < STEPS
     assert not list(checkpoints.glob("*.tmp")) and not (run_dir / ".pending").exists()
-    command = f"{printed_command(said)} trainer.max_steps={step + 2}"
-    again = subprocess.run(
-        command, shell=True, cwd=REPOSITORY, capture_output=True, text=True, timeout=400, check=False
-    )
+    name, *words = shlex.split(printed_command(said))
+    assert name in ("python", sys.executable)
+    again = python(*words, f"trainer.max_steps={step + 2}", cwd=REPOSITORY)
     assert again.returncode == 0, again.stderr
     assert f"going on from step {step} of " in again.stdout
     shown = re.findall(r"^step (\d+)/(\d+) ", again.stdout, re.MULTILINE)

@@ -34,7 +34,7 @@ def output(program: list[str], folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("ends", [True, False], ids=["end_of_text", "no_special_tokens"])
 def test_the_scores_are_those_of_a_plain_loop(ends: bool, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: `pip install -e '.[eval]'`")
@@ -79,7 +79,7 @@ def test_the_scores_are_those_of_a_plain_loop(ends: bool, tmp_path: Path) -> Non
     assert float(said["continuation"]) == pytest.approx(right / len(records), abs=6e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ray_trains_as_torchrun_does(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: `pip install -e '.[ray]'`")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -15,7 +15,7 @@ import pytest
 
 from moecompile import rundir
 from tests.distributed.resume_job import TINY
-from tests.forked import python
+from tests.forked import Program, python
 
 REPOSITORY = Path(__file__).parents[2]
 RUN = [*TINY, "trainer.max_steps=2", "trainer.save_interval=1", "mesh=cpu_1x2"]
@@ -48,7 +48,9 @@ def test_a_refused_run_changes_nothing_and_the_old_one_can_be_exported(tmp_path:
     run_dir = tmp_path / "run"
     here = f"hydra.run.dir={run_dir}"
     began = time.monotonic()
-    first = moecompile(*RUN, here)
+    first = subprocess.run(  # a new Python, whose imports take time
+        [sys.executable, "-m", "moecompile", *RUN, here], cwd=REPOSITORY, capture_output=True, text=True, timeout=400
+    )
     assert first.returncode == 0, first.stderr
     wall = time.monotonic() - began
     assert first.stdout.startswith("deepseek_ep: train on 2 ranks, loading torch ...\n")
@@ -81,10 +83,8 @@ def test_a_refused_run_changes_nothing_and_the_old_one_can_be_exported(tmp_path:
 
 
 def _killed_before_it_is_accepted(run_dir: Path) -> None:
-    command = [sys.executable, "-m", "moecompile", *RUN, "trainer.resume=auto", "experts.num_routed=32"]
-    with subprocess.Popen(
-        [*command, f"hydra.run.dir={run_dir}"], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
+    words = ["-m", "moecompile", *RUN, "trainer.resume=auto", "experts.num_routed=32"]
+    with Program(*words, f"hydra.run.dir={run_dir}", cwd=REPOSITORY) as process:
         deadline = time.monotonic() + 300
         while not (run_dir / rundir.PENDING / "logs" / "rank_1.log").exists():
             assert time.monotonic() < deadline
