@@ -247,6 +247,23 @@ def test_a_mistake_that_only_the_model_shows_is_one_message(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_the_demo_begins_to_learn(tmp_path: Path) -> None:
+    """Thirty of its steps, on two ranks: validation is below the unigram entropy of the text."""
+    demo = [
+        "recipe=deepseek_ep",
+        "mesh=cpu_1x2",
+        "trainer.max_steps=30",
+        "hydra.run.dir=demo",
+        "trainer.progress_bar=false",
+    ]
+    run = moecompile(demo, tmp_path)
+    assert run.returncode == 0, run.stderr + run.stdout
+    result = result_of(tmp_path / "demo")
+    assert result["val_loss"] < result["unigram_entropy"] - 0.15
+    assert result["val_loss"] < result["val_loss_first"] - 1.3
+
+
+@pytest.mark.nightly
 def test_the_demo_learns(tmp_path: Path) -> None:
     """The recipe as it is: validation far below the unigram entropy of the text, and no layer with idle experts."""
     # Two to three minutes alone; three times that beside two other tests.

@@ -19,6 +19,8 @@ RECIPES = (
     "deepseek_ep", "deepseek_v2", "deepseek_v4", "gpt_oss", "kimi_k3", "longcat", "mixtral_ep", "nemotron3", "olmoe",
     "qwen3_moe", "switch_ep",
 )  # fmt: skip
+CASES = [(recipe, 2) for recipe in RECIPES] + [("deepseek_ep", 4), ("gpt_oss", 4), ("mixtral_ep", 4), ("switch_ep", 4)]
+"""Recipe and chunks: four of them for gated and plain experts, biases, drops."""
 TINY = [
     "mesh=cpu_1x2", "data.vocab_size=300", "data.seq_len=16", "data.micro_batch_size=1", "data.global_batch_size=8",
     "verify.dtype=float64", "dispatch.overlap=chunks", "trainer.checkpointing=keep_exchanges",
@@ -44,11 +46,7 @@ def _without_a_wait(ticket: int) -> Tensor:
 
 
 def _all(rank: int, world_size: int, folder: Path) -> dict[tuple[str, int], list[Check]]:
-    found = {
-        (recipe, chunks): _certified(recipe, chunks, folder / f"{recipe}-{chunks}")
-        for recipe in RECIPES
-        for chunks in (2, 4)
-    }
+    found = {(recipe, chunks): _certified(recipe, chunks, folder / f"{recipe}-{chunks}") for recipe, chunks in CASES}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(in_flight, "_land", _without_a_wait)
         found["a wait left out", 2] = _certified("deepseek_ep", 2, folder / "wrong")
@@ -61,8 +59,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunks", [2, 4])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("recipe", "chunks"), CASES)
 def test_recipes_with_chunks(recipe: str, chunks: int, found: dict[tuple[str, int], list[Check]]) -> None:
     checks = found[recipe, chunks]
     assert [check for check in checks if not check.passed] == [] and len(checks) > 10
