@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moecompile.nn import Router
+from moecompile.nn import scores as nn_scores
 from moecompile.passes.base import exchanges_of
 from moecompile.passes.lower import Lower
 from moecompile.passes.lower.kinds import LOWERINGS
@@ -25,6 +26,7 @@ from moecompile.passes.rewrite import Rewrite
 from moecompile.plan import EXCHANGES, DispatchPlan, dispatch
 from moecompile.routing import BalanceSpec, RouterConfig, Score
 from moecompile.routing import config as routing_config
+from moecompile.routing import scores as routing_scores
 from tests.tiny import COPY4, PLAIN_ROUTING, Gated, only_region, passed, plan_for
 
 REPOSITORY = Path(__file__).parents[1]
@@ -100,13 +102,13 @@ def test_the_dispatch_on_the_page_inserts_its_exchanges(monkeypatch: pytest.Monk
 
 
 def test_the_score_on_the_page_routes(monkeypatch: pytest.MonkeyPatch) -> None:
-    (methods,) = re.findall(r"^```text\n(    def _score\(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    code: dict[str, Any] = {"Router": Router, "Tensor": Tensor, "nn": nn}
-    methods = methods.replace("        ...\n", "        return Router._score(self, logits)\n")
-    exec(compile(f"class Mine(Router):\n{methods}", "docs/use/add-your-own.md", "exec", dont_inherit=True), code)
+    for module, table in ((routing_scores, routing_scores.SCORES), (nn_scores, nn_scores.FUNCTIONS)):
+        kind = type(next(iter(table.values()))).__name__
+        (row,) = re.findall(rf'^    "softplus": ({kind}\(.*\)),$', PAGE, re.MULTILINE)
+        monkeypatch.setitem(table, "softplus", eval(row, vars(module)))
     monkeypatch.setitem(routing_config._WORDS, "score", (*Score, "softplus"))
     config = RouterConfig(**{**PLAIN_ROUTING, "score": "softplus"})
-    router = code["Mine"](8, 4, config, BalanceSpec(rule="none", rate=0.0, micro_batch=0.1)).train()
+    router = Router(8, 4, config, BalanceSpec(rule="none", rate=0.0, micro_batch=0.1)).train()
     torch.nn.init.normal_(router.weight)
     x_TD = torch.randn(6, 8)
     weights_TK, ids_TK = router(x_TD)

@@ -21,8 +21,9 @@ from moecompile.nn.chosen import in_words, open_experts, replayed_or_live
 from moecompile.nn.context import whole_sequences
 from moecompile.nn.meter import BINS, LoadMeter, at_least
 from moecompile.nn.padding import without_padding
-from moecompile.nn.scores import normed, sqrt_softplus
+from moecompile.nn.scores import FUNCTIONS, normed
 from moecompile.routing import NO_BALANCE, BalanceSpec, RouterConfig, check_balance
+from moecompile.routing.scores import SCORES
 
 
 class Router(KeepsLosses):
@@ -110,7 +111,7 @@ class Router(KeepsLosses):
         inputs = self._inputs(x)
         logits: Tensor = torch.ops.moecompile.router_logits(inputs, self.weight, self.bias)
         of_shared: list[Tensor] = []
-        scores = self._score(logits)
+        scores = FUNCTIONS[self.config.score].score(logits)
         scores_TE = torch.ops.moecompile.flatten_tokens(scores)
         if self.config.choice == "expert":
             ids, weights = self._expert_choice(scores_TE, real_T)
@@ -144,7 +145,7 @@ class Router(KeepsLosses):
 
     def scores(self, x: Tensor) -> Tensor:
         """The scores by which experts are chosen, before the correction bias, (T, E), fp32 or wider."""
-        scores_TE: Tensor = torch.ops.moecompile.flatten_tokens(self._score(self.logits(x)))
+        scores_TE: Tensor = torch.ops.moecompile.flatten_tokens(FUNCTIONS[self.config.score].score(self.logits(x)))
         return scores_TE
 
     @torch.no_grad()
@@ -173,31 +174,13 @@ class Router(KeepsLosses):
             choice_TE = choice_TE.masked_fill(~open_experts(choice_TE, config, self.num_experts), float("-inf"))
         return choice_TE.topk(config.top_k, dim=-1, sorted=False).indices
 
-    def _score(self, logits: Tensor) -> Tensor:
-        if self.config.score in ("softmax_after_topk", "sigmoid_after_topk"):
-            return logits
-        if self.config.score == "sqrt_softplus":
-            return sqrt_softplus(logits)
-        return logits.sigmoid() if self.config.score == "sigmoid" else logits.softmax(-1)
-
-    def _probs(self, logits: Tensor, scores: Tensor) -> Tensor:
-        """Scores normalized to sum to 1 over the experts."""
-        if self.config.score.startswith("softmax"):
-            return scores if self.config.score == "softmax" else logits.softmax(-1)
-        scores = logits.sigmoid() if self.config.score == "sigmoid_after_topk" else scores
-        return scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
-
     def _weights(self, scores_TE: Tensor, ids_TK: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
-        weights_TK = scores_TE.gather(1, ids_TK)
-        if self.config.score == "softmax_after_topk":
-            weights_TK = weights_TK.softmax(-1)
-        elif self.config.score == "sigmoid_after_topk":
-            weights_TK = weights_TK.sigmoid()
+        weights_TK = FUNCTIONS[self.config.score].weigh(scores_TE.gather(1, ids_TK))
         num_chosen = weights_TK.shape[1]
         if self.shared_weight is not None:  # they share one sum with the chosen experts
             logits = torch.ops.moecompile.router_logits(inputs, self.shared_weight, None)
             weights_TK = torch.cat((weights_TK, torch.ops.moecompile.flatten_tokens(logits).sigmoid()), 1)
-        if self.config.normalize and self.config.score != "softmax_after_topk":
+        if self.config.normalize and not SCORES[self.config.score].sums_to_one:
             # The minimum avoids a division by zero if all sigmoid scores underflow (DeepSeek-V3 uses 1e-20).
             weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp_min(1e-20)
         weights_TK = weights_TK * self.config.scale
@@ -224,7 +207,8 @@ class Router(KeepsLosses):
         self, logits: Tensor, scores: Tensor, ids: Tensor, kept: Tensor, real: Tensor | None
     ) -> dict[str, Tensor]:
         """Counts the load of this forward, and returns its losses times their coefficients."""
-        probs = self._probs(logits, scores)
+        functions = FUNCTIONS[self.config.score]
+        probs = functions.distribute(logits, scores)
         flat = torch.ops.moecompile.flatten_tokens
         self.meter(ids, kept, flat(probs).detach(), real)
         self.meter.count_required(flat(scores).detach(), self.correction_bias, self.config.top_k, real)
@@ -232,8 +216,8 @@ class Router(KeepsLosses):
             return {name: logits.sum() for name in self.losses}
         if self.losses and self.positions is not None:
             logits, ids, real = whole_sequences(logits, ids, real, self.positions)
-            scores = self._score(logits)
-            probs = self._probs(logits, scores)
+            scores = functions.score(logits)
+            probs = functions.distribute(logits, scores)
         return {
             name: coefficient * self._loss(name, logits, scores, probs, ids, real)
             for name, coefficient in self.losses.items()

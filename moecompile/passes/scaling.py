@@ -22,6 +22,7 @@ import torch
 
 from moecompile.nn import Experts, Router
 from moecompile.plan import LayerPlan
+from moecompile.routing.scores import SCORES
 
 _TOKENS = 512  # to estimate the expected W with a standard error below one percent
 
@@ -51,8 +52,7 @@ def _weight_sum(router: Router, layer: LayerPlan, generator: torch.Generator) ->
     if scaling == "exact" or (routing.sums_to_scale and not layer.experts.shared_routed):
         return routing.scale * rest
     if scaling == "nvidia":
-        equal = {"sigmoid": 0.5, "sigmoid_after_topk": 0.5, "sqrt_softplus": math.sqrt(math.log(2))}
-        each = equal.get(routing.score, 1 / layer.experts.num_routed)
+        each = SCORES[routing.score].at_zero(layer.experts.num_routed)
         return routing.scale * (rest if routing.normalize else routing.top_k * each)
     x_TD = torch.randn(_TOKENS, layer.site.d_model, generator=generator)
     fresh = copy.deepcopy(router).eval()

@@ -10,6 +10,22 @@ from moecompile.plan.sites import PlannedSite
 from moecompile.ranges import check_object, check_word
 from moecompile.schema import OverlapKind, WireDtype
 
+
+@dataclass(frozen=True)
+class WireFormat:
+    """How an element of a row is sent. dtype: torch's name of it, and its bytes; None: as the activations are."""
+
+    dtype: str | None
+    element_bytes: int | None
+
+
+WIRE_FORMATS: dict[str, WireFormat] = {
+    WireDtype.auto.value: WireFormat(None, None),
+    WireDtype.fp32.value: WireFormat("float32", 4),
+    WireDtype.bf16.value: WireFormat("bfloat16", 2),
+}
+"""By `dispatch.wire_dtype`; a format that is not here raises."""
+
 # Forward exchanges that each dispatch inserts for one layer, in order, each with the part of the axis that it crosses:
 # "" the whole EP group, "_inter" ranks with the same local rank on each of its nodes, "_intra" its ranks on one node.
 _STEPS: dict[str, tuple[tuple[str, str], ...]] = {

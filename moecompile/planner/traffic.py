@@ -54,13 +54,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from moecompile.mesh import MeshSpec
-from moecompile.plan import EXCHANGES, ExpertPlacement, RoutingPlan, Traffic, plan_errors
+from moecompile.plan import EXCHANGES, WIRE_FORMATS, ExpertPlacement, RoutingPlan, Traffic, plan_errors
 
 COUNT_BYTES = 8  # exchange_counts sends int64
 CODE_BYTES = 2  # exchange_assignments sends an int16 code with each weight
 DEDUP_COUNTS = 2  # rows and assignments
 ALLGATHER_COUNTS = 3  # tokens, assignments, first expert
-_WIRE_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +96,7 @@ class Copies:
 
 def row_bytes(wire_dtype: str, activation_bytes: int) -> int:
     """Bytes of one element of a row with `dispatch.wire_dtype`; `auto` is the size of an activation."""
-    return _WIRE_BYTES.get(wire_dtype, activation_bytes)
+    return WIRE_FORMATS[wire_dtype].element_bytes or activation_bytes
 
 
 def copies_per_token(kind: str, placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec) -> Copies:

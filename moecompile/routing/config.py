@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from moecompile.errors import ConfigError
 from moecompile.ranges import Real, Whole, check_word
 from moecompile.routing.choices import BalanceRule, BiasUpdate, Choice, DropPolicy, GroupScore, Score, Workload
+from moecompile.routing.scores import SCORES
 
 ROUTER_NUMBERS: Mapping[str, Whole | Real] = {
     "top_k": Whole(1),
@@ -118,7 +119,7 @@ class RouterConfig:
 
         With `expert_scale` they do until it is trained: it starts at 1.
         """
-        return self.normalize or self.score == "softmax_after_topk"
+        return self.normalize or (not self.is_own and SCORES[self.score].sums_to_one)
 
     @property
     def is_own(self) -> bool:
@@ -234,7 +235,6 @@ class BalanceSpec:
 
 
 NO_BALANCE = BalanceSpec(rule="none", rate=0.0)
-_BOUNDED = ("sigmoid", "softmax")
 
 
 def check_balance(router: RouterConfig, balance: BalanceSpec) -> None:
@@ -257,9 +257,10 @@ def check_balance(router: RouterConfig, balance: BalanceSpec) -> None:
             raise ConfigError(path, value, f"has no meaning where {reason[router.choice]}", fix)
     if balance.rule != "quantile":
         return
-    if router.score not in _BOUNDED:
+    if not SCORES[router.score].in_unit_interval:
+        bounded = " or ".join(sorted(score for score, rule in SCORES.items() if rule.in_unit_interval))
         rule = f"needs scores in [0, 1], and those of routing.score={router.score} have no bounds"
-        fix = f"Use routing.score={' or '.join(_BOUNDED)}, or balance.rule=bias"
+        fix = f"Use routing.score={bounded}, or balance.rule=bias"
         raise ConfigError("balance.rule", balance.rule, rule, fix)
     if router.top_groups < router.groups:
         rule = f"compares a token's experts, and only {router.top_groups} of {router.groups} groups are open to it"

@@ -7,10 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from moecompile.plan import LayerPlan
+from moecompile.plan import WIRE_FORMATS, LayerPlan
 
 ops = torch.ops.moecompile
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def on_the_wire(
@@ -21,9 +20,10 @@ def on_the_wire(
     Each exchange has its own casts, so that sums between two exchanges (of rows in forward, of gradients in backward)
     are in the precision of the activations.
     """
-    dtype = _DTYPES.get(layer.dispatch.wire_dtype)
-    if dtype is None:
+    name = WIRE_FORMATS[layer.dispatch.wire_dtype].dtype
+    if name is None:
         return exchange(rows)
+    dtype = getattr(torch, name)
     return graph.call_function(ops.wire_uncast, (exchange(graph.call_function(ops.wire_cast, (rows, dtype))), like))
 
 

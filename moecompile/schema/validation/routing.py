@@ -13,10 +13,10 @@ from moecompile.routing import (
     BalanceSpec,
     Choice,
     RouterConfig,
-    Score,
     Workload,
     check_balance,
 )
+from moecompile.routing.scores import SCORES
 from moecompile.schema.config import BalanceConfig, Config, RoutingConfig
 from moecompile.schema.validation.mesh import int_or_auto
 
@@ -66,9 +66,6 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-_AFTER_TOPK = (Score.softmax_after_topk, Score.sigmoid_after_topk)
-
-
 def check_choice(routing: RoutingConfig) -> None:
     """Refuses options of token choice where experts choose, or a hash does.
 
@@ -80,7 +77,7 @@ def check_choice(routing: RoutingConfig) -> None:
     if routing.choice is not Choice.expert:
         return
     for path, value, wrong, fix in (
-        ("routing.score", routing.score.value, routing.score in _AFTER_TOPK, "softmax or sigmoid"),
+        ("routing.score", routing.score.value, SCORES[routing.score.value].after_topk, "softmax or sigmoid"),
         ("routing.normalize", True, routing.normalize, "false"),
         ("routing.top_groups", routing.top_groups, routing.top_groups is not None, "null"),
         ("routing.max_nodes", routing.max_nodes, routing.max_nodes is not None, "null"),
