@@ -201,13 +201,11 @@ def _elastic_failure(world_size: int, run_dir: Path, *, module: str, timeout_s: 
 
 def _launch_variables(threads: int) -> dict[str, str]:
     """Environment variables of the ranks; those that the user has set are kept, except the number of threads."""
-    variables = worker_variables(threads, one_machine=True)
-    kept = {name: os.environ[name] for name in variables if name in os.environ and name != "OMP_NUM_THREADS"}
-    return {
-        **variables,
-        **kept,
+    variables = {
+        **worker_variables(threads, one_machine=True),
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a fork server that has initialized CUDA could not fork ranks
     }
+    return {name: os.environ.get(name, value) for name, value in variables.items()} | {"OMP_NUM_THREADS": str(threads)}
 
 
 @contextlib.contextmanager
