@@ -53,19 +53,23 @@ class Pretrained:
         self._assign()  # Step 1
         self._check()  # Step 2
 
-    def read(self, name: str, rows: range) -> Iterator[tuple[range, Tensor]]:
+    def read(self, name: str, rows: range, within: tuple[slice, ...] = ()) -> Iterator[tuple[range, Tensor]]:
         """Rows of a weight's first dim (step 3), in parts, so that they are not in memory twice.
 
         A scalar has no rows and one part.
+
+        Args:
+            within: what is read of each row: a slice for each of the other dims; empty: all.
         """
         recipe = self.recipes[name if name in self.recipes else self.tied[name]]
         if recipe.rule is None:
-            yield rows, self.stored.read(recipe.sources[0][1], rows.start, rows.stop)
+            yield rows, self.stored.read(recipe.sources[0][1], rows.start, rows.stop, within)
         elif _stacks_experts(recipe.rule):
             for expert in rows:
-                yield range(expert, expert + 1), self._convert(recipe, recipe.by_expert[expert])[name]
+                part = self._convert(recipe, recipe.by_expert[expert])[name]
+                yield range(expert, expert + 1), part[:, *within]
         else:
-            yield rows, self._convert(recipe, recipe.sources)[name][rows.start : rows.stop]
+            yield rows, self._convert(recipe, recipe.sources)[name][rows.start : rows.stop, *within]
 
     def whole(self, name: str) -> Tensor:
         """All rows of a weight."""
