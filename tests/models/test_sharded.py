@@ -37,6 +37,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "qwen2": dense("qwen2"),  # biases in attention
         "gpt_neox": dense("gpt_neox"),  # biases in the FFN
         "mixtral": moe_model("mixtral"),
+        "six": moe_model("mixtral", num_local_experts=6),
+        "gpt_oss": moe_model("gpt_oss", num_local_experts=6),  # stacked in the files too, transposed, with biases
         "deepseek_v3": moe_model("deepseek_v3"),
     }
     return {name: write_pretrained(root / name, model) for name, model in models.items()}
@@ -57,6 +59,8 @@ MORE: dict[str, tuple[str, list[str]]] = {
     "expected ep2": ("qwen2", [*_EP2, "experts.weight_scaling=expected", "routing.normalize=false"]),
     "latent ep4": ("llama", [*_EP4, *_SLICED, "experts.latent_size=12", "experts.latent_norm=true"]),
     "latent ep2": ("gpt_neox", [*_EP2, "experts.latent_size=12"]),
+    "cut within ep2": ("gpt_neox", [*_EP2, "experts.num_routed=6", "experts.init=drop"]),
+    "stored stacks, cut within ep2": ("gpt_oss", _EP2),
     "biases ep4": ("gpt_neox", [*_EP4, "routing.bias=true", "balance=global_batch"]),
     "deepseek ep4": ("deepseek_v3", [*_EP4, "balance=bias"]),
     "deepseek ep2": ("deepseek_v3", [*_EP2, "balance=bias"]),
@@ -68,7 +72,11 @@ def differences(cases: dict[str, tuple[str, list[str]]], folders: dict[str, str]
     return run_distributed_test(compare, 4, given, timeout_s=300)
 
 
-PLACED = {"placed": ("mixtral", [*_EP2, "{file}"]), "placed, sliced": ("llama", [*_EP4, *_SLICED, "{file}"])}
+PLACED = {
+    "placed": ("mixtral", [*_EP2, "{file}"]),
+    "placed, cut within": ("six", [*_EP2, "{file}"]),
+    "placed, sliced": ("llama", [*_EP4, *_SLICED, "{file}"]),
+}
 
 
 @pytest.mark.slow
