@@ -257,9 +257,11 @@ def _shards_text(shards: ExpertShards) -> str:
     stored, gathered, reduced = map(bytes_text, (shards.stored, shards.gathered, shards.reduced))
     uneven = ""
     if shards.times_even > EVEN:
-        uneven = f", {shards.times_even:.2f} times its even share, as no dim is a multiple of {shards.ranks}"
+        uneven = (
+            f", up to {shards.times_even:.2f} times an even share, as no dim of some is a multiple of {shards.ranks}"
+        )
     return (
-        f"{stored} on a rank, a part of {shards.ranks}{uneven}; a micro-batch gathers {gathered} twice, "
+        f"{stored} on each of {shards.ranks} ranks that share them{uneven}; a micro-batch gathers {gathered} twice, "
         f"a reduction sends {reduced}"
     )
 

@@ -89,6 +89,12 @@ def test_bytes_of_a_step(muon: MuonParams, mesh: MeshSpec, intra: float, inter: 
     assert (sent.intra_node, sent.inter_node) == pytest.approx((4 * intra, 4 * inter))
 
 
+def test_experts_that_are_cut_within_are_sent() -> None:
+    """Two ranks share one expert of two; the dense matrices are over four."""
+    sent = estimated("optimizer=muon", "mesh.ranks_per_node=4", "mesh.ep=2", "experts.num_routed=2", "routing.top_k=1")
+    assert sent.optimizer_bytes_per_step.intra_node == 4 * (2 * 512 * 3 / 16 + 2 * (EXPERTS / 2 / 2) / 4)
+
+
 def test_bf16_products_halve_the_bytes() -> None:
     wide = estimated(*MUON).optimizer_bytes_per_step.intra_node
     assert wide == 4 * 2 * 512 * 3 / 16

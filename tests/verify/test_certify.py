@@ -222,7 +222,11 @@ MUTATIONS: dict[Patch, str] = {
 }
 _MUON = ["optimizer=muon"]
 _WITHIN = [
-    "mesh.ep=2", "dispatch=dedup", "experts.num_routed=6", "experts.init=random", "routing.top_k=2",
+    "mesh.ep=2",
+    "dispatch=dedup",
+    "experts.num_routed=6",
+    "experts.init=random",
+    "routing.top_k=2",
 ]  # 3 experts over 2 ranks
 _GROUPS = ['optimizer.groups=[{match: "*norm*", lr_scale: 0.5}]']
 OPTIONS: dict[Patch, list[str]] = {
