@@ -137,7 +137,10 @@ def test_adapters_begin_as_in_one_process(found: list[dict[str, Any]]) -> None:
 
 # -- bytes ------------------------------------------------------------------------------------------------------------
 
-BYTES = {"one expert": ONE_EXPERT, "adapters": [*ONE_EXPERT, *adapters_job.OVERRIDES]}
+BYTES = {
+    "fp32": ONE_EXPERT,
+    "adapters, bf16_params": [*ONE_EXPERT, *adapters_job.OVERRIDES, "trainer.precision=bf16_params"],
+}
 
 
 def _bytes(overrides: list[str]) -> tuple[ExpertShards | None, ExpertShards]:
@@ -145,7 +148,8 @@ def _bytes(overrides: list[str]) -> tuple[ExpertShards | None, ExpertShards]:
     model = moe_model("gpt_oss")
     compile_model(model, overrides, example=_example("gpt_oss"))
     plan = plan_of(model)
-    shard(model.train(), plan, device_mesh_of(plan.mesh, "cpu"))
+    narrow = torch.bfloat16 if "trainer.precision=bf16_params" in overrides else None
+    shard(model.train(), plan, device_mesh_of(plan.mesh, "cpu"), narrow)
     sent = Counter[str]()
     with _counting(sent):
         model(**_example("gpt_oss")).logits.sum().backward()
