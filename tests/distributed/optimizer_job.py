@@ -151,7 +151,6 @@ CASES: dict[str, Case] = {
         overrides=(*_mesh(2), "balance.rule=none"), options={"scale": MuonScale.original},
         config={**_LLAMA, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8},
     ),
-    "6 experts over 4 ranks": _llama(_mesh(1), ("experts.num_routed=6", "routing.top_k=2", "balance.rule=none")),
     "adapters, cut within": Case(
         architecture="mixtral", muon=("lora_",), blocks=factors,
         overrides=(*_mesh(2), "balance.rule=none", "adapters=lora", "adapters.rank=4", "adapters.dense=*_proj"),
