@@ -50,8 +50,8 @@ __all__ = [
     "hooks_of",
     "in_backward",
     "keeping",
+    "local_block",
     "local_part",
-    "local_rows",
     "move_hooks",
     "parameters_of",
     "process_group_by_name",
@@ -167,12 +167,12 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def local_rows(tensor: torch.Tensor) -> range:
-    """The rows of the first dim that this rank has; all rows of a tensor that is not sharded."""
+def local_block(tensor: torch.Tensor) -> tuple[slice, ...]:
+    """Where this rank's part is in the whole tensor, one slice per dim; `whole[local_block(tensor)]` is this part."""
     if not isinstance(tensor, DTensor):
-        return range(tensor.shape[0] if tensor.ndim else 0)
+        return tuple(slice(0, size) for size in tensor.shape)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return range(offset[0], offset[0] + shape[0])
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
 def process_group_by_name(name: str) -> ProcessGroup | None:

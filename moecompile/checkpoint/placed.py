@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.tensor import DTensor
 
 from moecompile.nn.placement import Order, expert_orders, global_rows, runs_of
-from moecompile.torch_private import local_part
+from moecompile.torch_private import local_block, local_part
 
 Orders = Mapping[str, Order]
 BY_ID: Orders = {}
@@ -46,11 +46,12 @@ class _Parts:
 
     def chunks(self, entry: str, tensor: Tensor) -> list[ChunkStorageMetadata]:
         """The chunks of a placed entry."""
-        chunks = []
+        chunks, within = [], local_block(tensor)[1:]
         for start, rows in runs_of(global_rows(tensor, self.orders[entry])):
-            offsets = torch.Size([rows.start, *[0] * (tensor.ndim - 1)])
+            offsets = torch.Size([rows.start, *(cut.start for cut in within)])
+            sizes = torch.Size([len(rows), *(cut.stop - cut.start for cut in within)])
             self._starts[entry, offsets] = (start, len(rows))
-            chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=torch.Size([len(rows), *tensor.shape[1:]])))
+            chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=sizes))
         return chunks
 
     def part(self, index: MetadataIndex, tensor: Tensor) -> Tensor:

@@ -53,19 +53,39 @@ class Pretrained:
         self._assign()  # Step 1
         self._check()  # Step 2
 
-    def read(self, name: str, rows: range) -> Iterator[tuple[range, Tensor]]:
+    def read(self, name: str, rows: range, within: tuple[slice, ...] = ()) -> Iterator[tuple[range, Tensor]]:
         """Rows of a weight's first dim (step 3), in parts, so that they are not in memory twice.
 
         A scalar has no rows and one part.
+
+        Args:
+            within: what is read of each row: a slice for each of the other dims; empty: all.
         """
         recipe = self.recipes[name if name in self.recipes else self.tied[name]]
         if recipe.rule is None:
-            yield rows, self.stored.read(recipe.sources[0][1], rows.start, rows.stop)
+            yield rows, self.stored.read(recipe.sources[0][1], rows.start, rows.stop, within)
         elif _stacks_experts(recipe.rule):
             for expert in rows:
-                yield range(expert, expert + 1), self._convert(recipe, recipe.by_expert[expert])[name]
+                yield range(expert, expert + 1), self._expert_part(recipe, expert, within)
         else:
-            yield rows, self._convert(recipe, recipe.sources)[name][rows.start : rows.stop]
+            yield rows, self._convert(recipe, recipe.sources)[name][rows.start : rows.stop, *within]
+
+    def _expert_part(self, recipe: _Recipe, expert: int, within: tuple[slice, ...]) -> Tensor:
+        """A stack of one expert; of one that is cut, only what is `within` is read."""
+        sources, shape = recipe.by_expert[expert], self.shapes[recipe.target]
+        dims = [op.dim - 1 for op in recipe.rule.operations[1:]]  # along which its tensors lie beside each other
+        if all(cut == slice(0, size) for cut, size in zip(within, shape[1:], strict=False)) or len(dims) > 1:
+            return self._convert(recipe, sources)[recipe.target][:, *within]
+        parts, past = [], 0
+        for _, key in sorted(sources, key=lambda source: recipe.rule.source_patterns.index(source[0])):
+            mine = list(within)
+            for dim in dims:
+                size = self.stored.tensors[key].shape[dim]
+                mine[dim] = slice(max(0, within[dim].start - past), min(size, within[dim].stop - past))
+                past += size
+            if all(cut.start < cut.stop for cut in mine):
+                parts.append(self.stored.read(key, mine[0].start, mine[0].stop, tuple(mine[1:])))
+        return torch.cat(parts, *dims).unsqueeze(0)
 
     def whole(self, name: str) -> Tensor:
         """All rows of a weight."""

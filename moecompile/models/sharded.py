@@ -34,7 +34,7 @@ from moecompile.passes.rewrite import fill_site
 from moecompile.pipeline import Compilation
 from moecompile.plan import ExpertsSite, LayerPlan, Plan
 from moecompile.schema import Config, ModelLoad
-from moecompile.torch_private import local_part, local_rows
+from moecompile.torch_private import local_block, local_part
 
 _FULL = "Use model.load=full, which needs memory for the whole model on every rank"
 
@@ -94,9 +94,9 @@ class ShardedImport:
         orders = expert_orders(model)
         for name, tensor in _unique(model):  # Step 3
             if name not in upcycled and side_of(name) is None:
-                local = local_part(tensor)
+                local, within = local_part(tensor), local_block(tensor)[1:]
                 for first, held in runs_of(global_rows(tensor, orders.get(name))) if local.ndim else [(0, range(0))]:
-                    for rows, part in self.weights.read(name.replace(".base_layer.", "."), held):
+                    for rows, part in self.weights.read(name.replace(".base_layer.", "."), held, within):
                         start = first + rows.start - held.start
                         (local[start : start + len(rows)] if local.ndim else local).copy_(part)
         if compiled.plan.adapters is not None:
@@ -176,28 +176,34 @@ class _Block:
     names: set[str]
 
     def fill(self, dense: fx.GraphModule, match: FFNMatch, layer: LayerPlan, seed: int) -> None:
-        """Fills the router and this rank's experts in place, and copies this rank's rows of what is made in full."""
-        held = global_rows(self.experts.down_proj, expert_orders(self.experts).get("down_proj"))
-        experts = _held_experts(self.experts, len(held))
+        """Fills the router and whole experts of this rank in place, and copies its part of what is made in full."""
+        orders, own = expert_orders(self.experts), dict(self.experts.named_parameters(recurse=False))
+        rows = {name: global_rows(parameter, orders.get(name)) for name, parameter in own.items()}
+        held = max(rows.values(), key=len)  # of a stack that is cut within experts, a rank has a part of each
+        in_place = all(local_part(p).shape == (len(held), *p.shape[1:]) for p in own.values())
+        experts = _held_experts(self.experts, len(held), in_place=in_place)
         shared = None if self.shared is None else _whole(self.shared)
         latent = None if self.latent is None else _whole_latent(self.latent)
         fill_site(self.router, experts, shared, dense, match, layer, seed, held, latent)
+        for name, parameter in () if in_place else own.items():
+            first = held.index(rows[name][0]) if rows[name] else 0
+            made = experts.get_parameter(name)[first : first + len(rows[name])]
+            local_part(parameter).copy_(made[:, *local_block(parameter)[1:]])
         pairs = [(self.shared, shared), *zip(self.latent or (), latent or (), strict=True)]
-        for own, whole in pairs:
-            for name, parameter in () if own is None else own.named_parameters():
+        for part, whole in pairs:
+            for name, parameter in () if part is None else part.named_parameters():
                 assert whole is not None
-                rows = local_rows(parameter)
-                local_part(parameter).copy_(whole.get_parameter(name)[rows.start : rows.stop])
+                local_part(parameter).copy_(whole.get_parameter(name)[local_block(parameter)])
 
 
-def _held_experts(experts: Experts, count: int) -> Experts:
-    """An `Experts` with this rank's shards as weights."""
+def _held_experts(experts: Experts, count: int, *, in_place: bool) -> Experts:
+    """`count` uninitialized experts, or this rank's shards as the weights of so many."""
     held = Experts(
         experts.d_model, experts.d_expert, count, gated=experts.gated, activation=experts.activation,
         bias_up=getattr(experts, f"{experts.in_name}_bias") is not None, bias_down=experts.down_proj_bias is not None,
-        device="meta",
+        device="meta" if in_place else local_part(experts.down_proj).device, dtype=experts.down_proj.dtype,
     )  # fmt: skip
-    for name, parameter in experts.named_parameters(recurse=False):
+    for name, parameter in experts.named_parameters(recurse=False) if in_place else ():
         held.register_parameter(name, nn.Parameter(local_part(parameter), requires_grad=False))
     return held
 

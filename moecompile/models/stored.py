@@ -42,12 +42,13 @@ class Stored:
                     raise self.error(f"{name} is in {first} and in {file.name}", "Remove one of them")
                 self.tensors[name] = StoredTensor(file, shape)
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Reads only rows start .. stop of a tensor's first dim (or a scalar)."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, within: tuple[slice, ...] = ()) -> Tensor:
+        """Reads only rows start .. stop of a tensor's first dim, and what is `within` its others; or a scalar."""
         stored = self.tensors[name]
         opened = self._open[stored.file]
         try:
-            out: Tensor = opened.get_slice(name)[start:stop] if stored.shape else opened.get_tensor(name)
+            part = slice(start, stop), *within
+            out: Tensor = opened.get_slice(name)[part] if stored.shape else opened.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise self.error(f"{stored.file.name} cannot be read: {error}", "Copy it again") from error
         return out

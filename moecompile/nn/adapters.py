@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moecompile.nn.placement import expert_orders, global_rows
-from moecompile.torch_private import local_part, local_rows
+from moecompile.torch_private import local_block, local_part
 
 _ADAPTER = re.compile(r"(^|\.)lora_(?P<side>[AB])\.")
 
@@ -70,12 +70,12 @@ def init_adapters(model: nn.Module, seed: int) -> None:
         if side == "B":
             local.zero_()
             continue
+        held = local_block(parameter)
         if parameter.ndim == 3:
             for row, expert in zip(local, global_rows(parameter, orders.get(name)), strict=True):
-                row.copy_(_uniform(row.shape, f"{seed} {name} {expert}"))
+                row.copy_(_uniform(parameter.shape[1:], f"{seed} {name} {expert}")[held[1:]])
         else:
-            held = local_rows(parameter)
-            local.copy_(_uniform(parameter.shape, f"{seed} {name}")[held.start : held.stop])
+            local.copy_(_uniform(parameter.shape, f"{seed} {name}")[held])
 
 
 def _uniform(shape: torch.Size, key: str) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from moecompile.torch_private import local_rows
+from moecompile.torch_private import local_block
 
 _ATTRIBUTE = "expert_orders"
 Order = tuple[int, ...]
@@ -40,8 +40,8 @@ def rows_of(order: Sequence[int], num_rows: int) -> list[int]:
 
 def global_rows(tensor: Tensor, order: Order | None) -> Sequence[int]:
     """The global row of each local row; `order` is from `expert_orders`, None if the tensor is not in it."""
-    held = local_rows(tensor)
-    return held if order is None else rows_of(order, tensor.shape[0])[held.start : held.stop]
+    held = local_block(tensor)[0]
+    return range(held.start, held.stop) if order is None else rows_of(order, tensor.shape[0])[held]
 
 
 def runs_of(rows: Sequence[int]) -> list[tuple[int, range]]:

@@ -5,9 +5,10 @@ Algorithm:
   2. Keep only this rank's experts, in the planned order: their weights become DTensors, Shard(0) on `ep`. Split the
      planned modules outside of MoE layers over `tp` (tensor_parallel.py), positions over `cp` (context_parallel.py).
   3. fully_shard each layer and the root, each weight over the axes on which the plan sums its class: dense weights over
-     (dp_replicate, dp_shard, cp), and tp where their work is split over it; experts over (dp_replicate, edp). Routers
-     stay replicated and outside of FSDP's casts, and so do the few weights whose dtype differs from the rest, because
-     FSDP2 does not support them. Gradients are reduced in fp32 or wider.
+     (dp_replicate, dp_shard, cp), and tp where their work is split over it; experts over (dp_replicate, edp), along a
+     dim that gives each rank its even share (plan/shards.py). Routers stay replicated and outside of FSDP's casts, and
+     so do the few weights whose dtype differs from the rest, because FSDP2 does not support them. Gradients are reduced
+     in fp32 or wider.
 All gradient reductions are plain sums (docs/understand/gradients.md).
 """
 
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
+from math import prod
 
 import torch
 from torch import Tensor, fx, nn
@@ -35,9 +37,9 @@ from moecompile.passes.base import exchanges_of, experts_calls, on_an_axis, op_n
 from moecompile.passes.context_parallel import check_exchanged, split_positions
 from moecompile.passes.place import order_of
 from moecompile.passes.tensor_parallel import classes_of, split_dense
-from moecompile.plan import Plan
+from moecompile.plan import EVEN, Plan, cut_dim, largest_shard
 from moecompile.plan.reductions import DENSE, EXPERTS, HEADS, INSIDE, ROUTER, SPLIT
-from moecompile.torch_private import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from moecompile.torch_private import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult, local_part
 
 _LOGICAL = ("ep", "ep_inter", "ep_intra", "tp")
 
@@ -111,8 +113,8 @@ class ShardModel:
             _wrap(model, plan, self.device_mesh, dense_mesh, self.param_dtype)  # Step 3
 
     def ensures(self, model: nn.Module, plan: Plan) -> None:
-        """No exchange is on a logical axis any more; with expert parallelism, every expert weight is sharded; with
-        context parallelism, attention is exchanged.
+        """No exchange is on a logical axis any more; with expert parallelism, every expert weight is sharded; no rank
+        has more than its even share of one; with context parallelism, attention is exchanged.
         """
         if plan.mesh.cp > 1:
             check_exchanged(model)
@@ -124,6 +126,8 @@ class ShardModel:
             parameter = owner.get_parameter(name)
             if not isinstance(parameter, DTensor) or "ep" not in (parameter.device_mesh.mesh_dim_names or ()):
                 raise PassError(self.name, name, f"{type(owner).__name__} holds every expert's {name} on every rank")
+        if plan.mesh.world_size > 1:
+            check_even(model, plan)
 
 
 def _graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
@@ -182,7 +186,9 @@ def _wrap(
     infos = _mesh_infos(plan.mesh, device_mesh, dense_mesh)
 
     def place(parameter: Tensor) -> ShardPlacementResult:
-        return ShardPlacementResult(Shard(0), infos[classes[parameter]])  # type: ignore[index]
+        kind = classes[parameter]  # type: ignore[index]
+        is_stack, ranks = kind == EXPERTS, infos[kind].shard_mesh_size
+        return ShardPlacementResult(Shard(cut_dim(local_part(parameter).shape, ranks) if is_stack else 0), infos[kind])
 
     wide = reduce(torch.promote_types, (parameter.dtype for parameter in model.parameters()), torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=wide)
@@ -236,6 +242,39 @@ def _of_another_dtype(model: nn.Module, classes: Mapping[nn.Parameter, str]) -> 
             rule = f"is {parameter.dtype}, unlike most of the model, and tensor parallelism needs one dtype"
             raise PlanError("mesh.tp", name, rule, "Convert the weight, or use mesh.tp=1")
     return others
+
+
+def check_even(model: nn.Module, plan: Plan) -> None:
+    """Checks that no rank has more than its even share of a stack of experts, where a cut allows that (plan/shards.py).
+
+    Raises:
+        PlanError: a rank has more of one.
+    """
+    mesh, names = plan.mesh, {parameter: name for name, parameter in model.named_parameters()}
+    whole = _of_another_dtype(model, dict.fromkeys(names, DENSE))
+    for owner, name in expert_parameters(model):
+        parameter = owner.get_parameter(name)
+        if parameter in whole:
+            continue
+        held, share = _largest_part(parameter), parameter.numel() / (mesh.ep * mesh.edp_shard)
+        of_rank = (parameter.shape[0] // mesh.ep, *parameter.shape[1:])
+        if held > max(EVEN * share, largest_shard(of_rank, mesh.edp_shard)):
+            rule = (
+                f"a rank has {held:,} of the {parameter.numel():,} numbers of {names[parameter]}, "
+                f"{held / share:.2f} times its even share, so the plan's memory and bytes are not those of this model"
+            )
+            fix = "Use mesh.ep and mesh.dp_replicate whose product is the number of ranks"
+            raise PlanError("mesh.ep", mesh.ep, rule, fix)
+
+
+def _largest_part(parameter: Tensor) -> int:
+    """Numbers of a weight on the rank that has the most."""
+    sizes = list(parameter.shape)
+    if isinstance(parameter, DTensor):  # FSDP's axes come first, and cut what ep has left
+        for size, placement in reversed(list(zip(parameter.device_mesh.shape, parameter.placements, strict=True))):
+            if not placement.is_replicate():
+                sizes[placement.dim] = -(-sizes[placement.dim] // size)  # type: ignore[attr-defined]
+    return prod(sizes)
 
 
 def expert_parameters(model: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -25,14 +25,26 @@ from moecompile.plan.fit import check_sites
 from moecompile.plan.io import from_yaml, load, save, to_yaml
 from moecompile.plan.layers import BalancePlan, LayerPlan, RoutingPlan
 from moecompile.plan.one_process import on_one_process, on_one_rank
-from moecompile.plan.plan import Assumptions, Estimate, Lending, MemoryEstimate, Plan, Reduction, Remedy, Traffic
+from moecompile.plan.plan import (
+    Assumptions,
+    Estimate,
+    ExpertShards,
+    Lending,
+    MemoryEstimate,
+    Plan,
+    Reduction,
+    Remedy,
+    Traffic,
+)
 from moecompile.plan.reductions import reductions
+from moecompile.plan.shards import EVEN, cut_dim, largest_shard
 from moecompile.plan.sites import ExpertsSite, FFNSite, PlannedSite
 from moecompile.plan.tensor_parallel import HEADS_STYLE, STYLES, SplitModules
 
 __all__ = [
     "BACKEND_KINDS",
     "BACKEND_OPS",
+    "EVEN",
     "EXCHANGES",
     "EXCHANGE_OPS",
     "HALVES",
@@ -52,6 +64,7 @@ __all__ = [
     "ExchangedAttention",
     "ExpertAdapters",
     "ExpertPlacement",
+    "ExpertShards",
     "ExpertsPlan",
     "ExpertsSite",
     "FFNSite",
@@ -68,7 +81,9 @@ __all__ = [
     "can_fuse",
     "check_lends",
     "check_sites",
+    "cut_dim",
     "from_yaml",
+    "largest_shard",
     "layer_of",
     "layer_on_one_device",
     "load",

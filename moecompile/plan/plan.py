@@ -72,6 +72,22 @@ class Lending:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertShards:
+    """The experts of all layers on ranks that share them, bytes of a rank.
+
+    ranks: that hold the same experts and cut each stack of them. stored: shards of the fullest. gathered: received in
+    one gather of all layers; there are two in a micro-batch. reduced: sent in one reduction of gradients. times_even:
+    numbers on the fullest rank over its even share: 1, or more where a stack has no dim that the ranks divide.
+    """
+
+    ranks: int
+    stored: int
+    gathered: int
+    reduced: int
+    times_even: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Assumptions:
     """The assumptions of an estimate.
 
@@ -107,7 +123,8 @@ class Estimate:
     and the joins of MoE layers. cp_bytes_per_token: the same over `cp`: the exchanges of attention. params_muon:
     parameters of matrices that Muon steps; optimizer_bytes_per_step: what a rank sends for them in an optimizer step,
     as a mean over ranks. memory_bytes_uneven: of a rank that gets twice the mean rows, in total. remedies: what to
-    change if the plan does not fit. lending: None if no layer lends experts.
+    change if the plan does not fit. lending: None if no layer lends experts. expert_shards: None if every rank has
+    experts of its own.
     """
 
     params_total: int
@@ -126,6 +143,7 @@ class Estimate:
     assumes: Assumptions | None = None
     remedies: tuple[Remedy, ...] = ()
     lending: Lending | None = None
+    expert_shards: ExpertShards | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

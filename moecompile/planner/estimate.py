@@ -14,6 +14,7 @@ from moecompile.planner.memory import UNEVEN, memory_of_fullest_rank
 from moecompile.planner.optimizer import muon_params, step_traffic
 from moecompile.planner.params import BF16_BYTES, ModelFacts, RunFacts, model_params, trained_params
 from moecompile.planner.remedies import remedies
+from moecompile.planner.shards import expert_shards
 from moecompile.planner.tensor_parallel import tp_traffic
 from moecompile.planner.traffic import Wire, forward_traffic, row_bytes
 from moecompile.schema import MuonPrecision
@@ -60,6 +61,7 @@ def estimate(
             optimizer=run.optimizer.kind.value,
         ),
         lending=lending(layers, run),
+        expert_shards=expert_shards(layers, mesh, facts, run),
         remedies=() if fits else remedies(layers, mesh, facts, run, memory_bytes=memory_bytes),
     )
 

@@ -6,6 +6,7 @@ as in params.py; V: vocabulary.
 
 1. Parameters that a rank stores.
        own = P_d / (dp_shard cp) + P_e / (ep edp_shard) + P_r                 routers are replicated -> `_own_params`
+   More of P_e if no dim of a stack of experts is a multiple of edp_shard.                         -> shards.py
    With tp, those of P_d that the tp_plan splits and the shared experts are divided by tp too.
 2. Parameters that FSDP gathers. It frees a layer before it gathers the next, but keeps the root (embeddings, head,
    norm):
@@ -33,6 +34,8 @@ context, allocator fragmentation) is not counted. benchmarks/memory.py compares 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
+from math import ceil
 
 from moecompile.mesh import MeshSpec
 from moecompile.plan import LayerPlan, MemoryEstimate
@@ -40,6 +43,7 @@ from moecompile.planner.activations import FP32_BYTES, Activations, activations,
 from moecompile.planner.lending import lending
 from moecompile.planner.optimizer import muon_params, state_bytes
 from moecompile.planner.params import ModelFacts, ModelParams, RunFacts, layer_params, model_params, trained_params
+from moecompile.planner.shards import expert_share, padded_experts
 
 UNEVEN = 2.0
 
@@ -73,14 +77,17 @@ def model_state_bytes(
     """Bytes of weights, gradients and optimizer (steps 1 and 2); of `run`, tokens do not matter."""
     params, trained = model_params(layers, facts), trained_params(layers, facts)
     muon = muon_params(layers, mesh, facts, run.optimizer, trained)
-    number, stored = _trained_bytes(facts), _stored_bytes(params, mesh, facts.bytes_per_param)
+    share = expert_share(layers, mesh)
+    trained_share = share if facts.adapters is None else expert_share(layers, mesh, adapters_only=True)
+    own, own_trained = _own_params(params, mesh, share), _own_params(trained, mesh, trained_share)
+    number, stored = _trained_bytes(facts), own * facts.bytes_per_param + params.router * FP32_BYTES
     if facts.adapters is not None:
-        stored += _stored_bytes(trained, mesh, number - facts.bytes_per_param)
+        stored += own_trained * (number - facts.bytes_per_param) + trained.router * FP32_BYTES
     return (
         stored + _unsharded_params(layers, mesh, facts) * run.compute_bytes,
-        max(_own_params(trained, mesh) * number, _unsharded_grads_bytes(trained, layers, mesh, facts, run))
+        max(own_trained * number, _unsharded_grads_bytes(trained, layers, mesh, facts, run))
         + trained.router * FP32_BYTES,
-        state_bytes(_own_params(trained, mesh), trained.router, muon, mesh),
+        state_bytes(own_trained, trained.router, muon, mesh, trained_share),
     )
 
 
@@ -91,15 +98,11 @@ def buffer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> 
     return round(tokens_of_a_rank(mesh, run) * run.compute_bytes * rows) + (0 if lent is None else lent.slot_bytes)
 
 
-def _own_params(params: ModelParams, mesh: MeshSpec) -> int:
-    """Sharded parameters that one rank stores (step 1), without routers, which are replicated."""
+def _own_params(params: ModelParams, mesh: MeshSpec, share: Fraction) -> int:
+    """Sharded parameters that one rank stores (step 1), without routers, which are replicated. share: of experts."""
     over_tp = min(params.dense, params.split_root + params.split_layers + params.shared) if mesh.tp > 1 else 0
     dense = _shard(params.dense - over_tp, mesh.fsdp_shard) + _shard(over_tp, mesh.fsdp_shard * mesh.tp)
-    return dense + _shard(params.experts, mesh.ep * mesh.edp_shard)
-
-
-def _stored_bytes(params: ModelParams, mesh: MeshSpec, number: int) -> int:
-    return _own_params(params, mesh) * number + params.router * FP32_BYTES
+    return dense + ceil(params.experts * share)
 
 
 def _trained_bytes(facts: ModelFacts) -> int:
@@ -115,13 +118,7 @@ def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelF
     in_layers = facts.params_total - facts.params_embedding - sum(c.dense for c in counts)
     in_layers -= params.split_layers - _shard(params.split_layers, mesh.tp)
     root = facts.params_embedding - params.split_root + _shard(params.split_root, mesh.tp)
-    largest = max(
-        (
-            c.shared + (c.experts + layer.experts.num_routed * c.adapters) // mesh.ep
-            for layer, c in zip(layers, counts, strict=True)
-        ),
-        default=0,
-    )
+    largest = max((c.shared + padded_experts(layer, mesh) for layer, c in zip(layers, counts, strict=True)), default=0)
     return root + _shard(in_layers, max(1, facts.num_layers, len(layers))) + largest
 
 

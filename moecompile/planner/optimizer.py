@@ -9,8 +9,9 @@ P: parameters of matrices that Muon steps; n: ranks over which FSDP cuts them (d
 3. A matrix that is cut goes to one of the n ranks and its result returns. Mean over the ranks of what one sends:
        2 P (n - 1) / n^2                                     and for matrices that tp cuts too
        2 P (n - 1) / (n^2 t) + 2 P (t - 1) / (n t^2)
-   Stacks of experts are cut between experts: nothing is sent for them, but for matrices of experts below each other in
-   one weight (DBRX).                                                                         -> `step_traffic`
+   Nothing is sent for stacks that are cut between experts. Of those that are cut within experts (plan/shards.py) it is
+   as much as for others over edp_shard ranks, and so for matrices of experts below each other in one weight (DBRX).
+                                                                                              -> `step_traffic`
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import floor, prod
 
 from moecompile.mesh import MeshSpec
-from moecompile.plan import ExpertsSite, LayerPlan, Traffic
+from moecompile.plan import ExpertsSite, LayerPlan, Traffic, cut_dim
 from moecompile.planner.activations import FP32_BYTES
 from moecompile.planner.params import ModelFacts, ModelParams
+from moecompile.planner.shards import expert_stacks
 from moecompile.schema import OptimizerConfig, OptimizerKind, group_of
 
 _ADAMW_MOMENTS = 2
@@ -32,14 +36,14 @@ _SPLIT = ("colwise", "rowwise")  # styles of a tp_plan that cut a weight start w
 @dataclass(frozen=True, kw_only=True)
 class MuonParams:
     """Parameters that Muon steps. dense: cut by FSDP alone; split: by tp too; summed: over tp as over FSDP's ranks;
-    experts: all of them; joined: those of experts whose matrices are below each other.
+    experts: all of them; cut: those of experts whose matrices several ranks have parts of.
     """
 
     dense: int = 0
     split: int = 0
     summed: int = 0
     experts: int = 0
-    joined: int = 0
+    cut: int = 0
 
     @property
     def total(self) -> int:
@@ -54,21 +58,29 @@ def muon_params(
     if config.kind is not OptimizerKind.muon:
         return MuonParams()
     if facts.adapters is not None:
-        return MuonParams(dense=facts.adapters[0], experts=trained.experts)
+        stacks = [shape for layer in layers for shape in expert_stacks(layer, mesh)[1]]
+        within = sum(mesh.ep * prod(shape) for shape in stacks if cut_dim(shape, mesh.edp_shard))
+        return MuonParams(dense=facts.adapters[0], experts=trained.experts, cut=within)
     kept, replaced, joined = _dense(layers, facts)
     kept = {name: shape for name, shape in kept.items() if _is_muons(name, config)}
     styles = {f"{fact.path}.weight": fact.style for fact in facts.split} if mesh.tp > 1 else {}
     sizes = Counter[str]()
     for name, (rows, columns) in kept.items():
         style = styles.get(name, "")
-        cut = "split" if style.startswith(_SPLIT) else "summed" if style.startswith("replicated") else "dense"
-        sizes[cut] += rows * columns
-    experts, shared = (sum(size for name, size in of if _is_muons(name, config)) for of in _new(layers))
+        kind = "split" if style.startswith(_SPLIT) else "summed" if style.startswith("replicated") else "dense"
+        sizes[kind] += rows * columns
+    of_experts, of_shared = _new(layers)
+    shared = sum(size for name, size in of_shared if _is_muons(name, config))
+    experts, cut = 0, joined
+    for name, shape in of_experts:
+        size = prod(shape) * _is_muons(name, config)
+        experts += size
+        cut += size if cut_dim((shape[0] // mesh.ep, *shape[1:]), mesh.edp_shard) else 0
     shared = min(shared, trained.dense)
     sizes["summed" if mesh.tp > 1 else "dense"] += shared
     return MuonParams(
         dense=max(0, sizes["dense"] - replaced), split=sizes["split"], summed=sizes["summed"],
-        experts=min(experts, trained.experts), joined=min(joined, experts, trained.experts),
+        experts=min(experts, trained.experts), cut=min(cut, experts, trained.experts),
     )  # fmt: skip
 
 
@@ -94,14 +106,16 @@ def _dense(layers: Sequence[LayerPlan], facts: ModelFacts) -> tuple[Mapping[str,
     return kept, replaced, joined
 
 
-def _new(layers: Sequence[LayerPlan]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """(name, parameters) of the matrices of experts, and of shared experts and of a latent width."""
-    experts, shared = [], []
+def _new(layers: Sequence[LayerPlan]) -> tuple[list[tuple[str, tuple[int, ...]]], list[tuple[str, int]]]:
+    """(name, shape) of stacks of experts; (name, parameters) of the matrices of shared experts and a latent width."""
+    experts: list[tuple[str, tuple[int, ...]]] = []
+    shared: list[tuple[str, int]] = []
     for site, plan in ((layer.site, layer.experts) for layer in layers):
         prefix = site.fqn if isinstance(site, ExpertsSite) else f"{site.fqn}.experts".lstrip(".")
-        stack = plan.num_routed * (plan.latent_size or site.d_model) * plan.d_expert
+        row, width = plan.latent_size or site.d_model, plan.d_expert
         up = "gate_up_proj" if site.num_in_projections > 1 else "up_proj"
-        experts += [(f"{prefix}.{up}", site.num_in_projections * stack), (f"{prefix}.down_proj", stack)]
+        experts.append((f"{prefix}.{up}", (plan.num_routed, site.num_in_projections * width, row)))
+        experts.append((f"{prefix}.down_proj", (plan.num_routed, row, width)))
         one = site.d_model * plan.d_shared
         names = ("gate_proj", "up_proj", "down_proj")[2 - site.num_in_projections :]
         shared += [(f"{site.fqn}.shared_experts.{name}.weight".lstrip("."), one) for name in names if one]
@@ -111,11 +125,11 @@ def _new(layers: Sequence[LayerPlan]) -> tuple[list[tuple[str, int]], list[tuple
     return experts, shared
 
 
-def state_bytes(own: int, router: int, muon: MuonParams, mesh: MeshSpec) -> int:
-    """Step 2. own: trained parameters of the fullest rank without routers, which are replicated."""
+def state_bytes(own: int, router: int, muon: MuonParams, mesh: MeshSpec, share: Fraction) -> int:
+    """Step 2. own: trained parameters of the fullest rank without routers, which are replicated. share: of experts."""
     over = mesh.fsdp_shard * mesh.tp
     of_muon = muon.dense // mesh.fsdp_shard + (muon.split + muon.summed) // over
-    of_muon += muon.experts // (mesh.ep * mesh.edp_shard)
+    of_muon += floor(muon.experts * share)
     return ((own + router) * _ADAMW_MOMENTS - min(of_muon, own)) * FP32_BYTES
 
 
@@ -126,7 +140,7 @@ def step_traffic(muon: MuonParams, mesh: MeshSpec, number: int) -> Traffic:
         (muon.split / mesh.tp, mesh.fsdp_shard, mesh.tp),
         (muon.split / mesh.fsdp_shard, mesh.tp, 1),
         (muon.summed, mesh.fsdp_shard * mesh.tp, 1),
-        (muon.joined / mesh.ep, mesh.edp_shard, mesh.ep),
+        (muon.cut / mesh.ep, mesh.edp_shard, mesh.ep),
     ]
     sent = Traffic(intra_node=0.0, inter_node=0.0)
     for params, ranks, stride in parts:

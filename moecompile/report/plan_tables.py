@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moecompile.plan import AdaptersPlan, Assumptions, Estimate, FFNSite, LayerPlan, Lending, Plan, Remedy
+from moecompile.plan import (
+    EVEN,
+    AdaptersPlan,
+    Assumptions,
+    Estimate,
+    ExpertShards,
+    FFNSite,
+    LayerPlan,
+    Lending,
+    Plan,
+    Remedy,
+)
 from moecompile.report.tables import path_text, path_width, plain_grid, plain_table
 from moecompile.report.text import bytes_text, count_text, fold_paths, plural, traffic_text
 
@@ -207,8 +218,8 @@ def _print_estimate(estimate: Estimate, layers: Sequence[LayerPlan], cp: int, co
     if any(asdict(estimate.optimizer_bytes_per_step).values()):
         text = traffic_text(asdict(estimate.optimizer_bytes_per_step), per="rank and step")
         grid.add_row(Text("optimizer bytes", style="dim"), Text(text))
-    if estimate.lending is not None:
-        grid.add_row(Text("lending", style="dim"), Text(_lending_text(estimate.lending)))
+    for name, text in _experts_texts(estimate):
+        grid.add_row(Text(name, style="dim"), Text(text))
     grid.add_row(Text("padding", style="dim"), Text(_padding_text(layers)))
     if estimate.checkpointing != "none":
         grid.add_row(Text("recomputation", style="dim"), Text(_recomputation_text(estimate)))
@@ -232,6 +243,26 @@ def _assumes_text(assumes: Assumptions, checkpointing: str, cp: int) -> str:
         f"{assumes.tokens_per_rank:,} tokens a rank ({sequences}), {steps}, "
         f"{assumes.precision}, {assumes.optimizer}, checkpointing {checkpointing}, "
         f"{assumes.hardware} with {bytes_text(assumes.memory_bytes)} a rank"
+    )
+
+
+def _experts_texts(estimate: Estimate) -> Iterator[tuple[str, str]]:
+    if estimate.expert_shards is not None:
+        yield "experts", _shards_text(estimate.expert_shards)
+    if estimate.lending is not None:
+        yield "lending", _lending_text(estimate.lending)
+
+
+def _shards_text(shards: ExpertShards) -> str:
+    stored, gathered, reduced = map(bytes_text, (shards.stored, shards.gathered, shards.reduced))
+    uneven = ""
+    if shards.times_even > EVEN:
+        uneven = (
+            f", up to {shards.times_even:.2f} times an even share, as no dim of some is a multiple of {shards.ranks}"
+        )
+    return (
+        f"{stored} on each of {shards.ranks} ranks that share them{uneven}; a micro-batch gathers {gathered} twice, "
+        f"a reduction sends {reduced}"
     )
 
 

@@ -7,9 +7,10 @@ that one rank has whole):
     W <- (1 - lr decay) W - lr scale NS(U)
 
 NS needs the whole matrix: of a shard it is something else. So momentum and U are made on shards, U is brought together
-matrix by matrix (whole_matrices.py), orthogonalized by one rank, and its parts return. Each expert's matrices are
-orthogonalized on the rank that has them, gate and up of one weight apart (moecompile.nn.matrices). Weights of AdamW are
-stepped by torch's own function on their shards.
+matrix by matrix (whole_matrices.py), orthogonalized by one rank, and its parts return. So are experts, one by one,
+where FSDP cuts within them; where it cuts between them, each is orthogonalized on the rank that has it. Gate and up of
+one weight are orthogonalized apart (moecompile.nn.matrices). Weights of AdamW are stepped by torch's own function on
+their shards.
 """
 
 from __future__ import annotations
@@ -65,22 +66,25 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        of_muon: list[tuple[nn.Parameter, dict[str, Any], Part]] = []
+        of_muon: list[tuple[nn.Parameter, dict[str, Any], list[Part]]] = []
         for group in self.param_groups:
             given = [parameter for parameter in group["params"] if parameter.grad is not None]
             if group["kind"] == "adamw":
                 self._adamw(given, group)
             else:
-                of_muon += [(parameter, group, self._part(parameter, group)) for parameter in given]
-        compute_whole([part for _, _, part in of_muon])
-        for parameter, group, part in of_muon:
+                of_muon += [(parameter, group, self._parts(parameter, group)) for parameter in given]
+        compute_whole([part for _, _, parts in of_muon for part in parts])
+        for parameter, group, parts in of_muon:
             weight = local_part(parameter)
             weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_(part.local.to(weight.dtype), alpha=-group["lr"])
+            for piece, part in zip([weight] if len(parts) == 1 else weight, parts, strict=True):
+                piece.add_(part.local.view_as(piece).to(weight.dtype), alpha=-group["lr"])
         return loss
 
-    def _part(self, parameter: nn.Parameter, group: dict[str, Any]) -> Part:
-        """The update before it is orthogonalized, of this rank's shard; the momentum is moved."""
+    def _parts(self, parameter: nn.Parameter, group: dict[str, Any]) -> list[Part]:
+        """The update of this rank's shard before it is orthogonalized, one part for each expert if these are cut; the
+        momentum is moved.
+        """
         state, grad, rate = self.state[parameter], local_part(parameter.grad), 1 - group["momentum"]  # type: ignore[arg-type]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -91,7 +95,8 @@ class Muon(Optimizer):
         dtype = torch.bfloat16 if group["precision"] == "bf16" else wide
         cuts = cuts_of(parameter, is_stack=parameter.ndim == _STACKED)
         compute = partial(_orthogonal, layout=self._layouts[parameter], like=parameter, group=group)
-        return Part(local=update.to(dtype), cuts=cuts, compute=compute)
+        pieces = update.to(dtype).unbind() if cuts and parameter.ndim == _STACKED else [update.to(dtype)]
+        return [Part(local=piece, cuts=cuts, compute=compute) for piece in pieces]
 
     def _adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         states = []

@@ -2,7 +2,7 @@
 
 Algorithm:
   1. The axes over which a matrix is cut are read from its DTensor: FSDP's, and within the part that this leaves, tp.
-     The axis ep has whole experts, and so have stacks of experts, which are cut between experts only.
+     The axis ep has whole experts, and so has each rank of a stack that FSDP cuts between experts.
   2. Matrices with the same axes are taken in rounds, as many as there are ranks in the axes: each rank gets one, so all
      ranks work, and a rank holds one whole matrix at a time.
   3. Axis by axis, one all-to-all brings the parts of each matrix to the rank that gets it.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -62,9 +62,9 @@ def cuts_of(parameter: Tensor, *, is_stack: bool) -> tuple[Cut, ...]:
     """The axes over which the matrices of a parameter are cut; none if each rank has whole ones (step 1).
 
     Args:
-        is_stack: whether its first dim counts experts.
+        is_stack: whether its first dim counts experts; the cuts are then those of one expert's matrix.
     """
-    if is_stack or not isinstance(parameter, DTensor):
+    if not isinstance(parameter, DTensor):
         return ()
     mesh, names = parameter.device_mesh, parameter.device_mesh.mesh_dim_names or ()
     shape, cuts = list(parameter.shape), list[Cut]()
@@ -78,7 +78,10 @@ def cuts_of(parameter: Tensor, *, is_stack: bool) -> tuple[Cut, ...]:
             shape[dim] = cuts[-1].part(mesh.get_local_rank(i))[dim]
         else:
             shape[dim] //= size
-    return tuple(reversed(cuts))
+    cuts.reverse()
+    if is_stack:
+        return tuple(replace(cut, dim=cut.dim - 1, shape=cut.shape[1:]) for cut in cuts if cut.dim > 0)
+    return tuple(cuts)
 
 
 def compute_whole(parts: Sequence[Part]) -> None:

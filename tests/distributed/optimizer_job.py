@@ -146,6 +146,16 @@ CASES: dict[str, Case] = {
             "ffn_config": {"ffn_hidden_size": 15, "moe_num_experts": 2, "moe_top_k": 1, "hidden_size": 24},
         },
     ),
+    "gpt_oss, cut within": Case(
+        architecture="gpt_oss", muon=(*_ATTENTION, "experts.gate_up_proj", "experts.down_proj"), blocks=alternating,
+        overrides=(*_mesh(2), "balance.rule=none"), options={"scale": MuonScale.original},
+        config={**_LLAMA, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8},
+    ),
+    "adapters, cut within": Case(
+        architecture="mixtral", muon=("lora_",), blocks=factors,
+        overrides=(*_mesh(2), "balance.rule=none", "adapters=lora", "adapters.rank=4", "adapters.dense=*_proj"),
+        config={**_LLAMA, "num_local_experts": 2, "num_experts_per_tok": 2},
+    ),
     "adapters": Case(
         architecture="mixtral", muon=("lora_",), blocks=factors,
         overrides=(*_mesh(2), "balance.rule=none", "adapters=lora", "adapters.rank=4", "adapters.dense=*_proj"),

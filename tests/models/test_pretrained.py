@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,32 @@ def test_every_weight_is_read_as_transformers_loads_it(name: str, saved: Path) -
     for key, tensor in loaded.items():
         assert torch.equal(weights.whole(key), tensor), key
         assert torch.equal(torch.cat([part for _, part in weights.read(key, range(1, 3))]), tensor[1:3]), key
+
+
+@pytest.mark.parametrize(
+    ("name", "stack", "dim"),
+    [("mixtral", "gate_up_proj", 1), ("mixtral", "down_proj", 2), ("gpt_oss", "gate_up_proj", 2)],
+)
+def test_of_a_cut_expert_only_its_part_is_read(
+    name: str, stack: str, dim: int, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In thirds, one of which has rows of gate and of up."""
+    weights, read, key = opened(saved / name), list[int](), f"model.layers.0.mlp.experts.{stack}"
+    whole, stored = weights.whole(key), weights.stored.read
+
+    def reading(*where: Any) -> Tensor:
+        read.append((part := stored(*where)).numel())
+        return part
+
+    monkeypatch.setattr(weights.stored, "read", reading)
+    within = [slice(0, size) for size in whole.shape[1:]]
+    for third in range(3):
+        size = whole.shape[dim] // 3
+        within[dim - 1] = slice(third * size, (third + 1) * size)
+        wanted = whole[(slice(1, 3), *within)]
+        assert torch.equal(torch.cat([part for _, part in weights.read(key, range(1, 3), tuple(within))]), wanted)
+        assert sum(read) == wanted.numel()
+        read.clear()
 
 
 def test_only_the_experts_that_are_asked_for_are_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

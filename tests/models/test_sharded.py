@@ -37,6 +37,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "qwen2": dense("qwen2"),  # biases in attention
         "gpt_neox": dense("gpt_neox"),  # biases in the FFN
         "mixtral": moe_model("mixtral"),
+        "six": moe_model("mixtral", num_local_experts=6),
+        "gpt_oss": moe_model("gpt_oss", num_local_experts=6),  # stacked in the files too, transposed, with biases
         "deepseek_v3": moe_model("deepseek_v3"),
     }
     return {name: write_pretrained(root / name, model) for name, model in models.items()}
@@ -51,12 +53,13 @@ CASES: dict[str, tuple[str, list[str]]] = {
 MORE: dict[str, tuple[str, list[str]]] = {
     "copied ep4": ("llama", _EP4),
     "replicated": ("llama", [*_EP2, "mesh.dp_replicate=2"]),
-    "uneven ep1": ("llama", ["mesh=cpu_2x2", "mesh.ep=1", "experts.num_routed=6"]),
+    "cut within ep1": ("gpt_neox", ["mesh=cpu_2x2", "mesh.ep=1", "experts.num_routed=6", "experts.init=drop"]),
     "random ep2": ("qwen2", [*_EP2, "experts.init=random", "experts.num_shared=1", "experts.shared_gate=true"]),
     "drop ep4": ("qwen2", [*_EP4, "experts.init=drop"]),
     "expected ep2": ("qwen2", [*_EP2, "experts.weight_scaling=expected", "routing.normalize=false"]),
     "latent ep4": ("llama", [*_EP4, *_SLICED, "experts.latent_size=12", "experts.latent_norm=true"]),
     "latent ep2": ("gpt_neox", [*_EP2, "experts.latent_size=12"]),
+    "stored stacks, cut within ep2": ("gpt_oss", _EP2),
     "biases ep4": ("gpt_neox", [*_EP4, "routing.bias=true", "balance=global_batch"]),
     "deepseek ep4": ("deepseek_v3", [*_EP4, "balance=bias"]),
     "deepseek ep2": ("deepseek_v3", [*_EP2, "balance=bias"]),
@@ -68,7 +71,11 @@ def differences(cases: dict[str, tuple[str, list[str]]], folders: dict[str, str]
     return run_distributed_test(compare, 4, given, timeout_s=300)
 
 
-PLACED = {"placed": ("mixtral", [*_EP2, "{file}"]), "placed, sliced": ("llama", [*_EP4, *_SLICED, "{file}"])}
+PLACED = {
+    "placed": ("mixtral", [*_EP2, "{file}"]),
+    "placed, cut within": ("six", [*_EP2, "{file}"]),
+    "placed, sliced": ("llama", [*_EP4, *_SLICED, "{file}"]),
+}
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 
 from moecompile.compose import compose_config
@@ -55,10 +57,11 @@ def test_muon_has_one_number_of_state_where_adamw_has_two() -> None:
     saved = adamw.memory_bytes_per_rank.optimizer - muon.memory_bytes_per_rank.optimizer
     assert saved == 4 * (2 * 256 + EXPERTS) // 4  # 4 bytes each, over 4 ranks
     assert adamw.params_muon == 0 and adamw.optimizer_bytes_per_step == Traffic(intra_node=0.0, inter_node=0.0)
-    assert state_bytes(100, 10, MuonParams(), FOUR) == 110 * 8
-    assert state_bytes(100, 10, MuonParams(dense=120, experts=200), FOUR) == 110 * 8 - (30 + 50) * 4
+    quarter = Fraction(1, 4)
+    assert state_bytes(100, 10, MuonParams(), FOUR, quarter) == 110 * 8
+    assert state_bytes(100, 10, MuonParams(dense=120, experts=200), FOUR, quarter) == 110 * 8 - (30 + 50) * 4
     long = MeshSpec(ranks_per_node=4, ep=4, cp=4)
-    assert state_bytes(100, 10, MuonParams(dense=120, experts=200), long) == 110 * 8 - (30 + 50) * 4
+    assert state_bytes(100, 10, MuonParams(dense=120, experts=200), long, quarter) == 110 * 8 - (30 + 50) * 4
 
 
 @pytest.mark.parametrize(
@@ -78,12 +81,18 @@ def test_muon_has_one_number_of_state_where_adamw_has_two() -> None:
         # Two ranks of FSDP have 80 each, then two of tp; a rank is one of four.
         (MuonParams(split=160), MeshSpec(ranks_per_node=4, tp=2), (2 * 80 + 2 * 80) / 4, 0.0),
         (MuonParams(summed=160), MeshSpec(ranks_per_node=4, tp=2), 2 * 160 * 3 / 16, 0.0),
-        (MuonParams(joined=160, experts=160), MeshSpec(ranks_per_node=4, ep=2), 2 * 80 / 4, 0.0),
+        (MuonParams(cut=160, experts=160), MeshSpec(ranks_per_node=4, ep=2), 2 * 80 / 4, 0.0),
     ],
 )
 def test_bytes_of_a_step(muon: MuonParams, mesh: MeshSpec, intra: float, inter: float) -> None:
     sent = step_traffic(muon, mesh, 4)
     assert (sent.intra_node, sent.inter_node) == pytest.approx((4 * intra, 4 * inter))
+
+
+def test_experts_that_are_cut_within_are_sent() -> None:
+    """Two ranks share one expert of two; the dense matrices are over four."""
+    sent = estimated("optimizer=muon", "mesh.ranks_per_node=4", "mesh.ep=2", "experts.num_routed=2", "routing.top_k=1")
+    assert sent.optimizer_bytes_per_step.intra_node == 4 * (2 * 512 * 3 / 16 + 2 * (EXPERTS / 2 / 2) / 4)
 
 
 def test_bf16_products_halve_the_bytes() -> None:

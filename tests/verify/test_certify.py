@@ -221,6 +221,13 @@ MUTATIONS: dict[Patch, str] = {
     groups_forgotten: "weights after",
 }
 _MUON = ["optimizer=muon"]
+_WITHIN = [
+    "mesh.ep=2",
+    "dispatch=dedup",
+    "experts.num_routed=6",
+    "experts.init=random",
+    "routing.top_k=2",
+]  # 3 experts over 2 ranks
 _GROUPS = ['optimizer.groups=[{match: "*norm*", lr_scale: 0.5}]']
 OPTIONS: dict[Patch, list[str]] = {
     muon_of_a_shard: _MUON,
@@ -235,7 +242,7 @@ def _config(overrides: list[str]) -> Config:
 
 def _all(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
     found = {"right": _certified(folder / "right", _GROUPS)}
-    found["right optimizers"] = _certified(folder / "right optimizers", [*_MUON, *_GROUPS])
+    found["right optimizers"] = _certified(folder / "right optimizers", [*_MUON, *_GROUPS, *_WITHIN])
     for mutation in MUTATIONS:
         with pytest.MonkeyPatch.context() as patch:
             mutation(patch)

@@ -13,13 +13,16 @@ A link domain is what the fast links connect (NVLink: 8 GPUs of a node, or 72 of
 4. Stages: t D numbers forward and backward, vpp times.                                            -> `parallel_bytes`
 5. A step: fp32 gradients are reduced and bf16 weights gathered, over replicas (dp * cp for dense weights, edp for
    experts). With ZeRO 3, weights are gathered twice and gradients reduced in each micro-batch, over the ranks of one
-   of `replicas`; between these, fp32 gradients of what a rank owns are reduced.                    -> `step_bytes`
+   of `replicas`; between these, fp32 gradients of what a rank owns are reduced. Stacks of experts of which these ranks
+   divide no dim are padded, as FSDP does (plan/shards.py).                                          -> `step_bytes`
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
+from moecompile.plan import largest_shard
 from moecompile.planner.foresight.layout import Layout, Machine, Software
 from moecompile.planner.foresight.shapes import Attention, Experts, ModelShape, layer_params
 from moecompile.planner.traffic import even_copies
@@ -114,7 +117,7 @@ def parallel_bytes(model: ModelShape, layout: Layout, machine: Machine, software
 def step_bytes(model: ModelShape, layout: Layout, machine: Machine) -> Step:
     """Bytes per step (step 5)."""
     dense, experts = stage_params(model, layout)
-    owned = dense / (layout.dp * layout.cp) + experts / layout.edp
+    owned = dense / (layout.dp * layout.cp) + experts * padding(model, layout) / layout.edp
     return Step(
         reduced=Wire() if layout.zero == 3 else _over_replicas(model, layout, machine, FP32 + BF16),
         moments=owned * OPTIMIZER_BYTES,
@@ -132,9 +135,25 @@ def stage_params(model: ModelShape, layout: Layout) -> tuple[float, float]:
     return dense / (layout.tp * layout.pp), routed / (layout.ep * layout.etp * layout.pp)
 
 
+def padding(model: ModelShape, layout: Layout) -> float:
+    """What the fullest GPU has of experts that ZeRO 3 shards, over its even share."""
+    ffns = [(layer.ffn, layer.count) for layer in model.layers if layer.ffn is not None and layer.ffn.experts]
+    ranks = max(1, layout.edp // layout.replicas)
+    if layout.zero < 3 or layout.etp > 1 or not ffns or any(ffn.experts % layout.ep for ffn, _ in ffns):
+        return 1.0
+    held, even = 0.0, 0.0
+    for ffn, count in ffns:
+        experts, row = ffn.experts // layout.ep, ffn.row(model.hidden)
+        for shape in ((experts, ffn.num_in * ffn.d_expert, row), (experts, row, ffn.d_expert)):
+            held += count * largest_shard(shape, ranks)
+            even += count * prod(shape) / ranks
+    return held / even
+
+
 def _over_replicas(model: ModelShape, layout: Layout, machine: Machine, bytes_per_param: float) -> Wire:
     """Bytes that a GPU sends when these bytes of each parameter are reduced or gathered over its replicas."""
     dense, experts = stage_params(model, layout)
+    experts *= padding(model, layout)
     wire, apart, copies = Wire(), layout.ep * layout.etp, layout.replicas
     for params, size, stride in ((dense, layout.dp * layout.cp, layout.tp), (experts, layout.edp, apart)):
         shards = max(1, size // copies)

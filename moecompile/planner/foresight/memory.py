@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from moecompile.planner.foresight.layout import Layout, Software
-from moecompile.planner.foresight.links import BF16, FP32, stage_params
+from moecompile.planner.foresight.links import BF16, FP32, padding, stage_params
 from moecompile.planner.foresight.shapes import Attention, Experts, Layer, ModelShape, layer_params
 
 LOGIT_BYTES = BF16 + 2 * FP32
@@ -67,7 +67,7 @@ def _states(model: ModelShape, layout: Layout, software: Software) -> tuple[floa
     grad, moments = software.grad_bits / 8, 2 * software.moment_bits / 8 + (0 if number == FP32 else FP32)
     shards_dense, shards_experts = (max(1, n // layout.replicas) for n in (layout.dp * layout.cp, layout.edp))
     held = (dense + experts) * twice
-    owned = (dense / shards_dense + experts / shards_experts) * twice
+    owned = (dense / shards_dense + experts * padding(model, layout) / shards_experts) * twice
     if layout.zero < 3:
         return held * number, held * grad, (owned if layout.zero else held) * moments
     whole = 2 * max(_layer_params(layer, model.hidden, layout) for layer in model.layers) * (owned < held)
