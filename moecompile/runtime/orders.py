@@ -39,9 +39,13 @@ _orders = itertools.count()
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """An order of rank 0 to the others. module: None ends them with `exit_code`. port: of the process group's store."""
+    """An order of rank 0 to the others. module: None ends them with `exit_code`. port: of the process group's store.
+
+    code: what the caller names (moecompile.named_code).
+    """
 
     run_dir: str = ""
+    code: str = ""
     module: str | None = None
     threads: int = 1
     port: int = 0
