@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import nn
 
@@ -38,7 +39,7 @@ class Run:
         return next((path for folder in folders if (path := folder / TOKENIZER).is_file()), None)
 
 
-def find_run(run: str | None, checkpoint: str | None, *, named: Named) -> Run:
+def find_run(run: str | None, checkpoint: str | None, *, named: Named = MappingProxyType({})) -> Run:
     """The run with a checkpoint, by default its latest. If only a checkpoint is given, its run is two levels above it.
 
     Args:
