@@ -93,6 +93,12 @@ def test_long_chats_are_cut_and_those_without_a_target_left_out(tmp_path: Path) 
     assert found == sorted(map(str, [whole, whole, cut]))
 
 
+def test_ids_with_gaps_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Numbers, "tokenizer", Tokenizer(WordLevel({"0": 0, "70071": 70_071}, unk_token="0")))
+    train, _, _, _ = loaded(tmp_path, [chat("10", "70071 21")] * 2, layout=RowLayout.pad)
+    assert items(train)[0]["labels"] == [IGNORED, IGNORED, 70_071, 21]
+
+
 def test_a_batch_is_filled_up(tmp_path: Path) -> None:
     rows = ChatRows.__new__(ChatRows)
     rows.pad_id, rows.packed = PAD, True

@@ -21,6 +21,7 @@ from moecompile.runtime.data.spans import SpanCorruption, SpanCounts
 from moecompile.runtime.data.tokens import (
     encode,
     model_tokenizer,
+    num_ids,
     shared_tokenizer,
     train_tokenizer,
     unigram_cross_entropy,
@@ -48,6 +49,7 @@ __all__ = [
     "load_text",
     "mean_length",
     "model_tokenizer",
+    "num_ids",
     "shared_tokenizer",
     "split_text",
     "train_loader",

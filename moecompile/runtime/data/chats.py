@@ -36,12 +36,13 @@ from moecompile.runtime.data.corpus import HELD_OUT, num_held_out
 from moecompile.runtime.data.packing import pack
 from moecompile.runtime.data.shuffle import shuffled
 from moecompile.runtime.data.store import StoreWriter, TokenStore
+from moecompile.runtime.data.tokens import num_ids
 from moecompile.runtime.records import Found, Record, bad, records
 from moecompile.schema import DataConfig, RowLayout
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAPE = 'Write {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
-_FORMAT = 1  # of stores; a change makes them anew
+_FORMAT = 2  # of stores; a change makes them anew
 
 
 class ChatRenderer(Protocol):
@@ -204,9 +205,9 @@ class _Targets:
 
 def _render(found: Found, renderer: ChatRenderer, folder: Path) -> None:
     """Step 1. first.bin, count.bin: position of the first target of each chat, from 1, and number of targets; int32."""
-    progress, vocab_size = Progress("rendering chats", "of them"), renderer.tokenizer.get_vocab_size()
+    progress = Progress("rendering chats", "of them")
     with (
-        StoreWriter(folder, vocab_size, has_targets=True) as writer,
+        StoreWriter(folder, num_ids(renderer.tokenizer), has_targets=True) as writer,
         (folder / "first.bin").open("wb") as first_file,
         (folder / "count.bin").open("wb") as count_file,
     ):
