@@ -8,7 +8,7 @@ Algorithm:
   3. Some chats, the same for every seed, are held out. The seed shuffles the others.
   4. `layout=pack` puts several chats into a row (packing.py). Positions start at 0 in each: so transformers' masks
      keep them apart. `layout=pad` has one chat a row.
-  5. Rows of a micro-batch are filled up to its longest.
+  5. Rows of a micro-batch are filled up to its longest, and with `mesh.cp` to a multiple of its ranks.
 
 A batch has `input_ids`, `labels` (already shifted), `attention_mask` (1 for a token, 0 for padding), all (B, S), and
 with packing `position_ids`. Rows do not depend on ranks.
@@ -65,7 +65,7 @@ class ChatCounts:
 
     records: chats in the files. left_out: those of them without a target. truncated: those longer than `seq_len`.
     tokens, supervised: inputs and targets in one pass. rows: of tokens, of one chat or several. fill: tokens over
-    places in batches, the rest of which is padding, in the first pass over the training rows.
+    places in batches, the rest of which is padding, in the first pass over the training rows; with `mesh.cp=1`.
     """
 
     files: int
@@ -115,9 +115,12 @@ class ChatRows(Dataset[dict[str, Tensor]]):
         labels = np.where(targets, tokens[1:], IGNORED)
         return {"input_ids": tokens[:-1], "labels": labels, "position_ids": np.arange(length)}
 
-    def collate(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """A batch: rows filled up to the longest. Positions of padding start at 0: it is a chat of its own."""
-        longest = max(2, *(len(item["input_ids"]) for item in items))
+    def collate(self, items: list[dict[str, Tensor]], multiple: int = 1) -> dict[str, Tensor]:
+        """A batch: rows filled up to the longest, and to a `multiple`.
+
+        Positions of padding start at 0: it is a chat of its own.
+        """
+        longest = -(-max(2, *(len(item["input_ids"]) for item in items)) // multiple) * multiple
         shape = (len(items), longest)
         batch = {
             "input_ids": torch.full(shape, self.pad_id),
