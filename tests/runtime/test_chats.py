@@ -207,6 +207,7 @@ def test_the_seed_shuffles_but_does_not_change_what_is_held_out(tmp_path: Path) 
         ({"messages": [{"role": "user", "content": "x"}]}, "has no message of the assistant, so there is nothing to learn. Remove the record."),
         ({"prompt": "x", "completion": 3}, "completion is int, not a string."),
         ({"messages": [{"role": "assistant", "content": "5 6"}], "tools": {"a": 1}}, "tools is not a list. Write a list"),
+        (chat("10", "\udfff"), "holds \\udfff, half of a character without the other half. Write both halves, or leave"),
         (chat("refuse", "5"), "the chat template refuses it: no. Correct the record, or the chat template beside the model."),
         ({"messages": [{"role": "assistant", "content": ""}]}, "the template makes 1 tokens of it."),
     ],

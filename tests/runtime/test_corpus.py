@@ -165,6 +165,11 @@ def test_spans_of_a_corpus_are_masked_too(files: Path, tmp_path: Path) -> None:
         ),
         ({"text": None}, "line 2: has no text in the field 'text' (fields: text)."),
         ({"text": 3}, "line 2: has no string in the field 'text' (fields: text)."),
+        ({"a\ud800": 3}, r"line 2: has no text in the field 'text' (fields: a\ud800)."),
+        (
+            {"text": "a\ud800"},
+            r"line 2: holds \ud800, half of a character without the other half. Write both halves, or",
+        ),
     ],
 )
 def test_a_bad_record_is_named(record: dict[str, Any], message: str, tmp_path: Path) -> None:

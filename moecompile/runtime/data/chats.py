@@ -37,7 +37,7 @@ from moecompile.runtime.data.packing import pack
 from moecompile.runtime.data.shuffle import shuffled
 from moecompile.runtime.data.store import StoreWriter, TokenStore
 from moecompile.runtime.data.tokens import num_ids
-from moecompile.runtime.records import Found, Record, bad, records
+from moecompile.runtime.records import Found, Record, bad, check_characters, records
 from moecompile.schema import DataConfig, RowLayout
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -229,6 +229,7 @@ def _encoded(record: Record, renderer: ChatRenderer) -> tuple[NDArray[np.int64],
     messages, tools = messages_of(record), record.value.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise bad(record.where, "tools is not a list", "Write a list of JSON schemas of functions")
+    check_characters(record, [messages, tools])
     try:
         tokens, targets = renderer.encode(messages, tools or None)
     except ChatError as error:

@@ -31,7 +31,7 @@ from moecompile.runtime.data.cache import Progress, content_of, key_of, made
 from moecompile.runtime.data.shuffle import shuffled
 from moecompile.runtime.data.store import StoreWriter, TokenStore
 from moecompile.runtime.data.tokens import num_ids
-from moecompile.runtime.records import Found, bad, field_pieces, is_text, records, text_pieces
+from moecompile.runtime.records import Found, bad, check_characters, field_pieces, is_text, records, text_pieces
 from moecompile.schema import DataConfig
 
 _BATCH = 2**18  # characters that are tokenized together
@@ -177,6 +177,7 @@ def _pieces_of(found: Found, data: DataConfig) -> Iterator[tuple[str, bool]]:
                     record.where, f"{rule} the field {data.text_field!r} (fields: {fields[:200]})",
                     "Give data.text_field=FIELD, or correct the record",
                 )  # fmt: skip
+            check_characters(record, text)
             if text:
                 yield from field_pieces(text)
 
