@@ -37,7 +37,7 @@ from moecompile.passes.place import order_of
 from moecompile.passes.tensor_parallel import classes_of, split_dense
 from moecompile.plan import Plan
 from moecompile.plan.reductions import DENSE, EXPERTS, HEADS, INSIDE, ROUTER, SPLIT
-from moecompile.torch_private import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from moecompile.torch_private import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult, see_attributes
 
 _LOGICAL = ("ep", "ep_inter", "ep_intra", "tp")
 
@@ -192,6 +192,7 @@ def _wrap(
     for layer in (*layers_of(model), model):
         wrap(layer)
         assert isinstance(layer, FSDPModule)
+        see_attributes(layer)
         layer.set_gradient_divide_factor(1.0)
         layer.set_force_sum_reduction_for_comms(True)
 
