@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from copy import copy
+from dataclasses import is_dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,7 @@ __all__ = [
     "move_hooks",
     "parameters_of",
     "process_group_by_name",
+    "see_attributes",
     "set_attribute",
     "set_timeouts",
     "split_axis",
@@ -106,6 +108,22 @@ def parameters_of(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that optimizers have: always shards, also if `model.parameters()` has gathered weights."""
     shards = {param._unsharded_param: param.sharded_param for param in _fsdp_params(model)}
     return [shards.get(parameter, parameter) for parameter in model.parameters()]
+
+
+def see_attributes(module: FSDPModule) -> None:
+    """Lets FSDP2 see tensors that the module returns as attributes of a plain object (`output.logits`).
+
+    It looks into tuples, mappings and dataclasses alone. Backward begins at what it sees: without that, the gradients
+    of a model without layers of its own are never summed, and nobody says so.
+    """
+
+    def watch(_: nn.Module, args: Any, output: Any) -> None:
+        if not isinstance(output, (torch.Tensor, tuple, list, dict)) and not is_dataclass(output):
+            for value in vars(output).values() if hasattr(output, "__dict__") else ():
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    value.register_hook(module._get_fsdp_state()._pre_backward)
+
+    cast(nn.Module, module).register_forward_hook(watch)
 
 
 def drop_unreduced(model: nn.Module) -> None:

@@ -104,7 +104,7 @@ def test_runs_that_start_together_do_not_collide(cwd: Path) -> None:
         (["debug=${oc.env:HOME}"], "debug: While dereferencing interpolation '${oc.env:HOME}': Value"),
         (["seed=2"], "experts.layers=9:: selects no site. Use ':'."),
         (["--config-dir", "nope"], "--config-dir="),
-        (["--config-name", "nope"], "--config-name=nope: there is no such option."),
+        (["--config-name", "nope"], "--config-name: the shipped config is always the first."),
         (["-m", "mesh=cpu_1,nope"], "mesh=nope: there is no such option. Use one of auto, cpu_1,"),
         (["-m", "seed=0,1", "mesh.epp=3"], "mesh.epp=3: there is no such key."),
         (["-m", "optimizer.lr=interval(0,1)"], "BasicSweeper does not support sweep type"),

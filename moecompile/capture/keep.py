@@ -132,12 +132,27 @@ def _copy_attributes(old: nn.Module, new: nn.Module, memo: dict[int, Any] | None
 
 
 def layers_of(model: nn.Module) -> Iterator[nn.Module]:
-    """The elements of the outermost module lists: the layers of a model."""
+    """The elements of the outermost lists of modules, or of dicts that are used as lists: the layers of a model."""
     for child in model.children():
-        if isinstance(child, nn.ModuleList):
-            yield from (layer for layer in child if any(True for _ in layer.parameters()))
+        if isinstance(child, nn.ModuleList) or _is_list(child):
+            yield from (layer for layer in child.children() if any(True for _ in layer.parameters()))
         else:
             yield from layers_of(child)
+
+
+def _is_list(module: nn.Module) -> bool:
+    """Whether a dict of modules has layers: several of one class, with parts, none of which has a list of its own.
+
+    Others hold the parts of one layer, the linears of an FFN, or towers. A layer that became a graph has its own class.
+    """
+    if not isinstance(module, nn.ModuleDict) or type(module).forward is not nn.Module.forward:
+        return False
+    classes = {type(child) for child in module.values() if not isinstance(child, fx.GraphModule)}
+    parts = [list(child.children()) for child in module.values()]
+    return (
+        len(parts) > 1 and len(classes) < 2 and all(parts)
+        and not any(isinstance(part, nn.ModuleList) for each in parts for part in each)
+    )  # fmt: skip
 
 
 def replace_regions(model: nn.Module, regions: Mapping[str, nn.Module]) -> nn.Module:

@@ -10,7 +10,7 @@ from moecompile.checkpoint.folders import AUTO, PLAN, STATE, checkpoints_of, fin
 from moecompile.checkpoint.state import check_settings, read_state
 from moecompile.checkpoint.sums import check
 from moecompile.errors import ConfigError
-from moecompile.plan import load
+from moecompile.plan import read
 from moecompile.rundir import task_of
 from moecompile.schema import Config, TaskName
 
@@ -56,7 +56,7 @@ def resumed(config: Config, run_dir: Path) -> Config:
     check(folder, [STATE, PLAN])
     check_settings(read_state(folder), config, folder)
     config = replace(config, trainer=replace(config.trainer, resume=AUTO if resume == AUTO else str(folder)))
-    layers = [layer for layer in load(folder / PLAN).layers if layer.experts.init != "existing"]
+    layers = [layer for layer in read(folder / PLAN).layers if layer.experts.init != "existing"]
     saved = {(layer.routing.groups, layer.routing.top_groups) for layer in layers}
     if config.routing.groups != "auto" or len(saved) != 1:
         return config

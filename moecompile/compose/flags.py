@@ -1,6 +1,7 @@
 """The flags of the command line: Hydra's, with our name and version, one message per mistake, and without two flags.
 
 --config-path         would replace the shipped configs; `--config-dir` adds to them
+--config-name         would replace their first file, which says where Hydra searches
 --experimental-rerun  runs code from a pickle; a run keeps no pickle, only `resolved.yaml`
 """
 
@@ -19,6 +20,8 @@ PROGRAM = "moecompile"
 
 _LEFT_OUT = {
     "config_path": "--config-path: the shipped configs are always used. Add your own by --config-dir FOLDER.",
+    "config_name": "--config-name: the shipped config is always the first. Give your own as a recipe: "
+    "--config-dir FOLDER recipe=NAME.",
     "experimental_rerun": "--experimental-rerun: a run keeps no pickled config. Give the same overrides again, or "
     "resume a run with trainer.resume=RUN_DIR.",
 }

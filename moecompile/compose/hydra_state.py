@@ -27,7 +27,7 @@ from hydra.version import VersionBase
 
 from moecompile.compose.flags import PROGRAM, own_flags
 from moecompile.compose.jobs import RunFolders
-from moecompile.compose.trust import check_hydra_node, of_hydra
+from moecompile.compose.trust import check_hydra_node, of_hydra, without_folders
 from moecompile.compose.typed import explained, no_environment, plain
 from moecompile.errors import ConfigError
 from moecompile.schema import Config, check_name
@@ -78,8 +78,10 @@ def _guarded_hydra() -> Iterator[None]:
         if config_name is None:  # --hydra-help: no file is read and nothing is run
             return load(self, None, of_hydra(overrides), *args, **kwargs)
         cfg = load(self, config_name, overrides, *args, **kwargs)
-        shipped = load(self, "config", of_hydra(overrides), *args, **kwargs)
-        check_hydra_node(plain(cfg.hydra), plain(shipped.hydra))
+        own = ConfigLoaderImpl(without_folders(self.config_search_path, str(conf_dir())))
+        words = [word for word in of_hydra(overrides) if "hydra.searchpath" not in word.partition("=")[0]]
+        shipped = load(own, "config", words, *args, **kwargs)
+        check_hydra_node(plain(cfg.hydra), plain(shipped.hydra), overrides)
         if RunFolders.sweep is None:  # the name is part of a folder that Hydra creates before our code runs
             check_name(cfg.name)
         return cfg

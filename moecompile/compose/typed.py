@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.basecontainer import BaseContainer
 from omegaconf.resolvers import oc
 
 from moecompile.compose.explain import explain
 from moecompile.errors import ConfigError
+from moecompile.named_code import KEYS, Named, named_in, override, refuse_unnamed, without
 from moecompile.schema import Config, with_implied
 
 RESOLVED = "resolved.yaml"
@@ -33,10 +36,10 @@ OmegaConf.register_new_resolver("moecompile.started", _started, replace=True)
 
 
 def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:
-    """The typed config. `overrides` are the caller's, and only they may set `model.factory`.
+    """The typed config. `overrides` are the caller's, and only they may name code to run.
 
     Raises:
-        UserError: an unknown key, a value of the wrong type, or a missing value.
+        UserError: an unknown key, a value of the wrong type, a missing value, or code that a file names.
     """
     with explained(overrides), no_environment(overrides):
         config = _typed(cfg)
@@ -44,11 +47,12 @@ def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:
         raise ConfigError(
             "model.config", "_target_", "a config never chooses code to run", "Remove the key, or use model.factory"
         )
-    if config.model.factory and not any(re.match(r"\+{0,2}model\.factory=", item) for item in overrides):
-        raise ConfigError(
-            "model.factory", config.model.factory, "a config file may not choose code to run",
-            "Give model.factory=... on the command line or in Python",
-        )  # fmt: skip
+    for key, value in named_in(config).items():
+        if key not in _typed_keys(overrides):
+            raise ConfigError(
+                key, value, "a config file may not choose code to run",
+                f"Give {override(key, value)} on the command line or in Python, if you trust it",
+            )  # fmt: skip
     if config.given:
         raise ConfigError("given", config.given, "is filled in by the program", "Leave it out")
     keys = [match[1] for item in overrides if (match := re.match(r"\+{0,2}(\w+(?:\.\w+)*)=", item))]
@@ -68,14 +72,29 @@ def save_resolved(config: Config, path: Path) -> None:
         raise
 
 
-def load_resolved(path: Path) -> Config:
-    """Reads a file that `save_resolved` wrote.
+def load_resolved(
+    path: Path,
+    *,
+    named: Named = MappingProxyType({}),
+    runs: Collection[str] = KEYS,
+    given_as: tuple[str, Any] | None = None,
+) -> Config:
+    """Reads a file that `save_resolved` wrote. Of code that it names, it keeps what the caller names too.
+
+    Args:
+        named: what the caller names. runs: the keys whose code is going to be run; others are left out of the config.
+        given_as: the key that led to the file, and its value, for messages.
 
     Raises:
-        UserError: an unknown key or a value of the wrong type.
+        UserError: an unknown key, a value of the wrong type, or code in `runs` that only the file names.
     """
     with explained(()), no_environment(()):
-        return _typed(OmegaConf.load(path))
+        config = _typed(OmegaConf.load(path))
+    found = named_in(config)
+    run = {key: value for key, value in found.items() if key.endswith(tuple(runs))}
+    refuse_unnamed(run, named, *(given_as or (path.name, path)))
+    kept: Config = without(config, [key for key in KEYS if key not in runs])
+    return kept
 
 
 @contextmanager
@@ -126,6 +145,22 @@ def unresolved(overrides: Any) -> list[str]:
 def plain(node: DictConfig) -> dict[str, Any]:
     values: Any = OmegaConf.to_container(node, resolve=False)
     return dict(values)
+
+
+def _typed_keys(overrides: Sequence[str]) -> set[str]:
+    """The dotted keys whose values the caller has typed, also those within a mapping (`per_layer.first={...}`)."""
+    found: set[str] = set()
+    for each in OverridesParser.create().parse_overrides(list(overrides)):
+        found.update(_leaves(each.key_or_group, None if each.is_delete() else each.value()))
+    return found
+
+
+def _leaves(key: str, value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from _leaves(f"{key}.{name}", each)
+    else:
+        yield key
 
 
 def _keys(values: Any) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from moecompile import plan as plans
 from moecompile.checkpoint.sums import seal
 from moecompile.compose import RESOLVED, save_resolved
 from moecompile.export.run import PLAN, Run, find_run, load_run
+from moecompile.named_code import Named
 
 _FILE_BYTES = 4 * 2**30
 
@@ -32,14 +34,18 @@ def write_native(model: nn.Module, run: Run, folder: Path) -> None:
     seal(folder)
 
 
-def load_exported(path: str | Path) -> nn.Module:
+def load_exported(path: str | Path, *, named: Named = MappingProxyType({})) -> nn.Module:
     """The model of a native export, or of a run directory's latest checkpoint, on one device in evaluation mode.
 
+    Args:
+        named: for a model that a function has made, the function: `{"model.factory": "package.module:function"}`. The
+            folder does not choose it.
+
     Raises:
-        ConfigError: the folder is incomplete.
+        ConfigError: the folder is incomplete, or names a function that is not in `named`.
         PlanError: so is the plan in it.
     """
-    return load_run(find_run(str(path), None))
+    return load_run(find_run(str(path), None, named=named))
 
 
 def _files(weights: dict[str, Tensor]) -> list[dict[str, Tensor]]:

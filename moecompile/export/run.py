@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from moecompile.compose import RESOLVED, load_resolved
 from moecompile.errors import ConfigError
 from moecompile.models.build import example_inputs, pretrained_folder
 from moecompile.models.source import source_structure
+from moecompile.named_code import FACTORY, Named
 from moecompile.pipeline import compile_with_report
 from moecompile.plan import Plan
 from moecompile.schema import Config
@@ -37,11 +39,14 @@ class Run:
         return next((path for folder in folders if (path := folder / TOKENIZER).is_file()), None)
 
 
-def find_run(run: str | None, checkpoint: str | None) -> Run:
+def find_run(run: str | None, checkpoint: str | None, *, named: Named = MappingProxyType({})) -> Run:
     """The run with a checkpoint, by default its latest. If only a checkpoint is given, its run is two levels above it.
 
+    Args:
+        named: the code that the caller names. Back ends are not among it: the run is loaded without them.
+
     Raises:
-        ConfigError: a folder without config, plan or checkpoint.
+        ConfigError: a folder without config, plan or checkpoint, or a `model.factory` that only its config names.
     """
     folder = Path(run) if run is not None else Path(str(checkpoint)).resolve().parents[1]
     path, value = ("export.run", run) if run is not None else ("export.checkpoint", checkpoint)
@@ -51,7 +56,8 @@ def find_run(run: str | None, checkpoint: str | None) -> Run:
     weights = Path(checkpoint) if checkpoint is not None else latest_checkpoint(folder)
     if not weights.is_dir():
         raise ConfigError("export.checkpoint", weights, "is not a folder", "Name one of the run's checkpoints")
-    return Run(folder, weights, load_resolved(folder / RESOLVED), plans.load(folder / PLAN))
+    config = load_resolved(folder / RESOLVED, named=named, runs=(FACTORY,), given_as=(path, value))
+    return Run(folder, weights, config, plans.read(folder / PLAN))
 
 
 def load_run(run: Run) -> nn.Module:

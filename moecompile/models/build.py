@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moecompile.errors import ConfigError
 from moecompile.models.loading import UNREADABLE, refuse_incomplete, unconverted_weights, unreadable
 from moecompile.models.packages import check_package, package_folder
+from moecompile.named_code import FACTORY, imported
 from moecompile.schema import ModelConfig, ModelDevice
 
 # Before the rewrite, transformers' plain loop computes existing experts: it supports every precision.
@@ -75,9 +76,10 @@ def config_of(model: ModelConfig) -> Any | None:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the code of the config may raise anything
         raise unreadable(error, "model.pretrained", folder) from error
+    return _with_own_attention(config, "model.pretrained", folder)
 
 
 def check_buildable(model: ModelConfig) -> None:
@@ -103,7 +105,9 @@ def build_empty(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     folder = pretrained_folder(model)
     assert folder is not None
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = _with_own_attention(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False), "model.pretrained", folder
+        )
         empty = empty_of(config, dtype=config.dtype or dtype, experts_implementation=_EXPERTS)
     except UNREADABLE as error:
         raise unreadable(error, "model.pretrained", folder) from error
@@ -166,9 +170,24 @@ def _config_from_keys(model: ModelConfig) -> Any:
     if model.config.get("vocab_size", 1) == 0:
         raise ConfigError("model.config.vocab_size", 0, "must be at least 1", "Use 1 or more")
     try:
-        return AutoConfig.for_model(architecture, **model.config)
+        config = AutoConfig.for_model(architecture, **model.config)
     except Exception as error:
         raise _not_buildable(model, error) from error
+    return _with_own_attention(config, "model.config", model.name)
+
+
+def _with_own_attention(config: Any, path: str, value: Any) -> Any:
+    """The config, unless it names attention of a hub (`OWNER/REPOSITORY`), which transformers would load and run.
+
+    Raises:
+        ConfigError: it does.
+    """
+    for each in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):
+        name = getattr(each, "_attn_implementation", None)
+        if isinstance(name, str) and "/" in name:
+            rule = f"names code of a hub to run, attn_implementation={name}"
+            raise ConfigError(path, value, rule, "Remove it there: attention is computed by transformers itself")
+    return config
 
 
 def _not_buildable(model: ModelConfig, error: Exception) -> ConfigError:
@@ -193,7 +212,7 @@ def _from_pretrained(folder: Path, model: ModelConfig) -> nn.Module:
     path = "model.package" if model.package else "model.pretrained"
     value, unconverted = model.package or str(folder), list[str]()
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = _with_own_attention(AutoConfig.from_pretrained(folder, trust_remote_code=False), path, value)
         with no_progress_bars(), unconverted_weights() as unconverted:
             loaded: nn.Module
             loaded, info = class_of(config).from_pretrained(
@@ -241,9 +260,8 @@ def auto_class(architecture: str) -> Any:
 
 
 def _from_factory(path: str) -> nn.Module:
-    module, _, name = path.partition(":")
     try:
-        function: Any = getattr(importlib.import_module(module), name)
+        function: Any = imported(FACTORY, path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             "model.factory", path, f"cannot be imported: {error}", "Give it as package.module:function"

@@ -19,7 +19,10 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from moecompile.errors import ChatError, ConfigError
+
+LIMIT_S = 5.0
+"""CPU seconds in which a template must have rendered a chat; a long one takes milliseconds."""
 
 DATE = datetime.date(2026, 1, 1)
 """The date in templates that ask for today's: chats must not depend on the day on which they are rendered."""
@@ -107,7 +113,9 @@ class ChatTemplate:
         """The length of what is rendered of the first messages, if the whole text begins with it."""
         try:
             beginning = self.text(messages, tools, prompt=prompt)
-        except ChatError:  # a template may refuse a chat that ends there
+        except ChatError as error:  # a template may refuse a chat that ends there
+            if isinstance(error.__cause__, _Endless):
+                raise
             return None
         return len(beginning) if text.startswith(beginning) else None
 
@@ -145,12 +153,39 @@ class ChatTemplate:
 
     def _render(self, messages: Messages, tools: Sequence[Any] | None, **options: Any) -> Any:
         try:
-            return self._own.apply_chat_template(
-                [dict(message) for message in messages], tools=tools, chat_template=self.template, **options
-            )
+            with _limited():
+                return self._own.apply_chat_template(
+                    [dict(message) for message in messages], tools=tools, chat_template=self.template, **options
+                )
+        except _Endless as error:
+            rule = f"the chat template has not rendered it in {LIMIT_S:.0f} s of CPU time: look for a loop without end"
+            raise ChatError(rule) from error
         except Exception as error:  # the code of the template may raise anything
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise ChatError(f"the chat template refuses it: {reason}") from error
+
+
+class _Endless(BaseException):
+    """Raised within a template by a signal; no filter of a template catches it."""
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """Ends what takes more than `LIMIT_S` of this process's CPU time. Signals reach the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise _Endless
+
+    before = signal.signal(signal.SIGVTALRM, end) or signal.SIG_DFL  # None: not set by Python
+    signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _lost(i: int) -> ChatError:

@@ -13,7 +13,6 @@ R rows in expert order.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moecompile.errors import ConfigError, MoecompileError
+from moecompile.named_code import imported
 from moecompile.ops.exchange import group_of
 from moecompile.ops.traffic import traffic
 
@@ -103,11 +103,8 @@ def load(path: str, name: str) -> Any:
     Raises:
         ConfigError: it cannot be imported, or is not one.
     """
-    module, _, attribute = name.partition(":")
     try:
-        found = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
+        found = imported(path, name)
     except Exception as error:
         rule = f"cannot be imported: {type(error).__name__}: {error}"
         raise ConfigError(path, name, rule, "Give module:name, of a module that Python finds on every rank") from error

@@ -39,7 +39,13 @@ from moecompile.passes.place import order_of
 from moecompile.passes.tensor_parallel import classes_of, split_dense
 from moecompile.plan import EVEN, Plan, cut_dim, largest_shard
 from moecompile.plan.reductions import DENSE, EXPERTS, HEADS, INSIDE, ROUTER, SPLIT
-from moecompile.torch_private import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult, local_part
+from moecompile.torch_private import (
+    FSDPMeshInfo,
+    HSDPMeshInfo,
+    ShardPlacementResult,
+    local_part,
+    see_attributes,
+)
 
 _LOGICAL = ("ep", "ep_inter", "ep_intra", "tp")
 
@@ -198,6 +204,7 @@ def _wrap(
     for layer in (*layers_of(model), model):
         wrap(layer)
         assert isinstance(layer, FSDPModule)
+        see_attributes(layer)
         layer.set_gradient_divide_factor(1.0)
         layer.set_force_sum_reduction_for_comms(True)
 

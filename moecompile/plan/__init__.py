@@ -22,7 +22,7 @@ from moecompile.plan.dispatch import (
 from moecompile.plan.existing import layer_of, layer_on_one_device, own_routing
 from moecompile.plan.experts import ExpertPlacement, ExpertsPlan
 from moecompile.plan.fit import check_sites
-from moecompile.plan.io import from_yaml, load, save, to_yaml
+from moecompile.plan.io import from_yaml, load, read, save, to_yaml
 from moecompile.plan.layers import BalancePlan, LayerPlan, RoutingPlan
 from moecompile.plan.one_process import on_one_process, on_one_rank
 from moecompile.plan.plan import (
@@ -91,6 +91,7 @@ __all__ = [
     "on_one_rank",
     "own_routing",
     "plan_errors",
+    "read",
     "reductions",
     "save",
     "to_yaml",

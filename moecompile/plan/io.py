@@ -6,11 +6,13 @@ import dataclasses
 import types
 import typing
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
 from moecompile.errors import PlanError
+from moecompile.named_code import DISPATCH, EXPERTS, Named, refuse_unnamed
 from moecompile.plan.checks import plan_errors
 from moecompile.plan.plan import Plan
 
@@ -23,12 +25,23 @@ def to_yaml(plan: Plan) -> str:
     return yaml.safe_dump(body, sort_keys=False, width=120)
 
 
-def from_yaml(text: str, source: str = "plan.yaml") -> Plan:
-    """Reads a plan from YAML text.
+def from_yaml(text: str, source: str = "plan.yaml", *, named: Named = MappingProxyType({})) -> Plan:
+    """Reads a plan from YAML text, to compile a model by it.
+
+    Args:
+        source: where the text is from, for messages.
+        named: the back ends that it may name: `{"experts.backend": "package.module:function"}`.
 
     Raises:
+        ConfigError: it names code to run that is not in `named`.
         PlanError: not YAML, another format, unknown or missing keys, wrong types, or an inconsistent plan.
     """
+    plan = _plan_of(text, source)
+    _refuse_unnamed(plan, named, source)
+    return plan
+
+
+def _plan_of(text: str, source: str) -> Plan:
     try:
         body = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an invalid date
@@ -50,17 +63,37 @@ def save(plan: Plan, path: Path) -> None:
     tmp.replace(path)
 
 
-def load(path: Path) -> Plan:
-    """Reads `path`.
+def load(path: Path, *, named: Named = MappingProxyType({})) -> Plan:
+    """Reads `path`, to compile a model by it.
+
+    Args:
+        named: as for `from_yaml`.
 
     Raises:
-        PlanError: the file cannot be read, or as in `from_yaml`.
+        ConfigError, PlanError: the file cannot be read, or as in `from_yaml`.
+    """
+    plan = read(path)
+    _refuse_unnamed(plan, named, path)
+    return plan
+
+
+def read(path: Path) -> Plan:
+    """Reads `path`, to look at it: what is compiled by it may be code that the file chose.
+
+    Raises:
+        PlanError: the file cannot be read, or is no plan.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError("plan", path, f"cannot be read: {error}", "Give the path of a plan.yaml") from error
-    return from_yaml(text, path.name)
+    return _plan_of(text, path.name)
+
+
+def _refuse_unnamed(plan: Plan, named: Named, source: str | Path) -> None:
+    for layer in plan.layers:
+        found = {EXPERTS: layer.experts.backend, DISPATCH: layer.dispatch.backend}
+        refuse_unnamed({key: name for key, name in found.items() if name}, named, "plan", source)
 
 
 def _plain(value: Any) -> Any:

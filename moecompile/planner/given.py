@@ -2,7 +2,8 @@
 
 Algorithm:
   1. A key that the caller set must have the plan's value; `auto` always has. One that the plan does not record is
-     refused. So is a mesh, a dispatch or adapters of another kind, and code to run that the caller does not name.
+     refused. So is a mesh, a dispatch or adapters of another kind, and code to run that the caller does not name
+     (moecompile.named_code).
   2. The mesh of the config becomes the plan's.
   3. Where all layers are alike, so do dispatch, experts, routing and balance, so that the config says what runs. Where
      they differ, the plan alone says it.
@@ -18,6 +19,7 @@ from typing import Any
 
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
+from moecompile.named_code import named_in
 from moecompile.plan import ExpertsSite, LayerPlan, Plan, load
 from moecompile.schema import AdapterKind, Config, TaskName
 
@@ -50,9 +52,10 @@ def given_plan(config: Config) -> Plan | None:
     """The plan that `config.plan` names, if it names one.
 
     Raises:
+        ConfigError: it names code to run that the config does not.
         PlanError: it cannot be read.
     """
-    return None if config.plan is None else load(plan_file(config.plan))
+    return None if config.plan is None else load(plan_file(config.plan), named=named_in(config))
 
 
 def with_plan(config: Config) -> Config:
@@ -69,12 +72,11 @@ def with_plan(config: Config) -> Config:
         rule = f"task={config.task.name.value} makes its own plan"
         raise ConfigError("plan", config.plan, rule, "Use task=plan, compile or train, or leave it out")
     file = plan_file(config.plan)
-    plan = load(file)
+    plan = load(file, named=named_in(config))
     for key in config.given:  # Step 1
         for each in _KEYS.get(key, (key,)):
             _check(each, config, plan)
     _check_adapters(config, plan)
-    _check_code(config, plan)
     mesh = {name: getattr(plan.mesh, name) for name in _MESH}  # Step 2
     config = replace(config, plan=str(file), mesh=replace(config.mesh, **mesh, dp_shard="auto"))
     return _like_layers(config, plan.layers)  # Step 3
@@ -86,15 +88,6 @@ def _check_adapters(config: Config, plan: Plan) -> None:
         has = "none" if plan.adapters is None else "some"
         rule = f"the plan of {config.plan} has {has}"
         raise ConfigError("adapters.kind", kind.value, rule, "Select the same, adapters=none or lora, or plan again")
-
-
-def _check_code(config: Config, plan: Plan) -> None:
-    """Refuses a plan that names code to run, unless the caller names it too."""
-    for group in ("dispatch", "experts"):
-        named = sorted({getattr(layer, group).backend for layer in plan.layers} - {""})
-        if named and f"{group}.backend" not in config.given:
-            rule = f"names code to run, {group}.backend={named[0]}"
-            raise ConfigError("plan", config.plan, rule, f"Give {group}.backend={named[0]} too")
 
 
 def _check(key: str, config: Config, plan: Plan) -> None:

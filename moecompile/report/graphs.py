@@ -31,13 +31,14 @@ def write_graphs(stages: Mapping[str, GraphModule], folder: Path, stem: str) -> 
         stages: `captured`, `rewritten`, `lowered` -> graph. stem: file name, the region's path.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    file = stem.replace("/", "_")  # a key of a dict of modules may have any character but a dot
     for stage, graph_module in stages.items():
         title = f"{stem}, {stage}: {_counts(graph_module)}"
         in_flight = timeline(graph_module)
         parts = [f"# {title}", *([in_flight] if in_flight else []), listing(graph_module), graph_module.code.strip()]
         text = "\n\n".join(parts) + "\n"
-        (folder / f"{stem}.{stage}.txt").write_text(text, encoding="utf-8")
-        draw([picture(graph_module, title)], folder / f"{stem}.{stage}.svg")
+        (folder / f"{file}.{stage}.txt").write_text(text, encoding="utf-8")
+        draw([picture(graph_module, title)], folder / f"{file}.{stage}.svg")
 
 
 def write_before_after(before: GraphModule, after: GraphModule, path: Path) -> None:

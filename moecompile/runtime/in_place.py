@@ -25,6 +25,7 @@ from typing import NoReturn
 
 from moecompile import waiting
 from moecompile.errors import MoecompileError, RankFailure, UserError
+from moecompile.named_code import VARIABLE
 from moecompile.rundir import discard, is_discarded, place
 from moecompile.runtime import failures, logs, machine, signals, slurm
 from moecompile.runtime.orders import Order, end_others, free_port, give, meet, next_order, places
@@ -140,8 +141,9 @@ def run_on_all(world_size: int, run_dir: Path, *, module: str, threads: int, num
         print(played, flush=True)
     failures.clear(run_dir)
     order = Order(
-        run_dir=str(run_dir.resolve()), module=module, threads=threads, port=free_port(), one_machine=hosts == 1
-    )
+        run_dir=str(run_dir.resolve()), module=module, threads=threads, port=free_port(), one_machine=hosts == 1,
+        code=os.environ.get(VARIABLE, ""),
+    )  # fmt: skip
     give(store, order)
     try:
         _run(order, ranks)
@@ -177,6 +179,7 @@ def _run(order: Order, ranks: Ranks) -> None:
     # A store of its own: in the launcher's, a second process group would find the addresses of the first one.
     os.environ["MASTER_PORT"] = str(order.port)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    os.environ[VARIABLE] = order.code
     if not run_dir.is_dir():
         raise UserError(
             f"hydra.run.dir={run_dir}: is not there on {socket.gethostname()} (rank {ranks.rank}). All ranks must see "

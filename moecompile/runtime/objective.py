@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from moecompile.errors import ConfigError
-from moecompile.runtime.data import CorpusWindows, SpanCorruption, SpanCounts, TextData, TokenWindows
+from moecompile.runtime.data import CorpusWindows, SpanCorruption, SpanCounts, TextData, TokenWindows, num_ids
 from moecompile.runtime.data.loaded import Split
 from moecompile.schema import Config, Objective, TokenizerSource
 
@@ -20,7 +20,7 @@ def data_for(model: nn.Module, data: TextData, config: Config) -> TextData:
     """
     _check_kind(model, config)
     vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
-    _check_vocabulary(vocab_size, data.tokenizer.get_vocab_size(), config)
+    check_vocabulary(vocab_size or _num_embeddings(model), num_ids(data.tokenizer), config)
     if config.data.objective is Objective.causal:
         return data
     assert vocab_size is not None
@@ -60,21 +60,38 @@ def _check_kind(model: nn.Module, config: Config) -> None:
         )  # fmt: skip
 
 
-def _check_vocabulary(vocab_size: int | None, num_entries: int, config: Config) -> None:
-    """`vocab_size`: of the model. `num_entries`: of the tokenizer."""
+def _num_embeddings(model: nn.Module) -> int | None:
+    """Rows of the embedding of a model whose config does not say it; None: not known."""
+    find = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = find() if callable(find) else None
+    except NotImplementedError:  # transformers' classes without one
+        return None
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
+
+
+def check_vocabulary(vocab_size: int | None, num_ids: int, config: Config) -> None:
+    """Checks that the model has an embedding for every token id, and for sentinels.
+
+    Args:
+        vocab_size: of the model; None: not known. num_ids: the largest id of the tokenizer plus one.
+
+    Raises:
+        ConfigError: it has not.
+    """
     data = config.data
     if vocab_size is None:
         return
-    if vocab_size < num_entries:
+    if vocab_size < num_ids:
         rule = f"the model {config.model.name} has embeddings for {vocab_size} tokens"
         if data.tokenizer is TokenizerSource.model:
             fix = "Save the tokenizer that belongs to the model beside it"
-            raise ConfigError("data.tokenizer", "model", f"has {num_entries} entries, {rule}", fix)
-        raise ConfigError("data.vocab_size", num_entries, rule, f"Use at most {vocab_size}")
+            raise ConfigError("data.tokenizer", "model", f"has token ids up to {num_ids - 1}, {rule}", fix)
+        raise ConfigError("data.vocab_size", num_ids, rule, f"Use at most {vocab_size}")
     sentinels = SpanCounts(data.seq_len).num_sentinels
-    if data.objective is Objective.span_corruption and vocab_size < num_entries + sentinels:
+    if data.objective is Objective.span_corruption and vocab_size < num_ids + sentinels:
         raise ConfigError(
             "model.config.vocab_size", vocab_size,
-            f"data.seq_len={data.seq_len} needs {sentinels} sentinels above the {num_entries} tokens of the text",
-            f"Use at least {num_entries + sentinels}, or shorter sequences",
+            f"data.seq_len={data.seq_len} needs {sentinels} sentinels above the {num_ids} tokens of the text",
+            f"Use at least {num_ids + sentinels}, or shorter sequences",
         )  # fmt: skip

@@ -27,6 +27,10 @@ MEET_TIMEOUT_S = 300.0
 RESOLVE_TIMEOUT_S = 8.0
 """Timeout, seconds, to resolve the master's host name."""
 
+ANSWER_TIMEOUT_S = 30.0
+"""Timeout, seconds, for an answer from the port once it takes connections. A store answers at once; `trainer.timeout_s`
+is not known yet, because ranks meet before rank 0 composes the config."""
+
 END_TIMEOUT_S = 30.0
 """Timeout, seconds, for the other ranks to read the last order."""
 
@@ -39,9 +43,13 @@ _orders = itertools.count()
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """An order of rank 0 to the others. module: None ends them with `exit_code`. port: of the process group's store."""
+    """An order of rank 0 to the others. module: None ends them with `exit_code`. port: of the process group's store.
+
+    code: what the caller names (moecompile.named_code).
+    """
 
     run_dir: str = ""
+    code: str = ""
     module: str | None = None
     threads: int = 1
     port: int = 0
@@ -114,6 +122,7 @@ def meet(ranks: Ranks) -> Any:
     from torch.distributed.rendezvous import rendezvous
 
     os.environ.update(ranks.variables())
+    _check_answer(ranks)
     try:
         store = next(rendezvous("env://", timeout=timedelta(seconds=MEET_TIMEOUT_S)))[0]
     except DistNetworkError as error:
@@ -125,6 +134,46 @@ def meet(ranks: Ranks) -> Any:
         raise RankFailure(f"MASTER_ADDR={ranks.master_addr} {port}: rank 0 cannot be reached there ({error})") from None
     store.set(f"moecompile/place/{ranks.rank}", json.dumps([ranks.node, ranks.local_rank]))
     return store
+
+
+def _check_answer(ranks: Ranks) -> None:
+    """Checks that what listens at the port is a store, for whose answer torch would wait without end.
+
+    Until something listens there, nothing is said: the process that will may still be importing torch.
+
+    Raises:
+        UserError: it takes connections and does not answer.
+    """
+    if ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
+        return  # this process is going to listen there
+    from torch.distributed import TCPStore
+
+    where, answered = (ranks.master_addr, ranks.master_port), threading.Event()
+    deadline = time.monotonic() + MEET_TIMEOUT_S
+    while not _takes_connections(where):
+        if time.monotonic() > deadline:
+            return  # `rendezvous` says so
+        time.sleep(0.2)
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # here too
+            TCPStore(*where, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_TIMEOUT_S))
+        answered.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    if not answered.wait(ANSWER_TIMEOUT_S):
+        raise UserError(
+            f"MASTER_PORT={ranks.master_port}: another program uses this port of {ranks.master_addr}; it takes "
+            f"connections, and has not answered in {ANSWER_TIMEOUT_S:.0f} s. Set MASTER_PORT to a free one."
+        )
+
+
+def _takes_connections(where: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(where, timeout=10.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def _resolve(host: str) -> None:

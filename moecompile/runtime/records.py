@@ -130,9 +130,29 @@ def field_pieces(text: str) -> Iterator[tuple[str, bool]]:
     yield text[start:], True
 
 
+def check_characters(record: Record, value: Any) -> None:
+    """Checks that the strings in a part of a record are whole characters, which JSON's escapes need not be.
+
+    Raises:
+        ConfigError: half of a character (a surrogate) is alone, which no tokenizer reads.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        rule = f"holds {half}, half of a character without the other half"
+        raise bad(record.where, rule, "Write both halves, or leave it out") from None
+    except RecursionError:
+        raise _too_deep(record.where) from None
+
+
 def bad(where: str, rule: str, fix: str) -> ConfigError:
-    """The error for one record."""
-    return ConfigError("data.path", where, rule, fix)
+    """The error for one record. What it quotes of the record may have halves of characters, which no file takes."""
+    return ConfigError("data.path", where, rule.encode("utf-8", "backslashreplace").decode(), fix)
+
+
+def _too_deep(where: str) -> ConfigError:
+    return bad(where, "has too many brackets within each other", "Write fewer levels")
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
@@ -148,6 +168,8 @@ def _json_lines(path: Path) -> Iterator[Record]:
             except ValueError as error:
                 rule = f"is not JSON: {str(error).removesuffix('.')}"
                 raise bad(where, rule, "Write one JSON object a line, and escape line ends in it as \\n") from None
+            except RecursionError:
+                raise _too_deep(where) from None
             if not isinstance(value, dict):
                 raise bad(where, f"is {_kind(value)}, not an object with fields", "Write one JSON object a line")
             yield Record(where, value)

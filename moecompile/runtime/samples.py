@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from moecompile.runtime.data import num_ids
 from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.observer import StepObserver
@@ -75,7 +76,7 @@ class Samples(StepObserver):
         with self.metrics.paused():
             batch = strategy.batch_to_device(next(iter(self.batches)), strategy.root_device)
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-            vocabulary = self.tokenizer.get_vocab_size()
+            vocabulary = num_ids(self.tokenizer)
             count = fewest(room(module, batch), strategy.groups.every, strategy.root_device)
             with strategy.precision_plugin.val_step_context():
                 rows = written(module, batch, count, vocabulary=vocabulary, generator=generator)

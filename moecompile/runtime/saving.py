@@ -24,8 +24,7 @@ from moecompile.checkpoint.writer import Writer
 from moecompile.errors import ConfigError
 from moecompile.kept_groups import cpu_group
 from moecompile.load_history import LOAD_HISTORY, LoadHistory
-from moecompile.plan import Plan
-from moecompile.plan import load as load_plan
+from moecompile.plan import Plan, read
 from moecompile.rundir import accept, note_accepted
 from moecompile.runtime import signals
 from moecompile.runtime.metrics import Metrics
@@ -205,7 +204,7 @@ def _check_function(start: tuple[Path, State], plan: Plan, config: Config, finge
     """Checks that model, data and plan are those of the checkpoint."""
     folder, state = start
     changes = [*differences(state.fingerprint, fingerprint)] if state.fingerprint else []
-    changes += plan_differences(load_plan(folder / folders.PLAN), plan)
+    changes += plan_differences(read(folder / folders.PLAN), plan)
     refuse(changes, config.trainer.allow_changes, folder)
 
 

@@ -136,7 +136,7 @@ def _json(head: bytes) -> tuple[str, str] | None:
     try:
         if lines and all(isinstance(json.loads(line), dict) for line in lines):
             return _JSON_LINES
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     return _SUFFIXES[".json"] if re.match(rb'\s*(\[\s*)?\{\s*"', head) else None
 

@@ -99,7 +99,7 @@ def train(
         observers.insert(0, routes)
     routed = config.routing.replay is None
     observers.append(StepProfile(plan, run_dir, max_steps, meter, routes=routed))
-    val = val_loader(data.val, config.data, rank=place, world_size=mesh.num_batches)
+    val = val_loader(data.val, config.data, rank=place, world_size=mesh.num_batches, multiple=mesh.cp)
     interval = config.trainer.sample_interval
     if interval != 0 and mesh.cp == 1:  # with cp, a rank has logits of its positions only
         observers.append(Samples(interval, val, data.tokenizer, run_dir / SAMPLES, metrics, seed=config.seed))
@@ -110,7 +110,7 @@ def train(
                            first_step=first_step, materialize=materialize)  # fmt: skip
     fit = train_loader(
         data.train, config.data, seed=config.seed, rank=place, world_size=mesh.num_batches,
-        start_step=first_step, num_steps=max_steps - first_step,
+        start_step=first_step, num_steps=max_steps - first_step, multiple=mesh.cp,
     )  # fmt: skip
     with finished(trainer):
         if start is None:

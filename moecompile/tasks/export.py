@@ -29,6 +29,7 @@ from moecompile.export import (
 )
 from moecompile.models.build import example_inputs, pretrained_folder
 from moecompile.models.source import source_model
+from moecompile.named_code import named_in
 from moecompile.report.result import write_result
 from moecompile.rundir import accept
 from moecompile.schema import AdapterExport, Config, ExportFormat, TokenizerSource
@@ -42,7 +43,7 @@ def run(config: Config, run_dir: Path) -> None:
         VerificationFailed: the logits of the exported model differ.
     """
     export = config.export
-    trained = find_run(export.run, export.checkpoint)
+    trained = find_run(export.run, export.checkpoint, named=named_in(config))
     path = Path(export.path) if export.path else run_dir / "model"
     with _new_folder(path) as folder:
         architecture, diff = _export(trained, config, folder)
@@ -72,7 +73,8 @@ def _export(trained: Run, config: Config, folder: Path) -> tuple[str, float]:
     example = example_inputs(model, trained.config.data.seq_len)
     expected = _logits(model.float(), example)
     del model  # before the second one is loaded
-    again = load_exported(folder) if config.export.format is ExportFormat.native else reload(folder)
+    is_native = config.export.format is ExportFormat.native
+    again = load_exported(folder, named=named_in(trained.config)) if is_native else reload(folder)
     return architecture, _difference(architecture, again, example, expected, trained, config)
 
 

@@ -31,7 +31,7 @@ from moecompile.schema import (
     of_the_job,
 )
 
-_INDEX = "model.safetensors.index.json"
+_INDEX, TOKENIZER = "model.safetensors.index.json", "tokenizer.json"
 _SMALL = 2**18  # bytes of a text that is tokenized in no time
 _BYTES_PER_ENTRY, _BYTES_PER_TOKEN = 100, 8  # texts with fewer may be too short for the vocabulary, or for a sequence
 
@@ -56,16 +56,26 @@ def check_inputs(config: Config) -> None:
         folder = check_package(config.model.package)
     if folder is not None:
         check_folder(folder)
-        if task.is_launched and config.data.kind is DataKind.sft:
-            from moecompile.models.chat import load_chat_template
-
-            load_chat_template(folder)
-    _check_model(config)
+    _check_model(config, _num_ids(folder, config) if folder is not None and task.is_launched else None)
     default = TrainerConfig()
     if task is TaskName.train and (config.trainer.loggers, config.trainer.callbacks) != (default.loggers, {}):
         from moecompile.runtime.loggers import check_loggers  # imports Lightning
 
         check_loggers(config.trainer)  # Step 5
+
+
+def _num_ids(folder: Path, config: Config) -> int | None:
+    """The largest id of the model's own tokenizer plus one; None: another is used, or it is not made yet (GGUF)."""
+    if config.data.kind is DataKind.sft:
+        from moecompile.models.chat import load_chat_template
+        from moecompile.runtime.data import num_ids
+
+        return num_ids(load_chat_template(folder).tokenizer)
+    if config.data.tokenizer is not TokenizerSource.model or not (folder / TOKENIZER).is_file():
+        return None
+    from moecompile.runtime.data.tokens import num_ids, plain_tokenizer
+
+    return num_ids(plain_tokenizer(folder / TOKENIZER))
 
 
 def _check_text(config: Config) -> None:
@@ -162,8 +172,12 @@ def _check_gpus(config: Config) -> None:
         )  # fmt: skip
 
 
-def _check_model(config: Config) -> None:
-    """Steps 3 and 4, from the transformers config of the model: no weights are created or read."""
+def _check_model(config: Config, num_ids: int | None) -> None:
+    """Steps 3 and 4, from the transformers config of the model: no weights are created or read.
+
+    Args:
+        num_ids: of the model's own tokenizer, if it is used.
+    """
     from moecompile.models.build import check_buildable, config_of
 
     model_config = config_of(config.model)
@@ -188,3 +202,7 @@ def _check_model(config: Config) -> None:
             "data.vocab_size", entries, f"the model {config.model.name} has embeddings for {vocab_size} tokens",
             f"Use at most {vocab_size}",
         )  # fmt: skip
+    if num_ids is not None and isinstance(vocab_size, int):
+        from moecompile.runtime.objective import check_vocabulary
+
+        check_vocabulary(vocab_size, num_ids, config)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moecompile.errors import ConfigError
-from moecompile.plan import load
+from moecompile.plan import read
 from moecompile.planner.given import plan_file
 from moecompile.planner.loads import loads_of
 from moecompile.planner.placement import FILE, make_placement, write_placement
@@ -24,7 +24,7 @@ def run(config: Config, run_dir: Path) -> None:
     if source is None:
         raise ConfigError("place.run", None, "names no run", "Give the directory of a run that has trained")
     path = Path(source).absolute()
-    plan = load(plan_file(str(path if path.is_dir() else path.parent), "place.run"))
+    plan = read(plan_file(str(path if path.is_dir() else path.parent), "place.run"))
     has_mesh = any(key == "mesh" or key.startswith("mesh.") for key in config.given)
     mesh = mesh_spec(config.mesh) if has_mesh else plan.mesh
     layers = make_placement(plan, loads_of(path, plan, config.place.steps), mesh.ep, mesh.nodes_per_ep_group)

@@ -44,7 +44,7 @@ def run(config: Config, run_dir: Path) -> None:
     """Prints the plan and writes `plan.yaml` and `result.json`."""
     config, workload_notes = with_workload(config)
     model = source_model(config)
-    plan = planned(model, config)
+    plan = planned(model, config, given_plan(config))
     require_layers(plan, config)
     shape = shape_of_model(model, plan)
     forecast, memory = forecast_plan(shape, plan, config), _memory(shape, plan, config)
@@ -83,13 +83,13 @@ def decides(config: Config) -> list[str]:
     return [f"{config.plan} decides: mesh, layers, dispatch and adapters are those of this plan"] * bool(config.plan)
 
 
-def planned(model: nn.Module, config: Config) -> Plan:
-    """The plan that `config.plan` gives, with the estimate for this config, or a new one.
+def planned(model: nn.Module, config: Config, plan: Plan | None) -> Plan:
+    """The given plan with the estimate for this config, or without one a new plan.
 
     Raises:
         PlanError: the given plan does not fit the model.
     """
-    example, plan = example_inputs(model, config.data.seq_len), given_plan(config)
+    example = example_inputs(model, config.data.seq_len)
     if plan is None:
         return make_plan(model, config, example=example)
     sites, facts = planning_facts(model, config, example, plan)
@@ -120,9 +120,9 @@ def _compare(model: nn.Module, this: Compared, config: Config, console: Console)
         return {}
     file = plan_file(config.compare, "compare")
     resolved = file.with_name(RESOLVED)
-    theirs, _ = with_workload(load_resolved(resolved)) if resolved.is_file() else (config, [])
+    theirs, _ = with_workload(load_resolved(resolved, runs=())) if resolved.is_file() else (config, [])
     theirs = dataclasses.replace(theirs, plan=str(file), workload=dataclasses.replace(theirs.workload, load=None))
-    plan = planned(model, theirs)
+    plan = planned(model, theirs, plans.read(file))
     shape = shape_of_model(model, plan)
     other = Compared(plan=plan, forecast=forecast_plan(shape, plan, theirs), config=flat(theirs))
     print_comparison(this, other, console)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from moecompile.named_code import VARIABLE, for_ranks, named_in
 from moecompile.runtime.launch import launch, prepare
 from moecompile.schema import Config, mesh_spec
 
@@ -20,10 +22,12 @@ def prepare_ranks(config: Config) -> None:
 def start_ranks(config: Config, run_dir: Path, *, max_restarts: int = 0) -> None:
     """Starts one process per rank, or runs in place if ranks exist already; returns when all have succeeded.
 
-    Each rank reads the resolved config of `run_dir` and runs `run_rank` of its task in moecompile.tasks.ranks.
+    Each rank reads the resolved config of `run_dir` and runs `run_rank` of its task in moecompile.tasks.ranks. It did
+    not see the command line, so it is told separately which code was named there.
 
     Arguments and errors are those of `runtime.launch.launch`.
     """
+    os.environ[VARIABLE] = for_ranks(named_in(config))
     launch(
         mesh_spec(config.mesh).world_size,
         run_dir,

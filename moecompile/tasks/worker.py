@@ -14,6 +14,8 @@ def main(run_dir: Path) -> None:
     if os.environ.get("RANK") == "0":
         waiting.show("loading torch", line=False)
     from moecompile.compose import load_resolved
+    from moecompile.named_code import VARIABLE, from_launcher
     from moecompile.tasks import in_rank
 
-    in_rank(load_resolved(place(run_dir) / "resolved.yaml"), run_dir)
+    named = from_launcher(os.environ.get(VARIABLE))
+    in_rank(load_resolved(place(run_dir) / "resolved.yaml", named=named), run_dir)

@@ -26,7 +26,7 @@ from moecompile.models.source import source_model
 from moecompile.plan import Plan, on_one_process
 from moecompile.runtime.data import TextData, load_data, train_loader
 from moecompile.runtime.objective import data_for
-from moecompile.schema import Config, DataKind, Precision, RowLayout, WireDtype
+from moecompile.schema import Config, DataKind, Precision, RowLayout, WireDtype, mesh_spec
 from moecompile.verify.checks import Check, compare, compare_narrow, count, distinct_batches, same_batches
 from moecompile.verify.job import Batch, Trace, build, drawn_routes, noiseless_plan, uneven
 from moecompile.verify.ranks import run_ranks
@@ -103,8 +103,9 @@ def _dtypes(config: Config) -> list[torch.dtype]:
 
 def _all_batches(config: Config, data: TextData) -> list[Batch]:
     loader = train_loader(
-        data.train, config.data, seed=config.seed, rank=0, world_size=1, num_steps=config.trainer.max_steps
-    )
+        data.train, config.data, seed=config.seed, rank=0, world_size=1, num_steps=config.trainer.max_steps,
+        multiple=mesh_spec(config.mesh).cp,  # the same rows as on the ranks
+    )  # fmt: skip
     return [uneven(batch, i, config) for i, batch in enumerate(loader)]
 
 

@@ -41,7 +41,7 @@ def run_ranks(model: nn.Module, plan: Plan, config: Config, data: TextData, run_
     module = LanguageModule(model, config.optimizer, config.trainer.max_steps)
     loader = train_loader(
         data.train, config.data, seed=config.seed, rank=mesh.batch_index(rank), world_size=mesh.num_batches,
-        num_steps=config.trainer.max_steps,
+        num_steps=config.trainer.max_steps, multiple=mesh.cp,
     )  # fmt: skip
     accumulate = accumulation_steps(config, mesh)
     numbers = [_global_number(i, mesh, rank, accumulate) for i in range(accumulate * config.trainer.max_steps)]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import moecompile
+from moecompile.capture.keep import layers_of
 from moecompile.pipeline import compile_with_report
 from tests.tiny import COPY4, config, max_diff, tokens
 
@@ -154,3 +155,24 @@ def test_it_compiles_without_a_break() -> None:
     with torch.no_grad():
         got = torch.compile(model[0], backend="eager", fullgraph=True)(tokens())
     assert max_diff(got, model[0](tokens())) <= 1e-6
+
+
+def test_layers_are_those_of_a_list_or_of_a_dict_that_is_used_as_one() -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+
+    def tower() -> nn.Module:
+        made = nn.Module()
+        made.layers = nn.ModuleList(block() for _ in range(2))
+        return made
+
+    def model(inside: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Embedding(2, 2), nn.Sequential(inside))
+
+    in_dict, towers = nn.ModuleDict({"a": block(), "b/c": block()}), nn.ModuleDict({"a": tower(), "b": tower()})
+    parts = nn.ModuleDict({"embedding": nn.Embedding(2, 2), "h": nn.ModuleList([block()]), "norm": nn.LayerNorm(2)})
+    linears = nn.ModuleDict({"up": nn.Linear(2, 2), "down": nn.Linear(2, 2)})
+    assert list(layers_of(model(in_dict))) == list(in_dict.values())
+    assert list(layers_of(model(towers))) == [*towers["a"].layers, *towers["b"].layers]
+    assert list(layers_of(model(parts))) == list(parts["h"])
+    assert list(layers_of(model(linears))) == []

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from moecompile.errors import MoecompileError
-from moecompile.runtime import in_place
+from moecompile.runtime import in_place, orders
 from moecompile.runtime.launch import launch
 from moecompile.runtime.ranks import in_place_ranks
 
@@ -35,6 +35,7 @@ def main(world_size: int, run_dirs: list[Path]) -> int:
 
 
 if __name__ == "__main__":
+    orders.ANSWER_TIMEOUT_S = float(os.environ.get("ANSWER_TIMEOUT_S", orders.ANSWER_TIMEOUT_S))
     command_line = partial(main, int(sys.argv[1]), [Path(text) for text in sys.argv[2:]])
     ranks = in_place_ranks()
     if ranks is not None and ranks.rank > 0:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from moecompile.runtime.orders import free_port
+from moecompile.runtime.in_place import GRACE_S
+from moecompile.runtime.orders import ANSWER_TIMEOUT_S, free_port
+from moecompile.schema import TrainerConfig
 
 PROGRAM = ["-m", "tests.distributed.launcher_program"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
@@ -172,4 +176,30 @@ def test_a_master_without_an_address_is_told_once(tmp_path: Path) -> None:
     assert codes == [2, 2]
     assert [re.sub(r"on .*? \(.*\)\.", "on HOST.", line) for line in told if "(rank 1" not in line] == [
         "MASTER_ADDR=nowhere.invalid: has no address on HOST. Set it to a name or address of rank 0's machine."
+    ]
+
+
+@pytest.mark.slow
+def test_a_silent_program_at_the_masters_port_ends_all_ranks(tmp_path: Path) -> None:
+    """It takes connections and never answers: under torchrun all ranks ask it, under SLURM all but the first one."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(16)
+        port = str(silent.getsockname()[1])
+        place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "ANSWER_TIMEOUT_S": "3"}
+        start = time.monotonic()
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, *PROGRAM, "2", str(tmp_path)], env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in "01"
+        ]  # fmt: skip
+        codes, told, _ = ended(ranks)
+    assert codes == [2, 2] and time.monotonic() - start < 60
+    assert TrainerConfig().timeout_s > ANSWER_TIMEOUT_S + GRACE_S
+    assert told == [
+        f"MASTER_PORT={port}: another program uses this port of 127.0.0.1; it takes connections, and has not answered in "
+        "3 s. Set MASTER_PORT to a free one."
     ]

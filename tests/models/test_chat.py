@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,29 @@ def test_spans_are_found_where_others_follow() -> None:
 def test_a_span_is_never_guessed(template: str, rule: str) -> None:
     with pytest.raises(ChatError, match=rule):
         ChatTemplate(tokenizer(template)).encode(CHATS["three turns"])
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        LOOP + CHATML,
+        LOOP + unmarked(CHATML),
+        unmarked(CHATML) + "{% if add_generation_prompt %}" + LOOP + "{% endif %}",  # in the prompts alone
+        "{{ 9 ** (9 ** 9) }}" + CHATML,
+    ],
+    ids=["marked", "unmarked", "prompt", "power"],
+)
+def test_a_template_without_end_is_ended(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moecompile.models.chat.LIMIT_S", 0.3)
+    before, start = signal.getsignal(signal.SIGVTALRM), time.process_time()
+    with pytest.raises(ChatError, match=r"^the chat template has not rendered it in 0 s of CPU time: look for a loop"):
+        ChatTemplate(tokenizer(template)).encode(CHATS["three turns"])
+    assert time.process_time() - start < 1.5
+    assert signal.getsignal(signal.SIGVTALRM) == before and signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    assert ChatTemplate(tokenizer(CHATML)).encode(CHATS["one turn"])
 
 
 def test_system_messages_tools_and_the_date() -> None:

@@ -131,7 +131,7 @@ def test_the_text_in_the_tokens_of_the_model(llama: nn.Module, tmp_path: Path) -
     with pytest.raises(ConfigError) as caught:
         data_for(small, data, config)
     assert str(caught.value) == (
-        "data.tokenizer=model: has 262 entries, the model tiny-llama has embeddings for 100 tokens. "
+        "data.tokenizer=model: has token ids up to 261, the model tiny-llama has embeddings for 100 tokens. "
         "Save the tokenizer that belongs to the model beside it."
     )
 

@@ -93,6 +93,12 @@ def test_long_chats_are_cut_and_those_without_a_target_left_out(tmp_path: Path) 
     assert found == sorted(map(str, [whole, whole, cut]))
 
 
+def test_ids_with_gaps_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Numbers, "tokenizer", Tokenizer(WordLevel({"0": 0, "70071": 70_071}, unk_token="0")))
+    train, _, _, _ = loaded(tmp_path, [chat("10", "70071 21")] * 2, layout=RowLayout.pad)
+    assert items(train)[0]["labels"] == [IGNORED, IGNORED, 70_071, 21]
+
+
 def test_a_batch_is_filled_up(tmp_path: Path) -> None:
     rows = ChatRows.__new__(ChatRows)
     rows.pad_id, rows.packed = PAD, True
@@ -201,6 +207,7 @@ def test_the_seed_shuffles_but_does_not_change_what_is_held_out(tmp_path: Path) 
         ({"messages": [{"role": "user", "content": "x"}]}, "has no message of the assistant, so there is nothing to learn. Remove the record."),
         ({"prompt": "x", "completion": 3}, "completion is int, not a string."),
         ({"messages": [{"role": "assistant", "content": "5 6"}], "tools": {"a": 1}}, "tools is not a list. Write a list"),
+        (chat("10", "\udfff"), "holds \\udfff, half of a character without the other half. Write both halves, or leave"),
         (chat("refuse", "5"), "the chat template refuses it: no. Correct the record, or the chat template beside the model."),
         ({"messages": [{"role": "assistant", "content": ""}]}, "the template makes 1 tokens of it."),
     ],

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from moecompile.errors import ConfigError
 from moecompile.runtime.data import CorpusWindows, SpanCorruption, TextData, load_data, train_loader
 from moecompile.runtime.data.corpus import num_held_out
-from moecompile.runtime.data.tokens import END_OF_TEXT
+from moecompile.runtime.data.tokens import END_OF_TEXT, num_ids, train_tokenizer
 from moecompile.runtime.text import load_text
 from moecompile.schema import DataConfig, DataKind, TokenizerSource
 from tests.chat_models import save_mixtral, write_lines
@@ -132,6 +132,24 @@ def test_the_models_own_tokens_and_end_of_text(files: Path, tmp_path: Path) -> N
         load(data, tmp_path, folder=folder)
 
 
+def test_ids_with_gaps_are_kept(files: Path, tmp_path: Path) -> None:
+    """A tokenizer of 259 entries whose last id is 70071: two bytes hold the number of entries, but not the id."""
+    body = json.loads(train_tokenizer(PROSE, 257, special=["<|endoftext|>"]).to_str())
+    vocab = body["model"]["vocab"]
+    del vocab["w"]
+    body["model"]["vocab"] = {**vocab, "w": 70_071}
+    folder = save_mixtral(tmp_path / "gaps", None)
+    (folder / "tokenizer.json").write_text(json.dumps(body))
+    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert own.get_vocab_size() < 300 and num_ids(own) == 70_072
+    data = settings(files, tmp_path / "cache", tokenizer=TokenizerSource.model, vocab_size=None)
+    loaded = load(data, tmp_path, folder=folder)
+    assert isinstance(loaded.val, CorpusWindows)
+    shown = stream(loaded.val)
+    assert 70_071 in shown and 70_071 % 2**16 not in shown
+    assert "whale" in own.decode(shown[: own.get_vocab_size()])
+
+
 def test_spans_of_a_corpus_are_masked_too(files: Path, tmp_path: Path) -> None:
     data = load(settings(files, tmp_path), tmp_path)
     spans = SpanCorruption(data.train, 400, 0)
@@ -147,6 +165,11 @@ def test_spans_of_a_corpus_are_masked_too(files: Path, tmp_path: Path) -> None:
         ),
         ({"text": None}, "line 2: has no text in the field 'text' (fields: text)."),
         ({"text": 3}, "line 2: has no string in the field 'text' (fields: text)."),
+        ({"a\ud800": 3}, r"line 2: has no text in the field 'text' (fields: a\ud800)."),
+        (
+            {"text": "a\ud800"},
+            r"line 2: holds \ud800, half of a character without the other half. Write both halves, or",
+        ),
     ],
 )
 def test_a_bad_record_is_named(record: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_a_table_without_the_library_is_one_message(tmp_path: Path, monkeypatch:
         (b"[1]", "line 3: is a list, not an object with fields. Write one JSON object a line."),
         (b"null", "line 3: is null, not an object"),
         (b'{"a": "\xff"}', "line 3: is not UTF-8 text. Convert the file to UTF-8."),
+        (b"[" * 100_000, "line 3: has too many brackets within each other. Write fewer levels."),
     ],
 )
 def test_a_bad_line_is_named(line: bytes, message: str, tmp_path: Path) -> None:

@@ -43,6 +43,14 @@ def test_documents_come_back(vocab_size: int, bytes_: int, tmp_path: Path) -> No
     assert [path.stat().st_size for path in sorted(store.folder.glob("tokens-*"))] == [4 * bytes_] * 4 + [2 * bytes_]
 
 
+def test_a_token_that_its_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path, 2**16) as writer:
+        writer.add(np.array([2**16 - 1]))
+        for token in (2**16, -1):
+            with pytest.raises(ValueError, match=f"tokens {token} to {token} are not below 65536"):
+                writer.add(np.array([token]))
+
+
 def test_a_damaged_store_is_named(tmp_path: Path) -> None:
     store = written(tmp_path / "s", has_targets=False)
     file = store.folder / "tokens-00002.bin"

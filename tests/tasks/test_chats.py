@@ -74,7 +74,7 @@ def test_the_result_says_what_was_learned(folder: Path) -> None:
     assert len(stores) == 1
 
 
-@pytest.mark.parametrize(("layout", "cp"), [("pack", 1), ("pad", 1), ("pack", 2)])
+@pytest.mark.parametrize(("layout", "cp"), [("pack", 1), ("pad", 1), ("pad", 2)])
 def test_ranks_compute_what_one_process_does(folder: Path, layout: str, cp: int) -> None:
     output = run(
         folder, f"verify {layout} {cp}", "task=verify", f"data.layout={layout}", "mesh=cpu_1x2", f"mesh.cp={cp}",

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moecompile.compose import compose_config
@@ -221,6 +223,11 @@ def test_model_and_text_must_fit(folder: Path) -> None:
     )
     assert refused(*given, "data.vocab_size=513") == (
         "data.vocab_size=513: the model model has embeddings for 512 tokens. Use at most 512."
+    )
+    (folder / "tokenizer.json").write_text(Tokenizer(WordLevel({"a": 0, "b": 70_071}, unk_token="a")).to_str())
+    assert refused(f"model.pretrained='{folder}'", "data.seq_len=16") == (
+        "data.tokenizer=model: has token ids up to 70071, the model model has embeddings for 512 tokens. Save the "
+        "tokenizer that belongs to the model beside it."
     )
     assert refused("model.config.vocab_size=100").startswith(
         "data.vocab_size=2048: the model llama_nano has embeddings"

@@ -110,7 +110,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _plan(folder: Path) -> plans.Plan | None:
     try:
-        return plans.load(folder / "plan.yaml")
+        return plans.read(folder / "plan.yaml")
     except (OSError, MoecompileError):
         return None
 

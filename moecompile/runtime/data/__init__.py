@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from moecompile.runtime.data.spans import SpanCorruption, SpanCounts
 from moecompile.runtime.data.tokens import (
     encode,
     model_tokenizer,
+    num_ids,
     shared_tokenizer,
     train_tokenizer,
     unigram_cross_entropy,
@@ -48,6 +50,7 @@ __all__ = [
     "load_text",
     "mean_length",
     "model_tokenizer",
+    "num_ids",
     "shared_tokenizer",
     "split_text",
     "train_loader",
@@ -104,10 +107,14 @@ def check_tokens(data: DataConfig) -> None:
 
 def train_loader(
     windows: Split, data: DataConfig, *, seed: int, rank: int, world_size: int,
-    start_step: int = 0, num_steps: int | None = None,
+    start_step: int = 0, num_steps: int | None = None, multiple: int = 1,
 ) -> DataLoader[Any]:  # fmt: skip
     """This rank's training micro-batches from step `start_step` on: input_ids and labels, one row per window; of chats,
     attention_mask and position_ids too (chats.py).
+
+    Args:
+        multiple: what divides the tokens of a row: `mesh.cp`, whose ranks have equally many positions. `data.seq_len`
+            is a multiple of it.
     """
     sampler = GlobalBatchSampler(
         len(windows),
@@ -121,11 +128,13 @@ def train_loader(
         distinct_epochs=isinstance(windows, SpanCorruption),
         computed_order=isinstance(windows, CorpusWindows),
     )
-    return DataLoader(windows, batch_sampler=sampler, collate_fn=_collate(windows))
+    return DataLoader(windows, batch_sampler=sampler, collate_fn=_collate(windows, multiple))
 
 
-def val_loader(windows: Split, data: DataConfig, *, rank: int, world_size: int) -> DataLoader[Any]:
-    """This rank's validation micro-batches; every rank has the same number."""
+def val_loader(
+    windows: Split, data: DataConfig, *, rank: int, world_size: int, multiple: int = 1
+) -> DataLoader[Any]:  # fmt: skip
+    """This rank's validation micro-batches; every rank has the same number. multiple: as for `train_loader`."""
     sampler = ValidationSampler(
         len(windows),
         micro_batch_size=data.micro_batch_size,
@@ -133,12 +142,12 @@ def val_loader(windows: Split, data: DataConfig, *, rank: int, world_size: int) 
         world_size=world_size,
         max_batches=data.val_batches,
     )
-    return DataLoader(windows, batch_sampler=sampler, collate_fn=_collate(windows))
+    return DataLoader(windows, batch_sampler=sampler, collate_fn=_collate(windows, multiple))
 
 
-def _collate(windows: Split) -> Callable[[list[Any]], dict[str, Tensor]] | None:
+def _collate(windows: Split, multiple: int) -> Callable[[list[Any]], dict[str, Tensor]] | None:
     """How items become a batch; None: they are stacked."""
-    return windows.collate if isinstance(windows, ChatRows) else None
+    return partial(windows.collate, multiple=multiple) if isinstance(windows, ChatRows) else None
 
 
 def _windows(tokenizer: Tokenizer, text: str, seq_len: int) -> TokenWindows:

@@ -8,7 +8,7 @@ Algorithm:
   3. Some chats, the same for every seed, are held out. The seed shuffles the others.
   4. `layout=pack` puts several chats into a row (packing.py). Positions start at 0 in each: so transformers' masks
      keep them apart. `layout=pad` has one chat a row.
-  5. Rows of a micro-batch are filled up to its longest.
+  5. Rows of a micro-batch are filled up to its longest, and with `mesh.cp` to a multiple of its ranks.
 
 A batch has `input_ids`, `labels` (already shifted), `attention_mask` (1 for a token, 0 for padding), all (B, S), and
 with packing `position_ids`. Rows do not depend on ranks.
@@ -36,12 +36,13 @@ from moecompile.runtime.data.corpus import HELD_OUT, num_held_out
 from moecompile.runtime.data.packing import pack
 from moecompile.runtime.data.shuffle import shuffled
 from moecompile.runtime.data.store import StoreWriter, TokenStore
-from moecompile.runtime.records import Found, Record, bad, records
+from moecompile.runtime.data.tokens import num_ids
+from moecompile.runtime.records import Found, Record, bad, check_characters, records
 from moecompile.schema import DataConfig, RowLayout
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAPE = 'Write {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
-_FORMAT = 1  # of stores; a change makes them anew
+_FORMAT = 2  # of stores; a change makes them anew
 
 
 class ChatRenderer(Protocol):
@@ -64,7 +65,7 @@ class ChatCounts:
 
     records: chats in the files. left_out: those of them without a target. truncated: those longer than `seq_len`.
     tokens, supervised: inputs and targets in one pass. rows: of tokens, of one chat or several. fill: tokens over
-    places in batches, the rest of which is padding, in the first pass over the training rows.
+    places in batches, the rest of which is padding, in the first pass over the training rows; with `mesh.cp=1`.
     """
 
     files: int
@@ -114,9 +115,12 @@ class ChatRows(Dataset[dict[str, Tensor]]):
         labels = np.where(targets, tokens[1:], IGNORED)
         return {"input_ids": tokens[:-1], "labels": labels, "position_ids": np.arange(length)}
 
-    def collate(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """A batch: rows filled up to the longest. Positions of padding start at 0: it is a chat of its own."""
-        longest = max(2, *(len(item["input_ids"]) for item in items))
+    def collate(self, items: list[dict[str, Tensor]], multiple: int = 1) -> dict[str, Tensor]:
+        """A batch: rows filled up to the longest, and to a `multiple`.
+
+        Positions of padding start at 0: it is a chat of its own.
+        """
+        longest = -(-max(2, *(len(item["input_ids"]) for item in items)) // multiple) * multiple
         shape = (len(items), longest)
         batch = {
             "input_ids": torch.full(shape, self.pad_id),
@@ -204,9 +208,9 @@ class _Targets:
 
 def _render(found: Found, renderer: ChatRenderer, folder: Path) -> None:
     """Step 1. first.bin, count.bin: position of the first target of each chat, from 1, and number of targets; int32."""
-    progress, vocab_size = Progress("rendering chats", "of them"), renderer.tokenizer.get_vocab_size()
+    progress = Progress("rendering chats", "of them")
     with (
-        StoreWriter(folder, vocab_size, has_targets=True) as writer,
+        StoreWriter(folder, num_ids(renderer.tokenizer), has_targets=True) as writer,
         (folder / "first.bin").open("wb") as first_file,
         (folder / "count.bin").open("wb") as count_file,
     ):
@@ -225,6 +229,7 @@ def _encoded(record: Record, renderer: ChatRenderer) -> tuple[NDArray[np.int64],
     messages, tools = messages_of(record), record.value.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise bad(record.where, "tools is not a list", "Write a list of JSON schemas of functions")
+    check_characters(record, [messages, tools])
     try:
         tokens, targets = renderer.encode(messages, tools or None)
     except ChatError as error:

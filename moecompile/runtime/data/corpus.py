@@ -30,13 +30,14 @@ from moecompile.runtime.data.batches import TokenWindows, no_targets
 from moecompile.runtime.data.cache import Progress, content_of, key_of, made
 from moecompile.runtime.data.shuffle import shuffled
 from moecompile.runtime.data.store import StoreWriter, TokenStore
-from moecompile.runtime.records import Found, bad, field_pieces, is_text, records, text_pieces
+from moecompile.runtime.data.tokens import num_ids
+from moecompile.runtime.records import Found, bad, check_characters, field_pieces, is_text, records, text_pieces
 from moecompile.schema import DataConfig
 
 _BATCH = 2**18  # characters that are tokenized together
 _BLOCK = 2**16  # pieces whose ends are added up together
 _SAMPLE = 2**25  # characters of which a tokenizer is trained
-_FORMAT = 1  # of stores; a change makes them anew
+_FORMAT = 2  # of stores; a change makes them anew
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def sample(found: Found, data: DataConfig) -> Iterator[str]:
 def _tokenize(found: Found, data: DataConfig, tokenizer: Tokenizer, end: int, folder: Path) -> None:
     """Step 1."""
     documents, characters, progress = 0, 0, Progress(f"tokenizing {data.path}", "million characters")
-    with StoreWriter(folder, max(tokenizer.get_vocab_size(), end + 1)) as writer:
+    with StoreWriter(folder, max(num_ids(tokenizer), end + 1)) as writer:
         for batch in _batches(_pieces_of(found, data)):
             encoded = tokenizer.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
             for (piece, is_last), encoding in zip(batch, encoded, strict=True):
@@ -176,6 +177,7 @@ def _pieces_of(found: Found, data: DataConfig) -> Iterator[tuple[str, bool]]:
                     record.where, f"{rule} the field {data.text_field!r} (fields: {fields[:200]})",
                     "Give data.text_field=FIELD, or correct the record",
                 )  # fmt: skip
+            check_characters(record, text)
             if text:
                 yield from field_pieces(text)
 

@@ -16,7 +16,7 @@ from moecompile.runtime.data.cache import cache_folder, content_of, key_of, made
 from moecompile.runtime.data.chats import ChatRenderer, load_chats
 from moecompile.runtime.data.corpus import CorpusCounts, CorpusWindows, corpus_store, num_held_out, sample
 from moecompile.runtime.data.loaded import TextData
-from moecompile.runtime.data.tokens import END_OF_TEXT, plain_tokenizer, train_tokenizer
+from moecompile.runtime.data.tokens import END_OF_TEXT, num_ids, plain_tokenizer, train_tokenizer
 from moecompile.runtime.records import Found, find_files
 from moecompile.schema import DataConfig, TokenizerSource
 
@@ -91,7 +91,7 @@ def _end_of_text(folder: Path, tokenizer: Tokenizer) -> int:
     if number is None:
         number = _json(folder / "config.json").get("eos_token_id")
         number = number[0] if isinstance(number, list) and number else number
-    if not isinstance(number, int) or not 0 <= number < tokenizer.get_vocab_size():
+    if not isinstance(number, int) or not 0 <= number < num_ids(tokenizer):
         raise ConfigError(
             "data.tokenizer", "model", f"the tokenizer in {folder} names no end of text, which parts documents",
             "Name it as eos_token in tokenizer_config.json",

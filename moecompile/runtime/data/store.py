@@ -1,6 +1,6 @@
 """Tokenized documents on disk, memory-mapped.
 
-    tokens-00000.bin, ...    all tokens, one document after the other: uint16 if the vocabulary allows, else uint32
+    tokens-00000.bin, ...    all tokens, one document after the other: uint16 if the largest id allows, else uint32
     targets-00000.bin, ...   uint8, 1 for a token that is to be learned; of chats alone
     ends.bin                 int64, the number of tokens up to the end of each document
     meta.json                the counts, which are compared with the files' sizes
@@ -29,19 +29,25 @@ class StoreWriter:
     """Writes a store, one document at a time; nothing of it is kept in memory. A context manager that closes its files.
 
     Args:
-        folder: an existing, empty folder. vocab_size: largest token plus one. shard: tokens of a shard.
+        folder: an existing, empty folder. num_ids: the largest token id plus one. shard: tokens of a shard.
     """
 
-    def __init__(self, folder: Path, vocab_size: int, *, has_targets: bool = False, shard: int = SHARD) -> None:
+    def __init__(self, folder: Path, num_ids: int, *, has_targets: bool = False, shard: int = SHARD) -> None:
         self.folder, self.shard, self.has_targets = folder, shard, has_targets
-        self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+        self.num_ids, self.dtype = num_ids, np.dtype(np.uint16 if num_ids <= 2**16 else np.uint32)
         self.num_tokens = self.num_documents = 0
         self._files: dict[str, BinaryIO] = {}
         self._ends = (folder / _ENDS).open("wb")
 
     def add(self, tokens: NDArray[Any], targets: NDArray[np.bool_] | None = None) -> None:
-        """Appends one document; `targets` has a flag per token."""
+        """Appends one document; `targets` has a flag per token.
+
+        Raises:
+            ValueError: a token is no id below `num_ids`; a smaller dtype would store another one.
+        """
         assert (targets is not None) == self.has_targets and len(tokens)
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.num_ids:
+            raise ValueError(f"tokens {tokens.min()} to {tokens.max()} are not below {self.num_ids}")
         columns = {"tokens": tokens.astype(self.dtype)}
         if targets is not None:
             columns[_TARGETS] = targets.astype(np.uint8)

@@ -96,6 +96,11 @@ def plain_tokenizer(source: Path) -> Tokenizer:
     return tokenizer
 
 
+def num_ids(tokenizer: Tokenizer) -> int:
+    """The largest token id plus one: ids may have gaps, so it is more than the number of entries."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
 def encode(tokenizer: Tokenizer, text: str) -> Tensor:
     """The tokens of `text`, int64 (N,), without special tokens such as a start and an end."""
     return torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)

@@ -58,7 +58,9 @@ class ExpertsConfig:
     weight_scaling: WeightScaling = WeightScaling.exact
     """How weights are scaled to compensate for routing weights, so that the MoE layer starts like the dense FFN."""
     backend: Optional[str] = None
-    """`module:name` of a function that computes the SwiGLU experts of a rank instead; null: the package's own."""
+    """`module:name` of a function that computes the SwiGLU experts of a rank instead; only from the command line or
+    Python. null: the package's own.
+    """
 
 
 @dataclass(kw_only=True)

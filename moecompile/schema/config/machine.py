@@ -240,4 +240,5 @@ class DispatchConfig:
     slots: Union[int, str] = "auto"
     """Experts that a rank can borrow at once, 1 or more; `auto`: 2, or as many as other ranks have."""
     backend: Optional[str] = None
-    """`module:name` of a back end that dispatches and combines instead (DeepEP, ...); null: the exchanges of `kind`."""
+    """`module:name` of a back end that dispatches and combines instead (DeepEP, ...); only from the command line or
+    Python. null: the exchanges of `kind`."""

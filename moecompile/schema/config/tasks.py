@@ -54,11 +54,11 @@ class LauncherConfig:
     interface: Optional[str] = None
     """Network interface between nodes (`ib0`), for gloo and NCCL; null: their own choice."""
     directives: list[str] = field(default_factory=list)
-    """Further options of sbatch, such as `--mem=0`."""
+    """Further options of sbatch, such as `--mem=0`; only from the command line or Python."""
     setup: list[str] = field(default_factory=list)
-    """Lines of bash before the ranks start, such as `module load cuda`."""
+    """Lines of bash before the ranks start, such as `module load cuda`; only from the command line or Python."""
     python: Optional[str] = None
-    """Python of the job; null: the one that submits it."""
+    """Python of the job, only from the command line or Python; null: the one that submits it."""
 
 
 @dataclass(kw_only=True)

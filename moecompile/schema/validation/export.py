@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moecompile.errors import ConfigError
+from moecompile.named_code import FACTORY
 from moecompile.schema.config import Config
 from moecompile.schema.enums import ExportFormat, TaskName
 
@@ -24,7 +25,8 @@ def check_export(config: Config) -> None:
         raise ConfigError(
             "export.family", export.family, "has no meaning with export.format=native", "Leave one of them out"
         )
-    if others := [key for key in config.given if key.partition(".")[0] not in ("export", "task", "hydra")]:
+    given = [key for key in config.given if key != FACTORY]  # the run's, which the caller must name again
+    if others := [key for key in given if key.partition(".")[0] not in ("export", "task", "hydra")]:
         raise ConfigError(
             others[0], "...", "task=export takes the model and its plan from the run, so other keys have no effect",
             "Leave it out",

@@ -25,7 +25,7 @@ from moecompile.report.page import try_report
 from moecompile.report.result import write_result
 from moecompile.rundir import place
 from moecompile.runtime.baseline import train_dense
-from moecompile.runtime.data import TextData, TokenWindows, unigram_entropy
+from moecompile.runtime.data import TextData, TokenWindows, num_ids, unigram_entropy
 from moecompile.runtime.process_group import init_process_group
 from moecompile.runtime.training import Outcome, train
 from moecompile.schema import Baseline, Config
@@ -139,4 +139,4 @@ def _unigram_entropy(data: TextData) -> float | None:
     """Entropy of the token frequencies, nats; None if the targets are not the text's own tokens."""
     if not isinstance(data.train, TokenWindows) or not isinstance(data.val, TokenWindows):
         return None
-    return unigram_entropy(torch.cat((data.train.tokens, data.val.tokens)), data.tokenizer.get_vocab_size())
+    return unigram_entropy(torch.cat((data.train.tokens, data.val.tokens)), num_ids(data.tokenizer))

@@ -1,0 +1,347 @@
+"""Files choose no code: every key that names code, in every file that is read, and every place that imports or runs."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import moecompile
+from moecompile import plan as plans
+from moecompile.compose import CONFIG_DIR_VARIABLE, compose_config, load_resolved, save_resolved
+from moecompile.errors import ConfigError, MoecompileError, PlanError
+from moecompile.export import load_exported
+from moecompile.models.build import build_model, config_of, example_inputs
+from moecompile.models.source import source_model
+from moecompile.named_code import (
+    DISPATCH,
+    EXPERTS,
+    FACTORY,
+    IMPORTED,
+    KEYS,
+    VARIABLE,
+    for_ranks,
+    from_launcher,
+    imported,
+    named_in,
+)
+from moecompile.ops import backend
+from moecompile.pipeline import compile_with_report
+from moecompile.planner.given import given_plan
+from moecompile.runtime.orders import free_port
+from moecompile.schema import Config, ModelConfig, validate
+from moecompile.tasks import worker
+from moecompile.tasks.export import run as export
+from moecompile.tasks.inputs import check_inputs
+from tests.cluster.slow_model import SMALL
+from tests.tiny import ids, tiny_llama
+
+PACKAGE = Path(__file__).parents[1] / "moecompile"
+CANARY = "a_canary:sing"
+VALUES = {key: [CANARY] if key in ("launcher.setup", "launcher.directives") else CANARY for key in KEYS}
+PLACES = [*KEYS, f"per_layer.first.{EXPERTS}"]
+
+
+@pytest.fixture
+def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A module that leaves a file behind when it is imported; afterwards it must not be there."""
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "a_canary.py").write_text(f"open({str(tmp_path / 'sang')!r}, 'w')\ndef sing(): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "path"))
+    yield tmp_path
+    assert not (tmp_path / "sang").exists() and "a_canary" not in sys.modules
+
+
+def recipe(folder: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe `mine` with these dotted keys."""
+    body: dict[str, Any] = {"name": "mine"}
+    for key, value in values.items():
+        *groups, name = key.split(".")
+        node = body
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = value
+    (folder / "recipe").mkdir(exist_ok=True)
+    (folder / "recipe" / "mine.yaml").write_text("# @package _global_\n" + yaml.safe_dump(body))
+    monkeypatch.setenv(CONFIG_DIR_VARIABLE, str(folder))
+
+
+def named(key: str, value: Any = None) -> str:
+    value = VALUES[key.removeprefix("per_layer.first.")] if value is None else value
+    return f"{key}={value if isinstance(value, str) else f'[{chr(39)}{value[0]}{chr(39)}]'}"
+
+
+@pytest.mark.parametrize("key", PLACES)
+def test_a_recipe_names_none_and_the_caller_may(key: str, canary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = VALUES[key.removeprefix("per_layer.first.")]
+    recipe(canary, {key: value}, monkeypatch)
+    with pytest.raises(ConfigError) as raised:
+        compose_config(["recipe=mine"])
+    assert str(raised.value) == (
+        f"{key}={value}: a config file may not choose code to run. "
+        f"Give {named(key)} on the command line or in Python, if you trust it."
+    )
+    assert named_in(compose_config(["recipe=mine", named(key)])) == {key: value}
+
+
+def test_a_group_of_a_folder_names_none(canary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for group, field in (("dispatch", "backend"), ("experts", "backend"), ("launcher", "python"), ("model", "factory")):
+        (canary / group).mkdir()
+        (canary / group / "mine.yaml").write_text(f"{field}: {CANARY}\n")
+        monkeypatch.setenv(CONFIG_DIR_VARIABLE, str(canary))
+        with pytest.raises(ConfigError, match=rf"^{group}\.{field}=a_canary:sing: a config file may not choose code"):
+            compose_config([f"{group}=mine"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["++per_layer.first={layers: '0:1'}"],  # is merged with what the recipe has there
+        ["++per_layer.first.experts={num_routed: 4}"],
+        ["per_layer.first.experts=${per_layer.first.experts}"],
+        ["+per_layer.second={experts: {backend: 'b:c'}}", "experts.backend='b:c'"],
+        ["experts.backend=a_canary:sing"],
+    ],
+)
+def test_what_is_typed_beside_it_does_not_name_it(
+    words: list[str], canary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe(canary, {f"per_layer.first.{EXPERTS}": CANARY}, monkeypatch)
+    with pytest.raises(MoecompileError, match=r"^per_layer\.first\.experts"):
+        compose_config(["recipe=mine", *words])
+
+
+def test_a_typed_mapping_names_what_is_in_it() -> None:
+    word = "+per_layer.first={experts: {backend: 'b:c'}, layers: '0:1'}"
+    assert named_in(compose_config([word])) == {f"per_layer.first.{EXPERTS}": "b:c"}
+
+
+# -- the config of a run -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", PLACES)
+def test_the_config_of_a_run_names_none(key: str, canary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, path = compose_config([f"+{named(key)}" if "first" in key else named(key)]), canary / "resolved.yaml"
+    save_resolved(config, path)
+    with pytest.raises(ConfigError) as raised:
+        load_resolved(path)
+    text = named(key)
+    assert str(raised.value) == f"resolved.yaml={path}: names code to run, {text}. Give {text} too, if you trust it."
+    with pytest.raises(ConfigError, match="names code to run"):
+        load_resolved(path, named={key: "another"})
+    assert load_resolved(path, named=named_in(config)) == config
+    looked = load_resolved(path, runs=())
+    assert named_in(looked) == {}
+    # What a rank reads: the launcher tells it what was named; a folder alone tells it nothing.
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with pytest.raises(ConfigError, match="names code to run"):
+        worker.main(canary)
+    assert from_launcher(for_ranks(named_in(config))) == named_in(config)
+
+
+def test_what_a_run_keeps_cannot_give_itself_leave(canary: Path) -> None:
+    save_resolved(replace(compose_config([named(KEYS[0])]), given=["model.factory"]), canary / "resolved.yaml")
+    with pytest.raises(ConfigError, match="names code to run"):
+        load_resolved(canary / "resolved.yaml")
+
+
+def test_an_export_needs_the_factory_alone(canary: Path) -> None:
+    run = canary / "run"
+    (run / "checkpoints" / "step-1").mkdir(parents=True)
+    words = ["task=export", f"export.run={run}", f"export.checkpoint={run}/checkpoints/step-1"]
+    save_resolved(compose_config([named(key) for key in KEYS]), run / "resolved.yaml")
+    (run / "plan.yaml").write_text("no plan")
+    told = rf"={run}: names code to run, model\.factory=a_canary:sing\. Give model\.factory=a_canary:sing too"
+    with pytest.raises(ConfigError, match=f"^export.run{told}"):
+        export(compose_config(words), canary / "out")
+    (run / "model.safetensors").write_text("{}")
+    with pytest.raises(ConfigError, match=f"^export.run{told}"):
+        load_exported(run)
+    with pytest.raises(PlanError, match="must be a mapping"):
+        export(compose_config([*words, named(KEYS[0])]), canary / "out")  # the next file is read
+
+
+# -- plans ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", [EXPERTS, DISPATCH])
+def test_a_plan_names_none(key: str, canary: Path) -> None:
+    text, path = f"{key}={CANARY}", canary / "plan.yaml"
+    words = ["experts.num_routed=4", "mesh=cpu_1x2", "trainer.checkpointing=none", "dispatch=dedup", text]
+    plan = moecompile.make_plan(tiny_llama(), words, example={"input_ids": ids()})
+    plans.save(plan, path)
+    for source, read in ((path, partial(plans.load, path)), ("plan.yaml", partial(plans.from_yaml, path.read_text()))):
+        with pytest.raises(ConfigError) as raised:
+            read()
+        assert str(raised.value) == f"plan={source}: names code to run, {text}. Give {text} too, if you trust it."
+        assert read(named={key: CANARY}) == plans.read(path) == plan
+
+
+# -- models --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+def test_a_model_of_a_folder_names_no_attention_of_a_hub(name: str, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), name: "some/kernel"}))
+    told = r"^model\.pretrained=.*: names code of a hub to run, attn_implementation=some/kernel\. Remove it there"
+    for use in (config_of, lambda model: build_model(model, 0)):
+        with pytest.raises(ConfigError, match=told):
+            use(ModelConfig(pretrained=str(tmp_path)))
+    model = ModelConfig(architecture="llama", config={"_attn_implementation": "some/kernel"})
+    with pytest.raises(ConfigError, match=r"^model\.config=custom: names code of a hub to run"):
+        build_model(model, 0)
+
+
+# -- nothing is forgotten ------------------------------------------------------------------------------------------
+
+
+RUN_AND_IMPORT = {
+    "__init__.py": {"importlib.import_module": 2},  # names of the package's own API
+    "checkpoint/tensors.py": {"pickle.Unpickler": 1},  # reads a list of classes alone
+    "models/build.py": {"importlib.util.find_spec": 1},  # of transformers' own modules
+    "models/packages.py": {"importlib.util.find_spec": 1},  # of READERS
+    "named_code.py": {"importlib.import_module": 1},
+    "ops/cpu/native.py": {
+        "ctypes.CDLL": 1,
+        "subprocess.run": 1,
+    },  # the kernels of the package, by the compiler of the machine
+    "runtime/in_place.py": {"importlib.import_module": 1},  # the module of an order, which rank 0 sends
+    "runtime/loggers.py": {"importlib.util.find_spec": 1},  # of _PACKAGES
+    "runtime/records.py": {"importlib.util.find_spec": 1},
+    "runtime/slurm.py": {"subprocess.run": 1},  # commands of SLURM
+    "runtime/trainer_checkpoint.py": {"torch.load": 1},  # weights_only
+    "tasks/__init__.py": {"importlib.import_module": 2},  # by the name of a task, an enum
+}
+"""Every call that may import, run or unpickle what a value names. A new one belongs here if no file can choose the value;
+else it is made by `moecompile.named_code.imported`, and its key belongs in `KEYS`."""
+BUILTINS = {"eval", "exec", "compile", "__import__"}
+METHODS = {"import_module", "find_spec", "instantiate", "get_class", "get_method", "get_object", "load_library"}
+MODULES = (
+    "subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check", "os.system", "os.exec", "os.spawn",
+    "os.popen", "os.posix_spawn", "runpy.", "pickle.load", "pickle.Unpickler", "torch.load", "torch.hub", "yaml.load",
+    "yaml.unsafe_load", "joblib.", "ctypes.", "pydoc.",
+)  # fmt: skip
+
+
+def test_nothing_else_imports_or_runs_by_name() -> None:
+    found: dict[str, dict[str, int]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.func] if isinstance(node, ast.Call) else node.bases if isinstance(node, ast.ClassDef) else []
+            for text in map(ast.unparse, names):
+                if text in BUILTINS or text.rpartition(".")[2] in METHODS or text.startswith(MODULES):
+                    calls = found.setdefault(str(path.relative_to(PACKAGE)), {})
+                    calls[text] = calls.get(text, 0) + 1
+    assert found == RUN_AND_IMPORT
+
+
+def test_a_key_that_is_not_listed_is_never_imported() -> None:
+    with pytest.raises(KeyError, match=r"export\.family is not listed in moecompile\.named_code"):
+        imported("export.family", CANARY)
+    for key in KEYS:
+        group, _, field = key.partition(".")
+        assert field in {each.name for each in dataclasses.fields(getattr(Config(), group))}, key
+        assert "only from the command line or Python" in " ".join(
+            docs_of(type(getattr(Config(), group)))[field].split()
+        )
+
+
+def docs_of(kind: type) -> dict[str, str]:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("generate", PACKAGE.parent / "docs" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(PACKAGE.parent / "docs"))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    found: dict[str, str] = module.field_docs(kind)
+    return found
+
+
+def texts(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, a value that names the canary) of every key of the schema that takes text."""
+    for name, hint in typing.get_type_hints(kind).items():
+        key = f"{prefix}{name}"
+        if dataclasses.is_dataclass(hint):
+            yield from texts(typing.cast(type, hint), f"{key}.")
+        elif str in (hint, *typing.get_args(hint)) and typing.get_origin(hint) not in (list, dict):
+            yield key, CANARY
+        elif hint == list[str]:
+            yield key, [CANARY]
+        elif hint == dict[str, typing.Any]:
+            yield key, {"first": CANARY}
+            yield key, {"a_canary": {"_target_": "a_canary.sing"}}
+
+
+@pytest.mark.slow
+def test_only_listed_keys_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every key of the schema names a module, and a run is begun with it as far as one process goes."""
+    (tmp_path / "a_canary.py").write_text("def sing(): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    small = ["model.config.num_hidden_layers=1", "data.vocab_size=300", "data.seq_len=16", "mesh=cpu_1x2"]
+    base, found = compose_config([*small, "dispatch=dedup", "trainer.checkpointing=none"]), set()
+    keys = list(texts(Config))
+    assert {key for key, _ in keys} >= set(KEYS) and len(keys) > 60
+    for key, value in keys:
+        config, (*groups, name) = copy.deepcopy(base), key.split(".")
+        setattr(reduce(getattr, groups, config), name, value)
+        if key == FACTORY:
+            config.model.architecture, config.model.config = None, {}
+        backend.load.cache_clear()
+        with suppress(Exception):  # most are refused, some by the type
+            validate(config)
+            check_inputs(config)
+            model = source_model(config)
+            compile_with_report(model, config, example=example_inputs(model, 8), plan=given_plan(config))
+        if sys.modules.pop("a_canary", None):
+            found.add(key)
+    assert found == set(IMPORTED)
+
+
+# -- ranks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_ranks_run_what_the_caller_names_and_its_export_asks_again(tmp_path: Path) -> None:
+    """Ranks that the command line starts, then ranks of torchrun, which go on with the run."""
+    root, port = PACKAGE.parent, str(free_port())
+    environ = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    factory, experts = f"{FACTORY}=tests.cluster.slow_model:build", f"{EXPERTS}=tests.backends:one_by_one"
+    small = [*SMALL, "mesh=cpu_1x2", "data.micro_batch_size=1", "dispatch=dedup", "trainer.checkpointing=none"]
+    train = [*small, experts, "optimizer.warmup_steps=1", f"hydra.run.dir={tmp_path}/run", "trainer.log_interval=1"]
+    python = [sys.executable, "-m"]
+    torchrun = [*python, "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "-m"]
+
+    def run(start: list[str], *words: str) -> None:
+        done = subprocess.run(
+            [*start, "moecompile", *words], cwd=root, env=environ, capture_output=True, text=True, timeout=240, check=False
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    run(python, *train, "trainer.max_steps=1")
+    run(torchrun, *train, "trainer.max_steps=2", "trainer.resume=auto")
+    export_words = ["task=export", "export.format=native", f"export.run={tmp_path}/run", f"export.path={tmp_path}/out"]
+    export_words.append(f"hydra.run.dir={tmp_path}/export")
+    run(python, *export_words, factory)
+    with pytest.raises(ConfigError, match=f"^export.run={tmp_path}/out: names code to run"):
+        load_exported(tmp_path / "out")
+    assert load_exported(tmp_path / "out", named={FACTORY: factory.partition("=")[2]}).config.vocab_size == 300
