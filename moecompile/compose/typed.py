@@ -17,7 +17,6 @@ from moecompile.compose.explain import explain
 from moecompile.errors import ConfigError
 from moecompile.schema import Config, with_implied
 
-RESOLVED = "resolved.yaml"
 GIVEN_GROUPS = ("per_layer", "model", "mesh", "dispatch")
 """Words without a dot that `Config.given` keeps."""
 
