@@ -19,7 +19,7 @@ from omegaconf import DictConfig, read_write
 from moecompile import waiting
 from moecompile.compose.typed import plain, save_resolved, to_config, unresolved
 from moecompile.errors import ConfigError, MoecompileError, UserError
-from moecompile.rundir import OVERRIDES, RESOLVED, contents, held, kept_apart, others_in, place, resume_hint
+from moecompile.rundir import OVERRIDES, RESOLVED, contents, held, is_run, kept_apart, others_in, place, resume_hint
 from moecompile.schema import Config, validate
 
 FAILURES = "failures.txt"
@@ -176,7 +176,8 @@ def _create(folder: Path, key: str) -> None:
 def _check_sweep(folder: Path, overrides: Sequence[str]) -> None:
     """Ends the process if the directory has other files, or a sweep that is not resumed."""
     if not (folder / "multirun.yaml").exists():
-        if names := contents(folder):
+        names = contents(folder)
+        if names and not any(path.is_dir() and is_run(path) for path in folder.iterdir()):
             rule = f"holds {others_in(names)}, and no sweep"
             refused = ConfigError("hydra.sweep.dir", folder, rule, "Use a new directory, or an empty one")
             sys.exit(report(refused, debug=False))

@@ -57,7 +57,7 @@ class Acceptance(Callback):
 
     def __init__(self, run_dir: Path, first_step: int, make: Callable[[], list[Logger]], metrics: Metrics) -> None:
         self.run_dir, self.first_step, self.make, self.metrics = run_dir, first_step, make, metrics
-        self.unwritten: Unwritten | None = Unwritten()
+        self.unwritten, self._is_done = Unwritten(), False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -69,8 +69,9 @@ class Acceptance(Callback):
 
     def ensure(self, trainer: Trainer) -> None:
         """Accepts the run, if that is not done yet: also at the end, when there was no step to compute."""
-        if self.unwritten is None:
+        if self._is_done:
             return
+        self._is_done = True
         trainer.strategy.barrier()  # Step 1
         note_accepted(self.run_dir)
         if trainer.is_global_zero:  # Step 2
@@ -79,8 +80,7 @@ class Acceptance(Callback):
             if replaced is not None:
                 print(f"later checkpoints, which this run writes again, are kept in {replaced}", flush=True)
         trainer.strategy.barrier()
-        kept, self.unwritten = self.unwritten.kept, None
         trainer.loggers = self.make()  # Step 3
         for logger in trainer.loggers:
-            for metrics, step in kept:
+            for metrics, step in self.unwritten.kept:
                 logger.log_metrics(metrics, step)

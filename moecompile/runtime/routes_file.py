@@ -159,8 +159,10 @@ def _read_head(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError("routing.replay", str(folder), f"{_HEAD} cannot be read: {error}", _RECORD) from error
     keys = {"format", "steps", "sequences", "tokens", "layers"}
-    format_ = head.get("format") if isinstance(head, dict) else None
-    known = keys if format_ == _WITHOUT_DATA else {*keys, "data"}
-    if format_ not in (_WITHOUT_DATA, FORMAT) or set(head) != known or not head["layers"]:
+    is_known = isinstance(head, dict) and (
+        (set(head) == keys and head["format"] == _WITHOUT_DATA)
+        or (set(head) == {*keys, "data"} and head["format"] == FORMAT)
+    )
+    if not isinstance(head, dict) or not is_known or not head["layers"]:
         raise ConfigError("routing.replay", str(folder), f"{_HEAD} is not of format 1 or 2", _RECORD)
     return head

@@ -86,8 +86,7 @@ def train(
     mesh, rank, max_steps = plan.mesh, int(os.environ["RANK"]), config.trainer.max_steps
     known = fingerprint(model, text_hash=data.text_hash, tokenizer=data.tokenizer.to_str())
     start = starting_point(config, plan, run_dir, known, is_restart=is_restart(run_dir))
-    folder = None if start is None else start[0]
-    first_step = 0 if start is None else start[1].step
+    folder, first_step = (None, 0) if start is None else (start[0], start[1].step)
     module = LanguageModule(model, config.optimizer, max_steps)
     metrics = Metrics(
         config.trainer.log_interval,
@@ -109,7 +108,6 @@ def train(
     if on_row is not None:
         observers.append(Live(metrics, on_row))
     observers += make_callbacks(config.trainer)
-    assert acceptance.unwritten is not None
     trainer = make_trainer(config, mesh, run_dir, observers, loggers=[acceptance.unwritten], materialize=materialize)
     fit = train_loader(
         data.train, config.data, seed=config.seed, rank=place, world_size=mesh.num_batches,
