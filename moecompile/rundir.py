@@ -1,9 +1,12 @@
 """A run directory belongs to one run. Until the run is accepted there, its files are kept separate.
 
-    RUN/.pending/    files of a run in a directory that is not empty, until all checks that may refuse the run are done
-    RUN/             where `accept` moves them; in an empty directory files are written here directly
+    RUN/.pending/    files of a run in a directory that is not empty, until nothing can refuse the run any more: a run
+                     that trains has then computed its first new step
+    RUN/.accepted/   the same files while `accept` moves them; what a killed run has left there is moved by the next one
+    RUN/             where they are moved to; in an empty directory files are written here directly
 
-A run that is refused, or that crashes before that, does not change the files of the previous run.
+A run that is refused, or that crashes before that, does not change the files of the previous run. A folder that has
+something else than a run is not used at all.
 """
 
 from __future__ import annotations
@@ -23,6 +26,11 @@ from pathlib import Path
 from moecompile.errors import ConfigError, UserError
 
 PENDING = ".pending"
+ACCEPTED = ".accepted"
+RESOLVED = "resolved.yaml"
+"""The composed config."""
+OVERRIDES = "overrides.txt"
+"""The overrides of the command line, one a line."""
 RESULT = "result.json"
 REPORT = "report.html"
 ERRORS = "errors"
@@ -37,12 +45,49 @@ SAMPLES = "samples.jsonl"
 """Text that the model wrote during training."""
 _accepted: set[Path] = set()
 _BUSY = (errno.EWOULDBLOCK, errno.EACCES)
+_OF_OTHERS = (".hydra", "lost+found")
+"""What Hydra and file systems put into a folder that is empty otherwise."""
+_GROUPS = {"task", "model", "experts", "mesh", "trainer"}
+"""Keys that the `resolved.yaml` of every version has."""
+_SHOWN = 3
 
 
 def place(run_dir: Path) -> Path:
     """Where the run writes now: `run_dir`, or `run_dir`/.pending until it is accepted."""
-    pending = run_dir / PENDING
-    return pending if pending.is_dir() else run_dir
+    for name in (PENDING, ACCEPTED):
+        if (run_dir / name).is_dir():
+            return run_dir / name
+    return run_dir
+
+
+def contents(folder: Path) -> list[str]:
+    """Names of what is in an existing folder, without what Hydra and file systems put there."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in _OF_OTHERS)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run directory, also one of an earlier version, or of a run that was killed early."""
+    try:
+        keys = re.findall(r"^(\w+):", (folder / RESOLVED).read_text(encoding="utf-8"), re.MULTILINE)
+        if set(keys) >= _GROUPS:
+            return not any(folder.glob("*.safetensors"))  # else it is an export, which has the config too
+    except (OSError, ValueError):
+        pass
+    if any(folder.glob("checkpoints/step-*/state.json")):  # a copy of the checkpoints alone
+        return True
+    if contents(folder) != [OVERRIDES]:
+        return False
+    try:  # killed before there was a config, or a job of a sweep that has failed
+        lines = (folder / OVERRIDES).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return False
+    return all(re.match(r"[~+]*[\w./@-]+(=|$)", line) for line in lines)
+
+
+def others_in(names: Sequence[str]) -> str:
+    """`notes.txt, src and 4 more`: the rule in the message about a folder that has other files."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"
 
 
 @contextmanager
@@ -53,7 +98,7 @@ def held(run_dir: Path) -> Iterator[None]:
     cannot lock a directory (NFS) it has no effect.
 
     Raises:
-        ConfigError: another run is writing there.
+        ConfigError: another run is writing there, or it holds other files than those of a run.
     """
     descriptor = os.open(run_dir, os.O_RDONLY)
     try:
@@ -64,8 +109,13 @@ def held(run_dir: Path) -> Iterator[None]:
                 raise ConfigError(
                     "hydra.run.dir", run_dir, "another run is writing there", "Wait for it, or use another directory"
                 ) from None
+        names = contents(run_dir)
+        if names and not is_run(run_dir):
+            rule = f"holds {others_in(names)}, and no run"
+            raise ConfigError("hydra.run.dir", run_dir, rule, "Use a new directory, or an empty one")
+        settle(run_dir)
         discard(run_dir)  # left by a run that was killed before it was accepted
-        if any(run_dir.iterdir()):
+        if contents(run_dir):
             (run_dir / PENDING).mkdir()
         yield
     finally:
@@ -75,18 +125,25 @@ def held(run_dir: Path) -> Iterator[None]:
 def accept(run_dir: Path) -> None:
     """Gives the directory to this run: the files that it has written so far replace those with the same names."""
     note_accepted(run_dir)
-    pending = run_dir / PENDING
-    if not pending.is_dir():
+    if (run_dir / PENDING).is_dir():
+        (run_dir / PENDING).rename(run_dir / ACCEPTED)  # from here on it is this run's, whatever happens
+    settle(run_dir)
+
+
+def settle(run_dir: Path) -> None:
+    """Moves the files of an accepted run to their places; after a kill the next one goes on where this has ended."""
+    accepted = run_dir / ACCEPTED
+    if not accepted.is_dir():
         return
-    with suppress(FileNotFoundError):
-        (run_dir / RESULT).unlink()  # of the previous run; this one has none yet
+    for name in (RESULT, PROFILE, ROUTES):  # of the previous run; this one has none yet
+        (run_dir / name).unlink(missing_ok=True)
     shutil.rmtree(run_dir / ERRORS, ignore_errors=True)  # else a signal would be taken for the end of a failed run
-    for path in sorted(pending.iterdir()):
+    for path in sorted(accepted.iterdir()):
         target = run_dir / path.name
         if target.is_dir():
             shutil.rmtree(target)
         path.replace(target)
-    pending.rmdir()
+    accepted.rmdir()
 
 
 def note_accepted(run_dir: Path) -> None:
@@ -103,7 +160,7 @@ def discard(run_dir: Path) -> None:
     """Removes the files of a run that was not accepted; at once for other ranks, which may be writing there."""
     with suppress(OSError):
         (run_dir / PENDING).rename(run_dir / f"{PENDING}-{os.getpid()}")
-    for path in run_dir.glob(f"{PENDING}*"):
+    for path in run_dir.glob(f"{PENDING}-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -1,25 +1,63 @@
 """What a run computes and what it learns from, as names and values for the checkpoint. Needs no torch.
 
+    KEY of the config                every key, except those that are listed here
     model.class, model.config.KEY    the model: every setting of its config that affects its outputs
     data.text, data.tokenizer        hashes of their content: a file may change under the same name
 
-Settings that may change when a run is resumed (mesh, dispatch, optimizer, intervals) are not included.
+A key that is added to the schema is compared until somebody lists it here.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from enum import Enum
+from fnmatch import fnmatchcase
 from typing import Any
 
 from moecompile.schema import Config
 
-TEXT = "data.text"
-_FIXED = ("data.objective", "data.corpus", "data.path", "data.vocab_size", "data.seq_len", "data.global_batch_size",
-          "data.val_fraction", "seed")  # fmt: skip
+TEXT, TOKENIZER = "data.text", "data.tokenizer"
 _PLACES = ("data.corpus", "data.path")
 """Locations of the text, which do not matter if its content is known."""
+
+IN_THE_PLAN = (
+    "adapters.alpha", "adapters.dense", "adapters.experts", "adapters.kind", "adapters.rank", "adapters.train_router",
+    "data.mask_padding", "experts.backend", "experts.drop_ratio", "experts.granularity", "experts.init",
+    "experts.latent_norm", "experts.latent_size", "experts.layers", "experts.match", "experts.num_identity",
+    "experts.num_routed", "experts.num_shared", "experts.shared_gate", "experts.shared_routed", "experts.sites",
+    "experts.weight_scaling", "per_layer", "plan", "routing.bias", "routing.choice", "routing.expert_scale",
+    "routing.group_score", "routing.groups", "routing.max_nodes", "routing.norm", "routing.normalize", "routing.scale",
+    "routing.score", "routing.top_groups", "routing.top_k",
+)  # fmt: skip
+"""Keys that decide the plan, which is compared layer by layer (moecompile.checkpoint.fit)."""
+IN_THE_MODEL = (
+    "experts.widen.loads", "experts.widen.noise", "experts.widen.top_k", "model.architecture", "model.config",
+    "model.package", "model.pretrained",
+)  # fmt: skip
+"""Keys that decide the model, whose own config is compared; its weights are those of the checkpoint."""
+IN_THE_DATA = ("data.kind", "data.layout", "data.text_field", "data.tokenizer")
+"""Keys that decide text and tokens, whose content is compared."""
+MAY_DIFFER = (
+    # What only training uses.
+    "adapters.dropout", "balance.losses.global_batch", "balance.losses.micro_batch", "balance.losses.sequence",
+    "balance.losses.z", "balance.rate", "balance.recenter", "balance.rule", "balance.update", "optimizer.*",
+    "routing.capacity_factor", "routing.drop", "routing.hot_experts", "routing.jitter", "routing.replay",
+    "routing.skew", "routing.workload", "trainer.allow_changes", "trainer.async_save", "trainer.baseline",
+    "trainer.callbacks", "trainer.checkpointing", "trainer.compile", "trainer.keep_last", "trainer.log_interval",
+    "trainer.loggers", "trainer.max_restarts", "trainer.max_steps", "trainer.on_nan", "trainer.precision",
+    "trainer.progress_bar", "trainer.resume", "trainer.sample_interval", "trainer.save_checkpoint",
+    "trainer.save_interval", "trainer.threads_per_rank", "trainer.timeout_s", "trainer.val_interval",
+    # How it is computed, and where.
+    "data.cache", "data.micro_batch_size", "data.val_batches", "dispatch.*", "hardware.*", "launcher.*", "mesh.*",
+    "model.device", "model.load", "stack.*", "workload.*",
+    # Names, permissions and other tasks.
+    "bench.*", "compare", "debug", "export.*", "given", "model.name", "model.published", "name", "place.*",
+    "routing.allow_future", "search.*", "task.*", "verify.*",
+)  # fmt: skip
+"""Keys that change neither the function that is trained nor the data that come next."""
 
 _NO_FUNCTION = {
     "architectures", "attn_implementation", "chunk_size_feed_forward", "dtype", "experts_implementation", "id2label",
@@ -31,14 +69,24 @@ _NO_FUNCTION = {
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """The settings that determine the next data, by dotted path."""
-    values = {}
-    for path in _FIXED:
-        value: Any = config
-        for key in path.split("."):
-            value = getattr(value, key)
-        values[path] = getattr(value, "value", value)
-    return values
+    """All keys of the config that are compared as they are, by dotted path, with plain values."""
+    listed = (*IN_THE_PLAN, *IN_THE_MODEL, *IN_THE_DATA, *MAY_DIFFER)
+    return {path: value for path, value in _leaves("", config) if not any(fnmatchcase(path, each) for each in listed)}
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every key of a config."""
+    if dataclasses.is_dataclass(value):
+        for entry in dataclasses.fields(value):
+            yield from _leaves(f"{path}.{entry.name}" if path else entry.name, getattr(value, entry.name))
+    else:
+        yield path, value.value if isinstance(value, Enum) else value
+
+
+def data_settings(config: Config, known: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides which tokens come in which order. known: from `fingerprint`."""
+    order = {path: value for path, value in settings(config).items() if path == "seed" or path.startswith("data.")}
+    return order | {path: known[path] for path in (TEXT, TOKENIZER)}
 
 
 def fingerprint(model: object, *, text_hash: str, tokenizer: str) -> dict[str, Any]:
@@ -52,7 +100,7 @@ def fingerprint(model: object, *, text_hash: str, tokenizer: str) -> dict[str, A
     if callable(to_dict):
         plain = json.loads(json.dumps(to_dict(), default=str))  # as state.json will be read
         values |= dict(_flat("model.config", plain))
-    return values | {TEXT: text_hash, "data.tokenizer": content_hash(tokenizer)}
+    return values | {TEXT: text_hash, TOKENIZER: content_hash(tokenizer)}
 
 
 def content_hash(text: str) -> str:

@@ -1,7 +1,7 @@
 """Whether a checkpoint fits a plan and a model, and if not, all differences.
 
-The mesh, the placement, the dispatch and settings that only training uses (balance, capacity, jitter) may differ;
-names, shapes and the function that the model computes may not.
+Of the plan everything is compared, except what `MAY_DIFFER` lists: the mesh, the placement, the dispatch and settings
+that only training uses (balance, capacity, jitter). Names and shapes of weights are always compared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from moecompile.errors import PlanError
 from moecompile.plan import LayerPlan, Plan
 
 _SHOWN, _WIDTH = 8, 80
-_FREE = ("capacity_factor", "drop", "jitter", "workload", "skew", "hot_experts")
+MAY_DIFFER = (
+    "adapters.dropout", "context_parallel", "estimate*", "layers.balance.*", "layers.cut_over", "layers.dispatch.*",
+    "layers.fused", "layers.placement.*", "layers.routing.capacity_factor", "layers.routing.drop",
+    "layers.routing.hot_experts", "layers.routing.jitter", "layers.routing.skew", "layers.routing.workload", "mesh.*",
+    "reductions", "tensor_parallel",
+)  # fmt: skip
+"""Keys of a plan that change neither the weights nor the function."""
 
 
 def check_plan(saved: Plan, plan: Plan, folder: Path, allowed: Sequence[str] = ()) -> None:
@@ -59,26 +65,36 @@ def check_entries(saved: Mapping[str, tuple[int, ...]], model: Mapping[str, tupl
 
 def plan_differences(saved: Plan, plan: Plan) -> Iterator[tuple[str, Any, Any]]:
     """(name, saved value, value now) of each difference that affects the model's weights or outputs."""
+    yield from _changes("", _function("", saved), _function("", plan))
     theirs, ours = ({layer.site.fqn: layer for layer in each.layers} for each in (saved, plan))
     for fqn in [*theirs, *(fqn for fqn in ours if fqn not in theirs)]:
         if fqn not in ours or fqn not in theirs:
             yield fqn, "experts" if fqn in theirs else "dense", "experts" if fqn in ours else "dense"
             continue
-        before, now = _function(theirs[fqn]), _function(ours[fqn])
-        for key in [*before, *(key for key in now if key not in before)]:
-            if before.get(key) != now.get(key):
-                yield f"{fqn}.{key}", before.get(key), now.get(key)
+        yield from _changes(f"{fqn}.", _function("layers", theirs[fqn]), _function("layers", ours[fqn]))
 
 
-def _function(layer: LayerPlan) -> dict[str, Any]:
-    """The settings that affect weights and outputs of a layer, by dotted name."""
-    parts = {"site": layer.site, "experts": layer.experts, "routing": layer.routing}
-    return {
-        f"{part}.{key}": value
-        for part, values in parts.items()
-        for key, value in dataclasses.asdict(values).items()
-        if not (part == "routing" and key in _FREE)
-    }
+def _changes(where: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key in [*before, *(key for key in now if key not in before)]:
+        if before.get(key) != now.get(key):
+            yield f"{where}{key}", before.get(key), now.get(key)
+
+
+def _function(where: str, noun: Plan | LayerPlan) -> dict[str, Any]:
+    """The settings of a plan without its layers, or of a layer, that affect weights and outputs, by dotted name."""
+    found = {}
+    for path, value in _leaves(where, noun):
+        if path != "layers" and not any(fnmatchcase(path, free) for free in MAY_DIFFER):
+            found[path.removeprefix("layers.")] = value
+    return found
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not dataclasses.is_dataclass(value):
+        yield path, value
+        return
+    for entry in dataclasses.fields(value):
+        yield from _leaves(f"{path}.{entry.name}" if path else entry.name, getattr(value, entry.name))
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -4,6 +4,7 @@
                                    checksums.json
     RUN/checkpoints/step-30.tmp/   being written, or interrupted
     RUN/checkpoints/latest         a link to the newest complete one
+    RUN/replaced-1/                a run directory with the checkpoints after the one from which a later run went on
 
 Only rank 0 changes anything here.
 """
@@ -12,9 +13,10 @@ from __future__ import annotations
 
 import re
 import shutil
+from itertools import count
 from pathlib import Path
 
-from moecompile.checkpoint.atomic import UNFINISHED, point, publish, unfinished
+from moecompile.checkpoint.atomic import UNFINISHED, point, publish, unfinished, write_file
 from moecompile.checkpoint.sums import seal
 from moecompile.errors import ConfigError
 
@@ -23,6 +25,14 @@ LATEST = "latest"
 STATE = "state.json"
 PLAN = "plan.yaml"
 AUTO = "auto"
+REPLACED = "replaced"
+_BESIDE = ("resolved.yaml", "overrides.txt", "plan.yaml", "tokenizer.json", "metrics.csv", "load.npz", "result.json")
+"""Files of a run that its replaced checkpoints are resumed or exported with."""
+_WHY = """These are the checkpoints of steps {steps}, and the files of their run.
+In {run}, a run went on from step {step}, and writes later steps again.
+Nothing reads this folder, and nothing deletes it.
+Delete it, or use it as a run directory: trainer.resume={folder}, export.run={folder}.
+"""
 
 
 def checkpoints_of(run_dir: Path) -> Path:
@@ -85,16 +95,33 @@ def finish(checkpoints: Path, step: int, keep_last: int) -> Path:
     return folder
 
 
-def forget_after(checkpoints: Path, step: int) -> None:
-    """Removes what a run that resumes at `step` will write again: later checkpoints and interrupted ones."""
-    for path in checkpoints.glob(f"*{UNFINISHED}"):
+def set_aside(run_dir: Path, step: int) -> Path | None:
+    """Moves what a run that goes on at `step` will write again, the later checkpoints, into a new folder `replaced-N`.
+
+    Interrupted checkpoints are removed. If it is killed at any moment, `latest` is a complete checkpoint: the one of
+    `step` or the one of before, and all others are in one of the two folders.
+
+    Returns:
+        The new folder; None: there are no later checkpoints.
+    """
+    checkpoints = checkpoints_of(run_dir)
+    for path in [*checkpoints.glob(f"step-*{UNFINISHED}"), *checkpoints.glob(f".{LATEST}{UNFINISHED}")]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if not (later := [number for number in steps(checkpoints) if number > step]):
-        return
+        return None
+    folder = next(path for i in count(1) if not (path := run_dir / f"{REPLACED}-{i}").exists())
+    checkpoints_of(folder).mkdir(parents=True)
+    for name in _BESIDE:
+        if (run_dir / name).is_file():
+            shutil.copy2(run_dir / name, folder / name)
+    named = ", ".join(map(str, later))
+    write_file(folder / "README.txt", _WHY.format(steps=named, run=run_dir, step=step, folder=folder))
     if step_folder(checkpoints, step).is_dir():
         point(checkpoints / LATEST, f"step-{step}")
     for number in later:
-        _remove(step_folder(checkpoints, number))
+        step_folder(checkpoints, number).rename(step_folder(checkpoints_of(folder), number))
+        point(checkpoints_of(folder) / LATEST, f"step-{number}")
+    return folder
 
 
 def _remove(folder: Path) -> None:

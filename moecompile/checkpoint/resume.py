@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from moecompile.checkpoint.folders import AUTO, PLAN, STATE, checkpoints_of, find, steps
 from moecompile.checkpoint.state import check_settings, read_state
 from moecompile.checkpoint.sums import check
 from moecompile.errors import ConfigError
 from moecompile.plan import read
-from moecompile.rundir import task_of
+from moecompile.rundir import RESOLVED, place, task_of
 from moecompile.schema import Config, TaskName
 
 
@@ -36,6 +39,31 @@ def check_free(config: Config, run_dir: Path) -> None:
 def is_restarted() -> bool:
     """Whether torchrun has restarted all ranks, after one was lost, or SLURM has requeued the job."""
     return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def has_trained(run_dir: Path) -> bool:
+    """Whether an earlier attempt of a restarted run has trained in `run_dir`, so that it goes on from the latest
+    checkpoint there; else that is one of another run, or a later one than the run resumes from.
+
+    The config tells: that of an attempt is moved to `run_dir` when it has computed a step. What it was resumed from may
+    have moved on meanwhile, unless that is a checkpoint in `run_dir` itself.
+    """
+    now, before = _config(place(run_dir)), _config(run_dir)
+    if now is None or before is None:
+        return False
+    for group in ("mesh", "hardware", "dispatch"):  # torchrun may start fewer ranks again
+        now.pop(group, None), before.pop(group, None)
+    resume, resumed_before = (body.get("trainer", {}).pop("resume", None) for body in (now, before))
+    is_here = isinstance(resume, str) and checkpoints_of(run_dir).resolve() == Path(resume).resolve().parent
+    return now == before and (resume == resumed_before or not is_here)
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    try:
+        body = yaml.safe_load((folder / RESOLVED).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return body if isinstance(body, dict) else None
 
 
 def resumed(config: Config, run_dir: Path) -> Config:

@@ -72,4 +72,11 @@ def check_settings(state: State, config: Config, folder: Path) -> None:
         )  # fmt: skip
     # The ranks read the text and compare its content, so its location does not matter.
     text = {TEXT: state.fingerprint[TEXT]} if TEXT in state.fingerprint else {}
-    refuse(differences({**state.fixed, **text}, {**settings(config), **text}), config.trainer.allow_changes, folder)
+    now = {path: value for path, value in settings(config).items() if path in state.fixed}
+    refuse(differences({**state.fixed, **text}, {**now, **text}), config.trainer.allow_changes, folder)
+
+
+def not_compared(state: State, config: Config) -> list[str]:
+    """What a checkpoint of an earlier version does not say, so that nothing is known about it."""
+    unknown = [path for path in settings(config) if path not in state.fixed]
+    return unknown if state.fingerprint else ["the model's config", "the text's content", *unknown]

@@ -7,6 +7,7 @@ It is not a signature: whoever can write to the folder can also change the check
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from moecompile.errors import ConfigError
 
 SUMS = "checksums.json"
+_PLAN = "plan.yaml"
 _BLOCK = 2**22
 
 
@@ -38,21 +40,19 @@ def seal(folder: Path, known: Mapping[str, str] | None = None) -> None:
     (folder / SUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")  # not published yet
 
 
-def is_sealed(folder: Path) -> bool:
-    """Whether there are checksums: earlier versions wrote none."""
-    return (folder / SUMS).is_file()
-
-
 def check(folder: Path, names: Iterable[str], *, key: str = "trainer.resume") -> None:
-    """Checks files of a checkpoint against its checksums. A folder without checksums is not checked.
+    """Checks files of a checkpoint against its checksums. A folder of version 0.1.0, which wrote none, is not checked.
 
     Args:
         key: the config path that names the checkpoint, for the message.
 
     Raises:
-        ConfigError: a file differs or is missing.
+        ConfigError: a file differs or is missing, or the checksums are missing.
     """
-    if not is_sealed(folder):
+    if not (folder / SUMS).is_file():
+        if _was_sealed(folder):
+            rule = f"has no {SUMS}, which the version that wrote it writes, so it is damaged"
+            raise ConfigError(key, folder, rule, "Use another checkpoint, or a copy of this one")
         return
     try:
         sums = _read(folder)
@@ -64,6 +64,15 @@ def check(folder: Path, names: Iterable[str], *, key: str = "trainer.resume") ->
             raise ConfigError(
                 key, folder, f"{name} {problem}, so it is damaged", "Use another checkpoint, or a copy of this one"
             )
+
+
+def _was_sealed(folder: Path) -> bool:
+    """Whether the version that wrote a folder writes checksums: its plans, too, have what those of 0.1.0 have not."""
+    try:
+        plan = (folder / _PLAN).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return re.search(r"^context_parallel:", plan, re.MULTILINE) is not None
 
 
 def _problem(path: Path, written: str | None) -> str | None:

@@ -28,8 +28,9 @@ from moecompile.compose.hydra_state import (
     narrow_help,
     own_hydra,
 )
-from moecompile.compose.jobs import FAILURES, OVERRIDES, RunFolders, asks_debug, remove_unused, report, run_job
-from moecompile.compose.typed import RESOLVED, explained, load_resolved, save_resolved, to_config
+from moecompile.compose.jobs import FAILURES, RunFolders, asks_debug, remove_unused, report, run_job
+from moecompile.compose.typed import explained, load_resolved, save_resolved, to_config
+from moecompile.rundir import OVERRIDES, RESOLVED
 from moecompile.schema import Config
 
 __all__ = [

@@ -17,13 +17,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
 from moecompile import waiting
-from moecompile.compose.typed import RESOLVED, plain, save_resolved, to_config, unresolved
+from moecompile.compose.typed import plain, save_resolved, to_config, unresolved
 from moecompile.errors import ConfigError, MoecompileError, UserError
-from moecompile.rundir import held, kept_apart, place, resume_hint
+from moecompile.rundir import OVERRIDES, RESOLVED, contents, held, is_run, kept_apart, others_in, place, resume_hint
 from moecompile.schema import Config, validate
 
 FAILURES = "failures.txt"
-OVERRIDES = "overrides.txt"
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -136,12 +135,14 @@ class RunFolders(Callback):
     summarize: ClassVar[Callable[[Path], None]]  # called at the end of a sweep
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Records what exists before Hydra creates the run directory."""
+        """Records what exists before the run directory is created, and creates it."""
         RunFolders.existing = _existing(config.hydra.run.dir)
+        _create(Path(config.hydra.run.dir), "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Fixes the sweep directory: jobs that sweep `recipe` or `name` would each compute a different one."""
         RunFolders.existing = _existing(config.hydra.sweep.dir)
+        _create(Path(config.hydra.sweep.dir), "hydra.sweep.dir")
         _check_sweep(Path(config.hydra.sweep.dir), list(config.hydra.overrides.task))
         RunFolders.sweep = Path(config.hydra.sweep.dir).absolute()
         quoted = str(RunFolders.sweep).replace("\\", "\\\\").replace("'", "\\'")
@@ -162,9 +163,24 @@ class RunFolders(Callback):
             sys.exit(max(codes))
 
 
+def _create(folder: Path, key: str) -> None:
+    """Creates a directory, or ends the process with one message; Hydra would turn an error into a warning."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = "" if error.filename in (None, str(folder)) else f" ({error.filename})"
+        refused = ConfigError(key, folder, f"cannot be created: {error.strerror}{where}", "Give another directory")
+        sys.exit(report(refused, debug=False))
+
+
 def _check_sweep(folder: Path, overrides: Sequence[str]) -> None:
-    """Ends the process if the directory has a sweep that is not resumed; Hydra would turn an error into a warning."""
+    """Ends the process if the directory has other files, or a sweep that is not resumed."""
     if not (folder / "multirun.yaml").exists():
+        names = contents(folder)
+        if names and not any(path.is_dir() and is_run(path) for path in folder.iterdir()):
+            rule = f"holds {others_in(names)}, and no sweep"
+            refused = ConfigError("hydra.sweep.dir", folder, rule, "Use a new directory, or an empty one")
+            sys.exit(report(refused, debug=False))
         return
     if not any(re.match(r"\+{0,2}trainer\.resume=", word) for word in overrides):
         refused = ConfigError(

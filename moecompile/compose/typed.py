@@ -20,7 +20,6 @@ from moecompile.errors import ConfigError
 from moecompile.named_code import KEYS, Named, named_in, override, refuse_unnamed, without
 from moecompile.schema import Config, with_implied
 
-RESOLVED = "resolved.yaml"
 GIVEN_GROUPS = ("per_layer", "model", "mesh", "dispatch")
 """Words without a dot that `Config.given` keeps."""
 

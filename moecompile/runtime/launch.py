@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moecompile import waiting
-from moecompile.checkpoint.resume import is_restarted
+from moecompile.checkpoint.resume import has_trained, is_restarted
 from moecompile.errors import MoecompileError, RankFailure
+from moecompile.rundir import place, settle
 from moecompile.runtime import failures, logs, signals
 from moecompile.runtime.in_place import GRACE_S, PEER_GRACE_S, is_leading, leave, run_on_all
 from moecompile.runtime.ranks import check_mesh, worker_variables
@@ -83,9 +84,13 @@ def prepare(modules: Sequence[str], threads: int) -> None:
             forkserver.ensure_running()
 
 
-def is_restart() -> bool:
-    """Whether this rank was restarted: after an attempt that lost a rank, or in a job that was requeued."""
-    return int(os.environ.get(_RESTART) or 0) > 0 or is_restarted()
+def is_restart(run_dir: Path) -> bool:
+    """Whether this rank was restarted, after an attempt that lost a rank or in a job that was requeued, and an attempt
+    before has trained in `run_dir`: what was refused or lost before its first step has left everything as it was.
+    """
+    if int(os.environ.get(_RESTART) or 0) > 0:
+        return place(run_dir) == run_dir
+    return is_restarted() and has_trained(run_dir)
 
 
 def _rank(module: str, run_dir: Path, folder: str, variables: dict[str, str], terminal: _Terminal) -> None:
@@ -138,6 +143,7 @@ def _launch_again(world_size: int, run_dir: Path, max_restarts: int, **how: Any)
     """Starts all ranks, and restarts them after each lost rank; the last failure is raised."""
     run_dir.mkdir(parents=True, exist_ok=True)
     for restart in range(max_restarts + 1):
+        settle(run_dir)  # what the attempt before could not
         failures.clear(run_dir)
         try:
             with _environment({_RESTART: str(restart)}):

@@ -39,7 +39,7 @@ def check_loggers(trainer: TrainerConfig) -> None:
     make_callbacks(trainer)
 
 
-def make_loggers(config: Config, run_dir: Path, start: Path | None, first_step: int) -> list[Logger]:
+def make_loggers(config: Config, run_dir: Path, start: Path | None = None, first_step: int = 0) -> list[Logger]:
     """Those of the config, and always metrics.csv, with the earlier rows of the checkpoint `start`.
 
     Weights & Biases stays offline unless WANDB_MODE says otherwise; MLflow writes to `run_dir`/mlruns unless

@@ -112,8 +112,9 @@ class Metrics(Callback):
         self.save_history()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes the load history so far."""
-        self.save_history()
+        """Writes the load history so far; before the first row it is only what a checkpoint's run has logged."""
+        if self.rows:
+            self.save_history()
 
     def save_history(self) -> None:
         """Writes the load of every row so far, on rank 0."""

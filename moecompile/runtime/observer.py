@@ -13,7 +13,7 @@ from moecompile.runtime.strategy import ExpertParallelStrategy
 class StepObserver(Callback):
     """Base class with hooks to override. Steps are optimizer steps, micro-batches are this rank's, both from 0."""
 
-    _steps = 0
+    _steps = 0  # computed so far
 
     def started(self, module: LanguageModule) -> None:
         """Before the first micro-batch; weights are sharded."""
@@ -35,6 +35,7 @@ class StepObserver(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook."""
+        self._steps = trainer.global_step  # of a run that goes on
         self.started(_language_module(pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

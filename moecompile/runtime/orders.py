@@ -118,7 +118,7 @@ def meet(ranks: Ranks) -> Any:
         UserError: the master has no address, or another program uses the port.
     """
     _resolve(ranks.master_addr)
-    from torch.distributed import DistNetworkError
+    from torch.distributed import DistNetworkError, PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     os.environ.update(ranks.variables())
@@ -132,6 +132,8 @@ def meet(ranks: Ranks) -> Any:
                 f"{port}: another program uses this port of {ranks.master_addr}. Set MASTER_PORT to a free one."
             ) from None
         raise RankFailure(f"MASTER_ADDR={ranks.master_addr} {port}: rank 0 cannot be reached there ({error})") from None
+    # torchrun's store may be that of the attempt before, with its orders.
+    store = PrefixStore(f"moecompile/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0}", store)
     store.set(f"moecompile/place/{ranks.rank}", json.dumps([ranks.node, ranks.local_rank]))
     return store
 

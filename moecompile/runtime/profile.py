@@ -72,8 +72,6 @@ class StepProfile(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds what can be measured."""
         strategy, model = _strategy(trainer), _model(pl_module)
-        (self.run_dir / PROFILE).unlink(missing_ok=True)
-        (self.run_dir / ROUTES).unlink(missing_ok=True)
         self._last_step = trainer.global_step
         if self.max_steps - trainer.global_step < LEAST_STEPS or not self.plan.layers:
             self.max_steps = 0  # nothing is measured

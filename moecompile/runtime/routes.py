@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moecompile.checkpoint.fingerprint import data_settings
 from moecompile.errors import ConfigError, MoecompileError
 from moecompile.nn.replay import ReplayLayer, Routes, record_routes, replay_layers, replay_routes
+from moecompile.rundir import place
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.observer import StepObserver
-from moecompile.runtime.routes_file import RoutesFile, check_fits, create, open_routes
+from moecompile.runtime.routes_file import RoutesFile, check_data, check_fits, create, open_routes
+from moecompile.runtime.strategy import ExpertParallelStrategy
 from moecompile.schema import Config
 
 RECORD = "record"
@@ -22,13 +27,14 @@ FOLDER = "routes"
 
 
 def routes_observer(
-    model: nn.Module, config: Config, run_dir: Path, *, rank: int, accumulate: int, first_step: int
-) -> StepObserver | None:
+    model: nn.Module, config: Config, run_dir: Path, known: Mapping[str, Any], *, rank: int, accumulate: int,
+    first_step: int,
+) -> StepObserver | None:  # fmt: skip
     """What `routing.replay` asks for; None: nothing. All ranks call it.
 
     Args:
-        rank: position of this rank's sequences in the global batch. accumulate: micro-batches of a step on a rank.
-            first_step: optimizer steps before this run.
+        known: fingerprint of model and data. rank: position of this rank's sequences in the global batch.
+        accumulate: micro-batches of a step on a rank. first_step: optimizer steps before this run.
 
     Raises:
         ConfigError: a layer cannot be recorded or replayed, or the recorded routes do not fit the run.
@@ -43,15 +49,19 @@ def routes_observer(
     if not layers:
         raise ConfigError("routing.replay", wanted, "the model has no router", "Use routing.replay=null")
     size = {"steps": config.trainer.max_steps, "sequences": data.global_batch_size, "tokens": data.seq_len}
-    folder = run_dir / FOLDER if wanted == RECORD else _folder(Path(wanted))
+    order = data_settings(config, known)
     if wanted == RECORD:
-        if dist.get_rank() == 0:
-            create(folder, layers, **size)
+        folder = (run_dir if (run_dir / FOLDER).is_dir() else place(run_dir)) / FOLDER
+        create(folder, layers, order, **size, is_first_rank=dist.get_rank() == 0)
         dist.barrier()
+    else:
+        folder = _folder(Path(wanted))
     routes = open_routes(folder, writable=wanted == RECORD)
     check_fits(routes, folder, layers, **size)
-    place = _Place(rank * accumulate * data.micro_batch_size, data.micro_batch_size, accumulate, first_step)
-    return _Recorder(routes, place) if wanted == RECORD else _Replayer(routes, place)
+    if not check_data(routes, folder, order) and dist.get_rank() == 0:
+        print(f"{folder} is of an earlier version: not compared: the data of these routes, and their order", flush=True)
+    where = _Place(rank * accumulate * data.micro_batch_size, data.micro_batch_size, accumulate, first_step)
+    return _Recorder(routes, where) if wanted == RECORD else _Replayer(routes, where)
 
 
 def _folder(path: Path) -> Path:
@@ -73,12 +83,13 @@ class _Place:
 
 
 class _Recorder(StepObserver):
-    """Writes this rank's part. A step that is run again overwrites its routes."""
+    """Writes this rank's part after each step. A step that is run again overwrites its routes."""
 
     def __init__(self, routes: RoutesFile, place: _Place) -> None:
         self.routes, self.place = routes, place
         self._stack = ExitStack()
         self._recorded: Routes | None = None
+        self._unwritten: list[tuple[tuple[Any, ...], np.ndarray]] = []
 
     def micro_batch_started(self, module: LanguageModule, number: int) -> None:
         """Starts to record."""
@@ -86,13 +97,19 @@ class _Recorder(StepObserver):
         self._recorded = self._stack.enter_context(record_routes(module.model))
 
     def micro_batch_ended(self, module: LanguageModule, number: int) -> None:
-        """Writes what the forward chose."""
+        """Keeps what the forward chose."""
         assert self._recorded is not None
         self._stack.close()
         step, rows = self.place.of(number)
         for i, layer in enumerate(self.routes.layers):
             ids = self._recorded.ids[layer.path][0].view(self.place.size, -1, layer.top_k)
-            self.routes.ids[step, rows, : ids.shape[1], i, : layer.top_k] = self._stored(ids)
+            self._unwritten.append(((step, rows, slice(ids.shape[1]), i, slice(layer.top_k)), self._stored(ids)))
+
+    def step_ended(self, module: LanguageModule, strategy: ExpertParallelStrategy) -> None:
+        """Writes the step: before the first one has ended, the folder may be that of a run before."""
+        for where, ids in self._unwritten:
+            self.routes.ids[where] = ids
+        self._unwritten.clear()
 
     def ended(self, module: LanguageModule) -> None:
         """Everything is on disk."""

@@ -1,6 +1,7 @@
 """Routes of a run on disk: which experts every token chose in every layer, in the order of one process.
 
-    routes.yaml   format, steps, sequences (of a global batch), tokens (of a sequence), layers: path, num_experts, top_k
+    routes.yaml   format, steps, sequences (of a global batch), tokens (of a row), layers: path, num_experts, top_k;
+                  data: what decides which tokens come in which order (format 1 has none)
     ids.npy       (steps, sequences, tokens, layers, top_k), uint8 or uint16: `numpy.load("ids.npy", mmap_mode="r")`
 
 Entry [s, i, t, l] has the experts of token t of sequence i in the global batch of optimizer step s + 1. The largest
@@ -9,7 +10,7 @@ number of the type means that nothing was recorded: padding, steps that did not 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from typing import Any
 import numpy as np
 import yaml
 
+from moecompile.checkpoint.fingerprint import differences
 from moecompile.errors import ConfigError
 from moecompile.nn.replay import ReplayLayer
 
-FORMAT = 1
+FORMAT, _WITHOUT_DATA = 2, 1
 _HEAD, _IDS = "routes.yaml", "ids.npy"
 
 
@@ -38,21 +40,32 @@ class RoutesFile:
         return int(np.iinfo(self.ids.dtype).max)
 
 
-def create(folder: Path, layers: Sequence[ReplayLayer], *, steps: int, sequences: int, tokens: int) -> None:
-    """Writes a folder without records, or leaves one of the same shape as it is. One rank calls it.
+def create(
+    folder: Path, layers: Sequence[ReplayLayer], data: Mapping[str, Any], *, steps: int, sequences: int, tokens: int,
+    is_first_rank: bool = True,
+) -> None:  # fmt: skip
+    """Writes a folder without records, or leaves one of the same shape and data as it is. All ranks call it, so that
+    all of them refuse.
+
+    Args:
+        data: what decides which tokens come in which order, as plain values. is_first_rank: whether this rank writes.
 
     Raises:
-        ConfigError: the folder has routes of another shape.
+        ConfigError: the folder has routes of another shape, or of other data.
     """
     head = _head(layers, steps, sequences, tokens)
     if (folder / _HEAD).exists():
-        if _read_head(folder) != head:
+        before = _read_head(folder)
+        known = before.pop("data", data)
+        if before | {"format": FORMAT} != head or [*differences(known, data)]:
             raise ConfigError(
                 "routing.replay",
                 "record",
                 f"{folder} has routes of another run",
                 "Move it away, or use another run_dir",
             )
+        return
+    if not is_first_rank:
         return
     folder.mkdir(parents=True, exist_ok=True)
     width = max(layer.top_k for layer in layers)
@@ -62,7 +75,8 @@ def create(folder: Path, layers: Sequence[ReplayLayer], *, steps: int, sequences
     for step in range(steps):
         ids[step] = np.iinfo(dtype).max
     ids.flush()
-    (folder / _HEAD).write_text(yaml.safe_dump(head, sort_keys=False), encoding="utf-8")  # last: the folder is whole
+    text = yaml.safe_dump({**head, "data": dict(data)}, sort_keys=False)
+    (folder / _HEAD).write_text(text, encoding="utf-8")  # last: the folder is whole
 
 
 def open_routes(folder: Path, *, writable: bool = False) -> RoutesFile:
@@ -111,6 +125,22 @@ def check_fits(
         raise ConfigError("routing.replay", str(folder), rule, "Train fewer steps, or record more")
 
 
+def check_data(routes: RoutesFile, folder: Path, data: Mapping[str, Any]) -> bool:
+    """Checks that routes were recorded with the same data in the same order; False: they do not say (format 1).
+
+    Raises:
+        ConfigError: they were not.
+    """
+    if "data" not in routes.head:
+        return False
+    changes = differences(routes.head["data"], data)
+    changed = [f"{name}: {before} in the record, {now} here" for name, before, now in changes]
+    if changed:
+        rule = f"has routes of other tokens ({'; '.join(changed)})"
+        raise ConfigError("routing.replay", str(folder), rule, "Use the config with which they were recorded")
+    return True
+
+
 def _said(layer: dict[str, Any]) -> str:
     return f"{layer['path']} (top {layer['top_k']} of {layer['num_experts']})"
 
@@ -129,6 +159,10 @@ def _read_head(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError("routing.replay", str(folder), f"{_HEAD} cannot be read: {error}", _RECORD) from error
     keys = {"format", "steps", "sequences", "tokens", "layers"}
-    if not isinstance(head, dict) or set(head) != keys or head["format"] != FORMAT or not head["layers"]:
-        raise ConfigError("routing.replay", str(folder), f"{_HEAD} is not of format {FORMAT}", _RECORD)
+    is_known = isinstance(head, dict) and (
+        (set(head) == keys and head["format"] == _WITHOUT_DATA)
+        or (set(head) == {*keys, "data"} and head["format"] == FORMAT)
+    )
+    if not isinstance(head, dict) or not is_known or not head["layers"]:
+        raise ConfigError("routing.replay", str(folder), f"{_HEAD} is not of format 1 or 2", _RECORD)
     return head

@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from moecompile.rundir import write_text
 from moecompile.runtime.data import num_ids
 from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule
@@ -48,17 +49,18 @@ class Samples(StepObserver):
     ) -> None:  # fmt: skip
         self.interval, self.batches, self.tokenizer, self.path = interval, batches, tokenizer, path
         self.metrics, self.seed = metrics, seed
-        self._sampled = 0
+        self._sampled = self._first = 0
 
     def started(self, module: LanguageModule) -> None:
-        """Samples after the step from which a run goes on are of a run that went another way."""
-        step = module.trainer.global_step
-        if module.trainer.is_global_zero and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+        """Keeps the step from which the run goes on."""
+        self._first = module.trainer.global_step
 
     def step_ended(self, module: LanguageModule, strategy: ExpertParallelStrategy) -> None:
-        """Writes a sample if it is time."""
+        """Writes a sample if it is time; after the first step, removes those of a run that went on another way."""
+        if module.trainer.global_step == self._first + 1 and module.trainer.is_global_zero and self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = "".join(line for line in lines if json.loads(line)["step"] <= self._first)
+            write_text(self.path, kept)
         if self.interval and module.trainer.global_step % self.interval == 0:
             self._sample(module, strategy)
 
@@ -66,7 +68,7 @@ class Samples(StepObserver):
         """Writes the last one, also of a run that a callback has ended early."""
         strategy = module.trainer.strategy
         assert isinstance(strategy, ExpertParallelStrategy)
-        if self._steps and module.trainer.global_step != self._sampled:
+        if module.trainer.global_step not in (self._first, self._sampled):
             self._sample(module, strategy)
 
     def _sample(self, module: LanguageModule, strategy: ExpertParallelStrategy) -> None:

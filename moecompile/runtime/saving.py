@@ -17,7 +17,7 @@ from moecompile.checkpoint import folders
 from moecompile.checkpoint.fingerprint import differences, settings
 from moecompile.checkpoint.fit import check_entries, plan_differences, refuse
 from moecompile.checkpoint.placed import orders_of
-from moecompile.checkpoint.state import State, check_settings, read_state
+from moecompile.checkpoint.state import State, check_settings, not_compared, read_state
 from moecompile.checkpoint.sums import check
 from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, tensors_of
 from moecompile.checkpoint.writer import Writer
@@ -25,7 +25,6 @@ from moecompile.errors import ConfigError
 from moecompile.kept_groups import cpu_group
 from moecompile.load_history import LOAD_HISTORY, LoadHistory
 from moecompile.plan import Plan, read
-from moecompile.rundir import accept, note_accepted
 from moecompile.runtime import signals
 from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule
@@ -34,11 +33,6 @@ from moecompile.schema import Config
 from moecompile.version import versions
 
 METRICS = "metrics.csv"
-
-_NOT_COMPARED = (
-    "This checkpoint is of an earlier version and has no fingerprint: the plan was compared, "
-    "the model's config and the text's content were not."
-)
 
 
 class Saver(Callback):
@@ -211,13 +205,11 @@ def _check_function(start: tuple[Path, State], plan: Plan, config: Config, finge
 def starting_point(
     config: Config, plan: Plan, run_dir: Path, fingerprint: dict[str, Any], *, is_restart: bool
 ) -> tuple[Path, State] | None:
-    """The checkpoint that this run resumes from, and its state; None: a new run. All ranks call it.
-
-    Removes unfinished checkpoints of an earlier attempt, and later checkpoints, which this run writes again.
+    """The checkpoint that this run resumes from, and its state; None: a new run. All ranks call it; it changes nothing.
 
     Args:
         fingerprint: of the model and the data.
-        is_restart: whether the launcher has restarted all ranks after one was lost.
+        is_restart: whether an attempt before this one has trained in `run_dir`.
 
     Raises:
         ConfigError: the checkpoint does not exist or is of another run, or a new run's directory has checkpoints.
@@ -239,14 +231,8 @@ def starting_point(
             "hydra.run.dir", run_dir, "holds the checkpoints of another run",
             "Go on with that run by trainer.resume=auto, or use another directory",
         )  # fmt: skip
-    dist.barrier()
-    if dist.get_rank() == 0:
-        accept(run_dir)
-        folders.forget_after(checkpoints, 0 if start is None else start[1].step)
-        if start is not None:
-            print(f"going on from step {start[1].step} of {start[0]}", flush=True)
-            if not start[1].fingerprint:
-                print(_NOT_COMPARED, flush=True)
-    dist.barrier()
-    note_accepted(run_dir)
+    if start is not None and dist.get_rank() == 0:
+        print(f"going on from step {start[1].step} of {start[0]}", flush=True)
+        if unknown := not_compared(start[1], config):
+            print(f"This checkpoint is of an earlier version: not compared: {', '.join(unknown)}", flush=True)
     return start

@@ -9,11 +9,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from moecompile.checkpoint.fingerprint import fingerprint
@@ -22,6 +24,7 @@ from moecompile.mesh import MeshSpec
 from moecompile.plan import Plan, Traffic
 from moecompile.rundir import SAMPLES
 from moecompile.runtime import signals
+from moecompile.runtime.acceptance import Acceptance
 from moecompile.runtime.data import TextData, train_loader, val_loader
 from moecompile.runtime.launch import is_restart
 from moecompile.runtime.live import Live
@@ -82,8 +85,8 @@ def train(
     """
     mesh, rank, max_steps = plan.mesh, int(os.environ["RANK"]), config.trainer.max_steps
     known = fingerprint(model, text_hash=data.text_hash, tokenizer=data.tokenizer.to_str())
-    start = starting_point(config, plan, run_dir, known, is_restart=is_restart())
-    first_step = 0 if start is None else start[1].step
+    start = starting_point(config, plan, run_dir, known, is_restart=is_restart(run_dir))
+    folder, first_step = (None, 0) if start is None else (start[0], start[1].step)
     module = LanguageModule(model, config.optimizer, max_steps)
     metrics = Metrics(
         config.trainer.log_interval,
@@ -93,10 +96,9 @@ def train(
     )
     meter, saver = TrafficMeter(mesh), Saver(run_dir, plan, config, metrics, start, known)
     place, accumulate = mesh.batch_index(rank), accumulation_steps(config, mesh)
-    routes = routes_observer(model, config, run_dir, rank=place, accumulate=accumulate, first_step=first_step)
-    observers: list[Callback] = [metrics, meter, saver]
-    if routes is not None:
-        observers.insert(0, routes)
+    routes = routes_observer(model, config, run_dir, known, rank=place, accumulate=accumulate, first_step=first_step)
+    acceptance = Acceptance(run_dir, first_step, partial(make_loggers, config, run_dir, folder, first_step), metrics)
+    observers: list[Callback] = [acceptance, *([] if routes is None else [routes]), metrics, meter, saver]
     routed = config.routing.replay is None
     observers.append(StepProfile(plan, run_dir, max_steps, meter, routes=routed))
     val = val_loader(data.val, config.data, rank=place, world_size=mesh.num_batches, multiple=mesh.cp)
@@ -106,8 +108,7 @@ def train(
     if on_row is not None:
         observers.append(Live(metrics, on_row))
     observers += make_callbacks(config.trainer)
-    trainer = make_trainer(config, mesh, run_dir, observers, start=None if start is None else start[0],
-                           first_step=first_step, materialize=materialize)  # fmt: skip
+    trainer = make_trainer(config, mesh, run_dir, observers, loggers=[acceptance.unwritten], materialize=materialize)
     fit = train_loader(
         data.train, config.data, seed=config.seed, rank=place, world_size=mesh.num_batches,
         start_step=first_step, num_steps=max_steps - first_step, multiple=mesh.cp,
@@ -120,6 +121,7 @@ def train(
             trainer.fit(module, fit, val)
             if trainer.global_step < max_steps and trainer.is_global_zero:
                 print(f"ended after step {trainer.global_step} of {max_steps} by a callback", flush=True)
+            acceptance.ensure(trainer)
             checkpoint = saver.finish(trainer, module)
             if max_steps % config.trainer.val_interval or first_step == max_steps:  # else validated within fit
                 trainer.validate(module, val, verbose=False)
@@ -151,10 +153,10 @@ def _outcome(
 
 
 def make_trainer(
-    config: Config, mesh: MeshSpec, run_dir: Path, callbacks: list[Callback], *, start: Path | None = None,
-    first_step: int = 0, materialize: Callable[[torch.device], None] | None = None,
+    config: Config, mesh: MeshSpec, run_dir: Path, callbacks: list[Callback], *, loggers: list[Logger] | None = None,
+    materialize: Callable[[torch.device], None] | None = None,
 ) -> Trainer:  # fmt: skip
-    """A Trainer over the ranks that are already running. start, first_step: the checkpoint to resume from."""
+    """A Trainer over the ranks that are already running. loggers: None: those of the config, in `run_dir`."""
     _quiet_lightning()
     accumulate = accumulation_steps(config, mesh)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
@@ -190,7 +192,7 @@ def make_trainer(
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=show_bar,
-        logger=make_loggers(config, run_dir, start, first_step),
+        logger=make_loggers(config, run_dir) if loggers is None else loggers,
         callbacks=callbacks,
         default_root_dir=run_dir,
     )

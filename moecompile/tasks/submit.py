@@ -5,16 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from moecompile.rundir import job_command, place, write_text
+from moecompile.rundir import OVERRIDES, job_command, place, write_text
 from moecompile.runtime import slurm
 from moecompile.schema import Config
-
-_OVERRIDES = "overrides.txt"
 
 
 def run(config: Config, run_dir: Path) -> None:
     """Writes `job.sbatch` to the run directory and submits it; what a run that it continues has left there is kept."""
-    overrides = (place(run_dir) / _OVERRIDES).read_text(encoding="utf-8").splitlines()
+    overrides = (place(run_dir) / OVERRIDES).read_text(encoding="utf-8").splitlines()
     command = job_command(overrides, run_dir, config.launcher.task.value, config.launcher.python or sys.executable)
     text = slurm.job_script(config, run_dir, command)
     script = run_dir / slurm.SCRIPT

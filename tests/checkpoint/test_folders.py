@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,16 +57,57 @@ def test_killed_between_rename_and_link(tmp_path: Path) -> None:
     assert folders.latest(tmp_path) == second
 
 
-def test_going_on_forgets_what_will_be_written_again(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        save(tmp_path, step)
-    (tmp_path / "step-4.tmp").mkdir()
-    (tmp_path / ".latest.tmp").symlink_to("step-4")
-    folders.forget_after(tmp_path, 2)
-    assert names(tmp_path) == ["latest", "step-1", "step-2"]
-    assert folders.latest(tmp_path) == tmp_path / "step-2"
-    save(tmp_path, 3)
-    assert folders.latest(tmp_path) == tmp_path / "step-3"
+def test_going_on_moves_aside_what_will_be_written_again(tmp_path: Path) -> None:
+    """What is aside is a run directory of its own, out of the way of `auto` and of `keep_last`."""
+    checkpoints, aside = folders.checkpoints_of(tmp_path), tmp_path / "replaced-1"
+    for step in (1, 2, 3, 4):
+        save(checkpoints, step)
+    (checkpoints / "step-5.tmp").mkdir()
+    (checkpoints / ".latest.tmp").symlink_to("step-5")
+    (checkpoints / "mine.tmp").write_text("of the user")
+    (tmp_path / "metrics.csv").write_text("step,loss\n4,1.0\n")
+    assert folders.set_aside(tmp_path, 2) == aside
+    assert names(checkpoints) == ["latest", "mine.tmp", "step-1", "step-2"]
+    assert folders.latest(checkpoints) == checkpoints / "step-2"
+    assert names(aside / "checkpoints") == ["latest", "step-3", "step-4"]
+    assert folders.find(str(aside), tmp_path) == aside / "checkpoints" / "step-4"
+    assert (aside / "metrics.csv").read_text() == (tmp_path / "metrics.csv").read_text()
+    assert "a run went on from step 2, and writes later steps again" in (aside / "README.txt").read_text()
+    for step in (3, 4, 5):
+        save(checkpoints, step, keep_last=2)
+    assert names(checkpoints) == ["latest", "mine.tmp", "step-4", "step-5"]
+    assert names(aside / "checkpoints") == ["latest", "step-3", "step-4"]
+    assert folders.set_aside(tmp_path, 5) is None and folders.set_aside(tmp_path, 4) == tmp_path / "replaced-2"
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_killed_while_it_moves_aside_nothing_is_lost(
+    moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = folders.checkpoints_of(tmp_path)
+    for step in (2, 4, 6):
+        save(checkpoints, step)
+    left = moment
+
+    def killed(change: Any) -> Any:
+        def call(*args: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return change(*args)
+
+        return call
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(folders, "point", killed(folders.point))
+        patch.setattr(Path, "rename", killed(Path.rename))
+        folders.set_aside(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.rglob("step-*")) == ["step-2", "step-4", "step-6"]
+    assert folders.latest(checkpoints) == checkpoints / ("step-6" if moment == 0 else "step-2")
+    folders.set_aside(tmp_path, 2)
+    assert folders.steps(checkpoints) == [2]
+    assert sorted(path.parent.name for path in tmp_path.rglob("step-*/state.json")) == ["step-2", "step-4", "step-6"]
 
 
 def test_what_resume_may_name(tmp_path: Path) -> None:

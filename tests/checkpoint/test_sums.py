@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moecompile import plan as plans
 from moecompile.checkpoint import sums
 from moecompile.checkpoint.tensors import INDEX, read_index, read_tensors, shapes, write_tensors
 from moecompile.errors import ConfigError
 from tests.distributed.harness import run_distributed_test
+from tests.plan.plans import a_plan
 
 
 def flip(path: Path, at: int = -1) -> None:
@@ -107,7 +109,19 @@ def test_broken_checksums_are_a_mistake(text: str, sealed: Path) -> None:
         sums.check(sealed, ["plan.yaml"])
 
 
-def test_a_checkpoint_without_checksums_is_still_read(sealed: Path) -> None:
+def test_missing_checksums_are_a_mistake_of_a_version_that_writes_them(sealed: Path) -> None:
+    (sealed / sums.SUMS).unlink()
+    plans.save(a_plan(), sealed / "plan.yaml")
+    with pytest.raises(ConfigError) as caught:
+        shapes(sealed)
+    assert str(caught.value) == (
+        f"trainer.resume={sealed}: has no checksums.json, which the version that wrote it writes, so it is damaged. Use "
+        "another checkpoint, or a copy of this one."
+    )
+
+
+def test_a_checkpoint_of_the_first_version_is_still_read(sealed: Path) -> None:
+    """It has no checksums, and a plan without keys of later versions."""
     (sealed / sums.SUMS).unlink()
     found = {"a": torch.zeros(1000)}
     read_tensors(sealed, found, orders={})

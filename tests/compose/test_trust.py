@@ -77,10 +77,7 @@ def test_an_option_that_is_typed_is_not_one_of_a_folder(tmp_path: Path) -> None:
         (["hydra/launcher=mine"], "error: hydra/launcher=mine: there is no such option. Use one of basic"),
         (["--config-name", "mine"], "error: --config-name: the shipped config is always the first. Give your own as"),
     ):
-        run = subprocess.run(
-            [sys.executable, "-m", "moecompile", "--config-dir", str(tmp_path), *words, "task=plan"],
-            capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path, env=os.environ,
-        )  # fmt: skip
+        run = python("-m", "moecompile", "--config-dir", str(tmp_path), *words, "task=plan", cwd=tmp_path)
         assert run.returncode == 2 and run.stderr.startswith(told), run.stderr
         assert not (tmp_path / "ran").exists()
 

@@ -67,7 +67,7 @@ def save_without_end(rank: int, world_size: int, run_dir: str) -> None:
     first = 0 if (latest := folders.latest(checkpoints)) is None else read_state(latest).step
     dist.barrier()
     if rank == 0:
-        folders.forget_after(checkpoints, first)
+        folders.set_aside(Path(run_dir), first)
     saves = writer(checkpoints)
     dist.barrier()
     Path(run_dir, f"pid_{rank}").write_text(str(os.getpid()))

@@ -136,13 +136,22 @@ def test_what_is_whole_is_taken(way: str, dtype: torch.dtype, tmp_path: Path) ->
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
+def as_of_the_first_version(folder: Path) -> None:
+    """Takes a key from the plan that 0.1.0, which wrote no checksums, did not have."""
+    plan = (folder / "plan.yaml").read_text()
+    (folder / "plan.yaml").write_text(plan.replace("context_parallel: []\n", ""))
+
+
 def test_what_was_exported_is_checked_when_it_is_loaded(tmp_path: Path) -> None:
     folder = tiny_run(tmp_path / "run", tiny_config("llama", []))
     assert isinstance(moecompile.load_exported(folder), nn.Module)
     save_file({"more": torch.zeros(1)}, folder / "stray.safetensors")
     with pytest.raises(ConfigError, match=r"stray\.safetensors has no entry in checksums\.json"):
         moecompile.load_exported(folder)
-    (folder / SUMS).unlink()  # as earlier versions wrote it
+    (folder / SUMS).unlink()
+    with pytest.raises(ConfigError, match=r"has no checksums\.json, which the version that wrote it"):
+        moecompile.load_exported(folder)
+    as_of_the_first_version(folder)
     with pytest.raises(
         ConfigError, match=r"^export\.checkpoint=.*stray\.safetensors holds more, which the model does not have"
     ):

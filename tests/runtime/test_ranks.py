@@ -11,7 +11,7 @@ import pytest
 from moecompile import rundir
 from moecompile.errors import ConfigError, UserError
 from moecompile.runtime import failures, in_place
-from moecompile.runtime.orders import free_port
+from moecompile.runtime.orders import free_port, meet
 from moecompile.runtime.ranks import Ranks, check_mesh, check_places, in_place_ranks, worker_variables
 
 # -- which failure is told -------------------------------------------------------------------------------------------
@@ -173,3 +173,27 @@ def test_no_free_port_is_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UserError, match=r"no port of .* can be opened\. Let programs listen on ports 30000 to 32767\."):
         free_port()
     assert asked[-1] == 0 and len(asked) < 100  # at last as the kernel chooses
+
+
+def test_ranks_that_torchrun_restarts_do_not_read_the_orders_of_the_attempt_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its agent keeps one store for all attempts. A rank that follows an old order writes into the run before."""
+    from torch.distributed import TCPStore
+
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    ranks = Ranks(
+        rank=0, world_size=1, local_rank=0, local_world_size=1, master_addr="127.0.0.1", master_port=agent.port,
+        launcher="torchrun",
+    )  # fmt: skip
+    for name, value in ranks.variables().items():
+        monkeypatch.setenv(name, value)
+    stores = []
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        meet.cache_clear()
+        stores.append(meet(ranks))
+    meet.cache_clear()
+    stores[0].set("moecompile/order/0", "old")
+    assert stores[0].check(["moecompile/order/0"]) and not stores[1].check(["moecompile/order/0"])

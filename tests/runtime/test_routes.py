@@ -8,18 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from moecompile.errors import ConfigError
 from moecompile.nn.replay import ReplayLayer
-from moecompile.runtime.routes_file import check_fits, create, open_routes
+from moecompile.runtime.routes_file import check_data, check_fits, create, open_routes
 from tests.tasks.test_train import TINY, losses_of, moecompile
 
 LAYERS = (ReplayLayer("a.router", 8, 2), ReplayLayer("b.router", 8, 3))
 SIZE = {"steps": 2, "sequences": 4, "tokens": 5}
+DATA = {"seed": 0, "data.path": "a.txt", "data.val_fraction": 0.05, "data.text": "4f", "data.tokenizer": "9c"}
 
 
 def written(folder: Path, layers: tuple[ReplayLayer, ...] = LAYERS) -> Path:
-    create(folder, layers, **SIZE)
+    create(folder, layers, DATA, **SIZE)
     return folder
 
 
@@ -41,7 +43,12 @@ def test_records_stay_when_a_run_goes_on(tmp_path: Path) -> None:
     routes.ids.flush()
     assert (np.asarray(open_routes(written(tmp_path / "routes")).ids[1, 2]) == 7).all()
     with pytest.raises(ConfigError, match=r"routing.replay=record: .* has routes of another run"):
-        create(tmp_path / "routes", LAYERS, **{**SIZE, "steps": 3})
+        create(tmp_path / "routes", LAYERS, DATA, **{**SIZE, "steps": 3})
+    with pytest.raises(ConfigError, match=r"routing.replay=record: .* has routes of another run"):
+        create(tmp_path / "routes", LAYERS, {**DATA, "seed": 1}, **SIZE)
+    create(tmp_path / "routes", LAYERS, {**DATA, "data.path": "moved.txt"}, **SIZE)
+    as_format_1(tmp_path / "routes")
+    create(tmp_path / "routes", LAYERS, {**DATA, "seed": 1}, **SIZE)  # it does not say
 
 
 @pytest.mark.parametrize(
@@ -61,6 +68,27 @@ def test_what_does_not_fit(layers: Any, size: dict[str, int], message: str, tmp_
         check_fits(open_routes(folder), folder, layers, **size)
 
 
+def as_format_1(folder: Path) -> None:
+    head = yaml.safe_load((folder / "routes.yaml").read_text())
+    del head["data"]
+    (folder / "routes.yaml").write_text(yaml.safe_dump({**head, "format": 1}))
+
+
+def test_other_tokens_do_not_fit(tmp_path: Path) -> None:
+    """Another seed or text; the place of the text does not matter. Routes of format 1 are read, and cannot say."""
+    folder = written(tmp_path / "routes")
+    assert check_data(open_routes(folder), folder, {**DATA, "data.path": "moved.txt"})
+    with pytest.raises(ConfigError) as caught:
+        check_data(open_routes(folder), folder, {**DATA, "seed": 1, "data.text": "5a"})
+    assert str(caught.value) == (
+        f"routing.replay={folder}: has routes of other tokens (seed: 0 in the record, 1 here; data.text: 4f in the "
+        "record, 5a here). Use the config with which they were recorded."
+    )
+    as_format_1(folder)
+    check_fits(open_routes(folder), folder, LAYERS, **SIZE)
+    assert not check_data(open_routes(folder), folder, {**DATA, "seed": 1})
+
+
 def test_damaged_folders(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"routes\.yaml cannot be read"):
         open_routes(tmp_path)
@@ -72,7 +100,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ids\.npy cannot be read"):
         open_routes(folder)
     (folder / "routes.yaml").write_text("format: 9")
-    with pytest.raises(ConfigError, match="is not of format 1"):
+    with pytest.raises(ConfigError, match="is not of format 1 or 2"):
         open_routes(folder)
 
 
@@ -92,6 +120,9 @@ def test_recorded_on_one_rank_and_replayed_on_two(tmp_path: Path) -> None:
         return losses_of(tmp_path / name)
 
     assert replayed("two", str(tmp_path / "one")) == pytest.approx(wanted, rel=1e-5)
+    another = [*TINY, "mesh=cpu_1x2", f"routing.replay={tmp_path / 'one'}", "seed=1", "hydra.run.dir=another"]
+    refused = moecompile(another, tmp_path)
+    assert refused.returncode == 2 and "has routes of other tokens (seed: 0 in the record, 1 here)" in refused.stderr
     other = tmp_path / "other"
     shutil.copytree(tmp_path / "one" / "routes", other)
     np.save(other / "ids.npy", (ids + 1) % 16)

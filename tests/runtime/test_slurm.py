@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
-from moecompile.rundir import job_command
+from moecompile.rundir import PENDING, RESOLVED, job_command
 from moecompile.runtime.launch import is_restart
 from moecompile.runtime.slurm import _may_go_on, job_id, job_script
 from moecompile.schema import validate
@@ -110,11 +111,42 @@ def test_the_id_of_a_job() -> None:
     assert job_id({"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}) == "7_1"
 
 
-def test_a_requeued_job_is_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then the run's own checkpoint comes before a given trainer.resume, as after a lost rank."""
+def a_config(folder: Path, resume: str | None, lr: float = 0.1, ranks: int = 2) -> None:
+    folder.mkdir(exist_ok=True)
+    body = {"trainer": {"resume": resume}, "optimizer": {"lr": lr}, "mesh": {"ranks_per_node": ranks}}
+    (folder / RESOLVED).write_text(yaml.safe_dump(body))
+
+
+def test_a_requeued_job_is_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the run's own checkpoint comes before a given trainer.resume, as after a lost rank; but not if no attempt has
+    trained: the directory then has the run before.
+    """
     for name in ("MOECOMPILE_RESTART", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
-    assert not is_restart()
+    here, pending = [f"{tmp_path}/checkpoints/step-{step}" for step in (2, 4)], tmp_path / PENDING
+    a_config(tmp_path, here[0])
+    a_config(pending, here[0])
+    assert not is_restart(tmp_path)
     for count, expected in (("0", False), ("2", True)):
         monkeypatch.setenv("SLURM_RESTART_COUNT", count)
-        assert is_restart() is expected
+        assert is_restart(tmp_path) is expected
+    a_config(pending, here[0], lr=0.2)
+    assert not is_restart(tmp_path)
+    a_config(pending, here[1])
+    assert not is_restart(tmp_path)
+    a_config(pending, here[0], ranks=1)  # torchrun found fewer machines
+    assert is_restart(tmp_path)
+    a_config(tmp_path, "/other/checkpoints/step-2")
+    a_config(pending, "/other/checkpoints/step-4")  # where the job began has moved on
+    assert is_restart(tmp_path)
+    (tmp_path / RESOLVED).unlink()
+    assert not is_restart(tmp_path)
+
+
+def test_ranks_that_the_launcher_starts_again_go_on_if_they_have_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOECOMPILE_RESTART", "1")
+    assert is_restart(tmp_path)
+    (tmp_path / PENDING).mkdir()
+    assert not is_restart(tmp_path)

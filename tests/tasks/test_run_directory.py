@@ -9,11 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moecompile import rundir
+from moecompile.errors import ConfigError
 from tests.distributed.resume_job import TINY
 from tests.forked import Program, python
 
@@ -24,6 +28,10 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 
 def moecompile(*arguments: str, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     return python(*before, "-m", "moecompile", *arguments, cwd=REPOSITORY)
+
+
+CONFIG = "".join(f"{group}:\n  name: x\n" for group in ("task", "model", "experts", "mesh", "trainer"))
+"""What every version's resolved.yaml has."""
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -102,28 +110,152 @@ def test_an_empty_directory_is_written_at_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_accepted_replaces_what_was_there(tmp_path: Path) -> None:
-    for folder in ("logs", "errors"):
-        (tmp_path / folder).mkdir()
-    for name in ("resolved.yaml", "logs/rank_3.log", "errors/rank_0.json", "result.json", "metrics.csv"):
-        (tmp_path / name).write_text("old")
-    with rundir.held(tmp_path):
-        place = rundir.place(tmp_path)
-        assert place == tmp_path / rundir.PENDING
+def a_run(folder: Path) -> Path:
+    for name in ("logs", "errors"):
+        (folder / name).mkdir(parents=True)
+    for name in ("plan.yaml", "logs/rank_3.log", "errors/rank_0.json", "result.json", "metrics.csv"):
+        (folder / name).write_text("old")
+    (folder / "resolved.yaml").write_text(CONFIG)
+    return folder
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+BEFORE = {"resolved.yaml": CONFIG, "plan.yaml": "new", "logs/rank_0.log": "new", "metrics.csv": "old"}
+
+
+@contextmanager
+def pending(run_dir: Path) -> Iterator[Path]:
+    with rundir.held(run_dir):
+        place = rundir.place(run_dir)
+        assert place == run_dir / rundir.PENDING
         (place / "logs").mkdir()
         (place / "logs" / "rank_0.log").write_text("new")
-        (place / "resolved.yaml").write_text("new")
-        assert (tmp_path / "resolved.yaml").read_text() == "old"
+        (place / "plan.yaml").write_text("new")
+        yield place
+
+
+def test_what_is_accepted_replaces_what_was_there(tmp_path: Path) -> None:
+    with pending(a_run(tmp_path)):
+        assert (tmp_path / "plan.yaml").read_text() == "old"
         rundir.accept(tmp_path)
         assert rundir.place(tmp_path) == tmp_path
-    found = {str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
-    assert found == {"resolved.yaml": "new", "logs/rank_0.log": "new", "metrics.csv": "old"}
+    assert files_of(tmp_path) == BEFORE
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_killed_while_it_is_accepted_it_is_whole_for_the_next_one(
+    moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first change it is the run before, else this one; what is left to move is moved by the next run."""
+    left = moment
+
+    def killed(change: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return change(*arguments)
+
+        return call
+
+    before = files_of(a_run(tmp_path / "run"))
+    with pending(tmp_path / "run"), monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed(Path.rename))
+        patch.setattr(Path, "replace", killed(Path.replace))
+        rundir.accept(tmp_path / "run")
+    with rundir.held(tmp_path / "run"):
+        rundir.discard(tmp_path / "run")
+    assert files_of(tmp_path / "run") == (before if moment == 0 else BEFORE)
 
 
 def test_what_a_killed_run_left_is_not_accepted_later(tmp_path: Path) -> None:
+    (tmp_path / "resolved.yaml").write_text(CONFIG)
     (tmp_path / rundir.PENDING).mkdir()
-    (tmp_path / rundir.PENDING / "resolved.yaml").write_text("of a killed run")
+    (tmp_path / rundir.PENDING / "result.json").write_text("of a killed run")
     with rundir.held(tmp_path):
         assert not any(rundir.place(tmp_path).iterdir())
         rundir.accept(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert files_of(tmp_path) == {"resolved.yaml": CONFIG}
+
+
+# -- folders that are something else ---------------------------------------------------------------------------------
+
+OURS: dict[str, dict[str, str]] = {
+    "an empty folder": {},
+    "the root of a volume": {"lost+found/.": "", ".hydra/config.yaml": ""},
+    "a run": {"resolved.yaml": CONFIG, "notes.txt": "of the user"},
+    "checkpoints that were copied": {"checkpoints/step-3/state.json": "{}"},
+    "killed before it had a config": {"overrides.txt": "recipe=deepseek_ep\n+model.config.x={a: 1}\n~data.cache"},
+    "killed before it had a config, without overrides": {"overrides.txt": ""},
+}
+THEIRS: dict[str, dict[str, str]] = {
+    "a project": {"errors/mine.txt": "", "logs/mine.txt": "", "graphs/a.svg": "", ".pending-1/x": "", "plan.yaml": "x"},
+    "another resolved.yaml": {"resolved.yaml": "task: mine\nmodel: mine\n"},
+    "another overrides.txt": {"overrides.txt": "Things to override: all of them\n"},
+    "an export": {"resolved.yaml": CONFIG, "model-00001-of-00001.safetensors": ""},
+    "checkpoints of another program": {"checkpoints/step-3.tmp/x": "", "checkpoints/epoch=1.ckpt": ""},
+}
+
+
+def written(folder: Path, files: dict[str, str]) -> Path:
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/."):
+            (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_run_directory_is_recognised(name: str, tmp_path: Path) -> None:
+    with rundir.held(written(tmp_path / "folder", OURS[name])):
+        rundir.accept(tmp_path / "folder")
+    assert files_of(tmp_path / "folder") == {path: text for path, text in OURS[name].items() if path[-1] != "."}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_a_folder_with_something_else_is_left_alone(name: str, tmp_path: Path) -> None:
+    before = contents(written(tmp_path / "folder", THEIRS[name]))
+    with (
+        pytest.raises(ConfigError, match=r"^hydra\.run\.dir=.*/folder: holds .*, and no run\."),
+        rundir.held(tmp_path / "folder"),
+    ):
+        pass
+    assert contents(tmp_path / "folder") == before
+
+
+@pytest.mark.slow
+def test_every_task_leaves_a_folder_alone_and_says_what_is_there(tmp_path: Path) -> None:
+    """As the command line does it, which has the same door for all of them; a sweep has another one."""
+    folder = written(tmp_path / "folder", THEIRS["a project"])
+    before = contents(folder)
+    refused = moecompile("task=plan", *TINY, f"hydra.run.dir={folder}")
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        f"error: hydra.run.dir={folder}: holds .pending-1, errors, graphs and 2 more, and no run. Use a new directory, "
+        "or an empty one.\n",
+    )
+    swept = moecompile("-m", "task=plan", *TINY, "seed=0,1", f"hydra.sweep.dir={folder}")
+    assert swept.returncode == 2 and f"error: hydra.sweep.dir={folder}: holds .pending-1, errors" in swept.stderr
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "where", "reason"),
+    [
+        ("hydra.run.dir", "file/below", "Not a directory"),
+        ("hydra.run.dir", "/proc/nowhere", "No such file or directory"),  # where root may not write, either
+        ("hydra.sweep.dir", "file/below", "Not a directory"),
+    ],
+)
+def test_a_directory_that_cannot_be_made_is_one_message(key: str, where: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    flags = ["-m"] if key == "hydra.sweep.dir" else []
+    refused = moecompile(*flags, "task=plan", f"{key}={tmp_path / where}")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert refused.stderr.startswith(f"error: {key}={tmp_path / where}: cannot be created: {reason}")
+    assert refused.stderr.endswith(" Give another directory.\n")

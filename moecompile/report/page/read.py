@@ -15,9 +15,8 @@ import yaml
 from moecompile import plan as plans
 from moecompile.errors import MoecompileError
 from moecompile.load_history import LOAD_HISTORY, LoadHistory
-from moecompile.rundir import FORECAST, PROFILE, RESULT
+from moecompile.rundir import FORECAST, PROFILE, RESOLVED, RESULT
 
-RESOLVED = "resolved.yaml"
 _LARGE = ("load/", "node_tokens/")  # columns of metrics.csv for each expert, which load.npz has too
 
 

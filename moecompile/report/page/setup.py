@@ -8,11 +8,10 @@ from pathlib import Path
 
 from moecompile.report.page.charts import chart
 from moecompile.report.page.document import Chart, Section, details, escape, note, table
-from moecompile.report.page.read import RESOLVED, Run, flatten, read_config
+from moecompile.report.page.read import Run, flatten, read_config
 from moecompile.report.text import bytes_text
+from moecompile.rundir import OVERRIDES, RESOLVED
 from moecompile.version import versions
-
-OVERRIDES = "overrides.txt"
 
 
 def section(run: Run) -> Section:
