@@ -39,6 +39,7 @@ from moecompile.plan import FFNSite, LayerPlan
 
 _FACTOR = 2.0
 _ROUNDINGS = 8  # of a token in one layer, beside the sum over its experts
+_FEW, _MOST_MOVES = 64, 8  # outputs of fewer numbers are moved again: some of them may happen to stay
 _STEPS = 8  # of eps: close to rounding, so that an activation with steps answers as it does to rounding
 
 _Outputs = list[list[Tensor]]  # of each call
@@ -102,12 +103,15 @@ def agreements(
         units[wide] = units[narrow]  # projected weights are new, and rounded to the dtype of the model
     depth = sum(_ROUNDINGS + layer.routing.top_k for layer in layers)
     factors = {dtype: _FACTOR * math.sqrt(depth) * unit for dtype, unit in units.items()}
-    answers = [[(b - a) / _change(wide) for a, b in zip(*each, strict=True)] for each in zip(exact, moved, strict=True)]
-    found = [_worst(zip(own, new, exact[0], answers[0], strict=True), factors[narrow], narrow)]
-    if wide != narrow:
-        of_calls = zip(exact, got, exact, answers, strict=True)
-        found.append(_worst((row for each in of_calls for row in zip(*each, strict=True)), factors[wide], wide))
-    return found, reason
+    answers = [
+        _answers(each, its_moved, _change(wide))
+        for each, its_moved in zip(exact, zip(*moved, strict=True), strict=True)
+    ]
+    of_calls = (row for each in zip(exact, got, exact, answers, strict=True) for row in zip(*each, strict=True))
+    return [
+        _worst(zip(own, new, exact[0], answers[0], strict=True), factors[narrow], narrow),
+        _worst(of_calls, factors[wide], wide),
+    ], reason
 
 
 def unequal_copies(replacement: fx.GraphModule, layers: Sequence[LayerPlan]) -> str | None:
@@ -131,8 +135,8 @@ def unequal_copies(replacement: fx.GraphModule, layers: Sequence[LayerPlan]) -> 
 
 def _runs(
     region: Region, replacement: fx.GraphModule, call: ModuleCall, layers: Sequence[LayerPlan], dtype: torch.dtype
-) -> tuple[_Outputs, _Outputs, _Outputs]:
-    """Outputs of the captured graph, of its replacement, and of the captured graph with weights that are moved."""
+) -> tuple[_Outputs, _Outputs, list[_Outputs]]:
+    """Outputs of the captured graph, of its replacement, and of the captured graph whenever weights are moved."""
 
     def cast(value: Tensor) -> Tensor:
         return value.to(torch.promote_types(value.dtype, dtype)) if value.is_floating_point() else value
@@ -149,11 +153,15 @@ def _runs(
     calls = [
         ModuleCall(*tree_map_only(Tensor, cast, fresh_arguments(each))) for each in (call, *_to_others(region, call))
     ]
-    found = []
-    for module, change in ((region.graph, exact), (replacement, cast), (region.graph, moved)):
+
+    def outputs(module: nn.Module, change: _Change) -> _Outputs:
         with torch.no_grad(), torch.autocast(device, enabled=False), _changed(module, change):
-            found.append([outputs_of(module, each) for each in calls])
-    return found[0], found[1], found[2]
+            return [outputs_of(module, each) for each in calls]
+
+    own = outputs(region.graph, exact)
+    numbers = max(1, sum(output.numel() for output in own[0] if output.is_floating_point()))
+    moves = [outputs(region.graph, moved) for _ in range(min(_MOST_MOVES, math.ceil(_FEW / numbers)))]
+    return own, outputs(replacement, cast), moves
 
 
 @contextlib.contextmanager
@@ -236,6 +244,14 @@ def _moved(weight: Tensor, change: float, generator: torch.Generator) -> Tensor:
 
 
 # -- Step 4 -----------------------------------------------------------------------------------------------------------
+
+
+def _answers(exact: Sequence[Tensor], moved: Sequence[Sequence[Tensor]], change: float) -> list[Tensor]:
+    """Of each output: its move for a change of 1, the root of its mean square over all moves."""
+    return [
+        torch.stack([difference(output, own) / change for output in outputs]).square().mean(0).sqrt()
+        for own, *outputs in zip(exact, *moved, strict=True)
+    ]
 
 
 def _worst(outputs: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]], factor: float, dtype: torch.dtype) -> Agreement:

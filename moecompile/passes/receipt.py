@@ -157,13 +157,14 @@ class Comparison:
             )
 
     def _broken(self, path: str, graph: fx.GraphModule, layers: Sequence[LayerPlan]) -> str | None:
-        if (name := unequal_copies(graph, layers)) is not None:
-            return f"experts are promised to be copies of the dense FFN, but differ among themselves in {name}"
         found = self._found.get(path)
         if found is None:
             return "outputs are promised to stay, but a second forward on the example does not reach this layer"
         failed = next((each for each in found if not each.holds), None)
-        return None if failed is None else f"outputs on the example are promised to stay but differ by {failed}"
+        if failed is not None:
+            return f"outputs on the example are promised to stay but differ by {failed}"
+        name = unequal_copies(graph, layers)
+        return name and f"experts are promised to be copies of the dense FFN, but differ among themselves in {name}"
 
     def _why(self) -> str:
         """The first reason, and the layers that have a reason unless all share this one."""
