@@ -7,6 +7,7 @@ Algorithm (docs/decisions/0036-a-receipt-by-regions.md derives the bound):
      own experts got no token, run both again with other expert ids.
   3. Run the captured graph with every weight up or down by a few roundings, at random. How far its outputs move says
      how much of a rounding reaches them.
+     This is left out if the differences are explained without.
   4. Compare norms of rows. Rounding explains 2 sqrt(depth) unit (answer + size): `answer` is the move of step 3 for a
      change of 1, `size` the norm of the row, and `unit` the largest relative error of one rounding.
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -87,31 +88,23 @@ def agreements(
         Agreements in the model's arithmetic and in fp32; and why the region does not run in fp32, if it does not.
     """
     narrow = _narrowest(region.module, call)
-    wide = torch.promote_types(narrow, torch.float32)
-    reason = None
+    wide, reason = torch.promote_types(narrow, torch.float32), None
     with _exact_products():
-        own, new = outputs_of(region.module, call), outputs_of(replacement, call)  # Step 1
+        runs = _Runs(region, call, layers, wide)
         try:
-            exact, got, moved = _runs(region, replacement, call, layers, wide)  # Steps 2 and 3
+            exact, got = runs.of_module(), runs.of(replacement)  # Step 2
         except Exception as error:  # a kernel or a cast in the model that is for one dtype alone
             reason, wide = f"{type(error).__name__}: {error}", narrow
-            exact, got, moved = _runs(region, replacement, call, layers, narrow)
-    # Step 4
-    longest = max((max(weight.shape[-2:]) for weight in region.module.parameters() if weight.dim() > 1), default=1)
-    units = {wide: _unit(wide, longest), narrow: _unit(narrow, longest)}
-    if any(layer.experts.latent_size is not None for layer in layers):
-        units[wide] = units[narrow]  # projected weights are new, and rounded to the dtype of the model
-    depth = sum(_ROUNDINGS + layer.routing.top_k for layer in layers)
-    factors = {dtype: _FACTOR * math.sqrt(depth) * unit for dtype, unit in units.items()}
-    answers = [
-        _answers(each, its_moved, _change(wide))
-        for each, its_moved in zip(exact, zip(*moved, strict=True), strict=True)
-    ]
-    of_calls = (row for each in zip(exact, got, exact, answers, strict=True) for row in zip(*each, strict=True))
-    return [
-        _worst(zip(own, new, exact[0], answers[0], strict=True), factors[narrow], narrow),
-        _worst(of_calls, factors[wide], wide),
-    ], reason
+            runs = _Runs(region, call, layers, narrow)
+            exact, got = runs.of_module(), runs.of(replacement)
+        outputs = {wide: _flat(exact, got, exact)}
+        if narrow != wide:
+            own = outputs_of(region.module, call), outputs_of(replacement, call)  # Step 1
+            outputs[narrow] = list(zip(*own, exact[0], strict=True))
+        found = _compared(outputs, None, region, layers)  # Step 4
+        if not all(each.holds for each in found):
+            found = _compared(outputs, runs.answers(exact), region, layers)  # Steps 3 and 4
+    return found, reason
 
 
 def unequal_copies(replacement: fx.GraphModule, layers: Sequence[LayerPlan]) -> str | None:
@@ -133,35 +126,52 @@ def unequal_copies(replacement: fx.GraphModule, layers: Sequence[LayerPlan]) -> 
 # -- Steps 2 and 3 ----------------------------------------------------------------------------------------------------
 
 
-def _runs(
-    region: Region, replacement: fx.GraphModule, call: ModuleCall, layers: Sequence[LayerPlan], dtype: torch.dtype
-) -> tuple[_Outputs, _Outputs, list[_Outputs]]:
-    """Outputs of the captured graph, of its replacement, and of the captured graph whenever weights are moved."""
+class _Runs:
+    """Runs of a call, and of others that reach the other experts, with weights and arguments in one dtype."""
 
-    def cast(value: Tensor) -> Tensor:
-        return value.to(torch.promote_types(value.dtype, dtype)) if value.is_floating_point() else value
+    def __init__(self, region: Region, call: ModuleCall, layers: Sequence[LayerPlan], dtype: torch.dtype) -> None:
+        self.graph, self.dtype, self.stored = region.graph, dtype, _as_stored(region, layers)
+        self.device = next(region.module.parameters()).device.type
+        calls = [fresh_arguments(each) for each in (call, *_to_others(region, call))]
+        self.calls = [ModuleCall(*tree_map_only(Tensor, self._cast, arguments)) for arguments in calls]
 
-    def exact(value: Tensor) -> Tensor:
-        return stored[id(value)](cast(value)) if id(value) in stored else cast(value)
+    def of_module(self) -> _Outputs:
+        """By its captured graph, in which weights are found by name."""
+        return self._outputs(self.graph, self._exact)
 
-    def moved(value: Tensor) -> Tensor:
-        is_weight = isinstance(value, nn.Parameter)
-        return _moved(exact(value), _change(dtype), generator) if is_weight else exact(value)
+    def of(self, replacement: fx.GraphModule) -> _Outputs:
+        """Of what replaces the module."""
+        return self._outputs(replacement, self._cast)
 
-    stored, generator = _as_stored(region, layers), torch.Generator().manual_seed(0)
-    device = next(region.module.parameters()).device.type
-    calls = [
-        ModuleCall(*tree_map_only(Tensor, cast, fresh_arguments(each))) for each in (call, *_to_others(region, call))
-    ]
+    def answers(self, exact: _Outputs) -> list[Tensor]:
+        """For each output of all calls: its move for a change of 1, the root of the mean square over all moves."""
+        change, generator = _STEPS * torch.finfo(self.dtype).eps, torch.Generator().manual_seed(0)
 
-    def outputs(module: nn.Module, change: _Change) -> _Outputs:
-        with torch.no_grad(), torch.autocast(device, enabled=False), _changed(module, change):
-            return [outputs_of(module, each) for each in calls]
+        def moved(value: Tensor) -> Tensor:
+            is_weight = isinstance(value, nn.Parameter)
+            return _moved(self._exact(value), change, generator) if is_weight else self._exact(value)
 
-    own = outputs(region.graph, exact)
-    numbers = max(1, sum(output.numel() for output in own[0] if output.is_floating_point()))
-    moves = [outputs(region.graph, moved) for _ in range(min(_MOST_MOVES, math.ceil(_FEW / numbers)))]
-    return own, outputs(replacement, cast), moves
+        numbers = max(1, sum(output.numel() for output in exact[0] if output.is_floating_point()))
+        moves = [self._outputs(self.graph, moved) for _ in range(min(_MOST_MOVES, math.ceil(_FEW / numbers)))]
+        return [
+            torch.stack([difference(output, own) / change for output in outputs]).square().mean(0).sqrt()
+            for own, *outputs in _flat(exact, *moves)
+        ]
+
+    def _cast(self, value: Tensor) -> Tensor:
+        return value.to(torch.promote_types(value.dtype, self.dtype)) if value.is_floating_point() else value
+
+    def _exact(self, value: Tensor) -> Tensor:
+        return self.stored[id(value)](self._cast(value)) if id(value) in self.stored else self._cast(value)
+
+    def _outputs(self, module: nn.Module, change: _Change) -> _Outputs:
+        with torch.no_grad(), torch.autocast(self.device, enabled=False), _changed(module, change):
+            return [outputs_of(module, each) for each in self.calls]
+
+
+def _flat(*outputs: _Outputs) -> list[tuple[Tensor, ...]]:
+    """The outputs of all calls, those of several runs side by side."""
+    return [each for calls in zip(*outputs, strict=True) for each in zip(*calls, strict=True)]
 
 
 @contextlib.contextmanager
@@ -246,33 +256,43 @@ def _moved(weight: Tensor, change: float, generator: torch.Generator) -> Tensor:
 # -- Step 4 -----------------------------------------------------------------------------------------------------------
 
 
-def _answers(exact: Sequence[Tensor], moved: Sequence[Sequence[Tensor]], change: float) -> list[Tensor]:
-    """Of each output: its move for a change of 1, the root of its mean square over all moves."""
-    return [
-        torch.stack([difference(output, own) / change for output in outputs]).square().mean(0).sqrt()
-        for own, *outputs in zip(exact, *moved, strict=True)
-    ]
-
-
-def _worst(outputs: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]], factor: float, dtype: torch.dtype) -> Agreement:
-    """The row that is farthest from its module's.
+def _compared(
+    outputs: Mapping[torch.dtype, Sequence[tuple[Tensor, ...]]],
+    answers: Sequence[Tensor] | None,
+    region: Region,
+    layers: Sequence[LayerPlan],
+) -> list[Agreement]:
+    """One agreement for each arithmetic.
 
     Args:
-        outputs: of the module, of its replacement, of the captured graph in fp32, and its answer to a change of 1.
-        factor: of answer and size in the bound.
+        outputs: dtype -> of the module, of its replacement, and of the module in the widest dtype.
+        answers: for the outputs in that dtype; None: they are not needed to explain the differences.
     """
-    worst = Agreement(difference=0.0, bound=factor, dtype=dtype)
-    for own, new, exact, answer in outputs:
-        if not own.is_floating_point() or not own.numel():
-            continue
-        sizes, answers = _rows(exact), _rows(answer)
-        sizes, answers = sizes.maximum(sizes.median()), answers.maximum(answers.square().mean().sqrt())
-        differences, bounds = _rows(difference(own, new), finite=False), factor * (sizes + answers)
-        i = int(torch.where(differences == 0, 0.0, differences / bounds).argmax())  # of a NaN, if there is one
-        scale = float(sizes[i]) or 1.0
-        found = Agreement(difference=float(differences[i]) / scale, bound=float(bounds[i]) / scale, dtype=dtype)
-        worst = worst if found.part <= worst.part or math.isnan(worst.part) else found
-    return worst
+    longest = max((max(weight.shape[-2:]) for weight in region.module.parameters() if weight.dim() > 1), default=1)
+    # Weights in a latent width are new, and rounded to the dtype of the model.
+    new = [max(outputs, key=_eps)] if any(layer.experts.latent_size is not None for layer in layers) else []
+    depth = sum(_ROUNDINGS + layer.routing.top_k for layer in layers)
+    found = []
+    for dtype, of_dtype in outputs.items():
+        unit = max(_unit(each, longest) for each in (dtype, *new))
+        worst = Agreement(difference=0.0, bound=1.0, dtype=dtype)
+        for k, (own, other, exact) in enumerate(of_dtype):
+            if own.is_floating_point() and own.numel():
+                answer = torch.zeros_like(exact) if answers is None else answers[k]
+                row = _worst_row(own, other, exact, answer, _FACTOR * math.sqrt(depth) * unit, dtype)
+                worst = worst if row.part <= worst.part or math.isnan(worst.part) else row
+        found.append(worst)
+    return found
+
+
+def _worst_row(own: Tensor, new: Tensor, exact: Tensor, answer: Tensor, factor: float, dtype: torch.dtype) -> Agreement:
+    """The row that is farthest from the module's, for its bound `factor` (answer + size)."""
+    sizes, answers = _rows(exact), _rows(answer)
+    sizes, answers = sizes.maximum(sizes.median()), answers.maximum(answers.square().mean().sqrt())
+    differences, bounds = _rows(difference(own, new), finite=False), factor * (sizes + answers)
+    i = int(torch.where(differences == 0, 0.0, differences / bounds).argmax())  # of a NaN, if there is one
+    scale = float(sizes[i]) or 1.0
+    return Agreement(difference=float(differences[i]) / scale, bound=float(bounds[i]) / scale, dtype=dtype)
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:
@@ -296,7 +316,7 @@ def _narrowest(module: nn.Module, call: ModuleCall) -> torch.dtype:
     kinds = {tensor.device.type for tensor in tensors}
     dtypes = {tensor.dtype for tensor in tensors}
     dtypes |= {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return max(dtypes, key=_eps)
 
 
 def _unit(dtype: torch.dtype, longest: int) -> float:
@@ -308,8 +328,8 @@ def _unit(dtype: torch.dtype, longest: int) -> float:
     return max(torch.finfo(dtype).eps, math.sqrt(longest) * torch.finfo(wide).eps) / 2
 
 
-def _change(dtype: torch.dtype) -> float:
-    return _STEPS * torch.finfo(dtype).eps
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -29,9 +29,9 @@ from moecompile.tasks.show import step0_fields
 from tests.existing_models import moe_model
 from tests.tiny import COPY4, TinyGPT, UpDown, config, ids, max_diff, tiny_llama
 
-DTYPES = [torch.bfloat16, torch.float32]
+DTYPES = [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
 IDS = ids(2, 8, vocab=61)
-SEEDS = 10
+SEEDS = 5
 
 
 class Rewritten:
@@ -218,7 +218,7 @@ def test_a_near_tie_of_a_router_is_shown_and_not_refused() -> None:
     assert receipt.max_abs_diff is not None and receipt.max_abs_diff > 0.5
     assert receipt.regions_only and receipt.region_part is not None and receipt.region_part < 0.5
     with torch.no_grad():
-        assert max_diff(model(IDS).logits, before) == receipt.max_abs_diff
+        assert max_diff(model(IDS).logits.float(), before.float()) == pytest.approx(receipt.max_abs_diff)
     text = step0_text(step0_fields(compiled))
     assert text == (
         f"equals the model before layer by layer, and their outputs differ by {receipt.max_abs_diff:.1e}: rounding may "
