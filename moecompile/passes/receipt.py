@@ -163,8 +163,9 @@ class Comparison:
         failed = next((each for each in found if not each.holds), None)
         if failed is not None:
             return f"outputs on the example are promised to stay but differ by {failed}"
-        name = unequal_copies(graph, layers)
-        return name and f"experts are promised to be copies of the dense FFN, but differ among themselves in {name}"
+        if (name := unequal_copies(graph, layers)) is not None:
+            return f"experts are promised to be copies of the dense FFN, but differ among themselves in {name}"
+        return None
 
     def _why(self) -> str:
         """The first reason, and the layers that have a reason unless all share this one."""
