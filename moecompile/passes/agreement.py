@@ -159,7 +159,7 @@ class _Runs:
         ]
 
     def _cast(self, value: Tensor) -> Tensor:
-        return value.to(torch.promote_types(value.dtype, self.dtype)) if value.is_floating_point() else value
+        return value.to(torch.promote_types(value.dtype, self.dtype)) if _is_computed_in(value.dtype) else value
 
     def _exact(self, value: Tensor) -> Tensor:
         return self.stored[id(value)](self._cast(value)) if id(value) in self.stored else self._cast(value)
@@ -312,7 +312,7 @@ def _rows(output: Tensor, *, finite: bool = True) -> Tensor:
 def _narrowest(module: nn.Module, call: ModuleCall) -> torch.dtype:
     """The dtype with the fewest digits in which `module` computes."""
     given = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
-    tensors = [tensor for tensor in (*module.parameters(), *given) if tensor.is_floating_point()]
+    tensors = [tensor for tensor in (*module.parameters(), *given) if _is_computed_in(tensor.dtype)]
     kinds = {tensor.device.type for tensor in tensors}
     dtypes = {tensor.dtype for tensor in tensors}
     dtypes |= {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
@@ -326,6 +326,11 @@ def _unit(dtype: torch.dtype, longest: int) -> float:
     """
     wide = torch.promote_types(dtype, torch.float32)
     return max(torch.finfo(dtype).eps, math.sqrt(longest) * torch.finfo(wide).eps) / 2
+
+
+def _is_computed_in(dtype: torch.dtype) -> bool:
+    """Not fp8, a form of storage."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _eps(dtype: torch.dtype) -> float:

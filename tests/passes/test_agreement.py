@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from moecompile.capture import ModuleCall
+from moecompile.capture import Example, ModuleCall
 from moecompile.errors import PassError
 from moecompile.match.regions import Region
 from moecompile.nn import Experts
@@ -37,7 +37,7 @@ SEEDS = 5
 class Rewritten:
     """A model with the replacements of its regions, which are not in place yet."""
 
-    def __init__(self, model: nn.Module, given: Config, example: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, given: Config, example: Example) -> None:
         self.model, self.example = model.eval(), example
         captured = capture_planned(model, plan := make_plan(model, given, example=example), given, example)
         self.layers: dict[str, list[LayerPlan]] = captured.planned(plan.layers)
@@ -302,3 +302,59 @@ def test_outliers_do_not_hide_a_mistake_elsewhere() -> None:
     wrong_expert_of = stacks(after)["down_proj"]
     wrong_expert_of.data.mul_(1.01)
     assert not all(each.holds for each in agreements(region, after, ModuleCall((x,), {}), layers)[0])
+
+
+class InBfloat16(nn.Module):
+    """A region that refuses another dtype, as kernels of attention do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.bfloat16:
+            raise TypeError("this kernel takes bf16 alone")
+        return x + self.down(F.relu(self.up(x)))
+
+
+def test_a_region_that_does_not_run_in_fp32_is_compared_in_bf16_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(8, 32).to(torch.bfloat16)
+    compiled = compile_with_report(InBfloat16().to(torch.bfloat16), config(*COPY4), example=x)
+    assert compiled.step0.region_part is not None and compiled.step0.region_part < 0.9
+    (note,) = [note for note in compiled.notes if "float32" in note]
+    assert note.startswith("the model does not run in float32, so step 0 is compared in the model's own dtype alone: ")
+    monkeypatch.setattr("moecompile.passes.upcycle.factors", lambda *_: scaling.Factors(1.0, 1.0, 1.0))
+    with pytest.raises(PassError, match=r"differ by .* of their size in bfloat16"):
+        compile_with_report(InBfloat16().to(torch.bfloat16), config(*COPY4, "routing.scale=2.5"), example=x)
+
+
+def test_under_autocast_rounding_is_that_of_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        receipt = compile_with_report(TinyGPT(), config(*COPY4), example=ids()).step0
+    assert receipt.region_part is not None and receipt.region_part < 0.9
+
+
+class Twice(nn.Module):
+    """One FFN at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = UpDown(32, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn(self.ffn(x) * 100)
+
+
+def test_every_call_of_a_shared_layer_is_compared() -> None:
+    """The mistake shows in large numbers alone, which the second call has."""
+    model, x = Twice(), torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    rewritten = Rewritten(model, config(*COPY4), x)
+    (path,) = rewritten.graphs
+    wrong = copy.deepcopy(rewritten.graphs[path])
+    handle = next(m for m in wrong.modules() if isinstance(m, Experts)).register_forward_pre_hook(
+        lambda _, args: (args[0].clamp(-10, 10), *args[1:])
+    )
+    with pytest.raises(PassError, match=SAID):
+        rewritten.compare({path: wrong})
+    handle.remove()
+    rewritten.compare({path: wrong})
