@@ -9,7 +9,8 @@ Algorithm (docs/decisions/0036-a-receipt-by-regions.md derives the bound):
      how much of a rounding reaches them.
      This is left out if the differences are explained without.
   4. Compare norms of rows. Rounding explains 2 sqrt(depth) unit (answer + size): `answer` is the move of step 3 for a
-     change of 1, `size` the norm of the row, and `unit` the largest relative error of one rounding.
+     change of 1, `size` the norm of the row, and `unit` the largest relative error of one rounding. (In fp16 also what
+     the distance of its smallest numbers makes.)
 
 A row is the last dim of an output.
 """
@@ -279,17 +280,21 @@ def _compared(
         for k, (own, other, exact) in enumerate(of_dtype):
             if own.is_floating_point() and own.numel():
                 answer = torch.zeros_like(exact) if answers is None else answers[k]
-                row = _worst_row(own, other, exact, answer, _FACTOR * math.sqrt(depth) * unit, dtype)
+                least = math.sqrt(longest * own.shape[-1] if own.dim() else longest) * _smallest(dtype)
+                bounds = [_FACTOR * math.sqrt(depth) * rounding for rounding in (unit, least)]
+                row = _worst_row(own, other, exact, answer, bounds, dtype)
                 worst = worst if row.part <= worst.part or math.isnan(worst.part) else row
         found.append(worst)
     return found
 
 
-def _worst_row(own: Tensor, new: Tensor, exact: Tensor, answer: Tensor, factor: float, dtype: torch.dtype) -> Agreement:
-    """The row that is farthest from the module's, for its bound `factor` (answer + size)."""
+def _worst_row(
+    own: Tensor, new: Tensor, exact: Tensor, answer: Tensor, roundings: Sequence[float], dtype: torch.dtype
+) -> Agreement:
+    """The row that is farthest from the module's. roundings: of 1 of answer and size, and of the smallest numbers."""
     sizes, answers = _rows(exact), _rows(answer)
     sizes, answers = sizes.maximum(sizes.median()), answers.maximum(answers.square().mean().sqrt())
-    differences, bounds = _rows(difference(own, new), finite=False), factor * (sizes + answers)
+    differences, bounds = _rows(difference(own, new), finite=False), roundings[0] * (sizes + answers) + roundings[1]
     i = int(torch.where(differences == 0, 0.0, differences / bounds).argmax())  # of a NaN, if there is one
     scale = float(sizes[i]) or 1.0
     return Agreement(difference=float(differences[i]) / scale, bound=float(bounds[i]) / scale, dtype=dtype)
@@ -326,6 +331,11 @@ def _unit(dtype: torch.dtype, longest: int) -> float:
     """
     wide = torch.promote_types(dtype, torch.float32)
     return max(torch.finfo(dtype).eps, math.sqrt(longest) * torch.finfo(wide).eps) / 2
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """The distance of the smallest numbers, which have no relative error: of weight in fp16 alone."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
 def _is_computed_in(dtype: torch.dtype) -> bool:

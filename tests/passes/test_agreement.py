@@ -289,6 +289,18 @@ def test_chance_refuses_nothing(dtype: torch.dtype) -> None:
             assert receipt.region_part is not None and receipt.region_part < 0.9, (seed, stepped)
 
 
+def test_the_smallest_numbers_of_fp16_have_no_relative_error() -> None:
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        model, x = UpDown(32, 64, bias=False), torch.randn(16, 32).half()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight *= 1e-3
+            assert 0 < float(model(x.float()).abs().max()) < 1e-5
+        receipt = compile_with_report(model.half(), config(*COPY4, "routing.scale=1.7"), example=x).step0
+        assert receipt.region_part is not None and receipt.region_part < 0.9
+
+
 def test_outliers_do_not_hide_a_mistake_elsewhere() -> None:
     """One token is a thousand times as large as the others, as the first of a text may be in a trained model."""
     model = UpDown(32, 64).to(torch.bfloat16)
