@@ -10,8 +10,9 @@ from moecompile.capture.record import (
     in_mode,
     is_meta,
     record,
+    undisturbed,
 )
-from moecompile.capture.regions import broken_rule, trace_again, trace_region
+from moecompile.capture.regions import broken_rule, fresh_arguments, outputs_of, trace_again, trace_region
 
 __all__ = [
     "Example",
@@ -21,13 +22,16 @@ __all__ = [
     "broken_rule",
     "call_with",
     "calls_with_caches",
+    "fresh_arguments",
     "in_mode",
     "is_meta",
     "layers_of",
+    "outputs_of",
     "record",
     "replace_regions",
     "shell_of",
     "stand_in",
     "trace_again",
     "trace_region",
+    "undisturbed",
 ]

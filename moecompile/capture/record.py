@@ -72,13 +72,9 @@ def record(
             stack.enter_context(_watched(module, names[module], recording, mode))
             if is_meta(module) and opaque(module):
                 stack.enter_context(_not_run(module))
-        stack.enter_context(in_mode(model, training=False))
-        stack.enter_context(caches(model, on=False))
-        stack.enter_context(without_fast_path())
+        stack.enter_context(undisturbed(model))
         if is_meta(model):
             stack.enter_context(_masks_without_values())
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices=[]))
         try:
             with mode:
                 call_with(model, example)
@@ -228,6 +224,22 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
             setattr(module, name, buffer)
 
 
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """A forward as it is recorded: evaluation mode, no gradients, no caches, no fused layers, random state restored."""
+    with (
+        in_mode(model, training=False), caches(model, on=False), without_fast_path(), torch.no_grad(),
+        random_state_kept(model),
+    ):  # fmt: skip
+        yield
+
+
+def random_state_kept(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Restores at the end the random states of the CPU and of the GPUs that hold `model`."""
+    devices = {tensor.device.index for _, tensor in _tensors(model) if tensor.is_cuda}
+    return torch.random.fork_rng(devices=sorted(devices))
+
+
 def calls_with_caches(recording: Recording, paths: Collection[str]) -> dict[str, ModuleCall]:
     """First calls of the modules at `paths` in a forward with caches, as in `generate`; empty if the model has none."""
     model = recording.model
@@ -241,7 +253,7 @@ def calls_with_caches(recording: Recording, paths: Collection[str]) -> dict[str,
         stack.enter_context(in_mode(model, training=False))
         stack.enter_context(caches(model, on=True))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(random_state_kept(model))
         call_with(model, recording.example)
     return cached.calls
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from moecompile.capture.decisions import Holds, trace_guarded
-from moecompile.capture.record import ModuleCall, in_mode, without_fast_path
+from moecompile.capture.record import ModuleCall, in_mode, random_state_kept, without_fast_path
 from moecompile.errors import CaptureError
 
 
@@ -32,7 +32,7 @@ def trace_region(module: nn.Module, call: ModuleCall, inlined: Collection[str] |
     """
     if "forward" in vars(module):
         raise CaptureError("it has a forward of its own, beside that of its class, which would be lost")
-    args, kwargs = _fresh(call)
+    args, kwargs = fresh_arguments(call)
     arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     try:
         with _quiet(module, training=False):
@@ -94,7 +94,7 @@ def _attribute(module: nn.Module, traced: fx.GraphModule, path: str) -> Any:
     return copy.deepcopy(getattr(traced.get_submodule(owner), name))
 
 
-def _fresh(call: ModuleCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def fresh_arguments(call: ModuleCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Copies of the arguments, because a forward may modify them in place; the originals if they cannot be copied."""
     try:
         args, kwargs = copy.deepcopy((call.args, call.kwargs))
@@ -123,14 +123,14 @@ def _dropouts_follow_training(graph_module: fx.GraphModule) -> None:
 @contextlib.contextmanager
 def _quiet(module: nn.Module, *, training: bool) -> Iterator[None]:
     """Runs `module` without side effects: no gradients, and random state, flags and buffers are restored."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), in_mode(module, training=training), without_fast_path():
+    with torch.no_grad(), random_state_kept(module), in_mode(module, training=training), without_fast_path():
         torch.manual_seed(0)
         yield
 
 
 def _check_equal(module: nn.Module, graph_module: fx.GraphModule, call: ModuleCall) -> None:
     for training in (False, True):
-        expected, got = (_outputs(m, call, training) for m in (module, graph_module))
+        expected, got = (outputs_of(m, call, training=training) for m in (module, graph_module))
         if len(expected) != len(got) or not all(_equal(a, b) for a, b in zip(expected, got, strict=True)):
             mode = "training" if training else "evaluation"
             raise CaptureError(f"its traced graph does not compute the same as the module in {mode} mode")
@@ -141,7 +141,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) if not a.is_meta else (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
-def _outputs(module: nn.Module, call: ModuleCall, training: bool) -> list[Tensor]:
-    args, kwargs = _fresh(call)
+def outputs_of(module: nn.Module, call: ModuleCall, *, training: bool = False) -> list[Tensor]:
+    """The tensors that `module` returns for a call, without side effects, from the same random state at every call."""
+    args, kwargs = fresh_arguments(call)
     with _quiet(module, training=training):  # not __call__: its hooks move to the graph
         return [leaf for leaf in tree_leaves(module.forward(*args, **kwargs)) if isinstance(leaf, Tensor)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -102,20 +102,30 @@ def watch_padding(model: nn.Module) -> None:
     connect(model, TokenMask, TokenIds)
 
 
-def connect(model: nn.Module, *wanted: type[ReadsCall]) -> list[RemovableHandle]:
-    """Connects the parts of these kinds to the calls of `model`; the handles of its hooks."""
-    readers = {path: module for path, module in model.named_modules() if isinstance(module, wanted)}
+def connect(model: nn.Module, *wanted: type[ReadsCall], outside: Collection[nn.Module] = ()) -> list[RemovableHandle]:
+    """Connects the parts of these kinds to the calls of `model`; the handles of its hooks.
+
+    Args:
+        outside: what holds more such parts, and is not in `model` but runs during its calls.
+    """
+    readers = [
+        (path, module)
+        for root in (model, *outside)
+        for path, module in root.named_modules()
+        if isinstance(module, wanted)
+    ]
     padding, handles = Padding(), []
     both = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    for path, reader in readers.items():
+    for path, reader in readers:
         reader.padding = padding
         if isinstance(reader, TokenMask):
             reader.argument = DECODER if both and "decoder" in path.split(".") else ENCODER
     padding.recomputes = _Recomputes(model)
-    kinds = {type(reader) for reader in readers.values()}
+    kinds = {type(reader) for _, reader in readers}
     for module in model.modules() if readers else ():
-        masks = TokenMask in kinds and (module is model or _takes(module, TokenMask, DECODER if both else ENCODER))
-        ids = TokenIds in kinds and (module is model or _takes(module, TokenIds))
+        held = kinds if module is model or outside else {type(part) for part in module.modules()} & kinds
+        masks = TokenMask in held and (module is model or _takes(module, DECODER if both else ENCODER))
+        ids = TokenIds in held and (module is model or _takes(module))
         if masks or ids:
             finder = _Finder(padding, masks=masks, ids=ids)
             handles.append(module.register_forward_pre_hook(finder, with_kwargs=True))
@@ -123,11 +133,9 @@ def connect(model: nn.Module, *wanted: type[ReadsCall]) -> list[RemovableHandle]
     return handles
 
 
-def _takes(module: nn.Module, kind: type[ReadsCall], *arguments: str) -> bool:
+def _takes(module: nn.Module, *arguments: str) -> bool:
     """Whether it is a model itself that takes ids and masks (the base model of a language model)."""
-    if not hasattr(module, "config") or not any(isinstance(part, kind) for part in module.modules()):
-        return False
-    return {IDS, *arguments} <= inspect.signature(module.forward).parameters.keys()
+    return hasattr(module, "config") and {IDS, *arguments} <= inspect.signature(module.forward).parameters.keys()
 
 
 class _Recomputes:

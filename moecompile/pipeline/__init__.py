@@ -207,14 +207,15 @@ def compile_with_report(
     regions = {path: captured.regions[path] for path in layers}
     log.add("build_plan", regions, regions, f"{len(plan.layers)} layers planned, hash {plan.hash}")
     log.keep("captured", regions)
-    comparison = Comparison(model, example, layers)
     done = Compilation(model=model, plan=plan, records=log.records, graphs=log.graphs)
     done.sites = list_sites(captured, {layer.site.fqn for layer in plan.layers})
     done.notes = [*notes(plan, config, facts.widened), *frozen_notes(model, plan)]
     done.regions = regions if is_meta(model) else {}  # otherwise they would keep the dense weights alive
 
     rewritten = run_passes(on_one_device(config.seed), regions, layers, log)
+    comparison = Comparison(example, regions, layers)
     done.model, done.step0 = comparison.replace(model, replacements(model, regions, rewritten))
+    done.notes += comparison.notes
     if until != "rewrite":
         rewritten = current_regions(done.model, rewritten)  # a region may lie inside another
         final = run_passes(on_the_mesh(), rewritten, layers, log)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from moecompile.plan import EXCHANGE_OPS
 from moecompile.report.tables import path_text, path_width, plain_grid, plain_table
-from moecompile.report.text import NOT_COMPARED, fold_paths, plural, traffic_text, unsuffixed
+from moecompile.report.text import fold_paths, plural, step0_text, traffic_text, unsuffixed
 
 if TYPE_CHECKING:
     from moecompile.passes.run import PassRecord
@@ -119,8 +119,9 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
         Text.assemble((recipe, "bold"), (f"  {status}", _STATUS_STYLE.get(status, "")), f"  {result['seconds']:.1f} s")
     )
     lines = []
+    shown = {**result, "step0": step0_text(result)}
     for name, needed, text_of in _RESULT_LINES:
-        values = [result.get(key) for key in needed]
+        values = [shown.get(key) for key in needed]
         if None not in values:
             lines.append((name, text_of(*values)))
     grid = plain_grid()
@@ -158,19 +159,13 @@ def print_data(result: Mapping[str, Any], console: Console) -> None:
     console.print(Text(f"data  {', '.join(parts)}"), soft_wrap=True)
 
 
-def _step0_reason(reason: str) -> str:
-    return reason if reason.startswith(NOT_COMPARED) else f"need not equal the model before: {reason}"
-
-
 # Last lines of `print_result`, never broken.
 _PATHS = ("checkpoint", "report", "run dir")
 
-# Lines of `print_result`: (name, required keys of result.json, their values -> text).
+# Lines of `print_result`: (name, required keys of result.json or `step0`, their values -> text).
 _RESULT_LINES: tuple[tuple[str, tuple[str, ...], Callable[..., str]], ...] = (
     ("model", ("num_rewritten", "world_size"), lambda n, world: f"{plural(n, 'MoE layer')} on {plural(world, 'rank')}"),
-    ("step 0", ("step0_max_abs_diff",), lambda diff: f"equals the model before within {diff:.1e}"),
-    ("step 0", ("step0_reason",), _step0_reason),
-    ("", ("step0_promised_max_abs_diff",), lambda diff: f"with the other layers alone it does, within {diff:.1e}"),
+    ("step 0", ("step0",), str),
     ("loss", ("loss_first", "loss_last", "steps"), lambda a, b, n: f"{a:.4f} -> {b:.4f} in {plural(n, 'step')}"),
     ("validation", ("val_loss",), lambda loss: f"{loss:.4f} nats per token"),
     ("unigram entropy", ("unigram_entropy",), lambda nats: f"{nats:.4f} nats per token, what token counts alone reach"),

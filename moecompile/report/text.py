@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 _MIN_STRIDED = 3  # {0..4..2} is easier to read than {0,2,4}, {0..2..2} is not
 
@@ -34,6 +35,25 @@ def traffic_text(bytes_by_link: Mapping[str, float], per: str = "token and layer
     """Formats the bytes of a `plan.Traffic`, given as a mapping, as in result.json."""
     intra, inter = (bytes_text(bytes_by_link[link]) for link in ("intra_node", "inter_node"))
     return f"{intra} intra-node, {inter} inter-node per {per}"
+
+
+def step0_text(result: Mapping[str, Any], same: str = "the model before") -> str | None:
+    """What `result` says of step 0, behind these words: `equals the model before within 6.0e-08`, or why it need not.
+
+    Args:
+        result: the content of result.json. same: what it is compared with.
+    """
+    diff, reason = result.get("step0_max_abs_diff"), result.get("step0_reason")
+    others, by_regions = result.get("step0_promised_max_abs_diff"), result.get("step0_regions_only")
+    grown = "layer by layer, and their outputs differ by {:.1e}: rounding may send a token to other experts"
+    if diff is not None:
+        return f"equals {same} " + (grown if by_regions else "within {:.1e}").format(diff)
+    if reason is None or reason.startswith(NOT_COMPARED):
+        return reason
+    text = f"need not equal {same}: {reason}"
+    if others is None:
+        return text
+    return f"{text}; with the other layers alone it does, " + (grown if by_regions else "within {:.1e}").format(others)
 
 
 def plural(count: int, noun: str) -> str:

@@ -16,7 +16,7 @@ from moecompile.pipeline import Compilation
 from moecompile.report.console import print_passes, print_weight_groups
 from moecompile.report.graphs import graph_summary, write_graphs
 from moecompile.report.plan_tables import print_plan
-from moecompile.report.text import NOT_COMPARED
+from moecompile.report.text import NOT_COMPARED, step0_text
 from moecompile.report.timeline import timeline
 from moecompile.runtime.weight_groups import weight_groups
 from moecompile.schema import Config, OptimizerKind
@@ -59,16 +59,11 @@ def step0_fields(compiled: Compilation) -> dict[str, Any]:
 
 def _step0_text(compiled: Compilation) -> str:
     """`step 0 equals the dense model within 6.0e-08`, or why it need not."""
-    receipt = compiled.step0
     is_dense = all(isinstance(layer.site, plans.FFNSite) for layer in compiled.plan.layers)
-    same = "the dense model" if is_dense else "the model before"
-    if receipt.max_abs_diff is not None:
-        return f"step 0 equals {same} within {receipt.max_abs_diff:.1e}"
-    if is_meta(compiled.model):
-        return f"step 0 was not compared with {same}: {str(receipt.reason).removeprefix(NOT_COMPARED)}"
-    rest = receipt.promised_max_abs_diff
-    others = "" if rest is None else f"; with the other layers alone it does, within {rest:.1e}"
-    return f"step 0 need not equal {same}: {receipt.reason}{others}"
+    same, reason = "the dense model" if is_dense else "the model before", compiled.step0_reason or ""
+    if is_meta(compiled.model) or reason.startswith(NOT_COMPARED):
+        return f"step 0 was not compared with {same}: {reason.removeprefix(NOT_COMPARED)}"
+    return f"step 0 {step0_text(step0_fields(compiled), same)}"
 
 
 def show_weight_groups(model: nn.Module, config: Config, console: Console | None) -> dict[str, Any]:

@@ -35,6 +35,7 @@ READERS = {
     "match/existing.py": "the score of a router that a model has already, as it was found",
     "passes/rewrite_experts.py": "the capacity behind a router that a model has already",
     "passes/receipt.py": "whether step 0 equals the model with its own experts",
+    "passes/agreement.py": "how many roundings a token sees, and the factor of scaled copies",
     "plan/existing.py": "what is known of a router that a model has already",
     "passes/scaling.py": "what the weights of a token sum to",
     "passes/upcycle.py": "whether step 0 equals the dense model",

@@ -7,7 +7,7 @@ from typing import Any
 
 from moecompile.report.page.document import Section, escape, note, table
 from moecompile.report.page.read import Run
-from moecompile.report.text import bytes_text, count_text, plural, seconds_text
+from moecompile.report.text import bytes_text, count_text, plural, seconds_text, step0_text
 
 Row = tuple[str, str, str, str]
 _MEMORY = ("weights", "grads", "optimizer", "activations")
@@ -49,10 +49,8 @@ def _lines(run: Run) -> Iterator[str]:
     if result.get("loss_last") is not None:
         yield escape(f"loss {result['loss_first']:.4f} → {result['loss_last']:.4f} in {plural(result['steps'], 'step')}"
                      f", validation {result['val_loss']:.4f} nats per token")  # fmt: skip
-    if result.get("step0_max_abs_diff") is not None:
-        yield escape(f"step 0 equals the model before within {result['step0_max_abs_diff']:.1e}")
-    elif result.get("step0_reason"):
-        yield escape(f"step 0: {result['step0_reason']}")
+    if (step0 := step0_text(result)) is not None:
+        yield escape(f"step 0 {step0}")
     if run.checks:
         passed = sum(bool(check.get("passed")) for check in run.checks)
         yield escape(f"certificate: {passed} of {plural(len(run.checks), 'check')} passed")
