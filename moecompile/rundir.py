@@ -75,7 +75,7 @@ def is_run(folder: Path) -> bool:
         pass
     if any(folder.glob("checkpoints/step-*/state.json")):  # a copy of the checkpoints alone
         return True
-    if contents(folder) != [OVERRIDES]:
+    if [name for name in contents(folder) if not name.startswith((PENDING, ACCEPTED))] != [OVERRIDES]:
         return False
     try:  # killed before there was a config, or a job of a sweep that has failed
         lines = (folder / OVERRIDES).read_text(encoding="utf-8").splitlines()
