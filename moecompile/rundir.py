@@ -21,6 +21,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from moecompile.errors import ConfigError, UserError
@@ -45,8 +46,8 @@ SAMPLES = "samples.jsonl"
 """Text that the model wrote during training."""
 _accepted: set[Path] = set()
 _BUSY = (errno.EWOULDBLOCK, errno.EACCES)
-_OF_OTHERS = (".hydra", "lost+found")
-"""What Hydra and file systems put into a folder that is empty otherwise."""
+_OF_OTHERS = (".hydra", "lost+found", "job.sbatch", "slurm-*.out")
+"""What Hydra, file systems and a batch system put into a folder that is empty otherwise."""
 _GROUPS = {"task", "model", "experts", "mesh", "trainer"}
 """Keys that the `resolved.yaml` of every version has."""
 _SHOWN = 3
@@ -61,8 +62,9 @@ def place(run_dir: Path) -> Path:
 
 
 def contents(folder: Path) -> list[str]:
-    """Names of what is in an existing folder, without what Hydra and file systems put there."""
-    return sorted(path.name for path in folder.iterdir() if path.name not in _OF_OTHERS)
+    """Names of what is in an existing folder, without what Hydra, file systems and a batch system put there."""
+    names = (path.name for path in folder.iterdir())
+    return sorted(name for name in names if not any(fnmatchcase(name, each) for each in _OF_OTHERS))
 
 
 def is_run(folder: Path) -> bool:

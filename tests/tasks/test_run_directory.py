@@ -189,6 +189,7 @@ def test_what_a_killed_run_left_is_not_accepted_later(tmp_path: Path) -> None:
 OURS: dict[str, dict[str, str]] = {
     "an empty folder": {},
     "the root of a volume": {"lost+found/.": "", ".hydra/config.yaml": ""},
+    "that of a batch job which somebody wrote": {"slurm-7.out": "", "job.sbatch": ""},
     "a run": {"resolved.yaml": CONFIG, "notes.txt": "of the user"},
     "checkpoints that were copied": {"checkpoints/step-3/state.json": "{}"},
     "killed before it had a config": {"overrides.txt": "recipe=deepseek_ep\n+model.config.x={a: 1}\n~data.cache"},
