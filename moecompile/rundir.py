@@ -21,6 +21,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from moecompile.errors import ConfigError, UserError
@@ -45,8 +46,8 @@ SAMPLES = "samples.jsonl"
 """Text that the model wrote during training."""
 _accepted: set[Path] = set()
 _BUSY = (errno.EWOULDBLOCK, errno.EACCES)
-_OF_OTHERS = (".hydra", "lost+found")
-"""What Hydra and file systems put into a folder that is empty otherwise."""
+_OF_OTHERS = (".hydra", "lost+found", "job.sbatch", "slurm-*.out")
+"""What Hydra, file systems and a batch system put into a folder that is empty otherwise."""
 _GROUPS = {"task", "model", "experts", "mesh", "trainer"}
 """Keys that the `resolved.yaml` of every version has."""
 _SHOWN = 3
@@ -61,8 +62,9 @@ def place(run_dir: Path) -> Path:
 
 
 def contents(folder: Path) -> list[str]:
-    """Names of what is in an existing folder, without what Hydra and file systems put there."""
-    return sorted(path.name for path in folder.iterdir() if path.name not in _OF_OTHERS)
+    """Names of what is in an existing folder, without what Hydra, file systems and a batch system put there."""
+    names = (path.name for path in folder.iterdir())
+    return sorted(name for name in names if not any(fnmatchcase(name, each) for each in _OF_OTHERS))
 
 
 def is_run(folder: Path) -> bool:
@@ -75,7 +77,7 @@ def is_run(folder: Path) -> bool:
         pass
     if any(folder.glob("checkpoints/step-*/state.json")):  # a copy of the checkpoints alone
         return True
-    if contents(folder) != [OVERRIDES]:
+    if [name for name in contents(folder) if not name.startswith((PENDING, ACCEPTED))] != [OVERRIDES]:
         return False
     try:  # killed before there was a config, or a job of a sweep that has failed
         lines = (folder / OVERRIDES).read_text(encoding="utf-8").splitlines()

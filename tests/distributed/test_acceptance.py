@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -121,6 +122,7 @@ def two_ranks(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         found["lost in its second step"] = attempt([earlier], run_dir)
     found["after that"] = aside(run_dir), LoadHistory.read(run_dir / "load.npz").steps
     found["again"] = attempt(["trainer.resume=auto"], run_dir), losses(run_dir), aside(run_dir)
+    found["samples"] = [json.loads(line)["step"] for line in (run_dir / rundir.SAMPLES).read_text().splitlines()]
     found["nothing to compute"] = (
         attempt([earlier, "trainer.max_steps=2", "routing.replay=null"], run_dir),
         losses(run_dir),
@@ -173,6 +175,7 @@ def test_after_the_first_step_later_checkpoints_are_aside(found: dict[str, Any])
     outcome, again, where = found["again"]
     assert outcome == "ran" and again == pytest.approx(found["first"][1], rel=1e-6)
     assert where == {".": [2, 4, 6], "replaced-1": [4, 6]}
+    assert found["samples"] == [2, 2, 4, 4, 6, 6]  # two texts each, and none again at the step that it goes on from
 
 
 def test_a_run_without_a_step_to_compute_is_one_that_was_asked_for(found: dict[str, Any]) -> None:
