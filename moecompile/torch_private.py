@@ -16,7 +16,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group, _world
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.fsdp._fully_shard._fsdp_common import (
+    FSDPMeshInfo,
+    HSDPMeshInfo,
+    ShardPlacementResult,
+    TrainingState,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
@@ -118,10 +123,14 @@ def see_attributes(module: FSDPModule) -> None:
     """
 
     def watch(_: nn.Module, args: Any, output: Any) -> None:
-        if not isinstance(output, (torch.Tensor, tuple, list, dict)) and not is_dataclass(output):
-            for value in vars(output).values() if hasattr(output, "__dict__") else ():
-                if isinstance(value, torch.Tensor) and value.requires_grad:
-                    value.register_hook(module._get_fsdp_state()._pre_backward)
+        state = module._get_fsdp_state()
+        if isinstance(output, (torch.Tensor, tuple, list, dict)) or is_dataclass(output):
+            return
+        if state._training_state is TrainingState.PRE_BACKWARD:  # a layer that backward computes again
+            return
+        for value in getattr(output, "__dict__", {}).values():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                value.register_hook(state._pre_backward)
 
     cast(nn.Module, module).register_forward_hook(watch)
 
