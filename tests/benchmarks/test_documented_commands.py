@@ -41,7 +41,7 @@ SMALL = {
     "placement.py": "--steps 8",
     "rewrite_time.py": "llama",
     "search.py": "",
-    "soak.py": "--steps 4",
+    "soak.py": "--steps 24",
     "startup.py": "--rounds 1",
     "this_machine.py": "--rounds 1",
     "two_nodes.py": "--rate-mbit 1000 --hidden 64 --rounds 1",
