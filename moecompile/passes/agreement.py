@@ -222,9 +222,10 @@ def _as_stored(region: Region, layers: Sequence[LayerPlan]) -> dict[int, _Change
     found: dict[int, _Change] = {}
     for layer in layers:
         match, experts = region.matches[layer.site.fqn], layer.experts
-        if not isinstance(match, FFNMatch):
+        factor = experts.virtual_group / layer.routing.scale
+        if not isinstance(match, FFNMatch) or factor == 1:
             continue
-        down, factor = match.down, experts.virtual_group / layer.routing.scale
+        down = match.down
         first = experts.num_shared * experts.d_expert if experts.is_sliced else 0  # the shared slices have no factor
         weight = attribute(region.graph, down.weight)
         found[id(weight)] = partial(_columns_as_stored, down=down, first=first, factor=factor, dtype=weight.dtype)

@@ -41,7 +41,7 @@ SMALL = {
     "placement.py": "--steps 8",
     "rewrite_time.py": "llama",
     "search.py": "",
-    "soak.py": "--steps 4",
+    "soak.py": "--steps 24",
     "startup.py": "--rounds 1",
     "this_machine.py": "--rounds 1",
     "two_nodes.py": "--rate-mbit 1000 --hidden 64 --rounds 1",
@@ -59,6 +59,12 @@ LEFT = (
     (r"balance\.py --sweep FOLDER", "needs the jobs of an earlier call; test_balance.py reads some"),
 )
 AS_ROOT = ("two_nodes.py",)
+# These exit with 1 if what they measured is not good enough, which small sizes on a busy machine need not be.
+JUDGING = (
+    "balance.py", "compile_time.py", "growth.py", "import_memory.py", "lend.py", "memory.py", "overhead.py",
+    "placement.py", "rewrite_time.py", "startup.py", "this_machine.py",
+)  # fmt: skip
+NOT_HERE = ("there is no kernel here", "two nodes cannot be made here")
 _SAID = re.compile(r"python benchmarks/(\w+\.py(?: [^`\n]*)?)")
 _COMMENT = re.compile(r"(?:\s{2,}|\s+#|\s\()\S.*$|[.,:;)]+$")
 
@@ -98,9 +104,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (copy.parent / "shared").symlink_to(shared)
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     for name in filter(None, listed.stdout.split("\0")):
-        if (REPOSITORY / name).is_file() and not name.startswith("tests/"):
+        if os.path.lexists(REPOSITORY / name) and not name.startswith("tests/"):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / name, copy / name)
+            shutil.copy(REPOSITORY / name, copy / name, follow_symlinks=False)
     return copy
 
 
@@ -116,4 +122,7 @@ def test_a_documented_command_runs(command: str, checkout: Path) -> None:
     line = [sys.executable, f"benchmarks/{program}", *given, *shlex.split(SMALL[program])]
     environ = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, cwd=checkout, env=environ, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, f"{shlex.join(line)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    if any(reason in done.stderr for reason in NOT_HERE):
+        pytest.skip(done.stderr.strip())
+    said = f"{shlex.join(line)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    assert done.returncode in ((0, 1) if program in JUDGING else (0,)) and "Traceback" not in done.stderr, said
