@@ -38,7 +38,7 @@ SMALL = {
     "memory.py": "'mixtral_ep cpu_1x2'",
     "overhead.py": "--rounds 1",
     "peers.py": "--sizes 8,2,128,256 --rounds 1",
-    "placement.py": "--steps 8",
+    "placement.py": "--steps 24",
     "rewrite_time.py": "llama",
     "search.py": "",
     "soak.py": "--steps 24",
