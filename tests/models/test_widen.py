@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import moecompile
-from moecompile.errors import ArgumentError
+from moecompile.errors import ArgumentError, ConfigError
+from moecompile.models import widen
 from moecompile.models.widen import widen_experts
 from tests.existing_models import moe_inputs, moe_model
 
@@ -49,6 +50,24 @@ def test_scaled_top_k_keeps_the_outputs(name: str) -> None:
         assert wide.reason is None and wide.max_abs_diff <= 2e-6
         assert float((logits_of(wide.model) - before).abs().max()) <= 2e-6  # scores in fp32
     assert all(torch.equal(tensor, weights[n]) for n, tensor in model.state_dict().items())
+
+
+def test_a_near_tie_in_bf16_refuses_nothing_and_a_wrong_row_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding may send a token elsewhere in bf16: played by outputs that differ as long as they are bf16."""
+    right = widen._logits
+
+    def elsewhere(model: nn.Module, example: Any) -> Tensor:
+        logits = right(model, example)
+        is_wide = model.model.layers[0].mlp.experts.down_proj.shape[0] == 8
+        return logits + 3 if is_wide and logits.dtype == torch.bfloat16 else logits
+
+    monkeypatch.setattr(widen, "_logits", elsewhere)
+    model = moe_model("mixtral", dtype=torch.bfloat16)
+    assert widen_experts(model, 2, example=EXAMPLE).max_abs_diff >= 2.9
+    monkeypatch.setattr(widen, "_logits", lambda model, example: right(model, example) * model.lm_head.weight.new_tensor(
+        2.0 if model.model.layers[0].mlp.experts.down_proj.shape[0] == 8 else 1.0))  # fmt: skip
+    with pytest.raises(ConfigError, match="outputs on the example are promised to stay but differ by"):
+        widen_experts(model, 2, example=EXAMPLE)
 
 
 @pytest.mark.slow
