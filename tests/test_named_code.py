@@ -221,6 +221,8 @@ RUN_AND_IMPORT = {
         "ctypes.CDLL": 1,
         "subprocess.run": 1,
     },  # the kernels of the package, by the compiler of the machine
+    "runtime/fork_server.py": {"ctypes.CDLL": 1, "ctypes.CDLL(None).prctl": 1},  # of the C library
+    "runtime/launch.py": {"importlib.import_module": 1},  # the module that `launch` is called with
     "runtime/in_place.py": {"importlib.import_module": 1},  # the module of an order, which rank 0 sends
     "runtime/loggers.py": {"importlib.util.find_spec": 1},  # of _PACKAGES
     "runtime/records.py": {"importlib.util.find_spec": 1},

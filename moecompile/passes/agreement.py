@@ -131,13 +131,16 @@ class _Runs:
     """Runs of a call, and of others that reach the other experts, with weights and arguments in one dtype."""
 
     def __init__(self, region: Region, call: ModuleCall, layers: Sequence[LayerPlan], dtype: torch.dtype) -> None:
-        self.graph, self.dtype, self.stored = region.graph, dtype, _as_stored(region, layers)
+        # The graph of a model's own experts calls them, and their hooks would run, which belong to what replaces them.
+        is_called = isinstance(next(iter(region.matches.values())), ExpertsMatch)
+        self.graph: nn.Module = region.module if is_called else region.graph
+        self.dtype, self.stored = dtype, _as_stored(region, layers)
         self.device = next(region.module.parameters()).device.type
         calls = [fresh_arguments(each) for each in (call, *_to_others(region, call))]
         self.calls = [ModuleCall(*tree_map_only(Tensor, self._cast, arguments)) for arguments in calls]
 
     def of_module(self) -> _Outputs:
-        """By its captured graph, in which weights are found by name."""
+        """By its captured graph, in which weights are found by name; a model's own experts by themselves."""
         return self._outputs(self.graph, self._exact)
 
     def of(self, replacement: fx.GraphModule) -> _Outputs:

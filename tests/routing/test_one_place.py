@@ -42,7 +42,7 @@ READERS = {
     "export/form.py": "a model in the terms of transformers' families",
     "export/families.py": "keys of their configs",
     "export/rules.py": "which of them compute the same",
-    "checkpoint/fit.py": "options that leave a checkpoint's function as it is",
+    "checkpoint/fingerprint.py": "what a checkpoint compares, and what may differ: every key is in one of the lists",
     "checkpoint/resume.py": "groups are the model's, not the new mesh's",
     "schema/validation/experts.py": "what a shared expert that the router weighs needs",
     "tasks/shrink.py": "a smaller mesh for the same recipe",
