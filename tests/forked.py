@@ -161,6 +161,7 @@ def _run(words: tuple[str, ...], cwd: Path, variables: Mapping[str, str], output
     os.environ.update(variables)
     time.tzset()
     os.chdir(cwd)
+    sys.path[1:1] = [path for path in variables["PYTHONPATH"].split(os.pathsep) if path not in sys.path]
     with suppress(BrokenPipeError):
         code = _code(words)
         sys.stdout.flush()
