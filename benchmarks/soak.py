@@ -58,7 +58,7 @@ def soak(run_dir: Path, overrides: list[str]) -> dict[int, list[float]]:
         for line in process.stdout:
             step = re.match(r"step (\d+)/", line)
             if step and int(step[1]) >= FIRST and int(step[1]) % EVERY == 0:
-                found[int(step[1])] = [mib for _, mib in sorted(resident(run_dir))]
+                found[int(step[1])] = [mib for _, mib in sorted(dict(resident(run_dir)).items())]
     if process.returncode:
         raise SystemExit(f"the run failed with exit code {process.returncode}")
     return found
@@ -66,17 +66,15 @@ def soak(run_dir: Path, overrides: list[str]) -> dict[int, list[float]]:
 
 def resident(run_dir: Path) -> Iterator[tuple[int, float]]:
     """(rank, resident MiB) of the ranks of a run."""
-    for path in Path("/proc").glob("[0-9]*"):
+    for path in Path("/proc").glob("[0-9]*/fd/*"):
         try:
-            if os.fsencode(run_dir) not in (path / "cmdline").read_bytes().split(b"\0"):
+            log = path.readlink()  # each rank holds its own
+            if log.parent != run_dir.resolve() / "logs":
                 continue
-            environ = (path / "environ").read_bytes().split(b"\0")
-            pages = int((path / "statm").read_text().split()[1])
+            pages = int((path.parents[1] / "statm").read_text().split()[1])
         except OSError:  # it has ended
             continue
-        for item in environ:
-            if item.startswith(b"RANK="):
-                yield int(item[5:]), pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        yield int(log.stem.removeprefix("rank_")), pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def lost_assignments(run_dir: Path) -> tuple[int, int]:

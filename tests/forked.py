@@ -80,8 +80,9 @@ class Program:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self.stdout, self.stderr:
-            self.wait()
+        self.wait()
+        self.stdout.close()
+        self.stderr.close()
 
     @property
     def returncode(self) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from moecompile.schema import Config
@@ -11,6 +10,4 @@ from moecompile.tasks.start import start_ranks
 
 def run(config: Config, run_dir: Path) -> None:
     """Starts one process per rank, or runs in place if ranks exist already."""
-    # torch warns that its profiler does not see older memory freed, which bench/peak.py allows for.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     start_ranks(config, run_dir)

@@ -7,13 +7,16 @@ from pathlib import Path
 
 from moecompile.named_code import VARIABLE, for_ranks, named_in
 from moecompile.runtime.launch import launch, prepare
-from moecompile.schema import Config, mesh_spec
+from moecompile.schema import Config, TaskName, mesh_spec
 
 WORKER = "moecompile.tasks.worker"
 
 
 def prepare_ranks(config: Config) -> None:
     """Lets ranks import what they need while the launcher checks its inputs."""
+    if config.task.name is TaskName.bench:
+        # torch warns that its profiler does not see older memory freed, which bench/peak.py allows for.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     rank = f"moecompile.tasks.ranks.{config.task.name.value}"
     others = ("moecompile.compose", "transformers.modeling_utils", "torch.fx.experimental.symbolic_shapes")
     prepare([WORKER, rank, *others], config.trainer.threads_per_rank)
