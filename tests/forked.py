@@ -156,6 +156,7 @@ def ranks_of(folder: Path) -> dict[int, int]:
 
 def _run(words: tuple[str, ...], cwd: Path, variables: Mapping[str, str], outputs: _Outputs) -> None:
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)
     forkserver.ensure_running = forkserver._forkserver.ensure_running = _is_running
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     os.environ.clear()

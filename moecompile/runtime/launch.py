@@ -96,6 +96,7 @@ def is_restart(run_dir: Path) -> bool:
 def _rank(module: str, run_dir: Path, folder: str, variables: dict[str, str], terminal: _Terminal) -> None:
     """A rank, in a process that was forked for it. Returning from `main` is success; any failure ends the process."""
     os.setsid()  # a terminal's Ctrl-C goes to the launcher alone
+    multiprocessing.set_start_method(None, force=True)  # what the rank starts begins as in any program
     elastic = {name: value for name, value in os.environ.items() if re.fullmatch(_ELASTIC, name)}
     os.environ.clear()
     os.environ.update({**variables, **elastic})

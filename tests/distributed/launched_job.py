@@ -5,6 +5,7 @@ MODE in the environment says what the last rank (or FAILING_RANK) does once all 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -14,12 +15,15 @@ from pathlib import Path
 
 from moecompile.errors import ConfigError
 
+_kept: list[object] = []
+
 
 def main(run_dir: Path) -> None:
     """All ranks sum their numbers; each leaves what it saw in `done_N`, if nothing goes wrong."""
     import torch
     import torch.distributed as dist
 
+    _kept.append(multiprocessing.RLock())  # as a progress bar does: nothing is said of it at the end
     failing = int(os.environ.get("FAILING_RANK") or int(os.environ["WORLD_SIZE"]) - 1)
     if os.environ.get("PHASE") == "start" and int(os.environ["RANK"]) == failing:
         _fail(os.environ["MODE"])
