@@ -84,15 +84,8 @@ class Program:
         self.stdout.close()
         self.stderr.close()
 
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
     def poll(self) -> int | None:
         return self._process.exitcode
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
 
     def wait(self, timeout_s: float | None = None) -> int:
         self._process.join(timeout_s)

@@ -260,6 +260,7 @@ def _asked_to_end() -> Iterator[list[int]]:
     Ranks are in their own sessions, which do not receive the terminal's Ctrl-C. Yields the signals so far.
     """
     asked: list[int] = []
+    others = set(multiprocessing.process._children)  # type: ignore[attr-defined]  # of the program around this call
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
@@ -268,7 +269,8 @@ def _asked_to_end() -> Iterator[list[int]]:
         if number != signals.WARNING:
             asked.append(number)
         sent = number if number == signals.WARNING else signal.SIGINT if len(asked) == 1 else signal.SIGKILL
-        for process in multiprocessing.process._children:  # type: ignore[attr-defined]  # active_children() would reap
+        # Not active_children(), which would reap them.
+        for process in multiprocessing.process._children - others:  # type: ignore[attr-defined]
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, sent)
         if len(asked) < 2:

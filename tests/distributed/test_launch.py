@@ -17,7 +17,8 @@ import pytest
 
 from moecompile.errors import RankFailure
 from moecompile.runtime import failures
-from moecompile.runtime.launch import GRACE_S, launch
+from moecompile.runtime.launch import GRACE_S, _asked_to_end, launch
+from tests import forked
 from tests.forked import ranks_of
 
 JOB = "tests.distributed.launched_job"
@@ -126,6 +127,20 @@ def test_ending_the_launcher_ends_its_ranks(number: signal.Signals, exit_code: i
         _wait_for(lambda: len(list(run_dir.glob("started_*"))) == 2, "the ranks did not start", seconds=60)
         process.send_signal(number)
         assert process.wait(GRACE_S + 5) == exit_code
+
+
+def test_signals_are_not_passed_on_to_processes_of_the_caller() -> None:
+    process = forked.start(forked.context.Process(target=time.sleep, args=(60,)))
+    try:
+        with _asked_to_end() as asked:
+            for _ in range(2):  # the second one kills ranks
+                os.kill(os.getpid(), signal.SIGINT)
+        assert asked == [signal.SIGINT] * 2
+        process.join(0.5)
+        assert process.is_alive()
+    finally:
+        process.kill()
+        process.join()
 
 
 @pytest.mark.slow
