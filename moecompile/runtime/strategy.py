@@ -29,12 +29,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from moecompile.checkpoint.tensors import tensors_of
 from moecompile.errors import ConfigError, PlanError
+from moecompile.nn import LoadMeter, Router
 from moecompile.passes.recompute import recompute
 from moecompile.passes.same_weights import check_same_weights
 from moecompile.passes.shard import device_mesh_of, shard
@@ -43,7 +45,6 @@ from moecompile.plan import Plan
 from moecompile.runtime import trainer_checkpoint
 from moecompile.runtime.gradients import clip_by_global_norm, clip_by_value
 from moecompile.runtime.groups import Groups
-from moecompile.runtime.modes import train_routing
 from moecompile.runtime.steps import TrainingSteps
 from moecompile.torch_private import compile_whole, set_timeouts
 
@@ -148,7 +149,7 @@ class ExpertParallelStrategy(TrainingSteps):
         )
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
-            train_routing(compiled)
+            _train_routing(compiled)
             self.setup_optimizers(trainer)
             self._watch(compiled)
         self.setup_precision_plugin()
@@ -205,6 +206,25 @@ class ExpertParallelStrategy(TrainingSteps):
                 "loss", "mean", f"with mesh.cp={plan.mesh.cp}, ranks may have unequally many of a sequence's targets",
                 "Return {'loss': sum, 'num_tokens': n} of moecompile.own_positions(model, labels), and use loss='sum'",
             )  # fmt: skip
+
+
+def _train_routing(model: nn.Module) -> None:
+    """Puts routers and meters of `model` into training mode before training begins; prints a note if it changes any.
+
+    `from_pretrained` leaves a model in evaluation mode, and Lightning keeps the mode: counts, the bias rule and
+    auxiliary losses would silently be off. Other modules keep their mode, as does a model without trained parameters.
+    """
+    in_eval = [module for module in model.modules() if isinstance(module, (Router, LoadMeter)) and not module.training]
+    if not in_eval or not any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    for module in in_eval:
+        module.train()
+    layers = sum(isinstance(module, LoadMeter) for module in in_eval)
+    rank_zero_info(
+        f"The routers of {layers} MoE layers were in evaluation mode, as from_pretrained leaves a model. They are "
+        "now in training mode: loads are counted, the bias rule and auxiliary losses hold. All else, such as dropout, "
+        "keeps its mode; call model.train() to change that."
+    )
 
 
 def groups_of(trainer: Trainer) -> Groups:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from moecompile.checkpoint import folders
 from moecompile.checkpoint.atomic import unfinished, write_file
 from moecompile.errors import ConfigError
+from tests.killed import killed_at
 
 
 def save(checkpoints: Path, step: int, keep_last: int = 0) -> Path:
@@ -81,27 +80,11 @@ def test_going_on_moves_aside_what_will_be_written_again(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("moment", range(6))
-def test_killed_while_it_moves_aside_nothing_is_lost(
-    moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_while_it_moves_aside_nothing_is_lost(moment: int, tmp_path: Path) -> None:
     checkpoints = folders.checkpoints_of(tmp_path)
     for step in (2, 4, 6):
         save(checkpoints, step)
-    left = moment
-
-    def killed(change: Any) -> Any:
-        def call(*args: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-            return change(*args)
-
-        return call
-
-    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-        patch.setattr(folders, "point", killed(folders.point))
-        patch.setattr(Path, "rename", killed(Path.rename))
+    with killed_at(moment, (folders, "point"), (Path, "rename")):
         folders.set_aside(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.rglob("step-*")) == ["step-2", "step-4", "step-6"]
     assert folders.latest(checkpoints) == checkpoints / ("step-6" if moment == 0 else "step-2")

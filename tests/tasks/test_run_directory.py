@@ -9,10 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,6 +19,7 @@ from moecompile import rundir
 from moecompile.errors import ConfigError
 from tests.distributed.resume_job import TINY
 from tests.forked import Program, python
+from tests.killed import killed_at
 
 REPOSITORY = Path(__file__).parents[2]
 RUN = [*TINY, "trainer.max_steps=2", "trainer.save_interval=1", "mesh=cpu_1x2"]
@@ -146,26 +146,10 @@ def test_what_is_accepted_replaces_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", range(4))
-def test_killed_while_it_is_accepted_it_is_whole_for_the_next_one(
-    moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_while_it_is_accepted_it_is_whole_for_the_next_one(moment: int, tmp_path: Path) -> None:
     """Before the first change it is the run before, else this one; what is left to move is moved by the next run."""
-    left = moment
-
-    def killed(change: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-            return change(*arguments)
-
-        return call
-
     before = files_of(a_run(tmp_path / "run"))
-    with pending(tmp_path / "run"), monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-        patch.setattr(Path, "rename", killed(Path.rename))
-        patch.setattr(Path, "replace", killed(Path.replace))
+    with pending(tmp_path / "run"), killed_at(moment, (Path, "rename"), (Path, "replace")):
         rundir.accept(tmp_path / "run")
     with rundir.held(tmp_path / "run"):
         rundir.discard(tmp_path / "run")
