@@ -39,6 +39,7 @@ SMALL = {
     "overhead.py": "--rounds 1",
     "peers.py": "--sizes 8,2,128,256 --rounds 1",
     "placement.py": "--steps 24",
+    "ranks_start.py": "--rounds 1",
     "rewrite_time.py": "llama",
     "search.py": "",
     "soak.py": "--steps 24",
@@ -56,6 +57,7 @@ LEFT = (
     (r"wheelhouse\.py.*", "downloads the packages that a bare machine lacks"),
     (r"transformers_mixin\.py.*", "downloads the tests of transformers"),
     (r"peers\.py(?!.*--only).*", "needs the virtual environment of `make peers`"),
+    (r"ranks_start\.py --against REV", "needs another commit of this repository"),
     (r"balance\.py --sweep FOLDER", "needs the jobs of an earlier call; test_balance.py reads some"),
 )
 AS_ROOT = ("two_nodes.py",)
