@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +28,18 @@ class _Handle(NamedTuple):
 class OncePerRank:
     """A row for each (token, rank), with all of its ids and weights; those of other ranks are -1 and 0."""
 
-    def dispatch(
+    def dispatch(self, *arguments: Any) -> moecompile.Dispatched:
+        return self._dispatch(*arguments)()
+
+    def dispatch_again(self, x_TD: Tensor, handle: _Handle) -> Tensor:
+        return self._dispatch_again(x_TD, handle)()
+
+    def combine(self, rows_VD: Tensor, handle: _Handle, weights_VK: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self._combine(rows_VD, handle, weights_VK)()
+
+    def _dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, group: dist.ProcessGroup
-    ) -> moecompile.Dispatched:
+    ) -> Callable[[], moecompile.Dispatched]:
         each = num_experts // group.size()
         there = [(ids_TK >= rank * each) & (ids_TK < (rank + 1) * each) for rank in range(group.size())]
         index = [used.any(1).nonzero().flatten() for used in there]
@@ -42,37 +53,70 @@ class OncePerRank:
         handle = _Handle(torch.cat(index), sent.tolist(), received.tolist(), used, x_TD.shape[0], group)
         rows = _exchange(x_TD[handle.index_U], handle)
         weights = _exchange(torch.where(used, weights_TK[handle.index_U], 0), handle)
-        return moecompile.Dispatched(rows, _exchange(ids, handle), weights, handle)
+        numbers = _exchange(ids, handle)
+        return lambda: moecompile.Dispatched(rows(), numbers(), weights(), handle)
 
-    def dispatch_again(self, x_TD: Tensor, handle: _Handle) -> Tensor:
+    def _dispatch_again(self, x_TD: Tensor, handle: _Handle) -> Callable[[], Tensor]:
         return _exchange(x_TD[handle.index_U], handle)
 
-    def combine(self, rows_VD: Tensor, handle: _Handle, weights_VK: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _combine(
+        self, rows_VD: Tensor, handle: _Handle, weights_VK: Tensor | None
+    ) -> Callable[[], tuple[Tensor, Tensor | None]]:
         def summed(rows: Tensor) -> Tensor:
             return rows.new_zeros(handle.num_tokens, rows.shape[1]).index_add_(0, handle.index_U, rows)
 
-        sums = summed(_exchange(rows_VD, handle, back=True))
+        rows = _exchange(rows_VD, handle, back=True)
         if weights_VK is None:
-            return sums, None
-        return sums, summed(torch.where(handle.used_UK, _exchange(weights_VK, handle, back=True), 0))
+            return lambda: (summed(rows()), None)
+        weights = _exchange(weights_VK, handle, back=True)
+        return lambda: (summed(rows()), summed(torch.where(handle.used_UK, weights(), 0)))
 
 
-def _exchange(rows: Tensor, handle: _Handle, *, back: bool = False) -> Tensor:
+def _exchange(rows: Tensor, handle: _Handle, *, back: bool = False) -> Callable[[], Tensor]:
+    """Starts to send rows; the result waits for those that are received."""
     sent, received = (handle.received, handle.sent) if back else (handle.sent, handle.received)
-    out = rows.new_empty(sum(received), rows.shape[1])
-    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=handle.group)
+    rows, out = rows.contiguous(), rows.new_empty(sum(received), rows.shape[1])
+    work = dist.all_to_all_single(out, rows, received, sent, group=handle.group, async_op=True)
     moecompile.count_sent_bytes(handle.group, [n * rows.shape[1] * rows.element_size() for n in sent])
-    return out
+
+    def landed() -> Tensor:
+        work.wait()
+        assert rows.numel() >= 0  # alive until they are sent
+        return out
+
+    return landed
 
 
 once_per_rank = OncePerRank()
 
 
+class InFlight(OncePerRank):
+    """Its calls can be started. `most`: how many were in flight at the same time; `made`: how often each was made."""
+
+    def __init__(self) -> None:
+        self.now, self.most, self.made = 0, 0, Counter[str]()
+
+    def start(self, call: str, *arguments: Any) -> Callable[[], Any]:
+        self.now, self.made[call] = self.now + 1, self.made[call] + 1
+        self.most = max(self.most, self.now)
+        wait = getattr(self, f"_{call}")(*arguments)
+
+        def landed() -> Any:
+            self.now -= 1
+            return wait()
+
+        return landed
+
+
+in_flight = InFlight()
+
+
 class _WrongWay(OncePerRank):
     """Returns gradients of rows in another order."""
 
-    def dispatch_again(self, x_TD: Tensor, handle: _Handle) -> Tensor:
-        return super().dispatch_again(x_TD, handle).flip(0)
+    def _dispatch_again(self, x_TD: Tensor, handle: _Handle) -> Callable[[], Tensor]:
+        wait = super()._dispatch_again(x_TD, handle)
+        return lambda: wait().flip(0)
 
 
 wrong_way = _WrongWay()

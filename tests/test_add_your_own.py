@@ -17,16 +17,19 @@ import pytest
 import torch
 from torch import nn
 
+from moecompile.mesh import MeshSpec
 from moecompile.nn import Router
 from moecompile.nn import scores as nn_scores
+from moecompile.passes import lower
 from moecompile.passes.base import exchanges_of
 from moecompile.passes.lower import Lower
-from moecompile.passes.lower.kinds import LOWERINGS
 from moecompile.passes.rewrite import Rewrite
-from moecompile.plan import EXCHANGES, DispatchPlan, dispatch
+from moecompile.plan import DispatchPlan, dispatch
+from moecompile.planner import traffic
 from moecompile.routing import BalanceSpec, RouterConfig, Score
 from moecompile.routing import config as routing_config
 from moecompile.routing import scores as routing_scores
+from moecompile.schema import DispatchKind
 from tests.tiny import COPY4, PLAIN_ROUTING, Gated, only_region, passed, plan_for
 
 REPOSITORY = Path(__file__).parents[1]
@@ -88,17 +91,30 @@ def test_a_name_in_code_counts_and_prose_does_not() -> None:
 
 
 def test_the_dispatch_on_the_page_inserts_its_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The steps and the lowering as they are printed, between the contracts of `lower`."""
-    code: dict[str, Any] = {}
-    (lowering,) = re.findall(r'^```text\n("""gather: .*?)^```$', PAGE, re.MULTILINE | re.DOTALL)
-    exec(compile(lowering, "docs/use/add-your-own.md", "exec", dont_inherit=True), code)
-    (steps,) = re.findall(r'^    "gather": (\(\(.*\)\)),$', PAGE, re.MULTILINE)
-    monkeypatch.setitem(dispatch._STEPS, "gather", ast.literal_eval(steps))
-    monkeypatch.setitem(EXCHANGES, "gather", tuple(op for op, _ in ast.literal_eval(steps)))
-    monkeypatch.setitem(LOWERINGS, "gather", code["lower_gather"])
+    """The rows and the functions as they are printed, between the contracts of `lower`."""
+    rows: dict[str, dict[str, Any]] = {}
+    for module, table, first in (
+        (dispatch, "KINDS", "KINDS = {"), (lower, "LOWERINGS", "def lower_gather"), (traffic, "_SENT", "def _gather_copies"),
+    ):  # fmt: skip
+        (code,) = re.findall(rf"^```text\n({re.escape(first)}.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+        rows[table] = dict(vars(module))
+        exec(compile(code.replace("    ...\n", ""), "docs/use/add-your-own.md", "exec", dont_inherit=True), rows[table])
+        monkeypatch.setitem(getattr(module, table), "gather", rows[table][table]["gather"])
     (layer,) = plan_for(Gated(), [*COPY4, "mesh.ranks_per_node=2"]).layers
     layer = replace(layer, dispatch=DispatchPlan(kind="gather"), fused=False)
     assert len(exchanges_of(passed(only_region(Gated()), layer, Rewrite(), Lower()).graph)) == 4
+    sizes = traffic.Wire(d_model=8, tokens_per_rank=16)
+    one_node = MeshSpec(num_nodes=1, ranks_per_node=2, ep=2)
+    sent = {
+        kind: traffic.forward_traffic(kind, layer.placement, layer.routing, one_node, sizes)
+        for kind in ("gather", "allgather")
+    }
+    assert sent["gather"] == sent["allgather"]  # on one node there is one level
+
+
+def test_every_kind_has_its_rows() -> None:
+    kinds = {kind.value for kind in DispatchKind if kind is not DispatchKind.auto}
+    assert {*dispatch.KINDS} == {*lower.LOWERINGS} == {*traffic._SENT} == kinds
 
 
 def test_the_score_on_the_page_routes(monkeypatch: pytest.MonkeyPatch) -> None:

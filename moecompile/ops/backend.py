@@ -13,7 +13,9 @@ R rows in expert order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -79,6 +81,19 @@ class DispatchBackend(Protocol):
         """
 
 
+class AsyncDispatchBackend(DispatchBackend, Protocol):
+    """A dispatch back end whose calls can be in flight while experts compute, for `dispatch.overlap`."""
+
+    def start(self, call: str, *arguments: Any) -> Callable[[], Any]:
+        """Starts `dispatch`, `dispatch_again` or `combine` with its arguments.
+
+        Several calls may be in flight. Every rank starts them, and waits for them, in the same order.
+
+        Returns:
+            A function that is called once: it waits, and returns what the call returns.
+        """
+
+
 class ExpertsBackend(Protocol):
     """Computes the SwiGLU experts of one rank; differentiable in x, the routing weights and both stacks of weights."""
 
@@ -131,52 +146,216 @@ def count_sent_bytes(group: dist.ProcessGroup, sent: list[int]) -> None:
     traffic.add(group.group_name, group, sent)
 
 
+def check_dispatch_backend(name: str, overlap: str) -> None:
+    """Checks that a back end can be imported and, with overlap, that its calls can be started.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not callable(getattr(load(DISPATCH, name), "start", None)) and overlap != "none":
+        raise ConfigError(
+            "dispatch.overlap", overlap, f"{DISPATCH}={name} has no start, so its calls are finished when they "
+            "return", "Use dispatch.overlap=none, or give it a start: see moecompile.AsyncDispatchBackend",
+        )  # fmt: skip
+
+
 # -- routing, dispatch, combine ---------------------------------------------------------------------------------------
+#
+# Each is a start and a wait. Autograd runs along a token with the shape of the rows sent and no memory, as in
+# moecompile.ops.in_flight: the backward of a wait starts the way back, and that of the start waits for it.
+
+
+@dataclass
+class Flight:
+    """A call that has been started. wait: for its result. back: for what backward has started under it."""
+
+    wait: Callable[[], Any] | None = None
+    back: Callable[[], Any] | None = None
+
+
+def _start(backend: Any, call: str, *arguments: Any) -> Callable[[], Any]:
+    """Starts a call; one of a back end that cannot do this is finished at once."""
+    if callable(getattr(backend, "start", None)):
+        waits: Callable[[], Any] = backend.start(call, *arguments)
+        return waits
+    result = getattr(backend, call)(*arguments)
+    return lambda: result
+
+
+@_outside_of_graphs
+def dispatch_tokens_start(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, backend: str, axis: str
+) -> tuple[Tensor, Flight]:
+    """Starts to send tokens to the ranks of their experts; ids without an expert are -1 for a back end."""
+    given_TK, flight = torch.where(ids_TK < num_experts, ids_TK, -1), Flight()
+    arguments = (x_TD, weights_TK, given_TK, num_experts, load(DISPATCH, backend), axis, flight)
+    return _StartDispatch.apply(*arguments), flight  # type: ignore[no-untyped-call]
+
+
+@_outside_of_graphs
+def dispatch_tokens_wait(token_TD: Tensor, flight: Flight, num_experts: int, backend: str, axis: str) -> Dispatched:
+    """The rows of this rank's experts; ids without an expert are `e` for `permute`."""
+    arguments = (token_TD, flight, load(DISPATCH, backend))
+    rows, ids, weights, handle = _WaitDispatch.apply(*arguments)  # type: ignore[no-untyped-call]
+    return Dispatched(rows, torch.where(ids < 0, num_experts // group_of(axis).size(), ids), weights, handle)
 
 
 @_outside_of_graphs
 def dispatch_tokens(
     x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, backend: str, axis: str
 ) -> Dispatched:
-    """The rows of this rank's experts; ids without an expert are -1 for a back end, and `e` for `permute`."""
-    given_TK = torch.where(ids_TK < num_experts, ids_TK, -1)
-    arguments = (x_TD, weights_TK, given_TK, num_experts, load(DISPATCH, backend), axis)
-    rows, ids, weights, handle = _Dispatch.apply(*arguments)  # type: ignore[no-untyped-call]
-    return Dispatched(rows, torch.where(ids < 0, num_experts // group_of(axis).size(), ids), weights, handle)
+    """Both."""
+    started = dispatch_tokens_start(x_TD, ids_TK, weights_TK, num_experts, backend, axis)
+    return dispatch_tokens_wait(*started, num_experts, backend, axis)
 
 
 @_outside_of_graphs
-def combine_tokens(rows_VD: Tensor, handle: Any, x_TD: Tensor, backend: str, axis: str) -> Tensor:
+def combine_tokens_start(rows_VD: Tensor, handle: Any, x_TD: Tensor, backend: str, axis: str) -> tuple[Tensor, Flight]:
+    """Starts to return the rows."""
+    flight = Flight()
+    return _StartCombine.apply(rows_VD, handle, load(DISPATCH, backend), flight), flight  # type: ignore[no-untyped-call]
+
+
+@_outside_of_graphs
+def combine_tokens_wait(token_VD: Tensor, flight: Flight, handle: Any, x_TD: Tensor, backend: str, axis: str) -> Tensor:
     """The sum of the rows of each token, shaped like x_TD."""
-    out: Tensor = _Combine.apply(rows_VD, handle, load(DISPATCH, backend))  # type: ignore[no-untyped-call]
+    arguments = (token_VD, flight, handle, load(DISPATCH, backend))
+    out: Tensor = _WaitCombine.apply(*arguments)  # type: ignore[no-untyped-call]
     if out.shape != x_TD.shape:
         raise MoecompileError(f"{DISPATCH}={backend}: combine returned {tuple(out.shape)}, not {tuple(x_TD.shape)}")
     return out
 
 
-class _Dispatch(torch.autograd.Function):
+@_outside_of_graphs
+def combine_tokens(rows_VD: Tensor, handle: Any, x_TD: Tensor, backend: str, axis: str) -> Tensor:
+    """Both."""
+    started = combine_tokens_start(rows_VD, handle, x_TD, backend, axis)
+    return combine_tokens_wait(*started, handle, x_TD, backend, axis)
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "dispatch_tokens_start": dispatch_tokens_start,
+    "dispatch_tokens_wait": dispatch_tokens_wait,
+    "combine_tokens_start": combine_tokens_start,
+    "combine_tokens_wait": combine_tokens_wait,
+}
+"""The halves of the calls in a graph, by name: they are functions, not registered ops."""
+
+
+class _StartDispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, ids: Tensor, num_experts: int, backend: Any, axis: str) -> Any:
-        got = backend.dispatch(x, ids, weights, num_experts, group_of(axis))
-        ctx.backend, ctx.handle = backend, got.handle
-        ctx.mark_non_differentiable(got.ids_VK)
-        return got.rows_VD, got.ids_VK, got.weights_VK, got.handle
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, ids: Tensor, num_experts: int, backend: Any, axis: str, flight: Flight
+    ) -> Tensor:
+        if not _kept.replays:
+            flight.wait = _start(backend, "dispatch", x, ids, weights, num_experts, group_of(axis))
+        ctx.flight = flight
+        return _token(x.shape, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_token: Tensor) -> Any:
+        x_TD, weights_TK = ctx.flight.back()
+        return x_TD, weights_TK, None, None, None, None, None
+
+
+class _WaitDispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, flight: Flight, backend: Any) -> Any:
+        rows, ids, weights, handle = _kept.result_of(flight)
+        ctx.backend, ctx.flight, ctx.handle, ctx.shape = backend, flight, handle, token.shape
+        ctx.mark_non_differentiable(ids)
+        return rows, ids, weights, handle
 
     @staticmethod
     def backward(ctx: Any, grad_VD: Tensor, _ids: Any, grad_VK: Tensor, _handle: Any) -> Any:
-        x_TD, weights_TK = ctx.backend.combine(grad_VD.contiguous(), ctx.handle, grad_VK.contiguous())
-        return x_TD, weights_TK, None, None, None, None
+        arguments = (grad_VD.contiguous(), ctx.handle, grad_VK.contiguous())
+        ctx.flight.back = _start(ctx.backend, "combine", *arguments)
+        return _token(ctx.shape, grad_VD), None, None
 
 
-class _Combine(torch.autograd.Function):
+class _StartCombine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, handle: Any, backend: Any) -> Any:
-        ctx.backend, ctx.handle = backend, handle
-        return backend.combine(rows, handle, None)[0]
+    def forward(ctx: Any, rows: Tensor, handle: Any, backend: Any, flight: Flight) -> Tensor:
+        if not _kept.replays:
+            flight.wait = _start(backend, "combine", rows, handle, None)
+        ctx.flight = flight
+        return _token(rows.shape, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad_token: Tensor) -> Any:
+        return ctx.flight.back(), None, None, None
+
+
+class _WaitCombine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, flight: Flight, handle: Any, backend: Any) -> Any:
+        ctx.backend, ctx.flight, ctx.handle, ctx.shape = backend, flight, handle, token.shape
+        return _kept.result_of(flight)[0]
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> Any:
-        return ctx.backend.dispatch_again(grad_TD.contiguous(), ctx.handle), None, None
+        ctx.flight.back = _start(ctx.backend, "dispatch_again", grad_TD.contiguous(), ctx.handle)
+        return _token(ctx.shape, grad_TD), None, None, None
+
+
+def _token(shape: torch.Size, like: Tensor) -> Tensor:
+    return like.new_zeros(()).expand(shape)
+
+
+class KeptCalls:
+    """Results of the calls of a forward, for the same forward that is computed again in backward."""
+
+    def __init__(self) -> None:
+        self.results: list[tuple[Any, ...]] = []
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Inside, results are kept."""
+        self.results.clear()
+        with _kept.during(self.results.append, None):
+            yield
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, nothing is called: results are those of the first forward, in the same order."""
+        with _kept.during(None, iter(self.results)):
+            yield
+
+
+class _Kept:
+    """What becomes of results now: they are kept, taken from those that were kept, or neither."""
+
+    keep: Callable[[tuple[Any, ...]], None] | None = None
+    replays: Iterator[tuple[Any, ...]] | None = None
+
+    @contextmanager
+    def during(
+        self, keep: Callable[[tuple[Any, ...]], None] | None, replays: Iterator[tuple[Any, ...]] | None
+    ) -> Iterator[None]:
+        before = self.keep, self.replays
+        self.keep, self.replays = keep, replays
+        try:
+            yield
+        finally:
+            self.keep, self.replays = before
+
+    def result_of(self, flight: Flight) -> tuple[Any, ...]:
+        """The result of a call, as tensors that no autograd graph knows yet."""
+        if self.replays is not None:
+            result = next(self.replays)
+        else:
+            assert flight.wait is not None
+            result = tuple(flight.wait())
+        if self.keep is not None:
+            self.keep(_unconnected(result))
+        return _unconnected(result)
+
+
+def _unconnected(result: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(each.detach() if isinstance(each, Tensor) else each for each in result)
+
+
+_kept = _Kept()
 
 
 # -- the experts of one rank ------------------------------------------------------------------------------------------

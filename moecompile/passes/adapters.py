@@ -17,26 +17,20 @@ from torch import nn
 
 from moecompile.errors import ConfigError, PassError, PlanError
 from moecompile.nn.adapters import init_adapters, own_router, side_of, train_only_adapters, wide
-from moecompile.passes.base import run_on_model
+from moecompile.passes.base import ModelPass
 from moecompile.plan import ExpertsSite, Plan
 
 
-def attach_adapters(model: nn.Module, plan: Plan, seed: int) -> None:
-    """Gives a rewritten model its planned adapters; without planned ones, it does nothing.
-
-    Raises:
-        ConfigError: peft is not installed. PlanError: a planned linear or a router is not in the model.
-    """
-    if plan.adapters is not None:
-        run_on_model(AttachAdapters(seed=seed), model, plan)
-
-
 @dataclass(frozen=True, kw_only=True)
-class AttachAdapters:
+class AttachAdapters(ModelPass):
     """seed: first values depend only on it and on names."""
 
     seed: int
     name: str = "adapters"
+
+    def wants(self, plan: Plan) -> bool:
+        """Models with adapters."""
+        return plan.adapters is not None
 
     def requires(self, model: nn.Module, plan: Plan) -> None:
         """Every planned linear is there."""

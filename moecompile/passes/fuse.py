@@ -23,74 +23,65 @@ from moecompile.errors import PassError
 from moecompile.match.regions import Region
 from moecompile.match.swiglu import is_swiglu
 from moecompile.ops.backend import EXPERTS, load
-from moecompile.passes.base import (
-    check_calls,
-    copy_graph_module,
-    erase_unused,
-    exchanges_of,
-    experts_calls,
-    items,
-    op_name,
-)
+from moecompile.passes.base import LayerPass, items, op_name
 from moecompile.plan import LayerPlan
 
 ops = torch.ops.moecompile
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fuse:
-    """No options."""
+class Fuse(LayerPass):
+    """The plan says which layers."""
 
     name: str = "fuse"
     stage: str = "fused"
     detail: str = "one op for gather, experts and sum"
 
+    def calls_of(self, layer: LayerPlan) -> int:
+        """One for each chunk."""
+        return layer.dispatch.chunks
+
     def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
         """One experts call per layer and chunk, in order, none fused yet; those planned as fused are SwiGLU."""
-        layers = _by_call(layers)
-        for call, layer in zip(check_calls(self.name, region, layers), layers, strict=True):
-            if layer.fused and not is_swiglu(region.graph.get_submodule(str(call.target))):
-                raise PassError(self.name, layer.site.fqn, "is planned as fused, but its experts are not SwiGLU")
-            if _is_fused(call):
-                raise PassError(self.name, layer.site.fqn, "is fused already")
+        for layer, calls in self.calls(region, layers):
+            for call in calls:
+                if layer.fused and not is_swiglu(region.graph.get_submodule(str(call.target))):
+                    raise PassError(self.name, layer.site.fqn, "is planned as fused, but its experts are not SwiGLU")
+                if _is_fused(call):
+                    raise PassError(self.name, layer.site.fqn, "is fused already")
 
-    def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
-        """A new graph over the same modules."""
-        new, _ = copy_graph_module(region.graph)
-        for call, layer in zip(experts_calls(new), _by_call(layers), strict=True):
-            if layer.fused:
-                _fuse(new.graph, call, layer.site.fqn)
-                _name_backend(call, layer)
-        erase_unused(new.graph)
-        new.recompile()
-        return region.with_graph(new)
+    def wants(self, layer: LayerPlan) -> bool:
+        """All layers: this is the last graph, whether any is fused or not."""
+        return True
+
+    def change(self, graph_module: fx.GraphModule, calls: list[fx.Node], layer: LayerPlan) -> None:
+        """Steps 1 to 3."""
+        for call in calls if layer.fused else ():
+            _fuse(graph_module.graph, call)
+            _name_backend(call, layer)
 
     def ensures(self, before: Region, after: Region, layers: Sequence[LayerPlan]) -> None:
         """The same exchanges in the same order; exactly the planned calls are fused.
 
         A fused experts call reads counts, sources and weights of a single sort.
         """
-        old, new = ([(op_name(n), str(n.args[-1])) for n in exchanges_of(r.graph)] for r in (before, after))
-        if old != new:
-            raise PassError(self.name, layers[0].site.fqn, f"exchanges were {old}, are {new}")
-        layers = _by_call(layers)
-        for call, layer in zip(check_calls(self.name, after, layers), layers, strict=True):
-            if _is_fused(call) != layer.fused:
-                rule = "is planned as fused, but is not" if layer.fused else "is fused, but is not planned so"
-                raise PassError(self.name, layer.site.fqn, rule)
-            if not layer.fused:
-                continue
-            if call.kwargs.get("backend", "") != layer.experts.backend:
-                raise PassError(self.name, layer.site.fqn, f"its experts are not computed by {layer.experts.backend}")
-            sources = {call.args[1], call.kwargs["source_R"], call.kwargs["weights_R"]}
-            sorts = {op_name(n.args[0]) for n in sources if isinstance(n, fx.Node) and isinstance(n.args[0], fx.Node)}
-            if len(sources) != 3 or len(sorts) != 1 or not min(sorts).startswith("sort_"):
-                raise PassError(self.name, str(call.target), f"counts, sources and weights come from {sorted(sorts)}")
+        super().ensures(before, after, layers)
+        for layer, calls in self.calls(after, layers):
+            for call in calls:
+                self._check(call, layer)
 
-
-def _by_call(layers: Sequence[LayerPlan]) -> list[LayerPlan]:
-    """The layer of each experts call: a chunked layer has one call per chunk."""
-    return [layer for layer in layers for _ in range(layer.dispatch.chunks)]
+    def _check(self, call: fx.Node, layer: LayerPlan) -> None:
+        if _is_fused(call) != layer.fused:
+            rule = "is planned as fused, but is not" if layer.fused else "is fused, but is not planned so"
+            raise PassError(self.name, layer.site.fqn, rule)
+        if not layer.fused:
+            return
+        if call.kwargs.get("backend", "") != layer.experts.backend:
+            raise PassError(self.name, layer.site.fqn, f"its experts are not computed by {layer.experts.backend}")
+        sources = {call.args[1], call.kwargs["source_R"], call.kwargs["weights_R"]}
+        sorts = {op_name(n.args[0]) for n in sources if isinstance(n, fx.Node) and isinstance(n.args[0], fx.Node)}
+        if len(sources) != 3 or len(sorts) != 1 or not min(sorts).startswith("sort_"):
+            raise PassError(self.name, str(call.target), f"counts, sources and weights come from {sorted(sorts)}")
 
 
 def _is_fused(call: fx.Node) -> bool:
@@ -105,7 +96,7 @@ def _name_backend(call: fx.Node, layer: LayerPlan) -> None:
         call.kwargs = {**call.kwargs, "backend": layer.experts.backend, "most": most}
 
 
-def _fuse(graph: fx.Graph, call: fx.Node, fqn: str) -> None:
+def _fuse(graph: fx.Graph, call: fx.Node) -> None:
     # Step 1
     rows = call.args[0]
     assert isinstance(rows, fx.Node)
@@ -114,10 +105,9 @@ def _fuse(graph: fx.Graph, call: fx.Node, fqn: str) -> None:
     rule = _RULES.get(op_name(copied))
     if rule is None or [op_name(user) for user in summed] != [rule.sums]:
         users = [op_name(user) for user in summed]
-        raise PassError(
-            Fuse.name, fqn,
-            f"is planned as fused, but its experts are between {op_name(copied)} and {users}; set fused: false",
-        )  # fmt: skip
+        raise ValueError(
+            f"is planned as fused, but its experts are between {op_name(copied)} and {users}; set fused: false"
+        )
     # Step 2
     x, sort, arguments = rule.sorting(copied, summed[0])
     with graph.inserting_before(call):

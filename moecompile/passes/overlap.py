@@ -18,7 +18,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,27 +28,18 @@ from torch import fx
 from moecompile.errors import PassError
 from moecompile.match.regions import Region
 from moecompile.nn import SharedExperts
-from moecompile.passes.base import (
-    check_calls,
-    copy_graph_module,
-    erase_unused,
-    exchanges_of,
-    experts_calls,
-    items,
-    op_name,
-)
-from moecompile.plan import HALVES, WAIT_OPS, LayerPlan
+from moecompile.ops.backend import CALLS
+from moecompile.passes.base import LayerPass, all_after, all_before, argument, exchanges_of, items, op_name, reached
+from moecompile.plan import EXCHANGE_OPS, EXCHANGES, HALVES, START_OPS, WAIT_OPS, LayerPlan
 
 ops = torch.ops.moecompile
-_COUNTING = ("count_rows", "count_experts", "count_hops")
-_COMBINING = ("combine_rows", "unpermute")
 _WAIT_OF = dict(HALVES.values())
 _Copies = dict[fx.Node, fx.Node]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Overlap:
-    """No options: the plan says which layers, and into how many chunks."""
+class Overlap(LayerPass):
+    """The plan says which layers, and into how many chunks."""
 
     name: str = "overlap"
     stage: str = "overlapped"
@@ -56,30 +47,22 @@ class Overlap:
 
     def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
         """One experts call a layer, and no exchange that is started already."""
-        check_calls(self.name, region, layers)
-        if started := [node.name for node in exchanges_of(region.graph) if op_name(node) in _WAIT_OF]:
+        super().requires(region, layers)
+        if started := [node.name for node in exchanges_of(region.graph) if op_name(node) in START_OPS]:
             raise PassError(self.name, layers[0].site.fqn, f"exchanges are started already: {started}")
 
-    def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
-        """A new graph over the same modules; the same region where no layer is planned so."""
-        if not any(layer.dispatch.in_flight for layer in layers):
-            return region
-        new, _ = copy_graph_module(region.graph)
-        for call, layer in zip(experts_calls(new), layers, strict=True):
-            if layer.dispatch.in_flight:
-                _overlap(new, call, layer)
-        erase_unused(new.graph)
-        new.recompile()
-        return region.with_graph(new)
+    def wants(self, layer: LayerPlan) -> bool:
+        """Layers whose exchanges are in flight."""
+        return layer.dispatch.in_flight
+
+    def change(self, graph_module: fx.GraphModule, calls: list[fx.Node], layer: LayerPlan) -> None:
+        """Steps 1 to 4."""
+        _overlap(graph_module, calls[0], layer)
 
     def ensures(self, before: Region, after: Region, layers: Sequence[LayerPlan]) -> None:
         """The planned exchanges in the planned order; each start has one wait, and no other reader."""
-        planned = [step for layer in layers for step in layer.scheduled_steps]
-        exchanges = exchanges_of(after.graph)
-        there = [(op_name(node), str(node.args[-1])) for node in exchanges]
-        if there != planned:
-            raise PassError(self.name, layers[0].site.fqn, f"exchanges are {there}, planned are {planned}")
-        for node in exchanges:
+        self.has_exchanges(after, layers, [step for layer in layers for step in layer.scheduled_steps])
+        for node in exchanges_of(after.graph):
             if (wait := _WAIT_OF.get(op_name(node))) is not None:
                 readers = list(dict.fromkeys(user for item in node.users for user in item.users))
                 if len(node.users) != 2 or [op_name(reader) for reader in readers] != [wait]:
@@ -103,12 +86,14 @@ def _overlap(graph_module: fx.GraphModule, call: fx.Node, layer: LayerPlan) -> N
     # Step 3
     for node, chunk in list(chunk_of.items()):
         if op_name(node) in HALVES:
-            chunk_of.update(dict.fromkeys(_in_halves(graph, node), chunk))
+            halves = _in_halves(graph, node)
+            chunk_of.update(dict.fromkeys(halves, chunk))
+            result = halves[-1] if node is result else result  # the sum of a back end is an exchange itself
     combined.replace_all_uses_with(result)
     # Step 4
     made = list(itertools.takewhile(lambda node: node is not end, _following(combined)))
     _schedule(made, chunk_of, _shared_experts(graph_module, result), result, end)
-    _after_counts(call, next(node for node in _following(combined) if op_name(node) in _WAIT_OF))
+    _after_counts(call, next(node for node in _following(combined) if op_name(node) in START_OPS))
     for node in reversed(dispatch):
         graph.erase_node(node)
 
@@ -126,34 +111,30 @@ def _following(node: fx.Node) -> Iterator[fx.Node]:
         yield node
 
 
+def _sends(node: fx.Node) -> bool:
+    """Of two levels, the first sum is sent on."""
+    return op_name(node) in EXCHANGE_OPS or op_name(node) == "wire_cast"
+
+
 def _dispatch(graph: fx.Graph, call: fx.Node, layer: LayerPlan) -> tuple[list[fx.Node], fx.Node]:
     """What depends on the expert ids and leads to the combined output, in graph order, and this output."""
-    ends = (node for node in _closure([call], lambda node: node.users) if op_name(node) in _COMBINING)
-    sent_on = ("all_to_all", "wire_cast")  # of two levels, the first combine is sent on
-    combined = next((node for node in ends if not any(op_name(user) in sent_on for user in node.users)), None)
+    row = layer.dispatch.row
+    ends = (node for node in all_after([call]) if op_name(node) == row.ends)
+    combined = next((node for node in ends if not any(_sends(user) for user in node.users)), None)
     if combined is None:
-        raise PassError(Overlap.name, layer.site.fqn, f"no {' or '.join(_COMBINING)} follows {call.name}")
-    before = set(_closure([combined], lambda node: node.all_input_nodes))
-    counting = [node for node in graph.nodes if node in before and op_name(node) in _COUNTING][-1]
-    after = set(_closure([counting.all_input_nodes[0]], lambda node: node.users)) - {counting.all_input_nodes[0]}
+        raise ValueError(f"no {row.ends} follows {call.name}")
+    before = set(all_before([combined]))
+    begins = [node for node in graph.nodes if node in before and op_name(node) == row.begins][-1]
+    ids = argument(begins, "ids_TK")
+    assert ids is not None and isinstance(ids[1], fx.Node)
+    after = set(all_after([ids[1]])) - {ids[1]}
     dispatch = [node for node in graph.nodes if node in before and node in after]
     inside = set(dispatch)
     for node in dispatch:
         outside = [user.name for user in node.users if user not in inside]
         if outside and node is not combined:
-            rule = f"{node.name} is a part of the dispatch that {outside} read too, so it cannot be overlapped"
-            raise PassError(Overlap.name, layer.site.fqn, rule)
+            raise ValueError(f"{node.name} is a part of the dispatch that {outside} read too: it cannot be overlapped")
     return dispatch, combined
-
-
-def _closure(nodes: Sequence[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> list[fx.Node]:
-    """Nodes with all that follow, nearest first."""
-    seen, queue = dict.fromkeys(nodes), list(nodes)
-    for node in queue:
-        new = [other for other in following(node) if other not in seen]
-        seen |= dict.fromkeys(new)
-        queue += new
-    return list(seen)
 
 
 def _copies(graph: fx.Graph, dispatch: Sequence[fx.Node], num_chunks: int) -> list[_Copies]:
@@ -234,12 +215,12 @@ def _join_counts(graph: fx.Graph, dispatch: Sequence[fx.Node], copies: Sequence[
 
 def _in_halves(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
     """A start and a wait in the place of an exchange."""
-    start, wait = (getattr(ops, name) for name in HALVES[op_name(node)])
-    num_sent = 2 if op_name(node) == "exchange_assignments" else 1  # rows, or weights and codes
+    start, wait = (CALLS.get(name) or getattr(ops, name) for name in HALVES[op_name(node)])
+    inputs = EXCHANGES[op_name(node)].inputs
     with graph.inserting_before(node):
         started = graph.call_function(start, node.args)
         token, ticket = items(graph, started, "token", "ticket")
-        landed = graph.call_function(wait, (token, ticket, *node.args[num_sent:]))
+        landed = graph.call_function(wait, (token, ticket, *node.args[inputs:]))
     node.replace_all_uses_with(landed)
     graph.erase_node(node)
     return [started, token, ticket, landed]
@@ -248,7 +229,7 @@ def _in_halves(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
 def _shared_experts(graph_module: fx.GraphModule, result: fx.Node) -> fx.Node | None:
     """The call of the shared experts whose output is added to that of the routed ones."""
     # At most latent_up, the sum with identity experts, unflatten_tokens and the sum that is looked for.
-    after = _closure([result], lambda node: node.users)[:5]
+    after = all_after([result])[:5]
     for node in (other for user in after for other in user.all_input_nodes):
         if node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), SharedExperts):
             return node
@@ -271,7 +252,7 @@ def _schedule(
         return max((depth(source, of_waits=of_waits) for source in sources(node)), default=0) + counts
 
     joined = [node for node in made if node not in chunk_of and node is not result]
-    first = set(_closure(joined, sources))
+    first = set(reached(joined, sources))
 
     def key(node: fx.Node) -> tuple[float, int, int]:
         if node in first:

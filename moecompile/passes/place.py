@@ -18,8 +18,7 @@ from torch import fx
 
 from moecompile.errors import PassError
 from moecompile.match.regions import Region
-from moecompile.passes.base import check_calls, copy_graph_module, experts_calls, op_name
-from moecompile.passes.lower.dispatch import DispatchNodes
+from moecompile.passes.base import DispatchNodes, LayerPass, all_before, op_name
 from moecompile.plan import LayerPlan
 
 ops = torch.ops.moecompile
@@ -27,8 +26,8 @@ _OP = "place_ids"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """No options: the plan says where each expert is."""
+class Place(LayerPass):
+    """The plan says where each expert is."""
 
     name: str = "place"
     stage: str = "placed"
@@ -36,29 +35,29 @@ class Place:
 
     def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
         """One experts call per layer; nothing is placed yet."""
-        check_calls(self.name, region, layers)
+        super().requires(region, layers)
         if any(op_name(node) == _OP for node in region.graph.graph.nodes):
             raise PassError(self.name, layers[0].site.fqn, "experts are placed already")
 
+    def wants(self, layer: LayerPlan) -> bool:
+        """Every layer of a region in which one is placed."""
+        return True
+
     def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
-        """A new graph over the same modules; the same region where no layer is placed in an order of its own."""
-        if not any(layer.placement.order for layer in layers):
-            return region
-        new, _ = copy_graph_module(region.graph)
-        for call, layer in zip(experts_calls(new), layers, strict=True):
-            try:
-                nodes = DispatchNodes.around(call)
-            except ValueError as error:
-                raise PassError(self.name, layer.site.fqn, str(error)) from error
-            with new.graph.inserting_before(nodes.after_choice):  # Step 1
-                placed = new.graph.call_function(ops.place_ids, (nodes.ids, list(layer.placement.positions)))
-            nodes.permute.update_arg(1, placed)
-        new.recompile()
-        return region.with_graph(new)
+        """The same region where no layer is placed in an order of its own."""
+        return super().run(region, layers) if any(layer.placement.order for layer in layers) else region
+
+    def change(self, graph_module: fx.GraphModule, calls: list[fx.Node], layer: LayerPlan) -> None:
+        """Step 1."""
+        nodes = DispatchNodes.around(calls[0])
+        with graph_module.graph.inserting_before(nodes.after_choice):
+            placed = graph_module.graph.call_function(ops.place_ids, (nodes.ids, list(layer.placement.positions)))
+        nodes.permute.update_arg(1, placed)
 
     def ensures(self, before: Region, after: Region, layers: Sequence[LayerPlan]) -> None:
         """The experts of each call are in the planned order."""
-        for call, layer in zip(check_calls(self.name, after, layers), layers, strict=True):
+        super().ensures(before, after, layers)
+        for layer, (call,) in self.calls(after, layers):
             if (order := order_of(call)) not in (layer.placement.order, tuple(range(layer.placement.num_experts))):
                 raise PassError(self.name, layer.site.fqn, f"experts are in the order {list(order)}")
             if layer.placement.order and order != layer.placement.order:
@@ -67,11 +66,7 @@ class Place:
 
 def order_of(call: fx.Node) -> tuple[int, ...]:
     """The expert at each position of an experts call; empty: in the order of ids."""
-    before, queue = {call}, [call]
-    for node in queue:
-        new = [other for other in node.all_input_nodes if other not in before]
-        before.update(new)
-        queue += new
+    before = set(all_before([call]))
     placed = [node for node in call.graph.nodes if node in before and op_name(node) == _OP]
     if not placed:
         return ()

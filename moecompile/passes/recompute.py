@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,13 +25,14 @@ from torch.utils.checkpoint import checkpoint
 
 from moecompile.capture import layers_of
 from moecompile.capture.caches import cache_configs, caches
-from moecompile.errors import ConfigError, PassError, PlanError
+from moecompile.errors import ConfigError, PassError
 from moecompile.nn.padding import Padding, padding_of
-from moecompile.passes.base import experts_calls, run_on_model
-from moecompile.plan import BACKEND_OPS, EXCHANGE_OPS, WAIT_OPS, Plan
+from moecompile.ops.backend import CALLS, KeptCalls
+from moecompile.passes.base import ModelPass, experts_calls, run_on_model
+from moecompile.plan import BACKEND, EXCHANGE_OPS, WAIT_OPS, Plan
 from moecompile.torch_private import keeping
 
-_EXCHANGES = (EXCHANGE_OPS | WAIT_OPS) - {*BACKEND_OPS}
+_EXCHANGES = (EXCHANGE_OPS | WAIT_OPS) - {*CALLS} - {op for op, _ in BACKEND.steps}
 _CHOICES = (torch.ops.aten.topk.default, torch.ops.moecompile.expert_choice.default)
 _WITHIN_TP = tuple(getattr(torch.ops.moecompile, name).default for name in ("join_tokens", "sum_ranks", "join_columns"))
 _OVER_CP = tuple(getattr(torch.ops.moecompile, name).default for name in ("exchange_dims", "join_positions"))
@@ -44,22 +46,22 @@ def recompute(model: nn.Module, plan: Plan, checkpointing: str) -> None:
     Args:
         checkpointing: full or keep_exchanges.
     """
-    run_on_model(Recompute(checkpointing=checkpointing), model, plan)
+    run_on_model([Recompute(checkpointing=checkpointing)], model, plan)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recompute:
-    """checkpointing: as for `recompute`."""
+class Recompute(ModelPass):
+    """checkpointing: none, or as for `recompute`."""
 
     checkpointing: str
     name: str = "recompute"
 
+    def wants(self, plan: Plan) -> bool:
+        """Unless activations are kept."""
+        return self.checkpointing != "none"
+
     def requires(self, model: nn.Module, plan: Plan) -> None:
-        """No layer is checkpointed yet; a back end's exchanges, which are no ops, cannot be kept."""
-        backends = {layer.dispatch.backend for layer in plan.layers} - {""}
-        if self.checkpointing == "keep_exchanges" and backends:
-            rule = f"what dispatch.backend={min(backends)} receives cannot be kept"
-            raise PlanError("trainer.checkpointing", self.checkpointing, rule, "Use full or none")
+        """No layer is checkpointed yet."""
         if any(_is_wrapped(layer) for layer in _recomputing(model)):
             raise PassError(self.name, "the model", "its layers compute again already")
 
@@ -69,7 +71,7 @@ class Recompute:
         if self.checkpointing == "keep_exchanges":  # Step 2
             exchanges = [getattr(torch.ops.moecompile, name).default for name in sorted(_EXCHANGES)]
             kept = {*exchanges, *_TABLES, *_CHOICES, *_WITHIN_TP, *_OVER_CP}
-            run_checkpointed = partial(run_checkpointed, context_fn=partial(keeping, kept))
+            run_checkpointed = partial(run_checkpointed, context_fn=partial(_keeping, kept))
         padding = padding_of(model) or Padding()  # Step 3
         for layer in _recomputing(model):
             # Inside FSDP's hooks: it gathers first.
@@ -86,6 +88,26 @@ class Recompute:
             raise PassError(
                 self.name, outside[0], "its experts would keep activations that the plan counts as recomputed"
             )
+
+
+class _Both:
+    """A context of ops and one of a back end's calls, which can be entered again."""
+
+    def __init__(self, ops: AbstractContextManager[Any], calls: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.ops, self.calls, self.inside = ops, calls, ExitStack()
+
+    def __enter__(self) -> None:
+        self.inside.enter_context(self.ops)
+        self.inside.enter_context(self.calls())
+
+    def __exit__(self, *error: Any) -> None:
+        self.inside.__exit__(*error)
+
+
+def _keeping(kept: Collection[Any]) -> tuple[_Both, _Both]:
+    """For the first forward and the one that is computed again, which gets what was kept."""
+    (first, again), calls = keeping(kept), KeptCalls()
+    return _Both(first, calls.first), _Both(again, calls.again)
 
 
 def _recomputing(model: nn.Module) -> list[nn.Module]:

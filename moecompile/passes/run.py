@@ -1,6 +1,7 @@
 """The list of passes and its runner: requires, run, ensures, record.
 
-The list alone defines the order. A new built-in pass is one more line in it.
+The four functions of the list define the order, of passes over graphs and then of passes over the whole model. A new
+built-in pass is one more line in one of them.
 """
 
 from __future__ import annotations
@@ -10,37 +11,98 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from moecompile.capture import attributes_of, stand_in
 from moecompile.errors import PassError
 from moecompile.match.experts import ExpertsMatch
 from moecompile.match.regions import Region
-from moecompile.passes.base import GraphPass, count_ops, registered
-from moecompile.passes.collect import Collect
-from moecompile.passes.fold import Fold
+from moecompile.nn.own_router import watch_routers
+from moecompile.nn.watch import watch_padding
+from moecompile.passes.adapters import AttachAdapters
+from moecompile.passes.base import GraphPass, ModelPass, count_ops, registered
+from moecompile.passes.delay_gradients import DelayWeightGradients
 from moecompile.passes.fuse import Fuse
 from moecompile.passes.lend import Lend
 from moecompile.passes.lower import Lower
 from moecompile.passes.overlap import Overlap
 from moecompile.passes.place import Place
+from moecompile.passes.recompute import Recompute
 from moecompile.passes.rewrite import Rewrite
-from moecompile.plan import LayerPlan
-from moecompile.torch_private import set_attribute
+from moecompile.passes.shard import ShardModel
+from moecompile.passes.split_tokens import SplitTokens
+from moecompile.plan import LayerPlan, Plan
+from moecompile.torch_private import compile_whole, set_attribute
 
 Regions = Mapping[str, Region]
 Layers = Mapping[str, Sequence[LayerPlan]]
 Graphs = dict[str, fx.GraphModule]
 
 
+# -- the list ---------------------------------------------------------------------------------------------------------
+
+
 def on_one_device(seed: int) -> tuple[GraphPass, ...]:
-    """The passes up to a single-device graph, which can be compared with the original model."""
+    """The passes up to a single-device graph, which is then compared with the original model (receipt.py)."""
     return (Rewrite(seed=seed), *registered("rewrite"))
 
 
 def on_the_mesh() -> tuple[GraphPass, ...]:
     """The passes from the single-device graph to the graph that every rank runs."""
-    return (Fold(), Place(), Lower(), Lend(), *registered("lower"), Overlap(), Collect(), Fuse())
+    return (
+        SplitTokens(), Place(), Lower(), Lend(), *registered("lower"), Overlap(), DelayWeightGradients(), Fuse()
+    )  # fmt: skip
+
+
+def on_the_model(seed: int) -> tuple[ModelPass, ...]:
+    """The passes that complete a compiled model, with whole weights."""
+    return (AttachAdapters(seed=seed), Watch())
+
+
+def on_every_rank(
+    device_mesh: DeviceMesh, param_dtype: torch.dtype | None = None, *, checkpointing: str = "none",
+    compile_regions: bool = False,
+) -> tuple[ModelPass, ...]:  # fmt: skip
+    """The passes to the model that a rank trains.
+
+    Args:
+        device_mesh, param_dtype: as for `moecompile.passes.shard.shard`.
+        checkpointing: none, full or keep_exchanges. compile_regions: whether torch.compile compiles our graphs.
+    """
+    return (
+        ShardModel(device_mesh=device_mesh, param_dtype=param_dtype),
+        *((CompileRegions(),) if compile_regions else ()),
+        Recompute(checkpointing=checkpointing),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch(ModelPass):
+    """Hooks that hand padding masks and token ids to MoE layers, and the logits of the model's own routers over."""
+
+    name: str = "watch"
+
+    def run(self, model: nn.Module, plan: Plan) -> None:
+        """Changes the model in place."""
+        watch_padding(model)
+        watch_routers(model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileRegions(ModelPass):
+    """torch.compile on every graph of ours, each as one whole graph."""
+
+    name: str = "compile"
+
+    def run(self, model: nn.Module, plan: Plan) -> None:
+        """Changes the model in place."""
+        for region in [module for module in model.modules() if isinstance(module, fx.GraphModule)]:
+            compile_whole(region)
+
+
+# -- the runner -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

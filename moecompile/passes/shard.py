@@ -33,7 +33,7 @@ from moecompile.errors import PassError, PlanError
 from moecompile.mesh import DENSE_AXES, EXPERT_AXES, MeshSpec
 from moecompile.nn import Experts
 from moecompile.nn.placement import keep_order, rows_of
-from moecompile.passes.base import exchanges_of, experts_calls, on_an_axis, op_name, run_on_model
+from moecompile.passes.base import ModelPass, exchanges_of, experts_calls, on_an_axis, op_name, run_on_model
 from moecompile.passes.context_parallel import check_exchanged, split_positions
 from moecompile.passes.place import order_of
 from moecompile.passes.tensor_parallel import classes_of, split_dense
@@ -76,12 +76,12 @@ def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh, param_dtype: to
     """
     check_model(model)
     check_plan(plan)
-    run_on_model(ShardModel(device_mesh=device_mesh, param_dtype=param_dtype), model, plan)
+    run_on_model([ShardModel(device_mesh=device_mesh, param_dtype=param_dtype)], model, plan)
     return model
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardModel:
+class ShardModel(ModelPass):
     """device_mesh, param_dtype: as for `shard`."""
 
     device_mesh: DeviceMesh

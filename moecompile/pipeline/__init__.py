@@ -1,6 +1,6 @@
 """The compilation pipeline, and the Python API built on it.
 
-capture -> match -> build_plan -> rewrite -> fold -> lower -> lend -> overlap -> collect -> fuse -> shard
+capture -> match -> build_plan -> the passes of moecompile.passes.run, in that order
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from moecompile.compose import compose_config
 from moecompile.errors import ArgumentError, CaptureError, ConfigError, PlanError
 from moecompile.match.regions import Captured, Region, Site
 from moecompile.match.sites import graph_sites, list_sites
-from moecompile.nn.own_router import watch_routers
-from moecompile.nn.watch import watch_padding
-from moecompile.passes.adapters import attach_adapters
+from moecompile.passes.base import run_on_model
 from moecompile.passes.kinds import trained_notes
 from moecompile.passes.receipt import Comparison, Receipt
 from moecompile.passes.run import (
@@ -29,13 +27,15 @@ from moecompile.passes.run import (
     Log,
     PassRecord,
     current_regions,
+    on_every_rank,
     on_one_device,
     on_the_mesh,
+    on_the_model,
     replacements,
     run_passes,
 )
 from moecompile.passes.same_weights import check_same_weights
-from moecompile.passes.shard import device_mesh_of, shard
+from moecompile.passes.shard import device_mesh_of
 from moecompile.passes.trained import frozen_notes
 from moecompile.pipeline.captured import capture_planned, planning_facts
 from moecompile.pipeline.facts import facts_of
@@ -220,15 +220,13 @@ def compile_with_report(
         rewritten = current_regions(done.model, rewritten)  # a region may lie inside another
         final = run_passes(on_the_mesh(), rewritten, layers, log)
         done.model = replace_regions(done.model, replacements(done.model, rewritten, final))
-    attach_adapters(done.model, plan, config.seed)
+    run_on_model(on_the_model(config.seed), done.model, plan)
     done.notes += trained_notes(done.model, plan)
     set_attribute(done.model, _PLAN, plan)
-    watch_padding(done.model)
-    watch_routers(done.model)
     if until == "shard":
         check_same_weights(done.model)
         device_type = next(done.model.parameters()).device.type
-        shard(done.model, plan, device_mesh or device_mesh_of(plan.mesh, device_type))
+        run_on_model(on_every_rank(device_mesh or device_mesh_of(plan.mesh, device_type)), done.model, plan)
         log.add("shard", final, final, "axes bound, experts split")
     return done
 

@@ -4,15 +4,15 @@ from moecompile.plan.adapters import AdaptersPlan, ExpertAdapters
 from moecompile.plan.checks import plan_errors
 from moecompile.plan.context_parallel import ExchangedAttention
 from moecompile.plan.dispatch import (
-    BACKEND_KINDS,
-    BACKEND_OPS,
+    BACKEND,
     EXCHANGE_OPS,
     EXCHANGES,
     HALVES,
     IN_FLIGHT,
-    LENDING,
+    KINDS,
     LENDING_OPS,
     SLICE_OPS,
+    START_OPS,
     WAIT_OPS,
     WIRE_FORMATS,
     DispatchPlan,
@@ -42,17 +42,17 @@ from moecompile.plan.sites import ExpertsSite, FFNSite, PlannedSite
 from moecompile.plan.tensor_parallel import HEADS_STYLE, STYLES, SplitModules
 
 __all__ = [
-    "BACKEND_KINDS",
-    "BACKEND_OPS",
+    "BACKEND",
     "EVEN",
     "EXCHANGES",
     "EXCHANGE_OPS",
     "HALVES",
     "HEADS_STYLE",
     "IN_FLIGHT",
-    "LENDING",
+    "KINDS",
     "LENDING_OPS",
     "SLICE_OPS",
+    "START_OPS",
     "STYLES",
     "WAIT_OPS",
     "WIRE_FORMATS",

@@ -26,48 +26,120 @@ WIRE_FORMATS: dict[str, WireFormat] = {
 }
 """By `dispatch.wire_dtype`; a format that is not here raises."""
 
-# Forward exchanges that each dispatch inserts for one layer, in order, each with the part of the axis that it crosses:
-# "" the whole EP group, "_inter" ranks with the same local rank on each of its nodes, "_intra" its ranks on one node.
-_STEPS: dict[str, tuple[tuple[str, str], ...]] = {
-    "local": (),
-    "flat": (("exchange_counts", ""), ("all_to_all", ""), ("all_to_all", "")),
-    "dedup": (("exchange_counts", ""), ("all_to_all", ""), ("exchange_assignments", ""), ("all_to_all", "")),
-    "hierarchical": (
-        ("send_counts", "_inter"), ("send_counts", "_intra"),
-        ("all_to_all", "_inter"), ("exchange_assignments", "_inter"),
-        ("all_to_all", "_intra"), ("exchange_assignments", "_intra"),
-        ("all_to_all", "_intra"), ("all_to_all", "_inter"),
-    ),
-    "allgather": (
-        ("exchange_counts", ""),
-        ("all_gather", "_inter"), ("gather_assignments", "_inter"),
-        ("all_gather", "_intra"), ("gather_assignments", "_intra"),
-        ("reduce_scatter", "_intra"), ("reduce_scatter", "_inter"),
-    ),
-}  # fmt: skip
-EXCHANGES: dict[str, tuple[str, ...]] = {kind: tuple(op for op, _ in steps) for kind, steps in _STEPS.items()}
-HALVES = {name: (f"{name}_start", f"{name}_wait") for name in ("all_to_all", "exchange_assignments")}
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """An op that communicates; its last argument is a mesh axis.
+
+    sends: counts (split sizes follow from them), rows, assignments (routing weights and ids, with their rows), or the
+    weights of experts. inputs: how many of its first arguments travel. in_halves: whether `<op>_start`, which returns a
+    token and a ticket, and `<op>_wait`, which takes both and the other arguments, can replace it.
+    """
+
+    sends: str
+    inputs: int = 1
+    in_halves: bool = False
+
+
+EXCHANGES: dict[str, Exchange] = {
+    "exchange_counts": Exchange(sends="counts"),
+    "send_counts": Exchange(sends="counts"),
+    "gather_counts": Exchange(sends="counts"),
+    "all_to_all": Exchange(sends="rows", in_halves=True),
+    "exchange_assignments": Exchange(sends="assignments", inputs=2, in_halves=True),
+    "all_gather": Exchange(sends="rows"),
+    "reduce_scatter": Exchange(sends="rows"),
+    "gather_assignments": Exchange(sends="assignments", inputs=2),
+    "lend_experts": Exchange(sends="experts", inputs=2),
+    "dispatch_tokens": Exchange(sends="rows", inputs=3, in_halves=True),  # of a back end: rows with their assignments
+    "combine_tokens": Exchange(sends="rows", in_halves=True),
+}
+"""By the name of the op; what is not here does not communicate for an experts call."""
+HALVES = {name: (f"{name}_start", f"{name}_wait") for name, row in EXCHANGES.items() if row.in_halves}
 """Exchanges that can be asynchronous -> the op that starts one, and the op that waits for it."""
+START_OPS, WAIT_OPS = (frozenset(ops) for ops in zip(*HALVES.values(), strict=True))
+EXCHANGE_OPS = START_OPS | frozenset(EXCHANGES)
 LENDING_OPS = ("gather_counts", "lend_experts")
 """Exchanges of a layer that lends experts: counts before the others, and experts before the first rows."""
-BACKEND_OPS = ("dispatch_tokens", "combine_tokens")
-"""The calls of a dispatch back end, in place of the exchanges."""
-EXCHANGE_OPS = frozenset(
-    {op for ops in EXCHANGES.values() for op in ops}
-    | {start for start, _ in HALVES.values()}
-    | {*LENDING_OPS, *BACKEND_OPS}
-)
-WAIT_OPS = frozenset(wait for _, wait in HALVES.values())
-IN_FLIGHT = frozenset(kind for kind, ops in EXCHANGES.items() if set(ops) & set(HALVES))
-"""Kinds whose exchanges of rows can be asynchronous."""
 SLICE_OPS = ("cut_tokens", "join_tokens")
 """Ops before and after the dispatch of a layer whose tokens are cut over `tp`."""
-BACKEND_KINDS = frozenset({"dedup", "hierarchical"})
-"""Kinds that send a token once to a rank and return sums, as back ends do."""
-LENDING = frozenset({"flat", "dedup", "hierarchical"})
-"""Kinds that send rows to experts, which may be lent."""
-FUSABLE = frozenset(EXCHANGES) - {"flat"}
-"""Kinds that copy and sum rows on the rank of the experts. flat does it on the rank of the tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How a kind of dispatch sends tokens.
+
+    steps: the exchanges of a forward, in order, each with the part of the axis that it crosses: "" the whole EP group,
+    `_inter` ranks with the same local rank on each of its nodes, `_intra` its ranks on one node. begins: the op that
+    reads the chosen experts first. ends: the op whose result is the sum of a token's experts. no_overlap, no_lending:
+    why it cannot; empty: it can. fuses: whether rows are copied and summed on the rank of the experts, so that one op
+    can do both with the experts. for_backends: whether it sends a token once to a rank and returns sums, as back ends
+    do. on_one_node: the kind that it is where an EP group is on one node. automatic: whether `auto` considers it.
+    """
+
+    steps: tuple[tuple[str, str], ...]
+    begins: str
+    ends: str
+    no_overlap: str = ""
+    no_lending: str = ""
+    fuses: bool = True
+    for_backends: bool = False
+    on_one_node: str = ""
+    automatic: bool = True
+
+
+KINDS: dict[str, Kind] = {
+    "local": Kind(
+        steps=(),
+        begins="permute",
+        ends="unpermute",
+        no_overlap="nothing is sent",
+        no_lending="mesh.ep=1, and no other rank could borrow",
+        automatic=False,
+    ),
+    "flat": Kind(
+        steps=(("exchange_counts", ""), ("all_to_all", ""), ("all_to_all", "")),
+        begins="count_experts",
+        ends="unpermute",
+        fuses=False,  # it copies and sums on the rank of the tokens
+    ),
+    "dedup": Kind(
+        steps=(("exchange_counts", ""), ("all_to_all", ""), ("exchange_assignments", ""), ("all_to_all", "")),
+        begins="count_rows",
+        ends="combine_rows",
+        for_backends=True,
+    ),
+    "hierarchical": Kind(
+        steps=(
+            ("send_counts", "_inter"), ("send_counts", "_intra"),
+            ("all_to_all", "_inter"), ("exchange_assignments", "_inter"),
+            ("all_to_all", "_intra"), ("exchange_assignments", "_intra"),
+            ("all_to_all", "_intra"), ("all_to_all", "_inter"),
+        ),
+        begins="count_hops",
+        ends="combine_rows",
+        for_backends=True,
+        on_one_node="dedup",
+    ),
+    "allgather": Kind(
+        steps=(
+            ("exchange_counts", ""),
+            ("all_gather", "_inter"), ("gather_assignments", "_inter"),
+            ("all_gather", "_intra"), ("gather_assignments", "_intra"),
+            ("reduce_scatter", "_intra"), ("reduce_scatter", "_inter"),
+        ),
+        begins="count_gathered",
+        ends="spread_tokens",
+        no_overlap="it gathers all tokens at once",
+        no_lending="dispatch.kind=allgather gives all tokens to all ranks",
+        automatic=False,  # it sends at least what dedup does, and nothing overlaps with it
+    ),
+}  # fmt: skip
+"""By `dispatch.kind`. Also by kind: its lowering (passes/lower), rows and bytes of a token (planner/traffic.py)."""
+BACKEND = Kind(steps=(("dispatch_tokens", ""), ("combine_tokens", "")), begins="dispatch_tokens", ends="combine_tokens")
+"""The calls of a dispatch back end, in place of the exchanges of its kind."""
+IN_FLIGHT = frozenset(kind for kind, row in KINDS.items() if not row.no_overlap)
+"""Kinds whose exchanges of rows can be asynchronous."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +169,7 @@ class DispatchPlan:
     def __post_init__(self) -> None:
         with plan_errors():
             check_lending(self)
-            check_word(EXCHANGES, "dispatch.kind", self.kind)
+            check_word(KINDS, "dispatch.kind", self.kind)
             check_word(WireDtype, "dispatch.wire_dtype", self.wire_dtype)
             check_overlap(self.kind, self.overlap, self.chunks)
             check_backend(self)
@@ -118,27 +190,29 @@ class DispatchPlan:
         return self.in_flight and not self.lends
 
     @property
+    def row(self) -> Kind:
+        """The exchanges of this kind, or the calls of its back end."""
+        return BACKEND if self.backend else KINDS[self.kind]
+
+    @property
     def exchanges(self) -> tuple[str, ...]:
         """Names of the exchange ops of this kind, in order."""
-        return EXCHANGES[self.kind]
+        return tuple(op for op, _ in KINDS[self.kind].steps)
 
     @property
     def on_two_levels(self) -> bool:
         """Whether ranks on the same node are addressed separately from ranks on other nodes."""
-        return any(part for _, part in _STEPS[self.kind])
+        return any(part for _, part in KINDS[self.kind].steps)
 
     def steps(self, num_nodes: int) -> tuple[tuple[str, str], ...]:
         """The exchange ops that `lower` inserts and the logical axis of each, in order.
 
         An EP group on one node has no `_inter` axis, so exchanges over it are left out.
         """
-        if self.backend:
-            return tuple((op, self.axis) for op in BACKEND_OPS)
-        steps = _STEPS[self.kind]
-        return tuple((op, self.axis + part) for op, part in steps if part != "_inter" or num_nodes > 1)
+        return tuple((op, self.axis + part) for op, part in self.row.steps if part != "_inter" or num_nodes > 1)
 
     def lent_steps(self, num_nodes: int) -> tuple[tuple[str, str], ...]:
-        """Those, and the exchanges that `lend` adds."""
+        """All exchanges of a forward, with those that `lend` adds."""
         steps = self.steps(num_nodes)
         if not self.lends:
             return steps
@@ -149,14 +223,14 @@ class DispatchPlan:
     def scheduled_steps(self, num_nodes: int) -> tuple[tuple[str, str], ...]:
         """The exchange ops of the final graph; with overlap, those of rows are replaced by a start for each chunk.
 
-        A stage begins at each all-to-all. In slot t, chunk c runs stage t - c, the latest chunk first.
+        A stage begins at each exchange of rows. In slot t, chunk c runs stage t - c, the latest chunk first.
         """
         steps = self.lent_steps(num_nodes)
         if not self.in_flight:
             return steps
         stages: list[list[tuple[str, str]]] = []
         for op, axis in (step for step in steps if step[0] in HALVES):
-            stages += [[]] if op == "all_to_all" else []
+            stages += [[]] if EXCHANGES[op].sends == "rows" else []
             stages[-1].append((HALVES[op][0], axis))
         slots = range(len(stages) + self.chunks - 1)
         order = [stages[t - c] for t in slots for c in reversed(range(self.chunks)) if 0 <= t - c < len(stages)]
@@ -167,8 +241,7 @@ class DispatchPlan:
 def check_overlap(kind: str, overlap: str, chunks: int) -> None:
     """Raises ConfigError if the dispatch does not support the overlap, or `chunks` does not fit it."""
     check_word([word for word in OverlapKind if word is not OverlapKind.auto], "dispatch.overlap", overlap)
-    if overlap != "none" and kind not in IN_FLIGHT:
-        reason = "nothing is sent" if kind == "local" else "it gathers all tokens at once"
+    if overlap != "none" and (reason := KINDS[kind].no_overlap):
         raise ConfigError("dispatch.overlap", overlap, f"dispatch.kind={kind} cannot: {reason}", "Use none")
     if chunks < 1 or (overlap == "chunks") != (chunks > 1):
         raise ConfigError("dispatch.chunks", chunks, "must be at least 2 with overlap=chunks, else 1", "Use 2 or none")
@@ -179,15 +252,11 @@ def check_backend(plan: DispatchPlan) -> None:
     if not plan.backend:
         return
     check_object("dispatch.backend", plan.backend)
-    wrong = {
-        "dispatch.kind": (plan.kind, plan.kind not in BACKEND_KINDS, "Use dedup, or hierarchical if it forwards rows"),
-        "dispatch.overlap": (plan.overlap, plan.in_flight, "Use none"),
-        "dispatch.balance": (plan.balance, plan.lends, "Use none"),
-    }
-    for path, (value, is_wrong, fix) in wrong.items():
-        if is_wrong:
-            rule = f"dispatch.backend={plan.backend} sends a token once to a rank, in one call, to its own experts"
-            raise ConfigError(path, value, rule, fix)
+    if not KINDS[plan.kind].for_backends:
+        raise ConfigError(
+            "dispatch.kind", plan.kind, f"dispatch.backend={plan.backend} sends a token once to a rank, in one call",
+            "Use dedup, or hierarchical if it forwards rows",
+        )  # fmt: skip
 
 
 def check_lending(plan: DispatchPlan) -> None:
@@ -201,17 +270,12 @@ def check_lending(plan: DispatchPlan) -> None:
 
 def check_lends(kind: str, balance: str) -> None:
     """Raises ConfigError if experts are to be lent with a kind of dispatch that cannot."""
-    if balance == "lend" and kind not in LENDING:
-        local = kind == "local"
-        reason = (
-            "mesh.ep=1, and no other rank could borrow"
-            if local
-            else f"dispatch.kind={kind} gives all tokens to all ranks"
-        )
-        fix = "Use none or auto, or mesh.ep=2 or more" if local else "Use none or auto, or dispatch.kind=dedup"
-        raise ConfigError("dispatch.balance", balance, f"experts cannot be lent: {reason}", fix)
+    if balance == "lend" and (reason := KINDS[kind].no_lending):
+        other = "mesh.ep=2 or more" if kind == "local" else "dispatch.kind=dedup"
+        rule = f"experts cannot be lent: {reason}"
+        raise ConfigError("dispatch.balance", balance, rule, f"Use none or auto, or {other}")
 
 
 def can_fuse(site: PlannedSite, dispatch: DispatchPlan) -> bool:
     """Whether the experts at `site` can be computed in one op with `dispatch`."""
-    return site.swiglu and dispatch.kind in FUSABLE
+    return site.swiglu and KINDS[dispatch.kind].fuses

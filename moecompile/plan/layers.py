@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from moecompile.errors import PlanError
 from moecompile.plan.adapters import ExpertAdapters
 from moecompile.plan.checks import plan_errors
-from moecompile.plan.dispatch import DispatchPlan, can_fuse
+from moecompile.plan.dispatch import KINDS, DispatchPlan, can_fuse
 from moecompile.plan.experts import ExpertPlacement, ExpertsPlan
 from moecompile.plan.sites import ExpertsSite, FFNSite, PlannedSite
 from moecompile.routing import BalanceSpec, RouterConfig, check_balance
@@ -154,9 +154,9 @@ class LayerPlan:
         if (self.dispatch.kind == "local") != (placement.ep == 1):
             rule = f"must be local if and only if ep is 1, but ep={placement.ep}"
             yield "dispatch.kind", self.dispatch.kind, rule, "Use local for ep=1, another kind for more"
-        if self.dispatch.kind == "hierarchical" and placement.nodes == 1:
+        if placement.nodes == 1 and (instead := KINDS[self.dispatch.kind].on_one_node):
             rule = "needs an EP group on two nodes or more, but placement.nodes=1"
-            yield "dispatch.kind", self.dispatch.kind, rule, "Use dedup"
+            yield "dispatch.kind", self.dispatch.kind, rule, f"Use {instead}"
         others = placement.num_experts - placement.experts_per_rank
         if self.dispatch.slots > others:
             rule = f"other ranks have only {others} experts"

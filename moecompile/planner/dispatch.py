@@ -6,7 +6,7 @@ import dataclasses
 
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
-from moecompile.plan import IN_FLIGHT, DispatchPlan, ExpertPlacement, PlannedSite, RoutingPlan
+from moecompile.plan import KINDS, DispatchPlan, ExpertPlacement, PlannedSite, RoutingPlan
 from moecompile.planner.lending import plan_lending
 from moecompile.planner.overlap import LayerSeconds, choose_chunks, choose_overlap
 from moecompile.planner.traffic import Links, Wire, choose_dispatch, forward_traffic, row_bytes
@@ -54,12 +54,10 @@ def _dispatch_kind(
         )
     if mesh.ep == 1:
         return str(DispatchKind.local.value)
-    if kind is DispatchKind.hierarchical and mesh.nodes_per_ep_group == 1:
-        return str(DispatchKind.dedup.value)
     if kind is DispatchKind.auto and config.dispatch.backend:
-        return str(DispatchKind.dedup.value)  # what back ends do
+        return next(name for name, row in KINDS.items() if row.for_backends)
     if kind is not DispatchKind.auto:
-        return str(kind.value)
+        return (mesh.nodes_per_ep_group == 1 and KINDS[kind.value].on_one_node) or str(kind.value)
     return choose_dispatch(placement, routing, mesh, _wire(config, mesh, site), _links(config))
 
 
@@ -100,7 +98,7 @@ def _overlap(
     elif chunks != "auto":
         _check_chunks(chunks, tokens, mesh)
         return "chunks", int(chunks)
-    if overlap is OverlapKind.auto and kind not in IN_FLIGHT:
+    if overlap is OverlapKind.auto and (KINDS[kind].no_overlap or config.dispatch.backend):
         return "none", 1
     times = _seconds(config, mesh, site, widths, kind, routing, placement)
     rows_per_expert = tokens * mesh.ep * routing.top_k / placement.num_experts

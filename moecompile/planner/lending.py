@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import (
-    LENDING,
+    KINDS,
     DispatchPlan,
     ExpertPlacement,
     LayerPlan,
@@ -62,7 +62,7 @@ def plan_lending(
     near, far = _loan_rows(config, mesh, site, d_expert)
     rows = config.data.micro_batch_size * config.data.seq_len // mesh.cp * routing.top_k
     cheapest = near if mesh.ep > mesh.nodes_per_ep_group else far
-    if balance is DispatchBalance.auto and (kind not in LENDING or cheapest >= rows):
+    if balance is DispatchBalance.auto and (KINDS[kind].no_lending or cheapest >= rows):
         return DispatchPlan(kind=kind)
     return DispatchPlan(kind=kind, balance="lend", slots=number, loan_rows=near, far_loan_rows=far)
 

@@ -37,7 +37,7 @@ first K experts of open groups are chosen.
        hierarchical   assignments (w + 2) K/N, counts 16 (1 + L) / T    to one rank of each other node
                       assignments (w + 2) K/L, counts 16 / T            to each peer within the node
        allgather      assignments (w + 2) K, or E with expert choice    with each row
-                      counts 24 / T                                     to each peer             -> `_metadata`
+                      counts 24 / T                                     to each peer             -> `_SENT`
 
    Dispatch sends from the token's rank, combine from the expert's; the mean over ranks is the same for both.
 4. Seconds: bytes over the bandwidth of their links, and a latency for each exchange but that of assignments, which
@@ -50,11 +50,12 @@ N nodes of an EP group, L ranks of an EP group on a node.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
 from moecompile.mesh import MeshSpec
-from moecompile.plan import EXCHANGES, WIRE_FORMATS, ExpertPlacement, RoutingPlan, Traffic, plan_errors
+from moecompile.plan import EXCHANGES, KINDS, WIRE_FORMATS, ExpertPlacement, RoutingPlan, Traffic, plan_errors
 
 COUNT_BYTES = 8  # exchange_counts sends int64
 CODE_BYTES = 2  # exchange_assignments sends an int16 code with each weight
@@ -74,6 +75,16 @@ class Wire:
     tokens_per_rank: int
     element_bytes: int = 4
     weight_bytes: int = 4
+
+    @property
+    def assignment_bytes(self) -> int:
+        """Of a routing weight and its code."""
+        return self.weight_bytes + CODE_BYTES
+
+    @property
+    def count_bytes(self) -> float:
+        """Of one count, per token."""
+        return COUNT_BYTES / self.tokens_per_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,16 +117,7 @@ def copies_per_token(kind: str, placement: ExpertPlacement, routing: RoutingPlan
         PlanError: the open groups have fewer than top_k experts.
     """
     _check_top_k(placement, routing)
-    nodes, on_node = _shape(mesh)
-    if kind == "allgather":
-        return Copies(own=1 + (nodes if nodes > 1 else 0), intra_node=nodes * (on_node - 1), inter_node=nodes - 1)
-    if kind in ("local", "flat"):
-        per_peer = _assignments(placement, routing) / placement.ep
-        return Copies(own=per_peer, intra_node=(on_node - 1) * per_peer, inter_node=(nodes - 1) * on_node * per_peer)
-    rank, node = _hit_rates(replace(placement, order=()), routing, nodes)
-    if kind == "hierarchical" and nodes > 1:
-        return Copies(own=node + nodes * rank, intra_node=nodes * (on_node - 1) * rank, inter_node=(nodes - 1) * node)
-    return Copies(own=rank, intra_node=(on_node - 1) * rank, inter_node=(nodes - 1) * on_node * rank)
+    return _SENT[kind].copies(placement, routing, *_shape(mesh))
 
 
 @cache
@@ -146,7 +148,7 @@ def forward_traffic(kind: str, placement: ExpertPlacement, routing: RoutingPlan,
         PlanError: as in `copies_per_token`.
     """
     copies = copies_per_token(kind, placement, routing, mesh)
-    intra, inter = _metadata(kind, placement, routing, mesh, wire)
+    intra, inter = _SENT[kind].metadata(placement, routing, *_shape(mesh), wire)
     both_ways = 2 * wire.d_model * wire.element_bytes
     return Traffic(intra_node=copies.intra_node * both_ways + intra, inter_node=copies.inter_node * both_ways + inter)
 
@@ -161,7 +163,7 @@ def exchange_seconds(
     """
     traffic = forward_traffic(kind, placement, routing, mesh, wire)
     per_token = traffic.intra_node / links.intra + traffic.inter_node / links.inter
-    rounds = sum("assignments" not in name for name in EXCHANGES[kind])
+    rounds = sum(EXCHANGES[op].sends != "assignments" for op, _ in KINDS[kind].steps)
     return rounds * links.latency + wire.tokens_per_rank * per_token
 
 
@@ -173,9 +175,8 @@ def choose_dispatch(placement: ExpertPlacement, routing: RoutingPlan, mesh: Mesh
     """
     if mesh.ep == 1:
         return "local"
-    nodes, on_node = _shape(mesh)
-    # allgather sends at least what dedup does, and nothing overlaps with it. One hop needs no second level.
-    kinds = ("flat", "dedup", "hierarchical") if nodes > 1 and on_node > 1 else ("flat", "dedup")
+    two_levels = all(size > 1 for size in _shape(mesh))  # one hop needs no second level
+    kinds = [kind for kind, row in KINDS.items() if row.automatic and (two_levels or not row.on_one_node)]
     return min(kinds, key=lambda kind: exchange_seconds(kind, placement, routing, mesh, wire, links))
 
 
@@ -184,28 +185,83 @@ def _shape(mesh: MeshSpec) -> tuple[int, int]:
     return mesh.nodes_per_ep_group, mesh.ep // mesh.nodes_per_ep_group
 
 
-def _metadata(
-    kind: str, placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec, wire: Wire
+# -- what each kind sends ----------------------------------------------------------------------------------------------
+
+
+def _flat_copies(placement: ExpertPlacement, routing: RoutingPlan, nodes: int, on_node: int) -> Copies:
+    per_peer = _assignments(placement, routing) / placement.ep
+    return Copies(own=per_peer, intra_node=(on_node - 1) * per_peer, inter_node=(nodes - 1) * on_node * per_peer)
+
+
+def _dedup_copies(placement: ExpertPlacement, routing: RoutingPlan, nodes: int, on_node: int) -> Copies:
+    rank, _ = _hit_rates(replace(placement, order=()), routing, nodes)
+    return Copies(own=rank, intra_node=(on_node - 1) * rank, inter_node=(nodes - 1) * on_node * rank)
+
+
+def _hierarchical_copies(placement: ExpertPlacement, routing: RoutingPlan, nodes: int, on_node: int) -> Copies:
+    if nodes == 1:
+        return _dedup_copies(placement, routing, nodes, on_node)
+    rank, node = _hit_rates(replace(placement, order=()), routing, nodes)
+    return Copies(own=node + nodes * rank, intra_node=nodes * (on_node - 1) * rank, inter_node=(nodes - 1) * node)
+
+
+def _allgather_copies(placement: ExpertPlacement, routing: RoutingPlan, nodes: int, on_node: int) -> Copies:
+    return Copies(own=1 + (nodes if nodes > 1 else 0), intra_node=nodes * (on_node - 1), inter_node=nodes - 1)
+
+
+def _flat_metadata(
+    placement: ExpertPlacement, routing: RoutingPlan, nodes: int, on_node: int, wire: Wire
 ) -> tuple[float, float]:
-    """Bytes per token in addition to the rows, within the node and across nodes (step 3)."""
-    nodes, on_node = _shape(mesh)
-    assignment, count = wire.weight_bytes + CODE_BYTES, COUNT_BYTES / wire.tokens_per_rank
+    return _to_peers(placement.experts_per_rank * wire.count_bytes, nodes, on_node)
+
+
+def _dedup_metadata(
+    placement: ExpertPlacement, routing: RoutingPlan, nodes: int, on_node: int, wire: Wire
+) -> tuple[float, float]:
+    assigned = _assignments(placement, routing) / placement.ep
+    return _to_peers(assigned * wire.assignment_bytes + DEDUP_COUNTS * wire.count_bytes, nodes, on_node)
+
+
+def _hierarchical_metadata(
+    placement: ExpertPlacement, routing: RoutingPlan, nodes: int, on_node: int, wire: Wire
+) -> tuple[float, float]:
     assigned = _assignments(placement, routing)
-    if kind == "hierarchical":
-        to_rank = assigned / on_node * assignment + DEDUP_COUNTS * count
-        to_node = assigned / nodes * assignment + DEDUP_COUNTS * (1 + on_node) * count
-        return (on_node - 1) * to_rank, (nodes - 1) * to_node
-    to_peer = placement.experts_per_rank * count
-    if kind == "dedup":
-        to_peer = assigned / placement.ep * assignment + DEDUP_COUNTS * count
-    if kind == "allgather":
-        to_peer = ALLGATHER_COUNTS * count
-    intra, inter = (on_node - 1) * to_peer, (nodes - 1) * on_node * to_peer
-    if kind == "allgather":
-        columns = placement.num_experts if routing.choice == "expert" else routing.top_k
-        intra += nodes * (on_node - 1) * columns * assignment
-        inter += (nodes - 1) * columns * assignment
-    return intra, inter
+    to_rank = assigned / on_node * wire.assignment_bytes + DEDUP_COUNTS * wire.count_bytes
+    to_node = assigned / nodes * wire.assignment_bytes + DEDUP_COUNTS * (1 + on_node) * wire.count_bytes
+    return (on_node - 1) * to_rank, (nodes - 1) * to_node
+
+
+def _allgather_metadata(
+    placement: ExpertPlacement, routing: RoutingPlan, nodes: int, on_node: int, wire: Wire
+) -> tuple[float, float]:
+    intra, inter = _to_peers(ALLGATHER_COUNTS * wire.count_bytes, nodes, on_node)
+    columns = placement.num_experts if routing.choice == "expert" else routing.top_k
+    intra += nodes * (on_node - 1) * columns * wire.assignment_bytes
+    return intra, inter + (nodes - 1) * columns * wire.assignment_bytes
+
+
+def _to_peers(to_peer: float, nodes: int, on_node: int) -> tuple[float, float]:
+    return (on_node - 1) * to_peer, (nodes - 1) * on_node * to_peer
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What a kind sends a token: copies (step 2), and bytes within the node and across nodes beside them (step 3)."""
+
+    copies: Callable[[ExpertPlacement, RoutingPlan, int, int], Copies]
+    metadata: Callable[[ExpertPlacement, RoutingPlan, int, int, Wire], tuple[float, float]]
+
+
+_SENT: dict[str, _Sent] = {
+    "local": _Sent(_flat_copies, _flat_metadata),  # to no peer
+    "flat": _Sent(_flat_copies, _flat_metadata),
+    "dedup": _Sent(_dedup_copies, _dedup_metadata),
+    "hierarchical": _Sent(_hierarchical_copies, _hierarchical_metadata),
+    "allgather": _Sent(_allgather_copies, _allgather_metadata),
+}
+
+
+# -- how often a token needs a rank ------------------------------------------------------------------------------------
 
 
 def _assignments(placement: ExpertPlacement, routing: RoutingPlan) -> float:

@@ -30,23 +30,24 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from moecompile.checkpoint.tensors import tensors_of
 from moecompile.errors import ConfigError, PlanError
 from moecompile.nn import LoadMeter, Router
-from moecompile.passes.recompute import recompute
+from moecompile.passes.base import run_on_model
+from moecompile.passes.run import on_every_rank
 from moecompile.passes.same_weights import check_same_weights
-from moecompile.passes.shard import device_mesh_of, shard
+from moecompile.passes.shard import device_mesh_of
 from moecompile.pipeline import compiled_module, plan_of
 from moecompile.plan import Plan
 from moecompile.runtime import trainer_checkpoint
 from moecompile.runtime.gradients import clip_by_global_norm, clip_by_value
 from moecompile.runtime.groups import Groups
 from moecompile.runtime.steps import TrainingSteps
-from moecompile.torch_private import compile_whole, set_timeouts
+from moecompile.torch_private import set_timeouts
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -155,12 +156,10 @@ class ExpertParallelStrategy(TrainingSteps):
         self.setup_precision_plugin()
 
     def _parallelize(self, compiled: nn.Module, plan: Plan, device_mesh: DeviceMesh) -> None:
-        shard(compiled, plan, device_mesh, self.param_dtype)
-        if self.compile_regions:
-            for region in [module for module in compiled.modules() if isinstance(module, fx.GraphModule)]:
-                compile_whole(region)
-        if self.checkpointing != "none":
-            recompute(compiled, plan, self.checkpointing)
+        steps = on_every_rank(
+            device_mesh, self.param_dtype, checkpointing=self.checkpointing, compile_regions=self.compile_regions
+        )
+        run_on_model(steps, compiled, plan)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Writes the folder `filepath` atomically: shards (torch DCP) that can be loaded on any mesh."""

@@ -19,13 +19,11 @@ from moecompile.match.regions import Region
 from moecompile.mesh import MeshSpec
 from moecompile.nn import Experts
 from moecompile.ops import traffic
-from moecompile.passes.base import GraphPass, experts_calls, items
-from moecompile.passes.collect import Collect
+from moecompile.passes.base import DispatchNodes, GraphPass, experts_calls, items
+from moecompile.passes.delay_gradients import DelayWeightGradients
 from moecompile.passes.fuse import Fuse
 from moecompile.passes.lend import Lend
-from moecompile.passes.lower.backend import lower_to_backend
-from moecompile.passes.lower.dispatch import DispatchNodes
-from moecompile.passes.lower.kinds import LOWERINGS
+from moecompile.passes.lower import LOWERINGS, lower_to_backend
 from moecompile.passes.overlap import Overlap
 from moecompile.passes.place import Place
 from moecompile.passes.run import run_passes
@@ -179,7 +177,7 @@ def lowered(case: Case, ep_rank: int) -> fx.GraphModule:
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
-    steps: list[GraphPass] = [Lend()] * (case.slots > 0) + [Overlap(), Collect()] * (case.chunks > 0)
+    steps: list[GraphPass] = [Lend()] * (case.slots > 0) + [Overlap(), DelayWeightGradients()] * (case.chunks > 0)
     steps += [Fuse()] * bool(case.experts_backend)
     region = Region(path="", graph=module, module=module, matches={})
     return run_passes(steps, {"": region}, {"": [layer]})[""].graph

@@ -12,6 +12,7 @@ from tests.distributed.dispatch_job import Case
 from tests.distributed.harness import run_distributed_test
 
 DISPATCH = "tests.backends:once_per_rank"
+IN_FLIGHT = "tests.backends:in_flight"
 EXPERTS = "tests.backends:one_by_one"
 MESHES = {2: [MeshSpec(num_nodes=1, ranks_per_node=2, ep=2)], 4: [
     MeshSpec(num_nodes=2, ranks_per_node=2, ep=4), MeshSpec(num_nodes=2, ranks_per_node=2, ep=2),
@@ -28,6 +29,11 @@ def _cases(world_size: int) -> list[list[Case]]:
                 of_mesh.append(replace(case, experts_backend=EXPERTS))
             if case.kind in ("dedup", "hierarchical"):
                 of_mesh += [replace(case, backend=DISPATCH), replace(case, backend=DISPATCH, experts_backend=EXPERTS)]
+                of_mesh += [replace(case, backend=IN_FLIGHT, chunks=chunks) for chunks in (1, 3)]
+                of_mesh += [
+                    replace(case, backend=DISPATCH, slots=1),
+                    replace(case, backend=IN_FLIGHT, slots=2, chunks=2),
+                ]
         found.append(of_mesh)
     return found
 

@@ -10,7 +10,8 @@ import torch
 import moecompile
 from moecompile.errors import ConfigError, PassError, PlanError
 from moecompile.nn.adapters import side_of
-from moecompile.passes.adapters import AttachAdapters, attach_adapters
+from moecompile.passes.adapters import AttachAdapters
+from moecompile.passes.base import run_on_model
 from moecompile.passes.kinds import counts_of
 from moecompile.pipeline import compile_with_report, plan_of
 from tests.existing_models import moe_model
@@ -79,7 +80,7 @@ def test_a_plan_for_another_model_is_refused() -> None:
     model = moe_model("mixtral")
     del model.get_submodule("model.layers.0.self_attn").q_proj
     with pytest.raises(PlanError, match=r"adapters\.linears=model\.layers\.0\.self_attn\.q_proj: is not a linear"):
-        attach_adapters(model, plan, 0)
+        run_on_model([AttachAdapters(seed=0)], model, plan)
 
 
 def test_a_frozen_adapter_violates_the_contract() -> None:

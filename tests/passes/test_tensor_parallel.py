@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from moecompile.errors import PlanError
 from moecompile.mesh import MeshSpec
 from moecompile.nn.split import SPLIT_DIMS
-from moecompile.passes.fold import Fold
 from moecompile.passes.lower import Lower
 from moecompile.passes.rewrite import Rewrite
+from moecompile.passes.split_tokens import SplitTokens
 from moecompile.passes.tensor_parallel import classes_of, split_dense
 from moecompile.plan import STYLES, Plan, SplitModules, reductions
 from tests.tiny import COPY4, D_FF, D_MODEL, max_diff, one_rank, only_region, passed, plan_for
@@ -70,7 +70,7 @@ def test_every_style_of_the_plan_has_a_form() -> None:
 def test_weights_between_cut_and_join_see_a_part_of_the_tokens() -> None:
     (layer,) = plan_for(Learned(), [*COPY4, "experts.num_shared=1", "mesh.ranks_per_node=4"]).layers
     layer = dataclasses.replace(layer, cut_over=("tp",))
-    model = passed(only_region(Learned()), layer, Rewrite(), Fold(), Lower()).graph
+    model = passed(only_region(Learned()), layer, Rewrite(), SplitTokens(), Lower()).graph
     plan = Plan(mesh=FOUR, layers=(layer,), reductions=reductions(FOUR))
     classes = {name: classes_of(model, plan)[parameter] for name, parameter in model.named_parameters()}
     assert {name for name, kind in classes.items() if kind == "router"} == {"router.weight"}

@@ -11,7 +11,7 @@ import pytest
 
 from moecompile.errors import PlanError
 from moecompile.mesh import MeshSpec
-from moecompile.plan import EXCHANGES, DispatchPlan, ExpertPlacement, Plan, Reduction, reductions
+from moecompile.plan import KINDS, DispatchPlan, ExpertPlacement, Plan, Reduction, reductions
 from tests.plan.plans import a_plan
 
 # -- placement -------------------------------------------------------------------------------------------------------
@@ -26,7 +26,7 @@ def test_every_expert_is_placed_once(num_experts: int, ep: int) -> None:
 
 
 def test_exchanges_of_each_dispatch() -> None:
-    assert {kind: DispatchPlan(kind=kind).exchanges for kind in EXCHANGES} == {
+    assert {kind: DispatchPlan(kind=kind).exchanges for kind in KINDS} == {
         "local": (),
         "flat": ("exchange_counts", "all_to_all", "all_to_all"),
         "dedup": ("exchange_counts", "all_to_all", "exchange_assignments", "all_to_all"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moecompile.passes.collect import Collect
+from moecompile.passes.delay_gradients import DelayWeightGradients
 from moecompile.passes.fuse import Fuse
 from moecompile.passes.lower import Lower
 from moecompile.passes.overlap import Overlap
@@ -46,7 +46,7 @@ computing         0     weights shared"""
 def test_a_bar_for_each_exchange(chunks: int, lines: str, back: str, tmp_path: Path) -> None:
     _, region, layer = overlapped("dedup", chunks)
     assert timeline(region.graph) == lines
-    collected = passed(region, layer, Collect())
+    collected = passed(region, layer, DelayWeightGradients())
     assert timeline(collected.graph) == f"{lines}\n\n{back}"
     fused = passed(collected, layer, Fuse()).graph
     assert timeline(fused) == f"{lines}\n\n{back}"

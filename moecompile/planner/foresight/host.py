@@ -28,6 +28,7 @@ from math import log2
 
 from moecompile.errors import ConfigError
 from moecompile.plan import EXCHANGES
+from moecompile.plan import KINDS as DISPATCH_KINDS
 from moecompile.planner.foresight.counts import Counts
 from moecompile.planner.foresight.layout import Host, Layout, Machine, Software
 from moecompile.planner.foresight.links import KINDS, OPTIMIZER_BYTES, Wire
@@ -133,8 +134,9 @@ def _exchange(model: ModelShape, layout: Layout, counts: Counts, software: Softw
     if layout.ep == 1:
         return 0.0
     layers = sum(layer.count for layer in model.layers if layer.ffn is not None and layer.ffn.experts) / layout.pp
-    rows = software.chunks * sum("counts" not in name for name in EXCHANGES[kind])
-    forward = rows + sum("counts" in name for name in EXCHANGES[kind])
+    sent = [EXCHANGES[op].sends for op, _ in DISPATCH_KINDS[kind].steps]
+    rows = software.chunks * sum(each != "counts" for each in sent)
+    forward = rows + sent.count("counts")
     number = layers * (forward * (1 + software.repeats("full")) + rows)
     return _messages(host, layout.ep, counts.wire.times(load), number, software)
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from moecompile.errors import ConfigError
 from moecompile.mesh import divisors
-from moecompile.plan import EXCHANGES, ExpertsSite, LayerPlan
+from moecompile.plan import KINDS as DISPATCH_KINDS
+from moecompile.plan import ExpertsSite, LayerPlan
 from moecompile.schema import Checkpointing, Config
 
 AXES = {
@@ -24,7 +25,7 @@ AXES = {
 """Axis -> the key that it sets. `layout`: tp, pp, vpp, cp, etp and zero of `workload`, which are described."""
 DESCRIBED = tuple(f"workload.{name}" for name in ("tp", "pp", "vpp", "cp", "etp", "zero"))
 _CHANGE_THE_MODEL = ("max_nodes", "granularity")
-KINDS = tuple(kind for kind in EXCHANGES if kind != "local")
+KINDS = tuple(kind for kind in DISPATCH_KINDS if kind != "local")
 OVERLAPS = (("none", 1), ("shared", 1), ("chunks", 2), ("chunks", 4))
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 GRANULARITIES = (1, 2, 4, 8)

@@ -25,7 +25,7 @@ from moecompile.schema.validation.mesh import commonest, mesh_spec, meshes
 from moecompile.schema.validation.model import check_model
 from moecompile.schema.validation.optimizer import check_optimizer
 from moecompile.schema.validation.routing import balance_spec, check_choice, check_nodes, router_config
-from moecompile.schema.validation.run import check_data, check_recomputation, check_schedule
+from moecompile.schema.validation.run import check_data, check_schedule
 
 
 def validate(config: Config) -> None:
@@ -57,7 +57,6 @@ def _validate(config: Config) -> None:
     check_data(config, mesh)
     check_schedule(config)
     check_optimizer(config)
-    check_recomputation(config)
     check_export(config)
     check_adapters(config)
 

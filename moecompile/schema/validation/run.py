@@ -6,7 +6,7 @@ from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.ranges import Real
 from moecompile.schema.config import Config
-from moecompile.schema.enums import Checkpointing, DataKind, Objective, TaskName, TokenizerSource
+from moecompile.schema.enums import DataKind, Objective, TaskName, TokenizerSource
 
 _ONLY_FOR = {
     "data.text_field": (DataKind.corpus,),
@@ -74,19 +74,6 @@ def _check_tokenizer(config: Config) -> None:
         )  # fmt: skip
     if data.vocab_size is not None:
         raise ConfigError("data.vocab_size", data.vocab_size, "data.tokenizer=model has a fixed vocabulary", "Use null")
-
-
-def check_recomputation(config: Config) -> None:
-    """Checks that what a dispatch back end receives need not be kept for backward.
-
-    Raises:
-        ConfigError: it would have to be.
-    """
-    if config.dispatch.backend and config.trainer.checkpointing is Checkpointing.keep_exchanges:
-        raise ConfigError(
-            "trainer.checkpointing", "keep_exchanges",
-            f"what dispatch.backend={config.dispatch.backend} receives cannot be kept", "Use full or none",
-        )  # fmt: skip
 
 
 def accumulation_steps(config: Config, mesh: MeshSpec) -> int:

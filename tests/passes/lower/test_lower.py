@@ -15,7 +15,7 @@ from moecompile.match.regions import Region
 from moecompile.passes.base import exchanges_of
 from moecompile.passes.lower import Lower
 from moecompile.passes.rewrite import Rewrite
-from moecompile.plan import EXCHANGES, LayerPlan
+from moecompile.plan import DispatchPlan, LayerPlan
 from moecompile.report.graphs import listing
 from tests.tiny import COPY4, Gated, TinyGPT, UpDown, config, ids, only_region, passed, plan_for, text, tokens, trace
 
@@ -150,14 +150,14 @@ def test_an_unbound_lowered_graph_does_not_run() -> None:
 @pytest.mark.parametrize("kind", ["flat", "dedup"])
 def test_lowering_twice_is_refused(kind: str) -> None:
     _, after, layer = lower(kind)
-    message = f"pass lower, the graph: the graph is lowered already, it holds {list(EXCHANGES[kind])}"
+    message = f"pass lower, the graph: the graph is lowered already, it holds {list(DispatchPlan(kind=kind).exchanges)}"
     with pytest.raises(PassError, match=re.escape(message)):
         Lower().requires(after, [layer])
 
 
 def test_a_graph_that_was_not_rewritten_is_refused() -> None:
     _, _, layer = lower("flat")
-    with pytest.raises(PassError, match="0 experts calls for 1 planned layers"):
+    with pytest.raises(PassError, match="0 experts calls, planned are 1"):
         Lower().requires(only_region(Gated()), [layer])
 
 

@@ -11,11 +11,11 @@ import torch
 from moecompile.errors import PassError, PlanError
 from moecompile.match.regions import Region
 from moecompile.passes.base import experts_calls, op_name
-from moecompile.passes.fold import Fold
 from moecompile.passes.fuse import Fuse
 from moecompile.passes.lower import Lower
 from moecompile.passes.overlap import Overlap
 from moecompile.passes.rewrite import Rewrite
+from moecompile.passes.split_tokens import SplitTokens
 from moecompile.plan import LayerPlan
 from tests.tiny import COPY4, Gated, only_region, passed, plan_for, text
 
@@ -31,7 +31,7 @@ def cut(*overrides: str) -> LayerPlan:
 def folded(*overrides: str) -> tuple[Region, Region, LayerPlan]:
     layer = cut(*overrides)
     rewritten = passed(only_region(Gated()), layer, Rewrite())
-    return rewritten, passed(rewritten, layer, Fold()), layer
+    return rewritten, passed(rewritten, layer, SplitTokens()), layer
 
 
 FOLDED = """\
@@ -72,7 +72,7 @@ def test_padding_of_shared_experts_is_masked_in_the_sum() -> None:
 def test_without_the_axis_nothing_changes() -> None:
     layer = dataclasses.replace(cut(), cut_over=())
     rewritten = passed(only_region(Gated()), layer, Rewrite())
-    assert passed(rewritten, layer, Fold()) is rewritten
+    assert passed(rewritten, layer, SplitTokens()) is rewritten
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_dispatch_that_reads_whole_tokens_is_refused() -> None:
     permute.args = (permute.args[0], ids, *permute.args[2:])
     rule = "pass fold, graph: the dispatch reads ['ids'], which are not cut"
     with pytest.raises(PassError, match=re.escape(rule.split(": ", 1)[1])):
-        Fold().ensures(before, after, [layer])
+        SplitTokens().ensures(before, after, [layer])
 
 
 def test_a_missing_join_is_refused() -> None:
@@ -104,13 +104,13 @@ def test_a_missing_join_is_refused() -> None:
     join.replace_all_uses_with(join.args[0])
     after.graph.graph.erase_node(join)
     with pytest.raises(PassError, match=re.escape("cuts and joins are [('cut_tokens', 'tp')], planned are")):
-        Fold().ensures(before, after, [layer])
+        SplitTokens().ensures(before, after, [layer])
 
 
 def test_it_runs_once() -> None:
     _, after, layer = folded()
     with pytest.raises(PassError, match="tokens are cut already"):
-        Fold().requires(after, [layer])
+        SplitTokens().requires(after, [layer])
 
 
 def test_an_axis_that_is_not_bound_is_an_error() -> None:

@@ -1,4 +1,4 @@
-"""fold: cuts the tokens of an MoE layer over the TP group, after routing, and joins the outputs after combine.
+"""split_tokens: cuts the tokens of an MoE layer over the TP group, after routing, and joins the outputs after combine.
 
 Outside of MoE layers the ranks of a TP group share tokens and split weights. Inside, they split tokens: every rank
 sends its slice to the experts, so that these compute each token once, wherever they are (`ep` need not know of `tp`).
@@ -21,48 +21,42 @@ from torch import fx, nn
 from moecompile.errors import PassError
 from moecompile.match.regions import Region
 from moecompile.nn import LatentDown, LatentUp, SharedExperts
-from moecompile.passes.base import check_calls, copy_graph_module, experts_calls, items, op_name
-from moecompile.passes.lower.dispatch import DispatchNodes
+from moecompile.passes.base import DispatchNodes, LayerPass, items, on_axes, op_name
 from moecompile.plan import SLICE_OPS, LayerPlan
 
 ops = torch.ops.moecompile
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fold:
-    """No options: the plan says which layers are cut, and over which axis."""
+class SplitTokens(LayerPass):
+    """The plan says which layers are cut, and over which axis."""
 
-    name: str = "fold"
-    stage: str = "folded"
+    name: str = "split_tokens"
+    stage: str = "split"
     detail: str = "tokens cut over tp"
 
     def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
-        """One experts call per layer; nothing is cut yet."""
-        check_calls(self.name, region, layers)
+        """One experts call per layer, in the same order; nothing is cut yet."""
+        super().requires(region, layers)
         if cut := _slices(region.graph):
             raise PassError(self.name, layers[0].site.fqn, f"tokens are cut already: {[node.name for node in cut]}")
 
-    def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
-        """A new graph over the same modules; the same region where no layer is planned so."""
-        if not any(layer.cut_over for layer in layers):
-            return region
-        new, _ = copy_graph_module(region.graph)
-        for call, layer in zip(experts_calls(new), layers, strict=True):
-            for axis in layer.cut_over:
-                try:
-                    _fold(new, DispatchNodes.around(call), axis)
-                except ValueError as error:
-                    raise PassError(self.name, layer.site.fqn, str(error)) from error
-        new.recompile()
-        return region.with_graph(new)
+    def wants(self, layer: LayerPlan) -> bool:
+        """Layers whose tokens are cut."""
+        return bool(layer.cut_over)
+
+    def change(self, graph_module: fx.GraphModule, calls: list[fx.Node], layer: LayerPlan) -> None:
+        """Steps 1 to 3, for each axis."""
+        for axis in layer.cut_over:
+            _split(graph_module, DispatchNodes.around(calls[0]), axis)
 
     def ensures(self, before: Region, after: Region, layers: Sequence[LayerPlan]) -> None:
         """One cut and one join per planned layer; the dispatch reads slices only, and its output is joined."""
+        super().ensures(before, after, layers)
         planned = [(op, axis) for layer in layers for axis in layer.cut_over for op in SLICE_OPS]
-        found = [(op_name(node), str(node.args[-1])) for node in _slices(after.graph)]
-        if found != planned:
+        if (found := on_axes(_slices(after.graph))) != planned:
             raise PassError(self.name, layers[0].site.fqn, f"cuts and joins are {found}, planned are {planned}")
-        for call, layer in zip(check_calls(self.name, after, layers), layers, strict=True):
+        for layer, (call,) in self.calls(after, layers):
             nodes = DispatchNodes.around(call)
             tokens = _ends(after.graph, nodes)[0]
             read = [tokens, nodes.ids, nodes.weights] if layer.cut_over else []
@@ -79,7 +73,7 @@ def _is_from(node: fx.Node, op: str) -> bool:
     return op_name(node) == "getitem" and isinstance(source, fx.Node) and op_name(source) == op
 
 
-def _fold(graph_module: fx.GraphModule, nodes: DispatchNodes, axis: str) -> None:
+def _split(graph_module: fx.GraphModule, nodes: DispatchNodes, axis: str) -> None:
     graph = graph_module.graph
     tokens, first, last = _ends(graph_module, nodes)
     shared = _Shared.beside(graph_module, last)

@@ -11,7 +11,7 @@ from torch import fx
 from moecompile.errors import PassError
 from moecompile.match.regions import Region
 from moecompile.passes.base import collecting_calls, exchanges_of, experts_calls, op_name
-from moecompile.passes.collect import Collect
+from moecompile.passes.delay_gradients import DelayWeightGradients
 from moecompile.passes.fuse import Fuse
 from moecompile.passes.lower import Lower
 from moecompile.passes.rewrite import Rewrite
@@ -23,7 +23,7 @@ from tests.tiny import Gated, only_region, passed, text
 def collected(kind: str, chunks: int) -> tuple[Region, Region, LayerPlan]:
     """(overlapped, collected, layer)."""
     _, before, layer = overlapped(kind, chunks)
-    return before, passed(before, layer, Collect()), layer
+    return before, passed(before, layer, DelayWeightGradients()), layer
 
 
 def test_expected_graph() -> None:
@@ -64,7 +64,7 @@ def test_the_token_is_made_while_dispatches_are_on_the_wire(kind: str, chunks: i
 def test_nothing_planned_changes_nothing() -> None:
     layer = planned("dedup")
     lowered = passed(only_region(Gated()), layer, Rewrite(), Lower())
-    assert passed(lowered, layer, Collect()) is lowered
+    assert passed(lowered, layer, DelayWeightGradients()) is lowered
 
 
 # -- contract --------------------------------------------------------------------------------------------------------
@@ -114,25 +114,25 @@ def _lose_an_exchange(region: Region) -> None:
 )
 def test_what_breaks_the_contract(change: Callable[[Region], None], message: str) -> None:
     before, after, layer = collected("dedup", 2)
-    Collect().ensures(before, after, [layer])
+    DelayWeightGradients().ensures(before, after, [layer])
     change(after)
     with pytest.raises(PassError, match=message):
-        Collect().ensures(before, after, [layer])
+        DelayWeightGradients().ensures(before, after, [layer])
 
 
 def test_a_token_that_is_not_planned_breaks_it_too() -> None:
     before, after, _ = collected("dedup", 1)
     with pytest.raises(PassError, match="planned is none"):
-        Collect().ensures(before, after, [planned("dedup")])
+        DelayWeightGradients().ensures(before, after, [planned("dedup")])
 
 
 def test_it_runs_once_and_after_overlap() -> None:
     _, after, layer = collected("dedup", 2)
     with pytest.raises(PassError, match="its weight gradients are collected already"):
-        Collect().requires(after, [layer])
+        DelayWeightGradients().requires(after, [layer])
     (one,) = [overlapped("dedup", 1)[2]]
     lowered = passed(only_region(Gated()), one, Rewrite(), Lower())
     with pytest.raises(PassError, match="its experts wait for no exchange in flight: overlap is first"):
-        Collect().requires(lowered, [one])
+        DelayWeightGradients().requires(lowered, [one])
     with pytest.raises(PassError, match="1 experts calls, planned are 2"):
-        Collect().requires(lowered, [layer])
+        DelayWeightGradients().requires(lowered, [layer])

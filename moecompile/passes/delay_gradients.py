@@ -1,4 +1,4 @@
-"""collect: weight gradients of experts as an op of their own, after the gradients of the rows are on their way back.
+"""delay_gradients: weight gradients of experts are an op of their own, after the rows' gradients are on their way back.
 
 Where exchanges are in flight, backward then computes the weight gradients while the rows' gradients travel, and those
 of all chunks at once: one product per expert, written once (moecompile.ops.collect).
@@ -19,68 +19,55 @@ from torch import fx
 
 from moecompile.errors import PassError
 from moecompile.match.regions import Region
-from moecompile.passes.base import (
-    COLLECT,
-    calls_by_layer,
-    collecting_calls,
-    copy_graph_module,
-    exchanges_of,
-    experts_calls,
-    op_name,
-)
-from moecompile.plan import HALVES, WAIT_OPS, LayerPlan
+from moecompile.passes.base import COLLECT, LayerPass, all_before, collecting_calls, op_name
+from moecompile.plan import START_OPS, WAIT_OPS, LayerPlan
 
 TOKEN = "token"
-_STARTS = frozenset(start for start, _ in HALVES.values())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Collect:
-    """No options: the plan says in which layers exchanges are in flight."""
+class DelayWeightGradients(LayerPass):
+    """The plan says in which layers exchanges are in flight."""
 
-    name: str = "collect"
+    name: str = "delay_gradients"
     stage: str = "overlapped"
     detail: str = "weight gradients while the rows' gradients travel"
 
+    def calls_of(self, layer: LayerPlan) -> int:
+        """One for each chunk."""
+        return layer.dispatch.chunks
+
     def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
         """One experts call per chunk, none with a token; where exchanges are planned in flight, they are."""
-        calls = experts_calls(region.graph)
-        planned = sum(layer.dispatch.chunks for layer in layers)
-        if len(calls) != planned:
-            raise PassError(self.name, layers[0].site.fqn, f"{len(calls)} experts calls, planned are {planned}")
-        if collecting_calls(region.graph) or any(TOKEN in call.kwargs for call in calls):
+        paired = self.calls(region, layers)
+        if collecting_calls(region.graph) or any(TOKEN in call.kwargs for _, calls in paired for call in calls):
             raise PassError(self.name, layers[0].site.fqn, "its weight gradients are collected already")
-        for layer, mine in zip(layers, calls_by_layer(region.graph, layers), strict=True):
-            if layer.dispatch.collects and not _waits_before(mine):
+        for layer, calls in paired:
+            if self.wants(layer) and not _waits_before(calls):
                 rule = "its experts wait for no exchange in flight: overlap is first"
                 raise PassError(self.name, layer.site.fqn, rule)
 
-    def run(self, region: Region, layers: Sequence[LayerPlan]) -> Region:
-        """A new graph over the same modules; the same region where no layer is planned so."""
-        if not any(layer.dispatch.collects for layer in layers):
-            return region
-        new, _ = copy_graph_module(region.graph)
-        for layer, calls in zip(layers, calls_by_layer(new, layers), strict=True):
-            if layer.dispatch.collects:
-                _collect(new.graph, calls)
-        new.recompile()
-        return region.with_graph(new)
+    def wants(self, layer: LayerPlan) -> bool:
+        """Layers whose weight gradients are an op of their own."""
+        return layer.dispatch.collects
+
+    def change(self, graph_module: fx.GraphModule, calls: list[fx.Node], layer: LayerPlan) -> None:
+        """Steps 1 to 3."""
+        _collect(graph_module.graph, calls)
 
     def ensures(self, before: Region, after: Region, layers: Sequence[LayerPlan]) -> None:
         """The same exchanges in the same order; each planned layer has one token, which all its calls get.
 
         It is made after an exchange is started and before the first wait that the experts depend on.
         """
-        old, new = ([(op_name(n), str(n.args[-1])) for n in exchanges_of(r.graph)] for r in (before, after))
-        if old != new:
-            raise PassError(self.name, layers[0].site.fqn, f"exchanges were {old}, are {new}")
+        super().ensures(before, after, layers)
         tokens = collecting_calls(after.graph)
         place = {node: i for i, node in enumerate(after.graph.graph.nodes)}
-        for layer, calls in zip(layers, calls_by_layer(after.graph, layers), strict=True):
-            token = tokens.pop(0) if tokens and layer.dispatch.collects else None
+        for layer, calls in self.calls(after, layers):
+            token = tokens.pop(0) if tokens and self.wants(layer) else None
             read = {call.kwargs.get(TOKEN) for call in calls}
-            if read != {token} or (token is None) == layer.dispatch.collects:
-                wanted = "one token" if layer.dispatch.collects else "none"
+            if read != {token} or (token is None) == self.wants(layer):
+                wanted = "one token" if self.wants(layer) else "none"
                 rule = f"its experts get {sorted(map(str, read))}, planned is {wanted}"
                 raise PassError(self.name, layer.site.fqn, rule)
             if token is not None:
@@ -90,7 +77,7 @@ class Collect:
 
     def _check_place(self, token: fx.Node, place: dict[fx.Node, int], calls: list[fx.Node], layer: LayerPlan) -> None:
         waits = _waits_before(calls)
-        starts = [node for node in _all_before(waits) if op_name(node) in _STARTS]
+        starts = [node for node in all_before(waits) if op_name(node) in START_OPS]
         if not min(place[start] for start in starts) < place[token] < min(place[wait] for wait in waits):
             rule = f"{token.name} must be after a start and before the first wait, so that gradients travel meanwhile"
             raise PassError(self.name, layer.site.fqn, rule)
@@ -108,14 +95,4 @@ def _collect(graph: fx.Graph, calls: list[fx.Node]) -> None:
 
 
 def _waits_before(calls: Sequence[fx.Node]) -> list[fx.Node]:
-    return [node for node in _all_before(calls) if op_name(node) in WAIT_OPS]
-
-
-def _all_before(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    seen = dict.fromkeys(nodes)
-    queue = list(nodes)
-    for node in queue:
-        new = [source for source in node.all_input_nodes if source not in seen]
-        seen |= dict.fromkeys(new)
-        queue += new
-    return list(seen)
+    return [node for node in all_before(calls) if op_name(node) in WAIT_OPS]
