@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     from moecompile.nn import auxiliary_loss, update_balance
     from moecompile.nn.context import own_positions
     from moecompile.nn.replay import record_routes, replay_routes
-    from moecompile.ops.backend import DispatchBackend, Dispatched, ExpertsBackend, count_sent_bytes
+    from moecompile.ops.backend import (
+        AsyncDispatchBackend,
+        DispatchBackend,
+        Dispatched,
+        ExpertsBackend,
+        count_sent_bytes,
+    )
     from moecompile.passes.base import GraphPass, register_pass
     from moecompile.passes.shard import device_mesh_of, shard
     from moecompile.pipeline import compile_model, make_plan, plan_of, transform
@@ -41,6 +47,7 @@ _HOMES = {
     "ArgumentError": "errors",
     "CaptureError": "errors",
     "ConfigError": "errors",
+    "AsyncDispatchBackend": "ops.backend",
     "DispatchBackend": "ops.backend",
     "Dispatched": "ops.backend",
     "ExpertParallelStrategy": "runtime.strategy",
@@ -74,6 +81,7 @@ _HOMES = {
 
 __all__ = [
     "ArgumentError",
+    "AsyncDispatchBackend",
     "CaptureError",
     "ConfigError",
     "DispatchBackend",

@@ -250,7 +250,7 @@ class _StartDispatch(torch.autograd.Function):
         if not _kept.replays:
             flight.wait = _start(backend, "dispatch", x, ids, weights, num_experts, group_of(axis))
         ctx.flight = flight
-        return _token(x.shape, x)
+        return _token(x)
 
     @staticmethod
     def backward(ctx: Any, grad_token: Tensor) -> Any:
@@ -262,7 +262,8 @@ class _WaitDispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, flight: Flight, backend: Any) -> Any:
         rows, ids, weights, handle = _kept.result_of(flight)
-        ctx.backend, ctx.flight, ctx.handle, ctx.shape = backend, flight, handle, token.shape
+        ctx.backend, ctx.flight, ctx.handle = backend, flight, handle
+        ctx.save_for_backward(token)  # a forward that is computed again goes on until here: no call is left in flight
         ctx.mark_non_differentiable(ids)
         return rows, ids, weights, handle
 
@@ -270,7 +271,7 @@ class _WaitDispatch(torch.autograd.Function):
     def backward(ctx: Any, grad_VD: Tensor, _ids: Any, grad_VK: Tensor, _handle: Any) -> Any:
         arguments = (grad_VD.contiguous(), ctx.handle, grad_VK.contiguous())
         ctx.flight.back = _start(ctx.backend, "combine", *arguments)
-        return _token(ctx.shape, grad_VD), None, None
+        return _token(ctx.saved_tensors[0]), None, None
 
 
 class _StartCombine(torch.autograd.Function):
@@ -279,7 +280,7 @@ class _StartCombine(torch.autograd.Function):
         if not _kept.replays:
             flight.wait = _start(backend, "combine", rows, handle, None)
         ctx.flight = flight
-        return _token(rows.shape, rows)
+        return _token(rows)
 
     @staticmethod
     def backward(ctx: Any, grad_token: Tensor) -> Any:
@@ -289,17 +290,18 @@ class _StartCombine(torch.autograd.Function):
 class _WaitCombine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, flight: Flight, handle: Any, backend: Any) -> Any:
-        ctx.backend, ctx.flight, ctx.handle, ctx.shape = backend, flight, handle, token.shape
+        ctx.backend, ctx.flight, ctx.handle = backend, flight, handle
+        ctx.save_for_backward(token)  # a forward that is computed again goes on until here: no call is left in flight
         return _kept.result_of(flight)[0]
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> Any:
         ctx.flight.back = _start(ctx.backend, "dispatch_again", grad_TD.contiguous(), ctx.handle)
-        return _token(ctx.shape, grad_TD), None, None, None
+        return _token(ctx.saved_tensors[0]), None, None, None
 
 
-def _token(shape: torch.Size, like: Tensor) -> Tensor:
-    return like.new_zeros(()).expand(shape)
+def _token(like: Tensor) -> Tensor:
+    return like.new_zeros(()).expand(like.shape)
 
 
 class KeptCalls:

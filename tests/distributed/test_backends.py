@@ -5,11 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import Tensor
 
+import moecompile
 from moecompile.mesh import MeshSpec
+from moecompile.passes.base import run_on_model
+from moecompile.passes.run import on_every_rank
+from moecompile.passes.shard import device_mesh_of
+from moecompile.torch_private import local_part
+from tests import backends
 from tests.distributed import dispatch_job as job
 from tests.distributed.dispatch_job import Case
 from tests.distributed.harness import run_distributed_test
+from tests.existing_models import moe_inputs, moe_model
+from tests.tiny import ids
 
 DISPATCH = "tests.backends:once_per_rank"
 IN_FLIGHT = "tests.backends:in_flight"
@@ -30,10 +40,10 @@ def _cases(world_size: int) -> list[list[Case]]:
             if case.kind in ("dedup", "hierarchical"):
                 of_mesh += [replace(case, backend=DISPATCH), replace(case, backend=DISPATCH, experts_backend=EXPERTS)]
                 of_mesh += [replace(case, backend=IN_FLIGHT, chunks=chunks) for chunks in (1, 3)]
+                slots = min(2, case.num_experts - case.experts_per_rank)
                 of_mesh += [
-                    replace(case, backend=DISPATCH, slots=1),
-                    replace(case, backend=IN_FLIGHT, slots=2, chunks=2),
-                ]
+                    replace(case, backend=DISPATCH, slots=1), replace(case, backend=IN_FLIGHT, slots=slots, chunks=2),
+                ]  # fmt: skip
         found.append(of_mesh)
     return found
 
@@ -59,3 +69,33 @@ def test_other_back_ends_equal_the_plain_layer(world_size: int) -> None:
         }  # fmt: skip
         for case, errors in results:
             assert max(errors.values()) <= 1e-10, (rank, case, errors)
+
+
+def _recomputed(rank: int, world_size: int) -> dict[str, tuple[dict[str, int], dict[str, Tensor]]]:
+    """For each way to recompute: how often each call was made in forward and backward, and every gradient."""
+    found = {}
+    for name in ("none", "full", "keep_exchanges"):
+        model = moe_model("mixtral", dtype=torch.float64)
+        overrides = ["mesh.ranks_per_node=2", f"dispatch.backend={IN_FLIGHT}", "dispatch.overlap=chunks"]
+        moecompile.compile_model(model, overrides, example=moe_inputs("mixtral", ids()))
+        plan = moecompile.plan_of(model.train())
+        run_on_model(on_every_rank(device_mesh_of(plan.mesh, "cpu"), checkpointing=name), model, plan)
+        backends.in_flight.made.clear()
+        model(**moe_inputs("mixtral", ids() + rank)).logits.square().mean().backward()
+        gradients = {path: p.grad for path, p in model.named_parameters() if p.grad is not None}
+        found[name] = dict(backends.in_flight.made), {k: local_part(g).clone() for k, g in gradients.items()}
+    assert backends.in_flight.now == 0 and backends.in_flight.most > 1
+    return found
+
+
+def test_what_a_back_end_returned_is_kept_for_backward() -> None:
+    """Its calls are not made again, and every gradient is what it is without recomputation."""
+    for found in run_distributed_test(_recomputed, 2, timeout_s=170):
+        forward = found["none"][0]["dispatch_again"]  # one for each combine
+        assert {name: calls["dispatch"] // forward for name, (calls, _) in found.items()} == {
+            "none": 1, "full": 2, "keep_exchanges": 1,
+        }  # fmt: skip
+        assert len(found["none"][1]) > 10
+        for _, gradients in found.values():
+            assert gradients.keys() == found["none"][1].keys()
+            assert all(torch.equal(g, found["none"][1][path]) for path, g in gradients.items())
