@@ -140,6 +140,8 @@ BACKEND = Kind(steps=(("dispatch_tokens", ""), ("combine_tokens", "")), begins="
 """The calls of a dispatch back end, in place of the exchanges of its kind."""
 IN_FLIGHT = frozenset(kind for kind, row in KINDS.items() if not row.no_overlap)
 """Kinds whose exchanges of rows can be asynchronous."""
+LENDING = frozenset(kind for kind, row in KINDS.items() if not row.no_lending)
+"""Kinds that send rows to experts, which may be lent."""
 
 
 @dataclass(frozen=True, kw_only=True)
