@@ -16,8 +16,8 @@ from moecompile.match.regions import Region
 from moecompile.mesh import MeshSpec
 from moecompile.ops import expert_ffn, expert_gradients, grouped
 from moecompile.ops.cpu.blocks import Block
+from moecompile.passes.base import experts_calls
 from moecompile.passes.fuse import Fuse
-from moecompile.passes.lower import experts_calls
 from moecompile.passes.shard import bind_axes, device_mesh_of
 from moecompile.pipeline import transform
 from moecompile.plan import IN_FLIGHT, LENDING

@@ -11,7 +11,7 @@ from torch import nn
 
 import moecompile
 from moecompile.errors import PassError, PlanError
-from moecompile.passes.lower import exchanges_of
+from moecompile.passes.base import exchanges_of
 from moecompile.passes.shard import bind_axes, device_mesh_of, expert_parameters, shard
 from moecompile.pipeline import compile_with_report
 from tests.existing_models import moe_model

@@ -13,7 +13,7 @@ from torch import fx
 
 from moecompile.errors import PassError, PlanError
 from moecompile.mesh import MeshSpec
-from moecompile.passes.lower import exchanges_of
+from moecompile.passes.base import exchanges_of
 from moecompile.passes.shard import bind_axes
 from tests.distributed import dispatch_job as job
 from tests.distributed.dispatch_job import Case
