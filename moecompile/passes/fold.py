@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from moecompile.errors import PassError
 from moecompile.match.regions import Region
+from moecompile.mesh import Part, axes_that_split
 from moecompile.nn import LatentDown, LatentUp, SharedExperts
 from moecompile.passes.base import check_calls, copy_graph_module, experts_calls, items, op_name
 from moecompile.passes.lower.dispatch import DispatchNodes
@@ -34,7 +35,7 @@ class Fold:
 
     name: str = "fold"
     stage: str = "folded"
-    detail: str = "tokens cut over tp"
+    detail: str = f"tokens cut over {', '.join(axes_that_split(Part.TOKENS))}"
 
     def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
         """One experts call per layer; nothing is cut yet."""
