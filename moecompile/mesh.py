@@ -181,7 +181,8 @@ class MeshSpec:
     def _sizes(self) -> dict[str, int]:
         sizes = {axis.name: getattr(self, axis.name) for axis in AXES if axis.given and not axis.not_yet}
         sizes |= {axis.name: 1 for axis in AXES if axis.not_yet}
-        for rest, names in (("dp_shard", dense_axes()), ("edp", expert_axes())):
+        for names in (dense_axes(), expert_axes()):
+            (rest,) = (name for name in names if name not in sizes)
             sizes[rest] = self.world_size // prod(sizes[name] for name in names if name != rest)
         return sizes
 

@@ -108,6 +108,11 @@ def test_every_rank_is_in_one_ep_group() -> None:
     assert sorted(rank for group in groups for rank in group) == list(range(16))
 
 
+def test_an_unknown_axis_raises() -> None:
+    with pytest.raises(KeyError, match="xp is not an axis: pp, dp_replicate, dp_shard, cp, tp, edp, ep"):
+        MeshSpec().size("xp")
+
+
 def test_links() -> None:
     spec = mesh(2, 2, 4)
     assert spec.link(1, 1) is LinkClass.SELF
