@@ -83,6 +83,8 @@ AXES = (
 )  # fmt: skip
 """All axes. Those of one factorization are in the order of the rank's numbering, the last of which varies fastest."""
 
+NOT_YET = {axis.name: axis.not_yet for axis in AXES if axis.not_yet}
+
 
 def dense_axes() -> tuple[str, ...]:
     """The axes of dense weights, in the order of the numbering."""
@@ -132,7 +134,7 @@ class MeshSpec:
 
     def __post_init__(self) -> None:
         given = {axis.name: axis for axis in reversed(AXES) if axis.given and not axis.not_yet}
-        for name in ("num_nodes", "ranks_per_node", *given):
+        for name in ["num_nodes", "ranks_per_node"] + list(given):
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"mesh.{name}", value, "must be at least 1", "Give a positive number")
@@ -165,8 +167,8 @@ class MeshSpec:
         for axis in AXES:
             if axis.given and Part.BATCH in axis.splits:
                 if copies % self.size(axis.name):
-                    rule = f"must divide the number of {what}, {' / '.join(('world', *inside))} = {copies} "
-                    rule += f"({self._shape}, {sizes})"
+                    left = f"{' / '.join(('world', *inside))} = {copies}"
+                    rule = f"must divide the number of {what}, {left} ({self._shape}, {sizes})"
                     fix = f"Use one of {divisors(copies)}"
                     raise ConfigError(f"mesh.{axis.name}", self.size(axis.name), rule, fix)
                 copies //= self.size(axis.name)

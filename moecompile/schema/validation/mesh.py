@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 
 from moecompile.errors import ConfigError
-from moecompile.mesh import AXES, MeshSpec, divisors
+from moecompile.mesh import NOT_YET, MeshSpec, divisors
 from moecompile.schema.config import MeshConfig
 
 SEARCHED = "search"
@@ -19,9 +19,9 @@ def mesh_spec(mesh: MeshConfig) -> MeshSpec:
     Raises:
         ConfigError: the sizes do not fit each other, or an axis is not supported yet.
     """
-    for axis in AXES:
-        if axis.not_yet and getattr(mesh, axis.name) != 1:
-            raise ConfigError(f"mesh.{axis.name}", getattr(mesh, axis.name), axis.not_yet, "Set it to 1")
+    for axis, reason in NOT_YET.items():
+        if getattr(mesh, axis) != 1:
+            raise ConfigError(f"mesh.{axis}", getattr(mesh, axis), reason, "Set it to 1")
     if mesh.device not in ("cpu", "cuda", "auto"):
         raise ConfigError("mesh.device", mesh.device, "must be cpu, cuda or auto", "Use one of these")
     world = mesh.num_nodes * mesh.ranks_per_node
