@@ -94,7 +94,7 @@ def test_a_message_is_found_on_the_page(overrides: list[str]) -> None:
 
 # -- prose -------------------------------------------------------------------------------------------------------------
 
-_NO_KEYS = {"bench.json", "model.layers", "trainer.strategy"}
+_NO_KEYS = {"bench.json", "mesh.py", "model.layers", "trainer.strategy"}
 
 
 def test_keys_that_pages_name_exist() -> None:
