@@ -55,7 +55,7 @@ class Axis:
     """
 
     name: str
-    splits: frozenset[Part]
+    splits: tuple[Part, ...]
     dense: bool = True
     experts: bool = False
     given: bool = True
@@ -64,22 +64,18 @@ class Axis:
     not_yet: str = ""
 
 
-def _splits(*parts: Part) -> frozenset[Part]:
-    return frozenset(parts)
-
-
 AXES = (
     Axis(
-        name="pp", splits=_splits(Part.LAYERS), experts=True,
+        name="pp", splits=(Part.LAYERS,), experts=True,
         not_yet="pipeline parallelism is not supported: auxiliary losses of earlier stages would not reach the loss, "
         "and FSDP2 loses gradients under schedules that split backward",
     ),
-    Axis(name="dp_replicate", splits=_splits(Part.BATCH), experts=True, searched=True),
-    Axis(name="dp_shard", splits=_splits(Part.BATCH, Part.STORED), given=False),
-    Axis(name="cp", splits=_splits(Part.SEQUENCE, Part.HEADS, Part.STORED), group="a CP group"),
-    Axis(name="tp", splits=_splits(Part.TOKENS, Part.HEADS, Part.WEIGHTS), group="a TP group", searched=True),
-    Axis(name="edp", splits=_splits(Part.STORED_EXPERTS), dense=False, experts=True, given=False),
-    Axis(name="ep", splits=_splits(Part.EXPERTS), dense=False, experts=True, group="an EP group", searched=True),
+    Axis(name="dp_replicate", splits=(Part.BATCH,), experts=True, searched=True),
+    Axis(name="dp_shard", splits=(Part.BATCH, Part.STORED), given=False),
+    Axis(name="cp", splits=(Part.SEQUENCE, Part.HEADS, Part.STORED), group="a CP group"),
+    Axis(name="tp", splits=(Part.TOKENS, Part.HEADS, Part.WEIGHTS), group="a TP group", searched=True),
+    Axis(name="edp", splits=(Part.STORED_EXPERTS,), dense=False, experts=True, given=False),
+    Axis(name="ep", splits=(Part.EXPERTS,), dense=False, experts=True, group="an EP group", searched=True),
 )  # fmt: skip
 """All axes. Those of one factorization are in the order of the rank's numbering, the last of which varies fastest."""
 
@@ -104,7 +100,7 @@ def axes_that_split(*of: str | Part) -> tuple[str, ...]:
     """
     if unknown := [name for name in of if isinstance(name, str) and name not in {axis.name for axis in AXES}]:
         raise KeyError(f"{unknown[0]} is not an axis: {', '.join(axis.name for axis in AXES)}")
-    return tuple(axis.name for axis in AXES if axis.name in of or axis.splits.intersection(of))
+    return tuple(axis.name for axis in AXES if axis.name in of or not set(axis.splits).isdisjoint(of))
 
 
 class LinkClass(str, Enum):

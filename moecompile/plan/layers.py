@@ -78,7 +78,7 @@ class LayerPlan:
 
     def _wrong_cut(self) -> Iterator[tuple[str, object, str, str]]:
         cutting, over = axes_that_split(Part.TOKENS), ", ".join(self.cut_over)
-        if not set(self.cut_over) <= set(cutting):
+        if self.cut_over != tuple(axis for axis in cutting if axis in self.cut_over):
             all_ = ", ".join(cutting)
             fix = f"Use [{all_}] if mesh.{all_} is more than 1"
             yield "cut_over", f"[{over}]", f"must be [] or [{all_}]", fix
