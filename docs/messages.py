@@ -17,6 +17,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
+from moecompile import mesh
 from moecompile.schema import Config
 
 PACKAGE = Path(__file__).parents[1] / "moecompile"
@@ -209,7 +210,7 @@ def texts(node: ast.AST, scope: Scope) -> list[str]:  # noqa: PLR0911 (one line 
     if isinstance(node, ast.ListComp):
         return texts(node.elt, scope)
     if isinstance(node, ast.Subscript):
-        return texts(node.value, scope) if isinstance(node.value, ast.Name | ast.Dict) else [ANY]
+        return texts(node.value, scope) if isinstance(node.value, ast.Name | ast.Dict | ast.Call) else [ANY]
     return [ANY]
 
 
@@ -217,7 +218,7 @@ def _part(value: ast.expr, scope: Scope) -> list[str]:
     """A part of an f-string; what has many values stays open."""
     if not isinstance(value, ast.FormattedValue):
         return texts(value, scope)
-    if isinstance(value.value, ast.Name | ast.IfExp | ast.Subscript):
+    if isinstance(value.value, ast.Name | ast.IfExp | ast.Subscript) or _axes(value.value):
         found = texts(value.value, scope)
         return found if len(found) <= 4 else [ANY]
     return [ANY]
@@ -311,6 +312,8 @@ def _rows(node: ast.AST, scope: Scope) -> list[Bound]:  # noqa: PLR0911
     if isinstance(node, ast.Dict):
         pairs = zip(node.keys, node.values, strict=True)
         return [(ast.Tuple([key, value]), scope) for key, value in pairs if key]
+    if axes := _axes(node):
+        return [(ast.Constant(axis), scope) for axis in axes]
     if isinstance(node, ast.Call):
         if isinstance(node.func, ast.Attribute) and node.func.attr == "items":
             return _rows(node.func.value, scope)
@@ -328,6 +331,8 @@ def _rows(node: ast.AST, scope: Scope) -> list[Bound]:  # noqa: PLR0911
             each for owner in owners for each in ast.walk(owner) if isinstance(each, ast.Assign | ast.AnnAssign)
         ]
         values = [value for each in assigned for value, _ in _bound(each, node.id, inner)]
+        if node.id == "NOT_YET":
+            values = [ast.parse(repr(mesh.NOT_YET), mode="eval").body]
         return [row for value in values for row in _rows(value, inner)]
     return []
 
@@ -382,6 +387,8 @@ def _imported(name: str, scope: Scope) -> list[str]:
 
 def _of_call(call: ast.Call, scope: Scope) -> list[str]:
     """What a function of the file returns, all values of `mapping.get(key, default)`, elements of `", ".join(list)`."""
+    if axes := _axes(call):
+        return axes
     method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
     if method == "get" and len(call.args) == 2:
         return _unique([*texts(call.func.value, scope), *texts(call.args[1], scope)])
@@ -396,6 +403,31 @@ def _of_call(call: ast.Call, scope: Scope) -> list[str]:
     returns = [each.value for each in ast.walk(function) if isinstance(each, ast.Return) and each.value]
     known = [text for value in returns for text in texts(value, inner) if text not in (ANY, "None", "")]
     return _unique(known) or [ANY]
+
+
+def _axes(node: ast.AST) -> list[str]:
+    """What the mesh answers where the axes depend on its table alone; empty for other questions.
+
+    `mesh.axes(Part.TOKENS)` and `axes_that_split`: their names. `mesh.setting(Part.TOKENS)`: `mesh.tp=…`. Joined,
+    `" / ".join(("ranks", *mesh.sharing))`: for none and for each of the axes.
+    """
+    if isinstance(node, ast.Attribute) and node.attr == "sharing":
+        return [axis for axis in mesh.dense_axes() if axis not in mesh.axes_that_split(mesh.Part.BATCH)]
+    if not isinstance(node, ast.Call):
+        return []
+    if _called(node) == "join" and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Constant):
+        (given,) = node.args
+        if isinstance(given, ast.Tuple) and isinstance(last := given.elts[-1], ast.Starred):
+            first = [str(each.value) for each in given.elts if isinstance(each, ast.Constant)]
+            return [
+                str(node.func.value.value).join(each) for each in (first, *([*first, a] for a in _axes(last.value)))
+            ]
+        return _axes(given)
+    parts = [each.attr for each in node.args if isinstance(each, ast.Attribute) and each.attr in mesh.Part.__members__]
+    if _called(node) not in ("axes", "axes_that_split", "setting") or not parts:
+        return []
+    axes = mesh.axes_that_split(*(mesh.Part[part] for part in parts))
+    return [f"mesh.{axis}={ANY}" if _called(node) == "setting" else axis for axis in axes]
 
 
 def _code(text: str) -> str:

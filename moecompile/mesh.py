@@ -1,4 +1,4 @@
-"""The device mesh as plain numbers: the axes of all weights, and which ranks share a node, a group or a micro-batch.
+"""The device mesh as plain numbers: its axes, and which ranks share a node, a group or a micro-batch.
 
 One set of ranks is factored twice, because dense weights and experts are placed differently (folding):
 
@@ -11,21 +11,96 @@ of `cp` (without `tp`) and of `ep` are contiguous ranks:
     rank = ((dp_replicate_index * dp_shard + dp_shard_index) * cp + cp_index) * tp + tp_index
          = (dp_replicate_index * edp_shard + edp_index) * ep + ep_index
 
-Ranks along `TOKEN_AXES` have different tokens: along `cp`, each has its part of the positions of the same sequences.
-Ranks along `tp` share a micro-batch: they split weights, and inside MoE layers they split its tokens. `cp` and `tp` are
-not used together.
+What an axis is stands in its row of `AXES` and nowhere else. Sizes, groups, sums of gradients, batches and memory ask
+`MeshSpec` about a `Part`: `mesh.size(Part.SEQUENCE)` is the number of ranks that have parts of the same sequences.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
+from math import prod
 
 from moecompile.errors import ConfigError
 
-TOKEN_AXES = ("dp_replicate", "dp_shard", "cp")
-DENSE_AXES = (*TOKEN_AXES, "tp")
-EXPERT_AXES = ("dp_replicate", "edp", "ep")
+
+class Part(Enum):
+    """What the ranks along an axis have different parts of.
+
+    Where tokens are split, each rank has a part of a weight's gradient, and they are summed. Where weights are owned, a
+    rank computes with its part alone, and its gradient is whole. Stored weights are gathered for use (FSDP).
+    """
+
+    BATCH = "micro-batches"
+    SEQUENCE = "positions of the same sequences, in all layers"
+    TOKENS = "tokens of the same micro-batch, inside MoE layers"
+    HEADS = "heads of attention"
+    LAYERS = "layers: each rank owns some"
+    WEIGHTS = "dense weights, owned, where the model's tp_plan splits them"
+    STORED = "dense weights, stored"
+    EXPERTS = "experts, owned"
+    STORED_EXPERTS = "experts, stored"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """An axis of the mesh.
+
+    splits: what its ranks have different parts of. dense, experts: whether it is in that factorization. given: whether
+    the config gives its size; else it has all ranks that the others leave. group: its ranks in a message, if they must
+    fill whole nodes or fit into one. searched: whether `search` varies it. not_yet: why it must be 1; empty: it may be
+    more.
+    """
+
+    name: str
+    splits: tuple[Part, ...]
+    dense: bool = True
+    experts: bool = False
+    given: bool = True
+    group: str = ""
+    searched: bool = False
+    not_yet: str = ""
+
+
+AXES = (
+    Axis(
+        name="pp", splits=(Part.LAYERS,), experts=True,
+        not_yet="pipeline parallelism is not supported: auxiliary losses of earlier stages would not reach the loss, "
+        "and FSDP2 loses gradients under schedules that split backward",
+    ),
+    Axis(name="dp_replicate", splits=(Part.BATCH,), experts=True, searched=True),
+    Axis(name="dp_shard", splits=(Part.BATCH, Part.STORED), given=False),
+    Axis(name="cp", splits=(Part.SEQUENCE, Part.HEADS, Part.STORED), group="a CP group"),
+    Axis(name="tp", splits=(Part.TOKENS, Part.HEADS, Part.WEIGHTS), group="a TP group", searched=True),
+    Axis(name="edp", splits=(Part.STORED_EXPERTS,), dense=False, experts=True, given=False),
+    Axis(name="ep", splits=(Part.EXPERTS,), dense=False, experts=True, group="an EP group", searched=True),
+)  # fmt: skip
+"""All axes. Those of one factorization are in the order of the rank's numbering, the last of which varies fastest."""
+
+NOT_YET = {axis.name: axis.not_yet for axis in AXES if axis.not_yet}
+
+
+def dense_axes() -> tuple[str, ...]:
+    """The axes of dense weights, in the order of the numbering."""
+    return tuple(axis.name for axis in AXES if axis.dense and not axis.not_yet)
+
+
+def expert_axes() -> tuple[str, ...]:
+    """The axes of experts, in the order of the numbering."""
+    return tuple(axis.name for axis in AXES if axis.experts and not axis.not_yet)
+
+
+def axes_that_split(*of: str | Part) -> tuple[str, ...]:
+    """The axes of these names, and those that split one of these parts, in the order of the numbering.
+
+    Raises:
+        KeyError: no axis has this name.
+    """
+    if unknown := [name for name in of if isinstance(name, str) and name not in {axis.name for axis in AXES}]:
+        raise KeyError(f"{unknown[0]} is not an axis: {', '.join(axis.name for axis in AXES)}")
+    return tuple(axis.name for axis in AXES if axis.name in of or not set(axis.splits).isdisjoint(of))
 
 
 class LinkClass(str, Enum):
@@ -41,8 +116,8 @@ class MeshSpec:
     """A validated mesh; every size is a number of ranks.
 
     Raises:
-        ConfigError: the sizes do not multiply up, a TP, CP or EP group would straddle nodes unevenly, or cp and tp are
-            used together.
+        ConfigError: the sizes do not multiply up, a TP, CP or EP group would straddle nodes unevenly, or two axes split
+            the heads of attention.
     """
 
     num_nodes: int = 1
@@ -54,42 +129,85 @@ class MeshSpec:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("num_nodes", "ranks_per_node", "ep", "dp_replicate", "tp", "cp"):
+        given = {axis.name: axis for axis in reversed(AXES) if axis.given and not axis.not_yet}
+        for name in ["num_nodes", "ranks_per_node"] + list(given):
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"mesh.{name}", value, "must be at least 1", "Give a positive number")
-        for axis in ("ep", "tp", "cp"):
-            self._check_contiguous(axis)
-        if self.tp > 1 and self.cp > 1:
-            rule = f"attention splits heads over cp, and mesh.tp={self.tp} splits them too"
-            raise ConfigError("mesh.cp", self.cp, rule, "Use mesh.cp=1, or mesh.tp=1")
-        copies, rule = self.edp, f"the number of expert copies, world / ep = {self.edp} ({self._shape}, ep={self.ep})"
-        if copies % self.dp_replicate == 0:
-            copies, axis = self.num_batches, "cp" if self.cp > 1 else "tp"
-            rule = f"the number of micro-batches, world / {axis} = {copies} ({self._shape}, {axis}={self.size(axis)})"
-        if copies % self.dp_replicate:
-            raise ConfigError(
-                "mesh.dp_replicate", self.dp_replicate, f"must divide {rule}", f"Use one of {divisors(copies)}"
-            )
+        for axis in given.values():
+            if axis.group:
+                self._check_contiguous(axis)
+        if len(heads := self.axes(Part.HEADS)) > 1:
+            one, other = heads[:2]
+            rule = f"attention splits heads over {one}, and mesh.{other}={self.size(other)} splits them too"
+            raise ConfigError(f"mesh.{one}", self.size(one), rule, f"Use mesh.{one}=1, or mesh.{other}=1")
+        self._check_replicas("expert copies", ("ep",))
+        self._check_replicas("micro-batches", self.sharing)
 
-    def _check_contiguous(self, axis: str) -> None:
+    def _check_contiguous(self, axis: Axis) -> None:
         """Checks that the groups of an axis that varies fastest divide the ranks, and the nodes evenly."""
-        group = {"ep": "an EP group", "tp": "a TP group", "cp": "a CP group"}[axis]
-        size, path = getattr(self, axis), f"mesh.{axis}"
+        size, path = self.size(axis.name), f"mesh.{axis.name}"
         fitting = divisors(self.world_size)
         if self.world_size % size:
             rule = f"must divide the world size ({self._shape})"
             raise ConfigError(path, size, rule, f"Use one of {fitting}")
         if size % self.ranks_per_node and self.ranks_per_node % size:
             fitting = [n for n in fitting if not (n % self.ranks_per_node and self.ranks_per_node % n)]
-            rule = f"{group} must fill whole nodes or fit into one ({self._shape})"
+            rule = f"{axis.group} must fill whole nodes or fit into one ({self._shape})"
             raise ConfigError(path, size, rule, f"Use one of {fitting}")
+
+    def _check_replicas(self, what: str, inside: Sequence[str]) -> None:
+        """Checks that the replicas divide what there is `world / inside` times."""
+        copies = self.world_size // self.size(*inside)
+        sizes = ", ".join(f"{name}={self.size(name)}" for name in inside)
+        for axis in AXES:
+            if axis.given and Part.BATCH in axis.splits:
+                if copies % self.size(axis.name):
+                    left = f"{' / '.join(('world', *inside))} = {copies}"
+                    rule = f"must divide the number of {what}, {left} ({self._shape}, {sizes})"
+                    fix = f"Use one of {divisors(copies)}"
+                    raise ConfigError(f"mesh.{axis.name}", self.size(axis.name), rule, fix)
+                copies //= self.size(axis.name)
 
     @property
     def _shape(self) -> str:
         sizes = ((self.num_nodes, "node"), (self.ranks_per_node, "rank"), (self.world_size, "rank"))
         nodes, each, ranks = (f"{size} {noun}{'s' * (size != 1)}" for size, noun in sizes)
         return f"{nodes} x {each} = {ranks}"
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        sizes = {axis.name: getattr(self, axis.name) for axis in AXES if axis.given and not axis.not_yet}
+        sizes |= {axis.name: 1 for axis in AXES if axis.not_yet}
+        for names in (dense_axes(), expert_axes()):
+            (rest,) = (name for name in names if name not in sizes)
+            sizes[rest] = self.world_size // prod(sizes[name] for name in names if name != rest)
+        return sizes
+
+    def size(self, *of: str | Part) -> int:
+        """The number of ranks along the axes of these names, and those that split these parts.
+
+        Raises:
+            KeyError: no axis has this name.
+        """
+        return prod(self._sizes[name] for name in axes_that_split(*of))
+
+    def axes(self, *of: str | Part) -> tuple[str, ...]:
+        """Of these axes, those of more than one rank."""
+        return tuple(name for name in axes_that_split(*of) if self._sizes[name] > 1)
+
+    def share(self, number: int, *of: str | Part) -> int:
+        """The largest of the parts into which these axes cut `number`."""
+        return -(-number // self.size(*of))
+
+    def setting(self, *of: str | Part) -> str:
+        """`mesh.cp=2`: what sets these axes, for a message."""
+        return ", ".join(f"mesh.{name}={self._sizes[name]}" for name in axes_that_split(*of))
+
+    @property
+    def sharing(self) -> tuple[str, ...]:
+        """The axes of more than one rank along which ranks share a micro-batch."""
+        return tuple(axis for axis in self.axes(*dense_axes()) if axis not in axes_that_split(Part.BATCH))
 
     @property
     def world_size(self) -> int:
@@ -104,40 +222,68 @@ class MeshSpec:
     @property
     def edp_shard(self) -> int:
         """Number of ranks over which one copy of an expert is FSDP-sharded: the size of the axis `edp`."""
-        return self.edp // self.dp_replicate
+        return self._sizes["edp"]
 
     @property
     def dp_shard(self) -> int:
         """Number of ranks along the axis `dp_shard`."""
-        return self.num_batches // self.dp_replicate
-
-    @property
-    def fsdp_shard(self) -> int:
-        """Number of ranks over which dense parameters are FSDP-sharded: those along dp_shard and cp."""
-        return self.dp_shard * self.cp
+        return self._sizes["dp_shard"]
 
     @property
     def num_batches(self) -> int:
         """Number of different micro-batches at a time: the data-parallel size."""
-        return self.world_size // (self.cp * self.tp)
+        return self.size(Part.BATCH)
 
     @property
     def nodes_per_ep_group(self) -> int:
         """Number of nodes that one EP group spans."""
         return max(1, self.ep // self.ranks_per_node)
 
-    def size(self, axis: str) -> int:
-        """The number of ranks along an axis of `DENSE_AXES` or `EXPERT_AXES`."""
-        size: int = getattr(self, {"edp": "edp_shard"}.get(axis, axis))
-        return size
+    def _strides(self, names: Sequence[str]) -> dict[str, int]:
+        """How far apart neighbours along each axis are, in the factorization that has the axes `names`."""
+        factors = dense_axes() if set(names) <= set(dense_axes()) else expert_axes()
+        return {name: prod(self._sizes[inner] for inner in factors[i + 1 :]) for i, name in enumerate(factors)}
+
+    def index(self, rank: int, *of: str | Part) -> int:
+        """The place of global `rank` along these axes together, the last of which varies fastest."""
+        names, index = axes_that_split(*of), 0
+        strides = self._strides(names)
+        for name in names:
+            index = index * self._sizes[name] + rank // strides[name] % self._sizes[name]
+        return index
+
+    def group(self, *of: str | Part, rank: int = 0) -> tuple[int, ...]:
+        """Global ranks whose place differs from that of `rank` along these axes alone, in their order."""
+        names = axes_that_split(*of)
+        strides = self._strides(names)
+        ranks = [rank - sum(rank // strides[name] % self._sizes[name] * strides[name] for name in names)]
+        for name in names:
+            ranks = [first + i * strides[name] for first in ranks for i in range(self._sizes[name])]
+        return tuple(ranks)
+
+    def dims(self, *together: Sequence[str]) -> dict[str, int]:
+        """Names and sizes of the dims of a device mesh of dense weights: axes of more than one rank.
+
+        Args:
+            together: axes that make one dim, of any size, named `dp_shard_cp`; they are neighbours.
+        """
+        joined = {name: "_".join(names) for names in together for name in names}
+        dims: dict[str, int] = {}
+        for name in dense_axes():
+            if name in joined or self._sizes[name] > 1:
+                dim = joined.get(name, name)
+                assert dim not in dims or dim == next(reversed(dims)), f"{dim} are not neighbours"
+                dims[dim] = dims.get(dim, 1) * self._sizes[name]
+        return dims
 
     def batch_index(self, rank: int) -> int:
         """The index of the micro-batch of global `rank` among `num_batches`."""
-        return rank // (self.cp * self.tp)
+        return self.index(rank, Part.BATCH)
 
     def is_counted(self, rank: int) -> bool:
         """Whether global `rank` is the one of those with the same tokens that counts them, in sums over all ranks."""
-        return rank % self.tp == 0
+        shared = set(self.sharing).difference(axes_that_split(Part.SEQUENCE))
+        return self.index(rank, *shared) == 0
 
     def node_of(self, rank: int) -> int:
         """The node that holds global `rank`."""
@@ -145,8 +291,7 @@ class MeshSpec:
 
     def ep_peers(self, rank: int) -> tuple[int, ...]:
         """Global ranks of the EP group of `rank`, in EP order."""
-        first = rank // self.ep * self.ep
-        return tuple(range(first, first + self.ep))
+        return self.group("ep", rank=rank)
 
     def link(self, a: int, b: int) -> LinkClass:
         """The link class between two global ranks."""

@@ -1,4 +1,4 @@
-"""docs/use/add-your-own.md lists every file of the package that a new router score or dispatch kind touches.
+"""docs/use/add-your-own.md lists every file of the package that a new router score, dispatch kind or axis touches.
 
 The page marks each list with a word that exists already, `<!-- files that name: allgather -->`. Whoever adds a file that
 names it, or takes one away, changes the table below that line.
@@ -9,14 +9,18 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+import moecompile
+from moecompile import mesh as mesh_table
+from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.nn import Router
 from moecompile.nn import scores as nn_scores
@@ -24,13 +28,17 @@ from moecompile.passes import lower
 from moecompile.passes.base import exchanges_of
 from moecompile.passes.lower import Lower
 from moecompile.passes.rewrite import Rewrite
-from moecompile.plan import DispatchPlan, dispatch
+from moecompile.passes.shard import device_mesh_of, shard
+from moecompile.plan import DispatchPlan, Plan, dispatch
 from moecompile.planner import traffic
 from moecompile.routing import BalanceSpec, RouterConfig, Score
 from moecompile.routing import config as routing_config
 from moecompile.routing import scores as routing_scores
-from moecompile.schema import DispatchKind
-from tests.tiny import COPY4, PLAIN_ROUTING, Gated, only_region, passed, plan_for
+from moecompile.runtime.groups import Groups
+from moecompile.schema import DispatchKind, MeshConfig
+from moecompile.schema.validation import mesh as mesh_rules
+from tests.distributed.harness import run_distributed_test
+from tests.tiny import COPY4, PLAIN_ROUTING, Gated, config, only_region, passed, plan_for, trace
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "moecompile"
@@ -38,6 +46,10 @@ PAGE = (REPOSITORY / "docs" / "use" / "add-your-own.md").read_text(encoding="utf
 
 _TABLE = re.compile(r"^<!-- files that name: (\w+) -->\n\n((?:\|.*\n)+)", re.MULTILINE)
 TABLES = {found[1]: found[2] for found in _TABLE.finditer(PAGE)}
+_DESCRIBED = (
+    "planner/cost_model/", "planner/foresight/", "planner/search/", "schema/ranges.py", "schema/workload.py", "bench/",
+)  # fmt: skip
+"""These name axes of layouts that are described, not run (`workload.cp`)."""
 
 
 def listed(word: str) -> set[str]:
@@ -52,6 +64,7 @@ def naming(word: str) -> set[str]:
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
         if path.stem == word or any(re.search(rf"\b{word}\b", name) for name in _names(path.read_text("utf-8")))
+        if word not in ("cp", "tp") or not path.relative_to(PACKAGE).as_posix().startswith(_DESCRIBED)
     }
 
 
@@ -68,8 +81,8 @@ def _names(code: str) -> Iterator[str]:
             yield node.id
 
 
-def test_both_lists_are_there() -> None:
-    assert set(TABLES) == {"softmax_after_topk", "allgather"}
+def test_the_lists_are_there() -> None:
+    assert set(TABLES) == {"softmax_after_topk", "allgather", "cp"}
 
 
 @pytest.mark.parametrize("word", TABLES)
@@ -83,6 +96,11 @@ def test_the_functions_and_tables_to_change_are_in_these_files(word: str) -> Non
         code = (PACKAGE / path.replace("KIND", word)).read_text(encoding="utf-8")
         names = re.findall(r"`(_?[a-z]+(?:_[a-z]+)+|_[a-z]+|_?[A-Z]+)`", what)
         assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
+
+
+def test_tensor_parallelism_is_in_the_same_files_and_in_its_own() -> None:
+    own = {"nn/context.py": "nn/split.py"}
+    assert naming("tp") == {own.get(path, path.replace("context_parallel", "tensor_parallel")) for path in listed("cp")}
 
 
 def test_a_name_in_code_counts_and_prose_does_not() -> None:
@@ -133,3 +151,68 @@ def test_the_score_on_the_page_routes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(ids_TK, best.indices)
     torch.testing.assert_close(weights_TK, best.values / best.values.sum(1, keepdim=True))
     assert router.aux_loss is not None and router.aux_loss.isfinite()
+
+
+def with_outer(patch: pytest.MonkeyPatch) -> type[MeshSpec]:
+    """Adds the axis on the page, by its row and its two fields; the class of meshes that have it."""
+    (row,) = re.findall(r'^    (Axis\(name="dp_outer".*\)),$', PAGE, re.MULTILINE)
+    at = [axis.name for axis in mesh_table.AXES].index("dp_replicate")
+    patch.setattr(mesh_table, "AXES", (*mesh_table.AXES[:at], eval(row, vars(mesh_table)), *mesh_table.AXES[at:]))
+    spec: type[MeshSpec] = make_dataclass(
+        "MeshSpec", [("dp_outer", int, 1)], bases=(MeshSpec,), frozen=True, kw_only=True
+    )
+    patch.setattr(mesh_rules, "MeshSpec", spec)
+    return spec
+
+
+def plan_on(outer: int, *overrides: str) -> Plan:
+    settings = config(*COPY4, "mesh.num_nodes=2", "mesh.ranks_per_node=2", *overrides)
+    kind = make_dataclass("MeshConfig", [("dp_outer", int, 1)], bases=(MeshConfig,), kw_only=True)
+    settings.mesh = kind(**vars(settings.mesh), dp_outer=outer)
+    return moecompile.make_plan(trace(Gated()), settings)
+
+
+def test_the_axis_on_the_page_is_planned_as_the_replicas_that_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_outer(monkeypatch)
+    ours, plain = plan_on(2, "mesh.ep=2"), plan_on(1, "mesh.ep=2", "mesh.dp_replicate=2")
+    assert ours.estimate == plain.estimate
+    renamed = [
+        {
+            name: tuple("dp_outer" if each == "dp_replicate" else each for each in axes)
+            for name, axes in asdict(r).items()
+        }
+        for r in plain.reductions
+    ]
+    assert [{**asdict(r), "parameters": tuple(r.parameters)} for r in ours.reductions] == renamed
+    both, four = plan_on(2, "mesh.ep=1", "mesh.dp_replicate=2"), plan_on(1, "mesh.ep=1", "mesh.dp_replicate=4")
+    assert both.estimate == four.estimate
+    assert both.mesh.dims(("dp_outer", "dp_replicate")) == {"dp_outer_dp_replicate": 4}
+    assert [both.mesh.batch_index(rank) for rank in range(4)] == [0, 1, 2, 3]
+    assert both.mesh.group("dp_outer", rank=1) == (1, 3)
+    with pytest.raises(
+        ConfigError, match=r"^mesh\.dp_outer=4: must divide the number of expert copies, world / ep = 2 "
+    ):
+        plan_on(4, "mesh.ep=2")
+
+
+def _on_ranks(rank: int, world_size: int, sizes: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Gradients, sums of them over all ranks that replicate a part."""
+    with pytest.MonkeyPatch.context() as patch:
+        with_outer(patch)
+        torch.manual_seed(0)
+        plan = plan_on(sizes[0], "mesh.ep=1", f"mesh.dp_replicate={sizes[1]}")
+        model = moecompile.transform(trace(Gated()), plan).train()
+        shard(model, plan, device_mesh_of(plan.mesh, "cpu"))
+        groups = Groups.of(plan.mesh, "cpu")
+        assert groups.tokens is groups.every and groups.batch_index == rank
+        model(torch.randn(world_size, 5, 8)[rank]).square().sum().backward()
+        grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        return {name: (grad.full_tensor() if isinstance(grad, DTensor) else grad) for name, grad in grads.items()}
+
+
+@pytest.mark.slow
+def test_the_axis_on_the_page_replicates_on_ranks() -> None:
+    both, four = (run_distributed_test(_on_ranks, 4, sizes)[0] for sizes in ((2, 2), (1, 4)))
+    assert "experts.down_proj" in both and both.keys() == four.keys()
+    for name, grad in both.items():
+        torch.testing.assert_close(grad, four[name], msg=name)

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from moecompile.errors import ConfigError
-from moecompile.mesh import DENSE_AXES, EXPERT_AXES, LinkClass, MeshSpec
+from moecompile.mesh import LinkClass, MeshSpec, Part, dense_axes, expert_axes
 
 
 def mesh(num_nodes: int, ranks_per_node: int, ep: int, dp_replicate: int = 1) -> MeshSpec:
@@ -61,8 +61,8 @@ def test_sizes_that_do_not_fit(sizes: tuple[int, ...], message: str) -> None:
 
 def test_ranks_are_factored_twice() -> None:
     spec = MeshSpec(num_nodes=2, ranks_per_node=4, ep=4, tp=2, dp_replicate=2)
-    assert [spec.size(axis) for axis in DENSE_AXES] == [2, 2, 1, 2]  # dp_replicate, dp_shard, cp, tp
-    assert [spec.size(axis) for axis in EXPERT_AXES] == [2, 1, 4]  # dp_replicate, edp, ep
+    assert [spec.size(axis) for axis in dense_axes()] == [2, 2, 1, 2]  # dp_replicate, dp_shard, cp, tp
+    assert [spec.size(axis) for axis in expert_axes()] == [2, 1, 4]  # dp_replicate, edp, ep
     assert spec.num_batches == 4
     assert [spec.batch_index(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [spec.is_counted(rank) for rank in range(8)] == [True, False] * 4
@@ -73,8 +73,8 @@ def test_ranks_are_factored_twice() -> None:
 
 def test_ranks_of_a_cp_group_are_contiguous_and_have_tokens_of_their_own() -> None:
     spec = MeshSpec(num_nodes=2, ranks_per_node=4, ep=4, cp=2, dp_replicate=2)
-    assert [spec.size(axis) for axis in DENSE_AXES] == [2, 2, 2, 1]
-    assert (spec.num_batches, spec.fsdp_shard) == (4, 4)
+    assert [spec.size(axis) for axis in dense_axes()] == [2, 2, 2, 1]
+    assert (spec.num_batches, spec.size(Part.STORED)) == (4, 4)
     assert [spec.batch_index(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert all(spec.is_counted(rank) for rank in range(8))
 
@@ -106,6 +106,11 @@ def test_every_rank_is_in_one_ep_group() -> None:
     spec = mesh(4, 4, 8)
     groups = {spec.ep_peers(rank) for rank in range(spec.world_size)}
     assert sorted(rank for group in groups for rank in group) == list(range(16))
+
+
+def test_an_unknown_axis_raises() -> None:
+    with pytest.raises(KeyError, match="xp is not an axis: pp, dp_replicate, dp_shard, cp, tp, edp, ep"):
+        MeshSpec().size("xp")
 
 
 def test_links() -> None:

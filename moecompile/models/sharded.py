@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from moecompile.errors import ConfigError
 from moecompile.match.patterns import FFNMatch
 from moecompile.match.regions import Region
+from moecompile.mesh import Part
 from moecompile.models.build import build_empty
 from moecompile.models.pretrained import Pretrained, non_persistent
 from moecompile.models.stored import Stored
@@ -66,8 +67,8 @@ class ShardedImport:
 
     def why_not(self, plan: Plan) -> str | None:
         """Why a model with this plan cannot be filled; None if it can."""
-        if plan.mesh.tp > 1:
-            return f"mesh.tp={plan.mesh.tp} splits weights by columns too, and files are read by rows"
+        if plan.mesh.axes(Part.WEIGHTS):
+            return f"{plan.mesh.setting(Part.WEIGHTS)} splits weights by columns too, and files are read by rows"
         sites = [layer.site for layer in plan.layers if isinstance(layer.site, ExpertsSite)]
         return next((f"each expert of {site.fqn} is a module" for site in sites if site.form == "modules"), None)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moecompile.errors import ArgumentError, MoecompileError
+from moecompile.mesh import Part, axes_that_split
 from moecompile.nn.chosen import replayed_or_live
 from moecompile.nn.context import positions_of
 from moecompile.nn.existing import ExistingMeter
@@ -68,7 +69,9 @@ def replay_layers(model: nn.Module) -> list[ReplayLayer]:
             a part of every sequence.
     """
     if positions_of(model) is not None:
-        raise MoecompileError("routes are of whole sequences, and mesh.cp gives a rank a part of them. Use mesh.cp=1")
+        axis = axes_that_split(Part.SEQUENCE)[0]
+        rule = f"routes are of whole sequences, and mesh.{axis} gives a rank a part of them"
+        raise MoecompileError(f"{rule}. Use mesh.{axis}=1")
     return [_layer(path, module) for path, module in _routed(model)]
 
 

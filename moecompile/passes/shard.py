@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from math import prod
 
 import torch
@@ -30,15 +30,15 @@ from moecompile import kept_groups
 from moecompile.arguments import check_model, check_plan
 from moecompile.capture import layers_of
 from moecompile.errors import PassError, PlanError
-from moecompile.mesh import DENSE_AXES, EXPERT_AXES, MeshSpec
+from moecompile.mesh import MeshSpec, Part, axes_that_split, expert_axes
 from moecompile.nn import Experts
 from moecompile.nn.placement import keep_order, rows_of
 from moecompile.passes.base import ModelPass, exchanges_of, experts_calls, on_an_axis, op_name, run_on_model
 from moecompile.passes.context_parallel import check_exchanged, split_positions
 from moecompile.passes.place import order_of
-from moecompile.passes.tensor_parallel import classes_of, split_dense
+from moecompile.passes.tensor_parallel import check_one_dtype, classes_of, split_dense
 from moecompile.plan import EVEN, Plan, cut_dim, largest_shard
-from moecompile.plan.reductions import DENSE, EXPERTS, HEADS, INSIDE, ROUTER, SPLIT
+from moecompile.plan.reductions import DENSE, EXPERTS, INSIDE, ROUTER, reductions
 from moecompile.torch_private import (
     FSDPMeshInfo,
     HSDPMeshInfo,
@@ -47,18 +47,18 @@ from moecompile.torch_private import (
     see_attributes,
 )
 
-_LOGICAL = ("ep", "ep_inter", "ep_intra", "tp")
+AXIS_PASSES = {"tp": split_dense, "cp": split_positions}
+"""Axis whose ranks share a micro-batch -> what splits a model over it: (model, plan, device mesh of the axis)."""
 
 
 def device_mesh_of(mesh: MeshSpec, device_type: str) -> DeviceMesh:
     """The (dp_replicate, edp, ep) device mesh of the experts. Needs a process group."""
-    return kept_groups.device_mesh(device_type, {axis: mesh.size(axis) for axis in EXPERT_AXES})
+    return kept_groups.device_mesh(device_type, {axis: mesh.size(axis) for axis in expert_axes()})
 
 
 def dense_mesh_of(mesh: MeshSpec, device_type: str) -> DeviceMesh:
     """The device mesh of dense weights: their axes, except those of one rank; dp_shard is always there."""
-    axes = tuple(axis for axis in DENSE_AXES if axis == "dp_shard" or mesh.size(axis) > 1)
-    return kept_groups.device_mesh(device_type, {axis: mesh.size(axis) for axis in axes})
+    return kept_groups.device_mesh(device_type, mesh.dims(("dp_shard",)))
 
 
 def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh, param_dtype: torch.dtype | None = None) -> nn.Module:
@@ -90,7 +90,7 @@ class ShardModel(ModelPass):
 
     def requires(self, model: nn.Module, plan: Plan) -> None:
         """The device mesh has the planned sizes, and the graphs have the planned exchanges."""
-        for axis in EXPERT_AXES:
+        for axis in expert_axes():
             size, ranks = plan.mesh.size(axis), self.device_mesh[axis].size()
             if ranks != size:
                 raise PlanError(
@@ -107,26 +107,23 @@ class ShardModel(ModelPass):
     def run(self, model: nn.Module, plan: Plan) -> None:
         """Shards the model in place."""
         dense_mesh = dense_mesh_of(plan.mesh, self.device_mesh.device_type)
-        tp = dense_mesh["tp"] if plan.mesh.tp > 1 else None
-        bind_axes(model, self.device_mesh, plan.mesh.nodes_per_ep_group, tp)  # Step 1
+        bind_axes(model, self.device_mesh, plan.mesh.nodes_per_ep_group, dense_mesh)  # Step 1
         if plan.mesh.ep > 1:
             _shard_experts(model, self.device_mesh["ep"])  # Step 2
-        if tp is not None:
-            split_dense(model, plan, tp)
-        if plan.mesh.cp > 1:
-            split_positions(model, plan, dense_mesh["cp"])
+        for axis in plan.mesh.sharing:
+            AXIS_PASSES[axis](model, plan, dense_mesh[axis])
         if plan.mesh.world_size > 1 or self.param_dtype is not None:
-            _wrap(model, plan, self.device_mesh, dense_mesh, self.param_dtype)  # Step 3
+            _wrap(model, plan, self.device_mesh, self.param_dtype)  # Step 3
 
     def ensures(self, model: nn.Module, plan: Plan) -> None:
         """No exchange is on a logical axis any more; with expert parallelism, every expert weight is sharded; no rank
-        has more than its even share of one; with context parallelism, attention is exchanged.
+        has more than its even share of one; attention is exchanged where that is planned.
         """
-        if plan.mesh.cp > 1:
+        if plan.context_parallel:
             check_exchanged(model)
         for path, module in _graphs(model).items():
             for node in on_an_axis(module):
-                if str(node.args[-1]) in _LOGICAL:
+                if str(node.args[-1]) in ("ep", "ep_inter", "ep_intra", *axes_that_split(Part.TOKENS)):
                     raise PassError(self.name, path, f"{node.name} is still on the logical axis {node.args[-1]}")
         for owner, name in expert_parameters(model) if plan.mesh.ep > 1 else ():
             parameter = owner.get_parameter(name)
@@ -140,15 +137,16 @@ def _graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     return {path: module for path, module in model.named_modules() if isinstance(module, fx.GraphModule)}
 
 
-def bind_axes(model: nn.Module, device_mesh: DeviceMesh, num_nodes: int = 1, tp: DeviceMesh | None = None) -> None:
+def bind_axes(model: nn.Module, device_mesh: DeviceMesh, num_nodes: int = 1, dense: DeviceMesh | None = None) -> None:
     """Replaces logical axes by process group names in every graph of `model`.
 
     If a graph uses them, `ep` is split into `ep_inter` (ranks with the same local rank on each of the `num_nodes` nodes
-    of an EP group) and `ep_intra` (its ranks on one node). `tp` is an axis of the mesh of dense weights.
+    of an EP group) and `ep_intra` (its ranks on one node). dense: the mesh of dense weights, whose axes may cut tokens.
     """
     groups = {axis: device_mesh.get_group(axis).group_name for axis in device_mesh.mesh_dim_names or ()}
-    if tp is not None:
-        groups["tp"] = tp.get_group().group_name
+    for axis in axes_that_split(Part.TOKENS):
+        if dense is not None and axis in (dense.mesh_dim_names or ()):
+            groups[axis] = dense.get_group(axis).group_name
     graphs = _graphs(model)
     used = {str(node.args[-1]) for module in graphs.values() for node in on_an_axis(module)}
     if "ep" in groups and used & {"ep_inter", "ep_intra"}:
@@ -182,14 +180,13 @@ def _shard_experts(model: nn.Module, ep_mesh: DeviceMesh) -> None:
         setattr(owner, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
 
 
-def _wrap(
-    model: nn.Module, plan: Plan, device_mesh: DeviceMesh, dense_mesh: DeviceMesh, param_dtype: torch.dtype | None
-) -> None:
+def _wrap(model: nn.Module, plan: Plan, device_mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:
     classes = classes_of(model, plan)
     classes |= {owner.get_parameter(name): EXPERTS for owner, name in expert_parameters(model)}
     replicated = {parameter for parameter, kind in classes.items() if kind == ROUTER}
-    replicated |= _of_another_dtype(model, classes)
-    infos = _mesh_infos(plan.mesh, device_mesh, dense_mesh)
+    replicated |= (others := _of_another_dtype(model, classes))
+    check_one_dtype(model, classes, others)
+    infos = _mesh_infos(plan.mesh, device_mesh)
 
     def place(parameter: Tensor) -> ShardPlacementResult:
         kind = classes[parameter]  # type: ignore[index]
@@ -209,33 +206,31 @@ def _wrap(
         layer.set_force_sum_reduction_for_comms(True)
 
 
-def _mesh_infos(mesh: MeshSpec, device_mesh: DeviceMesh, dense_mesh: DeviceMesh) -> dict[str, FSDPMeshInfo]:
+def _mesh_infos(mesh: MeshSpec, device_mesh: DeviceMesh) -> dict[str, FSDPMeshInfo]:
     """For each class of weights, the ranks over which FSDP shards it and sums its gradient."""
 
-    def info(of: DeviceMesh, axis: str) -> FSDPMeshInfo:
-        if mesh.dp_replicate > 1:
-            return HSDPMeshInfo(of["dp_replicate", axis], shard_mesh_dim=1, replicate_mesh_dim=0)
-        return FSDPMeshInfo(of[axis], shard_mesh_dim=0)
+    @cache  # FSDP gathers weights of the same info together
+    def info(of: DeviceMesh, replicas: str, shards: str) -> FSDPMeshInfo:
+        if replicas:
+            return HSDPMeshInfo(of[replicas, shards], shard_mesh_dim=1, replicate_mesh_dim=0)
+        return FSDPMeshInfo(of[shards], shard_mesh_dim=0)
 
-    # Dense weights have their own mesh: its dp_shard, cp and tp are (edp, ep) of the experts' mesh, in the same order.
-    dense = info(dense_mesh, "dp_shard")
-    if mesh.tp == mesh.cp == 1:
-        return {DENSE: dense, EXPERTS: info(device_mesh, "edp") if mesh.ep > 1 else dense}
-    axis = "dp_shard_tp" if mesh.tp > 1 else "dp_shard_cp"
-    axes = {"dp_replicate": mesh.dp_replicate, axis: mesh.fsdp_shard * mesh.tp}
-    every = kept_groups.device_mesh(device_mesh.device_type, axes)
-    summed = info(every, axis)
-    dense = dense if mesh.cp == 1 else summed
-    experts = info(device_mesh, "edp") if mesh.ep > 1 else summed
-    return {DENSE: dense, SPLIT: dense, HEADS: summed, INSIDE: summed, EXPERTS: experts}
+    infos: dict[str, FSDPMeshInfo] = {}
+    for each in reductions(mesh):
+        replicas = [axis for axis in each.sum_over if axis not in each.sharded_over]
+        if each.parameters == EXPERTS and mesh.ep > 1:
+            infos[EXPERTS] = info(device_mesh, "_".join(replicas), "edp")
+        elif each.parameters == EXPERTS:  # its edp has the ranks over which tokens inside MoE layers are split
+            infos[EXPERTS] = infos.get(INSIDE, infos[DENSE])
+        elif each.parameters != ROUTER:
+            shards = ["dp_shard", *(axis for axis in each.sum_over if axis not in ("dp_shard", *replicas))]
+            of = kept_groups.device_mesh(device_mesh.device_type, mesh.dims(replicas, shards))
+            infos[each.parameters] = info(of, "_".join(replicas), "_".join(shards))
+    return infos
 
 
 def _of_another_dtype(model: nn.Module, classes: Mapping[nn.Parameter, str]) -> set[nn.Parameter]:
-    """The weights whose dtype is not that of most numbers: transformers keeps some routers and norms in fp32.
-
-    Raises:
-        PlanError: one of them is split over tp, or its gradient is summed over it, which FSDP would do.
-    """
+    """The weights whose dtype is not that of most numbers: transformers keeps some routers and norms in fp32."""
     others: set[nn.Parameter] = set()
     for trained in (True, False):  # frozen weights may be narrower than the trained adapters beside them
         mine = [p for p, kind in classes.items() if kind != ROUTER and p.requires_grad is trained]
@@ -244,10 +239,6 @@ def _of_another_dtype(model: nn.Module, classes: Mapping[nn.Parameter, str]) -> 
             sizes[parameter.dtype] += parameter.numel()
         most = max(sizes, key=sizes.__getitem__, default=None)
         others.update(parameter for parameter in mine if parameter.dtype != most)
-    for name, parameter in model.named_parameters():
-        if parameter in others and classes[parameter] in (SPLIT, HEADS, INSIDE):
-            rule = f"is {parameter.dtype}, unlike most of the model, and tensor parallelism needs one dtype"
-            raise PlanError("mesh.tp", name, rule, "Convert the weight, or use mesh.tp=1")
     return others
 
 

@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from moecompile.errors import PassError
 from moecompile.match.regions import Region
+from moecompile.mesh import Part, axes_that_split
 from moecompile.nn import LatentDown, LatentUp, SharedExperts
 from moecompile.passes.base import DispatchNodes, LayerPass, items, on_axes, op_name
 from moecompile.plan import SLICE_OPS, LayerPlan
@@ -33,7 +34,7 @@ class SplitTokens(LayerPass):
 
     name: str = "split_tokens"
     stage: str = "split"
-    detail: str = "tokens cut over tp"
+    detail: str = f"tokens cut over {', '.join(axes_that_split(Part.TOKENS))}"
 
     def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
         """One experts call per layer, in the same order; nothing is cut yet."""

@@ -10,7 +10,7 @@ Algorithm:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -67,6 +67,18 @@ def classes_of(model: nn.Module, plan: Plan) -> dict[nn.Parameter, str]:
             if entry.style == HEADS_STYLE:
                 classes |= dict.fromkeys(module.parameters(), HEADS)
     return classes
+
+
+def check_one_dtype(model: nn.Module, classes: Mapping[nn.Parameter, str], others: Collection[nn.Parameter]) -> None:
+    """Checks that no weight of another dtype than most needs what FSDP, which does not take them, does over `tp`.
+
+    Raises:
+        PlanError: one of `others` is split over tp, or its gradient is summed over it.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter in others and classes[parameter] in (SPLIT, HEADS, INSIDE):
+            rule = f"is {parameter.dtype}, unlike most of the model, and tensor parallelism needs one dtype"
+            raise PlanError("mesh.tp", name, rule, "Convert the weight, or use mesh.tp=1")
 
 
 def _on_slices(graph_module: fx.GraphModule) -> Iterator[nn.Parameter]:

@@ -201,7 +201,7 @@ def compile_with_report(
     _check(model, example, plan, device_mesh, until)
     config, log = _config(overrides), Log()
     captured = capture_planned(model, plan, config, example, log)
-    facts = facts_of(model, example, captured, cp=config.mesh.cp)
+    facts = facts_of(model, example, captured, config.mesh)
     plan = _planned(model, captured, overrides if plan else config, plan, facts)
     layers = captured.planned(plan.layers)
     regions = {path: captured.regions[path] for path in layers}

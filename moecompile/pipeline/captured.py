@@ -23,7 +23,7 @@ def planning_facts(
 ) -> tuple[Sequence[PlannedSite], ModelFacts]:
     """All that planning needs of a model: its sites (those of `plan`, if it is given), and its sizes."""
     captured = capture_planned(model, plan, config, example)
-    return captured.sites, facts_of(model, example, captured, cp=config.mesh.cp)
+    return captured.sites, facts_of(model, example, captured, config.mesh)
 
 
 def capture_planned(

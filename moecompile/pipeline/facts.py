@@ -9,6 +9,7 @@ from torch import nn
 
 from moecompile.capture import Example, layers_of
 from moecompile.match.regions import Captured
+from moecompile.mesh import Part, axes_that_split
 from moecompile.nn.adapters import output_heads
 from moecompile.nn.matrices import hidden_matrices
 from moecompile.nn.watch import masks_of
@@ -16,6 +17,7 @@ from moecompile.pipeline.attention import attention_of
 from moecompile.pipeline.shape import mixers
 from moecompile.pipeline.splits import heads_of, no_split, splits_of
 from moecompile.planner import ModelFacts
+from moecompile.schema import MeshConfig
 
 WIDENED = "_moecompile_widened"
 """Attribute of a model that `widen_experts` has made: what it did, for people."""
@@ -23,17 +25,18 @@ _QUERY_NORMS = ("q_norm", "query_layernorm", "q_layernorm")
 
 
 def facts_of(
-    model: nn.Module, example: Example | None = None, captured: Captured | None = None, *, cp: int = 1
+    model: nn.Module, example: Example | None = None, captured: Captured | None = None, mesh: MeshConfig | None = None
 ) -> ModelFacts:
     """Sizes of the dense model, 0 if they cannot be read from the module; and what is known from the example.
 
     Args:
-        captured: its sites, to know which modules they are made of. cp: `mesh.cp`; attention is looked at if it is more
-            than 1, because that takes three forwards.
+        captured: its sites, to know which modules they are made of. mesh: attention is looked at only if an axis splits
+            positions, because that takes three forwards.
     """
+    has_parts = mesh is not None and any(getattr(mesh, axis) > 1 for axis in axes_that_split(Part.SEQUENCE))
     layers = list(layers_of(model))
     inside = {parameter for layer in layers for parameter in layer.parameters()}
-    attention, no_context = attention_of(model, example) if cp > 1 else ((), "")
+    attention, no_context = attention_of(model, example) if has_parts else ((), "")
     config = getattr(model, "config", None)
     hidden = int(getattr(config, "hidden_size", 0) or 0)
     outside = sum(parameter.numel() for parameter in model.parameters() if parameter not in inside)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moecompile.errors import ConfigError
+from moecompile.mesh import MeshSpec
 from moecompile.plan.checks import at_least, plan_errors
 
 
@@ -36,8 +37,9 @@ class ExchangedAttention:
         return self.layers * (self.query_heads * (self.d_key + self.d_value) + keys)
 
 
-def check_context(cp: int, exchanged: tuple[ExchangedAttention, ...]) -> None:
+def check_context(mesh: MeshSpec, exchanged: tuple[ExchangedAttention, ...]) -> None:
     """Raises ConfigError if attention is not split into equal parts over `cp`, or is split without it."""
+    cp = mesh.cp
     if cp == 1 and exchanged:
         raise ConfigError(
             "context_parallel", exchanged[0].modules, "is exchanged, but mesh.cp=1", "Leave it out, or raise mesh.cp"

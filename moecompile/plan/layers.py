@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from moecompile.errors import PlanError
+from moecompile.mesh import Part, axes_that_split
 from moecompile.plan.adapters import ExpertAdapters
 from moecompile.plan.checks import plan_errors
 from moecompile.plan.dispatch import KINDS, DispatchPlan, can_fuse
@@ -25,7 +26,7 @@ class LayerPlan:
 
     fused: whether one op gathers the rows, computes the experts and sums their outputs. mask_padding: whether padding
     is taken out of routing. adapters: of the experts; None: they have none. cut_over: mesh axes over which the tokens
-    are cut after routing and joined after combine: `tp`, if there is tensor parallelism.
+    are cut after routing and joined after combine (`Part.TOKENS`).
 
     Raises:
         PlanError: the parts contradict each other.
@@ -76,14 +77,16 @@ class LayerPlan:
         return self.dispatch.scheduled_steps(self.placement.nodes)
 
     def _wrong_cut(self) -> Iterator[tuple[str, object, str, str]]:
-        if self.cut_over not in ((), ("tp",)):
-            value = f"[{', '.join(self.cut_over)}]"
-            yield "cut_over", value, "must be [] or [tp]", "Use [tp] if mesh.tp is more than 1"
+        cutting, over = axes_that_split(Part.TOKENS), ", ".join(self.cut_over)
+        if self.cut_over != tuple(axis for axis in cutting if axis in self.cut_over):
+            all_ = ", ".join(cutting)
+            fix = f"Use [{all_}] if mesh.{all_} is more than 1"
+            yield "cut_over", f"[{over}]", f"must be [] or [{all_}]", fix
         elif self.cut_over and self.dispatch.lends:
-            yield "dispatch.balance", "lend", "tokens are cut over tp, where experts are not lent", "Use none"
+            yield "dispatch.balance", "lend", f"tokens are cut over {over}, where experts are not lent", "Use none"
         elif self.cut_over and self.experts.shared_routed:
-            rule = "weighs a shared expert for tokens that are not cut over tp"
-            yield "experts.shared_routed", True, rule, "Use mesh.tp=1, or experts.shared_routed=false"
+            rule = f"weighs a shared expert for tokens that are not cut over {over}"
+            yield "experts.shared_routed", True, rule, f"Use mesh.{over}=1, or experts.shared_routed=false"
 
     def _wrong_backend(self) -> Iterator[tuple[str, object, str, str]]:
         backend, dispatch = self.experts.backend, self.dispatch
@@ -122,8 +125,9 @@ class LayerPlan:
             ("routing.groups", routing.groups, routing.groups > 1),
         )
         if self.cut_over and experts.num_identity and isinstance(self.site, FFNSite):
-            rule = "experts without weights are not cut over tp"
-            yield "experts.num_identity", experts.num_identity, rule, "Use mesh.tp=1, or experts.num_identity=0"
+            over = ", ".join(self.cut_over)
+            rule, fix = f"experts without weights are not cut over {over}", "experts.num_identity=0"
+            yield "experts.num_identity", experts.num_identity, rule, f"Use mesh.{over}=1, or {fix}"
         for path, value, broken in limits:
             if broken and experts.num_identity:
                 rule = f"is not for a router with experts.num_identity={experts.num_identity} experts without weights"

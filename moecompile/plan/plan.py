@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from moecompile.errors import PlanError
-from moecompile.mesh import MeshSpec
+from moecompile.mesh import MeshSpec, Part, axes_that_split
 from moecompile.plan.adapters import AdaptersPlan
 from moecompile.plan.checks import plan_errors
 from moecompile.plan.context_parallel import ExchangedAttention, check_context
@@ -145,6 +145,12 @@ class Estimate:
     lending: Lending | None = None
     expert_shards: ExpertShards | None = None
 
+    @property
+    def bytes_over(self) -> dict[str, Traffic]:
+        """Axis -> what leaves a rank over it per token, in the forward of the whole model."""
+        end = "_bytes_per_token"
+        return {name.removesuffix(end): sent for name, sent in vars(self).items() if name.endswith(end)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -173,8 +179,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         with plan_errors():
-            check_split(self.mesh.tp, self.tensor_parallel)
-            check_context(self.mesh.cp, self.context_parallel)
+            check_split(self.mesh, self.tensor_parallel)
+            check_context(self.mesh, self.context_parallel)
         seen: set[str] = set()
         for i, layer in enumerate(self.layers):
             if layer.site.fqn in seen:
@@ -185,9 +191,10 @@ class Plan:
                     f"layers[{i}].placement.ep", layer.placement.ep, f"must be mesh.ep={self.mesh.ep}",
                     "Plan again for this mesh",
                 )  # fmt: skip
-            if (self.mesh.tp > 1) != bool(layer.cut_over):
-                cut_over, rule = "[" + ", ".join(layer.cut_over) + "]", f"does not fit mesh.tp={self.mesh.tp}"
-                raise PlanError(f"layers[{i}].cut_over", cut_over, rule, "Use [tp] if and only if it is more than 1")
+            if layer.cut_over != self.mesh.axes(Part.TOKENS):
+                cut_over, rule = f"[{', '.join(layer.cut_over)}]", f"does not fit {self.mesh.setting(Part.TOKENS)}"
+                fix = f"Use [{', '.join(axes_that_split(Part.TOKENS))}] if and only if it is more than 1"
+                raise PlanError(f"layers[{i}].cut_over", cut_over, rule, fix)
             if layer.dispatch.on_two_levels and layer.placement.nodes != self.mesh.nodes_per_ep_group:
                 raise PlanError(
                     f"layers[{i}].placement.nodes", layer.placement.nodes,
@@ -212,8 +219,7 @@ class Plan:
         raise KeyError(fqn)
 
     def __str__(self) -> str:
-        sizes = {axis: self.mesh.size(axis) for axis in ("ep", "tp", "cp")}
-        axes = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if axis == "ep" or size > 1)
+        axes = ", ".join(f"{axis}={self.mesh.size(axis)}" for axis in ("ep", *self.mesh.sharing))
         lines = [f"Plan {self.hash}: {len(self.layers)} MoE layers on {self.mesh.world_size} ranks, {axes}"]
         for layer in self.layers:
             e, r = layer.experts, layer.routing

@@ -20,49 +20,59 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moecompile.mesh import DENSE_AXES, EXPERT_AXES, TOKEN_AXES, MeshSpec
+from moecompile.mesh import MeshSpec, Part, axes_that_split, dense_axes, expert_axes
 from moecompile.plan.plan import Reduction
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightClass:
-    """A class of weights on the mesh.
+    """A class of weights on the mesh. Parts stand for the axes that split them.
 
-    axes: of the factorization of the ranks that places it. split: axes on which tokens (or heads) are split at it.
-    owned: axes whose ranks own different parts of it. sharded: axes over which it is stored in parts.
+    split: where tokens (or heads) are split at it. owned: where ranks own different parts of it. stored: over what it
+    is stored in parts besides. experts: which factorization of the ranks places it. only_with: it is `dense` on a mesh
+    that does not split this.
     """
 
     name: str
-    axes: tuple[str, ...] = DENSE_AXES
-    split: tuple[str, ...] = TOKEN_AXES
-    owned: tuple[str, ...] = ()
-    sharded: tuple[str, ...] = ()
+    split: tuple[Part, ...] = (Part.BATCH, Part.SEQUENCE)
+    owned: tuple[Part, ...] = (Part.LAYERS,)
+    stored: tuple[Part, ...] = ()
+    experts: bool = False
+    only_with: Part | None = None
 
 
 DENSE, ROUTER, EXPERTS = "dense", "router", "experts"
-SPLIT, HEADS, INSIDE = "dense, split over tp", "norms of heads", "inside MoE layers"
+SPLIT, HEADS, INSIDE = f"dense, split over {axes_that_split(Part.WEIGHTS)[0]}", "norms of heads", "inside MoE layers"
 
+_TOKENS = (Part.BATCH, Part.SEQUENCE)
 _CLASSES = (
-    WeightClass(name=DENSE, sharded=("dp_shard", "cp")),
-    WeightClass(name=SPLIT, owned=("tp",), sharded=("dp_shard", "tp")),
-    WeightClass(name=HEADS, split=DENSE_AXES, sharded=("dp_shard", "tp")),
-    WeightClass(name=INSIDE, split=DENSE_AXES, sharded=("dp_shard", "tp")),  # shared experts, norms: tokens are cut
+    WeightClass(name=DENSE, stored=(Part.STORED,)),
+    WeightClass(name=SPLIT, owned=(Part.LAYERS, Part.WEIGHTS), stored=(Part.STORED,), only_with=Part.WEIGHTS),
+    WeightClass(
+        name=HEADS, split=(*_TOKENS, Part.HEADS), stored=(Part.STORED, Part.HEADS), only_with=Part.WEIGHTS
+    ),
+    WeightClass(  # shared experts, norms: tokens are cut
+        name=INSIDE, split=(*_TOKENS, Part.TOKENS), stored=(Part.STORED, Part.TOKENS), only_with=Part.TOKENS
+    ),
     WeightClass(name=ROUTER),
-    WeightClass(name=EXPERTS, axes=EXPERT_AXES, split=EXPERT_AXES, owned=("ep",), sharded=("edp", "ep")),
-)
-_WITHOUT_TP = (DENSE, ROUTER, EXPERTS)  # the others are like `dense` then
+    WeightClass(
+        name=EXPERTS, split=(*_TOKENS, Part.STORED_EXPERTS), owned=(Part.LAYERS, Part.EXPERTS),
+        stored=(Part.STORED_EXPERTS,), experts=True,
+    ),
+)  # fmt: skip
 
 
 def reductions(mesh: MeshSpec) -> tuple[Reduction, ...]:
     """The reductions of all classes of weights on `mesh`; axes of one rank are left out."""
-    return tuple(_reduction(kind, mesh) for kind in _CLASSES if mesh.tp > 1 or kind.name in _WITHOUT_TP)
+    return tuple(_reduction(each, mesh) for each in _CLASSES if each.only_with is None or mesh.axes(each.only_with))
 
 
 def _reduction(kind: WeightClass, mesh: MeshSpec) -> Reduction:
-    axes = tuple(axis for axis in kind.axes if mesh.size(axis) > 1)
+    axes = mesh.axes(*(expert_axes() if kind.experts else dense_axes()))
+    owned, sharded = mesh.axes(*kind.owned), mesh.axes(*kind.owned, *kind.stored)
     return Reduction(
         parameters=kind.name,
-        replicated_over=tuple(axis for axis in axes if axis not in kind.sharded),
-        sharded_over=tuple(axis for axis in axes if axis in kind.sharded),
-        sum_over=tuple(axis for axis in axes if axis in kind.split and axis not in kind.owned),
+        replicated_over=tuple(axis for axis in axes if axis not in sharded),
+        sharded_over=tuple(axis for axis in axes if axis in sharded),
+        sum_over=tuple(axis for axis in axes if axis in mesh.axes(*kind.split) and axis not in owned),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moecompile.errors import ConfigError
+from moecompile.mesh import MeshSpec
 from moecompile.plan.checks import plan_errors
 from moecompile.ranges import check_word
 
@@ -31,9 +32,9 @@ class SplitModules:
             check_word(STYLES, f"tensor_parallel.{self.modules}", self.style)
 
 
-def check_split(tp: int, split: tuple[SplitModules, ...]) -> None:
+def check_split(mesh: MeshSpec, split: tuple[SplitModules, ...]) -> None:
     """Raises ConfigError if modules are split without an axis."""
-    if tp == 1 and split:
+    if mesh.tp == 1 and split:
         raise ConfigError(
             "tensor_parallel", split[0].modules, "is split, but mesh.tp=1", "Leave it out, or raise mesh.tp"
         )

@@ -45,7 +45,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from moecompile.mesh import MeshSpec
+from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import FFNSite, LayerPlan
 from moecompile.planner.params import BF16_BYTES, ModelFacts, RunFacts, computed_per_token
 from moecompile.planner.traffic import copies_per_token
@@ -94,8 +94,8 @@ def activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
 
 
 def tokens_of_a_rank(mesh: MeshSpec, run: RunFacts) -> int:
-    """Tokens of a micro-batch that one rank has inside MoE layers, where they are cut over tp."""
-    return -(-run.tokens_per_rank // mesh.tp)
+    """Tokens of a micro-batch that one rank has inside MoE layers."""
+    return mesh.share(run.tokens_per_rank, Part.TOKENS)
 
 
 def moe_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from moecompile.errors import ConfigError
+from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import AdaptersPlan, ExpertAdapters, ExpertsSite, LayerPlan
 from moecompile.planner.params import ModelFacts
 from moecompile.schema import AdapterKind, Config, check_adapters
@@ -21,7 +22,9 @@ from moecompile.schema import AdapterKind, Config, check_adapters
 Layers = tuple[LayerPlan, ...]
 
 
-def plan_adapters(layers: Layers, config: Config, facts: ModelFacts) -> tuple[Layers, AdaptersPlan | None, ModelFacts]:
+def plan_adapters(
+    layers: Layers, mesh: MeshSpec, config: Config, facts: ModelFacts
+) -> tuple[Layers, AdaptersPlan | None, ModelFacts]:
     """The layers with adapters of their experts, the adapters of the model, and facts that count the latter.
 
     Raises:
@@ -31,10 +34,9 @@ def plan_adapters(layers: Layers, config: Config, facts: ModelFacts) -> tuple[La
     chosen = config.adapters
     if chosen.kind is AdapterKind.none:
         return layers, None, facts
-    if config.mesh.tp > 1:
-        raise ConfigError(
-            "mesh.tp", config.mesh.tp, "adapters are not split over tp", "Use mesh.tp=1, or adapters=none"
-        )
+    for axis in mesh.axes(Part.WEIGHTS):
+        rule, fix = f"adapters are not split over {axis}", f"Use mesh.{axis}=1, or adapters=none"
+        raise ConfigError(f"mesh.{axis}", mesh.size(axis), rule, fix)
     _check_sites(layers)  # Step 1
     adapted = tuple(_with_adapters(layer, config) for layer in layers)  # Step 2
     known = [f"{layer.site.fqn}.{name}" for layer in layers for name in _weights(layer)]

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 
 from moecompile.errors import ConfigError
-from moecompile.mesh import MeshSpec
+from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import (
     ExpertPlacement,
     ExpertsPlan,
@@ -97,11 +97,11 @@ def draft_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
         replace(
             _layer(site, layer_settings(config, site.fqn, i, len(chosen)), config, mesh, facts),
             mask_padding=mask_padding,
-            cut_over=("tp",) if mesh.tp > 1 else (),
+            cut_over=mesh.axes(Part.TOKENS),
         )
         for i, site in enumerate(chosen)
     )
-    layers, adapters, facts = plan_adapters(placed(layers, config), config, facts)
+    layers, adapters, facts = plan_adapters(placed(layers, config), mesh, config, facts)
     plan = Plan(  # Step 4
         mesh=mesh,
         layers=layers,
@@ -118,7 +118,7 @@ def run_facts(config: Config, mesh: MeshSpec, facts: ModelFacts) -> RunFacts:
     data, trainer = config.data, config.trainer
     stored = "" if facts.bytes_per_param == 4 else f" on weights of {facts.bytes_per_param} bytes"
     return RunFacts(
-        tokens_per_rank=data.micro_batch_size * data.seq_len // mesh.cp,
+        tokens_per_rank=mesh.share(data.micro_batch_size * data.seq_len, Part.SEQUENCE),
         micro_batch_size=data.micro_batch_size,
         precision=f"{trainer.precision.value}{stored}",
         hardware=config.hardware.name,

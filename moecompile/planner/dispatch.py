@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from moecompile.errors import ConfigError
-from moecompile.mesh import MeshSpec
+from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import KINDS, DispatchPlan, ExpertPlacement, PlannedSite, RoutingPlan
 from moecompile.planner.lending import plan_lending
 from moecompile.planner.overlap import LayerSeconds, choose_chunks, choose_overlap
@@ -69,7 +69,7 @@ def _links(config: Config) -> Links:
 
 def _tokens(config: Config, mesh: MeshSpec) -> int:
     """Tokens of a micro-batch that a rank sends to experts."""
-    return -(-config.data.micro_batch_size * config.data.seq_len // (mesh.cp * mesh.tp))
+    return mesh.share(config.data.micro_batch_size * config.data.seq_len, Part.SEQUENCE, Part.TOKENS)
 
 
 def _wire(config: Config, mesh: MeshSpec, site: PlannedSite) -> Wire:
@@ -109,7 +109,7 @@ def _overlap(
 
 def _check_chunks(chunks: int | str, tokens: int, mesh: MeshSpec) -> None:
     Whole(2).check("dispatch.chunks", chunks)
-    cut = " / mesh.tp" if mesh.tp > 1 else " / mesh.cp" if mesh.cp > 1 else ""
+    cut = "".join(f" / mesh.{axis}" for axis in mesh.axes(Part.SEQUENCE, Part.TOKENS))
     if int(chunks) > tokens:
         raise ConfigError(
             "dispatch.chunks", chunks, f"a micro-batch has {tokens} tokens (data.micro_batch_size * data.seq_len{cut})",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from moecompile.mesh import MeshSpec
+from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import Assumptions, Estimate, ExchangedAttention, LayerPlan, Traffic
 from moecompile.planner.activations import FP32_BYTES, tokens_of_a_rank
 from moecompile.planner.context_parallel import cp_traffic
@@ -55,7 +55,7 @@ def estimate(
             hardware=run.hardware,
             memory_bytes=round(memory_bytes),
             tokens_per_rank=run.tokens_per_rank,
-            seq_len=run.tokens_per_rank * mesh.cp // run.micro_batch_size,
+            seq_len=run.tokens_per_rank * mesh.size(Part.SEQUENCE) // run.micro_batch_size,
             accumulation=run.accumulation,
             precision=run.precision,
             optimizer=run.optimizer.kind.value,

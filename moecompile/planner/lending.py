@@ -18,7 +18,7 @@ import math
 from collections.abc import Sequence
 
 from moecompile.errors import ConfigError
-from moecompile.mesh import MeshSpec
+from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import (
     KINDS,
     DispatchPlan,
@@ -53,14 +53,15 @@ def plan_lending(
                 "Use dispatch.balance=lend, or slots=auto",
             )  # fmt: skip
         return DispatchPlan(kind=kind)
-    if mesh.tp > 1:
+    if mesh.axes(Part.TOKENS):
         if balance is DispatchBalance.auto:
             return DispatchPlan(kind=kind)
-        raise ConfigError("dispatch.balance", "lend", f"experts are not lent with mesh.tp={mesh.tp}", "Use none")
+        rule = f"experts are not lent with {mesh.setting(Part.TOKENS)}"
+        raise ConfigError("dispatch.balance", "lend", rule, "Use none")
     number = _slots(slots, placement)
     check_lends(kind, balance.value)
     near, far = _loan_rows(config, mesh, site, d_expert)
-    rows = config.data.micro_batch_size * config.data.seq_len // mesh.cp * routing.top_k
+    rows = mesh.share(config.data.micro_batch_size * config.data.seq_len, Part.SEQUENCE) * routing.top_k
     cheapest = near if mesh.ep > mesh.nodes_per_ep_group else far
     if balance is DispatchBalance.auto and (KINDS[kind].no_lending or cheapest >= rows):
         return DispatchPlan(kind=kind)

@@ -37,7 +37,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from math import ceil
 
-from moecompile.mesh import MeshSpec
+from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import LayerPlan, MemoryEstimate
 from moecompile.planner.activations import FP32_BYTES, Activations, activations, exchanged, row_load, tokens_of_a_rank
 from moecompile.planner.lending import lending
@@ -100,8 +100,9 @@ def buffer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> 
 
 def _own_params(params: ModelParams, mesh: MeshSpec, share: Fraction) -> int:
     """Sharded parameters that one rank stores (step 1), without routers, which are replicated. share: of experts."""
-    over_tp = min(params.dense, params.split_root + params.split_layers + params.shared) if mesh.tp > 1 else 0
-    dense = _shard(params.dense - over_tp, mesh.fsdp_shard) + _shard(over_tp, mesh.fsdp_shard * mesh.tp)
+    split = params.split_root + params.split_layers + params.shared if mesh.axes(Part.WEIGHTS) else 0
+    split = min(params.dense, split)
+    dense = mesh.share(params.dense - split, Part.STORED) + mesh.share(split, Part.STORED, Part.WEIGHTS)
     return dense + ceil(params.experts * share)
 
 
@@ -116,10 +117,10 @@ def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelF
         return 0
     counts, params = [layer_params(layer) for layer in layers], model_params(layers, facts)
     in_layers = facts.params_total - facts.params_embedding - sum(c.dense for c in counts)
-    in_layers -= params.split_layers - _shard(params.split_layers, mesh.tp)
-    root = facts.params_embedding - params.split_root + _shard(params.split_root, mesh.tp)
+    in_layers -= params.split_layers - mesh.share(params.split_layers, Part.WEIGHTS)
+    root = facts.params_embedding - params.split_root + mesh.share(params.split_root, Part.WEIGHTS)
     largest = max((c.shared + padded_experts(layer, mesh) for layer, c in zip(layers, counts, strict=True)), default=0)
-    return root + _shard(in_layers, max(1, facts.num_layers, len(layers))) + largest
+    return root + -(-in_layers // max(1, facts.num_layers, len(layers))) + largest
 
 
 def _unsharded_grads_bytes(
@@ -127,13 +128,8 @@ def _unsharded_grads_bytes(
 ) -> int:
     """Bytes of gradients before they are reduced (step 2)."""
     split = min(trained.dense, trained.split_root + trained.split_layers)
-    all_grads = trained.dense - split + _shard(split, mesh.tp) + _shard(trained.experts, mesh.ep)
+    all_grads = trained.dense - split + mesh.share(split, Part.WEIGHTS) + mesh.share(trained.experts, Part.EXPERTS)
     if mesh.world_size == 1 or run.accumulation == 1:
         number = run.compute_bytes if facts.adapters is None else FP32_BYTES
         return min(all_grads, _unsharded_params(layers, mesh, facts)) * number
     return all_grads * FP32_BYTES
-
-
-def _shard(numbers: int, parts: int) -> int:
-    """The largest of `parts` equal shards."""
-    return -(-numbers // parts)

@@ -17,12 +17,12 @@ P: parameters of matrices that Muon steps; n: ranks over which FSDP cuts them (d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import floor, prod
 
-from moecompile.mesh import MeshSpec
+from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import ExpertsSite, LayerPlan, Traffic, cut_dim
 from moecompile.planner.activations import FP32_BYTES
 from moecompile.planner.params import ModelFacts, ModelParams
@@ -63,7 +63,7 @@ def muon_params(
         return MuonParams(dense=facts.adapters[0], experts=trained.experts, cut=within)
     kept, replaced, joined = _dense(layers, facts)
     kept = {name: shape for name, shape in kept.items() if _is_muons(name, config)}
-    styles = {f"{fact.path}.weight": fact.style for fact in facts.split} if mesh.tp > 1 else {}
+    styles = {f"{fact.path}.weight": fact.style for fact in facts.split} if mesh.axes(Part.WEIGHTS) else {}
     sizes = Counter[str]()
     for name, (rows, columns) in kept.items():
         style = styles.get(name, "")
@@ -77,7 +77,7 @@ def muon_params(
         experts += size
         cut += size if cut_dim((shape[0] // mesh.ep, *shape[1:]), mesh.edp_shard) else 0
     shared = min(shared, trained.dense)
-    sizes["summed" if mesh.tp > 1 else "dense"] += shared
+    sizes["summed" if mesh.axes(Part.TOKENS) else "dense"] += shared
     return MuonParams(
         dense=max(0, sizes["dense"] - replaced), split=sizes["split"], summed=sizes["summed"],
         experts=min(experts, trained.experts), cut=min(cut, experts, trained.experts),
@@ -127,37 +127,33 @@ def _new(layers: Sequence[LayerPlan]) -> tuple[list[tuple[str, tuple[int, ...]]]
 
 def state_bytes(own: int, router: int, muon: MuonParams, mesh: MeshSpec, share: Fraction) -> int:
     """Step 2. own: trained parameters of the fullest rank without routers, which are replicated. share: of experts."""
-    over = mesh.fsdp_shard * mesh.tp
-    of_muon = muon.dense // mesh.fsdp_shard + (muon.split + muon.summed) // over
-    of_muon += floor(muon.experts * share)
+    of_muon = muon.dense // mesh.size(Part.STORED)
+    of_muon += (muon.split + muon.summed) // mesh.size(Part.STORED, Part.WEIGHTS) + floor(muon.experts * share)
     return ((own + router) * _ADAMW_MOMENTS - min(of_muon, own)) * FP32_BYTES
 
 
 def step_traffic(muon: MuonParams, mesh: MeshSpec, number: int) -> Traffic:
     """Step 3, bytes. number: bytes of a number on the wire."""
     parts = [
-        (muon.dense, mesh.fsdp_shard, mesh.tp),
-        (muon.split / mesh.tp, mesh.fsdp_shard, mesh.tp),
-        (muon.split / mesh.fsdp_shard, mesh.tp, 1),
-        (muon.summed, mesh.fsdp_shard * mesh.tp, 1),
-        (muon.cut / mesh.ep, mesh.edp_shard, mesh.ep),
+        (muon.dense, (Part.STORED,)),
+        (muon.split / mesh.size(Part.WEIGHTS), (Part.STORED,)),
+        (muon.split / mesh.size(Part.STORED), (Part.WEIGHTS,)),
+        (muon.summed, (Part.STORED, Part.WEIGHTS)),
+        (muon.cut / mesh.size(Part.EXPERTS), (Part.STORED_EXPERTS,)),
     ]
     sent = Traffic(intra_node=0.0, inter_node=0.0)
-    for params, ranks, stride in parts:
+    for params, over in parts:
+        ranks = mesh.size(*over)
         bytes_ = 2 * params * (ranks - 1) / ranks**2 * number
-        near = _near(mesh, ranks, stride)
+        near = _near(mesh, over)
         sent = replace(
             sent, intra_node=sent.intra_node + near * bytes_, inter_node=sent.inter_node + (1 - near) * bytes_
         )
     return sent
 
 
-def _near(mesh: MeshSpec, ranks: int, stride: int) -> float:
-    """The fraction of pairs of different ranks of a group, `stride` apart, that are on one node."""
-    nodes = Counter(mesh.node_of(rank) for rank in _group(ranks, stride))
-    pairs = ranks * (ranks - 1)
+def _near(mesh: MeshSpec, over: Sequence[Part]) -> float:
+    """The fraction of pairs of different ranks of a group over these parts that are on one node."""
+    group = mesh.group(*over)
+    nodes, pairs = Counter(map(mesh.node_of, group)), len(group) * (len(group) - 1)
     return sum(n * (n - 1) for n in nodes.values()) / pairs if pairs else 1.0
-
-
-def _group(ranks: int, stride: int) -> Iterator[int]:
-    yield from range(0, ranks * stride, stride)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import (
     EVEN,
     AdaptersPlan,
@@ -50,7 +51,7 @@ def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
         console.print(_exchanged_table(plan))
     if plan.estimate is not None:
         console.print()
-        _print_estimate(plan.estimate, plan.layers, plan.mesh.cp, console)
+        _print_estimate(plan.estimate, plan, console)
     if notes:
         console.print()
     for note in notes:
@@ -60,8 +61,7 @@ def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
 def _header(plan: Plan) -> Table:
     mesh, grid = plan.mesh, plain_grid()
     axes = ", ".join(
-        f"{name} {getattr(mesh, name)}"
-        for name in ("ep", "edp", "dp_replicate", "dp_shard", *(axis for axis in ("tp", "cp") if mesh.size(axis) > 1))
+        f"{name} {getattr(mesh, name)}" for name in ("ep", "edp", "dp_replicate", "dp_shard", *mesh.sharing)
     )
     nodes, ranks = plural(mesh.num_nodes, "node"), plural(mesh.ranks_per_node, "rank")
     grid.add_row(Text("plan", style="bold"), Text(f"{plan.hash}, {plural(len(plan.layers), 'MoE layer')}"))
@@ -153,8 +153,8 @@ def _reductions_table(plan: Plan) -> Table:
 
 
 def _split_table(plan: Plan) -> Table:
-    """The modules outside of MoE layers that are split over tp, by style."""
-    table = plain_table("split over tp", "modules")
+    """The modules outside of MoE layers that are split, by style."""
+    table = plain_table(f"split over {', '.join(plan.mesh.axes(Part.WEIGHTS))}", "modules")
     styles = dict.fromkeys(entry.style for entry in plan.tensor_parallel)
     for style in styles:
         modules = [entry.modules for entry in plan.tensor_parallel if entry.style == style]
@@ -163,11 +163,12 @@ def _split_table(plan: Plan) -> Table:
 
 
 def _exchanged_table(plan: Plan) -> Table:
-    """The attention that exchanges positions for heads over cp."""
-    table = plain_table("attention over cp", "layers", "heads of a rank", "key heads of a rank", "copies")
+    """The attention that exchanges positions for heads."""
+    over = f"attention over {', '.join(plan.mesh.axes(Part.SEQUENCE))}"
+    table = plain_table(over, "layers", "heads of a rank", "key heads of a rank", "copies")
     for each in plan.context_parallel:
-        cp = plan.mesh.cp
-        numbers = (each.layers, each.query_heads // cp, each.key_heads * each.key_copies // cp, each.key_copies)
+        ranks = plan.mesh.size(Part.HEADS)
+        numbers = (each.layers, each.query_heads // ranks, each.key_heads * each.key_copies // ranks, each.key_copies)
         table.add_row(Text(each.modules), *(Text(str(number)) for number in numbers))
     return table
 
@@ -189,7 +190,7 @@ def _print_memory(estimate: Estimate, console: Console) -> None:
     console.print()
 
 
-def _print_estimate(estimate: Estimate, layers: Sequence[LayerPlan], cp: int, console: Console) -> None:
+def _print_estimate(estimate: Estimate, plan: Plan, console: Console) -> None:
     assumes = estimate.assumes
     _print_memory(estimate, console)
     if estimate.remedies:
@@ -203,24 +204,19 @@ def _print_estimate(estimate: Estimate, layers: Sequence[LayerPlan], cp: int, co
         used += f", {count_text(estimate.params_muon)} in matrices of Muon"
     grid.add_row(Text("parameters", style="dim"), Text(used))
     if assumes is not None:
-        grid.add_row(Text("assumes", style="dim"), Text(_assumes_text(assumes, estimate.checkpointing, cp)))
+        grid.add_row(Text("assumes", style="dim"), Text(_assumes_text(assumes, estimate.checkpointing, plan.mesh)))
     grid.add_row(Text("forward bytes", style="dim"), Text(traffic_text(asdict(estimate.bytes_per_token_per_layer))))
-    if any(asdict(estimate.tp_bytes_per_token).values()):
-        sent = estimate.tp_bytes_per_token.intra_node, estimate.tp_bytes_per_token.inter_node
-        text = (
-            f"{bytes_text(sent[0])} intra-node, {bytes_text(sent[1])} inter-node per token over tp, all layers together"
-        )
-        grid.add_row(Text("tp bytes", style="dim"), Text(text))
-    if any(asdict(estimate.cp_bytes_per_token).values()):
-        near, far = estimate.cp_bytes_per_token.intra_node, estimate.cp_bytes_per_token.inter_node
-        text = f"{bytes_text(near)} intra-node, {bytes_text(far)} inter-node per token over cp, all layers together"
-        grid.add_row(Text("cp bytes", style="dim"), Text(text))
+    for axis, sent in estimate.bytes_over.items():
+        near, far = bytes_text(sent.intra_node), bytes_text(sent.inter_node)
+        text = f"{near} intra-node, {far} inter-node per token over {axis}, all layers together"
+        if sent.intra_node or sent.inter_node:
+            grid.add_row(Text(f"{axis} bytes", style="dim"), Text(text))
     if any(asdict(estimate.optimizer_bytes_per_step).values()):
         text = traffic_text(asdict(estimate.optimizer_bytes_per_step), per="rank and step")
         grid.add_row(Text("optimizer bytes", style="dim"), Text(text))
     for name, text in _experts_texts(estimate):
         grid.add_row(Text(name, style="dim"), Text(text))
-    grid.add_row(Text("padding", style="dim"), Text(_padding_text(layers)))
+    grid.add_row(Text("padding", style="dim"), Text(_padding_text(plan.layers)))
     if estimate.checkpointing != "none":
         grid.add_row(Text("recomputation", style="dim"), Text(_recomputation_text(estimate)))
     console.print(grid)
@@ -234,10 +230,11 @@ def _remedies_table(remedies: Sequence[Remedy]) -> Table:
     return table
 
 
-def _assumes_text(assumes: Assumptions, checkpointing: str, cp: int) -> str:
+def _assumes_text(assumes: Assumptions, checkpointing: str, mesh: MeshSpec) -> str:
     """`8,192 tokens a rank and micro-batch (2 sequences of 4,096), 4 of them a step, bf16_params, adamw, ...`"""
-    sequences = f"{plural(assumes.tokens_per_rank * cp // assumes.seq_len, 'sequence')} of {assumes.seq_len:,}"
-    sequences += f" over {cp} ranks" if cp > 1 else ""
+    ranks = mesh.size(Part.SEQUENCE)
+    sequences = f"{plural(assumes.tokens_per_rank * ranks // assumes.seq_len, 'sequence')} of {assumes.seq_len:,}"
+    sequences += f" over {ranks} ranks" if ranks > 1 else ""
     steps = f"accumulated over {assumes.accumulation} micro-batches" if assumes.accumulation > 1 else "no accumulation"
     return (
         f"{assumes.tokens_per_rank:,} tokens a rank ({sequences}), {steps}, "

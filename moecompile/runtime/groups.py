@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moecompile.kept_groups import device_mesh
-from moecompile.mesh import MeshSpec
+from moecompile.mesh import MeshSpec, Part, axes_that_split
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Groups:
 
     every: all ranks; votes (is something not finite) and norms of weights that are spread over all of them. tokens:
     ranks with different tokens, this one among them: losses, token counts, loads, gradients of weights that are whole
-    on every rank. Without tensor parallelism, both have all ranks. sequences: ranks with parts of the same sequences;
-    None without context parallelism.
+    on every rank. Where no ranks share tokens, both have all ranks. sequences: ranks with parts of the same sequences;
+    None if each has whole ones.
     """
 
     mesh: MeshSpec
@@ -34,11 +34,9 @@ class Groups:
         every = dist.group.WORLD
         assert every is not None
         tokens = every
-        if mesh.tp > 1:
-            tokens = device_mesh(device_type, {"tokens": mesh.num_batches, "tp": mesh.tp})["tokens"].get_group()
-        sequences = None
-        if mesh.cp > 1:
-            sequences = device_mesh(device_type, {"batches": mesh.num_batches, "cp": mesh.cp})["cp"].get_group()
+        if mesh.size(Part.BATCH, Part.SEQUENCE) < mesh.world_size:
+            tokens = _along(mesh, device_type, Part.BATCH, Part.SEQUENCE)
+        sequences = _along(mesh, device_type, Part.SEQUENCE) if mesh.axes(Part.SEQUENCE) else None
         return cls(mesh, dist.get_rank(), every, tokens, sequences)
 
     def of_micro_batch(self, num_tokens: Tensor) -> Tensor:
@@ -62,3 +60,9 @@ class Groups:
     def is_counted(self) -> bool:
         """Whether this rank counts its tokens in sums over `every`."""
         return self.mesh.is_counted(self.rank)
+
+
+def _along(mesh: MeshSpec, device_type: str, *of: Part) -> ProcessGroup:
+    """The ranks that differ from this one along the axes that split `of`."""
+    names = axes_that_split(*of)
+    return device_mesh(device_type, mesh.dims(names))["_".join(names)].get_group()

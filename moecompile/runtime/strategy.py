@@ -36,6 +36,7 @@ from torch.optim import Optimizer
 
 from moecompile.checkpoint.tensors import tensors_of
 from moecompile.errors import ConfigError, PlanError
+from moecompile.mesh import Part
 from moecompile.nn import LoadMeter, Router
 from moecompile.passes.base import run_on_model
 from moecompile.passes.run import on_every_rank
@@ -200,9 +201,10 @@ class ExpertParallelStrategy(TrainingSteps):
                 f"the plan is for {plan.mesh.world_size} ranks, the Trainer has {self.world_size}",
                 "Change mesh.num_nodes and mesh.ranks_per_node, or the Trainer's devices and num_nodes",
             )  # fmt: skip
-        if plan.mesh.cp > 1 and self.loss == "mean":
+        if plan.mesh.axes(Part.SEQUENCE) and self.loss == "mean":
             raise ConfigError(
-                "loss", "mean", f"with mesh.cp={plan.mesh.cp}, ranks may have unequally many of a sequence's targets",
+                "loss", "mean",
+                f"with {plan.mesh.setting(Part.SEQUENCE)}, ranks may have unequally many of a sequence's targets",
                 "Return {'loss': sum, 'num_tokens': n} of moecompile.own_positions(model, labels), and use loss='sum'",
             )  # fmt: skip
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from moecompile.checkpoint.fingerprint import fingerprint
 from moecompile.load_history import LOAD_HISTORY
-from moecompile.mesh import MeshSpec
+from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import Plan, Traffic
 from moecompile.rundir import SAMPLES
 from moecompile.runtime import signals
@@ -95,15 +95,15 @@ def train(
         history_path=run_dir / LOAD_HISTORY,
     )
     meter, saver = TrafficMeter(mesh), Saver(run_dir, plan, config, metrics, start, known)
-    place, accumulate = mesh.batch_index(rank), accumulation_steps(config, mesh)
+    place, accumulate, parts = mesh.batch_index(rank), accumulation_steps(config, mesh), mesh.size(Part.SEQUENCE)
     routes = routes_observer(model, config, run_dir, known, rank=place, accumulate=accumulate, first_step=first_step)
     acceptance = Acceptance(run_dir, first_step, partial(make_loggers, config, run_dir, folder, first_step), metrics)
     observers: list[Callback] = [acceptance, *([] if routes is None else [routes]), metrics, meter, saver]
     routed = config.routing.replay is None
     observers.append(StepProfile(plan, run_dir, max_steps, meter, routes=routed))
-    val = val_loader(data.val, config.data, rank=place, world_size=mesh.num_batches, multiple=mesh.cp)
+    val = val_loader(data.val, config.data, rank=place, world_size=mesh.num_batches, multiple=parts)
     interval = config.trainer.sample_interval
-    if interval != 0 and mesh.cp == 1:  # with cp, a rank has logits of its positions only
+    if interval != 0 and parts == 1:  # else a rank has logits of its positions only
         observers.append(Samples(interval, val, data.tokenizer, run_dir / SAMPLES, metrics, seed=config.seed))
     if on_row is not None:
         observers.append(Live(metrics, on_row))
@@ -111,7 +111,7 @@ def train(
     trainer = make_trainer(config, mesh, run_dir, observers, loggers=[acceptance.unwritten], materialize=materialize)
     fit = train_loader(
         data.train, config.data, seed=config.seed, rank=place, world_size=mesh.num_batches,
-        start_step=first_step, num_steps=max_steps - first_step, multiple=mesh.cp,
+        start_step=first_step, num_steps=max_steps - first_step, multiple=parts,
     )  # fmt: skip
     with finished(trainer):
         if start is None:

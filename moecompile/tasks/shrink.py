@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
+from moecompile.mesh import Part
 from moecompile.schema import Config, DataKind, ModelDevice, MuonPrecision, accumulation_steps, mesh_spec
 
 MAX_RANKS = 8
@@ -69,8 +70,7 @@ def _shrink_mesh(work: _Shrinking) -> None:
         ("ranks_per_node", ranks),
         ("ep", ep),
         ("dp_replicate", 1),
-        ("tp", min(spec.tp, ranks)),
-        ("cp", min(spec.cp, ranks)),
+        *((axis, min(spec.size(axis), ranks)) for axis in spec.sharing),
     ):
         work.limit(mesh, "mesh", name, value, why)
     work.limit(mesh, "mesh", "dp_shard", "auto", why)
@@ -89,8 +89,7 @@ def _shrink_model(work: _Shrinking) -> None:
     why = "narrow enough for seconds"
     heads = {model.config.get(name) for name in ("num_attention_heads", "num_key_value_heads")}
     as_many = {"num_key_value_heads": _LIMITS["num_attention_heads"]} if len(heads) == 1 else {}  # latent attention
-    spec = mesh_spec(config.mesh)
-    most_split = max(spec.tp, spec.cp)
+    most_split = mesh_spec(config.mesh).size(Part.HEADS)
     for name, most in {**_LIMITS, **as_many}.items():
         most = max(most, most_split) if name.startswith("num_") and name.endswith("_heads") else most  # it divides them
         old = model.config.get(name)

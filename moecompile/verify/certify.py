@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moecompile.mesh import Part
 from moecompile.models.build import pretrained_folder
 from moecompile.models.chat import load_chat_template
 from moecompile.models.packing import check_packing
@@ -104,7 +105,7 @@ def _dtypes(config: Config) -> list[torch.dtype]:
 def _all_batches(config: Config, data: TextData) -> list[Batch]:
     loader = train_loader(
         data.train, config.data, seed=config.seed, rank=0, world_size=1, num_steps=config.trainer.max_steps,
-        multiple=mesh_spec(config.mesh).cp,  # the same rows as on the ranks
+        multiple=mesh_spec(config.mesh).size(Part.SEQUENCE),  # the same rows as on the ranks
     )  # fmt: skip
     return [uneven(batch, i, config) for i, batch in enumerate(loader)]
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moecompile.mesh import MeshSpec
+from moecompile.mesh import MeshSpec, Part
 from moecompile.nn.context import own_positions
 from moecompile.nn.placement import by_id, expert_orders
 from moecompile.nn.replay import replay_routes
@@ -41,7 +41,7 @@ def run_ranks(model: nn.Module, plan: Plan, config: Config, data: TextData, run_
     module = LanguageModule(model, config.optimizer, config.trainer.max_steps)
     loader = train_loader(
         data.train, config.data, seed=config.seed, rank=mesh.batch_index(rank), world_size=mesh.num_batches,
-        num_steps=config.trainer.max_steps, multiple=mesh.cp,
+        num_steps=config.trainer.max_steps, multiple=mesh.size(Part.SEQUENCE),
     )  # fmt: skip
     accumulate = accumulation_steps(config, mesh)
     numbers = [_global_number(i, mesh, rank, accumulate) for i in range(accumulate * config.trainer.max_steps)]
@@ -173,8 +173,9 @@ def _in_order(local: list[Tensor], per_step: int, mesh: MeshSpec) -> list[Tensor
         return local
     steps = range(0, len(local), per_step)
     parts = [tensors for rank, tensors in enumerate(gathered) if mesh.is_counted(rank)]
+    of_batch = mesh.size(Part.SEQUENCE)
     counted = [
-        [torch.cat(tensors, 1) for tensors in zip(*parts[first : first + mesh.cp], strict=True)]
-        for first in range(0, len(parts), mesh.cp)
+        [torch.cat(tensors, 1) for tensors in zip(*parts[first : first + of_batch], strict=True)]
+        for first in range(0, len(parts), of_batch)
     ]
     return [tensor for step in steps for tensors in counted for tensor in tensors[step : step + per_step]]

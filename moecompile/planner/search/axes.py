@@ -8,17 +8,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from moecompile.errors import ConfigError
-from moecompile.mesh import divisors
+from moecompile.mesh import AXES as MESH_AXES
+from moecompile.mesh import Part, axes_that_split, divisors
 from moecompile.plan import KINDS as DISPATCH_KINDS
 from moecompile.plan import ExpertsSite, LayerPlan
 from moecompile.schema import Checkpointing, Config
 
+_OF_MESH = tuple(axis.name for axis in sorted(MESH_AXES, key=lambda axis: axis.dense) if axis.searched)
 AXES = {
-    "ep": "mesh.ep", "dp_replicate": "mesh.dp_replicate", "tp": "mesh.tp", "dispatch": "dispatch.kind",
+    **{name: f"mesh.{name}" for name in _OF_MESH}, "dispatch": "dispatch.kind",
     "overlap": "dispatch.overlap", "micro_batch": "data.micro_batch_size", "checkpointing": "trainer.checkpointing",
     "max_nodes": "routing.max_nodes", "granularity": "experts.granularity", "layout": "workload.tp",
 }  # fmt: skip
@@ -33,11 +36,14 @@ GRANULARITIES = (1, 2, 4, 8)
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """The searched values of each axis; an axis that is kept has its one value. kept: axis -> why, if it is kept."""
+    """The searched values of each axis; an axis that is kept has its one value.
+
+    sharing: axis of the mesh whose ranks share a micro-batch -> its sizes. kept: axis -> why, if it is kept.
+    """
 
     ep: Sequence[int]
     dp_replicate: Sequence[int]
-    tp: Sequence[int]
+    sharing: Mapping[str, Sequence[int]]
     dispatch: Sequence[str]
     overlap: Sequence[tuple[str, int]]
     micro_batch: Sequence[int]
@@ -46,6 +52,11 @@ class Axes:
     granularity: Sequence[int]
     layout: bool
     kept: dict[str, str]
+
+    def meshes(self) -> Iterator[dict[str, int]]:
+        """Sizes of the axes of the mesh that change the plan of a layer."""
+        for *sizes, ep in product(*self.sharing.values(), self.ep):
+            yield {"ep": ep, **dict(zip(self.sharing, sizes, strict=True))}
 
     def chosen(self, settings: Mapping[str, object]) -> dict[str, object]:
         """Settings without those of axes that are kept."""
@@ -67,11 +78,12 @@ def axes_of(config: Config, layers: Sequence[LayerPlan], ep: int) -> Axes:
     world = mesh.num_nodes * mesh.ranks_per_node
     overlap = config.dispatch.overlap.value
     now = layers[0].dispatch if layers else None
-    powers = [2**n for n in range(mesh.ranks_per_node.bit_length()) if mesh.ranks_per_node % 2**n == 0 and 2**n <= 8]
+    powers = [n for n in (1, 2, 4, 8) if mesh.ranks_per_node % n == 0]
+    sharing = [name for name in _OF_MESH if name not in axes_that_split(Part.BATCH, Part.EXPERTS)]
     return Axes(
         ep=divisors(world) if "ep" in searched else [ep],
         dp_replicate=divisors(world) if "dp_replicate" in searched else [mesh.dp_replicate],
-        tp=powers if "tp" in searched else [mesh.tp],
+        sharing={name: powers if name in searched else [getattr(mesh, name)] for name in sharing},
         dispatch=KINDS if "dispatch" in searched else [config.dispatch.kind.value],
         overlap=OVERLAPS if "overlap" in searched else [(now.overlap, now.chunks) if now else (overlap, 1)],
         micro_batch=sorted({*MICRO_BATCHES, data.micro_batch_size})

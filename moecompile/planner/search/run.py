@@ -107,7 +107,7 @@ def _space(search: Search, plan: Plan, case: Case) -> Space:
     return replace(
         space, ep=[ep for ep in axes.ep if _on_nodes(plan.mesh, ep)], kinds=kinds, recompute=recompute,
         micro_batch=[n for n in axes.micro_batch if n <= 8 or len(axes.micro_batch) == 1],
-        ran=[tp for tp in axes.tp if _splits(search, tp)],
+        ran=[tp for tp in axes.sharing["tp"] if _splits(search, tp)],
     )  # fmt: skip
 
 

@@ -12,15 +12,16 @@ Algorithm:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from typing import Any
 
 from moecompile.errors import MoecompileError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import IN_FLIGHT, LayerPlan, Plan, PlannedSite
-from moecompile.planner.activations import Activations, activations
+from moecompile.planner.activations import Activations, activations, tokens_of_a_rank
 from moecompile.planner.build_plan import GIB, draft_plan, run_facts
 from moecompile.planner.foresight.forecast import Case, step_of
 from moecompile.planner.foresight.planned import REPEATED, case_of
@@ -74,11 +75,11 @@ def _structures(search: Search, shapes: dict[object, ModelShape], rejected: Reje
     """Step 1."""
     axes = search.axes
     inside = len(axes.micro_batch) * len(axes.checkpointing)
-    for granularity, nodes, tp, ep in product(axes.granularity, axes.max_nodes, axes.tp, axes.ep):
-        config = _with(search.config, granularity=granularity, max_nodes=nodes, tp=tp, ep=ep)
-        kinds = ("local",) if ep == 1 and len(axes.dispatch) > 1 else axes.dispatch
+    for granularity, nodes, sizes in product(axes.granularity, axes.max_nodes, axes.meshes()):
+        config = _with(search.config, sizes, granularity=granularity, max_nodes=nodes)
+        kinds = ("local",) if sizes["ep"] == 1 and len(axes.dispatch) > 1 else axes.dispatch
         for kind in kinds:
-            text = f"mesh.ep={ep} mesh.tp={tp} dispatch.kind={kind}"
+            text = f"{' '.join(f'mesh.{name}={size}' for name, size in sizes.items())} dispatch.kind={kind}"
             try:
                 planned = _planned(search, _dispatched(config, kind), shapes)
             except MoecompileError as error:
@@ -92,8 +93,8 @@ def _structures(search: Search, shapes: dict[object, ModelShape], rejected: Reje
             yield planned
 
 
-def _with(config: Config, *, granularity: int, max_nodes: int | None, tp: int, ep: int) -> Config:
-    mesh = replace(config.mesh, ep=ep, tp=tp, dp_replicate=1, dp_shard="auto")
+def _with(config: Config, sizes: Mapping[str, Any], *, granularity: int, max_nodes: int | None) -> Config:
+    mesh = replace(config.mesh, **sizes, dp_replicate=1, dp_shard="auto")
     return replace(
         config, mesh=mesh, experts=replace(config.experts, granularity=granularity),
         routing=replace(config.routing, max_nodes=max_nodes), workload=as_run(config.workload),
@@ -155,7 +156,7 @@ def _inside(search: Search, structure: _Structure, states: _States, rejected: Re
         if batch is None:
             rule = f"the batch of {search.config.data.global_batch_size:,} sequences must be a whole number of " \
                 "micro-batches on every rank"  # fmt: skip
-            rejected.add(rule, f"mesh.tp={mesh.tp} data.micro_batch_size={micro_batch}", inner)
+            rejected.add(rule, f"{mesh.setting(*axes.sharing)} data.micro_batch_size={micro_batch}", inner)
             continue
         data = replace(config.data, micro_batch_size=micro_batch, global_batch_size=batch)
         given, placed = replace(config, data=data), structure
@@ -204,7 +205,7 @@ def _of_micro_batch(
 def _possible(overlap: tuple[str, int], structure: _Structure, run: RunFacts) -> bool:
     """Whether a kind of dispatch has this overlap; a micro-batch has at least as many tokens as chunks."""
     kind, chunks = overlap
-    tokens = -(-run.tokens_per_rank // structure.plan.mesh.tp)
+    tokens = tokens_of_a_rank(structure.plan.mesh, run)
     return kind == "none" or (all(map(_in_flight, structure.plan.layers)) and chunks <= tokens)
 
 
@@ -215,7 +216,8 @@ def _settings(
     config, mesh = structure.config, structure.plan.mesh
     kinds = {layer.dispatch.kind for layer in structure.plan.layers}
     settings: dict[str, object] = {
-        "mesh.ep": mesh.ep, "mesh.dp_replicate": replicas, "mesh.tp": mesh.tp,
+        "mesh.ep": mesh.ep, "mesh.dp_replicate": replicas,
+        **{f"mesh.{name}": mesh.size(name) for name in search.axes.sharing},
         "dispatch.kind": kinds.pop() if len(kinds) == 1 else config.dispatch.kind.value,
         "dispatch.overlap": overlap[0], "dispatch.chunks": overlap[1] if overlap[1] > 1 else "auto",
         "data.micro_batch_size": run.micro_batch_size, "trainer.checkpointing": run.checkpointing,

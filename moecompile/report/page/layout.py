@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moecompile.errors import MoecompileError
+from moecompile.mesh import Part
 from moecompile.plan import LayerPlan, Plan
 from moecompile.planner.traffic import Copies, copies_per_token, row_bytes
 from moecompile.report.page.charts import chart
@@ -114,7 +115,7 @@ def _copies(plan: Plan, layer: LayerPlan) -> Copies | None:
 def _tokens(plan: Plan) -> int | None:
     """Tokens of a micro-batch that a rank routes."""
     assumes = plan.estimate.assumes if plan.estimate else None
-    return None if assumes is None else -(-assumes.tokens_per_rank // plan.mesh.tp)
+    return None if assumes is None else plan.mesh.share(assumes.tokens_per_rank, Part.TOKENS)
 
 
 def _graphs(folder: Path) -> Iterator[str]:

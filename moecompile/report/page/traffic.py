@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from moecompile.mesh import LinkClass
+from moecompile.mesh import LinkClass, Part
 from moecompile.plan import LayerPlan, Plan
 from moecompile.planner.traffic import Wire, forward_traffic, row_bytes
 from moecompile.report.page.charts import chart, heat
@@ -44,7 +44,7 @@ def planned_bytes(plan: Plan) -> Matrix:
     """
     assert plan.estimate is not None and plan.estimate.assumes is not None
     mesh, assumes = plan.mesh, plan.estimate.assumes
-    tokens = -(-assumes.tokens_per_rank // mesh.tp)
+    tokens = mesh.share(assumes.tokens_per_rank, Part.TOKENS)
     found = np.zeros((mesh.world_size, mesh.world_size))
     for layer in plan.layers:
         size = row_bytes(layer.dispatch.wire_dtype, 2 if "bf16" in assumes.precision else 4)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from moecompile.errors import ConfigError
-from moecompile.mesh import MeshSpec, divisors
+from moecompile.mesh import NOT_YET, MeshSpec, divisors
 from moecompile.schema.config import MeshConfig
 
 SEARCHED = "search"
 """`mesh.ep` of a layout that is not chosen yet."""
-_NOT_YET = {
-    "pp": "pipeline parallelism is not supported: auxiliary losses of earlier stages would not reach the loss, and "
-    "FSDP2 loses gradients under schedules that split backward",
-}
 
 
 def mesh_spec(mesh: MeshConfig) -> MeshSpec:
@@ -23,23 +19,16 @@ def mesh_spec(mesh: MeshConfig) -> MeshSpec:
     Raises:
         ConfigError: the sizes do not fit each other, or an axis is not supported yet.
     """
-    for axis, reason in _NOT_YET.items():
+    for axis, reason in NOT_YET.items():
         if getattr(mesh, axis) != 1:
             raise ConfigError(f"mesh.{axis}", getattr(mesh, axis), reason, "Set it to 1")
     if mesh.device not in ("cpu", "cuda", "auto"):
         raise ConfigError("mesh.device", mesh.device, "must be cpu, cuda or auto", "Use one of these")
     world = mesh.num_nodes * mesh.ranks_per_node
-    spec = MeshSpec(
-        num_nodes=mesh.num_nodes,
-        ranks_per_node=mesh.ranks_per_node,
-        ep=_ep(mesh.ep, world),
-        dp_replicate=mesh.dp_replicate,
-        tp=mesh.tp,
-        cp=mesh.cp,
-        device=mesh.device,
-    )
+    values = {field.name: getattr(mesh, field.name) for field in fields(MeshSpec)}
+    spec = MeshSpec(**{**values, "ep": _ep(mesh.ep, world)})
     dp_shard = int_or_auto("mesh.dp_shard", mesh.dp_shard, spec.dp_shard)
-    of = "the world size" + (" / tp" if spec.tp > 1 else " / cp" if spec.cp > 1 else "")
+    of = " / ".join(("the world size", *spec.sharing))
     if dp_shard != spec.dp_shard:
         raise ConfigError(
             "mesh.dp_shard",

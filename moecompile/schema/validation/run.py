@@ -83,7 +83,7 @@ def accumulation_steps(config: Config, mesh: MeshSpec) -> int:
         ConfigError: the global batch is not a whole number of micro-batches on every rank.
     """
     data, world = config.data, mesh.num_batches
-    ranks = "ranks" + (" / tp" if mesh.tp > 1 else " / cp" if mesh.cp > 1 else "")
+    ranks = " / ".join(("ranks", *mesh.sharing))
     per_step = data.micro_batch_size * world
     if data.global_batch_size % per_step:
         up = (data.global_batch_size // per_step + 1) * per_step
