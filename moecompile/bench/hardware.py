@@ -17,10 +17,9 @@ from typing import Any
 import yaml
 
 from moecompile.bench.machine import MachineCost, line_of
-from moecompile.planner.foresight.counts import count
-from moecompile.planner.foresight.forecast import Case
-from moecompile.planner.foresight.host import WAITING, host_seconds
-from moecompile.planner.foresight.layout import Host
+from moecompile.planner.cost_model.counts import count
+from moecompile.planner.cost_model.host import WAITING, host_seconds
+from moecompile.planner.cost_model.inputs import Host, Inputs
 from moecompile.schema import HardwareConfig
 from moecompile.version import __version__
 
@@ -33,11 +32,11 @@ _ONCE = ("gradients", "optimizer")  # a step, not in forward and backward
 _MESSAGES = ("exchange", "tensor", "context", "weights")
 
 
-def calibrated(cost: MachineCost, one: Case, case: Case, step_seconds: float) -> tuple[Host, float | None]:
+def calibrated(cost: MachineCost, one: Inputs, inputs: Inputs, step_seconds: float) -> tuple[Host, float | None]:
     """The host that the measured step calibrates, and the factor of its messages; None: the step has none.
 
     Args:
-        one: a micro-batch on one rank, of which `cost.model_seconds` was measured. case: the step of all ranks.
+        one: a micro-batch on one rank, of which `cost.model_seconds` was measured. inputs: the step of all ranks.
         step_seconds: its measured CPU time, of a rank.
     """
     host = Host(
@@ -52,7 +51,7 @@ def calibrated(cost: MachineCost, one: Case, case: Case, step_seconds: float) ->
         optimizer=1e-9 * cost.optimizer_ns,
     )
     host = dataclasses.replace(host, node=_node(cost, one, host))
-    parts = cpu_parts(case, host)
+    parts = cpu_parts(inputs, host)
     messages = sum(parts[name] for name in _MESSAGES)
     if not messages:
         return host, None
@@ -62,15 +61,15 @@ def calibrated(cost: MachineCost, one: Case, case: Case, step_seconds: float) ->
     return dataclasses.replace(host, messages=rows), factor
 
 
-def cpu_parts(case: Case, host: Host) -> dict[str, float]:
+def cpu_parts(inputs: Inputs, host: Host) -> dict[str, float]:
     """The addends of the CPU time of a rank and step."""
-    case = dataclasses.replace(case, machine=dataclasses.replace(case.machine, host=host))
-    counts = count(case.model, case.layout, case.machine, case.software)
-    parts = host_seconds(case.model, case.layout, counts, case.machine, case.software)
+    inputs = dataclasses.replace(inputs, machine=dataclasses.replace(inputs.machine, host=host))
+    counts = count(inputs.model, inputs.layout, inputs.machine, inputs.software)
+    parts = host_seconds(inputs.model, inputs.layout, counts, inputs.machine, inputs.software)
     return {name: seconds for name, seconds in parts.items() if name != WAITING}
 
 
-def _node(cost: MachineCost, one: Case, host: Host) -> float:
+def _node(cost: MachineCost, one: Inputs, host: Host) -> float:
     """Step 1."""
     rest = sum(seconds for name, seconds in cpu_parts(one, host).items() if name not in _ONCE)
     nodes = cpu_parts(one, dataclasses.replace(host, node=1.0))["host"]

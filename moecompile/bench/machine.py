@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from moecompile.bench.layers import WEIGHT_STD
 from moecompile.nn import Experts
-from moecompile.planner.foresight.work import ATTENTION_BACKWARD
+from moecompile.planner.cost_model.counts import ATTENTION_BACKWARD
 from moecompile.torch_private import all_gather_single, reduce_scatter_single
 
 ROWS, EXPERT_ROWS = (16, 64, 256, 1024), (1, 4, 16, 64, 256)

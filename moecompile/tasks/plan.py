@@ -20,11 +20,11 @@ from moecompile.pipeline.facts import WIDENED
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan, check_sites
 from moecompile.planner.build_plan import with_estimate
+from moecompile.planner.cost_model.forecast import Forecast, forecast_plan
+from moecompile.planner.cost_model.inputs import inputs_of
+from moecompile.planner.cost_model.memory import memory_of
+from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.existing import notes
-from moecompile.planner.foresight.forecast import Forecast
-from moecompile.planner.foresight.memory import memory_of
-from moecompile.planner.foresight.planned import case_of, forecast_plan
-from moecompile.planner.foresight.shapes import ModelShape
 from moecompile.planner.given import given_plan, plan_file
 from moecompile.planner.placement import read_placement
 from moecompile.report.compare import Compared, costs, differences, print_comparison
@@ -35,7 +35,7 @@ from moecompile.report.result import write_result
 from moecompile.report.text import bytes_text
 from moecompile.rundir import accept
 from moecompile.schema import Config, is_described, with_workload
-from moecompile.tasks.foretell import forecast_fields
+from moecompile.tasks.forecast import forecast_fields
 
 _READ = ("data", "hardware", "stack", "workload")  # config groups
 
@@ -134,8 +134,8 @@ def _memory(shape: ModelShape, plan: Plan, config: Config) -> int | None:
     """Bytes of the fullest rank of a described layout, if there is one."""
     if not is_described(config.workload):
         return None
-    case = case_of(shape, plan, config)
-    return round(memory_of(case.model, case.layout, case.software).total)
+    inputs = inputs_of(shape, plan, config)
+    return round(memory_of(inputs.model, inputs.layout, inputs.software).total)
 
 
 def _described(config: Config, memory: int | None) -> list[str]:

@@ -17,7 +17,7 @@ from moecompile.models.build import example_inputs
 from moecompile.models.source import source_model
 from moecompile.pipeline import make_plan
 from moecompile.pipeline.shape import shape_of_model
-from moecompile.planner.foresight.planned import forecast_plan
+from moecompile.planner.cost_model.forecast import forecast_plan
 from moecompile.schema import Config, DispatchKind
 from moecompile.tasks.layout import with_layout
 from tests.forked import python

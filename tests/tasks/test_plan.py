@@ -15,8 +15,9 @@ from moecompile.errors import ConfigError
 from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import make_plan
 from moecompile.pipeline.shape import shape_of_model
-from moecompile.planner.foresight.planned import case_of, forecast_plan, loads_of
-from moecompile.planner.foresight.shapes import training_flops
+from moecompile.planner.cost_model.forecast import forecast_plan, loads_of
+from moecompile.planner.cost_model.inputs import inputs_of
+from moecompile.planner.cost_model.shapes import training_flops
 from moecompile.schema import is_described, with_workload
 from moecompile.tasks import plan as task
 
@@ -120,7 +121,7 @@ def test_mistakes_are_one_message(tmp_path: Path) -> None:
     ):
         changed = compose_config(["recipe=deepseek_ep", "mesh=cpu_2x2", override, "workload.zero=1"])
         if override == "workload.tp=4":
-            assert case_of(shape, plan, changed).layout.dp == 1
+            assert inputs_of(shape, plan, changed).layout.dp == 1
             continue
         with pytest.raises(ConfigError) as error:
             forecast_plan(shape, plan, changed)

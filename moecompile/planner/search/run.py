@@ -17,9 +17,8 @@ from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import IN_FLIGHT, Plan, PlannedSite
 from moecompile.planner.build_plan import GIB, draft_plan
-from moecompile.planner.foresight.forecast import Case
-from moecompile.planner.foresight.planned import REPEATED, case_of
-from moecompile.planner.foresight.shapes import ModelShape
+from moecompile.planner.cost_model.inputs import REPEATED, Inputs, inputs_of
+from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.params import ModelFacts
 from moecompile.planner.search.axes import KINDS, Axes, axes_of
 from moecompile.planner.search.described import Described, Space, described, settings_of, space_of
@@ -83,25 +82,25 @@ def search(
 def _described(search: Search, plan: Plan, rejected: Rejected) -> Iterator[Candidate]:
     config, axes = search.config, search.axes
     as_config = replace(config, workload=as_run(config.workload))
-    case = case_of(search.shape(plan), plan, as_config)
-    space = _space(search, plan, case)
+    inputs = inputs_of(search.shape(plan), plan, as_config)
+    space = _space(search, plan, inputs)
     if "overlap" not in axes.kept:
-        case = replace(case, software=replace(case.software, in_flight="none", chunks=1))
-    for each in described(case, space, config.hardware.memory_gib * GIB, rejected):
+        inputs = replace(inputs, software=replace(inputs.software, in_flight="none", chunks=1))
+    for each in described(inputs, space, config.hardware.memory_gib * GIB, rejected):
         yield Candidate(
             settings=_settings(each, axes), runs=False, seconds=each.seconds, memory_bytes=each.memory,
             tokens_per_second_per_rank=each.layout.global_batch * each.layout.seq / each.layout.gpus / each.seconds,
         )  # fmt: skip
 
 
-def _space(search: Search, plan: Plan, case: Case) -> Space:
+def _space(search: Search, plan: Plan, inputs: Inputs) -> Space:
     """The sizes that are searched: those of the axes that are not kept."""
     config, axes = search.config, search.axes
-    space = space_of(case, config.data.global_batch_size)
-    kinds: Sequence[str] = [kind for kind in KINDS if kind in IN_FLIGHT or case.software.in_flight == "none"]
+    space = space_of(inputs, config.data.global_batch_size)
+    kinds: Sequence[str] = [kind for kind in KINDS if kind in IN_FLIGHT or inputs.software.in_flight == "none"]
     if "dispatch" in axes.kept:
-        kinds = [case.software.dispatcher]
-    recompute = {"": case.software.recompute}
+        kinds = [inputs.software.dispatcher]
+    recompute = {"": inputs.software.recompute}
     if "checkpointing" not in axes.kept:
         recompute = {name: REPEATED[name] for name in axes.checkpointing}
     return replace(

@@ -5,19 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 
+from benchmarks.forecast.families import shape_of
 from moecompile.compose import compose_config
-from moecompile.planner.foresight.families import shape_of
-from moecompile.planner.foresight.forecast import Case, step_of
-from moecompile.planner.foresight.layout import Layout, Software
-from moecompile.planner.foresight.machine import machine_of
-from moecompile.planner.foresight.memory import memory_of
+from moecompile.planner.cost_model.forecast import step_of
+from moecompile.planner.cost_model.inputs import Inputs, Layout, Software, machine_of
+from moecompile.planner.cost_model.memory import memory_of
 from moecompile.planner.search.described import Space, described, layouts, space_of
 from moecompile.planner.search.found import Rejected
 
 MODEL = shape_of(
     "tiny", {"layers": 4, "hidden": 64, "vocab": 100, "heads": 4, "kv": 2, "moe_ffn": 32, "experts": 6, "topk": 2}
 )
-CASE = Case(
+CASE = Inputs(
     model=MODEL, layout=Layout(gpus=16, seq=64, global_batch=32), software=Software(dispatcher="dedup"),
     machine=machine_of(compose_config(["hardware=h100"]).hardware),
 )  # fmt: skip

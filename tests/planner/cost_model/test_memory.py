@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from moecompile.planner.foresight.families import shape_of
-from moecompile.planner.foresight.layout import Layout, Software
-from moecompile.planner.foresight.memory import in_flight, memory_of
+from benchmarks.forecast.families import shape_of
+from moecompile.planner.cost_model.inputs import Layout, Software
+from moecompile.planner.cost_model.memory import in_flight, memory_of
 
 PUBLISHED = Path(__file__).parents[3] / "benchmarks" / "published"
 TINY = shape_of(

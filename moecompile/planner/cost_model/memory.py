@@ -27,9 +27,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from moecompile.planner.foresight.layout import Layout, Software
-from moecompile.planner.foresight.links import BF16, FP32, padding, stage_params
-from moecompile.planner.foresight.shapes import Attention, Experts, Layer, ModelShape, layer_params
+from moecompile.planner.cost_model.counts import BF16, FP32, padding, stage_params
+from moecompile.planner.cost_model.inputs import Layout, Software
+from moecompile.planner.cost_model.shapes import Attention, Experts, Layer, ModelShape, layer_params
 
 LOGIT_BYTES = BF16 + 2 * FP32
 
