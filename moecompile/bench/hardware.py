@@ -86,18 +86,19 @@ def hardware_of(cost: MachineCost, host: Host, before: HardwareConfig, local_ran
     fastest = max(rate for _, rate in (*cost.products, *cost.grouped))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB / local_ranks
     peak = _figure(fastest / 1e3, f"{measured}: the fastest product")
+    bandwidths, latency = _links(cost, before, measured)
     figures = {
         **dict.fromkeys(("bf16_tflops", "fp8_tflops", "fp4_tflops", "fp32_tflops"), peak),
         "watts": _kept(before, "watts"),
-        "memory_gib": _figure(memory, "the memory of this machine over its ranks"),
         **dict.fromkeys(("memory_tb_s", "memory_effective_tb_s"), _figure(cost.pass_gb_s / 1e3, measured)),
-        **_links(cost, before, measured),
+        "latency_us": latency,
         "link_domain": _kept(before, "link_domain"),
         "compute_units": _kept(before, "compute_units"),
     }
     return {
         "name": NAME,
-        **{key: figures[name]["value"] for key, name in _TOP.items()},
+        "memory_gib": _short(memory),
+        **bandwidths,
         "tflops": _short(max(rate for _, rate in cost.grouped) / 1e3),
         "figures": figures,
         "host": {
@@ -121,24 +122,17 @@ def hardware_of(cost: MachineCost, host: Host, before: HardwareConfig, local_ran
     }
 
 
-_TOP = {
-    "memory_gib": "memory_gib",
-    "intra_node_gb_s": "intra_node_effective_gb_s",
-    "inter_node_gb_s": "inter_node_effective_gb_s",
-}
-
-
-def _links(cost: MachineCost, before: HardwareConfig, measured: str) -> dict[str, dict[str, Any]]:
-    """Bandwidth and latency in wall time, between as many ranks as there are. Links between nodes were not measured."""
-    names = [f"{level}_node_{kind}gb_s" for level in ("intra", "inter") for kind in ("", "effective_")]
+def _links(cost: MachineCost, before: HardwareConfig, measured: str) -> tuple[dict[str, float], dict[str, Any]]:
+    """Bandwidths and latency in wall time, between as many ranks as there are; links between nodes are not measured."""
+    names = ("intra_node_gb_s", "inter_node_gb_s")
     if not cost.exchanges:
-        return {name: _kept(before, name) for name in (*names, "latency_us")}
+        return {name: getattr(before, name) for name in names}, _kept(before, "latency_us")
     ranks = max(each.ranks for each in cost.exchanges)
     rows = [each for each in cost.exchanges if each.ranks == ranks and each.kind == "all_to_all"]
     largest, smallest = max(rows, key=lambda each: each.bytes), min(rows, key=lambda each: each.bytes)
-    source = f"{measured}: all_to_all, {ranks} ranks of one machine"
-    rate = _figure(largest.bytes / largest.wall_us / 1e3, f"{source}, {largest.bytes} bytes")
-    return {**dict.fromkeys(names, rate), "latency_us": _figure(smallest.wall_us, f"{source}, {smallest.bytes} bytes")}
+    source = f"{measured}: all_to_all, {ranks} ranks of one machine, {smallest.bytes} bytes"
+    rate = _short(largest.bytes / largest.wall_us / 1e3)
+    return dict.fromkeys(names, rate), _figure(smallest.wall_us, source)
 
 
 def _figure(value: float, source: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from moecompile.tasks.layout import with_layout
 from tests.forked import python
 
 RECIPE = ["recipe=mixtral_ep", "model.config.num_hidden_layers=1"]
-SLOW_LINKS = ["hardware.figures.inter_node_effective_gb_s.value=0.001", "hardware.figures.inter_node_gb_s.value=0.001"]
+SLOW_LINKS = ["hardware.inter_node_gb_s=0.001"]
 
 
 def predicted(model: nn.Module, config: Config, **settings: object) -> tuple[float, bool]:

@@ -154,8 +154,8 @@ def test_hardware_and_stacks_that_are_wrong() -> None:
         ),
         ("hardware.figures.watts.value=-1", "hardware.figures.watts.value=-1.0: must be positive"),
         (
-            "hardware.figures.intra_node_effective_gb_s.value=1000",
-            "is above the data sheet's hardware.figures.intra_node_gb_s.value=450",
+            "hardware.figures.memory_effective_tb_s.value=10",
+            "is above the data sheet's hardware.figures.memory_tb_s.value=3.35",
         ),
     ):
         with pytest.raises(ConfigError, match=text.replace(".", r"\.").replace("(", r"\(")):
