@@ -26,8 +26,7 @@ from forecast.runs import layout_of, machine, models, read, read_runs  # noqa: E
 
 from moecompile.planner.cost_model.forecast import step_of  # noqa: E402
 from moecompile.planner.cost_model.inputs import Inputs, Software  # noqa: E402
-from moecompile.planner.cost_model.memory import memory_of  # noqa: E402
-from moecompile.planner.search.described import described, space_of  # noqa: E402
+from moecompile.planner.search.described import described, memory_of, space_of  # noqa: E402
 from moecompile.planner.search.found import Rejected  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "search.json"
@@ -96,7 +95,7 @@ def ranked(name: str, case: Inputs) -> Ranked:
     found = sorted(described(case, space, limit, rejected), key=lambda each: each.seconds)
     spent = time.process_time() - start
     seconds = sum(step_of(case).values())
-    needed = memory_of(case.model, case.layout, case.software).total
+    needed = sum(memory_of(case).values())
     faster = sum(each.seconds < seconds for each in found)
     best = found[0]
     return Ranked(

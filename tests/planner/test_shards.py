@@ -11,10 +11,10 @@ from moecompile.mesh import MeshSpec
 from moecompile.plan import Estimate, ExpertShards
 from moecompile.planner import estimate
 from moecompile.planner.cost_model.counts import parallel_bytes, step_bytes
-from moecompile.planner.cost_model.inputs import Layout, Machine, Software
-from moecompile.planner.cost_model.memory import memory_of
+from moecompile.planner.cost_model.inputs import Inputs, Layout, Machine, Software
+from moecompile.planner.search.described import memory_of
 from moecompile.planner.traffic import Links
-from tests.planner.cost_model.test_memory import TINY
+from tests.planner.search.test_described import TINY
 from tests.planner.test_estimate import FACTS, RUN, layer
 
 EXPERTS, DENSE, ROUTER = 4 * 384, 1284, 32  # stacks of (4, 32, 8) and (4, 8, 16)
@@ -61,4 +61,6 @@ def test_a_forecast_counts_what_is_padded() -> None:
         owned = even + experts * (fullest - 1 / gpus)
         assert step_bytes(TINY, layout, machine).owned == pytest.approx(owned)
         assert parallel_bytes(TINY, layout, machine, Software()).gathered.intra == pytest.approx(8 * owned * (gpus - 1))
-        assert memory_of(TINY, layout, Software()).optimizer == pytest.approx(12 * owned)
+        assert memory_of(Inputs(model=TINY, layout=layout, machine=machine, software=Software()))[
+            "optimizer"
+        ] == pytest.approx(12 * owned)
