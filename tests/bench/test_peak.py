@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from moecompile.bench.peak import PeakMemory
+from moecompile.bench.measure import PeakMemory
 
 MIB = 2**20
 

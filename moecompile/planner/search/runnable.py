@@ -20,12 +20,11 @@ from itertools import product
 from moecompile.errors import MoecompileError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import IN_FLIGHT, LayerPlan, Plan, PlannedSite
-from moecompile.planner.activations import Activations, activations
 from moecompile.planner.build_plan import GIB, draft_plan, run_facts
 from moecompile.planner.cost_model.forecast import step_of
 from moecompile.planner.cost_model.inputs import REPEATED, Inputs, inputs_of
 from moecompile.planner.cost_model.shapes import ModelShape
-from moecompile.planner.memory import buffer_bytes, model_state_bytes, together
+from moecompile.planner.memory import Activations, activations, buffer_bytes, model_state_bytes, together
 from moecompile.planner.params import ModelFacts, RunFacts
 from moecompile.planner.search.axes import Axes
 from moecompile.planner.search.found import Candidate, Rejected
