@@ -126,6 +126,10 @@ def test_mistakes_are_one_message(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as error:
             forecast_plan(shape, plan, changed)
         assert text in str(error.value)
+    model, split, twice = planned("recipe=mixtral_ep", "mesh.tp=2", "workload.tp=2")
+    with pytest.raises(ConfigError) as error:
+        inputs_of(shape_of_model(model, split), split, twice)
+    assert str(error.value) == "workload.tp=2: the mesh says 2 already. Set one of them to 1."
     metrics = tmp_path / "metrics.csv"
     metrics.write_text("step,max_violation/a\n1,0.5\n")
     with pytest.raises(ConfigError, match="it has 1 MoE layers, the plan has 5"):

@@ -43,6 +43,7 @@ _PATHS = {
     "gpus": "mesh", "ep": "mesh.ep", "seq": "data.seq_len", "global_batch": "data.global_batch_size",
     "micro_batch": "data.micro_batch_size", **{name: f"workload.{name}" for name in ("tp", "pp", "vpp", "cp", "etp")},
 }  # fmt: skip
+SAID_BY_MESH = ("tp", "cp")  # sizes of a described layout that are also axes of a mesh
 _BITS = {Precision.fp32: 32}
 REPEATED: Mapping[str, tuple[str, ...]] = {"none": (), "full": ("full",), "keep_exchanges": ("all_but_exchanges",)}
 
@@ -333,9 +334,14 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
     """What is forecast for a plan.
 
     Raises:
-        ConfigError: the described layout does not divide, or a figure of the hardware or the stack is missing.
+        ConfigError: the described layout does not divide, mesh and workload both say a size, or a figure of the
+            hardware or the stack is missing.
     """
     workload, data, mesh = config.workload, config.data, plan.mesh
+    for name in SAID_BY_MESH:
+        if getattr(workload, name) > 1 and getattr(mesh, name) > 1:
+            rule = f"the mesh says {getattr(mesh, name)} already"
+            raise ConfigError(f"workload.{name}", getattr(workload, name), rule, "Set one of them to 1")
     batch = data.global_batch_size
     if not is_described(workload):  # as in the plan's memory, each rank has at least one whole micro-batch
         step = data.micro_batch_size * mesh.num_batches
@@ -343,8 +349,8 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
     try:
         layout = Layout(
             gpus=mesh.world_size, seq=data.seq_len, global_batch=batch, micro_batch=data.micro_batch_size,
-            ep=mesh.ep, tp=mesh.tp if mesh.tp > 1 else workload.tp, pp=workload.pp, vpp=workload.vpp,
-            cp=mesh.cp if mesh.cp > 1 else workload.cp, etp=workload.etp, zero=workload.zero,
+            ep=mesh.ep, tp=mesh.tp * workload.tp, pp=workload.pp, vpp=workload.vpp,
+            cp=mesh.cp * workload.cp, etp=workload.etp, zero=workload.zero,
             replicas=mesh.dp_replicate if workload.zero == 3 and not is_described(workload) else 1,
         )  # fmt: skip
     except ConfigError as error:
