@@ -127,7 +127,7 @@ def changes(seconds: float, alternatives: Mapping[str, Inputs]) -> tuple[Change,
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """Overrides that change a inputs: the key of its dispatch, and what switches recomputation off."""
+    """Overrides that change a step: the key of its dispatch, and what switches recomputation off."""
 
     dispatcher: str = "dispatch.kind"
     no_recompute: str = "trainer.checkpointing=none"

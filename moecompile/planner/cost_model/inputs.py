@@ -203,7 +203,7 @@ class Software:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What is forecast."""
+    """A step whose time is predicted."""
 
     model: ModelShape
     layout: Layout

@@ -50,7 +50,7 @@ _LOGIT_BYTES = BF16 + 2 * FP32
 @dataclass(frozen=True, kw_only=True)
 class Space:
     """The searched sizes. kinds: of dispatch. recompute: name -> what is recomputed. batch: sequences of a
-    step. ran: tensor parallel sizes of layouts that run, which are searched elsewhere.
+    step. ran, ran_cp: tensor and context parallel sizes of layouts that run, which are searched elsewhere.
     """
 
     ep: Sequence[int]
@@ -63,6 +63,7 @@ class Space:
     recompute: dict[str, tuple[str, ...]]
     batch: int
     ran: Sequence[int] = ()
+    ran_cp: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class Described:
 
 
 def space_of(inputs: Inputs, batch: int) -> Space:
-    """The sizes that fit a inputs, with its own dispatch and recomputation."""
+    """The sizes that fit a model and its machine, with the dispatch and the recomputation that are given."""
     gpus = inputs.layout.gpus
     experts = max((layer.ffn.experts for layer in inputs.model.layers if layer.ffn), default=1) or 1
     return Space(
@@ -112,7 +113,7 @@ def layouts(inputs: Inputs, space: Space, rejected: Rejected) -> Iterator[Layout
     given, count = inputs.layout, max(1, len(space.recompute))
     for tp, pp, cp, ep in product(space.tp, space.pp, space.cp, space.ep):
         for etp, zero, micro_batch in product(sorted({1, tp}), space.zero, space.micro_batch):
-            if pp == cp == etp == 1 and zero == 3 and tp in space.ran:
+            if pp == etp == 1 and zero == 3 and tp in space.ran and cp == space.ran_cp:
                 continue
             sizes = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "etp": etp, "zero": zero, "micro_batch": micro_batch}
             stages = _virtual(inputs, pp)

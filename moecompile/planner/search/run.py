@@ -110,6 +110,7 @@ def _space(search: Search, plan: Plan, inputs: Inputs) -> Space:
         micro_batch=[n for n in axes.micro_batch if n <= 8 or len(axes.micro_batch) == 1],
         ran=[tp for tp in axes.tp if _splits(search, tp)],
         tp=[tp] if "tp" in said else space.tp, cp=[config.mesh.cp] if "cp" in said else space.cp,
+        ran_cp=config.mesh.cp,
     )  # fmt: skip
 
 

@@ -80,6 +80,8 @@ def test_the_space_of_a_case() -> None:
     even = list(layouts(replace(INPUTS, software=Software(schedule="dualpipe")), SPACE, Rejected()))
     assert {each.pp for each in even} == {2, 4}
     assert {each.vpp for each in even} == {1}
+    split = replace(SPACE, tp=(1,), pp=(1,), cp=(4,), ran_cp=4)  # with a mesh whose cp is 4
+    assert {each.zero for each in layouts(INPUTS, split, Rejected())} == {1}
 
 
 def published(name: str, **more: Any) -> Any:
