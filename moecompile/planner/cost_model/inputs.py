@@ -38,6 +38,8 @@ KINDS = tuple(kind.value for kind in DispatchKind if kind not in (DispatchKind.l
 IN_FLIGHT = tuple(kind.value for kind in OverlapKind if kind is not OverlapKind.auto)
 DISPATCHERS = (*KINDS, "alltoall", "deepep", "hybridep")
 GIB = 2**30
+PEAKS = {32: "fp32_tflops", 16: "bf16_tflops", 8: "fp8_tflops", 4: "fp4_tflops"}
+_HOST_FIGURES = ("attention_gflops", "pass_gb_s", "node_us", "optimizer_ns")
 Row = TypeVar("Row", RateConfig, ContentionConfig, MessageConfig)
 _PATHS = {
     "gpus": "mesh", "ep": "mesh.ep", "seq": "data.seq_len", "global_batch": "data.global_batch_size",
@@ -271,9 +273,6 @@ def host_of(host: HostConfig) -> Host:
     )
 
 
-_HOST_FIGURES = ("attention_gflops", "pass_gb_s", "node_us", "optimizer_ns")
-
-
 def _rows(name: str, rows: list[Row], least: int = 1) -> list[Row]:
     """A table, checked."""
     values = [list(vars(row).values()) for row in rows]
@@ -284,9 +283,6 @@ def _rows(name: str, rows: list[Row], least: int = 1) -> list[Row]:
             "Measure it with task=bench",
         )  # fmt: skip
     return rows
-
-
-PEAKS = {32: "fp32_tflops", 16: "bf16_tflops", 8: "fp8_tflops", 4: "fp4_tflops"}
 
 
 def number(path: str, figure: FigureConfig) -> float:
