@@ -38,7 +38,7 @@ from forecast.scores import (  # noqa: E402
 )
 from forecast.tables import plot, tables  # noqa: E402
 
-from moecompile.planner.foresight.constants import CALIBRATION, CONSTANTS, PRIORS, calibrated  # noqa: E402
+from moecompile.planner.cost_model.constants import CALIBRATION, CONSTANTS, PRIORS, calibrated  # noqa: E402
 from moecompile.version import versions  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "foresight.json"

@@ -4,7 +4,7 @@
     python benchmarks/memory.py "mixtral_ep cpu_1x4"     one of them
 
 Each row is a run of `task=bench` with evenly drawn experts (`routing.workload=balanced`), which is what a plan assumes;
-how the peak is measured is in moecompile/bench/peak.py. Exits with 1 if a plan is off by more than 10%.
+how the peak is measured is in moecompile/bench/measure.py. Exits with 1 if a plan is off by more than 10%.
 """
 
 from __future__ import annotations

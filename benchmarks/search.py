@@ -24,10 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from forecast.runs import layout_of, machine, models, read, read_runs  # noqa: E402
 
-from moecompile.planner.foresight.forecast import Case, step_of  # noqa: E402
-from moecompile.planner.foresight.layout import Software  # noqa: E402
-from moecompile.planner.foresight.memory import memory_of  # noqa: E402
-from moecompile.planner.search.described import described, space_of  # noqa: E402
+from moecompile.planner.cost_model.forecast import step_of  # noqa: E402
+from moecompile.planner.cost_model.inputs import Inputs, Software  # noqa: E402
+from moecompile.planner.search.described import described, memory_of, space_of  # noqa: E402
 from moecompile.planner.search.found import Rejected  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "search.json"
@@ -61,7 +60,7 @@ class Ranked:
         return self.top <= TOP and self.behind <= NEAR
 
 
-def cases() -> dict[str, Case]:
+def cases() -> dict[str, Inputs]:
     """Name -> the published case."""
     data = read("search.yaml")
     rows = {run.id: run for run in read_runs()[0]}
@@ -69,7 +68,9 @@ def cases() -> dict[str, Case]:
     for entry in data["cases"]:
         if "row" in entry:
             run = rows[entry["row"]]
-            found[entry["name"]] = Case(model=run.model, layout=run.layout, machine=run.machine, software=run.software)
+            found[entry["name"]] = Inputs(
+                model=run.model, layout=run.layout, machine=run.machine, software=run.software
+            )
     return {
         entry["name"]: replace(
             found[entry["name"]], software=replace(found[entry["name"]].software, **entry.get("software", {}))
@@ -78,15 +79,15 @@ def cases() -> dict[str, Case]:
     }
 
 
-def described_case(row: dict[str, Any]) -> Case:
+def described_case(row: dict[str, Any]) -> Inputs:
     """The case of a row of search.yaml."""
     software = {**row["software"], "recompute": tuple(row["software"].get("recompute", ()))}
     model = models()[row["model"]]
     layout, _ = layout_of(row, model)
-    return Case(model=model, layout=layout, machine=machine(row["system"]), software=Software(**software))
+    return Inputs(model=model, layout=layout, machine=machine(row["system"]), software=Software(**software))
 
 
-def ranked(name: str, case: Case) -> Ranked:
+def ranked(name: str, case: Inputs) -> Ranked:
     """Where the published layout stands."""
     start, rejected = time.process_time(), Rejected()
     space = space_of(case, case.layout.global_batch)
@@ -94,7 +95,7 @@ def ranked(name: str, case: Case) -> Ranked:
     found = sorted(described(case, space, limit, rejected), key=lambda each: each.seconds)
     spent = time.process_time() - start
     seconds = sum(step_of(case).values())
-    needed = memory_of(case.model, case.layout, case.software).total
+    needed = sum(memory_of(case).values())
     faster = sum(each.seconds < seconds for each in found)
     best = found[0]
     return Ranked(

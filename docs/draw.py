@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecompile.mesh import MeshSpec
-from moecompile.planner.packing import place_experts
+from moecompile.planner.placement import place_experts
 
 BLUE, ORANGE, GREEN, VIOLET = "#4c6ef5", "#e8590c", "#2f9e44", "#9c36b5"
 NODES = (BLUE, ORANGE)

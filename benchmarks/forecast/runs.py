@@ -19,14 +19,13 @@ from typing import Any
 
 import yaml
 
+from forecast.families import shape_of
 from moecompile.compose import compose_config
-from moecompile.planner.foresight.constants import PRIORS
-from moecompile.planner.foresight.counts import Counts, count
-from moecompile.planner.foresight.families import shape_of
-from moecompile.planner.foresight.layout import Layout, Machine, Software
-from moecompile.planner.foresight.machine import machine_of
-from moecompile.planner.foresight.seconds import step_seconds
-from moecompile.planner.foresight.shapes import ModelShape, training_flops
+from moecompile.planner.cost_model.constants import PRIORS
+from moecompile.planner.cost_model.counts import Counts, count
+from moecompile.planner.cost_model.inputs import Layout, Machine, Software, machine_of
+from moecompile.planner.cost_model.seconds import step_seconds
+from moecompile.planner.cost_model.shapes import ModelShape, training_flops
 
 PUBLISHED = Path(__file__).parents[1] / "published"
 DATA = ("published.yaml", "published_features.yaml", "models.yaml")

@@ -8,15 +8,15 @@ from itertools import chain, combinations
 
 import numpy as np
 
+from forecast.families import shape_of
+from forecast.fit import fit
 from forecast.kernels import kernel_shares
 from forecast.runs import ALLTOALL_SHARE, Run, machine, models, read, tokens_s
-from moecompile.planner.foresight.constants import CONSTANTS, PRIORS
-from moecompile.planner.foresight.counts import count
-from moecompile.planner.foresight.families import shape_of
-from moecompile.planner.foresight.fit import fit
-from moecompile.planner.foresight.layout import Layout, Software
-from moecompile.planner.foresight.seconds import step_seconds, sustained
-from moecompile.planner.foresight.shapes import training_flops
+from moecompile.planner.cost_model.constants import CONSTANTS, PRIORS
+from moecompile.planner.cost_model.counts import count
+from moecompile.planner.cost_model.inputs import Layout, Software
+from moecompile.planner.cost_model.seconds import step_seconds, sustained
+from moecompile.planner.cost_model.shapes import training_flops
 
 FOLDS, HELD = 3, 2  # groups in alphabetical order go to the folds in turn; the model was made without looking at fold 2
 APART = 0.05

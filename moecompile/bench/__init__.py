@@ -1,8 +1,15 @@
 """Measures a compiled model: each distinct MoE layer against a dense FFN, and whole optimizer steps on all ranks."""
 
-from moecompile.bench.hardware import calibrated, cpu_parts, hardware_of, write_hardware
 from moecompile.bench.layers import LayerCost, measure_layers
-from moecompile.bench.machine import MachineCost, Sizes, measure_machine
+from moecompile.bench.machine import (
+    MachineCost,
+    Sizes,
+    calibrated,
+    cpu_parts,
+    hardware_of,
+    measure_machine,
+    write_hardware,
+)
 from moecompile.bench.measure import Times, kept_bytes
 from moecompile.bench.steps import StepCost, measure_steps
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from moecompile.bench.measure import Times, kept_bytes, medians, timed
-from moecompile.bench.token_ids import Draw, drawing_ids
 from moecompile.capture import Example, is_meta
 from moecompile.match.experts import ExpertsMatch
 from moecompile.match.patterns import FFNMatch, activation_module
@@ -29,6 +28,7 @@ from moecompile.match.regions import Region
 from moecompile.mesh import MeshSpec
 from moecompile.nn import Experts, Router, set_random_key
 from moecompile.nn.existing import ExistingExperts, MatrixExperts
+from moecompile.nn.padding import IDS, Padding, TokenIds
 from moecompile.passes.base import experts_calls
 from moecompile.passes.run import on_one_device, on_the_mesh, run_passes
 from moecompile.pipeline import transform
@@ -38,6 +38,8 @@ from moecompile.schema import Compiled, Config, Precision
 from moecompile.torch_private import compile_whole
 
 WEIGHT_STD = 0.02
+_VOCABULARY = 2**15
+Draw = Callable[[torch.Generator], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,3 +294,17 @@ class _Run:
         """Runs forward and backward."""
         out = self.forward()
         out.backward(self.direction.to(out.dtype))
+
+
+def drawing_ids(layer: nn.Module, draw: Draw, shape: tuple[int, int], device: torch.device) -> Draw:
+    """`draw`, which also gives `layer` the ids (B, S) of its tokens, if it reads them; they are new in each round."""
+    readers = [part for part in layer.modules() if isinstance(part, TokenIds)]
+    call = Padding()
+    for part in readers:
+        part.padding = call
+
+    def drawn(generator: torch.Generator) -> tuple[Tensor, ...]:
+        call.now = {IDS: torch.randint(_VOCABULARY, shape, generator=generator).to(device)}
+        return draw(generator)
+
+    return drawn if readers else draw

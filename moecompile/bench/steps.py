@@ -21,8 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from moecompile.bench.measure import Times, medians
-from moecompile.bench.peak import PeakMemory
+from moecompile.bench.measure import PeakMemory, Times, medians
 from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, Plan
 from moecompile.runtime.data import TextData, mean_length, train_loader
 from moecompile.runtime.module import LanguageModule

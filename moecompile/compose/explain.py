@@ -85,6 +85,9 @@ def _no_such_key(path: str, text: str, given: Given, siblings: Sequence[str]) ->
             f"{file[1]}.yaml: its keys go below `recipe`, where there are none. "
             "Begin the file with the line '# @package _global_'."
         )
+    if new := next((new for old, new in MOVED.items() if f"{path}.".startswith(f"{old}.")), None):
+        path, value = next(((key, given[key]) for key in given if key.startswith(path)), (path, None))
+        return _error(path, value, f"there is no such key{_where(text)}: it was the same as {new}", f"Set {new}")
     parent, _, key = path.rpartition(".")
     owner = _schema_type(parent) if parent else Config
     rule = f"there is no such key{_where(text)}"
@@ -176,6 +179,13 @@ _RULES: tuple[tuple[type | str, Callable[[Any, str, Given], UserError]], ...] = 
     ("full_key", _bad_key_or_value),
 )
 """How to recognize an error (its class, or an attribute), and the function that explains it."""
+
+MOVED = {
+    "hardware.figures.memory_gib": "hardware.memory_gib",
+    **{f"hardware.figures.{link}{kind}_gb_s": f"hardware.{link}_gb_s"
+       for link in ("intra_node", "inter_node") for kind in ("", "_effective")},
+}  # fmt: skip
+"""Keys of version 0.2.0 that said what another key says -> that one."""
 
 _SWEEP = ("several values are a sweep", "Add -m for one job a value, or write {path}=[{value}] for a list")
 _TWICE = ("the group has an option already", "Write {path}={value}, without +")

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.basecontainer import BaseContainer
 from omegaconf.resolvers import oc
 
-from moecompile.compose.explain import explain
+from moecompile.compose.explain import MOVED, explain
 from moecompile.errors import ConfigError
 from moecompile.named_code import KEYS, Named, named_in, override, refuse_unnamed, without
 from moecompile.schema import Config, with_implied
@@ -88,7 +88,10 @@ def load_resolved(
         UserError: an unknown key, a value of the wrong type, or code in `runs` that only the file names.
     """
     with explained(()), no_environment(()):
-        config = _typed(OmegaConf.load(path))
+        saved = OmegaConf.load(path)
+        for group, _, name in (key.rpartition(".") for key in MOVED):  # a run of version 0.2.0 has both keys
+            (OmegaConf.select(saved, group) or {}).pop(name, None)
+        config = _typed(saved)
     found = named_in(config)
     run = {key: value for key, value in found.items() if key.endswith(tuple(runs))}
     refuse_unnamed(run, named, *(given_as or (path.name, path)))

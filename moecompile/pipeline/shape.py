@@ -13,7 +13,7 @@ from torch import nn
 
 from moecompile.capture import layers_of
 from moecompile.plan import ExpertsSite, LayerPlan, Plan
-from moecompile.planner.foresight.shapes import Attention, Experts, Layer, ModelShape
+from moecompile.planner.cost_model.shapes import Attention, Experts, Layer, ModelShape
 from moecompile.planner.params import layer_params, routed
 
 _HEADS = ("num_attention_heads", "num_heads", "n_head")
@@ -39,10 +39,11 @@ def shape_of_model(model: nn.Module, plan: Plan) -> ModelShape:
     outside = sum(p.numel() for p in model.parameters()) - sum(
         p.numel() for layer in layers for p in layer.parameters()
     )
+    vocab = _first(config, ("vocab_size",))
     return ModelShape(
-        name=type(model).__name__, hidden=hidden, vocab=int(getattr(config, "vocab_size", 0) or 0),
+        name=type(model).__name__, hidden=hidden, vocab=vocab,
         layers=tuple(Layer(mixer=mixer, ffn=ffn, count=count) for (mixer, ffn), count in kinds.items()),
-        tied=outside < 2 * hidden * int(getattr(config, "vocab_size", 0) or 0),
+        tied=outside < 2 * hidden * vocab,
     )  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def mixers(config: Any, num_layers: int, hidden: int) -> list[Attention | None]:
         )  # fmt: skip
         return [latent] * num_layers
     d_head = _first(config, ("head_dim", "d_kv")) or hidden // heads
-    kinds = list(getattr(config, "layer_types", None) or [])
+    kinds = list(_value(config, "layer_types") or [])
     window = _first(config, ("sliding_window",))
     return [
         Attention(

@@ -7,9 +7,10 @@ import dataclasses
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import KINDS, DispatchPlan, ExpertPlacement, PlannedSite, RoutingPlan
+from moecompile.planner.cost_model.inputs import links_of
+from moecompile.planner.cost_model.seconds import LayerSeconds, choose_chunks, choose_overlap, row_seconds
 from moecompile.planner.lending import plan_lending
-from moecompile.planner.overlap import LayerSeconds, choose_chunks, choose_overlap
-from moecompile.planner.traffic import Links, Wire, choose_dispatch, forward_traffic, row_bytes
+from moecompile.planner.traffic import Wire, choose_dispatch, forward_traffic, row_bytes
 from moecompile.ranges import Whole
 from moecompile.schema import Config, DispatchKind, OverlapKind, Precision, WireDtype
 
@@ -58,13 +59,7 @@ def _dispatch_kind(
         return next(name for name, row in KINDS.items() if row.for_backends)
     if kind is not DispatchKind.auto:
         return (mesh.nodes_per_ep_group == 1 and KINDS[kind.value].on_one_node) or str(kind.value)
-    return choose_dispatch(placement, routing, mesh, _wire(config, mesh, site), _links(config))
-
-
-def _links(config: Config) -> Links:
-    hardware = config.hardware
-    latency = hardware.figures.latency_us.value or 0.0  # not known: bytes alone decide
-    return Links(intra=hardware.intra_node_gb_s * 1e9, inter=hardware.inter_node_gb_s * 1e9, latency=latency * 1e-6)
+    return choose_dispatch(placement, routing, mesh, _wire(config, mesh, site), links_of(config.hardware))
 
 
 def _tokens(config: Config, mesh: MeshSpec) -> int:
@@ -122,13 +117,10 @@ def _seconds(
     placement: ExpertPlacement,
 ) -> LayerSeconds:  # fmt: skip
     """Times of one layer's forward on one rank, from the bandwidths and the speed of `hardware`."""
-    hardware, (d_expert, d_shared) = config.hardware, widths
-    tokens = _tokens(config, mesh)
+    tokens, (routed, shared) = _tokens(config, mesh), (row_seconds(config.hardware, site, width) for width in widths)
     traffic = forward_traffic(kind, placement, routing, mesh, _wire(config, mesh, site))
-    wire = traffic.intra_node / hardware.intra_node_gb_s + traffic.inter_node / hardware.inter_node_gb_s
-    per_width = 2 * site.d_model * (site.num_in_projections + 1) / (hardware.tflops * 1e12)
     return LayerSeconds(
-        wire=tokens * wire / 1e9,
-        routed=tokens * routing.top_k * d_expert * per_width,
-        shared=tokens * d_shared * per_width,
+        wire=tokens * links_of(config.hardware).seconds(traffic.intra_node, traffic.inter_node),
+        routed=tokens * routing.top_k * routed,
+        shared=tokens * shared,
     )

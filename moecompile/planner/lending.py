@@ -2,7 +2,7 @@
 
 D, F: widths of the model and of an expert; n: linears before the activation; P: numbers of an expert; b: bytes of one.
 
-1. Computing a row takes 3 * 2 (n + 1) D F operations: forward, and twice as many in backward.        -> `_row_seconds`
+1. Computing a row takes 3 * 2 (n + 1) D F operations: forward, and twice as many in backward.
 2. A loan sends an expert there and its gradient back, 2 P b bytes, on one link. Its price is the number of rows that
    are computed in that time, rounded up.                                                              -> `_loan_rows`
 3. Lending can pay if a loan costs fewer rows than a rank computes on average. No loan moves more rows than that, or the
@@ -29,6 +29,9 @@ from moecompile.plan import (
     RoutingPlan,
     check_lends,
 )
+from moecompile.planner.cost_model.counts import PASSES
+from moecompile.planner.cost_model.inputs import links_of
+from moecompile.planner.cost_model.seconds import row_seconds
 from moecompile.planner.params import RunFacts, ffn_params
 from moecompile.ranges import Whole
 from moecompile.schema import Config, DispatchBalance, Precision
@@ -81,19 +84,12 @@ def _slots(slots: int | str, placement: ExpertPlacement) -> int:
     return int(slots)
 
 
-def _row_seconds(config: Config, site: PlannedSite, d_expert: int) -> float:
-    """Step 1."""
-    forward = 2 * (site.num_in_projections + 1) * site.d_model * d_expert
-    return 3 * forward / (config.hardware.tflops * 1e12)
-
-
 def _loan_rows(config: Config, mesh: MeshSpec, site: PlannedSite, d_expert: int) -> tuple[int, int]:
-    """Price of a loan in rows, within a node and across nodes (step 2)."""
+    """Price of a loan in rows, within a node and across nodes (steps 1 and 2)."""
     number_bytes = 2 if config.trainer.precision is Precision.bf16_params else 4
     both_ways = 2 * ffn_params(site, d_expert) * number_bytes
-    row = _row_seconds(config, site, d_expert)
-    links = (config.hardware.intra_node_gb_s, config.hardware.inter_node_gb_s)
-    near, far = (math.ceil(both_ways / (link * 1e9) / row) for link in links)
+    row, links = PASSES * row_seconds(config.hardware, site, d_expert), links_of(config.hardware)
+    near, far = (math.ceil(links.seconds(*sent) / row) for sent in ((both_ways, 0), (0, both_ways)))
     return near, far if mesh.nodes_per_ep_group > 1 else 0
 
 

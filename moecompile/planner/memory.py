@@ -2,7 +2,8 @@
 
 P_d, P_e, P_r: dense, expert and router parameters of the model; b: bytes of a stored weight; a: bytes per element of a
 weight in compute, an activation and a row (2 with trainer.precision=bf16_params); T: tokens per micro-batch; D, F, E, K
-as in params.py; V: vocabulary.
+as in params.py; S: width of the shared expert; n: projections before the activation, 2 for gated, 1 for up_down; V:
+vocabulary.
 
 1. Parameters that a rank stores.
        own = P_d / (dp_shard cp) + P_e / (ep edp_shard) + P_r                 routers are replicated -> `_own_params`
@@ -18,7 +19,7 @@ as in params.py; V: vocabulary.
    Router weights and adapters are always fp32. Frozen weights have no gradients and no moments: for these two, `own`
    counts trained parameters only (adapters, if there are any), and their number also limits the unsharded gradients.
                                                                                              -> `trained_params`
-3. Activations that one forward saves for backward, and what a layer's backward needs: activations.py.
+3. Activations that one forward saves for backward, and what a layer's backward needs: A1 to A3.
 4. Exchange buffers, allocated in one layer at a time: rows sent and rows received.
        dispatch = max over layers of 2 T copies D a
    Slots for borrowed experts are counted here too.                                               -> lending.py
@@ -29,23 +30,74 @@ as in params.py; V: vocabulary.
        fullest = max(grads + kept + 2/3 loss, max(grads, kept) + max(loss, layers))        without
 Routing is balanced, except for the total with `UNEVEN` times the mean rows on a rank. The process itself (PyTorch, CUDA
 context, allocator fragmentation) is not counted. benchmarks/memory.py compares this with what ranks use.
+
+A1. One layer, without its input.
+       dense FFN      = a T 2 n d_ff                                 into and out of the activation
+       MoE, unfused   = a T (K (2 D + 2 n F) + 2 n S + 2 E)          rows in and out, hidden rows; router logits, scores
+       MoE, fused     = b K T 2 F + a T 2 n S + T (4 E + 36 K + 12)  what precedes the activation; fp32 scores; ids,
+                        + x                                          sources, order and weights of the assignments
+       latent width   + a T L (1 + [fused, without exchanges])       input of the projection up; rows of the experts
+                      + 2 * 4 T L [norm]                             fp32: its input, and that over its norm
+   L: latent width, which is that of rows, D above. b: bytes per element in the experts (2 under autocast). Padding rows
+   of bf16 on some CPUs, 1/64 to 1/16, are left out. x: copies of the input. Our router reads it in fp32, which is a
+   copy if the input is narrower (4 T D); under autocast, experts read it in bf16 (2 T D), and bf16 copies of their
+   weights are kept (2 * 3 D F E / ep). With exchanges, the received rows are kept in the dtype that experts read: b T D
+   copies.                                                                                       -> `moe_bytes`
+A2. All layers. c numbers per token are kept for norms, residuals, the FFN's input, and attention: 6 D, and what the
+   planner is told of attention, else 6 D again. Attention keeps 2 (heads + key heads) times the width of a head, twice
+   that with norms of queries and keys (Llama and Qwen3: within 1%), and in a latent (DeepSeek-V3: within 5%)
+   3 (q rank + kv rank) + heads (2 width of a query + its part without positions + 3 width of a value).
+   Two moments are compared: the loss, and the backward of a layer.
+       activations = kept + max(loss, layers)                                                   -> `Activations`
+       loss        = 3 a T V                                        logits, their log-softmax, their gradient
+       layers      = max over layers of again + max over layers of backward
+       kept        = sum over layers of (a T c + layer);                                            again = 0
+       with checkpointing
+       kept        = sum over layers of (a T D + exchanged), again = a T c + layer                  computed again
+       exchanged   = 2 copies D of an MoE layer with keep_exchanges: rows received in dispatch and combine; else 0
+   With checkpointing this is at most what it is without.                                            -> `activations`
+A3. Backward of one MoE layer: the gradients of rows, in and out, of its input and output, and of hidden rows.
+       backward = a T (2 (K + 1) D + K F) + w                                                   -> `backward_bytes`
+   With gradient accumulation, gradients of its experts are made beside those that are there already: w = a P_e / ep of
+   the layer, else 0. Where exchanges are in flight, weight gradients are computed after those of the rows
+   (passes/collect.py). What they need is kept until then, one layer at a time:
+       + b T (K F + copies D)                    fused: gradients of the hidden rows and of the partial sums
+       + a T K (n F + D)                         unfused: of the rows into and out of the activation  -> `left_bytes`
+A rank gets K T rows with balanced routing; otherwise K stands for K times the rows of the rank over their mean, which a
+capacity limits. Dense layers are assumed to have the D and d_ff of the widest planned site. With tp, an MoE layer has
+T / tp tokens; activations between split linears are counted whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil
 
 from moecompile.mesh import MeshSpec, Part
-from moecompile.plan import LayerPlan, MemoryEstimate
-from moecompile.planner.activations import FP32_BYTES, Activations, activations, exchanged, row_load, tokens_of_a_rank
+from moecompile.plan import FFNSite, LayerPlan, MemoryEstimate
 from moecompile.planner.lending import lending
 from moecompile.planner.optimizer import muon_params, state_bytes
-from moecompile.planner.params import ModelFacts, ModelParams, RunFacts, layer_params, model_params, trained_params
+from moecompile.planner.params import (
+    BF16_BYTES,
+    FP32_BYTES,
+    ModelFacts,
+    ModelParams,
+    RunFacts,
+    computed_per_token,
+    layer_params,
+    model_params,
+    trained_params,
+)
 from moecompile.planner.shards import expert_share, padded_experts
+from moecompile.planner.traffic import copies_per_token
 
 UNEVEN = 2.0
+RESIDUAL_NUMBERS = 6  # of c in step A2
+LOGITS_COPIES = 3
+ASSIGNMENT_BYTES = 36  # ids, sources and order int64, sources again int32, weights in both orders fp32
+TOKEN_BYTES = 12  # saved by the normalization of the weights
 
 
 def memory_of_fullest_rank(
@@ -133,3 +185,114 @@ def _unsharded_grads_bytes(
         number = run.compute_bytes if facts.adapters is None else FP32_BYTES
         return min(all_grads, _unsharded_params(layers, mesh, facts)) * number
     return all_grads * FP32_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Bytes (A2). kept: from forward until a layer's backward. loss, layers: more than that, at the two moments."""
+
+    kept: float
+    loss: float
+    layers: float
+
+    @property
+    def peak(self) -> int:
+        """At the fuller one of the two moments."""
+        return round(self.kept + max(self.loss, self.layers))
+
+
+def activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> Activations:
+    """Step A2."""
+    num_layers, number = max(facts.num_layers, len(layers)), run.compute_bytes * run.tokens_per_rank
+    # Existing experts in a latent width have it as their d_model.
+    d_model = max((facts.d_model, *(layer.site.d_model for layer in layers)))
+    dense = max((2 * layer.site.num_in_projections * layer.site.d_ff for layer in layers), default=0)
+    cut = replace(run, tokens_per_rank=tokens_of_a_rank(mesh, run))
+    moe = [moe_bytes(layer, mesh, cut) for layer in layers]
+    residual = RESIDUAL_NUMBERS * d_model + (facts.attention_numbers or RESIDUAL_NUMBERS * d_model)
+    saved = [residual * number + ffn for ffn in moe + [dense * number] * (num_layers - len(layers))]
+    backward = max((backward_bytes(layer, mesh, cut) for layer in layers), default=0)
+    found = Activations(kept=sum(saved), loss=LOGITS_COPIES * facts.vocab_size * number, layers=backward)
+    if run.checkpointing == "none":
+        return found
+    kept = 0.0
+    if run.checkpointing == "keep_exchanges":
+        kept = sum(exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2 for layer in layers)
+    kept = num_layers * d_model * number + kept * run.compute_bytes * cut.tokens_per_rank
+    again = replace(found, kept=kept, layers=max(saved, default=0) + backward)
+    return min(found, again, key=lambda each: each.peak)
+
+
+def tokens_of_a_rank(mesh: MeshSpec, run: RunFacts) -> int:
+    """Tokens of a micro-batch that one rank has inside MoE layers."""
+    return mesh.share(run.tokens_per_rank, Part.TOKENS)
+
+
+def moe_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
+    """Step A1, for an MoE layer."""
+    site, experts, top_k, tokens = layer.row_site, layer.experts, rows_per_token(layer, run), run.tokens_per_rank
+    hidden, latent = 2 * site.num_in_projections, _latent_bytes(layer, run)
+    if not layer.fused:
+        routed = top_k * (2 * site.d_model + hidden * experts.d_expert)
+        return run.compute_bytes * tokens * (routed + hidden * experts.d_shared + 2 * experts.num_routed) + latent
+    narrow = BF16_BYTES if run.is_mixed else run.compute_bytes
+    saved = latent + narrow * top_k * tokens * 2 * experts.d_expert
+    saved += run.compute_bytes * tokens * hidden * experts.d_shared
+    saved += tokens * (FP32_BYTES * experts.num_routed + ASSIGNMENT_BYTES * layer.routing.top_k + TOKEN_BYTES)
+    if isinstance(site, FFNSite) and run.compute_bytes < FP32_BYTES:
+        saved += FP32_BYTES * tokens * layer.site.d_model
+    if run.is_mixed:
+        saved += BF16_BYTES * 3 * site.d_model * experts.d_expert * layer.placement.experts_per_rank
+    if layer.dispatch.exchanges:
+        return saved + narrow * tokens * exchanged(layer, mesh) / 2 * row_load(layer, run)
+    return saved + (narrow * tokens * site.d_model if run.is_mixed else 0)
+
+
+def _latent_bytes(layer: LayerPlan, run: RunFacts) -> float:
+    """What the projections of a latent width keep."""
+    if layer.experts.latent_size is None:
+        return 0
+    kept = run.compute_bytes * (1 + (layer.fused and not layer.dispatch.exchanges))
+    kept += 2 * FP32_BYTES * layer.experts.latent_norm
+    return kept * run.tokens_per_rank * layer.experts.latent_size
+
+
+def backward_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
+    """Step A3."""
+    top_k, experts = rows_per_token(layer, run), layer.experts
+    numbers = 2 * (top_k + 1) * layer.row_site.d_model + top_k * experts.d_expert
+    made = 0
+    if run.accumulation > 1:
+        stack = (layer.site.num_in_projections + 1) * layer.row_site.d_model * experts.d_expert
+        made = stack * layer.placement.experts_per_rank * run.compute_bytes
+    return numbers * run.tokens_per_rank * run.compute_bytes + made + left_bytes(layer, mesh, run)
+
+
+def left_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
+    """Step A3, what is kept where exchanges are in flight."""
+    if not layer.dispatch.in_flight:
+        return 0
+    top_k, d_expert = rows_per_token(layer, run), layer.experts.d_expert
+    number = run.tokens_per_rank * (BF16_BYTES if run.is_mixed else run.compute_bytes)
+    if layer.fused:
+        return number * (top_k * d_expert + exchanged(layer, mesh) / 2 * row_load(layer, run))
+    return number * top_k * (layer.site.num_in_projections * d_expert + layer.row_site.d_model)
+
+
+def rows_per_token(layer: LayerPlan, run: RunFacts) -> float:
+    """Rows of the fullest rank's experts per token of a rank."""
+    return computed_per_token(layer) * row_load(layer, run)
+
+
+def row_load(layer: LayerPlan, run: RunFacts) -> float:
+    """Rows of the fullest rank over their mean, at most those of all ranks, or what the capacity lets through."""
+    most = layer.experts.num_routed / layer.placement.experts_per_rank
+    return max(1.0, min(run.row_load, most, layer.routing.capacity_factor or most))
+
+
+def exchanged(layer: LayerPlan, mesh: MeshSpec) -> float:
+    """Elements per token that the exchanges of one layer move in dispatch and combine."""
+    if not layer.dispatch.exchanges:
+        return 0
+    copies = copies_per_token(layer.dispatch.kind, layer.placement, layer.routing, mesh)
+    return 2 * (copies.own + copies.intra_node + copies.inter_node) * layer.row_site.d_model

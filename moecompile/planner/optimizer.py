@@ -24,8 +24,7 @@ from math import floor, prod
 
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import ExpertsSite, LayerPlan, Traffic, cut_dim
-from moecompile.planner.activations import FP32_BYTES
-from moecompile.planner.params import ModelFacts, ModelParams
+from moecompile.planner.params import FP32_BYTES, ModelFacts, ModelParams
 from moecompile.planner.shards import expert_stacks
 from moecompile.schema import OptimizerConfig, OptimizerKind, group_of
 

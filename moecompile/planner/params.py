@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from moecompile.plan import ExpertsSite, LayerPlan, PlannedSite
 from moecompile.schema import OptimizerConfig
 
-BF16_BYTES = 2
+BF16_BYTES, FP32_BYTES = 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,8 @@ from math import prod
 
 from moecompile.mesh import MeshSpec
 from moecompile.plan import ExpertShards, LayerPlan, largest_shard
-from moecompile.planner.params import ModelFacts, RunFacts, model_params, trained_params
+from moecompile.planner.params import FP32_BYTES, ModelFacts, RunFacts, model_params, trained_params
 
-FP32_BYTES = 4
 Shape = tuple[int, ...]
 
 

@@ -95,6 +95,10 @@ class Links:
     inter: float
     latency: float = 0.0
 
+    def seconds(self, intra: float, inter: float, exchanges: float = 0.0) -> float:
+        """Seconds of bytes within a node and across nodes, and of so many exchanges."""
+        return intra / self.intra + inter / self.inter + exchanges * self.latency
+
 
 @dataclass(frozen=True, kw_only=True)
 class Copies:
@@ -162,7 +166,7 @@ def exchange_seconds(
         PlanError: as in `copies_per_token`.
     """
     traffic = forward_traffic(kind, placement, routing, mesh, wire)
-    per_token = traffic.intra_node / links.intra + traffic.inter_node / links.inter
+    per_token = links.seconds(traffic.intra_node, traffic.inter_node)
     rounds = sum(EXCHANGES[op].sends != "assignments" for op, _ in KINDS[kind].steps)
     return rounds * links.latency + wire.tokens_per_rank * per_token
 

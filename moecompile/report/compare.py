@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moecompile.plan import Plan
-from moecompile.planner.foresight.forecast import Forecast
+from moecompile.planner.cost_model.forecast import Forecast
 from moecompile.report.tables import plain_table
 from moecompile.report.text import bytes_text, seconds_text
 

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moecompile.planner.foresight.forecast import COMMUNICATION, Forecast
-from moecompile.planner.foresight.host import WAITING
+from moecompile.planner.cost_model.forecast import COMMUNICATION, Forecast
+from moecompile.planner.cost_model.host import WAITING
 from moecompile.report.tables import plain_grid, plain_table
 from moecompile.report.text import seconds_text
 

@@ -20,13 +20,13 @@ from moecompile.pipeline.facts import WIDENED
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan, check_sites
 from moecompile.planner.build_plan import with_estimate
+from moecompile.planner.cost_model.forecast import forecast_plan
+from moecompile.planner.cost_model.inputs import inputs_of
+from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.existing import notes
-from moecompile.planner.foresight.forecast import Forecast
-from moecompile.planner.foresight.memory import memory_of
-from moecompile.planner.foresight.planned import case_of, forecast_plan
-from moecompile.planner.foresight.shapes import ModelShape
 from moecompile.planner.given import given_plan, plan_file
 from moecompile.planner.placement import read_placement
+from moecompile.planner.search.described import memory_of
 from moecompile.report.compare import Compared, costs, differences, print_comparison
 from moecompile.report.forecast import print_forecast
 from moecompile.report.placement import placement_fields, print_placement
@@ -35,7 +35,7 @@ from moecompile.report.result import write_result
 from moecompile.report.text import bytes_text
 from moecompile.rundir import accept
 from moecompile.schema import Config, is_described, with_workload
-from moecompile.tasks.foretell import forecast_fields
+from moecompile.tasks.forecast import forecast_fields
 
 _READ = ("data", "hardware", "stack", "workload")  # config groups
 
@@ -47,11 +47,11 @@ def run(config: Config, run_dir: Path) -> None:
     plan = planned(model, config, given_plan(config))
     require_layers(plan, config)
     shape = shape_of_model(model, plan)
-    forecast, memory = forecast_plan(shape, plan, config), _memory(shape, plan, config)
+    forecast, (described, fields) = forecast_plan(shape, plan, config), _described(shape, plan, config)
     plan_notes = [
         *decides(config),
         *workload_notes,
-        *_described(config, memory),
+        *described,
         *notes(plan, config, getattr(model, WIDENED, "")),
         *frozen_notes(model, plan),
     ]
@@ -70,7 +70,8 @@ def run(config: Config, run_dir: Path) -> None:
         config.name,
         {
             **plan_fields(plan),
-            **_fields(forecast, memory),
+            **fields,
+            **forecast_fields(forecast),
             **compared,
             **(placement_fields(where) if where else {}),
             "notes": plan_notes,
@@ -130,31 +131,17 @@ def _compare(model: nn.Module, this: Compared, config: Config, console: Console)
     return {"compared": {name: {key: list(pair) for key, pair in rows.items()} for name, rows in pairs.items()}}
 
 
-def _memory(shape: ModelShape, plan: Plan, config: Config) -> int | None:
-    """Bytes of the fullest rank of a described layout, if there is one."""
+def _described(shape: ModelShape, plan: Plan, config: Config) -> tuple[list[str], dict[str, object]]:
+    """What is said of a described layout, if there is one: a note, and a field of result.json."""
     if not is_described(config.workload):
-        return None
-    case = case_of(shape, plan, config)
-    return round(memory_of(case.model, case.layout, case.software).total)
-
-
-def _described(config: Config, memory: int | None) -> list[str]:
-    if memory is None:
-        return []
-    return [
+        return [], {}
+    memory = round(sum(memory_of(inputs_of(shape, plan, config)).values()))
+    note = (
         f"the time is that of the layout which workload={config.workload.name} describes; this package runs expert, "
         "tensor and data parallelism, and the memory above is that of `mesh`; the described layout needs about "
         f"{bytes_text(memory)} a rank"
-    ]
-
-
-def _fields(forecast: Forecast, memory: int | None) -> dict[str, object]:
-    """The fields of result.json about the forecast; memory: of a described layout."""
-    described = {} if memory is None else {"described_memory_bytes": memory}
-    return {
-        **described,
-        **forecast_fields(forecast),
-    }
+    )
+    return [note], {"described_memory_bytes": memory}
 
 
 def plan_fields(plan: Plan) -> dict[str, object]:

@@ -15,7 +15,7 @@ WORKER = "moecompile.tasks.worker"
 def prepare_ranks(config: Config) -> None:
     """Lets ranks import what they need while the launcher checks its inputs."""
     if config.task.name is TaskName.bench:
-        # torch warns that its profiler does not see older memory freed, which bench/peak.py allows for.
+        # torch warns that its profiler does not see older memory freed, which bench/measure.py allows for.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     rank = f"moecompile.tasks.ranks.{config.task.name.value}"
     others = ("moecompile.compose", "transformers.modeling_utils", "torch.fx.experimental.symbolic_shapes")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from moecompile.planner.foresight.constants import CALIBRATION, CONSTANTS, PRIORS, calibrated
+from moecompile.planner.cost_model.constants import CALIBRATION, CONSTANTS, PRIORS, calibrated
 
 REPOSITORY = Path(__file__).parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moecompile.planner.overlap import LEAST_ROWS, PRICE
+from moecompile.planner.cost_model.seconds import LEAST_ROWS, PRICE
 
 REPOSITORY = Path(__file__).parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from moecompile.planner.foresight.forecast import step_of
+from moecompile.planner.cost_model.forecast import step_of
 
 REPOSITORY = Path(__file__).parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"

@@ -186,6 +186,16 @@ def test_other_hydra_programs_do_not_see_that_folder(tmp_path: Path, my_conf: Ca
     [
         ("mesh.epp=3", "mesh.epp=3: there is no such key. Did you mean pp or ep? mesh has num_nodes, ranks_per_node,"),
         ("+mesh.epp=3", "mesh.epp=3: there is no such key. Did you mean"),
+        (
+            "hardware.figures.memory_gib.value=80",
+            "hardware.figures.memory_gib.value=80: there is no such key: it was the same as hardware.memory_gib. "
+            "Set hardware.memory_gib.",
+        ),
+        (
+            "hardware.figures.inter_node_effective_gb_s={value:1}",
+            "hardware.figures.inter_node_effective_gb_s={value:1}: there is no such key: it was the same as "
+            "hardware.inter_node_gb_s. Set hardware.inter_node_gb_s.",
+        ),
         ("recpie=x", "recpie=x: there is no such key. Did you mean recipe? The config has name, seed, debug, task,"),
         ("+foo=1", "foo=1: there is no such key. The config has name,"),
         ("+per_layer.a.layrs=1", "per_layer.a.layrs=1: there is no such key. Did you mean layers? per_layer.a has match,"),
@@ -323,6 +333,12 @@ def test_resolved_is_typed(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         load_resolved(tmp_path / "resolved.yaml")
     assert str(raised.value).startswith(message)
+
+
+def test_a_run_that_said_its_memory_twice_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "resolved.yaml"
+    path.write_text("hardware: {memory_gib: 7.0, figures: {memory_gib: {value: 7.0, source: a sheet}}}\n")
+    assert load_resolved(path).hardware.memory_gib == 7.0
 
 
 # -- the caller's process ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from moecompile.passes.lower import Lower
 from moecompile.passes.overlap import Overlap
 from moecompile.passes.rewrite import Rewrite
 from moecompile.plan import LayerPlan
-from moecompile.planner.overlap import (
+from moecompile.planner.cost_model.seconds import (
     LEAST_ROWS,
     LayerSeconds,
     backward_seconds,

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from moecompile.planner.packing import place_experts
+from moecompile.planner.placement import place_experts
 
 Loads = NDArray[np.float64]
 

@@ -10,10 +10,11 @@ import pytest
 from moecompile.mesh import MeshSpec
 from moecompile.plan import Estimate, ExpertShards
 from moecompile.planner import estimate
-from moecompile.planner.foresight.layout import Layout, Machine, Software
-from moecompile.planner.foresight.links import parallel_bytes, step_bytes
-from moecompile.planner.foresight.memory import memory_of
-from tests.planner.foresight.test_memory import TINY
+from moecompile.planner.cost_model.counts import parallel_bytes, step_bytes
+from moecompile.planner.cost_model.inputs import Inputs, Layout, Machine, Software
+from moecompile.planner.search.described import memory_of
+from moecompile.planner.traffic import Links
+from tests.planner.search.test_described import TINY
 from tests.planner.test_estimate import FACTS, RUN, layer
 
 EXPERTS, DENSE, ROUTER = 4 * 384, 1284, 32  # stacks of (4, 32, 8) and (4, 8, 16)
@@ -50,7 +51,7 @@ def test_a_rank_with_experts_of_its_own_shares_none() -> None:
 def test_a_forecast_counts_what_is_padded() -> None:
     """8 experts of 64 x 32: over 16 ranks along another dim, over 3 ranks 3 of them on the fullest."""
     machine = Machine(
-        name="any", peak={16: 1.0}, watts=1.0, memory=1.0, passes=1.0, intra=1.0, inter=1.0, latency=0.0, domain=64,
+        name="any", peak={16: 1.0}, watts=1.0, memory=1.0, passes=1.0, links=Links(intra=1.0, inter=1.0), domain=64,
         units=1, capacity=1.0,
     )  # fmt: skip
     experts = 4 * 8 * 3 * 64 * 32
@@ -60,4 +61,6 @@ def test_a_forecast_counts_what_is_padded() -> None:
         owned = even + experts * (fullest - 1 / gpus)
         assert step_bytes(TINY, layout, machine).owned == pytest.approx(owned)
         assert parallel_bytes(TINY, layout, machine, Software()).gathered.intra == pytest.approx(8 * owned * (gpus - 1))
-        assert memory_of(TINY, layout, Software()).optimizer == pytest.approx(12 * owned)
+        assert memory_of(Inputs(model=TINY, layout=layout, machine=machine, software=Software()))[
+            "optimizer"
+        ] == pytest.approx(12 * owned)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moecompile.bench.peak import PeakMemory
+from moecompile.bench.measure import PeakMemory
 from moecompile.runtime.gradients import clip_by_global_norm, sum_replicated
 from tests.tiny import one_rank
 

@@ -17,13 +17,13 @@ from moecompile.models.build import example_inputs
 from moecompile.models.source import source_model
 from moecompile.pipeline import make_plan
 from moecompile.pipeline.shape import shape_of_model
-from moecompile.planner.foresight.planned import forecast_plan
+from moecompile.planner.cost_model.forecast import forecast_plan
 from moecompile.schema import Config, DispatchKind
 from moecompile.tasks.layout import with_layout
 from tests.forked import python
 
 RECIPE = ["recipe=mixtral_ep", "model.config.num_hidden_layers=1"]
-SLOW_LINKS = ["hardware.figures.inter_node_effective_gb_s.value=0.001", "hardware.figures.inter_node_gb_s.value=0.001"]
+SLOW_LINKS = ["hardware.inter_node_gb_s=0.001"]
 
 
 def predicted(model: nn.Module, config: Config, **settings: object) -> tuple[float, bool]:

@@ -15,8 +15,9 @@ from moecompile.errors import ConfigError
 from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import make_plan
 from moecompile.pipeline.shape import shape_of_model
-from moecompile.planner.foresight.planned import case_of, forecast_plan, loads_of
-from moecompile.planner.foresight.shapes import training_flops
+from moecompile.planner.cost_model.forecast import forecast_plan, loads_of
+from moecompile.planner.cost_model.inputs import inputs_of
+from moecompile.planner.cost_model.shapes import training_flops
 from moecompile.schema import is_described, with_workload
 from moecompile.tasks import plan as task
 
@@ -120,11 +121,15 @@ def test_mistakes_are_one_message(tmp_path: Path) -> None:
     ):
         changed = compose_config(["recipe=deepseek_ep", "mesh=cpu_2x2", override, "workload.zero=1"])
         if override == "workload.tp=4":
-            assert case_of(shape, plan, changed).layout.dp == 1
+            assert inputs_of(shape, plan, changed).layout.dp == 1
             continue
         with pytest.raises(ConfigError) as error:
             forecast_plan(shape, plan, changed)
         assert text in str(error.value)
+    model, split, twice = planned("recipe=mixtral_ep", "mesh.tp=2", "workload.tp=2")
+    with pytest.raises(ConfigError) as error:
+        inputs_of(shape_of_model(model, split), split, twice)
+    assert str(error.value) == "workload.tp=2: the mesh says 2 already. Set one of them to 1."
     metrics = tmp_path / "metrics.csv"
     metrics.write_text("step,max_violation/a\n1,0.5\n")
     with pytest.raises(ConfigError, match="it has 1 MoE layers, the plan has 5"):

@@ -61,6 +61,16 @@ def test_what_is_given_beside_counts(tmp_path: Path) -> None:
         assert plan["memory_bytes_per_rank"]["total"] == each["memory_bytes"]
 
 
+@pytest.mark.parametrize("given", ["mesh.tp=2", "mesh.cp=2"])
+def test_described_layouts_keep_what_the_mesh_says(tmp_path: Path, given: str) -> None:
+    base = ["recipe=mixtral_ep", given, "search.axes=[layout,micro_batch]"]
+    found = searched(tmp_path, *base)
+    for i, each in enumerate([*found["described_front"][:2], found["described_front"][-1]]):
+        plan = planned(tmp_path / str(i), *base, *each["overrides"].split())
+        assert plan["step_seconds"] == each["seconds"]
+        assert plan["described_memory_bytes"] == each["memory_bytes"]
+
+
 def test_fronts_have_no_candidate_that_another_beats(tmp_path: Path) -> None:
     found = searched(tmp_path, "recipe=deepseek_ep", "mesh=cpu_2x2")
     for front in (found["front"], found["described_front"]):

@@ -13,7 +13,7 @@ from enum import Enum
 from moecompile.errors import ConfigError
 from moecompile.plan import Plan, PlannedSite
 from moecompile.planner.build_plan import GIB, draft_plan
-from moecompile.planner.foresight.shapes import ModelShape
+from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.params import ModelFacts
 from moecompile.planner.search.run import Found, search
 from moecompile.schema import (

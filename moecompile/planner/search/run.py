@@ -17,11 +17,10 @@ from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import IN_FLIGHT, Plan, PlannedSite
 from moecompile.planner.build_plan import GIB, draft_plan
-from moecompile.planner.foresight.forecast import Case
-from moecompile.planner.foresight.planned import REPEATED, case_of
-from moecompile.planner.foresight.shapes import ModelShape
+from moecompile.planner.cost_model.inputs import REPEATED, SAID_BY_MESH, Inputs, inputs_of
+from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.params import ModelFacts
-from moecompile.planner.search.axes import KINDS, Axes, axes_of
+from moecompile.planner.search.axes import KINDS, axes_of
 from moecompile.planner.search.described import Described, Space, described, settings_of, space_of
 from moecompile.planner.search.found import Candidate, Reason, Rejected, front
 from moecompile.planner.search.runnable import Search, as_run, runnable
@@ -83,38 +82,48 @@ def search(
 def _described(search: Search, plan: Plan, rejected: Rejected) -> Iterator[Candidate]:
     config, axes = search.config, search.axes
     as_config = replace(config, workload=as_run(config.workload))
-    case = case_of(search.shape(plan), plan, as_config)
-    space = _space(search, plan, case)
+    inputs = inputs_of(search.shape(plan), plan, as_config)
+    space = _space(search, plan, inputs)
     if "overlap" not in axes.kept:
-        case = replace(case, software=replace(case.software, in_flight="none", chunks=1))
-    for each in described(case, space, config.hardware.memory_gib * GIB, rejected):
+        inputs = replace(inputs, software=replace(inputs.software, in_flight="none", chunks=1))
+    for each in described(inputs, space, config.hardware.memory_gib * GIB, rejected):
         yield Candidate(
-            settings=_settings(each, axes), runs=False, seconds=each.seconds, memory_bytes=each.memory,
+            settings=_settings(each, search), runs=False, seconds=each.seconds, memory_bytes=each.memory,
             tokens_per_second_per_rank=each.layout.global_batch * each.layout.seq / each.layout.gpus / each.seconds,
         )  # fmt: skip
 
 
-def _space(search: Search, plan: Plan, case: Case) -> Space:
+def _space(search: Search, plan: Plan, inputs: Inputs) -> Space:
     """The sizes that are searched: those of the axes that are not kept."""
     config, axes = search.config, search.axes
-    space = space_of(case, config.data.global_batch_size)
-    kinds: Sequence[str] = [kind for kind in KINDS if kind in IN_FLIGHT or case.software.in_flight == "none"]
+    space = space_of(inputs, config.data.global_batch_size)
+    kinds: Sequence[str] = [kind for kind in KINDS if kind in IN_FLIGHT or inputs.software.in_flight == "none"]
     if "dispatch" in axes.kept:
-        kinds = [case.software.dispatcher]
-    recompute = {"": case.software.recompute}
+        kinds = [inputs.software.dispatcher]
+    said = _said(search)
+    tp = config.mesh.tp if "tp" in said else 1
+    recompute = {"": inputs.software.recompute}
     if "checkpointing" not in axes.kept:
         recompute = {name: REPEATED[name] for name in axes.checkpointing}
     return replace(
-        space, ep=[ep for ep in axes.ep if _on_nodes(plan.mesh, ep)], kinds=kinds, recompute=recompute,
+        space, ep=[ep for ep in axes.ep if _on_nodes(plan.mesh, ep, tp)], kinds=kinds, recompute=recompute,
         micro_batch=[n for n in axes.micro_batch if n <= 8 or len(axes.micro_batch) == 1],
         ran=[tp for tp in axes.sharing["tp"] if _splits(search, tp)],
+        tp=[tp] if "tp" in said else space.tp, cp=[config.mesh.cp] if "cp" in said else space.cp,
+        ran_cp=config.mesh.cp,
     )  # fmt: skip
 
 
-def _on_nodes(mesh: MeshSpec, ep: int) -> bool:
-    """Whether a mesh may have this EP size."""
+def _said(search: Search) -> list[str]:
+    """Sizes that the mesh says and keeps; a described layout has them too, and does not say them again."""
+    kept = {"tp": "tp" in search.axes.kept, "cp": True}
+    return [name for name in SAID_BY_MESH if kept[name] and getattr(search.config.mesh, name) > 1]
+
+
+def _on_nodes(mesh: MeshSpec, ep: int, tp: int) -> bool:
+    """Whether a mesh may have these sizes."""
     with suppress(ConfigError):
-        replace(mesh, ep=ep, tp=1, dp_replicate=1)
+        replace(mesh, ep=ep, tp=tp, dp_replicate=1)
         return True
     return False
 
@@ -128,10 +137,11 @@ def _splits(search: Search, tp: int) -> bool:
     return False
 
 
-def _settings(found: Described, axes: Axes) -> dict[str, object]:
+def _settings(found: Described, search: Search) -> dict[str, object]:
     settings = {"mesh.tp": 1, "mesh.dp_replicate": 1, **settings_of(found.layout), "dispatch.overlap": "none"}
     settings["dispatch.kind"] = found.software.dispatcher
     if found.recompute:
         settings["trainer.checkpointing"] = found.recompute
-    chosen = axes.chosen(settings)
+    settings |= {f"workload.{name}": 1 for name in _said(search)}
+    chosen = search.axes.chosen(settings)
     return {**chosen, **{key: value for key, value in settings.items() if key.startswith("workload.")}}

@@ -7,7 +7,7 @@ Algorithm:
   2. Within a structure, micro-batch, recomputation, overlap and replicas change numbers alone:
        states        by EP and TP size, replicas, and whether micro-batches accumulate                  -> `_States`
        activations   by structure, overlap (yes or no), micro-batch and recomputation
-       seconds       by all of them, of what fits                                        (foresight/forecast.py)
+       seconds       by all of them, of what fits                                        (cost_model/forecast.py)
 """
 
 from __future__ import annotations
@@ -21,12 +21,18 @@ from typing import Any
 from moecompile.errors import MoecompileError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import IN_FLIGHT, LayerPlan, Plan, PlannedSite
-from moecompile.planner.activations import Activations, activations, tokens_of_a_rank
 from moecompile.planner.build_plan import GIB, draft_plan, run_facts
-from moecompile.planner.foresight.forecast import Case, step_of
-from moecompile.planner.foresight.planned import REPEATED, case_of
-from moecompile.planner.foresight.shapes import ModelShape
-from moecompile.planner.memory import buffer_bytes, model_state_bytes, together
+from moecompile.planner.cost_model.forecast import step_of
+from moecompile.planner.cost_model.inputs import REPEATED, Inputs, inputs_of
+from moecompile.planner.cost_model.shapes import ModelShape
+from moecompile.planner.memory import (
+    Activations,
+    activations,
+    buffer_bytes,
+    model_state_bytes,
+    together,
+    tokens_of_a_rank,
+)
 from moecompile.planner.params import ModelFacts, RunFacts
 from moecompile.planner.search.axes import Axes
 from moecompile.planner.search.found import Candidate, Rejected
@@ -59,7 +65,7 @@ class _Structure:
     config: Config
     plan: Plan
     facts: ModelFacts
-    case: Case
+    inputs: Inputs
     overlapped: tuple[LayerPlan, ...]
 
 
@@ -121,7 +127,7 @@ def _planned(search: Search, config: Config, shapes: dict[object, ModelShape]) -
         for layer in plan.layers
     )
     return _Structure(
-        config=config, plan=plan, facts=facts, case=case_of(shapes[key], plan, config), overlapped=overlapped
+        config=config, plan=plan, facts=facts, inputs=inputs_of(shapes[key], plan, config), overlapped=overlapped
     )
 
 
@@ -177,9 +183,9 @@ def _of_micro_batch(
     search: Search, structure: _Structure, run: RunFacts, batch: int, replicas: Sequence[int], states: _States,
     limit: float, rejected: Rejected,
 ) -> Iterator[Candidate]:  # fmt: skip
-    plan, case, axes = structure.plan, structure.case, search.axes
+    plan, inputs, axes = structure.plan, structure.inputs, search.axes
     recompute = structure.config.stack.recompute
-    kept = case.software.recompute
+    kept = inputs.software.recompute
     overlaps = [each for each in axes.overlap if _possible(each, structure, run)]
     memory = _memory(structure, states)
     for checkpointing, number, (overlap, chunks) in product(axes.checkpointing, replicas, overlaps):
@@ -191,11 +197,11 @@ def _of_micro_batch(
             continue
         own = structure.config.stack.dispatcher is None and not structure.config.stack.overlap
         software = replace(
-            case.software, recompute=REPEATED[checkpointing] if recompute is None else kept,
+            inputs.software, recompute=REPEATED[checkpointing] if recompute is None else kept,
             in_flight=overlap if own else "none", chunks=chunks if own else 1,
         )  # fmt: skip
-        layout = replace(case.layout, micro_batch=run.micro_batch_size, global_batch=batch, replicas=number)
-        seconds = sum(step_of(replace(case, layout=layout, software=software)).values())
+        layout = replace(inputs.layout, micro_batch=run.micro_batch_size, global_batch=batch, replicas=number)
+        seconds = sum(step_of(replace(inputs, layout=layout, software=software)).values())
         speed = batch * layout.seq / plan.mesh.world_size / seconds
         yield Candidate(
             settings=settings, runs=True, seconds=seconds, tokens_per_second_per_rank=speed, memory_bytes=needed

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moecompile.load_history import LOAD_HISTORY
-from moecompile.planner.foresight.forecast import COMMUNICATION
+from moecompile.planner.cost_model.forecast import COMMUNICATION
 from moecompile.report.heatmap import short_names
 from moecompile.report.page.charts import chart
 from moecompile.report.page.document import Chart, Section, note, table

@@ -59,20 +59,10 @@ class FiguresConfig:
     """The same for fp32 (on NVIDIA GPUs TF32)."""
     watts: FigureConfig = field(default_factory=FigureConfig)
     """Power limit."""
-    memory_gib: FigureConfig = field(default_factory=FigureConfig)
-    """Memory, GiB."""
     memory_tb_s: FigureConfig = field(default_factory=FigureConfig)
     """Bandwidth of the memory, 1e12 bytes/s, from the data sheet."""
     memory_effective_tb_s: FigureConfig = field(default_factory=FigureConfig)
     """Bandwidth that kernels reach, 1e12 bytes/s."""
-    intra_node_gb_s: FigureConfig = field(default_factory=FigureConfig)
-    """Bandwidth in one direction within a link domain, 1e9 bytes/s, from the data sheet."""
-    intra_node_effective_gb_s: FigureConfig = field(default_factory=FigureConfig)
-    """Bandwidth that exchanges reach there, 1e9 bytes/s."""
-    inter_node_gb_s: FigureConfig = field(default_factory=FigureConfig)
-    """Bandwidth in one direction beyond it, 1e9 bytes/s, from the data sheet."""
-    inter_node_effective_gb_s: FigureConfig = field(default_factory=FigureConfig)
-    """Bandwidth that exchanges reach there, 1e9 bytes/s."""
     latency_us: FigureConfig = field(default_factory=FigureConfig)
     """Time of an exchange without rows, microseconds."""
     link_domain: FigureConfig = field(default_factory=FigureConfig)
@@ -146,11 +136,12 @@ class HardwareConfig:
     memory_gib: float = 4.0
     """Memory of one rank, GiB, positive."""
     intra_node_gb_s: float = 2.0
-    """Bandwidth that one rank reaches within its link domain, 1e9 bytes/s, positive."""
+    """Bandwidth in one direction that exchanges of one rank reach within its link domain, 1e9 bytes/s, positive."""
     inter_node_gb_s: float = 2.0
-    """Bandwidth that one rank reaches beyond it, 1e9 bytes/s, positive."""
+    """The same beyond it, positive."""
     tflops: float = 0.1
-    """Matmul speed that experts reach on one rank, 1e12 operations/s, positive."""
+    """Speed that products of experts reach on one rank, 1e12 operations/s, positive. A plan decides by it about overlap
+    and lending; a forecast takes calibrated shares of the peaks in `figures`."""
     figures: FiguresConfig = field(default_factory=FiguresConfig)
     host: HostConfig = field(default_factory=HostConfig)
 

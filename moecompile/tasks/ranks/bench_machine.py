@@ -31,10 +31,8 @@ from moecompile.models.build import example_inputs
 from moecompile.pipeline import compile_model, make_plan
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan, on_one_process
-from moecompile.planner.foresight.forecast import Case
-from moecompile.planner.foresight.layout import Layout
-from moecompile.planner.foresight.planned import case_of
-from moecompile.planner.foresight.shapes import Attention, ModelShape
+from moecompile.planner.cost_model.inputs import Inputs, Layout, inputs_of
+from moecompile.planner.cost_model.shapes import Attention, ModelShape
 from moecompile.schema import Config, DispatchConfig, MeshConfig
 from moecompile.tasks.job import Job
 from moecompile.torch_private import device_of
@@ -53,25 +51,25 @@ class Measured:
     def write(self, plan: Plan, config: Config, step: StepCost, run_dir: Path) -> dict[str, Any]:
         """Writes the file, and returns what bench.json has of it; without a file a `reason`."""
         try:
-            case = case_of(self.shape, plan, config)
+            inputs = inputs_of(self.shape, plan, config)
         except ConfigError as error:  # the run's own hardware has no figures, or its layout cannot be described
             return {**dataclasses.asdict(self.cost), "reason": str(error)}
         seconds = 1e-3 * step.step.cpu_ms
         # More than the ranks of a node, if this machine plays several.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", plan.mesh.world_size))
-        case = dataclasses.replace(
-            case,
-            software=dataclasses.replace(case.software, fused=True),
-            machine=dataclasses.replace(case.machine, domain=local),
+        inputs = dataclasses.replace(
+            inputs,
+            software=dataclasses.replace(inputs.software, fused=True),
+            machine=dataclasses.replace(inputs.machine, domain=local),
         )
-        host, factor = calibrated(self.cost, _one(case), case, seconds)
+        host, factor = calibrated(self.cost, _one(inputs), inputs, seconds)
         content = hardware_of(self.cost, host, config.hardware, local)
         return {
             **dataclasses.asdict(self.cost),
             "hardware": content,
             "path": str(write_hardware(run_dir, content)),
             "message_factor": factor,
-            "predicted_cpu_ms": 1e3 * sum(cpu_parts(case, host).values()),
+            "predicted_cpu_ms": 1e3 * sum(cpu_parts(inputs, host).values()),
         }
 
 
@@ -108,12 +106,14 @@ def _sizes(shape: ModelShape, plan: Plan, config: Config) -> Sizes:
     )
 
 
-def _one(case: Case) -> Case:
+def _one(inputs: Inputs) -> Inputs:
     """A micro-batch on one rank, with all experts."""
-    layout = case.layout
+    layout = inputs.layout
     one = Layout(gpus=1, seq=layout.seq, global_batch=layout.micro_batch, micro_batch=layout.micro_batch)
-    software = dataclasses.replace(case.software, dispatcher="flat", in_flight="none", chunks=1, recompute=())
-    return dataclasses.replace(case, layout=one, software=software, machine=dataclasses.replace(case.machine, domain=1))
+    software = dataclasses.replace(inputs.software, dispatcher="flat", in_flight="none", chunks=1, recompute=())
+    return dataclasses.replace(
+        inputs, layout=one, software=software, machine=dataclasses.replace(inputs.machine, domain=1)
+    )
 
 
 def _forward_backward(model: nn.Module, plan: Plan, config: Config) -> Callable[[], None]:

@@ -29,7 +29,7 @@ from moecompile.runtime.data import TextData, TokenWindows, num_ids, unigram_ent
 from moecompile.runtime.process_group import init_process_group
 from moecompile.runtime.training import Outcome, train
 from moecompile.schema import Baseline, Config
-from moecompile.tasks.foretell import outline, shape_of, write_forecast
+from moecompile.tasks.forecast import outline, shape_of, write_forecast
 from moecompile.tasks.job import load_job
 from moecompile.tasks.show import show_compiled, show_weight_groups, step0_fields
 

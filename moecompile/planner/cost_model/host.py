@@ -29,11 +29,9 @@ from math import log2
 from moecompile.errors import ConfigError
 from moecompile.plan import EXCHANGES
 from moecompile.plan import KINDS as DISPATCH_KINDS
-from moecompile.planner.foresight.counts import Counts
-from moecompile.planner.foresight.layout import Host, Layout, Machine, Software
-from moecompile.planner.foresight.links import KINDS, OPTIMIZER_BYTES, Wire
-from moecompile.planner.foresight.shapes import Attention, ModelShape
-from moecompile.planner.foresight.work import ATTENTION_BACKWARD, Work
+from moecompile.planner.cost_model.counts import ATTENTION_BACKWARD, OPTIMIZER_BYTES, SENT_AS, Counts, Wire, Work
+from moecompile.planner.cost_model.inputs import Host, Layout, Machine, Software
+from moecompile.planner.cost_model.shapes import Attention, ModelShape
 
 WAITING = "waiting for a core"
 _COUNTED_BITS = 16
@@ -130,7 +128,7 @@ def _attention_flops(model: ModelShape, layout: Layout, software: Software) -> f
 
 
 def _exchange(model: ModelShape, layout: Layout, counts: Counts, software: Software, host: Host, load: float) -> float:
-    kind = KINDS.get(software.dispatcher, software.dispatcher)
+    kind = SENT_AS.get(software.dispatcher, software.dispatcher)
     if layout.ep == 1:
         return 0.0
     layers = sum(layer.count for layer in model.layers if layer.ffn is not None and layer.ffn.experts) / layout.pp

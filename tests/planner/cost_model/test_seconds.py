@@ -8,17 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.forecast.families import shape_of
+from benchmarks.forecast.fit import fit
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
-from moecompile.planner.foresight.constants import CALIBRATION, CONSTANTS, PRIORS, calibrated, checked
-from moecompile.planner.foresight.counts import count
-from moecompile.planner.foresight.families import shape_of
-from moecompile.planner.foresight.fit import fit
-from moecompile.planner.foresight.forecast import Case, Keys, alternatives_of, forecast, step_of
-from moecompile.planner.foresight.imbalance import synthetic
-from moecompile.planner.foresight.layout import Layout, Machine, Software
-from moecompile.planner.foresight.machine import machine_of, software_of
-from moecompile.planner.foresight.seconds import step_seconds
+from moecompile.planner.cost_model.constants import CALIBRATION, CONSTANTS, PRIORS, calibrated, checked
+from moecompile.planner.cost_model.counts import count
+from moecompile.planner.cost_model.forecast import Keys, alternatives_of, forecast, step_of
+from moecompile.planner.cost_model.imbalance import synthetic
+from moecompile.planner.cost_model.inputs import Inputs, Layout, Machine, Software, machine_of, software_of
+from moecompile.planner.cost_model.seconds import step_seconds
 
 MODEL = shape_of(
     "tiny", {"layers": 4, "hidden": 1024, "vocab": 1000, "heads": 8, "kv": 8, "moe_ffn": 512, "experts": 16, "topk": 2}
@@ -73,14 +72,19 @@ def test_a_pipeline_and_tensor_parallelism_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ["memory", "passes", "intra", "inter"])
 def test_more_bandwidth_is_never_slower(name: str) -> None:
-    times = [seconds(replace(H100, **{name: factor * getattr(H100, name)})) for factor in (0.5, 1.0, 2.0, 10.0)]
+    def times_as_fast(factor: float) -> Machine:
+        part = H100 if hasattr(H100, name) else H100.links
+        faster = replace(part, **{name: factor * getattr(part, name)})
+        return faster if isinstance(faster, Machine) else replace(H100, links=faster)
+
+    times = [seconds(times_as_fast(factor)) for factor in (0.5, 1.0, 2.0, 10.0)]
     assert times == sorted(times, reverse=True)
     assert times[0] > times[-1]
 
 
 def test_monotonic_in_peak_latency_load_and_tokens() -> None:
     assert seconds(replace(H100, peak={bits: 2 * peak for bits, peak in H100.peak.items()}, watts=1400)) < seconds()
-    assert seconds(replace(H100, latency=1e-3)) > seconds()
+    assert seconds(replace(H100, links=replace(H100.links, latency=1e-3))) > seconds()
     assert seconds(load=1.5) > seconds(load=1.0)
     assert seconds(layout=replace(LAYOUT, global_batch=128)) > seconds()
     assert seconds(software=Software(recompute=("full",))) > seconds()
@@ -150,8 +154,8 @@ def test_hardware_and_stacks_that_are_wrong() -> None:
         ),
         ("hardware.figures.watts.value=-1", "hardware.figures.watts.value=-1.0: must be positive"),
         (
-            "hardware.figures.intra_node_effective_gb_s.value=1000",
-            "is above the data sheet's hardware.figures.intra_node_gb_s.value=450",
+            "hardware.figures.memory_effective_tb_s.value=10",
+            "is above the data sheet's hardware.figures.memory_tb_s.value=3.35",
         ),
     ):
         with pytest.raises(ConfigError, match=text.replace(".", r"\.").replace("(", r"\(")):
@@ -176,7 +180,7 @@ def test_every_shipped_machine_and_stack_is_complete() -> None:
 
 
 def test_a_forecast_adds_up_and_its_changes_are_real() -> None:
-    case = Case(model=MODEL, layout=LAYOUT, machine=H100, software=Software(recompute=("full",)))
+    case = Inputs(model=MODEL, layout=LAYOUT, machine=H100, software=Software(recompute=("full",)))
     options = alternatives_of(case, Keys())
     assert "data.micro_batch_size=2" in options  # not of `workload`, which a run does not read
     made = forecast(case, [synthetic("balanced", 16, 16, 2), synthetic("zipf", 16, 16, 2)], options)
@@ -195,10 +199,17 @@ def test_a_forecast_adds_up_and_its_changes_are_real() -> None:
 
 def test_elasticity_is_the_share() -> None:
     """1% less of the exchange takes its share of 1% off the step."""
-    case = Case(model=MODEL, layout=LAYOUT, machine=replace(H100, latency=0.0), software=Software(graph=("all",)))
+    case = Inputs(
+        model=MODEL,
+        layout=LAYOUT,
+        machine=replace(H100, links=replace(H100.links, latency=0.0)),
+        software=Software(graph=("all",)),
+    )
     parts = step_of(case)
     wire = parts["exchange within the node"] + parts["exchange across nodes"]
-    faster = replace(case.machine, intra=case.machine.intra * 1.01, inter=case.machine.inter * 1.01)
+    faster = replace(
+        case.machine, links=replace(case.machine.links, intra=H100.links.intra * 1.01, inter=H100.links.inter * 1.01)
+    )
     moved = sum(parts.values()) - sum(step_of(replace(case, machine=faster)).values())
     others = parts["reduction"] + parts["weights"]
     assert moved / sum(parts.values()) == pytest.approx(0.0099 * (wire + others) / sum(parts.values()), rel=0.1)
@@ -219,7 +230,9 @@ def test_replicas_of_sharded_weights_by_hand() -> None:
 
 def test_exchanges_in_flight_by_hand() -> None:
     parts = {
-        kind: step_of(Case(model=MODEL, layout=LAYOUT, machine=H100, software=Software(in_flight=kind, chunks=chunks)))
+        kind: step_of(
+            Inputs(model=MODEL, layout=LAYOUT, machine=H100, software=Software(in_flight=kind, chunks=chunks))
+        )
         for kind, chunks in (("none", 1), ("shared", 1), ("chunks", 2))
     }
     exchanges = {

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moecompile.errors import ConfigError
-from moecompile.planner.foresight.shapes import Attention, Experts, Layer, ModelShape, Scan
+from moecompile.planner.cost_model.shapes import Attention, Experts, Layer, ModelShape, Scan
 
 _SIZES = (
     "layers",

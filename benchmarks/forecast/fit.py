@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from moecompile.planner.foresight.constants import CONSTANTS, PRIORS, Constant
+from moecompile.planner.cost_model.constants import CONSTANTS, PRIORS, Constant
 
 SOFT, NOISE = 0.08, 0.10
 _STEP, _ENOUGH, _ROUNDS, _TRIES = 1e-4, 1e-5, 60, 12

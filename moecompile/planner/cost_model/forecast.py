@@ -11,15 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from moecompile.errors import ConfigError
-from moecompile.planner.foresight.constants import calibrated
-from moecompile.planner.foresight.counts import count
-from moecompile.planner.foresight.host import host_seconds
-from moecompile.planner.foresight.imbalance import Load
-from moecompile.planner.foresight.layout import KINDS, Layout, Machine, Software
-from moecompile.planner.foresight.seconds import step_seconds
-from moecompile.planner.foresight.shapes import ModelShape, training_flops
+from moecompile.plan import Plan
+from moecompile.planner.cost_model.constants import calibrated
+from moecompile.planner.cost_model.counts import count
+from moecompile.planner.cost_model.host import host_seconds
+from moecompile.planner.cost_model.imbalance import Load, measured, synthetic
+from moecompile.planner.cost_model.inputs import KINDS, Inputs, Software, inputs_of
+from moecompile.planner.cost_model.seconds import step_seconds
+from moecompile.planner.cost_model.shapes import ModelShape, training_flops
+from moecompile.planner.params import routed
+from moecompile.schema import Config
 
 BEST = 3
 OVERLAP_UNITS = 20  # of DeepSeek-V3's exchanges
@@ -33,16 +37,6 @@ COMMUNICATION = (
     "weights",
     "reduction",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """What is forecast."""
-
-    model: ModelShape
-    layout: Layout
-    machine: Machine
-    software: Software
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,86 +75,86 @@ class Forecast:
     changes: tuple[Change, ...] = ()
 
 
-def forecast(case: Case, loads: Sequence[Load], alternatives: Mapping[str, Case]) -> Forecast:
+def forecast(inputs: Inputs, loads: Sequence[Load], alternatives: Mapping[str, Inputs]) -> Forecast:
     """The forecast.
 
     Args:
         loads: whose imbalance is priced. alternatives: change -> what is forecast with it.
     """
-    layout = case.layout
-    parts = step_of(case)
+    layout = inputs.layout
+    parts = step_of(inputs)
     seconds = sum(parts.values())
     speed = layout.global_batch * layout.seq / layout.gpus / seconds
-    flops = training_flops(case.model, layout.seq)
+    flops = training_flops(inputs.model, layout.seq)
     return Forecast(
         seconds=seconds,
         parts=parts,
         tokens_per_second_per_rank=speed,
         flops_per_token=flops,
         tflops_per_rank=flops * speed / 1e12,
-        mfu=flops * speed / case.machine.peak[case.software.bits],
+        mfu=flops * speed / inputs.machine.peak[inputs.software.bits],
         micro_batches=layout.num_micro,
-        prices=tuple(prices(case, loads)),
+        prices=tuple(prices(inputs, loads)),
         changes=changes(seconds, alternatives),
     )
 
 
-def step_of(case: Case, load: float = 1.0) -> dict[str, float]:
+def step_of(inputs: Inputs, load: float = 1.0) -> dict[str, float]:
     """The addends of the step, seconds, with exchanges by link class."""
-    counts = count(case.model, case.layout, case.machine, case.software)
-    if case.machine.host is not None:
-        parts = host_seconds(case.model, case.layout, counts, case.machine, case.software, load)
+    counts = count(inputs.model, inputs.layout, inputs.machine, inputs.software)
+    if inputs.machine.host is not None:
+        parts = host_seconds(inputs.model, inputs.layout, counts, inputs.machine, inputs.software, load)
     else:
-        parts = step_seconds(counts, case.machine, case.software, calibrated(), case.layout.gpus, load)
+        parts = step_seconds(counts, inputs.machine, inputs.software, calibrated(), inputs.layout.gpus, load)
     exchange, wire = parts.pop("exchange"), counts.wire
-    intra, inter = wire.intra / case.machine.intra, wire.inter / case.machine.inter
+    intra, inter = inputs.machine.links.seconds(wire.intra, 0), inputs.machine.links.seconds(0, wire.inter)
     within = intra / (intra + inter) if intra + inter else 1.0
     return {"exchange within the node": exchange * within, "exchange across nodes": exchange * (1 - within), **parts}
 
 
-def prices(case: Case, loads: Sequence[Load]) -> Iterator[Price]:
+def prices(inputs: Inputs, loads: Sequence[Load]) -> Iterator[Price]:
     """Step 2."""
     for load in loads:
-        p50, p99 = (sum(step_of(case, ratio).values()) for ratio in (load.p50, load.p99))
+        p50, p99 = (sum(step_of(inputs, ratio).values()) for ratio in (load.p50, load.p99))
         yield Price(name=load.name, p50_load=load.p50, p50_seconds=p50, p99_load=load.p99, p99_seconds=p99)
 
 
-def changes(seconds: float, alternatives: Mapping[str, Case]) -> tuple[Change, ...]:
+def changes(seconds: float, alternatives: Mapping[str, Inputs]) -> tuple[Change, ...]:
     """Step 3: at most `BEST` changes that save 1% or more."""
-    found = [Change(change=name, seconds=sum(step_of(case).values())) for name, case in alternatives.items()]
+    found = [Change(change=name, seconds=sum(step_of(inputs).values())) for name, inputs in alternatives.items()]
     return tuple(sorted((c for c in found if c.seconds < _HELPS * seconds), key=lambda c: c.seconds)[:BEST])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """Overrides that change a case: the key of its dispatch, and what switches recomputation off."""
+    """Overrides that change a step: the key of its dispatch, and what switches recomputation off."""
 
     dispatcher: str = "dispatch.kind"
     no_recompute: str = "trainer.checkpointing=none"
 
 
-def alternatives_of(case: Case, keys: Keys) -> dict[str, Case]:
+def alternatives_of(inputs: Inputs, keys: Keys) -> dict[str, Inputs]:
     """Changes of one setting, as overrides."""
-    found = {text: replace(case, software=software) for text, software in _software(case, keys)}
-    for text, values in _layouts(case):
+    found = {text: replace(inputs, software=software) for text, software in _software(inputs, keys)}
+    for text, values in _layouts(inputs):
         try:
-            found[text] = replace(case, layout=replace(case.layout, **values))
+            found[text] = replace(inputs, layout=replace(inputs.layout, **values))
         except ConfigError:
             continue  # it does not divide
     return found
 
 
-def _layouts(case: Case) -> Iterator[tuple[str, dict[str, int]]]:
-    layout = case.layout
+def _layouts(inputs: Inputs) -> Iterator[tuple[str, dict[str, int]]]:
+    layout = inputs.layout
     yield f"data.micro_batch_size={2 * layout.micro_batch}", {"micro_batch": 2 * layout.micro_batch}
     for ep in {layout.ep // 2, layout.ep * 2} - {0}:
-        if all(layer.ffn is None or layer.ffn.experts % ep == 0 for layer in case.model.layers):
+        if all(layer.ffn is None or layer.ffn.experts % ep == 0 for layer in inputs.model.layers):
             yield f"mesh.ep={ep}", {"ep": ep}
 
 
-def _software(case: Case, keys: Keys) -> Iterator[tuple[str, Software]]:
-    software = case.software
-    if case.layout.ep > 1:
+def _software(inputs: Inputs, keys: Keys) -> Iterator[tuple[str, Software]]:
+    software = inputs.software
+    if inputs.layout.ep > 1:
         for kind in KINDS:
             yield f"{keys.dispatcher}={kind}", replace(software, dispatcher=kind)
         if not software.overlap:
@@ -169,5 +163,41 @@ def _software(case: Case, keys: Keys) -> Iterator[tuple[str, Software]]:
     if software.recompute:
         yield keys.no_recompute, replace(software, recompute=())
     yield "stack.graph=[all]", replace(software, graph=("all",))
-    if software.bits == 16 and case.machine.peak[8] > case.machine.peak[16]:
+    if software.bits == 16 and inputs.machine.peak[8] > inputs.machine.peak[16]:
         yield "stack.bits=8", replace(software, bits=8)
+
+
+def forecast_plan(shape: ModelShape, plan: Plan, config: Config) -> Forecast:
+    """The forecast of a plan's training step.
+
+    Raises:
+        ConfigError: as `inputs_of`, or `workload.load` is not of this model.
+    """
+    inputs = inputs_of(shape, plan, config)
+    given = config.stack
+    keys = Keys(
+        dispatcher="stack.dispatcher" if given.dispatcher else "dispatch.kind",
+        no_recompute="trainer.checkpointing=none" if given.recompute is None else "stack.recompute=[]",
+    )
+    return forecast(inputs, loads_of(plan, config), alternatives_of(inputs, keys))
+
+
+def loads_of(plan: Plan, config: Config) -> list[Load]:
+    """Balanced, zipf and hot, and the load of a given run.
+
+    Raises:
+        ConfigError: `workload.load` is not of this model.
+    """
+    if not plan.layers:
+        return []
+    layer, skew = plan.layers[0], config.routing.skew
+    top_k, _, _ = routed(layer)
+    loads = [
+        synthetic(kind, layer.experts.num_routed, plan.mesh.ep, top_k, skew) for kind in ("balanced", "zipf", "hot")
+    ]
+    if config.workload.load is not None:
+        experts = [each.experts.num_routed for each in plan.layers]
+        identity = [each.experts.num_identity for each in plan.layers]
+        orders = [each.placement.order for each in plan.layers]
+        loads.append(measured(Path(config.workload.load), experts, plan.mesh.ep, identity, orders))
+    return loads

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecompile.errors import ConfigError
-from moecompile.load_history import LOAD_HISTORY, NO_EXPERT, LoadHistory
+from moecompile.load_history import LOAD_HISTORY
+from moecompile.planner.loads import read_loads
 
 _DRAWS, _TOKENS = 200, 256
 _PATH = "workload.load"
@@ -98,21 +99,16 @@ def _rows(
     path: Path, experts: Sequence[int], identity: Sequence[int], orders: Sequence[Sequence[int]]
 ) -> Iterator[NDArray[np.float64]]:
     """Rows by position, of every layer at every logged step."""
-    try:
-        history = LoadHistory.read(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(_PATH, str(path), f"cannot be read: {error}", "Give the load.npz of a run") from error
-    for loads in history.loads:
-        held = [row[row != NO_EXPERT] for row in loads]
-        if len(held) == len(identity):
-            held = [row[: max(0, len(row) - last)] for row, last in zip(held, identity, strict=True)]
-        if [len(row) for row in held] != list(experts):
-            found = _short([len(row) for row in held])
-            rule = f"is of another model: experts per layer are {found}, not {_short(experts)}"
-            raise ConfigError(_PATH, str(path), rule, "Give the loads of a run of this model")
-        for row, order in zip(held, orders, strict=True):
-            if row.sum() > 0:
-                yield (row[list(order)] if order else row).astype(np.float64)
+    layers = list(read_loads(path, _PATH).values())
+    if len(layers) == len(identity):
+        layers = [
+            [row[: max(0, len(row) - last)] for row in steps] for steps, last in zip(layers, identity, strict=True)
+        ]
+    if (held := [len(steps[0]) if steps else 0 for steps in layers]) != list(experts):
+        rule = f"is of another model: experts per layer are {_short(held)}, not {_short(experts)}"
+        raise ConfigError(_PATH, str(path), rule, "Give the loads of a run of this model")
+    for steps, order in zip(layers, orders, strict=True):
+        yield from (row[list(order)] if order else row for row in steps if row.sum() > 0)
 
 
 def _violations(path: Path, layers: int) -> Iterator[float]:

@@ -10,11 +10,9 @@ import pytest
 from moecompile.bench import MachineCost, calibrated, cpu_parts, hardware_of, write_hardware
 from moecompile.bench.machine import ExchangeCost, line_of
 from moecompile.compose import compose_config
-from moecompile.planner.foresight.counts import count
-from moecompile.planner.foresight.forecast import Case
-from moecompile.planner.foresight.layout import Host
-from moecompile.planner.foresight.machine import machine_of
-from tests.planner.foresight.test_host import MACHINE, MODEL, ONE, SOFTWARE
+from moecompile.planner.cost_model.counts import count
+from moecompile.planner.cost_model.inputs import Host, Inputs, machine_of
+from tests.planner.cost_model.test_host import MACHINE, MODEL, ONE, SOFTWARE
 
 EXCHANGES = [
     ExchangeCost(kind=kind, ranks=2, bytes=size, wall_us=9.0, cpu_us=100.0 + 0.002 * size)
@@ -25,10 +23,10 @@ COST = MachineCost(
     pass_gb_s=10.0, optimizer_ns=1.0, model_seconds=0.5, contention=[(1, 1.0), (2, 1.5)], exchanges=EXCHANGES,
 )  # fmt: skip
 ALONE = replace(ONE, global_batch=2)
-CASE = Case(
+CASE = Inputs(
     model=MODEL, layout=replace(ONE, gpus=2, ep=2), machine=replace(MACHINE, domain=2, host=None), software=SOFTWARE
 )
-FREE = Case(model=MODEL, layout=ALONE, machine=replace(MACHINE, host=None), software=SOFTWARE)
+FREE = Inputs(model=MODEL, layout=ALONE, machine=replace(MACHINE, host=None), software=SOFTWARE)
 
 
 def by_hand(host: Host) -> float:

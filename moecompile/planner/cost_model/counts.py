@@ -1,7 +1,8 @@
-"""What one layer makes a GPU do in a micro-batch: operations, bytes, kernels. There is no fitted constant here.
+"""What a step makes a GPU do: operations, bytes of memory and of links, kernels. There is no fitted constant here.
 
 T tokens of a micro-batch of a replica (micro_batch * seq / cp); a GPU has t = T / tp of them outside attention.
 
+Work of a layer and micro-batch
 1. Products with weights are split over tp. Forward, the gradient of inputs and the gradient of weights have as many
    operations each. Every product reads both operands in the numbers of the recipe (bits) and writes bf16; the fp32
    gradient of a weight is read and written.                                                       -> `add_product`
@@ -15,15 +16,40 @@ T tokens of a micro-batch of a replica (micro_batch * seq / cp); a GPU has t = T
    three times (largest value, rotation, rounding).                                                -> `quantized`
 5. Kernels, and those of them that the host launches one by one, because no CUDA graph replays them.
 
+Bytes on links. A link domain is what the fast links connect (NVLink: 8 GPUs of a node, or 72 of a rack).
+6. Dispatch and combine, forward and backward: the rows of a token that leave a GPU, by link class, as in
+   planner/traffic.py for each kind. `alltoall` is flat; `deepep` and `hybridep` send a token once to each other domain
+   and, within a domain, once to each rank, as `hierarchical`. With etp, rows are gathered over a group and outputs
+   scattered.                                                                                      -> `dispatch_bytes`
+7. Tensor parallelism with sequence parallelism: per part of a layer T D numbers are gathered before and scattered
+   after, forward and backward; a GPU sends (tp - 1) / tp of them.
+8. Context parallelism: keys and values go around, cp - 1 times those of T tokens, forward and twice backward; beyond a
+   domain if tp * cp is larger.
+9. Stages: t D numbers forward and backward, vpp times.                                            -> `parallel_bytes`
+10. A step: fp32 gradients are reduced and bf16 weights gathered, over replicas (dp * cp for dense weights, edp for
+   experts). With ZeRO 3, weights are gathered twice and gradients reduced in each micro-batch, over the ranks of one
+   of `replicas`; between these, fp32 gradients of what a rank owns are reduced. Stacks of experts of which these ranks
+   divide no dim are padded, as FSDP does (plan/shards.py).                                          -> `step_bytes`
+
+All of a GPU
+11. Layers are spread over the pp stages; what an average stage does in a micro-batch, and the whole output head, which
+   is on the last stage alone.                                                                          -> `count`
+12. Bubble: micro-batches for which a stage is idle: (pp - 1) / vpp of 1F1B; of DualPipe (pp / 2 - 1) (F&B + B - 3 W)
+   with forward F, backward B = 2 F, weight gradients W = F, and 3 F a micro-batch (DeepSeek-V3 report, table 2).
+                                                                                                       -> `_bubble`
+
 Legend: t tokens, D model dim, F hidden numbers of an expert, E experts, K top-k.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
-from moecompile.planner.foresight.layout import Layout, Software
-from moecompile.planner.foresight.shapes import Attention, Experts, Layer, Scan
+from moecompile.plan import largest_shard
+from moecompile.planner.cost_model.inputs import Layout, Machine, Software
+from moecompile.planner.cost_model.shapes import Attention, Experts, Layer, ModelShape, Scan, layer_params
+from moecompile.planner.traffic import even_copies
 
 BF16, FP32 = 2, 4
 PASSES = 3  # forward, gradient of inputs, gradient of weights
@@ -50,6 +76,8 @@ KERNELS = {
     "dense": 20,
 }
 QUANTIZE_KERNELS, EXPERT_KERNELS = 12, 6
+SENT_AS = {"alltoall": "flat", "deepep": "hierarchical", "hybridep": "hierarchical"}
+OPTIMIZER_BYTES = 28  # gradient, weight and two moments read, the last three and a bf16 weight written
 _FROM_C = 0.2  # a launch from a library's loop over experts, in launches from Python
 _OVERLAP_LAUNCHES = 1.5  # forwards and backwards that alternate are cut into parts, each with events and streams
 
@@ -203,3 +231,188 @@ def _add_kernels(work: Work, software: Software, part: str, kernels: float, extr
     work.kernels += kernels
     if part not in software.graph and "all" not in software.graph:
         work.launches += (kernels + extra) * (_OVERLAP_LAUNCHES if software.overlap else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wire:
+    """Bytes that leave a GPU, by link class, and the number of messages."""
+
+    intra: float = 0.0
+    inter: float = 0.0
+    messages: float = 0.0
+
+    def __add__(self, other: Wire) -> Wire:
+        return Wire(
+            intra=self.intra + other.intra, inter=self.inter + other.inter, messages=self.messages + other.messages
+        )
+
+    def times(self, factor: float) -> Wire:
+        """All of it `factor` times."""
+        return Wire(intra=self.intra * factor, inter=self.inter * factor, messages=self.messages * factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """Bytes per micro-batch of tensor and context parallelism, between stages, and of weights that ZeRO 3 gathers."""
+
+    tensor: Wire
+    context: Wire
+    stage: Wire
+    gathered: Wire
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Bytes per step: gradients and weights on links; what the optimizer reads and writes; parameters it owns."""
+
+    reduced: Wire
+    moments: float
+    owned: float
+
+
+def domains(size: int, stride: int, domain: int) -> tuple[int, int]:
+    """(link domains, members in each) of a group of `size` GPUs that are `stride` apart."""
+    within = max(1, min(size, domain // stride))
+    while size % within:
+        within -= 1
+    return size // within, within
+
+
+def dispatch_bytes(ffn: Experts, hidden: int, layout: Layout, machine: Machine, software: Software) -> Wire:
+    """Bytes of one MoE layer's exchanges in a micro-batch, forward and backward (step 6)."""
+    own, row = layout.tokens / layout.tp, ffn.row(hidden)
+    again = float(software.repeats("full", "moe"))
+    etp = 4 * (layout.etp - 1) * own * ffn.top_k * row * BF16
+    if layout.ep == 1:
+        return Wire(intra=etp, messages=4.0 if etp else 0.0)
+    nodes, within = domains(layout.ep, layout.etp, machine.domain)
+    kind = SENT_AS.get(software.dispatcher, software.dispatcher)
+    copies = even_copies(kind, ffn.experts, (ffn.top_k, ffn.groups, ffn.top_groups), nodes, within)
+    per_copy = own * row * (2 + again) * (software.row_bits / 8 + BF16)
+    return Wire(intra=copies.intra_node * per_copy + etp, inter=copies.inter_node * per_copy, messages=4 + 2 * again)
+
+
+def parallel_bytes(model: ModelShape, layout: Layout, machine: Machine, software: Software) -> Parallel:
+    """Bytes per micro-batch and average stage (steps 7 to 10)."""
+    full = 1.5 if software.repeats("full") else 1.0
+    tensor, context = Wire(), 0.0
+    for layer in model.layers:
+        share = layer.count / layout.pp
+        parts = (layer.mixer is not None) + (layer.ffn is not None and layer.ffn.d_shared > 0)
+        if layout.tp > 1:
+            once = (layout.tp - 1) / layout.tp * layout.tokens * model.hidden * BF16
+            tensor = tensor + Wire(intra=4 * once, messages=4).times(share * parts * full)
+        if isinstance(layer.mixer, Attention):
+            keys = layer.mixer.kv_heads * (layer.mixer.d_qk + layer.mixer.d_v) / layout.tp
+            context += share * (layout.cp - 1) * layout.tokens * keys * BF16 * 3
+    near = layout.tp * layout.cp <= machine.domain
+    stage = 2 * layout.vpp * layout.tokens / layout.tp * model.hidden * BF16 if layout.pp > 1 else 0.0
+    return Parallel(
+        tensor=tensor,
+        context=Wire(intra=context if near else 0.0, inter=0.0 if near else context),
+        stage=Wire(inter=stage),
+        gathered=_over_replicas(model, layout, machine, 2 * BF16 + FP32) if layout.zero == 3 else Wire(),
+    )
+
+
+def step_bytes(model: ModelShape, layout: Layout, machine: Machine) -> Step:
+    """Bytes per step (step 10)."""
+    dense, experts = stage_params(model, layout)
+    owned = dense / (layout.dp * layout.cp) + experts * padding(model, layout) / layout.edp
+    return Step(
+        reduced=Wire() if layout.zero == 3 else _over_replicas(model, layout, machine, FP32 + BF16),
+        moments=owned * OPTIMIZER_BYTES,
+        owned=owned,
+    )
+
+
+def stage_params(model: ModelShape, layout: Layout) -> tuple[float, float]:
+    """Dense parameters and those of experts that a GPU of an average stage computes with."""
+    routed = sum(
+        layer.count * layer.ffn.experts * layer.ffn.expert_weights(model.hidden) for layer in model.layers if layer.ffn
+    )
+    everything = sum(layer.count * layer_params(layer, model.hidden)[0] for layer in model.layers)
+    dense = everything - routed + (1 if model.tied else 2) * model.head_weights
+    return dense / (layout.tp * layout.pp), routed / (layout.ep * layout.etp * layout.pp)
+
+
+def padding(model: ModelShape, layout: Layout) -> float:
+    """What the fullest GPU has of experts that ZeRO 3 shards, over its even share."""
+    ffns = [(layer.ffn, layer.count) for layer in model.layers if layer.ffn is not None and layer.ffn.experts]
+    ranks = max(1, layout.edp // layout.replicas)
+    if layout.zero < 3 or layout.etp > 1 or not ffns or any(ffn.experts % layout.ep for ffn, _ in ffns):
+        return 1.0
+    held, even = 0.0, 0.0
+    for ffn, count in ffns:
+        experts, row = ffn.experts // layout.ep, ffn.row(model.hidden)
+        for shape in ((experts, ffn.num_in * ffn.d_expert, row), (experts, row, ffn.d_expert)):
+            held += count * largest_shard(shape, ranks)
+            even += count * prod(shape) / ranks
+    return held / even
+
+
+def _over_replicas(model: ModelShape, layout: Layout, machine: Machine, bytes_per_param: float) -> Wire:
+    """Bytes that a GPU sends when these bytes of each parameter are reduced or gathered over its replicas."""
+    dense, experts = stage_params(model, layout)
+    experts *= padding(model, layout)
+    wire, apart, copies = Wire(), layout.ep * layout.etp, layout.replicas
+    for params, size, stride in ((dense, layout.dp * layout.cp, layout.tp), (experts, layout.edp, apart)):
+        shards = max(1, size // copies)
+        wire = wire + _over_group(params * bytes_per_param, shards, stride, machine)
+        if copies > 1:
+            wire = wire + _over_group(2 * FP32 * params / shards, copies, stride * shards, machine)
+    return wire
+
+
+def _over_group(once: float, size: int, stride: int, machine: Machine) -> Wire:
+    """Bytes that a GPU sends of `once` bytes that a group of `size` GPUs, `stride` apart, reduces or gathers."""
+    nodes, within = domains(size, min(stride, machine.domain), machine.domain)
+    return Wire(intra=once * (within - 1) / within, inter=once / within * (nodes - 1) / nodes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """body: layers of an average stage. head: the output head. wire: exchanges of an average stage. parallel: bytes of
+    tensor, context and pipeline parallelism and of gathered weights. step: bytes once per step. num_micro:
+    micro-batches of a step. bubble: idle ones. stages, layers: over which the body was averaged.
+    """
+
+    body: Work
+    head: Work
+    wire: Wire
+    parallel: Parallel
+    step: Step
+    num_micro: int
+    bubble: float
+    stages: int
+    layers: int
+
+
+def count(model: ModelShape, layout: Layout, machine: Machine, software: Software) -> Counts:
+    """The counts of one GPU."""
+    body, wire = Work(), Wire()
+    for layer in model.layers:
+        share = layer.count / layout.pp
+        body.add(layer_work(layer, model.hidden, layout, software), share)
+        if layer.ffn is not None and layer.ffn.experts:
+            wire = wire + dispatch_bytes(layer.ffn, model.hidden, layout, machine, software).times(share)
+    heads = 1 + sum(layer.count for layer in model.layers if layer.mtp)
+    return Counts(
+        body=body,
+        head=head_work(model.hidden, model.vocab, layout, heads),
+        wire=wire,
+        parallel=parallel_bytes(model, layout, machine, software),
+        step=step_bytes(model, layout, machine),
+        num_micro=layout.num_micro,
+        bubble=_bubble(layout, software),
+        stages=layout.pp,
+        layers=sum(layer.count for layer in model.layers),
+    )
+
+
+def _bubble(layout: Layout, software: Software) -> float:
+    if layout.pp == 1:
+        return 0.0
+    if software.schedule == "dualpipe":
+        return (layout.pp / 2 - 1) * (3 + 2 - 3) / 3
+    return (layout.pp - 1) / layout.vpp

@@ -5,7 +5,7 @@
 2. A product takes operations / rate + bytes / bandwidth. Of dense products half of the bytes is hidden.
 3. Exchanges take bytes / bandwidth + messages * latency; where they overlap with compute, the share `exposed` of it
    stays visible, and for the rest the units that they occupy are lost to compute. Exchanges of a plan that are in
-   flight are scheduled as in planner/overlap.py, and what the schedule adds to compute is visible.  -> `_in_flight`
+   flight are scheduled as below, and what the schedule adds to compute is visible.                  -> `_in_flight`
 4. The host's launches take their time beside the GPU's; the longer one counts. Where both are near, each waits for the
    other now and then: (gpu^4 + host^4)^(1/4).                                                       -> `_host`
 5. A stage takes whole layers, and the last one the head: equal numbers if they divide, else the best split. The slowest
@@ -13,25 +13,44 @@
                                                                                                      -> `_uneven`
 6. step = (micro-batches + bubble) * slowest stage + what of the reduction is visible + optimizer, and `straggler` of it
    for each doubling of GPUs beyond 8.                                                               -> `step_seconds`
+
+Exchanges beside the experts of one layer. W: seconds that its rows are on the wire in forward, half for dispatch and
+half for combine; C, S: seconds that routed and shared experts compute; n: chunks. The wire and the device each do one
+thing at a time. A plan decides with these layer by layer, before the whole step is known: bytes over links, and C and S
+by `row_seconds`.
+a. without overlap      = W + C + S                                                             -> `forward_seconds`
+b. with overlap         = the end of the schedule of passes/overlap.py with these times, in which each chunk has 1/n of
+                          W, and 1/n of C times the price of chunks: experts multiply fewer rows at a time, and weight
+                          gradients are computed apart from those of the rows.
+c. backward mirrors it  : gradients of rows take C, those of weights C too, and the shared experts 2 S. With overlap,
+                          weight gradients run where shared experts do, while the rows' gradients return (passes/
+                          collect.py).                                                            -> `backward_seconds`
+d. auto                 = the fastest of none, shared, 2 and 4 chunks in both directions, where a chunk leaves at least
+                          `LEAST_ROWS` rows per expert. `shared` is worth something without shared experts too: in
+                          backward.                                                               -> `choose_overlap`
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import log2
 
-from moecompile.planner.foresight.counts import Counts
-from moecompile.planner.foresight.layout import Machine, Software
-from moecompile.planner.foresight.links import Wire
-from moecompile.planner.foresight.work import PASSES, Work
-from moecompile.planner.overlap import LayerSeconds, backward_seconds, forward_seconds
+from moecompile.plan import PlannedSite
+from moecompile.planner.cost_model.counts import PASSES, Counts, Wire, Work
+from moecompile.planner.cost_model.inputs import Machine, Software
+from moecompile.schema import HardwareConfig
 
 US = 1e-6
 H100_WATTS_PER_TFLOPS = 700 / 989.4
 HIDDEN_OPERANDS = 2.0  # measured products hide half of their bytes (b200_kernels.json)
 SMALL = 8  # GPUs
 BOTH = 4
+CHUNKS = (2, 4)
+# benchmarks/chunks.py: what each of several chunks costs, of the time of routed experts in both directions, and from
+# how many rows per expert and chunk on it is so little.
+LEAST_ROWS, PRICE = 256, 0.03
+_GAIN = 0.98  # less than 2% faster is not worth more messages
 
 Constants = Mapping[str, float]
 
@@ -94,8 +113,13 @@ def _work_seconds(
     }
 
 
+def row_seconds(hardware: HardwareConfig, site: PlannedSite, width: int) -> float:
+    """Forward of one row through an FFN of this width, at the speed that the user says experts reach."""
+    return 2 * (site.num_in_projections + 1) * site.d_model * width / (hardware.tflops * 1e12)
+
+
 def _seconds(wire: Wire, machine: Machine) -> float:
-    return wire.intra / machine.intra + wire.inter / machine.inter + wire.messages * machine.latency
+    return machine.links.seconds(wire.intra, wire.inter, wire.messages)
 
 
 def _wire_seconds(
@@ -106,8 +130,8 @@ def _wire_seconds(
     Args:
         times: of the experts, in all passes.
     """
-    exchange = load * (counts.wire.intra / machine.intra + counts.wire.inter / machine.inter) / software.wire_share
-    exchange += counts.wire.messages * machine.latency * software.chunks
+    exchange = load * machine.links.seconds(counts.wire.intra, counts.wire.inter) / software.wire_share
+    exchange += machine.links.seconds(0, 0, counts.wire.messages * software.chunks)
     if software.in_flight != "none":
         exchange = _in_flight(replace(times, wire=exchange), software)
     elif software.overlap:
@@ -154,3 +178,65 @@ def _uneven(counts: Counts, body: float, head: float, schedule: str) -> float:
     last_layers = range(each + 1) if rest else (each,)
     slowest = min(max(-(-(counts.layers - n) // (stages - 1)) * layer, n * layer + head) for n in last_layers)
     return max(0.0, slowest / (total / stages) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSeconds:
+    """Times of the forward of one MoE layer and micro-batch on one rank: wire, routed experts, shared experts."""
+
+    wire: float
+    routed: float
+    shared: float
+
+
+def choose_overlap(times: LayerSeconds, rows_per_expert: float) -> tuple[str, int]:
+    """(overlap, chunks) with the shortest predicted time (step d)."""
+    kinds = [("none", 1), *_candidates(rows_per_expert)]
+    seconds = {kind: _both_ways(times, *kind) for kind in kinds}
+    best = min(kinds, key=seconds.__getitem__)
+    return best if seconds[best] < _GAIN * seconds["none", 1] else ("none", 1)
+
+
+def choose_chunks(times: LayerSeconds, rows_per_expert: float) -> int:
+    """The number of chunks with the shortest predicted time; 2 where more would leave too few rows."""
+    allowed = [chunks for overlap, chunks in _candidates(rows_per_expert) if overlap == "chunks"]
+    return min(allowed or CHUNKS[:1], key=lambda chunks: _both_ways(times, "chunks", chunks))
+
+
+def _candidates(rows_per_expert: float) -> Iterator[tuple[str, int]]:
+    yield "shared", 1
+    yield from (("chunks", chunks) for chunks in CHUNKS if rows_per_expert / chunks >= LEAST_ROWS)
+
+
+def _both_ways(times: LayerSeconds, overlap: str, chunks: int) -> float:
+    return forward_seconds(times, overlap, chunks) + backward_seconds(times, overlap, chunks)
+
+
+def backward_seconds(times: LayerSeconds, overlap: str, chunks: int, price: float = PRICE) -> float:
+    """Predicted seconds of backward (step c), of a layer with these times in forward."""
+    weights = times.routed if overlap == "none" else times.routed * (1 + price * chunks)
+    mirrored = LayerSeconds(wire=times.wire, routed=times.routed, shared=2 * times.shared + weights)
+    return forward_seconds(mirrored, overlap, chunks, price)
+
+
+def forward_seconds(times: LayerSeconds, overlap: str, chunks: int, price: float = PRICE) -> float:
+    """Predicted seconds of forward (steps a and b)."""
+    if overlap == "none":
+        return times.wire + times.routed + times.shared
+    hop = times.wire / 2 / chunks
+    routed = times.routed / chunks * (1 + price * chunks)
+    wire = device = 0.0
+    sent, back = [0.0] * chunks, [0.0] * chunks
+    for slot in range(chunks + 2):
+        for chunk in reversed(range(chunks)):
+            stage = slot - chunk
+            if stage == 0:
+                wire = sent[chunk] = max(wire, device) + hop
+            elif stage == 1:
+                device = max(device, sent[chunk]) + routed
+                wire = back[chunk] = max(wire, device) + hop
+            elif stage == 2:
+                device = max(device, back[chunk])
+        if slot == 0:
+            device += times.shared
+    return device

@@ -8,20 +8,21 @@ import pytest
 
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
-from moecompile.planner.foresight.counts import count
-from moecompile.planner.foresight.forecast import Case, step_of
-from moecompile.planner.foresight.host import WAITING, between, host_seconds, message_seconds
-from moecompile.planner.foresight.layout import Host, Layout, Machine, Software
-from moecompile.planner.foresight.machine import machine_of
-from moecompile.planner.foresight.shapes import Attention, Experts, Layer, ModelShape
+from moecompile.planner.cost_model.counts import count
+from moecompile.planner.cost_model.forecast import step_of
+from moecompile.planner.cost_model.host import WAITING, between, host_seconds, message_seconds
+from moecompile.planner.cost_model.inputs import Host, Inputs, Layout, Machine, Software, machine_of
+from moecompile.planner.cost_model.shapes import Attention, Experts, Layer, ModelShape
+from moecompile.planner.traffic import Links
 
 HOST = Host(
     cores=2, products=((16.0, 1e9), (64.0, 3e9)), grouped=((4.0, 1e9), (16.0, 2e9)), contention=((1.0, 1.0), (2.0, 1.5)),
     attention=5e8, passes=1e10, node=1e-5, optimizer=1e-9, messages=((2.0, 1e-3, 1e-9), (4.0, 3e-3, 2e-9)),
 )  # fmt: skip
 MACHINE = Machine(
-    name="host", peak={32: 1e11, 16: 1e11, 8: 1e11, 4: 1e11}, watts=15, memory=1e10, passes=1e10, intra=1e9, inter=1e9,
-    latency=1e-3, domain=1, units=1, capacity=2**32, host=HOST,
+    name="host", peak={32: 1e11, 16: 1e11, 8: 1e11, 4: 1e11}, watts=15, memory=1e10, passes=1e10,
+    links=Links(intra=1e9, inter=1e9, latency=1e-3),
+    domain=1, units=1, capacity=2**32, host=HOST,
 )  # fmt: skip
 SOFTWARE = Software(bits=32, dispatcher="dedup", fused=True)
 MOE = Layer(
@@ -110,7 +111,7 @@ def test_ranks_of_a_node_slow_each_other_and_share_its_cores() -> None:
 
 
 def test_a_forecast_takes_it() -> None:
-    case = Case(model=MODEL, layout=ONE, machine=MACHINE, software=SOFTWARE)
+    case = Inputs(model=MODEL, layout=ONE, machine=MACHINE, software=SOFTWARE)
     parts = step_of(case)
     assert parts["host"] > 0 and "gaps" not in parts and "stragglers" not in parts
     assert sum(parts.values()) == pytest.approx(sum(seconds(ONE).values()))

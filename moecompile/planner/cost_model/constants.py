@@ -1,7 +1,7 @@
 """The constants of the time model: what each means, its prior, where that comes from, and how far a fit may move it.
 
 A prior is a value before any run of a whole model was looked at. `b200_kernels.json` are products and attention that
-were measured one by one; its fit is in benchmarks/foresight/kernels.py.
+were measured one by one; its fit is in benchmarks/forecast/kernels.py.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ CONSTANTS = (
         source=f"{_ESTIMATE}: between 1/3 (frequency at a given power, voltage proportional to it) and 1",
     ),
     Constant(
-        name="passes", meaning="memory passes outside products, of those that work.py counts", prior=1.0, spread=0.3,
+        name="passes", meaning="memory passes outside products, of those that counts.py counts", prior=1.0, spread=0.3,
         low=0.3, high=3.0, source="the count itself",
     ),
     Constant(

@@ -20,7 +20,7 @@ from moecompile.pipeline import compile_with_report, make_plan
 from moecompile.pipeline.facts import facts_of
 from moecompile.plan import on_one_process
 from moecompile.planner import RunFacts
-from moecompile.planner.activations import RESIDUAL_NUMBERS, backward_bytes, left_bytes, moe_bytes
+from moecompile.planner.memory import RESIDUAL_NUMBERS, backward_bytes, left_bytes, moe_bytes
 from moecompile.schema import Config
 from tests.distributed.harness import run_distributed_test
 from tests.tiny import Gated

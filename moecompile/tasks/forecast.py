@@ -10,44 +10,37 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from moecompile.errors import ConfigError
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan
-from moecompile.planner.foresight.forecast import Forecast
-from moecompile.planner.foresight.planned import forecast_plan
-from moecompile.planner.foresight.shapes import ModelShape
+from moecompile.planner.cost_model.forecast import Forecast, forecast_plan
+from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.rundir import FORECAST, place
 from moecompile.schema import Config
 
 
 def outline(model: nn.Module) -> nn.Module | None:
-    """A copy of a model before compilation with weights on the meta device; None: it cannot be copied."""
+    """A copy of a model before compilation, weights on the meta device; None, and a message, if it cannot be made."""
     memo: dict[int, object] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in model.parameters()
     }
     memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
     try:
         return copy.deepcopy(model, memo)
-    except Exception:  # a module of the user's own that refuses to be copied
+    except (TypeError, RuntimeError, NotImplementedError) as error:  # what it holds cannot be copied
+        _show(f"the model cannot be copied: {error}")
         return None
 
 
 def shape_of(model: nn.Module | None, plan: Plan) -> ModelShape | None:
-    """The shape of an outline; None: there is no outline, no layer was planned, or the model's config cannot be read.
-
-    A report must not end a run: rank 0 alone makes it, and the others would wait for it.
-    """
-    if model is None or not plan.layers:
-        return None
-    try:
-        return shape_of_model(model, plan)
-    except Exception:
-        return None
+    """The shape of an outline; None: there is no outline, or no layer was planned."""
+    return None if model is None or not plan.layers else shape_of_model(model, plan)
 
 
 def write_forecast(
     shape: ModelShape | None, plan: Plan, config: Config, run_dir: Path, load: Path | None = None
 ) -> None:
-    """Writes the forecast, or nothing if the hardware has no figures for one, or the disk no room: see `shape_of`.
+    """Writes the forecast, or prints why there is none: the hardware has no figures for it, or the disk no room.
 
     Args:
         load: the load of the run, whose imbalance is priced too.
@@ -59,8 +52,12 @@ def write_forecast(
     try:
         text = json.dumps(forecast_fields(forecast_plan(shape, plan, config)), indent=2) + "\n"
         (place(run_dir) / FORECAST).write_text(text, encoding="utf-8")
-    except Exception:
-        return
+    except (ConfigError, OSError) as error:
+        _show(str(error))
+
+
+def _show(reason: str) -> None:
+    print(f"no forecast of a step: {reason}", flush=True)
 
 
 def forecast_fields(forecast: Forecast) -> dict[str, object]:

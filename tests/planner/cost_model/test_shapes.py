@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.forecast.families import shape_of
 from moecompile.errors import ConfigError
-from moecompile.planner.foresight.families import shape_of
-from moecompile.planner.foresight.shapes import Attention, Scan, training_flops
+from moecompile.planner.cost_model.shapes import Attention, Scan, training_flops
 
 TINY = {
     "layers": 3,

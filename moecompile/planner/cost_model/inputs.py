@@ -1,0 +1,370 @@
+"""What the cost model is given: a model, how it is laid out over GPUs, on which machine and with which software.
+
+A layout may have tensor (tp), pipeline (pp, with vpp virtual stages), context (cp) and expert-tensor (etp) parallelism
+and ZeRO, as published systems use them. The runtime of this package runs ep, tp, cp, dp_shard and dp_replicate alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import TypeVar
+
+from moecompile.errors import ConfigError
+from moecompile.plan import Plan
+from moecompile.planner.cost_model.shapes import ModelShape
+from moecompile.planner.traffic import Links
+from moecompile.schema import (
+    NUMBERS,
+    Config,
+    ContentionConfig,
+    DispatchKind,
+    FigureConfig,
+    HardwareConfig,
+    HostConfig,
+    MessageConfig,
+    OverlapKind,
+    Precision,
+    RateConfig,
+    StackConfig,
+    is_described,
+)
+
+RECOMPUTED = ("full", "all_but_exchanges", "moe", "mlp", "attention", "mla_up_proj", "layernorm", "moe_act")
+GRAPHED = ("attn", "mamba", "router", "preprocess", "dispatch", "experts", "dense", "all")
+SCHEDULES = ("onef1b", "dualpipe")
+KINDS = tuple(kind.value for kind in DispatchKind if kind not in (DispatchKind.local, DispatchKind.auto))
+IN_FLIGHT = tuple(kind.value for kind in OverlapKind if kind is not OverlapKind.auto)
+DISPATCHERS = (*KINDS, "alltoall", "deepep", "hybridep")
+GIB = 2**30
+PEAKS = {32: "fp32_tflops", 16: "bf16_tflops", 8: "fp8_tflops", 4: "fp4_tflops"}
+_HOST_FIGURES = ("attention_gflops", "pass_gb_s", "node_us", "optimizer_ns")
+Row = TypeVar("Row", RateConfig, ContentionConfig, MessageConfig)
+_PATHS = {
+    "gpus": "mesh", "ep": "mesh.ep", "seq": "data.seq_len", "global_batch": "data.global_batch_size",
+    "micro_batch": "data.micro_batch_size", **{name: f"workload.{name}" for name in ("tp", "pp", "vpp", "cp", "etp")},
+}  # fmt: skip
+SAID_BY_MESH = ("tp", "cp")  # sizes of a described layout that are also axes of a mesh
+_BITS = {Precision.fp32: 32}
+REPEATED: Mapping[str, tuple[str, ...]] = {"none": (), "full": ("full",), "keep_exchanges": ("all_but_exchanges",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes of a training step.
+
+    gpus: all of them. seq: tokens of a sequence. micro_batch: sequences per micro-batch of a model replica.
+    global_batch: sequences per step. zero: 0 nothing sharded but experts, 1 optimizer states, 3 weights too (FSDP).
+    replicas: of the weights that ZeRO 3 shards (HSDP).
+    """
+
+    gpus: int
+    seq: int
+    global_batch: int
+    micro_batch: int = 1
+    ep: int = 1
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    etp: int = 1
+    zero: int = 1
+    replicas: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value, rule, fix in self._broken():
+            raise ConfigError(f"layout.{name}", value, rule, fix)
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of a micro-batch of a replica on one context-parallel rank."""
+        return self.micro_batch * self.seq / self.cp
+
+    @property
+    def dp(self) -> int:
+        """Replicas of the dense weights of a stage; each has its own micro-batches."""
+        return self.gpus // (self.tp * self.pp * self.cp)
+
+    @property
+    def edp(self) -> int:
+        """Replicas of an expert."""
+        return max(1, self.gpus // (self.pp * self.ep * self.etp))
+
+    @property
+    def num_micro(self) -> int:
+        """Micro-batches of a replica and step."""
+        return self.global_batch // (self.dp * self.micro_batch)
+
+    def _broken(self) -> Iterator[tuple[str, object, str, str]]:
+        for name in ("gpus", "seq", "global_batch", "micro_batch", "ep", "tp", "pp", "vpp", "cp", "etp"):
+            if getattr(self, name) < 1:
+                yield name, getattr(self, name), "must be at least 1", "Give a positive number"
+        model = self.tp * self.pp * self.cp
+        if self.gpus % model:
+            rule = f"tp * pp * cp = {model} must divide the {self.gpus} GPUs"
+            yield "gpus", self.gpus, rule, f"Use a multiple of {model}"
+        experts = self.pp * self.ep * self.etp
+        if self.gpus % experts:
+            rule = f"pp * ep * etp = {experts} must divide the {self.gpus} GPUs"
+            yield "ep", self.ep, rule, f"Use a divisor of {gcd(self.gpus // self.pp, self.ep * 1024)}"
+        step = self.dp * self.micro_batch
+        if self.global_batch % step:
+            rule = f"must be a multiple of replicas * micro-batch = {self.dp} * {self.micro_batch}"
+            yield "global_batch", self.global_batch, rule, f"Use a multiple of {step}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """A node that computes on its CPU, in seconds of one rank.
+
+    cores: of a node. products: rows -> operations/s of dense products; grouped: rows of an expert -> operations/s.
+    contention: ranks that compute at once -> how much longer each takes. attention: operations/s. passes: bytes/s.
+    node: of an operation that Python calls. optimizer: of a parameter. messages: ranks -> seconds of an exchange, and
+    of each byte that a rank sends in it.
+    """
+
+    cores: int
+    products: tuple[tuple[float, float], ...]
+    grouped: tuple[tuple[float, float], ...]
+    contention: tuple[tuple[float, float], ...]
+    attention: float
+    passes: float
+    node: float
+    optimizer: float
+    messages: tuple[tuple[float, float, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """One GPU and its links; conf/hardware has figures and their sources.
+
+    peak: operations/s of matrix products by bits per number (16, 8, 4), from the data sheet. watts: its power limit.
+    memory: bytes/s of its memory, from the data sheet; passes: bytes/s that kernels reach. links: what exchanges reach,
+    in one direction, within its link domain of `domain` GPUs and beyond it. units: parts that kernels of exchanges may
+    take (SMs). capacity: bytes of its memory. host: what was measured of ranks that compute on the CPU, which then
+    decides about time.
+    """
+
+    name: str
+    peak: dict[int, float]
+    watts: float
+    memory: float
+    passes: float
+    links: Links
+    domain: int
+    units: int
+    capacity: float
+    host: Host | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Software:
+    """What the software of a run does; conf/stack has some.
+
+    bits: of the products with weights (8: FP8, 4: FP4). dispatcher: the exchange. overlap: whether exchanges run beside
+    the compute of another micro-batch. schedule: `onef1b` or `dualpipe`. graph: parts of a layer whose launches a CUDA
+    graph replays (`attn`, `mamba`, `router`, `preprocess`, `experts`, or `all`). fused: whether activation and
+    quantization are fused into the experts' products. recompute: what backward computes again. comm_units: units that
+    overlapped exchanges take from compute. row_bits: bits of a number on the wire in dispatch. wire_share: share of a
+    machine's exchange bandwidth that this dispatcher reaches. in_flight, chunks: overlap of a plan's own exchanges
+    (seconds.py). grad_bits, moment_bits: of a gradient and of each of the optimizer's two moments.
+    """
+
+    bits: int = 16
+    dispatcher: str = "alltoall"
+    overlap: bool = False
+    schedule: str = "onef1b"
+    graph: tuple[str, ...] = ()
+    fused: bool = False
+    recompute: tuple[str, ...] = ()
+    comm_units: int = 20
+    row_bits: int = 16
+    wire_share: float = 1.0
+    in_flight: str = "none"
+    chunks: int = 1
+    grad_bits: int = 32
+    moment_bits: int = 32
+
+    def __post_init__(self) -> None:
+        words = {
+            "dispatcher": (DISPATCHERS, (self.dispatcher,)), "schedule": (SCHEDULES, (self.schedule,)),
+            "bits": ((32, 16, 8, 4), (self.bits,)), "recompute": (RECOMPUTED, self.recompute),
+            "graph": (GRAPHED, self.graph), "in_flight": (IN_FLIGHT, (self.in_flight,)),
+            "grad_bits": ((32, 16), (self.grad_bits,)), "moment_bits": ((32, 16, 8), (self.moment_bits,)),
+        }  # fmt: skip
+        for name, (known, given) in words.items():
+            for word in given:
+                if word not in known:
+                    raise ConfigError(f"stack.{name}", word, "is not known", f"Use one of {', '.join(map(str, known))}")
+
+    def repeats(self, *parts: str) -> bool:
+        """Whether backward computes one of these parts again."""
+        return any(part in self.recompute for part in parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A step whose time is predicted."""
+
+    model: ModelShape
+    layout: Layout
+    machine: Machine
+    software: Software
+
+
+def machine_of(hardware: HardwareConfig) -> Machine:
+    """The machine.
+
+    Raises:
+        ConfigError: a figure is missing, not positive, or above the data sheet's.
+    """
+    figures = hardware.figures
+
+    def figure(name: str) -> float:
+        return number(f"hardware.figures.{name}", getattr(figures, name))
+
+    sheet, reached = figure("memory_tb_s"), figure("memory_effective_tb_s")
+    if reached > sheet:
+        raise ConfigError(
+            "hardware.figures.memory_effective_tb_s.value", reached,
+            f"is above the data sheet's hardware.figures.memory_tb_s.value={sheet:g}", "Correct one of them",
+        )  # fmt: skip
+    return Machine(
+        name=hardware.name,
+        peak={bits: figure(name) * 1e12 for bits, name in PEAKS.items()},
+        watts=figure("watts"),
+        memory=sheet * 1e12,
+        passes=reached * 1e12,
+        links=replace(links_of(hardware), latency=figure("latency_us") * 1e-6),
+        domain=round(figure("link_domain")),
+        units=round(figure("compute_units")),
+        capacity=hardware.memory_gib * GIB,
+        host=None if hardware.host.cores is None else host_of(hardware.host),
+    )
+
+
+def links_of(hardware: HardwareConfig) -> Links:
+    """Its links; where the latency is not known, bytes alone decide."""
+    latency = hardware.figures.latency_us.value or 0.0
+    return Links(intra=hardware.intra_node_gb_s * 1e9, inter=hardware.inter_node_gb_s * 1e9, latency=latency * 1e-6)
+
+
+def host_of(host: HostConfig) -> Host:
+    """The ranks of a CPU.
+
+    Raises:
+        ConfigError: a figure is missing, or a table is not one of positive numbers with rising first ones.
+    """
+    figures = {name: number(f"hardware.host.{name}", getattr(host, name)) for name in _HOST_FIGURES}
+    return Host(
+        cores=host.cores or 1,
+        products=tuple((each.rows, 1e9 * each.gflops) for each in _rows("products", host.products)),
+        grouped=tuple((each.rows, 1e9 * each.gflops) for each in _rows("grouped", host.grouped)),
+        contention=tuple((each.ranks, each.factor) for each in _rows("contention", host.contention)),
+        messages=tuple(
+            (each.ranks, 1e-6 * each.fixed_us, 1e-9 * each.byte_ns)
+            for each in _rows("messages", host.messages, least=0)
+        ),
+        attention=1e9 * figures["attention_gflops"],
+        passes=1e9 * figures["pass_gb_s"],
+        node=1e-6 * figures["node_us"],
+        optimizer=1e-9 * figures["optimizer_ns"],
+    )
+
+
+def _rows(name: str, rows: list[Row], least: int = 1) -> list[Row]:
+    """A table, checked."""
+    values = [list(vars(row).values()) for row in rows]
+    first = [row[0] for row in values]
+    if len(rows) < least or any(min(row) <= 0 for row in values) or first != sorted(set(first)):
+        raise ConfigError(
+            f"hardware.host.{name}", values, "needs rows of positive numbers, with rising first ones",
+            "Measure it with task=bench",
+        )  # fmt: skip
+    return rows
+
+
+def number(path: str, figure: FigureConfig) -> float:
+    """The value of a figure.
+
+    Raises:
+        ConfigError: it is missing or out of range.
+    """
+    if figure.value is None:
+        raise ConfigError(
+            f"{path}.value", None, "is needed to predict the time of a step", "Give the number and its source"
+        )
+    NUMBERS[f"{path}.value"].check(f"{path}.value", figure.value)
+    return float(figure.value)
+
+
+def software_of(
+    stack: StackConfig, *, bits: int = 16, dispatcher: str = "alltoall", recompute: tuple[str, ...] = ()
+) -> Software:
+    """The software.
+
+    Args:
+        bits, dispatcher, recompute: what holds where the stack leaves it open.
+
+    Raises:
+        ConfigError: a word is not known, or a share is out of range.
+    """
+    return Software(
+        bits=stack.bits or bits,
+        dispatcher=stack.dispatcher or dispatcher,
+        overlap=stack.overlap,
+        schedule=stack.schedule.value,
+        graph=tuple(stack.graph),
+        fused=stack.fused,
+        recompute=recompute if stack.recompute is None else tuple(stack.recompute),
+        comm_units=round(stack.comm_units.value or 0),
+        row_bits=stack.row_bits,
+        grad_bits=stack.grad_bits,
+        moment_bits=stack.moment_bits,
+        wire_share=number("stack.wire_share", stack.wire_share),
+    )
+
+
+def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
+    """What is forecast for a plan.
+
+    Raises:
+        ConfigError: the described layout does not divide, mesh and workload both say a size, or a figure of the
+            hardware or the stack is missing.
+    """
+    workload, data, mesh = config.workload, config.data, plan.mesh
+    for name in SAID_BY_MESH:
+        if getattr(workload, name) > 1 and getattr(mesh, name) > 1:
+            rule = f"the mesh says {getattr(mesh, name)} already"
+            raise ConfigError(f"workload.{name}", getattr(workload, name), rule, "Set one of them to 1")
+    batch = data.global_batch_size
+    if not is_described(workload):  # as in the plan's memory, each rank has at least one whole micro-batch
+        step = data.micro_batch_size * mesh.num_batches
+        batch = -(-batch // step) * step
+    try:
+        layout = Layout(
+            gpus=mesh.world_size, seq=data.seq_len, global_batch=batch, micro_batch=data.micro_batch_size,
+            ep=mesh.ep, tp=mesh.tp * workload.tp, pp=workload.pp, vpp=workload.vpp,
+            cp=mesh.cp * workload.cp, etp=workload.etp, zero=workload.zero,
+            replicas=mesh.dp_replicate if workload.zero == 3 and not is_described(workload) else 1,
+        )  # fmt: skip
+    except ConfigError as error:
+        raise ConfigError(_PATHS[error.path.removeprefix("layout.")], error.value, error.rule, error.fix) from error
+    dispatches = [(layer.dispatch.kind, layer.dispatch.overlap, layer.dispatch.chunks) for layer in plan.layers]
+    kind, overlap, chunks = max(dict.fromkeys(dispatches), key=dispatches.count, default=("local", "none", 1))
+    own = config.stack.dispatcher is None and not config.stack.overlap
+    software = software_of(
+        config.stack, bits=_BITS.get(config.trainer.precision, 16), dispatcher="flat" if kind == "local" else kind,
+        recompute=REPEATED[config.trainer.checkpointing.value],
+    )  # fmt: skip
+    # The plan's nodes are its link domains: ranks of one node are connected by the fast links.
+    machine = replace(machine_of(config.hardware), domain=mesh.ranks_per_node)
+    if machine.host is not None:
+        software = replace(software, fused=True)  # as the experts' kernel for CPUs is
+    return Inputs(
+        model=shape,
+        layout=layout,
+        machine=machine,
+        software=replace(software, in_flight=overlap, chunks=chunks) if own else software,
+    )
