@@ -207,17 +207,6 @@ def _without(overrides: Sequence[str], *keys: str) -> list[str]:
     return [word for word in overrides if word.lstrip("+").partition("=")[0] not in keys]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file atomically."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def _quoted(path: Path) -> str:
     """A path, quoted for Hydra's grammar."""
     text = str(path)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.basecontainer import BaseContainer
 from omegaconf.resolvers import oc
 
+from moecompile.atomic import write_text
 from moecompile.compose.explain import explain
 from moecompile.errors import ConfigError
 from moecompile.named_code import KEYS, Named, named_in, override, refuse_unnamed, without
@@ -62,13 +63,7 @@ def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:
 
 def save_resolved(config: Config, path: Path) -> None:
     """Writes `config` as YAML, atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def load_resolved(

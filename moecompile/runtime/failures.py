@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from moecompile.atomic import write_text
 from moecompile.errors import MoecompileError, RankFailure, UserError
 from moecompile.rundir import ERRORS, place
 from moecompile.runtime.logs import gone, log_path
@@ -109,9 +110,7 @@ def _write(failure: Failure, error: BaseException, folder: Path) -> None:
     rank = failure.rank
     folder.mkdir(exist_ok=True)
     (folder / f"rank_{rank}.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    partial = folder / f"rank_{rank}.json.tmp"
-    partial.write_text(json.dumps(asdict(failure), indent=1), encoding="utf-8")
-    partial.replace(folder / f"rank_{rank}.json")
+    write_text(folder / f"rank_{rank}.json", json.dumps(asdict(failure), indent=1))
 
 
 def any_recorded(run_dir: Path) -> bool:
@@ -123,10 +122,7 @@ def record_stop(run_dir: Path, stopped: Stopped) -> None:
     """Records for the launcher that a signal has ended this rank."""
     folder = errors_dir(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{_STOPPED}.{os.getpid()}"
-    fields = (stopped.number, stopped.step, stopped.num_steps)
-    partial.write_text(json.dumps(fields), encoding="utf-8")
-    partial.replace(folder / _STOPPED)
+    write_text(folder / _STOPPED, json.dumps((stopped.number, stopped.step, stopped.num_steps)))
 
 
 def stopped(run_dir: Path) -> Stopped | None:

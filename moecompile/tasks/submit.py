@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from moecompile.rundir import OVERRIDES, job_command, place, write_text
+from moecompile.atomic import write_text
+from moecompile.rundir import OVERRIDES, job_command, place
 from moecompile.runtime import slurm
 from moecompile.schema import Config
 
