@@ -33,8 +33,6 @@ def _command_line() -> int:
     from moecompile import compose
 
     code = compose.main(_run, _prepare, _check, _summarize)
-    if "moecompile.tasks.submit" not in sys.modules:
-        return code
     from moecompile.runtime.slurm import wait_for_jobs
 
     try:
@@ -69,7 +67,7 @@ def _check(config: Config) -> None:
     if config.task.name.value in ("train", "bench"):  # verify has a smaller mesh
         check_started(config.mesh.num_nodes, config.mesh.ranks_per_node)
     if config.task.name.is_launched:
-        from moecompile.tasks.start import prepare_ranks
+        from moecompile.tasks.launched import prepare_ranks
 
         prepare_ranks(config)
     from moecompile.tasks.inputs import check_inputs
@@ -79,30 +77,22 @@ def _check(config: Config) -> None:
 
 def _summarize(sweep: Path) -> None:
     from moecompile.report.sweep import summarize
+    from moecompile.runtime.slurm import has_results, wait_for_jobs
 
-    if "moecompile.tasks.submit" not in sys.modules:
-        return summarize(sweep)
-    from moecompile.runtime.slurm import has_waiting, wait_for_jobs
-
-    if not has_waiting():
-        return None  # the results come later
+    if not has_results():
+        return
     try:
         wait_for_jobs()
     finally:
         summarize(sweep)
-    return None
 
 
 def _run(config: Config, run_dir: Path) -> int:
     clock.begin()
-    if config.task.name.value == "submit":
-        from moecompile.tasks import submit
-
-        submit.run(config, run_dir)
-        return 0
     world_size = config.mesh.num_nodes * config.mesh.ranks_per_node
     where = f" on {world_size} ranks" if config.task.name.is_launched and world_size > 1 else ""
-    waiting.show(f"{config.name}: {config.task.name.value}{where}, loading torch")
+    if config.task.name.value != "submit":
+        waiting.show(f"{config.name}: {config.task.name.value}{where}, loading torch")
     try:
         from moecompile import tasks
 

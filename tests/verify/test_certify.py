@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from moecompile.compose import compose_config
 from moecompile.schema import Config
-from moecompile.tasks.shrink import shrink
+from moecompile.tasks.verify import shrink
 from moecompile.verify import Check, certify
 from moecompile.verify.checks import _rounding, compare
 from moecompile.verify.job import Trace

@@ -14,7 +14,7 @@ from moecompile.compose import compose_config
 from moecompile.runtime import module as runtime_module
 from moecompile.runtime import steps
 from moecompile.runtime.groups import Groups
-from moecompile.tasks.shrink import shrink
+from moecompile.tasks.verify import shrink
 from moecompile.verify import Check, certify
 from tests.distributed.harness import run_distributed_test
 
