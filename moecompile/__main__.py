@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from moecompile import clock, waiting
 from moecompile.errors import RankFailure
-from moecompile.runtime.ranks import in_place_ranks
+from moecompile.runtime.ranks import started_ranks
 
 if TYPE_CHECKING:
     from moecompile.schema import Config
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 def main() -> int:
     """Runs the command line in `sys.argv` and returns the exit code.
 
-    If torchrun or SLURM has started the ranks, only rank 0 runs it and prints; the others follow its orders.
+    If torchrun or SLURM has started the ranks, only rank 0 runs it and prints; the others follow its commands.
     """
-    ranks = in_place_ranks()
+    ranks = started_ranks()
     if ranks is None:
         return _command_line()
-    from moecompile.runtime import in_place
+    from moecompile.runtime import external_launch
 
-    return in_place.follow(ranks) if ranks.rank > 0 else in_place.lead(ranks, _command_line)
+    return external_launch.follow(ranks) if ranks.rank > 0 else external_launch.lead(ranks, _command_line)
 
 
 def _command_line() -> int:
@@ -62,7 +62,7 @@ def _prepare(config: Config, run_dir: Path) -> Config:
 
 
 def _check(config: Config) -> None:
-    from moecompile.runtime.in_place import check_started
+    from moecompile.runtime.external_launch import check_started
 
     if config.task.name.value in ("train", "bench"):  # verify has a smaller mesh
         check_started(config.mesh.num_nodes, config.mesh.ranks_per_node)

@@ -42,7 +42,7 @@ from moecompile.named_code import (
 from moecompile.ops import backend
 from moecompile.pipeline import compile_with_report
 from moecompile.planner.given import given_plan
-from moecompile.runtime.orders import free_port
+from moecompile.runtime.ranks import free_port
 from moecompile.schema import Config, ModelConfig, validate
 from moecompile.tasks import launched
 from moecompile.tasks.export import run as export
@@ -223,7 +223,7 @@ RUN_AND_IMPORT = {
     },  # the kernels of the package, by the compiler of the machine
     "runtime/fork_server.py": {"ctypes.CDLL": 1, "ctypes.CDLL(None).prctl": 1},  # of the C library
     "runtime/launch.py": {"importlib.import_module": 1},  # the module that `launch` is called with
-    "runtime/in_place.py": {"importlib.import_module": 1},  # the module of an order, which rank 0 sends
+    "runtime/external_launch.py": {"importlib.import_module": 1},  # the module of a command, which rank 0 sends
     "runtime/loggers.py": {"importlib.util.find_spec": 1},  # of _PACKAGES
     "runtime/records.py": {"importlib.util.find_spec": 1},
     "runtime/slurm.py": {"subprocess.run": 1},  # commands of SLURM

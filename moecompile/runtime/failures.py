@@ -7,7 +7,6 @@ fail too, because their connections break: the first failure that is not such a 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -22,7 +21,7 @@ from pathlib import Path
 from moecompile.atomic import write_text
 from moecompile.errors import MoecompileError, RankFailure, UserError
 from moecompile.rundir import ERRORS, place
-from moecompile.runtime.logs import gone, log_path
+from moecompile.runtime.logs import claim_file, gone, log_path
 from moecompile.runtime.signals import Stopped
 
 _GLOO = ("gloo/transport", "Application timeout caused pair closure")
@@ -135,12 +134,11 @@ def claim(run_dir: Path) -> bool:
     """True for the first rank that calls it: without our own launcher, that rank reports the failure."""
     try:
         errors_dir(run_dir).mkdir(exist_ok=True)
-        os.close(os.open(errors_dir(run_dir) / "reported", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except (FileExistsError, FileNotFoundError):  # no folder: the run was refused, which a rank has reported
+        return claim_file(errors_dir(run_dir) / "reported")
+    except FileNotFoundError:  # the run was refused, which a rank has reported
         return False
     except OSError:  # a full disk: two reports are better than none
         return True
-    return True
 
 
 def others_failed(run_dir: Path, rank: int, world_size: int) -> bool:

@@ -7,8 +7,10 @@ killed rank from ranks that have only lost it too. On a file system without lock
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from moecompile.rundir import place
@@ -93,4 +95,19 @@ def is_free(path: Path) -> bool:
         return False
     finally:
         os.close(descriptor)
+    return True
+
+
+def claim_file(path: Path, *, for_s: float = math.inf) -> bool:
+    """True for the first process that calls it for the file `path`, and again when that is `for_s` seconds ago.
+
+    Raises:
+        OSError: the file cannot be created.
+    """
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        if time.time() - path.stat().st_mtime < for_s:
+            return False
+        path.touch()
     return True

@@ -11,7 +11,7 @@ from moecompile.errors import RankFailure, VerificationFailed
 from moecompile.report.page import try_report
 from moecompile.report.result import write_result
 from moecompile.runtime import slurm
-from moecompile.runtime.in_place import is_leading
+from moecompile.runtime.external_launch import is_leading
 from moecompile.runtime.signals import Stopped
 from moecompile.schema import Config, TaskName
 

@@ -37,7 +37,6 @@ def start_ranks(config: Config, run_dir: Path) -> None:
         run_dir,
         module=__name__,
         threads=config.trainer.threads_per_rank,
-        timeout_s=config.trainer.timeout_s,
         max_restarts=config.trainer.max_restarts if config.task.name is TaskName.train else 0,
         num_nodes=config.mesh.num_nodes,
     )

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from moecompile.runtime.in_place import GRACE_S
-from moecompile.runtime.orders import ANSWER_TIMEOUT_S, free_port
+from moecompile.runtime.external_launch import ANSWER_TIMEOUT_S, GRACE_S
+from moecompile.runtime.ranks import free_port
 from moecompile.schema import TrainerConfig
 
 PROGRAM = ["-m", "tests.distributed.launcher_program"]
