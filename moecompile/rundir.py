@@ -53,7 +53,7 @@ _GROUPS = {"task", "model", "experts", "mesh", "trainer"}
 _SHOWN = 3
 
 
-def place(run_dir: Path) -> Path:
+def output_dir(run_dir: Path) -> Path:
     """Where the run writes now: `run_dir`, or `run_dir`/.pending until it is accepted."""
     for name in (PENDING, ACCEPTED):
         if (run_dir / name).is_dir():

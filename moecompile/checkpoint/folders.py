@@ -94,7 +94,8 @@ def finish(checkpoints: Path, step: int, keep_last: int) -> Path:
     _publish(folder)
     _point(checkpoints / LATEST, folder.name)
     for old in steps(checkpoints)[:-keep_last] if keep_last else []:
-        _remove(step_folder(checkpoints, old))
+        going = step_folder(checkpoints, old)
+        shutil.rmtree(going.rename(unfinished(going)))  # so that one that is half removed is not taken for a checkpoint
     return folder
 
 
@@ -170,8 +171,3 @@ def _point(link: Path, target: str) -> None:
     with replacing(link) as partial:
         partial.symlink_to(target)
     sync(link.parent)
-
-
-def _remove(folder: Path) -> None:
-    """Removes a checkpoint. It is renamed first, so that a half-removed folder is not taken for one."""
-    shutil.rmtree(folder.rename(unfinished(folder)))

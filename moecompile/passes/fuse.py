@@ -39,7 +39,7 @@ ops = torch.ops.moecompile
 
 @dataclass(frozen=True, kw_only=True)
 class Fuse:
-    """No options."""
+    """Makes gather, experts and sum one op."""
 
     name: str = "fuse"
     stage: str = "fused"

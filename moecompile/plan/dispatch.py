@@ -138,7 +138,7 @@ class DispatchPlan:
         return tuple((op, self.axis + part) for op, part in steps if part != "_inter" or num_nodes > 1)
 
     def lent_steps(self, num_nodes: int) -> tuple[tuple[str, str], ...]:
-        """Those, and the exchanges that `lend` adds."""
+        """All exchanges of a step, with those that `lend` adds."""
         steps = self.steps(num_nodes)
         if not self.lends:
             return steps

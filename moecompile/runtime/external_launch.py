@@ -39,7 +39,7 @@ from typing import Any, NoReturn
 from moecompile import waiting
 from moecompile.errors import MoecompileError, RankFailure, UserError
 from moecompile.named_code import VARIABLE
-from moecompile.rundir import discard, is_discarded, place
+from moecompile.rundir import discard, is_discarded, output_dir
 from moecompile.runtime import failures, logs, signals, slurm
 from moecompile.runtime.ranks import Ranks, check_mesh, check_order, check_places, free_port, worker_variables
 
@@ -215,7 +215,7 @@ def _run(command: Command, ranks: Ranks) -> None:
             f"hydra.run.dir={run_dir}: is not there on {socket.gethostname()} (rank {ranks.rank}). All ranks must see "
             "the same run directory: use one on a shared file system."
         )
-    _state.run_dir, _state.was_pending = run_dir, place(run_dir) != run_dir
+    _state.run_dir, _state.was_pending = run_dir, output_dir(run_dir) != run_dir
     logs.hold(run_dir, ranks.rank)
     try:
         importlib.import_module(command.module or "").main(run_dir)
@@ -230,7 +230,7 @@ def _run(command: Command, ranks: Ranks) -> None:
 
 def _failed(error: Exception, run_dir: Path, ranks: Ranks) -> MoecompileError | None:
     """Records the failure of this rank; returns the error to report, or None if another rank reports it."""
-    folder = place(run_dir)  # also after another rank discards it, when `place` is the folder of the previous run
+    folder = output_dir(run_dir)  # once another rank discards it, that would be the folder of the previous run
     if is_discarded(run_dir, was_pending=_state.was_pending):
         return None
     failure = failures.record(error, folder, ranks.rank)
@@ -439,7 +439,7 @@ def _report_other_rank(ranks: Ranks) -> None:
         lost = next(rank for rank in _gone(ranks) if rank != ranks.rank)
         cause = failures.ended_silently(lost, ranks.world_size)
     elif run_dir is not None:
-        folder = place(run_dir)
+        folder = output_dir(run_dir)
         if not is_discarded(run_dir, was_pending=_state.was_pending) and failures.claim(folder):
             cause = failures.first_error(folder, ranks.world_size, {})
     if cause is not None:

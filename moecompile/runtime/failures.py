@@ -20,7 +20,7 @@ from pathlib import Path
 
 from moecompile.atomic import write_text
 from moecompile.errors import MoecompileError, RankFailure, UserError
-from moecompile.rundir import ERRORS, place
+from moecompile.rundir import ERRORS, output_dir
 from moecompile.runtime.logs import claim_file, gone, log_path
 from moecompile.runtime.signals import Stopped
 
@@ -72,7 +72,7 @@ class Failure:
 
 def errors_dir(run_dir: Path) -> Path:
     """The folder in which the ranks of `run_dir` record failures."""
-    return place(run_dir) / ERRORS
+    return output_dir(run_dir) / ERRORS
 
 
 def clear(run_dir: Path) -> None:

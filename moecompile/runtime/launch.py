@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 from moecompile import waiting
 from moecompile.checkpoint.resume import has_trained, is_restarted
 from moecompile.errors import RankFailure
-from moecompile.rundir import place, settle
+from moecompile.rundir import output_dir, settle
 from moecompile.runtime import failures, logs, signals
 from moecompile.runtime.external_launch import GRACE_S, PEER_GRACE_S, is_leading, leave, run_on_all
 from moecompile.runtime.ranks import Ranks, check_mesh, free_port, worker_variables
@@ -85,7 +85,7 @@ def is_restart(run_dir: Path) -> bool:
     before has trained in `run_dir`: what was refused or lost before its first step has left everything as it was.
     """
     if int(os.environ.get(_RESTART) or 0) > 0:
-        return place(run_dir) == run_dir
+        return output_dir(run_dir) == run_dir
     return is_restarted() and has_trained(run_dir)
 
 

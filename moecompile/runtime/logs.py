@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from moecompile.rundir import place
+from moecompile.rundir import output_dir
 
 _TERMINAL = "This rank writes to the terminal.\n"
 _locks: dict[int, int] = {}  # slot -> descriptor, kept until the process ends
@@ -21,7 +21,7 @@ _locks: dict[int, int] = {}  # slot -> descriptor, kept until the process ends
 
 def log_path(run_dir: Path, rank: int) -> Path:
     """The log of a rank."""
-    return place(run_dir) / "logs" / f"rank_{rank}.log"
+    return output_dir(run_dir) / "logs" / f"rank_{rank}.log"
 
 
 def hold(run_dir: Path, rank: int) -> None:

@@ -97,8 +97,8 @@ def check_places(places: Sequence[tuple[int, int]], launcher: str) -> None:
         else "as many processes on each node, nodes one after the other"
     )  # fmt: skip
     raise UserError(
-        f"{launcher} put the ranks on nodes in another order than one after the other, or not as many on each "
-        f"(rank {shown}{more}). Start them with {fix}."
+        f"{launcher} started rank {shown}{more}: ranks must fill the nodes in order, the same number on each. "
+        f"Start them with {fix}."
     )
 
 

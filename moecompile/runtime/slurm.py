@@ -23,7 +23,7 @@ from pathlib import Path
 
 from moecompile.atomic import write_text
 from moecompile.errors import ConfigError, RankFailure, UserError
-from moecompile.rundir import OVERRIDES, job_command, place
+from moecompile.rundir import OVERRIDES, job_command, output_dir
 from moecompile.runtime.signals import IGNORED_AT_THE_END, Stopped
 from moecompile.schema import Config, LauncherKind, mesh_spec
 
@@ -81,14 +81,14 @@ def job_script(config: Config, run_dir: Path, command: Sequence[str], environ: M
 
 
 def submit(config: Config, run_dir: Path) -> None:
-    """task=submit: writes `job.sbatch` to the run directory, over an older one, and submits it.
+    """task=submit: writes `job.sbatch` to the run directory, and submits it.
 
     What a run that it continues has left there is kept.
 
     Raises:
         ConfigError: there is no sbatch. UserError: SLURM refuses the job.
     """
-    overrides = (place(run_dir) / OVERRIDES).read_text(encoding="utf-8").splitlines()
+    overrides = (output_dir(run_dir) / OVERRIDES).read_text(encoding="utf-8").splitlines()
     command = job_command(overrides, run_dir, config.launcher.task.value, config.launcher.python or sys.executable)
     text, script = job_script(config, run_dir, command), run_dir / SCRIPT
     write_text(script, text)

@@ -34,7 +34,7 @@ def run(config: Config, run_dir: Path) -> int:
     name = config.task.name.value
     module, _, function = _RUNS[config.task.name].partition(":")
     run_task = getattr(importlib.import_module(module), function)
-    was_pending = rundir.place(run_dir) != run_dir
+    was_pending = rundir.output_dir(run_dir) != run_dir
     if not config.task.name.is_launched:
         waiting.done()
     try:
@@ -46,8 +46,8 @@ def run(config: Config, run_dir: Path) -> int:
         refused = is_leading() and rundir.is_discarded(run_dir, was_pending=was_pending)  # another rank refused the run
         with suppress(OSError):  # a full disk
             if not refused:
-                write_result(rundir.place(run_dir), name, config.name, {"error": str(error)}, status="failed")
-                try_report(rundir.place(run_dir), name)
+                write_result(rundir.output_dir(run_dir), name, config.name, {"error": str(error)}, status="failed")
+                try_report(rundir.output_dir(run_dir), name)
         raise
     except VerificationFailed:
         try_report(run_dir, name)

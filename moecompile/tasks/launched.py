@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moecompile import waiting
 from moecompile.named_code import VARIABLE, for_ranks, from_launcher, named_in
-from moecompile.rundir import RESOLVED, place
+from moecompile.rundir import RESOLVED, output_dir
 from moecompile.runtime.launch import launch, prepare
 from moecompile.schema import Config, TaskName, mesh_spec
 
@@ -48,7 +48,7 @@ def main(run_dir: Path) -> None:
         waiting.show("loading torch", line=False)
     from moecompile.compose import load_resolved
 
-    config = load_resolved(place(run_dir) / RESOLVED, named=from_launcher(os.environ.get(VARIABLE)))
+    config = load_resolved(output_dir(run_dir) / RESOLVED, named=from_launcher(os.environ.get(VARIABLE)))
     module = importlib.import_module(_in_rank(config))
     waiting.done()
     module.run_rank(config, run_dir)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moecompile.compose import RESOLVED, save_resolved
 from moecompile.errors import VerificationFailed
-from moecompile.rundir import place
+from moecompile.rundir import output_dir
 from moecompile.schema import Config, DataKind, ModelDevice, MuonPrecision, accumulation_steps, mesh_spec
 from moecompile.tasks.launched import start_ranks
 
@@ -44,7 +44,7 @@ def run(config: Config, run_dir: Path) -> None:
         VerificationFailed: a check failed.
     """
     small, notes = shrink(config, config.verify.steps)
-    save_resolved(small, place(run_dir) / RESOLVED)
+    save_resolved(small, output_dir(run_dir) / RESOLVED)
     for note in notes:
         print(f"shrunk  {note}", flush=True)
     start_ranks(small, run_dir)

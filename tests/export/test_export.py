@@ -166,7 +166,7 @@ def test_a_difference_fails_and_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 
 def _wrong(*arguments: Any) -> dict[str, Tensor]:
     """The right weights, two experts of one layer exchanged."""
-    from moecompile.export.names import family_weights
+    from moecompile.export.huggingface import family_weights
 
     weights = family_weights(*arguments)
     name = "model.layers.1.mlp.experts.down_proj"

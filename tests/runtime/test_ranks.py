@@ -125,7 +125,9 @@ def test_a_step_of_one_task_launches_by_itself() -> None:
     [[(0, 0), (1, 0), (0, 1), (1, 1)], [(0, 0), (0, 1), (1, 0)], [(0, 0), (0, 1), (0, 2), (1, 0)], [(1, 0), (0, 0)]],
 )
 def test_ranks_of_a_node_are_contiguous_and_as_many_on_each(places: list[tuple[int, int]]) -> None:
-    with pytest.raises(UserError, match=r"srun put the ranks on nodes in another order .* --distribution=block"):
+    with pytest.raises(
+        UserError, match=r"srun started rank 0 .*: ranks must fill the nodes in order, .* --distribution=block"
+    ):
         check_places(places, "srun")
 
 

@@ -93,7 +93,7 @@ def _digest(path: Path) -> str:
 
 
 class Progress:
-    """Says from time to time how far a result is that takes minutes."""
+    """Prints progress of long preprocessing."""
 
     EVERY_S = 30
 
