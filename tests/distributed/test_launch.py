@@ -131,7 +131,7 @@ def test_ending_the_launcher_ends_its_ranks(number: signal.Signals, exit_code: i
 @pytest.mark.slow
 @pytest.mark.parametrize("ignored", [True, False])
 def test_a_terminal_that_closes_ends_ranks_unless_nohup_is_used(ignored: bool, run_dir: Path) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN) if ignored else signal.getsignal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     try:
         with subprocess.Popen([*PROGRAM, "2", str(run_dir)], env={**os.environ, "MODE": "sleep"}) as process:
             _wait_for(lambda: len(list(run_dir.glob("started_*"))) == 2, "the ranks did not start", seconds=60)
