@@ -34,7 +34,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from moecompile.checkpoint import sums
-from moecompile.checkpoint.atomic import whole_folder
+from moecompile.checkpoint.folders import whole_folder
 from moecompile.checkpoint.tensors import read_tensors, write_tensors
 from moecompile.passes.same_weights import check_same_weights, tensor_hash
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from moecompile import clock, waiting
 from moecompile.errors import RankFailure
-from moecompile.runtime.ranks import in_place_ranks
+from moecompile.runtime.ranks import started_ranks
 
 if TYPE_CHECKING:
     from moecompile.schema import Config
@@ -19,22 +19,20 @@ if TYPE_CHECKING:
 def main() -> int:
     """Runs the command line in `sys.argv` and returns the exit code.
 
-    If torchrun or SLURM has started the ranks, only rank 0 runs it and prints; the others follow its orders.
+    If torchrun or SLURM has started the ranks, only rank 0 runs it and prints; the others follow its commands.
     """
-    ranks = in_place_ranks()
+    ranks = started_ranks()
     if ranks is None:
         return _command_line()
-    from moecompile.runtime import in_place
+    from moecompile.runtime import external_launch
 
-    return in_place.follow(ranks) if ranks.rank > 0 else in_place.lead(ranks, _command_line)
+    return external_launch.follow(ranks) if ranks.rank > 0 else external_launch.lead(ranks, _command_line)
 
 
 def _command_line() -> int:
     from moecompile import compose
 
     code = compose.main(_run, _prepare, _check, _summarize)
-    if "moecompile.tasks.submit" not in sys.modules:
-        return code
     from moecompile.runtime.slurm import wait_for_jobs
 
     try:
@@ -64,12 +62,12 @@ def _prepare(config: Config, run_dir: Path) -> Config:
 
 
 def _check(config: Config) -> None:
-    from moecompile.runtime.in_place import check_started
+    from moecompile.runtime.external_launch import check_started
 
     if config.task.name.value in ("train", "bench"):  # verify has a smaller mesh
         check_started(config.mesh.num_nodes, config.mesh.ranks_per_node)
     if config.task.name.is_launched:
-        from moecompile.tasks.start import prepare_ranks
+        from moecompile.tasks.launched import prepare_ranks
 
         prepare_ranks(config)
     from moecompile.tasks.inputs import check_inputs
@@ -79,30 +77,22 @@ def _check(config: Config) -> None:
 
 def _summarize(sweep: Path) -> None:
     from moecompile.report.sweep import summarize
+    from moecompile.runtime.slurm import has_results, wait_for_jobs
 
-    if "moecompile.tasks.submit" not in sys.modules:
-        return summarize(sweep)
-    from moecompile.runtime.slurm import has_waiting, wait_for_jobs
-
-    if not has_waiting():
-        return None  # the results come later
+    if not has_results():
+        return
     try:
         wait_for_jobs()
     finally:
         summarize(sweep)
-    return None
 
 
 def _run(config: Config, run_dir: Path) -> int:
     clock.begin()
-    if config.task.name.value == "submit":
-        from moecompile.tasks import submit
-
-        submit.run(config, run_dir)
-        return 0
     world_size = config.mesh.num_nodes * config.mesh.ranks_per_node
     where = f" on {world_size} ranks" if config.task.name.is_launched and world_size > 1 else ""
-    waiting.show(f"{config.name}: {config.task.name.value}{where}, loading torch")
+    if config.task.name.value != "submit":
+        waiting.show(f"{config.name}: {config.task.name.value}{where}, loading torch")
     try:
         from moecompile import tasks
 

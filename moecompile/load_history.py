@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moecompile.atomic import replacing
+
 LOAD_HISTORY = "load.npz"
 """Name of the file in the run directory."""
 NO_EXPERT = -1
@@ -45,12 +47,10 @@ class LoadHistory:
 
     def save(self, path: Path) -> None:
         """Writes `path` atomically: `steps` (R,), `layers` (L,) and `load` (R, L, E)."""
-        partial = path.with_name(f".{path.name}")
-        with partial.open("wb") as file:
+        with replacing(path) as partial, partial.open("wb") as file:
             np.savez_compressed(
                 file, steps=np.array(self.steps), layers=np.array(self.layers), load=np.stack(self.loads)
             )
-        partial.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> LoadHistory:

@@ -53,7 +53,7 @@ _GROUPS = {"task", "model", "experts", "mesh", "trainer"}
 _SHOWN = 3
 
 
-def place(run_dir: Path) -> Path:
+def output_dir(run_dir: Path) -> Path:
     """Where the run writes now: `run_dir`, or `run_dir`/.pending until it is accepted."""
     for name in (PENDING, ACCEPTED):
         if (run_dir / name).is_dir():
@@ -205,17 +205,6 @@ def _command(python: str, overrides: Sequence[str], run_dir: Path) -> list[str]:
 def _without(overrides: Sequence[str], *keys: str) -> list[str]:
     """The overrides of other keys than these."""
     return [word for word in overrides if word.lstrip("+").partition("=")[0] not in keys]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file atomically."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _quoted(path: Path) -> str:

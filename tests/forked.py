@@ -27,8 +27,6 @@ REPOSITORY = Path(__file__).parents[1]
 _PRELOAD = (
     "moecompile.runtime.fork_server",
     "pytest",
-    "torch.distributed.elastic.agent.server.local_elastic_agent",
-    "torch.distributed.launcher.api",
     "torch.fx.experimental.symbolic_shapes",
     "moecompile.compose",
     "moecompile.tasks.inputs",

@@ -326,7 +326,7 @@ for args in (["--version"], ["--help"], ["--hydra-help"], ["--cfg", "job", "reci
     except SystemExit as end:
         assert not end.code
     assert not heavy & set(sys.modules), args
-import moecompile.tasks.train, moecompile.tasks.verify, moecompile.tasks.bench, moecompile.runtime.launch
+import moecompile.tasks.launched, moecompile.tasks.verify
 assert not (heavy - {"numpy"}) & set(sys.modules), "what starts ranks; they load it"
 """
 

@@ -42,9 +42,9 @@ from moecompile.named_code import (
 from moecompile.ops import backend
 from moecompile.pipeline import compile_with_report
 from moecompile.planner.given import given_plan
-from moecompile.runtime.orders import free_port
+from moecompile.runtime.ranks import free_port
 from moecompile.schema import Config, ModelConfig, validate
-from moecompile.tasks import worker
+from moecompile.tasks import launched
 from moecompile.tasks.export import run as export
 from moecompile.tasks.inputs import check_inputs
 from tests.cluster.slow_model import SMALL
@@ -149,7 +149,7 @@ def test_the_config_of_a_run_names_none(key: str, canary: Path, monkeypatch: pyt
     # What a rank reads: the launcher tells it what was named; a folder alone tells it nothing.
     monkeypatch.delenv(VARIABLE, raising=False)
     with pytest.raises(ConfigError, match="names code to run"):
-        worker.main(canary)
+        launched.main(canary)
     assert from_launcher(for_ranks(named_in(config))) == named_in(config)
 
 
@@ -223,12 +223,13 @@ RUN_AND_IMPORT = {
     },  # the kernels of the package, by the compiler of the machine
     "runtime/fork_server.py": {"ctypes.CDLL": 1, "ctypes.CDLL(None).prctl": 1},  # of the C library
     "runtime/launch.py": {"importlib.import_module": 1},  # the module that `launch` is called with
-    "runtime/in_place.py": {"importlib.import_module": 1},  # the module of an order, which rank 0 sends
+    "runtime/external_launch.py": {"importlib.import_module": 1},  # the module of a command, which rank 0 sends
     "runtime/loggers.py": {"importlib.util.find_spec": 1},  # of _PACKAGES
     "runtime/records.py": {"importlib.util.find_spec": 1},
     "runtime/slurm.py": {"subprocess.run": 1},  # commands of SLURM
     "runtime/trainer_checkpoint.py": {"torch.load": 1},  # weights_only
-    "tasks/__init__.py": {"importlib.import_module": 2},  # by the name of a task, an enum
+    "tasks/__init__.py": {"importlib.import_module": 1},  # by the name of a task, an enum
+    "tasks/launched.py": {"importlib.import_module": 1},  # so, too
 }
 """Every call that may import, run or unpickle what a value names. A new one belongs here if no file can choose the value;
 else it is made by `moecompile.named_code.imported`, and its key belongs in `KEYS`."""

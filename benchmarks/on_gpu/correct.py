@@ -30,7 +30,7 @@ from moecompile.plan import on_one_process
 from moecompile.runtime.data import IGNORED
 from moecompile.runtime.module import LanguageModule
 from moecompile.schema import Config
-from moecompile.tasks.shrink import shrink
+from moecompile.tasks.verify import shrink
 from moecompile.verify.job import Batch, Trace, build, noiseless_plan, recorded_routes, replayed_routes
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -20,9 +20,9 @@ from moecompile.compose import compose_config
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.plan import Plan, on_one_process
 from moecompile.runtime.gradients import sum_replicated
-from moecompile.runtime.orders import free_port
+from moecompile.runtime.ranks import free_port
 from moecompile.schema import Config
-from moecompile.tasks.shrink import shrink
+from moecompile.tasks.verify import shrink
 from moecompile.verify.job import build, noiseless_plan
 from moecompile.verify.ranks import full
 

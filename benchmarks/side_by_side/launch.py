@@ -15,7 +15,7 @@ from typing import Any
 
 from nodes import ADDRESSES, INTERFACE, two_nodes
 
-from moecompile.runtime.orders import free_port
+from moecompile.runtime.ranks import free_port
 
 NAMESPACE = "SIDE_BY_SIDE_NAMESPACE"
 

@@ -86,7 +86,7 @@ def measure_steps(
         rank=mesh.batch_index(rank),
         world_size=mesh.num_batches,
         num_steps=num_steps,
-        multiple=mesh.cp,
+        multiple=mesh.size(Part.SEQUENCE),
     )
     clock = _Clock(config.bench.warmup, config.bench.rounds)
     trainer = make_trainer(config, mesh, run_dir, [clock], materialize=materialize)

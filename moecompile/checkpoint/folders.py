@@ -1,4 +1,4 @@
-"""The checkpoints of a run: names, the latest one, which are kept. Needs no torch.
+"""The checkpoints of a run: names, the latest one, which are kept; and folders that many ranks write. Needs no torch.
 
     RUN/checkpoints/step-20/       complete: DCP's files (.metadata, __RANK_0.distcp), plan.yaml, state.json,
                                    checksums.json
@@ -6,17 +6,20 @@
     RUN/checkpoints/latest         a link to the newest complete one
     RUN/replaced-1/                a run directory with the checkpoints after the one from which a later run went on
 
-Only rank 0 changes anything here.
+Every rank writes its shards into a `.tmp`; all else is rank 0's. DCP alone does not ensure that a checkpoint is whole:
+a save that is killed while it overwrites an older one can load as a mix of both.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from moecompile.checkpoint.atomic import UNFINISHED, point, publish, unfinished, write_file
+from moecompile.atomic import UNFINISHED, replacing, sync, write_text
 from moecompile.checkpoint.sums import seal
 from moecompile.errors import ConfigError
 
@@ -88,10 +91,11 @@ def finish(checkpoints: Path, step: int, keep_last: int) -> Path:
     """
     folder = step_folder(checkpoints, step)
     seal(unfinished(folder))
-    publish(unfinished(folder), folder)
-    point(checkpoints / LATEST, folder.name)
+    _publish(folder)
+    _point(checkpoints / LATEST, folder.name)
     for old in steps(checkpoints)[:-keep_last] if keep_last else []:
-        _remove(step_folder(checkpoints, old))
+        going = step_folder(checkpoints, old)
+        shutil.rmtree(going.rename(unfinished(going)))  # so that one that is half removed is not taken for a checkpoint
     return folder
 
 
@@ -105,7 +109,7 @@ def set_aside(run_dir: Path, step: int) -> Path | None:
         The new folder; None: there are no later checkpoints.
     """
     checkpoints = checkpoints_of(run_dir)
-    for path in [*checkpoints.glob(f"step-*{UNFINISHED}"), *checkpoints.glob(f".{LATEST}{UNFINISHED}")]:
+    for path in [*checkpoints.glob(f"step-*{UNFINISHED}"), *checkpoints.glob(f".{LATEST}*{UNFINISHED}")]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if not (later := [number for number in steps(checkpoints) if number > step]):
         return None
@@ -115,15 +119,55 @@ def set_aside(run_dir: Path, step: int) -> Path | None:
         if (run_dir / name).is_file():
             shutil.copy2(run_dir / name, folder / name)
     named = ", ".join(map(str, later))
-    write_file(folder / "README.txt", _WHY.format(steps=named, run=run_dir, step=step, folder=folder))
+    write_text(folder / "README.txt", _WHY.format(steps=named, run=run_dir, step=step, folder=folder))
     if step_folder(checkpoints, step).is_dir():
-        point(checkpoints / LATEST, f"step-{step}")
+        _point(checkpoints / LATEST, f"step-{step}")
     for number in later:
         step_folder(checkpoints, number).rename(step_folder(checkpoints_of(folder), number))
-        point(checkpoints_of(folder) / LATEST, f"step-{number}")
+        _point(checkpoints_of(folder) / LATEST, f"step-{number}")
     return folder
 
 
-def _remove(folder: Path) -> None:
-    """Removes a checkpoint. It is renamed first, so that a half-removed folder is not taken for one."""
-    shutil.rmtree(folder.rename(unfinished(folder)))
+@contextmanager
+def whole_folder(path: Path, *, is_first_rank: bool, barrier: Callable[[], object]) -> Iterator[Path]:
+    """Yields `<path>.tmp` to write into, and renames it to `path` when all ranks are done. All ranks must enter it.
+
+    An older folder at `path` stays until the new one is complete. If a rank fails, nothing is renamed.
+    """
+    tmp, old = unfinished(path), path.with_name(path.name + ".old")
+    if is_first_rank:
+        for leftover in (tmp, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        tmp.mkdir(parents=True)
+    barrier()
+    yield tmp
+    barrier()
+    if is_first_rank:
+        seal(tmp)
+        if path.exists():
+            path.rename(old)
+        _publish(path)
+        shutil.rmtree(old, ignore_errors=True)
+    barrier()
+
+
+def unfinished(path: Path) -> Path:
+    """The name under which many ranks write `path`."""
+    return path.with_name(path.name + UNFINISHED)
+
+
+def _publish(path: Path) -> None:
+    """Renames a complete `<path>.tmp` to `path`, and makes both files and name durable (fsync)."""
+    tmp = unfinished(path)
+    for file in tmp.iterdir():
+        sync(file)
+    sync(tmp)
+    tmp.rename(path)
+    sync(path.parent)
+
+
+def _point(link: Path, target: str) -> None:
+    """Makes `link` a symbolic link to `target`; an existing link is replaced."""
+    with replacing(link) as partial:
+        partial.symlink_to(target)
+    sync(link.parent)

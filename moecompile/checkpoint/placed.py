@@ -27,7 +27,7 @@ BY_ID: Orders = {}
 
 
 def orders_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Order]:
-    """Entry of a checkpoint -> the expert at each position, of entries that are not in the order of ids."""
+    """Entry of a checkpoint -> the expert at each position, for entries whose experts are not sorted by id."""
     orders, found = expert_orders(model), dict[str, Order]()
     for entry, tensor in tensors.items():
         kind, _, name = entry.partition(".")

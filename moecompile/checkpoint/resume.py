@@ -14,7 +14,7 @@ from moecompile.checkpoint.state import check_settings, read_state
 from moecompile.checkpoint.sums import check
 from moecompile.errors import ConfigError
 from moecompile.plan import read
-from moecompile.rundir import RESOLVED, place, task_of
+from moecompile.rundir import RESOLVED, output_dir, task_of
 from moecompile.schema import Config, TaskName
 
 
@@ -48,7 +48,7 @@ def has_trained(run_dir: Path) -> bool:
     The config tells: that of an attempt is moved to `run_dir` when it has computed a step. What it was resumed from may
     have moved on meanwhile, unless that is a checkpoint in `run_dir` itself.
     """
-    now, before = _config(place(run_dir)), _config(run_dir)
+    now, before = _config(output_dir(run_dir)), _config(run_dir)
     if now is None or before is None:
         return False
     for group in ("mesh", "hardware", "dispatch"):  # torchrun may start fewer ranks again

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from moecompile.checkpoint.atomic import write_file
+from moecompile.atomic import write_text
 from moecompile.checkpoint.fingerprint import TEXT, differences, settings
 from moecompile.checkpoint.fit import refuse
 from moecompile.checkpoint.folders import STATE
@@ -38,7 +38,7 @@ class State:
 
 def write_state(folder: Path, state: State) -> None:
     """Writes `folder`/state.json."""
-    write_file(folder / STATE, json.dumps({"format": FORMAT, **asdict(state)}, indent=1) + "\n")
+    write_text(folder / STATE, json.dumps({"format": FORMAT, **asdict(state)}, indent=1) + "\n", durable=True)
 
 
 def read_state(folder: Path) -> State:

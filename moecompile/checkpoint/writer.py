@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moecompile.checkpoint import folders
-from moecompile.checkpoint.atomic import unfinished
 from moecompile.checkpoint.placed import Orders
 from moecompile.checkpoint.state import State, write_state
 from moecompile.checkpoint.tensors import failed_rank, staged, write_tensors
@@ -69,7 +68,7 @@ class Writer:
             pending.result()
 
     def _write(self, tensors: Mapping[str, Tensor], state: State, orders: Orders) -> None:
-        tmp = unfinished(folders.step_folder(self.checkpoints, state.step))
+        tmp = folders.unfinished(folders.step_folder(self.checkpoints, state.step))
         try:
             write_tensors(tmp, tensors, self.group, orders=orders)  # Step 2
             if self.is_first_rank:  # Step 3

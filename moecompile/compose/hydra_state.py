@@ -1,17 +1,31 @@
-"""Changes Hydra's process-global state while our own Hydra runs, and restores it at the end."""
+"""Hydra for our command line: changes its process-global state while it runs, and restores it at the end.
+
+Flags are Hydra's, with our name and version, one message per mistake, and without three of them:
+
+--config-path         would replace the shipped configs; `--config-dir` adds to them
+--config-name         would replace their first file, which says where Hydra searches
+--experimental-rerun  runs code from a pickle; a run keeps no pickle, only `resolved.yaml`
+
+Hydra instantiates the objects in its own node (callbacks, launcher, sweeper, log handlers) and sets the environment
+variables in it, before any of our code runs. So that node may differ from the shipped one only by overrides on the
+command line; options that these name (`hydra/launcher=joblib`) are those of installed packages, not of the user's
+folders.
+"""
 
 from __future__ import annotations
 
+import argparse
+import copy
 import io
 import os
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_type_hints
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -25,12 +39,11 @@ from hydra.core.utils import JobRuntime
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.version import VersionBase
 
-from moecompile.compose.flags import PROGRAM, own_flags
 from moecompile.compose.jobs import RunFolders
-from moecompile.compose.trust import check_hydra_node, of_hydra, without_folders
 from moecompile.compose.typed import explained, no_environment, plain
-from moecompile.errors import ConfigError
+from moecompile.errors import ConfigError, UserError
 from moecompile.schema import Config, check_name
+from moecompile.version import __version__
 
 CONFIG_DIR_VARIABLE = "MOECOMPILE_CONFIG_DIR"
 """Environment variable: a folder with the user's config groups and recipes, searched after the shipped ones."""
@@ -95,7 +108,7 @@ def _guarded_hydra() -> Iterator[None]:
 
 @contextmanager
 def changed_flags() -> Iterator[None]:
-    """Hydra's command line with the changes of `moecompile.compose.flags`."""
+    """Hydra's command line with the changes of `moecompile.compose.hydra_state`."""
     module: Any = sys.modules["hydra.main"]
     make = module.get_args_parser
     module.get_args_parser = lambda: own_flags(make())
@@ -173,3 +186,107 @@ class _ComposedConfig(Config):
 
 
 ConfigStore.instance().store(name="moecompile_schema", node=_ComposedConfig, provider="moecompile")
+
+
+PROGRAM = "moecompile"
+
+_LEFT_OUT = {
+    "config_path": "--config-path: the shipped configs are always used. Add your own by --config-dir FOLDER.",
+    "config_name": "--config-name: the shipped config is always the first. Give your own as a recipe: "
+    "--config-dir FOLDER recipe=NAME.",
+    "experimental_rerun": "--experimental-rerun: a run keeps no pickled config. Give the same overrides again, or "
+    "resume a run with trainer.resume=RUN_DIR.",
+}
+
+
+def own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Hydra's parser with the changes above; parsing raises `UserError`."""
+    parser.prog = PROGRAM
+    parser.error = _refuse  # type: ignore[method-assign]
+    for action in parser._actions:
+        if isinstance(action, argparse._VersionAction):
+            action.version, action.help = f"{PROGRAM} {__version__}", "Show the version and exit"
+        if action.dest in _LEFT_OUT:
+            action.help = argparse.SUPPRESS
+    parse = parser.parse_intermixed_args  # flags may come between overrides
+
+    def checked(*args: Any, **kwargs: Any) -> argparse.Namespace:
+        parsed: argparse.Namespace = parse(*args, **kwargs)
+        _check_flags(parsed)
+        return parsed
+
+    parser.parse_args = checked  # type: ignore[method-assign, assignment]
+    return parser
+
+
+def _check_flags(flags: argparse.Namespace) -> None:
+    for name, message in _LEFT_OUT.items():
+        if getattr(flags, name, None) is not None:
+            raise UserError(message)
+    if flags.package and not flags.cfg:
+        raise UserError(f"--package {flags.package}: shows one group of a config. Give it with --cfg job.")
+    if flags.package:
+        _check_package(flags.package)
+    completes = flags.shell_completion and any(item.startswith("query=") for item in flags.overrides)
+    if completes and "COMP_LINE" not in os.environ:
+        raise UserError("COMP_LINE is not set: the shell asks for completions, and `-sc install=bash` tells it to.")
+
+
+def _check_package(package: str) -> None:
+    hint: Any = Config
+    for key in package.split("."):
+        if not is_dataclass(hint) or (hint is Config and key == "hydra"):
+            return  # keys of a mapping, or Hydra's own
+        names = get_type_hints(hint)
+        if key not in names:
+            raise UserError(f"--package {package}: there is no {key}. Use one of {', '.join(names)}.")
+        hint = names[key]
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message}. --hydra-help lists the flags.")
+
+
+# Keys that Hydra itself fills in; none of them is run. A file may add to `overrides`, which are checked apart.
+_FILLED_IN = ("runtime", "overrides", "mode", "searchpath", "job.override_dirname", "job.config_name")
+
+
+def of_hydra(overrides: Iterable[str]) -> list[str]:
+    """The overrides of Hydra's own node."""
+    return [item for item in overrides if item.lstrip("+~").startswith(("hydra.", "hydra/", "hydra="))]
+
+
+def without_folders(path: ConfigSearchPath, shipped: str) -> ConfigSearchPath:
+    """The search path without the user's folders: a typed `hydra/launcher=x` must not be a file of theirs."""
+    kept = copy.deepcopy(path)
+    kept.get_path()[:] = [x for x in kept.get_path() if x.path == shipped or not str(x.path).startswith("file:")]
+    return kept
+
+
+def check_hydra_node(composed: Mapping[str, Any], shipped: Mapping[str, Any], overrides: Iterable[str]) -> None:
+    """Checks that a composed `hydra` node is the shipped one with the command line's overrides.
+
+    Raises:
+        UserError: a recipe or another config file has changed it.
+    """
+    said = composed.get("overrides", {})  # what the caller is taken to have said
+    if sorted([*said.get("task", ()), *said.get("hydra", ())]) != sorted(overrides):
+        raise UserError("hydra.overrides: a recipe or another config file sets it. Remove it there.")
+    ours, theirs = dict(_leaves(shipped)), dict(_leaves(composed))
+    for path in sorted(ours.keys() | theirs.keys()):
+        if path not in ours or path not in theirs or ours[path] != theirs[path]:
+            raise UserError(
+                f"hydra.{path}: a recipe or another config file sets it, and Hydra would run what it says. "
+                "Remove it there, or give it on the command line."
+            )
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        path = f"{prefix}{key}"
+        if path in _FILLED_IN:
+            continue
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{path}.")
+        else:
+            yield path, value

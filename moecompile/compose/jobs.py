@@ -19,7 +19,17 @@ from omegaconf import DictConfig, read_write
 from moecompile import waiting
 from moecompile.compose.typed import plain, save_resolved, to_config, unresolved
 from moecompile.errors import ConfigError, MoecompileError, UserError
-from moecompile.rundir import OVERRIDES, RESOLVED, contents, held, is_run, kept_apart, others_in, place, resume_hint
+from moecompile.rundir import (
+    OVERRIDES,
+    RESOLVED,
+    contents,
+    held,
+    is_run,
+    kept_apart,
+    others_in,
+    output_dir,
+    resume_hint,
+)
 from moecompile.schema import Config, validate
 
 FAILURES = "failures.txt"
@@ -67,9 +77,9 @@ def _in_directory(
 ) -> int:  # fmt: skip
     """Writes the config, checks it and runs it."""
     # Read by the report and by the table of a sweep.
-    (place(run_dir) / OVERRIDES).write_text("\n".join(overrides), encoding="utf-8")
+    (output_dir(run_dir) / OVERRIDES).write_text("\n".join(overrides), encoding="utf-8")
     config = prepare(to_config(cfg, overrides), run_dir)
-    save_resolved(config, place(run_dir) / RESOLVED)
+    save_resolved(config, output_dir(run_dir) / RESOLVED)
     validate(config)
     check(config)
     return run(config, run_dir)
@@ -101,7 +111,7 @@ def asks_debug(overrides: Iterable[str]) -> bool:
 @contextmanager
 def _used(run_dir: Path, *, multirun: bool) -> Iterator[None]:
     """Removes a new run directory with no results; a crash keeps its config, a multirun the rows of its table."""
-    is_new = place(run_dir) == run_dir and not multirun
+    is_new = output_dir(run_dir) == run_dir and not multirun
     try:
         yield
     except Exception as error:

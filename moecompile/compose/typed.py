@@ -1,22 +1,29 @@
-"""Converts what OmegaConf has composed to the typed schema, and writes and reads it as YAML."""
+"""Converts what OmegaConf has composed to the typed schema, writes and reads it as YAML, and explains what is wrong.
+
+Errors of Hydra, OmegaConf and YAML are recognized by their attributes, and the few without attributes by their text.
+"""
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
+from enum import Enum
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from types import MappingProxyType, NoneType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.basecontainer import BaseContainer
 from omegaconf.resolvers import oc
 
-from moecompile.compose.explain import MOVED, explain
-from moecompile.errors import ConfigError
+from moecompile.atomic import write_text
+from moecompile.errors import ConfigError, UserError
 from moecompile.named_code import KEYS, Named, named_in, override, refuse_unnamed, without
 from moecompile.schema import Config, with_implied
 
@@ -62,13 +69,7 @@ def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:
 
 def save_resolved(config: Config, path: Path) -> None:
     """Writes `config` as YAML, atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def load_resolved(
@@ -115,7 +116,7 @@ def explained(overrides: Sequence[str]) -> Iterator[None]:
 def no_environment(overrides: Iterable[str]) -> Iterator[None]:
     """Allows `${oc.env:...}` only in the caller's overrides: a config file must not read the environment.
 
-    Hydra's own node repeats these overrides; `moecompile.compose.trust` has checked it.
+    Hydra's own node repeats these overrides; `moecompile.compose.hydra_state` has checked it.
     """
     allowed = {item.lstrip("+").partition("=")[0] for item in overrides if "oc.env" in item}
 
@@ -177,3 +178,184 @@ def _typed(cfg: Any) -> Config:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
     assert isinstance(config, Config)
     return config
+
+
+Given = Mapping[str, str]
+"""The caller's overrides, key -> value."""
+
+
+def explain(error: BaseException, overrides: Sequence[str]) -> UserError | None:
+    """One message for an error raised while a config is composed from `overrides`; None if it is not about the config.
+
+    Algorithm:
+        1. list the error and its causes, from outside in;
+        2. apply the first rule that matches one of them, from the most to the least specific;
+        3. else go by the text.
+    """
+    causes = list(_causes(error))  # Step 1
+    given = dict(item.lstrip("+~").split("=", 1) for item in overrides if "=" in item)
+    for kind, rule in _RULES:  # Step 2
+        for cause in causes:
+            if isinstance(cause, kind) if isinstance(kind, type) else getattr(cause, kind, None):
+                return rule(cause, str(error), given)
+    if type(error).__module__.startswith("hydra.") or isinstance(error, ValueError):  # Step 3
+        return _by_text(str(error), given)
+    return None
+
+
+def _no_such_option(error: Any, text: str, given: Given) -> UserError:
+    """`mesh=foo`: Hydra looked for `mesh/foo`."""
+    group, _, option = error.missing_cfg_file.rpartition("/")
+    options = list(error.options or ())
+    rule = "there is no such option" + (" (a config file asks for it)" if group and group not in given else "")
+    fix = f"{_guess(option, options)}Use one of {', '.join(options)}" if options else "--help lists what there is"
+    return ConfigError(group or "--config-name", option, rule, fix)
+
+
+def _unreadable(error: Any, text: str, given: Given) -> UserError:
+    """`mesh.ep=[1,`: the override does not parse."""
+    key, equals, value = error.override.partition("=")
+    if not equals:
+        return UserError(f"{key}: not an override. Write key=value; --help lists the groups.")
+    reason = next(line for line in text.splitlines() if not line.startswith("Error parsing"))
+    return ConfigError(key, value, f"cannot be read ({reason})", f"Quote special characters: \"{key}='...'\"")
+
+
+def _bad_key_or_value(error: Any, text: str, given: Given) -> UserError:
+    """`mesh.epp=3`, `mesh.num_nodes=two`: a key that the schema does not have, or a value that it does not accept."""
+    path = error.full_key
+    if isinstance(error, (AttributeError, KeyError)):
+        return _no_such_key(path, text, given, _siblings(error))
+    if "nterpolation" in str(error):
+        return UserError(f"{path}: {_one_line(str(error))}. Refer to a key that exists and has the right type.")
+    value = given.get(path, error.value)
+    hint = _schema_type(re.sub(r"\[\d+\]$", "", path))
+    if path.endswith("]") and get_origin(hint) is list:
+        hint = get_args(hint)[0]
+    expected = _in_words(hint)
+    if expected is None:
+        return ConfigError(path, value, _one_line(str(error)), "Change the value")
+    choices = expected.removeprefix("one of ").split(", ") if expected.startswith("one of ") else []
+    rule = "there is no such choice" if choices else "has the wrong type"
+    return ConfigError(path, value, f"{rule}{_where(text)}", f"{_guess(str(value), choices)}Give {expected}")
+
+
+def _no_such_key(path: str, text: str, given: Given, siblings: Sequence[str]) -> UserError:
+    if path.partition(".")[0] == "recipe" and (file := re.match(r"In '(recipe/[^']+)'", text)):
+        return UserError(
+            f"{file[1]}.yaml: its keys go below `recipe`, where there are none. "
+            "Begin the file with the line '# @package _global_'."
+        )
+    if new := next((new for old, new in MOVED.items() if f"{path}.".startswith(f"{old}.")), None):
+        path, value = next(((key, given[key]) for key in given if key.startswith(path)), (path, None))
+        return _error(path, value, f"there is no such key{_where(text)}: it was the same as {new}", f"Set {new}")
+    parent, _, key = path.rpartition(".")
+    owner = _schema_type(parent) if parent else Config
+    rule = f"there is no such key{_where(text)}"
+    fix = f"{_guess(key, siblings)}Write +{path}=... to add a key"
+    if is_dataclass(owner):
+        names = [*get_type_hints(owner), *([] if parent else ["recipe"])]
+        fix = f"{_guess(key, names)}{parent or 'The config'} has {', '.join(names)}"
+    return _error(path, given.get(path), rule, fix)
+
+
+def _siblings(error: Any) -> list[str]:
+    """The existing keys next to the missing one, from OmegaConf's error."""
+    keys = getattr(getattr(error, "parent_node", None), "keys", None)
+    try:
+        return [str(key) for key in keys()] if callable(keys) else []
+    except Exception:  # a node without content
+        return []
+
+
+def _by_text(text: str, given: Given) -> UserError:
+    for pattern, path, rule, fix in _TEXTS:
+        if match := re.search(pattern, text):
+            groups = match.groupdict()
+            path = path or groups["path"]
+            value = groups.get("value", given.get(path))
+            return _error(path, value, f"{rule}{_where(text)}", fix.format(path=path, value=value))
+    for path, value in given.items():
+        if (path in ("", "recipe") or is_dataclass(_schema_type(path))) and not isinstance(yaml.safe_load(value), str):
+            return ConfigError(path, value, "a group takes the name of an option", "--help lists them")
+    return UserError(_one_line(text))
+
+
+def _error(path: str, value: str | None, rule: str, fix: str) -> UserError:
+    """A ConfigError if the value is known; a value from a file may not be."""
+    return UserError(f"{path}: {rule}. {fix}.") if value is None else ConfigError(path, value, rule, fix)
+
+
+def _schema_type(path: str) -> Any:
+    """The annotation at a dotted path; None if the schema has none (`model.config.*`, `hydra.*`, a typo)."""
+    hint: Any = Config
+    for key in path.split("."):
+        entry = get_args(hint)[1] if get_origin(hint) is dict else None  # `per_layer.NAME`
+        hint = get_type_hints(hint).get(key) if is_dataclass(hint) else entry
+    return hint
+
+
+def _in_words(hint: Any) -> str | None:
+    """An annotation in words."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+    if hint == Union[int, str]:  # noqa: UP007
+        return "a whole number or auto"
+    if get_origin(hint) is Union:
+        return " or ".join(filter(None, map(_in_words, get_args(hint))))
+    if get_origin(hint) is list:
+        (entry,) = get_args(hint)
+        return f"a list, each {_in_words(entry)}"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return f"one of {', '.join(member.name for member in hint)}"
+    return words.get(hint)
+
+
+def _guess(word: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, names, n=2, cutoff=0.7)
+    return f"Did you mean {' or '.join(close)}? " if close else ""
+
+
+def _where(text: str) -> str:
+    """The config file that Hydra names, if any."""
+    file = re.match(r"In '([^']+)'", text)
+    return f" (in {file[1]}.yaml)" if file and file[1] != "config" else ""
+
+
+def _one_line(text: str) -> str:
+    noise = r"(full_key|reference_type|object_type)[:=].*|\w+ raised while composing config:|See https.*"
+    return " ".join(re.sub(noise, "", text).split())
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+_RULES: tuple[tuple[type | str, Callable[[Any, str, Given], UserError]], ...] = (
+    (UserError, lambda error, text, given: error),
+    (yaml.YAMLError, lambda error, text, given: UserError(f"not valid YAML: {_one_line(str(error))}.")),
+    ("missing_cfg_file", _no_such_option),
+    ("override", _unreadable),
+    ("full_key", _bad_key_or_value),
+)
+"""How to recognize an error (its class, or an attribute), and the function that explains it."""
+
+MOVED = {
+    "hardware.figures.memory_gib": "hardware.memory_gib",
+    **{f"hardware.figures.{link}{kind}_gb_s": f"hardware.{link}_gb_s"
+       for link in ("intra_node", "inter_node") for kind in ("", "_effective")},
+}  # fmt: skip
+"""Keys of version 0.2.0 that said what another key says -> that one."""
+
+_SWEEP = ("several values are a sweep", "Add -m for one job a value, or write {path}=[{value}] for a list")
+_TWICE = ("the group has an option already", "Write {path}={value}, without +")
+_TEXTS = (
+    (r"config directory '(?P<value>.+)' not found", "--config-dir", "there is no such folder", "Create it"),
+    (r"Ambiguous value for argument '(?P<path>[^=]+)=(?P<value>.*)'", None, *_SWEEP),
+    (r"Sweep parameters '(?P<path>[^=]+)=(?P<value>.*)' requires", None, *_SWEEP),
+    (r"(?P<path>\S+) appears more than once in the final defaults list", None, *_TWICE),
+    (r"Multiple values for (?P<path>\S+)\. To override", None, *_TWICE),
+    (r"Could not override '(?P<path>\S+)'\. No match", None, "there is no such group", "--help lists the groups"),
+)
+"""Text of an error, its path if that is always the same, the rule and what to change."""

@@ -7,17 +7,14 @@ package installed with pip -> its GGUF file                          -> dequanti
 from __future__ import annotations
 
 import difflib
-import fcntl
 import importlib.util
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from moecompile.atomic import creating, locked
 from moecompile.errors import ConfigError
 from moecompile.models.loading import UNREADABLE, refuse_incomplete
 
@@ -95,13 +92,11 @@ def _converted(package: str, version: str, gguf: Path) -> Path:
     reader = f"transformers-{metadata.version('transformers')}"
     folder = _cache() / re.sub(r"[^\w.-]", "_", f"{package}-{version}-{gguf.stat().st_size}-{reader}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_name(folder.name + ".lock")):
+    with locked(folder.with_name(folder.name + ".lock")) as is_locked:
         if not folder.is_dir():
-            partial = folder.with_name(folder.name + ".tmp")
-            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
             print(f"converting {gguf.name} of {package} {version}, once, into {folder}", flush=True)
-            _convert(package, gguf, partial)
-            partial.rename(folder)
+            with creating(folder, alone=is_locked) as partial:
+                _convert(package, gguf, partial)
     return folder
 
 
@@ -127,7 +122,6 @@ def _convert(package: str, gguf: Path, folder: Path) -> None:
             "model.package", package, f"transformers cannot read its {gguf.name}: {error}", "Name another package"
         ) from error
     refuse_incomplete(info, "model.package", package, "Name another package")
-    folder.mkdir()
     first_names = {tensor.data_ptr(): name for name, tensor in reversed(loaded.state_dict().items())}
     weights = {name: tensor for name, tensor in loaded.state_dict().items() if first_names[tensor.data_ptr()] == name}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -141,11 +135,3 @@ def _convert(package: str, gguf: Path, folder: Path) -> None:
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moecompile"
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """A lock between the processes of this machine, released when its process ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -162,7 +162,7 @@ def _cut_each(value: Any, length: int, positions: Positions) -> Any:
 
 
 def _cut_whole(value: Any, length: int, dim: int, positions: Positions) -> Any:
-    """One entry for all positions is not cut."""
+    """Tensors of length 1 broadcast, so they are not cut."""
     if not isinstance(value, Tensor) or value.shape[dim] == 1 != length:
         return value
     if value.shape[dim] != length:

@@ -28,7 +28,7 @@ class Padding:
     """The masks of one model's current forward: argument name -> bool mask, true where a token is real. Token ids too.
 
     They are known only while the model runs. A layer that is computed again in backward gets those of the last forward
-    with gradients; `during` gives it those of another one.
+    with gradients; `during(masks)` uses those of another batch.
     """
 
     def __init__(self) -> None:

@@ -31,7 +31,7 @@ ops = torch.ops.moecompile
 
 @dataclass(frozen=True, kw_only=True)
 class Fuse(LayerPass):
-    """The plan says which layers."""
+    """Makes gather, experts and sum one op, in the layers that the plan fuses."""
 
     name: str = "fuse"
     stage: str = "fused"

@@ -284,7 +284,7 @@ def expert_parameters(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _stacks(model: nn.Module) -> list[tuple[nn.Module, str, tuple[int, ...]]]:
-    """These, each with the planned order of its experts (place.py); empty: that of their ids."""
+    """Each expert stack with its planned expert order (place.py); () means by id."""
     graphs = _graphs(model).values()
     calls = [(module, call) for module in graphs for call in experts_calls(module)]
     orders = {module.get_submodule(str(call.target)): order_of(call) for module, call in calls}

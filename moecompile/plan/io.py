@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from moecompile.atomic import write_text
 from moecompile.errors import PlanError
 from moecompile.named_code import DISPATCH, EXPERTS, Named, refuse_unnamed
 from moecompile.plan.checks import plan_errors
@@ -58,9 +59,7 @@ def _plan_of(text: str, source: str) -> Plan:
 
 def save(plan: Plan, path: Path) -> None:
     """Writes `path` atomically."""
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text(to_yaml(plan), encoding="utf-8")
-    tmp.replace(path)
+    write_text(path, to_yaml(plan))
 
 
 def load(path: Path, *, named: Named = MappingProxyType({})) -> Plan:

@@ -34,7 +34,7 @@ class Reduction:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes on the fullest rank. apart: of gradients and activations, what is never there at the same time."""
+    """Bytes on the fullest rank. apart: bytes of gradients and activations that never coexist."""
 
     weights: int
     grads: int

@@ -37,6 +37,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from moecompile.atomic import write_text
 from moecompile.errors import ConfigError, PlanError
 from moecompile.plan import LayerPlan, Plan
 from moecompile.schema import Config
@@ -109,9 +110,7 @@ def write_placement(path: Path, layers: Sequence[PlacedLayer]) -> None:
             for layer in layers
         ],
     }
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text(yaml.safe_dump(body, sort_keys=False, default_flow_style=None, width=120), encoding="utf-8")
-    tmp.replace(path)
+    write_text(path, yaml.safe_dump(body, sort_keys=False, default_flow_style=None, width=120))
 
 
 def read_placement(path: Path) -> list[PlacedLayer]:

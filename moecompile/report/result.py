@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moecompile import clock
-from moecompile.rundir import REPORT
+from moecompile.atomic import write_text
+from moecompile.rundir import REPORT, RESULT
 from moecompile.version import versions
 
 
@@ -26,11 +27,8 @@ def write_result(
         between them.
     """
     head = {"task": task, "recipe": recipe, "status": status, "seconds": clock.seconds(), "report": REPORT}
-    path = run_dir / "result.json"
-    tmp = path.with_suffix(".tmp")
     body = _finite({**head, "versions": versions(), **fields})
-    tmp.write_text(json.dumps(body, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    tmp.replace(path)
+    write_text(run_dir / RESULT, json.dumps(body, indent=2, allow_nan=False) + "\n")
     return {**head, **fields}
 
 

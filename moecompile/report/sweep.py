@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moecompile.atomic import replacing
 from moecompile.report.text import bytes_text, seconds_text
 
 # column of sweep.csv -> (short heading, empty for columns only in the file; path in result.json; format)
@@ -106,14 +107,12 @@ def _differing(settings: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _write_csv(path: Path, jobs: Sequence[Job], keys: Sequence[str]) -> None:
-    tmp = path.with_suffix(".tmp")
-    with tmp.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["job", *keys, "status", *_RESULTS])
         for job in jobs:
             values = (job.measured(column) for column in _RESULTS)
             writer.writerow([job.number, *(job.config.get(key, "") for key in keys), job.status, *values])
-    tmp.replace(path)
 
 
 def _table(jobs: Sequence[Job], swept: Sequence[str]) -> Table:

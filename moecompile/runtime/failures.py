@@ -7,7 +7,6 @@ fail too, because their connections break: the first failure that is not such a 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -19,9 +18,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from moecompile.atomic import write_text
 from moecompile.errors import MoecompileError, RankFailure, UserError
-from moecompile.rundir import ERRORS, place
-from moecompile.runtime.logs import gone, log_path
+from moecompile.rundir import ERRORS, output_dir
+from moecompile.runtime.logs import claim_file, gone, log_path
 from moecompile.runtime.signals import Stopped
 
 _GLOO = ("gloo/transport", "Application timeout caused pair closure")
@@ -72,7 +72,7 @@ class Failure:
 
 def errors_dir(run_dir: Path) -> Path:
     """The folder in which the ranks of `run_dir` record failures."""
-    return place(run_dir) / ERRORS
+    return output_dir(run_dir) / ERRORS
 
 
 def clear(run_dir: Path) -> None:
@@ -109,9 +109,7 @@ def _write(failure: Failure, error: BaseException, folder: Path) -> None:
     rank = failure.rank
     folder.mkdir(exist_ok=True)
     (folder / f"rank_{rank}.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    partial = folder / f"rank_{rank}.json.tmp"
-    partial.write_text(json.dumps(asdict(failure), indent=1), encoding="utf-8")
-    partial.replace(folder / f"rank_{rank}.json")
+    write_text(folder / f"rank_{rank}.json", json.dumps(asdict(failure), indent=1))
 
 
 def any_recorded(run_dir: Path) -> bool:
@@ -123,10 +121,7 @@ def record_stop(run_dir: Path, stopped: Stopped) -> None:
     """Records for the launcher that a signal has ended this rank."""
     folder = errors_dir(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{_STOPPED}.{os.getpid()}"
-    fields = (stopped.number, stopped.step, stopped.num_steps)
-    partial.write_text(json.dumps(fields), encoding="utf-8")
-    partial.replace(folder / _STOPPED)
+    write_text(folder / _STOPPED, json.dumps((stopped.number, stopped.step, stopped.num_steps)))
 
 
 def stopped(run_dir: Path) -> Stopped | None:
@@ -139,12 +134,11 @@ def claim(run_dir: Path) -> bool:
     """True for the first rank that calls it: without our own launcher, that rank reports the failure."""
     try:
         errors_dir(run_dir).mkdir(exist_ok=True)
-        os.close(os.open(errors_dir(run_dir) / "reported", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except (FileExistsError, FileNotFoundError):  # no folder: the run was refused, which a rank has reported
+        return claim_file(errors_dir(run_dir) / "reported")
+    except FileNotFoundError:  # the run was refused, which a rank has reported
         return False
     except OSError:  # a full disk: two reports are better than none
         return True
-    return True
 
 
 def others_failed(run_dir: Path, rank: int, world_size: int) -> bool:

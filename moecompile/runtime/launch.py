@@ -1,56 +1,52 @@
 """Starts one process per rank, or runs in place if torchrun or SLURM has started them already.
 
-The launcher and its ranks share only the run directory: each rank runs `main(run_dir)` of a module. Ranks are forked
-from a fork server, a process that imports what they need once, while the launcher does other things.
+However it is started, a rank has torchrun's environment variables. The launcher and its ranks share only the run
+directory: each rank runs `main(run_dir)` of a module. Ranks are forked from a fork server, a process that imports what
+they need once, while the launcher does other things.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
-import logging
+import math
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
 import time
 import types
-import uuid
-from collections.abc import Iterator, Sequence
-from multiprocessing import forkserver, reduction, util
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing import connection, forkserver, reduction
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
 from moecompile import waiting
 from moecompile.checkpoint.resume import has_trained, is_restarted
-from moecompile.errors import MoecompileError, RankFailure
-from moecompile.rundir import place, settle
+from moecompile.errors import RankFailure
+from moecompile.rundir import output_dir, settle
 from moecompile.runtime import failures, logs, signals
-from moecompile.runtime.in_place import GRACE_S, PEER_GRACE_S, is_leading, leave, run_on_all
-from moecompile.runtime.ranks import check_mesh, worker_variables
+from moecompile.runtime.external_launch import GRACE_S, PEER_GRACE_S, is_leading, leave, run_on_all
+from moecompile.runtime.ranks import Ranks, check_mesh, free_port, worker_variables
 
 _RESTART = "MOECOMPILE_RESTART"
-_OF_ELASTIC = "SIGHUP,SIGQUIT"
-"""Signals that the elastic agent handles; others end training after the current step."""
-_ELASTIC = r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|TORCH_NCCL_.*"
-"""Environment variables that the elastic agent sets in a rank; all others are those of the launcher."""
-_TALKING = ("distributed.elastic", "multiprocessing")
-_KEPT = (*signals.ASKING, signals.WARNING, signal.SIGHUP, signal.SIGQUIT)
+_HANGING_UP = (signal.SIGHUP, signal.SIGQUIT)
+"""Signals that end ranks at once; `signals.ASKING` end training after the current step."""
+_POLL_S = 0.1
+"""Seconds until a signal is passed on."""
 
 
 def launch(
-    world_size: int, run_dir: Path, *, module: str, threads: int, timeout_s: float, max_restarts: int = 0,
-    num_nodes: int = 1,
-) -> None:  # fmt: skip
+    world_size: int, run_dir: Path, *, module: str, threads: int, max_restarts: int = 0, num_nodes: int = 1
+) -> None:
     """Runs `module`'s `main(run_dir)` on `world_size` ranks and returns when all of them have succeeded.
 
     If torchrun or SLURM has started ranks, this process is rank 0 and runs `main` itself.
 
     Args:
-        threads: OpenMP threads per rank. timeout_s: of the rendezvous.
+        threads: OpenMP threads per rank.
         max_restarts: how often all ranks are restarted after one was lost; user errors are not retried. In place,
             torchrun does this (its --max-restarts).
         num_nodes: of the mesh; processes of one machine may simulate several.
@@ -69,7 +65,7 @@ def launch(
             print(played, flush=True)
         prepare([module], threads)
         with _environment(_launch_variables(threads)):
-            _launch_again(world_size, run_dir, max_restarts, module=module, timeout_s=timeout_s)
+            _launch_again(world_size, run_dir, max_restarts, module)
 
 
 def prepare(modules: Sequence[str], threads: int) -> None:
@@ -89,17 +85,16 @@ def is_restart(run_dir: Path) -> bool:
     before has trained in `run_dir`: what was refused or lost before its first step has left everything as it was.
     """
     if int(os.environ.get(_RESTART) or 0) > 0:
-        return place(run_dir) == run_dir
+        return output_dir(run_dir) == run_dir
     return is_restarted() and has_trained(run_dir)
 
 
 def _rank(module: str, run_dir: Path, folder: str, variables: dict[str, str], terminal: _Terminal) -> None:
-    """A rank, in a process that was forked for it. Returning from `main` is success; any failure ends the process."""
+    """A rank, in a process that was forked for it. Returning from `main` is success."""
     os.setsid()  # a terminal's Ctrl-C goes to the launcher alone
     multiprocessing.set_start_method(None, force=True)  # what the rank starts begins as in any program
-    elastic = {name: value for name, value in os.environ.items() if re.fullmatch(_ELASTIC, name)}
     os.environ.clear()
-    os.environ.update({**variables, **elastic})
+    os.environ.update(variables)
     os.chdir(folder)
     if (torch := sys.modules.get("torch")) is not None:  # which has read the fork server's variable
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -121,8 +116,7 @@ def _rank(module: str, run_dir: Path, folder: str, variables: dict[str, str], te
         if failure.peer_lost:
             time.sleep(PEER_GRACE_S)
         leave(failure.exit_code)
-    # Once the launcher has heard of all ranks: no thread that a callback has left keeps the process.
-    util.Finalize(None, leave, args=(0,), exitpriority=0)
+    leave(0)  # no thread that a callback has left keeps the process
 
 
 class _Terminal:
@@ -140,15 +134,14 @@ def _take_terminal(*outputs: Any) -> _Terminal:
     return _Terminal()
 
 
-def _launch_again(world_size: int, run_dir: Path, max_restarts: int, **how: Any) -> None:
+def _launch_again(world_size: int, run_dir: Path, max_restarts: int, module: str) -> None:
     """Starts all ranks, and restarts them after each lost rank; the last failure is raised."""
     run_dir.mkdir(parents=True, exist_ok=True)
     for restart in range(max_restarts + 1):
         settle(run_dir)  # what the attempt before could not
         failures.clear(run_dir)
         try:
-            with _environment({_RESTART: str(restart)}):
-                return _launch_local(world_size, run_dir, **how)
+            return _launch_local(world_size, run_dir, module, {_RESTART: str(restart)})
         except RankFailure as error:
             if restart == max_restarts:
                 raise
@@ -158,52 +151,75 @@ def _launch_again(world_size: int, run_dir: Path, max_restarts: int, **how: Any)
     return None
 
 
-def _launch_local(world_size: int, run_dir: Path, *, module: str, timeout_s: float) -> None:
-    if (failure := _elastic_failure(world_size, run_dir, module=module, timeout_s=timeout_s)) is not None:
-        raise failure  # here, where no traceback holds the elastic agent
-
-
-def _elastic_failure(world_size: int, run_dir: Path, *, module: str, timeout_s: float) -> MoecompileError | None:
-    """Runs all ranks; what ended them early."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    from moecompile.runtime.meeting import ONE_MACHINE  # registers it
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world_size,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend=ONE_MACHINE,
-        rdzv_configs={"timeout": int(timeout_s)},
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="forkserver",
-        shutdown_timeout=int(GRACE_S),
-        signals_to_handle=_OF_ELASTIC,
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else it creates a folder in /tmp; output is inherited
-    )
-    job = (module, run_dir, os.getcwd(), dict(os.environ), _Terminal())
-    with _quiet_elastic(), _asked_to_end() as asked, _without_main_module():
+def _launch_local(world_size: int, run_dir: Path, module: str, variables: dict[str, str]) -> None:
+    """Runs all ranks, and raises what ended them early."""
+    context, port, terminal = multiprocessing.get_context("forkserver"), free_port(), _Terminal()
+    processes = []
+    for rank in range(world_size):
+        ranks = Ranks(
+            rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size, master_addr="127.0.0.1",
+            master_port=port, launcher="moecompile",
+        )  # fmt: skip
+        job = (module, run_dir, os.getcwd(), {**os.environ, **variables, **ranks.variables()}, terminal)
+        processes.append(context.Process(target=_rank, args=job))
+    with _asked_to_end() as asked:
         waiting.done()
         try:
-            elastic_launch(config, _rank)(*job)
-        except ChildFailedError as error:
-            exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            if asked and (len(asked) > 1 or not failures.any_recorded(run_dir)):
-                return signals.Stopped(asked[0])
-            return failures.first_error(run_dir, world_size, exit_codes)
-        except SignalException as error:
-            return signals.Stopped(asked[0] if asked else int(error.sigval))
+            with _without_main_module():
+                for process in processes:
+                    process.start()
+            exit_codes = _supervise(processes, asked)
         finally:
-            gc.collect()  # semaphores of the elastic agent, or their tracker would complain
-    if (stopped := failures.stopped(run_dir)) is None:
-        return None
-    failures.clear(run_dir)
-    return signals.Stopped(asked[0] if asked else stopped.number, stopped.step, stopped.num_steps)
+            _send(processes, signal.SIGKILL)
+    ending = [number for number in asked if number != signals.WARNING]
+    is_hung_up = any(number in _HANGING_UP for number in ending)
+    if is_hung_up or (ending and exit_codes and (len(ending) > 1 or not failures.any_recorded(run_dir))):
+        raise signals.Stopped(ending[0])
+    if exit_codes:
+        raise failures.first_error(run_dir, world_size, exit_codes)
+    if (stopped := failures.stopped(run_dir)) is not None:
+        failures.clear(run_dir)
+        raise signals.Stopped(ending[0] if ending else stopped.number, stopped.step, stopped.num_steps)
+
+
+def _supervise(processes: Sequence[ForkServerProcess], asked: Sequence[int]) -> dict[int, int]:
+    """Waits until all ranks have ended, and passes on the signals in `asked`.
+
+    1. A rank that fails ends the others: SIGTERM, and after `GRACE_S` SIGKILL.
+    2. The first signal that asks for an end is SIGINT for all ranks, which save; the second one is SIGKILL. A terminal
+       that closes ends them as a failure does.
+
+    Returns:
+        The exit codes of the ranks that failed before others were ended because of it, in this order.
+    """
+    running, deadline, num_passed = dict(enumerate(processes)), math.inf, 0
+    failed: dict[int, int] = {}
+    while running:
+        connection.wait([process.sentinel for process in running.values()], timeout=_POLL_S)
+        for rank in [rank for rank, process in running.items() if not process.is_alive()]:
+            exit_code = running.pop(rank).exitcode
+            if exit_code and deadline == math.inf:
+                failed[rank] = exit_code
+        if failed and deadline == math.inf:  # Step 1
+            deadline = time.monotonic() + GRACE_S
+            _send(running.values(), signal.SIGTERM)
+        elif time.monotonic() > deadline:
+            _send(running.values(), signal.SIGKILL)
+        for number in asked[num_passed:]:  # Step 2
+            again = any(before in signals.ASKING for before in asked[:num_passed])
+            asks = signal.SIGKILL if again else signal.SIGINT
+            _send(running.values(), asks if number in signals.ASKING else number)
+            if number in _HANGING_UP:
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+            num_passed += 1
+    return failed
+
+
+def _send(processes: Iterable[ForkServerProcess], number: int) -> None:
+    for process in processes:
+        if process.pid is not None and process.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
 
 
 def _launch_variables(threads: int) -> dict[str, str]:
@@ -217,7 +233,7 @@ def _launch_variables(threads: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Sets `variables` in `os.environ`, which the elastic agent passes to the ranks, and restores it afterwards."""
+    """Sets `variables` in `os.environ`, which ranks get, and restores it afterwards."""
     before = dict(os.environ)
     os.environ.update(variables)
     try:
@@ -238,49 +254,27 @@ def _without_main_module() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_elastic() -> Iterator[None]:
-    """Keeps the elastic agent's log off the terminal: its failures are raised as errors."""
-    loggers, silence = [logging.getLogger(f"torch.{name}") for name in _TALKING], logging.NullHandler()
-    before = [logger.propagate for logger in loggers]
-    for logger in loggers:
-        logger.propagate = False
-        logger.addHandler(silence)
-    try:
-        yield
-    finally:
-        for logger, propagate in zip(loggers, before, strict=True):
-            logger.propagate = propagate
-            logger.removeHandler(silence)
-
-
-@contextlib.contextmanager
 def _asked_to_end() -> Iterator[list[int]]:
-    """While ranks run: SIGINT or SIGTERM lets them save and end, the second one kills them; SIGUSR1 is passed on.
+    """While ranks run: yields the signals so far, which would end this process. In a thread there are none.
 
-    Ranks are in their own sessions, which do not receive the terminal's Ctrl-C. Yields the signals so far.
+    Ranks are in their own sessions, which do not receive the terminal's Ctrl-C.
     """
     asked: list[int] = []
-    others = set(multiprocessing.process._children)  # type: ignore[attr-defined]  # of the program around this call
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
-    def answer(number: int, frame: object) -> None:
-        if number != signals.WARNING:
-            asked.append(number)
-        sent = number if number == signals.WARNING else signal.SIGINT if len(asked) == 1 else signal.SIGKILL
-        # Not active_children(), which would reap them.
-        for process in multiprocessing.process._children - others:  # type: ignore[attr-defined]
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, sent)
-        if len(asked) < 2:
+    def note(number: int, frame: object) -> None:
+        asked.append(number)
+        if number == signals.WARNING or [each for each in asked if each in signals.ASKING] == [number]:
             again = "" if number == signals.WARNING else "; the same again ends at once"
             text = f"\n{signal.Signals(number).name}: the step is finished and saved{again}\n"
             os.write(2, text.encode())
 
-    before = {number: signal.getsignal(number) for number in _KEPT}
-    for number in (*signals.ASKING, signals.WARNING):
-        signal.signal(number, answer)
+    before = {number: signal.getsignal(number) for number in (*signals.ASKING, signals.WARNING, *_HANGING_UP)}
+    for number, handler in before.items():
+        if number not in _HANGING_UP or handler is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, note)
     try:
         yield asked
     finally:

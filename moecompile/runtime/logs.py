@@ -7,11 +7,13 @@ killed rank from ranks that have only lost it too. On a file system without lock
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import tempfile
+import time
 from pathlib import Path
 
-from moecompile.rundir import place
+from moecompile.rundir import output_dir
 
 _TERMINAL = "This rank writes to the terminal.\n"
 _locks: dict[int, int] = {}  # slot -> descriptor, kept until the process ends
@@ -19,7 +21,7 @@ _locks: dict[int, int] = {}  # slot -> descriptor, kept until the process ends
 
 def log_path(run_dir: Path, rank: int) -> Path:
     """The log of a rank."""
-    return place(run_dir) / "logs" / f"rank_{rank}.log"
+    return output_dir(run_dir) / "logs" / f"rank_{rank}.log"
 
 
 def hold(run_dir: Path, rank: int) -> None:
@@ -93,4 +95,19 @@ def is_free(path: Path) -> bool:
         return False
     finally:
         os.close(descriptor)
+    return True
+
+
+def claim_file(path: Path, *, for_s: float = math.inf) -> bool:
+    """True for the first process that calls it for the file `path`, and again when that is `for_s` seconds ago.
+
+    Raises:
+        OSError: the file cannot be created.
+    """
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        if time.time() - path.stat().st_mtime < for_s:
+            return False
+        path.touch()
     return True

@@ -1,19 +1,23 @@
-"""Logs metrics during training: rows for the loggers and the progress bar, and the load of every expert."""
+"""Metrics of training: rows for the loggers and the progress bar, totals of the run, and the load of every expert."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from moecompile.load_history import LoadHistory
 from moecompile.nn import LayerLoad
 from moecompile.runtime.strategy import ExpertParallelStrategy
-from moecompile.runtime.tally import Tally, over_layers
+from moecompile.torch_private import device_of
 
 
 class Metrics(Callback):
@@ -34,7 +38,7 @@ class Metrics(Callback):
         self, log_interval: int, max_steps: int, *, has_capacity: bool = False, history_path: Path | None = None
     ) -> None:
         self.log_interval, self.max_steps, self.has_capacity = log_interval, max_steps, has_capacity
-        self.tally = Tally()
+        self.tally = RunTotals()
         self.history_path, self.history = history_path, LoadHistory()
         self._last_step = self.rows = 0
         self._learning_rate: float | None = None
@@ -134,3 +138,155 @@ def of_layer(load: LayerLoad) -> dict[str, float]:
         digits = len(str(len(counts) - 1))  # columns are sorted as text
         columns |= {f"{kind}/{load.name}/{i:0{digits}d}": count for i, count in enumerate(counts.tolist())}
     return {name: value for name, value in columns.items() if value is not None}
+
+
+class RunTotals:
+    """The metrics of a run, which a resumed run continues.
+
+    loss_first, loss_last: of the first and the last row, nats per token. max_violation_last: of the worst layer in the
+    last step of a row. tokens_per_second: without the first row, which includes the warm-up. None: not measured.
+    """
+
+    def __init__(self) -> None:
+        self.sums, self.steps = LossSums(), LayerMeans()
+        self.steps_skipped = 0
+        self.loss_first: float | None = None
+        self.loss_last: float | None = None
+        self.max_violation_last: float | None = None
+        self.tokens_per_second: float | None = None
+        self._timed_tokens, self._timed_seconds = 0, 0.0
+
+    def end_step(self, loads: Sequence[LayerLoad], *, skipped: bool) -> None:
+        """Ends an optimizer step; a skipped step is only counted."""
+        self.sums.end_step(dropped=skipped)
+        if skipped:
+            self.steps_skipped += 1
+        elif loads:
+            self.steps.add(over_layers(loads))
+
+    def end_row(self, loss: float, num_tokens: float, seconds: float) -> dict[str, float]:
+        """Ends a row and returns its columns. loss: sum over `num_tokens` tokens, 0 if all steps were skipped."""
+        row = {"tokens_per_second": num_tokens / seconds}
+        if num_tokens:
+            row["loss"] = self.loss_last = loss / num_tokens
+            if self.loss_first is None:
+                self.loss_first = self.loss_last
+            else:
+                self._timed_tokens += int(num_tokens)
+                self._timed_seconds += seconds
+                self.tokens_per_second = self._timed_tokens / self._timed_seconds
+        if self.steps_skipped:
+            row["steps_skipped"] = float(self.steps_skipped)
+        return row
+
+    def state(self, tokens: dist.ProcessGroup | None = None) -> dict[str, Any]:
+        """The state from which a resumed run continues its rows; all ranks call it after the same step.
+
+        Args:
+            tokens: as for `LossSums.over_ranks`.
+        """
+        return {
+            "sums": self.sums.over_ranks(tokens),
+            "loss_first": self.loss_first,
+            "loss_last": self.loss_last,
+            "max_violation_last": self.max_violation_last,
+            "steps_skipped": self.steps_skipped,
+            "num_steps": self.steps.count,
+            "steps": self.steps.last_tenth(),
+        }
+
+    def restore(self, state: Mapping[str, Any], *, is_first_rank: bool) -> None:
+        """Restores `state`, on any number of ranks; is_first_rank: of those with different tokens."""
+        self.sums.restore(state["sums"], is_first_rank=is_first_rank)
+        self.steps.restore(state["steps"], state["num_steps"])
+        self.loss_first, self.loss_last = state["loss_first"], state["loss_last"]
+        self.max_violation_last, self.steps_skipped = state["max_violation_last"], state["steps_skipped"]
+
+
+class LossSums:
+    """Sums over this rank's tokens since the last row: the loss, their number, each auxiliary loss. float64."""
+
+    def __init__(self) -> None:
+        self._row: Tensor | None = None
+        self._step: Tensor | None = None  # of the current optimizer step
+        self._kinds: tuple[str, ...] = ()  # of auxiliary losses
+
+    def add(self, loss: Tensor, num_tokens: Tensor, aux_losses: Mapping[str, Tensor]) -> None:
+        """Adds a micro-batch. loss: the sum over its tokens; aux_losses: per token, by kind."""
+        num_tokens, self._kinds = num_tokens.double(), tuple(aux_losses)
+        aux = [value.double() * num_tokens for value in aux_losses.values()]
+        sums = torch.stack((loss.detach().double(), num_tokens, *aux))
+        self._step = sums if self._step is None else self._step + sums
+
+    def end_step(self, *, dropped: bool) -> None:
+        """Adds the current step to the row, unless it was skipped."""
+        sums, self._step = self._step, None
+        assert sums is not None
+        if dropped:
+            sums = torch.zeros_like(sums)
+        self._row = sums if self._row is None else self._row.to(sums) + sums
+
+    def over_ranks(self, tokens: dist.ProcessGroup | None = None) -> list[float] | None:
+        """The row so far, summed over the ranks of a group, which all call it; None before its first step.
+
+        Args:
+            tokens: `Groups.tokens`, the ranks with different tokens; None: only this process.
+        """
+        if self._row is None:
+            return None
+        sums = self._row.clone()
+        if tokens is not None:
+            sums = sums.to(device_of(tokens)) if sums.is_cpu else sums  # as it is restored, until the first step
+            dist.all_reduce(sums, group=tokens)
+        return sums.tolist()
+
+    def take(self, tokens: dist.ProcessGroup | None = None) -> tuple[float, float, dict[str, float]]:
+        """Loss, tokens and auxiliary losses of the row, over ranks as in `over_ranks`. Starts a new row."""
+        sums = self.over_ranks(tokens)
+        assert sums is not None
+        self._row = None
+        loss, num_tokens, *aux_losses = sums
+        return loss, num_tokens, dict(zip(self._kinds, aux_losses, strict=True))
+
+    def restore(self, sums: Sequence[float] | None, *, is_first_rank: bool) -> None:
+        """Restores the result of `over_ranks`: the first rank has the sums of all."""
+        if sums is not None:
+            row = torch.tensor(sums, dtype=torch.float64)
+            self._row = row if is_first_rank else torch.zeros_like(row)
+
+
+class LayerMeans:
+    """The results of `over_layers` of every optimizer step; a resumed run has only the last tenth of earlier steps."""
+
+    def __init__(self) -> None:
+        self.count = 0  # of the whole run
+        self._kept: list[dict[str, float]] = []
+
+    def add(self, step: dict[str, float]) -> None:
+        """Adds a step."""
+        self._kept.append(step)
+        self.count += 1
+
+    def last_tenth(self) -> list[dict[str, float]]:
+        """The last tenth of the steps, at least one."""
+        return self._kept[-math.ceil(self.count / 10) :] if self.count else []
+
+    def mean_of_last(self, name: str) -> float | None:
+        """Mean over the last tenth of a value in `over_layers`; None: not measured."""
+        values = [step[name] for step in self.last_tenth() if name in step]
+        return sum(values) / len(values) if values else None
+
+    def restore(self, steps: Sequence[dict[str, float]], count: int) -> None:
+        """Restores the result of `last_tenth` after `count` steps."""
+        self._kept, self.count = list(steps), count
+
+
+def over_layers(loads: Sequence[LayerLoad]) -> dict[str, float]:
+    """Means over the layers in one step; the entropy is over routers for which it is known."""
+    means = {
+        "max_violation": [load.max_violation for load in loads],
+        "entropy": [load.entropy for load in loads if load.entropy is not None],
+        "nodes_per_token": [load.nodes_per_token for load in loads],
+        "drop_rate": [load.drop_rate for load in loads],
+    }
+    return {name: sum(values) / len(values) for name, values in means.items() if values}

@@ -11,12 +11,18 @@ matrix by matrix (whole_matrices.py), orthogonalized by one rank, and its parts 
 where FSDP cuts within them; where it cuts between them, each is orthogonalized on the rank that has it. Gate and up of
 one weight are orthogonalized apart (moecompile.nn.matrices). Weights of AdamW are stepped by torch's own function on
 their shards.
+
+NS is Newton-Schulz, the orthogonal factor, approximately: U S V^T becomes U S' V^T with every entry of S' near 1, by
+`steps` times X -> a X + (b X X^T + c (X X^T)^2) X. Each matrix is scaled by its own Frobenius norm before, so that
+every singular value is at most 1.
+
+Legend: O d_out, I d_in.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +32,6 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from moecompile.nn.matrices import Layout
-from moecompile.runtime.orthogonal import orthogonalized
 from moecompile.runtime.whole_matrices import Part, compute_whole, cuts_of
 from moecompile.torch_private import local_part
 
@@ -136,3 +141,19 @@ def scale_of(kind: str, d_out: int, d_in: int) -> float:
     if kind == "match_rms_adamw":
         return 0.2 * math.sqrt(max(d_out, d_in))
     return math.sqrt(max(1.0, d_out / d_in))
+
+
+_EPS = 1e-7  # as in torch.optim.Muon: a matrix of zeros stays one
+
+
+def orthogonalized(matrices: Tensor, steps: int, coefficients: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """(..., O, I) -> the same shape, of `dtype`, in which the products are computed too."""
+    a, b, c = coefficients
+    x = matrices.to(dtype).reshape(-1, *matrices.shape[-2:])
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if is_tall else x  # the smaller square
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=_EPS)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).reshape(matrices.shape)

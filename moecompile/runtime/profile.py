@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from moecompile.atomic import replacing, write_text
 from moecompile.errors import MoecompileError
 from moecompile.nn.replay import ReplayLayer, Routes, record_routes, replay_layers
 from moecompile.plan import Plan
@@ -214,9 +215,7 @@ class StepProfile(Callback):
             }
         if any(each["tokens"] for each in ranks) and plan.mesh.num_nodes > 1:
             body["lower_bound"] = self._lower_bound(ranks)
-        partial = self.run_dir / f".{PROFILE}"
-        partial.write_text(json.dumps(body) + "\n", encoding="utf-8")
-        partial.replace(self.run_dir / PROFILE)
+        write_text(self.run_dir / PROFILE, json.dumps(body) + "\n")
         self._write_routes(ranks)
 
     def _exchanges(self, times: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -263,11 +262,12 @@ class StepProfile(Callback):
         width = max(layer.top_k for layer in self._layers)
         ids = [np.stack([np.pad(i, ((0, 0), (0, width - i.shape[1])), constant_values=-1) for i in each], 1)
                for _, each in pairs]  # fmt: skip
-        np.savez_compressed(
-            self.run_dir / ROUTES, tokens=np.concatenate([t for t, _ in pairs]), ids=np.concatenate(ids),
-            layers=np.array([layer.path for layer in self._layers]),
-            num_experts=np.array([layer.num_experts for layer in self._layers]),
-        )  # fmt: skip
+        with replacing(self.run_dir / ROUTES) as partial, partial.open("wb") as file:
+            np.savez_compressed(
+                file, tokens=np.concatenate([t for t, _ in pairs]), ids=np.concatenate(ids),
+                layers=np.array([layer.path for layer in self._layers]),
+                num_experts=np.array([layer.num_experts for layer in self._layers]),
+            )  # fmt: skip
 
 
 def _part(rank: Mapping[str, Any], path: str, part: str) -> float:

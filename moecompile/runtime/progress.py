@@ -1,11 +1,18 @@
-"""Prints the progress of training: a bar on a terminal, else lines."""
+"""What is shown during training: a bar on a terminal, else lines; and the report, again and again."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+
+from moecompile.runtime.metrics import Metrics
+from moecompile.runtime.module import LanguageModule
+from moecompile.runtime.observer import StepObserver
+from moecompile.runtime.strategy import ExpertParallelStrategy
 
 
 class ProgressBar(TQDMProgressBar):
@@ -66,3 +73,38 @@ def _figures(trainer: Trainer) -> dict[str, str]:
         for name, short in names.items()
         if name in metrics
     }
+
+
+SHARE = 0.01
+"""Of the time of the run: what writing may take."""
+
+
+class LiveReport(StepObserver):
+    """After the first row, and whenever writing has taken less than 1% of the run, rank 0 saves metrics and loads and
+    calls `write`. The time is not counted as training time.
+
+    Args:
+        metrics: whose rows are on disk when `write` is called.
+    """
+
+    def __init__(self, metrics: Metrics, write: Callable[[], None]) -> None:
+        self.metrics, self.write = metrics, write
+        self._written = 0  # rows
+        self._spent = 0.0
+        self._start = time.perf_counter()
+
+    def step_ended(self, module: LanguageModule, strategy: ExpertParallelStrategy) -> None:
+        """Writes, if there is a new row and it is time."""
+        rows, now = self.metrics.rows, time.perf_counter()
+        is_time = not self._spent or self._spent < SHARE * (now - self._start)
+        if rows == self._written or not is_time or not strategy.is_global_zero:
+            return
+        self._written = rows
+        with self.metrics.paused():
+            trainer = module.trainer
+            assert isinstance(trainer, Trainer)
+            for logger in trainer.loggers:
+                logger.save()
+            self.metrics.save_history()
+            self.write()
+        self._spent += time.perf_counter() - now

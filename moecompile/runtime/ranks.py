@@ -5,9 +5,12 @@ It needs no torch, so that the command line knows first whether it is one of sev
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import random
 import re
+import socket
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +18,10 @@ from dataclasses import dataclass
 
 from moecompile.errors import ConfigError, UserError
 
+FREE_PORTS = (30_000, 32_768)
+"""Ports for process groups: below the ephemeral ones of Linux, above those that SLURM's ranks derive."""
+
+_TRIED_PORTS = 64
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -47,7 +54,7 @@ class Ranks:
         }
 
 
-def in_place_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
+def started_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
     """This process's rank under torchrun or in a SLURM job step; None without such a launcher.
 
     torchrun is checked first, because it is often started by srun. In a SLURM allocation outside of a job step (a batch
@@ -90,8 +97,8 @@ def check_places(places: Sequence[tuple[int, int]], launcher: str) -> None:
         else "as many processes on each node, nodes one after the other"
     )  # fmt: skip
     raise UserError(
-        f"{launcher} put the ranks on nodes in another order than one after the other, or not as many on each "
-        f"(rank {shown}{more}). Start them with {fix}."
+        f"{launcher} started rank {shown}{more}: ranks must fill the nodes in order, the same number on each. "
+        f"Start them with {fix}."
     )
 
 
@@ -158,6 +165,25 @@ def worker_variables(threads: int, *, one_machine: bool) -> dict[str, str]:
     if one_machine:
         variables["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     return variables
+
+
+def free_port() -> int:
+    """An unused port of this machine, if there is one below those that the kernel gives to connections.
+
+    It is opened later, by another process; meanwhile only a program that wants this very port can take it.
+
+    Raises:
+        UserError: no port can be opened.
+    """
+    system = random.SystemRandom()  # no seed of the run: two runs would try the same ports
+    for port in (*(system.randrange(*FREE_PORTS) for _ in range(_TRIED_PORTS)), 0):  # 0: as the kernel chooses
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return int(probe.getsockname()[1])
+    low, high = FREE_PORTS
+    raise UserError(
+        f"no port of {socket.gethostname()} can be opened. Let programs listen on ports {low} to {high - 1}."
+    )
 
 
 def _slurm_ranks(environ: Mapping[str, str], num_tasks: int) -> Ranks:

@@ -1,26 +1,181 @@
-"""Records the routes of a training run, or replays those of another one, on any mesh."""
+"""Records the routes of a training run, or replays those of another one, on any mesh.
+
+    routes.yaml   format, steps, sequences (of a global batch), tokens (of a row), layers: path, num_experts, top_k;
+                  data: what decides which tokens come in which order (format 1 has none)
+    ids.npy       (steps, sequences, tokens, layers, top_k), uint8 or uint16: `numpy.load("ids.npy", mmap_mode="r")`
+
+Entry [s, i, t, l] has the experts of token t of sequence i in the global batch of optimizer step s + 1. The largest
+number of the type means that nothing was recorded: padding, steps that did not run, and slots beyond a layer's top-k.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor, nn
 
-from moecompile.checkpoint.fingerprint import data_settings
+from moecompile.checkpoint.fingerprint import data_settings, differences
 from moecompile.errors import ConfigError, MoecompileError
 from moecompile.nn.replay import ReplayLayer, Routes, record_routes, replay_layers, replay_routes
-from moecompile.rundir import place
+from moecompile.rundir import output_dir
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.observer import StepObserver
-from moecompile.runtime.routes_file import RoutesFile, check_data, check_fits, create, open_routes
 from moecompile.runtime.strategy import ExpertParallelStrategy
 from moecompile.schema import Config
+
+FORMAT, _WITHOUT_DATA = 2, 1
+_HEAD, _IDS = "routes.yaml", "ids.npy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutesFile:
+    """An open folder. head: the shape of what is stored. ids: mapped into memory; all ranks share its pages."""
+
+    head: dict[str, Any]
+    layers: tuple[ReplayLayer, ...]
+    ids: np.memmap[Any, Any]
+
+    @property
+    def unknown(self) -> int:
+        """The number that stands for no record."""
+        return int(np.iinfo(self.ids.dtype).max)
+
+
+def create(
+    folder: Path, layers: Sequence[ReplayLayer], data: Mapping[str, Any], *, steps: int, sequences: int, tokens: int,
+    is_first_rank: bool = True,
+) -> None:  # fmt: skip
+    """Writes a folder without records, or leaves one of the same shape and data as it is. All ranks call it, so that
+    all of them refuse.
+
+    Args:
+        data: what decides which tokens come in which order, as plain values. is_first_rank: whether this rank writes.
+
+    Raises:
+        ConfigError: the folder has routes of another shape, or of other data.
+    """
+    head = _head(layers, steps, sequences, tokens)
+    if (folder / _HEAD).exists():
+        before = _read_head(folder)
+        known = before.pop("data", data)
+        if before | {"format": FORMAT} != head or [*differences(known, data)]:
+            raise ConfigError(
+                "routing.replay",
+                "record",
+                f"{folder} has routes of another run",
+                "Move it away, or use another run_dir",
+            )
+        return
+    if not is_first_rank:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    width = max(layer.top_k for layer in layers)
+    dtype = np.uint8 if max(layer.num_experts for layer in layers) < np.iinfo(np.uint8).max else np.uint16
+    shape = (steps, sequences, tokens, len(layers), width)
+    ids: Any = np.lib.format.open_memmap(folder / _IDS, mode="w+", dtype=dtype, shape=shape)
+    for step in range(steps):
+        ids[step] = np.iinfo(dtype).max
+    ids.flush()
+    text = yaml.safe_dump({**head, "data": dict(data)}, sort_keys=False)
+    (folder / _HEAD).write_text(text, encoding="utf-8")  # last: the folder is whole
+
+
+def open_routes(folder: Path, *, writable: bool = False) -> RoutesFile:
+    """Opens a folder.
+
+    Raises:
+        ConfigError: it has no routes, or they are damaged.
+    """
+    head = _read_head(folder)
+    layers = tuple(ReplayLayer(**layer) for layer in head["layers"])
+    try:
+        ids = np.load(folder / _IDS, mmap_mode="r+" if writable else "r")
+    except (OSError, ValueError) as error:
+        raise ConfigError("routing.replay", str(folder), f"{_IDS} cannot be read: {error}", _RECORD) from error
+    wanted = (head["steps"], head["sequences"], head["tokens"], len(layers), max(layer.top_k for layer in layers))
+    if ids.shape != wanted:
+        rule = f"{_IDS} has the shape {ids.shape}, {_HEAD} says {wanted}"
+        raise ConfigError("routing.replay", str(folder), rule, _RECORD)
+    return RoutesFile(head=head, layers=layers, ids=ids)
+
+
+_RECORD = "Record it again with routing.replay=record"
+
+
+def check_fits(
+    routes: RoutesFile, folder: Path, layers: Sequence[ReplayLayer], *, steps: int, sequences: int, tokens: int
+) -> None:
+    """Checks that recorded routes fit a run.
+
+    Raises:
+        ConfigError: they have other layers, fewer steps, or another batch.
+    """
+    known, wanted = routes.head, _head(layers, steps, sequences, tokens)
+    for i, (have, need) in enumerate(zip(known["layers"], wanted["layers"], strict=False)):
+        if have != need:
+            rule = f"layer {i} of the routes is {_said(have)}, of the model {_said(need)}"
+            raise ConfigError("routing.replay", str(folder), rule, "Use the model whose routes were recorded")
+    for path, name in (("model", "layers"), ("data.global_batch_size", "sequences"), ("data.seq_len", "tokens")):
+        have, need = known[name], wanted[name]
+        if have != need:
+            counted = (len(have), len(need)) if name == "layers" else (have, need)
+            rule = f"has routes for {counted[0]} {name}, {path} has {counted[1]}"
+            raise ConfigError("routing.replay", str(folder), rule, "Use the config with which they were recorded")
+    if known["steps"] < steps:
+        rule = f"has routes of {known['steps']} steps, trainer.max_steps={steps}"
+        raise ConfigError("routing.replay", str(folder), rule, "Train fewer steps, or record more")
+
+
+def check_data(routes: RoutesFile, folder: Path, data: Mapping[str, Any]) -> bool:
+    """Checks that routes were recorded with the same data in the same order; False: they do not say (format 1).
+
+    Raises:
+        ConfigError: they were not.
+    """
+    if "data" not in routes.head:
+        return False
+    changes = differences(routes.head["data"], data)
+    changed = [f"{name}: {before} in the record, {now} here" for name, before, now in changes]
+    if changed:
+        rule = f"has routes of other tokens ({'; '.join(changed)})"
+        raise ConfigError("routing.replay", str(folder), rule, "Use the config with which they were recorded")
+    return True
+
+
+def _said(layer: dict[str, Any]) -> str:
+    return f"{layer['path']} (top {layer['top_k']} of {layer['num_experts']})"
+
+
+def _head(layers: Sequence[ReplayLayer], steps: int, sequences: int, tokens: int) -> dict[str, Any]:
+    return {
+        "format": FORMAT, "steps": steps, "sequences": sequences, "tokens": tokens,
+        "layers": [asdict(layer) for layer in layers],
+    }  # fmt: skip
+
+
+def _read_head(folder: Path) -> dict[str, Any]:
+    path = folder / _HEAD
+    try:
+        head = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError("routing.replay", str(folder), f"{_HEAD} cannot be read: {error}", _RECORD) from error
+    keys = {"format", "steps", "sequences", "tokens", "layers"}
+    is_known = isinstance(head, dict) and (
+        (set(head) == keys and head["format"] == _WITHOUT_DATA)
+        or (set(head) == {*keys, "data"} and head["format"] == FORMAT)
+    )
+    if not isinstance(head, dict) or not is_known or not head["layers"]:
+        raise ConfigError("routing.replay", str(folder), f"{_HEAD} is not of format 1 or 2", _RECORD)
+    return head
+
 
 RECORD = "record"
 FOLDER = "routes"
@@ -51,7 +206,7 @@ def routes_observer(
     size = {"steps": config.trainer.max_steps, "sequences": data.global_batch_size, "tokens": data.seq_len}
     order = data_settings(config, known)
     if wanted == RECORD:
-        folder = (run_dir if (run_dir / FOLDER).is_dir() else place(run_dir)) / FOLDER
+        folder = (run_dir if (run_dir / FOLDER).is_dir() else output_dir(run_dir)) / FOLDER
         create(folder, layers, order, **size, is_first_rank=dist.get_rank() == 0)
         dist.barrier()
     else:

@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from moecompile.rundir import write_text
+from moecompile.atomic import write_text
 from moecompile.runtime.data import num_ids
 from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule

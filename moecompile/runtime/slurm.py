@@ -1,7 +1,7 @@
 """The batch job of SLURM for a run, and how it goes back into the queue. Needs no torch.
 
 Algorithm:
-1. task=submit writes RUN/job.sbatch from the mesh and submits it. Its command has a fixed run directory and
+1. `submit`, the task, writes RUN/job.sbatch from the mesh and submits it. Its command has a fixed run directory and
    `trainer.resume=auto`, so that each attempt goes on from the last checkpoint.
 2. `launcher.signal_s` before the time limit SLURM sends SIGUSR1 to all ranks. SIGTERM comes at the limit, for a job
    that is preferred, and by scancel. All ranks finish the step and save (runtime/signals.py).
@@ -16,11 +16,14 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from moecompile.atomic import write_text
 from moecompile.errors import ConfigError, RankFailure, UserError
+from moecompile.rundir import OVERRIDES, job_command, output_dir
 from moecompile.runtime.signals import IGNORED_AT_THE_END, Stopped
 from moecompile.schema import Config, LauncherKind, mesh_spec
 
@@ -35,7 +38,8 @@ _POLL_S = 5.0
 """Seconds between two questions for the jobs in the queue."""
 
 _wanted: list[Stopped] = []
-_submitted: dict[str, Path] = {}  # job -> its script, of those that are waited for
+_written: list[Path] = []  # the scripts of this process
+_waiting: dict[str, Path] = {}  # job -> its script, of those that are waited for
 
 
 def job_script(config: Config, run_dir: Path, command: Sequence[str], environ: Mapping[str, str] = os.environ) -> str:
@@ -76,7 +80,29 @@ def job_script(config: Config, run_dir: Path, command: Sequence[str], environ: M
     ])  # fmt: skip
 
 
-def submit(script: Path) -> str:
+def submit(config: Config, run_dir: Path) -> None:
+    """task=submit: writes `job.sbatch` to the run directory, and submits it.
+
+    What a run that it continues has left there is kept.
+
+    Raises:
+        ConfigError: there is no sbatch. UserError: SLURM refuses the job.
+    """
+    overrides = (output_dir(run_dir) / OVERRIDES).read_text(encoding="utf-8").splitlines()
+    command = job_command(overrides, run_dir, config.launcher.task.value, config.launcher.python or sys.executable)
+    text, script = job_script(config, run_dir, command), run_dir / SCRIPT
+    write_text(script, text)
+    _written.append(script)
+    if config.launcher.dry_run:
+        print(text, end="", flush=True)
+        return
+    job = _submitted_as(script)
+    if config.launcher.wait:
+        _waiting[job] = script
+    print(f"job {job} is submitted: {script}\nit writes to {run_dir / OUTPUT.replace('%j', job)}", flush=True)
+
+
+def _submitted_as(script: Path) -> str:
     """Submits a batch job and returns its id.
 
     Raises:
@@ -94,24 +120,19 @@ def submit(script: Path) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def wait_later(job: str, script: Path) -> None:
-    """Remembers a job for `wait_for_jobs`."""
-    _submitted[job] = script
-
-
-def has_waiting() -> bool:
-    """Whether `wait_for_jobs` has something to wait for."""
-    return bool(_submitted)
+def has_results() -> bool:
+    """Whether there will be results when this process ends: it submits no job, or waits for one."""
+    return bool(_waiting) or not _written
 
 
 def wait_for_jobs() -> None:
-    """Waits until all jobs that `wait_later` remembers have ended, also if they are requeued meanwhile.
+    """Waits until all jobs with `launcher.wait` have ended, also if they are requeued meanwhile.
 
     Raises:
         RankFailure: some have failed, or were cancelled.
     """
-    jobs, failed = dict(_submitted), []
-    _submitted.clear()
+    jobs, failed = dict(_waiting), []
+    _waiting.clear()
     if jobs:
         print(f"waiting for {len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}", flush=True)
     while jobs:

@@ -17,27 +17,39 @@ of shards that can be loaded on any mesh.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from moecompile.checkpoint.tensors import tensors_of
 from moecompile.errors import ConfigError, PlanError
 from moecompile.mesh import Part
-from moecompile.nn import LoadMeter, Router
+from moecompile.nn import (
+    LayerLoad,
+    LoadMeter,
+    Router,
+    auxiliary_loss,
+    auxiliary_losses,
+    forget_auxiliary_losses,
+    set_random_key,
+    update_balance,
+)
 from moecompile.passes.base import run_on_model
 from moecompile.passes.run import on_every_rank
 from moecompile.passes.same_weights import check_same_weights
@@ -45,15 +57,56 @@ from moecompile.passes.shard import device_mesh_of
 from moecompile.pipeline import compiled_module, plan_of
 from moecompile.plan import Plan
 from moecompile.runtime import trainer_checkpoint
-from moecompile.runtime.gradients import clip_by_global_norm, clip_by_value
+from moecompile.runtime.gradients import (
+    FinishGradients,
+    all_finite,
+    clip_by_global_norm,
+    clip_by_value,
+    divide,
+    sum_replicated,
+)
 from moecompile.runtime.groups import Groups
-from moecompile.runtime.steps import TrainingSteps
-from moecompile.torch_private import set_timeouts
+from moecompile.runtime.manual import Guard, Tokens, only_routers_behind
+from moecompile.runtime.nonfinite import error_of, origin
+from moecompile.torch_private import drop_unreduced, parameters_of, set_timeouts
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
+_MIX = 0x9E3779B97F4A7C15  # odd and large: neighbouring keys are far apart
 
 
-class ExpertParallelStrategy(TrainingSteps):
+@dataclass
+class GradAccumulation:
+    """The micro-batches of one optimizer step on this rank so far; each window is a new object.
+
+    num_micro_batches: those that have begun. num_tokens: their tokens, with automatic optimization of a sum. is_finite:
+    whether their losses are finite; None before the first backward. arguments: of their training steps, with `on_nan`.
+    """
+
+    num_micro_batches: int = 0
+    num_tokens: Tensor | int = 0
+    is_finite: Tensor | None = None
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Records whether the loss of a micro-batch is finite, without a host sync."""
+        finite = loss.detach().isfinite().all()
+        self.is_finite = finite if self.is_finite is None else self.is_finite & finite
+
+
+@contextmanager
+def keyed_random_numbers(model: nn.Module, seed: int, step: int, number: int, device: torch.device) -> Iterator[None]:
+    """Makes random numbers (routers, dropout) depend on the micro-batch's index in one process, not on the rank.
+
+    Args:
+        step: optimizer step. number: index of the micro-batch in the step, in the order of one process.
+    """
+    set_random_key(model, seed, step, number)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(((seed * _MIX + step) * _MIX + number) % 2**63)
+        yield
+
+
+class ExpertParallelStrategy(ModelParallelStrategy):
     """Expert parallelism with FSDP2 for a LightningModule that holds a compiled model.
 
     Args:
@@ -101,10 +154,21 @@ class ExpertParallelStrategy(TrainingSteps):
             raise ConfigError(
                 "checkpointing", checkpointing, "must be none, full or keep_exchanges", "Use one of these"
             )
-        super().__init__(loss, seed, on_nan, process_group_backend=process_group_backend, timeout=timeout)
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        self.loss, self.seed, self.on_nan = loss, seed, on_nan
         self.param_dtype, self.checkpointing, self.compile_regions = param_dtype, checkpointing, compile_regions
         self.materialize = materialize
         self.grad_norm: float | None = None  # before clipping, of the last optimizer step that clipped
+        self.loads: list[LayerLoad] = []  # of the last optimizer step
+        self.aux_losses: dict[str, Tensor] = {}  # of the last micro-batch
+        self.skipped = False  # whether the last optimizer step was skipped
+        self._groups: Groups | None = None  # after setup
+        self._window = GradAccumulation()
+        self._tokens = Tokens()  # of the last micro-batch
+        self._finish = FinishGradients()
+        self._guard: Guard | None = None  # with manual optimization
+        self._is_again = False  # whether a step is run again, to find the origin of a NaN
+        self._is_last = False  # whether the current micro-batch is the last one of its window
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -207,6 +271,251 @@ class ExpertParallelStrategy(TrainingSteps):
                 f"with {plan.mesh.setting(Part.SEQUENCE)}, ranks may have unequally many of a sequence's targets",
                 "Return {'loss': sum, 'num_tokens': n} of moecompile.own_positions(model, labels), and use loss='sum'",
             )  # fmt: skip
+
+    # -- from training_step to the optimizer step ------------------------------------------------------------
+
+    def _watch(self, compiled: nn.Module) -> None:
+        """Installs the guard with manual optimization, where the module itself calls backward and steps."""
+        assert self.model is not None
+        if self._guard is not None:
+            self._guard.remove()
+        self._guard = None
+        if self._is_automatic:
+            return
+        if self.on_nan is not None:
+            raise ConfigError(
+                "on_nan", self.on_nan, "is only for automatic optimization",
+                "Use on_nan=None, and check losses in training_step",
+            )  # fmt: skip
+        if isinstance(compiled, FSDPModule):  # zero_grad and toggles after a forward must see the shards
+            compiled.set_reshard_after_forward(True)
+        self._guard = Guard(self.model, compiled, self.optimizers, self._end_manual_step)
+
+    @property
+    def groups(self) -> Groups:
+        """The process groups by what they mean, after setup."""
+        if self._groups is None:
+            raise PlanError("strategy.groups", None, "are made at setup", "Read them after Trainer.fit has begun")
+        return self._groups
+
+    @property
+    def _is_automatic(self) -> bool:
+        assert self.lightning_module is not None
+        return bool(self.lightning_module.automatic_optimization)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """For all micro-batches of a step except the last: gradients are accumulated locally, without a reduction.
+
+        With manual optimization all are reduced, because the module may zero gradients before the step.
+        """
+        assert self.model is not None
+        modules = self.model.modules() if self._is_automatic else ()
+        wrapped = [module for module in modules if isinstance(module, FSDPModule)]
+        for module in wrapped:
+            module.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in wrapped:
+                module.set_requires_gradient_sync(True, recurse=False)
+
+    def count_tokens(self, num_tokens: Tensor | int) -> None:
+        """Sets the number of this rank's tokens in the next losses, for manual optimization with `loss="sum"`.
+
+        It is used for every `manual_backward` until the next count or the next training step. The gradient of a weight
+        is divided by the tokens of all ranks in the counts whose losses it depends on since it was zeroed, each counted
+        once.
+
+        Raises:
+            ConfigError: the optimization is automatic (`training_step` returns the count), or the loss is a mean.
+        """
+        if self._is_automatic or self.loss != "sum":
+            raise ConfigError(
+                "count_tokens", int(num_tokens), "is for manual optimization with loss=sum",
+                "With automatic optimization, return {'loss': sum, 'num_tokens': n} from training_step; "
+                "a mean needs no count",
+            )  # fmt: skip
+        self._tokens.count(num_tokens, self.root_device)
+
+    def take_auxiliary_loss(self) -> Tensor | None:
+        """Returns the auxiliary losses of the last training forward, which the next backward does not add again."""
+        assert self.model is not None
+        aux = auxiliary_loss(self.model)
+        if aux is not None:
+            self.aux_losses = auxiliary_losses(self.model)
+        forget_auxiliary_losses(self.model)
+        return aux
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module's step; with `loss="sum"`, its tokens are summed over the accumulation window."""
+        self._begin_step()
+        if self.on_nan is not None:
+            self._window.arguments.append((args, kwargs))
+        with self._random_numbers():
+            output = super().training_step(*args, **kwargs)
+        if self.loss == "sum" and self._is_automatic and output is not None:  # None: handled by Lightning
+            if not isinstance(output, Mapping) or "num_tokens" not in output:
+                raise ConfigError(
+                    "loss", "sum", "training_step must return {'loss': sum over tokens, 'num_tokens': their number}",
+                    "Return both, or use loss='mean'",
+                )  # fmt: skip
+            self._tokens.count(output["num_tokens"], self.root_device)
+            self._window.num_tokens = self._window.num_tokens + self._tokens.last
+        return output
+
+    def _begin_step(self) -> None:
+        """Resets the state of the last step, and abandons a window that was not completed."""
+        assert self.lightning_module is not None and self.model is not None
+        self.aux_losses = {}
+        self._tokens.expire()
+        trainer = self.lightning_module.trainer
+        is_first = trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0
+        if self._is_automatic and is_first and self._window.num_micro_batches and not self._is_again:
+            drop_unreduced(self.model)
+            self._finish.abandon()
+            self._window = GradAccumulation()
+            update_balance(self.model, self.groups.tokens, move=False)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Adds the auxiliary losses, divides means, and completes the gradients if this is the last backward.
+
+        They are added here, not to the result of `training_step`, so that the logged loss is the module's.
+        """
+        module = self.lightning_module
+        assert module is not None and self.model is not None
+        loss = self._objective(closure_loss)
+        self._window.add_loss(loss)
+        if not self._finish.is_open:
+            self._finish.open(parameters_of(self.model))
+        self.pre_backward(loss)
+        loss = self.precision_plugin.pre_backward(loss, module)
+        with nullcontext() if self._guard is None else self._guard.backward():
+            self.precision_plugin.backward(loss, module, optimizer, *args, **kwargs)
+        if self._guard is not None or self._is_last:  # before the hook on_after_backward sees them
+            self._complete_gradients()
+        loss = self.precision_plugin.post_backward(loss, module)
+        self.post_backward(loss)
+        return loss
+
+    def _objective(self, loss: Tensor) -> Tensor:
+        """The loss for backward on this rank. For sums, it undoes Lightning's division by the accumulation steps."""
+        assert self.lightning_module is not None and self.model is not None
+        if self._is_automatic:
+            accumulate = self.lightning_module.trainer.accumulate_grad_batches
+            behind: AbstractContextManager[None] = nullcontext()
+        else:
+            accumulate, behind = 1, only_routers_behind(loss, self.model)
+        with behind:
+            aux = self.take_auxiliary_loss()
+        if self.loss == "sum":
+            tokens = self._tokens.last
+            loss = loss * accumulate
+            return loss if aux is None else loss + self.groups.of_micro_batch(tokens) * aux
+        if aux is not None:
+            loss = loss + aux / accumulate
+        return loss / self.groups.num_batches
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Completes the gradients after the last backward, before hooks and clipping."""
+
+        def completed() -> Any:
+            self._is_last = True
+            try:
+                result = closure()
+            finally:
+                self._is_last = False
+            if self._window.num_micro_batches:  # no backward in the last training step
+                self._complete_gradients()
+            return result
+
+        return super().optimizer_step(optimizer, completed if self._is_automatic else closure, model, **kwargs)
+
+    def _complete_gradients(self) -> None:
+        """Ends a window: sums over ranks, divides once, and with automatic optimization updates the balance."""
+        assert self.model is not None
+        parameters = parameters_of(self.model)
+        if not self._finish.is_open:
+            self._finish.open(parameters)
+        sum_replicated(parameters, self.groups.tokens)
+        total, kept, self.skipped = self._over_ranks(parameters)
+        if self.skipped:
+            self._drop_step(parameters)
+        else:
+            if self.loss == "sum":
+                divide(parameters, total.clamp_min(1))
+            self._finish.close(parameters, total if self.loss == "sum" else None, kept, self._tokens.number)
+        if self._is_automatic:
+            self._window = GradAccumulation()
+            self.loads = update_balance(self.model, self.groups.tokens, move=not self.skipped)
+
+    def _end_manual_step(self) -> None:
+        """Updates the balance from the load since the last step, which is zero for a second optimizer's step."""
+        assert self.model is not None
+        self._window = GradAccumulation()
+        loads = update_balance(self.model, self.groups.tokens)
+        if any(load.tokens for load in loads):
+            self.loads = loads
+
+    def _over_ranks(self, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor, bool]:
+        """Over all ranks: tokens of the window, weights with earlier gradients, whether something is not finite."""
+        tokens = self._window.num_tokens if self._is_automatic or self.loss == "mean" else self._tokens.last
+        kept = self._finish.kept(parameters) if self.loss == "sum" else []
+        sums = torch.zeros(2 + len(kept), dtype=torch.int64, device=self.root_device)
+        sums[0] = tokens if self.groups.is_counted else 0
+        if self.on_nan is not None:
+            losses = self._window.is_finite
+            sums[1] = ~(all_finite(parameters) & (True if losses is None else losses))
+        if any(kept):
+            sums[2:] = torch.tensor(kept)
+        if self.loss == "sum" or self.on_nan is not None:
+            dist.all_reduce(sums, group=self.groups.every)
+        return sums[0], sums[2:], self.on_nan is not None and bool(sums[1])
+
+    def _drop_step(self, parameters: list[nn.Parameter]) -> None:
+        """Removes all gradients, so that the optimizer changes nothing; or ends the run.
+
+        Raises:
+            NotFinite: on_nan=stop; the same on all ranks.
+        """
+        assert self.lightning_module is not None and self.model is not None
+        for parameter in parameters:
+            parameter.grad = None
+        self._finish.abandon()
+        if self.on_nan == "skip":
+            return
+        window, self._window, self._is_last = self._window, GradAccumulation(), False
+        step = self.lightning_module.trainer.global_step
+
+        def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            output = self.training_step(*args, **kwargs)
+            loss = output["loss"] if isinstance(output, Mapping) else output
+            self.backward(loss, None)
+
+        runs = [partial(run, *arguments) for arguments in window.arguments]
+        self._is_again = True
+        try:
+            event = origin(compiled_module(self.model), runs, self.groups.every)
+        finally:
+            self._is_again = False
+        raise error_of(event, step + 1, self.world_size)
+
+    def _random_numbers(self) -> AbstractContextManager[None]:
+        """The context with the random numbers of the micro-batch that begins."""
+        assert self.lightning_module is not None and self.model is not None
+        trainer, place = self.lightning_module.trainer, self._window.num_micro_batches
+        if self._is_automatic:
+            number = self.groups.batch_index * trainer.accumulate_grad_batches + place
+        else:  # the module decides how many there are
+            number = place * self.groups.num_batches + self.groups.batch_index
+        self._window.num_micro_batches += 1
+        return keyed_random_numbers(self.model, self.seed, trainer.global_step, number, self.root_device)
 
 
 def _train_routing(model: nn.Module) -> None:

@@ -27,12 +27,11 @@ from moecompile.runtime import signals
 from moecompile.runtime.acceptance import Acceptance
 from moecompile.runtime.data import TextData, train_loader, val_loader
 from moecompile.runtime.launch import is_restart
-from moecompile.runtime.live import Live
 from moecompile.runtime.loggers import finished, make_callbacks, make_loggers
 from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.profile import StepProfile
-from moecompile.runtime.progress import ProgressBar, ProgressLines
+from moecompile.runtime.progress import LiveReport, ProgressBar, ProgressLines
 from moecompile.runtime.routes import routes_observer
 from moecompile.runtime.samples import Samples
 from moecompile.runtime.saving import Saver, starting_point
@@ -106,7 +105,7 @@ def train(
     if interval != 0 and parts == 1:  # else a rank has logits of its positions only
         observers.append(Samples(interval, val, data.tokenizer, run_dir / SAMPLES, metrics, seed=config.seed))
     if on_row is not None:
-        observers.append(Live(metrics, on_row))
+        observers.append(LiveReport(metrics, on_row))
     observers += make_callbacks(config.trainer)
     trainer = make_trainer(config, mesh, run_dir, observers, loggers=[acceptance.unwritten], materialize=materialize)
     fit = train_loader(

@@ -67,7 +67,7 @@ class ExpertInit(str, Enum):
 class WidenTopK(str, Enum):
     """Experts per token of a model that is widened."""
 
-    scaled = "scaled"  # as many times as many as there are experts, which can keep the outputs
+    scaled = "scaled"  # grows by the same factor as the experts, so outputs can stay equal
     kept = "kept"  # as many as before
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from moecompile.atomic import creating
 from moecompile.errors import ConfigError, VerificationFailed
 from moecompile.export import (
     Run,
@@ -39,13 +37,15 @@ def run(config: Config, run_dir: Path) -> None:
     """Writes the folder `export.path` and `result.json`; if the comparison fails, the folder is removed.
 
     Raises:
-        ConfigError: there is nothing to export, or no transformers family computes the same function.
+        ConfigError: there is nothing to export, no transformers family computes the same, or `export.path` exists.
         VerificationFailed: the logits of the exported model differ.
     """
     export = config.export
     trained = find_run(export.run, export.checkpoint, named=named_in(config))
     path = Path(export.path) if export.path else run_dir / "model"
-    with _new_folder(path) as folder:
+    if path.exists():
+        raise ConfigError("export.path", path, "is there already", "Give a new folder, or remove it")
+    with creating(path) as folder:
         architecture, diff = _export(trained, config, folder)
     accept(run_dir)
     fields = {
@@ -141,22 +141,3 @@ def _write_beside(trained: Run, folder: Path, *, is_compared: bool) -> None:
 def _logits(model: nn.Module, example: dict[str, Tensor]) -> Tensor:
     logits: Tensor = model.eval()(**example, use_cache=False).logits
     return logits
-
-
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder that is renamed to `path` at the end; after an error it is removed.
-
-    Raises:
-        ConfigError: `path` exists.
-    """
-    if path.exists():
-        raise ConfigError("export.path", path, "is there already", "Give a new folder, or remove it")
-    tmp = path.with_name(path.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    try:
-        yield tmp
-        tmp.rename(path)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)

@@ -15,7 +15,7 @@ from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan
 from moecompile.planner.cost_model.forecast import Forecast, forecast_plan
 from moecompile.planner.cost_model.shapes import ModelShape
-from moecompile.rundir import FORECAST, place
+from moecompile.rundir import FORECAST, output_dir
 from moecompile.schema import Config
 
 
@@ -51,7 +51,7 @@ def write_forecast(
         config = dataclasses.replace(config, workload=dataclasses.replace(config.workload, load=str(load)))
     try:
         text = json.dumps(forecast_fields(forecast_plan(shape, plan, config)), indent=2) + "\n"
-        (place(run_dir) / FORECAST).write_text(text, encoding="utf-8")
+        (output_dir(run_dir) / FORECAST).write_text(text, encoding="utf-8")
     except (ConfigError, OSError) as error:
         _show(str(error))
 

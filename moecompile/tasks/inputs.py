@@ -17,7 +17,7 @@ from typing import Any
 
 from moecompile.errors import ConfigError
 from moecompile.models.packages import check_package
-from moecompile.runtime.ranks import in_place_ranks
+from moecompile.runtime.ranks import started_ranks
 from moecompile.runtime.records import find_files
 from moecompile.runtime.text import check_text
 from moecompile.schema import (
@@ -162,7 +162,7 @@ def _check_gpus(config: Config) -> None:
             "mesh.device", "cuda", f"torch {torch.__version__} finds no GPU here",
             "Use a mesh of CPU ranks (mesh=cpu_1x4), or run it where the GPUs are; task=plan needs none",
         )  # fmt: skip
-    ranks, num_gpus = in_place_ranks(), torch.cuda.device_count()
+    ranks, num_gpus = started_ranks(), torch.cuda.device_count()
     needed = mesh_spec(config.mesh).world_size if ranks is None else ranks.local_world_size
     if num_gpus < needed:
         raise ConfigError(

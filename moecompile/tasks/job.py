@@ -24,7 +24,7 @@ from moecompile.passes.receipt import ON_META
 from moecompile.pipeline import Compilation, compile_with_report
 from moecompile.planner.given import given_plan
 from moecompile.report.text import NOT_COMPARED
-from moecompile.rundir import place
+from moecompile.rundir import output_dir
 from moecompile.runtime.data import TextData, load_data
 from moecompile.runtime.objective import data_for
 from moecompile.schema import Config, DataKind, ExpertInit, RowLayout
@@ -84,8 +84,8 @@ def load_job(config: Config, run_dir: Path) -> Job:
     """Loads data and model of this rank; all ranks call it."""
     folder = pretrained_folder(config.model)
     data = load_data(
-        config.data, place(run_dir), rank=dist.get_rank(), barrier=dist.barrier, model_folder=folder, seed=config.seed,
-        chat_template=load_chat_template,
+        config.data, output_dir(run_dir), rank=dist.get_rank(), barrier=dist.barrier, model_folder=folder,
+        seed=config.seed, chat_template=load_chat_template,
     )  # fmt: skip
     is_sharded = loads_sharded(config, dist.get_world_size())
     if is_sharded and config.experts.init is ExpertInit.widen:

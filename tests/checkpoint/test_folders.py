@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from moecompile.atomic import write_text
 from moecompile.checkpoint import folders
-from moecompile.checkpoint.atomic import unfinished, write_file
 from moecompile.errors import ConfigError
 from tests.killed import killed_at
 
 
 def save(checkpoints: Path, step: int, keep_last: int = 0) -> Path:
-    tmp = unfinished(folders.step_folder(checkpoints, step))
+    tmp = folders.unfinished(folders.step_folder(checkpoints, step))
     tmp.mkdir(parents=True)
-    write_file(tmp / folders.STATE, "{}")
+    write_text(tmp / folders.STATE, "{}")
     return folders.finish(checkpoints, step, keep_last)
 
 
@@ -62,7 +62,7 @@ def test_going_on_moves_aside_what_will_be_written_again(tmp_path: Path) -> None
     for step in (1, 2, 3, 4):
         save(checkpoints, step)
     (checkpoints / "step-5.tmp").mkdir()
-    (checkpoints / ".latest.tmp").symlink_to("step-5")
+    (checkpoints / ".latest.0a1b2c3d.tmp").symlink_to("step-5")
     (checkpoints / "mine.tmp").write_text("of the user")
     (tmp_path / "metrics.csv").write_text("step,loss\n4,1.0\n")
     assert folders.set_aside(tmp_path, 2) == aside
@@ -84,7 +84,7 @@ def test_killed_while_it_moves_aside_nothing_is_lost(moment: int, tmp_path: Path
     checkpoints = folders.checkpoints_of(tmp_path)
     for step in (2, 4, 6):
         save(checkpoints, step)
-    with killed_at(moment, (folders, "point"), (Path, "rename")):
+    with killed_at(moment, (folders, "_point"), (Path, "rename")):
         folders.set_aside(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.rglob("step-*")) == ["step-2", "step-4", "step-6"]
     assert folders.latest(checkpoints) == checkpoints / ("step-6" if moment == 0 else "step-2")

@@ -14,7 +14,7 @@ import pytest
 from tests.cluster.slow_model import SMALL
 from tests.cluster.slurm import processes
 from tests.distributed.resume_job import losses
-from tests.distributed.test_in_place import errors
+from tests.distributed.test_external_launch import errors
 
 REPOSITORY = Path(__file__).parents[2]
 RUN = (

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from moecompile.compose import compose_config, load_resolved
-from moecompile.compose.trust import check_hydra_node, of_hydra
+from moecompile.compose.hydra_state import check_hydra_node, of_hydra
 from moecompile.errors import PlanError, UserError
 from moecompile.plan import from_yaml
 from moecompile.schema import check_name

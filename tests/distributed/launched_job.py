@@ -37,6 +37,8 @@ def main(run_dir: Path) -> None:
     if mode == "hang":
         _ignore_signals()
         time.sleep(100)
+    if mode == "sleep":
+        time.sleep(3)
     if mode == "deaf_peers" and rank != world_size - 1:
         _ignore_signals()
         time.sleep(100)

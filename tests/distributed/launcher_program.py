@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from moecompile.errors import MoecompileError
-from moecompile.runtime import in_place, orders
+from moecompile.runtime import external_launch
 from moecompile.runtime.launch import launch
-from moecompile.runtime.ranks import in_place_ranks
+from moecompile.runtime.ranks import started_ranks
 
 
 def main(world_size: int, run_dirs: list[Path]) -> int:
@@ -24,7 +24,7 @@ def main(world_size: int, run_dirs: list[Path]) -> int:
         num_nodes = int(os.environ.get("MESH_NODES", "1"))
         try:
             launch(
-                world_size, run_dir, module="tests.distributed.launched_job", threads=1, timeout_s=60,
+                world_size, run_dir, module="tests.distributed.launched_job", threads=1,
                 num_nodes=num_nodes,
             )  # fmt: skip
         except MoecompileError as error:
@@ -35,11 +35,11 @@ def main(world_size: int, run_dirs: list[Path]) -> int:
 
 
 if __name__ == "__main__":
-    orders.ANSWER_TIMEOUT_S = float(os.environ.get("ANSWER_TIMEOUT_S", orders.ANSWER_TIMEOUT_S))
+    external_launch.ANSWER_TIMEOUT_S = float(os.environ.get("ANSWER_TIMEOUT_S", external_launch.ANSWER_TIMEOUT_S))
     command_line = partial(main, int(sys.argv[1]), [Path(text) for text in sys.argv[2:]])
-    ranks = in_place_ranks()
+    ranks = started_ranks()
     if ranks is not None and ranks.rank > 0:
-        in_place.follow(ranks)
+        external_launch.follow(ranks)
     if ranks is not None:
-        in_place.lead(ranks, command_line)
-    in_place.leave(command_line())
+        external_launch.lead(ranks, command_line)
+    external_launch.leave(command_line())

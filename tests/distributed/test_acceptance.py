@@ -40,7 +40,7 @@ def attempt(overrides: Sequence[str], run_dir: Path) -> str:
     is_first = dist.get_rank() == 0
     with rundir.held(run_dir) if is_first else nullcontext():
         if is_first:
-            save_resolved(compose_config([*TINY, *overrides]), rundir.place(run_dir) / rundir.RESOLVED)
+            save_resolved(compose_config([*TINY, *overrides]), rundir.output_dir(run_dir) / rundir.RESOLVED)
         dist.barrier()
         try:
             run(overrides, run_dir)

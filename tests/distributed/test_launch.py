@@ -17,8 +17,7 @@ import pytest
 
 from moecompile.errors import RankFailure
 from moecompile.runtime import failures
-from moecompile.runtime.launch import GRACE_S, _asked_to_end, launch
-from tests import forked
+from moecompile.runtime.launch import GRACE_S, launch
 from tests.forked import ranks_of
 
 JOB = "tests.distributed.launched_job"
@@ -34,7 +33,7 @@ def run_dir(tmp_path: Path) -> Iterator[Path]:
 
 
 def _launch(world_size: int, run_dir: Path) -> None:
-    launch(world_size, run_dir, module=JOB, threads=1, timeout_s=60)
+    launch(world_size, run_dir, module=JOB, threads=1)
 
 
 def _wait_for(condition: Callable[[], Any], what: str, *, seconds: float) -> None:
@@ -129,18 +128,17 @@ def test_ending_the_launcher_ends_its_ranks(number: signal.Signals, exit_code: i
         assert process.wait(GRACE_S + 5) == exit_code
 
 
-def test_signals_are_not_passed_on_to_processes_of_the_caller() -> None:
-    process = forked.start(forked.context.Process(target=time.sleep, args=(60,)))
+@pytest.mark.slow
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_terminal_that_closes_ends_ranks_unless_nohup_is_used(ignored: bool, run_dir: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     try:
-        with _asked_to_end() as asked:
-            for _ in range(2):  # the second one kills ranks
-                os.kill(os.getpid(), signal.SIGINT)
-        assert asked == [signal.SIGINT] * 2
-        process.join(0.5)
-        assert process.is_alive()
+        with subprocess.Popen([*PROGRAM, "2", str(run_dir)], env={**os.environ, "MODE": "sleep"}) as process:
+            _wait_for(lambda: len(list(run_dir.glob("started_*"))) == 2, "the ranks did not start", seconds=60)
+            process.send_signal(signal.SIGHUP)
+            assert process.wait(60) == (0 if ignored else 128 + signal.SIGHUP)
     finally:
-        process.kill()
-        process.join()
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.slow

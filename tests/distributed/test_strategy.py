@@ -156,7 +156,7 @@ def fit(rank: int, world_size: int, module_class: type[Mean], strategy: str, fol
         default_root_dir=folder, **CPU,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moecompile.runtime.window.set_random_key", lambda model, *key: keys.append(key))
+        patch.setattr("moecompile.runtime.strategy.set_random_key", lambda model, *key: keys.append(key))
         trainer.fit(module)
     path = Path(folder, "whole")
     trainer.save_checkpoint(path)

@@ -16,6 +16,7 @@ from moecompile.compose import compose_config
 from moecompile.errors import ConfigError, VerificationFailed
 from moecompile.export import huggingface, load_run, pairs
 from moecompile.export import run as runs
+from moecompile.export.huggingface import family_weights
 from moecompile.models.build import example_inputs
 from moecompile.runtime.data import train_tokenizer
 from moecompile.schema import validate
@@ -166,8 +167,6 @@ def test_a_difference_fails_and_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 
 def _wrong(*arguments: Any) -> dict[str, Tensor]:
     """The right weights, two experts of one layer exchanged."""
-    from moecompile.export.names import family_weights
-
     weights = family_weights(*arguments)
     name = "model.layers.1.mlp.experts.down_proj"
     weights[name] = weights[name][[1, 0, *range(2, 8)]]

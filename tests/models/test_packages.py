@@ -104,7 +104,7 @@ def test_any_rank_may_be_the_one_that_converts(llama: nn.Module) -> None:
 
 def test_a_conversion_that_was_killed_is_begun_again(llama: nn.Module, tmp_path: Path) -> None:
     folder = package_folder("tiny-llama")
-    partial = folder.with_name(folder.name + ".tmp")
+    partial = folder.with_name(f".{folder.name}.0a1b2c3d.tmp")
     folder.rename(partial)
     (partial / "model.safetensors").write_bytes(b"half")
     assert package_folder("tiny-llama") == folder and not partial.exists()

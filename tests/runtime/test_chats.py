@@ -17,8 +17,7 @@ from torch import Tensor
 
 from moecompile.errors import ChatError, ConfigError
 from moecompile.runtime.data import IGNORED, ChatCounts, ChatRows, TokenWindows, train_loader, val_loader
-from moecompile.runtime.data.chats import load_chats, messages_of
-from moecompile.runtime.data.packing import pack
+from moecompile.runtime.data.chats import load_chats, messages_of, pack
 from moecompile.runtime.records import Record, find_files
 from moecompile.schema import DataConfig, DataKind, RowLayout
 from tests.chat_models import write_lines

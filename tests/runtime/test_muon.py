@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from moecompile.nn.matrices import Layout
-from moecompile.runtime.muon import Muon, scale_of
-from moecompile.runtime.orthogonal import orthogonalized
+from moecompile.runtime.muon import Muon, orthogonalized, scale_of
 from moecompile.torch_private import local_part
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)

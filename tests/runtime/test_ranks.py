@@ -10,9 +10,9 @@ import pytest
 
 from moecompile import rundir
 from moecompile.errors import ConfigError, UserError
-from moecompile.runtime import failures, in_place
-from moecompile.runtime.orders import free_port, meet
-from moecompile.runtime.ranks import Ranks, check_mesh, check_places, in_place_ranks, worker_variables
+from moecompile.runtime import external_launch, failures
+from moecompile.runtime.external_launch import meet
+from moecompile.runtime.ranks import Ranks, check_mesh, check_places, free_port, started_ranks, worker_variables
 
 # -- which failure is told -------------------------------------------------------------------------------------------
 
@@ -59,7 +59,7 @@ def test_a_rank_that_fails_while_the_run_is_refused_says_nothing_more(
     """Another rank has reported it, and takes the folder away between any two steps of this one."""
     (tmp_path / "plan.yaml").touch()  # of the previous run
     (tmp_path / rundir.PENDING).mkdir()
-    monkeypatch.setattr(in_place._now, "was_pending", True)
+    monkeypatch.setattr(external_launch._state, "was_pending", True)
     found = getattr(failures, moment)
 
     def refused(*arguments: object) -> object:
@@ -67,9 +67,9 @@ def test_a_rank_that_fails_while_the_run_is_refused_says_nothing_more(
         return found(*arguments)
 
     monkeypatch.setattr(failures, moment, refused)
-    ranks = in_place_ranks(STEP)
+    ranks = started_ranks(STEP)
     assert ranks is not None
-    assert in_place._failed(UserError("no"), tmp_path, ranks) is None
+    assert external_launch._failed(UserError("no"), tmp_path, ranks) is None
     assert [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]
     assert capfd.readouterr() == ("", "")
 
@@ -83,7 +83,7 @@ STEP = {
 
 
 def test_slurm_variables() -> None:
-    ranks = in_place_ranks(STEP)
+    ranks = started_ranks(STEP)
     assert ranks == Ranks(
         rank=2, world_size=4, local_rank=0, local_world_size=2, master_addr="n07", master_port=15000 + 4711,
         launcher="srun", node=1,
@@ -100,24 +100,24 @@ def test_slurm_variables() -> None:
     [("a", "a"), ("a1,a2", "a1"), ("n[003-005,9]-ib,x", "n003-ib"), ("n[12]", "n12"), ("r[1-2]c[3,4]", "r1c3")],
 )
 def test_first_host_of_a_node_list(nodes: str, first: str) -> None:
-    ranks = in_place_ranks({**STEP, "SLURM_STEP_NODELIST": nodes})
+    ranks = started_ranks({**STEP, "SLURM_STEP_NODELIST": nodes})
     assert ranks is not None
     assert ranks.master_addr == first
 
 
 def test_a_given_master_wins() -> None:
-    ranks = in_place_ranks({**STEP, "MASTER_ADDR": "head", "MASTER_PORT": "1234"})
+    ranks = started_ranks({**STEP, "MASTER_ADDR": "head", "MASTER_PORT": "1234"})
     assert ranks is not None
     assert (ranks.master_addr, ranks.master_port) == ("head", 1234)
 
 
 @pytest.mark.parametrize("missing", ["SLURM_STEP_ID", "SLURM_PROCID"])
 def test_no_ranks_outside_of_a_job_step(missing: str) -> None:
-    assert in_place_ranks({name: value for name, value in STEP.items() if name != missing}) is None
+    assert started_ranks({name: value for name, value in STEP.items() if name != missing}) is None
 
 
 def test_a_step_of_one_task_launches_by_itself() -> None:
-    assert in_place_ranks({**STEP, "SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert started_ranks({**STEP, "SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,9 @@ def test_a_step_of_one_task_launches_by_itself() -> None:
     [[(0, 0), (1, 0), (0, 1), (1, 1)], [(0, 0), (0, 1), (1, 0)], [(0, 0), (0, 1), (0, 2), (1, 0)], [(1, 0), (0, 0)]],
 )
 def test_ranks_of_a_node_are_contiguous_and_as_many_on_each(places: list[tuple[int, int]]) -> None:
-    with pytest.raises(UserError, match=r"srun put the ranks on nodes in another order .* --distribution=block"):
+    with pytest.raises(
+        UserError, match=r"srun started rank 0 .*: ranks must fill the nodes in order, .* --distribution=block"
+    ):
         check_places(places, "srun")
 
 
@@ -145,7 +147,7 @@ def test_which_meshes_fit_which_machines() -> None:
 
 def test_torchrun_comes_before_slurm() -> None:
     torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "5"}
-    ranks = in_place_ranks({**STEP, **torchrun})
+    ranks = started_ranks({**STEP, **torchrun})
     assert ranks is not None
     assert (ranks.rank, ranks.world_size, ranks.local_world_size, ranks.launcher) == (1, 2, 2, "torchrun")
 
@@ -175,10 +177,10 @@ def test_no_free_port_is_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch) -
     assert asked[-1] == 0 and len(asked) < 100  # at last as the kernel chooses
 
 
-def test_ranks_that_torchrun_restarts_do_not_read_the_orders_of_the_attempt_before(
+def test_ranks_that_torchrun_restarts_do_not_read_the_commands_of_the_attempt_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its agent keeps one store for all attempts. A rank that follows an old order writes into the run before."""
+    """Its agent keeps one store for all attempts. A rank that follows an old command writes into the run before."""
     from torch.distributed import TCPStore
 
     agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -195,5 +197,5 @@ def test_ranks_that_torchrun_restarts_do_not_read_the_orders_of_the_attempt_befo
         meet.cache_clear()
         stores.append(meet(ranks))
     meet.cache_clear()
-    stores[0].set("moecompile/order/0", "old")
-    assert stores[0].check(["moecompile/order/0"]) and not stores[1].check(["moecompile/order/0"])
+    stores[0].set("moecompile/command/0", "old")
+    assert stores[0].check(["moecompile/command/0"]) and not stores[1].check(["moecompile/command/0"])

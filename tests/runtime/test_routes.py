@@ -12,7 +12,7 @@ import yaml
 
 from moecompile.errors import ConfigError
 from moecompile.nn.replay import ReplayLayer
-from moecompile.runtime.routes_file import check_data, check_fits, create, open_routes
+from moecompile.runtime.routes import check_data, check_fits, create, open_routes
 from tests.tasks.test_train import TINY, losses_of, moecompile
 
 LAYERS = (ReplayLayer("a.router", 8, 2), ReplayLayer("b.router", 8, 3))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moecompile.report.page.write import write_report
+from moecompile.report.page import write_report
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.samples import TEMPERATURE, TOKENS, fewest, room, written
 from moecompile.schema import OptimizerConfig

@@ -105,7 +105,7 @@ def _killed_before_it_is_accepted(run_dir: Path) -> None:
 
 def test_an_empty_directory_is_written_at_once(tmp_path: Path) -> None:
     with rundir.held(tmp_path):
-        assert rundir.place(tmp_path) == tmp_path
+        assert rundir.output_dir(tmp_path) == tmp_path
         rundir.accept(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -129,7 +129,7 @@ BEFORE = {"resolved.yaml": CONFIG, "plan.yaml": "new", "logs/rank_0.log": "new",
 @contextmanager
 def pending(run_dir: Path) -> Iterator[Path]:
     with rundir.held(run_dir):
-        place = rundir.place(run_dir)
+        place = rundir.output_dir(run_dir)
         assert place == run_dir / rundir.PENDING
         (place / "logs").mkdir()
         (place / "logs" / "rank_0.log").write_text("new")
@@ -141,7 +141,7 @@ def test_what_is_accepted_replaces_what_was_there(tmp_path: Path) -> None:
     with pending(a_run(tmp_path)):
         assert (tmp_path / "plan.yaml").read_text() == "old"
         rundir.accept(tmp_path)
-        assert rundir.place(tmp_path) == tmp_path
+        assert rundir.output_dir(tmp_path) == tmp_path
     assert files_of(tmp_path) == BEFORE
 
 
@@ -161,7 +161,7 @@ def test_what_a_killed_run_left_is_not_accepted_later(tmp_path: Path) -> None:
     (tmp_path / rundir.PENDING).mkdir()
     (tmp_path / rundir.PENDING / "result.json").write_text("of a killed run")
     with rundir.held(tmp_path):
-        assert not any(rundir.place(tmp_path).iterdir())
+        assert not any(rundir.output_dir(tmp_path).iterdir())
         rundir.accept(tmp_path)
     assert files_of(tmp_path) == {"resolved.yaml": CONFIG}
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moecompile.compose import compose_config
-from moecompile.tasks.shrink import shrink
+from moecompile.tasks.verify import shrink
 from moecompile.verify import Check, certify
 from tests.distributed.harness import run_distributed_test
 

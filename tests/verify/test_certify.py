@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from moecompile.compose import compose_config
 from moecompile.schema import Config
-from moecompile.tasks.shrink import shrink
+from moecompile.tasks.verify import shrink
 from moecompile.verify import Check, certify
 from moecompile.verify.checks import _rounding, compare
 from moecompile.verify.job import Trace
@@ -37,27 +37,27 @@ def _is_expert(tensor: torch.Tensor | None) -> bool:
 
 
 def expert_gradients_times_ep(patch: pytest.MonkeyPatch) -> None:
-    from moecompile.runtime import steps
+    from moecompile.runtime import strategy
 
-    right = steps.divide
+    right = strategy.divide
 
     def wrong(parameters: list[Any], divisor: Any) -> None:
         right(parameters, divisor)
         right([p for p in parameters if _is_expert(p.grad)], 1 / 4)
 
-    patch.setattr(steps, "divide", wrong)
+    patch.setattr(strategy, "divide", wrong)
 
 
 def router_not_summed(patch: pytest.MonkeyPatch) -> None:
-    from moecompile.runtime import steps
+    from moecompile.runtime import strategy
 
-    patch.setattr(steps, "sum_replicated", lambda parameters, tokens: None)
+    patch.setattr(strategy, "sum_replicated", lambda parameters, tokens: None)
 
 
 def divided_by_own_tokens(patch: pytest.MonkeyPatch) -> None:
-    from moecompile.runtime import steps
+    from moecompile.runtime import strategy
 
-    patch.setattr(steps, "divide", lambda parameters, n, right=steps.divide: right(parameters, n * 2))
+    patch.setattr(strategy, "divide", lambda parameters, n, right=strategy.divide: right(parameters, n * 2))
 
 
 def norm_of_one_rank(patch: pytest.MonkeyPatch) -> None:
@@ -73,14 +73,14 @@ def norm_of_one_rank(patch: pytest.MonkeyPatch) -> None:
 
 def loads_counted_twice(patch: pytest.MonkeyPatch) -> None:
     from moecompile.nn import meters_of
-    from moecompile.runtime import steps
+    from moecompile.runtime import strategy
 
-    def wrong(model: Any, group: Any = None, right: Any = steps.update_balance, **options: Any) -> Any:
+    def wrong(model: Any, group: Any = None, right: Any = strategy.update_balance, **options: Any) -> Any:
         for _, meter in meters_of(model):
             meter.load.mul_(2)
         return right(model, group, **options)
 
-    patch.setattr(steps, "update_balance", wrong)
+    patch.setattr(strategy, "update_balance", wrong)
 
 
 def loads_counted_again_in_recomputation(patch: pytest.MonkeyPatch) -> None:
@@ -90,10 +90,10 @@ def loads_counted_again_in_recomputation(patch: pytest.MonkeyPatch) -> None:
 
 
 def loads_of_one_rank(patch: pytest.MonkeyPatch) -> None:
-    from moecompile.runtime import steps
+    from moecompile.runtime import strategy
 
-    right = steps.update_balance
-    patch.setattr(steps, "update_balance", lambda model, group=None, **options: right(model, **options))
+    right = strategy.update_balance
+    patch.setattr(strategy, "update_balance", lambda model, group=None, **options: right(model, **options))
 
 
 def same_batch_on_peers(patch: pytest.MonkeyPatch) -> None:
@@ -146,28 +146,28 @@ def experts_of_rank_0_in_checkpoint(patch: pytest.MonkeyPatch) -> None:
 
 
 def idle_experts_without_gradient(patch: pytest.MonkeyPatch) -> None:
-    from moecompile.runtime import steps
+    from moecompile.runtime import strategy
 
     calls = iter(range(10))
 
-    def wrong(parameters: list[Any], divisor: Any, right: Any = steps.divide) -> None:
+    def wrong(parameters: list[Any], divisor: Any, right: Any = strategy.divide) -> None:
         right(parameters, divisor)
         if next(calls) == 0:
             next(p for p in parameters if _is_expert(p.grad)).grad = None
 
-    patch.setattr(steps, "divide", wrong)
+    patch.setattr(strategy, "divide", wrong)
 
 
 def aux_loss_not_flowing(patch: pytest.MonkeyPatch) -> None:
-    from moecompile.runtime import steps
+    from moecompile.runtime import strategy
 
-    patch.setattr(steps, "auxiliary_loss", lambda model: None)
+    patch.setattr(strategy, "auxiliary_loss", lambda model: None)
 
 
 def aux_loss_times_ep(patch: pytest.MonkeyPatch) -> None:
-    from moecompile.runtime import steps
+    from moecompile.runtime import strategy
 
-    patch.setattr(steps, "auxiliary_loss", lambda model, right=steps.auxiliary_loss: 4 * right(model))
+    patch.setattr(strategy, "auxiliary_loss", lambda model, right=strategy.auxiliary_loss: 4 * right(model))
 
 
 def muon_of_a_shard(patch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ from torch import nn
 
 from moecompile.compose import compose_config
 from moecompile.runtime import module as runtime_module
-from moecompile.runtime import steps
+from moecompile.runtime import strategy
 from moecompile.runtime.groups import Groups
-from moecompile.tasks.shrink import shrink
+from moecompile.tasks.verify import shrink
 from moecompile.verify import Check, certify
 from tests.distributed.harness import run_distributed_test
 
@@ -30,12 +30,12 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 def cp_gradients_divided_twice(patch: pytest.MonkeyPatch) -> None:
     """Once by the tokens of all ranks, and once more by the ranks of a CP group, as if these were replicas."""
-    right = steps.divide
+    right = strategy.divide
 
     def wrong(parameters: list[nn.Parameter], divisor: Any) -> None:
         right(parameters, divisor * CP)
 
-    patch.setattr(steps, "divide", wrong)
+    patch.setattr(strategy, "divide", wrong)
 
 
 def auxiliary_losses_by_own_tokens(patch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moecompile.compose import compose_config
 from moecompile.ops import in_flight
-from moecompile.tasks.shrink import shrink
+from moecompile.tasks.verify import shrink
 from moecompile.verify import Check, certify
 from tests.distributed.harness import run_distributed_test
 

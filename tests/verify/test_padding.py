@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from moecompile.compose import compose_config
-from moecompile.tasks.shrink import shrink
+from moecompile.tasks.verify import shrink
 from moecompile.verify import Check, certify
 from tests.chat_models import CHATML, chats, save_mixtral, unmarked, write_lines
 from tests.distributed.harness import run_distributed_test

@@ -13,7 +13,7 @@ from torch import Tensor
 from moecompile.compose import compose_config
 from moecompile.nn import Router
 from moecompile.nn.replay import _TopK
-from moecompile.tasks.shrink import shrink
+from moecompile.tasks.verify import shrink
 from moecompile.verify import Check, certify
 from moecompile.verify.job import Trace
 from tests.distributed.harness import run_distributed_test

@@ -6,7 +6,7 @@ import pytest
 
 from moecompile.compose import compose_config
 from moecompile.schema import mesh_spec, validate
-from moecompile.tasks.shrink import shrink
+from moecompile.tasks.verify import shrink
 
 
 def test_a_nano_recipe_keeps_its_structure() -> None:

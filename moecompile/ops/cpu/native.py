@@ -6,18 +6,17 @@ Without a C++ compiler, or with MOECOMPILE_NATIVE=0, torch's own functions do th
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
+
+from moecompile.atomic import locked, replacing
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("swiglu.cpp", "products.cpp"))
 _FLAGS = (
@@ -82,15 +81,12 @@ def _built(compiler: str) -> Path:
     library = folder / f"kernels-{key}.so"
     if not library.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (folder / f"{library.stem}.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as scratch:
-            with suppress(OSError):  # a file system without locks: each rank builds its own
-                fcntl.flock(lock, fcntl.LOCK_EX)  # released even if the process is killed
+        with locked(folder / f"{library.stem}.lock"):  # without locks each rank builds its own
             if library.exists():
                 return library
-            output = Path(scratch, "kernels.so")
-            command = [compiler, *_FLAGS, *map(str, SOURCES), "-o", str(output)]
-            subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)
-            output.replace(library)
+            with replacing(library) as output:
+                command = [compiler, *_FLAGS, *map(str, SOURCES), "-o", str(output)]
+                subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)
     return library
 
 

@@ -20,6 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from moecompile.atomic import write_text
 from moecompile.version import __version__
 
 
@@ -63,9 +64,7 @@ def write_document(path: Path, title: str, subtitle: str, sections: Sequence[Sec
         script=_asset("page.js") if charts else "",
         version=escape(__version__),
     )
-    partial = path.with_name(f".{path.name}")  # Step 3
-    partial.write_text(body, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, body)  # Step 3
 
 
 def escape(text: object) -> str:

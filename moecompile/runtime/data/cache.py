@@ -2,7 +2,6 @@
 
     CACHE/KEY/              a result; the key is a hash of all that it depends on
     CACHE/KEY.lock          locked by the process that makes it; others wait for the lock, not in a collective
-    CACHE/KEY.making/       where it is made, before it is renamed; the next process deletes what a killed one left
     CACHE/files/HASH.json   the content hash of a file, by path, size and time of change, so that it is read only once
 
 The kernel releases a lock when its process ends for any reason. On a file system without locks two processes may make
@@ -11,17 +10,16 @@ the same result; the second one is dropped.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from moecompile.atomic import creating, locked, write_text
 from moecompile.errors import ConfigError
 
 _READ = 2**22
@@ -53,24 +51,18 @@ def made(cache: Path, key: str, make: Callable[[Path], None]) -> Path:
     Args:
         make: writes the result into an empty folder; it is called by one process, if there is no result yet.
     """
-    done, making = cache / key, cache / f"{key}.making"
+    done = cache / key
     if done.is_dir():
         return done
-    with _locked(cache / f"{key}.lock") as is_locked:
+    with locked(cache / f"{key}.lock") as is_locked:
         if done.is_dir():  # made while this process waited
             return done
-        if not is_locked:
-            making = cache / f"{key}.{os.uname().nodename}.{os.getpid()}.making"
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir()
         try:
-            make(making)
-            with suppress(OSError):  # another process may have been faster where there are no locks
-                making.rename(done)
-            if not done.is_dir():
-                raise ConfigError("data.cache", cache, f"{making.name} cannot be renamed", "Give another folder")
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
+            with creating(done, alone=is_locked) as folder:
+                make(folder)
+        except OSError:
+            if not done.is_dir():  # else another process was faster, where there are no locks
+                raise
     return done
 
 
@@ -84,13 +76,11 @@ def content_of(path: Path, cache: Path) -> str:
     with suppress(OSError, ValueError):
         return str(json.loads(known.read_text(encoding="utf-8")))
     known.parent.mkdir(exist_ok=True)
-    with _locked(known.with_suffix(".lock")):
+    with locked(known.with_suffix(".lock")):
         with suppress(OSError, ValueError):  # read by another process while this one waited
             return str(json.loads(known.read_text(encoding="utf-8")))
         digest = _digest(path)
-        partial = known.with_suffix(f".{os.uname().nodename}.{os.getpid()}.tmp")
-        partial.write_text(json.dumps(digest), encoding="utf-8")
-        partial.replace(known)
+        write_text(known, json.dumps(digest))
     return digest
 
 
@@ -103,7 +93,7 @@ def _digest(path: Path) -> str:
 
 
 class Progress:
-    """Says from time to time how far a result is that takes minutes."""
+    """Prints progress of long preprocessing."""
 
     EVERY_S = 30
 
@@ -116,15 +106,3 @@ class Progress:
         if time.monotonic() - self._said > self.EVERY_S:
             self._said = time.monotonic()
             print(f"{self.what}: {amount:,.0f} {self.unit} so far", flush=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Waits for the lock of a file; False if the file system has no locks."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-            return
-        yield True

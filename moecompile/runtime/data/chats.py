@@ -6,8 +6,9 @@ Algorithm:
   2. A chat of L tokens has L - 1 inputs, each with the token after it as label if the assistant wrote that; of these
      `seq_len` are used. Chats without a target are left out, and counted.
   3. Some chats, the same for every seed, are held out. The seed shuffles the others.
-  4. `layout=pack` puts several chats into a row (packing.py). Positions start at 0 in each: so transformers' masks
-     keep them apart. `layout=pad` has one chat a row.
+  4. `layout=pack` puts several chats into a row. Best fit, longest first: each chat goes into the fullest row in which
+     it still has room, or into a new one. Positions start at 0 in each: so transformers' masks keep them apart.
+     `layout=pad` has one chat a row.
   5. Rows of a micro-batch are filled up to its longest, and with `mesh.cp` to a multiple of its ranks.
 
 A batch has `input_ids`, `labels` (already shifted), `attention_mask` (1 for a token, 0 for padding), all (B, S), and
@@ -33,7 +34,6 @@ from moecompile.errors import ChatError
 from moecompile.runtime.data.batches import IGNORED, TokenWindows, permutation
 from moecompile.runtime.data.cache import Progress, content_of, key_of, made
 from moecompile.runtime.data.corpus import HELD_OUT, num_held_out
-from moecompile.runtime.data.packing import pack
 from moecompile.runtime.data.shuffle import shuffled
 from moecompile.runtime.data.store import StoreWriter, TokenStore
 from moecompile.runtime.data.tokens import num_ids
@@ -273,3 +273,29 @@ def _message(message: Any, name: str, where: str) -> dict[str, Any]:
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise bad(where, f"{name}.content is {type(content).__name__}, not a string", "Write the text of the message")
     return {key: item for key, item in message.items() if item is not None or key == "content"}
+
+
+def pack(lengths: NDArray[np.int64], size: int) -> list[list[int]]:
+    """Rows of indices into `lengths`, the longest first in each; every row has at most `size` tokens.
+
+    Args:
+        lengths: of the chats in tokens, each in 1 .. size.
+    """
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(size + 1)]  # room in tokens -> rows, the newest last
+    rooms = 0  # bit r: some row has room for r more tokens
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[index])
+        enough = rooms >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1  # the lowest bit: the fullest of these rows
+            row = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = size, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        with_room[room - length].append(row)
+        rooms |= 1 << (room - length)
+    return rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from moecompile.runtime.data.cache import cache_folder, content_of, key_of, made
 from moecompile.runtime.data.chats import ChatRenderer, load_chats
 from moecompile.runtime.data.corpus import CorpusCounts, CorpusWindows, corpus_store, num_held_out, sample
 from moecompile.runtime.data.loaded import TextData
-from moecompile.runtime.data.tokens import END_OF_TEXT, num_ids, plain_tokenizer, train_tokenizer
+from moecompile.runtime.data.tokens import END_OF_TEXT, num_ids, plain_tokenizer, save_tokenizer, train_tokenizer
 from moecompile.runtime.records import Found, find_files
 from moecompile.schema import DataConfig, TokenizerSource
 
@@ -110,7 +109,4 @@ def _json(path: Path) -> dict[str, Any]:
 def _write(tokenizer: Tokenizer, run_dir: Path, rank: int) -> None:
     """Writes the copy of the tokenizer that belongs to the run; nobody waits for it."""
     if rank == 0:
-        path = run_dir / TOKENIZER
-        partial_path = path.with_suffix(f".{os.getpid()}.tmp")
-        tokenizer.save(str(partial_path))
-        partial_path.replace(path)
+        save_tokenizer(tokenizer, run_dir / TOKENIZER)

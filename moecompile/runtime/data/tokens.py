@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from moecompile.atomic import replacing
 from moecompile.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -56,9 +56,7 @@ def shared_tokenizer(path: Path, text: str, vocab_size: int, *, rank: int, barri
     Rank 0 trains it in every run, so that a file from other data is never used.
     """
     if rank == 0:
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        train_tokenizer(text, vocab_size).save(str(partial))
-        partial.replace(path)
+        save_tokenizer(train_tokenizer(text, vocab_size), path)
     barrier()
     return Tokenizer.from_file(str(path))
 
@@ -71,11 +69,15 @@ def model_tokenizer(source: Path, path: Path, *, rank: int, barrier: Callable[[]
     """
     tokenizer = plain_tokenizer(source)
     if rank == 0:
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        tokenizer.save(str(partial))
-        partial.replace(path)
+        save_tokenizer(tokenizer, path)
     barrier()
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Writes the file `path` atomically."""
+    with replacing(path) as partial:
+        tokenizer.save(str(partial))
 
 
 def plain_tokenizer(source: Path) -> Tokenizer:

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
+from moecompile.named_code import FACTORY
 from moecompile.schema.config import Config
-from moecompile.schema.enums import ExpertInit, SiteKind
-from moecompile.schema.implied import has_experts
+from moecompile.schema.enums import ExpertInit, ExportFormat, ModelDevice, SiteKind, TaskName
+from moecompile.schema.implied import SOURCES, has_experts
 from moecompile.schema.per_layer import LayerSettings
 from moecompile.schema.ranges import check_numbers
 from moecompile.schema.validation.adapters import check_adapters
@@ -19,10 +20,8 @@ from moecompile.schema.validation.experts import (
     check_widening,
     virtual_group,
 )
-from moecompile.schema.validation.export import check_export
 from moecompile.schema.validation.launcher import check_launcher, of_the_job
 from moecompile.schema.validation.mesh import commonest, mesh_spec, meshes
-from moecompile.schema.validation.model import check_model
 from moecompile.schema.validation.optimizer import check_optimizer
 from moecompile.schema.validation.routing import balance_spec, check_choice, check_nodes, router_config
 from moecompile.schema.validation.run import check_data, check_schedule
@@ -106,3 +105,55 @@ def validate_settings(settings: LayerSettings, mesh: MeshSpec) -> None:
         balance_spec(balance, router)
     except ConfigError as error:
         raise ConfigError(settings.path_of(error.path), error.value, error.rule, error.fix) from None
+
+
+def check_export(config: Config) -> None:
+    """Checks the rules that need no run.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    export = config.export
+    if config.task.name is not TaskName.export:
+        return
+    if export.run is None and export.checkpoint is None:
+        raise ConfigError(
+            "export.run", None, "task=export needs a run that was trained", "Give export.run=RUN_DIRECTORY"
+        )
+    if export.family is not None and export.format is ExportFormat.native:
+        raise ConfigError(
+            "export.family", export.family, "has no meaning with export.format=native", "Leave one of them out"
+        )
+    given = [key for key in config.given if key != FACTORY]  # the run's, which the caller must name again
+    if others := [key for key in given if key.partition(".")[0] not in ("export", "task", "hydra")]:
+        raise ConfigError(
+            others[0], "...", "task=export takes the model and its plan from the run, so other keys have no effect",
+            "Leave it out",
+        )  # fmt: skip
+
+
+def check_model(config: Config) -> None:
+    """Checks that one model is given, on a device that the task can use.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    sources = {name: getattr(config.model, name) for name in SOURCES}
+    given = [name for name, value in sources.items() if value]
+    if len(given) != 1:
+        raise ConfigError(
+            "model",
+            given or None,
+            "exactly one of model.architecture, model.pretrained, model.package and model.factory must be given",
+            "Select a model group, for example model=llama_nano, or give one of the four",
+        )
+    task = config.task.name
+    if config.model.device is ModelDevice.meta and task in (TaskName.train, TaskName.bench):
+        raise ConfigError(
+            "model.device", "meta", f"the model has shapes but no values, so task={task.value} cannot run it",
+            "Use task=plan or task=compile, or model.device=cpu if it fits into memory",
+        )  # fmt: skip
+    if config.model.device is ModelDevice.meta and (config.model.pretrained or config.model.package):
+        raise ConfigError(
+            "model.device", "meta", f"model.{given[0]} loads values", "Use model.device=cpu, or model.architecture"
+        )

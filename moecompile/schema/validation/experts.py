@@ -98,7 +98,7 @@ def check_latent(latent_size: int | None, latent_norm: bool) -> None:
 
 
 def check_shared(experts: Any, routing: Any) -> None:
-    """Checks what a shared expert that the router weighs needs. Both are of a config, or of a plan.
+    """Checks what a shared expert that the router weighs needs. Pass both values from a config, or both from a plan.
 
     Raises:
         ConfigError: the first rule that is broken.

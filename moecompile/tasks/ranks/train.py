@@ -23,7 +23,7 @@ from moecompile.report.console import print_data, print_result
 from moecompile.report.heatmap import write_heat_map
 from moecompile.report.page import try_report
 from moecompile.report.result import write_result
-from moecompile.rundir import place
+from moecompile.rundir import output_dir
 from moecompile.runtime.baseline import train_dense
 from moecompile.runtime.data import TextData, TokenWindows, num_ids, unigram_entropy
 from moecompile.runtime.process_group import init_process_group
@@ -49,7 +49,7 @@ def run_rank(config: Config, run_dir: Path) -> None:
     console = Console(soft_wrap=False)
     if rank == 0:
         print_data(_data_fields(data), console)
-        show_compiled(compiled, place(run_dir), console)
+        show_compiled(compiled, output_dir(run_dir), console)
     groups = show_weight_groups(compiled.model, config, console if rank == 0 else None)
     materialize = job.materialize(compiled)
     write_forecast(shape, compiled.plan, config, run_dir)

@@ -11,7 +11,7 @@ from rich.console import Console
 from moecompile import plan as plans
 from moecompile.report.console import print_checks
 from moecompile.report.result import write_result
-from moecompile.rundir import accept, place
+from moecompile.rundir import accept, output_dir
 from moecompile.runtime.process_group import init_process_group
 from moecompile.schema import Config
 from moecompile.tasks.verify import CERTIFICATE
@@ -22,7 +22,7 @@ from moecompile.version import versions
 def run_rank(config: Config, run_dir: Path) -> None:
     """Runs one rank; rank 0 also runs the reference, compares, and writes the table and the certificate."""
     init_process_group(config)
-    checks, plan = certify(config, place(run_dir))
+    checks, plan = certify(config, output_dir(run_dir))
     if dist.get_rank() > 0:
         return
     accept(run_dir)

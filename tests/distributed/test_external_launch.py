@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from moecompile.runtime.in_place import GRACE_S
-from moecompile.runtime.orders import ANSWER_TIMEOUT_S, free_port
+from moecompile.runtime.external_launch import ANSWER_TIMEOUT_S, GRACE_S
+from moecompile.runtime.ranks import free_port
 from moecompile.schema import TrainerConfig
 
 PROGRAM = ["-m", "tests.distributed.launcher_program"]
@@ -160,8 +160,8 @@ def test_ranks_that_do_not_fit_the_mesh(tmp_path: Path) -> None:
     codes, told, _ = ended(slurm(4, cyclic, RUN=str(tmp_path), MESH_NODES="2"))
     assert codes == [2, 2, 2, 2]
     assert told == [
-        "srun put the ranks on nodes in another order than one after the other, or not as many on each (rank 0 on node "
-        "0, 1 on node 1, 2 on node 0, 3 on node 1). Start them with srun --distribution=block --ntasks-per-node=2."
+        "srun started rank 0 on node 0, 1 on node 1, 2 on node 0, 3 on node 1: ranks must fill the nodes in order, the "
+        "same number on each. Start them with srun --distribution=block --ntasks-per-node=2."
     ]
     assert list(tmp_path.iterdir()) == []
     one_machine = [(0, 0), (0, 1), (0, 2), (0, 3)]

@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 from lightning.pytorch import Trainer
 
-from moecompile.runtime.live import Live
+from moecompile.runtime.progress import LiveReport
 
 
 def test_the_first_row_is_written_and_then_as_time_allows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +23,7 @@ def test_the_first_row_is_written_and_then_as_time_allows(monkeypatch: pytest.Mo
         written.append(now[0])
         now[0] += 2
 
-    live: Any = Live(metrics, write)
+    live: Any = LiveReport(metrics, write)
 
     def step(seconds: float, rows: int) -> None:
         now[0], metrics.rows = seconds, rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moecompile.runtime.tally import LayerMeans, LossSums, Tally, over_layers
+from moecompile.runtime.metrics import LayerMeans, LossSums, RunTotals, over_layers
 from tests.runtime.test_metrics import layer
 
 
@@ -46,7 +46,7 @@ def test_a_row_over_two_steps_of_two_micro_batches() -> None:
 
 def test_speed_is_that_of_the_rows_after_the_first() -> None:
     """Rows of 6, 10 and 20 tokens in 3, 1 and 2 s; then one whose steps were all dropped."""
-    tally = Tally()
+    tally = RunTotals()
     assert tally.end_row(12.0, 6, 3.0) == {"tokens_per_second": 2.0, "loss": 2.0}
     assert tally.tokens_per_second is None
     tally.end_row(10.0, 10, 1.0)
@@ -59,7 +59,7 @@ def test_speed_is_that_of_the_rows_after_the_first() -> None:
 
 def test_a_run_that_goes_on_has_the_same_rows_and_the_same_last_tenth() -> None:
     """12 steps are done, a row is open: one rank of the new run holds its sums, and 2 of the 12 steps are kept."""
-    before, first, other = Tally(), Tally(), Tally()
+    before, first, other = RunTotals(), RunTotals(), RunTotals()
     for step in range(12):
         add(before.sums, 2.0 * step, 2, 0.0)
         before.end_step([layer("a", [6 + step, 2, 4, 4])], skipped=False)
