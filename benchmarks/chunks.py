@@ -5,7 +5,7 @@
 `dispatch.overlap=chunks` calls the experts once per chunk: they multiply fewer rows at a time. Weight gradients are
 computed afterwards, at once for all chunks (moecompile.ops.collect); with `overlap=shared`, one chunk, too. Nothing is
 sent here. CPU time of one thread, all in turn, so that what else the machine does meets all of them; the price per
-chunk is (ratio - 1) / chunks. `LEAST_ROWS` and `PRICE` of moecompile.planner.overlap come from here: with fewer rows
+chunk is (ratio - 1) / chunks. `LEAST_ROWS` and `PRICE` of planner/cost_model/seconds.py come from here: with fewer rows
 per expert and chunk the price is higher, with as many it was at most `PRICE`.
 """
 
