@@ -22,6 +22,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from moecompile.bench.measure import PeakMemory, Times, medians
+from moecompile.mesh import Part
 from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, Plan
 from moecompile.runtime.data import TextData, mean_length, train_loader
 from moecompile.runtime.module import LanguageModule
