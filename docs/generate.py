@@ -101,8 +101,10 @@ def _lists_mappings(hint: Any) -> bool:
 
 def _table(kind: type, defaults: Any, names: list[str]) -> str:
     hints, docs, rows = get_type_hints(kind), field_docs(kind), []
+    ranges = {each.name: each.metadata["range"] for each in fields(kind) if "range" in each.metadata}
     for name in names:
-        cells = (f"`{name}`", _value(getattr(defaults, name)), _type(hints[name]), docs[name])
+        takes = _type(hints[name]) + (f"; {ranges[name]}" if name in ranges else "")
+        cells = (f"`{name}`", _value(getattr(defaults, name)), takes, docs[name])
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(["| key | default | takes | what it is |", "|---|---|---|---|", *rows, ""])
 

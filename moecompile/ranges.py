@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -14,12 +14,20 @@ from moecompile.errors import ConfigError
 _MOST = 2**31 - 1
 
 
+def number(default: Any, allowed: Whole | Real) -> Any:
+    """A field of the config that holds a number, with its range: `steps: int = number(3, Whole(1))`."""
+    return field(default=default, metadata={"range": allowed})
+
+
 @dataclass(frozen=True)
 class Whole:
     """A whole number in [low, high]."""
 
     low: int
     high: int = _MOST
+
+    def __str__(self) -> str:
+        return f"{self.low} to {self.high:,}" if self.high < _MOST else f"{self.low} or more"
 
     def check(self, path: str, value: Any) -> None:
         """Raises ConfigError unless `value` is an integer in the range."""
@@ -37,6 +45,9 @@ class Real:
 
     interval: str
     fix: str
+
+    def __str__(self) -> str:
+        return {"(0, inf)": "positive", "[0, inf)": "0 or more"}.get(self.interval, f"in {self.interval}")
 
     def check(self, path: str, value: Any) -> None:
         """Raises ConfigError unless `value` is in the interval, also for NaN and infinities."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
+from moecompile.ranges import Real, Whole, number
 from moecompile.schema.enums import AdapterKind
 
 
@@ -14,12 +15,12 @@ class AdaptersConfig:
 
     kind: AdapterKind = AdapterKind.none
     """Which adapters."""
-    rank: int = 16
-    """Rank r of every adapter, 1 or more."""
-    alpha: float = 32.0
-    """An adapter adds alpha / r times the product of its two matrices to a weight; positive."""
-    dropout: float = 0.0
-    """Dropout of the input of the adapters of linears in training, in [0, 1); 0 with adapters of experts."""
+    rank: int = number(16, Whole(1))
+    """Rank r of every adapter."""
+    alpha: float = number(32.0, Real("(0, inf)", "Use twice adapters.rank"))
+    """An adapter adds alpha / r times the product of its two matrices to a weight."""
+    dropout: float = number(0.0, Real("[0, 1)", "Use 0"))
+    """Dropout of the input of the adapters of linears in training; 0 with adapters of experts."""
     dense: Optional[str] = "*"
     """Pattern for the linears that get adapters, by module path (`*.self_attn.q_proj`); output heads and routers never
     get any. null: none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Optional, Union
 
+from moecompile.ranges import Real, Whole, number
 from moecompile.schema.enums import DispatchBalance, DispatchKind, OverlapKind, Precision, Schedule, WireDtype
 
 
@@ -12,15 +13,15 @@ from moecompile.schema.enums import DispatchBalance, DispatchKind, OverlapKind, 
 class MeshConfig:
     """`mesh`: ranks and their axes; num_nodes * ranks_per_node = dp_replicate * dp_shard * cp * tp."""
 
-    num_nodes: int = 1
-    """Nodes, 1 to 65536."""
-    ranks_per_node: int = 1
-    """Ranks on each node, 1 to 1024."""
+    num_nodes: int = number(1, Whole(1, 65_536))
+    """Nodes."""
+    ranks_per_node: int = number(1, Whole(1, 1_024))
+    """Ranks on each node."""
     ep: Union[int, str] = "auto"
     """Expert parallel size: ranks of an EP group, over which the experts are spread; `auto`: all ranks; `search`: what
     is predicted to be fastest and fits, with `dp_replicate` and what is `auto` in `dispatch`."""
-    dp_replicate: int = 1
-    """Replicas of the sharded weights, 1 or more."""
+    dp_replicate: int = number(1, Whole(1))
+    """Replicas of the sharded weights."""
     dp_shard: Union[int, str] = "auto"
     """Ranks over which dense weights are sharded; `auto`: all ranks of a replica, divided by `cp` and `tp`."""
     tp: int = 1
@@ -39,7 +40,7 @@ class MeshConfig:
 class FigureConfig:
     """A number and where it comes from."""
 
-    value: Optional[float] = None
+    value: Optional[float] = number(None, Real("(0, inf)", "Give a positive number with its source"))
     """The number; null: not known."""
     source: str = ""
     """Where it is written, or how it was measured."""
@@ -107,8 +108,8 @@ class MessageConfig:
 class HostConfig:
     """`hardware.host`: ranks that compute on the CPU, as task=bench measures them; steps then take CPU time."""
 
-    cores: Optional[int] = None
-    """Cores of a node, which its ranks share, 1 or more; null: no such ranks."""
+    cores: Optional[int] = number(None, Whole(1))
+    """Cores of a node, which its ranks share; null: no such ranks."""
     products: list[RateConfig] = field(default_factory=list)
     """Dense products, by the rows that they have."""
     grouped: list[RateConfig] = field(default_factory=list)
@@ -133,14 +134,14 @@ class HardwareConfig:
 
     name: str = "laptop"
     """Its name, for display."""
-    memory_gib: float = 4.0
-    """Memory of one rank, GiB, positive."""
-    intra_node_gb_s: float = 2.0
-    """Bandwidth in one direction that exchanges of one rank reach within its link domain, 1e9 bytes/s, positive."""
-    inter_node_gb_s: float = 2.0
-    """The same beyond it, positive."""
-    tflops: float = 0.1
-    """Speed that products of experts reach on one rank, 1e12 operations/s, positive. A plan decides by it about overlap
+    memory_gib: float = number(4.0, Real("(0, inf)", "Give the memory of one rank in GiB"))
+    """Memory of one rank, GiB."""
+    intra_node_gb_s: float = number(2.0, Real("(0, inf)", "Give the bandwidth of one rank in 1e9 bytes/s"))
+    """Bandwidth in one direction that exchanges of one rank reach within its link domain, 1e9 bytes/s."""
+    inter_node_gb_s: float = number(2.0, Real("(0, inf)", "Give the bandwidth of one rank in 1e9 bytes/s"))
+    """The same beyond it."""
+    tflops: float = number(0.1, Real("(0, inf)", "Give the speed of one rank's matrix products in 1e12 operations/s"))
+    """Speed that products of experts reach on one rank, 1e12 operations/s. A plan decides by it about overlap
     and lending; a forecast takes calibrated shares of the peaks in `figures`."""
     figures: FiguresConfig = field(default_factory=FiguresConfig)
     host: HostConfig = field(default_factory=HostConfig)
@@ -152,7 +153,7 @@ class StackConfig:
 
     name: str = "runtime"
     """Its name, for display."""
-    bits: Optional[int] = None
+    bits: Optional[int] = number(None, Whole(4, 32))
     """Bits of the numbers in products with weights: 32, 16, 8 or 4; null: those of `trainer.precision`."""
     dispatcher: Optional[str] = None
     """`alltoall`, `deepep`, `hybridep` or a kind of `dispatch`; null: the plan's."""
@@ -167,15 +168,19 @@ class StackConfig:
     recompute: Optional[list[str]] = None
     """What backward computes again: full, all_but_exchanges, moe, mlp, attention, mla_up_proj, layernorm, moe_act;
     null: that of `trainer.checkpointing`."""
-    row_bits: int = 16
+    row_bits: int = number(16, Whole(8, 16))
     """Bits of a number of a row in dispatch: 16 or 8."""
-    grad_bits: int = 32
+    grad_bits: int = number(32, Whole(16, 32))
     """Bits of a gradient in a described layout: 32 or 16."""
-    moment_bits: int = 32
+    moment_bits: int = number(32, Whole(8, 32))
     """Bits of each of the optimizer's two moments in a described layout: 32, 16 or 8."""
-    wire_share: FigureConfig = field(default_factory=lambda: FigureConfig(value=1.0))
+    wire_share: FigureConfig = field(
+        default_factory=lambda: FigureConfig(value=1.0), metadata={"range": Real("(0, 1]", "Use 1.0")}
+    )
     """Share of the machine's effective bandwidth that its exchanges reach."""
-    comm_units: FigureConfig = field(default_factory=lambda: FigureConfig(value=20))
+    comm_units: FigureConfig = field(
+        default_factory=lambda: FigureConfig(value=20), metadata={"range": Real("[0, inf)", "Use 20, or 0 for none")}
+    )
     """Compute units that overlapped exchanges take."""
 
 
@@ -185,25 +190,25 @@ class WorkloadConfig:
 
     name: str = "data"
     """Its name, for display."""
-    seq_len: Optional[int] = None
+    seq_len: Optional[int] = number(None, Whole(1))
     """Tokens per sequence; null: `data.seq_len`."""
-    global_batch_size: Optional[int] = None
+    global_batch_size: Optional[int] = number(None, Whole(1))
     """Sequences per optimizer step; null: `data.global_batch_size`."""
-    micro_batch_size: Optional[int] = None
+    micro_batch_size: Optional[int] = number(None, Whole(1))
     """Sequences per rank and forward; null: `data.micro_batch_size`."""
     precision: Optional[Precision] = None
     """Precision of weights and computation; null: `trainer.precision`."""
-    tp: int = 1
+    tp: int = number(1, Whole(1))
     """Tensor parallel size of a layout that is described, not run."""
-    pp: int = 1
+    pp: int = number(1, Whole(1))
     """Pipeline parallel size of a layout that is described, not run."""
-    vpp: int = 1
+    vpp: int = number(1, Whole(1))
     """Virtual stages per rank of such a pipeline."""
-    cp: int = 1
+    cp: int = number(1, Whole(1))
     """Context parallel size of a layout that is described, not run."""
-    etp: int = 1
+    etp: int = number(1, Whole(1))
     """Tensor parallel size of experts in a layout that is described, not run."""
-    zero: int = 3
+    zero: int = number(3, Whole(0, 3))
     """What is sharded over replicas: nothing (0), optimizer states (1), weights too (3, FSDP)."""
     load: Optional[str] = None
     """`metrics.csv` of a run, or a file of loads, whose imbalance is priced beside synthetic ones."""

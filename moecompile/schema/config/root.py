@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Optional
 
+from moecompile.ranges import Whole, number
 from moecompile.schema.config.adapters import AdaptersConfig
 from moecompile.schema.config.layers import BalanceConfig, ExpertsConfig, PerLayerConfig, RoutingConfig
 from moecompile.schema.config.machine import DispatchConfig, HardwareConfig, MeshConfig, StackConfig, WorkloadConfig
@@ -28,8 +29,8 @@ class Config:
 
     name: str = "default"
     """Name of the recipe, used in results and in the run directory."""
-    seed: int = 0
-    """Random seed of weights, data order and everything else, 0 or more."""
+    seed: int = number(0, Whole(0, 2**63 - 1))
+    """Random seed of weights, data order and everything else."""
     debug: bool = False
     """Shows tracebacks for user errors too."""
     task: TaskConfig = field(default_factory=TaskConfig)

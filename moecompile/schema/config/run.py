@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from moecompile.ranges import Real, Whole, number
 from moecompile.schema.enums import (
     Baseline,
     Checkpointing,
@@ -40,17 +41,17 @@ class DataConfig:
     """Folder for tokenized data, with `kind=corpus` and `kind=sft`; null: `~/.cache/moecompile/data`."""
     tokenizer: TokenizerSource = TokenizerSource.train
     """A new one, trained on the training split, or the model's own."""
-    vocab_size: Optional[int] = 2048
-    """Size of the byte-level BPE vocabulary trained on the training split, 257 or more; null with the model's own."""
-    seq_len: int = 128
-    """Tokens per sequence, 2 or more; longer chats are cut off."""
-    global_batch_size: int = 16
+    vocab_size: Optional[int] = number(2048, Whole(257))
+    """Size of the byte-level BPE vocabulary trained on the training split; null with the model's own."""
+    seq_len: int = number(128, Whole(2))
+    """Tokens per sequence; longer chats are cut off."""
+    global_batch_size: int = number(16, Whole(1))
     """Sequences per optimizer step, independent of the mesh; a multiple of micro_batch_size * ranks."""
-    micro_batch_size: int = 4
-    """Sequences per rank and forward, 1 or more; the number of accumulation steps is derived."""
-    val_fraction: float = 0.05
-    """Fraction that is held out for validation, in (0, 1): the end of a text, pieces of a corpus, or chats."""
-    val_batches: int = 0
+    micro_batch_size: int = number(4, Whole(1))
+    """Sequences per rank and forward; the number of accumulation steps is derived."""
+    val_fraction: float = number(0.05, Real("(0, 1)", "Use 0.05"))
+    """Fraction that is held out for validation: the end of a text, pieces of a corpus, or chats."""
+    val_batches: int = number(0, Whole(0))
     """Validation micro-batches per rank; 0: all."""
     mask_padding: MaskPadding = MaskPadding.auto
     """Whether padding is taken out of routing, losses, loads, capacity and exchanges; auto: with chats, and if the
@@ -61,35 +62,35 @@ class DataConfig:
 class TrainerConfig:
     """`trainer`: the training run."""
 
-    max_steps: int = 100
-    """Optimizer steps, 1 or more."""
+    max_steps: int = number(100, Whole(1))
+    """Optimizer steps."""
     precision: Precision = Precision.fp32
     """Precision of weights and computation; routers and the reduction of gradients are always fp32."""
     checkpointing: Checkpointing = Checkpointing.keep_exchanges
     """Activation checkpointing: what is recomputed in backward instead of kept."""
     compile: Compiled = Compiled.none
     """What is compiled with torch.compile."""
-    log_interval: int = 10
+    log_interval: int = number(10, Whole(1))
     """Optimizer steps between rows of metrics."""
-    val_interval: int = 100
+    val_interval: int = number(100, Whole(1))
     """Optimizer steps between validations."""
-    sample_interval: Optional[int] = None
+    sample_interval: Optional[int] = number(None, Whole(0))
     """Optimizer steps between samples of text that the model writes; null: only after the last step; 0: none."""
     loggers: list[LoggerKind] = field(default_factory=lambda: [LoggerKind.tensorboard])
     """Where metrics go, beside metrics.csv."""
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Lightning's callbacks and their arguments: EarlyStopping, Timer."""
-    timeout_s: int = 120
+    timeout_s: int = number(120, Whole(1, 1_000_000))
     """Timeout of a collective, seconds, after which a rank that hangs is detected."""
-    threads_per_rank: int = 1
+    threads_per_rank: int = number(1, Whole(1, 1_024))
     """CPU threads per rank."""
     progress_bar: bool = True
     """Shows a progress bar on a terminal, else lines."""
     save_checkpoint: bool = True
     """Writes a checkpoint at the end."""
-    save_interval: int = 1000
+    save_interval: int = number(1000, Whole(0))
     """Optimizer steps between checkpoints; 0: only at the end."""
-    keep_last: int = 3
+    keep_last: int = number(3, Whole(0))
     """Number of newest checkpoints to keep; 0: all."""
     async_save: bool = True
     """Writes checkpoints in the background."""
@@ -99,7 +100,7 @@ class TrainerConfig:
     """
     allow_changes: list[str] = field(default_factory=list)
     """Settings that may differ from the checkpoint, by their names in the error message or by shell patterns."""
-    max_restarts: int = 0
+    max_restarts: int = number(0, Whole(0))
     """How often a run that lost a rank is restarted from its latest checkpoint automatically."""
     on_nan: OnNan = OnNan.stop
     """What happens if a loss or a gradient is not finite."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from moecompile.ranges import Real, Whole, number
 from moecompile.schema.enums import (
     AdapterExport,
     ExportFormat,
@@ -44,12 +45,12 @@ class LauncherConfig:
     """Quality of service; null: the default."""
     time: Optional[str] = None
     """Time limit as sbatch takes it (`90`, `12:00:00`, `2-00:00:00`); null: the partition's."""
-    signal_s: int = 120
-    """Seconds before the time limit at which the ranks are asked to save (SIGUSR1), 1 or more; longer than a step and a
+    signal_s: int = number(120, Whole(1, 65_535))
+    """Seconds before the time limit at which the ranks are asked to save (SIGUSR1); longer than a step and a
     checkpoint take."""
     requeue: bool = True
     """Whether a job that was asked to end puts itself back into the queue, and goes on from what it saved."""
-    cpus_per_rank: Optional[int] = None
+    cpus_per_rank: Optional[int] = number(None, Whole(1, 65_536))
     """CPUs of a rank; null: `trainer.threads_per_rank`."""
     interface: Optional[str] = None
     """Network interface between nodes (`ib0`), for gloo and NCCL; null: their own choice."""
@@ -92,8 +93,8 @@ class ModelConfig:
 class VerifyConfig:
     """`verify`: settings of task=verify."""
 
-    steps: int = 3
-    """Optimizer steps, 1 or more."""
+    steps: int = number(3, Whole(1))
+    """Optimizer steps."""
     dtype: VerifyDtype = VerifyDtype.both
     """Precision of weights and computation in which N ranks are compared with one process."""
 
@@ -102,10 +103,10 @@ class VerifyConfig:
 class BenchConfig:
     """`bench`: measurements of task=bench."""
 
-    rounds: int = 10
-    """Measured runs, 1 or more."""
-    warmup: int = 3
-    """Warm-up runs before that, 1 or more."""
+    rounds: int = number(10, Whole(1))
+    """Measured runs."""
+    warmup: int = number(3, Whole(1))
+    """Warm-up runs before that."""
     machine: bool = True
     """Also what the time of a step depends on, if ranks compute on the CPU, for a `hardware` file."""
 
@@ -122,8 +123,8 @@ class SearchConfig:
     or a loss is over it."""
     described: bool = True
     """Also layouts that this package does not run."""
-    show: int = 8
-    """Rows of each table, 1 or more."""
+    show: int = number(8, Whole(1))
+    """Rows of each table."""
 
 
 @dataclass(kw_only=True)
@@ -133,7 +134,7 @@ class PlaceConfig:
     run: Optional[str] = None
     """A run directory, or its `load.npz` or `metrics.csv`; its plan says what is placed, and where, unless a mesh is
     given."""
-    steps: Optional[int] = None
+    steps: Optional[int] = number(None, Whole(1))
     """Only this many of the last logged steps count; null: all."""
 
 
@@ -153,5 +154,5 @@ class ExportConfig:
     """A model type of transformers; null: the first that fits."""
     path: Optional[str] = None
     """The folder to create; null: `model` in the run directory of this task."""
-    tolerance: float = 1e-5
-    """Largest difference between the logits of the exported and the trained model; positive."""
+    tolerance: float = number(1e-5, Real("(0, inf)", "Use 1e-5"))
+    """Largest difference between the logits of the exported and the trained model."""
