@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from copy import copy
 from dataclasses import is_dataclass
 from datetime import timedelta
@@ -27,7 +27,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     _CachingTorchDispatchMode,
@@ -43,12 +43,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MASK_FUNCTIONS",
+    "OPS",
     "ORDERED",
     "FSDPMeshInfo",
     "HSDPMeshInfo",
     "ShardPlacementResult",
     "all_gather_single",
+    "apply",
     "backward_number",
+    "check",
     "compile_whole",
     "device_of",
     "drop_unreduced",
@@ -59,14 +62,26 @@ __all__ = [
     "local_block",
     "local_part",
     "move_hooks",
+    "non_persistent",
+    "own_buffers",
+    "own_modules",
+    "own_parameters",
     "parameters_of",
     "process_group_by_name",
     "see_attributes",
     "set_attribute",
     "set_timeouts",
     "split_axis",
+    "tree_leaves",
+    "tree_map_only",
+    "unsafe_view",
+    "version_of",
 ]
 
+OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+"""The types of a registered op in a graph."""
+check = torch._assert
+unsafe_view = torch.ops.aten._unsafe_view.default
 ORDERED = EffectType.ORDERED
 """Of an op that compilers must not move before or after another such op."""
 MASK_FUNCTIONS = (F._canonical_mask.__name__, F._none_or_dtype.__name__)
@@ -107,6 +122,36 @@ def _fsdp_params(model: nn.Module) -> Iterator[FSDPParam]:
         if isinstance(module, FSDPModule):
             for group in module._get_fsdp_state()._fsdp_param_groups:
                 yield from (param for param in group.fsdp_params if hasattr(param, "_unsharded_param"))
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The module's own dictionary of its parameters, without those of children; setting an entry checks nothing."""
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """The same for buffers."""
+    return module._buffers
+
+
+def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The same for children."""
+    return module._modules
+
+
+def non_persistent(module: nn.Module) -> set[str]:
+    """The module's own set of the buffers that are not in its state dict."""
+    return module._non_persistent_buffers_set
+
+
+def apply(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replaces every parameter and buffer, also those of FSDP."""
+    module._apply(function)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """A number that grows with every write in place."""
+    return tensor._version
 
 
 def parameters_of(model: nn.Module) -> list[nn.Parameter]:

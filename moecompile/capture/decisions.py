@@ -19,10 +19,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from moecompile.capture.guided import PLAIN, GuidedTracer
+from moecompile.torch_private import check
 
 
 def trace_guarded(
@@ -135,4 +135,4 @@ def _assert(graph: fx.Graph, node: fx.Node, holds: Holds) -> None:
     with graph.inserting_after(last):
         test = graph.call_function(holds.test, (node, holds.value))
     with graph.inserting_after(test):
-        graph.call_function(torch._assert, (test, holds.rule))
+        graph.call_function(check, (test, holds.rule))

@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 from torch.fx.proxy import Attribute, TraceError
 from torch.nn import functional as F
 
-from moecompile.torch_private import MASK_FUNCTIONS
+from moecompile.torch_private import MASK_FUNCTIONS, check
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _REST = "moecompile_rest"  # key that passes the `**kwargs` of a forward to the calls inside
@@ -257,7 +257,7 @@ class GuidedTracer(fx.Tracer):
         self.values[test] = True
         condition = f"{getattr(obj.node.target, '__name__', obj.node.target)}{obj.node.args}"
         rule = f"{condition} was {truth} when the model was captured"
-        self.values[self.create_node("call_function", torch._assert, (test, rule), {})] = None
+        self.values[self.create_node("call_function", check, (test, rule), {})] = None
         return truth
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from moecompile.torch_private import move_hooks
+from moecompile.torch_private import move_hooks, non_persistent, own_buffers, own_modules, own_parameters
 
 
 class _Bare:
@@ -81,17 +81,17 @@ def _class_of(original: type) -> type[fx.GraphModule]:
 def _merge(new: nn.Module, added: nn.Module, old: nn.Module, gone: frozenset[str], prefix: str) -> None:
     """Fills `new` with the parts of `added` and those that only `old` has, in the order of `old`."""
     for name, child in old.named_children():
-        part = _part(added._modules.get(name), child, gone, prefix + name)
+        part = _part(own_modules(added).get(name), child, gone, prefix + name)
         if part is not None:
             new.add_module(name, part)
     for name, child in added.named_children():
-        if name not in new._modules:
+        if name not in own_modules(new):
             new.add_module(name, child)
-    for name, parameter in {**old._parameters, **added._parameters}.items():
-        if prefix + name not in gone or name in added._parameters:
+    for name, parameter in {**own_parameters(old), **own_parameters(added)}.items():
+        if prefix + name not in gone or name in own_parameters(added):
             new.register_parameter(name, parameter)
-    for name, buffer in {**old._buffers, **added._buffers}.items():
-        if prefix + name not in gone or name in added._buffers:
+    for name, buffer in {**own_buffers(old), **own_buffers(added)}.items():
+        if prefix + name not in gone or name in own_buffers(added):
             new.register_buffer(name, buffer)
 
 
@@ -103,7 +103,7 @@ def _part(added: nn.Module | None, old: nn.Module, gone: frozenset[str], path: s
         return old
     shell = shell_of(old)  # fx replaces the parents of used modules by plain modules
     _merge(shell, added or nn.Module(), old, gone, f"{path}.")
-    return shell if shell._modules or shell._parameters or shell._buffers else None
+    return shell if own_modules(shell) or own_parameters(shell) or own_buffers(shell) else None
 
 
 def shell_of(module: nn.Module) -> nn.Module:
@@ -120,8 +120,7 @@ def _same_persistence(old: nn.Module, new: nn.Module) -> None:
     owners = dict(old.named_modules())
     for path, module in new.named_modules():
         if path in owners and owners[path] is not module:
-            non_persistent = owners[path]._non_persistent_buffers_set & set(module._buffers)
-            module._non_persistent_buffers_set.update(non_persistent)
+            non_persistent(module).update(non_persistent(owners[path]) & set(own_buffers(module)))
 
 
 def _copy_attributes(old: nn.Module, new: nn.Module, memo: dict[int, Any] | None) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from moecompile.capture.caches import cache_configs, caches
 from moecompile.errors import CaptureError
+from moecompile.torch_private import tree_leaves
 
 Example = Mapping[str, Tensor] | tuple[Any, ...] | Tensor
 

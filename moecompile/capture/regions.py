@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from moecompile.capture.decisions import Holds, trace_guarded
 from moecompile.capture.record import ModuleCall, in_mode, random_state_kept, without_fast_path
 from moecompile.errors import CaptureError
+from moecompile.torch_private import tree_leaves
 
 
 def trace_region(module: nn.Module, call: ModuleCall, inlined: Collection[str] | None = None) -> fx.GraphModule:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from moecompile.capture import (
     ModuleCall,
@@ -27,6 +26,7 @@ from moecompile.match.regions import Captured, Region, Site
 from moecompile.match.swiglu import ffn_is_swiglu
 from moecompile.match.view import GraphView, common_owner
 from moecompile.plan import FFNSite
+from moecompile.torch_private import tree_leaves
 
 _SHARED = "lies in an MoE block that the model has already (a shared expert); name it by experts.match to rewrite it"
 

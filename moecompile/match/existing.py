@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from moecompile.capture import ModuleCall, Recording, trace_region
 from moecompile.errors import CaptureError
@@ -37,6 +36,7 @@ from moecompile.match.swiglu import are_swiglu
 from moecompile.match.view import GraphView
 from moecompile.nn.existing import correction_bias
 from moecompile.plan import ExpertsSite
+from moecompile.torch_private import tree_leaves
 
 Prove = Callable[[Region, ExpertsSite, ModuleCall], str | None]
 """Why the rewritten region may differ from its module on the recorded call; None if they agree."""

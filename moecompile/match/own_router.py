@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from moecompile.capture import Recording
 from moecompile.match.pointwise import torch_name
+from moecompile.torch_private import tree_leaves
 
 _LINEARS = ("linear", "addmm", "matmul", "bmm", "einsum")
 _SCORES = ("softmax", "sigmoid")

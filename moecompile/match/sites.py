@@ -16,7 +16,6 @@ from collections.abc import Callable, Container, Sequence
 from functools import partial
 
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
 
 from moecompile.capture import Example, Recording, is_meta, record
 from moecompile.errors import CaptureError, ConfigError
@@ -28,7 +27,7 @@ from moecompile.match.regions import Captured, Site
 from moecompile.match.view import GraphView, common_owner
 from moecompile.plan import FFNSite
 from moecompile.schema import SiteKind
-from moecompile.torch_private import fake_tensors
+from moecompile.torch_private import fake_tensors, tree_map_only
 
 
 def record_model(model: nn.Module, example: Example) -> Recording:

@@ -35,7 +35,7 @@ from moecompile.passes.rewrite import fill_site
 from moecompile.pipeline import Compilation
 from moecompile.plan import ExpertsSite, LayerPlan, Plan
 from moecompile.schema import Config, ModelLoad
-from moecompile.torch_private import local_block, local_part
+from moecompile.torch_private import apply, local_block, local_part, own_parameters
 
 _FULL = "Use model.load=full, which needs memory for the whole model on every rank"
 
@@ -113,11 +113,11 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
     def real(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor, device=device) if local_part(tensor).is_meta else tensor.to(device)
 
-    model._apply(real)  # FSDP2 sees the new shards through its own _apply
+    apply(model, real)  # FSDP2 sees the new shards through its own
     for first, *others in names.values():
         for name in others:
             owner, _, attribute = name.rpartition(".")
-            model.get_submodule(owner)._parameters[attribute] = model.get_parameter(first)
+            own_parameters(model.get_submodule(owner))[attribute] = model.get_parameter(first)
 
 
 def _init_our_buffers(model: nn.Module) -> set[int]:
@@ -269,7 +269,7 @@ def _dense_values(region: Region, ffns: Iterable[FFNMatch], weights: Pretrained)
 
 def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, attribute = name.rpartition(".")
-    module.get_submodule(owner)._parameters[attribute] = parameter
+    own_parameters(module.get_submodule(owner))[attribute] = parameter
 
 
 def _unique(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from moecompile.errors import ConfigError, MoecompileError
 from moecompile.nn import losses as loss_functions
@@ -21,6 +20,7 @@ from moecompile.nn.context import whole_sequences
 from moecompile.nn.meter import at_least
 from moecompile.nn.watch import named_arguments
 from moecompile.routing import NO_BALANCE, BalanceSpec
+from moecompile.torch_private import tree_leaves
 
 _OWN_LOSSES = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")
 """Coefficients in transformers' configs of the losses that its models add themselves."""

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.ops.slices import spread
-from moecompile.torch_private import local_part
+from moecompile.torch_private import local_part, own_parameters
 
 moe = torch.ops.moecompile
 SPLIT_DIMS: dict[str, dict[str, int]] = {
@@ -76,16 +76,16 @@ class _EmbeddingRows(_Split):
     padding_idx: int | None
 
     def forward(self, ids: Tensor) -> Tensor:
-        whole, padding, rows = self._parameters["weight"], self.padding_idx, local_part(self.weight)
+        whole, padding, rows = own_parameters(self)["weight"], self.padding_idx, local_part(self.weight)
         local = ids - self.tp_first
         is_here = (local >= 0) & (local < rows.shape[0])
         here = padding is not None and 0 <= padding - self.tp_first < rows.shape[0]
-        self._parameters["weight"] = rows  # type: ignore[assignment]
+        own_parameters(self)["weight"] = rows  # type: ignore[assignment]
         self.padding_idx = padding - self.tp_first if here else None  # type: ignore[operator]
         try:
             found: Tensor = super().forward(local.where(is_here, 0))
         finally:
-            self._parameters["weight"], self.padding_idx = whole, padding
+            own_parameters(self)["weight"], self.padding_idx = whole, padding
         out: Tensor = moe.sum_ranks(found * is_here.unsqueeze(-1).to(found.dtype), self.tp_axis)
         return out
 
@@ -116,11 +116,11 @@ def split_module(module: nn.Module, style: str, tp: DeviceMesh, split: dict[nn.P
         split: whole parameter -> its DTensor, of modules that were split before: tied weights stay tied.
     """
     for name, dim in SPLIT_DIMS[style].items():
-        whole = module._parameters.get(name)
+        whole = own_parameters(module).get(name)
         if whole is not None and not isinstance(whole, DTensor):
             if whole not in split:
                 split[whole] = _part(whole, tp, dim)
-            module._parameters[name] = split[whole]
+            own_parameters(module)[name] = split[whole]
     forward = _FORWARDS.get(style)
     if forward is None:
         return
@@ -128,7 +128,7 @@ def split_module(module: nn.Module, style: str, tp: DeviceMesh, split: dict[nn.P
     module.__class__ = type(f"{forward.__name__.strip('_')}{kind.__name__}", (forward, kind), {})
     vars(module)["tp_axis"] = tp.get_group().group_name
     if style == "embedding_rowwise":
-        vars(module)["tp_first"] = tp.get_local_rank() * module._parameters["weight"].shape[0] // tp.size()  # type: ignore[union-attr]
+        vars(module)["tp_first"] = tp.get_local_rank() * own_parameters(module)["weight"].shape[0] // tp.size()  # type: ignore[union-attr]
 
 
 def _part(whole: nn.Parameter, tp: DeviceMesh, dim: int) -> nn.Parameter:

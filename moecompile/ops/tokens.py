@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moecompile.torch_private import in_backward
+from moecompile.torch_private import in_backward, unsafe_view
 
 _lib = torch.library.Library("moecompile", "FRAGMENT")
 _lib.define("flatten_tokens(Tensor(a) x) -> Tensor(a)")
@@ -27,7 +27,7 @@ def _flatten_tokens(x: Tensor) -> Tensor:
 def _unflatten_tokens(y_TD: Tensor, like: Tensor) -> Tensor:
     """(T, D) -> the leading shape of `like`."""
     # As in torch's linear: y has no other user, so the result need not be a view, whose gradient FSDP could not hook.
-    shaped: Tensor = torch.ops.aten._unsafe_view.default(y_TD.contiguous(), like.shape)
+    shaped: Tensor = unsafe_view(y_TD.contiguous(), like.shape)
     return shaped
 
 

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moecompile.capture import ModuleCall, fresh_arguments, outputs_of
 from moecompile.match.experts import ExpertsMatch
@@ -38,6 +37,7 @@ from moecompile.match.regions import Region
 from moecompile.nn import Experts
 from moecompile.passes.base import experts_calls
 from moecompile.plan import FFNSite, LayerPlan
+from moecompile.torch_private import own_buffers, own_parameters, tree_leaves, tree_map_only
 
 _FACTOR = 2.0
 _ROUNDINGS = 8  # of a token in one layer, beside the sum over its experts
@@ -184,7 +184,7 @@ def _changed(module: nn.Module, change: _Change) -> Iterator[None]:
     kept = [
         (registry, name, value)
         for owner in module.modules()
-        for registry in (owner._parameters, owner._buffers)
+        for registry in (own_parameters(owner), own_buffers(owner))
         for name, value in registry.items()
         if value is not None and value.is_floating_point()
     ]

@@ -261,7 +261,7 @@ def lower_allgather(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) -> 
     graph.erase_node(nodes.unpermute)
 
 
-def _over(graph: fx.Graph, layer: LayerPlan, rows: fx.Node, op: torch._ops.OpOverloadPacket, axis: str) -> fx.Node:
+def _over(graph: fx.Graph, layer: LayerPlan, rows: fx.Node, op: Callable[..., object], axis: str) -> fx.Node:
     return on_the_wire(graph, layer, rows, lambda sent: graph.call_function(op, (sent, axis)), like=rows)
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from moecompile.capture import Example, ModuleCall, call_with, is_meta, replace_regions, undisturbed
 from moecompile.errors import PassError
@@ -32,6 +31,7 @@ from moecompile.passes.base import registered
 from moecompile.passes.run import Graphs
 from moecompile.passes.upcycle import step0_reason
 from moecompile.plan import FFNSite, LayerPlan
+from moecompile.torch_private import tree_leaves
 
 ON_META = "the model is on the meta device"
 """Why a promised equality was not measured."""

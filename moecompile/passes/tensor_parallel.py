@@ -22,6 +22,7 @@ from moecompile.nn.split import split_module
 from moecompile.passes.base import op_name
 from moecompile.plan import HEADS_STYLE, SLICE_OPS, Plan
 from moecompile.plan.reductions import DENSE, HEADS, INSIDE, ROUTER, SPLIT
+from moecompile.torch_private import own_parameters
 
 
 def split_dense(model: nn.Module, plan: Plan, tp: DeviceMesh) -> None:
@@ -44,7 +45,7 @@ def split_dense(model: nn.Module, plan: Plan, tp: DeviceMesh) -> None:
             if entry.style == "mla_kv_a_proj":
                 vars(module)["tp_rotary"] = int(model.config.qk_rope_head_dim)  # type: ignore[union-attr,arg-type]
     for module in model.modules():  # modules outside of the plan that share a split weight
-        for name, parameter in list(module._parameters.items()):
+        for name, parameter in list(own_parameters(module).items()):
             if parameter in split:
                 rule = f"is split over tp, but {type(module).__name__} uses it whole"
                 raise PlanError("tensor_parallel", name, rule, "Use mesh.tp=1, or untie the weights")

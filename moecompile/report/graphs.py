@@ -16,6 +16,7 @@ from moecompile.plan import EXCHANGE_OPS, WAIT_OPS
 from moecompile.report.picture import Box, Picture, Role, draw
 from moecompile.report.text import plural
 from moecompile.report.timeline import timeline
+from moecompile.torch_private import OPS
 
 _EXPERT_MODULES = {"router", "experts", "shared_experts"}
 _DTYPES = {
@@ -140,7 +141,7 @@ def _call(node: Node, graph_module: GraphModule, name_of: Callable[[Node], str])
 
 def _qualified(node: Node) -> str:
     """`moecompile.permute` or `aten.add.Tensor` for registered ops, the bare name for everything else."""
-    if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if isinstance(node.target, OPS):
         return str(node.target).removesuffix(".default")
     return op_name(node)
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moecompile.torch_private import local_part
+from moecompile.torch_private import local_part, version_of
 
 
 @torch.no_grad()
@@ -196,4 +196,4 @@ class FinishGradients:
 @torch.no_grad()
 def _version(grad: Tensor) -> int:
     """A version that grows with every in-place write, to the DTensor or to its shard."""
-    return grad._version + local_part(grad)._version
+    return version_of(grad) + version_of(local_part(grad))

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from moecompile.errors import UserError
-from moecompile.torch_private import local_part
+from moecompile.torch_private import local_part, tree_leaves
 
 
 class NotFinite(UserError):

@@ -42,7 +42,7 @@ class Products:
 
     def __init__(self, like: Tensor) -> None:
         self.is_wide = like.device.type == "cpu" and like.dtype is torch.bfloat16 and faster_wide()
-        self._buffers: dict[str, Tensor] = {}
+        self._scratch: dict[str, Tensor] = {}
 
     def transposed(self, block: Block, rows_MK: Tensor, weight_ENK: Tensor, out_MN: Tensor) -> None:
         """Each expert's rows times its transposed weight."""
@@ -108,10 +108,10 @@ class Products:
 
     def _like(self, name: str, tensor: Tensor) -> Tensor:
         """Scratch memory with the strides of `tensor`, a matrix or its transpose; fp32, except for `transposed`."""
-        buffer = self._buffers.get(name)
+        buffer = self._scratch.get(name)
         if buffer is None or buffer.numel() < tensor.numel():
             dtype = tensor.dtype if name == "transposed" else torch.float32
-            buffer = self._buffers[name] = torch.empty(tensor.numel(), dtype=dtype)
+            buffer = self._scratch[name] = torch.empty(tensor.numel(), dtype=dtype)
         return buffer.as_strided(tensor.shape, tensor.stride())
 
 
