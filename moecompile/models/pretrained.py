@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moecompile.models.loading import some
 from moecompile.models.stored import Stored
-from moecompile.torch_private import non_persistent
+from moecompile.torch_private import non_persistent as own_non_persistent
 
 
 @dataclass
@@ -240,5 +240,5 @@ def _with_number(pattern: str, key: str, expert: int) -> str:
 
 def non_persistent(module: nn.Module) -> dict[str, Tensor]:
     """The module's own non-persistent buffers, which are in no checkpoint."""
-    names = non_persistent(module)
+    names = own_non_persistent(module)
     return {name: buffer for name, buffer in module.named_buffers(recurse=False) if name in names}
