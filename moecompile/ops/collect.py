@@ -88,7 +88,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> list[Tensor | None]:
     grads: list[Tensor | None] = [None] * len(ctx.dtypes)
     (needed,) = ctx.needs_input_grad
     if calls := left.pop("expert_ffn", []):
-        grads[:] = torch.ops.moecompile.expert_ffn_weight_grad(*map(list, zip(*calls, strict=True)))
+        grads[:] = torch.ops.moecompile.expert_ffn_weight_grad([tensor for call in calls for tensor in call])
     for index, calls in left.items():
         if needed[index]:
             grads[index] = torch.ops.moecompile.grouped_mm_weight_grads(*map(list, zip(*calls, strict=True)))

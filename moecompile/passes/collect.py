@@ -6,7 +6,7 @@ of all chunks at once: one product per expert, written once (moecompile.ops.coll
 Algorithm, for each layer whose exchanges are in flight:
   1. Find the first wait that its experts depend on. Exchanges have been started before it. Backward is mirrored: there
      it is the last of these exchanges to be started, and the backward of none of the starts has run.
-  2. Insert a call of the experts that makes a token.
+  2. Insert a call of the experts' method that makes a token.
   3. Each call of the experts on rows is given the token.
 """
 
@@ -20,7 +20,7 @@ from torch import fx
 from moecompile.errors import PassError
 from moecompile.match.regions import Region
 from moecompile.passes.base import (
-    COLLECT,
+    GRAD_TOKEN,
     calls_by_layer,
     collecting_calls,
     copy_graph_module,
@@ -30,7 +30,6 @@ from moecompile.passes.base import (
 )
 from moecompile.plan import HALVES, WAIT_OPS, LayerPlan
 
-TOKEN = "token"
 _STARTS = frozenset(start for start, _ in HALVES.values())
 
 
@@ -48,7 +47,7 @@ class Collect:
         planned = sum(layer.dispatch.chunks for layer in layers)
         if len(calls) != planned:
             raise PassError(self.name, layers[0].site.fqn, f"{len(calls)} experts calls, planned are {planned}")
-        if collecting_calls(region.graph) or any(TOKEN in call.kwargs for call in calls):
+        if collecting_calls(region.graph) or any(GRAD_TOKEN in call.kwargs for call in calls):
             raise PassError(self.name, layers[0].site.fqn, "its weight gradients are collected already")
         for layer, mine in zip(layers, calls_by_layer(region.graph, layers), strict=True):
             if layer.dispatch.collects and not _waits_before(mine):
@@ -78,7 +77,7 @@ class Collect:
         place = {node: i for i, node in enumerate(after.graph.graph.nodes)}
         for layer, calls in zip(layers, calls_by_layer(after.graph, layers), strict=True):
             token = tokens.pop(0) if tokens and layer.dispatch.collects else None
-            read = {call.kwargs.get(TOKEN) for call in calls}
+            read = {call.kwargs.get(GRAD_TOKEN) for call in calls}
             if read != {token} or (token is None) == layer.dispatch.collects:
                 wanted = "one token" if layer.dispatch.collects else "none"
                 rule = f"its experts get {sorted(map(str, read))}, planned is {wanted}"
@@ -101,10 +100,10 @@ def _collect(graph: fx.Graph, calls: list[fx.Node]) -> None:
     first = next(node for node in graph.nodes if node in waits)
     weights = calls[0].args[2:]  # existing experts get theirs as arguments
     with graph.inserting_before(first):  # Step 2
-        target, arguments = str(calls[0].target), (None, None, *weights) if weights else ()
-        made = graph.create_node("call_module", target, arguments, {COLLECT: True}, name="weight_gradients")
+        experts = graph.get_attr(str(calls[0].target))
+        made = graph.create_node("call_method", GRAD_TOKEN, (experts, *weights), name="weight_gradients")
     for call in calls:  # Step 3
-        call.kwargs = {**call.kwargs, TOKEN: made}
+        call.kwargs = {**call.kwargs, GRAD_TOKEN: made}
 
 
 def _waits_before(calls: Sequence[fx.Node]) -> list[fx.Node]:
