@@ -121,7 +121,7 @@ class RowExperts(nn.Module):
 
     def views(self, weights: dict[str, Tensor], whole: Sequence[Tensor]) -> dict[str, Tensor]:
         """The weights of some experts, those of projections as (E, d_out, d_in). whole: those of all experts."""
-        raise NotImplementedError
+        return weights
 
     def compute(self, rows_RD: Tensor, project: Callable[[Tensor, str], Tensor]) -> Tensor:
         """(R, D) -> (R, D). project: (rows, name of a weight) -> their product, with adapters and bias."""
@@ -184,10 +184,6 @@ class Experts(RowExperts):
         self.down_proj_bias = parameter(d_model) if bias_down else None
         self.names = tuple(name for name, _ in self.named_parameters(recurse=False))
         self.activation = activation
-
-    def views(self, weights: dict[str, Tensor], whole: Sequence[Tensor]) -> dict[str, Tensor]:
-        """As they are."""
-        return weights
 
     def compute(self, rows_RD: Tensor, project: Callable[[Tensor, str], Tensor]) -> Tensor:
         """Up, activation, down."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from moecompile.errors import ConfigError, MoecompileError
+from moecompile.nn.chosen import kept_within
 from moecompile.nn.losses import KeepsLosses
 from moecompile.nn.watch import named_arguments
 from moecompile.routing import NO_BALANCE, BalanceSpec
@@ -110,10 +111,7 @@ class OwnCapacity(nn.Module):
 
     def forward(self, ids_TK: Tensor, weights_TK: Tensor, real_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns ids, with `num_experts` for a dropped assignment, and weights, 0 for one."""
-        kept_TK = torch.ops.moecompile.within_capacity(
-            ids_TK, weights_TK.detach(), self.num_experts, self.factor, self.drop, real_T
-        )
-        return ids_TK.masked_fill(~kept_TK, self.num_experts), weights_TK.masked_fill(~kept_TK, 0.0)
+        return kept_within(ids_TK, weights_TK, self.num_experts, self.factor, self.drop, real_T)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

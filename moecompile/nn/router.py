@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.errors import MoecompileError
-from moecompile.nn.chosen import in_words, open_experts, replayed_or_live
+from moecompile.nn.chosen import in_words, kept_within, open_experts, replayed_or_live
 from moecompile.nn.losses import KeepsLosses
 from moecompile.nn.meter import BINS, LoadMeter
 from moecompile.nn.padding import without_padding
@@ -185,12 +185,10 @@ class Router(KeepsLosses):
 
     def _limited(self, ids_TK: Tensor, weights_TK: Tensor, real_T: Tensor | None) -> tuple[Tensor, Tensor]:
         """Drops assignments beyond the capacity; weights of kept assignments are unchanged."""
-        if self.config.capacity_factor is None:
+        factor, drop = self.config.capacity_factor, self.config.drop
+        if factor is None:
             return ids_TK, weights_TK
-        kept_TK = torch.ops.moecompile.within_capacity(
-            ids_TK, weights_TK.detach(), self.num_experts, self.config.capacity_factor, self.config.drop, real_T
-        )
-        return ids_TK.masked_fill(~kept_TK, self.num_experts), weights_TK.masked_fill(~kept_TK, 0.0)
+        return kept_within(ids_TK, weights_TK, self.num_experts, factor, drop, real_T)
 
     def _expert_choice(self, scores_TE: Tensor, real_T: Tensor | None) -> tuple[Tensor, Tensor]:
         factor = 1.0 if self.config.capacity_factor is None else self.config.capacity_factor
