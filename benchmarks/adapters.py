@@ -23,18 +23,20 @@ D_IN, D_OUT = 256, 512
 
 def variants(num_experts: int, rows: int) -> dict[str, Callable[[], Tensor]]:
     """The frozen projection alone, with its adapters on rows, and with its adapters added to the weight."""
-    grouped_mm = torch.ops.moecompile.grouped_mm
+
+    def times(rows: Tensor, weight: Tensor) -> Tensor:
+        out: Tensor = torch.ops.moecompile.grouped_mm(rows, [weight], counts_E, None, 0)
+        return out
+
     weight_EOI = torch.randn(num_experts, D_OUT, D_IN) * 0.02
     a_ErI = (torch.randn(num_experts, RANK, D_IN) * 0.02).requires_grad_()
     b_EOr = (torch.randn(num_experts, D_OUT, RANK) * 0.02).requires_grad_()
     x_RI = torch.randn(rows, D_IN, requires_grad=True)
     counts_E = torch.full((num_experts,), rows // num_experts)
     return {
-        "frozen": lambda: grouped_mm(x_RI, weight_EOI, counts_E),
-        "rows": lambda: (
-            grouped_mm(x_RI, weight_EOI, counts_E) + 2 * grouped_mm(grouped_mm(x_RI, a_ErI, counts_E), b_EOr, counts_E)
-        ),
-        "weights": lambda: grouped_mm(x_RI, torch.baddbmm(weight_EOI, b_EOr, a_ErI, alpha=2.0), counts_E),
+        "frozen": lambda: times(x_RI, weight_EOI),
+        "rows": lambda: times(x_RI, weight_EOI) + 2 * times(times(x_RI, a_ErI), b_EOr),
+        "weights": lambda: times(x_RI, torch.baddbmm(weight_EOI, b_EOr, a_ErI, alpha=2.0)),
     }
 
 

@@ -51,8 +51,8 @@ def step(experts: Experts, x: Tensor, direction: Tensor, chunks: int) -> float:
     counts_E = torch.full((num_experts,), rows // num_experts)
     experts.zero_grad()
     start = time.thread_time()
-    token = experts(collect=True) if chunks else None
-    outputs = [experts(part, counts_E, source_R=source_R, weights_R=weights_R, token=token) for part in parts]
+    token = experts.grad_token() if chunks else None
+    outputs = [experts(part, counts_E, source_R=source_R, weights_R=weights_R, grad_token=token) for part in parts]
     torch.autograd.backward(outputs, list(direction.chunk(len(parts))))
     return time.thread_time() - start
 

@@ -29,6 +29,7 @@ from moecompile.models.pretrained import Pretrained, non_persistent
 from moecompile.models.stored import Stored
 from moecompile.nn import Experts, Latent, LatentDown, LatentUp, Router, SharedExperts, meters_of, routers_of
 from moecompile.nn.adapters import init_adapters, side_of
+from moecompile.nn.losses import keepers_of
 from moecompile.nn.own_router import own_routers
 from moecompile.nn.placement import expert_orders, global_rows, runs_of
 from moecompile.passes.rewrite import fill_site
@@ -124,11 +125,9 @@ def _init_our_buffers(model: nn.Module) -> set[int]:
     """Initializes correction biases, loads and counters; returns the ids of those that are in no checkpoint."""
     for _, router in routers_of(model):
         router.correction_bias.zero_()
-        if router.global_load is not None:
-            router.global_load.fill_(1 / router.num_experts)
-    for _, reader in own_routers(model):
-        if reader.global_load is not None:
-            reader.global_load.fill_(1 / reader.num_choices)
+    for _, keeper in keepers_of(model):
+        if keeper.global_load is not None:
+            keeper.global_load.fill_(1 / keeper.global_load.numel())
     counters = [buffer for _, meter in meters_of(model) for buffer in meter.buffers()]
     for counter in counters:
         counter.zero_()

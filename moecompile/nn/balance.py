@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moecompile.errors import MoecompileError
-from moecompile.nn.auxiliary import KeepsLosses, keepers_of
 from moecompile.nn.existing import own_biases
+from moecompile.nn.losses import KeepsLosses, keepers_of
 from moecompile.nn.meter import DROPPED, ENTROPY, TOKENS, LoadMeter
 from moecompile.nn.own_router import own_routers
 from moecompile.nn.router import Router, routers_of

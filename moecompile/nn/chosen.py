@@ -1,4 +1,4 @@
-"""Limits of a router's choice: groups that are open to a token, and a choice that is replayed.
+"""Limits of a router's choice: groups that are open to a token, a capacity, and a choice that is replayed.
 
 Legend: T tokens, E experts, K top-k, G groups of e experts.
 """
@@ -21,6 +21,14 @@ def open_experts(choice_TE: Tensor, config: RouterConfig, num_experts: int) -> T
     best = group_scores_TG.topk(config.top_groups, dim=-1, sorted=False).indices
     open_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool).scatter_(1, best, True)
     return open_TG.repeat_interleave(per_group, dim=1)
+
+
+def kept_within(
+    ids_TK: Tensor, weights_TK: Tensor, num_experts: int, factor: float, drop: str, real_T: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """ids, `num_experts` for an assignment beyond the capacity, and weights, 0 for one and unchanged for others."""
+    kept_TK = torch.ops.moecompile.within_capacity(ids_TK, weights_TK.detach(), num_experts, factor, drop, real_T)
+    return ids_TK.masked_fill(~kept_TK, num_experts), weights_TK.masked_fill(~kept_TK, 0.0)
 
 
 def replayed_or_live(ids_TK: Tensor, live_TK: Tensor, num_experts: int) -> Tensor:

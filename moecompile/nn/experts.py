@@ -1,22 +1,153 @@
 """Routed experts with stacked weights, and the shared expert, which gets every token.
 
-Legend: R rows in expert order, D model dim, F expert width, E experts on this rank.
+Legend: R rows in expert order, V rows of an input that they are gathered from, D model dim, F expert width, E experts
+on this rank, S slots: as many counts as experts, or more (moecompile.ops.grouped).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moecompile import ops  # noqa: F401  (registers the ops)
+from moecompile.errors import MoecompileError
 from moecompile.ops.backend import experts_by
+from moecompile.ops.expert_ffn import RaggedRows
 from moecompile.torch_private import local_part
 
 
-class Experts(nn.Module):
+class Mode(NamedTuple):
+    """How experts compute, if not just rows with their own weights: the keywords of their call in a graph.
+
+    Attributes:
+        source_R, weights_R: of `fuse`. The first argument is an input (V, D), source_R the row of each assignment,
+            weights_R its routing weight. The result has the weighted sums, (V, D). Only for SwiGLU without biases.
+        backend, max_per_token: of `fuse`. `module:name` of what computes these sums, and the most of the local experts
+            that a row has.
+        borrowed: of `lend`. The weights of experts of other ranks, in the order of `names`.
+        grad_token: of `collect`. From the method `grad_token`: its backward computes the weight gradients.
+    """
+
+    source_R: Tensor | None = None
+    weights_R: Tensor | None = None
+    backend: str | None = None
+    max_per_token: int | None = None
+    borrowed: Sequence[Tensor] | None = None
+    grad_token: Tensor | None = None
+
+    def check(self) -> None:
+        """Raises MoecompileError if no experts compute so."""
+        if sum(each is not None for each in (self.backend, self.borrowed, self.grad_token)) > 1:
+            raise MoecompileError("experts: backend, borrowed and grad_token exclude each other")
+        is_fused, is_other = self.source_R is not None, self.backend is not None
+        if is_fused != (self.weights_R is not None) or is_other != (self.max_per_token is not None):
+            raise MoecompileError("experts: source_R goes with weights_R, and backend with max_per_token")
+        if is_other and not is_fused:
+            raise MoecompileError("experts: a backend computes fused experts: give source_R and weights_R")
+
+
+class ExpertWeights(NamedTuple):
+    """The weights of one call, of own experts and, if some may be, of borrowed ones.
+
+    Attributes:
+        stacks: name -> (E, d_out, d_in) of each.
+        biases: name -> (E, d_out) of each.
+        grad_token: as in `Mode`; the stacks are detached.
+    """
+
+    stacks: dict[str, list[Tensor]]
+    biases: dict[str, list[Tensor]]
+    grad_token: Tensor | None
+
+    def product(self, rows: Tensor, counts_S: Tensor, name: str) -> Tensor:
+        """Rows times the matrices of their experts, (R, d_out)."""
+        index = list(self.stacks).index(name)
+        out: Tensor = torch.ops.moecompile.grouped_mm(rows, self.stacks[name], counts_S, self.grad_token, index)
+        return out
+
+    def with_bias(self, out_RF: Tensor, counts_S: Tensor, name: str, rows: Tensor) -> Tensor:
+        """out_RF plus each row's expert bias, if there is one; `rows` only gives the number of rows."""
+        if name not in self.biases:
+            return out_RF
+        bias_EF = torch.cat(self.biases[name]) if len(self.biases[name]) > 1 else self.biases[name][0]
+        counts_E = counts_S[: bias_EF.shape[0]]  # slots that are not in use have no rows
+        # Under autocast the product is narrower than the bias, and the sum must keep the dtype of the product.
+        bias_RF: Tensor = torch.ops.moecompile.expert_bias(bias_EF.to(out_RF.dtype), counts_E, rows)
+        return out_RF + bias_RF
+
+
+class RowExperts(nn.Module):
+    """Experts on rows in expert order. What they are made of is `views`, and how they use it `compute`.
+
+    Attributes:
+        num_experts: over all ranks.
+        names: of the weights, in the order in which they are given.
+        adapter_scale: of adapters, `lora_A.NAME` (E, r, d_in) and `lora_B.NAME` (E, d_out, r) of the weight NAME:
+            expert e computes with W_e + scale B_e A_e, but this sum is never in memory.
+    """
+
+    num_experts: int
+    names: tuple[str, ...]
+    adapter_scale: float | None = None
+
+    def forward(self, rows: Tensor, counts_S: Tensor, *given: Tensor, **mode: Any) -> Tensor:
+        """Rows (R, D) in expert order, counts_S of each local expert, its weights -> (R, D); (V, D) -> (V, D) if fused.
+
+        Args:
+            given: weights of the local experts, by `names`; none: those of the module.
+            mode: `Mode`. With borrowed experts, counts_S has their rows after those of the own ones.
+        """
+        how = Mode(**mode)
+        how.check()
+        weights = self._weights(given, how)
+        if how.source_R is None or how.weights_R is None:
+            return self.compute(rows, lambda x, name: self._project(x, counts_S, name, weights))
+        ragged = RaggedRows(rows, how.source_R, how.weights_R, counts_S)
+        gate_ups, downs = weights.stacks["gate_up_proj"], weights.stacks["down_proj"]
+        if how.backend is not None and how.max_per_token is not None:
+            return experts_by(how.backend, how.max_per_token, ragged, gate_ups[0], downs[0])
+        out: Tensor = torch.ops.moecompile.expert_ffn(*ragged, gate_ups, downs, weights.grad_token)[0]
+        return out
+
+    def grad_token(self, *given: Tensor) -> Tensor:
+        """A token for calls: these compute no weight gradients; its backward computes them for all calls at once."""
+        stacks = self._weights(given, Mode()).stacks.values()
+        made: Tensor = torch.ops.moecompile.collect_gradients([own for (own,) in stacks])
+        return made
+
+    def views(self, weights: dict[str, Tensor], whole: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The weights of some experts, those of projections as (E, d_out, d_in). whole: those of all experts."""
+        return weights
+
+    def compute(self, rows_RD: Tensor, project: Callable[[Tensor, str], Tensor]) -> Tensor:
+        """(R, D) -> (R, D). project: (rows, name of a weight) -> their product, with adapters and bias."""
+        raise NotImplementedError
+
+    def _weights(self, given: Sequence[Tensor], how: Mode) -> ExpertWeights:
+        whole = given or [getattr(self, name) for name in self.names]
+        own_and_borrowed = [[local_part(weight) for weight in whole], *([] if how.borrowed is None else [how.borrowed])]
+        views = [self.views(dict(zip(self.names, each, strict=True)), whole) for each in own_and_borrowed]
+        by_name = {name: [view[name] for view in views] for name in self.names}
+        biases = {name: tensors for name, tensors in by_name.items() if name.endswith("_bias")}
+        stacks = {name: tensors for name, tensors in by_name.items() if name not in biases}
+        if how.grad_token is not None:
+            stacks = {name: [own.detach()] for name, (own,) in stacks.items()}
+        return ExpertWeights(stacks, biases, how.grad_token)
+
+    def _project(self, rows: Tensor, counts_S: Tensor, name: str, weights: ExpertWeights) -> Tensor:
+        out = weights.product(rows, counts_S, name)
+        if self.adapter_scale is not None and (factor := f"lora_A.{name}") in weights.stacks:
+            low_Rr = weights.product(rows.to(weights.stacks[factor][0].dtype), counts_S, factor)
+            delta = weights.product(low_Rr, counts_S, f"lora_B.{name}")
+            out = out + (self.adapter_scale * delta).to(out.dtype)
+        return weights.with_bias(out, counts_S, f"{name}_bias", rows)
+
+
+class Experts(RowExperts):
     """`num_experts` FFNs with stacked weights: `gate_up_proj` (E, 2F, D) or `up_proj` (E, F, D), `down_proj` (E, D, F).
 
     Args:
@@ -51,106 +182,22 @@ class Experts(nn.Module):
         self.register_parameter(f"{self.in_name}_bias", parameter(width) if bias_up else None)
         self.down_proj = parameter(d_model, d_expert)
         self.down_proj_bias = parameter(d_model) if bias_down else None
+        self.names = tuple(name for name, _ in self.named_parameters(recurse=False))
         self.activation = activation
 
-    def forward(
-        self,
-        rows_RD: Tensor | None = None,
-        counts_E: Tensor | None = None,
-        source_R: Tensor | None = None,
-        weights_R: Tensor | None = None,
-        token: Tensor | None = None,
-        collect: bool = False,
-        borrowed: Sequence[Tensor] | None = None,
-        backend: str = "",
-        most: int = 0,
-    ) -> Tensor:
-        """rows_RD in expert order, counts_E rows of each local expert -> (R, D).
-
-        With source_R and weights_R, from the pass `fuse`: rows_RD is (V, D), source_R has the row of each assignment,
-        and the result is the weighted sum over the experts of each row, (V, D). Only for SwiGLU without biases.
-
-        With collect, from the pass `overlap`: a token. Calls that are given it compute no weight gradients; these are
-        computed for all of them at once (moecompile.ops.collect).
-
-        borrowed, from the pass `lend`: the parameters of experts of other ranks, in the order of `parameters()`.
-        counts_E has their rows after those of the local experts. Not with a token.
-
-        backend, from the plan: `module:name` of what computes the fused experts, at most `most` of them for a row.
-        """
-        names = [name for name, _ in self.named_parameters(recurse=False)]
-        lent = {} if borrowed is None else dict(zip(names, borrowed, strict=True))
-        weights = [local_part(getattr(self, name)) for name in (self.in_name, "down_proj")]
-        if collect:
-            made: Tensor = torch.ops.moecompile.collect_gradients(weights)
-            return made
-        assert rows_RD is not None and counts_E is not None
-        if token is not None:
-            weights = [weight.detach() for weight in weights]
-        if source_R is not None and weights_R is not None:
-            if backend:
-                return experts_by(backend, most, rows_RD, source_R, weights_R, counts_E, weights[0], weights[1])
-            more = [lent[name] for name in (self.in_name, "down_proj")] if lent else None
-            return fused_experts(rows_RD, source_R, weights_R, counts_E, weights, more, token)
-        hidden = self._project(rows_RD, counts_E, weights, 0, token, lent)
+    def compute(self, rows_RD: Tensor, project: Callable[[Tensor, str], Tensor]) -> Tensor:
+        """Up, activation, down."""
+        hidden = project(rows_RD, self.in_name)
         if self.gated:
             gate_RF, up_RF = hidden.chunk(2, dim=-1)
             hidden_RF = self.activation(gate_RF, up_RF)
         else:
             hidden_RF = self.activation(hidden)
-        return self._project(hidden_RF, counts_E, weights, 1, token, lent)
-
-    def _project(
-        self, rows: Tensor, counts_E: Tensor, weights: list[Tensor], index: int, token: Tensor | None,
-        lent: Mapping[str, Tensor],
-    ) -> Tensor:  # fmt: skip
-        name = (self.in_name, "down_proj")[index]
-        out = grouped_mm(rows, weights[index], counts_E, token, index, lent.get(name))
-        bias = getattr(self, f"{name}_bias")
-        return out if bias is None else with_bias(out, local_part(bias), counts_E, rows, lent.get(f"{name}_bias"))
+        return project(hidden_RF, "down_proj")
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.num_experts} experts, {self.d_model} -> {self.d_expert}, {'gated' if self.gated else 'up-down'}"
-
-
-def fused_experts(
-    rows_VD: Tensor,
-    source_R: Tensor,
-    weights_R: Tensor,
-    counts_E: Tensor,
-    weights: Sequence[Tensor],
-    lent: Sequence[Tensor] | None,
-    token: Tensor | None,
-) -> Tensor:
-    """`expert_ffn` of the local experts, and of those that are `lent` to this rank if there may be some, (V, D)."""
-    arguments = (rows_VD, source_R, weights_R, counts_E, *weights)
-    if lent is None:
-        out: tuple[Tensor, ...] = torch.ops.moecompile.expert_ffn(*arguments, token)
-    else:
-        out = torch.ops.moecompile.expert_ffn_slots(*arguments, *lent)
-    return out[0]
-
-
-def grouped_mm(
-    rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor, token: Tensor | None, index: int, lent_nFD: Tensor | None
-) -> Tensor:
-    """The op, over local experts and those that are lent to this rank, (R, F)."""
-    if lent_nFD is None:
-        out: Tensor = torch.ops.moecompile.grouped_mm(rows_RD, weight_EFD, counts_E, token, index)
-    else:
-        out = torch.ops.moecompile.grouped_mm_slots(rows_RD, weight_EFD, lent_nFD, counts_E)
-    return out
-
-
-def with_bias(out_RF: Tensor, bias_EF: Tensor, counts_E: Tensor, rows: Tensor, lent_nF: Tensor | None) -> Tensor:
-    """out_RF plus each row's expert bias."""
-    if lent_nF is not None:
-        bias_EF = torch.cat((bias_EF, lent_nF))
-        counts_E = counts_E[: bias_EF.shape[0]]  # slots that are not in use have no rows
-    # Under autocast the product is narrower than the bias, and the sum must keep the dtype of the product.
-    bias_RF: Tensor = torch.ops.moecompile.expert_bias(bias_EF.to(out_RF.dtype), counts_E, rows)
-    return out_RF + bias_RF
 
 
 class SharedExperts(nn.Module):

@@ -1,4 +1,4 @@
-"""Auxiliary losses of a router: load-balancing losses, and a loss that keeps logits small.
+"""Auxiliary losses of a router: load-balancing losses, a loss that keeps logits small, and who keeps them for backward.
 
 Legend: T tokens, S tokens of a sequence, E experts, K top-k. Leading dims (...) are batch dims. The balance losses
 multiply two vectors over experts:
@@ -12,25 +12,123 @@ multiply two vectors over experts:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Self, cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import Node
 
+from moecompile.nn.context import whole_sequences
+from moecompile.nn.meter import at_least
+from moecompile.nn.scores import FUNCTIONS
 from moecompile.ops.tokens import expert_counts
+from moecompile.routing import BalanceSpec
+from moecompile.torch_private import in_backward
 
 
-def loss_of(
-    name: str, logits: Tensor, scores: Tensor, probs: Tensor, ids_TK: Tensor, top_k: int, real: Tensor | None
-) -> Tensor:
-    """The loss `micro_batch`, `sequence` or `z` of a router.
+class KeepsLosses(nn.Module):
+    """A router, ours or what is read from the model's own, that keeps the losses of its last training forward.
+
+    `global_load` (E,), only with a global_batch loss, is each expert's fraction of the previous optimizer step's load.
 
     Args:
-        logits, scores, probs: (..., S, E), the last normalised; (S, E) is one sequence. ids_TK: chosen experts.
+        num_choices: E. top_k: experts per token. score: of `FUNCTIONS`.
+        balance: which losses it has, and their coefficients.
+
+    Attributes:
+        positions: process group of the ranks with the other positions of a sequence.
+        aux_losses: kind -> coefficient * loss, with its graph.
+        aux_node: to test whether a loss depends on that forward.
     """
-    if name == "micro_batch":
-        return micro_batch_loss(probs, ids_TK, real)
-    if name == "sequence":
-        return sequence_loss(torch.atleast_2d(scores), torch.atleast_2d(probs), top_k, real)
-    return z_loss(logits, real)
+
+    global_load: Tensor | None
+
+    def __init__(
+        self,
+        num_choices: int,
+        top_k: int,
+        score: str,
+        balance: BalanceSpec,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.top_k, self.score, self.losses = top_k, score, balance.losses
+        wide = torch.promote_types(dtype, torch.float32)
+        even = torch.full((num_choices,), 1 / num_choices, device=device, dtype=wide)
+        self.register_buffer("global_load", even if balance.global_batch else None)
+        self.positions: str | None = None
+        self.aux_losses: dict[str, Tensor] = {}
+        self.aux_node: Node | None = None
+
+    @property
+    def aux_loss(self) -> Tensor | None:
+        """Sum of coefficient * loss of the last training forward, a mean over its tokens; None without losses."""
+        return torch.stack(list(self.aux_losses.values())).sum() if self.aux_losses else None
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the router gets gradients."""
+        raise NotImplementedError
+
+    def scored(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores by which experts are chosen, and shares of all of them, which sum to 1."""
+        functions = FUNCTIONS[self.score]
+        scores = functions.score(logits)
+        return scores, functions.distribute(logits, scores)
+
+    def keep(self, losses: dict[str, Tensor], made: Tensor) -> None:
+        """Replaces the losses of the previous forward by those of this one, which made the tensor `made`.
+
+        A forward without gradients does not replace losses with gradients, which the objective still needs for its
+        backward.
+        """
+        if torch.compiler.is_compiling():
+            self.aux_losses = losses  # compiled code cannot query whether autograd is in backward
+        elif in_backward():
+            return  # a recomputed forward must not keep its graph alive
+        elif torch.is_grad_enabled() or not any(loss.requires_grad for loss in self.aux_losses.values()):
+            self.aux_losses, self.aux_node = losses, made.grad_fn
+
+    def losses_of(
+        self, logits: Tensor, scored: tuple[Tensor, Tensor] | None, ids_TK: Tensor, real: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Kind -> coefficient * loss.
+
+        Args:
+            logits: (..., S, E); (S, E) is one sequence. scored: what `scored` returns for them, if known.
+            ids_TK: chosen experts, before drops.
+        """
+        if not self.losses:
+            return {}
+        if logits.numel() == 0:  # the mean over no tokens is undefined
+            return {name: logits.sum() for name in self.losses}
+        if self.positions is not None:
+            logits, ids_TK, real = whole_sequences(logits, ids_TK, real, self.positions)
+            scored = None
+        scores, probs = self.scored(logits) if scored is None else scored
+        by_name: dict[str, Callable[[], Tensor]] = {
+            "micro_batch": lambda: micro_batch_loss(probs, ids_TK, real),
+            "sequence": lambda: sequence_loss(torch.atleast_2d(scores), torch.atleast_2d(probs), self.top_k, real),
+            "global_batch": lambda: global_batch_loss(probs, cast(Tensor, self.global_load), real),
+            "z": lambda: z_loss(logits, real),
+        }
+        return {name: coefficient * by_name[name]() for name, coefficient in self.losses.items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # A cast of the model to bf16 leaves the router in fp32, a move to another device moves it.
+        super()._apply(at_least(torch.float32, fn), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The losses of the last forward have a graph, which can be neither copied nor pickled.
+        return {**self.__dict__, "aux_losses": {}, "aux_node": None}
+
+
+def keepers_of(model: nn.Module) -> list[tuple[str, KeepsLosses]]:
+    """All of them with their module paths, in model order."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, KeepsLosses)]
 
 
 def micro_batch_loss(probs: Tensor, ids_TK: Tensor, real: Tensor | None = None) -> Tensor:

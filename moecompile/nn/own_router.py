@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from moecompile.errors import ConfigError, MoecompileError
-from moecompile.nn import losses as loss_functions
-from moecompile.nn.auxiliary import KeepsLosses
-from moecompile.nn.context import whole_sequences
-from moecompile.nn.meter import at_least
+from moecompile.nn.chosen import kept_within
+from moecompile.nn.losses import KeepsLosses
 from moecompile.nn.watch import named_arguments
 from moecompile.routing import NO_BALANCE, BalanceSpec
 from moecompile.torch_private import tree_leaves
@@ -29,8 +27,6 @@ _OWN_LOSSES = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")
 class OwnRouter(KeepsLosses):
     """The model's own router as its experts see it.
 
-    `global_load` (E,), only with a global_batch loss, is each expert's fraction of the previous optimizer step's load.
-
     Args:
         num_choices: E. top_k: experts per token. score: `softmax` or `sigmoid`, of the logits; `other`: only their
             z-loss is known.
@@ -38,7 +34,6 @@ class OwnRouter(KeepsLosses):
         balance: its losses are those of this router. has_sequences: whether the block is called with (B, S, D).
     """
 
-    global_load: Tensor | None
     router: nn.Module | None
 
     def __init__(
@@ -53,13 +48,8 @@ class OwnRouter(KeepsLosses):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
-        self.num_choices, self.top_k, self.score, self.source = num_choices, top_k, score, source
-        self.losses, self.has_sequences = balance.losses, has_sequences
-        wide = torch.promote_types(dtype, torch.float32)
-        even = torch.full((num_choices,), 1 / num_choices, device=device, dtype=wide)
-        self.register_buffer("global_load", even if balance.global_batch else None)
-        self.positions: str | None = None  # process group of the ranks with the other positions of a sequence
+        super().__init__(num_choices, top_k, score, balance, device, dtype)
+        self.num_choices, self.source, self.has_sequences = num_choices, source, has_sequences
         self.given: Tensor | None = None  # the logits of this forward, (..., E); (B, S, E) if sequences are known
         vars(self)["router"] = None  # the module that is read, which stays where it is; None: nothing is read
 
@@ -90,41 +80,14 @@ class OwnRouter(KeepsLosses):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if real_T is not None:
             ids_TK = ids_TK.masked_fill(~real_T.unsqueeze(1), self.num_choices)
-        self.keep(self._losses(logits, ids_TK, real_T), weights_TK)
+        self.keep(self.losses_of(logits, None, ids_TK, real_T), weights_TK)
         if self.score == "other":
             return None
-        return self._scored(logits.detach())[1].reshape(-1, self.num_choices)
+        return self.scored(logits.detach())[1].reshape(-1, self.num_choices)
 
-    def _losses(self, logits: Tensor, ids_TK: Tensor, real_T: Tensor | None) -> dict[str, Tensor]:
-        if self.losses and logits.numel() == 0:  # the mean over no tokens is undefined
-            return {name: logits.sum() for name in self.losses}
-        if self.losses and self.positions is not None:
-            logits, ids_TK, real_T = whole_sequences(logits, ids_TK, real_T, self.positions)
-        scores, probs = self._scored(logits) if self.losses else (logits, logits)
-        return {
-            name: coefficient * self._loss(name, logits, scores, probs, ids_TK, real_T)
-            for name, coefficient in self.losses.items()
-        }
-
-    def _loss(
-        self, name: str, logits: Tensor, scores: Tensor, probs: Tensor, ids_TK: Tensor, real_T: Tensor | None
-    ) -> Tensor:
-        if name == "global_batch":
-            assert self.global_load is not None
-            return loss_functions.global_batch_loss(probs, self.global_load, real_T)
-        return loss_functions.loss_of(name, logits, scores, probs, ids_TK, self.top_k, real_T)
-
-    def _scored(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The scores, and the same normalised to sum to 1 over the choices of a token."""
-        if self.score == "sigmoid":
-            scores = logits.sigmoid()
-            return scores, scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
-        scores = logits.softmax(-1)
-        return scores, scores
-
-    def _apply(self, fn: Any, recurse: bool = True) -> OwnRouter:
-        super()._apply(at_least(torch.float32, fn), recurse)  # type: ignore[no-untyped-call]
-        return self
+    def scored(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """As for any router; the logits if the score is not known: the z-loss reads neither."""
+        return (logits, logits) if self.score == "other" else super().scored(logits)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "given": None}
@@ -148,10 +111,7 @@ class OwnCapacity(nn.Module):
 
     def forward(self, ids_TK: Tensor, weights_TK: Tensor, real_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns ids, with `num_experts` for a dropped assignment, and weights, 0 for one."""
-        kept_TK = torch.ops.moecompile.within_capacity(
-            ids_TK, weights_TK.detach(), self.num_experts, self.factor, self.drop, real_T
-        )
-        return ids_TK.masked_fill(~kept_TK, self.num_experts), weights_TK.masked_fill(~kept_TK, 0.0)
+        return kept_within(ids_TK, weights_TK, self.num_experts, self.factor, self.drop, real_T)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.errors import MoecompileError
-from moecompile.nn import losses as loss_functions
-from moecompile.nn.auxiliary import KeepsLosses
-from moecompile.nn.chosen import in_words, open_experts, replayed_or_live
-from moecompile.nn.context import whole_sequences
-from moecompile.nn.meter import BINS, LoadMeter, at_least
+from moecompile.nn.chosen import in_words, kept_within, open_experts, replayed_or_live
+from moecompile.nn.losses import KeepsLosses
+from moecompile.nn.meter import BINS, LoadMeter
 from moecompile.nn.padding import without_padding
 from moecompile.nn.scores import FUNCTIONS, normed
 from moecompile.routing import NO_BALANCE, BalanceSpec, RouterConfig, check_balance
@@ -31,8 +29,7 @@ class Router(KeepsLosses):
 
     weight (E, D), bias (E,), norm_scale (D,), expert_scale (E,), shared_weight (S, D) and all computation are in fp32
     or wider with every precision; without these options, the last four are None. `correction_bias` (E,) affects the
-    choice but not the routing weights (DeepSeek-V3 report, section 2.1.2). `global_load` (E,), only with a global_batch
-    loss, is each expert's fraction of the previous optimizer step's load. `meter` counts the load.
+    choice but not the routing weights (DeepSeek-V3 report, section 2.1.2). `meter` counts the load.
 
     A dropped assignment, and with expert choice an expert that did not take the token, has the id num_experts and the
     weight 0. So has padding, in every slot; it is in no count, loss or capacity.
@@ -54,7 +51,6 @@ class Router(KeepsLosses):
     norm_scale: Tensor | None
     expert_scale: Tensor | None
     shared_weight: Tensor | None
-    global_load: Tensor | None
 
     def __init__(
         self,
@@ -70,10 +66,10 @@ class Router(KeepsLosses):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
         config.check_experts(num_experts)
         check_balance(config, balance)
-        self.num_experts, self.config, self.balance, self.losses = num_experts, config, balance, balance.losses
+        super().__init__(num_experts, config.top_k, config.score, balance, device, dtype)
+        self.num_experts, self.config, self.balance = num_experts, config, balance
         wide = torch.promote_types(dtype, torch.float32)
         self.weight = nn.Parameter(torch.empty(num_experts, d_model, device=device, dtype=wide))
         for name, size, exists in (
@@ -86,14 +82,11 @@ class Router(KeepsLosses):
         rows = nn.Parameter(torch.empty(num_shared, d_model, device=device, dtype=wide)) if num_shared else None
         self.register_parameter("shared_weight", rows)
         self.register_buffer("correction_bias", torch.zeros(num_experts, device=device, dtype=wide))
-        even = torch.full((num_experts,), 1 / num_experts, device=device, dtype=wide)
-        self.register_buffer("global_load", even if balance.global_batch else None)
         bins = BINS if balance.rule == "quantile" else 0
         self.meter = LoadMeter(num_experts, num_nodes, device, has_entropy=True, num_identity=num_identity, bins=bins)
         self.layer = layer
         self.on_choice: Callable[[Tensor], None] | None = None  # `record_routes` is told every choice
         self.replayed: Tensor | None = None  # the choice that `replay_routes` sets, (T, K)
-        self.positions: str | None = None  # process group of the ranks with the other positions of a sequence
         self.key = torch.zeros(4, dtype=torch.int64, device="cpu")  # not a buffer: ops read it on the host
         self.is_keyed = False
 
@@ -126,7 +119,9 @@ class Router(KeepsLosses):
                 self.on_choice(ids)
             kept, weights = self._limited(ids, weights, real_T)
         if self.training:
-            self.keep(self._train(logits, scores, ids, kept, real_T), logits)
+            probs = FUNCTIONS[self.config.score].distribute(logits, scores)
+            self._count(scores, probs, ids, kept, real_T)
+            self.keep(self.losses_of(logits, (scores, probs), ids, real_T), logits)
         return weights, kept, *of_shared
 
     def logits(self, x: Tensor) -> Tensor:
@@ -190,12 +185,10 @@ class Router(KeepsLosses):
 
     def _limited(self, ids_TK: Tensor, weights_TK: Tensor, real_T: Tensor | None) -> tuple[Tensor, Tensor]:
         """Drops assignments beyond the capacity; weights of kept assignments are unchanged."""
-        if self.config.capacity_factor is None:
+        factor, drop = self.config.capacity_factor, self.config.drop
+        if factor is None:
             return ids_TK, weights_TK
-        kept_TK = torch.ops.moecompile.within_capacity(
-            ids_TK, weights_TK.detach(), self.num_experts, self.config.capacity_factor, self.config.drop, real_T
-        )
-        return ids_TK.masked_fill(~kept_TK, self.num_experts), weights_TK.masked_fill(~kept_TK, 0.0)
+        return kept_within(ids_TK, weights_TK, self.num_experts, factor, drop, real_T)
 
     def _expert_choice(self, scores_TE: Tensor, real_T: Tensor | None) -> tuple[Tensor, Tensor]:
         factor = 1.0 if self.config.capacity_factor is None else self.config.capacity_factor
@@ -203,33 +196,10 @@ class Router(KeepsLosses):
         weights_TE = scores_TE.masked_fill(ids_TE == self.num_experts, 0.0) * self.config.scale
         return ids_TE, weights_TE if self.expert_scale is None else weights_TE * self.expert_scale
 
-    def _train(
-        self, logits: Tensor, scores: Tensor, ids: Tensor, kept: Tensor, real: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Counts the load of this forward, and returns its losses times their coefficients."""
-        functions = FUNCTIONS[self.config.score]
-        probs = functions.distribute(logits, scores)
+    def _count(self, scores: Tensor, probs: Tensor, ids: Tensor, kept: Tensor, real: Tensor | None) -> None:
         flat = torch.ops.moecompile.flatten_tokens
         self.meter(ids, kept, flat(probs).detach(), real)
         self.meter.count_required(flat(scores).detach(), self.correction_bias, self.config.top_k, real)
-        if self.losses and logits.numel() == 0:  # the mean over no tokens is undefined
-            return {name: logits.sum() for name in self.losses}
-        if self.losses and self.positions is not None:
-            logits, ids, real = whole_sequences(logits, ids, real, self.positions)
-            scores = functions.score(logits)
-            probs = functions.distribute(logits, scores)
-        return {
-            name: coefficient * self._loss(name, logits, scores, probs, ids, real)
-            for name, coefficient in self.losses.items()
-        }
-
-    def _loss(
-        self, name: str, logits: Tensor, scores: Tensor, probs: Tensor, ids: Tensor, real: Tensor | None
-    ) -> Tensor:
-        if name == "global_batch":
-            assert self.global_load is not None
-            return loss_functions.global_batch_loss(probs, self.global_load, real)
-        return loss_functions.loss_of(name, logits, scores, probs, ids, self.config.top_k, real)
 
     def _uniform(self, like: Tensor) -> Tensor:
         """Uniform numbers in [0, 1): from the key if one was set, else from the global random state."""
@@ -242,11 +212,6 @@ class Router(KeepsLosses):
     def is_trained(self) -> bool:
         """Whether its weight gets gradients."""
         return self.weight.requires_grad
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        # A cast of the model to bf16 leaves the router in fp32, a move to another device moves it.
-        super()._apply(at_least(torch.float32, fn), recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

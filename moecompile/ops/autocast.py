@@ -16,11 +16,15 @@ _lib = torch.library.Library("moecompile", "FRAGMENT")
 def _in_autocast_dtype(name: str, device_type: str, products: tuple[int, ...]) -> Callable[..., Any]:
     """A rule that casts the arguments at the places `products`, which the op multiplies."""
 
+    def cast(factor: Any) -> Any:
+        if isinstance(factor, list):
+            return [cast(each) for each in factor]
+        return factor if factor.dtype == torch.float64 else factor.to(torch.get_autocast_dtype(device_type))
+
     def rule(*args: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device_type)
-        cast = [a.to(dtype) if i in products and a.dtype != torch.float64 else a for i, a in enumerate(args)]
+        given = [cast(a) if i in products else a for i, a in enumerate(args)]
         with torch.autocast(device_type, enabled=False):
-            return getattr(torch.ops.moecompile, name)(*cast)
+            return getattr(torch.ops.moecompile, name)(*given)
 
     return rule
 
@@ -28,9 +32,7 @@ def _in_autocast_dtype(name: str, device_type: str, products: tuple[int, ...]) -
 # Op -> places of its rows and weights.
 _PRODUCTS = {
     "grouped_mm": (0, 1),
-    "grouped_mm_slots": (0, 1, 2),
     "expert_ffn": (0, 4, 5),
-    "expert_ffn_slots": (0, 4, 5, 6, 7),
     "unpermute": (),
 }
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):

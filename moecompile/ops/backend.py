@@ -25,6 +25,7 @@ from torch import Tensor
 from moecompile.errors import ConfigError, MoecompileError
 from moecompile.named_code import imported
 from moecompile.ops.exchange import group_of
+from moecompile.ops.expert_ffn import RaggedRows
 from moecompile.ops.traffic import traffic
 
 P = ParamSpec("P")
@@ -364,22 +365,19 @@ _kept = _Kept()
 
 
 @_outside_of_graphs
-def experts_by(
-    backend: str, most: int, rows_VD: Tensor, source_R: Tensor, weights_R: Tensor, counts_E: Tensor,
-    gate_up_EGD: Tensor, down_EDF: Tensor,
-) -> Tensor:  # fmt: skip
-    """`expert_ffn` by a back end; a row has at most `most` of the local experts."""
-    width = min(most, gate_up_EGD.shape[0])
-    ids_VK, weights_VK = by_row(source_R, weights_R, counts_E, rows_VD.shape[0], width)
-    out: Tensor = load(EXPERTS, backend)(rows_VD, ids_VK, weights_VK, gate_up_EGD, down_EDF)
-    if out.shape != rows_VD.shape or out.dtype != rows_VD.dtype:
-        got, wanted = (f"{tuple(t.shape)} {t.dtype}" for t in (out, rows_VD))
+def experts_by(backend: str, max_per_token: int, rows: RaggedRows, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    """`expert_ffn` by a back end; a row of the input has at most `max_per_token` of the local experts."""
+    ids_VK, weights_VK = by_row(rows, min(max_per_token, gate_up_EGD.shape[0]))
+    out: Tensor = load(EXPERTS, backend)(rows.x_VD, ids_VK, weights_VK, gate_up_EGD, down_EDF)
+    if out.shape != rows.x_VD.shape or out.dtype != rows.x_VD.dtype:
+        got, wanted = (f"{tuple(t.shape)} {t.dtype}" for t in (out, rows.x_VD))
         raise MoecompileError(f"{EXPERTS}={backend}: returned {got}, not {wanted}")
     return out
 
 
-def by_row(source_R: Tensor, weights_R: Tensor, counts_E: Tensor, num_rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Assignments in expert order as ids_VK, -1 where a row has fewer than `width`, and weights_VK; differentiable."""
+def by_row(rows: RaggedRows, width: int) -> tuple[Tensor, Tensor]:
+    """Rows as ids_VK, -1 where a row of the input has fewer than `width`, and weights_VK; differentiable."""
+    num_rows, (_, source_R, weights_R, counts_E) = rows.x_VD.shape[0], rows
     expert_R = torch.repeat_interleave(counts_E, output_size=source_R.shape[0])
     order_R = torch.argsort(source_R, stable=True)
     row_R = source_R.index_select(0, order_R)

@@ -1,7 +1,7 @@
 """Weight gradients of experts as an op of their own: once for all chunks of the tokens, after their input gradients.
 
     token = collect_gradients([gate_up, down])      # before anything waits for rows
-    y_c   = expert_ffn(x_c, ..., gate_up, down, token)     for each chunk c, with detached weights
+    y_c   = expert_ffn(x_c, ..., [gate_up], [down], token)     for each chunk c, with detached weights
 
 NOTE on what happens in backward:
   1. The backward of an experts op computes the gradients of its rows alone. What the weight gradients need, it leaves
@@ -48,15 +48,15 @@ class Collected:
         return left if self._number == backward_number() else {}
 
 
-def collected_by(token: Tensor | None) -> Collected | None:
+def collected_by(grad_token: Tensor | None) -> Collected | None:
     """Where an experts op with this token leaves what the weight gradients need; None if none are wanted.
 
     Raises:
         MoecompileError: the token was not made by `collect_gradients`, or another compiled graph made it.
     """
-    if token is None or not token.requires_grad:
+    if grad_token is None or not grad_token.requires_grad:
         return None
-    collected = getattr(token.grad_fn, "collected", None)
+    collected = getattr(grad_token.grad_fn, "collected", None)
     if not isinstance(collected, Collected):
         raise MoecompileError("the token of experts must come from collect_gradients, in the same (compiled) graph")
     return collected
@@ -88,7 +88,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> list[Tensor | None]:
     grads: list[Tensor | None] = [None] * len(ctx.dtypes)
     (needed,) = ctx.needs_input_grad
     if calls := left.pop("expert_ffn", []):
-        grads[:] = torch.ops.moecompile.expert_ffn_weight_grad(*map(list, zip(*calls, strict=True)))
+        grads[:] = torch.ops.moecompile.expert_ffn_weight_grad([tensor for call in calls for tensor in call])
     for index, calls in left.items():
         if needed[index]:
             grads[index] = torch.ops.moecompile.grouped_mm_weight_grads(*map(list, zip(*calls, strict=True)))

@@ -1,10 +1,17 @@
 """Expert matmuls over rows in expert order.
 
-Legend: R rows, D in dim, F out dim, E experts on this rank.
+A weight is a list of one or two stacks: of the rank's own experts, and of those that it borrows (passes/lend.py). Rows
+are then in the order of slots, those of own experts first. On a CPU each stack has a product of its own, so that no
+weight is copied and nothing changes if nothing is borrowed. On a GPU the counts stay on the device, so both stacks are
+put side by side and multiplied at once.
+
+Legend: R rows, D in dim, F out dim, E experts of a stack, S slots: as many counts as experts, or more, if some slots
+for borrowed experts are empty; these come last, and their counts are zero.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +28,23 @@ _FEW_ROWS = {torch.float32: 128, torch.bfloat16: 24}  # average rows per expert,
 
 @torch.library.custom_op("moecompile::grouped_mm", mutates_args=())
 def grouped_mm(
-    rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor, token: Tensor | None = None, index: int = 0
+    rows_RD: Tensor, weights_EFD: list[Tensor], counts_S: Tensor, grad_token: Tensor | None, index: int
 ) -> Tensor:
-    """rows of expert e times weight_EFD[e].T -> (R, F). Experts without rows cost nothing.
+    """rows of expert e times its weight[e].T -> (R, F). Experts without rows cost nothing.
 
     Args:
-        token: of `collect_gradients`, which then computes the gradient of its weight number `index`; the weight here is
-            detached.
+        grad_token: of `collect_gradients`, which then computes the gradient of its weight number `index`; the weight
+            here is one stack, detached.
     """
+    return _by_stack(_product, rows_RD, weights_EFD, counts_S)
+
+
+@grouped_mm.register_fake
+def _(rows_RD: Tensor, weights_EFD: list[Tensor], counts_S: Tensor, grad_token: Tensor | None, index: int) -> Tensor:
+    return rows_RD.new_empty(rows_RD.shape[0], weights_EFD[0].shape[1])
+
+
+def _product(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     if _by_library(counts_E, weight_EFD.shape[1:], rows_RD, weight_EFD):
         return F.grouped_mm(rows_RD, weight_EFD.transpose(1, 2), offs=_offsets(counts_E))
     out_RF = rows_RD.new_empty(rows_RD.shape[0], weight_EFD.shape[1])
@@ -36,14 +52,18 @@ def grouped_mm(
     return out_RF
 
 
-@grouped_mm.register_fake
-def _(rows_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor, token: Tensor | None = None, index: int = 0) -> Tensor:
-    return rows_RD.new_empty(rows_RD.shape[0], weight_EFD.shape[1])
-
-
 @torch.library.custom_op("moecompile::grouped_mm_input_grad", mutates_args=())
-def grouped_mm_input_grad(grad_RF: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+def grouped_mm_input_grad(grad_RF: Tensor, weights_EFD: list[Tensor], counts_S: Tensor) -> Tensor:
     """Gradient of `grouped_mm` for its rows, (R, D)."""
+    return _by_stack(_input_grad, grad_RF, weights_EFD, counts_S)
+
+
+@grouped_mm_input_grad.register_fake
+def _(grad_RF: Tensor, weights_EFD: list[Tensor], counts_S: Tensor) -> Tensor:
+    return grad_RF.new_empty(grad_RF.shape[0], weights_EFD[0].shape[2])
+
+
+def _input_grad(grad_RF: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     if _by_library(counts_E, weight_EFD.shape[1:], grad_RF, weight_EFD):
         return F.grouped_mm(grad_RF, weight_EFD, offs=_offsets(counts_E))
     out_RD = grad_RF.new_empty(grad_RF.shape[0], weight_EFD.shape[2])
@@ -51,14 +71,31 @@ def grouped_mm_input_grad(grad_RF: Tensor, weight_EFD: Tensor, counts_E: Tensor)
     return out_RD
 
 
-@grouped_mm_input_grad.register_fake
-def _(grad_RF: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
-    return grad_RF.new_empty(grad_RF.shape[0], weight_EFD.shape[2])
-
-
 @torch.library.custom_op("moecompile::grouped_mm_weight_grad", mutates_args=())
-def grouped_mm_weight_grad(grad_RF: Tensor, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
-    """Gradient of `grouped_mm` for its weight, (E, F, D); zero for experts without rows."""
+def grouped_mm_weight_grad(
+    grad_RF: Tensor, rows_RD: Tensor, weights_EFD: list[Tensor], counts_S: Tensor
+) -> list[Tensor]:
+    """Gradients of `grouped_mm` for its weights, (E, F, D) each; zero for experts without rows."""
+    if len(weights_EFD) == 1:
+        return [weight_grad(grad_RF, rows_RD, counts_S)]
+    own, borrowed = (weight.shape[0] for weight in weights_EFD)
+    if grad_RF.device.type != "cpu":
+        both = weight_grad(grad_RF, rows_RD, counts_S[: own + borrowed])
+        return [both[:own].clone(), both[own:].clone()]
+    rows = int(counts_S[:own].sum())
+    first = weight_grad(grad_RF[:rows], rows_RD[:rows], counts_S[:own])
+    if rows == grad_RF.shape[0]:
+        return [first, torch.zeros_like(weights_EFD[1])]
+    return [first, weight_grad(grad_RF[rows:], rows_RD[rows:], counts_S[own : own + borrowed])]
+
+
+@grouped_mm_weight_grad.register_fake
+def _(grad_RF: Tensor, rows_RD: Tensor, weights_EFD: list[Tensor], counts_S: Tensor) -> list[Tensor]:
+    return [weight.new_empty(weight.shape) for weight in weights_EFD]
+
+
+def weight_grad(grad_RF: Tensor, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+    """The gradient of one stack, (E, F, D)."""
     if _by_library(counts_E, (grad_RF.shape[1], rows_RD.shape[1]), grad_RF, rows_RD):
         return F.grouped_mm(grad_RF.t(), rows_RD, offs=_offsets(counts_E))
     out_EFD = grad_RF.new_empty(counts_E.shape[0], grad_RF.shape[1], rows_RD.shape[1])
@@ -66,27 +103,20 @@ def grouped_mm_weight_grad(grad_RF: Tensor, rows_RD: Tensor, counts_E: Tensor) -
     return out_EFD
 
 
-@grouped_mm_weight_grad.register_fake
-def _(grad_RF: Tensor, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
-    return grad_RF.new_empty(counts_E.shape[0], grad_RF.shape[1], rows_RD.shape[1])
-
-
 @torch.library.custom_op("moecompile::grouped_mm_weight_grads", mutates_args=())
 def grouped_mm_weight_grads(grads_RF: list[Tensor], rows_RD: list[Tensor], counts_E: list[Tensor]) -> Tensor:
     """The sum of `grouped_mm_weight_grad` over chunks, one product per expert."""
     if len(grads_RF) == 1:
-        only: Tensor = grouped_mm_weight_grad(grads_RF[0], rows_RD[0], counts_E[0])
-        return only
+        return weight_grad(grads_RF[0], rows_RD[0], counts_E[0])
     grad, rows, total_E = grads_RF[0], rows_RD[0], torch.stack(counts_E).sum(0)
     sizes, widths = [each.shape[0] for each in rows_RD], (grad.shape[1], rows.shape[1])
     if grad.device.type != "cpu" or at_once(grad, sum(sizes), total_E.shape[0], *widths):  # without the counts
         order_R = by_expert(counts_E, sizes)
         grad_RF, row_RD = (torch.cat(parts).index_select(0, order_R) for parts in (grads_RF, rows_RD))
-        by_library: Tensor = grouped_mm_weight_grad(grad_RF, row_RD, total_E)
-        return by_library
+        return weight_grad(grad_RF, row_RD, total_E)
     counts, out_EFD = [each.tolist() for each in counts_E], grad.new_empty(total_E.shape[0], *widths)
     starts = [starts_of(each, size) for each, size in zip(counts, sizes, strict=True)]
-    blocks, _ = make_blocks(total_E, rows, grad, pad=False)
+    blocks, _ = make_blocks(total_E, rows, widths[0], pad=False)
     products, of_grad, of_rows = Products(grad), *(scratch(blocks, grad, width) for width in widths)
     for block in blocks:
         grad_MF, rows_MD = of_grad(block), of_rows(block)
@@ -103,25 +133,43 @@ def _(grads_RF: list[Tensor], rows_RD: list[Tensor], counts_E: list[Tensor]) -> 
 
 
 def _grouped_mm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *saved, token, ctx.index = inputs
-    ctx.save_for_backward(*saved)
-    ctx.collected = collected_by(token)
+    rows_RD, weights_EFD, counts_S, grad_token, ctx.index = inputs
+    ctx.save_for_backward(rows_RD, counts_S, *weights_EFD)
+    ctx.collected = collected_by(grad_token)
 
 
-def _grouped_mm_backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor | None, ...]:
-    rows_RD, weight_EFD, counts_E = ctx.saved_tensors
+def _grouped_mm_backward(ctx: Any, grad_RF: Tensor) -> tuple[Any, ...]:
+    rows_RD, counts_S, *weights = ctx.saved_tensors
     grad_RF = grad_RF.contiguous()
-    grad_rows = grad_weight = grad_token = None
+    grad_rows = grad_token = None
+    grads: list[Tensor | None] = [None] * len(weights)
     if ctx.needs_input_grad[0]:
-        grad_rows = torch.ops.moecompile.grouped_mm_input_grad(grad_RF, weight_EFD, counts_E)
-    if ctx.needs_input_grad[1]:
-        grad_weight = torch.ops.moecompile.grouped_mm_weight_grad(grad_RF, rows_RD, counts_E)
+        grad_rows = torch.ops.moecompile.grouped_mm_input_grad(grad_RF, weights, counts_S)
+    if any(ctx.needs_input_grad[1]):
+        grads = torch.ops.moecompile.grouped_mm_weight_grad(grad_RF, rows_RD, weights, counts_S)
     if ctx.collected is not None:
-        grad_token = ctx.collected.leave(ctx.index, grad_RF, rows_RD, counts_E)
-    return grad_rows, grad_weight, None, grad_token, None
+        grad_token = ctx.collected.leave(ctx.index, grad_RF, rows_RD, counts_S)
+    return grad_rows, grads, None, grad_token, None
 
 
 grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_grouped_mm_setup)
+
+
+def _by_stack(
+    product: Callable[[Tensor, Tensor, Tensor], Tensor], rows: Tensor, stacks: Sequence[Tensor], counts_S: Tensor
+) -> Tensor:
+    """A product of rows in the order of slots with each stack of weights."""
+    if len(stacks) == 1:
+        return product(rows, stacks[0], counts_S)
+    own, borrowed = stacks
+    num_own, num_all = own.shape[0], own.shape[0] + borrowed.shape[0]
+    if rows.device.type != "cpu":
+        return product(rows, torch.cat((own, borrowed)), counts_S[:num_all])
+    num_rows = int(counts_S[:num_own].sum())
+    out = product(rows[:num_rows], own, counts_S[:num_own])
+    if num_rows == rows.shape[0]:
+        return out
+    return torch.cat((out, product(rows[num_rows:], borrowed, counts_S[num_own:num_all])))
 
 
 @torch.library.custom_op("moecompile::expert_bias", mutates_args=())

@@ -16,8 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moecompile.errors import ConfigError, PassError
 from moecompile.match.regions import Region
-from moecompile.nn import Experts
-from moecompile.nn.existing import ExistingExperts
+from moecompile.nn.experts import RowExperts
 from moecompile.plan import EXCHANGE_OPS, SLICE_OPS, WAIT_OPS, LayerPlan, Plan
 
 
@@ -145,7 +144,7 @@ class LayerPass:
             raise PassError(self.name, layers[0].site.fqn, f"exchanges are {there}, planned are {list(planned)}")
 
 
-COLLECT = "collect"  # argument of experts: the call makes the token of their weight gradients
+GRAD_TOKEN = "grad_token"  # method of experts and keyword of their calls: the token of their weight gradients
 _PLACES = ("rewrite", "lower")
 _registered: OrderedDict[int, tuple[str, GraphPass]] = OrderedDict()
 
@@ -180,21 +179,13 @@ def copy_graph_module(graph_module: GraphModule) -> tuple[GraphModule, dict[Node
 
 def experts_calls(graph_module: GraphModule) -> list[Node]:
     """Calls of experts modules on rows, in graph order."""
-    return [node for node in _calls(graph_module) if not node.kwargs.get(COLLECT)]
+    calls = (node for node in graph_module.graph.nodes if node.op == "call_module")
+    return [node for node in calls if isinstance(graph_module.get_submodule(str(node.target)), RowExperts)]
 
 
 def collecting_calls(graph_module: GraphModule) -> list[Node]:
-    """Calls of experts modules that make the token of their weight gradients (moecompile.ops.collect)."""
-    return [node for node in _calls(graph_module) if node.kwargs.get(COLLECT)]
-
-
-def _calls(graph_module: GraphModule) -> list[Node]:
-    return [
-        node
-        for node in graph_module.graph.nodes
-        if node.op == "call_module"
-        and isinstance(graph_module.get_submodule(str(node.target)), (Experts, ExistingExperts))
-    ]
+    """Calls of experts' method that makes the token of their weight gradients (moecompile.ops.collect)."""
+    return [node for node in graph_module.graph.nodes if node.op == "call_method" and node.target == GRAD_TOKEN]
 
 
 def exchanges_of(graph_module: GraphModule) -> list[Node]:

@@ -6,7 +6,7 @@ of all chunks at once: one product per expert, written once (moecompile.ops.coll
 Algorithm, for each layer whose exchanges are in flight:
   1. Find the first wait that its experts depend on. Exchanges have been started before it. Backward is mirrored: there
      it is the last of these exchanges to be started, and the backward of none of the starts has run.
-  2. Insert a call of the experts that makes a token.
+  2. Insert a call of the experts' method that makes a token.
   3. Each call of the experts on rows is given the token.
 """
 
@@ -19,10 +19,8 @@ from torch import fx
 
 from moecompile.errors import PassError
 from moecompile.match.regions import Region
-from moecompile.passes.base import COLLECT, LayerPass, all_before, collecting_calls, op_name
+from moecompile.passes.base import GRAD_TOKEN, LayerPass, all_before, collecting_calls, op_name
 from moecompile.plan import START_OPS, WAIT_OPS, LayerPlan
-
-TOKEN = "token"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +38,7 @@ class DelayWeightGradients(LayerPass):
     def requires(self, region: Region, layers: Sequence[LayerPlan]) -> None:
         """One experts call per chunk, none with a token; where exchanges are planned in flight, they are."""
         paired = self.calls(region, layers)
-        if collecting_calls(region.graph) or any(TOKEN in call.kwargs for _, calls in paired for call in calls):
+        if collecting_calls(region.graph) or any(GRAD_TOKEN in call.kwargs for _, calls in paired for call in calls):
             raise PassError(self.name, layers[0].site.fqn, "its weight gradients are collected already")
         for layer, calls in paired:
             if self.wants(layer) and not _waits_before(calls):
@@ -65,7 +63,7 @@ class DelayWeightGradients(LayerPass):
         place = {node: i for i, node in enumerate(after.graph.graph.nodes)}
         for layer, calls in self.calls(after, layers):
             token = tokens.pop(0) if tokens and self.wants(layer) else None
-            read = {call.kwargs.get(TOKEN) for call in calls}
+            read = {call.kwargs.get(GRAD_TOKEN) for call in calls}
             if read != {token} or (token is None) == self.wants(layer):
                 wanted = "one token" if self.wants(layer) else "none"
                 rule = f"its experts get {sorted(map(str, read))}, planned is {wanted}"
@@ -88,10 +86,10 @@ def _collect(graph: fx.Graph, calls: list[fx.Node]) -> None:
     first = next(node for node in graph.nodes if node in waits)
     weights = calls[0].args[2:]  # existing experts get theirs as arguments
     with graph.inserting_before(first):  # Step 2
-        target, arguments = str(calls[0].target), (None, None, *weights) if weights else ()
-        made = graph.create_node("call_module", target, arguments, {COLLECT: True}, name="weight_gradients")
+        experts = graph.get_attr(str(calls[0].target))
+        made = graph.create_node("call_method", GRAD_TOKEN, (experts, *weights), name="weight_gradients")
     for call in calls:  # Step 3
-        call.kwargs = {**call.kwargs, TOKEN: made}
+        call.kwargs = {**call.kwargs, GRAD_TOKEN: made}
 
 
 def _waits_before(calls: Sequence[fx.Node]) -> list[fx.Node]:

@@ -93,7 +93,7 @@ def _name_backend(call: fx.Node, layer: LayerPlan) -> None:
     if layer.experts.backend:
         load(EXPERTS, layer.experts.backend)
         most = layer.routing.most_per_token(layer.experts.num_routed)
-        call.kwargs = {**call.kwargs, "backend": layer.experts.backend, "most": most}
+        call.kwargs = {**call.kwargs, "backend": layer.experts.backend, "max_per_token": most}
 
 
 def _fuse(graph: fx.Graph, call: fx.Node) -> None:

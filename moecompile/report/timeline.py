@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch.fx import GraphModule, Node
 
-from moecompile.passes.base import COLLECT, op_name
+from moecompile.passes.base import GRAD_TOKEN, op_name
 from moecompile.plan import HALVES
 
 _START, _WAIT = HALVES["all_to_all"]
@@ -78,14 +78,15 @@ def _drawn(
 
 
 def _computes(node: Node) -> bool:
-    return node.op == "call_module" and op_name(node).startswith(("experts", "shared_experts"))
+    is_call = node.op == "call_module" and op_name(node).startswith(("experts", "shared_experts"))
+    return is_call or op_name(node) == GRAD_TOKEN
 
 
 def _word(node: Node) -> str:
     """experts, shared, or weights: the weight gradients of experts, in backward."""
     if not _computes(node):
         return ""
-    if node.kwargs.get(COLLECT):
+    if op_name(node) == GRAD_TOKEN:
         return "weights"
     return "shared" if op_name(node).startswith("shared") else "experts"
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from moecompile.errors import ConfigError
-from moecompile.nn.auxiliary import KeepsLosses, keepers_of
+from moecompile.nn.losses import KeepsLosses, keepers_of
 
 
 class Tokens:

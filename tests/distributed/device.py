@@ -20,13 +20,11 @@ from moecompile.ops import (
     collect,
     exchange,
     expert_ffn,
-    expert_gradients,
     gather,
     grouped,
     hops,
     layout,
     rows,
-    slot_experts,
     slots,
     sorting,
     tokens,
@@ -36,7 +34,7 @@ from moecompile.ops import (
 
 DEVICE = "meta"  # the one other device that autograd knows in every build of torch
 _MODULES = (
-    choice, collect, exchange, expert_ffn, expert_gradients, gather, grouped, hops, layout, rows, slot_experts, slots,
+    choice, collect, exchange, expert_ffn, gather, grouped, hops, layout, rows, slots,
     sorting, tokens, wire,
     workload,
 )  # fmt: skip

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from moecompile.match.regions import Region
 from moecompile.mesh import MeshSpec
-from moecompile.ops import expert_ffn, expert_gradients, grouped
+from moecompile.ops import expert_ffn, grouped
 from moecompile.ops.cpu.blocks import Block
 from moecompile.passes.base import experts_calls
 from moecompile.passes.fuse import Fuse
@@ -62,7 +62,7 @@ def _waits(rank: int, world_size: int) -> list[Found]:
     modules.extend(_fused(case, rank) for case in CASES)
     bind_axes(modules, device_mesh_of(SPEC, "cpu"), SPEC.nodes_per_ep_group)
     grouped.Block = _BlockOfHeld  # the plain loop of matmuls stands for a kernel that takes the counts from the device
-    expert_ffn.at_once = expert_gradients.at_once = lambda like, *sizes: True  # as on a GPU
+    expert_ffn.at_once = lambda like, *sizes: True  # as on a GPU
     torch.Event, torch.accelerator.current_stream = CopyEvent, torch.device
     found = []
     for case, module in zip(CASES * 2, modules, strict=True):
@@ -106,8 +106,7 @@ def test_one_wait_a_layer(number: int, found: list[list[Found]]) -> None:
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_a_whole_layer_on_one_rank_waits_for_nothing(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Router, load meter, sorting, experts and sum."""
-    for module in (expert_ffn, expert_gradients):
-        monkeypatch.setattr(module, "at_once", lambda like, *sizes: True)
+    monkeypatch.setattr(expert_ffn, "at_once", lambda like, *sizes: True)
     monkeypatch.setattr(grouped, "Block", _BlockOfHeld)
     x, grad = torch.randn(2, 12, 8), torch.randn(2, 12, 8)
     graph = transform(fx.symbolic_trace(Gated()), config("experts.num_routed=4", f"routing.score={score}"))

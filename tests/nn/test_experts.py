@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moecompile.errors import MoecompileError
 from moecompile.nn import Experts, SharedExperts
 from tests.tiny import randomize
 
@@ -74,6 +75,22 @@ def test_no_rows_at_all() -> None:
     rows = torch.zeros(0, D, dtype=torch.float64, requires_grad=True)
     module(rows, torch.zeros(E, dtype=torch.int64)).sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() == 0 for p in module.parameters())
+
+
+NO_MODE = {
+    "lent and last": ({"borrowed", "grad_token"}, "backend, borrowed and grad_token exclude each other"),
+    "lent to a back end": ({"source_R", "weights_R", "backend", "max_per_token", "borrowed"}, "exclude each other"),
+    "sources without weights": ({"source_R"}, "source_R goes with weights_R"),
+    "a bound without a back end": ({"source_R", "weights_R", "max_per_token"}, "and backend with max_per_token"),
+    "a back end of rows": ({"backend", "max_per_token"}, "a backend computes fused experts"),
+}
+
+
+@pytest.mark.parametrize("name", NO_MODE)
+def test_modes_that_exclude_each_other(name: str) -> None:
+    given, message = NO_MODE[name]
+    with pytest.raises(MoecompileError, match=message):
+        experts(True, False, False)(torch.zeros(1, D), torch.ones(E), **dict.fromkeys(given, "any"))
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["up_down", "gated"])

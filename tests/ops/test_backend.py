@@ -11,6 +11,7 @@ from torch import fx
 import moecompile
 from moecompile.errors import ConfigError, MoecompileError
 from moecompile.ops.backend import by_row
+from moecompile.ops.expert_ffn import RaggedRows
 from moecompile.passes.base import experts_calls
 from tests.existing_models import moe_inputs, moe_model
 from tests.tiny import COPY4, Gated, UpDown, ids, max_diff, plan_for, text, tokens
@@ -28,7 +29,7 @@ def test_assignments_of_each_row(seed: int) -> None:
     expert_R, source_R = chosen_EV.nonzero(as_tuple=True)
     order = torch.argsort(expert_R * 10 + torch.rand(expert_R.shape, generator=generator))  # any order within an expert
     weights_R = torch.rand(expert_R.shape, generator=generator, dtype=torch.float64).requires_grad_()
-    ids_VK, weights_VK = by_row(source_R[order], weights_R, chosen_EV.sum(1), 6, 3)
+    ids_VK, weights_VK = by_row(RaggedRows(torch.empty(6, 0), source_R[order], weights_R, chosen_EV.sum(1)), 3)
     found = [
         {(int(i), float(w)) for i, w in zip(ids, weights, strict=True) if i >= 0}
         for ids, weights in zip(ids_VK, weights_VK.detach(), strict=True)
@@ -84,7 +85,7 @@ EXPECTED = """\
 %11 = getitem(%10, 0)
 %12 = getitem(%10, 1)
 %13 = getitem(%10, 3)
-%14 = experts[Experts](%6, %13, source_R=%12, weights_R=%11, backend='tests.backends:one_by_one', most=2)
+%14 = experts[Experts](%6, %13, source_R=%12, weights_R=%11, backend='tests.backends:one_by_one', max_per_token=2)
 %15 = combine_tokens(%14, %9, %1, 'tests.backends:once_per_rank', 'ep')
 %16 = moecompile.unflatten_tokens(%15, %0)
 output(%16)

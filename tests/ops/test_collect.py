@@ -57,15 +57,16 @@ class Job:
         self.leaves = [*self.experts.parameters(), *self.xs, *self.weights]
 
     def outputs(self, fused: bool, *, collect: bool = True) -> list[Tensor]:
-        token = self.experts(collect=True) if collect else None
+        token = self.experts.grad_token() if collect else None
         found = []
         for x, weights, counts in zip(self.xs, self.weights, self.counts, strict=True):
             counts_E = torch.tensor(counts)
             if fused:
                 source = torch.arange(x.shape[0]).flip(0)  # rows in another order than the input's
-                found.append(self.experts(x.flip(0), counts_E, source, weights, token=token))
+                sums = {"source_R": source, "weights_R": weights}
+                found.append(self.experts(x.flip(0), counts_E, **sums, grad_token=token))
             else:
-                found.append(self.experts(x, counts_E, token=token) * weights.unsqueeze(1).to(x.dtype))
+                found.append(self.experts(x, counts_E, grad_token=token) * weights.unsqueeze(1).to(x.dtype))
         return found
 
     def run(self, fused: bool) -> list[Tensor]:
@@ -224,7 +225,7 @@ def test_compiled_graphs_are_whole(backend: str, fused: bool) -> None:
 def test_a_token_from_elsewhere_is_refused() -> None:
     job = Job(COUNTS["few"], torch.float64)
     with pytest.raises(MoecompileError, match="the token of experts must come from collect_gradients, in the same"):
-        job.experts(job.xs[0], torch.tensor(COUNTS["few"][0]), token=torch.zeros((), requires_grad=True))
+        job.experts(job.xs[0], torch.tensor(COUNTS["few"][0]), grad_token=torch.zeros((), requires_grad=True))
 
 
 def test_under_autocast_gradients_keep_the_dtype_of_the_weights() -> None:
@@ -278,8 +279,8 @@ def test_experts_that_a_model_has(form: str) -> None:
     weights = [torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
     counts = COUNTS["few"]
     xs = [torch.randn(sum(each), 6, generator=generator, dtype=torch.float64).requires_grad_() for each in counts]
-    token = experts(None, None, *weights, collect=True)
-    ys = [experts(x, torch.tensor(each), *weights, token=token) for x, each in zip(xs, counts, strict=True)]
+    token = experts.grad_token(*weights)
+    ys = [experts(x, torch.tensor(each), *weights, grad_token=token) for x, each in zip(xs, counts, strict=True)]
     wanted = [
         torch.cat([plain(part, weights, e) for e, part in enumerate(x.split(each))])
         for x, each in zip(xs, counts, strict=True)

@@ -71,25 +71,28 @@ def test_outputs_and_every_gradient(
 ) -> None:
     *values, ids = case(dtype, *sizes)
     x, weights, gate_up, down = values
-    weights_R, source, _, counts = op.sort_assignments(ids, weights, gate_up.shape[0])
-    out = op.expert_ffn(x, source, weights_R, counts, gate_up, down)[0]
     reference = [value.detach().double().requires_grad_() for value in values]
     wanted = row_by_row(*reference, ids)
     direction = torch.randn(wanted.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    grads = torch.autograd.grad(out, values, direction)
     wanted_grads = torch.autograd.grad(wanted, reference, direction.double())
-    assert out.dtype == dtype
-    assert [
-        close(a.detach(), b, TOLERANCE[dtype]) for a, b in zip((out, *grads), (wanted, *wanted_grads), strict=True)
-    ] == [True] * 5
-    assert not grads[2][-1].any() and not grads[3][-1].any()  # the last expert: zero, not missing
+    weights_R, source, _, counts = op.sort_assignments(ids, weights, gate_up.shape[0])
+    with_empty_slot = torch.cat((counts, counts.new_zeros(1)))
+    stacks = [list(weight.split([weight.shape[0] - 2, 2])) for weight in (gate_up, down)]  # two experts are borrowed
+    for given in ((counts, [gate_up], [down]), (with_empty_slot, *stacks)):
+        out = op.expert_ffn(x, source, weights_R, *given, None)[0]
+        grads = torch.autograd.grad(out, values, direction, retain_graph=True)
+        assert out.dtype == dtype
+        assert [
+            close(a.detach(), b, TOLERANCE[dtype]) for a, b in zip((out, *grads), (wanted, *wanted_grads), strict=True)
+        ] == [True] * 5
+        assert not grads[2][-1].any() and not grads[3][-1].any()  # the last expert: zero, not missing
 
 
 def test_no_token_at_all(kernels: None) -> None:
     *values, ids = case(torch.bfloat16, 0, 4, 16, 16)
     x, weights, gate_up, down = values
     weights_R, source, _, counts = op.sort_assignments(ids, weights, 4)
-    op.expert_ffn(x, source, weights_R, counts, gate_up, down)[0].sum().backward()
+    op.expert_ffn(x, source, weights_R, counts, [gate_up], [down], None)[0].sum().backward()
     assert all(value.grad is not None and not value.grad.any() for value in values)
 
 
@@ -99,7 +102,7 @@ def test_a_nan_stays_one(dtype: torch.dtype, kernels: None) -> None:
     x, weights, gate_up, down = (value.detach().clone() for value in values)
     x[7, 3] = float("nan")
     weights_R, source, _, counts = op.sort_assignments(ids, weights, 4)
-    out = op.expert_ffn(x, source, weights_R, counts, gate_up, down)[0]
+    out = op.expert_ffn(x, source, weights_R, counts, [gate_up], [down], None)[0]
     assert out[7].isnan().all()
     assert not torch.cat((out[:7], out[8:])).isnan().any()
 
@@ -109,7 +112,7 @@ def test_large_gates_do_not_overflow(gate: float, kernels: None) -> None:
     x = torch.tensor([[gate, 1.0]], requires_grad=True)  # gate = x[0], up = x[1]
     eye = torch.eye(2).unsqueeze(0)
     down = torch.ones(1, 2, 1)
-    out = op.expert_ffn(x, torch.tensor([0]), torch.ones(1), torch.tensor([1]), eye, down)[0]
+    out = op.expert_ffn(x, torch.tensor([0]), torch.ones(1), torch.tensor([1]), [eye], [down], None)[0]
     out[0, 0].backward()
     wide = x.detach().double().requires_grad_()
     wanted = F.silu(wide[0, 0]) * wide[0, 1]
@@ -126,7 +129,7 @@ def test_fake_tensors_do_not_try_the_processor(monkeypatch: pytest.MonkeyPatch) 
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
         x, weights, gate_up, down = (mode.from_tensor(value) for value in values)
         weights_R, source, _, counts = op.sort_assignments(mode.from_tensor(ids), weights, 4)
-        out = op.expert_ffn(x, source, weights_R, counts, gate_up, down)[0]
+        out = op.expert_ffn(x, source, weights_R, counts, [gate_up], [down], None)[0]
     assert out.shape == values[0].shape
     assert faster_wide.cache_info().currsize == 0
 

@@ -22,7 +22,7 @@ def case(counts: list[int]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
 @pytest.mark.parametrize("counts", COUNTS)
 def test_grouped_mm_is_one_matmul_per_row(counts: list[int]) -> None:
     rows, weight, counts_E, expert_of = case(counts)
-    out = op.grouped_mm(rows, weight, counts_E)
+    out = op.grouped_mm(rows, [weight], counts_E, None, 0)
     assert out.shape == (sum(counts), 5)
     for i, expert in enumerate(expert_of):
         assert torch.allclose(out[i], weight[expert] @ rows[i], atol=1e-12)
@@ -38,7 +38,7 @@ def test_grouped_mm_is_one_matmul_per_row(counts: list[int]) -> None:
 
 def test_an_expert_without_rows_has_zero_gradient_not_none() -> None:
     rows, weight, counts_E, _ = case([2, 1, 3, 0])
-    op.grouped_mm(rows, weight, counts_E).sum().backward()
+    op.grouped_mm(rows, [weight], counts_E, None, 0).sum().backward()
     assert weight.grad[3].abs().max() == 0
     assert weight.grad[:3].abs().amin((1, 2)).min() > 0
 
@@ -46,7 +46,7 @@ def test_an_expert_without_rows_has_zero_gradient_not_none() -> None:
 def test_only_the_gradients_that_are_needed() -> None:
     rows, weight, counts_E, _ = case([2, 1, 3, 0])
     weight.requires_grad_(False)
-    op.grouped_mm(rows, weight, counts_E).sum().backward()
+    op.grouped_mm(rows, [weight], counts_E, None, 0).sum().backward()
     assert rows.grad is not None
     assert weight.grad is None
 
@@ -63,6 +63,6 @@ def test_expert_bias_repeats_and_sums(counts: list[int]) -> None:
 
 def test_bf16_rows_are_multiplied_in_bf16() -> None:
     rows, weight = torch.randn(3, 4).bfloat16(), torch.randn(2, 5, 4).bfloat16()
-    out = op.grouped_mm(rows, weight, torch.tensor([1, 2]))
+    out = op.grouped_mm(rows, [weight], torch.tensor([1, 2]), None, 0)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out[:1], rows[:1] @ weight[0].T)

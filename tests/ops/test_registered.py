@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.errors import MoecompileError
@@ -27,6 +28,14 @@ KEY = torch.tensor([1, 2, 3, 4])
 
 def values(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+SAVED = [values(3, 4).detach(), SOURCE_R, COUNTS_E, values(6, 6).detach(), SOURCE_R.to(torch.int32), values(6).detach()]
+
+
+def two_stacks() -> tuple[list[Tensor], list[Tensor]]:
+    """Of two own experts, and of two borrowed ones."""
+    return [values(2, 6, 4), values(2, 6, 4, seed=1)], [values(2, 4, 3), values(2, 4, 3, seed=1)]
 
 
 def table(sent: list[int], received: list[int]) -> Tensor:
@@ -82,22 +91,29 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     ),
     "regroup": lambda _: (values(6, 4), torch.tensor([[1, 2], [0, 3]])),
     "ungroup": lambda _: (values(6, 4), ORDER_R),
-    "grouped_mm": lambda _: (values(6, 4), values(4, 5, 4), COUNTS_E),
-    "grouped_mm_input_grad": lambda _: (values(6, 5).detach(), values(4, 5, 4).detach(), COUNTS_E),
-    "grouped_mm_weight_grad": lambda _: (values(6, 5).detach(), values(6, 4).detach(), COUNTS_E),
-    "expert_ffn": lambda _: (
-        values(3, 4), torch.tensor([0, 2, 1, 0, 1, 2]), values(6), COUNTS_E, values(4, 6, 4), values(4, 4, 3),
+    "grouped_mm": lambda _: (values(6, 4), [values(4, 5, 4)], COUNTS_E, None, 0),
+    "grouped_mm: borrowed": lambda _: (values(6, 4), [values(2, 5, 4), values(2, 5, 4, seed=1)], COUNTS_E, None, 0),
+    "grouped_mm: nothing borrowed": lambda _: (
+        values(3, 4), [values(2, 5, 4), values(2, 5, 4, seed=1)], torch.tensor([2, 1, 0, 0]), None, 0,
     ),
-    "expert_ffn_backward": lambda _: (
-        values(3, 4).detach(), values(3, 4).detach(), torch.tensor([0, 2, 1, 0, 1, 2]), COUNTS_E,
-        values(4, 6, 4).detach(), values(4, 4, 3).detach(), values(6, 6).detach(),
-        torch.tensor([0, 2, 1, 0, 1, 2], dtype=torch.int32), values(6).detach(),
+    "grouped_mm_input_grad": lambda _: (values(6, 5).detach(), [values(4, 5, 4).detach()], COUNTS_E),
+    "grouped_mm_input_grad: borrowed": lambda _: (values(6, 5).detach(), [values(2, 5, 4).detach()] * 2, COUNTS_E),
+    "grouped_mm_weight_grad": lambda _: (
+        values(6, 5).detach(), values(6, 4).detach(), [values(4, 5, 4).detach()], COUNTS_E,
     ),
-    "expert_ffn_weight_grad": lambda _: (
-        [values(3, 4).detach()] * 2, [values(3, 4).detach()] * 2, [values(6, 3).detach()] * 2,
-        [values(6, 6).detach()] * 2, [torch.tensor([0, 2, 1, 0, 1, 2], dtype=torch.int32)] * 2,
-        [values(6).detach()] * 2, [COUNTS_E] * 2,
+    "grouped_mm_weight_grad: borrowed": lambda _: (
+        values(6, 5).detach(), values(6, 4).detach(), [values(2, 5, 4).detach()] * 2, COUNTS_E,
     ),
+    "expert_ffn": lambda _: (values(3, 4), SOURCE_R, values(6), COUNTS_E, [values(4, 6, 4)], [values(4, 4, 3)], None),
+    "expert_ffn: borrowed": lambda _: (values(3, 4), SOURCE_R, values(6), COUNTS_E, *two_stacks(), None),
+    "expert_ffn: nothing borrowed": lambda _: (
+        values(3, 4), SOURCE_R, values(6), torch.tensor([2, 4, 0, 0]), *two_stacks(), None,
+    ),
+    "expert_ffn_backward": lambda _: (values(3, 4).detach(), SAVED, [values(4, 6, 4).detach()], [values(4, 4, 3).detach()]),
+    "expert_ffn_backward: borrowed": lambda _: (
+        values(3, 4).detach(), SAVED, [values(2, 6, 4).detach()] * 2, [values(2, 4, 3).detach()] * 2,
+    ),
+    "expert_ffn_weight_grad": lambda _: ([values(3, 4).detach(), values(6, 3).detach(), *SAVED] * 2,),
     "grouped_mm_weight_grads": lambda _: (
         [values(6, 5).detach()] * 2, [values(6, 4).detach(), values(6, 4, seed=1).detach()], [COUNTS_E, COUNTS_E.flip(0)],
     ),
@@ -107,31 +123,6 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "sort_received": lambda _: (values(4), torch.tensor([1, 2, 1, 4], dtype=torch.int16), 3),
     "sort_gathered": lambda _: (
         values(3, 2), IDS_TK.to(torch.int16), torch.tensor([[3, 3, 0]]), torch.tensor([[[3, 3, 0]]] * 2), 2,
-    ),
-    "grouped_mm_slots": lambda _: (values(6, 4), values(2, 5, 4), values(2, 5, 4, seed=1), COUNTS_E),
-    "grouped_mm_slots: nothing borrowed": lambda _: (
-        values(3, 4), values(2, 5, 4), values(2, 5, 4, seed=1), torch.tensor([2, 1, 0, 0]),
-    ),
-    "grouped_mm_slots_input_grad": lambda _: (
-        values(6, 5).detach(), values(2, 5, 4).detach(), values(2, 5, 4).detach(), COUNTS_E,
-    ),
-    "grouped_mm_slots_weight_grad": lambda _: (
-        values(6, 5).detach(), values(6, 4).detach(), values(2, 5, 4).detach(), values(2, 5, 4).detach(), COUNTS_E,
-    ),
-    "expert_ffn_slots": lambda _: (
-        values(3, 4), SOURCE_R, values(6), COUNTS_E, values(2, 6, 4), values(2, 4, 3), values(2, 6, 4, seed=1),
-        values(2, 4, 3, seed=1),
-    ),
-    "expert_ffn_slots: nothing borrowed": lambda _: (
-        values(3, 4), SOURCE_R, values(6), torch.tensor([2, 4, 0, 0]), values(2, 6, 4), values(2, 4, 3),
-        values(2, 6, 4, seed=1), values(2, 4, 3, seed=1),
-    ),
-    "expert_ffn_slots_backward": lambda _: (
-        values(3, 4).detach(), values(3, 4).detach(), SOURCE_R, COUNTS_E, *(
-            values(*shape).detach() for shape in ((2, 6, 4), (2, 4, 3), (2, 6, 4), (2, 4, 3))
-        ),
-        [values(3, 6).detach(), SOURCE_R[:3].to(torch.int32), values(3).detach()],
-        [values(3, 6).detach(), SOURCE_R[3:].to(torch.int32), values(3).detach()],
     ),
     "local_experts": lambda _: (values(6, 4), 3),
     "gather_counts": lambda axis: (COUNTS_E, axis),
@@ -249,19 +240,21 @@ DIFFERENTIABLE = [
     "pad_tokens", "spread_tokens", "take_local", "wire_cast", "wire_uncast", "all_gather", "reduce_scatter",
     "gather_assignments", "expert_ffn", "sort_assignments", "sort_assignments: dropped", "sort_received",
     "sort_gathered", "cut_tokens", "join_tokens", "sum_ranks", "join_columns", "cut_columns",
-    "sort_gathered", "grouped_mm_slots", "grouped_mm_slots: nothing borrowed", "expert_ffn_slots",
-    "expert_ffn_slots: nothing borrowed", "local_experts",
+    "grouped_mm: borrowed", "grouped_mm: nothing borrowed", "expert_ffn: borrowed", "expert_ffn: nothing borrowed",
+    "local_experts",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradients_equal_finite_differences(name: str, axis: str) -> None:
-    def floating(*arguments: Any) -> tuple[Tensor, ...]:
-        out = getattr(op, op_of(name))(*arguments)
+    leaves, spec = tree_flatten(SAMPLES[name](axis))  # `gradcheck` takes no list of tensors
+
+    def floating(*leaves: Any) -> tuple[Tensor, ...]:
+        out = getattr(op, op_of(name))(*tree_unflatten(leaves, spec))
         outputs = out if isinstance(out, tuple) else (out,)
         return tuple(t for t in outputs if t.is_floating_point() and t.requires_grad)
 
-    torch.autograd.gradcheck(floating, SAMPLES[name](axis))
+    torch.autograd.gradcheck(floating, leaves)
 
 
 def test_gradients_of_borrowed_experts_come_home(axis: str) -> None:

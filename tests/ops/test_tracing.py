@@ -30,7 +30,7 @@ class EveryOp(nn.Module):
         received, table = op.exchange_counts(counts, "ep")
         landed = op.all_to_all(rows, table, -1, False, "ep")
         grouped, back, counts_e = op.regroup(landed, received)
-        out = op.grouped_mm(grouped, weight_EFD, counts_e) + op.expert_bias(bias_EF, counts_e, grouped)
+        out = op.grouped_mm(grouped, [weight_EFD], counts_e, None, 0) + op.expert_bias(bias_EF, counts_e, grouped)
         flat = op.unpermute(op.all_to_all(op.ungroup(out, back), table, -1, True, "ep"), order, weights_TK)
         codes, sizes = op.count_rows(ids_TK, 4, 2)
         _, table = op.exchange_counts(sizes, "ep")
@@ -38,7 +38,7 @@ class EveryOp(nn.Module):
         landed = op.all_to_all(packed, table, 0, False, "ep")
         weights, codes = op.exchange_assignments(weights, codes, table, 1, "ep")
         copies, weights, source, _, counts_e = op.expand_rows(landed, weights, codes, 2)
-        partial = op.reduce_rows(op.grouped_mm(copies, weight_EFD, counts_e), weights, source, landed)
+        partial = op.reduce_rows(op.grouped_mm(copies, [weight_EFD], counts_e, None, 0), weights, source, landed)
         dedup = op.combine_rows(op.all_to_all(partial, table, 0, True, "ep"), tokens_U, tokens_TD)
         return op.unflatten_tokens(flat + dedup, x)
 

@@ -27,20 +27,21 @@ def collected(kind: str, chunks: int) -> tuple[Region, Region, LayerPlan]:
 
 
 def test_expected_graph() -> None:
-    """One line more, before the first wait, and an argument of each experts call; nothing else changes."""
+    """Two lines more, before the first wait, and an argument of each experts call; nothing else changes."""
     before, after, _ = collected("flat", 2)
     shown = text(before.graph)
     lines = text(after.graph).splitlines()
-    assert lines[36:39] == [
+    assert lines[36:40] == [
         "%36 = shared_experts[SharedExperts](%0)",
-        "%37 = experts[Experts](collect=True)",
-        "%38 = moecompile.all_to_all_wait(%28, %29, %22, -1, False, 'ep')",
+        "%37 = get_attr experts",
+        "%38 = grad_token(%37)",
+        "%39 = moecompile.all_to_all_wait(%28, %29, %22, -1, False, 'ep')",
     ]
     assert [line for line in lines if "experts[Experts](%" in line] == [
-        "%43 = experts[Experts](%40, %42, token=%37)", "%53 = experts[Experts](%50, %52, token=%37)",
+        "%44 = experts[Experts](%41, %43, grad_token=%38)", "%54 = experts[Experts](%51, %53, grad_token=%38)",
     ]  # fmt: skip
     plain = re.sub(r"%\d+", "%", shown).splitlines()
-    rest = [re.sub(r"%\d+", "%", line.replace(", token=%37", "")) for line in lines if "collect=True" not in line]
+    rest = [re.sub(r"%\d+", "%", line.replace(", grad_token=%38", "")) for line in [*lines[:37], *lines[39:]]]
     assert rest == plain
     assert text(before.graph) == shown
     assert after.graph.experts is before.graph.experts
@@ -58,7 +59,7 @@ def test_the_token_is_made_while_dispatches_are_on_the_wire(kind: str, chunks: i
     fused = passed(after, layer, Fuse()) if layer.fused else after
     calls = experts_calls(fused.graph)
     assert len(calls) == chunks
-    assert {call.kwargs["token"] for call in calls} == {*collecting_calls(fused.graph)}
+    assert {call.kwargs["grad_token"] for call in calls} == {*collecting_calls(fused.graph)}
 
 
 def test_nothing_planned_changes_nothing() -> None:
@@ -72,7 +73,7 @@ def test_nothing_planned_changes_nothing() -> None:
 
 def _forget_a_chunk(region: Region) -> None:
     call = experts_calls(region.graph)[1]
-    call.kwargs = {key: value for key, value in call.kwargs.items() if key != "token"}
+    call.kwargs = {key: value for key, value in call.kwargs.items() if key != "grad_token"}
 
 
 def _make_two(region: Region) -> None:

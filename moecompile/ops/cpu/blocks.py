@@ -20,12 +20,16 @@ _BLOCK_BYTES = 1 << 20  # of the rows of a block, on a CPU: they should stay in 
 
 
 class Block(NamedTuple):
-    """Rows start .. end of consecutive experts from `first` on, and the number of rows of each; padding is included."""
+    """Rows start .. end of consecutive experts from `first` on, and the number of rows of each; padding is included.
+
+    stack: which of the stacks of weights has them (moecompile.ops.grouped).
+    """
 
     start: int
     end: int
     first: int
     lengths: list[int]
+    stack: int = 0
 
     @classmethod
     def whole(cls, counts_E: Tensor) -> Block:
@@ -84,22 +88,28 @@ def starts_of(counts: list[int], num_rows: int) -> list[int]:
     return list(itertools.accumulate(lengths, initial=0))[:-1]
 
 
-def make_blocks(counts_E: Tensor, x_VD: Tensor, gate_up_EGD: Tensor, *, pad: bool) -> tuple[list[Block], Tensor]:
+def make_blocks(
+    counts_E: Tensor, x_VD: Tensor, width: int, *, pad: bool, num_own: int | None = None
+) -> tuple[list[Block], Tensor]:
     """Blocks that together have every expert once, and the rows of each expert with padding, (E,).
 
-    One block on a GPU, which reads the counts on the host all the same.
+    One block for a stack on a GPU, which reads the counts on the host all the same.
+
+    Args:
+        width: G. num_own: how many experts are in the first stack, if there are two.
     """
     lengths = [_padded_length(n) if pad else n for n in counts_E.tolist()]
-    row_bytes = (x_VD.shape[1] + 2 * gate_up_EGD.shape[1]) * x_VD.element_size()
+    row_bytes = (x_VD.shape[1] + 2 * width) * x_VD.element_size()
     most = _BLOCK_BYTES if x_VD.device.type == "cpu" else float("inf")
     blocks: list[Block] = []
     start = 0
     for expert, length in enumerate(lengths):
         last = blocks[-1] if blocks else None
-        if last and (not length or (start + length - last.start) * row_bytes <= most):
-            blocks[-1] = Block(last.start, start + length, last.first, [*last.lengths, length])
+        stack = int(num_own is not None and expert >= num_own)
+        if last and last.stack == stack and (not length or (start + length - last.start) * row_bytes <= most):
+            blocks[-1] = last._replace(end=start + length, lengths=[*last.lengths, length])
         else:
-            blocks.append(Block(start, start + length, expert, [length]))
+            blocks.append(Block(start, start + length, expert - stack * (num_own or 0), [length], stack))
         start += length
     return blocks, torch.tensor(lengths, dtype=torch.int64)
 

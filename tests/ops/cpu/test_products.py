@@ -174,7 +174,7 @@ def test_factors_that_do_not_fit_never_reach_the_kernel(mistake: str, whole: boo
     weight, counts = MISTAKES[mistake](torch.randn(2, N, K))
     with pytest.raises((RuntimeError, ValueError)):
         if whole:
-            torch.ops.moecompile.grouped_mm(rows, weight, torch.tensor(counts))
+            torch.ops.moecompile.grouped_mm(rows, [weight], torch.tensor(counts), None, 0)
         else:
             Products(torch.empty(0)).transposed(Block(0, 8, 0, counts), rows, weight, torch.empty(8, N))
     assert called == []
