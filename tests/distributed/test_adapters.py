@@ -56,6 +56,7 @@ def _checked(world_size: int, meshes: dict[str, list[str]], names: tuple[str, ..
         assert_equal(trace, reference(case.partition(",")[0]))
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_peft_in_one_process() -> None:
     _checked(2, {"2 chunks": TWO["2 chunks"]}, ("mixtral",))
     _checked(2, {"ep2": TWO["ep2"]}, ("deepseek_v3",))

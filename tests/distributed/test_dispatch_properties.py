@@ -85,6 +85,7 @@ FIXED = {"deadline": None, "derandomize": True, "database": None}
 CHECKS = {"suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 
 
+@pytest.mark.slow
 @given(case=cases())
 @settings(max_examples=40, **FIXED, **CHECKS)
 def test_any_layer_equals_the_plain_one(pools: Pools, case: Case) -> None:

@@ -33,6 +33,7 @@ def errors(text: str) -> list[str]:
     return [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
 
 
+@pytest.mark.slow
 def test_torchrun_in_place(tmp_path: Path) -> None:
     runs = [tmp_path / "first", tmp_path / "second"]  # as a multirun: one process, a new process group each time
     result = run([*TORCHRUN, "2", *PROGRAM, "2", *map(str, runs)], MESH_NODES="2")

@@ -130,6 +130,7 @@ def test_mutations_are_caught() -> None:
     assert error > 0.1 and name.endswith("router.weight")
 
 
+@pytest.mark.slow
 def test_mutations_of_auxiliary_losses_are_caught() -> None:
     """A loss that is not multiplied by its tokens, or by ep once more, and noise that repeats itself on every rank."""
     wanted = reference(torch.float64, "all")
@@ -160,6 +161,7 @@ def _encoder_decoder(rank: int, world_size: int) -> dict[str, job.Trace]:
     }
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_model_equals_one_process() -> None:
     """T5, whose layers hand their position bias on as a view, of which FSDP2 warns, and whose embeddings are tied."""
     wanted = job.reference(torch.float64, AUX["all"], "t5")

@@ -279,6 +279,7 @@ def test_unknown_loss() -> None:
         moecompile.ExpertParallelStrategy(loss="median")
 
 
+@pytest.mark.slow
 def test_importing_after_lightning_registers_the_name() -> None:
     code = (
         "from lightning.pytorch import Trainer; import moecompile; "

@@ -44,8 +44,13 @@ def predicted(model: nn.Module, config: Config, **settings: object) -> tuple[flo
     "given",
     [
         ["mesh.ranks_per_node=4"],
-        ["mesh.num_nodes=2", "mesh.ranks_per_node=2", "dispatch=auto", "dispatch.overlap=auto", *SLOW_LINKS],
-        ["experts.num_routed=6", "mesh.ranks_per_node=8", "dispatch=auto"],  # 8 does not divide 6
+        pytest.param(
+            ["mesh.num_nodes=2", "mesh.ranks_per_node=2", "dispatch=auto", "dispatch.overlap=auto", *SLOW_LINKS],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(  # 8 does not divide 6
+            ["experts.num_routed=6", "mesh.ranks_per_node=8", "dispatch=auto"], marks=pytest.mark.slow
+        ),
         ["mesh.dp_replicate=2"],
     ],
 )

@@ -145,6 +145,7 @@ def run(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str], 
     return capsys.readouterr().out, json.loads((folder / "out" / "result.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_task_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["task=plan", "model=deepseek_v3", "mesh=h800_256x8"]
     printed, result = run(arguments, tmp_path, capsys, monkeypatch)
