@@ -19,9 +19,10 @@ import time
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from multiprocessing import forkserver, reduction
+from multiprocessing import connection, forkserver, reduction
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moecompile import waiting
 from moecompile.checkpoint.resume import has_trained, is_restarted
@@ -31,14 +32,9 @@ from moecompile.runtime import failures, logs, signals
 from moecompile.runtime.external_launch import GRACE_S, PEER_GRACE_S, is_leading, leave, run_on_all
 from moecompile.runtime.ranks import Ranks, check_mesh, free_port, worker_variables
 
-if TYPE_CHECKING:
-    from torch.multiprocessing import ProcessContext
-
 _RESTART = "MOECOMPILE_RESTART"
 _HANGING_UP = (signal.SIGHUP, signal.SIGQUIT)
 """Signals that end ranks at once; `signals.ASKING` end training after the current step."""
-_POLL_S = 0.1
-"""Seconds until a signal is passed on."""
 
 
 def launch(
@@ -163,7 +159,7 @@ def _launch_again(world_size: int, run_dir: Path, max_restarts: int, module: str
 
 def _launch_local(world_size: int, run_dir: Path, module: str, variables: dict[str, str]) -> None:
     """Runs all ranks, and raises what ended them early."""
-    from torch.multiprocessing.spawn import ProcessExitedException, start_processes
+    from torch.multiprocessing import ProcessExitedException, start_processes
 
     logging.getLogger(start_processes.__module__).setLevel(logging.ERROR)  # which ranks it ends, beside our message
     ranks = Ranks(
@@ -172,21 +168,22 @@ def _launch_local(world_size: int, run_dir: Path, module: str, variables: dict[s
     )  # fmt: skip
     job = (ranks, module, run_dir, os.getcwd(), {**os.environ, **variables}, _Terminal())
     exit_codes: dict[int, int] = {}
-    with _asked_to_end() as asked:
+    processes: list[ForkServerProcess] = []
+    with _passing_signals_to(processes) as asked:
         waiting.done()
         with _without_main_module():
             context = start_processes(_rank, job, world_size, join=False, start_method="forkserver")
+        processes += context.processes
         try:
-            num_passed = 0
-            while not context.join(_POLL_S, GRACE_S):
-                for number in asked[num_passed:]:
-                    _pass_on(number, asked[:num_passed], context)
-                    num_passed += 1
-        except ProcessExitedException as first:  # the others have ended
-            codes = {rank: process.exitcode for rank, process in enumerate(context.processes) if process.exitcode}
+            for index, number in enumerate(asked):  # while they were started
+                _send(_for_ranks(number, asked[:index]), processes)
+            while not context.join(grace_period=GRACE_S):
+                pass
+        except ProcessExitedException as first:  # now all have ended
+            codes = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
             exit_codes = {first.error_index: first.exit_code, **codes}
         finally:
-            _send(signal.SIGKILL, context)
+            _send(signal.SIGKILL, processes)
     ending = [number for number in asked if number != signals.WARNING]
     is_hung_up = any(number in _HANGING_UP for number in ending)
     if is_hung_up or (ending and exit_codes and (len(ending) > 1 or not failures.any_recorded(run_dir))):
@@ -198,19 +195,21 @@ def _launch_local(world_size: int, run_dir: Path, module: str, variables: dict[s
         raise signals.Stopped(ending[0] if ending else stopped.number, stopped.step, stopped.num_steps)
 
 
-def _pass_on(number: int, before: Sequence[int], context: ProcessContext) -> None:
-    """The first signal that asks for an end is SIGINT for all ranks, which save; a second one, or a terminal that
-    closes, is SIGKILL. before: the signals before this one.
+def _for_ranks(number: int, before: Sequence[int]) -> int:
+    """What ranks get for the signal `number` after those `before`: SIGINT for the first that asks for an end, at which
+    they save; SIGKILL for a second one, and for a terminal that closes.
     """
-    if number != signals.WARNING:
-        is_first = number in signals.ASKING and not any(each in signals.ASKING for each in before)
-        number = signal.SIGINT if is_first else signal.SIGKILL
-    _send(number, context)
+    if number == signals.WARNING:
+        return number
+    is_first = number in signals.ASKING and not any(each in signals.ASKING for each in before)
+    return signal.SIGINT if is_first else signal.SIGKILL
 
 
-def _send(number: int, context: ProcessContext) -> None:
-    for process in context.processes:
-        if process.is_alive():
+def _send(number: int, processes: Sequence[ForkServerProcess]) -> None:
+    """Sends a signal to those that run. A handler calls it, perhaps while `join` is reading an exit code."""
+    ended = connection.wait([process.sentinel for process in processes], timeout=0)
+    for process in processes:
+        if process.sentinel not in ended and process.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, number)
 
@@ -247,8 +246,8 @@ def _without_main_module() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _asked_to_end() -> Iterator[list[int]]:
-    """While ranks run: yields the signals so far, which would end this process. In a thread there are none.
+def _passing_signals_to(processes: Sequence[ForkServerProcess]) -> Iterator[list[int]]:
+    """Signals that would end this process go to `processes`. Yields those so far; in a thread there are none.
 
     Ranks are in their own sessions, which do not receive the terminal's Ctrl-C.
     """
@@ -257,9 +256,11 @@ def _asked_to_end() -> Iterator[list[int]]:
         yield asked
         return
 
-    def note(number: int, frame: object) -> None:
+    def pass_on(number: int, frame: object) -> None:
+        passed = _for_ranks(number, asked)
         asked.append(number)
-        if number == signals.WARNING or [each for each in asked if each in signals.ASKING] == [number]:
+        _send(passed, processes)
+        if passed != signal.SIGKILL:
             again = "" if number == signals.WARNING else "; the same again ends at once"
             text = f"\n{signal.Signals(number).name}: the step is finished and saved{again}\n"
             os.write(2, text.encode())
@@ -267,7 +268,7 @@ def _asked_to_end() -> Iterator[list[int]]:
     before = {number: signal.getsignal(number) for number in (*signals.ASKING, signals.WARNING, *_HANGING_UP)}
     for number, handler in before.items():
         if number not in _HANGING_UP or handler is not signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, note)
+            signal.signal(number, pass_on)
     try:
         yield asked
     finally:
