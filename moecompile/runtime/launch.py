@@ -2,14 +2,14 @@
 
 However it is started, a rank has torchrun's environment variables. The launcher and its ranks share only the run
 directory: each rank runs `main(run_dir)` of a module. Ranks are forked from a fork server, a process that imports what
-they need once, while the launcher does other things.
+they need once, while the launcher does other things. torch.multiprocessing starts, watches and ends them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import math
+import logging
 import multiprocessing
 import os
 import signal
@@ -17,11 +17,12 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from multiprocessing import connection, forkserver, reduction
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from moecompile import waiting
 from moecompile.checkpoint.resume import has_trained, is_restarted
@@ -34,8 +35,6 @@ from moecompile.runtime.ranks import Ranks, check_mesh, free_port, worker_variab
 _RESTART = "MOECOMPILE_RESTART"
 _HANGING_UP = (signal.SIGHUP, signal.SIGQUIT)
 """Signals that end ranks at once; `signals.ASKING` end training after the current step."""
-_POLL_S = 0.1
-"""Seconds until a signal is passed on."""
 
 
 def launch(
@@ -75,7 +74,7 @@ def prepare(modules: Sequence[str], threads: int) -> None:
         modules: they may not start threads or use a GPU. threads: OpenMP threads per rank.
     """
     if not is_leading():
-        multiprocessing.set_forkserver_preload(["moecompile.runtime.fork_server", __name__, *modules])
+        multiprocessing.set_forkserver_preload(["moecompile.runtime.fork_server", "torch.multiprocessing", *modules])
         with _environment(_launch_variables(threads)):
             forkserver.ensure_running()
 
@@ -89,21 +88,14 @@ def is_restart(run_dir: Path) -> bool:
     return is_restarted() and has_trained(run_dir)
 
 
-def _rank(module: str, run_dir: Path, folder: str, variables: dict[str, str], terminal: _Terminal) -> None:
-    """A rank, in a process that was forked for it. Returning from `main` is success."""
+def _rank(
+    rank: int, of_rank_0: Ranks, module: str, run_dir: Path, folder: str, variables: dict[str, str], terminal: _Terminal
+) -> None:
+    """A rank, in a process that was forked for it. Returning from `main` is success; nothing else returns from here."""
     os.setsid()  # a terminal's Ctrl-C goes to the launcher alone
-    multiprocessing.set_start_method(None, force=True)  # what the rank starts begins as in any program
-    os.environ.clear()
-    os.environ.update(variables)
-    os.chdir(folder)
-    if (torch := sys.modules.get("torch")) is not None:  # which has read the fork server's variable
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    with contextlib.suppress(OSError):  # Linux: what `ps -e` and `top` call it
-        Path("/proc/self/comm").write_text(f"moecompile_r{rank}"[:15], encoding="utf-8")
-    _watch_launcher(run_dir, rank, world_size)
-    logs.hold(run_dir, rank)
+    _watch_launcher(run_dir, rank, of_rank_0.world_size)
     try:
+        _begin(replace(of_rank_0, rank=rank, local_rank=rank), run_dir, folder, variables)
         importlib.import_module(module).main(run_dir)
         if (group := _process_group()) is not None:
             group.barrier()  # so that no exit breaks a connection that another rank needs
@@ -117,6 +109,20 @@ def _rank(module: str, run_dir: Path, folder: str, variables: dict[str, str], te
             time.sleep(PEER_GRACE_S)
         leave(failure.exit_code)
     leave(0)  # no thread that a callback has left keeps the process
+
+
+def _begin(ranks: Ranks, run_dir: Path, folder: str, variables: dict[str, str]) -> None:
+    """Makes this process what it would be if it were started by a command line in `folder`."""
+    import torch
+
+    multiprocessing.set_start_method(None, force=True)  # what the rank starts begins as in any program
+    os.environ.clear()
+    os.environ.update(variables | ranks.variables())
+    os.chdir(folder)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch has read the fork server's variable
+    with contextlib.suppress(OSError):  # Linux: what `ps -e` and `top` call it
+        Path("/proc/self/comm").write_text(f"moecompile_r{ranks.rank}"[:15], encoding="utf-8")
+    logs.hold(run_dir, ranks.rank)
 
 
 class _Terminal:
@@ -153,24 +159,31 @@ def _launch_again(world_size: int, run_dir: Path, max_restarts: int, module: str
 
 def _launch_local(world_size: int, run_dir: Path, module: str, variables: dict[str, str]) -> None:
     """Runs all ranks, and raises what ended them early."""
-    context, port, terminal = multiprocessing.get_context("forkserver"), free_port(), _Terminal()
-    processes = []
-    for rank in range(world_size):
-        ranks = Ranks(
-            rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size, master_addr="127.0.0.1",
-            master_port=port, launcher="moecompile",
-        )  # fmt: skip
-        job = (module, run_dir, os.getcwd(), {**os.environ, **variables, **ranks.variables()}, terminal)
-        processes.append(context.Process(target=_rank, args=job))
-    with _asked_to_end() as asked:
+    from torch.multiprocessing import ProcessExitedException, start_processes
+
+    logging.getLogger(start_processes.__module__).setLevel(logging.ERROR)  # which ranks it ends, beside our message
+    ranks = Ranks(
+        rank=0, world_size=world_size, local_rank=0, local_world_size=world_size, master_addr="127.0.0.1",
+        master_port=free_port(), launcher="moecompile",
+    )  # fmt: skip
+    job = (ranks, module, run_dir, os.getcwd(), {**os.environ, **variables}, _Terminal())
+    exit_codes: dict[int, int] = {}
+    processes: list[ForkServerProcess] = []
+    with _passing_signals_to(processes) as asked:
         waiting.done()
+        with _without_main_module():
+            context = start_processes(_rank, job, world_size, join=False, start_method="forkserver")
+        processes += context.processes
         try:
-            with _without_main_module():
-                for process in processes:
-                    process.start()
-            exit_codes = _supervise(processes, asked)
+            for index, number in enumerate(asked):  # while they were started
+                _send(_for_ranks(number, asked[:index]), processes)
+            while not context.join(grace_period=GRACE_S):
+                pass
+        except ProcessExitedException as first:  # now all have ended
+            codes = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
+            exit_codes = {first.error_index: first.exit_code, **codes}
         finally:
-            _send(processes, signal.SIGKILL)
+            _send(signal.SIGKILL, processes)
     ending = [number for number in asked if number != signals.WARNING]
     is_hung_up = any(number in _HANGING_UP for number in ending)
     if is_hung_up or (ending and exit_codes and (len(ending) > 1 or not failures.any_recorded(run_dir))):
@@ -182,42 +195,21 @@ def _launch_local(world_size: int, run_dir: Path, module: str, variables: dict[s
         raise signals.Stopped(ending[0] if ending else stopped.number, stopped.step, stopped.num_steps)
 
 
-def _supervise(processes: Sequence[ForkServerProcess], asked: Sequence[int]) -> dict[int, int]:
-    """Waits until all ranks have ended, and passes on the signals in `asked`.
-
-    1. A rank that fails ends the others: SIGTERM, and after `GRACE_S` SIGKILL.
-    2. The first signal that asks for an end is SIGINT for all ranks, which save; the second one is SIGKILL. A terminal
-       that closes ends them as a failure does.
-
-    Returns:
-        The exit codes of the ranks that failed before others were ended because of it, in this order.
+def _for_ranks(number: int, before: Sequence[int]) -> int:
+    """What ranks get for the signal `number` after those `before`: SIGINT for the first that asks for an end, at which
+    they save; SIGKILL for a second one, and for a terminal that closes.
     """
-    running, deadline, num_passed = dict(enumerate(processes)), math.inf, 0
-    failed: dict[int, int] = {}
-    while running:
-        connection.wait([process.sentinel for process in running.values()], timeout=_POLL_S)
-        for rank in [rank for rank, process in running.items() if not process.is_alive()]:
-            exit_code = running.pop(rank).exitcode
-            if exit_code and deadline == math.inf:
-                failed[rank] = exit_code
-        if failed and deadline == math.inf:  # Step 1
-            deadline = time.monotonic() + GRACE_S
-            _send(running.values(), signal.SIGTERM)
-        elif time.monotonic() > deadline:
-            _send(running.values(), signal.SIGKILL)
-        for number in asked[num_passed:]:  # Step 2
-            again = any(before in signals.ASKING for before in asked[:num_passed])
-            asks = signal.SIGKILL if again else signal.SIGINT
-            _send(running.values(), asks if number in signals.ASKING else number)
-            if number in _HANGING_UP:
-                deadline = min(deadline, time.monotonic() + GRACE_S)
-            num_passed += 1
-    return failed
+    if number == signals.WARNING:
+        return number
+    is_first = number in signals.ASKING and not any(each in signals.ASKING for each in before)
+    return signal.SIGINT if is_first else signal.SIGKILL
 
 
-def _send(processes: Iterable[ForkServerProcess], number: int) -> None:
+def _send(number: int, processes: Sequence[ForkServerProcess]) -> None:
+    """Sends a signal to those that run. A handler calls it, perhaps while `join` is reading an exit code."""
+    ended = connection.wait([process.sentinel for process in processes], timeout=0)
     for process in processes:
-        if process.pid is not None and process.is_alive():
+        if process.sentinel not in ended and process.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, number)
 
@@ -254,8 +246,8 @@ def _without_main_module() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _asked_to_end() -> Iterator[list[int]]:
-    """While ranks run: yields the signals so far, which would end this process. In a thread there are none.
+def _passing_signals_to(processes: Sequence[ForkServerProcess]) -> Iterator[list[int]]:
+    """Signals that would end this process go to `processes`. Yields those so far; in a thread there are none.
 
     Ranks are in their own sessions, which do not receive the terminal's Ctrl-C.
     """
@@ -264,9 +256,11 @@ def _asked_to_end() -> Iterator[list[int]]:
         yield asked
         return
 
-    def note(number: int, frame: object) -> None:
+    def pass_on(number: int, frame: object) -> None:
+        passed = _for_ranks(number, asked)
         asked.append(number)
-        if number == signals.WARNING or [each for each in asked if each in signals.ASKING] == [number]:
+        _send(passed, processes)
+        if passed != signal.SIGKILL:
             again = "" if number == signals.WARNING else "; the same again ends at once"
             text = f"\n{signal.Signals(number).name}: the step is finished and saved{again}\n"
             os.write(2, text.encode())
@@ -274,7 +268,7 @@ def _asked_to_end() -> Iterator[list[int]]:
     before = {number: signal.getsignal(number) for number in (*signals.ASKING, signals.WARNING, *_HANGING_UP)}
     for number, handler in before.items():
         if number not in _HANGING_UP or handler is not signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, note)
+            signal.signal(number, pass_on)
     try:
         yield asked
     finally:
@@ -284,19 +278,13 @@ def _asked_to_end() -> Iterator[list[int]]:
 
 
 def _watch_launcher(run_dir: Path, rank: int, world_size: int) -> None:
-    """Ends this rank when its launcher is gone, or `GRACE_S` after a SIGTERM because another rank failed."""
+    """Ends this rank when its launcher is gone, or at a SIGTERM because another rank failed."""
     launcher = multiprocessing.parent_process()
     assert launcher is not None
-
-    def failed() -> bool:
-        return failures.others_failed(run_dir, rank, world_size)
-
-    def end(code: int) -> NoReturn:
-        if launcher.is_alive() and failed():
-            time.sleep(GRACE_S)  # this rank may still record a failure
-        os._exit(code)
-
-    signals.watch(failed=failed, leave=end, is_orphan=lambda: not launcher.is_alive(), counts=False)
+    signals.watch(
+        failed=lambda: failures.others_failed(run_dir, rank, world_size), leave=os._exit,
+        is_orphan=lambda: not launcher.is_alive(), counts=False,
+    )  # fmt: skip
 
 
 def _process_group() -> Any:

@@ -129,6 +129,19 @@ def test_ending_the_launcher_ends_its_ranks(number: signal.Signals, exit_code: i
 
 
 @pytest.mark.slow
+def test_a_second_signal_is_heard_while_the_launcher_waits_for_a_rank(run_dir: Path) -> None:
+    """Rank 0 has ended, and rank 1 is stopped, which would be killed after two times `GRACE_S`."""
+    environ = {**os.environ, "MODE": "hang"}
+    with subprocess.Popen([*PROGRAM, "2", str(run_dir)], env=environ, stderr=subprocess.DEVNULL) as process:
+        _wait_for(lambda: len(list(run_dir.glob("started_*"))) == 2, "the ranks did not start", seconds=60)
+        os.kill(ranks_of(run_dir)[1], signal.SIGSTOP)
+        process.send_signal(signal.SIGINT)
+        _wait_for(lambda: 0 not in ranks_of(run_dir), "rank 0 goes on", seconds=GRACE_S)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(GRACE_S) == 130
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ignored", [True, False])
 def test_a_terminal_that_closes_ends_ranks_unless_nohup_is_used(ignored: bool, run_dir: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
