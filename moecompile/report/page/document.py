@@ -45,12 +45,17 @@ class Section:
 
 def write_document(path: Path, title: str, subtitle: str, sections: Sequence[Section], *, reload: bool = False) -> None:
     """Writes the page. reload: it loads itself again every 20 s, because the run is not over."""
+    import plotly.io
+
     charts = [part for section in sections for part in section.parts if isinstance(part, Chart)]
     data = {  # Step 1
         "charts": {
             chart.name: {**chart.figure, "cube": chart.cube} if chart.cube else dict(chart.figure) for chart in charts
         },
-        "templates": {name: _template(name) for name in ("plotly_white", "plotly_dark")},
+        "templates": {
+            name: {"layout": plotly.io.templates[name].to_plotly_json()["layout"]}
+            for name in ("plotly_white", "plotly_dark")
+        },
     }
     body = _PAGE.format(
         title=escape(title),
@@ -98,12 +103,6 @@ def _section_html(section: Section) -> str:
         for part in section.parts
     )
     return f'<section id="{section.name}"><h2>{escape(section.title)}</h2>{parts}</section>'
-
-
-def _template(name: str) -> dict[str, Any]:
-    import plotly.io
-
-    return {"layout": plotly.io.templates[name].to_plotly_json()["layout"]}
 
 
 @cache

@@ -125,7 +125,7 @@ def _per_layer(name: str, title: str, unit: str, curves: list[Any]) -> Chart:
 
 MAX_LAYERS, NUM_TOKENS = 8, 32
 _LEAST = 200  # tokens from which something is said
-_LIFTS = {-2: "¼ or less", -1: "½", 0: "as expected", 1: "2 x", 2: "4 x or more"}
+_LIFTS = _LOADS | {0: "as expected"}
 Ids = NDArray[np.int64]
 
 
