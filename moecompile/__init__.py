@@ -22,9 +22,9 @@ from moecompile.version import __version__ as __version__
 if TYPE_CHECKING:
     from moecompile.errors import ArgumentError, CaptureError, ConfigError, MoecompileError, PlanError, UserError
     from moecompile.export import load_exported
-    from moecompile.match.patterns import FFNMatch, register_pattern
+    from moecompile.match.ffn import FFNMatch, register_pattern
+    from moecompile.match.linears import GraphView
     from moecompile.match.regions import Region
-    from moecompile.match.view import GraphView
     from moecompile.models.widen import widen_experts
     from moecompile.nn import auxiliary_loss, update_balance
     from moecompile.nn.context import own_positions
@@ -52,9 +52,9 @@ _HOMES = {
     "Dispatched": "ops.backend",
     "ExpertParallelStrategy": "runtime.strategy",
     "ExpertsBackend": "ops.backend",
-    "FFNMatch": "match.patterns",
+    "FFNMatch": "match.ffn",
     "GraphPass": "passes.base",
-    "GraphView": "match.view",
+    "GraphView": "match.linears",
     "MoecompileError": "errors",
     "Plan": "plan",
     "PlanError": "errors",
@@ -71,7 +71,7 @@ _HOMES = {
     "plan_of": "pipeline",
     "record_routes": "nn.replay",
     "register_pass": "passes.base",
-    "register_pattern": "match.patterns",
+    "register_pattern": "match.ffn",
     "replay_routes": "nn.replay",
     "shard": "passes.shard",
     "transform": "pipeline",

@@ -17,11 +17,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from moecompile.compose import compose_config
-from moecompile.match.ffn import find_ffns
-from moecompile.match.patterns import FFNMatch
+from moecompile.match.ffn import FFNMatch, find_ffns
+from moecompile.match.linears import GraphView
 from moecompile.match.regions import Region
 from moecompile.match.sites import graph_sites
-from moecompile.match.view import GraphView
 from moecompile.nn import Router
 from moecompile.passes.base import GraphPass
 from moecompile.passes.run import run_passes

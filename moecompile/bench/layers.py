@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from moecompile.bench.measure import Times, kept_bytes, medians, timed
 from moecompile.capture import Example, is_meta
 from moecompile.match.experts import ExpertsMatch
-from moecompile.match.patterns import FFNMatch, activation_module
+from moecompile.match.ffn import FFNMatch, activation_module
 from moecompile.match.regions import Region
 from moecompile.mesh import MeshSpec
 from moecompile.nn import Experts, Router, set_random_key

@@ -14,9 +14,33 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from moecompile.capture.caches import cache_configs, caches
 from moecompile.errors import CaptureError
 from moecompile.torch_private import tree_leaves
+
+# -- caches of transformers' models, which their configs switch on and off --------------------------------------------
+
+
+def cache_configs(model: nn.Module) -> list[Any]:
+    """The configs inside `model` that switch caches on and off."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    return [config for config in configs.values() if isinstance(getattr(config, "use_cache", None), bool)]
+
+
+@contextlib.contextmanager
+def caches(model: nn.Module, *, on: bool) -> Iterator[None]:
+    """Switches caches on or off in the configs. Off while a model is recorded: replayed calls would fill them."""
+    before = [(config, config.use_cache) for config in cache_configs(model)]
+    for config, _ in before:
+        config.use_cache = on
+    try:
+        yield
+    finally:
+        for config, use_cache in before:
+            config.use_cache = use_cache
+
+
+# -- the recording -----------------------------------------------------------------------------------------------------
+
 
 Example = Mapping[str, Tensor] | tuple[Any, ...] | Tensor
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from moecompile.capture.decisions import Holds, trace_guarded
+from moecompile.capture.guided import Holds, trace_guarded
 from moecompile.capture.record import ModuleCall, in_mode, random_state_kept, without_fast_path
 from moecompile.errors import CaptureError
 from moecompile.torch_private import tree_leaves

@@ -4,8 +4,7 @@ from moecompile.export.adapters import load_adapters, with_adapters
 from moecompile.export.beside import carry, compare
 from moecompile.export.families import FAMILIES, pairs
 from moecompile.export.huggingface import find_target, reload, write, write_tokenizer
-from moecompile.export.native import load_exported, write_native
-from moecompile.export.run import Run, find_run, load_run
+from moecompile.export.run import Run, find_run, load_exported, load_run, write_native
 
 __all__ = [
     "FAMILIES",

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from moecompile.errors import ConfigError
 from moecompile.export.beside import own_fields
-from moecompile.export.families import Family, Names, choose_family, families_of, no_pair
-from moecompile.export.form import MoEForm, form_of
+from moecompile.export.families import Family, MoEForm, Names, choose_family, families_of, form_of, no_pair
 from moecompile.models.build import class_of, empty_of, no_progress_bars
 from moecompile.models.loading import refuse_incomplete
 from moecompile.nn.own_router import own_routers

@@ -1,16 +1,22 @@
-"""The trained model of a run: its config, plan and the weights of a checkpoint, in one process."""
+"""A trained run: its config, plan and the weights of a checkpoint, in one process; and our own format for it.
+
+The format is safetensors with our own names, together with the config and the plan.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from moecompile import plan as plans
+from moecompile.checkpoint.sums import seal
 from moecompile.checkpoint.weights import latest_checkpoint, load_weights
-from moecompile.compose import RESOLVED, load_resolved
+from moecompile.compose import RESOLVED, load_resolved, save_resolved
 from moecompile.errors import ConfigError
 from moecompile.models.build import example_inputs, pretrained_folder
 from moecompile.models.source import source_structure
@@ -71,3 +77,56 @@ def load_run(run: Run) -> nn.Module:
     model = compile_with_report(model, run.config, example=example, plan=run.plan, until="rewrite").model
     load_weights(run.checkpoint, model.state_dict())
     return model.eval()
+
+
+# -- our own format ----------------------------------------------------------------------------------------------------
+
+
+_FILE_BYTES = 4 * 2**30
+
+
+def write_native(model: nn.Module, run: Run, folder: Path) -> None:
+    """Writes `resolved.yaml`, `plan.yaml` and `model-*.safetensors`, each of at most 4 GiB or one tensor."""
+    save_resolved(run.config, folder / RESOLVED)
+    plans.save(run.plan, folder / PLAN)
+    files = _files(dict(model.state_dict()))
+    index: dict[str, str] = {}
+    for i, tensors in enumerate(files, 1):
+        name = f"model-{i:05d}-of-{len(files):05d}.safetensors"
+        # safetensors refuses tied weights, which share memory, so each name gets its own tensor in the file.
+        save_file({key: _own(key, tensor, tensors) for key, tensor in tensors.items()}, folder / name)
+        index |= dict.fromkeys(tensors, name)
+    body = json.dumps({"weight_map": index}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(body + "\n", encoding="utf-8")
+    seal(folder)
+
+
+def load_exported(path: str | Path, *, named: Named = MappingProxyType({})) -> nn.Module:
+    """The model of a native export, or of a run directory's latest checkpoint, on one device in evaluation mode.
+
+    Args:
+        named: for a model that a function has made, the function: `{"model.factory": "package.module:function"}`. The
+            folder does not choose it.
+
+    Raises:
+        ConfigError: the folder is incomplete, or names a function that is not in `named`.
+        PlanError: so is the plan in it.
+    """
+    return load_run(find_run(str(path), None, named=named))
+
+
+def _files(weights: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    files: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in weights.items():
+        if files[-1] and size + tensor.nbytes > _FILE_BYTES:
+            files.append({})
+            size = 0
+        files[-1][name] = tensor
+        size += tensor.nbytes
+    return files
+
+
+def _own(name: str, tensor: Tensor, others: dict[str, Tensor]) -> Tensor:
+    first = next(key for key, other in others.items() if other.data_ptr() == tensor.data_ptr())
+    return tensor.contiguous() if first == name else tensor.clone()

@@ -8,19 +8,172 @@ Algorithm, for each module that was called:
   2. Read the stacked weights, or the modules if each expert is a separate module.
   3. Account for every parameter, or give the reason why the experts are not supported.
 
-Legend: T tokens, D model dim, F expert width, E experts, K top-k.
+Legend: T tokens, D model dim, F expert width, E experts, K top-k, B sequences, S tokens of one. Of a router, E are the
+experts that a token may choose: identity experts count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
-from moecompile.match.own_router import RouterMatch
-from moecompile.match.patterns import FFNMatch
+from moecompile.capture import Recording
+from moecompile.match.ffn import FFNMatch, activation_module
+from moecompile.match.pointwise import torch_name
+from moecompile.nn import Experts
+from moecompile.nn.existing import ExistingExperts, MatrixExperts, without_parameters
+from moecompile.torch_private import tree_leaves
+
+# -- their router ------------------------------------------------------------------------------------------------------
+
+
+_LINEARS = ("linear", "addmm", "matmul", "bmm", "einsum")
+_SCORES = ("softmax", "sigmoid")
+_CHOICES = ("topk", "argmax", "max", "sort")
+_SAME = (
+    "view", "reshape", "flatten", "squeeze", "unsqueeze", "contiguous", "clone", "to", "type", "type_as", "float",
+    "double",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterMatch:
+    """Where the logits of a model's own router are, and what it makes of them.
+
+    path: of the module that returns them, from the model. index: which of the tensors that it returns. num_choices: E.
+    score: `softmax` or `sigmoid`; `other`. sequences: whether the block is called with (B, S, D), so that it is known
+    which tokens are one sequence.
+    """
+
+    path: str
+    index: int
+    num_choices: int
+    score: str
+    sequences: bool
+
+
+def own_router(recording: Recording, path: str, num_choices: int, d_model: int) -> RouterMatch | None:
+    """The router of the experts at `path`; None: its logits are nothing that a module of their block returns.
+
+    Algorithm, by dataflow from the expert ids of their call:
+      1. Walk up from the ids and the routing weights to the linears that they come from.
+      2. The scores are the softmax or sigmoid on the way that has one value for every expert; the logits are its input.
+         If there is none, ids are chosen by the logits themselves, and weights are a softmax or sigmoid of the chosen
+         ones.
+      3. Find a module of the block that returns these logits, up to their shape and precision: a hook can read them
+         there.
+
+    Args:
+        num_choices: experts that a token may choose. d_model: width of the block's input.
+    """
+    read = recording.read.get(path, [])
+    if len(read) < 3 or read[1] is None or read[2] is None:
+        return None
+    scored = _scored(read[1], read[2], num_choices)  # Steps 1 and 2
+    if scored is None:
+        return None
+    score, logits = scored
+    block, _, _ = path.rpartition(".")
+    inside = f"{block}." if block else ""
+    for name, made in recording.made.items():  # Step 3
+        if name.startswith(inside) and name != block and not f"{name}.".startswith(f"{path}."):
+            index = next((i for i, node in enumerate(made) if node is not None and _root(node) is logits), None)
+            if index is not None and _width(made[index]) == num_choices:
+                sequences = _has_sequences(recording, block, d_model)
+                return RouterMatch(path=name, index=index, num_choices=num_choices, score=score, sequences=sequences)
+    return None
+
+
+def _scored(ids: fx.Node, weights: fx.Node, num_choices: int) -> tuple[str, fx.Node] | None:
+    """(score, root of the logits)."""
+    above_ids, above_weights = list(_above(ids)), list(_above(weights))
+    both = [*above_ids, *above_weights]
+    wide = {(_name(n), _root(n.args[0])) for n in both if _name(n) in _SCORES and _width(n) == num_choices}
+    if len(wide) == 1:
+        ((score, logits),) = wide
+        return (score, logits) if logits is not None and _is_of_linear(logits, num_choices) else None
+    if wide:
+        return None
+    linears = {n for n in both if _name(n) in _LINEARS and _width(n) == num_choices}
+    if len(linears) != 1:
+        return None
+    logits = linears.pop()
+    chosen = {_unbiased(n.args[0]) for n in above_ids if _name(n) in _CHOICES and _width_of(n.args[0]) == num_choices}
+    of_chosen = {_name(n) for n in above_weights if _name(n) in _SCORES}
+    return (of_chosen.pop() if chosen == {logits} and len(of_chosen) == 1 else "other"), logits
+
+
+def _above(start: fx.Node) -> Iterator[fx.Node]:
+    """The nodes above `start`, itself included, up to the first linears."""
+    seen, left = {start}, [start]
+    while left:
+        node = left.pop()
+        yield node
+        for source in _sources(node):
+            if source not in seen:
+                seen.add(source)
+                left.append(source)
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    name = _name(node)
+    if name in _LINEARS:
+        return []
+    return node.all_input_nodes[:1] if name in _SAME else node.all_input_nodes  # not the tensor that gives a type
+
+
+def _is_of_linear(node: fx.Node, num_choices: int) -> bool:
+    """Whether a linear with one row for every expert is above `node`, and nothing that chooses."""
+    above = list(_above(node))
+    linears = [n for n in above if _name(n) in _LINEARS and _width(n) == num_choices]
+    return len(linears) == 1 and not any(_name(n) in (*_CHOICES, *_SCORES) for n in above)
+
+
+def _root(value: object) -> fx.Node | None:
+    """The node of which `value` is another shape or precision."""
+    while isinstance(value, fx.Node) and _name(value) in _SAME and isinstance(value.args[0], fx.Node):
+        value = value.args[0]
+    return value if isinstance(value, fx.Node) else None
+
+
+def _unbiased(value: object) -> fx.Node | None:
+    """The root without a correction bias, a tensor of the model that is added."""
+    node = _root(value)
+    if node is not None and _name(node) == "add":
+        added = {_root(part) for part in node.args}
+        rest = {part for part in added if part is not None and part.op != "get_attr"}
+        return rest.pop() if len(rest) == 1 else node
+    return node
+
+
+def _name(node: fx.Node) -> str:
+    """Nodes of a recording are functions and attributes; no modules are looked up."""
+    return torch_name(node, lambda path: (_ for _ in ()).throw(KeyError(path)))
+
+
+def _width(node: fx.Node | None) -> int:
+    shape = () if node is None else node.meta.get("shape", ())
+    return int(shape[-1]) if shape else 0
+
+
+def _width_of(value: object) -> int:
+    return _width(value) if isinstance(value, fx.Node) else 0
+
+
+def _has_sequences(recording: Recording, block: str, d_model: int) -> bool:
+    call = recording.calls.get(block)
+    if call is None:
+        return False
+    first = next((leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)), None)
+    return first is not None and first.dim() == 3 and first.shape[-1] == d_model
+
+
+# -- experts -----------------------------------------------------------------------------------------------------------
+
 
 OWN = "own_experts"
 """Name of the model's experts in the captured graph of their region, which is a single call of them."""
@@ -254,3 +407,61 @@ def holds_stacks(module: nn.Module) -> bool:
     sizes = {parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3}
     counts = {value for name, value in vars(module).items() if "experts" in name and isinstance(value, int)}
     return bool(sizes & counts - {1})
+
+
+# -- whether they are SwiGLU -------------------------------------------------------------------------------------------
+
+
+def existing_experts(match: ExpertsMatch, module: nn.Module) -> ExistingExperts:
+    """A module that computes the experts of `module` on rows, with weights as arguments."""
+    if match.are_matrices:
+        holder = module.get_submodule(match.weights[0].rpartition(".")[0])
+        return MatrixExperts(match.num_experts, without_parameters(holder), match.weights)
+    return ExistingExperts(match.num_experts, without_parameters(module), match.weights, transposed=match.transposed)
+
+
+def are_swiglu(match: ExpertsMatch, module: nn.Module) -> bool:
+    """Whether the model's own experts are SwiGLU without biases and without a norm on their outputs."""
+    if match.ffn is not None:
+        return ffn_is_swiglu(*match.ffn)
+    return match.norm is None and is_swiglu(existing_experts(match, module))
+
+
+def ffn_is_swiglu(root: fx.GraphModule, match: FFNMatch) -> bool:
+    """Whether experts made from this dense FFN will be SwiGLU without biases."""
+    if match.kind != "gated" or any(linear.bias for linear in (*match.ins, match.down)):
+        return False
+    activation = activation_module(root, match)
+    return is_swiglu(Experts(1, 1, 1, gated=True, activation=activation, device="meta"))
+
+
+def is_swiglu(experts: nn.Module) -> bool:
+    """Whether experts have no biases and compute silu(gate) * up, in training and in evaluation mode."""
+    if isinstance(experts, Experts):
+        plain = experts.gated and experts.gate_up_proj_bias is None and experts.down_proj_bias is None
+        return plain and _computes_swiglu(experts.activation, experts.activation)
+    if isinstance(experts, ExistingExperts):
+        plain = set(experts.names) == {"gate_up_proj", "down_proj"} and not experts.transposed
+        return plain and _computes_swiglu(experts.own, lambda gate, up: experts.gate(torch.cat((gate, up), -1)))
+    return False
+
+
+@torch.no_grad()
+def _computes_swiglu(owner: nn.Module, activation: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Compares on a grid wide enough to reveal clamps and other slopes; training mode reveals dropout."""
+    if any(True for _ in owner.parameters()) or any(True for _ in owner.buffers()):
+        return False
+    cpu = torch.device("cpu")  # the default device may be meta
+    values = torch.cat((torch.linspace(-40, 40, 161, device=cpu), torch.linspace(-2, 2, 41, device=cpu)))
+    gate, up = torch.meshgrid(values, values, indexing="ij")
+    expected, modes = F.silu(gate) * up, [(module, module.training) for module in owner.modules()]
+    try:
+        for training in (False, True):
+            owner.train(training)
+            with torch.random.fork_rng(devices=[]):
+                if not torch.allclose(activation(gate.contiguous(), up.contiguous()), expected, rtol=1e-5, atol=1e-6):
+                    return False
+    finally:
+        for module, training in modes:
+            module.training = training
+    return True

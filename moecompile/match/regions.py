@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from moecompile.capture import shell_of
 from moecompile.match.experts import ExpertsMatch
+from moecompile.match.ffn import FFNMatch
 from moecompile.match.linears import attribute
-from moecompile.match.patterns import FFNMatch
 from moecompile.plan import FFNSite, LayerPlan, PlannedSite
 
 Match = FFNMatch | ExpertsMatch

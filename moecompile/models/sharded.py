@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from moecompile.errors import ConfigError
-from moecompile.match.patterns import FFNMatch
+from moecompile.match.ffn import FFNMatch
 from moecompile.match.regions import Region
 from moecompile.mesh import Part
 from moecompile.models.build import build_empty

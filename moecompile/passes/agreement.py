@@ -31,8 +31,8 @@ from torch.nn import functional as F
 
 from moecompile.capture import ModuleCall, fresh_arguments, outputs_of
 from moecompile.match.experts import ExpertsMatch
+from moecompile.match.ffn import FFNMatch
 from moecompile.match.linears import Linear, attribute
-from moecompile.match.patterns import FFNMatch
 from moecompile.match.regions import Region
 from moecompile.nn import Experts
 from moecompile.passes.base import experts_calls

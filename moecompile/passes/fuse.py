@@ -20,8 +20,8 @@ import torch
 from torch import fx
 
 from moecompile.errors import PassError
+from moecompile.match.experts import is_swiglu
 from moecompile.match.regions import Region
-from moecompile.match.swiglu import is_swiglu
 from moecompile.ops.backend import EXPERTS, load
 from moecompile.passes.base import LayerPass, items, op_name
 from moecompile.plan import LayerPlan

@@ -24,7 +24,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from moecompile.capture import layers_of
-from moecompile.capture.caches import cache_configs, caches
+from moecompile.capture.record import cache_configs, caches
 from moecompile.errors import ConfigError, PassError
 from moecompile.nn.padding import Padding, padding_of
 from moecompile.ops.backend import CALLS, KeptCalls

@@ -25,9 +25,9 @@ from torch import fx, nn
 
 from moecompile.errors import PassError, PlanError
 from moecompile.match.experts import ExpertsMatch
-from moecompile.match.patterns import FFNMatch, activation_module
+from moecompile.match.ffn import FFNMatch, activation_module
+from moecompile.match.linears import common_owner
 from moecompile.match.regions import Region
-from moecompile.match.view import common_owner
 from moecompile.nn import Experts, Latent, LatentDown, LatentUp, Router, SharedExperts
 from moecompile.nn.identity import IdentityExperts
 from moecompile.nn.padding import MaskRows, TokenIds, TokenMask

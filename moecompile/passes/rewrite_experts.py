@@ -20,10 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from moecompile.errors import PlanError
-from moecompile.match.experts import OWN, ExpertsMatch
-from moecompile.match.own_router import RouterMatch
-from moecompile.match.patterns import FFNMatch, activation_module
-from moecompile.match.swiglu import existing_experts
+from moecompile.match.experts import OWN, ExpertsMatch, RouterMatch, existing_experts
+from moecompile.match.ffn import FFNMatch, activation_module
 from moecompile.nn import Experts
 from moecompile.nn.adapters import expert_adapters
 from moecompile.nn.existing import ExistingExperts, ExistingMeter, OneHotIds, WideWeights

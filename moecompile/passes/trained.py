@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from moecompile.errors import PlanError
+from moecompile.match.ffn import FFNMatch
 from moecompile.match.linears import Linear, attribute
-from moecompile.match.patterns import FFNMatch
 from moecompile.nn import Experts, SharedExperts
 from moecompile.plan import FFNSite, LayerPlan, Plan
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from moecompile.match.patterns import FFNMatch
+from moecompile.match.ffn import FFNMatch
 from moecompile.nn import Experts, Latent, Router, SharedExperts
 from moecompile.passes.scaling import Factors, factors, shared_part
 from moecompile.plan import LayerPlan

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moecompile.capture import Example, call_with, in_mode, is_meta, layers_of
-from moecompile.capture.caches import caches
+from moecompile.capture.record import caches
 from moecompile.errors import MoecompileError
 from moecompile.match.sites import record_model
 from moecompile.nn.context import Positions, cut_arguments

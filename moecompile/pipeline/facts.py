@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from moecompile.capture import Example, layers_of
-from moecompile.match.patterns import FFNMatch
+from moecompile.match.ffn import FFNMatch
 from moecompile.match.regions import Captured
 from moecompile.mesh import Part, axes_that_split
 from moecompile.nn.adapters import output_heads

@@ -1,20 +1,61 @@
-"""Prints passes, sites, checks and the final summary on the console. Needs no torch."""
+"""What a run prints: passes, sites, checks, its summary, its baseline, and the tables of task=bench. Needs no torch.
+
+Cells have explicit line breaks, so that tables fit 80 columns also if the output is not a terminal.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from moecompile.plan import EXCHANGE_OPS
-from moecompile.report.tables import path_text, path_width, plain_grid, plain_table
-from moecompile.report.text import fold_paths, plural, step0_text, traffic_text, unsuffixed
+from moecompile.report.text import bytes_text, count_text, fold_paths, plural, step0_text, traffic_text, unsuffixed
 
 if TYPE_CHECKING:
     from moecompile.passes.run import PassRecord
+
+
+# -- the style of tables -----------------------------------------------------------------------------------------------
+
+
+def plain_table(*columns: str) -> Table:
+    """A table without a frame; its first column is not wrapped."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
+    for i, name in enumerate(columns):
+        table.add_column(name, overflow="fold", no_wrap=i == 0)
+    return table
+
+
+def plain_grid() -> Table:
+    """A grid for lines of names and values."""
+    return Table.grid(padding=(0, 2, 0, 0))
+
+
+def path_width(console: Console) -> int:
+    """Characters per line of a module path in a table."""
+    return console.width // 3 - 1
+
+
+def path_text(path: str, count: int, width: int) -> Text:
+    """A module path, wrapped at dots if it is long, and its number of sites."""
+    lines = [""]
+    for part in re.split(r"(?<=[^.]\.)(?=[^.])", path):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("  ")
+        lines[-1] += part
+    text = Text("\n".join(lines))
+    return text.append(f"\n{count} sites", style="dim") if count > 1 else text
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
+
 
 _STATUS_STYLE = {"ok": "green", "rewritten": "green", "failed": "bold red", "not_matched": "yellow"}
 
@@ -181,3 +222,142 @@ _RESULT_LINES: tuple[tuple[str, tuple[str, ...], Callable[..., str]], ...] = (
     ("report", ("run_dir", "report"), lambda folder, name: f"{folder}/{name}"),
     ("run dir", ("run_dir",), str),
 )
+
+
+# -- its baseline ------------------------------------------------------------------------------------------------------
+
+
+def print_baseline(result: Mapping[str, Any], console: Console) -> None:
+    """Prints MoE and dense model side by side.
+
+    Args:
+        result: result.json of a run with a baseline.
+    """
+    dense = result["baseline"]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for name in ("", "MoE", "dense"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name, key, text_of in _BASELINE_LINES:
+        if result.get(key) is not None and dense.get(key) is not None:
+            table.add_row(Text(name.format(**result)), text_of(result[key]), text_of(dense[key]))
+    console.print()
+    console.print(table)
+
+
+def _nats(loss: float) -> str:
+    return f"{loss:.4f}"
+
+
+_BASELINE_LINES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("parameters", "params_total", count_text),
+    ("a token uses", "params_active", count_text),
+    ("validation, nats per token, step 0", "val_loss_first", _nats),
+    ("validation, nats per token, step {steps}", "val_loss", _nats),
+    ("training loss, last row", "loss_last", _nats),
+    ("tokens/s", "tokens_per_second", "{:,.0f}".format),
+)
+
+
+# -- task=bench --------------------------------------------------------------------------------------------------------
+
+
+def print_bench(result: Mapping[str, Any], console: Console) -> None:
+    """Prints the layers compared with a dense FFN, then the optimizer step.
+
+    Args:
+        result: the content of bench.json.
+    """
+    unit = "GPU ms" if result["device"] == "cuda" else f"CPU ms, {plural(result['threads'], 'thread')}"
+    console.print()
+    console.print(
+        Text(f"one layer on one rank, forward + backward of {result['layers'][0]['tokens']:,} tokens, {unit}:")
+    )
+    console.print(_layers_table(result["layers"], path_width(console)))
+    if not all(row["has_router"] for row in result["layers"]):
+        console.print(Text("the model's existing experts are timed without its own router", style="dim"))
+    console.print(Text("kept: memory that forward saves for backward, without weights", style="dim"))
+    console.print()
+    console.print(_step_grid(result["step"]))
+    if machine := result.get("machine"):
+        console.print()
+        console.print(
+            _machine_grid(machine) if "hardware" in machine else Text(f"no hardware file: {machine['reason']}")
+        )
+
+
+def _layers_table(rows: Sequence[Mapping[str, Any]], width: int) -> Table:
+    table = plain_table("layer", "experts", "dense", "MoE", "ratio", "kept", "MoE", "ratio")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in rows:
+        sites = row["sites"]
+        path = fold_paths((site or "the model", None) for site in sites)[0][0]
+        shared = f"\n+ shared {row['d_shared']}" if row["d_shared"] else ""
+        experts = f"{row['num_experts']} x {row['d_expert']}\ntop-{row['top_k']}{shared}"
+        numbers = (
+            *(f"{_decisive(row[name]):.2f}" for name in ("dense", "moe")), f"{row['ratio']:.2f}",
+            *(bytes_text(row[name]) for name in ("dense_kept", "moe_kept")), f"{row['kept_ratio']:.2f}",
+        )  # fmt: skip
+        cells = (Text(number, no_wrap=True) for number in numbers)
+        table.add_row(path_text(path, len(sites), width), Text(experts), *cells)
+    return table
+
+
+def _decisive(times: Mapping[str, float | None]) -> float:
+    """GPU time, or CPU time on a CPU."""
+    decisive = times["cpu_ms"] if times["device_ms"] is None else times["device_ms"]
+    assert decisive is not None
+    return decisive
+
+
+def _step_grid(step: Mapping[str, Any]) -> Table:
+    grid = plain_grid()
+    ranks = plural(step["world_size"], "rank")
+    spent = [(name, step[name]) for name in ("exchanges", "experts", "rows")]
+    rest = max(0.0, 1 - sum(share for _, share in spent))
+    lines = (
+        ("step", f"{step['wall_ms']:,.1f} ms for {step['tokens']:,} tokens on {ranks}"),
+        ("", f"{step['cpu_ms']:,.1f} ms of CPU time per rank"),
+        ("speed", f"{step['tokens_per_second']:,.0f} tokens/s"),
+        ("memory", _memory_text(step)),
+        ("of it", ", ".join(f"{name} {share:.0%}" for name, share in [*spent, ("the rest", rest)])),
+    )
+    for name, text in lines:
+        grid.add_row(Text(name, style="dim"), Text(text))
+    return grid
+
+
+def _machine_grid(machine: Mapping[str, Any]) -> Table:
+    """What of a step's time is the machine's, in CPU time of a rank."""
+    host = machine["hardware"]["host"]
+    fastest = {name: max(row["gflops"] for row in host[name]) for name in ("products", "grouped")}
+    overheads = f"{host['node_us']['value']:.3g} us per operation, {host['optimizer_ns']['value']:.3g} ns per parameter"
+    grid = plain_grid()
+    lines = [
+        (
+            "machine",
+            f"{plural(host['cores'], 'core')}, {fastest['products']:.0f} GFLOP/s, experts {fastest['grouped']:.0f}",
+        ),
+        (
+            "",
+            f"attention {host['attention_gflops']['value']:.0f} GFLOP/s, memory {host['pass_gb_s']['value']:.0f} GB/s",
+        ),
+        ("overhead", overheads),
+    ]
+    for row in host["messages"]:
+        price = f"{row['fixed_us'] / 1e3:.2g} ms and {row['byte_ns']:.2g} ns per byte"
+        lines.append(("exchange", f"{price} on {plural(int(row['ranks']), 'rank')}"))
+    if machine["message_factor"] is None:
+        lines.append(("predicted", f"{machine['predicted_cpu_ms']:,.1f} ms of CPU time for this step"))
+    else:
+        lines.append(("", f"{machine['message_factor']:.2g} times one alone, so that this step is met"))
+    lines.append(("select it", f"hardware={machine['hardware']['name']} --config-dir FOLDER (this run's)"))
+    for name, text in lines:
+        grid.add_row(Text(name, style="dim"), Text(text))
+    return grid
+
+
+def _memory_text(step: Mapping[str, Any]) -> str:
+    planned = step["planned_bytes"]
+    text = f"{bytes_text(step['peak_bytes'])} of tensors on the fullest rank"
+    return text if planned is None else f"{text}, planned {bytes_text(planned)}"

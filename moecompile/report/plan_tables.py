@@ -1,9 +1,13 @@
-"""Prints a plan: mesh, layers, reductions, estimate. Needs no torch."""
+"""Prints a plan, its placement and its forecast, what differs between two plans, and what a search found.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,8 +26,16 @@ from moecompile.plan import (
     Plan,
     Remedy,
 )
-from moecompile.report.tables import path_text, path_width, plain_grid, plain_table
-from moecompile.report.text import bytes_text, count_text, fold_paths, plural, traffic_text
+from moecompile.planner.cost_model.forecast import COMMUNICATION, Forecast
+from moecompile.planner.cost_model.host import WAITING
+from moecompile.planner.placement import PlacedLayer
+from moecompile.planner.search.found import Candidate
+from moecompile.planner.search.run import Found
+from moecompile.report.console import path_text, path_width, plain_grid, plain_table
+from moecompile.report.text import bytes_text, count_text, fold_paths, plural, seconds_text, traffic_text
+from moecompile.schema import Config
+
+# -- a plan ------------------------------------------------------------------------------------------------------------
 
 
 def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
@@ -281,3 +293,253 @@ def _recomputation_text(estimate: Estimate) -> str:
     resent = asdict(estimate.resent_bytes_per_token_per_layer)
     sends = f"sends {traffic_text(resent)} again" if any(resent.values()) else "sends nothing again"
     return f"{estimate.checkpointing}: backward {sends}"
+
+
+# -- its placement -----------------------------------------------------------------------------------------------------
+
+
+def print_placement(layers: Sequence[PlacedLayer], console: Console) -> None:
+    """One row per layer."""
+    table = plain_table("site", "fullest rank / mean, by id", "placed")
+    for layer in layers:
+        values = (Text(f"{value:.3f}") for value in (layer.before, layer.after))
+        table.add_row(path_text(layer.site, 1, path_width(console)), *values)
+    console.print()
+    console.print(table)
+
+
+def placement_fields(layers: Sequence[PlacedLayer]) -> dict[str, Any]:
+    """The field of result.json: rows of the fullest rank over the mean, before and after."""
+    return {"placement": [{"site": each.site, "before": each.before, "after": each.after} for each in layers]}
+
+
+# -- its forecast ------------------------------------------------------------------------------------------------------
+
+
+_LEAST = 0.002  # parts below this share of a step are joined
+
+
+def print_forecast(forecast: Forecast, console: Console) -> None:
+    """Prints the time of a step, its parts, the price of imbalance, and the changes that would help most."""
+    console.print()
+    console.print(_forecast_head(forecast))
+    console.print()
+    console.print(_parts(forecast))
+    if forecast.prices:
+        console.print()
+        console.print(_prices(forecast))
+    if forecast.changes:
+        console.print()
+        console.print(_changes(forecast))
+
+
+def _forecast_head(forecast: Forecast) -> Table:
+    grid = plain_grid()
+    count = forecast.micro_batches
+    step = f"{seconds_text(forecast.seconds)}, {count} micro-batch{'es' * (count != 1)}"
+    if WAITING in forecast.parts:
+        step += f", {seconds_text(forecast.seconds - forecast.parts[WAITING])} of CPU time"
+    speed = f"{forecast.tokens_per_second_per_rank:,.0f} tokens/s, {forecast.tflops_per_rank:,.3g} model TFLOP/s"
+    grid.add_row(Text("predicted step", style="bold"), Text(step))
+    grid.add_row(Text("per rank", style="bold"), Text(f"{speed}, {100 * forecast.mfu:.1f}% of the peak (MFU)"))
+    return grid
+
+
+def _parts(forecast: Forecast) -> Table:
+    """The addends; a part's share is also the step's elasticity to it."""
+    table = plain_table("part of the step", "time", "share = elasticity")
+    rest = 0.0
+    for name, seconds in sorted(forecast.parts.items(), key=lambda item: -item[1]):
+        if seconds < _LEAST * forecast.seconds:
+            rest += seconds
+            continue
+        shown = f"{name} (communication)" if name in COMMUNICATION else name
+        table.add_row(Text(shown), Text(seconds_text(seconds)), Text(f"{100 * seconds / forecast.seconds:.1f}%"))
+    if rest:
+        table.add_row(Text("all others"), Text(seconds_text(rest)), Text(f"{100 * rest / forecast.seconds:.1f}%"))
+    return table
+
+
+def _prices(forecast: Forecast) -> Table:
+    table = plain_table("load of the fullest rank", "median", "step", "99th percentile", "step")
+    for price in forecast.prices:
+        cells = (
+            f"{price.p50_load:.2f} x mean", seconds_text(price.p50_seconds), f"{price.p99_load:.2f} x mean",
+            seconds_text(price.p99_seconds),
+        )  # fmt: skip
+        table.add_row(Text(price.name), *map(Text, cells))
+    return table
+
+
+def _changes(forecast: Forecast) -> Table:
+    table = plain_table("step", "saves", "with this change (memory not checked, stack.* not run)")
+    for change in forecast.changes:
+        saved = 100 * (1 - change.seconds / forecast.seconds)
+        table.add_row(Text(seconds_text(change.seconds)), Text(f"{saved:.1f}%"), Text(change.change))
+    return table
+
+
+# -- two plans ---------------------------------------------------------------------------------------------------------
+
+
+Rows = dict[str, tuple[Any, Any]]
+_LEFT_OUT = ("layers", "estimate", "reductions", "tensor_parallel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A plan, its forecast and the config values that it was made with, flat."""
+
+    plan: Plan
+    forecast: Forecast
+    config: Mapping[str, Any]
+
+
+def differences(this: Compared, other: Compared) -> Rows:
+    """Dotted name -> (this, other): decisions of the plans, and config values that a forecast reads.
+
+    Layers are compared by their site; layers that differ in the same way are one entry, with their number.
+    """
+    rows = _differing(_flat(_without_layers(this.plan)), _flat(_without_layers(other.plan)))
+    by_site = [{layer.site.fqn: dict(_flat(asdict(layer))) for layer in each.plan.layers} for each in (this, other)]
+    counted: dict[tuple[str, str, str], int] = {}
+    for fqn in dict.fromkeys([*by_site[0], *by_site[1]]):
+        mine, theirs = (sites.get(fqn) for sites in by_site)
+        if mine is None or theirs is None:
+            rows[fqn] = ("planned" if mine else "not planned", "planned" if theirs else "not planned")
+            continue
+        for name, (a, b) in _differing(mine.items(), theirs.items()).items():
+            counted[name, str(a), str(b)] = counted.get((name, str(a), str(b)), 0) + 1
+    for (name, a, b), count in counted.items():
+        key = f"{name} ({count} layers)" if count > 1 else name
+        rows[key if key not in rows else f"{key}, {a} -> {b}"] = (a, b)
+    return rows | {
+        f"config {name}": pair for name, pair in _differing(this.config.items(), other.config.items()).items()
+    }
+
+
+def costs(this: Compared, other: Compared) -> Rows:
+    """Name -> (this, other): predicted seconds of the step and of its parts, bytes on links, memory by kind."""
+    rows: Rows = {"step, seconds": (this.forecast.seconds, other.forecast.seconds)}
+    rows["tokens/s per rank"] = tuple(each.forecast.tokens_per_second_per_rank for each in (this, other))  # type: ignore[assignment]
+    for name in dict.fromkeys([*this.forecast.parts, *other.forecast.parts]):
+        rows[f"{name}, seconds"] = (this.forecast.parts.get(name, 0.0), other.forecast.parts.get(name, 0.0))
+    if this.plan.estimate is not None and other.plan.estimate is not None:
+        pair = [each.estimate for each in (this.plan, other.plan) if each.estimate is not None]
+        memory = [{**asdict(each.memory_bytes_per_rank), "total": each.memory_bytes_per_rank.total} for each in pair]
+        traffic = [asdict(each.bytes_per_token_per_layer) for each in pair]
+        rows |= {f"memory {name}, bytes": (memory[0][name], memory[1][name]) for name in memory[0]}
+        rows |= {f"{name} per token and layer, bytes": (traffic[0][name], traffic[1][name]) for name in traffic[0]}
+    return rows
+
+
+def print_comparison(this: Compared, other: Compared, console: Console) -> None:
+    """Prints both tables; of the costs, those that differ."""
+    console.print()
+    found = differences(this, other)
+    if not found:
+        console.print(Text("compared: the same plan, with the same config"))
+        return
+    table = plain_table("differs", "this", "other")
+    for name, (a, b) in found.items():
+        table.add_row(Text(name), Text(str(a)), Text(str(b)))
+    console.print(table)
+    changed = {name: pair for name, pair in costs(this, other).items() if pair[0] != pair[1]}
+    if changed:
+        console.print()
+        console.print(_costs(changed))
+
+
+def _costs(rows: Rows) -> Table:
+    table = plain_table("predicted", "this", "other", "this costs")
+    for name, (a, b) in rows.items():
+        what, _, unit = name.partition(", ")
+        write = {"seconds": seconds_text, "bytes": bytes_text}.get(unit, "{:,.0f}".format)
+        change = f"{100 * (a / b - 1):+.1f}%" if b else ""
+        table.add_row(Text(what), Text(write(a)), Text(write(b)), Text(change))
+    return table
+
+
+def _without_layers(plan: Plan) -> dict[str, Any]:
+    return {name: value for name, value in asdict(plan).items() if name not in _LEFT_OUT}
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(item, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def _differing(this: Any, other: Any) -> Rows:
+    mine, theirs = dict(this), dict(other)
+    names = dict.fromkeys([*mine, *theirs])
+    return {name: (mine.get(name), theirs.get(name)) for name in names if mine.get(name) != theirs.get(name)}
+
+
+# -- a search ----------------------------------------------------------------------------------------------------------
+
+
+def print_search(found: Found, config: Config, console: Console) -> None:
+    """Prints both fronts, the best layout as overrides, what was kept and why candidates were rejected."""
+    console.print(_search_head(found, config))
+    for title, front in (("runs", found.runs), ("described, not run", found.described)):
+        if front:
+            console.print()
+            console.print(_front(title, front, config.search.show))
+    console.print()
+    if found.runs:
+        console.print(Text("best layout that runs; add this to your command:", style="bold"))
+        console.print(Text(found.runs[0].overrides), soft_wrap=True)
+    elif found.least is not None:
+        needed, settings = found.least
+        shown = " ".join(f"{key}={value}" for key, value in settings.items())
+        console.print(Text(f"no layout that runs fits into memory; the least is {bytes_text(needed)}, with {shown}"))
+    if found.described:
+        best, is_faster = found.described[0], not found.runs or found.described[0].seconds < found.runs[0].seconds
+        console.print()
+        speed = "faster" if is_faster else "slower"
+        console.print(Text(f"best described layout, {speed}; task=plan shows it, it is not run as described:"))
+        console.print(Text(best.overrides), soft_wrap=True)
+    if found.rejected:
+        console.print()
+        console.print(_rejected(found))
+
+
+def _search_head(found: Found, config: Config) -> Table:
+    grid, data = plain_grid(), config.data
+    considered = f"{found.considered:,} candidates in {found.cpu_seconds:.1f} s, {found.fitting:,} fit"
+    grid.add_row(Text("search", style="bold"), Text(considered))
+    grid.add_row(Text("kept", style="bold"), Text(f"{data.global_batch_size:,} sequences of {data.seq_len:,} tokens"))
+    for axis, reason in found.kept.items():
+        grid.add_row(Text(""), Text(f"{axis}: {reason}"))
+    return grid
+
+
+def _front(title: str, front: Sequence[Candidate], rows: int) -> Table:
+    table = plain_table("step", "tokens/s", "memory", f"{title}: fastest for its memory")
+    for candidate in front[:rows]:
+        table.add_row(
+            Text(seconds_text(candidate.seconds)), Text(f"{candidate.tokens_per_second_per_rank:,.0f}"),
+            Text(bytes_text(candidate.memory_bytes)), Text(_short(candidate.settings)),
+        )  # fmt: skip
+    if len(front) > rows:
+        table.add_row(Text("..."), Text(""), Text(""), Text(f"{len(front) - rows} more in result.json"))
+    return table
+
+
+def _short(settings: Mapping[str, object]) -> str:
+    """Settings by the last part of their keys; sizes of 1 are left out."""
+    return " ".join(
+        f"{key.rpartition('.')[2]}={value}"
+        for key, value in settings.items()
+        if value not in (1, "auto", None) or key in ("mesh.ep", "data.micro_batch_size", "workload.zero")
+    )
+
+
+def _rejected(found: Found) -> Table:
+    table = plain_table("rejected", "because", "the first one")
+    for reason in found.rejected:
+        table.add_row(Text(f"{reason.count:,}"), Text(reason.rule), Text(reason.example))
+    return table

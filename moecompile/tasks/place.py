@@ -12,7 +12,7 @@ from moecompile.plan import read
 from moecompile.planner.given import plan_file
 from moecompile.planner.loads import loads_of
 from moecompile.planner.placement import FILE, make_placement, write_placement
-from moecompile.report.placement import placement_fields, print_placement
+from moecompile.report.plan_tables import placement_fields, print_placement
 from moecompile.report.result import write_result
 from moecompile.rundir import accept
 from moecompile.schema import Config, mesh_spec

@@ -27,10 +27,16 @@ from moecompile.planner.existing import notes
 from moecompile.planner.given import given_plan, plan_file
 from moecompile.planner.placement import read_placement
 from moecompile.planner.search.described import memory_of
-from moecompile.report.compare import Compared, costs, differences, print_comparison
-from moecompile.report.forecast import print_forecast
-from moecompile.report.placement import placement_fields, print_placement
-from moecompile.report.plan_tables import print_plan
+from moecompile.report.plan_tables import (
+    Compared,
+    costs,
+    differences,
+    placement_fields,
+    print_comparison,
+    print_forecast,
+    print_placement,
+    print_plan,
+)
 from moecompile.report.result import write_result
 from moecompile.report.text import bytes_text
 from moecompile.rundir import accept

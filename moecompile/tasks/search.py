@@ -17,8 +17,8 @@ from moecompile.planner.build_plan import build_plan
 from moecompile.planner.search.chosen import with_settings
 from moecompile.planner.search.found import Candidate
 from moecompile.planner.search.run import Found, search
+from moecompile.report.plan_tables import print_search
 from moecompile.report.result import write_result
-from moecompile.report.search import print_search
 from moecompile.rundir import accept
 from moecompile.schema import Config, with_workload
 from moecompile.tasks.plan import plan_fields, require_layers

@@ -14,10 +14,9 @@ from moecompile import plan as plans
 from moecompile.capture import is_meta
 from moecompile.pipeline import Compilation
 from moecompile.report.console import print_passes, print_weight_groups
-from moecompile.report.graphs import graph_summary, write_graphs
+from moecompile.report.graphs import graph_summary, timeline, write_graphs
 from moecompile.report.plan_tables import print_plan
 from moecompile.report.text import NOT_COMPARED, step0_text
-from moecompile.report.timeline import timeline
 from moecompile.runtime.weight_groups import weight_groups
 from moecompile.schema import Config, OptimizerKind
 

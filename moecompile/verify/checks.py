@@ -13,8 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompile.verify.compare import relative_error, worst
 from moecompile.verify.job import Trace
+
+# -- two sets of tensors -----------------------------------------------------------------------------------------------
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Largest difference over the largest entry of `wanted`; 0 if both are zero everywhere."""
+    difference, scale = float((got - wanted).abs().max()), float(wanted.abs().max())
+    return difference / scale if scale else difference
+
+
+def worst(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The largest relative error over all tensors, and the name of its tensor.
+
+    Raises:
+        KeyError: a tensor is on one side only, such as a missing gradient.
+    """
+    if lost := sorted(got.keys() ^ wanted.keys()):
+        raise KeyError(f"on one side only: {lost}")
+    return max((relative_error(got[name], wanted[name]), name) for name in wanted)
+
+
+# -- two traces --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

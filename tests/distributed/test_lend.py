@@ -25,7 +25,7 @@ from moecompile.passes.shard import bind_axes, device_mesh_of, shard
 from moecompile.pipeline import plan_of
 from moecompile.plan import LENDING
 from moecompile.torch_private import in_backward
-from moecompile.verify.compare import worst
+from moecompile.verify.checks import worst
 from tests.distributed import dispatch_job as job
 from tests.distributed import gradient_job as gradients
 from tests.distributed.dispatch_job import Case

@@ -16,9 +16,8 @@ import moecompile
 from moecompile.capture import call_with
 from moecompile.compose import compose_config, load_resolved, save_resolved
 from moecompile.errors import ConfigError, PlanError
-from moecompile.match.existing import find_existing
 from moecompile.match.regions import Captured
-from moecompile.match.sites import record_model
+from moecompile.match.sites import find_existing, record_model
 from moecompile.nn import meters_of, update_balance
 from moecompile.nn.existing import ExistingExperts
 from moecompile.passes.base import count_ops

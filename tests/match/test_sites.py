@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from moecompile.capture import record
 from moecompile.errors import PlanError
-from moecompile.match import dense
+from moecompile.match import sites
 from moecompile.match.experts import groups_of, structure
 from moecompile.match.sites import capture_regions
 from moecompile.mesh import MeshSpec
@@ -31,14 +31,14 @@ class Limited(UpDown):
 def traces(model: nn.Module, example: object, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many regions were traced, and not made from another trace."""
     count = 0
-    real = dense.trace_region
+    real = sites.trace_region
 
     def counting(*args: object) -> object:
         nonlocal count
         count += 1
         return real(*args)
 
-    monkeypatch.setattr(dense, "trace_region", counting)
+    monkeypatch.setattr(sites, "trace_region", counting)
     captured = capture_regions(record(model, example), unproven)
     for fqn, region in captured.regions.items():
         call = record(model, example).calls[fqn]

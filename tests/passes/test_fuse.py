@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from moecompile.errors import PassError, PlanError
+from moecompile.match.experts import is_swiglu
 from moecompile.match.regions import Region
-from moecompile.match.swiglu import is_swiglu
 from moecompile.nn import Experts
 from moecompile.passes.base import exchanges_of, experts_calls
 from moecompile.passes.fuse import Fuse

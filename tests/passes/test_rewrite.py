@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import moecompile
 from moecompile.errors import PassError
+from moecompile.match.linears import common_owner
 from moecompile.match.regions import Region
-from moecompile.match.view import common_owner
 from moecompile.nn import Experts, Router, SharedExperts
 from moecompile.passes.rewrite import Rewrite
 from moecompile.plan import LayerPlan

@@ -15,8 +15,17 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from moecompile import ops  # noqa: F401  (registers the ops)
-from moecompile.report.graphs import graph_summary, listing, picture, write_before_after, write_graphs
-from moecompile.report.picture import Box, Picture, Role, draw
+from moecompile.report.graphs import (
+    Box,
+    Picture,
+    Role,
+    draw,
+    graph_summary,
+    listing,
+    picture,
+    write_before_after,
+    write_graphs,
+)
 
 
 class Dense(nn.Module):

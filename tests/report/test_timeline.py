@@ -11,8 +11,7 @@ from moecompile.passes.fuse import Fuse
 from moecompile.passes.lower import Lower
 from moecompile.passes.overlap import Overlap
 from moecompile.passes.rewrite import Rewrite
-from moecompile.report.graphs import write_graphs
-from moecompile.report.timeline import timeline
+from moecompile.report.graphs import timeline, write_graphs
 from tests.passes.test_overlap import overlapped, planned
 from tests.tiny import Gated, only_region, passed
 

@@ -45,12 +45,17 @@ class Section:
 
 def write_document(path: Path, title: str, subtitle: str, sections: Sequence[Section], *, reload: bool = False) -> None:
     """Writes the page. reload: it loads itself again every 20 s, because the run is not over."""
+    import plotly.io
+
     charts = [part for section in sections for part in section.parts if isinstance(part, Chart)]
     data = {  # Step 1
         "charts": {
             chart.name: {**chart.figure, "cube": chart.cube} if chart.cube else dict(chart.figure) for chart in charts
         },
-        "templates": {name: _template(name) for name in ("plotly_white", "plotly_dark")},
+        "templates": {
+            name: {"layout": plotly.io.templates[name].to_plotly_json()["layout"]}
+            for name in ("plotly_white", "plotly_dark")
+        },
     }
     body = _PAGE.format(
         title=escape(title),
@@ -100,12 +105,6 @@ def _section_html(section: Section) -> str:
     return f'<section id="{section.name}"><h2>{escape(section.title)}</h2>{parts}</section>'
 
 
-def _template(name: str) -> dict[str, Any]:
-    import plotly.io
-
-    return {"layout": plotly.io.templates[name].to_plotly_json()["layout"]}
-
-
 @cache
 def _library() -> str:
     from plotly.offline import get_plotlyjs
@@ -144,3 +143,63 @@ _PAGE = """<!DOCTYPE html>
 </body>
 </html>
 """
+
+
+# -- charts ------------------------------------------------------------------------------------------------------------
+
+
+WIDE = 160
+"""Points of a line; a longer one is thinned, so that long runs stay small."""
+
+
+def chart(name: str, traces: Sequence[Any], layout: Mapping[str, Any], *, height: int = 380, **more: Any) -> Chart:
+    """A chart of plotly traces. layout: on top of margins and a legend that suits phones.
+
+    Keyword arguments go to `Chart`. A `coloraxis` says in `meta.scale` which of the page's scales it has.
+    """
+    import plotly.graph_objects as go
+
+    base = {
+        "margin": {"l": 60, "r": 20, "t": 40, "b": 50},
+        "height": height,
+        "legend": {"orientation": "h", "y": -0.2},
+        "hovermode": "closest",
+        "meta": {},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)"},
+    }
+    figure = go.Figure(data=list(traces), layout={**base, **layout})
+    found = json.loads(figure.to_json())
+    return Chart(name=name, figure={"data": found["data"], "layout": found["layout"]}, height=height, **more)
+
+
+def lines(
+    name: str, curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], x: str, y: str, **layout: Any
+) -> Chart:
+    """One line per (label, x values, y values)."""
+    import plotly.graph_objects as go
+
+    traces = [
+        go.Scatter(x=_thin(xs), y=_thin(ys), name=label, mode="lines+markers" if len(xs) < 30 else "lines")
+        for label, xs, ys in curves
+    ]
+    shape = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}, "showlegend": len(traces) > 1}
+    return chart(name, traces, {**shape, **layout})
+
+
+def heat(
+    values: Any, *, x: Sequence[Any], y: Sequence[Any], hover: str, coloraxis: str = "coloraxis", **more: Any
+) -> Any:
+    """A heat map on a named colour axis; the first row is on top (`yaxis.autorange` of the chart)."""
+    import plotly.graph_objects as go
+
+    return go.Heatmap(z=values, x=list(x), y=list(y), coloraxis=coloraxis, hovertemplate=f"{hover}<extra></extra>",
+                      xgap=1 if len(x) <= 64 else 0, ygap=1 if len(y) <= 64 else 0, **more)  # fmt: skip
+
+
+def _thin(values: Sequence[float]) -> list[float]:
+    """Every n-th value, and the last one."""
+    stride = max(1, -(-len(values) // WIDE))
+    kept = list(values[::stride])
+    if values and (len(values) - 1) % stride:
+        kept.append(values[-1])
+    return kept

@@ -10,8 +10,7 @@ import numpy as np
 from moecompile.load_history import LOAD_HISTORY
 from moecompile.planner.cost_model.forecast import COMMUNICATION
 from moecompile.report.heatmap import short_names
-from moecompile.report.page.charts import chart
-from moecompile.report.page.document import Chart, Section, note, table
+from moecompile.report.page.document import Chart, Section, chart, note, table
 from moecompile.report.page.read import Run
 from moecompile.report.text import seconds_text
 
@@ -31,7 +30,7 @@ PARTS = {
 """Part of a layer's forward -> what the page calls it."""
 
 
-def section(run: Run) -> Section | None:
+def steps_section(run: Run) -> Section | None:
     """Where a step went; None: nothing was measured or predicted."""
     parts: list[str | Chart] = []
     if run.profile.get("parts"):
@@ -41,7 +40,7 @@ def section(run: Run) -> Section | None:
     return Section(name="steps", title="Where a step went", parts=parts) if parts else None
 
 
-def price(run: Run) -> Section | None:
+def price_section(run: Run) -> Section | None:
     """The price of imbalance; None: nothing was measured or predicted."""
     parts = [*_as_it_was(run), *_what_if(run)]
     return Section(name="price", title="The price of imbalance", parts=parts) if parts else None

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moecompile.report.page.charts import chart, lines
-from moecompile.report.page.document import Chart, Section, escape, note, write_document
+from moecompile.report.page.document import Chart, Section, chart, escape, lines, note, write_document
 from moecompile.report.page.read import read_run
 from moecompile.rundir import REPORT
 

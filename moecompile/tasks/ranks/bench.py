@@ -15,7 +15,7 @@ from rich.console import Console
 from moecompile.bench import LayerCost, StepCost, measure_layers, measure_steps
 from moecompile.models.build import example_inputs
 from moecompile.pipeline import make_plan
-from moecompile.report.bench import print_bench
+from moecompile.report.console import print_bench
 from moecompile.report.result import write_result
 from moecompile.rundir import accept, note_accepted
 from moecompile.runtime.process_group import init_process_group

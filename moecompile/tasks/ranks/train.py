@@ -18,8 +18,7 @@ from moecompile.errors import ConfigError
 from moecompile.load_history import LOAD_HISTORY, LoadHistory
 from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import Compilation
-from moecompile.report.baseline import print_baseline
-from moecompile.report.console import print_data, print_result
+from moecompile.report.console import print_baseline, print_data, print_result
 from moecompile.report.heatmap import write_heat_map
 from moecompile.report.page import try_report
 from moecompile.report.result import write_result

@@ -14,9 +14,8 @@ import pytest
 from moecompile.load_history import NO_EXPERT
 from moecompile.report.heatmap import load_ratios
 from moecompile.report.page import try_report, write_report
-from moecompile.report.page.load import quantized
-from moecompile.report.page.tokens import coactivation, predictability, token_lift
-from moecompile.report.page.traffic import blocks, planned_bytes
+from moecompile.report.page.experts import coactivation, predictability, quantized, token_lift
+from moecompile.report.page.layout import blocks, planned_bytes
 from tests.plan.plans import a_plan
 from tests.report.page.runs import FORECAST_FIELDS, a_run
 
