@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moecompile import plan as plans
-from moecompile.checkpoint.sums import seal
+from moecompile.checkpoint.folders import seal
 from moecompile.compose import RESOLVED, save_resolved
 from moecompile.export.run import PLAN, Run, find_run, load_run
 from moecompile.named_code import Named

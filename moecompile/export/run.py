@@ -9,7 +9,7 @@ from types import MappingProxyType
 from torch import nn
 
 from moecompile import plan as plans
-from moecompile.checkpoint.weights import latest_checkpoint, load_weights
+from moecompile.checkpoint.tensors import latest_checkpoint, load_weights
 from moecompile.compose import RESOLVED, load_resolved
 from moecompile.errors import ConfigError
 from moecompile.models.build import example_inputs, pretrained_folder
