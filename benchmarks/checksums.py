@@ -33,7 +33,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from moecompile.checkpoint import sums
+from moecompile.checkpoint import folders
 from moecompile.checkpoint.folders import whole_folder
 from moecompile.checkpoint.tensors import read_tensors, write_tensors
 from moecompile.passes.same_weights import check_same_weights, tensor_hash
@@ -56,14 +56,14 @@ def measure(folder: Path, mib: int, rounds: int) -> list[dict[str, Any]]:
             write_tensors(unfinished, {"model.weight": sharded}, orders={})
 
     def save_unsummed() -> None:
-        with mock.patch.object(sums, "file_sum", lambda path: "00000000 0"):
+        with mock.patch.object(folders, "file_sum", lambda path: "00000000 0"):
             save("unsummed")
 
     def load() -> None:
         read_tensors(folder / "summed", {"model.weight": sharded}, orders={})
 
     def load_unchecked() -> None:
-        with mock.patch.object(sums, "check", lambda *_, **__: None):
+        with mock.patch.object(folders, "check", lambda *_, **__: None):
             load()
 
     ways: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {

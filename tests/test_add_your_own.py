@@ -36,7 +36,7 @@ from moecompile.routing import config as routing_config
 from moecompile.routing import scores as routing_scores
 from moecompile.runtime.groups import Groups
 from moecompile.schema import DispatchKind, MeshConfig
-from moecompile.schema.validation import mesh as mesh_rules
+from moecompile.schema import validation as mesh_rules
 from tests.distributed.harness import run_distributed_test
 from tests.tiny import COPY4, PLAIN_ROUTING, Gated, config, only_region, passed, plan_for, trace
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -29,8 +30,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.optim import Optimizer
 
-from moecompile.checkpoint import sums
-from moecompile.checkpoint.placed import LoadById, Orders, SaveById
+from moecompile.checkpoint import folders
+from moecompile.checkpoint.folders import check, checkpoints_of, latest
+from moecompile.checkpoint.placed import BY_ID, LoadById, Orders, SaveById
 from moecompile.errors import ConfigError
 
 INDEX = ".metadata"
@@ -102,10 +104,10 @@ def write_tensors(
     dcp.save(dict(tensors), storage_writer=_Writer(folder), planner=SaveById(orders), process_group=group)
     rank = dist.get_rank(group)
     gathered: list[Any] = [None] * dist.get_world_size(group)
-    local_sums = {path.name: sums.file_sum(path) for path in folder.glob(f"__{rank}_*{_SHARD}")}
+    local_sums = {path.name: folders.file_sum(path) for path in folder.glob(f"__{rank}_*{_SHARD}")}
     dist.all_gather_object(gathered, local_sums, group=group)
     if rank == 0:
-        sums.seal(folder, {name: value for part in gathered for name, value in part.items()})
+        folders.seal(folder, {name: value for part in gathered for name, value in part.items()})
     dist.barrier(group)
 
 
@@ -154,7 +156,7 @@ def read_index(folder: Path) -> Metadata:
     Raises:
         ConfigError: it is missing or broken, or contains other classes.
     """
-    sums.check(folder, [INDEX])
+    folders.check(folder, [INDEX])
     try:
         with (folder / INDEX).open("rb") as file:
             index = _IndexReader(file).load()
@@ -197,7 +199,7 @@ class _Reader(FileSystemReader):
     """
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        sums.check(Path(self.path), {self.storage_data[item.storage_index].relative_path for item in plan.items})
+        folders.check(Path(self.path), {self.storage_data[item.storage_index].relative_path for item in plan.items})
         return plan
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -209,3 +211,85 @@ class _TensorsOnly(LoadById):
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
         raise pickle.UnpicklingError(f"{read_item.storage_index.fqn} is not a tensor")
+
+
+# -- a model's weights from a checkpoint of any mesh in one process: names and expert ids are global ----------------
+#
+# A checkpoint is a torch DCP folder, from a run, or a folder of safetensors files, from `task=export`.
+
+
+def latest_checkpoint(run: Path) -> Path:
+    """The latest checkpoint of a run directory; for a native export, the folder itself.
+
+    Raises:
+        ConfigError: the run has none.
+    """
+    if any(run.glob("*.safetensors")):
+        return run
+    checkpoint = latest(checkpoints_of(run))
+    if checkpoint is None:
+        raise ConfigError("export.run", run, "holds no checkpoint", "Train with trainer.save_checkpoint=true")
+    return checkpoint
+
+
+@torch.no_grad()
+def load_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Fills `weights` (name -> tensor) in place.
+
+    Raises:
+        ConfigError: there is no checkpoint, or a weight is missing or has another shape.
+    """
+    if (folder / INDEX).is_file():
+        _load_dcp(folder, weights)
+    elif files := sorted(folder.glob("*.safetensors")):
+        _load_safetensors(folder, files, weights)
+    else:
+        raise ConfigError(
+            "export.checkpoint", folder, "holds neither a DCP checkpoint nor safetensors", "Name a folder that does"
+        )
+
+
+def _load_dcp(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    stored = shapes(folder)
+    prefix = _prefix(stored, list(weights))
+    _check(folder, weights, {name.removeprefix(prefix): shape for name, shape in stored.items()})
+    read_tensors(folder, {prefix + name: tensor for name, tensor in weights.items()}, orders=BY_ID)
+
+
+def _prefix(stored: Iterable[str], names: list[str]) -> str:
+    """The common prefix of all stored names: a Lightning module has its model in an attribute."""
+    all_stored = set(stored)
+    starts = (name.removesuffix(names[0]) for name in sorted(all_stored) if name.endswith(names[0]))
+    prefixes = [prefix for prefix in starts if not prefix or prefix.endswith(".")]
+    return max(prefixes, key=lambda prefix: sum(prefix + name in all_stored for name in names), default="")
+
+
+def _load_safetensors(folder: Path, files: list[Path], weights: Mapping[str, Tensor]) -> None:
+    check(folder, [path.name for path in files], key="export.checkpoint")
+    try:
+        opened = [safe_open(path, framework="pt") for path in files]
+        file_of: dict[str, Any] = {}
+        for path, file in zip(files, opened, strict=True):
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                if name in file_of or name not in weights:
+                    reason = "another file holds too" if name in file_of else "the model does not have"
+                    rule = f"{path.name} holds {name}, which {reason}"
+                    raise ConfigError("export.checkpoint", folder, rule, "Use a folder as it was exported")
+                file_of[name] = file
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in file_of.items()}
+        _check(folder, weights, shapes)
+        for name, tensor in weights.items():
+            tensor.copy_(file_of[name].get_tensor(name))
+    except (SafetensorError, OSError) as error:
+        raise ConfigError("export.checkpoint", folder, f"cannot be read: {error}", "Export it again") from error
+
+
+def _check(folder: Path, weights: Mapping[str, Tensor], stored: Mapping[str, tuple[int, ...]]) -> None:
+    for name, tensor in weights.items():
+        if name not in stored:
+            raise ConfigError("export.checkpoint", folder, f"lacks {name}", "Use a checkpoint of this run")
+        if stored[name] != tuple(tensor.shape):
+            raise ConfigError(
+                "export.checkpoint", folder, f"{name} is {list(stored[name])}, the plan says {list(tensor.shape)}",
+                "Use a checkpoint of this run",
+            )  # fmt: skip

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from moecompile.checkpoint import folders
 from moecompile.checkpoint.placed import Orders
-from moecompile.checkpoint.state import State, write_state
+from moecompile.checkpoint.resume import State, write_state
 from moecompile.checkpoint.tensors import failed_rank, staged, write_tensors
 from moecompile.errors import UserError
 from moecompile.plan import Plan

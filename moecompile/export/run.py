@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moecompile import plan as plans
-from moecompile.checkpoint.sums import seal
-from moecompile.checkpoint.weights import latest_checkpoint, load_weights
+from moecompile.checkpoint.folders import seal
+from moecompile.checkpoint.tensors import latest_checkpoint, load_weights
 from moecompile.compose import RESOLVED, load_resolved, save_resolved
 from moecompile.errors import ConfigError
 from moecompile.models.build import example_inputs, pretrained_folder

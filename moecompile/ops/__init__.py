@@ -7,14 +7,11 @@ run under fake tensors and compile without graph breaks.
 
 from moecompile.ops import (  # isort: split
     choice,
-    chunks,
     collect,
     exchange,
     expert_ffn,
     gather,
     grouped,
-    hashing,
-    hops,
     in_flight,
     layout,
     lending,
@@ -22,10 +19,8 @@ from moecompile.ops import (  # isort: split
     required_bias,
     rows,
     slices,
-    slots,
     sorting,
     tokens,
-    wire,
     workload,
 )
 
@@ -35,15 +30,12 @@ from moecompile.ops.traffic import context_traffic, traffic
 __all__ = [
     "autocast",
     "choice",
-    "chunks",
     "collect",
     "context_traffic",
     "exchange",
     "expert_ffn",
     "gather",
     "grouped",
-    "hashing",
-    "hops",
     "in_flight",
     "layout",
     "lending",
@@ -51,10 +43,8 @@ __all__ = [
     "required_bias",
     "rows",
     "slices",
-    "slots",
     "sorting",
     "tokens",
     "traffic",
-    "wire",
     "workload",
 ]

@@ -178,7 +178,7 @@ def lower_hierarchical(graph: fx.Graph, nodes: DispatchNodes, layer: LayerPlan) 
     -> pack_rows -> all_to_all (intra) -> exchange_assignments
     -> expand_rows -> experts -> reduce_rows -> all_to_all (intra) -> combine_rows -> all_to_all (inter) -> combine_rows
 
-    moecompile.ops.hops describes the route of a token and of the counts.
+    moecompile.ops.rows describes the route of a token and of the counts.
     """
     placement, num_nodes = layer.placement, layer.placement.nodes
     inter, intra = f"{layer.dispatch.axis}_inter", f"{layer.dispatch.axis}_intra"

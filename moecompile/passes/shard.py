@@ -6,7 +6,7 @@ Algorithm:
      planned modules outside of MoE layers over `tp` (tensor_parallel.py), positions over `cp` (context_parallel.py).
   3. fully_shard each layer and the root, each weight over the axes on which the plan sums its class: dense weights over
      (dp_replicate, dp_shard, cp), and tp where their work is split over it; experts over (dp_replicate, edp), along a
-     dim that gives each rank its even share (plan/shards.py). Routers stay replicated and outside of FSDP's casts, and
+     dim that gives each rank its even share (plan/experts.py). Routers stay replicated and outside of FSDP's casts, and
      so do the few weights whose dtype differs from the rest, because FSDP2 does not support them. Gradients are reduced
      in fp32 or wider.
 All gradient reductions are plain sums (docs/understand/gradients.md).
@@ -38,7 +38,7 @@ from moecompile.passes.context_parallel import check_exchanged, split_positions
 from moecompile.passes.place import order_of
 from moecompile.passes.tensor_parallel import check_one_dtype, classes_of, split_dense
 from moecompile.plan import EVEN, Plan, cut_dim, largest_shard
-from moecompile.plan.reductions import DENSE, EXPERTS, INSIDE, ROUTER, reductions
+from moecompile.plan.plan import DENSE, EXPERTS, INSIDE, ROUTER, reductions
 from moecompile.torch_private import (
     FSDPMeshInfo,
     HSDPMeshInfo,
@@ -243,7 +243,7 @@ def _of_another_dtype(model: nn.Module, classes: Mapping[nn.Parameter, str]) -> 
 
 
 def check_even(model: nn.Module, plan: Plan) -> None:
-    """Checks that no rank has more than its even share of a stack of experts, where a cut allows that (plan/shards.py).
+    """Checks that no rank has more than its even share of a stack of experts, where a cut allows it (plan/experts.py).
 
     Raises:
         PlanError: a rank has more of one.

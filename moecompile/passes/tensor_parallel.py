@@ -21,7 +21,7 @@ from moecompile.nn import Experts, LatentDown, LatentUp, Router, SharedExperts, 
 from moecompile.nn.split import split_module
 from moecompile.passes.base import op_name
 from moecompile.plan import HEADS_STYLE, SLICE_OPS, Plan
-from moecompile.plan.reductions import DENSE, HEADS, INSIDE, ROUTER, SPLIT
+from moecompile.plan.plan import DENSE, HEADS, INSIDE, ROUTER, SPLIT
 from moecompile.torch_private import own_parameters
 
 

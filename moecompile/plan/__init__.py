@@ -20,12 +20,17 @@ from moecompile.plan.dispatch import (
     can_fuse,
     check_lends,
 )
-from moecompile.plan.existing import layer_of, layer_on_one_device, own_routing
-from moecompile.plan.experts import ExpertPlacement, ExpertsPlan
-from moecompile.plan.fit import check_sites
+from moecompile.plan.experts import EVEN, ExpertPlacement, ExpertsPlan, cut_dim, largest_shard
 from moecompile.plan.io import from_yaml, load, read, save, to_yaml
-from moecompile.plan.layers import BalancePlan, LayerPlan, RoutingPlan
-from moecompile.plan.one_process import on_one_process, on_one_rank
+from moecompile.plan.layers import (
+    BalancePlan,
+    LayerPlan,
+    RoutingPlan,
+    check_sites,
+    layer_of,
+    layer_on_one_device,
+    own_routing,
+)
 from moecompile.plan.plan import (
     Assumptions,
     Estimate,
@@ -36,9 +41,10 @@ from moecompile.plan.plan import (
     Reduction,
     Remedy,
     Traffic,
+    on_one_process,
+    on_one_rank,
+    reductions,
 )
-from moecompile.plan.reductions import reductions
-from moecompile.plan.shards import EVEN, cut_dim, largest_shard
 from moecompile.plan.sites import ExpertsSite, FFNSite, PlannedSite
 from moecompile.plan.tensor_parallel import HEADS_STYLE, STYLES, SplitModules
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from moecompile.errors import PlanError
@@ -12,7 +12,7 @@ from moecompile.plan.checks import plan_errors
 from moecompile.plan.dispatch import KINDS, DispatchPlan, can_fuse
 from moecompile.plan.experts import ExpertPlacement, ExpertsPlan
 from moecompile.plan.sites import ExpertsSite, FFNSite, PlannedSite
-from moecompile.routing import BalanceSpec, RouterConfig, check_balance
+from moecompile.routing import NO_BALANCE, BalanceSpec, RouterConfig, check_balance
 from moecompile.schema import check_shared
 
 RoutingPlan = RouterConfig
@@ -179,3 +179,105 @@ class LayerPlan:
         if experts.d_expert * experts.granularity != self.site.d_ff:
             rule = f"must be site.d_ff / granularity = {self.site.d_ff} / {experts.granularity}"
             yield "experts.d_expert", experts.d_expert, rule, "Correct the plan, or plan again"
+
+
+# -- the plan of a model's existing experts, as far as the model itself determines it -------------------------------
+
+
+def own_routing(site: ExpertsSite, capacity_factor: float | None = None, drop: str = "none") -> RoutingPlan:
+    """The routing of the model's own router, which is kept; what is over the capacity is dropped behind it."""
+    return RoutingPlan(
+        top_k=site.top_k,
+        score="own",
+        normalize=False,
+        scale=1.0,
+        groups=site.groups,
+        top_groups=site.top_groups,
+        group_score="max",
+        capacity_factor=capacity_factor,
+        drop=drop,
+    )
+
+
+def layer_of(
+    site: ExpertsSite,
+    placement: ExpertPlacement,
+    dispatch: DispatchPlan,
+    balance: BalancePlan | None = None,
+    routing: RoutingPlan | None = None,
+) -> LayerPlan:
+    """The plan of one layer. balance, routing: None leaves the model's own router and what it chose unchanged."""
+    experts = ExpertsPlan(
+        num_routed=site.num_experts,
+        granularity=1,
+        num_shared=0,
+        d_expert=site.d_ff,
+        d_shared=0,
+        init="existing",
+        num_identity=site.num_identity,
+        weight_scaling="none",
+    )
+    return LayerPlan(
+        site=site,
+        experts=experts,
+        routing=routing or own_routing(site),
+        balance=balance or NO_BALANCE,
+        placement=placement,
+        dispatch=dispatch,
+        fused=can_fuse(site, dispatch),
+    )
+
+
+def layer_on_one_device(site: ExpertsSite) -> LayerPlan:
+    """The layer without a mesh, with which the site is checked numerically before planning."""
+    return layer_of(
+        site,
+        ExpertPlacement(num_experts=site.num_experts, ep=1, num_identity=site.num_identity),
+        DispatchPlan(kind="local"),
+    )
+
+
+# -- checks that a plan fits a model --------------------------------------------------------------------------------
+
+
+def check_sites(layers: Iterable[LayerPlan], sites: Iterable[PlannedSite]) -> None:
+    """Checks that the sites of a model match those that the layers were planned for.
+
+    Raises:
+        PlanError: a site is missing or has other sizes or another form.
+    """
+    by_fqn = {site.fqn: site for site in sites}
+    for layer in layers:
+        _check_site(layer.site, by_fqn)
+
+
+def _check_site(site: PlannedSite, sites: Mapping[str, PlannedSite]) -> None:
+    actual = sites.get(site.fqn)
+    if actual is None:
+        what = "experts" if isinstance(site, ExpertsSite) else "FFN"
+        raise PlanError(
+            "plan.layers", site.fqn, f"the model has no {what} there", f"Plan again; it has {list(sites)[:3]}"
+        )
+    if _form(site) != _form(actual):
+        raise PlanError(
+            f"plan.layers[{site.fqn or 'the graph'}]",
+            _form(site),
+            f"the model has {_form(actual)} there",
+            "Plan again for this model",
+        )
+    if site.swiglu and not actual.swiglu:
+        raise PlanError(
+            f"plan.layers[{site.fqn or 'the graph'}].site.swiglu", True,
+            f"the model computes {actual.activation} there", "Plan again for this model",
+        )  # fmt: skip
+
+
+def _form(site: PlannedSite) -> str:
+    """What a plan relies on: `gated 64x128`, `up_down 64x256 with bias_up, bias_down`, `8 experts 64x128 top-2`."""
+    biases = [name for name in ("bias_up", "bias_down") if getattr(site, name)]
+    kind, routing = site.kind, ""
+    if isinstance(site, ExpertsSite):
+        kind, routing = f"{site.num_experts} {site.form} {site.kind}", f" top-{site.top_k}"
+        if site.groups > 1:
+            routing += f" in {site.top_groups} of {site.groups} groups"
+    return f"{kind} {site.d_model}x{site.d_ff}{routing}" + (f" with {', '.join(biases)}" if biases else "")

@@ -9,7 +9,7 @@ P: parameters of matrices that Muon steps; n: ranks over which FSDP cuts them (d
 3. A matrix that is cut goes to one of the n ranks and its result returns. Mean over the ranks of what one sends:
        2 P (n - 1) / n^2                                     and for matrices that tp cuts too
        2 P (n - 1) / (n^2 t) + 2 P (t - 1) / (n t^2)
-   Nothing is sent for stacks that are cut between experts. Of those that are cut within experts (plan/shards.py) it is
+   Nothing is sent for stacks that are cut between experts. Of those that are cut within experts (plan/experts.py) it is
    as much as for others over edp_shard ranks, and so for matrices of experts below each other in one weight (DBRX).
                                                                                               -> `step_traffic`
 """

@@ -5,7 +5,7 @@ E: experts of a rank of the EP group; r: ranks that hold the same ones (edp_shar
 1. The stacks of a layer: gate and up in one (E, n F, L), down (E, L, F), biases (E, n F) and (E, L); of adapters A
    (E, rank, d_in) and B (E, d_out, rank). A model may store some transposed, which changes nothing here.
                                                                                              -> `expert_stacks`
-2. A rank stores the largest shard of each (plan/shards.py): 1 / (ep r) of all parameters if all can be cut evenly.
+2. A rank stores the largest shard of each (plan/experts.py): 1 / (ep r) of all parameters if all can be cut evenly.
                                                                                              -> `expert_share`
 3. A gather leaves r times the largest shard on each rank, of which it receives (r - 1) / r; a reduction sends as many
    fp32 numbers of trained weights. Weights are gathered twice in each micro-batch.          -> `expert_shards`

@@ -66,7 +66,7 @@ class RouterConfig:
     choice: str = "token"
     """`token`, or `expert`: every expert takes its highest-scoring tokens, a fraction top_k / num_experts of all times
     `capacity_factor` (1 if it is None), with score * scale as the weight (arXiv 2202.09368); or `hash`: the experts of
-    a token follow from its id, and their weights from its scores (moecompile.ops.hashing).
+    a token follow from its id, and their weights from its scores (moecompile.ops.choice).
     """
     bias: bool = False
     """Whether the logits have a bias."""

@@ -16,9 +16,9 @@ from lightning.pytorch.loggers import CSVLogger
 from moecompile.checkpoint import folders
 from moecompile.checkpoint.fingerprint import differences, settings
 from moecompile.checkpoint.fit import check_entries, plan_differences, refuse
+from moecompile.checkpoint.folders import check
 from moecompile.checkpoint.placed import orders_of
-from moecompile.checkpoint.state import State, check_settings, not_compared, read_state
-from moecompile.checkpoint.sums import check
+from moecompile.checkpoint.resume import State, check_settings, not_compared, read_state
 from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, tensors_of
 from moecompile.checkpoint.writer import Writer
 from moecompile.errors import ConfigError

@@ -12,9 +12,8 @@ from torch.optim import Optimizer
 
 from moecompile import plan as plans
 from moecompile.checkpoint.fit import check_entries
-from moecompile.checkpoint.folders import PLAN, whole_folder
+from moecompile.checkpoint.folders import PLAN, check, whole_folder
 from moecompile.checkpoint.placed import orders_of
-from moecompile.checkpoint.sums import check
 from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, write_tensors
 from moecompile.errors import PlanError
 from moecompile.pipeline import plan_of

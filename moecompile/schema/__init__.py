@@ -71,22 +71,29 @@ from moecompile.schema.enums import (
     WireDtype,
 )
 from moecompile.schema.implied import SOURCES, with_implied
-from moecompile.schema.per_layer import LayerSettings, check_selections, layer_settings
+from moecompile.schema.per_layer import LayerSettings, check_selections, layer_settings, site_slice
 from moecompile.schema.ranges import NUMBERS, check_numbers
-from moecompile.schema.slices import site_slice
-from moecompile.schema.validation import check_name, validate, validate_settings, validate_transform
-from moecompile.schema.validation.adapters import check_adapters
-from moecompile.schema.validation.experts import (
+from moecompile.schema.validation import (
+    SEARCHED,
+    accumulation_steps,
+    balance_spec,
+    check_adapters,
     check_latent,
+    check_name,
+    check_optimizer,
     check_placement,
     check_shared,
     check_slices,
+    commonest,
+    group_of,
     is_sliced,
+    mesh_spec,
+    meshes,
+    of_the_job,
+    router_config,
+    validate,
+    validate_settings,
+    validate_transform,
     virtual_group,
 )
-from moecompile.schema.validation.launcher import of_the_job
-from moecompile.schema.validation.mesh import SEARCHED, commonest, mesh_spec, meshes
-from moecompile.schema.validation.optimizer import check_optimizer, group_of
-from moecompile.schema.validation.routing import balance_spec, router_config
-from moecompile.schema.validation.run import accumulation_steps
 from moecompile.schema.workload import is_described, with_workload

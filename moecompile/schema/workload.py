@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moecompile.schema.config import Config, WorkloadConfig
-from moecompile.schema.validation.mesh import mesh_spec
+from moecompile.schema.validation import mesh_spec
 
 _DATA = ("seq_len", "global_batch_size", "micro_batch_size")
 FSDP = 3  # `workload.zero` of what this package runs

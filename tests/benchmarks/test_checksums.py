@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moecompile.checkpoint.sums import SUMS, check
+from moecompile.checkpoint.folders import SUMS, check
 from moecompile.errors import ConfigError
 from tests.distributed.harness import run_distributed_test
 

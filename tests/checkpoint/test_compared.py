@@ -16,7 +16,7 @@ import pytest
 from moecompile.checkpoint import fingerprint, fit
 from moecompile.checkpoint.fingerprint import settings
 from moecompile.checkpoint.fit import check_plan, plan_differences
-from moecompile.checkpoint.state import State, check_settings, not_compared
+from moecompile.checkpoint.resume import State, check_settings, not_compared
 from moecompile.compose import compose_config
 from moecompile.errors import PlanError
 from moecompile.plan import Plan

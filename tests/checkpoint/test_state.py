@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from moecompile import plan as plans
-from moecompile.checkpoint import folders, sums
+from moecompile.checkpoint import folders
 from moecompile.checkpoint.fingerprint import settings
 from moecompile.checkpoint.fit import check_entries, check_plan
-from moecompile.checkpoint.resume import resumed
-from moecompile.checkpoint.state import State, check_settings, read_state, write_state
+from moecompile.checkpoint.resume import State, check_settings, read_state, resumed, write_state
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError, PlanError
 from moecompile.pipeline import make_plan
@@ -39,7 +38,7 @@ def checkpoint(tmp_path: Path) -> Path:
     folder.mkdir(parents=True)
     plans.save(planned(OVERRIDES), folder / folders.PLAN)
     write_state(folder, state_of(compose_config(OVERRIDES)))
-    sums.seal(folder)
+    folders.seal(folder)
     return folder
 
 
@@ -78,8 +77,8 @@ def test_groups_stay_those_of_the_first_mesh(checkpoint: Path) -> None:
 def test_a_promise_that_the_new_mesh_cannot_say_is_still_kept(checkpoint: Path) -> None:
     """max_nodes=2 is refused on one node, unless the groups are known already."""
     plans.save(planned([*OVERRIDES, "routing.max_nodes=2"]), checkpoint / folders.PLAN)
-    (checkpoint / sums.SUMS).unlink()
-    sums.seal(checkpoint)
+    (checkpoint / folders.SUMS).unlink()
+    folders.seal(checkpoint)
     here = compose_config([*OVERRIDES, "mesh=cpu_1x2", "routing.max_nodes=2", f"trainer.resume={checkpoint}"])
     with pytest.raises(ConfigError, match=r"routing.max_nodes=2: the EP group spans only 1 node"):
         validate(here)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moecompile import plan as plans
-from moecompile.checkpoint import sums
+from moecompile.checkpoint import folders
 from moecompile.checkpoint.tensors import INDEX, read_index, read_tensors, shapes, write_tensors
 from moecompile.errors import ConfigError
 from tests.distributed.harness import run_distributed_test
@@ -71,14 +71,14 @@ def sealed(group: None, tmp_path: Path) -> Path:
     """A checkpoint of one process, with another file beside the tensors."""
     write_tensors(tmp_path / "one", {"a": torch.arange(1000.0)}, orders={})
     (tmp_path / "one" / "plan.yaml").write_text("plan: 1\n")
-    sums.seal(tmp_path / "one")
+    folders.seal(tmp_path / "one")
     return tmp_path / "one"
 
 
 def test_each_file_is_checked(sealed: Path, tmp_path: Path) -> None:
-    names = sorted(path.name for path in sealed.iterdir() if path.name != sums.SUMS)
+    names = sorted(path.name for path in sealed.iterdir() if path.name != folders.SUMS)
     assert names == [INDEX, "__0_0.distcp", "plan.yaml"]
-    sums.check(sealed, names)
+    folders.check(sealed, names)
     for name in names:
         for place in (0, -1):
             copy = tmp_path / "copy"
@@ -86,7 +86,7 @@ def test_each_file_is_checked(sealed: Path, tmp_path: Path) -> None:
             shutil.copytree(sealed, copy)
             flip(copy / name, place)
             with pytest.raises(ConfigError, match=rf"{name} has the checksum [0-9a-f]+ where [0-9a-f]+ was written"):
-                sums.check(copy, names)
+                folders.check(copy, names)
     with pytest.raises(ConfigError, match=rf"{INDEX} has the checksum"):
         flip(sealed / INDEX)
         read_index(sealed)
@@ -104,13 +104,13 @@ def test_a_shard_that_is_cut_off_or_gone_is_named(sealed: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", '{"plan.yaml": 3}', '{"plan.yaml": "1"}'])
 def test_broken_checksums_are_a_mistake(text: str, sealed: Path) -> None:
-    (sealed / sums.SUMS).write_text(text)
+    (sealed / folders.SUMS).write_text(text)
     with pytest.raises(ConfigError, match=r"its checksums\.json cannot be read"):
-        sums.check(sealed, ["plan.yaml"])
+        folders.check(sealed, ["plan.yaml"])
 
 
 def test_missing_checksums_are_a_mistake_of_a_version_that_writes_them(sealed: Path) -> None:
-    (sealed / sums.SUMS).unlink()
+    (sealed / folders.SUMS).unlink()
     plans.save(a_plan(), sealed / "plan.yaml")
     with pytest.raises(ConfigError) as caught:
         shapes(sealed)
@@ -122,7 +122,7 @@ def test_missing_checksums_are_a_mistake_of_a_version_that_writes_them(sealed: P
 
 def test_a_checkpoint_of_the_first_version_is_still_read(sealed: Path) -> None:
     """It has no checksums, and a plan without keys of later versions."""
-    (sealed / sums.SUMS).unlink()
+    (sealed / folders.SUMS).unlink()
     found = {"a": torch.zeros(1000)}
     read_tensors(sealed, found, orders={})
     assert torch.equal(found["a"], torch.arange(1000.0)) and shapes(sealed) == {"a": (1000,)}

@@ -22,20 +22,18 @@ from moecompile.ops import (
     expert_ffn,
     gather,
     grouped,
-    hops,
     layout,
+    lending,
     rows,
-    slots,
     sorting,
     tokens,
-    wire,
     workload,
 )
 
 DEVICE = "meta"  # the one other device that autograd knows in every build of torch
 _MODULES = (
-    choice, collect, exchange, expert_ffn, gather, grouped, hops, layout, rows, slots,
-    sorting, tokens, wire,
+    choice, collect, exchange, expert_ffn, gather, grouped, layout, lending, rows,
+    sorting, tokens,
     workload,
 )  # fmt: skip
 _OURS = {

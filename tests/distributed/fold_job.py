@@ -22,7 +22,7 @@ from moecompile.passes.recompute import recompute
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.pipeline import compile_model, plan_of
 from moecompile.plan import Plan
-from moecompile.plan.reductions import DENSE
+from moecompile.plan.plan import DENSE
 from moecompile.runtime.gradients import clip_by_global_norm, divide, sum_replicated
 from moecompile.runtime.groups import Groups
 from moecompile.torch_private import in_backward

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moecompile.checkpoint.placed import orders_of
-from moecompile.checkpoint.tensors import read_tensors, shapes, tensors_of, write_tensors
-from moecompile.checkpoint.weights import load_weights
+from moecompile.checkpoint.tensors import load_weights, read_tensors, shapes, tensors_of, write_tensors
 from moecompile.errors import PlanError
 from moecompile.nn.adapters import init_adapters
 from moecompile.passes import shard as sharding

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from moecompile.checkpoint import placed
 from moecompile.checkpoint.placed import orders_of
-from moecompile.checkpoint.tensors import read_tensors, shapes, tensors_of, write_tensors
-from moecompile.checkpoint.weights import load_weights
+from moecompile.checkpoint.tensors import load_weights, read_tensors, shapes, tensors_of, write_tensors
 from moecompile.compose import compose_config
 from moecompile.mesh import MeshSpec
 from moecompile.models.build import build_model, example_inputs

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moecompile.checkpoint import folders, sums
+from moecompile.checkpoint import folders
 from moecompile.checkpoint.tensors import INDEX
 from moecompile.errors import ConfigError
 from tests.checkpoint.test_sums import flip
@@ -67,7 +67,7 @@ def one_rank(rank: int, world_size: int, folder: str) -> dict[str, str]:
     state = json.loads((checkpoint / folders.STATE).read_text())
     del state["fingerprint"]
     (checkpoint / folders.STATE).write_text(json.dumps(state))
-    (checkpoint / sums.SUMS).unlink()
+    (checkpoint / folders.SUMS).unlink()
     found["no checksums"] = outcome([], root)
     plan = (checkpoint / folders.PLAN).read_text()
     (checkpoint / folders.PLAN).write_text(plan.replace("context_parallel: []\n", ""))

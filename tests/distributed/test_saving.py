@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from moecompile.checkpoint import folders
-from moecompile.checkpoint.state import State, read_state
+from moecompile.checkpoint.resume import State, read_state
 from moecompile.checkpoint.tensors import read_tensors, shapes
 from moecompile.checkpoint.writer import Writer
 from moecompile.errors import UserError

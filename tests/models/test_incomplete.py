@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import moecompile
-from moecompile.checkpoint.sums import SUMS
+from moecompile.checkpoint.folders import SUMS
 from moecompile.errors import ConfigError
 from moecompile.export import reload
 from moecompile.models.build import build_model

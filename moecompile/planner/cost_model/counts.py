@@ -29,7 +29,7 @@ Bytes on links. A link domain is what the fast links connect (NVLink: 8 GPUs of 
 10. A step: fp32 gradients are reduced and bf16 weights gathered, over replicas (dp * cp for dense weights, edp for
    experts). With ZeRO 3, weights are gathered twice and gradients reduced in each micro-batch, over the ranks of one
    of `replicas`; between these, fp32 gradients of what a rank owns are reduced. Stacks of experts of which these ranks
-   divide no dim are padded, as FSDP does (plan/shards.py).                                          -> `step_bytes`
+   divide no dim are padded, as FSDP does (plan/experts.py).                                          -> `step_bytes`
 
 All of a GPU
 11. Layers are spread over the pp stages; what an average stage does in a micro-batch, and the whole output head, which
