@@ -90,7 +90,7 @@ def run_rank(folder: Path) -> None:
     import torch.distributed as dist
 
     from moecompile.runtime.data import load_data
-    from moecompile.runtime.process_group import init_process_group
+    from moecompile.runtime.groups import init_process_group
 
     sizes = Sizes(**json.loads(os.environ["TWO_NODES"]))
     turns = [(kind, sizes.sequences) for kind in KINDS] + [("flat", 1)]

@@ -10,7 +10,8 @@ Algorithm:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -18,6 +19,10 @@ from functools import partial
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import (
+    KINDS,
+    AdaptersPlan,
+    DispatchPlan,
+    ExpertAdapters,
     ExpertPlacement,
     ExpertsPlan,
     ExpertsSite,
@@ -25,25 +30,35 @@ from moecompile.plan import (
     LayerPlan,
     Plan,
     PlannedSite,
+    RoutingPlan,
     can_fuse,
     reductions,
 )
-from moecompile.planner import ModelFacts, RunFacts, estimate
-from moecompile.planner.adapters import plan_adapters
+from moecompile.planner import estimate
 from moecompile.planner.context_parallel import exchanged_attention
-from moecompile.planner.dispatch import plan_dispatch
+from moecompile.planner.cost_model.inputs import links_of
+from moecompile.planner.cost_model.seconds import LayerSeconds, choose_chunks, choose_overlap, row_seconds
 from moecompile.planner.existing import check_given, existing_layer, only_existing, selection
+from moecompile.planner.lending import plan_lending
+from moecompile.planner.params import ModelFacts, RunFacts
 from moecompile.planner.placement import placed
 from moecompile.planner.tensor_parallel import split_modules
+from moecompile.planner.traffic import Wire, choose_dispatch, forward_traffic, row_bytes
+from moecompile.ranges import Whole
 from moecompile.schema import (
+    AdapterKind,
     Choice,
     Config,
     DataKind,
+    DispatchKind,
     ExpertInit,
     LayerSettings,
     MaskPadding,
+    OverlapKind,
     Precision,
+    WireDtype,
     balance_spec,
+    check_adapters,
     check_numbers,
     check_selections,
     layer_settings,
@@ -53,6 +68,226 @@ from moecompile.schema import (
     validate_settings,
     validate_transform,
 )
+
+# -- the dispatch of a layer: its kind, the dtype of rows in an exchange, and the overlap ---------------------------
+
+
+def plan_dispatch(
+    config: Config, mesh: MeshSpec, site: PlannedSite, d_expert: int, d_shared: int, routing: RoutingPlan,
+    placement: ExpertPlacement,
+) -> DispatchPlan:  # fmt: skip
+    """The dispatch of one layer.
+
+    Args:
+        site: with the width of a row as d_model.
+        d_expert, d_shared: widths of a routed expert, and of the shared experts in the region.
+
+    Raises:
+        ConfigError: the kind, the overlap, the number of chunks or lending is not possible here.
+    """
+    kind = _dispatch_kind(config, mesh, routing, placement, site)
+    lending = plan_lending(config, mesh, site, d_expert, kind, routing, placement)
+    if kind == "local":
+        return lending  # nothing is sent
+    overlap, chunks = _overlap(config, mesh, site, (d_expert, d_shared), kind, routing, placement)
+    wire, backend = _wire_dtype(config).value, config.dispatch.backend or ""
+    return dataclasses.replace(lending, kind=kind, wire_dtype=wire, overlap=overlap, chunks=chunks, backend=backend)
+
+
+def _wire_dtype(config: Config) -> WireDtype:
+    """Under autocast, experts cast their rows to bf16 and return bf16, so a cast before the exchange is exact."""
+    if config.dispatch.wire_dtype is WireDtype.auto and config.trainer.precision is Precision.bf16_mixed:
+        return WireDtype.bf16
+    return config.dispatch.wire_dtype
+
+
+def _dispatch_kind(
+    config: Config, mesh: MeshSpec, routing: RoutingPlan, placement: ExpertPlacement, site: PlannedSite
+) -> str:
+    """For every configured kind: with one EP rank nothing is sent (local), and on one node hierarchical is dedup."""
+    kind = config.dispatch.kind
+    if kind is DispatchKind.local and mesh.ep > 1:
+        raise ConfigError(
+            "dispatch.kind", "local", f"experts are spread over mesh.ep={mesh.ep} ranks", "Use auto, flat or dedup"
+        )
+    if mesh.ep == 1:
+        return str(DispatchKind.local.value)
+    if kind is DispatchKind.auto and config.dispatch.backend:
+        return next(name for name, row in KINDS.items() if row.for_backends)
+    if kind is not DispatchKind.auto:
+        return (mesh.nodes_per_ep_group == 1 and KINDS[kind.value].on_one_node) or str(kind.value)
+    return choose_dispatch(placement, routing, mesh, _wire(config, mesh, site), links_of(config.hardware))
+
+
+def _tokens(config: Config, mesh: MeshSpec) -> int:
+    """Tokens of a micro-batch that a rank sends to experts."""
+    return mesh.share(config.data.micro_batch_size * config.data.seq_len, Part.SEQUENCE, Part.TOKENS)
+
+
+def _wire(config: Config, mesh: MeshSpec, site: PlannedSite) -> Wire:
+    return Wire(
+        d_model=site.d_model,
+        tokens_per_rank=_tokens(config, mesh),
+        element_bytes=row_bytes(_wire_dtype(config).value, 4),
+    )
+
+
+def _overlap(
+    config: Config, mesh: MeshSpec, site: PlannedSite, widths: tuple[int, int], kind: str, routing: RoutingPlan,
+    placement: ExpertPlacement,
+) -> tuple[str, int]:  # fmt: skip
+    """The overlap and the number of chunks."""
+    overlap, chunks = config.dispatch.overlap, config.dispatch.chunks
+    tokens = _tokens(config, mesh)
+    if overlap is not OverlapKind.chunks:
+        if chunks != "auto":
+            raise ConfigError(
+                "dispatch.chunks", chunks, f"needs overlap=chunks, but dispatch.overlap={overlap.value}",
+                "Use dispatch.overlap=chunks, or chunks=auto",
+            )  # fmt: skip
+        if overlap is not OverlapKind.auto:
+            return overlap.value, 1
+    elif chunks != "auto":
+        _check_chunks(chunks, tokens, mesh)
+        return "chunks", int(chunks)
+    if overlap is OverlapKind.auto and (KINDS[kind].no_overlap or config.dispatch.backend):
+        return "none", 1
+    times = _seconds(config, mesh, site, widths, kind, routing, placement)
+    rows_per_expert = tokens * mesh.ep * routing.top_k / placement.num_experts
+    if overlap is OverlapKind.chunks:
+        return "chunks", choose_chunks(times, rows_per_expert)
+    return choose_overlap(times, rows_per_expert)
+
+
+def _check_chunks(chunks: int | str, tokens: int, mesh: MeshSpec) -> None:
+    Whole(2).check("dispatch.chunks", chunks)
+    cut = "".join(f" / mesh.{axis}" for axis in mesh.axes(Part.SEQUENCE, Part.TOKENS))
+    if int(chunks) > tokens:
+        raise ConfigError(
+            "dispatch.chunks", chunks, f"a micro-batch has {tokens} tokens (data.micro_batch_size * data.seq_len{cut})",
+            f"Use at most {tokens}",
+        )  # fmt: skip
+
+
+def _seconds(
+    config: Config, mesh: MeshSpec, site: PlannedSite, widths: tuple[int, int], kind: str, routing: RoutingPlan,
+    placement: ExpertPlacement,
+) -> LayerSeconds:  # fmt: skip
+    """Times of one layer's forward on one rank, from the bandwidths and the speed of `hardware`."""
+    tokens, (routed, shared) = _tokens(config, mesh), (row_seconds(config.hardware, site, width) for width in widths)
+    traffic = forward_traffic(kind, placement, routing, mesh, _wire(config, mesh, site))
+    return LayerSeconds(
+        wire=tokens * links_of(config.hardware).seconds(traffic.intra_node, traffic.inter_node),
+        routed=tokens * routing.top_k * routed,
+        shared=tokens * shared,
+    )
+
+
+# -- low-rank adapters: which linears and which weights of experts get them -----------------------------------------
+#
+# Algorithm:
+#   1. Refuse what adapters do not support: dense FFNs that become experts, and experts that are modules.
+#   2. Weights of experts whose path matches `adapters.experts`. Such a layer is not fused: that op has no adapters.
+#   3. Linears whose path matches `adapters.dense`, but no routers.
+#   4. A pattern that matches nothing is an error. So is a correction bias that follows the load of a frozen router.
+
+Layers = tuple[LayerPlan, ...]
+
+
+def plan_adapters(
+    layers: Layers, mesh: MeshSpec, config: Config, facts: ModelFacts
+) -> tuple[Layers, AdaptersPlan | None, ModelFacts]:
+    """The layers with adapters of their experts, the adapters of the model, and facts that count the latter.
+
+    Raises:
+        ConfigError: the adapters do not fit the model.
+    """
+    check_adapters(config)
+    chosen = config.adapters
+    if chosen.kind is AdapterKind.none:
+        return layers, None, facts
+    for axis in mesh.axes(Part.WEIGHTS):
+        rule, fix = f"adapters are not split over {axis}", f"Use mesh.{axis}=1, or adapters=none"
+        raise ConfigError(f"mesh.{axis}", mesh.size(axis), rule, fix)
+    _check_sites(layers)  # Step 1
+    adapted = tuple(_with_adapters(layer, config) for layer in layers)  # Step 2
+    known = [f"{layer.site.fqn}.{name}" for layer in layers for name in _weights(layer)]
+    if chosen.experts is not None and not any(layer.adapters for layer in adapted):
+        raise _no_match("adapters.experts", chosen.experts, "weights of experts", known)
+    linears = {path: sizes for path, sizes in facts.linears.items() if not _is_router(path, sizes, layers)}
+    matched = [path for path in linears if chosen.dense is not None and fnmatchcase(path, chosen.dense)]  # Step 3
+    if chosen.dense is not None and not matched:
+        raise _no_match("adapters.dense", chosen.dense, "linears", list(linears))
+    _check_balance(layers, config)  # Step 4
+    plan = AdaptersPlan(
+        rank=chosen.rank, alpha=float(chosen.alpha), dropout=float(chosen.dropout), linears=tuple(matched),
+        train_router=chosen.train_router,
+    )  # fmt: skip
+    if chosen.dropout and plan.as_parameters:
+        raise ConfigError(
+            "adapters.dropout", chosen.dropout,
+            f"is not possible in peft for linears with the names of experts ({plan.as_parameters[0]})",
+            "Use 0, or leave them out of adapters.dense",
+        )  # fmt: skip
+    dense = sum(chosen.rank * sum(linears[path]) for path in matched)
+    return adapted, plan, replace(facts, adapters=(dense, chosen.train_router))
+
+
+def _check_sites(layers: Sequence[LayerPlan]) -> None:
+    for site in (layer.site for layer in layers):
+        if not isinstance(site, ExpertsSite):
+            raise ConfigError(
+                "adapters.kind", "lora", f"{site.fqn or 'the graph'} is a dense FFN that becomes experts, and adapters "
+                "are for experts that the model has already", "Use adapters=none, or experts.sites=existing",
+            )  # fmt: skip
+        if site.form == "modules":
+            raise ConfigError(
+                "adapters.kind", "lora", f"{site.fqn} has one module per expert, and adapters are for stacked weights",
+                "Use adapters=none, or leave this site out (experts.match)",
+            )  # fmt: skip
+
+
+def _weights(layer: LayerPlan) -> Iterator[str]:
+    """Names of the matrices of a layer's experts."""
+    assert isinstance(layer.site, ExpertsSite)
+    yield "gate_up_proj" if layer.site.num_in_projections == 2 else "up_proj"
+    yield "down_proj"
+
+
+def _with_adapters(layer: LayerPlan, config: Config) -> LayerPlan:
+    chosen = config.adapters
+    pattern = chosen.experts
+    names = [n for n in _weights(layer) if pattern is not None and fnmatchcase(f"{layer.site.fqn}.{n}", pattern)]
+    if not names:
+        return layer
+    adapters = ExpertAdapters(rank=chosen.rank, alpha=float(chosen.alpha), weights=tuple(names))
+    return replace(layer, adapters=adapters, fused=False)
+
+
+def _is_router(path: str, sizes: tuple[int, int], layers: Sequence[LayerPlan]) -> bool:
+    """Whether a linear is in the block of some experts and has one output per expert."""
+    return any(
+        path.startswith(f"{layer.site.fqn.rpartition('.')[0]}.") and sizes[1] == layer.experts.num_routed
+        for layer in layers
+    )
+
+
+def _check_balance(layers: Sequence[LayerPlan], config: Config) -> None:
+    for layer in layers:
+        if layer.balance.has_bias and not config.adapters.train_router:
+            raise ConfigError(
+                "balance.rule", layer.balance.rule,
+                f"moves the correction bias of the router of {layer.site.fqn}, which is frozen "
+                "(adapters.train_router=false)", "Use balance.rule=none, or adapters.train_router=true",
+            )  # fmt: skip
+
+
+def _no_match(path: str, pattern: str, what: str, known: Sequence[str]) -> ConfigError:
+    shown = f" ({', '.join(known[:3])}, ...)" if known else ""
+    return ConfigError(path, pattern, f"matches none of the {len(known)} {what}{shown}", "Change the pattern, or null")
+
+
+# -- the plan -------------------------------------------------------------------------------------------------------
 
 GIB = 2**30
 

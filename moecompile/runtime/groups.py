@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moecompile.kept_groups import device_mesh
 from moecompile.mesh import MeshSpec, Part, axes_that_split
+from moecompile.schema import Config
 
 
 @dataclass(frozen=True)
@@ -66,3 +70,15 @@ def _along(mesh: MeshSpec, device_type: str, *of: Part) -> ProcessGroup:
     """The ranks that differ from this one along the axes that split `of`."""
     names = axes_that_split(*of)
     return device_mesh(device_type, mesh.dims(names))["_".join(names)].get_group()
+
+
+# -- the process group of tasks that need it before the Trainer -----------------------------------------------------
+
+
+def init_process_group(config: Config) -> None:
+    """Initializes gloo or NCCL; the Trainer uses this group later. Also sets the CPU threads of this rank."""
+    torch.set_num_threads(config.trainer.threads_per_rank)
+    cuda = config.mesh.device == "cuda" or (config.mesh.device == "auto" and torch.cuda.is_available())
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=config.trainer.timeout_s))

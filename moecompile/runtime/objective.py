@@ -7,8 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from moecompile.errors import ConfigError
-from moecompile.runtime.data import CorpusWindows, SpanCorruption, SpanCounts, TextData, TokenWindows, num_ids
-from moecompile.runtime.data.loaded import Split
+from moecompile.runtime.data import CorpusWindows, SpanCorruption, SpanCounts, Split, TextData, TokenWindows, num_ids
 from moecompile.schema import Config, Objective, TokenizerSource
 
 

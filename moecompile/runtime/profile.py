@@ -2,7 +2,7 @@
 
 Algorithm:
   1. In the last steps record which experts the tokens chose, up to `MAX_TOKENS` tokens.
-  2. In the last three steps of them time the nodes of the graphs (timed_graphs.py), on a CPU, where a clock on the host
+  2. In the last three steps of them time the nodes of the graphs, on a CPU, where a clock on the host
      tells when an op is over.
   3. In the last step count what the forward keeps for backward, the gradients and the optimizer's state.
   4. At the end gather everything on rank 0, which writes the files.
@@ -13,31 +13,240 @@ counted where they are.
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from moecompile.atomic import replacing, write_text
 from moecompile.errors import MoecompileError
+from moecompile.mesh import LinkClass, MeshSpec
 from moecompile.nn.replay import ReplayLayer, Routes, record_routes, replay_layers
-from moecompile.plan import Plan
+from moecompile.ops.traffic import optimizer_traffic, traffic
+from moecompile.passes.base import op_name
+from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, Plan, Traffic
 from moecompile.planner.traffic import row_bytes
 from moecompile.rundir import PROFILE, ROUTES
 from moecompile.runtime.module import LanguageModule
-from moecompile.runtime.sent_bytes import TrafficMeter
-from moecompile.runtime.strategy import ExpertParallelStrategy
-from moecompile.runtime.timed_graphs import PARTS, TimedGraphs
+from moecompile.runtime.strategy import ExpertParallelStrategy, groups_of
+from moecompile.torch_private import in_backward
+
+# -- the bytes that training forwards and the optimizer send, by link class -----------------------------------------
+
+
+class TrafficMeter(Callback):
+    """Counts the bytes that training forwards send, by link class, and those of the optimizer."""
+
+    def __init__(self, mesh: MeshSpec) -> None:
+        self.mesh = mesh
+        self._bytes = {LinkClass.INTRA_NODE: 0, LinkClass.INTER_NODE: 0, LinkClass.SELF: 0}
+        self._by_optimizer = dict.fromkeys(self._bytes, 0)
+        self._by_rank = [0] * mesh.world_size
+        self._first_step = 0
+        self._tokens = 0  # of all ranks and layers; those of an encoder and a decoder see different numbers
+        self._last_step = 0
+        self.per_token_and_layer: Traffic | None = None
+        self.per_rank_and_step: Traffic | None = None  # of the optimizer, as a mean over ranks and steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Records the step at which the run starts."""
+        self._last_step = self._first_step = trainer.global_step
+        optimizer_traffic.take()  # of a step with zeros, which makes the state that a checkpoint fills
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Discards bytes that were sent outside training (validation, warm-up)."""
+        traffic.take()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Adds the bytes that this rank sent for one micro-batch, and the tokens of a completed step."""
+        for rank, sent in traffic.take().items():
+            self._bytes[self.mesh.link(trainer.global_rank, rank)] += sent
+            self._by_rank[rank] += sent
+        if trainer.global_step != self._last_step:
+            self._last_step = trainer.global_step
+            for rank, sent in optimizer_traffic.take().items():
+                self._by_optimizer[self.mesh.link(trainer.global_rank, rank)] += sent
+            assert isinstance(trainer.strategy, ExpertParallelStrategy)
+            self._tokens += sum(load.tokens for load in trainer.strategy.loads)
+
+    def sent_per_step(self, rank: int) -> list[float]:
+        """Bytes that this rank, `rank`, sent to each other rank in the forwards of a step, as a mean over the steps."""
+        steps = max(1, self._last_step - self._first_step)
+        return [0.0 if other == rank else sent / steps for other, sent in enumerate(self._by_rank)]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Computes the bytes per token and MoE layer, over all ranks."""
+        links = (LinkClass.INTRA_NODE, LinkClass.INTER_NODE)
+        sent = [counts[link] for counts in (self._bytes, self._by_optimizer) for link in links]
+        sums = torch.tensor(sent, dtype=torch.int64, device=pl_module.device)
+        dist.all_reduce(sums, group=groups_of(trainer).every)
+        in_forward, by_optimizer = sums.view(2, 2).tolist()
+        steps = max(1, (self._last_step - self._first_step) * self.mesh.world_size)
+        self.per_token_and_layer = _traffic(in_forward, max(1, self._tokens))
+        self.per_rank_and_step = _traffic(by_optimizer, steps)
+
+
+def _traffic(sums: list[int], count: int) -> Traffic:
+    """The mean, of bytes within nodes and between them."""
+    return Traffic(intra_node=sums[0] / count, inter_node=sums[1] / count)
+
+
+# -- times the nodes of the regions' graphs: computes what the graph computes, node by node -------------------------
+#
+# Algorithm:
+#   1. While installed, a region's forward interprets its graph. A node's time goes to a part: router, experts, shared
+#      experts; exchanges before and after the experts; copies and sums of rows; the rest.
+#   2. Before the first exchange of a layer, and before the first one after its experts, the ranks of the EP group wait
+#      for each other. The time of that is waiting, so that the exchanges themselves do not include it.
+#   3. What backward computes again is neither timed nor waited for.
+
+PARTS = ("router", "dispatch", "experts", "combine", "waiting", "arriving", "shared", "rows", "other")
+
+
+@dataclass
+class Times:
+    """Of one region. seconds: part -> in one micro-batch, for every one. rows: of its experts, in every one. exchanges:
+    of the last micro-batch, in order: op, shapes sent and received, bytes to other ranks.
+    """
+
+    seconds: list[dict[str, float]] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    exchanges: list[dict[str, Any]] = field(default_factory=list)
+
+
+class TimedGraphs:
+    """Times the regions of a compiled model between `install` and `remove`.
+
+    Args:
+        group: the ranks that exchange rows; None: there are none.
+    """
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.times: dict[str, Times] = {}
+        self._regions = {
+            path: region
+            for path, region in model.named_modules()
+            if isinstance(region, fx.GraphModule) and _has_layer(region) and _plain_arguments(region)
+        }
+
+    def install(self) -> None:
+        """The next forwards are timed."""
+        for path, region in self._regions.items():
+            times = self.times.setdefault(path, Times())
+            region.forward = self._timed(region, region.forward, times)
+
+    def remove(self) -> None:
+        """Forwards are as before."""
+        for region in self._regions.values():
+            region.__dict__.pop("forward", None)
+
+    def _timed(self, region: fx.GraphModule, forward: Callable[..., Any], times: Times) -> Callable[..., Any]:
+        signature = inspect.signature(forward)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if in_backward():  # Step 3
+                return forward(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            interpreter = _Interpreter(region, self.group)
+            out = interpreter.run(*bound.arguments.values())
+            times.seconds.append(dict(interpreter.seconds))
+            times.rows.append(interpreter.rows)
+            times.exchanges = interpreter.exchanges
+            return out
+
+        return run
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, region: fx.GraphModule, group: dist.ProcessGroup | None) -> None:
+        super().__init__(region)
+        self.group = group
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.rows = 0
+        self.exchanges: list[dict[str, Any]] = []
+        self._waited = set[str]()
+        self._computed = False  # whether experts were computed already
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Step 1."""
+        part, start = self._part(n), time.perf_counter()
+        if n.op == "call_function" and op_name(n) in EXCHANGE_OPS:
+            self._wait("waiting" if self._computed else "arriving")
+            start, before = time.perf_counter(), _sent()
+        out = super().run_node(n)
+        self.seconds[part] += time.perf_counter() - start
+        if part == "experts":
+            self._computed = True
+            self.rows += self._rows_of(n)
+        elif n.op == "call_function" and op_name(n) in EXCHANGE_OPS:
+            sent = self.map_nodes_to_values(n.args[0], n)
+            self.exchanges.append(
+                {"op": op_name(n), "sent": _shape(sent), "received": _shape(out), "bytes": _sent() - before}
+            )
+        return out
+
+    def _wait(self, part: str) -> None:
+        """Step 2."""
+        if self.group is None or part in self._waited:
+            return
+        self._waited.add(part)
+        start = time.perf_counter()
+        dist.barrier(group=self.group)
+        self.seconds[part] += time.perf_counter() - start
+
+    def _part(self, n: fx.Node) -> str:
+        name = op_name(n)
+        if n.op == "call_module":
+            kind = re.sub(r"_\d+$", "", name)
+            return {"router": "router", "experts": "experts", "shared_experts": "shared"}.get(kind, "other")
+        if n.op == "call_function" and name in EXCHANGE_OPS | WAIT_OPS:
+            return "combine" if self._computed else "dispatch"
+        return "rows" if "moecompile" in str(n.target) else "other"
+
+    def _rows_of(self, n: fx.Node) -> int:
+        """Assignments that an experts call computes: the sum of its counts."""
+        counts = self.map_nodes_to_values(n.args[1], n) if len(n.args) > 1 else None
+        return int(counts.sum()) if isinstance(counts, Tensor) else 0
+
+
+def _sent() -> int:
+    """Bytes that this rank has sent to others and not yet reported."""
+    return sum(sent for rank, sent in traffic.so_far().items() if rank != dist.get_rank())
+
+
+def _shape(value: Any) -> str:
+    first = value[0] if isinstance(value, list | tuple) and value else value
+    return " x ".join(map(str, first.shape)) if isinstance(first, Tensor) else ""
+
+
+def _has_layer(region: fx.GraphModule) -> bool:
+    return any(n.op == "call_module" and op_name(n).startswith("experts") for n in region.graph.nodes)
+
+
+def _plain_arguments(region: fx.GraphModule) -> bool:
+    return not any(n.op == "placeholder" and str(n.target).startswith("*") for n in region.graph.nodes)
+
+
+# -- the last steps of a run ----------------------------------------------------------------------------------------
 
 TIMED_STEPS, ROUTED_STEPS = 3, 8
 LEAST_STEPS = 5

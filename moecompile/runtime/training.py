@@ -2,42 +2,121 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
+from moecompile.capture import Example
 from moecompile.checkpoint.fingerprint import fingerprint
+from moecompile.checkpoint.folders import set_aside
 from moecompile.load_history import LOAD_HISTORY
 from moecompile.mesh import MeshSpec, Part
-from moecompile.plan import Plan, Traffic
-from moecompile.rundir import SAMPLES
+from moecompile.pipeline import compile_model
+from moecompile.plan import Plan, Traffic, reductions
+from moecompile.rundir import SAMPLES, accept, note_accepted
 from moecompile.runtime import signals
-from moecompile.runtime.acceptance import Acceptance
 from moecompile.runtime.data import TextData, train_loader, val_loader
 from moecompile.runtime.launch import is_restart
 from moecompile.runtime.loggers import finished, make_callbacks, make_loggers
 from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule
-from moecompile.runtime.profile import StepProfile
+from moecompile.runtime.profile import StepProfile, TrafficMeter
 from moecompile.runtime.progress import LiveReport, ProgressBar, ProgressLines
 from moecompile.runtime.routes import routes_observer
 from moecompile.runtime.samples import Samples
 from moecompile.runtime.saving import Saver, starting_point
-from moecompile.runtime.sent_bytes import TrafficMeter
 from moecompile.runtime.strategy import ExpertParallelStrategy
 from moecompile.schema import Compiled, Config, Precision, accumulation_steps
+
+# -- a run takes its directory when its first new step is computed; until then nothing is touched -------------------
+#
+# Algorithm, after the first optimizer step:
+#   1. All ranks have computed it: weights were read, and nothing will refuse the run any more.
+#   2. Rank 0 moves later checkpoints aside, then the files of this run to their places.
+#   3. Every rank makes its loggers, which are told what was logged before.
+# If a rank is killed at any moment, the directory has the whole run before or this one (moecompile.rundir).
+
+
+class Unwritten(Logger):
+    """Keeps metrics until there are loggers that write files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[tuple[dict[str, float], int | None]] = []
+
+    @property
+    def name(self) -> str:
+        """Lightning's."""
+        return "unwritten"
+
+    @property
+    def version(self) -> int:
+        """Lightning's."""
+        return 0
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Keeps them."""
+        self.kept.append((dict(metrics), step))
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """A language model has none."""
+
+
+class Acceptance(Callback):
+    """Gives the run directory to this run, see above. It is the first callback: others write files after it.
+
+    Args:
+        first_step: from which the run goes on. make: the loggers, on every rank; they may write at once.
+        metrics: whose clock stops meanwhile.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int, make: Callable[[], list[Logger]], metrics: Metrics) -> None:
+        self.run_dir, self.first_step, self.make, self.metrics = run_dir, first_step, make, metrics
+        self.unwritten, self._is_done = Unwritten(), False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook."""
+        if trainer.global_step > self.first_step:
+            with self.metrics.paused():
+                self.ensure(trainer)
+
+    def ensure(self, trainer: Trainer) -> None:
+        """Accepts the run, if that is not done yet: also at the end, when there was no step to compute."""
+        if self._is_done:
+            return
+        self._is_done = True
+        trainer.strategy.barrier()  # Step 1
+        note_accepted(self.run_dir)
+        if trainer.is_global_zero:  # Step 2
+            replaced = set_aside(self.run_dir, self.first_step)
+            accept(self.run_dir)
+            if replaced is not None:
+                print(f"later checkpoints, which this run writes again, are kept in {replaced}", flush=True)
+        trainer.strategy.barrier()
+        trainer.loggers = self.make()  # Step 3
+        for logger in trainer.loggers:
+            for metrics, step in self.unwritten.kept:
+                logger.log_metrics(metrics, step)
+
+
+# -- the run --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,3 +289,22 @@ def _quiet_lightning() -> None:
     warnings.filterwarnings("ignore", module="lightning")
     # T5's layers return the position bias as a view, which FSDP2 warns about; it is not modified in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPT5Block\) returned a view tensor")
+
+
+# -- the dense model, trained in the same way as a baseline ---------------------------------------------------------
+
+FOLDER = "baseline"
+"""Folder of its metrics in the run directory."""
+
+
+def train_dense(
+    model: nn.Module, mesh: MeshSpec, config: Config, data: TextData, run_dir: Path, *, example: Example
+) -> Outcome:
+    """Trains `model` with a plan without layers: same ranks, data order, optimizer and steps; saves no checkpoint.
+
+    All ranks call it with the same newly built model.
+    """
+    plan = Plan(mesh=mesh, layers=(), reductions=reductions(mesh))
+    dense = compile_model(model, config, example=example, plan=plan)
+    unsaved = dataclasses.replace(config.trainer, save_checkpoint=False, save_interval=0, resume=None)
+    return train(dense, plan, dataclasses.replace(config, trainer=unsaved), data, run_dir / FOLDER)

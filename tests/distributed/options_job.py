@@ -19,7 +19,7 @@ from moecompile.nn.placement import by_id, expert_orders
 from moecompile.runtime.data import load_data, train_loader
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.observer import StepObserver
-from moecompile.runtime.sent_bytes import TrafficMeter
+from moecompile.runtime.profile import TrafficMeter
 from moecompile.runtime.training import make_trainer
 from moecompile.verify.job import build, noiseless_plan
 from moecompile.verify.ranks import full

@@ -15,7 +15,7 @@ from moecompile.errors import ConfigError
 from moecompile.load_history import LoadHistory
 from moecompile.plan import Plan, from_yaml, save, to_yaml
 from moecompile.planner.build_plan import build_plan
-from moecompile.planner.cost_model.imbalance import measured
+from moecompile.planner.cost_model.forecast import measured
 from moecompile.planner.given import with_plan
 from moecompile.planner.loads import _metrics, loads_of
 from moecompile.planner.placement import make_placement, read_placement, with_placement, write_placement

@@ -51,7 +51,7 @@ READERS = {
     "planner/given.py": "holds a config against a plan that is given",
     "planner/placement.py": "groups of experts stay on one node",
     "planner/search/axes.py": "what would change the model is not searched",
-    "planner/search/runnable.py": "sets the axis of node limits",
+    "planner/search/run.py": "sets the axis of node limits",
     "plan/sites.py": "a site that has experts already, as it was found",
     "runtime/training.py": "whether dropped tokens are shown",
     "verify/job.py": "runs without jitter",

@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from moecompile.runtime.data.shuffle import shuffled
+from moecompile.runtime.data.batches import shuffled
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000, 4096, 70_001])

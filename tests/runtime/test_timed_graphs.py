@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import moecompile
-from moecompile.runtime.timed_graphs import TimedGraphs
+from moecompile.runtime.profile import TimedGraphs
 from tests.tiny import TinyGPT
 
 

@@ -1,1 +1,1 @@
-"""Search over layouts: those that this package runs (runnable.py), and those that are described (described.py)."""
+"""Search over layouts: those that this package runs (run.py), and those that are described (described.py)."""

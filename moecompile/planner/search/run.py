@@ -2,29 +2,295 @@
 
 Algorithm:
   1. The plan of the config as it is: what training must not change.
-  2. Layouts that this package runs (runnable.py), then described ones (described.py).
+  2. Layouts that this package runs, then described ones (described.py).
   3. The front of speed against memory of each kind; the fastest of each is best.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+from typing import Any
 
-from moecompile.errors import ConfigError
+from moecompile.errors import ConfigError, MoecompileError
 from moecompile.mesh import MeshSpec
-from moecompile.plan import IN_FLIGHT, Plan, PlannedSite
-from moecompile.planner.build_plan import GIB, draft_plan
+from moecompile.plan import IN_FLIGHT, LayerPlan, Plan, PlannedSite
+from moecompile.planner.build_plan import GIB, draft_plan, run_facts
+from moecompile.planner.cost_model.forecast import step_of
 from moecompile.planner.cost_model.inputs import REPEATED, SAID_BY_MESH, Inputs, inputs_of
 from moecompile.planner.cost_model.shapes import ModelShape
-from moecompile.planner.params import ModelFacts
-from moecompile.planner.search.axes import KINDS, axes_of
+from moecompile.planner.memory import (
+    Activations,
+    activations,
+    buffer_bytes,
+    model_state_bytes,
+    together,
+    tokens_of_a_rank,
+)
+from moecompile.planner.params import ModelFacts, RunFacts
+from moecompile.planner.search.axes import KINDS, Axes, axes_of
 from moecompile.planner.search.described import Described, Space, described, settings_of, space_of
 from moecompile.planner.search.found import Candidate, Reason, Rejected, front
-from moecompile.planner.search.runnable import Search, as_run, runnable
-from moecompile.schema import Config
+from moecompile.schema import Config, DispatchBalance, DispatchKind, OverlapKind, WorkloadConfig
+
+# -- layouts that this package runs: plan, memory and seconds are those that task=plan gives ------------------------
+#
+# Algorithm:
+#   1. A structure is what changes the plan of the layers: EP and TP size, kind of dispatch, and what changes the model.
+#      Each is planned once; what cannot be planned is rejected by the plan's own rule. A plan whose router, experts or
+#      balance differ from those of the config would train another model, and is rejected too, unless that is searched.
+#   2. Within a structure, micro-batch, recomputation, overlap and replicas change numbers alone:
+#        states        by EP and TP size, replicas, and whether micro-batches accumulate                  -> `_States`
+#        activations   by structure, overlap (yes or no), micro-batch and recomputation
+#        seconds       by all of them, of what fits                                        (cost_model/forecast.py)
+
+MOST_ROUNDED = 0.1  # of a published batch, which task=plan rounds up to whole micro-batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What is searched. sites, facts: of the model. config: its `data.global_batch_size` is the batch before rounding.
+
+    layers: the plan of the config as it is. shape: a plan's shape for the time model. rounds: whether the batch may be
+    rounded up, as a published one is.
+    """
+
+    sites: Sequence[PlannedSite]
+    facts: ModelFacts
+    config: Config
+    layers: Sequence[LayerPlan]
+    shape: Callable[[Plan], ModelShape]
+    axes: Axes
+    rounds: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Structure:
+    """A planned structure (step 1). overlapped: the layers with exchanges in flight."""
+
+    config: Config
+    plan: Plan
+    facts: ModelFacts
+    inputs: Inputs
+    overlapped: tuple[LayerPlan, ...]
+
+
+def runnable(search: Search, rejected: Rejected) -> Iterator[Candidate]:
+    """The candidates that fit; the others are counted in `rejected`."""
+    shapes: dict[object, ModelShape] = {}
+    states = _States()
+    for structure in _structures(search, shapes, rejected):
+        yield from _inside(search, structure, states, rejected)
+
+
+def _structures(search: Search, shapes: dict[object, ModelShape], rejected: Rejected) -> Iterator[_Structure]:
+    """Step 1."""
+    axes = search.axes
+    inside = len(axes.micro_batch) * len(axes.checkpointing)
+    for granularity, nodes, sizes in product(axes.granularity, axes.max_nodes, axes.meshes()):
+        config = _with(search.config, sizes, granularity=granularity, max_nodes=nodes)
+        kinds = ("local",) if sizes["ep"] == 1 and len(axes.dispatch) > 1 else axes.dispatch
+        for kind in kinds:
+            text = f"{' '.join(f'mesh.{name}={size}' for name, size in sizes.items())} dispatch.kind={kind}"
+            try:
+                planned = _planned(search, _dispatched(config, kind), shapes)
+            except MoecompileError as error:
+                rejected.add(_rule(error), text, inside)
+                continue
+            if kind == "hierarchical" and planned.plan.mesh.nodes_per_ep_group == 1 and len(kinds) > 1:
+                continue  # it is dedup there
+            if change := _changed(search, planned.plan):
+                rejected.add(f"would change the model: {change}; search.model=true allows it", text, inside)
+                continue
+            yield planned
+
+
+def _with(config: Config, sizes: Mapping[str, Any], *, granularity: int, max_nodes: int | None) -> Config:
+    mesh = replace(config.mesh, **sizes, dp_replicate=1, dp_shard="auto")
+    return replace(
+        config, mesh=mesh, experts=replace(config.experts, granularity=granularity),
+        routing=replace(config.routing, max_nodes=max_nodes), workload=as_run(config.workload),
+    )  # fmt: skip
+
+
+def as_run(workload: WorkloadConfig) -> WorkloadConfig:
+    """The workload without a described layout."""
+    return replace(workload, tp=1, pp=1, vpp=1, cp=1, etp=1, zero=3)
+
+
+def _dispatched(config: Config, kind: str) -> Config:
+    dispatch = replace(config.dispatch, kind=DispatchKind(kind), overlap=OverlapKind.none, chunks="auto")
+    return replace(config, dispatch=dispatch)
+
+
+def _planned(search: Search, config: Config, shapes: dict[object, ModelShape]) -> _Structure:
+    plan, facts = draft_plan(search.sites, config, search.facts)
+    key = (frozenset((layer.experts, layer.routing) for layer in plan.layers), config.experts.granularity)
+    if key not in shapes:
+        shapes[key] = search.shape(plan)
+    overlapped = tuple(
+        replace(layer, dispatch=replace(layer.dispatch, overlap="shared")) if _in_flight(layer) else layer
+        for layer in plan.layers
+    )
+    return _Structure(
+        config=config, plan=plan, facts=facts, inputs=inputs_of(shapes[key], plan, config), overlapped=overlapped
+    )
+
+
+def _in_flight(layer: LayerPlan) -> bool:
+    """Whether exchanges of a layer may be in flight."""
+    return layer.dispatch.kind in IN_FLIGHT and not layer.dispatch.backend
+
+
+def _changed(search: Search, plan: Plan) -> str | None:
+    """What a plan would train differently from the plan of the config."""
+    if search.config.search.model:
+        return None
+    for name in ("experts", "routing", "balance"):
+        if any(getattr(a, name) != getattr(b, name) for a, b in zip(plan.layers, search.layers, strict=True)):
+            return name if name != "routing" else "the router's groups follow the nodes of an EP group"
+    return None
+
+
+def _rule(error: MoecompileError) -> str:
+    path, rule = getattr(error, "path", ""), getattr(error, "rule", str(error))
+    return f"{path}: {rule.split(' (')[0]}" if path else str(rule)
+
+
+def _inside(search: Search, structure: _Structure, states: _States, rejected: Rejected) -> Iterator[Candidate]:
+    """Step 2."""
+    axes, config, mesh = search.axes, structure.config, structure.plan.mesh
+    limit = config.hardware.memory_gib * GIB
+    replicas = [n for n in axes.dp_replicate if not mesh.edp % n and not mesh.num_batches % n]
+    for micro_batch in axes.micro_batch:
+        inner = len(axes.checkpointing) * len(replicas)
+        batch = _batch(search, micro_batch * mesh.num_batches)
+        if batch is None:
+            rule = f"the batch of {search.config.data.global_batch_size:,} sequences must be a whole number of " \
+                "micro-batches on every rank"  # fmt: skip
+            rejected.add(rule, f"{mesh.setting(*axes.sharing)} data.micro_batch_size={micro_batch}", inner)
+            continue
+        data = replace(config.data, micro_batch_size=micro_batch, global_batch_size=batch)
+        given, placed = replace(config, data=data), structure
+        if config.dispatch.balance is not DispatchBalance.none:  # what a loan is worth depends on it
+            placed = _planned(search, given, {})
+        run = run_facts(given, mesh, structure.facts)
+        yield from _of_micro_batch(search, placed, run, batch, replicas, states, limit, rejected)
+
+
+def _batch(search: Search, step: int) -> int | None:
+    """The batch, rounded up as task=plan rounds a published one; None if it is not a whole number of micro-batches."""
+    given = search.config.data.global_batch_size
+    batch = -(-given // step) * step
+    return batch if batch == given or (search.rounds and batch <= given * (1 + MOST_ROUNDED)) else None
+
+
+def _of_micro_batch(
+    search: Search, structure: _Structure, run: RunFacts, batch: int, replicas: Sequence[int], states: _States,
+    limit: float, rejected: Rejected,
+) -> Iterator[Candidate]:  # fmt: skip
+    plan, inputs, axes = structure.plan, structure.inputs, search.axes
+    recompute = structure.config.stack.recompute
+    kept = inputs.software.recompute
+    overlaps = [each for each in axes.overlap if _possible(each, structure, run)]
+    memory = _memory(structure, states)
+    for checkpointing, number, (overlap, chunks) in product(axes.checkpointing, replicas, overlaps):
+        again = replace(run, checkpointing=checkpointing)
+        needed = memory(number, again, overlap != "none")
+        settings = _settings(search, structure, again, number, (overlap, chunks), batch)
+        if needed > limit:
+            rejected.too_large(needed, limit, settings)
+            continue
+        own = structure.config.stack.dispatcher is None and not structure.config.stack.overlap
+        software = replace(
+            inputs.software, recompute=REPEATED[checkpointing] if recompute is None else kept,
+            in_flight=overlap if own else "none", chunks=chunks if own else 1,
+        )  # fmt: skip
+        layout = replace(inputs.layout, micro_batch=run.micro_batch_size, global_batch=batch, replicas=number)
+        seconds = sum(step_of(replace(inputs, layout=layout, software=software)).values())
+        speed = batch * layout.seq / plan.mesh.world_size / seconds
+        yield Candidate(
+            settings=settings, runs=True, seconds=seconds, tokens_per_second_per_rank=speed, memory_bytes=needed
+        )
+
+
+def _possible(overlap: tuple[str, int], structure: _Structure, run: RunFacts) -> bool:
+    """Whether a kind of dispatch has this overlap; a micro-batch has at least as many tokens as chunks."""
+    kind, chunks = overlap
+    tokens = tokens_of_a_rank(structure.plan.mesh, run)
+    return kind == "none" or (all(map(_in_flight, structure.plan.layers)) and chunks <= tokens)
+
+
+def _settings(
+    search: Search, structure: _Structure, run: RunFacts, replicas: int, overlap: tuple[str, int], batch: int
+) -> dict[str, object]:
+    """The keys that make a plan of a candidate: those of searched axes, and others only where they must change."""
+    config, mesh = structure.config, structure.plan.mesh
+    kinds = {layer.dispatch.kind for layer in structure.plan.layers}
+    settings: dict[str, object] = {
+        "mesh.ep": mesh.ep, "mesh.dp_replicate": replicas,
+        **{f"mesh.{name}": mesh.size(name) for name in search.axes.sharing},
+        "dispatch.kind": kinds.pop() if len(kinds) == 1 else config.dispatch.kind.value,
+        "dispatch.overlap": overlap[0], "dispatch.chunks": overlap[1] if overlap[1] > 1 else "auto",
+        "data.micro_batch_size": run.micro_batch_size, "trainer.checkpointing": run.checkpointing,
+        "routing.max_nodes": config.routing.max_nodes, "experts.granularity": config.experts.granularity,
+    }  # fmt: skip
+    settings = search.axes.chosen(settings)
+    if "dispatch.overlap" not in settings or search.config.dispatch.chunks == settings["dispatch.chunks"]:
+        settings.pop("dispatch.chunks", None)
+    if search.config.mesh.dp_shard != "auto":
+        settings["mesh.dp_shard"] = "auto"
+    if batch != search.config.data.global_batch_size:
+        settings["data.global_batch_size"] = batch
+    described = vars(search.config.workload)
+    settings |= {f"workload.{key}": value for key, value in vars(config.workload).items() if value != described[key]}
+    return settings
+
+
+class _States:
+    """Bytes of weights, gradients and optimizer, by what they depend on."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, tuple[int, int, int]] = {}
+
+    def __call__(self, structure: _Structure, mesh: MeshSpec, run: RunFacts) -> tuple[int, int, int]:
+        layer = structure.plan.layers[0]
+        key = (mesh, run.accumulation > 1, layer.experts, len(structure.plan.layers))
+        if key not in self._known:
+            self._known[key] = model_state_bytes(structure.plan.layers, mesh, structure.facts, run)
+        return self._known[key]
+
+
+def _memory(structure: _Structure, states: _States) -> Callable[[int, RunFacts, bool], int]:
+    """Bytes of the fullest rank, by replicas, run and whether exchanges are in flight."""
+    plan = structure.plan
+
+    @cache
+    def of_mesh(replicas: int) -> MeshSpec:
+        return replace(plan.mesh, dp_replicate=replicas)
+
+    known: dict[object, tuple[Activations, int]] = {}
+
+    def of_run(run: RunFacts, in_flight: bool) -> tuple[Activations, int]:
+        key = (run.tokens_per_rank, run.micro_batch_size, run.accumulation > 1, run.checkpointing, in_flight)
+        if key not in known:
+            layers, mesh = structure.overlapped if in_flight else plan.layers, plan.mesh
+            known[key] = activations(layers, mesh, structure.facts, run), buffer_bytes(layers, mesh, run)
+        return known[key]
+
+    def total(replicas: int, run: RunFacts, in_flight: bool) -> int:
+        weights, grads, optimizer = states(structure, of_mesh(replicas), run)
+        made, buffers = of_run(run, in_flight)
+        return weights + optimizer + buffers + together(grads, made, run)
+
+    return total
+
+
+# -- the search -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +354,7 @@ def _described(search: Search, plan: Plan, rejected: Rejected) -> Iterator[Candi
         inputs = replace(inputs, software=replace(inputs.software, in_flight="none", chunks=1))
     for each in described(inputs, space, config.hardware.memory_gib * GIB, rejected):
         yield Candidate(
-            settings=_settings(each, search), runs=False, seconds=each.seconds, memory_bytes=each.memory,
+            settings=_described_settings(each, search), runs=False, seconds=each.seconds, memory_bytes=each.memory,
             tokens_per_second_per_rank=each.layout.global_batch * each.layout.seq / each.layout.gpus / each.seconds,
         )  # fmt: skip
 
@@ -137,7 +403,7 @@ def _splits(search: Search, tp: int) -> bool:
     return False
 
 
-def _settings(found: Described, search: Search) -> dict[str, object]:
+def _described_settings(found: Described, search: Search) -> dict[str, object]:
     settings = {"mesh.tp": 1, "mesh.dp_replicate": 1, **settings_of(found.layout), "dispatch.overlap": "none"}
     settings["dispatch.kind"] = found.software.dispatcher
     if found.recompute:

@@ -13,16 +13,64 @@ from which a run is resumed does not depend on the mesh.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from moecompile.runtime.data.shuffle import shuffled
+# -- a shuffled order that takes no memory: position -> element, computed, not stored -------------------------------
+#
+# Algorithm (a Feistel network with cycle walking; Black and Rogaway 2002, "Ciphers with arbitrary finite domains"):
+#   1. A number of 2 h bits is cut into two halves. In each round, left, right = right, left XOR hash(right, key). Every
+#      round is invertible, so all rounds together permute the numbers below 2 ** (2 h), which is at least the size.
+#   2. A result that is not below the size is permuted again, until it is. That is still a permutation, of the numbers
+#      below the size; it takes fewer than four tries on average.
+#
+# The order depends on size and key alone: not on numpy's or torch's generators, nor on ranks.
+
+_ROUNDS = 6
+_MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # of splitmix64
+
+
+def shuffled(positions: NDArray[np.int64], size: int, key: str) -> NDArray[np.int64]:
+    """The elements at `positions` of a shuffled 0 .. size - 1, int64 of the same shape.
+
+    Args:
+        key: another order for each text.
+    """
+    if positions.size and not 0 <= int(positions.min()) <= int(positions.max()) < size:
+        raise IndexError(f"positions {positions.min()} .. {positions.max()} of {size}")
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    keys = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=8 * _ROUNDS).digest(), dtype="<u8")
+    values = _permuted(positions.astype(np.uint64), half, keys)  # Step 1
+    while (outside := values >= size).any():  # Step 2
+        values[outside] = _permuted(values[outside], half, keys)
+    return values.astype(np.int64)
+
+
+def _permuted(values: NDArray[np.uint64], half: np.uint64, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & mask
+    for key in keys:
+        left, right = right, left ^ (_mixed(right + key) & mask)
+    return (left << half) | right
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64's last step: every bit of the result depends on every bit of the value. Overflow wraps."""
+    values = (values ^ (values >> np.uint64(30))) * _MULTIPLIERS[0]
+    values = (values ^ (values >> np.uint64(27))) * _MULTIPLIERS[1]
+    out: NDArray[np.uint64] = values ^ (values >> np.uint64(31))
+    return out
+
+
+# -- samplers -------------------------------------------------------------------------------------------------------
 
 IGNORED = -100
 """Label of a token that is not a target."""
@@ -67,7 +115,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         num_windows: N. global_batch_size: B, a multiple of micro_batch_size * world_size.
         start_step: the first optimizer step, for resuming. num_steps: how many steps (None: without end).
         distinct_epochs: indices are window + epoch * N, for windows that are not the same in every epoch.
-        computed_order: the order takes no memory (shuffle.py), for any number of windows; otherwise 8 bytes a window.
+        computed_order: the order takes no memory, for any number of windows; otherwise 8 bytes a window.
     """
 
     def __init__(

@@ -31,10 +31,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from moecompile.errors import ChatError
-from moecompile.runtime.data.batches import IGNORED, TokenWindows, permutation
+from moecompile.runtime.data.batches import IGNORED, TokenWindows, permutation, shuffled
 from moecompile.runtime.data.cache import Progress, content_of, key_of, made
 from moecompile.runtime.data.corpus import HELD_OUT, num_held_out
-from moecompile.runtime.data.shuffle import shuffled
 from moecompile.runtime.data.store import StoreWriter, TokenStore
 from moecompile.runtime.data.tokens import num_ids
 from moecompile.runtime.records import Found, Record, bad, check_characters, records

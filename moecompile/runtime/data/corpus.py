@@ -26,9 +26,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from moecompile.errors import ConfigError
-from moecompile.runtime.data.batches import TokenWindows, no_targets
+from moecompile.runtime.data.batches import TokenWindows, no_targets, shuffled
 from moecompile.runtime.data.cache import Progress, content_of, key_of, made
-from moecompile.runtime.data.shuffle import shuffled
 from moecompile.runtime.data.store import StoreWriter, TokenStore
 from moecompile.runtime.data.tokens import num_ids
 from moecompile.runtime.records import Found, bad, check_characters, field_pieces, is_text, records, text_pieces

@@ -18,7 +18,7 @@ from moecompile.pipeline import make_plan
 from moecompile.report.console import print_bench
 from moecompile.report.result import write_result
 from moecompile.rundir import accept, note_accepted
-from moecompile.runtime.process_group import init_process_group
+from moecompile.runtime.groups import init_process_group
 from moecompile.schema import Config
 from moecompile.tasks.job import Job, load_job
 from moecompile.tasks.plan import require_layers

@@ -23,10 +23,9 @@ from moecompile.report.heatmap import write_heat_map
 from moecompile.report.page import try_report
 from moecompile.report.result import write_result
 from moecompile.rundir import output_dir
-from moecompile.runtime.baseline import train_dense
 from moecompile.runtime.data import TextData, TokenWindows, num_ids, unigram_entropy
-from moecompile.runtime.process_group import init_process_group
-from moecompile.runtime.training import Outcome, train
+from moecompile.runtime.groups import init_process_group
+from moecompile.runtime.training import Outcome, train, train_dense
 from moecompile.schema import Baseline, Config
 from moecompile.tasks.forecast import outline, shape_of, write_forecast
 from moecompile.tasks.job import load_job

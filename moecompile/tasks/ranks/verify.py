@@ -12,7 +12,7 @@ from moecompile import plan as plans
 from moecompile.report.console import print_checks
 from moecompile.report.result import write_result
 from moecompile.rundir import accept, output_dir
-from moecompile.runtime.process_group import init_process_group
+from moecompile.runtime.groups import init_process_group
 from moecompile.schema import Config
 from moecompile.tasks.verify import CERTIFICATE
 from moecompile.verify import certify

@@ -8,7 +8,7 @@ import pytest
 
 from moecompile.errors import ConfigError
 from moecompile.load_history import LoadHistory
-from moecompile.planner.cost_model.imbalance import measured, synthetic
+from moecompile.planner.cost_model.forecast import measured, synthetic
 
 
 def test_a_run_by_hand(tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.planner.cost_model.constants import CALIBRATION, CONSTANTS, PRIORS, calibrated, checked
 from moecompile.planner.cost_model.counts import count
-from moecompile.planner.cost_model.forecast import Keys, alternatives_of, forecast, step_of
-from moecompile.planner.cost_model.imbalance import synthetic
+from moecompile.planner.cost_model.forecast import Keys, alternatives_of, forecast, step_of, synthetic
 from moecompile.planner.cost_model.inputs import Inputs, Layout, Machine, Software, machine_of, software_of
 from moecompile.planner.cost_model.seconds import step_seconds
 
