@@ -60,7 +60,7 @@ A3. Backward of one MoE layer: the gradients of rows, in and out, of its input a
        backward = a T (2 (K + 1) D + K F) + w                                                   -> `backward_bytes`
    With gradient accumulation, gradients of its experts are made beside those that are there already: w = a P_e / ep of
    the layer, else 0. Where exchanges are in flight, weight gradients are computed after those of the rows
-   (passes/collect.py). What they need is kept until then, one layer at a time:
+   (passes/delay_gradients.py). What they need is kept until then, one layer at a time:
        + b T (K F + copies D)                    fused: gradients of the hidden rows and of the partial sums
        + a T K (n F + D)                         unfused: of the rows into and out of the activation  -> `left_bytes`
 A rank gets K T rows with balanced routing; otherwise K stands for K times the rows of the rank over their mean, which a
