@@ -12,7 +12,7 @@ from moecompile.bench import measure_layers
 from moecompile.bench.layers import DenseFFN, Pair, layer_pairs
 from moecompile.models.build import example_inputs
 from moecompile.nn import Router
-from moecompile.passes.lower import experts_calls
+from moecompile.passes.base import experts_calls
 from moecompile.pipeline import compile_with_report, make_plan
 from moecompile.report.graphs import graph_summary
 from moecompile.schema import Config

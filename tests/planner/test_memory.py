@@ -177,7 +177,7 @@ def test_every_dispatch_keeps_what_is_predicted_on_two_ranks() -> None:
 
 
 LEFT = {
-    "dedup": (0, 2),
+    "dedup": (0, 1),
     "flat": (0,),
 }  # of what an experts op leaves in backward, the tensors that forward did not save
 
