@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
+from torch import nn
 
 from moecompile.compose import compose_config
+from moecompile.passes.shard import ShardModel
+from moecompile.plan import Plan
 from moecompile.tasks.verify import shrink
 from moecompile.verify import Check, certify
 from tests.distributed.harness import run_distributed_test
@@ -19,20 +21,18 @@ SMALL = [
 
 
 def _both(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
-    from moecompile.runtime import strategy
+    right = ShardModel.run
 
-    right = strategy.shard
-
-    def frozen(model: Any, *args: Any) -> Any:
+    def frozen(step: ShardModel, model: nn.Module, plan: Plan) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and ".experts.lora_" not in name)
-        return right(model, *args)
+        right(step, model, plan)
 
     found = {}
     for name, function in (("right", right), ("frozen", frozen)):
         (folder / name).mkdir(exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(strategy, "shard", function)
+            patch.setattr(ShardModel, "run", function)
             found[name] = certify(shrink(compose_config(SMALL), steps=2)[0], folder / name)[0]
     return found
 
