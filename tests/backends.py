@@ -79,9 +79,8 @@ def _exchange(rows: Tensor, handle: _Handle, *, back: bool = False) -> Callable[
     work = dist.all_to_all_single(out, rows, received, sent, group=handle.group, async_op=True)
     moecompile.count_sent_bytes(handle.group, [n * rows.shape[1] * rows.element_size() for n in sent])
 
-    def landed() -> Tensor:
+    def landed(sent: Tensor = rows) -> Tensor:  # which is alive until here
         work.wait()
-        assert rows.numel() >= 0  # alive until they are sent
         return out
 
     return landed

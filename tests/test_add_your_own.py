@@ -47,7 +47,7 @@ PAGE = (REPOSITORY / "docs" / "use" / "add-your-own.md").read_text(encoding="utf
 _TABLE = re.compile(r"^<!-- files that name: (\w+) -->\n\n((?:\|.*\n)+)", re.MULTILINE)
 TABLES = {found[1]: found[2] for found in _TABLE.finditer(PAGE)}
 _DESCRIBED = (
-    "planner/cost_model/", "planner/foresight/", "planner/search/", "schema/ranges.py", "schema/workload.py", "bench/",
+    "planner/cost_model/", "planner/search/", "schema/ranges.py", "schema/workload.py", "bench/",
 )  # fmt: skip
 """These name axes of layouts that are described, not run (`workload.cp`)."""
 

@@ -1,6 +1,7 @@
 """Proves the rewrite of existing experts: rewritten for one device, they compute the same outputs.
 
-The meta device has no values to compare, so only forms of known meaning are accepted there.
+The meta device has no values to compare, so only forms of known meaning are accepted there. This is before anything is
+planned, and tells forms apart; the receipt compares what was rewritten within rounding (agreement.py).
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from moecompile.errors import ArgumentError, CaptureError, ConfigError, PlanErro
 from moecompile.match.regions import Captured, Region, Site
 from moecompile.match.sites import graph_sites, list_sites
 from moecompile.passes.base import run_on_model
-from moecompile.passes.kinds import trained_notes
 from moecompile.passes.receipt import Comparison, Receipt
 from moecompile.passes.run import (
     Graphs,
@@ -36,7 +35,7 @@ from moecompile.passes.run import (
 )
 from moecompile.passes.same_weights import check_same_weights
 from moecompile.passes.shard import device_mesh_of
-from moecompile.passes.trained import frozen_notes
+from moecompile.passes.trained import frozen_notes, trained_notes
 from moecompile.pipeline.captured import capture_planned, planning_facts
 from moecompile.pipeline.facts import facts_of
 from moecompile.pipeline.shape import shape_of_model

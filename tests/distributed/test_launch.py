@@ -17,7 +17,8 @@ import pytest
 
 from moecompile.errors import RankFailure
 from moecompile.runtime import failures
-from moecompile.runtime.launch import GRACE_S, launch
+from moecompile.runtime.launch import GRACE_S, _passing_signals_to, launch
+from tests import forked
 from tests.forked import ranks_of
 
 JOB = "tests.distributed.launched_job"
@@ -139,6 +140,20 @@ def test_a_second_signal_is_heard_while_the_launcher_waits_for_a_rank(run_dir: P
         _wait_for(lambda: 0 not in ranks_of(run_dir), "rank 0 goes on", seconds=GRACE_S)
         process.send_signal(signal.SIGINT)
         assert process.wait(GRACE_S) == 130
+
+
+def test_signals_are_not_passed_on_to_processes_of_the_caller() -> None:
+    process = forked.start(forked.context.Process(target=time.sleep, args=(60,)))
+    try:
+        with _passing_signals_to([]) as asked:
+            for _ in range(2):  # the second one kills ranks
+                os.kill(os.getpid(), signal.SIGINT)
+        assert asked == [signal.SIGINT] * 2
+        process.join(0.5)
+        assert process.is_alive()
+    finally:
+        process.kill()
+        process.join()
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from moecompile.errors import ConfigError, PassError, PlanError
 from moecompile.nn.adapters import side_of
 from moecompile.passes.adapters import AttachAdapters
 from moecompile.passes.base import run_on_model
-from moecompile.passes.kinds import counts_of
+from moecompile.passes.trained import counts_of
 from moecompile.pipeline import compile_with_report, plan_of
 from tests.existing_models import moe_model
 
