@@ -268,7 +268,7 @@ def test_planning_works_on_the_meta_device() -> None:
     model = nn.Sequential(nn.LayerNorm(8), UpDown()).to("meta")
     compiled = compile_with_report(model, COPY, example=tokens().to("meta"))
     assert [layer.site.fqn for layer in compiled.plan.layers] == ["1"]
-    assert (compiled.step0_max_abs_diff, compiled.step0_reason) == (None, "the model is on the meta device")
+    assert (compiled.step0.max_abs_diff, compiled.step0.reason) == (None, "the model is on the meta device")
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
@@ -281,8 +281,8 @@ def test_a_hand_written_gpt_is_compiled_in_place() -> None:
     compiled = compile_with_report(model, COPY, example=ids())
     assert compiled.model is model
     assert max_diff(model(ids()), wanted) <= 1e-5
-    assert compiled.step0_max_abs_diff is not None
-    assert compiled.step0_max_abs_diff <= 1e-5
+    assert compiled.step0.max_abs_diff is not None
+    assert compiled.step0.max_abs_diff <= 1e-5
     assert kept <= {id(p) for p in model.parameters()}
     assert [name for name, _ in routers_of(model)] == ["blocks.0.mlp.router", "blocks.1.mlp.router"]
     assert not model.training

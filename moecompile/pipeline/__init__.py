@@ -68,16 +68,6 @@ class Compilation:
     step0: Receipt = field(default_factory=Receipt)
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def step0_max_abs_diff(self) -> float | None:
-        """Largest difference of the outputs before and after, if equality is promised."""
-        return self.step0.max_abs_diff
-
-    @property
-    def step0_reason(self) -> str | None:
-        """Why equality is not promised or not measured."""
-        return self.step0.reason
-
 
 def compile_model(
     model: nn.Module,

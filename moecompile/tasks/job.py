@@ -55,7 +55,7 @@ class Job:
             _say_whole(reason)
             self.importing, self.model = None, source_model(config)
             compiled = self._compiled(config)
-        if self.importing is not None and compiled.step0_reason == ON_META:
+        if self.importing is not None and compiled.step0.reason == ON_META:
             reason = f"{NOT_COMPARED}no rank holds the whole model; task=compile compares in one process"
             compiled.step0 = dataclasses.replace(compiled.step0, reason=reason)
         check_same_plan(compiled.plan)

@@ -59,7 +59,7 @@ def step0_fields(compiled: Compilation) -> dict[str, Any]:
 def _step0_text(compiled: Compilation) -> str:
     """`step 0 equals the dense model within 6.0e-08`, or why it need not."""
     is_dense = all(isinstance(layer.site, plans.FFNSite) for layer in compiled.plan.layers)
-    same, reason = "the dense model" if is_dense else "the model before", compiled.step0_reason or ""
+    same, reason = "the dense model" if is_dense else "the model before", compiled.step0.reason or ""
     if is_meta(compiled.model) or reason.startswith(NOT_COMPARED):
         return f"step 0 was not compared with {same}: {reason.removeprefix(NOT_COMPARED)}"
     return f"step 0 {step0_text(step0_fields(compiled), same)}"

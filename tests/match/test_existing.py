@@ -53,7 +53,7 @@ def test_outputs_and_every_gradient_equal_transformers(architecture: str, traini
     model = moe_model(architecture)
     reference, inputs = copy.deepcopy(model), moe_inputs(architecture, IDS)
     compiled = compile_with_report(model, [], example=inputs)
-    assert compiled.step0_max_abs_diff is not None and compiled.step0_max_abs_diff <= 1e-5
+    assert compiled.step0.max_abs_diff is not None and compiled.step0.max_abs_diff <= 1e-5
     wanted, wanted_grads = loss_and_grads(reference.train(training), inputs)
     got, got_grads = loss_and_grads(compiled.model.train(training), inputs)
     assert max_diff(got, wanted) <= 1e-5
@@ -242,7 +242,7 @@ def listed(sites: str) -> tuple[list[str], dict[str, tuple[str, str]]]:
     """(planned paths, the others with status and reason) of DeepSeek-V3 with one dense and one MoE layer."""
     overrides = [f"experts.sites={sites}", *COPY4]
     compiled = compile_with_report(moe_model("deepseek_v3"), config(*overrides), example=EXAMPLE)
-    assert compiled.step0_max_abs_diff is not None and compiled.step0_max_abs_diff <= 1e-5
+    assert compiled.step0.max_abs_diff is not None and compiled.step0.max_abs_diff <= 1e-5
     others = {site.fqn: (site.status, site.reason) for site in compiled.sites if site.status != "rewritten"}
     return [layer.site.fqn for layer in compiled.plan.layers], others
 
@@ -271,7 +271,7 @@ def test_a_shared_expert_that_is_named_is_rewritten() -> None:
     overrides = config("experts.sites=dense", "experts.match='*.shared_experts'", *COPY4)
     compiled = compile_with_report(moe_model("deepseek_v3"), overrides, example=EXAMPLE)
     assert [layer.site.fqn for layer in compiled.plan.layers] == ["model.layers.1.mlp.shared_experts"]
-    assert compiled.step0_max_abs_diff is not None and compiled.step0_max_abs_diff <= 1e-5
+    assert compiled.step0.max_abs_diff is not None and compiled.step0.max_abs_diff <= 1e-5
 
 
 def test_both_takes_both_in_model_order() -> None:
@@ -620,7 +620,7 @@ def test_a_plan_made_on_meta_is_the_plan_of_the_model_with_values() -> None:
     given = config("mesh.num_nodes=2")
     compiled = compile_with_report(shapes, given, example={"input_ids": IDS.to("meta")})
     assert compiled.plan == make_plan(moe_model("deepseek_v3"), given, example=EXAMPLE)
-    assert (compiled.step0_max_abs_diff, compiled.step0_reason) == (None, "the model is on the meta device")
+    assert (compiled.step0.max_abs_diff, compiled.step0.reason) == (None, "the model is on the meta device")
     assert count_ops(shapes.get_submodule("model.layers.1.mlp.experts"))["all_to_all"] > 0
 
 

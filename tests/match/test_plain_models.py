@@ -87,7 +87,7 @@ def test_its_ffns_become_experts_and_nothing_else_changes(name: str) -> None:
     before = copy.deepcopy(model)
     compiled = compile_with_report(model, COPY, example=inputs(5))
     assert [site.status for site in compiled.sites] == ["rewritten"] * count, compiled.sites
-    assert compiled.step0_max_abs_diff <= 1e-4
+    assert compiled.step0.max_abs_diff <= 1e-4
     model = compiled.model
     for length in (5, 7):
         assert max_diff(model.eval()(*inputs(length)), before.eval()(*inputs(length))) <= 1e-4

@@ -56,7 +56,7 @@ def test_ffns_become_experts_and_the_outputs_stay(name: str) -> None:
     assert len(got) == len(wanted)
     tolerance = 1e-4 if rewritten else 0.0
     assert all(max_diff(a, b) <= tolerance for a, b in zip(got, wanted, strict=True))
-    assert compiled.step0_max_abs_diff is None if not rewritten else compiled.step0_max_abs_diff <= 1e-4
+    assert compiled.step0.max_abs_diff is None if not rewritten else compiled.step0.max_abs_diff <= 1e-4
 
 
 def test_gradients_reach_router_and_experts_and_what_lies_below() -> None:

@@ -144,8 +144,8 @@ def test_step_0_is_not_promised_with_a_capacity() -> None:
 
     example = moe_inputs("mixtral", IDS)
     done = compile_with_report(moe_model("mixtral"), ["routing.capacity_factor=0.5"], example=example)
-    assert done.step0_max_abs_diff is None
-    assert done.step0_reason == "experts drop the tokens beyond their capacity"
+    assert done.step0.max_abs_diff is None
+    assert done.step0.reason == "experts drop the tokens beyond their capacity"
 
 
 @pytest.mark.slow

@@ -109,8 +109,8 @@ def test_step_0_equals_the_dense_model_and_is_measured() -> None:
     """With ids that are known while it is measured, and no hook left behind."""
     model = tiny_llama().double()
     done = compile_with_report(model, HASH, example={"input_ids": FIRST})
-    assert done.step0_max_abs_diff is not None
-    assert done.step0_max_abs_diff < 1e-12
+    assert done.step0.max_abs_diff is not None
+    assert done.step0.max_abs_diff < 1e-12
     assert len(model._forward_pre_hooks) == 2  # the warning about padding, and the ids
     assert done.plan.estimate.params_total == sum(p.numel() for p in model.parameters())
 
@@ -119,8 +119,8 @@ def test_the_router_of_gemma_starts_as_the_dense_model_and_is_counted() -> None:
     model = tiny_llama().double()
     options = ["experts.num_routed=4", "routing.norm=true", "routing.expert_scale=true"]
     done = compile_with_report(model, options, example={"input_ids": FIRST})
-    assert done.step0_max_abs_diff is not None
-    assert done.step0_max_abs_diff < 1e-12
+    assert done.step0.max_abs_diff is not None
+    assert done.step0.max_abs_diff < 1e-12
     assert done.plan.estimate.params_total == sum(p.numel() for p in model.parameters())
 
 

@@ -41,4 +41,4 @@ def test_the_first_graph(recipe: str, stage: str, bless: Callable[[str, str], No
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_step_0_is_the_dense_model(recipe: str) -> None:
     result = compiled(recipe)
-    assert result.step0_max_abs_diff is None if result.step0_reason else result.step0_max_abs_diff <= 1e-4
+    assert result.step0.max_abs_diff is None if result.step0.reason else result.step0.max_abs_diff <= 1e-4

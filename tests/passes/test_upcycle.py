@@ -377,11 +377,11 @@ def test_the_reason_is_given_and_no_difference(overrides: list[str], reason: str
     (layer,) = plan_for(UpDown(), [*COPY4, *overrides]).layers
     assert step0_reason(layer) == reason
     compiled = compile_with_report(UpDown(), config(*COPY4, *overrides), example=tokens())
-    assert (compiled.step0_max_abs_diff, compiled.step0_reason) == (None, reason)
+    assert (compiled.step0.max_abs_diff, compiled.step0.reason) == (None, reason)
 
 
 def test_the_promise_is_measured_on_the_example() -> None:
     compiled = compile_with_report(UpDown(), COPY4, example=tokens())
-    assert compiled.step0_reason is None
-    assert compiled.step0_max_abs_diff is not None
-    assert compiled.step0_max_abs_diff <= 1e-5
+    assert compiled.step0.reason is None
+    assert compiled.step0.max_abs_diff is not None
+    assert compiled.step0.max_abs_diff <= 1e-5

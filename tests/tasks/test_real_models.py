@@ -51,7 +51,7 @@ def compiled(recipe: str) -> tuple[nn.Module, Compilation]:
 @needs("upcycle_smollm2")
 def test_smollm2_is_the_same_model_at_step_0() -> None:
     dense, result = compiled("upcycle_smollm2")
-    assert len(result.plan.layers) == 4 and result.step0_max_abs_diff is not None
+    assert len(result.plan.layers) == 4 and result.step0.max_abs_diff is not None
     text = Tokenizer.from_file(str(_folder("upcycle_smollm2") / "tokenizer.json")).encode(" ".join(SENTENCES)).ids
     batch = {"input_ids": torch.tensor([text])}
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_smollm2_trains_on_four_ranks_beside_the_dense_model(tmp_path: Path) -> 
 def test_the_embeddings_of_sentences_are_those_of_the_dense_encoder() -> None:
     dense, result = compiled("upcycle_bert")
     assert len(result.plan.layers) == 6
-    assert result.step0_max_abs_diff is not None and result.step0_max_abs_diff <= 1e-4
+    assert result.step0.max_abs_diff is not None and result.step0.max_abs_diff <= 1e-4
     before, after = (_embeddings(model) for model in (dense, result.model.eval()))
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
     assert (before @ before.T)[0, 1:].max() < 0.9  # the sentences are told apart
