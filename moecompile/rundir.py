@@ -216,9 +216,9 @@ def _quoted(path: Path) -> str:
 
 
 def task_of(run_dir: Path) -> str | None:
-    """The task of the successful result in `run_dir`; None: no such result."""
+    """The task of the result in `run_dir`; None: there is none, or it failed."""
     try:
         result = json.loads((run_dir / RESULT).read_text(encoding="utf-8"))
-        return str(result["task"]) if result["status"] == "ok" else None
+        return str(result["task"]) if result["status"] != "failed" else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -27,7 +27,7 @@ from moecompile.errors import ConfigError, UserError
 from moecompile.named_code import KEYS, Named, named_in, override, refuse_unnamed, without
 from moecompile.schema import Config, with_implied
 
-GIVEN_GROUPS = ("per_layer", "model", "mesh", "dispatch")
+GIVEN_GROUPS = ("per_layer", "model", "mesh", "dispatch", "balance")
 """Words without a dot that `Config.given` keeps."""
 
 

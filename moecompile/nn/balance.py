@@ -44,6 +44,12 @@ class LayerLoad:
         return float(self.load.max() / mean - 1) if mean > 0 else 0.0
 
     @property
+    def max_violation_bound(self) -> float:
+        """The largest MaxVio that is possible: every token chooses the same experts (E / K - 1)."""
+        mean = self.load.double().mean()
+        return max(0.0, float(self.tokens / mean - 1)) if mean > 0 else 0.0
+
+    @property
     def drop_rate(self) -> float:
         """Dropped assignments over all assignments."""
         return self.dropped / max(1, int(self.load.sum()))

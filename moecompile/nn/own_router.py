@@ -17,11 +17,23 @@ from moecompile.errors import ConfigError, MoecompileError
 from moecompile.nn.chosen import kept_within
 from moecompile.nn.losses import KeepsLosses
 from moecompile.nn.watch import named_arguments
-from moecompile.routing import NO_BALANCE, BalanceSpec
+from moecompile.routing import NO_BALANCE, OWN_LOSSES, BalanceSpec
 from moecompile.torch_private import tree_leaves
 
-_OWN_LOSSES = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")
-"""Coefficients in transformers' configs of the losses that its models add themselves."""
+
+def own_losses(model: nn.Module) -> dict[str, float]:
+    """The coefficients of `OWN_LOSSES` that a model's config sets, by their names; those of 0 are left out."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    found = {}
+    for name in OWN_LOSSES:
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part, None)
+        if value:
+            found[name] = float(value)
+    return found
 
 
 class OwnRouter(KeepsLosses):
@@ -182,11 +194,10 @@ def _check_counted_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     asked = getattr(config, "output_router_logits", False) if asked is None else asked
     if not (model.training and asked and given.get("labels") is not None):
         return
-    for name in _OWN_LOSSES:
-        if value := getattr(config, name, 0):
-            raise ConfigError(
-                f"model.config.{name}", value,
-                "the model adds this loss of its routers itself, because output_router_logits is true, so with "
-                "balance.losses their load would count twice",
-                "Set output_router_logits=False, or use balance=none",
-            )  # fmt: skip
+    for name, value in own_losses(model).items():
+        raise ConfigError(
+            f"model.config.{name}", value,
+            "the model adds this loss of its routers itself, because output_router_logits is true, so with "
+            "balance.losses their load would count twice",
+            "Set output_router_logits=False, or use balance=none",
+        )  # fmt: skip

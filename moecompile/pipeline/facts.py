@@ -15,6 +15,7 @@ from moecompile.match.regions import Captured
 from moecompile.mesh import Part, axes_that_split
 from moecompile.nn.adapters import output_heads
 from moecompile.nn.matrices import hidden_matrices
+from moecompile.nn.own_router import own_losses
 from moecompile.nn.watch import masks_of
 from moecompile.pipeline.attention import attention_of
 from moecompile.pipeline.shape import mixers
@@ -63,6 +64,7 @@ def facts_of(
         attention=attention,
         no_context=no_context,
         widened=getattr(model, WIDENED, ""),
+        own_losses=own_losses(model),
     )
 
 

@@ -38,7 +38,7 @@ from moecompile.planner import estimate
 from moecompile.planner.context_parallel import exchanged_attention
 from moecompile.planner.cost_model.inputs import links_of
 from moecompile.planner.cost_model.seconds import LayerSeconds, choose_chunks, choose_overlap, row_seconds
-from moecompile.planner.existing import check_given, existing_layer, only_existing, selection
+from moecompile.planner.existing import check_given, existing_layer, only_existing, own_balance, selection
 from moecompile.planner.lending import plan_lending
 from moecompile.planner.params import ModelFacts, RunFacts
 from moecompile.planner.placement import placed
@@ -330,7 +330,7 @@ def draft_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
     mask_padding = has_padding if masked is MaskPadding.auto else masked is MaskPadding.always
     layers = tuple(  # Step 3
         replace(
-            _layer(site, layer_settings(config, site.fqn, i, len(chosen)), config, mesh, facts),
+            _layer(site, layer_settings(config, site.fqn, i, len(chosen)), config, mesh, facts, chosen),
             mask_padding=mask_padding,
             cut_over=mesh.axes(Part.TOKENS),
         )
@@ -387,15 +387,18 @@ def select(sites: Sequence[PlannedSite], config: Config) -> list[PlannedSite]:
     return selected
 
 
-def _layer(site: PlannedSite, settings: LayerSettings, config: Config, mesh: MeshSpec, facts: ModelFacts) -> LayerPlan:
-    return _by_backend(_own_layer(site, settings, config, mesh, facts), settings)
-
-
-def _own_layer(
-    site: PlannedSite, settings: LayerSettings, config: Config, mesh: MeshSpec, facts: ModelFacts
-) -> LayerPlan:
+def _layer(
+    site: PlannedSite, settings: LayerSettings, config: Config, mesh: MeshSpec, facts: ModelFacts,
+    sites: Sequence[PlannedSite],
+) -> LayerPlan:  # fmt: skip
     if isinstance(site, ExpertsSite):
-        return existing_layer(site, settings, mesh, config, partial(plan_dispatch, config, mesh, site, site.d_ff, 0))
+        own = own_balance(site, sites, config, facts.own_losses)
+        dispatch = partial(plan_dispatch, config, mesh, site, site.d_ff, 0)
+        return _by_backend(existing_layer(site, settings, mesh, config, dispatch, own), settings)
+    return _by_backend(_made_layer(site, settings, config, mesh, facts), settings)
+
+
+def _made_layer(site: FFNSite, settings: LayerSettings, config: Config, mesh: MeshSpec, facts: ModelFacts) -> LayerPlan:
     validate_settings(settings, mesh)
     experts, routing = settings.experts, settings.routing
     if experts.init is ExpertInit.widen:

@@ -6,7 +6,8 @@ Algorithm, for each site:
   3. The most nodes that a token can reach follow from the model's groups and the placement. If `routing.max_nodes` is
      lower, it is refused if the caller set it, else ignored.
   4. Balance what the model's own router allows, and drop what is over a capacity that the caller sets;
-     what it does not allow is refused if the caller set it, else ignored.
+     what it does not allow is refused if the caller set it, else ignored. If the config asks for no balance, the losses
+     are those that the model's config has coefficients for.
 `notes` lists the ignored values.
 
 Losses and the bias rule are planned wherever the router allows them. A capacity drops tokens, so that step 0 is no
@@ -15,7 +16,8 @@ longer the model's: it is planned only if the caller sets it, and that of a reci
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +35,17 @@ from moecompile.plan import (
     layer_of,
     own_routing,
 )
-from moecompile.schema import SOURCES, BalanceRule, Config, ExpertInit, ExpertsConfig, LayerSettings, layer_settings
+from moecompile.routing import NO_BALANCE, OWN_LOSSES
+from moecompile.schema import (
+    SOURCES,
+    AdapterKind,
+    BalanceRule,
+    Config,
+    ExpertInit,
+    ExpertsConfig,
+    LayerSettings,
+    layer_settings,
+)
 
 _NOT_READ = {
     "experts": ("sites", "match", "layers", "backend"),
@@ -94,6 +106,7 @@ def existing_layer(
     mesh: MeshSpec,
     config: Config,
     dispatch: Callable[[RoutingPlan, ExpertPlacement], DispatchPlan],
+    own: Mapping[str, float],
 ) -> LayerPlan:
     """The plan of one site.
 
@@ -101,6 +114,7 @@ def existing_layer(
         settings: of this layer; only its balance, its capacity and `routing.max_nodes` are used.
         config: records which of them the caller set.
         dispatch: chooses the dispatch.
+        own: what `own_balance` returns.
 
     Raises:
         ConfigError: the mesh, the node limit or the balance does not fit the model.
@@ -111,7 +125,7 @@ def existing_layer(
         num_experts=site.num_experts, ep=mesh.ep, nodes=mesh.nodes_per_ep_group, num_identity=site.num_identity
     )
     routing = planned_routing(site, settings, config)
-    return layer_of(site, placement, dispatch(routing, placement), planned_balance(site, settings), routing)
+    return layer_of(site, placement, dispatch(routing, placement), planned_balance(site, settings, own), routing)
 
 
 def most_nodes(site: ExpertsSite, mesh: MeshSpec) -> int:
@@ -133,11 +147,12 @@ def most_nodes(site: ExpertsSite, mesh: MeshSpec) -> int:
     return min(nodes, site.top_k, max(covered for (count, _), covered in best.items() if count == site.top_groups))
 
 
-def notes(plan: Plan, config: Config, widened: str = "") -> list[str]:
-    """Notes for the user about existing experts: values read from the model, ignored settings, placement of groups.
+def notes(plan: Plan, config: Config, widened: str = "", own_losses: Mapping[str, float] | None = None) -> list[str]:
+    """Notes for the user about existing experts: values read from the model, ignored settings, losses of its own
+    routers, placement of groups.
 
     Args:
-        widened: `ModelFacts.widened`.
+        widened, own_losses: as in `ModelFacts`.
     """
     sites = [layer.site for layer in plan.layers if isinstance(layer.site, ExpertsSite)]
     if not sites:
@@ -146,6 +161,7 @@ def notes(plan: Plan, config: Config, widened: str = "") -> list[str]:
         *([f"widened: {widened}"] if widened else []),
         _read_note(sites, config),
         *_ignored_notes(plan, config),
+        *_loss_notes(plan, config, own_losses or {}),
         *dict.fromkeys(note for site in sites if (note := _groups_note(site, plan.mesh))),
     ]
 
@@ -164,6 +180,62 @@ def _ignored_notes(plan: Plan, config: Config) -> Iterator[str]:
             if not is_given(config, f"experts.{name}") and getattr(selected, name) != getattr(_EVERYWHERE, name):
                 ignored[f"experts.{name}"] = f"{getattr(selected, name)} (it selects FFNs of the recipe's own model)"
     yield from (f"ignored: {path}={what}" for path, what in ignored.items())
+
+
+def _loss_notes(plan: Plan, config: Config, losses: Mapping[str, float]) -> Iterator[str]:
+    """For each loss of the model's own routers: our coefficient for it, or why it is not used."""
+    if config.plan is not None or _asks_balance(config):
+        return
+    layers = [(layer, layer.site) for layer in plan.layers if isinstance(layer.site, ExpertsSite)]
+    for name, coefficient in losses.items():
+        loss, path = OWN_LOSSES[name], f"model.config.{name}={coefficient:g}"
+        if used := dict.fromkeys(value for layer, _ in layers if (value := getattr(layer.balance, loss))):
+            shares = " and ".join(f"{value:.3g}" for value in used)
+            yield f"{path}: trained with balance.losses.{loss}={shares} a layer; balance=none trains without"
+        for reason in dict.fromkeys(filter(None, (_why_not_own(site, loss, config) for _, site in layers))):
+            yield f"{path}: not used {'in some layers' if used else '(no load balance)'}, because {reason}"
+
+
+def _why_not_own(site: ExpertsSite, loss: str, config: Config) -> str | None:
+    if config.adapters.kind is not AdapterKind.none and not config.adapters.train_router:
+        return "the routers are frozen (adapters.train_router=false)"
+    reason = _why_no_loss(site, loss)
+    return None if reason is None else f"of the router of {site.fqn}, {reason}"
+
+
+def _asks_balance(config: Config) -> bool:
+    """Whether the config asks for a balance, which `balance=none` does too if it is the caller's."""
+    balance = config.balance
+    asks = balance.rule is not BalanceRule.none or any(vars(balance.losses).values())
+    given = any(key.partition(".")[0] == "balance" for key in config.given)
+    return asks or given or any(change.balance for change in config.per_layer.values())
+
+
+def own_balance(
+    site: ExpertsSite, sites: Sequence[PlannedSite], config: Config, losses: Mapping[str, float]
+) -> dict[str, float]:
+    """Our losses -> coefficients that equal those of the model's own config, if the config asks for no balance.
+
+    transformers' loss is top_k times ours, of all layers of a stack together (`load_balancing_loss_func`); each layer
+    has its share of the coefficient here, for its own load, so that even layers have the same loss.
+
+    Args:
+        sites: all that are planned. losses: `ModelFacts.own_losses`.
+    """
+    if _asks_balance(config):
+        return {}
+    of_stack = [each for each in sites if isinstance(each, ExpertsSite) and _stack(each) == _stack(site)]
+    found: dict[str, float] = {}
+    for name, coefficient in losses.items():
+        loss = OWN_LOSSES[name]
+        if _why_not_own(site, loss, config) is None:
+            found[loss] = coefficient * (site.top_k if loss == "micro_batch" else 1) / len(of_stack)
+    return found
+
+
+def _stack(site: ExpertsSite) -> str:
+    """What is before the number of its layer: `encoder.block`, `model.layers`."""
+    return re.split(r"\.\d+(?=\.|$)", site.fqn, maxsplit=1)[0]
 
 
 def selection(config: Config) -> tuple[str, str]:
@@ -279,7 +351,7 @@ def balance_misfits(site: ExpertsSite, settings: LayerSettings) -> Iterator[Misf
         yield Misfit(
             "balance.rule", "bias",
             f"the router of {site.fqn} is the model's own and has no buffer e_score_correction_bias to update",
-            "Use balance.rule=none",
+            "Use balance=aux, or balance=none",
         )  # fmt: skip
 
 
@@ -316,8 +388,11 @@ def planned_routing(site: ExpertsSite, settings: LayerSettings, config: Config) 
     return own_routing(site, factor, settings.routing.drop.value)
 
 
-def planned_balance(site: ExpertsSite, settings: LayerSettings) -> BalancePlan:
-    """The balance without what the router does not allow, which has been refused or is ignored."""
+def planned_balance(site: ExpertsSite, settings: LayerSettings, own: Mapping[str, float]) -> BalancePlan:
+    """The balance without what the router does not allow, which has been refused or is ignored; that of the model
+    itself, if there is one."""
+    if own:
+        return BalancePlan(**{**vars(NO_BALANCE), **own})
     balance = settings.balance
     updated = balance.rule is BalanceRule.bias and site.correction_bias
     losses = {name: 0.0 if _why_no_loss(site, name) else value for name, value in vars(balance.losses).items()}

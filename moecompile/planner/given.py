@@ -21,6 +21,7 @@ from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.named_code import named_in
 from moecompile.plan import ExpertsSite, LayerPlan, Plan, load
+from moecompile.routing import LOSSES
 from moecompile.schema import AdapterKind, Config, TaskName
 
 FILE = "plan.yaml"
@@ -31,6 +32,7 @@ _MESH = tuple(field.name for field in fields(MeshSpec))
 _KEYS = {
     "mesh": tuple(f"mesh.{name}" for name in _MESH if name != "device"),
     "dispatch": ("dispatch.kind",),
+    "balance": ("balance.rule", *(f"{_LOSSES}{loss}" for loss in LOSSES)),
 }
 """A group that the caller selected -> its keys that a plan must have."""
 

@@ -44,7 +44,8 @@ class ModelFacts:
     where mesh.cp asks for it; no_context: why positions cannot be split, empty if they can. d_model: width of the
     residual stream, by the model's config (0: unknown). attention_numbers: what attention keeps for
     backward, numbers per token and layer, without what is as wide as the residual stream (0: unknown). widened: what
-    was done to make it of a model with fewer experts, empty for other models.
+    was done to make it of a model with fewer experts, empty for other models. own_losses: coefficients of the losses of
+    its own routers, by their names in the model's config.
     """
 
     params_total: int
@@ -66,6 +67,7 @@ class ModelFacts:
     attention: tuple[AttentionFact, ...] = ()
     no_context: str = "the plan is made of a graph, which does not say what its attention is"
     widened: str = ""
+    own_losses: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,9 @@ def path_text(path: str, count: int, width: int) -> Text:
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
-_STATUS_STYLE = {"ok": "green", "rewritten": "green", "failed": "bold red", "not_matched": "yellow"}
+_STATUS_STYLE = {
+    "ok": "green", "rewritten": "green", "failed": "bold red", "diverged": "bold red", "not_matched": "yellow"
+}  # fmt: skip
 
 
 def print_passes(records: Sequence[PassRecord], console: Console) -> None:
@@ -156,9 +158,11 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
     """
     recipe, status = str(result["recipe"]), str(result["status"])
     console.print()
-    console.print(
-        Text.assemble((recipe, "bold"), (f"  {status}", _STATUS_STYLE.get(status, "")), f"  {result['seconds']:.1f} s")
-    )
+    warned = result.get("warnings")
+    console.print(Text.assemble(
+        (recipe, "bold"), (f"  {status}", _STATUS_STYLE.get(status, "")),
+        (f", {plural(len(warned), 'warning')}" if warned else "", "yellow"), f"  {result['seconds']:.1f} s",
+    ))  # fmt: skip
     lines = []
     shown = {**result, "step0": step0_text(result)}
     for name, needed, text_of in _RESULT_LINES:
@@ -174,6 +178,13 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
     for name, text in lines:
         if name in _PATHS:  # in one line, to be copied
             console.print(Text.assemble((name.ljust(width), "dim"), text), soft_wrap=True)
+
+
+def print_warnings(warnings: Sequence[str], console: Console) -> None:
+    """Prints one paragraph per warning."""
+    for text in warnings:
+        console.print()
+        console.print(Text.assemble(("warning", "bold yellow"), f"  {text}"))
 
 
 def print_data(result: Mapping[str, Any], console: Console) -> None:
@@ -208,9 +219,13 @@ _RESULT_LINES: tuple[tuple[str, tuple[str, ...], Callable[..., str]], ...] = (
     ("model", ("num_rewritten", "world_size"), lambda n, world: f"{plural(n, 'MoE layer')} on {plural(world, 'rank')}"),
     ("step 0", ("step0",), str),
     ("loss", ("loss_first", "loss_last", "steps"), lambda a, b, n: f"{a:.4f} -> {b:.4f} in {plural(n, 'step')}"),
-    ("validation", ("val_loss",), lambda loss: f"{loss:.4f} nats per token"),
+    ("validation", ("val_loss_first", "val_loss"), lambda a, b: f"{a:.4f} -> {b:.4f} nats per token"),
     ("unigram entropy", ("unigram_entropy",), lambda nats: f"{nats:.4f} nats per token, what token counts alone reach"),
-    ("balance", ("max_violation_last",), lambda v: f"MaxVio {v:.3f} (fullest expert over the mean load, minus 1)"),
+    (
+        "balance",
+        ("max_violation_last", "max_violation_bound_last"),
+        lambda v, most: f"MaxVio {v:.3f} of at most {most:.3f} (fullest expert over the mean load, minus 1)",
+    ),
     ("", ("max_violation_mean_last",), lambda v: f"MaxVio {v:.3f} mean over layers and the last tenth of steps"),
     ("drops", ("drop_rate_last",), lambda rate: f"{rate:.2%} of the assignments, beyond the experts' capacity"),
     ("speed", ("tokens_per_second",), lambda speed: f"{speed:,.0f} tokens/s"),

@@ -20,7 +20,7 @@ def write_result(
     """Writes `run_dir`/result.json atomically; numbers that are not finite become null.
 
     Args:
-        fields: results of the task. status: `ok` or `failed`.
+        fields: results of the task. status: `ok`, `diverged` (`train`) or `failed`.
 
     Returns:
         the head (`task`, `recipe`, `status`, `seconds` so far, `report`) and `fields`; in the file, versions are

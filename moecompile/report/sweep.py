@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,18 @@ from rich.table import Table
 from rich.text import Text
 
 from moecompile.atomic import replacing
-from moecompile.report.text import bytes_text, seconds_text
+from moecompile.report.console import print_warnings
+from moecompile.report.text import bytes_text, plural, seconds_text
 
 # column of sweep.csv -> (short heading, empty for columns only in the file; path in result.json; format)
 _RESULTS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "loss_first": ("first", ("loss_first",), ".4f"),
-    "loss_last": ("last", ("loss_last",), ".4f"),
+    "loss_first": ("", ("loss_first",), ".4f"),
+    "loss_last": ("loss", ("loss_last",), ".4f"),
+    "val_loss_first": ("val 0", ("val_loss_first",), ".4f"),
     "val_loss": ("val", ("val_loss",), ".4f"),
     "max_violation_last": ("", ("max_violation_last",), ".3f"),
-    "max_violation_mean_last": ("MaxVio", ("max_violation_mean_last",), ".3f"),
+    "max_violation_mean_last": ("MaxVio", ("max_violation_mean_last",), ".2f"),
+    "max_violation_bound_mean_last": ("of", ("max_violation_bound_mean_last",), ".2f"),
     "tokens_per_second": ("tok/s", ("tokens_per_second",), ",.0f"),
     "memory_bytes_per_rank": ("memory", ("memory_bytes_per_rank", "total"), "bytes"),
     "fits": ("fits", ("fits",), "yes"),
@@ -53,8 +56,13 @@ class Job:
 
     @property
     def status(self) -> str:
-        """`ok` or `failed`; a job without a result failed before it could write one."""
+        """`ok`, `diverged` or `failed`; a job without a result failed before it could write one."""
         return str(self.result.get("status", "failed"))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What its run warns of."""
+        return list(self.result.get("warnings", ()))
 
     def measured(self, column: str) -> Any:
         """A value of `_RESULTS`; None if the job did not measure it."""
@@ -75,6 +83,8 @@ def summarize(sweep_dir: Path) -> None:
     _write_csv(sweep_dir / "sweep.csv", jobs, _differing([job.config for job in jobs]))  # Step 3
     console = Console()
     console.print(_table(jobs, swept))
+    for job in jobs:
+        print_warnings([f"job {job.number}: {text}" for text in job.warnings], console)
     console.print(Text(str(sweep_dir / "sweep.csv")), soft_wrap=True)
     _draw(sweep_dir / "sweep.png", jobs, swept, console)
     _report(sweep_dir, jobs, swept, console)
@@ -109,10 +119,10 @@ def _differing(settings: Sequence[Mapping[str, str]]) -> list[str]:
 def _write_csv(path: Path, jobs: Sequence[Job], keys: Sequence[str]) -> None:
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["job", *keys, "status", *_RESULTS])
+        writer.writerow(["job", *keys, "status", *_RESULTS, "warnings"])
         for job in jobs:
-            values = (job.measured(column) for column in _RESULTS)
-            writer.writerow([job.number, *(job.config.get(key, "") for key in keys), job.status, *values])
+            settings, values = (job.config.get(key, "") for key in keys), (job.measured(column) for column in _RESULTS)
+            writer.writerow([job.number, *settings, job.status, *values, "; ".join(job.warnings)])
 
 
 def _table(jobs: Sequence[Job], swept: Sequence[str]) -> Table:
@@ -121,17 +131,26 @@ def _table(jobs: Sequence[Job], swept: Sequence[str]) -> Table:
     table.add_column("overrides", overflow="fold")
     table.add_column("status", no_wrap=True)
     measured = [name for name in _RESULTS if any(job.measured(name) is not None for job in jobs)]
-    hidden = "intra_node_bytes_per_token" if "loss_last" in measured else ""  # no space with training columns
-    shown = {name: _RESULTS[name][2] for name in measured if _RESULTS[name][0] and name != hidden}
+    hidden = set(_hidden(jobs)) if "loss_last" in measured else set()
+    shown = {name: _RESULTS[name][2] for name in measured if _RESULTS[name][0] and name not in hidden}
     for column in shown:
         table.add_column(_RESULTS[column][0], no_wrap=True, justify="right")
     names = _short_names(swept)
     for job in jobs:
         values = "\n".join(f"{names[key]}={job.overrides[key]}" for key in swept if key in job.overrides)
         status = Text(job.status, style="green" if job.status == "ok" else "bold red")
+        if job.warnings:
+            status.append(f"\n{plural(len(job.warnings), 'warning')}", style="yellow")
         cells = (_number_text(job.measured(column), style) for column, style in shown.items())
         table.add_row(str(job.number), Text(values), status, *cells)
     return table
+
+
+def _hidden(jobs: Sequence[Job]) -> Iterator[str]:
+    """Columns for which a table with training columns has no space: bytes that are not sent over a slow link."""
+    yield "intra_node_bytes_per_token"
+    if not any(job.measured("inter_node_bytes_per_token") for job in jobs):
+        yield "inter_node_bytes_per_token"
 
 
 def _draw(path: Path, jobs: Sequence[Job], swept: Sequence[str], console: Console) -> None:
@@ -168,7 +187,7 @@ def _report(sweep_dir: Path, jobs: Sequence[Job], swept: Sequence[str], console:
             SweepJob(
                 name=str(job.number), status=job.status, task=str(job.result.get("task", "")),
                 settings={names[key]: job.overrides[key] for key in swept if key in job.overrides},
-                figures={column: job.measured(column) for column in _RESULTS},
+                figures={column: job.measured(column) for column in _RESULTS}, warnings=job.warnings,
             )
             for job in jobs
         ])  # fmt: skip

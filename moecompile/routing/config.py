@@ -178,6 +178,13 @@ class RouterConfig:
 _LOSS = Real("[0, inf)", "Use 0 for none")
 LOSSES = ("micro_batch", "sequence", "global_batch", "z")
 """Auxiliary losses; the fields with their coefficients have the same names."""
+OWN_LOSSES: Mapping[str, str] = {
+    "router_aux_loss_coef": "micro_batch",
+    "aux_loss_coef": "micro_batch",
+    "ffn_config.moe_loss_weight": "micro_batch",
+    "router_z_loss_coef": "z",
+}
+"""Key of transformers' configs with the coefficient of a loss of the model's own routers -> that loss."""
 BALANCE_NUMBERS: Mapping[str, Real] = {
     "rate": Real("[0, inf)", "Use 0.001 or balance.rule=none"),
     **{f"losses.{name}": _LOSS for name in LOSSES},

@@ -70,8 +70,9 @@ def divide(parameters: Iterable[nn.Parameter], divisor: float | Tensor) -> None:
 @torch.no_grad()
 def all_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Whether all gradients of this rank are finite, as a tensor, without a host sync."""
-    norms = [grad.norm().double() for grad in _local_grads(parameters)]
-    return torch.stack(norms).isfinite().all() if norms else torch.tensor(True)
+    # The largest entries: squares of large ones would overflow.
+    largest = [torch.linalg.vector_norm(g, torch.inf).double() for g in _local_grads(parameters) if g.numel()]
+    return torch.stack(largest).isfinite().all() if largest else torch.tensor(True)
 
 
 @torch.no_grad()

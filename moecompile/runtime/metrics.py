@@ -26,7 +26,8 @@ class Metrics(Callback):
     loss: mean over all tokens of the steps since the last row, nats per token, without auxiliary losses. `aux/KIND`:
     the same mean of an auxiliary loss, times its coefficient. tokens_per_second: tokens with a target on all ranks,
     since the last row. learning_rate: of the first group of weights in the last step. max_violation: the worst layer's
-    MaxVio in the last step. Columns with a module path have values of one layer in the last step.
+    MaxVio in the last step; max_violation_bound: the most that it could be. Columns with a module path have values of
+    one layer in the last step.
 
     Args:
         log_interval, max_steps: optimizer steps between rows, and of the run.
@@ -76,7 +77,9 @@ class Metrics(Callback):
         row = self.tally.end_row(loss, num_tokens, time.perf_counter() - self._row_start)
         loads = [] if strategy.skipped else strategy.loads
         if loads:
-            row["max_violation"] = self.tally.max_violation_last = max(load.max_violation for load in loads)
+            worst = max(loads, key=lambda load: load.max_violation)
+            row["max_violation"] = self.tally.max_violation_last = worst.max_violation
+            row["max_violation_bound"] = self.tally.max_violation_bound_last = worst.max_violation_bound
             if self.has_capacity:
                 row["drop_rate"] = over_layers(loads)["drop_rate"]
             if trainer.is_global_zero:
@@ -144,7 +147,8 @@ class RunTotals:
     """The metrics of a run, which a resumed run continues.
 
     loss_first, loss_last: of the first and the last row, nats per token. max_violation_last: of the worst layer in the
-    last step of a row. tokens_per_second: without the first row, which includes the warm-up. None: not measured.
+    last step of a row; max_violation_bound_last: the most that it could be. tokens_per_second: without the first row,
+    which includes the warm-up. None: not measured.
     """
 
     def __init__(self) -> None:
@@ -153,7 +157,9 @@ class RunTotals:
         self.loss_first: float | None = None
         self.loss_last: float | None = None
         self.max_violation_last: float | None = None
+        self.max_violation_bound_last: float | None = None
         self.tokens_per_second: float | None = None
+        self._last_used: dict[str, Tensor] = {}  # layer -> number of the last step in which each expert had a token
         self._timed_tokens, self._timed_seconds = 0, 0.0
 
     def end_step(self, loads: Sequence[LayerLoad], *, skipped: bool) -> None:
@@ -162,7 +168,22 @@ class RunTotals:
         if skipped:
             self.steps_skipped += 1
         elif loads:
+            for load in loads:
+                known = self._last_used.setdefault(load.name, torch.full_like(load.load, self.steps.count))
+                known[load.load > 0] = self.steps.count + 1
             self.steps.add(over_layers(loads))
+
+    @property
+    def dead_experts(self) -> dict[str, list[int]]:
+        """Layer -> its experts without a token in the last tenth of the steps; layers without any are left out.
+
+        Empty while an even load would be fewer than `_FEW` tokens an expert: chance leaves some without any.
+        """
+        window = len(self.steps.last_tenth())
+        if (self.steps.mean_of_last("least_mean_load") or 0.0) * window < _FEW:
+            return {}
+        dead = {name: (used <= self.steps.count - window).nonzero() for name, used in self._last_used.items()}
+        return {name: experts.flatten().tolist() for name, experts in dead.items() if len(experts)}
 
     def end_row(self, loss: float, num_tokens: float, seconds: float) -> dict[str, float]:
         """Ends a row and returns its columns. loss: sum over `num_tokens` tokens, 0 if all steps were skipped."""
@@ -190,6 +211,8 @@ class RunTotals:
             "loss_first": self.loss_first,
             "loss_last": self.loss_last,
             "max_violation_last": self.max_violation_last,
+            "max_violation_bound_last": self.max_violation_bound_last,
+            "last_used": {name: used.tolist() for name, used in self._last_used.items()},
             "steps_skipped": self.steps_skipped,
             "num_steps": self.steps.count,
             "steps": self.steps.last_tenth(),
@@ -201,6 +224,12 @@ class RunTotals:
         self.steps.restore(state["steps"], state["num_steps"])
         self.loss_first, self.loss_last = state["loss_first"], state["loss_last"]
         self.max_violation_last, self.steps_skipped = state["max_violation_last"], state["steps_skipped"]
+        self.max_violation_bound_last = state.get("max_violation_bound_last")  # not in checkpoints of 0.2.0
+        self._last_used = {name: torch.tensor(used) for name, used in state.get("last_used", {}).items()}
+
+
+_FEW = 10
+"""Tokens of an expert at an even load, in the last tenth of the steps, below which none is called dead."""
 
 
 class LossSums:
@@ -282,9 +311,17 @@ class LayerMeans:
 
 
 def over_layers(loads: Sequence[LayerLoad]) -> dict[str, float]:
-    """Means over the layers in one step; the entropy is over routers for which it is known."""
+    """Means over the layers in one step; the entropy is over routers for which it is known.
+
+    max_violation_share: MaxVio over its bound, of the worst layer. least_mean_load: assignments over experts, of the
+    layer with the fewest.
+    """
+    shares = [load.max_violation / bound for load in loads if (bound := load.max_violation_bound) > 0]
     means = {
         "max_violation": [load.max_violation for load in loads],
+        "max_violation_bound": [load.max_violation_bound for load in loads],
+        "max_violation_share": [max(shares)] if shares else [],
+        "least_mean_load": [min(float(load.load.double().mean()) for load in loads)],
         "entropy": [load.entropy for load in loads if load.entropy is not None],
         "nodes_per_token": [load.nodes_per_token for load in loads],
         "drop_rate": [load.drop_rate for load in loads],

@@ -64,10 +64,11 @@ class ProgressLines(Callback):
 def _figures(trainer: Trainer) -> dict[str, str]:
     """loss, tokens/s, MaxVio, drops and val_loss as text, as far as they are known."""
     metrics = trainer.progress_bar_metrics
+    bound = float(metrics.get("max_violation_bound", 0.0))
     names = {
         "loss": "loss", "tokens_per_second": "tok/s", "max_violation": "MaxVio", "drop_rate": "drops", "val_loss": "val"
     }  # fmt: skip
-    shapes = {"tokens_per_second": "{:,.0f}", "max_violation": "{:.2f}", "drop_rate": "{:.1%}"}
+    shapes = {"tokens_per_second": "{:,.0f}", "max_violation": f"{{:.2f}} of {bound:.2f}", "drop_rate": "{:.1%}"}
     return {
         short: shapes.get(name, "{:.3f}").format(float(metrics[name]))
         for name, short in names.items()

@@ -124,7 +124,9 @@ class Outcome:
     """The results of a run. Losses in nats per token; bytes: forward dispatch and combine, per token and MoE layer;
     of the optimizer per rank and step.
 
-    max_violation_last: of the worst layer in the last step. max_violation_mean_last, drop_rate_last, entropy_last (nats
+    max_violation_last: of the worst layer in the last step; max_violation_bound_last: the most that it could be.
+    max_violation_share_last: their quotient in the worst layer. dead_experts: layer -> experts without a token; both,
+    max_violation_mean_last, max_violation_bound_mean_last, drop_rate_last, entropy_last (nats
     per token) and nodes_per_token_last: means over the layers and the last tenth of the steps.
     """
 
@@ -136,7 +138,11 @@ class Outcome:
     val_loss: float
     tokens_per_second: float | None
     max_violation_last: float | None
+    max_violation_bound_last: float | None
     max_violation_mean_last: float | None
+    max_violation_bound_mean_last: float | None
+    max_violation_share_last: float | None
+    dead_experts: dict[str, list[int]]
     drop_rate_last: float | None
     entropy_last: float | None
     nodes_per_token_last: float | None
@@ -220,7 +226,11 @@ def _outcome(
         val_loss=val_loss,
         tokens_per_second=tally.tokens_per_second,
         max_violation_last=tally.max_violation_last,
+        max_violation_bound_last=tally.max_violation_bound_last,
         max_violation_mean_last=tally.steps.mean_of_last("max_violation"),
+        max_violation_bound_mean_last=tally.steps.mean_of_last("max_violation_bound"),
+        max_violation_share_last=tally.steps.mean_of_last("max_violation_share"),
+        dead_experts={name.removeprefix("model."): experts for name, experts in tally.dead_experts.items()},
         drop_rate_last=tally.steps.mean_of_last("drop_rate"),
         entropy_last=tally.steps.mean_of_last("entropy"),
         nodes_per_token_last=tally.steps.mean_of_last("nodes_per_token"),

@@ -13,6 +13,7 @@ from moecompile.compose import RESOLVED, load_resolved
 from moecompile.errors import ConfigError
 from moecompile.models.build import example_inputs
 from moecompile.models.source import source_model
+from moecompile.nn.own_router import own_losses
 from moecompile.passes.trained import frozen_notes
 from moecompile.pipeline import make_plan
 from moecompile.pipeline.captured import planning_facts
@@ -58,7 +59,7 @@ def run(config: Config, run_dir: Path) -> None:
         *decides(config),
         *workload_notes,
         *described,
-        *notes(plan, config, getattr(model, WIDENED, "")),
+        *notes(plan, config, getattr(model, WIDENED, ""), own_losses(model)),
         *frozen_notes(model, plan),
     ]
     console = Console()

@@ -56,12 +56,20 @@ def _lines(run: Run) -> Iterator[str]:
         )
         yield f"no result yet{f': step {steps:.0f} of {goal}' if goal and run.task == 'train' else ''}"
         return
-    good = result.get("status") == "ok"
-    state = "ok" if good else f"failed: {result.get('error') or 'a check failed'}"
-    yield f'<span class="{"good" if good else "bad"}">{escape(state)}</span>, {result["seconds"]:.1f} s'
+    status = str(result.get("status"))
+    state = f"failed: {result.get('error') or 'a check failed'}" if status == "failed" else status
+    yield f'<span class="{"good" if status == "ok" else "bad"}">{escape(state)}</span>, {result["seconds"]:.1f} s'
+    for text in result.get("warnings", ()):
+        yield f'<span class="bad">warning</span> {escape(text)}'
     if result.get("loss_last") is not None:
-        yield escape(f"loss {result['loss_first']:.4f} → {result['loss_last']:.4f} in {plural(result['steps'], 'step')}"
-                     f", validation {result['val_loss']:.4f} nats per token")  # fmt: skip
+        losses = {name: _loss(result[name]) for name in ("loss_first", "loss_last", "val_loss_first", "val_loss")}
+        steps = plural(result["steps"], "step")
+        yield "loss {loss_first} → {loss_last} in {steps}, validation {val_loss_first} → {val_loss} nats per token".format(
+            steps=steps, **losses
+        )
+    if result.get("max_violation_bound_mean_last") is not None:
+        mean, most = result["max_violation_mean_last"], result["max_violation_bound_mean_last"]
+        yield escape(f"balance: MaxVio {mean:.3f} of at most {most:.3f}, mean over layers and the last tenth of steps")
     if (step0 := step0_text(result)) is not None:
         yield escape(f"step 0 {step0}")
     if run.checks:
@@ -71,6 +79,10 @@ def _lines(run: Run) -> Iterator[str]:
         estimate = run.plan.estimate
         size = f"{count_text(estimate.params_total)} parameters, a token uses {count_text(estimate.params_active)}"
         yield f"{plural(len(run.plan.layers), 'MoE layer')} on {plural(run.plan.mesh.world_size, 'rank')}; {size}"
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _bytes(run: Run) -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,15 @@ FIGURES = {
 
 @dataclass(frozen=True, kw_only=True)
 class SweepJob:
-    """One job: its folder's name, the swept settings, `ok` or `failed`, and its figures by column of sweep.csv."""
+    """One job: its folder's name, the swept settings, `ok`, `diverged` or `failed`, its figures by column of sweep.csv,
+    and its warnings."""
 
     name: str
     settings: Mapping[str, str]
     status: str
     task: str
     figures: Mapping[str, Any]
+    warnings: Sequence[str] = ()
 
     @property
     def label(self) -> str:
@@ -42,8 +45,10 @@ def write_sweep_report(folder: Path, jobs: Sequence[SweepJob]) -> Path:
     """Writes `report.html` of the sweep in `folder`, and returns its path."""
     done = [job for job in jobs if job.status == "ok"]
     parts: list[str | Chart] = [_table(folder, jobs)]
-    failed = len(jobs) - len(done)
-    parts.append(note(f"{failed} of {len(jobs)} jobs failed." if failed else f"All {len(jobs)} jobs succeeded."))
+    wrong = Counter(job.status for job in jobs if job.status != "ok")
+    counts = [f"{count} of {len(jobs)} jobs {status}." for status, count in wrong.items()]
+    parts.append(note(" ".join(counts) or f"All {len(jobs)} jobs succeeded."))
+    parts += [f"<p><b>job {escape(job.name)}</b>: {escape(text)}</p>" for job in jobs for text in job.warnings]
     sections = [Section(name="jobs", title="Jobs", parts=parts)]
     if curves := _losses(folder, done):
         sections.append(Section(name="losses", title="Losses", parts=curves))

@@ -18,10 +18,11 @@ from moecompile.errors import ConfigError
 from moecompile.load_history import LOAD_HISTORY, LoadHistory
 from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import Compilation
-from moecompile.report.console import print_baseline, print_data, print_result
+from moecompile.report.console import print_baseline, print_data, print_result, print_warnings
 from moecompile.report.heatmap import write_heat_map
 from moecompile.report.page import try_report
 from moecompile.report.result import write_result
+from moecompile.report.warnings import early_warnings, run_warnings, status_of
 from moecompile.rundir import output_dir
 from moecompile.runtime.data import TextData, TokenWindows, num_ids, unigram_entropy
 from moecompile.runtime.groups import init_process_group
@@ -49,6 +50,8 @@ def run_rank(config: Config, run_dir: Path) -> None:
         print_data(_data_fields(data), console)
         show_compiled(compiled, output_dir(run_dir), console)
     groups = show_weight_groups(compiled.model, config, console if rank == 0 else None)
+    if rank == 0:
+        print_warnings(early_warnings(config), console)
     materialize = job.materialize(compiled)
     write_forecast(shape, compiled.plan, config, run_dir)
     dist.barrier()
@@ -59,6 +62,7 @@ def run_rank(config: Config, run_dir: Path) -> None:
     del job, compiled.model, materialize
     if config.trainer.baseline is Baseline.dense:
         fields["baseline"] = _baseline(config, compiled.plan, data, run_dir)
+    fields["warnings"] = run_warnings(fields, compiled.plan, config)
     if rank == 0:
         write_forecast(shape, compiled.plan, config, run_dir, run_dir / LOAD_HISTORY)
         _write(config, fields, run_dir, console)
@@ -68,11 +72,12 @@ def _write(config: Config, fields: dict[str, Any], run_dir: Path, console: Conso
     """Writes the heat map of the load and `result.json`, and prints the summary."""
     if fields["num_rewritten"]:
         write_heat_map(LoadHistory.read(run_dir / LOAD_HISTORY), run_dir / "load.png", title=config.name)
-    result = write_result(run_dir, "train", config.name, fields)
+    result = write_result(run_dir, "train", config.name, fields, status=status_of(fields))
     # A drop rate of 0 is not printed.
     print_result({**result, "drop_rate_last": result["drop_rate_last"] or None, "run_dir": run_dir}, console)
     if "baseline" in result:
         print_baseline(result, console)
+    print_warnings(result["warnings"], console)
 
 
 def _check_baseline(config: Config, plan: plans.Plan) -> None:

@@ -1,0 +1,101 @@
+"""What a training run knows to be wrong with itself: shown at its end, in its verdict and in a sweep's table.
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import isfinite
+from typing import Any
+
+from moecompile.plan import ExpertsSite, Plan
+from moecompile.report.text import plural
+from moecompile.schema import Config
+
+COLLAPSED = 0.8
+"""Share of the largest possible MaxVio from which on a layer's routing counts as collapsed."""
+DIVERGED = 0.1
+"""Nats per token, and share of the first loss, by which the last one is above it when a run has diverged."""
+ROSE = 0.01
+"""Share of the first validation loss by which the last one is above it when that is told."""
+_SHOWN = 3  # layers that are named
+
+
+def status_of(fields: Mapping[str, Any]) -> str:
+    """`ok`, or `diverged`: the training loss has risen, or a loss is no number.
+
+    Args:
+        fields: of result.json of a training run; `loss_first` and `loss_last` are None if no step was counted.
+    """
+    first, last, val = (fields[name] for name in ("loss_first", "loss_last", "val_loss"))
+    if any(loss is not None and not isfinite(loss) for loss in (last, val)):
+        return "diverged"
+    risen = None not in (first, last) and last - first > max(DIVERGED, DIVERGED * abs(first))
+    return "diverged" if risen else "ok"
+
+
+def early_warnings(config: Config) -> list[str]:
+    """What is known before the first step."""
+    rate = config.optimizer.lr
+    return [f"optimizer.lr={rate:g}: no weight will change. Set a rate, such as optimizer.lr=3e-4"] if rate == 0 else []
+
+
+def run_warnings(fields: Mapping[str, Any], plan: Plan, config: Config) -> list[str]:
+    """What is known at the end of a training run.
+
+    Args:
+        fields: of result.json.
+    """
+    if status_of(fields) == "diverged":
+        went = f"{_nats(fields['loss_first'])} -> {_nats(fields['loss_last'])}"
+        rate, warmup = config.optimizer.lr, config.optimizer.warmup_steps
+        return [f"the loss diverged: {went}. Lower optimizer.lr={rate:g}, or raise optimizer.warmup_steps={warmup}"]
+    return [*early_warnings(config), *_losses(fields), *_routing(fields, plan, config)]
+
+
+def _losses(fields: Mapping[str, Any]) -> Iterator[str]:
+    first, last = fields["loss_first"], fields["loss_last"]
+    before, after = fields["val_loss_first"], fields["val_loss"]
+    if before is not None and after > before * (1 + ROSE):
+        trained = f"while the training loss went {_nats(first)} -> {_nats(last)}"
+        fix = "Train for fewer steps or on more data, lower optimizer.lr, or validate on text of the same kind"
+        yield f"validation rose: {_nats(before)} -> {_nats(after)}, {trained}. {fix}"
+
+
+def _nats(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.3f}"
+
+
+def _routing(fields: Mapping[str, Any], plan: Plan, config: Config) -> Iterator[str]:
+    if config.routing.replay is not None or any(layer.routing.workload != "none" for layer in plan.layers):
+        return  # the load was asked for
+    share, dead, said = fields["max_violation_share_last"], fields["dead_experts"], []
+    if share is not None and share >= COLLAPSED:
+        mean, most = fields["max_violation_mean_last"], fields["max_violation_bound_mean_last"]
+        said.append(
+            f"a few experts get nearly all tokens (MaxVio {mean:.2f} of at most {most:.2f}, worst layer {share:.0%})"
+        )
+    if dead:
+        named = [f"{layer}: {', '.join(map(str, experts))}" for layer, experts in list(dead.items())[:_SHOWN]]
+        more = f"; and {plural(len(dead) - _SHOWN, 'more layer')}" if len(dead) > _SHOWN else ""
+        count = plural(sum(map(len, dead.values())), "expert")
+        said.append(f"{count} got no token ({'; '.join(named)}{more})")
+    if said:
+        yield f"in the last tenth of the steps {' and '.join(said)}. {_remedy(plan, config)}"
+
+
+def _remedy(plan: Plan, config: Config) -> str:
+    """What evens the load of this plan's routers."""
+    layer = plan.layers[0]
+    if plan.adapters is not None and not plan.adapters.train_router:
+        return "The routers are frozen: add adapters.train_router=true balance=aux"
+    if layer.balance.has_bias and not layer.balance.losses:
+        return f"Raise balance.rate={layer.balance.rate:g}" if layer.balance.rate else "Add balance=aux"
+    asked = any(vars(config.balance.losses).values())
+    if losses := layer.balance.losses if asked else {}:
+        name, value = next(iter(losses.items()))
+        return f"Raise balance.losses.{name}={value:g}"
+    site = layer.site
+    has_bias = site.correction_bias if isinstance(site, ExpertsSite) else layer.routing.choice == "token"
+    return "Add balance=aux or balance=bias" if has_bias else "Add balance=aux"
