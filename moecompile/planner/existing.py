@@ -193,14 +193,14 @@ def _loss_notes(plan: Plan, config: Config, losses: Mapping[str, float]) -> Iter
             shares = " and ".join(f"{value:.3g}" for value in used)
             yield f"{path}: trained with balance.losses.{loss}={shares} a layer; balance=none trains without"
         for reason in dict.fromkeys(filter(None, (_why_not_own(site, loss, config) for _, site in layers))):
-            yield f"{path}: not used {'in some layers' if used else '(no load balance)'}, because {reason}"
+            yield f"{path}: not used {'in some layers' if used else '(no load balance)'}: {reason}"
 
 
 def _why_not_own(site: ExpertsSite, loss: str, config: Config) -> str | None:
     if config.adapters.kind is not AdapterKind.none and not config.adapters.train_router:
         return "the routers are frozen (adapters.train_router=false)"
     reason = _why_no_loss(site, loss)
-    return None if reason is None else f"of the router of {site.fqn}, {reason}"
+    return None if reason is None else f"the router of {site.fqn}: {reason}"
 
 
 def _asks_balance(config: Config) -> bool:
@@ -339,8 +339,7 @@ def balance_misfits(site: ExpertsSite, settings: LayerSettings) -> Iterator[Misf
     for name, value in vars(settings.balance.losses).items():
         if value and (reason := _why_no_loss(site, name)):
             rule = f"the router of {site.fqn} is the model's own, and {reason}"
-            fix = "Use 0; the model's own auxiliary loss, if it has one, is kept"
-            yield Misfit(f"balance.losses.{name}", value, rule, fix)
+            yield Misfit(f"balance.losses.{name}", value, rule, "Use 0")
     if settings.balance.rule is BalanceRule.quantile:
         yield Misfit(
             "balance.rule", "quantile",

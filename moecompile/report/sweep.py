@@ -24,14 +24,14 @@ from rich.text import Text
 
 from moecompile.atomic import replacing
 from moecompile.report.console import print_warnings
-from moecompile.report.text import bytes_text, plural, seconds_text
+from moecompile.report.text import bytes_text, seconds_text
 
 # column of sweep.csv -> (short heading, empty for columns only in the file; path in result.json; format)
 _RESULTS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "loss_first": ("", ("loss_first",), ".4f"),
-    "loss_last": ("loss", ("loss_last",), ".4f"),
-    "val_loss_first": ("val 0", ("val_loss_first",), ".4f"),
-    "val_loss": ("val", ("val_loss",), ".4f"),
+    "loss_last": ("loss", ("loss_last",), ".3f"),
+    "val_loss_first": ("val 0", ("val_loss_first",), ".3f"),
+    "val_loss": ("val", ("val_loss",), ".3f"),
     "max_violation_last": ("", ("max_violation_last",), ".3f"),
     "max_violation_mean_last": ("MaxVio", ("max_violation_mean_last",), ".2f"),
     "max_violation_bound_mean_last": ("of", ("max_violation_bound_mean_last",), ".2f"),
@@ -140,7 +140,7 @@ def _table(jobs: Sequence[Job], swept: Sequence[str]) -> Table:
         values = "\n".join(f"{names[key]}={job.overrides[key]}" for key in swept if key in job.overrides)
         status = Text(job.status, style="green" if job.status == "ok" else "bold red")
         if job.warnings:
-            status.append(f"\n{plural(len(job.warnings), 'warning')}", style="yellow")
+            status.append("\nwarned", style="yellow")
         cells = (_number_text(job.measured(column), style) for column, style in shown.items())
         table.add_row(str(job.number), Text(values), status, *cells)
     return table

@@ -74,7 +74,7 @@ def _routing(fields: Mapping[str, Any], plan: Plan, config: Config) -> Iterator[
     if share is not None and share >= COLLAPSED:
         mean, most = fields["max_violation_mean_last"], fields["max_violation_bound_mean_last"]
         said.append(
-            f"a few experts get nearly all tokens (MaxVio {mean:.2f} of at most {most:.2f}, worst layer {share:.0%})"
+            f"a few experts got nearly all tokens (MaxVio {mean:.2f} of at most {most:.2f}, worst layer {share:.0%})"
         )
     if dead:
         named = [f"{layer}: {', '.join(map(str, experts))}" for layer, experts in list(dead.items())[:_SHOWN]]

@@ -441,7 +441,7 @@ def test_values_of_the_caller_are_refused(override: str, says: str) -> None:
 
 def test_values_of_presets_and_recipes_are_ignored_and_listed() -> None:
     given = compose_config(["recipe=deepseek_ep", "balance=none", "experts.layers=':'", "routing.max_nodes=null"])
-    assert given.given == ["experts.layers", "routing.max_nodes"]
+    assert given.given == ["balance", "experts.layers", "routing.max_nodes"]
     plan = make_plan(moe_model("deepseek_v3"), given, example=EXAMPLE)
     assert (plan.layers[0].experts.num_routed, plan.layers[0].routing.top_k) == (8, 3)
     assert notes(plan, given)[0] == (
@@ -524,9 +524,9 @@ def test_what_the_caller_gave_is_kept_in_the_resolved_config(tmp_path: Path) -> 
             "token reach 2 nodes. Use 2 or null, or a mesh whose EP group spans fewer nodes.",
         ),
         (
-            "mixtral", ["balance.rule=bias"],
+            "mixtral", ["balance=bias"],
             "balance.rule=bias: the router of model.layers.0.mlp.experts is the model's own and has no buffer "
-            "e_score_correction_bias to update. Use balance.rule=none.",
+            "e_score_correction_bias to update. Use balance=aux, or balance=none.",
         ),
         (
             "mixtral", ["balance.rule=quantile"],
@@ -542,8 +542,7 @@ def test_what_the_caller_gave_is_kept_in_the_resolved_config(tmp_path: Path) -> 
             "switch_transformers",
             ["+per_layer={first: {layers: ':1', balance: {losses: {z: 0.1, micro_batch: 0.5}}}}"],
             "per_layer.first.balance.losses.micro_batch=0.5: the router of encoder.block.1.layer.1.mlp.experts is the "
-            "model's own, and it drops tokens itself, so what it chose before is not known. Use 0; the model's own "
-            "auxiliary loss, if it has one, is kept.",
+            "model's own, and it drops tokens itself, so what it chose before is not known. Use 0.",
         ),
         (
             "switch_transformers", ["routing.capacity_factor=1.0"],

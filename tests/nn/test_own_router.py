@@ -9,11 +9,12 @@ from functools import partialmethod
 import pytest
 import torch
 from torch import fx, nn
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moecompile.errors import ConfigError, MoecompileError
 from moecompile.nn import auxiliary_loss, forget_auxiliary_losses, update_balance
 from moecompile.nn.own_router import own_routers
-from moecompile.pipeline import compile_model
+from moecompile.pipeline import compile_model, compile_with_report
 from moecompile.torch_private import compile_whole
 from tests.distributed import own_router_job as job
 from tests.distributed.test_own_router import assert_equal
@@ -69,7 +70,55 @@ def test_the_models_own_loss_is_not_counted_twice() -> None:
     ):
         model(**labels, output_router_logits=True)
     model.eval()(**labels, output_router_logits=True)
-    compiled("mixtral", router_aux_loss_coef=0.02)(**labels, output_router_logits=True)  # none of ours
+    compiled("mixtral", "balance=none", router_aux_loss_coef=0.02)(**labels, output_router_logits=True)
+
+
+def test_without_a_balance_the_loss_is_the_one_that_the_models_config_asks_for() -> None:
+    """transformers' function, of each layer alone: the mean over the layers, and the same gradient of every router."""
+    coefficient = 0.3
+    model = compiled("mixtral", router_aux_loss_coef=coefficient, dtype=torch.float64)
+    plain = moe_model("mixtral", router_aux_loss_coef=coefficient, dtype=torch.float64).train()
+    model(IDS)
+    loss = auxiliary_loss(model)
+    assert loss is not None
+    loss.backward()
+    config = plain.config
+    logits = plain(IDS, output_router_logits=True).router_logits
+    of_layers = [
+        load_balancing_loss_func((each,), config.num_local_experts, config.num_experts_per_tok) for each in logits
+    ]
+    wanted = coefficient * torch.stack(of_layers).mean()
+    wanted.backward()
+    assert len(of_layers) == 2
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)  # transformers counts in fp32
+    for ours, theirs in zip(model.model.layers, plain.model.layers, strict=True):
+        torch.testing.assert_close(ours.mlp.gate.weight.grad, theirs.mlp.gate.weight.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "losses", "said"),
+    [
+        ("mixtral", [], {"micro_batch": 0.001}, "=0.001: trained with balance.losses.micro_batch=0.001 a layer; balance=none"),
+        ("mixtral", ["balance=none"], {}, None),
+        ("mixtral", ["balance.losses.z=0.1"], {"z": 0.1}, None),
+        (
+            "mixtral", ["adapters=lora"], {},
+            "=0.001: not used (no load balance): the routers are frozen (adapters.train_router=false)",
+        ),
+        (
+            "switch_transformers", [], {"z": 0.001},
+            "router_aux_loss_coef=0.001: not used (no load balance): the router of "
+            "encoder.block.1.layer.1.mlp.experts: it drops tokens itself, so what it chose before is not known",
+        ),
+    ],
+)  # fmt: skip
+def test_the_models_own_loss_is_planned_or_named(
+    architecture: str, overrides: list[str], losses: dict[str, float], said: str | None
+) -> None:
+    found = compile_with_report(moe_model(architecture), overrides, example=moe_inputs(architecture, IDS))
+    assert found.plan.layers[0].balance.losses == losses
+    about = [note for note in found.notes if note.startswith("model.config.router_")]
+    assert any(said in note for note in about) if said else not about
 
 
 def test_a_copy_has_losses_of_its_own() -> None:

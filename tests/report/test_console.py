@@ -64,6 +64,7 @@ RESULT = {
     "task": "train", "recipe": "deepseek_ep", "status": "ok", "seconds": 41.23, "world_size": 4, "num_rewritten": 3,
     "steps": 200, "loss_first": 7.62431, "loss_last": 4.12344, "val_loss": 4.5, "unigram_entropy": 5.77,
     "tokens_per_second": 8123.4, "step0_max_abs_diff": 3.1e-6, "step0_reason": None, "max_violation_last": 0.43,
+    "max_violation_bound_last": 7.0, "val_loss_first": 7.75, "warnings": ["so", "so"],
     "max_violation_mean_last": 0.2112, "drop_rate_last": 0.0312,
     "bytes_per_token_per_layer": {"intra_node": 1034.2, "inter_node": 2345.1},
     "bytes_per_token_per_layer_predicted": {"intra_node": 1030.0, "inter_node": 2340.0},
@@ -74,8 +75,8 @@ RESULT = {
 def test_the_closing_summary_has_every_figure() -> None:
     text = words(printed(lambda console: print_result(RESULT, console)))
     for shown in (
-        "deepseek_ep ok 41.2 s", "3 MoE layers on 4 ranks", "within 3.1e-06", "7.6243 -> 4.1234 in 200 steps",
-        "validation 4.5000", "unigram entropy 5.7700", "MaxVio 0.430", "MaxVio 0.211 mean over layers", "drops 3.12%", "8,123 tokens/s",
+        "deepseek_ep ok, 2 warnings 41.2 s", "3 MoE layers on 4 ranks", "within 3.1e-06", "7.6243 -> 4.1234 in 200 steps",
+        "validation 7.7500 -> 4.5000", "unigram entropy 5.7700", "MaxVio 0.430 of at most 7.000", "MaxVio 0.211 mean over layers", "drops 3.12%", "8,123 tokens/s",
         "forward bytes 1.01 KiB intra-node, 2.29 KiB inter-node", "predicted 1.01 KiB", "run dir runs/deepseek_ep/x",
     ):  # fmt: skip
         assert shown in text

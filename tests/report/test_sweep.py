@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,8 +33,9 @@ def config(top_k: int, lr: float = 1e-3) -> dict[str, Any]:
 
 def result(loss_last: float) -> dict[str, Any]:
     return {
-        "status": "ok", "loss_first": 7.5, "loss_last": loss_last, "val_loss": loss_last + 0.25,
-        "max_violation_last": 0.75, "max_violation_mean_last": 0.5, "tokens_per_second": 8123.4,
+        "status": "ok", "loss_first": 7.5, "loss_last": loss_last, "val_loss_first": 7.75, "val_loss": loss_last + 0.25,
+        "max_violation_last": 0.75, "max_violation_mean_last": 0.5, "max_violation_bound_mean_last": 3.0,
+        "tokens_per_second": 8123.4,
         "bytes_per_token_per_layer": {"intra_node": 100.0, "inter_node": 1536.0},
     }  # fmt: skip
 
@@ -82,10 +84,25 @@ def test_printed_table_fits_80_columns(sweep: Path, capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 80 for line in lines if "/sweep." not in line)
     assert next(line for line in lines if line.startswith("10")).split() == [
-        "10", "top_k=2", "ok", "7.5000", "4.1250", "4.3750", "0.500", "8,123", "1.50", "KiB",
+        "10", "top_k=2", "ok", "4.125", "7.750", "4.375", "0.50", "3.00", "8,123", "1.50", "KiB",
     ]  # fmt: skip
-    assert next(line for line in lines if line.startswith("2")).split() == ["2", "top_k=4", "failed", *"------"]
+    assert next(line for line in lines if line.startswith("2")).split() == ["2", "top_k=4", "failed", *"-------"]
     assert [line.rpartition("/")[2] for line in lines[-2:]] == ["sweep.csv", "sweep.png"]
+
+
+def test_what_a_run_warns_of_is_in_the_table_in_the_file_and_below(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_job(tmp_path / "0", config(1), {**result(4.5), "warnings": ["Add balance=aux"]}, "routing.top_k=1")
+    write_job(tmp_path / "1", config(2), {**result(815.0), "status": "diverged"}, "routing.top_k=2")
+    summarize(tmp_path)
+    out = capsys.readouterr().out
+    assert re.search(r"^0 +top_k=1 +ok +4\.500.*\n +warned", out, re.MULTILINE) and "diverged" in out
+    assert "warning  job 0: Add balance=aux" in out
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        assert [(row["status"], row["warnings"]) for row in csv.DictReader(file)] == [
+            ("ok", "Add balance=aux"), ("diverged", "")
+        ]  # fmt: skip
 
 
 def test_keys_with_one_last_part_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moecompile.bench.measure import PeakMemory
-from moecompile.runtime.gradients import clip_by_global_norm, sum_replicated
+from moecompile.runtime.gradients import all_finite, clip_by_global_norm, sum_replicated
 from tests.tiny import one_rank
 
 MIB = 2**20
@@ -47,3 +47,11 @@ def _check() -> None:
     assert weights[3].grad is None
     got = torch.stack([w.grad.double().square().sum() for w in weights[:3] if w.grad is not None]).sum().sqrt()
     assert float(got) == pytest.approx(1.0, rel=1e-5) and float(wanted) > 1
+
+
+@pytest.mark.parametrize(("entry", "finite"), [(1e30, True), (torch.inf, False), (torch.nan, False)])
+def test_a_large_gradient_is_finite_and_its_square_need_not_be(entry: float, finite: bool) -> None:
+    weights = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(0))]
+    for weight in weights:
+        weight.grad = torch.full_like(weight, entry)
+    assert bool(all_finite(weights)) is finite

@@ -12,7 +12,10 @@ from tests.runtime.test_metrics import layer
 def test_a_step_over_layers() -> None:
     """MaxVio 0.5 and 0, drops 4 of 16 and none; only the second layer knows its entropy."""
     step = over_layers([layer("a", [6, 2, 4, 4], dropped=4, entropy=None), layer("b", [4, 4, 4, 4], entropy=0.25)])
-    assert step == {"max_violation": 0.25, "entropy": 0.25, "nodes_per_token": 1.5, "drop_rate": 0.125}
+    assert step == {
+        "max_violation": 0.25, "max_violation_bound": 1.0, "max_violation_share": 0.5, "least_mean_load": 4.0,
+        "entropy": 0.25, "nodes_per_token": 1.5, "drop_rate": 0.125,
+    }  # fmt: skip
     assert "entropy" not in over_layers([layer("a", [1, 1], entropy=None)])
 
 
@@ -24,6 +27,23 @@ def test_the_last_tenth_is_at_least_one_step(num_steps: int, mean: float) -> Non
         means.add({"drop_rate": float(step)})
     assert means.mean_of_last("drop_rate") == mean
     assert means.mean_of_last("entropy") is None
+
+
+def test_an_expert_without_a_token_in_the_last_tenth_is_dead() -> None:
+    """Of 20 steps the last two count: expert 2 of `a` had its last token in step 18, expert 3 never one; `b` has none."""
+    tally, other = RunTotals(), RunTotals()
+    for step in range(1, 21):
+        if step == 12:  # a run that goes on knows what was before
+            other.restore(tally.state(), is_first_rank=True)
+            tally = other
+        loads = [layer("a", [80, 80, 80 * (step <= 18), 0]), layer("b", [80, 80 * (step == 19), 80, 80])]
+        add(tally.sums, 1.0, 1, 0.0)
+        tally.end_step(loads, skipped=False)
+    assert tally.dead_experts == {"a": [2, 3]}
+    few = RunTotals()
+    add(few.sums, 1.0, 1, 0.0)
+    few.end_step([layer("a", [4, 4, 0, 4])], skipped=False)
+    assert few.dead_experts == {}  # chance
 
 
 def add(sums: LossSums, loss: float, num_tokens: int, aux: float) -> None:

@@ -62,11 +62,9 @@ def _lines(run: Run) -> Iterator[str]:
     for text in result.get("warnings", ()):
         yield f'<span class="bad">warning</span> {escape(text)}'
     if result.get("loss_last") is not None:
-        losses = {name: _loss(result[name]) for name in ("loss_first", "loss_last", "val_loss_first", "val_loss")}
-        steps = plural(result["steps"], "step")
-        yield "loss {loss_first} → {loss_last} in {steps}, validation {val_loss_first} → {val_loss} nats per token".format(
-            steps=steps, **losses
-        )
+        trained = plural(result["steps"], "step")
+        yield f"loss {_loss(result, 'loss_first')} → {_loss(result, 'loss_last')} in {trained}"
+        yield f"validation {_loss(result, 'val_loss_first')} → {_loss(result, 'val_loss')} nats per token"
     if result.get("max_violation_bound_mean_last") is not None:
         mean, most = result["max_violation_mean_last"], result["max_violation_bound_mean_last"]
         yield escape(f"balance: MaxVio {mean:.3f} of at most {most:.3f}, mean over layers and the last tenth of steps")
@@ -81,8 +79,8 @@ def _lines(run: Run) -> Iterator[str]:
         yield f"{plural(len(run.plan.layers), 'MoE layer')} on {plural(run.plan.mesh.world_size, 'rank')}; {size}"
 
 
-def _loss(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _loss(result: Mapping[str, Any], name: str) -> str:
+    return "-" if result.get(name) is None else f"{result[name]:.4f}"
 
 
 def _bytes(run: Run) -> Iterator[Row]:

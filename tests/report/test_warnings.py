@@ -1,0 +1,86 @@
+"""What a run knows to be wrong with itself, and what it says to add."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moecompile.compose import compose_config
+from moecompile.pipeline import make_plan
+from moecompile.report.warnings import run_warnings, status_of
+from tests.existing_models import moe_inputs, moe_model
+
+IDS = torch.zeros((2, 7), dtype=torch.int64)
+GOOD: dict[str, Any] = {
+    "loss_first": 6.2, "loss_last": 5.2, "val_loss_first": 6.2, "val_loss": 5.1, "dead_experts": {},
+    "max_violation_share_last": 0.5, "max_violation_mean_last": 1.5, "max_violation_bound_mean_last": 3.0,
+}  # fmt: skip
+COLLAPSED = {"max_violation_share_last": 0.93, "max_violation_mean_last": 2.65}
+SAID = (
+    "in the last tenth of the steps a few experts got nearly all tokens (MaxVio 2.65 of at most 3.00, worst layer 93%)"
+)
+
+
+def warned(architecture: str, *overrides: str, **fields: Any) -> list[str]:
+    config = compose_config(list(overrides))
+    plan = make_plan(moe_model(architecture), config, example=moe_inputs(architecture, IDS))
+    return run_warnings({**GOOD, **fields}, plan, config)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "val", "status"),
+    [
+        (6.2, 815.0, 800.0, "diverged"),
+        (6.2, 6.83, 6.8, "diverged"),
+        (6.2, 6.7, 9.0, "ok"),  # validation alone is a warning
+        (0.01, 0.05, 0.05, "ok"),
+        (6.2, float("nan"), 5.0, "diverged"),
+        (6.2, 5.0, float("inf"), "diverged"),
+        (None, None, 5.0, "ok"),
+    ],
+)
+def test_a_loss_that_rose_is_not_ok(first: float | None, last: float | None, val: float, status: str) -> None:
+    assert status_of({"loss_first": first, "loss_last": last, "val_loss": val}) == status
+
+
+def test_a_run_that_went_well_warns_of_nothing() -> None:
+    assert warned("mixtral") == []
+
+
+def test_losses_that_rose_and_a_rate_of_zero_are_told() -> None:
+    assert warned("mixtral", "optimizer.lr=50", loss_last=815.0, **COLLAPSED) == [
+        "the loss diverged: 6.200 -> 815.000. Lower optimizer.lr=50, or raise optimizer.warmup_steps=20"
+    ]
+    (rose,) = warned("mixtral", val_loss=6.4)
+    assert rose.startswith("validation rose: 6.200 -> 6.400, while the training loss went 6.200 -> 5.200. ")
+    assert warned("mixtral", "optimizer.lr=0") == [
+        "optimizer.lr=0: no weight will change. Set a rate, such as optimizer.lr=3e-4"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "fix"),
+    [
+        ("mixtral", [], "Add balance=aux"),  # its own loss is weaker
+        ("mixtral", ["balance=aux"], "Raise balance.losses.micro_batch=0.01"),
+        ("mixtral", ["adapters=lora"], "The routers are frozen: add adapters.train_router=true balance=aux"),
+        ("deepseek_v3", [], "Add balance=aux or balance=bias"),
+        ("deepseek_v3", ["balance=bias"], "Raise balance.rate=0.001"),
+    ],
+)
+def test_routing_that_collapsed_leads_to_what_evens_it(architecture: str, overrides: list[str], fix: str) -> None:
+    assert warned(architecture, *overrides, **COLLAPSED) == [f"{SAID}. {fix}"]
+
+
+def test_dead_experts_are_named_for_some_layers() -> None:
+    dead = {f"layers.{i}": [0, 3] for i in range(5)}
+    assert warned("mixtral", **COLLAPSED, dead_experts=dead) == [
+        f"{SAID} and 10 experts got no token (layers.0: 0, 3; layers.1: 0, 3; layers.2: 0, 3; and 2 more layers). "
+        "Add balance=aux"
+    ]
+
+
+def test_a_load_that_was_asked_for_is_no_collapse() -> None:
+    assert warned("mixtral", "routing.replay=routes", **COLLAPSED, dead_experts={"layers.0": [1]}) == []
