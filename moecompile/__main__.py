@@ -51,14 +51,26 @@ def _prepare(config: Config, run_dir: Path) -> Config:
     from moecompile.schema import SEARCHED, TaskName, of_the_job
 
     if config.task.name is TaskName.submit:  # what its job would refuse is refused before it waits
-        resumed(with_plan(with_placement(of_the_job(config))), run_dir)
+        resumed(_with_epochs(with_plan(with_placement(of_the_job(config)))), run_dir)
         return config
-    config = with_plan(with_placement(config))
+    config = _with_epochs(with_plan(with_placement(config)))
     if config.mesh.ep == SEARCHED:
         from moecompile.tasks.layout import with_layout  # imports torch
 
         config = with_layout(config)
     return resumed(config, run_dir)
+
+
+def _with_epochs(config: Config) -> Config:
+    if config.data.epochs is None:
+        return config
+    waiting.show(f"{config.name}: reading the data, for the steps of data.epochs")
+    from moecompile.tasks.data import with_epochs  # imports torch
+
+    try:
+        return with_epochs(config)
+    finally:
+        waiting.done()
 
 
 def _check(config: Config) -> None:

@@ -73,6 +73,25 @@ class ChatTemplate:
             flags.append(any(start < last and end > first for first, last in spans))
         return list(encoded["input_ids"]), flags
 
+    def rendered(self, messages: Messages, tools: Sequence[Any] | None = None) -> dict[str, bool]:
+        """Role -> whether anything of what it says is in the text; of the roles that say something.
+
+        Raises:
+            ChatError: the template refuses the chat.
+        """
+        text, found = self.text(messages, tools), {}
+        says = [bool((message.get("content") or "").strip()) for message in messages]
+        for role in dict.fromkeys(message["role"] for message, any_ in zip(messages, says, strict=True) if any_):
+            other = [
+                {**message, "content": _OTHER} if any_ and message["role"] == role else message
+                for message, any_ in zip(messages, says, strict=True)
+            ]
+            try:
+                found[role] = self.text(other, tools) != text
+            except ChatError:  # so it looks at the content
+                found[role] = True
+        return found
+
     def text(self, messages: Messages, tools: Sequence[Any] | None = None, *, prompt: bool = False) -> str:
         """The chat as text. prompt: with the prompt for an answer.
 

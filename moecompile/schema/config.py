@@ -562,6 +562,8 @@ class DataConfig:
     """Sequences per optimizer step, independent of the mesh; a multiple of micro_batch_size * ranks."""
     micro_batch_size: int = number(4, Whole(1))
     """Sequences per rank and forward; the number of accumulation steps is derived."""
+    epochs: Optional[float] = number(None, Real("(0, inf)", "Use 3, or null for trainer.max_steps"))
+    """How often the training data are passed, instead of `trainer.max_steps`; null: as often as those steps take."""
     val_fraction: float = number(0.05, Real("(0, 1)", "Use 0.05"))
     """Fraction that is held out for validation: the end of a text, pieces of a corpus, or chats."""
     val_batches: int = number(0, Whole(0))

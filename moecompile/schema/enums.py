@@ -16,6 +16,7 @@ class TaskName(str, Enum):
     bench = "bench"
     search = "search"
     place = "place"
+    data = "data"
     submit = "submit"
 
     @property

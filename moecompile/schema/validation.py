@@ -584,6 +584,7 @@ _ONLY_FOR = {
 }
 """Keys that only some kinds of data read."""
 _GROUPS = {DataKind.text: "moby_dick", DataKind.corpus: "corpus", DataKind.sft: "sft"}
+_READ_DATA = (TaskName.train, TaskName.verify, TaskName.bench, TaskName.data)
 _BETA = Real("[0, 1)", "Use [0.9, 0.95]")
 
 
@@ -610,7 +611,7 @@ def _check_kind(config: Config) -> None:
             )  # fmt: skip
     if data.kind is DataKind.text:
         return
-    if data.path is None and config.task.name in (TaskName.train, TaskName.verify, TaskName.bench):
+    if data.path is None and (config.task.name in _READ_DATA or data.epochs is not None):
         raise ConfigError(
             "data.path", None, f"data.kind={data.kind.value} needs files", "Give a file, a folder or a pattern"
         )
@@ -669,13 +670,19 @@ def check_schedule(config: Config) -> None:
     Raises:
         ConfigError: the first rule that is broken.
     """
-    optimizer, max_steps = config.optimizer, config.trainer.max_steps
+    optimizer, max_steps, epochs = config.optimizer, config.trainer.max_steps, config.data.epochs
+    if epochs is not None and "trainer.max_steps" in config.given:
+        raise ConfigError(
+            "data.epochs", epochs, f"trainer.max_steps={max_steps} says another length of the run", "Give one of them"
+        )
     if len(optimizer.betas) != 2:
         raise ConfigError("optimizer.betas", optimizer.betas, "must be two numbers", "Use [0.9, 0.95]")
     for i, beta in enumerate(optimizer.betas):
         _BETA.check(f"optimizer.betas[{i}]", beta)
     # A run that the caller shortens keeps the recipe's warm-up, and may end before it does.
-    shortened = "trainer.max_steps" in config.given and "optimizer.warmup_steps" not in config.given
+    shortened = (
+        epochs is not None or "trainer.max_steps" in config.given
+    ) and "optimizer.warmup_steps" not in config.given
     if optimizer.warmup_steps > max_steps and not shortened:
         raise ConfigError(
             "optimizer.warmup_steps", optimizer.warmup_steps,

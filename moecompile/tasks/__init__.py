@@ -20,6 +20,7 @@ _RUNS = {
     TaskName.bench: "moecompile.tasks.launched:start_ranks",
     TaskName.verify: "moecompile.tasks.verify:run",
     TaskName.compile: "moecompile.tasks.compile:run",
+    TaskName.data: "moecompile.tasks.data:run",
     TaskName.plan: "moecompile.tasks.plan:run",
     TaskName.search: "moecompile.tasks.search:run",
     TaskName.place: "moecompile.tasks.place:run",

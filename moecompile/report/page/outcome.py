@@ -62,6 +62,8 @@ def _lines(run: Run) -> Iterator[str]:
     if result.get("loss_last") is not None:
         yield escape(f"loss {result['loss_first']:.4f} → {result['loss_last']:.4f} in {plural(result['steps'], 'step')}"
                      f", validation {result['val_loss']:.4f} nats per token")  # fmt: skip
+    for warning in result.get("data_warnings", ()):
+        yield f'<span class="bad">warning</span>: {escape(warning)}'
     if (step0 := step0_text(result)) is not None:
         yield escape(f"step 0 {step0}")
     if run.checks:
