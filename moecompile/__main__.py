@@ -104,7 +104,8 @@ def _run(config: Config, run_dir: Path) -> int:
     world_size = config.mesh.num_nodes * config.mesh.ranks_per_node
     where = f" on {world_size} ranks" if config.task.name.is_launched and world_size > 1 else ""
     if config.task.name.value != "submit":
-        waiting.show(f"{config.name}: {config.task.name.value}{where}, loading torch")
+        is_quiet = config.task.name.value == "chat"  # what it prints is an answer
+        waiting.show(f"{config.name}: {config.task.name.value}{where}, loading torch", line=not is_quiet)
     try:
         from moecompile import tasks
 

@@ -54,7 +54,7 @@ MAY_DIFFER = (
     "data.cache", "data.epochs", "data.micro_batch_size", "data.val_batches", "dispatch.*", "hardware.*", "launcher.*",
     "mesh.*", "model.device", "model.load", "stack.*", "workload.*",
     # Names, permissions and other tasks.
-    "bench.*", "compare", "debug", "export.*", "given", "model.name", "model.published", "name", "place.*",
+    "bench.*", "chat.*", "compare", "debug", "export.*", "given", "model.name", "model.published", "name", "place.*",
     "routing.allow_future", "search.*", "task.*", "verify.*",
 )  # fmt: skip
 """Keys that change neither the function that is trained nor the data that come next."""

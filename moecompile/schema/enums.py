@@ -17,6 +17,7 @@ class TaskName(str, Enum):
     search = "search"
     place = "place"
     data = "data"
+    chat = "chat"
     submit = "submit"
 
     @property

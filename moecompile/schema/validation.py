@@ -72,6 +72,7 @@ def _validate(config: Config) -> None:
     check_schedule(config)
     check_optimizer(config)
     check_export(config)
+    check_chat(config)
     check_adapters(config)
 
 
@@ -139,10 +140,29 @@ def check_export(config: Config) -> None:
         raise ConfigError(
             "export.family", export.family, "has no meaning with export.format=native", "Leave one of them out"
         )
+    _refuse_others(config)
+
+
+def check_chat(config: Config) -> None:
+    """Checks that there is something to talk to.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    if config.task.name is not TaskName.chat:
+        return
+    if config.chat.run is None:
+        raise ConfigError("chat.run", None, "task=chat needs a model", "Give chat.run=RUN_DIRECTORY, or a folder")
+    _refuse_others(config)
+
+
+def _refuse_others(config: Config) -> None:
+    """Refuses keys of other groups than the task's own: model and plan are those of a run."""
+    task = config.task.name.value
     given = [key for key in config.given if key != FACTORY]  # the run's, which the caller must name again
-    if others := [key for key in given if key.partition(".")[0] not in ("export", "task", "hydra")]:
+    if others := [key for key in given if key.partition(".")[0] not in (task, "task", "hydra")]:
         raise ConfigError(
-            others[0], "...", "task=export takes the model and its plan from the run, so other keys have no effect",
+            others[0], "...", f"task={task} takes the model and its plan from the run, so other keys have no effect",
             "Leave it out",
         )  # fmt: skip
 

@@ -45,7 +45,7 @@ def check_inputs(config: Config) -> None:
     is_elsewhere = config.task.name is TaskName.submit  # the GPUs are those of other machines
     config = of_the_job(config)
     task = config.task.name
-    if task in (TaskName.export, TaskName.place):
+    if task in (TaskName.export, TaskName.place, TaskName.chat):
         return
     if task.is_launched or task is TaskName.data or (task is TaskName.plan and config.data.path is not None):
         _check_text(config)  # Step 1

@@ -18,6 +18,7 @@ from moecompile.compose import compose_config
 from moecompile.errors import ConfigError, PlanError
 from moecompile.pipeline import make_plan
 from moecompile.plan import Plan
+from moecompile.plan.adapters import AdaptersPlan
 from moecompile.schema import Config, validate
 
 OVERRIDES = ["mesh=cpu_2x2", "experts.num_routed=8", "routing.top_k=2", "routing.max_nodes=1", "trainer.max_steps=9"]
@@ -83,6 +84,28 @@ def test_a_promise_that_the_new_mesh_cannot_say_is_still_kept(checkpoint: Path) 
     with pytest.raises(ConfigError, match=r"routing.max_nodes=2: the EP group spans only 1 node"):
         validate(here)
     validate(resumed(here, Path("new")))
+
+
+def test_adapters_stay(checkpoint: Path) -> None:
+    """One line, and not all their tensors."""
+    given = [*OVERRIDES, f"trainer.resume={checkpoint}"]
+    with pytest.raises(ConfigError) as caught:
+        resumed(compose_config([*given, "adapters=lora"]), Path("new"))
+    assert str(caught.value) == (
+        f"adapters.kind=lora: the checkpoint {checkpoint} was trained without adapters. Leave adapters out, or train them "
+        "on the folder that task=export writes of it."
+    )
+    adapters = AdaptersPlan(rank=4, alpha=8.0, dropout=0.0, linears=("0",), train_router=False)
+    plans.save(replace(planned(OVERRIDES), adapters=adapters), checkpoint / folders.PLAN)
+    (checkpoint / folders.SUMS).unlink()
+    folders.seal(checkpoint)
+    with pytest.raises(ConfigError) as caught:
+        resumed(compose_config(given), Path("new"))
+    assert str(caught.value) == (
+        f"adapters.kind=none: the checkpoint {checkpoint} was trained with adapters. Give adapters=lora adapters.rank=4 "
+        "adapters.alpha=8."
+    )
+    resumed(compose_config([*given, "adapters=lora"]), Path("new"))
 
 
 def test_a_new_run_takes_nothing(checkpoint: Path) -> None:

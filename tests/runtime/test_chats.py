@@ -118,6 +118,22 @@ def test_long_chats_are_cut_and_those_without_a_target_left_out(tmp_path: Path) 
     assert found == sorted(map(str, [whole, whole, cut]))
 
 
+def test_prompts_end_before_the_first_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With places for an answer, and the token that ends it if it is a special one; long prompts come last."""
+    rows = [chat("10 11 12 13", "20 21"), chat("10", "22 23", "14", "24"), chat("", "25 26")]
+    train, _, _, _ = loaded(tmp_path, [row for row in rows for _ in range(2)], seq_len=8, layout=RowLayout.pack)
+    special = Tokenizer(WordLevel({str(i): i for i in range(100)}, unk_token="0"))
+    special.add_special_tokens(["23"])
+    found = train.prompts(9, 4, special)
+    by_prompt = {tuple(ids[:start]): (ids[start:], end) for ids, start, end in zip(
+        found["input_ids"].tolist(), found["starts"].tolist(), found["ends"].tolist(), strict=True)}  # fmt: skip
+    assert by_prompt == {
+        (1, 10, 2): ([PAD] * 5, 23), (1, 2): ([PAD] * 6, -1), (1, 10, 11, 12, 13, 2): ([PAD] * 2, -1),
+    }  # fmt: skip
+    assert found["starts"].tolist()[-1] == 6 and (found["labels"] == IGNORED).all()
+    assert train.prompts(2, 4, special)["input_ids"].shape[0] == 2
+
+
 def test_five_in_a_hundred_may_be_long(tmp_path: Path) -> None:
     _, _, counts, _ = loaded(tmp_path, [chat("10", "20 21")] * 19 + [chat("10 11", "20 21")], seq_len=4)
     assert counts.truncated == 1 and warnings_of(counts, 4) == []

@@ -44,6 +44,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _LOOKED_AT = 1_000  # chats of which is tried whether the template renders what they say
 OPEN, CLOSE = "\u27e6", "\u27e7"
 """What stands around targets where a chat is shown."""
+_TRIED = 64  # chats that are looked at for prompts
 _PERCENTILES = (5, 50, 95, 100)
 _MANY = 0.05  # share of the chats from which on a loss is a warning
 _SHAPE = 'Write {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
@@ -136,6 +137,41 @@ class ChatRows(Dataset[dict[str, Tensor]]):
         lengths = self.store.lengths()[self._chats]
         start, end = self.store.bounds(int(self._chats[np.argmin(np.abs(lengths - np.median(lengths)))]))
         return self.store.tokens(start, end), self.store.targets(start, end)
+
+    def prompts(self, count: int, room: int, tokenizer: Tokenizer) -> dict[str, Tensor]:
+        """The first chats, as far as the assistant's first token, with places for an answer.
+
+        Those come first whose answer has `room` tokens within `seq_len`.
+
+        Returns:
+            `input_ids` and `labels` (B, S), of which no label is a target; `starts` (B,): the first place of the
+            answer; `ends` (B,): the token that ends a turn, -1 if no special one does.
+        """
+        chats = [int(chat) for chat in self._chats[:_TRIED]]
+        found = [(*self._turn(chat), chat) for chat in chats]
+        chosen = sorted(found, key=lambda turn: max(0, turn[0] + room - self.seq_len))[:count]
+        starts = [start for start, _, _ in chosen]
+        longest = max(starts) + max(1, min(room, self.seq_len - max(starts)))
+        special = tokenizer.get_added_tokens_decoder()
+        ids = torch.full((len(chosen), longest), self.pad_id)
+        for row, (start, _, chat) in enumerate(chosen):
+            first, _ = self.store.bounds(chat)
+            ids[row, :start] = torch.from_numpy(self.store.tokens(first, first + start))
+        return {
+            "input_ids": ids,
+            "labels": torch.full_like(ids, IGNORED),
+            "starts": torch.tensor(starts),
+            "ends": torch.tensor([end if end in special else -1 for _, end, _ in chosen]),
+        }
+
+    def _turn(self, chat: int) -> tuple[int, int]:
+        """Place of the first target of a chat, and the last token of the targets that begin there."""
+        first, last = self.store.bounds(chat)
+        targets = self.store.targets(first, last)
+        start = int(np.argmax(targets[1:])) + 1  # the first token is no target
+        others = np.flatnonzero(~targets[start:])
+        end = start + int(others[0]) if len(others) else last - first
+        return start, int(self.store.tokens(first + end - 1, first + end)[0])
 
     def collate(self, items: list[dict[str, Tensor]], multiple: int = 1) -> dict[str, Tensor]:
         """A batch: rows filled up to the longest, and to a `multiple`.
@@ -236,8 +272,8 @@ def warnings_of(counts: ChatCounts, seq_len: int) -> list[str]:
         found.append(f"{_share(counts.empty, counts.records)} have an empty answer: they teach to say nothing")
     for role, (missing, total) in counts.unrendered.items():
         if missing > _MANY * total:
-            what = f"the chat template renders nothing of what the role {role} says"
-            found.append(f"{what}, in {missing:,} of {total:,} chats where it was tried")
+            rule = f"the chat template renders nothing of what the role {role} says"
+            found.append(f"{rule}, in {missing:,} of {total:,} chats where it was tried")
     return found
 
 
