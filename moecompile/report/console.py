@@ -177,6 +177,13 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
     print_warnings(result.get("data_warnings", ()), console)
 
 
+def print_warnings(warnings: Sequence[str], console: Console) -> None:
+    """Prints one paragraph per warning."""
+    for text in warnings:
+        console.print()
+        console.print(Text.assemble(("warning", "bold yellow"), f"  {text}"))
+
+
 def print_data(result: Mapping[str, Any], console: Console) -> None:
     """Prints what is in the data, how long a pass takes, a chat with its targets, and what looks wrong.
 
@@ -197,12 +204,6 @@ def print_data(result: Mapping[str, Any], console: Console) -> None:
     if "example" in data:
         console.print(_example_text(data["example"], data["example_tokens"]), soft_wrap=True)
     print_warnings(data["warnings"], console)
-
-
-def print_warnings(warnings: Sequence[str], console: Console) -> None:
-    """Prints one line each."""
-    for warning in warnings:
-        console.print(Text.assemble(("warning  ", "bold yellow"), warning), soft_wrap=True)
 
 
 def _amount_text(data: Mapping[str, Any]) -> str:

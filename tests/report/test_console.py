@@ -108,7 +108,7 @@ def test_the_data_are_shown_with_a_chat_and_what_is_wrong() -> None:
         "95% have at most 1,050; the longest has 2,000 epochs 1 epoch = 3 steps (38 rows, 16 a step); this run: 7 steps, "
         "2.95 epochs a chat of 21 tokens; the loss is on what stands in \u27e6\u27e7: <user> Hi [b]<end> \u27e6Ho<end>\u27e7"
     )
-    assert text.endswith("x ... and 528 characters\nwarning  5 of 300\n")
+    assert text.endswith("x ... and 528 characters\n\nwarning  5 of 300\n")
     again = words(printed(lambda console: print_result({**RESULT, **result}, console)))
     assert again.endswith("warning 5 of 300")
     plain = {f"data_{name}": counts[name] for name in ("tokens", "sequences", "held_out", "sequences_per_step",

@@ -48,7 +48,9 @@ def by_hand(folder: Path, *turns: str) -> list[int]:
     with torch.no_grad():
         for _ in range(TOKENS):
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[-TOKENS:]
+    answer = ids[-TOKENS:]
+    ends = own.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    return answer[: next((i for i, token in enumerate(answer) if token in ends), TOKENS)]
 
 
 def test_a_message_has_one_answer_and_nothing_else(
@@ -96,7 +98,7 @@ def test_a_conversation_keeps_its_turns(
     shown = capsys.readouterr().out
     assert shown.count(first) == 2 and "tokens, and the model positions for 128. Ask for less. /new begins" in shown
     own = AutoTokenizer.from_pretrained(folder)
-    second = own.decode(by_hand(folder, *turns[1])[: 128 - len(ids_of(own, turns[1]))], skip_special_tokens=True)
+    second = own.decode(by_hand(folder, *turns[1]), skip_special_tokens=True)
     assert second in shown and len(second) > 3
 
 
