@@ -72,6 +72,9 @@ def check_settings(state: State, config: Config, folder: Path) -> None:
     Raises:
         ConfigError: the order of the data changes, or `max_steps` is below the steps already done.
     """
+    if config.trainer.max_steps < state.step and config.data.epochs is not None:
+        rule = f"are {config.trainer.max_steps} steps, and the checkpoint {folder} has {state.step} already"
+        raise ConfigError("data.epochs", config.data.epochs, rule, "Use more: they count from the beginning of the run")
     if config.trainer.max_steps < state.step:
         raise ConfigError(
             "trainer.max_steps", config.trainer.max_steps, f"the checkpoint {folder} has {state.step} steps already",

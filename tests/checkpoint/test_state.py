@@ -64,6 +64,23 @@ def test_the_data_must_stay(checkpoint: Path) -> None:
     )
 
 
+def test_a_run_goes_on_to_the_same_epochs(checkpoint: Path) -> None:
+    config = compose_config([*OVERRIDES, "trainer.max_steps=3"])
+    with pytest.raises(
+        ConfigError, match=r"^trainer.max_steps=3: the checkpoint .* has 4 steps already. Use 4 or more.$"
+    ):
+        check_settings(read_state(checkpoint), config, checkpoint)
+    config.data.epochs = 0.5  # of which 3 are the steps
+    with pytest.raises(ConfigError) as caught:
+        check_settings(read_state(checkpoint), config, checkpoint)
+    assert str(caught.value) == (
+        f"data.epochs=0.5: are 3 steps, and the checkpoint {checkpoint} has 4 already. Use more: they count from the "
+        "beginning of the run."
+    )
+    config.trainer.max_steps = 4
+    check_settings(read_state(checkpoint), config, checkpoint)  # epochs may differ
+
+
 def test_groups_stay_those_of_the_first_mesh(checkpoint: Path) -> None:
     """groups=auto is 2 on two nodes; on one node it would be 1, another router."""
     here = [*OVERRIDES, "mesh=cpu_1x2"]
