@@ -51,14 +51,26 @@ def _prepare(config: Config, run_dir: Path) -> Config:
     from moecompile.schema import SEARCHED, TaskName, of_the_job
 
     if config.task.name is TaskName.submit:  # what its job would refuse is refused before it waits
-        resumed(with_plan(with_placement(of_the_job(config))), run_dir)
+        resumed(_with_epochs(with_plan(with_placement(of_the_job(config)))), run_dir)
         return config
-    config = with_plan(with_placement(config))
+    config = _with_epochs(with_plan(with_placement(config)))
     if config.mesh.ep == SEARCHED:
         from moecompile.tasks.layout import with_layout  # imports torch
 
         config = with_layout(config)
     return resumed(config, run_dir)
+
+
+def _with_epochs(config: Config) -> Config:
+    if config.data.epochs is None:
+        return config
+    waiting.show(f"{config.name}: reading the data, for the steps of data.epochs")
+    from moecompile.tasks.data import with_epochs  # imports torch
+
+    try:
+        return with_epochs(config)
+    finally:
+        waiting.done()
 
 
 def _check(config: Config) -> None:
@@ -92,7 +104,8 @@ def _run(config: Config, run_dir: Path) -> int:
     world_size = config.mesh.num_nodes * config.mesh.ranks_per_node
     where = f" on {world_size} ranks" if config.task.name.is_launched and world_size > 1 else ""
     if config.task.name.value != "submit":
-        waiting.show(f"{config.name}: {config.task.name.value}{where}, loading torch")
+        is_quiet = config.task.name.value == "chat"  # what it prints is an answer
+        waiting.show(f"{config.name}: {config.task.name.value}{where}, loading torch", line=not is_quiet)
     try:
         from moecompile import tasks
 

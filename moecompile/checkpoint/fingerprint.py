@@ -51,10 +51,10 @@ MAY_DIFFER = (
     "trainer.progress_bar", "trainer.resume", "trainer.sample_interval", "trainer.save_checkpoint",
     "trainer.save_interval", "trainer.threads_per_rank", "trainer.timeout_s", "trainer.val_interval",
     # How it is computed, and where.
-    "data.cache", "data.micro_batch_size", "data.val_batches", "dispatch.*", "hardware.*", "launcher.*", "mesh.*",
-    "model.device", "model.load", "stack.*", "workload.*",
+    "data.cache", "data.epochs", "data.micro_batch_size", "data.val_batches", "dispatch.*", "hardware.*", "launcher.*",
+    "mesh.*", "model.device", "model.load", "stack.*", "workload.*",
     # Names, permissions and other tasks.
-    "bench.*", "compare", "debug", "export.*", "given", "model.name", "model.published", "name", "place.*",
+    "bench.*", "chat.*", "compare", "debug", "export.*", "given", "model.name", "model.published", "name", "place.*",
     "routing.allow_future", "search.*", "task.*", "verify.*",
 )  # fmt: skip
 """Keys that change neither the function that is trained nor the data that come next."""

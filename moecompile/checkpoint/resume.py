@@ -15,9 +15,9 @@ from moecompile.checkpoint.fingerprint import TEXT, differences, settings
 from moecompile.checkpoint.fit import refuse
 from moecompile.checkpoint.folders import AUTO, PLAN, STATE, check, checkpoints_of, find, steps
 from moecompile.errors import ConfigError
-from moecompile.plan import read
+from moecompile.plan import Plan, read
 from moecompile.rundir import RESOLVED, output_dir, task_of
-from moecompile.schema import Config, TaskName
+from moecompile.schema import AdapterKind, Config, TaskName
 
 # -- state.json: the position of a run, and the settings that a resumed run must keep -------------------------------
 
@@ -72,6 +72,9 @@ def check_settings(state: State, config: Config, folder: Path) -> None:
     Raises:
         ConfigError: the order of the data changes, or `max_steps` is below the steps already done.
     """
+    if config.trainer.max_steps < state.step and config.data.epochs is not None:
+        rule = f"are {config.trainer.max_steps} steps, and the checkpoint {folder} has {state.step} already"
+        raise ConfigError("data.epochs", config.data.epochs, rule, "Use more: they count from the beginning of the run")
     if config.trainer.max_steps < state.step:
         raise ConfigError(
             "trainer.max_steps", config.trainer.max_steps, f"the checkpoint {folder} has {state.step} steps already",
@@ -140,6 +143,19 @@ def _config(folder: Path) -> dict[str, Any] | None:
     return body if isinstance(body, dict) else None
 
 
+def _check_adapters(saved: Plan, config: Config, folder: Path) -> None:
+    """Checks that adapters are trained if they were; else every tensor of them would be listed as a difference."""
+    kind, adapters = config.adapters.kind, saved.adapters
+    if (kind is AdapterKind.none) == (adapters is None):
+        return
+    if adapters is None:
+        rule, fix = "without adapters", "Leave adapters out, or train them on the folder that task=export writes of it"
+    else:
+        rule = "with adapters"
+        fix = f"Give adapters=lora adapters.rank={adapters.rank} adapters.alpha={adapters.alpha:g}"
+    raise ConfigError("adapters.kind", kind.value, f"the checkpoint {folder} was trained {rule}", fix)
+
+
 def resumed(config: Config, run_dir: Path) -> Config:
     """`config` with the routing groups of the checkpoint; unchanged for a new run.
 
@@ -157,8 +173,10 @@ def resumed(config: Config, run_dir: Path) -> Config:
         return config
     check(folder, [STATE, PLAN])
     check_settings(read_state(folder), config, folder)
+    saved_plan = read(folder / PLAN)
+    _check_adapters(saved_plan, config, folder)
     config = replace(config, trainer=replace(config.trainer, resume=AUTO if resume == AUTO else str(folder)))
-    layers = [layer for layer in read(folder / PLAN).layers if layer.experts.init != "existing"]
+    layers = [layer for layer in saved_plan.layers if layer.experts.init != "existing"]
     saved = {(layer.routing.groups, layer.routing.top_groups) for layer in layers}
     if config.routing.groups != "auto" or len(saved) != 1:
         return config

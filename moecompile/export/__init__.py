@@ -4,10 +4,11 @@ from moecompile.export.adapters import load_adapters, with_adapters
 from moecompile.export.beside import carry, compare
 from moecompile.export.families import FAMILIES, pairs
 from moecompile.export.huggingface import find_target, reload, write, write_tokenizer
-from moecompile.export.run import Run, find_run, load_exported, load_run, write_native
+from moecompile.export.run import PLAN, Run, find_run, load_exported, load_run, write_native
 
 __all__ = [
     "FAMILIES",
+    "PLAN",
     "Run",
     "carry",
     "compare",

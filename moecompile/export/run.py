@@ -45,17 +45,20 @@ class Run:
         return next((path for folder in folders if (path := folder / TOKENIZER).is_file()), None)
 
 
-def find_run(run: str | None, checkpoint: str | None, *, named: Named = MappingProxyType({})) -> Run:
+def find_run(
+    run: str | None, checkpoint: str | None, *, named: Named = MappingProxyType({}), key: str = "export.run"
+) -> Run:  # fmt: skip
     """The run with a checkpoint, by default its latest. If only a checkpoint is given, its run is two levels above it.
 
     Args:
         named: the code that the caller names. Back ends are not among it: the run is loaded without them.
+        key: the config path that names the run, for messages.
 
     Raises:
         ConfigError: a folder without config, plan or checkpoint, or a `model.factory` that only its config names.
     """
     folder = Path(run) if run is not None else Path(str(checkpoint)).resolve().parents[1]
-    path, value = ("export.run", run) if run is not None else ("export.checkpoint", checkpoint)
+    path, value = (key, run) if run is not None else ("export.checkpoint", checkpoint)
     for name in (RESOLVED, PLAN):
         if not (folder / name).is_file():
             raise ConfigError(path, value, f"{folder} has no {name}", "Name the run directory of task=train")

@@ -73,6 +73,44 @@ class ChatTemplate:
             flags.append(any(start < last and end > first for first, last in spans))
         return list(encoded["input_ids"]), flags
 
+    def prompt(self, messages: Messages) -> list[int]:
+        """Tokens of a chat, with the prompt for an answer.
+
+        Raises:
+            ChatError: the template refuses it.
+        """
+        return list(self._own(self.text(messages, prompt=True), add_special_tokens=False)["input_ids"])
+
+    def ends(self) -> set[int]:
+        """The tokens that end an answer: the special one that the template writes behind it, and the tokenizer's."""
+        found = {self._own.eos_token_id} - {None}
+        try:
+            tokens, flags = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        except ChatError:  # it renders other chats only
+            return found
+        written = [token for token, flag in zip(tokens, flags, strict=True) if flag]
+        special = self.tokenizer.get_added_tokens_decoder()
+        return found | {token for token in written[-1:] if token in special}
+
+    def rendered(self, messages: Messages, tools: Sequence[Any] | None = None) -> dict[str, bool]:
+        """Role -> whether anything of what it says is in the text; of the roles that say something.
+
+        Raises:
+            ChatError: the template refuses the chat.
+        """
+        text, found = self.text(messages, tools), {}
+        says = [bool((message.get("content") or "").strip()) for message in messages]
+        for role in dict.fromkeys(message["role"] for message, any_ in zip(messages, says, strict=True) if any_):
+            other = [
+                {**message, "content": _OTHER} if any_ and message["role"] == role else message
+                for message, any_ in zip(messages, says, strict=True)
+            ]
+            try:
+                found[role] = self.text(other, tools) != text
+            except ChatError:  # so it looks at the content
+                found[role] = True
+        return found
+
     def text(self, messages: Messages, tools: Sequence[Any] | None = None, *, prompt: bool = False) -> str:
         """The chat as text. prompt: with the prompt for an answer.
 

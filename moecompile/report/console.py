@@ -188,27 +188,75 @@ def print_warnings(warnings: Sequence[str], console: Console) -> None:
 
 
 def print_data(result: Mapping[str, Any], console: Console) -> None:
-    """Prints what is in a corpus or in chats; nothing for one text.
+    """Prints what is in the data, how long a pass takes, a chat with its targets, and what looks wrong.
 
     Args:
         result: keys of result.json that begin with `data_`.
     """
-    if "data_files" not in result:
-        return
-    count = {name.removeprefix("data_"): value for name, value in result.items()}
-    parts = [plural(count["files"], "file")]
-    if count["skipped"]:
-        parts[0] += f" ({count['skipped']:,} of other kinds not read)"
-    if "documents" in count:
-        parts += [f"{count['documents']:,} documents", f"{count['tokens']:,} tokens"]
-    else:
-        share = count["supervised"] / max(1, count["tokens"])
-        parts += [f"{count['records']:,} records", f"{count['left_out']:,} left out (no target)"]
-        parts += [f"{count['truncated']:,} truncated", f"{count['tokens']:,} tokens"]
-        parts += [f"{count['supervised']:,} supervised ({share:.1%})"]
-        parts += [f"{count['rows']:,} rows, {count['fill']:.1%} full"]
+    data = {name.removeprefix("data_"): value for name, value in result.items()}
+    grid = plain_grid()
+    for name, text in (
+        ("data", _amount_text(data)),
+        ("lengths", _lengths_text(data["lengths"]) if "lengths" in data else None),
+        ("epochs", _epochs_text(data)),
+    ):
+        if text is not None:
+            grid.add_row(Text(name, style="dim"), Text(text, overflow="fold"))
     console.print()
-    console.print(Text(f"data  {', '.join(parts)}"), soft_wrap=True)
+    console.print(grid)
+    if "example" in data:
+        console.print(_example_text(data["example"], data["example_tokens"]), soft_wrap=True)
+    print_warnings(data["warnings"], console)
+
+
+def _amount_text(data: Mapping[str, Any]) -> str:
+    parts = []
+    if "files" in data:
+        parts.append(plural(data["files"], "file"))
+        if data["skipped"]:
+            parts[0] += f" ({data['skipped']:,} of other kinds not read)"
+    if "documents" in data:
+        parts.append(f"{data['documents']:,} documents")
+    if "records" in data:
+        share = data["supervised"] / max(1, data["tokens"])
+        parts += [f"{data['records']:,} records", f"{data['left_out']:,} left out (no target)"]
+        parts += [f"{data['truncated']:,} truncated", f"{data['tokens']:,} tokens"]
+        parts += [f"{data['supervised']:,} supervised ({share:.1%})"]
+        parts += [f"{data['rows']:,} rows, {data['fill']:.1%} full"]
+    else:
+        parts += [f"{data['tokens']:,} tokens"] if "tokens" in data else []
+        parts += [f"{data['sequences']:,} sequences, {data['held_out']:,} more held out"]
+    return ", ".join(parts)
+
+
+def _lengths_text(lengths: Mapping[str, int]) -> str:
+    """Percentiles, the last of which is that of the longest chat."""
+    *parts, (_, longest) = lengths.items()
+    upto = (f"{percent} have at most {length:,}" for percent, length in parts)
+    return f"of the chats, in tokens: {', '.join(upto)}; the longest has {longest:,}"
+
+
+def _epochs_text(data: Mapping[str, Any]) -> str:
+    rows, batch, steps = data["sequences"], data["sequences_per_step"], data["steps_per_epoch"]
+    this = f"this run: {plural(data['steps'], 'step')}, {data['epochs']:.3g} epochs"
+    noun = "rows" if "records" in data else "sequences"
+    return f"1 epoch = {plural(steps, 'step')} ({rows:,} {noun}, {batch:,} a step); {this}"
+
+
+def _example_text(example: str, tokens: int) -> Text:
+    """A chat, at most some lines of it, with its targets, which stand in brackets, in another colour."""
+    shown = (
+        example if len(example) <= _EXAMPLE else f"{example[:_EXAMPLE]} ... and {len(example) - _EXAMPLE:,} characters"
+    )
+    text = Text(f"a chat of {plural(tokens, 'token')}; the loss is on what stands in \u27e6\u27e7:\n  ")
+    is_target = False
+    for part in re.split("([\u27e6\u27e7])", shown.strip("\n").replace("\n", "\n  ")):
+        is_target = part == "\u27e6" or (is_target and part != "\u27e7")
+        text.append(part, "green" if is_target or part == "\u27e7" else "")
+    return text
+
+
+_EXAMPLE = 1_500  # characters that are shown of a chat
 
 
 # Last lines of `print_result`, never broken.

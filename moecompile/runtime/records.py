@@ -2,6 +2,8 @@
 
     suffix               read as
     .jsonl, .ndjson      JSON lines: a record a line
+    .json                a list of records, read whole, or JSON lines; only if it is named, because folders have others
+    .csv, .tsv           a record a row, under the names in the first row; columns of `_LISTS` hold JSON
     .parquet             a table: a record a row, by the library `datasets`, a group of rows at a time
     a saved `datasets`   a folder that `save_to_disk` wrote, memory-mapped
     .txt, .text, .md     plain UTF-8 text, in pieces; in a corpus alone. A file that is named may have any suffix.
@@ -12,6 +14,7 @@ Every error names the file, the line or row, and what is wrong there.
 from __future__ import annotations
 
 import codecs
+import csv
 import glob
 import importlib.util
 import json
@@ -27,13 +30,16 @@ PIECE = 2**16
 """Length of a piece of a document: bytes of a file, characters of a field. A piece ends at the end of a line."""
 
 _LINES, _TABLES, _TEXTS = (".jsonl", ".ndjson"), (".parquet",), (".txt", ".text", ".md")
+_SHEETS, _DOCUMENTS = {".csv": ",", ".tsv": "\t"}, (".json",)
+_LISTS = ("messages", "conversations", "history", "tools")
 _SAVED, _SPLITS = "dataset_info.json", "dataset_dict.json"  # what `save_to_disk` writes: one dataset, several splits
 _HEADS = {
     b"\x1f\x8b": "compressed", b"BZh": "compressed", b"\xfd7zXZ": "compressed", b"\x28\xb5\x2f\xfd": "compressed",
     b"PK\x03\x04": "compressed", b"PAR1": "a table", b"ARROW1": "a table",
 }  # fmt: skip
 _GIVE = (
-    "Give files that end in .jsonl, .parquet or .txt, a folder of them, or a folder that datasets' save_to_disk wrote"
+    "Give files that end in .jsonl, .csv, .parquet or .txt, a folder of them, or a folder that datasets' save_to_disk "
+    "wrote"
 )
 
 
@@ -81,17 +87,24 @@ def find_files(data: DataConfig) -> Found:
 
 
 def records(path: Path) -> Iterator[Record]:
-    """The records of JSON lines, a table or a saved dataset, in order.
+    """The records of JSON, a table or a saved dataset, in order.
 
     Raises:
         ConfigError: a line is no JSON object, or the file cannot be read.
     """
-    return _rows(path) if _is_table(path) else _json_lines(path)
+    if _is_table(path):
+        return _rows(path)
+    suffix = path.suffix.lower()
+    return (
+        _sheet(path, _SHEETS[suffix])
+        if suffix in _SHEETS
+        else (_document(path) if suffix in _DOCUMENTS else _json_lines(path))
+    )
 
 
 def is_text(path: Path) -> bool:
     """Whether a file is read as plain text."""
-    return not path.is_dir() and path.suffix.lower() not in _LINES + _TABLES
+    return not path.is_dir() and path.suffix.lower() not in (*_LINES, *_TABLES, *_SHEETS, *_DOCUMENTS)
 
 
 def text_pieces(path: Path) -> Iterator[tuple[str, bool]]:
@@ -175,6 +188,62 @@ def _json_lines(path: Path) -> Iterator[Record]:
             yield Record(where, value)
 
 
+def _document(path: Path) -> Iterator[Record]:
+    """The records of a list in JSON, from 1; or JSON lines."""
+    with _opened(path) as file:
+        content = file.read().removeprefix(codecs.BOM_UTF8)
+    if not content.lstrip().startswith(b"["):
+        yield from _json_lines(path)
+        return
+    try:
+        values = json.loads(content)
+    except UnicodeDecodeError:
+        raise bad(str(path), "is not UTF-8 text", "Convert the file to UTF-8") from None
+    except ValueError as error:
+        raise bad(str(path), f"is not JSON: {str(error).removesuffix('.')}", "Correct it there") from None
+    except RecursionError:
+        raise _too_deep(str(path)) from None
+    for number, value in enumerate(values, start=1):
+        where = f"{path} record {number}"
+        if not isinstance(value, dict):
+            raise bad(where, f"is {_kind(value)}, not an object with fields", "Write a list of JSON objects")
+        yield Record(where, value)
+
+
+def _sheet(path: Path, delimiter: str) -> Iterator[Record]:
+    """The rows of a table in text, from 1, without the row of names. Fields may have line ends within quotes."""
+    csv.field_size_limit(2**31 - 1)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows: Any = csv.DictReader(file, delimiter=delimiter, strict=True)
+            for number, row in enumerate(rows, start=1):
+                where = f"{path} row {number}"
+                if None in row or None in row.values():
+                    rule = f"has {'more' if None in row else 'fewer'} fields than the first row has names"
+                    raise bad(where, rule, "Write text with commas, quotes or line ends within quotes")
+                yield Record(where, {name: _cell(name, text, where) for name, text in row.items()})
+    except UnicodeDecodeError:
+        raise bad(str(path), "is not UTF-8 text", "Convert the file to UTF-8") from None
+    except csv.Error as error:
+        raise bad(
+            f"{path} line {rows.reader.line_num}", f"cannot be read as a table: {error}", "Correct it there"
+        ) from None
+    except OSError as error:
+        raise ConfigError("data.path", path, f"cannot be read: {error.strerror}", "Change that") from None
+
+
+def _cell(name: str, text: str, where: str) -> Any:
+    if name not in _LISTS:
+        return text
+    try:
+        return json.loads(text) if text.strip() else None
+    except ValueError as error:
+        rule = f"holds no JSON in the column {name}: {str(error).removesuffix('.')}"
+        raise bad(where, rule, f"Write {name} as JSON, or use another name") from None
+    except RecursionError:
+        raise _too_deep(where) from None
+
+
 def _rows(path: Path) -> Iterator[Record]:
     """The rows of a table, from 1."""
     from datasets import IterableDataset, load_from_disk
@@ -218,7 +287,7 @@ def _check_file(path: Path, kind: DataKind) -> None:
 
 
 def _is_read(path: Path, kind: DataKind) -> bool:
-    suffixes = _LINES + _TABLES + (_TEXTS if kind is DataKind.corpus else ())
+    suffixes = (*_LINES, *_TABLES, *_SHEETS) + (_TEXTS if kind is DataKind.corpus else ())
     return path.suffix.lower() in suffixes
 
 

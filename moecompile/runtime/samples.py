@@ -1,8 +1,9 @@
-"""Text that the model writes during training, from the beginnings of validation texts.
+"""Text that the model writes during training: from the beginnings of validation texts, or answers to held-out prompts.
 
 Algorithm of one sample, on all ranks at once, because a forward exchanges tokens between them:
   1. A validation micro-batch of this rank; of its rows a causal model is given the first quarter, an encoder-decoder
-     model all of the encoder's input.
+     model all of the encoder's input. Of chats, on every rank the same prompts as the template renders them
+     (`ChatRows.prompts`); what follows the token that ends the answer is dropped.
   2. One forward for each token, as many on every rank, also if rows of chats are shorter on some. Rows keep their
      length, so that nothing is compiled again; causal models do not see what is not written yet. (Behind a capacity, it
      competes for experts all the same.)
@@ -32,14 +33,14 @@ from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.observer import StepObserver
 from moecompile.runtime.strategy import ExpertParallelStrategy
 
-TOKENS, ROWS, TEMPERATURE = 24, 2, 0.8
+TOKENS, ANSWER, ROWS, TEMPERATURE = 24, 48, 2, 0.8
 
 
 class Samples(StepObserver):
     """Writes samples every `interval` optimizer steps and after the last one; None: only after the last one.
 
     Args:
-        batches: validation micro-batches, of which the first is taken. tokenizer: of the text. path: of samples.jsonl.
+        batches: micro-batches, of which the first is taken. tokenizer: of the text. path: of samples.jsonl.
         metrics: whose clock stops meanwhile.
     """
 
@@ -83,7 +84,15 @@ class Samples(StepObserver):
             with strategy.precision_plugin.val_step_context():
                 rows = written(module, batch, count, vocabulary=vocabulary, generator=generator)
             if trainer.is_global_zero:
-                self._write(trainer, step, [tuple(map(self.tokenizer.decode, row)) for row in rows[:ROWS]])
+                self._write(trainer, step, [self._texts(batch, i, *row) for i, row in enumerate(rows[:ROWS])])
+
+    def _texts(self, batch: dict[str, Tensor], i: int, prompt: list[int], text: list[int]) -> tuple[str, str]:
+        """Prompt and continuation of a row; a prompt of chats with the tokens of the template."""
+        if "ends" not in batch:
+            return self.tokenizer.decode(prompt), self.tokenizer.decode(text)
+        end = int(batch["ends"][i])
+        text = text[: text.index(end)] if end in text else text
+        return self.tokenizer.decode(prompt, skip_special_tokens=False), self.tokenizer.decode(text)
 
     def _write(self, trainer: Trainer, step: int, texts: list[tuple[str, ...]]) -> None:
         rows = [
@@ -103,6 +112,8 @@ def room(module: LanguageModule, batch: dict[str, Tensor]) -> int:
     if module.decoder_start is not None:
         return min(TOKENS, batch["labels"].shape[1])
     length = batch["input_ids"].shape[1]
+    if "starts" in batch:
+        return length - int(batch["starts"].max())
     return min(TOKENS, length - _prompt(length))
 
 
@@ -124,7 +135,7 @@ def written(
     """Prompt and continuation of every row, token ids. All ranks call it together, with the same `count`.
 
     Args:
-        batch: as for the module; of several chats in a row the first begins the prompt. count: tokens to write.
+        batch: as for the module, or of `ChatRows.prompts`. count: tokens to write.
         vocabulary: ids to draw from.
     """
     is_causal, training = module.decoder_start is None, module.training
@@ -133,15 +144,19 @@ def written(
         inputs: dict[str, Any] = {"input_ids": batch["input_ids"].clone()} if is_causal else dict(batch)
         inputs["labels"] = batch["labels"].clone()
         target = inputs["input_ids" if is_causal else "labels"]
-        first = _prompt(target.shape[1]) if is_causal else 0
-        last = first + count
-        target[:, first:] = target[:, first - 1 : first] if is_causal else 0
-        for place in range(first, last):
-            logits = module.logits(inputs)[:, place - is_causal, :vocabulary]
+        rows, first = torch.arange(len(target)), _prompt(target.shape[1]) if is_causal else 0
+        starts = batch["starts"].cpu() if "starts" in batch else torch.full_like(rows, first)
+        for row, start in enumerate(starts.tolist()):
+            target[row, start:] = target[row, start - 1] if is_causal else 0
+        for places in (starts + i for i in range(count)):
+            logits = module.logits(inputs)[rows, places - int(is_causal), :vocabulary]
             finite = logits.float().nan_to_num(0.0, posinf=0.0)  # a run may go on with weights that are not
             chances = (finite / TEMPERATURE).softmax(-1).cpu()
-            target[:, place] = torch.multinomial(chances, 1, generator=generator)[:, 0].to(target.device)
-        prompts = target[:, :first] if is_causal else batch["input_ids"]
-        return list(zip(prompts.tolist(), target[:, first:last].tolist(), strict=True))
+            target[rows, places] = torch.multinomial(chances, 1, generator=generator)[:, 0].to(target.device)
+        prompts = target if is_causal else batch["input_ids"]
+        return [
+            (prompt[:start] if is_causal else prompt, text[start : start + count])
+            for prompt, text, start in zip(prompts.tolist(), target.tolist(), starts.tolist(), strict=True)
+        ]
     finally:
         module.train(training)

@@ -30,7 +30,7 @@ from moecompile.pipeline import compile_model
 from moecompile.plan import Plan, Traffic, reductions
 from moecompile.rundir import SAMPLES, accept, note_accepted
 from moecompile.runtime import signals
-from moecompile.runtime.data import TextData, train_loader, val_loader
+from moecompile.runtime.data import ChatRows, TextData, train_loader, val_loader
 from moecompile.runtime.launch import is_restart
 from moecompile.runtime.loggers import finished, make_callbacks, make_loggers
 from moecompile.runtime.metrics import Metrics
@@ -38,7 +38,7 @@ from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.profile import StepProfile, TrafficMeter
 from moecompile.runtime.progress import LiveReport, ProgressBar, ProgressLines
 from moecompile.runtime.routes import routes_observer
-from moecompile.runtime.samples import Samples
+from moecompile.runtime.samples import ANSWER, ROWS, Samples
 from moecompile.runtime.saving import Saver, starting_point
 from moecompile.runtime.strategy import ExpertParallelStrategy
 from moecompile.schema import Compiled, Config, Precision, accumulation_steps
@@ -188,7 +188,8 @@ def train(
     val = val_loader(data.val, config.data, rank=place, world_size=mesh.num_batches, multiple=parts)
     interval = config.trainer.sample_interval
     if interval != 0 and parts == 1:  # else a rank has logits of its positions only
-        observers.append(Samples(interval, val, data.tokenizer, run_dir / SAMPLES, metrics, seed=config.seed))
+        prompts = [data.val.prompts(ROWS, ANSWER, data.tokenizer)] if isinstance(data.val, ChatRows) else val
+        observers.append(Samples(interval, prompts, data.tokenizer, run_dir / SAMPLES, metrics, seed=config.seed))
     if on_row is not None:
         observers.append(LiveReport(metrics, on_row))
     observers += make_callbacks(config.trainer)

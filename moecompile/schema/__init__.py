@@ -8,6 +8,7 @@ from moecompile.schema.config import (
     AdaptersConfig,
     BalanceConfig,
     BenchConfig,
+    ChatConfig,
     Config,
     ContentionConfig,
     DataConfig,

@@ -562,6 +562,8 @@ class DataConfig:
     """Sequences per optimizer step, independent of the mesh; a multiple of micro_batch_size * ranks."""
     micro_batch_size: int = number(4, Whole(1))
     """Sequences per rank and forward; the number of accumulation steps is derived."""
+    epochs: Optional[float] = number(None, Real("(0, inf)", "Use 3, or null for trainer.max_steps"))
+    """How often the training data are passed, instead of `trainer.max_steps`; null: as often as those steps take."""
     val_fraction: float = number(0.05, Real("(0, 1)", "Use 0.05"))
     """Fraction that is held out for validation: the end of a text, pieces of a corpus, or chats."""
     val_batches: int = number(0, Whole(0))
@@ -765,6 +767,23 @@ class ExportConfig:
     """Largest difference between the logits of the exported and the trained model."""
 
 
+@dataclass(kw_only=True)
+class ChatConfig:
+    """`chat`: settings of task=chat, which takes everything else from the run."""
+
+    run: Optional[str] = None
+    """A run that was trained, an export or its run directory, adapters, or any folder of transformers with a chat
+    template."""
+    message: Optional[str] = None
+    """One message, whose answer alone is printed; null: what is piped in, or lines on the terminal."""
+    system: Optional[str] = None
+    """A system message before the first one; null: the template's own, if it has one."""
+    temperature: float = number(0.0, Real("[0, inf)", "Use 0.7, or 0 for the likeliest tokens"))
+    """Temperature at which tokens are drawn; 0: the likeliest token each time."""
+    max_tokens: int = number(256, Whole(1))
+    """Most tokens of an answer."""
+
+
 # -- all groups -----------------------------------------------------------------------------------------------------
 
 
@@ -800,6 +819,7 @@ class Config:
     bench: BenchConfig = field(default_factory=BenchConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     place: PlaceConfig = field(default_factory=PlaceConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     plan: Optional[str] = None
     """A `plan.yaml`, or a run directory with one, that decides in task=plan, compile and train; null: a new plan."""
     compare: Optional[str] = None

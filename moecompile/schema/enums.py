@@ -16,6 +16,8 @@ class TaskName(str, Enum):
     bench = "bench"
     search = "search"
     place = "place"
+    data = "data"
+    chat = "chat"
     submit = "submit"
 
     @property

@@ -72,6 +72,7 @@ def _validate(config: Config) -> None:
     check_schedule(config)
     check_optimizer(config)
     check_export(config)
+    check_chat(config)
     check_adapters(config)
 
 
@@ -139,10 +140,29 @@ def check_export(config: Config) -> None:
         raise ConfigError(
             "export.family", export.family, "has no meaning with export.format=native", "Leave one of them out"
         )
+    _refuse_others(config)
+
+
+def check_chat(config: Config) -> None:
+    """Checks that there is something to talk to.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    if config.task.name is not TaskName.chat:
+        return
+    if config.chat.run is None:
+        raise ConfigError("chat.run", None, "task=chat needs a model", "Give chat.run=RUN_DIRECTORY, or a folder")
+    _refuse_others(config)
+
+
+def _refuse_others(config: Config) -> None:
+    """Refuses keys of other groups than the task's own: model and plan are those of a run."""
+    task = config.task.name.value
     given = [key for key in config.given if key != FACTORY]  # the run's, which the caller must name again
-    if others := [key for key in given if key.partition(".")[0] not in ("export", "task", "hydra")]:
+    if others := [key for key in given if key.partition(".")[0] not in (task, "task", "hydra")]:
         raise ConfigError(
-            others[0], "...", "task=export takes the model and its plan from the run, so other keys have no effect",
+            others[0], "...", f"task={task} takes the model and its plan from the run, so other keys have no effect",
             "Leave it out",
         )  # fmt: skip
 
@@ -584,6 +604,7 @@ _ONLY_FOR = {
 }
 """Keys that only some kinds of data read."""
 _GROUPS = {DataKind.text: "moby_dick", DataKind.corpus: "corpus", DataKind.sft: "sft"}
+_READ_DATA = (TaskName.train, TaskName.verify, TaskName.bench, TaskName.data)
 _BETA = Real("[0, 1)", "Use [0.9, 0.95]")
 
 
@@ -610,7 +631,7 @@ def _check_kind(config: Config) -> None:
             )  # fmt: skip
     if data.kind is DataKind.text:
         return
-    if data.path is None and config.task.name in (TaskName.train, TaskName.verify, TaskName.bench):
+    if data.path is None and (config.task.name in _READ_DATA or data.epochs is not None):
         raise ConfigError(
             "data.path", None, f"data.kind={data.kind.value} needs files", "Give a file, a folder or a pattern"
         )
@@ -669,13 +690,19 @@ def check_schedule(config: Config) -> None:
     Raises:
         ConfigError: the first rule that is broken.
     """
-    optimizer, max_steps = config.optimizer, config.trainer.max_steps
+    optimizer, max_steps, epochs = config.optimizer, config.trainer.max_steps, config.data.epochs
+    if epochs is not None and "trainer.max_steps" in config.given:
+        raise ConfigError(
+            "data.epochs", epochs, f"trainer.max_steps={max_steps} says another length of the run", "Give one of them"
+        )
     if len(optimizer.betas) != 2:
         raise ConfigError("optimizer.betas", optimizer.betas, "must be two numbers", "Use [0.9, 0.95]")
     for i, beta in enumerate(optimizer.betas):
         _BETA.check(f"optimizer.betas[{i}]", beta)
     # A run that the caller shortens keeps the recipe's warm-up, and may end before it does.
-    shortened = "trainer.max_steps" in config.given and "optimizer.warmup_steps" not in config.given
+    shortened = (
+        epochs is not None or "trainer.max_steps" in config.given
+    ) and "optimizer.warmup_steps" not in config.given
     if optimizer.warmup_steps > max_steps and not shortened:
         raise ConfigError(
             "optimizer.warmup_steps", optimizer.warmup_steps,

@@ -20,6 +20,8 @@ _RUNS = {
     TaskName.bench: "moecompile.tasks.launched:start_ranks",
     TaskName.verify: "moecompile.tasks.verify:run",
     TaskName.compile: "moecompile.tasks.compile:run",
+    TaskName.data: "moecompile.tasks.data:run",
+    TaskName.chat: "moecompile.tasks.chat:run",
     TaskName.plan: "moecompile.tasks.plan:run",
     TaskName.search: "moecompile.tasks.search:run",
     TaskName.place: "moecompile.tasks.place:run",
@@ -52,6 +54,6 @@ def run(config: Config, run_dir: Path) -> int:
     except VerificationFailed:
         try_report(run_dir, name)
         raise
-    if config.task.name is not TaskName.submit:  # which has no results
+    if config.task.name not in (TaskName.submit, TaskName.chat):  # which have no results
         try_report(run_dir, name)
     return 0

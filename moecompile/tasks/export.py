@@ -109,6 +109,7 @@ def _export_adapters(model: nn.Module, trained: Run, config: Config, folder: Pat
         architecture = f"adapters of {type(adapted.get_base_model()).__name__}, in the format of peft"
         adapted.save_pretrained(str(folder))
         del model, adapted
+        _write_beside(trained, folder, is_compared=False)  # there is no model of which a config could be compared
         again = load_adapters(source_model(trained.config), folder)
     return architecture, _difference(architecture, again, example, expected, trained, config)
 

@@ -45,12 +45,14 @@ def check_inputs(config: Config) -> None:
     is_elsewhere = config.task.name is TaskName.submit  # the GPUs are those of other machines
     config = of_the_job(config)
     task = config.task.name
-    if task in (TaskName.export, TaskName.place):
+    if task in (TaskName.export, TaskName.place, TaskName.chat):
         return
-    if task.is_launched:
+    if task.is_launched or task is TaskName.data or (task is TaskName.plan and config.data.path is not None):
         _check_text(config)  # Step 1
-        if task is not TaskName.verify and not is_elsewhere:  # verify runs on CPUs
-            _check_gpus(config)  # Step 2
+    if task is TaskName.data:  # needs no model but its tokenizer
+        return
+    if task.is_launched and task is not TaskName.verify and not is_elsewhere:  # verify runs on CPUs
+        _check_gpus(config)  # Step 2
     folder = Path(config.model.pretrained) if config.model.pretrained else None  # Step 3
     if config.model.package:
         folder = check_package(config.model.package)

@@ -28,6 +28,7 @@ from moecompile.planner.existing import notes
 from moecompile.planner.given import given_plan, plan_file
 from moecompile.planner.placement import read_placement
 from moecompile.planner.search.described import memory_of
+from moecompile.report.console import print_data
 from moecompile.report.plan_tables import (
     Compared,
     costs,
@@ -41,7 +42,8 @@ from moecompile.report.plan_tables import (
 from moecompile.report.result import write_result
 from moecompile.report.text import bytes_text
 from moecompile.rundir import accept
-from moecompile.schema import Config, is_described, with_workload
+from moecompile.schema import Config, DataKind, is_described, with_workload
+from moecompile.tasks.data import data_fields, read_data
 from moecompile.tasks.forecast import forecast_fields
 
 _READ = ("data", "hardware", "stack", "workload")  # config groups
@@ -50,6 +52,7 @@ _READ = ("data", "hardware", "stack", "workload")  # config groups
 def run(config: Config, run_dir: Path) -> None:
     """Prints the plan and writes `plan.yaml` and `result.json`."""
     config, workload_notes = with_workload(config)
+    console, of_data = Console(), data_fields(read_data(config), config) if _reads_data(config) else {}
     model = source_model(config)
     plan = planned(model, config, given_plan(config))
     require_layers(plan, config)
@@ -62,7 +65,8 @@ def run(config: Config, run_dir: Path) -> None:
         *notes(plan, config, getattr(model, WIDENED, ""), own_losses(model)),
         *frozen_notes(model, plan),
     ]
-    console = Console()
+    if of_data:
+        print_data(of_data, console)
     print_plan(plan, console, plan_notes)
     where = read_placement(Path(config.mesh.placement)) if config.mesh.placement else []
     if where:
@@ -82,8 +86,15 @@ def run(config: Config, run_dir: Path) -> None:
             **compared,
             **(placement_fields(where) if where else {}),
             "notes": plan_notes,
+            **of_data,
         },
     )
+
+
+def _reads_data(config: Config) -> bool:
+    """Whether the data are looked at: those that are named, but a corpus, which takes long, only for its epochs."""
+    data = config.data
+    return data.epochs is not None or (data.path is not None and data.kind is not DataKind.corpus)
 
 
 def decides(config: Config) -> list[str]:

@@ -166,4 +166,4 @@ def _shrink_run(work: _Shrinking, steps: int) -> None:
     trainer = config.trainer
     trainer.loggers = []
     trainer.log_interval, trainer.val_interval, trainer.progress_bar, trainer.save_checkpoint = 1, steps, False, False
-    data.val_batches = 1
+    data.val_batches, data.epochs = 1, None

@@ -18,6 +18,7 @@ from moecompile.compose import compose_config
 from moecompile.errors import ConfigError, PlanError
 from moecompile.pipeline import make_plan
 from moecompile.plan import Plan
+from moecompile.plan.adapters import AdaptersPlan
 from moecompile.schema import Config, validate
 
 OVERRIDES = ["mesh=cpu_2x2", "experts.num_routed=8", "routing.top_k=2", "routing.max_nodes=1", "trainer.max_steps=9"]
@@ -63,6 +64,23 @@ def test_the_data_must_stay(checkpoint: Path) -> None:
     )
 
 
+def test_a_run_goes_on_to_the_same_epochs(checkpoint: Path) -> None:
+    config = compose_config([*OVERRIDES, "trainer.max_steps=3"])
+    with pytest.raises(
+        ConfigError, match=r"^trainer.max_steps=3: the checkpoint .* has 4 steps already. Use 4 or more.$"
+    ):
+        check_settings(read_state(checkpoint), config, checkpoint)
+    config.data.epochs = 0.5  # of which 3 are the steps
+    with pytest.raises(ConfigError) as caught:
+        check_settings(read_state(checkpoint), config, checkpoint)
+    assert str(caught.value) == (
+        f"data.epochs=0.5: are 3 steps, and the checkpoint {checkpoint} has 4 already. Use more: they count from the "
+        "beginning of the run."
+    )
+    config.trainer.max_steps = 4
+    check_settings(read_state(checkpoint), config, checkpoint)  # epochs may differ
+
+
 def test_groups_stay_those_of_the_first_mesh(checkpoint: Path) -> None:
     """groups=auto is 2 on two nodes; on one node it would be 1, another router."""
     here = [*OVERRIDES, "mesh=cpu_1x2"]
@@ -83,6 +101,28 @@ def test_a_promise_that_the_new_mesh_cannot_say_is_still_kept(checkpoint: Path) 
     with pytest.raises(ConfigError, match=r"routing.max_nodes=2: the EP group spans only 1 node"):
         validate(here)
     validate(resumed(here, Path("new")))
+
+
+def test_adapters_stay(checkpoint: Path) -> None:
+    """One line, and not all their tensors."""
+    given = [*OVERRIDES, f"trainer.resume={checkpoint}"]
+    with pytest.raises(ConfigError) as caught:
+        resumed(compose_config([*given, "adapters=lora"]), Path("new"))
+    assert str(caught.value) == (
+        f"adapters.kind=lora: the checkpoint {checkpoint} was trained without adapters. Leave adapters out, or train them "
+        "on the folder that task=export writes of it."
+    )
+    adapters = AdaptersPlan(rank=4, alpha=8.0, dropout=0.0, linears=("0",), train_router=False)
+    plans.save(replace(planned(OVERRIDES), adapters=adapters), checkpoint / folders.PLAN)
+    (checkpoint / folders.SUMS).unlink()
+    folders.seal(checkpoint)
+    with pytest.raises(ConfigError) as caught:
+        resumed(compose_config(given), Path("new"))
+    assert str(caught.value) == (
+        f"adapters.kind=none: the checkpoint {checkpoint} was trained with adapters. Give adapters=lora adapters.rank=4 "
+        "adapters.alpha=8."
+    )
+    resumed(compose_config([*given, "adapters=lora"]), Path("new"))
 
 
 def test_a_new_run_takes_nothing(checkpoint: Path) -> None:

@@ -124,6 +124,23 @@ def test_a_template_without_end_is_ended(template: str, monkeypatch: pytest.Monk
     assert ChatTemplate(tokenizer(CHATML)).encode(CHATS["one turn"])
 
 
+def test_what_a_template_leaves_out() -> None:
+    chat = [{"role": "system", "content": "Be a whale."}, *CHATS["one turn"], {"role": "tool", "content": " "}]
+    rendered = {"system": True, "user": True, "assistant": True}
+    for template in FAMILIES.values():
+        found = ChatTemplate(tokenizer(template)).rendered(CHATS["thoughts"])
+        assert found == {"user": True, "assistant": True}
+    assert ChatTemplate(tokenizer(CHATML)).rendered(chat) == rendered
+    silent = CHATML.replace(
+        "{% else %}{{ message.content }}", "{% else %}{{ message.content if message.role != 'system' }}"
+    )
+    assert ChatTemplate(tokenizer(silent)).rendered(chat) == {**rendered, "system": False}
+    ends = "{% for message in messages %}<|im_end|>{% endfor %}"
+    assert ChatTemplate(tokenizer(ends)).rendered(chat) == dict.fromkeys(rendered, False)
+    strict = CHATML + "{% if messages[0].content[0] != 'B' %}{{ raise_exception('no') }}{% endif %}"
+    assert ChatTemplate(tokenizer(strict)).rendered(chat) == rendered
+
+
 def test_system_messages_tools_and_the_date() -> None:
     template = (
         unmarked(CHATML)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from moecompile.passes.run import PassRecord
-from moecompile.report.console import print_passes, print_result, print_sites
+from moecompile.report.console import print_data, print_passes, print_result, print_sites
 
 COLUMNS = 80
 
@@ -90,6 +90,32 @@ def test_what_was_not_measured_is_left_out() -> None:
     result["step0_reason"] = "not compared: no rank holds the whole model"
     text = words(printed(lambda console: print_result(result, console)))
     assert text == "x ok 1.0 s step 0 not compared: no rank holds the whole model"
+
+
+def test_the_data_are_shown_with_a_chat_and_what_is_wrong() -> None:
+    counts = {
+        "files": 1, "skipped": 2, "records": 300, "left_out": 4, "truncated": 5, "tokens": 6000, "supervised": 1500,
+        "rows": 40, "fill": 0.974, "lengths": {"5%": 7, "50%": 20, "95%": 1050, "100%": 2000}, "sequences": 38,
+        "held_out": 2, "sequences_per_step": 16, "steps_per_epoch": 3, "steps": 7, "epochs": 7 * 16 / 38,
+        "warnings": ["5 of 300"], "example": "<user>\nHi [b]<end>\n\u27e6Ho<end>\u27e7" + "x" * 2000, "example_tokens": 21,
+    }  # fmt: skip
+    result = {f"data_{name}": value for name, value in counts.items()}
+    out = io.StringIO()
+    print_data(result, Console(file=out, width=COLUMNS))
+    text = out.getvalue()
+    assert words(text).startswith(
+        "data 1 file (2 of other kinds not read), 300 records, 4 left out (no target), 5 truncated, 6,000 tokens, 1,500 "
+        "supervised (25.0%), 40 rows, 97.4% full lengths of the chats, in tokens: 5% have at most 7, 50% have at most 20, "
+        "95% have at most 1,050; the longest has 2,000 epochs 1 epoch = 3 steps (38 rows, 16 a step); this run: 7 steps, "
+        "2.95 epochs a chat of 21 tokens; the loss is on what stands in \u27e6\u27e7: <user> Hi [b]<end> \u27e6Ho<end>\u27e7"
+    )
+    assert text.endswith("x ... and 528 characters\n\nwarning  5 of 300\n")
+    plain = {f"data_{name}": counts[name] for name in ("tokens", "sequences", "held_out", "sequences_per_step",
+             "steps_per_epoch", "steps", "epochs")}  # fmt: skip
+    text = words(printed(lambda console: print_data({**plain, "data_warnings": []}, console)))
+    assert text.startswith(
+        "data 6,000 tokens, 38 sequences, 2 more held out epochs 1 epoch = 3 steps (38 sequences, 16"
+    )
 
 
 def test_paths_are_printed_as_they_are() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from moecompile.errors import ChatError, ConfigError
 from moecompile.runtime.data import IGNORED, ChatCounts, ChatRows, TokenWindows, train_loader, val_loader
-from moecompile.runtime.data.chats import load_chats, messages_of, pack
+from moecompile.runtime.data.chats import load_chats, marked, messages_of, pack, warnings_of
 from moecompile.runtime.records import Record, find_files
 from moecompile.schema import DataConfig, DataKind, RowLayout
+from moecompile.tasks.data import steps_of
 from tests.chat_models import write_lines
 
 PAD = 99
@@ -30,6 +32,7 @@ class Numbers:
 
     tokenizer = Tokenizer(WordLevel({str(i): i for i in range(100)}, unk_token="0"))
     pad_id, template = PAD, "numbers"
+    silent: frozenset[str] = frozenset()  # roles of which nothing is rendered
 
     def encode(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
@@ -44,6 +47,17 @@ class Numbers:
             tokens += [2 if mine else 1, *own]
             targets += [False, *[mine for _ in own]]
         return tokens, targets
+
+    def rendered(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> dict[str, bool]:
+        return {m["role"]: m["role"] not in self.silent for m in messages if (m["content"] or "").strip()}
+
+
+class Digits:
+    """A tokenizer that writes token ids."""
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool) -> str:
+        assert not skip_special_tokens
+        return " ".join(map(str, tokens))
 
 
 def chat(*contents: str) -> dict[str, Any]:
@@ -71,7 +85,13 @@ def test_labels_are_the_assistants_tokens_one_place_earlier(tmp_path: Path) -> N
     }  # fmt: skip
     assert items(train) == items(val) == [expected]
     assert counts == ChatCounts(
-        files=1, skipped=0, records=2, left_out=0, truncated=0, tokens=18, supervised=6, rows=2, fill=1.0
+        files=1, skipped=0, records=2, left_out=0, truncated=0, no_target=0, empty=0,
+        lengths={"5%": 9, "50%": 9, "95%": 9, "100%": 9}, unrendered={"user": [0, 2], "assistant": [0, 2]}, tokens=18,
+        supervised=6, rows=2, fill=1.0,
+    )  # fmt: skip
+    assert warnings_of(counts, 16) == [] and marked(train, Digits()) == (
+        "1 10 11 2\u27e6 20 21\u27e7 1 12 2\u27e6 22\u27e7",
+        9,
     )
 
 
@@ -85,11 +105,93 @@ def test_long_chats_are_cut_and_those_without_a_target_left_out(tmp_path: Path) 
     ]
     train, val, counts, _ = loaded(tmp_path, rows, seq_len=4, layout=RowLayout.pad)
     assert (counts.records, counts.left_out, counts.truncated) == (5, 2, 1)
+    assert (counts.no_target, counts.empty, counts.lengths) == (1, 1, {"5%": 2, "50%": 4, "95%": 6, "100%": 6})
+    assert warnings_of(counts, 4) == [
+        "2 of 5 chats (40.0%) are longer than data.seq_len=4: 1 cut off, 1 left out, as no target is left; 95% of the chats have at most 6 tokens",
+        "1 of 5 chats (20.0%) have no token that the assistant wrote: left out",
+        "1 of 5 chats (20.0%) have an empty answer: they teach to say nothing",
+    ]
     assert (counts.tokens, counts.supervised, counts.rows) == (12, 5, 3)
     found = sorted(map(str, [*items(train), *items(val)]))
     whole = {"input_ids": [1, 10, 2, 20], "labels": [IGNORED, IGNORED, 20, 21], "position_ids": [0, 1, 2, 3]}
     cut = {"input_ids": [1, 10, 11, 2], "labels": [IGNORED] * 3 + [20], "position_ids": [0, 1, 2, 3]}
     assert found == sorted(map(str, [whole, whole, cut]))
+
+
+def test_prompts_end_before_the_first_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With places for an answer, and the token that ends it if it is a special one; long prompts come last."""
+    rows = [chat("10 11 12 13", "20 21"), chat("10", "22 23", "14", "24"), chat("", "25 26")]
+    train, _, _, _ = loaded(tmp_path, [row for row in rows for _ in range(2)], seq_len=8, layout=RowLayout.pack)
+    special = Tokenizer(WordLevel({str(i): i for i in range(100)}, unk_token="0"))
+    special.add_special_tokens(["23"])
+    found = train.prompts(9, 4, special)
+    by_prompt = {tuple(ids[:start]): (ids[start:], end) for ids, start, end in zip(
+        found["input_ids"].tolist(), found["starts"].tolist(), found["ends"].tolist(), strict=True)}  # fmt: skip
+    assert by_prompt == {
+        (1, 10, 2): ([PAD] * 5, 23), (1, 2): ([PAD] * 6, -1), (1, 10, 11, 12, 13, 2): ([PAD] * 2, -1),
+    }  # fmt: skip
+    assert found["starts"].tolist()[-1] == 6 and (found["labels"] == IGNORED).all()
+    assert train.prompts(2, 4, special)["input_ids"].shape[0] == 2
+
+
+def test_five_in_a_hundred_may_be_long(tmp_path: Path) -> None:
+    _, _, counts, _ = loaded(tmp_path, [chat("10", "20 21")] * 19 + [chat("10 11", "20 21")], seq_len=4)
+    assert counts.truncated == 1 and warnings_of(counts, 4) == []
+    assert len(warnings_of(replace(counts, records=19), 4)) == 1
+
+
+def test_the_end_of_a_chat_that_is_cut_off_is_not_shown(tmp_path: Path) -> None:
+    train, _, _, _ = loaded(tmp_path, [chat("10", "20 21 22 23")] * 2, seq_len=4)
+    assert marked(train, Digits()) == ("1 10 2\u27e6 20 21\u27e7 ... and 2 tokens that are cut off", 6)
+
+
+def test_no_chat_has_a_target_left(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loaded(tmp_path, [chat("10 11 12", "20"), chat("10 11 12 13", "20")] * 2, seq_len=3)
+    assert str(caught.value) == (
+        "data.seq_len=3: leaves no target in 4 of 4 chats, and two are needed. Raise it: half of the chats have at most 5 "
+        "tokens, the longest 6."
+    )
+
+
+def test_a_template_that_renders_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        chat("10", "20"),
+        chat("10", "20"),
+        {"messages": [{"role": "system", "content": "9"}, *chat("1", "2")["messages"]]},
+    ]
+    monkeypatch.setattr(Numbers, "silent", frozenset({"system"}))
+    _, _, counts, _ = loaded(tmp_path, rows)
+    assert counts.unrendered == {"user": [0, 3], "assistant": [0, 3], "system": [1, 1]}
+    assert warnings_of(counts, 16) == [
+        "the chat template renders nothing of what the role system says, in 1 of 1 chats where it was tried"
+    ]
+    for silent, what in (({"assistant"}, "answer"), ({"system", "user", "assistant"}, "message")):
+        monkeypatch.setattr(Numbers, "silent", frozenset(silent))
+        monkeypatch.setattr(Numbers, "template", what)  # else it is in the cache
+        with pytest.raises(ConfigError) as caught:
+            loaded(tmp_path, rows)
+        assert str(caught.value) == (
+            f"data.kind=sft: the chat template beside the model renders nothing of any {what}, in all 3 chats that were "
+            "tried. Correct the template: it must write message.content of each message."
+        )
+
+
+@pytest.mark.parametrize("layout", RowLayout)
+def test_an_epoch_has_every_row_once(layout: RowLayout, tmp_path: Path) -> None:
+    """On several ranks with accumulation; what is left of the last step is of the next pass."""
+    train, _, _, _ = loaded(tmp_path, many(), layout=layout)
+    data = DataConfig(kind=DataKind.sft, layout=layout, global_batch_size=8, micro_batch_size=2)
+    for epochs in (0.5, 1, 3):
+        steps = steps_of(epochs, len(train), 8)
+        seen: Counter[int] = Counter()
+        for rank in range(2):
+            loader = train_loader(train, data, seed=0, rank=rank, world_size=2, num_steps=steps)
+            assert loader.batch_sampler is not None
+            seen += Counter(row for batch in loader.batch_sampler for row in batch)
+        assert epochs * len(train) <= seen.total() < epochs * len(train) + 8
+        assert max(seen.values()) - min(seen[row] for row in range(len(train))) <= 1
+    assert (steps_of(2, 88, 8), steps_of(0.1, 30, 3), steps_of(0.001, 10, 8)) == (22, 1, 1)
 
 
 def test_ids_with_gaps_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +300,13 @@ def test_the_seed_shuffles_but_does_not_change_what_is_held_out(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"text": "x"}, "has no list of messages, nor prompt and completion (fields: text). Write {\"messages\": [{"),
+        ({"text": "x"}, "has no list of messages, nor conversations, prompt and completion, or instruction and output (fields: text). Write {\"messages\": [{"),
+        ({"conversations": [{"from": "you", "value": "5"}]}, "conversations[0].from is 'you', not one of system, human, user, gpt, assistant, "),
+        ({"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value is NoneType, not a string. Write the text"),
+        ({"conversations": [{"role": "bot", "content": "5"}]}, "conversations[0].role is 'bot', not one of system, developer"),
+        ({"conversations": "5"}, "has no list of messages, nor conversations"),
+        ({"instruction": "5", "output": None}, "output is NoneType, not a string. Write strings"),
+        ({"instruction": "5", "output": "6", "history": ["5"]}, "history is not a list of pairs. Write [[instruction, output]"),
         ({"messages": []}, "has no list of messages"),
         ({"messages": ["hi"]}, "messages[0] is str, not an object."),
         ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0].role is 'bot', not one of system, developer, user, assistant, tool. Rename the role."),
@@ -224,6 +332,32 @@ def test_prompt_and_completion_are_a_chat_and_null_fields_are_none(tmp_path: Pat
     assert messages_of(Record("f", {"messages": rows})) == expected
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     assert messages_of(Record("f", {"messages": [call]})) == [call]
+
+
+def test_the_shapes_of_other_tools_are_read() -> None:
+    """ShareGPT and Alpaca, with their fields for a system prompt and earlier turns."""
+    system, question, answer = (
+        {"role": role, "content": text} for role, text in (("system", "S"), ("user", "Q"), ("assistant", "A"))
+    )
+    said = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    for value, expected in (
+        ({"conversations": said, "id": 3}, [question, answer]),
+        ({"conversations": said, "system": "S"}, [system, question, answer]),
+        ({"conversations": [{"from": "system", "value": "S"}, *said], "messages": None}, [system, question, answer]),
+        ({"conversations": [question, answer]}, [question, answer]),
+        (
+            {"conversations": [*said, {"from": "observation", "value": "T"}]},
+            [question, answer, {"role": "tool", "content": "T"}],
+        ),
+        ({"instruction": "Q", "input": "", "output": "A"}, [question, answer]),
+        ({"instruction": "Q", "output": "A", "text": "Below is"}, [question, answer]),
+        ({"instruction": "Q", "input": "I", "output": "A"}, [{"role": "user", "content": "Q\n\nI"}, answer]),
+        (
+            {"instruction": "Q", "input": None, "output": "A", "system": "S", "history": [["Q", "A"]]},
+            [system, question, answer, question, answer],
+        ),
+    ):
+        assert messages_of(Record("f", value)) == expected, value
 
 
 def test_too_few_chats(tmp_path: Path) -> None:

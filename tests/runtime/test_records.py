@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import csv
 import gzip
 import importlib.util
 import json
@@ -105,6 +106,58 @@ def test_tables_and_saved_datasets_are_read_by_row(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ConfigError, match=r"a\.parquet: cannot be read as a table: .*Copy it again"):
         list(records(tmp_path / "a.parquet"))
+
+
+def test_tables_in_text_and_lists_in_json_are_read(tmp_path: Path) -> None:
+    """As spreadsheets and Python write them; a folder's .json files are its own, and only counted."""
+    rows = [
+        {"prompt": 'a, "b"\nc', "completion": "1", "messages": [{"role": "user", "content": "\u00e9"}]},
+        {"prompt": "", "completion": "2", "messages": None},
+    ]
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
+        with (tmp_path / name).open("w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(
+                {**row, "messages": json.dumps(row["messages"]) if row["messages"] else ""} for row in rows
+            )
+        assert [(r.where, r.value) for r in records(tmp_path / name)] == [
+            (f"{tmp_path / name} row {i + 1}", row) for i, row in enumerate(rows)
+        ]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=2), encoding="utf-8-sig")
+    (tmp_path / "b.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, where in (("a.json", "record 2"), ("b.json", "line 2")):
+        assert find_files(corpus(tmp_path / name, DataKind.sft)).files == (tmp_path / name,)
+        read = list(records(tmp_path / name))
+        assert [record.value for record in read] == rows and read[1].where == f"{tmp_path / name} {where}"
+    for kind in (DataKind.corpus, DataKind.sft):
+        found = find_files(corpus(tmp_path, kind))
+        assert [path.name for path in found.files] == ["a.csv", "a.tsv"] and len(found.skipped) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", " row 2: has more fields than the first row has names. Write text with commas"),
+        ("a.csv", b"a,b\n1\n", " row 1: has fewer fields than the first row has names."),
+        ("a.csv", b'a,b\n1,"2\n', " line 2: cannot be read as a table: unexpected end of data. Correct"),
+        ("a.csv", b"a,b\n1,\xff\n", ": is not UTF-8 text. Convert the file to UTF-8."),
+        ("a.csv", b"messages\nhello\n", " row 1: holds no JSON in the column messages: Expecting value"),
+        (
+            "a.json",
+            b'[{"a": 1}, 2]',
+            " record 2: is a number, not an object with fields. Write a list of JSON objects.",
+        ),
+        ("a.json", b'[{"a": 1}', ": is not JSON: Expecting ',' delimiter"),
+        ("a.json", b'["\xff"]', ": is not UTF-8 text."),
+        ("a.json", b"[" * 100_000, ": has too many brackets within each other."),
+    ],
+)
+def test_a_bad_row_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        list(records(tmp_path / name))
+    assert f"data.path={tmp_path / name}{message}" in str(caught.value)
 
 
 def test_pieces_of_a_file_are_its_text_and_end_at_lines(tmp_path: Path) -> None:

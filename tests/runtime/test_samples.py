@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moecompile.report.page import write_report
 from moecompile.runtime.module import LanguageModule
-from moecompile.runtime.samples import TEMPERATURE, TOKENS, fewest, room, written
+from moecompile.runtime.samples import TEMPERATURE, TOKENS, Samples, fewest, room, written
 from moecompile.schema import OptimizerConfig
 from tests.distributed.harness import run_distributed_test
 from tests.tiny import tiny_llama
@@ -63,6 +63,34 @@ def test_each_token_is_drawn_from_what_is_before_it(make: Any, plain: Any) -> No
         prompts, texts = plain(model.eval(), ids, torch.Generator().manual_seed(5))
     assert found == list(zip(prompts.tolist(), texts.tolist(), strict=True))
     assert len({tuple(text) for _, text in found}) > 1
+
+
+def test_answers_begin_where_their_prompts_end() -> None:
+    """Prompts of different lengths: each row is as it would be alone."""
+    model = tiny_llama()
+    module = LanguageModule(model, OptimizerConfig(), 1)
+    ids = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
+    starts = torch.tensor([3, 5])
+    batch = {"input_ids": ids, "labels": ids, "starts": starts, "ends": torch.tensor([7, -1])}
+    count = room(module, batch)
+    assert count == 4
+    found = written(module, batch, count, vocabulary=VOCABULARY, generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    texts = [ids[row : row + 1, :start] for row, start in enumerate(starts.tolist())]
+    with torch.no_grad():
+        for _ in range(count):
+            new = drawn(torch.cat([model.eval()(input_ids=text).logits[:, -1] for text in texts]), generator)
+            texts = [torch.cat((text, new[row : row + 1]), dim=1) for row, text in enumerate(texts)]
+    expected = [(text[0, :start].tolist(), text[0, start:].tolist()) for text, start in zip(texts, [3, 5], strict=True)]
+    assert found == expected
+
+    class Words:
+        def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+            return f"{ids}{'' if skip_special_tokens else ' with special tokens'}"
+
+    samples = Samples(None, [batch], Words(), Path("none"), None, seed=0)  # type: ignore[arg-type]
+    assert samples._texts(batch, 0, [1, 2], [8, 7, 9]) == ("[1, 2] with special tokens", "[8]")
+    assert samples._texts(batch, 1, [1, 2], [8, 7, 9]) == ("[1, 2] with special tokens", "[8, 7, 9]")
 
 
 def test_weights_that_are_not_finite_end_no_run() -> None:

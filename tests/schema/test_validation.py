@@ -295,6 +295,7 @@ ONLY_IN_TASKS: dict[str, tuple[list[str], str]] = {
         ],
         "data.objective=span_corruption: chats are learned token by token. Use data.objective=causal.",
     ),
+    "epochs": (["data.epochs=-1"], "data.epochs=-1: must be positive. Use 3, or null for trainer.max_steps."),
     "sequence": (["data.seq_len=1"], "data.seq_len=1: must be at least 2. Use 2 or more."),
     "batch": (["data.global_batch_size=0"], "data.global_batch_size=0: must be at least 1. Use 1 or more."),
     "micro-batch": (["data.micro_batch_size=0"], "data.micro_batch_size=0: must be at least 1. Use 1 or more."),

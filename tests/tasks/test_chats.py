@@ -15,7 +15,7 @@ from tests.tasks.test_train import losses_of, moecompile, result_of
 pytestmark = pytest.mark.slow
 COMMON = [
     "data=sft", "data.seq_len=128", "data.global_batch_size=8", "data.micro_batch_size=2", "data.val_fraction=0.1",
-    "trainer.max_steps=6", "trainer.log_interval=1", "trainer.save_interval=1", "trainer.keep_last=0",
+    "trainer.log_interval=1", "trainer.save_interval=1", "trainer.keep_last=0",
     "optimizer.warmup_steps=2", "optimizer.lr=0.01", "trainer.progress_bar=false",
 ]  # fmt: skip
 
@@ -28,9 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(root / "chats.jsonl", chats(90))
     runs = {
         "one": ["mesh=cpu_1"],
-        "two": ["mesh=cpu_1x2"],
+        "two": ["mesh=cpu_1x2", "data.epochs=0.66"],  # which are 6 steps
         "two after one": ["mesh=cpu_1x2", "trainer.resume='one/checkpoints/step-3'"],
-        "one after two": ["mesh=cpu_1", "trainer.resume='two/checkpoints/step-2'"],
+        "one after two": ["mesh=cpu_1", "trainer.resume='two/checkpoints/step-2'", "data.epochs=0.66"],
     }
     for name, arguments in runs.items():
         run(root, name, *arguments)
@@ -38,7 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(root: Path, name: str, *arguments: str, code: int = 0, model: str = "mixtral") -> str:
-    given = [f"model.pretrained={model}", "data.path=chats.jsonl", "data.cache=cache", *COMMON, *arguments]
+    steps = [] if any("epochs" in word for word in arguments) else ["trainer.max_steps=6"]
+    given = [*steps, f"model.pretrained={model}", "data.path=chats.jsonl", "data.cache=cache", *COMMON, *arguments]
     done = moecompile([*given, f"hydra.run.dir='{name}'"], root)
     assert done.returncode == code, done.stderr + done.stdout
     return done.stdout + done.stderr

@@ -16,7 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
+from moecompile.tasks.data import data_fields, read_data, with_epochs
+from moecompile.tasks.data import run as read_and_show
 from moecompile.tasks.inputs import check_inputs
+from tests.chat_models import CHATML, chats, save_mixtral, write_lines
 from tests.models.packaged import install
 from tests.test_cli import MODULE, cli
 
@@ -100,9 +103,39 @@ def test_texts_that_are_too_short(tmp_path: Path) -> None:
     assert refused("data.seq_len=20000").startswith("data.seq_len=20000: a split of the text has 19800 tokens, too few")
 
 
-def test_a_plan_and_a_compilation_need_no_text(tmp_path: Path) -> None:
-    for task in ("plan", "compile"):
-        check_inputs(compose_config([f"task={task}", f"data.path='{tmp_path / 'none'}'", "mesh.device=cuda"]))
+def test_a_plan_and_a_compilation_need_no_text_but_a_plan_the_one_that_is_named(tmp_path: Path) -> None:
+    none = [f"data.path='{tmp_path / 'none'}'", "mesh.device=cuda"]
+    check_inputs(compose_config(["task=compile", *none]))
+    check_inputs(compose_config(["task=plan", "mesh.device=cuda", "data=corpus"]))
+    assert refused("task=plan", *none).startswith(f"data.path={tmp_path / 'none'}: there is no such file, and")
+
+
+def test_data_need_a_tokenizer_and_no_weights(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    save_mixtral(folder, CHATML)
+    for path in (*folder.glob("*.safetensors"), folder / "config.json"):
+        path.unlink()
+    write_lines(tmp_path / "chats.jsonl", chats(30))
+    given = ["task=data", f"model.pretrained='{folder}'", "data=sft", f"data.path='{tmp_path / 'chats.jsonl'}'"]
+    config = compose_config([*given, f"data.cache='{tmp_path / 'cache'}'", "data.seq_len=200", "data.epochs=2"])
+    check_inputs(config)
+    config = with_epochs(config)
+    read_and_show(config, tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    rows = result["data_sequences"]
+    assert config.trainer.max_steps == result["data_steps"] == -(-2 * rows // 16) and result["task"] == "data"
+    assert (result["data_records"], result["data_warnings"]) == (30, [])
+    assert "assistant\n\u27e6" in result["data_example"] and "<|im_end|>\u27e7" in result["data_example"]
+    with pytest.raises(
+        ConfigError, match=r"^data.epochs=2.0: trainer.max_steps=7 says another length of the run. Give"
+    ):
+        with_epochs(compose_config([*given, "data.epochs=2", "trainer.max_steps=7"]))
+    (tmp_path / "a.txt").write_text(PROSE)
+    text = [f"data.path='{tmp_path / 'a.txt'}'", "data.vocab_size=300", "data.seq_len=64", "task=plan"]
+    plain = compose_config([*text, "data.epochs=1.5"])
+    windows = data_fields(read_data(plain), plain)
+    assert with_epochs(plain).trainer.max_steps == -(-3 * windows["data_sequences"] // 32)
+    assert windows["data_tokens"] // 64 - 1 <= windows["data_sequences"] + windows["data_held_out"]
 
 
 # -- devices -----------------------------------------------------------------------------------------------------------

@@ -26,10 +26,14 @@ def test_the_tutorial_ends_with_adapters_that_peft_loads(tmp_path: Path, monkeyp
     assert json.loads((tmp_path / "chats.jsonl").read_text().splitlines()[0]) == json.loads(
         next(line for line in PAGE.splitlines() if line.startswith('{"messages"'))
     )
+    answers = []
     for command in COMMANDS:
         own_cache = ["data.cache=cache"] if "data=sft" in command else []
         done = moecompile([*shlex.split(command), *own_cache], tmp_path)
         assert done.returncode == 0, (command, done.stdout + done.stderr)
+        if "task=chat" in command:
+            answers.append(done.stdout)
+    assert len(answers) == 2 and answers[0] == answers[1] and answers[0].strip()  # of the run, and of peft's adapters
     assert [result_of(tmp_path / name)["task"] for name in ("plan", "verify", "tuned", "longer", "exported")] == [
         "plan", "verify", "train", "train", "export",
     ]  # fmt: skip

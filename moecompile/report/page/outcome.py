@@ -191,7 +191,9 @@ def samples_section(run: Run) -> Section | None:
     shown = table(
         ("step", "given", "written"), [(r["step"], r["prompt"], r["text"]) for r in rows[:_MOST]], numbers=False
     )
-    text = "From beginnings of validation texts, one token after another at temperature 0.8. "
+    of_chats = (run.config.get("data") or {}).get("kind") == "sft"
+    given = "Answers to prompts of chats that were held out" if of_chats else "From beginnings of validation texts"
+    text = f"{given}, one token after another at temperature 0.8. "
     text += f"All samples are in {SAMPLES}; trainer.sample_interval says when they are taken."
     return Section(name="samples", title="Samples of text", parts=[shown, note(text)])
 

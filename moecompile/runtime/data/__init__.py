@@ -17,7 +17,7 @@ from moecompile.checkpoint.fingerprint import content_hash
 from moecompile.errors import ConfigError
 from moecompile.runtime.data.batches import IGNORED, GlobalBatchSampler, TokenWindows, ValidationSampler
 from moecompile.runtime.data.cache import cache_folder, content_of, key_of, made
-from moecompile.runtime.data.chats import ChatCounts, ChatRenderer, ChatRows, load_chats
+from moecompile.runtime.data.chats import ChatCounts, ChatRenderer, ChatRows, load_chats, marked, warnings_of
 from moecompile.runtime.data.corpus import CorpusCounts, CorpusWindows, corpus_store, num_held_out, sample
 from moecompile.runtime.data.spans import SpanCorruption, SpanCounts
 from moecompile.runtime.data.tokens import (
@@ -54,6 +54,11 @@ class TextData:
     val: Split
     text_hash: str = ""
     counts: CorpusCounts | ChatCounts | None = None
+
+
+def data_warnings(data: TextData, seq_len: int) -> list[str]:
+    """What a user should know of the data before a model is trained on them; a sentence each, without full stop."""
+    return warnings_of(data.counts, seq_len) if isinstance(data.counts, ChatCounts) else []
 
 
 def mean_length(split: Split, seq_len: int) -> float:
@@ -172,9 +177,11 @@ __all__ = [
     "TokenWindows",
     "ValidationSampler",
     "check_tokens",
+    "data_warnings",
     "encode",
     "load_data",
     "load_text",
+    "marked",
     "mean_length",
     "model_tokenizer",
     "num_ids",

@@ -17,9 +17,10 @@ with packing `position_ids`. Rows do not depend on ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +31,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moecompile.errors import ChatError
+from moecompile.errors import ChatError, ConfigError
 from moecompile.runtime.data.batches import IGNORED, TokenWindows, permutation, shuffled
 from moecompile.runtime.data.cache import Progress, content_of, key_of, made
 from moecompile.runtime.data.corpus import HELD_OUT, num_held_out
@@ -40,8 +41,14 @@ from moecompile.runtime.records import Found, Record, bad, check_characters, rec
 from moecompile.schema import DataConfig, RowLayout
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_LOOKED_AT = 1_000  # chats of which is tried whether the template renders what they say
+OPEN, CLOSE = "\u27e6", "\u27e7"
+"""What stands around targets where a chat is shown."""
+_TRIED = 64  # chats that are looked at for prompts
+_PERCENTILES = (5, 50, 95, 100)
+_MANY = 0.05  # share of the chats from which on a loss is a warning
 _SHAPE = 'Write {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
-_FORMAT = 2  # of stores; a change makes them anew
+_FORMAT = 3  # of stores; a change makes them anew
 
 
 class ChatRenderer(Protocol):
@@ -57,14 +64,21 @@ class ChatRenderer(Protocol):
         """Tokens of a chat, and whether the assistant wrote each. Raises ChatError."""
         ...
 
+    def rendered(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> dict[str, bool]:
+        """Role -> whether anything of what it says is in the text. Raises ChatError."""
+        ...
+
 
 @dataclass(frozen=True)
 class ChatCounts:
     """What is in a set of chats, training and validation together.
 
-    records: chats in the files. left_out: those of them without a target. truncated: those longer than `seq_len`.
-    tokens, supervised: inputs and targets in one pass. rows: of tokens, of one chat or several. fill: tokens over
-    places in batches, the rest of which is padding, in the first pass over the training rows; with `mesh.cp=1`.
+    records: chats in the files. left_out: those of them without a target. truncated: others longer than `seq_len`.
+    no_target: those left out that would have none at any length. empty: those with an answer that says nothing.
+    lengths: percentile -> tokens of a chat before it is cut. unrendered: role -> [chats of whose content in that role
+    the template renders nothing, chats with such content], of the first 1,000. tokens, supervised: inputs and targets
+    in one pass. rows: of tokens, of one chat or several. fill: tokens over places in batches, the rest of which is
+    padding, in the first pass over the training rows; with `mesh.cp=1`.
     """
 
     files: int
@@ -72,6 +86,10 @@ class ChatCounts:
     records: int
     left_out: int
     truncated: int
+    no_target: int
+    empty: int
+    lengths: dict[str, int]
+    unrendered: dict[str, list[int]]
     tokens: int
     supervised: int
     rows: int
@@ -114,6 +132,47 @@ class ChatRows(Dataset[dict[str, Tensor]]):
         labels = np.where(targets, tokens[1:], IGNORED)
         return {"input_ids": tokens[:-1], "labels": labels, "position_ids": np.arange(length)}
 
+    def typical(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Tokens of a chat whose length is closest to the median, uncut, and which of them are targets."""
+        lengths = self.store.lengths()[self._chats]
+        start, end = self.store.bounds(int(self._chats[np.argmin(np.abs(lengths - np.median(lengths)))]))
+        return self.store.tokens(start, end), self.store.targets(start, end)
+
+    def prompts(self, count: int, room: int, tokenizer: Tokenizer) -> dict[str, Tensor]:
+        """The first chats, as far as the assistant's first token, with places for an answer.
+
+        Those come first whose answer has `room` tokens within `seq_len`.
+
+        Returns:
+            `input_ids` and `labels` (B, S), of which no label is a target; `starts` (B,): the first place of the
+            answer; `ends` (B,): the token that ends a turn, -1 if no special one does.
+        """
+        chats = [int(chat) for chat in self._chats[:_TRIED]]
+        found = [(*self._turn(chat), chat) for chat in chats]
+        chosen = sorted(found, key=lambda turn: max(0, turn[0] + room - self.seq_len))[:count]
+        starts = [start for start, _, _ in chosen]
+        longest = max(starts) + max(1, min(room, self.seq_len - max(starts)))
+        special = tokenizer.get_added_tokens_decoder()
+        ids = torch.full((len(chosen), longest), self.pad_id)
+        for row, (start, _, chat) in enumerate(chosen):
+            first, _ = self.store.bounds(chat)
+            ids[row, :start] = torch.from_numpy(self.store.tokens(first, first + start))
+        return {
+            "input_ids": ids,
+            "labels": torch.full_like(ids, IGNORED),
+            "starts": torch.tensor(starts),
+            "ends": torch.tensor([end if end in special else -1 for _, end, _ in chosen]),
+        }
+
+    def _turn(self, chat: int) -> tuple[int, int]:
+        """Place of the first target of a chat, and the last token of the targets that begin there."""
+        first, last = self.store.bounds(chat)
+        targets = self.store.targets(first, last)
+        start = int(np.argmax(targets[1:])) + 1  # the first token is no target
+        others = np.flatnonzero(~targets[start:])
+        end = start + int(others[0]) if len(others) else last - first
+        return start, int(self.store.tokens(first + end - 1, first + end)[0])
+
     def collate(self, items: list[dict[str, Tensor]], multiple: int = 1) -> dict[str, Tensor]:
         """A batch: rows filled up to the longest, and to a `multiple`.
 
@@ -149,6 +208,13 @@ def load_chats(
     store = chat_store(found, data, renderer, cache)
     targets = _Targets(store, data.seq_len)
     used = targets.used  # Step 2
+    if len(used) < 2 and targets.num_cut_out:
+        raise ConfigError(
+            "data.seq_len", data.seq_len,
+            f"leaves no target in {targets.num_cut_out:,} of {store.num_documents:,} chats, and two are needed",
+            f"Raise it: half of the chats have at most {targets.percentiles['50%']:,} tokens, the longest "
+            f"{targets.percentiles['100%']:,}",
+        )  # fmt: skip
     order = used[shuffled(np.arange(len(used)), max(1, len(used)), HELD_OUT)]  # Step 3
     held_out = num_held_out(len(used), data.val_fraction, "chat with a target within data.seq_len")
     train = order[held_out:]
@@ -163,6 +229,8 @@ def load_chats(
     counts = ChatCounts(
         files=len(found.files), skipped=len(found.skipped), records=store.num_documents,
         left_out=store.num_documents - len(used), truncated=targets.num_truncated,
+        no_target=store.num_documents - len(used) - targets.num_cut_out, empty=store.counts["empty"],
+        lengths=targets.percentiles, unrendered=store.counts["unrendered"],
         tokens=int(targets.lengths[used].sum()), supervised=targets.total, rows=sum(map(len, splits)),
         fill=_fill(splits[0], data.micro_batch_size, seed),
     )  # fmt: skip
@@ -188,8 +256,49 @@ def chat_store(found: Found, data: DataConfig, renderer: ChatRenderer, cache: Pa
     return TokenStore(made(cache, key, partial(_render, found, renderer)))
 
 
+def warnings_of(counts: ChatCounts, seq_len: int) -> list[str]:
+    """What a user should know of a set of chats before a model is trained on it; a sentence each, without full stop."""
+    found, lost = [], counts.left_out - counts.no_target
+    if counts.truncated + lost > _MANY * counts.records:
+        what = [f"{counts.truncated:,} cut off"] * bool(counts.truncated)
+        what += [f"{lost:,} left out, as no target is left"] * bool(lost)
+        found.append(
+            f"{_share(counts.truncated + lost, counts.records)} are longer than data.seq_len={seq_len}: "
+            f"{', '.join(what)}; 95% of the chats have at most {counts.lengths['95%']:,} tokens"
+        )
+    if counts.no_target:
+        found.append(f"{_share(counts.no_target, counts.records)} have no token that the assistant wrote: left out")
+    if counts.empty:
+        found.append(f"{_share(counts.empty, counts.records)} have an empty answer: they teach to say nothing")
+    for role, (missing, total) in counts.unrendered.items():
+        if missing > _MANY * total:
+            rule = f"the chat template renders nothing of what the role {role} says"
+            found.append(f"{rule}, in {missing:,} of {total:,} chats where it was tried")
+    return found
+
+
+def marked(rows: ChatRows, tokenizer: Tokenizer) -> tuple[str, int]:
+    """A typical chat as text, with its targets in brackets, as far as it is used; and its tokens."""
+    tokens, targets = rows.typical()
+    used, text, plain = min(len(tokens), rows.seq_len + 1), "", ""
+    flips = np.flatnonzero(np.diff(targets[:used].astype(np.int8))) + 1
+    for start, end in pairwise([0, *flips.tolist(), used]):
+        before, plain = plain, tokenizer.decode(tokens[:end].tolist(), skip_special_tokens=False)
+        part = plain[len(before) :]  # some tokenizers write a space between parts only
+        text += f"{OPEN}{part}{CLOSE}" if targets[start] else part
+    left = len(tokens) - used
+    return text + (f" ... and {left:,} tokens that are cut off" if left else ""), len(tokens) - 1
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count:,} of {total:,} chats ({count / total:.1%})"
+
+
 class _Targets:
-    """Of every chat: used length in tokens, and whether there is a target within it (step 2)."""
+    """Of every chat: used length in tokens, and whether there is a target within it (step 2).
+
+    num_truncated, num_cut_out: longer chats with a target within `seq_len`, and those that have targets only beyond it.
+    """
 
     def __init__(self, store: TokenStore, seq_len: int) -> None:
         full = store.lengths() - 1
@@ -198,7 +307,9 @@ class _Targets:
         has_target = (count > 0) & (first <= self.lengths)
         self.used = np.flatnonzero(has_target)
         cut = np.flatnonzero(has_target & (full > seq_len))
-        self.num_truncated = len(cut)
+        self.num_truncated, self.num_cut_out = len(cut), int((count > 0).sum()) - len(self.used)
+        marks = np.percentile(full, _PERCENTILES, method="inverted_cdf").astype(int).tolist() if len(full) else []
+        self.percentiles = {f"{percent}%": length for percent, length in zip(_PERCENTILES, marks, strict=False)}
         self.total = int(count[self.used].astype(np.int64).sum())
         for chat in cut.tolist():  # their targets beyond `seq_len` do not count
             start, end = store.bounds(chat)
@@ -207,7 +318,7 @@ class _Targets:
 
 def _render(found: Found, renderer: ChatRenderer, folder: Path) -> None:
     """Step 1. first.bin, count.bin: position of the first target of each chat, from 1, and number of targets; int32."""
-    progress = Progress("rendering chats", "of them")
+    progress, said = Progress("rendering chats", "of them"), _Said()
     with (
         StoreWriter(folder, num_ids(renderer.tokenizer), has_targets=True) as writer,
         (folder / "first.bin").open("wb") as first_file,
@@ -215,51 +326,167 @@ def _render(found: Found, renderer: ChatRenderer, folder: Path) -> None:
     ):
         for path in found.files:
             for record in records(path):
-                tokens, targets = _encoded(record, renderer)
+                tokens, targets = _encoded(record, renderer, said)
                 writer.add(tokens, targets)
                 places = np.flatnonzero(targets[1:]) + 1  # nothing is before the first token to predict it from
                 first_file.write(np.int32(places[0] if len(places) else 0).tobytes())
                 count_file.write(np.int32(len(places)).tobytes())
                 progress.show(writer.num_documents)
-        writer.end({})
+        said.check()
+        writer.end({"empty": said.empty, "unrendered": said.unrendered})
 
 
-def _encoded(record: Record, renderer: ChatRenderer) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+class _Said:
+    """What chats say, and whether the template renders it.
+
+    empty: chats with an empty answer. unrendered: see `ChatCounts`.
+    """
+
+    def __init__(self) -> None:
+        self.empty, self.unrendered = 0, dict[str, list[int]]()
+        self._room = _LOOKED_AT
+
+    def add(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, renderer: ChatRenderer) -> None:
+        """Counts a chat that can be rendered."""
+        self.empty += any(
+            message["role"] == "assistant" and not (message["content"] or "").strip() and not message.get("tool_calls")
+            for message in messages
+        )
+        if self._room:
+            self._room -= 1
+            for role, is_rendered in renderer.rendered(messages, tools).items():
+                count = self.unrendered.setdefault(role, [0, 0])
+                count[0], count[1] = count[0] + (not is_rendered), count[1] + 1
+            if not self._room:
+                self.check()
+
+    def check(self) -> None:
+        """Checks that there is something to learn.
+
+        Raises:
+            ConfigError: no answer of the assistant is rendered.
+        """
+        missing, total = self.unrendered.get("assistant", (0, 0))
+        if total and missing == total:
+            what = "any message" if all(gone == of for gone, of in self.unrendered.values()) else "any answer"
+            raise ConfigError(
+                "data.kind", "sft",
+                f"the chat template beside the model renders nothing of {what}, in all {total:,} chats that were tried",
+                "Correct the template: it must write message.content of each message",
+            )  # fmt: skip
+
+
+def _encoded(record: Record, renderer: ChatRenderer, said: _Said) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     messages, tools = messages_of(record), record.value.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise bad(record.where, "tools is not a list", "Write a list of JSON schemas of functions")
     check_characters(record, [messages, tools])
     try:
         tokens, targets = renderer.encode(messages, tools or None)
+        said.add(messages, tools or None, renderer)
     except ChatError as error:
         raise bad(record.where, str(error), "Correct the record, or the chat template beside the model") from error
     if len(tokens) < 2:
-        raise bad(record.where, f"the template makes {len(tokens)} tokens of it", "Correct the record")
+        rule = f"the template makes {len(tokens)} tokens of it"
+        raise bad(record.where, rule, "Correct the record, or the chat template beside the model")
     return np.array(tokens, dtype=np.int64), np.array(targets, dtype=np.bool_)
 
 
 def messages_of(record: Record) -> list[dict[str, Any]]:
-    """The messages of a record, with `prompt` and `completion` as a user's and the assistant's.
+    """The messages of a record, which may have one of four shapes: see `_SHAPES`.
 
     Raises:
-        ConfigError: it has neither, or a message is wrong.
+        ConfigError: it has none of them, or a message is wrong.
     """
     value = record.value
-    if value.get("messages") is None and {"prompt", "completion"} <= value.keys():
-        for name in ("prompt", "completion"):
-            if not isinstance(value[name], str):
-                rule = f"{name} is {type(value[name]).__name__}, not a string"
-                raise bad(record.where, rule, f"Write strings, or join lists of messages: {_SHAPE[6:]}")
-        roles = zip(("user", "assistant"), ("prompt", "completion"), strict=True)
-        return [{"role": role, "content": value[name]} for role, name in roles]
-    messages = value.get("messages")
+    shape = next((fields for fields in _SHAPES if all(value.get(field) is not None for field in fields)), None)
+    if shape is None:  # a field of it may be null
+        shape = next((fields for fields in _SHAPES if fields <= value.keys()), frozenset())
+    key = "conversations" if "conversations" in shape else "messages"
+    messages = _SHAPES[shape](record) if shape else None
     if not isinstance(messages, list) or not messages:
         fields = ", ".join(map(str, value)) or "none"
-        raise bad(record.where, f"has no list of messages, nor prompt and completion (fields: {fields[:200]})", _SHAPE)
-    checked = [_message(message, f"messages[{i}]", record.where) for i, message in enumerate(messages)]
+        rule = f"has no list of messages, nor {_OTHERS} (fields: {fields[:200]})"
+        raise bad(record.where, rule, _SHAPE)
+    checked = [_message(message, f"{key}[{i}]", record.where) for i, message in enumerate(messages)]
     if not any(message["role"] == "assistant" for message in checked):
         raise bad(record.where, "has no message of the assistant, so there is nothing to learn", "Remove the record")
     return checked
+
+
+def _strings(record: Record, *names: str) -> list[str]:
+    """Fields that must be strings."""
+    for name in names:
+        if not isinstance(record.value[name], str):
+            rule = f"{name} is {type(record.value[name]).__name__}, not a string"
+            raise bad(record.where, rule, f"Write strings, or join lists of messages: {_SHAPE[6:]}")
+    return [record.value[name] for name in names]
+
+
+def _completion(record: Record) -> list[Any]:
+    prompt, completion = _strings(record, "prompt", "completion")
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+
+
+def _instruction(record: Record) -> list[Any]:
+    """Alpaca: the input, if there is one, follows the instruction after an empty line; `history` has earlier turns."""
+    instruction, output = _strings(record, "instruction", "output")
+    given = record.value.get("input")
+    prompt = f"{instruction}\n\n{_strings(record, 'input')[0]}" if given else instruction
+    turns = [*(record.value.get("history") or []), (prompt, output)]
+    roles = ("user", "assistant")
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise bad(record.where, "history is not a list of pairs", "Write [[instruction, output], ...]")
+        messages += [{"role": role, "content": content} for role, content in zip(roles, turn, strict=True)]
+    return _with_system(record, messages)
+
+
+def _conversations(record: Record) -> Any:
+    """ShareGPT: `from` and `value`, which some files call `role` and `content`."""
+    turns = record.value["conversations"]
+    if not isinstance(turns, list):
+        return None
+    messages = []
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict) or "from" not in turn:
+            messages.append(turn)
+            continue
+        name, said = turn["from"], turn.get("value")
+        role = next((role for role, names in _SPEAKERS.items() if name in names), None)
+        if role is None:
+            known = ", ".join(name for names in _SPEAKERS.values() for name in names)
+            raise bad(record.where, f"conversations[{i}].from is {name!r}, not one of {known}", "Rename it")
+        if not isinstance(said, str):
+            rule = f"conversations[{i}].value is {type(said).__name__}, not a string"
+            raise bad(record.where, rule, "Write the text of the message")
+        messages.append({"role": role, "content": said})
+    return _with_system(record, messages)
+
+
+def _with_system(record: Record, messages: list[Any]) -> list[Any]:
+    """The messages after the field `system`, if there is one."""
+    if not record.value.get("system"):
+        return messages
+    return [{"role": "system", "content": _strings(record, "system")[0]}, *messages]
+
+
+_SHAPES: dict[frozenset[str], Callable[[Record], Any]] = {
+    frozenset({"messages"}): lambda record: record.value["messages"],
+    frozenset({"conversations"}): _conversations,
+    frozenset({"prompt", "completion"}): _completion,
+    frozenset({"instruction", "output"}): _instruction,
+}
+"""The fields that tell how a record is written -> its messages. The first that has all of them counts."""
+_OTHERS = "conversations, prompt and completion, or instruction and output"
+_SPEAKERS = {
+    "system": ("system",),
+    "user": ("human", "user"),
+    "assistant": ("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call"),
+    "tool": ("tool", "observation", "function_response"),
+}
+"""Role -> what ShareGPT calls it."""
 
 
 def _message(message: Any, name: str, where: str) -> dict[str, Any]:

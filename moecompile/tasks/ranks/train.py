@@ -28,6 +28,7 @@ from moecompile.runtime.data import TextData, TokenWindows, num_ids, unigram_ent
 from moecompile.runtime.groups import init_process_group
 from moecompile.runtime.training import Outcome, train, train_dense
 from moecompile.schema import Baseline, Config
+from moecompile.tasks.data import data_fields
 from moecompile.tasks.forecast import outline, shape_of, write_forecast
 from moecompile.tasks.job import load_job
 from moecompile.tasks.show import show_compiled, show_weight_groups, step0_fields
@@ -36,18 +37,21 @@ from moecompile.tasks.show import show_compiled, show_weight_groups, step0_field
 def run_rank(config: Config, run_dir: Path) -> None:
     """Runs one rank: data, model, compilation, training, result."""
     init_process_group(config)
-    rank = dist.get_rank()
+    rank, console = dist.get_rank(), Console(soft_wrap=False)
     if rank == 0:
         waiting.show("building and compiling the model", line=False)
     job = load_job(config, run_dir)
+    of_data = data_fields(job.data, config)
+    if rank == 0:
+        waiting.done()
+        print_data(of_data, console)
+        waiting.show("compiling the model", line=False)
     before = outline(job.model) if rank == 0 else None
     compiled, data = job.compile(config), job.data
     shape = shape_of(before, compiled.plan)
     waiting.done()
     _check_baseline(config, compiled.plan)
-    console = Console(soft_wrap=False)
     if rank == 0:
-        print_data(_data_fields(data), console)
         show_compiled(compiled, output_dir(run_dir), console)
     groups = show_weight_groups(compiled.model, config, console if rank == 0 else None)
     if rank == 0:
@@ -58,11 +62,11 @@ def run_rank(config: Config, run_dir: Path) -> None:
     outcome = train(
         compiled.model, compiled.plan, config, data, run_dir, materialize, partial(try_report, run_dir, "train")
     )
-    fields = {**_fields(compiled, outcome, data), **groups}
+    fields = {**_fields(compiled, outcome, data), **of_data, **groups}
     del job, compiled.model, materialize
     if config.trainer.baseline is Baseline.dense:
         fields["baseline"] = _baseline(config, compiled.plan, data, run_dir)
-    fields["warnings"] = run_warnings(fields, compiled.plan, config)
+    fields["warnings"] = [*of_data["data_warnings"], *run_warnings(fields, compiled.plan, config)]
     if rank == 0:
         write_forecast(shape, compiled.plan, config, run_dir, run_dir / LOAD_HISTORY)
         _write(config, fields, run_dir, console)
@@ -123,15 +127,8 @@ def _fields(compiled: Compilation, outcome: Outcome, data: TextData) -> dict[str
         "optimizer_bytes_per_step_predicted": _plain(of_optimizer if gathers else None),
         "checkpoint": str(outcome.checkpoint) if outcome.checkpoint else None,
         "unigram_entropy": _unigram_entropy(data),
-        **_data_fields(data),
         **step0_fields(compiled),
     }
-
-
-def _data_fields(data: TextData) -> dict[str, Any]:
-    """What is in a corpus or in chats, every name with `data_` before it."""
-    counts = {} if data.counts is None else dataclasses.asdict(data.counts)
-    return {f"data_{name}": value for name, value in counts.items()}
 
 
 def _plain(traffic: plans.Traffic | None) -> dict[str, float] | None:

@@ -63,6 +63,13 @@ def test_a_plan_has_a_forecast_and_a_failed_verification_its_checks(tmp_path: Pa
     assert "0 of 1 check passed" in text
 
 
+def test_the_verdict_has_the_warnings(tmp_path: Path) -> None:
+    a_run(tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    (tmp_path / "result.json").write_text(json.dumps({**result, "warnings": ["<half> of them are cut"]}))
+    assert "warning</span> &lt;half&gt; of them are cut</p>" in write_report(tmp_path, "train").read_text()
+
+
 def test_text_is_escaped(tmp_path: Path) -> None:
     a_run(tmp_path)
     (tmp_path / "overrides.txt").write_text("name='<script>alert(1)</script>'")
