@@ -74,6 +74,12 @@ class VerificationFailed(MoecompileError):
         return type(self), (self.recipe, self.checks)
 
 
+class DoesNotFit(MoecompileError):
+    """A plan does not fit, and `task.require_fit` asks for it. The task has printed it."""
+
+    reported = True
+
+
 class UnboundAxisError(MoecompileError):
     """An exchange was run before `shard` bound its mesh axis to a process group."""
 

@@ -1,14 +1,17 @@
-"""What all tests share: golden texts, and one thread a process."""
+"""What all tests share: golden texts, one thread a process, and a folder for what is measured of this machine."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: more threads than cores make it crawl
+_MACHINE = tempfile.TemporaryDirectory(prefix="machine-")  # removed at the end; workers have that of the first process
+os.environ.setdefault("MOECOMPILE_MACHINE_DIR", _MACHINE.name)
 
 GOLDEN = Path(__file__).parent / "golden"
 LONGEST = (

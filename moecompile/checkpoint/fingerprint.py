@@ -46,9 +46,9 @@ MAY_DIFFER = (
     "balance.losses.z", "balance.rate", "balance.recenter", "balance.rule", "balance.update", "optimizer.*",
     "routing.capacity_factor", "routing.drop", "routing.hot_experts", "routing.jitter", "routing.replay",
     "routing.skew", "routing.workload", "trainer.allow_changes", "trainer.async_save", "trainer.baseline",
-    "trainer.callbacks", "trainer.checkpointing", "trainer.compile", "trainer.keep_last", "trainer.log_interval",
-    "trainer.loggers", "trainer.max_restarts", "trainer.max_steps", "trainer.on_nan", "trainer.precision",
-    "trainer.progress_bar", "trainer.resume", "trainer.sample_interval", "trainer.save_checkpoint",
+    "trainer.calibrate", "trainer.callbacks", "trainer.checkpointing", "trainer.compile", "trainer.keep_last",
+    "trainer.log_interval", "trainer.loggers", "trainer.max_restarts", "trainer.max_steps", "trainer.on_nan",
+    "trainer.precision", "trainer.progress_bar", "trainer.resume", "trainer.sample_interval", "trainer.save_checkpoint",
     "trainer.save_interval", "trainer.threads_per_rank", "trainer.timeout_s", "trainer.val_interval",
     # How it is computed, and where.
     "data.cache", "data.epochs", "data.micro_batch_size", "data.val_batches", "dispatch.*", "hardware.*", "launcher.*",

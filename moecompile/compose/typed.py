@@ -25,7 +25,7 @@ from omegaconf.resolvers import oc
 from moecompile.atomic import write_text
 from moecompile.errors import ConfigError, UserError
 from moecompile.named_code import KEYS, Named, named_in, override, refuse_unnamed, without
-from moecompile.schema import Config, with_implied
+from moecompile.schema import SEARCHED, Config, with_implied
 
 GIVEN_GROUPS = ("per_layer", "model", "mesh", "dispatch", "balance")
 """Words without a dot that `Config.given` keeps."""
@@ -36,9 +36,15 @@ def _started(what: str, default: int) -> int:
     return int(os.environ.get(_TORCHRUN[what], default))
 
 
+def _ep_of(ep: int, own: str, ranks: str) -> int | str:
+    """`${moecompile.ep_of:16,2x8,${mesh.num_nodes}x${mesh.ranks_per_node}}`: a preset's EP size, on its own ranks."""
+    return ep if ranks == own else SEARCHED
+
+
 _TORCHRUN = {"nodes": "GROUP_WORLD_SIZE", "ranks_per_node": "LOCAL_WORLD_SIZE"}
 OmegaConf.register_new_resolver("moecompile.add", lambda *numbers: sum(numbers), replace=True)  # ${moecompile.add:a,b}
 OmegaConf.register_new_resolver("moecompile.started", _started, replace=True)
+OmegaConf.register_new_resolver("moecompile.ep_of", _ep_of, replace=True)
 
 
 def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:

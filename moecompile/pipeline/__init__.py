@@ -42,8 +42,10 @@ from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan, PlannedSite, check_sites
 from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import build_plan
+from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.existing import notes
 from moecompile.planner.search.chosen import choose_layout
+from moecompile.planner.search.remedies import with_remedies
 from moecompile.schema import Config
 from moecompile.torch_private import set_attribute
 
@@ -257,8 +259,13 @@ def _planned(
 
 
 def _new_plan(model: nn.Module, sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) -> Plan:
-    choice = choose_layout(sites, facts, config, lambda plan: shape_of_model(model, plan))
-    return build_plan(sites, config if choice is None else choice.config, facts)
+    def shape(plan: Plan) -> ModelShape:
+        return shape_of_model(model, plan)
+
+    choice = choose_layout(sites, facts, config, shape)
+    config = config if choice is None else choice.config
+    plan = build_plan(sites, config, facts)
+    return with_remedies(plan, sites, facts, config, shape, lambda changed: build_plan(sites, changed, facts))
 
 
 def _config(overrides: Sequence[str] | Config) -> Config:

@@ -15,7 +15,7 @@ from moecompile.atomic import write_text
 from moecompile.errors import PlanError
 from moecompile.named_code import DISPATCH, EXPERTS, Named, refuse_unnamed
 from moecompile.plan.checks import plan_errors
-from moecompile.plan.plan import Plan
+from moecompile.plan.plan import IF_EVEN, TOO_LARGE, Plan
 
 FORMAT = 1
 
@@ -52,6 +52,9 @@ def _plan_of(text: str, source: str) -> Plan:
     if body.pop("format", None) != FORMAT:
         raise PlanError(f"{source}: format", "...", f"must be {FORMAT}", "Plan again with this version")
     body.pop("hash", None)  # a plan may be edited by hand; its hash is computed again
+    estimate = body.get("estimate")
+    if isinstance(estimate, dict) and isinstance(fits := estimate.get("fits"), bool):  # of version 0.2.0
+        body["estimate"] = {**estimate, "fits": IF_EVEN if fits else TOO_LARGE, "remedies": []}
     plan = _build(Plan, body, source)
     assert isinstance(plan, Plan)
     return plan

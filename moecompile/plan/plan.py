@@ -50,6 +50,11 @@ class MemoryEstimate:
         """Bytes at the fullest moment: the sum of all parts, without what is apart."""
         return self.weights + self.grads + self.optimizer + self.activations + self.dispatch - self.apart
 
+    @property
+    def largest(self) -> str:
+        """Name of the largest part."""
+        return max(("weights", "grads", "optimizer", "activations", "dispatch"), key=lambda name: getattr(self, name))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
@@ -106,13 +111,26 @@ class Assumptions:
     optimizer: str
 
 
+FITS, IF_EVEN, TOO_LARGE = "yes", "if even", "no"
+"""Whether a layout fits: at the load to be expected, only if every rank gets the mean rows, or not even then."""
+
+
+def fit_of(even: float, expected: float, limit: float) -> str:
+    """One of the three words, from the bytes of a rank with an even and with the expected load."""
+    return FITS if expected <= limit else IF_EVEN if even <= limit else TOO_LARGE
+
+
 @dataclass(frozen=True, kw_only=True)
 class Remedy:
-    """A change of the config, with which the fullest rank would need `total` bytes."""
+    """A change of the config, as it was planned: bytes of the fullest rank with an even and with the expected load,
+    seconds of a step, and whether it fits (as in `Estimate`).
+    """
 
     change: str
     total: int
-    fits: bool
+    uneven: int
+    seconds: float
+    fits: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,16 +142,18 @@ class Estimate:
     tp_bytes_per_token: what leaves a rank over `tp` in the forward of the whole model: all-reduces after split linears,
     and the joins of MoE layers. cp_bytes_per_token: the same over `cp`: the exchanges of attention. params_muon:
     parameters of matrices that Muon steps; optimizer_bytes_per_step: what a rank sends for them in an optimizer step,
-    as a mean over ranks. memory_bytes_uneven: of a rank that gets twice the mean rows, in total. remedies: what to
-    change if the plan does not fit. lending: None if no layer lends experts. expert_shards: None if every rank has
-    experts of its own.
+    as a mean over ranks. expected_load: rows of the fullest rank over their mean that are to be expected, and
+    expected_from: why; memory_bytes_uneven: of such a rank, in total. fits: `yes` with these rows, `if even`: only
+    with the mean, or `no`. largest: the largest part of the memory, in words. remedies: what to change if it is not
+    `yes`, and tried: what was put through the planner to find them. lending: None if no layer lends experts.
+    expert_shards: None if every rank has experts of its own.
     """
 
     params_total: int
     params_active: int
     params_trained: int
     memory_bytes_per_rank: MemoryEstimate
-    fits: bool
+    fits: str
     bytes_per_token_per_layer: Traffic
     checkpointing: str
     resent_bytes_per_token_per_layer: Traffic
@@ -142,8 +162,12 @@ class Estimate:
     params_muon: int = 0
     optimizer_bytes_per_step: Traffic = Traffic(intra_node=0.0, inter_node=0.0)
     memory_bytes_uneven: int = 0
+    expected_load: float = 1.0
+    expected_from: str = ""
+    largest: str = ""
     assumes: Assumptions | None = None
     remedies: tuple[Remedy, ...] = ()
+    tried: str = ""
     lending: Lending | None = None
     expert_shards: ExpertShards | None = None
 

@@ -36,6 +36,7 @@ from moecompile.plan import (
 )
 from moecompile.planner import estimate
 from moecompile.planner.context_parallel import exchanged_attention
+from moecompile.planner.cost_model.forecast import expected_load
 from moecompile.planner.cost_model.inputs import links_of
 from moecompile.planner.cost_model.seconds import LayerSeconds, choose_chunks, choose_overlap, row_seconds
 from moecompile.planner.existing import check_given, existing_layer, only_existing, own_balance, selection
@@ -290,6 +291,7 @@ def _no_match(path: str, pattern: str, what: str, known: Sequence[str]) -> Confi
 # -- the plan -------------------------------------------------------------------------------------------------------
 
 GIB = 2**30
+_NUMBERS = {32: "fp32", 16: "bf16", 8: "fp8", 4: "fp4"}
 
 
 def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) -> Plan:
@@ -309,7 +311,10 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
 def with_estimate(plan: Plan, config: Config, facts: ModelFacts) -> Plan:
     """The plan with its estimate for the run that `config` describes."""
     run, memory_bytes = run_facts(config, plan.mesh, facts), config.hardware.memory_gib * GIB
-    made = estimate(plan.layers, plan.mesh, facts, run, memory_bytes=memory_bytes, exchanged=plan.context_parallel)
+    made = estimate(
+        plan.layers, plan.mesh, facts, run, memory_bytes=memory_bytes, exchanged=plan.context_parallel,
+        expected=expected_load(plan, config),
+    )  # fmt: skip
     return replace(plan, estimate=made)
 
 
@@ -352,6 +357,9 @@ def run_facts(config: Config, mesh: MeshSpec, facts: ModelFacts) -> RunFacts:
     """The training run that `config` describes."""
     data, trainer = config.data, config.trainer
     stored = "" if facts.bytes_per_param == 4 else f" on weights of {facts.bytes_per_param} bytes"
+    if config.stack.bits is not None:
+        products = _NUMBERS.get(config.stack.bits, f"{config.stack.bits} bits")
+        stored += f" with products in {products} (stack={config.stack.name})"
     return RunFacts(
         tokens_per_rank=mesh.share(data.micro_batch_size * data.seq_len, Part.SEQUENCE),
         micro_batch_size=data.micro_batch_size,

@@ -28,8 +28,9 @@ vocabulary.
    are there until backward begins, and those of this step grow as what was kept is freed:     -> `together`
        fullest = grads + activations                                                       with accumulation
        fullest = max(grads + kept + 2/3 loss, max(grads, kept) + max(loss, layers))        without
-Routing is balanced, except for the total with `UNEVEN` times the mean rows on a rank. The process itself (PyTorch, CUDA
-context, allocator fragmentation) is not counted. benchmarks/memory.py compares this with what ranks use.
+Routing is balanced, except for the total with the load that is to be expected (cost_model/forecast.py). The process
+itself (PyTorch, CUDA context, allocator fragmentation) is not counted. benchmarks/memory.py compares this with what
+ranks use.
 
 A1. One layer, without its input.
        dense FFN      = a T 2 n d_ff                                 into and out of the activation
@@ -64,8 +65,8 @@ A3. Backward of one MoE layer: the gradients of rows, in and out, of its input a
        + b T (K F + copies D)                    fused: gradients of the hidden rows and of the partial sums
        + a T K (n F + D)                         unfused: of the rows into and out of the activation  -> `left_bytes`
 A rank gets K T rows with balanced routing; otherwise K stands for K times the rows of the rank over their mean, which a
-capacity limits. Dense layers are assumed to have the D and d_ff of the widest planned site. With tp, an MoE layer has
-T / tp tokens; activations between split linears are counted whole.
+capacity limits; experts that choose tokens all get the mean. Dense layers are assumed to have the D and d_ff of the
+widest planned site. With tp, an MoE layer has T / tp tokens; activations between split linears are counted whole.
 """
 
 from __future__ import annotations
@@ -93,7 +94,6 @@ from moecompile.planner.params import (
 from moecompile.planner.shards import expert_share, padded_experts
 from moecompile.planner.traffic import copies_per_token
 
-UNEVEN = 2.0
 RESIDUAL_NUMBERS = 6  # of c in step A2
 LOGITS_COPIES = 3
 ASSIGNMENT_BYTES = 36  # ids, sources and order int64, sources again int32, weights in both orders fp32
@@ -114,6 +114,32 @@ def memory_of_fullest_rank(
         dispatch=buffer_bytes(layers, mesh, run),
         apart=grads + made.peak - together(grads, made, run),
     )
+
+
+def largest_in_words(
+    memory: MemoryEstimate, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
+) -> str:
+    """What the largest part of the memory is."""
+    is_one = mesh.world_size == 1
+    is_wide = run.compute_bytes == FP32_BYTES or facts.adapters is not None or (run.accumulation > 1 and not is_one)
+    over = f"over {run.accumulation} micro-batches" if run.accumulation > 1 else "until they are reduced"
+    return {
+        "weights": "not sharded" if is_one else "this rank's shards, and layers that are whole one at a time",
+        "grads": f"{'fp32' if is_wide else 'bf16'}, not sharded{'' if is_one else f', {over}'}",
+        "optimizer": f"{run.optimizer.kind.value} in fp32, for this rank's shards",
+        "activations": _activations_in_words(activations(layers, mesh, facts, run), layers, facts, run),
+        "dispatch": "rows that a rank sends and receives in one layer",
+    }[memory.largest]
+
+
+def _activations_in_words(made: Activations, layers: Sequence[LayerPlan], facts: ModelFacts, run: RunFacts) -> str:
+    tokens, number = f"{run.tokens_per_rank:,} tokens", max(facts.num_layers, len(layers))
+    if made.kept >= max(made.loss, made.layers):
+        what = {"none": "what backward needs", "full": "inputs", "keep_exchanges": "inputs and received rows"}
+        return f"{what[run.checkpointing]} of {tokens}, kept for {number} layer{'s' * (number > 1)}"
+    if made.loss > made.layers:
+        return f"logits of {tokens} over {facts.vocab_size:,} words, {LOGITS_COPIES} times"
+    return f"one layer's forward and backward with {tokens}"
 
 
 def together(grads: int, made: Activations, run: RunFacts) -> int:
@@ -286,6 +312,8 @@ def rows_per_token(layer: LayerPlan, run: RunFacts) -> float:
 
 def row_load(layer: LayerPlan, run: RunFacts) -> float:
     """Rows of the fullest rank over their mean, at most those of all ranks, or what the capacity lets through."""
+    if layer.routing.choice == "expert":
+        return 1.0
     most = layer.experts.num_routed / layer.placement.experts_per_rank
     return max(1.0, min(run.row_load, most, layer.routing.capacity_factor or most))
 

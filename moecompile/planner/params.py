@@ -124,6 +124,17 @@ class RunFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Expected:
+    """The load that is to be expected: rows of the fullest rank over their mean, and why (cost_model/forecast.py)."""
+
+    load: float = 1.0
+    source: str = "even"
+
+
+BALANCED = Expected()
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerParams:
     """Parameter counts of one rewritten site.
 

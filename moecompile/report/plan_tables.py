@@ -16,6 +16,9 @@ from rich.text import Text
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import (
     EVEN,
+    FITS,
+    IF_EVEN,
+    TOO_LARGE,
     AdaptersPlan,
     Assumptions,
     Estimate,
@@ -190,24 +193,24 @@ def _print_memory(estimate: Estimate, console: Console) -> None:
     table = plain_table("memory/rank", "weights", "grads", "optimizer", "activations", "dispatch", "fits")
     parts = (memory.weights, memory.grads, memory.optimizer, memory.activations, memory.dispatch)
     whole = bytes_text(memory.total) + (f"\nof {bytes_text(assumes.memory_bytes)}" if assumes else "")
-    fits = Text("yes", style="green") if estimate.fits else Text("no", style="bold red")
+    fits = Text(estimate.fits, style=_STYLES[estimate.fits], no_wrap=True)
     table.add_row(Text(whole, no_wrap=True), *(Text(bytes_text(part), no_wrap=True) for part in parts), fits)
     console.print(table)
+    if estimate.largest:
+        size = bytes_text(getattr(memory, memory.largest))
+        console.print(Text(f"{_PARTS.get(memory.largest, memory.largest)} {size}: {estimate.largest}", style="dim"))
     if memory.apart:
         text = f"{bytes_text(memory.apart)} of gradients and activations are never there together"
         console.print(Text(text, style="dim"))
     if estimate.memory_bytes_uneven > memory.total:
-        text = f"{bytes_text(estimate.memory_bytes_uneven)} on a rank that gets twice the mean rows"
-        console.print(Text(text, style="dim"))
+        console.print(Text(f"{_uneven_text(estimate)}, as is to be expected ({estimate.expected_from})", style="dim"))
     console.print()
 
 
 def _print_estimate(estimate: Estimate, plan: Plan, console: Console) -> None:
     assumes = estimate.assumes
     _print_memory(estimate, console)
-    if estimate.remedies:
-        console.print(_remedies_table(estimate.remedies))
-        console.print()
+    _print_remedies(estimate, console)
     grid = plain_grid()
     used = f"{count_text(estimate.params_total)}, a token uses {count_text(estimate.params_active)}"
     if estimate.params_trained != estimate.params_total:
@@ -234,12 +237,63 @@ def _print_estimate(estimate: Estimate, plan: Plan, console: Console) -> None:
     console.print(grid)
 
 
+def _print_remedies(estimate: Estimate, console: Console) -> None:
+    if estimate.remedies:
+        console.print(_remedies_table(estimate.remedies))
+    if estimate.tried:
+        console.print(Text(estimate.tried, style="dim"))
+        console.print()
+
+
 def _remedies_table(remedies: Sequence[Remedy]) -> Table:
-    table = plain_table("memory/rank", "fits", "it does not fit; with this change")
+    table = plain_table("memory/rank", "expected", "step", "fits", "with this change")
     for remedy in remedies:
-        fits = Text("yes", style="green") if remedy.fits else Text("no", style="bold red")
-        table.add_row(Text(bytes_text(remedy.total)), fits, Text(remedy.change))
+        cells = (bytes_text(remedy.total), bytes_text(remedy.uneven), seconds_text(remedy.seconds))
+        fits = Text(remedy.fits, style=_STYLES[remedy.fits], no_wrap=True)
+        table.add_row(*(Text(cell, no_wrap=True) for cell in cells), fits, Text(remedy.change))
     return table
+
+
+_STYLES = {FITS: "green", IF_EVEN: "yellow", TOO_LARGE: "bold red"}
+_PARTS = {"grads": "gradients", "dispatch": "exchange buffers"}
+_VERDICTS = {FITS: "fits", IF_EVEN: "FITS ONLY IF THE LOAD IS EVEN", TOO_LARGE: "DOES NOT FIT"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """Memory of a described layout: bytes with an even and with the expected load, and whether it fits."""
+
+    memory_bytes: int
+    memory_bytes_uneven: int
+    fits: str
+
+
+def _uneven_text(estimate: Estimate) -> str:
+    return (
+        f"{bytes_text(estimate.memory_bytes_uneven)} on a rank that gets {estimate.expected_load:.2f} x the mean rows"
+    )
+
+
+def verdict(estimate: Estimate, described: Described | None = None) -> str:
+    """One line: whether it fits, into what, and what to add if not; of a described layout, if there is one."""
+    fits, needed = estimate.fits, estimate.memory_bytes_per_rank.total
+    if described is not None:
+        fits, needed = described.fits, described.memory_bytes
+    size, limit = bytes_text(needed), "" if estimate.assumes is None else bytes_text(estimate.assumes.memory_bytes)
+    if size.split()[-1:] == limit.split()[-1:]:
+        size = size.split()[0]  # `190 of 74.5 GiB`
+    text = f"{_VERDICTS[fits]}: {size}{f' of {limit}' * bool(limit)}"
+    if described is not None:
+        uneven = bytes_text(described.memory_bytes_uneven)
+        return f"{text} as described, {uneven} on a rank that gets {estimate.expected_load:.2f} x the mean rows"
+    if estimate.memory_bytes_uneven > needed:
+        text += f", {_uneven_text(estimate)}"
+    if fits == FITS:
+        return text
+    if not estimate.remedies:
+        return f"{text}; nothing that was tried fits"
+    best = estimate.remedies[0]
+    return f"{text}; add: {best.change}" + " (fits only if the load is even)" * (best.fits != FITS)
 
 
 def _assumes_text(assumes: Assumptions, checkpointing: str, mesh: MeshSpec) -> str:
@@ -490,26 +544,39 @@ def print_search(found: Found, config: Config, console: Console) -> None:
             console.print(_front(title, front, config.search.show))
     console.print()
     if found.runs:
-        console.print(Text("best layout that runs; add this to your command:", style="bold"))
-        console.print(Text(found.runs[0].overrides), soft_wrap=True)
+        best = found.runs[0]
+        only = "" if best.fits == FITS else ", only if the load is even"
+        console.print(Text(f"best layout that runs{only}; add this to your command:", style="bold"))
+        console.print(Text(best.overrides), soft_wrap=True)
+        if found.tight is not None:
+            console.print(Text(_tight_text(found.tight), style="dim"), soft_wrap=True)
     elif found.least is not None:
         needed, settings = found.least
         shown = " ".join(f"{key}={value}" for key, value in settings.items())
         console.print(Text(f"no layout that runs fits into memory; the least is {bytes_text(needed)}, with {shown}"))
     if found.described:
-        best, is_faster = found.described[0], not found.runs or found.described[0].seconds < found.runs[0].seconds
+        other, is_faster = found.described[0], not found.runs or found.described[0].seconds < found.runs[0].seconds
         console.print()
         speed = "faster" if is_faster else "slower"
         console.print(Text(f"best described layout, {speed}; task=plan shows it, it is not run as described:"))
-        console.print(Text(best.overrides), soft_wrap=True)
+        console.print(Text(other.overrides), soft_wrap=True)
     if found.rejected:
         console.print()
         console.print(_rejected(found))
 
 
+def _tight_text(candidate: Candidate) -> str:
+    even, expected = bytes_text(candidate.memory_bytes), bytes_text(candidate.memory_bytes_uneven)
+    return (
+        f"{seconds_text(candidate.seconds)} only if the load is even ({even}, with the expected one {expected}): "
+        f"{candidate.overrides}"
+    )
+
+
 def _search_head(found: Found, config: Config) -> Table:
     grid, data = plain_grid(), config.data
     considered = f"{found.considered:,} candidates in {found.cpu_seconds:.1f} s, {found.fitting:,} fit"
+    considered += f", {found.if_even:,} only if the load is even" * (found.if_even > 0)
     grid.add_row(Text("search", style="bold"), Text(considered))
     grid.add_row(Text("kept", style="bold"), Text(f"{data.global_batch_size:,} sequences of {data.seq_len:,} tokens"))
     for axis, reason in found.kept.items():
@@ -518,14 +585,16 @@ def _search_head(found: Found, config: Config) -> Table:
 
 
 def _front(title: str, front: Sequence[Candidate], rows: int) -> Table:
-    table = plain_table("step", "tokens/s", "memory", f"{title}: fastest for its memory")
+    only = "" if front[0].fits == FITS else ", only if the load is even"
+    table = plain_table("step", "tokens/s", "memory", "expected", f"{title}: fastest for its memory{only}")
     for candidate in front[:rows]:
         table.add_row(
             Text(seconds_text(candidate.seconds)), Text(f"{candidate.tokens_per_second_per_rank:,.0f}"),
-            Text(bytes_text(candidate.memory_bytes)), Text(_short(candidate.settings)),
+            Text(bytes_text(candidate.memory_bytes)), Text(bytes_text(candidate.memory_bytes_uneven)),
+            Text(_short(candidate.settings)),
         )  # fmt: skip
     if len(front) > rows:
-        table.add_row(Text("..."), Text(""), Text(""), Text(f"{len(front) - rows} more in result.json"))
+        table.add_row(Text("..."), Text(""), Text(""), Text(""), Text(f"{len(front) - rows} more in result.json"))
     return table
 
 

@@ -210,6 +210,6 @@ def _number_text(value: Any, style: str) -> str:
     if value is None:
         return "-"
     if style == "yes":
-        return "yes" if value else "no"
+        return value if isinstance(value, str) else "yes" if value else "no"  # a word since version 0.3
     named = {"bytes": bytes_text, "seconds": seconds_text}
     return named[style](value) if style in named else format(value, style)

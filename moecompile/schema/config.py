@@ -25,6 +25,7 @@ from moecompile.schema.enums import (
     AdapterExport,
     AdapterKind,
     Baseline,
+    Calibrate,
     Checkpointing,
     Compiled,
     DataKind,
@@ -339,6 +340,8 @@ class HostConfig:
 
     cores: Optional[int] = number(None, Whole(1))
     """Cores of a node, which its ranks share; null: no such ranks."""
+    one_machine: bool = False
+    """Whether all nodes of a mesh are played by one machine, so that their ranks share its cores."""
     products: list[RateConfig] = field(default_factory=list)
     """Dense products, by the rows that they have."""
     grouped: list[RateConfig] = field(default_factory=list)
@@ -439,6 +442,8 @@ class WorkloadConfig:
     """Tensor parallel size of experts in a layout that is described, not run."""
     zero: int = number(3, Whole(0, 3))
     """What is sharded over replicas: nothing (0), optimizer states (1), weights too (3, FSDP)."""
+    mtp: int = number(0, Whole(0, 16))
+    """Layers that predict further tokens (multi-token prediction), each with a head, which are described, not run."""
     load: Optional[str] = None
     """`metrics.csv` of a run, or a file of loads, whose imbalance is priced beside synthetic ones."""
     source: str = ""
@@ -619,6 +624,10 @@ class TrainerConfig:
     """How often a run that lost a rank is restarted from its latest checkpoint automatically."""
     on_nan: OnNan = OnNan.stop
     """What happens if a loss or a gradient is not finite."""
+    calibrate: Calibrate = Calibrate.auto
+    """Whether CPU ranks with hardware=laptop measure their machine before the first run with a model of about its size,
+    in a few seconds, so that the report's forecast is of it; kept in `~/.cache/moecompile/machine`.
+    """
     baseline: Baseline = Baseline.none
     """`dense` also trains the dense model, with the same data, optimizer and mesh, and shows both side by side."""
 
@@ -632,6 +641,9 @@ class TaskConfig:
 
     name: TaskName = TaskName.train
     """Name of the task."""
+    require_fit: bool = False
+    """With task=plan and search: exits with code 1 if the layout, or every layout, does not fit into memory with the
+    load that is to be expected."""
 
 
 @dataclass(kw_only=True)

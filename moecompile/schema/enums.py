@@ -230,6 +230,14 @@ class OnNan(str, Enum):
     skip = "skip"  # the optimizer step is skipped on all ranks, and counted
 
 
+class Calibrate(str, Enum):
+    """Whether CPU ranks of one machine measure it before a run, so that its report's forecast is of this machine."""
+
+    auto = "auto"  # with hardware=laptop, and a model of 1 to 200 million parameters
+    always = "always"  # with a model of any size too
+    never = "never"
+
+
 class LoggerKind(str, Enum):
     """Where metrics of training go, beside metrics.csv."""
 

@@ -40,5 +40,5 @@ def with_workload(config: Config) -> tuple[Config, list[str]]:
 
 
 def is_described(workload: WorkloadConfig) -> bool:
-    """Whether the layout has axes that this package's runtime does not run."""
-    return workload.zero != FSDP or any(getattr(workload, name) > 1 for name in _DESCRIBED)
+    """Whether the step has axes, or layers, that this package's runtime does not run."""
+    return workload.zero != FSDP or workload.mtp > 0 or any(getattr(workload, name) > 1 for name in _DESCRIBED)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moecompile import rundir, waiting
-from moecompile.errors import RankFailure, VerificationFailed
+from moecompile.errors import DoesNotFit, RankFailure, VerificationFailed
 from moecompile.report.page import try_report
 from moecompile.report.result import write_result
 from moecompile.runtime import slurm
@@ -51,7 +51,7 @@ def run(config: Config, run_dir: Path) -> int:
                 write_result(rundir.output_dir(run_dir), name, config.name, {"error": str(error)}, status="failed")
                 try_report(rundir.output_dir(run_dir), name)
         raise
-    except VerificationFailed:
+    except (VerificationFailed, DoesNotFit):
         try_report(run_dir, name)
         raise
     if config.task.name not in (TaskName.submit, TaskName.chat):  # which have no results

@@ -50,7 +50,8 @@ def write_forecast(
     if load is not None and load.exists():
         config = dataclasses.replace(config, workload=dataclasses.replace(config.workload, load=str(load)))
     try:
-        text = json.dumps(forecast_fields(forecast_plan(shape, plan, config)), indent=2) + "\n"
+        fields = {"hardware": config.hardware.name, **forecast_fields(forecast_plan(shape, plan, config))}
+        text = json.dumps(fields, indent=2) + "\n"
         (output_dir(run_dir) / FORECAST).write_text(text, encoding="utf-8")
     except (ConfigError, OSError) as error:
         _show(str(error))

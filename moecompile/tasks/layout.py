@@ -34,6 +34,8 @@ def with_layout(config: Config) -> Config:
     choice = choose_layout(sites, facts, config, lambda plan: shape_of_model(model, plan))
     waiting.done()
     assert choice is not None
-    step = f"the fastest of {choice.layouts} layouts, {seconds_text(choice.seconds)} a step predicted"
-    print(f"{EP}={SEARCHED}: {choice.settings}  ({step})", flush=True)
+    why = "needs the least memory, none fits"
+    if choice.seconds is not None:
+        why = f"the fastest of {choice.layouts} layouts, {seconds_text(choice.seconds)} a step predicted"
+    print(f"{EP}={SEARCHED}: {choice.settings}  ({why})", flush=True)
     return choice.config

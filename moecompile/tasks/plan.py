@@ -6,11 +6,12 @@ import dataclasses
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 from torch import nn
 
 from moecompile import plan as plans
 from moecompile.compose import RESOLVED, load_resolved
-from moecompile.errors import ConfigError
+from moecompile.errors import ConfigError, DoesNotFit
 from moecompile.models.build import example_inputs
 from moecompile.models.source import source_model
 from moecompile.nn.own_router import own_losses
@@ -19,18 +20,20 @@ from moecompile.pipeline import make_plan
 from moecompile.pipeline.captured import planning_facts
 from moecompile.pipeline.facts import WIDENED
 from moecompile.pipeline.shape import shape_of_model
-from moecompile.plan import Plan, check_sites
-from moecompile.planner.build_plan import with_estimate
-from moecompile.planner.cost_model.forecast import forecast_plan
+from moecompile.plan import FITS, Plan, check_sites, fit_of
+from moecompile.planner.build_plan import GIB, with_estimate
+from moecompile.planner.cost_model.forecast import expected_load, forecast_plan
 from moecompile.planner.cost_model.inputs import inputs_of
 from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.existing import notes
 from moecompile.planner.given import given_plan, plan_file
 from moecompile.planner.placement import read_placement
 from moecompile.planner.search.described import memory_of
+from moecompile.planner.search.remedies import with_remedies
 from moecompile.report.console import print_data
 from moecompile.report.plan_tables import (
     Compared,
+    Described,
     costs,
     differences,
     placement_fields,
@@ -38,6 +41,7 @@ from moecompile.report.plan_tables import (
     print_forecast,
     print_placement,
     print_plan,
+    verdict,
 )
 from moecompile.report.result import write_result
 from moecompile.report.text import bytes_text
@@ -50,18 +54,22 @@ _READ = ("data", "hardware", "stack", "workload")  # config groups
 
 
 def run(config: Config, run_dir: Path) -> None:
-    """Prints the plan and writes `plan.yaml` and `result.json`."""
+    """Prints the plan and writes `plan.yaml` and `result.json`.
+
+    Raises:
+        DoesNotFit: it does not fit, and `task.require_fit` asks for it.
+    """
     config, workload_notes = with_workload(config)
     console, of_data = Console(), data_fields(read_data(config), config) if _reads_data(config) else {}
     model = source_model(config)
     plan = planned(model, config, given_plan(config))
     require_layers(plan, config)
     shape = shape_of_model(model, plan)
-    forecast, (described, fields) = forecast_plan(shape, plan, config), _described(shape, plan, config)
+    forecast, described = forecast_plan(shape, plan, config), _described(shape, plan, config)
     plan_notes = [
         *decides(config),
         *workload_notes,
-        *described,
+        *([] if described is None else [_described_note(described, config)]),
         *notes(plan, config, getattr(model, WIDENED, ""), own_losses(model)),
         *frozen_notes(model, plan),
     ]
@@ -81,7 +89,7 @@ def run(config: Config, run_dir: Path) -> None:
         config.name,
         {
             **plan_fields(plan),
-            **fields,
+            **_described_fields(described),
             **forecast_fields(forecast),
             **compared,
             **(placement_fields(where) if where else {}),
@@ -89,6 +97,11 @@ def run(config: Config, run_dir: Path) -> None:
             **of_data,
         },
     )
+    if plan.estimate is not None:
+        console.print()
+        console.print(Text(verdict(plan.estimate, described)), soft_wrap=True)
+        if config.task.require_fit and (described or plan.estimate).fits != FITS:
+            raise DoesNotFit
 
 
 def _reads_data(config: Config) -> bool:
@@ -116,7 +129,11 @@ def planned(model: nn.Module, config: Config, plan: Plan | None) -> Plan:
     if plan.adapters is not None:
         numbers = sum(plan.adapters.rank * sum(facts.linears[path]) for path in plan.adapters.linears)
         facts = dataclasses.replace(facts, adapters=(numbers, plan.adapters.train_router))
-    return with_estimate(plan, config, facts)
+    given = with_estimate(plan, config, facts)
+    return with_remedies(
+        given, sites, facts, config, lambda each: shape_of_model(model, each),
+        lambda changed: with_estimate(plan, changed, facts),
+    )  # fmt: skip
 
 
 def flat(config: Config) -> dict[str, object]:
@@ -149,17 +166,27 @@ def _compare(model: nn.Module, this: Compared, config: Config, console: Console)
     return {"compared": {name: {key: list(pair) for key, pair in rows.items()} for name, rows in pairs.items()}}
 
 
-def _described(shape: ModelShape, plan: Plan, config: Config) -> tuple[list[str], dict[str, object]]:
-    """What is said of a described layout, if there is one: a note, and a field of result.json."""
+def _described(shape: ModelShape, plan: Plan, config: Config) -> Described | None:
+    """The memory of a described layout, if there is one."""
     if not is_described(config.workload):
-        return [], {}
-    memory = round(sum(memory_of(inputs_of(shape, plan, config)).values()))
-    note = (
+        return None
+    inputs = inputs_of(shape, plan, config)
+    even, uneven = (round(sum(memory_of(inputs, load).values())) for load in (1.0, expected_load(plan, config).load))
+    fits = fit_of(even, uneven, config.hardware.memory_gib * GIB)
+    return Described(memory_bytes=even, memory_bytes_uneven=uneven, fits=fits)
+
+
+def _described_note(described: Described, config: Config) -> str:
+    return (
         f"the time is that of the layout which workload={config.workload.name} describes; this package runs expert, "
         "tensor and data parallelism, and the memory above is that of `mesh`; the described layout needs about "
-        f"{bytes_text(memory)} a rank"
+        f"{bytes_text(described.memory_bytes)} a rank"
     )
-    return [note], {"described_memory_bytes": memory}
+
+
+def _described_fields(described: Described | None) -> dict[str, object]:
+    """The fields of result.json about a described layout."""
+    return {} if described is None else {f"described_{name}": value for name, value in vars(described).items()}
 
 
 def plan_fields(plan: Plan) -> dict[str, object]:

@@ -9,10 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from moecompile import plan as plans
+from moecompile.errors import DoesNotFit
 from moecompile.models.build import example_inputs
 from moecompile.models.source import source_model
 from moecompile.pipeline.captured import planning_facts
 from moecompile.pipeline.shape import shape_of_model
+from moecompile.plan import FITS
 from moecompile.planner.build_plan import build_plan
 from moecompile.planner.search.chosen import with_settings
 from moecompile.planner.search.found import Candidate
@@ -25,7 +27,11 @@ from moecompile.tasks.plan import plan_fields, require_layers
 
 
 def run(config: Config, run_dir: Path) -> None:
-    """Prints what was found; writes `result.json`, and `plan.yaml` of the best layout that runs."""
+    """Prints what was found; writes `result.json`, and `plan.yaml` of the best layout that runs.
+
+    Raises:
+        DoesNotFit: no layout that runs fits, and `task.require_fit` asks for it.
+    """
     published = config.workload.global_batch_size
     rounds = published is not None and "data.global_batch_size" not in config.given
     batch = published if rounds and published is not None else config.data.global_batch_size
@@ -43,6 +49,8 @@ def run(config: Config, run_dir: Path) -> None:
         plans.save(best, run_dir / "plan.yaml")
         fields = {**plan_fields(best), **fields}
     write_result(run_dir, "search", config.name, fields)
+    if config.task.require_fit and not any(each.fits == FITS for each in found.runs):
+        raise DoesNotFit
 
 
 def _fields(found: Found) -> dict[str, object]:
@@ -50,6 +58,7 @@ def _fields(found: Found) -> dict[str, object]:
     return {
         "candidates": found.considered,
         "fitting": found.fitting,
+        "fitting_if_even": found.if_even,
         "search_cpu_seconds": found.cpu_seconds,
         "kept": found.kept,
         "best": _field(found.runs[0]) if found.runs else None,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moecompile.bench import MachineCost, calibrated, cpu_parts, hardware_of, write_hardware
+from moecompile.bench import MachineCost, calibrated, cpu_parts, hardware_config, hardware_of, write_hardware
 from moecompile.bench.machine import ExchangeCost, line_of
 from moecompile.compose import compose_config
 from moecompile.planner.cost_model.counts import count
@@ -70,9 +70,11 @@ def test_messages_are_the_line_through_what_was_measured() -> None:
 
 def test_the_file_is_read_as_what_was_measured(tmp_path: Path) -> None:
     host, _ = calibrated(COST, FREE, CASE, step_seconds=0.76)
-    write_hardware(tmp_path, hardware_of(COST, host, compose_config([]).hardware, local_ranks=2))
+    content = hardware_of(COST, host, compose_config([]).hardware, local_ranks=2)
+    write_hardware(tmp_path, content)
     read = compose_config(["hardware=this_machine", f"hydra.searchpath=[file://{tmp_path}]"]).hardware
     assert read.name == "this_machine" and "measured by task=bench" in read.figures.bf16_tflops.source
+    assert hardware_config(content) == read
     again = machine_of(read).host
     assert again is not None
     for name in ("cores", "passes", "attention", "node", "optimizer"):

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from moecompile.compose import compose_config
 from moecompile.planner.cost_model.constants import CALIBRATION, CONSTANTS, PRIORS, calibrated
+from moecompile.tasks import plan
 
 REPOSITORY = Path(__file__).parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -56,6 +58,21 @@ def test_the_stored_scores_are_what_the_code_computes(program: ModuleType, store
     assert [round(program.tokens_s(run, constants), 1) for run in runs] == [run["predicted"] for run in stored["runs"]]
     for run in runs:
         assert sum(program.parts(run, constants).values()) > 0
+
+
+@pytest.mark.slow
+def test_the_documented_step_is_what_the_command_beside_it_prints(
+    stored: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (REPOSITORY / "docs" / "understand" / "foresight.md").read_text()
+    (line,) = re.findall(r"^python -m moecompile (task=plan .*deepseek_v3_dualpipe)$", page, re.MULTILINE)
+    plan.run(compose_config(line.split()), tmp_path)
+    seconds = json.loads((tmp_path / "result.json").read_text())["step_seconds"]
+    assert round(seconds, 2) == stored["deepseek_v3"]["predicted_s"]
+    printed = re.search(r"predicted step +(\S+ s)", capsys.readouterr().out)
+    assert printed is not None
+    assert f"`predicted step  {printed[1]}`" in page
+    assert f"{stored['deepseek_v3']['predicted_s']} s" in page
 
 
 @pytest.mark.slow

@@ -234,6 +234,14 @@ def test_errors_survive_pickling() -> None:
     assert (type(copy), str(copy), copy.exit_code) == (PlanError, "plan.layers=x: is wrong. Mend it.", 2)
 
 
+@pytest.mark.parametrize(("before", "now"), [(True, "if even"), (False, "no")])
+def test_a_plan_of_version_020_which_says_whether_it_fits_by_a_bool_is_read(before: bool, now: str) -> None:
+    body = yaml.safe_load(to_yaml(a_plan()))
+    body["estimate"] |= {"fits": before, "remedies": [{"change": "mesh.ep=2", "total": 1, "fits": True}]}
+    read = from_yaml(yaml.safe_dump(body)).estimate
+    assert read is not None and (read.fits, read.remedies) == (now, ())
+
+
 def test_the_estimate_does_not_count_for_the_hash() -> None:
     plan = a_plan()
     assert plan.estimate is not None

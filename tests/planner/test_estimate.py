@@ -28,7 +28,7 @@ from moecompile.plan import (
     Traffic,
 )
 from moecompile.planner import ModelFacts, RunFacts, Wire, estimate, forward_traffic
-from moecompile.planner.params import ffn_params, model_params
+from moecompile.planner.params import Expected, ffn_params, model_params
 
 # Two layers of 50 + ffn parameters, ffn = 3 * 8 * 16 = 384, and a tied embedding of 100 * 8.
 FACTS = ModelFacts(params_total=1668, params_embedding=800, num_layers=2, vocab_size=100)
@@ -159,8 +159,13 @@ def test_rows_of_a_fuller_rank_take_more_up_to_the_capacity() -> None:
 
     assert total(1) < total(2) < total(4) == total(9)
     assert total(9, capacity=1.25) == total(1.25)
-    found = estimate([layer(4, "flat")], FOUR_RANKS, FACTS, RUN, memory_bytes=1e9)
+    expected = Expected(load=2.0, source="a guess")
+    found = estimate([layer(4, "flat")], FOUR_RANKS, FACTS, RUN, memory_bytes=1e9, expected=expected)
     assert found.memory_bytes_uneven == total(2)
+    assert (found.expected_load, found.expected_from) == (2.0, "a guess")
+    choosing = replace(layer(4, "flat"), routing=replace(layer().routing, choice="expert"))
+    made = estimate([choosing], FOUR_RANKS, FACTS, RUN, memory_bytes=1e9, expected=expected)
+    assert made.memory_bytes_uneven == made.memory_bytes_per_rank.total
 
 
 def test_layers_that_are_computed_again_keep_their_inputs_and_what_was_received() -> None:
@@ -185,10 +190,34 @@ def test_bf16_parameters_are_gathered_narrow_and_stored_wide() -> None:
     assert 2 * narrow.memory_bytes_per_rank.activations == wide.memory_bytes_per_rank.activations
 
 
-def test_fits_means_no_more_than_the_memory() -> None:
-    total = estimate([layer()], ONE_RANK, FACTS, RUN, memory_bytes=0).memory_bytes_per_rank.total
-    for memory, fits in ((total - 1, False), (total, True)):
-        assert estimate([layer()], ONE_RANK, FACTS, RUN, memory_bytes=memory).fits is fits
+def test_fits_means_no_more_than_the_memory_with_the_load_that_is_to_be_expected() -> None:
+    def found(memory: int) -> Estimate:
+        expected = Expected(load=2.0, source="a guess")
+        return estimate([layer(4, "flat")], FOUR_RANKS, FACTS, RUN, memory_bytes=memory, expected=expected)
+
+    even, uneven = found(0).memory_bytes_per_rank.total, found(0).memory_bytes_uneven
+    cases = ((even - 1, "no"), (even, "if even"), (uneven - 1, "if even"), (uneven, "yes"))
+    assert [found(memory).fits for memory, _ in cases] == [fits for _, fits in cases]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "facts", "run", "part", "words"),
+    [
+        (FOUR_RANKS, FACTS, replace(RUN, accumulation=4, compute_bytes=2), "grads", "fp32, not sharded, over 4 micro-batches"),
+        (ONE_RANK, FACTS, RUN, "optimizer", "adamw in fp32, for this rank's shards"),
+        (FOUR_RANKS, FACTS, RUN, "weights", "this rank's shards, and layers that are whole one at a time"),
+        (FOUR_RANKS, FACTS, replace(RUN, tokens_per_rank=4096), "activations", "what backward needs of 4,096 tokens, kept for 2 layers"),
+        (FOUR_RANKS, replace(FACTS, vocab_size=999), replace(RUN, tokens_per_rank=4096, checkpointing="full"), "activations", "logits of 4,096 tokens over 999 words, 3 times"),
+        (FOUR_RANKS, FACTS, replace(RUN, tokens_per_rank=4096, checkpointing="full"), "activations", "one layer's forward and backward with 4,096 tokens"),
+    ],
+)  # fmt: skip
+def test_the_largest_part_is_told_in_words(
+    mesh: MeshSpec, facts: ModelFacts, run: RunFacts, part: str, words: str
+) -> None:
+    made = layer() if mesh == ONE_RANK else layer(4, "flat")
+    run = replace(run, tokens_per_rank=1 if part != "activations" else run.tokens_per_rank)
+    found = estimate([made], mesh, facts, run, memory_bytes=1e9)
+    assert (found.memory_bytes_per_rank.largest, found.largest) == (part, words)
 
 
 def test_traffic_is_the_mean_over_layers() -> None:
@@ -292,7 +321,7 @@ def test_what_is_frozen_in_part_or_nobody_knows_where_counts_as_trained(frozen: 
     )
 
 
-SMALL = ["hardware.memory_gib=0.001", "mesh.ranks_per_node=2", "data.global_batch_size=32", "data.micro_batch_size=4"]
+SMALL = ["mesh.ranks_per_node=2", "data.global_batch_size=32", "data.micro_batch_size=4"]
 
 
 class Block(nn.Module):
@@ -318,43 +347,61 @@ def test_a_plan_that_fits_needs_none() -> None:
     assert estimated("mesh.ranks_per_node=2").remedies == ()
 
 
+def limited(share: float, *overrides: str) -> tuple[list[str], Estimate]:
+    """The config, and its plan where a rank has this share of the memory that it needs."""
+    needed = estimated(*SMALL, *overrides).memory_bytes_per_rank.total
+    given = [f"hardware.memory_gib={share * needed / 2**30}", *SMALL, *overrides]
+    return given, estimated(*given)
+
+
+@pytest.mark.parametrize("share", [0.99, 0.7, 0.5, 0.3])
 @pytest.mark.parametrize("checkpointing", ["none", "keep_exchanges", "full"])
-def test_each_remedy_takes_what_the_plan_of_the_changed_config_takes(checkpointing: str) -> None:
-    given = [*SMALL, f"trainer.checkpointing={checkpointing}"]
-    before = estimated(*given)
-    assert not before.fits
+def test_each_remedy_is_planned_and_fits(checkpointing: str, share: float) -> None:
+    given, before = limited(share, f"trainer.checkpointing={checkpointing}")
+    assert before.fits == "no"
     assert before.remedies
     for remedy in before.remedies:
         changed = {item.partition("=")[0] for item in remedy.change.split()}
+        assert "data.global_batch_size" not in changed
         kept = [item for item in given if item.partition("=")[0] not in changed]
         after = estimated(*kept, *remedy.change.split())
         assert after.memory_bytes_per_rank.total == remedy.total < before.memory_bytes_per_rank.total
-        assert after.fits == remedy.fits
+        assert (after.memory_bytes_uneven, after.fits) == (remedy.uneven, remedy.fits)
+    fits = [remedy for remedy in before.remedies if remedy.fits == "yes"]
+    assert before.remedies[: len(fits)] == tuple(fits)  # `if even` comes last
+    assert all(remedy.fits == "if even" for remedy in before.remedies[len(fits) :])
+    changes = [len(remedy.change.split()) for remedy in fits]
+    assert changes == sorted(changes)
+    seconds = [remedy.seconds for remedy in fits]
+    assert seconds == sorted(seconds, reverse=True)  # more changes only where they are faster
 
 
-def test_what_is_offered() -> None:
-    offered = [remedy.change for remedy in estimated(*SMALL).remedies]
-    assert offered[:3] == [
-        "trainer.checkpointing=full", "data.micro_batch_size=1", "trainer.precision=bf16_params",
-    ]  # fmt: skip
-    assert offered[3] == "mesh.num_nodes=8 mesh.ranks_per_node=8 mesh.ep=2 data.global_batch_size=256"
-    assert offered[4] == " ".join(offered[:3])
-    none = [remedy.change for remedy in estimated(*SMALL, "trainer.checkpointing=none").remedies]
-    assert none[0] == "trainer.checkpointing=keep_exchanges"
+def test_what_is_offered_and_what_was_tried() -> None:
+    """One change first, then two; more ranks only where the given ones are not enough; then what was found."""
+    _, one = limited(0.9)
+    assert one.remedies[0].change == "data.micro_batch_size=2"
+    assert one.tried == "tried mesh.ep, micro-batch and checkpointing (30 layouts)"
+    _, two = limited(0.5, "trainer.checkpointing=none")
+    assert two.remedies[0].change == "data.micro_batch_size=2 trainer.checkpointing=full"
+    _, more = limited(0.5)
+    assert more.remedies[0].change.startswith("mesh.num_nodes=2 mesh.ep=")
+    assert "mesh.tp, mesh.ep, micro-batch and checkpointing" in more.tried
+    _, none = limited(0.1)
+    assert none.remedies == ()
+    assert "the least is 0.0039 GiB, with mesh.ep=8 data.micro_batch_size=1 trainer.checkpointing=full" in none.tried
 
 
-def test_as_few_ranks_as_make_it_fit() -> None:
-    """Each rank's share of the weights halves with twice the ranks, so some mesh is the first that fits."""
-    total = estimated(*SMALL).memory_bytes_per_rank.total
-    enough = f"hardware.memory_gib={0.75 * total / 2**30}"
-    found = [r for r in estimated(enough, *SMALL[1:]).remedies if r.change.startswith("mesh.num_nodes")]
-    assert len(found) == 1
-    assert found[0].fits
+def test_what_fits_only_if_the_load_is_even_has_remedies_that_fit() -> None:
+    _, before = limited(1.01)
+    assert (before.fits, {remedy.fits for remedy in before.remedies}) == ("if even", {"yes"})
 
 
 def test_what_the_estimate_assumes() -> None:
-    assumes = estimated(*SMALL, "data.seq_len=64", "trainer.precision=bf16_mixed").assumes
+    assumes = estimated("hardware.memory_gib=0.001", *SMALL, "data.seq_len=64", "trainer.precision=bf16_mixed").assumes
     assert assumes is not None
     assert (assumes.tokens_per_rank, assumes.seq_len, assumes.accumulation) == (256, 64, 4)
     assert (assumes.precision, assumes.optimizer, assumes.hardware) == ("bf16_mixed", "adamw", "laptop")
     assert assumes.memory_bytes == round(0.001 * 2**30)
+    described = estimated("stack=deepseek_v3").assumes
+    assert described is not None
+    assert described.precision == "fp32 with products in fp8 (stack=deepseek_v3)"

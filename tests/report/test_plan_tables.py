@@ -16,11 +16,13 @@ from moecompile.plan import (
     FFNSite,
     LayerPlan,
     Plan,
+    Remedy,
     RoutingPlan,
     reductions,
 )
 from moecompile.planner import ModelFacts, RunFacts, estimate
-from moecompile.report.plan_tables import print_plan
+from moecompile.report.plan_tables import print_plan, verdict
+from moecompile.report.text import bytes_text
 from tests.plan.plans import a_plan
 from tests.report.test_console import printed, words
 
@@ -85,9 +87,33 @@ def test_the_estimate_says_whether_it_fits() -> None:
     assert assumes is not None
     assert f"of {assumes.memory_bytes / 2**30:g} GiB" in text
     assert f"{assumes.tokens_per_rank:,} tokens a rank (1 sequence of {assumes.seq_len:,})" in words(text)
-    assert all(remedy.change in words(text) for remedy in plan.estimate.remedies)
-    assert "it does not fit; with this change" in text
-    roomy = replace(plan, estimate=replace(plan.estimate, fits=True))
+    gib = 2**30
+    offered = Remedy(change="mesh.ep=8", total=60 * gib, uneven=70 * gib, seconds=3.0, fits="yes")
+    even = Remedy(change="mesh.ep=64", total=60 * gib, uneven=90 * gib, seconds=2.0, fits="if even")
+    uneven, asked = plan.estimate.memory_bytes_per_rank.total + gib, "tried mesh.ep (9 layouts)"
+    made = replace(
+        plan.estimate, remedies=(offered, even), tried=asked, memory_bytes_uneven=uneven, expected_load=6.72,
+        expected_from="zipf, the median layer",
+    )  # fmt: skip
+    text = words(printed(lambda console: print_plan(replace(plan, estimate=made), console)))
+    for shown in (
+        "60 GiB 70 GiB 3 s yes mesh.ep=8", "60 GiB 90 GiB 2 s if even mesh.ep=64", asked,
+        "on a rank that gets 6.72 x the mean rows, as is to be expected (zipf, the median layer)", f": {made.largest}",
+    ):  # fmt: skip
+        assert shown in text, shown
+    needed = f"{made.memory_bytes_per_rank.total / gib:.3g} of 80 GiB, {bytes_text(uneven)} on a rank that gets 6.72 x"
+    assert verdict(made) == f"DOES NOT FIT: {needed} the mean rows; add: mesh.ep=8"
+    only = replace(made, fits="if even", remedies=(even,))
+    assert verdict(only) == (
+        f"FITS ONLY IF THE LOAD IS EVEN: {needed} the mean rows; add: mesh.ep=64 (fits only if the load is even)"
+    )
+    assert verdict(replace(only, remedies=())).endswith("; nothing that was tried fits")
+    assert verdict(replace(made, fits="yes")) == f"fits: {needed} the mean rows"
+    tiny = replace(made.memory_bytes_per_rank, **dict.fromkeys(("weights", "grads", "optimizer", "activations"), 2**20))
+    assert verdict(replace(made, fits="yes", memory_bytes_per_rank=replace(tiny, dispatch=0, apart=0))).startswith(
+        "fits: 4 MiB of 80 GiB, "
+    )
+    roomy = replace(plan, estimate=replace(plan.estimate, fits="yes"))
     assert "yes" in printed(lambda console: print_plan(roomy, console)).split()
 
 

@@ -37,7 +37,7 @@ def predicted(model: nn.Module, config: Config, **settings: object) -> tuple[flo
     except MoecompileError:
         return math.inf, False
     assert plan.estimate is not None
-    return seconds, plan.estimate.fits
+    return seconds, plan.estimate.fits == "yes"
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,25 @@ def test_python_callers_get_the_same_plan() -> None:
     assert plan.hash == named.hash
 
 
+def test_a_plan_where_none_fits_is_that_of_the_least_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    config = with_layout(compose_config([*RECIPE, "task=plan", "mesh=auto", "hardware.memory_gib=0.001"]))
+    assert config.mesh.ep == 4
+    assert capsys.readouterr().out == (
+        "mesh.ep=search: mesh.ep=4 mesh.dp_replicate=1  (needs the least memory, none fits)\n"
+    )
+
+
+def test_a_preset_says_the_ep_size_of_its_own_ranks() -> None:
+    for preset, ep in (("h100_2x8", 16), ("h100_8", 8), ("h800_256x8", 64), ("gb200_1x64", 64)):
+        assert compose_config([f"mesh={preset}"]).mesh.ep == ep
+        assert compose_config([f"mesh={preset}", "mesh.num_nodes=16"]).mesh.ep == "search"
+        assert compose_config([f"mesh={preset}", "mesh.num_nodes=16", "mesh.ep=4"]).mesh.ep == 4
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["hardware.memory_gib=0.001"], r"mesh.ep=search: the smallest layout needs 0\.0\d+ GiB a rank, and hardware.memory_gib=0.001"),
+        (["hardware.memory_gib=0.001", "task=train"], r"mesh.ep=search: the smallest layout needs 0\.0\d+ GiB a rank, and hardware.memory_gib=0.001"),
         (["hardware.figures.latency_us.value=null"], r"mesh.ep=search: no layout can be planned: hardware.figures.latency_us.value"),
         (["experts.granularity=5"], r"experts.granularity=5"),
         (["mesh.ranks_per_node=16", "task=train"], r"data.global_batch_size=16: must be a multiple"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from moecompile.compose import compose_config
-from moecompile.errors import ConfigError
+from moecompile.errors import ConfigError, DoesNotFit
+from moecompile.load_history import LoadHistory
 from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import make_plan
 from moecompile.pipeline.shape import shape_of_model
@@ -41,6 +43,52 @@ def test_the_run_directory_has_every_number(tmp_path: Path, capsys: pytest.Captu
     shown = capsys.readouterr().out
     for text in ("predicted step", "expert products", "exchange across nodes (communication)", "zipf", "MFU"):
         assert text in shown
+
+
+def test_the_last_line_says_whether_it_fits_and_the_exit_code_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the line adds is planned by the same command, and fits."""
+    base = ["recipe=mixtral_ep", "mesh=cpu_2x2", "trainer.checkpointing=none", "task.require_fit=true"]
+
+    def last(name: str, *words: str) -> tuple[str, dict[str, Any]]:
+        (tmp_path / name).mkdir()
+        try:
+            task.run(compose_config([*base, *words]), tmp_path / name)
+        except DoesNotFit as error:
+            assert (error.exit_code, error.reported) == (1, True)
+            name += "/failed"
+        result = json.loads((tmp_path / name.removesuffix("/failed") / "result.json").read_text())
+        assert name.endswith("/failed") == (result["fits"] != "yes")
+        return capsys.readouterr().out.splitlines()[-1], result
+
+    line, result = last("fits")
+    assert line.startswith("fits: ") and " of 4 GiB" in line
+    assert result["memory_bytes_per_rank"]["total"] < result["memory_bytes_uneven"]
+    assert result["expected_load"] == result["imbalance"][1]["p50_load"] > 1  # one truth
+    assert result["expected_from"] == "zipf, the median layer"
+    needed = result["memory_bytes_per_rank"]["total"] / 2**30
+    limit = f"hardware.memory_gib={0.9 * needed}"
+    line, result = last("small", limit)
+    assert line.startswith("DOES NOT FIT: ")
+    change = line.partition("; add: ")[2]
+    assert change == result["remedies"][0]["change"]
+    line, result = last("again", limit, *change.split())
+    assert line.startswith("fits: ")
+    line, result = last("even", f"hardware.memory_gib={1.001 * needed}")
+    assert line.startswith("FITS ONLY IF THE LOAD IS EVEN: ") and result["fits"] == "if even"
+
+
+def test_a_given_load_is_the_load_to_be_expected(tmp_path: Path) -> None:
+    """The 99th percentile of a run, which balances less than zipf here."""
+    _, plan, _ = planned("recipe=mixtral_ep", "mesh=cpu_2x2")
+    history = LoadHistory()
+    history.add(1, {layer.site.fqn: [9, *[1] * 7] for layer in plan.layers})
+    history.save(tmp_path / "load.npz")
+    _, given, _ = planned("recipe=mixtral_ep", "mesh=cpu_2x2", f"workload.load={tmp_path / 'load.npz'}")
+    assert given.estimate.expected_load == pytest.approx(10 / 4)
+    assert given.estimate.expected_from == "load.npz, 99th percentile of layers and steps"
+    assert given.estimate.memory_bytes_uneven > plan.estimate.memory_bytes_uneven
 
 
 def test_a_planned_shape_has_the_parameters_and_operations_of_the_model() -> None:
@@ -109,7 +157,7 @@ def test_faster_links_and_another_stack_change_the_step() -> None:
 
 
 def test_mistakes_are_one_message(tmp_path: Path) -> None:
-    model, plan, _ = planned("recipe=deepseek_ep", "mesh=cpu_2x2")
+    model, plan, plan_config = planned("recipe=deepseek_ep", "mesh=cpu_2x2")
     shape = shape_of_model(model, plan)
     for override, text in (
         ("workload.pp=3", "mesh=4: tp * pp * cp = 3 must divide the 4 GPUs. Use a multiple of 3."),
@@ -127,13 +175,18 @@ def test_mistakes_are_one_message(tmp_path: Path) -> None:
             forecast_plan(shape, plan, changed)
         assert text in str(error.value)
     model, split, twice = planned("recipe=mixtral_ep", "mesh.tp=2", "workload.tp=2")
+    further = replace(plan_config, workload=replace(plan_config.workload, mtp=1))
+    assert is_described(further.workload) and not is_described(plan_config.workload)
+    *others, last = inputs_of(shape, plan, further).model.layers
+    assert tuple(others) == shape.layers
+    assert (last.count, last.mtp, last.ffn) == (1, True, shape.layers[-1].ffn)
     with pytest.raises(ConfigError) as error:
         inputs_of(shape_of_model(model, split), split, twice)
     assert str(error.value) == "workload.tp=2: the mesh says 2 already. Set one of them to 1."
     metrics = tmp_path / "metrics.csv"
     metrics.write_text("step,max_violation/a\n1,0.5\n")
     with pytest.raises(ConfigError, match="it has 1 MoE layers, the plan has 5"):
-        loads_of(plan, compose_config(["recipe=deepseek_ep", "mesh=cpu_2x2", f"workload.load={metrics}"]))
+        loads_of(plan, compose_config(["recipe=deepseek_ep", "mesh=cpu_2x2", f"workload.load={metrics}"]), 4)
 
 
 @pytest.mark.slow
@@ -150,4 +203,11 @@ def test_deepseek_v3_is_planned_at_its_batch_and_as_it_was_trained(tmp_path: Pat
     task.run(compose_config([*base, "stack=deepseek_v3", "workload=deepseek_v3_dualpipe"]), tmp_path / "theirs")
     theirs = json.loads((tmp_path / "theirs" / "result.json").read_text())
     assert theirs["step_seconds"] < ours["step_seconds"]
+    (tmp_path / "changed").mkdir()
+    task.run(compose_config([*base, *ours["remedies"][0]["change"].split()]), tmp_path / "changed")
+    changed = json.loads((tmp_path / "changed" / "result.json").read_text())
+    assert (ours["fits"], changed["fits"]) == ("no", "yes")
+    assert ours["largest"] == "fp32, not sharded, over 8 micro-batches"
     assert any("describes" in note for note in theirs["notes"])
+    assert (theirs["described_fits"], theirs["remedies"]) == ("if even", [])
+    assert theirs["described_memory_bytes"] < 74.5 * 2**30 < theirs["described_memory_bytes_uneven"]

@@ -44,7 +44,8 @@ def test_the_whole_front_is_what_task_plan_predicts(tmp_path: Path, capsys: pyte
         assert plan["tokens_per_second_per_rank"] == each["tokens_per_second_per_rank"]
         if each["runs"]:
             assert plan["memory_bytes_per_rank"]["total"] == each["memory_bytes"]
-            assert plan["fits"]
+            assert plan["memory_bytes_uneven"] == each["memory_bytes_uneven"]
+            assert plan["fits"] == each["fits"] == "yes"
         else:
             assert plan["described_memory_bytes"] == each["memory_bytes"]
     best = planned(tmp_path / "best", "recipe=mixtral_ep", *found["best"]["overrides"].split())
@@ -75,7 +76,7 @@ def test_fronts_have_no_candidate_that_another_beats(tmp_path: Path) -> None:
     found = searched(tmp_path, "recipe=deepseek_ep", "mesh=cpu_2x2")
     for front in (found["front"], found["described_front"]):
         speeds = [each["tokens_per_second_per_rank"] for each in front]
-        memory = [each["memory_bytes"] for each in front]
+        memory = [each["memory_bytes_uneven"] for each in front]
         assert speeds == sorted(speeds, reverse=True)
         assert memory == sorted(set(memory), reverse=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 
 from moecompile import plan as plans
+from moecompile.bench import hardware_config
 from moecompile.load_history import LoadHistory
+from moecompile.tasks.ranks import bench_machine
 from tests.forked import python
 
 TINY = [
@@ -44,8 +47,10 @@ def losses_of(folder: Path) -> list[float]:
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One job on four ranks."""
     folder = tmp_path_factory.mktemp("run")
-    run = moecompile([*TINY, "hydra.run.dir=again"], folder)
+    words = [*TINY, "hydra.run.dir=again", "trainer.calibrate=always"]
+    run = moecompile(words, folder, MOECOMPILE_MACHINE_DIR=str(folder / "machine"))
     assert run.returncode == 0, run.stderr + run.stdout
+    (folder / "stdout.txt").write_text(run.stdout)
     return folder / "again"
 
 
@@ -88,6 +93,25 @@ def test_a_run_leaves_what_it_promises(run_dir: Path) -> None:
     stages = ("captured", "rewritten", "lowered", "fused")
     assert graphs == {f"model.layers.1.mlp.{stage}.{kind}" for stage in stages for kind in ("txt", "svg")}
     assert Path(result["checkpoint"], ".metadata").is_file()
+
+
+def test_the_forecast_of_a_report_is_of_this_machine(run_dir: Path) -> None:
+    """Measured once, and kept; two nodes are one machine, whose cores are shared. The plan has `laptop` all the same."""
+    (kept,) = (run_dir.parent / "machine").glob("*.yaml")
+    assert f"for the report's forecast: {kept}" in (run_dir.parent / "stdout.txt").read_text()
+    forecast = json.loads((run_dir / "forecast.json").read_text())
+    assert forecast["hardware"] == "this_machine"
+    cores = len(os.sched_getaffinity(0))
+    waiting = forecast["step_parts"]["waiting for a core"]
+    assert waiting == pytest.approx(max(0, 4 / cores - 1) / max(1, 4 / cores) * forecast["step_seconds"])
+    plan = plans.load(run_dir / "plan.yaml")
+    assert plan.estimate is not None and plan.estimate.assumes is not None
+    assert plan.estimate.assumes.hardware == "laptop"
+    content = bench_machine.read_kept(kept)
+    assert content is not None and hardware_config(content).host.one_machine
+    for broken in ("", "name: x", "host: {cores: [1}", "host: 3\nfigures: {}"):
+        kept.with_name("broken").write_text(broken)
+        assert bench_machine.read_kept(kept.with_name("broken")) is None
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:

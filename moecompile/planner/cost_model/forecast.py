@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from moecompile.planner.cost_model.inputs import KINDS, Inputs, Software, inputs
 from moecompile.planner.cost_model.seconds import step_seconds
 from moecompile.planner.cost_model.shapes import ModelShape, training_flops
 from moecompile.planner.loads import read_loads
-from moecompile.planner.params import routed
+from moecompile.planner.params import BALANCED, Expected, routed
 from moecompile.schema import Config
 
 # -- how uneven the load of ranks is: rows of the fullest EP rank over the mean -------------------------------------
@@ -53,6 +54,7 @@ class Load:
     p99: float
 
 
+@cache
 def synthetic(kind: str, experts: int, ep: int, top_k: int, skew: float = 1.0) -> Load:
     """The imbalance of a synthetic workload (step 1); `kind` is balanced, zipf or hot."""
     if kind == "balanced" or ep == 1:
@@ -300,11 +302,34 @@ def forecast_plan(shape: ModelShape, plan: Plan, config: Config) -> Forecast:
         dispatcher="stack.dispatcher" if given.dispatcher else "dispatch.kind",
         no_recompute="trainer.checkpointing=none" if given.recompute is None else "stack.recompute=[]",
     )
-    return forecast(inputs, loads_of(plan, config), alternatives_of(inputs, keys))
+    return forecast(inputs, loads_of(plan, config, plan.mesh.ep), alternatives_of(inputs, keys))
 
 
-def loads_of(plan: Plan, config: Config) -> list[Load]:
-    """Balanced, zipf and hot, and the load of a given run.
+EXPECTED = "zipf"
+
+
+def expected_load(plan: Plan, config: Config, ep: int | None = None) -> Expected:
+    """The load with which a plan must fit into memory: of the loads that are priced, that of a given run at its 99th
+    percentile, as every step must fit, else zipf at its median: no training has balanced the router yet.
+
+    Args:
+        ep: an EP size, if not the plan's.
+
+    Raises:
+        ConfigError: `workload.load` is not of this model.
+    """
+    ep = plan.mesh.ep if ep is None else ep
+    found = {load.name: load for load in loads_of(plan, config, ep)}
+    if ep == 1 or all(layer.routing.choice == "expert" for layer in plan.layers):
+        return BALANCED
+    if config.workload.load is not None:
+        load = list(found.values())[-1]
+        return Expected(load=max(1.0, load.p99), source=f"{load.name}, 99th percentile of layers and steps")
+    return Expected(load=max(1.0, found[EXPECTED].p50), source=f"{EXPECTED}, the median layer")
+
+
+def loads_of(plan: Plan, config: Config, ep: int) -> list[Load]:
+    """Balanced, zipf and hot, and the load of a given run, on EP groups of `ep` ranks.
 
     Raises:
         ConfigError: `workload.load` is not of this model.
@@ -313,12 +338,10 @@ def loads_of(plan: Plan, config: Config) -> list[Load]:
         return []
     layer, skew = plan.layers[0], config.routing.skew
     top_k, _, _ = routed(layer)
-    loads = [
-        synthetic(kind, layer.experts.num_routed, plan.mesh.ep, top_k, skew) for kind in ("balanced", "zipf", "hot")
-    ]
+    loads = [synthetic(kind, layer.experts.num_routed, ep, top_k, skew) for kind in ("balanced", "zipf", "hot")]
     if config.workload.load is not None:
         experts = [each.experts.num_routed for each in plan.layers]
         identity = [each.experts.num_identity for each in plan.layers]
         orders = [each.placement.order for each in plan.layers]
-        loads.append(measured(Path(config.workload.load), experts, plan.mesh.ep, identity, orders))
+        loads.append(measured(Path(config.workload.load), experts, ep, identity, orders))
     return loads

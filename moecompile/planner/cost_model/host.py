@@ -17,7 +17,8 @@ Nothing runs beside anything else on a core, so the addends of a micro-batch add
 7. Ranks of a node that compute at once share caches, memory and hardware threads: all but exchanges takes as many times
    longer as was measured.
 
-A node's ranks share its cores. With more ranks than cores, a step takes as many times longer.       -> `host_seconds`
+A node's ranks share its cores, and so do those of all nodes that one machine plays. With more ranks than cores, a step
+takes as many times longer.                                                                          -> `host_seconds`
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def host_seconds(
         "memory passes": wide * (counts.body.passes + counts.head.passes / counts.stages) / host.passes,
         "host": host.node * _nodes(counts.body, software),
     }
-    computing = between(host.contention, min(machine.domain, layout.gpus))
+    on_node = layout.gpus if host.one_machine else min(machine.domain, layout.gpus)
+    computing = between(host.contention, on_node)
     parts = {name: seconds * computing for name, seconds in parts.items()} | {
         "exchange": _exchange(model, layout, counts, software, host, load),
         "tensor": _messages(host, layout.tp, counts.parallel.tensor, counts.parallel.tensor.messages, software),
@@ -71,7 +73,6 @@ def host_seconds(
     parts["bubble"] = sum(parts.values()) * counts.bubble / counts.num_micro
     owned = computing * host.optimizer * counts.step.owned
     parts |= {"gradients": counts.num_micro * _TOUCHED * owned, "optimizer": owned}
-    on_node = min(machine.domain, layout.gpus)
     parts[WAITING] = sum(parts.values()) * max(0.0, on_node / host.cores - 1)
     return parts
 

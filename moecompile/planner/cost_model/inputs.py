@@ -118,10 +118,10 @@ class Layout:
 class Host:
     """A node that computes on its CPU, in seconds of one rank.
 
-    cores: of a node. products: rows -> operations/s of dense products; grouped: rows of an expert -> operations/s.
-    contention: ranks that compute at once -> how much longer each takes. attention: operations/s. passes: bytes/s.
-    node: of an operation that Python calls. optimizer: of a parameter. messages: ranks -> seconds of an exchange, and
-    of each byte that a rank sends in it.
+    cores: of a node, or of all nodes if they are one machine. products: rows -> operations/s of dense products;
+    grouped: rows of an expert -> operations/s. contention: ranks that compute at once -> how much longer each takes.
+    attention: operations/s. passes: bytes/s. node: of an operation that Python calls. optimizer: of a parameter.
+    messages: ranks -> seconds of an exchange, and of each byte that a rank sends in it.
     """
 
     cores: int
@@ -133,6 +133,7 @@ class Host:
     node: float
     optimizer: float
     messages: tuple[tuple[float, float, float], ...]
+    one_machine: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +260,7 @@ def host_of(host: HostConfig) -> Host:
     figures = {name: number(f"hardware.host.{name}", getattr(host, name)) for name in _HOST_FIGURES}
     return Host(
         cores=host.cores or 1,
+        one_machine=host.one_machine,
         products=tuple((each.rows, 1e9 * each.gflops) for each in _rows("products", host.products)),
         grouped=tuple((each.rows, 1e9 * each.gflops) for each in _rows("grouped", host.grouped)),
         contention=tuple((each.ranks, each.factor) for each in _rows("contention", host.contention)),
@@ -326,6 +328,14 @@ def software_of(
     )
 
 
+def _predicting(shape: ModelShape, further: int) -> ModelShape:
+    """The shape with layers like its last one with experts, that predict further tokens."""
+    likes = [layer for layer in shape.layers if layer.ffn is not None and layer.ffn.experts] or list(shape.layers)
+    if not further or not likes:
+        return shape
+    return replace(shape, layers=(*shape.layers, replace(likes[-1], count=further, mtp=True)))
+
+
 def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
     """What is forecast for a plan.
 
@@ -363,7 +373,7 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
     if machine.host is not None:
         software = replace(software, fused=True)  # as the experts' kernel for CPUs is
     return Inputs(
-        model=shape,
+        model=_predicting(shape, workload.mtp),
         layout=layout,
         machine=machine,
         software=replace(software, in_flight=overlap, chunks=chunks) if own else software,

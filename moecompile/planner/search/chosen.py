@@ -34,14 +34,13 @@ EP = "mesh.ep"
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A config with its layout. settings: what was chosen, as overrides. seconds: predicted, of a step.
-
-    layouts: how many were compared.
+    """A config with its layout. settings: what was chosen, as overrides. seconds: predicted, of a step; None: no layout
+    fits, and this one needs the least memory. layouts: how many were compared.
     """
 
     config: Config
     settings: str
-    seconds: float
+    seconds: float | None
     layouts: int
 
 
@@ -53,7 +52,7 @@ def choose_layout(
     Args: those of `search`.
 
     Raises:
-        ConfigError: no layout can be planned, or none fits into memory.
+        ConfigError: no layout can be planned, or none fits into memory, which task=plan says by itself.
     """
     if config.mesh.ep != SEARCHED:
         return None
@@ -62,6 +61,10 @@ def choose_layout(
     start = _whole(_start(sites, facts, planned))
     start = replace(start, given=given, search=SearchConfig(axes=list(_axes(config))))
     found = search(sites, facts, start, shape, rounds=False)
+    if not found.runs and found.least is not None and config.task.name is TaskName.plan:
+        settings = {EP: start.mesh.ep, **found.least[1]}
+        text = " ".join(f"{key}={value}" for key, value in settings.items())
+        return Choice(config=with_settings(config, settings), settings=text, seconds=None, layouts=found.considered)
     if not found.runs:
         raise ConfigError(EP, SEARCHED, _why_none(found, config), "Give a size; task=search varies more than the mesh")
     best = found.runs[0]

@@ -25,6 +25,7 @@ c. Micro-batches in flight on the first stage: pp of 1F1B, pp + (pp - 1) / vpp i
    last stage one, with its logits (bf16) and their fp32 softmax and gradient. The larger one counts; with recomputation
    one layer is whole.                                                                           -> `_activations`
 d. Rows that one layer sends and receives.                                                         -> `_rows`
+K rows are those of the mean rank. A fuller one has `load` times as many received rows, and numbers of experts.
 The process itself (CUDA context, workspaces, fragmentation) is not counted.
 """
 
@@ -178,16 +179,20 @@ def _fastest(inputs: Inputs, layout: Layout, software: Software, kinds: Sequence
     return min(kinds, key=seconds)
 
 
-def memory_of(inputs: Inputs) -> dict[str, float]:
-    """Bytes of the fullest GPU, which add up: weights, grads, optimizer, activations, rows."""
+def memory_of(inputs: Inputs, load: float = 1.0) -> dict[str, float]:
+    """Bytes of the fullest GPU, which add up: weights, grads, optimizer, activations, rows.
+
+    Args:
+        load: rows of its experts over the mean.
+    """
     model, layout, software = inputs.model, inputs.layout, inputs.software
     weights, grads, optimizer = _states(model, layout, software)
     return {
         "weights": weights,
         "grads": grads,
         "optimizer": optimizer,
-        "activations": _activations(model, layout, software),
-        "rows": max((_rows(layer.ffn, model.hidden, layout) for layer in model.layers if layer.ffn), default=0.0),
+        "activations": _activations(model, layout, software, load),
+        "rows": max((_rows(layer.ffn, model.hidden, layout, load) for layer in model.layers if layer.ffn), default=0.0),
     }
 
 
@@ -213,16 +218,16 @@ def _layer_params(layer: Layer, hidden: int, layout: Layout) -> float:
     return (everything - routed) / layout.tp + routed / (layout.ep * layout.etp)
 
 
-def _activations(model: ModelShape, layout: Layout, software: Software) -> float:
+def _activations(model: ModelShape, layout: Layout, software: Software, load: float) -> float:
     """Step c."""
     own = layout.tokens / layout.tp
-    kept = sum(layer.count * _kept(layer, model.hidden, software) for layer in model.layers) * own / layout.pp
+    kept = sum(layer.count * _kept(layer, model.hidden, software, load) for layer in model.layers) * own / layout.pp
     layers = sum(layer.count for layer in model.layers)
     kept *= ceil(layers / layout.pp) * layout.pp / layers  # the fullest stage has whole layers
     again = 0.0
     if software.repeats("full", "all_but_exchanges"):
         whole = Software(bits=software.bits, dispatcher=software.dispatcher)
-        again = max(_kept(layer, model.hidden, whole) for layer in model.layers) * own
+        again = max(_kept(layer, model.hidden, whole, load) for layer in model.layers) * own
     logits = _LOGIT_BYTES * model.vocab * own
     return max(kept * in_flight(layout, software), kept + logits) + again
 
@@ -236,14 +241,14 @@ def in_flight(layout: Layout, software: Software) -> float:
     return min(layout.num_micro, layout.pp + (layout.pp - 1) / layout.vpp * (layout.vpp > 1))
 
 
-def _kept(layer: Layer, hidden: int, software: Software) -> float:
+def _kept(layer: Layer, hidden: int, software: Software, load: float) -> float:
     """Bytes that a layer keeps of each token of a GPU (step b)."""
     if software.repeats("full"):
         return hidden * BF16
     if software.repeats("all_but_exchanges"):
         sent = layer.ffn.top_k * layer.ffn.row(hidden) if layer.ffn else 0
-        return (hidden + 2 * sent) * BF16
-    return _kept_of_mixer(layer, hidden, software) + _kept_of_ffn(layer.ffn, hidden, software)
+        return (hidden + (1 + load) * sent) * BF16
+    return _kept_of_mixer(layer, hidden, software) + _kept_of_ffn(layer.ffn, hidden, software, load)
 
 
 def _kept_of_mixer(layer: Layer, hidden: int, software: Software) -> float:
@@ -262,7 +267,7 @@ def _kept_of_mixer(layer: Layer, hidden: int, software: Software) -> float:
     return (hidden + latents + wide) * _number(software) + normed * _read(software)
 
 
-def _kept_of_ffn(ffn: Experts | None, hidden: int, software: Software) -> float:
+def _kept_of_ffn(ffn: Experts | None, hidden: int, software: Software, load: float) -> float:
     if ffn is None:
         return 0.0
     normed = 0 if software.repeats("layernorm") else hidden
@@ -275,13 +280,13 @@ def _kept_of_ffn(ffn: Experts | None, hidden: int, software: Software) -> float:
         return kept
     hidden_row = ffn.num_in * read if software.repeats("moe_act") else ffn.num_in * number + read
     per_row = ffn.row(hidden) * read + ffn.d_expert * hidden_row
-    return kept + ffn.top_k * per_row + 2 * ffn.experts * FP32
+    return kept + load * ffn.top_k * per_row + 2 * ffn.experts * FP32
 
 
-def _rows(ffn: Experts, hidden: int, layout: Layout) -> float:
+def _rows(ffn: Experts, hidden: int, layout: Layout, load: float) -> float:
     if layout.ep * layout.etp == 1:
         return 0.0
-    return 2 * layout.tokens / layout.tp * ffn.top_k * ffn.row(hidden) * BF16
+    return (1 + load) * layout.tokens / layout.tp * ffn.top_k * ffn.row(hidden) * BF16
 
 
 def _number(software: Software) -> int:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from moecompile.plan import FITS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A layout that fits. settings: dotted key -> value, what makes a plan of it. runs: whether this package runs it.
 
-    seconds: of a step. tokens_per_second_per_rank: predicted. memory_bytes: of the fullest rank.
+    seconds: of a step. tokens_per_second_per_rank: predicted. memory_bytes: of a rank with an even load.
+    memory_bytes_uneven: with the load that is to be expected. fits: `yes` with it, or `if even`.
     """
 
     settings: Mapping[str, object]
@@ -18,6 +21,8 @@ class Candidate:
     seconds: float
     tokens_per_second_per_rank: float
     memory_bytes: int
+    memory_bytes_uneven: int
+    fits: str
 
     @property
     def overrides(self) -> str:
@@ -64,15 +69,26 @@ class Rejected:
 
 
 def front(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Those that no other one beats in both speed and memory, the fastest first.
+    """Those that no other one beats in both speed and memory with the expected load, the fastest first.
 
-    Of equal ones the first counts, which is the one with the fewest changes.
+    If some fit with that load, only they count. Of equal ones the first counts, which is that with the fewest changes.
     """
+    candidates = list(candidates)
+    candidates = [each for each in candidates if each.fits == FITS] or candidates
     kept: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (-c.tokens_per_second_per_rank, c.memory_bytes)):
-        if not kept or candidate.memory_bytes < kept[-1].memory_bytes:
+    for candidate in sorted(candidates, key=lambda c: (-c.tokens_per_second_per_rank, c.memory_bytes_uneven)):
+        if not kept or candidate.memory_bytes_uneven < kept[-1].memory_bytes_uneven:
             kept.append(candidate)
     return kept
+
+
+def tight(candidates: Iterable[Candidate], best: Candidate | None) -> Candidate | None:
+    """The fastest that fits only if the load is even, if it is faster than the best."""
+    found = [each for each in candidates if each.fits != FITS]
+    fastest = max(found, key=lambda each: each.tokens_per_second_per_rank, default=None)
+    if fastest is None or best is None or best.tokens_per_second_per_rank >= fastest.tokens_per_second_per_rank:
+        return None
+    return fastest
 
 
 def _text(value: object) -> str:

@@ -3,7 +3,8 @@
 Algorithm:
   1. The plan of the config as it is: what training must not change.
   2. Layouts that this package runs, then described ones (described.py).
-  3. The front of speed against memory of each kind; the fastest of each is best.
+  3. The front of speed against memory of each kind, of those that fit with the load that is to be expected; the fastest
+     of each is best.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 from typing import Any
 
 from moecompile.errors import ConfigError, MoecompileError
 from moecompile.mesh import MeshSpec
-from moecompile.plan import IN_FLIGHT, LayerPlan, Plan, PlannedSite
+from moecompile.plan import FITS, IN_FLIGHT, LayerPlan, Plan, PlannedSite, fit_of
 from moecompile.planner.build_plan import GIB, draft_plan, run_facts
-from moecompile.planner.cost_model.forecast import step_of
+from moecompile.planner.cost_model.forecast import expected_load, step_of
 from moecompile.planner.cost_model.inputs import REPEATED, SAID_BY_MESH, Inputs, inputs_of
 from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.memory import (
@@ -33,8 +34,8 @@ from moecompile.planner.memory import (
 )
 from moecompile.planner.params import ModelFacts, RunFacts
 from moecompile.planner.search.axes import KINDS, Axes, axes_of
-from moecompile.planner.search.described import Described, Space, described, settings_of, space_of
-from moecompile.planner.search.found import Candidate, Reason, Rejected, front
+from moecompile.planner.search.described import Described, Space, described, memory_of, settings_of, space_of
+from moecompile.planner.search.found import Candidate, Reason, Rejected, front, tight
 from moecompile.schema import Config, DispatchBalance, DispatchKind, OverlapKind, WorkloadConfig
 
 # -- layouts that this package runs: plan, memory and seconds are those that task=plan gives ------------------------
@@ -56,7 +57,7 @@ class Search:
     """What is searched. sites, facts: of the model. config: its `data.global_batch_size` is the batch before rounding.
 
     layers: the plan of the config as it is. shape: a plan's shape for the time model. rounds: whether the batch may be
-    rounded up, as a published one is.
+    rounded up, as a published one is. loads: EP size -> load that is to be expected, as they become known.
     """
 
     sites: Sequence[PlannedSite]
@@ -66,21 +67,29 @@ class Search:
     shape: Callable[[Plan], ModelShape]
     axes: Axes
     rounds: bool
+    loads: dict[int, float] = field(default_factory=dict)
+
+    def load_of(self, plan: Plan, config: Config, ep: int) -> float:
+        """The load that is to be expected, which changes with the EP size alone."""
+        if ep not in self.loads:
+            self.loads[ep] = expected_load(plan, config, ep).load
+        return self.loads[ep]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Structure:
-    """A planned structure (step 1). overlapped: the layers with exchanges in flight."""
+    """A planned structure (step 1). overlapped: the layers with exchanges in flight. load: that is to be expected."""
 
     config: Config
     plan: Plan
     facts: ModelFacts
     inputs: Inputs
     overlapped: tuple[LayerPlan, ...]
+    load: float
 
 
 def runnable(search: Search, rejected: Rejected) -> Iterator[Candidate]:
-    """The candidates that fit; the others are counted in `rejected`."""
+    """The candidates that fit, with an even load at least; the others are counted in `rejected`."""
     shapes: dict[object, ModelShape] = {}
     states = _States()
     for structure in _structures(search, shapes, rejected):
@@ -118,8 +127,8 @@ def _with(config: Config, sizes: Mapping[str, Any], *, granularity: int, max_nod
 
 
 def as_run(workload: WorkloadConfig) -> WorkloadConfig:
-    """The workload without a described layout."""
-    return replace(workload, tp=1, pp=1, vpp=1, cp=1, etp=1, zero=3)
+    """The workload without what is described."""
+    return replace(workload, tp=1, pp=1, vpp=1, cp=1, etp=1, zero=3, mtp=0)
 
 
 def _dispatched(config: Config, kind: str) -> Config:
@@ -137,8 +146,9 @@ def _planned(search: Search, config: Config, shapes: dict[object, ModelShape]) -
         for layer in plan.layers
     )
     return _Structure(
-        config=config, plan=plan, facts=facts, inputs=inputs_of(shapes[key], plan, config), overlapped=overlapped
-    )
+        config=config, plan=plan, facts=facts, inputs=inputs_of(shapes[key], plan, config), overlapped=overlapped,
+        load=search.load_of(plan, config, plan.mesh.ep),
+    )  # fmt: skip
 
 
 def _in_flight(layer: LayerPlan) -> bool:
@@ -205,6 +215,7 @@ def _of_micro_batch(
         if needed > limit:
             rejected.too_large(needed, limit, settings)
             continue
+        uneven = memory(number, replace(again, row_load=structure.load), overlap != "none")
         own = structure.config.stack.dispatcher is None and not structure.config.stack.overlap
         software = replace(
             inputs.software, recompute=REPEATED[checkpointing] if recompute is None else kept,
@@ -214,8 +225,9 @@ def _of_micro_batch(
         seconds = sum(step_of(replace(inputs, layout=layout, software=software)).values())
         speed = batch * layout.seq / plan.mesh.world_size / seconds
         yield Candidate(
-            settings=settings, runs=True, seconds=seconds, tokens_per_second_per_rank=speed, memory_bytes=needed
-        )
+            settings=settings, runs=True, seconds=seconds, tokens_per_second_per_rank=speed, memory_bytes=needed,
+            memory_bytes_uneven=uneven, fits=fit_of(needed, uneven, limit),
+        )  # fmt: skip
 
 
 def _possible(overlap: tuple[str, int], structure: _Structure, run: RunFacts) -> bool:
@@ -276,7 +288,9 @@ def _memory(structure: _Structure, states: _States) -> Callable[[int, RunFacts, 
     known: dict[object, tuple[Activations, int]] = {}
 
     def of_run(run: RunFacts, in_flight: bool) -> tuple[Activations, int]:
-        key = (run.tokens_per_rank, run.micro_batch_size, run.accumulation > 1, run.checkpointing, in_flight)
+        key = (
+            run.tokens_per_rank, run.micro_batch_size, run.accumulation > 1, run.checkpointing, in_flight, run.row_load
+        )  # fmt: skip
         if key not in known:
             layers, mesh = structure.overlapped if in_flight else plan.layers, plan.mesh
             known[key] = activations(layers, mesh, structure.facts, run), buffer_bytes(layers, mesh, run)
@@ -295,18 +309,22 @@ def _memory(structure: _Structure, states: _States) -> Callable[[int, RunFacts, 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The result. considered, fitting: candidates. cpu_seconds: of the search. kept: axis -> why it was not searched.
+    """The result. considered: candidates. fitting: those that fit with the load that is to be expected, and if_even:
+    those that fit only with an even one. cpu_seconds: of the search. kept: axis -> why it was not searched.
 
-    runs, described: fronts, the fastest first. rejected: reasons, the most frequent first. least: (bytes, settings) of
-    the smallest layout that this package runs and that does not fit.
+    runs, described: fronts, the fastest first, of those that fit only if the load is even where no others do. tight:
+    the fastest of these that runs, if it is faster than the best. rejected: reasons, the most frequent first. least:
+    (bytes, settings) of the smallest layout that this package runs and that does not fit.
     """
 
     considered: int
     fitting: int
+    if_even: int
     cpu_seconds: float
     kept: dict[str, str]
     runs: list[Candidate]
     described: list[Candidate]
+    tight: Candidate | None
     rejected: list[Reason]
     least: tuple[int, dict[str, object]] | None
 
@@ -338,23 +356,28 @@ def search(
     ours = list(runnable(searched, rejected))  # Step 2
     others = list(_described(searched, plan, rejected)) if axes.layout else []
     least = None if rejected.least is None else (rejected.least[0], dict(rejected.least[1]))
+    fitting, runs = sum(each.fits == FITS for each in (*ours, *others)), front(ours)  # Step 3
     return Found(
-        considered=len(ours) + len(others) + rejected.total, fitting=len(ours) + len(others),
-        cpu_seconds=time.process_time() - start, kept=axes.kept, runs=front(ours), described=front(others),  # Step 3
-        rejected=rejected.listed, least=least,
+        considered=len(ours) + len(others) + rejected.total, fitting=fitting,
+        if_even=len(ours) + len(others) - fitting, cpu_seconds=time.process_time() - start, kept=axes.kept, runs=runs,
+        described=front(others), tight=tight(ours, runs[0] if runs else None), rejected=rejected.listed, least=least,
     )  # fmt: skip
 
 
 def _described(search: Search, plan: Plan, rejected: Rejected) -> Iterator[Candidate]:
     config, axes = search.config, search.axes
-    as_config = replace(config, workload=as_run(config.workload))
+    as_config = replace(config, workload=replace(as_run(config.workload), mtp=config.workload.mtp))
     inputs = inputs_of(search.shape(plan), plan, as_config)
     space = _space(search, plan, inputs)
     if "overlap" not in axes.kept:
         inputs = replace(inputs, software=replace(inputs.software, in_flight="none", chunks=1))
-    for each in described(inputs, space, config.hardware.memory_gib * GIB, rejected):
+    limit = config.hardware.memory_gib * GIB
+    for each in described(inputs, space, limit, rejected):
+        step = replace(inputs, layout=each.layout, software=each.software)
+        uneven = round(sum(memory_of(step, search.load_of(plan, config, each.layout.ep)).values()))
         yield Candidate(
             settings=_described_settings(each, search), runs=False, seconds=each.seconds, memory_bytes=each.memory,
+            memory_bytes_uneven=uneven, fits=fit_of(each.memory, uneven, limit),
             tokens_per_second_per_rank=each.layout.global_batch * each.layout.seq / each.layout.gpus / each.seconds,
         )  # fmt: skip
 

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moecompile.plan import FITS, IF_EVEN, TOO_LARGE
 from moecompile.report.page.document import Chart, Section, chart, details, escape, lines, note, table
 from moecompile.report.page.read import Run, flatten, read_config
 from moecompile.report.text import bytes_text, count_text, plural, seconds_text, step0_text
@@ -23,6 +24,7 @@ from moecompile.version import versions
 
 
 Row = tuple[str, str, str, str]
+THIS_MACHINE = "this_machine"  # of bench/machine.py
 _MEMORY = ("weights", "grads", "optimizer", "activations")
 
 
@@ -38,13 +40,19 @@ def verdict_section(run: Run) -> Section:
                 "Bytes: forward exchanges of all training steps. Memory: weights, gradients and optimizer state are "
                 "those of the fullest rank after the last step; activations are what its forward kept for backward. "
                 "Predicted weights and gradients also have room for a layer that is gathered. "
-                "For CPU ranks the predicted time is a rough guess."
+                + _about_time(run)
             ))  # fmt: skip
     elif rows:
         parts.append(table(("", "predicted"), [row[:2] for row in rows]))
     if run.checks:
         parts.append(_checks(run))
     return Section(name="verdict", title="Verdict", parts=parts)
+
+
+def _about_time(run: Run) -> str:
+    if run.forecast.get("hardware") == THIS_MACHINE:
+        return "The time is predicted for this machine, of which the first run has measured the speed in a few seconds."
+    return "For CPU ranks the predicted time is a rough guess."
 
 
 def _lines(run: Run) -> Iterator[str]:
@@ -242,9 +250,9 @@ def _memory_bars(run: Run) -> list[str | Chart]:
     parts: list[str | Chart] = [chart("memory", traces, layout, height=280 if measured else 240)]
     if estimate.assumes is not None:
         limit = bytes_text(estimate.assumes.memory_bytes)
-        fits = "fits" if estimate.fits else "does not fit"
-        text = f"{bytes_text(estimate.memory_bytes_per_rank.total)} {fits} into {limit} ({estimate.assumes.hardware})."
-        parts.append(note(text))
+        fits = {FITS: "fits into", IF_EVEN: "fits, only if the load is even, into", TOO_LARGE: "does not fit into"}
+        needed = bytes_text(estimate.memory_bytes_per_rank.total)
+        parts.append(note(f"{needed} {fits[estimate.fits]} {limit} ({estimate.assumes.hardware})."))
     return parts
 
 

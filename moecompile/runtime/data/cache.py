@@ -25,14 +25,14 @@ from moecompile.errors import ConfigError
 _READ = 2**22
 
 
-def cache_folder(given: str | None) -> Path:
-    """`data.cache`, or `moecompile/data` in the user's folder for caches; created.
+def cache_folder(given: str | None, name: str = "data") -> Path:
+    """`data.cache`, or `moecompile/NAME` in the user's folder for caches; created.
 
     Raises:
         ConfigError: it cannot be created.
     """
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    folder = Path(given) if given else Path(home, "moecompile", "data")
+    folder = Path(given) if given else Path(home, "moecompile", name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -31,6 +31,7 @@ from moecompile.schema import Baseline, Config
 from moecompile.tasks.data import data_fields
 from moecompile.tasks.forecast import outline, shape_of, write_forecast
 from moecompile.tasks.job import load_job
+from moecompile.tasks.ranks.bench_machine import this_machine
 from moecompile.tasks.show import show_compiled, show_weight_groups, step0_fields
 
 
@@ -47,6 +48,8 @@ def run_rank(config: Config, run_dir: Path) -> None:
         print_data(of_data, console)
         waiting.show("compiling the model", line=False)
     before = outline(job.model) if rank == 0 else None
+    machine = this_machine(job, config)
+    priced = config if machine is None else dataclasses.replace(config, hardware=machine)
     compiled, data = job.compile(config), job.data
     shape = shape_of(before, compiled.plan)
     waiting.done()
@@ -57,7 +60,7 @@ def run_rank(config: Config, run_dir: Path) -> None:
     if rank == 0:
         print_warnings(early_warnings(config), console)
     materialize = job.materialize(compiled)
-    write_forecast(shape, compiled.plan, config, run_dir)
+    write_forecast(shape, compiled.plan, priced, run_dir)
     dist.barrier()
     outcome = train(
         compiled.model, compiled.plan, config, data, run_dir, materialize, partial(try_report, run_dir, "train")
@@ -68,7 +71,7 @@ def run_rank(config: Config, run_dir: Path) -> None:
         fields["baseline"] = _baseline(config, compiled.plan, data, run_dir)
     fields["warnings"] = [*of_data["data_warnings"], *run_warnings(fields, compiled.plan, config)]
     if rank == 0:
-        write_forecast(shape, compiled.plan, config, run_dir, run_dir / LOAD_HISTORY)
+        write_forecast(shape, compiled.plan, priced, run_dir, run_dir / LOAD_HISTORY)
         _write(config, fields, run_dir, console)
 
 

@@ -67,6 +67,17 @@ def test_one_rank_by_hand() -> None:
     assert seconds(ONE, load=2.0)["expert products"] == pytest.approx(2 * parts["expert products"])
 
 
+def test_nodes_that_one_machine_plays_share_its_cores() -> None:
+    """Two ranks on two nodes of two cores; then on one machine of one core."""
+    two = replace(ONE, gpus=2, ep=2)
+    apart = seconds(two)
+    assert apart[WAITING] == 0
+    host = replace(HOST, cores=1, one_machine=True)
+    parts = seconds(two, machine=replace(MACHINE, host=host))
+    assert parts["optimizer"] == pytest.approx(1.5 * apart["optimizer"])  # and its caches
+    assert parts[WAITING] == pytest.approx(sum(each for name, each in parts.items() if name != WAITING))
+
+
 def test_exchanges_are_those_of_the_plan_and_of_fsdp() -> None:
     """dedup: four in forward and three in backward of each of two layers; FSDP: three for each layer and the root."""
     two = replace(ONE, gpus=2, ep=2)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from moecompile.planner.search.found import Candidate, Rejected, front
+from moecompile.planner.search.found import Candidate, Rejected, front, tight
 
 
-def candidate(speed: float, memory: int) -> Candidate:
+def candidate(speed: float, memory: int, fits: str = "yes") -> Candidate:
     return Candidate(
         settings={"mesh.ep": memory, "routing.max_nodes": None}, runs=True, seconds=1 / speed,
-        tokens_per_second_per_rank=speed, memory_bytes=memory,
+        tokens_per_second_per_rank=speed, memory_bytes=memory - 1, memory_bytes_uneven=memory, fits=fits,
     )  # fmt: skip
 
 
 def test_the_front_is_what_no_other_beats() -> None:
     draws = np.random.default_rng(0).integers(1, 30, size=(300, 2)).tolist()
     candidates = [candidate(speed, memory) for speed, memory in draws]
-    found = [(each.tokens_per_second_per_rank, each.memory_bytes) for each in front(candidates)]
+    found = [(each.tokens_per_second_per_rank, each.memory_bytes_uneven) for each in front(candidates)]
 
     def is_beaten(speed: int, memory: int) -> bool:
         return any(s >= speed and m <= memory and (s, m) != (speed, memory) for s, m in draws)
@@ -26,6 +26,15 @@ def test_the_front_is_what_no_other_beats() -> None:
     assert set(found) == expected
     assert len(found) == len(expected)
     assert found == sorted(found, reverse=True)
+
+
+def test_what_fits_only_if_the_load_is_even_is_told_apart() -> None:
+    fast, slow, even = candidate(3, 5), candidate(1, 2), candidate(4, 9, "if even")
+    assert front([even, slow, fast]) == [fast, slow]
+    assert front([even]) == [even]
+    assert tight([even, slow, fast], fast) == even
+    assert tight([candidate(2, 9, "if even"), fast], fast) is None
+    assert tight([even], even) is None
 
 
 def test_overrides_and_reasons() -> None:

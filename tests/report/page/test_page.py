@@ -37,8 +37,15 @@ def test_a_training_run_has_every_view_in_order_and_nothing_from_elsewhere(tmp_p
     assert not re.findall(r"(?:src|href)=\"(?!#|data:)", page)
     assert "http-equiv" not in page
     for shown in ("loss 3.0000 → 1.0000", "within 1.0e-07", "+20.0%", "python -m moecompile recipe=tiny seed=1",
-                  "1.20 x mean", "the same step, balanced", "lower bound", "<td>seed</td><td>0</td><td>1</td>"):  # fmt: skip
+                  "1.20 x mean", "a rough guess", "the same step, balanced", "lower bound", "<td>seed</td><td>0</td><td>1</td>"):  # fmt: skip
         assert shown in page, shown
+
+
+def test_a_time_that_is_predicted_for_this_machine_is_no_guess(tmp_path: Path) -> None:
+    a_run(tmp_path)
+    (tmp_path / "forecast.json").write_text(json.dumps({"hardware": "this_machine", **FORECAST_FIELDS}))
+    text = write_report(tmp_path, "train").read_text()
+    assert "The time is predicted for this machine" in text and "rough guess" not in text
 
 
 def test_without_data_a_view_is_left_out(tmp_path: Path) -> None:

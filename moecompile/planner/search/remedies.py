@@ -1,0 +1,169 @@
+"""What to change if a plan does not fit with the load that is to be expected. Each change was planned, and fits.
+
+Where the layout is described, nothing is offered: it is not what the plan is of.
+
+Algorithm:
+  1. Layouts of more and more axes, with the same global batch, until some fit:
+       a. EP size, micro-batch and checkpointing (and replicas, if there are some): one of them, two, or all
+       b. also tensor parallelism
+       c. (a) in bf16, if weights are wider
+       d. (a) on twice as many nodes, on four times as many, ...
+  2. Of those that fit, fewer changes first. More changes are offered only where a step is faster with them.
+  3. Each is planned as a command with it would be, which decides whether it is offered.
+  4. The first that fits with an even load alone is offered last. If nothing fits, the least that was found is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from itertools import islice
+from math import inf
+
+from moecompile.errors import ConfigError, MoecompileError
+from moecompile.plan import FITS, IF_EVEN, TOO_LARGE, Estimate, Plan, PlannedSite, Remedy
+from moecompile.planner.build_plan import GIB, draft_plan
+from moecompile.planner.cost_model.shapes import ModelShape
+from moecompile.planner.params import ModelFacts
+from moecompile.planner.search.axes import axes_of
+from moecompile.planner.search.chosen import with_settings
+from moecompile.planner.search.found import Candidate, Rejected
+from moecompile.planner.search.run import Search, runnable
+from moecompile.schema import Config, Precision, SearchConfig, is_described
+
+OFFERED = 4
+_NAMES = {
+    "ep": "mesh.ep", "micro_batch": "micro-batch", "checkpointing": "checkpointing", "tp": "mesh.tp",
+    "dp_replicate": "replicas",
+}  # fmt: skip
+_FEW = ("ep", "micro_batch", "checkpointing")
+_GIVEN_PLAN = ("micro_batch", "checkpointing")
+_DOUBLED, _MOST_NODES = 3, 65_536
+_PRECISION, _NODES = "trainer.precision", "mesh.num_nodes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stage:
+    """What is tried together. axes: that are searched. changed: keys that are set for all of it."""
+
+    axes: Sequence[str]
+    changed: Mapping[str, object]
+
+    @property
+    def text(self) -> str:
+        """For display."""
+        names = [_NAMES[name] for name in self.axes]
+        set_ = "".join(f", with {key}={value}" for key, value in self.changed.items())
+        return f"{', '.join(names[:-1])} and {names[-1]}{set_}"
+
+
+def with_remedies(
+    plan: Plan, sites: Sequence[PlannedSite], facts: ModelFacts, config: Config, shape: Callable[[Plan], ModelShape],
+    again: Callable[[Config], Plan],
+) -> Plan:  # fmt: skip
+    """The plan, whose estimate says what to change if it does not fit.
+
+    Args:
+        plan: with its estimate. sites, facts, shape: as for `search`. config: of the plan. again: the plan of a changed
+            config; if the plan was given (`config.plan`), with the same mesh.
+    """
+    if plan.estimate is None or plan.estimate.fits == FITS or not plan.layers or is_described(config.workload):
+        return plan
+    tried, remedies, least = list[str](), list[Remedy](), list[tuple[int, Mapping[str, object]]]()
+    for stage in _stages(plan, config):
+        rejected = Rejected()
+        try:
+            base, candidates = _candidates(stage, sites, facts, config, shape, rejected)
+        except MoecompileError:  # this stage cannot be planned, such as more ranks than experts
+            continue
+        tried.append(f"{stage.text} ({rejected.total + len(candidates):,} layouts)")
+        found = list(islice(_planned(candidates, stage, config, base, again), OFFERED))
+        if plan.estimate.fits != IF_EVEN:  # Step 4
+            remedies = remedies or [each for each in found if each.fits != FITS][:1]
+        least += [] if rejected.least is None else [rejected.least]
+        if any(each.fits == FITS for each in found):
+            remedies = [*(each for each in found if each.fits == FITS), *remedies]
+            break
+    text = f"tried {'; '.join(tried)}" if tried else "nothing could be tried"
+    if not remedies and least:
+        needed, settings = min(least, key=lambda each: each[0])
+        text += f"; the least is {needed / GIB:.3g} GiB, with {_text(settings)}"
+    return replace(plan, estimate=replace(plan.estimate, remedies=tuple(remedies), tried=text))
+
+
+def _stages(plan: Plan, config: Config) -> Iterator[_Stage]:
+    """Step 1."""
+    if config.plan:
+        yield _Stage(axes=_GIVEN_PLAN, changed={})
+        return
+    few = (*_FEW, *["dp_replicate"] * (plan.mesh.dp_replicate > 1))
+    yield _Stage(axes=few, changed={})
+    yield _Stage(axes=("tp", *few), changed={})
+    assert plan.estimate is not None
+    if config.trainer.precision is not Precision.bf16_params:
+        yield _Stage(axes=few, changed={_PRECISION: Precision.bf16_params.value})
+    for doubled in range(1, _DOUBLED + 1):
+        nodes = plan.mesh.num_nodes * 2**doubled
+        if nodes <= _MOST_NODES:
+            yield _Stage(axes=few, changed={_NODES: nodes})
+
+
+def _candidates(
+    stage: _Stage, sites: Sequence[PlannedSite], facts: ModelFacts, config: Config,
+    shape: Callable[[Plan], ModelShape], rejected: Rejected,
+) -> tuple[Plan, list[Candidate]]:  # fmt: skip
+    """The plan that training must not change, and the layouts of a stage that fit."""
+    start = with_settings(config, stage.changed)
+    start = replace(start, given=[], search=SearchConfig(axes=list(stage.axes)))
+    base, _ = draft_plan(sites, start, facts)
+    axes = axes_of(start, base.layers, base.mesh.ep)
+    search = Search(
+        sites=sites, facts=facts, config=start, layers=base.layers, shape=shape, axes=axes, rounds=False
+    )  # fmt: skip
+    return base, list(runnable(search, rejected))
+
+
+def _planned(
+    candidates: Sequence[Candidate], stage: _Stage, config: Config, base: Plan, again: Callable[[Config], Plan]
+) -> Iterator[Remedy]:  # fmt: skip
+    """Steps 2 and 3."""
+    changes = [(each, {**stage.changed, **_changed(each.settings, base, config, stage)}) for each in candidates]
+    changes.sort(key=lambda each: (each[0].fits != FITS, len(each[1]), each[0].seconds))
+    best: dict[str, float] = {}
+    for candidate, changed in changes:
+        if candidate.seconds >= best.get(candidate.fits, inf):
+            continue
+        try:
+            estimate = again(with_settings(config, changed)).estimate
+        except ConfigError:
+            continue
+        if estimate is None or estimate.fits == TOO_LARGE:
+            continue
+        best[candidate.fits] = candidate.seconds
+        yield _remedy(changed, candidate.seconds, estimate)
+
+
+def _remedy(changed: Mapping[str, object], seconds: float, estimate: Estimate) -> Remedy:
+    total, uneven = estimate.memory_bytes_per_rank.total, estimate.memory_bytes_uneven
+    return Remedy(change=_text(changed), total=total, uneven=uneven, seconds=seconds, fits=estimate.fits)
+
+
+def _changed(settings: Mapping[str, object], base: Plan, config: Config, stage: _Stage) -> dict[str, object]:
+    """The settings that differ from what the config says. Beside other nodes, the EP size is always said: a preset says
+    it for its own alone.
+    """
+    found = {}
+    for key, value in settings.items():
+        group, _, name = key.partition(".")
+        now = getattr(getattr(config, group), name)
+        now = now.value if isinstance(now, Enum) else now
+        if key == "mesh.ep" and now in ("auto", "search"):
+            now = base.mesh.ep
+        if value != now or (key == "mesh.ep" and _NODES in stage.changed):
+            found[key] = value
+    return found
+
+
+def _text(settings: Mapping[str, object]) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings.items())
