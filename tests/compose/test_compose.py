@@ -126,7 +126,7 @@ def test_the_command_line_wins_over_a_recipe_in_any_order(first: bool) -> None:
 
 def test_a_recipes_values_hold_within_a_group_that_the_command_line_selects() -> None:
     config = compose_config(["recipe=deepseek_ep", "routing=softmax_topk"])
-    assert (config.routing.score.value, config.routing.top_k) == ("softmax", 4)
+    assert (config.routing.score, config.routing.top_k) == ("softmax", 4)
 
 
 @pytest.mark.parametrize("recipe", [[], ["recipe=deepseek_ep"]], ids=["no_recipe", "recipe"])
