@@ -259,13 +259,13 @@ def _bare(word: str, words: Sequence[str]) -> str:
     return f"{word}: not an override. Write {f'{found[0]}={word}' if found else 'key=value'}; --help lists the groups."
 
 
-def unknown_flag(words: Sequence[str]) -> str | None:
-    """The message for a key of the config that is written as a flag, `--recipe x`; None: there is none."""
+def written_as_flag(words: Sequence[str]) -> UserError | None:
+    """The error for a key of the config that is written as a flag, `--recipe x`; None: there is none."""
     for at, word in enumerate(words):
         found = re.fullmatch(r"-+([A-Za-z_][\w.]*)(?:=(.*))?", word)
         if found and (found[1] == "recipe" or _schema_type(found[1]) is not None):
             value = found[2] or next((each for each in words[at + 1 : at + 2] if "=" not in each), "...")
-            return f"{word}: keys of the config are no flags. Write {found[1]}={value}."
+            return UserError(f"{word}: keys of the config are no flags. Write {found[1]}={value}.")
     return None
 
 
