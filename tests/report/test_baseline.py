@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moecompile.report.baseline import baseline_rows, compare, verdict
+from moecompile.report.baseline import baseline_rows, compare, curve, verdict
 from moecompile.report.page import try_report
 
 OURS = [(float(step), 6 - step / 10) for step in range(1, 21)]  # falls by 0.1 a step, to 4
@@ -86,3 +86,9 @@ def test_the_page_has_the_sentence_the_table_and_the_curve(tmp_path: Path, monke
     curves = {label: (steps, values) for label, steps, values in dict(drawn)["loss"]}
     assert list(curves) == ["training", "validation", "dense model, training", "dense model, validation"]
     assert list(zip(*curves["dense model, training"], strict=True)) == DENSE
+
+
+def test_a_curve_that_diverged_is_not_compared() -> None:
+    rows = [{"step": 1.0, "loss": 5.0}, {"step": 2.0, "loss": float("nan")}]
+    assert curve(rows) == [] and compare(with_baseline(), curve(rows), DENSE) == []
+    assert curve(rows[:1]) == [(1.0, 5.0)]
