@@ -18,6 +18,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from moecompile.compose import compose_config, conf_dir
+from moecompile.ranges import Words
 from moecompile.schema import Config, FigureConfig, PerLayerConfig
 
 DOCS = Path(__file__).parent
@@ -103,7 +104,8 @@ def _table(kind: type, defaults: Any, names: list[str]) -> str:
     hints, docs, rows = get_type_hints(kind), field_docs(kind), []
     ranges = {each.name: each.metadata["range"] for each in fields(kind) if "range" in each.metadata}
     for name in names:
-        takes = _type(hints[name]) + (f"; {ranges[name]}" if name in ranges else "")
+        allowed = ranges.get(name)
+        takes = str(allowed) if isinstance(allowed, Words) else _type(hints[name]) + (f"; {allowed}" if allowed else "")
         cells = (f"`{name}`", _value(getattr(defaults, name)), takes, docs[name])
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(["| key | default | takes | what it is |", "|---|---|---|---|", *rows, ""])

@@ -6,6 +6,7 @@
     moecompile.make_optimizer(model, overrides)                    # AdamW or Muon, for sharded weights too
     moecompile.plan_of(model)                                      # the plan that a model was compiled by
     moecompile.register_pattern(pattern), register_pass(step, after="rewrite")   # what the compiler does not know
+    moecompile.register_score(name, score)                         # the same for routers
     moecompile.load_exported(path)                                 # a trained model, on one device
 
 Names are resolved on first use (PEP 562), so that `import moecompile` imports neither torch nor transformers.
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from moecompile.nn import auxiliary_loss, update_balance
     from moecompile.nn.context import own_positions
     from moecompile.nn.replay import record_routes, replay_routes
+    from moecompile.nn.scores import register_score
     from moecompile.ops.backend import (
         AsyncDispatchBackend,
         DispatchBackend,
@@ -72,6 +74,7 @@ _HOMES = {
     "record_routes": "nn.replay",
     "register_pass": "passes.base",
     "register_pattern": "match.ffn",
+    "register_score": "nn.scores",
     "replay_routes": "nn.replay",
     "shard": "passes.shard",
     "transform": "pipeline",
@@ -108,6 +111,7 @@ __all__ = [
     "record_routes",
     "register_pass",
     "register_pattern",
+    "register_score",
     "replay_routes",
     "shard",
     "transform",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -69,8 +70,25 @@ def check_object(path: str, value: str) -> None:
         raise ConfigError(path, value, "must be module:name", "Name an object that every rank can import")
 
 
-def check_word(known: Iterable[str], path: str, value: str) -> None:
+@dataclass(frozen=True)
+class Words:
+    """One of the words in a table, which may grow. fix: what to change if it is not there."""
+
+    known: Collection[str]
+    fix: str
+
+    def __str__(self) -> str:
+        return ", ".join(f"`{word}`" for word in self.known)
+
+    def check(self, path: str, value: Any) -> None:
+        """Raises ConfigError unless `value` is in the table."""
+        check_word(self.known, path, value, self.fix)
+
+
+def check_word(known: Iterable[str], path: str, value: str, fix: str = "Use one of these") -> None:
     """Raises ConfigError unless `value` is one of the words (or the value of an enum member) in `known`."""
     words = [item.value if isinstance(item, Enum) else item for item in known]
     if value not in words:
-        raise ConfigError(path, value, f"must be one of {words}", "Use one of these")
+        close = difflib.get_close_matches(str(value), words, n=1, cutoff=0.7)
+        fix = f"Did you mean {close[0]}? {fix}" if close else fix
+        raise ConfigError(path, value, f"must be one of {words}", fix)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +31,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--bless"):
         items[:] = [item for item in items if "bless" in getattr(item, "fixturenames", ())]
     items.sort(key=lambda item: [not item.nodeid.startswith(name) for name in LONGEST])
+
+
+@pytest.fixture
+def own_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What plugins register is gone after the test."""
+    from moecompile import named_code
+    from moecompile.match import ffn
+    from moecompile.nn.scores import FUNCTIONS
+    from moecompile.passes import base
+    from moecompile.routing.scores import SCORES
+
+    tables: list[dict[Any, Any]] = [SCORES, FUNCTIONS, base._registered, ffn._patterns]
+    before = [dict(table) for table in tables]
+    monkeypatch.setattr(named_code, "_plugins", {})
+    yield
+    for name in named_code._plugins:
+        sys.modules.pop(Path(name).stem if name.endswith(".py") else name, None)
+    for table, rows in zip(tables, before, strict=True):
+        table.clear()
+        table.update(rows)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""docs/use/add-your-own.md lists every file of the package that a new router score, dispatch kind or axis touches.
+"""docs/use/add-your-own.md lists every file of the package that a new dispatch kind or axis touches, and shows a plugin.
 
 The page marks each list with a word that exists already, `<!-- files that name: allgather -->`. Whoever adds a file that
 names it, or takes one away, changes the table below that line.
@@ -7,6 +7,7 @@ names it, or takes one away, changes the table below that line.
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, make_dataclass, replace
@@ -22,8 +23,8 @@ import moecompile
 from moecompile import mesh as mesh_table
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
+from moecompile.named_code import load_plugins
 from moecompile.nn import Router
-from moecompile.nn import scores as nn_scores
 from moecompile.passes import lower
 from moecompile.passes.base import exchanges_of
 from moecompile.passes.lower import Lower
@@ -31,13 +32,12 @@ from moecompile.passes.rewrite import Rewrite
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.plan import DispatchPlan, Plan, dispatch
 from moecompile.planner import traffic
-from moecompile.routing import BalanceSpec, RouterConfig, Score
-from moecompile.routing import config as routing_config
-from moecompile.routing import scores as routing_scores
+from moecompile.routing import BalanceSpec, RouterConfig
 from moecompile.runtime.groups import Groups
 from moecompile.schema import DispatchKind, MeshConfig
 from moecompile.schema import validation as mesh_rules
 from tests.distributed.harness import run_distributed_test
+from tests.forked import python
 from tests.tiny import COPY4, PLAIN_ROUTING, Gated, config, only_region, passed, plan_for, trace
 
 REPOSITORY = Path(__file__).parents[1]
@@ -82,7 +82,7 @@ def _names(code: str) -> Iterator[str]:
 
 
 def test_the_lists_are_there() -> None:
-    assert set(TABLES) == {"softmax_after_topk", "allgather", "cp"}
+    assert set(TABLES) == {"allgather", "cp"}
 
 
 @pytest.mark.parametrize("word", TABLES)
@@ -135,12 +135,14 @@ def test_every_kind_has_its_rows() -> None:
     assert {*dispatch.KINDS} == {*lower.LOWERINGS} == {*traffic._SENT} == kinds
 
 
-def test_the_score_on_the_page_routes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, table in ((routing_scores, routing_scores.SCORES), (nn_scores, nn_scores.FUNCTIONS)):
-        kind = type(next(iter(table.values()))).__name__
-        (row,) = re.findall(rf'^    "softplus": ({kind}\(.*\)),$', PAGE, re.MULTILINE)
-        monkeypatch.setitem(table, "softplus", eval(row, vars(module)))
-    monkeypatch.setitem(routing_config._WORDS, "score", (*Score, "softplus"))
+PLUGIN = "docs/examples/my_plugin.py"
+
+
+def test_the_score_on_the_page_routes(own_plugins: None) -> None:
+    with pytest.raises(ConfigError, match=r"routing\.score=softplus: must be one of .* a module of plugins=\[MODULE\]"):
+        RouterConfig(**{**PLAIN_ROUTING, "score": "softplus"})
+    load_plugins([str(REPOSITORY / PLUGIN)])
+    load_plugins([str(REPOSITORY / PLUGIN)])  # as `compile_model` does for each of its calls
     config = RouterConfig(**{**PLAIN_ROUTING, "score": "softplus"})
     router = Router(8, 4, config, BalanceSpec(rule="none", rate=0.0, micro_batch=0.1)).train()
     torch.nn.init.normal_(router.weight)
@@ -151,6 +153,27 @@ def test_the_score_on_the_page_routes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(ids_TK, best.indices)
     torch.testing.assert_close(weights_TK, best.values / best.values.sum(1, keepdim=True))
     assert router.aux_loss is not None and router.aux_loss.isfinite()
+
+
+@pytest.mark.slow
+def test_the_plugin_on_the_page_trains_on_ranks_and_is_verified(tmp_path: Path) -> None:
+    """`task=verify` compares gradients of two ranks with those of one process; the run has the pass, and its export the score."""
+    words = ["recipe=mixtral_ep", "mesh=cpu_1x2", f"plugins=[{PLUGIN}]", "routing.score=softplus"]
+    verified = python("-m", "moecompile", *words, "task=verify", f"hydra.run.dir={tmp_path}/verify", cwd=REPOSITORY)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    checks = json.loads((tmp_path / "verify" / "certificate.json").read_text())["checks"]
+    assert all(check["passed"] for check in checks)
+    assert {"float64: gradients of router", "float64: gradients of experts"} <= {check["name"] for check in checks}
+    short = ["trainer.max_steps=1", "optimizer.warmup_steps=0", "trainer.sample_interval=0", "data.val_batches=1"]
+    trained = python("-m", "moecompile", *words, *short, f"hydra.run.dir={tmp_path}/run", cwd=REPOSITORY)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert re.search(r"clamp_rows .* \+4 clamp \(outputs in \[-1, 1\]\)", trained.stdout)
+    assert "score: softplus" in (tmp_path / "run" / "plan.yaml").read_text()
+    again = [word for word in words if "plugins" not in word]
+    resumed = python(
+        "-m", "moecompile", *again, *short, "trainer.resume=auto", f"hydra.run.dir={tmp_path}/run", cwd=REPOSITORY
+    )  # fmt: skip
+    assert resumed.returncode == 2 and f"plugins: ['{PLUGIN}'] in the checkpoint, [] here" in resumed.stderr
 
 
 def with_outer(patch: pytest.MonkeyPatch) -> type[MeshSpec]:

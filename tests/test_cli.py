@@ -383,6 +383,8 @@ def test_flags(args: list[str], text: str, cwd: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--recipe", "mixtral_ep"], "--recipe: keys of the config are no flags. Write recipe=mixtral_ep."),
+        (["-recipe=x"], "-recipe=x: keys of the config are no flags. Write recipe=x."),
         (["--bogus"], "unrecognized arguments: --bogus. --hydra-help lists the flags."),
         (["--cfg"], "argument --cfg/-c: expected one argument. --hydra-help"),
         (["--cfg", "nope"], "argument --cfg/-c: invalid choice: 'nope'"),

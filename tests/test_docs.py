@@ -120,7 +120,9 @@ def _marks(line: str) -> tuple[pytest.MarkDecorator, ...]:
 
 
 @pytest.mark.parametrize("line", [pytest.param(line, id=where, marks=_marks(line)) for where, line in _commands()])
-def test_documented_commands_are_right(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_commands_are_right(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_plugins: None
+) -> None:
     """A command of moecompile composes to a valid config; others name things that exist."""
     monkeypatch.chdir(REPOSITORY)
     words = shlex.split(line, comments=True)

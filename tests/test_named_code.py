@@ -21,10 +21,12 @@ import pytest
 import yaml
 
 import moecompile
+from moecompile import compose
 from moecompile import plan as plans
 from moecompile.compose import CONFIG_DIR_VARIABLE, compose_config, load_resolved, save_resolved
 from moecompile.errors import ConfigError, MoecompileError, PlanError
 from moecompile.export import load_exported
+from moecompile.export.run import find_run
 from moecompile.models.build import build_model, config_of, example_inputs
 from moecompile.models.source import source_model
 from moecompile.named_code import (
@@ -33,6 +35,7 @@ from moecompile.named_code import (
     FACTORY,
     IMPORTED,
     KEYS,
+    PLUGINS,
     VARIABLE,
     for_ranks,
     from_launcher,
@@ -42,6 +45,7 @@ from moecompile.named_code import (
 from moecompile.ops import backend
 from moecompile.pipeline import compile_with_report
 from moecompile.planner.given import given_plan
+from moecompile.routing.scores import SCORES
 from moecompile.runtime.ranks import free_port
 from moecompile.schema import Config, ModelConfig, validate
 from moecompile.tasks import launched
@@ -52,7 +56,9 @@ from tests.tiny import ids, tiny_llama
 
 PACKAGE = Path(__file__).parents[1] / "moecompile"
 CANARY = "a_canary:sing"
-VALUES = {key: [CANARY] if key in ("launcher.setup", "launcher.directives") else CANARY for key in KEYS}
+VALUES: dict[str, str | list[str]] = dict.fromkeys(KEYS, CANARY) | {
+    PLUGINS: ["a_canary"], "launcher.setup": [CANARY], "launcher.directives": [CANARY],
+}  # fmt: skip
 PLACES = [*KEYS, f"per_layer.first.{EXPERTS}"]
 
 
@@ -163,7 +169,7 @@ def test_an_export_needs_the_factory_alone(canary: Path) -> None:
     run = canary / "run"
     (run / "checkpoints" / "step-1").mkdir(parents=True)
     words = ["task=export", f"export.run={run}", f"export.checkpoint={run}/checkpoints/step-1"]
-    save_resolved(compose_config([named(key) for key in KEYS]), run / "resolved.yaml")
+    save_resolved(compose_config([named(key) for key in KEYS if key != PLUGINS]), run / "resolved.yaml")
     (run / "plan.yaml").write_text("no plan")
     told = rf"={run}: names code to run, model\.factory=a_canary:sing\. Give model\.factory=a_canary:sing too"
     with pytest.raises(ConfigError, match=f"^export.run{told}"):
@@ -173,6 +179,64 @@ def test_an_export_needs_the_factory_alone(canary: Path) -> None:
         load_exported(run)
     with pytest.raises(PlanError, match="must be a mapping"):
         export(compose_config([*words, named(KEYS[0])]), canary / "out")  # the next file is read
+
+
+# -- plugins --------------------------------------------------------------------------------------------------------
+
+
+SCORE = "import moecompile\nmoecompile.register_score('mine', lambda logits: logits.exp())\n"
+
+
+def test_an_export_needs_the_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_plugins: None) -> None:
+    (tmp_path / "mine.py").write_text(SCORE)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints" / "step-1").mkdir(parents=True)
+    save_resolved(compose_config(["plugins=[mine.py]", "routing.score=mine"]), tmp_path / "resolved.yaml")
+    (tmp_path / "plan.yaml").write_text("no plan")
+    told = r"names code to run, plugins=\['mine.py'\]\. Give plugins=\['mine.py'\] too, if you trust it\.$"
+    with pytest.raises(ConfigError, match=told):
+        find_run(str(tmp_path), f"{tmp_path}/checkpoints/step-1")
+    assert "mine" not in SCORES
+    with pytest.raises(PlanError, match="must be a mapping"):
+        find_run(str(tmp_path), f"{tmp_path}/checkpoints/step-1", named={PLUGINS: ["mine.py"]})  # the next file is read
+    assert "mine" in SCORES
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "told"),
+    [
+        ("nowhere", None, ": ModuleNotFoundError: No module named 'nowhere'. Give modules that Python finds on every rank, or paths of .py files."),
+        ("mine.py", None, ": FileNotFoundError: there is no such file. Give modules that Python finds on every rank, or paths of .py files."),
+        ("mine.py", "import nowhere", " (mine.py line 1): ModuleNotFoundError: No module named 'nowhere'. Correct it."),
+        ("mine.py", f"{SCORE}{SCORE}", " (mine.py line 4): ConfigError: name=mine: there is such a score already. Give another name. Correct it."),
+        ("json.py", "", ": ImportError: Python has another module of the name json: rename the file. Give modules that Python finds on every rank, or paths of .py files."),
+    ],
+)  # fmt: skip
+def test_a_plugin_that_cannot_be_imported_is_one_message_before_anything_starts(
+    name: str, code: str | None, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_plugins: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    if code is not None:
+        (tmp_path / name).write_text(code)
+    monkeypatch.setattr(sys, "argv", ["moecompile", f"plugins=[{name}]", "hydra.run.dir=run"])
+    assert compose.main(lambda config, run_dir: pytest.fail("it runs")) == 2
+    assert capsys.readouterr().err == f"error: plugins={name}: cannot be imported{told}\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_plugins_stay_so_the_jobs_of_a_sweep_have_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_plugins: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(SCORE)
+    jobs: list[str] = []
+    words = ["-m", "task=plan", "hydra.sweep.dir=sweep", "plugins=[mine.py],[]", "routing.score=mine,softmax"]
+    monkeypatch.setattr(sys, "argv", ["moecompile", *words])
+    assert compose.main(lambda config, run_dir: jobs.append(config.routing.score) or 0) == 2
+    assert jobs == ["mine", "softmax"]
+    told = "error: plugins=[]: an earlier job of this process has imported mine.py, and what it has registered stays. "
+    assert capsys.readouterr().err.count(told) == 2
 
 
 # -- plans ---------------------------------------------------------------------------------------------------------
@@ -216,7 +280,7 @@ RUN_AND_IMPORT = {
     "checkpoint/tensors.py": {"pickle.Unpickler": 1},  # reads a list of classes alone
     "models/build.py": {"importlib.util.find_spec": 1},  # of transformers' own modules
     "models/packages.py": {"importlib.util.find_spec": 1},  # of READERS
-    "named_code.py": {"importlib.import_module": 1},
+    "named_code.py": {"importlib.import_module": 2, "importlib.util.find_spec": 1, "spec.loader.exec_module": 1},
     "ops/cpu/native.py": {
         "ctypes.CDLL": 1,
         "subprocess.run": 1,
@@ -232,9 +296,18 @@ RUN_AND_IMPORT = {
     "tasks/launched.py": {"importlib.import_module": 1},  # so, too
 }
 """Every call that may import, run or unpickle what a value names. A new one belongs here if no file can choose the value;
-else it is made by `moecompile.named_code.imported`, and its key belongs in `KEYS`."""
+else it is made by `moecompile.named_code`, and its key belongs in `KEYS`."""
 BUILTINS = {"eval", "exec", "compile", "__import__"}
-METHODS = {"import_module", "find_spec", "instantiate", "get_class", "get_method", "get_object", "load_library"}
+METHODS = {
+    "import_module",
+    "find_spec",
+    "exec_module",
+    "instantiate",
+    "get_class",
+    "get_method",
+    "get_object",
+    "load_library",
+}
 MODULES = (
     "subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check", "os.system", "os.exec", "os.spawn",
     "os.popen", "os.posix_spawn", "runpy.", "pickle.load", "pickle.Unpickler", "torch.load", "torch.hub", "yaml.load",
@@ -258,11 +331,10 @@ def test_a_key_that_is_not_listed_is_never_imported() -> None:
     with pytest.raises(KeyError, match=r"export\.family is not listed in moecompile\.named_code"):
         imported("export.family", CANARY)
     for key in KEYS:
-        group, _, field = key.partition(".")
-        assert field in {each.name for each in dataclasses.fields(getattr(Config(), group))}, key
-        assert "only from the command line or Python" in " ".join(
-            docs_of(type(getattr(Config(), group)))[field].split()
-        )
+        group, _, field = key.rpartition(".")
+        kind = type(getattr(Config(), group)) if group else Config
+        assert field in {each.name for each in dataclasses.fields(kind)}, key
+        assert "only from the command line or Python" in " ".join(docs_of(kind)[field].split())
 
 
 def docs_of(kind: type) -> dict[str, str]:
@@ -290,13 +362,14 @@ def texts(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield key, CANARY
         elif hint == list[str]:
             yield key, [CANARY]
+            yield key, ["a_canary"]
         elif hint == dict[str, typing.Any]:
             yield key, {"first": CANARY}
             yield key, {"a_canary": {"_target_": "a_canary.sing"}}
 
 
 @pytest.mark.slow
-def test_only_listed_keys_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_listed_keys_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_plugins: None) -> None:
     """Every key of the schema names a module, and a run is begun with it as far as one process goes."""
     (tmp_path / "a_canary.py").write_text("def sing(): ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -317,20 +390,31 @@ def test_only_listed_keys_are_imported(tmp_path: Path, monkeypatch: pytest.Monke
             compile_with_report(model, config, example=example_inputs(model, 8), plan=given_plan(config))
         if sys.modules.pop("a_canary", None):
             found.add(key)
-    assert found == set(IMPORTED)
+    assert found == {*IMPORTED, PLUGINS}
 
 
 # -- ranks ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_ranks_run_what_the_caller_names_and_its_export_asks_again(tmp_path: Path) -> None:
+def test_ranks_run_what_the_caller_names_and_its_export_asks_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_plugins: None
+) -> None:
     """Ranks that the command line starts, then ranks of torchrun, which go on with the run."""
     root, port = PACKAGE.parent, str(free_port())
     environ = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     factory, experts = f"{FACTORY}=tests.cluster.slow_model:build", f"{EXPERTS}=tests.backends:one_by_one"
+    plugin = "plugins=[docs/examples/my_plugin.py]"
     small = [*SMALL, "mesh=cpu_1x2", "data.micro_batch_size=1", "dispatch=dedup", "trainer.checkpointing=none"]
-    train = [*small, experts, "optimizer.warmup_steps=1", f"hydra.run.dir={tmp_path}/run", "trainer.log_interval=1"]
+    train = [
+        *small,
+        experts,
+        plugin,
+        "routing.score=softplus",
+        "optimizer.warmup_steps=1",
+        f"hydra.run.dir={tmp_path}/run",
+        "trainer.log_interval=1",
+    ]
     python = [sys.executable, "-m"]
     torchrun = [*python, "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "-m"]
 
@@ -344,7 +428,9 @@ def test_ranks_run_what_the_caller_names_and_its_export_asks_again(tmp_path: Pat
     run(torchrun, *train, "trainer.max_steps=2", "trainer.resume=auto")
     export_words = ["task=export", "export.format=native", f"export.run={tmp_path}/run", f"export.path={tmp_path}/out"]
     export_words.append(f"hydra.run.dir={tmp_path}/export")
-    run(python, *export_words, factory)
+    run(python, *export_words, factory, plugin)
     with pytest.raises(ConfigError, match=f"^export.run={tmp_path}/out: names code to run"):
         load_exported(tmp_path / "out")
-    assert load_exported(tmp_path / "out", named={FACTORY: factory.partition("=")[2]}).config.vocab_size == 300
+    monkeypatch.chdir(root)
+    named = {FACTORY: factory.partition("=")[2], PLUGINS: ["docs/examples/my_plugin.py"]}
+    assert load_exported(tmp_path / "out", named=named).config.vocab_size == 300

@@ -24,12 +24,11 @@ from moecompile.compose.hydra_state import (
     VERSION_BASE,
     changed_flags,
     command_line_hydra,
-    conf_dir,
     narrow_help,
     own_hydra,
 )
 from moecompile.compose.jobs import FAILURES, RunFolders, asks_debug, remove_unused, report, run_job
-from moecompile.compose.typed import explained, load_resolved, save_resolved, to_config
+from moecompile.compose.typed import conf_dir, explained, load_resolved, save_resolved, to_config
 from moecompile.rundir import OVERRIDES, RESOLVED
 from moecompile.schema import Config
 

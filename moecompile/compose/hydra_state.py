@@ -40,7 +40,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.version import VersionBase
 
 from moecompile.compose.jobs import RunFolders
-from moecompile.compose.typed import explained, no_environment, plain
+from moecompile.compose.typed import conf_dir, explained, no_environment, plain, written_as_flag
 from moecompile.errors import ConfigError, UserError
 from moecompile.schema import Config, check_name
 from moecompile.version import __version__
@@ -50,13 +50,6 @@ CONFIG_DIR_VARIABLE = "MOECOMPILE_CONFIG_DIR"
 
 VERSION_BASE = "1.3"
 _HELP_WIDTH = 110
-
-
-def conf_dir() -> Path:
-    """The shipped config groups: `moecompile/conf` in an installed package, `conf` beside the package in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
 
 
 @contextmanager
@@ -244,7 +237,7 @@ def _check_package(package: str) -> None:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise UserError(f"{message}. --hydra-help lists the flags.")
+    raise written_as_flag(sys.argv[1:]) or UserError(f"{message}. --hydra-help lists the flags.")
 
 
 # Keys that Hydra itself fills in; none of them is run. A file may add to `overrides`, which are checked apart.

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, read_write
 from moecompile import waiting
 from moecompile.compose.typed import plain, save_resolved, to_config, unresolved
 from moecompile.errors import ConfigError, MoecompileError, UserError
+from moecompile.named_code import load_plugins
 from moecompile.rundir import (
     OVERRIDES,
     RESOLVED,
@@ -78,7 +79,9 @@ def _in_directory(
     """Writes the config, checks it and runs it."""
     # Read by the report and by the table of a sweep.
     (output_dir(run_dir) / OVERRIDES).write_text("\n".join(overrides), encoding="utf-8")
-    config = prepare(to_config(cfg, overrides), run_dir)
+    config = to_config(cfg, overrides)
+    load_plugins(config.plugins, only=True)  # what they register is known to what follows
+    config = prepare(config, run_dir)
     save_resolved(config, output_dir(run_dir) / RESOLVED)
     validate(config)
     check(config)

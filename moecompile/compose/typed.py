@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import Enum
@@ -29,6 +29,13 @@ from moecompile.schema import SEARCHED, Config, with_implied
 
 GIVEN_GROUPS = ("per_layer", "model", "mesh", "dispatch", "balance")
 """Words without a dot that `Config.given` keeps."""
+
+
+def conf_dir() -> Path:
+    """The shipped config groups: `moecompile/conf` in an installed package, `conf` beside the package in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
 
 
 def _started(what: str, default: int) -> int:
@@ -186,8 +193,12 @@ def _typed(cfg: Any) -> Config:
     return config
 
 
-Given = Mapping[str, str]
-"""The caller's overrides, key -> value."""
+class Given(dict[str, str]):
+    """The caller's overrides, key -> value. words: as they are typed."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        super().__init__(item.lstrip("+~").split("=", 1) for item in words if "=" in item)
+        self.words = list(words)
 
 
 def explain(error: BaseException, overrides: Sequence[str]) -> UserError | None:
@@ -199,7 +210,7 @@ def explain(error: BaseException, overrides: Sequence[str]) -> UserError | None:
         3. else go by the text.
     """
     causes = list(_causes(error))  # Step 1
-    given = dict(item.lstrip("+~").split("=", 1) for item in overrides if "=" in item)
+    given = Given(overrides)
     for kind, rule in _RULES:  # Step 2
         for cause in causes:
             if isinstance(cause, kind) if isinstance(kind, type) else getattr(cause, kind, None):
@@ -211,8 +222,12 @@ def explain(error: BaseException, overrides: Sequence[str]) -> UserError | None:
 
 def _no_such_option(error: Any, text: str, given: Given) -> UserError:
     """`mesh=foo`: Hydra looked for `mesh/foo`."""
-    group, _, option = error.missing_cfg_file.rpartition("/")
-    options = list(error.options or ())
+    path = str(error.missing_cfg_file)
+    group, _, option = path.rpartition("/")
+    group = next((key for key in given if path == f"{key}/{given[key]}"), group)
+    option, options = path.removeprefix(f"{group}/"), list(error.options or ())
+    if group in given and ("/" in option or Path(option).exists()):
+        return ConfigError(group, option, "takes the name of an option, not a path", _for_a_path(group, option))
     rule = "there is no such option" + (" (a config file asks for it)" if group and group not in given else "")
     fix = f"{_guess(option, options)}Use one of {', '.join(options)}" if options else "--help lists what there is"
     return ConfigError(group or "--config-name", option, rule, fix)
@@ -222,9 +237,42 @@ def _unreadable(error: Any, text: str, given: Given) -> UserError:
     """`mesh.ep=[1,`: the override does not parse."""
     key, equals, value = error.override.partition("=")
     if not equals:
-        return UserError(f"{key}: not an override. Write key=value; --help lists the groups.")
+        return UserError(_bare(key, given.words))
     reason = next(line for line in text.splitlines() if not line.startswith("Error parsing"))
     return ConfigError(key, value, f"cannot be read ({reason})", f"Quote special characters: \"{key}='...'\"")
+
+
+def _for_a_path(group: str, path: str) -> str:
+    """What to write for a group's option that is a path."""
+    if group == "model":
+        return f"Write model.pretrained={path}, if save_pretrained wrote this folder; nothing is downloaded"
+    if group == "data":
+        return f"Write data.path={path}, after data=corpus or data=sft if it is more than one text"
+    name = Path(path).stem
+    return f"Write --config-dir FOLDER {group}={name}, where the file is FOLDER/{group}/{name}.yaml"
+
+
+def _bare(word: str, words: Sequence[str]) -> str:
+    """The message for a word that is no override: spaces around `=`, a task's name, or that of a group's option."""
+    at = list(words).index(word) if word in words else len(words)
+    before, after = words[at - 1] if at else "", [*words[at + 1 :], "", ""]
+    if before.endswith("=") and before != "=":
+        return f"{before} {word}: an override has no spaces. Write {before}{word}."
+    if after[0].startswith("="):
+        rest = after[:2] if after[0] == "=" else after[:1]
+        return f"{' '.join([word, *rest])}: an override has no spaces. Write {word}{''.join(rest)}."
+    found = [group for group in ("task", "recipe", "model", "mesh") if (conf_dir() / group / f"{word}.yaml").is_file()]
+    return f"{word}: not an override. Write {f'{found[0]}={word}' if found else 'key=value'}; --help lists the groups."
+
+
+def written_as_flag(words: Sequence[str]) -> UserError | None:
+    """The error for a key of the config that is written as a flag, `--recipe x`; None: there is none."""
+    for at, word in enumerate(words):
+        found = re.fullmatch(r"-+([A-Za-z_][\w.]*)(?:=(.*))?", word)
+        if found and (found[1] == "recipe" or _schema_type(found[1]) is not None):
+            value = found[2] or next((each for each in words[at + 1 : at + 2] if "=" not in each), "...")
+            return UserError(f"{word}: keys of the config are no flags. Write {found[1]}={value}.")
+    return None
 
 
 def _bad_key_or_value(error: Any, text: str, given: Given) -> UserError:
@@ -261,7 +309,10 @@ def _no_such_key(path: str, text: str, given: Given, siblings: Sequence[str]) ->
     fix = f"{_guess(key, siblings)}Write +{path}=... to add a key"
     if is_dataclass(owner):
         names = [*get_type_hints(owner), *([] if parent else ["recipe"])]
-        fix = f"{_guess(key, names)}{parent or 'The config'} has {', '.join(names)}"
+        guess = _guess(key, names)
+        elsewhere = [] if guess else [each for each in _dotted(Config) if each.endswith(f".{key}")]
+        guess = f"Did you mean {' or '.join(elsewhere)}? " if 0 < len(elsewhere) <= 3 else guess
+        fix = f"{guess}{parent or 'The config'} has {', '.join(names)}"
     return _error(path, given.get(path), rule, fix)
 
 
@@ -299,6 +350,14 @@ def _schema_type(path: str) -> Any:
         entry = get_args(hint)[1] if get_origin(hint) is dict else None  # `per_layer.NAME`
         hint = get_type_hints(hint).get(key) if is_dataclass(hint) else entry
     return hint
+
+
+def _dotted(kind: Any, prefix: str = "") -> Iterator[str]:
+    """Every key of the schema, dotted."""
+    for name, hint in get_type_hints(kind).items():
+        yield f"{prefix}{name}"
+        if is_dataclass(hint):
+            yield from _dotted(hint, f"{prefix}{name}.")
 
 
 def _in_words(hint: Any) -> str | None:

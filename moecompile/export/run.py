@@ -20,7 +20,7 @@ from moecompile.compose import RESOLVED, load_resolved, save_resolved
 from moecompile.errors import ConfigError
 from moecompile.models.build import example_inputs, pretrained_folder
 from moecompile.models.source import source_structure
-from moecompile.named_code import FACTORY, Named
+from moecompile.named_code import FACTORY, PLUGINS, Named, load_plugins
 from moecompile.pipeline import compile_with_report
 from moecompile.plan import Plan
 from moecompile.schema import Config
@@ -55,7 +55,7 @@ def find_run(
         key: the config path that names the run, for messages.
 
     Raises:
-        ConfigError: a folder without config, plan or checkpoint, or a `model.factory` that only its config names.
+        ConfigError: a folder without config, plan or checkpoint, or code that only its config names.
     """
     folder = Path(run) if run is not None else Path(str(checkpoint)).resolve().parents[1]
     path, value = (key, run) if run is not None else ("export.checkpoint", checkpoint)
@@ -65,7 +65,8 @@ def find_run(
     weights = Path(checkpoint) if checkpoint is not None else latest_checkpoint(folder)
     if not weights.is_dir():
         raise ConfigError("export.checkpoint", weights, "is not a folder", "Name one of the run's checkpoints")
-    config = load_resolved(folder / RESOLVED, named=named, runs=(FACTORY,), given_as=(path, value))
+    config = load_resolved(folder / RESOLVED, named=named, runs=(FACTORY, PLUGINS), given_as=(path, value))
+    load_plugins(config.plugins)
     return Run(folder, weights, config, plans.read(folder / PLAN))
 
 
@@ -108,11 +109,11 @@ def load_exported(path: str | Path, *, named: Named = MappingProxyType({})) -> n
     """The model of a native export, or of a run directory's latest checkpoint, on one device in evaluation mode.
 
     Args:
-        named: for a model that a function has made, the function: `{"model.factory": "package.module:function"}`. The
-            folder does not choose it.
+        named: for a model that a function has made, the function: `{"model.factory": "package.module:function"}`; for a
+            run with plugins, `{"plugins": ["package.module"]}`. The folder does not choose them.
 
     Raises:
-        ConfigError: the folder is incomplete, or names a function that is not in `named`.
+        ConfigError: the folder is incomplete, or names code that is not in `named`.
         PlanError: so is the plan in it.
     """
     return load_run(find_run(str(path), None, named=named))

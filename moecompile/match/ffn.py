@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 from torch.utils.hooks import RemovableHandle
 
+from moecompile.errors import ConfigError
 from moecompile.match.linears import GraphView, Linear, is_attribute
 from moecompile.match.pointwise import (
     describe,
@@ -108,7 +109,12 @@ def register_pattern(pattern: Pattern) -> RemovableHandle:
 
     Returns:
         A handle; `handle.remove()`, or the end of a `with handle:`, unregisters the pattern.
+
+    Raises:
+        ConfigError: the pattern is registered already.
     """
+    if pattern in _patterns.values():
+        raise ConfigError("pattern", getattr(pattern, "__name__", pattern), "is registered already", "Remove one")
     handle = RemovableHandle(_patterns)
     _patterns[handle.id] = pattern
     return handle

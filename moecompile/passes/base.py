@@ -157,9 +157,15 @@ def register_pass(graph_pass: GraphPass, *, after: str) -> RemovableHandle:
 
     Returns:
         A handle, as from `register_pattern`.
+
+    Raises:
+        ConfigError: another value of `after`, or a pass of the same name runs there.
     """
     if after not in _PLACES:
         raise ConfigError("after", after, "must be rewrite or lower", "Use one of these")
+    if (after, graph_pass.name) in [(place, each.name) for place, each in _registered.values()]:
+        rule = f"there is a pass of this name after {after} already"
+        raise ConfigError("graph_pass", graph_pass.name, rule, "Give it another name, or remove the other one")
     handle = RemovableHandle(_registered)
     _registered[handle.id] = (after, graph_pass)
     return handle

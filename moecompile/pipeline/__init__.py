@@ -19,6 +19,7 @@ from moecompile.compose import compose_config
 from moecompile.errors import ArgumentError, CaptureError, ConfigError, PlanError
 from moecompile.match.regions import Captured, Region, Site
 from moecompile.match.sites import graph_sites, list_sites
+from moecompile.named_code import load_plugins
 from moecompile.passes.base import run_on_model
 from moecompile.passes.receipt import Comparison, Receipt
 from moecompile.passes.run import (
@@ -270,4 +271,6 @@ def _new_plan(model: nn.Module, sites: Sequence[PlannedSite], config: Config, fa
 
 def _config(overrides: Sequence[str] | Config) -> Config:
     check_overrides(overrides)
-    return overrides if isinstance(overrides, Config) else compose_config(list(overrides))
+    config = overrides if isinstance(overrides, Config) else compose_config(list(overrides))
+    load_plugins(config.plugins)
+    return config

@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from moecompile.plan import EXCHANGE_OPS
-from moecompile.report.text import bytes_text, count_text, fold_paths, plural, step0_text, traffic_text, unsuffixed
+from moecompile.report.baseline import baseline_rows, verdict
+from moecompile.report.text import bytes_text, fold_paths, plural, step0_text, traffic_text, unsuffixed
 
 if TYPE_CHECKING:
     from moecompile.passes.run import PassRecord
@@ -296,29 +297,16 @@ def print_baseline(result: Mapping[str, Any], console: Console) -> None:
     Args:
         result: result.json of a run with a baseline.
     """
-    dense = result["baseline"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for name in ("", "MoE", "dense"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for name, key, text_of in _BASELINE_LINES:
-        if result.get(key) is not None and dense.get(key) is not None:
-            table.add_row(Text(name.format(**result)), text_of(result[key]), text_of(dense[key]))
+    for row in baseline_rows(result):
+        table.add_row(*map(Text, row))
     console.print()
     console.print(table)
-
-
-def _nats(loss: float) -> str:
-    return f"{loss:.4f}"
-
-
-_BASELINE_LINES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("parameters", "params_total", count_text),
-    ("a token uses", "params_active", count_text),
-    ("validation, nats per token, step 0", "val_loss_first", _nats),
-    ("validation, nats per token, step {steps}", "val_loss", _nats),
-    ("training loss, last row", "loss_last", _nats),
-    ("tokens/s", "tokens_per_second", "{:,.0f}".format),
-)
+    if (said := verdict(result)) is not None:
+        console.print()
+        console.print(Text(said))
 
 
 # -- task=bench --------------------------------------------------------------------------------------------------------

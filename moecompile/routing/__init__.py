@@ -3,7 +3,7 @@
 Configs are resolved into it, plans contain it and `nn.Router` takes it (docs/decisions/0013).
 """
 
-from moecompile.routing.choices import BalanceRule, BiasUpdate, Choice, DropPolicy, GroupScore, Score, Workload
+from moecompile.routing.choices import BalanceRule, BiasUpdate, Choice, DropPolicy, GroupScore, Workload
 from moecompile.routing.config import (
     BALANCE_NUMBERS,
     LOSSES,
@@ -28,7 +28,6 @@ __all__ = [
     "DropPolicy",
     "GroupScore",
     "RouterConfig",
-    "Score",
     "Workload",
     "check_balance",
 ]

@@ -13,16 +13,6 @@ class Choice(str, Enum):
     hash = "hash"  # a hash of the token id (Roller et al. 2021, arXiv 2106.04426; DeepSeek-V4's first layers)
 
 
-class Score(str, Enum):
-    """The function from router logits to scores."""
-
-    softmax = "softmax"
-    sigmoid = "sigmoid"
-    softmax_after_topk = "softmax_after_topk"  # gpt-oss: over the logits of the chosen experts only
-    sqrt_softplus = "sqrt_softplus"  # DeepSeek-V4: sqrt(log(1 + exp(logit)))
-    sigmoid_after_topk = "sigmoid_after_topk"  # Llama 4, Cohere2-MoE: of the logits of the chosen experts only
-
-
 class DropPolicy(str, Enum):
     """Which tokens an expert keeps when more tokens choose it than its capacity."""
 

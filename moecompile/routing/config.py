@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from moecompile.errors import ConfigError
 from moecompile.ranges import Real, Whole, check_word
-from moecompile.routing.choices import BalanceRule, BiasUpdate, Choice, DropPolicy, GroupScore, Score, Workload
-from moecompile.routing.scores import SCORES
+from moecompile.routing.choices import BalanceRule, BiasUpdate, Choice, DropPolicy, GroupScore, Workload
+from moecompile.routing.scores import NO_SUCH_SCORE, SCORES
 
 ROUTER_NUMBERS: Mapping[str, Whole | Real] = {
     "top_k": Whole(1),
@@ -26,9 +26,8 @@ ROUTER_NUMBERS: Mapping[str, Whole | Real] = {
 }
 """Field -> its range."""
 
-_WORDS = {
+_WORDS: Mapping[str, Iterable[str]] = {
     "choice": Choice,
-    "score": (*Score, "own"),
     "group_score": GroupScore,
     "drop": ("none", *DropPolicy),
     "workload": Workload,
@@ -95,6 +94,8 @@ class RouterConfig:
                 allowed.check(f"routing.{name}", value)
         for name, words in _WORDS.items():
             check_word(words, f"routing.{name}", getattr(self, name))
+        if not self.is_own:
+            check_word(SCORES, "routing.score", self.score, NO_SUCH_SCORE)
         if self.top_groups > self.groups:
             raise ConfigError(
                 "routing.top_groups", self.top_groups, f"there are only routing.groups={self.groups} groups",

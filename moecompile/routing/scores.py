@@ -6,10 +6,9 @@ The functions themselves are in `moecompile.nn.scores`, because configs and plan
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from moecompile.routing.choices import Score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +27,16 @@ class ScoreRule:
     at_zero: Callable[[int], float]
 
 
-SCORES: dict[str, ScoreRule] = {
-    Score.softmax.value: ScoreRule(in_unit_interval=True, at_zero=lambda num_experts: 1 / num_experts),
-    Score.sigmoid.value: ScoreRule(in_unit_interval=True, at_zero=lambda num_experts: 0.5),
-    Score.softmax_after_topk.value: ScoreRule(
-        after_topk=True, sums_to_one=True, at_zero=lambda num_experts: 1 / num_experts
-    ),
-    Score.sqrt_softplus.value: ScoreRule(at_zero=lambda num_experts: math.sqrt(math.log(2))),
-    Score.sigmoid_after_topk.value: ScoreRule(after_topk=True, at_zero=lambda num_experts: 0.5),
-}
+SCORES: OrderedDict[str, ScoreRule] = OrderedDict(
+    softmax=ScoreRule(in_unit_interval=True, at_zero=lambda num_experts: 1 / num_experts),
+    sigmoid=ScoreRule(in_unit_interval=True, at_zero=lambda num_experts: 0.5),
+    # gpt-oss: over the logits of the chosen experts only
+    softmax_after_topk=ScoreRule(after_topk=True, sums_to_one=True, at_zero=lambda num_experts: 1 / num_experts),
+    # DeepSeek-V4: sqrt(log(1 + exp(logit)))
+    sqrt_softplus=ScoreRule(at_zero=lambda num_experts: math.sqrt(math.log(2))),
+    # Llama 4, Cohere2-MoE: of the logits of the chosen experts only
+    sigmoid_after_topk=ScoreRule(after_topk=True, at_zero=lambda num_experts: 0.5),
+)
+"""By `routing.score`. `moecompile.register_score` adds rows; a score that is not here raises."""
+NO_SUCH_SCORE = "Use one of these; one of your own is registered by a module of plugins=[MODULE]"
+"""What to change where a score is not here."""

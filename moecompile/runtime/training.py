@@ -28,7 +28,7 @@ from moecompile.load_history import LOAD_HISTORY
 from moecompile.mesh import MeshSpec, Part
 from moecompile.pipeline import compile_model
 from moecompile.plan import Plan, Traffic, reductions
-from moecompile.rundir import SAMPLES, accept, note_accepted
+from moecompile.rundir import BASELINE, SAMPLES, accept, note_accepted
 from moecompile.runtime import signals
 from moecompile.runtime.data import ChatRows, TextData, train_loader, val_loader
 from moecompile.runtime.launch import is_restart
@@ -304,9 +304,6 @@ def _quiet_lightning() -> None:
 
 # -- the dense model, trained in the same way as a baseline ---------------------------------------------------------
 
-FOLDER = "baseline"
-"""Folder of its metrics in the run directory."""
-
 
 def train_dense(
     model: nn.Module, mesh: MeshSpec, config: Config, data: TextData, run_dir: Path, *, example: Example
@@ -318,4 +315,4 @@ def train_dense(
     plan = Plan(mesh=mesh, layers=(), reductions=reductions(mesh))
     dense = compile_model(model, config, example=example, plan=plan)
     unsaved = dataclasses.replace(config.trainer, save_checkpoint=False, save_interval=0, resume=None)
-    return train(dense, plan, dataclasses.replace(config, trainer=unsaved), data, run_dir / FOLDER)
+    return train(dense, plan, dataclasses.replace(config, trainer=unsaved), data, run_dir / BASELINE)

@@ -3,7 +3,7 @@
 What is imported here is what other rooms use of it.
 """
 
-from moecompile.routing import BalanceRule, BiasUpdate, Choice, DropPolicy, GroupScore, Score, Workload
+from moecompile.routing import BalanceRule, BiasUpdate, Choice, DropPolicy, GroupScore, Workload
 from moecompile.schema.config import (
     AdaptersConfig,
     BalanceConfig,

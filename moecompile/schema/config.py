@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
-from moecompile.ranges import Real, Whole, number
+from moecompile.ranges import Real, Whole, Words, number
 from moecompile.routing import (
     BALANCE_NUMBERS,
     ROUTER_NUMBERS,
@@ -18,9 +18,9 @@ from moecompile.routing import (
     Choice,
     DropPolicy,
     GroupScore,
-    Score,
     Workload,
 )
+from moecompile.routing.scores import NO_SUCH_SCORE, SCORES
 from moecompile.schema.enums import (
     AdapterExport,
     AdapterKind,
@@ -123,7 +123,7 @@ class RoutingConfig:
     """
     top_k: int = number(2, ROUTER_NUMBERS["top_k"])
     """Experts per token, 1 to `experts.num_routed`."""
-    score: Score = Score.softmax
+    score: str = field(default="softmax", metadata={"range": Words(SCORES, NO_SUCH_SCORE)})
     """The function from router logits to scores."""
     normalize: bool = True
     """Whether the routing weights of a token are normalized to sum to `scale`, else they are its scores times it."""
@@ -836,5 +836,8 @@ class Config:
     """A `plan.yaml`, or a run directory with one, that decides in task=plan, compile and train; null: a new plan."""
     compare: Optional[str] = None
     """Another `plan.yaml` or run directory, with task=plan: what differs, and what that costs."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules (`package.module`), or paths of `.py` files, that are imported on every rank for what they register; only
+    from the command line or Python."""
     given: list[str] = field(default_factory=list)
     """Keys that the caller set, filled in by the program."""

@@ -447,7 +447,7 @@ def check_choice(routing: RoutingConfig) -> None:
     if routing.choice is not Choice.expert:
         return
     for path, value, wrong, fix in (
-        ("routing.score", routing.score.value, SCORES[routing.score.value].after_topk, "softmax or sigmoid"),
+        ("routing.score", routing.score, SCORES[routing.score].after_topk, "softmax or sigmoid"),
         ("routing.normalize", True, routing.normalize, "false"),
         ("routing.top_groups", routing.top_groups, routing.top_groups is not None, "null"),
         ("routing.max_nodes", routing.max_nodes, routing.max_nodes is not None, "null"),

@@ -14,7 +14,7 @@ from moecompile.errors import ConfigError
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan
 from moecompile.planner.cost_model.forecast import Forecast, forecast_plan
-from moecompile.planner.cost_model.shapes import ModelShape
+from moecompile.planner.cost_model.shapes import ModelShape, training_flops
 from moecompile.rundir import FORECAST, output_dir
 from moecompile.schema import Config
 
@@ -35,6 +35,15 @@ def outline(model: nn.Module) -> nn.Module | None:
 def shape_of(model: nn.Module | None, plan: Plan) -> ModelShape | None:
     """The shape of an outline; None: there is no outline, or no layer was planned."""
     return None if model is None or not plan.layers else shape_of_model(model, plan)
+
+
+def flops_per_token(model: nn.Module | None, plan: Plan, seq_len: int) -> tuple[float | None, float | None]:
+    """Model FLOPs per token, forward and backward, of the planned model and of the dense one; None: no outline."""
+    shape = shape_of(model, plan)
+    if model is None or shape is None:
+        return None, None
+    dense = shape_of_model(model, Plan(mesh=plan.mesh, layers=(), reductions=()))
+    return training_flops(shape, seq_len), training_flops(dense, seq_len)
 
 
 def write_forecast(

@@ -73,8 +73,12 @@ def _num_ids(folder: Path, config: Config) -> int | None:
         from moecompile.runtime.data import num_ids
 
         return num_ids(load_chat_template(folder).tokenizer)
-    if config.data.tokenizer is not TokenizerSource.model or not (folder / TOKENIZER).is_file():
+    if config.data.tokenizer is not TokenizerSource.model:
         return None
+    if not (folder / TOKENIZER).is_file():
+        path = "model.package" if config.model.package else "model.pretrained"
+        rule = f"has no {TOKENIZER}, and data.tokenizer=model"
+        raise ConfigError(path, folder, rule, "Save the model's tokenizer there, or train a new one: data=moby_dick")
     from moecompile.runtime.data.tokens import num_ids, plain_tokenizer
 
     return num_ids(plain_tokenizer(folder / TOKENIZER))

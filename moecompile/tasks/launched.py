@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from moecompile import waiting
-from moecompile.named_code import VARIABLE, for_ranks, from_launcher, named_in
+from moecompile.named_code import VARIABLE, for_ranks, from_launcher, load_plugins, named_in
 from moecompile.rundir import RESOLVED, output_dir
 from moecompile.runtime.launch import launch, prepare
 from moecompile.schema import Config, TaskName, mesh_spec
@@ -49,6 +49,7 @@ def main(run_dir: Path) -> None:
     from moecompile.compose import load_resolved
 
     config = load_resolved(output_dir(run_dir) / RESOLVED, named=from_launcher(os.environ.get(VARIABLE)))
+    load_plugins(config.plugins)
     module = importlib.import_module(_in_rank(config))
     waiting.done()
     module.run_rank(config, run_dir)

@@ -29,7 +29,7 @@ LISTED = [
 ]  # fmt: skip
 COMPARED = {
     "data.corpus", "data.global_batch_size", "data.objective", "data.path", "data.seq_len", "data.val_fraction",
-    "data.vocab_size", "model.factory", "seed",
+    "data.vocab_size", "model.factory", "plugins", "seed",
 }  # fmt: skip
 
 

@@ -126,7 +126,7 @@ def test_the_command_line_wins_over_a_recipe_in_any_order(first: bool) -> None:
 
 def test_a_recipes_values_hold_within_a_group_that_the_command_line_selects() -> None:
     config = compose_config(["recipe=deepseek_ep", "routing=softmax_topk"])
-    assert (config.routing.score.value, config.routing.top_k) == ("softmax", 4)
+    assert (config.routing.score, config.routing.top_k) == ("softmax", 4)
 
 
 @pytest.mark.parametrize("recipe", [[], ["recipe=deepseek_ep"]], ids=["no_recipe", "recipe"])
@@ -226,13 +226,33 @@ def test_other_hydra_programs_do_not_see_that_folder(tmp_path: Path, my_conf: Ca
         ("seed=${nope}", "seed: Interpolation key 'nope' not found. Refer to a key that exists"),
         ("mesh.ep=[1,", "mesh.ep=[1,: cannot be read (no viable alternative at input '[1,'). Quote"),
         ("mesh", "mesh: not an override. Write key=value; --help lists the groups."),
+        ("train recipe=mixtral_ep", "train: not an override. Write task=train; --help lists the groups."),
+        ("mixtral_ep", "mixtral_ep: not an override. Write recipe=mixtral_ep; --help lists the groups."),
+        ("seed=1 recipe = mixtral_ep", "recipe = mixtral_ep: an override has no spaces. Write recipe=mixtral_ep."),
+        ("recipe =mixtral_ep", "recipe =mixtral_ep: an override has no spaces. Write recipe=mixtral_ep."),
+        ("recipe= mixtral_ep", "recipe= mixtral_ep: an override has no spaces. Write recipe=mixtral_ep."),
+        (
+            "model=./folder",
+            "model=./folder: takes the name of an option, not a path. Write model.pretrained=./folder, if save_pretrained "
+            "wrote this folder; nothing is downloaded.",
+        ),
+        ("model=tests", "model=tests: takes the name of an option, not a path. Write model.pretrained=tests,"),
+        ("data=a/text.txt", "data=a/text.txt: takes the name of an option, not a path. Write data.path=a/text.txt, after"),
+        (
+            "recipe=a/my.yaml",
+            "recipe=a/my.yaml: takes the name of an option, not a path. Write --config-dir FOLDER recipe=my, where the file "
+            "is FOLDER/recipe/my.yaml.",
+        ),
+        ("mesh.memory_gib=4", "mesh.memory_gib=4: there is no such key. Did you mean hardware.memory_gib? mesh has"),
+        ("max_steps=4", "max_steps=4: there is no such key. Did you mean trainer.max_steps? The config has"),
         ("routing.top_k=1,2", "routing.top_k=1,2: several values are a sweep. Add -m for one job a value, or write"),
         ("seed=range(3)", "seed=range(3): several values are a sweep. Add -m"),
         ("+model.config.rope._target_=os.getcwd", "model.config=_target_: a config never chooses code to run."),
         ("+mesh._target_=os.getcwd", "mesh._target_=os.getcwd: there is no such key."),
     ],
 )  # fmt: skip
-def test_an_override_that_cannot_be(overrides: str, message: str) -> None:
+def test_an_override_that_cannot_be(overrides: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
     with pytest.raises(UserError) as raised:
         compose_config(overrides.split())
     assert str(raised.value).startswith(message)

@@ -161,3 +161,20 @@ def test_its_contract_is_checked() -> None:
 def test_a_place_that_there_is_not() -> None:
     with pytest.raises(ConfigError, match=r"^after=capture: must be rewrite or lower\. Use one of these\.$"):
         moecompile.register_pass(Scale(), after="capture")
+
+
+def test_what_is_registered_already_is_refused() -> None:
+    class Idle:
+        name = "idle"
+
+    handles = [moecompile.register_pass(Idle(), after=place) for place in ("rewrite", "lower")]  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^graph_pass=idle: there is a pass of this name after lower already\."):
+        moecompile.register_pass(Idle(), after="lower")  # type: ignore[arg-type]
+    for handle in handles:
+        handle.remove()
+    moecompile.register_pass(Idle(), after="lower").remove()  # type: ignore[arg-type]
+    with (
+        moecompile.register_pattern(memory),
+        pytest.raises(ConfigError, match=r"^pattern=memory: is registered already"),
+    ):
+        moecompile.register_pattern(memory)

@@ -7,7 +7,7 @@ import torch
 
 from moecompile.nn import Router
 from moecompile.pipeline import compile_model, plan_of
-from moecompile.routing import Score
+from moecompile.routing.scores import SCORES
 from tests.tiny import Gated, tokens
 
 NODES, TOKENS = 4, 512
@@ -34,7 +34,7 @@ def most_nodes_of_a_token(*overrides: str) -> int:
     return most
 
 
-@pytest.mark.parametrize("score", [score.value for score in Score])
+@pytest.mark.parametrize("score", list(SCORES))
 @pytest.mark.parametrize("group_score", ["max", "top2", "topk_over_m"])
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_no_token_reaches_more_nodes_than_promised(limit: int, group_score: str, score: str) -> None:

@@ -193,7 +193,7 @@ BROKEN_PER_LAYER: dict[str, tuple[dict[str, Any], str]] = {
     "a choice that is none": (
         {"routing": {"score": "softplus"}},
         "per_layer.odd.routing.score=softplus: must be one of ['softmax', 'sigmoid', 'softmax_after_topk', 'sqrt_softplus', "
-        "'sigmoid_after_topk']. Change the value.",
+        "'sigmoid_after_topk']. Did you mean sqrt_softplus? Use one of these; ",
     ),
     "neither a number nor null": (
         {"routing": {"capacity_factor": "much"}},

@@ -194,19 +194,32 @@ def test_a_seed_is_repetition() -> None:
     keys = sweep_plot._keys(points)
     assert keys == ["top_k"]
     assert list(drawn_lines(points, "top_k").values()) == [[(1, 5.5), (2, 4.0)]]
-    assert sweep_plot._keys(points[:2]) == ["seed"], "unless nothing else differs"
-    assert sweep_plot._axis(points[:2], ["seed"]) is None
+    figure = sweep_plot._rows(points[:2], sweep_plot._keys(points[:2]), ["val_loss"])  # nothing else differs
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["2 seeds"]
 
 
-def test_words_and_numbers_that_stand_alone_are_bars(tmp_path: Path) -> None:
-    words = [point(5.0, balance=b, seed=s) for b in ("none", "bias") for s in "012"]
+def test_words_and_numbers_that_stand_alone_are_dots_on_a_tight_axis_and_the_best_has_a_ring(tmp_path: Path) -> None:
+    words = [point(5 + i / 10 + int(s) / 100, balance=b, seed=s) for i, b in enumerate(("none", "bias")) for s in "012"]
     assert sweep_plot._axis(words, ["balance"]) is None
     assert sweep_plot._axis([point(5.0, recipe="a", lr="1"), point(5.0, recipe="b", lr="2")], ["recipe", "lr"]) is None
-    figure = sweep_plot._bars(words, ["balance"], ["val_loss", "tokens_per_second"])
-    loss = figure.axes[0]
-    assert [text.get_text() for text in loss.get_yticklabels()] == ["none", "bias"]
-    assert [bar.get_width() for bar in loss.patches] == [5.0, 5.0]
-    assert draw(words, tmp_path / "bars.png")
+    figure = sweep_plot._rows(words, ["balance"], ["val_loss", "tokens_per_second"])
+    loss, speed = figure.axes
+    assert [text.get_text() for text in loss.get_yticklabels()] == ["none (3 seeds)", "bias (3 seeds)"]
+    assert 4.9 < loss.get_xlim()[0] < 5.0 and loss.get_xlim()[1] < 5.3
+    assert [text.get_text() for text in loss.texts] == ["5.010", "5.110"]
+    seeds = [list(line.get_xdata()) for line in loss.lines if len(line.get_xdata()) == 3]
+    assert seeds == [pytest.approx([5.0, 5.01, 5.02]), pytest.approx([5.1, 5.11, 5.12])]
+    assert rings(loss) == [(pytest.approx(5.01), 0)] and rings(speed) == []  # all are alike
+    assert draw(words, tmp_path / "rows.png")
+    fast = [Point(settings={"top_k": k}, measured={"tokens_per_second": v}) for k, v in (("1", 9.0), ("2", 7.0))]
+    (axes,) = sweep_plot._lines(fast, ["top_k"], "top_k", ["tokens_per_second"]).axes
+    assert rings(axes) == [(1.0, 9.0)]
+
+
+def rings(axes: Any) -> list[tuple[float, float]]:
+    """Where the best is marked."""
+    found = [line for line in axes.lines if line.get_markerfacecolor() == "none"]
+    return [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in found]
 
 
 def test_what_was_not_measured_has_no_panel(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from moecompile.compose import compose_config
 from moecompile.models.build import build_model
 from moecompile.models.source import source_model
 from moecompile.nn import Experts
+from moecompile.report.baseline import verdict
 from moecompile.runtime.data import load_data, train_loader, val_loader
 from moecompile.tasks import job
 from moecompile.tasks.ranks import train
@@ -86,6 +87,16 @@ def test_the_dense_model_is_trained_beside(tmp_path: Path) -> None:
     assert (folder / "checkpoints" / "step-4").is_dir()
     (table,) = [line for line in run.stdout.splitlines() if line.startswith("validation, nats per token, step 4")]
     assert table.split()[-2:] == [f"{result['val_loss']:.4f}", f"{last:.4f}"]
+    assert [each["at"] for each in dense["compared"]] == ["steps", "FLOPs", "time"]
+    per_weight = (
+        result["flops_per_token"] / 6 / result["params_active"],
+        dense["flops_per_token"] / 6 / dense["params_active"],
+    )
+    assert all(
+        0.5 < share < 1.2 for share in per_weight
+    )  # 6 a weight that a token uses; attention more, embeddings none
+    said = " ".join(run.stdout.split())
+    assert str(verdict(result)) in said and str(verdict(result)) in (folder / "report.html").read_text()
 
 
 @pytest.mark.slow

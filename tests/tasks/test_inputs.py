@@ -257,6 +257,10 @@ def test_model_and_text_must_fit(folder: Path) -> None:
     assert refused(*given, "data.vocab_size=513") == (
         "data.vocab_size=513: the model model has embeddings for 512 tokens. Use at most 512."
     )
+    assert refused(f"model.pretrained='{folder}'", "data.seq_len=16") == (
+        f"model.pretrained={folder}: has no tokenizer.json, and data.tokenizer=model. Save the model's tokenizer there, or "
+        "train a new one: data=moby_dick."
+    )
     (folder / "tokenizer.json").write_text(Tokenizer(WordLevel({"a": 0, "b": 70_071}, unk_token="a")).to_str())
     assert refused(f"model.pretrained='{folder}'", "data.seq_len=16") == (
         "data.tokenizer=model: has token ids up to 70071, the model model has embeddings for 512 tokens. Save the "

@@ -111,7 +111,7 @@ def test_a_preset_says_the_ep_size_of_its_own_ranks() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["hardware.memory_gib=0.001", "task=train"], r"mesh.ep=search: the smallest layout needs 0\.0\d+ GiB a rank, and hardware.memory_gib=0.001"),
+        (["hardware.memory_gib=0.001", "task=train"], r"mesh.ep=search: the smallest layout needs 0\.0\d+ GiB a rank, and hardware.memory_gib=0.001\. Give what a rank really has if it is more, hardware\.memory_gib=1,"),
         (["hardware.figures.latency_us.value=null"], r"mesh.ep=search: no layout can be planned: hardware.figures.latency_us.value"),
         (["experts.granularity=5"], r"experts.granularity=5"),
         (["mesh.ranks_per_node=16", "task=train"], r"data.global_batch_size=16: must be a multiple"),

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -66,7 +67,7 @@ def choose_layout(
         text = " ".join(f"{key}={value}" for key, value in settings.items())
         return Choice(config=with_settings(config, settings), settings=text, seconds=None, layouts=found.considered)
     if not found.runs:
-        raise ConfigError(EP, SEARCHED, _why_none(found, config), "Give a size; task=search varies more than the mesh")
+        raise ConfigError(EP, SEARCHED, _why_none(found, config), _instead(found))
     best = found.runs[0]
     return Choice(
         config=with_settings(config, {EP: start.mesh.ep, **best.settings}), settings=best.overrides,
@@ -108,6 +109,16 @@ def _why_none(found: Found, config: Config) -> str:
         needed, limit = found.least[0] / GIB, config.hardware.memory_gib
         return f"the smallest layout needs {needed:.3g} GiB a rank, and hardware.memory_gib={limit:g}"
     return f"no layout can be planned: {found.rejected[0].rule}"
+
+
+def _instead(found: Found) -> str:
+    if found.least is None:
+        return "Give a size; task=search varies more than the mesh"
+    needed = math.ceil(found.least[0] / GIB)
+    return (
+        f"Give what a rank really has if it is more, hardware.memory_gib={needed}, a smaller model or batch, or more "
+        "ranks; task=search varies more than the mesh"
+    )
 
 
 def with_settings(config: Config, settings: Mapping[str, object]) -> Config:

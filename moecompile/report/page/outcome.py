@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moecompile.plan import FITS, IF_EVEN, TOO_LARGE
+from moecompile.report.baseline import baseline_rows, verdict
 from moecompile.report.page.document import Chart, Section, chart, details, escape, lines, note, table
 from moecompile.report.page.read import Run, flatten, read_config
 from moecompile.report.text import bytes_text, count_text, plural, seconds_text, step0_text
@@ -46,6 +47,13 @@ def verdict_section(run: Run) -> Section:
         parts.append(table(("", "predicted"), [row[:2] for row in rows]))
     if run.checks:
         parts.append(_checks(run))
+    if "baseline" in run.result:
+        parts.append(table(("", "MoE", "dense"), list(baseline_rows(run.result))))
+        parts.append(note(
+            "At equal FLOPs and equal time the model whose step costs more is taken at an earlier step, where its "
+            "learning rate is higher than at the end. One seed each; losses are means over the last tenth of the steps "
+            "until then."
+        ))  # fmt: skip
     return Section(name="verdict", title="Verdict", parts=parts)
 
 
@@ -76,6 +84,8 @@ def _lines(run: Run) -> Iterator[str]:
     if result.get("max_violation_bound_mean_last") is not None:
         mean, most = result["max_violation_mean_last"], result["max_violation_bound_mean_last"]
         yield escape(f"balance: MaxVio {mean:.3f} of at most {most:.3f}, mean over layers and the last tenth of steps")
+    if (worth := verdict(result)) is not None:
+        yield escape(worth)
     if (step0 := step0_text(result)) is not None:
         yield escape(f"step 0 {step0}")
     if run.checks:
@@ -154,6 +164,10 @@ def curves_section(run: Run) -> Section | None:
     named = [
         (label, *curves[key]) for key, label in (("loss", "training"), ("val_loss", "validation")) if key in curves
     ]
+    for key, label in (("loss", "dense model, training"), ("val_loss", "dense model, validation")):
+        found = [(row["step"], row[key]) for row in run.dense_rows if key in row and "step" in row]
+        if found:
+            named.append((label, [step for step, _ in found], [value for _, value in found]))
     entropy = run.result.get("unigram_entropy")
     marks = [
         {

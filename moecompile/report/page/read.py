@@ -15,7 +15,7 @@ import yaml
 from moecompile import plan as plans
 from moecompile.errors import MoecompileError
 from moecompile.load_history import LOAD_HISTORY, LoadHistory
-from moecompile.rundir import FORECAST, PROFILE, RESOLVED, RESULT
+from moecompile.rundir import BASELINE, FORECAST, PROFILE, RESOLVED, RESULT
 
 _LARGE = ("load/", "node_tokens/")  # columns of metrics.csv for each expert, which load.npz has too
 
@@ -24,6 +24,7 @@ _LARGE = ("load/", "node_tokens/")  # columns of metrics.csv for each expert, wh
 class Run:
     """A run. result: result.json, empty while it runs. rows: of metrics.csv, numbers by column, without empty cells.
     forecast: seconds of the predicted step, its parts and prices. profile: what was measured in the last steps.
+    dense_rows: as rows, of the dense model that was trained beside it.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class Run:
     forecast: Mapping[str, Any] = field(default_factory=dict)
     profile: Mapping[str, Any] = field(default_factory=dict)
     checks: tuple[Mapping[str, Any], ...] = ()
+    dense_rows: tuple[Mapping[str, float], ...] = ()
 
     @property
     def name(self) -> str:
@@ -72,11 +74,12 @@ def read_run(folder: Path, task: str) -> Run:
         result=result,
         config=read_config(folder),
         plan=_plan(folder),
-        rows=_rows(folder / "metrics.csv") if trained else (),
+        rows=metric_rows(folder) if trained else (),
         history=_history(folder / LOAD_HISTORY) if trained else None,
         forecast=forecast,
         profile=_json(folder / PROFILE) if trained else {},
         checks=tuple(result.get("checks", ())),
+        dense_rows=metric_rows(folder / BASELINE) if trained else (),
     )
 
 
@@ -122,9 +125,10 @@ def _history(path: Path) -> LoadHistory | None:
     return history if history.steps else None
 
 
-def _rows(path: Path) -> tuple[Mapping[str, float], ...]:
+def metric_rows(folder: Path) -> tuple[Mapping[str, float], ...]:
+    """The rows of a folder's metrics.csv: numbers by column, without empty cells. Empty: there is none."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
             lines = csv.reader(file)
             head = next(lines, [])
             kept = [(i, name) for i, name in enumerate(head) if not name.startswith(_LARGE)]

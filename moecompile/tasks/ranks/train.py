@@ -18,18 +18,20 @@ from moecompile.errors import ConfigError
 from moecompile.load_history import LOAD_HISTORY, LoadHistory
 from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import Compilation
+from moecompile.report.baseline import compare, curve
 from moecompile.report.console import print_baseline, print_data, print_result, print_warnings
 from moecompile.report.heatmap import write_heat_map
 from moecompile.report.page import try_report
+from moecompile.report.page.read import metric_rows
 from moecompile.report.result import write_result
 from moecompile.report.warnings import early_warnings, run_warnings, status_of
-from moecompile.rundir import output_dir
+from moecompile.rundir import BASELINE, output_dir
 from moecompile.runtime.data import TextData, TokenWindows, num_ids, unigram_entropy
 from moecompile.runtime.groups import init_process_group
 from moecompile.runtime.training import Outcome, train, train_dense
 from moecompile.schema import Baseline, Config
 from moecompile.tasks.data import data_fields
-from moecompile.tasks.forecast import outline, shape_of, write_forecast
+from moecompile.tasks.forecast import flops_per_token, outline, shape_of, write_forecast
 from moecompile.tasks.job import load_job
 from moecompile.tasks.ranks.bench_machine import this_machine
 from moecompile.tasks.show import show_compiled, show_weight_groups, step0_fields
@@ -68,7 +70,9 @@ def run_rank(config: Config, run_dir: Path) -> None:
     fields = {**_fields(compiled, outcome, data), **of_data, **groups}
     del job, compiled.model, materialize
     if config.trainer.baseline is Baseline.dense:
-        fields["baseline"] = _baseline(config, compiled.plan, data, run_dir)
+        flops = flops_per_token(before, compiled.plan, config.data.seq_len)
+        fields["baseline"] = {**_baseline(config, compiled.plan, data, run_dir), "flops_per_token": flops[1]}
+        fields["flops_per_token"] = flops[0]
     fields["warnings"] = [*of_data["data_warnings"], *run_warnings(fields, compiled.plan, config)]
     if rank == 0:
         write_forecast(shape, compiled.plan, priced, run_dir, run_dir / LOAD_HISTORY)
@@ -79,6 +83,9 @@ def _write(config: Config, fields: dict[str, Any], run_dir: Path, console: Conso
     """Writes the heat map of the load and `result.json`, and prints the summary."""
     if fields["num_rewritten"]:
         write_heat_map(LoadHistory.read(run_dir / LOAD_HISTORY), run_dir / "load.png", title=config.name)
+    if "baseline" in fields:
+        ours, dense = (curve(metric_rows(folder)) for folder in (run_dir, run_dir / BASELINE))
+        fields["baseline"]["compared"] = compare(fields, ours, dense)
     result = write_result(run_dir, "train", config.name, fields, status=status_of(fields))
     # A drop rate of 0 is not printed.
     print_result({**result, "drop_rate_last": result["drop_rate_last"] or None, "run_dir": run_dir}, console)

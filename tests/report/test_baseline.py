@@ -1,0 +1,94 @@
+"""Was it worth it: two curves at equal steps, FLOPs and time, computed by hand; the sentence; the report's page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecompile.report.baseline import baseline_rows, compare, curve, verdict
+from moecompile.report.page import try_report
+
+OURS = [(float(step), 6 - step / 10) for step in range(1, 21)]  # falls by 0.1 a step, to 4
+DENSE = [(float(step), 6 - step / 20) for step in range(1, 21)]  # by 0.05, to 5
+RESULT: dict[str, Any] = {
+    "task": "train", "recipe": "mine", "status": "ok", "seconds": 1.0, "steps": 20, "loss_first": 5.9, "loss_last": 4.0,
+    "val_loss": 4.1, "val_loss_first": 6.0, "flops_per_token": 2e6, "tokens_per_second": 100.0, "params_total": 5_000_000,
+    "params_active": 2_000_000,
+}  # fmt: skip
+OTHER = {
+    "kind": "dense",
+    "steps": 20,
+    "val_loss": 5.1,
+    "val_loss_first": 6.0,
+    "flops_per_token": 1e6,
+    "tokens_per_second": 400.0,
+}
+
+
+def with_baseline(**changed: Any) -> dict[str, Any]:
+    result = {**RESULT, "baseline": {**OTHER, **changed}}
+    result["baseline"]["compared"] = compare(result, OURS, DENSE)
+    return result
+
+
+def test_a_budget_is_what_the_cheaper_of_the_two_has_spent() -> None:
+    steps, flops, time = with_baseline()["baseline"]["compared"]
+    assert (steps["at"], steps["steps"]) == ("steps", [20, 20])
+    assert steps["loss"] == [pytest.approx(6 - 1.9), pytest.approx(6 - 0.95)]  # the means of steps 18 to 20
+    assert (flops["at"], flops["steps"]) == ("FLOPs", [10, 20])
+    assert flops["loss"] == [pytest.approx(6 - 0.95), pytest.approx(6 - 0.95)]  # of steps 9 and 10
+    assert (time["at"], time["steps"]) == ("time", [5, 20])
+    assert time["loss"] == [pytest.approx(5.5), pytest.approx(6 - 0.95)]
+
+
+def test_between_two_rows_is_a_straight_line_and_what_is_not_known_is_left_out() -> None:
+    result = with_baseline(flops_per_token=None)
+    assert [each["at"] for each in result["baseline"]["compared"]] == ["steps", "time"]
+    coarse = [(1.0, 6.0), (20.0, 4.0)]
+    assert compare(result, coarse, DENSE)[1]["loss"][0] == pytest.approx(6 - 2 * 4 / 19)
+    assert [each["at"] for each in compare(result, coarse[1:], DENSE)] == ["steps"]  # a resumed run begins later
+
+
+def test_the_sentence_says_where_it_is_worth_it() -> None:
+    assert verdict(with_baseline()) == (
+        "beside the dense model: worth it at equal steps, not at equal FLOPs and time; the training loss is 0.950 lower at "
+        "equal steps, 0.000 higher at equal FLOPs and 0.450 higher at equal time"
+    )
+    alike = {"flops_per_token": 2e6, "tokens_per_second": 100.0}
+    assert str(verdict(with_baseline(**alike))).startswith(
+        "beside the dense model: worth it; the training loss is 0.950 lower"
+    )
+    assert verdict(RESULT) is None
+
+
+def test_the_page_has_the_sentence_the_table_and_the_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(folder: Path, rows: list[tuple[float, float]]) -> None:
+        folder.mkdir(exist_ok=True)
+        text = "".join(f"{step},{loss},\n" for step, loss in rows)
+        (folder / "metrics.csv").write_text(f"step,loss,val_loss\n{text}20,,5.1\n")
+
+    write(tmp_path, OURS)
+    write(tmp_path / "baseline", DENSE)
+    result = with_baseline()
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    drawn: list[Any] = []
+    from moecompile.report.page import outcome
+
+    lines = outcome.lines
+    monkeypatch.setattr(outcome, "lines", lambda name, curves, *rest, **more: drawn.append((name, curves)) or lines(name, curves, *rest, **more))  # fmt: skip
+    try_report(tmp_path, "train")
+    page = (tmp_path / "report.html").read_text()
+    assert f'<p class="big">{verdict(result)}</p>' in page
+    assert all(name in page for name, _, _ in baseline_rows(result))
+    curves = {label: (steps, values) for label, steps, values in dict(drawn)["loss"]}
+    assert list(curves) == ["training", "validation", "dense model, training", "dense model, validation"]
+    assert list(zip(*curves["dense model, training"], strict=True)) == DENSE
+
+
+def test_a_curve_that_diverged_is_not_compared() -> None:
+    rows = [{"step": 1.0, "loss": 5.0}, {"step": 2.0, "loss": float("nan")}]
+    assert curve(rows) == [] and compare(with_baseline(), curve(rows), DENSE) == []
+    assert curve(rows[:1]) == [(1.0, 5.0)]
