@@ -2,7 +2,8 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+QUIET := $(shell test -t 2 || echo --quiet) # a terminal sees what is downloaded
+PIP := $(BIN)/python -m pip install $(QUIET) --disable-pip-version-check
 
 export OMP_NUM_THREADS ?= 1
 
@@ -53,7 +54,7 @@ peers: .venv-peers/.installed # side by side with other libraries, which get a v
 
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing into .venv: this takes minutes and prints nothing"
+	@echo "installing into .venv: this takes minutes"
 	$(PIP) --editable '.[dev]'
 	touch $@
 
@@ -63,8 +64,8 @@ peers: .venv-peers/.installed # side by side with other libraries, which get a v
 
 .venv-peers/.installed: pyproject.toml benchmarks/requirements-peers.txt
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --editable .
-	DS_BUILD_OPS=0 .venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+	.venv-peers/bin/python -m pip install $(QUIET) --disable-pip-version-check --editable .
+	DS_BUILD_OPS=0 .venv-peers/bin/python -m pip install $(QUIET) --disable-pip-version-check --no-build-isolation \
 		-r benchmarks/requirements-peers.txt
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(PEERS_ALONE)
+	.venv-peers/bin/python -m pip install $(QUIET) --disable-pip-version-check --no-deps $(PEERS_ALONE)
 	touch $@

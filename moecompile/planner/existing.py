@@ -264,7 +264,7 @@ def _groups_note(site: ExpertsSite, mesh: MeshSpec) -> str | None:
     nodes = mesh.nodes_per_ep_group
     if site.groups == 1 or mesh.ep == 1:
         return None
-    groups = f"the model opens {site.top_groups} of {site.groups} expert groups to a token"
+    groups = f"each token may use {site.top_groups} of the {site.groups} expert groups"
     if nodes == 1:
         return f"{groups}; an EP group is on one node here, so this limits no traffic between nodes"
     reach = most_nodes(site, mesh)

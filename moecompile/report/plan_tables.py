@@ -200,10 +200,10 @@ def _print_memory(estimate: Estimate, console: Console) -> None:
         size = bytes_text(getattr(memory, memory.largest))
         console.print(Text(f"{_PARTS.get(memory.largest, memory.largest)} {size}: {estimate.largest}", style="dim"))
     if memory.apart:
-        text = f"{bytes_text(memory.apart)} of gradients and activations are never there together"
+        text = f"{bytes_text(memory.apart)} less at peak: gradients and activations never coexist"
         console.print(Text(text, style="dim"))
     if estimate.memory_bytes_uneven > memory.total:
-        console.print(Text(f"{_uneven_text(estimate)}, as is to be expected ({estimate.expected_from})", style="dim"))
+        console.print(Text(f"{_uneven_text(estimate)} (expected: {estimate.expected_from})", style="dim"))
     console.print()
 
 
@@ -269,9 +269,7 @@ class Described:
 
 
 def _uneven_text(estimate: Estimate) -> str:
-    return (
-        f"{bytes_text(estimate.memory_bytes_uneven)} on a rank that gets {estimate.expected_load:.2f} x the mean rows"
-    )
+    return f"{bytes_text(estimate.memory_bytes_uneven)} on a rank with {estimate.expected_load:.2f} x the average load"
 
 
 def verdict(estimate: Estimate, described: Described | None = None) -> str:
@@ -285,7 +283,7 @@ def verdict(estimate: Estimate, described: Described | None = None) -> str:
     text = f"{_VERDICTS[fits]}: {size}{f' of {limit}' * bool(limit)}"
     if described is not None:
         uneven = bytes_text(described.memory_bytes_uneven)
-        return f"{text} as described, {uneven} on a rank that gets {estimate.expected_load:.2f} x the mean rows"
+        return f"{text} as described, {uneven} on a rank with {estimate.expected_load:.2f} x the average load"
     if estimate.memory_bytes_uneven > needed:
         text += f", {_uneven_text(estimate)}"
     if fits == FITS:
@@ -340,7 +338,7 @@ def _lending_text(lending: Lending) -> str:
 def _padding_text(layers: Sequence[LayerPlan]) -> str:
     if all(layer.mask_padding for layer in layers):
         return "no token: not routed, not counted, in no loss"
-    return "none is looked for (data.mask_padding): a padded token would be a token"
+    return "not masked: padded tokens are routed like any other (set data.mask_padding)"
 
 
 def _recomputation_text(estimate: Estimate) -> str:

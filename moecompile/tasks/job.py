@@ -56,7 +56,7 @@ class Job:
             self.importing, self.model = None, source_model(config)
             compiled = self._compiled(config)
         if self.importing is not None and compiled.step0.reason == ON_META:
-            reason = f"{NOT_COMPARED}no rank holds the whole model; task=compile compares in one process"
+            reason = f"{NOT_COMPARED}the model is sharded over the ranks; task=compile compares in one process"
             compiled.step0 = dataclasses.replace(compiled.step0, reason=reason)
         check_same_plan(compiled.plan)
         return compiled

@@ -571,7 +571,7 @@ def test_what_does_not_fit_the_model_says_so(architecture: str, overrides: list[
 def test_what_the_models_groups_mean_on_the_mesh_is_said(mesh: list[str], note: str | None) -> None:
     given = config(*mesh)
     plan = make_plan(moe_model("deepseek_v3"), given, example=EXAMPLE)
-    says = "the model opens 2 of 4 expert groups to a token"
+    says = "each token may use 2 of the 4 expert groups"
     one_node = f"{says}; an EP group is on one node here, so this limits no traffic between nodes"
     assert notes(plan, given)[1:] == [f"{says}, {note}" if note else one_node]
 

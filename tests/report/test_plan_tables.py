@@ -98,7 +98,7 @@ def test_the_estimate_says_whether_it_fits() -> None:
     text = words(printed(lambda console: print_plan(replace(plan, estimate=made), console)))
     for shown in (
         "60 GiB 70 GiB 3 s yes mesh.ep=8", "60 GiB 90 GiB 2 s if even mesh.ep=64", asked,
-        "on a rank that gets 6.72 x the mean rows, as is to be expected (zipf, the median layer)", f": {made.largest}",
+        "on a rank with 6.72 x the average load (expected: zipf, the median layer)", f": {made.largest}",
     ):  # fmt: skip
         assert shown in text, shown
     needed = f"{made.memory_bytes_per_rank.total / gib:.3g} of 80 GiB, {bytes_text(uneven)} on a rank that gets 6.72 x"

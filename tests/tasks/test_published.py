@@ -152,9 +152,7 @@ def test_task_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     words = " ".join(printed.split())
     assert "expert FFN" in printed and "own top-8" in printed and "671B, a token uses 37.6B" in words
     assert "read from the model: experts.num_routed=256 (config: 8), routing.top_k=8 (config: 2)" in words
-    note = (
-        "the model opens 4 of 8 expert groups to a token, 1 on each of the 8 nodes of an EP group; a token reaches up"
-    )
+    note = "each token may use 4 of the 8 expert groups, 1 on each of the 8 nodes of an EP group; a token reaches up"
     assert note in words
     batch = "15,360 sequences are not a whole number of micro-batches on each rank; 16,384 are planned"
     assert result["notes"][0] == batch and len(result["notes"]) == 3
