@@ -119,7 +119,7 @@ def test_the_estimate_says_whether_it_fits() -> None:
 
 def test_the_plan_says_whether_padding_is_a_token() -> None:
     plan = deepseek_v3()
-    said = "a padded token would be a token"
+    said = "padded tokens are routed like any other"
     assert said in words(printed(lambda console: print_plan(plan, console)))
     masked = replace(plan, layers=tuple(replace(layer, mask_padding=True) for layer in plan.layers))
     text = words(printed(lambda console: print_plan(masked, console)))
