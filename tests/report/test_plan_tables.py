@@ -101,14 +101,14 @@ def test_the_estimate_says_whether_it_fits() -> None:
         "on a rank with 6.72 x the average load (expected: zipf, the median layer)", f": {made.largest}",
     ):  # fmt: skip
         assert shown in text, shown
-    needed = f"{made.memory_bytes_per_rank.total / gib:.3g} of 80 GiB, {bytes_text(uneven)} on a rank that gets 6.72 x"
-    assert verdict(made) == f"DOES NOT FIT: {needed} the mean rows; add: mesh.ep=8"
+    needed = f"{made.memory_bytes_per_rank.total / gib:.3g} of 80 GiB, {bytes_text(uneven)} on a rank with 6.72 x"
+    assert verdict(made) == f"DOES NOT FIT: {needed} the average load; add: mesh.ep=8"
     only = replace(made, fits="if even", remedies=(even,))
     assert verdict(only) == (
-        f"FITS ONLY IF THE LOAD IS EVEN: {needed} the mean rows; add: mesh.ep=64 (fits only if the load is even)"
+        f"FITS ONLY IF THE LOAD IS EVEN: {needed} the average load; add: mesh.ep=64 (fits only if the load is even)"
     )
     assert verdict(replace(only, remedies=())).endswith("; nothing that was tried fits")
-    assert verdict(replace(made, fits="yes")) == f"fits: {needed} the mean rows"
+    assert verdict(replace(made, fits="yes")) == f"fits: {needed} the average load"
     tiny = replace(made.memory_bytes_per_rank, **dict.fromkeys(("weights", "grads", "optimizer", "activations"), 2**20))
     assert verdict(replace(made, fits="yes", memory_bytes_per_rank=replace(tiny, dispatch=0, apart=0))).startswith(
         "fits: 4 MiB of 80 GiB, "
