@@ -46,6 +46,7 @@ READERS = {
     "bench/layers.py": "sizes of a layer that is timed",
     "plan/plan.py": "a layer in one line",
     "report/plan_tables.py": "a layer in a table",
+    "report/warnings.py": "what could even the load of a layer",
     "planner/build_plan.py": "expert choice in a causal model",
     "planner/context_parallel.py": "what counts, or draws numbers for, the tokens of a micro-batch is refused",
     "planner/given.py": "holds a config against a plan that is given",
