@@ -6,7 +6,7 @@
     moecompile.make_optimizer(model, overrides)                    # AdamW or Muon, for sharded weights too
     moecompile.plan_of(model)                                      # the plan that a model was compiled by
     moecompile.register_pattern(pattern), register_pass(step, after="rewrite")   # what the compiler does not know
-    moecompile.register_score(name, score)                         # the same for routers
+    moecompile.register_score(name, score), register_reader(suffix, read)        # nor routers, nor data
     moecompile.load_exported(path)                                 # a trained model, on one device
 
 Names are resolved on first use (PEP 562), so that `import moecompile` imports neither torch nor transformers.
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from moecompile.passes.shard import device_mesh_of, shard
     from moecompile.pipeline import compile_model, make_plan, plan_of, transform
     from moecompile.plan import Plan
+    from moecompile.runtime.records import register_reader
     from moecompile.runtime.strategy import ExpertParallelStrategy
     from moecompile.runtime.weight_groups import make_optimizer
 
@@ -74,6 +75,7 @@ _HOMES = {
     "record_routes": "nn.replay",
     "register_pass": "passes.base",
     "register_pattern": "match.ffn",
+    "register_reader": "runtime.records",
     "register_score": "nn.scores",
     "replay_routes": "nn.replay",
     "shard": "passes.shard",
@@ -111,6 +113,7 @@ __all__ = [
     "record_routes",
     "register_pass",
     "register_pattern",
+    "register_reader",
     "register_score",
     "replay_routes",
     "shard",

@@ -41,8 +41,9 @@ def own_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from moecompile.nn.scores import FUNCTIONS
     from moecompile.passes import base
     from moecompile.routing.scores import SCORES
+    from moecompile.runtime import records
 
-    tables: list[dict[Any, Any]] = [SCORES, FUNCTIONS, base._registered, ffn._patterns]
+    tables: list[dict[Any, Any]] = [SCORES, FUNCTIONS, base._registered, ffn._patterns, records._readers]
     before = [dict(table) for table in tables]
     monkeypatch.setattr(named_code, "_plugins", {})
     yield

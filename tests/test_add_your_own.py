@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import mailbox
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, make_dataclass, replace
@@ -157,17 +158,25 @@ def test_the_score_on_the_page_routes(own_plugins: None) -> None:
 
 @pytest.mark.slow
 def test_the_plugin_on_the_page_trains_on_ranks_and_is_verified(tmp_path: Path) -> None:
-    """`task=verify` compares gradients of two ranks with those of one process; the run has the pass, and its export the score."""
+    """`task=verify` compares gradients of two ranks with those of one process; the run has the pass, the plan the score, and its
+    data are read by the reader.
+    """
     words = ["recipe=mixtral_ep", "mesh=cpu_1x2", f"plugins=[{PLUGIN}]", "routing.score=softplus"]
     verified = python("-m", "moecompile", *words, "task=verify", f"hydra.run.dir={tmp_path}/verify", cwd=REPOSITORY)
     assert verified.returncode == 0, verified.stdout + verified.stderr
     checks = json.loads((tmp_path / "verify" / "certificate.json").read_text())["checks"]
     assert all(check["passed"] for check in checks)
     assert {"float64: gradients of router", "float64: gradients of experts"} <= {check["name"] for check in checks}
+    mails = mailbox.mbox(tmp_path / "mails.mbox")
+    for i in range(300):
+        mails.add(f"Subject: {i}\n\n" + f"Call me Ishmael, said number {i} of the crew, and sat down. " * 30)
+    mails.close()
+    words += ["data=corpus", f"data.path={tmp_path}/mails.mbox", "data.vocab_size=300", f"data.cache={tmp_path}/cache"]
     short = ["trainer.max_steps=1", "optimizer.warmup_steps=0", "trainer.sample_interval=0", "data.val_batches=1"]
     trained = python("-m", "moecompile", *words, *short, f"hydra.run.dir={tmp_path}/run", cwd=REPOSITORY)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert re.search(r"clamp_rows .* \+4 clamp \(outputs in \[-1, 1\]\)", trained.stdout)
+    assert re.search(r"^data +1 file, 300 documents", trained.stdout, re.MULTILINE)
     assert "score: softplus" in (tmp_path / "run" / "plan.yaml").read_text()
     again = [word for word in words if "plugins" not in word]
     resumed = python(

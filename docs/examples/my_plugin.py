@@ -1,4 +1,6 @@
-"""A router score, and a pass that limits the output of every MoE layer: `plugins=[docs/examples/plugin.py]`."""
+"""A router score, a pass that limits the output of every MoE layer, and a reader of files: `plugins=[my_plugin.py]`."""
+
+import mailbox
 
 import torch
 from torch import fx
@@ -32,5 +34,13 @@ class ClampRows:
             raise PassError(self.name, layers[0].site.fqn, f"{found} clamps for {len(layers)} layers")
 
 
+def read_mbox(path):
+    """Mails as records with one field."""
+    for number, mail in enumerate(mailbox.mbox(path, create=False)):
+        if not mail.is_multipart():
+            yield {"text": mail.get_payload(), "number": number}
+
+
 moecompile.register_score("softplus", F.softplus)
+moecompile.register_reader(".mbox", read_mbox)
 moecompile.register_pass(ClampRows(), after="rewrite")

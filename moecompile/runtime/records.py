@@ -7,6 +7,7 @@
     .parquet             a table: a record a row, by the library `datasets`, a group of rows at a time
     a saved `datasets`   a folder that `save_to_disk` wrote, memory-mapped
     .txt, .text, .md     plain UTF-8 text, in pieces; in a corpus alone. A file that is named may have any suffix.
+    `register_reader`    others, by a function of the caller's
 
 Every error names the file, the line or row, and what is wrong there.
 """
@@ -16,15 +17,22 @@ from __future__ import annotations
 import codecs
 import csv
 import glob
+import hashlib
 import importlib.util
+import inspect
 import json
-from collections.abc import Iterator
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moecompile.errors import ConfigError
 from moecompile.schema import DataConfig, DataKind
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 PIECE = 2**16
 """Length of a piece of a document: bytes of a file, characters of a field. A piece ends at the end of a line."""
@@ -49,6 +57,72 @@ class Record:
 
     where: str
     value: Any
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """What reads files of the caller's. code: hash of the file that the function stands in."""
+
+    read: Callable[[Path], Iterable[Mapping[str, Any]]]
+    code: str
+
+
+_readers: OrderedDict[str, _Reader] = OrderedDict()  # suffix -> what reads it, beside the kinds above
+
+
+def register_reader(suffix: str, read: Callable[[Path], Iterable[Mapping[str, Any]]]) -> RemovableHandle:
+    """Makes files with a suffix of `data.path` known to `data=corpus` and `data=sft` in this process.
+
+    What was tokenized is kept in the cache until the file that `read` stands in changes; what it calls elsewhere is not
+    seen.
+
+    Args:
+        suffix: `.xml`, in lower case. read: path -> records in order, one at a time: mappings with the fields that
+            records of JSON lines have.
+
+    Returns:
+        A handle, as from `register_pattern`.
+
+    Raises:
+        ConfigError: the suffix is read already, or the function has no file.
+    """
+    from torch.utils.hooks import RemovableHandle
+
+    if suffix in (*_readers, *_LINES, *_TABLES, *_TEXTS, *_SHEETS, *_DOCUMENTS):
+        raise ConfigError("suffix", suffix, "is read already", "Give another suffix")
+    if not re.fullmatch(r"\.[a-z0-9_-]+", suffix):
+        raise ConfigError("suffix", suffix, "must be a dot and letters in lower case", "Give one such as .xml")
+    try:
+        code = Path(inspect.getfile(inspect.unwrap(read))).read_bytes()
+    except (TypeError, OSError):
+        rule = "must be a function that stands in a file: what was read is kept until the file changes"
+        raise ConfigError("read", read, rule, "Write it into a .py file, and name that in plugins") from None
+    _readers[suffix] = _Reader(read, hashlib.blake2b(code, digest_size=16).hexdigest())
+    handle = RemovableHandle(_readers)
+    handle.id = suffix  # type: ignore[assignment]  # the table is by suffix
+    return handle
+
+
+def reader_code(path: Path) -> str:
+    """What a cache must depend on beside the file's content: the code of a registered reader, else nothing."""
+    reader = None if path.is_dir() else _readers.get(path.suffix.lower())
+    return "" if reader is None else reader.code
+
+
+def _registered(path: Path, read: Callable[[Path], Iterable[Mapping[str, Any]]]) -> Iterator[Record]:
+    number = 0
+    try:
+        for number, value in enumerate(read(path), start=1):
+            where = f"{path} record {number}"
+            if not isinstance(value, Mapping):
+                raise bad(where, f"is {_kind(value)}, not an object with fields", "Let its reader yield mappings")
+            yield Record(where, dict(value))
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200].removesuffix(".")
+        rule = f"cannot be read after record {number} by its registered reader: {reason}"
+        raise bad(str(path), rule, "Correct the reader, or the file") from error
 
 
 @dataclass(frozen=True)
@@ -95,16 +169,16 @@ def records(path: Path) -> Iterator[Record]:
     if _is_table(path):
         return _rows(path)
     suffix = path.suffix.lower()
-    return (
-        _sheet(path, _SHEETS[suffix])
-        if suffix in _SHEETS
-        else (_document(path) if suffix in _DOCUMENTS else _json_lines(path))
-    )
+    if suffix in _readers:
+        return _registered(path, _readers[suffix].read)
+    if suffix in _SHEETS:
+        return _sheet(path, _SHEETS[suffix])
+    return _document(path) if suffix in _DOCUMENTS else _json_lines(path)
 
 
 def is_text(path: Path) -> bool:
     """Whether a file is read as plain text."""
-    return not path.is_dir() and path.suffix.lower() not in (*_LINES, *_TABLES, *_SHEETS, *_DOCUMENTS)
+    return not path.is_dir() and path.suffix.lower() not in (*_LINES, *_TABLES, *_SHEETS, *_DOCUMENTS, *_readers)
 
 
 def text_pieces(path: Path) -> Iterator[tuple[str, bool]]:
@@ -275,6 +349,8 @@ def _check_file(path: Path, kind: DataKind) -> None:
         head = file.read(2**12)
     if not head:
         raise ConfigError("data.path", path, "is empty", _GIVE)
+    if path.suffix.lower() in _readers:
+        return
     what = next((what for magic, what in _HEADS.items() if head.startswith(magic)), "binary" if b"\0" in head else None)
     if what is not None and not (what == "a table" and _is_table(path)):
         raise ConfigError(
@@ -287,7 +363,7 @@ def _check_file(path: Path, kind: DataKind) -> None:
 
 
 def _is_read(path: Path, kind: DataKind) -> bool:
-    suffixes = (*_LINES, *_TABLES, *_SHEETS) + (_TEXTS if kind is DataKind.corpus else ())
+    suffixes = (*_LINES, *_TABLES, *_SHEETS, *_readers) + (_TEXTS if kind is DataKind.corpus else ())
     return path.suffix.lower() in suffixes
 
 

@@ -7,6 +7,7 @@ import csv
 import gzip
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ import pytest
 
 from moecompile.errors import ConfigError
 from moecompile.runtime import records as room
-from moecompile.runtime.records import PIECE, field_pieces, find_files, is_text, records, text_pieces
+from moecompile.runtime.records import (
+    PIECE,
+    field_pieces,
+    find_files,
+    is_text,
+    reader_code,
+    records,
+    register_reader,
+    text_pieces,
+)
 from moecompile.schema import DataConfig, DataKind
 
 
@@ -204,3 +214,57 @@ def test_reading_lines_needs_no_library(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(builtins, "__import__", refuse)
     assert [record.value for record in records(path)] == [{"text": "x"}]
     assert not is_text(path) and room.is_text(tmp_path / "a.txt")
+
+
+# -- a reader of the caller's ---------------------------------------------------------------------------------------
+
+
+def _pairs(path: Path) -> Iterator[Any]:
+    for line in path.read_bytes().split(b"\0"):
+        if line == b"bad":
+            raise ValueError("no pair")
+        yield {"text": line.decode()} if line else None
+
+
+def test_a_registered_reader_reads_its_suffix_in_folders_too(tmp_path: Path) -> None:
+    for name, content in (("a.pairs", b"one\0two"), ("b.txt", b"text"), ("c.PAIRS", b"one\0bad"), ("d.pairs", b"\0")):
+        (tmp_path / name).write_bytes(content)
+    assert [path.name for path in find_files(corpus(tmp_path)).files] == ["b.txt"]
+    with register_reader(".pairs", _pairs):
+        assert [path.name for path in find_files(corpus(tmp_path)).files] == ["a.pairs", "b.txt", "c.PAIRS", "d.pairs"]
+        assert [path.name for path in find_files(corpus(tmp_path, DataKind.sft)).files] == [
+            "a.pairs",
+            "c.PAIRS",
+            "d.pairs",
+        ]
+        assert (
+            not is_text(tmp_path / "a.pairs")
+            and reader_code(tmp_path / "a.pairs")
+            and not reader_code(tmp_path / "b.txt")
+        )
+        assert [(r.where, r.value) for r in records(tmp_path / "a.pairs")] == [
+            (f"{tmp_path}/a.pairs record 1", {"text": "one"}), (f"{tmp_path}/a.pairs record 2", {"text": "two"})
+        ]  # fmt: skip
+        with pytest.raises(
+            ConfigError, match=r"c\.PAIRS: cannot be read after record 1 by its registered reader: ValueError: no"
+        ):
+            list(records(tmp_path / "c.PAIRS"))
+        with pytest.raises(
+            ConfigError, match=r"d\.pairs record 1: is null, not an object with fields. Let its reader yield"
+        ):
+            list(records(tmp_path / "d.pairs"))
+        with pytest.raises(ConfigError, match=r"suffix=\.pairs: is read already"):
+            register_reader(".pairs", _pairs)
+    assert not reader_code(tmp_path / "a.pairs")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "read", "says"),
+    [
+        (".jsonl", _pairs, "is read already"), ("pairs", _pairs, "must be a dot and letters in lower case"),
+        (".pairs", eval("lambda path: []"), "must be a function that stands in a file"),
+    ],
+)  # fmt: skip
+def test_a_reader_that_cannot_be_registered(suffix: str, read: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        register_reader(suffix, read)

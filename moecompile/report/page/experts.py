@@ -45,8 +45,10 @@ def load_section(run: Run) -> Section | None:
         ),
         _dead(history, names),
     ]
+    bounds = [value for _, _, values in run.columns("max_violation_bound") for value in values]
+    most = f"; at most {max(bounds):.2f}" if bounds else ""
     for prefix, title, unit in (
-        ("max_violation/", "MaxVio", "fullest expert over the mean, minus 1"),
+        ("max_violation/", "MaxVio", f"fullest expert over the mean, minus 1{most}"),
         ("entropy/", "Entropy of the router", "nats per token"),
         ("drop_rate/", "Dropped assignments", "share"),
     ):

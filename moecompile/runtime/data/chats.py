@@ -37,7 +37,7 @@ from moecompile.runtime.data.cache import Progress, content_of, key_of, made
 from moecompile.runtime.data.corpus import HELD_OUT, num_held_out
 from moecompile.runtime.data.store import StoreWriter, TokenStore
 from moecompile.runtime.data.tokens import num_ids
-from moecompile.runtime.records import Found, Record, bad, check_characters, records
+from moecompile.runtime.records import Found, Record, bad, check_characters, reader_code, records
 from moecompile.schema import DataConfig, RowLayout
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -251,7 +251,7 @@ def chat_store(found: Found, data: DataConfig, renderer: ChatRenderer, cache: Pa
     Raises:
         ConfigError: a record is wrong.
     """
-    contents = [content_of(path, cache) for path in found.files]
+    contents = [[content_of(path, cache), reader_code(path)] for path in found.files]
     key = key_of("chats", _FORMAT, contents, renderer.tokenizer.to_str(), renderer.template)
     return TokenStore(made(cache, key, partial(_render, found, renderer)))
 

@@ -30,7 +30,16 @@ from moecompile.runtime.data.batches import TokenWindows, no_targets, shuffled
 from moecompile.runtime.data.cache import Progress, content_of, key_of, made
 from moecompile.runtime.data.store import StoreWriter, TokenStore
 from moecompile.runtime.data.tokens import num_ids
-from moecompile.runtime.records import Found, bad, check_characters, field_pieces, is_text, records, text_pieces
+from moecompile.runtime.records import (
+    Found,
+    bad,
+    check_characters,
+    field_pieces,
+    is_text,
+    reader_code,
+    records,
+    text_pieces,
+)
 from moecompile.schema import DataConfig
 
 _BATCH = 2**18  # characters that are tokenized together
@@ -58,7 +67,7 @@ def corpus_store(found: Found, data: DataConfig, tokenizer: Tokenizer, end: int,
     Raises:
         ConfigError: a record is wrong.
     """
-    contents = [[content_of(path, cache), is_text(path)] for path in found.files]
+    contents = [[content_of(path, cache), is_text(path), reader_code(path)] for path in found.files]
     key = key_of("corpus", _FORMAT, contents, tokenizer.to_str(), end, data.text_field)
     return TokenStore(made(cache, key, partial(_tokenize, found, data, tokenizer, end)))
 

@@ -44,6 +44,7 @@ def a_run(folder: Path, *, layers: int = 2, experts: int = 12, steps: int = 20, 
         "loss",
         "val_loss",
         "learning_rate",
+        "max_violation_bound",
         *(f"max_violation/{n}" for n in names),
         f"load/{names[0]}/0",
     ]
@@ -51,7 +52,12 @@ def a_run(folder: Path, *, layers: int = 2, experts: int = 12, steps: int = 20, 
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for step in range(1, steps + 1):
-            writer.writerow({name: {"step": step, "val_loss": ""}.get(name, 1 / step) for name in columns})
+            writer.writerow(
+                {
+                    name: {"step": step, "val_loss": "", "max_violation_bound": 7.5}.get(name, 1 / step)
+                    for name in columns
+                }
+            )
     (folder / FORECAST).write_text(json.dumps(FORECAST_FIELDS))
     (folder / PROFILE).write_text(json.dumps(a_profile(plan)))
     tokens = generator.integers(0, 50, 400)
@@ -61,7 +67,8 @@ def a_run(folder: Path, *, layers: int = 2, experts: int = 12, steps: int = 20, 
     )
     result = {
         "task": "train", "recipe": "tiny", "status": "ok", "seconds": 3.0, "steps": steps, "loss_first": 3.0,
-        "loss_last": 1.0, "val_loss": 1.25, "step0_max_abs_diff": 1e-7, "versions": {"python": "3"},
+        "loss_last": 1.0, "val_loss_first": 3.125, "val_loss": 1.25, "max_violation_mean_last": 0.5,
+        "max_violation_bound_mean_last": 7.5, "step0_max_abs_diff": 1e-7, "versions": {"python": "3"},
         "bytes_per_token_per_layer": {"intra_node": 100.0, "inter_node": 50.0}, "unigram_entropy": 2.0,
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))

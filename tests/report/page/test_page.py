@@ -14,8 +14,9 @@ import pytest
 from moecompile.load_history import NO_EXPERT
 from moecompile.report.heatmap import load_ratios
 from moecompile.report.page import try_report, write_report
-from moecompile.report.page.experts import coactivation, predictability, quantized, token_lift
+from moecompile.report.page.experts import coactivation, load_section, predictability, quantized, token_lift
 from moecompile.report.page.layout import blocks, planned_bytes
+from moecompile.report.page.read import read_run
 from tests.plan.plans import a_plan
 from tests.report.page.runs import FORECAST_FIELDS, a_run
 
@@ -74,7 +75,12 @@ def test_the_verdict_has_the_warnings(tmp_path: Path) -> None:
     a_run(tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     (tmp_path / "result.json").write_text(json.dumps({**result, "warnings": ["<half> of them are cut"]}))
-    assert "warning</span> &lt;half&gt; of them are cut</p>" in write_report(tmp_path, "train").read_text()
+    text = write_report(tmp_path, "train").read_text()
+    assert "warning</span> &lt;half&gt; of them are cut</p>" in text
+    assert "validation 3.1250 → 1.2500 nats per token" in text
+    assert "MaxVio 0.500 of at most 7.500" in text
+    section = load_section(read_run(tmp_path, "train"))
+    assert section is not None and any("minus 1; at most 7.50" in str(part) for part in section.parts)
 
 
 def test_text_is_escaped(tmp_path: Path) -> None:
