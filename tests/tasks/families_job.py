@@ -19,7 +19,7 @@ VOCAB, SEQ = 320, 16
 STEPS, MORE = 2, 3
 # eps: with Adam's own, gradients that are nothing but rounding would make whole steps.
 SMALL = [
-    f"data.seq_len={SEQ}", "data.micro_batch_size=2", "data.global_batch_size=4", "data.val_fraction=0.03",
+    f"data.seq_len={SEQ}", "data.micro_batch_size=2", "data.global_batch_size=4", "data.val_fraction=0.03", "balance=none",
     "trainer.log_interval=1", "trainer.progress_bar=false", "optimizer.warmup_steps=1", "optimizer.eps=1e-5",
 ]  # fmt: skip
 Report = dict[str, Any]
