@@ -184,7 +184,7 @@ def _ignored_notes(plan: Plan, config: Config) -> Iterator[str]:
 
 def _loss_notes(plan: Plan, config: Config, losses: Mapping[str, float]) -> Iterator[str]:
     """For each loss of the model's own routers: our coefficient for it, or why it is not used."""
-    if config.plan is not None or _asks_balance(config):
+    if config.plan is not None or asks_balance(config):
         return
     layers = [(layer, layer.site) for layer in plan.layers if isinstance(layer.site, ExpertsSite)]
     for name, coefficient in losses.items():
@@ -203,7 +203,7 @@ def _why_not_own(site: ExpertsSite, loss: str, config: Config) -> str | None:
     return None if reason is None else f"the router of {site.fqn}: {reason}"
 
 
-def _asks_balance(config: Config) -> bool:
+def asks_balance(config: Config) -> bool:
     """Whether the config asks for a balance, which `balance=none` does too if it is the caller's."""
     balance = config.balance
     asks = balance.rule is not BalanceRule.none or any(vars(balance.losses).values())
@@ -222,7 +222,7 @@ def own_balance(
     Args:
         sites: all that are planned. losses: `ModelFacts.own_losses`.
     """
-    if _asks_balance(config):
+    if asks_balance(config):
         return {}
     of_stack = [each for each in sites if isinstance(each, ExpertsSite) and _stack(each) == _stack(site)]
     found: dict[str, float] = {}

@@ -17,6 +17,7 @@ from moecompile.mesh import AXES as MESH_AXES
 from moecompile.mesh import Part, axes_that_split, divisors
 from moecompile.plan import KINDS as DISPATCH_KINDS
 from moecompile.plan import ExpertsSite, LayerPlan
+from moecompile.planner.existing import asks_balance
 from moecompile.schema import Checkpointing, Config
 
 _OF_MESH = tuple(axis.name for axis in sorted(MESH_AXES, key=lambda axis: axis.dense) if axis.searched)
@@ -136,17 +137,18 @@ def _unchanged(name: str, config: Config, layers: Sequence[LayerPlan]) -> str | 
         others |= dict.fromkeys(_CHANGE_THE_MODEL, "the model has its experts and its router already")
     elif changing:
         others |= dict.fromkeys(_CHANGE_THE_MODEL, f"it {changing.format('the model')}")
-    if changing and (what := _over_micro_batch(layers)):
+    if changing and (what := _over_micro_batch(config, layers)):
         others["micro_batch"] = f"{what} is over a micro-batch, so it {changing.format('training')}"
     return others.get(name)
 
 
-def _over_micro_batch(layers: Sequence[LayerPlan]) -> str | None:
+def _over_micro_batch(config: Config, layers: Sequence[LayerPlan]) -> str | None:
+    """What a layer counts over a micro-batch, as the config asks; a loss that is the model's own follows the layout."""
     for layer in layers:
         if layer.routing.capacity_factor is not None:
             return "the capacity of an expert"
         if layer.routing.choice == "expert":
             return "expert choice"
-        if layer.balance.micro_batch:
+        if layer.balance.micro_batch and asks_balance(config):
             return "balance.losses.micro_batch"
     return None
