@@ -80,6 +80,7 @@ def _mutated(rank: int, world_size: int) -> dict[str, Trace]:
     return {name: job.sharded(rank, world_size, "mixtral", torch.float64, TWO["ep2"], mutate=name) for name in names}
 
 
+@pytest.mark.slow
 def test_mutations_are_caught() -> None:
     wanted, broken = reference("mixtral"), run_distributed_test(_mutated, 2, timeout_s=120)[0]
     lost = wanted.grads.keys() - broken["frozen_experts"].grads.keys()

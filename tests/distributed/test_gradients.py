@@ -119,6 +119,7 @@ def _mutated(rank: int, world_size: int, mutations: tuple[str, ...], aux: str) -
     return {m: job.sharded(rank, world_size, torch.float64, overrides, mutate=m, steps=1) for m in mutations}
 
 
+@pytest.mark.slow
 def test_mutations_are_caught() -> None:
     """A wrong divisor, a lost all-to-all in backward and an unsummed router each break the agreement."""
     wanted = reference(torch.float64)

@@ -63,6 +63,7 @@ def _train(rank: int, world_size: int, shapes: dict[str, list[str]]) -> dict[str
     return {name: gradients.sharded(rank, world_size, torch.float64, shape) for name, shape in shapes.items()}
 
 
+@pytest.mark.slow
 def test_training_equals_one_process() -> None:
     """Three steps, with accumulation, FSDP2, clipping and the correction bias."""
     wanted, by_shape = gradients.reference(torch.float64), run_distributed_test(_train, 2, SHAPES, timeout_s=170)[0]
@@ -133,6 +134,7 @@ def _ways(rank: int, world_size: int) -> dict[str, Step]:
     return found
 
 
+@pytest.mark.slow
 def test_checkpointing_resends_what_it_says() -> None:
     steps = run_distributed_test(_ways, 2, timeout_s=170)[0]
     wanted = steps["none none"]

@@ -73,6 +73,7 @@ _LARGE = ("nemotron3_nano_30b_a3b", "longcat_flash", "deepseek_v4_flash")  # sec
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in _LARGE)) for name in PUBLISHED]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_those_that_were_published(name: str) -> None:
     total, active, with_embedding = PUBLISHED[name]
@@ -159,6 +160,7 @@ def test_task_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert (result["num_rewritten"], result["world_size"]) == (58, 2048)
 
 
+@pytest.mark.slow
 def test_task_compile_writes_alike_layers_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
