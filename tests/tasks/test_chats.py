@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(root / "chats.jsonl", chats(90))
     runs = {
         "one": ["mesh=cpu_1"],
-        "two": ["mesh=cpu_1x2", "data.epochs=0.66"],  # which are 6 steps
+        "two": ["mesh=cpu_1x2", "data.epochs=0.66", "trainer.calibrate=always"],  # which are 6 steps
         "two after one": ["mesh=cpu_1x2", "trainer.resume='one/checkpoints/step-3'"],
         "one after two": ["mesh=cpu_1", "trainer.resume='two/checkpoints/step-2'", "data.epochs=0.66"],
     }
@@ -51,6 +51,10 @@ def test_losses_are_those_of_the_whole_run_on_any_mesh(folder: Path) -> None:
     for name in ("two", "two after one", "one after two"):
         assert losses_of(folder / name) == pytest.approx(whole, abs=2e-5), name
         assert result_of(folder / name)["val_loss"] == pytest.approx(result_of(folder / "one")["val_loss"], abs=2e-5)
+
+
+def test_the_machine_is_measured_where_no_rank_reads_the_whole_folder(folder: Path) -> None:
+    assert json.loads((folder / "two" / "forecast.json").read_text())["hardware"] == "this_machine"
 
 
 def test_the_result_says_what_was_learned(folder: Path) -> None:

@@ -133,7 +133,7 @@ def this_machine(job: Job, config: Config) -> HardwareConfig | None:
 
 def _asked(job: Job, config: Config) -> bool:
     asked, world = config.trainer.calibrate, dist.get_world_size()
-    if asked is Calibrate.never or device_of().type != "cpu" or is_meta(job.model):
+    if asked is Calibrate.never or device_of().type != "cpu":
         return False
     if int(os.environ.get("LOCAL_WORLD_SIZE", world)) != world or config.hardware.name != HardwareConfig().name:
         return False
@@ -173,12 +173,13 @@ def _short(job: Job, config: Config) -> dict[str, Any] | None:
     rank, world = dist.get_rank(), dist.get_world_size()
     told: list[Any] = [None]
     if rank == 0:
-        example = example_inputs(job.model, config.data.seq_len, longest=config.data.seq_len)
-        plan = make_plan(job.model, config, example=example)
+        model = _with_values(job.model)
+        example = example_inputs(model, config.data.seq_len, longest=config.data.seq_len)
+        plan = make_plan(model, config, example=example)
         if plan.layers:
-            shape = shape_of_model(job.model, plan)
+            shape = shape_of_model(model, plan)
             told = [_sizes(shape, plan, config)]
-            run = _forward_backward(job.model, plan, config)
+            run = _forward_backward(model, plan, config)
     dist.broadcast_object_list(told)
     sizes = told[0]
     if sizes is None:
@@ -193,6 +194,17 @@ def _short(job: Job, config: Config) -> dict[str, Any] | None:
     if host.messages and host.messages[0][1] > 0:
         host = with_messages(host, max(1.0, message / host.messages[0][1]))
     return hardware_of(cost, host, config.hardware, world, by="in short before a run")
+
+
+@torch.no_grad()
+def _with_values(model: nn.Module) -> nn.Module:
+    """The model, or one like it with random values: of a folder, each rank reads its shards alone."""
+    if not is_meta(model):
+        return model
+    made = copy.deepcopy(model).to_empty(device="cpu")
+    for tensor in (*made.parameters(), *made.buffers()):
+        tensor.normal_(std=0.02) if tensor.is_floating_point() else tensor.zero_()
+    return made
 
 
 def _everyone() -> dist.ProcessGroup:
