@@ -13,7 +13,7 @@ from moecompile.report.text import seconds_text
 from moecompile.schema import SEARCHED, Config, ExpertInit, TaskName, validate
 from moecompile.tasks.inputs import check_inputs
 
-_WITHOUT = (TaskName.export, TaskName.place)
+_WITHOUT = (TaskName.export, TaskName.place, TaskName.data, TaskName.chat)
 
 
 def with_layout(config: Config) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from moecompile.errors import ConfigError
 from moecompile.tasks.data import data_fields, read_data, with_epochs
 from moecompile.tasks.data import run as read_and_show
 from moecompile.tasks.inputs import check_inputs
+from moecompile.tasks.layout import with_layout
 from tests.chat_models import CHATML, chats, save_mixtral, write_lines
 from tests.models.packaged import install
 from tests.test_cli import MODULE, cli
@@ -120,6 +122,8 @@ def test_data_need_a_tokenizer_and_no_weights(saved: Path, tmp_path: Path) -> No
     config = compose_config([*given, f"data.cache='{tmp_path / 'cache'}'", "data.seq_len=200", "data.epochs=2"])
     check_inputs(config)
     config = with_epochs(config)
+    searched = replace(config, mesh=replace(config.mesh, ep="search"))
+    assert with_layout(searched) is searched  # which would load the model
     read_and_show(config, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     rows = result["data_sequences"]
