@@ -172,7 +172,7 @@ def _turn(config: Any, data: Any, folder: Path) -> list[dict[str, Any]]:
         data.train, config.data, seed=config.seed, rank=rank, world_size=plan.mesh.world_size,
         num_steps=config.trainer.max_steps,
     )  # fmt: skip
-    trainer = make_trainer(config, plan.mesh, folder, [meter])
+    trainer = make_trainer(config, plan, folder, [meter])
     trainer.fit(LanguageModule(model, config.optimizer, config.trainer.max_steps), loader)
     tokens = config.data.micro_batch_size * config.data.seq_len * plan.mesh.world_size
     planned = 2 * plan.estimate.bytes_per_token_per_layer.inter_node * tokens * len(plan.layers)

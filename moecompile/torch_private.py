@@ -181,9 +181,15 @@ def see_attributes(module: FSDPModule) -> None:
 
 
 def drop_unreduced(model: nn.Module) -> None:
-    """Drops gradients that FSDP2 has accumulated without reducing them, which zero_grad does not clear."""
+    """Drops gradients that FSDP2 has accumulated without reducing them, or without summing them over replicas, which
+    zero_grad does not clear.
+    """
     for param in _fsdp_params(model):
         param.unsharded_accumulated_grad = param._unsharded_param.grad = None
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                group._partial_reduce_output = None
 
 
 def keeping(kept: Collection[Any]) -> tuple[TorchDispatchMode, TorchDispatchMode]:

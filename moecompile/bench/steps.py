@@ -90,7 +90,7 @@ def measure_steps(
         multiple=mesh.size(Part.SEQUENCE),
     )
     clock = _Clock(config.bench.warmup, config.bench.rounds)
-    trainer = make_trainer(config, mesh, run_dir, [clock], materialize=materialize)
+    trainer = make_trainer(config, plan, run_dir, [clock], materialize=materialize)
     trainer.fit(LanguageModule(model, config.optimizer, num_steps), loader)
     step = medians(clock.measured)
     found: list[Any] = [None] * mesh.world_size

@@ -83,8 +83,8 @@ class ExpertShards:
     """The experts of all layers on ranks that share them, bytes of a rank.
 
     ranks: that hold the same experts and cut each stack of them. stored: shards of the fullest. gathered: received in
-    one gather of all layers; there are two in a micro-batch. reduced: sent in one reduction of gradients. times_even:
-    numbers on the fullest rank over its even share: 1, or more where a stack has no dim that the ranks divide.
+    one gather of all layers. reduced: sent in one reduction of gradients. times_even: numbers on the fullest rank over
+    its even share: 1, or more where a stack has no dim that the ranks divide.
     """
 
     ranks: int
@@ -92,6 +92,17 @@ class ExpertShards:
     gathered: int
     reduced: int
     times_even: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightTraffic:
+    """What FSDP sends of weights, bytes that a rank receives in an optimizer step: weights that it gathers, gradients
+    that it reduces, and their sums over replicas. Validation gathers more.
+    """
+
+    gathered: int
+    reduced: int
+    replicas: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +157,7 @@ class Estimate:
     expected_from: why; memory_bytes_uneven: of such a rank, in total. fits: `yes` with these rows, `if even`: only
     with the mean, or `no`. largest: the largest part of the memory, in words. remedies: what to change if it is not
     `yes`, and tried: what was put through the planner to find them. lending: None if no layer lends experts.
-    expert_shards: None if every rank has experts of its own.
+    expert_shards: None if every rank has experts of its own. weight_traffic: None on one rank.
     """
 
     params_total: int
@@ -170,12 +181,16 @@ class Estimate:
     tried: str = ""
     lending: Lending | None = None
     expert_shards: ExpertShards | None = None
+    weight_traffic: WeightTraffic | None = None
 
     @property
     def bytes_over(self) -> dict[str, Traffic]:
         """Axis -> what leaves a rank over it per token, in the forward of the whole model."""
         end = "_bytes_per_token"
         return {name.removesuffix(end): sent for name, sent in vars(self).items() if name.endswith(end)}
+
+
+REDUCE, GATHER = ("each", "last"), ("layer", "step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +204,8 @@ class Plan:
         adapters: what is trained in place of the model's weights; None: the weights themselves.
         tensor_parallel: modules outside of the MoE layers that are split over `tp`.
         context_parallel: attention that exchanges positions for heads over `cp`.
+        reduce: when gradients of sharded weights are reduced: after `each` micro-batch, or the `last` one of a step.
+        gather: when sharded weights are gathered: each `layer` twice in a micro-batch, or all of them once in a `step`.
         estimate: memory and bytes, which `hash` leaves out.
 
     Raises:
@@ -201,9 +218,14 @@ class Plan:
     adapters: AdaptersPlan | None = None
     tensor_parallel: tuple[SplitModules, ...] = ()
     context_parallel: tuple[ExchangedAttention, ...] = ()
+    reduce: str = "last"
+    gather: str = "layer"
     estimate: Estimate | None = None
 
     def __post_init__(self) -> None:
+        for name, words in (("reduce", REDUCE), ("gather", GATHER)):
+            if getattr(self, name) not in words:
+                raise PlanError(name, getattr(self, name), f"must be {' or '.join(words)}", "Use one of these")
         with plan_errors():
             check_split(self.mesh, self.tensor_parallel)
             check_context(self.mesh, self.context_parallel)

@@ -41,8 +41,10 @@ from moecompile.planner.cost_model.inputs import links_of
 from moecompile.planner.cost_model.seconds import LayerSeconds, choose_chunks, choose_overlap, row_seconds
 from moecompile.planner.existing import check_given, existing_layer, only_existing, own_balance, selection
 from moecompile.planner.lending import plan_lending
+from moecompile.planner.memory import memory_of_fullest_rank
 from moecompile.planner.params import ModelFacts, RunFacts
 from moecompile.planner.placement import placed
+from moecompile.planner.schedule import choose, ways
 from moecompile.planner.tensor_parallel import split_modules
 from moecompile.planner.traffic import Wire, choose_dispatch, forward_traffic, row_bytes
 from moecompile.ranges import Whole
@@ -309,13 +311,21 @@ def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
 
 
 def with_estimate(plan: Plan, config: Config, facts: ModelFacts) -> Plan:
-    """The plan with its estimate for the run that `config` describes."""
+    """The plan with its estimate for the run that `config` describes, and when weights are gathered and reduced."""
     run, memory_bytes = run_facts(config, plan.mesh, facts), config.hardware.memory_gib * GIB
+    expected = expected_load(plan, config)
+    if config.plan is not None:  # a given plan has decided
+        run = replace(run, reduce=plan.reduce, gather=plan.gather)
+
+    def needed(each: RunFacts) -> int:
+        return memory_of_fullest_rank(plan.layers, plan.mesh, facts, replace(each, row_load=expected.load)).total
+
+    run = choose(ways(plan.layers, plan.mesh, facts, run), needed, memory_bytes)
     made = estimate(
         plan.layers, plan.mesh, facts, run, memory_bytes=memory_bytes, exchanged=plan.context_parallel,
-        expected=expected_load(plan, config),
+        expected=expected,
     )  # fmt: skip
-    return replace(plan, estimate=made)
+    return replace(plan, reduce=run.reduce, gather=run.gather, estimate=made)
 
 
 def draft_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) -> tuple[Plan, ModelFacts]:
@@ -354,7 +364,7 @@ def draft_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
 
 
 def run_facts(config: Config, mesh: MeshSpec, facts: ModelFacts) -> RunFacts:
-    """The training run that `config` describes."""
+    """The training run that `config` describes, with `auto` where it leaves something to be chosen."""
     data, trainer = config.data, config.trainer
     stored = "" if facts.bytes_per_param == 4 else f" on weights of {facts.bytes_per_param} bytes"
     if config.stack.bits is not None:
@@ -368,6 +378,8 @@ def run_facts(config: Config, mesh: MeshSpec, facts: ModelFacts) -> RunFacts:
         compute_bytes=2 if trainer.precision is Precision.bf16_params else facts.bytes_per_param,
         accumulation=max(1, data.global_batch_size // (data.micro_batch_size * mesh.num_batches)),
         checkpointing=trainer.checkpointing.value,
+        reduce=trainer.reduce.value,
+        gather=trainer.gather.value,
         is_mixed=trainer.precision is Precision.bf16_mixed,
         optimizer=config.optimizer,
     )

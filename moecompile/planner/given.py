@@ -29,6 +29,7 @@ _TASKS = (TaskName.plan, TaskName.compile, TaskName.train)
 _GROUPS = ("mesh", "dispatch", "experts", "routing", "balance", "adapters", "per_layer")
 _LOSSES = "balance.losses."
 _MESH = tuple(field.name for field in fields(MeshSpec))
+_SCHEDULE = ("trainer.reduce", "trainer.gather")
 _KEYS = {
     "mesh": tuple(f"mesh.{name}" for name in _MESH if name != "device"),
     "dispatch": ("dispatch.kind",),
@@ -93,7 +94,7 @@ def _check_adapters(config: Config, plan: Plan) -> None:
 
 
 def _check(key: str, config: Config, plan: Plan) -> None:
-    if key.partition(".")[0] not in _GROUPS:
+    if key.partition(".")[0] not in _GROUPS and key not in _SCHEDULE:
         return
     value = _plain(_value(config, key))
     if value == "auto":
@@ -110,8 +111,10 @@ def _check(key: str, config: Config, plan: Plan) -> None:
 def _decided(key: str, plan: Plan) -> Iterator[object]:
     """The values of a key in a plan; none if it does not record it."""
     group, _, name = key.partition(".")
-    if group == "mesh":
-        owners: list[object] = [plan.mesh]
+    if key in _SCHEDULE:
+        owners: list[object] = [plan]
+    elif group == "mesh":
+        owners = [plan.mesh]
     elif group == "adapters":
         owners = [plan.adapters] if plan.adapters is not None else []
     else:

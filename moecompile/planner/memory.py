@@ -12,9 +12,13 @@ vocabulary.
 2. Parameters that FSDP gathers. It frees a layer before it gathers the next, but keeps the root (embeddings, head,
    norm):
        unsharded = root + max over layers of (dense part of the layer + E / ep experts)        -> `_unsharded_params`
-   On one rank nothing is gathered. Unsharded gradients are in a buffer of the same size until they are reduced. With
-   gradient accumulation they are reduced once, after the last micro-batch, and those of all weights are kept until
-   then in fp32: P_d + P_e / ep.                                                         -> `_unsharded_grads_bytes`
+                   with gather=step: all of them, P_d + P_e / ep                                 -> `_whole_params`
+   On one rank nothing is gathered. Unsharded gradients of a layer are in a buffer of the same size until they are
+   reduced. With gradient accumulation
+       reduce=last   they are reduced once, after the last micro-batch, and those of all weights are kept until then in
+                     fp32: P_d + P_e / ep
+       reduce=each   they are added to the rank's own shards, in fp32 or wider: 4 own + those of a layer
+                                                                                         -> `_grads_bytes`
        weights = b own + a unsharded,  grads = max(b own, unsharded grads),  optimizer: optimizer.py
    Router weights and adapters are always fp32. Frozen weights have no gradients and no moments: for these two, `own`
    counts trained parameters only (adapters, if there are any), and their number also limits the unsharded gradients.
@@ -59,8 +63,8 @@ A2. All layers. c numbers per token are kept for norms, residuals, the FFN's inp
    With checkpointing this is at most what it is without.                                            -> `activations`
 A3. Backward of one MoE layer: the gradients of rows, in and out, of its input and output, and of hidden rows.
        backward = a T (2 (K + 1) D + K F) + w                                                   -> `backward_bytes`
-   With gradient accumulation, gradients of its experts are made beside those that are there already: w = a P_e / ep of
-   the layer, else 0. Where exchanges are in flight, weight gradients are computed after those of the rows
+   Where gradients of whole layers are kept, those of its experts are made beside them: w = a P_e / ep of the layer,
+   else 0. Where exchanges are in flight, weight gradients are computed after those of the rows
    (passes/delay_gradients.py). What they need is kept until then, one layer at a time:
        + b T (K F + copies D)                    fused: gradients of the hidden rows and of the partial sums
        + a T K (n F + D)                         unfused: of the rows into and out of the activation  -> `left_bytes`
@@ -121,15 +125,23 @@ def largest_in_words(
 ) -> str:
     """What the largest part of the memory is."""
     is_one = mesh.world_size == 1
-    is_wide = run.compute_bytes == FP32_BYTES or facts.adapters is not None or (run.accumulation > 1 and not is_one)
-    over = f"over {run.accumulation} micro-batches" if run.accumulation > 1 else "until they are reduced"
+    whole = "all weights, whole over a step" if run.gather == "step" else "layers that are whole one at a time"
     return {
-        "weights": "not sharded" if is_one else "this rank's shards, and layers that are whole one at a time",
-        "grads": f"{'fp32' if is_wide else 'bf16'}, not sharded{'' if is_one else f', {over}'}",
+        "weights": "not sharded" if is_one else f"this rank's shards, and {whole}",
+        "grads": _grads_in_words(mesh, facts, run),
         "optimizer": f"{run.optimizer.kind.value} in fp32, for this rank's shards",
         "activations": _activations_in_words(activations(layers, mesh, facts, run), layers, facts, run),
         "dispatch": "rows that a rank sends and receives in one layer",
     }[memory.largest]
+
+
+def _grads_in_words(mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> str:
+    is_one = mesh.world_size == 1
+    if run.accumulation > 1 and run.reduce == "each" and not is_one:
+        return f"fp32, this rank's shards over {run.accumulation} micro-batches, and those of a whole layer"
+    is_wide = run.compute_bytes == FP32_BYTES or facts.adapters is not None or (run.accumulation > 1 and not is_one)
+    over = f"over {run.accumulation} micro-batches" if run.accumulation > 1 else "until they are reduced"
+    return f"{'fp32' if is_wide else 'bf16'}, not sharded{'' if is_one else f', {over}'}"
 
 
 def _activations_in_words(made: Activations, layers: Sequence[LayerPlan], facts: ModelFacts, run: RunFacts) -> str:
@@ -157,14 +169,13 @@ def model_state_bytes(
     muon = muon_params(layers, mesh, facts, run.optimizer, trained)
     share = expert_share(layers, mesh)
     trained_share = share if facts.adapters is None else expert_share(layers, mesh, adapters_only=True)
-    own, own_trained = _own_params(params, mesh, share), _own_params(trained, mesh, trained_share)
+    own, own_trained = own_params(params, mesh, share), own_params(trained, mesh, trained_share)
     number, stored = _trained_bytes(facts), own * facts.bytes_per_param + params.router * FP32_BYTES
     if facts.adapters is not None:
         stored += own_trained * (number - facts.bytes_per_param) + trained.router * FP32_BYTES
     return (
-        stored + _unsharded_params(layers, mesh, facts) * run.compute_bytes,
-        max(own_trained * number, _unsharded_grads_bytes(trained, layers, mesh, facts, run))
-        + trained.router * FP32_BYTES,
+        stored + _gathered_params(layers, mesh, facts, run) * run.compute_bytes,
+        _grads_bytes(own_trained, trained, layers, mesh, facts, run) + trained.router * FP32_BYTES,
         state_bytes(own_trained, trained.router, muon, mesh, trained_share),
     )
 
@@ -176,7 +187,7 @@ def buffer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> 
     return round(tokens_of_a_rank(mesh, run) * run.compute_bytes * rows) + (0 if lent is None else lent.slot_bytes)
 
 
-def _own_params(params: ModelParams, mesh: MeshSpec, share: Fraction) -> int:
+def own_params(params: ModelParams, mesh: MeshSpec, share: Fraction) -> int:
     """Sharded parameters that one rank stores (step 1), without routers, which are replicated. share: of experts."""
     split = params.split_root + params.split_layers + params.shared if mesh.axes(Part.WEIGHTS) else 0
     split = min(params.dense, split)
@@ -201,16 +212,36 @@ def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelF
     return root + -(-in_layers // max(1, facts.num_layers, len(layers))) + largest
 
 
-def _unsharded_grads_bytes(
-    trained: ModelParams, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
+def whole_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> tuple[int, int]:
+    """Parameters of all layers, and of the root, on a rank that has gathered them (step 2)."""
+    params = model_params(layers, facts)
+    root = facts.params_embedding - params.split_root + mesh.share(params.split_root, Part.WEIGHTS)
+    in_layers = params.dense - facts.params_embedding
+    in_layers -= params.split_layers - mesh.share(params.split_layers, Part.WEIGHTS)
+    return in_layers + sum(padded_experts(layer, mesh) for layer in layers), root
+
+
+def _gathered_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> int:
+    """Parameters that are whole at the same time."""
+    if mesh.world_size > 1 and run.gather == "step":
+        return sum(whole_params(layers, mesh, facts))
+    return _unsharded_params(layers, mesh, facts)
+
+
+def _grads_bytes(
+    own: int, trained: ModelParams, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
 ) -> int:
-    """Bytes of gradients before they are reduced (step 2)."""
+    """Bytes of gradients, without those of routers (step 2); `own`: trained parameters that the rank stores."""
     split = min(trained.dense, trained.split_root + trained.split_layers)
     all_grads = trained.dense - split + mesh.share(split, Part.WEIGHTS) + mesh.share(trained.experts, Part.EXPERTS)
-    if mesh.world_size == 1 or run.accumulation == 1:
-        number = run.compute_bytes if facts.adapters is None else FP32_BYTES
-        return min(all_grads, _unsharded_params(layers, mesh, facts)) * number
-    return all_grads * FP32_BYTES
+    stored = own * _trained_bytes(facts)
+    if mesh.world_size > 1 and run.keeps_whole_grads:
+        return max(stored, all_grads * FP32_BYTES)
+    number = run.compute_bytes if facts.adapters is None else FP32_BYTES
+    of_layer = min(all_grads, _unsharded_params(layers, mesh, facts)) * number
+    if mesh.world_size > 1 and run.accumulation > 1:
+        return max(stored, own * FP32_BYTES) + of_layer
+    return max(stored, of_layer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +319,7 @@ def backward_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
     top_k, experts = rows_per_token(layer, run), layer.experts
     numbers = 2 * (top_k + 1) * layer.row_site.d_model + top_k * experts.d_expert
     made = 0
-    if run.accumulation > 1:
+    if run.keeps_whole_grads:
         stack = (layer.site.num_in_projections + 1) * layer.row_site.d_model * experts.d_expert
         made = stack * layer.placement.experts_per_rank * run.compute_bytes
     return numbers * run.tokens_per_rank * run.compute_bytes + made + left_bytes(layer, mesh, run)

@@ -22,10 +22,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from moecompile.plan import ExpertsSite, LayerPlan, PlannedSite
-from moecompile.schema import OptimizerConfig
+from moecompile.plan import ExpertsSite, LayerPlan, Plan, PlannedSite
+from moecompile.schema import Config, OptimizerConfig
 
 BF16_BYTES, FP32_BYTES = 2, 4
+AUTO = "auto"
+CHECKPOINTING = ("keep_exchanges", "full")
+"""What `trainer.checkpointing=auto` tries, in this order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +109,8 @@ class RunFacts:
     """The training run, as far as the planner needs it.
 
     tokens_per_rank: tokens of a micro-batch. compute_bytes: bytes per element of a weight in compute, an activation and
-    a row. accumulation: micro-batches per rank and optimizer step. checkpointing: none, full or keep_exchanges.
+    a row. accumulation: micro-batches per rank and optimizer step. checkpointing: none, full or keep_exchanges. reduce,
+    gather: when gradients are reduced and weights gathered (schedule.py). The last three are `auto` until it is chosen.
     is_mixed: whether matmuls run in bf16 under autocast. micro_batch_size: sequences of a micro-batch. precision,
     hardware: names. optimizer: its settings. row_load: rows of the fullest rank over their mean.
     """
@@ -118,9 +122,16 @@ class RunFacts:
     compute_bytes: int = 4
     accumulation: int = 1
     checkpointing: str = "none"
+    reduce: str = "last"
+    gather: str = "layer"
     is_mixed: bool = False
     row_load: float = 1.0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    @property
+    def keeps_whole_grads(self) -> bool:
+        """Whether gradients of whole layers are kept from micro-batch to micro-batch."""
+        return self.accumulation > 1 and self.reduce == "last"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,3 +295,11 @@ def trained_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParam
             experts -= counts.experts
             dense -= counts.shared - counts.latent - layer.experts.shared_gate * layer.site.d_model
     return replace(params, dense=dense - max(kept, 0), experts=experts)
+
+
+def checkpointing_of(config: Config, plan: Plan) -> str:
+    """What backward computes again: as the config says; `auto` is what the plan's estimate has chosen."""
+    given = config.trainer.checkpointing.value
+    if given != AUTO:
+        return given
+    return CHECKPOINTING[0] if plan.estimate is None else plan.estimate.checkpointing

@@ -8,7 +8,7 @@ E: experts of a rank of the EP group; r: ranks that hold the same ones (edp_shar
 2. A rank stores the largest shard of each (plan/experts.py): 1 / (ep r) of all parameters if all can be cut evenly.
                                                                                              -> `expert_share`
 3. A gather leaves r times the largest shard on each rank, of which it receives (r - 1) / r; a reduction sends as many
-   fp32 numbers of trained weights. Weights are gathered twice in each micro-batch.          -> `expert_shards`
+   fp32 numbers of trained weights. How often: schedule.py.                                 -> `expert_shards`
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from moecompile.plan import (
     Lending,
     Plan,
     Remedy,
+    WeightTraffic,
 )
 from moecompile.planner.cost_model.forecast import COMMUNICATION, Forecast
 from moecompile.planner.cost_model.host import WAITING
@@ -229,6 +230,8 @@ def _print_estimate(estimate: Estimate, plan: Plan, console: Console) -> None:
     if any(asdict(estimate.optimizer_bytes_per_step).values()):
         text = traffic_text(asdict(estimate.optimizer_bytes_per_step), per="rank and step")
         grid.add_row(Text("optimizer bytes", style="dim"), Text(text))
+    if estimate.weight_traffic is not None:
+        grid.add_row(Text("weights", style="dim"), Text(_weights_text(plan, estimate.weight_traffic)))
     for name, text in _experts_texts(estimate):
         grid.add_row(Text(name, style="dim"), Text(text))
     grid.add_row(Text("padding", style="dim"), Text(_padding_text(plan.layers)))
@@ -322,9 +325,17 @@ def _shards_text(shards: ExpertShards) -> str:
             f", up to {shards.times_even:.2f} times an even share, as no dim of some is a multiple of {shards.ranks}"
         )
     return (
-        f"{stored} on each of {shards.ranks} ranks that share them{uneven}; a micro-batch gathers {gathered} twice, "
-        f"a reduction sends {reduced}"
+        f"{stored} on each of {shards.ranks} ranks that share them{uneven}; gathering them receives {gathered}, reducing "
+        f"their gradients sends {reduced}"
     )
+
+
+def _weights_text(plan: Plan, traffic: WeightTraffic) -> str:
+    gathered, reduced = bytes_text(traffic.gathered), bytes_text(traffic.reduced)
+    how = {"layer": "a layer at a time, twice in a micro-batch", "step": "once in a step, and kept"}[plan.gather]
+    when = {"each": "after each micro-batch", "last": "once in a step"}[plan.reduce]
+    text = f"gathered {how}: {gathered} a step; gradients reduced {when}: {reduced}"
+    return text + f", and between replicas {bytes_text(traffic.replicas)}" * bool(traffic.replicas)
 
 
 def _lending_text(lending: Lending) -> str:

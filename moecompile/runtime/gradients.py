@@ -125,6 +125,39 @@ def _local_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return [local_part(p.grad) for p in parameters if p.grad is not None]
 
 
+class WideSums:
+    """Sums over micro-batches, in fp32, of reduced gradients of weights that are narrower: of bf16 weights each sum of
+    two gradients would be rounded to bf16.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[nn.Parameter, Tensor] = {}
+
+    @torch.no_grad()
+    def take(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Adds the gradients of sharded narrow weights to the sums, and removes them."""
+        for parameter in parameters:
+            grad = parameter.grad
+            if isinstance(grad, DTensor) and _wide(grad.dtype) != grad.dtype:
+                local = local_part(grad)
+                if parameter in self._sums:
+                    self._sums[parameter] += local
+                else:
+                    self._sums[parameter] = local.to(_wide(grad.dtype))
+                parameter.grad = None
+
+    @torch.no_grad()
+    def give(self) -> None:
+        """Makes the gradients the sums with what they are now, rounded once."""
+        for parameter, summed in self._sums.items():
+            if parameter.grad is None:
+                assert isinstance(parameter, DTensor)
+                parameter.grad = torch.zeros_like(parameter)
+            local = local_part(parameter.grad)
+            local.copy_(summed.add_(local))
+        self._sums = {}
+
+
 @dataclass(frozen=True)
 class _Mean:
     """A gradient that is a mean over `tokens`. number: of the last count in it. version: of the tensor at that time."""

@@ -59,6 +59,7 @@ from moecompile.plan import Plan
 from moecompile.runtime import trainer_checkpoint
 from moecompile.runtime.gradients import (
     FinishGradients,
+    WideSums,
     all_finite,
     clip_by_global_norm,
     clip_by_value,
@@ -80,12 +81,14 @@ class GradAccumulation:
 
     num_micro_batches: those that have begun. num_tokens: their tokens, with automatic optimization of a sum. is_finite:
     whether their losses are finite; None before the first backward. arguments: of their training steps, with `on_nan`.
+    wide: sums in fp32 of gradients that are reduced each time and narrower.
     """
 
     num_micro_batches: int = 0
     num_tokens: Tensor | int = 0
     is_finite: Tensor | None = None
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    wide: WideSums = field(default_factory=WideSums)
 
     def add_loss(self, loss: Tensor) -> None:
         """Records whether the loss of a micro-batch is finite, without a host sync."""
@@ -108,6 +111,8 @@ def keyed_random_numbers(model: nn.Module, seed: int, step: int, number: int, de
 
 class ExpertParallelStrategy(ModelParallelStrategy):
     """Expert parallelism with FSDP2 for a LightningModule that holds a compiled model.
+
+    With accumulation, the plan says when weights are gathered and gradients reduced (`Plan.gather`, `Plan.reduce`).
 
     Args:
         loss: `mean` if `training_step` returns a mean over its batch; `sum` if it returns the sum over its tokens, in a
@@ -169,6 +174,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._guard: Guard | None = None  # with manual optimization
         self._is_again = False  # whether a step is run again, to find the origin of a NaN
         self._is_last = False  # whether the current micro-batch is the last one of its window
+        self._reduces_each, self._gathers_once = False, False  # as the plan says, after setup
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -203,6 +209,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._device_mesh = device_mesh_of(plan.mesh, self.root_device.type)
             self._groups = Groups.of(plan.mesh, self.root_device.type)
             self._parallelize(compiled, plan, self._device_mesh)
+            self._reduces_each, self._gathers_once = plan.reduce == "each", plan.gather == "step"
             if self.materialize is not None:
                 self.materialize(self.root_device)
                 check_same_weights(self.model)  # the replicated ones
@@ -281,6 +288,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._guard.remove()
         self._guard = None
         if self._is_automatic:
+            if self._gathers_once:
+                for module in self._sharded():
+                    module.set_reshard_after_forward(False, recurse=False)
             return
         if self.on_nan is not None:
             raise ConfigError(
@@ -305,20 +315,26 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """For all micro-batches of a step except the last: gradients are accumulated locally, without a reduction.
+        """For all micro-batches of a step except the last: gradients are accumulated, and summed over replicas later.
 
-        With manual optimization all are reduced, because the module may zero gradients before the step.
+        With `reduce=last` they are not reduced either; with `gather=step` weights stay whole. With manual optimization
+        all are reduced, because the module may zero gradients before the step.
         """
-        assert self.model is not None
-        modules = self.model.modules() if self._is_automatic else ()
-        wrapped = [module for module in modules if isinstance(module, FSDPModule)]
+        wrapped = self._sharded() if self._is_automatic else []
         for module in wrapped:
-            module.set_requires_gradient_sync(False, recurse=False)
+            module.set_requires_gradient_sync(self._reduces_each, recurse=False)
+            module.set_requires_all_reduce(False, recurse=False)
+            module.set_reshard_after_backward(not self._gathers_once, recurse=False)
         try:
             yield
-        finally:
+        finally:  # the last backward reshards: the optimizer changes shards, which the next forward must gather
             for module in wrapped:
                 module.set_requires_gradient_sync(True, recurse=False)
+                module.set_reshard_after_backward(True, recurse=False)
+
+    def _sharded(self) -> list[FSDPModule]:
+        assert self.model is not None
+        return [module for module in self.model.modules() if isinstance(module, FSDPModule)]
 
     def count_tokens(self, num_tokens: Tensor | int) -> None:
         """Sets the number of this rank's tokens in the next losses, for manual optimization with `loss="sum"`.
@@ -373,6 +389,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         is_first = trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0
         if self._is_automatic and is_first and self._window.num_micro_batches and not self._is_again:
             drop_unreduced(self.model)
+            for parameter in parameters_of(self.model):
+                parameter.grad = None  # sums so far, with reduce=each and of replicated weights
             self._finish.abandon()
             self._window = GradAccumulation()
             update_balance(self.model, self.groups.tokens, move=False)
@@ -394,6 +412,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self.precision_plugin.backward(loss, module, optimizer, *args, **kwargs)
         if self._guard is not None or self._is_last:  # before the hook on_after_backward sees them
             self._complete_gradients()
+        elif self._reduces_each:
+            self._window.wide.take(parameters_of(self.model))
         loss = self.precision_plugin.post_backward(loss, module)
         self.post_backward(loss)
         return loss
@@ -443,6 +463,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         parameters = parameters_of(self.model)
         if not self._finish.is_open:
             self._finish.open(parameters)
+        self._window.wide.give()
         sum_replicated(parameters, self.groups.tokens)
         total, kept, self.skipped = self._over_ranks(parameters)
         if self.skipped:

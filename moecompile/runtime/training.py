@@ -28,6 +28,7 @@ from moecompile.load_history import LOAD_HISTORY
 from moecompile.mesh import MeshSpec, Part
 from moecompile.pipeline import compile_model
 from moecompile.plan import Plan, Traffic, reductions
+from moecompile.planner.params import checkpointing_of
 from moecompile.rundir import BASELINE, SAMPLES, accept, note_accepted
 from moecompile.runtime import signals
 from moecompile.runtime.data import ChatRows, TextData, train_loader, val_loader
@@ -193,7 +194,7 @@ def train(
     if on_row is not None:
         observers.append(LiveReport(metrics, on_row))
     observers += make_callbacks(config.trainer)
-    trainer = make_trainer(config, mesh, run_dir, observers, loggers=[acceptance.unwritten], materialize=materialize)
+    trainer = make_trainer(config, plan, run_dir, observers, loggers=[acceptance.unwritten], materialize=materialize)
     fit = train_loader(
         data.train, config.data, seed=config.seed, rank=place, world_size=mesh.num_batches,
         start_step=first_step, num_steps=max_steps - first_step, multiple=parts,
@@ -242,11 +243,12 @@ def _outcome(
 
 
 def make_trainer(
-    config: Config, mesh: MeshSpec, run_dir: Path, callbacks: list[Callback], *, loggers: list[Logger] | None = None,
+    config: Config, plan: Plan, run_dir: Path, callbacks: list[Callback], *, loggers: list[Logger] | None = None,
     materialize: Callable[[torch.device], None] | None = None,
 ) -> Trainer:  # fmt: skip
     """A Trainer over the ranks that are already running. loggers: None: those of the config, in `run_dir`."""
     _quiet_lightning()
+    mesh = plan.mesh
     accumulate = accumulation_steps(config, mesh)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
     show_bar = config.trainer.progress_bar and sys.stdout.isatty()
@@ -260,7 +262,7 @@ def make_trainer(
             timeout=timedelta(seconds=config.trainer.timeout_s),
             on_nan=config.trainer.on_nan.value,
             param_dtype=torch.bfloat16 if config.trainer.precision is Precision.bf16_params else None,
-            checkpointing=config.trainer.checkpointing.value,
+            checkpointing=checkpointing_of(config, plan),
             compile_regions=config.trainer.compile is Compiled.regions,
             materialize=materialize,
         ),

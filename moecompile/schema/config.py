@@ -33,6 +33,7 @@ from moecompile.schema.enums import (
     DispatchKind,
     ExpertInit,
     ExportFormat,
+    Gather,
     LauncherKind,
     LoggerKind,
     MaskPadding,
@@ -45,6 +46,7 @@ from moecompile.schema.enums import (
     OptimizerKind,
     OverlapKind,
     Precision,
+    Reduce,
     RowLayout,
     Schedule,
     SiteKind,
@@ -586,8 +588,15 @@ class TrainerConfig:
     """Optimizer steps."""
     precision: Precision = Precision.fp32
     """Precision of weights and computation; routers and the reduction of gradients are always fp32."""
-    checkpointing: Checkpointing = Checkpointing.keep_exchanges
-    """Activation checkpointing: what is recomputed in backward instead of kept."""
+    checkpointing: Checkpointing = Checkpointing.auto
+    """Activation checkpointing: what is recomputed in backward instead of kept; auto: `keep_exchanges` if the plan then
+    fits, else `full`."""
+    reduce: Reduce = Reduce.auto
+    """When gradients of sharded weights are reduced: after `each` micro-batch, or after the `last` one of a step, until
+    when a rank has those of whole layers in fp32. auto: of the ways that fit, the one that sends the fewest bytes."""
+    gather: Gather = Gather.auto
+    """When sharded weights are gathered: each `layer` twice in a micro-batch, or all once in a `step`, and then kept
+    whole until the step's last backward. auto: as for `reduce`, with which it is chosen."""
     compile: Compiled = Compiled.none
     """What is compiled with torch.compile."""
     log_interval: int = number(10, Whole(1))

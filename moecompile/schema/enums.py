@@ -200,9 +200,26 @@ class MuonPrecision(str, Enum):
     bf16 = "bf16"  # as in `torch.optim.Muon`; also half of the bytes that are gathered
 
 
+class Reduce(str, Enum):
+    """When the gradients of weights that FSDP shards are reduced."""
+
+    auto = "auto"
+    each = "each"  # after the backward of each micro-batch: between them a rank has its shards alone
+    last = "last"  # once, after the last one: until then a rank has the gradients of whole layers
+
+
+class Gather(str, Enum):
+    """When FSDP gathers weights."""
+
+    auto = "auto"
+    layer = "layer"  # a layer before its forward and again before its backward, in each micro-batch (ZeRO 3)
+    step = "step"  # once in an optimizer step, and kept until its last backward (ZeRO 2)
+
+
 class Checkpointing(str, Enum):
     """What is recomputed in backward instead of kept."""
 
+    auto = "auto"  # keep_exchanges if that fits, else full
     none = "none"
     full = "full"  # every layer, including exchanges
     keep_exchanges = "keep_exchanges"  # every layer, but received rows and expert ids are kept: nothing is sent again

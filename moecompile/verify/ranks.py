@@ -51,7 +51,7 @@ def run_ranks(model: nn.Module, plan: Plan, config: Config, data: TextData, run_
     metrics = Metrics(1, config.trainer.max_steps)
     keys = [(config.seed, number) for number in numbers[:accumulate]]
     recorder = _Recorder(metrics, batches[:accumulate], mesh, replayed, keys)
-    trainer = make_trainer(config, mesh, run_dir, [metrics, recorder])
+    trainer = make_trainer(config, plan, run_dir, [metrics, recorder])
     trainer.fit(module, _Batches(batches))
     trace = recorder.trace
     trace.inputs = _in_order([own_positions(model, batch["input_ids"]) for batch in batches], accumulate, mesh)

@@ -75,7 +75,7 @@ def one_step(overrides: list[str], folder: Path, dtype: torch.dtype = torch.floa
 
     meter = TrafficMeter(plan.mesh)
     with counted(step.sent) as found:
-        trainer = make_trainer(config, plan.mesh, folder, [Keep(), meter])
+        trainer = make_trainer(config, plan, folder, [Keep(), meter])
         trainer.fit(LanguageModule(model, config.optimizer, config.trainer.max_steps), loader)
     assert found
     step.forward_bytes = (meter.per_token_and_layer.intra_node, meter.per_token_and_layer.inter_node)

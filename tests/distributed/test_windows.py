@@ -20,7 +20,19 @@ from tests.distributed.harness import run_distributed_test
 pytestmark = pytest.mark.slow
 
 WORLD, BATCHES, EPOCHS = 2, 6, 2
-MESHES = {"ep2": ["mesh.ranks_per_node=2"], "ep1x2": ["mesh.ranks_per_node=2", "mesh.ep=1"]}
+EP2, EP1 = ["mesh.ranks_per_node=2"], ["mesh.ranks_per_node=2", "mesh.ep=1"]
+
+
+def schedule(reduce: str, gather: str) -> list[str]:
+    return [f"trainer.reduce={reduce}", f"trainer.gather={gather}"]
+
+
+MESHES = {
+    "ep2": [*EP2, *schedule("last", "layer")], "ep1x2": [*EP1, *schedule("last", "layer")],
+    "ep2 each": [*EP2, *schedule("each", "layer")], "ep1x2 each": [*EP1, *schedule("each", "layer")],
+    "ep1x2 last step": [*EP1, *schedule("last", "step")], "ep1x2 each step": [*EP1, *schedule("each", "step")],
+    "hsdp each step": [*EP1, "mesh.dp_replicate=2", *schedule("each", "step")],
+}  # fmt: skip
 
 
 class Windows(job.Pair):

@@ -27,9 +27,10 @@ Bytes on links. A link domain is what the fast links connect (NVLink: 8 GPUs of 
    domain if tp * cp is larger.
 9. Stages: t D numbers forward and backward, vpp times.                                            -> `parallel_bytes`
 10. A step: fp32 gradients are reduced and bf16 weights gathered, over replicas (dp * cp for dense weights, edp for
-   experts). With ZeRO 3, weights are gathered twice and gradients reduced in each micro-batch, over the ranks of one
-   of `replicas`; between these, fp32 gradients of what a rank owns are reduced. Stacks of experts of which these ranks
-   divide no dim are padded, as FSDP does (plan/experts.py).                                          -> `step_bytes`
+   experts). With ZeRO 3, over the ranks of one of `replicas`: weights are gathered twice in each micro-batch, or once
+   in a step, and gradients reduced in each, or once; between the replicas, fp32 gradients of what a rank owns are
+   reduced once. Stacks of experts of which these ranks divide no dim are padded, as FSDP does (plan/experts.py).
+                                                                                                  -> `step_bytes`
 
 All of a GPU
 11. Layers are spread over the pp stages; what an average stage does in a micro-batch, and the whole output head, which
@@ -253,7 +254,9 @@ class Wire:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """Bytes per micro-batch of tensor and context parallelism, between stages, and of weights that ZeRO 3 gathers."""
+    """Bytes per micro-batch of tensor and context parallelism, between stages, and of weights that ZeRO 3 gathers and
+    gradients that it reduces.
+    """
 
     tensor: Wire
     context: Wire
@@ -311,19 +314,28 @@ def parallel_bytes(model: ModelShape, layout: Layout, machine: Machine, software
         tensor=tensor,
         context=Wire(intra=context if near else 0.0, inter=0.0 if near else context),
         stage=Wire(inter=stage),
-        gathered=_over_replicas(model, layout, machine, 2 * BF16 + FP32) if layout.zero == 3 else Wire(),
+        gathered=_over_replicas(model, layout, machine, _zero_bytes(layout)[0]) if layout.zero == 3 else Wire(),
     )
 
 
 def step_bytes(model: ModelShape, layout: Layout, machine: Machine) -> Step:
     """Bytes per step (step 10)."""
     dense, experts = stage_params(model, layout)
+    reduced = _over_replicas(model, layout, machine, _zero_bytes(layout)[1])
     owned = dense / (layout.dp * layout.cp) + experts * padding(model, layout) / layout.edp
     return Step(
-        reduced=Wire() if layout.zero == 3 else _over_replicas(model, layout, machine, FP32 + BF16),
+        reduced=reduced + _between_replicas(model, layout, machine) if layout.zero == 3 else reduced,
         moments=owned * OPTIMIZER_BYTES,
         owned=owned,
     )
+
+
+def _zero_bytes(layout: Layout) -> tuple[int, int]:
+    """Bytes of a weight that its group gathers and reduces in each micro-batch, and once in a step."""
+    if layout.zero < 3:
+        return 0, FP32 + BF16
+    per_micro = (2 * BF16 if layout.gather == "layer" else 0) + (FP32 if layout.reduce == "each" else 0)
+    return per_micro, (BF16 if layout.gather == "step" else 0) + (FP32 if layout.reduce == "last" else 0)
 
 
 def stage_params(model: ModelShape, layout: Layout) -> tuple[float, float]:
@@ -353,15 +365,26 @@ def padding(model: ModelShape, layout: Layout) -> float:
 
 def _over_replicas(model: ModelShape, layout: Layout, machine: Machine, bytes_per_param: float) -> Wire:
     """Bytes that a GPU sends when these bytes of each parameter are reduced or gathered over its replicas."""
+    wire = Wire()
+    for params, shards, stride in _groups(model, layout):
+        wire = wire + _over_group(params * bytes_per_param, shards, stride, machine)
+    return wire
+
+
+def _between_replicas(model: ModelShape, layout: Layout, machine: Machine) -> Wire:
+    """Bytes that a GPU sends when fp32 gradients of what it owns are summed over the copies of sharded weights."""
+    wire = Wire()
+    for params, shards, stride in _groups(model, layout):
+        wire = wire + _over_group(2 * FP32 * params / shards, layout.replicas, stride * shards, machine)
+    return wire
+
+
+def _groups(model: ModelShape, layout: Layout) -> tuple[tuple[float, int, int], ...]:
+    """Of dense weights and of experts: parameters, GPUs that share one copy of them, and how far these are apart."""
     dense, experts = stage_params(model, layout)
     experts *= padding(model, layout)
-    wire, apart, copies = Wire(), layout.ep * layout.etp, layout.replicas
-    for params, size, stride in ((dense, layout.dp * layout.cp, layout.tp), (experts, layout.edp, apart)):
-        shards = max(1, size // copies)
-        wire = wire + _over_group(params * bytes_per_param, shards, stride, machine)
-        if copies > 1:
-            wire = wire + _over_group(2 * FP32 * params / shards, copies, stride * shards, machine)
-    return wire
+    sizes = ((dense, layout.dp * layout.cp, layout.tp), (experts, layout.edp, layout.ep * layout.etp))
+    return tuple((params, max(1, size // layout.replicas), stride) for params, size, stride in sizes)
 
 
 def _over_group(once: float, size: int, stride: int, machine: Machine) -> Wire:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -267,7 +268,7 @@ def alternatives_of(inputs: Inputs, keys: Keys) -> dict[str, Inputs]:
     return found
 
 
-def _layouts(inputs: Inputs) -> Iterator[tuple[str, dict[str, int]]]:
+def _layouts(inputs: Inputs) -> Iterator[tuple[str, dict[str, Any]]]:
     layout = inputs.layout
     yield f"data.micro_batch_size={2 * layout.micro_batch}", {"micro_batch": 2 * layout.micro_batch}
     for ep in {layout.ep // 2, layout.ep * 2} - {0}:

@@ -14,6 +14,7 @@ from typing import TypeVar
 from moecompile.errors import ConfigError
 from moecompile.plan import Plan
 from moecompile.planner.cost_model.shapes import ModelShape
+from moecompile.planner.params import checkpointing_of
 from moecompile.planner.traffic import Links
 from moecompile.schema import (
     NUMBERS,
@@ -56,7 +57,8 @@ class Layout:
 
     gpus: all of them. seq: tokens of a sequence. micro_batch: sequences per micro-batch of a model replica.
     global_batch: sequences per step. zero: 0 nothing sharded but experts, 1 optimizer states, 3 weights too (FSDP).
-    replicas: of the weights that ZeRO 3 shards (HSDP).
+    replicas: of the weights that ZeRO 3 shards (HSDP). reduce, gather: when ZeRO 3 reduces gradients and gathers
+    weights (planner/schedule.py); published systems reduce in each micro-batch, and gather layers.
     """
 
     gpus: int
@@ -71,6 +73,8 @@ class Layout:
     etp: int = 1
     zero: int = 1
     replicas: int = 1
+    reduce: str = "each"
+    gather: str = "layer"
 
     def __post_init__(self) -> None:
         for name, value, rule, fix in self._broken():
@@ -358,6 +362,7 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
             ep=mesh.ep, tp=mesh.tp * workload.tp, pp=workload.pp, vpp=workload.vpp,
             cp=mesh.cp * workload.cp, etp=workload.etp, zero=workload.zero,
             replicas=mesh.dp_replicate if workload.zero == 3 and not is_described(workload) else 1,
+            **({} if is_described(workload) else {"reduce": plan.reduce, "gather": plan.gather}),
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(_PATHS[error.path.removeprefix("layout.")], error.value, error.rule, error.fix) from error
@@ -366,7 +371,7 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
     own = config.stack.dispatcher is None and not config.stack.overlap
     software = software_of(
         config.stack, bits=_BITS.get(config.trainer.precision, 16), dispatcher="flat" if kind == "local" else kind,
-        recompute=REPEATED[config.trainer.checkpointing.value],
+        recompute=REPEATED[checkpointing_of(config, plan)],
     )  # fmt: skip
     # The plan's nodes are its link domains: ranks of one node are connected by the fast links.
     machine = replace(machine_of(config.hardware), domain=mesh.ranks_per_node)

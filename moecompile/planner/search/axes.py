@@ -4,6 +4,9 @@
 2. What would change the result of training is kept, unless `search.model=true`: the node limit and the granularity, and
    the micro-batch where something is computed over it: a capacity, expert choice, a balancing loss.
 3. The global batch and the sequence length are always kept.
+4. When weights are gathered and gradients reduced is no axis: each layout gets the way that sends the fewest bytes of
+   those that fit, as its plan would (planner/schedule.py), unless the config says it. So it does with checkpointing,
+   where that is kept and `auto`.
 """
 
 from __future__ import annotations
@@ -90,7 +93,7 @@ def axes_of(config: Config, layers: Sequence[LayerPlan], ep: int) -> Axes:
         micro_batch=sorted({*MICRO_BATCHES, data.micro_batch_size})
         if "micro_batch" in searched
         else [data.micro_batch_size],
-        checkpointing=[each.value for each in Checkpointing if _may_keep(config) or each.value != "keep_exchanges"]
+        checkpointing=[each.value for each in Checkpointing if each.value in _computed_again(config)]
         if "checkpointing" in searched
         else [config.trainer.checkpointing.value],
         max_nodes=[None, *divisors(mesh.num_nodes)] if "max_nodes" in searched else [config.routing.max_nodes],
@@ -100,9 +103,9 @@ def axes_of(config: Config, layers: Sequence[LayerPlan], ep: int) -> Axes:
     )
 
 
-def _may_keep(config: Config) -> bool:
-    """Whether rows that were received can be kept for backward."""
-    return config.dispatch.backend is None
+def _computed_again(config: Config) -> tuple[str, ...]:
+    """What may be computed again; rows that a back end received cannot be kept for backward."""
+    return ("none", "full", "keep_exchanges") if config.dispatch.backend is None else ("none", "full")
 
 
 def _kept(config: Config, layers: Sequence[LayerPlan]) -> dict[str, str]:

@@ -122,7 +122,9 @@ def layouts(inputs: Inputs, space: Space, rejected: Rejected) -> Iterator[Layout
                 rejected.add(rule, settings_text(sizes), count * max(1, len(stages)))
                 continue
             for vpp in stages:
-                yield replace(given, vpp=vpp, replicas=1, global_batch=space.batch, **sizes)
+                yield replace(
+                    given, vpp=vpp, replicas=1, global_batch=space.batch, reduce="each", gather="layer", **sizes
+                )  # fmt: skip
 
 
 def settings_of(layout: Layout) -> dict[str, object]:

@@ -33,6 +33,7 @@ from moecompile.planner.memory import (
     tokens_of_a_rank,
 )
 from moecompile.planner.params import ModelFacts, RunFacts
+from moecompile.planner.schedule import choose, ways
 from moecompile.planner.search.axes import KINDS, Axes, axes_of
 from moecompile.planner.search.described import Described, Space, described, memory_of, settings_of, space_of
 from moecompile.planner.search.found import Candidate, Reason, Rejected, front, tight
@@ -45,7 +46,8 @@ from moecompile.schema import Config, DispatchBalance, DispatchKind, OverlapKind
 #      Each is planned once; what cannot be planned is rejected by the plan's own rule. A plan whose router, experts or
 #      balance differ from those of the config would train another model, and is rejected too, unless that is searched.
 #   2. Within a structure, micro-batch, recomputation, overlap and replicas change numbers alone:
-#        states        by EP and TP size, replicas, and whether micro-batches accumulate                  -> `_States`
+#        states        by EP and TP size, replicas, whether micro-batches accumulate, and when weights are gathered
+#                      and gradients reduced                                                            -> `_States`
 #        activations   by structure, overlap (yes or no), micro-batch and recomputation
 #        seconds       by all of them, of what fits                                        (cost_model/forecast.py)
 
@@ -208,20 +210,33 @@ def _of_micro_batch(
     kept = inputs.software.recompute
     overlaps = [each for each in axes.overlap if _possible(each, structure, run)]
     memory = _memory(structure, states)
+
+    @cache
+    def ways_of(replicas: int, checkpointing: str) -> list[RunFacts]:
+        mesh = replace(plan.mesh, dp_replicate=replicas)
+        return ways(plan.layers, mesh, structure.facts, replace(run, checkpointing=checkpointing))
+
     for checkpointing, number, (overlap, chunks) in product(axes.checkpointing, replicas, overlaps):
-        again = replace(run, checkpointing=checkpointing)
-        needed = memory(number, again, overlap != "none")
+
+        def uneven_of(each: RunFacts, number: int = number, overlap: str = overlap) -> int:
+            return memory(number, replace(each, row_load=structure.load), overlap != "none")
+
+        tried = ways_of(number, checkpointing)
+        again = choose(tried, uneven_of, limit)
+        needed, uneven = memory(number, again, overlap != "none"), uneven_of(again)
         settings = _settings(search, structure, again, number, (overlap, chunks), batch)
         if needed > limit:
             rejected.too_large(needed, limit, settings)
             continue
-        uneven = memory(number, replace(again, row_load=structure.load), overlap != "none")
         own = structure.config.stack.dispatcher is None and not structure.config.stack.overlap
         software = replace(
-            inputs.software, recompute=REPEATED[checkpointing] if recompute is None else kept,
+            inputs.software, recompute=REPEATED[again.checkpointing] if recompute is None else kept,
             in_flight=overlap if own else "none", chunks=chunks if own else 1,
         )  # fmt: skip
-        layout = replace(inputs.layout, micro_batch=run.micro_batch_size, global_batch=batch, replicas=number)
+        layout = replace(
+            inputs.layout, micro_batch=run.micro_batch_size, global_batch=batch, replicas=number, reduce=again.reduce,
+            gather=again.gather,
+        )  # fmt: skip
         seconds = sum(step_of(replace(inputs, layout=layout, software=software)).values())
         speed = batch * layout.seq / plan.mesh.world_size / seconds
         yield Candidate(
@@ -271,7 +286,7 @@ class _States:
 
     def __call__(self, structure: _Structure, mesh: MeshSpec, run: RunFacts) -> tuple[int, int, int]:
         layer = structure.plan.layers[0]
-        key = (mesh, run.accumulation > 1, layer.experts, len(structure.plan.layers))
+        key = (mesh, run.accumulation > 1, run.reduce, run.gather, layer.experts, len(structure.plan.layers))
         if key not in self._known:
             self._known[key] = model_state_bytes(structure.plan.layers, mesh, structure.facts, run)
         return self._known[key]
@@ -289,7 +304,7 @@ def _memory(structure: _Structure, states: _States) -> Callable[[int, RunFacts, 
 
     def of_run(run: RunFacts, in_flight: bool) -> tuple[Activations, int]:
         key = (
-            run.tokens_per_rank, run.micro_batch_size, run.accumulation > 1, run.checkpointing, in_flight, run.row_load
+            run.tokens_per_rank, run.micro_batch_size, run.keeps_whole_grads, run.checkpointing, in_flight, run.row_load
         )  # fmt: skip
         if key not in known:
             layers, mesh = structure.overlapped if in_flight else plan.layers, plan.mesh
