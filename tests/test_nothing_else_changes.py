@@ -243,7 +243,8 @@ def compiled_steps(name: str, backend: str, lengths: tuple[int, ...]) -> list[in
     return after
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_compiled_whole_without_a_break_and_for_any_number_of_tokens(name: str) -> None:
     """The second length makes sizes dynamic; from then on nothing is compiled again."""
     assert compiled_steps(name, "aot_eager", (12, 7, 9, 5)) == [1, 2, 2, 2]

@@ -59,7 +59,8 @@ def _errors(rank: int, world_size: int) -> tuple[list[tuple[Case, dict[str, floa
     return found, _wrong(rank, world_size)
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_other_back_ends_equal_the_plain_layer(world_size: int) -> None:
     """Also drops, ranks without tokens, top-1 to top-8: output and every gradient; and a wrong one is seen."""
     for rank, (results, wrong) in enumerate(run_distributed_test(_errors, world_size, timeout_s=170)):

@@ -61,6 +61,7 @@ def assert_equal(got: job.Trace, wanted: job.Trace) -> None:
     assert worst(got.weights, wanted.weights) < (TOLERANCE, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", TWO)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_two_ranks_equal_transformers_in_one_process(architecture: str, mesh: str) -> None:

@@ -92,6 +92,7 @@ IDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(2 * len(CASES)), ids=IDS)
 def test_one_wait_a_layer(number: int, found: list[list[Found]]) -> None:
     for by_case in found:

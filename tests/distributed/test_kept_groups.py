@@ -6,6 +6,7 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -32,6 +33,7 @@ def compiles_thrice(rank: int, world_size: int) -> list[int]:
     return threads
 
 
+@pytest.mark.slow
 def test_three_models_have_the_threads_of_one() -> None:
     for first, *later in run_distributed_test(compiles_thrice, 4):
         assert later == [first, first]

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moecompile.bench.measure import PeakMemory
-from moecompile.runtime.gradients import all_finite, clip_by_global_norm, sum_replicated
+from moecompile.runtime.gradients import WideSums, all_finite, clip_by_global_norm, sum_replicated
 from tests.tiny import one_rank
 
 MIB = 2**20
@@ -55,3 +57,25 @@ def test_a_large_gradient_is_finite_and_its_square_need_not_be(entry: float, fin
     for weight in weights:
         weight.grad = torch.full_like(weight, entry)
     assert bool(all_finite(weights)) is finite
+
+
+def test_narrow_gradients_are_summed_wide_and_rounded_once(tmp_path: Path) -> None:
+    """1 and 256 times 2^-8 is 2; in bf16, each addition of 2^-8 to 1 would be lost."""
+    with one_rank(tmp_path):
+        mesh = init_device_mesh("cpu", (1,))
+        narrow, wide = (
+            nn.Parameter(distribute_tensor(torch.zeros(4, dtype=dtype), mesh, [Shard(0)]))
+            for dtype in (torch.bfloat16, torch.float32)
+        )
+        plain, sums = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16)), WideSums()
+        for value in (1.0, *[2.0**-8] * 256):
+            for weight in (narrow, wide, plain):
+                weight.grad = torch.full_like(weight, value)
+            sums.take([narrow, wide, plain])
+            assert narrow.grad is None and wide.grad is not None and plain.grad is not None
+        narrow.grad = torch.full_like(narrow, 0.5)
+        sums.give()
+        assert isinstance(narrow.grad, DTensor) and narrow.grad.to_local().tolist() == [2.5] * 4
+        narrow.grad = None
+        sums.give()
+        assert narrow.grad is None
