@@ -314,8 +314,6 @@ def with_estimate(plan: Plan, config: Config, facts: ModelFacts) -> Plan:
     """The plan with its estimate for the run that `config` describes, and when weights are gathered and reduced."""
     run, memory_bytes = run_facts(config, plan.mesh, facts), config.hardware.memory_gib * GIB
     expected = expected_load(plan, config)
-    if config.plan is not None:  # a given plan has decided
-        run = replace(run, reduce=plan.reduce, gather=plan.gather)
 
     def needed(each: RunFacts) -> int:
         return memory_of_fullest_rank(plan.layers, plan.mesh, facts, replace(each, row_load=expected.load)).total

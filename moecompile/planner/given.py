@@ -4,7 +4,7 @@ Algorithm:
   1. A key that the caller set must have the plan's value; `auto` always has. One that the plan does not record is
      refused. So is a mesh, a dispatch or adapters of another kind, and code to run that the caller does not name
      (moecompile.named_code).
-  2. The mesh of the config becomes the plan's.
+  2. The mesh of the config becomes the plan's, and so does when weights are gathered and gradients reduced.
   3. Where all layers are alike, so do dispatch, experts, routing and balance, so that the config says what runs. Where
      they differ, the plan alone says it.
 """
@@ -22,7 +22,7 @@ from moecompile.mesh import MeshSpec
 from moecompile.named_code import named_in
 from moecompile.plan import ExpertsSite, LayerPlan, Plan, load
 from moecompile.routing import LOSSES
-from moecompile.schema import AdapterKind, Config, TaskName
+from moecompile.schema import AdapterKind, Config, Gather, Reduce, TaskName
 
 FILE = "plan.yaml"
 _TASKS = (TaskName.plan, TaskName.compile, TaskName.train)
@@ -81,8 +81,14 @@ def with_plan(config: Config) -> Config:
             _check(each, config, plan)
     _check_adapters(config, plan)
     mesh = {name: getattr(plan.mesh, name) for name in _MESH}  # Step 2
-    config = replace(config, plan=str(file), mesh=replace(config.mesh, **mesh, dp_shard="auto"))
+    config = scheduled(replace(config, plan=str(file), mesh=replace(config.mesh, **mesh, dp_shard="auto")), plan)
     return _like_layers(config, plan.layers)  # Step 3
+
+
+def scheduled(config: Config, plan: Plan) -> Config:
+    """The config with the plan's `trainer.reduce` and `trainer.gather`."""
+    trainer = replace(config.trainer, reduce=Reduce(plan.reduce), gather=Gather(plan.gather))
+    return replace(config, trainer=trainer)
 
 
 def _check_adapters(config: Config, plan: Plan) -> None:

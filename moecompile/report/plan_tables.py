@@ -325,8 +325,8 @@ def _shards_text(shards: ExpertShards) -> str:
             f", up to {shards.times_even:.2f} times an even share, as no dim of some is a multiple of {shards.ranks}"
         )
     return (
-        f"{stored} on each of {shards.ranks} ranks that share them{uneven}; gathering them receives {gathered}, reducing "
-        f"their gradients sends {reduced}"
+        f"{stored} on each of {shards.ranks} ranks that share them{uneven}; gathering them receives {gathered}, "
+        f"reducing their gradients sends {reduced}"
     )
 
 

@@ -26,7 +26,7 @@ from moecompile.planner.cost_model.forecast import expected_load, forecast_plan
 from moecompile.planner.cost_model.inputs import inputs_of
 from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.existing import notes
-from moecompile.planner.given import given_plan, plan_file
+from moecompile.planner.given import given_plan, plan_file, scheduled
 from moecompile.planner.placement import read_placement
 from moecompile.planner.search.described import memory_of
 from moecompile.planner.search.remedies import with_remedies
@@ -158,11 +158,12 @@ def _compare(model: nn.Module, this: Compared, config: Config, console: Console)
     resolved = file.with_name(RESOLVED)
     theirs, _ = with_workload(load_resolved(resolved, runs=())) if resolved.is_file() else (config, [])
     theirs = dataclasses.replace(theirs, plan=str(file), workload=dataclasses.replace(theirs.workload, load=None))
-    plan = planned(model, theirs, plans.read(file))
+    other = plans.read(file)
+    plan = planned(model, scheduled(theirs, other), other)
     shape = shape_of_model(model, plan)
-    other = Compared(plan=plan, forecast=forecast_plan(shape, plan, theirs), config=flat(theirs))
-    print_comparison(this, other, console)
-    pairs = {"differences": differences(this, other), "costs": costs(this, other)}
+    them = Compared(plan=plan, forecast=forecast_plan(shape, plan, theirs), config=flat(theirs))
+    print_comparison(this, them, console)
+    pairs = {"differences": differences(this, them), "costs": costs(this, them)}
     return {"compared": {name: {key: list(pair) for key, pair in rows.items()} for name, rows in pairs.items()}}
 
 

@@ -348,9 +348,10 @@ def test_a_plan_that_fits_needs_none() -> None:
 
 
 def limited(share: float, *overrides: str) -> tuple[list[str], Estimate]:
-    """The config, and its plan where a rank has this share of the memory that it needs."""
-    needed = estimated(*SMALL, *overrides).memory_bytes_per_rank.total
-    given = [f"hardware.memory_gib={share * needed / 2**30}", *SMALL, *overrides]
+    """The config, and its plan where a rank has this share of the memory that it needs; nothing is left to `auto`."""
+    said = [*SMALL, "trainer.checkpointing=keep_exchanges", "trainer.reduce=last", "trainer.gather=layer", *overrides]
+    needed = estimated(*said).memory_bytes_per_rank.total
+    given = [f"hardware.memory_gib={share * needed / 2**30}", *said]
     return given, estimated(*given)
 
 

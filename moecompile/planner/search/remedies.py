@@ -4,7 +4,8 @@ Where the layout is described, nothing is offered: it is not what the plan is of
 
 Algorithm:
   1. Layouts of more and more axes, with the same global batch, until some fit:
-       a. EP size, micro-batch and checkpointing (and replicas, if there are some): one of them, two, or all
+       a. EP size, micro-batch and checkpointing (and replicas, if there are some): one of them, two, or all. With
+          checkpointing=auto, and so with when weights are gathered and gradients reduced, each layout gets what fits
        b. also tensor parallelism
        c. (a) in bf16, if weights are wider
        d. (a) on twice as many nodes, on four times as many, ...
@@ -30,7 +31,7 @@ from moecompile.planner.search.axes import axes_of
 from moecompile.planner.search.chosen import with_settings
 from moecompile.planner.search.found import Candidate, Rejected
 from moecompile.planner.search.run import Search, runnable
-from moecompile.schema import Config, Precision, SearchConfig, is_described
+from moecompile.schema import Checkpointing, Config, Precision, SearchConfig, is_described
 
 OFFERED = 4
 _NAMES = {
@@ -53,9 +54,9 @@ class _Stage:
     @property
     def text(self) -> str:
         """For display."""
-        names = [_NAMES[name] for name in self.axes]
+        *names, last = (_NAMES[name] for name in self.axes)
         set_ = "".join(f", with {key}={value}" for key, value in self.changed.items())
-        return f"{', '.join(names[:-1])} and {names[-1]}{set_}"
+        return f"{', '.join(names)}{' and ' * bool(names)}{last}{set_}"
 
 
 def with_remedies(
@@ -95,9 +96,9 @@ def with_remedies(
 def _stages(plan: Plan, config: Config) -> Iterator[_Stage]:
     """Step 1."""
     if config.plan:
-        yield _Stage(axes=_GIVEN_PLAN, changed={})
+        yield _Stage(axes=_open(_GIVEN_PLAN, config), changed={})
         return
-    few = (*_FEW, *["dp_replicate"] * (plan.mesh.dp_replicate > 1))
+    few = _open((*_FEW, *["dp_replicate"] * (plan.mesh.dp_replicate > 1)), config)
     yield _Stage(axes=few, changed={})
     yield _Stage(axes=("tp", *few), changed={})
     assert plan.estimate is not None
@@ -107,6 +108,12 @@ def _stages(plan: Plan, config: Config) -> Iterator[_Stage]:
         nodes = plan.mesh.num_nodes * 2**doubled
         if nodes <= _MOST_NODES:
             yield _Stage(axes=few, changed={_NODES: nodes})
+
+
+def _open(axes: tuple[str, ...], config: Config) -> tuple[str, ...]:
+    """Without checkpointing, where that is chosen for each layout."""
+    is_auto = config.trainer.checkpointing is Checkpointing.auto
+    return tuple(axis for axis in axes if axis != "checkpointing" or not is_auto)
 
 
 def _candidates(

@@ -215,14 +215,15 @@ def test_elasticity_is_the_share() -> None:
 
 
 def test_replicas_of_sharded_weights_by_hand() -> None:
-    """Two replicas of eight ranks each: a node shards, and fp32 gradients of what a rank owns cross the nodes."""
+    """Two replicas of eight ranks each: a node shards, and once a step fp32 gradients of what a rank owns cross them."""
     layout = replace(LAYOUT, zero=3, replicas=2, ep=8)
     counts = count(MODEL, layout, H100, Software())
     d, f, e = 1024, 512, 16
     dense = 4 * (4 * d * d + e * d) + 2 * 1000 * d
     experts = 4 * 16 * 3 * d * f / 8
     assert counts.parallel.gathered.intra == pytest.approx(dense * 8 * 7 / 8)  # experts are whole on their rank
-    assert counts.parallel.gathered.inter == pytest.approx((dense / 8 + experts) * 2 * 4 * 1 / 2)
+    assert counts.parallel.gathered.inter == 0
+    assert counts.step.reduced.inter == pytest.approx((dense / 8 + experts) * 2 * 4 * 1 / 2)
     whole = count(MODEL, replace(layout, replicas=1), H100, Software()).parallel.gathered
     assert whole.inter == pytest.approx(dense * 8 / 8 / 2 + experts * 8 / 2)
 
