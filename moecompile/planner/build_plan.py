@@ -44,7 +44,7 @@ from moecompile.planner.lending import plan_lending
 from moecompile.planner.memory import memory_of_fullest_rank
 from moecompile.planner.params import ModelFacts, RunFacts
 from moecompile.planner.placement import placed
-from moecompile.planner.schedule import choose, ways
+from moecompile.planner.schedule import choose, sharded, ways
 from moecompile.planner.tensor_parallel import split_modules
 from moecompile.planner.traffic import Wire, choose_dispatch, forward_traffic, row_bytes
 from moecompile.ranges import Whole
@@ -318,7 +318,8 @@ def with_estimate(plan: Plan, config: Config, facts: ModelFacts) -> Plan:
     def needed(each: RunFacts) -> int:
         return memory_of_fullest_rank(plan.layers, plan.mesh, facts, replace(each, row_load=expected.load)).total
 
-    run = choose(ways(plan.layers, plan.mesh, facts, run), needed, memory_bytes)
+    of = sharded(plan.layers, plan.mesh, facts) if plan.mesh.world_size > 1 else None
+    run = choose(ways(of, run), needed, memory_bytes)
     made = estimate(
         plan.layers, plan.mesh, facts, run, memory_bytes=memory_bytes, exchanged=plan.context_parallel,
         expected=expected,

@@ -21,7 +21,7 @@ from moecompile.planner.params import (
     model_params,
     trained_params,
 )
-from moecompile.planner.schedule import weight_traffic
+from moecompile.planner.schedule import sharded, weight_traffic
 from moecompile.planner.shards import expert_shards
 from moecompile.planner.tensor_parallel import tp_traffic
 from moecompile.planner.traffic import Wire, forward_traffic, row_bytes
@@ -74,7 +74,7 @@ def estimate(
         ),
         lending=lending(layers, run),
         expert_shards=expert_shards(layers, mesh, facts, run),
-        weight_traffic=weight_traffic(layers, mesh, facts, run),
+        weight_traffic=weight_traffic(sharded(layers, mesh, facts), run) if mesh.world_size > 1 else None,
     )
 
 

@@ -16,7 +16,7 @@ is taken. If none fits, the one with the least memory at that load.             
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import GATHER, REDUCE, LayerPlan, WeightTraffic
@@ -33,48 +33,69 @@ from moecompile.planner.params import (
 from moecompile.planner.shards import expert_share, padded_experts
 
 
-def weight_traffic(
-    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
-) -> WeightTraffic | None:
-    """What FSDP sends in a step, as the module docstring says; None if no weight is on several ranks."""
-    if mesh.world_size == 1:
-        return None
+@dataclass(frozen=True, kw_only=True)
+class Sharded:
+    """layers, root, grads: numbers that a rank receives when FSDP gathers all layers, and the root, and when it reduces
+    all gradients. owned: trained numbers that it stores. replicas: ranks that store the same.
+    """
+
+    layers: int
+    root: int
+    grads: int
+    owned: int
+    replicas: int
+
+
+def sharded(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> Sharded:
+    """What FSDP shards of a model, as the module docstring says."""
     params, trained, share = model_params(layers, facts), trained_params(layers, facts), expert_share(layers, mesh)
     in_layers, root = whole_params(layers, mesh, facts)
-    own, own_root = own_params(params, mesh, share), mesh.share(root, Part.STORED)
-    layer, root = in_layers - (own - own_root), root - own_root
-    once, micro = layer + root, run.accumulation * (2 * layer + root)
-    own_trained = own_params(trained, mesh, share)
-    reductions = run.accumulation if run.reduce == "each" else 1
-    copies = mesh.size("dp_replicate")
-    return WeightTraffic(
-        gathered=(once if run.gather == "step" else micro) * run.compute_bytes,
-        reduced=max(0, _whole_grads(layers, mesh, facts) - own_trained) * FP32_BYTES * reductions,
-        replicas=2 * (copies - 1) * own_trained * FP32_BYTES // copies,
+    own, own_root, owned = (
+        own_params(params, mesh, share),
+        mesh.share(root, Part.STORED),
+        own_params(trained, mesh, share),
+    )
+    split = min(trained.dense, trained.split_root + trained.split_layers)
+    dense = trained.dense - split + mesh.share(split, Part.WEIGHTS)
+    experts = sum(padded_experts(layer, mesh) for layer in layers) if trained.experts else 0
+    experts = round(experts * trained.experts / params.experts) if experts else 0
+    return Sharded(
+        layers=in_layers - (own - own_root),
+        root=root - own_root,
+        grads=max(0, dense + experts - owned),
+        owned=owned,
+        replicas=mesh.size("dp_replicate"),
     )
 
 
-def _whole_grads(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> int:
-    """Numbers of the gradients of one micro-batch on a rank, before they are reduced."""
-    params, trained = model_params(layers, facts), trained_params(layers, facts)
-    split = min(trained.dense, trained.split_root + trained.split_layers)
-    dense = trained.dense - split + mesh.share(split, Part.WEIGHTS)
-    padded = sum(padded_experts(layer, mesh) for layer in layers)
-    return dense + (round(padded * trained.experts / params.experts) if params.experts else 0)
+def weight_traffic(of: Sharded, run: RunFacts) -> WeightTraffic:
+    """Bytes of a step."""
+    gathered = of.layers + of.root
+    if run.gather == "layer":
+        gathered = run.accumulation * (2 * of.layers + of.root)
+    return WeightTraffic(
+        gathered=gathered * run.compute_bytes,
+        reduced=of.grads * FP32_BYTES * (run.accumulation if run.reduce == "each" else 1),
+        replicas=2 * (of.replicas - 1) * of.owned * FP32_BYTES // of.replicas,
+    )
 
 
-def ways(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> list[RunFacts]:
-    """The runs that `auto` allows, in the order in which they are tried; one, if nothing is `auto`."""
+def ways(of: Sharded | None, run: RunFacts) -> list[RunFacts]:
+    """The runs that `auto` allows, in the order in which they are tried; one, if nothing is `auto`.
+
+    Args:
+        of: None on one rank.
+    """
 
     def sent(each: RunFacts) -> int:
-        traffic = weight_traffic(layers, mesh, facts, each)
+        traffic = weight_traffic(of, each) if of is not None else None
         return 0 if traffic is None else traffic.gathered + traffic.reduced
 
     checkpointing = CHECKPOINTING if run.checkpointing == AUTO else (run.checkpointing,)
     # Where nothing is sent, or nothing is accumulated, what stands first here is taken.
     reduce = tuple(reversed(REDUCE)) if run.reduce == AUTO else (run.reduce,)
     gather = GATHER if run.gather == AUTO else (run.gather,)
-    if mesh.world_size == 1:
+    if of is None:
         reduce, gather = reduce[:1], gather[:1]
     synced = [replace(run, reduce=when, gather=how) for when in reduce for how in gather]
     synced.sort(key=sent)

@@ -27,6 +27,7 @@ from moecompile.planner.cost_model.inputs import inputs_of
 from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.existing import notes
 from moecompile.planner.given import given_plan, plan_file, scheduled
+from moecompile.planner.params import checkpointing_of
 from moecompile.planner.placement import read_placement
 from moecompile.planner.search.described import memory_of
 from moecompile.planner.search.remedies import with_remedies
@@ -80,7 +81,7 @@ def run(config: Config, run_dir: Path) -> None:
     if where:
         print_placement(where, console)
     print_forecast(forecast, console)
-    compared = _compare(model, Compared(plan=plan, forecast=forecast, config=flat(config)), config, console)
+    compared = _compare(model, Compared(plan=plan, forecast=forecast, config=flat(config, plan)), config, console)
     accept(run_dir)
     plans.save(plan, run_dir / "plan.yaml")
     write_result(
@@ -136,14 +137,14 @@ def planned(model: nn.Module, config: Config, plan: Plan | None) -> Plan:
     )  # fmt: skip
 
 
-def flat(config: Config) -> dict[str, object]:
+def flat(config: Config, plan: Plan) -> dict[str, object]:
     """The values of the config that a forecast reads beside the plan: dotted key -> value."""
     found: dict[str, object] = {}
     for group in _READ:
         for name, value in vars(getattr(config, group)).items():
             if not dataclasses.is_dataclass(value):
                 found[f"{group}.{name}"] = getattr(value, "value", value)
-    return found | {"trainer.checkpointing": config.trainer.checkpointing.value, "model.name": config.model.name}
+    return found | {"trainer.checkpointing": checkpointing_of(config, plan), "model.name": config.model.name}
 
 
 def _compare(model: nn.Module, this: Compared, config: Config, console: Console) -> dict[str, object]:
@@ -161,7 +162,7 @@ def _compare(model: nn.Module, this: Compared, config: Config, console: Console)
     other = plans.read(file)
     plan = planned(model, scheduled(theirs, other), other)
     shape = shape_of_model(model, plan)
-    them = Compared(plan=plan, forecast=forecast_plan(shape, plan, theirs), config=flat(theirs))
+    them = Compared(plan=plan, forecast=forecast_plan(shape, plan, theirs), config=flat(theirs, plan))
     print_comparison(this, them, console)
     pairs = {"differences": differences(this, them), "costs": costs(this, them)}
     return {"compared": {name: {key: list(pair) for key, pair in rows.items()} for name, rows in pairs.items()}}

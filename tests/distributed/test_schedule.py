@@ -50,7 +50,7 @@ CASES["keep_exchanges"] = (SHARDED, "each", "layer", "keep_exchanges")
 @dataclass
 class Found:
     """Of a rank. sent: bytes that it received, by collective. whole: numbers of gathered weights after a micro-batch
-    that is not the last. unreduced: of gradients that were kept unreduced then. sharded: whether all weights were shards
+    that is not the last. unreduced: of gradients that were kept unreduced then, and narrow: in shards of bf16. sharded: whether all weights were shards
     before each optimizer step.
     """
 
@@ -60,6 +60,7 @@ class Found:
     sent: Counter[str] = field(default_factory=Counter)
     whole: int = 0
     unreduced: int = 0
+    narrow: int = 0
     sharded: bool = True
 
 
@@ -88,6 +89,8 @@ class Module(LightningModule):
             self.found.whole = sum(p._unsharded_param.numel() for p in params if "UNSHARDED" in str(p.sharded_state))
             held = [p.unsharded_accumulated_grad for p in params] + [p._unsharded_param.grad for p in params]
             self.found.unreduced = sum(grad.numel() for grad in held if grad is not None)
+            shards = [p.sharded_param.grad for p in params]
+            self.found.narrow = sum(g.numel() for g in shards if g is not None and g.dtype == torch.bfloat16)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         weights = {name: p for name, p in self.model.named_parameters() if not name.endswith("gate.weight")}
@@ -115,20 +118,23 @@ def summed_loss(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
 
 @contextmanager
 def counting(sent: Counter[str]) -> Iterator[None]:
-    """Counts the bytes that a rank receives: of a gather's output, or a reduction's input, what is not its own part."""
+    """Counts the bytes that a rank receives: of a gather's output, or a reduction's input, what is not its own part; of a
+    sum over two replicas, all.
+    """
 
     def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            ranks = kwargs["group"].size()
-            sent[name] += (
-                max(t.nbytes for t in (*args, *kwargs.values()) if isinstance(t, Tensor)) * (ranks - 1) // ranks
-            )
+            ranks = dist.get_world_size(kwargs.get("group"))
+            if name == "all_reduce" and ranks != 2:
+                return call(*args, **kwargs)
+            most = max(t.nbytes for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+            sent[name] += most if name == "all_reduce" else most * (ranks - 1) // ranks
             return call(*args, **kwargs)
 
         return wrapped
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("all_gather_single", "reduce_scatter_single"):
+        for name in ("all_gather_single", "reduce_scatter_single", "all_reduce"):
             patch.setattr(dist, collective(name), counted(name, getattr(dist, collective(name))))
         yield
 
@@ -196,6 +202,7 @@ def test_bytes_and_what_is_kept_are_as_planned(name: str) -> None:
         # Weights are planned in fp32, and these are float64.
         assert found.sent["all_gather_single"] / STEPS == pytest.approx(found.planned.gathered, rel=0.01)
         assert found.sent["reduce_scatter_single"] / STEPS == pytest.approx(2 * found.planned.reduced, rel=0.01)
+        assert found.sent["all_reduce"] / STEPS == pytest.approx(2 * found.planned.replicas, rel=0.01)
         assert found.sharded
         assert (found.unreduced == 0) == (reduce == "each")
         root = VOCAB * 32 * 2 + 32
@@ -207,6 +214,7 @@ def test_bf16_weights_accumulate_in_fp32() -> None:
     """Rounded each time, sums of gradients drift; summed in fp32, they are as good as reduced once."""
     exact, _ = on_one()
     for rank in results():
+        assert rank["bf16 each"].narrow == 0
         last, each = (rank[f"bf16 {reduce}"].grads for reduce in ("last", "each"))
         between = {
             name: (each[name].double() - grad.double()).norm() / grad.double().norm() for name, grad in last.items()

@@ -14,7 +14,7 @@ from moecompile.planner.build_plan import build_plan
 from moecompile.planner.cost_model.counts import parallel_bytes, step_bytes
 from moecompile.planner.cost_model.inputs import Layout, Machine, Software
 from moecompile.planner.memory import memory_of_fullest_rank
-from moecompile.planner.schedule import choose, ways, weight_traffic
+from moecompile.planner.schedule import choose, sharded, ways, weight_traffic
 from moecompile.planner.traffic import Links
 from tests.planner.search.test_described import TINY
 from tests.planner.test_build_plan import SITES
@@ -34,7 +34,7 @@ def test_bytes_of_a_step() -> None:
     """Of four ranks, each receives 3/4 of dense weights and 1/2 of its experts."""
     layers, root = IN_LAYERS * 3 // 4 + EXPERTS // 2, ROOT * 3 // 4
     for reduce, gather in (("last", "layer"), ("last", "step"), ("each", "layer"), ("each", "step")):
-        found = weight_traffic(LAYERS, MESH, FACTS, replace(ACCUMULATED, reduce=reduce, gather=gather))
+        found = weight_traffic(sharded(LAYERS, MESH, FACTS), replace(ACCUMULATED, reduce=reduce, gather=gather))
         gathered = layers + root if gather == "step" else MICRO * (2 * layers + root)
         reduced = (layers + root) * (MICRO if reduce == "each" else 1)
         assert found == WeightTraffic(gathered=4 * gathered, reduced=4 * reduced, replicas=0)
@@ -42,16 +42,16 @@ def test_bytes_of_a_step() -> None:
 
 def test_replicas_sum_their_shards_once() -> None:
     mesh = replace(MESH, dp_replicate=2)
-    each, last = (weight_traffic(LAYERS, mesh, FACTS, replace(ACCUMULATED, reduce=when)) for when in ("each", "last"))
-    assert each is not None and last is not None
+    each, last = (
+        weight_traffic(sharded(LAYERS, mesh, FACTS), replace(ACCUMULATED, reduce=when)) for when in ("each", "last")
+    )
     own = (ROOT + IN_LAYERS) // 2 + EXPERTS
     assert each.replicas == last.replicas == 4 * own
 
 
-def test_one_rank_sends_nothing_and_has_one_way() -> None:
+def test_one_rank_has_one_way() -> None:
     run = replace(AUTO, checkpointing="none")
-    assert weight_traffic(LAYERS, MeshSpec(), FACTS, run) is None
-    assert [(each.reduce, each.gather) for each in ways(LAYERS, MeshSpec(), FACTS, run)] == [("last", "layer")]
+    assert [(each.reduce, each.gather) for each in ways(None, run)] == [("last", "layer")]
 
 
 def test_memory_of_each_way() -> None:
@@ -75,17 +75,17 @@ def test_bf16_weights_have_gradients_in_fp32_beside_them() -> None:
 
 
 def test_the_fewest_bytes_come_first_and_keep_exchanges_before_full() -> None:
-    tried = [(each.checkpointing, each.reduce, each.gather) for each in ways(LAYERS, MESH, FACTS, AUTO)]
+    tried = [(each.checkpointing, each.reduce, each.gather) for each in ways(sharded(LAYERS, MESH, FACTS), AUTO)]
     synced = [("last", "step"), ("each", "step"), ("last", "layer"), ("each", "layer")]
     assert tried == [(again, *way) for again in ("keep_exchanges", "full") for way in synced]
-    once = ways(LAYERS, MESH, FACTS, replace(AUTO, accumulation=1, checkpointing="none"))
+    once = ways(sharded(LAYERS, MESH, FACTS), replace(AUTO, accumulation=1, checkpointing="none"))
     assert [(each.reduce, each.gather) for each in once][:2] == [("last", "step"), ("each", "step")]
     fixed = replace(AUTO, checkpointing="none", reduce="each", gather="layer")
-    assert ways(LAYERS, MESH, FACTS, fixed) == [fixed]
+    assert ways(sharded(LAYERS, MESH, FACTS), fixed) == [fixed]
 
 
 def test_the_first_that_fits_is_chosen_else_the_least() -> None:
-    tried = ways(LAYERS, MESH, FACTS, AUTO)
+    tried = ways(sharded(LAYERS, MESH, FACTS), AUTO)
     sizes = (9.0, 7.0, 8.0, 5.0, 6.0, 4.0, 4.5, 3.0)
     found = [
         tried.index(choose(tried, lambda each: sizes[tried.index(each)], limit)) for limit in (9, 8.5, 6.5, 4.2, 1)

@@ -191,9 +191,15 @@ def test_mistakes_are_one_message(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_deepseek_v3_is_planned_at_its_batch_and_as_it_was_trained(tmp_path: Path) -> None:
-    base = ["model=deepseek_v3", "mesh=h800_256x8"]
-    for name in ("ours", "theirs"):
+    default = ["model=deepseek_v3", "mesh=h800_256x8"]
+    kept = ["trainer.checkpointing=keep_exchanges", "trainer.reduce=last", "trainer.gather=layer"]
+    base = [*default, *kept]
+    for name in ("default", "ours", "theirs"):
         (tmp_path / name).mkdir()
+    task.run(compose_config(default), tmp_path / "default")
+    fits = json.loads((tmp_path / "default" / "result.json").read_text())
+    assert (fits["fits"], fits["checkpointing"], fits["remedies"]) == ("yes", "full", [])
+    assert fits["memory_bytes_per_rank"]["total"] < 21 * 2**30
     task.run(compose_config(base), tmp_path / "ours")
     ours = json.loads((tmp_path / "ours" / "result.json").read_text())
     assert ours["assumes"]["seq_len"] == 4096

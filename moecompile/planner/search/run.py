@@ -33,7 +33,7 @@ from moecompile.planner.memory import (
     tokens_of_a_rank,
 )
 from moecompile.planner.params import ModelFacts, RunFacts
-from moecompile.planner.schedule import choose, ways
+from moecompile.planner.schedule import Sharded, choose, sharded, ways
 from moecompile.planner.search.axes import KINDS, Axes, axes_of
 from moecompile.planner.search.described import Described, Space, described, memory_of, settings_of, space_of
 from moecompile.planner.search.found import Candidate, Reason, Rejected, front, tight
@@ -213,8 +213,8 @@ def _of_micro_batch(
 
     @cache
     def ways_of(replicas: int, checkpointing: str) -> list[RunFacts]:
-        mesh = replace(plan.mesh, dp_replicate=replicas)
-        return ways(plan.layers, mesh, structure.facts, replace(run, checkpointing=checkpointing))
+        of = states.sharded(structure, replace(plan.mesh, dp_replicate=replicas))
+        return ways(of, replace(run, checkpointing=checkpointing))
 
     for checkpointing, number, (overlap, chunks) in product(axes.checkpointing, replicas, overlaps):
 
@@ -283,6 +283,16 @@ class _States:
 
     def __init__(self) -> None:
         self._known: dict[object, tuple[int, int, int]] = {}
+        self._sharded: dict[object, Sharded] = {}
+
+    def sharded(self, structure: _Structure, mesh: MeshSpec) -> Sharded | None:
+        """What FSDP shards; None on one rank."""
+        if mesh.world_size == 1:
+            return None
+        key = (mesh, structure.plan.layers[0].experts, len(structure.plan.layers))
+        if key not in self._sharded:
+            self._sharded[key] = sharded(structure.plan.layers, mesh, structure.facts)
+        return self._sharded[key]
 
     def __call__(self, structure: _Structure, mesh: MeshSpec, run: RunFacts) -> tuple[int, int, int]:
         layer = structure.plan.layers[0]
