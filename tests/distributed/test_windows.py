@@ -78,6 +78,13 @@ class LeftMean(Left):
     loss = "mean"
 
 
+class LeftNeverZeroed(Left):
+    """What was left is dropped by the strategy, not by the zeros of the next window."""
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        return
+
+
 class ZeroedInPlace(Windows):
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         optimizer.zero_grad(set_to_none=False)
@@ -122,6 +129,7 @@ CASES: dict[str, type[Windows]] = {
         Mean,
         Left,
         LeftMean,
+        LeftNeverZeroed,
         ZeroedInPlace,
         NeverZeroed,
         ClippedByValue,
@@ -129,6 +137,10 @@ CASES: dict[str, type[Windows]] = {
         TwoBackwards,
     )
 }
+
+
+SHORT = ("Windows", "LeftNeverZeroed", "ZeroedInPlace", "TwoBackwards")  # on meshes that differ in the schedule alone
+RUNS = [(case, mesh) for mesh in MESHES for case in CASES if mesh in ("ep2", "ep1x2") or case in SHORT]
 
 
 def data(rank: int) -> tuple[Tensor, Tensor]:
@@ -167,15 +179,14 @@ def on_one(case: str) -> Windows:
 
 def every_case(rank: int, world_size: int) -> dict[Any, Any]:
     out: dict[Any, Any] = {}
-    for case, kind in CASES.items():
-        for mesh, overrides in MESHES.items():
-            module = kind(overrides)
-            trainer = Trainer(
-                strategy=moecompile.ExpertParallelStrategy(loss=module.loss), devices=world_size, max_epochs=EPOCHS,
-                accumulate_grad_batches=module.accumulate, **job.CPU, **module.options,
-            )  # fmt: skip
-            trainer.fit(module)
-            out[case, mesh] = module.grads, {name: full(t) for name, t in module.state_dict().items()}
+    for case, mesh in RUNS:
+        module = CASES[case](MESHES[mesh])
+        trainer = Trainer(
+            strategy=moecompile.ExpertParallelStrategy(loss=module.loss), devices=world_size, max_epochs=EPOCHS,
+            accumulate_grad_batches=module.accumulate, **job.CPU, **module.options,
+        )  # fmt: skip
+        trainer.fit(module)
+        out[case, mesh] = module.grads, {name: full(t) for name, t in module.state_dict().items()}
     return out
 
 
@@ -184,8 +195,7 @@ def results() -> list[dict[Any, Any]]:
     return run_distributed_test(every_case, WORLD, timeout_s=200)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "mesh"), RUNS)
 def test_equals_one_process(case: str, mesh: str) -> None:
     wanted = on_one(case)
     for result in results():
