@@ -1,4 +1,4 @@
-"""A pretrained folder on several ranks: loaded in full and sharded, and loaded by shards; what differs."""
+"""A model on several ranks: made in full and sharded, and made by shards; what differs. From a folder, or a config."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from moecompile.pipeline import compile_with_report
 from moecompile.schema import Config, ModelConfig, validate
 from tests.export.runs import SEQ
 
+Source = str | dict[str, Any]
+"""A folder, or settings of `model`."""
 
-def import_config(folder: str, overrides: list[str]) -> Config:
+
+def import_config(source: Source, overrides: list[str]) -> Config:
     config = compose_config([*overrides, f"data.seq_len={SEQ}"])
-    config.model = ModelConfig(name="tiny", pretrained=folder)
+    of_model: dict[str, Any] = {"pretrained": source} if isinstance(source, str) else source
+    config.model = ModelConfig(name="tiny", **of_model)
     validate(config)
     return config
 
 
-def compare(rank: int, world_size: int, cases: dict[str, tuple[str, list[str]]]) -> dict[str, list[str]]:
+def compare(rank: int, world_size: int, cases: dict[str, tuple[Source, list[str]]]) -> dict[str, list[str]]:
     """case -> the tensors of this rank that are not equal bit for bit, and whether outputs are."""
-    return {name: _differences(import_config(folder, overrides)) for name, (folder, overrides) in cases.items()}
+    return {name: _differences(import_config(source, overrides)) for name, (source, overrides) in cases.items()}
 
 
 def _differences(config: Config) -> list[str]:

@@ -1,4 +1,4 @@
-"""Sharded import: on each rank bit for bit what a full load and then sharding gives."""
+"""Models that are filled by shards: on each rank bit for bit what making the whole model and then sharding it gives."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from torch import nn
 
 from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import make_plan
+from moecompile.schema import ModelInit
 from tests.distributed.harness import run_distributed_test
-from tests.existing_models import moe_model
-from tests.export.runs import SEQ, scramble, tiny_config
-from tests.models.import_job import compare, import_config, write_pretrained
+from tests.existing_models import CONFIGS, VOCAB, moe_model
+from tests.export.runs import DENSE, SEQ, scramble, tiny_config
+from tests.models.import_job import Source, compare, import_config, write_pretrained
 from tests.placements import random_placement
 
 _EP4, _EP2 = ["mesh=cpu_2x2"], ["mesh=cpu_2x2", "mesh.ep=2"]
+_TP = ["mesh=cpu_1x4", "mesh.tp=2", "mesh.ep=2"]
 _SLICED = [
     "experts.granularity=3", "experts.num_shared=1", "experts.num_routed=4", "experts.init=virtual_group",
     "experts.layers=1:", "balance=bias",
@@ -49,6 +51,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "sliced ep2": ("llama", [*_EP2, *_SLICED]),
     "mixtral ep4": ("mixtral", _EP4),
     "mixtral ep2": ("mixtral", _EP2),
+    "tp": ("mixtral", _TP),
 }
 MORE: dict[str, tuple[str, list[str]]] = {
     "copied ep4": ("llama", _EP4),
@@ -63,6 +66,44 @@ MORE: dict[str, tuple[str, list[str]]] = {
     "biases ep4": ("gpt_neox", [*_EP4, "routing.bias=true", "balance=global_batch"]),
     "deepseek ep4": ("deepseek_v3", [*_EP4, "balance=bias"]),
     "deepseek ep2": ("deepseek_v3", [*_EP2, "balance=bias"]),
+    "tp, sliced": ("llama", [*_TP, *_SLICED]),
+    "tp, biases": ("gpt_neox", _TP),
+    "tp, latent attention": ("deepseek_v3", [*_TP, "balance=bias"]),
+}
+
+
+def dense_settings(architecture: str, **changes: Any) -> dict[str, Any]:
+    return {"architecture": architecture, "config": {**DENSE[architecture], **changes}}
+
+
+def moe_settings(architecture: str, init: ModelInit = ModelInit.auto, **changes: Any) -> dict[str, Any]:
+    """Without the ids that the family's own vocabulary has."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 32}
+    ids = {"eos_token_id": None, "bos_token_id": None}
+    settings = {**sizes, **CONFIGS[architecture], **ids, **changes}
+    return {"architecture": architecture, "config": settings, "init": init}
+
+
+_WIDE = {"intermediate_size": 2304, "hidden_size": 96}  # several blocks of random numbers
+DRAWN: dict[str, tuple[Source, list[str]]] = {
+    "sliced ep4": (dense_settings("llama"), [*_EP4, *_SLICED, "seed=7"]),
+    "moe ep2": (moe_settings("deepseek_v3"), [*_EP2, "balance=bias"]),
+    "keyed": (moe_settings("mixtral", ModelInit.keyed, **_WIDE), _EP2),
+}
+DRAWN_MORE: dict[str, tuple[Source, list[str]]] = {
+    "random, frozen padding": (dense_settings("qwen2", pad_token_id=3), [*_EP2, "experts.init=random"]),
+    "cut within ep1": (dense_settings("gpt_neox"), ["mesh=cpu_2x2", "mesh.ep=1", "experts.num_routed=6"]),
+    "bf16": (moe_settings("deepseek_v3", dtype="bfloat16"), _EP4),
+    "replicated": (moe_settings("qwen3_moe"), [*_EP2, "mesh.dp_replicate=2"]),
+    "stacks cut within": (moe_settings("gpt_oss", num_local_experts=6), _EP2),
+    "adapters": (moe_settings("deepseek_v3"), [*_EP2, "adapters=lora"]),
+    "dense and existing": (moe_settings("deepseek_v3"), [*_EP2, "experts.sites=both"]),
+    "lent": (moe_settings("mixtral"), [*_EP2, "dispatch.balance=lend"]),
+    "an odd vocabulary": (dense_settings("llama", vocab_size=67), _EP4),
+    "tp": (moe_settings("mixtral"), _TP),
+    "tp, keyed": (moe_settings("mixtral", ModelInit.keyed, **_WIDE), _TP),
+    "tp, sliced": (dense_settings("llama"), [*_TP, *_SLICED]),
+    "keyed, upcycled": ({**dense_settings("llama", **_WIDE), "init": ModelInit.keyed}, [*_EP4, *_SLICED]),
 }
 
 
@@ -88,6 +129,18 @@ def test_so_it_does_where_experts_are_placed(folders: dict[str, str], tmp_path: 
         cases[case] = (name, [*overrides[:-1], random_placement(plan.layers, tmp_path / f"{name}.yaml", 1)])
     for found in differences(cases, folders):
         assert found == {case: [] for case in cases}
+
+
+@pytest.mark.slow
+def test_initial_values_are_those_of_the_whole_model() -> None:
+    for found in run_distributed_test(compare, 4, DRAWN, timeout_s=300):
+        assert found == {case: [] for case in DRAWN}
+
+
+@pytest.mark.slow
+def test_so_they_are_on_every_mesh() -> None:
+    for found in run_distributed_test(compare, 4, DRAWN_MORE, timeout_s=300):
+        assert found == {case: [] for case in DRAWN_MORE}
 
 
 @pytest.mark.slow
