@@ -20,7 +20,7 @@ from moecompile.models.recorded import Op, Record, View, record, replayed
 from moecompile.torch_private import apply, local_part, own_parameters, tree_map_only
 
 MOST_REPLAYED = 4_000_000_000
-"""`model.init=auto` replays models of at most so many numbers: half a minute for each rank."""
+"""`model.init=auto` replays models of at most so many numbers: less than a minute for each rank."""
 _BLOCK = 2**16
 _MIX = 0x9E3779B1  # odd: keys of different blocks differ modulo 2^32, all that torch's generator takes of a seed
 _CONSTANT = frozenset(("fill_", "zero_"))

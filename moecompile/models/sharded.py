@@ -201,8 +201,8 @@ def _check_memory(model: nn.Module, device: torch.device, plan: Plan) -> None:
     else:
         return
     if needed * ranks > free:
-        gib, plural = 2**30, "" if ranks == 1 else "s"
-        rule = f"{needed / gib:,.1f} GiB of weights on {ranks} rank{plural} here, where {free / gib:,.1f} GiB are free"
+        free_GiB = free / ranks / 2**30
+        rule = f"each rank gets {needed / 2**30:,.1f} GiB of weights, and has {free_GiB:,.1f} GiB of free memory"
         fix = "Use more nodes or a smaller model; task=plan says what a rank needs"
         raise ConfigError("mesh.ranks_per_node", plan.mesh.ranks_per_node, rule, fix)
 

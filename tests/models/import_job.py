@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.pipeline import compile_with_report
 from moecompile.schema import Config, ModelConfig, validate
 from tests.export.runs import SEQ
+from tests.forked import REPOSITORY
 
 Source = str | dict[str, Any]
 """A folder, or settings of `model`."""
@@ -59,6 +61,17 @@ def _differences(config: Config) -> list[str]:
     if not torch.equal(*outputs):
         wrong.append(f"logits differ by {(outputs[0] - outputs[1]).abs().max()}")
     return wrong
+
+
+def memory(rank: int, world_size: int, source: str, tiny: str) -> dict[str, int]:
+    """What a rank allocates to draw the weights of a model, bytes (benchmarks/import_memory.py). tiny: drawn before."""
+    spec = importlib.util.spec_from_file_location("import_memory", REPOSITORY / "benchmarks" / "import_memory.py")
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    benchmark.one(tiny, world_size, "sharded")
+    found: dict[str, int] = benchmark.one(source, world_size, "sharded")
+    return found
 
 
 def tensors(model: Any) -> dict[str, Tensor]:

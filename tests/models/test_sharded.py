@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
+from moecompile.errors import ConfigError
+from moecompile.models import sharded
 from moecompile.models.build import build_model, example_inputs
-from moecompile.pipeline import make_plan
+from moecompile.models.sharded import ShardedImport
+from moecompile.pipeline import compile_with_report, make_plan
 from moecompile.schema import ModelInit
 from tests.distributed.harness import run_distributed_test
 from tests.existing_models import CONFIGS, VOCAB, moe_model
 from tests.export.runs import DENSE, SEQ, scramble, tiny_config
-from tests.models.import_job import Source, compare, import_config, write_pretrained
+from tests.models.import_job import Source, compare, import_config, memory, write_pretrained
 from tests.placements import random_placement
 
 _EP4, _EP2 = ["mesh=cpu_2x2"], ["mesh=cpu_2x2", "mesh.ep=2"]
@@ -141,6 +145,35 @@ def test_initial_values_are_those_of_the_whole_model() -> None:
 def test_so_they_are_on_every_mesh() -> None:
     for found in run_distributed_test(compare, 4, DRAWN_MORE, timeout_s=300):
         assert found == {case: [] for case in DRAWN_MORE}
+
+
+def test_shards_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharded, "_MEMINFO", tmp_path / "meminfo")
+    config = import_config(dense_settings("llama"), [])
+    importing = ShardedImport(config)
+    compiled = compile_with_report(importing.model, config, example=example_inputs(importing.model, SEQ))
+    (tmp_path / "meminfo").write_text("MemTotal:  2000 kB\nMemAvailable:   100 kB\n")
+    with pytest.raises(
+        ConfigError, match=r"^mesh.ranks_per_node=1: each rank gets 0.0 GiB of weights, and has 0.0 GiB"
+    ):
+        importing.fill(compiled)
+    (tmp_path / "meminfo").write_text("MemAvailable:   1000000 kB\n")
+    importing.fill(compiled)
+
+
+@pytest.mark.slow
+def test_a_rank_never_has_more_than_its_shards_and_a_layer() -> None:
+    """Of a model with layers of 52 MiB; made whole and then sharded, it takes twice the model."""
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2}
+    source, tiny = (
+        {"architecture": "mixtral", "vocab_size": 512, "hidden_size": width, "intermediate_size": 2 * width,
+         "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8, **experts}
+        for width in (512, 64)
+    )  # fmt: skip
+    layer = 4 * 512 * (8 * 3 * 1024 + 4 * 512)
+    for found in run_distributed_test(memory, 2, json.dumps(source), json.dumps(tiny), timeout_s=300):
+        assert 6 * layer < found["model"] < 7 * layer
+        assert found["peak"] < found["shard"] + layer + 16 * 2**20, found
 
 
 @pytest.mark.slow
