@@ -6,6 +6,7 @@ The model is built, compiled and sharded on the meta device. Then:
   3. Of each weight, as it is there, copy this rank's rows or experts.
   4. Gather the dense FFN of one upcycled layer at a time, and fill the router, this rank's experts and its part of the
      shared expert and of the projections of a latent width by the same rules as in one process (passes/upcycle.py).
+     Experts that are modules of their own become rows of stacks.
   5. Adapters get their first values.
 """
 
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from moecompile.errors import ConfigError
+from moecompile.match.experts import ExpertsMatch
 from moecompile.match.ffn import FFNMatch
-from moecompile.match.regions import Region
 from moecompile.models.build import build_empty, build_model, first_weights
 from moecompile.models.initial import Keyed, Replayed, materialise
 from moecompile.models.pretrained import Pretrained, non_persistent
@@ -33,8 +34,9 @@ from moecompile.nn.losses import keepers_of
 from moecompile.nn.own_router import own_routers
 from moecompile.nn.placement import expert_orders, global_rows, runs_of
 from moecompile.passes.rewrite import fill_site
+from moecompile.passes.rewrite_experts import stacked_rows
 from moecompile.pipeline import Compilation
-from moecompile.plan import ExpertsSite, LayerPlan, Plan
+from moecompile.plan import LayerPlan, Plan
 from moecompile.schema import Config, ModelDevice, ModelLoad
 from moecompile.torch_private import local_block, local_part, own_parameters
 
@@ -106,28 +108,21 @@ class ShardedImport:
         first = {id(parameter): name for name, parameter in reversed(named)}
         self._first = {name: first[id(parameter)] for name, parameter in named}
 
-    def why_not(self, plan: Plan) -> str | None:
-        """Why a model with this plan cannot be filled; None if it can."""
-        sites = [layer.site for layer in plan.layers if isinstance(layer.site, ExpertsSite)]
-        return next((f"each expert of {site.fqn} is a module" for site in sites if site.form == "modules"), None)
-
     @torch.no_grad()
     def fill(self, compiled: Compilation, device: torch.device | str = "cpu") -> None:
         """Fills every shard of `compiled.model`.
 
         Raises:
-            ConfigError: experts or buffers that sharded loading does not support.
+            ConfigError: there is no memory for them, or one has no values.
         """
         model = compiled.model
-        if why := self.why_not(compiled.plan):
-            raise ConfigError("model.load", "sharded", why, _FULL)
         _check_memory(model, torch.device(device), compiled.plan)
         materialise(model, torch.device(device))  # Step 1
         ours = _init_our_buffers(model)  # Step 2
         if isinstance(self.weights, Pretrained):
             _init_buffers(model, ours)
-        sites = list(self._sites(compiled))
-        filled = {f"{path}.global_load" for path, _ in own_routers(model)}.union(*(site.block.names for site in sites))
+        sites = [*self._upcycled(compiled), *self._stacked(compiled)]
+        filled = {f"{path}.global_load" for path, _ in own_routers(model)}.union(*(site.names for site in sites))
         missing = {
             self._of(name): (name, tensor)
             for name, tensor in self._tensors(model, ours)
@@ -142,7 +137,7 @@ class ShardedImport:
                 if name in site.missing:
                     site.take(name, self.weights.whole(name))
                     if not site.missing:
-                        site.fill(self.seed)
+                        site.finish(self.seed)
         if missing:
             name, _ = next(iter(missing.values()))
             raise ConfigError("model.load", "sharded", f"{name} is no weight of the model before it is compiled", _FULL)
@@ -170,7 +165,7 @@ class ShardedImport:
                 start = first + rows.start - held.start
                 (local[start : start + len(rows)] if local.ndim else local).copy_(part)
 
-    def _sites(self, compiled: Compilation) -> Iterator[_Upcycled]:
+    def _upcycled(self, compiled: Compilation) -> Iterator[_Upcycled]:
         """The FFNs that are upcycled, with what replaces them."""
         for path, region in compiled.regions.items():
             ffns = {fqn: match for fqn, match in region.matches.items() if isinstance(match, FFNMatch)}
@@ -178,12 +173,33 @@ class ShardedImport:
             prefix = f"{path}." if path else ""
             for block, layer in zip(_blocks(compiled.model, path) if layers else (), layers, strict=True):
                 match = ffns[layer.site.fqn]
-                linears = (*match.ins, match.down)
-                used = dict.fromkeys(name for linear in linears for name in (linear.weight, linear.bias) if name)
-                missing: dict[str, list[str]] = {}
-                for name in used:
-                    missing.setdefault(self._of(prefix + name), []).append(name)
-                yield _Upcycled(block, region, match, layer, missing)
+                missing = self._weights_of(match, prefix)
+                yield _Upcycled(
+                    module=region.graph, match=match, missing=missing, names=block.names, block=block, layer=layer
+                )
+
+    def _stacked(self, compiled: Compilation) -> Iterator[_Separate]:
+        """The experts of stacks that are modules of their own in the model."""
+        for path, region in compiled.regions.items():
+            for match in region.matches.values():
+                if not isinstance(match, ExpertsMatch) or match.ffn is None:
+                    continue
+                stack, prefix = compiled.model.get_submodule(f"{path}.experts"), f"{path}." if path else ""
+                assert isinstance(stack, Experts)
+                names = {f"{prefix}experts.{name}" for name in stack.state_dict()}
+                for number, own in enumerate(match.modules):
+                    missing = self._weights_of(match.ffn[1], f"{prefix}{own}.")
+                    expert = region.module.get_submodule(own)
+                    yield _Separate(
+                        module=expert, match=match.ffn[1], missing=missing, names=names, stack=stack, number=number
+                    )
+
+    def _weights_of(self, match: FFNMatch, prefix: str) -> dict[str, list[str]]:
+        """Weight of the model -> its names in the module of the FFN, whose path is the prefix."""
+        linears, found = (*match.ins, match.down), dict[str, list[str]]()
+        for name in dict.fromkeys(name for linear in linears for name in (linear.weight, linear.bias) if name):
+            found.setdefault(self._of(prefix + name), []).append(name)
+        return found
 
 
 def _check_memory(model: nn.Module, device: torch.device, plan: Plan) -> None:
@@ -334,28 +350,61 @@ def _blocks(model: nn.Module, path: str) -> Iterator[_Block]:
         yield _Block(router, experts, shared, latent, names)
 
 
-@dataclass
-class _Upcycled:
-    """A dense FFN and what replaces it. missing: weight of the model -> its names in the region, until it is there."""
+@dataclass(kw_only=True)
+class _Site:
+    """An FFN of the model whose weights are rearranged. missing: weight of the model -> its names in `module`, until it
+    is there. names: the weights that are filled from it, which the model does not have before it is compiled.
+    """
 
-    block: _Block
-    region: Region
+    module: nn.Module
     match: FFNMatch
-    layer: LayerPlan
     missing: dict[str, list[str]]
+    names: set[str]
     _empty: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def take(self, weight: str, value: Tensor) -> None:
-        """Puts the values of a weight into the region's graph."""
+        """Puts the values of a weight into the module."""
         for name in self.missing.pop(weight):
-            self._empty[name] = self.region.graph.get_parameter(name)
-            _set(self.region.graph, name, nn.Parameter(value.to(self._empty[name].dtype), requires_grad=False))
+            self._empty[name] = self.module.get_parameter(name)
+            _set(self.module, name, nn.Parameter(value.to(self._empty[name].dtype), requires_grad=False))
+
+    def finish(self, seed: int) -> None:
+        """Fills what the weights are for, and drops them."""
+        self.fill(seed)
+        for name, parameter in self._empty.items():
+            _set(self.module, name, parameter)
 
     def fill(self, seed: int) -> None:
-        """Fills the block, and drops the values."""
-        self.block.fill(self.region.graph, self.match, self.layer, seed)
-        for name, parameter in self._empty.items():
-            _set(self.region.graph, name, parameter)
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class _Upcycled(_Site):
+    """A dense FFN, and the block that replaces it."""
+
+    block: _Block
+    layer: LayerPlan
+
+    def fill(self, seed: int) -> None:
+        """Fills the block."""
+        assert isinstance(self.module, fx.GraphModule)
+        self.block.fill(self.module, self.match, self.layer, seed)
+
+
+@dataclass(kw_only=True)
+class _Separate(_Site):
+    """One expert that is a module of its own, and the stack with its rows."""
+
+    stack: Experts
+    number: int
+
+    def fill(self, seed: int) -> None:
+        """Fills its rows, if this rank has them."""
+        orders, rows = expert_orders(self.stack), stacked_rows(self.stack, self.module, self.match)
+        for name, parameter in self.stack.named_parameters(recurse=False):
+            held = global_rows(parameter, orders.get(name))
+            if self.number in held:
+                local_part(parameter)[held.index(self.number)].copy_(rows[name][local_block(parameter)[1:]])
 
 
 def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -47,13 +47,10 @@ class Job:
         """
         try:
             compiled = self._compiled(config)
-            reason = None if self.importing is None else self.importing.why_not(compiled.plan)
         except CaptureError as error:
             if self.importing is None:
                 raise
-            reason = str(error)
-        if reason is not None:
-            _say_whole(config, reason)
+            _say_whole(config, str(error))
             self.importing, self.model = None, source_model(config)
             compiled = self._compiled(config)
         if self.importing is not None and compiled.step0.reason == ON_META:

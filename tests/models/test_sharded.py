@@ -46,6 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "six": moe_model("mixtral", num_local_experts=6),
         "gpt_oss": moe_model("gpt_oss", num_local_experts=6),  # stacked in the files too, transposed, with biases
         "deepseek_v3": moe_model("deepseek_v3"),
+        "switch_transformers": moe_model("switch_transformers"),
     }
     return {name: write_pretrained(root / name, model) for name, model in models.items()}
 
@@ -70,6 +71,7 @@ MORE: dict[str, tuple[str, list[str]]] = {
     "biases ep4": ("gpt_neox", [*_EP4, "routing.bias=true", "balance=global_batch"]),
     "deepseek ep4": ("deepseek_v3", [*_EP4, "balance=bias"]),
     "deepseek ep2": ("deepseek_v3", [*_EP2, "balance=bias"]),
+    "separate experts": ("switch_transformers", _EP2),
     "tp, sliced": ("llama", [*_TP, *_SLICED]),
     "tp, biases": ("gpt_neox", _TP),
     "tp, latent attention": ("deepseek_v3", [*_TP, "balance=bias"]),
@@ -88,6 +90,11 @@ def moe_settings(architecture: str, init: ModelInit = ModelInit.auto, **changes:
     return {"architecture": architecture, "config": settings, "init": init}
 
 
+def switch_settings() -> dict[str, Any]:
+    """Of a model with an encoder, whose sizes have other names."""
+    return {"architecture": "switch_transformers", "config": {"vocab_size": VOCAB, **CONFIGS["switch_transformers"]}}
+
+
 _WIDE = {"intermediate_size": 2304, "hidden_size": 96}  # several blocks of random numbers
 DRAWN: dict[str, tuple[Source, list[str]]] = {
     "sliced ep4": (dense_settings("llama"), [*_EP4, *_SLICED, "seed=7"]),
@@ -102,6 +109,7 @@ DRAWN_MORE: dict[str, tuple[Source, list[str]]] = {
     "stacks cut within": (moe_settings("gpt_oss", num_local_experts=6), _EP2),
     "adapters": (moe_settings("deepseek_v3"), [*_EP2, "adapters=lora"]),
     "dense and existing": (moe_settings("deepseek_v3"), [*_EP2, "experts.sites=both"]),
+    "separate experts": (switch_settings(), _EP4),
     "lent": (moe_settings("mixtral"), [*_EP2, "dispatch.balance=lend"]),
     "an odd vocabulary": (dense_settings("llama", vocab_size=67), _EP4),
     "tp": (moe_settings("mixtral"), _TP),
@@ -117,6 +125,7 @@ def differences(cases: dict[str, tuple[str, list[str]]], folders: dict[str, str]
 
 
 PLACED = {
+    "placed, separate": ("switch_transformers", [*_EP2, "{file}"]),
     "placed": ("mixtral", [*_EP2, "{file}"]),
     "placed, cut within": ("six", [*_EP2, "{file}"]),
     "placed, sliced": ("llama", [*_EP4, *_SLICED, "{file}"]),

@@ -149,6 +149,8 @@ def test_deepseek_v3_is_trained_from_the_meta_device(tmp_path: Path) -> None:
         losses = [result[name] for result in results]
         assert max(losses) - min(losses) < 1e-5, (name, losses)
     assert results[0]["loss_last"] != results[0]["loss_first"]
+    export = python("-m", "moecompile", "task=export", "export.run=runs/1", cwd=tmp_path)
+    assert export.returncode == 0, export.stdout + export.stderr
 
 
 @pytest.mark.parametrize(
