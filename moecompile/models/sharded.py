@@ -27,6 +27,7 @@ from moecompile.match.ffn import FFNMatch
 from moecompile.models.build import build_empty, build_model, first_weights
 from moecompile.models.initial import Keyed, Replayed, materialise
 from moecompile.models.pretrained import Pretrained, non_persistent
+from moecompile.models.recorded import NotRecorded
 from moecompile.models.stored import Stored
 from moecompile.nn import Experts, Latent, LatentDown, LatentUp, Router, SharedExperts, meters_of, routers_of
 from moecompile.nn.adapters import init_adapters, side_of
@@ -56,10 +57,12 @@ def loads_sharded(config: Config, world_size: int) -> bool:
     model = config.model
     if model.device is ModelDevice.meta:
         return True
-    if world_size == 1 or model.load is ModelLoad.full or not (model.pretrained or model.architecture):
+    if world_size == 1 or model.load is ModelLoad.full or model.package:
         return False
     if model.pretrained or model.load is ModelLoad.sharded:
         return True
+    if model.factory:
+        return False
     try:
         structure = build_model(replace(model, device=ModelDevice.meta), config.seed)
     except ConfigError:  # it may need values
@@ -75,6 +78,8 @@ def structure_of(config: Config) -> nn.Module:
     """
     if config.model.pretrained:
         return ShardedImport(config).model
+    if config.model.factory:
+        return build_model(config.model, config.seed)
     return build_model(replace(config.model, device=ModelDevice.meta), config.seed)
 
 
@@ -90,12 +95,14 @@ class ShardedImport:
 
     Raises:
         ConfigError: the folder's weights are not exactly the model's, or the config's model cannot be built.
-        NotRecorded: the initial weights of the config's model cannot be made by shards.
+        NotRecorded: the initial weights cannot be made by shards.
     """
 
     def __init__(self, config: Config) -> None:
         self.seed = config.seed
         self.weights: Pretrained | Replayed | Keyed
+        if config.model.factory:
+            raise NotRecorded("model.factory builds it with code of its own")
         if config.model.pretrained:
             stored = Stored(Path(str(config.model.pretrained)))
             self.model = build_empty(config.model, stored.dtype())
