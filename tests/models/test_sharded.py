@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from moecompile.errors import ConfigError
-from moecompile.models import sharded
+from moecompile.models import build, initial, sharded
 from moecompile.models.build import build_model, example_inputs
-from moecompile.models.sharded import ShardedImport
+from moecompile.models.initial import Keyed, Replayed
+from moecompile.models.recorded import NotRecorded
+from moecompile.models.sharded import ShardedImport, loads_sharded
 from moecompile.pipeline import compile_with_report, make_plan
-from moecompile.schema import ModelInit
+from moecompile.schema import ModelDevice, ModelInit, ModelLoad
+from moecompile.tasks import job
 from tests.distributed.harness import run_distributed_test
 from tests.existing_models import CONFIGS, VOCAB, moe_model
 from tests.export.runs import DENSE, SEQ, scramble, tiny_config
@@ -154,6 +159,62 @@ def test_initial_values_are_those_of_the_whole_model() -> None:
 def test_so_they_are_on_every_mesh() -> None:
     for found in run_distributed_test(compare, 4, DRAWN_MORE, timeout_s=300):
         assert found == {case: [] for case in DRAWN_MORE}
+
+
+def test_which_models_are_filled_by_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_sharded(source: Source, load: str = "auto", ranks: int = 2) -> bool:
+        config = import_config(source, [])
+        config.model.load = ModelLoad(load)
+        return loads_sharded(config, ranks)
+
+    drawn, factory = dense_settings("llama"), {"factory": "tests.tiny:tiny_llama"}
+    assert not is_sharded(drawn) and is_sharded(drawn, "sharded") and not is_sharded(drawn, "sharded", ranks=1)
+    assert is_sharded("folder") and not is_sharded("folder", "full") and not is_sharded("folder", ranks=1)
+    assert not is_sharded(factory) and not is_sharded({"package": "some-package"}, "sharded")
+    assert is_sharded({**drawn, "device": ModelDevice.meta}, ranks=1)
+    monkeypatch.setattr(sharded, "SMALL", 1000)
+    assert is_sharded(drawn) and not is_sharded(drawn, "full") and not is_sharded(factory)
+
+
+def test_large_models_are_keyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = import_config(dense_settings("llama"), [])
+    assert isinstance(ShardedImport(config).weights, Replayed)
+    whole = build_model(config.model, config.seed).state_dict()
+    monkeypatch.setattr(build, "MOST_REPLAYED", 1000)
+    assert isinstance(ShardedImport(config).weights, Keyed)
+    assert not any(
+        torch.equal(value, whole[name])
+        for name, value in build_model(config.model, 0).named_parameters()
+        if value.ndim > 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "source", "reason"),
+    [
+        (None, {"factory": "tests.tiny:tiny_llama"}, "model.factory builds it with code of its own"),
+        (NotRecorded("its code is odd"), dense_settings("llama"), "its code is odd"),
+    ],
+)
+def test_what_cannot_be_filled_by_shards_is_made_whole_and_says_so(
+    error: Exception | None, source: Source, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    def refuse(*_: Any) -> None:
+        raise error or AssertionError
+
+    monkeypatch.setattr(initial, "record", refuse)
+    monkeypatch.setattr(job, "dist", SimpleNamespace(get_world_size=lambda: 2, get_rank=lambda: 0))
+    config = import_config(source, [])
+    config.model.load = ModelLoad.sharded
+    assert job._importing(config) is None
+    assert (
+        capsys.readouterr().out == f"model.load=sharded is not possible, every rank makes the whole model: {reason}\n"
+    )
+    config.model.device = ModelDevice.meta
+    with pytest.raises(
+        ConfigError, match=f"^model.device=meta: ranks cannot make .* alone: {reason}. Use model.device=cpu"
+    ):
+        job._importing(config)
 
 
 def test_shards_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
