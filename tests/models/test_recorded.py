@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moecompile.models import initial
 from moecompile.models.build import build_model, first_weights
 from moecompile.models.initial import Keyed, Replayed
-from moecompile.models.recorded import NotRecorded, record
+from moecompile.models.recorded import NotRecorded, record, replayed
 from moecompile.schema import ModelConfig, ModelInit
 from tests.existing_models import CONFIGS, VOCAB
 from tests.export.runs import DENSE
@@ -99,12 +99,12 @@ def test_one_weight_is_in_memory_at_a_time() -> None:
             for layer in self.layers:
                 nn.init.normal_(layer.weight)  # type: ignore[arg-type]
 
-    weights, held = Replayed(Deep, 0), list[int]()
-    for name in weights.names():
-        held.append(sum(value.untyped_storage().nbytes() for value in weights._values.values()))
+    weights, values = Replayed(Deep, 0), replayed(record(Deep), 0)
+    for name, _ in zip(weights.names(), values, strict=True):
+        held = values.gi_frame.f_locals["memories"].values()  # type: ignore[attr-defined]
+        assert sum(memory.nbytes() for memory in held) == 16 * 16 * 4
         with pytest.raises(KeyError):
             weights.whole("layers.0.weight" if name != "layers.0.weight" else "layers.1.weight")
-    assert held == [16 * 16 * 4] * 40
 
 
 @torch.no_grad()
