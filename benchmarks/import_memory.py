@@ -1,7 +1,8 @@
-"""How much memory a rank needs to import a pretrained model, against the shard that it keeps.
+"""How much memory a rank needs to import a model, or to draw its initial weights, against the shard that it keeps.
 
     python benchmarks/import_memory.py                    Mixtral, DeepSeek-V3 and an upcycled Llama at 1, 2 and 4 ranks
     python benchmarks/import_memory.py --ranks 4 --hidden 768
+    python benchmarks/import_memory.py --drawn            the same models from a config, whose weights are drawn
 
 A model is written to a temporary folder as save_pretrained writes it, then built, compiled, sharded and filled on real
 ranks (gloo). `peak` is the growth of a rank's anonymous memory (RssAnon, read every millisecond) from before the build
@@ -9,7 +10,8 @@ to the end of the import: what the process allocated itself, graphs of the compi
 the safetensors files, which the kernel maps and can drop. `full`, at the highest number of ranks, is the same for a
 full load that is sharded afterwards. The rank with the highest ratio is shown. Takes a few minutes. Writes
 benchmarks/results/import_memory.json, and exits with 1 if a sharded import needs more than 1.3 x shard + the largest
-stored tensor.
+stored tensor. With --drawn there is no folder, the largest tensor is the stacked experts of a layer, and the file is
+import_memory_drawn.json.
 """
 
 from __future__ import annotations
@@ -86,8 +88,8 @@ class Peak:
         return int(found[1]) * 1024
 
 
-def one(folder: str, world_size: int, load: str) -> dict[str, Any]:
-    """One import on this rank."""
+def one(source: str, world_size: int, load: str) -> dict[str, Any]:
+    """One import on this rank. source: a folder, or `model.config` as JSON."""
     import torch
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
@@ -100,7 +102,11 @@ def one(folder: str, world_size: int, load: str) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     config = compose_config(["mesh.num_nodes=1", f"mesh.ranks_per_node={world_size}", f"data.seq_len={SEQ}"])
-    config.model.architecture, config.model.config, config.model.pretrained = None, {}, folder
+    if source.startswith("{"):
+        config.model.config = json.loads(source)
+        config.model.architecture = config.model.config.pop("architecture")
+    else:
+        config.model.architecture, config.model.config, config.model.pretrained = None, {}, source
 
     def sharded() -> torch.nn.Module:
         importing = ShardedImport(config)
@@ -127,7 +133,7 @@ def one(folder: str, world_size: int, load: str) -> dict[str, Any]:
     }
 
 
-def rank_main(folder: str, tiny: str, load: str) -> None:
+def rank_main(source: str, tiny: str, load: str) -> None:
     """A rank: imports a tiny model first, so that modules that Python loads late do not count."""
     import torch.distributed as dist
 
@@ -135,19 +141,19 @@ def rank_main(folder: str, tiny: str, load: str) -> None:
     world_size = dist.get_world_size()
     one(tiny, world_size, load)
     rows: list[Any] = [None] * world_size
-    dist.all_gather_object(rows, one(folder, world_size, load))
+    dist.all_gather_object(rows, one(source, world_size, load))
     if dist.get_rank() == 0:
         print("ROWS" + json.dumps(rows), flush=True)
     dist.barrier()
     os._exit(0)
 
 
-def measure(folder: Path, tiny: Path, world_size: int, load: str) -> list[dict[str, Any]]:
+def measure(source: str, tiny: str, world_size: int, load: str) -> list[dict[str, Any]]:
     """The rows of all ranks."""
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}", __file__,
-        "--rank", str(folder), str(tiny), load,
+        "--rank", source, tiny, load,
     ]  # fmt: skip
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     found = [line for line in done.stdout.splitlines() if line.startswith("ROWS")]
@@ -155,6 +161,17 @@ def measure(folder: Path, tiny: Path, world_size: int, load: str) -> list[dict[s
         sys.exit(done.stdout + done.stderr)
     rows: list[dict[str, Any]] = json.loads(found[0].removeprefix("ROWS"))
     return rows
+
+
+def largest_weight(settings: dict[str, Any]) -> int:
+    """Bytes of the largest weight of a model from a config."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("architecture"), **settings))
+    return max(parameter.nbytes for parameter in model.parameters())
 
 
 def largest_stored(folder: Path) -> int:
@@ -172,6 +189,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--drawn", action="store_true")
     parser.add_argument("--rank", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
@@ -181,10 +199,16 @@ def main() -> int:
     print(f"{'MiB':16} {'ranks':>5} {' '.join(f'{name:>8}' for name in head)} peak/bound")
     for kind in MODELS:
         with TemporaryDirectory() as folder:
-            path, tiny = Path(folder, "model"), Path(folder, "tiny")
-            write(kind, arguments.hidden, path)
-            write(kind, 64, tiny)
-            largest = largest_stored(path)
+            if arguments.drawn:
+                both = [
+                    {"architecture": kind.split()[0], **model_config(kind, size)} for size in (arguments.hidden, 64)
+                ]
+                largest, (path, tiny) = largest_weight(both[0]), map(json.dumps, both)
+            else:
+                path, tiny = f"{folder}/model", f"{folder}/tiny"
+                write(kind, arguments.hidden, Path(path))
+                write(kind, 64, Path(tiny))
+                largest = largest_stored(Path(path))
             for world_size in arguments.ranks:
                 rows = measure(path, tiny, world_size, "sharded")
                 last = world_size == max(arguments.ranks)
@@ -197,7 +221,8 @@ def main() -> int:
                 shown = (f"{sizes[key] / MIB:8.1f}" if sizes[key] else " " * 8 for key in head)
                 print(f"{kind:16} {world_size:5} {' '.join(shown)} {row['peak'] / row['bound']:10.2f}", flush=True)
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"hidden": arguments.hidden, "rows": results}, indent=2) + "\n", encoding="utf-8")
+    file = RESULTS.with_stem("import_memory_drawn") if arguments.drawn else RESULTS
+    file.write_text(json.dumps({"hidden": arguments.hidden, "rows": results}, indent=2) + "\n", encoding="utf-8")
     return int(any(row["peak"] > row["bound"] for row in results))
 
 

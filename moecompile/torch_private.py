@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import is_dataclass
 from datetime import timedelta
@@ -47,6 +48,7 @@ __all__ = [
     "ORDERED",
     "FSDPMeshInfo",
     "HSDPMeshInfo",
+    "OpWatcher",
     "ShardPlacementResult",
     "all_gather_single",
     "apply",
@@ -58,9 +60,11 @@ __all__ = [
     "fake_tensors",
     "hooks_of",
     "in_backward",
+    "is_fake",
     "keeping",
     "local_block",
     "local_part",
+    "memory_of",
     "move_hooks",
     "non_persistent",
     "own_buffers",
@@ -76,6 +80,7 @@ __all__ = [
     "tree_map_only",
     "unsafe_view",
     "version_of",
+    "whole_ops",
 ]
 
 OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
@@ -214,7 +219,7 @@ class _CopyOnWrite(_CachingTorchDispatchMode):
 
     def _copy(self, memory: set[int]) -> None:
         def copied(kept: Any) -> Any:
-            if not isinstance(kept.val, torch.Tensor) or _memory_of(kept.val) not in memory:
+            if not isinstance(kept.val, torch.Tensor) or memory_of(kept.val) not in memory:
                 return kept
             changed = copy(kept)
             changed.val = kept.val.clone()
@@ -232,10 +237,10 @@ def _written(func: Any, args: Any, kwargs: Any) -> set[int]:
     by_name = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     leaves = tree_leaves([by_name.get(name) for name in writes])
-    return {_memory_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    return {memory_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
 
 
-def _memory_of(tensor: torch.Tensor) -> int:
+def memory_of(tensor: torch.Tensor) -> int:
     """An id of the storage, equal for all views of a tensor."""
     return int(tensor.untyped_storage()._cdata)
 
@@ -285,6 +290,52 @@ def fake_tensors() -> FakeTensorMode:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether it is a tensor of `fake_tensors`, not a real one."""
+    from torch._subclasses import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+class OpWatcher(TorchDispatchMode):
+    """Calls `watched` for each operation of aten, which runs it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def watched(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.watched(func, tuple(args), dict(kwargs or {}))
+
+
+@contextmanager
+def whole_ops(fill: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Makes constructors run on fake tensors as they do on real ones.
+
+    * `trunc_normal_`, which draws until all is inside its bounds, calls `fill(function, tensor, mean, std, a, b)`.
+    * `module.to(dtype)` gives parameters other data, as on real tensors. On fake ones torch swaps the objects, which
+      fails for parameters that are referred to weakly.
+    """
+    init, utils = torch.nn.init, torch.utils
+    trunc_normal, swap_tensors = init._no_grad_trunc_normal_, utils.swap_tensors
+
+    def fill_whole(tensor: torch.Tensor, mean: float, std: float, a: float, b: float, generator: Any = None) -> Any:
+        if generator is not None or not is_fake(tensor):
+            return trunc_normal(tensor, mean, std, a, b, generator=generator)
+        return fill(trunc_normal, tensor, mean, std, a, b)
+
+    def set_data(old: torch.Tensor, new: torch.Tensor) -> None:
+        old.data = new
+
+    init._no_grad_trunc_normal_, utils.swap_tensors = fill_whole, set_data
+    try:
+        yield
+    finally:
+        init._no_grad_trunc_normal_, utils.swap_tensors = trunc_normal, swap_tensors
 
 
 def split_axis(device_mesh: DeviceMesh, axis: str, sizes: dict[str, int]) -> DeviceMesh:

@@ -35,7 +35,7 @@ IN_THE_PLAN = (
 """Keys that decide the plan, which is compared layer by layer (moecompile.checkpoint.fit)."""
 IN_THE_MODEL = (
     "experts.widen.loads", "experts.widen.noise", "experts.widen.top_k", "model.architecture", "model.config",
-    "model.package", "model.pretrained",
+    "model.init", "model.package", "model.pretrained",
 )  # fmt: skip
 """Keys that decide the model, whose own config is compared; its weights are those of the checkpoint."""
 IN_THE_DATA = ("data.kind", "data.layout", "data.text_field", "data.tokenizer")

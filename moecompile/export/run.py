@@ -23,7 +23,7 @@ from moecompile.models.source import source_structure
 from moecompile.named_code import FACTORY, PLUGINS, Named, load_plugins
 from moecompile.pipeline import compile_with_report
 from moecompile.plan import Plan
-from moecompile.schema import Config
+from moecompile.schema import Config, ModelDevice
 
 PLAN, TOKENIZER = "plan.yaml", "tokenizer.json"
 
@@ -67,6 +67,7 @@ def find_run(
         raise ConfigError("export.checkpoint", weights, "is not a folder", "Name one of the run's checkpoints")
     config = load_resolved(folder / RESOLVED, named=named, runs=(FACTORY, PLUGINS), given_as=(path, value))
     load_plugins(config.plugins)
+    config.model.device = ModelDevice.cpu  # one process has no shards to fill
     return Run(folder, weights, config, plans.read(folder / PLAN))
 
 

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from moecompile.errors import ConfigError
+from moecompile.models.initial import MOST_REPLAYED, Keyed, Replayed, fill_whole
 from moecompile.models.loading import UNREADABLE, refuse_incomplete, unconverted_weights, unreadable
 from moecompile.models.packages import check_package, package_folder
+from moecompile.models.recorded import NotRecorded
 from moecompile.named_code import FACTORY, imported
-from moecompile.schema import ModelConfig, ModelDevice
+from moecompile.schema import ModelConfig, ModelDevice, ModelInit
 
 # Before the rewrite, transformers' plain loop computes existing experts: it supports every precision.
 _EXPERTS = "eager"
@@ -42,7 +44,53 @@ def build_model(model: ModelConfig, seed: int) -> nn.Module:
             return _from_factory(model.factory)
         if (folder := pretrained_folder(model)) is not None:
             return _from_pretrained(folder, model)
+        if model.device is ModelDevice.cpu and (keyed := _keyed(model, seed)) is not None:
+            return keyed
         return _from_architecture(model)
+
+
+def first_weights(model: ModelConfig, seed: int, structure: nn.Module) -> Replayed | Keyed:
+    """The initial weights of a model from a config, as `model.init` says.
+
+    Args:
+        structure: the model on the meta device.
+
+    Raises:
+        NotRecorded: they cannot be made one by one. ConfigError: the same, where there is no other way.
+    """
+
+    def build() -> nn.Module:
+        return _from_architecture(model)
+
+    if not _is_keyed(model, structure):
+        return Replayed(build, seed)
+    try:
+        return Keyed(build, seed)
+    except NotRecorded as error:
+        raise ConfigError("model.init", "keyed", str(error), "Use model.init=replay") from error
+
+
+def _is_keyed(model: ModelConfig, structure: nn.Module) -> bool:
+    if model.init is not ModelInit.auto:
+        return model.init is ModelInit.keyed
+    return sum(parameter.numel() for parameter in structure.parameters()) > MOST_REPLAYED
+
+
+def _keyed(model: ModelConfig, seed: int) -> nn.Module | None:
+    """The model, if `model.init` draws each block of its rows from a key of its own."""
+    if model.init is ModelInit.replay:
+        return None
+    try:
+        structure = build_model(replace(model, device=ModelDevice.meta), seed)
+    except ConfigError:  # it needs values, or cannot be built at all
+        if model.init is ModelInit.auto:
+            return None
+        raise
+    if not _is_keyed(model, structure):
+        return None
+    weights = first_weights(model, seed, structure)
+    assert isinstance(weights, Keyed)
+    return fill_whole(structure, weights)
 
 
 def pretrained_folder(model: ModelConfig) -> Path | None:

@@ -46,6 +46,8 @@ class Pretrained:
         ConfigError: a weight or an expert is missing, duplicated, or of another shape.
     """
 
+    note: str | None = None
+
     def __init__(self, stored: Stored, model: Any) -> None:
         self.stored, self.model = stored, model
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -53,6 +55,10 @@ class Pretrained:
         self.recipes: dict[str, _Recipe] = {}
         self._assign()  # Step 1
         self._check()  # Step 2
+
+    def names(self) -> Iterator[str]:
+        """All weights, in the order of the model's modules."""
+        return iter(self.shapes)
 
     def read(self, name: str, rows: range, within: tuple[slice, ...] = ()) -> Iterator[tuple[range, Tensor]]:
         """Rows of a weight's first dim (step 3), in parts, so that they are not in memory twice.

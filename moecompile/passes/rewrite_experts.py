@@ -192,14 +192,20 @@ def _stacked(match: ExpertsMatch, module: nn.Module, traced: fx.GraphModule, ffn
         bias_down=bias_down, activation=activation_module(traced, ffn), device=like.device, dtype=like.dtype,
     )  # fmt: skip
     for i, path in enumerate(match.modules):
-        expert = module.get_submodule(path)
-        getattr(stack, stack.in_name)[i].copy_(torch.cat([x.weight_of(expert) for x in ffn.ins]))
-        stack.down_proj[i].copy_(ffn.down.weight_of(expert))
-        if bias_up:
-            own = [x.bias_of(expert) for x in ffn.ins]
-            biases = [like.new_zeros(x.d_out) if b is None else b for b, x in zip(own, ffn.ins, strict=True)]
-            getattr(stack, f"{stack.in_name}_bias")[i].copy_(torch.cat(biases))
-        if stack.down_proj_bias is not None and (bias := ffn.down.bias_of(expert)) is not None:
-            stack.down_proj_bias[i].copy_(bias)
+        for name, row in stacked_rows(stack, module.get_submodule(path), ffn).items():
+            stack.get_parameter(name)[i].copy_(row)
     freeze_stack(stack, [module.get_submodule(path) for path in match.modules], ffn, fqn)
     return stack
+
+
+def stacked_rows(stack: Experts, expert: nn.Module, ffn: FFNMatch) -> dict[str, Tensor]:
+    """What each parameter of a stack holds of one separate expert."""
+    down = ffn.down.weight_of(expert)
+    rows = {stack.in_name: torch.cat([x.weight_of(expert) for x in ffn.ins]), "down_proj": down}
+    if getattr(stack, f"{stack.in_name}_bias") is not None:
+        own = [x.bias_of(expert) for x in ffn.ins]
+        biases = [down.new_zeros(x.d_out) if b is None else b for b, x in zip(own, ffn.ins, strict=True)]
+        rows[f"{stack.in_name}_bias"] = torch.cat(biases)
+    if stack.down_proj_bias is not None and (bias := ffn.down.bias_of(expert)) is not None:
+        rows["down_proj_bias"] = bias
+    return rows

@@ -56,6 +56,7 @@ from moecompile.schema.enums import (
     LoggerKind,
     MaskPadding,
     ModelDevice,
+    ModelInit,
     ModelLoad,
     MuonPrecision,
     MuonScale,

@@ -38,6 +38,7 @@ from moecompile.schema.enums import (
     LoggerKind,
     MaskPadding,
     ModelDevice,
+    ModelInit,
     ModelLoad,
     MuonPrecision,
     MuonScale,
@@ -712,11 +713,17 @@ class ModelConfig:
     factory: Optional[str] = None
     """`package.module:function`, called without arguments; only from the command line or Python."""
     device: ModelDevice = ModelDevice.cpu
-    """Device on which it is built; `meta` has shapes but no values, enough for task=plan and task=compile."""
+    """Device of the build; `meta` has shapes alone, enough to plan and compile; to train, ranks fill their parts."""
     published: Optional[str] = None
     """The size of this architecture as published in its paper or model card, for display."""
-    load: ModelLoad = ModelLoad.sharded
-    """How several ranks load `pretrained`: each reads only its part, or loads the whole model and drops the rest."""
+    load: ModelLoad = ModelLoad.auto
+    """Whether each of several ranks makes its part of the weights (`sharded`), or all and drops the rest (`full`).
+    `auto`: `full` if `architecture` has at most 64 million numbers.
+    """
+    init: ModelInit = ModelInit.auto
+    """Initial weights of `architecture`: the numbers that transformers draws (`replay`), or those of keys, by which a
+    rank draws its own alone (`keyed`); `auto`: `replay` up to 4 billion numbers.
+    """
 
 
 @dataclass(kw_only=True)

@@ -41,10 +41,19 @@ class ModelDevice(str, Enum):
 
 
 class ModelLoad(str, Enum):
-    """How the ranks of a mesh load a pretrained model."""
+    """How the ranks of a mesh load or build a model."""
 
-    sharded = "sharded"  # each rank reads only its own part
-    full = "full"  # each rank loads the whole model, then drops the rest
+    auto = "auto"  # sharded, except for small models from a config
+    sharded = "sharded"  # each rank reads or draws only its own part
+    full = "full"  # each rank makes the whole model, then drops the rest
+
+
+class ModelInit(str, Enum):
+    """Where the initial weights of a model from a config come from (docs/understand/meshes.md)."""
+
+    auto = "auto"  # replay up to 4 billion numbers, keyed beyond
+    replay = "replay"  # the numbers that transformers draws, on every rank
+    keyed = "keyed"  # each block of rows from a random key of its own, so that a rank draws its rows alone
 
 
 class SiteKind(str, Enum):

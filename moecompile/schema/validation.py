@@ -25,11 +25,14 @@ from moecompile.schema.config import (
 )
 from moecompile.schema.enums import (
     AdapterKind,
+    Baseline,
     DataKind,
     ExpertInit,
     ExportFormat,
     LauncherKind,
     ModelDevice,
+    ModelInit,
+    ModelLoad,
     Objective,
     OptimizerKind,
     SiteKind,
@@ -182,16 +185,35 @@ def check_model(config: Config) -> None:
             "exactly one of model.architecture, model.pretrained, model.package and model.factory must be given",
             "Select a model group, for example model=llama_nano, or give one of the four",
         )
-    task = config.task.name
-    if config.model.device is ModelDevice.meta and task in (TaskName.train, TaskName.bench):
+    model = config.model
+    if model.init is not ModelInit.auto and not model.architecture:
         raise ConfigError(
-            "model.device", "meta", f"the model has shapes but no values, so task={task.value} cannot run it",
-            "Use task=plan or task=compile, or model.device=cpu if it fits into memory",
+            "model.init", model.init.value, f"is for models from a config, and model.{given[0]} gives the weights",
+            "Leave it out, or use model.architecture",
         )  # fmt: skip
-    if config.model.device is ModelDevice.meta and (config.model.pretrained or config.model.package):
+    if model.device is ModelDevice.meta:
+        _check_meta(config, given[0])
+
+
+def _check_meta(config: Config, source: str) -> None:
+    """Checks that the model needs no values, or that ranks can make their shards of it alone."""
+    if source in ("pretrained", "package"):
         raise ConfigError(
-            "model.device", "meta", f"model.{given[0]} loads values", "Use model.device=cpu, or model.architecture"
+            "model.device", "meta", f"model.{source} loads values", "Use model.device=cpu, or model.architecture"
         )
+    if config.task.name not in (TaskName.train, TaskName.bench):
+        return
+    whole = (
+        (source == "factory", "model.factory builds the model whole, with code of its own"),
+        (config.model.load is ModelLoad.full, "model.load=full makes the whole model on every rank"),
+        (config.experts.init is ExpertInit.widen, "experts.init=widen copies whole weights"),
+        (config.trainer.baseline is Baseline.dense, "trainer.baseline=dense builds the dense model whole"),
+    )
+    if reason := next((text for holds, text in whole if holds), None):
+        raise ConfigError(
+            "model.device", "meta", f"{reason}, and on this device it has no values",
+            "Change that, or use model.device=cpu if it fits into the memory of each rank",
+        )  # fmt: skip
 
 
 # -- mesh -----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moecompile import waiting
 from moecompile.models.build import example_inputs
-from moecompile.models.sharded import ShardedImport, loads_sharded
+from moecompile.models.sharded import loads_sharded, structure_of
 from moecompile.models.source import source_model
 from moecompile.pipeline.captured import planning_facts
 from moecompile.pipeline.shape import shape_of_model
@@ -29,7 +29,7 @@ def with_layout(config: Config) -> Config:
     waiting.show(f"{EP}={SEARCHED}: loading the model", line=False)
     world = config.mesh.num_nodes * config.mesh.ranks_per_node
     is_sharded = loads_sharded(config, world) and config.experts.init is not ExpertInit.widen
-    model = ShardedImport(config).model if is_sharded else source_model(config)  # as ranks do, without the weights
+    model = structure_of(config) if is_sharded else source_model(config)  # as ranks do, without the weights
     sites, facts = planning_facts(model, config, example_inputs(model, config.data.seq_len))
     choice = choose_layout(sites, facts, config, lambda plan: shape_of_model(model, plan))
     waiting.done()

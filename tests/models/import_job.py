@@ -1,7 +1,8 @@
-"""A pretrained folder on several ranks: loaded in full and sharded, and loaded by shards; what differs."""
+"""A model on several ranks: made in full and sharded, and made by shards; what differs. From a folder, or a config."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,23 @@ from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.pipeline import compile_with_report
 from moecompile.schema import Config, ModelConfig, validate
 from tests.export.runs import SEQ
+from tests.forked import REPOSITORY
+
+Source = str | dict[str, Any]
+"""A folder, or settings of `model`."""
 
 
-def import_config(folder: str, overrides: list[str]) -> Config:
+def import_config(source: Source, overrides: list[str]) -> Config:
     config = compose_config([*overrides, f"data.seq_len={SEQ}"])
-    config.model = ModelConfig(name="tiny", pretrained=folder)
+    of_model: dict[str, Any] = {"pretrained": source} if isinstance(source, str) else source
+    config.model = ModelConfig(name="tiny", **of_model)
     validate(config)
     return config
 
 
-def compare(rank: int, world_size: int, cases: dict[str, tuple[str, list[str]]]) -> dict[str, list[str]]:
+def compare(rank: int, world_size: int, cases: dict[str, tuple[Source, list[str]]]) -> dict[str, list[str]]:
     """case -> the tensors of this rank that are not equal bit for bit, and whether outputs are."""
-    return {name: _differences(import_config(folder, overrides)) for name, (folder, overrides) in cases.items()}
+    return {name: _differences(import_config(source, overrides)) for name, (source, overrides) in cases.items()}
 
 
 def _differences(config: Config) -> list[str]:
@@ -55,6 +61,17 @@ def _differences(config: Config) -> list[str]:
     if not torch.equal(*outputs):
         wrong.append(f"logits differ by {(outputs[0] - outputs[1]).abs().max()}")
     return wrong
+
+
+def memory(rank: int, world_size: int, source: str, tiny: str) -> dict[str, int]:
+    """What a rank allocates to draw the weights of a model, bytes (benchmarks/import_memory.py). tiny: drawn before."""
+    spec = importlib.util.spec_from_file_location("import_memory", REPOSITORY / "benchmarks" / "import_memory.py")
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    benchmark.one(tiny, world_size, "sharded")
+    found: dict[str, int] = benchmark.one(source, world_size, "sharded")
+    return found
 
 
 def tensors(model: Any) -> dict[str, Tensor]:

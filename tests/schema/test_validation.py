@@ -263,6 +263,11 @@ ONLY_IN_TASKS: dict[str, tuple[list[str], str]] = {
         [*PACKAGE, "task.name=plan", "model.device=meta"],
         "model.device=meta: model.package loads values. Use model.device=cpu, or model.architecture.",
     ),
+    "weights that are there": (
+        [*PACKAGE, "model.init=keyed"],
+        "model.init=keyed: is for models from a config, and model.package gives the weights. Leave it out, or use "
+        "model.architecture.",
+    ),
     "tokenizer of no model": (
         ["data.tokenizer=model"],
         "data.tokenizer=model: the model llama_nano is not pretrained, so it has no tokenizer. Use data=moby_dick, "

@@ -21,6 +21,7 @@ from moecompile.passes.base import count_ops
 from moecompile.pipeline import compile_with_report, make_plan
 from moecompile.plan import ExpertsSite, Plan
 from moecompile.schema import Config, validate
+from tests.forked import python
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = sorted((REPOSITORY / "conf" / "model").glob("*.yaml"))
@@ -121,12 +122,50 @@ def test_it_compiles_without_values(name: str) -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_training_needs_values() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^model\.device=meta: the model has shapes but no values, so task=train cannot"
-    ):
-        validate(compose_config(["model=mixtral_8x7b"]))
-    validate(compose_config(["model=mixtral_8x7b", "task=plan"]))
+SMALL = [
+    "model=deepseek_v3", "data.vocab_size=300", "data.seq_len=32", "data.micro_batch_size=2", "data.global_batch_size=8",
+    "data.val_batches=2", "data.val_fraction=0.01", "trainer.max_steps=2", "trainer.log_interval=1",
+    "trainer.precision=fp32", *(f"model.config.{key}={value}" for key, value in {
+        "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 32,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 16,
+        "vocab_size": 300, "dtype": "float32",
+    }.items()),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_deepseek_v3_is_trained_from_the_meta_device(tmp_path: Path) -> None:
+    """With fewer layers and small widths: the losses of the model that one process builds, on every mesh."""
+    whole = python("-m", "moecompile", *SMALL, "mesh=cpu_1", "model.device=cpu", "hydra.run.dir=whole", cwd=tmp_path)
+    runs = ["-m", *SMALL, "mesh=cpu_1,cpu_1x2,cpu_2x2", "hydra.sweep.dir=runs"]
+    drawn = python("-m", "moecompile", *runs, cwd=tmp_path)
+    assert (whole.returncode, drawn.returncode) == (0, 0), whole.stdout + whole.stderr + drawn.stdout + drawn.stderr
+    assert "initial weights: " in drawn.stdout and "initial weights: " not in whole.stdout
+    results = [json.loads(file.read_text()) for file in tmp_path.glob("**/result.json")]
+    results = [result for result in results if result["task"] == "train"]
+    assert sorted(result["world_size"] for result in results) == [1, 1, 2, 4]
+    for name in ("loss_first", "loss_last"):
+        losses = [result[name] for result in results]
+        assert max(losses) - min(losses) < 1e-5, (name, losses)
+    assert results[0]["loss_last"] != results[0]["loss_first"]
+    export = python("-m", "moecompile", "task=export", "export.run=runs/1", cwd=tmp_path)
+    assert export.returncode == 0, export.stdout + export.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["model.load=full"], "model.load=full makes the whole model on every rank"),
+        (["trainer.baseline=dense"], "trainer.baseline=dense builds the dense model whole"),
+        (["model.architecture=null", "model.factory=json:loads"], "model.factory builds the model whole"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused(overrides: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"^model.device=meta: {reason}"):
+        validate(compose_config(["model=mixtral_8x7b", *overrides]))
+    validate(compose_config(["model=mixtral_8x7b"]))
+    validate(compose_config(["model=mixtral_8x7b", "task=plan", *overrides]))
 
 
 def test_presets_for_dense_models_do_not_stop_a_published_one() -> None:

@@ -44,7 +44,7 @@ def test_it_is_trained_on_ranks_and_gone_on_with(folder: Path) -> None:
     said = " ".join((folder / "two.txt").read_text().split())
     assert "note widened: 2 MoE layers, 4 -> 8 experts; outputs differ by" in said
     assert "then noise of 0.05 on copies" in said
-    assert "every rank loads the whole model: experts.init=widen copies whole weights" in said
+    assert "every rank makes the whole model: experts.init=widen copies whole weights" in said
     whole = losses_of(folder / "two")
     assert len(whole) == 4 and losses_of(folder / "one after two")[-2:] == pytest.approx(whole[2:], abs=2e-5)
     assert result_of(folder / "two")["num_rewritten"] == 2
