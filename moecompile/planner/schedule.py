@@ -17,9 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from moecompile.mesh import MeshSpec, Part
-from moecompile.plan import GATHER, REDUCE, LayerPlan, WeightTraffic
+from moecompile.plan import GATHER, REDUCE, LayerPlan, WeightTraffic, reductions
+from moecompile.plan.plan import DENSE
 from moecompile.planner.memory import own_params, whole_params
 from moecompile.planner.params import (
     AUTO,
@@ -50,11 +52,8 @@ def sharded(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> S
     """What FSDP shards of a model, as the module docstring says."""
     params, trained, share = model_params(layers, facts), trained_params(layers, facts), expert_share(layers, mesh)
     in_layers, root = whole_params(layers, mesh, facts)
-    own, own_root, owned = (
-        own_params(params, mesh, share),
-        mesh.share(root, Part.STORED),
-        own_params(trained, mesh, share),
-    )
+    own, owned = own_params(params, mesh, share), own_params(trained, mesh, share)
+    own_root, summed = mesh.share(root, Part.STORED), next(r for r in reductions(mesh) if r.parameters == DENSE)
     split = min(trained.dense, trained.split_root + trained.split_layers)
     dense = trained.dense - split + mesh.share(split, Part.WEIGHTS)
     experts = sum(padded_experts(layer, mesh) for layer in layers) if trained.experts else 0
@@ -64,7 +63,7 @@ def sharded(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> S
         root=root - own_root,
         grads=max(0, dense + experts - owned),
         owned=owned,
-        replicas=mesh.size("dp_replicate"),
+        replicas=prod(mesh.size(axis) for axis in summed.sum_over if axis not in summed.sharded_over),
     )
 
 
