@@ -1,17 +1,22 @@
 """Where does the layout that others published rank among all that fit, by the predicted time of a step?
 
-    python benchmarks/search.py    # a minute; writes benchmarks/results/search.json and docs/assets/search.md
+    python benchmarks/search.py          # a minute; writes benchmarks/results/search.json and docs/assets/search.md
+    python benchmarks/search.py --own    # ten minutes; results/full_size.json and docs/assets/full_size.md
 
 Held as published: model, machine, GPUs, batch, sequence, precision, dispatcher, overlap, graphs and what is recomputed.
 Searched: tp, pp, vpp, cp, ep, etp, ZeRO and the micro-batch, all that divide and fit into memory (planner/search). A
 published layout that does not fit by our own estimate is ranked all the same, and that is said.
 
 Four cases are rows of published.yaml; the layouts of the others, and their sources, are in published/search.yaml.
+
+With `--own`: what this package runs beside the best that is described, with the same software and with a stack of 2026,
+for five models. Each is two runs of `task=search`, whose directories are kept in runs/full_size and not made again.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -127,8 +132,56 @@ def table(rows: Sequence[Ranked]) -> str:
     return "\n".join(lines) + "\n"
 
 
+OWN_RESULTS, OWN_MARKDOWN = RESULTS.with_name("full_size.json"), MARKDOWN.with_name("full_size.md")
+# model, ranks -> its layout, and the stack of what is described
+FIVE: dict[str, tuple[tuple[str, ...], str]] = {
+    "gpt-oss-120b, 64 H100": (("model=gpt_oss_120b", "mesh=h100_2x8", "mesh.num_nodes=8"), "megatron_2026"),
+    "Qwen3-30B-A3B, 16 H100": (("model=qwen3_30b_a3b", "mesh=h100_2x8"), "megatron_2026"),
+    "Mixtral 8x22B, 128 H100, ep 8": (
+        ("model=mixtral_8x22b", "mesh=h100_2x8", "mesh.num_nodes=16", "mesh.ep=8"), "megatron_2026",
+    ),
+    "Qwen3-235B, 256 H100": (("model=qwen3_235b_a22b", "mesh=h100_2x8", "mesh.num_nodes=32"), "megatron_2026"),
+    "DeepSeek-V3, 2,048 H800": (("model=deepseek_v3", "mesh=h800_256x8"), "deepseek_v3"),
+}  # fmt: skip
+
+
+def own() -> None:
+    """Writes what runs beside what is described: predicted tokens/s of a rank."""
+    found = {}
+    for name, (overrides, stack) in FIVE.items():
+        runs, same = _searched(name, "ours", overrides)
+        _, theirs = _searched(name, stack, (*overrides, f"stack={stack}"))
+        found[name] = {"runs": runs, "same software": same, stack: theirs}
+    OWN_RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    lines = [
+        "| case | runs | described, same software | described, stack of 2026 |",
+        "|---|---|---|---|",
+    ]
+    for name, row in found.items():
+        runs, *others = row.values()
+        ratios = [f"{each:,.0f} ({each / runs:.2f} x)" for each in others]
+        lines.append(f"| {name} | {runs:,.0f} | {' | '.join(ratios)} |")
+    OWN_MARKDOWN.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(OWN_MARKDOWN.read_text(encoding="utf-8"))
+
+
+def _searched(name: str, kind: str, overrides: Sequence[str]) -> tuple[float, float]:
+    """Tokens/s of a rank: of the best layout that runs, and of the best that is described."""
+    folder = REPOSITORY / "runs" / "full_size" / f"{name.split(',', maxsplit=1)[0]}.{kind}"
+    result = folder / "result.json"
+    if not result.is_file():
+        command = [sys.executable, "-m", "moecompile", "task=search", *overrides, f"hydra.run.dir={folder}"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    body = json.loads(result.read_text(encoding="utf-8"))
+    speed = "tokens_per_second_per_rank"
+    return float(body["best"][speed]), max(float(each[speed]) for each in body["described_front"])
+
+
 def main() -> None:
     """The program."""
+    if sys.argv[1:] == ["--own"]:
+        own()
+        return
     rows = [ranked(name, case) for name, case in cases().items()]
     RESULTS.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     MARKDOWN.write_text(table(rows), encoding="utf-8")
