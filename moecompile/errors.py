@@ -80,6 +80,12 @@ class DoesNotFit(MoecompileError):
     reported = True
 
 
+class RehearsalDiffers(MoecompileError):
+    """A rehearsed program holds or sends something else than its plan says. The task has printed it."""
+
+    reported = True
+
+
 class UnboundAxisError(MoecompileError):
     """An exchange was run before `shard` bound its mesh axis to a process group."""
 

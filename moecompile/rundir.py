@@ -191,6 +191,12 @@ def resume_hint(overrides: Sequence[str], run_dir: Path) -> str:
     return f"resume with:  {shlex.join(words)}"
 
 
+def rehearsal_hint(overrides: Sequence[str]) -> str:
+    """The command that rehearses a step of a job on this machine."""
+    kept = [word for word in _without(overrides, "task", "hydra.run.dir") if not word.startswith("launcher")]
+    return f"rehearse a step of it here with:  {shlex.join(['python', '-m', 'moecompile', 'task=rehearse', *kept])}"
+
+
 def job_command(overrides: Sequence[str], run_dir: Path, task: str, python: str) -> list[str]:
     """The command of a job that runs `task` in `run_dir`, and goes on there if it is started again."""
     kept = _without(overrides, "task", "launcher.dry_run")

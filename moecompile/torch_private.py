@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import is_dataclass
@@ -24,10 +24,11 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import (
     TrainingState,
 )
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -37,8 +38,6 @@ from torch.utils.checkpoint import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch._subclasses import FakeTensorMode
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
@@ -57,7 +56,10 @@ __all__ = [
     "compile_whole",
     "device_of",
     "drop_unreduced",
+    "fake_group",
     "fake_tensors",
+    "fake_values",
+    "gathered_bytes",
     "hooks_of",
     "in_backward",
     "is_fake",
@@ -72,6 +74,8 @@ __all__ = [
     "own_parameters",
     "parameters_of",
     "process_group_by_name",
+    "process_group_of",
+    "scalar_of",
     "see_attributes",
     "set_attribute",
     "set_timeouts",
@@ -80,7 +84,10 @@ __all__ = [
     "tree_map_only",
     "unsafe_view",
     "version_of",
+    "watch_resizes",
     "whole_ops",
+    "whole_shapes_unseen",
+    "without_scores",
 ]
 
 OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
@@ -338,6 +345,91 @@ def whole_ops(fill: Callable[..., torch.Tensor]) -> Iterator[None]:
         init._no_grad_trunc_normal_, utils.swap_tensors = trunc_normal, swap_tensors
 
 
+def fake_group(rank: int, world_size: int) -> None:
+    """Makes this process, until it ends, rank `rank` of ranks that do not exist: collectives return at once, nothing is
+    sent, and objects that another rank would send are this one's.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the back end
+
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    dist.broadcast_object_list = lambda *args, **kwargs: None
+
+
+def process_group_of(argument: Any) -> ProcessGroup | None:
+    """The process group that an argument of an op of c10d stands for; None if it is something else."""
+    return ProcessGroup.unbox(argument) if isinstance(argument, torch.ScriptObject) and _is_group(argument) else None
+
+
+def _is_group(argument: torch.ScriptObject) -> bool:
+    return str(argument._type()).endswith("ProcessGroup")
+
+
+def scalar_of(func: Any) -> bool:
+    """Whether an op reads the value of a tensor (`.item()`, `bool`, `tolist`)."""
+    return func is torch.ops.aten._local_scalar_dense.default
+
+
+@contextmanager
+def watch_resizes(seen: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Calls `seen` with each storage that is resized: FSDP2 frees what it has gathered so, which no op shows."""
+    resize = torch.UntypedStorage.resize_
+
+    def watched(storage: torch.UntypedStorage, size: int) -> Any:
+        result = resize(storage, size)
+        seen(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
+def without_scores(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float, is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:  # fmt: skip
+    """Attention by the operator of GPUs that keeps no matrix of scores, for fake tensors of any device."""
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention.default
+    out: torch.Tensor = attend(q, k, v, mask, True, dropout, is_causal, scale=scale)[0]
+    return out
+
+
+def gathered_bytes(model: nn.Module, *, at_once: bool) -> int:
+    """Bytes of weights that FSDP2 has gathered at most: those of the root and of the largest layer; at_once: of all."""
+    sizes = []
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            params = [param for group in module._get_fsdp_state()._fsdp_param_groups for param in group.fsdp_params]
+            outputs = [out for param in params for out in getattr(param, "all_gather_outputs", ())]
+            sizes.append(sum(out.numel() * out.element_size() for out in outputs))
+    return sum(sizes) if at_once or not sizes else sizes[0] + max(sizes[1:], default=0)
+
+
+def fake_values() -> FakeTensorMode:
+    """A mode in which all tensors have shapes and no values, and sizes are numbers."""
+    from torch._subclasses import FakeTensorMode  # here, because it loads sympy
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def whole_shapes_unseen() -> Iterator[None]:
+    """Modes do not see the fake tensors by which DTensor finds out the shapes of whole tensors; they take no memory."""
+    find = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def apart(*args: Any) -> Any:
+        with _disable_current_modes():
+            return find(*args)
+
+    ShardingPropagator._propagate_tensor_meta_non_cached = apart  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        ShardingPropagator._propagate_tensor_meta_non_cached = find  # type: ignore[method-assign]
+
+
 def split_axis(device_mesh: DeviceMesh, axis: str, sizes: dict[str, int]) -> DeviceMesh:
     """A mesh with `axis` split into the axes `sizes`, the last one varying fastest; creates their process groups."""
     return device_mesh._unflatten(axis, tuple(sizes.values()), tuple(sizes))
@@ -346,7 +438,8 @@ def split_axis(device_mesh: DeviceMesh, axis: str, sizes: dict[str, int]) -> Dev
 def set_timeouts(timeout: timedelta) -> None:
     """Gives every process group of this rank the same timeout; those of a device mesh start with 30 minutes."""
     for group in list(_world.pg_map):
-        group.set_timeout(timeout)
+        if dist.get_backend(group) != "fake":
+            group.set_timeout(timeout)
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:

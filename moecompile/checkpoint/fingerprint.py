@@ -56,7 +56,7 @@ MAY_DIFFER = (
     "mesh.*", "model.device", "model.load", "stack.*", "workload.*",
     # Names, permissions and other tasks.
     "bench.*", "chat.*", "compare", "debug", "export.*", "given", "model.name", "model.published", "name", "place.*",
-    "routing.allow_future", "search.*", "task.*", "verify.*",
+    "routing.allow_future", "rehearse.*", "search.*", "task.*", "verify.*",
 )  # fmt: skip
 """Keys that change neither the function that is trained nor the data that come next."""
 

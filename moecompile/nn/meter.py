@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from moecompile import ops  # noqa: F401  (registers the ops)
 
 TOKENS, DROPPED, ENTROPY = range(3)  # indices in `sums`
-BINS = 1000  # of the histograms of quantile balancing, as in Kimi K3's report
 
 
 class LoadMeter(nn.Module):

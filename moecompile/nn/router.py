@@ -17,10 +17,10 @@ from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.errors import MoecompileError
 from moecompile.nn.chosen import in_words, kept_within, open_experts, replayed_or_live
 from moecompile.nn.losses import KeepsLosses
-from moecompile.nn.meter import BINS, LoadMeter
+from moecompile.nn.meter import LoadMeter
 from moecompile.nn.padding import without_padding
 from moecompile.nn.scores import FUNCTIONS, normed
-from moecompile.routing import NO_BALANCE, BalanceSpec, RouterConfig, check_balance
+from moecompile.routing import BINS, NO_BALANCE, BalanceSpec, RouterConfig, check_balance
 from moecompile.routing.scores import SCORES
 
 

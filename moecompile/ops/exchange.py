@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moecompile.errors import UnboundAxisError
+from moecompile.ops import sizes
 from moecompile.ops.host import finish_read, start_read
 from moecompile.ops.traffic import traffic
 from moecompile.torch_private import all_gather_single, process_group_by_name
@@ -70,7 +71,7 @@ def all_to_all(rows_RD: Tensor, table_2rn: Tensor, column: int, reverse: bool, a
 
 @all_to_all.register_fake
 def _(rows_RD: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str) -> Tensor:
-    size = torch.library.get_ctx().new_dynamic_size()
+    size = sizes.size(lambda load: load.brought(rows_RD.shape[0], table_2rn, column, reverse, axis))
     return rows_RD.new_empty(size, rows_RD.shape[1])
 
 
@@ -106,7 +107,7 @@ def exchange_assignments(
 
 @exchange_assignments.register_fake
 def _(weights_A: Tensor, codes_A: Tensor, table_2rn: Tensor, column: int, axis: str) -> tuple[Tensor, Tensor]:
-    size = torch.library.get_ctx().new_dynamic_size()
+    size = sizes.size(lambda load: load.brought(weights_A.shape[0], table_2rn, column, False, axis))
     return weights_A.new_empty(size), codes_A.new_empty(size)
 
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moecompile.ops import sizes
 from moecompile.ops.collect import collected_by
 from moecompile.ops.cpu.blocks import longest, make_blocks, padded, pieces, places, scratch, starts_of, summed
 from moecompile.ops.cpu.native import Kernels, kernels
@@ -170,7 +171,7 @@ def _(
     x_VD: Tensor, source_R: Tensor, weights_R: Tensor, counts_S: Tensor, gate_ups: list[Tensor], downs: list[Tensor],
     grad_token: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    size = torch.library.get_ctx().new_dynamic_size() if may_be_padded(x_VD) else source_R.shape[0]
+    size = sizes.size(lambda _: source_R.shape[0]) if may_be_padded(x_VD) else source_R.shape[0]
     return (
         torch.empty_like(x_VD),
         x_VD.new_empty(size, gate_ups[0].shape[1]),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moecompile.ops import sizes
 from moecompile.ops.host import finish_read
 from moecompile.ops.layout import by_assignment
 from moecompile.ops.tokens import expert_counts
@@ -49,7 +50,7 @@ def own_tokens(ids_TK: Tensor, table_2r3: Tensor, num_experts: int) -> Tensor:
 
 @own_tokens.register_fake
 def _(ids_TK: Tensor, table_2r3: Tensor, num_experts: int) -> Tensor:
-    return ids_TK.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+    return ids_TK.new_empty(sizes.size(lambda _: ids_TK.shape[0]), dtype=torch.int64)
 
 
 @torch.library.custom_op("moecompile::pad_tokens", mutates_args=())
@@ -70,7 +71,7 @@ def pad_tokens(
 def _(
     x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, own_N: Tensor, table_2r3: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    size = torch.library.get_ctx().new_dynamic_size()
+    size = sizes.size(lambda _: own_N.shape[0])
     return (
         x_TD.new_empty(size, x_TD.shape[1]),
         weights_TK.new_empty(size, weights_TK.shape[1]),
@@ -154,7 +155,8 @@ def take_local(
 def _(
     rows_GD: Tensor, weights_GK: Tensor, ids_GK: Tensor, received_r3: Tensor, table_2r3: Tensor, num_local: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    size = torch.library.get_ctx().new_dynamic_size()
+    num_ranks = received_r3.shape[0]
+    size = sizes.size(lambda load: load.computed(ids_GK.numel(), num_ranks * num_local, num_ranks))
     index = received_r3.new_empty(size)
     return (
         rows_GD.new_empty(size, rows_GD.shape[1]),

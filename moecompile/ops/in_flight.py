@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moecompile.errors import MoecompileError
+from moecompile.ops import sizes
 from moecompile.ops.exchange import bytes_of, count_sent, group_of, splits, unpack
 from moecompile.torch_private import ORDERED
 
@@ -58,7 +59,8 @@ def all_to_all_wait(
 
 @all_to_all_wait.register_fake
 def _(token_RD: Tensor, ticket: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str) -> Tensor:
-    return token_RD.new_empty(torch.library.get_ctx().new_dynamic_size(), *token_RD.shape[1:])
+    size = sizes.size(lambda load: load.brought(token_RD.shape[0], table_2rn, column, reverse, axis))
+    return token_RD.new_empty(size, *token_RD.shape[1:])
 
 
 @torch.library.custom_op("moecompile::exchange_assignments_start", mutates_args=())
@@ -88,7 +90,7 @@ def exchange_assignments_wait(
 
 @exchange_assignments_wait.register_fake
 def _(token_A: Tensor, ticket: Tensor, table_2rn: Tensor, column: int, axis: str) -> tuple[Tensor, Tensor]:
-    size = torch.library.get_ctx().new_dynamic_size()
+    size = sizes.size(lambda load: load.brought(token_A.shape[0], table_2rn, column, False, axis))
     return token_A.new_empty(size), token_A.new_empty(size, dtype=torch.int16)
 
 

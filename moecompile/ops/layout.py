@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moecompile.ops import sizes
 from moecompile.ops.host import finish_read
 from moecompile.ops.tokens import expert_counts
 
@@ -41,7 +42,7 @@ def permute(
 def _(
     x_TD: Tensor, ids_TK: Tensor, num_experts: int, dropless: bool = True, table_2rn: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows = ids_TK.numel() if dropless else torch.library.get_ctx().new_dynamic_size()
+    num_rows = ids_TK.numel() if dropless else sizes.size(lambda load: load.kept(ids_TK.numel(), num_experts))
     return x_TD.new_empty(num_rows, x_TD.shape[1]), ids_TK.new_empty(num_rows), ids_TK.new_empty(num_experts)
 
 

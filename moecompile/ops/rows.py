@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moecompile.ops import sizes
 from moecompile.ops.host import finish_read, start_read
 from moecompile.ops.layout import by_assignment, sum_by
 from moecompile.ops.tokens import expert_counts
@@ -89,8 +90,8 @@ def pack_rows(
 def _(
     rows_VD: Tensor, weights: Tensor, codes_A: Tensor, num_experts: int, num_parts: int, table_2rn: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_sent = torch.library.get_ctx().new_dynamic_size()
-    num_assigned = torch.library.get_ctx().new_dynamic_size()
+    num_sent = sizes.size(lambda load: load.rows_sent(rows_VD.shape[0], num_experts, num_parts))
+    num_assigned = sizes.size(lambda load: load.kept(weights.numel(), num_experts))
     return (
         rows_VD.new_empty(num_sent, rows_VD.shape[1]),
         codes_A.new_empty(num_sent, dtype=torch.int64),

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moecompile.ops import sizes
 from moecompile.ops.exchange import group_of
 from moecompile.torch_private import all_gather_single
 
@@ -34,7 +35,7 @@ def cut_tokens(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, axis: str) -> t
 
 @cut_tokens.register_fake
 def _(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, axis: str) -> tuple[Tensor, Tensor, Tensor]:
-    num_tokens = torch.library.get_ctx().new_dynamic_size()
+    num_tokens = sizes.size(lambda _: _slice_of(x_TD.shape[0], group_of(axis))[1])
     x_tD, weights_tK, ids_tK = (tensor.new_empty(num_tokens, tensor.shape[1]) for tensor in (x_TD, weights_TK, ids_TK))
     return x_tD, weights_tK, ids_tK
 
@@ -182,9 +183,15 @@ def _slice_size(num_tokens: int, group: dist.ProcessGroup) -> int:
     return -(-num_tokens // group.size())
 
 
+def _slice_of(num_tokens: int, group: dist.ProcessGroup) -> tuple[int, int]:
+    """(first token, number) of this rank's slice."""
+    size = _slice_size(num_tokens, group)
+    start = min(size * dist.get_rank(group), num_tokens)
+    return start, min(size, num_tokens - start)
+
+
 def _rows(x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    size = _slice_size(x_TD.shape[0], group)
-    start = min(size * dist.get_rank(group), x_TD.shape[0])
+    start, size = _slice_of(x_TD.shape[0], group)
     return x_TD[start : start + size].clone(memory_format=torch.contiguous_format)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moecompile.ops import sizes
 from moecompile.ops.gather import local_assignments
 from moecompile.ops.layout import by_assignment, sorted_assignments
 from moecompile.ops.rows import sorted_codes
@@ -36,7 +37,7 @@ def sort_assignments(
 
 @sort_assignments.register_fake
 def _(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, dropless: bool = True) -> _Sorted:
-    num_rows = ids_TK.numel() if dropless else torch.library.get_ctx().new_dynamic_size()
+    num_rows = ids_TK.numel() if dropless else sizes.size(lambda load: load.kept(ids_TK.numel(), num_experts))
     return _empty(ids_TK, weights_TK, num_rows, num_experts)
 
 
@@ -63,7 +64,9 @@ def sort_gathered(
 
 @sort_gathered.register_fake
 def _(weights_GK: Tensor, ids_GK: Tensor, received_r3: Tensor, table_2r3: Tensor, num_local: int) -> _Sorted:
-    return _empty(ids_GK, weights_GK, torch.library.get_ctx().new_dynamic_size(), num_local)
+    num_ranks = received_r3.shape[0]
+    size = sizes.size(lambda load: load.computed(ids_GK.numel(), num_ranks * num_local, num_ranks))
+    return _empty(ids_GK, weights_GK, size, num_local)
 
 
 def _empty(ids: Tensor, weights: Tensor, num_rows: int | torch.SymInt, num_experts: int) -> _Sorted:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn import Parameter
 
@@ -65,7 +67,16 @@ def facts_of(
         no_context=no_context,
         widened=getattr(model, WIDENED, ""),
         own_losses=own_losses(model),
+        apart=_apart(model),
     )
+
+
+def _apart(model: nn.Module) -> int:
+    """`ModelFacts.apart`."""
+    sizes = Counter[torch.dtype]()
+    for parameter in model.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    return sizes.total() - max(sizes.values(), default=0)
 
 
 def _attention_numbers(model: nn.Module, config: Any, num_layers: int, hidden: int) -> int:

@@ -25,7 +25,7 @@ from moecompile.routing import LOSSES
 from moecompile.schema import AdapterKind, Config, Gather, Reduce, TaskName
 
 FILE = "plan.yaml"
-_TASKS = (TaskName.plan, TaskName.compile, TaskName.train)
+_TASKS = (TaskName.plan, TaskName.rehearse, TaskName.compile, TaskName.train)
 _GROUPS = ("mesh", "dispatch", "experts", "routing", "balance", "adapters", "per_layer")
 _LOSSES = "balance.losses."
 _MESH = tuple(field.name for field in fields(MeshSpec))
@@ -73,7 +73,7 @@ def with_plan(config: Config) -> Config:
         return config
     if config.task.name not in _TASKS:
         rule = f"task={config.task.name.value} makes its own plan"
-        raise ConfigError("plan", config.plan, rule, "Use task=plan, compile or train, or leave it out")
+        raise ConfigError("plan", config.plan, rule, "Use task=plan, rehearse, compile or train, or leave it out")
     file = plan_file(config.plan)
     plan = load(file, named=named_in(config))
     for key in config.given:  # Step 1

@@ -48,7 +48,8 @@ class ModelFacts:
     residual stream, by the model's config (0: unknown). attention_numbers: what attention keeps for
     backward, numbers per token and layer, without what is as wide as the residual stream (0: unknown). widened: what
     was done to make it of a model with fewer experts, empty for other models. own_losses: coefficients of the losses of
-    its own routers, by their names in the model's config.
+    its own routers, by their names in the model's config. apart: parameters of another dtype than most, which FSDP
+    leaves whole on every rank.
     """
 
     params_total: int
@@ -71,6 +72,7 @@ class ModelFacts:
     no_context: str = "the plan is made of a graph, which does not say what its attention is"
     widened: str = ""
     own_losses: Mapping[str, float] = field(default_factory=dict)
+    apart: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

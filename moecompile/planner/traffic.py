@@ -58,6 +58,7 @@ from moecompile.mesh import MeshSpec
 from moecompile.plan import EXCHANGES, KINDS, WIRE_FORMATS, ExpertPlacement, RoutingPlan, Traffic, plan_errors
 
 COUNT_BYTES = 8  # exchange_counts sends int64
+ROUTING_WEIGHT_BYTES = 4
 CODE_BYTES = 2  # exchange_assignments sends an int16 code with each weight
 DEDUP_COUNTS = 2  # rows and assignments
 ALLGATHER_COUNTS = 3  # tokens, assignments, first expert
@@ -107,6 +108,68 @@ class Copies:
     own: float
     intra_node: float
     inter_node: float
+
+
+def rows_given(kind: str, placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec) -> dict[str, float]:
+    """Rows per token that a rank gives to the dispatch's exchanges of rows, with those for itself: part of the axis
+    (`_inter`, `_intra`; "" all of it) -> rows; their sum is that of `copies_per_token`. With allgather, before they are
+    gathered.
+    """
+    nodes, on_node = _shape(mesh)
+    if kind == "allgather":
+        return ({"_inter": 1.0} if nodes > 1 else {}) | {"_intra": float(nodes)}
+    if kind == "hierarchical":
+        rank, node = _hit_rates(replace(placement, order=()), routing, nodes)
+        return ({"_inter": nodes * node} if nodes > 1 else {}) | {"_intra": nodes * on_node * rank}
+    copies = copies_per_token(kind, placement, routing, mesh)
+    return {"": copies.own + copies.intra_node + copies.inter_node}
+
+
+def bytes_given(
+    kind: str, placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec, width: float, *, forwards: int,
+    fullest: float,
+) -> dict[str, float]:  # fmt: skip
+    """Bytes per token that a rank gives to a layer's exchanges of rows and assignments in a step, by the part of the
+    axis.
+
+    Args:
+        width: bytes of a row. forwards: 2 if backward sends a forward again. fullest: rows of the rank's experts over
+            the mean; its node has as many as any other.
+    """
+    nodes, on_node = _shape(mesh)
+    ranks, found = {"": placement.ep, "_inter": nodes, "_intra": on_node}, {}
+    for part, rows in rows_given(kind, placement, routing, mesh).items():
+        if kind == "allgather":  # blocks, which all ranks get
+            columns = placement.num_experts if routing.choice == "expert" else routing.top_k
+            there = rows * (width + columns * (ROUTING_WEIGHT_BYTES + CODE_BYTES))
+            back = rows * ranks[part] * width
+            gradients = rows * width + rows * ranks[part] * (width + columns * ROUTING_WEIGHT_BYTES)
+        else:
+            got = 1.0 if part == "_inter" else fullest
+            sent = 0.0 if kind == "flat" else assignments(placement, routing)
+            there, back = rows * width + sent * (ROUTING_WEIGHT_BYTES + CODE_BYTES), got * rows * width
+            gradients = rows * width + got * (rows * width + sent * ROUTING_WEIGHT_BYTES)
+        found[part] = forwards * (there + back) + gradients
+    return found
+
+
+def counts_given(kind: str, placement: ExpertPlacement, part: str) -> int:
+    """Numbers that a rank gives to one exchange of counts over a part of the axis."""
+    on_node = placement.ep // placement.nodes
+    numbers = {
+        "flat": placement.num_experts,
+        "dedup": DEDUP_COUNTS * placement.ep,
+        "hierarchical": DEDUP_COUNTS * (placement.nodes * (1 + on_node) if part == "_inter" else on_node),
+        "allgather": ALLGATHER_COUNTS * placement.ep,
+    }
+    return numbers[kind]
+
+
+def assignments(placement: ExpertPlacement, routing: RoutingPlan) -> float:
+    """Experts with weights per token, on average."""
+    if routing.choice != "expert":
+        return routing.top_k * placement.share_computed
+    return min(routing.top_k * (routing.capacity_factor or 1), placement.num_experts)
 
 
 def row_bytes(wire_dtype: str, activation_bytes: int) -> int:
@@ -193,7 +256,7 @@ def _shape(mesh: MeshSpec) -> tuple[int, int]:
 
 
 def _flat_copies(placement: ExpertPlacement, routing: RoutingPlan, nodes: int, on_node: int) -> Copies:
-    per_peer = _assignments(placement, routing) / placement.ep
+    per_peer = assignments(placement, routing) / placement.ep
     return Copies(own=per_peer, intra_node=(on_node - 1) * per_peer, inter_node=(nodes - 1) * on_node * per_peer)
 
 
@@ -222,14 +285,14 @@ def _flat_metadata(
 def _dedup_metadata(
     placement: ExpertPlacement, routing: RoutingPlan, nodes: int, on_node: int, wire: Wire
 ) -> tuple[float, float]:
-    assigned = _assignments(placement, routing) / placement.ep
+    assigned = assignments(placement, routing) / placement.ep
     return _to_peers(assigned * wire.assignment_bytes + DEDUP_COUNTS * wire.count_bytes, nodes, on_node)
 
 
 def _hierarchical_metadata(
     placement: ExpertPlacement, routing: RoutingPlan, nodes: int, on_node: int, wire: Wire
 ) -> tuple[float, float]:
-    assigned = _assignments(placement, routing)
+    assigned = assignments(placement, routing)
     to_rank = assigned / on_node * wire.assignment_bytes + DEDUP_COUNTS * wire.count_bytes
     to_node = assigned / nodes * wire.assignment_bytes + DEDUP_COUNTS * (1 + on_node) * wire.count_bytes
     return (on_node - 1) * to_rank, (nodes - 1) * to_node
@@ -268,13 +331,6 @@ _SENT: dict[str, _Sent] = {
 # -- how often a token needs a rank ------------------------------------------------------------------------------------
 
 
-def _assignments(placement: ExpertPlacement, routing: RoutingPlan) -> float:
-    """Experts with weights per token, on average."""
-    if routing.choice != "expert":
-        return routing.top_k * placement.share_computed
-    return min(routing.top_k * (routing.capacity_factor or 1), placement.num_experts)
-
-
 @cache  # most layers of a model have the same arguments
 def _hit_rates(placement: ExpertPlacement, routing: RoutingPlan, nodes: int) -> tuple[float, float]:
     """p and q: probability that a token needs a rank, and a node, as means over the EP group (step 1)."""
@@ -283,7 +339,7 @@ def _hit_rates(placement: ExpertPlacement, routing: RoutingPlan, nodes: int) -> 
         size = placement.num_experts // parts
         held = [range(part * size, (part + 1) * size) for part in range(parts)]
         if routing.choice == "expert":
-            return 1 - (1 - _assignments(placement, routing) / placement.num_experts) ** size
+            return 1 - (1 - assignments(placement, routing) / placement.num_experts) ** size
         drawn = placement.num_experts + placement.num_identity
         return 1 - sum(_miss_probability(drawn, routing, experts) for experts in held) / parts
 

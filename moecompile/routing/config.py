@@ -242,6 +242,8 @@ class BalanceSpec:
         return {name: getattr(self, name) for name in LOSSES if getattr(self, name)}
 
 
+BINS = 1000
+"""Of the histograms of quantile balancing, as in Kimi K3's report."""
 NO_BALANCE = BalanceSpec(rule="none", rate=0.0)
 
 

@@ -23,9 +23,9 @@ from pathlib import Path
 
 from moecompile.atomic import write_text
 from moecompile.errors import ConfigError, RankFailure, UserError
-from moecompile.rundir import OVERRIDES, job_command, output_dir
+from moecompile.rundir import OVERRIDES, job_command, output_dir, rehearsal_hint
 from moecompile.runtime.signals import IGNORED_AT_THE_END, Stopped
-from moecompile.schema import Config, LauncherKind, mesh_spec
+from moecompile.schema import Config, LauncherKind, TaskName, mesh_spec
 
 SCRIPT = "job.sbatch"
 OUTPUT = "slurm-%j.out"
@@ -100,6 +100,8 @@ def submit(config: Config, run_dir: Path) -> None:
     if config.launcher.wait:
         _waiting[job] = script
     print(f"job {job} is submitted: {script}\nit writes to {run_dir / OUTPUT.replace('%j', job)}", flush=True)
+    if config.launcher.task is TaskName.train:
+        print(rehearsal_hint(overrides), flush=True)
 
 
 def _submitted_as(script: Path) -> str:

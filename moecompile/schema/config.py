@@ -48,6 +48,7 @@ from moecompile.schema.enums import (
     OverlapKind,
     Precision,
     Reduce,
+    RehearsedLoad,
     RowLayout,
     Schedule,
     SiteKind,
@@ -765,6 +766,18 @@ class SearchConfig:
 
 
 @dataclass(kw_only=True)
+class RehearseConfig:
+    """`rehearse`: what task=rehearse compares with the plan: a step of single ranks of the mesh, run without values."""
+
+    load: RehearsedLoad = RehearsedLoad.balanced
+    """How full the rank is: `balanced`, or the fullest rank under `zipf` or `hot`."""
+    micro_batches: int = number(2, Whole(1))
+    """Of the step, if the batch has more: a further one changes neither the peak nor the kinds of collectives."""
+    ranks: list[int] = field(default_factory=list)
+    """Ranks whose collectives are compared; empty: the first and the last one."""
+
+
+@dataclass(kw_only=True)
 class PlaceConfig:
     """`place`: input of task=place, which writes a `placement.yaml` for `mesh.placement`."""
 
@@ -846,6 +859,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    rehearse: RehearseConfig = field(default_factory=RehearseConfig)
     place: PlaceConfig = field(default_factory=PlaceConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     plan: Optional[str] = None

@@ -15,6 +15,7 @@ class TaskName(str, Enum):
     export = "export"
     bench = "bench"
     search = "search"
+    rehearse = "rehearse"
     place = "place"
     data = "data"
     chat = "chat"
@@ -24,6 +25,14 @@ class TaskName(str, Enum):
     def is_launched(self) -> bool:
         """Whether it runs on every rank of the mesh."""
         return self in (TaskName.train, TaskName.verify, TaskName.bench)
+
+
+class RehearsedLoad(str, Enum):
+    """How full the rank is whose step is rehearsed."""
+
+    balanced = "balanced"  # every expert gets as many rows
+    zipf = "zipf"  # the fullest rank of experts whose popularity falls as 1 / n
+    hot = "hot"  # the fullest rank, with an expert that every other token takes
 
 
 class LauncherKind(str, Enum):

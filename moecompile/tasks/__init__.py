@@ -24,6 +24,7 @@ _RUNS = {
     TaskName.chat: "moecompile.tasks.chat:run",
     TaskName.plan: "moecompile.tasks.plan:run",
     TaskName.search: "moecompile.tasks.search:run",
+    TaskName.rehearse: "moecompile.tasks.rehearse:run",
     TaskName.place: "moecompile.tasks.place:run",
     TaskName.export: "moecompile.tasks.export:run",
     TaskName.submit: "moecompile.runtime.slurm:submit",

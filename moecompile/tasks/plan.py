@@ -21,6 +21,7 @@ from moecompile.pipeline.captured import planning_facts
 from moecompile.pipeline.facts import WIDENED
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import FITS, Plan, check_sites, fit_of
+from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import GIB, with_estimate
 from moecompile.planner.cost_model.forecast import expected_load, forecast_plan
 from moecompile.planner.cost_model.inputs import inputs_of
@@ -127,14 +128,20 @@ def planned(model: nn.Module, config: Config, plan: Plan | None) -> Plan:
         return make_plan(model, config, example=example)
     sites, facts = planning_facts(model, config, example, plan)
     check_sites(plan.layers, sites)
-    if plan.adapters is not None:
-        numbers = sum(plan.adapters.rank * sum(facts.linears[path]) for path in plan.adapters.linears)
-        facts = dataclasses.replace(facts, adapters=(numbers, plan.adapters.train_router))
+    facts = with_adapters(facts, plan)
     given = with_estimate(plan, config, facts)
     return with_remedies(
         given, sites, facts, config, lambda each: shape_of_model(model, each),
         lambda changed: with_estimate(plan, changed, facts),
     )  # fmt: skip
+
+
+def with_adapters(facts: ModelFacts, plan: Plan) -> ModelFacts:
+    """The facts with the adapters that are planned."""
+    if plan.adapters is None:
+        return facts
+    numbers = sum(plan.adapters.rank * sum(facts.linears[path]) for path in plan.adapters.linears)
+    return dataclasses.replace(facts, adapters=(numbers, plan.adapters.train_router))
 
 
 def flat(config: Config, plan: Plan) -> dict[str, object]:

@@ -14,7 +14,7 @@ from moecompile.errors import PlanError
 from moecompile.mesh import LinkClass, MeshSpec
 from moecompile.plan import ExpertPlacement, RoutingPlan
 from moecompile.planner import Links, Wire, choose_dispatch, copies_per_token, forward_traffic, row_bytes
-from moecompile.planner.traffic import exchange_seconds
+from moecompile.planner.traffic import exchange_seconds, rows_given
 
 
 def routing(top_k: int, groups: int = 1, top_groups: int = 1, group_score: str = "max") -> RoutingPlan:
@@ -52,6 +52,14 @@ def test_every_assignment_has_one_flat_copy() -> None:
     copies = copies_per_token("flat", ExpertPlacement(num_experts=64, ep=8), routing(6), mesh(2, 4))
     assert copies.own + copies.intra_node + copies.inter_node == pytest.approx(6)
     assert copies.inter_node == pytest.approx(3)
+
+
+@pytest.mark.parametrize("kind", ["flat", "dedup", "hierarchical"])
+def test_what_a_rank_gives_to_its_exchanges_is_what_is_copied(kind: str) -> None:
+    placement, router = ExpertPlacement(num_experts=256, ep=64, nodes=8), routing(8, 8, 4)
+    copies = copies_per_token(kind, placement, router, mesh(8, 8))
+    given = rows_given(kind, placement, router, mesh(8, 8))
+    assert sum(given.values()) == pytest.approx(copies.own + copies.intra_node + copies.inter_node)
 
 
 def test_bytes_of_a_small_case_by_hand() -> None:

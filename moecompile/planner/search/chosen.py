@@ -45,6 +45,9 @@ class Choice:
     layouts: int
 
 
+_DESCRIBED = (TaskName.plan, TaskName.search, TaskName.rehearse)  # tasks of a published workload
+
+
 def choose_layout(
     sites: Sequence[PlannedSite], facts: ModelFacts, config: Config, shape: Callable[[Plan], ModelShape]
 ) -> Choice | None:
@@ -57,7 +60,7 @@ def choose_layout(
     """
     if config.mesh.ep != SEARCHED:
         return None
-    planned = with_workload(config)[0] if config.task.name in (TaskName.plan, TaskName.search) else config
+    planned = with_workload(config)[0] if config.task.name in _DESCRIBED else config
     given = [key for key in config.given if key != EP]
     start = _whole(_start(sites, facts, planned))
     start = replace(start, given=given, search=SearchConfig(axes=list(_axes(config))))

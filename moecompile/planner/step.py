@@ -1,0 +1,163 @@
+"""The collectives of one optimizer step by the plan, for each kind and mesh axis: how many, over how many ranks, and
+the bytes that a rank gives to them, its own part included. `task=rehearse` compares a rank's program with them.
+
+With r rows per token that a rank gives to an exchange (`rows_given`), T tokens, f the rows of its experts over the mean
+of all ranks, D the width of a row and b bytes of a number; with checkpointing=full a forward is sent twice:
+
+1. Exchanges of rows. There: r T D b, and f times that on the way back, in which the rank sends the rows that it has
+   received; backward sends the same in reverse. With allgather a rank gives its block, and gets the blocks of all; in
+   reverse it gives those.
+2. Beside the rows: assignments (routing weight and id) there, and the gradients of their weights back. Counts.
+                                                                          -> `bytes_given`, `counts_given` of traffic.py
+3. FSDP gathers weights and reduces gradients, in fp32, as often as planner/schedule.py says. Stacks of experts are
+   padded as planner/shards.py says; other weights that their ranks do not divide are padded too, by up to `PADDED`.
+                                                                                                  -> `_fsdp`
+4. Gradients of routers, and of what else is whole on every rank, are summed in fp32; with them counts of the load, and
+   a few numbers of a step.                                                                       -> `_sums`
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from moecompile.mesh import MeshSpec, Part
+from moecompile.plan import EXCHANGES, LayerPlan, Plan
+from moecompile.plan.plan import DENSE, ROUTER
+from moecompile.planner.memory import row_load, tokens_of_a_rank
+from moecompile.planner.params import FP32_BYTES, ModelFacts, RunFacts, model_params, trained_params
+from moecompile.planner.shards import expert_shards, expert_share
+from moecompile.planner.traffic import COUNT_BYTES, bytes_given, counts_given, row_bytes
+from moecompile.routing import BINS
+
+ROWS, COUNTS, GATHERED, REDUCED, SUMMED = "rows", "counts", "weights gathered", "gradients reduced", "gradients summed"
+EXACT, PADDED = 0.01, 0.15
+"""How much more bytes a program may send than planned, and less: rounding of rows; padding of dense weights."""
+FEW = 2**16
+"""Bytes of a step's flags and numbers that are summed, beside those of gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """Collectives of one kind over one axis. calls: None: not planned. within: as a part of the bytes; few: besides."""
+
+    kind: str
+    axis: str
+    ranks: int
+    calls: int | None
+    bytes: float
+    within: float = EXACT
+    few: int = 0
+
+
+def planned_step(plan: Plan, facts: ModelFacts, run: RunFacts) -> list[Planned]:
+    """The collectives of one optimizer step; of `run`, `accumulation` is the number of micro-batches."""
+    found: defaultdict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for layer in plan.layers:
+        for kind, axis, calls, bytes_ in _exchanges(layer, plan.mesh, run):
+            found[kind, axis][0] += run.accumulation * calls
+            found[kind, axis][1] += run.accumulation * bytes_
+    exchanges = [
+        Planned(kind=kind, axis=axis, ranks=_ranks(axis, plan.mesh), calls=round(calls), bytes=bytes_)
+        for (kind, axis), (calls, bytes_) in found.items()
+    ]
+    others = (*_fsdp(plan, facts, run), *_replicas(plan, facts), *_sums(plan, facts))
+    return exchanges + [each for each in others if each.ranks > 1]
+
+
+def _ranks(axis: str, mesh: MeshSpec) -> int:
+    nodes = mesh.nodes_per_ep_group
+    return {"ep": mesh.ep, "ep_inter": nodes, "ep_intra": mesh.ep // nodes}[axis]
+
+
+def _exchanges(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> Iterator[tuple[str, str, float, float]]:
+    """(kind, axis, calls, bytes) of one layer and micro-batch (steps 1 and 2)."""
+    if not layer.steps:
+        return
+    dispatch, forwards = layer.dispatch, 1 + (run.checkpointing == "full")
+    for op, axis in layer.scheduled_steps:
+        if EXCHANGES[op.removesuffix("_start")].sends == "counts":
+            numbers = counts_given(dispatch.kind, layer.placement, axis.removeprefix(dispatch.axis))
+            yield COUNTS, axis, forwards, forwards * dispatch.chunks * numbers * COUNT_BYTES
+        else:
+            yield ROWS, axis, forwards + 1, 0.0
+    width = layer.row_site.d_model * row_bytes(dispatch.wire_dtype, run.compute_bytes)
+    given = bytes_given(
+        dispatch.kind, layer.placement, layer.routing, mesh, width, forwards=forwards, fullest=row_load(layer, run)
+    )
+    for part, bytes_ in given.items():
+        yield ROWS, f"{dispatch.axis}{part}", 0, tokens_of_a_rank(mesh, run) * bytes_
+
+
+def _fsdp(plan: Plan, facts: ModelFacts, run: RunFacts) -> Iterator[Planned]:
+    """Step 3, where dense weights are not split and all are trained."""
+    mesh, layers = plan.mesh, max(facts.num_layers, len(plan.layers))
+    if not _is_whole(plan, facts):
+        return
+    params, root = model_params(plan.layers, facts), facts.params_embedding
+    shards = expert_shards(plan.layers, mesh, facts, run)
+    (sums,) = (each for each in plan.reductions if each.parameters == DENSE)
+    axis, ranks = "_".join(sums.sharded_over), mesh.size(Part.STORED)
+    # With ep=1, experts are gathered with the layer's dense weights.
+    held = params.dense - facts.apart + (params.experts if mesh.ep == 1 else 0)
+    of_layers, of_root = (1, 1) if run.gather == "step" else (2 * run.accumulation, run.accumulation)
+    reductions = run.accumulation if run.reduce == "each" else 1
+    yield Planned(
+        kind=GATHERED, axis=axis, ranks=ranks, calls=of_layers * layers + of_root, within=PADDED,
+        bytes=(of_layers * (held - root) + of_root * root) * run.compute_bytes / ranks,
+    )  # fmt: skip
+    yield Planned(
+        kind=REDUCED, axis=axis, ranks=ranks, calls=reductions * (layers + 1), within=PADDED,
+        bytes=reductions * held * FP32_BYTES,
+    )  # fmt: skip
+    if shards is not None and mesh.ep > 1:
+        whole, number = shards.ranks / (shards.ranks - 1), len(plan.layers)
+        yield Planned(
+            kind=GATHERED, axis="edp", ranks=shards.ranks, calls=of_layers * number,
+            bytes=of_layers * shards.gathered * whole / shards.ranks,
+        )  # fmt: skip
+        yield Planned(
+            kind=REDUCED, axis="edp", ranks=shards.ranks, calls=reductions * number,
+            bytes=reductions * shards.reduced * whole,
+        )  # fmt: skip
+
+
+def _is_whole(plan: Plan, facts: ModelFacts) -> bool:
+    """Whether dense weights are not split, and all weights are trained."""
+    return not plan.mesh.axes(Part.WEIGHTS) and facts.adapters is None and not facts.frozen
+
+
+def _sums(plan: Plan, facts: ModelFacts) -> Iterator[Planned]:
+    """Step 4."""
+    (router,) = (each for each in plan.reductions if each.parameters == ROUTER)
+    numbers = trained_params(plan.layers, facts).router + facts.apart * _is_whole(plan, facts)
+    counted = sum(_counted(layer) for layer in plan.layers)
+    bytes_ = numbers * FP32_BYTES + counted * COUNT_BYTES
+    axis, ranks = "_".join(router.sum_over), plan.mesh.size(*router.sum_over)
+    yield Planned(kind=SUMMED, axis=axis, ranks=ranks, calls=None, bytes=bytes_, within=PADDED, few=FEW)
+
+
+def _replicas(plan: Plan, facts: ModelFacts) -> Iterator[Planned]:
+    """Step 3, where weights are sharded over replicas: their shards' gradients are summed."""
+    mesh, params = plan.mesh, model_params(plan.layers, facts)
+    if not _is_whole(plan, facts):
+        return
+    shards = mesh.share(params.dense - facts.apart, Part.STORED) + params.experts * expert_share(plan.layers, mesh)
+    bytes_ = float(shards) * FP32_BYTES
+    yield Planned(
+        kind=SUMMED, axis="dp_replicate", ranks=mesh.dp_replicate, calls=None, bytes=bytes_, within=PADDED, few=FEW
+    )
+
+
+def _counted(layer: LayerPlan) -> int:
+    """Numbers of the load."""
+    bins = BINS if layer.balance.rule == "quantile" else 0
+    return (layer.experts.num_routed + layer.experts.num_identity) * (1 + bins)
+
+
+def rehearsed_run(run: RunFacts, plan: Plan, checkpointing: str, number: int, load: float) -> RunFacts:
+    """The run of a plan, with so many micro-batches in a step, and this load."""
+    return replace(
+        run, reduce=plan.reduce, gather=plan.gather, checkpointing=checkpointing, accumulation=number, row_load=load
+    )

@@ -1,0 +1,386 @@
+"""One rank's optimizer step on a mesh of any size, in one process: nothing is computed and nothing is sent.
+
+Tensors have shapes and no values, the process groups have ranks and no connections. All else is what trains:
+Lightning's Trainer, the strategy, FSDP2, the optimizer, the compiled model. Algorithm:
+  1. Shard the model on the meta device, as every rank does.                               -> the strategy's setup
+  2. From its shards on, all tensors are fake. Sizes that values decide (how many rows come with an exchange) are those
+     of a load.                                                                            -> ops/sizes.py, `Fake`
+  3. Watch every op: what it allocates, until that is freed; and each collective, in order.                 -> `Watch`
+The same watch can look at a rank that really trains.
+
+For a mesh of GPUs, attention is the operator that keeps no matrix of scores. What is beside the tensors of the program
+is not seen: gaps of an allocator, memory of libraries, and streams, by which FSDP on a GPU gathers a layer while the
+one before still computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, fx, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moecompile.mesh import MeshSpec
+from moecompile.ops.exchange import group_of
+from moecompile.ops.sizes import Load, under
+from moecompile.passes.base import on_an_axis
+from moecompile.pipeline import plan_of
+from moecompile.plan import EXCHANGE_OPS, EXCHANGES, Plan
+from moecompile.planner.traffic import assignments, rows_given
+from moecompile.runtime.module import LanguageModule
+from moecompile.runtime.training import make_trainer
+from moecompile.schema import Config, accumulation_steps
+from moecompile.torch_private import (
+    fake_values,
+    gathered_bytes,
+    local_part,
+    process_group_of,
+    scalar_of,
+    tree_leaves,
+    watch_resizes,
+    whole_shapes_unseen,
+    without_scores,
+)
+
+# -- what is seen of a rank -------------------------------------------------------------------------------------------
+
+# Of the ops of moecompile with an axis, those that communicate; beside the exchanges, with one argument that travels.
+_SENDING = (*EXCHANGE_OPS, "gradient_start", "join_tokens", "gather_slices", "sum_ranks", "join_columns",
+            "exchange_dims", "join_positions")  # fmt: skip
+_INPUTS = {name + end: row.inputs for name, row in EXCHANGES.items() for end in ("", "_start")}
+_GIVEN = ("input", "inputs", "input_tensor", "input_tensors", "tensors")  # arguments of c10d that this rank gives
+_SILENT = ("barrier",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """A collective. axis: mesh axis of its group. bytes: of what this rank gives to it, with its own part."""
+
+    moment: str
+    op: str
+    axis: str
+    ranks: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Bytes of all tensors of this rank: the most within a moment of the step, and at its end."""
+
+    name: str
+    peak: int
+    end: int
+
+
+@dataclass(kw_only=True)
+class Seen:
+    """What was seen. start: bytes before the first micro-batch."""
+
+    start: int = 0
+    moments: list[Moment] = field(default_factory=list)
+    sent: list[Sent] = field(default_factory=list)
+
+
+class Watch(TorchDispatchMode):
+    """Sees every op of this process while it is active; `begin` begins a moment, in which collectives are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = Seen()
+        self._now = ""
+        self._live = self._peak = 0
+        self._sizes: dict[int, int] = {}
+        self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._patches = ExitStack()
+
+    def __enter__(self) -> Watch:
+        self._patches.enter_context(whole_shapes_unseen())
+        self._patches.enter_context(watch_resizes(self._resized))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._patches.close()
+
+    def begin(self, name: str) -> None:
+        """Ends the moment before, and begins one; empty: nothing is kept until the next."""
+        if self._now:
+            self.seen.moments.append(Moment(name=self._now, peak=self._peak, end=self._live))
+        elif not self.seen.moments:
+            self.seen.start = self._live
+        self._now, self._peak = name, self._live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """torch's. Of a DTensor, the ops on its shard are seen."""
+        if any(issubclass(each, DTensor) for each in types):
+            return NotImplemented
+        if self._now and func.namespace in ("moecompile", "c10d"):
+            self._keep(func, args)
+        result = self.run(func, args, kwargs or {})
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return result
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs an op."""
+        return func(*args, **kwargs)
+
+    def add(self, tensor: Tensor) -> None:
+        """Counts the memory of a tensor until it is freed."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key not in self._sizes:
+            self._sizes[key] = 0
+            self._watched[key] = weakref.ref(storage, lambda _: self._freed(key))
+            self._resized(storage)
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._sizes:
+            size = storage.nbytes()
+            self._live += size - self._sizes[key]
+            self._sizes[key] = size
+            self._peak = max(self._peak, self._live)
+
+    def _freed(self, key: int) -> None:
+        self._live -= self._sizes.pop(key, 0)
+        self._watched.pop(key, None)
+
+    def _keep(self, func: Any, args: Any) -> None:
+        name = func._opname
+        if func.namespace == "moecompile":
+            if name not in _SENDING:
+                return
+            group, given = group_of(args[-1]), args[: _INPUTS.get(name, 1)]
+        else:
+            named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+            found = process_group_of(named.get("process_group"))
+            if name in _SILENT or found is None:
+                return
+            group, given = found, [named.get(argument) for argument in _GIVEN]
+        size = sum(leaf.nbytes for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
+        self.seen.sent.append(
+            Sent(moment=self._now, op=name.strip("_"), axis=axis_of(group), ranks=group.size(), bytes=size)
+        )
+
+
+def axis_of(group: ProcessGroup) -> str:
+    """The mesh axis of a group; `all` for the group of all ranks, whatever else it is."""
+    name = str(group.group_desc)
+    return name.removeprefix("mesh_") if name.startswith("mesh_") else "all"
+
+
+class Moments(Callback):
+    """Tells a watch where the step is: forward and backward of each micro-batch, and the optimizer's step. It ends with
+    the first optimizer step.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch, self.number = watch, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's hook. Weights that are older than the watch count too."""
+        for tensor in (*pl_module.parameters(), *pl_module.buffers()):
+            self.watch.add(local_part(tensor))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Lightning's hook."""
+        if trainer.global_step == 0:
+            self.number += 1
+            self.watch.begin(f"forward {self.number}")
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Lightning's hook."""
+        if trainer.global_step == 0:
+            self.watch.begin(f"backward {self.number}")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Lightning's hook."""
+        if trainer.global_step == 0:
+            self.watch.begin(STEP)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook."""
+        if trainer.global_step == 1:
+            self.watch.begin("")
+
+
+STEP = "optimizer step"
+
+# -- a rank that is not there -----------------------------------------------------------------------------------------
+
+
+class Fake(Watch):
+    """A watch over fake tensors, in which a value that the program reads is zero (a float: one)."""
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs an op."""
+        if func is torch.ops.aten.nonzero.default:
+            return args[0].new_empty((0, args[0].ndim), dtype=torch.int64)
+        if not scalar_of(func):
+            return func(*args, **kwargs)
+        dtype = args[0].dtype
+        return 1.0 if dtype.is_floating_point else False if dtype is torch.bool else 0
+
+
+@contextmanager
+def attention_of_a_gpu() -> Iterator[None]:
+    """Attention as a GPU computes it. A torch function mode would be off in backward, where layers compute again."""
+    before = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = before
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    if torch.is_autocast_enabled(query.device.type):
+        narrow = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (each.to(narrow) for each in (query, key, value))
+    return without_scores(query, key, value, attn_mask, dropout_p, is_causal, scale)
+
+
+@contextmanager
+def variables_of(rank: int, mesh: MeshSpec) -> Iterator[None]:
+    """The environment of a rank, which Lightning reads."""
+    per_node = mesh.ranks_per_node
+    values = {
+        "RANK": rank, "WORLD_SIZE": mesh.world_size, "LOCAL_RANK": rank % per_node, "LOCAL_WORLD_SIZE": per_node,
+        "GROUP_RANK": rank // per_node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "TORCHELASTIC_RUN_ID": "fake",
+    }  # fmt: skip
+    before = {name: os.environ.get(name) for name in values}
+    os.environ |= {name: str(value) for name, value in values.items()}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What was seen of one rank. weights: bytes of its shards, and of what FSDP gathers at most, which is `gathered`.
+    optimizer: of its state.
+    """
+
+    rank: int
+    weights: int
+    gathered: int
+    optimizer: int
+    seen: Seen
+
+
+@dataclass(kw_only=True)
+class _Batches:
+    """Micro-batches of full sequences, as fake as what is active."""
+
+    names: Sequence[str]
+    number: int
+    shape: tuple[int, int]
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter([{name: torch.zeros(self.shape, dtype=torch.int64) for name in self.names}] * self.number)
+
+    def __len__(self) -> int:
+        return self.number
+
+
+def rehearse(
+    model: nn.Module, plan: Plan, config: Config, rank: int, load: Load, run_dir: Path, *,
+    materialize: Callable[[torch.device], None],
+) -> Rehearsal:  # fmt: skip
+    """One optimizer step of rank `rank`, which this process is from now on; `fake_group` has made it that rank.
+
+    Args:
+        model: compiled by `plan`, on the meta device. config: its global batch is that of the rehearsal. load: its
+            `received` is filled in, with `fullest` for the exchanges between ranks of a node.
+        materialize: allocates the shards on a device.
+    """
+    mesh, watch = plan.mesh, Fake()
+    with ExitStack() as stack:
+        stack.enter_context(variables_of(rank, mesh))
+        if mesh.device != "cpu":
+            stack.enter_context(attention_of_a_gpu())
+
+        def begin(device: torch.device) -> None:  # Step 2
+            load.received = _received(model, load)
+            for context in (fake_values(), watch, under(load)):
+                stack.enter_context(context)
+            materialize(device)
+
+        module = LanguageModule(model, config.optimizer, config.trainer.max_steps)
+        here = dataclasses.replace(plan, mesh=dataclasses.replace(mesh, device="cpu"))
+        trainer = make_trainer(config, here, run_dir, [Moments(watch)], loggers=[], materialize=begin)
+        shape = (config.data.micro_batch_size, config.data.seq_len)
+        trainer.fit(module, _Batches(names=BATCH, number=accumulation_steps(config, mesh), shape=shape))
+        return seen_of(trainer, watch, rank)
+
+
+BATCH = ("input_ids", "labels")
+
+
+def seen_of(trainer: Trainer, watch: Watch, rank: int) -> Rehearsal:
+    """What a watch has seen of the rank that a trainer has trained."""
+    assert trainer.strategy.model is not None
+    kept = [value for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values()]
+    optimizer = sum(local_part(value).nbytes for value in kept if isinstance(value, Tensor))
+    gathered = gathered_bytes(trainer.strategy.model, at_once=plan_of(trainer.strategy.model).gather == "step")
+    weights = watch.seen.start + gathered
+    return Rehearsal(rank=rank, weights=weights, gathered=gathered, optimizer=optimizer, seen=watch.seen)
+
+
+def _received(model: nn.Module, load: Load) -> dict[str, float]:
+    """`Load.received`: rows reach the nodes of their experts evenly, and the ranks of a node as the load says."""
+    graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
+    names = {str(node.args[-1]) for graph in graphs for node in on_an_axis(graph)}
+    return {name: 1.0 if axis_of(group_of(name)) == "ep_inter" else load.fullest for name in names}
+
+
+def load_of(plan: Plan, fullest: float) -> Load:
+    """The load in which this rank's experts have `fullest` times the mean rows, as the planner counts them.
+
+    Where layers differ, with the mean of those that have as many experts.
+    """
+    sent: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+    assigned: defaultdict[int, list[float]] = defaultdict(list)
+    for layer in plan.layers:
+        placement, dispatch = layer.placement, layer.dispatch
+        experts, nodes = placement.num_experts, placement.nodes
+        if dispatch.row.for_backends:  # a token's row is sent once to a part
+            given = rows_given(dispatch.kind, placement, layer.routing, plan.mesh)
+            for part, rows in given.items():
+                if part == "_intra":
+                    sent[experts // nodes, placement.ep // nodes].append(rows / given.get("_inter", 1.0))
+                else:
+                    sent[experts, nodes if part else placement.ep].append(rows)
+        chosen = experts if layer.routing.choice == "expert" else layer.routing.top_k
+        assigned[experts].append(assignments(placement, layer.routing) / chosen)
+    return Load(
+        sent={key: fmean(values) for key, values in sent.items()},
+        assigned={key: fmean(values) for key, values in assigned.items()}, fullest=fullest,
+    )  # fmt: skip

@@ -1,0 +1,89 @@
+"""task=rehearse: what it prints and writes, and its exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from moecompile.compose import RESOLVED, compose_config, save_resolved
+from moecompile.errors import ConfigError, MoecompileError, RehearsalDiffers
+from moecompile.planner.step import planned_step
+from moecompile.tasks import rehearse as task
+from tests.forked import python
+
+SMALL = [
+    "task=rehearse", "recipe=deepseek_ep", "model.config.num_hidden_layers=2", "data.seq_len=64",
+    "data.micro_batch_size=2", "data.global_batch_size=16",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command_line(tmp_path: Path) -> None:
+    """A mesh that no laptop has, the fullest rank, and the plan of this run for another one."""
+    mesh = ["mesh=h100_2x8", "data.global_batch_size=64", "rehearse.load=hot"]
+    done = python("-m", "moecompile", *SMALL, *mesh, "hydra.run.dir=first", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if line]
+    assert lines[-1] == [
+        "rehearsed:",
+        "the",
+        "program",
+        "sends",
+        "and",
+        "holds",
+        "what",
+        "the",
+        "plan",
+        "says,",
+        "and",
+        "its",
+        "ranks",
+        "agree",
+    ]
+    assert any(line[:4] == ["weights", "gathered", "dp_shard", "16"] for line in lines)
+    assert " load hot, " in done.stdout and " times the mean rows\n" in done.stdout
+    result = json.loads((tmp_path / "first" / "result.json").read_text())
+    assert result["ranks"] == [0, 15] and result["differs"] == [] and result["memory_fits"] is True
+    assert {path.name for path in (tmp_path / "first" / "rehearsed").iterdir()} == {"rank-0.json", "rank-15.json"}
+    again = python(
+        "-m", "moecompile", *SMALL, "data.global_batch_size=64", "plan=first", "rehearse.ranks=[3]", "hydra.run.dir=second",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stdout + again.stderr
+    second = json.loads((tmp_path / "second" / "result.json").read_text())
+    assert (second["plan_hash"], second["ranks"]) == (result["plan_hash"], [3])
+
+
+@pytest.mark.slow
+def test_a_difference_is_told_and_ends_with_code_1(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def other(*facts: object) -> list[object]:
+        first, *rest = planned_step(*facts)  # type: ignore[arg-type]
+        return [dataclasses.replace(first, calls=(first.calls or 0) + 1), *rest]
+
+    config = compose_config([*SMALL, "rehearse.ranks=[0]"])
+    save_resolved(config, tmp_path / RESOLVED)
+    with mock.patch.object(task, "planned_step", other), pytest.raises(RehearsalDiffers) as caught:
+        task.run(config, tmp_path)
+    assert caught.value.exit_code == 1
+    last = capfd.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("rehearsed: the program differs from the plan: counts over ep_inter: 2 calls, ")
+    assert json.loads((tmp_path / "result.json").read_text())["differs"] == [last.partition("plan: ")[2]]
+
+
+def test_a_rank_that_is_not_in_the_mesh(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        task.run(compose_config([*SMALL, "rehearse.ranks=[0,4]"]), tmp_path)
+    assert str(caught.value) == "rehearse.ranks=[4]: the mesh has ranks 0 to 3. Give some of these."
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
+    """There is no config in the folder that the rank could read."""
+    with pytest.raises(MoecompileError) as caught:
+        task._rehearse(compose_config([*SMALL]), tmp_path, [0], 1.0)
+    assert str(caught.value).startswith("rank 0 cannot be rehearsed: FileNotFoundError: ")
+    assert str(caught.value).endswith(" (debug=true shows where)") and "\n" not in str(caught.value)
