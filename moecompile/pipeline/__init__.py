@@ -116,12 +116,12 @@ def make_plan(
     check_model(model_or_graph, "model_or_graph")
     config = _config(overrides)
     if isinstance(model_or_graph, fx.GraphModule) and example is None:
-        return _new_plan(model_or_graph, list(graph_sites(model_or_graph)), config, facts_of(model_or_graph))
+        return new_plan(model_or_graph, list(graph_sites(model_or_graph)), config, facts_of(model_or_graph))
     if example is None:
         raise CaptureError("make_plan needs example=... for a module that is not a GraphModule")
     check_example(example)
     sites, facts = planning_facts(model_or_graph, config, example)
-    return _new_plan(model_or_graph, sites, config, facts)
+    return new_plan(model_or_graph, sites, config, facts)
 
 
 def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | Config | Plan = ()) -> fx.GraphModule:
@@ -143,7 +143,7 @@ def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | C
         plan, seed = overrides_or_plan, 0
     else:
         config = _config(overrides_or_plan)
-        plan, seed = _new_plan(source, list(matches), config, facts_of(source)), config.seed
+        plan, seed = new_plan(source, list(matches), config, facts_of(source)), config.seed
     check_sites(plan.layers, matches)
     region = Region(path="", graph=source, module=source, matches={s.fqn: match for s, match in matches.items()})
     result = source
@@ -246,10 +246,10 @@ def _planned(
     Overrides next to a given plan must agree with it, except for the seed, which is not part of a plan.
     """
     if plan is None:
-        return _new_plan(model, captured.sites, _config(overrides), facts)
+        return new_plan(model, captured.sites, _config(overrides), facts)
     if not isinstance(overrides, Config):
         ignored = [item for item in overrides if not item.startswith("seed=")]
-        if ignored and _new_plan(model, captured.sites, _config(overrides), facts).hash != plan.hash:
+        if ignored and new_plan(model, captured.sites, _config(overrides), facts).hash != plan.hash:
             raise ArgumentError(
                 "overrides", " ".join(ignored), f"would make another plan than the given one ({plan.hash}), which "
                 "decides", "Leave them out, or make the plan with them: moecompile.make_plan(model, overrides, "
@@ -259,7 +259,9 @@ def _planned(
     return plan
 
 
-def _new_plan(model: nn.Module, sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) -> Plan:
+def new_plan(model: nn.Module, sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) -> Plan:
+    """The plan for the sites of a model, with its layout if that is to be searched, and remedies if it does not fit."""
+
     def shape(plan: Plan) -> ModelShape:
         return shape_of_model(model, plan)
 

@@ -435,10 +435,11 @@ def _prices(forecast: Forecast) -> Table:
 
 
 def _changes(forecast: Forecast) -> Table:
-    table = plain_table("step", "saves", "with this change (memory not checked, stack.* not run)")
+    table = plain_table("step", "saves", "fits", "with this change (stack.*: other software, not run)")
     for change in forecast.changes:
         saved = 100 * (1 - change.seconds / forecast.seconds)
-        table.add_row(Text(seconds_text(change.seconds)), Text(f"{saved:.1f}%"), Text(change.change))
+        fits = change.fits or ("-" if change.change.startswith("stack.") else "?")
+        table.add_row(Text(seconds_text(change.seconds)), Text(f"{saved:.1f}%"), Text(fits), Text(change.change))
     return table
 
 

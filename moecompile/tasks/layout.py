@@ -36,6 +36,7 @@ def with_layout(config: Config) -> Config:
     assert choice is not None
     why = "needs the least memory, none fits"
     if choice.seconds is not None:
-        why = f"the fastest of {choice.layouts} layouts, {seconds_text(choice.seconds)} a step predicted"
+        seconds = seconds_text(choice.seconds)
+        why = f"the fastest of {choice.layouts} layouts, {seconds} a step predicted; task=search varies more"
     print(f"{EP}={SEARCHED}: {choice.settings}  ({why})", flush=True)
     return choice.config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -16,13 +17,13 @@ from moecompile.models.build import example_inputs
 from moecompile.models.source import source_model
 from moecompile.nn.own_router import own_losses
 from moecompile.passes.trained import frozen_notes
-from moecompile.pipeline import make_plan
+from moecompile.pipeline import new_plan
 from moecompile.pipeline.captured import planning_facts
 from moecompile.pipeline.facts import WIDENED
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import FITS, Plan, check_sites, fit_of
 from moecompile.planner import ModelFacts
-from moecompile.planner.build_plan import GIB, with_estimate
+from moecompile.planner.build_plan import GIB, build_plan, with_estimate
 from moecompile.planner.cost_model.forecast import expected_load, forecast_plan
 from moecompile.planner.cost_model.inputs import inputs_of
 from moecompile.planner.cost_model.shapes import ModelShape
@@ -31,7 +32,7 @@ from moecompile.planner.given import given_plan, plan_file, scheduled
 from moecompile.planner.params import checkpointing_of
 from moecompile.planner.placement import read_placement
 from moecompile.planner.search.described import memory_of
-from moecompile.planner.search.remedies import with_remedies
+from moecompile.planner.search.remedies import with_changes, with_remedies
 from moecompile.report.console import print_data
 from moecompile.report.plan_tables import (
     Compared,
@@ -64,10 +65,11 @@ def run(config: Config, run_dir: Path) -> None:
     config, workload_notes = with_workload(config)
     console, of_data = Console(), data_fields(read_data(config), config) if _reads_data(config) else {}
     model = source_model(config)
-    plan = planned(model, config, given_plan(config))
+    plan, again = planned(model, config, given_plan(config))
     require_layers(plan, config)
     shape = shape_of_model(model, plan)
     forecast, described = forecast_plan(shape, plan, config), _described(shape, plan, config)
+    forecast = with_changes(forecast, plan, config, lambda each: shape_of_model(model, each), again)
     plan_notes = [
         *decides(config),
         *workload_notes,
@@ -117,23 +119,26 @@ def decides(config: Config) -> list[str]:
     return [f"{config.plan} decides: mesh, layers, dispatch and adapters are those of this plan"] * bool(config.plan)
 
 
-def planned(model: nn.Module, config: Config, plan: Plan | None) -> Plan:
-    """The given plan with the estimate for this config, or without one a new plan.
+def planned(model: nn.Module, config: Config, plan: Plan | None) -> tuple[Plan, Callable[[Config], Plan]]:
+    """The given plan with the estimate for this config, or without one a new plan; and what plans a changed config.
 
     Raises:
         PlanError: the given plan does not fit the model.
     """
     example = example_inputs(model, config.data.seq_len)
-    if plan is None:
-        return make_plan(model, config, example=example)
     sites, facts = planning_facts(model, config, example, plan)
+    if plan is None:
+        return new_plan(model, sites, config, facts), lambda changed: build_plan(sites, changed, facts)
     check_sites(plan.layers, sites)
     facts = with_adapters(facts, plan)
+
+    def again(changed: Config) -> Plan:
+        if (changed.mesh, changed.dispatch) != (config.mesh, config.dispatch):
+            raise ConfigError("plan", config.plan, "decides the mesh and the dispatch", "Plan again without it")
+        return with_estimate(plan, changed, facts)
+
     given = with_estimate(plan, config, facts)
-    return with_remedies(
-        given, sites, facts, config, lambda each: shape_of_model(model, each),
-        lambda changed: with_estimate(plan, changed, facts),
-    )  # fmt: skip
+    return with_remedies(given, sites, facts, config, lambda each: shape_of_model(model, each), again), again
 
 
 def with_adapters(facts: ModelFacts, plan: Plan) -> ModelFacts:
@@ -167,7 +172,7 @@ def _compare(model: nn.Module, this: Compared, config: Config, console: Console)
     theirs, _ = with_workload(load_resolved(resolved, runs=())) if resolved.is_file() else (config, [])
     theirs = dataclasses.replace(theirs, plan=str(file), workload=dataclasses.replace(theirs.workload, load=None))
     other = plans.read(file)
-    plan = planned(model, scheduled(theirs, other), other)
+    plan, _ = planned(model, scheduled(theirs, other), other)
     shape = shape_of_model(model, plan)
     them = Compared(plan=plan, forecast=forecast_plan(shape, plan, theirs), config=flat(theirs, plan))
     print_comparison(this, them, console)

@@ -74,7 +74,7 @@ def run(config: Config, run_dir: Path) -> None:
     """
     config, notes = with_workload(config)
     model = structure_of(config)
-    plan = planned(model, config, given_plan(config))  # Step 1
+    plan, _ = planned(model, config, given_plan(config))  # Step 1
     require_layers(plan, config)
     _check(config, plan, model)
     ranks = _ranks(config, plan)

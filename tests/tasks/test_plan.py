@@ -217,3 +217,25 @@ def test_deepseek_v3_is_planned_at_its_batch_and_as_it_was_trained(tmp_path: Pat
     assert any("describes" in note for note in theirs["notes"])
     assert (theirs["described_fits"], theirs["remedies"]) == ("if even", [])
     assert theirs["described_memory_bytes"] < 74.5 * 2**30 < theirs["described_memory_bytes_uneven"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ep", ["mesh.ep=16", "mesh.ep=search"])
+def test_changes_that_are_offered_were_planned(ep: str, tmp_path: Path) -> None:
+    """Whoever adds one gets the seconds that stand beside it, and a plan that fits as well."""
+    given = ["model=qwen3_30b_a3b", "mesh=h100_2x8", "data.seq_len=4096", ep]
+
+    def planned(name: str, *overrides: str) -> Any:
+        (tmp_path / name).mkdir()
+        kept = [each for each in given if each.partition("=")[0] not in {one.partition("=")[0] for one in overrides}]
+        task.run(compose_config([*kept, *overrides]), tmp_path / name)
+        return json.loads((tmp_path / name / "result.json").read_text())
+
+    before = planned("before")
+    offered = [change for change in before["changes"] if not change["change"].startswith("stack.")]
+    assert offered
+    for i, change in enumerate(offered):
+        after = planned(str(i), *change["change"].split())
+        assert after["step_seconds"] == pytest.approx(change["seconds"], rel=1e-9)
+        assert after["step_seconds"] < 0.99 * before["step_seconds"]
+        assert after["fits"] == change["fits"] == "yes"

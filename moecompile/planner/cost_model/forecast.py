@@ -176,10 +176,11 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A change and the seconds of the step with it."""
+    """A change and the seconds of the step with it. fits: as of an estimate; empty if it was not planned."""
 
     change: str
     seconds: float
+    fits: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,8 +246,18 @@ def prices(inputs: Inputs, loads: Sequence[Load]) -> Iterator[Price]:
 
 def changes(seconds: float, alternatives: Mapping[str, Inputs]) -> tuple[Change, ...]:
     """Step 3: at most `BEST` changes that save 1% or more."""
+    return tuple(helping(seconds, alternatives)[:BEST])
+
+
+def helping(seconds: float, alternatives: Mapping[str, Inputs]) -> list[Change]:
+    """The changes that save 1% or more, best first."""
     found = [Change(change=name, seconds=sum(step_of(inputs).values())) for name, inputs in alternatives.items()]
-    return tuple(sorted((c for c in found if c.seconds < _HELPS * seconds), key=lambda c: c.seconds)[:BEST])
+    return sorted((change for change in found if helps(change.seconds, seconds)), key=lambda change: change.seconds)
+
+
+def helps(seconds: float, now: float) -> bool:
+    """Whether these seconds of a step are worth a change."""
+    return seconds < _HELPS * now
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,12 +309,16 @@ def forecast_plan(shape: ModelShape, plan: Plan, config: Config) -> Forecast:
         ConfigError: as `inputs_of`, or `workload.load` is not of this model.
     """
     inputs = inputs_of(shape, plan, config)
+    return forecast(inputs, loads_of(plan, config, plan.mesh.ep), alternatives_of(inputs, keys_of(config)))
+
+
+def keys_of(config: Config) -> Keys:
+    """The overrides that change a step of this config."""
     given = config.stack
-    keys = Keys(
+    return Keys(
         dispatcher="stack.dispatcher" if given.dispatcher else "dispatch.kind",
         no_recompute="trainer.checkpointing=none" if given.recompute is None else "stack.recompute=[]",
     )
-    return forecast(inputs, loads_of(plan, config, plan.mesh.ep), alternatives_of(inputs, keys))
 
 
 EXPECTED = "zipf"

@@ -17,6 +17,7 @@ Algorithm:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import islice
@@ -25,13 +26,24 @@ from math import inf
 from moecompile.errors import ConfigError, MoecompileError
 from moecompile.plan import FITS, IF_EVEN, TOO_LARGE, Estimate, Plan, PlannedSite, Remedy
 from moecompile.planner.build_plan import GIB, draft_plan
+from moecompile.planner.cost_model.forecast import (
+    BEST,
+    Change,
+    Forecast,
+    alternatives_of,
+    helping,
+    helps,
+    keys_of,
+    step_of,
+)
+from moecompile.planner.cost_model.inputs import inputs_of
 from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.params import ModelFacts
 from moecompile.planner.search.axes import axes_of
 from moecompile.planner.search.chosen import with_settings
 from moecompile.planner.search.found import Candidate, Rejected
 from moecompile.planner.search.run import Search, runnable
-from moecompile.schema import Checkpointing, Config, Precision, SearchConfig, is_described
+from moecompile.schema import SEARCHED, Checkpointing, Config, Precision, SearchConfig, is_described
 
 OFFERED = 4
 _NAMES = {
@@ -41,6 +53,7 @@ _NAMES = {
 _FEW = ("ep", "micro_batch", "checkpointing")
 _GIVEN_PLAN = ("micro_batch", "checkpointing")
 _DOUBLED, _MOST_NODES = 3, 65_536
+_SEARCHED = ("mesh.ep", "mesh.dp_replicate")
 _PRECISION, _NODES = "trainer.precision", "mesh.num_nodes"
 
 
@@ -174,3 +187,42 @@ def _changed(settings: Mapping[str, object], base: Plan, config: Config, stage: 
 
 def _text(settings: Mapping[str, object]) -> str:
     return " ".join(f"{key}={value}" for key, value in settings.items())
+
+
+# -- what would make a step faster -----------------------------------------------------------------------------------
+
+
+def with_changes(
+    forecast: Forecast, plan: Plan, config: Config, shape: Callable[[Plan], ModelShape], again: Callable[[Config], Plan]
+) -> Forecast:
+    """The forecast with changes that were planned: those that fit as the plan does, with their real seconds.
+
+    A change of one setting may change what the plan chooses with it, such as when weights are gathered. Changes of
+    `stack`, which describe other software, are not planned, and neither is a layout that is described.
+
+    Args: those of `with_remedies`.
+    """
+    if plan.estimate is None or is_described(config.workload):
+        return forecast
+    inputs = inputs_of(shape(plan), plan, config)
+    pinned = {key: plan.mesh.size(key.partition(".")[2]) for key in _SEARCHED if config.mesh.ep == SEARCHED}
+    found = list[Change]()
+    for change in helping(forecast.seconds, alternatives_of(inputs, keys_of(config))):
+        if change.change.startswith("stack."):
+            found.append(change)
+            continue
+        key, _, value = change.change.partition("=")
+        settings: dict[str, object] = {**pinned, key: int(value) if value.isdigit() else value}
+        with suppress(MoecompileError):  # what cannot be planned helps nobody
+            changed = with_settings(config, settings)
+            other = again(changed)
+            seconds = sum(step_of(inputs_of(shape(other), other, changed)).values())
+            if other.estimate is not None and _fits_as_well(other.estimate, plan.estimate):
+                found.append(Change(change=_text(settings), seconds=seconds, fits=other.estimate.fits))
+    found = sorted((each for each in found if helps(each.seconds, forecast.seconds)), key=lambda each: each.seconds)
+    return replace(forecast, changes=tuple(found[:BEST]))
+
+
+def _fits_as_well(other: Estimate, now: Estimate) -> bool:
+    order = (TOO_LARGE, IF_EVEN, FITS)
+    return order.index(other.fits) >= order.index(now.fits)
