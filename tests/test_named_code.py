@@ -294,6 +294,7 @@ RUN_AND_IMPORT = {
     "runtime/trainer_checkpoint.py": {"torch.load": 1},  # weights_only
     "tasks/__init__.py": {"importlib.import_module": 1},  # by the name of a task, an enum
     "tasks/launched.py": {"importlib.import_module": 1},  # so, too
+    "tasks/rehearse.py": {"subprocess.Popen": 1},  # this Python, a module of the package
 }
 """Every call that may import, run or unpickle what a value names. A new one belongs here if no file can choose the value;
 else it is made by `moecompile.named_code`, and its key belongs in `KEYS`."""

@@ -90,7 +90,7 @@ def test_layers_that_differ_are_the_plan_s_alone(tmp_path: Path) -> None:
         ("balance.losses.micro_batch=0.5", r"^balance\.losses\.micro_batch=0\.5: the plan of .* has 0\.01\."),
         ("experts.match=x", r"^experts\.match=x: the plan of .* decides that\. Leave it out, or plan again without"),
         ("adapters=lora", r"^adapters\.kind=lora: the plan of .* has none\."),
-        ("task=verify", r"^plan=.*: task=verify makes its own plan\. Use task=plan, compile or train"),
+        ("task=verify", r"^plan=.*: task=verify makes its own plan\. Use task=plan, rehearse, compile or train"),
         ("compare=x", r"^compare=x: is for task=plan\. Use task=plan"),
     ],
 )

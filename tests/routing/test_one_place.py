@@ -53,6 +53,7 @@ READERS = {
     "planner/placement.py": "groups of experts stay on one node",
     "planner/search/axes.py": "what would change the model is not searched",
     "planner/search/run.py": "sets the axis of node limits",
+    "runtime/rehearsal.py": "rows that a rank has follow from choice, capacity and identities",
     "plan/sites.py": "a site that has experts already, as it was found",
     "runtime/training.py": "whether dropped tokens are shown",
     "verify/job.py": "runs without jitter",
