@@ -68,6 +68,7 @@ def test_two_ranks_equal_transformers_in_one_process(architecture: str, mesh: st
     assert_equal(two_ranks()[architecture, mesh], reference(architecture))
 
 
+@pytest.mark.slow
 def test_weights_of_another_dtype_stay_whole() -> None:
     """transformers keeps DeepSeek-V3's gates in fp32 in a model of bf16; FSDP2 takes one dtype."""
     got = two_ranks()["deepseek_v3", "wide gates"]
