@@ -54,7 +54,7 @@ def no_group() -> Iterator[None]:
 def described(overrides: list[str], base: list[str] = TINY) -> tuple[Config, Plan, ModelFacts, RunFacts]:
     config = compose_config([*base, *overrides])
     model = structure_of(config)
-    plan = planned(model, config, None)
+    plan, _ = planned(model, config, None)
     _, facts = planning_facts(model, config, example_inputs(model, config.data.seq_len), plan)
     return (
         config,
@@ -181,7 +181,7 @@ def trained(rank: int, world_size: int, folder: str) -> dict[str, Rehearsal]:
 
 def _trained(config: Config, folder: Path) -> Rehearsal:
     model = build_model(config.model, config.seed)
-    plan = planned(model, config, None)
+    plan, _ = planned(model, config, None)
     compile_model(model, config, example=example_inputs(model, config.data.seq_len), plan=plan)
     config, watch = shortened(config, plan), Watch()
     trainer = make_trainer(config, plan, folder, [Moments(watch)], loggers=[])
