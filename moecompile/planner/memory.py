@@ -12,7 +12,7 @@ vocabulary.
 2. Parameters that FSDP gathers. It frees a layer before it gathers the next, but keeps the root (embeddings, head,
    norm):
        unsharded = root + max over layers of (dense part of the layer + E / ep experts)        -> `_unsharded_params`
-                   with gather=step: all of them, P_d + P_e / ep                                 -> `_whole_params`
+                   with gather=step: all of them, P_d + P_e / ep                                  -> `whole_params`
    On one rank nothing is gathered. Unsharded gradients of a layer are in a buffer of the same size until they are
    reduced. With gradient accumulation
        reduce=last   they are reduced once, after the last micro-batch, and those of all weights are kept until then in
