@@ -3,9 +3,11 @@
 Algorithm:
   1. The forward of each layer runs under torch's activation checkpointing, which keeps only its inputs.
   2. With `keep_exchanges`, results of exchanges and choices of routers are kept as well. So backward repeats no
-     exchange, and the recomputed forward cannot route differently.
+     exchange, and the recomputed forward cannot route differently. With `budget`, the plan says for each layer which
+     of its modules are wrapped, the whole layer or some of its parts, and whether exchanges are kept.
   3. Padding masks, which no layer gets as an argument, are those of its own forward again.
-  4. Key-value caches are off while gradients are enabled: the recomputed forward would fill them a second time.
+  4. A forward that is computed again reads what it read before: inputs that were changed in place since are an error.
+  5. Key-value caches are off while gradients are enabled: the recomputed forward would fill them a second time.
 Loads and bytes are counted in the first forward only (moecompile.ops.tokens, moecompile.ops.traffic).
 """
 
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from moecompile.capture import layers_of
@@ -30,13 +33,15 @@ from moecompile.nn.padding import Padding, padding_of
 from moecompile.ops.backend import CALLS, KeptCalls
 from moecompile.passes.base import ModelPass, experts_calls, run_on_model
 from moecompile.plan import BACKEND, EXCHANGE_OPS, WAIT_OPS, Plan
-from moecompile.torch_private import keeping
+from moecompile.torch_private import keeping as kept_and_again
 
+BUDGET = "budget"
 _EXCHANGES = (EXCHANGE_OPS | WAIT_OPS) - {*CALLS} - {op for op, _ in BACKEND.steps}
 _CHOICES = (torch.ops.aten.topk.default, torch.ops.moecompile.expert_choice.default)
 _WITHIN_TP = tuple(getattr(torch.ops.moecompile, name).default for name in ("join_tokens", "sum_ranks", "join_columns"))
 _OVER_CP = tuple(getattr(torch.ops.moecompile, name).default for name in ("exchange_dims", "join_positions"))
 _TABLES = (torch.ops.moecompile.read_tables.default, torch.ops.moecompile.to_slots.default)
+CHECKPOINTED = ("none", "full", "keep_exchanges", BUDGET)
 _CACHES = ("past_key_values", "cache_params", "cache", "state")  # names of cache arguments in model forwards
 
 
@@ -44,7 +49,7 @@ def recompute(model: nn.Module, plan: Plan, checkpointing: str) -> None:
     """Makes the layers of a sharded (or whole) model, and regions with experts outside of layers, recompute, in place.
 
     Args:
-        checkpointing: full or keep_exchanges.
+        checkpointing: full, keep_exchanges or budget.
     """
     run_on_model([Recompute(checkpointing=checkpointing)], model, plan)
 
@@ -58,30 +63,41 @@ class Recompute(ModelPass):
 
     def wants(self, plan: Plan) -> bool:
         """Unless activations are kept."""
-        return self.checkpointing != "none"
+        return bool(plan.recomputed) if self.checkpointing == BUDGET else self.checkpointing != "none"
 
     def requires(self, model: nn.Module, plan: Plan) -> None:
-        """No layer is checkpointed yet."""
-        if any(_is_wrapped(layer) for layer in _recomputing(model)):
+        """No layer is checkpointed yet, and those of a budget are there."""
+        if any(_is_wrapped(module) for module in model.modules()):
             raise PassError(self.name, "the model", "its layers compute again already")
+        if self.checkpointing == BUDGET:
+            paths = {path for path, _ in model.named_modules()}
+            if missing := [path for path, _ in _budgeted(plan) if path not in paths]:
+                raise PassError(self.name, missing[0], "the plan computes it again, and the model has no such module")
 
     def run(self, model: nn.Module, plan: Plan) -> None:
         """Wraps the forwards of the layers, and those that have a cache."""
-        run_checkpointed = partial(checkpoint, use_reentrant=False)  # Step 1
-        if self.checkpointing == "keep_exchanges":  # Step 2
-            exchanges = [getattr(torch.ops.moecompile, name).default for name in sorted(_EXCHANGES)]
-            kept = {*exchanges, *_TABLES, *_CHOICES, *_WITHIN_TP, *_OVER_CP}
-            run_checkpointed = partial(run_checkpointed, context_fn=partial(_keeping, kept))
+        again = partial(checkpoint, use_reentrant=False)  # Step 1
+        exchanges = [getattr(torch.ops.moecompile, name).default for name in sorted(_EXCHANGES)]  # Step 2
+        kept = {*exchanges, *_TABLES, *_CHOICES, *_WITHIN_TP, *_OVER_CP}
+        keeping = partial(again, context_fn=partial(_keeping, kept))
         padding = padding_of(model) or Padding()  # Step 3
-        for layer in _recomputing(model):
+        for module, sends in self._modules(model, plan):
             # Inside FSDP's hooks: it gathers first.
-            layer.forward = _recomputed(layer.forward, run_checkpointed, padding)
+            module.forward = _recomputed(module.forward, again if sends else keeping, padding)
         reported: list[bool] = []
         for caller in _with_switch(model):
-            caller.forward = _without_caches(caller, caller.forward, self.checkpointing, reported)  # Step 4
+            caller.forward = _without_caches(caller, caller.forward, self.checkpointing, reported)  # Step 5
+
+    def _modules(self, model: nn.Module, plan: Plan) -> list[tuple[nn.Module, bool]]:
+        """What is computed again, and whether its exchanges are sent again."""
+        if self.checkpointing == BUDGET:
+            return [(model.get_submodule(path), sends) for path, sends in _budgeted(plan)]
+        return [(layer, self.checkpointing == "full") for layer in _recomputing(model)]
 
     def ensures(self, model: nn.Module, plan: Plan) -> None:
-        """Every experts call of the plan is inside a checkpointed layer."""
+        """Every experts call of the plan is inside a checkpointed layer, unless a budget keeps it."""
+        if self.checkpointing == BUDGET:
+            return
         inside = {module for layer in _recomputing(model) if _is_wrapped(layer) for module in layer.modules()}
         outside = [path for path, module in model.named_modules() if _holds_experts(module) and module not in inside]
         if outside:
@@ -106,8 +122,18 @@ class _Both:
 
 def _keeping(kept: Collection[Any]) -> tuple[_Both, _Both]:
     """For the first forward and the one that is computed again, which gets what was kept."""
-    (first, again), calls = keeping(kept), KeptCalls()
+    (first, again), calls = kept_and_again(kept), KeptCalls()
     return _Both(first, calls.first), _Both(again, calls.again)
+
+
+def _budgeted(plan: Plan) -> list[tuple[str, bool]]:
+    """Paths of the modules that a budget computes again, and whether their exchanges are sent again."""
+    return [
+        (".".join(filter(None, (layer, module))), each.sends)
+        for each in plan.recomputed
+        for layer in each.layers
+        for module in each.modules
+    ]
 
 
 def _recomputing(model: nn.Module) -> list[nn.Module]:
@@ -131,9 +157,15 @@ def _recomputed(
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        masks = padding.now
+        masks, read = padding.now, _versions(args, kwargs)
 
         def with_masks(*inputs: Any) -> Any:
+            if _versions(args, kwargs) != read:  # Step 4
+                raise PassError(
+                    "recompute", "an input of a layer",
+                    "was changed in place after its forward, so backward would compute something else again; use "
+                    "trainer.checkpointing=none",
+                )  # fmt: skip
             with padding.during(masks):
                 return forward(*inputs, **kwargs)
 
@@ -141,6 +173,10 @@ def _recomputed(
 
     run.computes_again = True  # type: ignore[attr-defined]
     return run
+
+
+def _versions(*inputs: Any) -> list[int]:
+    return [leaf._version for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and not leaf.is_inference()]
 
 
 def _with_switch(module: nn.Module) -> Iterator[nn.Module]:

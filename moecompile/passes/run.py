@@ -69,7 +69,7 @@ def on_every_rank(
 
     Args:
         device_mesh, param_dtype: as for `moecompile.passes.shard.shard`.
-        checkpointing: none, full or keep_exchanges. compile_regions: whether torch.compile compiles our graphs.
+        checkpointing: none, full, keep_exchanges or budget. compile_regions: whether torch.compile compiles our graphs.
     """
     return (
         ShardModel(device_mesh=device_mesh, param_dtype=param_dtype),

@@ -267,8 +267,8 @@ def new_plan(model: nn.Module, sites: Sequence[PlannedSite], config: Config, fac
 
     choice = choose_layout(sites, facts, config, shape)
     config = config if choice is None else choice.config
-    plan = build_plan(sites, config, facts)
-    return with_remedies(plan, sites, facts, config, shape, lambda changed: build_plan(sites, changed, facts))
+    plan = build_plan(sites, config, facts, shape)
+    return with_remedies(plan, sites, facts, config, shape, lambda changed: build_plan(sites, changed, facts, shape))
 
 
 def _config(overrides: Sequence[str] | Config) -> Config:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from moecompile.nn.own_router import own_losses
 from moecompile.nn.watch import masks_of
 from moecompile.pipeline.attention import attention_of
 from moecompile.pipeline.shape import mixers
-from moecompile.plan import HEADS_STYLE
+from moecompile.plan import ATTENTION, FFN, HEADS_STYLE, NORMS
 from moecompile.planner import ModelFacts
-from moecompile.planner.params import SplitFact
+from moecompile.planner.params import LayerFact, SplitFact
 from moecompile.schema import MeshConfig
 
 WIDENED = "_moecompile_widened"
@@ -68,7 +68,67 @@ def facts_of(
         widened=getattr(model, WIDENED, ""),
         own_losses=own_losses(model),
         apart=_apart(model),
+        layers=_layers(model, layers, captured or Captured()),
     )
+
+
+def _layers(model: nn.Module, layers: Sequence[nn.Module], captured: Captured) -> tuple[LayerFact, ...]:
+    """`ModelFacts.layers`.
+
+    Children of a layer, those of a list instead of the list. The one that holds a site is `ffn`, as is that of its name
+    in a layer without one, what has one-dimensional weights alone is a norm, others with weights are `attention`, or
+    what else mixes positions. A layer whose FFN is no child of its own has no parts.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    named = [(paths[id(layer)], layer) for layer in layers]
+    sites = [path for site in captured.sites if (path := captured.region_of[site.fqn]) or not named]
+    holders = [_with_sites(path, layer, sites) for path, layer in named]
+    names = {name for found in holders for name in found}
+    return tuple(
+        LayerFact(path=path, parts=tuple(_layer_parts(layer, found, names)))
+        for (path, layer), found in zip(named, holders, strict=True)
+    )
+
+
+def _layer_parts(
+    layer: nn.Module, with_sites: Sequence[str], names: Collection[str]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    children = dict(_children(layer))
+    ffn = list(with_sites) or [name for name in children if name in names]
+    if not ffn or "" in ffn:
+        return
+    norms = [name for name, child in children.items() if name not in ffn and _is_norm(child)]
+    others = [
+        name for name, child in children.items() if name not in (*ffn, *norms) and any(True for _ in child.parameters())
+    ]
+    for part, found in ((ATTENTION, others), (NORMS, norms), (FFN, ffn)):
+        if found:
+            yield part, tuple(found)
+
+
+def _children(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Children by path; those of a list, which has no forward, instead of the list."""
+    for name, child in layer.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from ((f"{name}.{path}", inner) for path, inner in _children(child))
+        else:
+            yield name, child
+
+
+def _with_sites(path: str, layer: nn.Module, sites: Sequence[str]) -> list[str]:
+    """Children that hold sites; "" where a site is the layer itself, or spans children."""
+    start = f"{path}." if path else ""
+    children = [name for name, _ in _children(layer)]
+    found: list[str] = []
+    for site in (each for each in sites if f"{each}.".startswith(start)):
+        inside = f"{site}.".removeprefix(start)
+        found.append(next((name for name in children if inside.startswith(f"{name}.")), ""))
+    return list(dict.fromkeys(found))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and all(parameter.dim() <= 1 for parameter in parameters)
 
 
 def _apart(model: nn.Module) -> int:

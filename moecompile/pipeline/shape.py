@@ -32,10 +32,11 @@ def shape_of_model(model: nn.Module, plan: Plan) -> ModelShape:
             planned[owner].append(site)
     hidden = _first(config, _HIDDEN) or max((site.site.d_model for site in plan.layers), default=1)
     found = mixers(config, len(layers), hidden)
-    kinds = Counter(
+    each = [
         (mixer, _ffn(layer, mixer, planned[paths[id(layer)]], hidden))
         for layer, mixer in zip(layers, found, strict=True)
-    )
+    ]
+    kinds = Counter(each)
     outside = sum(p.numel() for p in model.parameters()) - sum(
         p.numel() for layer in layers for p in layer.parameters()
     )
@@ -44,6 +45,7 @@ def shape_of_model(model: nn.Module, plan: Plan) -> ModelShape:
         name=type(model).__name__, hidden=hidden, vocab=vocab,
         layers=tuple(Layer(mixer=mixer, ffn=ffn, count=count) for (mixer, ffn), count in kinds.items()),
         tied=outside < 2 * hidden * vocab,
+        places=tuple((paths[id(layer)], list(kinds).index(kind)) for layer, kind in zip(layers, each, strict=True)),
     )  # fmt: skip
 
 

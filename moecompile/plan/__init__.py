@@ -43,6 +43,7 @@ from moecompile.plan.plan import (
     Lending,
     MemoryEstimate,
     Plan,
+    Recomputation,
     Reduction,
     Remedy,
     Traffic,
@@ -52,14 +53,26 @@ from moecompile.plan.plan import (
     on_one_rank,
     reductions,
 )
+from moecompile.plan.recompute import (
+    ATTENTION,
+    EXPERTS,
+    FFN,
+    LAYER,
+    NORMS,
+    RECOMPUTED_PARTS,
+    Recomputed,
+)
 from moecompile.plan.sites import ExpertsSite, FFNSite, PlannedSite
 from moecompile.plan.tensor_parallel import HEADS_STYLE, STYLES, SplitModules
 
 __all__ = [
+    "ATTENTION",
     "BACKEND",
     "EVEN",
     "EXCHANGES",
     "EXCHANGE_OPS",
+    "EXPERTS",
+    "FFN",
     "FITS",
     "GATHER",
     "HALVES",
@@ -67,8 +80,11 @@ __all__ = [
     "IF_EVEN",
     "IN_FLIGHT",
     "KINDS",
+    "LAYER",
     "LENDING",
     "LENDING_OPS",
+    "NORMS",
+    "RECOMPUTED_PARTS",
     "REDUCE",
     "SLICE_OPS",
     "START_OPS",
@@ -93,6 +109,8 @@ __all__ = [
     "MemoryEstimate",
     "Plan",
     "PlannedSite",
+    "Recomputation",
+    "Recomputed",
     "Reduction",
     "Remedy",
     "RoutingPlan",

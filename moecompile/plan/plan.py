@@ -15,6 +15,7 @@ from moecompile.plan.checks import plan_errors
 from moecompile.plan.context_parallel import ExchangedAttention, check_context
 from moecompile.plan.dispatch import DispatchPlan, can_fuse
 from moecompile.plan.layers import LayerPlan
+from moecompile.plan.recompute import Recomputed
 from moecompile.plan.tensor_parallel import SplitModules, check_split
 
 
@@ -62,6 +63,10 @@ class Traffic:
 
     intra_node: float
     inter_node: float
+
+    def times(self, factor: float) -> Traffic:
+        """All of it `factor` times."""
+        return Traffic(intra_node=self.intra_node * factor, inter_node=self.inter_node * factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +150,24 @@ class Remedy:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recomputation:
+    """What a budget chose for layers that are alike, and what it costs.
+
+    site: path of the first of them. parts: that backward computes again; none: nothing. sends: whether their exchanges
+    are sent again. layers: how many. kept, kept_uneven: bytes that one of them keeps for backward, with an even and
+    with the expected load. seconds: that a step takes longer for all of them.
+    """
+
+    site: str
+    parts: tuple[str, ...]
+    sends: bool
+    layers: int
+    kept: int
+    kept_uneven: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """What the planner predicts.
 
@@ -157,7 +180,8 @@ class Estimate:
     expected_from: why; memory_bytes_uneven: of such a rank, in total. fits: `yes` with these rows, `if even`: only
     with the mean, or `no`. largest: the largest part of the memory, in words. remedies: what to change if it is not
     `yes`, and tried: what was put through the planner to find them. lending: None if no layer lends experts.
-    expert_shards: None if every rank has experts of its own. weight_traffic: None on one rank.
+    expert_shards: None if every rank has experts of its own. weight_traffic: None on one rank. recomputation: with
+    checkpointing=budget, what was chosen.
     """
 
     params_total: int
@@ -182,6 +206,7 @@ class Estimate:
     lending: Lending | None = None
     expert_shards: ExpertShards | None = None
     weight_traffic: WeightTraffic | None = None
+    recomputation: tuple[Recomputation, ...] = ()
 
     @property
     def bytes_over(self) -> dict[str, Traffic]:
@@ -206,10 +231,11 @@ class Plan:
         context_parallel: attention that exchanges positions for heads over `cp`.
         reduce: when gradients of sharded weights are reduced: after `each` micro-batch, or the `last` one of a step.
         gather: when sharded weights are gathered: each `layer` twice in a micro-batch, or all of them once in a `step`.
+        recomputed: what backward computes again, where it is chosen for each layer; other layers keep all they need.
         estimate: memory and bytes, which `hash` leaves out.
 
     Raises:
-        PlanError: two layers have the same site, or a layer is placed on another mesh.
+        PlanError: two layers have the same site, a layer is placed on another mesh, or computed again in two ways.
     """
 
     mesh: MeshSpec
@@ -220,6 +246,7 @@ class Plan:
     context_parallel: tuple[ExchangedAttention, ...] = ()
     reduce: str = "last"
     gather: str = "layer"
+    recomputed: tuple[Recomputed, ...] = ()
     estimate: Estimate | None = None
 
     def __post_init__(self) -> None:
@@ -229,6 +256,9 @@ class Plan:
         with plan_errors():
             check_split(self.mesh, self.tensor_parallel)
             check_context(self.mesh, self.context_parallel)
+        again = [path for each in self.recomputed for path in each.layers]
+        if twice := sorted({path for path in again if again.count(path) > 1}):
+            raise PlanError("recomputed", twice[0], "is listed twice", "Remove one of the entries")
         seen: set[str] = set()
         for i, layer in enumerate(self.layers):
             if layer.site.fqn in seen:

@@ -11,7 +11,7 @@ Algorithm:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -30,19 +30,22 @@ from moecompile.plan import (
     LayerPlan,
     Plan,
     PlannedSite,
+    Recomputation,
     RoutingPlan,
     can_fuse,
     reductions,
 )
 from moecompile.planner import estimate
+from moecompile.planner.budget import budget_of, fastest, within
 from moecompile.planner.context_parallel import exchanged_attention
-from moecompile.planner.cost_model.forecast import expected_load
-from moecompile.planner.cost_model.inputs import links_of
+from moecompile.planner.cost_model.forecast import expected_load, step_of
+from moecompile.planner.cost_model.inputs import inputs_of, links_of
 from moecompile.planner.cost_model.seconds import LayerSeconds, choose_chunks, choose_overlap, row_seconds
+from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
 from moecompile.planner.existing import check_given, existing_layer, only_existing, own_balance, selection
 from moecompile.planner.lending import plan_lending
-from moecompile.planner.memory import memory_of_fullest_rank
-from moecompile.planner.params import ModelFacts, RunFacts
+from moecompile.planner.memory import buffer_bytes, memory_of_fullest_rank, model_state_bytes
+from moecompile.planner.params import BUDGET, Expected, ModelFacts, RunFacts
 from moecompile.planner.placement import placed
 from moecompile.planner.schedule import choose, sharded, ways
 from moecompile.planner.tensor_parallel import split_modules
@@ -293,25 +296,29 @@ def _no_match(path: str, pattern: str, what: str, known: Sequence[str]) -> Confi
 # -- the plan -------------------------------------------------------------------------------------------------------
 
 GIB = 2**30
+ShapeOf = Callable[[Plan], ModelShape]
 _NUMBERS = {32: "fp32", 16: "bf16", 8: "fp8", 4: "fp4"}
 
 
-def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) -> Plan:
+def build_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts, shape: ShapeOf | None = None) -> Plan:
     """The plan for the sites that `config` selects; empty without sites.
 
     Args:
         sites: all matched sites, in model order.
         facts: sizes of the dense model, for the estimate.
+        shape: a plan's shape for the time model, where the plan follows from seconds (checkpointing=budget).
 
     Raises:
         ConfigError: the config is invalid or does not fit a site.
     """
     plan, facts = draft_plan(sites, config, facts)
-    return with_estimate(plan, config, facts)
+    return with_estimate(plan, config, facts, shape)
 
 
-def with_estimate(plan: Plan, config: Config, facts: ModelFacts) -> Plan:
-    """The plan with its estimate for the run that `config` describes, and when weights are gathered and reduced."""
+def with_estimate(plan: Plan, config: Config, facts: ModelFacts, shape: ShapeOf | None = None) -> Plan:
+    """The plan with its estimate for the run that `config` describes, when weights are gathered and reduced, and with
+    checkpointing=budget what is computed again; a plan that the config names has decided that.
+    """
     run, memory_bytes = run_facts(config, plan.mesh, facts), config.hardware.memory_gib * GIB
     expected = expected_load(plan, config)
 
@@ -319,12 +326,58 @@ def with_estimate(plan: Plan, config: Config, facts: ModelFacts) -> Plan:
         return memory_of_fullest_rank(plan.layers, plan.mesh, facts, replace(each, row_load=expected.load)).total
 
     of = sharded(plan.layers, plan.mesh, facts) if plan.mesh.world_size > 1 else None
-    run = choose(ways(of, run), needed, memory_bytes)
+    tried = ways(of, run)
+    costs: tuple[Recomputation, ...] = ()
+    if run.checkpointing == BUDGET:
+        run, costs = _within_budget(tried, plan, config, facts, shape, expected)
+    else:
+        run = choose(tried, needed, memory_bytes)
     made = estimate(
         plan.layers, plan.mesh, facts, run, memory_bytes=memory_bytes, exchanged=plan.context_parallel,
         expected=expected,
     )  # fmt: skip
-    return replace(plan, reduce=run.reduce, gather=run.gather, estimate=made)
+    return replace(
+        plan,
+        reduce=run.reduce,
+        gather=run.gather,
+        recomputed=run.recomputed,
+        estimate=replace(made, recomputation=costs),
+    )
+
+
+def _within_budget(
+    tried: Sequence[RunFacts], plan: Plan, config: Config, facts: ModelFacts, shape: ShapeOf | None, expected: Expected
+) -> tuple[RunFacts, tuple[Recomputation, ...]]:  # fmt: skip
+    """The fastest of the ways that fit, each with what it computes again, or the one that needs the least; and what is
+    computed again, with its costs.
+    """
+    if shape is None:
+        raise ConfigError(
+            "trainer.checkpointing", BUDGET, "chooses for each layer of a model, and this is a graph", "Use auto"
+        )
+    given = None if config.plan is None else plan.recomputed
+    plan = replace(plan, recomputed=())
+    inputs, limit = inputs_of(shape(plan), plan, config), config.hardware.memory_gib * GIB
+    budget = budget_of(plan.layers, plan.mesh, facts, replace(tried[0], row_load=expected.load), inputs)
+    buffers, even = (
+        buffer_bytes(plan.layers, plan.mesh, replace(tried[0], row_load=load)) for load in (expected.load, 1.0)
+    )
+
+    if given is not None:
+        run = replace(tried[0], recomputed=given)
+        return run, tuple(budget.costs(given))
+
+    def seconds(run: RunFacts) -> float:
+        layout = replace(inputs.layout, reduce=run.reduce, gather=run.gather)
+        model = with_recomputed(inputs.model, run.recomputed)
+        return sum(step_of(replace(inputs, layout=layout, model=model)).values())
+
+    found = [
+        within(budget, each, model_state_bytes(plan.layers, plan.mesh, facts, each), buffers, even, limit)
+        for each in tried
+    ]
+    best = fastest(found, limit, seconds).run
+    return best, tuple(budget.costs(best.recomputed))
 
 
 def draft_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) -> tuple[Plan, ModelFacts]:

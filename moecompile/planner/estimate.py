@@ -9,7 +9,7 @@ from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import Assumptions, Estimate, ExchangedAttention, LayerPlan, Traffic, fit_of
 from moecompile.planner.context_parallel import cp_traffic
 from moecompile.planner.lending import lending
-from moecompile.planner.memory import largest_in_words, memory_of_fullest_rank, tokens_of_a_rank
+from moecompile.planner.memory import largest_in_words, memory_of_fullest_rank, sends_again, tokens_of_a_rank
 from moecompile.planner.optimizer import muon_params, step_traffic
 from moecompile.planner.params import (
     BALANCED,
@@ -57,9 +57,9 @@ def estimate(
         fits=fit_of(memory.total, uneven, memory_bytes),
         bytes_per_token_per_layer=traffic,
         checkpointing=run.checkpointing,
-        resent_bytes_per_token_per_layer=traffic
-        if run.checkpointing == "full"
-        else Traffic(intra_node=0.0, inter_node=0.0),
+        resent_bytes_per_token_per_layer=traffic.times(
+            sum(sends_again(layer, run) for layer in layers) / max(1, len(layers))
+        ),
         tp_bytes_per_token=tp_traffic(layers, mesh, facts, run),
         cp_bytes_per_token=cp_traffic(exchanged, mesh, run),
         optimizer_bytes_per_step=step_traffic(muon, mesh, _matrix_bytes(run)),

@@ -22,13 +22,14 @@ from moecompile.mesh import MeshSpec
 from moecompile.named_code import named_in
 from moecompile.plan import ExpertsSite, LayerPlan, Plan, load
 from moecompile.routing import LOSSES
-from moecompile.schema import AdapterKind, Config, Gather, Reduce, TaskName
+from moecompile.schema import AdapterKind, Checkpointing, Config, Gather, Reduce, TaskName
 
 FILE = "plan.yaml"
 _TASKS = (TaskName.plan, TaskName.rehearse, TaskName.compile, TaskName.train)
 _GROUPS = ("mesh", "dispatch", "experts", "routing", "balance", "adapters", "per_layer")
 _LOSSES = "balance.losses."
 _MESH = tuple(field.name for field in fields(MeshSpec))
+_CHECKPOINTING = "trainer.checkpointing"
 _SCHEDULE = ("trainer.reduce", "trainer.gather")
 _KEYS = {
     "mesh": tuple(f"mesh.{name}" for name in _MESH if name != "device"),
@@ -86,8 +87,20 @@ def with_plan(config: Config) -> Config:
 
 
 def scheduled(config: Config, plan: Plan) -> Config:
-    """The config with the plan's `trainer.reduce` and `trainer.gather`."""
+    """The config with the plan's `trainer.reduce` and `trainer.gather`, and its budget if it has one.
+
+    Raises:
+        ConfigError: the plan says what is computed again, and the caller something else.
+    """
     trainer = replace(config.trainer, reduce=Reduce(plan.reduce), gather=Gather(plan.gather))
+    if plan.recomputed:
+        now = config.trainer.checkpointing
+        if _CHECKPOINTING in config.given and now not in (Checkpointing.auto, Checkpointing.budget):
+            raise ConfigError(
+                _CHECKPOINTING, now.value, f"the plan of {config.plan} says what each layer computes again",
+                "Leave it out, or plan again without plan=...",
+            )  # fmt: skip
+        trainer = replace(trainer, checkpointing=Checkpointing.budget)
     return replace(config, trainer=trainer)
 
 

@@ -60,7 +60,13 @@ A2. All layers. c numbers per token are kept for norms, residuals, the FFN's inp
        with checkpointing
        kept        = sum over layers of (a T D + exchanged), again = a T c + layer                  computed again
        exchanged   = 2 copies D of an MoE layer with keep_exchanges: rows received in dispatch and combine; else 0
-   With checkpointing this is at most what it is without.                                            -> `activations`
+   With checkpointing this is at most what it is without. -> `activations`
+   With checkpointing=budget each layer has its own (budget.py):                                     -> `LayerBytes`
+       all of it is computed again    kept = a T D + exchanged, again as above
+       some of its parts are          kept = 4 a T D, the inputs of norms, attention and FFN, and of the parts that are
+                                      not: 2 a T D of norms, attention's part of c, `layer` of the FFN; of an FFN that
+                                      is: exchanged. again = the largest part that is computed again
+       Exchanges that are sent again are not kept.
 A3. Backward of one MoE layer: the gradients of rows, in and out, of its input and output, and of hidden rows.
        backward = a T (2 (K + 1) D + K F) + w                                                   -> `backward_bytes`
    Where gradients of whole layers are kept, those of its experts are made beside them: w = a P_e / ep of the layer,
@@ -75,17 +81,28 @@ widest planned site. With tp, an MoE layer has T / tp tokens; activations betwee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil
 
 from moecompile.mesh import MeshSpec, Part
-from moecompile.plan import FFNSite, LayerPlan, MemoryEstimate
+from moecompile.plan import (
+    ATTENTION,
+    EXPERTS,
+    FFN,
+    LAYER,
+    NORMS,
+    FFNSite,
+    LayerPlan,
+    MemoryEstimate,
+    Recomputed,
+)
 from moecompile.planner.lending import lending
 from moecompile.planner.optimizer import muon_params, state_bytes
 from moecompile.planner.params import (
     BF16_BYTES,
+    BUDGET,
     FP32_BYTES,
     ModelFacts,
     ModelParams,
@@ -99,6 +116,7 @@ from moecompile.planner.shards import expert_share, padded_experts
 from moecompile.planner.traffic import copies_per_token
 
 RESIDUAL_NUMBERS = 6  # of c in step A2
+_INPUTS = 4  # of them, those that norms, attention and FFN read
 LOGITS_COPIES = 3
 ASSIGNMENT_BYTES = 36  # ids, sources and order int64, sources again int32, weights in both orders fp32
 TOKEN_BYTES = 12  # saved by the normalization of the weights
@@ -147,7 +165,8 @@ def _grads_in_words(mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> str:
 def _activations_in_words(made: Activations, layers: Sequence[LayerPlan], facts: ModelFacts, run: RunFacts) -> str:
     tokens, number = f"{run.tokens_per_rank:,} tokens", max(facts.num_layers, len(layers))
     if made.kept >= max(made.loss, made.layers):
-        what = {"none": "what backward needs", "full": "inputs", "keep_exchanges": "inputs and received rows"}
+        needed = "what backward needs"
+        what = {"none": needed, BUDGET: needed, "full": "inputs", "keep_exchanges": "inputs and received rows"}
         return f"{what[run.checkpointing]} of {tokens}, kept for {number} layer{'s' * (number > 1)}"
     if made.loss > made.layers:
         return f"logits of {tokens} over {facts.vocab_size:,} words, {LOGITS_COPIES} times"
@@ -159,6 +178,14 @@ def together(grads: int, made: Activations, run: RunFacts) -> int:
     if run.accumulation > 1:
         return grads + made.peak
     return round(max(grads + made.kept + made.loss * 2 / 3, max(grads, made.kept) + max(made.loss, made.layers)))
+
+
+def most_kept(grads: int, made: Activations, run: RunFacts, limit: float) -> float:
+    """Bytes that layers may keep for backward so that `together` is at most `limit`; negative: none may."""
+    most = max(made.loss, made.layers)
+    if run.accumulation > 1:
+        return limit - grads - most
+    return min(limit - grads - made.loss * 2 / 3, limit - most) if grads + most <= limit else -1.0
 
 
 def model_state_bytes(
@@ -266,18 +293,91 @@ def activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
     dense = max((2 * layer.site.num_in_projections * layer.site.d_ff for layer in layers), default=0)
     cut = replace(run, tokens_per_rank=tokens_of_a_rank(mesh, run))
     moe = [moe_bytes(layer, mesh, cut) for layer in layers]
-    residual = RESIDUAL_NUMBERS * d_model + (facts.attention_numbers or RESIDUAL_NUMBERS * d_model)
+    attention = facts.attention_numbers or RESIDUAL_NUMBERS * d_model
+    residual = RESIDUAL_NUMBERS * d_model + attention
     saved = [residual * number + ffn for ffn in moe + [dense * number] * (num_layers - len(layers))]
     backward = max((backward_bytes(layer, mesh, cut) for layer in layers), default=0)
     found = Activations(kept=sum(saved), loss=LOGITS_COPIES * facts.vocab_size * number, layers=backward)
     if run.checkpointing == "none":
         return found
+    if run.checkpointing == BUDGET:
+        chosen = {path: each for each in run.recomputed for path in each.layers}
+        each = [(chosen.get(path), of) for path, of in layer_bytes(layers, mesh, facts, run).items()]
+        at_once = max((of.again(what.parts) for what, of in each if what is not None), default=0.0)
+        return replace(found, kept=sum(of.kept(what) for what, of in each), layers=at_once + backward)
     kept = 0.0
     if run.checkpointing == "keep_exchanges":
         kept = sum(exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2 for layer in layers)
     kept = num_layers * d_model * number + kept * run.compute_bytes * cut.tokens_per_rank
     again = replace(found, kept=kept, layers=max(saved, default=0) + backward)
     return min(found, again, key=lambda each: each.peak)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerBytes:
+    """What a layer can keep for backward (A2), bytes. width: a tensor as wide as the residual stream; attention, ffn:
+    what they save beyond their inputs; exchanged: rows that exchanges of forward bring.
+    """
+
+    width: float
+    attention: float
+    ffn: float
+    exchanged: float
+
+    def kept(self, again: Recomputed | None) -> float:
+        """With these parts computed again."""
+        parts = () if again is None else again.parts
+        exchanged = 0.0 if again is None or again.sends else self.exchanged
+        if LAYER in parts:
+            return self.width + exchanged
+        ffn = exchanged if EXPERTS in parts or FFN in parts else self.ffn
+        norms = 0 if NORMS in parts else RESIDUAL_NUMBERS - _INPUTS
+        return (_INPUTS + norms) * self.width + (0 if ATTENTION in parts else self.attention) + ffn
+
+    def again(self, parts: Sequence[str]) -> float:
+        """What backward computes again at a time."""
+        of = {
+            LAYER: RESIDUAL_NUMBERS * self.width + self.attention + self.ffn, ATTENTION: self.attention,
+            NORMS: self.width, EXPERTS: self.ffn, FFN: self.ffn,
+        }  # fmt: skip
+        return max(of[part] for part in parts)
+
+
+def layer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> dict[str, LayerBytes]:
+    """Path of each layer of the model -> what it can keep."""
+    number, cut = run.compute_bytes * run.tokens_per_rank, replace(run, tokens_per_rank=tokens_of_a_rank(mesh, run))
+    d_model = max((facts.d_model, *(layer.site.d_model for layer in layers)))
+    dense = max((2 * layer.site.num_in_projections * layer.site.d_ff for layer in layers), default=0)
+    inside_of: dict[str, list[LayerPlan]] = {fact.path: [] for fact in facts.layers}
+    for layer in layers:
+        if (path := owner_of(layer, inside_of)) is not None:
+            inside_of[path].append(layer)
+    found = {}
+    for fact in facts.layers:
+        inside = inside_of[fact.path]
+        found[fact.path] = LayerBytes(
+            width=d_model * number,
+            attention=(facts.attention_numbers or RESIDUAL_NUMBERS * d_model) * number,
+            ffn=sum(moe_bytes(layer, mesh, cut) for layer in inside) if inside else dense * number,
+            exchanged=sum(exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2 for layer in inside)
+            * run.compute_bytes * cut.tokens_per_rank,
+        )  # fmt: skip
+    return found
+
+
+def sends_again(layer: LayerPlan, run: RunFacts) -> bool:
+    """Whether backward sends what an MoE layer sent in forward once more."""
+    if run.checkpointing != BUDGET:
+        return run.checkpointing == "full"
+    again = {path: each for each in run.recomputed for path in each.layers}
+    what = again.get(owner_of(layer, again) or "")
+    return what is not None and what.sends
+
+
+def owner_of(layer: LayerPlan, paths: Collection[str]) -> str | None:
+    """Path of the layer of the model that an MoE layer is in; None: it is outside of them."""
+    parts = layer.site.fqn.split(".")
+    return next((path for end in range(len(parts), 0, -1) if (path := ".".join(parts[:end])) in paths), None)
 
 
 def tokens_of_a_rank(mesh: MeshSpec, run: RunFacts) -> int:

@@ -22,11 +22,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from moecompile.plan import ExpertsSite, LayerPlan, Plan, PlannedSite
+from moecompile.plan import ExpertsSite, LayerPlan, Plan, PlannedSite, Recomputed
 from moecompile.schema import Config, OptimizerConfig
 
 BF16_BYTES, FP32_BYTES = 2, 4
-AUTO = "auto"
+AUTO, BUDGET = "auto", "budget"
 CHECKPOINTING = ("keep_exchanges", "full")
 """What `trainer.checkpointing=auto` tries, in this order."""
 
@@ -49,7 +49,7 @@ class ModelFacts:
     backward, numbers per token and layer, without what is as wide as the residual stream (0: unknown). widened: what
     was done to make it of a model with fewer experts, empty for other models. own_losses: coefficients of the losses of
     its own routers, by their names in the model's config. apart: parameters of another dtype than most, which FSDP
-    leaves whole on every rank.
+    leaves whole on every rank. layers: what backward can compute again of each layer; empty for a bare graph.
     """
 
     params_total: int
@@ -73,6 +73,17 @@ class ModelFacts:
     widened: str = ""
     own_losses: Mapping[str, float] = field(default_factory=dict)
     apart: int = 0
+    layers: tuple[LayerFact, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFact:
+    """A layer: its path, and for each part of it (moecompile.plan.recompute) the paths of its modules in the layer. No
+    parts: only the whole layer can be computed again.
+    """
+
+    path: str
+    parts: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +124,7 @@ class RunFacts:
     tokens_per_rank: tokens of a micro-batch. compute_bytes: bytes per element of a weight in compute, an activation and
     a row. accumulation: micro-batches per rank and optimizer step. checkpointing: none, full or keep_exchanges. reduce,
     gather: when gradients are reduced and weights gathered (schedule.py). The last three are `auto` until it is chosen.
+    With checkpointing=budget, recomputed says what backward computes again (budget.py).
     is_mixed: whether matmuls run in bf16 under autocast. micro_batch_size: sequences of a micro-batch. precision,
     hardware: names. optimizer: its settings. row_load: rows of the fullest rank over their mean.
     """
@@ -124,6 +136,7 @@ class RunFacts:
     compute_bytes: int = 4
     accumulation: int = 1
     checkpointing: str = "none"
+    recomputed: tuple[Recomputed, ...] = ()
     reduce: str = "last"
     gather: str = "layer"
     is_mixed: bool = False

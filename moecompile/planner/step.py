@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import EXCHANGES, LayerPlan, Plan
 from moecompile.plan.plan import DENSE, ROUTER
-from moecompile.planner.memory import row_load, tokens_of_a_rank
+from moecompile.planner.memory import row_load, sends_again, tokens_of_a_rank
 from moecompile.planner.params import FP32_BYTES, ModelFacts, RunFacts, model_params, trained_params
 from moecompile.planner.shards import expert_shards, expert_share
 from moecompile.planner.traffic import COUNT_BYTES, bytes_given, counts_given, row_bytes
@@ -75,7 +75,7 @@ def _exchanges(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> Iterator[tupl
     """(kind, axis, calls, bytes) of one layer and micro-batch (steps 1 and 2)."""
     if not layer.steps:
         return
-    dispatch, forwards = layer.dispatch, 1 + (run.checkpointing == "full")
+    dispatch, forwards = layer.dispatch, 1 + sends_again(layer, run)
     for op, axis in layer.scheduled_steps:
         if EXCHANGES[op.removesuffix("_start")].sends == "counts":
             numbers = counts_given(dispatch.kind, layer.placement, axis.removeprefix(dispatch.axis))
@@ -159,5 +159,11 @@ def _counted(layer: LayerPlan) -> int:
 def rehearsed_run(run: RunFacts, plan: Plan, checkpointing: str, number: int, load: float) -> RunFacts:
     """The run of a plan, with so many micro-batches in a step, and this load."""
     return replace(
-        run, reduce=plan.reduce, gather=plan.gather, checkpointing=checkpointing, accumulation=number, row_load=load
+        run,
+        reduce=plan.reduce,
+        gather=plan.gather,
+        checkpointing=checkpointing,
+        recomputed=plan.recomputed,
+        accumulation=number,
+        row_load=load,
     )

@@ -16,8 +16,10 @@ from rich.text import Text
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import (
     EVEN,
+    EXPERTS,
     FITS,
     IF_EVEN,
+    LAYER,
     TOO_LARGE,
     AdaptersPlan,
     Assumptions,
@@ -27,6 +29,7 @@ from moecompile.plan import (
     LayerPlan,
     Lending,
     Plan,
+    Recomputation,
     Remedy,
     WeightTraffic,
 )
@@ -208,9 +211,27 @@ def _print_memory(estimate: Estimate, console: Console) -> None:
     console.print()
 
 
+def _recomputation_table(rows: Sequence[Recomputation], layers: Sequence[LayerPlan]) -> Table:
+    """What a budget chose: one row for layers that are alike."""
+    table = plain_table("computed again", "exchanges", "layers", "each keeps", "if uneven", "a step")
+    for each in rows:
+        parts = "the whole layer" if each.parts == (LAYER,) else ", ".join(each.parts) or "nothing"
+        inside = [layer for layer in layers if f"{layer.site.fqn}.".startswith(f"{each.site}.")]
+        exchanged = {LAYER, EXPERTS} & {*each.parts} and any(layer.dispatch.exchanges for layer in inside)
+        exchanges = ("sent again" if each.sends else "kept") if exchanged else "-"
+        seconds = f"+ {seconds_text(each.seconds)}" if each.parts else "-"
+        which = f"{each.layers} from {each.site.rpartition('.')[2]}"
+        sizes = (bytes_text(each.kept), bytes_text(each.kept_uneven))
+        table.add_row(*(Text(cell, no_wrap=True) for cell in (parts, exchanges, which, *sizes, seconds)))
+    return table
+
+
 def _print_estimate(estimate: Estimate, plan: Plan, console: Console) -> None:
     assumes = estimate.assumes
     _print_memory(estimate, console)
+    if estimate.recomputation:
+        console.print(_recomputation_table(estimate.recomputation, plan.layers))
+        console.print()
     _print_remedies(estimate, console)
     grid = plain_grid()
     used = f"{count_text(estimate.params_total)}, a token uses {count_text(estimate.params_active)}"
@@ -232,11 +253,9 @@ def _print_estimate(estimate: Estimate, plan: Plan, console: Console) -> None:
         grid.add_row(Text("optimizer bytes", style="dim"), Text(text))
     if estimate.weight_traffic is not None:
         grid.add_row(Text("weights", style="dim"), Text(_weights_text(plan, estimate.weight_traffic)))
-    for name, text in _experts_texts(estimate):
+    recomputed = [("recomputation", _recomputation_text(estimate))] * (estimate.checkpointing != "none")
+    for name, text in (*_experts_texts(estimate), ("padding", _padding_text(plan.layers)), *recomputed):
         grid.add_row(Text(name, style="dim"), Text(text))
-    grid.add_row(Text("padding", style="dim"), Text(_padding_text(plan.layers)))
-    if estimate.checkpointing != "none":
-        grid.add_row(Text("recomputation", style="dim"), Text(_recomputation_text(estimate)))
     console.print(grid)
 
 

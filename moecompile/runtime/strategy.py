@@ -51,6 +51,7 @@ from moecompile.nn import (
     update_balance,
 )
 from moecompile.passes.base import run_on_model
+from moecompile.passes.recompute import CHECKPOINTED
 from moecompile.passes.run import on_every_rank
 from moecompile.passes.same_weights import check_same_weights
 from moecompile.passes.shard import device_mesh_of
@@ -124,7 +125,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         process_group_backend: by default gloo on a CPU and NCCL on CUDA.
         timeout: of the process group.
         param_dtype: the dtype in which layers compute, see `moecompile.passes.shard.shard`; None: that of the weights.
-        checkpointing: `full` or `keep_exchanges`: layers are recomputed in backward (moecompile.passes.recompute).
+        checkpointing: `full` or `keep_exchanges`: layers are recomputed in backward (moecompile.passes.recompute);
+            `budget`: what the plan says of each layer.
         compile_regions: whether the graphs of moecompile are compiled with torch.compile.
         materialize: for a model that was compiled on the meta device: called with the root device after sharding, to
             fill the shards.
@@ -155,9 +157,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             raise ConfigError("loss", loss, "must be mean or sum", "Use what your training_step returns")
         if on_nan not in (None, "stop", "skip"):
             raise ConfigError("on_nan", on_nan, "must be stop, skip or None", "Use one of these")
-        if checkpointing not in ("none", "full", "keep_exchanges"):
+        if checkpointing not in CHECKPOINTED:
             raise ConfigError(
-                "checkpointing", checkpointing, "must be none, full or keep_exchanges", "Use one of these"
+                "checkpointing", checkpointing, f"must be one of {', '.join(CHECKPOINTED)}", "Use one of these"
             )
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self.loss, self.seed, self.on_nan = loss, seed, on_nan

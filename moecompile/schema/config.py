@@ -402,7 +402,8 @@ class StackConfig:
     fused: bool = False
     """Whether activation and quantization are fused into the products of experts."""
     recompute: Optional[list[str]] = None
-    """What backward computes again: full, all_but_exchanges, moe, mlp, attention, mla_up_proj, layernorm, moe_act;
+    """What backward computes again: full, all_but_exchanges, moe, experts (moe, but its exchanges), mlp, attention,
+    mla_up_proj, layernorm, moe_act;
     null: that of `trainer.checkpointing`."""
     row_bits: int = number(16, Whole(8, 16))
     """Bits of a number of a row in dispatch: 16 or 8."""

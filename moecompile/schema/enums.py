@@ -241,6 +241,7 @@ class Checkpointing(str, Enum):
     none = "none"
     full = "full"  # every layer, including exchanges
     keep_exchanges = "keep_exchanges"  # every layer, but received rows and expert ids are kept: nothing is sent again
+    budget = "budget"  # of each layer what its parts cost the least time for, until the plan fits
 
 
 class MaskPadding(str, Enum):

@@ -127,18 +127,22 @@ def planned(model: nn.Module, config: Config, plan: Plan | None) -> tuple[Plan, 
     """
     example = example_inputs(model, config.data.seq_len)
     sites, facts = planning_facts(model, config, example, plan)
+
+    def shape(of: Plan) -> ModelShape:
+        return shape_of_model(model, of)
+
     if plan is None:
-        return new_plan(model, sites, config, facts), lambda changed: build_plan(sites, changed, facts)
+        return new_plan(model, sites, config, facts), lambda changed: build_plan(sites, changed, facts, shape)
     check_sites(plan.layers, sites)
     facts = with_adapters(facts, plan)
 
     def again(changed: Config) -> Plan:
         if (changed.mesh, changed.dispatch) != (config.mesh, config.dispatch):
             raise ConfigError("plan", config.plan, "decides the mesh and the dispatch", "Plan again without it")
-        return with_estimate(plan, changed, facts)
+        return with_estimate(plan, changed, facts, shape)
 
-    given = with_estimate(plan, config, facts)
-    return with_remedies(given, sites, facts, config, lambda each: shape_of_model(model, each), again), again
+    given = with_estimate(plan, config, facts, shape)
+    return with_remedies(given, sites, facts, config, shape, again), again
 
 
 def with_adapters(facts: ModelFacts, plan: Plan) -> ModelFacts:

@@ -14,8 +14,9 @@ from moecompile.models.build import example_inputs
 from moecompile.models.source import source_model
 from moecompile.pipeline.captured import planning_facts
 from moecompile.pipeline.shape import shape_of_model
-from moecompile.plan import FITS
+from moecompile.plan import FITS, Plan
 from moecompile.planner.build_plan import build_plan
+from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.search.chosen import with_settings
 from moecompile.planner.search.found import Candidate
 from moecompile.planner.search.run import Found, search
@@ -39,13 +40,17 @@ def run(config: Config, run_dir: Path) -> None:
     config = replace(config, data=replace(config.data, global_batch_size=batch))
     model = source_model(config)
     sites, facts = planning_facts(model, config, example_inputs(model, config.data.seq_len))
-    require_layers(build_plan(sites, config, facts), config)
-    found = search(sites, facts, config, lambda plan: shape_of_model(model, plan), rounds=rounds)
+
+    def shape(plan: Plan) -> ModelShape:
+        return shape_of_model(model, plan)
+
+    require_layers(build_plan(sites, config, facts, shape), config)
+    found = search(sites, facts, config, shape, rounds=rounds)
     print_search(found, config, Console())
     accept(run_dir)
     fields = _fields(found)
     if found.runs:
-        best = build_plan(sites, with_settings(config, found.runs[0].settings), facts)
+        best = build_plan(sites, with_settings(config, found.runs[0].settings), facts, shape)
         plans.save(best, run_dir / "plan.yaml")
         fields = {**plan_fields(best), **fields}
     write_result(run_dir, "search", config.name, fields)

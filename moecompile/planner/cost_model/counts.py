@@ -44,7 +44,7 @@ Legend: t tokens, D model dim, F hidden numbers of an expert, E experts, K top-k
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from moecompile.plan import largest_shard
@@ -112,7 +112,7 @@ class Work:
 
 def layer_work(layer: Layer, hidden: int, layout: Layout, software: Software) -> Work:
     """One layer's work in a micro-batch."""
-    work = Work()
+    work, software = Work(), of_layer(layer, software)
     if layer.mixer is not None:
         add_mixer(work, layer.mixer, hidden, layout, software)
     if layer.ffn is not None:
@@ -120,6 +120,11 @@ def layer_work(layer: Layer, hidden: int, layout: Layout, software: Software) ->
         if layer.ffn.experts:
             add_experts(work, layer.ffn, hidden, layout, software)
     return work
+
+
+def of_layer(layer: Layer, software: Software) -> Software:
+    """The software with what it computes again of this layer."""
+    return software if layer.recompute is None else replace(software, recompute=layer.recompute)
 
 
 def head_work(hidden: int, vocab: int, layout: Layout, heads: int) -> Work:
@@ -185,7 +190,7 @@ def _add_always(work: Work, layer: Layer, hidden: int, layout: Layout, software:
     """What every token uses: norm, dense or shared experts, router."""
     ffn, own, bits = layer.ffn, layout.tokens / layout.tp, software.bits
     assert ffn is not None
-    again = float(software.repeats("full", "all_but_exchanges", "moe" if ffn.experts else "mlp"))
+    again = float(software.repeats("full", "all_but_exchanges", *(("moe", "experts") if ffn.experts else ("mlp",))))
     joint = 2 * hidden * hidden if layer.mtp else 0
     add_product(work, ffn.shared_weights(hidden) + joint, layout.tokens, layout, bits=bits, again=again)
     wide = (ffn.num_in + 1) * ffn.d_shared
@@ -205,7 +210,7 @@ def _add_always(work: Work, layer: Layer, hidden: int, layout: Layout, software:
 def add_experts(work: Work, ffn: Experts, hidden: int, layout: Layout, software: Software) -> None:
     """Routed experts, their permutation and their router's kernels (step 3), with an even load."""
     rows, local, bits = layout.tokens / layout.tp * ffn.top_k, ffn.experts / layout.ep, software.bits
-    again = float(software.repeats("full", "all_but_exchanges", "moe"))
+    again = float(software.repeats("full", "all_but_exchanges", "moe", "experts"))
     weights, row = ffn.expert_weights(hidden), ffn.row(hidden)
     work.grouped += 2 * rows * weights * (PASSES + again)
     work.stacks += local * weights / layout.etp * ((2 + again) * bits / 8 + 2 * FP32)
@@ -297,9 +302,9 @@ def dispatch_bytes(ffn: Experts, hidden: int, layout: Layout, machine: Machine, 
 
 def parallel_bytes(model: ModelShape, layout: Layout, machine: Machine, software: Software) -> Parallel:
     """Bytes per micro-batch and average stage (steps 7 to 10)."""
-    full = 1.5 if software.repeats("full") else 1.0
     tensor, context = Wire(), 0.0
     for layer in model.layers:
+        full = 1.5 if of_layer(layer, software).repeats("full") else 1.0
         share = layer.count / layout.pp
         parts = (layer.mixer is not None) + (layer.ffn is not None and layer.ffn.d_shared > 0)
         if layout.tp > 1:
@@ -397,7 +402,8 @@ def _over_group(once: float, size: int, stride: int, machine: Machine) -> Wire:
 class Counts:
     """body: layers of an average stage. head: the output head. wire: exchanges of an average stage. parallel: bytes of
     tensor, context and pipeline parallelism and of gathered weights. step: bytes once per step. num_micro:
-    micro-batches of a step. bubble: idle ones. stages, layers: over which the body was averaged.
+    micro-batches of a step. bubble: idle ones. stages, layers: over which the body was averaged. sent_again,
+    computed_again: of the layers with experts, the share whose exchanges and whose experts backward repeats.
     """
 
     body: Work
@@ -409,16 +415,23 @@ class Counts:
     bubble: float
     stages: int
     layers: int
+    sent_again: float
+    computed_again: float
 
 
 def count(model: ModelShape, layout: Layout, machine: Machine, software: Software) -> Counts:
     """The counts of one GPU."""
     body, wire = Work(), Wire()
+    experts, sent, computed = 0, 0, 0
     for layer in model.layers:
         share = layer.count / layout.pp
         body.add(layer_work(layer, model.hidden, layout, software), share)
         if layer.ffn is not None and layer.ffn.experts:
-            wire = wire + dispatch_bytes(layer.ffn, model.hidden, layout, machine, software).times(share)
+            again = of_layer(layer, software)
+            wire = wire + dispatch_bytes(layer.ffn, model.hidden, layout, machine, again).times(share)
+            experts += layer.count
+            sent += layer.count * again.repeats("full", "moe")
+            computed += layer.count * again.repeats("full", "all_but_exchanges", "moe", "experts")
     heads = 1 + sum(layer.count for layer in model.layers if layer.mtp)
     return Counts(
         body=body,
@@ -430,6 +443,8 @@ def count(model: ModelShape, layout: Layout, machine: Machine, software: Softwar
         bubble=_bubble(layout, software),
         stages=layout.pp,
         layers=sum(layer.count for layer in model.layers),
+        sent_again=sent / max(1, experts),
+        computed_again=computed / max(1, experts),
     )
 
 

@@ -25,12 +25,22 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import log2
 
 from moecompile.errors import ConfigError
 from moecompile.plan import EXCHANGES
 from moecompile.plan import KINDS as DISPATCH_KINDS
-from moecompile.planner.cost_model.counts import ATTENTION_BACKWARD, OPTIMIZER_BYTES, SENT_AS, Counts, Wire, Work
+from moecompile.planner.cost_model.counts import (
+    ATTENTION_BACKWARD,
+    OPTIMIZER_BYTES,
+    SENT_AS,
+    Counts,
+    Wire,
+    Work,
+    layer_work,
+    of_layer,
+)
 from moecompile.planner.cost_model.inputs import Host, Layout, Machine, Software
 from moecompile.planner.cost_model.shapes import Attention, ModelShape
 
@@ -59,7 +69,7 @@ def host_seconds(
         "attention": _attention_flops(model, layout, software) / host.attention,
         "scans": counts.body.scan / host.attention,
         "memory passes": wide * (counts.body.passes + counts.head.passes / counts.stages) / host.passes,
-        "host": host.node * _nodes(counts.body, software),
+        "host": host.node * _nodes(model, layout, software),
     }
     on_node = layout.gpus if host.one_machine else min(machine.domain, layout.gpus)
     computing = between(host.contention, on_node)
@@ -116,16 +126,27 @@ def _experts(model: ModelShape, layout: Layout, body: Work, host: Host, load: fl
         yield load * body.grouped * share / sum(shares) / between(host.grouped, rows)
 
 
-def _nodes(body: Work, software: Software) -> float:
-    again = float(software.repeats("full", "all_but_exchanges"))
-    modes = 2.0 * software.repeats("all_but_exchanges")
-    return body.launches * (1 + (again + modes) * _FORWARD)
+def _nodes(model: ModelShape, layout: Layout, software: Software) -> float:
+    nodes = 0.0
+    for layer in model.layers:
+        own = of_layer(layer, software)
+        mixer = layer_work(replace(layer, ffn=None), model.hidden, layout, own).launches
+        ffn = layer_work(replace(layer, mixer=None), model.hidden, layout, own).launches
+        whole, kept = own.repeats("full", "all_but_exchanges"), own.repeats("all_but_exchanges")
+        of_ffn = ("moe", "experts") if layer.ffn is not None and layer.ffn.experts else ("mlp",)
+        again = mixer * (whole or own.repeats("attention")) + ffn * (whole or own.repeats(*of_ffn))
+        modes = 2.0 * (kept * mixer + (kept or own.repeats("experts")) * ffn)
+        nodes += layer.count / layout.pp * (mixer + ffn + (again + modes) * _FORWARD)
+    return nodes
 
 
 def _attention_flops(model: ModelShape, layout: Layout, software: Software) -> float:
-    again = float(software.repeats("full", "all_but_exchanges", "attention"))
-    once = sum(layer.count * layer.mixer.core_flops(layout.seq) for layer in model.layers if layer.mixer) / layout.pp
-    return once * (1 + ATTENTION_BACKWARD + again) * layout.tokens / layout.tp
+    flops = 0.0
+    for layer in model.layers:
+        if layer.mixer is not None:
+            again = float(of_layer(layer, software).repeats("full", "all_but_exchanges", "attention"))
+            flops += layer.count * layer.mixer.core_flops(layout.seq) * (1 + ATTENTION_BACKWARD + again)
+    return flops / layout.pp * layout.tokens / layout.tp
 
 
 def _exchange(model: ModelShape, layout: Layout, counts: Counts, software: Software, host: Host, load: float) -> float:
@@ -136,7 +157,7 @@ def _exchange(model: ModelShape, layout: Layout, counts: Counts, software: Softw
     sent = [EXCHANGES[op].sends for op, _ in DISPATCH_KINDS[kind].steps]
     rows = software.chunks * sum(each != "counts" for each in sent)
     forward = rows + sent.count("counts")
-    number = layers * (forward * (1 + software.repeats("full")) + rows)
+    number = layers * (forward * (1 + counts.sent_again) + rows)
     return _messages(host, layout.ep, counts.wire.times(load), number, software)
 
 

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from moecompile.errors import ConfigError
 from moecompile.plan import Plan
-from moecompile.planner.cost_model.shapes import ModelShape
-from moecompile.planner.params import checkpointing_of
+from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
+from moecompile.planner.params import BUDGET, checkpointing_of
 from moecompile.planner.traffic import Links
 from moecompile.schema import (
     NUMBERS,
@@ -32,7 +32,9 @@ from moecompile.schema import (
     is_described,
 )
 
-RECOMPUTED = ("full", "all_but_exchanges", "moe", "mlp", "attention", "mla_up_proj", "layernorm", "moe_act")
+RECOMPUTED = (
+    "full", "all_but_exchanges", "moe", "experts", "mlp", "attention", "mla_up_proj", "layernorm", "moe_act",
+)  # fmt: skip
 GRAPHED = ("attn", "mamba", "router", "preprocess", "dispatch", "experts", "dense", "all")
 SCHEDULES = ("onef1b", "dualpipe")
 KINDS = tuple(kind.value for kind in DispatchKind if kind not in (DispatchKind.local, DispatchKind.auto))
@@ -48,7 +50,12 @@ _PATHS = {
 }  # fmt: skip
 SAID_BY_MESH = ("tp", "cp")  # sizes of a described layout that are also axes of a mesh
 _BITS = {Precision.fp32: 32}
-REPEATED: Mapping[str, tuple[str, ...]] = {"none": (), "full": ("full",), "keep_exchanges": ("all_but_exchanges",)}
+REPEATED: Mapping[str, tuple[str, ...]] = {
+    "none": (),
+    "full": ("full",),
+    "keep_exchanges": ("all_but_exchanges",),
+    BUDGET: (),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,7 +385,7 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
     if machine.host is not None:
         software = replace(software, fused=True)  # as the experts' kernel for CPUs is
     return Inputs(
-        model=_predicting(shape, workload.mtp),
+        model=with_recomputed(_predicting(shape, workload.mtp), plan.recomputed),
         layout=layout,
         machine=machine,
         software=replace(software, in_flight=overlap, chunks=chunks) if own else software,

@@ -133,7 +133,7 @@ def _wire_seconds(
     exchange = load * machine.links.seconds(counts.wire.intra, counts.wire.inter) / software.wire_share
     exchange += machine.links.seconds(0, 0, counts.wire.messages * software.chunks)
     if software.in_flight != "none":
-        exchange = _in_flight(replace(times, wire=exchange), software)
+        exchange = _in_flight(replace(times, wire=exchange), counts, software)
     elif software.overlap:
         lost = software.comm_units / machine.units * (1 - constants["exposed"])
         exchange *= constants["exposed"] + lost
@@ -147,14 +147,13 @@ def _wire_seconds(
     }
 
 
-def _in_flight(times: LayerSeconds, software: Software) -> float:
+def _in_flight(times: LayerSeconds, counts: Counts, software: Software) -> float:
     """What exchanges in flight add to compute (step 3), of all MoE layers of a stage in a micro-batch.
 
     Args:
         times: in all passes: forward, backward (twice the operations), and forward again with recomputation.
     """
-    again = float(software.repeats("full", "moe"))
-    computed = PASSES + float(software.repeats("full", "all_but_exchanges", "moe"))
+    again, computed = counts.sent_again, PASSES + counts.computed_again
     once = LayerSeconds(wire=times.wire / (2 + again), routed=times.routed / computed, shared=times.shared / computed)
     kind, chunks = software.in_flight, software.chunks
     forward = forward_seconds(once, kind, chunks) - once.routed - once.shared

@@ -17,8 +17,11 @@ Legend: h heads, H scan heads of P numbers, G groups, N state, s sequence length
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from moecompile.plan import ATTENTION, EXPERTS, FFN, LAYER, NORMS, Recomputed
 
 TRAINING = 3  # forward and backward, in forwards
 
@@ -143,23 +146,29 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """`count` equal layers. mtp: of the multi-token prediction module, which also has a projection and a head."""
+    """`count` equal layers. mtp: of the multi-token prediction module, which also has a projection and a head.
+    recompute: what backward computes again of them; None: what the software does everywhere.
+    """
 
     mixer: Attention | Scan | None
     ffn: Experts | None
     count: int = 1
     mtp: bool = False
+    recompute: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A language model: its layers, embedding and head."""
+    """A language model: its layers, embedding and head. places: path of each layer of the model, and its place in
+    `layers`; empty if they are not known.
+    """
 
     name: str
     hidden: int
     vocab: int
     layers: tuple[Layer, ...]
     tied: bool = False
+    places: tuple[tuple[str, int], ...] = ()
 
     def main_layers(self) -> Iterator[Layer]:
         """The layers without multi-token prediction."""
@@ -187,6 +196,28 @@ class ModelShape:
         chosen = self.layers if mtp else tuple(self.main_layers())
         heads = 1 + sum(layer.count for layer in chosen if layer.mtp)
         return sum(layer.count * layer_params(layer, self.hidden)[1] for layer in chosen) + self.head_weights * heads
+
+
+def with_recomputed(shape: ModelShape, recomputed: Sequence[Recomputed]) -> ModelShape:
+    """The shape whose layers say what of them is repeated."""
+    if not recomputed:
+        return shape
+    chosen = {path: each for each in recomputed for path in each.layers}
+    counts = Counter((place, repeated(chosen.get(path))) for path, place in shape.places)
+    layers = [replace(shape.layers[place], count=count, recompute=words) for (place, words), count in counts.items()]
+    known = {place for _, place in shape.places}
+    others = [layer for place, layer in enumerate(shape.layers) if place not in known]
+    return replace(shape, layers=(*layers, *others), places=())
+
+
+def repeated(what: Recomputed | None) -> tuple[str, ...]:
+    """What backward repeats of a layer, in the words of `Software.recompute`."""
+    if what is None:
+        return ()
+    if LAYER in what.parts:
+        return ("full",) if what.sends else ("all_but_exchanges",)
+    words = {ATTENTION: "attention", NORMS: "layernorm", FFN: "mlp", EXPERTS: "moe" if what.sends else "experts"}
+    return tuple(words[part] for part in what.parts)
 
 
 def layer_params(layer: Layer, hidden: int) -> tuple[int, int]:

@@ -6,7 +6,8 @@
 3. The global batch and the sequence length are always kept.
 4. When weights are gathered and gradients reduced is no axis: each layout gets the way that sends the fewest bytes of
    those that fit, as its plan would (planner/schedule.py), unless the config says it. So it does with checkpointing,
-   where that is kept and `auto`.
+   where that is kept and `auto`. Searched, it is a budget, which has all other ways in it: each layout computes again
+   what makes it fit with the least time (planner/budget.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from moecompile.mesh import Part, axes_that_split, divisors
 from moecompile.plan import KINDS as DISPATCH_KINDS
 from moecompile.plan import ExpertsSite, LayerPlan
 from moecompile.planner.existing import asks_balance
-from moecompile.schema import Checkpointing, Config
+from moecompile.planner.params import BUDGET
+from moecompile.schema import Config
 
 _OF_MESH = tuple(axis.name for axis in sorted(MESH_AXES, key=lambda axis: axis.dense) if axis.searched)
 AXES = {
@@ -51,7 +53,7 @@ class Axes:
     dispatch: Sequence[str]
     overlap: Sequence[tuple[str, int]]
     micro_batch: Sequence[int]
-    checkpointing: Sequence[str]
+    checkpointing: str
     max_nodes: Sequence[int | None]
     granularity: Sequence[int]
     layout: bool
@@ -93,19 +95,12 @@ def axes_of(config: Config, layers: Sequence[LayerPlan], ep: int) -> Axes:
         micro_batch=sorted({*MICRO_BATCHES, data.micro_batch_size})
         if "micro_batch" in searched
         else [data.micro_batch_size],
-        checkpointing=[each.value for each in Checkpointing if each.value in _computed_again(config)]
-        if "checkpointing" in searched
-        else [config.trainer.checkpointing.value],
+        checkpointing=BUDGET if "checkpointing" in searched else config.trainer.checkpointing.value,
         max_nodes=[None, *divisors(mesh.num_nodes)] if "max_nodes" in searched else [config.routing.max_nodes],
         granularity=GRANULARITIES if "granularity" in searched else [config.experts.granularity],
         layout="layout" in searched,
         kept=kept,
     )
-
-
-def _computed_again(config: Config) -> tuple[str, ...]:
-    """What may be computed again; rows that a back end received cannot be kept for backward."""
-    return ("none", "full", "keep_exchanges") if config.dispatch.backend is None else ("none", "full")
 
 
 def _kept(config: Config, layers: Sequence[LayerPlan]) -> dict[str, str]:

@@ -19,7 +19,7 @@ b. A token of one layer keeps, in numbers of 16 bits, or of 8 where a product in
        experts   2 D; K rows as they arrive, and their hidden numbers before and after the activation, K (n + 1) F;
                  router scores in fp32
    What is recomputed is not kept (an activation's input is then kept in the numbers of the product). `full` keeps the
-   layer's input alone, `all_but_exchanges` also the rows.
+   layer's input alone, `all_but_exchanges` also the rows; so does `experts`, where `moe` sends them again.
                                                                                                    -> `_kept`
 c. Micro-batches in flight on the first stage: pp of 1F1B, pp + (pp - 1) / vpp interleaved, pp + 1 of DualPipe; on the
    last stage one, with its logits (bf16) and their fp32 softmax and gradient. The larger one counts; with recomputation
@@ -273,13 +273,14 @@ def _kept_of_ffn(ffn: Experts | None, hidden: int, software: Software, load: flo
     if ffn is None:
         return 0.0
     normed = 0 if software.repeats("layernorm") else hidden
-    number, read, moe = _number(software), _read(software), software.repeats("moe")
+    number, read, moe = _number(software), _read(software), software.repeats("moe", "experts")
     if software.repeats("mlp") and not ffn.experts:
         return hidden * number
     always = 0.0 if moe else ffn.d_shared * (ffn.num_in * number + read)
     kept = hidden * number + normed * read + always
     if not ffn.experts or moe:
-        return kept
+        rows = (1 + load) * ffn.top_k * ffn.row(hidden) if ffn.experts and software.repeats("experts") else 0
+        return kept + rows * BF16
     hidden_row = ffn.num_in * read if software.repeats("moe_act") else ffn.num_in * number + read
     per_row = ffn.row(hidden) * read + ffn.d_expert * hidden_row
     return kept + load * ffn.top_k * per_row + 2 * ffn.experts * FP32

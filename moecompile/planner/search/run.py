@@ -20,10 +20,11 @@ from typing import Any
 from moecompile.errors import ConfigError, MoecompileError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import FITS, IN_FLIGHT, LayerPlan, Plan, PlannedSite, fit_of
+from moecompile.planner.budget import Budget, budget_of, fastest, within
 from moecompile.planner.build_plan import GIB, draft_plan, run_facts
 from moecompile.planner.cost_model.forecast import expected_load, step_of
 from moecompile.planner.cost_model.inputs import REPEATED, SAID_BY_MESH, Inputs, inputs_of
-from moecompile.planner.cost_model.shapes import ModelShape
+from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
 from moecompile.planner.memory import (
     Activations,
     activations,
@@ -32,7 +33,7 @@ from moecompile.planner.memory import (
     together,
     tokens_of_a_rank,
 )
-from moecompile.planner.params import ModelFacts, RunFacts
+from moecompile.planner.params import BUDGET, ModelFacts, RunFacts
 from moecompile.planner.schedule import Sharded, choose, sharded, ways
 from moecompile.planner.search.axes import KINDS, Axes, axes_of
 from moecompile.planner.search.described import Described, Space, described, memory_of, settings_of, space_of
@@ -101,7 +102,7 @@ def runnable(search: Search, rejected: Rejected) -> Iterator[Candidate]:
 def _structures(search: Search, shapes: dict[object, ModelShape], rejected: Rejected) -> Iterator[_Structure]:
     """Step 1."""
     axes = search.axes
-    inside = len(axes.micro_batch) * len(axes.checkpointing)
+    inside = len(axes.micro_batch)
     for granularity, nodes, sizes in product(axes.granularity, axes.max_nodes, axes.meshes()):
         config = _with(search.config, sizes, granularity=granularity, max_nodes=nodes)
         kinds = ("local",) if sizes["ep"] == 1 and len(axes.dispatch) > 1 else axes.dispatch
@@ -179,7 +180,7 @@ def _inside(search: Search, structure: _Structure, states: _States, rejected: Re
     limit = config.hardware.memory_gib * GIB
     replicas = [n for n in axes.dp_replicate if not mesh.edp % n and not mesh.num_batches % n]
     for micro_batch in axes.micro_batch:
-        inner = len(axes.checkpointing) * len(replicas)
+        inner = len(replicas)
         batch = _batch(search, micro_batch * mesh.num_batches)
         if batch is None:
             rule = f"the batch of {search.config.data.global_batch_size:,} sequences must be a whole number of " \
@@ -212,33 +213,59 @@ def _of_micro_batch(
     memory = _memory(structure, states)
 
     @cache
-    def ways_of(replicas: int, checkpointing: str) -> list[RunFacts]:
-        of = states.sharded(structure, replace(plan.mesh, dp_replicate=replicas))
-        return ways(of, replace(run, checkpointing=checkpointing))
+    def buffers(load: float) -> int:
+        return buffer_bytes(plan.layers, plan.mesh, replace(run, row_load=load))
 
-    for checkpointing, number, (overlap, chunks) in product(axes.checkpointing, replicas, overlaps):
+    run = replace(run, checkpointing=axes.checkpointing)
+    own = structure.config.stack.dispatcher is None and not structure.config.stack.overlap
 
-        def uneven_of(each: RunFacts, number: int = number, overlap: str = overlap) -> int:
-            return memory(number, replace(each, row_load=structure.load), overlap != "none")
+    @cache
+    def ways_of(replicas: int) -> list[RunFacts]:
+        return ways(states.sharded(structure, replace(plan.mesh, dp_replicate=replicas)), run)
 
-        tried = ways_of(number, checkpointing)
-        again = choose(tried, uneven_of, limit)
-        needed, uneven = memory(number, again, overlap != "none"), uneven_of(again)
-        settings = _settings(search, structure, again, number, (overlap, chunks), batch)
-        if needed > limit:
-            rejected.too_large(needed, limit, settings)
-            continue
-        own = structure.config.stack.dispatcher is None and not structure.config.stack.overlap
-        software = replace(
-            inputs.software, recompute=REPEATED[again.checkpointing] if recompute is None else kept,
-            in_flight=overlap if own else "none", chunks=chunks if own else 1,
-        )  # fmt: skip
+    def step(number: int, overlap: tuple[str, int], again: RunFacts) -> Inputs:
+        in_flight, chunks = overlap if own else ("none", 1)
+        repeated = REPEATED[again.checkpointing] if recompute is None else kept
+        software = replace(inputs.software, recompute=repeated, in_flight=in_flight, chunks=chunks)
         layout = replace(
             inputs.layout, micro_batch=run.micro_batch_size, global_batch=batch, replicas=number, reduce=again.reduce,
             gather=again.gather,
         )  # fmt: skip
-        seconds = sum(step_of(replace(inputs, layout=layout, software=software)).values())
-        speed = batch * layout.seq / plan.mesh.world_size / seconds
+        return replace(inputs, layout=layout, software=software, model=with_recomputed(inputs.model, again.recomputed))
+
+    @cache
+    def budget(overlap: tuple[str, int]) -> Budget:
+        layers = plan.layers if overlap[0] == "none" else structure.overlapped
+        given = replace(run, row_load=structure.load)
+        return budget_of(layers, plan.mesh, structure.facts, given, step(1, overlap, run))
+
+    def fitted(number: int, overlap: tuple[str, int]) -> tuple[RunFacts, int, int]:
+        """What runs, and the bytes of a rank with an even and with the expected load."""
+
+        def uneven_of(each: RunFacts) -> int:
+            return memory(number, replace(each, row_load=structure.load), overlap[0] != "none")
+
+        if axes.checkpointing != BUDGET:
+            again = choose(ways_of(number), uneven_of, limit)
+            return again, memory(number, again, overlap[0] != "none"), uneven_of(again)
+        tried = [
+            within(
+                budget(overlap), each, states(structure, replace(plan.mesh, dp_replicate=number), each),
+                buffers(structure.load), buffers(1.0), limit,
+            )
+            for each in ways_of(number)
+        ]  # fmt: skip
+        best = fastest(tried, limit, lambda each: sum(step_of(step(number, overlap, each)).values()))
+        return best.run, best.even, best.expected
+
+    for number, overlap in product(replicas, overlaps):
+        again, needed, uneven = fitted(number, overlap)
+        settings = _settings(search, structure, again, number, overlap, batch)
+        if needed > limit:
+            rejected.too_large(needed, limit, settings)
+            continue
+        seconds = sum(step_of(step(number, overlap, again)).values())
+        speed = batch * inputs.layout.seq / plan.mesh.world_size / seconds
         yield Candidate(
             settings=settings, runs=True, seconds=seconds, tokens_per_second_per_rank=speed, memory_bytes=needed,
             memory_bytes_uneven=uneven, fits=fit_of(needed, uneven, limit),
@@ -418,7 +445,7 @@ def _space(search: Search, plan: Plan, inputs: Inputs) -> Space:
     tp = config.mesh.tp if "tp" in said else 1
     recompute = {"": inputs.software.recompute}
     if "checkpointing" not in axes.kept:
-        recompute = {name: REPEATED[name] for name in axes.checkpointing}
+        recompute = {name: words for name, words in REPEATED.items() if name != BUDGET}
     return replace(
         space, ep=[ep for ep in axes.ep if _on_nodes(plan.mesh, ep, tp)], kinds=kinds, recompute=recompute,
         micro_batch=[n for n in axes.micro_batch if n <= 8 or len(axes.micro_batch) == 1],
