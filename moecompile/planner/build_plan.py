@@ -36,10 +36,10 @@ from moecompile.plan import (
     reductions,
 )
 from moecompile.planner import estimate
-from moecompile.planner.budget import budget_of, fastest, within
+from moecompile.planner.budget import Budget, Within, budget_of, fastest, within
 from moecompile.planner.context_parallel import exchanged_attention
 from moecompile.planner.cost_model.forecast import expected_load, step_of
-from moecompile.planner.cost_model.inputs import inputs_of, links_of
+from moecompile.planner.cost_model.inputs import Inputs, inputs_of, links_of
 from moecompile.planner.cost_model.seconds import LayerSeconds, choose_chunks, choose_overlap, row_seconds
 from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
 from moecompile.planner.existing import check_given, existing_layer, only_existing, own_balance, selection
@@ -358,26 +358,25 @@ def _within_budget(
     given = None if config.plan is None else plan.recomputed
     plan = replace(plan, recomputed=())
     inputs, limit = inputs_of(shape(plan), plan, config), config.hardware.memory_gib * GIB
-    budget = budget_of(plan.layers, plan.mesh, facts, replace(tried[0], row_load=expected.load), inputs)
-    buffers, even = (
-        buffer_bytes(plan.layers, plan.mesh, replace(tried[0], row_load=load)) for load in (expected.load, 1.0)
-    )
 
-    if given is not None:
-        run = replace(tried[0], recomputed=given)
-        return run, tuple(budget.costs(given))
-
-    def seconds(run: RunFacts) -> float:
+    def step(run: RunFacts) -> Inputs:
         layout = replace(inputs.layout, reduce=run.reduce, gather=run.gather)
-        model = with_recomputed(inputs.model, run.recomputed)
-        return sum(step_of(replace(inputs, layout=layout, model=model)).values())
+        return replace(inputs, layout=layout, model=with_recomputed(inputs.model, run.recomputed))
 
-    found = [
-        within(budget, each, model_state_bytes(plan.layers, plan.mesh, facts, each), buffers, even, limit)
-        for each in tried
-    ]
-    best = fastest(found, limit, seconds).run
-    return best, tuple(budget.costs(best.recomputed))
+    def budget(run: RunFacts) -> Budget:
+        return budget_of(plan.layers, plan.mesh, facts, replace(run, row_load=expected.load), step(run))
+
+    def fit(run: RunFacts) -> Within:
+        states = model_state_bytes(plan.layers, plan.mesh, facts, run)
+        loads = (expected.load, 1.0)
+        buffers, even = (buffer_bytes(plan.layers, plan.mesh, replace(run, row_load=load)) for load in loads)
+        return within(budget(run), run, states, buffers, even, limit)
+
+    if given is None:
+        best = fastest([fit(run) for run in tried], limit, lambda run: sum(step_of(step(run)).values())).run
+    else:
+        best = replace(tried[0], recomputed=given)
+    return best, tuple(budget(replace(best, recomputed=())).costs(best.recomputed))
 
 
 def draft_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) -> tuple[Plan, ModelFacts]:

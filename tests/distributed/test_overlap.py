@@ -17,7 +17,7 @@ from moecompile.mesh import MeshSpec
 from moecompile.passes.recompute import recompute
 from moecompile.passes.shard import bind_axes, device_mesh_of, shard
 from moecompile.pipeline import plan_of
-from moecompile.plan import IN_FLIGHT
+from moecompile.plan import ATTENTION, EXPERTS, IN_FLIGHT, LAYER, NORMS, Recomputed
 from moecompile.torch_private import in_backward
 from moecompile.verify import worst
 from tests.distributed import dispatch_job as job
@@ -131,6 +131,18 @@ def _ways(rank: int, world_size: int) -> dict[str, Step]:
             if checkpointing != "none":
                 recompute(model, plan, checkpointing)
             found[f"{name} {checkpointing}"] = _step(model.train(), rank)
+        for sends in (False, True):  # the first layer with experts in parts, the other one whole
+            model = gradients.build(torch.float64, ["mesh.ranks_per_node=2", "dispatch.kind=dedup", *overlap])
+            parts = (ATTENTION, NORMS, EXPERTS)
+            modules = ("self_attn", "input_layernorm", "post_attention_layernorm", "mlp")
+            layers = [layer.site.fqn.removesuffix(".mlp") for layer in plan.layers]
+            plan = replace(plan_of(model), recomputed=(
+                Recomputed(parts=parts, sends=sends, modules=modules, layers=(layers[0],)),
+                Recomputed(parts=(LAYER,), sends=sends, modules=("",), layers=(layers[1],)),
+            ))  # fmt: skip
+            shard(model, plan, device_mesh_of(plan.mesh, "cpu"))
+            recompute(model, plan, "budget")
+            found[f"{name} budget{' sends' * sends}"] = _step(model.train(), rank)
     return found
 
 
@@ -144,10 +156,9 @@ def test_checkpointing_resends_what_it_says() -> None:
     layers = 2
     # Forward: counts, and rows, assignments and partial sums of each chunk. Backward: the last three.
     assert (wanted.forward, wanted.backward) == (4 * layers, 3 * layers)
-    assert [steps[f"chunks {how}"].forward for how in ("none", "keep_exchanges", "full")] == [7 * layers] * 3
-    assert [steps[f"chunks {how}"].backward for how in ("none", "keep_exchanges", "full")] == [
-        6 * layers, 6 * layers, 13 * layers,
-    ]  # fmt: skip
+    ways = ("none", "keep_exchanges", "budget", "full", "budget sends")
+    assert [steps[f"chunks {how}"].forward for how in ways] == [7 * layers] * 5
+    assert [steps[f"chunks {how}"].backward for how in ways] == [*[6 * layers] * 3, *[13 * layers] * 2]
 
 
 def _watched(rank: int, world_size: int) -> tuple[dict[str, float], list[float]]:

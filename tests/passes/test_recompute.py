@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,8 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import moecompile
-from moecompile.errors import ConfigError
+from moecompile.compose import compose_config
+from moecompile.errors import ConfigError, PassError
 from moecompile.passes.recompute import recompute
+from moecompile.pipeline.captured import planning_facts
+from moecompile.plan import Recomputed
 from moecompile.torch_private import keeping
 from tests.existing_models import moe_inputs, moe_model
 
@@ -138,3 +144,61 @@ def test_a_cache_that_is_given_is_refused() -> None:
     recompute(model, moecompile.plan_of(model), "full")
     with pytest.raises(ConfigError, match=r"^checkpointing=full: layers are computed again .*past_key_values a second"):
         model(input_ids=IDS, past_key_values=filled)
+
+
+# -- a budget ------------------------------------------------------------------------------------------------------
+
+
+def with_parts(architecture: str) -> tuple[nn.Module, dict[str, dict[str, tuple[str, ...]]]]:
+    """A compiled model in training mode, and the parts of its layers."""
+    model = moe_model(architecture, dtype=torch.float64, num_hidden_layers=3)
+    inputs = moe_inputs(architecture, IDS)
+    config = compose_config(["mesh.ranks_per_node=1"])
+    _, facts = planning_facts(model, config, inputs)
+    compiled = moecompile.compile_model(model, config, example=inputs)
+    return compiled.train(), {fact.path: dict(fact.parts) for fact in facts.layers}
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_any_parts_of_any_layers_have_the_same_gradients(architecture: str) -> None:
+    model, parts = with_parts(architecture)
+    loss, wanted = loss_and_grads(copy.deepcopy(model), architecture)
+    sets = [("attention",), ("norms",), ("ffn",), ("attention", "norms"), ("attention", "norms", "ffn"), ("layer",)]
+    for turn, sends in product(range(len(sets)), (False, True)):
+        again, calls, recomputed = copy.deepcopy(model), Counter[str](), []
+        for i, (path, of) in enumerate(parts.items()):
+            chosen = sets[(turn + i) % len(sets)]
+            modules = ("",) if chosen == ("layer",) else tuple(name for part in chosen for name in of[part])
+            recomputed.append(Recomputed(parts=chosen, sends=sends, modules=modules, layers=(path,)))
+            for name, module in again.get_submodule(path).named_children():
+                module.register_forward_pre_hook(lambda *_, to=calls, key=f"{path}.{name}": to.update([key]))
+        recompute(again, replace(moecompile.plan_of(again), recomputed=tuple(recomputed)), "budget")
+        got_loss, got = loss_and_grads(again, architecture)
+        assert torch.equal(got_loss, loss) and got.keys() == wanted.keys()
+        assert all(torch.equal(grad, wanted[name]) for name, grad in got.items())
+        # A layer as a whole calls its children again; a part that is wrapped has its hooks outside.
+        twice = {key.rpartition(".")[0] for key, count in calls.items() if count == 2}
+        assert twice == {path for each in recomputed if each.modules == ("",) for path in each.layers}
+
+
+def test_an_input_that_was_changed_in_place_is_an_error() -> None:
+    """torch looks at positional inputs alone, and attention has keywords."""
+    model, parts = with_parts("mixtral")
+    path, of = next(iter(parts.items()))
+    chosen = Recomputed(parts=("attention",), sends=False, modules=of["attention"], layers=(path,))
+    recompute(model, replace(moecompile.plan_of(model), recomputed=(chosen,)), "budget")
+    seen: list[Tensor] = []
+    attention = model.get_submodule(f"{path}.{of['attention'][0]}")
+    attention.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True)
+    loss = model(**moe_inputs("mixtral", IDS), labels=IDS).loss
+    with torch.no_grad():
+        seen[0].mul_(2)
+    with pytest.raises(PassError, match=r"an input of a layer.*changed in place"):
+        loss.backward()
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    model, _ = with_parts("mixtral")
+    other = Recomputed(parts=("attention",), sends=False, modules=("attn",), layers=("model.layers.0",))
+    with pytest.raises(PassError, match=r"model.layers.0.attn.*no such module"):
+        recompute(model, replace(moecompile.plan_of(model), recomputed=(other,)), "budget")
