@@ -7,7 +7,7 @@
 4. When weights are gathered and gradients reduced is no axis: each layout gets the way that sends the fewest bytes of
    those that fit, as its plan would (planner/schedule.py), unless the config says it. So it does with checkpointing,
    where that is kept and `auto`. Searched, it is a budget, which has all other ways in it: each layout computes again
-   what makes it fit with the least time (planner/budget.py).
+   what makes it fit with the least time (planner/budget.py). Of a bare graph, all its layers alike.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Axes:
     dispatch: Sequence[str]
     overlap: Sequence[tuple[str, int]]
     micro_batch: Sequence[int]
-    checkpointing: str
+    checkpointing: Sequence[str]
     max_nodes: Sequence[int | None]
     granularity: Sequence[int]
     layout: bool
@@ -70,11 +70,11 @@ class Axes:
         return {key: value for key, value in settings.items() if key not in kept}
 
 
-def axes_of(config: Config, layers: Sequence[LayerPlan], ep: int) -> Axes:
+def axes_of(config: Config, layers: Sequence[LayerPlan], ep: int, *, by_layer: bool) -> Axes:
     """The axes of a search.
 
     Args:
-        layers: the plan of the config as it is. ep: its EP size.
+        layers: the plan of the config as it is. ep: its EP size. by_layer: whether the layers of the model are known.
 
     Raises:
         ConfigError: `search.axes` names something that is not an axis.
@@ -95,12 +95,21 @@ def axes_of(config: Config, layers: Sequence[LayerPlan], ep: int) -> Axes:
         micro_batch=sorted({*MICRO_BATCHES, data.micro_batch_size})
         if "micro_batch" in searched
         else [data.micro_batch_size],
-        checkpointing=BUDGET if "checkpointing" in searched else config.trainer.checkpointing.value,
+        checkpointing=_computed_again(config, by_layer=by_layer)
+        if "checkpointing" in searched
+        else [config.trainer.checkpointing.value],
         max_nodes=[None, *divisors(mesh.num_nodes)] if "max_nodes" in searched else [config.routing.max_nodes],
         granularity=GRANULARITIES if "granularity" in searched else [config.experts.granularity],
         layout="layout" in searched,
         kept=kept,
     )
+
+
+def _computed_again(config: Config, *, by_layer: bool) -> tuple[str, ...]:
+    """What may be computed again; rows that a back end received cannot be kept for backward."""
+    if by_layer:
+        return (BUDGET,)
+    return ("none", "full", "keep_exchanges") if config.dispatch.backend is None else ("none", "full")
 
 
 def _kept(config: Config, layers: Sequence[LayerPlan]) -> dict[str, str]:

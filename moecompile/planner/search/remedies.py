@@ -137,7 +137,7 @@ def _candidates(
     start = with_settings(config, stage.changed)
     start = replace(start, given=[], search=SearchConfig(axes=list(stage.axes)))
     base, _ = draft_plan(sites, start, facts)
-    axes = axes_of(start, base.layers, base.mesh.ep)
+    axes = axes_of(start, base.layers, base.mesh.ep, by_layer=bool(facts.layers))
     search = Search(
         sites=sites, facts=facts, config=start, layers=base.layers, shape=shape, axes=axes, rounds=False
     )  # fmt: skip

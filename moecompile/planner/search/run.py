@@ -102,7 +102,7 @@ def runnable(search: Search, rejected: Rejected) -> Iterator[Candidate]:
 def _structures(search: Search, shapes: dict[object, ModelShape], rejected: Rejected) -> Iterator[_Structure]:
     """Step 1."""
     axes = search.axes
-    inside = len(axes.micro_batch)
+    inside = len(axes.micro_batch) * len(axes.checkpointing)
     for granularity, nodes, sizes in product(axes.granularity, axes.max_nodes, axes.meshes()):
         config = _with(search.config, sizes, granularity=granularity, max_nodes=nodes)
         kinds = ("local",) if sizes["ep"] == 1 and len(axes.dispatch) > 1 else axes.dispatch
@@ -180,7 +180,7 @@ def _inside(search: Search, structure: _Structure, states: _States, rejected: Re
     limit = config.hardware.memory_gib * GIB
     replicas = [n for n in axes.dp_replicate if not mesh.edp % n and not mesh.num_batches % n]
     for micro_batch in axes.micro_batch:
-        inner = len(replicas)
+        inner = len(axes.checkpointing) * len(replicas)
         batch = _batch(search, micro_batch * mesh.num_batches)
         if batch is None:
             rule = f"the batch of {search.config.data.global_batch_size:,} sequences must be a whole number of " \
@@ -192,7 +192,9 @@ def _inside(search: Search, structure: _Structure, states: _States, rejected: Re
         if config.dispatch.balance is not DispatchBalance.none:  # what a loan is worth depends on it
             placed = _planned(search, given, {})
         run = run_facts(given, mesh, structure.facts)
-        yield from _of_micro_batch(search, placed, run, batch, replicas, states, limit, rejected)
+        for again in axes.checkpointing:
+            one = replace(run, checkpointing=again)
+            yield from _of_micro_batch(search, placed, one, batch, replicas, states, limit, rejected)
 
 
 def _batch(search: Search, step: int) -> int | None:
@@ -206,17 +208,16 @@ def _of_micro_batch(
     search: Search, structure: _Structure, run: RunFacts, batch: int, replicas: Sequence[int], states: _States,
     limit: float, rejected: Rejected,
 ) -> Iterator[Candidate]:  # fmt: skip
-    plan, inputs, axes = structure.plan, structure.inputs, search.axes
+    plan, inputs, overlaps = structure.plan, structure.inputs, search.axes.overlap
     recompute = structure.config.stack.recompute
     kept = inputs.software.recompute
-    overlaps = [each for each in axes.overlap if _possible(each, structure, run)]
+    overlaps = [each for each in overlaps if _possible(each, structure, run)]
     memory = _memory(structure, states)
 
     @cache
     def buffers(load: float) -> int:
         return buffer_bytes(plan.layers, plan.mesh, replace(run, row_load=load))
 
-    run = replace(run, checkpointing=axes.checkpointing)
     own = structure.config.stack.dispatcher is None and not structure.config.stack.overlap
 
     @cache
@@ -245,7 +246,7 @@ def _of_micro_batch(
         def uneven_of(each: RunFacts) -> int:
             return memory(number, replace(each, row_load=structure.load), overlap[0] != "none")
 
-        if axes.checkpointing != BUDGET:
+        if run.checkpointing != BUDGET:
             again = choose(ways_of(number), uneven_of, limit)
             return again, memory(number, again, overlap[0] != "none"), uneven_of(again)
         tried = [
@@ -400,7 +401,7 @@ def search(
     """
     start = time.process_time()
     plan, _ = draft_plan(sites, config, facts)  # Step 1
-    axes = axes_of(config, plan.layers, plan.mesh.ep)
+    axes = axes_of(config, plan.layers, plan.mesh.ep, by_layer=bool(facts.layers))
     rejected = Rejected()
     searched = Search(
         sites=sites, facts=facts, config=config, layers=plan.layers, shape=shape, axes=axes, rounds=rounds
