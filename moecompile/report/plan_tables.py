@@ -544,7 +544,12 @@ def _costs(rows: Rows) -> Table:
 
 
 def _without_layers(plan: Plan) -> dict[str, Any]:
-    return {name: value for name, value in asdict(plan).items() if name not in _LEFT_OUT}
+    values = {name: value for name, value in asdict(plan).items() if name not in _LEFT_OUT}
+    values["recomputed"] = "; ".join(
+        f"{', '.join(each.parts)}{' and its exchanges' * each.sends} of {plural(len(each.layers), 'layer')}"
+        for each in plan.recomputed
+    )
+    return values
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
