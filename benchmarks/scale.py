@@ -34,7 +34,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -62,39 +62,35 @@ class Size:
 
 AXES = {
     "ranks": [Size(ranks=n) for n in (8, 64, 512, 2048, 16384)],
-    "layers": [Size(layers=n) for n in (4, 16, 32, 64, 128)],
+    "layers": [Size(layers=n) for n in (4, 8, 16, 32, 64)],
     "experts": [Size(experts=n) for n in (8, 32, 128, 512)],
 }
 
-_ONCE = "what a rank does does not depend on"
-_EACH = "a layer is a layer"
-BOUNDS = {
+WARM_UP = Size(ranks=8, layers=1, experts=16)
+
+_ONCE = "a rank's work does not depend on how many others there are"
+_INDEX = "the index of torch DCP has a line for each shard of each rank"
+_CUT = "FSDP2 cuts and joins a weight of experts in as many pieces as ranks share it"
+_LAYER = "layers are alike"
+_STACK = "the experts of a layer are one weight"
+BOUNDS: dict[str, dict[str, tuple[float, str]]] = {
     "ranks": {
-        **dict.fromkeys(("plan", "compile", "start", "step", "save"), (0.15, f"{_ONCE} how many there are")),
-        "index": (1.15, "torch DCP's index has a line for each shard of each rank"),
-        "groups": (0.0, "a rank makes the groups in which it is"),
-        "entries": (0.0, f"{_ONCE} how many there are"),
-        "index_bytes": (1.05, "torch DCP's index has a line for each shard of each rank"),
+        **dict.fromkeys(("plan", "compile", "start", "save"), (0.2, _ONCE)), "step": (0.7, _CUT),
+        "index": (1.2, _INDEX),         "index_bytes": (1.05, _INDEX),
+        "groups": (0, "a rank makes the groups that it is in"), "entries": (0, _ONCE),
+        **dict.fromkeys((f"{name} MiB" for name in STEPS), (1.2, _CUT)),
     },
     "layers": {
-        **dict.fromkeys(("plan", "compile", "start", "step", "save", "index"), (1.15, _EACH)),
-        "groups": (0.0, "layers share groups"),
-        "entries": (1.05, _EACH),
-        "index_bytes": (1.05, _EACH),
+        **dict.fromkeys(STEPS, (1.2, _LAYER)), "groups": (0, "layers share groups"), "entries": (1.05, _LAYER),
+        "index_bytes": (1.05, _LAYER), **dict.fromkeys((f"{name} MiB" for name in STEPS), (1.2, _LAYER)),
     },
     "experts": {
-        **dict.fromkeys(STEPS, (0.15, "the experts of a layer are one weight")),
-        "groups": (0.0, "experts share groups"),
-        "entries": (0.0, "the experts of a layer are one weight"),
-        "index_bytes": (0.05, "the experts of a layer are one weight"),
+        **dict.fromkeys(STEPS, (0.25, _STACK)), "groups": (0, _STACK), "entries": (0, _STACK),
+        "index_bytes": (0.05, _STACK), **dict.fromkeys((f"{name} MiB" for name in STEPS), (0.25, _STACK)),
     },
 }  # fmt: skip
-"""For each axis: the largest exponent, and why it must not be larger."""
-MIB_BOUNDS = {
-    "ranks": 0.3,
-    "layers": 1.15,
-    "experts": 0.3,
-}
+"""For each axis and figure: the largest exponent, and what it says."""
+ROUNDING = 1e-9
 LEAST_SECONDS, LEAST_MIB = 0.05, 32.0
 """What is below is all noise, and has no exponent."""
 
@@ -204,6 +200,8 @@ def stopping(clock: Clock) -> Any:
 
 def save(clock: Clock, trainer: Any, mesh: Any) -> dict[str, Any]:
     """A checkpoint without its data: the part of this rank, and the index that the coordinating rank makes of all."""
+    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+
     from moecompile.checkpoint.placed import SaveById, orders_of
     from moecompile.checkpoint.tensors import tensors_of
 
@@ -216,7 +214,11 @@ def save(clock: Clock, trainer: Any, mesh: Any) -> dict[str, Any]:
         sent = pickle.dumps(part)
     found: dict[str, Any] = {"entries": len(part.items), "sent_bytes": len(sent)}
     if mesh.world_size <= MOST_INDEXED:
-        parts = [part, *(part_of(planner, rank, mesh) for rank in range(1, mesh.world_size))]
+        cut = cache(_compute_local_shape_and_global_offset)
+        planner.state_dict = {name: without_values(tensor) for name, tensor in tensors.items()}
+        gc.disable()  # it would look at the parts again and again
+        parts = [part, *(part_of(planner, rank, mesh, cut) for rank in range(1, mesh.world_size))]
+        gc.enable()
         with clock.step("index"):
             _, index = planner.create_global_plan(parts)
             found["index_bytes"] = len(pickle.dumps(index))
@@ -224,17 +226,39 @@ def save(clock: Clock, trainer: Any, mesh: Any) -> dict[str, Any]:
     return found
 
 
-def part_of(planner: Any, rank: int, mesh: Any) -> Any:
-    """The part of another rank: what the planner makes on this one, at that rank's places in the device meshes."""
+def without_values(tensor: Any) -> Any:
+    """A fake tensor on the meta device, where the planner is as quick as with real ones."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    local = tensor.to_local()
+    return DTensor.from_local(
+        torch.empty(local.shape, dtype=local.dtype, device="meta"), tensor.device_mesh, tensor.placements,
+        run_check=False, shape=tensor.shape, stride=tensor.stride(),
+    )  # fmt: skip
+
+
+def part_of(planner: Any, rank: int, mesh: Any, cut: Callable[..., Any]) -> Any:
+    """The part of another rank: what the planner makes on this one, at that rank's places in the device meshes.
+
+    Args:
+        cut: torch's function that says what a rank has of a tensor, from its place. Entries of one shape are cut alike.
+    """
     import torch.distributed as dist
+    from torch.distributed.checkpoint import planner_helpers
     from torch.distributed.device_mesh import DeviceMesh
 
     def place(of: DeviceMesh) -> tuple[int, ...]:
         return tuple(mesh.index(rank, *_axes(name)) for name in of.mesh_dim_names or ())
 
+    def cut_here(shape: Any, of: DeviceMesh, placements: Any) -> Any:
+        return cut(tuple(shape), of.shape, place(of), tuple(placements))
+
     with (
         mock.patch.object(DeviceMesh, "get_coordinate", place),
-        mock.patch.object(DeviceMesh, "_sym_get_coordinate", lambda of, dim: place(of)[dim]),
+        mock.patch.object(planner_helpers, "compute_local_shape_and_global_offset", cut_here),
         mock.patch.object(dist, "get_rank", lambda *_: rank),
     ):
         return planner.create_local_plan()
@@ -243,9 +267,9 @@ def part_of(planner: Any, rank: int, mesh: Any) -> Any:
 @cache
 def _axes(name: str) -> tuple[str, ...]:
     """`dp_shard_cp` -> its axes."""
-    from moecompile.mesh import AXES as OF_MESHES
+    from moecompile.mesh import dense_axes, expert_axes
 
-    return tuple(axis.name for axis in OF_MESHES if f"_{axis.name}_" in f"_{name}_")
+    return tuple(axis for axis in dict.fromkeys((*dense_axes(), *expert_axes())) if f"_{axis}_" in f"_{name}_")
 
 
 @contextmanager
@@ -264,3 +288,138 @@ def counted_groups() -> Iterator[dict[str, float]]:
 
     with mock.patch.object(distributed_c10d, "_new_group_with_tag", counted):
         yield made
+
+
+# -- all points -------------------------------------------------------------------------------------------------------
+
+
+def in_a_process(size: Size) -> dict[str, Any]:
+    """A point in a process that is forked from this one, which has imported and warmed what all of them need.
+
+    Raises:
+        RuntimeError: it ended without a result.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def run() -> None:
+        sender.send(measure(size))
+        sender.close()
+        os._exit(0)
+
+    process = context.Process(target=run)
+    process.start()
+    sender.close()
+    try:
+        row: dict[str, Any] = receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"{size} could not be measured") from None
+    finally:
+        process.join()
+    return row
+
+
+def figures(row: Mapping[str, Any]) -> dict[str, float]:
+    """What is held against a bound, by name."""
+    return {
+        **row["seconds"], **{f"{name} MiB": value for name, value in row["mib"].items()},
+        **{name: row[name] for name in ("groups", "entries", "index_bytes") if name in row},
+    }  # fmt: skip
+
+
+def exponent(axis: str, rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """How a figure grows along an axis; None: too small to say, or not measured thrice."""
+    points = [(row[axis], value) for row in rows if (value := figures(row).get(name)) is not None][-3:]
+    least = LEAST_MIB if name.endswith(" MiB") else LEAST_SECONDS if name in STEPS else 1
+    if len(points) < 3 or points[-1][1] < least:
+        return None
+    logs = [(math.log(x), math.log(max(y, least / 10))) for x, y in points]
+    return statistics.linear_regression(*zip(*logs, strict=True)).slope
+
+
+def findings(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """For each axis and figure: its exponent, the bound, why, and whether it holds."""
+    found = []
+    for axis, of_axis in rows.items():
+        for name, (bound, why) in BOUNDS[axis].items():
+            slope = exponent(axis, of_axis, name)
+            if slope is not None:
+                found.append(
+                    {"axis": axis, "figure": name, "exponent": slope, "bound": bound, "why": why,
+                     "holds": slope <= bound + ROUNDING}
+                )  # fmt: skip
+    return found
+
+
+def table(axis: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a line for each point, then the exponents and their bounds."""
+    found = {each["figure"]: each for each in findings({axis: rows})}
+    heads = [axis, *STEPS, "most MiB", "groups", "entries", "sent", "index"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        seconds = [f"{row['seconds'][name]:.2f} s" if name in row["seconds"] else "" for name in STEPS]
+        index = f"{row['index_bytes'] / 2**20:,.1f} MiB" if "index_bytes" in row else ""
+        cells = [f"{row[axis]:,}", *seconds, f"{max(row['mib'].values()):,.0f}", row["groups"], f"{row['entries']:,}"]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{row['sent_bytes'] / 2**10:,.0f} KiB", index])) + " |")
+    for what in ("exponent", "bound"):
+        cells = [f"{found[name][what]:.2f}" if name in found else "" for name in STEPS]
+        more = [f"{found[name][what]:.2f}" if name in found else "" for name in ("groups", "entries", "index_bytes")]
+        lines.append("| " + " | ".join([f"*{what}*", *cells, "", more[0], more[1], "", more[2]]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """A panel for each axis: CPU seconds of the steps, both scales logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(rows), figsize=(3.2 * len(rows), 3.0), sharey=True, squeeze=False)
+    for panel, (axis, of_axis) in zip(panels[0], rows.items(), strict=True):
+        for name, mark in zip(STEPS, "o^sD*v", strict=True):
+            points = [(row[axis], row["seconds"][name]) for row in of_axis if name in row["seconds"]]
+            panel.plot(*zip(*points, strict=True), f"{mark}-", markersize=4, label=name)
+        xs = [row[axis] for row in of_axis]
+        panel.set(xscale="log", yscale="log", xlabel=axis, xticks=xs, xticklabels=[f"{x:,}" for x in xs])
+        panel.minorticks_off()
+    panels[0][0].set(ylabel="CPU seconds")
+    panels[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints, writes; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
+    parser.add_argument(
+        "--points", type=int, default=99, help="measure the smallest so many of an axis, for a quick look"
+    )
+    given = parser.parse_args(arguments)
+    measure(WARM_UP)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for axis in given.axes:
+        rows[axis] = []
+        for size in AXES[axis][: given.points]:
+            row = in_a_process(size)
+            rows[axis].append(row)
+            seconds = "  ".join(f"{name} {value:7.2f} s" for name, value in row["seconds"].items())
+            print(f"{axis:8}{row[axis]:7,}  {seconds}", flush=True)
+    tables = "\n".join(table(axis, of_axis) for axis, of_axis in rows.items())
+    found = findings(rows)
+    print(f"\n{tables}")
+    for each in found:
+        if not each["holds"]:
+            print(
+                f"{each['figure']} grows as {each['axis']}^{each['exponent']:.2f}, above {each['bound']}: {each['why']}"
+            )
+    if given.axes == list(AXES) and given.points >= max(map(len, AXES.values())):
+        RESULTS.write_text(json.dumps({"rows": rows, "findings": found}, indent=1) + "\n", encoding="utf-8")
+        MARKDOWN.write_text(tables, encoding="utf-8")
+        plot(rows, PICTURE)
+    return int(not all(each["holds"] for each in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -72,7 +72,7 @@ def _groups_along(ranks: Tensor, names: tuple[str, ...], mesh_name: str) -> list
             groups.append(every)
         elif every.bound_device_id is not None:
             all_of_axis = ranks.movedim(dim, -1).reshape(-1, len(mine)).tolist()
-            groups.append(dist.split_group(every, all_of_axis, group_desc=f"mesh_{name}"))
+            groups.append(cast(ProcessGroup, dist.split_group(every, all_of_axis, group_desc=f"mesh_{name}")))
         else:
             groups.append(group_of_members(mine, name=f"{mesh_name}/{name}/{mine[0]}", purpose=f"mesh_{name}"))
     return groups

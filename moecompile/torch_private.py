@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import nn
 from torch._library.effects import EffectType
 from torch.distributed import ProcessGroup, distributed_c10d
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group, _world
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param
@@ -40,6 +39,8 @@ from torch.utils.checkpoint import (
 
 if TYPE_CHECKING:
     from torch._subclasses import FakeTensorMode
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+    from torch.distributed.checkpoint.planner import SavePlan
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "apply",
     "backward_number",
     "check",
+    "checked_already",
     "compile_whole",
     "device_of",
     "drop_unreduced",
@@ -378,11 +380,33 @@ class _Chunks(Sequence[torch.Tensor]):
 def one_chunk_each() -> Iterator[None]:
     """FSDP2 makes of each weight the shards of this rank and of the first one, and not those of all ranks."""
     chunk = _fsdp_param._chunk_with_empty
-    _fsdp_param._chunk_with_empty = _Chunks  # type: ignore[assignment, misc]
+    _fsdp_param._chunk_with_empty = _Chunks  # type: ignore[assignment]
     try:
         yield
     finally:
         _fsdp_param._chunk_with_empty = chunk
+
+
+@contextmanager
+def checked_already(is_right: Callable[[TensorStorageMetadata], bool]) -> Iterator[None]:
+    """Torch DCP does not compare the chunks of an entry with one another if `is_right` says that they tile it."""
+    from torch.distributed.checkpoint import default_planner  # here, because a model without a checkpoint needs none
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    validate = default_planner._validate_global_plan
+
+    def of_others(plans: list[SavePlan], metadata: Metadata) -> Any:
+        entries = metadata.state_dict_metadata.items()
+        others = {
+            name: entry for name, entry in entries if not (isinstance(entry, TensorStorageMetadata) and is_right(entry))
+        }
+        return validate(plans, replace(metadata, state_dict_metadata=others))
+
+    default_planner._validate_global_plan = of_others  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        default_planner._validate_global_plan = validate
 
 
 def process_group_of(argument: Any) -> ProcessGroup | None:
