@@ -75,8 +75,8 @@ _LAYER = "layers are alike"
 _STACK = "the experts of a layer are one weight"
 BOUNDS: dict[str, dict[str, tuple[float, str]]] = {
     "ranks": {
-        **dict.fromkeys(("plan", "compile", "start", "save"), (0.2, _ONCE)), "step": (0.7, _CUT),
-        "index": (1.2, _INDEX),         "index_bytes": (1.05, _INDEX),
+        **dict.fromkeys(("plan", "compile", "start", "save"), (0.2, _ONCE)), "step": (0.6, _CUT),
+        "index": (1.3, _INDEX), "index_bytes": (1.05, _INDEX),
         "groups": (0, "a rank makes the groups that it is in"), "entries": (0, _ONCE),
         **dict.fromkeys((f"{name} MiB" for name in STEPS), (1.2, _CUT)),
     },
@@ -368,6 +368,11 @@ def table(axis: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def tables(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """A table for each axis."""
+    return "\n".join(table(axis, of_axis) for axis, of_axis in rows.items())
+
+
 def plot(rows: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """A panel for each axis: CPU seconds of the steps, both scales logarithmic."""
     import matplotlib
@@ -406,9 +411,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows[axis].append(row)
             seconds = "  ".join(f"{name} {value:7.2f} s" for name, value in row["seconds"].items())
             print(f"{axis:8}{row[axis]:7,}  {seconds}", flush=True)
-    tables = "\n".join(table(axis, of_axis) for axis, of_axis in rows.items())
     found = findings(rows)
-    print(f"\n{tables}")
+    print(f"\n{tables(rows)}")
     for each in found:
         if not each["holds"]:
             print(
@@ -416,7 +420,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     if given.axes == list(AXES) and given.points >= max(map(len, AXES.values())):
         RESULTS.write_text(json.dumps({"rows": rows, "findings": found}, indent=1) + "\n", encoding="utf-8")
-        MARKDOWN.write_text(tables, encoding="utf-8")
+        MARKDOWN.write_text(tables(rows), encoding="utf-8")
         plot(rows, PICTURE)
     return int(not all(each["holds"] for each in found))
 

@@ -369,9 +369,11 @@ class _Chunks(Sequence[torch.Tensor]):
         return self.num
 
     def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < self.num:
+            raise IndexError(i)
         whole = self.tensor.shape[self.dim]
         size = -(-whole // self.num)
-        if i and i * size >= whole:
+        if whole and i * size >= whole:
             return self.tensor.new_empty(0)
         return self.tensor.narrow(self.dim, i * size, min(size, whole - i * size))
 
