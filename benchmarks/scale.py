@@ -81,8 +81,9 @@ BOUNDS: dict[str, dict[str, tuple[float, str]]] = {
         **dict.fromkeys((f"{name} MiB" for name in STEPS), (1.2, _CUT)),
     },
     "layers": {
-        **dict.fromkeys(STEPS, (1.2, _LAYER)), "index": (1.4, _LAYER), "groups": (0, "layers share groups"), "entries": (1.05, _LAYER),
-        "index_bytes": (1.05, _LAYER), **dict.fromkeys((f"{name} MiB" for name in STEPS), (1.2, _LAYER)),
+        **dict.fromkeys(STEPS, (1.2, _LAYER)), "index": (1.4, _LAYER), "index_bytes": (1.05, _LAYER),
+        "groups": (0, "layers share groups"), "entries": (1.05, _LAYER),
+        **dict.fromkeys((f"{name} MiB" for name in STEPS), (1.2, _LAYER)),
     },
     "experts": {
         **dict.fromkeys(STEPS, (0.25, _STACK)), "groups": (0, _STACK), "entries": (0, _STACK),
