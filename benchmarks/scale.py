@@ -90,8 +90,12 @@ BOUNDS: dict[str, dict[str, tuple[float, str]]] = {
         "index_bytes": (0.05, _STACK), **dict.fromkeys((f"{name} MiB" for name in STEPS), (0.25, _STACK)),
     },
 }  # fmt: skip
-"""For each axis and figure: the largest exponent, and why. What is linear has room for caches, which other programs
-share: a hundred thousand lines of an index take more than a hundred times a thousand."""
+"""For each axis and figure: the largest exponent, and why.
+
+Those along layers and of the index were 1.2 until two runs on a busy machine (load 13 to 19 on two cores) had 1.01 and
+1.20 for compile, 1.32 and 1.37 for the index. The index makes as many calls a line with 22,656 lines as with 180,992;
+Python's garbage collector takes 1 and 5 microseconds of the 12 and 17 of a line.
+"""
 ROUNDING = 1e-9
 LEAST_SECONDS, LEAST_MIB = 0.05, 32.0
 """What is below is all noise, and has no exponent."""
