@@ -1,20 +1,29 @@
-"""Process groups that are made once: a process that compiles or trains again uses those of the first time.
+"""Process groups that are made once, and by their members alone.
 
-Each group of gloo has a thread that wakes a hundred times a second, and is not freed before the process group of all
-ranks is: two ranks that had trained fifty models had eight hundred, which took a seventh of two cores.
+A process that compiles or trains again uses the groups of the first time: each group of gloo has a thread that wakes a
+hundred times a second, and is not freed before the process group of all ranks is. Two ranks that had trained fifty
+models had eight hundred, which took a seventh of two cores.
+
+A rank makes the groups in which it is: one for each axis of a mesh. `init_device_mesh` makes those of all ranks on
+every rank, 18,440 for the experts of 16,384 ranks. All members of a group must give it the same name, which torch
+counts; here the mesh, the axis and the first rank name it. NCCL that is bound to a device splits an axis into all its
+groups in one call of all ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from datetime import timedelta
+from math import prod
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from moecompile import torch_private
+from moecompile.torch_private import group_of_members
 
 _Made = TypeVar("_Made")
 _kept: dict[ProcessGroup | None, dict[Hashable, Any]] = {}
@@ -27,13 +36,46 @@ def device_mesh(device_type: str, axes: Mapping[str, int]) -> DeviceMesh:
     All ranks call it with the same arguments, after the process group is initialized.
     """
     names, sizes = tuple(axes), tuple(axes.values())
-    return _once((device_type, names, sizes), lambda: init_device_mesh(device_type, sizes, mesh_dim_names=names))
+
+    def make() -> DeviceMesh:
+        ranks = torch.arange(prod(sizes), dtype=torch.int).view(sizes)
+        mesh_name = f"{device_type}.{'.'.join(f'{name}{size}' for name, size in axes.items())}"
+        groups = _groups_along(ranks, names, mesh_name)
+        return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=names)
+
+    return _once((device_type, names, sizes), make)
 
 
-def split_axis(mesh: DeviceMesh, axis: str, sizes: Mapping[str, int]) -> DeviceMesh:
-    """`mesh` with `axis` split into axes of these sizes, the last one varying fastest."""
-    key = (id(mesh), axis, *sizes.items())
-    return _once(key, lambda: (mesh, torch_private.split_axis(mesh, axis, dict(sizes))))[1]  # keeps `mesh`, so its id
+def split_axis(mesh: DeviceMesh, axis: str, sizes: Mapping[str, int]) -> dict[str, ProcessGroup]:
+    """The groups of this rank along the axes of these sizes into which `axis` is split, the last one varying fastest.
+
+    All ranks call it with the same arguments.
+    """
+    names = tuple(sizes)
+
+    def make() -> tuple[DeviceMesh, dict[str, ProcessGroup]]:
+        of = mesh.mesh.movedim((mesh.mesh_dim_names or ()).index(axis), -1).unflatten(-1, tuple(sizes.values()))
+        groups = _groups_along(of, names, f"{mesh.get_group(axis).group_name}.{axis}")
+        return mesh, dict(zip(names, groups, strict=True))  # keeps `mesh`, so its id
+
+    return _once((id(mesh), axis, *sizes.items()), make)[1]
+
+
+def _groups_along(ranks: Tensor, names: tuple[str, ...], mesh_name: str) -> list[ProcessGroup]:
+    """The groups of this rank along the last dims of `ranks`, which are named. ranks: all global ranks, each once."""
+    every = dist.group.WORLD
+    assert every is not None
+    place, groups = (ranks == dist.get_rank()).nonzero()[0].tolist(), list[ProcessGroup]()
+    for dim, name in zip(range(ranks.dim() - len(names), ranks.dim()), names, strict=True):
+        mine: list[int] = ranks.movedim(dim, -1)[tuple(place[:dim] + place[dim + 1 :])].tolist()
+        if len(mine) == dist.get_world_size():
+            groups.append(every)
+        elif every.bound_device_id is not None:
+            all_of_axis = ranks.movedim(dim, -1).reshape(-1, len(mine)).tolist()
+            groups.append(cast(ProcessGroup, dist.split_group(every, all_of_axis, group_desc=f"mesh_{name}")))
+        else:
+            groups.append(group_of_members(mine, name=f"{mesh_name}/{name}/{mine[0]}", purpose=f"mesh_{name}"))
+    return groups
 
 
 def cpu_group(purpose: str, timeout: timedelta) -> ProcessGroup:

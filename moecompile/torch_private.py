@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._library.effects import EffectType
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.distributed_c10d import _resolve_process_group, _world
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.fsdp._fully_shard._fsdp_common import (
     FSDPMeshInfo,
     HSDPMeshInfo,
@@ -39,6 +39,8 @@ from torch.utils.checkpoint import (
 
 if TYPE_CHECKING:
     from torch._subclasses import FakeTensorMode
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+    from torch.distributed.checkpoint.planner import SavePlan
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "apply",
     "backward_number",
     "check",
+    "checked_already",
     "compile_whole",
     "device_of",
     "drop_unreduced",
@@ -60,6 +63,7 @@ __all__ = [
     "fake_tensors",
     "fake_values",
     "gathered_bytes",
+    "group_of_members",
     "hooks_of",
     "in_backward",
     "is_fake",
@@ -69,6 +73,7 @@ __all__ = [
     "memory_of",
     "move_hooks",
     "non_persistent",
+    "one_chunk_each",
     "own_buffers",
     "own_modules",
     "own_parameters",
@@ -79,7 +84,6 @@ __all__ = [
     "see_attributes",
     "set_attribute",
     "set_timeouts",
-    "split_axis",
     "tree_leaves",
     "tree_map_only",
     "unsafe_view",
@@ -355,6 +359,58 @@ def fake_group(rank: int, world_size: int) -> None:
     dist.broadcast_object_list = lambda *args, **kwargs: None
 
 
+class _Chunks(Sequence[torch.Tensor]):
+    """What `torch.chunk` makes of a tensor, and empty tensors up to `num`, each of them made when it is asked for."""
+
+    def __init__(self, tensor: torch.Tensor, num: int, dim: int) -> None:
+        self.tensor, self.num, self.dim = tensor, num, dim
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < self.num:
+            raise IndexError(i)
+        whole = self.tensor.shape[self.dim]
+        size = -(-whole // self.num)
+        if whole and i * size >= whole:
+            return self.tensor.new_empty(0)
+        return self.tensor.narrow(self.dim, i * size, min(size, whole - i * size))
+
+
+@contextmanager
+def one_chunk_each() -> Iterator[None]:
+    """FSDP2 makes of each weight the shards of this rank and of the first one, and not those of all ranks."""
+    chunk = _fsdp_param._chunk_with_empty
+    _fsdp_param._chunk_with_empty = _Chunks  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _fsdp_param._chunk_with_empty = chunk
+
+
+@contextmanager
+def checked_already(is_right: Callable[[TensorStorageMetadata], bool]) -> Iterator[None]:
+    """Torch DCP does not compare the chunks of an entry with one another if `is_right` says that they tile it."""
+    from torch.distributed.checkpoint import default_planner  # here, because a model without a checkpoint needs none
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    validate = default_planner._validate_global_plan
+
+    def of_others(plans: list[SavePlan], metadata: Metadata) -> Any:
+        entries = metadata.state_dict_metadata.items()
+        others = {
+            name: entry for name, entry in entries if not (isinstance(entry, TensorStorageMetadata) and is_right(entry))
+        }
+        return validate(plans, replace(metadata, state_dict_metadata=others))
+
+    default_planner._validate_global_plan = of_others  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        default_planner._validate_global_plan = validate
+
+
 def process_group_of(argument: Any) -> ProcessGroup | None:
     """The process group that an argument of an op of c10d stands for; None if it is something else."""
     return ProcessGroup.unbox(argument) if isinstance(argument, torch.ScriptObject) and _is_group(argument) else None
@@ -430,9 +486,21 @@ def whole_shapes_unseen() -> Iterator[None]:
         ShardingPropagator._propagate_tensor_meta_non_cached = find  # type: ignore[method-assign]
 
 
-def split_axis(device_mesh: DeviceMesh, axis: str, sizes: dict[str, int]) -> DeviceMesh:
-    """A mesh with `axis` split into the axes `sizes`, the last one varying fastest; creates their process groups."""
-    return device_mesh._unflatten(axis, tuple(sizes.values()), tuple(sizes))
+def group_of_members(ranks: Sequence[int], *, name: str, purpose: str) -> ProcessGroup:
+    """A process group that its members alone make, this rank among them, as `new_group` with local synchronization.
+
+    Args:
+        ranks: global ranks. name: the same on all members, and of no other group. torch itself would count the groups
+            that a rank is in, which differ where some ranks are in a group that others are not in. purpose: its
+            `group_desc`.
+    """
+    name_of = distributed_c10d._process_group_name
+    distributed_c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
+    try:
+        group: ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=purpose)
+    finally:
+        distributed_c10d._process_group_name = name_of
+    return group
 
 
 def set_timeouts(timeout: timedelta) -> None:

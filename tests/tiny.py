@@ -9,6 +9,7 @@ from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from moecompile.plan import LayerPlan, Plan
 from moecompile.report.graphs import graph_summary
 from moecompile.routing import BalanceSpec, RouterConfig
 from moecompile.schema import Config
+from moecompile.torch_private import fake_group
 
 D_MODEL, D_FF = 8, 16
 COPY4 = ["experts.num_routed=4", "routing.top_k=2"]
@@ -248,3 +250,14 @@ def one_rank(folder: Path) -> Iterator[str]:
         yield dist.group.WORLD.group_name
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def fake_rank(rank: int, world_size: int) -> Iterator[None]:
+    """This process is a rank of others that do not exist; what that does to it is undone."""
+    with mock.patch.object(dist, "broadcast_object_list"):
+        fake_group(rank, world_size)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()

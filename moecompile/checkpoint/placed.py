@@ -3,6 +3,9 @@
 Torch DCP describes an entry by chunks, each at an offset in the whole tensor. Of a stack that is sharded in another
 order (moecompile.nn.placement), a rank's rows are several chunks: one for each run of rows that follow one another in
 the order of ids. DCP checks that the chunks of all ranks cover the tensor once.
+
+The rank that coordinates handles each chunk that a rank offers. So a chunk that several ranks hold is offered by one of
+them, and an empty one by none.
 """
 
 from __future__ import annotations
@@ -10,17 +13,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor
 
 from moecompile.nn.placement import Order, expert_orders, global_rows, runs_of
-from moecompile.torch_private import local_block, local_part
+from moecompile.torch_private import checked_already, local_block, local_part
 
 Orders = Mapping[str, Order]
 BY_ID: Orders = {}
@@ -69,9 +78,11 @@ class SaveById(DefaultSavePlanner):
         self._parts = _Parts(orders)
 
     def create_local_plan(self) -> SavePlan:
-        """The plan, with the chunks of placed entries."""
+        """The plan of what this rank writes, with the chunks of placed entries."""
         plan, items = super().create_local_plan(), list[WriteItem]()
         for item in plan.items:
+            if not _writes(item, self.state_dict[item.index.fqn]):
+                continue
             if item.index.fqn not in self._parts.orders:
                 items.append(item)
                 continue
@@ -82,11 +93,53 @@ class SaveById(DefaultSavePlanner):
         self.plan = replace(plan, items=items)
         return self.plan
 
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """On the rank that coordinates: what each rank writes, and the index."""
+        with checked_already(is_tiled):
+            return super().create_global_plan(all_plans)
+
     def lookup_object(self, index: MetadataIndex) -> Any:
         """What a write item writes."""
         if index.fqn in self._parts.orders:
             return self._parts.part(index, self.state_dict[index.fqn])
         return super().lookup_object(index)
+
+
+def is_tiled(entry: TensorStorageMetadata) -> bool:
+    """Whether the chunks of an entry are all the cells of a grid, each once.
+
+    torch compares each chunk with those that share its rows of the longest dim: of a stack that is cut along another
+    one, all with all. Of cells it is enough to look at the cuts along each dim.
+    """
+    if not entry.size:
+        return False
+    num_cells = 1
+    for dim, size in enumerate(entry.size):
+        cuts = sorted({(chunk.offsets[dim], chunk.sizes[dim]) for chunk in entry.chunks})
+        end = 0
+        for offset, length in cuts:
+            if offset != end or not length:
+                return False
+            end += length
+        if end != size:
+            return False
+        num_cells *= len(cuts)
+    return num_cells == len(entry.chunks) == len({chunk.offsets for chunk in entry.chunks})
+
+
+def _writes(item: WriteItem, entry: Tensor) -> bool:
+    """Whether this rank writes its part of an entry: of its replicas, one does, which the entry's name decides."""
+    assert item.tensor_data is not None
+    if not isinstance(entry, DTensor):  # DCP finds one of the ranks that have it
+        return True
+    if 0 in item.tensor_data.chunk.sizes and entry.numel():
+        return False
+    place, number, index = entry.device_mesh.get_coordinate(), 1, 0
+    assert place is not None
+    for placement, size, here in zip(entry.placements, entry.device_mesh.shape, place, strict=True):
+        if placement.is_replicate():
+            number, index = number * size, index * size + here
+    return crc32(item.index.fqn.encode()) % number == index
 
 
 class LoadById(DefaultLoadPlanner):

@@ -103,10 +103,10 @@ def write_tensors(
     """
     dcp.save(dict(tensors), storage_writer=_Writer(folder), planner=SaveById(orders), process_group=group)
     rank = dist.get_rank(group)
-    gathered: list[Any] = [None] * dist.get_world_size(group)
+    gathered: list[Any] | None = [None] * dist.get_world_size(group) if rank == 0 else None
     local_sums = {path.name: folders.file_sum(path) for path in folder.glob(f"__{rank}_*{_SHARD}")}
-    dist.all_gather_object(gathered, local_sums, group=group)
-    if rank == 0:
+    dist.gather_object(local_sums, gathered, group=group, group_dst=0)
+    if gathered is not None:
         folders.seal(folder, {name: value for part in gathered for name, value in part.items()})
     dist.barrier(group)
 

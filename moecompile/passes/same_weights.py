@@ -43,21 +43,25 @@ def check_same_weights(model: nn.Module, group: dist.ProcessGroup | None = None)
     }
     device = next((tensor.device for tensor in whole.values() if not tensor.is_cpu), device_of(group))
     forms = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in whole.items()]
-    every = _gathered(torch.tensor([_digest("\n".join(forms))], device=device), group)  # Step 1
-    if different := _different(every[:, 0]):
+    if different := ranks_that_differ("\n".join(forms), group):  # Step 1
         raise PlanError("model", type(model).__name__, f"ranks {different} have other weights by name or shape", _FIX)
     if not whole:
         return
     hashes = torch.stack([tensor_hash(tensor).to(device) for tensor in whole.values()])  # Step 2
-    extremes = torch.cat((hashes, ~hashes))  # ~x reverses the order, so one MAX gives both extremes
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-    largest, smallest = extremes[: len(hashes)], ~extremes[len(hashes) :]
-    differs = (largest != smallest).nonzero().flatten().tolist()
-    if differs:  # Step 3
-        ranks = _different(_gathered(hashes[differs[0]].reshape(1), group)[:, 0])
+    if differs := _differing(hashes, group):  # Step 3
+        ranks = _ranks(hashes[differs[0]], group)
         more = f" and {len(differs) - 1} more" if len(differs) > 1 else ""
         rule = f"does not have the values of rank 0 on rank {ranks}{more}"
         raise PlanError("model", list(whole)[differs[0]], f"ranks start from different weights: {rule}", _FIX)
+
+
+def ranks_that_differ(text: str, group: dist.ProcessGroup | None = None) -> str:
+    """The ranks of `group` whose `text` is not that of its first rank: `1, 3`; empty if all have the same.
+
+    No rank receives what all others have, unless they differ.
+    """
+    digest = torch.tensor([_digest(text)], device=device_of(group))
+    return _ranks(digest[0], group) if _differing(digest, group) else ""
 
 
 def tensor_hash(tensor: Tensor) -> Tensor:
@@ -77,14 +81,18 @@ def _digest(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _gathered(row: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """(ranks, n)"""
-    rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(rows, row, group=group)
-    return torch.stack(rows)
+def _differing(hashes: Tensor, group: dist.ProcessGroup | None) -> list[int]:
+    """Where ranks have different hashes."""
+    extremes = torch.cat((hashes, ~hashes))  # ~x reverses the order, so one MAX gives both extremes
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    largest, smallest = extremes[: len(hashes)], ~extremes[len(hashes) :]
+    differs: list[int] = (largest != smallest).nonzero().flatten().tolist()
+    return differs
 
 
-def _different(values: Tensor) -> str:
+def _ranks(value: Tensor, group: dist.ProcessGroup | None) -> str:
     """The ranks whose value differs from that of rank 0: `1, 3`; empty if none does."""
-    ranks = (values != values[0]).nonzero().flatten().tolist()
+    every = value.new_empty(dist.get_world_size(group))
+    dist.all_gather_into_tensor(every, value.reshape(1), group=group)
+    ranks = (every != every[0]).nonzero().flatten().tolist()
     return ", ".join(map(str, ranks[:_NAMED])) + (", ..." if len(ranks) > _NAMED else "")

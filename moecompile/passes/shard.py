@@ -44,6 +44,7 @@ from moecompile.torch_private import (
     HSDPMeshInfo,
     ShardPlacementResult,
     local_part,
+    one_chunk_each,
     see_attributes,
 )
 
@@ -152,7 +153,7 @@ def bind_axes(model: nn.Module, device_mesh: DeviceMesh, num_nodes: int = 1, den
     if "ep" in groups and used & {"ep_inter", "ep_intra"}:
         sizes = {"ep_inter": num_nodes, "ep_intra": device_mesh["ep"].size() // num_nodes}
         two_levels = kept_groups.split_axis(device_mesh, "ep", sizes)
-        groups.update({axis: two_levels.get_group(axis).group_name for axis in sizes})
+        groups.update({axis: group.group_name for axis, group in two_levels.items()})
     for path, module in graphs.items():
         nodes = on_an_axis(module)
         for node in nodes:
@@ -199,7 +200,8 @@ def _wrap(model: nn.Module, plan: Plan, device_mesh: DeviceMesh, param_dtype: to
         fully_shard, mesh=infos[DENSE].mesh, shard_placement_fn=place, ignored_params=replicated, mp_policy=policy
     )
     for layer in (*layers_of(model), model):
-        wrap(layer)
+        with one_chunk_each():
+            wrap(layer)
         assert isinstance(layer, FSDPModule)
         see_attributes(layer)
         layer.set_gradient_divide_factor(1.0)

@@ -312,14 +312,14 @@ class _Batches:
 
 def rehearse(
     model: nn.Module, plan: Plan, config: Config, rank: int, load: Load, run_dir: Path, *,
-    materialize: Callable[[torch.device], None],
+    materialize: Callable[[torch.device], None], callbacks: Sequence[Callback] = (),
 ) -> Rehearsal:  # fmt: skip
     """One optimizer step of rank `rank`, which this process is from now on; `fake_group` has made it that rank.
 
     Args:
         model: compiled by `plan`, on the meta device. config: its global batch is that of the rehearsal. load: its
             `received` is filled in, with `fullest` for the exchanges between ranks of a node.
-        materialize: allocates the shards on a device.
+        materialize: allocates the shards on a device. callbacks: further ones, of the Trainer.
     """
     mesh, watch = plan.mesh, Fake()
     with ExitStack() as stack:
@@ -335,7 +335,7 @@ def rehearse(
 
         module = LanguageModule(model, config.optimizer, config.trainer.max_steps)
         here = dataclasses.replace(plan, mesh=dataclasses.replace(mesh, device="cpu"))
-        trainer = make_trainer(config, here, run_dir, [Moments(watch)], loggers=[], materialize=begin)
+        trainer = make_trainer(config, here, run_dir, [Moments(watch), *callbacks], loggers=[], materialize=begin)
         shape = (config.data.micro_batch_size, config.data.seq_len)
         trainer.fit(module, _Batches(names=BATCH, number=accumulation_steps(config, mesh), shape=shape))
         return seen_of(trainer, watch, rank)

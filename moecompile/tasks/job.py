@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from moecompile.models.recorded import NotRecorded
 from moecompile.models.sharded import ShardedImport, loads_sharded
 from moecompile.models.source import source_model
 from moecompile.passes.receipt import ON_META
+from moecompile.passes.same_weights import ranks_that_differ
 from moecompile.pipeline import Compilation, compile_with_report
 from moecompile.planner.given import given_plan
 from moecompile.report.text import NOT_COMPARED
@@ -122,9 +122,6 @@ def check_same_plan(plan: plans.Plan) -> None:
     Raises:
         PlanError: the plans differ.
     """
-    hashes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(hashes, plan.hash)
-    if len(set(hashes)) > 1:
-        raise PlanError(
-            "plan.hash", hashes, "ranks made different plans", "Give all ranks the same config and versions"
-        )
+    if different := ranks_that_differ(plan.hash):
+        rule, fix = f"ranks {different} made other plans than rank 0", "Give all ranks the same config and versions"
+        raise PlanError("plan.hash", plan.hash, rule, fix)

@@ -41,6 +41,7 @@ SMALL = {
     "placement.py": "--steps 24",
     "ranks_start.py": "--rounds 1",
     "rewrite_time.py": "llama",
+    "scale.py": "--points 1",
     "search.py": "",
     "soak.py": "--steps 24",
     "startup.py": "--rounds 1",
@@ -64,7 +65,7 @@ AS_ROOT = ("two_nodes.py",)
 # These exit with 1 if what they measured is not good enough, which small sizes on a busy machine need not be.
 JUDGING = (
     "balance.py", "compile_time.py", "growth.py", "import_memory.py", "lend.py", "memory.py", "overhead.py",
-    "placement.py", "rewrite_time.py", "startup.py", "this_machine.py",
+    "placement.py", "rewrite_time.py", "scale.py", "startup.py", "this_machine.py",
 )  # fmt: skip
 NOT_HERE = ("there is no kernel here", "two nodes cannot be made here")
 _SAID = re.compile(r"python benchmarks/(\w+\.py(?: [^`\n]*)?)")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moecompile
 from moecompile.errors import PassError, PlanError
 from moecompile.passes.base import exchanges_of
 from moecompile.passes.shard import bind_axes, device_mesh_of, expert_parameters, shard
 from moecompile.pipeline import compile_with_report
+from moecompile.torch_private import one_chunk_each
 from tests.existing_models import moe_model
-from tests.tiny import COPY4, TinyGPT, UpDown, config, ids, max_diff, one_rank, tokens, trace
+from tests.tiny import COPY4, TinyGPT, UpDown, config, fake_rank, ids, max_diff, one_rank, tokens, trace
 
 EP2 = (*COPY4, "mesh.ranks_per_node=2", "dispatch.kind=flat")
 
@@ -77,3 +81,40 @@ def test_expert_parameters_are_those_stacked_over_experts(tmp_path: Path) -> Non
     owner = had.get_submodule("model.layers.0.mlp.experts")
     names = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
     assert [(each is owner, name) for each, name in expert_parameters(had)] == [(True, name) for name in names]
+
+
+class Ops(TorchDispatchMode):
+    """Counts ops."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+def ops_of_sharding(num_nodes: int) -> int:
+    model = TinyGPT()
+    mesh = (f"mesh.num_nodes={num_nodes}", "mesh.ranks_per_node=4", "mesh.ep=4", "dispatch.kind=flat")
+    plan = compile_with_report(model, config(*COPY4, *mesh), example=ids()).plan
+    with fake_rank(0, plan.mesh.world_size), Ops() as ops:
+        shard(model, plan, device_mesh_of(plan.mesh, "cpu"))
+    return ops.number
+
+
+def test_a_rank_makes_no_shards_of_others() -> None:
+    """FSDP2 makes empty ones up to the number of ranks of each weight, twice."""
+    few, many = ops_of_sharding(64), ops_of_sharding(512)
+    assert 0 < many <= few
+
+
+@pytest.mark.parametrize(("size", "num"), [(7, 3), (6, 3), (2, 5), (1, 1), (0, 2)])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_single_shards_are_those_of_torch(size: int, num: int, dim: int) -> None:
+    tensor = torch.arange(float(size * 2)).view(*((size, 2) if dim == 0 else (2, size)))
+    theirs = list(torch.chunk(tensor, num, dim))
+    theirs += [tensor.new_empty(0)] * (num - len(theirs))
+    with one_chunk_each():
+        ours = _fsdp_param._chunk_with_empty(tensor, num, dim=dim)
+    assert len(ours) == num == len(theirs)
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
