@@ -129,10 +129,14 @@ def largest_in_words(
     return {
         "weights": "not sharded" if is_one else f"this rank's shards, and {whole}",
         "grads": _grads_in_words(mesh, facts, run),
-        "optimizer": f"{run.optimizer.kind.value} in fp32, for this rank's shards",
+        "optimizer": f"{run.optimizer.kind.value} in {_dtype(_trained_bytes(facts))}, for this rank's shards",
         "activations": _activations_in_words(activations(layers, mesh, facts, run), layers, facts, run),
         "dispatch": "rows that a rank sends and receives in one layer",
     }[memory.largest]
+
+
+def _dtype(bytes_: int) -> str:
+    return {2: "bf16", 4: "fp32", 8: "fp64"}.get(bytes_, f"numbers of {bytes_} bytes")
 
 
 def _grads_in_words(mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> str:
@@ -176,7 +180,7 @@ def model_state_bytes(
     return (
         stored + _gathered_params(layers, mesh, facts, run) * run.compute_bytes,
         _grads_bytes(own_trained, trained, layers, mesh, facts, run) + trained.router * FP32_BYTES,
-        state_bytes(own_trained, trained.router, muon, mesh, trained_share),
+        state_bytes(own_trained, trained.router, muon, mesh, trained_share, number),
     )
 
 

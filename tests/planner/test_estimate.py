@@ -113,7 +113,7 @@ def test_replicas_are_not_sharded_over() -> None:
     assert found.memory_bytes_per_rank.optimizer == 8 * (1284 // 2 + 1536 // 2 + 32)
 
 
-def test_bf16_halves_all_but_optimizer_and_router() -> None:
+def test_bf16_halves_all_but_the_router() -> None:
     wide, narrow = (
         estimate(
             [layer()],
@@ -125,7 +125,8 @@ def test_bf16_halves_all_but_optimizer_and_router() -> None:
         for size in (4, 2)
     )
     assert narrow.memory_bytes_per_rank.weights == 2 * (1284 + 1536) + 4 * 32
-    assert narrow.memory_bytes_per_rank.optimizer == wide.memory_bytes_per_rank.optimizer
+    assert narrow.memory_bytes_per_rank.optimizer == 4 * (1284 + 1536) + 8 * 32
+    assert wide.memory_bytes_per_rank.optimizer == 8 * (1284 + 1536 + 32)
 
 
 def test_accumulation_keeps_the_gradients_of_everything_until_they_are_reduced() -> None:

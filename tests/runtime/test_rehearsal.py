@@ -41,6 +41,17 @@ TINY = [
 ]  # fmt: skip
 
 
+SIZES = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+    "first_k_dense_replace": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 512,
+    "n_group": 4, "topk_group": 2, "q_lora_rank": 32, "kv_lora_rank": 16,
+}  # fmt: skip
+NARROW = [  # bf16
+    "model=deepseek_v3", *(f"model.config.{name}={size}" for name, size in SIZES.items()), "hardware=laptop",
+    "data.seq_len=64", "data.micro_batch_size=2", "data.global_batch_size=16", "mesh=cpu_1x4",
+]  # fmt: skip
+
+
 @contextmanager
 def no_group() -> Iterator[None]:
     """What a rehearsal does to its process is undone."""
@@ -93,20 +104,24 @@ def test_a_rank_sends_and_holds_what_the_plan_says(tmp_path: Path) -> None:
 
 def test_routers_that_are_wider_than_the_model_are_whole_on_every_rank(tmp_path: Path) -> None:
     """As those of DeepSeek-V3 in bf16, which transformers keeps in fp32."""
-    sizes = {
-        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32,
-        "num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 4, "num_key_value_heads": 4,
-        "n_routed_experts": 512, "n_group": 4, "topk_group": 2, "q_lora_rank": 32, "kv_lora_rank": 16,
-    }  # fmt: skip
-    model = ["model=deepseek_v3", *(f"model.config.{name}={size}" for name, size in sizes.items())]
-    batch = ["data.seq_len=64", "data.micro_batch_size=2", "data.global_batch_size=16", "mesh=cpu_1x4"]
-    config, plan, facts, run = described([*model, *batch, "hardware=laptop"], base=[])
+    config, plan, facts, run = described([], base=NARROW)
     assert facts.apart == 512 * 64
     with no_group():
         rows = rows_of(rehearsed(config, plan, 0, 1.0, tmp_path), plan, facts, run)
     (summed,) = (row for row in rows if row.name == "gradients summed")
     assert summed.seen == pytest.approx(512 * 64 * 4 + 512 * 8, rel=0.01)
     assert [row.text for row in rows if row.differs and row.axis] == []
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_optimizer_of_bf16_weights_is_bf16(optimizer: str, tmp_path: Path) -> None:
+    """Only that of the routers is not, which are fp32."""
+    config, plan, facts, run = described([f"optimizer={optimizer}"], base=NARROW)
+    with no_group():
+        rows = rows_of(rehearsed(config, plan, 0, 1.0, tmp_path), plan, facts, run)
+    (state,) = (row for row in rows if row.name == "optimizer")
+    apart = 512 * 64 * 7  # whole and fp32 instead of a quarter and bf16
+    assert state.seen == pytest.approx(state.planned + apart, rel=0.001)
 
 
 def test_shards_that_are_cut_unevenly_are_found(tmp_path: Path) -> None:
