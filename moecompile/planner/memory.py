@@ -13,13 +13,15 @@ vocabulary.
    norm):
        unsharded = root + max over layers of (dense part of the layer + E / ep experts)        -> `_unsharded_params`
                    with gather=step: all of them, P_d + P_e / ep                                  -> `whole_params`
-   On one rank nothing is gathered. Unsharded gradients of a layer are in a buffer of the same size until they are
-   reduced. With gradient accumulation
-       reduce=last   they are reduced once, after the last micro-batch, and those of all weights are kept until then in
-                     fp32: P_d + P_e / ep
-       reduce=each   they are added to the rank's own shards, in fp32 or wider: 4 own + those of a layer
-                                                                                         -> `_grads_bytes`
-       weights = b own + a unsharded,  grads = max(b own, unsharded grads),  optimizer: optimizer.py
+   On one rank nothing is gathered. Gradients, without those of routers:                       -> `Gradients`, `_grads`
+       held     from the first micro-batch to the step. With gradient accumulation and
+                reduce=last   those of all weights in fp32, reduced once, after the last micro-batch: P_d + P_e / ep
+                reduce=each   4 own, in fp32 or wider
+       shards   of this micro-batch, reduced: b own, if they are not added to `held` one by one as fp32 is
+       layer    whole ones in a layer's backward: its own, those of the head, which wait for the root's, and the fp32
+                buffer in which FSDP has just reduced the layer before: a (head + layer) + 4 layer
+       root     whole ones when the root is reduced, last, beside their fp32 buffer: (a + 4) root
+       weights = b own + a unsharded,  grads = held + shards + max(layer, root),  optimizer: optimizer.py
    Router weights and adapters are always fp32. Frozen weights have no gradients and no moments: for these two, `own`
    counts trained parameters only (adapters, if there are any), and their number also limits the unsharded gradients.
                                                                                              -> `trained_params`
@@ -28,10 +30,12 @@ vocabulary.
        dispatch = max over layers of 2 T copies D a
    Slots for borrowed experts are counted here too.                                               -> lending.py
 
-5. With accumulation, unsharded gradients are there at the activations' peak. Without, the reduced ones of the last step
-   are there until backward begins, and those of this step grow as what was kept is freed:     -> `together`
-       fullest = grads + activations                                                       with accumulation
-       fullest = max(grads + kept + 2/3 loss, max(grads, kept) + max(loss, layers))        without
+5. Four moments of a micro-batch are compared; old: gradients of the last step, which are there until the first
+   backward begins, held + shards without accumulation, else held:                                  -> `together`
+       forward   old + kept + 2/3 loss                         logits and their log-softmax
+       loss      held + kept + loss
+       layers    held + max(kept, shards) + layer + layers     shards grow as what was kept is freed
+       end       held + shards + root
 Routing is balanced, except for the total with the load that is to be expected (cost_model/forecast.py). The process
 itself (PyTorch, CUDA context, allocator fragmentation) is not counted. benchmarks/memory.py compares this with what
 ranks use.
@@ -112,11 +116,11 @@ def memory_of_fullest_rank(
     made = activations(layers, mesh, facts, run)
     return MemoryEstimate(
         weights=weights,
-        grads=grads,
+        grads=grads.peak,
         optimizer=optimizer,
         activations=made.peak,
         dispatch=buffer_bytes(layers, mesh, run),
-        apart=grads + made.peak - together(grads, made, run),
+        apart=grads.peak + made.peak - together(grads, made, run),
     )
 
 
@@ -158,16 +162,37 @@ def _activations_in_words(made: Activations, layers: Sequence[LayerPlan], facts:
     return f"one layer's forward and backward with {tokens}"
 
 
-def together(grads: int, made: Activations, run: RunFacts) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """Bytes of gradients at the moments of a micro-batch (step 2)."""
+
+    held: int = 0
+    shards: int = 0
+    layer: int = 0
+    root: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The most at one time."""
+        return self.held + self.shards + max(self.layer, self.root)
+
+
+def together(grads: Gradients, made: Activations, run: RunFacts) -> int:
     """Bytes of gradients and activations at their fullest moment (step 5)."""
-    if run.accumulation > 1:
-        return grads + made.peak
-    return round(max(grads + made.kept + made.loss * 2 / 3, max(grads, made.kept) + max(made.loss, made.layers)))
+    old = grads.held + (grads.shards if run.accumulation == 1 else 0)
+    return round(
+        max(
+            old + made.kept + made.loss * 2 / 3,
+            grads.held + made.kept + made.loss,
+            grads.held + max(made.kept, grads.shards) + grads.layer + made.layers,
+            grads.held + grads.shards + grads.root,
+        )
+    )
 
 
 def model_state_bytes(
     layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
-) -> tuple[int, int, int]:
+) -> tuple[int, Gradients, int]:
     """Bytes of weights, gradients and optimizer (steps 1 and 2); of `run`, tokens do not matter."""
     params, trained = model_params(layers, facts), trained_params(layers, facts)
     muon = muon_params(layers, mesh, facts, run.optimizer, trained)
@@ -179,7 +204,7 @@ def model_state_bytes(
         stored += own_trained * (number - facts.bytes_per_param) + trained.router * FP32_BYTES
     return (
         stored + _gathered_params(layers, mesh, facts, run) * run.compute_bytes,
-        _grads_bytes(own_trained, trained, layers, mesh, facts, run) + trained.router * FP32_BYTES,
+        _grads(own_trained, trained, layers, mesh, facts, run),
         state_bytes(own_trained, trained.router, muon, mesh, trained_share, number),
     )
 
@@ -232,20 +257,29 @@ def _gathered_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFa
     return _unsharded_params(layers, mesh, facts)
 
 
-def _grads_bytes(
+def _grads(
     own: int, trained: ModelParams, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
-) -> int:
-    """Bytes of gradients, without those of routers (step 2); `own`: trained parameters that the rank stores."""
+) -> Gradients:
+    """Step 2, with those of routers; `own`: trained parameters that the rank stores."""
     split = min(trained.dense, trained.split_root + trained.split_layers)
     all_grads = trained.dense - split + mesh.share(split, Part.WEIGHTS) + mesh.share(trained.experts, Part.EXPERTS)
-    stored = own * _trained_bytes(facts)
-    if mesh.world_size > 1 and run.keeps_whole_grads:
-        return max(stored, all_grads * FP32_BYTES)
-    number = run.compute_bytes if facts.adapters is None else FP32_BYTES
-    of_layer = min(all_grads, _unsharded_params(layers, mesh, facts)) * number
-    if mesh.world_size > 1 and run.accumulation > 1:
-        return max(stored, own * FP32_BYTES) + of_layer
-    return max(stored, of_layer)
+    number, router = _trained_bytes(facts), trained.router * FP32_BYTES
+    if mesh.world_size == 1:
+        reduced = own * number + router
+        return Gradients(held=reduced) if run.accumulation > 1 else Gradients(shards=reduced)
+    if run.keeps_whole_grads:
+        return Gradients(held=max(own * number, all_grads * FP32_BYTES) + router)
+    root = whole_params(layers, mesh, facts)[1]
+    layer = min(all_grads, _unsharded_params(layers, mesh, facts) - root)
+    root = min(all_grads, root) if facts.adapters is None else 0
+    head = min(root, facts.vocab_size * facts.d_model or root)
+    wide, made = max(FP32_BYTES, number), run.compute_bytes if facts.adapters is None else FP32_BYTES
+    held = own * wide + router if run.accumulation > 1 else 0
+    shards = own * number + router if run.accumulation == 1 else own * number * (number < wide)
+    return Gradients(
+        held=held, shards=shards, layer=made * min(all_grads, head + layer) + wide * layer,
+        root=(made + wide) * root,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

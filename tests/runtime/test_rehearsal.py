@@ -124,6 +124,18 @@ def test_the_optimizer_of_bf16_weights_is_bf16(optimizer: str, tmp_path: Path) -
     assert state.seen == pytest.approx(state.planned + apart, rel=0.001)
 
 
+@pytest.mark.slow
+def test_gradients_that_are_reduced_each_time_have_a_buffer_and_sums_beside_them(tmp_path: Path) -> None:
+    """bf16 shards beside their sums, and FSDP's fp32 buffer: the peak is where the layers are large."""
+    sizes = ["n_routed_experts=64", "moe_intermediate_size=256", "hidden_size=128", "num_hidden_layers=6"]
+    changes = [*(f"model.config.{each}" for each in sizes), "trainer.reduce=each", "trainer.gather=layer"]
+    config, plan, facts, run = described([*changes, "data.seq_len=16"], base=NARROW)
+    with no_group():
+        rows = rows_of(rehearsed(config, plan, 0, 1.0, tmp_path), plan, facts, run)
+    (peak,) = (row for row in rows if row.name == "peak")
+    assert peak.seen == pytest.approx(peak.planned, rel=0.03)
+
+
 def test_shards_that_are_cut_unevenly_are_found(tmp_path: Path) -> None:
     """A rank of two that share one expert would have all of it, and gathers would be twice as large."""
     overrides = [
