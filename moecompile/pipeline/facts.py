@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from moecompile.pipeline.attention import attention_of
 from moecompile.pipeline.shape import mixers
 from moecompile.plan import HEADS_STYLE
 from moecompile.planner import ModelFacts
-from moecompile.planner.params import SplitFact
+from moecompile.planner.params import FP32_BYTES, SplitFact
 from moecompile.schema import MeshConfig
 
 WIDENED = "_moecompile_widened"
@@ -43,6 +43,7 @@ def facts_of(
     has_parts = mesh is not None and any(getattr(mesh, axis) > 1 for axis in axes_that_split(Part.SEQUENCE))
     layers = list(layers_of(model))
     inside = {parameter for layer in layers for parameter in layer.parameters()}
+    apart, frozen, apart_bytes = _apart(model)
     attention, no_context = attention_of(model, example) if has_parts else ((), "")
     config = getattr(model, "config", None)
     hidden = int(getattr(config, "hidden_size", 0) or 0)
@@ -52,7 +53,7 @@ def facts_of(
         params_embedding=outside if layers else 0,
         num_layers=len(layers),
         vocab_size=int(getattr(config, "vocab_size", 0) or 0),
-        bytes_per_param=next((parameter.element_size() for parameter in model.parameters()), 4),
+        bytes_per_param=_most(model.parameters()).itemsize,
         causal=True if hasattr(model, "generate") else None,  # as in language models of transformers
         frozen=_frozen(model),
         linears=_linears(model),
@@ -67,16 +68,30 @@ def facts_of(
         no_context=no_context,
         widened=getattr(model, WIDENED, ""),
         own_losses=own_losses(model),
-        apart=_apart(model),
+        apart=apart,
+        apart_frozen=frozen,
+        apart_bytes=apart_bytes,
     )
 
 
-def _apart(model: nn.Module) -> int:
-    """`ModelFacts.apart`."""
+def _most(parameters: Iterable[Parameter]) -> torch.dtype:
+    """The dtype of most numbers."""
     sizes = Counter[torch.dtype]()
-    for parameter in model.parameters():
+    for parameter in parameters:
         sizes[parameter.dtype] += parameter.numel()
-    return sizes.total() - max(sizes.values(), default=0)
+    return max(sizes, key=sizes.__getitem__, default=torch.float32)
+
+
+def _apart(model: nn.Module) -> tuple[int, int, int]:
+    """`ModelFacts.apart`, `apart_frozen` and `apart_bytes`, as moecompile.passes.shard finds them."""
+    others: dict[bool, list[Parameter]] = {}
+    for trained in (True, False):
+        mine = [parameter for parameter in model.parameters() if parameter.requires_grad is trained]
+        most = _most(mine)
+        others[trained] = [parameter for parameter in mine if parameter.dtype != most]
+    wide = max((parameter.element_size() for found in others.values() for parameter in found), default=FP32_BYTES)
+    sizes = {trained: sum(parameter.numel() for parameter in found) for trained, found in others.items()}
+    return sizes[True], sizes[False], wide
 
 
 def _attention_numbers(model: nn.Module, config: Any, num_layers: int, hidden: int) -> int:

@@ -1,6 +1,7 @@
 """Memory of the fullest rank, bytes.
 
-P_d, P_e, P_r: dense, expert and router parameters of the model; b: bytes of a stored weight; a: bytes per element of a
+P_d, P_e, P_r: dense, expert and router parameters of the model, and P_r those of the model's own whose dtype is not
+that of most (transformers keeps some routers in fp32); b: bytes of a stored weight; a: bytes per element of a
 weight in compute, an activation and a row (2 with trainer.precision=bf16_params); T: tokens per micro-batch; D, F, E, K
 as in params.py; S: width of the shared expert; n: projections before the activation, 2 for gated, 1 for up_down; V:
 vocabulary.
@@ -199,13 +200,13 @@ def model_state_bytes(
     share = expert_share(layers, mesh)
     trained_share = share if facts.adapters is None else expert_share(layers, mesh, adapters_only=True)
     own, own_trained = own_params(params, mesh, share), own_params(trained, mesh, trained_share)
-    number, stored = _trained_bytes(facts), own * facts.bytes_per_param + params.router * FP32_BYTES
+    number, stored = _trained_bytes(facts), own * facts.bytes_per_param + _whole_bytes(params, facts)
     if facts.adapters is not None:
         stored += own_trained * (number - facts.bytes_per_param) + trained.router * FP32_BYTES
     return (
         stored + _gathered_params(layers, mesh, facts, run) * run.compute_bytes,
         _grads(own_trained, trained, layers, mesh, facts, run),
-        state_bytes(own_trained, trained.router, muon, mesh, trained_share, number),
+        state_bytes(own_trained, _whole_bytes(trained, facts), muon, mesh, trained_share, number),
     )
 
 
@@ -229,12 +230,17 @@ def _trained_bytes(facts: ModelFacts) -> int:
     return facts.bytes_per_param if facts.adapters is None else max(FP32_BYTES, facts.bytes_per_param)
 
 
+def _whole_bytes(params: ModelParams, facts: ModelFacts) -> int:
+    """Bytes of those that every rank has whole."""
+    return params.router * FP32_BYTES + params.apart * facts.apart_bytes
+
+
 def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> int:
     """Parameters that are unsharded at the same time (step 2)."""
     if mesh.world_size == 1:
         return 0
     counts, params = [layer_params(layer) for layer in layers], model_params(layers, facts)
-    in_layers = facts.params_total - facts.params_embedding - sum(c.dense for c in counts)
+    in_layers = params.dense - facts.params_embedding - sum(c.shared for c in counts)
     in_layers -= params.split_layers - mesh.share(params.split_layers, Part.WEIGHTS)
     root = facts.params_embedding - params.split_root + mesh.share(params.split_root, Part.WEIGHTS)
     largest = max((c.shared + padded_experts(layer, mesh) for layer, c in zip(layers, counts, strict=True)), default=0)
@@ -260,10 +266,10 @@ def _gathered_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFa
 def _grads(
     own: int, trained: ModelParams, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
 ) -> Gradients:
-    """Step 2, with those of routers; `own`: trained parameters that the rank stores."""
+    """Step 2, with those of whole weights; `own`: trained parameters that the rank stores."""
     split = min(trained.dense, trained.split_root + trained.split_layers)
     all_grads = trained.dense - split + mesh.share(split, Part.WEIGHTS) + mesh.share(trained.experts, Part.EXPERTS)
-    number, router = _trained_bytes(facts), trained.router * FP32_BYTES
+    number, router = _trained_bytes(facts), _whole_bytes(trained, facts)
     if mesh.world_size == 1:
         reduced = own * number + router
         return Gradients(held=reduced) if run.accumulation > 1 else Gradients(shards=reduced)

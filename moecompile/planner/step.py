@@ -100,7 +100,7 @@ def _fsdp(plan: Plan, facts: ModelFacts, run: RunFacts) -> Iterator[Planned]:
     (sums,) = (each for each in plan.reductions if each.parameters == DENSE)
     axis, ranks = "_".join(sums.sharded_over), mesh.size(Part.STORED)
     # With ep=1, experts are gathered with the layer's dense weights.
-    held = params.dense - facts.apart + (params.experts if mesh.ep == 1 else 0)
+    held = params.dense + (params.experts if mesh.ep == 1 else 0)
     of_layers, of_root = (1, 1) if run.gather == "step" else (2 * run.accumulation, run.accumulation)
     reductions = run.accumulation if run.reduce == "each" else 1
     yield Planned(
@@ -131,7 +131,8 @@ def _is_whole(plan: Plan, facts: ModelFacts) -> bool:
 def _sums(plan: Plan, facts: ModelFacts) -> Iterator[Planned]:
     """Step 4."""
     (router,) = (each for each in plan.reductions if each.parameters == ROUTER)
-    numbers = trained_params(plan.layers, facts).router + facts.apart * _is_whole(plan, facts)
+    trained = trained_params(plan.layers, facts)
+    numbers = trained.router + trained.apart
     counted = sum(_counted(layer) for layer in plan.layers)
     bytes_ = numbers * FP32_BYTES + counted * COUNT_BYTES
     axis, ranks = "_".join(router.sum_over), plan.mesh.size(*router.sum_over)
@@ -143,7 +144,7 @@ def _replicas(plan: Plan, facts: ModelFacts) -> Iterator[Planned]:
     mesh, params = plan.mesh, model_params(plan.layers, facts)
     if not _is_whole(plan, facts):
         return
-    shards = mesh.share(params.dense - facts.apart, Part.STORED) + params.experts * expert_share(plan.layers, mesh)
+    shards = mesh.share(params.dense, Part.STORED) + params.experts * expert_share(plan.layers, mesh)
     bytes_ = float(shards) * FP32_BYTES
     yield Planned(
         kind=SUMMED, axis="dp_replicate", ranks=mesh.dp_replicate, calls=None, bytes=bytes_, within=PADDED, few=FEW
