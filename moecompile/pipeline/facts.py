@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from moecompile.nn.own_router import own_losses
 from moecompile.nn.watch import masks_of
 from moecompile.pipeline.attention import attention_of
 from moecompile.pipeline.shape import mixers
-from moecompile.plan import HEADS_STYLE
+from moecompile.plan import HEADS_STYLE, ExpertsSite
 from moecompile.planner import ModelFacts
-from moecompile.planner.params import FP32_BYTES, SplitFact
+from moecompile.planner.params import FP32_BYTES, SplitFact, WeightFact
 from moecompile.schema import MeshConfig
 
 WIDENED = "_moecompile_widened"
@@ -44,6 +45,7 @@ def facts_of(
     layers = list(layers_of(model))
     inside = {parameter for layer in layers for parameter in layer.parameters()}
     apart, frozen, apart_bytes = _apart(model)
+    splits = splits_of(model, captured or Captured())
     attention, no_context = attention_of(model, example) if has_parts else ((), "")
     config = getattr(model, "config", None)
     hidden = int(getattr(config, "hidden_size", 0) or 0)
@@ -58,7 +60,7 @@ def facts_of(
         frozen=_frozen(model),
         linears=_linears(model),
         has_padding_mask=_has_padding_mask(model, example),
-        split=splits_of(model, captured or Captured()),
+        split=splits,
         no_split=no_split(model),
         matrices=_matrices(model),
         heads=heads_of(model),
@@ -71,6 +73,7 @@ def facts_of(
         apart=apart,
         apart_frozen=frozen,
         apart_bytes=apart_bytes,
+        weights=_weights(model, inside, splits, captured or Captured()),
     )
 
 
@@ -82,13 +85,44 @@ def _most(parameters: Iterable[Parameter]) -> torch.dtype:
     return max(sizes, key=sizes.__getitem__, default=torch.float32)
 
 
-def _apart(model: nn.Module) -> tuple[int, int, int]:
-    """`ModelFacts.apart`, `apart_frozen` and `apart_bytes`, as moecompile.passes.shard finds them."""
+def _others(model: nn.Module) -> dict[bool, list[Parameter]]:
+    """Whether they are trained -> parameters of another dtype than most of these (moecompile.passes.shard)."""
     others: dict[bool, list[Parameter]] = {}
     for trained in (True, False):
         mine = [parameter for parameter in model.parameters() if parameter.requires_grad is trained]
         most = _most(mine)
         others[trained] = [parameter for parameter in mine if parameter.dtype != most]
+    return others
+
+
+def _weights(
+    model: nn.Module, inside: Collection[Parameter], splits: Sequence[SplitFact], captured: Captured
+) -> tuple[WeightFact, ...]:
+    """`ModelFacts.weights`."""
+    whole = {parameter for found in _others(model).values() for parameter in found}
+    cut = {fact.path: "columns" if fact.size_name == "in_features" else "rows" for fact in splits if fact.size}
+    experts = {site.fqn: site.fqn for site in captured.sites if isinstance(site, ExpertsSite)}
+    parts = {prefix.rstrip("."): fqn for prefix, fqn in _parts(captured).items() if fqn not in experts} | experts
+    sizes = Counter[WeightFact]()
+    for name, parameter in model.named_parameters():
+        if parameter in whole:
+            continue
+        owner, _, kind = name.rpartition(".")
+        paths = [owner[: match.start()] for match in re.finditer(r"\.|$", owner)]
+        fact = WeightFact(
+            rows=parameter.shape[0] if parameter.ndim else 1,
+            params=0,
+            site=next((parts[path] for path in paths if path in parts), None),
+            is_root=parameter not in inside,
+            split="" if kind == "bias" and cut.get(owner) == "columns" else cut.get(owner, ""),
+        )
+        sizes[fact] += parameter.numel()
+    return tuple(replace(fact, params=number) for fact, number in sizes.items())
+
+
+def _apart(model: nn.Module) -> tuple[int, int, int]:
+    """`ModelFacts.apart`, `apart_frozen` and `apart_bytes`."""
+    others = _others(model)
     wide = max((parameter.element_size() for found in others.values() for parameter in found), default=FP32_BYTES)
     sizes = {trained: sum(parameter.numel() for parameter in found) for trained, found in others.items()}
     return sizes[True], sizes[False], wide

@@ -8,7 +8,8 @@ vocabulary.
 
 1. Parameters that a rank stores.
        own = P_d / (dp_shard cp) + P_e / (ep edp_shard) + P_r                 routers are replicated -> `_own_params`
-   More of P_e if no dim of a stack of experts is a multiple of edp_shard.                         -> shards.py
+   More of P_e if no dim of a stack of experts is a multiple of edp_shard, and of P_d where the rows of weights are not.
+                                                                                                   -> shards.py
    With tp, those of P_d that the tp_plan splits and the shared experts are divided by tp too.
 2. Parameters that FSDP gathers. It frees a layer before it gathers the next, but keeps the root (embeddings, head,
    norm):
@@ -100,7 +101,7 @@ from moecompile.planner.params import (
     model_params,
     trained_params,
 )
-from moecompile.planner.shards import expert_share, padded_experts
+from moecompile.planner.shards import expert_share, padded_experts, padding
 from moecompile.planner.traffic import copies_per_token
 
 RESIDUAL_NUMBERS = 6  # of c in step A2
@@ -199,7 +200,8 @@ def model_state_bytes(
     muon = muon_params(layers, mesh, facts, run.optimizer, trained)
     share = expert_share(layers, mesh)
     trained_share = share if facts.adapters is None else expert_share(layers, mesh, adapters_only=True)
-    own, own_trained = own_params(params, mesh, share), own_params(trained, mesh, trained_share)
+    own = own_params(layers, mesh, facts, share, trained=False)
+    own_trained = own_params(layers, mesh, facts, trained_share, trained=True)
     number, stored = _trained_bytes(facts), own * facts.bytes_per_param + _whole_bytes(params, facts)
     if facts.adapters is not None:
         stored += own_trained * (number - facts.bytes_per_param) + trained.router * FP32_BYTES
@@ -217,12 +219,22 @@ def buffer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> 
     return round(tokens_of_a_rank(mesh, run) * run.compute_bytes * rows) + (0 if lent is None else lent.slot_bytes)
 
 
-def own_params(params: ModelParams, mesh: MeshSpec, share: Fraction) -> int:
-    """Sharded parameters that one rank stores (step 1), without routers, which are replicated. share: of experts."""
+def own_params(
+    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, share: Fraction, *, trained: bool
+) -> int:
+    """Sharded parameters that one rank stores (step 1), or those of them that are trained; without routers, which are
+    replicated. share: of experts.
+    """
+    every = model_params(layers, facts)
+    params = trained_params(layers, facts) if trained else every
     split = params.split_root + params.split_layers + params.shared if mesh.axes(Part.WEIGHTS) else 0
     split = min(params.dense, split)
     dense = mesh.share(params.dense - split, Part.STORED) + mesh.share(split, Part.STORED, Part.WEIGHTS)
-    return dense + ceil(params.experts * share)
+    added = padding(layers, mesh, facts)
+    padded = mesh.share(added.layers + added.root, Part.STORED)
+    if trained:
+        padded = padded * params.dense // max(1, every.dense) if facts.adapters is None else 0
+    return dense + padded + ceil(params.experts * share)
 
 
 def _trained_bytes(facts: ModelFacts) -> int:
@@ -241,18 +253,19 @@ def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelF
         return 0
     counts, params = [layer_params(layer) for layer in layers], model_params(layers, facts)
     in_layers = params.dense - facts.params_embedding - sum(c.shared for c in counts)
-    in_layers -= params.split_layers - mesh.share(params.split_layers, Part.WEIGHTS)
-    root = facts.params_embedding - params.split_root + mesh.share(params.split_root, Part.WEIGHTS)
+    added = padding(layers, mesh, facts)
+    in_layers -= params.split_layers - mesh.share(params.split_layers, Part.WEIGHTS) - added.layers
+    root = facts.params_embedding - params.split_root + mesh.share(params.split_root, Part.WEIGHTS) + added.root
     largest = max((c.shared + padded_experts(layer, mesh) for layer, c in zip(layers, counts, strict=True)), default=0)
     return root + -(-in_layers // max(1, facts.num_layers, len(layers))) + largest
 
 
 def whole_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> tuple[int, int]:
     """Parameters of all layers, and of the root, on a rank that has gathered them (step 2)."""
-    params = model_params(layers, facts)
-    root = facts.params_embedding - params.split_root + mesh.share(params.split_root, Part.WEIGHTS)
+    params, added = model_params(layers, facts), padding(layers, mesh, facts)
+    root = facts.params_embedding - params.split_root + mesh.share(params.split_root, Part.WEIGHTS) + added.root
     in_layers = params.dense - facts.params_embedding
-    in_layers -= params.split_layers - mesh.share(params.split_layers, Part.WEIGHTS)
+    in_layers -= params.split_layers - mesh.share(params.split_layers, Part.WEIGHTS) - added.layers
     return in_layers + sum(padded_experts(layer, mesh) for layer in layers), root
 
 

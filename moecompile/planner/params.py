@@ -50,6 +50,7 @@ class ModelFacts:
     was done to make it of a model with fewer experts, empty for other models. own_losses: coefficients of the losses of
     its own routers, by their names in the model's config. apart, apart_frozen: trained and frozen parameters of
     another dtype than most of these, which FSDP leaves whole on every rank; apart_bytes: per element of them.
+    weights: all others, added up by their dim 0, along which FSDP cuts them; empty if they are unknown.
     """
 
     params_total: int
@@ -75,6 +76,22 @@ class ModelFacts:
     apart: int = 0
     apart_frozen: int = 0
     apart_bytes: int = FP32_BYTES
+    weights: tuple[WeightFact, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFact:
+    """Weights whose dim 0 has `rows` rows, with `params` parameters together.
+
+    site: path of the site that they are a part of. is_root: whether they are outside the layers. split: which dim of
+    them the model's tp_plan splits: `rows`, `columns`, or neither, ``.
+    """
+
+    rows: int
+    params: int
+    site: str | None = None
+    is_root: bool = False
+    split: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

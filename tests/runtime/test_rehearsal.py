@@ -137,6 +137,33 @@ def test_gradients_that_are_reduced_each_time_have_a_buffer_and_sums_beside_them
     assert peak.seen == pytest.approx(peak.planned, rel=0.03)
 
 
+MANY = {
+    "its own shared experts": (NARROW, ["mesh.num_nodes=16", "data.global_batch_size=256"]),
+    "a shared gate, a latent width": (
+        TINY,
+        ["mesh.num_nodes=12", "mesh.ep=4", "data.global_batch_size=96", "experts.shared_gate=true",
+         "experts.latent_size=40", "experts.latent_norm=true"],
+    ),
+    "experts beside dense weights": (TINY, ["mesh.num_nodes=12", "mesh.ep=1", "data.global_batch_size=96"]),
+    "tp": (TINY, ["mesh.num_nodes=12", "mesh.ep=4", "mesh.tp=2", "dispatch=flat", "data.global_batch_size=96"]),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MANY)
+def test_rows_that_are_filled_up_are_planned(kind: str, tmp_path: Path) -> None:
+    """On 24 or 64 ranks, few of these weights have rows that the ranks divide."""
+    base, overrides = MANY[kind]
+    config, plan, facts, run = described(overrides, base=base)
+    with no_group():
+        rows = rows_of(rehearsed(config, plan, 0, 1.0, tmp_path), plan, facts, run)
+    found = {(row.name, row.axis): row.seen / row.planned for row in rows if row.planned and "summed" not in row.name}
+    sent = [found[name, "dp_shard"] for name in ("weights gathered", "gradients reduced") if kind != "tp"]
+    assert sent == [pytest.approx(1, abs=0.001)] * len(sent)
+    memory = [found[name, ""] for name in ("weights", "gradients", "optimizer")]
+    assert memory == [pytest.approx(1, abs=0.012)] * 3
+
+
 def test_shards_that_are_cut_unevenly_are_found(tmp_path: Path) -> None:
     """A rank of two that share one expert would have all of it, and gathers would be twice as large."""
     overrides = [
