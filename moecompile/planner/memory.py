@@ -34,7 +34,7 @@ vocabulary.
 
 5. Four moments of a micro-batch are compared; old: gradients of the last step, which are there until the first
    backward begins, held + shards without accumulation, else held:                                  -> `together`
-       forward   old + kept + 2/3 loss                         logits and their log-softmax
+       forward   old + kept + 2/3 loss + 2 T V [narrow]        logits, also as they were if not fp32; their log-softmax
        loss      held + kept + loss
        layers    held + max(kept, shards) + layer + layers     shards grow as what was kept is freed
        end       held + shards + root
@@ -60,7 +60,7 @@ A2. All layers. c numbers per token are kept for norms, residuals, the FFN's inp
    3 (q rank + kv rank) + heads (2 width of a query + its part without positions + 3 width of a value).
    Two moments are compared: the loss, and the backward of a layer.
        activations = kept + max(loss, layers)                                                   -> `Activations`
-       loss        = 3 a T V                                        logits, their log-softmax, their gradient
+       loss        = 3 f T V              f: 4, or a where it is more; log-softmax, its gradient, that of the logits
        layers      = max over layers of again + max over layers of backward
        kept        = sum over layers of (a T c + layer);                                            again = 0
        with checkpointing
@@ -105,7 +105,7 @@ from moecompile.planner.shards import expert_share, padded_experts, padding
 from moecompile.planner.traffic import copies_per_token
 
 RESIDUAL_NUMBERS = 6  # of c in step A2
-LOGITS_COPIES = 3
+LOGITS_COPIES = 3  # losses upcast logits that are narrower than fp32
 ASSIGNMENT_BYTES = 36  # ids, sources and order int64, sources again int32, weights in both orders fp32
 TOKEN_BYTES = 12  # saved by the normalization of the weights
 
@@ -160,7 +160,8 @@ def _activations_in_words(made: Activations, layers: Sequence[LayerPlan], facts:
         what = {"none": "what backward needs", "full": "inputs", "keep_exchanges": "inputs and received rows"}
         return f"{what[run.checkpointing]} of {tokens}, kept for {number} layer{'s' * (number > 1)}"
     if made.loss > made.layers:
-        return f"logits of {tokens} over {facts.vocab_size:,} words, {LOGITS_COPIES} times"
+        number = _dtype(max(FP32_BYTES, run.compute_bytes))
+        return f"logits of {tokens} over {facts.vocab_size:,} words, {LOGITS_COPIES} times in {number}"
     return f"one layer's forward and backward with {tokens}"
 
 
@@ -182,9 +183,10 @@ class Gradients:
 def together(grads: Gradients, made: Activations, run: RunFacts) -> int:
     """Bytes of gradients and activations at their fullest moment (step 5)."""
     old = grads.held + (grads.shards if run.accumulation == 1 else 0)
+    copies = 2.5 if run.is_mixed or run.compute_bytes < FP32_BYTES else 2
     return round(
         max(
-            old + made.kept + made.loss * 2 / 3,
+            old + made.kept + made.loss * copies / LOGITS_COPIES,
             grads.held + made.kept + made.loss,
             grads.held + max(made.kept, grads.shards) + grads.layer + made.layers,
             grads.held + grads.shards + grads.root,
@@ -326,7 +328,8 @@ def activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
     residual = RESIDUAL_NUMBERS * d_model + (facts.attention_numbers or RESIDUAL_NUMBERS * d_model)
     saved = [residual * number + ffn for ffn in moe + [dense * number] * (num_layers - len(layers))]
     backward = max((backward_bytes(layer, mesh, cut) for layer in layers), default=0)
-    found = Activations(kept=sum(saved), loss=LOGITS_COPIES * facts.vocab_size * number, layers=backward)
+    wide = max(FP32_BYTES, run.compute_bytes) * run.tokens_per_rank
+    found = Activations(kept=sum(saved), loss=LOGITS_COPIES * facts.vocab_size * wide, layers=backward)
     if run.checkpointing == "none":
         return found
     kept = 0.0

@@ -208,7 +208,7 @@ def test_fits_means_no_more_than_the_memory_with_the_load_that_is_to_be_expected
         (ONE_RANK, FACTS, RUN, "optimizer", "adamw in fp32, for this rank's shards"),
         (FOUR_RANKS, replace(FACTS, frozen={"": (1284, 1668)}), RUN, "weights", "this rank's shards, and layers that are whole one at a time"),
         (FOUR_RANKS, FACTS, replace(RUN, tokens_per_rank=4096), "activations", "what backward needs of 4,096 tokens, kept for 2 layers"),
-        (FOUR_RANKS, replace(FACTS, vocab_size=999), replace(RUN, tokens_per_rank=4096, checkpointing="full"), "activations", "logits of 4,096 tokens over 999 words, 3 times"),
+        (FOUR_RANKS, replace(FACTS, vocab_size=999), replace(RUN, tokens_per_rank=4096, checkpointing="full"), "activations", "logits of 4,096 tokens over 999 words, 3 times in fp32"),
         (FOUR_RANKS, FACTS, replace(RUN, tokens_per_rank=4096, checkpointing="full"), "activations", "one layer's forward and backward with 4,096 tokens"),
     ],
 )  # fmt: skip

@@ -137,6 +137,28 @@ def test_gradients_that_are_reduced_each_time_have_a_buffer_and_sums_beside_them
     assert peak.seen == pytest.approx(peak.planned, rel=0.03)
 
 
+WORDS = {
+    "qwen3_30b_a3b": {"num_experts": 16, "num_key_value_heads": 2, "moe_intermediate_size": 64, "head_dim": 16},
+    "gpt_oss_20b": {"num_local_experts": 16, "num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 16},
+    "mixtral_8x7b": {"num_key_value_heads": 2, "intermediate_size": 64},
+    "deepseek_v3": {**SIZES, "n_routed_experts": 16},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("model", WORDS)
+def test_the_loss_over_many_words_is_in_fp32(model: str, dtype: str, tmp_path: Path) -> None:
+    """Logits are upcast."""
+    sizes = WORDS[model] | {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 8192}
+    base = [f"model={model}", *(f"model.config.{name}={size}" for name, size in sizes.items()), *NARROW[-5:]]
+    config, plan, facts, run = described([f"model.config.dtype={dtype}", "data.seq_len=128"], base=base)
+    with no_group():
+        rows = rows_of(rehearsed(config, plan, 0, 1.0, tmp_path), plan, facts, run)
+    (peak,) = (row for row in rows if row.name == "peak")
+    assert peak.seen == pytest.approx(peak.planned, rel=0.04)
+
+
 MANY = {
     "its own shared experts": (NARROW, ["mesh.num_nodes=16", "data.global_batch_size=256"]),
     "a shared gate, a latent width": (
