@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from moecompile.nn.own_router import own_losses
 from moecompile.nn.watch import masks_of
 from moecompile.pipeline.attention import attention_of
 from moecompile.pipeline.shape import mixers
-from moecompile.plan import ATTENTION, FFN, HEADS_STYLE, NORMS
+from moecompile.plan import ATTENTION, FFN, HEADS_STYLE, NORMS, ExpertsSite
 from moecompile.planner import ModelFacts
-from moecompile.planner.params import LayerFact, SplitFact
+from moecompile.planner.params import FP32_BYTES, LayerFact, SplitFact, WeightFact
 from moecompile.schema import MeshConfig
 
 WIDENED = "_moecompile_widened"
@@ -43,6 +44,8 @@ def facts_of(
     has_parts = mesh is not None and any(getattr(mesh, axis) > 1 for axis in axes_that_split(Part.SEQUENCE))
     layers = list(layers_of(model))
     inside = {parameter for layer in layers for parameter in layer.parameters()}
+    apart, frozen, apart_bytes = _apart(model)
+    splits = splits_of(model, captured or Captured())
     attention, no_context = attention_of(model, example) if has_parts else ((), "")
     config = getattr(model, "config", None)
     hidden = int(getattr(config, "hidden_size", 0) or 0)
@@ -52,12 +55,12 @@ def facts_of(
         params_embedding=outside if layers else 0,
         num_layers=len(layers),
         vocab_size=int(getattr(config, "vocab_size", 0) or 0),
-        bytes_per_param=next((parameter.element_size() for parameter in model.parameters()), 4),
+        bytes_per_param=_most(model.parameters()).itemsize,
         causal=True if hasattr(model, "generate") else None,  # as in language models of transformers
         frozen=_frozen(model),
         linears=_linears(model),
         has_padding_mask=_has_padding_mask(model, example),
-        split=splits_of(model, captured or Captured()),
+        split=splits,
         no_split=no_split(model),
         matrices=_matrices(model),
         heads=heads_of(model),
@@ -67,7 +70,10 @@ def facts_of(
         no_context=no_context,
         widened=getattr(model, WIDENED, ""),
         own_losses=own_losses(model),
-        apart=_apart(model),
+        apart=apart,
+        apart_frozen=frozen,
+        apart_bytes=apart_bytes,
+        weights=_weights(model, inside, splits, captured or Captured()),
         layers=_layers(model, layers, captured or Captured()),
     )
 
@@ -131,12 +137,55 @@ def _is_norm(module: nn.Module) -> bool:
     return bool(parameters) and all(parameter.dim() <= 1 for parameter in parameters)
 
 
-def _apart(model: nn.Module) -> int:
-    """`ModelFacts.apart`."""
+def _most(parameters: Iterable[Parameter]) -> torch.dtype:
+    """The dtype of most numbers."""
     sizes = Counter[torch.dtype]()
-    for parameter in model.parameters():
+    for parameter in parameters:
         sizes[parameter.dtype] += parameter.numel()
-    return sizes.total() - max(sizes.values(), default=0)
+    return max(sizes, key=sizes.__getitem__, default=torch.float32)
+
+
+def _others(model: nn.Module) -> dict[bool, list[Parameter]]:
+    """Whether they are trained -> parameters of another dtype than most of these (moecompile.passes.shard)."""
+    others: dict[bool, list[Parameter]] = {}
+    for trained in (True, False):
+        mine = [parameter for parameter in model.parameters() if parameter.requires_grad is trained]
+        most = _most(mine)
+        others[trained] = [parameter for parameter in mine if parameter.dtype != most]
+    return others
+
+
+def _weights(
+    model: nn.Module, inside: Collection[Parameter], splits: Sequence[SplitFact], captured: Captured
+) -> tuple[WeightFact, ...]:
+    """`ModelFacts.weights`."""
+    whole = {parameter for found in _others(model).values() for parameter in found}
+    cut = {fact.path: "columns" if fact.size_name == "in_features" else "rows" for fact in splits if fact.size}
+    experts = {site.fqn: site.fqn for site in captured.sites if isinstance(site, ExpertsSite)}
+    parts = {prefix.rstrip("."): fqn for prefix, fqn in _parts(captured).items() if fqn not in experts} | experts
+    sizes = Counter[WeightFact]()
+    for name, parameter in model.named_parameters():
+        if parameter in whole:
+            continue
+        owner, _, kind = name.rpartition(".")
+        paths = [owner[: match.start()] for match in re.finditer(r"\.|$", owner)]
+        fact = WeightFact(
+            rows=parameter.shape[0] if parameter.ndim else 1,
+            params=0,
+            site=next((parts[path] for path in paths if path in parts), None),
+            is_root=parameter not in inside,
+            split="" if kind == "bias" and cut.get(owner) == "columns" else cut.get(owner, ""),
+        )
+        sizes[fact] += parameter.numel()
+    return tuple(replace(fact, params=number) for fact, number in sizes.items())
+
+
+def _apart(model: nn.Module) -> tuple[int, int, int]:
+    """`ModelFacts.apart`, `apart_frozen` and `apart_bytes`."""
+    others = _others(model)
+    wide = max((parameter.element_size() for found in others.values() for parameter in found), default=FP32_BYTES)
+    sizes = {trained: sum(parameter.numel() for parameter in found) for trained, found in others.items()}
+    return sizes[True], sizes[False], wide
 
 
 def _attention_numbers(model: nn.Module, config: Any, num_layers: int, hidden: int) -> int:

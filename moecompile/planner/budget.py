@@ -32,7 +32,16 @@ from moecompile.plan import ATTENTION, EXPERTS, FFN, LAYER, NORMS, LayerPlan, Re
 from moecompile.planner.cost_model.forecast import step_of
 from moecompile.planner.cost_model.inputs import Inputs
 from moecompile.planner.cost_model.shapes import Layer, ModelShape
-from moecompile.planner.memory import Activations, LayerBytes, activations, layer_bytes, most_kept, owner_of, together
+from moecompile.planner.memory import (
+    Activations,
+    Gradients,
+    LayerBytes,
+    activations,
+    layer_bytes,
+    most_kept,
+    owner_of,
+    together,
+)
 from moecompile.planner.params import BUDGET, ModelFacts, RunFacts
 
 HEADROOM = 0.05
@@ -108,11 +117,11 @@ class Budget:
         self.choices = [_choices(kind, prices[kind.place], keeps_exchanges) for kind in self.kinds]
         self.bounds = sorted({choice.again for choices in self.choices for choice in choices})
 
-    def within(self, grads: int, run: RunFacts, limit: float) -> Chosen:
+    def within(self, grads: Gradients, run: RunFacts, limit: float) -> Chosen:
         """The choices with the least time with which gradients and activations need at most `limit` bytes (steps 3, 4).
 
         Args:
-            grads: bytes of gradients.
+            grads: of the run.
         """
         best, least = None, inf
         for bound in self.bounds:
@@ -291,7 +300,7 @@ class Within:
 
 
 def within(
-    budget: Budget, run: RunFacts, states: tuple[int, int, int], buffers: int, even_buffers: int, limit: float
+    budget: Budget, run: RunFacts, states: tuple[int, Gradients, int], buffers: int, even_buffers: int, limit: float
 ) -> Within:
     """The run with the choices of the least time that fit.
 

@@ -1,25 +1,29 @@
 """Memory of the fullest rank, bytes.
 
-P_d, P_e, P_r: dense, expert and router parameters of the model; b: bytes of a stored weight; a: bytes per element of a
+P_d, P_e, P_r: dense, expert and router parameters of the model, and P_r those of the model's own whose dtype is not
+that of most (transformers keeps some routers in fp32); b: bytes of a stored weight; a: bytes per element of a
 weight in compute, an activation and a row (2 with trainer.precision=bf16_params); T: tokens per micro-batch; D, F, E, K
 as in params.py; S: width of the shared expert; n: projections before the activation, 2 for gated, 1 for up_down; V:
 vocabulary.
 
 1. Parameters that a rank stores.
        own = P_d / (dp_shard cp) + P_e / (ep edp_shard) + P_r                 routers are replicated -> `_own_params`
-   More of P_e if no dim of a stack of experts is a multiple of edp_shard.                         -> shards.py
+   More of P_e if no dim of a stack of experts is a multiple of edp_shard, and of P_d where the rows of weights are not.
+                                                                                                   -> shards.py
    With tp, those of P_d that the tp_plan splits and the shared experts are divided by tp too.
 2. Parameters that FSDP gathers. It frees a layer before it gathers the next, but keeps the root (embeddings, head,
    norm):
        unsharded = root + max over layers of (dense part of the layer + E / ep experts)        -> `_unsharded_params`
                    with gather=step: all of them, P_d + P_e / ep                                  -> `whole_params`
-   On one rank nothing is gathered. Unsharded gradients of a layer are in a buffer of the same size until they are
-   reduced. With gradient accumulation
-       reduce=last   they are reduced once, after the last micro-batch, and those of all weights are kept until then in
-                     fp32: P_d + P_e / ep
-       reduce=each   they are added to the rank's own shards, in fp32 or wider: 4 own + those of a layer
-                                                                                         -> `_grads_bytes`
-       weights = b own + a unsharded,  grads = max(b own, unsharded grads),  optimizer: optimizer.py
+   On one rank nothing is gathered. Gradients, without those of routers:                       -> `Gradients`, `_grads`
+       held     from the first micro-batch to the step. With gradient accumulation and
+                reduce=last   those of all weights in fp32, reduced once, after the last micro-batch: P_d + P_e / ep
+                reduce=each   4 own, in fp32 or wider
+       shards   of this micro-batch, reduced: b own, if they are not added to `held` one by one as fp32 is
+       layer    whole ones in a layer's backward: its own, those of the head, which wait for the root's, and the fp32
+                buffer in which FSDP has just reduced the layer before: a (head + layer) + 4 layer
+       root     whole ones when the root is reduced, last, beside their fp32 buffer: (a + 4) root
+       weights = b own + a unsharded,  grads = held + shards + max(layer, root),  optimizer: optimizer.py
    Router weights and adapters are always fp32. Frozen weights have no gradients and no moments: for these two, `own`
    counts trained parameters only (adapters, if there are any), and their number also limits the unsharded gradients.
                                                                                              -> `trained_params`
@@ -28,10 +32,12 @@ vocabulary.
        dispatch = max over layers of 2 T copies D a
    Slots for borrowed experts are counted here too.                                               -> lending.py
 
-5. With accumulation, unsharded gradients are there at the activations' peak. Without, the reduced ones of the last step
-   are there until backward begins, and those of this step grow as what was kept is freed:     -> `together`
-       fullest = grads + activations                                                       with accumulation
-       fullest = max(grads + kept + 2/3 loss, max(grads, kept) + max(loss, layers))        without
+5. Four moments of a micro-batch are compared; old: gradients of the last step, which are there until the first
+   backward begins, held + shards without accumulation, else held:                                  -> `together`
+       forward   old + kept + 2/3 loss + 2 T V [narrow]        logits, also as they were if not fp32; their log-softmax
+       loss      held + kept + loss
+       layers    held + max(kept, shards) + layer + layers     shards grow as what was kept is freed
+       end       held + shards + root
 Routing is balanced, except for the total with the load that is to be expected (cost_model/forecast.py). The process
 itself (PyTorch, CUDA context, allocator fragmentation) is not counted. benchmarks/memory.py compares this with what
 ranks use.
@@ -54,7 +60,7 @@ A2. All layers. c numbers per token are kept for norms, residuals, the FFN's inp
    3 (q rank + kv rank) + heads (2 width of a query + its part without positions + 3 width of a value).
    Two moments are compared: the loss, and the backward of a layer.
        activations = kept + max(loss, layers)                                                   -> `Activations`
-       loss        = 3 a T V                                        logits, their log-softmax, their gradient
+       loss        = 3 f T V              f: 4, or a where it is more; log-softmax, its gradient, that of the logits
        layers      = max over layers of again + max over layers of backward
        kept        = sum over layers of (a T c + layer);                                            again = 0
        with checkpointing
@@ -112,12 +118,12 @@ from moecompile.planner.params import (
     model_params,
     trained_params,
 )
-from moecompile.planner.shards import expert_share, padded_experts
+from moecompile.planner.shards import expert_share, padded_experts, padding
 from moecompile.planner.traffic import copies_per_token
 
 RESIDUAL_NUMBERS = 6  # of c in step A2
 _INPUTS = 4  # of them, those that norms, attention and FFN read
-LOGITS_COPIES = 3
+LOGITS_COPIES = 3  # losses upcast logits that are narrower than fp32
 ASSIGNMENT_BYTES = 36  # ids, sources and order int64, sources again int32, weights in both orders fp32
 TOKEN_BYTES = 12  # saved by the normalization of the weights
 
@@ -130,11 +136,11 @@ def memory_of_fullest_rank(
     made = activations(layers, mesh, facts, run)
     return MemoryEstimate(
         weights=weights,
-        grads=grads,
+        grads=grads.peak,
         optimizer=optimizer,
         activations=made.peak,
         dispatch=buffer_bytes(layers, mesh, run),
-        apart=grads + made.peak - together(grads, made, run),
+        apart=grads.peak + made.peak - together(grads, made, run),
     )
 
 
@@ -147,10 +153,14 @@ def largest_in_words(
     return {
         "weights": "not sharded" if is_one else f"this rank's shards, and {whole}",
         "grads": _grads_in_words(mesh, facts, run),
-        "optimizer": f"{run.optimizer.kind.value} in fp32, for this rank's shards",
+        "optimizer": f"{run.optimizer.kind.value} in {_dtype(_trained_bytes(facts))}, for this rank's shards",
         "activations": _activations_in_words(activations(layers, mesh, facts, run), layers, facts, run),
         "dispatch": "rows that a rank sends and receives in one layer",
     }[memory.largest]
+
+
+def _dtype(bytes_: int) -> str:
+    return {2: "bf16", 4: "fp32", 8: "fp64"}.get(bytes_, f"numbers of {bytes_} bytes")
 
 
 def _grads_in_words(mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> str:
@@ -169,41 +179,71 @@ def _activations_in_words(made: Activations, layers: Sequence[LayerPlan], facts:
         what = {"none": needed, BUDGET: needed, "full": "inputs", "keep_exchanges": "inputs and received rows"}
         return f"{what[run.checkpointing]} of {tokens}, kept for {number} layer{'s' * (number > 1)}"
     if made.loss > made.layers:
-        return f"logits of {tokens} over {facts.vocab_size:,} words, {LOGITS_COPIES} times"
+        dtype = _dtype(max(FP32_BYTES, run.compute_bytes))
+        return f"logits of {tokens} over {facts.vocab_size:,} words, {LOGITS_COPIES} times in {dtype}"
     return f"one layer's forward and backward with {tokens}"
 
 
-def together(grads: int, made: Activations, run: RunFacts) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """Bytes of gradients at the moments of a micro-batch (step 2)."""
+
+    held: int = 0
+    shards: int = 0
+    layer: int = 0
+    root: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The most at one time."""
+        return self.held + self.shards + max(self.layer, self.root)
+
+
+def together(grads: Gradients, made: Activations, run: RunFacts) -> int:
     """Bytes of gradients and activations at their fullest moment (step 5)."""
-    if run.accumulation > 1:
-        return grads + made.peak
-    return round(max(grads + made.kept + made.loss * 2 / 3, max(grads, made.kept) + max(made.loss, made.layers)))
+    old, copies = _before_loss(grads, run)
+    return round(
+        max(
+            old + made.kept + made.loss * copies / LOGITS_COPIES,
+            grads.held + made.kept + made.loss,
+            grads.held + max(made.kept, grads.shards) + grads.layer + made.layers,
+            grads.held + grads.shards + grads.root,
+        )
+    )
 
 
-def most_kept(grads: int, made: Activations, run: RunFacts, limit: float) -> float:
+def _before_loss(grads: Gradients, run: RunFacts) -> tuple[int, float]:
+    """Bytes of gradients before the loss's backward, and how many of the logits there are then."""
+    old = grads.held + (grads.shards if run.accumulation == 1 else 0)
+    return old, 2.5 if run.is_mixed or run.compute_bytes < FP32_BYTES else 2
+
+
+def most_kept(grads: Gradients, made: Activations, run: RunFacts, limit: float) -> float:
     """Bytes that layers may keep for backward so that `together` is at most `limit`; negative: none may."""
-    most = max(made.loss, made.layers)
-    if run.accumulation > 1:
-        return limit - grads - most
-    return min(limit - grads - made.loss * 2 / 3, limit - most) if grads + most <= limit else -1.0
+    if together(grads, replace(made, kept=0.0), run) > limit:
+        return -1.0
+    old, copies = _before_loss(grads, run)
+    loss = old + made.loss * copies / LOGITS_COPIES, grads.held + made.loss
+    return limit - max(*loss, grads.held + grads.layer + made.layers)
 
 
 def model_state_bytes(
     layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
-) -> tuple[int, int, int]:
+) -> tuple[int, Gradients, int]:
     """Bytes of weights, gradients and optimizer (steps 1 and 2); of `run`, tokens do not matter."""
     params, trained = model_params(layers, facts), trained_params(layers, facts)
     muon = muon_params(layers, mesh, facts, run.optimizer, trained)
     share = expert_share(layers, mesh)
     trained_share = share if facts.adapters is None else expert_share(layers, mesh, adapters_only=True)
-    own, own_trained = own_params(params, mesh, share), own_params(trained, mesh, trained_share)
-    number, stored = _trained_bytes(facts), own * facts.bytes_per_param + params.router * FP32_BYTES
+    own = own_params(layers, mesh, facts, share, trained=False)
+    own_trained = own_params(layers, mesh, facts, trained_share, trained=True)
+    number, stored = _trained_bytes(facts), own * facts.bytes_per_param + _whole_bytes(params, facts)
     if facts.adapters is not None:
         stored += own_trained * (number - facts.bytes_per_param) + trained.router * FP32_BYTES
     return (
         stored + _gathered_params(layers, mesh, facts, run) * run.compute_bytes,
-        _grads_bytes(own_trained, trained, layers, mesh, facts, run) + trained.router * FP32_BYTES,
-        state_bytes(own_trained, trained.router, muon, mesh, trained_share),
+        _grads(own_trained, trained, layers, mesh, facts, run),
+        state_bytes(own_trained, _whole_bytes(trained, facts), muon, mesh, trained_share, number),
     )
 
 
@@ -214,12 +254,22 @@ def buffer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> 
     return round(tokens_of_a_rank(mesh, run) * run.compute_bytes * rows) + (0 if lent is None else lent.slot_bytes)
 
 
-def own_params(params: ModelParams, mesh: MeshSpec, share: Fraction) -> int:
-    """Sharded parameters that one rank stores (step 1), without routers, which are replicated. share: of experts."""
+def own_params(
+    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, share: Fraction, *, trained: bool
+) -> int:
+    """Sharded parameters that one rank stores (step 1), or those of them that are trained; without routers, which are
+    replicated. share: of experts.
+    """
+    every = model_params(layers, facts)
+    params = trained_params(layers, facts) if trained else every
     split = params.split_root + params.split_layers + params.shared if mesh.axes(Part.WEIGHTS) else 0
     split = min(params.dense, split)
     dense = mesh.share(params.dense - split, Part.STORED) + mesh.share(split, Part.STORED, Part.WEIGHTS)
-    return dense + ceil(params.experts * share)
+    added = padding(layers, mesh, facts)
+    padded = mesh.share(added.layers + added.root, Part.STORED)
+    if trained:
+        padded = padded * params.dense // max(1, every.dense) if facts.adapters is None else 0
+    return dense + padded + ceil(params.experts * share)
 
 
 def _trained_bytes(facts: ModelFacts) -> int:
@@ -227,24 +277,30 @@ def _trained_bytes(facts: ModelFacts) -> int:
     return facts.bytes_per_param if facts.adapters is None else max(FP32_BYTES, facts.bytes_per_param)
 
 
+def _whole_bytes(params: ModelParams, facts: ModelFacts) -> int:
+    """Bytes of those that every rank has whole."""
+    return params.router * FP32_BYTES + params.apart * facts.apart_bytes
+
+
 def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> int:
     """Parameters that are unsharded at the same time (step 2)."""
     if mesh.world_size == 1:
         return 0
     counts, params = [layer_params(layer) for layer in layers], model_params(layers, facts)
-    in_layers = facts.params_total - facts.params_embedding - sum(c.dense for c in counts)
-    in_layers -= params.split_layers - mesh.share(params.split_layers, Part.WEIGHTS)
-    root = facts.params_embedding - params.split_root + mesh.share(params.split_root, Part.WEIGHTS)
+    in_layers = params.dense - facts.params_embedding - sum(c.shared for c in counts)
+    added = padding(layers, mesh, facts)
+    in_layers -= params.split_layers - mesh.share(params.split_layers, Part.WEIGHTS) - added.layers
+    root = facts.params_embedding - params.split_root + mesh.share(params.split_root, Part.WEIGHTS) + added.root
     largest = max((c.shared + padded_experts(layer, mesh) for layer, c in zip(layers, counts, strict=True)), default=0)
     return root + -(-in_layers // max(1, facts.num_layers, len(layers))) + largest
 
 
 def whole_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> tuple[int, int]:
     """Parameters of all layers, and of the root, on a rank that has gathered them (step 2)."""
-    params = model_params(layers, facts)
-    root = facts.params_embedding - params.split_root + mesh.share(params.split_root, Part.WEIGHTS)
+    params, added = model_params(layers, facts), padding(layers, mesh, facts)
+    root = facts.params_embedding - params.split_root + mesh.share(params.split_root, Part.WEIGHTS) + added.root
     in_layers = params.dense - facts.params_embedding
-    in_layers -= params.split_layers - mesh.share(params.split_layers, Part.WEIGHTS)
+    in_layers -= params.split_layers - mesh.share(params.split_layers, Part.WEIGHTS) - added.layers
     return in_layers + sum(padded_experts(layer, mesh) for layer in layers), root
 
 
@@ -255,20 +311,29 @@ def _gathered_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFa
     return _unsharded_params(layers, mesh, facts)
 
 
-def _grads_bytes(
+def _grads(
     own: int, trained: ModelParams, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
-) -> int:
-    """Bytes of gradients, without those of routers (step 2); `own`: trained parameters that the rank stores."""
+) -> Gradients:
+    """Step 2, with those of whole weights; `own`: trained parameters that the rank stores."""
     split = min(trained.dense, trained.split_root + trained.split_layers)
     all_grads = trained.dense - split + mesh.share(split, Part.WEIGHTS) + mesh.share(trained.experts, Part.EXPERTS)
-    stored = own * _trained_bytes(facts)
-    if mesh.world_size > 1 and run.keeps_whole_grads:
-        return max(stored, all_grads * FP32_BYTES)
-    number = run.compute_bytes if facts.adapters is None else FP32_BYTES
-    of_layer = min(all_grads, _unsharded_params(layers, mesh, facts)) * number
-    if mesh.world_size > 1 and run.accumulation > 1:
-        return max(stored, own * FP32_BYTES) + of_layer
-    return max(stored, of_layer)
+    number, router = _trained_bytes(facts), _whole_bytes(trained, facts)
+    if mesh.world_size == 1:
+        reduced = own * number + router
+        return Gradients(held=reduced) if run.accumulation > 1 else Gradients(shards=reduced)
+    if run.keeps_whole_grads:
+        return Gradients(held=max(own * number, all_grads * FP32_BYTES) + router)
+    root = whole_params(layers, mesh, facts)[1]
+    layer = min(all_grads, _unsharded_params(layers, mesh, facts) - root)
+    root = min(all_grads, root) if facts.adapters is None else 0
+    head = min(root, facts.vocab_size * facts.d_model or root)
+    wide, made = max(FP32_BYTES, number), run.compute_bytes if facts.adapters is None else FP32_BYTES
+    held = own * wide + router if run.accumulation > 1 else 0
+    shards = own * number + router if run.accumulation == 1 else own * number * (number < wide)
+    return Gradients(
+        held=held, shards=shards, layer=made * min(all_grads, head + layer) + wide * layer,
+        root=(made + wide) * root,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +362,8 @@ def activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
     residual = RESIDUAL_NUMBERS * d_model + attention
     saved = [residual * number + ffn for ffn in moe + [dense * number] * (num_layers - len(layers))]
     backward = max((backward_bytes(layer, mesh, cut) for layer in layers), default=0)
-    found = Activations(kept=sum(saved), loss=LOGITS_COPIES * facts.vocab_size * number, layers=backward)
+    wide = max(FP32_BYTES, run.compute_bytes) * run.tokens_per_rank
+    found = Activations(kept=sum(saved), loss=LOGITS_COPIES * facts.vocab_size * wide, layers=backward)
     if run.checkpointing == "none":
         return found
     if run.checkpointing == BUDGET:

@@ -5,7 +5,8 @@ P: parameters of matrices that Muon steps; n: ranks over which FSDP cuts them (d
 1. Muon's matrices are those of the model's hidden layers (moecompile.nn.matrices), without those of FFNs that become
    experts and those of routers, and with those of experts and shared experts; with adapters, these alone.
                                                                                               -> `muon_params`
-2. State, in fp32: one momentum for a matrix, two moments for everything else.                -> `state_bytes`
+2. State, in the dtype of the stored weight, as torch makes it: one momentum for a matrix, two moments for everything
+   else. Routers and adapters are fp32.                                                       -> `state_bytes`
 3. A matrix that is cut goes to one of the n ranks and its result returns. Mean over the ranks of what one sends:
        2 P (n - 1) / n^2                                     and for matrices that tp cuts too
        2 P (n - 1) / (n^2 t) + 2 P (t - 1) / (n t^2)
@@ -24,7 +25,7 @@ from math import floor, prod
 
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import ExpertsSite, LayerPlan, Traffic, cut_dim
-from moecompile.planner.params import FP32_BYTES, ModelFacts, ModelParams
+from moecompile.planner.params import ModelFacts, ModelParams
 from moecompile.planner.shards import expert_stacks
 from moecompile.schema import OptimizerConfig, OptimizerKind, group_of
 
@@ -124,11 +125,13 @@ def _new(layers: Sequence[LayerPlan]) -> tuple[list[tuple[str, tuple[int, ...]]]
     return experts, shared
 
 
-def state_bytes(own: int, router: int, muon: MuonParams, mesh: MeshSpec, share: Fraction) -> int:
-    """Step 2. own: trained parameters of the fullest rank without routers, which are replicated. share: of experts."""
+def state_bytes(own: int, whole: int, muon: MuonParams, mesh: MeshSpec, share: Fraction, number: int) -> int:
+    """Step 2. own: trained parameters of the fullest rank without those that every rank has whole, such as routers.
+    whole: bytes of these. share: of experts. number: bytes of a stored number of `own`.
+    """
     of_muon = muon.dense // mesh.size(Part.STORED)
     of_muon += (muon.split + muon.summed) // mesh.size(Part.STORED, Part.WEIGHTS) + floor(muon.experts * share)
-    return ((own + router) * _ADAMW_MOMENTS - min(of_muon, own)) * FP32_BYTES
+    return (own * _ADAMW_MOMENTS - min(of_muon, own)) * number + whole * _ADAMW_MOMENTS
 
 
 def step_traffic(muon: MuonParams, mesh: MeshSpec, number: int) -> Traffic:

@@ -48,8 +48,10 @@ class ModelFacts:
     residual stream, by the model's config (0: unknown). attention_numbers: what attention keeps for
     backward, numbers per token and layer, without what is as wide as the residual stream (0: unknown). widened: what
     was done to make it of a model with fewer experts, empty for other models. own_losses: coefficients of the losses of
-    its own routers, by their names in the model's config. apart: parameters of another dtype than most, which FSDP
-    leaves whole on every rank. layers: what backward can compute again of each layer; empty for a bare graph.
+    its own routers, by their names in the model's config. apart, apart_frozen: trained and frozen parameters of
+    another dtype than most of these, which FSDP leaves whole on every rank; apart_bytes: per element of them.
+    weights: all others, added up by their dim 0, along which FSDP cuts them; empty if they are unknown.
+    layers: what backward can compute again of each layer; empty for a bare graph.
     """
 
     params_total: int
@@ -73,6 +75,9 @@ class ModelFacts:
     widened: str = ""
     own_losses: Mapping[str, float] = field(default_factory=dict)
     apart: int = 0
+    apart_frozen: int = 0
+    apart_bytes: int = FP32_BYTES
+    weights: tuple[WeightFact, ...] = ()
     layers: tuple[LayerFact, ...] = ()
 
 
@@ -84,6 +89,21 @@ class LayerFact:
 
     path: str
     parts: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFact:
+    """Weights whose dim 0 has `rows` rows, with `params` parameters together.
+
+    site: path of the site that they are a part of. is_root: whether they are outside the layers. split: which dim of
+    them the model's tp_plan splits: `rows`, `columns`, or neither, ``.
+    """
+
+    rows: int
+    params: int
+    site: str | None = None
+    is_root: bool = False
+    split: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,9 +201,10 @@ class LayerParams:
 class ModelParams:
     """Parameter counts of the rewritten model, by placement.
 
-    dense: everything except routed experts and routers. active: parameters that one token uses. split_root,
+    dense: everything except routed experts, routers and `apart`. active: parameters that one token uses. split_root,
     split_layers: those of `dense` that the model's tp_plan splits, outside and inside the layers. shared: those of
-    shared experts, whose gradient is summed over tp, so that FSDP shards them over it.
+    shared experts, whose gradient is summed over tp, so that FSDP shards them over it. apart: those of another dtype
+    than most, which every rank has whole, as it has routers.
     """
 
     dense: int
@@ -193,11 +214,12 @@ class ModelParams:
     split_root: int = 0
     split_layers: int = 0
     shared: int = 0
+    apart: int = 0
 
     @property
     def total(self) -> int:
         """All parameters."""
-        return self.dense + self.experts + self.router
+        return self.dense + self.experts + self.router + self.apart
 
 
 def ffn_params(site: PlannedSite, d_hidden: int) -> int:
@@ -273,8 +295,10 @@ def model_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParams:
     used = sum(computed_per_token(layer) * (c.expert + c.adapters) for layer, c in zip(layers, counts, strict=True))
     planned = {layer.site.fqn for layer in layers}
     split = [fact for fact in facts.split if fact.site not in planned]
+    apart = min(dense, facts.apart + facts.apart_frozen)
     return ModelParams(
-        dense=dense,
+        dense=dense - apart,
+        apart=apart,
         experts=sum(c.experts for c in counts) + _all_adapters(layers),
         router=router,
         active=round(dense + router + used),
@@ -301,7 +325,8 @@ def trained_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParam
         active = model_params(layers, facts).active
         return ModelParams(dense=linears + routers, experts=_all_adapters(layers), router=0, active=active)
     params, (kept, _) = model_params(layers, facts), facts.frozen.get("", (0, 0))
-    dense, experts = params.dense, params.experts
+    dense, experts, apart = params.dense, params.experts, min(params.apart, facts.apart)
+    kept -= params.apart - apart
     for layer in layers:
         counts = layer_params(layer)
         frozen, inside = facts.frozen.get(layer.site.fqn, (counts.dense, 0))  # unknown if the path has no module
@@ -309,7 +334,7 @@ def trained_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParam
         if frozen == inside and layer.experts.init not in ("random", "drop"):
             experts -= counts.experts
             dense -= counts.shared - counts.latent - layer.experts.shared_gate * layer.site.d_model
-    return replace(params, dense=dense - max(kept, 0), experts=experts)
+    return replace(params, dense=dense - max(kept, 0), experts=experts, apart=apart)
 
 
 def checkpointing_of(config: Config, plan: Plan) -> str:

@@ -6,7 +6,7 @@ Of what it shards, a rank receives in a step of M micro-batches                 
        gradients    reduce=each    M trained weights         in fp32 or wider
                     reduce=last    trained weights           until then a rank has those of whole layers, in fp32
        replicas     all-reduce of its own shards, once a step in any case
-layers, root: (r - 1) / r of a weight that r ranks share. Stacks of experts are padded, as in shards.py.
+layers, root: (r - 1) / r of a weight that r ranks share, padded as in shards.py.
 
 `auto`: the ways in the order of these bytes; with checkpointing=auto first all of them with keep_exchanges, then with
 full, which sends the exchanges of forward again. The first with which the plan fits at the load that is to be expected
@@ -32,7 +32,7 @@ from moecompile.planner.params import (
     model_params,
     trained_params,
 )
-from moecompile.planner.shards import expert_share, padded_experts
+from moecompile.planner.shards import expert_share, padded_experts, padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +52,13 @@ def sharded(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> S
     """What FSDP shards of a model, as the module docstring says."""
     params, trained, share = model_params(layers, facts), trained_params(layers, facts), expert_share(layers, mesh)
     in_layers, root = whole_params(layers, mesh, facts)
-    own, owned = own_params(params, mesh, share), own_params(trained, mesh, share)
+    own, owned = (own_params(layers, mesh, facts, share, trained=trained) for trained in (False, True))
     own_root, summed = mesh.share(root, Part.STORED), next(r for r in reductions(mesh) if r.parameters == DENSE)
     split = min(trained.dense, trained.split_root + trained.split_layers)
+    added = padding(layers, mesh, facts)
     dense = trained.dense - split + mesh.share(split, Part.WEIGHTS)
+    if facts.adapters is None:
+        dense += (added.layers + added.root) * trained.dense // max(1, params.dense)
     experts = sum(padded_experts(layer, mesh) for layer in layers) if trained.experts else 0
     experts = round(experts * trained.experts / params.experts) if experts else 0
     return Sharded(

@@ -1,4 +1,4 @@
-"""What FSDP makes of stacks of experts: shards of the fullest rank, and what gathers and reductions of them send.
+"""What FSDP makes of weights: shards of the fullest rank, and what gathers and reductions of them send.
 
 E: experts of a rank of the EP group; r: ranks that hold the same ones (edp_shard); F, L: widths of an expert and a row.
 
@@ -9,16 +9,20 @@ E: experts of a rank of the EP group; r: ranks that hold the same ones (edp_shar
                                                                                              -> `expert_share`
 3. A gather leaves r times the largest shard on each rank, of which it receives (r - 1) / r; a reduction sends as many
    fp32 numbers of trained weights. How often: schedule.py.                                 -> `expert_shards`
+
+Other weights are cut along dim 0 over n ranks. Each shard has ceil(rows / n) rows, filled up where there are fewer, so
+a gather leaves n ceil(rows / n) rows on each rank: 8,192 for 7,168 rows on 2,048 ranks.                  -> `padding`
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
 
-from moecompile.mesh import MeshSpec
-from moecompile.plan import ExpertShards, LayerPlan, largest_shard
+from moecompile.mesh import MeshSpec, Part
+from moecompile.plan import ExpertShards, ExpertsSite, LayerPlan, largest_shard
 from moecompile.planner.params import FP32_BYTES, ModelFacts, RunFacts, model_params, trained_params
 
 Shape = tuple[int, ...]
@@ -43,6 +47,50 @@ def padded_experts(layer: LayerPlan, mesh: MeshSpec) -> int:
     """Numbers of a layer's experts and their adapters on a rank after a gather."""
     own, adapters = expert_stacks(layer, mesh)
     return mesh.edp_shard * sum(largest_shard(shape, mesh.edp_shard) for shape in own + adapters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Padding:
+    """Numbers of dense weights that FSDP adds to those of all layers, and of the root, when it gathers them."""
+
+    layers: int = 0
+    root: int = 0
+
+
+def padding(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> Padding:
+    """What is added, where the shapes of the weights are known. Adapters of linears are left out."""
+    ranks, parts, planned = mesh.size(Part.STORED), mesh.size(Part.WEIGHTS), {layer.site.fqn for layer in layers}
+    if mesh.world_size == 1 or not facts.weights:
+        return Padding()
+    added = {True: 0, False: 0}
+    for fact in facts.weights:
+        if fact.site not in planned:
+            rows = -(-fact.rows // parts) if fact.split == "rows" else fact.rows
+            added[fact.is_root] += _added(rows, fact.params // (parts if fact.split else 1), ranks)
+    of_ours = mesh.size(Part.STORED, Part.WEIGHTS)
+    made = sum(_added(rows, params, of_ours) for layer in layers for rows, params in _made(layer))
+    return Padding(layers=added[False] + made, root=added[True])
+
+
+def _added(rows: int, params: int, ranks: int) -> int:
+    return params * (-rows % ranks) // rows
+
+
+def _made(layer: LayerPlan) -> list[tuple[int, int]]:
+    """(rows, parameters) of the dense weights that a layer gets."""
+    site, experts = layer.site, layer.experts
+    if isinstance(site, ExpertsSite):
+        return []
+    number, shared, latent = site.num_in_projections, experts.d_shared, experts.latent_size
+    made: list[tuple[int, int]] = []
+    if shared:
+        made += [(shared, number * shared * (site.d_model + site.bias_up))]
+        made += [(site.d_model, site.d_model * (shared + site.bias_down))]
+    if experts.shared_gate:
+        made += [(1, site.d_model)]
+    if latent is not None:
+        made += [(latent, latent * (site.d_model + experts.latent_norm)), (site.d_model, latent * site.d_model)]
+    return made
 
 
 def expert_share(layers: Sequence[LayerPlan], mesh: MeshSpec, *, adapters_only: bool = False) -> Fraction:

@@ -9,9 +9,8 @@ of all ranks, D the width of a row and b bytes of a number; with checkpointing=f
    reverse it gives those.
 2. Beside the rows: assignments (routing weight and id) there, and the gradients of their weights back. Counts.
                                                                           -> `bytes_given`, `counts_given` of traffic.py
-3. FSDP gathers weights and reduces gradients, in fp32, as often as planner/schedule.py says. Stacks of experts are
-   padded as planner/shards.py says; other weights that their ranks do not divide are padded too, by up to `PADDED`.
-                                                                                                  -> `_fsdp`
+3. FSDP gathers weights and reduces gradients, in fp32, as often as planner/schedule.py says, padded as
+   planner/shards.py says.                                                                        -> `_fsdp`
 4. Gradients of routers, and of what else is whole on every rank, are summed in fp32; with them counts of the load, and
    a few numbers of a step.                                                                       -> `_sums`
 """
@@ -25,15 +24,15 @@ from dataclasses import dataclass, replace
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import EXCHANGES, LayerPlan, Plan
 from moecompile.plan.plan import DENSE, ROUTER
-from moecompile.planner.memory import row_load, sends_again, tokens_of_a_rank
-from moecompile.planner.params import FP32_BYTES, ModelFacts, RunFacts, model_params, trained_params
-from moecompile.planner.shards import expert_shards, expert_share
+from moecompile.planner.memory import own_params, row_load, sends_again, tokens_of_a_rank, whole_params
+from moecompile.planner.params import FP32_BYTES, ModelFacts, RunFacts, trained_params
+from moecompile.planner.shards import expert_shards, expert_share, padded_experts
 from moecompile.planner.traffic import COUNT_BYTES, bytes_given, counts_given, row_bytes
 from moecompile.routing import BINS
 
 ROWS, COUNTS, GATHERED, REDUCED, SUMMED = "rows", "counts", "weights gathered", "gradients reduced", "gradients summed"
-EXACT, PADDED = 0.01, 0.15
-"""How much more bytes a program may send than planned, and less: rounding of rows; padding of dense weights."""
+EXACT, SUMS = 0.01, 0.15
+"""How much more bytes a program may send than planned, and less: rounding of rows; sums beside a few numbers."""
 FEW = 2**16
 """Bytes of a step's flags and numbers that are summed, beside those of gradients."""
 
@@ -95,21 +94,21 @@ def _fsdp(plan: Plan, facts: ModelFacts, run: RunFacts) -> Iterator[Planned]:
     mesh, layers = plan.mesh, max(facts.num_layers, len(plan.layers))
     if not _is_whole(plan, facts):
         return
-    params, root = model_params(plan.layers, facts), facts.params_embedding
+    in_layers, root = whole_params(plan.layers, mesh, facts)
     shards = expert_shards(plan.layers, mesh, facts, run)
     (sums,) = (each for each in plan.reductions if each.parameters == DENSE)
     axis, ranks = "_".join(sums.sharded_over), mesh.size(Part.STORED)
-    # With ep=1, experts are gathered with the layer's dense weights.
-    held = params.dense - facts.apart + (params.experts if mesh.ep == 1 else 0)
+    if mesh.ep > 1:  # else experts are gathered with the layer's dense weights
+        in_layers -= sum(padded_experts(layer, mesh) for layer in plan.layers)
     of_layers, of_root = (1, 1) if run.gather == "step" else (2 * run.accumulation, run.accumulation)
     reductions = run.accumulation if run.reduce == "each" else 1
     yield Planned(
-        kind=GATHERED, axis=axis, ranks=ranks, calls=of_layers * layers + of_root, within=PADDED,
-        bytes=(of_layers * (held - root) + of_root * root) * run.compute_bytes / ranks,
+        kind=GATHERED, axis=axis, ranks=ranks, calls=of_layers * layers + of_root,
+        bytes=(of_layers * in_layers + of_root * root) * run.compute_bytes / ranks,
     )  # fmt: skip
     yield Planned(
-        kind=REDUCED, axis=axis, ranks=ranks, calls=reductions * (layers + 1), within=PADDED,
-        bytes=reductions * held * FP32_BYTES,
+        kind=REDUCED, axis=axis, ranks=ranks, calls=reductions * (layers + 1),
+        bytes=reductions * (in_layers + root) * FP32_BYTES,
     )  # fmt: skip
     if shards is not None and mesh.ep > 1:
         whole, number = shards.ranks / (shards.ranks - 1), len(plan.layers)
@@ -131,23 +130,21 @@ def _is_whole(plan: Plan, facts: ModelFacts) -> bool:
 def _sums(plan: Plan, facts: ModelFacts) -> Iterator[Planned]:
     """Step 4."""
     (router,) = (each for each in plan.reductions if each.parameters == ROUTER)
-    numbers = trained_params(plan.layers, facts).router + facts.apart * _is_whole(plan, facts)
+    trained = trained_params(plan.layers, facts)
+    numbers = trained.router + trained.apart
     counted = sum(_counted(layer) for layer in plan.layers)
     bytes_ = numbers * FP32_BYTES + counted * COUNT_BYTES
     axis, ranks = "_".join(router.sum_over), plan.mesh.size(*router.sum_over)
-    yield Planned(kind=SUMMED, axis=axis, ranks=ranks, calls=None, bytes=bytes_, within=PADDED, few=FEW)
+    yield Planned(kind=SUMMED, axis=axis, ranks=ranks, calls=None, bytes=bytes_, within=SUMS, few=FEW)
 
 
 def _replicas(plan: Plan, facts: ModelFacts) -> Iterator[Planned]:
     """Step 3, where weights are sharded over replicas: their shards' gradients are summed."""
-    mesh, params = plan.mesh, model_params(plan.layers, facts)
     if not _is_whole(plan, facts):
         return
-    shards = mesh.share(params.dense - facts.apart, Part.STORED) + params.experts * expert_share(plan.layers, mesh)
-    bytes_ = float(shards) * FP32_BYTES
-    yield Planned(
-        kind=SUMMED, axis="dp_replicate", ranks=mesh.dp_replicate, calls=None, bytes=bytes_, within=PADDED, few=FEW
-    )
+    mesh = plan.mesh
+    bytes_ = own_params(plan.layers, mesh, facts, expert_share(plan.layers, mesh), trained=True) * FP32_BYTES
+    yield Planned(kind=SUMMED, axis="dp_replicate", ranks=mesh.dp_replicate, calls=None, bytes=bytes_, few=FEW)
 
 
 def _counted(layer: LayerPlan) -> int:

@@ -27,7 +27,7 @@ from moecompile.planner.cost_model.forecast import forecast_plan
 from moecompile.planner.cost_model.inputs import inputs_of
 from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.given import with_plan
-from moecompile.planner.memory import memory_of_fullest_rank
+from moecompile.planner.memory import Gradients, memory_of_fullest_rank
 from moecompile.planner.params import ModelFacts
 from moecompile.tasks.plan import planned
 
@@ -101,7 +101,7 @@ def test_the_choice_is_that_of_all_combinations() -> None:
     whole = budget.whole[0]
     for share in (0.2, 0.4, 0.6, 0.8, 0.95):
         limit = share * whole.kept + max(whole.loss, whole.layers)
-        chosen = budget.within(0, run, limit)
+        chosen = budget.within(Gradients(), run, limit)
         got = sum(each.seconds for each in budget.costs(chosen.recomputed))
         assert chosen.expected.peak <= limit
         best = min(

@@ -58,10 +58,11 @@ def test_muon_has_one_number_of_state_where_adamw_has_two() -> None:
     assert saved == 4 * (2 * 256 + EXPERTS) // 4  # 4 bytes each, over 4 ranks
     assert adamw.params_muon == 0 and adamw.optimizer_bytes_per_step == Traffic(intra_node=0.0, inter_node=0.0)
     quarter = Fraction(1, 4)
-    assert state_bytes(100, 10, MuonParams(), FOUR, quarter) == 110 * 8
-    assert state_bytes(100, 10, MuonParams(dense=120, experts=200), FOUR, quarter) == 110 * 8 - (30 + 50) * 4
+    assert state_bytes(100, 40, MuonParams(), FOUR, quarter, 4) == 110 * 8
+    assert state_bytes(100, 40, MuonParams(), FOUR, quarter, 2) == 100 * 4 + 10 * 8  # bf16 weights beside fp32 routers
+    assert state_bytes(100, 40, MuonParams(dense=120, experts=200), FOUR, quarter, 4) == 110 * 8 - (30 + 50) * 4
     long = MeshSpec(ranks_per_node=4, ep=4, cp=4)
-    assert state_bytes(100, 10, MuonParams(dense=120, experts=200), long, quarter) == 110 * 8 - (30 + 50) * 4
+    assert state_bytes(100, 40, MuonParams(dense=120, experts=200), long, quarter, 4) == 110 * 8 - (30 + 50) * 4
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from moecompile.plan import Estimate, ExpertShards
 from moecompile.planner import estimate
 from moecompile.planner.cost_model.counts import parallel_bytes, step_bytes
 from moecompile.planner.cost_model.inputs import Inputs, Layout, Machine, Software
+from moecompile.planner.params import WeightFact
 from moecompile.planner.search.described import memory_of
+from moecompile.planner.shards import Padding, padding
 from moecompile.planner.traffic import Links
 from tests.planner.search.test_described import TINY
 from tests.planner.test_estimate import FACTS, RUN, layer
@@ -41,6 +43,25 @@ def test_what_no_dim_allows_is_planned_as_it_is() -> None:
     assert found.expert_shards == ExpertShards(
         ranks=3, stored=4 * half, gathered=2 * 4 * half, reduced=2 * 4 * half, times_even=1.5
     )
+
+
+def test_rows_are_filled_up() -> None:
+    """7,168 rows on 2,048 ranks are 8,192, of vectors too; what tp splits has fewer rows."""
+    mesh = MeshSpec(num_nodes=256, ranks_per_node=8, ep=4)
+    weights = (
+        WeightFact(rows=7168, params=3 * 7168 * 10), WeightFact(rows=7168, params=7168, is_root=True),
+        WeightFact(rows=7, params=999, site="layers.0.mlp"), WeightFact(rows=4096, params=4096, split="rows"),
+    )  # fmt: skip
+    facts = replace(FACTS, weights=weights)
+    assert padding([layer(4, "flat")], mesh, facts) == Padding(layers=3 * 1024 * 10, root=1024)
+    tp = padding([layer(4, "flat")], MeshSpec(num_nodes=192, ranks_per_node=8, ep=4, tp=2), facts)
+    assert tp == Padding(layers=3 * (10 * 768 - 7168) * 10 + 3 * 768 - 2048, root=10 * 768 - 7168)
+    gated = replace(
+        layer(4, "flat", d_expert=8, d_shared=8),
+        experts=replace(layer(d_expert=8, d_shared=8).experts, shared_gate=True),
+    )
+    assert padding([gated], mesh, facts).layers == 3 * 1024 * 10 + 3 * 8 * 2040 + 8 * 2047
+    assert padding([gated], MeshSpec(), facts) == Padding()
 
 
 def test_a_rank_with_experts_of_its_own_shares_none() -> None:

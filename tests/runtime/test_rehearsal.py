@@ -41,6 +41,17 @@ TINY = [
 ]  # fmt: skip
 
 
+SIZES = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+    "first_k_dense_replace": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 512,
+    "n_group": 4, "topk_group": 2, "q_lora_rank": 32, "kv_lora_rank": 16,
+}  # fmt: skip
+NARROW = [  # bf16
+    "model=deepseek_v3", *(f"model.config.{name}={size}" for name, size in SIZES.items()), "hardware=laptop",
+    "data.seq_len=64", "data.micro_batch_size=2", "data.global_batch_size=16", "mesh=cpu_1x4",
+]  # fmt: skip
+
+
 @contextmanager
 def no_group() -> Iterator[None]:
     """What a rehearsal does to its process is undone."""
@@ -93,20 +104,86 @@ def test_a_rank_sends_and_holds_what_the_plan_says(tmp_path: Path) -> None:
 
 def test_routers_that_are_wider_than_the_model_are_whole_on_every_rank(tmp_path: Path) -> None:
     """As those of DeepSeek-V3 in bf16, which transformers keeps in fp32."""
-    sizes = {
-        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32,
-        "num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 4, "num_key_value_heads": 4,
-        "n_routed_experts": 512, "n_group": 4, "topk_group": 2, "q_lora_rank": 32, "kv_lora_rank": 16,
-    }  # fmt: skip
-    model = ["model=deepseek_v3", *(f"model.config.{name}={size}" for name, size in sizes.items())]
-    batch = ["data.seq_len=64", "data.micro_batch_size=2", "data.global_batch_size=16", "mesh=cpu_1x4"]
-    config, plan, facts, run = described([*model, *batch, "hardware=laptop"], base=[])
+    config, plan, facts, run = described([], base=NARROW)
     assert facts.apart == 512 * 64
     with no_group():
         rows = rows_of(rehearsed(config, plan, 0, 1.0, tmp_path), plan, facts, run)
     (summed,) = (row for row in rows if row.name == "gradients summed")
     assert summed.seen == pytest.approx(512 * 64 * 4 + 512 * 8, rel=0.01)
     assert [row.text for row in rows if row.differs and row.axis] == []
+    memory = {row.name: row.seen / row.planned for row in rows if row.planned and not row.axis}
+    assert [memory[name] for name in ("weights", "gradients", "optimizer")] == [pytest.approx(1, abs=0.003)] * 3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_optimizer_of_bf16_weights_is_bf16(optimizer: str, tmp_path: Path) -> None:
+    """Only that of the routers is not, which are fp32 and never Muon's."""
+    config, plan, facts, run = described([f"optimizer={optimizer}"], base=NARROW)
+    with no_group():
+        rows = rows_of(rehearsed(config, plan, 0, 1.0, tmp_path), plan, facts, run)
+    (state,) = (row for row in rows if row.name == "optimizer")
+    assert state.seen == pytest.approx(state.planned, rel=0.001)
+
+
+@pytest.mark.slow
+def test_gradients_that_are_reduced_each_time_have_a_buffer_and_sums_beside_them(tmp_path: Path) -> None:
+    """bf16 shards beside their sums, and FSDP's fp32 buffer: the peak is where the layers are large."""
+    sizes = ["n_routed_experts=64", "moe_intermediate_size=256", "hidden_size=128", "num_hidden_layers=6"]
+    changes = [*(f"model.config.{each}" for each in sizes), "trainer.reduce=each", "trainer.gather=layer"]
+    config, plan, facts, run = described([*changes, "data.seq_len=16"], base=NARROW)
+    with no_group():
+        rows = rows_of(rehearsed(config, plan, 0, 1.0, tmp_path), plan, facts, run)
+    (peak,) = (row for row in rows if row.name == "peak")
+    assert peak.seen == pytest.approx(peak.planned, rel=0.03)
+
+
+WORDS = {
+    "qwen3_30b_a3b": {"num_experts": 16, "num_key_value_heads": 2, "moe_intermediate_size": 64, "head_dim": 16},
+    "gpt_oss_20b": {"num_local_experts": 16, "num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 16},
+    "mixtral_8x7b": {"num_key_value_heads": 2, "intermediate_size": 64},
+    "deepseek_v3": {**SIZES, "n_routed_experts": 16},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("model", WORDS)
+def test_the_loss_over_many_words_is_in_fp32(model: str, dtype: str, tmp_path: Path) -> None:
+    """Logits are upcast."""
+    sizes = WORDS[model] | {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 8192}
+    base = [f"model={model}", *(f"model.config.{name}={size}" for name, size in sizes.items()), *NARROW[-5:]]
+    config, plan, facts, run = described([f"model.config.dtype={dtype}", "data.seq_len=128"], base=base)
+    with no_group():
+        rows = rows_of(rehearsed(config, plan, 0, 1.0, tmp_path), plan, facts, run)
+    (peak,) = (row for row in rows if row.name == "peak")
+    assert peak.seen == pytest.approx(peak.planned, rel=0.04)
+
+
+MANY = {
+    "its own shared experts": (NARROW, ["mesh.num_nodes=16", "data.global_batch_size=256"]),
+    "a shared gate, a latent width": (
+        TINY,
+        ["mesh.num_nodes=12", "mesh.ep=4", "data.global_batch_size=96", "experts.shared_gate=true",
+         "experts.latent_size=40", "experts.latent_norm=true"],
+    ),
+    "experts beside dense weights": (TINY, ["mesh.num_nodes=12", "mesh.ep=1", "data.global_batch_size=96"]),
+    "tp": (TINY, ["mesh.num_nodes=12", "mesh.ep=4", "mesh.tp=2", "dispatch=flat", "data.global_batch_size=96"]),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MANY)
+def test_rows_that_are_filled_up_are_planned(kind: str, tmp_path: Path) -> None:
+    """On 24 or 64 ranks, few of these weights have rows that the ranks divide."""
+    base, overrides = MANY[kind]
+    config, plan, facts, run = described(overrides, base=base)
+    with no_group():
+        rows = rows_of(rehearsed(config, plan, 0, 1.0, tmp_path), plan, facts, run)
+    found = {(row.name, row.axis): row.seen / row.planned for row in rows if row.planned and "summed" not in row.name}
+    sent = [found[name, "dp_shard"] for name in ("weights gathered", "gradients reduced") if kind != "tp"]
+    assert sent == [pytest.approx(1, abs=0.001)] * len(sent)
+    memory = [found[name, ""] for name in ("weights", "gradients", "optimizer")]
+    assert memory == [pytest.approx(1, abs=0.012)] * 3
 
 
 def test_shards_that_are_cut_unevenly_are_found(tmp_path: Path) -> None:

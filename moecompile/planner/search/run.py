@@ -27,6 +27,7 @@ from moecompile.planner.cost_model.inputs import REPEATED, SAID_BY_MESH, Inputs,
 from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
 from moecompile.planner.memory import (
     Activations,
+    Gradients,
     activations,
     buffer_bytes,
     model_state_bytes,
@@ -310,7 +311,7 @@ class _States:
     """Bytes of weights, gradients and optimizer, by what they depend on."""
 
     def __init__(self) -> None:
-        self._known: dict[object, tuple[int, int, int]] = {}
+        self._known: dict[object, tuple[int, Gradients, int]] = {}
         self._sharded: dict[object, Sharded] = {}
 
     def sharded(self, structure: _Structure, mesh: MeshSpec) -> Sharded | None:
@@ -322,7 +323,7 @@ class _States:
             self._sharded[key] = sharded(structure.plan.layers, mesh, structure.facts)
         return self._sharded[key]
 
-    def __call__(self, structure: _Structure, mesh: MeshSpec, run: RunFacts) -> tuple[int, int, int]:
+    def __call__(self, structure: _Structure, mesh: MeshSpec, run: RunFacts) -> tuple[int, Gradients, int]:
         layer = structure.plan.layers[0]
         key = (mesh, run.accumulation > 1, run.reduce, run.gather, layer.experts, len(structure.plan.layers))
         if key not in self._known:
