@@ -31,6 +31,8 @@ from moecompile.routing import BalanceSpec, RouterConfig
 from moecompile.schema import Config
 
 D_MODEL, D_FF = 8, 16
+SHORT = f"data.path='{Path(__file__).with_name('short.txt')}'"
+"""60 kB of the embedded text: a run tokenizes all it has on every rank, which takes longer than a few tiny steps."""
 COPY4 = ["experts.num_routed=4", "routing.top_k=2"]
 
 
