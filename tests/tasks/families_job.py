@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 VOCAB, SEQ = 320, 16
 STEPS, MORE = 2, 3
+MORE_STEPS = f"trainer.max_steps={MORE}"
 # eps: with Adam's own, gradients that are nothing but rounding would make whole steps.
 SMALL = [
     f"data.seq_len={SEQ}", "data.micro_batch_size=2", "data.global_batch_size=4", "data.val_fraction=0.008", "balance=none",
@@ -35,7 +36,7 @@ def composed(*overrides: str) -> Any:
     return compose_config(overrides)
 
 
-def of_run(root: Path, name: str, kind: str, mesh: str, steps: int, resume: Path | None = None) -> Any:
+def of_run(root: Path, name: str, kind: str, mesh: str, *more: str, resume: Path | None = None) -> Any:
     """The config as the command line makes it; rank 0 writes it to the run directory."""
     from moecompile.checkpoint.resume import resumed
     from moecompile.compose import RESOLVED, save_resolved
@@ -44,10 +45,10 @@ def of_run(root: Path, name: str, kind: str, mesh: str, steps: int, resume: Path
     run_dir = root / kind / name
     run_dir.mkdir(parents=True, exist_ok=True)
     given = ["model.pretrained=FOLDER", "name=NAME", *(["trainer.resume=RUN"] if resume else [])]
-    text, num_steps = f"data.path={root / 'text.txt'}", f"trainer.max_steps={steps}"
-    config = copy.deepcopy(composed(*given, f"mesh={mesh}", text, num_steps, *SMALL))
+    config = copy.deepcopy(composed(*given, f"mesh={mesh}", f"data.path={root / 'text.txt'}", *SMALL, *more))
     config.model.pretrained, config.model.name, config.name = str(root / "folders" / name), name, name
-    config.trainer.resume = str(resume) if resume else None
+    if resume:
+        config.trainer.resume = str(resume)
     config = resumed(config, run_dir)
     validate(config)
     save_resolved(config, run_dir / RESOLVED)
@@ -71,7 +72,7 @@ def train_on_two(rank: int, world_size: int, root: Path, names: list[str]) -> di
     from moecompile.tasks.ranks import train
 
     def work(name: str) -> Report:
-        config = of_run(root, name, "two", "cpu_1x2", STEPS)
+        config = of_run(root, name, "two", "cpu_1x2", f"trainer.max_steps={STEPS}")
         train.run_rank(config, root / "two" / name)
         return json.loads((root / "two" / name / "result.json").read_text()) if rank == 0 else {}
 
@@ -86,7 +87,7 @@ def resume_on_one(rank: int, world_size: int, root: Path, names: list[str]) -> d
     def work(name: str) -> Report:
         run = root / "resumed" / name
         with mock.patch.object(show, "write_graphs"), mock.patch.object(train, "write_heat_map"):
-            train.run_rank(of_run(root, name, "resumed", "cpu_1", MORE, resume=root / "two" / name), run)
+            train.run_rank(of_run(root, name, "resumed", "cpu_1", MORE_STEPS, resume=root / "two" / name), run)
         (root / "exported" / name).mkdir(parents=True)
         config = copy.deepcopy(composed("export.run=RUN"))
         config.export.run = str(run)
@@ -109,7 +110,7 @@ def transformers_own(root: Path, name: str) -> Report:
     from moecompile.runtime.data import load_data, train_loader, val_loader
     from moecompile.runtime.module import LanguageModule
 
-    config = of_run(root, name, "own", "cpu_1", MORE)
+    config = of_run(root, name, "own", "cpu_1", MORE_STEPS)
     folder, run_dir = root / "folders" / name, root / "own" / name
     data = load_data(config.data, run_dir, rank=0, barrier=dist.barrier, model_folder=folder)
     model = build_model(config.model, 0)
