@@ -17,8 +17,10 @@ os.environ.setdefault("MOECOMPILE_MACHINE_DIR", _MACHINE.name)
 
 GOLDEN = Path(__file__).parent / "golden"
 LONGEST = (
-    "tests/tasks/test_families.py", "tests/tasks/test_train.py", "tests/tasks/test_recipes.py", "tests/verify/",
-    "tests/cluster/", "tests/tasks/", "tests/distributed/",
+    "tests/tasks/test_families.py", "tests/test_docs.py", "tests/test_tutorials.py", "tests/tasks/test_train.py",
+    "tests/distributed/test_external_launch.py", "tests/verify/test_certify.py", "tests/distributed/test_faults.py",
+    "tests/tasks/test_recipes.py", "tests/benchmarks/test_peers.py", "tests/verify/", "tests/cluster/", "tests/tasks/",
+    "tests/distributed/", "tests/benchmarks/",
 )  # fmt: skip
 """Files and rooms that begin first: a worker gets whole files, and a long one at the end would leave the others idle."""
 

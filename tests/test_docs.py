@@ -17,6 +17,7 @@ import pytest
 
 from moecompile import compose
 from tests import forked
+from tests.tiny import SHORT
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
@@ -262,7 +263,7 @@ TINY = [
     "model.config.num_hidden_layers=2", "model.config.hidden_size=32", "model.config.intermediate_size=64",
     "model.config.num_attention_heads=2", "model.config.num_key_value_heads=2", "data.vocab_size=300",
     "data.seq_len=32", "data.micro_batch_size=2", "data.global_batch_size=2", "data.val_batches=1",
-    "trainer.max_steps=2", "trainer.progress_bar=false",
+    "trainer.max_steps=2", "trainer.progress_bar=false", SHORT,
 ]  # fmt: skip
 
 

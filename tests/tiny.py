@@ -33,6 +33,8 @@ from moecompile.schema import Config
 from moecompile.torch_private import fake_group
 
 D_MODEL, D_FF = 8, 16
+SHORT = f"data.path='{Path(__file__).with_name('short.txt')}'"
+"""60 kB of the embedded text: a run tokenizes all it has on every rank, which takes longer than a few tiny steps."""
 COPY4 = ["experts.num_routed=4", "routing.top_k=2"]
 
 

@@ -77,6 +77,14 @@ def _raising_hydra() -> Iterator[None]:
 def _guarded_hydra() -> Iterator[None]:
     """Checks every composition before Hydra runs anything from its own node."""
     load = ConfigLoaderImpl.load_configuration
+    known: dict[tuple[str, ...], Any] = {}  # Hydra composes each job, and once more to see whether there are several
+
+    def shipped(path: ConfigSearchPath, words: list[str], *args: Any, **kwargs: Any) -> Any:
+        key = tuple(words)
+        if key not in known:
+            own = ConfigLoaderImpl(without_folders(path, str(conf_dir())))
+            known[key] = load(own, "config", words, *args, **kwargs).hydra
+        return known[key]
 
     def checked(
         self: ConfigLoaderImpl, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any
@@ -84,10 +92,10 @@ def _guarded_hydra() -> Iterator[None]:
         if config_name is None:  # --hydra-help: no file is read and nothing is run
             return load(self, None, of_hydra(overrides), *args, **kwargs)
         cfg = load(self, config_name, overrides, *args, **kwargs)
-        own = ConfigLoaderImpl(without_folders(self.config_search_path, str(conf_dir())))
-        words = [word for word in of_hydra(overrides) if "hydra.searchpath" not in word.partition("=")[0]]
-        shipped = load(own, "config", words, *args, **kwargs)
-        check_hydra_node(plain(cfg.hydra), plain(shipped.hydra), overrides)
+        keys = [word.partition("=")[0].lstrip("+~") for word in of_hydra(overrides)]
+        words = [word for key, word in zip(keys, of_hydra(overrides), strict=True) if not key.startswith(_NOT_SHIPPED)]
+        node = shipped(self.config_search_path, words, *args, **kwargs)
+        check_hydra_node(plain(cfg.hydra), plain(node), overrides)
         if RunFolders.sweep is None:  # the name is part of a folder that Hydra creates before our code runs
             check_name(cfg.name)
         return cfg
@@ -240,6 +248,7 @@ def _refuse(message: str) -> NoReturn:
     raise written_as_flag(sys.argv[1:]) or UserError(f"{message}. --hydra-help lists the flags.")
 
 
+_NOT_SHIPPED = ("hydra.searchpath", "hydra.mode")  # not compared: Hydra adds the mode itself
 # Keys that Hydra itself fills in; none of them is run. A file may add to `overrides`, which are checked apart.
 _FILLED_IN = ("runtime", "overrides", "mode", "searchpath", "job.override_dirname", "job.config_name")
 

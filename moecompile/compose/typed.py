@@ -5,6 +5,7 @@ Errors of Hydra, OmegaConf and YAML are recognized by their attributes, and the 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -186,9 +188,16 @@ def _keys(values: Any) -> Iterator[str]:
             yield from _keys(value)
 
 
+@cache
+def _schema() -> DictConfig:
+    """The empty schema, to be copied: building it takes six times as long."""
+    schema: DictConfig = OmegaConf.structured(Config)
+    return schema
+
+
 def _typed(cfg: Any) -> Config:
     values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    config = OmegaConf.to_object(OmegaConf.unsafe_merge(copy.deepcopy(_schema()), values))
     assert isinstance(config, Config)
     return config
 

@@ -50,7 +50,8 @@ class Mode:
 def certify(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
     """Runs both sides in every precision of the config. Every rank calls it; rank 0 returns the checks."""
     rank = dist.get_rank()
-    checks = _plan_checks(noiseless_plan(config))  # Step 1
+    planned = noiseless_plan(config)
+    checks = _plan_checks(planned)  # Step 1
     folder = pretrained_folder(config.model)
     data = load_data(
         config.data, run_dir, rank=rank, barrier=dist.barrier, model_folder=folder, seed=config.seed,
@@ -75,7 +76,7 @@ def certify(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
                 checks += compare(trace, reference, mode.dtype, exact)
                 exact = reference if mode.dtype is torch.float64 else exact
         dist.barrier()
-    return checks, noiseless_plan(config)
+    return checks, planned
 
 
 def modes(config: Config) -> list[Mode]:

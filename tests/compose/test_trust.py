@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import OmegaConf
 
-from moecompile.compose import compose_config, load_resolved
+from moecompile.compose import compose_config, load_resolved, main
 from moecompile.compose.hydra_state import check_hydra_node, of_hydra
 from moecompile.errors import PlanError, UserError
 from moecompile.plan import from_yaml
@@ -42,6 +45,22 @@ def test_a_recipe_cannot_make_hydra_run_code(mode: list[str], tmp_path: Path) ->
         "a recipe or another config file sets it(, and Hydra would run what it says)?. Remove it", run.stderr
     )
     assert not ran.exists()
+
+
+def test_a_command_line_is_compared_with_one_composition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra composes a job twice; the shipped node beside both is composed once."""
+    composed: list[list[str]] = []
+    right = ConfigLoaderImpl._load_configuration_impl
+
+    def counting(self: ConfigLoaderImpl, *args: Any, overrides: list[str], **named: Any) -> Any:
+        composed.append(overrides)
+        return right(self, *args, overrides=overrides, **named)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "_load_configuration_impl", counting)
+    monkeypatch.setattr(sys, "argv", ["moecompile", "mesh=cpu_1", f"hydra.run.dir={tmp_path}"])
+    assert main(lambda config, run_dir: 0) == 0
+    assert [words for words in composed if "mesh=cpu_1" not in words] == [[f"hydra.run.dir={tmp_path}"]]
+    assert len(composed) == 3
 
 
 def test_the_command_line_may(tmp_path: Path) -> None:

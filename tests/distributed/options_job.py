@@ -23,12 +23,13 @@ from moecompile.runtime.profile import TrafficMeter
 from moecompile.runtime.training import make_trainer
 from moecompile.verify.job import build, noiseless_plan
 from moecompile.verify.ranks import full
-from tests.tiny import collective
+from tests.tiny import SHORT, collective
 
 SMALL = [
     "recipe=deepseek_ep", "model.config.num_hidden_layers=2", "model.config.hidden_size=32",
     "model.config.intermediate_size=80", "data.vocab_size=300", "data.seq_len=16", "data.micro_batch_size=4",
     "data.global_batch_size=16", "trainer.max_steps=1", "trainer.progress_bar=false", "trainer.checkpointing=none",
+    SHORT,
 ]  # fmt: skip
 SENDS = ("reduce_scatter_single", "all_gather_single", "all_reduce", "all_to_all_single")
 

@@ -16,6 +16,7 @@ from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import compile_model, plan_of
 from moecompile.runtime.data import load_data
 from moecompile.runtime.training import Outcome, train
+from tests.tiny import SHORT
 
 TINY = [
     "recipe=deepseek_ep", "model.config.num_hidden_layers=2", "model.config.hidden_size=32", "data.vocab_size=300",
@@ -23,7 +24,7 @@ TINY = [
     "model.config.intermediate_size=80", "model.config.num_attention_heads=2", "model.config.num_key_value_heads=2",
     "data.seq_len=32", "data.micro_batch_size=2", "data.global_batch_size=8", "data.val_batches=1",
     "data.val_fraction=0.01", "trainer.progress_bar=false", "trainer.log_interval=1", "optimizer.warmup_steps=2",
-    "optimizer.lr=0.01",
+    "optimizer.lr=0.01", SHORT,
 ]  # fmt: skip
 
 

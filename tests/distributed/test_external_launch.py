@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,17 +14,17 @@ import pytest
 from moecompile.runtime.external_launch import ANSWER_TIMEOUT_S, GRACE_S
 from moecompile.runtime.ranks import free_port
 from moecompile.schema import TrainerConfig
+from tests.forked import Program, python
 
 PROGRAM = ["-m", "tests.distributed.launcher_program"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node"]
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("from_the_repository")
 
 
-def run(command: list[str], **environ: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, env={**os.environ, **environ}, capture_output=True, text=True, timeout=240, check=False
-    )  # fmt: skip
+def run(words: list[str], **environ: str) -> subprocess.CompletedProcess[str]:
+    """torchrun is forked; its ranks are processes of their own, which it starts."""
+    return python(*words, cwd=REPOSITORY, timeout_s=240, environ=environ)
 
 
 def errors(text: str) -> list[str]:
@@ -104,11 +103,11 @@ def test_an_import_that_fails_before_the_ranks_have_met(broken: str, tmp_path: P
     assert result.stderr.count("ModuleNotFoundError: No module named 'torch.distributed'") == 1, result.stderr
 
 
-def slurm(world_size: int, places: list[tuple[int, int]], **environ: str) -> list[subprocess.Popen[str]]:
+def slurm(world_size: int, places: list[tuple[int, int]], **environ: str) -> list[Program]:
     """The processes of a job step; `places`: node and local rank of each."""
     nodes = len({node for node, _ in places})
     common = {
-        **os.environ, "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": str(len(places)),
+        "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": str(len(places)),
         "SLURM_TASKS_PER_NODE": f"{len(places) // nodes}(x{nodes})", "SLURM_JOB_NODELIST": "localhost",
         "MASTER_PORT": str(free_port()), **environ,
     }  # fmt: skip
@@ -116,19 +115,16 @@ def slurm(world_size: int, places: list[tuple[int, int]], **environ: str) -> lis
     for rank, (node, local_rank) in enumerate(places):
         place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local_rank), "SLURM_NODEID": str(node)}
         processes.append(
-            subprocess.Popen(
-                [sys.executable, *PROGRAM, str(world_size), environ["RUN"]], env={**common, **place},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-        )  # fmt: skip
+            Program(*PROGRAM, str(world_size), environ["RUN"], cwd=REPOSITORY, environ={**common, **place})
+        )
     return processes
 
 
-def ended(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str], str]:
+def ended(processes: list[Program]) -> tuple[list[int], list[str], str]:
     """Exit codes, all that was told, and the output."""
-    outputs = [process.communicate(timeout=240) for process in processes]
+    outputs = [process.communicate(timeout_s=240) for process in processes]
     told = [line for _, text in outputs for line in errors(text)]
-    return [process.returncode for process in processes], told, "".join(text for text, _ in outputs)
+    return [process.wait() for process in processes], told, "".join(text for text, _ in outputs)
 
 
 def test_slurm_in_place(tmp_path: Path) -> None:
@@ -191,12 +187,9 @@ def test_a_silent_program_at_the_masters_port_ends_all_ranks(tmp_path: Path) -> 
         place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "ANSWER_TIMEOUT_S": "3"}
         start = time.monotonic()
         ranks = [
-            subprocess.Popen(
-                [sys.executable, *PROGRAM, "2", str(tmp_path)], env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
+            Program(*PROGRAM, "2", str(tmp_path), cwd=REPOSITORY, environ={**place, "RANK": rank, "LOCAL_RANK": rank})
             for rank in "01"
-        ]  # fmt: skip
+        ]
         codes, told, _ = ended(ranks)
     assert codes == [2, 2] and time.monotonic() - start < 60
     assert TrainerConfig().timeout_s > ANSWER_TIMEOUT_S + GRACE_S

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import time
@@ -92,3 +93,19 @@ def test_a_rank_that_crashes_shows_where() -> None:
     with pytest.raises(RuntimeError, match="rank 1 died with exit code -11") as caught:
         run_distributed_test(_crash, 2)
     assert any("rank 1 was here" in note and "in _crash" in note for note in caught.value.__notes__)
+
+
+def _collects(rank: int, world_size: int) -> tuple[bool, int, int]:
+    """Whether a rank collects, and how many objects it leaves alone, before and after it has forked."""
+    before, (receiver, sender) = gc.get_freeze_count(), os.pipe()
+    if os.fork() == 0:
+        os.write(sender, str(gc.get_freeze_count()).encode())
+        os._exit(0)
+    os.wait()
+    return gc.isenabled(), before, int(os.read(receiver, 20))
+
+
+def test_ranks_collect_what_is_theirs() -> None:
+    """Not what the fork server has imported; and what a rank forks freezes nothing that is the rank's."""
+    ((is_enabled, frozen, of_its_child),) = run_distributed_test(_collects, 1)
+    assert is_enabled and of_its_child <= frozen and frozen > 100_000

@@ -23,12 +23,13 @@ from moecompile.tasks import job
 from moecompile.tasks.ranks import train
 from tests.distributed.harness import run_distributed_test
 from tests.tasks.test_train import moecompile, result_of
+from tests.tiny import SHORT
 
 LLAMA = [
     "model.config.num_hidden_layers=2", "model.config.hidden_size=32", "model.config.intermediate_size=64",
     "model.config.num_attention_heads=2", "model.config.num_key_value_heads=2", "data.vocab_size=300", "data.seq_len=32",
     "data.micro_batch_size=2", "data.global_batch_size=8", "data.val_batches=2", "data.val_fraction=0.01",
-    "trainer.max_steps=4", "optimizer.warmup_steps=2", "optimizer.lr=0.01", "optimizer.clip_norm=0.5",
+    "trainer.max_steps=4", "optimizer.warmup_steps=2", "optimizer.lr=0.01", "optimizer.clip_norm=0.5", SHORT,
 ]  # fmt: skip
 
 

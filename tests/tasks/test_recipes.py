@@ -14,6 +14,7 @@ import yaml
 from moecompile.compose import compose_config, conf_dir
 from tests.forked import python
 from tests.models.packaged import REAL
+from tests.tiny import SHORT
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (conf_dir() / "recipe").glob("*.yaml") if path.stem not in REAL)
@@ -25,7 +26,7 @@ NUM_LAYERS = {
 SMALL = [
     "mesh=cpu_1x2", "data.vocab_size=300", "data.seq_len=32", "data.micro_batch_size=2", "data.global_batch_size=4",
     "data.val_batches=2", "data.val_fraction=0.01", "trainer.max_steps=3", "trainer.log_interval=1",
-    "trainer.progress_bar=false", "trainer.save_checkpoint=false",
+    "trainer.progress_bar=false", "trainer.save_checkpoint=false", SHORT,
 ]  # fmt: skip
 EXPECTED_LOSS = r"expected loss: validation (\d\.\d+(?: to \d\.\d+)?)"
 

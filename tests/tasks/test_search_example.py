@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.forked import python
+from tests.tiny import SHORT
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLE = REPOSITORY / "docs" / "examples" / "optuna_search.py"
@@ -18,7 +19,7 @@ TINY = [
     "mesh=cpu_1", "model.config.num_hidden_layers=2", "model.config.hidden_size=32", "model.config.intermediate_size=64",
     "model.config.num_attention_heads=2", "model.config.num_key_value_heads=2", "data.vocab_size=300",
     "data.seq_len=32", "data.micro_batch_size=2", "data.global_batch_size=2", "data.val_batches=1",
-    "trainer.max_steps=2",
+    "trainer.max_steps=2", SHORT,
 ]  # fmt: skip
 
 

@@ -13,10 +13,11 @@ from moecompile.plan import Plan
 from moecompile.tasks.verify import shrink
 from moecompile.verify import Check, certify
 from tests.distributed.harness import run_distributed_test
+from tests.tiny import SHORT
 
 SMALL = [
     "model=mixtral_8x7b", "mesh=cpu_1x2", "adapters=lora", "adapters.rank=2", "data.vocab_size=300", "data.seq_len=16",
-    "data.micro_batch_size=1", "data.global_batch_size=4", "verify.dtype=float64",
+    "data.micro_batch_size=1", "data.global_batch_size=4", "verify.dtype=float64", SHORT,
 ]  # fmt: skip
 
 

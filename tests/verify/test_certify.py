@@ -20,12 +20,13 @@ from moecompile.verify import Check, certify
 from moecompile.verify.checks import _rounding, compare
 from moecompile.verify.job import Trace
 from tests.distributed.harness import run_distributed_test
+from tests.tiny import SHORT
 
 SMALL = [
     "recipe=deepseek_ep", "model.config.num_hidden_layers=3", "model.config.hidden_size=32",
     "trainer.checkpointing=keep_exchanges",
     "model.config.intermediate_size=80", "data.vocab_size=300", "data.seq_len=16", "data.micro_batch_size=1",
-    "data.global_batch_size=8", "verify.dtype=float64",
+    "data.global_batch_size=8", "verify.dtype=float64", SHORT,
 ]  # fmt: skip
 AUX = ["balance.losses.micro_batch=0.01", "balance.losses.z=0.001"]
 
@@ -288,7 +289,7 @@ LAYERS = {
 def _of_layers(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
     found = {}
     for architecture, settings in LAYERS.items():
-        overrides = ["mesh=cpu_1x2", "data.vocab_size=300", "data.seq_len=16", "data.global_batch_size=8"]
+        overrides = ["mesh=cpu_1x2", "data.vocab_size=300", "data.seq_len=16", "data.global_batch_size=8", SHORT]
         config = compose_config([*overrides, "data.micro_batch_size=1", "verify.dtype=float64"])
         config.model.architecture = architecture
         config.model.config = {

@@ -17,11 +17,12 @@ from moecompile.runtime.groups import Groups
 from moecompile.tasks.verify import shrink
 from moecompile.verify import Check, certify
 from tests.distributed.harness import run_distributed_test
+from tests.tiny import SHORT
 
 SMALL = [
     "recipe=deepseek_ep", "mesh=cpu_1x2", "mesh.cp=2", "model.config.num_hidden_layers=2", "model.config.hidden_size=32",
     "routing.max_nodes=null", "model.config.intermediate_size=80", "data.vocab_size=300", "data.seq_len=16",
-    "data.micro_batch_size=2", "data.global_batch_size=4", "verify.dtype=float64",
+    "data.micro_batch_size=2", "data.global_batch_size=4", "verify.dtype=float64", SHORT,
     "balance.losses={micro_batch: 0.02, sequence: 0.03, global_batch: 0.04, z: 0.01}",
 ]  # fmt: skip
 CP = 2

@@ -14,6 +14,7 @@ from moecompile.ops import in_flight
 from moecompile.tasks.verify import shrink
 from moecompile.verify import Check, certify
 from tests.distributed.harness import run_distributed_test
+from tests.tiny import SHORT
 
 RECIPES = (
     "deepseek_ep", "deepseek_v2", "deepseek_v4", "gpt_oss", "kimi_k3", "longcat", "mixtral_ep", "nemotron3", "olmoe",
@@ -24,6 +25,7 @@ CASES = [(recipe, 2) for recipe in RECIPES] + [("deepseek_ep", 4), ("gpt_oss", 4
 TINY = [
     "mesh=cpu_1x2", "data.vocab_size=300", "data.seq_len=16", "data.micro_batch_size=1", "data.global_batch_size=8",
     "verify.dtype=float64", "dispatch.overlap=chunks", "trainer.checkpointing=keep_exchanges",
+    SHORT,
 ]  # fmt: skip
 LAYERS = ["model.config.num_hidden_layers=2"]
 SHALLOW = {

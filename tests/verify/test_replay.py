@@ -17,8 +17,9 @@ from moecompile.tasks.verify import shrink
 from moecompile.verify import Check, certify
 from moecompile.verify.job import Trace
 from tests.distributed.harness import run_distributed_test
+from tests.tiny import SHORT
 
-SMALL = ["routing.replay=record", "verify.dtype=float64", "trainer.checkpointing=full"]
+SMALL = ["routing.replay=record", "verify.dtype=float64", "trainer.checkpointing=full", SHORT]
 MODELS = {
     "sigmoid, groups": ["recipe=deepseek_ep", "mesh=cpu_1x2"],
     "softmax": ["recipe=mixtral_ep", "mesh=cpu_1x2", "balance.losses.z=0.01"],

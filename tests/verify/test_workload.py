@@ -10,9 +10,10 @@ from moecompile.compose import compose_config
 from moecompile.tasks.verify import shrink
 from moecompile.verify import Check, certify
 from tests.distributed.harness import run_distributed_test
+from tests.tiny import SHORT
 
 KINDS = ("zipf", "hot")
-SMALL = ["recipe=mixtral_ep", "mesh=cpu_1x2", "verify.dtype=float64", "data.micro_batch_size=2"]
+SMALL = ["recipe=mixtral_ep", "mesh=cpu_1x2", "verify.dtype=float64", "data.micro_batch_size=2", SHORT]
 
 
 def _all(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:

@@ -105,7 +105,8 @@ def num_ids(tokenizer: Tokenizer) -> int:
 
 def encode(tokenizer: Tokenizer, text: str) -> Tensor:
     """The tokens of `text`, int64 (N,), without special tokens such as a start and an end."""
-    return torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+    (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)  # without offsets: half of the time
+    return torch.tensor(encoding.ids, dtype=torch.int64)
 
 
 def unigram_entropy(tokens: Tensor, vocab_size: int) -> float:
