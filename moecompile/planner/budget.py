@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from math import inf
 
-from moecompile.errors import ConfigError
+from moecompile.errors import ConfigError, PlanError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import ATTENTION, EXPERTS, FFN, LAYER, NORMS, LayerPlan, Recomputation, Recomputed
 from moecompile.planner.cost_model.forecast import step_of
@@ -46,6 +46,7 @@ from moecompile.planner.params import BUDGET, ModelFacts, RunFacts
 
 HEADROOM = 0.05
 """Share of a rank's memory that a budget leaves free: the process itself and gaps between tensors are not counted."""
+_AGAIN = "Correct the plan, or plan again"
 _WORDS = {ATTENTION: "attention", NORMS: "layernorm", FFN: "mlp"}
 
 
@@ -113,8 +114,8 @@ class Budget:
             known = by_kind.setdefault((bytes_[path], parts, place), replace(kind, layers=()))
             by_kind[bytes_[path], parts, place] = replace(known, layers=(*known.layers, path))
         self.kinds = list(by_kind.values())
-        prices = _prices(shape, seconds)
-        self.choices = [_choices(kind, prices[kind.place], keeps_exchanges) for kind in self.kinds]
+        self.prices = _prices(shape, seconds)
+        self.choices = [_choices(kind, self.prices[kind.place], keeps_exchanges) for kind in self.kinds]
         self.bounds = sorted({choice.again for choices in self.choices for choice in choices})
 
     def within(self, grads: Gradients, run: RunFacts, limit: float) -> Chosen:
@@ -139,15 +140,24 @@ class Budget:
         return self._chosen(best)
 
     def costs(self, recomputed: Sequence[Recomputed]) -> Iterator[Recomputation]:
-        """What the choices of a plan cost, for each kind of layer."""
+        """What the choices of a plan cost, for each kind of layer.
+
+        Raises:
+            PlanError: a plan that was edited names layers or parts that the model does not have.
+        """
+        known = {path for kind in self.kinds for path in kind.layers}
+        if strange := [path for each in recomputed for path in each.layers if path not in known]:
+            raise PlanError("recomputed.layers", strange[0], "is no layer of the model", _AGAIN)
         chosen = {path: each for each in recomputed for path in each.layers}
-        for kind, choices in zip(self.kinds, self.choices, strict=True):
+        for kind in self.kinds:
             groups: dict[Recomputed | None, list[str]] = {}
             for path in kind.layers:
                 groups.setdefault(chosen.get(path), []).append(path)
             for what, paths in groups.items():
                 parts, sends = ((), False) if what is None else (what.parts, what.sends)
-                price = next(c.seconds for c in choices if _same(c.what, what))
+                if missing := [part for part in parts if part not in (LAYER, *dict(kind.parts))]:
+                    raise PlanError("recomputed.parts", missing[0], f"{paths[0]} has no such part", _AGAIN)
+                price = sum(_price(part, sends, self.prices[kind.place]) for part in parts)
                 yield Recomputation(
                     site=paths[0], parts=parts, sends=sends, layers=len(paths), kept=round(kind.even.kept(what)),
                     kept_uneven=round(kind.bytes.kept(what)), seconds=price * len(paths),
@@ -170,12 +180,6 @@ class Budget:
             recomputed=tuple(found), expected=replace(made, kept=kept, layers=made.layers + again),
             even=replace(even_made, kept=even, layers=even_made.layers + even_again),
         )  # fmt: skip
-
-
-def _same(one: Recomputed | None, other: Recomputed | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return (one.parts, one.sends) == (other.parts, other.sends)
 
 
 def _prices(shape: ModelShape, seconds: Callable[[ModelShape], float]) -> list[Mapping[str, float]]:

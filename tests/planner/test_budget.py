@@ -20,7 +20,7 @@ from moecompile.models.build import example_inputs
 from moecompile.models.source import source_model
 from moecompile.pipeline.captured import planning_facts
 from moecompile.pipeline.shape import shape_of_model
-from moecompile.plan import FITS, TOO_LARGE, Plan, Recomputed, from_yaml, save, to_yaml
+from moecompile.plan import FITS, TOO_LARGE, Plan, Recomputed, from_yaml, load, save, to_yaml
 from moecompile.planner.budget import HEADROOM, budget_of
 from moecompile.planner.build_plan import build_plan, draft_plan, run_facts
 from moecompile.planner.cost_model.forecast import forecast_plan
@@ -155,6 +155,26 @@ def test_what_makes_no_sense_is_refused(parts: tuple[str, ...], modules: tuple[s
     fine = Recomputed(parts=("norms",), sends=False, modules=("norm",), layers=("model.layers.0",))
     with pytest.raises(PlanError, match=r"model.layers.0.*is listed twice"):
         replace(plan_of(), recomputed=(fine, dataclasses.replace(fine, modules=("other",))))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": ("model.layers.99",)}, r"recomputed.layers=model.layers.99: is no layer of the model"),
+        ({"parts": ("ffn",), "modules": ("mlp",)}, r"recomputed.parts=ffn: model.layers.0 has no such part"),
+    ],
+)
+def test_an_edited_plan_must_fit_the_model(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    plan = plan_of("hardware.memory_gib=52")
+    first = replace(plan.recomputed[0], **change)
+    save(replace(plan, recomputed=(first,)), tmp_path / "plan.yaml")
+    config = with_plan(compose_config([*MODEL, f"plan={tmp_path}"]))
+    with pytest.raises(PlanError, match=message):
+        planned(model(), config, load(tmp_path / "plan.yaml"))
+    if "parts" in change:  # what the search would not choose may be asked for
+        save(replace(plan, recomputed=(replace(first, parts=("attention",), sends=True),)), tmp_path / "plan.yaml")
+        edited, _ = planned(model(), config, load(tmp_path / "plan.yaml"))
+        assert edited.estimate.recomputation[0].parts == ("attention",)
 
 
 def test_a_graph_has_no_layers() -> None:
