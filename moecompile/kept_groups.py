@@ -6,14 +6,15 @@ models had eight hundred, which took a seventh of two cores.
 
 A rank makes the groups in which it is: one for each axis of a mesh. `init_device_mesh` makes those of all ranks on
 every rank, 18,440 for the experts of 16,384 ranks. All members of a group must give it the same name, which torch
-counts; here the mesh, the axis and the first rank name it. NCCL that is bound to a device splits an axis into all its
-groups in one call of all ranks.
+counts; here the mesh, the axis and the first rank name it, so that equal meshes share a group. NCCL that is bound to a
+device splits an axis into all its groups in one call of all ranks, which torch does by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from datetime import timedelta
+from functools import partial
 from math import prod
 from typing import Any, TypeVar, cast
 
@@ -21,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moecompile.torch_private import group_of_members
+from moecompile.torch_private import group_of_members, unflattened
 
 _Made = TypeVar("_Made")
 _kept: dict[ProcessGroup | None, dict[Hashable, Any]] = {}
@@ -38,6 +39,8 @@ def device_mesh(device_type: str, axes: Mapping[str, int]) -> DeviceMesh:
     names, sizes = tuple(axes), tuple(axes.values())
 
     def make() -> DeviceMesh:
+        if _splits_in_one_call():
+            return init_device_mesh(device_type, sizes, mesh_dim_names=names)
         ranks = torch.arange(prod(sizes), dtype=torch.int).view(sizes)
         mesh_name = f"{device_type}.{'.'.join(f'{name}{size}' for name, size in axes.items())}"
         groups = _groups_along(ranks, names, mesh_name)
@@ -54,11 +57,19 @@ def split_axis(mesh: DeviceMesh, axis: str, sizes: Mapping[str, int]) -> dict[st
     names = tuple(sizes)
 
     def make() -> tuple[DeviceMesh, dict[str, ProcessGroup]]:
+        if _splits_in_one_call():
+            split = unflattened(mesh, axis, dict(sizes))
+            return split, {name: split.get_group(name) for name in names}
         of = mesh.mesh.movedim((mesh.mesh_dim_names or ()).index(axis), -1).unflatten(-1, tuple(sizes.values()))
-        groups = _groups_along(of, names, f"{mesh.get_group(axis).group_name}.{axis}")
-        return mesh, dict(zip(names, groups, strict=True))  # keeps `mesh`, so its id
+        into = ".".join(f"{name}{size}" for name, size in sizes.items())
+        groups = _groups_along(of, names, f"{mesh.get_group(axis).group_name}.{axis}.{into}")
+        return mesh, dict(zip(names, groups, strict=True))
 
-    return _once((id(mesh), axis, *sizes.items()), make)[1]
+    return _once((id(mesh), axis, *sizes.items()), lambda: (mesh, make()))[1][1]  # keeps `mesh`, so its id
+
+
+def _splits_in_one_call() -> bool:
+    return dist.group.WORLD is not None and dist.group.WORLD.bound_device_id is not None
 
 
 def _groups_along(ranks: Tensor, names: tuple[str, ...], mesh_name: str) -> list[ProcessGroup]:
@@ -70,11 +81,9 @@ def _groups_along(ranks: Tensor, names: tuple[str, ...], mesh_name: str) -> list
         mine: list[int] = ranks.movedim(dim, -1)[tuple(place[:dim] + place[dim + 1 :])].tolist()
         if len(mine) == dist.get_world_size():
             groups.append(every)
-        elif every.bound_device_id is not None:
-            all_of_axis = ranks.movedim(dim, -1).reshape(-1, len(mine)).tolist()
-            groups.append(cast(ProcessGroup, dist.split_group(every, all_of_axis, group_desc=f"mesh_{name}")))
         else:
-            groups.append(group_of_members(mine, name=f"{mesh_name}/{name}/{mine[0]}", purpose=f"mesh_{name}"))
+            full, purpose = f"{mesh_name}/{name}/{mine[0]}", f"mesh_{name}"
+            groups.append(_once(full, partial(group_of_members, mine, name=full, purpose=purpose)))
     return groups
 
 

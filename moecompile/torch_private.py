@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._library.effects import EffectType
 from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group, _world
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param
@@ -86,6 +87,7 @@ __all__ = [
     "set_timeouts",
     "tree_leaves",
     "tree_map_only",
+    "unflattened",
     "unsafe_view",
     "version_of",
     "watch_resizes",
@@ -484,6 +486,11 @@ def whole_shapes_unseen() -> Iterator[None]:
         yield
     finally:
         ShardingPropagator._propagate_tensor_meta_non_cached = find  # type: ignore[method-assign]
+
+
+def unflattened(device_mesh: DeviceMesh, axis: str, sizes: dict[str, int]) -> DeviceMesh:
+    """A mesh with `axis` split into the axes `sizes`, the last one varying fastest; creates their process groups."""
+    return device_mesh._unflatten(axis, tuple(sizes.values()), tuple(sizes))
 
 
 def group_of_members(ranks: Sequence[int], *, name: str, purpose: str) -> ProcessGroup:
