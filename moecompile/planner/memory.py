@@ -160,8 +160,8 @@ def _activations_in_words(made: Activations, layers: Sequence[LayerPlan], facts:
         what = {"none": "what backward needs", "full": "inputs", "keep_exchanges": "inputs and received rows"}
         return f"{what[run.checkpointing]} of {tokens}, kept for {number} layer{'s' * (number > 1)}"
     if made.loss > made.layers:
-        number = _dtype(max(FP32_BYTES, run.compute_bytes))
-        return f"logits of {tokens} over {facts.vocab_size:,} words, {LOGITS_COPIES} times in {number}"
+        dtype = _dtype(max(FP32_BYTES, run.compute_bytes))
+        return f"logits of {tokens} over {facts.vocab_size:,} words, {LOGITS_COPIES} times in {dtype}"
     return f"one layer's forward and backward with {tokens}"
 
 
