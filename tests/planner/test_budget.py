@@ -63,6 +63,7 @@ def seconds(plan: Plan, *overrides: str) -> float:
     return forecast_plan(shape(plan), plan, compose_config([*MODEL, *overrides])).seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gib", [45.0, 52.0, 60.0, 75.0, 200.0])
 def test_more_memory_is_never_slower_and_never_overrun(gib: float) -> None:
     limit = f"hardware.memory_gib={gib}"
