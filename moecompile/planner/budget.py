@@ -116,7 +116,10 @@ class Budget:
         self.kinds = list(by_kind.values())
         self.prices = _prices(shape, seconds)
         self.choices = [_choices(kind, self.prices[kind.place], keeps_exchanges) for kind in self.kinds]
-        self.bounds = sorted({choice.again for choices in self.choices for choice in choices})
+        bounds = sorted({choice.again for choices in self.choices for choice in choices})
+        self.hulls = [
+            (bound, [_hull([c for c in each if c.again <= bound]) for each in self.choices]) for bound in bounds
+        ]
 
     def within(self, grads: Gradients, run: RunFacts, limit: float) -> Chosen:
         """The choices with the least time with which gradients and activations need at most `limit` bytes (steps 3, 4).
@@ -124,20 +127,18 @@ class Budget:
         Args:
             grads: of the run.
         """
-        best, least = None, inf
-        for bound in self.bounds:
+        best, least, used = None, inf, inf
+        for bound, hulls in self.hulls:
             made = replace(self.whole[0], layers=self.whole[0].layers + bound)
             room = most_kept(grads, made, run, limit)
-            allowed = [[choice for choice in each if choice.again <= bound] for each in self.choices]
-            filled = _filled(self.kinds, allowed, room)
-            if filled is not None and filled[1] < least:
-                best, least = filled
+            filled = _filled(self.kinds, hulls, room)
+            if filled is not None and filled.seconds < least:
+                best, least, used = filled, filled.seconds, bound
         if best is None:
-            best = [
-                [(min(choices, key=lambda choice: (choice.kept, choice.seconds)), len(kind.layers))]
-                for kind, choices in zip(self.kinds, self.choices, strict=True)
-            ]
-        return self._chosen(best)
+            least_kept = [min(each, key=lambda choice: (choice.kept, choice.seconds)) for each in self.choices]
+            return self._chosen([[(c, len(kind.layers))] for kind, c in zip(self.kinds, least_kept, strict=True)])
+        allowed = [[choice for choice in each if choice.again <= used] for each in self.choices]
+        return self._chosen(_topped_up(best, allowed))
 
     def costs(self, recomputed: Sequence[Recomputed]) -> Iterator[Recomputation]:
         """What the choices of a plan cost, for each kind of layer.
@@ -230,15 +231,21 @@ _Numbers = list[tuple[_Choice, int]]
 """Choices of a kind, the fewest bytes first, and for how many of its layers."""
 
 
-def _filled(
-    kinds: Sequence[_Kind], choices: Sequence[Sequence[_Choice]], room: float
-) -> tuple[list[_Numbers], float] | None:
-    """Step 4: numbers of layers for each kind, and their seconds; None if there is no room for the fewest bytes."""
-    hulls = [_hull(each) for each in choices]
-    numbers = [[len(kind.layers), *[0] * (len(hull) - 1)] for kind, hull in zip(kinds, hulls, strict=True)]
+@dataclass(frozen=True, kw_only=True)
+class _Filled:
+    """Choices along the hulls. found: of each kind, choice -> number of layers. left: bytes."""
+
+    found: list[dict[_Choice, int]]
+    left: float
+    seconds: float
+
+
+def _filled(kinds: Sequence[_Kind], hulls: Sequence[Sequence[_Choice]], room: float) -> _Filled | None:
+    """Step 4, along the hulls; None if there is no room for the fewest bytes."""
     left = room - sum(hull[0].kept * len(kind.layers) for kind, hull in zip(kinds, hulls, strict=True))
     if left < 0:
         return None
+    numbers = [[len(kind.layers), *[0] * (len(hull) - 1)] for kind, hull in zip(kinds, hulls, strict=True)]
     steps = [(kind, at) for kind, hull in enumerate(hulls) for at in range(len(hull) - 1)]
     steps.sort(key=lambda step: -_worth(hulls[step[0]], step[1]))
     for kind, at in steps:  # along a hull the worth falls, so a kind's steps come in order
@@ -248,13 +255,19 @@ def _filled(
         numbers[kind][at + 1] += taken
         left -= taken * more
     found = [dict(zip(hull, counts, strict=True)) for hull, counts in zip(hulls, numbers, strict=True)]
+    seconds = sum(choice.seconds * count for each in found for choice, count in each.items())
+    return _Filled(found=found, left=left, seconds=seconds)
+
+
+def _topped_up(filled: _Filled, choices: Sequence[Sequence[_Choice]]) -> list[_Numbers]:
+    """Step 4, its last part: any change of a layer that still fits."""
+    found, left = filled.found, filled.left
     while (last := _last(found, choices, left)) is not None:
         kind, now, then = last
         found[kind][now] -= 1
         found[kind][then] = found[kind].get(then, 0) + 1
         left -= then.kept - now.kept
-    listed = [sorted(each.items(), key=lambda pair: pair[0].kept) for each in found]
-    return listed, sum(choice.seconds * count for each in listed for choice, count in each)
+    return [sorted(each.items(), key=lambda pair: pair[0].kept) for each in found]
 
 
 def _last(
@@ -322,8 +335,20 @@ def within(
     )
 
 
-def fastest(tried: Sequence[Within], limit: float, seconds: Callable[[RunFacts], float]) -> Within:
-    """Of those that fit, the one with the least time; if none does, the one that needs the least."""
+def fastest(
+    ways: Sequence[RunFacts], fit: Callable[[RunFacts], Within], limit: float, seconds: Callable[[RunFacts], float]
+) -> Within:
+    """Of the ways that fit, the one with the least time; if none does, the one that needs the least.
+
+    Args:
+        ways: those that send the fewest bytes first. So what comes after one that fits with nothing computed again is
+            not faster, and is not looked at.
+    """
+    tried = list[Within]()
+    for run in ways:
+        tried.append(fit(run))
+        if tried[-1].expected <= limit and not tried[-1].run.recomputed:
+            break
     fitting = [each for each in tried if each.expected <= limit]
     if len(fitting) < 2:
         return fitting[0] if fitting else min(tried, key=lambda each: each.expected)

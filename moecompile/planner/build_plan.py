@@ -373,7 +373,7 @@ def _within_budget(
         return within(budget(run), run, states, buffers, even, limit)
 
     if given is None:
-        best = fastest([fit(run) for run in tried], limit, lambda run: sum(step_of(step(run)).values())).run
+        best = fastest(tried, fit, limit, lambda run: sum(step_of(step(run)).values())).run
     else:
         best = replace(tried[0], recomputed=given)
     return best, tuple(budget(replace(best, recomputed=())).costs(best.recomputed))

@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
 from moecompile.errors import ConfigError, MoecompileError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import FITS, IN_FLIGHT, LayerPlan, Plan, PlannedSite, fit_of
-from moecompile.planner.budget import Budget, budget_of, fastest, within
+from moecompile.planner.budget import Budget, Within, budget_of, fastest, within
 from moecompile.planner.build_plan import GIB, draft_plan, run_facts
 from moecompile.planner.cost_model.forecast import expected_load, step_of
 from moecompile.planner.cost_model.inputs import REPEATED, SAID_BY_MESH, Inputs, inputs_of
@@ -210,8 +210,6 @@ def _of_micro_batch(
     limit: float, rejected: Rejected,
 ) -> Iterator[Candidate]:  # fmt: skip
     plan, inputs, overlaps = structure.plan, structure.inputs, search.axes.overlap
-    recompute = structure.config.stack.recompute
-    kept = inputs.software.recompute
     overlaps = [each for each in overlaps if _possible(each, structure, run)]
     memory = _memory(structure, states)
 
@@ -219,21 +217,11 @@ def _of_micro_batch(
     def buffers(load: float) -> int:
         return buffer_bytes(plan.layers, plan.mesh, replace(run, row_load=load))
 
-    own = structure.config.stack.dispatcher is None and not structure.config.stack.overlap
-
     @cache
     def ways_of(replicas: int) -> list[RunFacts]:
         return ways(states.sharded(structure, replace(plan.mesh, dp_replicate=replicas)), run)
 
-    def step(number: int, overlap: tuple[str, int], again: RunFacts) -> Inputs:
-        in_flight, chunks = overlap if own else ("none", 1)
-        repeated = REPEATED[again.checkpointing] if recompute is None else kept
-        software = replace(inputs.software, recompute=repeated, in_flight=in_flight, chunks=chunks)
-        layout = replace(
-            inputs.layout, micro_batch=run.micro_batch_size, global_batch=batch, replicas=number, reduce=again.reduce,
-            gather=again.gather,
-        )  # fmt: skip
-        return replace(inputs, layout=layout, software=software, model=with_recomputed(inputs.model, again.recomputed))
+    step = partial(_step, structure, batch)
 
     @cache
     def budget(overlap: tuple[str, int]) -> Budget:
@@ -250,14 +238,12 @@ def _of_micro_batch(
         if run.checkpointing != BUDGET:
             again = choose(ways_of(number), uneven_of, limit)
             return again, memory(number, again, overlap[0] != "none"), uneven_of(again)
-        tried = [
-            within(
-                budget(overlap), each, states(structure, replace(plan.mesh, dp_replicate=number), each),
-                buffers(structure.load), buffers(1.0), limit,
-            )
-            for each in ways_of(number)
-        ]  # fmt: skip
-        best = fastest(tried, limit, lambda each: sum(step_of(step(number, overlap, each)).values()))
+
+        def fit(each: RunFacts) -> Within:
+            bytes_ = states(structure, replace(plan.mesh, dp_replicate=number), each)
+            return within(budget(overlap), each, bytes_, buffers(structure.load), buffers(1.0), limit)
+
+        best = fastest(ways_of(number), fit, limit, lambda run: sum(step_of(step(number, overlap, run)).values()))
         return best.run, best.even, best.expected
 
     for number, overlap in product(replicas, overlaps):
@@ -272,6 +258,23 @@ def _of_micro_batch(
             settings=settings, runs=True, seconds=seconds, tokens_per_second_per_rank=speed, memory_bytes=needed,
             memory_bytes_uneven=uneven, fits=fit_of(needed, uneven, limit),
         )  # fmt: skip
+
+
+def _step(structure: _Structure, batch: int, number: int, overlap: tuple[str, int], again: RunFacts) -> Inputs:
+    """What is forecast for a run with so many replicas and this overlap."""
+    inputs, stack = structure.inputs, structure.config.stack
+    own = stack.dispatcher is None and not stack.overlap
+    in_flight, chunks = overlap if own else ("none", 1)
+    repeated = REPEATED[again.checkpointing] if stack.recompute is None else inputs.software.recompute
+    return replace(
+        inputs,
+        layout=replace(
+            inputs.layout, micro_batch=again.micro_batch_size, global_batch=batch, replicas=number,
+            reduce=again.reduce, gather=again.gather,
+        ),
+        software=replace(inputs.software, recompute=repeated, in_flight=in_flight, chunks=chunks),
+        model=with_recomputed(inputs.model, again.recomputed),
+    )  # fmt: skip
 
 
 def _possible(overlap: tuple[str, int], structure: _Structure, run: RunFacts) -> bool:
