@@ -55,6 +55,7 @@ from moecompile.plan.plan import (
 )
 from moecompile.plan.recompute import (
     ATTENTION,
+    BUDGET,
     EXPERTS,
     FFN,
     LAYER,
@@ -68,6 +69,7 @@ from moecompile.plan.tensor_parallel import HEADS_STYLE, STYLES, SplitModules
 __all__ = [
     "ATTENTION",
     "BACKEND",
+    "BUDGET",
     "EVEN",
     "EXCHANGES",
     "EXCHANGE_OPS",

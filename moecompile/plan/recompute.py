@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from moecompile.errors import PlanError
 
+BUDGET = "budget"
+"""`trainer.checkpointing` with which this is chosen."""
 LAYER, ATTENTION, NORMS, EXPERTS, FFN = "layer", "attention", "norms", "experts", "ffn"
 RECOMPUTED_PARTS = (LAYER, ATTENTION, NORMS, EXPERTS, FFN)
 

@@ -28,7 +28,7 @@ from math import inf
 
 from moecompile.errors import ConfigError, PlanError
 from moecompile.mesh import MeshSpec
-from moecompile.plan import ATTENTION, EXPERTS, FFN, LAYER, NORMS, LayerPlan, Recomputation, Recomputed
+from moecompile.plan import ATTENTION, BUDGET, EXPERTS, FFN, LAYER, NORMS, LayerPlan, Recomputation, Recomputed
 from moecompile.planner.cost_model.forecast import step_of
 from moecompile.planner.cost_model.inputs import Inputs
 from moecompile.planner.cost_model.shapes import Layer, ModelShape
@@ -42,7 +42,7 @@ from moecompile.planner.memory import (
     owner_of,
     together,
 )
-from moecompile.planner.params import BUDGET, ModelFacts, RunFacts
+from moecompile.planner.params import ModelFacts, RunFacts
 
 HEADROOM = 0.05
 """Share of a rank's memory that a budget leaves free: the process itself and gaps between tensors are not counted."""

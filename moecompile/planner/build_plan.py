@@ -19,6 +19,7 @@ from functools import partial
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import (
+    BUDGET,
     KINDS,
     AdaptersPlan,
     DispatchPlan,
@@ -45,7 +46,7 @@ from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
 from moecompile.planner.existing import check_given, existing_layer, only_existing, own_balance, selection
 from moecompile.planner.lending import plan_lending
 from moecompile.planner.memory import buffer_bytes, memory_of_fullest_rank, model_state_bytes
-from moecompile.planner.params import BUDGET, Expected, ModelFacts, RunFacts
+from moecompile.planner.params import Expected, ModelFacts, RunFacts
 from moecompile.planner.placement import placed
 from moecompile.planner.schedule import choose, sharded, ways
 from moecompile.planner.tensor_parallel import split_modules

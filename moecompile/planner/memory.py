@@ -95,6 +95,7 @@ from math import ceil
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import (
     ATTENTION,
+    BUDGET,
     EXPERTS,
     FFN,
     LAYER,
@@ -108,7 +109,6 @@ from moecompile.planner.lending import lending
 from moecompile.planner.optimizer import muon_params, state_bytes
 from moecompile.planner.params import (
     BF16_BYTES,
-    BUDGET,
     FP32_BYTES,
     ModelFacts,
     ModelParams,

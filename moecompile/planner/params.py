@@ -26,7 +26,7 @@ from moecompile.plan import ExpertsSite, LayerPlan, Plan, PlannedSite, Recompute
 from moecompile.schema import Config, OptimizerConfig
 
 BF16_BYTES, FP32_BYTES = 2, 4
-AUTO, BUDGET = "auto", "budget"
+AUTO = "auto"
 CHECKPOINTING = ("keep_exchanges", "full")
 """What `trainer.checkpointing=auto` tries, in this order."""
 

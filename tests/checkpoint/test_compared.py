@@ -19,7 +19,7 @@ from moecompile.checkpoint.fit import check_plan, plan_differences
 from moecompile.checkpoint.resume import State, check_settings, not_compared
 from moecompile.compose import compose_config
 from moecompile.errors import PlanError
-from moecompile.plan import Plan
+from moecompile.plan import Plan, Recomputed
 from moecompile.schema import Config
 from tests.plan.plans import a_plan
 from tests.planner.test_adapters import planned
@@ -106,6 +106,16 @@ def test_whatever_changes_in_a_plan_is_a_difference(make: Any) -> None:
     free = {path for _, _, path in leaves(plan) if any(fnmatchcase(path, each) for each in fit.MAY_DIFFER)}
     assert unseen == free
     assert "layers.routing.jitter" in unseen and "layers.experts.num_routed" not in unseen
+
+
+def test_what_is_computed_again_is_free() -> None:
+    """A run goes on with other memory, so with another budget, or with none."""
+    again = Recomputed(parts=("norms",), sends=False, modules=("norm",), layers=("layers.0",))
+    plan: Plan = a_plan()
+    budgeted = replace(plan, recomputed=(again,))
+    assert budgeted.hash != plan.hash
+    check_plan(budgeted, plan, Path("step-1"))
+    check_plan(plan, budgeted, Path("step-1"))
 
 
 def test_another_alpha_is_another_function() -> None:

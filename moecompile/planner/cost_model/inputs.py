@@ -12,9 +12,9 @@ from math import gcd
 from typing import TypeVar
 
 from moecompile.errors import ConfigError
-from moecompile.plan import Plan
+from moecompile.plan import BUDGET, Plan
 from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
-from moecompile.planner.params import BUDGET, checkpointing_of
+from moecompile.planner.params import checkpointing_of
 from moecompile.planner.traffic import Links
 from moecompile.schema import (
     NUMBERS,

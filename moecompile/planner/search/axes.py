@@ -19,10 +19,9 @@ from itertools import product
 from moecompile.errors import ConfigError
 from moecompile.mesh import AXES as MESH_AXES
 from moecompile.mesh import Part, axes_that_split, divisors
+from moecompile.plan import BUDGET, ExpertsSite, LayerPlan
 from moecompile.plan import KINDS as DISPATCH_KINDS
-from moecompile.plan import ExpertsSite, LayerPlan
 from moecompile.planner.existing import asks_balance
-from moecompile.planner.params import BUDGET
 from moecompile.schema import Config
 
 _OF_MESH = tuple(axis.name for axis in sorted(MESH_AXES, key=lambda axis: axis.dense) if axis.searched)

@@ -19,7 +19,7 @@ from typing import Any
 
 from moecompile.errors import ConfigError, MoecompileError
 from moecompile.mesh import MeshSpec
-from moecompile.plan import FITS, IN_FLIGHT, LayerPlan, Plan, PlannedSite, fit_of
+from moecompile.plan import BUDGET, FITS, IN_FLIGHT, LayerPlan, Plan, PlannedSite, fit_of
 from moecompile.planner.budget import Budget, Within, budget_of, fastest, within
 from moecompile.planner.build_plan import GIB, draft_plan, run_facts
 from moecompile.planner.cost_model.forecast import expected_load, step_of
@@ -34,7 +34,7 @@ from moecompile.planner.memory import (
     together,
     tokens_of_a_rank,
 )
-from moecompile.planner.params import BUDGET, ModelFacts, RunFacts
+from moecompile.planner.params import ModelFacts, RunFacts
 from moecompile.planner.schedule import Sharded, choose, sharded, ways
 from moecompile.planner.search.axes import KINDS, Axes, axes_of
 from moecompile.planner.search.described import Described, Space, described, memory_of, settings_of, space_of
