@@ -76,12 +76,12 @@ _STACK = "the experts of a layer are one weight"
 BOUNDS: dict[str, dict[str, tuple[float, str]]] = {
     "ranks": {
         **dict.fromkeys(("plan", "compile", "start", "save"), (0.2, _ONCE)), "step": (0.6, _CUT),
-        "index": (1.5, _INDEX), "index_bytes": (1.05, _INDEX),
+        "index": (1.2, _INDEX), "index_bytes": (1.05, _INDEX),
         "groups": (0, "a rank makes the groups that it is in"), "entries": (0, _ONCE),
         **dict.fromkeys((f"{name} MiB" for name in STEPS), (1.2, _CUT)),
     },
     "layers": {
-        **dict.fromkeys(STEPS, (1.3, _LAYER)), "index": (1.5, _LAYER), "index_bytes": (1.05, _LAYER),
+        **dict.fromkeys(STEPS, (1.2, _LAYER)), "index": (1.2, _LAYER), "index_bytes": (1.05, _LAYER),
         "groups": (0, "layers share groups"), "entries": (1.05, _LAYER),
         **dict.fromkeys((f"{name} MiB" for name in STEPS), (1.2, _LAYER)),
     },
@@ -90,12 +90,7 @@ BOUNDS: dict[str, dict[str, tuple[float, str]]] = {
         "index_bytes": (0.05, _STACK), **dict.fromkeys((f"{name} MiB" for name in STEPS), (0.25, _STACK)),
     },
 }  # fmt: skip
-"""For each axis and figure: the largest exponent, and why.
-
-Those along layers and of the index were 1.2 until two runs on a busy machine (load 13 to 19 on two cores) had 1.01 and
-1.20 for compile, 1.32 and 1.37 for the index. The index makes as many calls a line with 22,656 lines as with 180,992;
-Python's garbage collector takes 1 and 5 microseconds of the 12 and 17 of a line.
-"""
+"""For each axis and figure: the largest exponent, and why."""
 ROUNDING = 1e-9
 LEAST_SECONDS, LEAST_MIB = 0.05, 32.0
 """What is below is all noise, and has no exponent."""

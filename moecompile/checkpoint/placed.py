@@ -10,7 +10,9 @@ them, and an empty one by none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from zlib import crc32
@@ -95,7 +97,7 @@ class SaveById(DefaultSavePlanner):
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """On the rank that coordinates: what each rank writes, and the index."""
-        with checked_already(is_tiled):
+        with checked_already(is_tiled), _uncollected():
             return super().create_global_plan(all_plans)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
@@ -103,6 +105,20 @@ class SaveById(DefaultSavePlanner):
         if index.fqn in self._parts.orders:
             return self._parts.part(index, self.state_dict[index.fqn])
         return super().lookup_object(index)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """All that an index is made of stays alive: Python's collector would look at all of it again and again, and find
+    nothing.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def is_tiled(entry: TensorStorageMetadata) -> bool:
