@@ -142,11 +142,11 @@ class RunFacts:
     """The training run, as far as the planner needs it.
 
     tokens_per_rank: tokens of a micro-batch. compute_bytes: bytes per element of a weight in compute, an activation and
-    a row. accumulation: micro-batches per rank and optimizer step. checkpointing: none, full or keep_exchanges. reduce,
-    gather: when gradients are reduced and weights gathered (schedule.py). The last three are `auto` until it is chosen.
-    With checkpointing=budget, recomputed says what backward computes again (budget.py).
-    is_mixed: whether matmuls run in bf16 under autocast. micro_batch_size: sequences of a micro-batch. precision,
-    hardware: names. optimizer: its settings. row_load: rows of the fullest rank over their mean.
+    a row. accumulation: micro-batches per rank and optimizer step. checkpointing: none, full, keep_exchanges or budget.
+    reduce, gather: when gradients are reduced and weights gathered (schedule.py). These three are `auto` until it is
+    chosen. recomputed: with checkpointing=budget, what backward computes again (budget.py). is_mixed: whether matmuls
+    run in bf16 under autocast. micro_batch_size: sequences of a micro-batch. precision, hardware: names. optimizer: its
+    settings. row_load: rows of the fullest rank over their mean.
     """
 
     tokens_per_rank: int

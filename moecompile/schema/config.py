@@ -593,7 +593,7 @@ class TrainerConfig:
     """Precision of weights and computation; routers and the reduction of gradients are always fp32."""
     checkpointing: Checkpointing = Checkpointing.auto
     """Activation checkpointing: what is recomputed in backward instead of kept; auto: `keep_exchanges` if the plan then
-    fits, else `full`."""
+    fits, else `full`; budget: chosen for each layer, so that the plan fits with the shortest predicted step."""
     reduce: Reduce = Reduce.auto
     """When gradients of sharded weights are reduced: after `each` micro-batch, or after the `last` one of a step, until
     when a rank has those of whole layers in fp32. auto: of the ways that fit, the one that sends the fewest bytes."""
