@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from moecompile.capture import layers_of
@@ -34,6 +33,7 @@ from moecompile.ops.backend import CALLS, KeptCalls
 from moecompile.passes.base import ModelPass, experts_calls, run_on_model
 from moecompile.plan import BACKEND, BUDGET, EXCHANGE_OPS, WAIT_OPS, Plan
 from moecompile.torch_private import keeping as kept_and_again
+from moecompile.torch_private import tree_leaves, version_of
 
 _EXCHANGES = (EXCHANGE_OPS | WAIT_OPS) - {*CALLS} - {op for op, _ in BACKEND.steps}
 _CHOICES = (torch.ops.aten.topk.default, torch.ops.moecompile.expert_choice.default)
@@ -80,14 +80,14 @@ class Recompute(ModelPass):
         kept = {*exchanges, *_TABLES, *_CHOICES, *_WITHIN_TP, *_OVER_CP}
         keeping = partial(again, context_fn=partial(_keeping, kept))
         padding = padding_of(model) or Padding()  # Step 3
-        for module, sends in self._modules(model, plan):
+        for module, sends in self._to_wrap(model, plan):
             # Inside FSDP's hooks: it gathers first.
             module.forward = _recomputed(module.forward, again if sends else keeping, padding)
         reported: list[bool] = []
         for caller in _with_switch(model):
             caller.forward = _without_caches(caller, caller.forward, self.checkpointing, reported)  # Step 5
 
-    def _modules(self, model: nn.Module, plan: Plan) -> list[tuple[nn.Module, bool]]:
+    def _to_wrap(self, model: nn.Module, plan: Plan) -> list[tuple[nn.Module, bool]]:
         """What is computed again, and whether its exchanges are sent again."""
         if self.checkpointing == BUDGET:
             return [(model.get_submodule(path), sends) for path, sends in _budgeted(plan)]
@@ -175,7 +175,8 @@ def _recomputed(
 
 
 def _versions(*inputs: Any) -> list[int]:
-    return [leaf._version for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and not leaf.is_inference()]
+    tensors = (leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
+    return [version_of(tensor) for tensor in tensors if not tensor.is_inference()]
 
 
 def _with_switch(module: nn.Module) -> Iterator[nn.Module]:
