@@ -1,6 +1,17 @@
 """Verifies that N ranks compute the same as one process."""
 
-from moecompile.verify.certify import certify
+from moecompile.verify.certificate import Certificate, Finding, Parallel, certify
 from moecompile.verify.checks import Check, compare, relative_error, worst
+from moecompile.verify.whole_run import certify_config
 
-__all__ = ["Check", "certify", "compare", "relative_error", "worst"]
+__all__ = [
+    "Certificate",
+    "Check",
+    "Finding",
+    "Parallel",
+    "certify",
+    "certify_config",
+    "compare",
+    "relative_error",
+    "worst",
+]

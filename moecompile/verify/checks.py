@@ -5,7 +5,7 @@ In float32, the rounding error of this processor is measured, as the difference 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -83,7 +83,7 @@ _TIMES_ROUNDING, _MOST_ROUNDING = 8.0, 1e-3
 # Both sides round at different places (partial sums on the wire). A wrong factor or a missing part is still detected.
 BF16 = Tolerance(outputs=0.0, grads=0.15, norm=1e-2, weights=None)
 # Gradients with no larger entry may be pure rounding error; relative to the largest entry of all gradients.
-_ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-3}
+ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-3}
 _CLASSES = ("experts", "router", "dense")
 
 
@@ -131,19 +131,20 @@ def compare(got: Trace, wanted: Trace, dtype: torch.dtype, exact: Trace | None =
 
 def _with_rounding(tolerance: Tolerance, wanted: Trace, exact: Trace, ignored: Collection[str]) -> Tolerance:
     """`tolerance`, raised to this processor's measured rounding error, up to a limit that still detects real errors."""
-
-    def room(least: float, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
-        rounding = max((relative_error(a, b) for a, b in pairs.values()), default=0.0)
-        return max(least, min(_TIMES_ROUNDING * rounding, _MOST_ROUNDING))
-
     grads = {n: (wanted.grads[n], exact.grads[n]) for n in wanted.grads.keys() & exact.grads.keys() - set(ignored)}
     norms = _numbered(_tensors(wanted.norms), _tensors(exact.norms[: len(wanted.norms)]))
     return replace(
         tolerance,
-        outputs=room(tolerance.outputs, _numbered(wanted.outputs, exact.outputs)),
-        grads=room(tolerance.grads, grads),
-        norm=room(tolerance.norm, norms),
+        outputs=with_room(tolerance.outputs, _numbered(wanted.outputs, exact.outputs).values()),
+        grads=with_room(tolerance.grads, grads.values()),
+        norm=with_room(tolerance.norm, norms.values()),
     )
+
+
+def with_room(least: float, pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """A tolerance that leaves room for the rounding error of one process, the difference within the pairs."""
+    rounding = max((relative_error(a, b) for a, b in pairs), default=0.0)
+    return max(least, min(_TIMES_ROUNDING * rounding, _MOST_ROUNDING))
 
 
 def compare_narrow(got: Trace, wanted: Trace, label: str) -> list[Check]:
@@ -165,7 +166,7 @@ def _rounding(got: Trace, wanted: Trace, dtype: torch.dtype) -> set[str]:
         {name: float(grad.abs().max()) if grad.numel() else 0.0 for name, grad in side.grads.items()}
         for side in (got, wanted)
     ]
-    bound = _ROUNDING[dtype] * max(sizes[1].values(), default=0.0)
+    bound = ROUNDING[dtype] * max(sizes[1].values(), default=0.0)
     return {name for name in sizes[0].keys() & sizes[1].keys() if all(0 < size[name] <= bound for size in sizes)}
 
 

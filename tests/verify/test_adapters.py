@@ -11,7 +11,7 @@ from moecompile.compose import compose_config
 from moecompile.passes.shard import ShardModel
 from moecompile.plan import Plan
 from moecompile.tasks.verify import shrink
-from moecompile.verify import Check, certify
+from moecompile.verify import Check, certify_config
 from tests.distributed.harness import run_distributed_test
 from tests.tiny import SHORT
 
@@ -34,7 +34,7 @@ def _both(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
         (folder / name).mkdir(exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ShardModel, "run", function)
-            found[name] = certify(shrink(compose_config(SMALL), steps=2)[0], folder / name)[0]
+            found[name] = certify_config(shrink(compose_config(SMALL), steps=2)[0], folder / name)[0]
     return found
 
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from moecompile.compose import compose_config
 from moecompile.schema import Config
 from moecompile.tasks.verify import shrink
-from moecompile.verify import Check, certify
+from moecompile.verify import Check, certify_config
 from moecompile.verify.checks import _rounding, compare
 from moecompile.verify.job import Trace
 from tests.distributed.harness import run_distributed_test
@@ -253,7 +253,7 @@ def _all(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
 
 def _certified(folder: Path, options: Sequence[str] = ()) -> list[Check]:
     folder.mkdir(exist_ok=True)
-    return certify(_config([*AUX, *options]), folder)[0]
+    return certify_config(_config([*AUX, *options]), folder)[0]
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +296,7 @@ def _of_layers(rank: int, world_size: int, folder: Path) -> dict[str, list[Check
             "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **settings
         }  # fmt: skip
         (folder / architecture).mkdir(exist_ok=True)
-        found[architecture] = certify(shrink(config, steps=2)[0], folder / architecture)[0]
+        found[architecture] = certify_config(shrink(config, steps=2)[0], folder / architecture)[0]
     return found
 
 

@@ -15,7 +15,7 @@ from moecompile.runtime import module as runtime_module
 from moecompile.runtime import strategy
 from moecompile.runtime.groups import Groups
 from moecompile.tasks.verify import shrink
-from moecompile.verify import Check, certify
+from moecompile.verify import Check, certify_config
 from tests.distributed.harness import run_distributed_test
 from tests.tiny import SHORT
 
@@ -66,7 +66,7 @@ MUTATIONS: dict[Patch, str] = {
 def _all(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
     def certified(name: str) -> list[Check]:
         (folder / name).mkdir(exist_ok=True)
-        return certify(shrink(compose_config(SMALL), steps=2)[0], folder / name)[0]
+        return certify_config(shrink(compose_config(SMALL), steps=2)[0], folder / name)[0]
 
     found = {"right": certified("right")}
     for mutation in MUTATIONS:

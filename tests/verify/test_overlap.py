@@ -12,7 +12,7 @@ from torch import Tensor
 from moecompile.compose import compose_config
 from moecompile.ops import in_flight
 from moecompile.tasks.verify import shrink
-from moecompile.verify import Check, certify
+from moecompile.verify import Check, certify_config
 from tests.distributed.harness import run_distributed_test
 from tests.tiny import SHORT
 
@@ -37,7 +37,7 @@ SHALLOW = {
 def _certified(recipe: str, chunks: int, folder: Path) -> list[Check]:
     folder.mkdir(exist_ok=True)
     config = compose_config([f"recipe={recipe}", *TINY, *SHALLOW.get(recipe, LAYERS), f"dispatch.chunks={chunks}"])
-    return certify(shrink(config, steps=1)[0], folder)[0]
+    return certify_config(shrink(config, steps=1)[0], folder)[0]
 
 
 def _without_a_wait(ticket: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moecompile.compose import compose_config
 from moecompile.tasks.verify import shrink
-from moecompile.verify import Check, certify
+from moecompile.verify import Check, certify_config
 from tests.chat_models import CHATML, chats, save_mixtral, unmarked, write_lines
 from tests.distributed.harness import run_distributed_test
 
@@ -24,7 +24,7 @@ SMALL = [
 def _both(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
     from moecompile.nn.padding import TokenMask
 
-    module = importlib.import_module("moecompile.verify.certify")  # the package has the function by this name
+    module = importlib.import_module("moecompile.verify.whole_run")
 
     def counted(*args: Any) -> Any:
         """The ranks, not the process that they are compared with, take every row for a token."""
@@ -38,7 +38,7 @@ def _both(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
         (folder / name).mkdir(exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "run_ranks", function)
-            found[name] = certify(shrink(compose_config([*SMALL, *paths]), steps=2)[0], folder / name)[0]
+            found[name] = certify_config(shrink(compose_config([*SMALL, *paths]), steps=2)[0], folder / name)[0]
     return found
 
 

@@ -14,7 +14,7 @@ from moecompile.compose import compose_config
 from moecompile.nn import Router
 from moecompile.nn.replay import _TopK
 from moecompile.tasks.verify import shrink
-from moecompile.verify import Check, certify
+from moecompile.verify import Check, certify_config
 from moecompile.verify.job import Trace
 from tests.distributed.harness import run_distributed_test
 from tests.tiny import SHORT
@@ -43,7 +43,7 @@ _right_weights, _right_topk = Router._weights, _TopK.__torch_function__
 
 
 def _all(rank: int, world_size: int, folder: Path) -> dict[str, tuple[list[Check], list[Trace]]]:
-    module = importlib.import_module("moecompile.verify.certify")  # the package has the function by this name
+    module = importlib.import_module("moecompile.verify.whole_run")
     traces: list[Trace] = []
 
     def seen(*args: Any) -> Trace:
@@ -65,7 +65,7 @@ def _all(rank: int, world_size: int, folder: Path) -> dict[str, tuple[list[Check
             (folder / name / kind).mkdir(parents=True, exist_ok=True)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(module, "run_ranks", function)
-                checks = certify(config, folder / name / kind)[0]
+                checks = certify_config(config, folder / name / kind)[0]
             found[f"{name}, {kind}"] = checks, list(traces)
     return found
 

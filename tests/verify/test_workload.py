@@ -8,7 +8,7 @@ import pytest
 
 from moecompile.compose import compose_config
 from moecompile.tasks.verify import shrink
-from moecompile.verify import Check, certify
+from moecompile.verify import Check, certify_config
 from tests.distributed.harness import run_distributed_test
 from tests.tiny import SHORT
 
@@ -21,7 +21,7 @@ def _all(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
     for kind in KINDS:
         (folder / kind).mkdir(exist_ok=True)
         config, _ = shrink(compose_config([*SMALL, f"routing.workload={kind}"]), steps=2)
-        found[kind] = certify(config, folder / kind)[0]
+        found[kind] = certify_config(config, folder / kind)[0]
     return found
 
 

@@ -15,14 +15,14 @@ from moecompile.rundir import accept, output_dir
 from moecompile.runtime.groups import init_process_group
 from moecompile.schema import Config
 from moecompile.tasks.verify import CERTIFICATE
-from moecompile.verify import certify
+from moecompile.verify import certify_config
 from moecompile.version import versions
 
 
 def run_rank(config: Config, run_dir: Path) -> None:
     """Runs one rank; rank 0 also runs the reference, compares, and writes the table and the certificate."""
     init_process_group(config)
-    checks, plan = certify(config, output_dir(run_dir))
+    checks, plan = certify_config(config, output_dir(run_dir))
     if dist.get_rank() > 0:
         return
     accept(run_dir)

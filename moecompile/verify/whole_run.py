@@ -47,7 +47,7 @@ class Mode:
     is_narrow: bool = False
 
 
-def certify(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
+def certify_config(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
     """Runs both sides in every precision of the config. Every rank calls it; rank 0 returns the checks."""
     rank = dist.get_rank()
     planned = noiseless_plan(config)

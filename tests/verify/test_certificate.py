@@ -1,0 +1,112 @@
+"""`moecompile.certify` passes what is right, and says of each known fault what it is, where, and on which axis."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from moecompile.errors import VerificationFailed
+from moecompile.verify import Certificate, certify
+from tests.distributed.harness import run_distributed_test
+from tests.verify.by_hand import ExpertParallel, Model, tokens
+
+MESH = {"dp": 2, "ep": 2}
+WITHOUT = partial(Model, counts=False)
+
+# fault -> part of the name of a check that must fail, and of what is said
+FAULTS = {
+    "experts of rank 0": ("entries of weights that no rank has", "layers.0.up"),
+    "a weight of its own": ("entries that are not the model's", "layers.1.router.weight on rank 0"),
+    "weights untied": ("entries that a rank has twice", "embedding.weight"),
+    "backward of gather": ("step 0: gradients", "no multiple"),
+    "router not summed": ("step 0: gradients", "each rank has its own on `dp` and `ep`: not summed"),
+    "experts times ep": ("step 0: gradients", "2 x on `dp` or `ep`: summed twice, or not averaged"),
+    "experts halved on one rank": ("step 0: gradients", "by the place on `ep`: 1 x at 0, 0.5 x at 1"),
+    "no gradient for an expert": ("gradients on one side only", "layers.0.up on rank 0"),
+    "not a number": ("step 0: gradients", "not finite on rank 1"),
+    "norm of own experts": ("gradient norm", "step 0"),
+    "loads of one rank": ("buffers and counts", "each rank has its own on `dp` and `ep`: not summed"),
+    "loads counted again": ("recomputed, buffers and counts", "2 x on `dp` or `ep`"),
+    "another decay": ("updates of weights", "no multiple"),
+}
+
+
+def data_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def sharded(model: Any, mesh: DeviceMesh) -> nn.Module:
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def _all(rank: int, world_size: int) -> dict[str, Certificate]:
+    found = {
+        "right": certify(Model, ExpertParallel, tokens, MESH, reduction="sum"),
+        "float32": certify(Model, ExpertParallel, tokens, MESH, reduction="sum", dtype=torch.float32),
+        "shared": certify(Model, ExpertParallel, tokens, {"ep": 2, "tp": 2}, reduction="sum", same_batch=["tp"]),
+        "data parallel": certify(WITHOUT, data_parallel, tokens, {"dp": 4}),
+        "as sums": certify(WITHOUT, data_parallel, tokens, {"dp": 4}, reduction="sum", recompute=False),
+        "sharded": certify(WITHOUT, sharded, tokens, {"dp": 4}),
+        "replicated and sharded": certify(WITHOUT, sharded, tokens, {"outer": 2, "inner": 2}),
+    }
+    for fault in FAULTS:
+        wrong = partial(ExpertParallel, fault=fault)
+        recompute = fault == "loads counted again"
+        found[fault] = certify(Model, wrong, tokens, MESH, reduction="sum", recompute=recompute)
+    found["loads under DDP"] = certify(Model, data_parallel, tokens, {"dp": 4}, recompute=False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Certificate]:
+    first, *others = run_distributed_test(_all, 4, timeout_s=120)
+    for other in others:
+        assert {name: str(c) for name, c in other.items()} == {name: str(c) for name, c in first.items()}
+    return first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["right", "float32", "shared", "data parallel", "sharded", "replicated and sharded"])
+def test_what_is_right_passes(found: dict[str, Certificate], name: str) -> None:
+    certificate = found[name]
+    assert certificate.passed, str(certificate)
+    assert certificate.not_tried == [] and "a rank without any" in certificate.tried
+    worst = max(check.error for check in certificate.checks)
+    assert 0 < worst < (1e-3 if name == "float32" else 1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_told(found: dict[str, Certificate], fault: str) -> None:
+    check, text = FAULTS[fault]
+    failed = {each.name: each.where for each in found[fault].checks if not each.passed}
+    said = [finding for finding in found[fault].findings if check in finding.check]
+    assert any(check in name for name in failed), f"{failed}"
+    assert any(text in str(finding) for finding in said), "\n".join(map(str, said[:5]))
+    with pytest.raises(VerificationFailed, match="dp 2 x ep 2"):
+        found[fault].check()
+
+
+@pytest.mark.slow
+def test_another_reduction_is_a_factor(found: dict[str, Certificate]) -> None:
+    gradients = [finding for finding in found["as sums"].findings if finding.check == "step 0: gradients"]
+    assert {finding.name for finding in gradients} == {name for name, _ in Model().named_parameters()}
+    for each in gradients:
+        assert each.difference.factor == pytest.approx(0.25) and each.difference.axes == ("dp",)
+        assert each.difference.text == "0.25 x on `dp`: averaged twice, or not summed"
+
+
+@pytest.mark.slow
+def test_buffers_that_are_not_summed_are_told(found: dict[str, Certificate]) -> None:
+    """DDP gives every rank the buffers of rank 0 before each forward, so what other ranks counted is lost."""
+    (failed,) = [check for check in found["loads under DDP"].checks if not check.passed]
+    assert failed.name == "buffers and counts"
