@@ -51,6 +51,7 @@ wheelhouse: .venv/.installed # what a machine with torch and transformers lacks:
 
 peers: .venv-peers/.installed # side by side with other libraries, which get a virtual environment of their own
 	.venv-peers/bin/python benchmarks/peers.py
+	.venv-peers/bin/python docs/examples/certify_megatron.py
 
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

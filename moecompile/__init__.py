@@ -5,6 +5,7 @@
     moecompile.make_plan(model_or_graph, overrides, example=...)   # the plan alone
     moecompile.make_optimizer(model, overrides)                    # AdamW or Muon, for sharded weights too
     moecompile.plan_of(model)                                      # the plan that a model was compiled by
+    moecompile.certify(build, parallelize, batch, mesh)            # N ranks against one process, for any module
     moecompile.register_pattern(pattern), register_pass(step, after="rewrite")   # what the compiler does not know
     moecompile.register_score(name, score), register_reader(suffix, read)        # nor routers, nor data
     moecompile.load_exported(path)                                 # a trained model, on one device
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from moecompile.runtime.records import register_reader
     from moecompile.runtime.strategy import ExpertParallelStrategy
     from moecompile.runtime.weight_groups import make_optimizer
+    from moecompile.verify.certificate import Certificate, Parallel, certify
 
 _HOMES = {
     "ArgumentError": "errors",
@@ -63,7 +65,10 @@ _HOMES = {
     "PlanError": "errors",
     "Region": "match.regions",
     "UserError": "errors",
+    "Certificate": "verify.certificate",
+    "Parallel": "verify.certificate",
     "auxiliary_loss": "nn",
+    "certify": "verify.certificate",
     "compile_model": "pipeline",
     "count_sent_bytes": "ops.backend",
     "device_mesh_of": "passes.shard",
@@ -88,6 +93,7 @@ __all__ = [
     "ArgumentError",
     "AsyncDispatchBackend",
     "CaptureError",
+    "Certificate",
     "ConfigError",
     "DispatchBackend",
     "Dispatched",
@@ -97,11 +103,13 @@ __all__ = [
     "GraphPass",
     "GraphView",
     "MoecompileError",
+    "Parallel",
     "Plan",
     "PlanError",
     "Region",
     "UserError",
     "auxiliary_loss",
+    "certify",
     "compile_model",
     "count_sent_bytes",
     "device_mesh_of",

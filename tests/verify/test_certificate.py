@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moecompile.errors import VerificationFailed
-from moecompile.verify import Certificate, certify
+from moecompile.verify import Certificate, Check, Finding, certify
+from moecompile.verify.diagnosis import Difference
+from tests import forked
 from tests.distributed.harness import run_distributed_test
 from tests.verify.by_hand import ExpertParallel, Model, tokens
 
@@ -110,3 +114,51 @@ def test_buffers_that_are_not_summed_are_told(found: dict[str, Certificate]) -> 
     """DDP gives every rank the buffers of rank 0 before each forward, so what other ranks counted is lost."""
     (failed,) = [check for check in found["loads under DDP"].checks if not check.passed]
     assert failed.name == "buffers and counts"
+
+
+# -- the examples ------------------------------------------------------------------------------------------------------
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+
+
+@pytest.mark.slow
+def test_the_example_starts_its_ranks_itself() -> None:
+    done = forked.python(str(EXAMPLES / "certify_ours.py"), cwd=EXAMPLES)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ep 2, float64: passed" in done.stdout and "gradient norm" in done.stdout
+
+
+def _of_transformers(rank: int, world_size: int) -> Certificate:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        import certify_transformers as example
+
+        return certify(
+            example.build, example.parallelize, example.batch, {"ep": 2}, dtype=torch.float32, recompute=False
+        )
+
+
+@pytest.mark.slow
+def test_expert_parallelism_of_transformers_passes_in_float32() -> None:
+    certificate = run_distributed_test(_of_transformers, 2)[0]
+    assert certificate.passed and certificate.not_tried == ["recomputation", "gradient norm"], str(certificate)
+
+
+def test_a_certificate_can_be_kept(tmp_path: Path) -> None:
+    finding = Finding(
+        check="gradients", name="w", difference=Difference(error=1.0, factor=2.0, axes=("ep",), text="2 x")
+    )
+    check = Check(name="gradients", error=1.0, tolerance=1e-10, passed=False, where="w: 2 x")
+    certificate = Certificate(
+        mesh={"ep": 2},
+        dtype="float64",
+        checks=[check],
+        findings=[finding],
+        tried=["2 steps"],
+        not_tried=[],
+        versions={},
+    )
+    certificate.save(tmp_path / "certificate.json")
+    kept = json.loads((tmp_path / "certificate.json").read_text())
+    assert not kept["passed"] and kept["findings"][0]["factor"] == 2.0 and kept["checks"][0]["where"] == "w: 2 x"
+    assert "FAILED  w: 2 x" in str(certificate) and "ep 2, float64: FAILED" in str(certificate)
