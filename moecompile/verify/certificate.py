@@ -40,9 +40,9 @@ from moecompile.errors import ArgumentError, VerificationFailed
 from moecompile.report.console import print_checks
 from moecompile.runtime.ranks import started_ranks, worker_variables
 from moecompile.torch_private import tree_leaves, tree_map_only
-from moecompile.verify.checks import ROUNDING, TOLERANCES, Check, Tolerance, count, with_room
+from moecompile.verify.checks import ROUNDING, TOLERANCES, Check, Tolerance, counted, explained, with_room
 from moecompile.verify.diagnosis import Axes, Difference, difference
-from moecompile.verify.entries import NOWHERE, Entries, make_distinct
+from moecompile.verify.entries import Entries, Places, finite, local_gradient, make_distinct
 from moecompile.version import versions
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -495,7 +495,9 @@ class _Job:
                 side.finish(targets)
             named = dict(module.named_parameters())
             grads = side.gradients() if side.gradients else {name: weight.grad for name, weight in named.items()}
-            held.grads.append({name: _gradient(named[name], grad) for name, grad in grads.items() if name in named})
+            held.grads.append(
+                {name: local_gradient(named[name], grad) for name, grad in grads.items() if name in named}
+            )
             held.norms.append(_norm(side, held.clips))
             optimizer.step()
         held.buffers = {_plain(name): _local(buffer).clone() for name, buffer in module.named_buffers()}
@@ -541,15 +543,6 @@ def _local(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def _gradient(weight: Tensor, grad: Tensor | None) -> Tensor | None:
-    """This rank's part of a gradient, cut as the weight is; flat."""
-    if grad is None:
-        return None
-    if isinstance(weight, DTensor) and isinstance(grad, DTensor) and grad.placements != weight.placements:
-        grad = grad.redistribute(placements=weight.placements)
-    return _local(grad).flatten().clone()
-
-
 def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
@@ -583,19 +576,11 @@ class _Comparison:
         self.job, self.axes, self.label, self.ranks = job, job.axes, label, ranks
         self.entries, self.wanted, self.tolerance = reference.entries, reference.held, reference.tolerance
         self.findings: list[Finding] = []
-        # Weight of the model -> by rank: name of the tensor that holds some of it, which of its entries, and which of
-        # the weight's.
-        self.places: dict[str, list[list[tuple[str, Tensor, Tensor]]]] = {
-            name: [[] for _ in ranks] for name in self.entries.weights
-        }
-        for rank, held in enumerate(ranks):
-            for name, numbers in held.weights.items():
-                for weight, here, there in self.entries.parts(numbers):
-                    self.places[weight][rank].append((name, here, there))
+        self.places = Places(self.entries, [held.weights for held in ranks])
 
     def checks(self) -> list[Check]:
         """All of them."""
-        checks = self._start() if not self.label else []
+        checks = [] if self.label else [self._counted(*fault) for fault in self.places.faults().items()]
         checks.append(self._losses())
         if any(held.inputs for held in self.ranks):
             checks.append(self._inputs())
@@ -604,35 +589,9 @@ class _Comparison:
         if all(None not in held.norms for held in (self.wanted, *self.ranks)):
             checks.append(self._norms())
         if self.wanted.buffers:
-            checks.append(self._buffers())
+            checks.append(self._of_buffers())
         checks.append(self._updates())
         return checks
-
-    def _start(self) -> list[Check]:
-        lost, twice, foreign = Counter[str](), Counter[str](), Counter[str]()
-        for weight, by_rank in self.places.items():
-            _, shape = self.entries.weights[weight]
-            times_RN = torch.zeros(len(by_rank), shape.numel(), dtype=torch.long)
-            for times_N, parts in zip(times_RN, by_rank, strict=True):
-                for _, _, there in parts:
-                    times_N += torch.bincount(there, minlength=len(times_N))
-            lost[weight] += int((times_RN.sum(0) == 0).sum())
-            twice[weight] += int((times_RN > 1).sum())
-        for rank, held in enumerate(self.ranks):
-            for name, numbers in held.weights.items():
-                foreign[f"{name} on rank {rank}"] += int((numbers == NOWHERE).sum())
-        return [
-            self._counted("entries of weights that no rank has", lost),
-            self._counted("entries that a rank has twice", twice),
-            self._counted("entries that are not the model's", foreign),
-        ]
-
-    def _counted(self, check: str, numbers: Counter[str]) -> Check:
-        found = [(name, number) for name, number in numbers.most_common() if number]
-        for name, number in found:
-            self._found(check, name, Difference(error=number, text=f"{number} entries"))
-        where = f"{found[0][0]}{_more(len(found) - 1)}" if found else ""
-        return count(self.label + check, sum(number for _, number in found), where)
 
     def _losses(self) -> Check:
         pairs = []
@@ -658,25 +617,25 @@ class _Comparison:
                     if (grad is None) != (wanted is None):
                         differences[key] = Difference(error=float("inf"), text="on one side only")
                     continue
-                rows = _finite(grad.double().flatten()).unsqueeze(0)
+                rows = finite(grad.double().flatten()).unsqueeze(0)
                 differences[key] = difference(rows, wanted.double().flatten(), Axes({}), self.tolerance.grads)
         return self._worst("gradients of inputs", differences, self.tolerance.grads)
 
     def _gradients(self, step: int) -> list[Check]:
         differences, missing = {}, Counter[str]()
         for weight, wanted in self.wanted.grads[step].items():
-            if weight not in self.places:
+            if weight not in self.places.parts:
                 continue
             grads_R = [held.grads[step] for held in self.ranks]
-            for rank, parts in enumerate(self.places[weight]):
+            for rank, parts in enumerate(self.places.parts[weight]):
                 for name in {name for name, _, _ in parts}:
                     missing[f"{weight} on rank {rank}"] += (grads_R[rank].get(name) is None) != (wanted is None)
-            held_RN = self._held(weight, grads_R)
+            held_RN = self.places.held(weight, grads_R)
             if wanted is None or self._is_rounding(step, held_RN, weight):
                 continue
             differences[weight] = difference(held_RN, wanted.double(), self.axes, self.tolerance.grads)
         return [
-            self._counted(f"step {step}: gradients on one side only", missing),
+            self._counted(f"step {step}: gradients on one side only", +missing),
             self._worst(f"step {step}: gradients", differences, self.tolerance.grads),
         ]
 
@@ -686,17 +645,6 @@ class _Comparison:
         bound = ROUNDING[self.job.dtype] * max(largest.values(), default=0.0)
         return all(0 < size <= bound for size in (largest.get(weight, 0.0), _largest(held_RN[~held_RN.isnan()])))
 
-    def _held(self, weight: str, values_R: Sequence[Mapping[str, Tensor | None]]) -> Tensor:
-        """What each rank has of a weight, (R, N)."""
-        held_RN = torch.full((len(self.ranks), self.entries.weights[weight][1].numel()), float("nan"))
-        held_RN = held_RN.double()
-        for rank, parts in enumerate(self.places[weight]):
-            for name, here, there in parts:
-                values = values_R[rank].get(name)
-                if values is not None:
-                    held_RN[rank, there] = _finite(values.double().flatten()[here])
-        return held_RN
-
     def _norms(self) -> Check:
         differences = {}
         for step, wanted in enumerate(self.wanted.norms):
@@ -704,15 +652,15 @@ class _Comparison:
             differences[f"step {step}"] = difference(held_R1, _row(wanted)[0], self.axes, self.tolerance.norm)
         return self._worst("gradient norm", differences, self.tolerance.norm)
 
-    def _buffers(self) -> Check:
+    def _of_buffers(self) -> Check:
         differences = {}
         for name, wanted in self.wanted.buffers.items():
             alike = [held.buffers.get(name) for held in self.ranks]
             if any(each is None or each.shape != wanted.shape for each in alike) or not wanted.numel():
                 continue
-            held_RN = torch.stack([_finite(each.double().flatten()) for each in alike if each is not None])
+            held_RN = torch.stack([finite(each.double().flatten()) for each in alike if each is not None])
             most = self.tolerance.outputs if wanted.is_floating_point() else 0.0
-            differences[name] = difference(held_RN, _finite(wanted.double().flatten()), self.axes, most)
+            differences[name] = difference(held_RN, finite(wanted.double().flatten()), self.axes, most)
         return self._worst("buffers and counts", differences, self.tolerance.outputs)
 
     def _updates(self) -> Check:
@@ -721,42 +669,34 @@ class _Comparison:
         if most is None:
             return Check(name=f"{self.label}weights: not compared in this precision", error=0, tolerance=0, passed=True)
         for weight, began in self.wanted.weights.items():
-            if weight not in self.places or any(
-                self._is_rounding(step, self._held(weight, [held.grads[step] for held in self.ranks]), weight)
+            if weight not in self.places.parts or any(
+                self._is_rounding(step, self.places.held(weight, [held.grads[step] for held in self.ranks]), weight)
                 for step in range(self.job.steps)
             ):
                 continue
             before = began.double().flatten()
-            moved_RN = self._held(weight, [held.after for held in self.ranks]) - before
+            moved_RN = self.places.held(weight, [held.after for held in self.ranks]) - before
             wanted = self.wanted.after[weight].double().flatten() - before
             differences[weight] = difference(moved_RN, wanted, self.axes, most, _largest(before))
         return self._worst(f"updates of weights after {self.job.steps} steps", differences, most)
 
     def _worst(self, check: str, differences: Mapping[str, Difference], tolerance: float) -> Check:
         """One check of many values; those that differ are kept."""
-        wrong = sorted(((d, name) for name, d in differences.items() if d.text), key=lambda each: -each[0].error)
-        for each, name in wrong:
-            self._found(check, name, each)
-        error = max((each.error for each in differences.values()), default=0.0)
-        where = f"{wrong[0][1]}: {wrong[0][0].text}{_more(len(wrong) - 1)}" if wrong else ""
-        return Check(name=self.label + check, error=error, tolerance=tolerance, passed=not wrong, where=where)
+        result, wrong = explained(self.label + check, differences, tolerance)
+        self.findings += [Finding(check=result.name, name=name, difference=each) for name, each in wrong]
+        return result
 
-    def _found(self, check: str, name: str, what: Difference) -> None:
-        self.findings.append(Finding(check=self.label + check, name=name, difference=what))
-
-
-def _more(number: int) -> str:
-    return f"; {number} more" if number else ""
+    def _counted(self, check: str, numbers: Counter[str]) -> Check:
+        result = counted(self.label + check, numbers)
+        for name, number in numbers.most_common():
+            what = Difference(error=number, text=f"{number} entries")
+            self.findings.append(Finding(check=result.name, name=name, difference=what))
+        return result
 
 
 def _row(value: float | None) -> Tensor:
     assert value is not None
-    return _finite(torch.tensor([[value]], dtype=torch.float64))
-
-
-def _finite(values: Tensor) -> Tensor:
-    """What is not a number becomes infinite: NaN stands for what a rank does not hold."""
-    return values.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
+    return finite(torch.tensor([[value]], dtype=torch.float64))
 
 
 def _largest(values: Tensor) -> float:

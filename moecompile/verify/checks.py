@@ -5,15 +5,19 @@ In float32, the rounding error of this processor is measured, as the difference 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from moecompile.verify.job import Trace
+from moecompile.verify.diagnosis import Difference, difference
+
+if TYPE_CHECKING:
+    from moecompile.verify.job import Trace
 
 # -- two sets of tensors -----------------------------------------------------------------------------------------------
 
@@ -180,8 +184,11 @@ def _step_checks(got: Trace, wanted: Trace, label: str, tolerance: Tolerance, ig
     for kind in _CLASSES:
         names = [name for name in wanted.grads if _class_of(name) == kind and name in got.grads and name not in ignored]
         if names:
-            pairs = {n: (got.grads[n], wanted.grads[n]) for n in names}
-            checks.append(_held(f"{label}: gradients of {kind}", pairs, tolerance.grads))
+            axes = got.expert_axes if kind == "experts" else got.dense_axes
+            differences = {
+                n: difference(got.held[n], wanted.grads[n].double().flatten(), axes, tolerance.grads) for n in names
+            }
+            checks.append(explained(f"{label}: gradients of {kind}", differences, tolerance.grads)[0])
     norms = _numbered(_tensors(got.norms), _tensors(wanted.norms))
     checks.append(_held(f"{label}: gradient norm", norms, tolerance.norm))
     checks.append(count(f"{label}: expert loads that differ", _differing(got.loads, wanted.loads)))
@@ -219,6 +226,26 @@ def _numbered(got: list[Tensor], wanted: list[Tensor]) -> dict[str, tuple[Tensor
 
 def _tensors(values: list[float]) -> list[Tensor]:
     return [torch.tensor(value, dtype=torch.float64) for value in values]
+
+
+def explained(
+    name: str, differences: Mapping[str, Difference], tolerance: float
+) -> tuple[Check, list[tuple[str, Difference]]]:
+    """One check of many values, which says of the worst what it is; and those that differ, the worst first."""
+    wrong = sorted(((key, each) for key, each in differences.items() if each.text), key=lambda pair: -pair[1].error)
+    worst_key, error = max(((key, d.error) for key, d in differences.items()), key=lambda p: p[1], default=("", 0.0))
+    where = f"{wrong[0][0]}: {wrong[0][1].text}{_more(len(wrong) - 1)}" if wrong else worst_key
+    return Check(name=name, error=error, tolerance=tolerance, passed=not wrong, where=where), wrong
+
+
+def _more(number: int) -> str:
+    return f"; {number} more" if number else ""
+
+
+def counted(check: str, numbers: Counter[str]) -> Check:
+    """A check that passes if nothing is counted; it names what has most."""
+    named = [name for name, number in numbers.most_common() if number]
+    return count(check, numbers.total(), f"{named[0]}{_more(len(named) - 1)}" if named else "")
 
 
 def count(name: str, number: int, where: str = "") -> Check:

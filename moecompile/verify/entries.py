@@ -4,14 +4,20 @@ Algorithm:
   1. All floating-point entries of the model are moved until no two are equal, and none is zero, in float32 too.
   2. Then an entry's value is its name. Whoever cuts, stacks, fuses, transposes, renames or pads the weights moves
      values without a change, so for each entry that a rank holds, the entry of the model is known without being told.
+
+Legend: R ranks, N entries of a weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moecompile.torch_private import local_part
 
 _SPREAD, _LEAST = 0.1, 0.02
 NOWHERE, PADDING = -1, -2
@@ -69,8 +75,9 @@ class Entries:
         values = local.detach().double().cpu().flatten()
         if not self.total:
             return torch.full(values.shape, NOWHERE)
-        index = torch.searchsorted(self._ordered, values).clamp_(max=self.total - 1)
-        found = torch.where(self._ordered[index] == values, self._order[index], NOWHERE)
+        ordered = self._ordered
+        index = torch.searchsorted(ordered, values).clamp(max=self.total - 1)
+        found = torch.where(ordered[index] == values, self._order[index], NOWHERE)
         return torch.where(values == 0, PADDING, found)
 
     def parts(self, numbers: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -79,3 +86,74 @@ class Entries:
             here = ((numbers >= first) & (numbers < first + shape.numel())).nonzero().flatten()
             if len(here):
                 yield name, here, numbers[here] - first
+
+
+class Places:
+    """Where ranks have the entries of a model's weights.
+
+    Args:
+        numbers_R: by rank, name of a tensor -> `Entries.locate` of it.
+    """
+
+    def __init__(self, entries: Entries, numbers_R: Sequence[Mapping[str, Tensor]]) -> None:
+        self.entries, self.numbers_R = entries, numbers_R
+        # Weight of the model -> by rank: name of a tensor that holds some of it, which of its entries, which of the
+        # weight's.
+        self.parts: dict[str, list[list[tuple[str, Tensor, Tensor]]]] = {
+            name: [[] for _ in numbers_R] for name in entries.weights
+        }
+        for rank, tensors in enumerate(numbers_R):
+            for name, numbers in tensors.items():
+                for weight, here, there in entries.parts(numbers):
+                    self.parts[weight][rank].append((name, here, there))
+
+    def held(self, weight: str, values_R: Sequence[Mapping[str, Tensor | None]]) -> Tensor:
+        """What each rank has of a weight, (R, N) float64: NaN where it has nothing, infinite where it is not finite.
+
+        Args:
+            values_R: by rank, name of a tensor -> its entries, such as gradients or values of a later step.
+        """
+        _, shape = self.entries.weights[weight]
+        held_RN = torch.full((len(values_R), shape.numel()), float("nan"), dtype=torch.float64)
+        for rank, parts in enumerate(self.parts[weight]):
+            for name, here, there in parts:
+                values = values_R[rank].get(name)
+                if values is not None:
+                    held_RN[rank, there] = finite(values.double().flatten()[here])
+        return held_RN
+
+    def faults(self) -> dict[str, Counter[str]]:
+        """What must be empty -> number of entries by name: the ranks have all entries of the model, each rank an entry
+        once, and nothing else.
+        """
+        lost, twice, foreign = Counter[str](), Counter[str](), Counter[str]()
+        for weight, by_rank in self.parts.items():
+            _, shape = self.entries.weights[weight]
+            times_RN = torch.zeros(len(by_rank), shape.numel(), dtype=torch.long)
+            for times_N, parts in zip(times_RN, by_rank, strict=True):
+                for _, _, there in parts:
+                    times_N += torch.bincount(there, minlength=len(times_N))
+            lost[weight] += int((times_RN.sum(0) == 0).sum())
+            twice[weight] += int((times_RN > 1).sum())
+        for rank, tensors in enumerate(self.numbers_R):
+            for name, numbers in tensors.items():
+                foreign[f"{name} on rank {rank}"] += int((numbers == NOWHERE).sum())
+        return {
+            "entries of weights that no rank has": +lost,
+            "entries that a rank has twice": +twice,
+            "entries that are not the model's": +foreign,
+        }
+
+
+def finite(values: Tensor) -> Tensor:
+    """What is not a number becomes infinite: NaN stands for what a rank does not hold."""
+    return values.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
+
+
+def local_gradient(weight: Tensor, grad: Tensor | None) -> Tensor | None:
+    """This rank's part of a gradient, cut as the weight is; flat. Ranks that share the weight call it together."""
+    if grad is None:
+        return None
+    if isinstance(weight, DTensor) and isinstance(grad, DTensor) and grad.placements != weight.placements:
+        grad = grad.redistribute(placements=weight.placements)
+    return local_part(grad).detach().flatten().clone()

@@ -1,7 +1,7 @@
 """The job to verify: a few optimizer steps of the user's config, prepared the same way for one process and N ranks.
 
     weights   experts, routers and adapters are independently random: with equal experts, a router's gradient is only
-              rounding
+              rounding. No two entries are equal (entries.py)
     batches   real text; numbers of targets differ between micro-batches, and in step 0 one rank has none at all
     noise     dropout and jitter are off
     replay    with `routing.replay`, both sides replay experts that are drawn at random in step 0: each in its own way
@@ -32,6 +32,8 @@ from moecompile.runtime.data import IGNORED
 from moecompile.runtime.module import LanguageModule
 from moecompile.schema import Config, accumulation_steps, mesh_spec
 from moecompile.torch_private import in_backward
+from moecompile.verify.diagnosis import Axes
+from moecompile.verify.entries import Places, make_distinct
 
 _EXPERT_STD, _ROUTER_STD = 0.1, 0.5
 Batch = dict[str, Tensor]
@@ -46,7 +48,8 @@ class Trace:
     mode. inputs: token ids of every micro-batch. routes: router -> experts (sorted) of each micro-batch of step 0;
     choices: the same before drops and sorting; flips: with replayed choices, the number of tokens for which the router
     itself would choose other experts. grads: gradients of step 0, before clipping. weights: parameters and buffers
-    after the last step. restored: the same after they were overwritten and loaded from a checkpoint (N ranks only).
+    after the last step. Of N ranks only: restored: the same after they were overwritten and loaded from a checkpoint;
+    places: of weights on the ranks; held: `Places.held` of the gradients; expert_axes, dense_axes: of the mesh.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -60,6 +63,10 @@ class Trace:
     grads: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     restored: dict[str, Tensor] = field(default_factory=dict)
+    places: Places | None = None
+    held: dict[str, Tensor] = field(default_factory=dict)
+    expert_axes: Axes = field(default_factory=lambda: Axes({}))
+    dense_axes: Axes = field(default_factory=lambda: Axes({}))
 
 
 def noiseless_plan(config: Config) -> Plan:
@@ -77,6 +84,7 @@ def build(config: Config, plan: Plan, dtype: torch.dtype) -> nn.Module:
     model = source_model(config).to(dtype)
     model = compile_model(model, config, example=example_inputs(model, config.data.seq_len), plan=plan)
     _randomize(model, config.seed)
+    make_distinct(model, config.seed)
     _without_dropout(model)
     return model
 

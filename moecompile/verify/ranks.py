@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moecompile.mesh import MeshSpec, Part
+from moecompile.mesh import MeshSpec, Part, expert_axes
 from moecompile.nn.context import own_positions
 from moecompile.nn.placement import by_id, expert_orders
 from moecompile.nn.replay import replay_routes
@@ -26,6 +26,8 @@ from moecompile.runtime.strategy import ExpertParallelStrategy
 from moecompile.runtime.training import make_trainer
 from moecompile.schema import Config, accumulation_steps
 from moecompile.torch_private import local_part
+from moecompile.verify.diagnosis import Axes
+from moecompile.verify.entries import Entries, Places, local_gradient
 from moecompile.verify.job import Batch, Trace, drawn_routes, evaluated, recorded_routes, uneven
 
 _QUIET = logging.getLogger("torch.distributed.tensor._redistribute")
@@ -50,7 +52,7 @@ def run_ranks(model: nn.Module, plan: Plan, config: Config, data: TextData, run_
     replayed = [drawn_routes(model, config, batch, number) for batch, number in first]
     metrics = Metrics(1, config.trainer.max_steps)
     keys = [(config.seed, number) for number in numbers[:accumulate]]
-    recorder = _Recorder(metrics, batches[:accumulate], mesh, replayed, keys)
+    recorder = _Recorder(metrics, batches[:accumulate], mesh, replayed, keys, Entries(model))
     trainer = make_trainer(config, plan, run_dir, [metrics, recorder])
     trainer.fit(module, _Batches(batches))
     trace = recorder.trace
@@ -87,19 +89,21 @@ class _Recorder(StepObserver):
 
     Args:
         first: micro-batches of step 0 on this rank. replayed: the experts that each of them replays; empty: none.
-        keys: seed and global number of each, for routers that draw.
+        keys: seed and global number of each, for routers that draw. entries: of the model before it was sharded.
     """
 
     def __init__(
         self, metrics: Metrics, first: list[Batch], mesh: MeshSpec, replayed: list[dict[str, Tensor]],
-        keys: list[tuple[int, int]],
+        keys: list[tuple[int, int]], entries: Entries,
     ) -> None:  # fmt: skip
         self.metrics, self.first, self.mesh, self.replayed, self.trace = metrics, first, mesh, replayed, Trace()
-        self.keys = keys
+        self.keys, self.entries = keys, entries
+        self._numbers: dict[str, Tensor] = {}
         self._micro_batch = ExitStack()
 
     def started(self, module: LanguageModule) -> None:
-        """Records the outputs before the first step."""
+        """Records the outputs before the first step, and what this rank has of the weights."""
+        self._numbers = {name: self.entries.locate(local_part(w)) for name, w in module.model.named_parameters()}
         outputs = [evaluated(module, batch, *key) for batch, key in zip(self.first, self.keys, strict=True)]
         self.trace.outputs = _in_order(outputs, len(outputs), self.mesh)
 
@@ -113,8 +117,21 @@ class _Recorder(StepObserver):
     def gradients_ready(self, module: LanguageModule, step: int) -> None:
         """Records the gradients of step 0."""
         if step == 0:
-            grads = {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
+            weights = dict(module.model.named_parameters())
+            grads = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
             self.trace.grads = _by_id(module.model, grads)
+            self._hold({name: local_gradient(weights[name], grad) for name, grad in grads.items()})
+
+    def _hold(self, grads: dict[str, Tensor | None]) -> None:
+        """On rank 0, what each rank has of each gradient."""
+        gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+        dist.gather_object((self._numbers, grads), gathered or None)
+        if gathered:
+            places = Places(self.entries, [numbers for numbers, _ in gathered])
+            held = {name: places.held(name, [of_rank for _, of_rank in gathered]) for name in places.parts}
+            self.trace.places, self.trace.held = places, held
+            self.trace.expert_axes = Axes({axis: self.mesh.size(axis) for axis in expert_axes()})
+            self.trace.dense_axes = Axes(self.mesh.dims(("dp_shard",)))
 
     def micro_batch_ended(self, module: LanguageModule, number: int) -> None:
         """Ends what `micro_batch_started` started."""

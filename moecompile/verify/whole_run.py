@@ -28,7 +28,7 @@ from moecompile.plan import Plan, on_one_process
 from moecompile.runtime.data import TextData, load_data, train_loader
 from moecompile.runtime.objective import data_for
 from moecompile.schema import Config, DataKind, Precision, RowLayout, WireDtype, mesh_spec
-from moecompile.verify.checks import Check, compare, compare_narrow, count, distinct_batches, same_batches
+from moecompile.verify.checks import Check, compare, compare_narrow, count, counted, distinct_batches, same_batches
 from moecompile.verify.job import Batch, Trace, build, drawn_routes, noiseless_plan, uneven
 from moecompile.verify.ranks import run_ranks
 from moecompile.verify.reference import run_reference
@@ -69,7 +69,10 @@ def certify_config(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
             alone, batches = build(mode.config, on_one_process(plan), mode.dtype), _all_batches(mode.config, data)
             choices = _drawn(alone, mode.config, batches) or (trace.choices if mode.is_narrow else None)
             reference = run_reference(alone, mode.config, batches, choices)
-            checks += [] if len(checks) > 1 else [same_batches(trace, reference), distinct_batches(trace)]  # Step 3
+            if len(checks) == 1:  # Step 3
+                assert trace.places is not None
+                checks += [counted(name, numbers) for name, numbers in trace.places.faults().items()]
+                checks += [same_batches(trace, reference), distinct_batches(trace)]
             if mode.is_narrow:
                 checks += compare_narrow(trace, reference, mode.label)
             else:

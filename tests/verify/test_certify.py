@@ -276,6 +276,21 @@ def test_mutation_is_caught(mutation: Patch, found: dict[str, list[Check]]) -> N
     assert any(MUTATIONS[mutation] in name for name in failed), failed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mutation", "text"),
+    [
+        (expert_gradients_times_ep, "4 x on `ep`: summed twice, or not averaged"),
+        (router_not_summed, "each rank has its own on `dp_shard`: not summed"),
+        (divided_by_own_tokens, "0.5 x"),
+        (experts_of_rank_0_everywhere, "entries of weights that no rank has"),
+    ],
+)
+def test_what_is_wrong_is_explained(mutation: Patch, text: str, found: dict[str, list[Check]]) -> None:
+    failed = [f"{check.name} {check.where}" for check in found[mutation.__name__] if not check.passed]
+    assert any(text in told for told in failed), failed
+
+
 # FFNs that lie in the layer itself (OPT) or in two modules of it (BERT): the layer is the region, which FSDP2 wraps.
 LAYERS = {
     "opt": {"ffn_dim": 64, "max_position_embeddings": 64, "word_embed_proj_dim": 32, "dropout": 0.0},
@@ -322,7 +337,7 @@ def one_step(error: float) -> Trace:
     weight = torch.ones(4) * (1 + error)
     return Trace(
         losses=[2.0], norms=[3.0 * (1 + error)], outputs=[weight], grads={"dense": weight}, weights={"dense": weight},
-        restored={"dense": weight},
+        restored={"dense": weight}, held={"dense": weight.double().unsqueeze(0)},
     )  # fmt: skip
 
 
