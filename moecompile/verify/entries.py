@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,17 @@ def make_distinct(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
     flat = torch.cat([_moved(weight, generator) for weight in weights])
-    while (again := _repeated(flat)).numel():
-        flat[again] = flat[again] * (1 + 1e-3 * torch.rand(len(again), generator=generator)) + 1e-6
+    ordered, order = flat.sort()
+    is_free = ordered != 0  # of the entries so far, those that keep their value
+    is_free[1:] &= ordered[1:] != ordered[:-1]
+    again, taken = order[~is_free], ordered[is_free]
+    while again.numel():
+        tried = flat[again] * (1 + 1e-3 * torch.rand(len(again), generator=generator)) + 1e-6
+        flat[again] = tried
+        ordered, order = tried.sort()
+        is_free = (ordered != 0) & (taken[torch.searchsorted(taken, ordered).clamp(max=len(taken) - 1)] != ordered)
+        is_free[1:] &= ordered[1:] != ordered[:-1]
+        again, taken = again[order[~is_free]], torch.cat([taken, ordered[is_free]]).sort().values
     for weight, values in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
         weight.copy_(values.view_as(weight))
 
@@ -43,14 +53,6 @@ def _moved(weight: Tensor, generator: torch.Generator) -> Tensor:
     values = weight.detach().double().cpu().flatten()
     size = max(_SPREAD * float(values.square().mean().sqrt()) if len(values) else 0.0, _LEAST)
     return (values + size * torch.randn(values.shape, generator=generator, dtype=torch.float64)).float()
-
-
-def _repeated(flat: Tensor) -> Tensor:
-    """Indices of entries that are zero, or equal to another one that is not among them."""
-    ordered, order = flat.sort(stable=True)
-    is_repeated = ordered == 0
-    is_repeated[1:] |= ordered[1:] == ordered[:-1]
-    return order[is_repeated]
 
 
 class Entries:
@@ -68,24 +70,36 @@ class Entries:
                 values.append(weight.detach().double().cpu().flatten())
                 first += weight.numel()
         self.total = first
-        self._ordered, self._order = torch.cat(values).sort() if values else (torch.zeros(0), torch.zeros(0).long())
+        self._flat = torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
+
+    @cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        """All values in order, and their numbers."""
+        values, numbers = self._flat.sort()
+        return values, numbers
 
     def locate(self, local: Tensor) -> Tensor:
         """The number of each entry of `local`, flat; NOWHERE if no entry has this value, PADDING where it is zero."""
         values = local.detach().double().cpu().flatten()
-        if not self.total:
+        if not self.total or not len(values):
             return torch.full(values.shape, NOWHERE)
-        ordered = self._ordered
+        first = next(iter((self._flat == values[0]).nonzero().flatten().tolist()), 0)
+        if torch.equal(self._flat[first : first + len(values)], values):  # most shards lie as in the model
+            return torch.arange(first, first + len(values))
+        ordered, order = self._sorted
         index = torch.searchsorted(ordered, values).clamp(max=self.total - 1)
-        found = torch.where(ordered[index] == values, self._order[index], NOWHERE)
+        found = torch.where(ordered[index] == values, order[index], NOWHERE)
         return torch.where(values == 0, PADDING, found)
 
     def parts(self, numbers: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """The weights that a tensor has entries of: name, which of the tensor's, which of the weight's, flat."""
-        for name, (first, shape) in self.weights.items():
-            here = ((numbers >= first) & (numbers < first + shape.numel())).nonzero().flatten()
-            if len(here):
-                yield name, here, numbers[here] - first
+        names = [name for name, (_, shape) in self.weights.items() if shape.numel()]
+        firsts = torch.tensor([self.weights[name][0] for name in names])
+        of_weight = torch.where(numbers >= 0, torch.bucketize(numbers, firsts, right=True) - 1, NOWHERE)
+        for index in of_weight.unique().tolist():
+            if index >= 0:
+                (here,) = torch.where(of_weight == index)
+                yield names[index], here, numbers[here] - firsts[index]
 
 
 class Places:
