@@ -50,7 +50,7 @@ from moecompile.nn.experts import RowExperts
 from moecompile.nn.identity import IdentityExperts
 from moecompile.nn.own_router import OwnCapacity, OwnRouter
 from moecompile.nn.padding import MaskRouting
-from moecompile.passes.base import GRAD_TOKEN, is_ours, op_name
+from moecompile.passes.base import GRAD_TOKEN, is_ours, op_name, reached
 from moecompile.plan import EXCHANGES, HALVES, LayerPlan
 from moecompile.plan.plan import DENSE, EXPERTS, INSIDE, ROUTER
 
@@ -892,14 +892,15 @@ class Typed:
         return made if len(made) > 1 else made[0]
 
     def _given(self, node: Node) -> Type:
-        """What the first op that knows its arguments reads it as (step 1)."""
-        for user in node.users:
+        """What the first op that knows its arguments reads it as (step 1), if need be in chunks."""
+        itself = reached([node], lambda each: (user for user in each.users if op_name(user) in _CHUNKED))
+        for user in (user for each in itself for user in each.users):
             call = self.call(user, typed=False)
             is_known = isinstance(call.module, tuple(MODULES)) or is_ours(user) or call.name.startswith(_BACKENDS)
             for (name, _), source in zip(call.inputs, call.sources, strict=True) if is_known else ():
-                if source is node and name.startswith(("ids", "kept")):
+                if source in itself and name.startswith(("ids", "kept")):
                     return _given_ids(self.layers[0], Type(holds="ids", same=self.same), node.name)
-                if source is node and name.startswith("weights"):
+                if source in itself and name.startswith("weights"):
                     return Type(holds="weights", same=self.same, choice=Choice("", node.name))
         return Type(holds="values", same=self.same)
 
@@ -966,15 +967,15 @@ class Typed:
 
     def _backward(self) -> set[Node]:
         """Step 4."""
-        reached: set[Node] = set()
+        found: set[Node] = set()
         for node in reversed(self.types):
-            if node.op == "output" or node in reached:
-                reached.update(self._gradients(node, reached))
+            if node.op == "output" or node in found:
+                found.update(self._gradients(node, found))
         for node in self.types:
             module = self.graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if isinstance(module, _TRAINED) and node not in reached:
+            if isinstance(module, _TRAINED) and node not in found:
                 raise Refused(f"{node.name} ({type(module).__name__}) gets no gradient from what the graph returns")
-        return reached
+        return found
 
     def _gradients(self, node: Node, reached: set[Node]) -> Iterator[Node]:
         """The inputs that a node passes a gradient to."""
@@ -1029,6 +1030,7 @@ def sum_axes(rows: Type, *, owned: tuple[Part, ...] = ()) -> tuple[str, ...]:
 # -- what a call is given -----------------------------------------------------------------------------------------------
 
 _BACKENDS = ("dispatch_tokens", "combine_tokens")
+_CHUNKED = ("split_tokens", "getitem")
 
 
 def _names(node: Node, module: nn.Module | None) -> Iterator[str]:
@@ -1066,7 +1068,7 @@ def _nodes(value: object) -> Iterator[Node]:
 
 def _split(typed: Typed, call: Call) -> list[Type]:
     (_, of), number = call.inputs[0], call.constants["num_chunks"]
-    if of.holds not in ("values", "weights", "ids") or of.form or of.wire:
+    if of.holds not in ("values", "weights", "ids") or of.form:
         raise call.refuse("cuts values, weights and ids into chunks", of)
     return [replace(of, at=(*of.at, Step("c", f"{i} of {number}"))) for i in range(number)]
 
