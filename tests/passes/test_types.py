@@ -1,0 +1,411 @@
+"""Types refuse what is wrong in a lowered graph, by themselves and without ranks, and nothing that is right."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import operator
+import re
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import fx
+
+from moecompile.errors import ConfigError, PassError, PlanError
+from moecompile.match.regions import Region
+from moecompile.mesh import MeshSpec
+from moecompile.passes.base import GraphPass, exchanges_of, experts_calls, op_name
+from moecompile.passes.delay_gradients import DelayWeightGradients
+from moecompile.passes.fuse import Fuse
+from moecompile.passes.lend import Lend
+from moecompile.passes.lower import Lower
+from moecompile.passes.overlap import Overlap
+from moecompile.passes.place import Place
+from moecompile.passes.rewrite import Rewrite
+from moecompile.passes.split_tokens import SplitTokens
+from moecompile.passes.types import ROWS, SHOWN, Typed, check_types, register_type
+from moecompile.plan import LayerPlan
+from tests.distributed import dispatch_job as job
+from tests.distributed.dispatch_job import Case
+from tests.tiny import COPY4, Gated, only_region, passed, plan_for
+
+ops = torch.ops.moecompile
+TWO = [*COPY4, "experts.num_shared=1", "mesh.ranks_per_node=2"]
+FOUR = [*COPY4, "experts.num_shared=1", "mesh.num_nodes=2", "mesh.ranks_per_node=2"]
+CHUNKS = ["dispatch.overlap=chunks", "dispatch.chunks=2"]
+GRAPHS = {
+    "local": COPY4,
+    "flat": [*TWO, "dispatch.kind=flat"],
+    "dedup": [*TWO, "dispatch.kind=dedup"],
+    "hierarchical": [*FOUR, "dispatch.kind=hierarchical"],
+    "allgather": [*FOUR, "dispatch.kind=allgather"],
+    "bf16": [*TWO, "dispatch.kind=dedup", "dispatch.wire_dtype=bf16"],
+    "flat in chunks": [*TWO, "dispatch.kind=flat", *CHUNKS],
+    "in chunks": [*TWO, "dispatch.kind=dedup", *CHUNKS],
+    "two levels in chunks": [*FOUR, "dispatch.kind=hierarchical", *CHUNKS],
+    "lends": [*COPY4, "mesh.ranks_per_node=2", "dispatch.kind=dedup", "dispatch.balance=lend", "dispatch.slots=2"],
+    "cut": [*COPY4, "experts.num_shared=1", "mesh.ranks_per_node=4", "dispatch.kind=dedup"],
+    "placed": [*TWO, "dispatch.kind=dedup"],
+}
+"""Overrides of small graphs; those whose name is in FUSED too."""
+STEPS: tuple[GraphPass, ...] = (Rewrite(), SplitTokens(), Place(), Lower(), Lend(), Overlap(), DelayWeightGradients())
+
+
+def graph_of(name: str) -> tuple[Region, LayerPlan]:
+    """`dedup`, or `dedup, fused`."""
+    kind, _, fused = name.partition(", ")
+    (layer,) = plan_for(Gated(), GRAPHS[kind]).layers
+    if kind == "cut":
+        layer = dataclasses.replace(layer, cut_over=("tp",))
+    if kind == "placed":
+        layer = dataclasses.replace(layer, placement=dataclasses.replace(layer.placement, order=(2, 0, 3, 1)))
+    layer = dataclasses.replace(layer, fused=bool(fused))
+    return passed(only_region(Gated()), layer, *STEPS, *((Fuse(),) if fused else ())), layer
+
+
+def named(graph: fx.Graph, op: str, which: int = 0) -> fx.Node:
+    return [node for node in graph.nodes if op_name(node) == op][which]
+
+
+def item(node: fx.Node, index: int) -> fx.Node:
+    return next(user for user in node.users if user.target is operator.getitem and user.args[1] == index)
+
+
+def drop(op: str, which: int = 0, argument: int = 0) -> Callable[[fx.Graph], None]:
+    def change(graph: fx.Graph) -> None:
+        node = named(graph, op, which)
+        node.replace_all_uses_with(node.args[argument])
+
+    return change
+
+
+def set_argument(op: str, index: int, value: object, which: int = 0) -> Callable[[fx.Graph], None]:
+    def change(graph: fx.Graph) -> None:
+        node = named(graph, op, which)
+        given = value(graph) if callable(value) else value
+        node.update_arg(index % len(node.args), given)
+
+    return change
+
+
+def before(op: str, index: int, make: Callable[[fx.Graph, fx.Node], fx.Node], which: int = 0) -> Callable[[fx.Graph], None]:
+    """Changes what an op is given."""
+
+    def change(graph: fx.Graph) -> None:
+        node = named(graph, op, which)
+        with graph.inserting_before(node):
+            made = make(graph, node.args[index])  # type: ignore[arg-type]
+        node.update_arg(index, made)
+
+    return change
+
+
+def call(target: Callable[..., object], *more: object) -> Callable[[fx.Graph, fx.Node], fx.Node]:
+    return lambda graph, node: graph.call_function(target, (node, *more))
+
+
+def of(op: str, index: int, which: int = 0) -> Callable[[fx.Graph], fx.Node]:
+    return lambda graph: item(named(graph, op, which), index)
+
+
+def argument(op: str, index: int, which: int = 0) -> Callable[[fx.Graph], fx.Node]:
+    return lambda graph: named(graph, op, which).args[index]  # type: ignore[return-value]
+
+
+def permuted_rows_to_experts(graph: fx.Graph) -> None:
+    named(graph, "experts").update_arg(0, item(named(graph, "permute"), 0))
+
+
+def counts_are_rows(graph: fx.Graph) -> None:
+    named(graph, "experts").update_arg(1, named(graph, "experts").args[0])
+
+
+def swap_directions(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if op_name(node) == "all_to_all":
+            node.update_arg(3, not node.args[3])
+
+
+def on_another_axis(graph: fx.Graph) -> None:
+    for node in exchanges_of(graph.owning_module):
+        node.args = (*node.args[:-1], "dp_shard")
+
+
+def levels_swapped(graph: fx.Graph) -> None:
+    other = {"ep_inter": "ep_intra", "ep_intra": "ep_inter"}
+    for node in graph.nodes:
+        if node.args and node.args[-1] in other:
+            node.args = (*node.args[:-1], other[node.args[-1]])
+
+
+def start_lost(graph: fx.Graph) -> None:
+    start = named(graph, "all_to_all_start", 1)
+    for user in list(start.users):
+        user.replace_all_uses_with(start.args[0])
+        graph.erase_node(user)
+    graph.erase_node(start)
+
+
+def wait_left_out(graph: fx.Graph) -> None:
+    wait = named(graph, "all_to_all_wait")
+    wait.replace_all_uses_with(wait.args[0].args[0].args[0])  # type: ignore[union-attr]
+    graph.erase_node(wait)
+
+
+def token_read(graph: fx.Graph) -> None:
+    wait = named(graph, "all_to_all_wait")
+    with graph.inserting_before(wait):
+        graph.call_function(torch.neg, (wait.args[0],))
+
+
+def counts_lost(graph: fx.Graph) -> None:
+    exchange = exchanges_of(graph.owning_module)[0]
+    for user in list(exchange.users):
+        user.replace_all_uses_with(exchange.args[0])
+        graph.erase_node(user)
+    graph.erase_node(exchange)
+
+
+def summed_twice(graph: fx.Graph) -> None:
+    combine = named(graph, "combine_rows")
+    with graph.inserting_after(combine):
+        again = graph.call_function(ops.combine_rows, (combine, *combine.args[1:]))
+    combine.replace_all_uses_with(again, lambda user: user is not again)
+
+
+def scattered_twice(graph: fx.Graph) -> None:
+    scatter = named(graph, "reduce_scatter")
+    with graph.inserting_after(scatter):
+        again = graph.call_function(ops.reduce_scatter, (scatter, scatter.args[-1]))
+    scatter.replace_all_uses_with(again, lambda user: user is not again)
+
+
+def weighted_twice(graph: fx.Graph) -> None:
+    """The routing weights are applied to each row, and again in the sum."""
+    reduce = named(graph, "reduce_rows")
+    with graph.inserting_before(reduce):
+        rows = graph.call_function(torch.mul, (reduce.args[0], reduce.args[1]))
+    reduce.update_arg(0, rows)
+
+
+def not_weighted(graph: fx.Graph) -> None:
+    """The outputs are summed as they are."""
+    reduce = named(graph, "reduce_rows")
+    with graph.inserting_before(reduce):
+        summed = graph.call_function(ops.sum_rows, (reduce.args[0], reduce.args[2], 4))
+    reduce.replace_all_uses_with(summed)
+
+
+def experts_left_out(graph: fx.Graph) -> None:
+    experts = named(graph, "experts")
+    experts.replace_all_uses_with(experts.args[0])
+
+
+def borrowed_left_out(graph: fx.Graph) -> None:
+    named(graph, "experts").kwargs = {}
+
+
+def weights_for_loans(graph: fx.Graph) -> None:
+    """Own experts are taken for borrowed ones."""
+    own = [node for node in graph.nodes if op_name(node) == "local_experts"]
+    named(graph, "experts").kwargs = {"borrowed": own}
+
+
+def residual_in_parts(graph: fx.Graph) -> None:
+    """What every rank adds to its part is added once for each rank."""
+    before("all_to_all", 0, lambda g, node: g.call_function(torch.add, (node, named(g, "all_to_all"))), 1)(graph)
+
+
+def chunks_swapped(op: str, index: int) -> Callable[[fx.Graph], None]:
+    def change(graph: fx.Graph) -> None:
+        one, other = named(graph, op, 0), named(graph, op, 1)
+        first, second = one.args[index], other.args[index]
+        one.update_arg(index, second)
+        other.update_arg(index, first)
+
+    return change
+
+
+def cat_reversed(graph: fx.Graph) -> None:
+    cat = named(graph, "cat")
+    cat.args = (list(reversed(cat.args[0])),)  # type: ignore[arg-type]
+
+
+def one_chunk_lost(graph: fx.Graph) -> None:
+    cat = named(graph, "cat")
+    cat.replace_all_uses_with(cat.args[0][0])  # type: ignore[index]
+
+
+def shared_experts_on_all_tokens(graph: fx.Graph) -> None:
+    """Their output is added after the join; each rank of the TP group would sum the same gradient."""
+    shared = named(graph, "shared_experts")
+    shared.args = (named(graph, "flatten_tokens"),)
+
+
+MUTATIONS: dict[str, tuple[str, Callable[[fx.Graph], None]]] = {
+    # from tests/passes
+    "lower: no dispatch (flat)": ("flat", drop("all_to_all")),
+    "lower: no combine (flat)": ("flat", drop("all_to_all", 1)),
+    "lower: no dispatch (dedup)": ("dedup", drop("all_to_all")),
+    "lower: no combine (dedup)": ("dedup", drop("all_to_all", 1)),
+    "lower: an exchange on another axis": ("flat", set_argument("all_to_all", -1, "dp_shard")),
+    "lower: rows of this rank's permute": ("flat", permuted_rows_to_experts),
+    "fuse: counts of a foreign order": ("dedup, fused", counts_are_rows),
+    "fuse: no combine": ("dedup, fused", drop("all_to_all", 1)),
+    "overlap: no start": ("in chunks", start_lost),
+    "overlap: no wait": ("in chunks", wait_left_out),
+    "overlap: a token is read": ("in chunks", token_read),
+    "delay: no exchange of counts": ("in chunks", counts_lost),
+    "split: whole ids": ("cut", set_argument("count_rows", 0, of("router", 1))),
+    "split: no join": ("cut", drop("join_tokens")),
+    "lend: no borrowed experts": ("lends", borrowed_left_out),
+    # more
+    "dispatch and combine swapped": ("dedup", swap_directions),
+    "all exchanges on an axis that owns no experts": ("dedup", on_another_axis),
+    "levels swapped": ("hierarchical", levels_swapped),
+    "one level left out": ("hierarchical", drop("all_to_all", 1)),
+    "second combine left out": ("hierarchical", drop("combine_rows", 0)),
+    "partial sums are not summed": ("dedup", drop("combine_rows")),
+    "partial sums are summed twice": ("dedup", summed_twice),
+    "sums are scattered twice": ("allgather", scattered_twice),
+    "sums are not scattered": ("allgather", drop("reduce_scatter")),
+    "a level is not gathered": ("allgather", drop("all_gather")),
+    "assignments stay": ("allgather", set_argument("take_local", 1, of("pad_tokens", 1))),
+    "routing weights twice": ("dedup", weighted_twice),
+    "no routing weights": ("dedup", not_weighted),
+    "routing weights of the sender": ("dedup", set_argument("reduce_rows", 1, of("pack_rows", 2))),
+    "experts left out": ("dedup", experts_left_out),
+    "order for source": ("dedup", set_argument("reduce_rows", 2, lambda graph: _made(graph, "expand_rows", 3))),
+    "source of the receiver": ("dedup", set_argument("combine_rows", 1, of("expand_rows", 2))),
+    "rows of assignments": ("dedup", set_argument("all_to_all", 2, 1)),
+    "experts of one rank": ("dedup", set_argument("expand_rows", 3, 4)),
+    "ranks of one node": ("dedup", set_argument("pack_rows", 4, 1)),
+    "table of the first level": ("hierarchical", set_argument("pack_rows", 5, of("read_tables", 0), 1)),
+    "a nonlinear function of partial sums": ("dedup", before("all_to_all", 0, call(torch.relu), 1)),
+    "values added to partial sums": ("dedup", residual_in_parts),
+    "partial sums returned": ("dedup", set_argument("unflatten_tokens", 0, argument("combine_rows", 0))),
+    "no regroup": ("flat", set_argument("experts", 0, argument("regroup", 0))),
+    "no ungroup": ("flat", drop("ungroup")),
+    "counts of this rank": ("flat", set_argument("regroup", 1, argument("exchange_counts", 0))),
+    "order of the receiver": ("flat", set_argument("unpermute", 1, of("regroup", 1))),
+    "rows not cast back": ("bf16", drop("wire_uncast")),
+    "rows not cast": ("bf16", drop("wire_cast")),
+    "tables of chunks swapped": ("in chunks", chunks_swapped("all_to_all_start", 1)),
+    "orders of chunks swapped": ("flat in chunks", chunks_swapped("unpermute", 1)),
+    "routing weights of chunks swapped": ("flat in chunks", chunks_swapped("unpermute", 2)),
+    "counts of chunks swapped": ("two levels in chunks", chunks_swapped("onward_counts", 0)),
+    "tickets swapped": ("in chunks", chunks_swapped("all_to_all_wait", 1)),
+    "chunks in another order": ("in chunks", cat_reversed),
+    "a chunk lost": ("in chunks", one_chunk_lost),
+    "own experts for borrowed ones": ("lends", weights_for_loans),
+    "ids for slots": ("lends", set_argument("count_rows", 0, argument("to_slots", 0))),
+    "ids for positions": ("placed", drop("place_ids")),
+    "placed twice": ("placed", before("count_rows", 0, call(ops.place_ids, [2, 0, 3, 1]))),
+    "tokens not cut": ("cut", set_argument("pack_rows", 0, named_flat := (lambda graph: named(graph, "flatten_tokens")))),
+    "shared experts on all tokens": ("cut", shared_experts_on_all_tokens),
+    "an average over ranks": ("dedup", before("unflatten_tokens", 0, call(ops.sum_ranks, "ep"))),
+    "a router without gradient": ("dedup", before("pack_rows", 1, call(torch.ops.aten.detach.default))),
+    "experts without gradient": ("dedup", before("unflatten_tokens", 0, call(torch.ops.aten.detach.default))),
+}  # fmt: skip
+
+
+def _made(graph: fx.Graph, op: str, index: int) -> fx.Node:
+    """An output that nothing reads yet."""
+    node = named(graph, op)
+    with graph.inserting_after(node):
+        return graph.call_function(operator.getitem, (node, index))
+
+
+def _scaled(graph: fx.Graph) -> None:
+    before("unpermute", 0, call(torch.mul, 2.0))(graph)
+
+
+def _another_order(graph: fx.Graph) -> None:
+    """What a start gives is the same; ranks agree, for the graph is the same everywhere."""
+    one, other = named(graph, "all_to_all_start", 0), named(graph, "all_to_all_start", 1)
+    table = named(graph, "all_to_all_wait")
+    table.prepend(one)
+    for user in list(one.users):
+        table.prepend(user)
+    assert other is not one
+
+
+def _token_forgotten(graph: fx.Graph) -> None:
+    experts = experts_calls(graph.owning_module)[1]
+    experts.kwargs = {key: value for key, value in experts.kwargs.items() if key != "grad_token"}
+
+
+def _two_tokens(graph: fx.Graph) -> None:
+    token = named(graph, "grad_token")
+    with graph.inserting_after(token):
+        graph.node_copy(token)
+
+
+def _token_early(graph: fx.Graph) -> None:
+    token, source = named(graph, "grad_token"), named(graph, "flatten_tokens")
+    for node in (token, *token.all_input_nodes):
+        source.append(node)
+
+
+def _another_placement(graph: fx.Graph) -> None:
+    set_argument("place_ids", 1, [0, 1, 3, 2])(graph)
+
+
+UNSEEN: dict[str, tuple[str, Callable[[fx.Graph], None], str]] = {
+    "lower: outputs doubled": ("flat", _scaled, "a number: what is scaled holds the same, at the same place"),
+    "overlap: another order": ("in chunks", _another_order, "an order of nodes in which every value is the same"),
+    "delay: a chunk without the token": ("in chunks", _token_forgotten, "its gradients are right, and later"),
+    "delay: two tokens": ("in chunks", _two_tokens, "nothing reads the second one"),
+    "delay: too early": ("in chunks", _token_early, "an order of nodes"),
+    "place: another placement": ("placed", _another_placement, "numbers: any list of positions is a placement"),
+}
+"""Mutations that types do not refuse, and why. `requires` and `ensures` of the passes refuse those of tests/passes."""
+
+
+@pytest.fixture(scope="module")
+def graphs() -> Iterator[Callable[[str], tuple[Region, LayerPlan]]]:
+    """Each small graph is made once, and copied."""
+    made: dict[str, tuple[Region, LayerPlan]] = {}
+
+    def copied(name: str) -> tuple[Region, LayerPlan]:
+        if name not in made:
+            made[name] = graph_of(name)
+        region, layer = made[name]
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(region.graph.graph, {}))
+        return region.with_graph(fx.GraphModule(region.graph, graph)), layer
+
+    yield copied
+
+
+Graphs = Callable[[str], tuple[Region, LayerPlan]]
+FUSED = ("local", "dedup", "hierarchical", "allgather", "in chunks", "lends", "cut", "placed")
+
+
+@pytest.mark.parametrize("name", [*GRAPHS, *(f"{name}, fused" for name in FUSED)])
+def test_what_is_right_has_types(graphs: Graphs, name: str) -> None:
+    region, layer = graphs(name)
+    check_types("test", region, [layer])
+    assert all(node.meta[SHOWN] for node in region.graph.graph.nodes)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_types_alone_refuse(graphs: Graphs, name: str) -> None:
+    kind, change = MUTATIONS[name]
+    region, layer = graphs(kind)
+    check_types("test", region, [layer])
+    change(region.graph.graph)
+    with pytest.raises(PassError, match="types do not fit: "):
+        check_types("test", region, [layer])
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_types_do_not_see(graphs: Graphs, name: str) -> None:
+    kind, change, _ = UNSEEN[name]
+    region, layer = graphs(kind)
+    shown = str(region.graph.graph)
+    change(region.graph.graph)
+    assert str(region.graph.graph) != shown
+    check_types("test", region, [layer])  # if this refuses it, the mutation belongs to MUTATIONS
