@@ -52,12 +52,12 @@ from moecompile.nn.own_router import OwnCapacity, OwnRouter
 from moecompile.nn.padding import MaskRouting
 from moecompile.passes.base import GRAD_TOKEN, is_ours, op_name, reached
 from moecompile.plan import EXCHANGES, HALVES, LayerPlan
-from moecompile.plan.plan import DENSE, EXPERTS, INSIDE, ROUTER
+from moecompile.plan.plan import DENSE, EXPERTS, HEADS, INSIDE, ROUTER, SPLIT
 
 SHOWN = "holds"
 """Key of a node's `meta`: its type in a few words, for listings."""
 
-# -- types --------------------------------------------------------------------------------------------------------------
+# -- types ------------------------------------------------------------------------------------------------------------
 
 HOLDS = {
     "values": "hidden states of tokens, or copies of them",
@@ -86,10 +86,12 @@ STEPS = {
     "b": "in a block as long as that of any rank",
     "t": "this rank's slice of the tokens",
     "c": "a chunk of the tokens",
+    "w": "this rank's columns, or heads",
+    "r": "a part on each rank of an axis, to be summed",
     "q": "packed or sorted",
 }
 """Letters of a place in a rule."""
-_FANS = frozenset("opsgb")  # steps that copy tokens, or leave some out: what comes back over them are parts
+_FANS = frozenset("opsgbr")  # steps that copy tokens, or leave some out: what comes back over them are parts
 _DUAL = {"values": "partial sums", "partial sums": "values", "outputs": "values", "weights": "weights"}
 _ON_TOKENS = frozenset(("values", "outputs", "partial sums", "weights", "ids", "codes"))
 _ROWS_OF_TOKENS = ("values", "outputs", "partial sums")
@@ -179,16 +181,23 @@ class Type:
 def _place_text(at: Place) -> str:
     where, more = "at its token", list[str]()
     for step in at:
+        end = "node" if step.axis.endswith("_inter") else "owner"
         if step.kind in "ps":
-            end = "node" if step.axis.endswith("_inter") else "owner"
             where, more = (
                 f"{'for' if step.kind == 'p' else 'at'} the {end}",
                 [word for word in more if word != "by expert"],
             )
+        elif step.kind == "q":
+            more.append("packed or by expert")
         else:
-            names = {"o": "by expert", "b": "in a block", "t": f"cut over {step.axis}", "c": f"chunk {step.axis}"}
-            more.append(names.get(step.kind, f"gathered over {step.axis}"))
+            more.append(_WORDS[step.kind].format(step.axis or "an axis"))
     return ", ".join([where, *more])
+
+
+_WORDS = {
+    "o": "by expert", "b": "in a block", "t": "cut over {}", "c": "chunk {}", "g": "gathered over {}",
+    "w": "columns over {}", "r": "parts over {}",
+}  # fmt: skip
 
 
 def dual(of: Type) -> Type:
@@ -206,7 +215,7 @@ def _is_apart(of: Type) -> bool:
     return any(step.kind in _FANS for step in of.at)
 
 
-# -- rules --------------------------------------------------------------------------------------------------------------
+# -- rules ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -359,7 +368,7 @@ def _check_state(call: Call) -> None:
             raise call.refuse(f"takes {on_tokens[0][0]} and {name} of the same tokens", on_tokens[0][1], got)
 
 
-# -- what else must hold of a call --------------------------------------------------------------------------------------
+# -- what else must hold of a call ------------------------------------------------------------------------------------
 
 
 def _one_choice(call: Call) -> None:
@@ -518,7 +527,7 @@ def _without_axis(of: Type) -> Type:
     return replace(of, axis="", parts=tuple(map(_without_axis, of.parts)))
 
 
-# -- what a result has beside its place ----------------------------------------------------------------------------------
+# -- what a result has beside its place -------------------------------------------------------------------------------
 
 
 def _counted(call: Call, made: Type) -> Type:
@@ -550,16 +559,13 @@ def _for_a_part(call: Call, made: Type) -> Type:
 
 def _of_rows(call: Call, made: Type) -> Type:
     """Rows of each expert that are here."""
-    number = call.constants.get("num_local", call.constants.get("num_experts"))
+    number = int(call.constants.get("num_local", call.constants.get("num_experts", 0)))
     return replace(made, number=number, form="") if made.holds == "counts" else made
 
 
 def _of_local_rows(call: Call, made: Type) -> Type:
-    return (
-        replace(made, number=made.number // call.layer.placement.ep, form="", axis="")
-        if made.holds == "counts"
-        else made
-    )
+    number = made.number // call.layer.placement.ep
+    return replace(made, number=number, form="") if made.holds == "counts" else made
 
 
 def _on_this_rank(call: Call, made: Type) -> Type:
@@ -581,6 +587,10 @@ def _cut(call: Call, made: Type) -> Type:
 
 def _joined(call: Call, made: Type) -> Type:
     return replace(made, same=call.inputs[1][1].same)
+
+
+def _joined_columns(call: Call, made: Type) -> Type:
+    return replace(made, same=(*made.same, call.axis))
 
 
 def _positions(call: Call, made: Type) -> Type:
@@ -623,7 +633,7 @@ def _given_ids(layer: LayerPlan, made: Type, name: str) -> Type:
     return replace(made, choice=Choice("", name), number=number)
 
 
-# -- the table ----------------------------------------------------------------------------------------------------------
+# -- the table --------------------------------------------------------------------------------------------------------
 
 _IDS = (_one_choice, _numbers)
 _ONCE = (_one_choice, _owner, _travels)
@@ -632,8 +642,8 @@ ROWS: dict[str, Row] = {
     "flatten_tokens": Row("rows X -> rows X", "rows X -> rows X"),
     "unflatten_tokens": Row("rows X, like X -> rows X", "rows X -> rows X"),
     "cut_tokens": Row(
-        "values X, weights X, ids X -> values X/t, weights X/t, ids X/t", "values X/t, weights X/t -> values X, weights X",
-        runs="gather_slices", checks=(_one_choice, _cuts), made=_cut,
+        "values X, weights X, ids X -> values X/t, weights X/t, ids X/t",
+        "values X/t, weights X/t -> values X, weights X", runs="gather_slices", checks=(_one_choice, _cuts), made=_cut,
     ),
     "join_tokens": Row(
         "values X/t, like X -> values X", "values X -> values X/t", runs="take_slice", checks=(_joins,), made=_joined
@@ -676,7 +686,7 @@ ROWS: dict[str, Row] = {
         "partial sums X/q/s/o -> partial sums X/q/s",
         runs="ungroup", checks=(_others_counts, _counted_by("count_experts"), _as_sorted), made=_of_local_rows,
     ),
-    "ungroup": Row("outputs X/o, order X/o -> outputs X", "values X -> values X/o"),
+    "ungroup": Row("rows X/o, order X/o -> rows X", "values X -> values X/o"),
     "expand_rows": Row(
         "values X, weights X, codes X -> values X/o, weights X/o, source X/o, order X/o, counts X/o",
         "partial sums X/o, weights X/o -> partial sums X, weights X", runs="sum_rows", checks=_IDS, made=_of_rows,
@@ -719,7 +729,9 @@ ROWS: dict[str, Row] = {
         "partial sums X/b, weights X/b -> partial sums X, weights X",
         runs="spread_tokens", checks=(_one_choice, _counted_by("count_gathered")),
     ),
-    "spread_tokens": Row("partial sums X/b, order X/b, like X -> partial sums X", "values X -> values X/b", runs="own_block"),
+    "spread_tokens": Row(
+        "partial sums X/b, order X/b, like X -> partial sums X", "values X -> values X/b", runs="own_block"
+    ),
     "all_gather": Row(
         "values X -> values X/g", "partial sums X/g -> partial sums X", runs="reduce_scatter", checks=(_owner, _levels),
         made=_as_sent,
@@ -739,8 +751,8 @@ ROWS: dict[str, Row] = {
         checks=(*_IDS, _others_counts, _counted_by("count_gathered"), _begins_there), made=_of_rows,
     ),
     "reduce_scatter": Row(
-        "partial sums X/g -> partial sums X", "values X -> values X/g", runs="all_gather", checks=(_owner, _gathered_over),
-        made=_as_sent,
+        "partial sums X/g -> partial sums X", "values X -> values X/g", runs="all_gather",
+        checks=(_owner, _gathered_over), made=_as_sent,
     ),
     # lending
     "gather_counts": Row(
@@ -748,6 +760,18 @@ ROWS: dict[str, Row] = {
         made=_from_all,
     ),
     "to_slots": Row("ids X, counts X/g, constant -> ids X, loans X", checks=(_one_choice,), made=_slots),
+    # what autograd runs
+    "sum_slots": Row("partial sums X/o, order X/o -> partial sums X"),
+    "sum_rows": Row("partial sums X/q, source X/q -> partial sums X"),
+    "gather_slices": Row("rows X/t -> rows X"),
+    "take_slice": Row("rows X -> rows X/t", checks=(_cuts,), made=_cut),
+    "own_block": Row("values X, order X/b -> values X/b"),
+    # between split linears
+    "cut_columns": Row(
+        "values X -> values X/w", "values X/w -> values X", runs="join_columns", checks=(_cuts,), made=_cut
+    ),
+    "join_columns": Row("values X/w -> values X", "values X -> values X/w", runs="cut_columns", made=_joined_columns),
+    "sum_ranks": Row("partial sums X/r -> partial sums X", "values X -> values X/r", made=_joined_columns),
     # a dispatch back end
     "dispatch_tokens": Row(
         "values X, ids X, weights X -> values X/p/s, ids X/p/s, weights X/p/s, handle X/p/s",
@@ -783,6 +807,16 @@ MODULES: dict[type[nn.Module], Row] = {
 }  # fmt: skip
 """Modules of MoE layers. Other modules follow the rule for ops on tokens."""
 
+
+def table() -> str:
+    """All rules as a Markdown table, an op a row."""
+    rows = {f"`{name}`": row for name, row in ROWS.items()} | {kind.__name__: row for kind, row in MODULES.items()}
+    lines = ["| op or module | takes -> gives | gradients | autograd runs |", "|---|---|---|---|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {row.forward} | {row.backward} | {f'`{row.runs}`' if row.runs else ''} |")
+    return "\n".join(lines) + "\n"
+
+
 _ON_THE_WIRE = frozenset((
     "wire_cast", "wire_uncast", "all_to_all", "all_to_all, reversed", "all_gather", "reduce_scatter",
     "dispatch_tokens", "combine_tokens",
@@ -794,7 +828,7 @@ def register_type(op: Callable[..., Any], forward: str, backward: str = "") -> R
     """Says what an op of yours takes and gives, for graphs that passes after `lower` insert it in.
 
     Args:
-        op: a function or an op of `torch.ops`. forward, backward: as in a row of the table, see `docs/understand/types.md`.
+        op: a function or an op of `torch.ops`. forward, backward: as in a row of the table (docs/understand/types.md).
 
     Returns:
         A handle, as from `register_pattern`.
@@ -820,7 +854,7 @@ def _name_of(op: Any) -> str:
     return getattr(op, "__name__", str(op)).split(".")[0]
 
 
-# -- the checker --------------------------------------------------------------------------------------------------------
+# -- the checker ------------------------------------------------------------------------------------------------------
 
 
 def check_types(name: str, region: Region, layers: Sequence[LayerPlan]) -> None:
@@ -868,20 +902,14 @@ class Typed:
     # forward
 
     def _type_of(self, node: Node) -> Type | list[Type]:
-        if node.op == "placeholder":
-            return self._given(node)
-        if node.op == "get_attr":
-            return Type(holds="parameters")
-        if node.op == "output":
-            return self._returned(node)
+        if node.op in ("placeholder", "get_attr", "output"):
+            return {"placeholder": self._given, "get_attr": _weight, "output": self._returned}[node.op](node)
         if node.target is operator.getitem and isinstance(made := self.types[node.all_input_nodes[0]], list):
             return made[node.args[1]]  # type: ignore[index]
         call = self.call(node)
         if (special := _SPECIAL.get(call.name)) is not None and (call.name != "cat" or _is_chunks(call)):
             return special(self, call)
-        if isinstance(call.module, RowExperts):
-            return self._experts(call)
-        return self.by_row(call)
+        return self._experts(call) if isinstance(call.module, RowExperts) else self.by_row(call)
 
     def by_row(self, call: Call) -> Type | list[Type]:
         """What a call returns by its row, or by the rule for ops on tokens."""
@@ -1000,16 +1028,15 @@ class Typed:
         for node in self.types:
             if node.op != "call_module" or not any(True for _ in self._weights(node)):
                 continue
-            module = self.graph_module.get_submodule(str(node.target))
-            rows = [
-                of
-                for source in node.all_input_nodes
-                if isinstance(of := self.types[source], Type) and of.holds in _ON_TOKENS
-            ]
+            given = (self.types[source] for source in node.all_input_nodes)
+            rows = next(of for of in given if isinstance(of, Type) and of.holds in _ON_TOKENS)
+            module, is_cut = (
+                self.graph_module.get_submodule(str(node.target)),
+                any(step.kind == "t" for step in rows.at),
+            )
             kind = EXPERTS if isinstance(module, RowExperts) else ROUTER if isinstance(module, Router) else DENSE
-            is_cut = any(step.kind == "t" for step in rows[0].at)
             kind = INSIDE if kind == DENSE and is_cut else kind
-            found[str(node.target)] = kind, sum_axes(rows[0], owned=(Part.EXPERTS,) if kind == EXPERTS else ())
+            found[str(node.target)] = kind, sum_axes(rows, owned=(Part.EXPERTS,) if kind == EXPERTS else ())
         return found
 
     def _weights(self, node: Node) -> Iterator[object]:
@@ -1020,24 +1047,41 @@ class Typed:
 def sum_axes(rows: Type, *, owned: tuple[Part, ...] = ()) -> tuple[str, ...]:
     """Axes over which the gradient of a weight is summed that is used on these rows.
 
-    All along which ranks have other rows, except those that own it. Rows at the owner are of the ranks of the experts'
-    factorization; those of tokens, of the dense one.
+    All along which ranks have other rows, except those that own it. Experts count in their own factorization.
     """
-    axes = expert_axes() if owned == (Part.EXPERTS,) else dense_axes()
+    axes = expert_axes() if Part.EXPERTS in owned else dense_axes()
     return tuple(axis for axis in axes if axis not in rows.same and axis not in axes_that_split(*owned))
 
 
-# -- what a call is given -----------------------------------------------------------------------------------------------
+def sums_outside(cut_over: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Class in the plan -> the axes to sum over, of weights outside of MoE layers.
+
+    Args:
+        cut_over: the axes along which ranks have the same tokens there.
+    """
+    tokens = Type(holds="values", same=cut_over)
+    heads = Type(holds="values", at=(Step("w", *cut_over),))
+    found = {DENSE: sum_axes(tokens)}
+    if cut_over:
+        found |= {SPLIT: sum_axes(heads, owned=(Part.WEIGHTS,)), HEADS: sum_axes(heads)}
+    return found
+
+
+# -- what a call is given ---------------------------------------------------------------------------------------------
 
 _BACKENDS = ("dispatch_tokens", "combine_tokens")
 _CHUNKED = ("split_tokens", "getitem")
+
+
+def _weight(node: Node) -> Type:
+    return Type(holds="parameters")
 
 
 def _names(node: Node, module: nn.Module | None) -> Iterator[str]:
     """Names of positional arguments; the last one is that of all that follow."""
     names: list[str] = []
     if module is not None:
-        names = [each for each in _parameters(type(module)) if each != "mode"]
+        names = [each for each in _parameters(type(module).forward) if each != "mode"]
     elif is_ours(node):
         names = [each.name for each in node.target.default._schema.arguments]  # type: ignore[union-attr]
     elif callable(node.target) and op_name(node).startswith(_BACKENDS):
@@ -1047,8 +1091,8 @@ def _names(node: Node, module: nn.Module | None) -> Iterator[str]:
 
 
 @cache
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+def _parameters(forward: Callable[..., object]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _nodes(value: object) -> Iterator[Node]:
@@ -1063,7 +1107,7 @@ def _nodes(value: object) -> Iterator[Node]:
         yield from _nodes([value.start, value.stop, value.step])
 
 
-# -- ops that no row describes ------------------------------------------------------------------------------------------
+# -- ops that no row describes ----------------------------------------------------------------------------------------
 
 
 def _split(typed: Typed, call: Call) -> list[Type]:
@@ -1110,7 +1154,7 @@ def _counts_of_chunk(typed: Typed, call: Call) -> Type:
     (_, of), number = call.inputs[0], call.constants["num_chunks"]
     if len(of.parts) != number or not 0 <= call.constants["chunk"] < number:
         raise call.refuse(f"takes counts of {number} chunks", of)
-    return of.parts[call.constants["chunk"]]
+    return of.parts[int(call.constants["chunk"])]
 
 
 def _local_weights(typed: Typed, call: Call) -> Type:
@@ -1205,7 +1249,7 @@ def _dense(typed: Typed, call: Call) -> Type:
     return first
 
 
-# -- experts, and the backward of a row ---------------------------------------------------------------------------------
+# -- experts, and the backward of a row -------------------------------------------------------------------------------
 
 
 def _check_experts(call: Call, counts: Type, borrowed: Sequence[Type], *, is_placed: bool) -> None:

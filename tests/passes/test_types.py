@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import operator
-import re
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import fx
 
-from moecompile.errors import ConfigError, PassError, PlanError
+from moecompile.errors import ConfigError, PassError
 from moecompile.match.regions import Region
 from moecompile.mesh import MeshSpec
 from moecompile.passes.base import GraphPass, exchanges_of, experts_calls, op_name
@@ -25,8 +22,8 @@ from moecompile.passes.overlap import Overlap
 from moecompile.passes.place import Place
 from moecompile.passes.rewrite import Rewrite
 from moecompile.passes.split_tokens import SplitTokens
-from moecompile.passes.types import ROWS, SHOWN, Typed, check_types, register_type
-from moecompile.plan import LayerPlan
+from moecompile.passes.types import ROWS, SHOWN, Typed, check_types, register_type, sums_outside
+from moecompile.plan import LayerPlan, plan, reductions
 from tests.distributed import dispatch_job as job
 from tests.distributed.dispatch_job import Case
 from tests.tiny import COPY4, Gated, only_region, passed, plan_for
@@ -90,7 +87,9 @@ def set_argument(op: str, index: int, value: object, which: int = 0) -> Callable
     return change
 
 
-def before(op: str, index: int, make: Callable[[fx.Graph, fx.Node], fx.Node], which: int = 0) -> Callable[[fx.Graph], None]:
+def before(
+    op: str, index: int, make: Callable[[fx.Graph, fx.Node], fx.Node], which: int = 0
+) -> Callable[[fx.Graph], None]:
     """Changes what an op is given."""
 
     def change(graph: fx.Graph) -> None:
@@ -303,7 +302,7 @@ MUTATIONS: dict[str, tuple[str, Callable[[fx.Graph], None]]] = {
     "ids for slots": ("lends", set_argument("count_rows", 0, argument("to_slots", 0))),
     "ids for positions": ("placed", drop("place_ids")),
     "placed twice": ("placed", before("count_rows", 0, call(ops.place_ids, [2, 0, 3, 1]))),
-    "tokens not cut": ("cut", set_argument("pack_rows", 0, named_flat := (lambda graph: named(graph, "flatten_tokens")))),
+    "tokens not cut": ("cut", set_argument("pack_rows", 0, lambda graph: named(graph, "flatten_tokens"))),
     "shared experts on all tokens": ("cut", shared_experts_on_all_tokens),
     "an average over ranks": ("dedup", before("unflatten_tokens", 0, call(ops.sum_ranks, "ep"))),
     "a router without gradient": ("dedup", before("pack_rows", 1, call(torch.ops.aten.detach.default))),
@@ -409,3 +408,151 @@ def test_what_types_do_not_see(graphs: Graphs, name: str) -> None:
     change(region.graph.graph)
     assert str(region.graph.graph) != shown
     check_types("test", region, [layer])  # if this refuses it, the mutation belongs to MUTATIONS
+
+
+# -- every kind of dispatch, and back ends ---------------------------------------------------------------------------
+
+MESHES = (MeshSpec(num_nodes=2, ranks_per_node=2, ep=4), MeshSpec(ranks_per_node=2, ep=2))
+VARIANTS: dict[str, dict[str, object]] = {
+    "as it is": {},
+    "drops": {"routing": "drops"},
+    "in chunks": {"chunks": 3},
+    "in flight": {"chunks": 1, "wire_dtype": "bf16"},
+    "placed": {"placed": True, "chunks": 2},
+    "lends": {"slots": 2, "loan_rows": (1, 1), "placed": True},
+    "lends in chunks": {"slots": 1, "chunks": 2, "routing": "drops"},
+    "back end": {"backend": "tests.backends:in_flight", "wire_dtype": "bf16", "routing": "drops"},
+    "back end in chunks": {"backend": "tests.backends:in_flight", "chunks": 2, "slots": 1},
+    "experts elsewhere": {"experts_backend": "tests.backends:one_by_one"},
+}
+CANNOT = {("flat", "experts elsewhere"), *(("flat", name) for name in VARIANTS if name.startswith("back"))}
+CANNOT |= {("allgather", name) for name in VARIANTS if name not in ("as it is", "drops", "experts elsewhere")}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_dispatch_has_types(variant: str) -> None:
+    options = dict(VARIANTS[variant])
+    is_placed = options.pop("placed", False)
+    for mesh in MESHES:
+        for kind in job.kinds_on(mesh):
+            if (kind, variant) in CANNOT:
+                continue
+            order = tuple(reversed(range(2 * mesh.ep))) if is_placed else ()
+            case = Case(kind=kind, mesh=mesh, experts_per_rank=2, top_k=2, tokens=(3,) * 4, order=order, **options)  # type: ignore[arg-type]
+            graph = job.lowered(case, 0)
+            check_types("test", Region(path="", graph=graph, module=graph, matches={}), [case.layer()])
+
+
+# -- backward --------------------------------------------------------------------------------------------------------
+
+
+def _with_gradients(side: str) -> list[str]:
+    """The patterns of what has gradients, in terms of any packing."""
+    found = [word.strip().removesuffix("?") for word in side.split(",")]
+    kinds = ("values", "outputs", "partial sums", "rows")
+    return [word.replace("/p", "/q").replace("/o", "/q").replace("Y", "X") for word in found if word.startswith(kinds)]
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.runs in ROWS])
+def test_the_dual_of_a_row_is_the_row_that_autograd_runs(name: str) -> None:
+    """`combine` for a dispatch: what is typed as its backward is what the op that autograd runs takes and gives."""
+    row = ROWS[name]
+    for mine, its in zip(row.backward.split("->"), ROWS[row.runs].forward.split("->"), strict=True):
+        theirs, wanted = _with_gradients(its), _with_gradients(mine.replace("X/q/s", "X") if name == "regroup" else mine)
+        if not wanted:  # routing weights alone, which travel as one column
+            continue
+        holds = theirs[0].split()[0]
+        assert len(theirs) == len(wanted) == 1
+        assert theirs[0].split()[-1] == wanted[0].split()[-1]
+        assert holds == "rows" or theirs[0].rsplit(" ", 1)[0] == wanted[0].rsplit(" ", 1)[0]
+
+
+# -- sums of gradients -----------------------------------------------------------------------------------------------
+
+GIVEN = (
+    MeshSpec(),
+    MeshSpec(ranks_per_node=4),
+    MeshSpec(ranks_per_node=4, ep=4),
+    MeshSpec(ranks_per_node=4, ep=2),
+    MeshSpec(num_nodes=2, ranks_per_node=4, ep=2, dp_replicate=2),
+    MeshSpec(num_nodes=2, ranks_per_node=4, ep=8),
+    MeshSpec(ranks_per_node=4, tp=2, ep=4),
+    MeshSpec(ranks_per_node=4, tp=2, ep=2),
+    MeshSpec(ranks_per_node=4, tp=2),
+    MeshSpec(num_nodes=2, ranks_per_node=4, tp=2, ep=2, dp_replicate=2),
+    MeshSpec(ranks_per_node=4, cp=2, ep=4),
+    MeshSpec(num_nodes=2, ranks_per_node=4, cp=4, ep=2),
+    MeshSpec(num_nodes=256, ranks_per_node=8, ep=64),
+    MeshSpec(num_nodes=256, ranks_per_node=8, ep=64, tp=4, dp_replicate=4),
+)
+
+
+def differing(mesh: MeshSpec, typed: Typed, cut_over: tuple[str, ...]) -> list[str]:
+    """Classes of weights whose gradients the plan does not sum over the axes that types say."""
+    wanted = dict(typed.sums().values()) | sums_outside(cut_over)
+    planned = {each.parameters: each.sum_over for each in reductions(mesh)}
+    assert set(wanted) == set(planned)
+    return [kind for kind, axes in wanted.items() if planned[kind] != mesh.axes(*axes)]
+
+
+@pytest.mark.parametrize("mesh", GIVEN, ids=lambda mesh: mesh.setting("dp_replicate", "dp_shard", "cp", "tp", "ep"))
+def test_the_planned_reductions_follow_from_types(graphs: Graphs, mesh: MeshSpec) -> None:
+    """At any number of ranks: a type knows axes, not sizes."""
+    kind = "cut" if mesh.tp > 1 else "dedup"
+    region, layer = graphs(kind)
+    assert differing(mesh, Typed(region.graph, [layer]), layer.cut_over) == []
+
+
+WRONG = {
+    "routers are not summed": ("router", {"split": ()}),
+    "routers are summed over tp": ("router", {"split": (*plan._TOKENS, plan.Part.TOKENS)}),
+    "shared experts are not summed over tp": ("inside MoE layers", {"split": plan._TOKENS}),
+    "norms of heads are not summed over tp": ("norms of heads", {"split": plan._TOKENS}),
+    "experts are summed over ep": ("experts", {"split": (*plan._TOKENS, plan.Part.EXPERTS), "owned": ()}),
+    "experts are not summed over edp": ("experts", {"split": plan._TOKENS}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_reductions_are_seen(graphs: Graphs, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    kind, change = WRONG[name]
+    classes = tuple(dataclasses.replace(each, **change) if each.name == kind else each for each in plan._CLASSES)
+    monkeypatch.setattr(plan, "_CLASSES", classes)
+    region, layer = graphs("cut")
+    mesh = MeshSpec(num_nodes=2, ranks_per_node=4, tp=2, ep=2)
+    found = differing(mesh, Typed(region.graph, [layer]), layer.cut_over)
+    assert found == [kind]
+
+
+# -- a user's op -----------------------------------------------------------------------------------------------------
+
+
+def smoothed(rows: torch.Tensor) -> torch.Tensor:
+    """Mixes rows, so it is not pointwise."""
+    return rows.softmax(0)
+
+
+def _with_smoothed(region: Region) -> Region:
+    before("pack_rows", 0, call(smoothed))(region.graph.graph)
+    before("combine_rows", 0, call(smoothed))(region.graph.graph)
+    return region
+
+
+def test_an_op_without_a_rule_may_read_tokens_alone(graphs: Graphs) -> None:
+    region, layer = graphs("dedup")
+    with pytest.raises(PassError, match=r"smoothed_1 \(smoothed\) has no rule \(moecompile.register_type\)"):
+        check_types("mine", _with_smoothed(region), [layer])
+
+
+def test_a_rule_can_be_given(graphs: Graphs) -> None:
+    region, layer = graphs("dedup")
+    region = _with_smoothed(region)
+    with register_type(smoothed, "rows X -> rows X", "rows X -> rows X"):
+        check_types("mine", region, [layer])
+        with pytest.raises(ConfigError, match="op=smoothed: has a rule already"):
+            register_type(smoothed, "rows X -> rows X")
+    with register_type(smoothed, "values X -> values X"), pytest.raises(PassError, match="takes as input values at its token, and is given partial sums"):
+        check_types("mine", region, [layer])
+    for rule in ("values X", "apples X -> values X", "values x -> values X"):
+        with pytest.raises(ConfigError, match="must be like"):
+            register_type(smoothed, rule)
