@@ -36,6 +36,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 from torch.utils.hooks import RemovableHandle
@@ -871,7 +872,7 @@ def check_types(name: str, region: Region, layers: Sequence[LayerPlan]) -> None:
     except Refused as error:
         raise PassError(name, layers[0].site.fqn, f"types do not fit: {error}") from error
     for node, of in typed.types.items():
-        node.meta[SHOWN] = "; ".join(map(str, of)) if isinstance(of, list) else str(of)
+        node.meta[SHOWN] = str(of) if isinstance(of, Type) and node.op != "output" else ""
 
 
 class Refused(Exception):
@@ -1232,14 +1233,14 @@ def _dense(typed: Typed, call: Call) -> Type:
         weights = [of for _, of in call.inputs if of.holds == "parameters"]
         return Type(holds="parameters" if weights and name not in _SIZES else "constant")
     _check_state(call)
-    first, is_pointwise_here = data[0], is_pointwise(call.node, typed.graph_module.get_submodule)
+    first, is_by_entry = data[0], is_pointwise(call.node, typed.graph_module.get_submodule) or _is_tagged(name)
     alike = all(replace(of, choice=None) == replace(first, choice=None) for of in data)
     if all(of.holds in ("values", "weights") and not _is_apart(of) for of in data):
         if any(of.at != first.at for of in data):
             raise call.refuse("computes on tokens of one place", *data)
-        return first if alike and is_pointwise_here else Type(holds="values", at=first.at, same=first.same)
+        return first if alike and is_by_entry else Type(holds="values", at=first.at, same=first.same)
     is_row_wise = call.module is not None and len(call.inputs) == 1 and first.holds == "outputs"
-    if not (is_pointwise_here or is_row_wise) or first.holds not in _ON_TOKENS - {"ids", "codes"}:
+    if not (is_by_entry or is_row_wise) or first.holds not in _ON_TOKENS - {"ids", "codes"}:
         raise call.refuse("has no rule (moecompile.register_type) for what is not values of tokens", *data)
     if not alike:
         raise call.refuse("computes on what is alike", *data)
@@ -1247,6 +1248,14 @@ def _dense(typed: Typed, call: Call) -> Type:
     if first.holds == "partial sums" and not is_sum and not (name in _LINEAR and len(data) == 1):
         raise call.refuse("is not linear, so it needs whole values", *data)
     return first
+
+
+@cache
+def _is_tagged(name: str) -> bool:
+    """Whether torch says of the op of this name that it maps each entry by itself."""
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = packet.overloads() if packet is not None else ()
+    return any(torch.Tag.pointwise in getattr(packet, each).tags for each in overloads)
 
 
 # -- experts, and the backward of a row -------------------------------------------------------------------------------

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moecompile.errors import ConfigError, PassError
 from moecompile.match.regions import Region
@@ -21,12 +27,13 @@ from moecompile.passes.lower import Lower
 from moecompile.passes.overlap import Overlap
 from moecompile.passes.place import Place
 from moecompile.passes.rewrite import Rewrite
+from moecompile.passes.shard import bind_axes, device_mesh_of
 from moecompile.passes.split_tokens import SplitTokens
 from moecompile.passes.types import ROWS, SHOWN, Typed, check_types, register_type, sums_outside
 from moecompile.plan import LayerPlan, plan, reductions
 from tests.distributed import dispatch_job as job
 from tests.distributed.dispatch_job import Case
-from tests.tiny import COPY4, Gated, only_region, passed, plan_for
+from tests.tiny import COPY4, Gated, fake_rank, only_region, passed, plan_for
 
 ops = torch.ops.moecompile
 TWO = [*COPY4, "experts.num_shared=1", "mesh.ranks_per_node=2"]
@@ -387,7 +394,8 @@ FUSED = ("local", "dedup", "hierarchical", "allgather", "in chunks", "lends", "c
 def test_what_is_right_has_types(graphs: Graphs, name: str) -> None:
     region, layer = graphs(name)
     check_types("test", region, [layer])
-    assert all(node.meta[SHOWN] for node in region.graph.graph.nodes)
+    shown = {op_name(node): node.meta[SHOWN] for node in region.graph.graph.nodes}
+    assert shown["x"] == f"values at its token{', the same over tp' * (name.startswith('cut'))}"
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -458,13 +466,58 @@ def test_the_dual_of_a_row_is_the_row_that_autograd_runs(name: str) -> None:
     """`combine` for a dispatch: what is typed as its backward is what the op that autograd runs takes and gives."""
     row = ROWS[name]
     for mine, its in zip(row.backward.split("->"), ROWS[row.runs].forward.split("->"), strict=True):
-        theirs, wanted = _with_gradients(its), _with_gradients(mine.replace("X/q/s", "X") if name == "regroup" else mine)
+        theirs, wanted = (
+            _with_gradients(its),
+            _with_gradients(mine.replace("X/q/s", "X") if name == "regroup" else mine),
+        )
         if not wanted:  # routing weights alone, which travel as one column
             continue
         holds = theirs[0].split()[0]
         assert len(theirs) == len(wanted) == 1
         assert theirs[0].split()[-1] == wanted[0].split()[-1]
         assert holds == "rows" or theirs[0].rsplit(" ", 1)[0] == wanted[0].rsplit(" ", 1)[0]
+
+
+class _Ops(TorchDispatchMode):
+    """Names of our ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(op).startswith("moecompile"):
+            is_back = str(op).startswith("moecompile.all_to_all.") and args[3]
+            self.seen.append(op.name().split("::")[1] + ", reversed" * is_back)
+        return op(*args, **(kwargs or {}))
+
+
+def _cut_and_joined(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, axis: str) -> torch.Tensor:
+    own, own_weights, _ = ops.cut_tokens(x, weights, ids, axis)
+    out: torch.Tensor = ops.join_tokens(own * own_weights.sum(1, keepdim=True), x, axis)
+    return ops.join_columns(ops.cut_columns(out[:, :4], axis), axis)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [*job.KINDS, "slices"])
+def test_autograd_runs_what_the_table_says(kind: str) -> None:
+    """On a rank of others that do not exist, without values."""
+    case = Case(
+        kind="dedup" if kind == "slices" else kind, mesh=MESHES[0], experts_per_rank=2, top_k=2, tokens=(8,) * 4
+    )
+    graph = job.lowered(case, 0)
+    with fake_rank(0, 4):
+        device_mesh = device_mesh_of(case.mesh, "cpu")
+        bind_axes(graph, device_mesh)
+        run = functools.partial(_cut_and_joined, axis=device_mesh.get_group("ep").group_name)
+        with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode:
+            x, weights = (mode.from_tensor(tensor.requires_grad_()) for tensor in case.inputs(0)[:2])
+            with _Ops() as log:
+                out = (run if kind == "slices" else graph)(x, mode.from_tensor(case.ids(0)), weights)
+                forward, log.seen = log.seen, []
+                out.sum().backward()
+    expected = Counter(row.runs for name in forward if (row := ROWS.get(name)) and row.runs and row.runs != "combine")
+    assert expected
+    assert expected <= Counter(log.seen)
 
 
 # -- sums of gradients -----------------------------------------------------------------------------------------------
@@ -551,7 +604,10 @@ def test_a_rule_can_be_given(graphs: Graphs) -> None:
         check_types("mine", region, [layer])
         with pytest.raises(ConfigError, match="op=smoothed: has a rule already"):
             register_type(smoothed, "rows X -> rows X")
-    with register_type(smoothed, "values X -> values X"), pytest.raises(PassError, match="takes as input values at its token, and is given partial sums"):
+    with (
+        register_type(smoothed, "values X -> values X"),
+        pytest.raises(PassError, match="takes as input values at its token, and is given partial sums"),
+    ):
         check_types("mine", region, [layer])
     for rule in ("values X", "apples X -> values X", "values x -> values X"):
         with pytest.raises(ConfigError, match="must be like"):
