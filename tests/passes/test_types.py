@@ -34,6 +34,7 @@ from moecompile.plan import LayerPlan, plan, reductions
 from tests.distributed import dispatch_job as job
 from tests.distributed.dispatch_job import Case
 from tests.tiny import COPY4, Gated, fake_rank, only_region, passed, plan_for
+from tests.verify import test_certify, test_context
 
 ops = torch.ops.moecompile
 TWO = [*COPY4, "experts.num_shared=1", "mesh.ranks_per_node=2"]
@@ -368,6 +369,26 @@ UNSEEN: dict[str, tuple[str, Callable[[fx.Graph], None], str]] = {
     "place: another placement": ("placed", _another_placement, "numbers: any list of positions is a placement"),
 }
 """Mutations that types do not refuse, and why. `requires` and `ensures` of the passes refuse those of tests/passes."""
+
+
+OF_VERIFY = {
+    **dict.fromkeys(
+        ("expert_gradients_times_ep", "divided_by_own_tokens", "norm_of_one_rank", "loads_counted_twice", "loads_of_one_rank",
+         "idle_experts_without_gradient", "aux_loss_not_flowing", "aux_loss_times_ep", "cp_gradients_divided_twice",
+         "auxiliary_losses_by_own_tokens"), "the strategy, after backward"),
+    **dict.fromkeys(("muon_of_a_shard", "groups_forgotten"), "the optimizer"),
+    **dict.fromkeys(("experts_swapped", "experts_of_rank_0_everywhere"), "what a rank stores"),
+    **dict.fromkeys(("experts_lost_in_checkpoint", "experts_of_rank_0_in_checkpoint"), "what a checkpoint stores"),
+    **dict.fromkeys(("same_batch_on_peers", "targets_shifted_within_a_rank"), "what a rank reads"),
+    "loads_counted_again_in_recomputation": "when a meter counts",
+    "router_not_summed": "the strategy; that the plan sums it follows from types",
+}  # fmt: skip
+"""The mutations of `task=verify`'s tests, and what each changes: none changes a graph."""
+
+
+def test_no_mutation_of_verify_changes_a_graph() -> None:
+    """A new one that does belongs to MUTATIONS or UNSEEN."""
+    assert {mutation.__name__ for mutation in (*test_certify.MUTATIONS, *test_context.MUTATIONS)} == set(OF_VERIFY)
 
 
 @pytest.fixture(scope="module")
