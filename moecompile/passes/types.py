@@ -1061,7 +1061,7 @@ def sums_outside(cut_over: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
         cut_over: the axes along which ranks have the same tokens there.
     """
     tokens = Type(holds="values", same=cut_over)
-    heads = Type(holds="values", at=(Step("w", *cut_over),))
+    heads = Type(holds="values", at=(Step("w", ", ".join(cut_over)),))
     found = {DENSE: sum_axes(tokens)}
     if cut_over:
         found |= {SPLIT: sum_axes(heads, owned=(Part.WEIGHTS,)), HEADS: sum_axes(heads)}

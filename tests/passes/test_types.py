@@ -7,6 +7,7 @@ import functools
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -389,6 +390,15 @@ OF_VERIFY = {
 def test_no_mutation_of_verify_changes_a_graph() -> None:
     """A new one that does belongs to MUTATIONS or UNSEEN."""
     assert {mutation.__name__ for mutation in (*test_certify.MUTATIONS, *test_context.MUTATIONS)} == set(OF_VERIFY)
+
+
+def test_the_page_has_the_numbers() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "understand" / "types.md").read_text(encoding="utf-8")
+    assert f"in {len(MUTATIONS)} ways" in page
+    assert f"None of the {len(OF_VERIFY)} mutations" in page
+    assert "Six others" in page
+    assert "six wrong tables" in page
+    assert len(UNSEEN) == len(WRONG) == 6
 
 
 @pytest.fixture(scope="module")
