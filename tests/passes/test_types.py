@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import moecompile
 from moecompile.errors import ConfigError, PassError
 from moecompile.match.regions import Region
 from moecompile.mesh import MeshSpec
@@ -34,7 +35,7 @@ from moecompile.passes.types import ROWS, SHOWN, Typed, check_types, register_ty
 from moecompile.plan import LayerPlan, plan, reductions
 from tests.distributed import dispatch_job as job
 from tests.distributed.dispatch_job import Case
-from tests.tiny import COPY4, Gated, fake_rank, only_region, passed, plan_for
+from tests.tiny import COPY4, Gated, config, fake_rank, only_region, passed, plan_for, trace
 from tests.verify import test_certify, test_context
 
 ops = torch.ops.moecompile
@@ -480,6 +481,41 @@ def test_every_dispatch_has_types(variant: str) -> None:
             case = Case(kind=kind, mesh=mesh, experts_per_rank=2, top_k=2, tokens=(3,) * 4, order=order, **options)  # type: ignore[arg-type]
             graph = job.lowered(case, 0)
             check_types("test", Region(path="", graph=graph, module=graph, matches={}), [case.layer()])
+
+
+# -- two layers in one graph -----------------------------------------------------------------------------------------
+
+
+def _other_table(graph: fx.Graph) -> None:
+    named(graph, "all_to_all", 2).update_arg(1, named(graph, "all_to_all", 0).args[1])
+
+
+def _other_counts(graph: fx.Graph) -> None:
+    named(graph, "regroup", 1).update_arg(1, named(graph, "regroup", 0).args[1])
+
+
+def _other_order(graph: fx.Graph) -> None:
+    named(graph, "unpermute", 1).update_arg(1, named(graph, "unpermute", 0).args[1])
+
+
+def _other_weights(graph: fx.Graph) -> None:
+    named(graph, "unpermute", 1).update_arg(2, named(graph, "unpermute", 0).args[2])
+
+
+def _other_ids(graph: fx.Graph) -> None:
+    named(graph, "permute", 1).update_arg(1, named(graph, "permute", 0).args[1])
+
+
+@pytest.mark.parametrize("change", [_other_table, _other_counts, _other_order, _other_weights, _other_ids])
+def test_what_is_of_another_layer_does_not_fit(change: Callable[[fx.Graph], None]) -> None:
+    """All of these have the right shapes, where the layers choose alike."""
+    overrides = config(*COPY4, "mesh.ranks_per_node=2", "dispatch.kind=flat")
+    graph = moecompile.transform(trace(nn.Sequential(Gated(), Gated())), overrides)
+    region, layers = Region(path="", graph=graph, module=graph, matches={}), moecompile.plan_of(graph).layers
+    check_types("test", region, layers)
+    change(graph.graph)
+    with pytest.raises(PassError, match=r"of _(0|1)_router.* of _(?!\1)[01]_router"):
+        check_types("test", region, layers)
 
 
 # -- backward --------------------------------------------------------------------------------------------------------
