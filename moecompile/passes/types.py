@@ -1080,20 +1080,20 @@ def _weight(node: Node) -> Type:
 
 def _names(node: Node, module: nn.Module | None) -> Iterator[str]:
     """Names of positional arguments; the last one is that of all that follow."""
-    names: list[str] = []
+    names: tuple[str, ...] = ()
     if module is not None:
-        names = [each for each in _parameters(type(module).forward) if each != "mode"]
-    elif is_ours(node):
-        names = [each.name for each in node.target.default._schema.arguments]  # type: ignore[union-attr]
-    elif callable(node.target) and op_name(node).startswith(_BACKENDS):
-        names = list(inspect.signature(node.target).parameters)
+        names = _parameters(type(module).forward)[1:]
+    elif is_ours(node) or op_name(node).startswith(_BACKENDS):
+        names = _parameters(node.target)
     yield from names
     yield from itertools.repeat(names[-1] if names else "input")
 
 
 @cache
-def _parameters(forward: Callable[..., object]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
+def _parameters(called: Any) -> tuple[str, ...]:
+    schema = getattr(getattr(called, "default", None), "_schema", None)
+    names = [each.name for each in schema.arguments] if schema else inspect.signature(called).parameters
+    return tuple(name for name in names if name != "mode")
 
 
 def _nodes(value: object) -> Iterator[Node]:
