@@ -51,8 +51,9 @@ def configuration() -> str:
 
 
 def graphs(folder: Path) -> None:
-    """The files of `assets`: `ffn.<stage>.txt`, and the picture `ffn.svg`."""
+    """The files of `assets`: `ffn.<stage>.txt`, the picture `ffn.svg`, and the rules of types."""
     from moecompile.models.build import build_model, example_inputs
+    from moecompile.passes.types import table
     from moecompile.pipeline import compile_with_report
     from moecompile.report.graphs import listing, write_before_after
 
@@ -62,6 +63,7 @@ def graphs(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for stage in STAGES:
         (folder / f"ffn.{stage}.txt").write_text(listing(compiled.graphs[stage][REGION]) + "\n", encoding="utf-8")
+    (folder / "types.md").write_text(table(), encoding="utf-8")
     before, after = (compiled.graphs[stage][REGION] for stage in ("captured", "lowered"))
     write_before_after(before, after, folder / "ffn.svg")
 

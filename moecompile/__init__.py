@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from moecompile.passes.base import GraphPass, register_pass
     from moecompile.passes.shard import device_mesh_of, shard
+    from moecompile.passes.types import register_type
     from moecompile.pipeline import compile_model, make_plan, plan_of, transform
     from moecompile.plan import Plan
     from moecompile.runtime.records import register_reader
@@ -82,6 +83,7 @@ _HOMES = {
     "register_pattern": "match.ffn",
     "register_reader": "runtime.records",
     "register_score": "nn.scores",
+    "register_type": "passes.types",
     "replay_routes": "nn.replay",
     "shard": "passes.shard",
     "transform": "pipeline",
@@ -123,6 +125,7 @@ __all__ = [
     "register_pattern",
     "register_reader",
     "register_score",
+    "register_type",
     "replay_routes",
     "shard",
     "transform",

@@ -33,6 +33,7 @@ from moecompile.passes.recompute import Recompute
 from moecompile.passes.rewrite import Rewrite
 from moecompile.passes.shard import ShardModel
 from moecompile.passes.split_tokens import SplitTokens
+from moecompile.passes.types import check_types
 from moecompile.plan import LayerPlan, Plan
 from moecompile.torch_private import compile_whole, set_attribute
 
@@ -162,12 +163,18 @@ def run_passes(
         layers: region path -> its layers, in graph order. log: gets a record of each pass; one with a stage of its own
             that changed no region, because nothing is planned for it, has neither record nor stage.
 
+    From `lower` on, the types of each graph are checked too (moecompile.passes.types).
+
     Raises:
-        PassError: the input or the output of a pass violates its contract.
+        PassError: the input or the output of a pass violates its contract, or its output has values that do not fit.
     """
-    current, stage = dict(regions), ""
+    current, stage, is_lowered = dict(regions), "", False
     for step in steps:
         before, current = current, {path: _checked_run(step, region, layers[path]) for path, region in current.items()}
+        is_lowered = is_lowered or isinstance(step, Lower)
+        for path, region in current.items() if is_lowered else ():
+            if region is not before[path]:
+                check_types(step.name, region, layers[path])
         is_idle = hasattr(step, "stage") and all(current[path] is region for path, region in before.items())
         if log is not None and not is_idle:
             stage = getattr(step, "stage", stage)

@@ -26,6 +26,7 @@ from matplotlib.textpath import TextToPath
 from torch.fx import GraphModule, Node
 
 from moecompile.passes.base import GRAD_TOKEN, op_name
+from moecompile.passes.types import SHOWN
 from moecompile.plan import EXCHANGE_OPS, HALVES, WAIT_OPS
 from moecompile.report.text import plural
 from moecompile.torch_private import OPS
@@ -80,11 +81,13 @@ def graph_summary(graph_module: GraphModule) -> str:
 
 
 def listing(graph_module: GraphModule) -> str:
-    """One line per node: name = op(args), and shape and dtype if they are known."""
-    rows = [
-        (node.name, _call(node, graph_module, lambda n: n.name), _value_text(node.meta.get("val")))
-        for node in graph_module.graph.nodes
-    ]
+    """One line per node: name = op(args), shape and dtype if they are known, and from `lower` on its type."""
+
+    def known(node: Node) -> str:
+        return "; ".join(filter(None, (_value_text(node.meta.get("val")), node.meta.get(SHOWN))))
+
+    nodes = graph_module.graph.nodes
+    rows = [(node.name, _call(node, graph_module, lambda n: n.name), known(node)) for node in nodes]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(
         f"{name:<{widths[0]}} = {call:<{widths[1]}}  # {value}" if value else f"{name:<{widths[0]}} = {call}"

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from moecompile import ops  # noqa: F401  (registers the ops)
+from moecompile.passes.types import SHOWN
 from moecompile.report.graphs import (
     Box,
     Picture,
@@ -118,6 +119,12 @@ def test_listing_shows_shapes_where_they_are_known() -> None:
     lines = listing(lowered()).splitlines()
     assert lines[0].split("=", 1)[1].split() == ["placeholder", "x", "#", "f32[32,", "8]"]
     assert all("#" not in line for line in lines[1:])
+
+
+def test_listing_shows_types_where_they_are_checked() -> None:
+    graph_module = lowered()
+    next(iter(graph_module.graph.find_nodes(op="placeholder"))).meta[SHOWN] = "values at its token"
+    assert listing(graph_module).splitlines()[0].endswith("# f32[32, 8]; values at its token")
 
 
 def test_picture_joins_users_to_producers() -> None:
