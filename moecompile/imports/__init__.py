@@ -4,6 +4,8 @@
     shell.py       shell scripts, without running them
     models.py      models by their widths or their published names
     megatron.py    Megatron-Core: shell scripts and YAML
+    axolotl.py     axolotl: YAML
+    yaml_file.py   YAML with lines
     recipe.py      the recipe, in the layout of conf/
 """
 
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moecompile.errors import ConfigError
+from moecompile.imports.axolotl import read_axolotl
 from moecompile.imports.megatron import read_megatron
 from moecompile.imports.recipe import write_recipe, write_runnable
 from moecompile.imports.settings import KINDS, Caller, Draft, Row
@@ -21,9 +24,10 @@ __all__ = ["KINDS", "SUFFIXES", "Caller", "Draft", "Row", "read_draft", "write_r
 
 SUFFIXES = {
     "megatron": (".sh", ".bash", ".slurm", ".sbatch", ".yaml", ".yml"),
+    "axolotl": (".yaml", ".yml"),
 }
 """Names of systems -> the endings of their files."""
-_READERS: dict[str, Callable[[Path, str, Caller], Draft]] = {"megatron": read_megatron}
+_READERS: dict[str, Callable[[Path, str, Caller], Draft]] = {"megatron": read_megatron, "axolotl": read_axolotl}
 
 
 def read_draft(source: str, file: str, caller: Caller) -> Draft:

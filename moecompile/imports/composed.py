@@ -16,8 +16,9 @@ from moecompile.compose import compose_config, conf_dir, own_folders
 from moecompile.errors import ConfigError
 from moecompile.imports import Caller, Draft, read_draft
 from moecompile.imports.recipe import write_recipe
-from moecompile.schema import Config, ImportSource
+from moecompile.schema import SOURCES, Config, ImportSource
 
+_MODELS = tuple(f"model.{source}" for source in SOURCES)
 _RANKS = ("mesh.num_nodes", "mesh.ranks_per_node")
 
 
@@ -58,6 +59,7 @@ def draft_of(config: Config) -> Draft:
         conf=conf_dir(),
         ranks=(mesh.num_nodes, mesh.ranks_per_node) if says_ranks else None,
         hardware=config.hardware.name if says_machine else None,
+        says_model=any(key == "model" or key in _MODELS for key in given),
     )
     return read_draft(imported.source.value, file_of(config), caller)
 

@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import gcd
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from moecompile.errors import ConfigError
 from moecompile.imports.models import shipped, vocabulary
 from moecompile.imports.settings import NO_EFFECT, NO_EQUAL, Caller, Draft, Setting, Settings, machine_of
 from moecompile.imports.shell import expanded, read_script
+from moecompile.imports.yaml_file import leaves, mapping_of
 
 _NODES = ("NNODES", "NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES", "NODES")
 _PER_NODE = ("GPUS_PER_NODE", "NPROC_PER_NODE", "NUM_GPUS", "N_TASKS_PER_NODE")
@@ -74,35 +73,21 @@ def read_megatron(path: Path, text: str, caller: Caller) -> Draft:
     model = _model(settings, caller.conf)
     layout = _layout(settings, launch, variables, caller)
     draft = Draft(name=_name(path), model=model, **layout, stack=_stack(settings), values=_training(settings, layout))
+    _turn_off_own_loss(draft)
     draft.rows = settings.finish()
     return draft
 
 
 def _of_yaml(path: Path, text: str, given: Mapping[str, str]) -> dict[str, Setting]:
     """Flags of YAML: those of `MODEL_ARGS`, or of all mappings; `true` is a flag, `false` is none."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError("file", path, f"is not valid YAML: {' '.join(str(error).split())}", "Correct it") from None
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError("file", path, "is no mapping of flags to values", "Give YAML with Megatron-Core's arguments")
+    node = mapping_of(path, text)
     arguments = [value for key, value in node.value if key.value == "MODEL_ARGS"]
     found: dict[str, Setting] = {}
-    for key, value, line in _leaves(arguments[0] if arguments else node):
+    for dotted, value, line in leaves(arguments[0] if arguments else node):
+        key = dotted.rpartition(".")[2].lstrip("-").replace("_", "-")
         shown, missing = expanded(value, given)
         found[key] = Setting(key=key, value=shown, line=line, missing=missing)
     return found
-
-
-def _leaves(node: yaml.Node) -> Iterator[tuple[str, str, int]]:
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key, value in node.value:
-        if isinstance(value, yaml.MappingNode):
-            yield from _leaves(value)
-            continue
-        text = " ".join(str(each.value) for each in value.value) if isinstance(value, yaml.SequenceNode) else value.value
-        yield str(key.value).lstrip("-").replace("_", "-"), str(text), key.start_mark.line + 1
 
 
 def _name(path: Path) -> str:
@@ -600,6 +585,14 @@ def _balance(s: Settings) -> dict[str, Any]:
     if s.on("moe-router-enable-expert-bias", "balance.rule=bias"):
         balance |= {"rule": "bias", "rate": 1e-3 if rate is None else rate}
     return balance
+
+
+def _turn_off_own_loss(draft: Draft) -> None:
+    """A model type trains with a loss of its own unless it is told not to, and the file may have none."""
+    family = draft.model if isinstance(draft.model, str) else draft.model["architecture"]
+    has_own = family.startswith(("mixtral", "qwen", "gpt_oss", "olmoe"))
+    if has_own and not any(draft.values.get("balance", {}).get("losses", {}).values()):
+        draft.values["model"] = {"config": {"router_aux_loss_coef": 0.0}}
 
 
 def _optimizer(s: Settings) -> dict[str, Any]:

@@ -52,7 +52,7 @@ _NAMED: tuple[tuple[str, Named], ...] = (
     (r"olmoe-1b-7b", Named(option="olmoe_1b_7b")),
     (r"nemotron-3-nano-30b-a3b", Named(option="nemotron3_nano_30b_a3b")),
     (r"longcat-flash", Named(option="longcat_flash")),
-    (r"glm-4\.5-air", Named(architecture="glm4_moe", config={"use_qk_norm": False}, source=_DEFAULTS)),
+    (r"glm-4\.5-air", Named(architecture="glm4_moe", config={"head_dim": 128, "attention_bias": True}, source=_DEFAULTS)),
     (r"glm-4\.7-flash", Named(architecture="glm4_moe_lite", config={}, source=_DEFAULTS)),
     (r"qwen1\.5-moe-a2\.7b", Named(architecture="qwen2_moe", config={}, source=_DEFAULTS)),
     (r"jamba-v0\.1", Named(architecture="jamba", config={}, source=_DEFAULTS)),

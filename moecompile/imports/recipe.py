@@ -21,7 +21,7 @@ def write_recipe(draft: Draft, folder: Path, source: str) -> None:
     Args:
         source: the file that was read, for comments.
     """
-    name, chosen = draft.name, {"workload": draft.name, "stack": draft.stack}
+    name, chosen = draft.name, dict[str, Any](workload=draft.name, stack=draft.stack)
     options: dict[str, Mapping[str, Any]] = {
         "workload": {"name": name, **draft.workload, "source": source},
     }
@@ -29,7 +29,7 @@ def write_recipe(draft: Draft, folder: Path, source: str) -> None:
         options["stack"], chosen["stack"] = {"name": name, **draft.stack}, name
     if isinstance(draft.model, dict):
         options["model"], chosen["model"] = {"name": name, **draft.model}, name
-    else:
+    elif draft.model is not None:
         chosen["model"] = draft.model
     nodes, ranks = draft.mesh
     options["mesh"] = {
@@ -39,7 +39,8 @@ def write_recipe(draft: Draft, folder: Path, source: str) -> None:
     chosen["mesh"] = name
     for group, content in options.items():
         _write(folder / group / f"{name}.yaml", f"# Of {source}.", content)
-    body: dict[str, Any] = {"defaults": _overrides(chosen), "name": name, "mesh": {"ep": draft.ep}, **draft.values}
+    values = draft.values | {"mesh": {"ep": draft.ep, **draft.values.get("mesh", {})}}
+    body: dict[str, Any] = {"defaults": _overrides(chosen), "name": name, **values}
     _write(folder / "recipe" / f"{name}.yaml", f"# @package _global_\n#\n# Imported from {source}, as it says.", body)
 
 
@@ -53,7 +54,7 @@ def write_runnable(
     """
     name = f"{draft.name}_runs"
     model = draft.name if isinstance(draft.model, dict) else draft.model
-    chosen = {"model": model, "workload": "data", "stack": "runtime", "mesh": draft.name}
+    chosen = {"workload": "data", "stack": "runtime", "mesh": draft.name} | ({"model": model} if model else {})
     body: dict[str, Any] = {"defaults": _overrides(chosen), "name": name}
     values = {group: dict(each) for group, each in draft.values.items()}
     values.setdefault("data", {}).update(data)

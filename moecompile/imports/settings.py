@@ -111,6 +111,8 @@ class Settings:
             return
         self._read.add(key)
         setting = self.found[key]
+        if kind == NO_EQUAL and not self.has(key):
+            kind, text = NO_EFFECT, "is off"
         spelled, value = self.spelled(key), _shown(setting.value)
         self.rows.append(Row(kind=kind, key=spelled, value=value, text=text, line=setting.line))
 
@@ -170,13 +172,14 @@ class Caller:
     """What the command line says beside the file.
 
     names: name -> value. conf: folder of the shipped groups. ranks: nodes and ranks per node. hardware: its option. None:
-    not said.
+    not said. says_model: whether it says the model.
     """
 
     names: Mapping[str, str]
     conf: Path
     ranks: tuple[int, int] | None = None
     hardware: str | None = None
+    says_model: bool = False
 
 
 _MACHINES = ("gb300", "gb200", "b300", "b200", "h200", "h800", "h100", "a100")
@@ -197,12 +200,12 @@ def machine_of(settings: Settings, caller: Caller) -> str:
 class Draft:
     """What was taken from a file: values of our groups.
 
-    model: an option of the group, or the whole content of one. mesh: nodes and ranks per node. hardware: its option.
+    model: an option of the group, or the whole content of one; None: the command line says it. mesh: nodes and ranks per node. hardware: its option.
     ep: 1 without. workload, stack: content of an option, or a shipped one. values: of other groups.
     """
 
     name: str
-    model: str | dict[str, Any]
+    model: str | dict[str, Any] | None
     hardware: str
     mesh: tuple[int, int]
     ep: int

@@ -27,6 +27,7 @@ from moecompile.imports.settings import Setting
 Word = tuple[str, int]
 """A word and its line."""
 _CONTINUED, _OPEN, _CLOSE, _COMMAND, _UNSET, _END = "\x01", "\x02", "\x03", "\x04", "\x05", "\x06"
+_PACKED, _UNPACKED = str.maketrans("()", "\x07\x0e"), str.maketrans("\x07\x0e", "()")
 _BREAKS = ("\n", ";", "&", "|")
 _ASSIGNED = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _DECLARES = ("export", "local", "declare", "readonly", "typeset")
@@ -115,7 +116,8 @@ def _plain(text: str) -> str:
             continue
         elif text.startswith("$((", at):
             inner, at = _balanced(text, at + 3, 2)
-            out.append(_OPEN + "".join(inner.split()) + _CLOSE + _CONTINUED * inner.count("\n"))
+            packed = "".join(inner.split()).translate(_PACKED)
+            out.append(_OPEN + packed + _CLOSE + _CONTINUED * inner.count("\n"))
             continue
         elif text.startswith("$(", at) or char == "`":
             inner, at = _balanced(text, at + 2, 1) if char == "$" else _until(text, at + 1)
@@ -137,9 +139,13 @@ def _plain(text: str) -> str:
 
 def _balanced(text: str, at: int, closing: int) -> tuple[str, int]:
     """What is between here and the `closing` parentheses that end it, and where it goes on."""
-    depth, start = closing, at
+    depth, start, quote = closing, at, ""
     while depth and at < len(text):
-        depth += {"(": 1, ")": -1}.get(text[at], 0)
+        char = text[at]
+        if quote or char in "'\"":
+            quote = "" if char == quote else quote or char
+        else:
+            depth += {"(": 1, ")": -1}.get(char, 0)
         at += 1
     if depth:
         raise ValueError("No closing parenthesis")
@@ -353,7 +359,8 @@ class _Reader:
 
     def _arithmetic(self, match: re.Match[str]) -> str:
         """Plain whole numbers, names and + - * / %."""
-        text = re.sub(r"[A-Za-z_]\w*", lambda name: self._value_of_name(name[0]), match[1])
+        plain = match[1].translate(_UNPACKED)
+        text = re.sub(r"[A-Za-z_]\w*", lambda name: self._value_of_name(name[0]), plain)
         if missing := re.findall(f"{_UNSET}([^{_END}]*){_END}", text):
             return "".join(f"{_UNSET}{name}{_END}" for name in missing)
         try:

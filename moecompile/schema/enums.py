@@ -32,6 +32,7 @@ class ImportSource(str, Enum):
     """The system whose training config is imported."""
 
     megatron = "megatron"  # Megatron-Core: a shell script, or YAML with its flags
+    axolotl = "axolotl"  # a YAML file
 
 
 class RehearsedLoad(str, Enum):
