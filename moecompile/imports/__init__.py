@@ -1,12 +1,13 @@
 """Reads training configs of other systems, as data: what they say becomes a recipe, line by line (docs/use/import.md).
 
-    settings.py    what a file says, and the fate of each key
-    shell.py       shell scripts, without running them
-    models.py      models by their widths or their published names
-    megatron.py    Megatron-Core: shell scripts and YAML
-    axolotl.py     axolotl: YAML
-    yaml_file.py   YAML with lines
-    recipe.py      the recipe, in the layout of conf/
+settings.py    what a file says, and the fate of each key
+shell.py       shell scripts, without running them
+models.py      models by their widths or their published names
+megatron.py    Megatron-Core: shell scripts and YAML
+axolotl.py     axolotl: YAML
+torchtitan.py  torchtitan: TOML, and Python that is parsed
+yaml_file.py   YAML with lines
+recipe.py      the recipe, in the layout of conf/
 """
 
 from __future__ import annotations
@@ -19,15 +20,21 @@ from moecompile.imports.axolotl import read_axolotl
 from moecompile.imports.megatron import read_megatron
 from moecompile.imports.recipe import write_recipe, write_runnable
 from moecompile.imports.settings import KINDS, Caller, Draft, Row
+from moecompile.imports.torchtitan import read_torchtitan
 
 __all__ = ["KINDS", "SUFFIXES", "Caller", "Draft", "Row", "read_draft", "write_recipe", "write_runnable"]
 
 SUFFIXES = {
     "megatron": (".sh", ".bash", ".slurm", ".sbatch", ".yaml", ".yml"),
+    "torchtitan": (".toml", ".py"),
     "axolotl": (".yaml", ".yml"),
 }
 """Names of systems -> the endings of their files."""
-_READERS: dict[str, Callable[[Path, str, Caller], Draft]] = {"megatron": read_megatron, "axolotl": read_axolotl}
+_READERS: dict[str, Callable[[Path, str, Caller], Draft]] = {
+    "megatron": read_megatron,
+    "torchtitan": read_torchtitan,
+    "axolotl": read_axolotl,
+}
 
 
 def read_draft(source: str, file: str, caller: Caller) -> Draft:

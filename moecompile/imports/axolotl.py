@@ -3,8 +3,8 @@
 Algorithm:
   1. Keys with values and lines; those of `fsdp_config` without the prefix that older files have.
   2. The model, by its published name: an axolotl file has no widths.                                 -> `_model`
-  3. The layout: FSDP or DeepSpeed, EP, TP and CP. The number of ranks is the product of the sizes that the file says, else
-     the caller's.                                                                                    -> `_layout`
+  3. The layout: FSDP or DeepSpeed, EP, TP and CP. The number of ranks is the product of the sizes that the file says,
+     else the caller's.                                                                               -> `_layout`
   4. Adapters, optimizer, schedule.                                                        -> `_adapters`, `_optimizer`
   5. What is left follows `FATES`, or is unknown.
 
@@ -66,7 +66,11 @@ def _model(s: Settings, caller: Caller) -> str | dict[str, Any] | None:
         s.assume("model", model.option, "the shipped option with this published name")
         return model.option
     s.assume("model.architecture", model.architecture, model.source)
-    return {"architecture": model.architecture, "device": "meta", "config": {"dtype": "bfloat16", **(model.config or {})}}
+    return {
+        "architecture": model.architecture,
+        "device": "meta",
+        "config": {"dtype": "bfloat16", **(model.config or {})},
+    }
 
 
 def _layout(s: Settings, caller: Caller) -> tuple[dict[str, Any], dict[str, int]]:
@@ -111,7 +115,9 @@ def _ranks(s: Settings, caller: Caller, product: int) -> tuple[int, int]:
         raise ConfigError("mesh", None, f"{s.path} does not say on how many GPUs it runs", fix)
     if product > _PER_NODE and product % _PER_NODE:
         fix = f"Give mesh.num_nodes and mesh.ranks_per_node for {product} ranks"
-        raise ConfigError("mesh", None, f"{s.path} has sizes of {product} ranks, which fill no nodes of {_PER_NODE}", fix)
+        raise ConfigError(
+            "mesh", None, f"{s.path} has sizes of {product} ranks, which fill no nodes of {_PER_NODE}", fix
+        )
     said = " * ".join(name for name in _SIZES if name in s.found)
     s.assume("mesh", product, f"ranks: {said}")
     return max(1, product // _PER_NODE), min(_PER_NODE, product)
@@ -152,7 +158,9 @@ def _zero(s: Settings) -> int:
 def _trainer(s: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {}
     whole = s.on("gradient_checkpointing", "trainer.checkpointing=full") if s.has("gradient_checkpointing") else False
-    found["checkpointing"] = "full" if s.on("fsdp_config.activation_checkpointing", "trainer.checkpointing=full") or whole else "none"
+    found["checkpointing"] = (
+        "full" if s.on("fsdp_config.activation_checkpointing", "trainer.checkpointing=full") or whole else "none"
+    )
     if (steps := s.whole("max_steps", "trainer.max_steps")) is not None and steps > 0:
         found["max_steps"] = steps
     return found
@@ -164,9 +172,10 @@ def _optimizer(s: Settings) -> dict[str, Any]:
         s.assume("optimizer", kind, "no equal here: the optimizer's states have 32 bits, which needs more memory")
     elif not kind.startswith(("adamw", "paged_adamw", "muon")):
         s.assume("optimizer", kind, "no equal here: adamw is planned")
-    found = {
+    found: dict[str, Any] = {
         "kind": "muon" if kind.startswith("muon") else "adamw", "lr": s.real("learning_rate", "optimizer.lr"),
-        "weight_decay": s.real("weight_decay", "optimizer.weight_decay"), "eps": s.real("adam_epsilon", "optimizer.eps"),
+        "weight_decay": s.real("weight_decay", "optimizer.weight_decay"),
+        "eps": s.real("adam_epsilon", "optimizer.eps"),
         "clip_norm": s.real("max_grad_norm", "optimizer.clip_norm"),
     }  # fmt: skip
     betas = [s.real(f"adam_beta{i}", "optimizer.betas") for i in (1, 2)]
@@ -176,7 +185,7 @@ def _optimizer(s: Settings) -> dict[str, Any]:
     if steps is not None and steps >= 1:
         found["warmup_steps"] = int(steps)
     style = s.word("lr_scheduler", "optimizer.min_lr_ratio")
-    if style == "constant_with_warmup" or style == "constant":
+    if style in ("constant_with_warmup", "constant"):
         found["min_lr_ratio"] = 1.0
     elif style not in (None, "cosine"):
         s.assume("lr_scheduler", style, "no equal here: the rate falls by a cosine")
@@ -197,7 +206,9 @@ def _adapters(s: Settings) -> dict[str, Any]:
     modules = (s.word("lora_target_modules", "adapters.dense") or "").split()
     of_experts = s.word("lora_target_parameters", "adapters.experts: all weights of experts")
     values: dict[str, Any] = {key: value for key, value in found.items() if value is not None}
-    values["dense"] = "*.self_attn.?_proj" if modules and set(modules) <= _ATTENTION else "*" if modules or not of_experts else None
+    values["dense"] = (
+        "*.self_attn.?_proj" if modules and set(modules) <= _ATTENTION else "*" if modules or not of_experts else None
+    )
     if modules and not set(modules) <= _ATTENTION:
         s.assume("lora_target_modules", len(modules), "adapters.dense is one pattern, so all linears get adapters")
     values["experts"] = "*" if of_experts else None
@@ -212,27 +223,32 @@ _LOGS = (NO_EFFECT, "logs, checkpoints and evaluation")
 _STARTS = (NO_EFFECT, "how the program and its kernels are started; the prediction takes the best ones")
 FATES: dict[str, tuple[str, str]] = {
     **dict.fromkeys((
-        "datasets", "dataset_prepared_path", "val_set_size", "special_tokens", "tokens", "eot_tokens", "tokenizer_type", "chat_template",
-        "pad_to_sequence_len", "eval_sample_packing", "train_on_inputs", "group_by_length", "num_epochs", "dataset_processes", "shuffle_merged_datasets",
-        "special_tokens.pad_token", "special_tokens.eos_token", "special_tokens.bos_token", "tokenizer_config", "excess_length_strategy",
+        "datasets", "dataset_prepared_path", "val_set_size", "special_tokens", "tokens", "eot_tokens",
+        "tokenizer_type", "chat_template", "pad_to_sequence_len", "eval_sample_packing", "train_on_inputs",
+        "group_by_length", "num_epochs", "dataset_processes", "shuffle_merged_datasets", "special_tokens.pad_token",
+        "special_tokens.eos_token", "special_tokens.bos_token", "tokenizer_config", "excess_length_strategy",
     ), _DATA),
     **dict.fromkeys((
-        "output_dir", "logging_steps", "saves_per_epoch", "save_steps", "save_total_limit", "evals_per_epoch", "eval_steps",
-        "resume_from_checkpoint", "wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model", "save_first_step",
-        "loss_watchdog_threshold", "loss_watchdog_patience", "trackio_project_name", "hub_model_id", "seed", "debug", "strict",
-        "fsdp_config.state_dict_type", "eval_table_size", "early_stopping_patience", "save_only_model", "load_best_model_at_end",
+        "output_dir", "logging_steps", "saves_per_epoch", "save_steps", "save_total_limit", "evals_per_epoch",
+        "eval_steps", "resume_from_checkpoint", "wandb_project", "wandb_entity", "wandb_watch", "wandb_name",
+        "wandb_log_model", "save_first_step", "loss_watchdog_threshold", "loss_watchdog_patience",
+        "trackio_project_name", "hub_model_id", "seed", "debug", "strict", "fsdp_config.state_dict_type",
+        "eval_table_size", "early_stopping_patience", "save_only_model", "load_best_model_at_end",
     ), _LOGS),
     **dict.fromkeys((
-        "model_type", "trust_remote_code", "tf32", "attn_implementation", "flash_attention", "sdp_attention", "xformers_attention",
-        "flex_attention", "low_cpu_mem_usage", "use_kernels", "use_scattermoe", "experts_implementation", "plugins", "torch_compile",
-        "experimental_skip_move_to_device", "gradient_checkpointing_kwargs.use_reentrant", "lora_mlp_kernel", "lora_qkv_kernel",
-        "lora_o_kernel", "model_quantization_config", "model_quantization_config_kwargs.dequantize", "model_config.output_router_logits",
-        "fsdp_version", "fsdp_config.fsdp_version", "fsdp_config.version", "fsdp_config.auto_wrap_policy", "fsdp_config.limit_all_gathers",
-        "fsdp_config.transformer_layer_cls_to_wrap", "fsdp_config.cpu_ram_efficient_loading", "fsdp_config.sync_module_states",
-        "fsdp_config.use_orig_params", "fsdp_config.reshard_after_forward", "fsdp_config.backward_prefetch", "liger_glu_activation",
-        "liger_rms_norm", "liger_layer_norm", "liger_rope", "liger_fused_linear_cross_entropy", "is_mistral_derived_model",
+        "model_type", "trust_remote_code", "tf32", "attn_implementation", "flash_attention", "sdp_attention",
+        "xformers_attention", "flex_attention", "low_cpu_mem_usage", "use_kernels", "use_scattermoe",
+        "experts_implementation", "plugins", "torch_compile", "experimental_skip_move_to_device",
+        "gradient_checkpointing_kwargs.use_reentrant", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel",
+        "model_quantization_config", "model_quantization_config_kwargs.dequantize",
+        "model_config.output_router_logits", "fsdp_version", "fsdp_config.fsdp_version", "fsdp_config.version",
+        "fsdp_config.auto_wrap_policy", "fsdp_config.limit_all_gathers", "fsdp_config.transformer_layer_cls_to_wrap",
+        "fsdp_config.cpu_ram_efficient_loading", "fsdp_config.sync_module_states", "fsdp_config.use_orig_params",
+        "fsdp_config.reshard_after_forward", "fsdp_config.backward_prefetch", "liger_glu_activation", "liger_rms_norm",
+        "liger_layer_norm", "liger_rope", "liger_fused_linear_cross_entropy", "is_mistral_derived_model",
         "is_falcon_derived_model", "ddp_timeout", "ddp_find_unused_parameters", "flex_attn_compile_kwargs.dynamic",
-        "flex_attn_compile_kwargs.mode", "lora_model_dir", "warmup_ratio", "cosine_min_lr_ratio", "llama4_linearized_experts",
+        "flex_attn_compile_kwargs.mode", "lora_model_dir", "warmup_ratio", "cosine_min_lr_ratio",
+        "llama4_linearized_experts",
     ), _STARTS),
     "fsdp_config.offload_params": (NO_EQUAL, "weights stay on the GPU here, which needs more memory"),
     "activation_offloading": (NO_EQUAL, "activations stay on the GPU here, which needs more memory"),

@@ -100,13 +100,16 @@ def _name(path: Path) -> str:
 
 
 def _model(s: Settings, conf: Path) -> str | dict[str, Any]:
+    """The shipped option with these widths, else a model type and its config."""
     if not s.has("num-experts"):
         raise ConfigError(
             "file", s.path, "trains a dense model: it has no --num-experts",
             "Give a file with experts, or plan its model with model.architecture and experts.num_routed",
         )  # fmt: skip
     if s.found.get("swiglu") is None and not s.has("quick-geglu"):
-        raise s.error("swiglu", "is not set, and experts without a gate are of no model type here", "Give set.swiglu=true")
+        raise s.error(
+            "swiglu", "is not set, and experts without a gate are of no model type here", "Give set.swiglu=true"
+        )
     s.on("swiglu", "model.architecture, whose FFNs have a gate")
     family = _family(s)
     config = {key: value for key, value in _widths(s, family).items() if value is not None}
@@ -173,7 +176,9 @@ def _widths(s: Settings, family: str) -> dict[str, Any]:
     renormalized = not s.on("moe-router-pre-softmax", "model.config.norm_topk_prob")
     if family in ("mixtral", "gpt_oss"):
         if not renormalized and family == "mixtral":
-            s.assume("--moe-router-pre-softmax", "true", "weights of a token are normalized all the same: no width changes")
+            s.assume(
+                "--moe-router-pre-softmax", "true", "weights of a token are normalized all the same: no width changes"
+            )
         return common | {
             "intermediate_size": expert, "num_local_experts": experts,
             "head_dim": None if channels in (None, hidden // heads) else channels,
@@ -181,7 +186,11 @@ def _widths(s: Settings, family: str) -> dict[str, Any]:
     first = {"mlp_only_layers": [i for i, moe in enumerate(pattern) if not moe]} if not all(pattern) else {}
     config = common | {"intermediate_size": dense, "moe_intermediate_size": expert, "norm_topk_prob": renormalized}
     config |= {"num_experts": experts, **first}
-    s.on("qk-layernorm", "model.architecture, with norms of queries and keys", NO_EQUAL if family == "qwen2_moe" else "taken")
+    s.on(
+        "qk-layernorm",
+        "model.architecture, with norms of queries and keys",
+        NO_EQUAL if family == "qwen2_moe" else "taken",
+    )
     if family == "qwen2_moe":
         s.on("moe-shared-expert-gate", "model.architecture=qwen2_moe, whose shared expert has a gate")
         s.on("add-qkv-bias", "model.config.qkv_bias")
@@ -189,12 +198,16 @@ def _widths(s: Settings, family: str) -> dict[str, Any]:
     return config | {"head_dim": channels or hidden // heads}
 
 
-def _of_deepseek(s: Settings, family: str, sizes: tuple[int, int, int | None, int, int], pattern: list[int]) -> dict[str, Any]:
+def _of_deepseek(
+    s: Settings, family: str, sizes: tuple[int, int, int | None, int, int], pattern: list[int]
+) -> dict[str, Any]:
     """Widths of model types with dense layers first, groups of experts and, but for glm4_moe, latent attention."""
     dense, expert, shared, experts, heads = sizes
     first = pattern.index(1) if 1 in pattern else len(pattern)
     if not all(pattern[first:]):
-        raise s.error("moe-layer-freq", f"has dense layers between others, and {family} has them first", "Use another layout")
+        raise s.error(
+            "moe-layer-freq", f"has dense layers between others, and {family} has them first", "Use another layout"
+        )
     if shared is not None and shared % expert:
         raise s.error(
             "moe-shared-expert-intermediate-size", f"must be a multiple of an expert's width {expert} in {family}",
@@ -237,13 +250,15 @@ def _pattern(s: Settings, layers: int) -> list[int]:
     if text is None:
         return [1] * layers
     try:
-        value = _plain_list(ast.parse(text.strip("'\" "), mode="eval").body)
+        value: int | list[int] = _plain_list(ast.parse(text.strip("'\" "), mode="eval").body)
     except (ValueError, SyntaxError):
         raise s.error("moe-layer-freq", "is no number and no list of 0 and 1", "Correct the file") from None
     if isinstance(value, int):
         return [int(i % value == 0) for i in range(layers)]
     if len(value) != layers:
-        raise s.error("moe-layer-freq", f"is for {len(value)} layers, and --num-layers is {layers}", "Correct one of them")
+        raise s.error(
+            "moe-layer-freq", f"is for {len(value)} layers, and --num-layers is {layers}", "Correct one of them"
+        )
     return value
 
 
@@ -268,9 +283,8 @@ def _check_experts(s: Settings, config: Mapping[str, Any]) -> None:
     experts = int(s.found["num-experts"].value)
     if config["num_experts_per_tok"] > experts:
         raise s.error("moe-router-topk", f"is more than --num-experts {experts}", "Correct one of them")
-    if groups := config.get("n_group"):
-        if experts % groups:
-            raise s.error("moe-router-num-groups", f"must divide --num-experts {experts}", "Correct one of them")
+    if experts % (config.get("n_group") or 1):
+        raise s.error("moe-router-num-groups", f"must divide --num-experts {experts}", "Correct one of them")
 
 
 def _vocabulary(s: Settings, same: tuple[str, Mapping[str, Any]] | None) -> int:
@@ -299,12 +313,14 @@ def _needed(s: Settings, key: str, becomes: str) -> int:
 # -- step 3: the layout ----------------------------------------------------------------------------------------------
 
 
-def _layout(
-    s: Settings, launch: Mapping[str, Setting], variables: Mapping[str, str], caller: Caller
-) -> dict[str, Any]:
+def _layout(s: Settings, launch: Mapping[str, Setting], variables: Mapping[str, str], caller: Caller) -> dict[str, Any]:
     sizes = {
         name: s.whole(f"{key}-size", f"workload.{name}") or 1
-        for name, key in (("tp", "tensor-model-parallel"), ("pp", "pipeline-model-parallel"), ("cp", "context-parallel"))
+        for name, key in (
+            ("tp", "tensor-model-parallel"),
+            ("pp", "pipeline-model-parallel"),
+            ("cp", "context-parallel"),
+        )
     }
     ep = s.whole("expert-model-parallel-size", "mesh.ep") or 1
     etp = s.whole("expert-tensor-parallel-size", "workload.etp")
@@ -338,6 +354,12 @@ def _needed_of_step(s: Settings, key: str, becomes: str) -> int:
     return value
 
 
+_UNEVEN_STAGES = (
+    "decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers", "account-for-embedding-in-pipeline-split",
+    "account-for-loss-in-pipeline-split",
+)  # fmt: skip
+
+
 def _virtual(s: Settings, pp: int) -> int:
     """Virtual stages of a rank, from one of three flags."""
     layers = int(s.found["num-layers"].value)
@@ -347,10 +369,11 @@ def _virtual(s: Settings, pp: int) -> int:
     if layout is not None:
         parts = _stages(layout.partition("#")[0].replace("\\", ""))
         if parts is None or parts % pp:
-            raise s.error("pipeline-model-parallel-layout", f"has no whole number of stages on {pp} ranks", "Correct it")
+            raise s.error(
+                "pipeline-model-parallel-layout", f"has no whole number of stages on {pp} ranks", "Correct it"
+            )
         return max(1, parts // pp)
-    for key in ("decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers", "account-for-embedding-in-pipeline-split",
-                "account-for-loss-in-pipeline-split"):  # fmt: skip
+    for key in _UNEVEN_STAGES:
         s.say(key, "stages with other numbers of layers: even ones are priced, the fullest counts", NO_EQUAL)
     if stages is not None:
         return max(1, stages)
@@ -359,7 +382,8 @@ def _virtual(s: Settings, pp: int) -> int:
     whole = layers + sum(s.has(f"account-for-{part}-in-pipeline-split") for part in ("embedding", "loss"))
     if whole % (pp * per_stage):
         raise s.error(
-            "num-layers-per-virtual-pipeline-stage", f"must divide the {whole} layers on {pp} stages evenly", "Correct one of them"
+            "num-layers-per-virtual-pipeline-stage", f"must divide the {whole} layers on {pp} stages evenly",
+            "Correct one of them",
         )  # fmt: skip
     return whole // (pp * per_stage)
 
@@ -413,7 +437,11 @@ def _check_world(s: Settings, world: int, per_node: int, sizes: Mapping[str, int
 
 
 def _said(
-    s: Settings, launch: Mapping[str, Setting], variables: Mapping[str, str], keys: tuple[str, ...], names: tuple[str, ...]
+    s: Settings,
+    launch: Mapping[str, Setting],
+    variables: Mapping[str, str],
+    keys: tuple[str, ...],
+    names: tuple[str, ...],
 ) -> int | None:
     for key in keys:
         if key in launch and launch[key].value.isdigit():
@@ -479,7 +507,9 @@ def _stack(s: Settings) -> dict[str, Any]:
         "graph": _graph(s), "recompute": _recomputed(s), "wire_share": share,
         "comm_units": {"value": 20, "source": "DeepSeek-V3 report, section 3.2.2"},
     }  # fmt: skip
-    if (units := s.whole("moe-hybridep-num-sms", "stack.comm_units") or s.whole("moe-deepep-num-sms", "stack.comm_units")):
+    if units := s.whole("moe-hybridep-num-sms", "stack.comm_units") or s.whole(
+        "moe-deepep-num-sms", "stack.comm_units"
+    ):
         stack["comm_units"] = {"value": units, "source": "the imported file"}
     if s.word("grad-reduce-in-bf16", "stack.grad_bits") or s.word("main-grads-dtype", "stack.grad_bits") == "bf16":
         stack["grad_bits"] = 16
@@ -533,7 +563,10 @@ def _recomputed(s: Settings) -> list[str]:
     modules = s.word("recompute-modules", "stack.recompute; core_attn is what fused attention does anyway")
     if s.on("moe-layer-recompute", "stack.recompute=[moe]"):
         return ["moe"]
-    if s.on("recompute-activations", "stack.recompute=[]: core_attn is what fused attention does anyway") and kind is None:
+    if (
+        s.on("recompute-activations", "stack.recompute=[]: core_attn is what fused attention does anyway")
+        and kind is None
+    ):
         return []
     method = s.word("recompute-method", "stack.recompute=[full]")
     count = s.whole("recompute-num-layers", "stack.recompute=[full]")
@@ -543,7 +576,9 @@ def _recomputed(s: Settings) -> list[str]:
         return ["full"]
     words = (modules or "core_attn").replace(",", " ").split() if kind == "selective" else []
     if unknown := [word for word in words if word not in (*RECOMPUTED, "core_attn", "shared_experts")]:
-        raise s.error("recompute-modules", f"{unknown[0]} is not known", f"Known are core_attn, {', '.join(RECOMPUTED)}")
+        raise s.error(
+            "recompute-modules", f"{unknown[0]} is not known", f"Known are core_attn, {', '.join(RECOMPUTED)}"
+        )
     if "shared_experts" in words:
         s.assume("--recompute-modules shared_experts", "none", "the shared expert alone is not computed again here")
     return [RECOMPUTED[word] for word in words if word in RECOMPUTED]
@@ -589,7 +624,7 @@ def _balance(s: Settings) -> dict[str, Any]:
 
 def _turn_off_own_loss(draft: Draft) -> None:
     """A model type trains with a loss of its own unless it is told not to, and the file may have none."""
-    family = draft.model if isinstance(draft.model, str) else draft.model["architecture"]
+    family = draft.model["architecture"] if isinstance(draft.model, dict) else str(draft.model)
     has_own = family.startswith(("mixtral", "qwen", "gpt_oss", "olmoe"))
     if has_own and not any(draft.values.get("balance", {}).get("losses", {}).values()):
         draft.values["model"] = {"config": {"router_aux_loss_coef": 0.0}}
@@ -604,7 +639,8 @@ def _optimizer(s: Settings) -> dict[str, Any]:
     found = {
         "kind": "muon" if kind and "muon" in kind else "adamw", "lr": rate,
         "min_lr_ratio": None if not rate or least is None else float(f"{least / rate:.6g}"),
-        "betas": [betas[0] or 0.9, betas[1] or 0.999] if any(betas) else None, "eps": s.real("adam-eps", "optimizer.eps"),
+        "betas": [betas[0] or 0.9, betas[1] or 0.999] if any(betas) else None,
+        "eps": s.real("adam-eps", "optimizer.eps"),
         "weight_decay": s.real("weight-decay", "optimizer.weight_decay"),
         "clip_norm": s.real("clip-grad", "optimizer.clip_norm") or None,
     }  # fmt: skip
@@ -643,45 +679,51 @@ _OVERLAPS = (NO_EFFECT, "gradients and weights are always sent beside compute in
 FATES: dict[str, tuple[str, str]] = {
     **dict.fromkeys((
         "log-interval", "log-throughput", "log-timers-to-tensorboard", "log-memory-to-tensorboard", "log-params-norm",
-        "log-num-zeros-in-grad", "log-validation-ppl-to-tensorboard", "log-progress", "logging-level", "timing-log-level",
-        "tensorboard-dir", "tensorboard-queue-size", "tensorboard-log-interval", "wandb-project", "wandb-exp-name",
-        "wandb-entity", "wandb-save-dir", "moe-per-layer-logging", "profile", "profile-step-start", "profile-step-end",
-        "profile-ranks", "use-pytorch-profiler", "timing-log-option", "log-loss-scale-to-tensorboard", "log-world-size-to-tensorboard",
+        "log-num-zeros-in-grad", "log-validation-ppl-to-tensorboard", "log-progress", "logging-level",
+        "timing-log-level", "tensorboard-dir", "tensorboard-queue-size", "tensorboard-log-interval", "wandb-project",
+        "wandb-exp-name", "wandb-entity", "wandb-save-dir", "moe-per-layer-logging", "profile", "profile-step-start",
+        "profile-step-end", "profile-ranks", "use-pytorch-profiler", "timing-log-option",
+        "log-loss-scale-to-tensorboard", "log-world-size-to-tensorboard",
     ), _LOGS),
     **dict.fromkeys((
         "save", "load", "save-interval", "save-retain-interval", "eval-iters", "eval-interval", "exit-interval",
-        "exit-duration-in-mins", "no-load-optim", "no-load-rng", "no-save-optim", "no-save-rng", "finetune", "ckpt-format",
-        "auto-detect-ckpt-format", "dist-ckpt-strictness", "no-ckpt-fully-parallel-save", "ckpt-fully-parallel-load",
-        "async-save", "use-dist-ckpt", "data-path", "train-data-path", "valid-data-path", "test-data-path", "data-cache-path",
-        "split", "mock-data", "num-workers", "no-mmap-bin-files", "tokenizer-type", "tokenizer-model", "vocab-file",
-        "merge-file", "no-create-attention-mask-in-dataloader", "dataloader-type", "reset-position-ids", "reset-attention-mask",
-        "eod-mask-loss", "pretrained-checkpoint", "use-checkpoint-args", "no-use-tokenizer-model-from-checkpoint-args",
-        "dist-ckpt-format", "ckpt-convert-save", "ckpt-convert-format", "hf-model-ckpt", "per-split-data-args-path",
+        "exit-duration-in-mins", "no-load-optim", "no-load-rng", "no-save-optim", "no-save-rng", "finetune",
+        "ckpt-format", "auto-detect-ckpt-format", "dist-ckpt-strictness", "no-ckpt-fully-parallel-save",
+        "ckpt-fully-parallel-load", "async-save", "use-dist-ckpt", "data-path", "train-data-path", "valid-data-path",
+        "test-data-path", "data-cache-path", "split", "mock-data", "num-workers", "no-mmap-bin-files",
+        "tokenizer-type", "tokenizer-model", "vocab-file", "merge-file", "no-create-attention-mask-in-dataloader",
+        "dataloader-type", "reset-position-ids", "reset-attention-mask", "eod-mask-loss", "pretrained-checkpoint",
+        "use-checkpoint-args", "no-use-tokenizer-model-from-checkpoint-args", "dist-ckpt-format", "ckpt-convert-save",
+        "ckpt-convert-format", "hf-model-ckpt", "per-split-data-args-path",
     ), _FILES),
     **dict.fromkeys((
-        "use-mcore-models", "transformer-impl", "use-flash-attn", "attention-backend", "use-fused-attn", "no-masked-softmax-fusion",
-        "no-rope-fusion", "apply-rope-fusion", "no-bias-swiglu-fusion", "no-bias-gelu-fusion", "no-bias-dropout-fusion",
-        "no-gradient-accumulation-fusion", "cross-entropy-loss-fusion", "cross-entropy-fusion-impl", "moe-grouped-gemm",
-        "moe-permute-fusion", "moe-router-fusion", "moe-use-legacy-grouped-gemm", "manual-gc", "manual-gc-interval",
-        "distributed-timeout-minutes", "distributed-backend", "no-check-for-nan-in-loss-and-grad", "enable-experimental",
-        "te-rng-tracker", "cuda-graph-warmup-steps", "high-priority-stream-groups", "use-cpu-initialization", "no-initialization",
-        "deterministic-mode", "nccl-ub", "exit-on-missing-checkpoint", "moe-router-padding-for-fp8", "empty-unused-memory-level",
-        "moe-router-padding-for-quantization", "delay-wgrad-compute", "moe-shared-expert-overlap", "disable-gloo-process-groups",
-        "fp8-param-gather", "reuse-grad-buf-for-mxfp8-param-ag", "fp8-margin", "fp8-amax-history-len", "fp8-amax-compute-algo",
+        "use-mcore-models", "transformer-impl", "use-flash-attn", "attention-backend", "use-fused-attn",
+        "no-masked-softmax-fusion", "no-rope-fusion", "apply-rope-fusion", "no-bias-swiglu-fusion",
+        "no-bias-gelu-fusion", "no-bias-dropout-fusion", "no-gradient-accumulation-fusion",
+        "cross-entropy-loss-fusion", "cross-entropy-fusion-impl", "moe-grouped-gemm", "moe-permute-fusion",
+        "moe-router-fusion", "moe-use-legacy-grouped-gemm", "manual-gc", "manual-gc-interval",
+        "distributed-timeout-minutes", "distributed-backend", "no-check-for-nan-in-loss-and-grad",
+        "enable-experimental", "te-rng-tracker", "cuda-graph-warmup-steps", "high-priority-stream-groups",
+        "use-cpu-initialization", "no-initialization", "deterministic-mode", "nccl-ub", "exit-on-missing-checkpoint",
+        "moe-router-padding-for-fp8", "empty-unused-memory-level", "moe-router-padding-for-quantization",
+        "delay-wgrad-compute", "moe-shared-expert-overlap", "disable-gloo-process-groups", "fp8-param-gather",
+        "reuse-grad-buf-for-mxfp8-param-ag", "fp8-margin", "fp8-amax-history-len", "fp8-amax-compute-algo",
         "keep-fp8-transpose-cache", "main-params-dtype", "attention-softmax-in-fp32", "rerun-mode",
-        "microbatch-group-size-per-virtual-pipeline-stage", "train-sync-interval", "use-tp-pp-dp-mapping", "overlap-p2p-communication",
-        "overlap-p2p-communication-warmup-flush", "no-overlap-p2p-communication", "is-hybrid-model", "spec", "use-te",
+        "microbatch-group-size-per-virtual-pipeline-stage", "train-sync-interval", "use-tp-pp-dp-mapping",
+        "overlap-p2p-communication", "overlap-p2p-communication-warmup-flush", "no-overlap-p2p-communication",
+        "is-hybrid-model", "spec", "use-te",
     ), _STARTS),
     **dict.fromkeys((
-        "init-method-std", "seed", "rotary-percent", "rotary-seq-len-interpolation-factor", "rotary-scaling-factor", "mscale",
-        "mscale-all-dim", "beta-fast", "beta-slow", "original-max-position-embeddings", "use-rope-scaling", "rope-type",
-        "use-rotary-position-embeddings", "no-position-embedding", "position-embedding-type", "apply-layernorm-1p",
-        "mtp-loss-scaling-factor", "lr-warmup-init", "lr-decay-iters", "lr-decay-samples", "lr-wsd-decay-style", "override-opt-param-scheduler", "override-opt_param-scheduler",
+        "init-method-std", "seed", "rotary-percent", "rotary-seq-len-interpolation-factor", "rotary-scaling-factor",
+        "mscale", "mscale-all-dim", "beta-fast", "beta-slow", "original-max-position-embeddings", "use-rope-scaling",
+        "rope-type", "use-rotary-position-embeddings", "no-position-embedding", "position-embedding-type",
+        "apply-layernorm-1p", "mtp-loss-scaling-factor", "lr-warmup-init", "lr-decay-iters", "lr-decay-samples",
+        "lr-wsd-decay-style", "override-opt-param-scheduler", "override-opt_param-scheduler",
         "use-checkpoint-opt_param-scheduler", "moe-router-dtype", "moe-router-force-load-balancing", "normalization",
         "make-vocab-size-divisible-by", "decoupled-lr", "decoupled-min-lr", "initial-loss-scale", "min-loss-scale",
-        "loss-scale", "loss-scale-window", "hysteresis", "weight-decay-incr-style", "start-weight-decay", "end-weight-decay",
-        "accumulate-allreduce-grads-in-fp32", "rampup-batch-size", "no-weight-decay-cond-type", "qk-l2-norm",
-        "no-rope-freq", "rotary-interleaved", "rope-scaling-factor", "disable-bias-linear",
+        "loss-scale", "loss-scale-window", "hysteresis", "weight-decay-incr-style", "start-weight-decay",
+        "end-weight-decay", "accumulate-allreduce-grads-in-fp32", "rampup-batch-size", "no-weight-decay-cond-type",
+        "qk-l2-norm", "no-rope-freq", "rotary-interleaved", "rope-scaling-factor", "disable-bias-linear",
     ), _EXACT),
     **dict.fromkeys((
         "overlap-grad-reduce", "overlap-param-gather", "overlap-param-gather-with-optimizer-step", "tp-comm-overlap",
@@ -714,15 +756,16 @@ FATES: dict[str, tuple[str, str]] = {
 """Flags that nobody reads -> what becomes of them."""
 
 _NEEDED = frozenset((
-    "num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups", "kv-channels", "num-experts",
-    "moe-ffn-hidden-size", "moe-shared-expert-intermediate-size", "moe-router-topk", "moe-layer-freq", "q-lora-rank",
-    "kv-lora-rank", "qk-head-dim", "qk-pos-emb-head-dim", "v-head-dim", "vocab-size", "max-position-embeddings",
-    "tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size", "expert-model-parallel-size",
-    "expert-tensor-parallel-size", "num-layers-per-virtual-pipeline-stage", "num-virtual-stages-per-pipeline-rank",
-    "pipeline-model-parallel-layout", "seq-length", "micro-batch-size", "global-batch-size", "mtp-num-layers",
-    "moe-token-dispatcher-type", "moe-flex-dispatcher-backend", "fp8-format", "fp8-recipe", "fp4-format",
-    "recompute-granularity", "recompute-modules", "moe-expert-capacity-factor", "moe-router-num-groups",
-    "moe-router-group-topk", "moe-router-score-function", "moe-router-load-balancing-type", "moe-aux-loss-coeff",
+    "num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups", "kv-channels",
+    "num-experts", "moe-ffn-hidden-size", "moe-shared-expert-intermediate-size", "moe-router-topk", "moe-layer-freq",
+    "q-lora-rank", "kv-lora-rank", "qk-head-dim", "qk-pos-emb-head-dim", "v-head-dim", "vocab-size",
+    "max-position-embeddings", "tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size",
+    "expert-model-parallel-size", "expert-tensor-parallel-size", "num-layers-per-virtual-pipeline-stage",
+    "num-virtual-stages-per-pipeline-rank", "pipeline-model-parallel-layout", "seq-length", "micro-batch-size",
+    "global-batch-size", "mtp-num-layers", "moe-token-dispatcher-type", "moe-flex-dispatcher-backend", "fp8-format",
+    "fp8-recipe", "fp4-format", "recompute-granularity", "recompute-modules", "moe-expert-capacity-factor",
+    "moe-router-num-groups", "moe-router-group-topk", "moe-router-score-function", "moe-router-load-balancing-type",
+    "moe-aux-loss-coeff",
 ))  # fmt: skip
 """Flags that must have a value if the file has them."""
 _KNOWN = _NEEDED | {"swiglu", "world-size", "bf16", "group-query-attention", "multi-latent-attention"}

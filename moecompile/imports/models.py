@@ -14,7 +14,14 @@ from typing import Any
 
 import yaml
 
-NOT_WIDTHS = ("dtype", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings")
+NOT_WIDTHS = (
+    "dtype",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+)
 """Keys of a model's config that are not compared: they are no widths, or training scripts write them otherwise."""
 
 
@@ -52,12 +59,16 @@ _NAMED: tuple[tuple[str, Named], ...] = (
     (r"olmoe-1b-7b", Named(option="olmoe_1b_7b")),
     (r"nemotron-3-nano-30b-a3b", Named(option="nemotron3_nano_30b_a3b")),
     (r"longcat-flash", Named(option="longcat_flash")),
-    (r"glm-4\.5-air", Named(architecture="glm4_moe", config={"head_dim": 128, "attention_bias": True}, source=_DEFAULTS)),
+    (r"glm-4\.5-air", Named(
+        architecture="glm4_moe", config={"head_dim": 128, "attention_bias": True}, source=_DEFAULTS)),
     (r"glm-4\.7-flash", Named(architecture="glm4_moe_lite", config={}, source=_DEFAULTS)),
     (r"qwen1\.5-moe-a2\.7b", Named(architecture="qwen2_moe", config={}, source=_DEFAULTS)),
     (r"jamba-v0\.1", Named(architecture="jamba", config={}, source=_DEFAULTS)),
     (r"llama-4-scout-17b-16e", Named(
         architecture="llama4_text", config={}, source=f"{_DEFAULTS}; the tower for images is left out")),
+    (r"llama-4-maverick-17b-128e", Named(
+        architecture="llama4_text", config={"num_local_experts": 128, "interleave_moe_layer_step": 2},
+        source=f"{_DEFAULTS}, with 128 experts in every second layer; the tower for images is left out")),
     (r"qwen3-next-80b-a3b", Named(architecture="qwen3_next", config={}, source=_DEFAULTS)),
     (r"minimax-m2(?![.\d])", Named(architecture="minimax_m2", config={}, source=_DEFAULTS)),
 )  # fmt: skip

@@ -15,8 +15,8 @@ _WIDTH = 110
 
 
 def write_recipe(draft: Draft, folder: Path, source: str) -> None:
-    """Writes `recipe/NAME.yaml`, and the options that it selects: `workload`, `mesh`, `stack` and, unless it is a shipped
-    one, `model`.
+    """Writes `recipe/NAME.yaml`, and the options that it selects: `workload`, `mesh`, `stack` and, unless it is a
+    shipped one, `model`.
 
     Args:
         source: the file that was read, for comments.

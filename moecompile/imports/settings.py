@@ -1,9 +1,9 @@
 """What a file of another system says, key by key, and what becomes of each key here.
 
-    Setting   a key of the file, its value as text, and its line
-    Row       one line of the report: taken, assumed, no equal here, without effect here, or unknown
-    Settings  all settings of a file; whoever reads one says what it becomes, so that no key can be dropped silently
-    Draft     what was taken: the values of our groups, from which a recipe is written (recipe.py)
+Setting   a key of the file, its value as text, and its line
+Row       one line of the report: taken, assumed, no equal here, without effect here, or unknown
+Settings  all settings of a file; whoever reads one says what it becomes, so that no key can be dropped silently
+Draft     what was taken: the values of our groups, from which a recipe is written (recipe.py)
 """
 
 from __future__ import annotations
@@ -152,9 +152,7 @@ class Settings:
         self.refuse_missing([key])
         return self.found[key].value.strip()
 
-    def _number(
-        self, key: str, becomes: str, kind: str, convert: Callable[[str], Value], what: str
-    ) -> Value | None:
+    def _number(self, key: str, becomes: str, kind: str, convert: Callable[[str], Value], what: str) -> Value | None:
         if not self.has(key):
             self._read.add(key)
             return None
@@ -171,8 +169,8 @@ class Settings:
 class Caller:
     """What the command line says beside the file.
 
-    names: name -> value. conf: folder of the shipped groups. ranks: nodes and ranks per node. hardware: its option. None:
-    not said. says_model: whether it says the model.
+    names: name -> value. conf: folder of the shipped groups. ranks: nodes and ranks per node. hardware: its option.
+    None: not said. says_model: whether it says the model.
     """
 
     names: Mapping[str, str]
@@ -200,8 +198,8 @@ def machine_of(settings: Settings, caller: Caller) -> str:
 class Draft:
     """What was taken from a file: values of our groups.
 
-    model: an option of the group, or the whole content of one; None: the command line says it. mesh: nodes and ranks per node. hardware: its option.
-    ep: 1 without. workload, stack: content of an option, or a shipped one. values: of other groups.
+    model: an option of the group, or the whole content of one; None: the command line says it. mesh: nodes and ranks
+    per node. hardware: its option. ep: 1 without. workload, stack: content of an option, or a shipped one. values: of other groups.
     """
 
     name: str

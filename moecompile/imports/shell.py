@@ -3,13 +3,14 @@
 Algorithm:
   1. One scan over the characters takes out comments and here-documents, joins continued lines, and packs arithmetic and
      command substitutions into single marks, because they hold blanks and parentheses.                     -> `_plain`
-  2. `shlex` splits the rest into words.                                                                     -> `_words`
+  2. `shlex` splits the rest into words.                                                                   -> `_words`
   3. The commands, in order. An assignment sets a variable; one that the caller gives is not changed. A branch is taken
-     if its test compares plain words. What is in other branches, loops and functions is not read, and said. -> `_Reader`
+     if its test compares plain words. What is in loops, functions and other branches is not read, and said.
+                                                                                                           -> `_Reader`
   4. The flags are those of the command with the most of them; without such a command, those of all lists.
-                                                                                                             -> `read_script`
+                                                                                                     -> `read_script`
 
-A name without a value, or a command substitution, stays within the value as a mark: only who needs the value refuses it.
+A name without a value, or a command substitution, stays within the value as a mark: who needs the value refuses it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _OPERATORS: dict[type, Callable[[int, int], int]] = {
 
 @dataclass(kw_only=True)
 class Script:
-    """What a script says. settings: flag without dashes -> its setting. launch: flags of the launcher before the program.
+    """What a script says. settings: flag without dashes -> its setting. launch: flags of what launches the program.
     variables: name -> value. unread: (line, flags, why) of what was not decided.
     """
 

@@ -32,7 +32,8 @@ class ImportSource(str, Enum):
     """The system whose training config is imported."""
 
     megatron = "megatron"  # Megatron-Core: a shell script, or YAML with its flags
-    axolotl = "axolotl"  # a YAML file
+    torchtitan = "torchtitan"  # TOML, or a function of a config_registry.py
+    axolotl = "axolotl"  # YAML
 
 
 class RehearsedLoad(str, Enum):

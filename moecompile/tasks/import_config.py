@@ -3,8 +3,7 @@
 Algorithm:
   1. Say of every key of the file what became of it.
   2. Plan what the file describes, as task=plan does.
-  3. Search for better layouts, as task=search does. A described layout (pipelines, ZeRO 1) is where it starts from no more:
-     the search has its own.
+  3. Search for better layouts, as task=search does, which describes pipelines and ZeRO by itself.
   4. Write two recipes into the run directory: the file's, and the best one that this package runs.
 """
 
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moecompile.errors import DoesNotFit, UserError
-from moecompile.imports import Row, write_recipe, write_runnable
+from moecompile.imports import Draft, Row, write_recipe, write_runnable
 from moecompile.imports.composed import draft_of, file_of
 from moecompile.plan import FITS
 from moecompile.report.console import plain_table
@@ -32,7 +31,6 @@ from moecompile.rundir import RESULT, accept
 from moecompile.schema import Config, TaskName
 from moecompile.tasks import plan, search
 
-_NOT_DESCRIBED = {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "etp": 1, "zero": 3, "mtp": 0}
 _TITLES = {
     "taken": "taken",
     "assumed": "assumed, where the file says nothing",
@@ -121,7 +119,7 @@ def _result(folder: Path) -> dict[str, Any]:
 
 def _searched(config: Config, folder: Path, console: Console) -> dict[str, Any] | None:
     """The result of the search; None, and a message, if nothing can be searched."""
-    workload = replace(config.workload, **_NOT_DESCRIBED)
+    workload = replace(config.workload, tp=1, pp=1, vpp=1, cp=1, etp=1, zero=3, mtp=0)
     try:
         search.run(replace(config, workload=workload), folder)
     except UserError as error:  # the plan above stands without it
@@ -131,7 +129,7 @@ def _searched(config: Config, folder: Path, console: Console) -> dict[str, Any] 
 
 
 def _write_runnable(
-    draft: Any, config: Config, run_dir: Path, source: str, found: dict[str, Any] | None
+    draft: Draft, config: Config, run_dir: Path, source: str, found: dict[str, Any] | None
 ) -> str | None:
     best = (found or {}).get("best")
     if not best:

@@ -38,7 +38,11 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "qwen2-moe-lora.yaml": {"model": "qwen2_moe", "seq_len": 1024, "global_batch_size": 64, "rank": 32},
     "qlora_deepspeed.yaml": {"model": "jamba", "seq_len": 4096, "global_batch_size": 64, "zero": 1, "rank": 8, "lr": 1e-5},
 }  # fmt: skip
-SAYS_RANKS = ("qwen3_30ba3b_ep_fft_4gpu.yaml", "qwen3_30ba3b_ep_fsdp_fft_4gpu.yaml", "gpt-oss-120b-fft-fsdp2-offload.yaml")
+SAYS_RANKS = (
+    "qwen3_30ba3b_ep_fft_4gpu.yaml",
+    "qwen3_30ba3b_ep_fsdp_fft_4gpu.yaml",
+    "gpt-oss-120b-fft-fsdp2-offload.yaml",
+)
 
 
 def read(path: Path, *, ranks: tuple[int, int] | None = (2, 8), **names: str) -> Draft:

@@ -103,7 +103,12 @@ def test_widths_of_models_that_are_not_shipped(name: str, parameters: int, tmp_p
         ("mixtral_8x22b_tp2pp8ep8", {"use_distributed_optimizer": None}, "zero", 0),
         ("mixtral_8x22b_tp2pp8ep8", {"num_layers_per_virtual_pipeline_stage": "1"}, "vpp", 7),
         ("mixtral_8x22b_tp2pp8ep8", {"moe_token_dispatcher_type": None}, "dispatcher", "allgather"),
-        ("mixtral_8x22b_tp2pp8ep8", {"moe_router_load_balancing_type": "global_aux_loss"}, "losses", {"global_batch": 0.01}),
+        (
+            "mixtral_8x22b_tp2pp8ep8",
+            {"moe_router_load_balancing_type": "global_aux_loss"},
+            "losses",
+            {"global_batch": 0.01},
+        ),
         ("mixtral_8x22b_tp2pp8ep8", {"moe_expert_capacity_factor": "1.25"}, "capacity_factor", 1.25),
         ("mixtral_8x22b_tp2pp8ep8", {"moe_z_loss_coeff": "1e-3"}, "z", None),
         ("mixtral_8x22b_tp2pp8ep8", {"ffn_hidden_size": "8192"}, "model", "mixtral"),
@@ -118,7 +123,9 @@ def test_widths_of_models_that_are_not_shipped(name: str, parameters: int, tmp_p
         ("qwen3_30b_slime", {"num_experts": "64"}, "model", "qwen3_moe"),
     ],
 )
-def test_one_flag_changes_one_thing(name: str, changed: dict[str, str | None], key: str, value: object, tmp_path: Path) -> None:
+def test_one_flag_changes_one_thing(
+    name: str, changed: dict[str, str | None], key: str, value: object, tmp_path: Path
+) -> None:
     before, after = flat(draft(of(name), tmp_path)), flat(draft(of(name), tmp_path, **changed))
     if key == "z":
         assert after["losses"]["z"] == 1e-3 and "z" not in before["losses"]

@@ -57,18 +57,24 @@ def test_nothing_is_run(tmp_path: Path) -> None:
 
 
 def test_what_is_not_read_is_said() -> None:
-    script = read("for i in 1 2; do\n python p.py --num-layers $i --lost 1\ndone\nf() {\n echo --gone 1\n}\npython p.py --num-layers 1 --x 2")
+    script = read(
+        "for i in 1 2; do\n python p.py --num-layers $i --lost 1\ndone\nf() {\n echo --gone 1\n}\npython p.py --num-layers 1 --x 2"
+    )
     assert values(script) == {"num-layers": "1", "x": "2"}
     assert [(line, flags) for line, flags, _ in script.unread] == [(2, "--num-layers --lost"), (5, "--gone")]
 
 
 def test_a_branch_that_is_not_decided() -> None:
-    script = read("if grep -q x y; then\n X='--x 1'\nfi\nif grep a; then\n R+=(--y 1)\nfi\npython p.py --num-layers 1 --z 1")
+    script = read(
+        "if grep -q x y; then\n X='--x 1'\nfi\nif grep a; then\n R+=(--y 1)\nfi\npython p.py --num-layers 1 --z 1"
+    )
     assert values(script) == {"num-layers": "1", "z": "1"} and script.unread[0][:2] == (5, "--y")
 
 
 def test_ranks_of_the_launcher() -> None:
-    script = read("#SBATCH --nodes=4\n#SBATCH --ntasks-per-node 8\nG=8\ntorchrun --nproc_per_node $G --nnodes 2 p.py --num-layers 1 --x 2")
+    script = read(
+        "#SBATCH --nodes=4\n#SBATCH --ntasks-per-node 8\nG=8\ntorchrun --nproc_per_node $G --nnodes 2 p.py --num-layers 1 --x 2"
+    )
     assert {key: script.launch[key].value for key in ("nodes", "ntasks-per-node", "nproc-per-node", "nnodes")} == {
         "nodes": "4", "ntasks-per-node": "8", "nproc-per-node": "8", "nnodes": "2",
     }  # fmt: skip
@@ -80,7 +86,10 @@ def test_ranks_of_the_launcher() -> None:
     [
         ("python p.py --num-layers 'a", "is no shell script that can be read: No closing quotation"),
         ("python p.py --num-layers $((1 + 2", "No closing parenthesis"),
-        ("python p.py --num-layers 1 --x 1\npython p.py --num-layers 2 --x 1", "has several commands that train (lines 2, 3)"),
+        (
+            "python p.py --num-layers 1 --x 1\npython p.py --num-layers 2 --x 1",
+            "has several commands that train (lines 2, 3)",
+        ),
     ],
 )
 def test_refused(text: str, rule: str) -> None:
