@@ -149,8 +149,10 @@ def _family(s: Settings) -> str:
 
 def _widths(s: Settings, family: str) -> dict[str, Any]:
     """The config of the model type, but vocabulary and positions."""
-    hidden, heads = _needed(s, "hidden-size", "hidden_size"), _needed(s, "num-attention-heads", "num_attention_heads")
-    layers, experts = _needed(s, "num-layers", "num_hidden_layers"), _needed(s, "num-experts", "number of experts")
+    hidden = _needed(s, "hidden-size", "model.config.hidden_size")
+    heads = _needed(s, "num-attention-heads", "model.config.num_attention_heads")
+    layers = _needed(s, "num-layers", "model.config.num_hidden_layers")
+    experts = _needed(s, "num-experts", "number of experts in model.config")
     dense = s.whole("ffn-hidden-size", "model.config.intermediate_size")
     if dense is None:
         dense = int(4 * hidden * 2 / 3 / 64) * 64
@@ -297,16 +299,16 @@ def _vocabulary(s: Settings, same: tuple[str, Mapping[str, Any]] | None) -> int:
     if size is None:
         raise ConfigError(
             "file", s.path, "does not say the size of the vocabulary: that is in its tokenizer, which is not read",
-            "Give set.vocab_size=...",
+            "Give set.vocab_size=VALUE",
         )  # fmt: skip
     s.assume("vocabulary", size, "that of the tokenizer, by its name; not padded to --make-vocab-size-divisible-by")
     return size
 
 
 def _needed(s: Settings, key: str, becomes: str) -> int:
-    value = s.whole(key, f"model.config.{becomes}" if "_" in becomes else becomes)
+    value = s.whole(key, becomes)
     if value is None:
-        raise ConfigError("file", s.path, f"has no --{key}", f"Give set.{key.replace('-', '_')}=...")
+        raise ConfigError("file", s.path, f"has no --{key}", f"Give set.{key.replace('-', '_')}=VALUE")
     return value
 
 
@@ -335,7 +337,7 @@ def _layout(s: Settings, launch: Mapping[str, Setting], variables: Mapping[str, 
         raise s.error("expert-model-parallel-size", f"must divide --num-experts {experts}", "Correct one of them")
     hardware = machine_of(s, caller)
     mesh = _mesh(s, launch, variables, caller, hardware, sizes | {"ep": ep})
-    seq = _needed_of_step(s, "seq-length", "workload.seq_len")
+    seq = _needed(s, "seq-length", "workload.seq_len")
     micro = s.whole("micro-batch-size", "workload.micro_batch_size")
     if micro is None:
         micro = 1
@@ -345,13 +347,6 @@ def _layout(s: Settings, launch: Mapping[str, Setting], variables: Mapping[str, 
     if (further := s.whole("mtp-num-layers", "workload.mtp")) is not None:
         workload["mtp"] = further
     return {"hardware": hardware, "mesh": mesh, "ep": ep, "workload": workload | {"zero": _zero(s)}}
-
-
-def _needed_of_step(s: Settings, key: str, becomes: str) -> int:
-    value = s.whole(key, becomes)
-    if value is None:
-        raise ConfigError("file", s.path, f"has no --{key}", f"Give set.{key.replace('-', '_')}=...")
-    return value
 
 
 _UNEVEN_STAGES = (

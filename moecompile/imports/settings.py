@@ -143,7 +143,7 @@ class Settings:
         names = list(dict.fromkeys(name for setting in bad for name in setting.missing))
         where = ", ".join(f"{self.spelled(each.key)} (line {each.line})" for each in bad)
         given = [name for name in names if name.replace("_", "").isalnum() and not name.isdigit()]
-        fix = f"Give {' '.join(f'set.{name}=...' for name in given)}" if given else "Write the value into a copy"
+        fix = f"Give {' '.join(f'set.{name}=VALUE' for name in given)}" if given else "Write the value into a copy"
         if len(given) < len(names):
             fix += "; what a command would print is not run: give the flag itself, for example set.num_layers=32"
         raise ConfigError("file", self.path, f"has no value for {', '.join(names)}, which {where} needs", fix)
@@ -199,7 +199,8 @@ class Draft:
     """What was taken from a file: values of our groups.
 
     model: an option of the group, or the whole content of one; None: the command line says it. mesh: nodes and ranks
-    per node. hardware: its option. ep: 1 without. workload, stack: content of an option, or a shipped one. values: of other groups.
+    per node. hardware: its option. ep: 1 without. workload, stack: content of an option, or a shipped one. values: of
+    other groups.
     """
 
     name: str

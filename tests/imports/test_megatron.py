@@ -152,7 +152,7 @@ def test_a_line_for_each_flag(tmp_path: Path) -> None:
     ("name", "changed", "text"),
     [
         ("qwen3_235b_modelzoo", {"seq_length": "${LENGTH}"},
-         "has no value for LENGTH, which --seq-length (line 75) needs. Give set.LENGTH=..."),
+         "has no value for LENGTH, which --seq-length (line 75) needs. Give set.LENGTH=VALUE"),
         ("qwen3_30b_slime", {"num_layers": "$(cat layers)"}, "give the flag itself, for example set.num_layers=32"),
         ("qwen3_30b_slime", {"num_experts": None}, "trains a dense model: it has no --num-experts"),
         ("qwen3_30b_slime", {"num_layers": None}, "has no arguments of Megatron-Core for a model"),
@@ -164,7 +164,7 @@ def test_a_line_for_each_flag(tmp_path: Path) -> None:
         ("mixtral_8x22b_tp2pp8ep8", {"global_batch_size": "255"}, "must be a multiple of micro-batch * replicas = 8"),
         ("mixtral_8x22b_tp2pp8ep8", {"pipeline_model_parallel_size": "3"}, "runs on 128 GPUs, which tp * pp * cp = 6 must divide"),
         ("deepseek_v3_gb200", {"recompute_modules": "everything"}, "everything is not known. Known are core_attn, moe"),
-        ("mixtral_8x7b_tp2pp4ep4", {"tokenizer_model": "own", "ffn_hidden_size": "64"}, "Give set.vocab_size=..."),
+        ("mixtral_8x7b_tp2pp4ep4", {"tokenizer_model": "own", "ffn_hidden_size": "64"}, "Give set.vocab_size=VALUE"),
     ],
 )  # fmt: skip
 def test_what_is_refused(name: str, changed: dict[str, str | None], text: str, tmp_path: Path) -> None:
