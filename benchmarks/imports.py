@@ -2,8 +2,8 @@
 
     python benchmarks/imports.py
 
-The settings are those of tests/imports/megatron.yaml, with what the published row says of its layout. Nothing is fitted to
-these rows here; those of benchmarks/published/published.yaml are among the runs that docs/understand/foresight.md scores.
+The settings are those of tests/imports/megatron.yaml, with what the published row says of its layout. Nothing is fitted
+here; the rows of benchmarks/published/published.yaml are among the runs that docs/understand/foresight.md scores.
 """
 
 from __future__ import annotations
