@@ -161,7 +161,7 @@ def _trainer(s: Settings) -> dict[str, Any]:
     found["checkpointing"] = (
         "full" if s.on("fsdp_config.activation_checkpointing", "trainer.checkpointing=full") or whole else "none"
     )
-    if (steps := s.whole("max_steps", "trainer.max_steps")) is not None and steps > 0:
+    if (steps := s.whole("max_steps", "trainer.max_steps", least=-1)) is not None and steps > 0:
         found["max_steps"] = steps
     return found
 

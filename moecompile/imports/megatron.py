@@ -122,7 +122,10 @@ def _model(s: Settings, conf: Path) -> str | dict[str, Any]:
             s.say(key, f"those of model={same[0]}; without effect on size and time", NO_EFFECT)
         return same[0]
     positions = s.whole("max-position-embeddings", "model.config.max_position_embeddings") or 0
-    config |= {"vocab_size": vocab, "max_position_embeddings": max(positions, int(s.found["seq-length"].value))}
+    config |= {
+        "vocab_size": vocab,
+        "max_position_embeddings": max(positions, _needed(s, "seq-length", "workload.seq_len")),
+    }
     if (eps := s.real("norm-epsilon", "model.config.rms_norm_eps")) is not None:
         config["rms_norm_eps"] = eps
     if (base := s.real("rotary-base", "model.config.rope_parameters")) is not None:
@@ -159,7 +162,7 @@ def _widths(s: Settings, family: str) -> dict[str, Any]:
         s.assume("--ffn-hidden-size", dense, "Megatron-Core's default with --swiglu")
     own = s.whole("moe-ffn-hidden-size", "width of an expert")
     expert = own or dense
-    shared = s.whole("moe-shared-expert-intermediate-size", "width of the shared expert")
+    shared = s.whole("moe-shared-expert-intermediate-size", "width of the shared expert", least=0)
     top_k = s.whole("moe-router-topk", "model.config.num_experts_per_tok")
     if top_k is None:
         top_k = 2
@@ -256,6 +259,8 @@ def _pattern(s: Settings, layers: int) -> list[int]:
     except (ValueError, SyntaxError):
         raise s.error("moe-layer-freq", "is no number and no list of 0 and 1", "Correct the file") from None
     if isinstance(value, int):
+        if value < 1:
+            raise s.error("moe-layer-freq", "must be at least 1", "Correct the file")
         return [int(i % value == 0) for i in range(layers)]
     if len(value) != layers:
         raise s.error(
@@ -282,7 +287,7 @@ def _plain_list(node: ast.expr) -> Any:
 
 
 def _check_experts(s: Settings, config: Mapping[str, Any]) -> None:
-    experts = int(s.found["num-experts"].value)
+    experts = _needed(s, "num-experts", "number of experts in model.config")
     if config["num_experts_per_tok"] > experts:
         raise s.error("moe-router-topk", f"is more than --num-experts {experts}", "Correct one of them")
     if experts % (config.get("n_group") or 1):
@@ -332,7 +337,7 @@ def _layout(s: Settings, launch: Mapping[str, Setting], variables: Mapping[str, 
             s.assume("--expert-tensor-parallel-size", etp, "Megatron-Core's default: that of tensor parallelism")
     sizes |= {"etp": etp, "vpp": _virtual(s, sizes["pp"])}
     s.on("sequence-parallel", "workload.tp: activations are split over it too")
-    experts = int(s.found["num-experts"].value)
+    experts = _needed(s, "num-experts", "number of experts in model.config")
     if experts % ep:
         raise s.error("expert-model-parallel-size", f"must divide --num-experts {experts}", "Correct one of them")
     hardware = machine_of(s, caller)
@@ -344,7 +349,7 @@ def _layout(s: Settings, launch: Mapping[str, Setting], variables: Mapping[str, 
         s.assume("--micro-batch-size", micro, "the file does not say")
     workload = {"seq_len": seq, "micro_batch_size": micro, **_precision(s), **sizes}
     workload["global_batch_size"] = _batch(s, mesh, sizes, micro)
-    if (further := s.whole("mtp-num-layers", "workload.mtp")) is not None:
+    if (further := s.whole("mtp-num-layers", "workload.mtp", least=0)) is not None:
         workload["mtp"] = further
     return {"hardware": hardware, "mesh": mesh, "ep": ep, "workload": workload | {"zero": _zero(s)}}
 
@@ -357,7 +362,7 @@ _UNEVEN_STAGES = (
 
 def _virtual(s: Settings, pp: int) -> int:
     """Virtual stages of a rank, from one of three flags."""
-    layers = int(s.found["num-layers"].value)
+    layers = _needed(s, "num-layers", "model.config.num_hidden_layers")
     per_stage = s.whole("num-layers-per-virtual-pipeline-stage", "workload.vpp")
     stages = s.whole("num-virtual-stages-per-pipeline-rank", "workload.vpp")
     layout = s.word("pipeline-model-parallel-layout", "workload.vpp; which layers a stage has is not kept")
@@ -403,7 +408,7 @@ def _mesh(
         _check_world(s, caller.ranks[0] * caller.ranks[1], caller.ranks[1], sizes)
         return caller.ranks
     nodes = _said(s, launch, variables, ("nnodes", "nodes"), _NODES)
-    ranks = _said(s, launch, variables, ("nproc-per-node", "ntasks-per-node", "gpus-per-node"), _PER_NODE)
+    ranks = _said(s, launch, variables, ("nproc-per-node", "gpus-per-node", "gres", "ntasks-per-node"), _PER_NODE)
     world = s.whole("world-size", "the number of ranks")
     if world is None and (nodes is None or ranks is None):
         rule = "does not say on how many GPUs it runs"
@@ -439,10 +444,11 @@ def _said(
     names: tuple[str, ...],
 ) -> int | None:
     for key in keys:
-        if key in launch and launch[key].value.isdigit():
+        count = launch[key].value.rpartition(":")[2] if key in launch else ""  # `gpu:8`
+        if count.isdigit():
             what = "mesh.num_nodes" if "nodes" in key else "mesh.ranks_per_node"
             s.take(f"--{key}", launch[key].value, f"{what}: of what launches the ranks", launch[key].line)
-            return int(launch[key].value)
+            return int(count)
     for name in names:
         if variables.get(name, "").isdigit():
             what = "mesh.num_nodes" if names is _NODES else "mesh.ranks_per_node"
@@ -564,7 +570,7 @@ def _recomputed(s: Settings) -> list[str]:
     ):
         return []
     method = s.word("recompute-method", "stack.recompute=[full]")
-    count = s.whole("recompute-num-layers", "stack.recompute=[full]")
+    count = s.whole("recompute-num-layers", "stack.recompute=[full]", least=0)
     if kind == "full":
         if method == "block":
             s.assume("--recompute-method block", count, "every layer is computed again, not only the first of a stage")
@@ -647,16 +653,16 @@ def _optimizer(s: Settings) -> dict[str, Any]:
 
 def _warmup(s: Settings, batch: int, steps: int | None) -> int:
     """Steps of warm-up, from one of three flags; none without, as in Megatron-Core."""
-    iterations = s.whole("lr-warmup-iters", "optimizer.warmup_steps")
-    samples = s.whole("lr-warmup-samples", "optimizer.warmup_steps: over the sequences of a step")
+    iterations = s.whole("lr-warmup-iters", "optimizer.warmup_steps", least=0)
+    samples = s.whole("lr-warmup-samples", "optimizer.warmup_steps: over the sequences of a step", least=0)
     fraction = s.real("lr-warmup-fraction", "optimizer.warmup_steps: of trainer.max_steps")
     found = iterations or (samples or 0) // batch or round((fraction or 0.0) * (steps or 0))
     return found if steps is None else min(found, steps)
 
 
 def _steps(s: Settings, layout: Mapping[str, Any]) -> dict[str, Any]:
-    steps = s.whole("train-iters", "trainer.max_steps")
-    samples = s.whole("train-samples", "trainer.max_steps: over the sequences of a step")
+    steps = s.whole("train-iters", "trainer.max_steps", least=0)
+    samples = s.whole("train-samples", "trainer.max_steps: over the sequences of a step", least=0)
     batch = layout["workload"].get("global_batch_size")
     found: dict[str, Any] = {}
     if steps or (samples and batch):

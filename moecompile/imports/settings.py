@@ -74,9 +74,12 @@ class Settings:
         self.say(key, becomes, kind)
         return value.lower() in _ON
 
-    def whole(self, key: str, becomes: str, kind: str = TAKEN) -> int | None:
+    def whole(self, key: str, becomes: str, kind: str = TAKEN, *, least: int = 1) -> int | None:
         """A whole number, or None without the key."""
-        return self._number(key, becomes, kind, lambda text: int(text.replace("_", "")), "a whole number")
+        value = self._number(key, becomes, kind, lambda text: int(text.replace("_", "")), "a whole number")
+        if value is not None and value < least:
+            raise self.error(key, f"must be at least {least}", "Correct the file")
+        return value
 
     def real(self, key: str, becomes: str, kind: str = TAKEN) -> float | None:
         """A number, or None without the key."""

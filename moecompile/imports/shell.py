@@ -64,14 +64,18 @@ def read_script(text: str, given: Mapping[str, str], path: str) -> Script:
         ConfigError: its quotes do not end, or two commands train.
     """
     try:
-        words = list(_words(_plain(text)))
+        reader = _Reader(given)
+        reader.run(list(_words(_plain(text))))
+        return _script(reader, text, path)
     except ValueError as error:
         raise ConfigError("file", path, f"is no shell script that can be read: {error}", "Correct the file") from None
-    reader = _Reader(given)
-    reader.run(words)
+
+
+def _script(reader: _Reader, text: str, path: str) -> Script:
+    """Step 4."""
     commands = [flags for flags in map(_flags, reader.commands) if len(flags) > 1 and "num-layers" in flags]
-    if len(commands) > 1 and any({k: v.value for k, v in each.items()} != {k: v.value for k, v in commands[0].items()}
-                                 for each in commands[1:]):  # fmt: skip
+    said = [{key: each.value for key, each in flags.items()} for flags in commands]
+    if any(each != said[0] for each in said[1:]):
         lines = ", ".join(str(min(each.line or 0 for each in flags.values())) for flags in commands)
         raise ConfigError("file", path, f"has several commands that train (lines {lines})", "Keep one of them")
     script = Script(settings={}, variables=reader.plain_variables(), unread=reader.unread)

@@ -148,7 +148,7 @@ def _of_value(key: str, node: ast.expr, specs: Mapping[str, ast.Call]) -> dict[s
     """The settings within a value: the keyword arguments of a call, or a literal."""
     if isinstance(node, ast.Name) and node.id in specs:
         node = specs[node.id]
-    if key == "model_spec" and isinstance(node, ast.Call):
+    if key == "model_spec" and isinstance(node, ast.Call) and node.args:
         found = {"model.flavor": Setting(key="model.flavor", value=_text(_literal(node.args[0])), line=node.lineno)}
         return found | _of_keywords("model", node)
     if isinstance(node, ast.Call):
@@ -219,7 +219,9 @@ def _layout(s: Settings, caller: Caller) -> dict[str, Any]:
         etp = tp
         s.assume("workload.etp", etp, "without expert parallelism, tensor parallelism cuts experts too")
     replicas = s.whole("parallelism.data_parallel_replicate_degree", "mesh.dp_replicate") or 1
-    shard = s.whole("parallelism.data_parallel_shard_degree", "mesh.dp_shard: -1 is what the other sizes leave")
+    shard = s.whole(
+        "parallelism.data_parallel_shard_degree", "mesh.dp_shard: -1 is what the other sizes leave", least=-1
+    )
     ranks = _ranks(s, caller, tp * cp * pp * replicas, shard or -1)
     if (ranks[0] * ranks[1]) % (pp * ep * etp):
         raise s.error(
@@ -230,7 +232,9 @@ def _layout(s: Settings, caller: Caller) -> dict[str, Any]:
     if local is None:
         local = 8
         s.assume("training.local_batch_size", local, "torchtitan's default")
-    batch = s.whole("training.global_batch_size", "workload.global_batch_size: -1 is one micro-batch a replica")
+    batch = s.whole(
+        "training.global_batch_size", "workload.global_batch_size: -1 is one micro-batch a replica", least=-1
+    )
     data = ranks[0] * ranks[1] // (tp * cp * pp)
     seq = s.whole("training.seq_len", "workload.seq_len")
     if seq is None:
@@ -310,7 +314,7 @@ def _optimizer(s: Settings) -> dict[str, Any]:
         "eps": s.real("optimizer.eps", "optimizer.eps"),
         "weight_decay": s.real("optimizer.weight_decay", "optimizer.weight_decay"),
         "clip_norm": s.real("training.max_norm", "optimizer.clip_norm"),
-        "warmup_steps": s.whole("lr_scheduler.warmup_steps", "optimizer.warmup_steps"),
+        "warmup_steps": s.whole("lr_scheduler.warmup_steps", "optimizer.warmup_steps", least=0),
         "min_lr_ratio": s.real("lr_scheduler.min_lr_factor", "optimizer.min_lr_ratio"),
     }  # fmt: skip
     style = s.word("lr_scheduler.decay_type", "optimizer; decay is by a cosine here")

@@ -176,6 +176,25 @@ def test_what_is_refused(name: str, changed: dict[str, str | None], text: str, t
     assert text in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("launch", "mesh"),
+    [
+        ({"nodes": 4, "ntasks-per-node": 8}, (4, 8)),
+        ({"nodes": 2, "ntasks-per-node": 1, "gres": "gpu:8"}, (2, 8)),
+        ({"nodes": 2, "gpus-per-node": "h100:4", "ntasks-per-node": 1}, (2, 4)),
+    ],
+)
+def test_ranks_of_a_batch_job(launch: dict[str, object], mesh: tuple[int, int], tmp_path: Path) -> None:
+    config = {key: value for key, value in of("qwen3_30b_modelopt").items() if key != "ranks"}
+    assert draft({**config, "launch": launch}, tmp_path).mesh == mesh
+
+
+def test_sizes_that_are_no_sizes(tmp_path: Path) -> None:
+    for flag in ("pipeline_model_parallel_size", "num_attention_heads", "num_experts", "micro_batch_size"):
+        with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')}=0: must be at least 1"):
+            draft(of("mixtral_8x22b_tp2pp8ep8"), tmp_path, **{flag: "0"})
+
+
 def test_ranks_are_asked_for(tmp_path: Path) -> None:
     config = {key: value for key, value in of("qwen3_30b_slime").items() if key != "ranks"}
     with pytest.raises(ConfigError, match="does not say on how many GPUs it runs"):

@@ -71,6 +71,11 @@ def test_a_branch_that_is_not_decided() -> None:
     assert values(script) == {"num-layers": "1", "z": "1"} and script.unread[0][:2] == (5, "--y")
 
 
+def test_quotes_within_a_list_that_do_not_end() -> None:
+    with pytest.raises(ConfigError, match="No closing quotation"):
+        read('R="--x \'a"\npython p.py --num-layers 1 $R')
+
+
 def test_ranks_of_the_launcher() -> None:
     script = read(
         "#SBATCH --nodes=4\n#SBATCH --ntasks-per-node 8\nG=8\ntorchrun --nproc_per_node $G --nnodes 2 p.py --num-layers 1 --x 2"
