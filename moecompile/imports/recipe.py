@@ -34,7 +34,7 @@ def write_recipe(draft: Draft, folder: Path, source: str) -> None:
     nodes, ranks = draft.mesh
     options["mesh"] = {
         "defaults": [{"override /hardware@_global_.hardware": draft.hardware}],
-        "num_nodes": nodes, "ranks_per_node": ranks, "ep": draft.ep, "device": "cuda",
+        "num_nodes": nodes, "ranks_per_node": ranks, "device": "cuda",
     }  # fmt: skip
     chosen["mesh"] = name
     for group, content in options.items():
