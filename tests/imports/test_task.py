@@ -47,6 +47,7 @@ def result(folder: Path) -> dict[str, Any]:
     return body
 
 
+@pytest.mark.slow
 def test_the_recipes_are_what_was_planned(script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     run.mkdir()
