@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from moecompile import clock, waiting
 from moecompile.errors import RankFailure
+from moecompile.rundir import OVERRIDES, output_dir
 from moecompile.runtime.ranks import started_ranks
 
 if TYPE_CHECKING:
@@ -50,6 +51,11 @@ def _prepare(config: Config, run_dir: Path) -> Config:
     from moecompile.planner.placement import with_placement
     from moecompile.schema import SEARCHED, TaskName, of_the_job
 
+    if config.task.name is TaskName.import_config:
+        from moecompile.imports.composed import with_import
+
+        words = (output_dir(run_dir) / OVERRIDES).read_text(encoding="utf-8").splitlines()
+        return with_import(config, words)
     if config.task.name is TaskName.submit:  # what its job would refuse is refused before it waits
         resumed(_with_epochs(with_plan(with_placement(of_the_job(config)))), run_dir)
         return config

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from moecompile.compose.hydra_state import (
@@ -28,7 +29,7 @@ from moecompile.compose.hydra_state import (
     own_hydra,
 )
 from moecompile.compose.jobs import FAILURES, RunFolders, asks_debug, remove_unused, report, run_job
-from moecompile.compose.typed import conf_dir, explained, load_resolved, save_resolved, to_config
+from moecompile.compose.typed import conf_dir, explained, load_resolved, save_resolved, spelled, to_config
 from moecompile.rundir import OVERRIDES, RESOLVED
 from moecompile.schema import Config
 
@@ -42,6 +43,7 @@ __all__ = [
     "conf_dir",
     "load_resolved",
     "main",
+    "own_folders",
     "report",
     "save_resolved",
     "to_config",
@@ -89,15 +91,28 @@ def main(
     return max(exit_codes, default=0)
 
 
-def compose_config(overrides: Sequence[str] = ()) -> Config:
+def compose_config(overrides: Sequence[str] = (), folders: Sequence[Path] = ()) -> Config:
     """The config that the command line would compose from `overrides`, for Python callers; it is not validated.
 
     It works anywhere, also inside a function decorated with `@hydra.main`.
 
+    Args:
+        folders: with groups and recipes, as of `--config-dir`.
+
     Raises:
         UserError: an override or a config file cannot be composed.
     """
-    overrides = list(overrides)
+    overrides = [spelled(word) for word in overrides]
+    searched = ",".join(f"'file://{folder.absolute()}'" for folder in folders)
+    words = [*overrides, *([f"hydra.searchpath=[{searched}]"] if folders else [])]
     with _LOCK, own_hydra(), explained(overrides):
-        cfg = hydra.compose("config", overrides)
+        cfg = hydra.compose("config", words)
     return to_config(cfg, overrides)
+
+
+def own_folders() -> list[Path]:
+    """The folder of the command line's `--config-dir`, if it has one."""
+    if not HydraConfig.initialized():
+        return []
+    sources = HydraConfig.get().runtime.config_sources
+    return [Path(each.path) for each in sources if each.provider == "command-line"]

@@ -40,7 +40,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.version import VersionBase
 
 from moecompile.compose.jobs import RunFolders
-from moecompile.compose.typed import conf_dir, explained, no_environment, plain, written_as_flag
+from moecompile.compose.typed import conf_dir, explained, no_environment, plain, spelled, written_as_flag
 from moecompile.errors import ConfigError, UserError
 from moecompile.schema import Config, check_name
 from moecompile.version import __version__
@@ -213,6 +213,7 @@ def own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     def checked(*args: Any, **kwargs: Any) -> argparse.Namespace:
         parsed: argparse.Namespace = parse(*args, **kwargs)
+        parsed.overrides = [spelled(word) for word in parsed.overrides]
         _check_flags(parsed)
         return parsed
 

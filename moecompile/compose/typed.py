@@ -29,8 +29,16 @@ from moecompile.errors import ConfigError, UserError
 from moecompile.named_code import KEYS, Named, named_in, override, refuse_unnamed, without
 from moecompile.schema import SEARCHED, Config, with_implied
 
-GIVEN_GROUPS = ("per_layer", "model", "mesh", "dispatch", "balance")
+GIVEN_GROUPS = ("per_layer", "model", "mesh", "hardware", "dispatch", "balance")
 """Words without a dot that `Config.given` keeps."""
+
+
+_SPELLED = (("from=", "imported.source="), ("file=", "imported.file="), ("set.", "++imported.set."))
+
+
+def spelled(word: str) -> str:
+    """An override as the schema has it: `from=` is a word of Python, so it is no field, and stands for a longer key."""
+    return next((new + word.removeprefix(old) for old, new in _SPELLED if word.startswith(old)), word)
 
 
 def conf_dir() -> Path:

@@ -34,6 +34,7 @@ from moecompile.schema.enums import (
     ExpertInit,
     ExportFormat,
     Gather,
+    ImportSource,
     LauncherKind,
     LoggerKind,
     MaskPadding,
@@ -826,6 +827,21 @@ class ChatConfig:
     """Most tokens of an answer."""
 
 
+@dataclass(kw_only=True)
+class ImportConfig:
+    """`imported`: input of task=import, which makes a recipe of the training config of another system and plans it.
+
+    On the command line `from=`, `file=` and `set.NAME=` stand for its keys.
+    """
+
+    source: Optional[ImportSource] = None
+    """The system; `from=` on the command line."""
+    file: Optional[str] = None
+    """Its file, which is read and never run; `file=` on the command line."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Values of names that the file leaves open, or of its flags (`num_layers`); `set.NAME=` on the command line."""
+
+
 # -- all groups -----------------------------------------------------------------------------------------------------
 
 
@@ -863,6 +879,7 @@ class Config:
     rehearse: RehearseConfig = field(default_factory=RehearseConfig)
     place: PlaceConfig = field(default_factory=PlaceConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
+    imported: ImportConfig = field(default_factory=ImportConfig)
     plan: Optional[str] = None
     """A `plan.yaml`, or a run directory with one, that decides in task=plan, compile and train; null: a new plan."""
     compare: Optional[str] = None

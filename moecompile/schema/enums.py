@@ -20,11 +20,20 @@ class TaskName(str, Enum):
     data = "data"
     chat = "chat"
     submit = "submit"
+    import_config = "import"  # `import` is a word of Python
 
     @property
     def is_launched(self) -> bool:
         """Whether it runs on every rank of the mesh."""
         return self in (TaskName.train, TaskName.verify, TaskName.bench)
+
+
+class ImportSource(str, Enum):
+    """The system whose training config is imported."""
+
+    megatron = "megatron"  # Megatron-Core: a shell script, or YAML with its flags
+    torchtitan = "torchtitan"  # TOML, or a function of a config_registry.py
+    axolotl = "axolotl"  # YAML
 
 
 class RehearsedLoad(str, Enum):

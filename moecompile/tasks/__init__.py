@@ -24,6 +24,7 @@ _RUNS = {
     TaskName.chat: "moecompile.tasks.chat:run",
     TaskName.plan: "moecompile.tasks.plan:run",
     TaskName.search: "moecompile.tasks.search:run",
+    TaskName.import_config: "moecompile.tasks.import_config:run",
     TaskName.rehearse: "moecompile.tasks.rehearse:run",
     TaskName.place: "moecompile.tasks.place:run",
     TaskName.export: "moecompile.tasks.export:run",

@@ -1,0 +1,103 @@
+"""Shell scripts as data: what is read of their forms, and that nothing is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moecompile.errors import ConfigError
+from moecompile.imports.shell import Script, read_script
+
+HEAD = "#!/bin/bash\n"
+
+
+def read(text: str, **given: str) -> Script:
+    return read_script(HEAD + text, given, "a.sh")
+
+
+def values(script: Script) -> dict[str, str]:
+    return {key: setting.value for key, setting in script.settings.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A=4\npython p.py --num-layers $A --x ${A}8", {"num-layers": "4", "x": "48"}),
+        ('A=${A:-"7"}\npython p.py --num-layers ${A:-1} --x ${B:-${A}}', {"num-layers": "7", "x": "7"}),
+        ("A=4; B=$((A * (2 + 1) / 2))\npython p.py --num-layers $B --x=1", {"num-layers": "6", "x": "1"}),
+        ("R=(--num-layers 3\n # --y 1\n --x)\nR+=( --z 2 )\npython p.py ${R[@]}", {"num-layers": "3", "x": "true", "z": "2"}),
+        ('R=" \\\n --num-layers 3 \\\n --x a b"\nR="$R --z 1"\npython p.py $R', {"num-layers": "3", "x": "a b", "z": "1"}),
+        ("python p.py --num-layers 1 --x '$A'", {"num-layers": "1", "x": "$A"}),
+        ("python p.py --num-layers 1 --num-layers 2 --a_b 3", {"num-layers": "2", "a-b": "3"}),
+        ("cat <<EOF\n--num-layers 9 --w 1\nEOF\npython p.py --num-layers 1 --x 2", {"num-layers": "1", "x": "2"}),
+        ("A=2\nif [ $A -gt 1 ]; then\n X='--x 1'\nelse\n X='--x 2'\nfi\npython p.py --num-layers 1 $X", {"num-layers": "1", "x": "1"}),
+        ('if [[ ${P:-bf16} == "fp8" ]]; then\n X="--f"\nelif [ -z "$Q" ]; then\n X="--g"\nfi\npython p.py --num-layers 1 $X', {"num-layers": "1", "g": "true"}),
+    ],
+)  # fmt: skip
+def test_forms(text: str, expected: dict[str, str]) -> None:
+    assert values(read(text)) == expected
+
+
+def test_the_caller_wins() -> None:
+    assert values(read("TP=2\npython p.py --num-layers $TP --x $U", TP="8", U="u")) == {"num-layers": "8", "x": "u"}
+
+
+def test_what_has_no_value_is_kept_as_such() -> None:
+    script = read("D=$(date +'%d)')\npython p.py --num-layers $N --save $D/$1 --t `pwd`")
+    assert script.settings["num-layers"].missing == ("N",)
+    assert script.settings["save"].missing == ("1", "a command's output")
+    assert script.settings["t"].value == "$(...)"
+
+
+def test_nothing_is_run(tmp_path: Path) -> None:
+    touched = tmp_path / "touched"
+    script = read(f"A=$(touch {touched})\n`touch {touched}`\ntouch {touched}\npython p.py --num-layers 1 --x $A")
+    assert not touched.exists() and script.settings["x"].missing
+
+
+def test_what_is_not_read_is_said() -> None:
+    script = read(
+        "for i in 1 2; do\n python p.py --num-layers $i --lost 1\ndone\nf() {\n echo --gone 1\n}\npython p.py --num-layers 1 --x 2"
+    )
+    assert values(script) == {"num-layers": "1", "x": "2"}
+    assert [(line, flags) for line, flags, _ in script.unread] == [(2, "--num-layers --lost"), (5, "--gone")]
+
+
+def test_a_branch_that_is_not_decided() -> None:
+    script = read(
+        "if grep -q x y; then\n X='--x 1'\nfi\nif grep a; then\n R+=(--y 1)\nfi\npython p.py --num-layers 1 --z 1"
+    )
+    assert values(script) == {"num-layers": "1", "z": "1"} and script.unread[0][:2] == (5, "--y")
+
+
+def test_quotes_within_a_list_that_do_not_end() -> None:
+    with pytest.raises(ConfigError, match="No closing quotation"):
+        read('R="--x \'a"\npython p.py --num-layers 1 $R')
+
+
+def test_ranks_of_the_launcher() -> None:
+    script = read(
+        "#SBATCH --nodes=4\n#SBATCH --ntasks-per-node 8\nG=8\ntorchrun --nproc_per_node $G --nnodes 2 p.py --num-layers 1 --x 2"
+    )
+    assert {key: script.launch[key].value for key in ("nodes", "ntasks-per-node", "nproc-per-node", "nnodes")} == {
+        "nodes": "4", "ntasks-per-node": "8", "nproc-per-node": "8", "nnodes": "2",
+    }  # fmt: skip
+    assert values(script) == {"num-layers": "1", "x": "2"}
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("python p.py --num-layers 'a", "is no shell script that can be read: No closing quotation"),
+        ("python p.py --num-layers $((1 + 2", "No closing parenthesis"),
+        (
+            "python p.py --num-layers 1 --x 1\npython p.py --num-layers 2 --x 1",
+            "has several commands that train (lines 2, 3)",
+        ),
+    ],
+)
+def test_refused(text: str, rule: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read(text)
+    assert rule in str(error.value)
