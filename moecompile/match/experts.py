@@ -88,6 +88,15 @@ def own_router(recording: Recording, path: str, num_choices: int, d_model: int) 
     return None
 
 
+def skips_tokens(recording: Recording, path: str) -> bool:
+    """Whether the router of the experts at `path` takes some tokens past them: the same mask makes their ids and their
+    weights 0, so that they reach expert 0 with nothing to add (Zaya).
+    """
+    read = [_root(node) for node in recording.read.get(path, [])[1:3]]
+    masked = [node.args[1:] for node in read if node is not None and _name(node) == "masked_fill"]
+    return len(masked) == 2 and masked[0] == masked[1] and masked[0][1] == 0
+
+
 def _scored(ids: fx.Node, weights: fx.Node, num_choices: int) -> tuple[str, fx.Node] | None:
     """(score, root of the logits)."""
     above_ids, above_weights = list(_above(ids)), list(_above(weights))
@@ -204,7 +213,7 @@ class ExpertsMatch:
     experts after the last one that return their input; their rows of the up projection are unused. are_matrices: the
     weights are gate, up and down, (E F, D) each, in a child. transposed: whether stacked weights are (E, d_in, d_out).
     norm: a child that is applied to the rows after the experts. activation: for display. router: where the logits of
-    the model's own router are; None: not found.
+    the model's own router are; None: not found. skips: whether a weight of 0 is a token that goes past the experts.
     """
 
     call: ExpertsCall
@@ -219,6 +228,7 @@ class ExpertsMatch:
     norm: str | None = None
     activation: str
     router: RouterMatch | None = None
+    skips: bool = False
 
     @property
     def form(self) -> str:

@@ -53,6 +53,7 @@ from moecompile.match.experts import (
     match_stacked,
     matrices_of,
     own_router,
+    skips_tokens,
     structure,
 )
 from moecompile.match.ffn import FFNMatch, find_ffns
@@ -335,7 +336,7 @@ def find_existing(recording: Recording, captured: Captured, prove: Prove) -> lis
         else:
             match = _CALLED_OTHERWISE if holds_stacks(module) else None
         if isinstance(match, ExpertsMatch):
-            match = replace(match, router=_router(recording, path, match))
+            match = replace(match, router=_router(recording, path, match), skips=skips_tokens(recording, path))
             region = Region(path=path, graph=_own_call(module, match), module=module, matches={path: match})
             site = _site(recording, path, match, len(existing))
             reason = prove(region, site, call)

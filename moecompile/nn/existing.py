@@ -104,6 +104,25 @@ class OneHotIds(nn.Module):
         return chosen_T1E.argmax(-1).masked_fill(dropped_T1, chosen_T1E.shape[-1])
 
 
+class SkippedIds(nn.Module):
+    """Choices of a router that marks a skipped token by weight 0 (Zaya): no expert, the id `num_experts`.
+
+    An expert that such a row reached would add nothing, and the weight has no gradient.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(self, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Returns int64 ids."""
+        return ids_TK.masked_fill(weights_TK == 0, self.num_experts)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{self.num_experts} experts"
+
+
 class WideWeights(nn.Module):
     """Casts routing weights to a dtype as wide as the hidden states and at least fp32, like those of `Router`."""
 

@@ -24,7 +24,7 @@ from moecompile.match.experts import OWN, ExpertsMatch, RouterMatch, existing_ex
 from moecompile.match.ffn import FFNMatch, activation_module
 from moecompile.nn import Experts
 from moecompile.nn.adapters import expert_adapters
-from moecompile.nn.existing import ExistingExperts, ExistingMeter, OneHotIds, WideWeights
+from moecompile.nn.existing import ExistingExperts, ExistingMeter, OneHotIds, SkippedIds, WideWeights
 from moecompile.nn.identity import IdentityExperts
 from moecompile.nn.own_router import OwnCapacity, OwnRouter
 from moecompile.nn.padding import MaskRouting, TokenMask
@@ -58,6 +58,8 @@ def rewrite_experts(graph_module: fx.GraphModule, module: nn.Module, match: Expe
         # Step 2
         if match.call.one_hot:
             ids = graph.call_module(add("one_hot_ids", OneHotIds()), (ids,))
+        if match.skips:
+            ids = graph.call_module(add("skipped_ids", SkippedIds(match.num_experts)), (ids, weights))
         ids, weights = _routed(graph, add, (hidden, ids, weights), module, match, layer)
         if match.num_identity:
             identity = add("identity_experts", IdentityExperts(match.num_experts))

@@ -46,7 +46,7 @@ from moecompile.match.pointwise import is_pointwise, torch_name
 from moecompile.match.regions import Region
 from moecompile.mesh import Part, axes_that_split, dense_axes, expert_axes
 from moecompile.nn import LatentDown, LatentUp, Router, SharedExperts
-from moecompile.nn.existing import ExistingMeter, OneHotIds, WideWeights
+from moecompile.nn.existing import ExistingMeter, OneHotIds, SkippedIds, WideWeights
 from moecompile.nn.experts import RowExperts
 from moecompile.nn.identity import IdentityExperts
 from moecompile.nn.own_router import OwnCapacity, OwnRouter
@@ -804,6 +804,7 @@ MODULES: dict[type[nn.Module], Row] = {
         made=_changed,
     ),
     OneHotIds: Row("values X -> ids X", made=_one_hot),
+    SkippedIds: Row("ids X, weights X -> ids X", checks=(_one_choice,), made=_changed),
     WideWeights: Row("weights X, like X -> weights X", "weights X -> weights X"),
 }  # fmt: skip
 """Modules of MoE layers. Other modules follow the rule for ops on tokens."""

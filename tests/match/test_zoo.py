@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from moecompile.errors import ConfigError
+from moecompile.match.experts import skips_tokens
+from moecompile.match.sites import record_model
+from moecompile.nn import meters_of
 from moecompile.pipeline import compile_with_report
 from moecompile.verify import worst
 from tests.tiny import COPY4, config, max_diff
@@ -212,6 +215,31 @@ def test_experts_in_a_layer_make_no_block_of_it(sites: str) -> None:
 def test_experts_of_more_language_models(model_type: str) -> None:
     num_sites, changes = LANGUAGE_MODELS[model_type]
     assert_experts_stay_exact(*language_model(model_type, changes), num_sites)
+
+
+def test_tokens_that_a_router_skips_reach_no_expert() -> None:
+    """Zaya gives a skipped token expert 0 with weight 0: no row of it is sent, and no load is counted."""
+    model, inputs = language_model("zaya", {})
+    assert skips_tokens(record_model(model, inputs), "model.layers.0.mlp.experts")
+    for layer in model.model.layers:
+        layer.mlp.gate.balancing_biases[-1] = 0.0  # as likely as the others
+    model = model.double()
+    alone = copy.deepcopy(model)
+    compile_with_report(model, config(), example=inputs)
+    wanted, wanted_grads = outputs_and_grads(alone.train(), inputs)
+    skipped = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda _module, _args, out: skipped.append(int((out[1] == 0).sum())))
+    got, grads = outputs_and_grads(model.train(), inputs)
+    assert max(max_diff(a, b) for a, b in zip(got, wanted, strict=True)) <= 1e-12
+    assert worst(grads, wanted_grads)[0] <= 1e-9
+    num_tokens, loads = inputs["input_ids"].numel(), [int(meter.load.sum()) for _, meter in meters_of(model)]
+    assert loads == [num_tokens - number for number in skipped] and 0 < sum(skipped) < num_tokens * len(skipped)
+
+
+def test_weights_that_are_zero_otherwise_are_assignments() -> None:
+    model, inputs = tiny_models.build("mixtral")
+    assert not skips_tokens(record_model(model, inputs), "model.layers.0.mlp.experts")
 
 
 # Tiny models that do not generate as they are: caches without an attention layer, ids outside of a hashed vocabulary, a
