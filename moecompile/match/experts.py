@@ -94,7 +94,7 @@ def skips_tokens(recording: Recording, path: str) -> bool:
     """
     read = [_root(node) for node in recording.read.get(path, [])[1:3]]
     masked = [node.args[1:] for node in read if node is not None and _name(node) == "masked_fill"]
-    return len(masked) == 2 and masked[0] == masked[1] and masked[0][1] == 0
+    return len(masked) == 2 and masked[0] == masked[1] and bool(masked[0][1] == 0)
 
 
 def _scored(ids: fx.Node, weights: fx.Node, num_choices: int) -> tuple[str, fx.Node] | None:
