@@ -97,6 +97,16 @@ def loads_of_one_rank(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(strategy, "update_balance", lambda model, group=None, **options: right(model, **options))
 
 
+def bias_not_moved(patch: pytest.MonkeyPatch) -> None:
+    """Loads are counted, and no correction bias follows them."""
+    from moecompile.runtime import strategy
+
+    def wrong(model: Any, group: Any = None, *, right: Any = strategy.update_balance, **options: Any) -> Any:
+        return right(model, group, **{**options, "move": False})
+
+    patch.setattr(strategy, "update_balance", wrong)
+
+
 def same_batch_on_peers(patch: pytest.MonkeyPatch) -> None:
     from moecompile.verify import ranks
 
@@ -210,6 +220,7 @@ MUTATIONS: dict[Patch, str] = {
     loads_counted_twice: "loads",
     loads_counted_again_in_recomputation: "loads",
     loads_of_one_rank: "loads",
+    bias_not_moved: "correction bias",
     same_batch_on_peers: "micro-batches",
     experts_swapped: "outputs",
     experts_of_rank_0_everywhere: "outputs",
