@@ -49,7 +49,8 @@ class Trace:
     choices: the same before drops and sorting; flips: with replayed choices, the number of tokens for which the router
     itself would choose other experts. grads: gradients of step 0, before clipping. weights: parameters and buffers
     after the last step. Of N ranks only: saved: the entries of a checkpoint, with the optimizer's; restored: the same
-    after they were overwritten and loaded; places: of weights on the ranks; held: `Places.held` of the gradients; expert_axes, dense_axes: of the mesh.
+    after they were overwritten and loaded; places: of weights on the ranks; held: `Places.held` of the gradients;
+    expert_axes, dense_axes: of the mesh.
     """
 
     losses: list[float] = field(default_factory=list)

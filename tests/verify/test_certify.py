@@ -175,9 +175,9 @@ def moments_lost_in_checkpoint(patch: pytest.MonkeyPatch) -> None:
 def moments_of_experts_not_loaded(patch: pytest.MonkeyPatch) -> None:
     from moecompile.runtime import trainer_checkpoint
 
-    def wrong(
-        folder: Path, entries: dict[str, torch.Tensor], *, right: Any = trainer_checkpoint.read_tensors, **options: Any
-    ) -> None:
+    right = trainer_checkpoint.read_tensors
+
+    def wrong(folder: Path, entries: dict[str, torch.Tensor], **options: Any) -> None:
         of_experts = {name for name in entries if name.startswith("optimizer.") and ".experts." in name}
         right(folder, {name: entry for name, entry in entries.items() if name not in of_experts}, **options)
 
@@ -239,7 +239,7 @@ def _local_experts(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], t
     patch.setattr(shard, "_shard_experts", wrong)
 
 
-# mutation -> part of the name of a check that has to fail
+# mutation -> part of the name of a check that has to fail; docs/understand/bugs-of-others.md names them
 MUTATIONS: dict[Patch, str] = {
     expert_gradients_times_ep: "gradients of experts",
     router_not_summed: "gradients of router",
