@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import ast
 import re
 from pathlib import Path
-from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs" / "understand" / "bugs-of-others.md").read_text(encoding="utf-8")
@@ -21,11 +20,17 @@ def rows() -> list[str]:
 
 
 def demanded(file: str) -> dict[str, str]:
-    """Mutation of a test file -> the check that has to fail."""
-    module: Any = importlib.import_module(file.removesuffix(".py").replace("/", "."))
-    faults = {name: check for name, (check, _) in getattr(module, "FAULTS", {}).items()}
-    mutations = getattr(module, "MUTATIONS", {})
-    return faults | {getattr(key, "__name__", key): check for key, check in mutations.items()}
+    """Mutation of a test file -> the check that has to fail: from `MUTATIONS`, whose keys may be functions, or `FAULTS`."""
+    found = {}
+    for node in ast.parse((REPOSITORY / file).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            if isinstance(target, ast.Name) and target.id in ("MUTATIONS", "FAULTS"):
+                for key, value in zip(node.value.keys, node.value.values, strict=True):
+                    said = ast.literal_eval(value)
+                    name = key.id if isinstance(key, ast.Name) else ast.literal_eval(key or "")
+                    found[name] = said if isinstance(said, str) else said[0]
+    return found
 
 
 def test_each_mutation_of_the_page_is_in_its_test_with_its_check() -> None:
