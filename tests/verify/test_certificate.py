@@ -82,7 +82,7 @@ def _all(rank: int, world_size: int) -> dict[str, Certificate]:
         "replicated and sharded": certify(WITHOUT, sharded, tokens, {"outer": 2, "inner": 2}),
     }
     divided = partial(ExpertParallel, by_targets=True)
-    found["divided by targets"] = certify(Model, divided, tokens, MESH, reduction="targets", recompute=False)
+    found["divided by targets"] = certify(Model, divided, tokens, MESH, reduction="targets")
     for fault in FAULTS:
         options = {"reduction": "sum", "recompute": False, **OPTIONS.get(fault, {})}
         wrong = partial(ExpertParallel, fault=fault, by_targets=options["reduction"] == "targets")
