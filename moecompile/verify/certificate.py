@@ -178,7 +178,8 @@ def certify(
         reduction: what finished gradients are: "mean", the sum over all micro-batches divided by the number of ranks
             with batches of their own (DDP, FSDP2); "sum"; "targets", the sum divided by the targets of all ranks.
         same_batch: axes whose ranks get the same micro-batches (tensor parallelism).
-        steps, accumulation: optimizer steps, and micro-batches of a rank in each.
+        steps: optimizer steps.
+        accumulation: micro-batches of a rank in each.
         recompute: whether everything is repeated with activation checkpointing of the layers.
         dtype: of weights. float64 tells a wrong factor from rounding best; float32 where a kernel has no other.
         timeout_s: of a collective.
