@@ -5,6 +5,7 @@ In float32, the rounding error of this processor is measured, as the difference 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """Largest difference over the largest entry of `wanted`; 0 if both are zero everywhere."""
+    """Largest difference over the largest entry of `wanted`; 0 if both are zero everywhere, infinite for NaN."""
     difference, scale = float((got - wanted).abs().max()), float(wanted.abs().max())
-    return difference / scale if scale else difference
+    error = difference / scale if scale else difference
+    return math.inf if math.isnan(error) else error  # `max` over several would lose a NaN
 
 
 def worst(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[float, str]:
@@ -196,7 +198,7 @@ def _step_checks(got: Trace, wanted: Trace, label: str, tolerance: Tolerance, ig
 
 
 def _round_trip(got: Trace, label: str) -> Check:
-    error, where = worst(got.restored, got.weights)
+    error, where = worst(got.restored, got.saved)
     return _check(f"{label}: checkpoint round trip", error, 0.0, where)
 
 

@@ -48,8 +48,9 @@ class Trace:
     mode. inputs: token ids of every micro-batch. routes: router -> experts (sorted) of each micro-batch of step 0;
     choices: the same before drops and sorting; flips: with replayed choices, the number of tokens for which the router
     itself would choose other experts. grads: gradients of step 0, before clipping. weights: parameters and buffers
-    after the last step. Of N ranks only: restored: the same after they were overwritten and loaded from a checkpoint;
-    places: of weights on the ranks; held: `Places.held` of the gradients; expert_axes, dense_axes: of the mesh.
+    after the last step. Of N ranks only: saved: the entries of a checkpoint, with the optimizer's; restored: the same
+    after they were overwritten and loaded; places: of weights on the ranks; held: `Places.held` of the gradients;
+    expert_axes, dense_axes: of the mesh.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -62,6 +63,7 @@ class Trace:
     flips: int = 0
     grads: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    saved: dict[str, Tensor] = field(default_factory=dict)
     restored: dict[str, Tensor] = field(default_factory=dict)
     places: Places | None = None
     held: dict[str, Tensor] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moecompile.checkpoint.tensors import tensors_of
 from moecompile.mesh import MeshSpec, Part, expert_axes
 from moecompile.nn.context import own_positions
 from moecompile.nn.placement import by_id, expert_orders
@@ -58,10 +59,12 @@ def run_ranks(model: nn.Module, plan: Plan, config: Config, data: TextData, run_
     trace = recorder.trace
     trace.inputs = _in_order([own_positions(model, batch["input_ids"]) for batch in batches], accumulate, mesh)
     trace.weights = _whole(model)
+    entries = tensors_of(model, trainer.optimizers)
+    trace.saved = {name: full(tensor) for name, tensor in entries.items()}
     trainer.save_checkpoint(run_dir / "checkpoint")
-    _overwrite(model)
+    _overwrite(entries.values())
     trainer.strategy.load_checkpoint(run_dir / "checkpoint")
-    trace.restored = _whole(model)
+    trace.restored = {name: full(tensor) for name, tensor in tensors_of(model, trainer.optimizers).items()}
     return trace
 
 
@@ -172,9 +175,9 @@ def _by_id(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 @torch.no_grad()
-def _overwrite(model: nn.Module) -> None:
-    """Overwrites every weight and buffer of the checkpoint, with NaN or -1."""
-    for tensor in model.state_dict().values():
+def _overwrite(entries: Iterable[Tensor]) -> None:
+    """Overwrites every entry of the checkpoint, with NaN or -1."""
+    for tensor in entries:
         local = local_part(tensor)
         local.fill_(float("nan") if local.is_floating_point() else -1)
 

@@ -24,7 +24,7 @@ from tests.verify.by_hand import ExpertParallel, Model, tokens
 MESH = {"dp": 2, "ep": 2}
 WITHOUT = partial(Model, counts=False)
 
-# fault -> part of the name of a check that must fail, and of what is said
+# fault -> part of the name of a check that must fail, and of what is said; docs/understand/bugs-of-others.md names them
 FAULTS = {
     "experts of rank 0": ("entries of weights that no rank has", "layers.0.up"),
     "a weight of its own": ("entries that are not the model's", "layers.1.router.weight on rank 0"),
@@ -39,7 +39,26 @@ FAULTS = {
     "loads of one rank": ("buffers and counts", "each rank has its own on `dp` and `ep`: not summed"),
     "loads counted again": ("recomputed, buffers and counts", "2 x on `dp` or `ep`"),
     "another decay": ("updates of weights", "no multiple"),
+    "slots that were not chosen": ("step 0: gradients", "no multiple"),
+    "weights cut off": ("gradients on one side only", "layers.0.router.weight on rank 0"),
+    "experts over ep": ("step 0: gradients", "0.5 x on `dp` or `ep`: averaged twice, or not summed"),
+    "divided by own targets": ("step 0: gradients", "no multiple"),
+    "accumulated as an average": ("step 0: gradients", "no multiple"),
+    "norm averaged": ("gradient norm", "step 0"),
+    "tied weight twice in the norm": ("gradient norm", "x on every rank"),
+    "loads in bfloat16": ("buffers and counts", "layers.0.load"),
+    "layers by local index": ("entries of weights that no rank has", "layers.1.up"),
+    "batch of rank 0": ("losses of micro-batches", "micro-batch 0 of rank 3"),
+    "experts frozen": ("gradients on one side only", "layers.0.up on rank 0"),
+    "optimizer without experts": ("updates of weights", "zero on every rank"),
+    "moments lost": ("updates of weights", "no multiple"),
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "loads counted again": {"recompute": True},
+    "divided by own targets": {"reduction": "targets"},
+    "loads in bfloat16": {"accumulation": 3},  # which is exact up to 256
+}
+"""Of `certify`, for some faults."""
 
 
 def data_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -62,10 +81,12 @@ def _all(rank: int, world_size: int) -> dict[str, Certificate]:
         "sharded": certify(WITHOUT, sharded, tokens, {"dp": 4}),
         "replicated and sharded": certify(WITHOUT, sharded, tokens, {"outer": 2, "inner": 2}),
     }
+    divided = partial(ExpertParallel, by_targets=True)
+    found["divided by targets"] = certify(Model, divided, tokens, MESH, reduction="targets")
     for fault in FAULTS:
-        wrong = partial(ExpertParallel, fault=fault)
-        recompute = fault == "loads counted again"
-        found[fault] = certify(Model, wrong, tokens, MESH, reduction="sum", recompute=recompute)
+        options = {"reduction": "sum", "recompute": False, **OPTIONS.get(fault, {})}
+        wrong = partial(ExpertParallel, fault=fault, by_targets=options["reduction"] == "targets")
+        found[fault] = certify(Model, wrong, tokens, MESH, **options)
     found["loads under DDP"] = certify(Model, data_parallel, tokens, {"dp": 4}, recompute=False)
     return found
 
@@ -79,7 +100,9 @@ def found() -> dict[str, Certificate]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["right", "float32", "shared", "data parallel", "sharded", "replicated and sharded"])
+@pytest.mark.parametrize(
+    "name", ["right", "float32", "shared", "data parallel", "sharded", "replicated and sharded", "divided by targets"]
+)
 def test_what_is_right_passes(found: dict[str, Certificate], name: str) -> None:
     certificate = found[name]
     assert certificate.passed, str(certificate)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from moecompile.compose import compose_config
 from moecompile.schema import Config
 from moecompile.tasks.verify import shrink
-from moecompile.verify import Check, certify_config
+from moecompile.verify import Check, certify_config, worst
 from moecompile.verify.checks import _rounding, compare
 from moecompile.verify.job import Trace
 from tests.distributed.harness import run_distributed_test
@@ -97,6 +97,16 @@ def loads_of_one_rank(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(strategy, "update_balance", lambda model, group=None, **options: right(model, **options))
 
 
+def bias_not_moved(patch: pytest.MonkeyPatch) -> None:
+    """Loads are counted, and no correction bias follows them."""
+    from moecompile.runtime import strategy
+
+    def wrong(model: Any, group: Any = None, *, right: Any = strategy.update_balance, **options: Any) -> Any:
+        return right(model, group, **{**options, "move": False})
+
+    patch.setattr(strategy, "update_balance", wrong)
+
+
 def same_batch_on_peers(patch: pytest.MonkeyPatch) -> None:
     from moecompile.verify import ranks
 
@@ -144,6 +154,34 @@ def experts_of_rank_0_in_checkpoint(patch: pytest.MonkeyPatch) -> None:
         right(self, checkpoint, filepath, storage_options)
 
     patch.setattr(ExpertParallelStrategy, "save_checkpoint", wrong)
+
+
+def moments_lost_in_checkpoint(patch: pytest.MonkeyPatch) -> None:
+    """A rank saves zeros for the optimizer's moments of its experts."""
+    from moecompile.runtime.strategy import ExpertParallelStrategy
+
+    right = ExpertParallelStrategy.save_checkpoint
+
+    def wrong(self: Any, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
+        if dist.get_rank() == 1:
+            for state in self.optimizers[0].state.values():
+                if _is_expert(state["exp_avg"]):
+                    state["exp_avg"].to_local().zero_()
+        right(self, checkpoint, filepath, storage_options)
+
+    patch.setattr(ExpertParallelStrategy, "save_checkpoint", wrong)
+
+
+def moments_of_experts_not_loaded(patch: pytest.MonkeyPatch) -> None:
+    from moecompile.runtime import trainer_checkpoint
+
+    right = trainer_checkpoint.read_tensors
+
+    def wrong(folder: Path, entries: dict[str, torch.Tensor], **options: Any) -> None:
+        of_experts = {name for name in entries if name.startswith("optimizer.") and ".experts." in name}
+        right(folder, {name: entry for name, entry in entries.items() if name not in of_experts}, **options)
+
+    patch.setattr(trainer_checkpoint, "read_tensors", wrong)
 
 
 def idle_experts_without_gradient(patch: pytest.MonkeyPatch) -> None:
@@ -201,7 +239,7 @@ def _local_experts(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], t
     patch.setattr(shard, "_shard_experts", wrong)
 
 
-# mutation -> part of the name of a check that has to fail
+# mutation -> part of the name of a check that has to fail; docs/understand/bugs-of-others.md names them
 MUTATIONS: dict[Patch, str] = {
     expert_gradients_times_ep: "gradients of experts",
     router_not_summed: "gradients of router",
@@ -210,11 +248,14 @@ MUTATIONS: dict[Patch, str] = {
     loads_counted_twice: "loads",
     loads_counted_again_in_recomputation: "loads",
     loads_of_one_rank: "loads",
+    bias_not_moved: "correction bias",
     same_batch_on_peers: "micro-batches",
     experts_swapped: "outputs",
     experts_of_rank_0_everywhere: "outputs",
     experts_lost_in_checkpoint: "checkpoint round trip",
     experts_of_rank_0_in_checkpoint: "checkpoint round trip",
+    moments_lost_in_checkpoint: "checkpoint round trip",
+    moments_of_experts_not_loaded: "checkpoint round trip",
     idle_experts_without_gradient: "gradients on one side only",
     aux_loss_not_flowing: "gradients of router",
     aux_loss_times_ep: "gradients of router",
@@ -332,12 +373,18 @@ def test_only_what_is_rounding_on_both_sides_is_not_compared() -> None:
     assert _rounding(got, wanted, torch.float64) == {"noise"}
 
 
+def test_a_nan_is_an_error_wherever_it_stands() -> None:
+    """`max` over (nan, name) keeps what came before; a checkpoint's entries that were not loaded are NaN."""
+    zero, lost = torch.zeros(1), torch.tensor([float("nan")])
+    assert worst({"a": zero, "b": lost, "c": zero}, {"a": zero, "b": zero, "c": zero}) == (float("inf"), "b")
+
+
 def one_step(error: float) -> Trace:
     """A step whose numbers are off by `error`, relative."""
     weight = torch.ones(4) * (1 + error)
     return Trace(
         losses=[2.0], norms=[3.0 * (1 + error)], outputs=[weight], grads={"dense": weight}, weights={"dense": weight},
-        restored={"dense": weight}, held={"dense": weight.double().unsqueeze(0)},
+        saved={"dense": weight}, restored={"dense": weight}, held={"dense": weight.double().unsqueeze(0)},
     )  # fmt: skip
 
 

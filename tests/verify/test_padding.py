@@ -20,6 +20,8 @@ SMALL = [
     "mesh=cpu_1x2", "verify.dtype=float64",
 ]  # fmt: skip
 
+MUTATIONS = {"counted": "expert loads that differ"}
+
 
 def _both(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
     from moecompile.nn.padding import TokenMask
@@ -53,4 +55,4 @@ def test_padding_that_is_counted_is_caught(tmp_path: Path) -> None:
     found = run_distributed_test(_both, 2, tmp_path, timeout_s=240)[0]
     assert [check for check in found["right"] if not check.passed] == []
     failed = [check.name for check in found["counted"] if not check.passed]
-    assert any("expert loads that differ" in name for name in failed), failed
+    assert any(MUTATIONS["counted"] in name for name in failed), failed

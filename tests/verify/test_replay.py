@@ -27,6 +27,8 @@ MODELS = {
     "own router": ["model=qwen3_30b_a3b", "mesh=cpu_1x2", "model.device=cpu"],
 }
 
+MUTATIONS = {"dead": "gradients"}
+
 
 def _dead(router: Router, scores_TE: Tensor, ids_TK: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
     """Weights as they were recorded: numbers, through which no gradient flows."""
@@ -82,4 +84,4 @@ def test_replayed_experts_are_used_and_scores_without_gradient_are_caught(tmp_pa
                 for ours, used in zip(chosen, trace.routes[layer], strict=True)
             )  # fmt: skip
         failed = [check.name for check in found[f"{name}, dead"][0] if not check.passed]
-        assert any("gradients" in name for name in failed), (name, failed)
+        assert any(MUTATIONS["dead"] in name for name in failed), (name, failed)
