@@ -51,6 +51,8 @@ _DESCRIBED = (
     "planner/cost_model/", "planner/search/", "schema/ranges.py", "schema/workload.py", "bench/",
 )  # fmt: skip
 """These name axes of layouts that are described, not run (`workload.cp`)."""
+_OTHERS = "imports/"
+"""Here words of other systems' configs stand."""
 
 
 def listed(word: str) -> set[str]:
@@ -65,6 +67,7 @@ def naming(word: str) -> set[str]:
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
         if path.stem == word or any(re.search(rf"\b{word}\b", name) for name in _names(path.read_text("utf-8")))
+        if not path.relative_to(PACKAGE).as_posix().startswith(_OTHERS)
         if word not in ("cp", "tp") or not path.relative_to(PACKAGE).as_posix().startswith(_DESCRIBED)
     }
 

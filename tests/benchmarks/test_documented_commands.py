@@ -32,6 +32,7 @@ SMALL = {
     "full_models.py": "--rounds 1 --sequences 1 --hidden 128",
     "gpu.py": "--report gpu.json",
     "growth.py": "--rounds 1 --scale 16",
+    "imports.py": "",
     "import_memory.py": "--ranks 2 --hidden 128",
     "layer.py": "--sizes 8,2,128,256 --rounds 1",
     "lend.py": "--rounds 2 --tokens 256",

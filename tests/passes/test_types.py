@@ -377,10 +377,12 @@ OF_VERIFY = {
     **dict.fromkeys(
         ("expert_gradients_times_ep", "divided_by_own_tokens", "norm_of_one_rank", "loads_counted_twice", "loads_of_one_rank",
          "idle_experts_without_gradient", "aux_loss_not_flowing", "aux_loss_times_ep", "cp_gradients_divided_twice",
-         "auxiliary_losses_by_own_tokens"), "the strategy, after backward"),
+         "auxiliary_losses_by_own_tokens", "bias_not_moved"), "the strategy, after backward"),
     **dict.fromkeys(("muon_of_a_shard", "groups_forgotten"), "the optimizer"),
     **dict.fromkeys(("experts_swapped", "experts_of_rank_0_everywhere"), "what a rank stores"),
-    **dict.fromkeys(("experts_lost_in_checkpoint", "experts_of_rank_0_in_checkpoint"), "what a checkpoint stores"),
+    **dict.fromkeys(
+        ("experts_lost_in_checkpoint", "experts_of_rank_0_in_checkpoint", "moments_lost_in_checkpoint",
+         "moments_of_experts_not_loaded"), "what a checkpoint stores"),
     **dict.fromkeys(("same_batch_on_peers", "targets_shifted_within_a_rank"), "what a rank reads"),
     "loads_counted_again_in_recomputation": "when a meter counts",
     "router_not_summed": "the strategy; that the plan sums it follows from types",
