@@ -13,6 +13,7 @@ Algorithm:
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
 import tempfile
@@ -38,17 +39,16 @@ from torch.utils.checkpoint import checkpoint
 from moecompile.atomic import write_text
 from moecompile.errors import ArgumentError, VerificationFailed
 from moecompile.report.console import print_checks
+from moecompile.runtime.data import IGNORED
 from moecompile.runtime.ranks import started_ranks, worker_variables
-from moecompile.torch_private import tree_leaves, tree_map_only
+from moecompile.torch_private import local_part, tree_leaves, tree_map_only
 from moecompile.verify.checks import ROUNDING, TOLERANCES, Check, Tolerance, counted, explained, with_room
 from moecompile.verify.diagnosis import Axes, Difference, difference
 from moecompile.verify.entries import Entries, Places, finite, local_gradient, make_distinct
 from moecompile.version import versions
 
 Loss = Callable[[nn.Module, Any], Tensor]
-IGNORED = -100
 _CLIP = 1.0
-_SHOWN = 3
 _WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
@@ -93,7 +93,7 @@ class Certificate:
     """What `certify` found. It prints as a table.
 
     findings: everything that differs, the largest error of a check first. tried, not_tried: conditions under which the
-    comparison was made, and those that the given micro-batches do not have.
+    comparison was made; those that the given micro-batches do not have, and what could not be compared.
     """
 
     mesh: Mapping[str, int]
@@ -264,8 +264,6 @@ def _started(job: _Job, timeout_s: float) -> Certificate:
 
 
 def _rank(rank: int, job: _Job, port: int, timeout_s: float, path: Path) -> None:
-    import os
-
     os.environ.update(worker_variables(1, one_machine=True))
     torch.set_num_threads(1)
     timeout = timedelta(seconds=timeout_s)
@@ -286,11 +284,17 @@ def _in_place(job: _Job) -> Certificate:
             "mesh", dict(job.axes.sizes), f"it has {job.axes.num_ranks} ranks and {dist.get_world_size()} were started",
             "Start as many",
         )  # fmt: skip
+    if job.reduction == "targets" and not _has_labels(job.batch(0)):
+        raise ArgumentError(
+            "reduction", job.reduction, 'micro-batches have no "labels" by which targets are counted',
+            "Use reduction='sum', and divide in the loss or in Parallel.finish",
+        )  # fmt: skip
     device_mesh = init_device_mesh("cpu", tuple(job.axes.sizes.values()), mesh_dim_names=tuple(job.axes.sizes))
     reference: _Reference | None = None
     variants = {"": False, **({"recomputed, ": True} if job.recompute else {})}
     checks: list[Check] = []
     findings: list[Finding] = []
+    left_out: list[str] = []
     for label, recomputed in variants.items():
         held = job.in_parallel(device_mesh, recomputed)
         gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
@@ -300,13 +304,14 @@ def _in_place(job: _Job) -> Certificate:
             comparison = _Comparison(job, reference, gathered, label)
             checks += comparison.checks()
             findings += comparison.findings
+            left_out = comparison.left_out
     result: list[Any] = [None]
     if reference is not None:
-        tried, not_tried = job.conditions(knows_norm=None not in gathered[0].norms)
+        tried, not_tried = job.conditions()
         result = [
             Certificate(
                 mesh=dict(job.axes.sizes), dtype=str(job.dtype).removeprefix("torch."), checks=checks,
-                findings=findings, tried=tried, not_tried=not_tried, versions=versions(),
+                findings=findings, tried=tried, not_tried=[*not_tried, *left_out], versions=versions(),
             )
         ]  # fmt: skip
     dist.broadcast_object_list(result, 0)
@@ -324,8 +329,7 @@ class _Held:
     losses: of each micro-batch of step 0. inputs: gradients of its floating-point tensors, by micro-batch of step 0 and
     place. weights: name -> numbers of the entries that the tensor has (ranks), or values (one process); grads: the same
     names, per step, None for a weight without gradient; norms: before clipping, per step, None if torch cannot tell;
-    clips: whether gradients are clipped. buffers, after: buffers and
-    weights after the last step.
+    clips: whether gradients are clipped. buffers, after: buffers and weights after the last step.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -389,7 +393,7 @@ class _Job:
 
     def micro_batch(self, number: int) -> Any:
         """Micro-batch `number`, in the precision of the job, some of its labels masked."""
-        batch = _mapped(self.batch(number), partial(_as_input, dtype=self.dtype))
+        batch = tree_map_only(Tensor, partial(_as_input, dtype=self.dtype), self.batch(number))
         if not _has_labels(batch):
             return batch
         step, place = divmod(number, self.num_batches * self.accumulation)
@@ -400,7 +404,7 @@ class _Job:
         labels[:, keep:] = IGNORED
         return {**batch, "labels": labels}
 
-    def conditions(self, knows_norm: bool) -> tuple[list[str], list[str]]:
+    def conditions(self) -> tuple[list[str], list[str]]:
         """What was tried, and what was not."""
         per_rank = [
             [self.micro_batch(self.number(0, index, i)) for i in range(self.accumulation)]
@@ -413,7 +417,6 @@ class _Job:
             "unequal numbers of targets": len(set(sizes)) > 1,
             "a rank without any": self.num_batches > 1 and 0 in sizes,
             "recomputation": self.recompute,
-            "gradient norm": knows_norm,
         }
         tried = [name for name, holds in all_conditions.items() if holds]
         return tried, [name for name, holds in all_conditions.items() if not holds]
@@ -456,12 +459,12 @@ class _Job:
         if recomputed:
             _recompute(side.module)
         weights = dict(side.module.named_parameters())
-        held.weights = {name: entries.locate(_local(w)) for name, w in weights.items() if w.is_floating_point()}
+        held.weights = {name: entries.locate(local_part(w)) for name, w in weights.items() if w.is_floating_point()}
         mine = self.batch_index(dist.get_rank())
         numbers = [[self.number(step, mine, i) for i in range(self.accumulation)] for step in range(self.steps)]
         self._train(side, held, numbers, None)
         weights = dict(side.module.named_parameters())
-        held.after = {name: _local(weights[name]).clone() for name in held.weights if name in weights}
+        held.after = {name: local_part(weights[name]).detach().clone() for name in held.weights}
         return held
 
     def _divide(self, module: nn.Module, targets: int) -> None:
@@ -501,9 +504,9 @@ class _Job:
             )
             held.norms.append(_norm(side, held.clips))
             optimizer.step()
-        held.buffers = {_plain(name): _local(buffer).clone() for name, buffer in module.named_buffers()}
+        held.buffers = {_plain(name): local_part(buffer).clone() for name, buffer in module.named_buffers()}
         if side.counts is not None:
-            held.buffers.update({name: _local(value).clone() for name, value in side.counts().items()})
+            held.buffers.update({name: local_part(value).clone() for name, value in side.counts().items()})
 
 
 def _adamw(module: nn.Module) -> torch.optim.Optimizer:
@@ -540,10 +543,6 @@ def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
             yield from _outermost_lists(child)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
 def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
@@ -551,10 +550,6 @@ def _plain(name: str) -> str:
 def _as_input(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     tensor = tensor.detach().clone()
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    return tree_map_only(Tensor, change, batch)
 
 
 def _floating(batch: Any) -> Iterator[Tensor]:
@@ -577,6 +572,7 @@ class _Comparison:
         self.job, self.axes, self.label, self.ranks = job, job.axes, label, ranks
         self.entries, self.wanted, self.tolerance = reference.entries, reference.held, reference.tolerance
         self.findings: list[Finding] = []
+        self.left_out: list[str] = []  # what could not be compared
         self.places = Places(self.entries, [held.weights for held in ranks])
 
     def checks(self) -> list[Check]:
@@ -589,9 +585,13 @@ class _Comparison:
             checks += self._gradients(step)
         if all(None not in held.norms for held in (self.wanted, *self.ranks)):
             checks.append(self._norms())
-        if self.wanted.buffers:
-            checks.append(self._of_buffers())
-        checks.append(self._updates())
+        else:
+            self.left_out.append("gradient norm, which torch cannot tell over several meshes: give Parallel.clip")
+        checks += self._of_buffers()
+        if self.tolerance.weights is None:
+            self.left_out.append("updates of weights in float32")
+        else:
+            checks.append(self._updates(self.tolerance.weights))
         return checks
 
     def _losses(self) -> Check:
@@ -653,22 +653,21 @@ class _Comparison:
             differences[f"step {step}"] = difference(held_R1, _row(wanted)[0], self.axes, self.tolerance.norm)
         return self._worst("gradient norm", differences, self.tolerance.norm)
 
-    def _of_buffers(self) -> Check:
+    def _of_buffers(self) -> list[Check]:
         differences = {}
-        for name, wanted in self.wanted.buffers.items():
-            alike = [held.buffers.get(name) for held in self.ranks]
-            if any(each is None or each.shape != wanted.shape for each in alike) or not wanted.numel():
-                continue
-            held_RN = torch.stack([finite(each.double().flatten()) for each in alike if each is not None])
-            most = self.tolerance.outputs if wanted.is_floating_point() else 0.0
-            differences[name] = difference(held_RN, finite(wanted.double().flatten()), self.axes, most)
-        return self._worst("buffers and counts", differences, self.tolerance.outputs)
+        for name in dict.fromkeys(name for held in (self.wanted, *self.ranks) for name in held.buffers):
+            of_all = [held.buffers.get(name) for held in (self.wanted, *self.ranks)]
+            values = [each for each in of_all if each is not None]
+            if len(values) < len(of_all) or len({each.shape for each in values}) > 1:
+                self.left_out.append(f"buffer {name}, which has another shape on a rank, or is on one side only")
+            elif values[0].numel():
+                wanted, *held_R = [finite(each.double().flatten()) for each in values]
+                most = self.tolerance.outputs if values[0].is_floating_point() else 0.0
+                differences[name] = difference(torch.stack(held_R), wanted, self.axes, most)
+        return [self._worst("buffers and counts", differences, self.tolerance.outputs)] if differences else []
 
-    def _updates(self) -> Check:
+    def _updates(self, most: float) -> Check:
         differences = {}
-        most = self.tolerance.weights
-        if most is None:
-            return Check(name=f"{self.label}weights: not compared in this precision", error=0, tolerance=0, passed=True)
         for weight, began in self.wanted.weights.items():
             if weight not in self.places.parts or any(
                 self._is_rounding(step, self.places.held(weight, [held.grads[step] for held in self.ranks]), weight)

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from moecompile.errors import VerificationFailed
+from moecompile.errors import ArgumentError, VerificationFailed
 from moecompile.verify import Certificate, Check, Finding, certify
 from moecompile.verify.diagnosis import Difference
 from tests import forked
@@ -61,6 +61,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """Of `certify`, for some faults."""
 
 
+class OtherCounts(ExpertParallel):
+    """Counts of a name that one process has not."""
+
+    def loads(self) -> dict[str, torch.Tensor]:
+        return {f"{name} of tokens": load for name, load in super().loads().items()}
+
+
 def data_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return DistributedDataParallel(model)
 
@@ -87,6 +94,7 @@ def _all(rank: int, world_size: int) -> dict[str, Certificate]:
         options = {"reduction": "sum", "recompute": False, **OPTIONS.get(fault, {})}
         wrong = partial(ExpertParallel, fault=fault, by_targets=options["reduction"] == "targets")
         found[fault] = certify(Model, wrong, tokens, MESH, **options)
+    found["other counts"] = certify(Model, OtherCounts, tokens, MESH, reduction="sum", recompute=False)
     found["loads under DDP"] = certify(Model, data_parallel, tokens, {"dp": 4}, recompute=False)
     return found
 
@@ -106,7 +114,8 @@ def found() -> dict[str, Certificate]:
 def test_what_is_right_passes(found: dict[str, Certificate], name: str) -> None:
     certificate = found[name]
     assert certificate.passed, str(certificate)
-    assert certificate.not_tried == [] and "a rank without any" in certificate.tried
+    in_float32 = ["updates of weights in float32"] if name == "float32" else []
+    assert certificate.not_tried == in_float32 and "a rank without any" in certificate.tried
     worst = max(check.error for check in certificate.checks)
     assert 0 < worst < (1e-3 if name == "float32" else 1e-8)
 
@@ -130,6 +139,30 @@ def test_another_reduction_is_a_factor(found: dict[str, Certificate]) -> None:
     for each in gradients:
         assert each.difference.factor == pytest.approx(0.25) and each.difference.axes == ("dp",)
         assert each.difference.text == "0.25 x on `dp`: averaged twice, or not summed"
+
+
+@pytest.mark.slow
+def test_what_cannot_be_compared_is_said(found: dict[str, Certificate]) -> None:
+    left_out = [text for text in found["other counts"].not_tried if text.startswith("buffer layers.0.load of tokens,")]
+    assert len(left_out) == 1 and "on one side only" in left_out[0]
+
+
+def _targets_of_nothing(rank: int, world_size: int) -> str:
+    try:
+        certify(Model, ExpertParallel, _hidden, {"ep": 2}, reduction="targets")
+    except ArgumentError as error:
+        return str(error)
+    return ""
+
+
+def _hidden(number: int) -> torch.Tensor:
+    return torch.zeros(2, 3)
+
+
+@pytest.mark.slow
+def test_targets_that_cannot_be_counted_are_refused() -> None:
+    for message in run_distributed_test(_targets_of_nothing, 2):
+        assert message.startswith("reduction=targets: micro-batches have no")
 
 
 @pytest.mark.slow
@@ -164,7 +197,10 @@ def _of_transformers(rank: int, world_size: int) -> Certificate:
 @pytest.mark.slow
 def test_expert_parallelism_of_transformers_passes_in_float32() -> None:
     certificate = run_distributed_test(_of_transformers, 2)[0]
-    assert certificate.passed and certificate.not_tried == ["recomputation", "gradient norm"], str(certificate)
+    assert certificate.passed, str(certificate)
+    assert [text.partition(",")[0] for text in certificate.not_tried] == [
+        "recomputation", "gradient norm", "updates of weights in float32",
+    ]  # fmt: skip
 
 
 def test_a_certificate_can_be_kept(tmp_path: Path) -> None:
