@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moecompile.errors import ConfigError
-from moecompile.imports.models import named
+from moecompile.imports.models import named, taken
 from moecompile.imports.settings import NO_EFFECT, NO_EQUAL, Caller, Draft, Setting, Settings, machine_of
 from moecompile.imports.yaml_file import leaves, mapping_of
 
@@ -62,15 +62,7 @@ def _model(s: Settings, caller: Caller) -> str | dict[str, Any] | None:
             "file", s.path, f"names base_model {name}, whose widths are not known here, and nothing is downloaded",
             "Give model.pretrained=FOLDER with its config.json and weights, or a model such as model=qwen3_30b_a3b",
         )  # fmt: skip
-    if model.option is not None:
-        s.assume("model", model.option, "the shipped option with this published name")
-        return model.option
-    s.assume("model.architecture", model.architecture, model.source)
-    return {
-        "architecture": model.architecture,
-        "device": "meta",
-        "config": {"dtype": "bfloat16", **(model.config or {})},
-    }
+    return taken(s, model, "the shipped option with this published name")
 
 
 def _layout(s: Settings, caller: Caller) -> tuple[dict[str, Any], dict[str, int]]:

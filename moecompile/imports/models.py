@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from moecompile.imports.settings import Settings
+
 NOT_WIDTHS = (
     "dtype",
     "vocab_size",
@@ -47,7 +49,7 @@ _NAMED: tuple[tuple[str, Named], ...] = (
     (r"gpt-oss-(safeguard-)?120b", Named(option="gpt_oss_120b")),
     (r"gpt-oss-(safeguard-)?20b", Named(option="gpt_oss_20b")),
     (r"deepseek-v3|deepseek-r1(?!-distill)", Named(option="deepseek_v3")),
-    (r"deepseek-(coder-)?v2-lite|deepseek-moe-16b", Named(
+    (r"deepseek-(coder-)?v2-lite", Named(
         architecture="deepseek_v2", source="published config of DeepSeek-V2-Lite", config={
             "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
             "num_hidden_layers": 27, "first_k_dense_replace": 1, "num_attention_heads": 16, "num_key_value_heads": 16,
@@ -82,6 +84,16 @@ def named(name: str) -> Named | None:
     """The model with a published name, such as `Qwen/Qwen3-30B-A3B`; None: it is not known."""
     last = name.rstrip("/").rpartition("/")[2].lower()
     return next((model for pattern, model in _NAMED if re.search(pattern, last)), None)
+
+
+def taken(settings: Settings, model: Named, text: str) -> str | dict[str, Any]:
+    """What a draft has of a published model: the shipped option, with this text in the report, or a content of one."""
+    if model.option is not None:
+        settings.assume("model", model.option, text)
+        return model.option
+    settings.assume("model.architecture", model.architecture, model.source)
+    config = {"dtype": "bfloat16", **(model.config or {})}
+    return {"architecture": model.architecture, "device": "meta", "config": config}
 
 
 def vocabulary(tokenizer: str) -> int | None:

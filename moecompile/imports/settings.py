@@ -92,7 +92,7 @@ class Settings:
             known: the words that are known; another one is an error.
         """
         if not self.has(key):
-            self._read.add(key)
+            self.say(key, "is off", NO_EFFECT)
             return None
         value = self._text(key)
         if known is not None and value not in known:
@@ -157,7 +157,7 @@ class Settings:
 
     def _number(self, key: str, becomes: str, kind: str, convert: Callable[[str], Value], what: str) -> Value | None:
         if not self.has(key):
-            self._read.add(key)
+            self.say(key, "is off", NO_EFFECT)
             return None
         text = self._text(key)
         try:

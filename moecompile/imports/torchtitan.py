@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from moecompile.errors import ConfigError
-from moecompile.imports.models import named
+from moecompile.imports.models import named, taken
 from moecompile.imports.settings import NO_EFFECT, NO_EQUAL, Caller, Draft, Setting, Settings, machine_of
 
 _FLAVORS = {
-    ("deepseek_v3", "16b"): "deepseek-moe-16b", ("deepseek_v3", "236b"): "deepseek-v2",
+    ("deepseek_v3", "16b"): "deepseek-v2-lite", ("deepseek_v3", "236b"): "deepseek-v2",
     ("deepseek_v3", "671b"): "deepseek-v3", ("qwen3", "30b-a3b"): "qwen3-30b-a3b",
     ("qwen3", "235b-a22b"): "qwen3-235b-a22b", ("gpt_oss", "20b"): "gpt-oss-20b", ("gpt_oss", "120b"): "gpt-oss-120b",
     ("llama4", "17bx16e"): "llama-4-scout-17b-16e", ("llama4", "17bx128e"): "llama-4-maverick-17b-128e",
@@ -195,15 +195,7 @@ def _model(s: Settings, caller: Caller) -> str | dict[str, Any] | None:
             "file", s.path, f"has the model {name} {flavor}, whose widths are not known here (known: {known})",
             "Give a model such as model=qwen3_30b_a3b, or model.architecture with model.config",
         )  # fmt: skip
-    if model.option is not None:
-        s.assume("model", model.option, "the shipped option of this model and flavor")
-        return model.option
-    s.assume("model.architecture", model.architecture, model.source)
-    return {
-        "architecture": model.architecture,
-        "device": "meta",
-        "config": {"dtype": "bfloat16", **(model.config or {})},
-    }
+    return taken(s, model, "the shipped option of this model and flavor")
 
 
 # -- step 3: the layout ----------------------------------------------------------------------------------------------
