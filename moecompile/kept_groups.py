@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moecompile.mesh import MeshSpec, Part
 from moecompile.torch_private import group_of_members, unflattened
 
 _Made = TypeVar("_Made")
@@ -85,6 +86,23 @@ def _groups_along(ranks: Tensor, names: tuple[str, ...], mesh_name: str) -> list
             full, purpose = f"{mesh_name}/{name}/{mine[0]}", f"mesh_{name}"
             groups.append(_once(full, partial(group_of_members, mine, name=full, purpose=purpose)))
     return groups
+
+
+def along(device_type: str, mesh: MeshSpec, *of: Part, purpose: str) -> ProcessGroup:
+    """A group for one purpose of the ranks that differ from this one along the axes that split `of`.
+
+    All ranks call it with the same arguments, after the process group is initialized.
+    """
+    mine = mesh.group(*of, rank=dist.get_rank())
+    name = f"{device_type}.{purpose}/{'.'.join(map(str, mine))}"
+
+    def make() -> ProcessGroup:
+        if not _splits_in_one_call():
+            return group_of_members(list(mine), name=name, purpose=purpose)
+        groups = dict.fromkeys(mesh.group(*of, rank=rank) for rank in range(mesh.world_size))
+        return {ranks: dist.new_group(list(ranks)) for ranks in groups}[mine]
+
+    return _once(name, make)
 
 
 def cpu_group(purpose: str, timeout: timedelta) -> ProcessGroup:

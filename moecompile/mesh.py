@@ -2,14 +2,14 @@
 
 One set of ranks is factored twice, because dense weights and experts are placed differently (folding):
 
-    dense weights  (dp_replicate, dp_shard, cp, tp)  world = dp_replicate * dp_shard * cp * tp
-    experts        (dp_replicate, edp, ep)           world = dp_replicate * edp * ep
+    dense weights  (pp, dp_replicate, dp_shard, cp, tp)  world = pp * dp_replicate * dp_shard * cp * tp
+    experts        (pp, dp_replicate, edp, ep)           world = pp * dp_replicate * edp * ep
 
 Rank order (the same everywhere): nodes are contiguous ranks, and the last axis varies fastest, so the groups of `tp`,
-of `cp` (without `tp`) and of `ep` are contiguous ranks:
+of `cp` (without `tp`) and of `ep`, and all ranks of a stage of `pp`, are contiguous ranks:
 
-    rank = ((dp_replicate_index * dp_shard + dp_shard_index) * cp + cp_index) * tp + tp_index
-         = (dp_replicate_index * edp_shard + edp_index) * ep + ep_index
+    rank = (((pp_index * dp_replicate + dp_replicate_index) * dp_shard + dp_shard_index) * cp + cp_index) * tp + tp_index
+         = ((pp_index * dp_replicate + dp_replicate_index) * edp_shard + edp_index) * ep + ep_index
 
 What an axis is stands in its row of `AXES` and nowhere else. Sizes, groups, sums of gradients, batches and memory ask
 `MeshSpec` about a `Part`: `mesh.size(Part.SEQUENCE)` is the number of ranks that have parts of the same sequences.
@@ -18,7 +18,7 @@ What an axis is stands in its row of `AXES` and nowhere else. Sizes, groups, sum
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from math import prod
@@ -50,8 +50,7 @@ class Axis:
 
     splits: what its ranks have different parts of. dense, experts: whether it is in that factorization. given: whether
     the config gives its size; else it has all ranks that the others leave. group: its ranks in a message, if they must
-    fill whole nodes or fit into one. searched: whether `search` varies it. not_yet: why it must be 1; empty: it may be
-    more.
+    fill whole nodes or fit into one. searched: whether `search` varies it.
     """
 
     name: str
@@ -61,15 +60,10 @@ class Axis:
     given: bool = True
     group: str = ""
     searched: bool = False
-    not_yet: str = ""
 
 
 AXES = (
-    Axis(
-        name="pp", splits=(Part.LAYERS,), experts=True,
-        not_yet="pipeline parallelism is not supported: auxiliary losses of earlier stages would not reach the loss, "
-        "and FSDP2 loses gradients under schedules that split backward",
-    ),
+    Axis(name="pp", splits=(Part.LAYERS,), experts=True),
     Axis(name="dp_replicate", splits=(Part.BATCH,), experts=True, searched=True),
     Axis(name="dp_shard", splits=(Part.BATCH, Part.STORED), given=False),
     Axis(name="cp", splits=(Part.SEQUENCE, Part.HEADS, Part.STORED), group="a CP group"),
@@ -79,17 +73,15 @@ AXES = (
 )  # fmt: skip
 """All axes. Those of one factorization are in the order of the rank's numbering, the last of which varies fastest."""
 
-NOT_YET = {axis.name: axis.not_yet for axis in AXES if axis.not_yet}
-
 
 def dense_axes() -> tuple[str, ...]:
     """The axes of dense weights, in the order of the numbering."""
-    return tuple(axis.name for axis in AXES if axis.dense and not axis.not_yet)
+    return tuple(axis.name for axis in AXES if axis.dense)
 
 
 def expert_axes() -> tuple[str, ...]:
     """The axes of experts, in the order of the numbering."""
-    return tuple(axis.name for axis in AXES if axis.experts and not axis.not_yet)
+    return tuple(axis.name for axis in AXES if axis.experts)
 
 
 def axes_that_split(*of: str | Part) -> tuple[str, ...]:
@@ -126,14 +118,16 @@ class MeshSpec:
     dp_replicate: int = 1
     tp: int = 1
     cp: int = 1
+    pp: int = 1
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        given = {axis.name: axis for axis in reversed(AXES) if axis.given and not axis.not_yet}
+        given = {axis.name: axis for axis in reversed(AXES) if axis.given}
         for name in ["num_nodes", "ranks_per_node"] + list(given):
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"mesh.{name}", value, "must be at least 1", "Give a positive number")
+        self._check_stages()
         for axis in given.values():
             if axis.group:
                 self._check_contiguous(axis)
@@ -144,12 +138,24 @@ class MeshSpec:
         self._check_replicas("expert copies", ("ep",))
         self._check_replicas("micro-batches", self.sharing)
 
+    def _check_stages(self) -> None:
+        """Checks that the ranks of a stage fill whole nodes, or that nodes have whole stages."""
+        fitting = [
+            n for n in divisors(self.world_size) if not (self.num_nodes % n and n % self.num_nodes)
+            and not (n > self.num_nodes and self.ranks_per_node % (n // self.num_nodes))
+        ]  # fmt: skip
+        if self.pp not in fitting:
+            rule = f"stages must have equally many ranks, of whole nodes or within one ({self._shape})"
+            raise ConfigError("mesh.pp", self.pp, rule, f"Use one of {fitting}")
+
     def _check_contiguous(self, axis: Axis) -> None:
         """Checks that the groups of an axis that varies fastest divide the ranks, and the nodes evenly."""
         size, path = self.size(axis.name), f"mesh.{axis.name}"
-        fitting = divisors(self.world_size)
-        if self.world_size % size:
+        fitting = divisors(self.ranks_per_stage)
+        if self.ranks_per_stage % size:
             rule = f"must divide the world size ({self._shape})"
+            if self.pp > 1:
+                rule = f"must divide the {self.ranks_per_stage} ranks of a stage ({self._shape}, mesh.pp={self.pp})"
             raise ConfigError(path, size, rule, f"Use one of {fitting}")
         if size % self.ranks_per_node and self.ranks_per_node % size:
             fitting = [n for n in fitting if not (n % self.ranks_per_node and self.ranks_per_node % n)]
@@ -158,6 +164,7 @@ class MeshSpec:
 
     def _check_replicas(self, what: str, inside: Sequence[str]) -> None:
         """Checks that the replicas divide what there is `world / inside` times."""
+        inside = tuple(dict.fromkeys((*self.axes(Part.LAYERS), *inside)))
         copies = self.world_size // self.size(*inside)
         sizes = ", ".join(f"{name}={self.size(name)}" for name in inside)
         for axis in AXES:
@@ -177,8 +184,7 @@ class MeshSpec:
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
-        sizes = {axis.name: getattr(self, axis.name) for axis in AXES if axis.given and not axis.not_yet}
-        sizes |= {axis.name: 1 for axis in AXES if axis.not_yet}
+        sizes = {axis.name: getattr(self, axis.name) for axis in AXES if axis.given}
         for names in (dense_axes(), expert_axes()):
             (rest,) = (name for name in names if name not in sizes)
             sizes[rest] = self.world_size // prod(sizes[name] for name in names if name != rest)
@@ -215,9 +221,22 @@ class MeshSpec:
         return self.num_nodes * self.ranks_per_node
 
     @property
+    def ranks_per_stage(self) -> int:
+        """Number of ranks that have the same layers."""
+        return self.world_size // self.size(Part.LAYERS)
+
+    @property
     def edp(self) -> int:
         """Number of ranks that hold (a shard or a replica of) the same experts."""
-        return self.world_size // self.ep
+        return self.ranks_per_stage // self.ep
+
+    @cached_property
+    def stage(self) -> MeshSpec:
+        """The ranks of one stage, as a mesh of their own."""
+        if self.pp == 1:
+            return self
+        nodes = max(1, self.num_nodes // self.pp)
+        return replace(self, num_nodes=nodes, ranks_per_node=self.ranks_per_stage // nodes, pp=1)
 
     @property
     def edp_shard(self) -> int:
@@ -281,9 +300,12 @@ class MeshSpec:
         return self.index(rank, Part.BATCH)
 
     def is_counted(self, rank: int) -> bool:
-        """Whether global `rank` is the one of those with the same tokens that counts them, in sums over all ranks."""
-        shared = set(self.sharing).difference(axes_that_split(Part.SEQUENCE))
-        return self.index(rank, *shared) == 0
+        """Whether global `rank` is the one of those with the same tokens that counts them, in sums over all ranks.
+
+        Of stages the last one, which has the loss.
+        """
+        shared = set(self.sharing).difference(axes_that_split(Part.SEQUENCE, Part.LAYERS))
+        return self.index(rank, *shared) == 0 and self.index(rank, Part.LAYERS) == self.size(Part.LAYERS) - 1
 
     def node_of(self, rank: int) -> int:
         """The node that holds global `rank`."""

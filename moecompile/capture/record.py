@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import EllipsisType
@@ -53,6 +54,19 @@ class ModuleCall:
     kwargs: dict[str, Any]
 
 
+TENSOR = "tensor"
+"""What stands for a tensor in the form of a result."""
+
+
+def form_of(value: Any) -> Any:
+    """A result without its tensors: `TENSOR` for each, lists and tuples of forms, None; another type by its name."""
+    if isinstance(value, Tensor):
+        return TENSOR
+    if type(value) in (list, tuple):
+        return type(value)(form_of(item) for item in value)
+    return None if value is None else f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 @dataclass
 class Recording:
     """One forward of `model`.
@@ -60,7 +74,7 @@ class Recording:
     graph: a dataflow graph for matching, not for execution: one node per torch function call; `meta["owner"]` is the
     path of the module that made the call; parameters are `get_attr` nodes. calls: first call of every module that ran.
     read, made: the nodes of the tensors in the arguments and in the result of that call; None for a tensor that no
-    node stands for.
+    node stands for. times: calls of each module. forms: the result of its first call, see `form_of`.
     """
 
     model: nn.Module
@@ -69,6 +83,8 @@ class Recording:
     calls: dict[str, ModuleCall] = field(default_factory=dict)
     read: dict[str, list[fx.Node | None]] = field(default_factory=dict)
     made: dict[str, list[fx.Node | None]] = field(default_factory=dict)
+    times: Counter[str] = field(default_factory=Counter)
+    forms: dict[str, Any] = field(default_factory=dict)
 
 
 def record(
@@ -188,10 +204,13 @@ def _watched(module: nn.Module, names: list[str], recording: Recording, mode: _R
         name = next((name for name in names if name.startswith(f"{caller}.")), names[0])
         recording.calls.setdefault(name, ModuleCall(args, dict(kwargs)))
         recording.read.setdefault(name, mode.nodes_of((args, kwargs)))
+        recording.times[name] += 1
         mode.owners.append(name)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        recording.made.setdefault(mode.owners.pop(), mode.nodes_of(output))
+        name = mode.owners.pop()
+        recording.made.setdefault(name, mode.nodes_of(output))
+        recording.forms.setdefault(name, form_of(output))
 
     handles = [
         module.register_forward_pre_hook(before, with_kwargs=True),

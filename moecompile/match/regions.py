@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from moecompile.capture import shell_of
+from moecompile.match.boundaries import Boundaries
 from moecompile.match.experts import ExpertsMatch
 from moecompile.match.ffn import FFNMatch
 from moecompile.match.linears import attribute
@@ -70,6 +71,7 @@ class Region:
 class Captured:
     """regions: path -> region, of the selected kind. region_of: site -> path of its region. sites: in model order.
     others: sites of the other kind, which stay. refused: what looks like a site but cannot be rewritten, and why.
+    boundaries: where the model may be cut, if that was asked for.
     """
 
     regions: dict[str, Region] = field(default_factory=dict)
@@ -77,6 +79,7 @@ class Captured:
     sites: list[PlannedSite] = field(default_factory=list)
     others: list[Site] = field(default_factory=list)
     refused: list[Site] = field(default_factory=list)
+    boundaries: Boundaries | None = None
 
     @property
     def summary(self) -> str:

@@ -85,6 +85,7 @@ class Router(KeepsLosses):
         bins = BINS if balance.rule == "quantile" else 0
         self.meter = LoadMeter(num_experts, num_nodes, device, has_entropy=True, num_identity=num_identity, bins=bins)
         self.layer = layer
+        self.number: int | None = None  # among all routers, of a model that is cut into stages
         self.on_choice: Callable[[Tensor], None] | None = None  # `record_routes` is told every choice
         self.replayed: Tensor | None = None  # the choice that `replay_routes` sets, (T, K)
         self.key = torch.zeros(4, dtype=torch.int64, device="cpu")  # not a buffer: ops read it on the host
@@ -232,9 +233,16 @@ def set_random_key(model: nn.Module, seed: int, step: int, micro_batch: int) -> 
         step: optimizer step. micro_batch: index of the micro-batch in the step, in the order of one process.
     """
     routers = [router for _, router in routers_of(model)]
-    keys = torch.tensor([(seed, step, micro_batch, layer) for layer in range(len(routers))])
+    numbers = [i if router.number is None else router.number for i, router in enumerate(routers)]
+    keys = torch.tensor([(seed, step, micro_batch, number) for number in numbers])
     if routers and routers[0].key.is_cuda:  # one copy, for which the host does not wait
         keys = keys.pin_memory().to(routers[0].key.device, non_blocking=True)
     for router, key in zip(routers, keys, strict=True):
         router.key.copy_(key)
         router.is_keyed = True
+
+
+def number_routers(model: nn.Module) -> None:
+    """Notes the place of each router in the whole model, before parts of it are taken away."""
+    for number, (_, router) in enumerate(routers_of(model)):
+        router.number = number

@@ -111,7 +111,7 @@ class ShardModel(ModelPass):
         bind_axes(model, self.device_mesh, plan.mesh.nodes_per_ep_group, dense_mesh)  # Step 1
         if plan.mesh.ep > 1:
             _shard_experts(model, self.device_mesh["ep"])  # Step 2
-        for axis in plan.mesh.sharing:
+        for axis in plan.mesh.axes(Part.SEQUENCE, Part.TOKENS):
             AXIS_PASSES[axis](model, plan, dense_mesh[axis])
         if plan.mesh.world_size > 1 or self.param_dtype is not None:
             _wrap(model, plan, self.device_mesh, self.param_dtype)  # Step 3

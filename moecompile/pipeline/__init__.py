@@ -21,6 +21,7 @@ from moecompile.match.regions import Captured, Region, Site
 from moecompile.match.sites import graph_sites, list_sites
 from moecompile.named_code import load_plugins
 from moecompile.passes.base import run_on_model
+from moecompile.passes.cut import check_stages
 from moecompile.passes.receipt import Comparison, Receipt
 from moecompile.passes.run import (
     Graphs,
@@ -195,6 +196,10 @@ def compile_with_report(
     captured = capture_planned(model, plan, config, example, log)
     facts = facts_of(model, example, captured, config.mesh)
     plan = _planned(model, captured, overrides if plan else config, plan, facts)
+    if plan.pipeline is not None and not is_meta(model):
+        check_stages(model, plan.pipeline, example)
+    if until == "shard" and plan.pipeline is not None:
+        raise ConfigError("until", until, "a pipeline is run by ExpertParallelStrategy", "Use lower")
     layers = captured.planned(plan.layers)
     regions = {path: captured.regions[path] for path in layers}
     log.add("build_plan", regions, regions, f"{len(plan.layers)} layers planned, hash {plan.hash}")

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from moecompile.capture import Example
+from moecompile.match.boundaries import Boundaries
 from moecompile.match.regions import Captured
 from moecompile.match.sites import capture_regions, record_model
 from moecompile.passes.prove import unproven
@@ -35,6 +36,8 @@ def capture_planned(
     log.add("capture", {}, {}, f"{len(recording.graph.nodes)} functions recorded")
     kind = config.experts.sites if plan is None else _kind(plan, config)
     captured = capture_regions(recording, unproven, kind, _named(config, plan))
+    if (config.mesh.pp if plan is None else plan.mesh.pp) > 1:
+        captured.boundaries = Boundaries(recording)
     log.add("match", captured.regions, captured.regions, captured.summary)
     return captured
 

@@ -19,13 +19,15 @@ from moecompile.mesh import Part, axes_that_split
 from moecompile.nn.adapters import output_heads
 from moecompile.nn.matrices import hidden_matrices
 from moecompile.nn.own_router import own_losses
+from moecompile.nn.stages import put
 from moecompile.nn.watch import masks_of
 from moecompile.pipeline.attention import attention_of
 from moecompile.pipeline.shape import mixers
 from moecompile.plan import ATTENTION, FFN, HEADS_STYLE, NORMS, ExpertsSite
 from moecompile.planner import ModelFacts
-from moecompile.planner.params import FP32_BYTES, LayerFact, SplitFact, WeightFact
+from moecompile.planner.params import FP32_BYTES, CutFacts, LayerFact, SplitFact, WeightFact
 from moecompile.schema import MeshConfig
+from moecompile.torch_private import own_parameters
 
 WIDENED = "_moecompile_widened"
 """Attribute of a model that `widen_experts` has made: what it did, for people."""
@@ -75,7 +77,35 @@ def facts_of(
         apart_bytes=apart_bytes,
         weights=_weights(model, inside, splits, captured or Captured()),
         layers=_layers(model, layers, captured or Captured()),
+        cut=_cut(model, captured),
     )
+
+
+def _cut(model: nn.Module, captured: Captured | None) -> CutFacts | None:
+    """`ModelFacts.cut`."""
+    if captured is None or captured.boundaries is None:
+        return None
+    of, whole = captured.boundaries, {}
+    for called in of.units:
+        module = model.get_submodule(called.path)
+        is_lookup = all(isinstance(m, nn.Embedding) for m in module.modules() if own_parameters(m))
+        whole[called.path] = 0 if is_lookup else sum(parameter.numel() for parameter in module.parameters())
+    without_sites = replace(captured, boundaries=None)
+
+    def facts(units: Sequence[str], has_head: bool) -> ModelFacts:
+        """Of the model without the other units."""
+        absent = {path: model.get_submodule(path) for path in whole if path not in units}
+        put(model, dict.fromkeys(absent, nn.Module()))
+        try:
+            found = facts_of(model, None, without_sites)
+        finally:
+            put(model, absent)
+        return found if has_head else replace(found, vocab_size=0)
+
+    return CutFacts(
+        refused=of.refused, layers=tuple(of.layers), units=whole, tied=() if of.refused else of.tied,
+        stages=of.stages, facts=facts,
+    )  # fmt: skip
 
 
 def _layers(model: nn.Module, layers: Sequence[nn.Module], captured: Captured) -> tuple[LayerFact, ...]:

@@ -15,6 +15,7 @@ from moecompile.plan.checks import plan_errors
 from moecompile.plan.context_parallel import ExchangedAttention, check_context
 from moecompile.plan.dispatch import DispatchPlan, can_fuse
 from moecompile.plan.layers import LayerPlan
+from moecompile.plan.pipeline import Pipeline
 from moecompile.plan.recompute import Recomputed
 from moecompile.plan.tensor_parallel import SplitModules, check_split
 
@@ -181,7 +182,8 @@ class Estimate:
     with the mean, or `no`. largest: the largest part of the memory, in words. remedies: what to change if it is not
     `yes`, and tried: what was put through the planner to find them. lending: None if no layer lends experts.
     expert_shards: None if every rank has experts of its own. weight_traffic: None on one rank. recomputation: with
-    checkpointing=budget, what was chosen.
+    checkpointing=budget, what was chosen. stage_bytes_per_step: what the rank of a pipeline that sends the most sends to
+    other stages in an optimizer step.
     """
 
     params_total: int
@@ -207,6 +209,7 @@ class Estimate:
     expert_shards: ExpertShards | None = None
     weight_traffic: WeightTraffic | None = None
     recomputation: tuple[Recomputation, ...] = ()
+    stage_bytes_per_step: int = 0
 
     @property
     def bytes_over(self) -> dict[str, Traffic]:
@@ -232,6 +235,7 @@ class Plan:
         reduce: when gradients of sharded weights are reduced: after `each` micro-batch, or the `last` one of a step.
         gather: when sharded weights are gathered: each `layer` twice in a micro-batch, or all of them once in a `step`.
         recomputed: what backward computes again, where it is chosen for each layer; other layers keep all they need.
+        pipeline: the stages of the model over `pp`; None: every rank has all layers.
         estimate: memory and bytes, which `hash` leaves out.
 
     Raises:
@@ -247,6 +251,7 @@ class Plan:
     reduce: str = "last"
     gather: str = "layer"
     recomputed: tuple[Recomputed, ...] = ()
+    pipeline: Pipeline | None = None
     estimate: Estimate | None = None
 
     def __post_init__(self) -> None:
@@ -283,6 +288,8 @@ class Plan:
     def hash(self) -> str:
         """16 hex digits over everything but the estimate."""
         body = asdict(replace(self, estimate=None))
+        if self.pipeline is None:  # as before there were pipelines
+            del body["pipeline"], body["mesh"]["pp"]
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
     def layer(self, fqn: str) -> LayerPlan:

@@ -45,8 +45,9 @@ from moecompile.planner.cost_model.seconds import LayerSeconds, choose_chunks, c
 from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
 from moecompile.planner.existing import check_given, existing_layer, only_existing, own_balance, selection
 from moecompile.planner.lending import plan_lending
-from moecompile.planner.memory import buffer_bytes, memory_of_fullest_rank, model_state_bytes
+from moecompile.planner.memory import buffer_bytes, model_state_bytes
 from moecompile.planner.params import Expected, ModelFacts, RunFacts
+from moecompile.planner.pipeline import fullest, plan_pipeline, ranks_of
 from moecompile.planner.placement import placed
 from moecompile.planner.schedule import choose, sharded, ways
 from moecompile.planner.tensor_parallel import split_modules
@@ -323,20 +324,20 @@ def with_estimate(plan: Plan, config: Config, facts: ModelFacts, shape: ShapeOf 
     run, memory_bytes = run_facts(config, plan.mesh, facts), config.hardware.memory_gib * GIB
     expected = expected_load(plan, config)
 
-    def needed(each: RunFacts) -> int:
-        return memory_of_fullest_rank(plan.layers, plan.mesh, facts, replace(each, row_load=expected.load)).total
+    ranks = ranks_of(plan, facts)
 
-    of = sharded(plan.layers, plan.mesh, facts) if plan.mesh.world_size > 1 else None
+    def needed(each: RunFacts) -> int:
+        return fullest(ranks, plan, replace(each, row_load=expected.load))[1].total
+
+    first = ranks[0]
+    of = sharded(first.layers, first.mesh, first.facts) if first.mesh.world_size > 1 else None
     tried = ways(of, run)
     costs: tuple[Recomputation, ...] = ()
     if run.checkpointing == BUDGET:
         run, costs = _within_budget(tried, plan, config, facts, shape, expected)
     else:
         run = choose(tried, needed, memory_bytes)
-    made = estimate(
-        plan.layers, plan.mesh, facts, run, memory_bytes=memory_bytes, exchanged=plan.context_parallel,
-        expected=expected,
-    )  # fmt: skip
+    made = estimate(plan, facts, run, ranks=ranks, memory_bytes=memory_bytes, expected=expected)
     return replace(
         plan,
         reduce=run.reduce,
@@ -407,6 +408,7 @@ def draft_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
     plan = Plan(  # Step 4
         mesh=mesh,
         layers=layers,
+        pipeline=plan_pipeline(layers, mesh, facts, config),
         reductions=reductions(mesh),
         adapters=adapters,
         tensor_parallel=split_modules([site.fqn for site in chosen], mesh, facts),

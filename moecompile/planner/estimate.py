@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from moecompile.mesh import MeshSpec, Part
-from moecompile.plan import Assumptions, Estimate, ExchangedAttention, LayerPlan, Traffic, fit_of
+from moecompile.plan import Assumptions, Estimate, LayerPlan, Plan, Traffic, fit_of
+from moecompile.plan.pipeline import crossings_of
 from moecompile.planner.context_parallel import cp_traffic
 from moecompile.planner.lending import lending
-from moecompile.planner.memory import largest_in_words, memory_of_fullest_rank, sends_again, tokens_of_a_rank
+from moecompile.planner.memory import largest_in_words, sends_again, tokens_of_a_rank
 from moecompile.planner.optimizer import muon_params, step_traffic
 from moecompile.planner.params import (
     BALANCED,
@@ -21,6 +22,7 @@ from moecompile.planner.params import (
     model_params,
     trained_params,
 )
+from moecompile.planner.pipeline import OfRank, fullest, ranks_of
 from moecompile.planner.schedule import sharded, weight_traffic
 from moecompile.planner.shards import expert_shards
 from moecompile.planner.tensor_parallel import tp_traffic
@@ -29,21 +31,21 @@ from moecompile.schema import MuonPrecision
 
 
 def estimate(
-    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, *, memory_bytes: float,
-    exchanged: Sequence[ExchangedAttention] = (), expected: Expected = BALANCED,
+    plan: Plan, facts: ModelFacts, run: RunFacts, *, memory_bytes: float, ranks: Sequence[OfRank] | None = None,
+    expected: Expected = BALANCED,
 ) -> Estimate:  # fmt: skip
     """Parameters, memory of the fullest rank and bytes on the wire.
 
     Args:
-        layers: the planned MoE layers. mesh: their mesh. facts: of the model before rewriting. run: of the training.
-        memory_bytes: memory of one rank. exchanged: what attention exchanges over cp. expected: the load with which it
-            must fit.
+        plan: without its estimate. facts: of the model before rewriting. run: of the training. memory_bytes: memory of
+            one rank. ranks: of `ranks_of`, if they are known. expected: the load with which it must fit.
     """
+    layers, mesh, ranks = plan.layers, plan.mesh, ranks_of(plan, facts) if ranks is None else ranks
     params, trained = model_params(layers, facts), trained_params(layers, facts)
-    muon = muon_params(layers, mesh, facts, run.optimizer, trained)
-    memory = memory_of_fullest_rank(layers, mesh, facts, run)
+    muon = muon_params(layers, mesh.stage, facts, run.optimizer, trained)
+    full, memory = fullest(ranks, plan, run)
     traffic = _mean_traffic(layers, mesh, run)
-    uneven = memory_of_fullest_rank(layers, mesh, facts, replace(run, row_load=expected.load)).total
+    uneven = fullest(ranks, plan, replace(run, row_load=expected.load))[1].total
     return Estimate(
         params_total=params.total,
         params_active=params.active,
@@ -53,7 +55,7 @@ def estimate(
         memory_bytes_uneven=uneven,
         expected_load=expected.load,
         expected_from=expected.source,
-        largest=largest_in_words(memory, layers, mesh, facts, run),
+        largest=largest_in_words(memory, full.layers, full.mesh, full.facts, full.run(run, plan.pipeline)),
         fits=fit_of(memory.total, uneven, memory_bytes),
         bytes_per_token_per_layer=traffic,
         checkpointing=run.checkpointing,
@@ -61,7 +63,7 @@ def estimate(
             sum(sends_again(layer, run) for layer in layers) / max(1, len(layers))
         ),
         tp_bytes_per_token=tp_traffic(layers, mesh, facts, run),
-        cp_bytes_per_token=cp_traffic(exchanged, mesh, run),
+        cp_bytes_per_token=cp_traffic(plan.context_parallel, mesh, run),
         optimizer_bytes_per_step=step_traffic(muon, mesh, _matrix_bytes(run)),
         assumes=Assumptions(
             hardware=run.hardware,
@@ -73,9 +75,24 @@ def estimate(
             optimizer=run.optimizer.kind.value,
         ),
         lending=lending(layers, run),
-        expert_shards=expert_shards(layers, mesh, facts, run),
-        weight_traffic=weight_traffic(sharded(layers, mesh, facts), run) if mesh.world_size > 1 else None,
+        expert_shards=expert_shards(full.layers, full.mesh, full.facts, run),
+        weight_traffic=(
+            weight_traffic(sharded(full.layers, full.mesh, full.facts), run) if full.mesh.world_size > 1 else None
+        ),
+        stage_bytes_per_step=_stage_bytes(plan, run),
     )
+
+
+def _stage_bytes(plan: Plan, run: RunFacts) -> int:
+    """Bytes that the rank that sends the most sends to other stages in a step: forward, and the gradients back."""
+    if plan.pipeline is None:
+        return 0
+    received, pipeline = dict(crossings_of(plan.pipeline)), plan.pipeline
+    numbers = [
+        sum(received.get(stage + 1, 0.0) + received.get(stage, 0.0) for stage in pipeline.stages_of(index))
+        for index in range(pipeline.ranks)
+    ]
+    return round(max(numbers) * run.tokens_per_rank * run.compute_bytes * run.accumulation)
 
 
 def _matrix_bytes(run: RunFacts) -> int:

@@ -67,6 +67,7 @@ A2. All layers. c numbers per token are kept for norms, residuals, the FFN's inp
        kept        = sum over layers of (a T D + exchanged), again = a T c + layer                  computed again
        exchanged   = 2 copies D of an MoE layer with keep_exchanges: rows received in dispatch and combine; else 0
    With checkpointing this is at most what it is without. -> `activations`
+   In a pipeline, `kept` is there for as many micro-batches as are in flight (plan/pipeline.py).
    With checkpointing=budget each layer has its own (budget.py):                                     -> `LayerBytes`
        all of it is computed again    kept = a T D + exchanged, again as above
        some of its parts are          kept = 4 a T D, the inputs of norms, attention and FFN, and of the parts that are
@@ -365,7 +366,7 @@ def activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
     wide = max(FP32_BYTES, run.compute_bytes) * run.tokens_per_rank
     found = Activations(kept=sum(saved), loss=LOGITS_COPIES * facts.vocab_size * wide, layers=backward)
     if run.checkpointing == "none":
-        return found
+        return replace(found, kept=found.kept * run.in_flight)
     if run.checkpointing == BUDGET:
         chosen = {path: each for each in run.recomputed for path in each.layers}
         each = [(chosen.get(path), of) for path, of in layer_bytes(layers, mesh, facts, run).items()]
@@ -376,7 +377,8 @@ def activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
         kept = sum(exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2 for layer in layers)
     kept = num_layers * d_model * number + kept * run.compute_bytes * cut.tokens_per_rank
     again = replace(found, kept=kept, layers=max(saved, default=0) + backward)
-    return min(found, again, key=lambda each: each.peak)
+    ways = [replace(way, kept=way.kept * run.in_flight) for way in (found, again)]
+    return min(ways, key=lambda each: each.peak)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,11 @@ Legend: D model dim, L width of a row (the latent width, else D), F hidden dim, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from moecompile.plan import ExpertsSite, LayerPlan, Plan, PlannedSite, Recomputed
+from moecompile.plan.pipeline import Stage
 from moecompile.schema import Config, OptimizerConfig
 
 BF16_BYTES, FP32_BYTES = 2, 4
@@ -51,7 +52,8 @@ class ModelFacts:
     its own routers, by their names in the model's config. apart, apart_frozen: trained and frozen parameters of
     another dtype than most of these, which FSDP leaves whole on every rank; apart_bytes: per element of them.
     weights: all others, added up by their dim 0, along which FSDP cuts them; empty if they are unknown.
-    layers: what backward can compute again of each layer; empty for a bare graph.
+    layers: what backward can compute again of each layer; empty for a bare graph. cut: how it can be cut into stages,
+    where mesh.pp asks for it.
     """
 
     params_total: int
@@ -79,6 +81,25 @@ class ModelFacts:
     apart_bytes: int = FP32_BYTES
     weights: tuple[WeightFact, ...] = ()
     layers: tuple[LayerFact, ...] = ()
+    cut: CutFacts | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutFacts:
+    """How a model can be cut into stages of a pipeline.
+
+    refused: why it cannot; empty: it can. layers: their paths, in the order of calls. units: what belongs to one stage
+    as a whole -> its parameters, 0 of an embedding. tied: names of weights of the first and the last unit. stages: the
+    stages that begin with these layers (all but the first one); ValueError: why not. facts: those of the part of the
+    model that has these units, and the head or not.
+    """
+
+    refused: str
+    layers: tuple[str, ...]
+    units: Mapping[str, int]
+    tied: tuple[tuple[str, str], ...]
+    stages: Callable[[Sequence[str]], tuple[Stage, ...]]
+    facts: Callable[[Sequence[str], bool], ModelFacts]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +167,8 @@ class RunFacts:
     reduce, gather: when gradients are reduced and weights gathered (schedule.py). These three are `auto` until it is
     chosen. recomputed: with checkpointing=budget, what backward computes again (budget.py). is_mixed: whether matmuls
     run in bf16 under autocast. micro_batch_size: sequences of a micro-batch. precision, hardware: names. optimizer: its
-    settings. row_load: rows of the fullest rank over their mean.
+    settings. row_load: rows of the fullest rank over their mean. in_flight: micro-batches of a pipeline that are kept
+    for backward at a time, a mean over layers.
     """
 
     tokens_per_rank: int
@@ -161,6 +183,7 @@ class RunFacts:
     gather: str = "layer"
     is_mixed: bool = False
     row_load: float = 1.0
+    in_flight: float = 1.0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     @property

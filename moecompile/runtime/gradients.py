@@ -14,7 +14,7 @@ nothing is summed or divided twice, and added afterwards:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -76,7 +76,10 @@ def all_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 @torch.no_grad()
-def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float, every: dist.ProcessGroup) -> Tensor:
+def clip_by_global_norm(
+    parameters: Iterable[nn.Parameter], max_norm: float, every: dist.ProcessGroup, *, stages: int = 1,
+    uncounted: Collection[nn.Parameter] = (),
+) -> Tensor:  # fmt: skip
     """Clips by one L2 norm over all weights of all meshes, as `torch.nn.utils.clip_grad_norm_` does in one process.
 
     Each entry counts once: the squares of a shard are divided by the number of ranks that hold the same shard, then
@@ -84,17 +87,20 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float, eve
 
     Args:
         every: `Groups.every`, the ranks that together hold all shards.
+        stages: ranks along pp, which hold different weights.
+        uncounted: weights that are also on another stage, where they count.
 
     Returns:
         the norm before clipping, float64, equal on all ranks.
     """
     parameters = [p for p in parameters if p.grad is not None]
     world = dist.get_world_size(every)
+    holders = world // stages
     total = torch.zeros((), dtype=torch.float64, device=parameters[0].device if parameters else None)
     for parameter, grad in zip(parameters, _local_grads(parameters), strict=True):
-        if grad.numel():
+        if grad.numel() and parameter not in uncounted:
             norm = torch.linalg.vector_norm(grad, dtype=torch.float64)  # one copy at most, not two
-            total += norm.square() * (_num_shards(parameter) / world)
+            total += norm.square() * (_num_shards(parameter) / holders)
     if world > 1:
         dist.all_reduce(total, group=every)
     norm = total.sqrt()
@@ -112,7 +118,7 @@ def clip_by_value(parameters: Iterable[nn.Parameter], limit: float) -> None:
 
 
 def _num_shards(parameter: Tensor) -> int:
-    """Number of different shards of a weight; world size / this is the number of ranks with the same shard."""
+    """Number of different shards of a weight; ranks of its stage / this is the number of ranks with the same shard."""
     if not isinstance(parameter, DTensor):
         return 1
     sizes = parameter.device_mesh.shape

@@ -21,27 +21,37 @@ class Groups:
     """The ranks that something is summed over.
 
     every: all ranks; votes (is something not finite) and norms of weights that are spread over all of them. tokens:
-    ranks with different tokens, this one among them: losses, token counts, loads, gradients of weights that are whole
-    on every rank. Where no ranks share tokens, both have all ranks. sequences: ranks with parts of the same sequences;
-    None if each has whole ones.
+    ranks of a stage with different tokens, this one among them: loads, gradients of weights that are whole on every
+    rank. losses: the same of all stages, of which the last one has losses and token counts. Where no ranks share
+    tokens, all three have all ranks. sequences: ranks with parts of the same sequences; None if each has whole ones.
+    stage: ranks that have the same layers. stages: those that have the other layers for this rank's tokens; None
+    without a pipeline.
     """
 
     mesh: MeshSpec
     rank: int
     every: ProcessGroup
     tokens: ProcessGroup
+    losses: ProcessGroup
+    stage: ProcessGroup
     sequences: ProcessGroup | None = None
+    stages: ProcessGroup | None = None
 
     @classmethod
     def of(cls, mesh: MeshSpec, device_type: str) -> Groups:
         """The groups of this rank; all ranks call it, after the process group is initialized."""
         every = dist.group.WORLD
         assert every is not None
-        tokens = every
+        tokens = losses = stage = every
         if mesh.size(Part.BATCH, Part.SEQUENCE) < mesh.world_size:
-            tokens = _along(mesh, device_type, Part.BATCH, Part.SEQUENCE)
+            tokens = losses = _along(mesh, device_type, Part.BATCH, Part.SEQUENCE)
+        if stages := _along(mesh, device_type, Part.LAYERS) if mesh.axes(Part.LAYERS) else None:
+            of_stage = [part for part in (Part.BATCH, Part.SEQUENCE, Part.TOKENS) if mesh.axes(part)]
+            losses, stage = every, _along(mesh, device_type, *(of_stage or [Part.BATCH]))
+            if mesh.size(Part.LAYERS, Part.BATCH, Part.SEQUENCE) < mesh.world_size:
+                losses = _along(mesh, device_type, Part.LAYERS, Part.BATCH, Part.SEQUENCE)
         sequences = _along(mesh, device_type, Part.SEQUENCE) if mesh.axes(Part.SEQUENCE) else None
-        return cls(mesh, dist.get_rank(), every, tokens, sequences)
+        return cls(mesh, dist.get_rank(), every, tokens, losses, stage, sequences, stages)
 
     def of_micro_batch(self, num_tokens: Tensor) -> Tensor:
         """The tokens of a whole micro-batch, of which this rank has `num_tokens`."""
@@ -59,6 +69,11 @@ class Groups:
     def num_batches(self) -> int:
         """Number of different micro-batches at a time."""
         return self.mesh.num_batches
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the first one of `losses`."""
+        return self.rank == self.mesh.group(Part.LAYERS, Part.BATCH, Part.SEQUENCE, rank=self.rank)[0]
 
     @property
     def is_counted(self) -> bool:

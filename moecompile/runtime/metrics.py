@@ -61,7 +61,7 @@ class Metrics(Callback):
         assert isinstance(strategy, ExpertParallelStrategy)
         # Lightning has divided the loss by the accumulation steps.
         loss = outputs["loss"].detach().double() * trainer.accumulate_grad_batches
-        self.tally.sums.add(loss, outputs["num_tokens"], strategy.aux_losses)
+        self.tally.sums.add(loss, outputs["num_tokens"], strategy.aux_losses, strategy.aux_tokens)
         step = trainer.global_step
         if step == self._last_step:
             return
@@ -73,7 +73,7 @@ class Metrics(Callback):
     def _log_row(
         self, trainer: Trainer, pl_module: LightningModule, strategy: ExpertParallelStrategy, step: int
     ) -> None:
-        loss, num_tokens, aux_losses = self.tally.sums.take(strategy.groups.tokens)
+        loss, num_tokens, aux_losses = self.tally.sums.take(strategy.groups.losses)
         row = self.tally.end_row(loss, num_tokens, time.perf_counter() - self._row_start)
         loads = [] if strategy.skipped else strategy.loads
         if loads:
@@ -240,10 +240,15 @@ class LossSums:
         self._step: Tensor | None = None  # of the current optimizer step
         self._kinds: tuple[str, ...] = ()  # of auxiliary losses
 
-    def add(self, loss: Tensor, num_tokens: Tensor, aux_losses: Mapping[str, Tensor]) -> None:
-        """Adds a micro-batch. loss: the sum over its tokens; aux_losses: per token, by kind."""
+    def add(
+        self, loss: Tensor, num_tokens: Tensor, aux_losses: Mapping[str, Tensor], aux_tokens: Tensor | None = None
+    ) -> None:
+        """Adds a micro-batch. loss: the sum over its tokens; aux_losses: per token, by kind. aux_tokens: the tokens of
+        the latter; None: those of the loss.
+        """
         num_tokens, self._kinds = num_tokens.double(), tuple(aux_losses)
-        aux = [value.double() * num_tokens for value in aux_losses.values()]
+        aux_tokens = num_tokens if aux_tokens is None else aux_tokens
+        aux = [value.double() * aux_tokens for value in aux_losses.values()]
         sums = torch.stack((loss.detach().double(), num_tokens, *aux))
         self._step = sums if self._step is None else self._step + sums
 
@@ -259,7 +264,7 @@ class LossSums:
         """The row so far, summed over the ranks of a group, which all call it; None before its first step.
 
         Args:
-            tokens: `Groups.tokens`, the ranks with different tokens; None: only this process.
+            tokens: `Groups.losses`, the ranks with different tokens; None: only this process.
         """
         if self._row is None:
             return None

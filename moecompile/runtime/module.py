@@ -103,7 +103,7 @@ class LanguageModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Validation loss over all ranks, nats per token."""
         assert self._val_sums is not None
-        dist.all_reduce(self._val_sums, group=groups_of(self.trainer).tokens)
+        dist.all_reduce(self._val_sums, group=groups_of(self.trainer).losses)
         loss, num_tokens = self._val_sums.tolist()
         self.val_loss = loss / num_tokens
         self.log("val_loss", self.val_loss, prog_bar=True, logger=False)

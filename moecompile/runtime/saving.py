@@ -141,7 +141,7 @@ class Saver(Callback):
             world_size=self.plan.mesh.world_size,
             plan_hash=self.plan.hash,
             versions=dict(versions()),
-            metrics={**self.metrics.tally.state(groups_of(trainer).tokens), "val_loss_first": self.val_loss_first},
+            metrics={**self.metrics.tally.state(groups_of(trainer).losses), "val_loss_first": self.val_loss_first},
             fingerprint=self.fingerprint,
         )
         tensors = tensors_of(module.model, trainer.strategy.optimizers)
@@ -165,7 +165,7 @@ def restore(trainer: Trainer, module: LanguageModule, metrics: Metrics, folder: 
     steps = loop.automatic_optimization.optim_progress.optimizer.step.total
     steps.ready = steps.completed = state.step  # what trainer.global_step reads
     loop.batch_progress.total.ready = loop.batch_progress.total.completed = batches  # when to validate
-    metrics.tally.restore(state.metrics, is_first_rank=groups_of(trainer).batch_index == 0)
+    metrics.tally.restore(state.metrics, is_first_rank=groups_of(trainer).is_first)
     if trainer.is_global_zero:
         metrics.history = _history(folder, state.step)
 

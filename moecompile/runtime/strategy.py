@@ -50,7 +50,9 @@ from moecompile.nn import (
     set_random_key,
     update_balance,
 )
+from moecompile.nn.stages import end_stages
 from moecompile.passes.base import run_on_model
+from moecompile.passes.cut import Cut, stage_plan
 from moecompile.passes.recompute import CHECKPOINTED
 from moecompile.passes.run import on_every_rank
 from moecompile.passes.same_weights import check_same_weights
@@ -70,6 +72,7 @@ from moecompile.runtime.gradients import (
 from moecompile.runtime.groups import Groups
 from moecompile.runtime.manual import Guard, Tokens, only_routers_behind
 from moecompile.runtime.nonfinite import error_of, origin
+from moecompile.runtime.stages import PipelineSteps, check_held
 from moecompile.torch_private import drop_unreduced, parameters_of, set_timeouts
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -177,6 +180,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._is_again = False  # whether a step is run again, to find the origin of a NaN
         self._is_last = False  # whether the current micro-batch is the last one of its window
         self._reduces_each, self._gathers_once = False, False  # as the plan says, after setup
+        self._stages: PipelineSteps | None = None  # with mesh.pp, after setup
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -214,7 +218,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._reduces_each, self._gathers_once = plan.reduce == "each", plan.gather == "step"
             if self.materialize is not None:
                 self.materialize(self.root_device)
-                check_same_weights(self.model)  # the replicated ones
+                check_same_weights(self.model, self._groups.stage)  # the replicated ones
             set_timeouts(self._timeout or DEFAULT_TIMEOUT)
         self.precision_plugin.clip_grad_by_norm = self._clip  # type: ignore[method-assign]
         self.precision_plugin.clip_grad_by_value = self._clip_by_value  # type: ignore[method-assign]
@@ -230,10 +234,17 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.setup_precision_plugin()
 
     def _parallelize(self, compiled: nn.Module, plan: Plan, device_mesh: DeviceMesh) -> None:
+        index = plan.mesh.index(self.global_rank, Part.LAYERS)
+        if plan.pipeline is not None:
+            check_held(self.model, compiled)
+            run_on_model([Cut(index=index)], compiled, plan)
         steps = on_every_rank(
             device_mesh, self.param_dtype, checkpointing=self.checkpointing, compile_regions=self.compile_regions
         )
-        run_on_model(steps, compiled, plan)
+        run_on_model(steps, compiled, stage_plan(plan, index))
+        if plan.pipeline is not None:
+            end_stages(compiled)
+            self._stages = PipelineSteps(self, compiled, plan, index)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Writes the folder `filepath` atomically: shards (torch DCP) that can be loaded on any mesh."""
@@ -262,7 +273,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     def _clip(self, optimizer: Optimizer, clip_val: float) -> None:
         parameters = self.precision_plugin.main_params(optimizer)
-        self.grad_norm = float(clip_by_global_norm(parameters, clip_val, self.groups.every))
+        stages, tied = self.groups.mesh.size(Part.LAYERS), () if self._stages is None else self._stages.uncounted
+        norm = clip_by_global_norm(parameters, clip_val, self.groups.every, stages=stages, uncounted=tied)
+        self.grad_norm = float(norm)
 
     def _clip_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
         clip_by_value(self.precision_plugin.main_params(optimizer), clip_val)
@@ -294,6 +307,11 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 for module in self._sharded():
                     module.set_reshard_after_forward(False, recurse=False)
             return
+        if self._stages is not None:
+            raise ConfigError(
+                "mesh.pp", self.groups.mesh.pp, "a pipeline runs the micro-batches of a step in its own order, and this "
+                "module calls backward itself (manual optimization)", "Use automatic optimization, or mesh.pp=1",
+            )  # fmt: skip
         if self.on_nan is not None:
             raise ConfigError(
                 "on_nan", self.on_nan, "is only for automatic optimization",
@@ -302,6 +320,11 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if isinstance(compiled, FSDPModule):  # zero_grad and toggles after a forward must see the shards
             compiled.set_reshard_after_forward(True)
         self._guard = Guard(self.model, compiled, self.optimizers, self._end_manual_step)
+
+    @property
+    def aux_tokens(self) -> Tensor | None:
+        """By what `aux_losses` must be multiplied to be summed; None: by the tokens of the micro-batch."""
+        return None if self._stages is None else self._stages.aux_tokens
 
     @property
     def groups(self) -> Groups:
@@ -366,21 +389,52 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         return aux
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the module's step; with `loss="sum"`, its tokens are summed over the accumulation window."""
+        """Runs the module's step; with `loss="sum"`, its tokens are summed over the accumulation window.
+
+        In a pipeline, the last micro-batch of a window runs the steps of all of them (moecompile.runtime.stages).
+        """
         self._begin_step()
+        if self._stages is not None:
+            return self._stages.training_step(args, kwargs, is_last=self._is_last)
         if self.on_nan is not None:
             self._window.arguments.append((args, kwargs))
         with self._random_numbers():
-            output = super().training_step(*args, **kwargs)
+            output = self._module_step(*args, **kwargs)
         if self.loss == "sum" and self._is_automatic and output is not None:  # None: handled by Lightning
-            if not isinstance(output, Mapping) or "num_tokens" not in output:
-                raise ConfigError(
-                    "loss", "sum", "training_step must return {'loss': sum over tokens, 'num_tokens': their number}",
-                    "Return both, or use loss='mean'",
-                )  # fmt: skip
-            self._tokens.count(output["num_tokens"], self.root_device)
+            self._count_tokens(output)
             self._window.num_tokens = self._window.num_tokens + self._tokens.last
         return output
+
+    def _module_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own step."""
+        return super().training_step(*args, **kwargs)
+
+    def _count_tokens(self, output: Any) -> None:
+        if not isinstance(output, Mapping) or "num_tokens" not in output:
+            raise ConfigError(
+                "loss", "sum", "training_step must return {'loss': sum over tokens, 'num_tokens': their number}",
+                "Return both, or use loss='mean'",
+            )  # fmt: skip
+        self._tokens.count(output["num_tokens"], self.root_device)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's; in a pipeline through all stages, and the result is on the last one."""
+        step = partial(super().validation_step, *args, **kwargs)
+        return step() if self._stages is None else self._stages.evaluate(step, (args, kwargs))
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As `validation_step`."""
+        step = partial(super().test_step, *args, **kwargs)
+        return step() if self._stages is None else self._stages.evaluate(step, (args, kwargs))
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As `validation_step`."""
+        step = partial(super().predict_step, *args, **kwargs)
+        return step() if self._stages is None else self._stages.evaluate(step, (args, kwargs))
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Lightning's. Ranks of a pipeline log the same values, so a sum is over the ranks of a stage."""
+        return super().reduce(tensor, self.groups.stage if group is None and self._stages is not None else group, reduce_op)
 
     def _begin_step(self) -> None:
         """Resets the state of the last step, and abandons a window that was not completed."""
@@ -404,6 +458,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """
         module = self.lightning_module
         assert module is not None and self.model is not None
+        if self._stages is not None:
+            return self._stages.backward(closure_loss, is_last=self._is_last)
         loss = self._objective(closure_loss)
         self._window.add_loss(loss)
         if not self._finish.is_open:
@@ -414,11 +470,16 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self.precision_plugin.backward(loss, module, optimizer, *args, **kwargs)
         if self._guard is not None or self._is_last:  # before the hook on_after_backward sees them
             self._complete_gradients()
-        elif self._reduces_each:
-            self._window.wide.take(parameters_of(self.model))
+        else:
+            self._after_backward(parameters_of(self.model))
         loss = self.precision_plugin.post_backward(loss, module)
         self.post_backward(loss)
         return loss
+
+    def _after_backward(self, parameters: list[nn.Parameter]) -> None:
+        """After a backward that is not the last one of a window."""
+        if self._reduces_each:
+            self._window.wide.take(parameters)
 
     def _objective(self, loss: Tensor) -> Tensor:
         """The loss for backward on this rank. For sums, it undoes Lightning's division by the accumulation steps."""
@@ -477,6 +538,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if self._is_automatic:
             self._window = GradAccumulation()
             self.loads = update_balance(self.model, self.groups.tokens, move=not self.skipped)
+            if self._stages is not None:
+                self.loads = self._stages.of_all_stages(self.loads)
 
     def _end_manual_step(self) -> None:
         """Updates the balance from the load since the last step, which is zero for a second optimizer's step."""
@@ -490,6 +553,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """Over all ranks: tokens of the window, weights with earlier gradients, whether something is not finite."""
         tokens = self._window.num_tokens if self._is_automatic or self.loss == "mean" else self._tokens.last
         kept = self._finish.kept(parameters) if self.loss == "sum" else []
+        of_stage = [] if self._stages is None else kept  # stages have different weights
+        kept = kept if self._stages is None else []
         sums = torch.zeros(2 + len(kept), dtype=torch.int64, device=self.root_device)
         sums[0] = tokens if self.groups.is_counted else 0
         if self.on_nan is not None:
@@ -499,7 +564,11 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             sums[2:] = torch.tensor(kept)
         if self.loss == "sum" or self.on_nan is not None:
             dist.all_reduce(sums, group=self.groups.every)
-        return sums[0], sums[2:], self.on_nan is not None and bool(sums[1])
+        kept_anywhere = sums[2:]
+        if of_stage:
+            kept_anywhere = torch.tensor(of_stage, dtype=torch.int64, device=self.root_device)
+            dist.all_reduce(kept_anywhere, group=self.groups.stage)
+        return sums[0], kept_anywhere, self.on_nan is not None and bool(sums[1])
 
     def _drop_step(self, parameters: list[nn.Parameter]) -> None:
         """Removes all gradients, so that the optimizer changes nothing; or ends the run.
@@ -515,6 +584,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             return
         window, self._window, self._is_last = self._window, GradAccumulation(), False
         step = self.lightning_module.trainer.global_step
+        if self._stages is not None:  # a micro-batch cannot be run again without the other stages
+            raise error_of(None, step + 1, self.world_size)
 
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             output = self.training_step(*args, **kwargs)
@@ -529,15 +600,16 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._is_again = False
         raise error_of(event, step + 1, self.world_size)
 
-    def _random_numbers(self) -> AbstractContextManager[None]:
-        """The context with the random numbers of the micro-batch that begins."""
+    def _random_numbers(self, place: int | None = None) -> AbstractContextManager[None]:
+        """The context with the random numbers of the micro-batch that begins, or of that at `place` in its window."""
         assert self.lightning_module is not None and self.model is not None
-        trainer, place = self.lightning_module.trainer, self._window.num_micro_batches
+        trainer, begins = self.lightning_module.trainer, place is None
+        place = self._window.num_micro_batches if place is None else place
         if self._is_automatic:
             number = self.groups.batch_index * trainer.accumulate_grad_batches + place
         else:  # the module decides how many there are
             number = place * self.groups.num_batches + self.groups.batch_index
-        self._window.num_micro_batches += 1
+        self._window.num_micro_batches += begins
         return keyed_random_numbers(self.model, self.seed, trainer.global_step, number, self.root_device)
 
 

@@ -188,7 +188,7 @@ def train(
     observers.append(StepProfile(plan, run_dir, max_steps, meter, routes=routed))
     val = val_loader(data.val, config.data, rank=place, world_size=mesh.num_batches, multiple=parts)
     interval = config.trainer.sample_interval
-    if interval != 0 and parts == 1:  # else a rank has logits of its positions only
+    if interval != 0 and parts == 1 and plan.pipeline is None:  # else a rank has some logits, or some layers, alone
         prompts = [data.val.prompts(ROWS, ANSWER, data.tokenizer)] if isinstance(data.val, ChatRows) else val
         observers.append(Samples(interval, prompts, data.tokenizer, run_dir / SAMPLES, metrics, seed=config.seed))
     if on_row is not None:

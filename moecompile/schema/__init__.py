@@ -28,6 +28,7 @@ from moecompile.schema.config import (
     MuonConfig,
     OptimizerConfig,
     PerLayerConfig,
+    PipelineConfig,
     PlaceConfig,
     RateConfig,
     RehearseConfig,

@@ -246,7 +246,7 @@ class AdaptersConfig:
 
 @dataclass(kw_only=True)
 class MeshConfig:
-    """`mesh`: ranks and their axes; num_nodes * ranks_per_node = dp_replicate * dp_shard * cp * tp."""
+    """`mesh`: ranks and their axes; num_nodes * ranks_per_node = pp * dp_replicate * dp_shard * cp * tp."""
 
     num_nodes: int = number(1, Whole(1, 65_536))
     """Nodes."""
@@ -262,13 +262,25 @@ class MeshConfig:
     tp: int = 1
     """Tensor parallel size: ranks that share a micro-batch and split dense weights, by the model's own `tp_plan`."""
     pp: int = 1
-    """Pipeline parallel size; not supported, so 1."""
+    """Pipeline parallel size: ranks that share micro-batches and have different layers (stages, see `pipeline`)."""
     cp: int = 1
     """Context parallel size: ranks that share sequences, and split their positions; attention splits its heads."""
     device: str = "auto"
     """`cpu`, `cuda` or `auto`."""
     placement: Optional[str] = None
     """A `placement.yaml` of task=place, or its folder: which EP rank has which experts; null: in the order of ids."""
+
+
+@dataclass(kw_only=True)
+class PipelineConfig:
+    """`pipeline`: the stages into which `mesh.pp` cuts the model."""
+
+    stages_per_rank: int = number(1, Whole(1))
+    """Stages of a rank; with 2 or more, their forwards and backwards are interleaved, so ranks wait less and send more
+    often."""
+    layout: Optional[str] = None
+    """Where the model is cut, in the words of Megatron-LM: `Et*3|(tt|)*2t*3L` (E embedding, t a layer, L the head, |
+    between stages, *n times); null: so that the dearest stage is as cheap as possible."""
 
 
 @dataclass(kw_only=True)
@@ -864,6 +876,7 @@ class Config:
     """Name -> different settings for some layers, applied in order."""
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     stack: StackConfig = field(default_factory=StackConfig)
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)

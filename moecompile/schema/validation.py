@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from moecompile.errors import ConfigError
-from moecompile.mesh import NOT_YET, MeshSpec, divisors
+from moecompile.mesh import MeshSpec, divisors
 from moecompile.named_code import FACTORY
 from moecompile.ranges import Real
 from moecompile.routing import BalanceRule, BalanceSpec, Choice, RouterConfig, Workload, check_balance
@@ -228,14 +228,11 @@ def mesh_spec(mesh: MeshConfig) -> MeshSpec:
     Raises:
         ConfigError: the sizes do not fit each other, or an axis is not supported yet.
     """
-    for axis, reason in NOT_YET.items():
-        if getattr(mesh, axis) != 1:
-            raise ConfigError(f"mesh.{axis}", getattr(mesh, axis), reason, "Set it to 1")
     if mesh.device not in ("cpu", "cuda", "auto"):
         raise ConfigError("mesh.device", mesh.device, "must be cpu, cuda or auto", "Use one of these")
     world = mesh.num_nodes * mesh.ranks_per_node
     values = {field.name: getattr(mesh, field.name) for field in fields(MeshSpec)}
-    spec = MeshSpec(**{**values, "ep": _ep(mesh.ep, world)})
+    spec = MeshSpec(**{**values, "ep": _ep(mesh.ep, world // max(1, mesh.pp))})
     dp_shard = int_or_auto("mesh.dp_shard", mesh.dp_shard, spec.dp_shard)
     of = " / ".join(("the world size", *spec.sharing))
     if dp_shard != spec.dp_shard:

@@ -366,7 +366,8 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
     try:
         layout = Layout(
             gpus=mesh.world_size, seq=data.seq_len, global_batch=batch, micro_batch=data.micro_batch_size,
-            ep=mesh.ep, tp=mesh.tp * workload.tp, pp=workload.pp, vpp=workload.vpp,
+            ep=mesh.ep, tp=mesh.tp * workload.tp, pp=mesh.pp * workload.pp,
+            vpp=workload.vpp if plan.pipeline is None else plan.pipeline.per_rank,
             cp=mesh.cp * workload.cp, etp=workload.etp, zero=workload.zero,
             replicas=mesh.dp_replicate if workload.zero == 3 and not is_described(workload) else 1,
             **({} if is_described(workload) else {"reduce": plan.reduce, "gather": plan.gather}),

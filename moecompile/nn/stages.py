@@ -1,0 +1,247 @@
+"""A model that computes one stage of a pipeline at a time, by its own forward.
+
+Units (layers, embedding, norm, head) of other stages have an `Absent` in their place. Those before the stage return
+what was received of them, or zeros that nobody reads; the first one after it ends the forward. So the model's own code
+between the units runs as it is: masks and positions are computed from the same inputs by each stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moecompile.errors import MoecompileError
+from moecompile.plan.pipeline import TENSOR, Pipeline, Unit
+from moecompile.torch_private import tree_leaves, tree_map_only
+
+_PASSAGE = "_moecompile_passage"
+
+
+class _Ended(Exception):
+    """The forward of a stage has come to the first unit after it."""
+
+
+class StageEnded(Exception):
+    """Leaves the code that has called the model: this stage has no result for it.
+
+    sent: the tensors that the next stage receives, in the order of its crossings and their places.
+    """
+
+    def __init__(self, sent: tuple[Tensor, ...]) -> None:
+        super().__init__("this stage of the pipeline has ended")
+        self.sent = sent
+
+
+@dataclass
+class Passage:
+    """What a model that is cut into stages computes now.
+
+    Attributes:
+        stage: now; None: the model must not be called.
+        received: unit -> entries of its output that came from the stage before.
+        made: unit -> its output, of those that later stages need.
+        absent: unit -> what stands in its place; present: unit -> the module itself, of those that this rank has.
+    """
+
+    pipeline: Pipeline
+    stage: int | None = None
+    received: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    made: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    absent: dict[str, Absent] = field(default_factory=dict)
+    present: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the current stage is the last one."""
+        return self.stage == len(self.pipeline.stages) - 1
+
+    @property
+    def sent(self) -> tuple[Tensor, ...]:
+        """What the stage after the current one receives."""
+        assert self.stage is not None
+        found: list[Tensor] = []
+        for crossing in self.pipeline.stages[self.stage + 1].receives:
+            source = self.made if crossing.unit in self.made else self.received
+            if crossing.unit not in source:
+                raise MoecompileError(f"stage {self.stage} ended before {crossing.unit} was called, whose output the next needs")
+            found += self._entries(crossing.unit, crossing.places, source[crossing.unit])
+        return tuple(found)
+
+    def _entries(self, unit: str, places: Sequence[int], held: Sequence[Tensor]) -> list[Tensor]:
+        """Entries of a unit's output, of which all (it was made here) or those of its crossing are held."""
+        if unit in self.made:
+            return [held[place] for place in places]
+        assert self.stage is not None
+        of = next(c for c in self.pipeline.stages[self.stage].receives if c.unit == unit)
+        return [held[of.places.index(place)] for place in places]
+
+    @contextmanager
+    def running(self, model: nn.Module, stage: int, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """The model computes this stage; tensors: what it receives, as `sent` of the stage before."""
+        left = list(tensors)
+        for crossing in self.pipeline.stages[stage].receives:
+            number = len(crossing.places)
+            self.received[crossing.unit], left = tuple(left[:number]), left[number:]
+        assert not left
+        self.stage = stage
+        own = {unit.path for unit in self.pipeline.stages[stage].units}
+        put(model, {path: module if path in own else self.absent[path] for path, module in self.present.items()})
+        try:
+            yield
+        finally:
+            self.stage, self.received, self.made = None, {}, {}
+            put(model, self.present)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Passage:
+        return self
+
+
+def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Puts modules at these paths of the model."""
+    for path, module in modules.items():
+        owner, _, name = path.rpartition(".")
+        model.get_submodule(owner)._modules[name] = module
+
+
+class Absent(nn.Module):
+    """Stands for a unit of another stage; has its plain attributes, and no weights.
+
+    Args:
+        unit: whose output it returns. stage: to which it belongs. module: its module, of which nothing is kept but its
+            attributes and shapes (on the meta device).
+    """
+
+    def __init__(self, unit: Unit, stage: int, module: nn.Module, passage: Passage) -> None:
+        super().__init__()
+        vars(self).update(unit=unit, of_stage=stage, passage=passage, shape=_on_meta(module))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["shape"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What was received of the unit, or zeros; ends the forward if its stage comes later."""
+        if self.passage.stage is None:
+            raise MoecompileError(f"{self.unit.path} is on another stage of the pipeline")
+        if self.of_stage > self.passage.stage:
+            raise _Ended
+        if self.unit.path in self.passage.received:
+            crossing = next(c for c in self.passage.pipeline.stages[self.passage.stage].receives if c.unit == self.unit.path)
+            return self._formed(dict(zip(crossing.places, self.passage.received[self.unit.path], strict=True)))
+        if self.unit.is_layer:
+            hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            return self._formed({0: hidden})
+        return self._zeros(*args, **kwargs)
+
+    def _formed(self, entries: Mapping[int, Tensor]) -> Any:
+        if self.unit.form not in ("tuple", "list"):
+            return entries[0]
+        output = [entries.get(i) for i in range(self.unit.size)]
+        return output if self.unit.form == "list" else tuple(output)
+
+    @torch.no_grad()
+    def _zeros(self, *args: Any, **kwargs: Any) -> Any:
+        device = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)).device
+        meta = tree_map_only(Tensor, lambda x: x.detach().to("meta"), (args, kwargs))
+        output = self.shape(*meta[0], **meta[1])
+        return tree_map_only(Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype, device=device), output)
+
+
+def _on_meta(module: nn.Module) -> nn.Module:
+    """A copy of the module, with all its attributes, whose tensors have no values."""
+    new: nn.Module = object.__new__(type(module))
+    vars(new).update(vars(module))
+    children = {name: None if child is None else _on_meta(child) for name, child in module._modules.items()}
+    vars(new)["_modules"] = children
+    for registry in ("_parameters", "_buffers"):
+        tensors = vars(module)[registry].items()
+        vars(new)[registry] = {name: None if tensor is None else _empty(tensor) for name, tensor in tensors}
+    return new
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+# -- the whole model ------------------------------------------------------------------------------------------------
+
+
+def passage_of(model: nn.Module) -> Passage | None:
+    """That of a model that is cut into stages; None: it is whole."""
+    found: Passage | None = vars(model).get(_PASSAGE)
+    return found
+
+
+def cut_into_stages(model: nn.Module, pipeline: Pipeline, stages: Sequence[int]) -> Passage:
+    """Keeps the units of these stages and puts an `Absent` in the place of each other one; in place."""
+    passage = Passage(pipeline)
+    for number, stage in enumerate(pipeline.stages):
+        for unit in stage.units:
+            module = model.get_submodule(unit.path)
+            passage.absent[unit.path] = Absent(unit, number, module, passage)
+            if number in stages:
+                passage.present[unit.path] = module
+    put(model, {path: absent for path, absent in passage.absent.items() if path not in passage.present})
+    own = vars(model).get("forward")
+    whole = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if passage.stage is None:
+            raise MoecompileError(
+                "this rank has some stages of the model alone, so it cannot be called by itself: the model is called in "
+                "training_step and validation_step"
+            )
+        if passage.is_last:
+            return whole(*args, **kwargs)
+        try:
+            whole(*args, **kwargs)
+        except _Ended:
+            return passage.sent
+        raise MoecompileError(f"the forward of stage {passage.stage} returned before it came to the next one")
+
+    forward.without_stages = own  # type: ignore[attr-defined]
+    model.forward = forward
+    vars(model)[_PASSAGE] = passage
+    return passage
+
+
+def end_stages(model: nn.Module) -> None:
+    """Adds the hooks that note what later stages need, and that leave the calling code at the end of a stage.
+
+    They come after those of FSDP, which must see that a module has returned.
+    """
+    passage = passage_of(model)
+    assert passage is not None
+    needed = {crossing.unit for stage in passage.pipeline.stages for crossing in stage.receives}
+    for path in needed & set(passage.present):
+        passage.present[path].register_forward_hook(_noted(path, passage))
+
+    def leave(_: nn.Module, args: Any, output: Any) -> None:
+        if passage.stage is not None and not passage.is_last:
+            raise StageEnded(output)
+
+    model.register_forward_hook(leave)
+
+
+def _noted(path: str, passage: Passage) -> Any:
+    def note(_: nn.Module, args: Any, output: Any) -> None:
+        passage.made[path] = (output,) if isinstance(output, Tensor) else tuple(output)
+
+    return note
+
+
+def uncut(model: nn.Module) -> None:
+    """Undoes `cut_into_stages` of all stages in one process."""
+    passage = passage_of(model)
+    assert passage is not None
+    put(model, passage.present)
+    own = model.forward.without_stages  # type: ignore[attr-defined]
+    del model.forward
+    if own is not None:
+        model.forward = own
+    del vars(model)[_PASSAGE]

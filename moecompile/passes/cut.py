@@ -1,0 +1,142 @@
+"""cut: keeps the stages of a pipeline that this rank has (moecompile.nn.stages), before anything is sharded.
+
+Routers keep their number in the whole model, by which random numbers are drawn. Before a model with values is cut, its
+stages are run one after another in this process: they must give what the whole model gives, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moecompile.capture import Example, call_with, undisturbed
+from moecompile.errors import PassError
+from moecompile.nn.router import number_routers
+from moecompile.nn.stages import StageEnded, cut_into_stages, end_stages, passage_of, uncut
+from moecompile.passes.base import ModelPass
+from moecompile.plan import Plan
+from moecompile.plan.pipeline import Pipeline, stage_of
+from moecompile.torch_private import tree_leaves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut(ModelPass):
+    """index: of this rank along pp."""
+
+    index: int
+    name: str = "cut"
+
+    def wants(self, plan: Plan) -> bool:
+        """Whether the plan has stages."""
+        return plan.pipeline is not None
+
+    def requires(self, model: nn.Module, plan: Plan) -> None:
+        """The units are there, each weight belongs to one of them, and weights of two stages are those that are tied."""
+        assert plan.pipeline is not None
+        paths = {path for path, _ in model.named_modules(remove_duplicate=False)}
+        for stage in plan.pipeline.stages:
+            if missing := [unit.path for unit in stage.units if unit.path not in paths]:
+                raise PassError(self.name, missing[0], "is planned to be in a stage, and the model has no such module")
+        stages: dict[nn.Parameter, set[int | None]] = {}
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            stages.setdefault(parameter, set()).add(stage_of(plan.pipeline, name))
+            names.setdefault(parameter, []).append(name)
+        for parameter, found in stages.items():
+            if None in found:
+                raise PassError(self.name, names[parameter][0], "is a weight of no stage")
+            if len(found) > 1 and tuple(names[parameter]) not in plan.pipeline.tied:
+                raise PassError(self.name, names[parameter][0], f"is also {names[parameter][1]}, of another stage")
+
+    def run(self, model: nn.Module, plan: Plan) -> None:
+        """Changes the model in place."""
+        assert plan.pipeline is not None
+        number_routers(model)
+        cut_into_stages(model, plan.pipeline, plan.pipeline.stages_of(self.index))
+
+    def ensures(self, model: nn.Module, plan: Plan) -> None:
+        """All weights that are left are those of this rank's stages."""
+        assert plan.pipeline is not None
+        own = plan.pipeline.stages_of(self.index)
+        for name, _ in model.named_parameters():
+            if stage_of(plan.pipeline, name) not in own:
+                raise PassError(self.name, name, "belongs to another rank's stage, and is still here")
+
+
+def stage_plan(plan: Plan, index: int) -> Plan:
+    """The part of a plan that the rank at `index` along pp has: layers, split modules and what is computed again."""
+    if plan.pipeline is None:
+        return plan
+    stages = [plan.pipeline.stages[i] for i in plan.pipeline.stages_of(index)]
+
+    def here(path: str) -> bool:
+        return any(stage.holds(path) for stage in stages)
+
+    again = (replace(each, layers=tuple(path for path in each.layers if here(path))) for each in plan.recomputed)
+    return replace(
+        plan,
+        layers=tuple(layer for layer in plan.layers if here(layer.site.fqn)),
+        recomputed=tuple(each for each in again if each.layers),
+    )
+
+
+def run_in_stages(model: nn.Module, pipeline: Pipeline, call: Any) -> Any:
+    """What `call()`, which calls the model, returns if the stages run one after another in this process."""
+    cut_into_stages(model, pipeline, range(len(pipeline.stages)))
+    hooks = _Hooks(model)
+    try:
+        end_stages(model)
+        passage, sent = passage_of(model), tuple[Tensor, ...]()
+        assert passage is not None
+        for stage in range(len(pipeline.stages)):
+            with passage.running(model, stage, sent):
+                try:
+                    result = call()
+                except StageEnded as ended:
+                    sent = ended.sent
+        return result
+    finally:
+        hooks.restore()
+        uncut(model)
+
+
+class _Hooks:
+    """The forward hooks of all modules, to remove later ones."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.before = {module: list(module._forward_hooks) for module in model.modules()}
+
+    def restore(self) -> None:
+        for module, known in self.before.items():
+            for key in [key for key in module._forward_hooks if key not in known]:
+                del module._forward_hooks[key]
+
+
+def check_stages(model: nn.Module, pipeline: Pipeline, example: Example) -> None:
+    """Runs the example through the whole model and through its stages.
+
+    Raises:
+        PassError: the outputs are not equal, or a stage cannot be run.
+    """
+
+    def call() -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(call_with(model, example)) if isinstance(leaf, Tensor)]
+
+    with undisturbed(model):
+        whole = call()
+        try:
+            staged = run_in_stages(model, pipeline, call)
+        except Exception as error:
+            rule = f"cannot be run in {len(pipeline.stages)} stages: {type(error).__name__}: {error}"
+            raise PassError("cut", "the model", rule) from error
+    if len(whole) != len(staged) or not all(_equal(a, b) for a, b in zip(whole, staged, strict=True)):
+        raise PassError("cut", "the model", f"does not compute the same in {len(pipeline.stages)} stages")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())

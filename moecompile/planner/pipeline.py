@@ -1,0 +1,218 @@
+"""The stages of a pipeline: where the model is cut, and what each rank along pp has.
+
+Algorithm:
+  1. Costs: parameters that a token uses, of each unit (layer, head); an embedding is a lookup and costs nothing.
+  2. Stages of neighbouring layers whose dearest one is as cheap as possible; of equally cheap ones, those whose sum of
+     squares is least. What is called before the layers belongs to the first stage, what comes after them to the last.
+     `pipeline.layout` gives the stages in Megatron's words instead.
+  3. What crosses each cut follows from the recorded dataflow (moecompile.match.boundaries).
+A rank's memory is that of its own layers on the ranks of a stage. For backward it keeps as many micro-batches as the
+order of its forwards and backwards has at a time.                                              -> `ranks_of`
+
+    E t*3|(tt|)*2m|L     E embedding, t layer, m further tokens' layer, L head and loss; | between stages, *n times
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+from moecompile.errors import ConfigError
+from moecompile.mesh import MeshSpec, Part
+from moecompile.plan import LayerPlan, MemoryEstimate, Plan
+from moecompile.plan.pipeline import Pipeline, Stage, simulated
+from moecompile.planner.memory import memory_of_fullest_rank
+from moecompile.planner.params import ModelFacts, RunFacts, computed_per_token, layer_params
+from moecompile.schema import AdapterKind, Checkpointing, Config
+
+
+def plan_pipeline(
+    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, config: Config
+) -> Pipeline | None:
+    """The stages; None without pipeline parallelism.
+
+    Raises:
+        ConfigError: the model cannot be cut, or something that is configured is not possible with stages.
+    """
+    if mesh.pp == 1:
+        if config.pipeline.stages_per_rank != 1 or config.pipeline.layout is not None:
+            key = "stages_per_rank" if config.pipeline.stages_per_rank != 1 else "layout"
+            raise ConfigError(
+                f"pipeline.{key}", getattr(config.pipeline, key), "there is no pipeline, because mesh.pp=1",
+                f"Use mesh.pp=2 or more, or leave pipeline.{key} out",
+            )  # fmt: skip
+        return None
+    _check_supported(mesh, config)
+    cut, number = facts.cut, mesh.pp * config.pipeline.stages_per_rank
+    if cut is None:
+        raise _refusal(mesh, "the plan is made of a graph, which has no layers to cut between")
+    if cut.refused:
+        raise _refusal(mesh, f"the model cannot be cut into stages: {cut.refused}")
+    if number > len(cut.layers):
+        raise ConfigError(
+            "mesh.pp", mesh.pp, f"{number} stages need as many layers, and the model has {len(cut.layers)}",
+            f"Use at most {len(cut.layers) // config.pipeline.stages_per_rank}",
+        )  # fmt: skip
+    if config.pipeline.layout is None:
+        counts = balanced(costs(layers, cut.units, cut.layers), number)
+    else:
+        counts = counts_of(config.pipeline.layout, number, len(cut.layers))
+    places = [sum(counts[:i]) for i in range(1, number)]
+    try:
+        stages = cut.stages([cut.layers[place] for place in places])
+    except ValueError as error:
+        raise _refusal(mesh, f"the model cannot be cut before {cut.layers[places[0]]}: {error}") from error
+    schedule = "1f1b" if config.pipeline.stages_per_rank == 1 else "interleaved"
+    pipeline = Pipeline(schedule=schedule, ranks=mesh.pp, stages=stages, tied=cut.tied)
+    simulated(pipeline, max(1, config.data.global_batch_size // (config.data.micro_batch_size * mesh.num_batches)))
+    return pipeline
+
+
+def _refusal(mesh: MeshSpec, rule: str) -> ConfigError:
+    return ConfigError("mesh.pp", mesh.pp, rule, "Use mesh.pp=1")
+
+
+def _check_supported(mesh: MeshSpec, config: Config) -> None:
+    for axis in mesh.axes(Part.SEQUENCE, Part.TOKENS):
+        rule = f"stages and mesh.{axis}={mesh.size(axis)} are not possible together"
+        raise ConfigError("mesh.pp", mesh.pp, rule, f"Use mesh.pp=1, or mesh.{axis}=1")
+    if config.trainer.checkpointing is Checkpointing.budget:
+        raise ConfigError(
+            "trainer.checkpointing", "budget", f"chooses for a whole model, and mesh.pp={mesh.pp} cuts it into stages",
+            "Use auto, full, keep_exchanges or none",
+        )  # fmt: skip
+    if config.adapters.kind is not AdapterKind.none:
+        raise ConfigError(
+            "adapters.kind", config.adapters.kind.value, f"is not possible with mesh.pp={mesh.pp}",
+            "Use adapters=none, or mesh.pp=1",
+        )  # fmt: skip
+    if config.routing.replay is not None:
+        rule = f"a rank has the routers of its stage alone (mesh.pp={mesh.pp})"
+        raise ConfigError("routing.replay", config.routing.replay, rule, "Use mesh.pp=1")
+
+
+def costs(layers: Sequence[LayerPlan], units: Mapping[str, int], order: Sequence[str]) -> list[float]:
+    """Parameters that a token uses: of each layer, the first and the last with what is called before and after them.
+
+    Args:
+        units: path -> parameters, in the order of calls; 0 of embeddings. order: paths of the layers.
+    """
+    used = dict[str, float](units)
+    for layer in layers:
+        holder = next((path for path in used if f"{layer.site.fqn}.".startswith(f"{path}.")), None)
+        if holder is not None:
+            counts = layer_params(layer)
+            used[holder] += counts.shared + counts.router + computed_per_token(layer) * counts.expert - counts.dense
+    found, place = [0.0] * len(order), 0
+    for path, number in used.items():
+        place = order.index(path) if path in order else place
+        found[place] += number
+    return found
+
+
+def balanced(of: Sequence[float], number: int) -> list[int]:
+    """Layers of each of `number` stages of neighbouring layers (step 2)."""
+    sums = [0.0]
+    for cost in of:
+        sums.append(sums[-1] + cost)
+
+    @cache
+    def best(first: int, left: int) -> tuple[float, float, tuple[int, ...]]:
+        """Of the layers from `first` on in `left` stages: cost of the dearest, sum of squares, layers of each."""
+        if left == 1:
+            cost = sums[-1] - sums[first]
+            return cost, cost**2, (len(of) - first,)
+        found = []
+        for count in range(1, len(of) - first - left + 2):
+            cost, (dearest, squares, counts) = sums[first + count] - sums[first], best(first + count, left - 1)
+            found.append((max(cost, dearest), cost**2 + squares, (count, *counts)))
+        return min(found)
+
+    return list(best(0, number)[2])
+
+
+def counts_of(layout: str, number: int, layers: int) -> list[int]:
+    """Layers of each stage of a layout in Megatron's words.
+
+    Raises:
+        ConfigError: it is none, or does not fit the model or the number of stages.
+    """
+
+    def refuse(rule: str, fix: str) -> ConfigError:
+        return ConfigError("pipeline.layout", layout, rule, fix)
+
+    text = re.sub(r"[\s,]", "", layout)
+    group = re.compile(r"\(([^()]*)\)(?:\*(\d+))?")
+    while found := group.search(text):
+        text = text[: found.start()] + found[1] * int(found[2] or 1) + text[found.end() :]
+    text = re.sub(r"([A-Za-z])\*(\d+)", lambda match: match[1] * int(match[2]), text)
+    if wrong := next((letter for letter in text if letter not in "EtL|"), None):
+        what = "a layer that predicts further tokens, which the model does not have" if wrong == "m" else "no part of it"
+        raise refuse(f"{wrong} is {what}", "Use E, t, L, |, (...)*n and t*n")
+    stages = text.split("|")
+    if not stages[-1] and len(stages) == number + 1:  # a repeated group ends with its separator
+        stages.pop()
+    counts = [stage.count("t") for stage in stages]
+    if len(stages) != number:
+        raise refuse(f"has {len(stages)} stages, and mesh.pp * pipeline.stages_per_rank is {number}", "Change one of them")
+    if sum(counts) != layers:
+        raise refuse(f"has {sum(counts)} layers, and the model has {layers}", f"Use {layers}")
+    if not all(counts):
+        raise refuse(f"stage {counts.index(0)} has no layer", "Give each stage a layer")
+    if "E" in text.lstrip("E") or "L" in text.rstrip("L"):
+        raise refuse("the embedding (E) is in the first stage, and the head (L) in the last one", "Move it there")
+    return counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfRank:
+    """What the ranks of one place along pp have: layers, the mesh of a stage, facts of its part of the model, the run.
+
+    index: along pp; stages: its stages.
+    """
+
+    index: int
+    layers: tuple[LayerPlan, ...]
+    mesh: MeshSpec
+    facts: ModelFacts
+    stages: tuple[Stage, ...] = ()
+
+    def run(self, run: RunFacts, pipeline: Pipeline | None) -> RunFacts:
+        """The run, with the micro-batches that are kept for backward."""
+        if pipeline is None:
+            return run
+        kept = pipeline.in_flight(self.index, run.accumulation)
+        layers = [len(stage.layers) for stage in self.stages]
+        weighted = sum(number * each for number, each in zip(kept, layers, strict=True)) / sum(layers)
+        return replace(run, in_flight=weighted)
+
+
+def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
+    """One for each place along pp."""
+    if plan.pipeline is None:
+        return [OfRank(index=0, layers=plan.layers, mesh=plan.mesh, facts=facts)]
+    assert facts.cut is not None
+    found: list[OfRank] = []
+    for index in range(plan.pipeline.ranks):
+        stages = tuple(plan.pipeline.stages[i] for i in plan.pipeline.stages_of(index))
+        is_last = stages[-1] is plan.pipeline.stages[-1]
+        found.append(
+            OfRank(
+                index=index,
+                layers=tuple(layer for layer in plan.layers if any(s.holds(layer.site.fqn) for s in stages)),
+                mesh=plan.mesh.stage,
+                facts=facts.cut.facts([unit.path for stage in stages for unit in stage.units], is_last),
+                stages=stages,
+            )
+        )
+    return found
+
+
+def fullest(ranks: Sequence[OfRank], plan: Plan, run: RunFacts) -> tuple[OfRank, MemoryEstimate]:
+    """Of these ranks the one that needs the most memory, and what it needs."""
+    needed = [
+        (of, memory_of_fullest_rank(of.layers, of.mesh, of.facts, of.run(run, plan.pipeline))) for of in ranks
+    ]
+    return max(needed, key=lambda each: each[1].total)

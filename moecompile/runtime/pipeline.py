@@ -1,0 +1,306 @@
+"""One optimizer step of a pipeline on a rank: forwards and backwards of its stages, in the order of the schedule.
+
+Algorithm, for each action of `Pipeline.order`:
+  forward    receive what crosses the cut; call the caller's step, which calls the model and is left at the end of the
+             stage; send what crosses the next cut.
+  backward   receive the gradients of what was sent, and the weight of this micro-batch's auxiliary losses: one backward
+             through outputs and auxiliary losses together; send the gradients of what was received.
+Exactly one forward a micro-batch and stage. A message is sent as soon as it is there and never waited for before the
+end of the step, and forward and backward messages go through groups of their own, so ranks that follow a valid order
+never wait for each other in a circle. Shapes are sent once for each shape of the inputs: they follow from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from moecompile.errors import MoecompileError
+from moecompile.mesh import MeshSpec, Part
+from moecompile.nn.stages import Passage, StageEnded
+from moecompile.plan.pipeline import Pipeline
+from moecompile.torch_private import tree_leaves
+
+_DTYPES = (
+    torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8,
+)  # fmt: skip
+_DIMS = 8
+Shape = tuple[tuple[int, ...], torch.dtype, bool]
+
+
+class Wires:
+    """Messages between this rank's stages and those before and after them.
+
+    Args:
+        mesh, rank: this rank's place. forward, backward: groups along pp, one a direction.
+    """
+
+    def __init__(
+        self, mesh: MeshSpec, rank: int, pipeline: Pipeline, forward: dist.ProcessGroup, backward: dist.ProcessGroup,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.ranks, self.pipeline, self.device = mesh.group(Part.LAYERS, rank=rank), pipeline, device
+        self.groups = {True: forward, False: backward}
+        self._pending: dict[Hashable, list[tuple[dist.Work | None, Tensor]]] = {}
+        self._shapes: dict[tuple[int, Hashable], list[Shape]] = {}
+        self.sent_bytes = 0
+
+    def send(self, tensors: Iterable[Tensor], stage: int, message: Hashable = None, *, is_forward: bool) -> None:
+        """Sends tensors to the rank of a stage, in order, without waiting. They are kept until `settle(message)`."""
+        group, to = self.groups[is_forward], self.ranks[self.pipeline.rank_of(stage)]
+        for tensor in tensors:
+            whole = tensor.detach().contiguous()
+            self.sent_bytes += whole.numel() * whole.element_size()
+            self._pending.setdefault(message, []).append((dist.isend(_bytes(whole), to, group=group), whole))
+
+    def receive(self, shapes: Sequence[Shape], stage: int, *, is_forward: bool) -> list[Tensor]:
+        """Receives tensors from the rank of a stage, in order."""
+        group, source = self.groups[is_forward], self.ranks[self.pipeline.rank_of(stage)]
+        made = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype, _ in shapes]
+        works = [dist.irecv(_bytes(tensor), source, group=group) for tensor in made]
+        for work in works:
+            if work is not None:
+                work.wait()
+        return made
+
+    def send_live(self, tensors: Sequence[Tensor], stage: int, key: Hashable, message: Hashable = None) -> None:
+        """Sends what crosses the cut before a stage. key: of the inputs, from which shapes follow."""
+        shapes = [(tuple(t.shape), t.dtype, t.requires_grad) for t in tensors]
+        known = self._shapes.setdefault((stage, key), shapes)
+        if known is shapes:
+            self.send([_header(shapes, self.device)], stage, message, is_forward=True)
+        elif known != shapes:
+            raise MoecompileError(
+                f"what crosses the cut before stage {stage} of the pipeline has other shapes than before for inputs of "
+                f"the same shape: {shapes}, not {known}"
+            )
+        self.send(tensors, stage, message, is_forward=True)
+
+    def receive_live(self, stage: int, key: Hashable) -> list[Tensor]:
+        """Receives what crosses the cut before a stage, as leaves with a gradient where they have one."""
+        if (stage, key) not in self._shapes:
+            number = sum(len(crossing.places) for crossing in self.pipeline.stages[stage].receives)
+            header = ((number, 3 + _DIMS), torch.int64, False)
+            (words,) = self.receive([header], stage - 1, is_forward=True)
+            self._shapes[stage, key] = _shapes(words)
+        shapes = self._shapes[stage, key]
+        tensors = self.receive(shapes, stage - 1, is_forward=True)
+        return [t.requires_grad_(has_grad) for t, (_, _, has_grad) in zip(tensors, shapes, strict=True)]
+
+    def settle(self, *messages: Hashable) -> None:
+        """Waits for messages that are known to have been received, and lets their tensors go."""
+        for message in messages:
+            for work, _ in self._pending.pop(message, ()):
+                if work is not None:
+                    work.wait()
+
+    def finish(self) -> None:
+        """Waits until all messages are sent."""
+        self.settle(*tuple(self._pending))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The tensor as a back end takes it: gloo has no bool and no bf16 reductions, but sends any bytes."""
+    return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(1, dtype=torch.uint8)
+
+
+def _header(shapes: Sequence[Shape], device: torch.device) -> Tensor:
+    words = [
+        [_DTYPES.index(dtype), int(has_grad), len(shape), *shape, *[0] * (_DIMS - len(shape))]
+        for shape, dtype, has_grad in shapes
+    ]
+    return torch.tensor(words, dtype=torch.int64, device=device)
+
+
+def _shapes(words: Tensor) -> list[Shape]:
+    return [(tuple(dims[:n]), _DTYPES[dtype], bool(has_grad)) for dtype, has_grad, n, *dims in words.tolist()]
+
+
+def key_of(batch: Any) -> Hashable:
+    """Shapes and dtypes of the tensors of a batch, and whether gradients are computed."""
+    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    return tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves), torch.is_grad_enabled()
+
+
+@dataclass
+class Computed:
+    """The result of the last stage for a micro-batch.
+
+    objective: what backward starts from. weight: of the auxiliary losses of all stages in the objective. result: what
+    the caller wants to have back.
+    """
+
+    objective: Tensor
+    weight: Tensor
+    result: Any = None
+
+
+@dataclass
+class _Kept:
+    """A forward until its backward."""
+
+    received: list[Tensor]
+    sent: tuple[Tensor, ...] = ()
+    aux: Tensor | None = None
+    computed: Computed | None = None
+
+
+@dataclass
+class Steps:
+    """What the caller does in a step.
+
+    forward: runs a micro-batch, and returns its result on the last stage. objective: of that result. aux: takes the
+    auxiliary losses of the forward of a stage and a micro-batch, which has just run. before: enters what belongs to a micro-batch, in its forward
+    (True) and in its backward. weighed: is told a micro-batch, the weight of its auxiliary losses, and the stage.
+    """
+
+    forward: Callable[[int], Any]
+    objective: Callable[[Any], Computed]
+    aux: Callable[[int, int], Tensor | None]
+    before: Callable[[int, bool], AbstractContextManager[None]]
+    weighed: Callable[[int, Tensor, int], None]
+
+
+class Stages:
+    """The stages of this rank.
+
+    Args:
+        model: cut into stages and sharded. reduces_each, gathers_once: `Plan.reduce` and `Plan.gather`.
+    """
+
+    def __init__(
+        self, model: nn.Module, passage: Passage, wires: Wires, index: int, *, reduces_each: bool, gathers_once: bool
+    ) -> None:
+        self.model, self.passage, self.wires, self.index = model, passage, wires, index
+        self.reduces_each, self.gathers_once = reduces_each, gathers_once
+        self.kept: dict[tuple[int, int], _Kept] = {}
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """Of the plan."""
+        return self.passage.pipeline
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the last stage is on this rank."""
+        return self.index == self.pipeline.rank_of(len(self.pipeline.stages) - 1)
+
+    def step(self, keys: Sequence[Hashable], steps: Steps, after_backward: Callable[[], None]) -> list[Any]:
+        """One optimizer step over micro-batches with these keys; returns their results, on the last stage."""
+        results: list[Any] = [None] * len(keys)
+        order = self.pipeline.order(self.index, len(keys))
+        known = self._known_received(len(keys))
+        left = {stage: len(keys) for stage in self.pipeline.stages_of(self.index)}
+        for action in order:
+            if action.is_forward:
+                kept = self._forward(action.stage, action.micro_batch, keys[action.micro_batch], steps)
+                self.wires.settle(*known.get((action.stage, action.micro_batch), ()))
+                if kept.computed is not None:
+                    results[action.micro_batch] = kept.computed.result
+                continue
+            left[action.stage] -= 1
+            with self._synced(action.stage, is_last=not left[action.stage], is_end=not any(left.values())):
+                self._backward(action.stage, action.micro_batch, steps)
+            if any(left.values()):
+                after_backward()
+        self.wires.finish()
+        assert not self.kept
+        return results
+
+    def _known_received(self, micro_batches: int) -> dict[tuple[int, int], list[Hashable]]:
+        """Forward of a micro-batch in a stage of ours -> gradients that the stage before must have received by then.
+
+        It has sent this micro-batch after the backwards that come before in its order.
+        """
+        known: dict[tuple[int, int], list[Hashable]] = {}
+        for stage in self.pipeline.stages_of(self.index):
+            done: list[Hashable] = []
+            for action in self.pipeline.order(self.pipeline.rank_of(stage - 1), micro_batches) if stage else ():
+                if action.stage == stage - 1 and action.is_forward:
+                    known[stage, action.micro_batch], done = done, []
+                elif action.stage == stage - 1:
+                    done.append((False, stage, action.micro_batch))
+        return known
+
+    def _forward(self, stage: int, number: int, key: Hashable, steps: Steps) -> _Kept:
+        received = self.wires.receive_live(stage, key) if stage else []
+        kept = self.kept[stage, number] = _Kept(received)
+        with steps.before(number, True), self.passage.running(self.model, stage, received):
+            is_last = self.passage.is_last
+            try:
+                output = steps.forward(number)
+            except StageEnded as ended:
+                kept.sent = ended.sent
+            else:
+                if not is_last:
+                    raise MoecompileError("training_step has not called the model, which the next stages wait for")
+                kept.computed = steps.objective(output)
+        kept.aux = steps.aux(stage, number)
+        if kept.computed is None:
+            self.wires.send_live(kept.sent, stage + 1, key, (True, stage, number))
+        return kept
+
+    def _backward(self, stage: int, number: int, steps: Steps) -> None:
+        kept = self.kept.pop((stage, number))
+        if kept.computed is not None:
+            weight, roots, grads = kept.computed.weight, [kept.computed.objective], [None]
+        else:
+            outputs = [tensor for tensor in kept.sent if tensor.requires_grad]
+            shapes: list[Shape] = [((), torch.float64, False), *((tuple(t.shape), t.dtype, True) for t in outputs)]
+            weight, *found = self.wires.receive(shapes, stage + 1, is_forward=False)
+            self.wires.settle((True, stage, number))
+            roots, grads = outputs, found
+        if kept.aux is not None:
+            roots, grads = [*roots, kept.aux], [*grads, weight.to(kept.aux)]
+        steps.weighed(number, weight, stage)
+        with steps.before(number, False):
+            if pairs := [(root, grad) for root, grad in zip(roots, grads, strict=True) if root.requires_grad]:
+                torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])
+        if stage:
+            leaves = [tensor for tensor in kept.received if tensor.requires_grad]
+            back = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+            self.wires.send([weight.to(torch.float64), *back], stage - 1, (False, stage, number), is_forward=False)
+
+    @contextmanager
+    def _synced(self, stage: int, *, is_last: bool, is_end: bool) -> Iterator[None]:
+        """FSDP reduces gradients in the last backward of a stage, those of the root in the last one of the rank."""
+        for module, is_root in self._sharded(stage):
+            last = is_end if is_root else is_last
+            module.set_requires_gradient_sync(last or self.reduces_each, recurse=False)
+            module.set_requires_all_reduce(last, recurse=False)
+            module.set_reshard_after_backward(last or not self.gathers_once, recurse=False)
+        yield
+
+    def _sharded(self, stage: int) -> Iterator[tuple[FSDPModule, bool]]:
+        if isinstance(self.model, FSDPModule):
+            yield self.model, True
+        for unit in self.pipeline.stages[stage].units:
+            for module in self.passage.present[unit.path].modules():
+                if isinstance(module, FSDPModule):
+                    yield module, False
+
+    # -- without gradients ------------------------------------------------------------------------------------------
+
+    def evaluate(self, key: Hashable, forward: Callable[[], Any]) -> Any:
+        """One micro-batch through all stages of this rank; returns its result, on the last stage."""
+        result = None
+        for stage in self.pipeline.stages_of(self.index):
+            received = self.wires.receive_live(stage, key) if stage else []
+            with self.passage.running(self.model, stage, received):
+                is_last = self.passage.is_last
+                try:
+                    result = forward()
+                except StageEnded as ended:
+                    self.wires.send_live(ended.sent, stage + 1, key)
+                else:
+                    if not is_last:
+                        raise MoecompileError("the step has not called the model, which the next stages wait for")
+        self.wires.finish()
+        return result

@@ -1,0 +1,267 @@
+"""A Lightning step over a pipeline: the user's own training step, once for each micro-batch and stage.
+
+Lightning calls `training_step` and `backward` for one micro-batch after another. Here the calls are kept, and the last
+one of a window runs the schedule over all of them (runtime/pipeline.py). Its result has the sums of the whole window
+where the last stage is, and zeros elsewhere; those of earlier calls are zeros. Gradients are set aside until Lightning
+has zeroed the old ones and calls `backward`.
+
+What the step logs is known where the loss is. It is logged again on all ranks after the schedule, so progress bars,
+loggers and monitors work as without a pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moecompile import kept_groups
+from moecompile.errors import ConfigError, PlanError
+from moecompile.mesh import Part
+from moecompile.nn import LayerLoad, auxiliary_losses
+from moecompile.nn.losses import keepers_of
+from moecompile.nn.stages import passage_of
+from moecompile.plan import Plan
+from moecompile.runtime.pipeline import Computed, Stages, Steps, Wires, key_of
+from moecompile.torch_private import parameters_of
+
+if TYPE_CHECKING:
+    from moecompile.runtime.strategy import ExpertParallelStrategy
+
+
+def check_held(module: nn.Module, compiled: nn.Module) -> None:
+    """Checks that a LightningModule has no weights beside the compiled model: earlier stages would not train them.
+
+    Raises:
+        PlanError: it has.
+    """
+    inside = set(compiled.parameters())
+    outside = [name for name, parameter in module.named_parameters() if parameter not in inside]
+    if outside:
+        raise PlanError(
+            "mesh.pp", outside[0], "is a weight outside of the compiled model, and belongs to no stage of the pipeline",
+            "Move it into the model before it is compiled, or use mesh.pp=1",
+        )  # fmt: skip
+
+
+class PipelineSteps:
+    """Runs the steps of a strategy in a pipeline.
+
+    Args:
+        strategy: whose window, random numbers and loss are used. model: cut into stages and sharded. index: of this
+            rank along pp.
+
+    Attributes:
+        uncounted: weights of this rank that count on another stage, in a norm over all.
+        aux_tokens: tokens by which `strategy.aux_losses` must be multiplied, to be summed over ranks.
+    """
+
+    def __init__(self, strategy: ExpertParallelStrategy, model: nn.Module, plan: Plan, index: int) -> None:
+        passage = passage_of(model)
+        assert passage is not None and plan.pipeline is not None
+        self.strategy, self.model, self.mesh = strategy, model, plan.mesh
+        mesh, device = plan.mesh, strategy.root_device
+        ways = [kept_groups.along(device.type, mesh, Part.LAYERS, purpose=way) for way in ("forward", "backward")]
+        wires = Wires(mesh, strategy.global_rank, plan.pipeline, ways[0], ways[1], device)
+        self.stages = Stages(
+            model, passage, wires, index, reduces_each=plan.reduce == "each", gathers_once=plan.gather == "step"
+        )
+        assert strategy.groups.stages is not None
+        self.over = strategy.groups.stages
+        self.tied = _TiedWeights(model, plan, index, strategy.global_rank)
+        self.uncounted = self.tied.uncounted
+        self.aux_tokens: Tensor | None = None
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._grads: dict[nn.Parameter, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        kinds = sorted({kind for _, keeper in keepers_of(model) for kind in keeper.losses})
+        gathered: list[Any] = [None] * self.over.size()
+        dist.all_gather_object(gathered, kinds, group=self.over)
+        self._kinds = sorted({kind for found in gathered for kind in found})
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_last: bool) -> Any:
+        """Keeps the call, or runs the schedule over those of the window."""
+        strategy = self.strategy
+        if strategy._window.num_micro_batches == 0:
+            self._calls = []
+        self._calls.append((args, kwargs))
+        strategy._window.num_micro_batches += 1
+        zero = torch.zeros((), device=strategy.root_device)
+        if not is_last:
+            self.aux_tokens, strategy.aux_losses = zero, {kind: zero for kind in self._kinds}
+            return self._result(zero, torch.zeros((), dtype=torch.int64, device=strategy.root_device))
+        return self._run()
+
+    def _run(self) -> Any:
+        strategy, calls = self.strategy, self._calls
+        parameters = parameters_of(strategy.model)
+        before = {p: p.grad for p in parameters if p.grad is not None}
+        for parameter in before:
+            parameter.grad = None
+        self._sums = {kind: torch.zeros((), dtype=torch.float64, device=strategy.root_device) for kind in self._kinds}
+        self._tokens: dict[int, Tensor] = {}
+        self._aux: dict[tuple[int, int], dict[str, Tensor]] = {}
+        steps = Steps(
+            forward=self._forward, objective=self._objective, aux=self._take_aux, before=self._before,
+            weighed=self._weighed,
+        )  # fmt: skip
+        with _Logs(strategy.lightning_module) as logs:
+            results = self.stages.step(
+                [key_of(call) for call in calls], steps, lambda: strategy._after_backward(parameters)
+            )
+        self.tied.sum_gradients()
+        logs.repeat(self.over, self.stages.has_loss)
+        self._grads = {p: p.grad for p in parameters if p.grad is not None}
+        for parameter in parameters:
+            parameter.grad = before.get(parameter)
+        self._calls = []
+        strategy.aux_losses, self.aux_tokens = self._sums, torch.ones((), device=strategy.root_device)
+        losses = [result for result in results if result is not None]
+        loss = torch.stack([loss for loss, _ in losses]).sum() if losses else torch.zeros((), device=strategy.root_device)
+        tokens = [n for _, n in losses if n is not None]
+        total = torch.stack(tokens).sum() if tokens else torch.zeros((), dtype=torch.int64, device=strategy.root_device)
+        if strategy.loss == "mean" and losses:
+            loss = loss / len(losses)
+        strategy._window.num_tokens = total
+        return self._result(loss, total)
+
+    def _result(self, loss: Tensor, tokens: Tensor) -> Any:
+        return {"loss": loss, "num_tokens": tokens} if self.strategy.loss == "sum" else loss
+
+    def _forward(self, number: int) -> Any:
+        args, kwargs = self._calls[number]
+        return self.strategy._module_step(*args, **kwargs)
+
+    def _before(self, number: int, is_forward: bool) -> AbstractContextManager[None]:
+        """Random numbers of a micro-batch; those of layers that are computed again are drawn again."""
+        if is_forward or self.strategy.checkpointing != "none":
+            return self.strategy._random_numbers(number)
+        return nullcontext()
+
+    def _objective(self, output: Any) -> Computed:
+        """As the strategy's, without auxiliary losses, which earlier stages have too."""
+        strategy = self.strategy
+        assert strategy.lightning_module is not None
+        if strategy.loss == "sum":
+            strategy._count_tokens(output)
+            tokens = strategy._tokens.last
+            loss, weight = output["loss"], strategy.groups.of_micro_batch(tokens).to(torch.float64)
+            strategy._window.add_loss(loss)
+            return Computed(loss, weight, (loss.detach(), tokens))
+        if not isinstance(output, (Tensor, Mapping)):
+            raise ConfigError(
+                "loss", output, "training_step must return a loss for each micro-batch of a pipeline",
+                "Return a loss, or use mesh.pp=1",
+            )  # fmt: skip
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        share = 1 / (strategy.lightning_module.trainer.accumulate_grad_batches * strategy.groups.num_batches)
+        strategy._window.add_loss(loss)
+        weight = torch.tensor(share, dtype=torch.float64, device=loss.device)
+        return Computed(loss * share, weight, (loss.detach(), None))
+
+    def _take_aux(self, stage: int, number: int) -> Tensor | None:
+        aux = self.strategy.take_auxiliary_loss()
+        if aux is not None:
+            self._aux[stage, number] = self.strategy.aux_losses
+        return aux
+
+    def _weighed(self, number: int, weight: Tensor, stage: int) -> None:
+        for kind, loss in self._aux.pop((stage, number), {}).items():
+            self._sums[kind] = self._sums[kind] + weight * loss.detach().double()
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> Tensor:
+        """Completes the gradients of the window, which are there since the last training step."""
+        strategy = self.strategy
+        if is_last:
+            parameters = parameters_of(strategy.model)
+            if not strategy._finish.is_open:
+                strategy._finish.open(parameters)
+            for parameter, grad in self._grads.items():
+                parameter.grad = grad
+            self._grads = {}
+            strategy._complete_gradients()
+        return loss
+
+    # -- over stages ------------------------------------------------------------------------------------------------
+
+    def of_all_stages(self, loads: Sequence[LayerLoad]) -> list[LayerLoad]:
+        """The loads of all layers, in the order of the model, on every rank."""
+        gathered: list[Any] = [None] * self.over.size()
+        dist.all_gather_object(gathered, list(loads), group=self.over)
+        pipeline = self.stages.pipeline
+        found = [load for part in gathered for load in part]
+
+        def stage(load: LayerLoad) -> int:
+            prefix = self._prefix
+            name = load.name.removeprefix(prefix)
+            return next((i for i, each in enumerate(pipeline.stages) if each.holds(name)), 0)
+
+        return sorted(found, key=stage)
+
+    @property
+    def _prefix(self) -> str:
+        assert self.strategy.model is not None
+        path = next(path for path, module in self.strategy.model.named_modules() if module is self.model)
+        return f"{path}." if path else ""
+
+    def evaluate(self, forward: Callable[[], Any], args: Any) -> Any:
+        """A step of validation, test or prediction through all stages."""
+        with _Logs(self.strategy.lightning_module) as logs:
+            result = self.stages.evaluate(key_of(args), forward)
+        logs.repeat(self.over, self.stages.has_loss)
+        return result
+
+
+class _Logs:
+    """What a LightningModule logs while a pipeline runs, kept to be logged again on all ranks."""
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.calls = module, list[tuple[tuple[Any, ...], dict[str, Any]]]()
+
+    def __enter__(self) -> _Logs:
+        def log(*args: Any, **kwargs: Any) -> None:
+            self.calls.append((args, kwargs))
+
+        self.module.log = log
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self.module.log
+
+    def repeat(self, over: dist.ProcessGroup, has_loss: bool) -> None:
+        """Logs on every rank what was logged on the stage with the loss."""
+        plain = [(_on_cpu(args), _on_cpu(kwargs)) for args, kwargs in self.calls] if has_loss else None
+        gathered: list[Any] = [None] * over.size()
+        dist.all_gather_object(gathered, plain, group=over)
+        for args, kwargs in next(calls for calls in gathered if calls is not None):
+            self.module.log(*args, **kwargs)
+
+
+def _on_cpu(values: Any) -> Any:
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    if isinstance(values, Mapping):
+        return {key: _on_cpu(value) for key, value in values.items()}
+    return tuple(map(_on_cpu, values)) if isinstance(values, tuple) else values
+
+
+class _TiedWeights:
+    """Weights that the first and the last stage both have: each has a part of the gradient, and they are summed.
+
+    Attributes:
+        uncounted: those of the last stage, which count on the first one.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, index: int, rank: int) -> None:
+        self.uncounted: set[nn.Parameter] = set()
+        self.weights: list[nn.Parameter] = []
+
+    def sum_gradients(self) -> None:
+        """Sums the gradients over both stages, in place."""
