@@ -304,8 +304,12 @@ class MeshSpec:
 
         Of stages the last one, which has the loss.
         """
+        return self.counts_in_stage(rank) and self.index(rank, Part.LAYERS) == self.size(Part.LAYERS) - 1
+
+    def counts_in_stage(self, rank: int) -> bool:
+        """The same among the ranks of a stage."""
         shared = set(self.sharing).difference(axes_that_split(Part.SEQUENCE, Part.LAYERS))
-        return self.index(rank, *shared) == 0 and self.index(rank, Part.LAYERS) == self.size(Part.LAYERS) - 1
+        return self.index(rank, *shared) == 0
 
     def node_of(self, rank: int) -> int:
         """The node that holds global `rank`."""

@@ -84,6 +84,16 @@ def forget_unused(
     return {name: tensor for name, tensor in tensors.items() if not prefixes or not name.startswith(prefixes)}
 
 
+def shapes_of(tensors: Mapping[str, Tensor], stages: dist.ProcessGroup | None) -> dict[str, tuple[int, ...]]:
+    """The global shape of every entry of the whole model. stages: ranks with its other stages, which all call it."""
+    own = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if stages is None:
+        return own
+    gathered: list[Any] = [None] * dist.get_world_size(stages)
+    dist.all_gather_object(gathered, own, group=stages)
+    return {name: shape for part in gathered for name, shape in part.items()}
+
+
 def staged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies in CPU memory, which training does not change."""
     return {name: value.detach().clone() if value.is_cpu else value.detach().cpu() for name, value in tensors.items()}

@@ -124,9 +124,9 @@ def _shapes(words: Tensor) -> list[Shape]:
 
 
 def key_of(batch: Any) -> Hashable:
-    """Shapes and dtypes of the tensors of a batch, and whether gradients are computed."""
+    """Shapes and dtypes of the tensors of a batch."""
     leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    return tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves), torch.is_grad_enabled()
+    return tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves)
 
 
 @dataclass
@@ -290,7 +290,7 @@ class Stages:
 
     def evaluate(self, key: Hashable, forward: Callable[[], Any]) -> Any:
         """One micro-batch through all stages of this rank; returns its result, on the last stage."""
-        result = None
+        result, key = None, ("without gradients", key)
         for stage in self.pipeline.stages_of(self.index):
             received = self.wires.receive_live(stage, key) if stage else []
             with self.passage.running(self.model, stage, received):

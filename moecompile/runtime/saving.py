@@ -19,7 +19,7 @@ from moecompile.checkpoint.fit import check_entries, plan_differences, refuse
 from moecompile.checkpoint.folders import check
 from moecompile.checkpoint.placed import orders_of
 from moecompile.checkpoint.resume import State, check_settings, not_compared, read_state
-from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, tensors_of
+from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, shapes_of, tensors_of
 from moecompile.checkpoint.writer import Writer
 from moecompile.errors import ConfigError
 from moecompile.kept_groups import cpu_group
@@ -157,7 +157,7 @@ def restore(trainer: Trainer, module: LanguageModule, metrics: Metrics, folder: 
     """
     optimizers, saved = trainer.strategy.optimizers, shapes(folder)
     tensors = forget_unused(module.model, optimizers, tensors_of(module.model, optimizers), saved)
-    check_entries(saved, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, folder)
+    check_entries(saved, shapes_of(tensors, groups_of(trainer).stages), folder)
     read_tensors(folder, tensors, orders=orders_of(module.model, tensors))
     for scheduler in trainer.strategy.lr_scheduler_configs:
         module.set_step(scheduler.scheduler, state.step)

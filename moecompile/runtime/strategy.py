@@ -269,7 +269,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """
         assert self.model is not None
         path = Path(self.broadcast(checkpoint_path))
-        return trainer_checkpoint.load(path, self.model, self.optimizers, self._tensors_of)
+        return trainer_checkpoint.load(path, self.model, self.optimizers, self._tensors_of, self.groups.stages)
 
     def _clip(self, optimizer: Optimizer, clip_val: float) -> None:
         parameters = self.precision_plugin.main_params(optimizer)
@@ -417,20 +417,23 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             )  # fmt: skip
         self._tokens.count(output["num_tokens"], self.root_device)
 
+    def evaluated(self, step: Callable[[], Any], inputs: Any) -> Any:
+        """The result of `step`, which calls the model without gradients; in a pipeline through all stages, and on the
+        last one alone (elsewhere None). inputs: their shapes are those of what stages send.
+        """
+        return step() if self._stages is None else self._stages.evaluate(step, inputs)
+
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's; in a pipeline through all stages, and the result is on the last one."""
-        step = partial(super().validation_step, *args, **kwargs)
-        return step() if self._stages is None else self._stages.evaluate(step, (args, kwargs))
+        """Lightning's, see `evaluated`."""
+        return self.evaluated(partial(super().validation_step, *args, **kwargs), (args, kwargs))
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As `validation_step`."""
-        step = partial(super().test_step, *args, **kwargs)
-        return step() if self._stages is None else self._stages.evaluate(step, (args, kwargs))
+        """Lightning's, see `evaluated`."""
+        return self.evaluated(partial(super().test_step, *args, **kwargs), (args, kwargs))
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As `validation_step`."""
-        step = partial(super().predict_step, *args, **kwargs)
-        return step() if self._stages is None else self._stages.evaluate(step, (args, kwargs))
+        """Lightning's, see `evaluated`."""
+        return self.evaluated(partial(super().predict_step, *args, **kwargs), (args, kwargs))
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Lightning's. Ranks of a pipeline log the same values, so a sum is over the ranks of a stage."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,7 +15,7 @@ from moecompile import plan as plans
 from moecompile.checkpoint.fit import check_entries
 from moecompile.checkpoint.folders import PLAN, check, whole_folder
 from moecompile.checkpoint.placed import orders_of
-from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, write_tensors
+from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, shapes_of, write_tensors
 from moecompile.errors import PlanError
 from moecompile.pipeline import plan_of
 
@@ -43,10 +44,13 @@ def save(
             torch.save({**rest, "optimizer_states": groups} if optimizers else rest, folder / LIGHTNING)
 
 
-def load(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], tensors_of: TensorsOf) -> dict[str, Any]:
+def load(
+    path: Path, model: nn.Module, optimizers: Sequence[Optimizer], tensors_of: TensorsOf,
+    stages: dist.ProcessGroup | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Reads such a folder, written on any mesh, into model and optimizers; all ranks call it.
 
-    Arguments are those of `save`.
+    Arguments are those of `save`. stages: ranks with other stages of a pipeline.
 
     Returns:
         Lightning's checkpoint without tensors.
@@ -60,7 +64,7 @@ def load(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], tensors_
     optimizers = optimizers if groups else []
     entries = {name: shape for name, shape in shapes(path).items() if optimizers or name.startswith("model.")}
     tensors = forget_unused(model, optimizers, tensors_of(optimizers), entries)
-    check_entries(entries, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
+    check_entries(entries, shapes_of(tensors, stages), path)
     for optimizer, saved in zip(optimizers, groups, strict=True):
         _set_groups(optimizer, saved, path)
     read_tensors(path, tensors, orders=orders_of(model, tensors))

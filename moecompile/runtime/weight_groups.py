@@ -22,6 +22,7 @@ from moecompile.arguments import check_overrides
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.nn.matrices import hidden_matrices
+from moecompile.nn.stages import passage_of
 from moecompile.runtime.muon import Muon
 from moecompile.schema import Config, OptimizerConfig, OptimizerKind, check_numbers, check_optimizer, group_of
 
@@ -84,6 +85,8 @@ def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[WeightGroup
             weight_decay=decay if chosen is None or chosen.weight_decay is None else chosen.weight_decay,
         )  # fmt: skip
         groups.setdefault((order, not with_muon, not decays), made).weights.append(parameter)
+    if passage_of(model) is not None:  # a stage may have none that a pattern matches
+        return [group for _, group in sorted(groups.items(), key=lambda item: item[0])]
     _check_patterns(config, {order for order, _, _ in groups}, [name for name, _ in trained])
     if is_muon and trained and not any(group.kind == "muon" for group in groups.values()):
         raise ConfigError(

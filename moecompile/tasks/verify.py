@@ -114,7 +114,9 @@ def _shrink_model(work: _Shrinking) -> None:
     heads = {model.config.get(name) for name in ("num_attention_heads", "num_key_value_heads")}
     as_many = {"num_key_value_heads": _LIMITS["num_attention_heads"]} if len(heads) == 1 else {}  # latent attention
     most_split = mesh_spec(config.mesh).size(Part.HEADS)
-    for name, most in {**_LIMITS, **as_many}.items():
+    stages = config.mesh.pp * config.pipeline.stages_per_rank
+    layers_too = {name: max(most, stages) for name, most in _LIMITS.items() if name.endswith("_layers")}
+    for name, most in {**_LIMITS, **layers_too, **as_many}.items():
         most = max(most, most_split) if name.startswith("num_") and name.endswith("_heads") else most  # it divides them
         old = model.config.get(name)
         if isinstance(old, int) and old > most:
@@ -143,11 +145,12 @@ def _shrink_run(work: _Shrinking, steps: int) -> None:
     work.limit(data, "data", "seq_len", min(data.seq_len, longest), why)
     work.limit(data, "data", "micro_batch_size", min(data.micro_batch_size, _SEQUENCES), why)
     batches = mesh_spec(config.mesh).num_batches
-    work.limit(data, "data", "global_batch_size", data.micro_batch_size * batches * _ACCUMULATION, why)
+    accumulation = max(_ACCUMULATION, 2 * mesh_spec(config.mesh).pp)
+    work.limit(data, "data", "global_batch_size", data.micro_batch_size * batches * accumulation, why)
     vocab = config.model.config.get("vocab_size")
     if isinstance(vocab, int) and data.vocab_size is not None and vocab < data.vocab_size:
         work.limit(data, "data", "vocab_size", vocab, "as the model's")
-    assert accumulation_steps(config, mesh_spec(config.mesh)) == _ACCUMULATION
+    assert accumulation_steps(config, mesh_spec(config.mesh)) == accumulation
     work.limit(config.trainer, "trainer", "max_steps", steps, why)
     config.given = [*config.given, "trainer.max_steps"]  # so that the warm-up is kept, as when a caller shortens a run
     work.limit(

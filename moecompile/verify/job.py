@@ -139,8 +139,10 @@ def evaluated(module: LanguageModule, batch: Batch, seed: int, number: int) -> T
     training = module.training
     module.eval()
     set_random_key(module, seed, 0, number)
-    logits: Tensor = module.logits(batch)
-    module.train(training)
+    try:  # the forward of a stage of a pipeline does not return
+        logits: Tensor = module.logits(batch)
+    finally:
+        module.train(training)
     return logits.detach().clone()
 
 

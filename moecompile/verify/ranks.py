@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from moecompile.runtime.data import TextData, train_loader
 from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.observer import StepObserver
-from moecompile.runtime.strategy import ExpertParallelStrategy
+from moecompile.runtime.strategy import ExpertParallelStrategy, groups_of
 from moecompile.runtime.training import make_trainer
 from moecompile.schema import Config, accumulation_steps
 from moecompile.torch_private import local_part
@@ -56,16 +57,37 @@ def run_ranks(model: nn.Module, plan: Plan, config: Config, data: TextData, run_
     recorder = _Recorder(metrics, batches[:accumulate], mesh, replayed, keys, Entries(model))
     trainer = make_trainer(config, plan, run_dir, [metrics, recorder])
     trainer.fit(module, _Batches(batches))
-    trace = recorder.trace
+    trace, stages = recorder.trace, groups_of(trainer).stages
     trace.inputs = _in_order([own_positions(model, batch["input_ids"]) for batch in batches], accumulate, mesh)
-    trace.weights = _whole(model)
+    trace.weights = merged(_whole(model), stages)
     entries = tensors_of(model, trainer.optimizers)
-    trace.saved = {name: full(tensor) for name, tensor in entries.items()}
+    trace.saved = merged({name: full(tensor) for name, tensor in entries.items()}, stages)
     trainer.save_checkpoint(run_dir / "checkpoint")
     _overwrite(entries.values())
     trainer.strategy.load_checkpoint(run_dir / "checkpoint")
-    trace.restored = {name: full(tensor) for name, tensor in tensors_of(model, trainer.optimizers).items()}
+    restored = {name: full(tensor) for name, tensor in tensors_of(model, trainer.optimizers).items()}
+    trace.restored = merged(restored, stages)
     return trace
+
+
+def merged(own: dict[str, Tensor], stages: dist.ProcessGroup | None) -> dict[str, Tensor]:
+    """On ranks of the first stage of a pipeline, what all stages have; elsewhere `own`. All ranks call it.
+
+    Raises:
+        RuntimeError: two stages have another value of the same name.
+    """
+    if stages is None:
+        return own
+    is_first = dist.get_rank(stages) == 0
+    gathered: list[Any] = [None] * stages.size() if is_first else []
+    dist.gather_object(own, gathered or None, group=stages, group_dst=0)
+    found = dict(own)
+    for part in gathered:
+        for name, tensor in part.items():
+            if name in found and not torch.equal(found[name], tensor):
+                raise RuntimeError(f"stages have different values of {name}")
+            found[name] = tensor
+    return found
 
 
 def _global_number(i: int, mesh: MeshSpec, rank: int, accumulate: int) -> int:
@@ -107,7 +129,14 @@ class _Recorder(StepObserver):
     def started(self, module: LanguageModule) -> None:
         """Records the outputs before the first step, and what this rank has of the weights."""
         self._numbers = {name: self.entries.locate(local_part(w)) for name, w in module.model.named_parameters()}
-        outputs = [evaluated(module, batch, *key) for batch, key in zip(self.first, self.keys, strict=True)]
+        strategy = module.trainer.strategy
+        assert isinstance(strategy, ExpertParallelStrategy)
+        outputs = [
+            strategy.evaluated(partial(evaluated, module, batch, *key), batch)
+            for batch, key in zip(self.first, self.keys, strict=True)
+        ]
+        nothing = torch.zeros(0)  # of earlier stages of a pipeline
+        outputs = [nothing if output is None else output for output in outputs]
         self.trace.outputs = _in_order(outputs, len(outputs), self.mesh)
 
     def micro_batch_started(self, module: LanguageModule, number: int) -> None:
@@ -122,7 +151,7 @@ class _Recorder(StepObserver):
         if step == 0:
             weights = dict(module.model.named_parameters())
             grads = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
-            self.trace.grads = _by_id(module.model, grads)
+            self.trace.grads = merged(_by_id(module.model, grads), groups_of(module.trainer).stages)
             self._hold({name: local_gradient(weights[name], grad) for name, grad in grads.items()})
 
     def _hold(self, grads: dict[str, Tensor | None]) -> None:
@@ -149,13 +178,19 @@ class _Recorder(StepObserver):
 
     def ended(self, module: LanguageModule) -> None:
         """Gathers the routes of all ranks."""
+        rank = dist.get_rank()
         for chosen in (self.trace.routes, self.trace.choices):
-            for name, ids in chosen.items():
+            held: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(held, list(chosen))  # of a pipeline, the layers of the rank's stages
+            for name in dict.fromkeys(name for names in held for name in names):
                 whole = [
                     ids_TK.unflatten(0, (len(batch["labels"]), -1))
-                    for ids_TK, batch in zip(ids, self.first, strict=True)
+                    for ids_TK, batch in zip(chosen.get(name, ()), self.first, strict=name in chosen)
                 ]
-                chosen[name] = [ids_BSK.flatten(0, 1) for ids_BSK in _in_order(whole, len(ids), self.mesh)]
+                ranks = [r for r, names in enumerate(held) if name in names and self.mesh.counts_in_stage(r)]
+                every = _in_order(whole, len(self.first), self.mesh, ranks)
+                if name in chosen or rank == 0:
+                    chosen[name] = [ids_BSK.flatten(0, 1) for ids_BSK in every]
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -182,17 +217,21 @@ def _overwrite(entries: Iterable[Tensor]) -> None:
         local.fill_(float("nan") if local.is_floating_point() else -1)
 
 
-def _in_order(local: list[Tensor], per_step: int, mesh: MeshSpec) -> list[Tensor]:
+def _in_order(
+    local: list[Tensor], per_step: int, mesh: MeshSpec, ranks: Sequence[int] | None = None
+) -> list[Tensor]:
     """On rank 0, the tensors (B, s, ...) of all ranks in the order of one process: by step, rank, position in the step.
 
-    Of ranks that share tokens, those of the one that counts them; parts of the same sequences are joined.
+    Of ranks that share tokens, those of the one that counts them; parts of the same sequences are joined. ranks: those
+    whose tensors they are; None: those that count.
     """
     gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
     dist.gather_object(local, gathered or None)
     if not gathered:
         return local
-    steps = range(0, len(local), per_step)
-    parts = [tensors for rank, tensors in enumerate(gathered) if mesh.is_counted(rank)]
+    ranks = [rank for rank in range(mesh.world_size) if mesh.is_counted(rank)] if ranks is None else ranks
+    parts = [gathered[rank] for rank in ranks]
+    steps = range(0, len(parts[0]), per_step)
     of_batch = mesh.size(Part.SEQUENCE)
     counted = [
         [torch.cat(tensors, 1) for tensors in zip(*parts[first : first + of_batch], strict=True)]
