@@ -12,7 +12,7 @@ device splits an axis into all its groups in one call of all ranks, which torch 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from math import prod
@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moecompile.mesh import MeshSpec, Part
 from moecompile.torch_private import group_of_members, unflattened
 
 _Made = TypeVar("_Made")
@@ -88,19 +87,18 @@ def _groups_along(ranks: Tensor, names: tuple[str, ...], mesh_name: str) -> list
     return groups
 
 
-def along(device_type: str, mesh: MeshSpec, *of: Part, purpose: str) -> ProcessGroup:
-    """A group for one purpose of the ranks that differ from this one along the axes that split `of`.
+def of_members(device_type: str, groups: Sequence[tuple[int, ...]], purpose: str) -> ProcessGroup | None:
+    """This rank's group for one purpose. groups: by rank, the members of its group; () and None: it is in none.
 
     All ranks call it with the same arguments, after the process group is initialized.
     """
-    mine = mesh.group(*of, rank=dist.get_rank())
+    mine = groups[dist.get_rank()]
     name = f"{device_type}.{purpose}/{'.'.join(map(str, mine))}"
 
-    def make() -> ProcessGroup:
+    def make() -> ProcessGroup | None:
         if not _splits_in_one_call():
-            return group_of_members(list(mine), name=name, purpose=purpose)
-        groups = dict.fromkeys(mesh.group(*of, rank=rank) for rank in range(mesh.world_size))
-        return {ranks: dist.new_group(list(ranks)) for ranks in groups}[mine]
+            return group_of_members(list(mine), name=name, purpose=purpose) if mine else None
+        return {ranks: dist.new_group(list(ranks)) for ranks in dict.fromkeys(groups) if ranks}.get(mine)
 
     return _once(name, make)
 

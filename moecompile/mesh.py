@@ -8,8 +8,9 @@ One set of ranks is factored twice, because dense weights and experts are placed
 Rank order (the same everywhere): nodes are contiguous ranks, and the last axis varies fastest, so the groups of `tp`,
 of `cp` (without `tp`) and of `ep`, and all ranks of a stage of `pp`, are contiguous ranks:
 
-    rank = (((pp_index * dp_replicate + dp_replicate_index) * dp_shard + dp_shard_index) * cp + cp_index) * tp + tp_index
-         = ((pp_index * dp_replicate + dp_replicate_index) * edp_shard + edp_index) * ep + ep_index
+    of_batch = (pp_index * dp_replicate + dp_replicate_index) * dp_shard + dp_shard_index
+    rank     = (of_batch * cp + cp_index) * tp + tp_index
+             = ((pp_index * dp_replicate + dp_replicate_index) * edp_shard + edp_index) * ep + ep_index
 
 What an axis is stands in its row of `AXES` and nowhere else. Sizes, groups, sums of gradients, batches and memory ask
 `MeshSpec` about a `Part`: `mesh.size(Part.SEQUENCE)` is the number of ranks that have parts of the same sequences.

@@ -34,6 +34,7 @@ from moecompile.checkpoint import folders
 from moecompile.checkpoint.folders import check, checkpoints_of, latest
 from moecompile.checkpoint.placed import BY_ID, LoadById, Orders, SaveById
 from moecompile.errors import ConfigError
+from moecompile.nn.stages import tied_names
 
 INDEX = ".metadata"
 _SHARD = ".distcp"
@@ -57,12 +58,19 @@ def tensors_of(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> dict[s
     It creates the state of an optimizer that has not made a step yet. All ranks call it.
     """
     tensors = {f"model.{name}": value for name, value in get_model_state_dict(model).items()}
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    options, tied = StateDictOptions(flatten_optimizer_state_dict=True), tied_names(model)
     for optimizer in optimizers:
         for name, value in get_optimizer_state_dict(model, optimizer, options=options).items():
             if isinstance(value, Tensor) and name.startswith("state."):
-                tensors[f"optimizer.{name.removeprefix('state.')}"] = value
+                weight, _, kind = name.removeprefix("state.").rpartition(".")
+                tensors[f"optimizer.{tied.get(weight, weight)}.{kind}"] = value
     return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+
+
+def written(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries that this rank writes: state of a weight that two stages share is written by the first one."""
+    twice = tuple(f"optimizer.{name}." for name in tied_names(model).values())
+    return {name: tensor for name, tensor in tensors.items() if not twice or not name.startswith(twice)}
 
 
 def forget_unused(
@@ -76,7 +84,9 @@ def forget_unused(
     with_state = {name.removeprefix("optimizer.").rpartition(".")[0] for name in saved if name.startswith("optimizer.")}
     if not with_state:  # a checkpoint without an optimizer, which is refused later
         return tensors
-    unused = {name: parameter for name, parameter in model.named_parameters() if name not in with_state}
+    tied = tied_names(model)
+    named = {tied.get(name, name): parameter for name, parameter in model.named_parameters()}
+    unused = {name: parameter for name, parameter in named.items() if name not in with_state}
     for optimizer in optimizers:
         for parameter in unused.values():
             optimizer.state.pop(parameter, None)

@@ -27,7 +27,7 @@ from torch.nn import Parameter
 
 from moecompile.capture import Example, layers_of
 from moecompile.capture.record import TENSOR, Recording
-from moecompile.plan.pipeline import Crossing, Stage, Unit
+from moecompile.stages import Crossing, Stage, Unit
 from moecompile.torch_private import tree_leaves
 
 
@@ -107,7 +107,7 @@ class Boundaries:
 
     def _refused(self) -> str:
         layers = [unit for unit in self.units if unit.is_layer]
-        if len(layers) < 2:  # noqa: PLR2004
+        if len(layers) < 2:
             return f"it has {len(layers)} layers in a list of modules that are called one after another"
         for unit in self.units:
             if (times := self.recording.times[unit.path]) > 1:
@@ -160,7 +160,7 @@ class Boundaries:
         stages[-1] += waiting
         return stages
 
-    def crossings(self, stages: Sequence[Collection[str]]) -> list[tuple[Crossing, ...]]:
+    def crossings(self, stages: Sequence[Sequence[str]]) -> list[tuple[Crossing, ...]]:
         """What each stage receives: the live set of the cut before it (step 3). The first receives nothing.
 
         Raises:
@@ -250,9 +250,10 @@ class Boundaries:
         last = {unit.path for unit in self.units if unit.first > layers[-1].first}
         found: list[tuple[str, str]] = []
         for names in self._names.values():
-            holders = [self._holder(name.rpartition(".")[0]) for name in names]
-            if len(names) == 2 and {holders[0] in first, holders[1] in last} == {True}:  # noqa: PLR2004
-                found.append((names[0], names[1]))
+            early = [name for name in names if self._holder(name.rpartition(".")[0]) in first]
+            late = [name for name in names if self._holder(name.rpartition(".")[0]) in last]
+            if len(early) == len(late) == 1 and len(names) == 2:
+                found.append((early[0], late[0]))
         return tuple(found)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moecompile.errors import MoecompileError
-from moecompile.plan.pipeline import TENSOR, Pipeline, Unit
+from moecompile.stages import Pipeline, Unit
 from moecompile.torch_private import tree_leaves, tree_map_only
 
 _PASSAGE = "_moecompile_passage"
@@ -68,7 +68,9 @@ class Passage:
         for crossing in self.pipeline.stages[self.stage + 1].receives:
             source = self.made if crossing.unit in self.made else self.received
             if crossing.unit not in source:
-                raise MoecompileError(f"stage {self.stage} ended before {crossing.unit} was called, whose output the next needs")
+                raise MoecompileError(
+                    f"stage {self.stage} ended before {crossing.unit} was called, whose output the next needs"
+                )
             found += self._entries(crossing.unit, crossing.places, source[crossing.unit])
         return tuple(found)
 
@@ -130,7 +132,9 @@ class Absent(nn.Module):
         if self.of_stage > self.passage.stage:
             raise _Ended
         if self.unit.path in self.passage.received:
-            crossing = next(c for c in self.passage.pipeline.stages[self.passage.stage].receives if c.unit == self.unit.path)
+            crossing = next(
+                c for c in self.passage.pipeline.stages[self.passage.stage].receives if c.unit == self.unit.path
+            )
             return self._formed(dict(zip(crossing.places, self.passage.received[self.unit.path], strict=True)))
         if self.unit.is_layer:
             hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
@@ -177,6 +181,19 @@ def passage_of(model: nn.Module) -> Passage | None:
     return found
 
 
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Names of weights of the last stage that are copies of the first one's -> their names in the whole model.
+
+    Empty where the last stage is not here. model: cut into stages, or with such a model inside.
+    """
+    found = next(((path, p) for path, module in model.named_modules() if (p := passage_of(module))), None)
+    if found is None:
+        return {}
+    prefix, pipeline = f"{found[0]}." if found[0] else "", found[1].pipeline
+    here = dict(model.named_parameters())
+    return {prefix + last: prefix + first for first, last in pipeline.tied if prefix + last in here}
+
+
 def cut_into_stages(model: nn.Module, pipeline: Pipeline, stages: Sequence[int]) -> Passage:
     """Keeps the units of these stages and puts an `Absent` in the place of each other one; in place."""
     passage = Passage(pipeline)
@@ -193,8 +210,8 @@ def cut_into_stages(model: nn.Module, pipeline: Pipeline, stages: Sequence[int])
     def forward(*args: Any, **kwargs: Any) -> Any:
         if passage.stage is None:
             raise MoecompileError(
-                "this rank has some stages of the model alone, so it cannot be called by itself: the model is called in "
-                "training_step and validation_step"
+                "this rank has some stages of the model alone, so the model can be called in training_step, "
+                "validation_step, test_step and predict_step only, where the strategy runs all stages"
             )
         if passage.is_last:
             return whole(*args, **kwargs)

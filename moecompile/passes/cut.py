@@ -6,8 +6,6 @@ stages are run one after another in this process: they must give what the whole 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +18,7 @@ from moecompile.nn.router import number_routers
 from moecompile.nn.stages import StageEnded, cut_into_stages, end_stages, passage_of, uncut
 from moecompile.passes.base import ModelPass
 from moecompile.plan import Plan
-from moecompile.plan.pipeline import Pipeline, stage_of
+from moecompile.stages import Pipeline, stage_of
 from moecompile.torch_private import tree_leaves
 
 
@@ -36,7 +34,7 @@ class Cut(ModelPass):
         return plan.pipeline is not None
 
     def requires(self, model: nn.Module, plan: Plan) -> None:
-        """The units are there, each weight belongs to one of them, and weights of two stages are those that are tied."""
+        """The units are there, each weight belongs to one of them, and those of two stages are tied."""
         assert plan.pipeline is not None
         paths = {path for path, _ in model.named_modules(remove_duplicate=False)}
         for stage in plan.pipeline.stages:

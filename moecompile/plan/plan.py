@@ -15,9 +15,9 @@ from moecompile.plan.checks import plan_errors
 from moecompile.plan.context_parallel import ExchangedAttention, check_context
 from moecompile.plan.dispatch import DispatchPlan, can_fuse
 from moecompile.plan.layers import LayerPlan
-from moecompile.plan.pipeline import Pipeline
 from moecompile.plan.recompute import Recomputed
 from moecompile.plan.tensor_parallel import SplitModules, check_split
+from moecompile.stages import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +182,8 @@ class Estimate:
     with the mean, or `no`. largest: the largest part of the memory, in words. remedies: what to change if it is not
     `yes`, and tried: what was put through the planner to find them. lending: None if no layer lends experts.
     expert_shards: None if every rank has experts of its own. weight_traffic: None on one rank. recomputation: with
-    checkpointing=budget, what was chosen. stage_bytes_per_step: what the rank of a pipeline that sends the most sends to
-    other stages in an optimizer step.
+    checkpointing=budget, what was chosen. stage_bytes_per_step: what the rank of a pipeline that sends the most sends
+    to other stages in an optimizer step.
     """
 
     params_total: int

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import Assumptions, Estimate, LayerPlan, Plan, Traffic, fit_of
-from moecompile.plan.pipeline import crossings_of
 from moecompile.planner.context_parallel import cp_traffic
 from moecompile.planner.lending import lending
 from moecompile.planner.memory import largest_in_words, sends_again, tokens_of_a_rank
@@ -28,6 +27,7 @@ from moecompile.planner.shards import expert_shards
 from moecompile.planner.tensor_parallel import tp_traffic
 from moecompile.planner.traffic import Wire, forward_traffic, row_bytes
 from moecompile.schema import MuonPrecision
+from moecompile.stages import crossings_of
 
 
 def estimate(

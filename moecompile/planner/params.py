@@ -23,8 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from moecompile.plan import ExpertsSite, LayerPlan, Plan, PlannedSite, Recomputed
-from moecompile.plan.pipeline import Stage
 from moecompile.schema import Config, OptimizerConfig
+from moecompile.stages import Stage
 
 BF16_BYTES, FP32_BYTES = 2, 4
 AUTO = "auto"

@@ -22,15 +22,13 @@ from functools import cache
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import LayerPlan, MemoryEstimate, Plan
-from moecompile.plan.pipeline import Pipeline, Stage, simulated
 from moecompile.planner.memory import memory_of_fullest_rank
 from moecompile.planner.params import ModelFacts, RunFacts, computed_per_token, layer_params
 from moecompile.schema import AdapterKind, Checkpointing, Config
+from moecompile.stages import Pipeline, Stage, simulated
 
 
-def plan_pipeline(
-    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, config: Config
-) -> Pipeline | None:
+def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, config: Config) -> Pipeline | None:
     """The stages; None without pipeline parallelism.
 
     Raises:
@@ -149,14 +147,18 @@ def counts_of(layout: str, number: int, layers: int) -> list[int]:
         text = text[: found.start()] + found[1] * int(found[2] or 1) + text[found.end() :]
     text = re.sub(r"([A-Za-z])\*(\d+)", lambda match: match[1] * int(match[2]), text)
     if wrong := next((letter for letter in text if letter not in "EtL|"), None):
-        what = "a layer that predicts further tokens, which the model does not have" if wrong == "m" else "no part of it"
+        what = (
+            "a layer that predicts further tokens, which the model does not have" if wrong == "m" else "no part of it"
+        )
         raise refuse(f"{wrong} is {what}", "Use E, t, L, |, (...)*n and t*n")
     stages = text.split("|")
     if not stages[-1] and len(stages) == number + 1:  # a repeated group ends with its separator
         stages.pop()
     counts = [stage.count("t") for stage in stages]
     if len(stages) != number:
-        raise refuse(f"has {len(stages)} stages, and mesh.pp * pipeline.stages_per_rank is {number}", "Change one of them")
+        raise refuse(
+            f"has {len(stages)} stages, and mesh.pp * pipeline.stages_per_rank is {number}", "Change one of them"
+        )
     if sum(counts) != layers:
         raise refuse(f"has {sum(counts)} layers, and the model has {layers}", f"Use {layers}")
     if not all(counts):
@@ -212,7 +214,5 @@ def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
 
 def fullest(ranks: Sequence[OfRank], plan: Plan, run: RunFacts) -> tuple[OfRank, MemoryEstimate]:
     """Of these ranks the one that needs the most memory, and what it needs."""
-    needed = [
-        (of, memory_of_fullest_rank(of.layers, of.mesh, of.facts, of.run(run, plan.pipeline))) for of in ranks
-    ]
+    needed = [(of, memory_of_fullest_rank(of.layers, of.mesh, of.facts, of.run(run, plan.pipeline))) for of in ranks]
     return max(needed, key=lambda each: each[1].total)

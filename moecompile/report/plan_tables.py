@@ -41,6 +41,7 @@ from moecompile.planner.search.run import Found
 from moecompile.report.console import path_text, path_width, plain_grid, plain_table
 from moecompile.report.text import bytes_text, count_text, fold_paths, plural, seconds_text, traffic_text
 from moecompile.schema import Config
+from moecompile.stages import Pipeline
 
 # -- a plan ------------------------------------------------------------------------------------------------------------
 
@@ -68,6 +69,10 @@ def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
     if plan.context_parallel:
         console.print()
         console.print(_exchanged_table(plan))
+    if plan.pipeline is not None:
+        console.print()
+        console.print(_stages_table(plan, plan.pipeline))
+        console.print(Text(_pipeline_text(plan, plan.pipeline), style="dim"))
     if plan.estimate is not None:
         console.print()
         _print_estimate(plan.estimate, plan, console)
@@ -190,6 +195,35 @@ def _exchanged_table(plan: Plan) -> Table:
         numbers = (each.layers, each.query_heads // ranks, each.key_heads * each.key_copies // ranks, each.key_copies)
         table.add_row(Text(each.modules), *(Text(str(number)) for number in numbers))
     return table
+
+
+def _stages_table(plan: Plan, pipeline: Pipeline) -> Table:
+    """What each stage has and receives, and how many micro-batches it keeps for backward at most."""
+    table = plain_table("stage", "ranks", "layers", "and", "receives of each token", "kept")
+    assumes = plan.estimate.assumes if plan.estimate else None
+    for number, stage in enumerate(pipeline.stages):
+        index, each = pipeline.rank_of(number), plan.mesh.ranks_per_stage
+        ranks = f"{index * each} to {(index + 1) * each - 1}" if each > 1 else str(index)
+        layers, others = stage.layers, [unit.path for unit in stage.units if not unit.is_layer]
+        ends = list(dict.fromkeys(path.rpartition(".")[2] for path in (layers[0], layers[-1])))
+        received = [f"{crossing.numbers:g} of {crossing.unit}" for crossing in stage.receives]
+        kept = "" if assumes is None else str(pipeline.in_flight(index, assumes.accumulation)[number // pipeline.ranks])
+        of_layers = f"{len(layers)}: {' to '.join(ends)}"
+        cells = (str(number), ranks, of_layers, "\n".join(others) or "-", "\n".join(received) or "-", kept or "?")
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _pipeline_text(plan: Plan, pipeline: Pipeline) -> str:
+    """The schedule, what it costs, and the stages in Megatron's words."""
+    estimate, text = plan.estimate, pipeline.schedule
+    if estimate is not None and estimate.assumes is not None:
+        number = estimate.assumes.accumulation
+        waits = (pipeline.ranks - 1) / pipeline.per_rank
+        sent, share = bytes_text(estimate.stage_bytes_per_step), waits / (number + waits)
+        text += f": {number} micro-batches of a step through {len(pipeline.stages)} stages; a rank waits for "
+        text += f"{share:.0%} of a step, and sends at most {sent} to other stages"
+    return f"{text}; {pipeline.layout}"
 
 
 def _print_memory(estimate: Estimate, console: Console) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moecompile.kept_groups import device_mesh
+from moecompile.kept_groups import device_mesh, of_members
 from moecompile.mesh import MeshSpec, Part, axes_that_split
 from moecompile.schema import Config
 
@@ -85,6 +85,13 @@ def _along(mesh: MeshSpec, device_type: str, *of: Part) -> ProcessGroup:
     """The ranks that differ from this one along the axes that split `of`."""
     names = axes_that_split(*of)
     return device_mesh(device_type, mesh.dims(names))["_".join(names)].get_group()
+
+
+def along(mesh: MeshSpec, device_type: str, *of: Part, purpose: str) -> ProcessGroup:
+    """A group for one purpose of the ranks that differ from this one along the axes that split `of`; all call it."""
+    group = of_members(device_type, [mesh.group(*of, rank=rank) for rank in range(mesh.world_size)], purpose)
+    assert group is not None
+    return group
 
 
 # -- the process group of tasks that need it before the Trainer -----------------------------------------------------

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from moecompile.errors import MoecompileError
 from moecompile.mesh import MeshSpec, Part
 from moecompile.nn.stages import Passage, StageEnded
-from moecompile.plan.pipeline import Pipeline
+from moecompile.stages import Pipeline
 from moecompile.torch_private import tree_leaves
 
 _DTYPES = (
@@ -157,8 +157,9 @@ class Steps:
     """What the caller does in a step.
 
     forward: runs a micro-batch, and returns its result on the last stage. objective: of that result. aux: takes the
-    auxiliary losses of the forward of a stage and a micro-batch, which has just run. before: enters what belongs to a micro-batch, in its forward
-    (True) and in its backward. weighed: is told a micro-batch, the weight of its auxiliary losses, and the stage.
+    auxiliary losses of the forward of a stage and a micro-batch, which has just run. before: enters what belongs to a
+    micro-batch, in its forward (True) and in its backward. weighed: is told a micro-batch, the weight of its auxiliary
+    losses, and the stage.
     """
 
     forward: Callable[[int], Any]
@@ -249,6 +250,8 @@ class Stages:
 
     def _backward(self, stage: int, number: int, steps: Steps) -> None:
         kept = self.kept.pop((stage, number))
+        roots: list[Tensor]
+        grads: list[Tensor | None]
         if kept.computed is not None:
             weight, roots, grads = kept.computed.weight, [kept.computed.objective], [None]
         else:
@@ -256,7 +259,7 @@ class Stages:
             shapes: list[Shape] = [((), torch.float64, False), *((tuple(t.shape), t.dtype, True) for t in outputs)]
             weight, *found = self.wires.receive(shapes, stage + 1, is_forward=False)
             self.wires.settle((True, stage, number))
-            roots, grads = outputs, found
+            roots, grads = outputs, [*found]
         if kept.aux is not None:
             roots, grads = [*roots, kept.aux], [*grads, weight.to(kept.aux)]
         steps.weighed(number, weight, stage)

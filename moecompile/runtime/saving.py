@@ -19,7 +19,7 @@ from moecompile.checkpoint.fit import check_entries, plan_differences, refuse
 from moecompile.checkpoint.folders import check
 from moecompile.checkpoint.placed import orders_of
 from moecompile.checkpoint.resume import State, check_settings, not_compared, read_state
-from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, shapes_of, tensors_of
+from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, shapes_of, tensors_of, written
 from moecompile.checkpoint.writer import Writer
 from moecompile.errors import ConfigError
 from moecompile.kept_groups import cpu_group
@@ -144,7 +144,7 @@ class Saver(Callback):
             metrics={**self.metrics.tally.state(groups_of(trainer).losses), "val_loss_first": self.val_loss_first},
             fingerprint=self.fingerprint,
         )
-        tensors = tensors_of(module.model, trainer.strategy.optimizers)
+        tensors = written(module.model, tensors_of(module.model, trainer.strategy.optimizers))
         self._writer.save(tensors, state, orders_of(module.model, tensors))
         self._is_saved = True
 

@@ -11,27 +11,53 @@ loggers and monitors work as without a pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from moecompile import kept_groups
 from moecompile.errors import ConfigError, PlanError
-from moecompile.mesh import Part
-from moecompile.nn import LayerLoad, auxiliary_losses
+from moecompile.mesh import MeshSpec, Part
+from moecompile.nn import LayerLoad
 from moecompile.nn.losses import keepers_of
 from moecompile.nn.stages import passage_of
 from moecompile.plan import Plan
+from moecompile.runtime.groups import Groups, along
 from moecompile.runtime.pipeline import Computed, Stages, Steps, Wires, key_of
-from moecompile.torch_private import parameters_of
+from moecompile.torch_private import local_part, parameters_of
 
-if TYPE_CHECKING:
-    from moecompile.runtime.strategy import ExpertParallelStrategy
+
+class Driver(Protocol):
+    """What `PipelineSteps` needs of the strategy: see there."""
+
+    loss: str
+    checkpointing: str
+    aux_losses: dict[str, Tensor]
+    _window: Any
+    _tokens: Any
+    _finish: Any
+
+    @property
+    def global_rank(self) -> int: ...
+    @property
+    def model(self) -> Any: ...
+    @property
+    def lightning_module(self) -> Any: ...
+    @property
+    def root_device(self) -> torch.device: ...
+    @property
+    def groups(self) -> Groups: ...
+    def take_auxiliary_loss(self) -> Tensor | None: ...
+    def _after_backward(self, parameters: list[nn.Parameter]) -> None: ...
+    def _module_step(self, *args: Any, **kwargs: Any) -> Any: ...
+    def _count_tokens(self, output: Any) -> None: ...
+    def _complete_gradients(self) -> None: ...
+    def _random_numbers(self, place: int | None = None) -> AbstractContextManager[None]: ...
 
 
 def check_held(module: nn.Module, compiled: nn.Module) -> None:
@@ -61,19 +87,19 @@ class PipelineSteps:
         aux_tokens: tokens by which `strategy.aux_losses` must be multiplied, to be summed over ranks.
     """
 
-    def __init__(self, strategy: ExpertParallelStrategy, model: nn.Module, plan: Plan, index: int) -> None:
+    def __init__(self, strategy: Driver, model: nn.Module, plan: Plan, index: int) -> None:
         passage = passage_of(model)
         assert passage is not None and plan.pipeline is not None
         self.strategy, self.model, self.mesh = strategy, model, plan.mesh
         mesh, device = plan.mesh, strategy.root_device
-        ways = [kept_groups.along(device.type, mesh, Part.LAYERS, purpose=way) for way in ("forward", "backward")]
+        ways = [along(mesh, device.type, Part.LAYERS, purpose=way) for way in ("forward", "backward")]
         wires = Wires(mesh, strategy.global_rank, plan.pipeline, ways[0], ways[1], device)
         self.stages = Stages(
             model, passage, wires, index, reduces_each=plan.reduce == "each", gathers_once=plan.gather == "step"
         )
         assert strategy.groups.stages is not None
         self.over = strategy.groups.stages
-        self.tied = _TiedWeights(model, plan, index, strategy.global_rank)
+        self.tied = _TiedWeights(model, plan, device.type, strategy.global_rank)
         self.uncounted = self.tied.uncounted
         self.aux_tokens: Tensor | None = None
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -93,10 +119,10 @@ class PipelineSteps:
             self._calls = []
         self._calls.append((args, kwargs))
         strategy._window.num_micro_batches += 1
-        zero = torch.zeros((), device=strategy.root_device)
         if not is_last:
-            self.aux_tokens, strategy.aux_losses = zero, {kind: zero for kind in self._kinds}
-            return self._result(zero, torch.zeros((), dtype=torch.int64, device=strategy.root_device))
+            zero = torch.zeros((), device=strategy.root_device)
+            self.aux_tokens, strategy.aux_losses = zero, dict.fromkeys(self._kinds, zero)
+            return self._result(zero, zero.long())
         return self._run()
 
     def _run(self) -> Any:
@@ -116,19 +142,18 @@ class PipelineSteps:
             results = self.stages.step(
                 [key_of(call) for call in calls], steps, lambda: strategy._after_backward(parameters)
             )
-        self.tied.sum_gradients()
         logs.repeat(self.over, self.stages.has_loss)
         self._grads = {p: p.grad for p in parameters if p.grad is not None}
         for parameter in parameters:
             parameter.grad = before.get(parameter)
         self._calls = []
         strategy.aux_losses, self.aux_tokens = self._sums, torch.ones((), device=strategy.root_device)
-        losses = [result for result in results if result is not None]
-        loss = torch.stack([loss for loss, _ in losses]).sum() if losses else torch.zeros((), device=strategy.root_device)
-        tokens = [n for _, n in losses if n is not None]
-        total = torch.stack(tokens).sum() if tokens else torch.zeros((), dtype=torch.int64, device=strategy.root_device)
-        if strategy.loss == "mean" and losses:
-            loss = loss / len(losses)
+        zero = torch.zeros((), device=strategy.root_device)
+        found = [result for result in results if result is not None]
+        loss = sum((loss.double() for loss, _ in found), zero.double())
+        total = sum((tokens for _, tokens in found if tokens is not None), zero.long())
+        if strategy.loss == "mean":
+            loss = loss / len(calls)
         strategy._window.num_tokens = total
         return self._result(loss, total)
 
@@ -259,9 +284,51 @@ class _TiedWeights:
         uncounted: those of the last stage, which count on the first one.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, index: int, rank: int) -> None:
-        self.uncounted: set[nn.Parameter] = set()
-        self.weights: list[nn.Parameter] = []
+    def __init__(self, model: nn.Module, plan: Plan, device_type: str, rank: int) -> None:
+        assert plan.pipeline is not None
+        pairs = [mesh_group_ends(plan.mesh, each) for each in range(plan.mesh.world_size)]
+        tied, self.group = plan.pipeline.tied, None
+        if tied:
+            self.group = kept_groups.of_members(device_type, pairs, "tied")
+        here = dict(model.named_parameters())
+        self.weights = [here[name] for names in tied for name in names if name in here]
+        self.uncounted = {here[last] for _, last in tied if last in here}
 
+    @torch.no_grad()
     def sum_gradients(self) -> None:
-        """Sums the gradients over both stages, in place."""
+        """Sums the gradients over both stages, in place; they have the same shards."""
+        for weight in self.weights:
+            has = torch.tensor(weight.grad is not None, dtype=torch.int64, device=local_part(weight).device)
+            dist.all_reduce(has, group=self.group)
+            if not int(has):
+                continue
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            dist.all_reduce(local_part(weight.grad), group=self.group)
+
+    def check_settings(self, optimizers: Sequence[Optimizer]) -> None:
+        """Checks that both stages step a weight in the same way, or it would not stay the same.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        for weight in self.weights:
+            mine: list[Any] = []
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    if any(each is weight for each in group["params"]):
+                        plain = {k: v for k, v in group.items() if isinstance(v, (int, float, str, bool, tuple))}
+                        mine.append((type(optimizer).__name__, sorted(plain.items())))
+            both: list[Any] = [None, None]
+            dist.all_gather_object(both, mine, group=self.group)
+            if both[0] != both[1]:
+                raise ConfigError(
+                    "configure_optimizers", both[0], f"steps a weight that the embedding and the head share, and the "
+                    f"head's stage steps it with {both[1]}", "Give both the same settings",
+                )  # fmt: skip
+
+
+def mesh_group_ends(mesh: MeshSpec, rank: int) -> tuple[int, ...]:
+    """The ranks of the first and the last stage for the tokens of `rank`; () where it is in neither."""
+    ranks = mesh.group(Part.LAYERS, rank=rank)
+    return (ranks[0], ranks[-1]) if rank in (ranks[0], ranks[-1]) else ()

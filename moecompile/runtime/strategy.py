@@ -230,12 +230,15 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             _train_routing(compiled)
             self.setup_optimizers(trainer)
+            if self._stages is not None:
+                self._stages.tied.check_settings(self.optimizers)
             self._watch(compiled)
         self.setup_precision_plugin()
 
     def _parallelize(self, compiled: nn.Module, plan: Plan, device_mesh: DeviceMesh) -> None:
         index = plan.mesh.index(self.global_rank, Part.LAYERS)
         if plan.pipeline is not None:
+            assert self.model is not None
             check_held(self.model, compiled)
             run_on_model([Cut(index=index)], compiled, plan)
         steps = on_every_rank(
@@ -309,8 +312,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             return
         if self._stages is not None:
             raise ConfigError(
-                "mesh.pp", self.groups.mesh.pp, "a pipeline runs the micro-batches of a step in its own order, and this "
-                "module calls backward itself (manual optimization)", "Use automatic optimization, or mesh.pp=1",
+                "mesh.pp", self.groups.mesh.pp, "a pipeline orders the backwards of a step, and this module calls them "
+                "itself (manual optimization)", "Use automatic optimization, or mesh.pp=1",
             )  # fmt: skip
         if self.on_nan is not None:
             raise ConfigError(
@@ -437,7 +440,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Lightning's. Ranks of a pipeline log the same values, so a sum is over the ranks of a stage."""
-        return super().reduce(tensor, self.groups.stage if group is None and self._stages is not None else group, reduce_op)
+        return super().reduce(
+            tensor, self.groups.stage if group is None and self._stages is not None else group, reduce_op
+        )
 
     def _begin_step(self) -> None:
         """Resets the state of the last step, and abandons a window that was not completed."""
@@ -531,6 +536,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._finish.open(parameters)
         self._window.wide.give()
         sum_replicated(parameters, self.groups.tokens)
+        if self._stages is not None:
+            self._stages.tied.sum_gradients()
         total, kept, self.skipped = self._over_ranks(parameters)
         if self.skipped:
             self._drop_step(parameters)

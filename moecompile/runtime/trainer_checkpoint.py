@@ -15,7 +15,7 @@ from moecompile import plan as plans
 from moecompile.checkpoint.fit import check_entries
 from moecompile.checkpoint.folders import PLAN, check, whole_folder
 from moecompile.checkpoint.placed import orders_of
-from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, shapes_of, write_tensors
+from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, shapes_of, write_tensors, written
 from moecompile.errors import PlanError
 from moecompile.pipeline import plan_of
 
@@ -37,7 +37,7 @@ def save(
     groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
     rest = {name: value for name, value in checkpoint.items() if name != "state_dict"}
     with whole_folder(path, is_first_rank=is_first_rank, barrier=barrier) as folder:
-        tensors = tensors_of(optimizers)
+        tensors = written(model, tensors_of(optimizers))
         write_tensors(folder, tensors, orders=orders_of(model, tensors))
         if is_first_rank:
             plans.save(plan_of(model), folder / PLAN)

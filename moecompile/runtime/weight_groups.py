@@ -22,7 +22,7 @@ from moecompile.arguments import check_overrides
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.nn.matrices import hidden_matrices
-from moecompile.nn.stages import passage_of
+from moecompile.nn.stages import passage_of, tied_names
 from moecompile.runtime.muon import Muon
 from moecompile.schema import Config, OptimizerConfig, OptimizerKind, check_numbers, check_optimizer, group_of
 
@@ -62,7 +62,8 @@ def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[WeightGroup
     """
     is_muon = config.kind is OptimizerKind.muon
     layouts = hidden_matrices(model) if is_muon or any(group.kind for group in config.groups) else {}
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    tied = tied_names(model)
+    trained = [(tied.get(name, name), p) for name, p in model.named_parameters() if p.requires_grad]
     groups: dict[tuple[int, bool, bool], WeightGroup] = {}
     for name, parameter in trained:
         index = group_of(name, config.groups)

@@ -19,6 +19,7 @@ from moecompile.mesh import MeshSpec, Part, expert_axes
 from moecompile.nn.context import own_positions
 from moecompile.nn.placement import by_id, expert_orders
 from moecompile.nn.replay import replay_routes
+from moecompile.nn.stages import tied_names
 from moecompile.plan import Plan
 from moecompile.runtime.data import TextData, train_loader
 from moecompile.runtime.metrics import Metrics
@@ -151,7 +152,9 @@ class _Recorder(StepObserver):
         if step == 0:
             weights = dict(module.model.named_parameters())
             grads = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
-            self.trace.grads = merged(_by_id(module.model, grads), groups_of(module.trainer).stages)
+            tied = tied_names(module.model)
+            whole = {tied.get(name, name): grad for name, grad in _by_id(module.model, grads).items()}
+            self.trace.grads = merged(whole, groups_of(module.trainer).stages)
             self._hold({name: local_gradient(weights[name], grad) for name, grad in grads.items()})
 
     def _hold(self, grads: dict[str, Tensor | None]) -> None:
@@ -217,9 +220,7 @@ def _overwrite(entries: Iterable[Tensor]) -> None:
         local.fill_(float("nan") if local.is_floating_point() else -1)
 
 
-def _in_order(
-    local: list[Tensor], per_step: int, mesh: MeshSpec, ranks: Sequence[int] | None = None
-) -> list[Tensor]:
+def _in_order(local: list[Tensor], per_step: int, mesh: MeshSpec, ranks: Sequence[int] | None = None) -> list[Tensor]:
     """On rank 0, the tensors (B, s, ...) of all ranks in the order of one process: by step, rank, position in the step.
 
     Of ranks that share tokens, those of the one that counts them; parts of the same sequences are joined. ranks: those

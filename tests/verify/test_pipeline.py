@@ -1,0 +1,202 @@
+"""Stages of a pipeline: ranks equal one process for each schedule and what goes with it; what is forgotten is caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moecompile.compose import compose_config
+from moecompile.nn import router
+from moecompile.passes import cut
+from moecompile.runtime import pipeline, stages, strategy
+from moecompile.tasks.verify import shrink
+from moecompile.verify import Check, certify_config
+from tests.distributed.harness import run_distributed_test
+from tests.tiny import SHORT
+
+pytestmark = pytest.mark.slow
+
+TINY = ["mesh=cpu_1x4", "mesh.pp=2", "data.vocab_size=300", "data.seq_len=16", "verify.dtype=float64", SHORT]
+FOUR = "model.config.num_hidden_layers=4"
+DEEPSEEK, LLAMA = ["recipe=deepseek_ep", FOUR], ["model=llama_nano", FOUR]  # its embedding and its head are one weight
+LOSSES = ["balance.losses.micro_batch=0.01", "balance.losses.sequence=0.01", "balance.losses.z=0.001"]
+FULL, KEPT = "trainer.checkpointing=full", "trainer.checkpointing=keep_exchanges"
+DRAWN = ["routing.workload=zipf", *LOSSES]  # choices are drawn, by layer and micro-batch
+CASES: dict[str, list[str]] = {
+    "1f1b": DEEPSEEK,
+    "interleaved, computed again": [*DEEPSEEK, "pipeline.stages_per_rank=2", FULL],
+    "reduced each time": [*DEEPSEEK, "trainer.reduce=each", "trainer.gather=layer", KEPT],
+    "reduced last, gathered each time": [*DEEPSEEK, "trainer.reduce=last", "trainer.gather=layer"],
+    "four stages, one without experts": [*DEEPSEEK, "mesh.pp=4", "trainer.gather=step"],
+    "tied": [*LLAMA, *LOSSES],
+    "tied, interleaved, drawn, computed again": [*LLAMA, *DRAWN, "pipeline.stages_per_rank=2", FULL],
+    "tied, muon": [*LLAMA, "optimizer=muon"],
+    "replicas": ["recipe=qwen3_moe", FOUR, "mesh.ep=1", "mesh.dp_replicate=2"],
+    "one rank a stage, local experts": ["recipe=mixtral_ep", FOUR, "mesh.pp=4"],
+    "streams, hash": ["recipe=deepseek_v4", FOUR],
+    "chunks in flight": [*DEEPSEEK, "dispatch.overlap=chunks", "dispatch.chunks=2", KEPT],
+    "lent": [*DEEPSEEK, "dispatch.kind=dedup", "dispatch.lend=true"],
+    "bf16": [*DEEPSEEK, "trainer.precision=bf16_params", "trainer.reduce=each"],
+}
+PATCHED = Callable[[pytest.MonkeyPatch], None]
+
+
+def _aux_of_earlier_stages_forgotten(patch: pytest.MonkeyPatch) -> None:
+    take = stages.PipelineSteps._take_aux
+
+    def taken(self: Any, stage: int, number: int) -> Any:
+        aux = take(self, stage, number)
+        return aux if stage == len(self.stages.pipeline.stages) - 1 else None
+
+    patch.setattr(stages.PipelineSteps, "_take_aux", taken)
+
+
+def _routers_numbered_by_stage(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(cut, "number_routers", lambda model: None)
+
+
+def _key_of_the_next_micro_batch(patch: pytest.MonkeyPatch) -> None:
+    before = stages.PipelineSteps._before
+
+    def entered(self: Any, number: int, is_forward: bool) -> AbstractContextManager[None]:
+        return before(self, number, is_forward) if is_forward else nullcontext()
+
+    patch.setattr(stages.PipelineSteps, "_before", entered)
+
+
+def _norm_over_all_ranks(patch: pytest.MonkeyPatch) -> None:
+    clip = strategy.clip_by_global_norm
+
+    def clipped(parameters: Any, most: float, every: Any, **settings: Any) -> Any:
+        return clip(parameters, most, every, **{**settings, "stages": 1})
+
+    patch.setattr(strategy, "clip_by_global_norm", clipped)
+
+
+def _tied_counted_twice(patch: pytest.MonkeyPatch) -> None:
+    clip = strategy.clip_by_global_norm
+
+    def clipped(parameters: Any, most: float, every: Any, **settings: Any) -> Any:
+        return clip(parameters, most, every, **{**settings, "uncounted": ()})
+
+    patch.setattr(strategy, "clip_by_global_norm", clipped)
+
+
+def _tied_not_summed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(stages._TiedWeights, "sum_gradients", lambda self: None)
+
+
+def _one_more_forward(patch: pytest.MonkeyPatch) -> None:
+    """As a schedule that runs each stage once to learn the shapes."""
+    step = pipeline.Stages.step
+
+    def with_one_more(self: Any, keys: Any, steps: Any, after: Any) -> Any:
+        steps = pipeline.Steps(**vars(steps))
+        forward, seen = steps.forward, set[int]()
+
+        def run(number: int) -> Any:
+            if self.passage.stage == 0 and number == 0 and not seen:
+                seen.add(0)
+                with pytest.raises(pipeline.StageEnded):
+                    forward(number)
+            return forward(number)
+
+        steps.forward = run
+        return step(self, keys, steps, after)
+
+    patch.setattr(pipeline.Stages, "step", with_one_more)
+
+
+def _reduced_in_the_first_backward(patch: pytest.MonkeyPatch) -> None:
+    synced = pipeline.Stages._synced
+
+    @contextmanager
+    def early(self: Any, stage: int, *, is_last: bool, is_end: bool) -> Iterator[None]:
+        with synced(self, stage, is_last=not is_last, is_end=not is_end):
+            yield
+
+    patch.setattr(pipeline.Stages, "_synced", early)
+
+
+def _received_is_zero(patch: pytest.MonkeyPatch) -> None:
+    receive = pipeline.Wires.receive_live
+
+    def nothing(self: Any, stage: int, key: Any) -> Any:
+        return [torch.zeros_like(t).requires_grad_(t.requires_grad) for t in receive(self, stage, key)]
+
+    patch.setattr(pipeline.Wires, "receive_live", nothing)
+
+
+def _weight_of_one(patch: pytest.MonkeyPatch) -> None:
+    """Auxiliary losses of earlier stages count as of one token."""
+    backward = pipeline.Stages._backward
+
+    def weighed(self: Any, stage: int, number: int, steps: Any) -> None:
+        kept = self.kept[stage, number]
+        if kept.aux is not None and kept.computed is None:
+            kept.aux = kept.aux / 7
+        backward(self, stage, number, steps)
+
+    patch.setattr(pipeline.Stages, "_backward", weighed)
+
+
+MUTATIONS: dict[str, tuple[list[str], PATCHED, str]] = {
+    "auxiliary losses of earlier stages are forgotten": (CASES["tied"], _aux_of_earlier_stages_forgotten, "gradients"),
+    "they are weighed by another number of tokens": (CASES["tied"], _weight_of_one, "gradients"),
+    "routers are numbered from 0 in each stage": ([*LLAMA, *DRAWN], _routers_numbered_by_stage, "routes"),
+    "a layer that is computed again draws for the next micro-batch": (
+        [*LLAMA, *DRAWN, "routing.jitter=0", KEPT, "routing.workload=hot"], _key_of_the_next_micro_batch, "",
+    ),
+    "the norm counts stages as replicas": (CASES["1f1b"], _norm_over_all_ranks, "gradient norm"),
+    "a tied weight counts twice in the norm": (CASES["tied"], _tied_counted_twice, "gradient norm"),
+    "a tied weight has one stage's part of its gradient": (CASES["tied"], _tied_not_summed, "gradients"),
+    "a stage runs once more to learn shapes": (CASES["1f1b"], _one_more_forward, "loads"),
+    "gradients are reduced before the last backward": (
+        CASES["reduced last, gathered each time"], _reduced_in_the_first_backward, "gradients",
+    ),
+    "a stage does not get what was sent": (CASES["1f1b"], _received_is_zero, "outputs"),
+}  # fmt: skip
+
+
+def _certified(overrides: list[str], folder: Path) -> list[Check]:
+    folder.mkdir()
+    config = compose_config([*TINY, *overrides])
+    return certify_config(shrink(config, steps=2)[0], folder)[0]
+
+
+def _all(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for i, (name, overrides) in enumerate(CASES.items()):
+        found[name] = _certified(overrides, folder / f"case-{i}")
+    for i, (name, (overrides, change, _)) in enumerate(MUTATIONS.items()):
+        with pytest.MonkeyPatch.context() as patch:
+            change(patch)
+            try:
+                found[name] = _certified(overrides, folder / f"mutation-{i}")
+            except Exception as error:
+                found[name] = error
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run_distributed_test(_all, 4, tmp_path_factory.mktemp("pipeline"), timeout_s=900)[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stages_equal_one_process(found: Any, name: str) -> None:
+    failed = [check for check in found[name] if not check.passed]
+    assert not failed, failed
+    assert any("gradients of" in check.name for check in found[name])
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_what_is_forgotten_is_caught(found: Any, name: str) -> None:
+    result = found[name]
+    assert not isinstance(result, Exception), result
+    assert any(MUTATIONS[name][2] in check.name for check in result if not check.passed), result
