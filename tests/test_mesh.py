@@ -61,8 +61,8 @@ def test_sizes_that_do_not_fit(sizes: tuple[int, ...], message: str) -> None:
 
 def test_ranks_are_factored_twice() -> None:
     spec = MeshSpec(num_nodes=2, ranks_per_node=4, ep=4, tp=2, dp_replicate=2)
-    assert [spec.size(axis) for axis in dense_axes()] == [2, 2, 1, 2]  # dp_replicate, dp_shard, cp, tp
-    assert [spec.size(axis) for axis in expert_axes()] == [2, 1, 4]  # dp_replicate, edp, ep
+    assert [spec.size(axis) for axis in dense_axes()] == [1, 2, 2, 1, 2]  # pp, dp_replicate, dp_shard, cp, tp
+    assert [spec.size(axis) for axis in expert_axes()] == [1, 2, 1, 4]  # pp, dp_replicate, edp, ep
     assert spec.num_batches == 4
     assert [spec.batch_index(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [spec.is_counted(rank) for rank in range(8)] == [True, False] * 4
@@ -71,9 +71,42 @@ def test_ranks_are_factored_twice() -> None:
     assert all(plain.batch_index(rank) == rank and plain.is_counted(rank) for rank in range(8))
 
 
+def test_a_stage_has_whole_nodes_or_nodes_have_whole_stages() -> None:
+    spec = MeshSpec(num_nodes=2, ranks_per_node=4, pp=2, ep=2, dp_replicate=2)
+    assert [spec.size(axis) for axis in dense_axes()] == [2, 2, 2, 1, 1]  # pp, dp_replicate, dp_shard, cp, tp
+    assert [spec.size(axis) for axis in expert_axes()] == [2, 2, 1, 2]  # pp, dp_replicate, edp, ep
+    assert (spec.num_batches, spec.ranks_per_stage, spec.edp) == (4, 4, 2)
+    assert [spec.batch_index(rank) for rank in range(8)] == [0, 1, 2, 3] * 2
+    assert [spec.is_counted(rank) for rank in range(8)] == [False] * 4 + [True] * 4  # the last stage has the loss
+    assert [spec.group("pp", rank=rank) for rank in (0, 3)] == [(0, 4), (3, 7)] and spec.ep_peers(6) == (6, 7)
+    assert spec.stage == MeshSpec(num_nodes=1, ranks_per_node=4, ep=2, dp_replicate=2)
+    within = MeshSpec(num_nodes=2, ranks_per_node=4, pp=8)
+    assert within.stage == MeshSpec() and within.group("pp") == tuple(range(8))
+    assert MeshSpec(num_nodes=4, ranks_per_node=2, pp=2, ep=4).stage == MeshSpec(num_nodes=2, ranks_per_node=2, ep=4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            {"pp": 3},
+            "mesh.pp=3: stages must have equally many ranks, of whole nodes or within one (2 nodes x 6 ranks = ",
+        ),
+        ({"pp": 8}, "Use one of [1, 2, 4, 6, 12]."),
+        (
+            {"pp": 2, "ep": 12},
+            "mesh.ep=12: must divide the 6 ranks of a stage (2 nodes x 6 ranks = 12 ranks, mesh.pp=2)",
+        ),
+    ],
+)
+def test_stages_that_do_not_fit(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        MeshSpec(num_nodes=2, ranks_per_node=6, **sizes)
+
+
 def test_ranks_of_a_cp_group_are_contiguous_and_have_tokens_of_their_own() -> None:
     spec = MeshSpec(num_nodes=2, ranks_per_node=4, ep=4, cp=2, dp_replicate=2)
-    assert [spec.size(axis) for axis in dense_axes()] == [2, 2, 2, 1]
+    assert [spec.size(axis) for axis in dense_axes()] == [1, 2, 2, 2, 1]
     assert (spec.num_batches, spec.size(Part.STORED)) == (4, 4)
     assert [spec.batch_index(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert all(spec.is_counted(rank) for rank in range(8))

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from moecompile.errors import CaptureError
-from moecompile.torch_private import tree_leaves
+from moecompile.torch_private import tree_leaves, version_of
 
 # -- caches of transformers' models, which their configs switch on and off --------------------------------------------
 
@@ -72,7 +72,8 @@ class Recording:
     """One forward of `model`.
 
     graph: a dataflow graph for matching, not for execution: one node per torch function call; `meta["owner"]` is the
-    path of the module that made the call; parameters are `get_attr` nodes. calls: first call of every module that ran.
+    path of the module that made the call, and `meta["same"]`, if the result is the unchanged first argument, its node;
+    parameters are `get_attr` nodes. calls: first call of every module that ran.
     read, made: the nodes of the tensors in the arguments and in the result of that call; None for a tensor that no
     node stands for. times: calls of each module. forms: the result of its first call, see `form_of`.
     """
@@ -146,6 +147,8 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         inputs = [self._convert(a) for a in args]
         named = {key: self._convert(value) for key, value in kwargs.items()}
+        given = args[0] if args and isinstance(args[0], Tensor) else None
+        before = None if given is None else version_of(given)
         out = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if func.__name__ == "__setitem__":  # an in-place write gives its target a new node
@@ -154,6 +157,8 @@ class _Recorder(TorchFunctionMode):
             return out
         node = self.graph.create_node("call_function", func, tuple(inputs), named)
         node.meta["owner"], node.meta["shape"] = self.owners[-1], tuple(outputs[0].shape)
+        if given is not None and out is given and version_of(given) == before:  # a cast to the dtype that it has
+            node.meta["same"] = inputs[0]
         for i, tensor in enumerate(outputs):
             self._bind(tensor, node if len(outputs) == 1 else self._item(node, i, tensor))
         return out

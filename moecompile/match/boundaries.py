@@ -115,17 +115,12 @@ class Boundaries:
         for one, other in zip(self.units, self.units[1:], strict=False):
             if one.last > other.first:
                 return f"{other.path} is called inside of {one.path}"
-        named = {path for path, _ in self.model.named_modules()}
-        if unused := [path for path in self._paths_with_weights() if self._holder(path) is None and path in named]:
-            return f"{unused[0]} has weights that belong to no layer, and the example does not use it as a module"
+        weights = dict(self.model.named_parameters())
+        for node in self.order:
+            is_weight = node.op == "get_attr" and node.target in weights
+            if is_weight and any(self._unit_of_node[user] is None for user in node.users):
+                return f"the weight {node.target} is used between its layers, and belongs to no module of one stage"
         return ""
-
-    def _paths_with_weights(self) -> Iterator[str]:
-        """Paths of the modules that own a trained weight that some function has used."""
-        used = {str(node.target) for node in self.order if node.op == "get_attr"}
-        for name, _ in self.model.named_parameters():
-            if name in used:
-                yield name.rpartition(".")[0]
 
     # -- a cut ------------------------------------------------------------------------------------------------------
 
@@ -189,6 +184,7 @@ class Boundaries:
         seen, found = set(pending), dict[fx.Node, str]()
         while pending:
             node = pending.pop()
+            node = _before_casts(node)
             unit = self._unit_of_node[node]
             if unit is not None and place[unit] != stage:
                 if place[unit] > stage:
@@ -202,7 +198,8 @@ class Boundaries:
         return found
 
     def _crossing(self, unit: str, nodes: Collection[fx.Node]) -> Crossing:
-        made, form = self.recording.made.get(unit, []), self.recording.forms.get(unit)
+        made = [None if node is None else _before_casts(node) for node in self.recording.made.get(unit, ())]
+        form = self.recording.forms.get(unit)
         if form != TENSOR and not isinstance(form, (tuple, list)):
             raise ValueError(f"the output of {unit} is a {form}, not a tensor or a tuple of tensors")
         entries = [form] if form == TENSOR else list(form)
@@ -226,9 +223,6 @@ class Boundaries:
             stages = {place[unit] for name in names if (unit := self._holder(name.rpartition(".")[0])) in place}
             if len(stages) > 1 and not tied.issuperset(names):
                 raise ValueError(f"the weight {names[0]} is also {names[1]}, of another stage")
-        loose = {name for name, parameter in self.model.named_parameters() if self._is_loose(name, parameter)}
-        if loose:
-            raise ValueError(f"the weight {min(loose)} is used between layers, and belongs to no module of one stage")
 
     @cached_property
     def _names(self) -> dict[Parameter, list[str]]:
@@ -236,11 +230,6 @@ class Boundaries:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(parameter, []).append(name)
         return {parameter: found for parameter, found in names.items() if len(found) > 1}
-
-    def _is_loose(self, name: str, parameter: Parameter) -> bool:
-        return self._holder(name.rpartition(".")[0]) is None and any(
-            node.op == "get_attr" and node.target == name for node in self.order
-        )
 
     @cached_property
     def tied(self) -> tuple[tuple[str, str], ...]:
@@ -255,6 +244,13 @@ class Boundaries:
             if len(early) == len(late) == 1 and len(names) == 2:
                 found.append((early[0], late[0]))
         return tuple(found)
+
+
+def _before_casts(node: fx.Node) -> fx.Node:
+    """The node of the same tensor before casts to the dtype that it had, whoever asked for them."""
+    while "same" in node.meta:
+        node = node.meta["same"]
+    return node
 
 
 def _parents(path: str) -> Iterator[str]:

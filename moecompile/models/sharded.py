@@ -34,6 +34,7 @@ from moecompile.nn.adapters import init_adapters, side_of
 from moecompile.nn.losses import keepers_of
 from moecompile.nn.own_router import own_routers
 from moecompile.nn.placement import expert_orders, global_rows, runs_of
+from moecompile.nn.stages import is_here
 from moecompile.passes.rewrite import fill_site
 from moecompile.passes.rewrite_experts import stacked_rows
 from moecompile.pipeline import Compilation
@@ -177,6 +178,8 @@ class ShardedImport:
         for path, region in compiled.regions.items():
             ffns = {fqn: match for fqn, match in region.matches.items() if isinstance(match, FFNMatch)}
             layers = [layer for layer in region.ordered(compiled.plan.layers) if layer.site.fqn in ffns]
+            if not is_here(compiled.model, path):
+                continue
             prefix = f"{path}." if path else ""
             for block, layer in zip(_blocks(compiled.model, path) if layers else (), layers, strict=True):
                 match = ffns[layer.site.fqn]
@@ -189,7 +192,7 @@ class ShardedImport:
         """The experts of stacks that are modules of their own in the model."""
         for path, region in compiled.regions.items():
             for match in region.matches.values():
-                if not isinstance(match, ExpertsMatch) or match.ffn is None:
+                if not isinstance(match, ExpertsMatch) or match.ffn is None or not is_here(compiled.model, path):
                     continue
                 stack, prefix = compiled.model.get_submodule(f"{path}.experts"), f"{path}." if path else ""
                 assert isinstance(stack, Experts)

@@ -181,6 +181,15 @@ def passage_of(model: nn.Module) -> Passage | None:
     return found
 
 
+def is_here(model: nn.Module, path: str) -> bool:
+    """Whether the module at `path` is on this rank: always, unless the model is cut into stages."""
+    passage = passage_of(model)
+    if passage is None:
+        return True
+    units = [unit for unit in passage.absent if f"{path}.".startswith(f"{unit}.")]
+    return not units or units[0] in passage.present
+
+
 def tied_names(model: nn.Module) -> dict[str, str]:
     """Names of weights of the last stage that are copies of the first one's -> their names in the whole model.
 

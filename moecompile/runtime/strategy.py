@@ -255,7 +255,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         trainer_checkpoint.save(
             Path(self.broadcast(filepath)), checkpoint, self.model,
             self.optimizers if "optimizer_states" in checkpoint else [], self._tensors_of,
-            is_first_rank=self.is_global_zero, barrier=self.barrier,
+            is_first_rank=self.is_global_zero, barrier=self.barrier, stages=self.groups.stages,
         )  # fmt: skip
 
     def _tensors_of(self, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,21 @@ TensorsOf = Callable[[Sequence[Optimizer]], dict[str, Tensor]]
 
 def save(
     path: Path, checkpoint: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer], tensors_of: TensorsOf,
-    *, is_first_rank: bool, barrier: Callable[[], object],
+    *, is_first_rank: bool, barrier: Callable[[], object], stages: dist.ProcessGroup | None = None,
 ) -> None:  # fmt: skip
     """Writes the folder `path`; all ranks call it.
 
     Args:
         checkpoint: Lightning's. model: the LightningModule. optimizers: whose state is saved, too.
         tensors_of: optimizers -> the entries of model and optimizers.
+        stages: ranks with other stages of a pipeline, whose optimizers may have other groups.
     """
-    groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
+    groups = [[_settings(group) for group in optimizer.param_groups] for optimizer in optimizers]
     rest = {name: value for name, value in checkpoint.items() if name != "state_dict"}
+    if stages is not None and optimizers:
+        gathered: list[Any] = [None] * dist.get_world_size(stages)
+        dist.all_gather_object(gathered, groups, group=stages)
+        rest[_OF_STAGES] = gathered
     with whole_folder(path, is_first_rank=is_first_rank, barrier=barrier) as folder:
         tensors = written(model, tensors_of(optimizers))
         write_tensors(folder, tensors, orders=orders_of(model, tensors))
@@ -65,10 +70,34 @@ def load(
     entries = {name: shape for name, shape in shapes(path).items() if optimizers or name.startswith("model.")}
     tensors = forget_unused(model, optimizers, tensors_of(optimizers), entries)
     check_entries(entries, shapes_of(tensors, stages), path)
-    for optimizer, saved in zip(optimizers, groups, strict=True):
-        _set_groups(optimizer, saved, path)
+    of_stages = rest.pop(_OF_STAGES, [groups])
+    for i, optimizer in enumerate(optimizers):
+        saved = [group for of_stage in of_stages for group in of_stage[i]]
+        if len(of_stages) == 1 and stages is None:
+            _set_groups(optimizer, saved, path)
+        else:
+            _set_alike(optimizer, saved, path)
     read_tensors(path, tensors, orders=orders_of(model, tensors))
     return rest
+
+
+_OF_STAGES = "optimizer_groups_of_stages"
+_SCHEDULED = ("params", "lr")
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def _set_alike(optimizer: Optimizer, saved: list[dict[str, Any]], path: Path) -> None:
+    """Restores the options of parameter groups, each from a saved one that has the same settings, of any stage."""
+    for group in optimizer.param_groups:
+        mine = {name: value for name, value in group.items() if name not in _SCHEDULED}
+        alike = [each for each in saved if mine == {n: v for n, v in each.items() if n not in _SCHEDULED}]
+        if len(rates := {each["lr"] for each in alike}) != 1:
+            rule = f"the optimizer's group with {mine} had {len(rates)} learning rates, one is needed"
+            raise PlanError("ckpt_path", path, rule, "Make the same groups on every mesh")
+        group.update(alike[0])
 
 
 def _set_groups(optimizer: Optimizer, saved: list[dict[str, Any]], path: Path) -> None:

@@ -232,7 +232,7 @@ def mesh_spec(mesh: MeshConfig) -> MeshSpec:
         raise ConfigError("mesh.device", mesh.device, "must be cpu, cuda or auto", "Use one of these")
     world = mesh.num_nodes * mesh.ranks_per_node
     values = {field.name: getattr(mesh, field.name) for field in fields(MeshSpec)}
-    spec = MeshSpec(**{**values, "ep": _ep(mesh.ep, world // max(1, mesh.pp))})
+    spec = MeshSpec(**{**values, "ep": _ep(mesh.ep, max(1, world // max(1, mesh.pp)))})
     dp_shard = int_or_auto("mesh.dp_shard", mesh.dp_shard, spec.dp_shard)
     of = " / ".join(("the world size", *spec.sharing))
     if dp_shard != spec.dp_shard:

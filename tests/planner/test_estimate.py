@@ -7,12 +7,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import moecompile
+from moecompile import planner
 from moecompile.mesh import MeshSpec
 from moecompile.plan import (
     BalancePlan,
@@ -24,10 +26,11 @@ from moecompile.plan import (
     FFNSite,
     LayerPlan,
     MemoryEstimate,
+    Plan,
     RoutingPlan,
     Traffic,
 )
-from moecompile.planner import ModelFacts, RunFacts, Wire, estimate, forward_traffic
+from moecompile.planner import ModelFacts, RunFacts, Wire, forward_traffic
 from moecompile.planner.params import Expected, ffn_params, model_params
 
 # Two layers of 50 + ffn parameters, ffn = 3 * 8 * 16 = 384, and a tied embedding of 100 * 8.
@@ -35,6 +38,11 @@ FACTS = ModelFacts(params_total=1668, params_embedding=800, num_layers=2, vocab_
 RUN = RunFacts(tokens_per_rank=10)
 ONE_RANK = MeshSpec()
 FOUR_RANKS = MeshSpec(num_nodes=2, ranks_per_node=2, ep=4)
+
+
+def estimate(layers: list[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, **settings: Any) -> Estimate:
+    """Of a plan with these layers alone."""
+    return planner.estimate(Plan(mesh=mesh, layers=tuple(layers), reductions=()), facts, run, **settings)
 
 
 def site(kind: str = "gated", *, bias: bool = False) -> FFNSite:
@@ -224,7 +232,7 @@ def test_the_largest_part_is_told_in_words(
 
 
 def test_traffic_is_the_mean_over_layers() -> None:
-    layers = [layer(4, "flat"), layer(4, "dedup")]
+    layers = [layer(4, "flat"), replace(layer(4, "dedup"), site=replace(site(), fqn="layers.1.mlp"))]
     wire = Wire(d_model=8, tokens_per_rank=10)
     flat, dedup = (forward_traffic(x.dispatch.kind, x.placement, x.routing, FOUR_RANKS, wire) for x in layers)
     found = estimate(layers, FOUR_RANKS, FACTS, RUN, memory_bytes=1e9).bytes_per_token_per_layer

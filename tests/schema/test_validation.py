@@ -29,8 +29,8 @@ BROKEN: dict[str, tuple[list[str], str]] = {
     # mesh
     "pipeline": (
         ["mesh.pp=4"],
-        "mesh.pp=4: pipeline parallelism is not supported: auxiliary losses of earlier stages would not reach the loss, "
-        "and FSDP2 loses gradients under schedules that split backward. Set it to 1.",
+        "mesh.pp=4: stages must have equally many ranks, of whole nodes or within one (1 node x 1 rank = 1 rank). "
+        "Use one of [1].",
     ),
     "context": (["mesh.cp=0"], "mesh.cp=0: must be at least 1. Give a positive number."),
     "more tp than ranks": (

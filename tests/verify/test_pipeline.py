@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from moecompile.compose import compose_config
-from moecompile.nn import router
 from moecompile.passes import cut
 from moecompile.runtime import pipeline, stages, strategy
 from moecompile.tasks.verify import shrink
@@ -40,7 +39,7 @@ CASES: dict[str, list[str]] = {
     "one rank a stage, local experts": ["recipe=mixtral_ep", FOUR, "mesh.pp=4"],
     "streams, hash": ["recipe=deepseek_v4", FOUR],
     "chunks in flight": [*DEEPSEEK, "dispatch.overlap=chunks", "dispatch.chunks=2", KEPT],
-    "lent": [*DEEPSEEK, "dispatch.kind=dedup", "dispatch.lend=true"],
+    "lent": [*DEEPSEEK, "dispatch.balance=lend"],
     "bf16": [*DEEPSEEK, "trainer.precision=bf16_params", "trainer.reduce=each"],
 }
 PATCHED = Callable[[pytest.MonkeyPatch], None]
@@ -164,7 +163,7 @@ MUTATIONS: dict[str, tuple[list[str], PATCHED, str]] = {
 
 
 def _certified(overrides: list[str], folder: Path) -> list[Check]:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     config = compose_config([*TINY, *overrides])
     return certify_config(shrink(config, steps=2)[0], folder)[0]
 

@@ -1,0 +1,113 @@
+"""Where the planner cuts a model, the layouts that it takes, and what a rank of a stage needs."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import pytest
+
+import moecompile
+from moecompile.compose import compose_config
+from moecompile.errors import ConfigError
+from moecompile.models.build import example_inputs
+from moecompile.models.source import source_model
+from moecompile.plan import Plan
+from moecompile.planner.pipeline import balanced, counts_of
+
+TWO = ["mesh=cpu_1x4", "mesh.pp=2"]
+
+
+def plan(*overrides: str, recipe: str = "deepseek_ep") -> Plan:
+    chosen = compose_config([f"recipe={recipe}", *overrides])
+    model = source_model(chosen)
+    return moecompile.make_plan(model, chosen, example=example_inputs(model, chosen.data.seq_len))
+
+
+@pytest.mark.parametrize("costs", [[1.0] * 7, [5, 1, 1, 1, 1, 9], [3, 1, 4, 1, 5, 9, 2, 6], [1, 1, 1, 20]])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_the_dearest_stage_is_as_cheap_as_possible(costs: list[float], number: int) -> None:
+    def dearest(counts: list[int]) -> float:
+        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        return max(sum(costs[end - count : end]) for end, count in zip(ends, counts, strict=True))
+
+    found = balanced(costs, number)
+    assert sum(found) == len(costs) and min(found) >= 1 and len(found) == number
+    every = [[b - a for a, b in zip((0, *cuts), (*cuts, len(costs)), strict=True)]
+             for cuts in combinations(range(1, len(costs)), number - 1)]  # fmt: skip
+    assert dearest(found) == min(map(dearest, every))
+
+
+@pytest.mark.parametrize(
+    ("layout", "counts"),
+    [
+        ("Et*3|t*3L", [3, 3]), ("Ettt|tttL", [3, 3]), ("E t * 3 | t*2,t,L", [3, 3]), ("Et|(tt|)*2tL", [1, 2, 2, 1]),
+        ("E(t|)*5tL", [1, 1, 1, 1, 1, 1]),
+    ],
+)  # fmt: skip
+def test_layouts_in_the_words_of_megatron(layout: str, counts: list[int]) -> None:
+    assert counts_of(layout, len(counts), 6) == counts
+
+
+@pytest.mark.parametrize(
+    ("layout", "rule"),
+    [
+        ("Et*3|t*2mL", "m is a layer that predicts further tokens, which the model does not have"),
+        ("Et*3|t*3x", "x is no part of it"),
+        ("Et*6L", "has 1 stages, and mesh.pp * pipeline.stages_per_rank is 2"),
+        ("Et*3|t*4L", "has 7 layers, and the model has 6"),
+        ("E|t*6L", "stage 0 has no layer"),
+        ("t*3E|t*3L", "the embedding (E) is in the first stage, and the head (L) in the last one"),
+    ],
+)
+def test_layouts_that_are_none(layout: str, rule: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        counts_of(layout, 2, 6)
+    assert f"pipeline.layout={layout}: {rule}" in str(caught.value)
+
+
+def test_a_layout_is_planned_and_printed_as_it_was_given() -> None:
+    planned = plan(*TWO, "pipeline.layout='Et*2|t*4L'").pipeline
+    assert planned is not None and planned.layout == "Et*2|t*4L"
+    assert [len(stage.layers) for stage in planned.stages] == [2, 4]
+
+
+def test_a_stage_needs_less_of_all_but_what_is_in_flight() -> None:
+    one, two = plan("mesh=cpu_1x2").estimate, plan(*TWO).estimate
+    assert one is not None and two is not None
+    assert (one.params_total, one.params_active) == (two.params_total, two.params_active)
+    before, now = one.memory_bytes_per_rank, two.memory_bytes_per_rank
+    assert now.weights < before.weights and now.optimizer < before.optimizer
+    hidden, tokens = 128, 4 * 128
+    assert two.stage_bytes_per_step == hidden * tokens * 4 * two.assumes.accumulation  # type: ignore[union-attr]
+
+
+def test_more_micro_batches_are_kept_on_the_first_stage() -> None:
+    def kept(batches: int) -> Any:
+        estimate = plan(*TWO, f"data.global_batch_size={8 * batches}", "data.vocab_size=300").estimate
+        assert estimate is not None
+        return estimate.memory_bytes_per_rank.activations
+
+    assert kept(1) < kept(2) == kept(8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rule"),
+    [
+        (["mesh=cpu_1x4", "pipeline.stages_per_rank=2"], "pipeline.stages_per_rank=2: there is no pipeline"),
+        (["mesh=cpu_1x4", "pipeline.layout='EtL'"], "pipeline.layout=EtL: there is no pipeline"),
+        ([*TWO, "pipeline.stages_per_rank=4"], "mesh.pp=2: 8 stages need as many layers, and the model has 6"),
+        ([*TWO, "mesh.tp=2"], "mesh.pp=2: stages and mesh.tp=2 are not possible together"),
+        ([*TWO, "trainer.checkpointing=budget"], "trainer.checkpointing=budget: chooses for a whole model"),
+        ([*TWO, "routing.replay=record"], "routing.replay=record: a rank has the routers of its stage alone"),
+    ],
+)
+def test_what_stages_do_not_go_with(overrides: list[str], rule: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(*overrides)
+    assert rule in str(caught.value)
+
+
+def test_a_model_that_cannot_be_cut_is_refused_with_the_reason() -> None:
+    with pytest.raises(ConfigError, match=r"mesh.pp=2: the model cannot be cut before .*shared.weight is also encoder"):
+        plan(*TWO, recipe="switch_ep")
