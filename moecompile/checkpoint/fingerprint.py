@@ -53,7 +53,7 @@ MAY_DIFFER = (
     "trainer.timeout_s", "trainer.val_interval",
     # How it is computed, and where.
     "data.cache", "data.epochs", "data.micro_batch_size", "data.val_batches", "dispatch.*", "hardware.*", "imported.*",
-    "launcher.*", "mesh.*", "model.device", "model.load", "stack.*", "workload.*",
+    "launcher.*", "mesh.*", "model.device", "model.load", "pipeline.*", "stack.*", "workload.*",
     # Names, permissions and other tasks.
     "bench.*", "chat.*", "compare", "debug", "export.*", "given", "model.name", "model.published", "name", "place.*",
     "routing.allow_future", "rehearse.*", "search.*", "task.*", "verify.*",

@@ -72,23 +72,14 @@ def run_ranks(model: nn.Module, plan: Plan, config: Config, data: TextData, run_
 
 
 def merged(own: dict[str, Tensor], stages: dist.ProcessGroup | None) -> dict[str, Tensor]:
-    """On ranks of the first stage of a pipeline, what all stages have; elsewhere `own`. All ranks call it.
-
-    Raises:
-        RuntimeError: two stages have another value of the same name.
+    """On ranks of the first stage of a pipeline, what all stages have, itself first; elsewhere `own`. All ranks call it.
     """
     if stages is None:
         return own
     is_first = dist.get_rank(stages) == 0
     gathered: list[Any] = [None] * stages.size() if is_first else []
     dist.gather_object(own, gathered or None, group=stages, group_dst=0)
-    found = dict(own)
-    for part in gathered:
-        for name, tensor in part.items():
-            if name in found and not torch.equal(found[name], tensor):
-                raise RuntimeError(f"stages have different values of {name}")
-            found[name] = tensor
-    return found
+    return {name: tensor for part in reversed(gathered) for name, tensor in part.items()} | own
 
 
 def _global_number(i: int, mesh: MeshSpec, rank: int, accumulate: int) -> int:

@@ -94,7 +94,7 @@ def _remove(path: str) -> Change:
     ("change", "message"),
     [
         (_set("colour", "red"), "plan.yaml.colour=...: is not a key of the plan. Use one of ['mesh', 'layers'"),
-        (_set("mesh.pp", 2), "plan.yaml.mesh.pp=...: is not a key of the plan. Use one of ['num_nodes'"),
+        (_set("mesh.up", 2), "plan.yaml.mesh.up=...: is not a key of the plan. Use one of ['num_nodes'"),
         (_set("layers.1.routing.noise", 0.1), "plan.yaml.layers[1].routing.noise=...: is not a key of the plan."),
         (_remove("mesh"), "plan.yaml.mesh=null: is missing. Add it, or plan again."),
         (_remove("layers.0.dispatch"), "plan.yaml.layers[0].dispatch=null: is missing. Add it, or plan again."),

@@ -171,8 +171,10 @@ def _certified(overrides: list[str], folder: Path) -> list[Check]:
 def _all(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for i, (name, overrides) in enumerate(CASES.items()):
+        print(name, flush=True)
         found[name] = _certified(overrides, folder / f"case-{i}")
     for i, (name, (overrides, change, _)) in enumerate(MUTATIONS.items()):
+        print(name, flush=True)
         with pytest.MonkeyPatch.context() as patch:
             change(patch)
             try:

@@ -1,0 +1,281 @@
+"""Lightning over stages of a pipeline: a user's own module stays as it is, and its checkpoints go to any number of stages."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import moecompile
+from moecompile.checkpoint.tensors import tensors_of
+from moecompile.errors import MoecompileError
+from moecompile.nn import routers_of
+from moecompile.runtime.strategy import groups_of
+from moecompile.verify import worst
+from moecompile.verify.ranks import merged
+from tests.distributed.gradient_job import full
+from tests.distributed.harness import run_distributed_test
+from tests.distributed.manual_job import CPU
+
+pytestmark = pytest.mark.slow
+
+WORLD, STEPS, MICRO, BATCH, WIDTH = 4, 2, 4, 3, 8
+EXPERTS = [
+    "experts.num_routed=4",
+    "routing.top_k=2",
+    "balance.losses.micro_batch=0.1",
+    "balance.rule=bias",
+    "balance.rate=0.05",
+]
+RUN = [f"data.micro_batch_size={BATCH}", "data.seq_len=2"]
+MESHES = {  # ranks along pp -> settings; the others share experts
+    1: ["mesh.ranks_per_node=4", "mesh.ep=2"],
+    2: ["mesh.ranks_per_node=4", "mesh.pp=2", "mesh.ep=2"],
+    4: ["mesh.ranks_per_node=4", "mesh.pp=4", "mesh.ep=1"],
+}
+INTERLEAVED = [*MESHES[2], "pipeline.stages_per_rank=2"]
+
+
+class Layer(nn.Module):
+    """A residual FFN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.down(F.gelu(self.up(self.norm(x))))
+        return out
+
+
+class Model(nn.Module):
+    """No language model: numbers in, classes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.layers = nn.Linear(6, WIDTH), nn.ModuleList(Layer() for _ in range(4))
+        self.out = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.into(x)
+        for layer in self.layers:
+            h = layer(h)
+        classes: Tensor = self.out(h)
+        return classes
+
+
+def built(mesh: list[str]) -> nn.Module:
+    torch.manual_seed(0)
+    overrides = [*EXPERTS, *RUN, *mesh]
+    model = moecompile.compile_model(Model().double(), overrides, example=torch.zeros(BATCH, 6).double())
+    for _, router in routers_of(model):  # copies of an expert would have the same gradients
+        nn.init.normal_(router.weight)
+    return model
+
+
+def data(place: int, steps: int = STEPS) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(place)
+    inputs = torch.randn(steps * MICRO * BATCH, 6, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(0, 3, (len(inputs),), generator=generator)
+
+
+@dataclass
+class Found:
+    """Of a rank."""
+
+    grads: list[dict[str, Tensor]] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    logged: dict[str, float] = field(default_factory=dict)
+    returned: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    stops: int = 0
+
+
+class Module(LightningModule):
+    """As a user writes it: nothing in it knows of stages."""
+
+    def __init__(self, model: nn.Module, found: Found) -> None:
+        super().__init__()
+        self.model, self.found = model, found
+
+    def loss(self, batch: Any) -> Tensor:
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.found.returned.append(float(outputs["loss"]))
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        whole = {name: full(p.grad) for name, p in self.model.named_parameters() if p.grad is not None}
+        self.found.grads.append(merged(whole, groups_of(self.trainer).stages))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, eps=1e-5)
+
+
+def loader(place: int) -> Any:
+    return DataLoader(TensorDataset(*data(place)), batch_size=BATCH)
+
+
+def fit(mesh: list[str], **settings: Any) -> tuple[Trainer, Module]:
+    strategy = moecompile.ExpertParallelStrategy(**settings)
+    stop = EarlyStopping("val_loss", min_delta=100.0, patience=5)  # every rank must know the value
+    trainer = Trainer(
+        strategy=strategy, devices=WORLD, max_epochs=1, accumulate_grad_batches=MICRO, gradient_clip_val=1e-2,
+        callbacks=[stop], num_sanity_val_steps=0, **CPU,
+    )  # fmt: skip
+    module = Module(built(mesh), Found())
+    plan = moecompile.plan_of(module.model)
+    place = plan.mesh.batch_index(dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"]))
+    trainer.fit(module, loader(place), loader(100 + place))
+    module.found.weights = merged({n: full(t) for n, t in module.model.state_dict().items()}, groups_of(trainer).stages)
+    module.found.logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return trainer, module
+
+
+def chain(folder: Path) -> list[dict[str, Tensor]]:
+    """Weights, moments and biases of a run, saved and loaded on 1, 2, 4 and again 1 ranks along pp."""
+    trainer, module = fit(MESHES[1])
+    entries, found = tensors_of(module.model, trainer.optimizers), []
+    found.append({name: full(tensor) for name, tensor in entries.items()})
+    trainer.save_checkpoint(folder / "0")
+    for i, ranks in enumerate((2, 4, 1)):
+        strategy = moecompile.ExpertParallelStrategy()
+        again = Trainer(strategy=strategy, devices=WORLD, max_steps=STEPS, accumulate_grad_batches=MICRO, **CPU)
+        module = Module(built(MESHES[ranks]), Found())
+        again.fit(module, loader(0), ckpt_path=folder / str(i))
+        whole = {name: full(tensor) for name, tensor in tensors_of(module.model, again.optimizers).items()}
+        found.append(merged(whole, groups_of(again).stages))
+        again.save_checkpoint(folder / str(i + 1))
+    return found
+
+
+def refusals() -> dict[str, str]:
+    """What a module does that a pipeline cannot, and the error."""
+
+    def error(module: LightningModule) -> str:
+        trainer = Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, num_sanity_val_steps=0, **CPU)
+        try:
+            trainer.fit(module, loader(0))
+        except MoecompileError as found:
+            return str(found)
+        return ""
+
+    class Manual(Module):
+        def __init__(self) -> None:
+            super().__init__(built(MESHES[2]), Found())
+            self.automatic_optimization = False
+
+    class Beside(Module):
+        def __init__(self) -> None:
+            super().__init__(built(MESHES[2]), Found())
+            self.beside = nn.Linear(2, 2)
+
+    class Elsewhere(Module):
+        def __init__(self) -> None:
+            super().__init__(built(MESHES[2]), Found())
+
+        def on_train_start(self) -> None:
+            self.model(torch.zeros(1, 6).double())
+
+    return {each.__name__: error(each()) for each in (Manual, Beside, Elsewhere)}
+
+
+def every(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    cases = {f"pp {ranks}": fit(mesh)[1].found for ranks, mesh in MESHES.items()}
+    cases["interleaved"] = fit(INTERLEAVED)[1].found
+    cases["computed again"] = fit(INTERLEAVED, checkpointing="full")[1].found
+    return {**cases, "chain": chain(folder), "refusals": refusals()}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run_distributed_test(every, WORLD, tmp_path_factory.mktemp("stages"), timeout_s=400)
+
+
+@cache
+def alone(places: int) -> Found:
+    """One process over the batches of all places: gradients before clipping, weights, losses."""
+    model, found = built(["mesh.ranks_per_node=1"]), Found()
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-5)
+    losses: list[float] = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for place in range(places):
+            inputs, labels = data(place)
+            for i in range(step * MICRO, (step + 1) * MICRO):
+                rows = slice(i * BATCH, (i + 1) * BATCH)
+                loss = F.cross_entropy(model(inputs[rows]), labels[rows])
+                losses.append(float(loss.detach()))
+                ((loss + moecompile.nn.auxiliary_loss(model)) / (MICRO * places)).backward()
+        found.grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+        optimizer.step()
+        moecompile.nn.update_balance(model)
+    found.weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if "meter" not in name}
+    model.eval()
+    with torch.no_grad():
+        checked = [F.cross_entropy(model(x), y) for x, y in map(data, range(100, 100 + places))]
+    found.logged = {"loss": sum(losses) / len(losses), "val_loss": float(sum(checked)) / places}
+    return found
+
+
+CASES = {"pp 1": 4, "pp 2": 2, "pp 4": 1, "interleaved": 2, "computed again": 2}
+"""Name -> different micro-batches at a time."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_module_that_knows_nothing_of_stages_trains_as_in_one_process(ranks: Any, name: str) -> None:
+    wanted, got = alone(CASES[name]), ranks[0][name]
+    assert len(got.grads) == len(wanted.grads) == STEPS
+    for step in range(STEPS):
+        assert got.grads[step].keys() == wanted.grads[step].keys()
+        assert worst(got.grads[step], wanted.grads[step]) < (1e-10, "")
+    assert worst({key: got.weights[key] for key in wanted.weights}, wanted.weights) < (1e-10, "")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_it_logs_is_known_on_every_rank(ranks: Any, name: str) -> None:
+    wanted = alone(CASES[name]).logged
+    for rank in ranks:
+        assert rank[name].logged == pytest.approx(wanted, rel=1e-6), rank[name].logged
+
+
+def test_a_checkpoint_goes_through_any_number_of_stages(ranks: Any) -> None:
+    first, *others = ranks[0]["chain"]
+    assert any(name.startswith("optimizer.") for name in first) and len(first) > 50
+    for each in others:
+        assert each.keys() == first.keys()
+        assert all(torch.equal(each[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Manual", "mesh.pp=2: a pipeline orders the backwards of a step, and this module calls them itself"),
+        ("Beside", "mesh.pp=beside.weight: is a weight outside of the compiled model, and belongs to no stage"),
+        ("Elsewhere", "this rank has some stages of the model alone, so the model can be called in training_step"),
+    ],
+)
+def test_what_a_module_must_not_do(ranks: Any, name: str, message: str) -> None:
+    assert message in ranks[0]["refusals"][name]
