@@ -33,6 +33,7 @@ from moecompile.errors import PassError, PlanError
 from moecompile.mesh import MeshSpec, Part, axes_that_split, expert_axes
 from moecompile.nn import Experts
 from moecompile.nn.placement import keep_order, rows_of
+from moecompile.nn.stages import passage_of
 from moecompile.passes.base import ModelPass, exchanges_of, experts_calls, on_an_axis, op_name, run_on_model
 from moecompile.passes.context_parallel import check_exchanged, split_positions
 from moecompile.passes.place import order_of
@@ -90,7 +91,10 @@ class ShardModel(ModelPass):
     name: str = "shard"
 
     def requires(self, model: nn.Module, plan: Plan) -> None:
-        """The device mesh has the planned sizes, and the graphs have the planned exchanges."""
+        """The model is cut as planned, the device mesh has the planned sizes, and the graphs the planned exchanges."""
+        if plan.pipeline is not None and passage_of(model) is None:
+            rule = "stages of a pipeline are run by ExpertParallelStrategy alone, with task=train and task=verify"
+            raise PlanError("mesh.pp", plan.mesh.pp, rule, "Use mesh.pp=1")
         for axis in expert_axes():
             size, ranks = plan.mesh.size(axis), self.device_mesh[axis].size()
             if ranks != size:

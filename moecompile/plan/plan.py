@@ -264,6 +264,8 @@ class Plan:
         again = [path for each in self.recomputed for path in each.layers]
         if twice := sorted({path for path in again if again.count(path) > 1}):
             raise PlanError("recomputed", twice[0], "is listed twice", "Remove one of the entries")
+        if (ranks := 1 if self.pipeline is None else self.pipeline.ranks) != self.mesh.pp:
+            raise PlanError("pipeline.ranks", ranks, f"must be mesh.pp={self.mesh.pp}", "Plan again for this mesh")
         seen: set[str] = set()
         for i, layer in enumerate(self.layers):
             if layer.site.fqn in seen:

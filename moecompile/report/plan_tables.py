@@ -199,14 +199,16 @@ def _exchanged_table(plan: Plan) -> Table:
 
 def _stages_table(plan: Plan, pipeline: Pipeline) -> Table:
     """What each stage has and receives, and how many micro-batches it keeps for backward at most."""
-    table = plain_table("stage", "ranks", "layers", "and", "receives of each token", "kept")
+    table = plain_table("stage", "ranks", "layers", "and", "receives a token", "kept")
     assumes = plan.estimate.assumes if plan.estimate else None
     for number, stage in enumerate(pipeline.stages):
         index, each = pipeline.rank_of(number), plan.mesh.ranks_per_stage
         ranks = f"{index * each} to {(index + 1) * each - 1}" if each > 1 else str(index)
         layers, others = stage.layers, [unit.path for unit in stage.units if not unit.is_layer]
         ends = list(dict.fromkeys(path.rpartition(".")[2] for path in (layers[0], layers[-1])))
-        received = [f"{crossing.numbers:g} of {crossing.unit}" for crossing in stage.receives]
+        received = [
+            f"{crossing.numbers:,g} of {'.'.join(crossing.unit.split('.')[-2:])}" for crossing in stage.receives
+        ]
         kept = "" if assumes is None else str(pipeline.in_flight(index, assumes.accumulation)[number // pipeline.ranks])
         of_layers = f"{len(layers)}: {' to '.join(ends)}"
         cells = (str(number), ranks, of_layers, "\n".join(others) or "-", "\n".join(received) or "-", kept or "?")

@@ -53,9 +53,11 @@ def origin(model: nn.Module, runs: Sequence[Callable[[], Any]], every: dist.Proc
     return None
 
 
-def error_of(event: Event | None, step: int, world_size: int) -> NotFinite:
-    """The error for the user."""
-    if event is None:
+def error_of(event: Event | None, step: int, world_size: int, *, is_known: bool = True) -> NotFinite:
+    """The error for the user. is_known: whether the step was run again, to find where it began."""
+    if not is_known:
+        began = "Where it began is not known, because a stage of a pipeline cannot be run again by itself"
+    elif event is None:
         began = "It was finite when the step was run again, so something outside the model is random"
     else:
         began = f"It began in {event.name} on rank {event.rank} of {world_size}: {event.what} not finite"

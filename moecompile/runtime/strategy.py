@@ -595,7 +595,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         window, self._window, self._is_last = self._window, GradAccumulation(), False
         step = self.lightning_module.trainer.global_step
         if self._stages is not None:  # a micro-batch cannot be run again without the other stages
-            raise error_of(None, step + 1, self.world_size)
+            raise error_of(None, step + 1, self.world_size, is_known=False)
 
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             output = self.training_step(*args, **kwargs)

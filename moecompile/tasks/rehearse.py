@@ -126,6 +126,8 @@ def _check(config: Config, plan: Plan, model: nn.Module) -> None:
 
 def _refused(config: Config, plan: Plan, model: nn.Module) -> Iterator[tuple[str, str, str, str]]:
     """(key, value, why, what can be rehearsed)"""
+    if plan.pipeline is not None:
+        yield "mesh.pp", str(plan.mesh.pp), "what crosses a cut comes from another rank, with its shapes", "1"
     if config.trainer.compile is Compiled.regions:
         yield "trainer.compile", "regions", "a compiler makes other tensors than the program", "none"
     if is_encoder_decoder(model):

@@ -95,6 +95,11 @@ def _write(config: Config, fields: dict[str, Any], run_dir: Path, console: Conso
 
 
 def _check_baseline(config: Config, plan: plans.Plan) -> None:
+    if config.trainer.baseline is Baseline.dense and plan.pipeline is not None:
+        raise ConfigError(
+            "trainer.baseline", "dense", f"the dense model is not cut into the stages of mesh.pp={plan.mesh.pp}",
+            "Use trainer.baseline=none, or mesh.pp=1",
+        )  # fmt: skip
     existing = [layer.site.fqn for layer in plan.layers if isinstance(layer.site, plans.ExpertsSite)]
     if config.trainer.baseline is Baseline.dense and existing:
         raise ConfigError(
