@@ -72,7 +72,7 @@ def run_ranks(model: nn.Module, plan: Plan, config: Config, data: TextData, run_
 
 
 def merged(own: dict[str, Tensor], stages: dist.ProcessGroup | None) -> dict[str, Tensor]:
-    """On ranks of the first stage of a pipeline, what all stages have, itself first; elsewhere `own`. All ranks call it."""
+    """On ranks of the first stage of a pipeline what all stages have, else `own`. All ranks call it."""
     if stages is None:
         return own
     is_first = dist.get_rank(stages) == 0
