@@ -94,6 +94,7 @@ __all__ = [
     "whole_ops",
     "whole_shapes_unseen",
     "without_scores",
+    "without_values",
 ]
 
 OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
@@ -155,6 +156,23 @@ def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
 def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
     """The same for children."""
     return module._modules
+
+
+def without_values(module: nn.Module) -> nn.Module:
+    """A copy of a module on the meta device, with all its attributes: nothing of it keeps memory."""
+
+    def empty(tensor: torch.Tensor) -> torch.Tensor:
+        made = torch.empty_like(tensor, device="meta")
+        return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+
+    new: nn.Module = object.__new__(type(module))
+    vars(new).update(vars(module))
+    children = module._modules.items()
+    vars(new)["_modules"] = {name: None if child is None else without_values(child) for name, child in children}
+    for registry in ("_parameters", "_buffers"):
+        tensors = vars(module)[registry].items()
+        vars(new)[registry] = {name: None if tensor is None else empty(tensor) for name, tensor in tensors}
+    return new
 
 
 def non_persistent(module: nn.Module) -> set[str]:

@@ -17,16 +17,19 @@ import yaml
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from moecompile import planner
 from moecompile.compose import compose_config
 from moecompile.match.ffn import FFNMatch, find_ffns
 from moecompile.match.linears import GraphView
 from moecompile.match.regions import Region
 from moecompile.match.sites import graph_sites
+from moecompile.mesh import MeshSpec
 from moecompile.nn import Router
 from moecompile.passes.base import GraphPass
 from moecompile.passes.run import run_passes
 from moecompile.pipeline import make_plan
-from moecompile.plan import LayerPlan, Plan
+from moecompile.plan import Estimate, LayerPlan, Plan
+from moecompile.planner import ModelFacts, RunFacts
 from moecompile.report.graphs import graph_summary
 from moecompile.routing import BalanceSpec, RouterConfig
 from moecompile.schema import Config
@@ -189,6 +192,13 @@ def only_ffn(module: nn.Module) -> tuple[fx.GraphModule, FFNMatch]:
 def defaults() -> Config:
     """What holds without any override. Composing takes Hydra a tenth of a second or more, so it is done once."""
     return compose_config()
+
+
+def estimate(
+    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, **settings: Any
+) -> Estimate:
+    """The planner's, of a plan with these layers alone."""
+    return planner.estimate(Plan(mesh=mesh, layers=tuple(layers), reductions=()), facts, run, **settings)
 
 
 def config(*overrides: str) -> Config:

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moecompile.errors import MoecompileError
 from moecompile.stages import Pipeline, Unit
-from moecompile.torch_private import tree_leaves, tree_map_only
+from moecompile.torch_private import own_modules, tree_leaves, tree_map_only, without_values
 
 _PASSAGE = "_moecompile_passage"
 
@@ -107,7 +108,7 @@ def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Puts modules at these paths of the model."""
     for path, module in modules.items():
         owner, _, name = path.rpartition(".")
-        model.get_submodule(owner)._modules[name] = module
+        own_modules(model.get_submodule(owner))[name] = module
 
 
 class Absent(nn.Module):
@@ -120,7 +121,7 @@ class Absent(nn.Module):
 
     def __init__(self, unit: Unit, stage: int, module: nn.Module, passage: Passage) -> None:
         super().__init__()
-        vars(self).update(unit=unit, of_stage=stage, passage=passage, shape=_on_meta(module))
+        vars(self).update(unit=unit, of_stage=stage, passage=passage, shape=without_values(module))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["shape"], name)
@@ -153,23 +154,6 @@ class Absent(nn.Module):
         meta = tree_map_only(Tensor, lambda x: x.detach().to("meta"), (args, kwargs))
         output = self.shape(*meta[0], **meta[1])
         return tree_map_only(Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype, device=device), output)
-
-
-def _on_meta(module: nn.Module) -> nn.Module:
-    """A copy of the module, with all its attributes, whose tensors have no values."""
-    new: nn.Module = object.__new__(type(module))
-    vars(new).update(vars(module))
-    children = {name: None if child is None else _on_meta(child) for name, child in module._modules.items()}
-    vars(new)["_modules"] = children
-    for registry in ("_parameters", "_buffers"):
-        tensors = vars(module)[registry].items()
-        vars(new)[registry] = {name: None if tensor is None else _empty(tensor) for name, tensor in tensors}
-    return new
-
-
-def _empty(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
 # -- the whole model ------------------------------------------------------------------------------------------------
@@ -236,7 +220,7 @@ def cut_into_stages(model: nn.Module, pipeline: Pipeline, stages: Sequence[int])
     return passage
 
 
-def end_stages(model: nn.Module) -> None:
+def end_stages(model: nn.Module) -> list[RemovableHandle]:
     """Adds the hooks that note what later stages need, and that leave the calling code at the end of a stage.
 
     They come after those of FSDP, which must see that a module has returned.
@@ -244,14 +228,14 @@ def end_stages(model: nn.Module) -> None:
     passage = passage_of(model)
     assert passage is not None
     needed = {crossing.unit for stage in passage.pipeline.stages for crossing in stage.receives}
-    for path in needed & set(passage.present):
-        passage.present[path].register_forward_hook(_noted(path, passage))
+    noted = [path for path in passage.present if path in needed]
+    handles = [passage.present[path].register_forward_hook(_noted(path, passage)) for path in noted]
 
     def leave(_: nn.Module, args: Any, output: Any) -> None:
         if passage.stage is not None and not passage.is_last:
             raise StageEnded(output)
 
-    model.register_forward_hook(leave)
+    return [*handles, model.register_forward_hook(leave)]
 
 
 def _noted(path: str, passage: Passage) -> Any:

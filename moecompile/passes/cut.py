@@ -86,9 +86,8 @@ def stage_plan(plan: Plan, index: int) -> Plan:
 def run_in_stages(model: nn.Module, pipeline: Pipeline, call: Any) -> Any:
     """What `call()`, which calls the model, returns if the stages run one after another in this process."""
     cut_into_stages(model, pipeline, range(len(pipeline.stages)))
-    hooks = _Hooks(model)
+    hooks = end_stages(model)
     try:
-        end_stages(model)
         passage, sent = passage_of(model), tuple[Tensor, ...]()
         assert passage is not None
         for stage in range(len(pipeline.stages)):
@@ -99,20 +98,9 @@ def run_in_stages(model: nn.Module, pipeline: Pipeline, call: Any) -> Any:
                     sent = ended.sent
         return result
     finally:
-        hooks.restore()
+        for hook in hooks:
+            hook.remove()
         uncut(model)
-
-
-class _Hooks:
-    """The forward hooks of all modules, to remove later ones."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.before = {module: list(module._forward_hooks) for module in model.modules()}
-
-    def restore(self) -> None:
-        for module, known in self.before.items():
-            for key in [key for key in module._forward_hooks if key not in known]:
-                del module._forward_hooks[key]
 
 
 def check_stages(model: nn.Module, pipeline: Pipeline, example: Example) -> None:

@@ -7,14 +7,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import moecompile
-from moecompile import planner
 from moecompile.mesh import MeshSpec
 from moecompile.plan import (
     BalancePlan,
@@ -26,23 +24,18 @@ from moecompile.plan import (
     FFNSite,
     LayerPlan,
     MemoryEstimate,
-    Plan,
     RoutingPlan,
     Traffic,
 )
 from moecompile.planner import ModelFacts, RunFacts, Wire, forward_traffic
 from moecompile.planner.params import Expected, ffn_params, model_params
+from tests.tiny import estimate
 
 # Two layers of 50 + ffn parameters, ffn = 3 * 8 * 16 = 384, and a tied embedding of 100 * 8.
 FACTS = ModelFacts(params_total=1668, params_embedding=800, num_layers=2, vocab_size=100)
 RUN = RunFacts(tokens_per_rank=10)
 ONE_RANK = MeshSpec()
 FOUR_RANKS = MeshSpec(num_nodes=2, ranks_per_node=2, ep=4)
-
-
-def estimate(layers: list[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, **settings: Any) -> Estimate:
-    """Of a plan with these layers alone."""
-    return planner.estimate(Plan(mesh=mesh, layers=tuple(layers), reductions=()), facts, run, **settings)
 
 
 def site(kind: str = "gated", *, bias: bool = False) -> FFNSite:

@@ -9,7 +9,6 @@ import pytest
 
 from moecompile.mesh import MeshSpec
 from moecompile.plan import Estimate, ExpertShards
-from moecompile.planner import estimate
 from moecompile.planner.cost_model.counts import parallel_bytes, step_bytes
 from moecompile.planner.cost_model.inputs import Inputs, Layout, Machine, Software
 from moecompile.planner.params import WeightFact
@@ -18,6 +17,7 @@ from moecompile.planner.shards import Padding, padding
 from moecompile.planner.traffic import Links
 from tests.planner.search.test_described import TINY
 from tests.planner.test_estimate import FACTS, RUN, layer
+from tests.tiny import estimate
 
 EXPERTS, DENSE, ROUTER = 4 * 384, 1284, 32  # stacks of (4, 32, 8) and (4, 8, 16)
 

@@ -20,11 +20,12 @@ from moecompile.plan import (
     RoutingPlan,
     reductions,
 )
-from moecompile.planner import ModelFacts, RunFacts, estimate
+from moecompile.planner import ModelFacts, RunFacts
 from moecompile.report.plan_tables import print_plan, verdict
 from moecompile.report.text import bytes_text
 from tests.plan.plans import a_plan
 from tests.report.test_console import printed, words
+from tests.tiny import estimate
 
 
 def deepseek_v3() -> Plan:
