@@ -26,10 +26,11 @@ from moecompile.mesh import MeshSpec, Part
 from moecompile.nn import LayerLoad
 from moecompile.nn.losses import keepers_of
 from moecompile.nn.stages import passage_of
+from moecompile.passes.same_weights import tensor_hash
 from moecompile.plan import Plan
 from moecompile.runtime.groups import Groups, along
 from moecompile.runtime.pipeline import Computed, Stages, Steps, Wires, key_of
-from moecompile.torch_private import local_part, parameters_of
+from moecompile.torch_private import local_part, parameters_of, tree_leaves
 
 
 class Driver(Protocol):
@@ -142,6 +143,7 @@ class PipelineSteps:
             results = self.stages.step(
                 [key_of(call) for call in calls], steps, lambda: strategy._after_backward(parameters)
             )
+        self._check_same_batches(calls)
         logs.repeat(self.over, self.stages.has_loss)
         self._grads = {p: p.grad for p in parameters if p.grad is not None}
         for parameter in parameters:
@@ -156,6 +158,24 @@ class PipelineSteps:
             loss = loss / len(calls)
         strategy._window.num_tokens = total
         return self._result(loss, total)
+
+    def _check_same_batches(self, calls: Any) -> None:
+        """Checks that all stages have computed the same micro-batches: the first has the inputs, the last the targets.
+
+        Raises:
+            ConfigError: they have not.
+        """
+        leaves = [leaf for leaf in tree_leaves(calls) if isinstance(leaf, Tensor)]
+        hashes = [tensor_hash(leaf.detach()).to(self.strategy.root_device) for leaf in leaves]
+        total = torch.stack(hashes).sum() if hashes else torch.zeros((), dtype=torch.int64)
+        extremes = torch.stack((total, ~total))  # ~x reverses the order, so one MAX gives both extremes
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.over)
+        if bool(extremes[0] != ~extremes[1]):
+            raise ConfigError(
+                "train_dataloader", f"rank {self.strategy.global_rank}",
+                "gives the stages of a pipeline different micro-batches", "Split the data by "
+                "trainer.strategy.distributed_sampler_kwargs, which is the same on all stages, not by the global rank",
+            )  # fmt: skip
 
     def _result(self, loss: Tensor, tokens: Tensor) -> Any:
         return {"loss": loss, "num_tokens": tokens} if self.strategy.loss == "sum" else loss
@@ -201,7 +221,7 @@ class PipelineSteps:
         for kind, loss in self._aux.pop((stage, number), {}).items():
             self._sums[kind] = self._sums[kind] + weight * loss.detach().double()
 
-    def backward(self, loss: Tensor, *, is_last: bool) -> Tensor:
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Completes the gradients of the window, which are there since the last training step."""
         strategy = self.strategy
         if is_last:
@@ -212,7 +232,6 @@ class PipelineSteps:
                 parameter.grad = grad
             self._grads = {}
             strategy._complete_gradients()
-        return loss
 
     # -- over stages ------------------------------------------------------------------------------------------------
 
@@ -251,8 +270,13 @@ class _Logs:
         self.module, self.calls = module, list[tuple[tuple[Any, ...], dict[str, Any]]]()
 
     def __enter__(self) -> _Logs:
-        def log(*args: Any, **kwargs: Any) -> None:
-            self.calls.append((args, kwargs))
+        def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+            if hasattr(value, "compute"):
+                raise ConfigError(
+                    "self.log", name, "logs a metric object, which the other stages of a pipeline do not have",
+                    "Log a tensor or a number, or use mesh.pp=1",
+                )  # fmt: skip
+            self.calls.append(((name, value, *args), kwargs))
 
         self.module.log = log
         return self

@@ -466,8 +466,10 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """
         module = self.lightning_module
         assert module is not None and self.model is not None
-        if self._stages is not None:
-            return self._stages.backward(closure_loss, is_last=self._is_last)
+        if self._stages is not None:  # backwards are computed already; hooks run as usual
+            self.precision_plugin.pre_backward(closure_loss, module)
+            self._stages.backward(closure_loss, is_last=self._is_last)
+            return self.precision_plugin.post_backward(closure_loss, module)
         loss = self._objective(closure_loss)
         self._window.add_loss(loss)
         if not self._finish.is_open:

@@ -88,7 +88,9 @@ def _shrink_mesh(work: _Shrinking) -> None:
     why = f"{spec.world_size} ranks are more than {MAX_RANKS} processes of one machine"
     nodes = min(2, spec.num_nodes)
     ranks = 2 if nodes > 1 or spec.ranks_per_node < 4 else 4
-    ep = nodes * ranks if spec.ep == spec.world_size or spec.nodes_per_ep_group > 1 else min(spec.ep, ranks)
+    of_stage = nodes * ranks // min(spec.pp, ranks)
+    all_of_stage = spec.ep == spec.ranks_per_stage or spec.nodes_per_ep_group > 1
+    ep = of_stage if all_of_stage else min(spec.ep, ranks, of_stage)
     for name, value in (
         ("num_nodes", nodes),
         ("ranks_per_node", ranks),

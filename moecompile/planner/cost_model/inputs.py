@@ -48,7 +48,7 @@ _PATHS = {
     "gpus": "mesh", "ep": "mesh.ep", "seq": "data.seq_len", "global_batch": "data.global_batch_size",
     "micro_batch": "data.micro_batch_size", **{name: f"workload.{name}" for name in ("tp", "pp", "vpp", "cp", "etp")},
 }  # fmt: skip
-SAID_BY_MESH = ("tp", "cp")  # sizes of a described layout that are also axes of a mesh
+SAID_BY_MESH = ("tp", "pp", "cp")  # sizes of a described layout that are also axes of a mesh
 _BITS = {Precision.fp32: 32}
 REPEATED: Mapping[str, tuple[str, ...]] = {
     "none": (),

@@ -455,14 +455,14 @@ def _space(search: Search, plan: Plan, inputs: Inputs) -> Space:
         space, ep=[ep for ep in axes.ep if _on_nodes(plan.mesh, ep, tp)], kinds=kinds, recompute=recompute,
         micro_batch=[n for n in axes.micro_batch if n <= 8 or len(axes.micro_batch) == 1],
         ran=[tp for tp in axes.sharing["tp"] if _splits(search, tp)],
-        tp=[tp] if "tp" in said else space.tp, cp=[config.mesh.cp] if "cp" in said else space.cp,
-        ran_cp=config.mesh.cp,
+        tp=[tp] if "tp" in said else space.tp, pp=[config.mesh.pp] if "pp" in said else space.pp,
+        cp=[config.mesh.cp] if "cp" in said else space.cp, ran_cp=config.mesh.cp,
     )  # fmt: skip
 
 
 def _said(search: Search) -> list[str]:
     """Sizes that the mesh says and keeps; a described layout has them too, and does not say them again."""
-    kept = {"tp": "tp" in search.axes.kept, "cp": True}
+    kept = {"tp": "tp" in search.axes.kept, "pp": True, "cp": True}
     return [name for name in SAID_BY_MESH if kept[name] and getattr(search.config.mesh, name) > 1]
 
 
