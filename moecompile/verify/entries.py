@@ -34,17 +34,15 @@ def make_distinct(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
     flat = torch.cat([_moved(weight, generator) for weight in weights])
-    ordered, order = flat.sort()
-    is_free = ordered != 0  # of the entries so far, those that keep their value
-    is_free[1:] &= ordered[1:] != ordered[:-1]
-    again, taken = order[~is_free], ordered[is_free]
-    while again.numel():
-        tried = flat[again] * (1 + 1e-3 * torch.rand(len(again), generator=generator)) + 1e-6
-        flat[again] = tried
-        ordered, order = tried.sort()
-        is_free = (ordered != 0) & (taken[torch.searchsorted(taken, ordered).clamp(max=len(taken) - 1)] != ordered)
+    while True:
+        bits, order = flat.view(torch.int32).sort()  # equal numbers lie together, and integers are sorted by radix
+        ordered = bits.view(torch.float32)
+        is_free = ordered != 0
         is_free[1:] &= ordered[1:] != ordered[:-1]
-        again, taken = again[order[~is_free]], torch.cat([taken, ordered[is_free]]).sort().values
+        again = order[~is_free]
+        if not len(again):
+            break
+        flat[again] = flat[again] * (1 + 1e-3 * torch.rand(len(again), generator=generator)) + 1e-6
     for weight, values in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
         weight.copy_(values.view_as(weight))
 
@@ -74,22 +72,26 @@ class Entries:
 
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor]:
-        """All values in order, and their numbers."""
-        values, numbers = self._flat.sort()
-        return values, numbers
+        """The bits of all values in order, which sort faster than the values, and their numbers."""
+        bits, numbers = self._flat.view(torch.int64).sort()
+        return bits, numbers
 
     def locate(self, local: Tensor) -> Tensor:
         """The number of each entry of `local`, flat; NOWHERE if no entry has this value, PADDING where it is zero."""
         values = local.detach().double().cpu().flatten()
         if not self.total or not len(values):
             return torch.full(values.shape, NOWHERE)
-        first = next(iter((self._flat == values[0]).nonzero().flatten().tolist()), 0)
+        first = int(self._nearest(values[:1]))
         if torch.equal(self._flat[first : first + len(values)], values):  # most shards lie as in the model
             return torch.arange(first, first + len(values))
-        ordered, order = self._sorted
-        index = torch.searchsorted(ordered, values).clamp(max=self.total - 1)
-        found = torch.where(ordered[index] == values, order[index], NOWHERE)
+        numbers = self._nearest(values)
+        found = torch.where(self._flat[numbers] == values, numbers, NOWHERE)
         return torch.where(values == 0, PADDING, found)
+
+    def _nearest(self, values: Tensor) -> Tensor:
+        """The numbers of the entries that have these values, and of any others where none has."""
+        bits, numbers = self._sorted
+        return numbers[torch.searchsorted(bits, values.view(torch.int64)).clamp(max=self.total - 1)]
 
     def parts(self, numbers: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """The weights that a tensor has entries of: name, which of the tensor's, which of the weight's, flat."""

@@ -188,7 +188,8 @@ class _Recorder(StepObserver):
 
 def full(tensor: Tensor) -> Tensor:
     """A copy of a tensor; a DTensor is gathered from all ranks. All ranks call it."""
-    _QUIET.setLevel(logging.ERROR)  # it warns that gathering over two axes takes two collectives
+    if _QUIET.level != logging.ERROR:  # it warns that gathering over two axes takes two collectives
+        _QUIET.setLevel(logging.ERROR)  # which empties what every logger has cached
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 

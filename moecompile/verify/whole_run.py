@@ -63,7 +63,7 @@ def certify_config(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
         check_packing(model, config.model.name)
     exact: Trace | None = None
     for mode in modes(config):
-        plan = noiseless_plan(mode.config)
+        plan = planned if mode.config == config else noiseless_plan(mode.config)
         trace = run_ranks(build(mode.config, plan, mode.dtype), plan, mode.config, data, run_dir / mode.label)
         if rank == 0:  # Step 2
             alone, batches = build(mode.config, on_one_process(plan), mode.dtype), _all_batches(mode.config, data)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from moecompile.runtime.failures import is_peer_lost
 from moecompile.runtime.ranks import worker_variables
-from tests import forked
+from tests import composed, forked
 
 _PEER_GRACE_S = 2.0
 _MORE_S, _BUSY = 2.0, 0.05
@@ -174,6 +174,7 @@ def _rank(
         import torch
 
         torch.set_num_threads(1)
+        composed.use()
         timeout = timedelta(seconds=timeout_s * _COLLECTIVE)
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)

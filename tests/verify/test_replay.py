@@ -19,12 +19,16 @@ from moecompile.verify.job import Trace
 from tests.distributed.harness import run_distributed_test
 from tests.tiny import SHORT
 
-SMALL = ["routing.replay=record", "verify.dtype=float64", "trainer.checkpointing=full", SHORT]
+SMALL = [
+    "mesh=cpu_1x2", "routing.replay=record", "verify.dtype=float64", "trainer.checkpointing=full", "data.vocab_size=300",
+    "data.seq_len=16", "data.micro_batch_size=1", "data.global_batch_size=8", SHORT,
+]  # fmt: skip
+LAYERS = ["model.config.num_hidden_layers=2"]
 MODELS = {
-    "sigmoid, groups": ["recipe=deepseek_ep", "mesh=cpu_1x2"],
-    "softmax": ["recipe=mixtral_ep", "mesh=cpu_1x2", "balance.losses.z=0.01"],
-    "t5": ["recipe=switch_ep", "mesh=cpu_1x2"],
-    "own router": ["model=qwen3_30b_a3b", "mesh=cpu_1x2", "model.device=cpu"],
+    "sigmoid, groups": ["recipe=deepseek_ep", *LAYERS],
+    "softmax": ["recipe=mixtral_ep", *LAYERS, "balance.losses.z=0.01"],
+    "t5": ["recipe=switch_ep", "model.config.num_layers=2"],
+    "own router": ["model=qwen3_30b_a3b", *LAYERS, "model.device=cpu"],
 }
 
 MUTATIONS = {"dead": "gradients"}
