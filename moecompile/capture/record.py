@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import EllipsisType
@@ -59,14 +60,15 @@ class Recording:
 
     graph: a dataflow graph for matching, not for execution: one node per torch function call; `meta["owner"]` is the
     path of the module that made the call; parameters are `get_attr` nodes. calls: first call of every module that ran.
-    read, made: the nodes of the tensors in the arguments and in the result of that call; None for a tensor that no
-    node stands for.
+    runs: how often each of them ran. read, made: the nodes of the tensors in the arguments and in the result of the
+    first call; None for a tensor that no node stands for.
     """
 
     model: nn.Module
     example: Example
     graph: fx.Graph
     calls: dict[str, ModuleCall] = field(default_factory=dict)
+    runs: Counter[str] = field(default_factory=Counter)
     read: dict[str, list[fx.Node | None]] = field(default_factory=dict)
     made: dict[str, list[fx.Node | None]] = field(default_factory=dict)
 
@@ -187,6 +189,7 @@ def _watched(module: nn.Module, names: list[str], recording: Recording, mode: _R
         caller = mode.owners[-1]
         name = next((name for name in names if name.startswith(f"{caller}.")), names[0])
         recording.calls.setdefault(name, ModuleCall(args, dict(kwargs)))
+        recording.runs[name] += 1
         recording.read.setdefault(name, mode.nodes_of((args, kwargs)))
         mode.owners.append(name)
 

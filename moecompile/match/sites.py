@@ -484,7 +484,8 @@ def capture_regions(
         named: whether experts.match names the path of a shared expert (an FFN inside an MoE block).
 
     Raises:
-        ConfigError: `auto` finds only experts that cannot be rewritten, or `existing` finds none.
+        ConfigError: `auto` finds only experts that cannot be rewritten, `existing` finds none, or a site runs more than
+            once.
     """
     captured = Captured()
     existing = find_existing(recording, captured, prove)  # Step 1
@@ -505,7 +506,22 @@ def capture_regions(
         trace_all(recording, dense, captured)  # Step 4
     order = {path: i for i, path in enumerate(recording.calls)}
     captured.sites.sort(key=lambda site: order[captured.region_of[site.fqn]])
+    _check_run_once(recording, captured)
     return captured
+
+
+def _check_run_once(recording: Recording, captured: Captured) -> None:
+    """Refuses a model that loops over its layers or shares one (Inkling2-loop, ALBERT). Gradients would be right, but
+    rows, memory and seconds are planned for one run, and losses of a router are those of its last.
+    """
+    for path in captured.regions:
+        if (runs := recording.runs[path]) > 1:
+            raise ConfigError(
+                "model", type(recording.model).__name__,
+                f"runs {path or 'itself'} {runs} times in one forward; plans count the rows, memory and seconds of one "
+                "run, and balance losses those of the last",
+                "Use a model that runs each of its layers once",
+            )  # fmt: skip
 
 
 def _selected(kind: SiteKind, num_existing: int, refused: Sequence[Site]) -> SiteKind:
