@@ -63,6 +63,7 @@ __all__ = [
     "fake_values",
     "gathered_bytes",
     "group_of_members",
+    "groups_of",
     "hooks_of",
     "in_backward",
     "is_fake",
@@ -137,11 +138,11 @@ def _fsdp_params(model: nn.Module) -> Iterator[FSDPParam]:
     """FSDP2's records of the weights that it has gathered at least once."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            for group in _groups(module):
+            for group in groups_of(module):
                 yield from (param for param in group.fsdp_params if hasattr(param, "_unsharded_param"))
 
 
-def _groups(module: FSDPModule) -> list[FSDPParamGroup]:
+def groups_of(module: FSDPModule) -> list[FSDPParamGroup]:
     """The weights of an FSDP2 module that are gathered together, by their mesh."""
     state: Any = module._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
@@ -214,7 +215,7 @@ def drop_unreduced(model: nn.Module) -> None:
         param.unsharded_accumulated_grad = param._unsharded_param.grad = None
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            for group in _groups(module):
+            for group in groups_of(module):
                 group._partial_reduce_output = None
 
 
@@ -483,7 +484,7 @@ def one_mesh_each() -> Iterator[None]:
         return
     made: Any = _fsdp_param_group.FSDPParamGroup
 
-    def groups_of(
+    def by_mesh(
         params: list[nn.Parameter], modules: Any, mesh_info: Any, post_forward: Any, device: Any,
         place: Callable[[nn.Parameter], ShardPlacementResult], *rest: Any,
     ) -> Any:  # fmt: skip
@@ -497,7 +498,7 @@ def one_mesh_each() -> Iterator[None]:
         ]
         return _AsOne(groups)
 
-    _fsdp_param_group.FSDPParamGroup = groups_of  # type: ignore[assignment, misc]
+    _fsdp_param_group.FSDPParamGroup = by_mesh  # type: ignore[assignment, misc]
     try:
         yield
     finally:
@@ -572,7 +573,7 @@ def gathered_bytes(model: nn.Module, *, at_once: bool) -> int:
     sizes = []
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            params = [param for group in _groups(module) for param in group.fsdp_params]
+            params = [param for group in groups_of(module) for param in group.fsdp_params]
             outputs = [out for param in params for out in getattr(param, "all_gather_outputs", ())]
             sizes.append(sum(out.numel() * out.element_size() for out in outputs))
     return sum(sizes) if at_once or not sizes else sizes[0] + max(sizes[1:], default=0)
