@@ -511,8 +511,8 @@ def capture_regions(
 
 
 def _check_run_once(recording: Recording, paths: Iterable[str]) -> None:
-    """Refuses a model that loops over its experts (Inkling2-loop). Gradients would be right, but rows, memory and seconds
-    are planned for one run, and losses of a router are those of its last.
+    """Refuses a model that loops over its experts (Inkling2-loop). Gradients would be right, but rows, memory and
+    seconds are planned for one run, and losses of a router are those of its last.
     """
     for path in paths:
         if (runs := recording.runs[path]) > 1:
