@@ -22,11 +22,13 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(OPTIONS)
 
-nightly: test-oldest # what needs more time, or more packages, than a check has: an hour
+nightly: .venv/.installed # what needs more time, or more packages, than a check has: an hour and a half
+	$(BIN)/python tests/oldest.py --cuda --ranks
+	$(BIN)/python tests/oldest.py --cuda --ranks --python python3.12
 	$(PIP) --editable '.[eval,ray]' || echo "lm-eval and Ray could not be installed: their examples are NOT tested" >&2
 	$(BIN)/pytest -m nightly --durations 20
 
-test-oldest: .venv/.installed # some of them under the oldest torch, in .venv-oldest, where a CPU build of it is to be had
+test-oldest: .venv/.installed # some of them under the oldest torch, in .venv-oldest-*, where a CPU build of it is to be had
 	$(BIN)/python tests/oldest.py
 
 lint: .venv/.installed

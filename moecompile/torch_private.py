@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from datetime import timedelta
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,14 +18,9 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group, _world
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard import _fsdp_param
-from torch.distributed.fsdp._fully_shard._fsdp_common import (
-    FSDPMeshInfo,
-    HSDPMeshInfo,
-    ShardPlacementResult,
-    TrainingState,
-)
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp._fully_shard import _fsdp_common, _fsdp_param, _fsdp_param_group
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, TrainingState
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
@@ -42,7 +38,9 @@ if TYPE_CHECKING:
     from torch._subclasses import FakeTensorMode
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
     from torch.distributed.checkpoint.planner import SavePlan
+    from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 __all__ = [
     "MASK_FUNCTIONS",
@@ -65,6 +63,7 @@ __all__ = [
     "fake_values",
     "gathered_bytes",
     "group_of_members",
+    "groups_of",
     "hooks_of",
     "in_backward",
     "is_fake",
@@ -75,6 +74,7 @@ __all__ = [
     "move_hooks",
     "non_persistent",
     "one_chunk_each",
+    "one_mesh_each",
     "own_buffers",
     "own_modules",
     "own_parameters",
@@ -139,8 +139,17 @@ def _fsdp_params(model: nn.Module) -> Iterator[FSDPParam]:
     """FSDP2's records of the weights that it has gathered at least once."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
+            for group in groups_of(module):
                 yield from (param for param in group.fsdp_params if hasattr(param, "_unsharded_param"))
+
+
+def groups_of(module: FSDPModule) -> list[FSDPParamGroup]:
+    """The weights of an FSDP2 module that are gathered together, by their mesh."""
+    state: Any = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    only = state._fsdp_param_group  # before torch 2.12
+    return only.groups if isinstance(only, _AsOne) else [only] if only else []
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
@@ -224,7 +233,7 @@ def drop_unreduced(model: nn.Module) -> None:
         param.unsharded_accumulated_grad = param._unsharded_param.grad = None
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
+            for group in groups_of(module):
                 group._partial_reduce_output = None
 
 
@@ -409,6 +418,111 @@ def one_chunk_each() -> Iterator[None]:
         _fsdp_param._chunk_with_empty = chunk
 
 
+# -- a mesh for each weight, which FSDP2 of torch 2.11 has not ---------------------------------------------------------
+#
+# From 2.12 on, `shard_placement_fn` may return a `ShardPlacementResult`, a placement and a mesh, and FSDP2 makes of a
+# module's weights one group for each mesh. Before, a module has one group and one mesh. Modules inside modules, one for
+# each mesh, would not do: gradients of experts may come after those of their rows (ops/collect.py), and only the layer
+# around waits for both. So the groups are made here, and a module is given them as one.
+
+
+@dataclass(frozen=True)
+class _ShardPlacementResult:
+    """As of torch 2.12."""
+
+    placement: Shard | None
+    mesh_info: FSDPMeshInfo
+
+
+if not TYPE_CHECKING:  # an image of 2.11 may have the name, so it is asked for, not the version
+    ShardPlacementResult = getattr(_fsdp_common, "ShardPlacementResult", _ShardPlacementResult)
+
+
+class _AsOne:
+    """Groups of weights that FSDP2 of torch 2.11 takes for one.
+
+    What it calls is called on each in turn, as 2.12 does; hooks around a forward pass on what the former returned. What
+    it sets is set on each. What it reads is alike for all, but for the weights and for what one of them has not done.
+    """
+
+    def __init__(self, groups: list[FSDPParamGroup]) -> None:
+        vars(self)["groups"] = groups
+
+    def __getattr__(self, name: str) -> Any:
+        found = [getattr(group, name) for group in self.groups]
+        if not callable(found[0]):
+            return found[0]
+        return lambda *args, **kwargs: [call(*args, **kwargs) for call in found] and None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        for group in self.groups:
+            # Set is whether weights are freed after the forward; each group is gathered again over its own mesh.
+            own = name == "post_forward_mesh_info" and value is not None
+            setattr(group, name, group.mesh_info if own else value)
+
+    @property
+    def fsdp_params(self) -> list[FSDPParam]:
+        return list(chain.from_iterable(group.fsdp_params for group in self.groups))
+
+    @property
+    def is_unsharded(self) -> bool:
+        return all(group.is_unsharded for group in self.groups)
+
+    @property
+    def _training_state(self) -> TrainingState:
+        states: list[TrainingState] = [group._training_state for group in self.groups]
+        return next((state for state in states if state != TrainingState.POST_BACKWARD), states[0])
+
+    @_training_state.setter
+    def _training_state(self, state: TrainingState) -> None:
+        for group in self.groups:
+            group._training_state = state
+
+    def pre_forward(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        for group in self.groups:
+            args, kwargs = group.pre_forward(module, args, kwargs)
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, given: Any, output: Any) -> Any:
+        for group in self.groups:
+            output = group.post_forward(module, given, output)
+        return output
+
+    def post_backward(self) -> None:
+        for group in self.groups:
+            if group._training_state is not TrainingState.POST_BACKWARD:
+                group.post_backward()
+
+
+@contextmanager
+def one_mesh_each() -> Iterator[None]:
+    """`fully_shard` takes a placement function that returns a `ShardPlacementResult` for each weight."""
+    if hasattr(_fsdp_common, "ShardPlacementResult"):
+        yield
+        return
+    made: Any = _fsdp_param_group.FSDPParamGroup
+
+    def by_mesh(
+        params: list[nn.Parameter], modules: Any, mesh_info: Any, post_forward: Any, device: Any,
+        place: Callable[[nn.Parameter], ShardPlacementResult], *rest: Any,
+    ) -> Any:  # fmt: skip
+        of_mesh: dict[int, list[nn.Parameter]] = {}
+        infos = {id(info): info for info in (place(param).mesh_info for param in params)}
+        for param in params:
+            of_mesh.setdefault(id(place(param).mesh_info), []).append(param)
+        groups = [
+            made(found, modules, infos[key], post_forward and infos[key], device, lambda p: place(p).placement, *rest)
+            for key, found in of_mesh.items()
+        ]
+        return _AsOne(groups)
+
+    _fsdp_param_group.FSDPParamGroup = by_mesh  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        _fsdp_param_group.FSDPParamGroup = made  # type: ignore[misc]
+
+
 @contextmanager
 def checked_already(is_right: Callable[[TensorStorageMetadata], bool]) -> Iterator[None]:
     """Torch DCP does not compare the chunks of an entry with one another if `is_right` says that they tile it."""
@@ -477,7 +591,7 @@ def gathered_bytes(model: nn.Module, *, at_once: bool) -> int:
     sizes = []
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            params = [param for group in module._get_fsdp_state()._fsdp_param_groups for param in group.fsdp_params]
+            params = [param for group in groups_of(module) for param in group.fsdp_params]
             outputs = [out for param in params for out in getattr(param, "all_gather_outputs", ())]
             sizes.append(sum(out.numel() * out.element_size() for out in outputs))
     return sum(sizes) if at_once or not sizes else sizes[0] + max(sizes[1:], default=0)

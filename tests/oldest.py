@@ -1,54 +1,79 @@
-"""`make test-oldest`: the quick tests of what touches torch most, under the oldest torch that pyproject.toml admits.
+"""`make test-oldest`: tests of what touches torch most, under the oldest torch that pyproject.toml admits.
 
-A virtual environment of its own, and about five minutes. Where that torch can only be had with its CUDA libraries (3 GB),
-or not at all, nothing is tested, which is said on stderr.
+    python tests/oldest.py                              the quick ones, under the Python that runs it
+    python tests/oldest.py --python python3.12          under another one
+    python tests/oldest.py --cuda --ranks               with CUDA's libraries, if there is no other build; and real ranks
+
+A virtual environment of its own, and about five minutes; ten with ranks. Where that Python or that torch is not to be had,
+or the torch only with its CUDA libraries (3 GB) without `--cuda`, nothing is tested, which is said on stderr.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
-import venv
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 REPOSITORY = Path(__file__).parents[1]
-PLACE = REPOSITORY / ".venv-oldest"
 TESTS = (
     "tests/ops/test_registered.py", "tests/ops/test_tracing.py", "tests/ops/test_expert_ffn.py", "tests/capture",
     "tests/passes/test_recompute.py", "tests/passes/test_shard.py", "tests/checkpoint/test_tensors.py", "tests/test_pipeline.py",
+)  # fmt: skip
+ON_RANKS = (
+    "tests/distributed/test_gradients.py", "tests/distributed/test_existing.py", "tests/distributed/test_fold.py",
+    "tests/distributed/test_expert_shards.py", "tests/distributed/test_post_expert_norm.py",
 )  # fmt: skip
 NEEDED = ("pytest", "hypothesis", "scipy", "peft>=0.21")
 _PIP = ("-m", "pip", "--disable-pip-version-check")
 _CUDA = ("nvidia", "cuda", "triton")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     """The exit code of the tests, or 0 where there are none."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", default=sys.executable, help="such as python3.12")
+    parser.add_argument("--cuda", action="store_true", help="a build with CUDA's libraries will do")
+    parser.add_argument("--ranks", action="store_true", help="on real ranks too")
+    options = parser.parse_args(arguments)
     wanted = f"torch=={oldest()}.*"
-    asked = [*_PIP, "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps", "--report", "-", wanted]
-    found = subprocess.run([sys.executable, *asked], capture_output=True, text=True)
-    reason = found.stderr.strip()[-300:] if found.returncode else why_not(found.stdout)
-    if reason:
-        print(f"{wanted} is NOT tested: {reason}", file=sys.stderr)
-        return 0
-    python = str(PLACE / "bin" / "python")
+    if shutil.which(options.python) is None:
+        return _not_tested(f"{wanted} on {options.python}", "there is no such Python")
+    place = REPOSITORY / f".venv-oldest-{Path(options.python).name}"
+    python = str(place / "bin" / "python")
     if not Path(python).exists():
-        venv.create(PLACE, with_pip=True)
+        subprocess.run([options.python, "-m", "venv", str(place)], check=True)
+    asked = [*_PIP, "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps", "--report", "-", wanted]
+    found = subprocess.run([python, *asked], capture_output=True, text=True)
+    if found.returncode:
+        return _not_tested(wanted, found.stderr.strip()[-300:])
+    if not options.cuda and (reason := why_not(found.stdout)):
+        return _not_tested(wanted, reason)
     subprocess.run([python, *_PIP, "install", "--quiet", wanted, "--editable", str(REPOSITORY), *NEEDED], check=True)
-    return subprocess.run([python, "-m", "pytest", *TESTS], cwd=REPOSITORY).returncode
+    quick = subprocess.run([python, "-m", "pytest", *TESTS], cwd=REPOSITORY).returncode
+    if quick or not options.ranks:
+        return quick
+    return subprocess.run([python, "-m", "pytest", "-m", "slow or not slow", *ON_RANKS], cwd=REPOSITORY).returncode
+
+
+def _not_tested(what: str, reason: str) -> int:
+    print(f"{what} is NOT tested: {reason}", file=sys.stderr)
+    return 0
 
 
 def oldest() -> str:
-    """Such as `2.12`, from pyproject.toml."""
+    """Such as `2.11`, from pyproject.toml."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (torch,) = (Requirement(text) for text in project["dependencies"] if text.startswith("torch>="))
     (bound,) = torch.specifier
-    return bound.version
+    return ".".join(map(str, Version(bound.version).release[:2]))
 
 
 def why_not(report: str) -> str:
@@ -67,4 +92,4 @@ def cuda_packages(requires: Iterable[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tomllib
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests import oldest
 
@@ -18,7 +21,14 @@ def report(*requires: str) -> str:
 
 
 def test_the_oldest_torch_is_that_of_the_project() -> None:
-    assert oldest.oldest() == "2.12"
+    assert oldest.oldest() == "2.11"
+
+
+def test_an_image_with_a_build_before_the_release_will_do() -> None:
+    """pip leaves the torch of NGC 26.02 alone."""
+    project = tomllib.loads((oldest.REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (torch,) = (Requirement(text) for text in project["dependencies"] if text.startswith("torch>="))
+    assert "2.11.0a0+eb65b36914.nv26.2" in torch.specifier and "2.10.1" not in torch.specifier
 
 
 def test_a_build_with_cuda_is_left_out_and_others_are_not() -> None:
@@ -31,7 +41,7 @@ def test_a_build_with_cuda_is_left_out_and_others_are_not() -> None:
 
 @pytest.mark.parametrize(("code", "out", "why"), [(1, "", "no network"), (0, report(ON_LINUX), "packages of CUDA")])
 def test_what_is_not_tested_is_said(
-    code: int, out: str, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    code: int, out: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[list[str]] = []
 
@@ -40,10 +50,38 @@ def test_what_is_not_tested_is_said(
         return subprocess.CompletedProcess(command, code, stdout=out, stderr="no network")
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(oldest, "REPOSITORY", repository(tmp_path))
     assert oldest.main() == 0
-    assert "torch==2.12.* is NOT tested: " in (said := capsys.readouterr().err) and why in said
-    assert len(asked) == 1 and "--dry-run" in asked[0]
+    assert "torch==2.11.* is NOT tested: " in (said := capsys.readouterr().err) and why in said
+    made, wanted = asked
+    assert "venv" in made and "--dry-run" in wanted
+
+
+def repository(folder: Path) -> Path:
+    """Without a virtual environment."""
+    (folder / "pyproject.toml").write_bytes((oldest.REPOSITORY / "pyproject.toml").read_bytes())
+    return folder
+
+
+def test_a_python_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert oldest.main(["--python", "python3.99"]) == 0
+    assert "torch==2.11.* on python3.99 is NOT tested: there is no such Python" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "ran"), [((), 0), (("--cuda",), 1), (("--cuda", "--ranks"), 2)])
+def test_what_is_run(options: tuple[str, ...], ran: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CUDA's libraries, and on ranks, where that is asked for."""
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout=report(ON_LINUX), stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(oldest, "REPOSITORY", repository(tmp_path))
+    assert oldest.main(options) == 0
+    assert sum("pytest" in command for command in asked if "install" not in command) == ran
 
 
 def test_its_tests_exist() -> None:
-    assert all((oldest.REPOSITORY / path).exists() for path in oldest.TESTS)
+    assert all((oldest.REPOSITORY / path).exists() for path in (*oldest.TESTS, *oldest.ON_RANKS))

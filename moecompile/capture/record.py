@@ -73,18 +73,18 @@ class Recording:
 
     graph: a dataflow graph for matching, not for execution: one node per torch function call; `meta["owner"]` is the
     path of the module that made the call, and `meta["same"]`, if the result is the unchanged first argument, its node;
-    parameters are `get_attr` nodes. calls: first call of every module that ran.
-    read, made: the nodes of the tensors in the arguments and in the result of that call; None for a tensor that no
-    node stands for. times: calls of each module. forms: the result of its first call, see `form_of`.
+    parameters are `get_attr` nodes. calls: first call of every module that ran. runs: how often each of them ran. read,
+    made: the nodes of the tensors in the arguments and in the result of the first call; None for a tensor that no node
+    stands for. forms: that result, see `form_of`.
     """
 
     model: nn.Module
     example: Example
     graph: fx.Graph
     calls: dict[str, ModuleCall] = field(default_factory=dict)
+    runs: Counter[str] = field(default_factory=Counter)
     read: dict[str, list[fx.Node | None]] = field(default_factory=dict)
     made: dict[str, list[fx.Node | None]] = field(default_factory=dict)
-    times: Counter[str] = field(default_factory=Counter)
     forms: dict[str, Any] = field(default_factory=dict)
 
 
@@ -208,8 +208,8 @@ def _watched(module: nn.Module, names: list[str], recording: Recording, mode: _R
         caller = mode.owners[-1]
         name = next((name for name in names if name.startswith(f"{caller}.")), names[0])
         recording.calls.setdefault(name, ModuleCall(args, dict(kwargs)))
+        recording.runs[name] += 1
         recording.read.setdefault(name, mode.nodes_of((args, kwargs)))
-        recording.times[name] += 1
         mode.owners.append(name)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:

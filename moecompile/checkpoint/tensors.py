@@ -13,6 +13,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def read_index(folder: Path) -> Metadata:
             index = _IndexReader(file).load()
         if not isinstance(index, Metadata):
             raise pickle.UnpicklingError(f"it holds a {type(index).__name__}")
-    except (OSError, pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError) as error:
         fix = "Use a checkpoint that moecompile wrote"
         raise ConfigError("trainer.resume", folder, f"its index {INDEX} cannot be read ({error})", fix) from error
     return index
@@ -193,10 +194,18 @@ class _IndexReader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         module = "pathlib" if module == "pathlib._local" else module  # where Python 3.13 has its classes
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.0 to 3.11.3 write a member of an Enum
+            return _member
         value = getattr(torch, name, None) if module == "torch" else None
         if name in _INDEX_CLASSES.get(module, ()) or isinstance(value, torch.dtype):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
+
+
+def _member(owner: Any, name: Any) -> Enum:
+    if not (isinstance(owner, type) and issubclass(owner, Enum)):
+        raise pickle.UnpicklingError("builtins.getattr is not allowed in it")
+    return owner[name]
 
 
 class _Writer(FileSystemWriter):

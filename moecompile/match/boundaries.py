@@ -110,7 +110,7 @@ class Boundaries:
         if len(layers) < 2:
             return f"it has {len(layers)} layers in a list of modules that are called one after another"
         for unit in self.units:
-            if (times := self.recording.times[unit.path]) > 1:
+            if (times := self.recording.runs[unit.path]) > 1:
                 return f"{unit.path} is called {times} times in a forward"
         for one, other in zip(self.units, self.units[1:], strict=False):
             if one.last > other.first:

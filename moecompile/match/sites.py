@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -484,7 +484,8 @@ def capture_regions(
         named: whether experts.match names the path of a shared expert (an FFN inside an MoE block).
 
     Raises:
-        ConfigError: `auto` finds only experts that cannot be rewritten, or `existing` finds none.
+        ConfigError: `auto` finds only experts that cannot be rewritten, `existing` finds none, or some run more than
+            once.
     """
     captured = Captured()
     existing = find_existing(recording, captured, prove)  # Step 1
@@ -495,6 +496,7 @@ def capture_regions(
     if selected is SiteKind.dense:
         captured.others += [_left(path, "experts", "experts.sites=dense takes dense FFNs alone") for path in paths]
     else:
+        _check_run_once(recording, paths)
         captured.regions |= {region.path: region for region, _ in existing}
         captured.region_of |= {path: path for path in paths}
         captured.sites += [site for _, site in existing]
@@ -506,6 +508,20 @@ def capture_regions(
     order = {path: i for i, path in enumerate(recording.calls)}
     captured.sites.sort(key=lambda site: order[captured.region_of[site.fqn]])
     return captured
+
+
+def _check_run_once(recording: Recording, paths: Iterable[str]) -> None:
+    """Refuses a model that loops over its experts (Inkling2-loop). Gradients would be right, but rows, memory and
+    seconds are planned for one run, and losses of a router are those of its last.
+    """
+    for path in paths:
+        if (runs := recording.runs[path]) > 1:
+            raise ConfigError(
+                "model", type(recording.model).__name__,
+                f"runs {path or 'itself'} {runs} times in one forward; plans count the rows, memory and seconds of one "
+                "run, and balance losses those of the last",
+                "Use a model that runs its experts once",
+            )  # fmt: skip
 
 
 def _selected(kind: SiteKind, num_existing: int, refused: Sequence[Site]) -> SiteKind:

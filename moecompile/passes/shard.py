@@ -46,6 +46,7 @@ from moecompile.torch_private import (
     ShardPlacementResult,
     local_part,
     one_chunk_each,
+    one_mesh_each,
     see_attributes,
 )
 
@@ -204,7 +205,7 @@ def _wrap(model: nn.Module, plan: Plan, device_mesh: DeviceMesh, param_dtype: to
         fully_shard, mesh=infos[DENSE].mesh, shard_placement_fn=place, ignored_params=replicated, mp_policy=policy
     )
     for layer in (*layers_of(model), model):
-        with one_chunk_each():
+        with one_chunk_each(), one_mesh_each():
             wrap(layer)
         assert isinstance(layer, FSDPModule)
         see_attributes(layer)

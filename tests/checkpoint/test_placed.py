@@ -50,7 +50,7 @@ def test_an_empty_shard_is_not_offered_and_the_index_is_whole() -> None:
     _, index = planners[0].create_global_plan(list(parts))
     chunks = [each.chunks for each in index.state_dict_metadata.values() if isinstance(each, TensorStorageMetadata)]
     assert len(chunks) == len(NAMES) and all(len(each) == 3 for each in chunks)
-    with pytest.raises(ValueError, match=r"Failed to validate global plan: key:weight\d+ invalid fill"):
+    with pytest.raises(ValueError, match="Failed to validate global plan"):
         planners[0].create_global_plan([replace(parts[0], items=parts[0].items[1:]), *parts[1:]])
 
 
@@ -98,7 +98,8 @@ def test_what_is_not_tiled_is_left_to_torch(change: Any, tiles: bool) -> None:
     entry = stack(8, **change)
     assert is_tiled(entry) is tiles
     if change:
-        assert default_planner._validate_global_plan([], default_planner.Metadata({"experts": entry}))
+        found = default_planner._validate_global_plan([], default_planner.Metadata({"experts": entry}))
+        assert found not in (True, [])  # what is wrong, or before torch 2.12 False
 
 
 def test_a_gap_and_uneven_cells_are_not_tiles() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -133,6 +134,19 @@ def test_weights_that_nothing_uses_have_no_state_and_none_afterwards() -> None:
     without = [name for name in stored if name.startswith("model.")]
     tensors = tensors_of(again, [fresh])
     assert forget_unused(again, [fresh], tensors, without) is tensors  # a checkpoint without an optimizer is refused
+
+
+def test_members_of_an_enum_are_read_as_the_first_versions_of_python_3_11_wrote_them() -> None:
+    """By getattr, which may get nothing else."""
+    getattr_ = _IndexReader(io.BytesIO()).find_class("builtins", "getattr")
+    assert getattr_(Layout, "wide") is Layout.wide
+    for owner, name in ((Layout, "mro"), (Layout.wide, "value"), (str, "upper"), (pickle, "loads")):
+        with pytest.raises((pickle.UnpicklingError, KeyError)):
+            getattr_(owner, name)
+
+
+class Layout(Enum):
+    wide = 1
 
 
 def test_an_index_that_python_3_13_wrote_is_read_by_others() -> None:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import moecompile
 from moecompile.plan import WeightTraffic
+from moecompile.torch_private import groups_of
 from moecompile.verify import worst
 from tests.distributed.gradient_job import full
 from tests.distributed.harness import run_distributed_test
@@ -84,7 +85,7 @@ class Module(LightningModule):
     def on_train_batch_end(self, *_: Any) -> None:
         if self.trainer.fit_loop._should_accumulate():
             groups = [group for each in self.model.modules() if isinstance(each, FSDPModule)
-                      for group in each._get_fsdp_state()._fsdp_param_groups]  # fmt: skip
+                      for group in groups_of(each)]  # fmt: skip
             params = [param for group in groups for param in group.fsdp_params]
             self.found.whole = sum(p._unsharded_param.numel() for p in params if "UNSHARDED" in str(p.sharded_state))
             held = [p.unsharded_accumulated_grad for p in params] + [p._unsharded_param.grad for p in params]

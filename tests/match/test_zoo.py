@@ -242,6 +242,23 @@ def test_weights_that_are_zero_otherwise_are_assignments() -> None:
     assert not skips_tokens(record_model(model, inputs), "model.layers.0.mlp.experts")
 
 
+def looped(passes: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Inkling2-loop of four layers, of which the two in the middle run so often."""
+    kinds = [*["hybrid_sliding"] * 3, "hybrid"]
+    loop = {"loop_layer_index_start": 1, "loop_layer_index_end": 3, "loop_num_passes": passes}
+    changes = {"num_hidden_layers": 4, "n_layers_per_attn_res_block": 1, "layer_types": kinds, **loop}
+    return language_model("inkling2_loop_text", changes)
+
+
+def test_experts_that_run_more_than_once_are_refused() -> None:
+    """Their rows would be planned once."""
+    compiled = compile_with_report(looped(1)[0], config(), example=looped(1)[1])
+    assert len(compiled.plan.layers) == 4
+    model, inputs = looped(3)
+    with pytest.raises(ConfigError, match=r"runs model\.layers\.1\.mlp\.experts 3 times in one forward"):
+        compile_with_report(model, config(), example=inputs)
+
+
 # Tiny models that do not generate as they are: caches without an attention layer, ids outside of a hashed vocabulary, a
 # config of several modalities without its special tokens.
 NO_TEXT = (
