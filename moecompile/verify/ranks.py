@@ -178,7 +178,7 @@ class _Recorder(StepObserver):
             for name in dict.fromkeys(name for names in held for name in names):
                 whole = [
                     ids_TK.unflatten(0, (len(batch["labels"]), -1))
-                    for ids_TK, batch in zip(chosen.get(name, ()), self.first, strict=name in chosen)
+                    for ids_TK, batch in zip(chosen.get(name, ()), self.first, strict=False)
                 ]
                 ranks = [r for r, names in enumerate(held) if name in names and self.mesh.counts_in_stage(r)]
                 every = _in_order(whole, len(self.first), self.mesh, ranks)

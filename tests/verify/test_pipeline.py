@@ -136,7 +136,7 @@ MUTATIONS: dict[str, tuple[list[str], PATCHED, str]] = {
     "they are weighed by another number of tokens": (CASES["tied"], _weight_of_one, "gradients"),
     "routers are numbered from 0 in each stage": ([*LLAMA, *DRAWN], _routers_numbered_by_stage, "routes"),
     "a layer that is computed again draws for the next micro-batch": (
-        [*LLAMA, *DRAWN, FULL], _key_of_the_next_micro_batch, "",
+        [*LLAMA, *DRAWN, FULL, "mesh.ep=1"], _key_of_the_next_micro_batch, "gradients",  # else shapes differ, which is loud
     ),
     "the norm counts stages as replicas": (CASES["1f1b"], _norm_over_all_ranks, "gradient norm"),
     "a tied weight counts twice in the norm": (CASES["tied"], _tied_counted_twice, "gradient norm"),
@@ -181,7 +181,5 @@ def test_stages_equal_one_process(found: Any, name: str) -> None:
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_what_is_forgotten_is_caught(found: Any, name: str) -> None:
     result = found[name]
-    if isinstance(result, Exception):  # a layer that routes otherwise when it is computed again has other shapes
-        assert not MUTATIONS[name][2] and "checkpoint" in str(result), result
-        return
+    assert not isinstance(result, Exception), result
     assert any(MUTATIONS[name][2] in check.name for check in result if not check.passed), result
