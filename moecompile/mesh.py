@@ -85,16 +85,20 @@ def expert_axes() -> tuple[str, ...]:
     return tuple(axis.name for axis in AXES if axis.experts)
 
 
-@cache  # a search asks a million times
 def axes_that_split(*of: str | Part) -> tuple[str, ...]:
     """The axes of these names, and those that split one of these parts, in the order of the numbering.
 
     Raises:
         KeyError: no axis has this name.
     """
-    if unknown := [name for name in of if isinstance(name, str) and name not in {axis.name for axis in AXES}]:
-        raise KeyError(f"{unknown[0]} is not an axis: {', '.join(axis.name for axis in AXES)}")
-    return tuple(axis.name for axis in AXES if axis.name in of or not set(axis.splits).isdisjoint(of))
+    return _that_split(AXES, of)
+
+
+@cache  # a search asks a million times
+def _that_split(axes: tuple[Axis, ...], of: tuple[str | Part, ...]) -> tuple[str, ...]:
+    if unknown := [name for name in of if isinstance(name, str) and name not in {axis.name for axis in axes}]:
+        raise KeyError(f"{unknown[0]} is not an axis: {', '.join(axis.name for axis in axes)}")
+    return tuple(axis.name for axis in axes if axis.name in of or not set(axis.splits).isdisjoint(of))
 
 
 class LinkClass(str, Enum):
@@ -296,6 +300,11 @@ class MeshSpec:
                 assert dim not in dims or dim == next(reversed(dims)), f"{dim} are not neighbours"
                 dims[dim] = dims.get(dim, 1) * self._sizes[name]
         return dims
+
+    def expert_dims(self) -> dict[str, int]:
+        """Names and sizes of the dims of a device mesh of experts: their axes, without stages if there is one."""
+        stages = axes_that_split(Part.LAYERS)
+        return {name: self._sizes[name] for name in expert_axes() if self._sizes[name] > 1 or name not in stages}
 
     def batch_index(self, rank: int) -> int:
         """The index of the micro-batch of global `rank` among `num_batches`."""

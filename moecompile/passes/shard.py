@@ -30,7 +30,7 @@ from moecompile import kept_groups
 from moecompile.arguments import check_model, check_plan
 from moecompile.capture import layers_of
 from moecompile.errors import PassError, PlanError
-from moecompile.mesh import MeshSpec, Part, axes_that_split, expert_axes
+from moecompile.mesh import MeshSpec, Part, axes_that_split
 from moecompile.nn import Experts
 from moecompile.nn.placement import keep_order, rows_of
 from moecompile.nn.stages import passage_of
@@ -55,8 +55,8 @@ AXIS_PASSES = {"tp": split_dense, "cp": split_positions}
 
 
 def device_mesh_of(mesh: MeshSpec, device_type: str) -> DeviceMesh:
-    """The (dp_replicate, edp, ep) device mesh of the experts. Needs a process group."""
-    return kept_groups.device_mesh(device_type, {axis: mesh.size(axis) for axis in expert_axes()})
+    """The (dp_replicate, edp, ep) device mesh of the experts, with stages (pp, ...). Needs a process group."""
+    return kept_groups.device_mesh(device_type, mesh.expert_dims())
 
 
 def dense_mesh_of(mesh: MeshSpec, device_type: str) -> DeviceMesh:
@@ -96,8 +96,8 @@ class ShardModel(ModelPass):
         if plan.pipeline is not None and passage_of(model) is None:
             rule = "stages of a pipeline are run by ExpertParallelStrategy alone, with task=train and task=verify"
             raise PlanError("mesh.pp", plan.mesh.pp, rule, "Use mesh.pp=1")
-        for axis in expert_axes():
-            size, ranks = plan.mesh.size(axis), self.device_mesh[axis].size()
+        for axis, size in plan.mesh.expert_dims().items():
+            ranks = self.device_mesh[axis].size()
             if ranks != size:
                 raise PlanError(
                     f"mesh.{axis}", size, f"the device mesh has {ranks} ranks there", "Plan for this device mesh"

@@ -138,9 +138,6 @@ def counts_of(layout: str, number: int, layers: int) -> list[int]:
         ConfigError: it is none, or does not fit the model or the number of stages.
     """
 
-    def refuse(rule: str, fix: str) -> ConfigError:
-        return ConfigError("pipeline.layout", layout, rule, fix)
-
     text = re.sub(r"[\s,]", "", layout)
     group = re.compile(r"\(([^()]*)\)(?:\*(\d+))?")
     while found := group.search(text):
@@ -150,21 +147,31 @@ def counts_of(layout: str, number: int, layers: int) -> list[int]:
         what = (
             "a layer that predicts further tokens, which the model does not have" if wrong == "m" else "no part of it"
         )
-        raise refuse(f"{wrong} is {what}", "Use E, t, L, |, (...)*n and t*n")
+        raise ConfigError("pipeline.layout", layout, f"{wrong} is {what}", "Use E, t, L, |, (...)*n and t*n")
     stages = text.split("|")
     if not stages[-1] and len(stages) == number + 1:  # a repeated group ends with its separator
         stages.pop()
     counts = [stage.count("t") for stage in stages]
     if len(stages) != number:
-        raise refuse(
-            f"has {len(stages)} stages, and mesh.pp * pipeline.stages_per_rank is {number}", "Change one of them"
+        raise ConfigError(
+            "pipeline.layout",
+            layout,
+            f"has {len(stages)} stages, and mesh.pp * pipeline.stages_per_rank is {number}",
+            "Change one of them",
         )
     if sum(counts) != layers:
-        raise refuse(f"has {sum(counts)} layers, and the model has {layers}", f"Use {layers}")
+        raise ConfigError(
+            "pipeline.layout", layout, f"has {sum(counts)} layers, and the model has {layers}", f"Use {layers}"
+        )
     if not all(counts):
-        raise refuse(f"stage {counts.index(0)} has no layer", "Give each stage a layer")
+        raise ConfigError("pipeline.layout", layout, f"stage {counts.index(0)} has no layer", "Give each stage a layer")
     if "E" in text.lstrip("E") or "L" in text.rstrip("L"):
-        raise refuse("the embedding (E) is in the first stage, and the head (L) in the last one", "Move it there")
+        raise ConfigError(
+            "pipeline.layout",
+            layout,
+            "the embedding (E) is in the first stage, and the head (L) in the last one",
+            "Move it there",
+        )
     return counts
 
 
