@@ -21,14 +21,15 @@ from moecompile.stages import Pipeline, Unit
 from moecompile.torch_private import own_modules, tree_leaves, tree_map_only, without_values
 
 _PASSAGE = "_moecompile_passage"
+_STAGE = 0x9E3779B97F4A7C15  # odd and large: seeds of neighbouring stages are far apart
 
 
 class _Ended(Exception):
     """The forward of a stage has come to the first unit after it."""
 
 
-class StageEnded(Exception):
-    """Leaves the code that has called the model: this stage has no result for it.
+class StageEnded(BaseException):
+    """Leaves the code that has called the model, which must not hold it back: this stage has no result for it.
 
     sent: the tensors that the next stage receives, in the order of its crossings and their places.
     """
@@ -43,7 +44,7 @@ class Passage:
     """What a model that is cut into stages computes now.
 
     Attributes:
-        stage: now; None: the model must not be called.
+        stage: now; None: the model must not be called. calls: of the model in this stage so far.
         received: unit -> entries of its output that came from the stage before.
         made: unit -> its output, of those that later stages need.
         absent: unit -> what stands in its place; present: unit -> the module itself, of those that this rank has.
@@ -51,6 +52,7 @@ class Passage:
 
     pipeline: Pipeline
     stage: int | None = None
+    calls: int = 0
     received: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     made: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     absent: dict[str, Absent] = field(default_factory=dict)
@@ -91,7 +93,7 @@ class Passage:
             number = len(crossing.places)
             self.received[crossing.unit], left = tuple(left[:number]), left[number:]
         assert not left
-        self.stage = stage
+        self.stage, self.calls = stage, 0
         own = {unit.path for unit in self.pipeline.stages[stage].units}
         put(model, {path: module if path in own else self.absent[path] for path, module in self.present.items()})
         try:
@@ -131,7 +133,7 @@ class Absent(nn.Module):
         if self.passage.stage is None:
             raise MoecompileError(f"{self.unit.path} is on another stage of the pipeline")
         if self.of_stage > self.passage.stage:
-            raise _Ended
+            raise _Ended("a part of the model was called by itself, which has the layers of one stage alone")
         if self.unit.path in self.passage.received:
             crossing = next(
                 c for c in self.passage.pipeline.stages[self.passage.stage].receives if c.unit == self.unit.path
@@ -206,6 +208,12 @@ def cut_into_stages(model: nn.Module, pipeline: Pipeline, stages: Sequence[int])
                 "this rank has some stages of the model alone, so the model can be called in training_step, "
                 "validation_step, test_step and predict_step only, where the strategy runs all stages"
             )
+        passage.calls += 1
+        if passage.calls > 1:
+            raise MoecompileError(
+                "the model is called twice in a step, and earlier stages of a pipeline end theirs at the first call: "
+                "call it once, with both inputs in one batch, or use mesh.pp=1"
+            )
         if passage.is_last:
             return whole(*args, **kwargs)
         try:
@@ -231,11 +239,26 @@ def end_stages(model: nn.Module) -> list[RemovableHandle]:
     noted = [path for path in passage.present if path in needed]
     handles = [passage.present[path].register_forward_hook(_noted(path, passage)) for path in noted]
 
+    for number, stage in enumerate(passage.pipeline.stages):
+        first = stage.units[0].path
+        if number and first in passage.present:
+            handles.append(passage.present[first].register_forward_pre_hook(_seeded(number, passage)))
+
     def leave(_: nn.Module, args: Any, output: Any) -> None:
         if passage.stage is not None and not passage.is_last:
             raise StageEnded(output)
 
     return [*handles, model.register_forward_hook(leave)]
+
+
+def _seeded(stage: int, passage: Passage) -> Any:
+    """A stage draws other numbers than the one before, which began with the same seed of the micro-batch."""
+
+    def seed(_: nn.Module, args: Any) -> None:
+        if passage.stage is not None and torch.is_grad_enabled():
+            torch.manual_seed((torch.initial_seed() + stage * _STAGE) % 2**63)
+
+    return seed
 
 
 def _noted(path: str, passage: Passage) -> Any:

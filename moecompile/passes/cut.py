@@ -117,7 +117,7 @@ def check_stages(model: nn.Module, pipeline: Pipeline, example: Example) -> None
         whole = call()
         try:
             staged = run_in_stages(model, pipeline, call)
-        except Exception as error:
+        except (Exception, StageEnded) as error:
             rule = f"cannot be run in {len(pipeline.stages)} stages: {type(error).__name__}: {error}"
             raise PassError("cut", "the model", rule) from error
     if len(whole) != len(staged) or not all(_equal(a, b) for a, b in zip(whole, staged, strict=True)):

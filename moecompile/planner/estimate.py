@@ -42,8 +42,12 @@ def estimate(
     """
     layers, mesh, ranks = plan.layers, plan.mesh, ranks_of(plan, facts) if ranks is None else ranks
     params, trained = model_params(layers, facts), trained_params(layers, facts)
-    muon = muon_params(layers, mesh.stage, facts, run.optimizer, trained)
     full, memory = fullest(ranks, plan, run)
+    muon = muon_params(layers, mesh, facts, run.optimizer, trained)
+    of_rank = muon
+    if plan.pipeline is not None:
+        trained_here = trained_params(full.layers, full.facts)
+        of_rank = muon_params(full.layers, full.mesh, full.facts, run.optimizer, trained_here)
     traffic = _mean_traffic(layers, mesh, run)
     uneven = fullest(ranks, plan, replace(run, row_load=expected.load))[1].total
     return Estimate(
@@ -64,7 +68,7 @@ def estimate(
         ),
         tp_bytes_per_token=tp_traffic(layers, mesh, facts, run),
         cp_bytes_per_token=cp_traffic(plan.context_parallel, mesh, run),
-        optimizer_bytes_per_step=step_traffic(muon, mesh, _matrix_bytes(run)),
+        optimizer_bytes_per_step=step_traffic(of_rank, full.mesh, _matrix_bytes(run)),
         assumes=Assumptions(
             hardware=run.hardware,
             memory_bytes=round(memory_bytes),

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moecompile.torch_private import local_part, version_of
+from moecompile.torch_private import device_of, local_part, version_of
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def clip_by_global_norm(
     parameters = [p for p in parameters if p.grad is not None]
     world = dist.get_world_size(every)
     holders = world // stages
-    total = torch.zeros((), dtype=torch.float64, device=parameters[0].device if parameters else None)
+    total = torch.zeros((), dtype=torch.float64, device=parameters[0].device if parameters else device_of(every))
     for parameter, grad in zip(parameters, _local_grads(parameters), strict=True):
         if grad.numel() and parameter not in uncounted:
             norm = torch.linalg.vector_norm(grad, dtype=torch.float64)  # one copy at most, not two

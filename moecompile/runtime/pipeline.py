@@ -5,14 +5,15 @@ Algorithm, for each action of `Pipeline.order`:
              stage; send what crosses the next cut.
   backward   receive the gradients of what was sent, and the weight of this micro-batch's auxiliary losses: one backward
              through outputs and auxiliary losses together; send the gradients of what was received.
-Exactly one forward a micro-batch and stage. A message is sent as soon as it is there and never waited for before the
-end of the step, and forward and backward messages go through groups of their own, so ranks that follow a valid order
-never wait for each other in a circle. Shapes are sent once for each shape of the inputs: they follow from it.
+Exactly one forward a micro-batch and stage. A message is sent as soon as it is there, and never waited for before it is
+known to have arrived. Forward and backward messages, and those from the last rank back to the first, go through groups
+of their own, so that within a group all go one way, and ranks that follow a valid order never wait in a circle. Shapes
+are sent once for each shape of the inputs: they follow from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -39,22 +40,23 @@ class Wires:
     """Messages between this rank's stages and those before and after them.
 
     Args:
-        mesh, rank: this rank's place. forward, backward: groups along pp, one a direction.
+        mesh, rank: this rank's place. groups: along pp, by (whether forward, whether from the last rank to the first).
     """
 
     def __init__(
-        self, mesh: MeshSpec, rank: int, pipeline: Pipeline, forward: dist.ProcessGroup, backward: dist.ProcessGroup,
+        self, mesh: MeshSpec, rank: int, pipeline: Pipeline, groups: Mapping[tuple[bool, bool], dist.ProcessGroup],
         device: torch.device,
     ) -> None:  # fmt: skip
         self.ranks, self.pipeline, self.device = mesh.group(Part.LAYERS, rank=rank), pipeline, device
-        self.groups = {True: forward, False: backward}
+        self.groups = groups
         self._pending: dict[Hashable, list[tuple[dist.Work | None, Tensor]]] = {}
         self._shapes: dict[tuple[int, Hashable], list[Shape]] = {}
         self.sent_bytes = 0
 
     def send(self, tensors: Iterable[Tensor], stage: int, message: Hashable = None, *, is_forward: bool) -> None:
         """Sends tensors to the rank of a stage, in order, without waiting. They are kept until `settle(message)`."""
-        group, to = self.groups[is_forward], self.ranks[self.pipeline.rank_of(stage)]
+        group = self._group(stage if is_forward else stage + 1, is_forward=is_forward)
+        to = self.ranks[self.pipeline.rank_of(stage)]
         for tensor in tensors:
             whole = tensor.detach().contiguous()
             self.sent_bytes += whole.numel() * whole.element_size()
@@ -62,13 +64,18 @@ class Wires:
 
     def receive(self, shapes: Sequence[Shape], stage: int, *, is_forward: bool) -> list[Tensor]:
         """Receives tensors from the rank of a stage, in order."""
-        group, source = self.groups[is_forward], self.ranks[self.pipeline.rank_of(stage)]
+        group = self._group(stage + 1 if is_forward else stage, is_forward=is_forward)
+        source = self.ranks[self.pipeline.rank_of(stage)]
         made = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype, _ in shapes]
         works = [dist.irecv(_bytes(tensor), source, group=group) for tensor in made]
         for work in works:
             if work is not None:
                 work.wait()
         return made
+
+    def _group(self, cut: int, *, is_forward: bool) -> dist.ProcessGroup:
+        """That of messages over the cut before a stage."""
+        return self.groups[is_forward, cut % self.pipeline.ranks == 0]
 
     def send_live(self, tensors: Sequence[Tensor], stage: int, key: Hashable, message: Hashable = None) -> None:
         """Sends what crosses the cut before a stage. key: of the inputs, from which shapes follow."""
@@ -78,8 +85,9 @@ class Wires:
             self.send([_header(shapes, self.device)], stage, message, is_forward=True)
         elif known != shapes:
             raise MoecompileError(
-                f"what crosses the cut before stage {stage} of the pipeline has other shapes than before for inputs of "
-                f"the same shape: {shapes}, not {known}"
+                f"what crosses the cut before stage {stage} of the pipeline has other shapes, types or gradients than "
+                f"before for inputs of the same shape: {shapes}, not {known}. Shapes must follow from those of the "
+                "inputs, and weights must not be frozen or trained anew within a run"
             )
         self.send(tensors, stage, message, is_forward=True)
 
@@ -233,7 +241,8 @@ class Stages:
     def _forward(self, stage: int, number: int, key: Hashable, steps: Steps) -> _Kept:
         received = self.wires.receive_live(stage, key) if stage else []
         kept = self.kept[stage, number] = _Kept(received)
-        with steps.before(number, True), self.passage.running(self.model, stage, received):
+        handed = [tensor.view_as(tensor) for tensor in received]  # which a layer may write to, unlike a leaf
+        with steps.before(number, True), self.passage.running(self.model, stage, handed):
             is_last = self.passage.is_last
             try:
                 output = steps.forward(number)
@@ -273,12 +282,16 @@ class Stages:
 
     @contextmanager
     def _synced(self, stage: int, *, is_last: bool, is_end: bool) -> Iterator[None]:
-        """FSDP reduces gradients in the last backward of a stage, those of the root in the last one of the rank."""
+        """FSDP reduces gradients in the last backward of a stage, those of the root in that of the stage that has its
+        weights: embedding, norm, head. The last backward of the rank reshards the root.
+        """
+        units = self.pipeline.stages[stage].units
         for module, is_root in self._sharded(stage):
-            last = is_end if is_root else is_last
+            last = is_last and (not is_root or any(not unit.is_layer for unit in units))
             module.set_requires_gradient_sync(last or self.reduces_each, recurse=False)
             module.set_requires_all_reduce(last, recurse=False)
-            module.set_reshard_after_backward(last or not self.gathers_once, recurse=False)
+            ends = is_end if is_root else is_last
+            module.set_reshard_after_backward(ends or not self.gathers_once, recurse=False)
         yield
 
     def _sharded(self, stage: int) -> Iterator[tuple[FSDPModule, bool]]:

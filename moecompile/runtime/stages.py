@@ -12,11 +12,13 @@ loggers and monitors work as without a pipeline.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,18 +27,21 @@ from moecompile.errors import ConfigError, PlanError
 from moecompile.mesh import MeshSpec, Part
 from moecompile.nn import LayerLoad
 from moecompile.nn.losses import keepers_of
-from moecompile.nn.stages import passage_of
+from moecompile.nn.stages import Passage, passage_of
 from moecompile.passes.same_weights import tensor_hash
 from moecompile.plan import Plan
 from moecompile.runtime.groups import Groups, along
 from moecompile.runtime.pipeline import Computed, Stages, Steps, Wires, key_of
-from moecompile.torch_private import local_part, parameters_of, tree_leaves
+from moecompile.torch_private import local_part, parameters_of, tree_leaves, tree_map_only
+
+_ODD = 0x61C8864680B583EB
 
 
 class Driver(Protocol):
     """What `PipelineSteps` needs of the strategy: see there."""
 
     loss: str
+    seed: int
     checkpointing: str
     aux_losses: dict[str, Tensor]
     _window: Any
@@ -76,6 +81,15 @@ def check_held(module: nn.Module, compiled: nn.Module) -> None:
         )  # fmt: skip
 
 
+def _ways(plan: Plan, device_type: str) -> dict[tuple[bool, bool], dist.ProcessGroup]:
+    """The groups of messages; from the last rank to the first there are some only if a rank has several stages."""
+    assert plan.pipeline is not None
+    names = {(True, False): "forward", (False, False): "backward"}
+    if plan.pipeline.per_rank > 1:
+        names |= {(True, True): "forward again", (False, True): "backward again"}
+    return {way: along(plan.mesh, device_type, Part.LAYERS, purpose=name) for way, name in names.items()}
+
+
 class PipelineSteps:
     """Runs the steps of a strategy in a pipeline.
 
@@ -92,9 +106,8 @@ class PipelineSteps:
         passage = passage_of(model)
         assert passage is not None and plan.pipeline is not None
         self.strategy, self.model, self.mesh = strategy, model, plan.mesh
-        mesh, device = plan.mesh, strategy.root_device
-        ways = [along(mesh, device.type, Part.LAYERS, purpose=way) for way in ("forward", "backward")]
-        wires = Wires(mesh, strategy.global_rank, plan.pipeline, ways[0], ways[1], device)
+        device = strategy.root_device
+        wires = Wires(plan.mesh, strategy.global_rank, plan.pipeline, _ways(plan, device.type), device)
         self.stages = Stages(
             model, passage, wires, index, reduces_each=plan.reduce == "each", gathers_once=plan.gather == "step"
         )
@@ -105,6 +118,7 @@ class PipelineSteps:
         self.aux_tokens: Tensor | None = None
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._grads: dict[nn.Parameter, Tensor] = {}
+        self._evaluated = 0
         self._sums: dict[str, Tensor] = {}
         kinds = sorted({kind for _, keeper in keepers_of(model) for kind in keeper.losses})
         gathered: list[Any] = [None] * self.over.size()
@@ -139,12 +153,12 @@ class PipelineSteps:
             forward=self._forward, objective=self._objective, aux=self._take_aux, before=self._before,
             weighed=self._weighed,
         )  # fmt: skip
-        with _Logs(strategy.lightning_module) as logs:
+        self._check_same_batches(calls)
+        with _Logs(strategy.lightning_module, self.stages.passage) as self._logs:
             results = self.stages.step(
                 [key_of(call) for call in calls], steps, lambda: strategy._after_backward(parameters)
             )
-        self._check_same_batches(calls)
-        logs.repeat(self.over, self.stages.has_loss)
+        self._logs.repeat(self.over, self.stages.has_loss)
         self._grads = {p: p.grad for p in parameters if p.grad is not None}
         for parameter in parameters:
             parameter.grad = before.get(parameter)
@@ -165,9 +179,10 @@ class PipelineSteps:
         Raises:
             ConfigError: they have not.
         """
-        leaves = [leaf for leaf in tree_leaves(calls) if isinstance(leaf, Tensor)]
-        hashes = [tensor_hash(leaf.detach()).to(self.strategy.root_device) for leaf in leaves]
-        total = torch.stack(hashes).sum() if hashes else torch.zeros((), dtype=torch.int64)
+        total = torch.tensor(len(calls), dtype=torch.int64, device=self.strategy.root_device)
+        for leaf in tree_leaves(calls):
+            if isinstance(leaf, Tensor):
+                total = total * _ODD + tensor_hash(leaf.detach()).to(total.device) + leaf.shape.numel()
         extremes = torch.stack((total, ~total))  # ~x reverses the order, so one MAX gives both extremes
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.over)
         if bool(extremes[0] != ~extremes[1]):
@@ -181,7 +196,10 @@ class PipelineSteps:
         return {"loss": loss, "num_tokens": tokens} if self.strategy.loss == "sum" else loss
 
     def _forward(self, number: int) -> Any:
-        args, kwargs = self._calls[number]
+        args, kwargs = tree_map_only(
+            Tensor, lambda leaf: leaf, self._calls[number]
+        )  # containers of its own, for each stage
+        self._logs.batch = args[0] if args else None
         return self.strategy._module_step(*args, **kwargs)
 
     def _before(self, number: int, is_forward: bool) -> AbstractContextManager[None]:
@@ -257,8 +275,20 @@ class PipelineSteps:
 
     def evaluate(self, forward: Callable[[], Any], args: Any) -> Any:
         """A step of validation, test or prediction through all stages."""
-        with _Logs(self.strategy.lightning_module) as logs:
-            result = self.stages.evaluate(key_of(args), forward)
+        self._check_same_batches([args])
+        strategy = self.strategy
+        devices = [strategy.root_device] if strategy.root_device.type == "cuda" else []
+        self._evaluated += 1
+        number = self._evaluated * self.mesh.num_batches + strategy.groups.batch_index
+        with _Logs(strategy.lightning_module, self.stages.passage) as logs, torch.random.fork_rng(devices):
+            if isinstance(args, tuple) and args[0]:
+                logs.batch = args[0][0]
+
+            def keyed() -> Any:  # each stage draws the same numbers for its inputs
+                torch.manual_seed((strategy.seed * _ODD + number) % 2**63)
+                return forward()
+
+            result = self.stages.evaluate(key_of(args), keyed)
         logs.repeat(self.over, self.stages.has_loss)
         return result
 
@@ -266,8 +296,9 @@ class PipelineSteps:
 class _Logs:
     """What a LightningModule logs while a pipeline runs, kept to be logged again on all ranks."""
 
-    def __init__(self, module: Any) -> None:
-        self.module, self.calls = module, list[tuple[tuple[Any, ...], dict[str, Any]]]()
+    def __init__(self, module: Any, passage: Passage) -> None:
+        self.module, self.passage, self.calls = module, passage, list[tuple[tuple[Any, ...], dict[str, Any]]]()
+        self.batch: Any = None  # of the micro-batch that runs
 
     def __enter__(self) -> _Logs:
         def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -276,6 +307,11 @@ class _Logs:
                     "self.log", name, "logs a metric object, which the other stages of a pipeline do not have",
                     "Log a tensor or a number, or use mesh.pp=1",
                 )  # fmt: skip
+            if not self.passage.is_last:
+                return
+            if kwargs.get("batch_size") is None and self.batch is not None:
+                with suppress(MisconfigurationException):
+                    kwargs["batch_size"] = extract_batch_size(self.batch)
             self.calls.append(((name, value, *args), kwargs))
 
         self.module.log = log
@@ -290,7 +326,8 @@ class _Logs:
         gathered: list[Any] = [None] * over.size()
         dist.all_gather_object(gathered, plain, group=over)
         for args, kwargs in next(calls for calls in gathered if calls is not None):
-            self.module.log(*args, **kwargs)
+            here = tree_map_only(Tensor, lambda value: value.to(self.module.device), args)
+            self.module.log(*here, **kwargs)
 
 
 def _on_cpu(values: Any) -> Any:

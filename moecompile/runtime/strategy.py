@@ -239,6 +239,11 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         index = plan.mesh.index(self.global_rank, Part.LAYERS)
         if plan.pipeline is not None:
             assert self.model is not None
+            if getattr(self.precision_plugin, "scaler", None) is not None:
+                raise ConfigError(
+                    "precision", "16-mixed", "scales the loss before its backward, which a pipeline runs before that",
+                    "Use bf16-mixed, or mesh.pp=1",
+                )  # fmt: skip
             check_held(self.model, compiled)
             run_on_model([Cut(index=index)], compiled, plan)
         steps = on_every_rank(
@@ -272,7 +277,13 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """
         assert self.model is not None
         path = Path(self.broadcast(checkpoint_path))
-        return trainer_checkpoint.load(path, self.model, self.optimizers, self._tensors_of, self.groups.stages)
+        found = trainer_checkpoint.load(path, self.model, self.optimizers, self._tensors_of, self.groups.stages)
+        for config, state in zip(self.lr_scheduler_configs, found.get("lr_schedulers", ()), strict=False):
+            groups = config.scheduler.optimizer.param_groups
+            if "base_lrs" in state and (self._stages is not None or len(state["base_lrs"]) != len(groups)):
+                state["base_lrs"] = [group.get("initial_lr", group["lr"]) for group in groups]  # not those of stage 0
+                state["_last_lr"] = [group["lr"] for group in groups]
+        return found
 
     def _clip(self, optimizer: Optimizer, clip_val: float) -> None:
         parameters = self.precision_plugin.main_params(optimizer)
@@ -437,6 +448,11 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Lightning's, see `evaluated`."""
         return self.evaluated(partial(super().predict_step, *args, **kwargs), (args, kwargs))
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Lightning's, over all ranks."""
+        votes = super().reduce(torch.tensor(int(decision), device=self.root_device), None, "sum")
+        return bool(votes == self.world_size) if all else bool(votes)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Lightning's. Ranks of a pipeline log the same values, so a sum is over the ranks of a stage."""

@@ -72,17 +72,17 @@ def load(
     check_entries(entries, shapes_of(tensors, stages), path)
     of_stages = rest.pop(_OF_STAGES, [groups])
     for i, optimizer in enumerate(optimizers):
-        saved = [group for of_stage in of_stages for group in of_stage[i]]
-        if len(of_stages) == 1 and stages is None:
-            _set_groups(optimizer, saved, path)
+        number, index = (1, 0) if stages is None else (dist.get_world_size(stages), dist.get_rank(stages))
+        if len(of_stages) == number:
+            _set_groups(optimizer, of_stages[index][i], path)
         else:
-            _set_alike(optimizer, saved, path)
+            _set_alike(optimizer, [group for of_stage in of_stages for group in of_stage[i]], path)
     read_tensors(path, tensors, orders=orders_of(model, tensors))
     return rest
 
 
 _OF_STAGES = "optimizer_groups_of_stages"
-_SCHEDULED = ("params", "lr")
+_SCHEDULED = ("params", "lr", "betas", "momentum", "max_lr", "min_lr", "max_momentum", "base_momentum")
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -169,16 +169,17 @@ def chain(folder: Path) -> list[dict[str, Tensor]]:
     return found
 
 
+def error(module: LightningModule) -> str:
+    trainer = Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, num_sanity_val_steps=0, **CPU)
+    try:
+        trainer.fit(module, loader(0))
+    except MoecompileError as found:
+        return str(found)
+    return ""
+
+
 def refusals() -> dict[str, str]:
     """What a module does that a pipeline cannot, and the error."""
-
-    def error(module: LightningModule) -> str:
-        trainer = Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, num_sanity_val_steps=0, **CPU)
-        try:
-            trainer.fit(module, loader(0))
-        except MoecompileError as found:
-            return str(found)
-        return ""
 
     class Manual(Module):
         def __init__(self) -> None:
@@ -197,14 +198,68 @@ def refusals() -> dict[str, str]:
         def on_train_start(self) -> None:
             self.model(torch.zeros(1, 6).double())
 
-    return {each.__name__: error(each()) for each in (Manual, Beside, Elsewhere)}
+    class Twice(Module):
+        def __init__(self) -> None:
+            super().__init__(built(MESHES[2]), Found())
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            one = self.loss(batch)
+            try:  # the last stage raises, and earlier ones would wait for it
+                return one + self.loss(batch)
+            except MoecompileError as found:
+                self.said = str(found)
+                return one
+
+        def on_train_end(self) -> None:
+            said: list[Any] = [None] * WORLD
+            dist.all_gather_object(said, getattr(self, "said", ""))
+            raise MoecompileError(max(said, key=len))
+
+    return {each.__name__: error(each()) for each in (Manual, Beside, Elsewhere, Twice)}
+
+
+def draws() -> list[list[float]]:
+    """Of each rank, what two layers of different stages draw in training, and what a step draws before the model."""
+
+    class Dropping(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.drawn = [float(torch.rand(()))]
+            return super().training_step(batch, batch_idx)
+
+    module = Dropping(built(MESHES[2]), Found())
+    for name in ("layers.0.norm", "layers.2.norm"):
+        hook = partial(lambda module, *_: module.drawn.append(float(torch.rand(()))), module)
+        module.model.get_submodule(name).register_forward_pre_hook(lambda *_, hook=hook: hook())
+    strategy = moecompile.ExpertParallelStrategy()
+    Trainer(strategy=strategy, devices=WORLD, max_steps=1, **CPU).fit(module, loader(0))
+    every: list[Any] = [None] * WORLD
+    dist.all_gather_object(every, module.drawn)
+    return every
+
+
+def kept_best(folder: Path) -> float:
+    """The best value of a ModelCheckpoint that keeps one, over epochs in which the value falls."""
+
+    class Falling(Module):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.loss(batch)
+            self.log("falls", -float(self.current_epoch))
+
+    best = ModelCheckpoint(folder, monitor="falls", save_top_k=1)
+    settings = {**CPU, "enable_checkpointing": True}
+    trainer = Trainer(
+        strategy="expert_parallel", devices=WORLD, max_epochs=3, callbacks=[best], num_sanity_val_steps=0, **settings
+    )
+    trainer.fit(Falling(built(MESHES[2]), Found()), loader(0), loader(1))
+    return float(best.best_model_score)
 
 
 def every(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     cases = {f"pp {ranks}": fit(mesh)[1].found for ranks, mesh in MESHES.items()}
     cases["interleaved"] = fit(INTERLEAVED)[1].found
     cases["computed again"] = fit(INTERLEAVED, checkpointing="full")[1].found
-    return {**cases, "chain": chain(folder), "refusals": refusals()}
+    best = kept_best(folder / "best")
+    return {**cases, "chain": chain(folder), "draws": draws(), "best": best, "refusals": refusals()}
 
 
 @pytest.fixture(scope="module")
@@ -269,11 +324,24 @@ def test_a_checkpoint_goes_through_any_number_of_stages(ranks: Any) -> None:
         assert all(torch.equal(each[name], first[name]) for name in first)
 
 
+def test_stages_draw_different_numbers_and_their_inputs_the_same(ranks: Any) -> None:
+    drawn = ranks[0]["draws"]
+    assert len({each[0] for each in drawn[:2]}) == 2  # ranks of a stage have different micro-batches
+    assert [each[0] for each in drawn[:2]] == [each[0] for each in drawn[2:]]
+    assert all(len(each) == 2 for each in drawn)
+    assert not {each[1] for each in drawn[:2]} & {each[1] for each in drawn[2:]}
+
+
+def test_a_callback_keeps_the_best_checkpoint(ranks: Any) -> None:
+    assert [rank["best"] for rank in ranks] == [-2.0] * WORLD
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("Manual", "mesh.pp=2: a pipeline orders the backwards of a step, and this module calls them itself"),
         ("Beside", "mesh.pp=beside.weight: is a weight outside of the compiled model, and belongs to no stage"),
+        ("Twice", "the model is called twice in a step, and earlier stages of a pipeline end theirs at the first call"),
         ("Elsewhere", "this rank has some stages of the model alone, so the model can be called in training_step"),
     ],
 )

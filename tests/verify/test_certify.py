@@ -64,10 +64,12 @@ def divided_by_own_tokens(patch: pytest.MonkeyPatch) -> None:
 def norm_of_one_rank(patch: pytest.MonkeyPatch) -> None:
     from moecompile.runtime import strategy
 
-    def wrong(parameters: Any, max_norm: float, every: Any, right: Any = strategy.clip_by_global_norm) -> torch.Tensor:
+    def wrong(
+        parameters: Any, max_norm: float, every: Any, right: Any = strategy.clip_by_global_norm, **settings: Any
+    ) -> torch.Tensor:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(dist, "get_world_size", lambda group=None: 1)
-            return right(parameters, max_norm, every)
+            return right(parameters, max_norm, every, **settings)
 
     patch.setattr(strategy, "clip_by_global_norm", wrong)
 
