@@ -168,14 +168,19 @@ def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
 
 
 def without_values(module: nn.Module) -> nn.Module:
-    """A copy of a module on the meta device, with all its attributes: nothing of it keeps memory."""
+    """A copy of a module on the meta device, with its plain attributes: nothing of it keeps weights alive.
+
+    Hooks, a forward of the instance, and the graph of a GraphModule would: they refer to the module.
+    """
 
     def empty(tensor: torch.Tensor) -> torch.Tensor:
         made = torch.empty_like(tensor, device="meta")
         return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
 
     new: nn.Module = object.__new__(type(module))
-    vars(new).update(vars(module))
+    nn.Module.__init__(new)
+    own = {name for name in vars(new) if name != "training"} | {"forward", "_graph"}
+    vars(new).update({name: value for name, value in vars(module).items() if name not in own})
     children = module._modules.items()
     vars(new)["_modules"] = {name: None if child is None else without_values(child) for name, child in children}
     for registry in ("_parameters", "_buffers"):

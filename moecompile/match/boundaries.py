@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 from torch import Tensor, fx
 from torch.nn import Parameter
@@ -52,7 +53,6 @@ class _Called:
 
 class Boundaries:
     """The units of a recorded model, and what crosses a cut.
-
 
     Attributes:
         units: in the order of their calls.
@@ -162,7 +162,7 @@ class Boundaries:
             ValueError: why the model cannot be cut so.
         """
         place = {path: i for i, units in enumerate(stages) for path in units}
-        self._check_shared(place, len(stages))
+        self._check_shared(place)
         needed: list[dict[fx.Node, str]] = [self._read(i, place, i == len(stages) - 1) for i in range(len(stages))]
         received: list[tuple[Crossing, ...]] = [()]
         for stage in range(1, len(stages)):
@@ -183,8 +183,7 @@ class Boundaries:
             pending += [node for node in self.recording.made.get("", ()) if node is not None]
         seen, found = set(pending), dict[fx.Node, str]()
         while pending:
-            node = pending.pop()
-            node = _before_casts(node)
+            node = _before_casts(pending.pop())
             unit = self._unit_of_node[node]
             if unit is not None and place[unit] != stage:
                 if place[unit] > stage:
@@ -211,12 +210,12 @@ class Boundaries:
         tensors = [i for i, entry in enumerate(entries) if entry == TENSOR]
         places = tuple(tensors[i] for i, node in enumerate(made) if node in nodes)
         shapes = [made[tensors.index(i)].meta["shape"] for i in places]  # type: ignore[union-attr]
-        numbers = sum(_numel(shape) for shape in shapes) / self.tokens
+        numbers = sum(map(prod, shapes)) / self.tokens
         return Crossing(unit=unit, places=places, numbers=numbers)
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
-    def _check_shared(self, place: dict[str, int], num_stages: int) -> None:
+    def _check_shared(self, place: dict[str, int]) -> None:
         """Step 4."""
         tied = {name for names in self.tied for name in names}
         for names in self._names.values():
@@ -257,13 +256,6 @@ def _parents(path: str) -> Iterator[str]:
     while path:
         path = path.rpartition(".")[0]
         yield path
-
-
-def _numel(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _in_words(form: object) -> str:

@@ -6,6 +6,7 @@ stages are run one after another in this process: they must give what the whole 
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,7 +49,7 @@ class Cut(ModelPass):
         for parameter, found in stages.items():
             if None in found:
                 raise PassError(self.name, names[parameter][0], "is a weight of no stage")
-            if len(found) > 1 and tuple(names[parameter]) not in plan.pipeline.tied:
+            if len(found) > 1 and set(names[parameter]) not in [set(pair) for pair in plan.pipeline.tied]:
                 raise PassError(self.name, names[parameter][0], f"is also {names[parameter][1]}, of another stage")
 
     def run(self, model: nn.Module, plan: Plan) -> None:
@@ -56,6 +57,7 @@ class Cut(ModelPass):
         assert plan.pipeline is not None
         number_routers(model)
         cut_into_stages(model, plan.pipeline, plan.pipeline.stages_of(self.index))
+        gc.collect()  # a GraphModule and its graph refer to each other: weights of other stages would stay for a while
 
     def ensures(self, model: nn.Module, plan: Plan) -> None:
         """All weights that are left are those of this rank's stages."""

@@ -32,6 +32,7 @@ from moecompile.passes.same_weights import tensor_hash
 from moecompile.plan import Plan
 from moecompile.runtime.groups import Groups, along
 from moecompile.runtime.pipeline import Computed, Stages, Steps, Wires, key_of
+from moecompile.stages import stage_of
 from moecompile.torch_private import local_part, parameters_of, tree_leaves, tree_map_only
 
 _ODD = 0x61C8864680B583EB
@@ -147,7 +148,6 @@ class PipelineSteps:
         for parameter in before:
             parameter.grad = None
         self._sums = {kind: torch.zeros((), dtype=torch.float64, device=strategy.root_device) for kind in self._kinds}
-        self._tokens: dict[int, Tensor] = {}
         self._aux: dict[tuple[int, int], dict[str, Tensor]] = {}
         steps = Steps(
             forward=self._forward, objective=self._objective, aux=self._take_aux, before=self._before,
@@ -174,7 +174,8 @@ class PipelineSteps:
         return self._result(loss, total)
 
     def _check_same_batches(self, calls: Any) -> None:
-        """Checks that all stages have computed the same micro-batches: the first has the inputs, the last the targets.
+        """Checks that all stages are given the same micro-batches: the first computes with the inputs, the last with
+        the targets.
 
         Raises:
             ConfigError: they have not.
@@ -196,9 +197,8 @@ class PipelineSteps:
         return {"loss": loss, "num_tokens": tokens} if self.strategy.loss == "sum" else loss
 
     def _forward(self, number: int) -> Any:
-        args, kwargs = tree_map_only(
-            Tensor, lambda leaf: leaf, self._calls[number]
-        )  # containers of its own, for each stage
+        # Containers of its own for each stage: a step may take something out of its batch.
+        args, kwargs = tree_map_only(Tensor, lambda leaf: leaf, self._calls[number])
         self._logs.batch = args[0] if args else None
         return self.strategy._module_step(*args, **kwargs)
 
@@ -260,18 +260,15 @@ class PipelineSteps:
         pipeline = self.stages.pipeline
         found = [load for part in gathered for load in part]
 
+        path = next(path for path, module in self.strategy.model.named_modules() if module is self.model)
+        prefix = f"{path}." if path else ""
+
         def stage(load: LayerLoad) -> int:
-            prefix = self._prefix
-            name = load.name.removeprefix(prefix)
-            return next((i for i, each in enumerate(pipeline.stages) if each.holds(name)), 0)
+            found = stage_of(pipeline, load.name.removeprefix(prefix))
+            assert found is not None
+            return found
 
         return sorted(found, key=stage)
-
-    @property
-    def _prefix(self) -> str:
-        assert self.strategy.model is not None
-        path = next(path for path, module in self.strategy.model.named_modules() if module is self.model)
-        return f"{path}." if path else ""
 
     def evaluate(self, forward: Callable[[], Any], args: Any) -> Any:
         """A step of validation, test or prediction through all stages."""

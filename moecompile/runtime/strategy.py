@@ -581,20 +581,19 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """Over all ranks: tokens of the window, weights with earlier gradients, whether something is not finite."""
         tokens = self._window.num_tokens if self._is_automatic or self.loss == "mean" else self._tokens.last
         kept = self._finish.kept(parameters) if self.loss == "sum" else []
-        of_stage = [] if self._stages is None else kept  # stages have different weights
-        kept = kept if self._stages is None else []
-        sums = torch.zeros(2 + len(kept), dtype=torch.int64, device=self.root_device)
+        shared = kept if self._stages is None else []  # stages have different weights
+        sums = torch.zeros(2 + len(shared), dtype=torch.int64, device=self.root_device)
         sums[0] = tokens if self.groups.is_counted else 0
         if self.on_nan is not None:
             losses = self._window.is_finite
             sums[1] = ~(all_finite(parameters) & (True if losses is None else losses))
-        if any(kept):
-            sums[2:] = torch.tensor(kept)
+        if any(shared):
+            sums[2:] = torch.tensor(shared)
         if self.loss == "sum" or self.on_nan is not None:
             dist.all_reduce(sums, group=self.groups.every)
         kept_anywhere = sums[2:]
-        if of_stage:
-            kept_anywhere = torch.tensor(of_stage, dtype=torch.int64, device=self.root_device)
+        if kept and not shared:
+            kept_anywhere = torch.tensor(kept, dtype=torch.int64, device=self.root_device)
             dist.all_reduce(kept_anywhere, group=self.groups.stage)
         return sums[0], kept_anywhere, self.on_nan is not None and bool(sums[1])
 

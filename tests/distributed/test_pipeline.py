@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,27 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import moecompile
 from moecompile.checkpoint.tensors import tensors_of
+from moecompile.compose import compose_config
 from moecompile.errors import MoecompileError
+from moecompile.models.build import example_inputs
+from moecompile.models.source import source_model
 from moecompile.nn import routers_of
+from moecompile.pipeline import compile_model, make_plan, planning_facts
+from moecompile.planner.build_plan import run_facts
+from moecompile.planner.memory import memory_of_fullest_rank
+from moecompile.planner.pipeline import ranks_of
+from moecompile.runtime.module import LanguageModule
+from moecompile.runtime.rehearsal import BATCH as INPUTS
+from moecompile.runtime.rehearsal import STEP, Moments, Watch
 from moecompile.runtime.strategy import groups_of
+from moecompile.runtime.training import make_trainer
+from moecompile.schema import accumulation_steps
 from moecompile.verify import worst
 from moecompile.verify.ranks import merged
 from tests.distributed.gradient_job import full
 from tests.distributed.harness import run_distributed_test
 from tests.distributed.manual_job import CPU
+from tests.tiny import SHORT
 
 pytestmark = pytest.mark.slow
 
@@ -254,12 +267,66 @@ def kept_best(folder: Path) -> float:
     return float(best.best_model_score)
 
 
+PLANNED = {
+    "1f1b": [], "kept": ["trainer.checkpointing=keep_exchanges"], "full": ["trainer.checkpointing=full"],
+    "interleaved": ["pipeline.stages_per_rank=2"],
+}  # fmt: skip
+"""Name -> settings of a run whose memory and messages are counted."""
+
+
+@dataclass
+class Sizes:
+    """Bytes of a rank in its first optimizer step, before there are moments: the plan's for its stages, and counted."""
+
+    memory: int
+    peak: int
+    sent: int
+    most_sent: int
+    messages: int
+
+
+def sizes(overrides: list[str], folder: Path) -> Sizes:
+    config = compose_config([
+        "recipe=deepseek_ep", "mesh=cpu_1x4", "mesh.pp=2", "routing.workload=balanced", "data.global_batch_size=32",
+        "trainer.progress_bar=false", "trainer.max_steps=1", SHORT, *overrides,
+    ])  # fmt: skip
+    model = source_model(config)
+    example = example_inputs(model, config.data.seq_len)
+    facts = planning_facts(model, config, example)[1]
+    plan = make_plan(model, config, example=example)
+    compile_model(model, config, example=example, plan=plan)
+    index = plan.mesh.index(dist.get_rank(), "pp")
+    of, estimate = ranks_of(plan, facts)[index], plan.estimate
+    del facts  # it has the activations of the recorded forward
+    assert estimate is not None and plan.pipeline is not None
+    run = replace(
+        run_facts(config, plan.mesh, of.facts), reduce=plan.reduce, gather=plan.gather,
+        checkpointing=estimate.checkpointing,
+    )  # fmt: skip
+    memory, watch = memory_of_fullest_rank(of.layers, of.mesh, of.facts, of.run(run, plan.pipeline)), Watch()
+    del of
+    number = accumulation_steps(config, plan.mesh)
+    tokens = torch.randint(0, 256, (number, config.data.micro_batch_size, config.data.seq_len))
+    batches = DataLoader([dict.fromkeys(INPUTS, each) for each in tokens], batch_size=None)
+    module = LanguageModule(model, config.optimizer, 1)
+    trainer = make_trainer(config, plan, folder, [Moments(watch)], loggers=[])
+    with watch:
+        trainer.fit(module, batches)
+    peak = max(moment.peak for moment in watch.seen.moments if moment.name != STEP)
+    wires = trainer.strategy._stages.stages.wires
+    sends_back = sum(stage > 0 for stage in plan.pipeline.stages_of(index))
+    sends_on = sum(stage < len(plan.pipeline.stages) - 1 for stage in plan.pipeline.stages_of(index))
+    words = 8 * (number * sends_back + (3 + 8) * sends_on)  # weights of auxiliary losses, and shapes once
+    return Sizes(memory.total - memory.optimizer, peak, wires.sent_bytes - words, estimate.stage_bytes_per_step, words)
+
+
 def every(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    cases = {f"pp {ranks}": fit(mesh)[1].found for ranks, mesh in MESHES.items()}
+    counted = {name: sizes(overrides, folder / name) for name, overrides in PLANNED.items()}
+    cases: dict[str, Any] = {f"pp {ranks}": fit(mesh)[1].found for ranks, mesh in MESHES.items()}
     cases["interleaved"] = fit(INTERLEAVED)[1].found
     cases["computed again"] = fit(INTERLEAVED, checkpointing="full")[1].found
     best = kept_best(folder / "best")
-    return {**cases, "chain": chain(folder), "draws": draws(), "best": best, "refusals": refusals()}
+    return {**cases, "sizes": counted, "chain": chain(folder), "draws": draws(), "best": best, "refusals": refusals()}
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +397,14 @@ def test_stages_draw_different_numbers_and_their_inputs_the_same(ranks: Any) -> 
     assert [each[0] for each in drawn[:2]] == [each[0] for each in drawn[2:]]
     assert all(len(each) == 2 for each in drawn)
     assert not {each[1] for each in drawn[:2]} & {each[1] for each in drawn[2:]}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_memory_and_messages_are_as_planned(ranks: Any, name: str) -> None:
+    """Of the fullest rank, as a plan says: messages exactly, memory within the 10% of benchmarks/memory.py."""
+    found: list[Sizes] = [rank["sizes"][name] for rank in ranks]
+    assert max(each.sent for each in found) == found[0].most_sent
+    assert max(each.memory for each in found) == pytest.approx(max(each.peak for each in found), rel=0.10), found
 
 
 def test_a_callback_keeps_the_best_checkpoint(ranks: Any) -> None:
