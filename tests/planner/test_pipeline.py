@@ -12,8 +12,11 @@ from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.models.build import example_inputs
 from moecompile.models.source import source_model
+from moecompile.pipeline import planning_facts
+from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan
 from moecompile.planner.pipeline import balanced, counts_of
+from moecompile.planner.search.run import search
 
 TWO = ["mesh=cpu_1x4", "mesh.pp=2"]
 
@@ -106,6 +109,26 @@ def test_what_stages_do_not_go_with(overrides: list[str], rule: str) -> None:
     with pytest.raises(ConfigError) as caught:
         plan(*overrides)
     assert rule in str(caught.value)
+
+
+def test_a_pipeline_that_does_not_fit_has_changes_that_were_planned() -> None:
+    tight = [*TWO, "hardware.memory_gib=0.05", "trainer.checkpointing=none"]
+    estimate = plan(*tight).estimate
+    assert estimate is not None and estimate.fits == "no" and estimate.remedies
+    assert estimate.tried.startswith("tried mesh.pp=4, data.micro_batch_size=2, trainer.checkpointing=full, ")
+    for remedy in estimate.remedies:
+        made = plan(*tight, remedy.change).estimate
+        assert made is not None and made.fits == remedy.fits != "no"
+        assert made.memory_bytes_per_rank.total == remedy.total
+
+
+@pytest.mark.parametrize("overrides", [["mesh.ep=search"], []])
+def test_a_search_does_not_go_with_stages(overrides: list[str]) -> None:
+    chosen = compose_config(["recipe=deepseek_ep", *TWO, *overrides])
+    model = source_model(chosen)
+    sites, facts = planning_facts(model, chosen, example_inputs(model, chosen.data.seq_len))
+    with pytest.raises(ConfigError, match=r"mesh\.pp=2: a search does not count the stages of a pipeline"):
+        search(sites, facts, chosen, lambda plan: shape_of_model(model, plan), rounds=False)
 
 
 def test_a_model_that_cannot_be_cut_is_refused_with_the_reason() -> None:

@@ -1,6 +1,7 @@
 """What to change if a plan does not fit with the load that is to be expected. Each change was planned, and fits.
 
-Where the layout is described, nothing is offered: it is not what the plan is of.
+Where the layout is described, nothing is offered: it is not what the plan is of. Of a pipeline, whose stages a search
+does not count, more stages and three other changes are planned, each by itself.
 
 Algorithm:
   1. Layouts of more and more axes, with the same global batch, until some fit:
@@ -84,6 +85,8 @@ def with_remedies(
     """
     if plan.estimate is None or plan.estimate.fits == FITS or not plan.layers or is_described(config.workload):
         return plan
+    if plan.pipeline is not None:
+        return _with_other_stages(plan, config, shape, again)
     tried, remedies, least = list[str](), list[Remedy](), list[tuple[int, Mapping[str, object]]]()
     for stage in _stages(plan, config):
         rejected = Rejected()
@@ -104,6 +107,34 @@ def with_remedies(
         needed, settings = min(least, key=lambda each: each[0])
         text += f"; the least is {needed / GIB:.3g} GiB, with {_text(settings)}"
     return replace(plan, estimate=replace(plan.estimate, remedies=tuple(remedies), tried=text))
+
+
+def _with_other_stages(
+    plan: Plan, config: Config, shape: Callable[[Plan], ModelShape], again: Callable[[Config], Plan]
+) -> Plan:
+    """The plan of a pipeline, whose stages a search does not count: each of a few changes is planned by itself."""
+    assert plan.estimate is not None
+    data, trainer = config.data, config.trainer
+    changes: list[dict[str, object]] = [{"mesh.pp": 2 * plan.mesh.pp}] if config.plan is None else []
+    if data.micro_batch_size > 1:
+        changes.append({"data.micro_batch_size": data.micro_batch_size // 2})
+    if trainer.checkpointing not in (Checkpointing.auto, Checkpointing.full):
+        changes.append({"trainer.checkpointing": Checkpointing.full.value})
+    if trainer.precision is not Precision.bf16_params and config.plan is None:
+        changes.append({_PRECISION: Precision.bf16_params.value})
+    found: list[Remedy] = []
+    for changed in changes:
+        other = with_settings(config, changed)
+        with suppress(MoecompileError):  # what cannot be planned helps nobody
+            made = again(other)
+            assert made.estimate is not None
+            if made.estimate.fits != TOO_LARGE:
+                seconds = sum(step_of(inputs_of(shape(made), made, other)).values())
+                found.append(_remedy(changed, seconds, made.estimate))
+    found.sort(key=lambda each: (each.fits != FITS, each.seconds))
+    named = ", ".join(f"{key}={value}" for changed in changes for key, value in changed.items())
+    tried = f"tried {named}, each by itself" if named else "nothing could be tried"
+    return replace(plan, estimate=replace(plan.estimate, remedies=tuple(found), tried=tried))
 
 
 def _stages(plan: Plan, config: Config) -> Iterator[_Stage]:

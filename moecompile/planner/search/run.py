@@ -23,7 +23,7 @@ from moecompile.plan import BUDGET, FITS, IN_FLIGHT, LayerPlan, Plan, PlannedSit
 from moecompile.planner.budget import Budget, Within, budget_of, fastest, within
 from moecompile.planner.build_plan import GIB, draft_plan, run_facts
 from moecompile.planner.cost_model.forecast import expected_load, step_of
-from moecompile.planner.cost_model.inputs import REPEATED, SAID_BY_MESH, Inputs, inputs_of
+from moecompile.planner.cost_model.inputs import REPEATED, Inputs, inputs_of
 from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
 from moecompile.planner.memory import (
     Activations,
@@ -404,6 +404,11 @@ def search(
         ConfigError: the config itself cannot be planned, or `search.axes` names something else.
     """
     start = time.process_time()
+    if config.mesh.pp > 1:
+        raise ConfigError(
+            "mesh.pp", config.mesh.pp, "a search does not count the stages of a pipeline that runs",
+            "Use mesh.pp=1 (pipelines are described beside what runs), or give mesh.ep a number, with task=plan",
+        )  # fmt: skip
     plan, _ = draft_plan(sites, config, facts)  # Step 1
     axes = axes_of(config, plan.layers, plan.mesh.ep, by_layer=bool(facts.layers))
     rejected = Rejected()
@@ -455,15 +460,15 @@ def _space(search: Search, plan: Plan, inputs: Inputs) -> Space:
         space, ep=[ep for ep in axes.ep if _on_nodes(plan.mesh, ep, tp)], kinds=kinds, recompute=recompute,
         micro_batch=[n for n in axes.micro_batch if n <= 8 or len(axes.micro_batch) == 1],
         ran=[tp for tp in axes.sharing["tp"] if _splits(search, tp)],
-        tp=[tp] if "tp" in said else space.tp, pp=[config.mesh.pp] if "pp" in said else space.pp,
-        cp=[config.mesh.cp] if "cp" in said else space.cp, ran_cp=config.mesh.cp,
+        tp=[tp] if "tp" in said else space.tp, cp=[config.mesh.cp] if "cp" in said else space.cp,
+        ran_cp=config.mesh.cp,
     )  # fmt: skip
 
 
 def _said(search: Search) -> list[str]:
     """Sizes that the mesh says and keeps; a described layout has them too, and does not say them again."""
-    kept = {"tp": "tp" in search.axes.kept, "pp": True, "cp": True}
-    return [name for name in SAID_BY_MESH if kept[name] and getattr(search.config.mesh, name) > 1]
+    kept = {"tp": "tp" in search.axes.kept, "cp": True}
+    return [name for name, is_kept in kept.items() if is_kept and getattr(search.config.mesh, name) > 1]
 
 
 def _on_nodes(mesh: MeshSpec, ep: int, tp: int) -> bool:
