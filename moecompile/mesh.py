@@ -64,7 +64,7 @@ class Axis:
 
 
 AXES = (
-    Axis(name="pp", splits=(Part.LAYERS,), experts=True),
+    Axis(name="pp", splits=(Part.LAYERS,), experts=True, searched=True),
     Axis(name="dp_replicate", splits=(Part.BATCH,), experts=True, searched=True),
     Axis(name="dp_shard", splits=(Part.BATCH, Part.STORED), given=False),
     Axis(name="cp", splits=(Part.SEQUENCE, Part.HEADS, Part.STORED), group="a CP group"),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from moecompile.errors import PlanError
 
@@ -109,12 +110,7 @@ class Pipeline:
 
         Together: all of its stages count, each with its own layers, at the same moment.
         """
-        now = dict.fromkeys(self.stages_of(index), 0)
-        most = tuple(now.values())
-        for action in self.order(index, micro_batches):
-            now[action.stage] += 1 if action.is_forward else -1
-            most = max(most, tuple(now.values()), key=sum)
-        return most
+        return _in_flight(self.schedule, index, self.ranks, self.per_rank, micro_batches)
 
     @property
     def layout(self) -> str:
@@ -163,6 +159,16 @@ def _in_turns(forwards: Sequence[Action], backwards: Sequence[Action], warm_up: 
 
 SCHEDULES = {"1f1b": _one_forward_one_backward, "interleaved": _interleaved}
 """Name -> the order of a rank: (index along pp, P, v, M)."""
+
+
+@cache  # a search asks for each layout
+def _in_flight(schedule: str, index: int, ranks: int, per_rank: int, micro_batches: int) -> tuple[int, ...]:
+    now = dict.fromkeys(range(index, ranks * per_rank, ranks), 0)
+    most = tuple(now.values())
+    for action in SCHEDULES[schedule](index, ranks, per_rank, micro_batches):
+        now[action.stage] += 1 if action.is_forward else -1
+        most = max(most, tuple(now.values()), key=sum)
+    return most
 
 
 def simulated(pipeline: Pipeline, micro_batches: int) -> list[tuple[int, Action]]:

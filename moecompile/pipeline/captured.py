@@ -16,7 +16,7 @@ from moecompile.passes.run import Log
 from moecompile.pipeline.facts import facts_of
 from moecompile.plan import ExpertsSite, Plan, PlannedSite
 from moecompile.planner import ModelFacts
-from moecompile.schema import Config, SiteKind
+from moecompile.schema import Config, SiteKind, TaskName
 
 
 def planning_facts(
@@ -36,7 +36,7 @@ def capture_planned(
     log.add("capture", {}, {}, f"{len(recording.graph.nodes)} functions recorded")
     kind = config.experts.sites if plan is None else _kind(plan, config)
     captured = capture_regions(recording, unproven, kind, _named(config, plan))
-    if (config.mesh.pp if plan is None else plan.mesh.pp) > 1:
+    if (config.mesh.pp if plan is None else plan.mesh.pp) > 1 or config.task.name is TaskName.search:
         captured.boundaries = Boundaries(recording)
     log.add("match", captured.regions, captured.regions, captured.summary)
     return captured

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -92,7 +93,8 @@ def _cut(model: nn.Module, captured: Captured | None) -> CutFacts | None:
         whole[called.path] = 0 if is_lookup else sum(parameter.numel() for parameter in module.parameters())
     without_sites = replace(captured, boundaries=None)
 
-    def facts(units: Sequence[str], has_head: bool) -> ModelFacts:
+    @cache  # a search asks for the same stages on many meshes
+    def facts(units: tuple[str, ...], has_head: bool) -> ModelFacts:
         """Of the model without the other units."""
         absent = {path: model.get_submodule(path) for path in whole if path not in units}
         put(model, dict.fromkeys(absent, nn.Module()))
@@ -104,7 +106,7 @@ def _cut(model: nn.Module, captured: Captured | None) -> CutFacts | None:
 
     return CutFacts(
         refused=of.refused, layers=tuple(of.layers), units=whole, tied=() if of.refused else of.tied,
-        stages=of.stages, facts=facts,
+        stages=cache(of.stages), facts=facts,
     )  # fmt: skip
 
 

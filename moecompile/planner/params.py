@@ -98,8 +98,8 @@ class CutFacts:
     layers: tuple[str, ...]
     units: Mapping[str, int]
     tied: tuple[tuple[str, str], ...]
-    stages: Callable[[Sequence[str]], tuple[Stage, ...]]
-    facts: Callable[[Sequence[str], bool], ModelFacts]
+    stages: Callable[[tuple[str, ...]], tuple[Stage, ...]]
+    facts: Callable[[tuple[str, ...], bool], ModelFacts]
 
 
 @dataclass(frozen=True, kw_only=True)

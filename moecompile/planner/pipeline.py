@@ -23,7 +23,7 @@ from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import LayerPlan, MemoryEstimate, Plan
 from moecompile.planner.memory import memory_of_fullest_rank
-from moecompile.planner.params import ModelFacts, RunFacts, computed_per_token, layer_params
+from moecompile.planner.params import CutFacts, ModelFacts, RunFacts, computed_per_token, layer_params
 from moecompile.schema import AdapterKind, Checkpointing, Config
 from moecompile.stages import Pipeline, Stage, simulated
 
@@ -44,10 +44,8 @@ def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts
         return None
     _check_supported(mesh, config)
     cut, number = facts.cut, mesh.pp * config.pipeline.stages_per_rank
-    if cut is None:
-        raise _refusal(mesh, "the plan is made of a graph, which has no layers to cut between")
-    if cut.refused:
-        raise _refusal(mesh, f"the model cannot be cut into stages: {cut.refused}")
+    if cut is None or cut.refused:
+        raise _refusal(mesh, _uncut(cut))
     if number > len(cut.layers):
         raise ConfigError(
             "mesh.pp", mesh.pp, f"{number} stages need as many layers, and the model has {len(cut.layers)}",
@@ -59,17 +57,38 @@ def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts
         counts = counts_of(config.pipeline.layout, number, len(cut.layers))
     places = [sum(counts[:i]) for i in range(1, number)]
     try:
-        stages = cut.stages([cut.layers[place] for place in places])
+        stages = cut.stages(tuple(cut.layers[place] for place in places))
     except ValueError as error:
         raise _refusal(mesh, f"the model cannot be cut before {cut.layers[places[0]]}: {error}") from error
     schedule = "1f1b" if config.pipeline.stages_per_rank == 1 else "interleaved"
     pipeline = Pipeline(schedule=schedule, ranks=mesh.pp, stages=stages, tied=cut.tied)
-    simulated(pipeline, max(1, config.data.global_batch_size // (config.data.micro_batch_size * mesh.num_batches)))
+    micro_batches = max(1, config.data.global_batch_size // (config.data.micro_batch_size * mesh.num_batches))
+    _check_order(schedule, mesh.pp, number, micro_batches)
     return pipeline
+
+
+@cache  # a search plans many layouts with the same stages
+def _check_order(schedule: str, ranks: int, stages: int, micro_batches: int) -> None:
+    simulated(Pipeline(schedule=schedule, ranks=ranks, stages=(Stage(units=()),) * stages), micro_batches)
+
+
+def _uncut(cut: CutFacts | None) -> str:
+    if cut is None:
+        return "the plan is made of a graph, which has no layers to cut between"
+    return f"the model cannot be cut into stages: {cut.refused}" if cut.refused else ""
 
 
 def _refusal(mesh: MeshSpec, rule: str) -> ConfigError:
     return ConfigError("mesh.pp", mesh.pp, rule, "Use mesh.pp=1")
+
+
+def no_stages(mesh: MeshSpec, config: Config, facts: ModelFacts) -> str:
+    """Why a config has no pipeline on any mesh like this one; empty: it can have one."""
+    try:
+        _check_supported(mesh, config)
+    except ConfigError as error:
+        return f"{error.path}={error.value} {error.rule}" if error.path != "mesh.pp" else error.rule
+    return _uncut(facts.cut)
 
 
 def _check_supported(mesh: MeshSpec, config: Config) -> None:
@@ -112,6 +131,11 @@ def costs(layers: Sequence[LayerPlan], units: Mapping[str, int], order: Sequence
 
 def balanced(of: Sequence[float], number: int) -> list[int]:
     """Layers of each of `number` stages of neighbouring layers (step 2)."""
+    return list(_balanced(tuple(of), number))
+
+
+@cache
+def _balanced(of: tuple[float, ...], number: int) -> tuple[int, ...]:
     sums = [0.0]
     for cost in of:
         sums.append(sums[-1] + cost)
@@ -128,7 +152,7 @@ def balanced(of: Sequence[float], number: int) -> list[int]:
             found.append((max(cost, dearest), cost**2 + squares, (count, *counts)))
         return min(found)
 
-    return list(best(0, number)[2])
+    return best(0, number)[2]
 
 
 def counts_of(layout: str, number: int, layers: int) -> list[int]:
@@ -190,12 +214,13 @@ class OfRank:
 
     def run(self, run: RunFacts, pipeline: Pipeline | None) -> RunFacts:
         """The run, with the micro-batches that are kept for backward."""
-        if pipeline is None:
-            return run
-        kept = pipeline.in_flight(self.index, run.accumulation)
+        return run if pipeline is None else replace(run, in_flight=self.in_flight(pipeline, run.accumulation))
+
+    def in_flight(self, pipeline: Pipeline, micro_batches: int) -> float:
+        """Micro-batches that are kept for backward, a mean over layers."""
+        kept = pipeline.in_flight(self.index, micro_batches)
         layers = [len(stage.layers) for stage in self.stages]
-        weighted = sum(number * each for number, each in zip(kept, layers, strict=True)) / sum(layers)
-        return replace(run, in_flight=weighted)
+        return sum(number * each for number, each in zip(kept, layers, strict=True)) / sum(layers)
 
 
 def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
@@ -212,11 +237,36 @@ def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
                 index=index,
                 layers=tuple(layer for layer in plan.layers if any(s.holds(layer.site.fqn) for s in stages)),
                 mesh=plan.mesh.stage,
-                facts=facts.cut.facts([unit.path for stage in stages for unit in stage.units], is_last),
+                facts=facts.cut.facts(tuple(unit.path for stage in stages for unit in stage.units), is_last),
                 stages=stages,
             )
         )
     return found
+
+
+def alike(ranks: Sequence[OfRank]) -> list[list[OfRank]]:
+    """Those whose parts of the model have the same sizes, so that they differ in what is kept for backward alone."""
+    found: list[tuple[object, list[OfRank]]] = []
+    for of in ranks:
+        sizes = _sizes(of)
+        same = next((others for other, others in found if other == sizes), None)
+        if same is None:
+            found.append((sizes, [of]))
+        else:
+            same.append(of)
+    return [others for _, others in found]
+
+
+def _sizes(of: OfRank) -> object:
+    """The part of the model without names."""
+    facts = of.facts
+    weights = sorted((w.rows, w.params, w.site is not None, w.is_root, w.split) for w in facts.weights)
+    return (
+        of.mesh, tuple(replace(layer, site=replace(layer.site, fqn="")) for layer in of.layers),
+        replace(facts, frozen={}, linears={}, split=(), matrices={}, attention=(), weights=(), layers=()),
+        sorted(facts.frozen.values()), sorted(facts.linears.values()), sorted(facts.matrices.values()), weights,
+        sorted((split.kind, split.size, split.params, split.width) for split in facts.split), len(facts.layers),
+    )  # fmt: skip
 
 
 def fullest(ranks: Sequence[OfRank], plan: Plan, run: RunFacts) -> tuple[OfRank, MemoryEstimate]:

@@ -768,8 +768,8 @@ class SearchConfig:
     """`search`: what task=search varies. Keys that the caller sets are kept, and so is the batch."""
 
     axes: list[str] = field(default_factory=list)
-    """Only these: ep, dp_replicate, tp, dispatch, overlap, micro_batch, checkpointing, max_nodes, granularity, layout
-    (tp, pp, vpp, cp, etp and zero of `workload`, which are described, not run). Empty: all."""
+    """Only these: ep, pp, dp_replicate, tp, stages, dispatch, overlap, micro_batch, checkpointing, max_nodes,
+    granularity, layout (tp, pp, vpp, cp, etp and zero of `workload`, which are described, not run). Empty: all."""
     model: bool = False
     """Also what changes the result of training: the node limit, the granularity, and the micro-batch where a capacity
     or a loss is over it."""

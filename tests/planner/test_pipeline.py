@@ -15,8 +15,12 @@ from moecompile.models.source import source_model
 from moecompile.pipeline import planning_facts
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan
+from moecompile.planner.build_plan import draft_plan
+from moecompile.planner.cost_model.forecast import forecast_plan
 from moecompile.planner.pipeline import balanced, counts_of
-from moecompile.planner.search.run import search
+from moecompile.planner.search.axes import Axes, axes_of
+from moecompile.planner.search.found import Candidate, Rejected
+from moecompile.planner.search.run import Search, runnable
 
 TWO = ["mesh=cpu_1x4", "mesh.pp=2"]
 
@@ -115,20 +119,70 @@ def test_a_pipeline_that_does_not_fit_has_changes_that_were_planned() -> None:
     tight = [*TWO, "hardware.memory_gib=0.05", "trainer.checkpointing=none"]
     estimate = plan(*tight).estimate
     assert estimate is not None and estimate.fits == "no" and estimate.remedies
-    assert estimate.tried.startswith("tried mesh.pp=4, data.micro_batch_size=2, trainer.checkpointing=full, ")
+    assert estimate.tried.startswith("tried mesh.ep, micro-batch, checkpointing, mesh.pp and stages of a rank (")
     for remedy in estimate.remedies:
-        made = plan(*tight, remedy.change).estimate
+        made = plan(*tight, *remedy.change.split()).estimate
         assert made is not None and made.fits == remedy.fits != "no"
         assert made.memory_bytes_per_rank.total == remedy.total
 
 
-@pytest.mark.parametrize("overrides", [["mesh.ep=search"], []])
-def test_a_search_does_not_go_with_stages(overrides: list[str]) -> None:
-    chosen = compose_config(["recipe=deepseek_ep", *TWO, *overrides])
+def searched(*overrides: str, recipe: str = "deepseek_ep") -> tuple[Axes, list[Candidate]]:
+    """The axes, and all layouts that run, the fastest first."""
+    chosen = compose_config([f"recipe={recipe}", "task=search", *overrides])
     model = source_model(chosen)
     sites, facts = planning_facts(model, chosen, example_inputs(model, chosen.data.seq_len))
-    with pytest.raises(ConfigError, match=r"mesh\.pp=2: a search does not count the stages of a pipeline"):
-        search(sites, facts, chosen, lambda plan: shape_of_model(model, plan), rounds=False)
+    base, _ = draft_plan(sites, chosen, facts)
+    axes = axes_of(chosen, base.layers, base.mesh.ep, facts)
+    found = Search(
+        sites=sites, facts=facts, config=chosen, layers=base.layers, shape=lambda plan: shape_of_model(model, plan),
+        axes=axes, rounds=False,
+    )  # fmt: skip
+    return axes, sorted(runnable(found, Rejected()), key=lambda each: each.seconds)
+
+
+def test_a_search_counts_stages_as_their_plan_does() -> None:
+    """Seconds and both memories of layouts with one and several stages of a rank, some of them without MoE layers."""
+    base = ["mesh=cpu_2x2", "experts.layers='3:'", "data.global_batch_size=24", "optimizer=muon"]
+    axes, found = searched(*base, "search.axes=[ep,pp,stages,micro_batch,checkpointing]")
+    assert set(axes.sharing["pp"]) == {1, 2, 4} and tuple(axes.stages) == (1, 2, 4, 8)
+    of: dict[tuple[object, ...], Candidate] = {}
+    for each in found:
+        keys = ("mesh.pp", "pipeline.stages_per_rank", "trainer.checkpointing", "data.micro_batch_size")
+        of.setdefault(tuple(each.settings.get(key) for key in keys), each)
+    stages = {key: each for key, each in of.items() if key[0] != 1}
+    assert {key[:2] for key in stages} == {(2, None), (2, 2), (4, None)}  # six layers
+    assert {key[2] for key in stages} == {"none", "full", "keep_exchanges"}
+    for each in list(stages.values())[::5]:
+        made = plan(*base, *each.overrides.split())
+        assert made.estimate is not None and made.pipeline is not None
+        assert made.estimate.memory_bytes_per_rank.total == each.memory_bytes, each.overrides
+        assert made.estimate.memory_bytes_uneven == each.memory_bytes_uneven
+        again = compose_config(["recipe=deepseek_ep", *base, *each.overrides.split()])
+        assert forecast_plan(shape_of_model(source_model(again), made), made, again).seconds == each.seconds
+
+
+@pytest.mark.parametrize(
+    ("overrides", "recipe", "reason"),
+    [
+        (["routing.replay=record"], "deepseek_ep", "routing.replay=record a rank has the routers of its stage alone"),
+        (["mesh.cp=2"], "deepseek_ep", "stages and mesh.cp=2 are not possible together"),
+        (["mesh.tp=2"], "deepseek_ep", "stages and mesh.tp=2 are not possible together"),
+        (["trainer.baseline=dense"], "switch_ep", "trainer.baseline=dense trains a model that is not cut"),
+    ],
+)
+def test_a_search_says_why_it_keeps_one_stage(overrides: list[str], recipe: str, reason: str) -> None:
+    axes, found = searched("mesh=cpu_1x4", *overrides, "search.axes=[pp]", recipe=recipe)
+    assert axes.kept["pp"].startswith(reason)
+    assert not any("mesh.pp" in each.settings for each in found)
+
+
+def test_the_size_of_a_given_pipeline_is_kept() -> None:
+    axes, found = searched(*TWO, "search.axes=[ep,stages]")
+    assert axes.kept["pp"] == "search.axes does not name it"
+    assert {each.settings["mesh.ep"] for each in found} == {1, 2}
+    assert {each.settings.get("pipeline.stages_per_rank", 1) for each in found} == {1, 2}
+    made = plan(*TWO, "mesh.ep=search")
+    assert made.mesh.pp == 2 and made.estimate is not None
 
 
 def test_a_model_that_cannot_be_cut_is_refused_with_the_reason() -> None:

@@ -103,7 +103,7 @@ def test_given_keys_are_kept(tmp_path: Path) -> None:
     assert found["kept"]["ep"] == "mesh.ep was set"
     assert found["kept"]["overlap"] == "search.axes does not name it"
     assert {each["overrides"].split("=")[0] for each in found["front"]} == {"trainer.checkpointing"}
-    with pytest.raises(ConfigError, match=r"search\.axes=epp: is not an axis. Use some of ep, dp_replicate, tp"):
+    with pytest.raises(ConfigError, match=r"search\.axes=epp: is not an axis. Use some of ep, pp, dp_replicate, tp"):
         searched(tmp_path, "recipe=mixtral_ep", "search.axes=[epp]")
 
 

@@ -381,6 +381,8 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
         config.stack, bits=_BITS.get(config.trainer.precision, 16), dispatcher="flat" if kind == "local" else kind,
         recompute=REPEATED[checkpointing_of(config, plan)],
     )  # fmt: skip
+    if plan.pipeline is not None:
+        software = replace(software, schedule=SCHEDULES[0])
     # The plan's nodes are its link domains: ranks of one node are connected by the fast links.
     machine = replace(machine_of(config.hardware), domain=mesh.ranks_per_node)
     if machine.host is not None:

@@ -7,47 +7,57 @@
 4. When weights are gathered and gradients reduced is no axis: each layout gets the way that sends the fewest bytes of
    those that fit, as its plan would (planner/schedule.py), unless the config says it. So it does with checkpointing,
    where that is kept and `auto`. Searched, it is a budget, which has all other ways in it: each layout computes again
-   what makes it fit with the least time (planner/budget.py). Of a bare graph, all its layers alike.
+   what makes it fit with the least time (planner/budget.py). Of a bare graph, and of a pipeline, all its layers alike.
+5. Stages are searched where the model can be cut and ranks do not share the cores of a CPU. A pipeline that is
+   searched has no tensor parallelism, and its weights have one copy, unless the config says how many (dp_replicate).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from math import prod
 
 from moecompile.errors import ConfigError
 from moecompile.mesh import AXES as MESH_AXES
-from moecompile.mesh import Part, axes_that_split, divisors
+from moecompile.mesh import MeshSpec, Part, axes_that_split, divisors
 from moecompile.plan import BUDGET, ExpertsSite, LayerPlan
 from moecompile.plan import KINDS as DISPATCH_KINDS
 from moecompile.planner.existing import asks_balance
-from moecompile.schema import Config
+from moecompile.planner.params import ModelFacts
+from moecompile.planner.pipeline import no_stages
+from moecompile.schema import Baseline, Checkpointing, Config
 
 _OF_MESH = tuple(axis.name for axis in sorted(MESH_AXES, key=lambda axis: axis.dense) if axis.searched)
 AXES = {
-    **{name: f"mesh.{name}" for name in _OF_MESH}, "dispatch": "dispatch.kind",
+    **{name: f"mesh.{name}" for name in _OF_MESH}, "stages": "pipeline.stages_per_rank", "dispatch": "dispatch.kind",
     "overlap": "dispatch.overlap", "micro_batch": "data.micro_batch_size", "checkpointing": "trainer.checkpointing",
     "max_nodes": "routing.max_nodes", "granularity": "experts.granularity", "layout": "workload.tp",
 }  # fmt: skip
 """Axis -> the key that it sets. `layout`: tp, pp, vpp, cp, etp and zero of `workload`, which are described."""
 DESCRIBED = tuple(f"workload.{name}" for name in ("tp", "pp", "vpp", "cp", "etp", "zero"))
+_STAGES = ("pp", "stages")
 _CHANGE_THE_MODEL = ("max_nodes", "granularity")
 KINDS = tuple(kind for kind in DISPATCH_KINDS if kind != "local")
 OVERLAPS = (("none", 1), ("shared", 1), ("chunks", 2), ("chunks", 4))
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 GRANULARITIES = (1, 2, 4, 8)
+STAGES_PER_RANK = (1, 2, 4, 8)
+MOST_STAGES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
     """The searched values of each axis; an axis that is kept has its one value.
 
-    sharing: axis of the mesh whose ranks share a micro-batch -> its sizes. kept: axis -> why, if it is kept.
+    sharing: axis of the mesh whose ranks share a micro-batch -> its sizes. stages: of a rank of a pipeline. kept: axis
+    -> why, if it is kept.
     """
 
     ep: Sequence[int]
     dp_replicate: Sequence[int]
+    stages: Sequence[int]
     sharing: Mapping[str, Sequence[int]]
     dispatch: Sequence[str]
     overlap: Sequence[tuple[str, int]]
@@ -58,10 +68,15 @@ class Axes:
     layout: bool
     kept: dict[str, str]
 
-    def meshes(self) -> Iterator[dict[str, int]]:
-        """Sizes of the axes of the mesh that change the plan of a layer."""
+    def meshes(self) -> Iterator[tuple[dict[str, int], int]]:
+        """Sizes of the axes of the mesh that change the plan of a layer, and stages of a rank."""
         for *sizes, ep in product(*self.sharing.values(), self.ep):
-            yield {"ep": ep, **dict(zip(self.sharing, sizes, strict=True))}
+            found = {"ep": ep, **dict(zip(self.sharing, sizes, strict=True))}
+            if found["pp"] == 1:
+                if 1 in self.stages:  # else a number was given, which needs a pipeline
+                    yield found, 1
+            elif all(size == 1 for name, size in found.items() if name not in ("ep", "pp")) or "pp" in self.kept:
+                yield from ((found, stages) for stages in self.stages)
 
     def chosen(self, settings: Mapping[str, object]) -> dict[str, object]:
         """Settings without those of axes that are kept."""
@@ -69,32 +84,34 @@ class Axes:
         return {key: value for key, value in settings.items() if key not in kept}
 
 
-def axes_of(config: Config, layers: Sequence[LayerPlan], ep: int, *, by_layer: bool) -> Axes:
+def axes_of(config: Config, layers: Sequence[LayerPlan], ep: int, facts: ModelFacts) -> Axes:
     """The axes of a search.
 
     Args:
-        layers: the plan of the config as it is. ep: its EP size. by_layer: whether the layers of the model are known.
+        layers: the plan of the config as it is. ep: its EP size. facts: of the model.
 
     Raises:
         ConfigError: `search.axes` names something that is not an axis.
     """
-    kept = _kept(config, layers)
+    kept = _kept(config, layers, facts)
     mesh, data, searched = config.mesh, config.data, [name for name in AXES if name not in kept]
     world = mesh.num_nodes * mesh.ranks_per_node
     overlap = config.dispatch.overlap.value
     now = layers[0].dispatch if layers else None
     powers = [n for n in (1, 2, 4, 8) if mesh.ranks_per_node % n == 0]
     sharing = [name for name in _OF_MESH if name not in axes_that_split(Part.BATCH, Part.EXPERTS)]
+    sizes = {name: [n for n in divisors(world) if n <= MOST_STAGES] if name == "pp" else powers for name in sharing}
     return Axes(
         ep=divisors(world) if "ep" in searched else [ep],
         dp_replicate=divisors(world) if "dp_replicate" in searched else [mesh.dp_replicate],
-        sharing={name: powers if name in searched else [getattr(mesh, name)] for name in sharing},
+        sharing={name: sizes[name] if name in searched else [getattr(mesh, name)] for name in sharing},
+        stages=STAGES_PER_RANK if "stages" in searched else [config.pipeline.stages_per_rank],
         dispatch=KINDS if "dispatch" in searched else [config.dispatch.kind.value],
         overlap=OVERLAPS if "overlap" in searched else [(now.overlap, now.chunks) if now else (overlap, 1)],
         micro_batch=sorted({*MICRO_BATCHES, data.micro_batch_size})
         if "micro_batch" in searched
         else [data.micro_batch_size],
-        checkpointing=_computed_again(config, by_layer=by_layer)
+        checkpointing=_computed_again(config, by_layer=bool(facts.layers))
         if "checkpointing" in searched
         else [config.trainer.checkpointing.value],
         max_nodes=[None, *divisors(mesh.num_nodes)] if "max_nodes" in searched else [config.routing.max_nodes],
@@ -105,24 +122,26 @@ def axes_of(config: Config, layers: Sequence[LayerPlan], ep: int, *, by_layer: b
 
 
 def _computed_again(config: Config, *, by_layer: bool) -> tuple[str, ...]:
-    """What may be computed again; rows that a back end received cannot be kept for backward."""
-    if by_layer:
-        return (BUDGET,)
+    return (BUDGET,) if by_layer else all_alike(config)
+
+
+def all_alike(config: Config) -> tuple[str, ...]:
+    """What all layers may compute again; rows that a back end received cannot be kept for backward."""
     return ("none", "full", "keep_exchanges") if config.dispatch.backend is None else ("none", "full")
 
 
-def _kept(config: Config, layers: Sequence[LayerPlan]) -> dict[str, str]:
+def _kept(config: Config, layers: Sequence[LayerPlan], facts: ModelFacts) -> dict[str, str]:
     """Axes that are not searched, and why."""
     named = config.search.axes
     if unknown := [name for name in named if name not in AXES]:
         raise ConfigError("search.axes", unknown[0], "is not an axis", f"Use some of {', '.join(AXES)}")
     kept: dict[str, str] = {}
-    for name, key in AXES.items():
+    for name, key in sorted(AXES.items(), key=lambda each: each[0] in _STAGES):
         if named and name not in named:
             kept[name] = "search.axes does not name it"
         elif given := [word for word in config.given if word in (DESCRIBED if name == "layout" else (key,))]:
             kept[name] = f"{given[0]} was set"
-        elif reason := _unchanged(name, config, layers):
+        elif reason := _unchanged(name, config, layers) or _uncut(name, config, facts, kept):
             kept[name] = reason
     if "layout" not in kept and not config.search.described:
         kept["layout"] = "search.described=false"
@@ -146,6 +165,25 @@ def _unchanged(name: str, config: Config, layers: Sequence[LayerPlan]) -> str | 
     if changing and (what := _over_micro_batch(config, layers)):
         others["micro_batch"] = f"{what} is over a micro-batch, so it {changing.format('training')}"
     return others.get(name)
+
+
+def _uncut(name: str, config: Config, facts: ModelFacts, kept: Mapping[str, str]) -> str | None:
+    """Why stages are kept as they are, which come last."""
+    if name not in _STAGES:
+        return None
+    if config.pipeline.layout is not None:
+        return "pipeline.layout says the stages"
+    if config.mesh.pp > 1:
+        return None
+    if config.hardware.host.cores is not None:
+        return "the time of stages on a CPU is not known"
+    if config.trainer.baseline is not Baseline.none:
+        return "trainer.baseline=dense trains a model that is not cut"
+    if "checkpointing" not in kept:
+        config = replace(config, trainer=replace(config.trainer, checkpointing=Checkpointing.auto))
+    kept_sizes = {axis: getattr(config.mesh, axis) for axis in ("tp", "cp") if axis in kept or axis not in AXES}
+    mesh = MeshSpec(num_nodes=2, ranks_per_node=prod(kept_sizes.values()), pp=2, **kept_sizes)
+    return no_stages(mesh, config, facts)
 
 
 def _over_micro_batch(config: Config, layers: Sequence[LayerPlan]) -> str | None:

@@ -41,17 +41,18 @@ from moecompile.planner.cost_model.counts import BF16, FP32, dispatch_bytes, pad
 from moecompile.planner.cost_model.forecast import step_of
 from moecompile.planner.cost_model.inputs import Inputs, Layout, Software
 from moecompile.planner.cost_model.shapes import Attention, Experts, Layer, ModelShape, Scan, layer_params
+from moecompile.planner.search.axes import MOST_STAGES, STAGES_PER_RANK
 from moecompile.planner.search.found import Rejected
 
-MOST_STAGES, MOST_CONTEXT = 64, 16
-_POWERS = (1, 2, 4, 8)
+MOST_CONTEXT = 16
 _LOGIT_BYTES = BF16 + 2 * FP32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
     """The searched sizes. kinds: of dispatch. recompute: name -> what is recomputed. batch: sequences of a
-    step. ran, ran_cp: tensor and context parallel sizes of layouts that run, which are searched elsewhere.
+    step. vpp: virtual stages; empty: those that fit. ran, ran_cp, ran_pp: tensor, context and pipeline parallel sizes
+    of layouts that run, which are searched elsewhere; with stages, without the other two.
     """
 
     ep: Sequence[int]
@@ -65,6 +66,8 @@ class Space:
     batch: int
     ran: Sequence[int] = ()
     ran_cp: int = 1
+    vpp: Sequence[int] = ()
+    ran_pp: Sequence[int] = (1,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +117,11 @@ def layouts(inputs: Inputs, space: Space, rejected: Rejected) -> Iterator[Layout
     given, count = inputs.layout, max(1, len(space.recompute))
     for tp, pp, cp, ep in product(space.tp, space.pp, space.cp, space.ep):
         for etp, zero, micro_batch in product(sorted({1, tp}), space.zero, space.micro_batch):
-            if pp == etp == 1 and zero == 3 and tp in space.ran and cp == space.ran_cp:
+            alone = tp in space.ran and cp == space.ran_cp if pp == 1 else pp in space.ran_pp and tp == cp == 1
+            if alone and etp == 1 and zero == 3 and inputs.software.schedule != "dualpipe":
                 continue
             sizes = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "etp": etp, "zero": zero, "micro_batch": micro_batch}
-            stages = _virtual(inputs, pp)
+            stages = space.vpp or _virtual(inputs, pp)
             if rule := _broken(inputs, sizes, space.batch):
                 rejected.add(rule, settings_text(sizes), count * max(1, len(stages)))
                 continue
@@ -143,7 +147,7 @@ def _virtual(inputs: Inputs, pp: int) -> list[int]:
     layers = sum(layer.count for layer in inputs.model.main_layers())
     if pp == 1 or inputs.software.schedule == "dualpipe":
         return [1]
-    return [n for n in _POWERS if n * pp <= layers or n == 1] if layers % pp else divisors(layers // pp)
+    return [n for n in STAGES_PER_RANK if n * pp <= layers or n == 1] if layers % pp else divisors(layers // pp)
 
 
 def _broken(inputs: Inputs, sizes: dict[str, int], batch: int) -> str | None:

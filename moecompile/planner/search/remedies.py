@@ -1,11 +1,10 @@
 """What to change if a plan does not fit with the load that is to be expected. Each change was planned, and fits.
 
-Where the layout is described, nothing is offered: it is not what the plan is of. Of a pipeline, whose stages a search
-does not count, more stages and three other changes are planned, each by itself.
+Where the layout is described, nothing is offered: it is not what the plan is of.
 
 Algorithm:
   1. Layouts of more and more axes, with the same global batch, until some fit:
-       a. EP size, micro-batch and checkpointing (and replicas, if there are some): one of them, two, or all. With
+       a. EP size, micro-batch and checkpointing (and replicas or stages, if there are some): one of them, or more. With
           checkpointing=auto, and so with when weights are gathered and gradients reduced, each layout gets what fits
        b. also tensor parallelism
        c. (a) in bf16, if weights are wider
@@ -49,7 +48,7 @@ from moecompile.schema import SEARCHED, Checkpointing, Config, Precision, Search
 OFFERED = 4
 _NAMES = {
     "ep": "mesh.ep", "micro_batch": "micro-batch", "checkpointing": "checkpointing", "tp": "mesh.tp",
-    "dp_replicate": "replicas",
+    "dp_replicate": "replicas", "pp": "mesh.pp", "stages": "stages of a rank",
 }  # fmt: skip
 _FEW = ("ep", "micro_batch", "checkpointing")
 _GIVEN_PLAN = ("micro_batch", "checkpointing")
@@ -85,8 +84,6 @@ def with_remedies(
     """
     if plan.estimate is None or plan.estimate.fits == FITS or not plan.layers or is_described(config.workload):
         return plan
-    if plan.pipeline is not None:
-        return _with_other_stages(plan, config, shape, again)
     tried, remedies, least = list[str](), list[Remedy](), list[tuple[int, Mapping[str, object]]]()
     for stage in _stages(plan, config):
         rejected = Rejected()
@@ -109,40 +106,13 @@ def with_remedies(
     return replace(plan, estimate=replace(plan.estimate, remedies=tuple(remedies), tried=text))
 
 
-def _with_other_stages(
-    plan: Plan, config: Config, shape: Callable[[Plan], ModelShape], again: Callable[[Config], Plan]
-) -> Plan:
-    """The plan of a pipeline, whose stages a search does not count: each of a few changes is planned by itself."""
-    assert plan.estimate is not None
-    data, trainer = config.data, config.trainer
-    changes: list[dict[str, object]] = [{"mesh.pp": 2 * plan.mesh.pp}] if config.plan is None else []
-    if data.micro_batch_size > 1:
-        changes.append({"data.micro_batch_size": data.micro_batch_size // 2})
-    if trainer.checkpointing not in (Checkpointing.auto, Checkpointing.full):
-        changes.append({"trainer.checkpointing": Checkpointing.full.value})
-    if trainer.precision is not Precision.bf16_params and config.plan is None:
-        changes.append({_PRECISION: Precision.bf16_params.value})
-    found: list[Remedy] = []
-    for changed in changes:
-        other = with_settings(config, changed)
-        with suppress(MoecompileError):  # what cannot be planned helps nobody
-            made = again(other)
-            assert made.estimate is not None
-            if made.estimate.fits != TOO_LARGE:
-                seconds = sum(step_of(inputs_of(shape(made), made, other)).values())
-                found.append(_remedy(changed, seconds, made.estimate))
-    found.sort(key=lambda each: (each.fits != FITS, each.seconds))
-    named = ", ".join(f"{key}={value}" for changed in changes for key, value in changed.items())
-    tried = f"tried {named}, each by itself" if named else "nothing could be tried"
-    return replace(plan, estimate=replace(plan.estimate, remedies=tuple(found), tried=tried))
-
-
 def _stages(plan: Plan, config: Config) -> Iterator[_Stage]:
     """Step 1."""
     if config.plan:
         yield _Stage(axes=_open(_GIVEN_PLAN, config), changed={})
         return
-    few = _open((*_FEW, *["dp_replicate"] * (plan.mesh.dp_replicate > 1)), config)
+    stages = ("pp", "stages") if plan.pipeline is not None and config.pipeline.layout is None else ()
+    few = _open((*_FEW, *["dp_replicate"] * (plan.mesh.dp_replicate > 1), *stages), config)
     yield _Stage(axes=few, changed={})
     yield _Stage(axes=("tp", *few), changed={})
     assert plan.estimate is not None
@@ -168,7 +138,7 @@ def _candidates(
     start = with_settings(config, stage.changed)
     start = replace(start, given=[], search=SearchConfig(axes=list(stage.axes)))
     base, _ = draft_plan(sites, start, facts)
-    axes = axes_of(start, base.layers, base.mesh.ep, by_layer=bool(facts.layers))
+    axes = axes_of(start, base.layers, base.mesh.ep, facts)
     search = Search(
         sites=sites, facts=facts, config=start, layers=base.layers, shape=shape, axes=axes, rounds=False
     )  # fmt: skip

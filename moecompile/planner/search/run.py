@@ -35,16 +35,17 @@ from moecompile.planner.memory import (
     tokens_of_a_rank,
 )
 from moecompile.planner.params import ModelFacts, RunFacts
+from moecompile.planner.pipeline import OfRank, alike, ranks_of
 from moecompile.planner.schedule import Sharded, choose, sharded, ways
-from moecompile.planner.search.axes import KINDS, Axes, axes_of
+from moecompile.planner.search.axes import KINDS, Axes, all_alike, axes_of
 from moecompile.planner.search.described import Described, Space, described, memory_of, settings_of, space_of
 from moecompile.planner.search.found import Candidate, Reason, Rejected, front, tight
-from moecompile.schema import Config, DispatchBalance, DispatchKind, OverlapKind, WorkloadConfig
+from moecompile.schema import Checkpointing, Config, DispatchBalance, DispatchKind, OverlapKind, WorkloadConfig
 
 # -- layouts that this package runs: plan, memory and seconds are those that task=plan gives ------------------------
 #
 # Algorithm:
-#   1. A structure is what changes the plan of the layers: EP and TP size, kind of dispatch, and what changes the model.
+#   1. A structure is what changes the plan: EP and TP size, stages, kind of dispatch, and what changes the model.
 #      Each is planned once; what cannot be planned is rejected by the plan's own rule. A plan whose router, experts or
 #      balance differ from those of the config would train another model, and is rejected too, unless that is searched.
 #   2. Within a structure, micro-batch, recomputation, overlap and replicas change numbers alone:
@@ -52,6 +53,7 @@ from moecompile.schema import Config, DispatchBalance, DispatchKind, OverlapKind
 #                      and gradients reduced                                                            -> `_States`
 #        activations   by structure, overlap (yes or no), micro-batch and recomputation
 #        seconds       by all of them, of what fits                                        (cost_model/forecast.py)
+#   3. Of a pipeline, memory is that of its fullest rank; ranks whose parts have the same sizes are counted once.
 
 MOST_ROUNDED = 0.1  # of a published batch, which task=plan rounds up to whole micro-batches
 
@@ -82,7 +84,9 @@ class Search:
 
 @dataclass(frozen=True, kw_only=True)
 class _Structure:
-    """A planned structure (step 1). overlapped: the layers with exchanges in flight. load: that is to be expected."""
+    """A planned structure (step 1). overlapped: the layers with exchanges in flight. load: that is to be expected.
+    ranks: of each kind of a pipeline's ranks, those that are alike (step 3).
+    """
 
     config: Config
     plan: Plan
@@ -90,6 +94,7 @@ class _Structure:
     inputs: Inputs
     overlapped: tuple[LayerPlan, ...]
     load: float
+    ranks: Sequence[Sequence[OfRank]]
 
 
 def runnable(search: Search, rejected: Rejected) -> Iterator[Candidate]:
@@ -104,8 +109,10 @@ def _structures(search: Search, shapes: dict[object, ModelShape], rejected: Reje
     """Step 1."""
     axes = search.axes
     inside = len(axes.micro_batch) * len(axes.checkpointing)
-    for granularity, nodes, sizes in product(axes.granularity, axes.max_nodes, axes.meshes()):
-        config = _with(search.config, sizes, granularity=granularity, max_nodes=nodes)
+    for granularity, nodes, (sizes, stages) in product(axes.granularity, axes.max_nodes, axes.meshes()):
+        config = _with(search.config, sizes, granularity=granularity, max_nodes=nodes, stages=stages)
+        if "checkpointing" not in axes.kept:
+            config = replace(config, trainer=replace(config.trainer, checkpointing=Checkpointing.auto))
         kinds = ("local",) if sizes["ep"] == 1 and len(axes.dispatch) > 1 else axes.dispatch
         for kind in kinds:
             text = f"{' '.join(f'mesh.{name}={size}' for name, size in sizes.items())} dispatch.kind={kind}"
@@ -122,11 +129,12 @@ def _structures(search: Search, shapes: dict[object, ModelShape], rejected: Reje
             yield planned
 
 
-def _with(config: Config, sizes: Mapping[str, Any], *, granularity: int, max_nodes: int | None) -> Config:
+def _with(config: Config, sizes: Mapping[str, Any], *, granularity: int, max_nodes: int | None, stages: int) -> Config:
     mesh = replace(config.mesh, **sizes, dp_replicate=1, dp_shard="auto")
     return replace(
         config, mesh=mesh, experts=replace(config.experts, granularity=granularity),
         routing=replace(config.routing, max_nodes=max_nodes), workload=as_run(config.workload),
+        pipeline=replace(config.pipeline, stages_per_rank=stages),
     )  # fmt: skip
 
 
@@ -151,7 +159,7 @@ def _planned(search: Search, config: Config, shapes: dict[object, ModelShape]) -
     )
     return _Structure(
         config=config, plan=plan, facts=facts, inputs=inputs_of(shapes[key], plan, config), overlapped=overlapped,
-        load=search.load_of(plan, config, plan.mesh.ep),
+        load=search.load_of(plan, config, plan.mesh.ep), ranks=alike(ranks_of(plan, facts)),
     )  # fmt: skip
 
 
@@ -180,8 +188,12 @@ def _inside(search: Search, structure: _Structure, states: _States, rejected: Re
     axes, config, mesh = search.axes, structure.config, structure.plan.mesh
     limit = config.hardware.memory_gib * GIB
     replicas = [n for n in axes.dp_replicate if not mesh.edp % n and not mesh.num_batches % n]
+    checkpointing = axes.checkpointing
+    if structure.plan.pipeline is not None:
+        replicas = replicas[:1]
+        checkpointing = all_alike(config) if "checkpointing" not in axes.kept else checkpointing
     for micro_batch in axes.micro_batch:
-        inner = len(axes.checkpointing) * len(replicas)
+        inner = len(checkpointing) * len(replicas)
         batch = _batch(search, micro_batch * mesh.num_batches)
         if batch is None:
             rule = f"the batch of {search.config.data.global_batch_size:,} sequences must be a whole number of " \
@@ -193,7 +205,7 @@ def _inside(search: Search, structure: _Structure, states: _States, rejected: Re
         if config.dispatch.balance is not DispatchBalance.none:  # what a loan is worth depends on it
             placed = _planned(search, given, {})
         run = run_facts(given, mesh, structure.facts)
-        for again in axes.checkpointing:
+        for again in checkpointing:
             one = replace(run, checkpointing=again)
             yield from _of_micro_batch(search, placed, one, batch, replicas, states, limit, rejected)
 
@@ -219,7 +231,7 @@ def _of_micro_batch(
 
     @cache
     def ways_of(replicas: int) -> list[RunFacts]:
-        return ways(states.sharded(structure, replace(plan.mesh, dp_replicate=replicas)), run)
+        return ways(states.sharded(structure.ranks[0][0], replicas), run)
 
     step = partial(_step, structure, batch)
 
@@ -240,7 +252,7 @@ def _of_micro_batch(
             return again, memory(number, again, overlap[0] != "none"), uneven_of(again)
 
         def fit(each: RunFacts) -> Within:
-            bytes_ = states(structure, replace(plan.mesh, dp_replicate=number), each)
+            bytes_ = states(structure.ranks[0][0], number, each)
             return within(budget(overlap), each, bytes_, buffers(structure.load), buffers(1.0), limit)
 
         best = fastest(ways_of(number), fit, limit, lambda run: sum(step_of(step(number, overlap, run)).values()))
@@ -293,6 +305,7 @@ def _settings(
     settings: dict[str, object] = {
         "mesh.ep": mesh.ep, "mesh.dp_replicate": replicas,
         **{f"mesh.{name}": mesh.size(name) for name in search.axes.sharing},
+        "pipeline.stages_per_rank": config.pipeline.stages_per_rank,
         "dispatch.kind": kinds.pop() if len(kinds) == 1 else config.dispatch.kind.value,
         "dispatch.overlap": overlap[0], "dispatch.chunks": overlap[1] if overlap[1] > 1 else "auto",
         "data.micro_batch_size": run.micro_batch_size, "trainer.checkpointing": run.checkpointing,
@@ -301,6 +314,8 @@ def _settings(
     settings = search.axes.chosen(settings)
     if "dispatch.overlap" not in settings or search.config.dispatch.chunks == settings["dispatch.chunks"]:
         settings.pop("dispatch.chunks", None)
+    if settings.get("pipeline.stages_per_rank") == search.config.pipeline.stages_per_rank:
+        del settings["pipeline.stages_per_rank"]
     if search.config.mesh.dp_shard != "auto":
         settings["mesh.dp_shard"] = "auto"
     if batch != search.config.data.global_batch_size:
@@ -317,46 +332,56 @@ class _States:
         self._known: dict[object, tuple[int, Gradients, int]] = {}
         self._sharded: dict[object, Sharded] = {}
 
-    def sharded(self, structure: _Structure, mesh: MeshSpec) -> Sharded | None:
+    def sharded(self, of: OfRank, replicas: int) -> Sharded | None:
         """What FSDP shards; None on one rank."""
-        if mesh.world_size == 1:
+        if of.mesh.world_size == 1:
             return None
-        key = (mesh, structure.plan.layers[0].experts, len(structure.plan.layers))
+        key = self._key(of, replicas)
         if key not in self._sharded:
-            self._sharded[key] = sharded(structure.plan.layers, mesh, structure.facts)
+            self._sharded[key] = sharded(of.layers, replace(of.mesh, dp_replicate=replicas), of.facts)
         return self._sharded[key]
 
-    def __call__(self, structure: _Structure, mesh: MeshSpec, run: RunFacts) -> tuple[int, Gradients, int]:
-        layer = structure.plan.layers[0]
-        key = (mesh, run.accumulation > 1, run.reduce, run.gather, layer.experts, len(structure.plan.layers))
+    def __call__(self, of: OfRank, replicas: int, run: RunFacts) -> tuple[int, Gradients, int]:
+        key = (*self._key(of, replicas), run.accumulation > 1, run.reduce, run.gather)
         if key not in self._known:
-            self._known[key] = model_state_bytes(structure.plan.layers, mesh, structure.facts, run)
+            mesh = replace(of.mesh, dp_replicate=replicas)
+            self._known[key] = model_state_bytes(of.layers, mesh, of.facts, run)
         return self._known[key]
+
+    @staticmethod
+    def _key(of: OfRank, replicas: int) -> tuple[object, ...]:
+        units = tuple(unit.path for stage in of.stages for unit in stage.units)
+        return of.mesh, replicas, of.layers[0].experts if of.layers else None, len(of.layers), units
 
 
 def _memory(structure: _Structure, states: _States) -> Callable[[int, RunFacts, bool], int]:
     """Bytes of the fullest rank, by replicas, run and whether exchanges are in flight."""
-    plan = structure.plan
-
-    @cache
-    def of_mesh(replicas: int) -> MeshSpec:
-        return replace(plan.mesh, dp_replicate=replicas)
-
+    pipeline = structure.plan.pipeline
     known: dict[object, tuple[Activations, int]] = {}
 
-    def of_run(run: RunFacts, in_flight: bool) -> tuple[Activations, int]:
+    def of_run(of: OfRank, run: RunFacts, in_flight: bool) -> tuple[Activations, int]:
         key = (
-            run.tokens_per_rank, run.micro_batch_size, run.keeps_whole_grads, run.checkpointing, in_flight, run.row_load
+            of.index, run.tokens_per_rank, run.micro_batch_size, run.keeps_whole_grads, run.checkpointing, in_flight,
+            run.row_load, run.in_flight,
         )  # fmt: skip
         if key not in known:
-            layers, mesh = structure.overlapped if in_flight else plan.layers, plan.mesh
-            known[key] = activations(layers, mesh, structure.facts, run), buffer_bytes(layers, mesh, run)
+            layers = tuple(layer for layer in structure.overlapped if layer.site.fqn in sites[of.index])
+            layers = layers if in_flight else of.layers
+            known[key] = activations(layers, of.mesh, of.facts, run), buffer_bytes(layers, of.mesh, run)
         return known[key]
 
-    def total(replicas: int, run: RunFacts, in_flight: bool) -> int:
-        weights, grads, optimizer = states(structure, of_mesh(replicas), run)
-        made, buffers = of_run(run, in_flight)
+    sites = {of.index: {layer.site.fqn for layer in of.layers} for of, *_ in structure.ranks}
+
+    def of_rank(ranks: Sequence[OfRank], replicas: int, run: RunFacts, in_flight: bool) -> int:
+        of = ranks[0]
+        if pipeline is not None:
+            run = replace(run, in_flight=max(each.in_flight(pipeline, run.accumulation) for each in ranks))
+        weights, grads, optimizer = states(of, replicas, run)
+        made, buffers = of_run(of, run, in_flight)
         return weights + optimizer + buffers + together(grads, made, run)
+
+    def total(replicas: int, run: RunFacts, in_flight: bool) -> int:
+        return max(of_rank(ranks, replicas, run, in_flight) for ranks in structure.ranks)
 
     return total
 
@@ -404,13 +429,8 @@ def search(
         ConfigError: the config itself cannot be planned, or `search.axes` names something else.
     """
     start = time.process_time()
-    if config.mesh.pp > 1:
-        raise ConfigError(
-            "mesh.pp", config.mesh.pp, "a search does not count the stages of a pipeline that runs",
-            "Use mesh.pp=1 (pipelines are described beside what runs), or give mesh.ep a number, with task=plan",
-        )  # fmt: skip
     plan, _ = draft_plan(sites, config, facts)  # Step 1
-    axes = axes_of(config, plan.layers, plan.mesh.ep, by_layer=bool(facts.layers))
+    axes = axes_of(config, plan.layers, plan.mesh.ep, facts)
     rejected = Rejected()
     searched = Search(
         sites=sites, facts=facts, config=config, layers=plan.layers, shape=shape, axes=axes, rounds=rounds
@@ -428,7 +448,9 @@ def search(
 
 def _described(search: Search, plan: Plan, rejected: Rejected) -> Iterator[Candidate]:
     config, axes = search.config, search.axes
-    as_config = replace(config, workload=replace(as_run(config.workload), mtp=config.workload.mtp))
+    batches = config.data.micro_batch_size * plan.mesh.num_batches  # each described layout has its own
+    whole = replace(config.data, global_batch_size=-(-config.data.global_batch_size // batches) * batches)
+    as_config = replace(config, data=whole, workload=replace(as_run(config.workload), mtp=config.workload.mtp))
     inputs = inputs_of(search.shape(plan), plan, as_config)
     space = _space(search, plan, inputs)
     if "overlap" not in axes.kept:
@@ -451,8 +473,8 @@ def _space(search: Search, plan: Plan, inputs: Inputs) -> Space:
     kinds: Sequence[str] = [kind for kind in KINDS if kind in IN_FLIGHT or inputs.software.in_flight == "none"]
     if "dispatch" in axes.kept:
         kinds = [inputs.software.dispatcher]
-    said = _said(search)
-    tp = config.mesh.tp if "tp" in said else 1
+    said, mesh = _said(search), config.mesh
+    tp = mesh.tp if "tp" in said else 1
     recompute = {"": inputs.software.recompute}
     if "checkpointing" not in axes.kept:
         recompute = {name: words for name, words in REPEATED.items() if name != BUDGET}
@@ -460,14 +482,15 @@ def _space(search: Search, plan: Plan, inputs: Inputs) -> Space:
         space, ep=[ep for ep in axes.ep if _on_nodes(plan.mesh, ep, tp)], kinds=kinds, recompute=recompute,
         micro_batch=[n for n in axes.micro_batch if n <= 8 or len(axes.micro_batch) == 1],
         ran=[tp for tp in axes.sharing["tp"] if _splits(search, tp)],
-        tp=[tp] if "tp" in said else space.tp, cp=[config.mesh.cp] if "cp" in said else space.cp,
-        ran_cp=config.mesh.cp,
+        tp=[tp] if "tp" in said else space.tp, cp=[mesh.cp] if "cp" in said else space.cp, ran_cp=mesh.cp,
+        pp=[mesh.pp] if "pp" in said else space.pp, vpp=axes.stages if "pp" in said else (),
+        ran_pp=axes.sharing["pp"],
     )  # fmt: skip
 
 
 def _said(search: Search) -> list[str]:
     """Sizes that the mesh says and keeps; a described layout has them too, and does not say them again."""
-    kept = {"tp": "tp" in search.axes.kept, "cp": True}
+    kept = {"tp": "tp" in search.axes.kept, "cp": True, "pp": "pp" in search.axes.kept}
     return [name for name, is_kept in kept.items() if is_kept and getattr(search.config.mesh, name) > 1]
 
 
