@@ -50,7 +50,7 @@ N nodes of an EP group, L ranks of an EP group on a node.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -119,7 +119,7 @@ def rows_given(kind: str, placement: ExpertPlacement, routing: RoutingPlan, mesh
     if kind == "allgather":
         return ({"_inter": 1.0} if nodes > 1 else {}) | {"_intra": float(nodes)}
     if kind == "hierarchical":
-        rank, node = _hit_rates(replace(placement, order=()), routing, nodes)
+        rank, node = _hit_rates(placement, routing, nodes)
         return ({"_inter": nodes * node} if nodes > 1 else {}) | {"_intra": nodes * on_node * rank}
     copies = copies_per_token(kind, placement, routing, mesh)
     return {"": copies.own + copies.intra_node + copies.inter_node}
@@ -261,14 +261,14 @@ def _flat_copies(placement: ExpertPlacement, routing: RoutingPlan, nodes: int, o
 
 
 def _dedup_copies(placement: ExpertPlacement, routing: RoutingPlan, nodes: int, on_node: int) -> Copies:
-    rank, _ = _hit_rates(replace(placement, order=()), routing, nodes)
+    rank, _ = _hit_rates(placement, routing, nodes)
     return Copies(own=rank, intra_node=(on_node - 1) * rank, inter_node=(nodes - 1) * on_node * rank)
 
 
 def _hierarchical_copies(placement: ExpertPlacement, routing: RoutingPlan, nodes: int, on_node: int) -> Copies:
     if nodes == 1:
         return _dedup_copies(placement, routing, nodes, on_node)
-    rank, node = _hit_rates(replace(placement, order=()), routing, nodes)
+    rank, node = _hit_rates(placement, routing, nodes)
     return Copies(own=node + nodes * rank, intra_node=nodes * (on_node - 1) * rank, inter_node=(nodes - 1) * node)
 
 
@@ -331,13 +331,20 @@ _SENT: dict[str, _Sent] = {
 # -- how often a token needs a rank ------------------------------------------------------------------------------------
 
 
-@cache  # most layers of a model have the same arguments
 def _hit_rates(placement: ExpertPlacement, routing: RoutingPlan, nodes: int) -> tuple[float, float]:
     """p and q: probability that a token needs a rank, and a node, as means over the EP group (step 1)."""
+    if routing.top_groups >= routing.groups:  # any experts of a rank are needed as often
+        placement = replace(placement, order=())
+    return _known_hit_rates(placement, routing, nodes)
+
+
+@cache  # most layers of a model have the same arguments
+def _known_hit_rates(placement: ExpertPlacement, routing: RoutingPlan, nodes: int) -> tuple[float, float]:
+    order = placement.order or range(placement.num_experts)
 
     def rate(parts: int) -> float:
         size = placement.num_experts // parts
-        held = [range(part * size, (part + 1) * size) for part in range(parts)]
+        held = [order[part * size : (part + 1) * size] for part in range(parts)]
         if routing.choice == "expert":
             return 1 - (1 - assignments(placement, routing) / placement.num_experts) ** size
         drawn = placement.num_experts + placement.num_identity
@@ -346,10 +353,15 @@ def _hit_rates(placement: ExpertPlacement, routing: RoutingPlan, nodes: int) -> 
     return rate(placement.ep), rate(nodes)
 
 
-def _miss_probability(num_experts: int, routing: RoutingPlan, experts: range) -> float:
+def _miss_probability(num_experts: int, routing: RoutingPlan, experts: Sequence[int]) -> float:
     """Probability that a token uses none of `experts`."""
     size = num_experts // routing.groups
-    overlaps = _overlaps(size, routing.groups, experts)
+    return _miss_of_overlaps(num_experts, routing, tuple(sorted(_overlaps(size, routing.groups, experts).items())))
+
+
+@cache  # ranks differ in few ways
+def _miss_of_overlaps(num_experts: int, routing: RoutingPlan, of_groups: tuple[tuple[int, int], ...]) -> float:
+    size, overlaps = num_experts // routing.groups, dict(of_groups)
     states: dict[tuple[int, ...], float] = {(0,) * len(overlaps): 1.0}  # open groups of each overlap -> probability
     for drawn in range(routing.top_k):
         after: defaultdict[tuple[int, ...], float] = defaultdict(float)
@@ -366,7 +378,7 @@ def _miss_probability(num_experts: int, routing: RoutingPlan, experts: range) ->
     return sum(states.values())
 
 
-def _overlaps(size: int, groups: int, experts: range) -> Counter[int]:
+def _overlaps(size: int, groups: int, experts: Sequence[int]) -> Counter[int]:
     """How many of `experts` are in a group of `size` -> number of such groups; they sum to `groups`."""
     held = Counter(expert // size for expert in experts)
     return Counter(held[group] for group in range(groups))

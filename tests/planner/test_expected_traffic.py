@@ -171,6 +171,23 @@ def test_ranks_may_hold_parts_of_groups_or_several(num_experts: int, ep: int, gr
     assert copies.intra_node == pytest.approx(found["dedup", LinkClass.INTRA_NODE], abs=0.02)
 
 
+def test_a_placement_that_takes_groups_apart_sends_more() -> None:
+    """Of 16 experts in 2 groups, 1 open, 2 ranks: by id a token needs one rank; placed in turns, four of its eight."""
+    router, one_node = routing(4, groups=2, top_groups=1), mesh(1, 2)
+    order = tuple(range(0, 16, 2)) + tuple(range(1, 16, 2))
+    by_id, placed = (
+        copies_per_token("dedup", ExpertPlacement(num_experts=16, ep=2, order=each), router, one_node)
+        for each in ((), order)
+    )
+    assert by_id.intra_node == pytest.approx(0.5)
+    assert placed.intra_node == pytest.approx(1 - 1 / comb(8, 4))
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(4000):
+        chosen = rng.choice(8, 4, replace=False) + 8 * rng.integers(2)
+        found += len({order.index(expert) // 8 for expert in chosen}) / 2
+    assert placed.own == pytest.approx(found / 4000, rel=0.01)
+
+
 def test_groups_scored_by_two_experts_cost_hardly_more() -> None:
     placement, router = ExpertPlacement(num_experts=256, ep=16), routing(8, 8, 4, "top2")
     found = simulate(mesh(2, 8), placement, router, 20_000 // 16, seed=0)
