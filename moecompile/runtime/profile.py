@@ -7,6 +7,8 @@ Algorithm:
   3. In the last step count what the forward keeps for backward, the gradients and the optimizer's state.
   4. At the end gather everything on rank 0, which writes the files.
 
+Of a pipeline, whose forwards and backwards take turns, only the step's time, states and gradients are measured.
+
 Steps before are not touched. What is computed does not change: graphs are interpreted node by node, and tensors are
 counted where they are.
 """
@@ -286,6 +288,8 @@ class StepProfile(Callback):
         if self.max_steps - trainer.global_step < LEAST_STEPS or not self.plan.layers:
             self.max_steps = 0  # nothing is measured
             return
+        if self.plan.pipeline is not None:
+            return
         if self.routes and not strategy.compile_regions:
             try:
                 self._layers = replay_layers(model)
@@ -307,7 +311,8 @@ class StepProfile(Callback):
             self._recorded = self._stack.enter_context(record_routes(_model(pl_module)))
         if self._graphs is not None and 0 < left <= TIMED_STEPS:
             self._graphs.install()
-        if left == 1 and not _strategy(trainer).compile_regions:  # hooks would compile the graphs again
+        is_in_turn = self.plan.pipeline is None and not _strategy(trainer).compile_regions
+        if left == 1 and is_in_turn:  # hooks would compile the graphs again
             self._kept = {}
             self._stack.enter_context(saved_tensors_hooks(self._keep, lambda tensor: tensor))
         self._clock = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -18,7 +19,7 @@ import pytest
 
 from benchmarks import soak
 from moecompile.checkpoint import folders
-from moecompile.rundir import PENDING
+from moecompile.rundir import PENDING, PROFILE
 from tests.distributed.resume_job import TINY, losses
 from tests.forked import Program, ranks_of
 
@@ -74,6 +75,19 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(whole: Path, tmp_pat
     assert code == 0, error
     assert re.fullmatch(r"rank 1 of 2 failed: killed by SIGKILL \(the machine .*memory\)\nrestart 1 of 1\n", error)
     assert losses(run_dir) == losses(whole) and len(losses(whole)) == STEPS
+
+
+@pytest.mark.slow
+def test_a_killed_stage_is_started_again_and_trains_what_one_stage_does(whole: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with start(run_dir, "mesh.pp=2", "mesh.ep=1", "trainer.max_restarts=1") as process:
+        wait_for(lambda: folders.steps(folders.checkpoints_of(run_dir))[-1:] >= [4])
+        os.kill(ranks_of(run_dir)[1], signal.SIGKILL)
+        code, error = finish(process)
+    assert code == 0, error
+    assert re.fullmatch(r"rank 1 of 2 failed: killed by SIGKILL \(the machine .*memory\)\nrestart 1 of 1\n", error)
+    assert losses(run_dir) == pytest.approx(losses(whole), abs=1e-5)
+    assert json.loads((run_dir / PROFILE).read_text())["step_seconds"] > 0
 
 
 @pytest.mark.slow
