@@ -50,7 +50,8 @@ def run_warnings(fields: Mapping[str, Any], plan: Plan, config: Config) -> list[
     if status_of(fields) == "diverged":
         went = f"{_nats(fields['loss_first'])} -> {_nats(fields['loss_last'])}"
         rate, warmup = config.optimizer.lr, config.optimizer.warmup_steps
-        return [f"the loss diverged: {went}. Lower optimizer.lr={rate:g}, or raise optimizer.warmup_steps={warmup}"]
+        fix = f"Try optimizer.lr={rate / 10:g} (now {rate:g}), or more optimizer.warmup_steps (now {warmup})"
+        return [f"the loss diverged: {went}. {fix}"]
     return [*early_warnings(config), *_losses(fields), *_routing(fields, plan, config)]
 
 
@@ -90,12 +91,18 @@ def _remedy(plan: Plan, config: Config) -> str:
     layer = plan.layers[0]
     if plan.adapters is not None and not plan.adapters.train_router:
         return "The routers are frozen: add adapters.train_router=true balance=aux"
-    if layer.balance.has_bias and not layer.balance.losses:
-        return f"Raise balance.rate={layer.balance.rate:g}" if layer.balance.rate else "Add balance=aux"
+    if layer.balance.has_bias and layer.balance.rate:
+        return _twice("balance.rate", layer.balance.rate)
     asked = any(vars(config.balance.losses).values())
     if losses := layer.balance.losses if asked else {}:
         name, value = next(iter(losses.items()))
-        return f"Raise balance.losses.{name}={value:g}"
+        return _twice(f"balance.losses.{name}", value)
+    if layer.balance.has_bias:
+        return "Add balance=aux"
     site = layer.site
     has_bias = site.correction_bias if isinstance(site, ExpertsSite) else layer.routing.choice == "token"
     return "Add balance=aux or balance=bias" if has_bias else "Add balance=aux"
+
+
+def _twice(key: str, value: float) -> str:
+    return f"Try {key}={2 * value:g} (now {value:g})"

@@ -51,7 +51,7 @@ def test_a_run_that_went_well_warns_of_nothing() -> None:
 
 def test_losses_that_rose_and_a_rate_of_zero_are_told() -> None:
     assert warned("mixtral", "optimizer.lr=50", loss_last=815.0, **COLLAPSED) == [
-        "the loss diverged: 6.200 -> 815.000. Lower optimizer.lr=50, or raise optimizer.warmup_steps=20"
+        "the loss diverged: 6.200 -> 815.000. Try optimizer.lr=5 (now 50), or more optimizer.warmup_steps (now 20)"
     ]
     (rose,) = warned("mixtral", val_loss=6.4)
     assert rose.startswith("validation rose: 6.200 -> 6.400, while the training loss went 6.200 -> 5.200. ")
@@ -64,10 +64,10 @@ def test_losses_that_rose_and_a_rate_of_zero_are_told() -> None:
     ("architecture", "overrides", "fix"),
     [
         ("mixtral", [], "Add balance=aux"),  # its own loss is weaker
-        ("mixtral", ["balance=aux"], "Raise balance.losses.micro_batch=0.01"),
+        ("mixtral", ["balance=aux"], "Try balance.losses.micro_batch=0.02 (now 0.01)"),
         ("mixtral", ["adapters=lora"], "The routers are frozen: add adapters.train_router=true balance=aux"),
         ("deepseek_v3", [], "Add balance=aux or balance=bias"),
-        ("deepseek_v3", ["balance=bias"], "Raise balance.rate=0.001"),
+        ("deepseek_v3", ["balance=bias"], "Try balance.rate=0.002 (now 0.001)"),
     ],
 )
 def test_routing_that_collapsed_leads_to_what_evens_it(architecture: str, overrides: list[str], fix: str) -> None:
