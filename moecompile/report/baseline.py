@@ -5,6 +5,7 @@ Algorithm:
      them: per token, forward and backward), or time (at the measured speed).
   2. With it each of them got to some step.
   3. Compare their training losses there: means over the last tenth of the steps until then.
+  4. The lowest loss that both reach, and the FLOPs of the dense model over those of the MoE until there.
 """
 
 from __future__ import annotations
@@ -50,6 +51,23 @@ def compare(result: Mapping[str, Any], ours: Curve, dense: Curve) -> list[dict[s
     return found
 
 
+def flops_for_same_loss(result: Mapping[str, Any], ours: Curve, dense: Curve) -> float | None:
+    """Step 4; more than 1: the dense model needs more. None: not known, or a first loss is not above that loss."""
+    costs = [each.get("flops_per_token") for each in (result, result["baseline"])]
+    if None in costs or not (ours and dense):
+        return None
+    means = [[(step, mean) for step, _ in rows if (mean := _loss_at(rows, step)) is not None] for rows in (ours, dense)]
+    reached = max(min(loss for _, loss in rows) for rows in means)
+    own, other = (_first(rows, reached) for rows in means)
+    return None if own is None or other is None else float(other * costs[1] / (own * costs[0]))
+
+
+def _first(rows: Curve, loss: float) -> float | None:
+    """The step at which a curve first comes down to `loss`, on a straight line between two rows."""
+    around = ((a, b) for a, b in pairwise(rows) if a[1] > loss >= b[1])
+    return next((x + (y - loss) / (y - y2) * (x2 - x) for (x, y), (x2, y2) in around), None)
+
+
 def _loss_at(rows: Curve, step: float) -> float | None:
     """The mean over the last tenth of the steps until `step`; between two rows a straight line; None: before them."""
     window = [loss for at, loss in rows if (1 - _WINDOW) * step <= at <= step + 0.5]
@@ -64,12 +82,26 @@ def verdict(result: Mapping[str, Any]) -> str | None:
     compared = result.get("baseline", {}).get("compared")
     if not compared:
         return None
-    apart = {each["at"]: each["loss"][0] - each["loss"][1] for each in compared}
-    won, lost = ([at for at, by in apart.items() if (by < 0) == is_lower] for is_lower in (True, False))
+    won, lost = (
+        [each["at"] for each in compared if (each["loss"][0] < each["loss"][1]) == is_lower]
+        for is_lower in (True, False)
+    )
     head = f"worth it at equal {_listed(won)}, not at equal {_listed(lost)}"
     head = "worth it" if not lost else "not worth it" if not won else head
-    by = [f"{abs(by):.3f} {'lower' if by < 0 else 'higher'} at equal {at}" for at, by in apart.items()]
-    return f"beside the dense model: {head}; the training loss is {_listed(by)}"
+    return (
+        f"beside the dense model: {head}.{''.join(f' {text};' for text in _in_numbers(result, compared)).rstrip(';')}"
+    )
+
+
+def _in_numbers(result: Mapping[str, Any], compared: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for ours, dense in (each["loss"] for each in compared if each["at"] == "FLOPs"):
+        share = 100 * (ours / dense - 1)
+        yield f"At equal FLOPs its training loss is {abs(share):.1f}% {'lower' if share < 0 else 'higher'}"
+    if (needs := result["baseline"].get("flops_for_same_loss")) is not None:
+        yield f"for the same loss the dense model needs {needs:.2f} x the FLOPs"
+    speeds = [each.get("tokens_per_second") for each in (result["baseline"], result)]
+    if all(speeds):
+        yield f"a token takes {speeds[0] / speeds[1]:.2f} x the time"
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moecompile.report.baseline import baseline_rows, compare, curve, verdict
+from moecompile.report.baseline import baseline_rows, compare, curve, flops_for_same_loss, verdict
 from moecompile.report.page import try_report
 
 OURS = [(float(step), 6 - step / 10) for step in range(1, 21)]  # falls by 0.1 a step, to 4
@@ -31,6 +31,7 @@ OTHER = {
 def with_baseline(**changed: Any) -> dict[str, Any]:
     result = {**RESULT, "baseline": {**OTHER, **changed}}
     result["baseline"]["compared"] = compare(result, OURS, DENSE)
+    result["baseline"]["flops_for_same_loss"] = flops_for_same_loss(result, OURS, DENSE)
     return result
 
 
@@ -54,14 +55,26 @@ def test_between_two_rows_is_a_straight_line_and_what_is_not_known_is_left_out()
 
 def test_the_sentence_says_where_it_is_worth_it() -> None:
     assert verdict(with_baseline()) == (
-        "beside the dense model: worth it at equal steps, not at equal FLOPs and time; the training loss is 0.950 lower at "
-        "equal steps, 0.000 higher at equal FLOPs and 0.450 higher at equal time"
+        "beside the dense model: worth it at equal steps, not at equal FLOPs and time. At equal FLOPs its training loss is "
+        "0.0% higher; for the same loss the dense model needs 1.00 x the FLOPs; a token takes 4.00 x the time"
     )
     alike = {"flops_per_token": 2e6, "tokens_per_second": 100.0}
-    assert str(verdict(with_baseline(**alike))).startswith(
-        "beside the dense model: worth it; the training loss is 0.950 lower"
+    assert verdict(with_baseline(**alike)) == (
+        "beside the dense model: worth it. At equal FLOPs its training loss is 18.8% lower; for the same loss the dense "
+        "model needs 2.00 x the FLOPs; a token takes 1.00 x the time"
     )
+    assert verdict(with_baseline(flops_per_token=None, tokens_per_second=None)) == "beside the dense model: worth it."
     assert verdict(RESULT) is None
+
+
+def test_the_loss_that_both_reach_is_that_of_the_worse_one() -> None:
+    """The dense model is better here: it has the MoE's last loss at step 10 of 20, at a quarter of the FLOPs."""
+    result = with_baseline()
+    better = [(step, loss) for step, loss in OURS]
+    assert flops_for_same_loss(result, DENSE, better) == pytest.approx(10 / 20 / 2)
+    flat = [(step, 6.0) for step, _ in OURS]  # it never comes down
+    assert flops_for_same_loss(result, flat, DENSE) is None
+    assert flops_for_same_loss(result, [], DENSE) is None
 
 
 def test_the_page_has_the_sentence_the_table_and_the_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

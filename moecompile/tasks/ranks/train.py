@@ -18,7 +18,7 @@ from moecompile.errors import ConfigError
 from moecompile.load_history import LOAD_HISTORY, LoadHistory
 from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import Compilation
-from moecompile.report.baseline import compare, curve
+from moecompile.report.baseline import compare, curve, flops_for_same_loss
 from moecompile.report.console import print_baseline, print_data, print_result, print_warnings
 from moecompile.report.heatmap import write_heat_map
 from moecompile.report.page import try_report
@@ -86,6 +86,7 @@ def _write(config: Config, fields: dict[str, Any], run_dir: Path, console: Conso
     if "baseline" in fields:
         ours, dense = (curve(metric_rows(folder)) for folder in (run_dir, run_dir / BASELINE))
         fields["baseline"]["compared"] = compare(fields, ours, dense)
+        fields["baseline"]["flops_for_same_loss"] = flops_for_same_loss(fields, ours, dense)
     result = write_result(run_dir, "train", config.name, fields, status=status_of(fields))
     # A drop rate of 0 is not printed.
     print_result({**result, "drop_rate_last": result["drop_rate_last"] or None, "run_dir": run_dir}, console)
