@@ -53,13 +53,13 @@ def compare(result: Mapping[str, Any], ours: Curve, dense: Curve) -> list[dict[s
 
 def flops_for_same_loss(result: Mapping[str, Any], ours: Curve, dense: Curve) -> float | None:
     """Step 4; more than 1: the dense model needs more. None: not known, or a first loss is not above that loss."""
-    costs = [each.get("flops_per_token") for each in (result, result["baseline"])]
-    if None in costs or not (ours and dense):
+    own_cost, other_cost = (each.get("flops_per_token") for each in (result, result["baseline"]))
+    if not (own_cost and other_cost and ours and dense):
         return None
     means = [[(step, mean) for step, _ in rows if (mean := _loss_at(rows, step)) is not None] for rows in (ours, dense)]
     reached = max(min(loss for _, loss in rows) for rows in means)
     own, other = (_first(rows, reached) for rows in means)
-    return None if own is None or other is None else float(other * costs[1] / (own * costs[0]))
+    return None if own is None or other is None else float(other * other_cost / (own * own_cost))
 
 
 def _first(rows: Curve, loss: float) -> float | None:
@@ -99,9 +99,9 @@ def _in_numbers(result: Mapping[str, Any], compared: Sequence[Mapping[str, Any]]
         yield f"At equal FLOPs its training loss is {abs(share):.1f}% {'lower' if share < 0 else 'higher'}"
     if (needs := result["baseline"].get("flops_for_same_loss")) is not None:
         yield f"for the same loss the dense model needs {needs:.2f} x the FLOPs"
-    speeds = [each.get("tokens_per_second") for each in (result["baseline"], result)]
-    if all(speeds):
-        yield f"a token takes {speeds[0] / speeds[1]:.2f} x the time"
+    theirs, own = (each.get("tokens_per_second") for each in (result["baseline"], result))
+    if theirs and own:
+        yield f"a token takes {theirs / own:.2f} x the time"
 
 
 def _listed(words: Sequence[str]) -> str:
