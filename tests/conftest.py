@@ -1,5 +1,5 @@
 """What all tests share: golden texts, one thread a process, a folder for what is measured of this machine, and configs
-that are composed once (composed.py)."""
+that are composed once, with another folder (composed.py)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: more threads than cores make it crawl
 _MACHINE = tempfile.TemporaryDirectory(prefix="machine-")  # removed at the end; workers have that of the first process
 os.environ.setdefault("MOECOMPILE_MACHINE_DIR", _MACHINE.name)
+_COMPOSED = tempfile.TemporaryDirectory(prefix="composed-")  # likewise
+os.environ.setdefault("MOECOMPILE_TESTS_COMPOSED", _COMPOSED.name)
 
 GOLDEN = Path(__file__).parent / "golden"
 LONGEST = (
