@@ -40,7 +40,15 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.version import VersionBase
 
 from moecompile.compose.jobs import RunFolders
-from moecompile.compose.typed import conf_dir, explained, no_environment, plain, spelled, written_as_flag
+from moecompile.compose.typed import (
+    conf_dir,
+    explained,
+    no_environment,
+    plain,
+    read_by_libyaml,
+    spelled,
+    written_as_flag,
+)
 from moecompile.errors import ConfigError, UserError
 from moecompile.schema import Config, check_name
 from moecompile.version import __version__
@@ -55,7 +63,7 @@ _HELP_WIDTH = 110
 @contextmanager
 def command_line_hydra(arguments: Sequence[str]) -> Iterator[None]:
     """All changes to Hydra for the command line."""
-    with _raising_hydra(), _guarded_hydra(), explained(arguments), no_environment(arguments):
+    with _raising_hydra(), _guarded_hydra(), explained(arguments), no_environment(arguments), read_by_libyaml():
         yield
 
 
@@ -155,7 +163,7 @@ def own_hydra() -> Iterator[None]:
     kinds: tuple[type, ...] = (GlobalHydra, VersionBase, JobRuntime)
     saved = {kind: Singleton._instances.pop(kind) for kind in kinds if kind in Singleton._instances}
     try:
-        with hydra.initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
+        with hydra.initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE), read_by_libyaml():
             yield
     finally:
         for kind in kinds:
