@@ -2,6 +2,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+WORKERS ?= 3 # processes that share the quick tests
 QUIET := $(shell test -t 2 || echo --quiet) # a terminal sees what is downloaded
 PIP := $(BIN)/python -m pip install $(QUIET) --disable-pip-version-check
 
@@ -20,7 +21,7 @@ demo: .venv/.installed
 	$(BIN)/python -m moecompile recipe=deepseek_ep
 
 test: .venv/.installed
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(OPTIONS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(OPTIONS)
 
 nightly: .venv/.installed # what needs more time, or more packages, than a check has: an hour and a half
 	$(BIN)/python tests/oldest.py --cuda --ranks

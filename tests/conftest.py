@@ -1,5 +1,5 @@
 """What all tests share: golden texts, one thread a process, a folder for what is measured of this machine, and configs
-that are composed once (composed.py)."""
+that are composed once, with another folder (composed.py)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: more threads than cores make it crawl
 _MACHINE = tempfile.TemporaryDirectory(prefix="machine-")  # removed at the end; workers have that of the first process
 os.environ.setdefault("MOECOMPILE_MACHINE_DIR", _MACHINE.name)
+_COMPOSED = tempfile.TemporaryDirectory(prefix="composed-")  # likewise
+os.environ.setdefault("MOECOMPILE_TESTS_COMPOSED", _COMPOSED.name)
 
 GOLDEN = Path(__file__).parent / "golden"
 LONGEST = (
     "tests/tasks/test_families.py", "tests/test_docs.py", "tests/test_tutorials.py", "tests/tasks/test_train.py",
     "tests/distributed/test_external_launch.py", "tests/verify/test_certify.py", "tests/distributed/test_faults.py",
     "tests/tasks/test_recipes.py", "tests/benchmarks/test_peers.py", "tests/verify/", "tests/cluster/", "tests/tasks/",
-    "tests/distributed/", "tests/benchmarks/",
+    "tests/distributed/", "tests/benchmarks/", "tests/compose/", "tests/match/", "tests/passes/test_upcycle.py",
+    "tests/test_", "tests/runtime/", "tests/models/",
 )  # fmt: skip
 """Files and rooms that begin first: a worker gets whole files, and a long one at the end would leave the others idle."""
 

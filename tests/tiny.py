@@ -38,6 +38,9 @@ from moecompile.torch_private import fake_group
 D_MODEL, D_FF = 8, 16
 SHORT = f"data.path='{Path(__file__).with_name('short.txt')}'"
 """60 kB of the embedded text: a run tokenizes all it has on every rank, which takes longer than a few tiny steps."""
+NARROW = ["model.config.hidden_size=64", "model.config.intermediate_size=240"]
+"""Half as wide as the smallest models that are shipped, with FFNs that any recipe can cut: two thirds of the time of a
+comparison of ranks with one process."""
 COPY4 = ["experts.num_routed=4", "routing.top_k=2"]
 
 

@@ -10,6 +10,7 @@ from moecompile.capture.record import (
     in_mode,
     is_meta,
     record,
+    seed_generators,
     undisturbed,
 )
 from moecompile.capture.regions import broken_rule, fresh_arguments, outputs_of, trace_again, trace_region
@@ -29,6 +30,7 @@ __all__ = [
     "outputs_of",
     "record",
     "replace_regions",
+    "seed_generators",
     "shell_of",
     "stand_in",
     "trace_again",

@@ -288,6 +288,17 @@ def random_state_kept(model: nn.Module) -> contextlib.AbstractContextManager[Non
     return torch.random.fork_rng(devices=sorted(devices))
 
 
+def seed_generators(seed: int) -> None:
+    """Seeds the generators that are in use: of the CPU, and of CUDA.
+
+    `torch.manual_seed` also keeps a formatted stack for each kind of accelerator that may be initialized later, which
+    takes milliseconds a call.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
 def calls_with_caches(recording: Recording, paths: Collection[str]) -> dict[str, ModuleCall]:
     """First calls of the modules at `paths` in a forward with caches, as in `generate`; empty if the model has none."""
     model = recording.model

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from moecompile.capture.guided import Holds, trace_guarded
-from moecompile.capture.record import ModuleCall, in_mode, random_state_kept, without_fast_path
+from moecompile.capture.record import ModuleCall, in_mode, random_state_kept, seed_generators, without_fast_path
 from moecompile.errors import CaptureError
 from moecompile.torch_private import tree_leaves
 
@@ -124,7 +124,7 @@ def _dropouts_follow_training(graph_module: fx.GraphModule) -> None:
 def _quiet(module: nn.Module, *, training: bool) -> Iterator[None]:
     """Runs `module` without side effects: no gradients, and random state, flags and buffers are restored."""
     with torch.no_grad(), random_state_kept(module), in_mode(module, training=training), without_fast_path():
-        torch.manual_seed(0)
+        seed_generators(0)
         yield
 
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from enum import Enum
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import cache
 from typing import Any
 
 from moecompile.schema import Config
@@ -71,8 +73,14 @@ _NO_FUNCTION = {
 
 def settings(config: Config) -> dict[str, Any]:
     """All keys of the config that are compared as they are, by dotted path, with plain values."""
-    listed = (*IN_THE_PLAN, *IN_THE_MODEL, *IN_THE_DATA, *MAY_DIFFER)
-    return {path: value for path, value in _leaves("", config) if not any(fnmatchcase(path, each) for each in listed)}
+    listed = _listed()
+    return {path: value for path, value in _leaves("", config) if not listed.match(path)}
+
+
+@cache
+def _listed() -> re.Pattern[str]:
+    """Matches the keys that are compared in another way, or not at all."""
+    return re.compile("|".join(map(translate, (*IN_THE_PLAN, *IN_THE_MODEL, *IN_THE_DATA, *MAY_DIFFER))))
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -15,6 +15,7 @@ from moecompile.checkpoint.fingerprint import TEXT, differences, settings
 from moecompile.checkpoint.fit import refuse
 from moecompile.checkpoint.folders import AUTO, PLAN, STATE, check, checkpoints_of, find, steps
 from moecompile.errors import ConfigError
+from moecompile.libyaml import load_yaml
 from moecompile.plan import Plan, read
 from moecompile.rundir import RESOLVED, output_dir, task_of
 from moecompile.schema import AdapterKind, Config, TaskName
@@ -137,7 +138,7 @@ def has_trained(run_dir: Path) -> bool:
 
 def _config(folder: Path) -> dict[str, Any] | None:
     try:
-        body = yaml.safe_load((folder / RESOLVED).read_text(encoding="utf-8"))
+        body = load_yaml((folder / RESOLVED).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
     return body if isinstance(body, dict) else None

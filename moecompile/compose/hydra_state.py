@@ -29,6 +29,7 @@ from typing import Any, NoReturn, get_type_hints
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -40,7 +41,15 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.version import VersionBase
 
 from moecompile.compose.jobs import RunFolders
-from moecompile.compose.typed import conf_dir, explained, no_environment, plain, spelled, written_as_flag
+from moecompile.compose.typed import (
+    conf_dir,
+    explained,
+    no_environment,
+    plain,
+    read_by_libyaml,
+    spelled,
+    written_as_flag,
+)
 from moecompile.errors import ConfigError, UserError
 from moecompile.schema import Config, check_name
 from moecompile.version import __version__
@@ -55,7 +64,7 @@ _HELP_WIDTH = 110
 @contextmanager
 def command_line_hydra(arguments: Sequence[str]) -> Iterator[None]:
     """All changes to Hydra for the command line."""
-    with _raising_hydra(), _guarded_hydra(), explained(arguments), no_environment(arguments):
+    with _raising_hydra(), _guarded_hydra(), explained(arguments), no_environment(arguments), read_by_libyaml():
         yield
 
 
@@ -77,7 +86,7 @@ def _raising_hydra() -> Iterator[None]:
 def _guarded_hydra() -> Iterator[None]:
     """Checks every composition before Hydra runs anything from its own node."""
     load = ConfigLoaderImpl.load_configuration
-    known: dict[tuple[str, ...], Any] = {}  # Hydra composes each job, and once more to see whether there are several
+    known: dict[tuple[str, ...], Any] = {}  # for each job of a multirun
 
     def shipped(path: ConfigSearchPath, words: list[str], *args: Any, **kwargs: Any) -> Any:
         key = tuple(words)
@@ -100,11 +109,22 @@ def _guarded_hydra() -> Iterator[None]:
             check_name(cfg.name)
         return cfg
 
+    get_mode = Hydra.get_mode
+
+    def mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        """Hydra would compose everything once more; the shipped configs leave the mode to the flags."""
+        path = self.config_loader.get_search_path()
+        is_shipped = len(without_folders(path, str(conf_dir())).get_path()) == len(path.get_path())
+        told = any(word.lstrip("+~").startswith(_NOT_SHIPPED) for word in overrides)
+        return None if is_shipped and not told else get_mode(self, config_name, overrides)
+
     ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
+    Hydra.get_mode = mode  # type: ignore[method-assign]
     try:
         yield
     finally:
         ConfigLoaderImpl.load_configuration = load  # type: ignore[method-assign]
+        Hydra.get_mode = get_mode  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -155,7 +175,7 @@ def own_hydra() -> Iterator[None]:
     kinds: tuple[type, ...] = (GlobalHydra, VersionBase, JobRuntime)
     saved = {kind: Singleton._instances.pop(kind) for kind in kinds if kind in Singleton._instances}
     try:
-        with hydra.initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
+        with hydra.initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE), read_by_libyaml():
             yield
     finally:
         for kind in kinds:

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -20,12 +20,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, _utils
 from omegaconf.basecontainer import BaseContainer
 from omegaconf.resolvers import oc
 
 from moecompile.atomic import write_text
 from moecompile.errors import ConfigError, UserError
+from moecompile.libyaml import by_libyaml
 from moecompile.named_code import KEYS, Named, named_in, override, refuse_unnamed, without
 from moecompile.schema import SEARCHED, Config, with_implied
 
@@ -92,7 +93,7 @@ def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:
 
 def save_resolved(config: Config, path: Path) -> None:
     """Writes `config` as YAML, atomically."""
-    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_text(path, OmegaConf.to_yaml(_structured(asdict(config))))
 
 
 def load_resolved(
@@ -111,7 +112,7 @@ def load_resolved(
     Raises:
         UserError: an unknown key, a value of the wrong type, or code in `runs` that only the file names.
     """
-    with explained(()), no_environment(()):
+    with explained(()), no_environment(()), read_by_libyaml():
         saved = OmegaConf.load(path)
         for group, _, name in (key.rpartition(".") for key in MOVED):  # a run of version 0.2.0 has both keys
             (OmegaConf.select(saved, group) or {}).pop(name, None)
@@ -133,6 +134,24 @@ def explained(overrides: Sequence[str]) -> Iterator[None]:
         if explanation is None:
             raise
         raise explanation from error
+
+
+_OMEGACONFS_LOADER = _utils.get_yaml_loader
+
+
+@cache
+def _loader() -> Any:
+    return by_libyaml(_OMEGACONFS_LOADER())
+
+
+@contextmanager
+def read_by_libyaml() -> Iterator[None]:
+    """OmegaConf reads YAML by libyaml."""
+    _utils.get_yaml_loader = _loader
+    try:
+        yield
+    finally:
+        _utils.get_yaml_loader = _OMEGACONFS_LOADER
 
 
 @contextmanager
@@ -206,10 +225,15 @@ def _schema() -> tuple[DictConfig, dict[Any, Any]]:
 
 def _typed(cfg: Any) -> Config:
     values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    schema, defaults = _schema()
-    config = OmegaConf.to_object(OmegaConf.unsafe_merge(copy.deepcopy(schema), _differing(values, defaults)))
+    config = OmegaConf.to_object(_structured(values))
     assert isinstance(config, Config)
     return config
+
+
+def _structured(values: Any) -> Any:
+    """The schema with these values, which are of its types."""
+    schema, defaults = _schema()
+    return OmegaConf.unsafe_merge(copy.deepcopy(schema), _differing(values, defaults))
 
 
 def _differing(values: Any, defaults: Mapping[Any, Any]) -> Any:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moecompile.imports.settings import Settings
+from moecompile.libyaml import load_yaml
 
 NOT_WIDTHS = (
     "dtype",
@@ -116,7 +115,7 @@ def _options(conf: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for path in sorted((conf / "model").glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
         if "device: meta" in text:  # a published model
-            yield path.stem, yaml.safe_load(text)
+            yield path.stem, load_yaml(text)
 
 
 def _same(theirs: Any, value: Any) -> bool:

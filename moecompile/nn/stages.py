@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from moecompile.capture import seed_generators
 from moecompile.errors import MoecompileError
 from moecompile.stages import Pipeline, Unit
 from moecompile.torch_private import own_modules, tree_leaves, tree_map_only, without_values
@@ -256,7 +257,7 @@ def _seeded(stage: int, passage: Passage) -> Any:
 
     def seed(_: nn.Module, args: Any) -> None:
         if passage.stage is not None and torch.is_grad_enabled():
-            torch.manual_seed((torch.initial_seed() + stage * _STAGE) % 2**63)
+            seed_generators((torch.initial_seed() + stage * _STAGE) % 2**63)
 
     return seed
 

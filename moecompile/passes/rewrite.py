@@ -18,6 +18,7 @@ import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -231,6 +232,6 @@ def _add(root: fx.GraphModule, prefix: str, role: str, module: nn.Module) -> str
     """Adds `module` under a free name and returns its path."""
     path = f"{prefix}.{role}" if prefix else role
     taken = {name for name, _ in root.named_modules()}
-    free = next(name for name in (path, *(f"{path}_{i}" for i in range(1, 10_000))) if name not in taken)
+    free = next(name for name in chain([path], (f"{path}_{i}" for i in count(1))) if name not in taken)
     root.add_submodule(free, module.train(root.training))
     return free

@@ -13,6 +13,7 @@ import yaml
 
 from moecompile.atomic import write_text
 from moecompile.errors import PlanError
+from moecompile.libyaml import load_yaml
 from moecompile.named_code import DISPATCH, EXPERTS, Named, refuse_unnamed
 from moecompile.plan.checks import plan_errors
 from moecompile.plan.plan import IF_EVEN, TOO_LARGE, Plan
@@ -44,7 +45,7 @@ def from_yaml(text: str, source: str = "plan.yaml", *, named: Named = MappingPro
 
 def _plan_of(text: str, source: str) -> Plan:
     try:
-        body = yaml.safe_load(text)
+        body = load_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an invalid date
         raise PlanError(source, "...", f"is not plain YAML: {error}", "Write it with moecompile, or fix it") from error
     if not isinstance(body, dict):

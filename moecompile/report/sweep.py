@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from moecompile.atomic import replacing
+from moecompile.libyaml import load_yaml
 from moecompile.report.console import print_warnings
 from moecompile.report.text import bytes_text, seconds_text
 
@@ -92,7 +92,7 @@ def summarize(sweep_dir: Path) -> None:
 
 def _read(folder: Path) -> Job:
     overrides, config, result = (folder / name for name in ("overrides.txt", "resolved.yaml", "result.json"))
-    loaded = yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else None
+    loaded = load_yaml(config.read_text(encoding="utf-8")) if config.exists() else None
     lines = overrides.read_text(encoding="utf-8").splitlines() if overrides.exists() else []
     return Job(
         number=int(folder.name),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moecompile import kept_groups
+from moecompile.capture import seed_generators
 from moecompile.errors import ConfigError, PlanError
 from moecompile.mesh import MeshSpec, Part
 from moecompile.nn import LayerLoad
@@ -282,7 +283,7 @@ class PipelineSteps:
                 logs.batch = args[0][0]
 
             def keyed() -> Any:  # each stage draws the same numbers for its inputs
-                torch.manual_seed((strategy.seed * _ODD + number) % 2**63)
+                seed_generators((strategy.seed * _ODD + number) % 2**63)
                 return forward()
 
             result = self.stages.evaluate(key_of(args), keyed)

@@ -37,6 +37,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from moecompile.capture import seed_generators
 from moecompile.checkpoint.tensors import tensors_of
 from moecompile.errors import ConfigError, PlanError
 from moecompile.mesh import Part
@@ -109,7 +110,7 @@ def keyed_random_numbers(model: nn.Module, seed: int, step: int, number: int, de
     """
     set_random_key(model, seed, step, number)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(((seed * _MIX + step) * _MIX + number) % 2**63)
+        seed_generators(((seed * _MIX + step) * _MIX + number) % 2**63)
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+import traceback
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moecompile.capture import call_with, in_mode, record
+from moecompile.capture import call_with, in_mode, record, seed_generators
 from moecompile.errors import CaptureError
 from moecompile.match.ffn import GraphView, find_ffns
 from tests.tiny import Gated, TinyGPT, UpDown, ids, tokens
@@ -33,6 +34,15 @@ class Noisy(nn.Module):
         self.replaced = self.replaced + 1
         torch.rand(3)
         return self.ffn(self.drop(self.norm(x)))
+
+
+def test_a_seed_gives_what_torchs_own_gives_and_formats_no_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    wanted = torch.rand(4)
+    with torch.random.fork_rng(devices=[]):
+        monkeypatch.setattr(traceback, "format_stack", None)  # else it is called for each accelerator
+        seed_generators(3)
+        assert torch.equal(torch.rand(4), wanted)
 
 
 def hooks(model: nn.Module) -> int:

@@ -47,8 +47,12 @@ def test_a_recipe_cannot_make_hydra_run_code(mode: list[str], tmp_path: Path) ->
     assert not ran.exists()
 
 
-def test_a_command_line_is_compared_with_one_composition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hydra composes a job twice; the shipped node beside both is composed once."""
+@pytest.mark.parametrize("has_folder", [False, True])
+def test_a_command_line_is_compared_with_one_composition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_folder: bool
+) -> None:
+    """A job is composed once; once more to learn the mode, if a folder of the user's may set it; and the shipped node
+    beside both is composed once."""
     composed: list[list[str]] = []
     right = ConfigLoaderImpl._load_configuration_impl
 
@@ -57,10 +61,21 @@ def test_a_command_line_is_compared_with_one_composition(tmp_path: Path, monkeyp
         return right(self, *args, overrides=overrides, **named)
 
     monkeypatch.setattr(ConfigLoaderImpl, "_load_configuration_impl", counting)
-    monkeypatch.setattr(sys, "argv", ["moecompile", "mesh=cpu_1", f"hydra.run.dir={tmp_path}"])
+    flags = ["--config-dir", str(tmp_path)] if has_folder else []
+    monkeypatch.setattr(sys, "argv", ["moecompile", *flags, "mesh=cpu_1", f"hydra.run.dir={tmp_path / 'run'}"])
     assert main(lambda config, run_dir: 0) == 0
-    assert [words for words in composed if "mesh=cpu_1" not in words] == [[f"hydra.run.dir={tmp_path}"]]
-    assert len(composed) == 3
+    assert [words for words in composed if "mesh=cpu_1" not in words] == [[f"hydra.run.dir={tmp_path / 'run'}"]]
+    assert len(composed) == 2 + has_folder
+
+
+def test_a_recipe_may_begin_a_multirun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "many.yaml").write_text("# @package _global_\nname: many\nhydra: {mode: MULTIRUN}\n")
+    flags = ["--config-dir", str(tmp_path), f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    monkeypatch.setattr(sys, "argv", ["moecompile", *flags, "recipe=many", "seed=0,1"])
+    seeds: list[int] = []
+    assert main(lambda config, run_dir: seeds.append(config.seed) or 0) == 0
+    assert seeds == [0, 1]
 
 
 def test_the_command_line_may(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from moecompile.ops import in_flight
 from moecompile.tasks.verify import shrink
 from moecompile.verify import Check, certify_config
 from tests.distributed.harness import run_distributed_test
-from tests.tiny import SHORT
+from tests.tiny import NARROW, SHORT
 
 RECIPES = (
     "deepseek_ep", "deepseek_v2", "deepseek_v4", "gpt_oss", "kimi_k3", "longcat", "mixtral_ep", "nemotron3", "olmoe",
@@ -27,9 +27,9 @@ TINY = [
     "verify.dtype=float64", "dispatch.overlap=chunks", "trainer.checkpointing=keep_exchanges",
     SHORT,
 ]  # fmt: skip
-LAYERS = ["model.config.num_hidden_layers=2"]
+LAYERS = ["model.config.num_hidden_layers=2", *NARROW]
 SHALLOW = {
-    "switch_ep": ["model.config.num_layers=2"],
+    "switch_ep": ["model.config.num_layers=2", "model.config.d_model=64", "model.config.d_ff=128"],
     "nemotron3": ["model.config.layers_block_type=[mamba,mlp,attention,mlp]"],
 }
 

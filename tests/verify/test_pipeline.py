@@ -16,11 +16,11 @@ from moecompile.runtime import pipeline, stages, strategy
 from moecompile.tasks.verify import shrink
 from moecompile.verify import Check, certify_config
 from tests.distributed.harness import run_distributed_test
-from tests.tiny import SHORT
+from tests.tiny import NARROW, SHORT
 
 pytestmark = pytest.mark.slow
 
-TINY = ["mesh=cpu_1x4", "mesh.pp=2", "data.vocab_size=300", "data.seq_len=16", "verify.dtype=float64", SHORT]
+TINY = ["mesh=cpu_1x4", "mesh.pp=2", "data.vocab_size=300", "data.seq_len=16", "verify.dtype=float64", SHORT, *NARROW]
 FOUR = "model.config.num_hidden_layers=4"
 DEEPSEEK, LLAMA = ["recipe=deepseek_ep", FOUR], ["model=llama_nano", FOUR]  # its embedding and its head are one weight
 LOSSES = ["balance.losses.micro_batch=0.01", "balance.losses.sequence=0.01", "balance.losses.z=0.001"]

@@ -17,7 +17,7 @@ from moecompile.tasks.verify import shrink
 from moecompile.verify import Check, certify_config
 from moecompile.verify.job import Trace
 from tests.distributed.harness import run_distributed_test
-from tests.tiny import SHORT
+from tests.tiny import NARROW, SHORT
 
 SMALL = [
     "mesh=cpu_1x2", "routing.replay=record", "verify.dtype=float64", "trainer.checkpointing=full", "data.vocab_size=300",
@@ -25,9 +25,9 @@ SMALL = [
 ]  # fmt: skip
 LAYERS = ["model.config.num_hidden_layers=2"]
 MODELS = {
-    "sigmoid, groups": ["recipe=deepseek_ep", *LAYERS],
-    "softmax": ["recipe=mixtral_ep", *LAYERS, "balance.losses.z=0.01"],
-    "t5": ["recipe=switch_ep", "model.config.num_layers=2"],
+    "sigmoid, groups": ["recipe=deepseek_ep", *LAYERS, *NARROW],
+    "softmax": ["recipe=mixtral_ep", *LAYERS, *NARROW, "balance.losses.z=0.01"],
+    "t5": ["recipe=switch_ep", "model.config.num_layers=2", "model.config.d_model=64", "model.config.d_ff=128"],
     "own router": ["model=qwen3_30b_a3b", *LAYERS, "model.device=cpu"],
 }
 

@@ -10,10 +10,13 @@ from moecompile.compose import compose_config
 from moecompile.tasks.verify import shrink
 from moecompile.verify import Check, certify_config
 from tests.distributed.harness import run_distributed_test
-from tests.tiny import SHORT
+from tests.tiny import NARROW, SHORT
 
 KINDS = ("zipf", "hot")
-SMALL = ["recipe=mixtral_ep", "mesh=cpu_1x2", "verify.dtype=float64", "data.micro_batch_size=2", SHORT]
+SMALL = [
+    "recipe=mixtral_ep", "mesh=cpu_1x2", "verify.dtype=float64", "data.micro_batch_size=2", "data.vocab_size=300", *NARROW,
+    SHORT,
+]  # fmt: skip
 
 
 def _all(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:

@@ -12,9 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moecompile.errors import ConfigError
+from moecompile.libyaml import load_yaml
 
 _UNITS = {"1": "", "us": " us"}
 CALIBRATION = Path(__file__).with_name("calibration.yaml")
@@ -126,4 +125,4 @@ def calibrated(path: Path = CALIBRATION) -> Mapping[str, float]:
         ConfigError: the file is damaged.
     """
     with path.open(encoding="utf-8") as file:
-        return checked(yaml.safe_load(file)["constants"], path.name)
+        return checked(load_yaml(file.read())["constants"], path.name)

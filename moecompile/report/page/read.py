@@ -14,6 +14,7 @@ import yaml
 
 from moecompile import plan as plans
 from moecompile.errors import MoecompileError
+from moecompile.libyaml import load_yaml
 from moecompile.load_history import LOAD_HISTORY, LoadHistory
 from moecompile.rundir import BASELINE, FORECAST, PROFILE, RESOLVED, RESULT
 
@@ -86,7 +87,7 @@ def read_run(folder: Path, task: str) -> Run:
 def read_config(folder: Path) -> dict[str, Any]:
     """The resolved config, nested; empty: there is none."""
     try:
-        found = yaml.safe_load((folder / RESOLVED).read_text(encoding="utf-8"))
+        found = load_yaml((folder / RESOLVED).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
