@@ -236,6 +236,9 @@ class Stages:
         order = self.pipeline.order(self.index, len(keys))
         known = self._known_received(len(keys))
         left = {stage: len(keys) for stage in self.pipeline.stages_of(self.index)}
+        for stage in left:  # at the end of any backward, FSDP reshards what it may of the whole model
+            for module, _ in self._sharded(stage):
+                module.set_reshard_after_backward(not self.gathers_once, recurse=False)
         for action in order:
             if action.is_forward:
                 kept = self._forward(action.stage, action.micro_batch, keys[action.micro_batch], steps)

@@ -43,6 +43,7 @@ from moecompile.passes.base import on_an_axis
 from moecompile.pipeline import plan_of
 from moecompile.plan import EXCHANGE_OPS, EXCHANGES, Plan
 from moecompile.planner.traffic import assignments, rows_given
+from moecompile.runtime.messages import MESSAGES
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.pipeline import Shape, Wires, Work
 from moecompile.runtime.strategy import ExpertParallelStrategy
@@ -104,8 +105,8 @@ class Moment:
 
 @dataclass(kw_only=True)
 class Seen:
-    """What was seen. start: bytes before the first micro-batch. waits: (entries of `sent` so far, which of them is waited
-    for), of messages: these alone are not waited for at once.
+    """What was seen. start: bytes before the first micro-batch. waits: of messages, which alone are not waited for at
+    once: (entries of `sent` so far, which of them is waited for).
     """
 
     start: int = 0
@@ -248,9 +249,6 @@ class _Waited:
         self.seen.waits.append((len(self.seen.sent), self.index))
         if self.work is not None:
             self.work.wait()
-
-
-MESSAGES = ("send", "recv")
 
 
 def axis_of(group: ProcessGroup) -> str:
