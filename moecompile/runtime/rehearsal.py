@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol, cast
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -135,6 +134,7 @@ class Watch(TorchDispatchMode):
     def __enter__(self) -> Watch:
         self._patches.enter_context(whole_shapes_unseen())
         self._patches.enter_context(watch_resizes(self._resized))
+        self._patches.enter_context(self._objects())
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -199,7 +199,7 @@ class Watch(TorchDispatchMode):
             if name in _SILENT or found is None:
                 return
             group, given = found, [named.get(argument) for argument in _GIVEN]
-            peer = named.get("dst", named.get("src", -1))
+            peer = cast(int, named.get("dst", named.get("src", -1)))
         size = sum(leaf.nbytes for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
         self._keep_one(name.strip("_"), group, size, peer)
 
@@ -214,6 +214,32 @@ class Watch(TorchDispatchMode):
                 peer=peer if op in MESSAGES else -1,
             )
         )  # fmt: skip
+
+    @contextmanager
+    def _objects(self) -> Iterator[None]:
+        """A gather of objects is one collective, whatever it is made of."""
+        whole = dist.all_gather_object
+
+        def gather(found: list[Any], mine: Any, group: ProcessGroup | None = None) -> None:
+            over = dist.group.WORLD if group is None else group
+            assert over is not None
+            if self._now:
+                self._keep_one(OBJECTS, over, 0)
+            now, self._now = self._now, ""
+            try:
+                self.gather(whole, found, mine, over)
+            finally:
+                self._now = now
+
+        dist.all_gather_object = gather
+        try:
+            yield
+        finally:
+            dist.all_gather_object = whole
+
+    def gather(self, whole: Callable[..., None], found: list[Any], mine: Any, group: ProcessGroup) -> None:
+        """Gathers objects."""
+        whole(found, mine, group=group)
 
     # -- messages between stages: `Witness` of runtime/pipeline.py ---------------------------------------------------
 
@@ -325,15 +351,9 @@ class Fake(Watch):
         super().__init__(beside)
         self.post = post
 
-    def __enter__(self) -> Fake:
-        super().__enter__()
-        self._patches.enter_context(mock.patch.object(dist, "all_gather_object", self._gather))
-        return self
-
-    def _gather(self, found: list[Any], mine: Any, group: ProcessGroup) -> None:
+    def gather(self, whole: Callable[..., None], found: list[Any], mine: Any, group: ProcessGroup) -> None:
+        """Gathers objects."""
         found[:] = [mine] * len(found)
-        if self._now:
-            self._keep_one(OBJECTS, group, 0)
 
     def tells(self, stage: int, shapes: list[Shape]) -> None:
         """Tells the rank of a stage, which reads no values either."""

@@ -60,7 +60,7 @@ from moecompile.planner.step import (
 from moecompile.report.rehearsal import Row, conclusion, print_rehearsal
 from moecompile.report.result import write_result
 from moecompile.rundir import accept, output_dir
-from moecompile.runtime.messages import MESSAGES, disagreements
+from moecompile.runtime.messages import MESSAGES, SEND, disagreements
 from moecompile.runtime.objective import is_encoder_decoder
 from moecompile.runtime.rehearsal import STEP
 from moecompile.schema import Compiled, Config, DataKind, with_workload
@@ -104,8 +104,8 @@ def run(config: Config, run_dir: Path) -> None:
     shown = max(compared, key=lambda each: each.memory[-1].seen)  # Step 3
     differs = [text for each in compared for text in each.differs]
     differs += first_differences(seen, plan)  # Step 4
-    if plan.pipeline is not None:
-        differs += disagreements({each["rank"]: each["seen"] for each in seen[: plan.pipeline.ranks]})  # Step 5
+    together = seen[: plan.mesh.size(Part.LAYERS)]
+    differs += disagreements({each["rank"]: each["seen"] for each in together})  # Step 5
     accept(run_dir)
     room = config.hardware.memory_gib * GIB
     fields = {
@@ -114,22 +114,23 @@ def run(config: Config, run_dir: Path) -> None:
         "rows_over_mean": load,
         "micro_batches": number,
         **shown.fields(room),
-        "stages": [each.fields(room) for each in compared] if plan.pipeline is not None else [],
+        "pipeline": [each.fields(room) for each in compared] if plan.pipeline is not None else [],
+        "messages": sum(each["op"] == SEND for of in together for each in of["seen"]["sent"]),
         "differs": differs,
         "notes": [*decides(config), *notes, *_notes(config, number)],
     }
     result = write_result(run_dir, "rehearse", config.name, {**plan_fields(plan), **fields})
     print_rehearsal(result, plan, Console())
-    print(conclusion(differs), flush=True)
+    print(conclusion(differs, result["messages"]), flush=True)
     if differs:
         raise RehearsalDiffers("; ".join(differs))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """What a rank has seen, beside the plan."""
+    """What a rank has seen, beside the plan. stages: that it has; () without a pipeline."""
 
-    of: OfRank
+    stages: tuple[int, ...]
     seen: Mapping[str, Any]
     memory: list[Row]
     sent: list[Row]
@@ -137,15 +138,15 @@ class Compared:
     @property
     def differs(self) -> list[str]:
         """What differs from the plan."""
-        where = f"rank {self.seen['rank']}: " if self.of.stages else ""
+        where = f"rank {self.seen['rank']}: " if self.stages else ""
         return [f"{where}{row.text}" for row in (*self.memory, *self.sent) if row.differs]
 
     def fields(self, room: float) -> dict[str, Any]:
         """Of result.json."""
-        peak, stages = self.memory[-1].seen, self.of.stages
+        peak = self.memory[-1].seen
         return {
             "rank": self.seen["rank"],
-            "layers": sum(len(stage.layers) for stage in stages),
+            "stages": self.stages,
             "memory_peak_bytes": peak,
             "memory_fits": peak <= room,
             "moments": self.seen["seen"]["moments"],
@@ -157,7 +158,8 @@ class Compared:
 def _compared(seen: Mapping[str, Any], of: OfRank, plan: Plan, run: RunFacts) -> Compared:
     sent = collective_rows(seen["seen"]["sent"], step_of_rank(plan, of, run), of.mesh)
     memory = memory_rows(seen, of, of.run(run, plan.pipeline))
-    return Compared(of=of, seen=seen, memory=[*memory], sent=[*sent])
+    stages = () if plan.pipeline is None else plan.pipeline.stages_of(of.index)
+    return Compared(stages=stages, seen=seen, memory=[*memory], sent=[*sent])
 
 
 def _check(config: Config, plan: Plan, model: nn.Module) -> None:

@@ -43,6 +43,7 @@ from moecompile.rundir import output_dir
 from moecompile.runtime.pipeline import Shape
 from moecompile.runtime.rehearsal import Post, Rehearsal, load_of, rehearse
 from moecompile.schema import Config, ModelDevice, accumulation_steps, with_workload
+from moecompile.stages import Pipeline
 from moecompile.torch_private import fake_group
 
 FOLDER = "rehearsed"
@@ -73,11 +74,15 @@ def micro_batches(config: Config, plan: Plan) -> int:
     first one.
     """
     number, enough = accumulation_steps(config, plan.mesh), config.rehearse.micro_batches
-    if (pipeline := plan.pipeline) is not None:
-        most = [pipeline.in_flight(place, number) for place in range(pipeline.ranks)]
-        filled = (n for n in range(1, number) if [pipeline.in_flight(place, n) for place in range(pipeline.ranks)] == most)
-        enough = max(enough, next(filled, number) + 1)
+    if plan.pipeline is not None:
+        flights = (_in_flight(plan.pipeline, each) for each in range(1, number))
+        most = _in_flight(plan.pipeline, number)
+        enough = max(enough, 1 + next((i for i, each in enumerate(flights, 1) if each == most), number))
     return min(enough, number)
+
+
+def _in_flight(pipeline: Pipeline, number: int) -> list[tuple[int, ...]]:
+    return [pipeline.in_flight(place, number) for place in range(pipeline.ranks)]
 
 
 def shortened(config: Config, plan: Plan) -> Config:
@@ -169,10 +174,9 @@ class _Post:
 def rehearse_all(config: Config, plan: Plan, ranks: Sequence[int], fullest: float, run_dir: Path) -> None:
     """Rehearses ranks, the first ones those of a pipeline if the plan has one; the first failure ends all."""
     model = compiled_for(config, plan)
+    gc.collect()  # what the ranks do not touch stays shared
     context, first = multiprocessing.get_context("fork"), ranks[: plan.mesh.size(Part.LAYERS)]
     slots, running = context.Semaphore(AT_ONCE), dict[int, BaseProcess]()
-    gc.collect()
-    gc.freeze()  # so that the pages of what is here stay shared
     try:
         for rank in ranks:
             while not slots.acquire(timeout=_POLL_S):
