@@ -14,7 +14,7 @@ of all ranks, D the width of a row and b bytes of a number; with checkpointing=f
 4. Gradients of routers, and of what else is whole on every rank, are summed in fp32; with them counts of the load, and
    a few numbers of a step.                                                                       -> `_sums`
 5. In a pipeline: what crosses a cut, and its gradient back, once for each micro-batch; the shapes of the first, and
-   with each gradient the weight of the auxiliary losses.                                         -> `_messages`
+   with each gradient the weight of the auxiliary losses. Gradients of tied weights are summed.   -> `step_of_rank`
 """
 
 from __future__ import annotations
@@ -77,7 +77,11 @@ def step_of_rank(plan: Plan, of: OfRank, run: RunFacts) -> list[Planned]:
     if plan.pipeline is None:
         return planned_step(plan, of.facts, run)
     stage = replace(plan, layers=of.layers, mesh=of.mesh, pipeline=None)
-    return [*planned_step(stage, of.facts, of.run(run, plan.pipeline)), *_messages(plan.pipeline, of.index, run)]
+    found = [*planned_step(stage, of.facts, of.run(run, plan.pipeline)), *_messages(plan.pipeline, of.index, run)]
+    if of.tied:  # whether both have a gradient, and its sum
+        calls, bytes_ = 2 * len(plan.pipeline.tied), of.tied * of.facts.bytes_per_param / of.mesh.size(Part.STORED)
+        found.append(Planned(kind=SUMMED, axis="tied", ranks=2, calls=calls, bytes=bytes_, few=FEW))
+    return found
 
 
 def _messages(pipeline: Pipeline, index: int, run: RunFacts) -> Iterator[Planned]:
@@ -140,13 +144,14 @@ def _fsdp(plan: Plan, facts: ModelFacts, run: RunFacts) -> Iterator[Planned]:
     if mesh.ep > 1:  # else experts are gathered with the layer's dense weights
         in_layers -= sum(padded_experts(layer, mesh) for layer in plan.layers)
     of_layers, of_root = (1, 1) if run.gather == "step" else (2 * run.accumulation, run.accumulation)
+    has_root = root > 0  # stages in the middle of a pipeline have layers alone
     reductions = run.accumulation if run.reduce == "each" else 1
     yield Planned(
-        kind=GATHERED, axis=axis, ranks=ranks, calls=of_layers * layers + of_root,
+        kind=GATHERED, axis=axis, ranks=ranks, calls=of_layers * layers + of_root * has_root,
         bytes=(of_layers * in_layers + of_root * root) * run.compute_bytes / ranks,
     )  # fmt: skip
     yield Planned(
-        kind=REDUCED, axis=axis, ranks=ranks, calls=reductions * (layers + 1),
+        kind=REDUCED, axis=axis, ranks=ranks, calls=reductions * (layers + has_root),
         bytes=reductions * (in_layers + root) * FP32_BYTES,
     )  # fmt: skip
     if shards is not None and mesh.ep > 1:

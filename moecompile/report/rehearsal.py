@@ -47,7 +47,7 @@ def print_rehearsal(result: Mapping[str, Any], plan: Plan, console: Console) -> 
     place = ", the fullest of its pipeline" if result["pipeline"] else ""
     rank = f"rank {result['rank']} of {plan.mesh.world_size:,}{place}"
     console.print()
-    console.print(Text(f"{rank}, plan {plan.hash}, load {result['load']}{load}"))
+    console.print(Text(f"{rank}, plan {plan.hash}, load {result['load']}{load}"), soft_wrap=True)
     moments = plain_table("moment", "memory at most", "at its end")
     for each in result["moments"]:
         moments.add_row(each["name"], bytes_text(each["peak"]), bytes_text(each["end"]))
