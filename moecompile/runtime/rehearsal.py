@@ -68,6 +68,7 @@ _SENDING = (*EXCHANGE_OPS, "gradient_start", "join_tokens", "gather_slices", "su
 _INPUTS = {name + end: row.inputs for name, row in EXCHANGES.items() for end in ("", "_start")}
 _GIVEN = ("input", "inputs", "input_tensor", "input_tensors", "tensors")  # arguments of c10d that this rank gives
 _SILENT = ("barrier",)
+_NO_PURPOSE = ("default_pg", "undefined")  # torch's words
 OBJECTS = "objects"
 """Python objects of all ranks of a group, as a collective of a rehearsal."""
 
@@ -279,7 +280,8 @@ class _Waited:
 
 def axis_of(group: ProcessGroup) -> str:
     """The mesh axis of a group, or its purpose; `all` for the group of all ranks, whatever else it is."""
-    return "all" if group.size() == dist.get_world_size() else str(group.group_desc).removeprefix("mesh_")
+    purpose = str(group.group_desc)
+    return "all" if purpose in _NO_PURPOSE else purpose.removeprefix("mesh_")
 
 
 class Moments(Callback):
