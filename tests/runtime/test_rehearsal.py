@@ -263,7 +263,7 @@ def trained(rank: int, world_size: int, folder: str) -> dict[str, Rehearsal]:
 
 def _trained(config: Config, folder: Path) -> Rehearsal:
     model = build_model(config.model, config.seed)
-    plan, _ = planned(model, config, None)
+    plan = planned(model, config, None)[0]  # the rest refers to layers of other stages
     compile_model(model, config, example=example_inputs(model, config.data.seq_len), plan=plan)
     config, watch = shortened(config, plan), Watch()
     trainer = make_trainer(config, plan, folder, [Moments(watch)], loggers=[])

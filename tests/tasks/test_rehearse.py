@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -100,6 +103,22 @@ def test_the_pipeline_of_a_rank(tmp_path: Path) -> None:
         "rehearsed: the program sends and holds what the plan says, its ranks agree, and each of the 10 messages of a "
         "pipeline has its receive"
     )
+
+
+@pytest.mark.nightly
+def test_deepseek_v3_in_16_stages(tmp_path: Path) -> None:
+    """All 61 layers on 2,048 ranks, in less CPU time than three minutes of two cores have."""
+    command = ["task=rehearse", "model=deepseek_v3", "mesh=h800_256x8", "mesh.pp=16", "hydra.run.dir=run"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", "moecompile", *command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["ranks"] == [*range(0, 2048, 128), 2047] and result["micro_batches"] == 17
+    assert result["messages"] == 15 * (18 + 34) and result["differs"] == [] and result["rank"] == 0
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 360
 
 
 def test_a_rank_that_is_not_in_the_mesh(tmp_path: Path) -> None:
