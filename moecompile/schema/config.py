@@ -789,8 +789,8 @@ class RehearseConfig:
     """Of the step, if the batch has more: a further one changes neither the peak nor the kinds of collectives. With
     mesh.pp at least as many as fill the pipeline, and one more."""
     ranks: list[int] = field(default_factory=list)
-    """Ranks whose collectives are compared; empty: the first and the last one. With mesh.pp all ranks of the first one's
-    pipeline, too."""
+    """Ranks whose collectives are compared; empty: the first and the last one. With mesh.pp all of the pipeline of the
+    first one, too."""
 
 
 @dataclass(kw_only=True)
