@@ -221,14 +221,14 @@ class Watch(TorchDispatchMode):
         """A gather of objects is one collective, whatever it is made of."""
         whole = dist.all_gather_object
 
-        def gather(found: list[Any], mine: Any, group: ProcessGroup | None = None) -> None:
+        def gather(object_list: Any, obj: Any, group: Any = None) -> None:
             over = dist.group.WORLD if group is None else group
             assert over is not None
             if self._now:
                 self._keep_one(OBJECTS, over, 0)
             now, self._now = self._now, ""
             try:
-                self.gather(whole, found, mine, over)
+                self.gather(whole, object_list, obj, over)
             finally:
                 self._now = now
 

@@ -81,7 +81,7 @@ def test_a_difference_is_told_and_ends_with_code_1(tmp_path: Path, capfd: pytest
 def test_the_pipeline_of_a_rank(tmp_path: Path) -> None:
     """All its ranks are rehearsed, the fullest one is shown, and a rank with the layers of one of them is compared."""
     done = python(
-        "-m", "moecompile", *SMALL, "mesh=h100_2x8", "mesh.pp=2", "model.config.num_hidden_layers=4",
+        "-m", "moecompile", *SMALL, "mesh=h100_2x8", "mesh.pp=2", "mesh.ep=8", "model.config.num_hidden_layers=4",
         "data.global_batch_size=64", "rehearse.ranks=[3,12]", "hydra.run.dir=run", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
