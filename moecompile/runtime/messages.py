@@ -111,7 +111,7 @@ def _meet(group: str, members: Sequence[_Rank], ranks: Sequence[_Rank]) -> Itera
                 return
             sender.finish(group)
             receiver.finish(group)
-        elif len(heads) == len(members) and not any(head["op"] in MESSAGES for _, head in heads):
+        elif heads and all(head["op"] not in MESSAGES and head["together"] == len(heads) for _, head in heads):
             forms = {(head["op"], head["bytes"]) for _, head in heads}
             if len(forms) > 1:
                 texts = (f"{head['op']} of {head['bytes']} B on rank {rank.rank}" for rank, head in heads)

@@ -78,9 +78,9 @@ class Sent:
     """A collective, or a message to or from another stage of a pipeline.
 
     axis: mesh axis of its group, or its purpose. bytes: of what this rank gives to it, with its own part; of a message
-    that is received, what comes. group: its name, if ranks of other stages are rehearsed that are in it. peer: of a
-    message, place along pp of the other rank; form: dtype and shape of its tensor; message: (whether forward, the stage
-    that sends it, micro-batch).
+    that is received, what comes. group: its name, if ranks of other stages are rehearsed that are in it; together: how
+    many of the pipeline are. peer: of a message, place along pp of the other rank; form: dtype and shape of its tensor;
+    message: (whether forward, the stage that sends it, micro-batch).
     """
 
     moment: str
@@ -89,6 +89,7 @@ class Sent:
     ranks: int
     bytes: int
     group: str = ""
+    together: int = 0
     peer: int = -1
     form: str = ""
     message: tuple[int, ...] = ()
@@ -125,7 +126,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, beside: Sequence[int] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = Seen()
-        self._beside, self._shared = set(beside), dict[str, str]()
+        self._beside, self._shared = set(beside), dict[str, int]()
         self._now = ""
         self._live = self._peak = 0
         self._sizes: dict[int, int] = {}
@@ -207,12 +208,12 @@ class Watch(TorchDispatchMode):
     def _keep_one(self, op: str, group: ProcessGroup, size: int, peer: int = -1) -> None:
         name = str(group.group_name)
         if name not in self._shared:
-            is_shared = len(self._beside.intersection(dist.get_process_group_ranks(group))) > 1
-            self._shared[name] = name if is_shared else ""
+            self._shared[name] = len(self._beside.intersection(dist.get_process_group_ranks(group)))
+        together = self._shared[name]
         self.seen.sent.append(
             Sent(
-                moment=self._now, op=op, axis=axis_of(group), ranks=group.size(), bytes=size, group=self._shared[name],
-                peer=peer if op in MESSAGES else -1,
+                moment=self._now, op=op, axis=axis_of(group), ranks=group.size(), bytes=size,
+                group=name if together > 1 else "", together=together, peer=peer if op in MESSAGES else -1,
             )
         )  # fmt: skip
 

@@ -23,7 +23,7 @@ def programs(ranks: int, per_rank: int, micro_batches: int) -> Programs:
     of = pipeline(ranks, per_rank)
     found: Programs = {}
     for place in range(ranks):
-        sent: list[Any] = [collective("allreduce", "all")]
+        sent: list[Any] = [collective("allreduce", "all", ranks)]
         waits: list[list[int]] = []
 
         def message(op: str, stage: int, other: int, is_forward: bool, number: int) -> None:
@@ -47,13 +47,23 @@ def programs(ranks: int, per_rank: int, micro_batches: int) -> Programs:
             if 0 <= after <= last:
                 message("send", stage, after, action.is_forward, action.micro_batch)
         waits += [[len(sent), i] for i, each in enumerate(sent) if each["op"] == "send"]
-        sent.append(collective("allreduce", "all"))
+        sent.append(collective("allreduce", "all", ranks))
         found[8 * place] = {"sent": sent, "waits": waits}
     return found
 
 
-def collective(op: str, axis: str, bytes_: int = 8) -> dict[str, Any]:
-    return {"op": op, "axis": axis, "ranks": 2, "bytes": bytes_, "group": axis, "peer": -1, "form": "", "message": []}
+def collective(op: str, axis: str, together: int) -> dict[str, Any]:
+    return {
+        "together": together,
+        "op": op,
+        "axis": axis,
+        "ranks": 2,
+        "bytes": 8,
+        "group": axis,
+        "peer": -1,
+        "form": "",
+        "message": [],
+    }
 
 
 @pytest.mark.parametrize(
@@ -116,6 +126,12 @@ def leaves_out_a_collective(found: Programs) -> None:
     del found[8]["sent"][-1]
 
 
+def leaves_out_all_collectives(found: Programs) -> None:
+    program = found[8]
+    while any(each["group"] == "all" for each in program["sent"]):
+        without(program, next(i for i, each in enumerate(program["sent"]) if each["group"] == "all"))
+
+
 def sums_other_numbers(found: Programs) -> None:
     found[8]["sent"][-1]["bytes"] = 16
 
@@ -136,6 +152,8 @@ BROKEN: dict[Callable[[Programs], None], str] = {
     waits_before_it_is_known: "ranks would wait for ever: rank 0 for send to rank 8 of bfloat16 [1, 8] (16 B) of "
     "micro-batch 0, stage 0 forward; rank 8 for send to rank 0 of bfloat16 [1, 8] (16 B) of micro-batch 0, stage 1 backward",
     leaves_out_a_collective: "ranks would wait for ever: rank 0 for allreduce over all",
+    leaves_out_all_collectives: "ranks would wait for ever: rank 0 for allreduce over all; rank 8 for recv from rank 0 of "
+    "bfloat16 [1, 8] (16 B) of micro-batch 0, stage 0 forward",
     sums_other_numbers: "a collective over all is allreduce of 8 B on rank 0, allreduce of 16 B on rank 8",
 }  # fmt: skip
 

@@ -178,7 +178,7 @@ def test_they_do_what_four_ranks_do(ranks: list[Any], rehearsals: Results, name:
     """The same collectives, messages and waits in the same order; the same bytes where routing does not decide."""
 
     def form(seen: dict[str, Any]) -> list[Any]:
-        sent = [{**each, "group": ""} for each in seen["sent"]]
+        sent = [{**each, "group": "", "together": 0} for each in seen["sent"]]
         for each in sent:
             if task.KINDS.get(each["op"]) == task.ROWS or each["op"] == "broadcast":
                 each["bytes"] = 0
