@@ -203,7 +203,8 @@ def counts_of(layout: str, number: int, layers: int) -> list[int]:
 class OfRank:
     """What the ranks of one place along pp have: layers, the mesh of a stage, facts of its part of the model, the run.
 
-    index: along pp; stages: its stages.
+    index: along pp; stages: its stages. tied: numbers of a weight that the first and the last stage both have, if this
+    is one of them.
     """
 
     index: int
@@ -211,6 +212,7 @@ class OfRank:
     mesh: MeshSpec
     facts: ModelFacts
     stages: tuple[Stage, ...] = ()
+    tied: int = 0
 
     def run(self, run: RunFacts, pipeline: Pipeline | None) -> RunFacts:
         """The run, with the micro-batches that are kept for backward."""
@@ -229,6 +231,7 @@ def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
         return [OfRank(index=0, layers=plan.layers, mesh=plan.mesh, facts=facts)]
     assert facts.cut is not None
     found: list[OfRank] = []
+    ends = (0, plan.pipeline.ranks - 1)
     for index in range(plan.pipeline.ranks):
         stages = tuple(plan.pipeline.stages[i] for i in plan.pipeline.stages_of(index))
         is_last = stages[-1] is plan.pipeline.stages[-1]
@@ -239,6 +242,7 @@ def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
                 mesh=plan.mesh.stage,
                 facts=facts.cut.facts(tuple(unit.path for stage in stages for unit in stage.units), is_last),
                 stages=stages,
+                tied=facts.vocab_size * facts.d_model if plan.pipeline.tied and index in ends else 0,
             )
         )
     return found

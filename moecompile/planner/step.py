@@ -13,6 +13,8 @@ of all ranks, D the width of a row and b bytes of a number; with checkpointing=f
    planner/shards.py says.                                                                        -> `_fsdp`
 4. Gradients of routers, and of what else is whole on every rank, are summed in fp32; with them counts of the load, and
    a few numbers of a step.                                                                       -> `_sums`
+5. In a pipeline: what crosses a cut, and its gradient back, once for each micro-batch; the shapes of the first, and
+   with each gradient the weight of the auxiliary losses. Gradients of tied weights are summed.   -> `step_of_rank`
 """
 
 from __future__ import annotations
@@ -21,16 +23,21 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from moecompile.mesh import MeshSpec, Part
+from moecompile.mesh import MeshSpec, Part, axes_that_split
 from moecompile.plan import EXCHANGES, LayerPlan, Plan
 from moecompile.plan.plan import DENSE, ROUTER
 from moecompile.planner.memory import own_params, row_load, sends_again, tokens_of_a_rank, whole_params
 from moecompile.planner.params import FP32_BYTES, ModelFacts, RunFacts, trained_params
+from moecompile.planner.pipeline import OfRank
 from moecompile.planner.shards import expert_shards, expert_share, padded_experts
 from moecompile.planner.traffic import COUNT_BYTES, bytes_given, counts_given, row_bytes
 from moecompile.routing import BINS
+from moecompile.stages import Pipeline
 
 ROWS, COUNTS, GATHERED, REDUCED, SUMMED = "rows", "counts", "weights gathered", "gradients reduced", "gradients summed"
+FORTH, FORTH_IN, BACK, BACK_IN = "sent on", "received", "gradients sent back", "gradients received"
+SHAPE_BYTES, WEIGHT_BYTES = 8 * (3 + 8), 8
+"""Of a message: what tells the shape of a tensor, and the weight of the auxiliary losses."""
 EXACT, SUMS = 0.01, 0.15
 """How much more bytes a program may send than planned, and less: rounding of rows; sums beside a few numbers."""
 FEW = 2**16
@@ -65,6 +72,41 @@ def planned_step(plan: Plan, facts: ModelFacts, run: RunFacts) -> list[Planned]:
     return exchanges + [each for each in others if each.ranks > 1]
 
 
+def step_of_rank(plan: Plan, of: OfRank, run: RunFacts) -> list[Planned]:
+    """Those of the ranks at one place of a pipeline, with their messages (step 5)."""
+    if plan.pipeline is None:
+        return planned_step(plan, of.facts, run)
+    stage = replace(plan, layers=of.layers, mesh=of.mesh, pipeline=None)
+    found = [*planned_step(stage, of.facts, of.run(run, plan.pipeline)), *_messages(plan.pipeline, of.index, run)]
+    if of.tied:  # whether both have a gradient, and its sum
+        calls, bytes_ = 2 * len(plan.pipeline.tied), of.tied * of.facts.bytes_per_param / of.mesh.size(Part.STORED)
+        found.append(Planned(kind=SUMMED, axis="tied", ranks=2, calls=calls, bytes=bytes_, few=FEW))
+    return found
+
+
+def _messages(pipeline: Pipeline, index: int, run: RunFacts) -> Iterator[Planned]:
+    """Step 5, of the rank at `index` along pp."""
+    forth: list[tuple[int, float]] = [(0, 0.0)] * len(pipeline.stages)
+    back = list(forth)
+    for i, stage in enumerate(pipeline.stages[1:], 1):
+        tensors = sum(len(crossing.places) for crossing in stage.receives)
+        numbers = sum(crossing.numbers for crossing in stage.receives)
+        bytes_ = run.accumulation * numbers * run.tokens_per_rank * run.compute_bytes
+        forth[i] = run.accumulation * tensors + 1, bytes_ + tensors * SHAPE_BYTES
+        back[i] = run.accumulation * (tensors + 1), bytes_ + run.accumulation * WEIGHT_BYTES
+    stages = pipeline.stages_of(index)
+    nexts = [stage + 1 for stage in stages if stage + 1 < len(pipeline.stages)]
+    for kind, over, at in (
+        (FORTH, forth, nexts),
+        (FORTH_IN, forth, stages),
+        (BACK, back, stages),
+        (BACK_IN, back, nexts),
+    ):
+        calls, bytes_ = sum(over[i][0] for i in at), sum(over[i][1] for i in at)
+        if calls:
+            yield Planned(kind=kind, axis="pp", ranks=pipeline.ranks, calls=calls, bytes=bytes_, within=0.0)
+
+
 def _ranks(axis: str, mesh: MeshSpec) -> int:
     nodes = mesh.nodes_per_ep_group
     return {"ep": mesh.ep, "ep_inter": nodes, "ep_intra": mesh.ep // nodes}[axis]
@@ -97,17 +139,19 @@ def _fsdp(plan: Plan, facts: ModelFacts, run: RunFacts) -> Iterator[Planned]:
     in_layers, root = whole_params(plan.layers, mesh, facts)
     shards = expert_shards(plan.layers, mesh, facts, run)
     (sums,) = (each for each in plan.reductions if each.parameters == DENSE)
-    axis, ranks = "_".join(sums.sharded_over), mesh.size(Part.STORED)
+    of_stage = [axis for axis in sums.sharded_over if axis not in axes_that_split(Part.LAYERS)]
+    axis, ranks = "_".join(of_stage), mesh.size(Part.STORED)
     if mesh.ep > 1:  # else experts are gathered with the layer's dense weights
         in_layers -= sum(padded_experts(layer, mesh) for layer in plan.layers)
     of_layers, of_root = (1, 1) if run.gather == "step" else (2 * run.accumulation, run.accumulation)
+    has_root = root > 0  # stages in the middle of a pipeline have layers alone
     reductions = run.accumulation if run.reduce == "each" else 1
     yield Planned(
-        kind=GATHERED, axis=axis, ranks=ranks, calls=of_layers * layers + of_root,
+        kind=GATHERED, axis=axis, ranks=ranks, calls=of_layers * layers + of_root * has_root,
         bytes=(of_layers * in_layers + of_root * root) * run.compute_bytes / ranks,
     )  # fmt: skip
     yield Planned(
-        kind=REDUCED, axis=axis, ranks=ranks, calls=reductions * (layers + 1),
+        kind=REDUCED, axis=axis, ranks=ranks, calls=reductions * (layers + has_root),
         bytes=reductions * (in_layers + root) * FP32_BYTES,
     )  # fmt: skip
     if shards is not None and mesh.ep > 1:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,22 @@ _DTYPES = (
 )  # fmt: skip
 _DIMS = 8
 Shape = tuple[tuple[int, ...], torch.dtype, bool]
+Message = tuple[bool, int, int]
+"""(whether forward, the stage that sends it, micro-batch)."""
+Work = dist.Work | None
+
+
+class Witness(Protocol):
+    """Who watches the messages of a rank (moecompile.runtime.rehearsal)."""
+
+    def posted(self, work: Work, tensor: Tensor, message: Hashable) -> Work:
+        """A tensor that is being sent or received; what is returned is waited for in the place of `work`."""
+
+    def tells(self, stage: int, shapes: list[Shape]) -> None:
+        """What this rank tells a stage about what crosses the cut before it."""
+
+    def told(self, stage: int) -> list[Shape] | None:
+        """What a stage of this rank is told, where tensors have no values to read it from; None: they have."""
 
 
 class Wires:
@@ -41,6 +57,9 @@ class Wires:
 
     Args:
         mesh, rank: this rank's place. groups: along pp, by (whether forward, whether from the last rank to the first).
+
+    Attributes:
+        witness: is shown each message.
     """
 
     def __init__(
@@ -49,9 +68,10 @@ class Wires:
     ) -> None:  # fmt: skip
         self.ranks, self.pipeline, self.device = mesh.group(Part.LAYERS, rank=rank), pipeline, device
         self.groups = groups
-        self._pending: dict[Hashable, list[tuple[dist.Work | None, Tensor]]] = {}
+        self._pending: dict[Hashable, list[tuple[Work, Tensor]]] = {}
         self._shapes: dict[tuple[int, Hashable], list[Shape]] = {}
         self.sent_bytes = 0
+        self.witness: Witness | None = None
 
     def send(self, tensors: Iterable[Tensor], stage: int, message: Hashable = None, *, is_forward: bool) -> None:
         """Sends tensors to the rank of a stage, in order, without waiting. They are kept until `settle(message)`."""
@@ -60,18 +80,24 @@ class Wires:
         for tensor in tensors:
             whole = tensor.detach().contiguous()
             self.sent_bytes += whole.numel() * whole.element_size()
-            self._pending.setdefault(message, []).append((dist.isend(_bytes(whole), to, group=group), whole))
+            work = self._seen(dist.isend(_bytes(whole), to, group=group), whole, message)
+            self._pending.setdefault(message, []).append((work, whole))
 
-    def receive(self, shapes: Sequence[Shape], stage: int, *, is_forward: bool) -> list[Tensor]:
+    def receive(
+        self, shapes: Sequence[Shape], stage: int, message: Hashable = None, *, is_forward: bool
+    ) -> list[Tensor]:
         """Receives tensors from the rank of a stage, in order."""
         group = self._group(stage + 1 if is_forward else stage, is_forward=is_forward)
         source = self.ranks[self.pipeline.rank_of(stage)]
         made = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype, _ in shapes]
-        works = [dist.irecv(_bytes(tensor), source, group=group) for tensor in made]
+        works = [self._seen(dist.irecv(_bytes(tensor), source, group=group), tensor, message) for tensor in made]
         for work in works:
             if work is not None:
                 work.wait()
         return made
+
+    def _seen(self, work: Work, tensor: Tensor, message: Hashable) -> Work:
+        return work if self.witness is None else self.witness.posted(work, tensor, message)
 
     def _group(self, cut: int, *, is_forward: bool) -> dist.ProcessGroup:
         """That of messages over the cut before a stage."""
@@ -82,6 +108,8 @@ class Wires:
         shapes = [(tuple(t.shape), t.dtype, t.requires_grad) for t in tensors]
         known = self._shapes.setdefault((stage, key), shapes)
         if known is shapes:
+            if self.witness is not None:
+                self.witness.tells(stage, shapes)
             self.send([_header(shapes, self.device)], stage, message, is_forward=True)
         elif known != shapes:
             raise MoecompileError(
@@ -91,15 +119,16 @@ class Wires:
             )
         self.send(tensors, stage, message, is_forward=True)
 
-    def receive_live(self, stage: int, key: Hashable) -> list[Tensor]:
+    def receive_live(self, stage: int, key: Hashable, message: Hashable = None) -> list[Tensor]:
         """Receives what crosses the cut before a stage, as leaves with a gradient where they have one."""
         if (stage, key) not in self._shapes:
             number = sum(len(crossing.places) for crossing in self.pipeline.stages[stage].receives)
             header = ((number, 3 + _DIMS), torch.int64, False)
-            (words,) = self.receive([header], stage - 1, is_forward=True)
-            self._shapes[stage, key] = _shapes(words)
+            (words,) = self.receive([header], stage - 1, message, is_forward=True)
+            told = None if self.witness is None else self.witness.told(stage)
+            self._shapes[stage, key] = _shapes(words) if told is None else told
         shapes = self._shapes[stage, key]
-        tensors = self.receive(shapes, stage - 1, is_forward=True)
+        tensors = self.receive(shapes, stage - 1, message, is_forward=True)
         return [t.requires_grad_(has_grad) for t, (_, _, has_grad) in zip(tensors, shapes, strict=True)]
 
     def settle(self, *messages: Hashable) -> None:
@@ -207,6 +236,9 @@ class Stages:
         order = self.pipeline.order(self.index, len(keys))
         known = self._known_received(len(keys))
         left = {stage: len(keys) for stage in self.pipeline.stages_of(self.index)}
+        for stage in left:  # at the end of any backward, FSDP reshards what it may of the whole model
+            for module, _ in self._sharded(stage):
+                module.set_reshard_after_backward(not self.gathers_once, recurse=False)
         for action in order:
             if action.is_forward:
                 kept = self._forward(action.stage, action.micro_batch, keys[action.micro_batch], steps)
@@ -239,7 +271,7 @@ class Stages:
         return known
 
     def _forward(self, stage: int, number: int, key: Hashable, steps: Steps) -> _Kept:
-        received = self.wires.receive_live(stage, key) if stage else []
+        received = self.wires.receive_live(stage, key, (True, stage - 1, number)) if stage else []
         kept = self.kept[stage, number] = _Kept(received)
         handed = [tensor.view_as(tensor) for tensor in received]  # which a layer may write to, unlike a leaf
         with steps.before(number, True), self.passage.running(self.model, stage, handed):
@@ -266,7 +298,7 @@ class Stages:
         else:
             outputs = [tensor for tensor in kept.sent if tensor.requires_grad]
             shapes: list[Shape] = [((), torch.float64, False), *((tuple(t.shape), t.dtype, True) for t in outputs)]
-            weight, *found = self.wires.receive(shapes, stage + 1, is_forward=False)
+            weight, *found = self.wires.receive(shapes, stage + 1, (False, stage + 1, number), is_forward=False)
             self.wires.settle((True, stage, number))
             roots, grads = outputs, [*found]
         if kept.aux is not None:

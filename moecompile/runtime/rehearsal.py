@@ -19,14 +19,15 @@ import dataclasses
 import os
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
@@ -41,7 +42,10 @@ from moecompile.passes.base import on_an_axis
 from moecompile.pipeline import plan_of
 from moecompile.plan import EXCHANGE_OPS, EXCHANGES, Plan
 from moecompile.planner.traffic import assignments, rows_given
+from moecompile.runtime.messages import MESSAGES
 from moecompile.runtime.module import LanguageModule
+from moecompile.runtime.pipeline import Shape, Wires, Work
+from moecompile.runtime.strategy import ExpertParallelStrategy
 from moecompile.runtime.training import make_trainer
 from moecompile.schema import Config, accumulation_steps
 from moecompile.torch_private import (
@@ -64,17 +68,31 @@ _SENDING = (*EXCHANGE_OPS, "gradient_start", "join_tokens", "gather_slices", "su
 _INPUTS = {name + end: row.inputs for name, row in EXCHANGES.items() for end in ("", "_start")}
 _GIVEN = ("input", "inputs", "input_tensor", "input_tensors", "tensors")  # arguments of c10d that this rank gives
 _SILENT = ("barrier",)
+_NO_PURPOSE = ("default_pg", "undefined")  # torch's words
+OBJECTS = "objects"
+"""Python objects of all ranks of a group, as a collective of a rehearsal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sent:
-    """A collective. axis: mesh axis of its group. bytes: of what this rank gives to it, with its own part."""
+    """A collective, or a message to or from another stage of a pipeline.
+
+    axis: mesh axis of its group, or its purpose. bytes: of what this rank gives to it, with its own part; of a message
+    that is received, what comes. group: its name, if ranks of other stages are rehearsed that are in it; together: how
+    many of the pipeline are. peer: of a message, place along pp of the other rank; form: dtype and shape of its tensor;
+    message: (whether forward, the stage that sends it, micro-batch).
+    """
 
     moment: str
     op: str
     axis: str
     ranks: int
     bytes: int
+    group: str = ""
+    together: int = 0
+    peer: int = -1
+    form: str = ""
+    message: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,19 +106,27 @@ class Moment:
 
 @dataclass(kw_only=True)
 class Seen:
-    """What was seen. start: bytes before the first micro-batch."""
+    """What was seen. start: bytes before the first micro-batch. waits: of messages, which alone are not waited for at
+    once: (entries of `sent` so far, which of them is waited for).
+    """
 
     start: int = 0
     moments: list[Moment] = field(default_factory=list)
     sent: list[Sent] = field(default_factory=list)
+    waits: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Watch(TorchDispatchMode):
-    """Sees every op of this process while it is active; `begin` begins a moment, in which collectives are kept."""
+    """Sees every op of this process while it is active; `begin` begins a moment, in which collectives are kept.
 
-    def __init__(self) -> None:
+    Args:
+        beside: global ranks of the pipeline that is rehearsed.
+    """
+
+    def __init__(self, beside: Sequence[int] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = Seen()
+        self._beside, self._shared = set(beside), dict[str, int]()
         self._now = ""
         self._live = self._peak = 0
         self._sizes: dict[int, int] = {}
@@ -110,6 +136,7 @@ class Watch(TorchDispatchMode):
     def __enter__(self) -> Watch:
         self._patches.enter_context(whole_shapes_unseen())
         self._patches.enter_context(watch_resizes(self._resized))
+        self._patches.enter_context(self._objects())
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -167,35 +194,110 @@ class Watch(TorchDispatchMode):
         if func.namespace == "moecompile":
             if name not in _SENDING:
                 return
-            group, given = group_of(args[-1]), args[: _INPUTS.get(name, 1)]
+            group, given, peer = group_of(args[-1]), args[: _INPUTS.get(name, 1)], -1
         else:
             named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
             found = process_group_of(named.get("process_group"))
             if name in _SILENT or found is None:
                 return
             group, given = found, [named.get(argument) for argument in _GIVEN]
+            peer = cast(int, named.get("dst", named.get("src", -1)))
         size = sum(leaf.nbytes for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
+        self._keep_one(name.strip("_"), group, size, peer)
+
+    def _keep_one(self, op: str, group: ProcessGroup, size: int, peer: int = -1) -> None:
+        name = str(group.group_name)
+        if name not in self._shared:
+            self._shared[name] = len(self._beside.intersection(dist.get_process_group_ranks(group)))
+        together = self._shared[name]
         self.seen.sent.append(
-            Sent(moment=self._now, op=name.strip("_"), axis=axis_of(group), ranks=group.size(), bytes=size)
-        )
+            Sent(
+                moment=self._now, op=op, axis=axis_of(group), ranks=group.size(), bytes=size,
+                group=name if together > 1 else "", together=together, peer=peer if op in MESSAGES else -1,
+            )
+        )  # fmt: skip
+
+    @contextmanager
+    def _objects(self) -> Iterator[None]:
+        """A gather of objects is one collective, whatever it is made of."""
+        whole = dist.all_gather_object
+
+        def gather(object_list: Any, obj: Any, group: Any = None) -> None:
+            over = dist.group.WORLD if group is None else group
+            assert over is not None
+            if self._now:
+                self._keep_one(OBJECTS, over, 0)
+            now, self._now = self._now, ""
+            try:
+                self.gather(whole, object_list, obj, over)
+            finally:
+                self._now = now
+
+        dist.all_gather_object = gather
+        try:
+            yield
+        finally:
+            dist.all_gather_object = whole
+
+    def gather(self, whole: Callable[..., None], found: list[Any], mine: Any, group: ProcessGroup) -> None:
+        """Gathers objects."""
+        whole(found, mine, group=group)
+
+    # -- messages between stages: `Witness` of runtime/pipeline.py ---------------------------------------------------
+
+    def posted(self, work: Work, tensor: Tensor, message: Hashable) -> Work:
+        """Adds to the last operation, which this watch has seen, what it is about."""
+        if not self._now:
+            return work
+        last = self.seen.sent[-1]
+        assert last.op in MESSAGES and last.bytes == max(tensor.nbytes, 1)
+        form = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        of = tuple(map(int, message)) if isinstance(message, tuple) else ()
+        self.seen.sent[-1] = dataclasses.replace(last, form=form, message=of)
+        return cast(Work, _Waited(work, self.seen, len(self.seen.sent) - 1))
+
+    def tells(self, stage: int, shapes: list[Shape]) -> None:
+        """Nothing: tensors have values."""
+
+    def told(self, stage: int) -> list[Shape] | None:
+        """None: tensors have values."""
+        return None
+
+
+@dataclass
+class _Waited:
+    """A message, of which it is noted when it is waited for."""
+
+    work: Work
+    seen: Seen
+    index: int
+
+    def wait(self) -> None:
+        """Waits for it."""
+        self.seen.waits.append((len(self.seen.sent), self.index))
+        if self.work is not None:
+            self.work.wait()
 
 
 def axis_of(group: ProcessGroup) -> str:
-    """The mesh axis of a group; `all` for the group of all ranks, whatever else it is."""
-    name = str(group.group_desc)
-    return name.removeprefix("mesh_") if name.startswith("mesh_") else "all"
+    """The mesh axis of a group, or its purpose; `all` for the group of all ranks, whatever else it is."""
+    purpose = str(group.group_desc)
+    return "all" if purpose in _NO_PURPOSE else purpose.removeprefix("mesh_")
 
 
 class Moments(Callback):
     """Tells a watch where the step is: forward and backward of each micro-batch, and the optimizer's step. It ends with
-    the first optimizer step.
+    the first optimizer step. The forwards and backwards of a pipeline are one moment, the sums of gradients after them
+    another.
     """
 
     def __init__(self, watch: Watch) -> None:
-        self.watch, self.number = watch, 0
+        self.watch, self.number, self.has_stages = watch, 0, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook. Weights that are older than the watch count too."""
+        if (wires := wires_of(trainer)) is not None:
+            self.has_stages, wires.witness = True, self.watch
         for tensor in (*pl_module.parameters(), *pl_module.buffers()):
             self.watch.add(local_part(tensor))
 
@@ -203,12 +305,17 @@ class Moments(Callback):
         """Lightning's hook."""
         if trainer.global_step == 0:
             self.number += 1
-            self.watch.begin(f"forward {self.number}")
+            if not self.has_stages:
+                self.watch.begin(f"forward {self.number}")
+            elif self.number == 1:
+                self.watch.begin(PIPELINE)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Lightning's hook."""
-        if trainer.global_step == 0:
+        if trainer.global_step == 0 and not self.has_stages:
             self.watch.begin(f"backward {self.number}")
+        elif trainer.global_step == 0 and self.number == trainer.accumulate_grad_batches:
+            self.watch.begin(SUMS)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Lightning's hook."""
@@ -223,13 +330,42 @@ class Moments(Callback):
             self.watch.begin("")
 
 
-STEP = "optimizer step"
+PIPELINE, SUMS, STEP = "pipeline", "sums", "optimizer step"
 
 # -- a rank that is not there -----------------------------------------------------------------------------------------
 
 
+class Post(Protocol):
+    """How the rehearsed ranks of a pipeline tell each other what crosses a cut."""
+
+    def tells(self, stage: int, shapes: list[Shape]) -> None:
+        """`Witness.tells`."""
+
+    def told(self, stage: int) -> list[Shape] | None:
+        """`Witness.told`."""
+
+
 class Fake(Watch):
-    """A watch over fake tensors, in which a value that the program reads is zero (a float: one)."""
+    """A watch over fake tensors, in which a value that the program reads is zero (a float: one), and objects of other
+    ranks are those of this one.
+    """
+
+    def __init__(self, beside: Sequence[int], post: Post | None) -> None:
+        super().__init__(beside)
+        self.post = post
+
+    def gather(self, whole: Callable[..., None], found: list[Any], mine: Any, group: ProcessGroup) -> None:
+        """Gathers objects."""
+        found[:] = [mine] * len(found)
+
+    def tells(self, stage: int, shapes: list[Shape]) -> None:
+        """Tells the rank of a stage, which reads no values either."""
+        if self.post is not None:
+            self.post.tells(stage, shapes)
+
+    def told(self, stage: int) -> list[Shape] | None:
+        """What the rank of the stage before tells."""
+        return None if self.post is None else self.post.told(stage)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs an op."""
@@ -312,16 +448,18 @@ class _Batches:
 
 def rehearse(
     model: nn.Module, plan: Plan, config: Config, rank: int, load: Load, run_dir: Path, *,
-    materialize: Callable[[torch.device], None], callbacks: Sequence[Callback] = (),
+    materialize: Callable[[torch.device], None], callbacks: Sequence[Callback] = (), beside: Sequence[int] = (),
+    post: Post | None = None,
 ) -> Rehearsal:  # fmt: skip
     """One optimizer step of rank `rank`, which this process is from now on; `fake_group` has made it that rank.
 
     Args:
         model: compiled by `plan`, on the meta device. config: its global batch is that of the rehearsal. load: its
             `received` is filled in, with `fullest` for the exchanges between ranks of a node.
-        materialize: allocates the shards on a device. callbacks: further ones, of the Trainer.
+        materialize: allocates the shards on a device. callbacks: further ones, of the Trainer. beside: global ranks of
+            the pipeline that is rehearsed; post: what joins them.
     """
-    mesh, watch = plan.mesh, Fake()
+    mesh, watch = plan.mesh, Fake(beside, post)
     with ExitStack() as stack:
         stack.enter_context(variables_of(rank, mesh))
         if mesh.device != "cpu":
@@ -342,6 +480,12 @@ def rehearse(
 
 
 BATCH = ("input_ids", "labels")
+
+
+def wires_of(trainer: Trainer) -> Wires | None:
+    """The messages of the rank that a trainer trains; None without a pipeline."""
+    stages = trainer.strategy._stages if isinstance(trainer.strategy, ExpertParallelStrategy) else None
+    return None if stages is None else stages.stages.wires
 
 
 def seen_of(trainer: Trainer, watch: Watch, rank: int) -> Rehearsal:

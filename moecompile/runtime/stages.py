@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -68,6 +69,11 @@ class Driver(Protocol):
     def _random_numbers(self, place: int | None = None) -> AbstractContextManager[None]: ...
 
 
+def loss_kinds(model: nn.Module) -> list[str]:
+    """The kinds of auxiliary losses of a model."""
+    return sorted({kind for _, keeper in keepers_of(model) for kind in keeper.losses})
+
+
 def check_held(module: nn.Module, compiled: nn.Module) -> None:
     """Checks that a LightningModule has no weights beside the compiled model: earlier stages would not train them.
 
@@ -97,14 +103,14 @@ class PipelineSteps:
 
     Args:
         strategy: whose window, random numbers and loss are used. model: cut into stages and sharded. index: of this
-            rank along pp.
+            rank along pp. kinds: of auxiliary losses, in the whole model.
 
     Attributes:
         uncounted: weights of this rank that count on another stage, in a norm over all.
         aux_tokens: tokens by which `strategy.aux_losses` must be multiplied, to be summed over ranks.
     """
 
-    def __init__(self, strategy: Driver, model: nn.Module, plan: Plan, index: int) -> None:
+    def __init__(self, strategy: Driver, model: nn.Module, plan: Plan, index: int, kinds: Sequence[str]) -> None:
         passage = passage_of(model)
         assert passage is not None and plan.pipeline is not None
         self.strategy, self.model, self.mesh = strategy, model, plan.mesh
@@ -122,10 +128,7 @@ class PipelineSteps:
         self._grads: dict[nn.Parameter, Tensor] = {}
         self._evaluated = 0
         self._sums: dict[str, Tensor] = {}
-        kinds = sorted({kind for _, keeper in keepers_of(model) for kind in keeper.losses})
-        gathered: list[Any] = [None] * self.over.size()
-        dist.all_gather_object(gathered, kinds, group=self.over)
-        self._kinds = sorted({kind for found in gathered for kind in found})
+        self._kinds = kinds
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -320,10 +323,10 @@ class _Logs:
 
     def repeat(self, over: dist.ProcessGroup, has_loss: bool) -> None:
         """Logs on every rank what was logged on the stage with the loss."""
-        plain = [(_on_cpu(args), _on_cpu(kwargs)) for args, kwargs in self.calls] if has_loss else None
-        gathered: list[Any] = [None] * over.size()
+        plain = [(_on_cpu(args), _on_cpu(kwargs)) for args, kwargs in self.calls] if has_loss else []
+        gathered: list[list[Any]] = [[] for _ in range(over.size())]
         dist.all_gather_object(gathered, plain, group=over)
-        for args, kwargs in next(calls for calls in gathered if calls is not None):
+        for args, kwargs in chain(*gathered):
             here = tree_map_only(Tensor, lambda value: value.to(self.module.device), args)
             self.module.log(*here, **kwargs)
 
@@ -357,9 +360,9 @@ class _TiedWeights:
     def sum_gradients(self) -> None:
         """Sums the gradients over both stages, in place; they have the same shards."""
         for weight in self.weights:
-            has = torch.tensor(weight.grad is not None, dtype=torch.int64, device=local_part(weight).device)
-            dist.all_reduce(has, group=self.group)
-            if not int(has):
+            without = torch.tensor(weight.grad is None, dtype=torch.int64, device=local_part(weight).device)
+            dist.all_reduce(without, group=self.group)
+            if int(without) == 2:
                 continue
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)

@@ -73,7 +73,7 @@ from moecompile.runtime.gradients import (
 from moecompile.runtime.groups import Groups
 from moecompile.runtime.manual import Guard, Tokens, only_routers_behind
 from moecompile.runtime.nonfinite import error_of, origin
-from moecompile.runtime.stages import PipelineSteps, check_held
+from moecompile.runtime.stages import PipelineSteps, check_held, loss_kinds
 from moecompile.torch_private import drop_unreduced, parameters_of, set_timeouts
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -237,7 +237,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.setup_precision_plugin()
 
     def _parallelize(self, compiled: nn.Module, plan: Plan, device_mesh: DeviceMesh) -> None:
-        index = plan.mesh.index(self.global_rank, Part.LAYERS)
+        index, kinds = plan.mesh.index(self.global_rank, Part.LAYERS), loss_kinds(compiled)
         if plan.pipeline is not None:
             assert self.model is not None
             if getattr(self.precision_plugin, "scaler", None) is not None:
@@ -253,7 +253,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         run_on_model(steps, compiled, stage_plan(plan, index))
         if plan.pipeline is not None:
             end_stages(compiled)
-            self._stages = PipelineSteps(self, compiled, plan, index)
+            self._stages = PipelineSteps(self, compiled, plan, index, kinds)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Writes the folder `filepath` atomically: shards (torch DCP) that can be loaded on any mesh."""

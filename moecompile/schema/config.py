@@ -786,9 +786,11 @@ class RehearseConfig:
     load: RehearsedLoad = RehearsedLoad.balanced
     """How full the rank is: `balanced`, or the fullest rank under `zipf` or `hot`."""
     micro_batches: int = number(2, Whole(1))
-    """Of the step, if the batch has more: a further one changes neither the peak nor the kinds of collectives."""
+    """Of the step, if the batch has more: a further one changes neither the peak nor the kinds of collectives. With
+    mesh.pp at least as many as fill the pipeline, and one more."""
     ranks: list[int] = field(default_factory=list)
-    """Ranks whose collectives are compared; empty: the first and the last one."""
+    """Ranks whose collectives are compared; empty: the first and the last one. With mesh.pp all of the pipeline of the
+    first one, too."""
 
 
 @dataclass(kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from moecompile.plan import Plan
 from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import run_facts
 from moecompile.planner.params import RunFacts, checkpointing_of
+from moecompile.planner.pipeline import ranks_of
 from moecompile.planner.step import ROWS, planned_step, rehearsed_run
 from moecompile.report.rehearsal import Row, conclusion
 from moecompile.runtime.module import LanguageModule
@@ -31,7 +33,7 @@ from moecompile.runtime.training import make_trainer
 from moecompile.schema import Config, accumulation_steps
 from moecompile.tasks import rehearse as task
 from moecompile.tasks.plan import planned
-from moecompile.tasks.ranks.rehearse import rehearsed, shortened, structure_of
+from moecompile.tasks.ranks.rehearse import micro_batches, rehearsed, shortened, structure_of
 from tests import forked
 from tests.distributed.harness import run_distributed_test
 
@@ -71,14 +73,17 @@ def described(overrides: list[str], base: list[str] = TINY) -> tuple[Config, Pla
         config,
         plan,
         facts,
-        rehearsed_run(run_facts(config, plan.mesh, facts), plan, checkpointing_of(config, plan), 2, 1.0),
+        rehearsed_run(
+            run_facts(config, plan.mesh, facts), plan, checkpointing_of(config, plan), micro_batches(config, plan), 1.0
+        ),
     )
 
 
 def rows_of(seen: Rehearsal, plan: Plan, facts: ModelFacts, run: RunFacts) -> list[Row]:
     found = dataclasses.asdict(seen)
     collectives = task.collective_rows(found["seen"]["sent"], planned_step(plan, facts, run), plan.mesh)
-    return [*task.memory_rows(found, plan, facts, run), *collectives]
+    (of,) = ranks_of(plan, facts)
+    return [*task.memory_rows(found, of, run), *collectives]
 
 
 def test_a_rank_sends_and_holds_what_the_plan_says(tmp_path: Path) -> None:
@@ -258,7 +263,7 @@ def trained(rank: int, world_size: int, folder: str) -> dict[str, Rehearsal]:
 
 def _trained(config: Config, folder: Path) -> Rehearsal:
     model = build_model(config.model, config.seed)
-    plan, _ = planned(model, config, None)
+    plan = planned(model, config, None)[0]  # the rest refers to layers of other stages
     compile_model(model, config, example=example_inputs(model, config.data.seq_len), plan=plan)
     config, watch = shortened(config, plan), Watch()
     trainer = make_trainer(config, plan, folder, [Moments(watch)], loggers=[])
@@ -269,6 +274,12 @@ def _trained(config: Config, folder: Path) -> Rehearsal:
     with watch:
         trainer.fit(module, loader)
         return seen_of(trainer, watch, dist.get_rank())
+
+
+def trained_by(overrides: list[str], folder: Path) -> dict[str, Any]:
+    """What a watch sees of this rank, as a rehearsal writes it."""
+    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(_trained(compose_config(overrides), folder))))
+    return found
 
 
 def _rehearsals(sender: Any, folder: str) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -11,7 +14,7 @@ import pytest
 
 from moecompile.compose import RESOLVED, compose_config, save_resolved
 from moecompile.errors import ConfigError, MoecompileError, RehearsalDiffers
-from moecompile.planner.step import planned_step
+from moecompile.planner.step import step_of_rank
 from moecompile.tasks import rehearse as task
 from tests.forked import python
 
@@ -61,17 +64,61 @@ def test_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_difference_is_told_and_ends_with_code_1(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def other(*facts: object) -> list[object]:
-        first, *rest = planned_step(*facts)  # type: ignore[arg-type]
+        first, *rest = step_of_rank(*facts)  # type: ignore[arg-type]
         return [dataclasses.replace(first, calls=(first.calls or 0) + 1), *rest]
 
     config = compose_config([*SMALL, "rehearse.ranks=[0]"])
     save_resolved(config, tmp_path / RESOLVED)
-    with mock.patch.object(task, "planned_step", other), pytest.raises(RehearsalDiffers) as caught:
+    with mock.patch.object(task, "step_of_rank", other), pytest.raises(RehearsalDiffers) as caught:
         task.run(config, tmp_path)
     assert caught.value.exit_code == 1
     last = capfd.readouterr().out.strip().splitlines()[-1]
     assert last.startswith("rehearsed: the program differs from the plan: counts over ep_inter: 2 calls, ")
     assert json.loads((tmp_path / "result.json").read_text())["differs"] == [last.partition("plan: ")[2]]
+
+
+@pytest.mark.slow
+def test_the_pipeline_of_a_rank(tmp_path: Path) -> None:
+    """All its ranks are rehearsed, the fullest one is shown, and a rank with the layers of one of them is compared."""
+    done = python(
+        "-m", "moecompile", *SMALL, "mesh=h100_2x8", "mesh.pp=2", "mesh.ep=8", "model.config.num_hidden_layers=4",
+        "data.global_batch_size=64", "rehearse.ranks=[3,12]", "hydra.run.dir=run", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if line]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["ranks"] == [3, 11, 12] and result["micro_batches"] == 3 and result["differs"] == []
+    assert [(each["rank"], each["stages"]) for each in result["pipeline"]] == [(3, [0]), (11, [1])]
+    fullest = max(result["pipeline"], key=lambda each: each["memory_peak_bytes"])
+    assert lines[2][:4] == ["rank", str(fullest["rank"]), "of", "16,"]
+    assert (result["rank"], result["memory_peak_bytes"]) == (fullest["rank"], fullest["memory_peak_bytes"])
+    shown = [line for line in lines if line[:3] in (["3", "0", "2"], ["11", "1", "2"])]
+    assert len(shown) == 2
+    sent = {
+        row["name"]: (row["calls"], row["planned_calls"], row["seen"]) for row in result["pipeline"][0]["collectives"]
+    }
+    crossing = 3 * 2 * 64 * 128 * 4
+    assert sent["sent on"] == (4, 4, crossing + 8 * (3 + 8)) and sent["gradients received"] == (6, 6, crossing + 3 * 8)
+    assert " ".join(lines[-1]) == (
+        "rehearsed: the program sends and holds what the plan says, its ranks agree, and each of the 10 messages of a "
+        "pipeline has its receive"
+    )
+
+
+@pytest.mark.nightly
+def test_deepseek_v3_in_16_stages(tmp_path: Path) -> None:
+    """All 61 layers on 2,048 ranks, in less CPU time than three minutes of two cores have."""
+    command = ["task=rehearse", "model=deepseek_v3", "mesh=h800_256x8", "mesh.pp=16", "hydra.run.dir=run"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", "moecompile", *command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["ranks"] == [*range(0, 2048, 128), 2047] and result["micro_batches"] == 17
+    assert result["messages"] == 15 * (18 + 34) and result["differs"] == [] and result["rank"] == 0
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 360
 
 
 def test_a_rank_that_is_not_in_the_mesh(tmp_path: Path) -> None:
