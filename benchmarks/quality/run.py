@@ -94,7 +94,7 @@ class Worker:
                     return
                 if not found:
                     time.sleep(WAIT_S)
-        except Exception as error:
+        except Exception as error:  # said by the thread that waits
             self.stop = error
 
     def _one(self) -> bool | None:
@@ -112,7 +112,7 @@ class Worker:
             if unit.parent is not None and hash_of_parent(unit.parent) is None:
                 continue  # it is being made
             with taken(unit) as lock:
-                if lock is not None and unit in missing([unit], self.folder) + missing(self.units, self.folder):
+                if lock is not None and unit in missing(self.units, self.folder):
                     if not self.run(unit, lock):
                         self.failed.add(unit)
                     return True
@@ -168,7 +168,8 @@ def write(path: Path, result: dict[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    lines = [f"{json.dumps(key)}: {json.dumps(value, sort_keys=True)}" for key, value in sorted(result.items())]
+    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     try:
         os.link(partial, path)
     finally:

