@@ -27,9 +27,11 @@ def by_libyaml(loader: type[yaml.SafeLoader]) -> Any:
     if not yaml.__with_libyaml__:
         return loader
 
-    class Faster(yaml.cyaml.CParser, loader):  # type: ignore[misc, valid-type]
+    parser: Any = vars(yaml.cyaml)["CParser"]
+
+    class Faster(parser, loader):  # type: ignore[misc, valid-type]
         def __init__(self, text: str) -> None:
-            yaml.cyaml.CParser.__init__(self, text)
+            parser.__init__(self, text)
             yaml.constructor.SafeConstructor.__init__(self)
             yaml.resolver.Resolver.__init__(self)
 
