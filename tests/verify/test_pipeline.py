@@ -120,7 +120,7 @@ def _one_more_forward(patch: pytest.MonkeyPatch) -> None:
 def _received_is_zero(patch: pytest.MonkeyPatch) -> None:
     receive = pipeline.Wires.receive_live
 
-    def nothing(self: Any, stage: int, key: Any, message: Any) -> Any:
+    def nothing(self: Any, stage: int, key: Any, message: Any = None) -> Any:
         return [torch.zeros_like(t).requires_grad_(t.requires_grad) for t in receive(self, stage, key, message)]
 
     patch.setattr(pipeline.Wires, "receive_live", nothing)
