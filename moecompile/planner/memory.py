@@ -88,7 +88,7 @@ widest planned site. With tp, an MoE layer has T / tp tokens; activations betwee
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil
@@ -250,7 +250,7 @@ def model_state_bytes(
 
 def buffer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> int:
     """Bytes of buffers of an exchange (step 4)."""
-    rows = max((exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2 for layer in layers), default=0)
+    rows = max(_of_each(layers, lambda layer: exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2), default=0)
     lent = lending(layers, run)
     return round(tokens_of_a_rank(mesh, run) * run.compute_bytes * rows) + (0 if lent is None else lent.slot_bytes)
 
@@ -358,11 +358,11 @@ def activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
     d_model = max((facts.d_model, *(layer.site.d_model for layer in layers)))
     dense = max((2 * layer.site.num_in_projections * layer.site.d_ff for layer in layers), default=0)
     cut = replace(run, tokens_per_rank=tokens_of_a_rank(mesh, run))
-    moe = [moe_bytes(layer, mesh, cut) for layer in layers]
+    moe = _of_each(layers, lambda layer: moe_bytes(layer, mesh, cut))
     attention = facts.attention_numbers or RESIDUAL_NUMBERS * d_model
     residual = RESIDUAL_NUMBERS * d_model + attention
     saved = [residual * number + ffn for ffn in moe + [dense * number] * (num_layers - len(layers))]
-    backward = max((backward_bytes(layer, mesh, cut) for layer in layers), default=0)
+    backward = max(_of_each(layers, lambda layer: backward_bytes(layer, mesh, cut)), default=0)
     wide = max(FP32_BYTES, run.compute_bytes) * run.tokens_per_rank
     found = Activations(kept=sum(saved), loss=LOGITS_COPIES * facts.vocab_size * wide, layers=backward)
     if run.checkpointing == "none":
@@ -374,11 +374,17 @@ def activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
         return replace(found, kept=sum(of.kept(what) for what, of in each), layers=at_once + backward)
     kept = 0.0
     if run.checkpointing == "keep_exchanges":
-        kept = sum(exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2 for layer in layers)
+        kept = sum(_of_each(layers, lambda layer: exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2))
     kept = num_layers * d_model * number + kept * run.compute_bytes * cut.tokens_per_rank
     again = replace(found, kept=kept, layers=max(saved, default=0) + backward)
     ways = [replace(way, kept=way.kept * run.in_flight) for way in (found, again)]
     return min(ways, key=lambda each: each.peak)
+
+
+def _of_each(layers: Sequence[LayerPlan], of: Callable[[LayerPlan], float]) -> list[float]:
+    """The value of each layer; in a search, layers that are alike are one object."""
+    values = {key: of(layer) for key, layer in {id(layer): layer for layer in layers}.items()}
+    return [values[id(layer)] for layer in layers]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from functools import cache
 
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec, Part
-from moecompile.plan import LayerPlan, MemoryEstimate, Plan
+from moecompile.plan import ExpertsSite, LayerPlan, MemoryEstimate, Plan
 from moecompile.planner.memory import memory_of_fullest_rank
 from moecompile.planner.params import CutFacts, ModelFacts, RunFacts, computed_per_token, layer_params
 from moecompile.schema import AdapterKind, Checkpointing, Config
@@ -261,12 +261,19 @@ def alike(ranks: Sequence[OfRank]) -> list[list[OfRank]]:
     return [others for _, others in found]
 
 
+def without_name(layer: LayerPlan) -> LayerPlan:
+    """The layer without its place in the model."""
+    site = layer.site
+    bare = replace(site, fqn="", index=0) if isinstance(site, ExpertsSite) else replace(site, fqn="")
+    return replace(layer, site=bare)
+
+
 def _sizes(of: OfRank) -> object:
     """The part of the model without names."""
     facts = of.facts
     weights = sorted((w.rows, w.params, w.site is not None, w.is_root, w.split) for w in facts.weights)
     return (
-        of.mesh, tuple(replace(layer, site=replace(layer.site, fqn="")) for layer in of.layers),
+        of.mesh, tuple(map(without_name, of.layers)),
         replace(facts, frozen={}, linears={}, split=(), matrices={}, attention=(), weights=(), layers=()),
         sorted(facts.frozen.values()), sorted(facts.linears.values()), sorted(facts.matrices.values()), weights,
         sorted((split.kind, split.size, split.params, split.width) for split in facts.split), len(facts.layers),

@@ -112,4 +112,9 @@ def choose(tried: Sequence[RunFacts], needed: Callable[[RunFacts], float], limit
     """
     if len(tried) == 1:
         return tried[0]
-    return next((each for each in tried if needed(each) <= limit), None) or min(tried, key=needed)
+    known: list[float] = []
+    for each in tried:
+        known.append(needed(each))
+        if known[-1] <= limit:
+            return each
+    return tried[known.index(min(known))]

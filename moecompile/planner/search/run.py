@@ -35,7 +35,7 @@ from moecompile.planner.memory import (
     tokens_of_a_rank,
 )
 from moecompile.planner.params import ModelFacts, RunFacts
-from moecompile.planner.pipeline import OfRank, alike, ranks_of
+from moecompile.planner.pipeline import OfRank, alike, ranks_of, without_name
 from moecompile.planner.schedule import Sharded, choose, sharded, ways
 from moecompile.planner.search.axes import KINDS, Axes, all_alike, axes_of
 from moecompile.planner.search.described import Described, Space, described, memory_of, settings_of, space_of
@@ -83,9 +83,21 @@ class Search:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """Ranks along pp whose parts have the same sizes. of: one of them. layers, overlapped: its layers without names,
+    and with exchanges in flight; those that are alike are one object.
+    """
+
+    of: OfRank
+    ranks: Sequence[OfRank]
+    layers: tuple[LayerPlan, ...]
+    overlapped: tuple[LayerPlan, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Structure:
     """A planned structure (step 1). overlapped: the layers with exchanges in flight. load: that is to be expected.
-    ranks: of each kind of a pipeline's ranks, those that are alike (step 3).
+    kinds: of ranks along pp (step 3).
     """
 
     config: Config
@@ -94,7 +106,7 @@ class _Structure:
     inputs: Inputs
     overlapped: tuple[LayerPlan, ...]
     load: float
-    ranks: Sequence[Sequence[OfRank]]
+    kinds: Sequence[_Kind]
 
 
 def runnable(search: Search, rejected: Rejected) -> Iterator[Candidate]:
@@ -153,14 +165,25 @@ def _planned(search: Search, config: Config, shapes: dict[object, ModelShape]) -
     key = (frozenset((layer.experts, layer.routing) for layer in plan.layers), config.experts.granularity)
     if key not in shapes:
         shapes[key] = search.shape(plan)
-    overlapped = tuple(
-        replace(layer, dispatch=replace(layer.dispatch, overlap="shared")) if _in_flight(layer) else layer
-        for layer in plan.layers
-    )
     return _Structure(
-        config=config, plan=plan, facts=facts, inputs=inputs_of(shapes[key], plan, config), overlapped=overlapped,
-        load=search.load_of(plan, config, plan.mesh.ep), ranks=alike(ranks_of(plan, facts)),
+        config=config, plan=plan, facts=facts, inputs=inputs_of(shapes[key], plan, config),
+        overlapped=_overlapped(plan.layers), load=search.load_of(plan, config, plan.mesh.ep),
+        kinds=[_kind(ranks) for ranks in alike(ranks_of(plan, facts))],
     )  # fmt: skip
+
+
+def _kind(ranks: Sequence[OfRank]) -> _Kind:
+    known: dict[LayerPlan, LayerPlan] = {}
+    layers = tuple(known.setdefault(layer, layer) for layer in map(without_name, ranks[0].layers))
+    return _Kind(of=ranks[0], ranks=ranks, layers=layers, overlapped=_overlapped(layers))
+
+
+def _overlapped(layers: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:
+    known = {
+        id(layer): replace(layer, dispatch=replace(layer.dispatch, overlap="shared")) if _in_flight(layer) else layer
+        for layer in layers
+    }
+    return tuple(known[id(layer)] for layer in layers)
 
 
 def _in_flight(layer: LayerPlan) -> bool:
@@ -231,7 +254,7 @@ def _of_micro_batch(
 
     @cache
     def ways_of(replicas: int) -> list[RunFacts]:
-        return ways(states.sharded(structure.ranks[0][0], replicas), run)
+        return ways(states.sharded(structure.kinds[0].of, replicas), run)
 
     step = partial(_step, structure, batch)
 
@@ -252,7 +275,7 @@ def _of_micro_batch(
             return again, memory(number, again, overlap[0] != "none"), uneven_of(again)
 
         def fit(each: RunFacts) -> Within:
-            bytes_ = states(structure.ranks[0][0], number, each)
+            bytes_ = states(structure.kinds[0].of, number, each)
             return within(budget(overlap), each, bytes_, buffers(structure.load), buffers(1.0), limit)
 
         best = fastest(ways_of(number), fit, limit, lambda run: sum(step_of(step(number, overlap, run)).values()))
@@ -359,29 +382,25 @@ def _memory(structure: _Structure, states: _States) -> Callable[[int, RunFacts, 
     pipeline = structure.plan.pipeline
     known: dict[object, tuple[Activations, int]] = {}
 
-    def of_run(of: OfRank, run: RunFacts, in_flight: bool) -> tuple[Activations, int]:
+    def of_run(kind: _Kind, run: RunFacts, in_flight: bool) -> tuple[Activations, int]:
         key = (
-            of.index, run.tokens_per_rank, run.micro_batch_size, run.keeps_whole_grads, run.checkpointing, in_flight,
-            run.row_load, run.in_flight,
+            kind.of.index, run.tokens_per_rank, run.micro_batch_size, run.keeps_whole_grads, run.checkpointing,
+            in_flight, run.row_load, run.in_flight,
         )  # fmt: skip
         if key not in known:
-            layers = tuple(layer for layer in structure.overlapped if layer.site.fqn in sites[of.index])
-            layers = layers if in_flight else of.layers
-            known[key] = activations(layers, of.mesh, of.facts, run), buffer_bytes(layers, of.mesh, run)
+            layers, mesh = kind.overlapped if in_flight else kind.layers, kind.of.mesh
+            known[key] = activations(layers, mesh, kind.of.facts, run), buffer_bytes(layers, mesh, run)
         return known[key]
 
-    sites = {of.index: {layer.site.fqn for layer in of.layers} for of, *_ in structure.ranks}
-
-    def of_rank(ranks: Sequence[OfRank], replicas: int, run: RunFacts, in_flight: bool) -> int:
-        of = ranks[0]
+    def of_kind(kind: _Kind, replicas: int, run: RunFacts, in_flight: bool) -> int:
         if pipeline is not None:
-            run = replace(run, in_flight=max(each.in_flight(pipeline, run.accumulation) for each in ranks))
-        weights, grads, optimizer = states(of, replicas, run)
-        made, buffers = of_run(of, run, in_flight)
+            run = replace(run, in_flight=max(each.in_flight(pipeline, run.accumulation) for each in kind.ranks))
+        weights, grads, optimizer = states(kind.of, replicas, run)
+        made, buffers = of_run(kind, run, in_flight)
         return weights + optimizer + buffers + together(grads, made, run)
 
     def total(replicas: int, run: RunFacts, in_flight: bool) -> int:
-        return max(of_rank(ranks, replicas, run, in_flight) for ranks in structure.ranks)
+        return max(of_kind(kind, replicas, run, in_flight) for kind in structure.kinds)
 
     return total
 
