@@ -2,7 +2,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-WORKERS ?= 3 # processes that share the quick tests
+WORKERS ?= 4 # processes that share the quick tests: two cores wait less with four
 QUIET := $(shell test -t 2 || echo --quiet) # a terminal sees what is downloaded
 PIP := $(BIN)/python -m pip install $(QUIET) --disable-pip-version-check
 
