@@ -118,7 +118,7 @@ class ShardModel(ModelPass):
             _shard_experts(model, self.device_mesh["ep"])  # Step 2
         for axis in plan.mesh.axes(Part.SEQUENCE, Part.TOKENS):
             AXIS_PASSES[axis](model, plan, dense_mesh[axis])
-        if plan.mesh.world_size > 1 or self.param_dtype is not None:
+        if plan.mesh.stage.world_size > 1 or self.param_dtype is not None:
             _wrap(model, plan, self.device_mesh, self.param_dtype)  # Step 3
 
     def ensures(self, model: nn.Module, plan: Plan) -> None:

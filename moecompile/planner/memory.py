@@ -356,7 +356,7 @@ def activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
     num_layers, number = max(facts.num_layers, len(layers)), run.compute_bytes * run.tokens_per_rank
     # Existing experts in a latent width have it as their d_model.
     d_model = max((facts.d_model, *(layer.site.d_model for layer in layers)))
-    dense = max((2 * layer.site.num_in_projections * layer.site.d_ff for layer in layers), default=0)
+    dense = facts.ffn_numbers or ffn_numbers(layers)
     cut = replace(run, tokens_per_rank=tokens_of_a_rank(mesh, run))
     moe = _of_each(layers, lambda layer: moe_bytes(layer, mesh, cut))
     attention = facts.attention_numbers or RESIDUAL_NUMBERS * d_model
@@ -379,6 +379,11 @@ def activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
     again = replace(found, kept=kept, layers=max(saved, default=0) + backward)
     ways = [replace(way, kept=way.kept * run.in_flight) for way in (found, again)]
     return min(ways, key=lambda each: each.peak)
+
+
+def ffn_numbers(layers: Sequence[LayerPlan]) -> int:
+    """What the widest site keeps as a dense FFN, per token (A1)."""
+    return max((2 * layer.site.num_in_projections * layer.site.d_ff for layer in layers), default=0)
 
 
 def _of_each(layers: Sequence[LayerPlan], of: Callable[[LayerPlan], float]) -> list[float]:
@@ -421,7 +426,7 @@ def layer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
     """Path of each layer of the model -> what it can keep."""
     number, cut = run.compute_bytes * run.tokens_per_rank, replace(run, tokens_per_rank=tokens_of_a_rank(mesh, run))
     d_model = max((facts.d_model, *(layer.site.d_model for layer in layers)))
-    dense = max((2 * layer.site.num_in_projections * layer.site.d_ff for layer in layers), default=0)
+    dense = facts.ffn_numbers or ffn_numbers(layers)
     inside_of: dict[str, list[LayerPlan]] = {fact.path: [] for fact in facts.layers}
     for layer in layers:
         if (path := owner_of(layer, inside_of)) is not None:

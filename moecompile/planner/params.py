@@ -47,7 +47,8 @@ class ModelFacts:
     weights of hidden layers. heads: numbers of heads, by their name in the model's config. attention: of each layer,
     where mesh.cp asks for it; no_context: why positions cannot be split, empty if they can. d_model: width of the
     residual stream, by the model's config (0: unknown). attention_numbers: what attention keeps for
-    backward, numbers per token and layer, without what is as wide as the residual stream (0: unknown). widened: what
+    backward, numbers per token and layer, without what is as wide as the residual stream (0: unknown). ffn_numbers:
+    what a dense FFN keeps (0: as the widest of the planned sites, of which a stage may have none). widened: what
     was done to make it of a model with fewer experts, empty for other models. own_losses: coefficients of the losses of
     its own routers, by their names in the model's config. apart, apart_frozen: trained and frozen parameters of
     another dtype than most of these, which FSDP leaves whole on every rank; apart_bytes: per element of them.
@@ -72,6 +73,7 @@ class ModelFacts:
     heads: Mapping[str, int] = field(default_factory=dict)
     d_model: int = 0
     attention_numbers: int = 0
+    ffn_numbers: int = 0
     attention: tuple[AttentionFact, ...] = ()
     no_context: str = "the plan is made of a graph, which does not say what its attention is"
     widened: str = ""

@@ -22,7 +22,7 @@ from functools import cache
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import ExpertsSite, LayerPlan, MemoryEstimate, Plan
-from moecompile.planner.memory import memory_of_fullest_rank
+from moecompile.planner.memory import ffn_numbers, memory_of_fullest_rank
 from moecompile.planner.params import CutFacts, ModelFacts, RunFacts, computed_per_token, layer_params
 from moecompile.schema import AdapterKind, Checkpointing, Config
 from moecompile.stages import Pipeline, Stage, simulated
@@ -240,7 +240,10 @@ def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
                 index=index,
                 layers=tuple(layer for layer in plan.layers if any(s.holds(layer.site.fqn) for s in stages)),
                 mesh=plan.mesh.stage,
-                facts=facts.cut.facts(tuple(unit.path for stage in stages for unit in stage.units), is_last),
+                facts=replace(
+                    facts.cut.facts(tuple(unit.path for stage in stages for unit in stage.units), is_last),
+                    ffn_numbers=ffn_numbers(plan.layers),
+                ),
                 stages=stages,
                 tied=facts.vocab_size * facts.d_model if plan.pipeline.tied and index in ends else 0,
             )

@@ -133,7 +133,7 @@ def rehearsals(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return found
 
 
-@pytest.mark.parametrize("name", [*CASES][:3])
+@pytest.mark.parametrize("name", CASES)
 def test_ranks_send_and_hold_what_the_plan_says(rehearsals: Results, name: str) -> None:
     _, plan, facts, run = described([*CASES[name], "rehearse.micro_batches=3"], base=[])
     assert plan.pipeline is not None
