@@ -13,6 +13,7 @@ No text is stored in the repository: files lie in `FOLDER`, which git ignores.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import gzip
 import hashlib
 import html
@@ -63,20 +64,25 @@ class Texts:
 
 
 def load(domain: str, tokenizer: Tokenizer | None = None) -> Texts:
-    """Fetches what is not there yet and cuts it; kept in `FOLDER`. tokenizer: of a pretrained model, not a new one."""
+    """Fetches what is not there yet and cuts it; kept in `FOLDER`. tokenizer: of a pretrained model, not a new one.
+
+    A unit that begins meanwhile waits: two downloads of a file would write into each other.
+    """
     text = repr((SEQ, VOCAB, PIECE, NUM_VAL, PARENT_SHARE, CUT_SEED, DOMAINS[domain])).encode()
     key = hashlib.sha256(Path(__file__).read_bytes() + text + (tokenizer.to_str().encode() if tokenizer else b""))
     kept = FOLDER / "texts" / f"{domain}-{key.hexdigest()[:16]}.pt"
-    if kept.exists():
-        fields = torch.load(kept)
-        return Texts(tokenizer=Tokenizer.from_str(fields.pop("tokenizer")), **fields)
-    documents = [(package.source, text) for package in DOMAINS[domain] for text in _documents(package)]
-    texts = cut(documents, tokenizer)
-    fields = {field.name: getattr(texts, field.name) for field in dataclasses.fields(texts)}
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(kept) as path:
-        torch.save({**fields, "tokenizer": texts.tokenizer.to_str()}, path)
-    return texts
+    with (FOLDER / "texts" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if kept.exists():
+            fields = torch.load(kept)
+            return Texts(tokenizer=Tokenizer.from_str(fields.pop("tokenizer")), **fields)
+        documents = [(package.source, text) for package in DOMAINS[domain] for text in _documents(package)]
+        texts = cut(documents, tokenizer)
+        fields = {field.name: getattr(texts, field.name) for field in dataclasses.fields(texts)}
+        with replacing(kept) as path:
+            torch.save({**fields, "tokenizer": texts.tokenizer.to_str()}, path)
+        return texts
 
 
 def cut(documents: list[tuple[str, str]], tokenizer: Tokenizer | None = None, vocab: int = VOCAB) -> Texts:
