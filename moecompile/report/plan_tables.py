@@ -437,10 +437,14 @@ def placement_fields(layers: Sequence[PlacedLayer]) -> dict[str, Any]:
 _LEAST = 0.002  # parts below this share of a step are joined
 
 
-def print_forecast(forecast: Forecast, console: Console) -> None:
-    """Prints the time of a step, its parts, the price of imbalance, and the changes that would help most."""
+def print_forecast(forecast: Forecast, console: Console, dense_flops: float | None = None) -> None:
+    """Prints the time of a step, its parts, the price of imbalance, and the changes that would help most.
+
+    Args:
+        dense_flops: per token, of the dense model.
+    """
     console.print()
-    console.print(_forecast_head(forecast))
+    console.print(_forecast_head(forecast, dense_flops))
     console.print()
     console.print(_parts(forecast))
     if forecast.prices:
@@ -451,7 +455,7 @@ def print_forecast(forecast: Forecast, console: Console) -> None:
         console.print(_changes(forecast))
 
 
-def _forecast_head(forecast: Forecast) -> Table:
+def _forecast_head(forecast: Forecast, dense_flops: float | None) -> Table:
     grid = plain_grid()
     count = forecast.micro_batches
     step = f"{seconds_text(forecast.seconds)}, {count} micro-batch{'es' * (count != 1)}"
@@ -460,6 +464,10 @@ def _forecast_head(forecast: Forecast) -> Table:
     speed = f"{forecast.tokens_per_second_per_rank:,.0f} tokens/s, {forecast.tflops_per_rank:,.3g} model TFLOP/s"
     grid.add_row(Text("predicted step", style="bold"), Text(step))
     grid.add_row(Text("per rank", style="bold"), Text(f"{speed}, {100 * forecast.mfu:.1f}% of the peak (MFU)"))
+    flops = f"{forecast.flops_per_token:.3g} model FLOPs"
+    if dense_flops is not None:
+        flops += f", {forecast.flops_per_token / dense_flops:.2f} x the dense model's {dense_flops:.3g}"
+    grid.add_row(Text("a token", style="bold"), Text(flops))
     return grid
 
 

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from moecompile.atomic import replacing
 from moecompile.libyaml import load_yaml
+from moecompile.report.baseline import over_seeds
 from moecompile.report.console import print_warnings
 from moecompile.report.text import bytes_text, seconds_text
 
@@ -83,11 +84,31 @@ def summarize(sweep_dir: Path) -> None:
     _write_csv(sweep_dir / "sweep.csv", jobs, _differing([job.config for job in jobs]))  # Step 3
     console = Console()
     console.print(_table(jobs, swept))
+    if seeds := list(_over_seeds(jobs, swept)):
+        console.print()
+        for text in seeds:
+            console.print(Text(text))
     for job in jobs:
         print_warnings([f"job {job.number}: {text}" for text in job.warnings], console)
     console.print(Text(str(sweep_dir / "sweep.csv")), soft_wrap=True)
     _draw(sweep_dir / "sweep.png", jobs, swept, console)
-    _report(sweep_dir, jobs, swept, console)
+    _report(sweep_dir, jobs, swept, seeds, console)
+
+
+def _over_seeds(jobs: Sequence[Job], swept: Sequence[str]) -> Iterator[str]:
+    """A line for each setting that ran with several seeds, with the means and their intervals of 95 %."""
+    if "seed" not in swept:
+        return
+    names = _short_names(swept)
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        others = [f"{names[key]}={job.overrides[key]}" for key in swept if key != "seed" and key in job.overrides]
+        groups.setdefault(", ".join(others), []).append(job)
+    for setting, group in groups.items():
+        done = [job for job in group if job.status == "ok"]
+        if (text := over_seeds([job.result for job in done])) is not None:
+            missing = f", {len(group) - len(done)} without result" * (len(done) < len(group))
+            yield f"{setting + ': ' if setting else ''}{len(done)} seeds{missing}, mean +- 95% interval: {text}"
 
 
 def _read(folder: Path) -> Job:
@@ -175,7 +196,7 @@ def _draw(path: Path, jobs: Sequence[Job], swept: Sequence[str], console: Consol
         console.print(Text(str(path)), soft_wrap=True)
 
 
-def _report(sweep_dir: Path, jobs: Sequence[Job], swept: Sequence[str], console: Console) -> None:
+def _report(sweep_dir: Path, jobs: Sequence[Job], swept: Sequence[str], seeds: Sequence[str], console: Console) -> None:
     """Writes `report.html`, if jobs can be compared; as for the plot, an error is only printed."""
     if sum(job.status == "ok" for job in jobs) < 2:
         return
@@ -190,7 +211,7 @@ def _report(sweep_dir: Path, jobs: Sequence[Job], swept: Sequence[str], console:
                 figures={column: job.measured(column) for column in _RESULTS}, warnings=job.warnings,
             )
             for job in jobs
-        ])  # fmt: skip
+        ], seeds)  # fmt: skip
     except Exception as error:
         console.print(Text(f"report.html could not be written: {type(error).__name__}: {error}"))
 

@@ -654,7 +654,9 @@ class TrainerConfig:
     in a few seconds, so that the report's forecast is of it; kept in `~/.cache/moecompile/machine`.
     """
     baseline: Baseline = Baseline.none
-    """`dense` also trains the dense model, with the same data, optimizer and mesh, and shows both side by side."""
+    """`dense` also trains the dense model, with the same data, optimizer, mesh and steps, and shows both side by side;
+    `dense_flops` for as many steps as cost the same model FLOPs, so that each ends its own schedule at equal FLOPs.
+    """
 
 
 # -- the model, and the groups of single tasks ----------------------------------------------------------------------

@@ -145,7 +145,8 @@ class Baseline(str, Enum):
     """Baseline that is trained after the model, with the same data, optimizer and mesh."""
 
     none = "none"
-    dense = "dense"  # the model before rewriting
+    dense = "dense"  # the model before rewriting, for as many steps
+    dense_flops = "dense_flops"  # for as many steps as cost the FLOPs of the compiled model's
 
 
 class AdapterKind(str, Enum):

@@ -207,7 +207,7 @@ def _check_meta(config: Config, source: str) -> None:
         (source == "factory", "model.factory builds the model whole, with code of its own"),
         (config.model.load is ModelLoad.full, "model.load=full makes the whole model on every rank"),
         (config.experts.init is ExpertInit.widen, "experts.init=widen copies whole weights"),
-        (config.trainer.baseline is Baseline.dense, "trainer.baseline=dense builds the dense model whole"),
+        (config.trainer.baseline is not Baseline.none, "trainer.baseline builds the dense model whole"),
     )
     if reason := next((text for holds, text in whole if holds), None):
         raise ConfigError(

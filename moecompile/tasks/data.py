@@ -87,4 +87,9 @@ def with_epochs(config: Config) -> Config:
         return config
     validate(config)
     steps = steps_of(epochs, len(read_data(config).train), config.data.global_batch_size)
+    return with_steps(config, steps)
+
+
+def with_steps(config: Config, steps: int) -> Config:
+    """The config with other `trainer.max_steps`."""
     return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=steps))

@@ -51,7 +51,7 @@ from moecompile.report.text import bytes_text
 from moecompile.rundir import accept
 from moecompile.schema import Config, DataKind, is_described, with_workload
 from moecompile.tasks.data import data_fields, read_data
-from moecompile.tasks.forecast import forecast_fields
+from moecompile.tasks.forecast import flops_per_token, forecast_fields
 
 _READ = ("data", "hardware", "stack", "workload")  # config groups
 
@@ -83,7 +83,8 @@ def run(config: Config, run_dir: Path) -> None:
     where = read_placement(Path(config.mesh.placement)) if config.mesh.placement else []
     if where:
         print_placement(where, console)
-    print_forecast(forecast, console)
+    dense_flops = _dense_flops(model, shape, plan, config)
+    print_forecast(forecast, console, dense_flops)
     compared = _compare(model, Compared(plan=plan, forecast=forecast, config=flat(config, plan)), config, console)
     accept(run_dir)
     plans.save(plan, run_dir / "plan.yaml")
@@ -95,6 +96,8 @@ def run(config: Config, run_dir: Path) -> None:
             **plan_fields(plan),
             **_described_fields(described),
             **forecast_fields(forecast),
+            "flops_per_token": forecast.flops_per_token,
+            "dense_flops_per_token": dense_flops,
             **compared,
             **(placement_fields(where) if where else {}),
             "notes": plan_notes,
@@ -106,6 +109,13 @@ def run(config: Config, run_dir: Path) -> None:
         console.print(Text(verdict(plan.estimate, described)), soft_wrap=True)
         if config.task.require_fit and (described or plan.estimate).fits != FITS:
             raise DoesNotFit
+
+
+def _dense_flops(model: nn.Module, shape: ModelShape, plan: Plan, config: Config) -> float | None:
+    """Of the dense model, per token, forward and backward; None: the model has experts of its own."""
+    if any(isinstance(layer.site, plans.ExpertsSite) for layer in plan.layers):
+        return None
+    return flops_per_token(model, plan, inputs_of(shape, plan, config).layout.seq)[1]
 
 
 def _reads_data(config: Config) -> bool:

@@ -90,6 +90,24 @@ def test_printed_table_fits_80_columns(sweep: Path, capsys: pytest.CaptureFixtur
     assert [line.rpartition("/")[2] for line in lines[-2:]] == ["sweep.csv", "sweep.png"]
 
 
+def test_runs_that_differ_in_the_seed_have_a_mean_and_an_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = {(1, 0): 4.0, (1, 1): 5.0, (1, 2): None, (2, 0): 5.0, (2, 1): 6.0}
+    for i, ((top_k, seed), loss) in enumerate(losses.items()):
+        found = None if loss is None else result(loss)
+        write_job(tmp_path / str(i), {**config(top_k), "seed": seed}, found, f"routing.top_k={top_k}", f"seed={seed}")
+    summarize(tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    first, second = (
+        f"top_k={top_k}: 2 seeds{missing}, mean +- 95% interval: validation loss {mean:.4f} +- 6.3531 nats per token"
+        for top_k, missing, mean in ((1, ", 1 without result", 4.75), (2, "", 5.75))
+    )
+    assert f"{first} {second}" in said
+    page = (tmp_path / "report.html").read_text()
+    assert f'<p class="big">{first}</p><p class="big">{second}</p>' in page
+
+
 def test_what_a_run_warns_of_is_in_the_table_in_the_file_and_below(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
 from moecompile.compose import compose_config
+from moecompile.errors import ConfigError
 from moecompile.models.build import build_model
 from moecompile.models.source import source_model
 from moecompile.nn import Experts
@@ -111,10 +113,28 @@ def test_a_model_that_is_moe_already_has_no_dense_one(tmp_path: Path) -> None:
     )
 
 
+def test_without_flops_there_is_no_run_of_equal_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda *_, **__: None)
+    config = compose_config([*LLAMA, "trainer.baseline=dense_flops"])
+    assert train._dense_steps(config, (3.0, 2.0)) == 6
+    with pytest.raises(ConfigError) as caught:
+        train._dense_steps(config, (None, None))
+    assert str(caught.value) == (
+        "trainer.baseline=dense_flops: the model cannot be copied without values, by which FLOPs are counted. Use "
+        "trainer.baseline=dense."
+    )
+
+
 @pytest.mark.slow
 def test_the_compiled_model_makes_room_for_the_dense_one(tmp_path: Path) -> None:
     (alive,) = run_distributed_test(_experts_alive_when_a_model_is_built, 1, str(tmp_path), timeout_s=120)
     assert alive == [0, 0]  # before the first model, and before the dense one
+    result = result_of(tmp_path)
+    own, dense = result["flops_per_token"], result["baseline"]["flops_per_token"]
+    assert result["steps"] == 4 and result["baseline"]["steps"] == round(4 * own / dense) > 4
+    (at_flops,) = [each for each in result["baseline"]["compared"] if each["at"] == "FLOPs"]
+    assert at_flops["steps"] == [4, result["baseline"]["steps"]]
+    assert at_flops["val_loss"] == [result["val_loss"], result["baseline"]["val_loss"]]  # each at its end
 
 
 def _experts_alive_when_a_model_is_built(rank: int, world_size: int, folder: str) -> list[int]:
@@ -130,5 +150,5 @@ def _experts_alive_when_a_model_is_built(rank: int, world_size: int, folder: str
 
     job.source_model, train.build_model = counted(source_model), counted(build_model)  # type: ignore[attr-defined]
     train.init_process_group = lambda config: None  # type: ignore[attr-defined]  # the harness has one
-    train.run_rank(compose_config([*LLAMA, "data.global_batch_size=2", "trainer.baseline=dense"]), Path(folder))
+    train.run_rank(compose_config([*LLAMA, "data.global_batch_size=2", "trainer.baseline=dense_flops"]), Path(folder))
     return alive

@@ -50,9 +50,9 @@ def verdict_section(run: Run) -> Section:
     if "baseline" in run.result:
         parts.append(table(("", "MoE", "dense"), list(baseline_rows(run.result))))
         parts.append(note(
-            "At equal FLOPs and equal time the model whose step costs more is taken at an earlier step, where its "
-            "learning rate is higher than at the end. One seed each; losses are means over the last tenth of the steps "
-            "until then."
+            "A model that is taken at an earlier step than its last one has a higher learning rate there than at the "
+            "end: with trainer.baseline=dense_flops both end at equal FLOPs. One seed each; training losses are means "
+            "over the last tenth of the steps until then."
         ))  # fmt: skip
     return Section(name="verdict", title="Verdict", parts=parts)
 
@@ -161,13 +161,14 @@ def curves_section(run: Run) -> Section | None:
     curves = {name: (steps, values) for name, steps, values in run.columns("")}
     if "loss" not in curves:
         return None
-    named = [
-        (label, *curves[key]) for key, label in (("loss", "training"), ("val_loss", "validation")) if key in curves
-    ]
-    for key, label in (("loss", "dense model, training"), ("val_loss", "dense model, validation")):
+    kinds = {"loss": "training", "val_loss": "validation"}
+    ours = [(label, *curves[key]) for key, label in kinds.items() if key in curves]
+    theirs = []
+    for key, label in kinds.items():
         found = [(row["step"], row[key]) for row in run.dense_rows if key in row and "step" in row]
         if found:
-            named.append((label, [step for step, _ in found], [value for _, value in found]))
+            theirs.append((f"dense model, {label}", [step for step, _ in found], [value for _, value in found]))
+    named = [*ours, *theirs]
     entropy = run.result.get("unigram_entropy")
     marks = [
         {
@@ -185,6 +186,17 @@ def curves_section(run: Run) -> Section | None:
     ]
     if entropy is not None:
         parts.append(note(f"The dotted line is {entropy:.3f}, what the frequencies of tokens alone reach."))
+    costs = [each.get("flops_per_token") for each in (run.result, run.result.get("baseline", {}))]
+    if theirs and all(costs):
+        tokens = run.config["data"]["global_batch_size"] * run.config["data"]["seq_len"]
+        both = zip((ours, theirs), costs, strict=True)
+        over = [
+            (label, [tokens * cost * step for step in steps], values)
+            for curves_of, cost in both
+            for label, steps, values in curves_of
+        ]
+        axis = "model FLOPs, forward and backward, as the plan counts them"
+        parts.append(lines("loss-flops", over, axis, "nats per token", title={"text": "Loss over FLOPs"}))
     for key, title, unit in (
         ("learning_rate", "Learning rate", "of the first group of weights"),
         ("grad_norm", "Norm of the gradient, before clipping", ""),

@@ -41,13 +41,15 @@ class SweepJob:
         return ", ".join(f"{key}={value}" for key, value in self.settings.items()) or f"job {self.name}"
 
 
-def write_sweep_report(folder: Path, jobs: Sequence[SweepJob]) -> Path:
-    """Writes `report.html` of the sweep in `folder`, and returns its path."""
+def write_sweep_report(folder: Path, jobs: Sequence[SweepJob], seeds: Sequence[str] = ()) -> Path:
+    """Writes `report.html` of the sweep in `folder`, and returns its path. seeds: what is said of runs that differ in
+    the seed alone."""
     done = [job for job in jobs if job.status == "ok"]
     parts: list[str | Chart] = [_table(folder, jobs)]
     wrong = Counter(job.status for job in jobs if job.status != "ok")
     counts = [f"{count} of {len(jobs)} jobs {status}." for status, count in wrong.items()]
     parts.append(note(" ".join(counts) or f"All {len(jobs)} jobs succeeded."))
+    parts += [f'<p class="big">{escape(text)}</p>' for text in seeds]
     parts += [f"<p><b>job {escape(job.name)}</b>: {escape(text)}</p>" for job in jobs for text in job.warnings]
     sections = [Section(name="jobs", title="Jobs", parts=parts)]
     if curves := _losses(folder, done):

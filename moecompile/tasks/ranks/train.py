@@ -18,7 +18,7 @@ from moecompile.errors import ConfigError
 from moecompile.load_history import LOAD_HISTORY, LoadHistory
 from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import Compilation
-from moecompile.report.baseline import compare, curve, flops_for_same_loss
+from moecompile.report.baseline import compare, curves, flops_for_same_loss
 from moecompile.report.console import print_baseline, print_data, print_result, print_warnings
 from moecompile.report.heatmap import write_heat_map
 from moecompile.report.page import try_report
@@ -30,7 +30,7 @@ from moecompile.runtime.data import TextData, TokenWindows, num_ids, unigram_ent
 from moecompile.runtime.groups import init_process_group
 from moecompile.runtime.training import Outcome, train, train_dense
 from moecompile.schema import Baseline, Config
-from moecompile.tasks.data import data_fields
+from moecompile.tasks.data import data_fields, with_steps
 from moecompile.tasks.forecast import flops_per_token, outline, shape_of, write_forecast
 from moecompile.tasks.job import load_job
 from moecompile.tasks.ranks.bench_machine import this_machine
@@ -56,6 +56,8 @@ def run_rank(config: Config, run_dir: Path) -> None:
     shape = shape_of(before, compiled.plan)
     waiting.done()
     _check_baseline(config, compiled.plan)
+    flops = flops_per_token(before, compiled.plan, config.data.seq_len)
+    dense_steps = _dense_steps(config, flops)
     if rank == 0:
         show_compiled(compiled, output_dir(run_dir), console)
     groups = show_weight_groups(compiled.model, config, console if rank == 0 else None)
@@ -69,9 +71,9 @@ def run_rank(config: Config, run_dir: Path) -> None:
     )
     fields = {**_fields(compiled, outcome, data), **of_data, **groups}
     del job, compiled.model, materialize
-    if config.trainer.baseline is Baseline.dense:
-        flops = flops_per_token(before, compiled.plan, config.data.seq_len)
-        fields["baseline"] = {**_baseline(config, compiled.plan, data, run_dir), "flops_per_token": flops[1]}
+    if config.trainer.baseline is not Baseline.none:
+        of_dense = _baseline(with_steps(config, dense_steps), compiled.plan, data, run_dir)
+        fields["baseline"] = {**of_dense, "flops_per_token": flops[1]}
         fields["flops_per_token"] = flops[0]
     fields["warnings"] = [*of_data["data_warnings"], *run_warnings(fields, compiled.plan, config)]
     if rank == 0:
@@ -84,7 +86,7 @@ def _write(config: Config, fields: dict[str, Any], run_dir: Path, console: Conso
     if fields["num_rewritten"]:
         write_heat_map(LoadHistory.read(run_dir / LOAD_HISTORY), run_dir / "load.png", title=config.name)
     if "baseline" in fields:
-        ours, dense = (curve(metric_rows(folder)) for folder in (run_dir, run_dir / BASELINE))
+        ours, dense = (curves(metric_rows(folder)) for folder in (run_dir, run_dir / BASELINE))
         fields["baseline"]["compared"] = compare(fields, ours, dense)
         fields["baseline"]["flops_for_same_loss"] = flops_for_same_loss(fields, ours, dense)
     result = write_result(run_dir, "train", config.name, fields, status=status_of(fields))
@@ -96,24 +98,45 @@ def _write(config: Config, fields: dict[str, Any], run_dir: Path, console: Conso
 
 
 def _check_baseline(config: Config, plan: plans.Plan) -> None:
-    if config.trainer.baseline is Baseline.dense and plan.pipeline is not None:
+    kind = config.trainer.baseline
+    if kind is not Baseline.none and plan.pipeline is not None:
         raise ConfigError(
-            "trainer.baseline", "dense", f"the dense model is not cut into the stages of mesh.pp={plan.mesh.pp}",
+            "trainer.baseline", kind.value, f"the dense model is not cut into the stages of mesh.pp={plan.mesh.pp}",
             "Use trainer.baseline=none, or mesh.pp=1",
         )  # fmt: skip
     existing = [layer.site.fqn for layer in plan.layers if isinstance(layer.site, plans.ExpertsSite)]
-    if config.trainer.baseline is Baseline.dense and existing:
+    if kind is not Baseline.none and existing:
         raise ConfigError(
-            "trainer.baseline", "dense", f"{existing[0]} has experts already, so there is no dense model",
+            "trainer.baseline", kind.value, f"{existing[0]} has experts already, so there is no dense model",
             "Use trainer.baseline=none",
         )  # fmt: skip
+
+
+def _dense_steps(config: Config, flops: tuple[float | None, float | None]) -> int:
+    """Steps of the dense model; all ranks call it, and the first one's FLOPs count.
+
+    Raises:
+        ConfigError: they are not known.
+    """
+    steps = [config.trainer.max_steps]
+    if config.trainer.baseline is Baseline.dense_flops:
+        own, dense = flops
+        steps = [round(steps[0] * own / dense) if own and dense else 0]
+        dist.broadcast_object_list(steps, src=0)
+    if not steps[0]:
+        raise ConfigError(
+            "trainer.baseline", "dense_flops", "the model cannot be copied without values, by which FLOPs are counted",
+            "Use trainer.baseline=dense",
+        )  # fmt: skip
+    return steps[0]
 
 
 def _baseline(config: Config, plan: plans.Plan, data: TextData, run_dir: Path) -> dict[str, Any]:
     """Trains the dense model on the same data, after the memory of the compiled model has been freed."""
     gc.collect()  # Lightning's objects refer to each other
     if dist.get_rank() == 0:
-        print("\nbaseline: the dense model, with the same data, optimizer and ranks", flush=True)
+        for_steps = f"for {config.trainer.max_steps:,} steps, with the same data, optimizer and ranks"
+        print(f"\nbaseline: the dense model, {for_steps}", flush=True)
     model = build_model(config.model, config.seed)
     num_params = sum(parameter.numel() for parameter in model.parameters())
     example = example_inputs(model, config.data.seq_len)
