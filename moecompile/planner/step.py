@@ -89,6 +89,8 @@ def _messages(pipeline: Pipeline, index: int, run: RunFacts) -> Iterator[Planned
     forth: list[tuple[int, float]] = [(0, 0.0)] * len(pipeline.stages)
     back = list(forth)
     for i, stage in enumerate(pipeline.stages[1:], 1):
+        if pipeline.is_local(i):
+            continue
         tensors = sum(len(crossing.places) for crossing in stage.receives)
         numbers = sum(crossing.numbers for crossing in stage.receives)
         bytes_ = run.accumulation * numbers * run.tokens_per_rank * run.compute_bytes

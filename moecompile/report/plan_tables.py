@@ -209,7 +209,8 @@ def _stages_table(plan: Plan, pipeline: Pipeline) -> Table:
         received = [
             f"{crossing.numbers:,g} of {'.'.join(crossing.unit.split('.')[-2:])}" for crossing in stage.receives
         ]
-        kept = "" if assumes is None else str(pipeline.in_flight(index, assumes.accumulation)[number // pipeline.ranks])
+        place = pipeline.stages_of(index).index(number)
+        kept = "" if assumes is None else str(pipeline.in_flight(index, assumes.accumulation)[place])
         of_layers = f"{len(layers)}: {' to '.join(ends)}"
         cells = (str(number), ranks, of_layers, "\n".join(others) or "-", "\n".join(received) or "-", kept or "?")
         table.add_row(*map(Text, cells))

@@ -6,9 +6,10 @@ Algorithm, for each action of `Pipeline.order`:
   backward   receive the gradients of what was sent, and the weight of this micro-batch's auxiliary losses: one backward
              through outputs and auxiliary losses together; send the gradients of what was received.
 Exactly one forward a micro-batch and stage. A message is sent as soon as it is there, and never waited for before it is
-known to have arrived. Forward and backward messages, and those from the last rank back to the first, go through groups
-of their own, so that within a group all go one way, and ranks that follow a valid order never wait in a circle. Shapes
-are sent once for each shape of the inputs: they follow from it.
+known to have arrived. Forward and backward messages, and those over cuts after which the model goes on at an earlier
+rank, go through groups of their own, so that within a group all go one way, and ranks that follow a valid order never
+wait in a circle. Shapes are sent once for each shape of the inputs: they follow from it. What a rank hands over to
+itself is kept, not sent.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Wires:
     """Messages between this rank's stages and those before and after them.
 
     Args:
-        mesh, rank: this rank's place. groups: along pp, by (whether forward, whether from the last rank to the first).
+        mesh, rank: this rank's place. groups: along pp, by (whether forward, `Pipeline.goes_back` of the cut).
 
     Attributes:
         witness: is shown each message.
@@ -68,6 +69,7 @@ class Wires:
     ) -> None:  # fmt: skip
         self.ranks, self.pipeline, self.device = mesh.group(Part.LAYERS, rank=rank), pipeline, device
         self.groups = groups
+        self._handed: dict[tuple[bool, int, Hashable], list[Tensor]] = {}
         self._pending: dict[Hashable, list[tuple[Work, Tensor]]] = {}
         self._shapes: dict[tuple[int, Hashable], list[Shape]] = {}
         self.sent_bytes = 0
@@ -75,7 +77,11 @@ class Wires:
 
     def send(self, tensors: Iterable[Tensor], stage: int, message: Hashable = None, *, is_forward: bool) -> None:
         """Sends tensors to the rank of a stage, in order, without waiting. They are kept until `settle(message)`."""
-        group = self._group(stage if is_forward else stage + 1, is_forward=is_forward)
+        cut = stage if is_forward else stage + 1
+        if self.pipeline.is_local(cut):
+            self._handed[is_forward, cut, message] = [tensor.detach() for tensor in tensors]
+            return
+        group = self._group(cut, is_forward=is_forward)
         to = self.ranks[self.pipeline.rank_of(stage)]
         for tensor in tensors:
             whole = tensor.detach().contiguous()
@@ -87,7 +93,10 @@ class Wires:
         self, shapes: Sequence[Shape], stage: int, message: Hashable = None, *, is_forward: bool
     ) -> list[Tensor]:
         """Receives tensors from the rank of a stage, in order."""
-        group = self._group(stage + 1 if is_forward else stage, is_forward=is_forward)
+        cut = stage + 1 if is_forward else stage
+        if self.pipeline.is_local(cut):
+            return self._handed.pop((is_forward, cut, message))
+        group = self._group(cut, is_forward=is_forward)
         source = self.ranks[self.pipeline.rank_of(stage)]
         made = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype, _ in shapes]
         works = [self._seen(dist.irecv(_bytes(tensor), source, group=group), tensor, message) for tensor in made]
@@ -101,13 +110,13 @@ class Wires:
 
     def _group(self, cut: int, *, is_forward: bool) -> dist.ProcessGroup:
         """That of messages over the cut before a stage."""
-        return self.groups[is_forward, cut % self.pipeline.ranks == 0]
+        return self.groups[is_forward, self.pipeline.goes_back(cut)]
 
     def send_live(self, tensors: Sequence[Tensor], stage: int, key: Hashable, message: Hashable = None) -> None:
         """Sends what crosses the cut before a stage. key: of the inputs, from which shapes follow."""
         shapes = [(tuple(t.shape), t.dtype, t.requires_grad) for t in tensors]
         known = self._shapes.setdefault((stage, key), shapes)
-        if known is shapes:
+        if known is shapes and not self.pipeline.is_local(stage):
             if self.witness is not None:
                 self.witness.tells(stage, shapes)
             self.send([_header(shapes, self.device)], stage, message, is_forward=True)
@@ -218,6 +227,8 @@ class Stages:
     ) -> None:
         self.model, self.passage, self.wires, self.index = model, passage, wires, index
         self.reduces_each, self.gathers_once = reduces_each, gathers_once
+        own = passage.pipeline.stages_of(index)
+        self.of_root = [stage for stage in own if passage.pipeline.stages[stage].has_root]
         self.kept: dict[tuple[int, int], _Kept] = {}
 
     @property
@@ -228,7 +239,7 @@ class Stages:
     @property
     def has_loss(self) -> bool:
         """Whether the last stage is on this rank."""
-        return self.index == self.pipeline.rank_of(len(self.pipeline.stages) - 1)
+        return self.index == self.pipeline.rank_with_loss
 
     def step(self, keys: Sequence[Hashable], steps: Steps, after_backward: Callable[[], None]) -> list[Any]:
         """One optimizer step over micro-batches with these keys; returns their results, on the last stage."""
@@ -247,7 +258,11 @@ class Stages:
                     results[action.micro_batch] = kept.computed.result
                 continue
             left[action.stage] -= 1
-            with self._synced(action.stage, is_last=not left[action.stage], is_end=not any(left.values())):
+            is_last = not left[action.stage]
+            is_last_of_root = is_last and not any(left[stage] for stage in self.of_root)
+            with self._synced(
+                action.stage, is_last=is_last, is_last_of_root=is_last_of_root, is_end=not any(left.values())
+            ):
                 self._backward(action.stage, action.micro_batch, steps)
             if any(left.values()):
                 after_backward()
@@ -313,15 +328,18 @@ class Stages:
             self.wires.send([weight.to(torch.float64), *back], stage - 1, (False, stage, number), is_forward=False)
 
     @contextmanager
-    def _synced(self, stage: int, *, is_last: bool, is_end: bool) -> Iterator[None]:
-        """FSDP reduces gradients in the last backward of a stage, those of the root in that of the stage that has its
+    def _synced(self, stage: int, *, is_last: bool, is_last_of_root: bool, is_end: bool) -> Iterator[None]:
+        """FSDP reduces gradients in the last backward of a stage, those of the root in that of the stages that have its
         weights: embedding, norm, head. The last backward of the rank reshards the root.
+
+        Replicas' sums wait until then too. Those of a root of two stages do not if each backward reduces: FSDP would
+        add up what it keeps of different weights.
         """
-        units = self.pipeline.stages[stage].units
         for module, is_root in self._sharded(stage):
-            last = is_last and (not is_root or any(not unit.is_layer for unit in units))
+            last = is_last_of_root and stage in self.of_root if is_root else is_last
             module.set_requires_gradient_sync(last or self.reduces_each, recurse=False)
-            module.set_requires_all_reduce(last, recurse=False)
+            at_once = is_root and self.reduces_each and len(self.of_root) > 1
+            module.set_requires_all_reduce(last or at_once, recurse=False)
             ends = is_end if is_root else is_last
             module.set_reshard_after_backward(ends or not self.gathers_once, recurse=False)
         yield

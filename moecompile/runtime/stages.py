@@ -90,10 +90,11 @@ def check_held(module: nn.Module, compiled: nn.Module) -> None:
 
 
 def _ways(plan: Plan, device_type: str) -> dict[tuple[bool, bool], dist.ProcessGroup]:
-    """The groups of messages; from the last rank to the first there are some only if a rank has several stages."""
-    assert plan.pipeline is not None
+    """The groups of messages, of the ways that cuts have."""
+    pipeline = plan.pipeline
+    assert pipeline is not None
     names = {(True, False): "forward", (False, False): "backward"}
-    if plan.pipeline.per_rank > 1:
+    if any(map(pipeline.goes_back, range(1, len(pipeline.stages)))):
         names |= {(True, True): "forward again", (False, True): "backward again"}
     return {way: along(plan.mesh, device_type, Part.LAYERS, purpose=name) for way, name in names.items()}
 
@@ -342,6 +343,8 @@ def _on_cpu(values: Any) -> Any:
 class _TiedWeights:
     """Weights that the first and the last stage both have: each has a part of the gradient, and they are summed.
 
+    None where both are on one rank: there it is one weight, whose gradient autograd sums.
+
     Attributes:
         uncounted: those of the last stage, which count on the first one.
     """
@@ -349,7 +352,7 @@ class _TiedWeights:
     def __init__(self, model: nn.Module, plan: Plan, device_type: str, rank: int) -> None:
         assert plan.pipeline is not None
         pairs = [mesh_group_ends(plan.mesh, each) for each in range(plan.mesh.world_size)]
-        tied, self.group = plan.pipeline.tied, None
+        tied, self.group = () if plan.pipeline.tied_to_itself else plan.pipeline.tied, None
         if tied:
             self.group = kept_groups.of_members(device_type, pairs, "tied")
         here = dict(model.named_parameters())

@@ -181,6 +181,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._is_again = False  # whether a step is run again, to find the origin of a NaN
         self._is_last = False  # whether the current micro-batch is the last one of its window
         self._reduces_each, self._gathers_once = False, False  # as the plan says, after setup
+        self._is_counted = False
         self._stages: PipelineSteps | None = None  # with mesh.pp, after setup
 
     @property
@@ -217,6 +218,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._groups = Groups.of(plan.mesh, self.root_device.type)
             self._parallelize(compiled, plan, self._device_mesh)
             self._reduces_each, self._gathers_once = plan.reduce == "each", plan.gather == "step"
+            self._is_counted = plan.is_counted(self.global_rank)
             if self.materialize is not None:
                 self.materialize(self.root_device)
                 check_same_weights(self.model, self._groups.stage)  # the replicated ones
@@ -584,7 +586,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         kept = self._finish.kept(parameters) if self.loss == "sum" else []
         shared = kept if self._stages is None else []  # stages have different weights
         sums = torch.zeros(2 + len(shared), dtype=torch.int64, device=self.root_device)
-        sums[0] = tokens if self.groups.is_counted else 0
+        sums[0] = tokens if self._is_counted else 0
         if self.on_nan is not None:
             losses = self._window.is_finite
             sums[1] = ~(all_finite(parameters) & (True if losses is None else losses))

@@ -26,6 +26,9 @@ DEEPSEEK, LLAMA = ["recipe=deepseek_ep", FOUR], ["model=llama_nano", FOUR]  # it
 LOSSES = ["balance.losses.micro_batch=0.01", "balance.losses.sequence=0.01", "balance.losses.z=0.001"]
 FULL, KEPT = "trainer.checkpointing=full", "trainer.checkpointing=keep_exchanges"
 DRAWN = ["routing.workload=zipf", *LOSSES]  # choices are drawn, by layer and micro-batch
+V = "pipeline.schedule=dualpipev"
+AUX = ["balance.losses.sequence=0.01", "balance.losses.z=0.001"]  # beside the bias
+EIGHT = "model.config.num_hidden_layers=8"
 CASES: dict[str, list[str]] = {
     "1f1b": DEEPSEEK,
     "interleaved, computed again": [*DEEPSEEK, "pipeline.stages_per_rank=2", FULL],
@@ -46,7 +49,21 @@ CASES: dict[str, list[str]] = {
     "chunks in flight": [*DEEPSEEK, "dispatch.overlap=chunks", "dispatch.chunks=2", KEPT],
     "lent": [*DEEPSEEK, "dispatch.balance=lend"],
     "bf16": [*DEEPSEEK, "trainer.precision=bf16_params", "trainer.reduce=each"],
-}
+    "there and back": [*DEEPSEEK, *AUX, V, "data.global_batch_size=32", KEPT],  # 8 micro-batches
+    "there and back, tied, drawn, computed again": [*LLAMA, *DRAWN, V, FULL],  # fewer than fill the order
+    "there and back, reduced each time": [
+        *DEEPSEEK, V, "trainer.reduce=each", "trainer.gather=step", "dispatch.overlap=chunks", "dispatch.chunks=2",
+    ],
+    "there and back, tied, replicas, reduced each time": [
+        *LLAMA, *LOSSES, V, "mesh.ep=1", "mesh.dp_replicate=2", "trainer.reduce=each", "data.global_batch_size=20",
+    ],
+    "there and back, replicas, reduced each time": [
+        "recipe=qwen3_moe", FOUR, V, "mesh.ep=1", "mesh.dp_replicate=2", "trainer.reduce=each", "trainer.gather=layer",
+    ],
+    "there and back, four ranks, muon": [
+        "recipe=deepseek_ep", EIGHT, V, "mesh.pp=4", "optimizer=muon", "data.global_batch_size=20",
+    ],
+}  # fmt: skip
 PATCHED = Callable[[pytest.MonkeyPatch], None]
 
 
