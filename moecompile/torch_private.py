@@ -210,6 +210,14 @@ def parameters_of(model: nn.Module) -> list[nn.Parameter]:
     return [shards.get(parameter, parameter) for parameter in model.parameters()]
 
 
+def know_all_sharded(model: FSDPModule) -> None:
+    """Lets FSDP2 know the modules inside that are sharded, which it else looks for at the first forward.
+
+    A module that is not there then gathers, frees and reduces as if it was a model of its own. No-op later.
+    """
+    model._get_fsdp_state()._lazy_init()
+
+
 def see_attributes(module: FSDPModule) -> None:
     """Lets FSDP2 see tensors that the module returns as attributes of a plain object (`output.logits`).
 

@@ -205,7 +205,7 @@ class OfRank:
     """What the ranks of one place along pp have: layers, the mesh of a stage, facts of its part of the model, the run.
 
     index: along pp; stages: its stages. tied: numbers of a weight that the first and the last stage both have, if this
-    is one of them and another rank the other.
+    is one of them and another rank the other. tied_here: of one that both have on this rank.
     """
 
     index: int
@@ -214,6 +214,12 @@ class OfRank:
     facts: ModelFacts
     stages: tuple[Stage, ...] = ()
     tied: int = 0
+    tied_here: int = 0
+
+    @property
+    def roots(self) -> int:
+        """How many of its stages have weights outside of layers."""
+        return sum(stage.has_root for stage in self.stages)
 
     def run(self, run: RunFacts, pipeline: Pipeline | None) -> RunFacts:
         """The run, with the micro-batches that are kept for backward."""
@@ -232,7 +238,7 @@ def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
         return [OfRank(index=0, layers=plan.layers, mesh=plan.mesh, facts=facts)]
     assert facts.cut is not None
     found: list[OfRank] = []
-    ends = (0, plan.pipeline.rank_with_loss) if plan.pipeline.tied and not plan.pipeline.tied_to_itself else ()
+    ends, tied = {0, plan.pipeline.rank_with_loss}, facts.vocab_size * facts.d_model * bool(plan.pipeline.tied)
     for index in range(plan.pipeline.ranks):
         stages = tuple(plan.pipeline.stages[i] for i in plan.pipeline.stages_of(index))
         is_last = stages[-1] is plan.pipeline.stages[-1]
@@ -246,7 +252,8 @@ def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
                     ffn_numbers=ffn_numbers(plan.layers),
                 ),
                 stages=stages,
-                tied=facts.vocab_size * facts.d_model if index in ends else 0,
+                tied=tied if index in ends and len(ends) > 1 else 0,
+                tied_here=tied if ends == {index} else 0,
             )
         )
     return found

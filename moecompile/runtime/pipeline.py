@@ -28,7 +28,7 @@ from moecompile.errors import MoecompileError
 from moecompile.mesh import MeshSpec, Part
 from moecompile.nn.stages import Passage, StageEnded
 from moecompile.stages import Pipeline
-from moecompile.torch_private import tree_leaves
+from moecompile.torch_private import know_all_sharded, tree_leaves
 
 _DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8,
@@ -227,7 +227,7 @@ class Stages:
     ) -> None:
         self.model, self.passage, self.wires, self.index = model, passage, wires, index
         self.reduces_each, self.gathers_once = reduces_each, gathers_once
-        own = passage.pipeline.stages_of(index)
+        own = self.own = passage.pipeline.stages_of(index)
         self.of_root = [stage for stage in own if passage.pipeline.stages[stage].has_root]
         self.kept: dict[tuple[int, int], _Kept] = {}
 
@@ -243,6 +243,7 @@ class Stages:
 
     def step(self, keys: Sequence[Hashable], steps: Steps, after_backward: Callable[[], None]) -> list[Any]:
         """One optimizer step over micro-batches with these keys; returns their results, on the last stage."""
+        self._know_sharded()
         results: list[Any] = [None] * len(keys)
         order = self.pipeline.order(self.index, len(keys))
         known = self._known_received(len(keys))
@@ -330,19 +331,39 @@ class Stages:
     @contextmanager
     def _synced(self, stage: int, *, is_last: bool, is_last_of_root: bool, is_end: bool) -> Iterator[None]:
         """FSDP reduces gradients in the last backward of a stage, those of the root in that of the stages that have its
-        weights: embedding, norm, head. The last backward of the rank reshards the root.
+        weights: embedding, norm, head. The last backward of the rank reshards the root, and with `gathers_once` no
+        other; else those of the rank's first stage, which is the one that ends it.
 
         Replicas' sums wait until then too. Those of a root of two stages do not if each backward reduces: FSDP would
         add up what it keeps of different weights.
         """
+        if isinstance(self.model, FSDPModule) and len(self.own) > 1:
+            self.model.set_modules_to_backward_prefetch(self._layers(stage)[-1:])
         for module, is_root in self._sharded(stage):
             last = is_last_of_root and stage in self.of_root if is_root else is_last
             module.set_requires_gradient_sync(last or self.reduces_each, recurse=False)
             at_once = is_root and self.reduces_each and len(self.of_root) > 1
             module.set_requires_all_reduce(last or at_once, recurse=False)
             ends = is_end if is_root else is_last
-            module.set_reshard_after_backward(ends or not self.gathers_once, recurse=False)
+            each = not self.gathers_once and (not is_root or stage == self.own[0])
+            module.set_reshard_after_backward(ends or each, recurse=False)
         yield
+
+    def _know_sharded(self) -> None:
+        """Before the first forward, in which the layers of one stage alone are there.
+
+        In backward FSDP gathers early what came before in forward: with several stages, the layer before in its own.
+        """
+        if not isinstance(self.model, FSDPModule):
+            return
+        know_all_sharded(self.model)
+        for stage in self.own if len(self.own) > 1 else ():
+            layers = self._layers(stage)
+            for before, layer in zip([*layers[:1], *layers], layers, strict=False):
+                layer.set_modules_to_backward_prefetch([before])
+
+    def _layers(self, stage: int) -> list[FSDPModule]:
+        return [module for module, is_root in self._sharded(stage) if not is_root]
 
     def _sharded(self, stage: int) -> Iterator[tuple[FSDPModule, bool]]:
         if isinstance(self.model, FSDPModule):
@@ -356,6 +377,7 @@ class Stages:
 
     def evaluate(self, key: Hashable, forward: Callable[[], Any]) -> Any:
         """One micro-batch through all stages of this rank; returns its result, on the last stage."""
+        self._know_sharded()
         result, key = None, ("without gradients", key)
         for stage in self.pipeline.stages_of(self.index):
             received = self.wires.receive_live(stage, key) if stage else []
