@@ -144,6 +144,10 @@ class Pipeline:
         """
         return _in_flight(self.schedule, index, self.ranks, self.per_rank, micro_batches)
 
+    def waits(self, micro_batches: int, backward: float) -> float:
+        """Micro-batches for which a rank waits in a step. backward: its time over that of a forward."""
+        return SCHEDULES[self.schedule].waits(self.ranks, self.per_rank, micro_batches, backward)
+
     @property
     def layout(self) -> str:
         """The stages as Megatron's users write them: `Et*3|(tt|)*2,m|L`-like, E embedding, t a layer, L the head."""
@@ -172,13 +176,16 @@ class Schedule:
     """Which stages a rank has, and in which order it computes.
 
     least, most: stages of a rank that it is made for. rank_of: (stage, P) -> the place along pp of its rank. order:
-    (place along pp, P, v, M) -> what that rank computes, the forward of a pair first.
+    (place along pp, P, v, M) -> what that rank computes, the forward of a pair first. waits: (P, v, M, time of a
+    backward over that of a forward) -> micro-batches for which a rank waits in a step, if all stages take equally long
+    and messages no time.
     """
 
     least: int
     most: int
     rank_of: Callable[[int, int], int]
     order: Callable[[int, int, int, int], Groups]
+    waits: Callable[[int, int, int, float], float]
 
     def has(self, per_rank: int) -> bool:
         """Whether it is made for so many stages of a rank."""
@@ -245,11 +252,19 @@ def _dual_pipe_v(index: int, ranks: int, per_rank: int, micro_batches: int) -> G
     return [group for group in there if group]
 
 
+def _ends(ranks: int, per_rank: int, micro_batches: int, backward: float) -> float:
+    return (ranks - 1) / per_rank
+
+
+def _dual_pipe_v_waits(ranks: int, per_rank: int, micro_batches: int, backward: float) -> float:
+    return waits_of("dualpipev", ranks, per_rank, min(micro_batches, 2 * ranks), backward)  # more add none
+
+
 _ANY = 2**31
 SCHEDULES = {
-    "1f1b": Schedule(least=1, most=1, rank_of=_in_a_circle, order=_one_forward_one_backward),
-    "interleaved": Schedule(least=2, most=_ANY, rank_of=_in_a_circle, order=_interleaved),
-    "dualpipev": Schedule(least=2, most=2, rank_of=_there_and_back, order=_dual_pipe_v),
+    "1f1b": Schedule(least=1, most=1, rank_of=_in_a_circle, order=_one_forward_one_backward, waits=_ends),
+    "interleaved": Schedule(least=2, most=_ANY, rank_of=_in_a_circle, order=_interleaved, waits=_ends),
+    "dualpipev": Schedule(least=2, most=2, rank_of=_there_and_back, order=_dual_pipe_v, waits=_dual_pipe_v_waits),
 }
 
 
@@ -316,6 +331,19 @@ def simulated(pipeline: Pipeline, micro_batches: int) -> list[tuple[int, Action]
         rule = f"has {len(run)} forwards and backwards, {wanted} are needed"
         raise PlanError("pipeline.schedule", pipeline.schedule, rule, "Use 1f1b")
     return run
+
+
+@cache
+def waits_of(schedule: str, ranks: int, per_rank: int, micro_batches: int, backward: float) -> float:
+    """`Schedule.waits`, by running the order: how much later the last rank ends than without waiting."""
+    stages = ranks * per_rank
+    pipeline = Pipeline(schedule=schedule, ranks=ranks, stages=(Stage(units=()),) * stages)
+    ends, free = dict[Action, float](), [0.0] * ranks
+    for index, action in simulated(pipeline, micro_batches):
+        start = max([free[index], *(ends[need] for need in _needs(action, stages - 1))])
+        ends[action] = free[index] = start + (1.0 if action.is_forward else backward)
+    whole = per_rank * (1.0 + backward)
+    return max(free) / whole - micro_batches
 
 
 def _needs(action: Action, last: int) -> set[Action]:

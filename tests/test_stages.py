@@ -81,6 +81,26 @@ def test_ranks_of_dualpipev_keep_equally_much() -> None:
     assert [four.in_flight(index, 3) for index in range(4)] == [(3, 1), (3, 2), (3, 3), (3, 3)]
 
 
+@pytest.mark.parametrize(("ranks", "per_rank"), [(2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (4, 3)])
+def test_how_long_ranks_wait(ranks: int, per_rank: int) -> None:
+    """What is in closed form, beside the order that is run."""
+    of = pipeline(ranks, per_rank)
+    for number, backward in product((2 * ranks, 5 * ranks), (1.0, 2.0, 3.0)):
+        wanted = stages.waits_of(of.schedule, ranks, per_rank, number, backward)
+        assert of.waits(number, backward) == pytest.approx(wanted) and wanted > 0
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_dualpipev_waits_as_its_order_says(ranks: int) -> None:
+    """By hand, of 2 P micro-batches and more: 2 (P - 1) backwards, less what the last rank begins alone."""
+    of = pipeline(ranks, 2, "dualpipev")
+    for number, backward in product((2 * ranks, 2 * ranks + 1, 5 * ranks), (1.0, 2.0, 3.0)):
+        wanted = (2 * (ranks - 1) * backward - min(1.0, backward - 1)) / (2 * (1 + backward))
+        assert of.waits(number, backward) == pytest.approx(wanted)
+        assert stages.waits_of("dualpipev", ranks, 2, number, backward) == pytest.approx(wanted)
+    assert of.waits(1, 2.0) == pytest.approx(ranks - 1)  # one micro-batch goes there and back
+
+
 def test_of_a_pair_neither_needs_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """On its rank, and over others: with each pair the other way round the order runs to its end too."""
     whole = stages.SCHEDULES["dualpipev"]

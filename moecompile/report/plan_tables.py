@@ -35,6 +35,7 @@ from moecompile.plan import (
 )
 from moecompile.planner.cost_model.forecast import COMMUNICATION, Forecast
 from moecompile.planner.cost_model.host import WAITING
+from moecompile.planner.cost_model.inputs import REPEATED
 from moecompile.planner.placement import PlacedLayer
 from moecompile.planner.search.found import Candidate
 from moecompile.planner.search.run import Found
@@ -222,7 +223,7 @@ def _pipeline_text(plan: Plan, pipeline: Pipeline) -> str:
     estimate, text = plan.estimate, pipeline.schedule
     if estimate is not None and estimate.assumes is not None:
         number = estimate.assumes.accumulation
-        waits = (pipeline.ranks - 1) / pipeline.per_rank
+        waits = pipeline.waits(number, 2 + bool(REPEATED[estimate.checkpointing]))
         sent, share = bytes_text(estimate.stage_bytes_per_step), waits / (number + waits)
         text += f": {number} micro-batches of a step through {len(pipeline.stages)} stages; a rank waits for "
         text += f"{share:.0%} of a step, and sends at most {sent} to other stages"

@@ -23,7 +23,7 @@ from moecompile.plan import BUDGET, FITS, IN_FLIGHT, LayerPlan, Plan, PlannedSit
 from moecompile.planner.budget import Budget, Within, budget_of, fastest, within
 from moecompile.planner.build_plan import GIB, draft_plan, run_facts
 from moecompile.planner.cost_model.forecast import expected_load, step_of
-from moecompile.planner.cost_model.inputs import REPEATED, Inputs, inputs_of
+from moecompile.planner.cost_model.inputs import DESCRIBED_SCHEDULE, REPEATED, Inputs, inputs_of
 from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
 from moecompile.planner.memory import (
     Activations,
@@ -474,6 +474,8 @@ def _described(search: Search, plan: Plan, rejected: Rejected) -> Iterator[Candi
     space = _space(search, plan, inputs)
     if "overlap" not in axes.kept:
         inputs = replace(inputs, software=replace(inputs.software, in_flight="none", chunks=1))
+    if plan.pipeline is not None:
+        inputs = replace(inputs, software=replace(inputs.software, schedule=DESCRIBED_SCHEDULE))
     limit = config.hardware.memory_gib * GIB
     for each in described(inputs, space, limit, rejected):
         step = replace(inputs, layout=each.layout, software=each.software)
