@@ -454,7 +454,9 @@ def _bubble(model: ModelShape, layout: Layout, software: Software) -> float:
     if layout.pp == 1:
         return 0.0
     if planned := SCHEDULES.get(software.schedule):
-        again = [layer.count for layer in model.layers if of_layer(layer, software).repeats("full", "all_but_exchanges")]
+        again = [
+            layer.count for layer in model.layers if of_layer(layer, software).repeats("full", "all_but_exchanges")
+        ]
         backward = 2 + sum(again) / sum(layer.count for layer in model.layers)
         return planned.waits(layout.pp, layout.vpp, layout.num_micro, backward)
     if software.schedule == "dualpipe":
