@@ -156,6 +156,16 @@ def _weight_of_one(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pipeline.Stages, "_backward", weighed)
 
 
+def _root_reduced_when_the_last_stage_ends(patch: pytest.MonkeyPatch) -> None:
+    made = pipeline.Stages.__init__
+
+    def init(self: Any, *args: Any, **settings: Any) -> None:
+        made(self, *args, **settings)
+        self.of_root = self.of_root[-1:]
+
+    patch.setattr(pipeline.Stages, "__init__", init)
+
+
 MUTATIONS: dict[str, tuple[list[str], PATCHED, str]] = {
     "auxiliary losses of earlier stages are forgotten": (CASES["tied"], _aux_of_earlier_stages_forgotten, "gradients"),
     "they are weighed by another number of tokens": (CASES["tied"], _weight_of_one, "gradients"),
@@ -167,6 +177,9 @@ MUTATIONS: dict[str, tuple[list[str], PATCHED, str]] = {
     "a tied weight counts twice in the norm": (CASES["tied"], _tied_counted_twice, "gradient norm"),
     "a tied weight has one stage's part of its gradient": (CASES["tied"], _tied_not_summed, "gradients"),
     "a stage runs once more to learn shapes": (CASES["1f1b"], _one_more_forward, "loads"),
+    "embedding and head of one rank are reduced when the head's stage ends": (
+        CASES["there and back, tied, drawn, computed again"], _root_reduced_when_the_last_stage_ends, "gradients",
+    ),
     "a stage does not get what was sent": (CASES["1f1b"], _received_is_zero, "outputs"),
 }  # fmt: skip
 
