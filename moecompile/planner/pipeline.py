@@ -25,7 +25,7 @@ from moecompile.plan import ExpertsSite, LayerPlan, MemoryEstimate, Plan
 from moecompile.planner.memory import ffn_numbers, memory_of_fullest_rank
 from moecompile.planner.params import CutFacts, ModelFacts, RunFacts, computed_per_token, layer_params
 from moecompile.schema import AdapterKind, Checkpointing, Config, PipelineConfig
-from moecompile.stages import Pipeline, Stage, schedule_of, simulated
+from moecompile.stages import AUTO, Pipeline, Stage, schedule_of, simulated
 
 
 def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, config: Config) -> Pipeline | None:
@@ -35,12 +35,12 @@ def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts
         ConfigError: the model cannot be cut, or something that is configured is not possible with stages.
     """
     if mesh.pp == 1:
-        of, none = config.pipeline, PipelineConfig()
-        if of != none:
-            key = next(key for key, value in vars(none).items() if getattr(of, key) != value)
+        of = config.pipeline
+        if of != PipelineConfig():
+            key = "schedule" if of.schedule != AUTO else "stages_per_rank" if of.stages_per_rank != 1 else "layout"
             raise ConfigError(
                 f"pipeline.{key}", getattr(of, key), "there is no pipeline, because mesh.pp=1",
-                f"Use mesh.pp=2 or more, or leave pipeline.{key} out",
+                "Use mesh.pp=2 or more, or leave it out",
             )  # fmt: skip
         return None
     _check_supported(mesh, config)

@@ -177,12 +177,12 @@ class Software:
     """What the software of a run does; conf/stack has some.
 
     bits: of the products with weights (8: FP8, 4: FP4). dispatcher: the exchange. overlap: whether exchanges run beside
-    the compute of another micro-batch. schedule: `onef1b` or `dualpipe`, or that of a planned pipeline. graph: parts of a layer whose launches a CUDA
-    graph replays (`attn`, `mamba`, `router`, `preprocess`, `experts`, or `all`). fused: whether activation and
-    quantization are fused into the experts' products. recompute: what backward computes again. comm_units: units that
-    overlapped exchanges take from compute. row_bits: bits of a number on the wire in dispatch. wire_share: share of a
-    machine's exchange bandwidth that this dispatcher reaches. in_flight, chunks: overlap of a plan's own exchanges
-    (seconds.py). grad_bits, moment_bits: of a gradient and of each of the optimizer's two moments.
+    the compute of another micro-batch. schedule: `onef1b` or `dualpipe`, or that of a planned pipeline. graph: parts of
+    a layer whose launches a CUDA graph replays (`attn`, `mamba`, `router`, `preprocess`, `experts`, or `all`). fused:
+    whether activation and quantization are fused into the experts' products. recompute: what backward computes again.
+    comm_units: units that overlapped exchanges take from compute. row_bits: bits of a number on the wire in dispatch.
+    wire_share: share of a machine's exchange bandwidth that this dispatcher reaches. in_flight, chunks: overlap of a
+    plan's own exchanges (seconds.py). grad_bits, moment_bits: of a gradient and of each of the optimizer's two moments.
     """
 
     bits: int = 16
