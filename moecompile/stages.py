@@ -25,6 +25,8 @@ from itertools import chain
 from moecompile.errors import ConfigError, PlanError
 
 TENSOR = "tensor"
+NONE, EXCHANGES = OVERLAPS = "none", "exchanges"
+"""What the two of a pair do at once: nothing; or one computes while exchanges of the other one are on the wire."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ class Stage:
 class Pipeline:
     """schedule: of `SCHEDULES`. stages: in the order of the model. ranks: along `pp`.
 
-    tied: pairs of names of one weight, that of the first stage and that of the last one.
+    tied: pairs of names of one weight, that of the first stage and that of the last one. overlap: of `OVERLAPS`.
 
     Raises:
         PlanError: an unknown schedule, or a number of stages that does not fit the ranks and the schedule.
@@ -89,6 +91,7 @@ class Pipeline:
     ranks: int
     stages: tuple[Stage, ...]
     tied: tuple[tuple[str, str], ...] = ()
+    overlap: str = NONE
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -178,7 +181,7 @@ class Schedule:
     least, most: stages of a rank that it is made for. rank_of: (stage, P) -> the place along pp of its rank. order:
     (place along pp, P, v, M) -> what that rank computes, the forward of a pair first. waits: (P, v, M, time of a
     backward over that of a forward) -> micro-batches for which a rank waits in a step, if all stages take equally long
-    and messages no time.
+    and messages no time. alone: whether one rank can run it, for its pairs.
     """
 
     least: int
@@ -186,6 +189,7 @@ class Schedule:
     rank_of: Callable[[int, int], int]
     order: Callable[[int, int, int, int], Groups]
     waits: Callable[[int, int, int, float], float]
+    alone: bool = False
 
     def has(self, per_rank: int) -> bool:
         """Whether it is made for so many stages of a rank."""
@@ -264,12 +268,19 @@ _ANY = 2**31
 SCHEDULES = {
     "1f1b": Schedule(least=1, most=1, rank_of=_in_a_circle, order=_one_forward_one_backward, waits=_ends),
     "interleaved": Schedule(least=2, most=_ANY, rank_of=_in_a_circle, order=_interleaved, waits=_ends),
-    "dualpipev": Schedule(least=2, most=2, rank_of=_there_and_back, order=_dual_pipe_v, waits=_dual_pipe_v_waits),
+    "dualpipev": Schedule(
+        least=2, most=2, rank_of=_there_and_back, order=_dual_pipe_v, waits=_dual_pipe_v_waits, alone=True
+    ),
 }
 
 
 AUTO = "auto"
 """The word for the first schedule that is made for the stages of a rank."""
+
+
+def has_stages(ranks: int, word: str) -> bool:
+    """Whether a config with so many ranks along pp has stages: one rank has, if its schedule goes there and back."""
+    return ranks > 1 or (word != AUTO and SCHEDULES[word].alone)
 
 
 def schedule_of(word: str, per_rank: int) -> tuple[str, int]:

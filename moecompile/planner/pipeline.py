@@ -25,7 +25,7 @@ from moecompile.plan import ExpertsSite, LayerPlan, MemoryEstimate, Plan
 from moecompile.planner.memory import ffn_numbers, memory_of_fullest_rank
 from moecompile.planner.params import CutFacts, ModelFacts, RunFacts, computed_per_token, layer_params
 from moecompile.schema import AdapterKind, Checkpointing, Config, PipelineConfig
-from moecompile.stages import AUTO, Pipeline, Stage, schedule_of, simulated
+from moecompile.stages import Pipeline, Stage, has_stages, schedule_of, simulated
 
 
 def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, config: Config) -> Pipeline | None:
@@ -34,10 +34,10 @@ def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts
     Raises:
         ConfigError: the model cannot be cut, or something that is configured is not possible with stages.
     """
-    if mesh.pp == 1:
-        of = config.pipeline
-        if of != PipelineConfig():
-            key = "schedule" if of.schedule != AUTO else "stages_per_rank" if of.stages_per_rank != 1 else "layout"
+    if not has_stages(mesh.pp, config.pipeline.schedule):
+        of, none = config.pipeline, PipelineConfig()
+        if of != none:
+            key = next(key for key, value in vars(none).items() if getattr(of, key) != value)
             raise ConfigError(
                 f"pipeline.{key}", getattr(of, key), "there is no pipeline, because mesh.pp=1",
                 "Use mesh.pp=2 or more, or leave it out",
@@ -62,7 +62,8 @@ def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts
         stages = cut.stages(tuple(cut.layers[place] for place in places))
     except ValueError as error:
         raise _refusal(mesh, f"the model cannot be cut before {cut.layers[places[0]]}: {error}") from error
-    pipeline = Pipeline(schedule=schedule, ranks=mesh.pp, stages=stages, tied=cut.tied)
+    overlap = config.pipeline.overlap
+    pipeline = Pipeline(schedule=schedule, ranks=mesh.pp, stages=stages, tied=cut.tied, overlap=overlap)
     micro_batches = max(1, config.data.global_batch_size // (config.data.micro_batch_size * mesh.num_batches))
     _check_order(schedule, mesh.pp, number, micro_batches)
     return pipeline

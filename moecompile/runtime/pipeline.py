@@ -15,8 +15,10 @@ itself is kept, not sent.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -26,9 +28,17 @@ from torch.distributed.fsdp import FSDPModule
 
 from moecompile.errors import MoecompileError
 from moecompile.mesh import MeshSpec, Part
+from moecompile.nn.padding import padding_of
 from moecompile.nn.stages import Passage, StageEnded
-from moecompile.stages import Pipeline
-from moecompile.torch_private import know_all_sharded, tree_leaves
+from moecompile.ops.baton import Baton, Kept, together
+from moecompile.stages import EXCHANGES, Action, Pipeline
+from moecompile.torch_private import (
+    at_end_of_backward,
+    dispatch_modes,
+    know_all_sharded,
+    root_state,
+    tree_leaves,
+)
 
 _DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8,
@@ -199,20 +209,64 @@ class _Kept:
 
 
 @dataclass
+class _Given:
+    """What a backward begins from: the weight of its auxiliary losses, roots and their gradients."""
+
+    kept: _Kept
+    weight: Tensor
+    roots: list[Tensor]
+    grads: list[Tensor | None]
+
+
+@dataclass
 class Steps:
     """What the caller does in a step.
 
     forward: runs a micro-batch, and returns its result on the last stage. objective: of that result. aux: takes the
     auxiliary losses of the forward of a stage and a micro-batch, which has just run. before: enters what belongs to a
-    micro-batch, in its forward (True) and in its backward. weighed: is told a micro-batch, the weight of its auxiliary
+    micro-batch and a stage, in its forward and in its backward. weighed: is told a micro-batch, the weight of its auxiliary
     losses, and the stage.
     """
 
     forward: Callable[[int], Any]
     objective: Callable[[Any], Computed]
     aux: Callable[[int, int], Tensor | None]
-    before: Callable[[int, bool], AbstractContextManager[None]]
+    before: Callable[[Action], AbstractContextManager[None]]
     weighed: Callable[[int, Tensor, int], None]
+
+
+class _Beside:
+    """Runs a forward beside a backward (moecompile.ops.baton).
+
+    Both have random numbers, padding masks and a state of FSDP's root of their own, and the settings of this thread.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.device, self.handed_over = device, 0
+        self._executor: ThreadPoolExecutor | None = None
+        self._kept = [Kept(torch.get_rng_state, torch.set_rng_state)]
+        if device.type == "cuda":
+            self._kept.append(Kept(partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device)))
+        if (padding := padding_of(model)) is not None:
+            self._kept.append(Kept(lambda: padding.now, partial(setattr, padding, "now")))
+        if isinstance(model, FSDPModule):
+            self._kept.append(Kept(*root_state(model)))
+
+    def run(self, forward: Callable[[], None], backward: Callable[[Baton], None]) -> None:
+        """Runs both, forward first."""
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="backward")
+        is_cast, dtype = torch.is_autocast_enabled(self.device.type), torch.get_autocast_dtype(self.device.type)
+        modes = dispatch_modes()
+
+        def in_thread(baton: Baton) -> None:
+            with ExitStack() as stack:
+                for mode in modes:
+                    stack.enter_context(mode)
+                stack.enter_context(torch.autocast(self.device.type, dtype, enabled=is_cast))
+                backward(baton)
+
+        self.handed_over += together(lambda _: forward(), in_thread, self._executor, self._kept).handed_over
 
 
 class Stages:
@@ -228,6 +282,7 @@ class Stages:
         self.model, self.passage, self.wires, self.index = model, passage, wires, index
         self.reduces_each, self.gathers_once = reduces_each, gathers_once
         own = self.own = passage.pipeline.stages_of(index)
+        self._beside = _Beside(model, wires.device)
         self.of_root = [stage for stage in own if passage.pipeline.stages[stage].has_root]
         self.kept: dict[tuple[int, int], _Kept] = {}
 
@@ -245,28 +300,46 @@ class Stages:
         """One optimizer step over micro-batches with these keys; returns their results, on the last stage."""
         self._know_sharded()
         results: list[Any] = [None] * len(keys)
-        order = self.pipeline.order(self.index, len(keys))
         known = self._known_received(len(keys))
         left = {stage: len(keys) for stage in self.pipeline.stages_of(self.index)}
         for stage in left:  # at the end of any backward, FSDP reshards what it may of the whole model
             for module, _ in self._sharded(stage):
                 module.set_reshard_after_backward(not self.gathers_once, recurse=False)
-        for action in order:
-            if action.is_forward:
-                kept = self._forward(action.stage, action.micro_batch, keys[action.micro_batch], steps)
-                self.wires.settle(*known.get((action.stage, action.micro_batch), ()))
-                if kept.computed is not None:
-                    results[action.micro_batch] = kept.computed.result
-                continue
+
+        def forward(action: Action) -> _Kept:
+            return self._receive_forward(action, keys[action.micro_batch])
+
+        def compute_forward(action: Action, kept: _Kept) -> None:
+            self._forward(action, kept, keys[action.micro_batch], steps)
+            self.wires.settle(*known.get((action.stage, action.micro_batch), ()))
+            if kept.computed is not None:
+                results[action.micro_batch] = kept.computed.result
+
+        @contextmanager
+        def backward(action: Action) -> Iterator[_Given]:
             left[action.stage] -= 1
-            is_last = not left[action.stage]
+            is_last, is_end = not left[action.stage], not any(left.values())
             is_last_of_root = is_last and not any(left[stage] for stage in self.of_root)
-            with self._synced(
-                action.stage, is_last=is_last, is_last_of_root=is_last_of_root, is_end=not any(left.values())
-            ):
-                self._backward(action.stage, action.micro_batch, steps)
-            if any(left.values()):
+            with self._synced(action.stage, is_last=is_last, is_last_of_root=is_last_of_root, is_end=is_end):
+                yield self._receive_backward(action)
+            if not is_end:
                 after_backward()
+
+        for group in self.pipeline.groups(self.index, len(keys)):
+            if len(group) == 2 and self.pipeline.overlap == EXCHANGES:
+                ahead, back = group
+                with backward(back) as given:
+                    kept = forward(ahead)
+                    self._beside.run(
+                        partial(compute_forward, ahead, kept), partial(self._backward, back, given, steps)
+                    )  # fmt: skip
+                continue
+            for action in group:
+                if action.is_forward:
+                    compute_forward(action, forward(action))
+                else:
+                    with backward(action) as given:
+                        self._backward(action, given, steps)
         self.wires.finish()
         assert not self.kept
         return results
@@ -286,11 +359,16 @@ class Stages:
                     done.append((False, stage, action.micro_batch))
         return known
 
-    def _forward(self, stage: int, number: int, key: Hashable, steps: Steps) -> _Kept:
+    def _receive_forward(self, action: Action, key: Hashable) -> _Kept:
+        stage, number = action.stage, action.micro_batch
         received = self.wires.receive_live(stage, key, (True, stage - 1, number)) if stage else []
         kept = self.kept[stage, number] = _Kept(received)
-        handed = [tensor.view_as(tensor) for tensor in received]  # which a layer may write to, unlike a leaf
-        with steps.before(number, True), self.passage.running(self.model, stage, handed):
+        return kept
+
+    def _forward(self, action: Action, kept: _Kept, key: Hashable, steps: Steps) -> None:
+        stage, number = action.stage, action.micro_batch
+        handed = [tensor.view_as(tensor) for tensor in kept.received]  # which a layer may write to, unlike a leaf
+        with steps.before(action), self.passage.running(self.model, stage, handed):
             is_last = self.passage.is_last
             try:
                 output = steps.forward(number)
@@ -303,26 +381,30 @@ class Stages:
         kept.aux = steps.aux(stage, number)
         if kept.computed is None:
             self.wires.send_live(kept.sent, stage + 1, key, (True, stage, number))
-        return kept
 
-    def _backward(self, stage: int, number: int, steps: Steps) -> None:
+    def _receive_backward(self, action: Action) -> _Given:
+        stage, number = action.stage, action.micro_batch
         kept = self.kept.pop((stage, number))
-        roots: list[Tensor]
-        grads: list[Tensor | None]
         if kept.computed is not None:
-            weight, roots, grads = kept.computed.weight, [kept.computed.objective], [None]
-        else:
-            outputs = [tensor for tensor in kept.sent if tensor.requires_grad]
-            shapes: list[Shape] = [((), torch.float64, False), *((tuple(t.shape), t.dtype, True) for t in outputs)]
-            weight, *found = self.wires.receive(shapes, stage + 1, (False, stage + 1, number), is_forward=False)
-            self.wires.settle((True, stage, number))
-            roots, grads = outputs, [*found]
+            return _Given(kept, kept.computed.weight, [kept.computed.objective], [None])
+        outputs = [tensor for tensor in kept.sent if tensor.requires_grad]
+        shapes: list[Shape] = [((), torch.float64, False), *((tuple(t.shape), t.dtype, True) for t in outputs)]
+        weight, *grads = self.wires.receive(shapes, stage + 1, (False, stage + 1, number), is_forward=False)
+        self.wires.settle((True, stage, number))
+        return _Given(kept, weight, outputs, grads)
+
+    def _backward(self, action: Action, given: _Given, steps: Steps, baton: Baton | None = None) -> None:
+        stage, number, kept, weight = action.stage, action.micro_batch, given.kept, given.weight
+        roots, grads = given.roots, given.grads
         if kept.aux is not None:
             roots, grads = [*roots, kept.aux], [*grads, weight.to(kept.aux)]
         steps.weighed(number, weight, stage)
-        with steps.before(number, False):
+        with steps.before(action):
             if pairs := [(root, grad) for root, grad in zip(roots, grads, strict=True) if root.requires_grad]:
-                torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])
+                roots = [root for root, _ in pairs]
+                if baton is not None:  # what FSDP does at the end of a backward is about the forward's weights too
+                    roots = at_end_of_backward(roots, baton.await_other)
+                torch.autograd.backward(roots, [grad for _, grad in pairs])
         if stage:
             leaves = [tensor for tensor in kept.received if tensor.requires_grad]
             back = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
@@ -365,11 +447,15 @@ class Stages:
     def _layers(self, stage: int) -> list[FSDPModule]:
         return [module for module, is_root in self._sharded(stage) if not is_root]
 
+    def modules_of(self, stage: int) -> list[nn.Module]:
+        """The units of a stage of this rank."""
+        return [self.passage.present[unit.path] for unit in self.pipeline.stages[stage].units]
+
     def _sharded(self, stage: int) -> Iterator[tuple[FSDPModule, bool]]:
         if isinstance(self.model, FSDPModule):
             yield self.model, True
-        for unit in self.pipeline.stages[stage].units:
-            for module in self.passage.present[unit.path].modules():
+        for unit in self.modules_of(stage):
+            for module in unit.modules():
                 if isinstance(module, FSDPModule):
                     yield module, False
 

@@ -34,7 +34,7 @@ from moecompile.passes.same_weights import tensor_hash
 from moecompile.plan import Plan
 from moecompile.runtime.groups import Groups, along
 from moecompile.runtime.pipeline import Computed, Stages, Steps, Wires, key_of
-from moecompile.stages import stage_of
+from moecompile.stages import Action, stage_of
 from moecompile.torch_private import local_part, parameters_of, tree_leaves, tree_map_only
 
 _ODD = 0x61C8864680B583EB
@@ -66,7 +66,9 @@ class Driver(Protocol):
     def _module_step(self, *args: Any, **kwargs: Any) -> Any: ...
     def _count_tokens(self, output: Any) -> None: ...
     def _complete_gradients(self) -> None: ...
-    def _random_numbers(self, place: int | None = None) -> AbstractContextManager[None]: ...
+    def _random_numbers(
+        self, place: int | None = None, modules: Sequence[nn.Module] = ()
+    ) -> AbstractContextManager[None]: ...
 
 
 def loss_kinds(model: nn.Module) -> list[str]:
@@ -120,8 +122,7 @@ class PipelineSteps:
         self.stages = Stages(
             model, passage, wires, index, reduces_each=plan.reduce == "each", gathers_once=plan.gather == "step"
         )
-        assert strategy.groups.stages is not None
-        self.over = strategy.groups.stages
+        self.over = strategy.groups.stages or along(plan.mesh, device.type, Part.LAYERS, purpose="stages")
         self.tied = _TiedWeights(model, plan, device.type, strategy.global_rank)
         self.uncounted = self.tied.uncounted
         self.aux_tokens: Tensor | None = None
@@ -207,10 +208,10 @@ class PipelineSteps:
         self._logs.batch = args[0] if args else None
         return self.strategy._module_step(*args, **kwargs)
 
-    def _before(self, number: int, is_forward: bool) -> AbstractContextManager[None]:
-        """Random numbers of a micro-batch; those of layers that are computed again are drawn again."""
-        if is_forward or self.strategy.checkpointing != "none":
-            return self.strategy._random_numbers(number)
+    def _before(self, action: Action) -> AbstractContextManager[None]:
+        """Random numbers of a micro-batch, for its stage; those of layers that are computed again are drawn again."""
+        if action.is_forward or self.strategy.checkpointing != "none":
+            return self.strategy._random_numbers(action.micro_batch, self.stages.modules_of(action.stage))
         return nullcontext()
 
     def _objective(self, output: Any) -> Computed:

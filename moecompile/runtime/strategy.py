@@ -102,13 +102,17 @@ class GradAccumulation:
 
 
 @contextmanager
-def keyed_random_numbers(model: nn.Module, seed: int, step: int, number: int, device: torch.device) -> Iterator[None]:
+def keyed_random_numbers(
+    modules: Sequence[nn.Module], seed: int, step: int, number: int, device: torch.device
+) -> Iterator[None]:
     """Makes random numbers (routers, dropout) depend on the micro-batch's index in one process, not on the rank.
 
     Args:
-        step: optimizer step. number: index of the micro-batch in the step, in the order of one process.
+        modules: whose routers draw. step: optimizer step. number: index of the micro-batch in the step, in the order of
+            one process.
     """
-    set_random_key(model, seed, step, number)
+    for module in modules:
+        set_random_key(module, seed, step, number)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         seed_generators(((seed * _MIX + step) * _MIX + number) % 2**63)
         yield
@@ -630,8 +634,13 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._is_again = False
         raise error_of(event, step + 1, self.world_size)
 
-    def _random_numbers(self, place: int | None = None) -> AbstractContextManager[None]:
-        """The context with the random numbers of the micro-batch that begins, or of that at `place` in its window."""
+    def _random_numbers(
+        self, place: int | None = None, modules: Sequence[nn.Module] = ()
+    ) -> AbstractContextManager[None]:
+        """The context with the random numbers of the micro-batch that begins, or of that at `place` in its window.
+
+        modules: whose routers draw; none: all.
+        """
         assert self.lightning_module is not None and self.model is not None
         trainer, begins = self.lightning_module.trainer, place is None
         place = self._window.num_micro_batches if place is None else place
@@ -640,7 +649,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         else:  # the module decides how many there are
             number = place * self.groups.num_batches + self.groups.batch_index
         self._window.num_micro_batches += begins
-        return keyed_random_numbers(self.model, self.seed, trainer.global_step, number, self.root_device)
+        drawing = modules or [self.model]
+        return keyed_random_numbers(drawing, self.seed, trainer.global_step, number, self.root_device)
 
 
 def _train_routing(model: nn.Module) -> None:
