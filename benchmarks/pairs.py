@@ -1,9 +1,9 @@
-"""Exchanges of a forward and a backward in flight together, on a real link: steps of a small model over two nodes.
+"""Exchanges of a forward and a backward in flight together, on a real link: steps of a small model on two nodes.
 
     python benchmarks/two_nodes.py --pairs                        # as root; about six minutes on two cores
     python benchmarks/two_nodes.py --pairs --rate-mbit 800        # a faster link
 
-Two ranks, each a network namespace of its own (benchmarks/nodes.py), share the experts of every layer; `dispatch=dedup`.
+Two ranks, each a network namespace of its own (benchmarks/nodes.py), share the experts of all layers; `dispatch=dedup`.
 Ways to run a step take turns, so that what the machine does beside falls on all of them.
 
 plain       one micro-batch after the other, forward and backward
@@ -158,7 +158,12 @@ def _turn(config: Any, data: Any, folder: Path) -> tuple[list[float], float]:
 
     clock, metrics = Clock(), Metrics(1, config.trainer.max_steps)
     loader = train_loader(
-        data.train, config.data, seed=config.seed, rank=dist.get_rank(), world_size=2, num_steps=config.trainer.max_steps
+        data.train,
+        config.data,
+        seed=config.seed,
+        rank=dist.get_rank(),
+        world_size=2,
+        num_steps=config.trainer.max_steps,
     )
     trainer = make_trainer(config, plan, folder, [metrics, clock])
     trainer.fit(LanguageModule(model, config.optimizer, config.trainer.max_steps), loader)
@@ -169,7 +174,8 @@ def report(found: dict[str, Any]) -> str:
     """Medians, each relative to `plain` and to `one by one`, step by step."""
     seconds, sizes = found["seconds"], found["sizes"]
     lines = [
-        f"a step of {sizes['micro_batches']} micro-batches, {sizes['rate_mbit']} Mbit/s: {found['wire_s']:.2f} s on the wire",
+        f"a step of {sizes['micro_batches']} micro-batches, {sizes['rate_mbit']} Mbit/s: "
+        f"{found['wire_s']:.2f} s on the wire",
         f"{'':<12}{'median':>9}{'of plain':>10}{'of one by one':>15}{'loss':>9}",
     ]
     for name in WAYS:

@@ -100,6 +100,9 @@ class Pipeline:
         if len(self.stages) % self.ranks or not SCHEDULES[self.schedule].has(self.per_rank):
             rule = f"has {len(self.stages)} stages for {self.ranks} ranks, and its schedule is {self.schedule}"
             raise PlanError("pipeline.stages", len(self.stages), rule, "Plan again for this mesh")
+        if self.overlap not in OVERLAPS or (self.overlap != NONE and not SCHEDULES[self.schedule].pairs):
+            rule = f"is not possible with the schedule {self.schedule}"
+            raise PlanError("pipeline.overlap", self.overlap, rule, f"Use {NONE}")
 
     @property
     def per_rank(self) -> int:
@@ -151,6 +154,13 @@ class Pipeline:
         """Micro-batches for which a rank waits in a step. backward: its time over that of a forward."""
         return SCHEDULES[self.schedule].waits(self.ranks, self.per_rank, micro_batches, backward)
 
+    def paired(self, micro_batches: int) -> float:
+        """The share of forwards and backwards that run beside another, a mean over ranks; 0 if none overlap."""
+        if self.overlap == NONE:
+            return 0.0
+        groups = [group for index in range(self.ranks) for group in self.groups(index, micro_batches)]
+        return sum(len(group) for group in groups if len(group) > 1) / sum(map(len, groups))
+
     @property
     def layout(self) -> str:
         """The stages as Megatron's users write them: `Et*3|(tt|)*2,m|L`-like, E embedding, t a layer, L the head."""
@@ -181,7 +191,7 @@ class Schedule:
     least, most: stages of a rank that it is made for. rank_of: (stage, P) -> the place along pp of its rank. order:
     (place along pp, P, v, M) -> what that rank computes, the forward of a pair first. waits: (P, v, M, time of a
     backward over that of a forward) -> micro-batches for which a rank waits in a step, if all stages take equally long
-    and messages no time. alone: whether one rank can run it, for its pairs.
+    and messages no time. pairs: whether the order has any; one rank alone can run it, for their sake.
     """
 
     least: int
@@ -189,7 +199,7 @@ class Schedule:
     rank_of: Callable[[int, int], int]
     order: Callable[[int, int, int, int], Groups]
     waits: Callable[[int, int, int, float], float]
-    alone: bool = False
+    pairs: bool = False
 
     def has(self, per_rank: int) -> bool:
         """Whether it is made for so many stages of a rank."""
@@ -269,7 +279,7 @@ SCHEDULES = {
     "1f1b": Schedule(least=1, most=1, rank_of=_in_a_circle, order=_one_forward_one_backward, waits=_ends),
     "interleaved": Schedule(least=2, most=_ANY, rank_of=_in_a_circle, order=_interleaved, waits=_ends),
     "dualpipev": Schedule(
-        least=2, most=2, rank_of=_there_and_back, order=_dual_pipe_v, waits=_dual_pipe_v_waits, alone=True
+        least=2, most=2, rank_of=_there_and_back, order=_dual_pipe_v, waits=_dual_pipe_v_waits, pairs=True
     ),
 }
 
@@ -280,7 +290,7 @@ AUTO = "auto"
 
 def has_stages(ranks: int, word: str) -> bool:
     """Whether a config with so many ranks along pp has stages: one rank has, if its schedule goes there and back."""
-    return ranks > 1 or (word != AUTO and SCHEDULES[word].alone)
+    return ranks > 1 or (word != AUTO and SCHEDULES[word].pairs)
 
 
 def schedule_of(word: str, per_rank: int) -> tuple[str, int]:
@@ -325,18 +335,21 @@ def simulated(pipeline: Pipeline, micro_batches: int) -> list[tuple[int, Action]
     Raises:
         PlanError: ranks would wait for each other, or one computes something twice or not at all.
     """
-    orders = [pipeline.order(index, micro_batches) for index in range(pipeline.ranks)]
+    groups = [pipeline.groups(index, micro_batches) for index in range(pipeline.ranks)]
     last, done, run = len(pipeline.stages) - 1, set[Action](), list[tuple[int, Action]]()
-    pending = [list(order) for order in orders]
+    at_once = pipeline.overlap != NONE  # what both of a pair need is received before
+    pending = [list(own) if at_once else [(action,) for action in chain.from_iterable(own)] for own in groups]
     while any(pending):
-        ready = [index for index, left in enumerate(pending) if left and _needs(left[0], last) <= done]
+        ready = [
+            index for index, left in enumerate(pending) if left and all(_needs(each, last) <= done for each in left[0])
+        ]
         if not ready:
-            rule = f"ranks would wait for each other after {len(run)} of {sum(map(len, orders))} steps"
+            rule = f"ranks would wait for each other after {len(run)} of {sum(map(len, chain(*groups)))} steps"
             raise PlanError("pipeline.schedule", pipeline.schedule, rule, "Use 1f1b")
         for index in ready:
-            action = pending[index].pop(0)
-            done.add(action)
-            run.append((index, action))
+            actions = pending[index].pop(0)
+            done.update(actions)
+            run += [(index, action) for action in actions]
     wanted = 2 * len(pipeline.stages) * micro_batches
     if len(done) != wanted or len(run) != wanted:
         rule = f"has {len(run)} forwards and backwards, {wanted} are needed"

@@ -29,6 +29,8 @@ from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
     _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
 )
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.checkpoint import (
@@ -139,13 +141,13 @@ class _AtEnd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        torch.autograd.Variable._execution_engine.queue_callback(ctx.call)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(ctx.call)
         return None, *grads
 
 
 def at_end_of_backward(roots: Sequence[torch.Tensor], call: Callable[[], None]) -> list[torch.Tensor]:
     """Roots whose backward calls `call` when all gradients are there, before what others do at its end (FSDP2)."""
-    return list(_AtEnd.apply(call, *roots))
+    return list(_AtEnd.apply(call, *roots))  # type: ignore[no-untyped-call]
 
 
 def root_state(model: FSDPModule) -> tuple[Callable[[], Any], Callable[[Any], None]]:
@@ -166,6 +168,18 @@ def root_state(model: FSDPModule) -> tuple[Callable[[], Any], Callable[[Any], No
 def dispatch_modes() -> list[TorchDispatchMode]:
     """The modes of this thread, which another one does not have: the outermost first."""
     return list(_get_current_dispatch_mode_stack())
+
+
+@contextmanager
+def under_modes(modes: Sequence[TorchDispatchMode]) -> Iterator[None]:
+    """The modes of another thread, which they stay in, in this one."""
+    for mode in modes:
+        _push_mode(mode)
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            _pop_mode(getattr(mode, "_mode_key", None))
 
 
 def in_backward() -> bool:

@@ -2,7 +2,7 @@
 
 A pipeline runs the forward of one micro-batch beside the backward of another (moecompile.runtime.pipeline). Each has a
 thread, and only the thread with the baton runs. It hands the baton over where it would wait for what an exchange
-brings, so the order of exchanges follows from the program, not from time: ranks of a group begin them in the same order.
+brings, so the order of exchanges follows from the program, not from time: ranks of a group begin them in one order.
 
 What torch and moecompile keep for "the computation that runs" (random numbers, padding masks, what FSDP2's root is
 doing) is exchanged with the baton: see `Kept`.
@@ -96,20 +96,20 @@ class Baton:
             self._changed.notify_all()
 
 
-_now: Baton | None = None
+_shared: list[Baton] = []  # that of the pair that runs, if one does
 
 
 def landed(work: dist.Work | None) -> None:
     """Waits for an exchange that was begun; the other computation, if there is one, runs before."""
-    if _now is not None:
-        _now.hand_over()
+    for baton in _shared:
+        baton.hand_over()
     if work is not None:
         work.wait()
 
 
 def is_shared() -> bool:
     """Whether another computation runs beside this one, so that an exchange is begun before it is waited for."""
-    return _now is not None
+    return bool(_shared)
 
 
 def together(
@@ -122,8 +122,7 @@ def together(
     Raises:
         Exception: that of the one that failed first.
     """
-    global _now
-    baton = _now = Baton(kept)
+    baton = Baton(kept)
     errors: list[BaseException] = []
 
     def run(own: int, compute: Callable[[Baton], Any]) -> None:
@@ -135,13 +134,14 @@ def together(
         finally:
             baton.end(own, failed=bool(errors))
 
+    _shared.append(baton)
     try:
         beside = executor.submit(run, 1, second)
         run(0, first)
         beside.result()
         baton.restore(0)
     finally:
-        _now = None
+        _shared.clear()
     if errors:
         raise errors[0]
     return baton

@@ -24,8 +24,8 @@ from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import ExpertsSite, LayerPlan, MemoryEstimate, Plan
 from moecompile.planner.memory import ffn_numbers, memory_of_fullest_rank
 from moecompile.planner.params import CutFacts, ModelFacts, RunFacts, computed_per_token, layer_params
-from moecompile.schema import AdapterKind, Checkpointing, Config, PipelineConfig
-from moecompile.stages import Pipeline, Stage, has_stages, schedule_of, simulated
+from moecompile.schema import AdapterKind, Checkpointing, Compiled, Config, PipelineConfig
+from moecompile.stages import NONE, SCHEDULES, Pipeline, Stage, has_stages, schedule_of, simulated
 
 
 def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, config: Config) -> Pipeline | None:
@@ -63,15 +63,37 @@ def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts
     except ValueError as error:
         raise _refusal(mesh, f"the model cannot be cut before {cut.layers[places[0]]}: {error}") from error
     overlap = config.pipeline.overlap
+    if overlap != NONE:
+        _check_overlap(schedule, mesh, config)
     pipeline = Pipeline(schedule=schedule, ranks=mesh.pp, stages=stages, tied=cut.tied, overlap=overlap)
     micro_batches = max(1, config.data.global_batch_size // (config.data.micro_batch_size * mesh.num_batches))
-    _check_order(schedule, mesh.pp, number, micro_batches)
+    _check_order(schedule, mesh.pp, number, micro_batches, overlap)
     return pipeline
 
 
 @cache  # a search plans many layouts with the same stages
-def _check_order(schedule: str, ranks: int, stages: int, micro_batches: int) -> None:
-    simulated(Pipeline(schedule=schedule, ranks=ranks, stages=(Stage(units=()),) * stages), micro_batches)
+def _check_order(schedule: str, ranks: int, stages: int, micro_batches: int, overlap: str) -> None:
+    empty = (Stage(units=()),) * stages
+    simulated(Pipeline(schedule=schedule, ranks=ranks, stages=empty, overlap=overlap), micro_batches)
+
+
+def _check_overlap(schedule: str, mesh: MeshSpec, config: Config) -> None:
+    overlap = config.pipeline.overlap
+    if not SCHEDULES[schedule].pairs:
+        raise ConfigError(
+            "pipeline.overlap", overlap, f"pipeline.schedule={schedule} has no forward beside a backward",
+            "Use pipeline.schedule=dualpipev, or pipeline.overlap=none",
+        )  # fmt: skip
+    if mesh.ep == 1:
+        raise ConfigError(
+            "pipeline.overlap", overlap, "mesh.ep=1: there are no exchanges",
+            "Use mesh.ep=2 or more, or pipeline.overlap=none",
+        )  # fmt: skip
+    if config.trainer.compile is not Compiled.none:
+        raise ConfigError(
+            "pipeline.overlap", overlap, "a compiled region hands over in the middle of its code "
+            f"(trainer.compile={config.trainer.compile.value})", "Use trainer.compile=none, or pipeline.overlap=none",
+        )  # fmt: skip
 
 
 def _uncut(cut: CutFacts | None) -> str:

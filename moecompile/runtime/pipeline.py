@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -38,6 +38,7 @@ from moecompile.torch_private import (
     know_all_sharded,
     root_state,
     tree_leaves,
+    under_modes,
 )
 
 _DTYPES = (
@@ -224,8 +225,8 @@ class Steps:
 
     forward: runs a micro-batch, and returns its result on the last stage. objective: of that result. aux: takes the
     auxiliary losses of the forward of a stage and a micro-batch, which has just run. before: enters what belongs to a
-    micro-batch and a stage, in its forward and in its backward. weighed: is told a micro-batch, the weight of its auxiliary
-    losses, and the stage.
+    micro-batch and a stage, in its forward and in its backward. weighed: is told a micro-batch, the weight of its
+    auxiliary losses, and the stage.
     """
 
     forward: Callable[[int], Any]
@@ -233,6 +234,18 @@ class Steps:
     aux: Callable[[int, int], Tensor | None]
     before: Callable[[Action], AbstractContextManager[None]]
     weighed: Callable[[int, Tensor, int], None]
+
+
+@dataclass
+class _Step:
+    """A step, see `Stages.step`. left: backwards by stage. known: of `_known_received`. results: by micro-batch."""
+
+    keys: Sequence[Hashable]
+    steps: Steps
+    after_backward: Callable[[], None]
+    left: dict[int, int]
+    known: Mapping[tuple[int, int], Sequence[Hashable]]
+    results: dict[int, Any] = field(default_factory=dict)
 
 
 class _Beside:
@@ -246,7 +259,9 @@ class _Beside:
         self._executor: ThreadPoolExecutor | None = None
         self._kept = [Kept(torch.get_rng_state, torch.set_rng_state)]
         if device.type == "cuda":
-            self._kept.append(Kept(partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device)))
+            self._kept.append(
+                Kept(partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device))
+            )
         if (padding := padding_of(model)) is not None:
             self._kept.append(Kept(lambda: padding.now, partial(setattr, padding, "now")))
         if isinstance(model, FSDPModule):
@@ -260,10 +275,7 @@ class _Beside:
         modes = dispatch_modes()
 
         def in_thread(baton: Baton) -> None:
-            with ExitStack() as stack:
-                for mode in modes:
-                    stack.enter_context(mode)
-                stack.enter_context(torch.autocast(self.device.type, dtype, enabled=is_cast))
+            with under_modes(modes), torch.autocast(self.device.type, dtype, enabled=is_cast):
                 backward(baton)
 
         self.handed_over += together(lambda _: forward(), in_thread, self._executor, self._kept).handed_over
@@ -299,50 +311,29 @@ class Stages:
     def step(self, keys: Sequence[Hashable], steps: Steps, after_backward: Callable[[], None]) -> list[Any]:
         """One optimizer step over micro-batches with these keys; returns their results, on the last stage."""
         self._know_sharded()
-        results: list[Any] = [None] * len(keys)
-        known = self._known_received(len(keys))
-        left = {stage: len(keys) for stage in self.pipeline.stages_of(self.index)}
-        for stage in left:  # at the end of any backward, FSDP reshards what it may of the whole model
+        run = _Step(keys, steps, after_backward, dict.fromkeys(self.own, len(keys)), self._known_received(len(keys)))
+        for stage in self.own:  # at the end of any backward, FSDP reshards what it may of the whole model
             for module, _ in self._sharded(stage):
                 module.set_reshard_after_backward(not self.gathers_once, recurse=False)
-
-        def forward(action: Action) -> _Kept:
-            return self._receive_forward(action, keys[action.micro_batch])
-
-        def compute_forward(action: Action, kept: _Kept) -> None:
-            self._forward(action, kept, keys[action.micro_batch], steps)
-            self.wires.settle(*known.get((action.stage, action.micro_batch), ()))
-            if kept.computed is not None:
-                results[action.micro_batch] = kept.computed.result
-
-        @contextmanager
-        def backward(action: Action) -> Iterator[_Given]:
-            left[action.stage] -= 1
-            is_last, is_end = not left[action.stage], not any(left.values())
-            is_last_of_root = is_last and not any(left[stage] for stage in self.of_root)
-            with self._synced(action.stage, is_last=is_last, is_last_of_root=is_last_of_root, is_end=is_end):
-                yield self._receive_backward(action)
-            if not is_end:
-                after_backward()
-
-        for group in self.pipeline.groups(self.index, len(keys)):
-            if len(group) == 2 and self.pipeline.overlap == EXCHANGES:
-                ahead, back = group
-                with backward(back) as given:
-                    kept = forward(ahead)
+        for actions in self.pipeline.groups(self.index, len(keys)):
+            if len(actions) == 2 and self.pipeline.overlap == EXCHANGES:
+                ahead, back = actions
+                with self._backward_of(back, run) as given:
+                    kept = self._receive_forward(ahead, keys[ahead.micro_batch])
                     self._beside.run(
-                        partial(compute_forward, ahead, kept), partial(self._backward, back, given, steps)
-                    )  # fmt: skip
+                        partial(self._forward, ahead, kept, run), partial(self._backward, back, given, steps)
+                    )
                 continue
-            for action in group:
+            for action in actions:
                 if action.is_forward:
-                    compute_forward(action, forward(action))
+                    kept = self._receive_forward(action, keys[action.micro_batch])
+                    self._forward(action, kept, run)
                 else:
-                    with backward(action) as given:
+                    with self._backward_of(action, run) as given:
                         self._backward(action, given, steps)
         self.wires.finish()
         assert not self.kept
-        return results
+        return [run.results.get(number) for number in range(len(keys))]
 
     def _known_received(self, micro_batches: int) -> dict[tuple[int, int], list[Hashable]]:
         """Forward of a micro-batch in a stage of ours -> gradients that the stage before must have received by then.
@@ -365,8 +356,8 @@ class Stages:
         kept = self.kept[stage, number] = _Kept(received)
         return kept
 
-    def _forward(self, action: Action, kept: _Kept, key: Hashable, steps: Steps) -> None:
-        stage, number = action.stage, action.micro_batch
+    def _forward(self, action: Action, kept: _Kept, run: _Step) -> None:
+        stage, number, steps = action.stage, action.micro_batch, run.steps
         handed = [tensor.view_as(tensor) for tensor in kept.received]  # which a layer may write to, unlike a leaf
         with steps.before(action), self.passage.running(self.model, stage, handed):
             is_last = self.passage.is_last
@@ -380,18 +371,32 @@ class Stages:
                 kept.computed = steps.objective(output)
         kept.aux = steps.aux(stage, number)
         if kept.computed is None:
-            self.wires.send_live(kept.sent, stage + 1, key, (True, stage, number))
+            self.wires.send_live(kept.sent, stage + 1, run.keys[number], (True, stage, number))
+        else:
+            run.results[number] = kept.computed.result
+        self.wires.settle(*run.known.get((stage, number), ()))
+
+    @contextmanager
+    def _backward_of(self, action: Action, run: _Step) -> Iterator[_Given]:
+        """Around a backward: what it begins from, and how FSDP reduces and reshards."""
+        run.left[action.stage] -= 1
+        is_last, is_end = not run.left[action.stage], not any(run.left.values())
+        is_last_of_root = is_last and not any(run.left[stage] for stage in self.of_root)
+        with self._synced(action.stage, is_last=is_last, is_last_of_root=is_last_of_root, is_end=is_end):
+            yield self._receive_backward(action)
+        if not is_end:
+            run.after_backward()
 
     def _receive_backward(self, action: Action) -> _Given:
         stage, number = action.stage, action.micro_batch
         kept = self.kept.pop((stage, number))
         if kept.computed is not None:
             return _Given(kept, kept.computed.weight, [kept.computed.objective], [None])
-        outputs = [tensor for tensor in kept.sent if tensor.requires_grad]
+        outputs: list[Tensor] = [tensor for tensor in kept.sent if tensor.requires_grad]
         shapes: list[Shape] = [((), torch.float64, False), *((tuple(t.shape), t.dtype, True) for t in outputs)]
         weight, *grads = self.wires.receive(shapes, stage + 1, (False, stage + 1, number), is_forward=False)
         self.wires.settle((True, stage, number))
-        return _Given(kept, weight, outputs, grads)
+        return _Given(kept, weight, outputs, [*grads])
 
     def _backward(self, action: Action, given: _Given, steps: Steps, baton: Baton | None = None) -> None:
         stage, number, kept, weight = action.stage, action.micro_batch, given.kept, given.weight

@@ -283,8 +283,8 @@ class PipelineConfig:
     """Stages of a rank; with 2 or more, their forwards and backwards are interleaved, so ranks wait less and send more
     often. With `schedule=dualpipev` 2, also if it is left at 1."""
     overlap: str = field(default=NONE, metadata={"range": Words(OVERLAPS, "Use one of these")})
-    """`exchanges`: with `schedule=dualpipev`, the forward of one micro-batch computes while exchanges of the backward of
-    another one are on the wire, and the other way round; `none`: one after the other."""
+    """`exchanges`: with `schedule=dualpipev`, the forward of one micro-batch computes while exchanges of another's
+    backward are on the wire, and the other way round; `none`: one after the other."""
     layout: Optional[str] = None
     """Where the model is cut, in the words of Megatron-LM: `Et*3|(tt|)*2t*3L` (E embedding, t a layer, L the head, |
     between stages, *n times); null: so that the dearest stage is as cheap as possible."""

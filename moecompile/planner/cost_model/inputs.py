@@ -182,7 +182,8 @@ class Software:
     whether activation and quantization are fused into the experts' products. recompute: what backward computes again.
     comm_units: units that overlapped exchanges take from compute. row_bits: bits of a number on the wire in dispatch.
     wire_share: share of a machine's exchange bandwidth that this dispatcher reaches. in_flight, chunks: overlap of a
-    plan's own exchanges (seconds.py). grad_bits, moment_bits: of a gradient and of each of the optimizer's two moments.
+    plan's own exchanges (seconds.py). paired: share of a planned pipeline's forwards and backwards that run beside
+    another. grad_bits, moment_bits: of a gradient and of each of the optimizer's two moments.
     """
 
     bits: int = 16
@@ -197,6 +198,7 @@ class Software:
     wire_share: float = 1.0
     in_flight: str = "none"
     chunks: int = 1
+    paired: float = 0.0
     grad_bits: int = 32
     moment_bits: int = 32
 
@@ -384,7 +386,8 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
         recompute=REPEATED[checkpointing_of(config, plan)],
     )  # fmt: skip
     if plan.pipeline is not None:
-        software = replace(software, schedule=plan.pipeline.schedule)
+        paired = plan.pipeline.paired(layout.num_micro) if own else 0.0
+        software = replace(software, schedule=plan.pipeline.schedule, paired=paired)
     # The plan's nodes are its link domains: ranks of one node are connected by the fast links.
     machine = replace(machine_of(config.hardware), domain=mesh.ranks_per_node)
     if machine.host is not None:
