@@ -42,7 +42,7 @@ from moecompile.planner.search.run import Found
 from moecompile.report.console import path_text, path_width, plain_grid, plain_table
 from moecompile.report.text import bytes_text, count_text, fold_paths, plural, seconds_text, traffic_text
 from moecompile.schema import Config
-from moecompile.stages import Pipeline
+from moecompile.stages import NONE, Pipeline
 
 # -- a plan ------------------------------------------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ def _stages_table(plan: Plan, pipeline: Pipeline) -> Table:
 
 def _pipeline_text(plan: Plan, pipeline: Pipeline) -> str:
     """The schedule, what it costs, and the stages in Megatron's words."""
-    estimate, text = plan.estimate, pipeline.schedule
+    estimate, text = plan.estimate, pipeline.schedule + ", both of a pair at once" * (pipeline.overlap != NONE)
     if estimate is not None and estimate.assumes is not None:
         number = estimate.assumes.accumulation
         waits = pipeline.waits(number, 2 + bool(REPEATED[estimate.checkpointing]))

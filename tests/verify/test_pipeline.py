@@ -26,7 +26,7 @@ DEEPSEEK, LLAMA = ["recipe=deepseek_ep", FOUR], ["model=llama_nano", FOUR]  # it
 LOSSES = ["balance.losses.micro_batch=0.01", "balance.losses.sequence=0.01", "balance.losses.z=0.001"]
 FULL, KEPT = "trainer.checkpointing=full", "trainer.checkpointing=keep_exchanges"
 DRAWN = ["routing.workload=zipf", *LOSSES]  # choices are drawn, by layer and micro-batch
-V = "pipeline.schedule=dualpipev"
+V, PAIRS = "pipeline.schedule=dualpipev", "pipeline.overlap=exchanges"
 AUX = ["balance.losses.sequence=0.01", "balance.losses.z=0.001"]  # beside the bias
 EIGHT = "model.config.num_hidden_layers=8"
 CASES: dict[str, list[str]] = {
@@ -51,9 +51,11 @@ CASES: dict[str, list[str]] = {
     "bf16": [*DEEPSEEK, "trainer.precision=bf16_params", "trainer.reduce=each"],
     "there and back": [*DEEPSEEK, *AUX, V, "data.global_batch_size=32", KEPT],  # 8 micro-batches
     "there and back, tied, drawn, computed again": [*LLAMA, *DRAWN, V, FULL],  # fewer than fill the order
-    "there and back, reduced each time": [
-        *DEEPSEEK, V, "trainer.reduce=each", "trainer.gather=step", "dispatch.overlap=chunks", "dispatch.chunks=2",
+    "pairs, tied, drawn, computed again": [*LLAMA, *DRAWN, V, PAIRS, FULL, "data.global_batch_size=20"],
+    "pairs, reduced each time": [
+        *DEEPSEEK, V, PAIRS, "trainer.reduce=each", "trainer.gather=step", "dispatch.overlap=chunks", "dispatch.chunks=2",
     ],
+    "pairs of one rank": [*DEEPSEEK, *AUX, V, PAIRS, "mesh.pp=1", "trainer.gather=layer"],
     "there and back, tied, replicas, reduced each time": [
         *LLAMA, *LOSSES, V, "mesh.ep=1", "mesh.dp_replicate=2", "trainer.reduce=each", "data.global_batch_size=20",
     ],
@@ -84,8 +86,8 @@ def _routers_numbered_by_stage(patch: pytest.MonkeyPatch) -> None:
 def _key_of_the_next_micro_batch(patch: pytest.MonkeyPatch) -> None:
     before = stages.PipelineSteps._before
 
-    def entered(self: Any, number: int, is_forward: bool) -> AbstractContextManager[None]:
-        return before(self, number, is_forward) if is_forward else nullcontext()
+    def entered(self: Any, action: Any) -> AbstractContextManager[None]:
+        return before(self, action) if action.is_forward else nullcontext()
 
     patch.setattr(stages.PipelineSteps, "_before", entered)
 
@@ -147,11 +149,10 @@ def _weight_of_one(patch: pytest.MonkeyPatch) -> None:
     """Auxiliary losses of earlier stages count as of one token."""
     backward = pipeline.Stages._backward
 
-    def weighed(self: Any, stage: int, number: int, steps: Any) -> None:
-        kept = self.kept[stage, number]
-        if kept.aux is not None and kept.computed is None:
-            kept.aux = kept.aux / 7
-        backward(self, stage, number, steps)
+    def weighed(self: Any, action: Any, given: Any, *others: Any) -> None:
+        if given.kept.aux is not None and given.kept.computed is None:
+            given.kept.aux = given.kept.aux / 7
+        backward(self, action, given, *others)
 
     patch.setattr(pipeline.Stages, "_backward", weighed)
 
