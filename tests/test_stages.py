@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
+from torch.distributed.pipelining.schedules import ScheduleDualPipeV
 
 from moecompile import stages
-from moecompile.errors import PlanError
-from moecompile.stages import Action, Crossing, Pipeline, Stage, Unit, simulated, stage_of
+from moecompile.errors import ConfigError, PlanError
+from moecompile.stages import AUTO, Action, Crossing, Pipeline, Stage, Unit, schedule_of, simulated, stage_of
 
 
 def pipeline(ranks: int, per_rank: int = 1, schedule: str | None = None) -> Pipeline:
@@ -20,14 +23,25 @@ def pipeline(ranks: int, per_rank: int = 1, schedule: str | None = None) -> Pipe
         )
         for i in range(ranks * per_rank)
     )
-    return Pipeline(schedule=schedule or ("1f1b" if per_rank == 1 else "interleaved"), ranks=ranks, stages=made)
+    return Pipeline(schedule=schedule_of(schedule or AUTO, per_rank)[0], ranks=ranks, stages=made)
 
 
-@pytest.mark.parametrize(("ranks", "per_rank", "number"), list(product((2, 3, 4, 8), (1, 2, 3), (1, 2, 3, 4, 7, 16))))
-def test_every_order_runs_to_its_end(ranks: int, per_rank: int, number: int) -> None:
-    run = simulated(pipeline(ranks, per_rank), number)
+@pytest.mark.parametrize(
+    ("ranks", "per_rank", "number", "schedule"),
+    [
+        *product((2, 3, 4, 8), (1, 2, 3), (1, 2, 3, 4, 7, 16), (AUTO,)),
+        *product((2, 3, 4, 8), (2,), (1, 2, 3, 4, 7, 16, 19), ("dualpipev",)),
+    ],
+)
+def test_every_order_runs_to_its_end(ranks: int, per_rank: int, number: int, schedule: str) -> None:
+    of = pipeline(ranks, per_rank, schedule)
+    run = simulated(of, number)
     assert len(run) == len(set(run)) == 2 * ranks * per_rank * number
-    assert all(index == action.stage % ranks for index, action in run)
+    places = [*range(ranks), *reversed(range(ranks))] if schedule == "dualpipev" else [*range(ranks)] * per_rank
+    assert all(index == places[action.stage] for index, action in run)
+    assert [of.stages_of(i) for i in range(ranks)] == [
+        tuple(stage for stage, place in enumerate(places) if place == i) for i in range(ranks)
+    ]
     for stage in range(ranks * per_rank):  # each stage takes micro-batches in the order of one process
         forwards = [action.micro_batch for _, action in run if action.is_forward and action.stage == stage]
         backwards = [action.micro_batch for _, action in run if not action.is_forward and action.stage == stage]
@@ -45,6 +59,63 @@ def test_interleaved_keeps_what_its_order_says() -> None:
     assert sum(pipeline(4, 2).in_flight(0, 16)) == 2 * 4 + 3
 
 
+def test_dualpipev_is_in_the_order_of_torch_s() -> None:
+    """Whose weight gradients are split off: the rest is the same, and so are the pairs."""
+    for ranks in (2, 3, 4, 8):
+        for number, index in product((2 * ranks, 2 * ranks + 1, 5 * ranks), range(ranks)):
+            of = SimpleNamespace(pp_group_size=ranks, _n_microbatches=number)
+            theirs = [
+                tuple(
+                    Action(each.computation_type.name == "FORWARD", each.stage_index, each.microbatch_index)
+                    for each in action.sub_actions or (action,)
+                    if each.computation_type.name != "BACKWARD_WEIGHT"
+                )
+                for action in ScheduleDualPipeV._calculate_single_rank_operations(of, index)
+            ]
+            assert pipeline(ranks, 2, "dualpipev").groups(index, number) == [group for group in theirs if group]
+
+
+def test_ranks_of_dualpipev_keep_equally_much() -> None:
+    four = pipeline(4, 2, "dualpipev")
+    assert [four.in_flight(index, 16) for index in range(4)] == [(8, 1), (7, 2), (6, 3), (5, 4)]
+    assert [four.in_flight(index, 3) for index in range(4)] == [(3, 1), (3, 2), (3, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(("ranks", "per_rank"), [(2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (4, 3)])
+def test_how_long_ranks_wait(ranks: int, per_rank: int) -> None:
+    """What is in closed form, beside the order that is run."""
+    of = pipeline(ranks, per_rank)
+    for number, backward in product((2 * ranks, 5 * ranks), (1.0, 2.0, 3.0)):
+        wanted = stages.waits_of(of.schedule, ranks, per_rank, number, backward)
+        assert of.waits(number, backward) == pytest.approx(wanted) and wanted > 0
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_dualpipev_waits_as_its_order_says(ranks: int) -> None:
+    """By hand, of 2 P micro-batches and more: 2 (P - 1) backwards, less what the last rank begins alone."""
+    of = pipeline(ranks, 2, "dualpipev")
+    for number, backward in product((2 * ranks, 2 * ranks + 1, 5 * ranks), (1.0, 2.0, 3.0)):
+        wanted = (2 * (ranks - 1) * backward - min(1.0, backward - 1)) / (2 * (1 + backward))
+        assert of.waits(number, backward) == pytest.approx(wanted)
+        assert stages.waits_of("dualpipev", ranks, 2, number, backward) == pytest.approx(wanted)
+    assert of.waits(1, 2.0) == pytest.approx(ranks - 1)  # one micro-batch goes there and back
+
+
+def test_of_a_pair_neither_needs_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On its rank, and over others: with each pair the other way round the order runs to its end too."""
+    whole = stages.SCHEDULES["dualpipev"]
+    turned = replace(whole, order=lambda *of: [group[::-1] for group in whole.order(*of)])
+    for ranks, number in product((2, 4, 8), (1, 3, 5, 16, 19)):
+        of = pipeline(ranks, 2, "dualpipev")
+        pairs = [group for index in range(ranks) for group in of.groups(index, number) if len(group) > 1]
+        assert (number < 2 * ranks) or len(pairs) > number
+        for forward, backward in pairs:
+            assert forward.is_forward and not backward.is_forward and forward.stage != backward.stage
+        with monkeypatch.context() as patch:
+            patch.setitem(stages.SCHEDULES, "dualpipev", turned)
+            assert len(simulated(of, number)) == 4 * ranks * number
+
+
 def test_two_micro_batches_of_1f1b_in_full() -> None:
     two = pipeline(2)
     assert two.order(0, 2) == [Action(True, 0, 0), Action(True, 0, 1), Action(False, 0, 0), Action(False, 0, 1)]
@@ -52,18 +123,19 @@ def test_two_micro_batches_of_1f1b_in_full() -> None:
 
 
 def test_ranks_that_would_wait_for_each_other_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def backwards_first(index: int, ranks: int, per_rank: int, number: int) -> list[Action]:
+    def backwards_first(index: int, ranks: int, per_rank: int, number: int) -> stages.Groups:
         order = stages._one_forward_one_backward(index, ranks, per_rank, number)
-        return sorted(order, key=lambda action: action.is_forward)
+        return sorted(order, key=lambda group: group[0].is_forward)
 
-    monkeypatch.setitem(stages.SCHEDULES, "1f1b", backwards_first)
+    of = stages.SCHEDULES["1f1b"]
+    monkeypatch.setitem(stages.SCHEDULES, "1f1b", replace(of, order=backwards_first))
     with pytest.raises(PlanError, match="would wait for each other after 0 of 8 steps"):
         simulated(pipeline(2), 2)
 
 
 def test_an_order_that_leaves_something_out_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = stages.SCHEDULES["1f1b"]
-    monkeypatch.setitem(stages.SCHEDULES, "1f1b", lambda *of: whole(*of)[:-1])
+    monkeypatch.setitem(stages.SCHEDULES, "1f1b", replace(whole, order=lambda *of: whole.order(*of)[:-1]))
     with pytest.raises(PlanError, match="has 6 forwards and backwards, 8 are needed"):
         simulated(pipeline(2), 2)
 
@@ -77,8 +149,31 @@ def test_a_path_belongs_to_the_stage_of_its_unit() -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "per_rank", "schedule", "rule"),
-    [(2, 1, "gpipe", "must be 1f1b or interleaved"), (2, 2, "1f1b", "has 4 stages"), (2, 1, "interleaved", "has 2")],
-)
+    [
+        (2, 1, "gpipe", "must be 1f1b or interleaved or dualpipev"), (2, 2, "1f1b", "has 4 stages"),
+        (2, 1, "interleaved", "has 2"), (2, 3, "dualpipev", "has 6 stages"),
+    ],
+)  # fmt: skip
 def test_stages_that_do_not_fit_their_ranks(ranks: int, per_rank: int, schedule: str, rule: str) -> None:
     with pytest.raises(PlanError, match=rule):
-        pipeline(ranks, per_rank, schedule)
+        Pipeline(schedule=schedule, ranks=ranks, stages=pipeline(ranks, per_rank).stages)
+
+
+@pytest.mark.parametrize(
+    ("word", "per_rank", "found"),
+    [
+        (AUTO, 1, ("1f1b", 1)), (AUTO, 2, ("interleaved", 2)), ("1f1b", 1, ("1f1b", 1)),
+        ("interleaved", 4, ("interleaved", 4)), ("dualpipev", 1, ("dualpipev", 2)), ("dualpipev", 2, ("dualpipev", 2)),
+    ],
+)  # fmt: skip
+def test_the_schedule_of_a_config(word: str, per_rank: int, found: tuple[str, int]) -> None:
+    assert schedule_of(word, per_rank) == found
+
+
+@pytest.mark.parametrize(
+    ("word", "per_rank", "rule"),
+    [("1f1b", 2, "has 1. Use"), ("interleaved", 1, "has 2 or more. Use"), ("dualpipev", 3, "has 2. Use")],
+)
+def test_a_schedule_that_contradicts_the_stages_of_a_rank(word: str, per_rank: int, rule: str) -> None:
+    with pytest.raises(ConfigError, match=f"pipeline.stages_per_rank={per_rank}: pipeline.schedule={word} {rule}"):
+        schedule_of(word, per_rank)

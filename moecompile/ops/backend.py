@@ -24,6 +24,7 @@ from torch import Tensor
 
 from moecompile.errors import ConfigError, MoecompileError
 from moecompile.named_code import imported
+from moecompile.ops.baton import landed
 from moecompile.ops.exchange import group_of
 from moecompile.ops.expert_ffn import RaggedRows
 from moecompile.ops.traffic import traffic
@@ -348,6 +349,7 @@ class _Kept:
             result = next(self.replays)
         else:
             assert flight.wait is not None
+            landed(None)
             result = tuple(flight.wait())
         if self.keep is not None:
             self.keep(_unconnected(result))

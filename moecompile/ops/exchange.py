@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moecompile.errors import UnboundAxisError
 from moecompile.ops import sizes
+from moecompile.ops.baton import is_shared, landed
 from moecompile.ops.host import finish_read, start_read
 from moecompile.ops.traffic import traffic
 from moecompile.torch_private import all_gather_single, process_group_by_name
@@ -148,7 +149,7 @@ def reduce_scatter(rows: Tensor, axis: str) -> Tensor:
     group = group_of(axis)
     received = torch.empty_like(rows, memory_format=torch.contiguous_format)
     if rows.numel():
-        dist.all_to_all_single(received, rows.contiguous(), group=group)
+        landed(dist.all_to_all_single(received, rows.contiguous(), group=group, async_op=is_shared()))
     _count_blocks(axis, group, rows.numel() * rows.element_size() // group.size())
     blocks = received.view(group.size(), rows.shape[0] // group.size(), rows.shape[1])
     return blocks.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)
@@ -222,7 +223,7 @@ def _exchange_counts(counts: Tensor, axis: str) -> Tensor:
     group = group_of(axis)
     sent_rn = counts.reshape(group.size(), -1)
     recv_rn = torch.empty_like(sent_rn)
-    dist.all_to_all_single(recv_rn, sent_rn, group=group)
+    landed(dist.all_to_all_single(recv_rn, sent_rn, group=group, async_op=is_shared()))
     _count_blocks(axis, group, sent_rn.shape[1] * sent_rn.element_size())
     return recv_rn
 
@@ -231,7 +232,7 @@ def gather_blocks(block: Tensor, axis: str) -> Tensor:
     group = group_of(axis)
     out = block.new_empty(group.size() * block.shape[0], block.shape[1])
     if block.numel():  # all ranks agree on this, because blocks have equal sizes
-        all_gather_single(out, block.contiguous(), group)
+        landed(all_gather_single(out, block.contiguous(), group, async_op=is_shared()))
     _count_blocks(axis, group, block.numel() * block.element_size())
     return out
 
@@ -254,7 +255,8 @@ def splits(table_2rn: Tensor, column: int, reverse: bool) -> tuple[list[int], li
 def exchange_rows(rows: Tensor, input_splits: list[int], output_splits: list[int], axis: str) -> Tensor:
     group = group_of(axis)
     out = rows.new_empty(sum(output_splits), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), output_splits, input_splits, group=group)
+    sent = rows.contiguous()
+    landed(dist.all_to_all_single(out, sent, output_splits, input_splits, group=group, async_op=is_shared()))
     count_sent(axis, group, rows, input_splits)
     return out
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moecompile.errors import MoecompileError
 from moecompile.ops import sizes
+from moecompile.ops.baton import landed
 from moecompile.ops.exchange import bytes_of, count_sent, group_of, splits, unpack
 from moecompile.torch_private import ORDERED
 
@@ -172,6 +173,7 @@ def _land(ticket: int) -> Tensor:
         raise MoecompileError(
             f"exchange {abs(ticket)} is not in flight: each start has one wait, in the process that started it"
         )
-    out, _, work = _in_flight.pop(ticket)
-    work.wait()
+    out, rows, work = _in_flight.pop(ticket)
+    landed(work)
+    del rows
     return out

@@ -17,6 +17,7 @@ from moecompile.pipeline.facts import facts_of
 from moecompile.plan import ExpertsSite, Plan, PlannedSite
 from moecompile.planner import ModelFacts
 from moecompile.schema import Config, SiteKind, TaskName
+from moecompile.stages import has_stages
 
 
 def planning_facts(
@@ -36,7 +37,8 @@ def capture_planned(
     log.add("capture", {}, {}, f"{len(recording.graph.nodes)} functions recorded")
     kind = config.experts.sites if plan is None else _kind(plan, config)
     captured = capture_regions(recording, unproven, kind, _named(config, plan))
-    if (config.mesh.pp if plan is None else plan.mesh.pp) > 1 or config.task.name is TaskName.search:
+    staged = has_stages(config.mesh.pp, config.pipeline.schedule) if plan is None else plan.pipeline is not None
+    if staged or config.task.name is TaskName.search:
         captured.boundaries = Boundaries(recording)
     log.add("match", captured.regions, captured.regions, captured.summary)
     return captured

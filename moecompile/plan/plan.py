@@ -294,6 +294,14 @@ class Plan:
             del body["pipeline"], body["mesh"]["pp"]
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
+    def is_counted(self, rank: int) -> bool:
+        """Whether global `rank` is the one of those with the same tokens that counts them, in sums over all ranks.
+
+        Of stages the last one, which has the loss.
+        """
+        place = 0 if self.pipeline is None else self.pipeline.rank_with_loss
+        return self.mesh.counts_in_stage(rank) and self.mesh.index(rank, Part.LAYERS) == place
+
     def layer(self, fqn: str) -> LayerPlan:
         """The layer planned for the region `fqn`.
 

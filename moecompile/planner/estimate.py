@@ -91,7 +91,8 @@ def _stage_bytes(plan: Plan, run: RunFacts) -> int:
     """Bytes that the rank that sends the most sends to other stages in a step: forward, and the gradients back."""
     if plan.pipeline is None:
         return 0
-    received, pipeline = dict(crossings_of(plan.pipeline)), plan.pipeline
+    pipeline = plan.pipeline
+    received = {cut: numbers for cut, numbers in crossings_of(pipeline) if not pipeline.is_local(cut)}
     numbers = [
         sum(received.get(stage + 1, 0.0) + received.get(stage, 0.0) for stage in pipeline.stages_of(index))
         for index in range(pipeline.ranks)

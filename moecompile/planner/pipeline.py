@@ -24,8 +24,8 @@ from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import ExpertsSite, LayerPlan, MemoryEstimate, Plan
 from moecompile.planner.memory import ffn_numbers, memory_of_fullest_rank
 from moecompile.planner.params import CutFacts, ModelFacts, RunFacts, computed_per_token, layer_params
-from moecompile.schema import AdapterKind, Checkpointing, Config
-from moecompile.stages import Pipeline, Stage, simulated
+from moecompile.schema import AdapterKind, Checkpointing, Compiled, Config, PipelineConfig
+from moecompile.stages import NONE, SCHEDULES, Pipeline, Stage, has_stages, schedule_of, simulated
 
 
 def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, config: Config) -> Pipeline | None:
@@ -34,22 +34,24 @@ def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts
     Raises:
         ConfigError: the model cannot be cut, or something that is configured is not possible with stages.
     """
-    if mesh.pp == 1:
-        if config.pipeline.stages_per_rank != 1 or config.pipeline.layout is not None:
-            key = "stages_per_rank" if config.pipeline.stages_per_rank != 1 else "layout"
+    if not has_stages(mesh.pp, config.pipeline.schedule):
+        of, none = config.pipeline, PipelineConfig()
+        if of != none:
+            key = next(key for key, value in vars(none).items() if getattr(of, key) != value)
             raise ConfigError(
-                f"pipeline.{key}", getattr(config.pipeline, key), "there is no pipeline, because mesh.pp=1",
-                f"Use mesh.pp=2 or more, or leave pipeline.{key} out",
+                f"pipeline.{key}", getattr(of, key), "there is no pipeline, because mesh.pp=1",
+                "Use mesh.pp=2 or more, or leave it out",
             )  # fmt: skip
         return None
     _check_supported(mesh, config)
-    cut, number = facts.cut, mesh.pp * config.pipeline.stages_per_rank
+    schedule, per_rank = schedule_of(config.pipeline.schedule, config.pipeline.stages_per_rank)
+    cut, number = facts.cut, mesh.pp * per_rank
     if cut is None or cut.refused:
         raise _refusal(mesh, _uncut(cut))
     if number > len(cut.layers):
         raise ConfigError(
             "mesh.pp", mesh.pp, f"{number} stages need as many layers, and the model has {len(cut.layers)}",
-            f"Use at most {len(cut.layers) // config.pipeline.stages_per_rank}",
+            f"Use at most {len(cut.layers) // per_rank}",
         )  # fmt: skip
     if config.pipeline.layout is None:
         counts = balanced(costs(layers, cut.units, cut.layers), number)
@@ -60,16 +62,38 @@ def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts
         stages = cut.stages(tuple(cut.layers[place] for place in places))
     except ValueError as error:
         raise _refusal(mesh, f"the model cannot be cut before {cut.layers[places[0]]}: {error}") from error
-    schedule = "1f1b" if config.pipeline.stages_per_rank == 1 else "interleaved"
-    pipeline = Pipeline(schedule=schedule, ranks=mesh.pp, stages=stages, tied=cut.tied)
+    overlap = config.pipeline.overlap
+    if overlap != NONE:
+        _check_overlap(schedule, mesh, config)
+    pipeline = Pipeline(schedule=schedule, ranks=mesh.pp, stages=stages, tied=cut.tied, overlap=overlap)
     micro_batches = max(1, config.data.global_batch_size // (config.data.micro_batch_size * mesh.num_batches))
-    _check_order(schedule, mesh.pp, number, micro_batches)
+    _check_order(schedule, mesh.pp, number, micro_batches, overlap)
     return pipeline
 
 
 @cache  # a search plans many layouts with the same stages
-def _check_order(schedule: str, ranks: int, stages: int, micro_batches: int) -> None:
-    simulated(Pipeline(schedule=schedule, ranks=ranks, stages=(Stage(units=()),) * stages), micro_batches)
+def _check_order(schedule: str, ranks: int, stages: int, micro_batches: int, overlap: str) -> None:
+    empty = (Stage(units=()),) * stages
+    simulated(Pipeline(schedule=schedule, ranks=ranks, stages=empty, overlap=overlap), micro_batches)
+
+
+def _check_overlap(schedule: str, mesh: MeshSpec, config: Config) -> None:
+    overlap = config.pipeline.overlap
+    if not SCHEDULES[schedule].pairs:
+        raise ConfigError(
+            "pipeline.overlap", overlap, f"pipeline.schedule={schedule} has no forward beside a backward",
+            "Use pipeline.schedule=dualpipev, or pipeline.overlap=none",
+        )  # fmt: skip
+    if mesh.ep == 1:
+        raise ConfigError(
+            "pipeline.overlap", overlap, "mesh.ep=1: there are no exchanges",
+            "Use mesh.ep=2 or more, or pipeline.overlap=none",
+        )  # fmt: skip
+    if config.trainer.compile is not Compiled.none:
+        raise ConfigError(
+            "pipeline.overlap", overlap, "a compiled region hands over in the middle of its code "
+            f"(trainer.compile={config.trainer.compile.value})", "Use trainer.compile=none, or pipeline.overlap=none",
+        )  # fmt: skip
 
 
 def _uncut(cut: CutFacts | None) -> str:
@@ -204,7 +228,7 @@ class OfRank:
     """What the ranks of one place along pp have: layers, the mesh of a stage, facts of its part of the model, the run.
 
     index: along pp; stages: its stages. tied: numbers of a weight that the first and the last stage both have, if this
-    is one of them.
+    is one of them and another rank the other. tied_here: of one that both have on this rank.
     """
 
     index: int
@@ -213,6 +237,12 @@ class OfRank:
     facts: ModelFacts
     stages: tuple[Stage, ...] = ()
     tied: int = 0
+    tied_here: int = 0
+
+    @property
+    def roots(self) -> int:
+        """How many of its stages have weights outside of layers."""
+        return sum(stage.has_root for stage in self.stages)
 
     def run(self, run: RunFacts, pipeline: Pipeline | None) -> RunFacts:
         """The run, with the micro-batches that are kept for backward."""
@@ -231,7 +261,7 @@ def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
         return [OfRank(index=0, layers=plan.layers, mesh=plan.mesh, facts=facts)]
     assert facts.cut is not None
     found: list[OfRank] = []
-    ends = (0, plan.pipeline.ranks - 1)
+    ends, tied = {0, plan.pipeline.rank_with_loss}, facts.vocab_size * facts.d_model * bool(plan.pipeline.tied)
     for index in range(plan.pipeline.ranks):
         stages = tuple(plan.pipeline.stages[i] for i in plan.pipeline.stages_of(index))
         is_last = stages[-1] is plan.pipeline.stages[-1]
@@ -245,7 +275,8 @@ def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
                     ffn_numbers=ffn_numbers(plan.layers),
                 ),
                 stages=stages,
-                tied=facts.vocab_size * facts.d_model if plan.pipeline.tied and index in ends else 0,
+                tied=tied if index in ends and len(ends) > 1 else 0,
+                tied_here=tied if ends == {index} else 0,
             )
         )
     return found

@@ -20,7 +20,7 @@ of all ranks, D the width of a row and b bytes of a number; with checkpointing=f
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moecompile.mesh import MeshSpec, Part, axes_that_split
@@ -77,11 +77,30 @@ def step_of_rank(plan: Plan, of: OfRank, run: RunFacts) -> list[Planned]:
     if plan.pipeline is None:
         return planned_step(plan, of.facts, run)
     stage = replace(plan, layers=of.layers, mesh=of.mesh, pipeline=None)
-    found = [*planned_step(stage, of.facts, of.run(run, plan.pipeline)), *_messages(plan.pipeline, of.index, run)]
+    found = [*_of_ends(planned_step(stage, of.facts, of.run(run, plan.pipeline)), stage, of, run)]
+    found += _messages(plan.pipeline, of.index, run)
     if of.tied:  # whether both have a gradient, and its sum
         calls, bytes_ = 2 * len(plan.pipeline.tied), of.tied * of.facts.bytes_per_param / of.mesh.size(Part.STORED)
         found.append(Planned(kind=SUMMED, axis="tied", ranks=2, calls=calls, bytes=bytes_, few=FEW))
     return found
+
+
+def _of_ends(planned: Sequence[Planned], stage: Plan, of: OfRank, run: RunFacts) -> Iterator[Planned]:
+    """With weights of the root in two of its stages and reduce=each, it is reduced in both, and over replicas too."""
+    if of.roots < 2 or run.reduce != "each":
+        yield from planned
+        return
+    root = whole_params(stage.layers, stage.mesh, of.facts)[1] * FP32_BYTES
+    for each in planned:
+        if each.kind == REDUCED and each.axis != "edp":
+            assert each.calls is not None
+            tied = run.accumulation * of.tied_here * FP32_BYTES
+            yield replace(each, calls=each.calls + run.accumulation, bytes=each.bytes + tied)
+        elif each.kind == SUMMED and each.axis == "dp_replicate" and each.within == EXACT:  # of sharded weights
+            again = (run.accumulation - 1) * root + run.accumulation * of.tied_here * FP32_BYTES
+            yield replace(each, bytes=each.bytes + again / stage.mesh.size(Part.STORED))
+        else:
+            yield each
 
 
 def _messages(pipeline: Pipeline, index: int, run: RunFacts) -> Iterator[Planned]:
@@ -89,6 +108,8 @@ def _messages(pipeline: Pipeline, index: int, run: RunFacts) -> Iterator[Planned
     forth: list[tuple[int, float]] = [(0, 0.0)] * len(pipeline.stages)
     back = list(forth)
     for i, stage in enumerate(pipeline.stages[1:], 1):
+        if pipeline.is_local(i):
+            continue
         tensors = sum(len(crossing.places) for crossing in stage.receives)
         numbers = sum(crossing.numbers for crossing in stage.receives)
         bytes_ = run.accumulation * numbers * run.tokens_per_rank * run.compute_bytes

@@ -35,13 +35,14 @@ from moecompile.plan import (
 )
 from moecompile.planner.cost_model.forecast import COMMUNICATION, Forecast
 from moecompile.planner.cost_model.host import WAITING
+from moecompile.planner.cost_model.inputs import REPEATED
 from moecompile.planner.placement import PlacedLayer
 from moecompile.planner.search.found import Candidate
 from moecompile.planner.search.run import Found
 from moecompile.report.console import path_text, path_width, plain_grid, plain_table
 from moecompile.report.text import bytes_text, count_text, fold_paths, plural, seconds_text, traffic_text
 from moecompile.schema import Config
-from moecompile.stages import Pipeline
+from moecompile.stages import NONE, Pipeline
 
 # -- a plan ------------------------------------------------------------------------------------------------------------
 
@@ -209,7 +210,8 @@ def _stages_table(plan: Plan, pipeline: Pipeline) -> Table:
         received = [
             f"{crossing.numbers:,g} of {'.'.join(crossing.unit.split('.')[-2:])}" for crossing in stage.receives
         ]
-        kept = "" if assumes is None else str(pipeline.in_flight(index, assumes.accumulation)[number // pipeline.ranks])
+        place = pipeline.stages_of(index).index(number)
+        kept = "" if assumes is None else str(pipeline.in_flight(index, assumes.accumulation)[place])
         of_layers = f"{len(layers)}: {' to '.join(ends)}"
         cells = (str(number), ranks, of_layers, "\n".join(others) or "-", "\n".join(received) or "-", kept or "?")
         table.add_row(*map(Text, cells))
@@ -218,10 +220,10 @@ def _stages_table(plan: Plan, pipeline: Pipeline) -> Table:
 
 def _pipeline_text(plan: Plan, pipeline: Pipeline) -> str:
     """The schedule, what it costs, and the stages in Megatron's words."""
-    estimate, text = plan.estimate, pipeline.schedule
+    estimate, text = plan.estimate, pipeline.schedule + ", both of a pair at once" * (pipeline.overlap != NONE)
     if estimate is not None and estimate.assumes is not None:
         number = estimate.assumes.accumulation
-        waits = (pipeline.ranks - 1) / pipeline.per_rank
+        waits = pipeline.waits(number, 2 + bool(REPEATED[estimate.checkpointing]))
         sent, share = bytes_text(estimate.stage_bytes_per_step), waits / (number + waits)
         text += f": {number} micro-batches of a step through {len(pipeline.stages)} stages; a rank waits for "
         text += f"{share:.0%} of a step, and sends at most {sent} to other stages"

@@ -75,11 +75,6 @@ class Groups:
         """Whether this rank is the first one of `losses`."""
         return self.rank == self.mesh.group(Part.LAYERS, Part.BATCH, Part.SEQUENCE, rank=self.rank)[0]
 
-    @property
-    def is_counted(self) -> bool:
-        """Whether this rank counts its tokens in sums over `every`."""
-        return self.mesh.is_counted(self.rank)
-
 
 def _along(mesh: MeshSpec, device_type: str, *of: Part) -> ProcessGroup:
     """The ranks that differ from this one along the axes that split `of`."""

@@ -6,16 +6,19 @@ Algorithm, for each action of `Pipeline.order`:
   backward   receive the gradients of what was sent, and the weight of this micro-batch's auxiliary losses: one backward
              through outputs and auxiliary losses together; send the gradients of what was received.
 Exactly one forward a micro-batch and stage. A message is sent as soon as it is there, and never waited for before it is
-known to have arrived. Forward and backward messages, and those from the last rank back to the first, go through groups
-of their own, so that within a group all go one way, and ranks that follow a valid order never wait in a circle. Shapes
-are sent once for each shape of the inputs: they follow from it.
+known to have arrived. Forward and backward messages, and those over cuts after which the model goes on at an earlier
+rank, go through groups of their own, so that within a group all go one way, and ranks that follow a valid order never
+wait in a circle. Shapes are sent once for each shape of the inputs: they follow from it. What a rank hands over to
+itself is kept, not sent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,9 +28,18 @@ from torch.distributed.fsdp import FSDPModule
 
 from moecompile.errors import MoecompileError
 from moecompile.mesh import MeshSpec, Part
+from moecompile.nn.padding import padding_of
 from moecompile.nn.stages import Passage, StageEnded
-from moecompile.stages import Pipeline
-from moecompile.torch_private import tree_leaves
+from moecompile.ops.baton import Baton, Kept, together
+from moecompile.stages import EXCHANGES, Action, Pipeline
+from moecompile.torch_private import (
+    at_end_of_backward,
+    dispatch_modes,
+    know_all_sharded,
+    root_state,
+    tree_leaves,
+    under_modes,
+)
 
 _DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8,
@@ -56,7 +68,7 @@ class Wires:
     """Messages between this rank's stages and those before and after them.
 
     Args:
-        mesh, rank: this rank's place. groups: along pp, by (whether forward, whether from the last rank to the first).
+        mesh, rank: this rank's place. groups: along pp, by (whether forward, `Pipeline.goes_back` of the cut).
 
     Attributes:
         witness: is shown each message.
@@ -68,6 +80,7 @@ class Wires:
     ) -> None:  # fmt: skip
         self.ranks, self.pipeline, self.device = mesh.group(Part.LAYERS, rank=rank), pipeline, device
         self.groups = groups
+        self._handed: dict[tuple[bool, int, Hashable], list[Tensor]] = {}
         self._pending: dict[Hashable, list[tuple[Work, Tensor]]] = {}
         self._shapes: dict[tuple[int, Hashable], list[Shape]] = {}
         self.sent_bytes = 0
@@ -75,7 +88,11 @@ class Wires:
 
     def send(self, tensors: Iterable[Tensor], stage: int, message: Hashable = None, *, is_forward: bool) -> None:
         """Sends tensors to the rank of a stage, in order, without waiting. They are kept until `settle(message)`."""
-        group = self._group(stage if is_forward else stage + 1, is_forward=is_forward)
+        cut = stage if is_forward else stage + 1
+        if self.pipeline.is_local(cut):
+            self._handed[is_forward, cut, message] = [tensor.detach() for tensor in tensors]
+            return
+        group = self._group(cut, is_forward=is_forward)
         to = self.ranks[self.pipeline.rank_of(stage)]
         for tensor in tensors:
             whole = tensor.detach().contiguous()
@@ -87,7 +104,10 @@ class Wires:
         self, shapes: Sequence[Shape], stage: int, message: Hashable = None, *, is_forward: bool
     ) -> list[Tensor]:
         """Receives tensors from the rank of a stage, in order."""
-        group = self._group(stage + 1 if is_forward else stage, is_forward=is_forward)
+        cut = stage + 1 if is_forward else stage
+        if self.pipeline.is_local(cut):
+            return self._handed.pop((is_forward, cut, message))
+        group = self._group(cut, is_forward=is_forward)
         source = self.ranks[self.pipeline.rank_of(stage)]
         made = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype, _ in shapes]
         works = [self._seen(dist.irecv(_bytes(tensor), source, group=group), tensor, message) for tensor in made]
@@ -101,13 +121,13 @@ class Wires:
 
     def _group(self, cut: int, *, is_forward: bool) -> dist.ProcessGroup:
         """That of messages over the cut before a stage."""
-        return self.groups[is_forward, cut % self.pipeline.ranks == 0]
+        return self.groups[is_forward, self.pipeline.goes_back(cut)]
 
     def send_live(self, tensors: Sequence[Tensor], stage: int, key: Hashable, message: Hashable = None) -> None:
         """Sends what crosses the cut before a stage. key: of the inputs, from which shapes follow."""
         shapes = [(tuple(t.shape), t.dtype, t.requires_grad) for t in tensors]
         known = self._shapes.setdefault((stage, key), shapes)
-        if known is shapes:
+        if known is shapes and not self.pipeline.is_local(stage):
             if self.witness is not None:
                 self.witness.tells(stage, shapes)
             self.send([_header(shapes, self.device)], stage, message, is_forward=True)
@@ -190,20 +210,75 @@ class _Kept:
 
 
 @dataclass
+class _Given:
+    """What a backward begins from: the weight of its auxiliary losses, roots and their gradients."""
+
+    kept: _Kept
+    weight: Tensor
+    roots: list[Tensor]
+    grads: list[Tensor | None]
+
+
+@dataclass
 class Steps:
     """What the caller does in a step.
 
     forward: runs a micro-batch, and returns its result on the last stage. objective: of that result. aux: takes the
     auxiliary losses of the forward of a stage and a micro-batch, which has just run. before: enters what belongs to a
-    micro-batch, in its forward (True) and in its backward. weighed: is told a micro-batch, the weight of its auxiliary
-    losses, and the stage.
+    micro-batch and a stage, in its forward and in its backward. weighed: is told a micro-batch, the weight of its
+    auxiliary losses, and the stage.
     """
 
     forward: Callable[[int], Any]
     objective: Callable[[Any], Computed]
     aux: Callable[[int, int], Tensor | None]
-    before: Callable[[int, bool], AbstractContextManager[None]]
+    before: Callable[[Action], AbstractContextManager[None]]
     weighed: Callable[[int, Tensor, int], None]
+
+
+@dataclass
+class _Step:
+    """A step, see `Stages.step`. left: backwards by stage. known: of `_known_received`. results: by micro-batch."""
+
+    keys: Sequence[Hashable]
+    steps: Steps
+    after_backward: Callable[[], None]
+    left: dict[int, int]
+    known: Mapping[tuple[int, int], Sequence[Hashable]]
+    results: dict[int, Any] = field(default_factory=dict)
+
+
+class _Beside:
+    """Runs a forward beside a backward (moecompile.ops.baton).
+
+    Both have random numbers, padding masks and a state of FSDP's root of their own, and the settings of this thread.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.device, self.handed_over = device, 0
+        self._executor: ThreadPoolExecutor | None = None
+        self._kept = [Kept(torch.get_rng_state, torch.set_rng_state)]
+        if device.type == "cuda":
+            self._kept.append(
+                Kept(partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device))
+            )
+        if (padding := padding_of(model)) is not None:
+            self._kept.append(Kept(lambda: padding.now, partial(setattr, padding, "now")))
+        if isinstance(model, FSDPModule):
+            self._kept.append(Kept(*root_state(model)))
+
+    def run(self, forward: Callable[[], None], backward: Callable[[Baton], None]) -> None:
+        """Runs both, forward first."""
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="backward")
+        is_cast, dtype = torch.is_autocast_enabled(self.device.type), torch.get_autocast_dtype(self.device.type)
+        modes = dispatch_modes()
+
+        def in_thread(baton: Baton) -> None:
+            with under_modes(modes), torch.autocast(self.device.type, dtype, enabled=is_cast):
+                backward(baton)
+
+        self.handed_over += together(lambda _: forward(), in_thread, self._executor, self._kept).handed_over
 
 
 class Stages:
@@ -218,6 +293,9 @@ class Stages:
     ) -> None:
         self.model, self.passage, self.wires, self.index = model, passage, wires, index
         self.reduces_each, self.gathers_once = reduces_each, gathers_once
+        own = self.own = passage.pipeline.stages_of(index)
+        self._beside = _Beside(model, wires.device)
+        self.of_root = [stage for stage in own if passage.pipeline.stages[stage].has_root]
         self.kept: dict[tuple[int, int], _Kept] = {}
 
     @property
@@ -228,32 +306,34 @@ class Stages:
     @property
     def has_loss(self) -> bool:
         """Whether the last stage is on this rank."""
-        return self.index == self.pipeline.rank_of(len(self.pipeline.stages) - 1)
+        return self.index == self.pipeline.rank_with_loss
 
     def step(self, keys: Sequence[Hashable], steps: Steps, after_backward: Callable[[], None]) -> list[Any]:
         """One optimizer step over micro-batches with these keys; returns their results, on the last stage."""
-        results: list[Any] = [None] * len(keys)
-        order = self.pipeline.order(self.index, len(keys))
-        known = self._known_received(len(keys))
-        left = {stage: len(keys) for stage in self.pipeline.stages_of(self.index)}
-        for stage in left:  # at the end of any backward, FSDP reshards what it may of the whole model
+        self._know_sharded()
+        run = _Step(keys, steps, after_backward, dict.fromkeys(self.own, len(keys)), self._known_received(len(keys)))
+        for stage in self.own:  # at the end of any backward, FSDP reshards what it may of the whole model
             for module, _ in self._sharded(stage):
                 module.set_reshard_after_backward(not self.gathers_once, recurse=False)
-        for action in order:
-            if action.is_forward:
-                kept = self._forward(action.stage, action.micro_batch, keys[action.micro_batch], steps)
-                self.wires.settle(*known.get((action.stage, action.micro_batch), ()))
-                if kept.computed is not None:
-                    results[action.micro_batch] = kept.computed.result
+        for actions in self.pipeline.groups(self.index, len(keys)):
+            if len(actions) == 2 and self.pipeline.overlap == EXCHANGES:
+                ahead, back = actions
+                with self._backward_of(back, run) as given:
+                    kept = self._receive_forward(ahead, keys[ahead.micro_batch])
+                    self._beside.run(
+                        partial(self._forward, ahead, kept, run), partial(self._backward, back, given, steps)
+                    )
                 continue
-            left[action.stage] -= 1
-            with self._synced(action.stage, is_last=not left[action.stage], is_end=not any(left.values())):
-                self._backward(action.stage, action.micro_batch, steps)
-            if any(left.values()):
-                after_backward()
+            for action in actions:
+                if action.is_forward:
+                    kept = self._receive_forward(action, keys[action.micro_batch])
+                    self._forward(action, kept, run)
+                else:
+                    with self._backward_of(action, run) as given:
+                        self._backward(action, given, steps)
         self.wires.finish()
         assert not self.kept
-        return results
+        return [run.results.get(number) for number in range(len(keys))]
 
     def _known_received(self, micro_batches: int) -> dict[tuple[int, int], list[Hashable]]:
         """Forward of a micro-batch in a stage of ours -> gradients that the stage before must have received by then.
@@ -270,11 +350,16 @@ class Stages:
                     done.append((False, stage, action.micro_batch))
         return known
 
-    def _forward(self, stage: int, number: int, key: Hashable, steps: Steps) -> _Kept:
+    def _receive_forward(self, action: Action, key: Hashable) -> _Kept:
+        stage, number = action.stage, action.micro_batch
         received = self.wires.receive_live(stage, key, (True, stage - 1, number)) if stage else []
         kept = self.kept[stage, number] = _Kept(received)
-        handed = [tensor.view_as(tensor) for tensor in received]  # which a layer may write to, unlike a leaf
-        with steps.before(number, True), self.passage.running(self.model, stage, handed):
+        return kept
+
+    def _forward(self, action: Action, kept: _Kept, run: _Step) -> None:
+        stage, number, steps = action.stage, action.micro_batch, run.steps
+        handed = [tensor.view_as(tensor) for tensor in kept.received]  # which a layer may write to, unlike a leaf
+        with steps.before(action), self.passage.running(self.model, stage, handed):
             is_last = self.passage.is_last
             try:
                 output = steps.forward(number)
@@ -286,51 +371,96 @@ class Stages:
                 kept.computed = steps.objective(output)
         kept.aux = steps.aux(stage, number)
         if kept.computed is None:
-            self.wires.send_live(kept.sent, stage + 1, key, (True, stage, number))
-        return kept
-
-    def _backward(self, stage: int, number: int, steps: Steps) -> None:
-        kept = self.kept.pop((stage, number))
-        roots: list[Tensor]
-        grads: list[Tensor | None]
-        if kept.computed is not None:
-            weight, roots, grads = kept.computed.weight, [kept.computed.objective], [None]
+            self.wires.send_live(kept.sent, stage + 1, run.keys[number], (True, stage, number))
         else:
-            outputs = [tensor for tensor in kept.sent if tensor.requires_grad]
-            shapes: list[Shape] = [((), torch.float64, False), *((tuple(t.shape), t.dtype, True) for t in outputs)]
-            weight, *found = self.wires.receive(shapes, stage + 1, (False, stage + 1, number), is_forward=False)
-            self.wires.settle((True, stage, number))
-            roots, grads = outputs, [*found]
+            run.results[number] = kept.computed.result
+        self.wires.settle(*run.known.get((stage, number), ()))
+
+    @contextmanager
+    def _backward_of(self, action: Action, run: _Step) -> Iterator[_Given]:
+        """Around a backward: what it begins from, and how FSDP reduces and reshards."""
+        run.left[action.stage] -= 1
+        is_last, is_end = not run.left[action.stage], not any(run.left.values())
+        is_last_of_root = is_last and not any(run.left[stage] for stage in self.of_root)
+        with self._synced(action.stage, is_last=is_last, is_last_of_root=is_last_of_root, is_end=is_end):
+            yield self._receive_backward(action)
+        if not is_end:
+            run.after_backward()
+
+    def _receive_backward(self, action: Action) -> _Given:
+        stage, number = action.stage, action.micro_batch
+        kept = self.kept.pop((stage, number))
+        if kept.computed is not None:
+            return _Given(kept, kept.computed.weight, [kept.computed.objective], [None])
+        outputs: list[Tensor] = [tensor for tensor in kept.sent if tensor.requires_grad]
+        shapes: list[Shape] = [((), torch.float64, False), *((tuple(t.shape), t.dtype, True) for t in outputs)]
+        weight, *grads = self.wires.receive(shapes, stage + 1, (False, stage + 1, number), is_forward=False)
+        self.wires.settle((True, stage, number))
+        return _Given(kept, weight, outputs, [*grads])
+
+    def _backward(self, action: Action, given: _Given, steps: Steps, baton: Baton | None = None) -> None:
+        stage, number, kept, weight = action.stage, action.micro_batch, given.kept, given.weight
+        roots, grads = given.roots, given.grads
         if kept.aux is not None:
             roots, grads = [*roots, kept.aux], [*grads, weight.to(kept.aux)]
         steps.weighed(number, weight, stage)
-        with steps.before(number, False):
+        with steps.before(action):
             if pairs := [(root, grad) for root, grad in zip(roots, grads, strict=True) if root.requires_grad]:
-                torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])
+                roots = [root for root, _ in pairs]
+                if baton is not None:  # what FSDP does at the end of a backward is about the forward's weights too
+                    roots = at_end_of_backward(roots, baton.await_other)
+                torch.autograd.backward(roots, [grad for _, grad in pairs])
         if stage:
             leaves = [tensor for tensor in kept.received if tensor.requires_grad]
             back = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
             self.wires.send([weight.to(torch.float64), *back], stage - 1, (False, stage, number), is_forward=False)
 
     @contextmanager
-    def _synced(self, stage: int, *, is_last: bool, is_end: bool) -> Iterator[None]:
-        """FSDP reduces gradients in the last backward of a stage, those of the root in that of the stage that has its
-        weights: embedding, norm, head. The last backward of the rank reshards the root.
+    def _synced(self, stage: int, *, is_last: bool, is_last_of_root: bool, is_end: bool) -> Iterator[None]:
+        """FSDP reduces gradients in the last backward of a stage, those of the root in that of the stages that have its
+        weights: embedding, norm, head. The last backward of the rank reshards the root, and with `gathers_once` no
+        other; else those of the rank's first stage, which is the one that ends it.
+
+        Replicas' sums wait until then too. Those of a root of two stages do not if each backward reduces: FSDP would
+        add up what it keeps of different weights.
         """
-        units = self.pipeline.stages[stage].units
+        if isinstance(self.model, FSDPModule) and len(self.own) > 1:
+            self.model.set_modules_to_backward_prefetch(self._layers(stage)[-1:])
         for module, is_root in self._sharded(stage):
-            last = is_last and (not is_root or any(not unit.is_layer for unit in units))
+            last = is_last_of_root and stage in self.of_root if is_root else is_last
             module.set_requires_gradient_sync(last or self.reduces_each, recurse=False)
-            module.set_requires_all_reduce(last, recurse=False)
+            at_once = is_root and self.reduces_each and len(self.of_root) > 1
+            module.set_requires_all_reduce(last or at_once, recurse=False)
             ends = is_end if is_root else is_last
-            module.set_reshard_after_backward(ends or not self.gathers_once, recurse=False)
+            each = not self.gathers_once and (not is_root or stage == self.own[0])
+            module.set_reshard_after_backward(ends or each, recurse=False)
         yield
+
+    def _know_sharded(self) -> None:
+        """Before the first forward, in which the layers of one stage alone are there.
+
+        In backward FSDP gathers early what came before in forward: with several stages, the layer before in its own.
+        """
+        if not isinstance(self.model, FSDPModule):
+            return
+        know_all_sharded(self.model)
+        for stage in self.own if len(self.own) > 1 else ():
+            layers = self._layers(stage)
+            for before, layer in zip([*layers[:1], *layers], layers, strict=False):
+                layer.set_modules_to_backward_prefetch([before])
+
+    def _layers(self, stage: int) -> list[FSDPModule]:
+        return [module for module, is_root in self._sharded(stage) if not is_root]
+
+    def modules_of(self, stage: int) -> list[nn.Module]:
+        """The units of a stage of this rank."""
+        return [self.passage.present[unit.path] for unit in self.pipeline.stages[stage].units]
 
     def _sharded(self, stage: int) -> Iterator[tuple[FSDPModule, bool]]:
         if isinstance(self.model, FSDPModule):
             yield self.model, True
-        for unit in self.pipeline.stages[stage].units:
-            for module in self.passage.present[unit.path].modules():
+        for unit in self.modules_of(stage):
+            for module in unit.modules():
                 if isinstance(module, FSDPModule):
                     yield module, False
 
@@ -338,6 +468,7 @@ class Stages:
 
     def evaluate(self, key: Hashable, forward: Callable[[], Any]) -> Any:
         """One micro-batch through all stages of this rank; returns its result, on the last stage."""
+        self._know_sharded()
         result, key = None, ("without gradients", key)
         for stage in self.pipeline.stages_of(self.index):
             received = self.wires.receive_live(stage, key) if stage else []

@@ -397,7 +397,7 @@ class StepProfile(Callback):
             "times": {} if self._graphs is None else self._graphs.times,
             "traffic": self.meter.sent_per_step(rank),
             "untimed": _median(self._untimed[1:]),
-            "tokens": self._tokens if self.plan.mesh.is_counted(rank) else [],
+            "tokens": self._tokens if self.plan.is_counted(rank) else [],
             "ids": self._ids,
         }
         everyone: list[Any] = [None] * trainer.world_size if rank == 0 else []

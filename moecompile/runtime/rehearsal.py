@@ -36,11 +36,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moecompile.mesh import MeshSpec
+from moecompile.ops.baton import landed
 from moecompile.ops.exchange import group_of
 from moecompile.ops.sizes import Load, under
 from moecompile.passes.base import on_an_axis
 from moecompile.pipeline import plan_of
-from moecompile.plan import EXCHANGE_OPS, EXCHANGES, Plan
+from moecompile.plan import EXCHANGE_OPS, EXCHANGES, WAIT_OPS, Plan
 from moecompile.planner.traffic import assignments, rows_given
 from moecompile.runtime.messages import MESSAGES
 from moecompile.runtime.module import LanguageModule
@@ -65,6 +66,7 @@ from moecompile.torch_private import (
 # Of the ops of moecompile with an axis, those that communicate; beside the exchanges, with one argument that travels.
 _SENDING = (*EXCHANGE_OPS, "gradient_start", "join_tokens", "gather_slices", "sum_ranks", "join_columns",
             "exchange_dims", "join_positions")  # fmt: skip
+_LANDING = (*EXCHANGES, *WAIT_OPS, "gradient_wait")  # wait for what was sent
 _INPUTS = {name + end: row.inputs for name, row in EXCHANGES.items() for end in ("", "_start")}
 _GIVEN = ("input", "inputs", "input_tensor", "input_tensors", "tensors")  # arguments of c10d that this rank gives
 _SILENT = ("barrier",)
@@ -372,7 +374,10 @@ class Fake(Watch):
         if func is torch.ops.aten.nonzero.default:
             return args[0].new_empty((0, args[0].ndim), dtype=torch.int64)
         if not scalar_of(func):
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if func.namespace == "moecompile" and func._opname in _LANDING:
+                landed(None)
+            return result
         dtype = args[0].dtype
         return 1.0 if dtype.is_floating_point else False if dtype is torch.bool else 0
 

@@ -34,7 +34,7 @@ from moecompile.passes.same_weights import tensor_hash
 from moecompile.plan import Plan
 from moecompile.runtime.groups import Groups, along
 from moecompile.runtime.pipeline import Computed, Stages, Steps, Wires, key_of
-from moecompile.stages import stage_of
+from moecompile.stages import Action, stage_of
 from moecompile.torch_private import local_part, parameters_of, tree_leaves, tree_map_only
 
 _ODD = 0x61C8864680B583EB
@@ -66,7 +66,9 @@ class Driver(Protocol):
     def _module_step(self, *args: Any, **kwargs: Any) -> Any: ...
     def _count_tokens(self, output: Any) -> None: ...
     def _complete_gradients(self) -> None: ...
-    def _random_numbers(self, place: int | None = None) -> AbstractContextManager[None]: ...
+    def _random_numbers(
+        self, place: int | None = None, modules: Sequence[nn.Module] = ()
+    ) -> AbstractContextManager[None]: ...
 
 
 def loss_kinds(model: nn.Module) -> list[str]:
@@ -90,10 +92,11 @@ def check_held(module: nn.Module, compiled: nn.Module) -> None:
 
 
 def _ways(plan: Plan, device_type: str) -> dict[tuple[bool, bool], dist.ProcessGroup]:
-    """The groups of messages; from the last rank to the first there are some only if a rank has several stages."""
-    assert plan.pipeline is not None
+    """The groups of messages, of the ways that cuts have."""
+    pipeline = plan.pipeline
+    assert pipeline is not None
     names = {(True, False): "forward", (False, False): "backward"}
-    if plan.pipeline.per_rank > 1:
+    if any(map(pipeline.goes_back, range(1, len(pipeline.stages)))):
         names |= {(True, True): "forward again", (False, True): "backward again"}
     return {way: along(plan.mesh, device_type, Part.LAYERS, purpose=name) for way, name in names.items()}
 
@@ -119,8 +122,7 @@ class PipelineSteps:
         self.stages = Stages(
             model, passage, wires, index, reduces_each=plan.reduce == "each", gathers_once=plan.gather == "step"
         )
-        assert strategy.groups.stages is not None
-        self.over = strategy.groups.stages
+        self.over = strategy.groups.stages or along(plan.mesh, device.type, Part.LAYERS, purpose="stages")
         self.tied = _TiedWeights(model, plan, device.type, strategy.global_rank)
         self.uncounted = self.tied.uncounted
         self.aux_tokens: Tensor | None = None
@@ -206,10 +208,10 @@ class PipelineSteps:
         self._logs.batch = args[0] if args else None
         return self.strategy._module_step(*args, **kwargs)
 
-    def _before(self, number: int, is_forward: bool) -> AbstractContextManager[None]:
-        """Random numbers of a micro-batch; those of layers that are computed again are drawn again."""
-        if is_forward or self.strategy.checkpointing != "none":
-            return self.strategy._random_numbers(number)
+    def _before(self, action: Action) -> AbstractContextManager[None]:
+        """Random numbers of a micro-batch, for its stage; those of layers that are computed again are drawn again."""
+        if action.is_forward or self.strategy.checkpointing != "none":
+            return self.strategy._random_numbers(action.micro_batch, self.stages.modules_of(action.stage))
         return nullcontext()
 
     def _objective(self, output: Any) -> Computed:
@@ -342,6 +344,8 @@ def _on_cpu(values: Any) -> Any:
 class _TiedWeights:
     """Weights that the first and the last stage both have: each has a part of the gradient, and they are summed.
 
+    None where both are on one rank: there it is one weight, whose gradient autograd sums.
+
     Attributes:
         uncounted: those of the last stage, which count on the first one.
     """
@@ -349,7 +353,7 @@ class _TiedWeights:
     def __init__(self, model: nn.Module, plan: Plan, device_type: str, rank: int) -> None:
         assert plan.pipeline is not None
         pairs = [mesh_group_ends(plan.mesh, each) for each in range(plan.mesh.world_size)]
-        tied, self.group = plan.pipeline.tied, None
+        tied, self.group = () if plan.pipeline.tied_to_itself else plan.pipeline.tied, None
         if tied:
             self.group = kept_groups.of_members(device_type, pairs, "tied")
         here = dict(model.named_parameters())

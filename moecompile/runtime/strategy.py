@@ -102,13 +102,17 @@ class GradAccumulation:
 
 
 @contextmanager
-def keyed_random_numbers(model: nn.Module, seed: int, step: int, number: int, device: torch.device) -> Iterator[None]:
+def keyed_random_numbers(
+    modules: Sequence[nn.Module], seed: int, step: int, number: int, device: torch.device
+) -> Iterator[None]:
     """Makes random numbers (routers, dropout) depend on the micro-batch's index in one process, not on the rank.
 
     Args:
-        step: optimizer step. number: index of the micro-batch in the step, in the order of one process.
+        modules: whose routers draw. step: optimizer step. number: index of the micro-batch in the step, in the order of
+            one process.
     """
-    set_random_key(model, seed, step, number)
+    for module in modules:
+        set_random_key(module, seed, step, number)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         seed_generators(((seed * _MIX + step) * _MIX + number) % 2**63)
         yield
@@ -181,6 +185,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._is_again = False  # whether a step is run again, to find the origin of a NaN
         self._is_last = False  # whether the current micro-batch is the last one of its window
         self._reduces_each, self._gathers_once = False, False  # as the plan says, after setup
+        self._is_counted = False
         self._stages: PipelineSteps | None = None  # with mesh.pp, after setup
 
     @property
@@ -217,6 +222,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._groups = Groups.of(plan.mesh, self.root_device.type)
             self._parallelize(compiled, plan, self._device_mesh)
             self._reduces_each, self._gathers_once = plan.reduce == "each", plan.gather == "step"
+            self._is_counted = plan.is_counted(self.global_rank)
             if self.materialize is not None:
                 self.materialize(self.root_device)
                 check_same_weights(self.model, self._groups.stage)  # the replicated ones
@@ -584,7 +590,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         kept = self._finish.kept(parameters) if self.loss == "sum" else []
         shared = kept if self._stages is None else []  # stages have different weights
         sums = torch.zeros(2 + len(shared), dtype=torch.int64, device=self.root_device)
-        sums[0] = tokens if self.groups.is_counted else 0
+        sums[0] = tokens if self._is_counted else 0
         if self.on_nan is not None:
             losses = self._window.is_finite
             sums[1] = ~(all_finite(parameters) & (True if losses is None else losses))
@@ -628,8 +634,13 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._is_again = False
         raise error_of(event, step + 1, self.world_size)
 
-    def _random_numbers(self, place: int | None = None) -> AbstractContextManager[None]:
-        """The context with the random numbers of the micro-batch that begins, or of that at `place` in its window."""
+    def _random_numbers(
+        self, place: int | None = None, modules: Sequence[nn.Module] = ()
+    ) -> AbstractContextManager[None]:
+        """The context with the random numbers of the micro-batch that begins, or of that at `place` in its window.
+
+        modules: whose routers draw; none: all.
+        """
         assert self.lightning_module is not None and self.model is not None
         trainer, begins = self.lightning_module.trainer, place is None
         place = self._window.num_micro_batches if place is None else place
@@ -638,7 +649,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         else:  # the module decides how many there are
             number = place * self.groups.num_batches + self.groups.batch_index
         self._window.num_micro_batches += begins
-        return keyed_random_numbers(self.model, self.seed, trainer.global_step, number, self.root_device)
+        drawing = modules or [self.model]
+        return keyed_random_numbers(drawing, self.seed, trainer.global_step, number, self.root_device)
 
 
 def _train_routing(model: nn.Module) -> None:

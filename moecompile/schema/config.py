@@ -60,6 +60,7 @@ from moecompile.schema.enums import (
     WidenTopK,
     WireDtype,
 )
+from moecompile.stages import AUTO, NONE, OVERLAPS, SCHEDULES
 
 # -- layers: experts, routing, balance, per_layer -------------------------------------------------------------------
 
@@ -275,9 +276,15 @@ class MeshConfig:
 class PipelineConfig:
     """`pipeline`: the stages into which `mesh.pp` cuts the model."""
 
+    schedule: str = field(default=AUTO, metadata={"range": Words((AUTO, *SCHEDULES), "Use one of these")})
+    """Which stages a rank has, and in which order it computes: `1f1b` one; `interleaved` 2 or more; `dualpipev` 2, one
+    from each end of the model, so that all ranks keep equally many micro-batches; `auto` 1f1b or interleaved."""
     stages_per_rank: int = number(1, Whole(1))
     """Stages of a rank; with 2 or more, their forwards and backwards are interleaved, so ranks wait less and send more
-    often."""
+    often. With `schedule=dualpipev` 2, also if it is left at 1."""
+    overlap: str = field(default=NONE, metadata={"range": Words(OVERLAPS, "Use one of these")})
+    """`exchanges`: with `schedule=dualpipev`, the forward of one micro-batch computes while exchanges of another's
+    backward are on the wire, and the other way round; `none`: one after the other."""
     layout: Optional[str] = None
     """Where the model is cut, in the words of Megatron-LM: `Et*3|(tt|)*2t*3L` (E embedding, t a layer, L the head, |
     between stages, *n times); null: so that the dearest stage is as cheap as possible."""

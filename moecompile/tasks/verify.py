@@ -16,6 +16,7 @@ from moecompile.errors import VerificationFailed
 from moecompile.mesh import Part
 from moecompile.rundir import output_dir
 from moecompile.schema import Config, DataKind, ModelDevice, MuonPrecision, accumulation_steps, mesh_spec
+from moecompile.stages import schedule_of
 from moecompile.tasks.launched import start_ranks
 
 CERTIFICATE = "certificate.json"
@@ -116,7 +117,7 @@ def _shrink_model(work: _Shrinking) -> None:
     heads = {model.config.get(name) for name in ("num_attention_heads", "num_key_value_heads")}
     as_many = {"num_key_value_heads": _LIMITS["num_attention_heads"]} if len(heads) == 1 else {}  # latent attention
     most_split = mesh_spec(config.mesh).size(Part.HEADS)
-    stages = config.mesh.pp * config.pipeline.stages_per_rank
+    stages = config.mesh.pp * schedule_of(config.pipeline.schedule, config.pipeline.stages_per_rank)[1]
     layers_too = {name: max(most, stages) for name, most in _LIMITS.items() if name.endswith("_layers")}
     for name, most in {**_LIMITS, **layers_too, **as_many}.items():
         most = max(most, most_split) if name.startswith("num_") and name.endswith("_heads") else most  # it divides them

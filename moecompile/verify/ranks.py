@@ -55,11 +55,11 @@ def run_ranks(model: nn.Module, plan: Plan, config: Config, data: TextData, run_
     replayed = [drawn_routes(model, config, batch, number) for batch, number in first]
     metrics = Metrics(1, config.trainer.max_steps)
     keys = [(config.seed, number) for number in numbers[:accumulate]]
-    recorder = _Recorder(metrics, batches[:accumulate], mesh, replayed, keys, Entries(model))
+    recorder = _Recorder(metrics, batches[:accumulate], plan, replayed, keys, Entries(model))
     trainer = make_trainer(config, plan, run_dir, [metrics, recorder])
     trainer.fit(module, _Batches(batches))
     trace, stages = recorder.trace, groups_of(trainer).stages
-    trace.inputs = _in_order([own_positions(model, batch["input_ids"]) for batch in batches], accumulate, mesh)
+    trace.inputs = _in_order([own_positions(model, batch["input_ids"]) for batch in batches], accumulate, plan)
     trace.weights = merged(_whole(model), stages)
     entries = tensors_of(model, trainer.optimizers)
     trace.saved = merged({name: full(tensor) for name, tensor in entries.items()}, stages)
@@ -109,11 +109,11 @@ class _Recorder(StepObserver):
     """
 
     def __init__(
-        self, metrics: Metrics, first: list[Batch], mesh: MeshSpec, replayed: list[dict[str, Tensor]],
+        self, metrics: Metrics, first: list[Batch], plan: Plan, replayed: list[dict[str, Tensor]],
         keys: list[tuple[int, int]], entries: Entries,
     ) -> None:  # fmt: skip
-        self.metrics, self.first, self.mesh, self.replayed, self.trace = metrics, first, mesh, replayed, Trace()
-        self.keys, self.entries = keys, entries
+        self.metrics, self.first, self.plan, self.replayed, self.trace = metrics, first, plan, replayed, Trace()
+        self.mesh, self.keys, self.entries = plan.mesh, keys, entries
         self._numbers: dict[str, Tensor] = {}
         self._micro_batch = ExitStack()
 
@@ -128,7 +128,7 @@ class _Recorder(StepObserver):
         ]
         nothing = torch.zeros(0)  # of earlier stages of a pipeline
         outputs = [nothing if output is None else output for output in outputs]
-        self.trace.outputs = _in_order(outputs, len(outputs), self.mesh)
+        self.trace.outputs = _in_order(outputs, len(outputs), self.plan)
 
     def micro_batch_started(self, module: LanguageModule, number: int) -> None:
         """Starts to record the routes of step 0, and to replay some."""
@@ -181,7 +181,7 @@ class _Recorder(StepObserver):
                     for ids_TK, batch in zip(chosen.get(name, ()), self.first, strict=False)
                 ]
                 ranks = [r for r, names in enumerate(held) if name in names and self.mesh.counts_in_stage(r)]
-                every = _in_order(whole, len(self.first), self.mesh, ranks)
+                every = _in_order(whole, len(self.first), self.plan, ranks)
                 if name in chosen or rank == 0:
                     chosen[name] = [ids_BSK.flatten(0, 1) for ids_BSK in every]
 
@@ -211,7 +211,7 @@ def _overwrite(entries: Iterable[Tensor]) -> None:
         local.fill_(float("nan") if local.is_floating_point() else -1)
 
 
-def _in_order(local: list[Tensor], per_step: int, mesh: MeshSpec, ranks: Sequence[int] | None = None) -> list[Tensor]:
+def _in_order(local: list[Tensor], per_step: int, plan: Plan, ranks: Sequence[int] | None = None) -> list[Tensor]:
     """On rank 0, the tensors (B, s, ...) of all ranks in the order of one process: by step, rank, position in the step.
 
     Of ranks that share tokens, those of the one that counts them; parts of the same sequences are joined. ranks: those
@@ -221,7 +221,8 @@ def _in_order(local: list[Tensor], per_step: int, mesh: MeshSpec, ranks: Sequenc
     dist.gather_object(local, gathered or None)
     if not gathered:
         return local
-    ranks = [rank for rank in range(mesh.world_size) if mesh.is_counted(rank)] if ranks is None else ranks
+    mesh = plan.mesh
+    ranks = [rank for rank in range(mesh.world_size) if plan.is_counted(rank)] if ranks is None else ranks
     parts = [gathered[rank] for rank in ranks]
     steps = range(0, len(parts[0]), per_step)
     of_batch = mesh.size(Part.SEQUENCE)

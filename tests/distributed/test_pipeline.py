@@ -58,6 +58,7 @@ MESHES = {  # ranks along pp -> settings; the others share experts
     4: ["mesh.ranks_per_node=4", "mesh.pp=4", "mesh.ep=1"],
 }
 INTERLEAVED = [*MESHES[2], "pipeline.stages_per_rank=2"]
+THERE_AND_BACK = [*MESHES[2], "pipeline.schedule=dualpipev"]
 
 
 class Layer(nn.Module):
@@ -166,15 +167,15 @@ def fit(mesh: list[str], **settings: Any) -> tuple[Trainer, Module]:
 
 
 def chain(folder: Path) -> list[dict[str, Tensor]]:
-    """Weights, moments and biases of a run, saved and loaded on 1, 2, 4 and again 1 ranks along pp."""
+    """Weights, moments and biases of a run, saved and loaded on 1, 2, 4, there and back on 2, and 1 ranks along pp."""
     trainer, module = fit(MESHES[1])
     entries, found = tensors_of(module.model, trainer.optimizers), []
     found.append({name: full(tensor) for name, tensor in entries.items()})
     trainer.save_checkpoint(folder / "0")
-    for i, ranks in enumerate((2, 4, 1)):
+    for i, mesh in enumerate((MESHES[2], MESHES[4], THERE_AND_BACK, MESHES[1])):
         strategy = moecompile.ExpertParallelStrategy()
         again = Trainer(strategy=strategy, devices=WORLD, max_steps=STEPS, accumulate_grad_batches=MICRO, **CPU)
-        module = Module(built(MESHES[ranks]), Found())
+        module = Module(built(mesh), Found())
         again.fit(module, loader(0), ckpt_path=folder / str(i))
         whole = {name: full(tensor) for name, tensor in tensors_of(module.model, again.optimizers).items()}
         found.append(merged(whole, groups_of(again).stages))
@@ -269,7 +270,7 @@ def kept_best(folder: Path) -> float:
 
 PLANNED = {
     "1f1b": [], "kept": ["trainer.checkpointing=keep_exchanges"], "full": ["trainer.checkpointing=full"],
-    "interleaved": ["pipeline.stages_per_rank=2"],
+    "interleaved": ["pipeline.stages_per_rank=2"], "there and back": ["pipeline.schedule=dualpipev"],
 }  # fmt: skip
 """Name -> settings of a run whose memory and messages are counted."""
 
@@ -314,8 +315,9 @@ def sizes(overrides: list[str], folder: Path) -> Sizes:
         trainer.fit(module, batches)
     peak = max(moment.peak for moment in watch.seen.moments if moment.name != STEP)
     wires = trainer.strategy._stages.stages.wires
-    sends_back = sum(stage > 0 for stage in plan.pipeline.stages_of(index))
-    sends_on = sum(stage < len(plan.pipeline.stages) - 1 for stage in plan.pipeline.stages_of(index))
+    cuts = {cut for cut in range(1, len(plan.pipeline.stages)) if not plan.pipeline.is_local(cut)}
+    sends_back = sum(stage in cuts for stage in plan.pipeline.stages_of(index))
+    sends_on = sum(stage + 1 in cuts for stage in plan.pipeline.stages_of(index))
     words = 8 * (number * sends_back + (3 + 8) * sends_on)  # weights of auxiliary losses, and shapes once
     return Sizes(memory.total - memory.optimizer, peak, wires.sent_bytes - words, estimate.stage_bytes_per_step, words)
 
@@ -324,6 +326,7 @@ def every(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     counted = {name: sizes(overrides, folder / name) for name, overrides in PLANNED.items()}
     cases: dict[str, Any] = {f"pp {ranks}": fit(mesh)[1].found for ranks, mesh in MESHES.items()}
     cases["interleaved"] = fit(INTERLEAVED)[1].found
+    cases["there and back"] = fit(THERE_AND_BACK)[1].found
     cases["computed again"] = fit(INTERLEAVED, checkpointing="full")[1].found
     best = kept_best(folder / "best")
     return {**cases, "sizes": counted, "chain": chain(folder), "draws": draws(), "best": best, "refusals": refusals()}
@@ -362,7 +365,7 @@ def alone(places: int) -> Found:
     return found
 
 
-CASES = {"pp 1": 4, "pp 2": 2, "pp 4": 1, "interleaved": 2, "computed again": 2}
+CASES = {"pp 1": 4, "pp 2": 2, "pp 4": 1, "interleaved": 2, "there and back": 2, "computed again": 2}
 """Name -> different micro-batches at a time."""
 
 

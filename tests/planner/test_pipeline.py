@@ -17,7 +17,8 @@ from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan
 from moecompile.planner.build_plan import draft_plan
 from moecompile.planner.cost_model.forecast import forecast_plan
-from moecompile.planner.pipeline import balanced, counts_of
+from moecompile.planner.params import model_params
+from moecompile.planner.pipeline import balanced, counts_of, ranks_of
 from moecompile.planner.search.axes import Axes, axes_of
 from moecompile.planner.search.found import Candidate, Rejected
 from moecompile.planner.search.run import Search, runnable
@@ -103,6 +104,12 @@ def test_more_micro_batches_are_kept_on_the_first_stage() -> None:
     [
         (["mesh=cpu_1x4", "pipeline.stages_per_rank=2"], "pipeline.stages_per_rank=2: there is no pipeline"),
         (["mesh=cpu_1x4", "pipeline.layout='EtL'"], "pipeline.layout=EtL: there is no pipeline"),
+        (["mesh=cpu_1x4", "pipeline.schedule=dualpipev"], "pipeline.schedule=dualpipev: there is no pipeline"),
+        (
+            [*TWO, "pipeline.schedule=1f1b", "pipeline.stages_per_rank=2"],
+            "pipeline.stages_per_rank=2: pipeline.schedule=1f1b has 1",
+        ),
+        (["mesh=cpu_1x4", "mesh.pp=4", "pipeline.schedule=dualpipev"], "mesh.pp=4: 8 stages need as many layers"),
         ([*TWO, "pipeline.stages_per_rank=4"], "mesh.pp=2: 8 stages need as many layers, and the model has 6"),
         ([*TWO, "mesh.tp=2"], "mesh.pp=2: stages and mesh.tp=2 are not possible together"),
         ([*TWO, "trainer.checkpointing=budget"], "trainer.checkpointing=budget: chooses for a whole model"),
@@ -144,15 +151,24 @@ def test_a_search_counts_stages_as_their_plan_does() -> None:
     """Seconds and both memories of layouts with one and several stages of a rank, some of them without MoE layers."""
     base = ["mesh=cpu_2x2", "experts.layers='3:'", "data.global_batch_size=24", "optimizer=muon"]
     axes, found = searched(*base, "search.axes=[ep,pp,stages,micro_batch,checkpointing]")
-    assert set(axes.sharing["pp"]) == {1, 2, 4} and tuple(axes.stages) == (1, 2, 4, 8)
+    assert set(axes.sharing["pp"]) == {1, 2, 4}
+    assert axes.stages == [("auto", 1), ("auto", 2), ("auto", 4), ("auto", 8), ("dualpipev", 1)]
     of: dict[tuple[object, ...], Candidate] = {}
     for each in found:
-        keys = ("mesh.pp", "pipeline.stages_per_rank", "trainer.checkpointing", "data.micro_batch_size")
+        keys = ("mesh.pp", "pipeline.stages_per_rank", "trainer.checkpointing", "data.micro_batch_size",
+                "pipeline.schedule")  # fmt: skip
         of.setdefault(tuple(each.settings.get(key) for key in keys), each)
     stages = {key: each for key, each in of.items() if key[0] != 1}
-    assert {key[:2] for key in stages} == {(2, None), (2, 2), (4, None)}  # six layers
+    assert {(*key[:2], key[4]) for key in stages} == {
+        (2, None, None),
+        (2, 2, None),
+        (4, None, None),
+        (2, None, "dualpipev"),
+    }  # six layers
+    there_and_back = [each for key, each in stages.items() if key[4]]
+    assert len(there_and_back) == 9  # micro-batches of 1, 2 and 4
     assert {key[2] for key in stages} == {"none", "full", "keep_exchanges"}
-    for each in list(stages.values())[::5]:
+    for each in (*list(stages.values())[::5], *there_and_back[::2]):
         made = plan(*base, *each.overrides.split())
         assert made.estimate is not None and made.pipeline is not None
         assert made.estimate.memory_bytes_per_rank.total == each.memory_bytes, each.overrides
@@ -181,8 +197,42 @@ def test_the_size_of_a_given_pipeline_is_kept() -> None:
     assert axes.kept["pp"] == "search.axes does not name it"
     assert {each.settings["mesh.ep"] for each in found} == {1, 2}
     assert {each.settings.get("pipeline.stages_per_rank", 1) for each in found} == {1, 2}
+    assert {each.settings.get("pipeline.schedule") for each in found} == {None, "dualpipev"}
+    axes, found = searched(
+        *TWO, "search.axes=[ep,stages]", "pipeline.schedule=interleaved", "pipeline.stages_per_rank=2"
+    )
+    assert axes.stages == [("interleaved", 2)] and len(found) == 2  # the number was given
     made = plan(*TWO, "mesh.ep=search")
     assert made.mesh.pp == 2 and made.estimate is not None
+
+
+def test_both_ends_of_a_model_that_goes_there_and_back_are_on_one_rank() -> None:
+    base = [*TWO, "pipeline.schedule=dualpipev", "model.config.num_hidden_layers=4", "trainer.checkpointing=none"]
+    made = plan(*base, "pipeline.layout='Et|t|t|tL'")
+    assert made.pipeline is not None and made.estimate is not None
+    assert made.pipeline.schedule == "dualpipev" and made.pipeline.layout == "Et|t|t|tL"
+    assert [made.is_counted(rank) for rank in range(4)] == [True, True, False, False]
+    assert [plan(*TWO).is_counted(rank) for rank in range(4)] == [False, False, True, True]
+    hidden, tokens = 128, 4 * 128  # two cuts of three are between ranks
+    assert made.estimate.stage_bytes_per_step == 2 * hidden * tokens * 4 * made.estimate.assumes.accumulation  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("schedule", "times"), [("dualpipev", 1), ("interleaved", 2)])
+def test_a_weight_of_both_ends_is_stored_once_on_one_rank(schedule: str, times: int) -> None:
+    chosen = compose_config([
+        "model=llama_nano", *TWO, f"pipeline.schedule={schedule}", "pipeline.stages_per_rank=2",
+        "model.config.num_hidden_layers=4",
+    ])  # fmt: skip
+    model = source_model(chosen)
+    sites, facts = planning_facts(model, chosen, example_inputs(model, chosen.data.seq_len))
+    made, facts = draft_plan(sites, chosen, facts)
+    of = ranks_of(made, facts)
+    tied = facts.vocab_size * facts.d_model
+    assert made.pipeline is not None and made.pipeline.tied and tied > 0
+    stored = sum(model_params(each.layers, each.facts).total for each in of)
+    assert stored == model_params(made.layers, facts).total + (times - 1) * tied
+    assert [each.tied for each in of] == [(times - 1) * tied] * 2
+    assert [each.tied_here for each in of] == [(2 - times) * tied, 0]
 
 
 def test_a_model_that_cannot_be_cut_is_refused_with_the_reason() -> None:

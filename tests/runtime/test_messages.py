@@ -8,26 +8,29 @@ from typing import Any
 import pytest
 
 from moecompile.runtime.messages import disagreements
-from moecompile.stages import Pipeline, Stage
+from moecompile.stages import AUTO, Pipeline, Stage, schedule_of
 
 Programs = dict[int, dict[str, list[Any]]]
 
 
-def pipeline(ranks: int, per_rank: int) -> Pipeline:
-    schedule = "1f1b" if per_rank == 1 else "interleaved"
+def pipeline(ranks: int, per_rank: int, schedule: str = AUTO) -> Pipeline:
+    schedule, _ = schedule_of(schedule, per_rank)
     return Pipeline(schedule=schedule, ranks=ranks, stages=(Stage(units=()),) * (ranks * per_rank))
 
 
-def programs(ranks: int, per_rank: int, micro_batches: int) -> Programs:
+def programs(ranks: int, per_rank: int, micro_batches: int, schedule: str = AUTO) -> Programs:
     """As runtime/pipeline.py has them; global rank 8 is at place 1."""
-    of = pipeline(ranks, per_rank)
+    of = pipeline(ranks, per_rank, schedule)
     found: Programs = {}
     for place in range(ranks):
         sent: list[Any] = [collective("allreduce", "all", ranks)]
         waits: list[list[int]] = []
 
         def message(op: str, stage: int, other: int, is_forward: bool, number: int) -> None:
-            again = min(stage, other) % ranks == ranks - 1
+            cut = max(stage, other)
+            if of.is_local(cut):
+                return
+            again = of.goes_back(cut)
             group = f"{'forward' if is_forward else 'backward'}{' again' * again}"
             peer = of.rank_of(other)
             source = stage if op == "send" else other
@@ -72,6 +75,12 @@ def collective(op: str, axis: str, together: int) -> dict[str, Any]:
 )
 def test_valid_orders_end(ranks: int, per_rank: int, micro_batches: int) -> None:
     assert disagreements(programs(ranks, per_rank, micro_batches)) == []
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_orders_there_and_back_end(ranks: int) -> None:
+    for micro_batches in (*range(1, 2 * ranks + 3), 5 * ranks):
+        assert disagreements(programs(ranks, 2, micro_batches, "dualpipev")) == [], micro_batches
 
 
 def without(program: dict[str, list[Any]], index: int) -> None:

@@ -33,6 +33,19 @@ CASES = {
         "trainer.gather=step", "trainer.checkpointing=full",
     ],
     "tied": ["model=llama_nano", "balance.losses.z=0.001", *TINY[2:], "mesh=cpu_1x4", *TWO, "trainer.gather=layer"],
+    "there and back": [
+        *TINY, *TWO, "model.config.num_hidden_layers=4", "pipeline.schedule=dualpipev", "trainer.reduce=each",
+        "trainer.gather=layer", "data.global_batch_size=32", "pipeline.overlap=exchanges",
+    ],
+    "there and back, tied": [
+        "model=llama_nano", "model.config.num_hidden_layers=4", "balance.losses.z=0.001", *TINY[2:], "mesh=cpu_1x4",
+        *TWO, "pipeline.schedule=dualpipev", "trainer.gather=step", "trainer.checkpointing=full",
+        "pipeline.overlap=exchanges",
+    ],
+    "there and back, four ranks": [
+        *TINY, "model.config.num_hidden_layers=8", "mesh.pp=4", "data.global_batch_size=40",
+        "pipeline.schedule=dualpipev",
+    ],
     "four stages": [*TINY, "model.config.num_hidden_layers=4", "mesh.pp=4", "data.global_batch_size=12"],
 }  # fmt: skip
 Results = dict[str, dict[int, dict[str, Any]]]

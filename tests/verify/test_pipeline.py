@@ -26,6 +26,9 @@ DEEPSEEK, LLAMA = ["recipe=deepseek_ep", FOUR], ["model=llama_nano", FOUR]  # it
 LOSSES = ["balance.losses.micro_batch=0.01", "balance.losses.sequence=0.01", "balance.losses.z=0.001"]
 FULL, KEPT = "trainer.checkpointing=full", "trainer.checkpointing=keep_exchanges"
 DRAWN = ["routing.workload=zipf", *LOSSES]  # choices are drawn, by layer and micro-batch
+V, PAIRS = "pipeline.schedule=dualpipev", "pipeline.overlap=exchanges"
+AUX = ["balance.losses.sequence=0.01", "balance.losses.z=0.001"]  # beside the bias
+EIGHT = "model.config.num_hidden_layers=8"
 CASES: dict[str, list[str]] = {
     "1f1b": DEEPSEEK,
     "interleaved, computed again": [*DEEPSEEK, "pipeline.stages_per_rank=2", FULL],
@@ -46,7 +49,23 @@ CASES: dict[str, list[str]] = {
     "chunks in flight": [*DEEPSEEK, "dispatch.overlap=chunks", "dispatch.chunks=2", KEPT],
     "lent": [*DEEPSEEK, "dispatch.balance=lend"],
     "bf16": [*DEEPSEEK, "trainer.precision=bf16_params", "trainer.reduce=each"],
-}
+    "there and back": [*DEEPSEEK, *AUX, V, "data.global_batch_size=32", KEPT],  # 8 micro-batches
+    "there and back, tied, drawn, computed again": [*LLAMA, *DRAWN, V, FULL],  # fewer than fill the order
+    "pairs, tied, drawn, computed again": [*LLAMA, *DRAWN, V, PAIRS, FULL, "data.global_batch_size=20"],
+    "pairs, reduced each time": [
+        *DEEPSEEK, V, PAIRS, "trainer.reduce=each", "trainer.gather=step", "dispatch.overlap=chunks", "dispatch.chunks=2",
+    ],
+    "pairs of one rank": [*DEEPSEEK, *AUX, V, PAIRS, "mesh.pp=1", "trainer.gather=layer"],
+    "there and back, tied, replicas, reduced each time": [
+        *LLAMA, *LOSSES, V, "mesh.ep=1", "mesh.dp_replicate=2", "trainer.reduce=each", "data.global_batch_size=20",
+    ],
+    "there and back, replicas, reduced each time": [
+        "recipe=qwen3_moe", FOUR, V, "mesh.ep=1", "mesh.dp_replicate=2", "trainer.reduce=each", "trainer.gather=layer",
+    ],
+    "there and back, four ranks, muon": [
+        "recipe=deepseek_ep", EIGHT, V, "mesh.pp=4", "optimizer=muon", "data.global_batch_size=20",
+    ],
+}  # fmt: skip
 PATCHED = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -67,8 +86,8 @@ def _routers_numbered_by_stage(patch: pytest.MonkeyPatch) -> None:
 def _key_of_the_next_micro_batch(patch: pytest.MonkeyPatch) -> None:
     before = stages.PipelineSteps._before
 
-    def entered(self: Any, number: int, is_forward: bool) -> AbstractContextManager[None]:
-        return before(self, number, is_forward) if is_forward else nullcontext()
+    def entered(self: Any, action: Any) -> AbstractContextManager[None]:
+        return before(self, action) if action.is_forward else nullcontext()
 
     patch.setattr(stages.PipelineSteps, "_before", entered)
 
@@ -130,13 +149,22 @@ def _weight_of_one(patch: pytest.MonkeyPatch) -> None:
     """Auxiliary losses of earlier stages count as of one token."""
     backward = pipeline.Stages._backward
 
-    def weighed(self: Any, stage: int, number: int, steps: Any) -> None:
-        kept = self.kept[stage, number]
-        if kept.aux is not None and kept.computed is None:
-            kept.aux = kept.aux / 7
-        backward(self, stage, number, steps)
+    def weighed(self: Any, action: Any, given: Any, *others: Any) -> None:
+        if given.kept.aux is not None and given.kept.computed is None:
+            given.kept.aux = given.kept.aux / 7
+        backward(self, action, given, *others)
 
     patch.setattr(pipeline.Stages, "_backward", weighed)
+
+
+def _root_reduced_when_the_last_stage_ends(patch: pytest.MonkeyPatch) -> None:
+    made = pipeline.Stages.__init__
+
+    def init(self: Any, *args: Any, **settings: Any) -> None:
+        made(self, *args, **settings)
+        self.of_root = self.of_root[-1:]
+
+    patch.setattr(pipeline.Stages, "__init__", init)
 
 
 MUTATIONS: dict[str, tuple[list[str], PATCHED, str]] = {
@@ -150,6 +178,9 @@ MUTATIONS: dict[str, tuple[list[str], PATCHED, str]] = {
     "a tied weight counts twice in the norm": (CASES["tied"], _tied_counted_twice, "gradient norm"),
     "a tied weight has one stage's part of its gradient": (CASES["tied"], _tied_not_summed, "gradients"),
     "a stage runs once more to learn shapes": (CASES["1f1b"], _one_more_forward, "loads"),
+    "embedding and head of one rank are reduced when the head's stage ends": (
+        CASES["there and back, tied, drawn, computed again"], _root_reduced_when_the_last_stage_ends, "gradients",
+    ),
     "a stage does not get what was sent": (CASES["1f1b"], _received_is_zero, "outputs"),
 }  # fmt: skip
 

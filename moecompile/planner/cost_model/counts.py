@@ -36,7 +36,8 @@ All of a GPU
 11. Layers are spread over the pp stages; what an average stage does in a micro-batch, and the whole output head, which
    is on the last stage alone.                                                                          -> `count`
 12. Bubble: micro-batches for which a stage is idle: (pp - 1) / vpp of 1F1B; of DualPipe (pp / 2 - 1) (F&B + B - 3 W)
-   with forward F, backward B = 2 F, weight gradients W = F, and 3 F a micro-batch (DeepSeek-V3 report, table 2).
+   with forward F, backward B = 2 F, weight gradients W = F, and 3 F a micro-batch (DeepSeek-V3 report, table 2); of a
+   pipeline that is planned, as its schedule says, with a backward of 2 F, and F more of layers that are computed again.
                                                                                                        -> `_bubble`
 
 Legend: t tokens, D model dim, F hidden numbers of an expert, E experts, K top-k.
@@ -51,6 +52,7 @@ from moecompile.plan import largest_shard
 from moecompile.planner.cost_model.inputs import Layout, Machine, Software
 from moecompile.planner.cost_model.shapes import Attention, Experts, Layer, ModelShape, Scan, layer_params
 from moecompile.planner.traffic import even_copies
+from moecompile.stages import SCHEDULES
 
 BF16, FP32 = 2, 4
 PASSES = 3  # forward, gradient of inputs, gradient of weights
@@ -440,7 +442,7 @@ def count(model: ModelShape, layout: Layout, machine: Machine, software: Softwar
         parallel=parallel_bytes(model, layout, machine, software),
         step=step_bytes(model, layout, machine),
         num_micro=layout.num_micro,
-        bubble=_bubble(layout, software),
+        bubble=_bubble(model, layout, software),
         stages=layout.pp,
         layers=sum(layer.count for layer in model.layers),
         sent_again=sent / max(1, experts),
@@ -448,9 +450,15 @@ def count(model: ModelShape, layout: Layout, machine: Machine, software: Softwar
     )
 
 
-def _bubble(layout: Layout, software: Software) -> float:
+def _bubble(model: ModelShape, layout: Layout, software: Software) -> float:
     if layout.pp == 1:
         return 0.0
+    if planned := SCHEDULES.get(software.schedule):
+        again = [
+            layer.count for layer in model.layers if of_layer(layer, software).repeats("full", "all_but_exchanges")
+        ]
+        backward = 2 + sum(again) / sum(layer.count for layer in model.layers)
+        return planned.waits(layout.pp, layout.vpp, layout.num_micro, backward)
     if software.schedule == "dualpipe":
         return (layout.pp / 2 - 1) * (3 + 2 - 3) / 3
     return (layout.pp - 1) / layout.vpp

@@ -31,12 +31,14 @@ from moecompile.schema import (
     StackConfig,
     is_described,
 )
+from moecompile.stages import SCHEDULES as RUN_SCHEDULES
 
 RECOMPUTED = (
     "full", "all_but_exchanges", "moe", "experts", "mlp", "attention", "mla_up_proj", "layernorm", "moe_act",
 )  # fmt: skip
 GRAPHED = ("attn", "mamba", "router", "preprocess", "dispatch", "experts", "dense", "all")
-SCHEDULES = ("onef1b", "dualpipe")
+DESCRIBED_SCHEDULE = "onef1b"
+SCHEDULES = (DESCRIBED_SCHEDULE, "dualpipe", *RUN_SCHEDULES)
 KINDS = tuple(kind.value for kind in DispatchKind if kind not in (DispatchKind.local, DispatchKind.auto))
 IN_FLIGHT = tuple(kind.value for kind in OverlapKind if kind is not OverlapKind.auto)
 DISPATCHERS = (*KINDS, "alltoall", "deepep", "hybridep")
@@ -175,18 +177,19 @@ class Software:
     """What the software of a run does; conf/stack has some.
 
     bits: of the products with weights (8: FP8, 4: FP4). dispatcher: the exchange. overlap: whether exchanges run beside
-    the compute of another micro-batch. schedule: `onef1b` or `dualpipe`. graph: parts of a layer whose launches a CUDA
-    graph replays (`attn`, `mamba`, `router`, `preprocess`, `experts`, or `all`). fused: whether activation and
-    quantization are fused into the experts' products. recompute: what backward computes again. comm_units: units that
-    overlapped exchanges take from compute. row_bits: bits of a number on the wire in dispatch. wire_share: share of a
-    machine's exchange bandwidth that this dispatcher reaches. in_flight, chunks: overlap of a plan's own exchanges
-    (seconds.py). grad_bits, moment_bits: of a gradient and of each of the optimizer's two moments.
+    the compute of another micro-batch. schedule: `onef1b` or `dualpipe`, or that of a planned pipeline. graph: parts of
+    a layer whose launches a CUDA graph replays (`attn`, `mamba`, `router`, `preprocess`, `experts`, or `all`). fused:
+    whether activation and quantization are fused into the experts' products. recompute: what backward computes again.
+    comm_units: units that overlapped exchanges take from compute. row_bits: bits of a number on the wire in dispatch.
+    wire_share: share of a machine's exchange bandwidth that this dispatcher reaches. in_flight, chunks: overlap of a
+    plan's own exchanges (seconds.py). paired: share of a planned pipeline's forwards and backwards that run beside
+    another. grad_bits, moment_bits: of a gradient and of each of the optimizer's two moments.
     """
 
     bits: int = 16
     dispatcher: str = "alltoall"
     overlap: bool = False
-    schedule: str = "onef1b"
+    schedule: str = DESCRIBED_SCHEDULE
     graph: tuple[str, ...] = ()
     fused: bool = False
     recompute: tuple[str, ...] = ()
@@ -195,6 +198,7 @@ class Software:
     wire_share: float = 1.0
     in_flight: str = "none"
     chunks: int = 1
+    paired: float = 0.0
     grad_bits: int = 32
     moment_bits: int = 32
 
@@ -382,7 +386,8 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
         recompute=REPEATED[checkpointing_of(config, plan)],
     )  # fmt: skip
     if plan.pipeline is not None:
-        software = replace(software, schedule=SCHEDULES[0])
+        paired = plan.pipeline.paired(layout.num_micro) if own else 0.0
+        software = replace(software, schedule=plan.pipeline.schedule, paired=paired)
     # The plan's nodes are its link domains: ranks of one node are connected by the fast links.
     machine = replace(machine_of(config.hardware), domain=mesh.ranks_per_node)
     if machine.host is not None:

@@ -132,11 +132,13 @@ def _wire_seconds(
     """
     exchange = load * machine.links.seconds(counts.wire.intra, counts.wire.inter) / software.wire_share
     exchange += machine.links.seconds(0, 0, counts.wire.messages * software.chunks)
+    lost = software.comm_units / machine.units * (1 - constants["exposed"])
+    beside = exchange * (constants["exposed"] + lost)  # the compute of another micro-batch
     if software.in_flight != "none":
         exchange = _in_flight(replace(times, wire=exchange), counts, software)
     elif software.overlap:
-        lost = software.comm_units / machine.units * (1 - constants["exposed"])
-        exchange *= constants["exposed"] + lost
+        exchange = beside
+    exchange += software.paired * (min(beside, exchange) - exchange)
     parallel = counts.parallel
     return {
         "exchange": exchange,

@@ -8,8 +8,9 @@
    those that fit, as its plan would (planner/schedule.py), unless the config says it. So it does with checkpointing,
    where that is kept and `auto`. Searched, it is a budget, which has all other ways in it: each layout computes again
    what makes it fit with the least time (planner/budget.py). Of a bare graph, and of a pipeline, all its layers alike.
-5. Stages are searched where the model can be cut and ranks do not share the cores of a CPU. A pipeline that is
-   searched has no tensor parallelism, and its weights have one copy, unless the config says how many (dp_replicate).
+5. Stages, and the schedule of the pipeline with them, are searched where the model can be cut and ranks do not share
+   the cores of a CPU. A pipeline that is searched has no tensor parallelism, and its weights have one copy, unless the
+   config says how many (dp_replicate).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from moecompile.planner.existing import asks_balance
 from moecompile.planner.params import ModelFacts
 from moecompile.planner.pipeline import no_stages
 from moecompile.schema import Baseline, Checkpointing, Config
+from moecompile.stages import AUTO, SCHEDULES, schedule_of
 
 _OF_MESH = tuple(axis.name for axis in sorted(MESH_AXES, key=lambda axis: axis.dense) if axis.searched)
 AXES = {
@@ -44,6 +46,7 @@ OVERLAPS = (("none", 1), ("shared", 1), ("chunks", 2), ("chunks", 4))
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 GRANULARITIES = (1, 2, 4, 8)
 STAGES_PER_RANK = (1, 2, 4, 8)
+_NO_STAGES = (AUTO, 1)
 MOST_STAGES = 64
 
 
@@ -51,13 +54,13 @@ MOST_STAGES = 64
 class Axes:
     """The searched values of each axis; an axis that is kept has its one value.
 
-    sharing: axis of the mesh whose ranks share a micro-batch -> its sizes. stages: of a rank of a pipeline. kept: axis
-    -> why, if it is kept.
+    sharing: axis of the mesh whose ranks share a micro-batch -> its sizes. stages: schedules of a pipeline, as the
+    config says them: (`pipeline.schedule`, `pipeline.stages_per_rank`). kept: axis -> why, if it is kept.
     """
 
     ep: Sequence[int]
     dp_replicate: Sequence[int]
-    stages: Sequence[int]
+    stages: Sequence[tuple[str, int]]
     sharing: Mapping[str, Sequence[int]]
     dispatch: Sequence[str]
     overlap: Sequence[tuple[str, int]]
@@ -68,13 +71,13 @@ class Axes:
     layout: bool
     kept: dict[str, str]
 
-    def meshes(self) -> Iterator[tuple[dict[str, int], int]]:
-        """Sizes of the axes of the mesh that change the plan of a layer, and stages of a rank."""
+    def meshes(self) -> Iterator[tuple[dict[str, int], tuple[str, int]]]:
+        """Sizes of the axes of the mesh that change the plan of a layer, and one of `stages`."""
         for *sizes, ep in product(*self.sharing.values(), self.ep):
             found = {"ep": ep, **dict(zip(self.sharing, sizes, strict=True))}
             if found["pp"] == 1:
-                if 1 in self.stages:  # else a number was given, which needs a pipeline
-                    yield found, 1
+                if _NO_STAGES in self.stages:  # else a schedule or a number was given, which needs a pipeline
+                    yield found, _NO_STAGES
             elif all(size == 1 for name, size in found.items() if name not in ("ep", "pp")) or "pp" in self.kept:
                 yield from ((found, stages) for stages in self.stages)
 
@@ -105,7 +108,7 @@ def axes_of(config: Config, layers: Sequence[LayerPlan], ep: int, facts: ModelFa
         ep=divisors(world) if "ep" in searched else [ep],
         dp_replicate=divisors(world) if "dp_replicate" in searched else [mesh.dp_replicate],
         sharing={name: sizes[name] if name in searched else [getattr(mesh, name)] for name in sharing},
-        stages=STAGES_PER_RANK if "stages" in searched else [config.pipeline.stages_per_rank],
+        stages=_schedules(config) if "stages" in searched else [_said(config)],
         dispatch=KINDS if "dispatch" in searched else [config.dispatch.kind.value],
         overlap=OVERLAPS if "overlap" in searched else [(now.overlap, now.chunks) if now else (overlap, 1)],
         micro_batch=sorted({*MICRO_BATCHES, data.micro_batch_size})
@@ -165,6 +168,20 @@ def _unchanged(name: str, config: Config, layers: Sequence[LayerPlan]) -> str | 
     if changing and (what := _over_micro_batch(config, layers)):
         others["micro_batch"] = f"{what} is over a micro-batch, so it {changing.format('training')}"
     return others.get(name)
+
+
+def _said(config: Config) -> tuple[str, int]:
+    return config.pipeline.schedule, config.pipeline.stages_per_rank
+
+
+def _schedules(config: Config) -> list[tuple[str, int]]:
+    """Numbers of stages of the schedule that the config says; else of `auto`, and the schedules that it never is."""
+    word = config.pipeline.schedule
+    if word != AUTO:
+        return [(word, n) for n in STAGES_PER_RANK if SCHEDULES[word].has(n)]
+    found = [(AUTO, n) for n in STAGES_PER_RANK]
+    others = SCHEDULES.keys() - {schedule_of(*each)[0] for each in found}
+    return [*found, *((name, 1) for name in SCHEDULES if name in others)]
 
 
 def _uncut(name: str, config: Config, facts: ModelFacts, kept: Mapping[str, str]) -> str | None:

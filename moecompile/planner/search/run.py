@@ -23,7 +23,7 @@ from moecompile.plan import BUDGET, FITS, IN_FLIGHT, LayerPlan, Plan, PlannedSit
 from moecompile.planner.budget import Budget, Within, budget_of, fastest, within
 from moecompile.planner.build_plan import GIB, draft_plan, run_facts
 from moecompile.planner.cost_model.forecast import expected_load, step_of
-from moecompile.planner.cost_model.inputs import REPEATED, Inputs, inputs_of
+from moecompile.planner.cost_model.inputs import DESCRIBED_SCHEDULE, REPEATED, Inputs, inputs_of
 from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
 from moecompile.planner.memory import (
     Activations,
@@ -41,6 +41,7 @@ from moecompile.planner.search.axes import KINDS, Axes, all_alike, axes_of
 from moecompile.planner.search.described import Described, Space, described, memory_of, settings_of, space_of
 from moecompile.planner.search.found import Candidate, Reason, Rejected, front, tight
 from moecompile.schema import Checkpointing, Config, DispatchBalance, DispatchKind, OverlapKind, WorkloadConfig
+from moecompile.stages import schedule_of
 
 # -- layouts that this package runs: plan, memory and seconds are those that task=plan gives ------------------------
 #
@@ -141,12 +142,14 @@ def _structures(search: Search, shapes: dict[object, ModelShape], rejected: Reje
             yield planned
 
 
-def _with(config: Config, sizes: Mapping[str, Any], *, granularity: int, max_nodes: int | None, stages: int) -> Config:
+def _with(
+    config: Config, sizes: Mapping[str, Any], *, granularity: int, max_nodes: int | None, stages: tuple[str, int]
+) -> Config:
     mesh = replace(config.mesh, **sizes, dp_replicate=1, dp_shard="auto")
     return replace(
         config, mesh=mesh, experts=replace(config.experts, granularity=granularity),
         routing=replace(config.routing, max_nodes=max_nodes), workload=as_run(config.workload),
-        pipeline=replace(config.pipeline, stages_per_rank=stages),
+        pipeline=replace(config.pipeline, schedule=stages[0], stages_per_rank=stages[1]),
     )  # fmt: skip
 
 
@@ -328,7 +331,7 @@ def _settings(
     settings: dict[str, object] = {
         "mesh.ep": mesh.ep, "mesh.dp_replicate": replicas,
         **{f"mesh.{name}": mesh.size(name) for name in search.axes.sharing},
-        "pipeline.stages_per_rank": config.pipeline.stages_per_rank,
+        "pipeline.schedule": config.pipeline.schedule, "pipeline.stages_per_rank": config.pipeline.stages_per_rank,
         "dispatch.kind": kinds.pop() if len(kinds) == 1 else config.dispatch.kind.value,
         "dispatch.overlap": overlap[0], "dispatch.chunks": overlap[1] if overlap[1] > 1 else "auto",
         "data.micro_batch_size": run.micro_batch_size, "trainer.checkpointing": run.checkpointing,
@@ -337,8 +340,9 @@ def _settings(
     settings = search.axes.chosen(settings)
     if "dispatch.overlap" not in settings or search.config.dispatch.chunks == settings["dispatch.chunks"]:
         settings.pop("dispatch.chunks", None)
-    if settings.get("pipeline.stages_per_rank") == search.config.pipeline.stages_per_rank:
-        del settings["pipeline.stages_per_rank"]
+    for name in ("schedule", "stages_per_rank"):
+        if settings.get(f"pipeline.{name}") == getattr(search.config.pipeline, name):
+            del settings[f"pipeline.{name}"]
     if search.config.mesh.dp_shard != "auto":
         settings["mesh.dp_shard"] = "auto"
     if batch != search.config.data.global_batch_size:
@@ -474,6 +478,8 @@ def _described(search: Search, plan: Plan, rejected: Rejected) -> Iterator[Candi
     space = _space(search, plan, inputs)
     if "overlap" not in axes.kept:
         inputs = replace(inputs, software=replace(inputs.software, in_flight="none", chunks=1))
+    if plan.pipeline is not None:
+        inputs = replace(inputs, software=replace(inputs.software, schedule=DESCRIBED_SCHEDULE))
     limit = config.hardware.memory_gib * GIB
     for each in described(inputs, space, limit, rejected):
         step = replace(inputs, layout=each.layout, software=each.software)
@@ -502,9 +508,14 @@ def _space(search: Search, plan: Plan, inputs: Inputs) -> Space:
         micro_batch=[n for n in axes.micro_batch if n <= 8 or len(axes.micro_batch) == 1],
         ran=[tp for tp in axes.sharing["tp"] if _splits(search, tp)],
         tp=[tp] if "tp" in said else space.tp, cp=[mesh.cp] if "cp" in said else space.cp, ran_cp=mesh.cp,
-        pp=[mesh.pp] if "pp" in said else space.pp, vpp=axes.stages if "pp" in said else (),
+        pp=[mesh.pp] if "pp" in said else space.pp, vpp=_numbers(axes) if "pp" in said else (),
         ran_pp=axes.sharing["pp"],
     )  # fmt: skip
+
+
+def _numbers(axes: Axes) -> list[int]:
+    """Stages of a rank."""
+    return list(dict.fromkeys(schedule_of(*each)[1] for each in axes.stages))
 
 
 def _said(search: Search) -> list[str]:
