@@ -3,13 +3,14 @@
 Algorithm, for a weight whose numbers or moments are narrower than fp32, a piece of its shard after another:
   1. The piece's moments become fp32, and its weights: their fp32 copies (`master`), or the weights cast.
   2. torch's own fused AdamW steps these numbers.
-  3. Moments are rounded: to the nearest bf16; or block by block to codes, by torchao. A code of a second moment is
-     never that of zero, which would divide by `eps` alone what a first moment still has.
+  3. Moments are rounded: to the nearest bf16; or block by block to codes (codes.py). A code of a second moment is never
+     that of zero, which would divide by `eps` alone what a first moment still has.
   4. Weights in bf16 are rounded: to the nearest number; or with `stochastic` up with the probability that makes it
      right on average. The random number is a hash of the weight's name, the number's place in the whole weight, and
      the step: the same on every mesh, and on every replica.
-What is fp32 in all is stepped in place, in one call. Nothing depends on how a weight is cut: a step of a shard is that
-part of the step of the whole weight, bit for bit.
+Weights that no mesh cuts, such as routers, have few numbers; their moments stay in their own dtype. What is fp32 in all
+is stepped in place, in one call. Nothing depends on how a weight is cut, but for rows that tp cuts to other blocks: a
+step of a shard is that part of the step of the whole weight, bit for bit.
 
 State of a weight, each entry cut as the weight is: `step`; `exp_avg` and `exp_avg_sq` (with Muon `momentum_buffer`), in
 codes with `NAME_scale`; `master`.
@@ -17,13 +18,11 @@ codes with `NAME_scale`; `master`.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, cast
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -35,29 +34,19 @@ from torch.optim.adamw import adamw
 from moecompile.errors import ConfigError
 from moecompile.nn.placement import Order, expert_orders, global_rows
 from moecompile.nn.stages import tied_names
+from moecompile.passes.shard import kept_whole
+from moecompile.runtime.codes import Coded, Tables, tables
 from moecompile.schema import MOMENTS, Bf16Weights, OptimizerConfig, StateKind, block_of, resolved
 from moecompile.torch_private import local_block, local_part
 
 SCALE, MASTER, STEP = "_scale", "master", "step"
 FIRST, SECOND, MOMENTUM = "exp_avg", "exp_avg_sq", "momentum_buffer"
+MOMENTS_OF = (FIRST, SECOND, MOMENTUM)
 _SIGNED = {FIRST: True, SECOND: False, MOMENTUM: True}
 _DTYPES = {StateKind.fp32: torch.float32, StateKind.bf16: torch.bfloat16, StateKind.int8: torch.uint8}
-_PIECE = 2**20
-"""Numbers of a piece: what is fp32 at a time, and some 50 bytes a number beside them for codes."""
-
-
-def check_codes(config: OptimizerConfig) -> None:
-    """Checks that what makes the moments is installed.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    package = None if config.state is StateKind.auto else MOMENTS[config.state].package
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise ConfigError(
-            "optimizer.state", config.state.value, "needs the package torchao, which makes its codes",
-            "pip install 'moecompile[int8]', or use optimizer.state=bf16",
-        )  # fmt: skip
+_PIECE = {"cpu": 2**18}
+_LONG_PIECE = 2**22
+"""Numbers of a piece: some 40 bytes a number are there for a moment. A CPU's fit its caches."""
 
 
 # -- one moment of one weight ---------------------------------------------------------------------------------------
@@ -65,25 +54,24 @@ def check_codes(config: OptimizerConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Moment:
-    """This rank's part of a moment, flat. scales: of its codes; None: it has no codes. wide: what it is read as."""
+    """This rank's part of a moment, flat. scales, tables: of its codes; None: it has none. wide: what it is read as."""
 
     name: str
     numbers: Tensor
     scales: Tensor | None
+    tables: Tables | None
     wide: torch.dtype
 
     def read(self, piece: slice) -> Tensor:
         """The numbers of a piece; if they are wide, they themselves."""
         if self.scales is None or not self.scales.numel():
             return self.numbers[piece].to(self.wide)
-        return cast(Tensor, self._codes(piece).dequantize()).to(self.wide)
+        return self._codes(piece).read().to(self.wide)
 
     def write(self, piece: slice, values: Tensor) -> None:
         """Rounds the values of a piece (step 3)."""
         if self.scales is not None and self.scales.numel():
-            self._codes(piece).copy_(values.float())
-            if not _SIGNED[self.name]:
-                self.numbers[piece].clamp_(min=1)
+            self._codes(piece).write(values.float())
         elif self.numbers.dtype != self.wide:
             self.numbers[piece].copy_(values)
 
@@ -97,31 +85,25 @@ class _Moment:
         for piece in self._all():
             self.write(piece, values.reshape(-1)[piece])
 
+    def take(self, other: _Moment, shape: torch.Size) -> None:
+        """Makes the numbers those of another moment."""
+        values = other.read_all(shape)
+        self.write_all(values)
+        if self.scales is None and self.numbers.dtype == self.wide:
+            self.numbers.copy_(values.view(-1))
+
     def _all(self) -> list[slice]:
         numbers = self.numbers.numel()
         if self.scales is None or not numbers:
             return [slice(0, numbers)]
-        return list(_pieces(numbers, numbers // self.scales.numel()))
+        return list(_pieces(self.numbers, numbers // self.scales.numel()))
 
-    def _codes(self, piece: slice) -> Any:
-        assert self.scales is not None
-        kind, block = _coded(), self.numbers.numel() // self.scales.numel()
-        signed, device = _SIGNED[self.name], self.numbers.device
-        table = kind.zeros((block,), signed, block, device).qmap
+    def _codes(self, piece: slice) -> Coded:
+        assert self.scales is not None and self.tables is not None
+        block = self.numbers.numel() // self.scales.numel()
         scales = self.scales[piece.start // block : piece.stop // block]
-        return kind(self.numbers[piece], scales, table, signed, torch.float32)
-
-
-def _coded() -> Any:
-    """torchao's tensor of codes. Its import looks for kernels of GPUs, and complains where there are none."""
-    logger = logging.getLogger("torchao")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        from torchao.optim.subclass_8bit import OptimState8bit
-    finally:
-        logger.setLevel(level)
-    return OptimState8bit
+        lowest = 0 if _SIGNED[self.name] else 1
+        return Coded(codes=self.numbers[piece], scales=scales, tables=self.tables, lowest=lowest)
 
 
 def _block(parameter: Tensor) -> int | None:
@@ -149,10 +131,10 @@ def _flat(tensor: Tensor) -> Tensor:
     return local_part(tensor).detach().view(-1)
 
 
-def _pieces(numbers: int, multiple: int) -> Iterator[slice]:
-    size = max(_PIECE // multiple, 1) * multiple
-    for start in range(0, numbers, size):
-        yield slice(start, min(start + size, numbers))
+def _pieces(numbers: Tensor, multiple: int) -> Iterator[slice]:
+    size = max(_PIECE.get(numbers.device.type, _LONG_PIECE) // multiple, 1) * multiple
+    for start in range(0, numbers.numel(), size):
+        yield slice(start, min(start + size, numbers.numel()))
 
 
 # -- how the optimizer of a model keeps them ------------------------------------------------------------------------
@@ -160,13 +142,18 @@ def _pieces(numbers: int, multiple: int) -> Iterator[slice]:
 
 @dataclass(frozen=True, kw_only=True)
 class Keeping:
-    """How moments and narrow weights are kept. places: of each weight, what its random numbers are made of: a number
-    for its name, and its order of experts.
+    """How moments and narrow weights are kept.
+
+    Args:
+        places: of each weight, what its random numbers are made of: a number for its name, and its order of experts.
+        whole: weights that no mesh cuts, which are few; their moments stay in their own dtype.
     """
 
     state: StateKind = StateKind.auto
     weights: Bf16Weights = Bf16Weights.nearest
-    places: Mapping[Tensor, tuple[int, Order | None]] = field(default_factory=dict)
+    places: Mapping[Any, tuple[int, Order | None]] = field(default_factory=dict)
+    whole: Collection[Tensor] = ()
+    _tables: dict[tuple[bool, torch.device], Tables] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def is_torchs(self) -> bool:
@@ -176,15 +163,22 @@ class Keeping:
     def kind(self, parameter: Tensor) -> StateKind | None:
         """The kind of a weight's moments; None: in its own dtype."""
         has_master = self.weights is Bf16Weights.master and parameter.dtype == torch.bfloat16
-        return resolved(self.state, 32 if has_master else 8 * parameter.element_size())
+        state = StateKind.auto if parameter in self.whole else self.state
+        return resolved(state, 32 if has_master else 8 * parameter.element_size())
 
     def moment_of(self, parameter: Tensor, name: str, state: Mapping[str, Any]) -> _Moment:
         """A weight's moment."""
         scales = state.get(name + SCALE)
         return _Moment(
             name=name, numbers=_flat(state[name]), scales=None if scales is None else _flat(scales),
+            tables=None if scales is None else self._tables_of(_SIGNED[name], parameter.device),
             wide=parameter.dtype if self.is_torchs else wide(parameter.dtype),
         )  # fmt: skip
+
+    def _tables_of(self, signed: bool, device: torch.device) -> Tables:
+        if (signed, device) not in self._tables:
+            self._tables[signed, device] = tables(signed, device)
+        return self._tables[signed, device]
 
     def add(self, state: dict[str, Any], parameter: Tensor, names: Sequence[str]) -> None:
         """Adds the moments of a weight, and its fp32 copy."""
@@ -202,7 +196,7 @@ class Keeping:
         if self.weights is Bf16Weights.master:
             state[MASTER] = parameter.detach().to(torch.float32)
 
-    def change(self, parameter: Tensor, state: Mapping[str, Any], by: Callable[[Tensor], None]) -> None:
+    def change(self, parameter: Tensor, state: dict[str, Any], by: Callable[[Tensor], None]) -> None:
         """Calls `by` with the numbers of a weight, which it changes in place, and rounds them."""
         weight = local_part(parameter).detach()
         if self.is_torchs:
@@ -216,7 +210,7 @@ class Keeping:
 
     def numbers(self, parameter: Tensor, state: Mapping[str, Any], piece: slice) -> Tensor:
         """What is stepped of a weight: fp32 or wider; itself, if it is."""
-        return _flat(state[MASTER] if MASTER in state else parameter)[piece].to(wide(parameter.dtype))
+        return _flat(state.get(MASTER, parameter))[piece].to(wide(parameter.dtype))
 
     def round(self, parameter: Tensor, values: Tensor, step: Tensor | None, piece: slice) -> None:
         """Writes the numbers of a piece that were stepped (step 4)."""
@@ -234,7 +228,7 @@ class Keeping:
     @torch.no_grad()
     def adamw(self, parameters: Sequence[nn.Parameter], states: Sequence[dict[str, Any]], group: Any) -> None:
         """One step of weights with gradients, whose state may be empty."""
-        given: tuple[list[Tensor], ...] = ([], [], [], [], [])
+        given: list[list[Tensor]] = [[], [], [], [], []]
         for parameter, state in zip(parameters, states, strict=True):
             if not state:
                 state[STEP] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -249,7 +243,7 @@ class Keeping:
                 continue
             self._in_pieces(parameter, grad, moments, state, group)
         if given[0]:
-            _adamw(*given, group)
+            _adamw(given, group)
 
     def _in_pieces(
         self, parameter: nn.Parameter, grad: Tensor, moments: Sequence[_Moment], state: Mapping[str, Any], group: Any
@@ -259,10 +253,12 @@ class Keeping:
         step += 1
         has_blocks = scales is not None and scales.numel() > 0
         multiple = moments[0].numbers.numel() // scales.numel() if has_blocks and scales is not None else 1
-        for piece in _pieces(grad.numel(), multiple):
+        for piece in _pieces(grad, multiple):
             values = self.numbers(parameter, state, piece)  # Step 1
             made = [moment.read(piece) for moment in moments]
-            _adamw([values], [grad[piece].to(values.dtype)], [made[0]], [made[1]], [before.clone()], group)  # Step 2
+            _adamw(
+                [[values], [grad[piece].to(values.dtype)], *([each] for each in made), [before.clone()]], group
+            )  # Step 2
             for moment, new in zip(moments, made, strict=True):
                 moment.write(piece, new)
             self.round(parameter, values, step, piece)
@@ -273,10 +269,9 @@ def _grad(parameter: nn.Parameter) -> Tensor:
     return local_part(parameter.grad).reshape(-1)
 
 
-def _adamw(
-    weights: list[Tensor], grads: list[Tensor], first: list[Tensor], second: list[Tensor], steps: list[Tensor],
-    group: Mapping[str, Any],
-) -> None:  # fmt: skip
+def _adamw(given: Sequence[list[Tensor]], group: Mapping[str, Any]) -> None:
+    """torch's step of weights by their gradients, with first and second moments and numbers of steps."""
+    weights, grads, first, second, steps = given
     adamw(
         weights, grads, first, second, [], steps, fused=True, amsgrad=False, beta1=group["betas"][0],
         beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
@@ -292,9 +287,8 @@ def keeping_of(model: nn.Module, config: OptimizerConfig, trained: Iterable[nn.P
     """How a config keeps the moments of a model's weights.
 
     Raises:
-        ConfigError: a package is missing, or `bf16_weights` is of no weight.
+        ConfigError: `bf16_weights` is of no weight.
     """
-    check_codes(config)
     given = config.bf16_weights
     if given is not Bf16Weights.nearest and all(each.dtype != torch.bfloat16 for each in trained):
         raise ConfigError(
@@ -305,7 +299,7 @@ def keeping_of(model: nn.Module, config: OptimizerConfig, trained: Iterable[nn.P
     orders, tied = expert_orders(model), tied_names(model)
     names = {parameter: (name, tied.get(name, name)) for name, parameter in model.named_parameters()}
     places = {weight: (crc32(whole.encode()), orders.get(name)) for weight, (name, whole) in names.items()}
-    return Keeping(state=config.state, weights=given, places=places)
+    return Keeping(state=config.state, weights=given, places=places, whole=kept_whole(model))
 
 
 # -- random numbers of places (step 4) ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ NS needs the whole matrix: of a shard it is something else. So momentum and U ar
 matrix by matrix, orthogonalized by one rank, and its parts return. So are experts, one by one,
 where FSDP cuts within them; where it cuts between them, each is orthogonalized on the rank that has it. Gate and up of
 one weight are orthogonalized apart (moecompile.nn.matrices). Weights of AdamW are stepped by torch's own function on
-their shards.
+their shards (moecompile.runtime.moments).
 
 NS is Newton-Schulz, the orthogonal factor, approximately: U S V^T becomes U S' V^T with every entry of S' near 1, by
 `steps` times X -> a X + (b X X^T + c (X X^T)^2) X. Each matrix is scaled by its own Frobenius norm before, so that
@@ -247,28 +247,6 @@ class Muon(KeepsItsState):
         compute = partial(_orthogonal, layout=self._layouts[parameter], like=parameter, group=group)
         pieces = update.to(dtype).unbind() if cuts and parameter.ndim == _STACKED else [update.to(dtype)]
         return [Part(local=piece, cuts=cuts, compute=compute) for piece in pieces]
-
-    def _adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        states = []
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            states.append(state)
-
-        def local(name: str) -> list[Tensor]:
-            return [local_part(state[name]) for state in states]
-
-        if parameters:
-            adamw(
-                [local_part(parameter) for parameter in parameters],
-                [local_part(parameter.grad) for parameter in parameters],  # type: ignore[arg-type]
-                local("exp_avg"), local("exp_avg_sq"), [], local("step"), fused=True, amsgrad=False,
-                beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
-                weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-            )  # fmt: skip
 
 
 def _decayed_step(weight: Tensor, *, group: Mapping[str, Any], parts: Sequence[Part]) -> None:

@@ -25,7 +25,15 @@ from moecompile.nn.matrices import hidden_matrices
 from moecompile.nn.stages import passage_of, tied_names
 from moecompile.runtime.moments import AdamW, keeping_of
 from moecompile.runtime.muon import Muon
-from moecompile.schema import Config, OptimizerConfig, OptimizerKind, check_moments, check_numbers, check_optimizer, group_of
+from moecompile.schema import (
+    Config,
+    OptimizerConfig,
+    OptimizerKind,
+    check_moments,
+    check_numbers,
+    check_optimizer,
+    group_of,
+)
 
 _SHOWN = 3
 
@@ -126,7 +134,7 @@ def make_optimizer(model: nn.Module, settings: Sequence[str] | Config | Optimize
         settings: overrides such as `optimizer=muon`, or a config. Of its schedule and clipping nothing is used.
 
     Raises:
-        ConfigError: a setting is out of range, a pattern matches nothing, or a package is missing.
+        ConfigError: a setting is out of range, or a pattern matches nothing.
     """
     if isinstance(settings, OptimizerConfig):
         config = settings

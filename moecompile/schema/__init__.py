@@ -84,7 +84,15 @@ from moecompile.schema.enums import (
     WireDtype,
 )
 from moecompile.schema.implied import SOURCES, with_implied
-from moecompile.schema.moments import MOMENTS, MomentKind, block_of, bytes_in_blocks, resolved
+from moecompile.schema.moments import (
+    FP32_BYTES,
+    LEAST_NUMBERS,
+    MOMENTS,
+    MomentKind,
+    block_of,
+    bytes_in_blocks,
+    resolved,
+)
 from moecompile.schema.per_layer import LayerSettings, check_selections, layer_settings, site_slice
 from moecompile.schema.ranges import NUMBERS, check_numbers
 from moecompile.schema.validation import (

@@ -552,7 +552,7 @@ class OptimizerConfig:
     clip_norm: Optional[float] = number(1.0, Real("(0, inf)", "Use 1.0, or null for no clipping"))
     """Maximum global gradient norm; null: no clipping."""
     state: StateKind = StateKind.auto
-    """In what moments are kept: `fp32`, `bf16` (2 bytes), or `int8` (about 1 byte, needs torchao); auto: in the dtype
+    """In what moments are kept: `fp32`, `bf16` (2 bytes), or `int8` (codes of 8 bits, about 1 byte); auto: in the dtype
     of the numbers that are stepped.
     """
     bf16_weights: Bf16Weights = Bf16Weights.nearest

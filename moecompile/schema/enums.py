@@ -219,7 +219,7 @@ class StateKind(str, Enum):
     auto = "auto"  # in the dtype of the numbers that it steps: fp32, or bf16 for weights that are stored in bf16
     fp32 = "fp32"
     bf16 = "bf16"
-    int8 = "int8"  # codes of 8 bits with a scale for every block of a row, by torchao
+    int8 = "int8"  # codes of 8 bits with a scale for every block of a row
 
 
 class Bf16Weights(str, Enum):

@@ -28,14 +28,12 @@ class MomentKind:
     """What one number of a moment takes.
 
     bits: of it. fraction: bits of its fraction, with which a decay must be told from none; None: a block's scale
-    decays. in_blocks: whether there are scales. package: what makes the codes, None: torch. may_adapt: whether adapters
-    can be trained with it.
+    decays. in_blocks: whether there are scales. may_adapt: whether adapters can be trained with it.
     """
 
     bits: int
     fraction: int | None
     in_blocks: bool = False
-    package: str | None = None
     may_adapt: bool = True
 
     @property
@@ -47,7 +45,7 @@ class MomentKind:
 MOMENTS = {
     StateKind.fp32: MomentKind(bits=32, fraction=24),
     StateKind.bf16: MomentKind(bits=16, fraction=8),
-    StateKind.int8: MomentKind(bits=8, fraction=None, in_blocks=True, package="torchao", may_adapt=False),
+    StateKind.int8: MomentKind(bits=8, fraction=None, in_blocks=True, may_adapt=False),
 }
 """What is not here has no moments: a KeyError."""
 

@@ -5,7 +5,7 @@ Algorithm: the cheap checks first, each with an error that says what to change.
   2. The device: as many GPUs as local ranks, if the config requires GPUs.
   3. The model: an installed package, complete files, a config that can be built.
   4. Model and text: positions, vocabulary.
-  5. Loggers and callbacks of training, and what makes the optimizer's moments.
+  5. Loggers and callbacks of training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from moecompile.schema import (
     Config,
     DataKind,
     ExpertInit,
-    StateKind,
     TaskName,
     TokenizerSource,
     TrainerConfig,
@@ -65,10 +64,6 @@ def check_inputs(config: Config) -> None:
         from moecompile.runtime.loggers import check_loggers  # imports Lightning
 
         check_loggers(config.trainer)  # Step 5
-    if task in (TaskName.train, TaskName.bench) and config.optimizer.state is not StateKind.auto:
-        from moecompile.runtime.moments import check_codes  # imports torch
-
-        check_codes(config.optimizer)
 
 
 def _num_ids(folder: Path, config: Config) -> int | None:

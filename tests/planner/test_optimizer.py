@@ -11,7 +11,7 @@ from moecompile.mesh import MeshSpec
 from moecompile.plan import Estimate, Traffic
 from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import build_plan
-from moecompile.planner.optimizer import MuonParams, state_bytes, step_traffic
+from moecompile.planner.optimizer import Kept, MuonParams, state_bytes, step_traffic
 from tests.planner.test_build_plan import site
 
 FOUR = MeshSpec(ranks_per_node=4, ep=4)
@@ -58,11 +58,15 @@ def test_muon_has_one_number_of_state_where_adamw_has_two() -> None:
     assert saved == 4 * (2 * 256 + EXPERTS) // 4  # 4 bytes each, over 4 ranks
     assert adamw.params_muon == 0 and adamw.optimizer_bytes_per_step == Traffic(intra_node=0.0, inter_node=0.0)
     quarter = Fraction(1, 4)
-    assert state_bytes(100, 40, MuonParams(), FOUR, quarter, 4) == 110 * 8
-    assert state_bytes(100, 40, MuonParams(), FOUR, quarter, 2) == 100 * 4 + 10 * 8  # bf16 weights beside fp32 routers
-    assert state_bytes(100, 40, MuonParams(dense=120, experts=200), FOUR, quarter, 4) == 110 * 8 - (30 + 50) * 4
-    long = MeshSpec(ranks_per_node=4, ep=4, cp=4)
-    assert state_bytes(100, 40, MuonParams(dense=120, experts=200), long, quarter, 4) == 110 * 8 - (30 + 50) * 4
+
+    def bytes_of(muon: MuonParams, number: int, mesh: MeshSpec = FOUR) -> int:
+        each = Fraction(number)
+        return state_bytes(100, 40, muon, mesh, quarter, 50, Kept(dense=each, experts=each, of_muon=each))
+
+    assert bytes_of(MuonParams(), 4) == 110 * 8
+    assert bytes_of(MuonParams(), 2) == 100 * 4 + 10 * 8  # bf16 weights beside fp32 routers
+    assert bytes_of(MuonParams(dense=120, experts=200), 4) == 110 * 8 - (30 + 50) * 4
+    assert bytes_of(MuonParams(dense=120, experts=200), 4, MeshSpec(ranks_per_node=4, ep=4, cp=4)) == 110 * 8 - 80 * 4
 
 
 @pytest.mark.parametrize(
