@@ -8,7 +8,7 @@ P: parameters of matrices that Muon steps; n: ranks over which FSDP cuts them (d
 2. State: one momentum for a matrix, two moments for everything else, in what `optimizer.state` says: by default in the
    dtype of the stored weight, as torch makes it. Routers and adapters are fp32. Codes of 8 bits have a fp32 scale for
    each block of a row, and some weights stay in fp32 beside them (moecompile.schema.moments): the mean over dense
-   weights and over experts counts, and what Muon steps is taken to be all in codes. With `bf16_weights=master`, 4 bytes
+   weights, over those of Muon and over experts counts. With `bf16_weights=master`, 4 bytes
    more for each number that is stored in bf16.                                     -> `kept_of`, `state_bytes`
 3. A matrix that is cut goes to one of the n ranks and its result returns. Mean over the ranks of what one sends:
        2 P (n - 1) / n^2                                     and for matrices that tp cuts too
@@ -36,7 +36,6 @@ from moecompile.schema import (
     Bf16Weights,
     OptimizerConfig,
     OptimizerKind,
-    block_of,
     bytes_in_blocks,
     group_of,
     resolved,
@@ -163,8 +162,8 @@ def kept_of(
         each = Fraction(row.bits, 8)
         return Kept(dense=each, experts=each, of_muon=each, master=master)
     dense, experts = _mean(_dense_weights(layers, mesh, facts)), _mean(_expert_weights(layers, mesh))
-    coded = _mean(each for each in _dense_weights(layers, mesh, facts) if block_of(*each[:2]) is not None)
-    return Kept(dense=dense, experts=experts, of_muon=coded, master=master)
+    of_muon = _mean(_muon_weights(layers, mesh, facts, config))
+    return Kept(dense=dense, experts=experts, of_muon=of_muon, master=master)
 
 
 _Weight = tuple[tuple[int, ...], int, int]
@@ -188,6 +187,18 @@ def _dense_weights(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFact
             yield (LEAST_NUMBERS if fact.width else 1, max(1, fact.width)), fact.width // cut, fact.params
     for shape in (each for layer in layers for each in _made(layer)):
         yield shape, shape[-1], prod(shape)
+
+
+def _muon_weights(
+    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, config: OptimizerConfig
+) -> Iterator[_Weight]:
+    """The matrices of step 1 that are no experts."""
+    cut = {f"{fact.path}.weight" for fact in facts.split if fact.size_name == "in_features"}
+    for name, shape in _dense(layers, facts)[0].items():
+        if _is_muons(name, config):
+            yield shape, shape[1] // (mesh.size(Part.WEIGHTS) if name in cut else 1), prod(shape)
+    for shape in (each for layer in layers for each in _made(layer) if len(each) == 2 and min(each) > 1):
+        yield shape, shape[1], prod(shape)
 
 
 def _made(layer: LayerPlan) -> Iterator[tuple[int, ...]]:

@@ -1,8 +1,8 @@
 """Codes of 8 bits for blocks of numbers: the table, the blocks and the rounding of torchao and bitsandbytes.
 
-A code stands for a number of a table, times the scale of its block, which is the block's largest number (Dettmers et al.
-2022, arXiv 2110.02861). The table has, in each of seven decades below one, numbers at even distances, twice as many in
-each larger decade; without signs, twice as many again. A number gets the code of the nearest one.
+A code stands for a number of a table, times the scale of its block, which is the block's largest number (Dettmers et
+al. 2022, arXiv 2110.02861). The table has, in each of seven decades below one, numbers at even distances, twice as many
+in each larger decade; without signs, twice as many again. A number gets the code of the nearest one.
 
 torchao finds it by eight steps of a search, of which each is several passes over numbers of 8 bytes. Here the first
 16 bits of a fp32 number say it, up to one (step 2):
@@ -25,8 +25,8 @@ _CELL = 16  # bits that numbers of a cell do not share
 
 
 class Tables(NamedTuple):
-    """values: (256,) of the codes, rising; above: the next one; half: of the distance to it. first: (2^16,) the last code
-    that is not above the least number of a cell.
+    """values: (256,) of the codes, rising; above: the next one; half: of the distance to it. first: (2^16,) the last
+    code that is not above the least number of a cell.
     """
 
     values: Tensor
