@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("| weights | kept | bytes a parameter | validation loss, mean and range of the seeds | less fp32's, each seed |")
+    print("| weights | kept | bytes a parameter | validation loss, mean and range of seeds | over fp32's, by seed |")
     print("|---|---|---|---|---|")
     wanted: list[float] = []
     for weights, kinds in KINDS.items():
