@@ -1,4 +1,4 @@
-"""Losses of a small MoE model, by what the optimizer keeps: `python benchmarks/moments.py [--steps 300] [--seeds 0 1 2]`.
+"""Losses of a small MoE model, by what the optimizer keeps: `python benchmarks/moments.py --steps 150 --seeds 0 1 2`.
 
 One process, the model of recipe=deepseek_ep made smaller, moby_dick. Every kind sees the same weights and batches for a
 seed. Validation loss is over the same batches at the end. Prints a table in Markdown; writes nothing.
@@ -76,7 +76,7 @@ def trained(settings: list[str], seed: int, steps: int, dtype: torch.dtype) -> t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -112,7 +112,7 @@ def _block(parameter: Tensor) -> int | None:
 
 def new_moment(state: dict[str, Any], name: str, parameter: Tensor, dtype: torch.dtype, block: int | None) -> None:
     """Adds a moment of zeros. block: numbers that share a scale, of one in codes."""
-    state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
     if block is None:
         return
     part = local_part(parameter)
@@ -233,21 +233,18 @@ class Keeping:
             if not state:
                 state[STEP] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 self.add(state, parameter, (FIRST, SECOND))
-            grad = _grad(parameter)
-            moments = [self.moment_of(parameter, name, state) for name in (FIRST, SECOND)]
-            dtypes = {grad.dtype, parameter.dtype, *(moment.numbers.dtype for moment in moments)}
-            if self.is_torchs or dtypes == {wide(parameter.dtype)}:
-                for values, all_of in zip((_flat(parameter), grad, *(m.numbers for m in moments)), given, strict=False):
-                    all_of.append(values)
-                given[4].append(local_part(state[STEP]))
-                continue
-            self._in_pieces(parameter, grad, moments, state, group)
+            assert parameter.grad is not None
+            of_all = [local_part(each) for each in (parameter, parameter.grad, state[FIRST], state[SECOND])]
+            if self.is_torchs or {each.dtype for each in of_all} == {wide(parameter.dtype)}:
+                for value, values in zip((*of_all, local_part(state[STEP])), given, strict=True):
+                    values.append(value)
+            else:
+                self._in_pieces(parameter, of_all[1].reshape(-1), state, group)
         if given[0]:
             _adamw(given, group)
 
-    def _in_pieces(
-        self, parameter: nn.Parameter, grad: Tensor, moments: Sequence[_Moment], state: Mapping[str, Any], group: Any
-    ) -> None:
+    def _in_pieces(self, parameter: nn.Parameter, grad: Tensor, state: Mapping[str, Any], group: Any) -> None:
+        moments = [self.moment_of(parameter, name, state) for name in (FIRST, SECOND)]
         scales, step = moments[0].scales, local_part(state[STEP])
         before = step.clone()
         step += 1
@@ -262,11 +259,6 @@ class Keeping:
             for moment, new in zip(moments, made, strict=True):
                 moment.write(piece, new)
             self.round(parameter, values, step, piece)
-
-
-def _grad(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return local_part(parameter.grad).reshape(-1)
 
 
 def _adamw(given: Sequence[list[Tensor]], group: Mapping[str, Any]) -> None:
@@ -287,7 +279,7 @@ def keeping_of(model: nn.Module, config: OptimizerConfig, trained: Iterable[nn.P
     """How a config keeps the moments of a model's weights.
 
     Raises:
-        ConfigError: `bf16_weights` is of no weight.
+        ConfigError: `bf16_weights` is of no weight, or a weight is not contiguous.
     """
     given = config.bf16_weights
     if given is not Bf16Weights.nearest and all(each.dtype != torch.bfloat16 for each in trained):
@@ -296,10 +288,21 @@ def keeping_of(model: nn.Module, config: OptimizerConfig, trained: Iterable[nn.P
             "no trained weight is stored in bf16; trainer.precision=bf16_params casts from shards that are fp32",
             "Leave it out",
         )  # fmt: skip
+    if config.state is not StateKind.auto or given is not Bf16Weights.nearest:
+        _check_contiguous(model)
     orders, tied = expert_orders(model), tied_names(model)
     names = {parameter: (name, tied.get(name, name)) for name, parameter in model.named_parameters()}
     places = {weight: (crc32(whole.encode()), orders.get(name)) for weight, (name, whole) in names.items()}
     return Keeping(state=config.state, weights=given, places=places, whole=kept_whole(model))
+
+
+def _check_contiguous(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not local_part(parameter).is_contiguous():
+            raise ConfigError(
+                "optimizer", name, "is stepped piece by piece, and is not contiguous in memory",
+                "Give the model a contiguous copy of it, or leave optimizer.state and optimizer.bf16_weights out",
+            )  # fmt: skip
 
 
 # -- random numbers of places (step 4) ------------------------------------------------------------------------------
