@@ -37,7 +37,7 @@ from moecompile.nn.stages import tied_names
 from moecompile.passes.shard import kept_whole
 from moecompile.runtime.codes import Coded, Tables, tables
 from moecompile.schema import MOMENTS, Bf16Weights, OptimizerConfig, StateKind, block_of, resolved
-from moecompile.torch_private import local_block, local_part
+from moecompile.torch_private import is_fake, local_block, local_part
 
 SCALE, MASTER, STEP = "_scale", "master", "step"
 FIRST, SECOND, MOMENTUM = "exp_avg", "exp_avg_sq", "momentum_buffer"
@@ -46,7 +46,9 @@ _SIGNED = {FIRST: True, SECOND: False, MOMENTUM: True}
 _DTYPES = {StateKind.fp32: torch.float32, StateKind.bf16: torch.bfloat16, StateKind.int8: torch.uint8}
 _PIECE = {"cpu": 2**18}
 _LONG_PIECE = 2**22
-"""Numbers of a piece: some 40 bytes a number are there for a moment. A CPU's fit its caches."""
+"""Numbers of a piece: some 40 bytes a number are there for a moment. A CPU's fit its caches; a rehearsal has those of
+other devices.
+"""
 
 
 # -- one moment of one weight ---------------------------------------------------------------------------------------
@@ -132,7 +134,8 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _pieces(numbers: Tensor, multiple: int) -> Iterator[slice]:
-    size = max(_PIECE.get(numbers.device.type, _LONG_PIECE) // multiple, 1) * multiple
+    most = _LONG_PIECE if is_fake(numbers) else _PIECE.get(numbers.device.type, _LONG_PIECE)
+    size = max(most // multiple, 1) * multiple
     for start in range(0, numbers.numel(), size):
         yield slice(start, min(start + size, numbers.numel()))
 
