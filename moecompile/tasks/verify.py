@@ -74,7 +74,8 @@ class _Shrinking:
         old = getattr(group, name)
         if old != value:
             setattr(group, name, value)
-            self.notes.append(f"{path}.{name}: {old} -> {value}, {why}")
+            before, now = (getattr(each, "value", each) for each in (old, value))
+            self.notes.append(f"{path}.{name}: {before} -> {now}, {why}")
 
 
 def shrink(config: Config, steps: int) -> tuple[Config, list[str]]:

@@ -8,8 +8,9 @@ Algorithm:
           checkpointing=auto, and so with when weights are gathered and gradients reduced, each layout gets what fits
        b. also tensor parallelism
        c. (a) in bf16, if weights are wider
-       d. (a) with moments in bf16, then in codes of 8 bits, if they are wider
-       e. (a) on twice as many nodes, on four times as many, ...
+       d. (a) on twice as many nodes, on four times as many, ...
+       e. (a) with moments in bf16, then in codes of 8 bits, if they are wider. Where (a) was not enough,
+          it is told what each saves
   2. Of those that fit, fewer changes first. More changes are offered only where a step is faster with them.
   3. Each is planned as a command with it would be, which decides whether it is offered.
   4. The first that fits with an even load alone is offered last. If nothing fits, the least that was found is told.
@@ -114,7 +115,7 @@ def with_remedies(
     if not remedies and least:
         needed, settings = min(least, key=lambda each: each[0])
         text += f"; the least is {needed / GIB:.3g} GiB, with {_text(settings)}"
-    if saved := list(_saved(plan.estimate, config, again)):
+    if len(tried) > 1 and (saved := list(_saved(plan.estimate, config, again))):
         text += f"; {' and '.join(saved)}"
     return replace(plan, estimate=replace(plan.estimate, remedies=tuple(remedies), tried=text))
 
@@ -142,12 +143,12 @@ def _stages(plan: Plan, config: Config) -> Iterator[_Stage]:
     assert plan.estimate is not None
     if config.trainer.precision is not Precision.bf16_params:
         yield _Stage(axes=few, changed={_PRECISION: Precision.bf16_params.value})
-    for kind in _narrower(config):
-        yield _Stage(axes=few, changed={_STATE: kind.value})
     for doubled in range(1, _DOUBLED + 1):
         nodes = plan.mesh.num_nodes * 2**doubled
         if nodes <= _MOST_NODES:
             yield _Stage(axes=few, changed={_NODES: nodes})
+    for kind in _narrower(config):
+        yield _Stage(axes=few, changed={_STATE: kind.value})
 
 
 def _narrower(config: Config) -> Iterator[StateKind]:
