@@ -171,6 +171,21 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
+Entry = tuple[tuple[int, ...], torch.dtype]
+"""Global shape and dtype."""
+
+
+def entries_of(folder: Path) -> dict[str, Entry]:
+    """Shape and dtype of every entry.
+
+    Raises:
+        ConfigError: the folder is not our checkpoint.
+    """
+    entries = read_index(folder).state_dict_metadata
+    tensors = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in tensors.items()}
+
+
 def read_index(folder: Path) -> Metadata:
     """DCP's index, unpickled with allowed classes only.
 

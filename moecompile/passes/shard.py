@@ -31,7 +31,7 @@ from moecompile.arguments import check_model, check_plan
 from moecompile.capture import layers_of
 from moecompile.errors import PassError, PlanError
 from moecompile.mesh import MeshSpec, Part, axes_that_split
-from moecompile.nn import Experts
+from moecompile.nn import Experts, routers_of
 from moecompile.nn.placement import keep_order, rows_of
 from moecompile.nn.stages import passage_of
 from moecompile.passes.base import ModelPass, exchanges_of, experts_calls, on_an_axis, op_name, run_on_model
@@ -247,6 +247,14 @@ def _of_another_dtype(model: nn.Module, classes: Mapping[nn.Parameter, str]) -> 
         most = max(sizes, key=sizes.__getitem__, default=None)
         others.update(parameter for parameter in mine if parameter.dtype != most)
     return others
+
+
+def kept_whole(model: nn.Module) -> set[nn.Parameter]:
+    """The weights that no mesh cuts: those of our routers, and the few of another dtype than most."""
+    classes = dict.fromkeys(model.parameters(), DENSE)
+    for _, router in routers_of(model):
+        classes |= dict.fromkeys(router.parameters(), ROUTER)
+    return {p for p, kind in classes.items() if kind == ROUTER} | _of_another_dtype(model, classes)
 
 
 def check_even(model: nn.Module, plan: Plan) -> None:

@@ -27,7 +27,7 @@ from moecompile.pipeline.shape import mixers
 from moecompile.plan import ATTENTION, FFN, HEADS_STYLE, NORMS, ExpertsSite
 from moecompile.planner import ModelFacts
 from moecompile.planner.params import FP32_BYTES, CutFacts, LayerFact, SplitFact, WeightFact
-from moecompile.schema import MeshConfig
+from moecompile.schema import LEAST_NUMBERS, MeshConfig
 from moecompile.torch_private import own_parameters
 
 WIDENED = "_moecompile_widened"
@@ -207,6 +207,8 @@ def _weights(
             site=next((parts[path] for path in paths if path in parts), None),
             is_root=parameter not in inside,
             split="" if kind == "bias" and cut.get(owner) == "columns" else cut.get(owner, ""),
+            width=parameter.shape[-1] if parameter.ndim > 1 and parameter.numel() >= LEAST_NUMBERS else 0,
+            is_trained=parameter.requires_grad,
         )
         sizes[fact] += parameter.numel()
     return tuple(replace(fact, params=number) for fact, number in sizes.items())

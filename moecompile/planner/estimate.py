@@ -26,7 +26,7 @@ from moecompile.planner.schedule import sharded, weight_traffic
 from moecompile.planner.shards import expert_shards
 from moecompile.planner.tensor_parallel import tp_traffic
 from moecompile.planner.traffic import Wire, forward_traffic, row_bytes
-from moecompile.schema import MuonPrecision
+from moecompile.schema import Bf16Weights, MuonPrecision, OptimizerConfig, StateKind
 from moecompile.stages import crossings_of
 
 
@@ -76,7 +76,7 @@ def estimate(
             seq_len=run.tokens_per_rank * mesh.size(Part.SEQUENCE) // run.micro_batch_size,
             accumulation=run.accumulation,
             precision=run.precision,
-            optimizer=run.optimizer.kind.value,
+            optimizer=_optimizer_text(run.optimizer),
         ),
         lending=lending(layers, run),
         expert_shards=expert_shards(full.layers, full.mesh, full.facts, run),
@@ -98,6 +98,13 @@ def _stage_bytes(plan: Plan, run: RunFacts) -> int:
         for index in range(pipeline.ranks)
     ]
     return round(max(numbers) * run.tokens_per_rank * run.compute_bytes * run.accumulation)
+
+
+def _optimizer_text(config: OptimizerConfig) -> str:
+    """`adamw`, `muon with int8 moments and master bf16 weights`."""
+    kept = [] if config.state is StateKind.auto else [f"{config.state.value} moments"]
+    kept += [] if config.bf16_weights is Bf16Weights.nearest else [f"{config.bf16_weights.value} bf16 weights"]
+    return config.kind.value + f" with {' and '.join(kept)}" * bool(kept)
 
 
 def _matrix_bytes(run: RunFacts) -> int:

@@ -107,7 +107,7 @@ from moecompile.plan import (
     Recomputed,
 )
 from moecompile.planner.lending import lending
-from moecompile.planner.optimizer import muon_params, state_bytes
+from moecompile.planner.optimizer import kept_of, muon_params, state_bytes
 from moecompile.planner.params import (
     BF16_BYTES,
     FP32_BYTES,
@@ -121,6 +121,7 @@ from moecompile.planner.params import (
 )
 from moecompile.planner.shards import expert_share, padded_experts, padding
 from moecompile.planner.traffic import copies_per_token
+from moecompile.schema import Bf16Weights, resolved
 
 RESIDUAL_NUMBERS = 6  # of c in step A2
 _INPUTS = 4  # of them, those that norms, attention and FFN read
@@ -154,7 +155,7 @@ def largest_in_words(
     return {
         "weights": "not sharded" if is_one else f"this rank's shards, and {whole}",
         "grads": _grads_in_words(mesh, facts, run),
-        "optimizer": f"{run.optimizer.kind.value} in {_dtype(_trained_bytes(facts))}, for this rank's shards",
+        "optimizer": _optimizer_in_words(facts, run),
         "activations": _activations_in_words(activations(layers, mesh, facts, run), layers, facts, run),
         "dispatch": "rows that a rank sends and receives in one layer",
     }[memory.largest]
@@ -162,6 +163,14 @@ def largest_in_words(
 
 def _dtype(bytes_: int) -> str:
     return {2: "bf16", 4: "fp32", 8: "fp64"}.get(bytes_, f"numbers of {bytes_} bytes")
+
+
+def _optimizer_in_words(facts: ModelFacts, run: RunFacts) -> str:
+    config, number = run.optimizer, _trained_bytes(facts)
+    has_master = config.bf16_weights is Bf16Weights.master and number == BF16_BYTES
+    kind = resolved(config.state, FP32_BYTES * 8 if has_master else number * 8)
+    name = _dtype(number) if kind is None else kind.value
+    return f"{config.kind.value} in {name}{', and fp32 weights' * has_master}, for this rank's shards"
 
 
 def _grads_in_words(mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> str:
@@ -244,7 +253,15 @@ def model_state_bytes(
     return (
         stored + _gathered_params(layers, mesh, facts, run) * run.compute_bytes,
         _grads(own_trained, trained, layers, mesh, facts, run),
-        state_bytes(own_trained, _whole_bytes(trained, facts), muon, mesh, trained_share, number),
+        state_bytes(
+            own_trained,
+            _whole_bytes(trained, facts),
+            muon,
+            mesh,
+            trained_share,
+            ceil(trained.experts * trained_share),
+            kept_of(layers, mesh, facts, run.optimizer, number),
+        ),
     )
 
 

@@ -5,8 +5,11 @@ P: parameters of matrices that Muon steps; n: ranks over which FSDP cuts them (d
 1. Muon's matrices are those of the model's hidden layers (moecompile.nn.matrices), without those of FFNs that become
    experts and those of routers, and with those of experts and shared experts; with adapters, these alone.
                                                                                               -> `muon_params`
-2. State, in the dtype of the stored weight, as torch makes it: one momentum for a matrix, two moments for everything
-   else. Routers and adapters are fp32.                                                       -> `state_bytes`
+2. State: one momentum for a matrix, two moments for everything else, in what `optimizer.state` says: by default in the
+   dtype of the stored weight, as torch makes it. Routers and adapters are fp32. Codes of 8 bits have a fp32 scale for
+   each block of a row, and some weights stay in fp32 beside them (moecompile.schema.moments): the mean over dense
+   weights, over those of Muon and over experts counts. With `bf16_weights=master`, 4 bytes
+   more for each number that is stored in bf16.                                     -> `kept_of`, `state_bytes`
 3. A matrix that is cut goes to one of the n ranks and its result returns. Mean over the ranks of what one sends:
        2 P (n - 1) / n^2                                     and for matrices that tp cuts too
        2 P (n - 1) / (n^2 t) + 2 P (t - 1) / (n t^2)
@@ -18,16 +21,25 @@ P: parameters of matrices that Muon steps; n: ranks over which FSDP cuts them (d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import floor, prod
+from math import ceil, floor, prod
 
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import ExpertsSite, LayerPlan, Traffic, cut_dim
-from moecompile.planner.params import ModelFacts, ModelParams
+from moecompile.planner.params import BF16_BYTES, FP32_BYTES, ModelFacts, ModelParams
 from moecompile.planner.shards import expert_stacks
-from moecompile.schema import OptimizerConfig, OptimizerKind, group_of
+from moecompile.schema import (
+    LEAST_NUMBERS,
+    MOMENTS,
+    Bf16Weights,
+    OptimizerConfig,
+    OptimizerKind,
+    bytes_in_blocks,
+    group_of,
+    resolved,
+)
 
 _ADAMW_MOMENTS = 2
 _SPLIT = ("colwise", "rowwise")  # styles of a tp_plan that cut a weight start with one of these
@@ -125,13 +137,107 @@ def _new(layers: Sequence[LayerPlan]) -> tuple[list[tuple[str, tuple[int, ...]]]
     return experts, shared
 
 
-def state_bytes(own: int, whole: int, muon: MuonParams, mesh: MeshSpec, share: Fraction, number: int) -> int:
-    """Step 2. own: trained parameters of the fullest rank without those that every rank has whole, such as routers.
-    whole: bytes of these. share: of experts. number: bytes of a stored number of `own`.
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Bytes that a number of a moment takes, on average: of dense weights, of experts, and of either's matrices that
+    Muon steps. master: of a weight's fp32 copy.
     """
-    of_muon = muon.dense // mesh.size(Part.STORED)
-    of_muon += (muon.split + muon.summed) // mesh.size(Part.STORED, Part.WEIGHTS) + floor(muon.experts * share)
-    return (own * _ADAMW_MOMENTS - min(of_muon, own)) * number + whole * _ADAMW_MOMENTS
+
+    dense: Fraction
+    experts: Fraction
+    of_muon: Fraction
+    master: int = 0
+
+
+def kept_of(
+    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, config: OptimizerConfig, number: int
+) -> Kept:
+    """Step 2. number: bytes of a stored number that is trained."""
+    master = FP32_BYTES if config.bf16_weights is Bf16Weights.master and number == BF16_BYTES else 0
+    kind = resolved(config.state, 8 * (master or number))
+    if kind is None:
+        return Kept(dense=Fraction(number), experts=Fraction(number), of_muon=Fraction(number))
+    row = MOMENTS[kind]
+    if not row.in_blocks:
+        each = Fraction(row.bits, 8)
+        return Kept(dense=each, experts=each, of_muon=each, master=master)
+    dense, experts = _mean(_dense_weights(layers, mesh, facts)), _mean(_expert_weights(layers, mesh))
+    of_muon = _mean(_muon_weights(layers, mesh, facts, config))
+    return Kept(dense=dense, experts=experts, of_muon=of_muon, master=master)
+
+
+_Weight = tuple[tuple[int, ...], int, int]
+"""Shape, or one of as many numbers; numbers of a row on a rank; numbers of all weights like it."""
+
+
+def _mean(weights: Iterable[_Weight]) -> Fraction:
+    """Bytes of a number; of no weights, those in the longest blocks."""
+    numbers, bytes_ = 0, Fraction(0)
+    for shape, width, params in weights:
+        numbers, bytes_ = numbers + params, bytes_ + params * bytes_in_blocks(shape, width)
+    return bytes_ / numbers if numbers else bytes_in_blocks((LEAST_NUMBERS, LEAST_NUMBERS), LEAST_NUMBERS)
+
+
+def _dense_weights(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> Iterator[_Weight]:
+    """The model's own that are left, and those of shared experts and a latent width."""
+    planned, parts = {layer.site.fqn for layer in layers}, mesh.size(Part.WEIGHTS)
+    for fact in facts.weights:
+        if fact.site not in planned and fact.is_trained:
+            cut = parts if fact.split == "columns" else 1
+            yield (LEAST_NUMBERS if fact.width else 1, max(1, fact.width)), fact.width // cut, fact.params
+    for shape in (each for layer in layers for each in _made(layer)):
+        yield shape, shape[-1], prod(shape)
+
+
+def _muon_weights(
+    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, config: OptimizerConfig
+) -> Iterator[_Weight]:
+    """The matrices of step 1 that are no experts."""
+    cut = {f"{fact.path}.weight" for fact in facts.split if fact.size_name == "in_features"}
+    for name, shape in _dense(layers, facts)[0].items():
+        if _is_muons(name, config):
+            yield shape, shape[1] // (mesh.size(Part.WEIGHTS) if name in cut else 1), prod(shape)
+    for shape in (each for layer in layers for each in _made(layer) if len(each) == 2 and min(each) > 1):
+        yield shape, shape[1], prod(shape)
+
+
+def _made(layer: LayerPlan) -> Iterator[tuple[int, ...]]:
+    """Shapes of the dense weights that a layer gets."""
+    site, experts = layer.site, layer.experts
+    if isinstance(site, ExpertsSite):
+        return
+    number, shared, latent = site.num_in_projections, experts.d_shared, experts.latent_size
+    if shared:
+        yield from [(shared, site.d_model)] * number
+        yield site.d_model, shared
+        yield from [(shared,)] * number * site.bias_up + [(site.d_model,)] * site.bias_down
+    if experts.shared_gate:
+        yield 1, site.d_model
+    if latent is not None:
+        yield from [(latent, site.d_model), (site.d_model, latent), *[(latent,)] * experts.latent_norm]
+
+
+def _expert_weights(layers: Sequence[LayerPlan], mesh: MeshSpec) -> Iterator[_Weight]:
+    for layer in layers:
+        for shape in (each for stacks in expert_stacks(layer, mesh) for each in stacks):
+            yield (shape[0] * mesh.ep, *shape[1:]), shape[-1], prod(shape)
+
+
+def state_bytes(
+    own: int, whole: int, muon: MuonParams, mesh: MeshSpec, share: Fraction, experts: int, kept: Kept
+) -> int:
+    """Step 2.
+
+    Args:
+        own: trained parameters of the fullest rank without those that every rank has whole, such as routers.
+        whole: bytes of these. share: of experts, and `experts` those of the rank, a part of `own`.
+    """
+    dense_muon = muon.dense // mesh.size(Part.STORED)
+    dense_muon += (muon.split + muon.summed) // mesh.size(Part.STORED, Part.WEIGHTS)
+    dense_muon, expert_muon = min(dense_muon, own - experts), min(floor(muon.experts * share), experts)
+    moments = (own - experts) * _ADAMW_MOMENTS * kept.dense - dense_muon * kept.of_muon
+    moments += (experts * _ADAMW_MOMENTS - expert_muon) * kept.experts
+    return ceil(moments) + own * kept.master + whole * _ADAMW_MOMENTS
 
 
 def step_traffic(muon: MuonParams, mesh: MeshSpec, number: int) -> Traffic:

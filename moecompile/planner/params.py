@@ -119,7 +119,8 @@ class WeightFact:
     """Weights whose dim 0 has `rows` rows, with `params` parameters together.
 
     site: path of the site that they are a part of. is_root: whether they are outside the layers. split: which dim of
-    them the model's tp_plan splits: `rows`, `columns`, or neither, ``.
+    them the model's tp_plan splits: `rows`, `columns`, or neither, ``. width: numbers of a row, of a matrix or stack
+    that is large enough for moments in blocks (moecompile.schema.moments); 0: of others. is_trained: whether they are.
     """
 
     rows: int
@@ -127,6 +128,8 @@ class WeightFact:
     site: str | None = None
     is_root: bool = False
     split: str = ""
+    width: int = 0
+    is_trained: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ NS needs the whole matrix: of a shard it is something else. So momentum and U ar
 matrix by matrix, orthogonalized by one rank, and its parts return. So are experts, one by one,
 where FSDP cuts within them; where it cuts between them, each is orthogonalized on the rank that has it. Gate and up of
 one weight are orthogonalized apart (moecompile.nn.matrices). Weights of AdamW are stepped by torch's own function on
-their shards.
+their shards (moecompile.runtime.moments).
 
 NS is Newton-Schulz, the orthogonal factor, approximately: U S V^T becomes U S' V^T with every entry of S' near 1, by
 `steps` times X -> a X + (b X X^T + c (X X^T)^2) X. Each matrix is scaled by its own Frobenius norm before, so that
@@ -31,11 +31,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
 from moecompile.nn.matrices import Layout
 from moecompile.ops.traffic import optimizer_traffic
+from moecompile.runtime.moments import MOMENTUM, Keeping, KeepsItsState, wide
 from moecompile.torch_private import local_part
 
 # -- brings matrices of which every rank has a part to one rank each, and their new values back ---------------------
@@ -184,7 +183,7 @@ def _exchange(
 _STACKED = 3  # dims
 
 
-class Muon(Optimizer):
+class Muon(KeepsItsState):
     """Muon and AdamW.
 
     Args:
@@ -192,6 +191,7 @@ class Muon(Optimizer):
         layouts: where the matrices of each weight of a Muon group are.
         lr, weight_decay: of both. betas, eps: of AdamW. momentum, nesterov, scale, steps, coefficients: of Muon, as in
             `optimizer.muon`. precision: of Newton-Schulz, `fp32` (or that of wider weights) or `bf16`.
+        keeping: how momentum, moments and narrow weights are kept.
 
     State of a Muon weight: `momentum_buffer`; of an AdamW weight: `step`, `exp_avg`, `exp_avg_sq`, as torch names them.
     All ranks must call `step` with gradients of the same weights.
@@ -202,13 +202,14 @@ class Muon(Optimizer):
         weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, momentum: float = 0.95,
         nesterov: bool = True, scale: str = "match_rms_adamw", steps: int = 5,
         coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315), precision: str = "fp32",
+        keeping: Keeping | None = None,
     ) -> None:  # fmt: skip
         defaults = {
             "lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "momentum": momentum, "scale": scale,
             "nesterov": nesterov, "steps": steps, "coefficients": coefficients, "precision": precision,
         }  # fmt: skip
         super().__init__(list(groups), defaults)
-        self._layouts = dict(layouts)
+        self._layouts, self.keeping = dict(layouts), keeping or Keeping()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -221,15 +222,12 @@ class Muon(Optimizer):
         for group in self.param_groups:
             given = [parameter for parameter in group["params"] if parameter.grad is not None]
             if group["kind"] == "adamw":
-                self._adamw(given, group)
+                self.keeping.adamw(given, [self.state[parameter] for parameter in given], group)
             else:
                 of_muon += [(parameter, group, self._parts(parameter, group)) for parameter in given]
         compute_whole([part for _, _, parts in of_muon for part in parts])
         for parameter, group, parts in of_muon:
-            weight = local_part(parameter)
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            for piece, part in zip([weight] if len(parts) == 1 else weight, parts, strict=True):
-                piece.add_(part.local.view_as(piece).to(weight.dtype), alpha=-group["lr"])
+            self.keeping.change(parameter, self.state[parameter], partial(_decayed_step, group=group, parts=parts))
         return loss
 
     def _parts(self, parameter: nn.Parameter, group: dict[str, Any]) -> list[Part]:
@@ -237,39 +235,25 @@ class Muon(Optimizer):
         momentum is moved.
         """
         state, grad, rate = self.state[parameter], local_part(parameter.grad), 1 - group["momentum"]  # type: ignore[arg-type]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        momentum = local_part(state["momentum_buffer"])
-        momentum.lerp_(grad, rate)
-        update = momentum.lerp(grad, rate) if group["nesterov"] else momentum
-        wide = torch.promote_types(parameter.dtype, torch.float32)
-        dtype = torch.bfloat16 if group["precision"] == "bf16" else wide
+        if not state:
+            self.keeping.add(state, parameter, (MOMENTUM,))
+        momentum = self.keeping.moment_of(parameter, MOMENTUM, state)
+        moved = momentum.read_all(grad.shape)
+        moved.lerp_(grad.to(moved.dtype), rate)
+        momentum.write_all(moved)
+        update = moved.lerp(grad.to(moved.dtype), rate) if group["nesterov"] else moved
+        dtype = torch.bfloat16 if group["precision"] == "bf16" else wide(parameter.dtype)
         cuts = cuts_of(parameter, is_stack=parameter.ndim == _STACKED)
         compute = partial(_orthogonal, layout=self._layouts[parameter], like=parameter, group=group)
         pieces = update.to(dtype).unbind() if cuts and parameter.ndim == _STACKED else [update.to(dtype)]
         return [Part(local=piece, cuts=cuts, compute=compute) for piece in pieces]
 
-    def _adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        states = []
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            states.append(state)
 
-        def local(name: str) -> list[Tensor]:
-            return [local_part(state[name]) for state in states]
-
-        if parameters:
-            adamw(
-                [local_part(parameter) for parameter in parameters],
-                [local_part(parameter.grad) for parameter in parameters],  # type: ignore[arg-type]
-                local("exp_avg"), local("exp_avg_sq"), [], local("step"), fused=True, amsgrad=False,
-                beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
-                weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-            )  # fmt: skip
+def _decayed_step(weight: Tensor, *, group: Mapping[str, Any], parts: Sequence[Part]) -> None:
+    """Steps this rank's part of a weight, whose results are orthogonalized."""
+    weight.mul_(1 - group["lr"] * group["weight_decay"])
+    for piece, part in zip([weight] if len(parts) == 1 else weight, parts, strict=True):
+        piece.add_(part.local.view_as(piece).to(weight.dtype), alpha=-group["lr"])
 
 
 def _orthogonal(whole: Tensor, *, layout: Layout, like: Tensor, group: dict[str, Any]) -> Tensor:

@@ -15,17 +15,18 @@ from lightning.pytorch.loggers import CSVLogger
 
 from moecompile.checkpoint import folders
 from moecompile.checkpoint.fingerprint import differences, settings
-from moecompile.checkpoint.fit import check_entries, plan_differences, refuse
+from moecompile.checkpoint.fit import plan_differences, refuse
 from moecompile.checkpoint.folders import check
 from moecompile.checkpoint.placed import orders_of
 from moecompile.checkpoint.resume import State, check_settings, not_compared, read_state
-from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, shapes_of, tensors_of, written
+from moecompile.checkpoint.tensors import entries_of, forget_unused, tensors_of, written
 from moecompile.checkpoint.writer import Writer
 from moecompile.errors import ConfigError
 from moecompile.kept_groups import cpu_group
 from moecompile.load_history import LOAD_HISTORY, LoadHistory
 from moecompile.plan import Plan, read
 from moecompile.runtime import signals
+from moecompile.runtime.converted import reading_of
 from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.strategy import groups_of
@@ -155,10 +156,9 @@ def restore(trainer: Trainer, module: LanguageModule, metrics: Metrics, folder: 
     Raises:
         PlanError: the checkpoint has other names or shapes.
     """
-    optimizers, saved = trainer.strategy.optimizers, shapes(folder)
+    optimizers, saved = trainer.strategy.optimizers, entries_of(folder)
     tensors = forget_unused(module.model, optimizers, tensors_of(module.model, optimizers), saved)
-    check_entries(saved, shapes_of(tensors, groups_of(trainer).stages), folder)
-    read_tensors(folder, tensors, orders=orders_of(module.model, tensors))
+    reading_of(folder, module.model, optimizers, tensors, saved, stages=groups_of(trainer).stages).fill()
     for scheduler in trainer.strategy.lr_scheduler_configs:
         module.set_step(scheduler.scheduler, state.step)
     loop, batches = trainer.fit_loop.epoch_loop, state.step * trainer.accumulate_grad_batches

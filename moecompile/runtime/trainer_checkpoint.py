@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moecompile import plan as plans
-from moecompile.checkpoint.fit import check_entries
 from moecompile.checkpoint.folders import PLAN, check, whole_folder
 from moecompile.checkpoint.placed import orders_of
-from moecompile.checkpoint.tensors import forget_unused, read_tensors, shapes, shapes_of, write_tensors, written
+from moecompile.checkpoint.tensors import entries_of, forget_unused, write_tensors, written
 from moecompile.errors import PlanError
 from moecompile.pipeline import plan_of
+from moecompile.runtime.converted import reading_of
 
 LIGHTNING = "lightning.pt"
 """Lightning's checkpoint without tensors."""
@@ -67,9 +67,9 @@ def load(
     rest: dict[str, Any] = torch.load(path / LIGHTNING, weights_only=True)
     groups = rest.get("optimizer_states", [])
     optimizers = optimizers if groups else []
-    entries = {name: shape for name, shape in shapes(path).items() if optimizers or name.startswith("model.")}
+    entries = {name: entry for name, entry in entries_of(path).items() if optimizers or name.startswith("model.")}
     tensors = forget_unused(model, optimizers, tensors_of(optimizers), entries)
-    check_entries(entries, shapes_of(tensors, stages), path)
+    reading = reading_of(path, model, optimizers, tensors, entries, stages=stages, key="ckpt_path")
     of_stages = rest.pop(_OF_STAGES, [groups])
     for i, optimizer in enumerate(optimizers):
         number, index = (1, 0) if stages is None else (dist.get_world_size(stages), dist.get_rank(stages))
@@ -77,7 +77,7 @@ def load(
             _set_groups(optimizer, of_stages[index][i], path)
         else:
             _set_alike(optimizer, [group for of_stage in of_stages for group in of_stage[i]], path)
-    read_tensors(path, tensors, orders=orders_of(model, tensors))
+    reading.fill()
     return rest
 
 

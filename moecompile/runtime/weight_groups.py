@@ -23,8 +23,17 @@ from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.nn.matrices import hidden_matrices
 from moecompile.nn.stages import passage_of, tied_names
+from moecompile.runtime.moments import AdamW, keeping_of
 from moecompile.runtime.muon import Muon
-from moecompile.schema import Config, OptimizerConfig, OptimizerKind, check_numbers, check_optimizer, group_of
+from moecompile.schema import (
+    Config,
+    OptimizerConfig,
+    OptimizerKind,
+    check_moments,
+    check_numbers,
+    check_optimizer,
+    group_of,
+)
 
 _SHOWN = 3
 
@@ -118,6 +127,8 @@ def _check_patterns(config: OptimizerConfig, used: set[int], names: Sequence[str
 def make_optimizer(model: nn.Module, settings: Sequence[str] | Config | OptimizerConfig = ()) -> Optimizer:
     """torch's AdamW, or Muon with AdamW for the weights that are not its; call it when the weights are sharded.
 
+    With `optimizer.state` or `optimizer.bf16_weights`, AdamW is that of moecompile.runtime.moments.
+
     Args:
         model: a compiled model, after `shard`; or any other one.
         settings: overrides such as `optimizer=muon`, or a config. Of its schedule and clipping nothing is used.
@@ -132,9 +143,13 @@ def make_optimizer(model: nn.Module, settings: Sequence[str] | Config | Optimize
         whole = settings if isinstance(settings, Config) else compose_config(settings)
         check_numbers(whole)
         check_optimizer(whole)
+        check_moments(whole)
         config = whole.optimizer
     groups = weight_groups(model, config)
     betas = (config.betas[0], config.betas[1])
+    keeping = keeping_of(model, config, [weight for group in groups for weight in group.weights])
+    if config.kind is OptimizerKind.adamw and not keeping.is_torchs:
+        return AdamW(_by_mesh(groups), keeping, lr=config.lr, betas=betas, eps=config.eps)
     if config.kind is OptimizerKind.adamw:
         return torch.optim.AdamW(_by_mesh(groups), lr=config.lr, betas=betas, eps=config.eps, fused=True)
     muon, by_name = config.muon, hidden_matrices(model)
@@ -146,7 +161,7 @@ def make_optimizer(model: nn.Module, settings: Sequence[str] | Config | Optimize
         ],
         layouts, lr=config.lr, betas=betas, eps=config.eps, momentum=muon.momentum, nesterov=muon.nesterov,
         scale=muon.scale.value, steps=muon.steps, coefficients=(muon.coefficients[0], muon.coefficients[1],
-        muon.coefficients[2]), precision=muon.precision.value,
+        muon.coefficients[2]), precision=muon.precision.value, keeping=keeping,
     )  # fmt: skip
 
 

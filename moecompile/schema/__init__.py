@@ -46,6 +46,7 @@ from moecompile.schema.enums import (
     AdapterExport,
     AdapterKind,
     Baseline,
+    Bf16Weights,
     Calibrate,
     Checkpointing,
     Compiled,
@@ -74,6 +75,7 @@ from moecompile.schema.enums import (
     RowLayout,
     Schedule,
     SiteKind,
+    StateKind,
     TaskName,
     TokenizerSource,
     VerifyDtype,
@@ -82,6 +84,15 @@ from moecompile.schema.enums import (
     WireDtype,
 )
 from moecompile.schema.implied import SOURCES, with_implied
+from moecompile.schema.moments import (
+    FP32_BYTES,
+    LEAST_NUMBERS,
+    MOMENTS,
+    MomentKind,
+    block_of,
+    bytes_in_blocks,
+    resolved,
+)
 from moecompile.schema.per_layer import LayerSettings, check_selections, layer_settings, site_slice
 from moecompile.schema.ranges import NUMBERS, check_numbers
 from moecompile.schema.validation import (
@@ -90,6 +101,7 @@ from moecompile.schema.validation import (
     balance_spec,
     check_adapters,
     check_latent,
+    check_moments,
     check_name,
     check_optimizer,
     check_placement,

@@ -25,6 +25,7 @@ from moecompile.schema.enums import (
     AdapterExport,
     AdapterKind,
     Baseline,
+    Bf16Weights,
     Calibrate,
     Checkpointing,
     Compiled,
@@ -53,6 +54,7 @@ from moecompile.schema.enums import (
     RowLayout,
     Schedule,
     SiteKind,
+    StateKind,
     TaskName,
     TokenizerSource,
     VerifyDtype,
@@ -429,8 +431,8 @@ class StackConfig:
     """Bits of a number of a row in dispatch: 16 or 8."""
     grad_bits: int = number(32, Whole(16, 32))
     """Bits of a gradient in a described layout: 32 or 16."""
-    moment_bits: int = number(32, Whole(8, 32))
-    """Bits of each of the optimizer's two moments in a described layout: 32, 16 or 8."""
+    moment_bits: Optional[int] = number(None, Whole(8, 32))
+    """Bits of each of the optimizer's two moments: 32, 16 or 8; null: those of `optimizer.state`."""
     wire_share: FigureConfig = field(
         default_factory=lambda: FigureConfig(value=1.0), metadata={"range": Real("(0, 1]", "Use 1.0")}
     )
@@ -556,6 +558,14 @@ class OptimizerConfig:
     """Final over peak learning rate; 1.0: constant."""
     clip_norm: Optional[float] = number(1.0, Real("(0, inf)", "Use 1.0, or null for no clipping"))
     """Maximum global gradient norm; null: no clipping."""
+    state: StateKind = StateKind.auto
+    """In what moments are kept: `fp32`, `bf16` (2 bytes), or `int8` (codes of 8 bits, about 1 byte); auto: in the dtype
+    of the numbers that are stepped.
+    """
+    bf16_weights: Bf16Weights = Bf16Weights.nearest
+    """How a step reaches weights that are stored in bf16: rounded, through fp32 copies (`master`, 4 bytes more), or
+    rounded at random (`stochastic`).
+    """
     groups: list[WeightGroupConfig] = field(default_factory=list)
     """Other settings for some weights."""
     muon: MuonConfig = field(default_factory=MuonConfig)

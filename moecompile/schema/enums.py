@@ -214,6 +214,23 @@ class OptimizerKind(str, Enum):
     muon = "muon"  # Muon for the matrices of hidden layers, AdamW for all other weights
 
 
+class StateKind(str, Enum):
+    """In what the optimizer keeps its moments, see `moecompile.schema.moments`."""
+
+    auto = "auto"  # in the dtype of the numbers that it steps: fp32, or bf16 for weights that are stored in bf16
+    fp32 = "fp32"
+    bf16 = "bf16"
+    int8 = "int8"  # codes of 8 bits with a scale for every block of a row
+
+
+class Bf16Weights(str, Enum):
+    """How a step reaches weights that are stored in bf16, in which small changes are lost."""
+
+    nearest = "nearest"  # rounded to the nearest number, as torch does
+    master = "master"  # kept in fp32 beside them, by the optimizer
+    stochastic = "stochastic"  # rounded up or down, more often to the nearer one: right on average
+
+
 class MuonScale(str, Enum):
     """Factor of Muon's step for a matrix with d_out rows and d_in columns, after `torch.optim.Muon`."""
 

@@ -36,11 +36,13 @@ from moecompile.schema.enums import (
     Objective,
     OptimizerKind,
     SiteKind,
+    StateKind,
     TaskName,
     TokenizerSource,
     WidenTopK,
 )
 from moecompile.schema.implied import SOURCES, has_experts
+from moecompile.schema.moments import MOMENTS
 from moecompile.schema.per_layer import LayerSettings, site_slice
 from moecompile.schema.ranges import check_numbers
 
@@ -74,6 +76,7 @@ def _validate(config: Config) -> None:
     check_data(config, mesh)
     check_schedule(config)
     check_optimizer(config)
+    check_moments(config)
     check_export(config)
     check_chat(config)
     check_adapters(config)
@@ -605,6 +608,32 @@ def check_optimizer(config: Config) -> None:
             raise ConfigError(
                 f"optimizer.groups[{i}].kind", group.kind.value, "chooses among the two optimizers of optimizer=muon",
                 "Use optimizer=muon, or leave it out",
+            )  # fmt: skip
+
+
+def check_moments(config: Config) -> None:
+    """Checks what a kind of moments can be combined with.
+
+    Raises:
+        ConfigError: adapters, which have few numbers, or a decay that its rounding would undo.
+    """
+    optimizer = config.optimizer
+    if optimizer.state is StateKind.auto:
+        return
+    kind, name = MOMENTS[optimizer.state], optimizer.state.value
+    if not kind.may_adapt and config.adapters.kind is not AdapterKind.none:
+        raise ConfigError(
+            "optimizer.state", name, "saves nothing with adapters: their rows are short, and keep fp32 moments",
+            "Use optimizer.state=bf16, or leave it out",
+        )  # fmt: skip
+    rates = {f"optimizer.betas[{i}]": beta for i, beta in enumerate(optimizer.betas)}
+    if optimizer.kind is OptimizerKind.muon:
+        rates["optimizer.muon.momentum"] = optimizer.muon.momentum
+    for path, rate in rates.items():
+        if rate > kind.slowest:
+            raise ConfigError(
+                path, rate, f"is so slow a decay that {name} moments would be rounded back to what they were: "
+                f"at most {kind.slowest:.6g}", "Use optimizer.state=int8 or fp32, or a smaller rate",
             )  # fmt: skip
 
 

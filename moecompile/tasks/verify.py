@@ -15,7 +15,16 @@ from moecompile.compose import RESOLVED, save_resolved
 from moecompile.errors import VerificationFailed
 from moecompile.mesh import Part
 from moecompile.rundir import output_dir
-from moecompile.schema import Config, DataKind, ModelDevice, MuonPrecision, accumulation_steps, mesh_spec
+from moecompile.schema import (
+    Bf16Weights,
+    Config,
+    DataKind,
+    ModelDevice,
+    MuonPrecision,
+    StateKind,
+    accumulation_steps,
+    mesh_spec,
+)
 from moecompile.stages import schedule_of
 from moecompile.tasks.launched import start_ranks
 
@@ -66,7 +75,8 @@ class _Shrinking:
         old = getattr(group, name)
         if old != value:
             setattr(group, name, value)
-            self.notes.append(f"{path}.{name}: {old} -> {value}, {why}")
+            before, now = (getattr(each, "value", each) for each in (old, value))
+            self.notes.append(f"{path}.{name}: {before} -> {now}, {why}")
 
 
 def shrink(config: Config, steps: int) -> tuple[Config, list[str]]:
@@ -164,6 +174,8 @@ def _shrink_run(work: _Shrinking, steps: int) -> None:
         config.optimizer.muon, "optimizer.muon", "precision", MuonPrecision.fp32,
         "bf16 would hide what differs",
     )  # fmt: skip
+    for name, value in (("state", StateKind.auto), ("bf16_weights", Bf16Weights.nearest)):
+        work.limit(config.optimizer, "optimizer", name, value, "rounding would hide what differs")
     if config.optimizer.clip_norm is None:
         work.limit(config.optimizer, "optimizer", "clip_norm", _NO_CLIPPING, "the norm is known where it may clip")
     if config.routing.replay is not None:

@@ -4,6 +4,7 @@ fit is what the plan of the changed config says.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -391,6 +392,11 @@ def test_what_is_offered_and_what_was_tried() -> None:
     _, more = limited(0.5)
     assert more.remedies[0].change.startswith("mesh.num_nodes=2 mesh.ep=")
     assert "mesh.tp, mesh.ep, micro-batch and checkpointing" in more.tried
+    moments = more.memory_bytes_per_rank.optimizer / 2**30  # two of 4 bytes, but for routers'
+    saved = re.findall(r"optimizer.state=(bf16|int8) alone saves (\S+) GiB", more.tried)
+    assert [kind for kind, _ in saved] == ["bf16", "int8"]
+    assert float(saved[0][1]) == pytest.approx(moments / 2, rel=0.05)
+    assert float(saved[0][1]) < float(saved[1][1]) < moments
     _, none = limited(0.1)
     assert none.remedies == ()
     assert "the least is 0.0039 GiB, with mesh.ep=8 data.micro_batch_size=1 trainer.checkpointing=full" in none.tried

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -11,7 +12,12 @@ from moecompile.mesh import MeshSpec
 from moecompile.plan import Estimate, Traffic
 from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import build_plan
-from moecompile.planner.optimizer import MuonParams, state_bytes, step_traffic
+from moecompile.planner.cost_model.counts import step_bytes
+from moecompile.planner.cost_model.inputs import Layout, Machine, software_of
+from moecompile.planner.optimizer import Kept, MuonParams, kept_of, state_bytes, step_traffic
+from moecompile.planner.params import WeightFact
+from moecompile.planner.traffic import Links
+from tests.planner.search.test_described import TINY
 from tests.planner.test_build_plan import site
 
 FOUR = MeshSpec(ranks_per_node=4, ep=4)
@@ -58,11 +64,15 @@ def test_muon_has_one_number_of_state_where_adamw_has_two() -> None:
     assert saved == 4 * (2 * 256 + EXPERTS) // 4  # 4 bytes each, over 4 ranks
     assert adamw.params_muon == 0 and adamw.optimizer_bytes_per_step == Traffic(intra_node=0.0, inter_node=0.0)
     quarter = Fraction(1, 4)
-    assert state_bytes(100, 40, MuonParams(), FOUR, quarter, 4) == 110 * 8
-    assert state_bytes(100, 40, MuonParams(), FOUR, quarter, 2) == 100 * 4 + 10 * 8  # bf16 weights beside fp32 routers
-    assert state_bytes(100, 40, MuonParams(dense=120, experts=200), FOUR, quarter, 4) == 110 * 8 - (30 + 50) * 4
-    long = MeshSpec(ranks_per_node=4, ep=4, cp=4)
-    assert state_bytes(100, 40, MuonParams(dense=120, experts=200), long, quarter, 4) == 110 * 8 - (30 + 50) * 4
+
+    def bytes_of(muon: MuonParams, number: int, mesh: MeshSpec = FOUR) -> int:
+        each = Fraction(number)
+        return state_bytes(100, 40, muon, mesh, quarter, 50, Kept(dense=each, experts=each, of_muon=each))
+
+    assert bytes_of(MuonParams(), 4) == 110 * 8
+    assert bytes_of(MuonParams(), 2) == 100 * 4 + 10 * 8  # bf16 weights beside fp32 routers
+    assert bytes_of(MuonParams(dense=120, experts=200), 4) == 110 * 8 - (30 + 50) * 4
+    assert bytes_of(MuonParams(dense=120, experts=200), 4, MeshSpec(ranks_per_node=4, ep=4, cp=4)) == 110 * 8 - 80 * 4
 
 
 @pytest.mark.parametrize(
@@ -100,3 +110,40 @@ def test_bf16_products_halve_the_bytes() -> None:
     wide = estimated(*MUON).optimizer_bytes_per_step.intra_node
     assert wide == 4 * 2 * 512 * 3 / 16
     assert estimated(*MUON, "optimizer.muon.precision=bf16").optimizer_bytes_per_step.intra_node == wide / 2
+
+
+def test_bytes_of_narrower_moments() -> None:
+    """Per number: 4, 2, and 1 with a fp32 scale for a block of the rows' largest divisor up to 256."""
+    facts = replace(
+        FACTS,
+        weights=(
+            WeightFact(rows=64, params=64 * 1408, width=1408), WeightFact(rows=64, params=64),
+            WeightFact(rows=64, params=999, width=64, is_trained=False), WeightFact(rows=8, params=8 * 32, width=32, split="columns"),
+        ),
+    )  # fmt: skip
+    mesh = MeshSpec(ranks_per_node=4, ep=4)
+
+    def kept(*overrides: str, number: int = 4, mesh: MeshSpec = mesh) -> Kept:
+        return kept_of([], mesh, facts, compose_config(overrides).optimizer, number)
+
+    assert (kept().dense, kept(number=8).dense, kept(number=2).experts) == (4, 8, 2)
+    assert kept("optimizer.state=bf16").dense == kept("optimizer.state=bf16", number=2).experts == 2
+    blocks, small, narrow = 64 * 1408 * (1 + Fraction(4, 176)), 64 * 4, 8 * 32 * (1 + Fraction(4, 32))
+    assert kept("optimizer.state=int8").dense == (blocks + small + narrow) / (64 * 1408 + 64 + 8 * 32)
+    tp = kept("optimizer.state=int8", mesh=MeshSpec(ranks_per_node=4, ep=4, tp=2))
+    assert tp.dense == (blocks + small + 8 * 32 * 4) / (64 * 1408 + 64 + 8 * 32)  # 16 numbers have no block
+    master = kept("optimizer.bf16_weights=master", number=2)
+    assert (master.dense, master.master) == (4, 4) and kept("optimizer.bf16_weights=master").master == 0
+    zeros = MuonParams(), mesh, Fraction(1, 4), 50
+    assert state_bytes(100, 40, *zeros, master) == 100 * (2 * 4 + 4) + 2 * 40
+
+
+def test_a_forecast_counts_the_bytes_of_moments() -> None:
+    machine = Machine(
+        name="any", peak={16: 1.0}, watts=1.0, memory=1.0, passes=1.0, links=Links(intra=1.0, inter=1.0), domain=64,
+        units=1, capacity=1.0,
+    )  # fmt: skip
+    steps = [step_bytes(TINY, Layout(gpus=4, seq=16, global_batch=4, zero=3), machine, bits) for bits in (32, 16, 8)]
+    assert [step.moments / step.owned for step in steps] == pytest.approx([28, 20, 16])
+    given = ([], ["stack.moment_bits=16"])
+    assert [software_of(compose_config(each).stack, moment_bits=8).moment_bits for each in given] == [8, 16]

@@ -81,6 +81,7 @@ KERNELS = {
 QUANTIZE_KERNELS, EXPERT_KERNELS = 12, 6
 SENT_AS = {"alltoall": "flat", "deepep": "hierarchical", "hybridep": "hierarchical"}
 OPTIMIZER_BYTES = 28  # gradient, weight and two moments read, the last three and a bf16 weight written
+_OF_MOMENTS = 16  # of them, with moments of 32 bits
 _FROM_C = 0.2  # a launch from a library's loop over experts, in launches from Python
 _OVERLAP_LAUNCHES = 1.5  # forwards and backwards that alternate are cut into parts, each with events and streams
 
@@ -325,14 +326,14 @@ def parallel_bytes(model: ModelShape, layout: Layout, machine: Machine, software
     )
 
 
-def step_bytes(model: ModelShape, layout: Layout, machine: Machine) -> Step:
+def step_bytes(model: ModelShape, layout: Layout, machine: Machine, moment_bits: int = 32) -> Step:
     """Bytes per step (step 10)."""
     dense, experts = stage_params(model, layout)
     reduced = _over_replicas(model, layout, machine, _zero_bytes(layout)[1])
     owned = dense / (layout.dp * layout.cp) + experts * padding(model, layout) / layout.edp
     return Step(
         reduced=reduced + _between_replicas(model, layout, machine) if layout.zero == 3 else reduced,
-        moments=owned * OPTIMIZER_BYTES,
+        moments=owned * (OPTIMIZER_BYTES - _OF_MOMENTS * (1 - moment_bits / 32)),
         owned=owned,
     )
 
@@ -440,7 +441,7 @@ def count(model: ModelShape, layout: Layout, machine: Machine, software: Softwar
         head=head_work(model.hidden, model.vocab, layout, heads),
         wire=wire,
         parallel=parallel_bytes(model, layout, machine, software),
-        step=step_bytes(model, layout, machine),
+        step=step_bytes(model, layout, machine, software.moment_bits),
         num_micro=layout.num_micro,
         bubble=_bubble(model, layout, software),
         stages=layout.pp,

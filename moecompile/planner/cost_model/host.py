@@ -48,6 +48,8 @@ WAITING = "waiting for a core"
 _COUNTED_BITS = 16
 _FORWARD = 1 / 3  # of the nodes of forward and backward
 _TOUCHED = 12 / OPTIMIZER_BYTES  # two fp32 numbers read and one written
+_STEP_TIMES = {32: 1.0, 16: 3.0, 8: 18.0}
+"""Bits of a moment -> CPU time of AdamW over that with 32. Measured: 2.0 to 3.3, and 15 to 24 (use/optimizers.md)."""
 _CONTEXT = 4  # exchanges of an attention layer whose positions are split: before and after it, forward and backward
 
 
@@ -82,7 +84,8 @@ def host_seconds(
     parts = {name: seconds * counts.num_micro for name, seconds in parts.items()}
     parts["bubble"] = sum(parts.values()) * counts.bubble / counts.num_micro
     owned = computing * host.optimizer * counts.step.owned
-    parts |= {"gradients": counts.num_micro * _TOUCHED * owned, "optimizer": owned}
+    stepped = owned * _STEP_TIMES[software.moment_bits]
+    parts |= {"gradients": counts.num_micro * _TOUCHED * owned, "optimizer": stepped}
     parts[WAITING] = sum(parts.values()) * max(0.0, on_node / host.cores - 1)
     return parts
 

@@ -17,6 +17,7 @@ from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
 from moecompile.planner.params import checkpointing_of
 from moecompile.planner.traffic import Links
 from moecompile.schema import (
+    MOMENTS,
     NUMBERS,
     Config,
     ContentionConfig,
@@ -25,10 +26,12 @@ from moecompile.schema import (
     HardwareConfig,
     HostConfig,
     MessageConfig,
+    OptimizerConfig,
     OverlapKind,
     Precision,
     RateConfig,
     StackConfig,
+    StateKind,
     is_described,
 )
 from moecompile.stages import SCHEDULES as RUN_SCHEDULES
@@ -317,12 +320,17 @@ def number(path: str, figure: FigureConfig) -> float:
 
 
 def software_of(
-    stack: StackConfig, *, bits: int = 16, dispatcher: str = "alltoall", recompute: tuple[str, ...] = ()
+    stack: StackConfig,
+    *,
+    bits: int = 16,
+    dispatcher: str = "alltoall",
+    recompute: tuple[str, ...] = (),
+    moment_bits: int = 32,
 ) -> Software:
     """The software.
 
     Args:
-        bits, dispatcher, recompute: what holds where the stack leaves it open.
+        bits, dispatcher, recompute, moment_bits: what holds where the stack leaves it open.
 
     Raises:
         ConfigError: a word is not known, or a share is out of range.
@@ -338,7 +346,7 @@ def software_of(
         comm_units=round(stack.comm_units.value or 0),
         row_bits=stack.row_bits,
         grad_bits=stack.grad_bits,
-        moment_bits=stack.moment_bits,
+        moment_bits=stack.moment_bits or moment_bits,
         wire_share=number("stack.wire_share", stack.wire_share),
     )
 
@@ -349,6 +357,12 @@ def _predicting(shape: ModelShape, further: int) -> ModelShape:
     if not further or not likes:
         return shape
     return replace(shape, layers=(*shape.layers, replace(likes[-1], count=further, mtp=True)))
+
+
+def _moment_bits(optimizer: OptimizerConfig) -> int:
+    """Of a moment; of those that follow the weights, fp32's."""
+    state = StateKind.fp32 if optimizer.state is StateKind.auto else optimizer.state
+    return MOMENTS[state].bits
 
 
 def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
@@ -383,7 +397,7 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
     own = config.stack.dispatcher is None and not config.stack.overlap
     software = software_of(
         config.stack, bits=_BITS.get(config.trainer.precision, 16), dispatcher="flat" if kind == "local" else kind,
-        recompute=REPEATED[checkpointing_of(config, plan)],
+        recompute=REPEATED[checkpointing_of(config, plan)], moment_bits=_moment_bits(config.optimizer),
     )  # fmt: skip
     if plan.pipeline is not None:
         paired = plan.pipeline.paired(layout.num_micro) if own else 0.0

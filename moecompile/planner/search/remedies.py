@@ -9,6 +9,8 @@ Algorithm:
        b. also tensor parallelism
        c. (a) in bf16, if weights are wider
        d. (a) on twice as many nodes, on four times as many, ...
+       e. (a) with moments in bf16, then in codes of 8 bits, if they are wider. Where (a) was not enough,
+          it is told what each saves
   2. Of those that fit, fewer changes first. More changes are offered only where a step is faster with them.
   3. Each is planned as a command with it would be, which decides whether it is offered.
   4. The first that fits with an even load alone is offered last. If nothing fits, the least that was found is told.
@@ -43,7 +45,17 @@ from moecompile.planner.search.axes import axes_of
 from moecompile.planner.search.chosen import with_settings
 from moecompile.planner.search.found import Candidate, Rejected
 from moecompile.planner.search.run import Search, runnable
-from moecompile.schema import SEARCHED, Checkpointing, Config, Precision, SearchConfig, is_described
+from moecompile.schema import (
+    MOMENTS,
+    SEARCHED,
+    Checkpointing,
+    Config,
+    Precision,
+    SearchConfig,
+    StateKind,
+    check_moments,
+    is_described,
+)
 
 OFFERED = 4
 _NAMES = {
@@ -54,7 +66,7 @@ _FEW = ("ep", "micro_batch", "checkpointing")
 _GIVEN_PLAN = ("micro_batch", "checkpointing")
 _DOUBLED, _MOST_NODES = 3, 65_536
 _SEARCHED = ("mesh.ep", "mesh.dp_replicate")
-_PRECISION, _NODES = "trainer.precision", "mesh.num_nodes"
+_PRECISION, _NODES, _STATE = "trainer.precision", "mesh.num_nodes", "optimizer.state"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +115,20 @@ def with_remedies(
     if not remedies and least:
         needed, settings = min(least, key=lambda each: each[0])
         text += f"; the least is {needed / GIB:.3g} GiB, with {_text(settings)}"
+    if len(tried) > 1 and (saved := list(_saved(plan.estimate, config, again))):
+        text += f"; {' and '.join(saved)}"
     return replace(plan, estimate=replace(plan.estimate, remedies=tuple(remedies), tried=text))
+
+
+def _saved(estimate: Estimate, config: Config, again: Callable[[Config], Plan]) -> Iterator[str]:
+    """What narrower moments alone save of the optimizer's memory."""
+    for kind in _narrower(config):
+        changed = {_STATE: kind.value}
+        with suppress(ConfigError):
+            other = again(with_settings(config, changed)).estimate
+            if other is not None:
+                less = estimate.memory_bytes_per_rank.optimizer - other.memory_bytes_per_rank.optimizer
+                yield f"{_text(changed)} alone saves {less / GIB:.3g} GiB"
 
 
 def _stages(plan: Plan, config: Config) -> Iterator[_Stage]:
@@ -122,6 +147,19 @@ def _stages(plan: Plan, config: Config) -> Iterator[_Stage]:
         nodes = plan.mesh.num_nodes * 2**doubled
         if nodes <= _MOST_NODES:
             yield _Stage(axes=few, changed={_NODES: nodes})
+    for kind in _narrower(config):
+        yield _Stage(axes=few, changed={_STATE: kind.value})
+
+
+def _narrower(config: Config) -> Iterator[StateKind]:
+    """Kinds of moments that take less than those of the config; of those that follow the weights, less than fp32."""
+    now = StateKind.fp32 if config.optimizer.state is StateKind.auto else config.optimizer.state
+    for kind, row in MOMENTS.items():
+        changed = replace(config, optimizer=replace(config.optimizer, state=kind))
+        with suppress(ConfigError):
+            check_moments(changed)
+            if row.bits < MOMENTS[now].bits:
+                yield kind
 
 
 def _open(axes: tuple[str, ...], config: Config) -> tuple[str, ...]:
