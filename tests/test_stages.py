@@ -116,6 +116,24 @@ def test_of_a_pair_neither_needs_the_other(monkeypatch: pytest.MonkeyPatch) -> N
             assert len(simulated(of, number)) == 4 * ranks * number
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("number", [1, 2, 3, 7, 16, 19])
+def test_pairs_run_to_their_end_if_both_receive_before_either_computes(ranks: int, number: int) -> None:
+    at_once = replace(pipeline(ranks, 2, "dualpipev"), overlap="exchanges")
+    assert len(set(simulated(at_once, number))) == 4 * ranks * number
+    pairs = [group for index in range(ranks) for group in at_once.groups(index, number) if len(group) == 2]
+    assert all((ahead.is_forward, back.is_forward) == (True, False) for ahead, back in pairs)
+    assert at_once.paired(number) == 2 * len(pairs) / (4 * ranks * number)
+    assert replace(at_once, overlap="none").paired(number) == 0
+    assert pairs or number < 2 * ranks + (ranks == 1)
+
+
+def test_a_schedule_without_pairs_has_none_at_once() -> None:
+    with pytest.raises(PlanError) as caught:
+        replace(pipeline(2), overlap="exchanges")
+    assert str(caught.value) == "pipeline.overlap=exchanges: is not possible with the schedule 1f1b. Use none."
+
+
 def test_two_micro_batches_of_1f1b_in_full() -> None:
     two = pipeline(2)
     assert two.order(0, 2) == [Action(True, 0, 0), Action(True, 0, 1), Action(False, 0, 0), Action(False, 0, 1)]

@@ -111,7 +111,7 @@ def _as_saved(
             if width % block:
                 raise PlanError(
                     key, reading.folder, f"{prefix}{name} has blocks of {block} numbers, and a rank rows of {width}",
-                    "Go on with the mesh.tp of the checkpoint",
+                    "Go on with a mesh that cuts rows as the checkpoint's did",
                 )  # fmt: skip
         theirs: dict[str, Any] = {}
         new_moment(theirs, name, parameter, dtype, block)

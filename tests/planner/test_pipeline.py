@@ -24,6 +24,7 @@ from moecompile.planner.search.found import Candidate, Rejected
 from moecompile.planner.search.run import Search, runnable
 
 TWO = ["mesh=cpu_1x4", "mesh.pp=2"]
+PAIRS = ["pipeline.schedule=dualpipev", "pipeline.overlap=exchanges"]
 
 
 def plan(*overrides: str, recipe: str = "deepseek_ep") -> Plan:
@@ -104,7 +105,13 @@ def test_more_micro_batches_are_kept_on_the_first_stage() -> None:
     [
         (["mesh=cpu_1x4", "pipeline.stages_per_rank=2"], "pipeline.stages_per_rank=2: there is no pipeline"),
         (["mesh=cpu_1x4", "pipeline.layout='EtL'"], "pipeline.layout=EtL: there is no pipeline"),
-        (["mesh=cpu_1x4", "pipeline.schedule=dualpipev"], "pipeline.schedule=dualpipev: there is no pipeline"),
+        (["mesh=cpu_1x4", "pipeline.schedule=interleaved"], "pipeline.schedule=interleaved: there is no pipeline"),
+        ([*TWO, "pipeline.overlap=exchanges"], "pipeline.overlap=exchanges: pipeline.schedule=1f1b has no forward beside"),
+        ([*TWO, *PAIRS, "mesh.ep=1"], "pipeline.overlap=exchanges: mesh.ep=1: there are no exchanges"),
+        (
+            [*TWO, *PAIRS, "trainer.compile=regions"],
+            "pipeline.overlap=exchanges: a compiled region hands over in the middle of its code (trainer.compile=regions)",
+        ),
         (
             [*TWO, "pipeline.schedule=1f1b", "pipeline.stages_per_rank=2"],
             "pipeline.stages_per_rank=2: pipeline.schedule=1f1b has 1",
