@@ -106,7 +106,10 @@ def test_more_micro_batches_are_kept_on_the_first_stage() -> None:
         (["mesh=cpu_1x4", "pipeline.stages_per_rank=2"], "pipeline.stages_per_rank=2: there is no pipeline"),
         (["mesh=cpu_1x4", "pipeline.layout='EtL'"], "pipeline.layout=EtL: there is no pipeline"),
         (["mesh=cpu_1x4", "pipeline.schedule=interleaved"], "pipeline.schedule=interleaved: there is no pipeline"),
-        ([*TWO, "pipeline.overlap=exchanges"], "pipeline.overlap=exchanges: pipeline.schedule=1f1b has no forward beside"),
+        (
+            [*TWO, "pipeline.overlap=exchanges"],
+            "pipeline.overlap=exchanges: pipeline.schedule=1f1b has no forward beside",
+        ),
         ([*TWO, *PAIRS, "mesh.ep=1"], "pipeline.overlap=exchanges: mesh.ep=1: there are no exchanges"),
         (
             [*TWO, *PAIRS, "trainer.compile=regions"],
