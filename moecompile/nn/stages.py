@@ -213,7 +213,7 @@ def cut_into_stages(model: nn.Module, pipeline: Pipeline, stages: Sequence[int])
         if passage.calls > 1:
             raise MoecompileError(
                 "the model is called twice in a step, and earlier stages of a pipeline end theirs at the first call: "
-                "call it once, with both inputs in one batch, or use mesh.pp=1"
+                "call it once, with both inputs in one batch, or use no stages"
             )
         if passage.is_last:
             return whole(*args, **kwargs)

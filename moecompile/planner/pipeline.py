@@ -47,12 +47,12 @@ def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts
     schedule, per_rank = schedule_of(config.pipeline.schedule, config.pipeline.stages_per_rank)
     cut, number = facts.cut, mesh.pp * per_rank
     if cut is None or cut.refused:
-        raise _refusal(mesh, _uncut(cut))
+        raise _refusal(mesh, config, _uncut(cut))
     if number > len(cut.layers):
-        raise ConfigError(
-            "mesh.pp", mesh.pp, f"{number} stages need as many layers, and the model has {len(cut.layers)}",
-            f"Use at most {len(cut.layers) // per_rank}",
-        )  # fmt: skip
+        rule = f"{number} stages need as many layers, and the model has {len(cut.layers)}"
+        if mesh.pp == 1:
+            raise _refusal(mesh, config, rule)
+        raise ConfigError("mesh.pp", mesh.pp, rule, f"Use at most {len(cut.layers) // per_rank}")
     if config.pipeline.layout is None:
         counts = balanced(costs(layers, cut.units, cut.layers), number)
     else:
@@ -61,7 +61,7 @@ def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts
     try:
         stages = cut.stages(tuple(cut.layers[place] for place in places))
     except ValueError as error:
-        raise _refusal(mesh, f"the model cannot be cut before {cut.layers[places[0]]}: {error}") from error
+        raise _refusal(mesh, config, f"the model cannot be cut before {cut.layers[places[0]]}: {error}") from error
     overlap = config.pipeline.overlap
     if overlap != NONE:
         _check_overlap(schedule, mesh, config)
@@ -102,8 +102,11 @@ def _uncut(cut: CutFacts | None) -> str:
     return f"the model cannot be cut into stages: {cut.refused}" if cut.refused else ""
 
 
-def _refusal(mesh: MeshSpec, rule: str) -> ConfigError:
-    return ConfigError("mesh.pp", mesh.pp, rule, "Use mesh.pp=1")
+def _refusal(mesh: MeshSpec, config: Config, rule: str, fix: str = "") -> ConfigError:
+    """Of stages: `mesh.pp`, or the schedule that one rank has them for. fix: another way out."""
+    if mesh.pp > 1:
+        return ConfigError("mesh.pp", mesh.pp, rule, f"Use mesh.pp=1{fix}")
+    return ConfigError("pipeline.schedule", config.pipeline.schedule, rule, f"Use pipeline.schedule=auto{fix}")
 
 
 def no_stages(mesh: MeshSpec, config: Config, facts: ModelFacts) -> str:
@@ -111,27 +114,32 @@ def no_stages(mesh: MeshSpec, config: Config, facts: ModelFacts) -> str:
     try:
         _check_supported(mesh, config)
     except ConfigError as error:
-        return f"{error.path}={error.value} {error.rule}" if error.path != "mesh.pp" else error.rule
+        own = error.path in ("mesh.pp", "pipeline.schedule")
+        return error.rule if own else f"{error.path}={error.value} {error.rule}"
     return _uncut(facts.cut)
 
 
 def _check_supported(mesh: MeshSpec, config: Config) -> None:
     for axis in mesh.axes(Part.SEQUENCE, Part.TOKENS):
         rule = f"stages and mesh.{axis}={mesh.size(axis)} are not possible together"
-        raise ConfigError("mesh.pp", mesh.pp, rule, f"Use mesh.pp=1, or mesh.{axis}=1")
+        raise _refusal(mesh, config, rule, f", or mesh.{axis}=1")
     if config.trainer.checkpointing is Checkpointing.budget:
         raise ConfigError(
-            "trainer.checkpointing", "budget", f"chooses for a whole model, and mesh.pp={mesh.pp} cuts it into stages",
+            "trainer.checkpointing", "budget", f"chooses for a whole model, and {_why_stages(mesh, config)} cuts it",
             "Use auto, full, keep_exchanges or none",
         )  # fmt: skip
     if config.adapters.kind is not AdapterKind.none:
         raise ConfigError(
-            "adapters.kind", config.adapters.kind.value, f"is not possible with mesh.pp={mesh.pp}",
-            "Use adapters=none, or mesh.pp=1",
+            "adapters.kind", config.adapters.kind.value, f"is not possible with {_why_stages(mesh, config)}",
+            "Use adapters=none, or no stages",
         )  # fmt: skip
     if config.routing.replay is not None:
-        rule = f"a rank has the routers of its stage alone (mesh.pp={mesh.pp})"
-        raise ConfigError("routing.replay", config.routing.replay, rule, "Use mesh.pp=1")
+        rule = f"a rank has the routers of its stages alone ({_why_stages(mesh, config)})"
+        raise ConfigError("routing.replay", config.routing.replay, rule, "Use no stages")
+
+
+def _why_stages(mesh: MeshSpec, config: Config) -> str:
+    return f"mesh.pp={mesh.pp}" if mesh.pp > 1 else f"pipeline.schedule={config.pipeline.schedule}"
 
 
 def costs(layers: Sequence[LayerPlan], units: Mapping[str, int], order: Sequence[str]) -> list[float]:

@@ -87,7 +87,7 @@ def check_held(module: nn.Module, compiled: nn.Module) -> None:
     if outside:
         raise PlanError(
             "mesh.pp", outside[0], "is a weight outside of the compiled model, and belongs to no stage of the pipeline",
-            "Move it into the model before it is compiled, or use mesh.pp=1",
+            "Move it into the model before it is compiled, or use no stages",
         )  # fmt: skip
 
 
@@ -227,7 +227,7 @@ class PipelineSteps:
         if not isinstance(output, (Tensor, Mapping)):
             raise ConfigError(
                 "loss", output, "training_step must return a loss for each micro-batch of a pipeline",
-                "Return a loss, or use mesh.pp=1",
+                "Return a loss, or use no stages",
             )  # fmt: skip
         loss = output["loss"] if isinstance(output, Mapping) else output
         share = 1 / (strategy.lightning_module.trainer.accumulate_grad_batches * strategy.groups.num_batches)
@@ -308,7 +308,7 @@ class _Logs:
             if hasattr(value, "compute"):
                 raise ConfigError(
                     "self.log", name, "logs a metric object, which the other stages of a pipeline do not have",
-                    "Log a tensor or a number, or use mesh.pp=1",
+                    "Log a tensor or a number, or use no stages",
                 )  # fmt: skip
             if not self.passage.is_last:
                 return

@@ -249,7 +249,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             if getattr(self.precision_plugin, "scaler", None) is not None:
                 raise ConfigError(
                     "precision", "16-mixed", "scales the loss before its backward, which a pipeline runs before that",
-                    "Use bf16-mixed, or mesh.pp=1",
+                    "Use bf16-mixed, or no stages",
                 )  # fmt: skip
             check_held(self.model, compiled)
             run_on_model([Cut(index=index)], compiled, plan)
@@ -331,7 +331,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if self._stages is not None:
             raise ConfigError(
                 "mesh.pp", self.groups.mesh.pp, "a pipeline orders the backwards of a step, and this module calls them "
-                "itself (manual optimization)", "Use automatic optimization, or mesh.pp=1",
+                "itself (manual optimization)", "Use automatic optimization, or no stages",
             )  # fmt: skip
         if self.on_nan is not None:
             raise ConfigError(

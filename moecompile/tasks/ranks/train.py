@@ -101,8 +101,8 @@ def _check_baseline(config: Config, plan: plans.Plan) -> None:
     kind = config.trainer.baseline
     if kind is not Baseline.none and plan.pipeline is not None:
         raise ConfigError(
-            "trainer.baseline", kind.value, f"the dense model is not cut into the stages of mesh.pp={plan.mesh.pp}",
-            "Use trainer.baseline=none, or mesh.pp=1",
+            "trainer.baseline", kind.value, "the dense model is not cut into stages",
+            "Use trainer.baseline=none, or no stages (mesh.pp=1, pipeline.schedule=auto)",
         )  # fmt: skip
     existing = [layer.site.fqn for layer in plan.layers if isinstance(layer.site, plans.ExpertsSite)]
     if kind is not Baseline.none and existing:
