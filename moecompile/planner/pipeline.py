@@ -24,7 +24,7 @@ from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import ExpertsSite, LayerPlan, MemoryEstimate, Plan
 from moecompile.planner.memory import ffn_numbers, memory_of_fullest_rank
 from moecompile.planner.params import CutFacts, ModelFacts, RunFacts, computed_per_token, layer_params
-from moecompile.schema import AdapterKind, Checkpointing, Compiled, Config, PipelineConfig
+from moecompile.schema import Checkpointing, Compiled, Config, PipelineConfig
 from moecompile.stages import NONE, SCHEDULES, Pipeline, Stage, has_stages, schedule_of, simulated
 
 
@@ -127,11 +127,6 @@ def _check_supported(mesh: MeshSpec, config: Config) -> None:
         raise ConfigError(
             "trainer.checkpointing", "budget", f"chooses for a whole model, and {_why_stages(mesh, config)} cuts it",
             "Use auto, full, keep_exchanges or none",
-        )  # fmt: skip
-    if config.adapters.kind is not AdapterKind.none:
-        raise ConfigError(
-            "adapters.kind", config.adapters.kind.value, f"is not possible with {_why_stages(mesh, config)}",
-            "Use adapters=none, or no stages",
         )  # fmt: skip
     if config.routing.replay is not None:
         rule = f"a rank has the routers of its stages alone ({_why_stages(mesh, config)})"
@@ -281,6 +276,7 @@ def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
                 facts=replace(
                     facts.cut.facts(tuple(unit.path for stage in stages for unit in stage.units), is_last),
                     ffn_numbers=ffn_numbers(plan.layers),
+                    adapters=_adapters(plan, facts, stages),
                 ),
                 stages=stages,
                 tied=tied if index in ends and len(ends) > 1 else 0,
@@ -288,6 +284,14 @@ def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
             )
         )
     return found
+
+
+def _adapters(plan: Plan, facts: ModelFacts, stages: Sequence[Stage]) -> tuple[int, bool] | None:
+    """`ModelFacts.adapters` of these stages."""
+    if plan.adapters is None:
+        return None
+    linears = [path for path in plan.adapters.linears if any(stage.holds(path) for stage in stages)]
+    return plan.adapters.rank * sum(sum(facts.linears[path]) for path in linears), plan.adapters.train_router
 
 
 def alike(ranks: Sequence[OfRank]) -> list[list[OfRank]]:

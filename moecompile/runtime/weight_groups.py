@@ -67,7 +67,8 @@ def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[WeightGroup
     """The groups of a model's trained weights; each weight is in one of them.
 
     Raises:
-        ConfigError: a pattern matches nothing, or what Muon cannot step, or there is nothing for Muon.
+        ConfigError: a pattern matches nothing, or what Muon cannot step, or there is nothing for Muon; or there is
+            nothing to train in the stages of this rank.
     """
     is_muon = config.kind is OptimizerKind.muon
     layouts = hidden_matrices(model) if is_muon or any(group.kind for group in config.groups) else {}
@@ -95,7 +96,12 @@ def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[WeightGroup
             weight_decay=decay if chosen is None or chosen.weight_decay is None else chosen.weight_decay,
         )  # fmt: skip
         groups.setdefault((order, not with_muon, not decays), made).weights.append(parameter)
-    if passage_of(model) is not None:  # a stage may have none that a pattern matches
+    if (passage := passage_of(model)) is not None:  # a stage may have none that a pattern matches
+        if not trained:
+            raise ConfigError(
+                "mesh.pp", passage.pipeline.ranks, "a rank has stages without a weight that is trained",
+                "Train some of each stage (adapters.dense, adapters.experts), or use fewer stages",
+            )  # fmt: skip
         return [group for _, group in sorted(groups.items(), key=lambda item: item[0])]
     _check_patterns(config, {order for order, _, _ in groups}, [name for name, _ in trained])
     if is_muon and trained and not any(group.kind == "muon" for group in groups.values()):

@@ -17,7 +17,7 @@ from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan
 from moecompile.planner.build_plan import draft_plan
 from moecompile.planner.cost_model.forecast import forecast_plan
-from moecompile.planner.params import model_params
+from moecompile.planner.params import model_params, trained_params
 from moecompile.planner.pipeline import balanced, counts_of, ranks_of
 from moecompile.planner.search.axes import Axes, axes_of
 from moecompile.planner.search.found import Candidate, Rejected
@@ -123,7 +123,7 @@ def test_more_micro_batches_are_kept_on_the_first_stage() -> None:
         ([*TWO, "pipeline.stages_per_rank=4"], "mesh.pp=2: 8 stages need as many layers, and the model has 6"),
         ([*TWO, "mesh.tp=2"], "mesh.pp=2: stages and mesh.tp=2 are not possible together"),
         ([*TWO, "trainer.checkpointing=budget"], "trainer.checkpointing=budget: chooses for a whole model"),
-        ([*TWO, "routing.replay=record"], "routing.replay=record: a rank has the routers of its stage alone"),
+        ([*TWO, "routing.replay=record"], "routing.replay=record: a rank has the routers of its stages alone"),
     ],
 )
 def test_what_stages_do_not_go_with(overrides: list[str], rule: str) -> None:
@@ -243,6 +243,27 @@ def test_a_weight_of_both_ends_is_stored_once_on_one_rank(schedule: str, times: 
     assert stored == model_params(made.layers, facts).total + (times - 1) * tied
     assert [each.tied for each in of] == [(times - 1) * tied] * 2
     assert [each.tied_here for each in of] == [(2 - times) * tied, 0]
+
+
+@pytest.mark.parametrize("stages", ["1", "2"])
+def test_each_rank_counts_the_adapters_of_its_own_stages(stages: str) -> None:
+    chosen = compose_config([
+        "model=mixtral_8x7b", *TWO, f"pipeline.stages_per_rank={stages}", "adapters=lora", "adapters.rank=2",
+        "model.config.num_hidden_layers=4", "model.config.hidden_size=64", "model.config.intermediate_size=64",
+        "model.config.num_attention_heads=4", "model.config.num_key_value_heads=4", "model.config.vocab_size=64",
+        "data.seq_len=16", "adapters.dense='*.layers.[0-2].*.q_proj'", "adapters.train_router=true",
+    ])  # fmt: skip
+    model = source_model(chosen)
+    sites, facts = planning_facts(model, chosen, example_inputs(model, chosen.data.seq_len))
+    made, facts = draft_plan(sites, chosen, facts)
+    of = ranks_of(made, facts)
+    linear, router = 2 * (64 + 64), 8 * 64
+    assert [each.facts.adapters for each in of] == [(2 * linear, True), (linear, True)]
+    trained = [trained_params(each.layers, each.facts) for each in of]
+    assert [each.dense for each in trained] == [2 * linear + 2 * router, linear + 2 * router]
+    whole = trained_params(made.layers, facts)
+    assert sum(each.experts for each in trained) == whole.experts > 0
+    assert sum(each.dense for each in trained) == whole.dense
 
 
 def test_a_model_that_cannot_be_cut_is_refused_with_the_reason() -> None:

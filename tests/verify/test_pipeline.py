@@ -55,6 +55,9 @@ CASES: dict[str, list[str]] = {
     "pairs, reduced each time": [
         *DEEPSEEK, V, PAIRS, "trainer.reduce=each", "trainer.gather=step", "dispatch.overlap=chunks", "dispatch.chunks=2",
     ],
+    "pairs, adapters": [
+        "model=mixtral_8x7b", FOUR, V, PAIRS, FULL, "adapters=lora", "adapters.rank=2", "adapters.train_router=true",
+    ],
     "pairs of one rank": [*DEEPSEEK, *AUX, V, PAIRS, "mesh.pp=1", "trainer.gather=layer"],
     "there and back, tied, replicas, reduced each time": [
         *LLAMA, *LOSSES, V, "mesh.ep=1", "mesh.dp_replicate=2", "trainer.reduce=each", "data.global_batch_size=20",
