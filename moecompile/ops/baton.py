@@ -1,8 +1,8 @@
 """Two computations of a rank that take turns: while the rows of one are on the wire, the other one computes.
 
 A pipeline runs the forward of one micro-batch beside the backward of another (moecompile.runtime.pipeline). Each has a
-thread, and only the thread with the baton runs. It hands the baton over where it would wait for what an exchange
-brings, so the order of exchanges follows from the program, not from time: ranks of a group begin them in one order.
+thread, and only the thread with the baton runs. It hands the baton over where it would wait for rows of an exchange,
+so the order of exchanges follows from the program, not from time: ranks of a group begin them in one order.
 
 What torch and moecompile keep for "the computation that runs" (random numbers, padding masks, what FSDP2's root is
 doing) is exchanged with the baton: see `Kept`.
@@ -99,9 +99,13 @@ class Baton:
 _shared: list[Baton] = []  # that of the pair that runs, if one does
 
 
-def landed(work: dist.Work | None) -> None:
-    """Waits for an exchange that was begun; the other computation, if there is one, runs before."""
-    for baton in _shared:
+def landed(work: dist.Work | None, *, hands_over: bool = True) -> None:
+    """Waits for an exchange that was begun; the other computation, if there is one, runs before.
+
+    hands_over: false of small exchanges (counts, weights and codes), for which what is computed between two of them is
+    too short to hide rows of the other computation.
+    """
+    for baton in _shared if hands_over else ():
         baton.hand_over()
     if work is not None:
         work.wait()

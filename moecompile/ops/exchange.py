@@ -102,7 +102,7 @@ def exchange_assignments(
     input_splits, output_splits = splits(table_2rn, column, reverse=False)
     width = weights_A.element_size()
     packed = torch.cat((bytes_of(weights_A), bytes_of(codes_A)), dim=1)
-    received = exchange_rows(packed, input_splits, output_splits, axis)
+    received = exchange_rows(packed, input_splits, output_splits, axis, hands_over=False)
     return unpack(received[:, :width], weights_A.dtype), unpack(received[:, width:], codes_A.dtype)
 
 
@@ -181,7 +181,7 @@ def gather_assignments(weights_MK: Tensor, ids_MK: Tensor, axis: str) -> tuple[T
     """Gathers routing weights and int16 expert ids in one message, (r * M, K) each."""
     top_k, width = weights_MK.shape[1], weights_MK.shape[1] * weights_MK.element_size()
     packed = torch.cat((weights_MK.contiguous().view(torch.uint8), ids_MK.contiguous().view(torch.uint8)), dim=1)
-    gathered = gather_blocks(packed, axis)
+    gathered = gather_blocks(packed, axis, hands_over=False)
     weights, ids = unpack(gathered[:, :width], weights_MK.dtype), unpack(gathered[:, width:], ids_MK.dtype)
     return weights.view(-1, top_k), ids.view(-1, top_k)
 
@@ -223,16 +223,17 @@ def _exchange_counts(counts: Tensor, axis: str) -> Tensor:
     group = group_of(axis)
     sent_rn = counts.reshape(group.size(), -1)
     recv_rn = torch.empty_like(sent_rn)
-    landed(dist.all_to_all_single(recv_rn, sent_rn, group=group, async_op=is_shared()))
+    dist.all_to_all_single(recv_rn, sent_rn, group=group)
     _count_blocks(axis, group, sent_rn.shape[1] * sent_rn.element_size())
     return recv_rn
 
 
-def gather_blocks(block: Tensor, axis: str) -> Tensor:
+def gather_blocks(block: Tensor, axis: str, *, hands_over: bool = True) -> Tensor:
     group = group_of(axis)
     out = block.new_empty(group.size() * block.shape[0], block.shape[1])
     if block.numel():  # all ranks agree on this, because blocks have equal sizes
-        landed(all_gather_single(out, block.contiguous(), group, async_op=is_shared()))
+        work = all_gather_single(out, block.contiguous(), group, async_op=hands_over and is_shared())
+        landed(work, hands_over=hands_over)
     _count_blocks(axis, group, block.numel() * block.element_size())
     return out
 
@@ -252,11 +253,14 @@ def splits(table_2rn: Tensor, column: int, reverse: bool) -> tuple[list[int], li
     return (output_splits, input_splits) if reverse else (input_splits, output_splits)
 
 
-def exchange_rows(rows: Tensor, input_splits: list[int], output_splits: list[int], axis: str) -> Tensor:
+def exchange_rows(
+    rows: Tensor, input_splits: list[int], output_splits: list[int], axis: str, *, hands_over: bool = True
+) -> Tensor:
     group = group_of(axis)
     out = rows.new_empty(sum(output_splits), *rows.shape[1:])
-    sent = rows.contiguous()
-    landed(dist.all_to_all_single(out, sent, output_splits, input_splits, group=group, async_op=is_shared()))
+    sent, async_op = rows.contiguous(), hands_over and is_shared()
+    work = dist.all_to_all_single(out, sent, output_splits, input_splits, group=group, async_op=async_op)
+    landed(work, hands_over=hands_over)
     count_sent(axis, group, rows, input_splits)
     return out
 

@@ -85,8 +85,8 @@ def exchange_assignments_wait(
     token_A: Tensor, ticket: Tensor, table_2rn: Tensor, column: int, axis: str
 ) -> tuple[Tensor, Tensor]:
     """The routing weights and int16 codes received, by source rank."""
-    landed, width = _land(int(ticket)), token_A.element_size()
-    return unpack(landed[:, :width], token_A.dtype), unpack(landed[:, width:], torch.int16)
+    packed, width = _land(int(ticket), hands_over=False), token_A.element_size()
+    return unpack(packed[:, :width], token_A.dtype), unpack(packed[:, width:], torch.int16)
 
 
 @exchange_assignments_wait.register_fake
@@ -168,12 +168,12 @@ def _launch(ticket: int, rows: Tensor, sent: list[int], received: list[int], axi
     count_sent(axis, group, rows, sent)
 
 
-def _land(ticket: int) -> Tensor:
+def _land(ticket: int, *, hands_over: bool = True) -> Tensor:
     if ticket not in _in_flight:
         raise MoecompileError(
             f"exchange {abs(ticket)} is not in flight: each start has one wait, in the process that started it"
         )
     out, rows, work = _in_flight.pop(ticket)
-    landed(work)
+    landed(work, hands_over=hands_over)
     del rows
     return out

@@ -41,7 +41,7 @@ from moecompile.ops.exchange import group_of
 from moecompile.ops.sizes import Load, under
 from moecompile.passes.base import on_an_axis
 from moecompile.pipeline import plan_of
-from moecompile.plan import EXCHANGE_OPS, EXCHANGES, WAIT_OPS, Plan
+from moecompile.plan import EXCHANGE_OPS, EXCHANGES, Plan
 from moecompile.planner.traffic import assignments, rows_given
 from moecompile.runtime.messages import MESSAGES
 from moecompile.runtime.module import LanguageModule
@@ -66,7 +66,7 @@ from moecompile.torch_private import (
 # Of the ops of moecompile with an axis, those that communicate; beside the exchanges, with one argument that travels.
 _SENDING = (*EXCHANGE_OPS, "gradient_start", "join_tokens", "gather_slices", "sum_ranks", "join_columns",
             "exchange_dims", "join_positions")  # fmt: skip
-_LANDING = (*EXCHANGES, *WAIT_OPS, "gradient_wait")  # wait for what was sent
+_LANDING = ("all_to_all", "all_gather", "reduce_scatter", "all_to_all_wait", "gradient_wait")  # wait for rows
 _INPUTS = {name + end: row.inputs for name, row in EXCHANGES.items() for end in ("", "_start")}
 _GIVEN = ("input", "inputs", "input_tensor", "input_tensors", "tensors")  # arguments of c10d that this rank gives
 _SILENT = ("barrier",)

@@ -25,7 +25,7 @@ from moecompile.capture import Example
 from moecompile.checkpoint.fingerprint import fingerprint
 from moecompile.checkpoint.folders import set_aside
 from moecompile.load_history import LOAD_HISTORY
-from moecompile.mesh import MeshSpec, Part
+from moecompile.mesh import Part
 from moecompile.pipeline import compile_model
 from moecompile.plan import Plan, Traffic, reductions
 from moecompile.planner.params import checkpointing_of
@@ -308,13 +308,14 @@ def _quiet_lightning() -> None:
 
 
 def train_dense(
-    model: nn.Module, mesh: MeshSpec, config: Config, data: TextData, run_dir: Path, *, example: Example
+    model: nn.Module, like: Plan, config: Config, data: TextData, run_dir: Path, *, example: Example
 ) -> Outcome:
-    """Trains `model` with a plan without layers: same ranks, data order, optimizer and steps; saves no checkpoint.
+    """Trains `model` with a plan like another one, without layers: same ranks, data and optimizer; saves no checkpoint.
 
     All ranks call it with the same newly built model.
     """
-    plan = Plan(mesh=mesh, layers=(), reductions=reductions(mesh))
+    mesh = like.mesh
+    plan = Plan(mesh=mesh, layers=(), reductions=reductions(mesh), context_parallel=like.context_parallel)
     dense = compile_model(model, config, example=example, plan=plan)
     unsaved = dataclasses.replace(config.trainer, save_checkpoint=False, save_interval=0, resume=None)
     return train(dense, plan, dataclasses.replace(config, trainer=unsaved), data, run_dir / BASELINE)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from moecompile.errors import ConfigError
+from moecompile.mesh import MeshSpec
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan
 from moecompile.planner.cost_model.forecast import Forecast, forecast_plan
@@ -42,7 +43,7 @@ def flops_per_token(model: nn.Module | None, plan: Plan, seq_len: int) -> tuple[
     shape = shape_of(model, plan)
     if model is None or shape is None:
         return None, None
-    dense = shape_of_model(model, Plan(mesh=plan.mesh, layers=(), reductions=()))
+    dense = shape_of_model(model, Plan(mesh=MeshSpec(), layers=(), reductions=()))  # which FLOPs do not depend on
     return training_flops(shape, seq_len), training_flops(dense, seq_len)
 
 

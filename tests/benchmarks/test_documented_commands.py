@@ -37,6 +37,7 @@ SMALL = {
     "layer.py": "--sizes 8,2,128,256 --rounds 1",
     "lend.py": "--rounds 2 --tokens 256",
     "memory.py": "'mixtral_ep cpu_1x2'",
+    "moments.py": "--steps 4 --seeds 0",
     "overhead.py": "--rounds 1",
     "peers.py": "--sizes 8,2,128,256 --rounds 1",
     "placement.py": "--steps 24",
@@ -93,7 +94,11 @@ COMMANDS = sorted(commands())
 def test_every_documented_command_is_run_or_left_for_a_reason() -> None:
     programs = {command.partition(" ")[0] for command in COMMANDS}
     assert len(COMMANDS) > 50
-    assert {path.name for path in (REPOSITORY / "benchmarks").glob("*.py")} - programs == {"nodes.py", "overlap.py"}
+    assert {path.name for path in (REPOSITORY / "benchmarks").glob("*.py")} - programs == {
+        "nodes.py",
+        "overlap.py",
+        "pairs.py",
+    }
     run = {command.partition(" ")[0] for command in COMMANDS if why_left(command) is None}
     assert run == set(SMALL)
     for pattern, _ in LEFT:

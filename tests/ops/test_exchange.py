@@ -89,7 +89,9 @@ def test_blocks_are_summed_wide_and_rounded_once(monkeypatch: pytest.MonkeyPatch
     """Four ranks bring 1 and three times 1/256: bf16 has 8 bits, so that adding them one by one would lose all three."""
     monkeypatch.setattr("moecompile.ops.exchange.group_of", lambda axis: SimpleNamespace(size=lambda: 4))
     monkeypatch.setattr("moecompile.ops.exchange._count_blocks", lambda *args: None)
-    monkeypatch.setattr("torch.distributed.all_to_all_single", lambda out, rows, group: out.copy_(rows))
+    monkeypatch.setattr(
+        "torch.distributed.all_to_all_single", lambda out, rows, group, async_op: (out.copy_(rows), None)[1]
+    )
     blocks = torch.tensor([[1.0], [1 / 256], [1 / 256], [1 / 256]], dtype=torch.bfloat16)
     assert (((blocks[0] + blocks[1]) + blocks[2]) + blocks[3]).item() == 1
     assert op.reduce_scatter(blocks, "ep").item() == torch.tensor(1 + 3 / 256).bfloat16().item() > 1
@@ -101,7 +103,9 @@ class Wire:
     def __init__(self) -> None:
         self.splits: list[tuple[list[int], list[int]]] = []
 
-    def __call__(self, rows: torch.Tensor, sent: list[int], received: list[int], axis: str) -> torch.Tensor:
+    def __call__(
+        self, rows: torch.Tensor, sent: list[int], received: list[int], axis: str, *, hands_over: bool = True
+    ) -> torch.Tensor:
         assert rows.shape[0] == sum(sent)
         self.splits.append((sent, received))
         return rows.new_ones(sum(received), *rows.shape[1:])

@@ -157,7 +157,7 @@ def test_deepseek_v3_is_trained_from_the_meta_device(tmp_path: Path) -> None:
     ("overrides", "reason"),
     [
         (["model.load=full"], "model.load=full makes the whole model on every rank"),
-        (["trainer.baseline=dense"], "trainer.baseline=dense builds the dense model whole"),
+        (["trainer.baseline=dense"], "trainer.baseline builds the dense model whole"),
         (["model.architecture=null", "model.factory=json:loads"], "model.factory builds the model whole"),
     ],
 )

@@ -40,7 +40,7 @@ def _certified(recipe: str, chunks: int, folder: Path) -> list[Check]:
     return certify_config(shrink(config, steps=1)[0], folder)[0]
 
 
-def _without_a_wait(ticket: int) -> Tensor:
+def _without_a_wait(ticket: int, *, hands_over: bool = True) -> Tensor:
     """What a reader of rows may see that does not wait: a buffer that nothing was written to yet."""
     out, _, work = in_flight._in_flight.pop(ticket)
     work.wait()

@@ -140,7 +140,7 @@ def _baseline(config: Config, plan: plans.Plan, data: TextData, run_dir: Path) -
     model = build_model(config.model, config.seed)
     num_params = sum(parameter.numel() for parameter in model.parameters())
     example = example_inputs(model, config.data.seq_len)
-    outcome = train_dense(model, plan.mesh, config, data, run_dir, example=example)
+    outcome = train_dense(model, plan, config, data, run_dir, example=example)
     names = ("steps", "loss_first", "loss_last", "val_loss_first", "val_loss", "tokens_per_second")
     measured = {name: getattr(outcome, name) for name in names}
     return {"kind": "dense", "params_total": num_params, "params_active": num_params, **measured}
