@@ -1,6 +1,6 @@
 """Exchanges of a forward and a backward in flight together, on a real link: steps of a small model on two nodes.
 
-    python benchmarks/two_nodes.py --pairs                        # as root; about six minutes on two cores
+    python benchmarks/two_nodes.py --pairs                        # as root; about seven minutes on two cores
     python benchmarks/two_nodes.py --pairs --rate-mbit 800        # a faster link
 
 Two ranks, each a network namespace of its own (benchmarks/nodes.py), share the experts of all layers; `dispatch=dedup`.
@@ -10,6 +10,7 @@ plain       one micro-batch after the other, forward and backward
 chunks      the same with `dispatch.overlap=chunks` (2)
 one by one  `pipeline.schedule=dualpipev`: the order of pairs, forward before backward
 pairs       and with `pipeline.overlap=exchanges`: both of a pair at once
+both        pairs and chunks
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ WAYS = {
     "chunks": ["dispatch.overlap=chunks", "dispatch.chunks=2"],
     "one by one": ONE_BY_ONE,
     "pairs": [*ONE_BY_ONE, "pipeline.overlap=exchanges"],
+    "both": [*ONE_BY_ONE, "pipeline.overlap=exchanges", "dispatch.overlap=chunks", "dispatch.chunks=2"],
 }
 
 
