@@ -156,10 +156,7 @@ class Pipeline:
 
     def paired(self, micro_batches: int) -> float:
         """The share of forwards and backwards that run beside another, a mean over ranks; 0 if none overlap."""
-        if self.overlap == NONE:
-            return 0.0
-        groups = [group for index in range(self.ranks) for group in self.groups(index, micro_batches)]
-        return sum(len(group) for group in groups if len(group) > 1) / sum(map(len, groups))
+        return 0.0 if self.overlap == NONE else _paired(self.schedule, self.ranks, self.per_rank, micro_batches)
 
     @property
     def layout(self) -> str:
@@ -317,6 +314,13 @@ def schedule_of(word: str, per_rank: int) -> tuple[str, int]:
 def _stages_of(schedule: str, index: int, ranks: int, per_rank: int) -> tuple[int, ...]:
     rank_of = SCHEDULES[schedule].rank_of
     return tuple(stage for stage in range(ranks * per_rank) if rank_of(stage, ranks) == index)
+
+
+@cache  # a search asks for each layout
+def _paired(schedule: str, ranks: int, per_rank: int, micro_batches: int) -> float:
+    order = SCHEDULES[schedule].order
+    groups = [group for index in range(ranks) for group in order(index, ranks, per_rank, micro_batches)]
+    return sum(len(group) for group in groups if len(group) > 1) / sum(map(len, groups))
 
 
 @cache  # a search asks for each layout

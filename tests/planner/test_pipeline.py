@@ -162,7 +162,7 @@ def test_a_search_counts_stages_as_their_plan_does() -> None:
     base = ["mesh=cpu_2x2", "experts.layers='3:'", "data.global_batch_size=24", "optimizer=muon"]
     axes, found = searched(*base, "search.axes=[ep,pp,stages,micro_batch,checkpointing]")
     assert set(axes.sharing["pp"]) == {1, 2, 4}
-    assert axes.stages == [("auto", 1), ("auto", 2), ("auto", 4), ("auto", 8), ("dualpipev", 1)]
+    assert axes.stages == [*(("auto", n, "none") for n in (1, 2, 4, 8)), ("dualpipev", 1, "exchanges")]
     of: dict[tuple[object, ...], Candidate] = {}
     for each in found:
         keys = ("mesh.pp", "pipeline.stages_per_rank", "trainer.checkpointing", "data.micro_batch_size",
@@ -177,6 +177,8 @@ def test_a_search_counts_stages_as_their_plan_does() -> None:
     }  # six layers
     there_and_back = [each for key, each in stages.items() if key[4]]
     assert len(there_and_back) == 9  # micro-batches of 1, 2 and 4
+    at_once = {each.settings["mesh.ep"]: each.settings.get("pipeline.overlap") for each in there_and_back}
+    assert at_once.items() <= {1: None, 2: "exchanges"}.items()
     assert {key[2] for key in stages} == {"none", "full", "keep_exchanges"}
     for each in (*list(stages.values())[::5], *there_and_back[::2]):
         made = plan(*base, *each.overrides.split())
@@ -190,7 +192,7 @@ def test_a_search_counts_stages_as_their_plan_does() -> None:
 @pytest.mark.parametrize(
     ("overrides", "recipe", "reason"),
     [
-        (["routing.replay=record"], "deepseek_ep", "routing.replay=record a rank has the routers of its stage alone"),
+        (["routing.replay=record"], "deepseek_ep", "routing.replay=record a rank has the routers of its stages alone"),
         (["mesh.cp=2"], "deepseek_ep", "stages and mesh.cp=2 are not possible together"),
         (["mesh.tp=2"], "deepseek_ep", "stages and mesh.tp=2 are not possible together"),
         (["trainer.baseline=dense"], "switch_ep", "trainer.baseline=dense trains a model that is not cut"),
@@ -211,7 +213,7 @@ def test_the_size_of_a_given_pipeline_is_kept() -> None:
     axes, found = searched(
         *TWO, "search.axes=[ep,stages]", "pipeline.schedule=interleaved", "pipeline.stages_per_rank=2"
     )
-    assert axes.stages == [("interleaved", 2)] and len(found) == 2  # the number was given
+    assert axes.stages == [("interleaved", 2, "none")] and len(found) == 2  # the number was given
     made = plan(*TWO, "mesh.ep=search")
     assert made.mesh.pp == 2 and made.estimate is not None
 

@@ -28,8 +28,8 @@ from moecompile.plan import KINDS as DISPATCH_KINDS
 from moecompile.planner.existing import asks_balance
 from moecompile.planner.params import ModelFacts
 from moecompile.planner.pipeline import no_stages
-from moecompile.schema import Baseline, Checkpointing, Config
-from moecompile.stages import AUTO, SCHEDULES, schedule_of
+from moecompile.schema import Baseline, Checkpointing, Compiled, Config
+from moecompile.stages import AUTO, EXCHANGES, NONE, SCHEDULES, schedule_of
 
 _OF_MESH = tuple(axis.name for axis in sorted(MESH_AXES, key=lambda axis: axis.dense) if axis.searched)
 AXES = {
@@ -46,7 +46,9 @@ OVERLAPS = (("none", 1), ("shared", 1), ("chunks", 2), ("chunks", 4))
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 GRANULARITIES = (1, 2, 4, 8)
 STAGES_PER_RANK = (1, 2, 4, 8)
-_NO_STAGES = (AUTO, 1)
+Stages = tuple[str, int, str]
+"""`pipeline.schedule`, `pipeline.stages_per_rank` and `pipeline.overlap`."""
+_NO_STAGES: Stages = (AUTO, 1, NONE)
 MOST_STAGES = 64
 
 
@@ -55,12 +57,12 @@ class Axes:
     """The searched values of each axis; an axis that is kept has its one value.
 
     sharing: axis of the mesh whose ranks share a micro-batch -> its sizes. stages: schedules of a pipeline, as the
-    config says them: (`pipeline.schedule`, `pipeline.stages_per_rank`). kept: axis -> why, if it is kept.
+    config says them. kept: axis -> why, if it is kept.
     """
 
     ep: Sequence[int]
     dp_replicate: Sequence[int]
-    stages: Sequence[tuple[str, int]]
+    stages: Sequence[Stages]
     sharing: Mapping[str, Sequence[int]]
     dispatch: Sequence[str]
     overlap: Sequence[tuple[str, int]]
@@ -71,7 +73,7 @@ class Axes:
     layout: bool
     kept: dict[str, str]
 
-    def meshes(self) -> Iterator[tuple[dict[str, int], tuple[str, int]]]:
+    def meshes(self) -> Iterator[tuple[dict[str, int], Stages]]:
         """Sizes of the axes of the mesh that change the plan of a layer, and one of `stages`."""
         for *sizes, ep in product(*self.sharing.values(), self.ep):
             found = {"ep": ep, **dict(zip(self.sharing, sizes, strict=True))}
@@ -170,18 +172,28 @@ def _unchanged(name: str, config: Config, layers: Sequence[LayerPlan]) -> str | 
     return others.get(name)
 
 
-def _said(config: Config) -> tuple[str, int]:
-    return config.pipeline.schedule, config.pipeline.stages_per_rank
+def _said(config: Config) -> Stages:
+    return config.pipeline.schedule, config.pipeline.stages_per_rank, config.pipeline.overlap
 
 
-def _schedules(config: Config) -> list[tuple[str, int]]:
-    """Numbers of stages of the schedule that the config says; else of `auto`, and the schedules that it never is."""
+def _schedules(config: Config) -> list[Stages]:
+    """Numbers of stages of the schedule that the config says; else of `auto`, and the schedules that it never is.
+
+    Pairs run at once, unless the config says whether they do.
+    """
     word = config.pipeline.schedule
     if word != AUTO:
-        return [(word, n) for n in STAGES_PER_RANK if SCHEDULES[word].has(n)]
-    found = [(AUTO, n) for n in STAGES_PER_RANK]
-    others = SCHEDULES.keys() - {schedule_of(*each)[0] for each in found}
-    return [*found, *((name, 1) for name in SCHEDULES if name in others)]
+        found = [(word, n) for n in STAGES_PER_RANK if SCHEDULES[word].has(n)]
+    else:
+        found = [(AUTO, n) for n in STAGES_PER_RANK]
+        others = SCHEDULES.keys() - {schedule_of(*each)[0] for each in found}
+        found += [(name, 1) for name in SCHEDULES if name in others]
+    return [(*each, _overlap(config, schedule_of(*each)[0])) for each in found]
+
+
+def _overlap(config: Config, schedule: str) -> str:
+    said = "pipeline.overlap" in config.given or config.trainer.compile is not Compiled.none
+    return config.pipeline.overlap if said else EXCHANGES if SCHEDULES[schedule].pairs else NONE
 
 
 def _uncut(name: str, config: Config, facts: ModelFacts, kept: Mapping[str, str]) -> str | None:

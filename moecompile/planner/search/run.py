@@ -37,11 +37,11 @@ from moecompile.planner.memory import (
 from moecompile.planner.params import ModelFacts, RunFacts
 from moecompile.planner.pipeline import OfRank, alike, ranks_of, without_name
 from moecompile.planner.schedule import Sharded, choose, sharded, ways
-from moecompile.planner.search.axes import KINDS, Axes, all_alike, axes_of
+from moecompile.planner.search.axes import KINDS, Axes, Stages, all_alike, axes_of
 from moecompile.planner.search.described import Described, Space, described, memory_of, settings_of, space_of
 from moecompile.planner.search.found import Candidate, Reason, Rejected, front, tight
 from moecompile.schema import Checkpointing, Config, DispatchBalance, DispatchKind, OverlapKind, WorkloadConfig
-from moecompile.stages import schedule_of
+from moecompile.stages import NONE, schedule_of
 
 # -- layouts that this package runs: plan, memory and seconds are those that task=plan gives ------------------------
 #
@@ -143,13 +143,16 @@ def _structures(search: Search, shapes: dict[object, ModelShape], rejected: Reje
 
 
 def _with(
-    config: Config, sizes: Mapping[str, Any], *, granularity: int, max_nodes: int | None, stages: tuple[str, int]
+    config: Config, sizes: Mapping[str, Any], *, granularity: int, max_nodes: int | None, stages: Stages
 ) -> Config:
+    schedule, number, overlap = stages
     mesh = replace(config.mesh, **sizes, dp_replicate=1, dp_shard="auto")
     return replace(
         config, mesh=mesh, experts=replace(config.experts, granularity=granularity),
         routing=replace(config.routing, max_nodes=max_nodes), workload=as_run(config.workload),
-        pipeline=replace(config.pipeline, schedule=stages[0], stages_per_rank=stages[1]),
+        pipeline=replace(
+            config.pipeline, schedule=schedule, stages_per_rank=number, overlap=overlap if sizes["ep"] > 1 else NONE
+        ),
     )  # fmt: skip
 
 
@@ -304,13 +307,16 @@ def _step(structure: _Structure, batch: int, number: int, overlap: tuple[str, in
     own = stack.dispatcher is None and not stack.overlap
     in_flight, chunks = overlap if own else ("none", 1)
     repeated = REPEATED[again.checkpointing] if stack.recompute is None else inputs.software.recompute
+    layout = replace(
+        inputs.layout, micro_batch=again.micro_batch_size, global_batch=batch, replicas=number,
+        reduce=again.reduce, gather=again.gather,
+    )  # fmt: skip
+    pipeline = structure.plan.pipeline
+    paired = pipeline.paired(layout.num_micro) if own and pipeline is not None else 0.0
     return replace(
         inputs,
-        layout=replace(
-            inputs.layout, micro_batch=again.micro_batch_size, global_batch=batch, replicas=number,
-            reduce=again.reduce, gather=again.gather,
-        ),
-        software=replace(inputs.software, recompute=repeated, in_flight=in_flight, chunks=chunks),
+        layout=layout,
+        software=replace(inputs.software, recompute=repeated, in_flight=in_flight, chunks=chunks, paired=paired),
         model=with_recomputed(inputs.model, again.recomputed),
     )  # fmt: skip
 
@@ -332,6 +338,7 @@ def _settings(
         "mesh.ep": mesh.ep, "mesh.dp_replicate": replicas,
         **{f"mesh.{name}": mesh.size(name) for name in search.axes.sharing},
         "pipeline.schedule": config.pipeline.schedule, "pipeline.stages_per_rank": config.pipeline.stages_per_rank,
+        "pipeline.overlap": config.pipeline.overlap,
         "dispatch.kind": kinds.pop() if len(kinds) == 1 else config.dispatch.kind.value,
         "dispatch.overlap": overlap[0], "dispatch.chunks": overlap[1] if overlap[1] > 1 else "auto",
         "data.micro_batch_size": run.micro_batch_size, "trainer.checkpointing": run.checkpointing,
@@ -340,7 +347,7 @@ def _settings(
     settings = search.axes.chosen(settings)
     if "dispatch.overlap" not in settings or search.config.dispatch.chunks == settings["dispatch.chunks"]:
         settings.pop("dispatch.chunks", None)
-    for name in ("schedule", "stages_per_rank"):
+    for name in ("schedule", "stages_per_rank", "overlap"):
         if settings.get(f"pipeline.{name}") == getattr(search.config.pipeline, name):
             del settings[f"pipeline.{name}"]
     if search.config.mesh.dp_shard != "auto":
@@ -479,7 +486,7 @@ def _described(search: Search, plan: Plan, rejected: Rejected) -> Iterator[Candi
     if "overlap" not in axes.kept:
         inputs = replace(inputs, software=replace(inputs.software, in_flight="none", chunks=1))
     if plan.pipeline is not None:
-        inputs = replace(inputs, software=replace(inputs.software, schedule=DESCRIBED_SCHEDULE))
+        inputs = replace(inputs, software=replace(inputs.software, schedule=DESCRIBED_SCHEDULE, paired=0.0))
     limit = config.hardware.memory_gib * GIB
     for each in described(inputs, space, limit, rejected):
         step = replace(inputs, layout=each.layout, software=each.software)
@@ -515,7 +522,7 @@ def _space(search: Search, plan: Plan, inputs: Inputs) -> Space:
 
 def _numbers(axes: Axes) -> list[int]:
     """Stages of a rank."""
-    return list(dict.fromkeys(schedule_of(*each)[1] for each in axes.stages))
+    return list(dict.fromkeys(schedule_of(word, number)[1] for word, number, _ in axes.stages))
 
 
 def _said(search: Search) -> list[str]:
