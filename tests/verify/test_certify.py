@@ -175,15 +175,15 @@ def moments_lost_in_checkpoint(patch: pytest.MonkeyPatch) -> None:
 
 
 def moments_of_experts_not_loaded(patch: pytest.MonkeyPatch) -> None:
-    from moecompile.runtime import trainer_checkpoint
+    from moecompile.runtime import converted
 
-    right = trainer_checkpoint.read_tensors
+    right = converted.read_tensors
 
     def wrong(folder: Path, entries: dict[str, torch.Tensor], **options: Any) -> None:
         of_experts = {name for name in entries if name.startswith("optimizer.") and ".experts." in name}
         right(folder, {name: entry for name, entry in entries.items() if name not in of_experts}, **options)
 
-    patch.setattr(trainer_checkpoint, "read_tensors", wrong)
+    patch.setattr(converted, "read_tensors", wrong)
 
 
 def idle_experts_without_gradient(patch: pytest.MonkeyPatch) -> None:
