@@ -5,6 +5,7 @@ Needs no torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -679,9 +680,10 @@ def _front(title: str, front: Sequence[Candidate], rows: int) -> Table:
 
 
 def _short(settings: Mapping[str, object]) -> str:
-    """Settings by the last part of their keys; sizes of 1 are left out."""
+    """Settings by the last part of their keys, if one key alone has it; sizes of 1 are left out."""
+    named = Counter(key.rpartition(".")[2] for key in settings)
     return " ".join(
-        f"{key.rpartition('.')[2]}={value}"
+        f"{key if named[key.rpartition('.')[2]] > 1 else key.rpartition('.')[2]}={value}"
         for key, value in settings.items()
         if value not in (1, "auto", None) or key in ("mesh.ep", "data.micro_batch_size", "workload.zero")
     )
