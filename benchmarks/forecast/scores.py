@@ -135,8 +135,8 @@ def deepseek_v3(constants: Mapping[str, float]) -> dict[str, float]:
         ep=facts["ep"], pp=facts["pp"],
     )  # fmt: skip
     software = Software(
-        bits=8, dispatcher="deepep", overlap=True, schedule="dualpipe", row_bits=8, comm_units=facts["comm_sms"],
-        recompute=("mla_up_proj", "layernorm", "moe_act"),
+        bits=8, dispatcher="deepep", overlap=True, schedule="dualpipe", row_bits=8, moment_bits=16,
+        comm_units=facts["comm_sms"], recompute=("mla_up_proj", "layernorm", "moe_act"),
     )  # fmt: skip
     seconds = sum(step_seconds(count(model, layout, box, software), box, software, constants, layout.gpus).values())
     published = facts["derived"]["step_s_at_full_batch"]
