@@ -48,7 +48,7 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def trained(settings: list[str], seed: int, steps: int, dtype: torch.dtype) -> tuple[float, float, float]:
-    """Validation loss, bytes of a parameter that the optimizer holds, and CPU seconds of its steps together."""
+    """Validation loss, bytes of a parameter that the optimizer holds, and ns of CPU of a step, per parameter."""
     config = compose_config([*MODEL, *settings, f"seed={seed}", f"trainer.max_steps={steps}"])
     with tempfile.TemporaryDirectory() as folder:
         data = load_data(config.data, Path(folder), rank=0, barrier=lambda: None)
@@ -71,7 +71,8 @@ def trained(settings: list[str], seed: int, steps: int, dtype: torch.dtype) -> t
         batches = list(val_loader(data.val, config.data, rank=0, world_size=1))
         loss = statistics.mean(float(loss_of(model, batch)) for batch in batches)
     held = sum(v.nbytes for state in optimizer.state.values() for name, v in state.items() if name != "step")
-    return loss, held / sum(p.numel() for p in model.parameters()), seconds
+    parameters = sum(p.numel() for p in model.parameters())
+    return loss, held / parameters, 1e9 * seconds / steps / parameters
 
 
 def main() -> None:
@@ -80,8 +81,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("| weights | kept | bytes a parameter | validation loss, mean and range of seeds | over fp32's, by seed |")
-    print("|---|---|---|---|---|")
+    print(
+        "| weights | moments | bytes a parameter | ns of CPU a parameter and step | validation loss: mean, range of "
+        "seeds | over fp32's, by seed |"
+    )
+    print("|---|---|---|---|---|---|")
     wanted: list[float] = []
     for weights, kinds in KINDS.items():
         dtype = torch.float32 if weights.startswith("fp32") else torch.bfloat16
@@ -91,7 +95,8 @@ def main() -> None:
             wanted = wanted or losses
             apart = ", ".join(f"{loss - base:+.4f}" for loss, base in zip(losses, wanted, strict=True))
             spread = f"{statistics.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"
-            print(f"| {weights} | {name} | {runs[0][1]:.2f} | {spread} | {apart} |", flush=True)
+            ns = statistics.median(run[2] for run in runs)
+            print(f"| {weights} | {name} | {runs[0][1]:.2f} | {ns:.1f} | {spread} | {apart} |", flush=True)
 
 
 if __name__ == "__main__":

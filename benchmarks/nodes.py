@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,3 +101,28 @@ def run_ranks(
         for process in ranks:
             process.kill()
             process.wait()
+
+
+def one_rank_a_node(program: str, port: int, rate_mbit: int, sizes: Any, timeout_s: float) -> dict[str, Any]:
+    """Runs `program FOLDER` on both nodes, one rank each; what rank 0 found.
+
+    Args:
+        sizes: whose fields the ranks get as JSON, in `SIZES`.
+
+    Raises:
+        RuntimeError: a rank failed, with the end of its output.
+    """
+    from moecompile.runtime.ranks import worker_variables
+
+    with two_nodes(rate_mbit) as names, tempfile.TemporaryDirectory() as folder:
+
+        def start(rank: int, log: Any) -> subprocess.Popen[bytes]:
+            place = {
+                "RANK": rank, "WORLD_SIZE": NODES, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": ADDRESSES[0],
+                "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": INTERFACE, "SIZES": json.dumps(vars(sizes)),
+            }  # fmt: skip
+            environment = os.environ | worker_variables(1, one_machine=False) | {k: str(v) for k, v in place.items()}
+            command = ["ip", "netns", "exec", names[rank], sys.executable, program, folder]
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+        return run_ranks(start, NODES, folder, timeout_s)

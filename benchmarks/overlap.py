@@ -17,13 +17,10 @@ alone      one chunk of a layer without a shared expert, beside the same layer w
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,25 +57,9 @@ def measure(sizes: Sizes, timeout_s: float = 1200) -> dict[str, Any]:
     Raises:
         RuntimeError: a rank failed, with the end of its output.
     """
-    from nodes import run_ranks, two_nodes
+    from nodes import one_rank_a_node
 
-    with two_nodes(sizes.rate_mbit) as names, tempfile.TemporaryDirectory() as folder:
-        start = functools.partial(_start, names, sizes, folder)
-        return run_ranks(start, len(names), folder, timeout_s)
-
-
-def _start(names: list[str], sizes: Sizes, folder: str, rank: int, log: Any) -> subprocess.Popen[bytes]:
-    from nodes import ADDRESSES, INTERFACE
-
-    from moecompile.runtime.ranks import worker_variables
-
-    place = {
-        "RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": ADDRESSES[0],
-        "MASTER_PORT": PORT, "GLOO_SOCKET_IFNAME": INTERFACE, "OVERLAP": json.dumps(vars(sizes)),
-    }  # fmt: skip
-    environment = os.environ | worker_variables(1, one_machine=False) | {k: str(v) for k, v in place.items()}
-    command = ["ip", "netns", "exec", names[rank], sys.executable, __file__, folder]
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    return one_rank_a_node(__file__, PORT, sizes.rate_mbit, sizes, timeout_s)
 
 
 def run_rank(folder: Path) -> None:
@@ -92,7 +73,7 @@ def run_rank(folder: Path) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rank, sizes = dist.get_rank(), Sizes(**json.loads(os.environ["OVERLAP"]))
+    rank, sizes = dist.get_rank(), Sizes(**json.loads(os.environ["SIZES"]))
     counter = Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes")
     layers = {name: _layer(sizes, overrides) for name, overrides in (SCHEDULES | ALONE).items()}
     generator = torch.Generator().manual_seed(rank)

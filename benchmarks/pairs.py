@@ -15,13 +15,10 @@ both        pairs and chunks
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,24 +57,9 @@ def measure(sizes: Sizes, timeout_s: float = 1800) -> dict[str, Any]:
     Raises:
         RuntimeError: a rank failed, with the end of its output.
     """
-    from nodes import run_ranks, two_nodes
+    from nodes import one_rank_a_node
 
-    with two_nodes(sizes.rate_mbit) as names, tempfile.TemporaryDirectory() as folder:
-        return run_ranks(functools.partial(_start, names, sizes, folder), len(names), folder, timeout_s)
-
-
-def _start(names: list[str], sizes: Sizes, folder: str, rank: int, log: Any) -> subprocess.Popen[bytes]:
-    from nodes import ADDRESSES, INTERFACE
-
-    from moecompile.runtime.ranks import worker_variables
-
-    place = {
-        "RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": ADDRESSES[0],
-        "MASTER_PORT": PORT, "GLOO_SOCKET_IFNAME": INTERFACE, "PAIRS": json.dumps(vars(sizes)),
-    }  # fmt: skip
-    environment = os.environ | worker_variables(1, one_machine=False) | {k: str(v) for k, v in place.items()}
-    command = ["ip", "netns", "exec", names[rank], sys.executable, __file__, folder]
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    return one_rank_a_node(__file__, PORT, sizes.rate_mbit, sizes, timeout_s)
 
 
 # -- one rank --------------------------------------------------------------------------------------------------------
@@ -91,7 +73,7 @@ def run_rank(folder: Path) -> None:
     from moecompile.runtime.data import load_data
     from moecompile.runtime.groups import init_process_group
 
-    sizes = Sizes(**json.loads(os.environ["PAIRS"]))
+    sizes = Sizes(**json.loads(os.environ["SIZES"]))
     config = _config(sizes, [])
     init_process_group(config)
     data = load_data(config.data, folder, rank=dist.get_rank(), barrier=dist.barrier)

@@ -173,7 +173,6 @@ def _land(ticket: int, *, hands_over: bool = True) -> Tensor:
         raise MoecompileError(
             f"exchange {abs(ticket)} is not in flight: each start has one wait, in the process that started it"
         )
-    out, rows, work = _in_flight.pop(ticket)
+    out, _rows, work = _in_flight.pop(ticket)
     landed(work, hands_over=hands_over)
-    del rows
     return out

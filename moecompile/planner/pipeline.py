@@ -40,7 +40,7 @@ def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts
             key = next(key for key, value in vars(none).items() if getattr(of, key) != value)
             raise ConfigError(
                 f"pipeline.{key}", getattr(of, key), "there is no pipeline, because mesh.pp=1",
-                "Use mesh.pp=2 or more, or leave it out",
+                "Use mesh.pp=2 or more, or pipeline.schedule=dualpipev, or leave it out",
             )  # fmt: skip
         return None
     _check_supported(mesh, config)

@@ -341,7 +341,24 @@ def _hashed(places: Tensor, name: int, step: Tensor) -> Tensor:
 
 
 class KeepsItsState(Optimizer):
-    """An optimizer whose state is loaded as it was: torch casts it to the dtype of the weights."""
+    """An optimizer whose state is loaded as it was: torch casts it to the dtype of the weights.
+
+    A subclass says how weights with a gradient are stepped (`advance`).
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every weight that has a gradient; the result of the closure, which is called before."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.advance([(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups])
+        return loss
+
+    def advance(self, given: Sequence[tuple[dict[str, Any], list[nn.Parameter]]]) -> None:
+        """Steps the weights of each group that have gradients."""
+        raise NotImplementedError
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's, but for the dtypes."""
@@ -364,14 +381,7 @@ class AdamW(KeepsItsState):
         super().__init__(list(groups), {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
         self.keeping = keeping
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every weight that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            given = [parameter for parameter in group["params"] if parameter.grad is not None]
-            self.keeping.adamw(given, [self.state[parameter] for parameter in given], group)
-        return loss
+    def advance(self, given: Sequence[tuple[dict[str, Any], list[nn.Parameter]]]) -> None:
+        """By `Keeping.adamw`."""
+        for group, parameters in given:
+            self.keeping.adamw(parameters, [self.state[parameter] for parameter in parameters], group)

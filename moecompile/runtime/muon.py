@@ -211,24 +211,17 @@ class Muon(KeepsItsState):
         super().__init__(list(groups), defaults)
         self._layouts, self.keeping = dict(layouts), keeping or Keeping()
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every weight that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def advance(self, given: Sequence[tuple[dict[str, Any], list[nn.Parameter]]]) -> None:
+        """Brings matrices together, orthogonalizes their updates and steps them; AdamW steps the others."""
         of_muon: list[tuple[nn.Parameter, dict[str, Any], list[Part]]] = []
-        for group in self.param_groups:
-            given = [parameter for parameter in group["params"] if parameter.grad is not None]
+        for group, parameters in given:
             if group["kind"] == "adamw":
-                self.keeping.adamw(given, [self.state[parameter] for parameter in given], group)
+                self.keeping.adamw(parameters, [self.state[parameter] for parameter in parameters], group)
             else:
-                of_muon += [(parameter, group, self._parts(parameter, group)) for parameter in given]
+                of_muon += [(parameter, group, self._parts(parameter, group)) for parameter in parameters]
         compute_whole([part for _, _, parts in of_muon for part in parts])
         for parameter, group, parts in of_muon:
             self.keeping.change(parameter, self.state[parameter], partial(_decayed_step, group=group, parts=parts))
-        return loss
 
     def _parts(self, parameter: nn.Parameter, group: dict[str, Any]) -> list[Part]:
         """The update of this rank's shard before it is orthogonalized, one part for each expert if these are cut; the

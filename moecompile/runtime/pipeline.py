@@ -255,7 +255,7 @@ class _Beside:
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.device, self.handed_over = device, 0
+        self.device = device
         self._executor: ThreadPoolExecutor | None = None
         self._kept = [Kept(torch.get_rng_state, torch.set_rng_state)]
         if device.type == "cuda":
@@ -278,7 +278,7 @@ class _Beside:
             with under_modes(modes), torch.autocast(self.device.type, dtype, enabled=is_cast):
                 backward(baton)
 
-        self.handed_over += together(lambda _: forward(), in_thread, self._executor, self._kept).handed_over
+        together(lambda _: forward(), in_thread, self._executor, self._kept)
 
 
 class Stages:

@@ -188,6 +188,24 @@ MUTATIONS: dict[str, tuple[list[str], PATCHED, str]] = {
 }  # fmt: skip
 
 
+def _turns(name: str) -> str:
+    return f"{name}: turns"
+
+
+def _counted_turns(patch: pytest.MonkeyPatch) -> list[int]:
+    """Of each pair that runs at once, how often one hands over to the other; filled while the patch is there."""
+    counts: list[int] = []
+    together = pipeline.together
+
+    def counted(*arguments: Any) -> Any:
+        baton = together(*arguments)
+        counts.append(baton.handed_over)
+        return baton
+
+    patch.setattr(pipeline, "together", counted)
+    return counts
+
+
 def _certified(overrides: list[str], folder: Path, steps: int = 2) -> list[Check]:
     folder.mkdir(exist_ok=True)
     config = compose_config([*TINY, *overrides])
@@ -197,7 +215,9 @@ def _certified(overrides: list[str], folder: Path, steps: int = 2) -> list[Check
 def _all(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for i, (name, overrides) in enumerate(CASES.items()):
-        found[name] = _certified(overrides, folder / f"case-{i}")
+        with pytest.MonkeyPatch.context() as patch:
+            found[_turns(name)] = _counted_turns(patch)
+            found[name] = _certified(overrides, folder / f"case-{i}")
     for i, (name, (overrides, change, _)) in enumerate(MUTATIONS.items()):
         with pytest.MonkeyPatch.context() as patch:
             change(patch)
@@ -218,6 +238,15 @@ def test_stages_equal_one_process(found: Any, name: str) -> None:
     failed = [check for check in found[name] if not check.passed]
     assert not failed, failed
     assert any("gradients of" in check.name for check in found[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_of_a_pair_compute_in_turns(found: Any, name: str) -> None:
+    turns = found[_turns(name)]
+    if PAIRS not in CASES[name]:
+        assert not turns
+    else:
+        assert turns and max(turns) > 2 and min(turns) >= 2  # one after the other would be 2 of each
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
