@@ -10,6 +10,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import compile_model
 from moecompile.runtime.data import load_data, train_loader, val_loader
 from moecompile.runtime.module import LanguageModule
+from moecompile.schema import Config
 
 MODEL = [
     "recipe=deepseek_ep", "mesh=cpu_1", "model.config.num_hidden_layers=2", "model.config.hidden_size=128",
@@ -47,13 +49,20 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
 
 
-def trained(settings: list[str], seed: int, steps: int, dtype: torch.dtype) -> tuple[float, float, float]:
+def compiled(model: nn.Module, config: Config) -> nn.Module:
+    """The model with experts, in this process."""
+    return compile_model(model, config, example=example_inputs(model, config.data.seq_len))
+
+
+def trained(
+    settings: list[str], seed: int, steps: int, dtype: torch.dtype,
+    compiled: Callable[[nn.Module, Config], nn.Module] = compiled,
+) -> tuple[float, float, float]:  # fmt: skip
     """Validation loss, bytes of a parameter that the optimizer holds, and ns of CPU of a step, per parameter."""
     config = compose_config([*MODEL, *settings, f"seed={seed}", f"trainer.max_steps={steps}"])
     with tempfile.TemporaryDirectory() as folder:
         data = load_data(config.data, Path(folder), rank=0, barrier=lambda: None)
-    model = build_model(config.model, seed).to(dtype)
-    model = compile_model(model, config, example=example_inputs(model, config.data.seq_len))
+    model = compiled(build_model(config.model, seed).to(dtype), config)
     module = LanguageModule(model, config.optimizer, steps)
     optimizer = module.configure_optimizers()["optimizer"]
     schedule, seconds = module.schedule(optimizer), 0.0

@@ -3,6 +3,7 @@
     python benchmarks/two_nodes.py                                # as root; about 5 minutes on two cores
     python benchmarks/two_nodes.py --rate-mbit 200 --hidden 256   # a slower link, a smaller model
     python benchmarks/two_nodes.py --overlap                      # exchanges in flight: benchmarks/overlap.py
+    python benchmarks/two_nodes.py --rows                         # formats of rows, in the same layer
     python benchmarks/two_nodes.py --pairs                        # those of two micro-batches: benchmarks/pairs.py
 
 `recipe=deepseek_ep` trains on 2 nodes x 2 ranks. Each node is a network namespace with one end of a veth pair, whose
@@ -219,6 +220,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to write what was measured, as JSON")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank
     parser.add_argument("--overlap", action="store_true", help="one layer with exchanges in flight (overlap.py)")
+    parser.add_argument("--rows", action="store_true", help="one layer with rows in several formats (overlap.py)")
     parser.add_argument("--pairs", action="store_true", help="steps with a forward beside a backward (pairs.py)")
     options = parser.parse_args()
     if options.folder is not None:
@@ -226,13 +228,18 @@ def main() -> None:
     if reason := why_not():
         sys.exit(f"two nodes cannot be made here: {reason}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces are removed
-    if options.overlap or options.pairs:
+    if options.overlap or options.rows or options.pairs:
         import overlap
         import pairs
 
         slow = {} if options.rate_mbit == Sizes().rate_mbit else {"rate_mbit": options.rate_mbit}
-        found = overlap.measure(overlap.Sizes(**slow)) if options.overlap else pairs.measure(pairs.Sizes(**slow))
-        print(overlap.report(found) if options.overlap else pairs.report(found))
+        if options.pairs:
+            found = pairs.measure(pairs.Sizes(**slow))
+            print(pairs.report(found))
+        else:
+            slow = {"rate_mbit": options.rate_mbit, "rows": True} if options.rows else slow
+            found = overlap.measure(overlap.Sizes(**slow))
+            print(overlap.report(found))
         if options.output:
             options.output.write_text(json.dumps(found, indent=2) + "\n")
         return

@@ -9,6 +9,10 @@ M rows of a block, equally many on every rank of the axis.
 `table_2rn`, int64 on the CPU, has all split sizes: input_splits in [0] (what this rank sends to each rank) and
 output_splits in [1] (what it receives). The first op that needs it waits for it, which is the only host sync of a layer
 (moecompile.ops.host); later exchanges reuse it. `column` selects one of the n numbers per rank, -1 their sum.
+
+`narrow`, `narrow_gradient`: the format in which rows, and gradients on their way back, are bytes on the wire
+(moecompile.row_formats); empty: as they are. Both ends of the op have the dtype of the rows: in a tensor of float8 a
+gradient of 1e-6 would be zero.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from moecompile.errors import UnboundAxisError
 from moecompile.ops import sizes
 from moecompile.ops.baton import is_shared, landed
 from moecompile.ops.host import finish_read, start_read
+from moecompile.ops.narrow_rows import pack, unpack_rows
 from moecompile.ops.traffic import traffic
 from moecompile.torch_private import all_gather_single, process_group_by_name
 
@@ -61,29 +66,38 @@ def _(counts: Tensor, axis: str) -> Tensor:
 
 
 @torch.library.custom_op("moecompile::all_to_all", mutates_args=())
-def all_to_all(rows_RD: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str) -> Tensor:
+def all_to_all(
+    rows_RD: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str, *, narrow: str = "",
+    narrow_gradient: str = "",
+) -> Tensor:  # fmt: skip
     """Sends rows, sorted by destination rank, and returns the received rows, sorted by source rank, (S, D).
 
     `reverse` swaps input and output splits, to return the results of an earlier exchange.
     """
     input_splits, output_splits = splits(table_2rn, column, reverse)
-    return exchange_rows(rows_RD, input_splits, output_splits, axis)
+    received = exchange_rows(packed(rows_RD, narrow), input_splits, output_splits, axis)
+    return unpack_rows(received, narrow, like=rows_RD) if narrow else received
 
 
 @all_to_all.register_fake
-def _(rows_RD: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str) -> Tensor:
+def _(
+    rows_RD: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str, *, narrow: str = "",
+    narrow_gradient: str = "",
+) -> Tensor:  # fmt: skip
     size = sizes.size(lambda load: load.brought(rows_RD.shape[0], table_2rn, column, reverse, axis))
     return rows_RD.new_empty(size, rows_RD.shape[1])
 
 
-def _all_to_all_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _all_to_all_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, str], output: Tensor) -> None:
     _, table, ctx.column, ctx.reverse, ctx.axis = inputs
+    ctx.narrow = keyword_only_inputs["narrow_gradient"]
     ctx.save_for_backward(table)
 
 
 def _all_to_all_backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, None, None, None, None]:
-    (table,) = ctx.saved_tensors
-    grad = torch.ops.moecompile.all_to_all(grad_SD.contiguous(), table, ctx.column, not ctx.reverse, ctx.axis)
+    (table,), back = ctx.saved_tensors, not ctx.reverse
+    grad_SD = grad_SD.contiguous()
+    grad = torch.ops.moecompile.all_to_all(grad_SD, table, ctx.column, back, ctx.axis, narrow=ctx.narrow)
     return grad, None, None, None, None
 
 
@@ -263,6 +277,11 @@ def exchange_rows(
     landed(work, hands_over=hands_over)
     count_sent(axis, group, rows, input_splits)
     return out
+
+
+def packed(rows: Tensor, narrow: str) -> Tensor:
+    """Rows as they are on the wire."""
+    return pack(rows, narrow) if narrow else rows
 
 
 def count_sent(axis: str, group: dist.ProcessGroup, rows: Tensor, input_splits: list[int]) -> None:

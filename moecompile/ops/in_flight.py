@@ -24,7 +24,8 @@ from torch import Tensor
 from moecompile.errors import MoecompileError
 from moecompile.ops import sizes
 from moecompile.ops.baton import landed
-from moecompile.ops.exchange import bytes_of, count_sent, group_of, splits, unpack
+from moecompile.ops.exchange import bytes_of, count_sent, group_of, packed, splits, unpack
+from moecompile.ops.narrow_rows import unpack_rows
 from moecompile.torch_private import ORDERED
 
 _numbers = itertools.count(1)
@@ -33,33 +34,41 @@ _in_flight: dict[int, tuple[Tensor, Tensor, dist.Work]] = {}  # received rows, s
 
 @torch.library.custom_op("moecompile::all_to_all_start", mutates_args=())
 def all_to_all_start(
-    rows_RD: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str
-) -> tuple[Tensor, Tensor]:
+    rows_RD: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str, *, narrow: str = "",
+    narrow_gradient: str = "",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Begins `all_to_all`: the arguments are the same.
 
     Returns:
         token_RD, ticket int64 on the CPU (see the note above).
     """
     ticket = next(_numbers)
-    _launch(ticket, rows_RD, *splits(table_2rn, column, reverse), axis)
+    _launch(ticket, packed(rows_RD, narrow), *splits(table_2rn, column, reverse), axis)
     return _token(rows_RD), torch.tensor(ticket)
 
 
 @all_to_all_start.register_fake
-def _(rows_RD: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str) -> tuple[Tensor, Tensor]:
+def _(
+    rows_RD: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str, *, narrow: str = "",
+    narrow_gradient: str = "",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _token(rows_RD), torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("moecompile::all_to_all_wait", mutates_args=())
 def all_to_all_wait(
-    token_RD: Tensor, ticket: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str
-) -> Tensor:
+    token_RD: Tensor, ticket: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str, *, narrow: str = "",
+    narrow_gradient: str = "",
+) -> Tensor:  # fmt: skip
     """The rows received, (S, D)."""
-    return _land(int(ticket))
+    return _rows(_land(int(ticket)), narrow, token_RD)
 
 
 @all_to_all_wait.register_fake
-def _(token_RD: Tensor, ticket: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str) -> Tensor:
+def _(
+    token_RD: Tensor, ticket: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str, *, narrow: str = "",
+    narrow_gradient: str = "",
+) -> Tensor:  # fmt: skip
     size = sizes.size(lambda load: load.brought(token_RD.shape[0], table_2rn, column, reverse, axis))
     return token_RD.new_empty(size, *token_RD.shape[1:])
 
@@ -100,55 +109,74 @@ def _(token_A: Tensor, ticket: Tensor, table_2rn: Tensor, column: int, axis: str
 
 @torch.library.custom_op("moecompile::gradient_start", mutates_args=())
 def gradient_start(
-    grad: Tensor, token: Tensor, ticket: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str
-) -> Tensor:
+    grad: Tensor, token: Tensor, ticket: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str, *,
+    narrow: str = "",
+) -> Tensor:  # fmt: skip
     """Sends gradients of received rows, (S, ...), back to where these came from. Returns the token's gradient."""
     received, sent = splits(table_2rn, column, reverse)
-    _launch(-int(ticket), grad, sent, received, axis)
+    _launch(-int(ticket), packed(grad, narrow), sent, received, axis)
     return _token(token)
 
 
 @gradient_start.register_fake
-def _(grad: Tensor, token: Tensor, ticket: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str) -> Tensor:
+def _(
+    grad: Tensor, token: Tensor, ticket: Tensor, table_2rn: Tensor, column: int, reverse: bool, axis: str, *,
+    narrow: str = "",
+) -> Tensor:  # fmt: skip
     return _token(token)
 
 
 @torch.library.custom_op("moecompile::gradient_wait", mutates_args=())
-def gradient_wait(grad_token: Tensor, ticket: Tensor) -> Tensor:
+def gradient_wait(grad_token: Tensor, ticket: Tensor, *, narrow: str = "") -> Tensor:
     """The gradients of the rows sent, of the token's shape."""
-    return _land(-int(ticket))
+    return _rows(_land(-int(ticket)), narrow, grad_token)
 
 
 @gradient_wait.register_fake
-def _(grad_token: Tensor, ticket: Tensor) -> Tensor:
+def _(grad_token: Tensor, ticket: Tensor, *, narrow: str = "") -> Tensor:
     return grad_token.new_empty(grad_token.shape)
 
 
 def _start_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.narrow = ""
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _rows_start_backward(ctx: Any, grad_token: Tensor, _ticket: Any) -> tuple[Any, ...]:
-    return torch.ops.moecompile.gradient_wait(grad_token, *ctx.saved_tensors), None, None, None, None
+def _rows_start_setup(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, str], output: tuple[Tensor, Tensor]
+) -> None:
+    _start_setup(ctx, inputs, output)
+    ctx.narrow = keyword_only_inputs["narrow_gradient"]
+
+
+def _start_backward(ctx: Any, grad_token: Tensor, _ticket: Any) -> tuple[Any, ...]:
+    return torch.ops.moecompile.gradient_wait(grad_token, *ctx.saved_tensors, narrow=ctx.narrow), None, None, None, None
 
 
 def _wait_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     token, ticket, table, ctx.column, *rest = inputs
     ctx.reverse, ctx.axis = (*rest,) if len(rest) == 2 else (False, rest[0])
+    ctx.narrow = ""
     ctx.save_for_backward(token, ticket, table)
     if isinstance(output, tuple):
         ctx.mark_non_differentiable(output[1])
 
 
+def _rows_wait_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, str], output: Tensor) -> None:
+    _wait_setup(ctx, inputs, output)
+    ctx.narrow = keyword_only_inputs["narrow_gradient"]
+
+
 def _wait_backward(ctx: Any, grad: Tensor, *_codes: Any) -> tuple[Any, ...]:
-    sent = torch.ops.moecompile.gradient_start(grad.contiguous(), *ctx.saved_tensors, ctx.column, ctx.reverse, ctx.axis)
+    kept = (*ctx.saved_tensors, ctx.column, ctx.reverse, ctx.axis)
+    sent = torch.ops.moecompile.gradient_start(grad.contiguous(), *kept, narrow=ctx.narrow)
     return sent, *[None] * (4 if _codes else 5)
 
 
-all_to_all_start.register_autograd(_rows_start_backward, setup_context=_start_setup)
-exchange_assignments_start.register_autograd(_rows_start_backward, setup_context=_start_setup)
-all_to_all_wait.register_autograd(_wait_backward, setup_context=_wait_setup)
+all_to_all_start.register_autograd(_start_backward, setup_context=_rows_start_setup)
+exchange_assignments_start.register_autograd(_start_backward, setup_context=_start_setup)
+all_to_all_wait.register_autograd(_wait_backward, setup_context=_rows_wait_setup)
 exchange_assignments_wait.register_autograd(_wait_backward, setup_context=_wait_setup)
 
 
@@ -158,6 +186,10 @@ for _sends in (all_to_all_start, exchange_assignments_start, gradient_start):
 
 def _token(like: Tensor) -> Tensor:
     return like.new_zeros(()).expand(like.shape)
+
+
+def _rows(received: Tensor, narrow: str, like: Tensor) -> Tensor:
+    return unpack_rows(received, narrow, like=like) if narrow else received
 
 
 def _launch(ticket: int, rows: Tensor, sent: list[int], received: list[int], axis: str) -> None:

@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from moecompile.errors import PassError
 from moecompile.match.regions import Region
 from moecompile.ops.backend import check_dispatch_backend, combine_tokens, dispatch_tokens
 from moecompile.passes.base import DispatchNodes, LayerPass, exchanges_of, items, op_name
-from moecompile.plan import WIRE_FORMATS, LayerPlan
+from moecompile.plan import LayerPlan
 
 ops = torch.ops.moecompile
 _ALL = -1  # sum over the columns of the counts: rows for all experts of a rank
@@ -77,7 +78,7 @@ def on_the_wire(
     Each exchange has its own casts, so that sums between two exchanges (of rows in forward, of gradients in backward)
     are in the precision of the activations.
     """
-    name = WIRE_FORMATS[layer.dispatch.wire_dtype].dtype
+    name = layer.dispatch.wire.dtype
     if name is None:
         return exchange(rows)
     dtype = getattr(torch, name)
@@ -88,9 +89,11 @@ def all_to_all(
     graph: fx.Graph, layer: LayerPlan, rows: fx.Node, table: fx.Node, column: int, reverse: bool, axis: str
 ) -> fx.Node:
     """One all-to-all of rows, in the planned precision."""
+    narrow = layer.dispatch.wire.narrow
+    keywords: dict[str, Argument] = {"narrow_gradient" if reverse else "narrow": narrow} if narrow else {}
 
     def exchange(sent: fx.Node) -> fx.Node:
-        return graph.call_function(ops.all_to_all, (sent, table, column, reverse, axis))
+        return graph.call_function(ops.all_to_all, (sent, table, column, reverse, axis), keywords)
 
     return on_the_wire(graph, layer, rows, exchange, like=rows)
 

@@ -218,9 +218,9 @@ def _in_halves(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
     start, wait = (CALLS.get(name) or getattr(ops, name) for name in HALVES[op_name(node)])
     inputs = EXCHANGES[op_name(node)].inputs
     with graph.inserting_before(node):
-        started = graph.call_function(start, node.args)
+        started = graph.call_function(start, node.args, node.kwargs)
         token, ticket = items(graph, started, "token", "ticket")
-        landed = graph.call_function(wait, (token, ticket, *node.args[inputs:]))
+        landed = graph.call_function(wait, (token, ticket, *node.args[inputs:]), node.kwargs)
     node.replace_all_uses_with(landed)
     graph.erase_node(node)
     return [started, token, ticket, landed]

@@ -485,6 +485,15 @@ def _comes_back(call: Call) -> None:
         raise call.refuse(f"brings back over {call.axis} what experts made of rows", rows)
 
 
+def _narrow(call: Call) -> None:
+    """Of the four ways of a step, rows to experts and gradients of what these return are in eight bits, if planned."""
+    way = "narrow_gradient" if call.constants["reverse"] else "narrow"
+    wanted = {way: call.layer.dispatch.wire.narrow} if call.layer.dispatch.wire.narrow else {}
+    given = {name: call.constants[name] for name in ("narrow", "narrow_gradient") if call.constants.get(name)}
+    if given != wanted:
+        raise call.refuse(f"has {given or 'no format'} for rows on the wire, where {wanted or 'none'} is planned")
+
+
 def _levels(call: Call) -> None:
     if any(step.kind == "g" and step.axis == call.axis for step in call.inputs[0][1].at):
         raise call.refuse(f"gathers what is not gathered over {call.axis} yet", call.inputs[0][1])
@@ -711,11 +720,11 @@ ROWS: dict[str, Row] = {
     # exchanges
     "all_to_all": Row(
         "values X/q, sizes X -> values X/q/s", "partial sums X/q/s -> partial sums X/q", runs="all_to_all, reversed",
-        checks=(_owner, _travels), made=_as_sent,
+        checks=(_owner, _travels, _narrow), made=_as_sent,
     ),
     "all_to_all, reversed": Row(
         "rows X/q/s, sizes X -> rows X/q", "values X/q -> values X/q/s", runs="all_to_all",
-        checks=(_owner, _travels, _comes_back), made=_as_sent,
+        checks=(_owner, _travels, _comes_back, _narrow), made=_as_sent,
     ),
     "exchange_assignments": Row(
         "weights X/p, codes X/p, sizes X -> weights X/p/s, codes X/p/s", "weights X/p/s -> weights X/p",
@@ -1200,7 +1209,7 @@ def _wait(typed: Typed, call: Call) -> Type | list[Type]:
     number = EXCHANGES[name].inputs
     if start is None or ticket.form != token.form or op_name(start) != f"{name}_start":
         raise call.refuse("takes what its start returned", token, ticket)
-    if call.node.args[2:] != start.args[number:]:
+    if call.node.args[2:] != start.args[number:] or call.node.kwargs != start.kwargs:
         raise call.refuse(f"has other arguments than {start.name}: {call.node.args[2:]}, not {start.args[number:]}")
     of_start = typed.call(start)
     whole = Call(

@@ -5,6 +5,7 @@ from moecompile.plan.checks import plan_errors
 from moecompile.plan.context_parallel import ExchangedAttention
 from moecompile.plan.dispatch import (
     BACKEND,
+    EXACT,
     EXCHANGE_OPS,
     EXCHANGES,
     HALVES,
@@ -19,6 +20,7 @@ from moecompile.plan.dispatch import (
     DispatchPlan,
     can_fuse,
     check_lends,
+    check_narrow,
 )
 from moecompile.plan.experts import EVEN, ExpertPlacement, ExpertsPlan, cut_dim, largest_shard
 from moecompile.plan.io import from_yaml, load, read, save, to_yaml
@@ -71,6 +73,7 @@ __all__ = [
     "BACKEND",
     "BUDGET",
     "EVEN",
+    "EXACT",
     "EXCHANGES",
     "EXCHANGE_OPS",
     "EXPERTS",
@@ -121,6 +124,7 @@ __all__ = [
     "WeightTraffic",
     "can_fuse",
     "check_lends",
+    "check_narrow",
     "check_sites",
     "cut_dim",
     "fit_of",

@@ -8,23 +8,38 @@ from moecompile.errors import ConfigError
 from moecompile.plan.checks import at_least, plan_errors
 from moecompile.plan.sites import PlannedSite
 from moecompile.ranges import check_object, check_word
+from moecompile.row_formats import ROW_FORMATS
 from moecompile.schema import OverlapKind, WireDtype
 
 
 @dataclass(frozen=True)
 class WireFormat:
-    """How an element of a row is sent. dtype: torch's name of it, and its bytes; None: as the activations are."""
+    """How rows are sent. dtype: torch's name of that of their numbers, and its bytes; None: as the activations are.
+
+    narrow: the format of `row_formats` for rows to the experts, and for the gradients of what experts return, which are
+    two of the four ways of a step; the other two add up what experts made, in more digits.
+    """
 
     dtype: str | None
     element_bytes: int | None
+    narrow: str = ""
+
+    def row_bytes(self, width: int, activation_bytes: int) -> tuple[int, int]:
+        """Bytes of a row of `width` numbers to the experts, and back. Backward has both too, the other way round."""
+        back = width * (self.element_bytes or activation_bytes)
+        return (ROW_FORMATS[self.narrow].row_bytes(width) if self.narrow else back), back
 
 
+EXACT = "_of_activations"
 WIRE_FORMATS: dict[str, WireFormat] = {
     WireDtype.auto.value: WireFormat(None, None),
     WireDtype.fp32.value: WireFormat("float32", 4),
     WireDtype.bf16.value: WireFormat("bfloat16", 2),
+    **{name: WireFormat("bfloat16", 2, narrow=name) for name in ROW_FORMATS},
+    # Of plans alone: what is not in eight bits is not rounded, so that it can be compared in float64.
+    **{name + EXACT: WireFormat(None, None, narrow=name) for name in ROW_FORMATS},
 }
-"""By `dispatch.wire_dtype`; a format that is not here raises."""
+"""By `dispatch.wire_dtype` of a plan; a format that is not here raises."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +86,11 @@ class Kind:
 
     steps: the exchanges of a forward, in order, each with the part of the axis that it crosses: "" the whole EP group,
     `_inter` ranks with the same local rank on each of its nodes, `_intra` its ranks on one node. begins: the op that
-    reads the chosen experts first. ends: the op whose result is the sum of a token's experts. no_overlap, no_lending:
-    why it cannot; empty: it can. fuses: whether rows are copied and summed on the rank of the experts, so that one op
-    can do both with the experts. for_backends: whether it sends a token once to a rank and returns sums, as back ends
-    do. on_one_node: the kind that it is where an EP group is on one node. automatic: whether `auto` considers it.
+    reads the chosen experts first. ends: the op whose result is the sum of a token's experts. no_overlap, no_lending,
+    no_narrow (rows in eight bits): why it cannot; empty: it can. fuses: whether rows are copied and summed on the rank
+    of the experts, so that one op can do both with the experts. for_backends: whether it sends a token once to a rank
+    and returns sums, as back ends do. on_one_node: the kind that it is where an EP group is on one node. automatic:
+    whether `auto` considers it.
     """
 
     steps: tuple[tuple[str, str], ...]
@@ -82,6 +98,7 @@ class Kind:
     ends: str
     no_overlap: str = ""
     no_lending: str = ""
+    no_narrow: str = ""
     fuses: bool = True
     for_backends: bool = False
     on_one_node: str = ""
@@ -132,6 +149,7 @@ KINDS: dict[str, Kind] = {
         ends="spread_tokens",
         no_overlap="it gathers all tokens at once",
         no_lending="dispatch.kind=allgather gives all tokens to all ranks",
+        no_narrow="it gathers rows, and adds up what comes back on the way",
         automatic=False,  # it sends at least what dedup does, and nothing overlaps with it
     ),
 }  # fmt: skip
@@ -149,7 +167,7 @@ class DispatchPlan:
     """How tokens are sent to their experts.
 
     kind: local, flat, dedup, hierarchical or allgather. axis: the logical mesh axis of the exchanges; kinds with two
-    levels use `<axis>_inter` and `<axis>_intra`. wire_dtype: dtype of rows in an exchange (auto: they are not cast).
+    levels use `<axis>_inter` and `<axis>_intra`. wire_dtype: format of rows in an exchange (auto: they are not cast).
     overlap: what runs while rows are on the wire: nothing (none), the shared experts (shared), or the shared experts
     and the experts on other `chunks` of the tokens (chunks). balance: `none`, or `lend`: a rank has `slots` for experts
     of other ranks, and each micro-batch decides which ones are there. loan_rows, far_loan_rows: an expert in a slot
@@ -172,9 +190,15 @@ class DispatchPlan:
         with plan_errors():
             check_lending(self)
             check_word(KINDS, "dispatch.kind", self.kind)
-            check_word(WireDtype, "dispatch.wire_dtype", self.wire_dtype)
+            check_word(WIRE_FORMATS, "dispatch.wire_dtype", self.wire_dtype)
+            check_narrow(self.kind, self.wire_dtype, self.backend)
             check_overlap(self.kind, self.overlap, self.chunks)
             check_backend(self)
+
+    @property
+    def wire(self) -> WireFormat:
+        """How rows are sent."""
+        return WIRE_FORMATS[self.wire_dtype]
 
     @property
     def lends(self) -> bool:
@@ -247,6 +271,17 @@ def check_overlap(kind: str, overlap: str, chunks: int) -> None:
         raise ConfigError("dispatch.overlap", overlap, f"dispatch.kind={kind} cannot: {reason}", "Use none")
     if chunks < 1 or (overlap == "chunks") != (chunks > 1):
         raise ConfigError("dispatch.chunks", chunks, "must be at least 2 with overlap=chunks, else 1", "Use 2 or none")
+
+
+def check_narrow(kind: str, wire_dtype: str, backend: str) -> None:
+    """Raises ConfigError if rows are to be sent in eight bits by a dispatch that cannot."""
+    if not WIRE_FORMATS[wire_dtype].narrow:
+        return
+    reason = f"the back end {backend} has a format of its own" if backend else KINDS[kind].no_narrow
+    if reason:
+        other = "" if backend else ", or dispatch.kind=dedup"
+        rule = f"rows cannot be sent in eight bits: {reason}"
+        raise ConfigError("dispatch.wire_dtype", wire_dtype, rule, f"Use bf16 or auto{other}")
 
 
 def check_backend(plan: DispatchPlan) -> None:

@@ -9,7 +9,6 @@ from moecompile.planner.traffic import (
     choose_dispatch,
     copies_per_token,
     forward_traffic,
-    row_bytes,
 )
 
 __all__ = [
@@ -22,5 +21,4 @@ __all__ = [
     "copies_per_token",
     "estimate",
     "forward_traffic",
-    "row_bytes",
 ]

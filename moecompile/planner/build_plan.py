@@ -34,24 +34,32 @@ from moecompile.plan import (
     Recomputation,
     RoutingPlan,
     can_fuse,
+    check_narrow,
     reductions,
 )
 from moecompile.planner import estimate
 from moecompile.planner.budget import Budget, Within, budget_of, fastest, within
 from moecompile.planner.context_parallel import exchanged_attention
 from moecompile.planner.cost_model.forecast import expected_load, step_of
-from moecompile.planner.cost_model.inputs import Inputs, inputs_of, links_of
+from moecompile.planner.cost_model.inputs import Inputs, inputs_of, links_of, pass_bytes
 from moecompile.planner.cost_model.seconds import LayerSeconds, choose_chunks, choose_overlap, row_seconds
 from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
 from moecompile.planner.existing import check_given, existing_layer, only_existing, own_balance, selection
 from moecompile.planner.lending import plan_lending
 from moecompile.planner.memory import buffer_bytes, model_state_bytes
-from moecompile.planner.params import Expected, ModelFacts, RunFacts
+from moecompile.planner.params import BF16_BYTES, FP32_BYTES, Expected, ModelFacts, RunFacts
 from moecompile.planner.pipeline import fullest, plan_pipeline, ranks_of
 from moecompile.planner.placement import placed
 from moecompile.planner.schedule import choose, sharded, ways
 from moecompile.planner.tensor_parallel import split_modules
-from moecompile.planner.traffic import Wire, choose_dispatch, forward_traffic, row_bytes
+from moecompile.planner.traffic import (
+    PACKING_BYTES,
+    Wire,
+    choose_dispatch,
+    exchange_seconds,
+    forward_traffic,
+    rows_given,
+)
 from moecompile.ranges import Whole
 from moecompile.schema import (
     AdapterKind,
@@ -97,16 +105,34 @@ def plan_dispatch(
     lending = plan_lending(config, mesh, site, d_expert, kind, routing, placement)
     if kind == "local":
         return lending  # nothing is sent
-    overlap, chunks = _overlap(config, mesh, site, (d_expert, d_shared), kind, routing, placement)
-    wire, backend = _wire_dtype(config).value, config.dispatch.backend or ""
-    return dataclasses.replace(lending, kind=kind, wire_dtype=wire, overlap=overlap, chunks=chunks, backend=backend)
+    wire, backend = _wire(config, mesh, site), config.dispatch.backend or ""
+    if config.dispatch.wire_dtype is WireDtype.fp8_if_faster and not (backend or KINDS[kind].no_narrow):
+        wire = _faster(config, mesh, wire, kind, routing, placement)
+    check_narrow(kind, wire.wire_dtype, backend)
+    overlap, chunks = _overlap(config, mesh, wire, site, (d_expert, d_shared), kind, routing, placement)
+    return dataclasses.replace(
+        lending, kind=kind, wire_dtype=wire.wire_dtype, overlap=overlap, chunks=chunks, backend=backend
+    )
 
 
 def _wire_dtype(config: Config) -> WireDtype:
     """Under autocast, experts cast their rows to bf16 and return bf16, so a cast before the exchange is exact."""
-    if config.dispatch.wire_dtype is WireDtype.auto and config.trainer.precision is Precision.bf16_mixed:
-        return WireDtype.bf16
-    return config.dispatch.wire_dtype
+    if config.dispatch.wire_dtype not in (WireDtype.auto, WireDtype.fp8_if_faster):
+        return config.dispatch.wire_dtype
+    return WireDtype.bf16 if config.trainer.precision is Precision.bf16_mixed else WireDtype.auto
+
+
+def _faster(
+    config: Config, mesh: MeshSpec, wire: Wire, kind: str, routing: RoutingPlan, placement: ExpertPlacement
+) -> Wire:
+    """Rows in eight bits, if nodes are crossed, and packing them takes less time than it saves of the exchanges."""
+    if mesh.nodes_per_ep_group == 1:
+        return wire
+    narrow, links = dataclasses.replace(wire, wire_dtype=WireDtype.fp8.value), links_of(config.hardware)
+    before, after = (exchange_seconds(kind, placement, routing, mesh, each, links) for each in (wire, narrow))
+    rows = wire.tokens_per_rank * sum(rows_given(kind, placement, routing, mesh).values())
+    packing = rows * wire.d_model * PACKING_BYTES / pass_bytes(config.hardware)
+    return narrow if after + packing < before else wire
 
 
 def _dispatch_kind(
@@ -136,13 +162,14 @@ def _wire(config: Config, mesh: MeshSpec, site: PlannedSite) -> Wire:
     return Wire(
         d_model=site.d_model,
         tokens_per_rank=_tokens(config, mesh),
-        element_bytes=row_bytes(_wire_dtype(config).value, 4),
+        element_bytes=BF16_BYTES if config.trainer.precision is Precision.bf16_params else FP32_BYTES,
+        wire_dtype=_wire_dtype(config).value,
     )
 
 
 def _overlap(
-    config: Config, mesh: MeshSpec, site: PlannedSite, widths: tuple[int, int], kind: str, routing: RoutingPlan,
-    placement: ExpertPlacement,
+    config: Config, mesh: MeshSpec, wire: Wire, site: PlannedSite, widths: tuple[int, int], kind: str,
+    routing: RoutingPlan, placement: ExpertPlacement,
 ) -> tuple[str, int]:  # fmt: skip
     """The overlap and the number of chunks."""
     overlap, chunks = config.dispatch.overlap, config.dispatch.chunks
@@ -160,7 +187,7 @@ def _overlap(
         return "chunks", int(chunks)
     if overlap is OverlapKind.auto and (KINDS[kind].no_overlap or config.dispatch.backend):
         return "none", 1
-    times = _seconds(config, mesh, site, widths, kind, routing, placement)
+    times = _seconds(config, mesh, wire, site, widths, kind, routing, placement)
     rows_per_expert = tokens * mesh.ep * routing.top_k / placement.num_experts
     if overlap is OverlapKind.chunks:
         return "chunks", choose_chunks(times, rows_per_expert)
@@ -178,12 +205,12 @@ def _check_chunks(chunks: int | str, tokens: int, mesh: MeshSpec) -> None:
 
 
 def _seconds(
-    config: Config, mesh: MeshSpec, site: PlannedSite, widths: tuple[int, int], kind: str, routing: RoutingPlan,
-    placement: ExpertPlacement,
+    config: Config, mesh: MeshSpec, wire: Wire, site: PlannedSite, widths: tuple[int, int], kind: str,
+    routing: RoutingPlan, placement: ExpertPlacement,
 ) -> LayerSeconds:  # fmt: skip
     """Times of one layer's forward on one rank, from the bandwidths and the speed of `hardware`."""
     tokens, (routed, shared) = _tokens(config, mesh), (row_seconds(config.hardware, site, width) for width in widths)
-    traffic = forward_traffic(kind, placement, routing, mesh, _wire(config, mesh, site))
+    traffic = forward_traffic(kind, placement, routing, mesh, wire)
     return LayerSeconds(
         wire=tokens * links_of(config.hardware).seconds(traffic.intra_node, traffic.inter_node),
         routed=tokens * routing.top_k * routed,

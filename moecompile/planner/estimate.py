@@ -25,7 +25,7 @@ from moecompile.planner.pipeline import OfRank, fullest, ranks_of
 from moecompile.planner.schedule import sharded, weight_traffic
 from moecompile.planner.shards import expert_shards
 from moecompile.planner.tensor_parallel import tp_traffic
-from moecompile.planner.traffic import Wire, forward_traffic, row_bytes
+from moecompile.planner.traffic import Wire, forward_traffic
 from moecompile.schema import Bf16Weights, MuonPrecision, OptimizerConfig, StateKind
 from moecompile.stages import crossings_of
 
@@ -119,7 +119,8 @@ def _mean_traffic(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) ->
         wire = Wire(
             d_model=layer.row_site.d_model,
             tokens_per_rank=tokens_of_a_rank(mesh, run),
-            element_bytes=row_bytes(layer.dispatch.wire_dtype, run.compute_bytes),
+            element_bytes=run.compute_bytes,
+            wire_dtype=layer.dispatch.wire_dtype,
         )  # routing weights stay fp32
         traffic.append(forward_traffic(layer.dispatch.kind, layer.placement, layer.routing, mesh, wire))
     count = max(1, len(traffic))

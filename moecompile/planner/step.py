@@ -30,7 +30,7 @@ from moecompile.planner.memory import own_params, row_load, sends_again, tokens_
 from moecompile.planner.params import FP32_BYTES, ModelFacts, RunFacts, trained_params
 from moecompile.planner.pipeline import OfRank
 from moecompile.planner.shards import expert_shards, expert_share, padded_experts
-from moecompile.planner.traffic import COUNT_BYTES, bytes_given, counts_given, row_bytes
+from moecompile.planner.traffic import COUNT_BYTES, bytes_given, counts_given
 from moecompile.routing import BINS
 from moecompile.stages import Pipeline
 
@@ -144,9 +144,9 @@ def _exchanges(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> Iterator[tupl
             yield COUNTS, axis, forwards, forwards * dispatch.chunks * numbers * COUNT_BYTES
         else:
             yield ROWS, axis, forwards + 1, 0.0
-    width = layer.row_site.d_model * row_bytes(dispatch.wire_dtype, run.compute_bytes)
+    widths = dispatch.wire.row_bytes(layer.row_site.d_model, run.compute_bytes)
     given = bytes_given(
-        dispatch.kind, layer.placement, layer.routing, mesh, width, forwards=forwards, fullest=row_load(layer, run)
+        dispatch.kind, layer.placement, layer.routing, mesh, widths, forwards=forwards, fullest=row_load(layer, run)
     )
     for part, bytes_ in given.items():
         yield ROWS, f"{dispatch.axis}{part}", 0, tokens_of_a_rank(mesh, run) * bytes_

@@ -29,8 +29,8 @@ first K experts of open groups are chosen.
        hierarchical   N (L - 1) p          (N - 1) q          within: on all nodes of the token, also its own
        allgather      N (L - 1)            N - 1              padding to the longest micro-batch not counted
                                                                                              -> `copies_per_token`
-3. Bytes, as `moecompile.ops.exchange` sends them (b: of an element, w: of a routing weight). Each row, D b bytes, is
-   sent in dispatch and in combine. Also sent are
+3. Bytes, as `moecompile.ops.exchange` sends them (b: of an element, w: of a routing weight). Each row is sent in
+   dispatch and in combine, D b bytes; in dispatch, in eight bits, D and those of the scales. Also sent are
 
        flat           counts 8 e / T                                    to each peer
        dedup          assignments (w + 2) K/ep, counts 16 / T           to each peer
@@ -62,6 +62,8 @@ ROUTING_WEIGHT_BYTES = 4
 CODE_BYTES = 2  # exchange_assignments sends an int16 code with each weight
 DEDUP_COUNTS = 2  # rows and assignments
 ALLGATHER_COUNTS = 3  # tokens, assignments, first expert
+PACKING_BYTES = 8
+"""Of memory, to narrow a number of a row: bf16 is read twice and a byte written; a byte is read and bf16 written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +71,19 @@ class Wire:
     """Sizes that determine the bytes of an exchange.
 
     d_model: elements of a row. tokens_per_rank: tokens of a micro-batch; bytes of counts are divided by it.
-    element_bytes, weight_bytes: of an activation and of a routing weight (4: fp32).
+    element_bytes, weight_bytes: of an activation and of a routing weight (4: fp32). wire_dtype: of a plan's dispatch.
     """
 
     d_model: int
     tokens_per_rank: int
     element_bytes: int = 4
     weight_bytes: int = 4
+    wire_dtype: str = "auto"
+
+    @property
+    def row_bytes(self) -> tuple[int, int]:
+        """Of a row in dispatch and in combine; in backward, of gradients in combine and in dispatch."""
+        return WIRE_FORMATS[self.wire_dtype].row_bytes(self.d_model, self.element_bytes)
 
     @property
     def assignment_bytes(self) -> int:
@@ -126,17 +134,17 @@ def rows_given(kind: str, placement: ExpertPlacement, routing: RoutingPlan, mesh
 
 
 def bytes_given(
-    kind: str, placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec, width: float, *, forwards: int,
-    fullest: float,
+    kind: str, placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec, widths: tuple[int, int], *,
+    forwards: int, fullest: float,
 ) -> dict[str, float]:  # fmt: skip
     """Bytes per token that a rank gives to a layer's exchanges of rows and assignments in a step, by the part of the
     axis.
 
     Args:
-        width: bytes of a row. forwards: 2 if backward sends a forward again. fullest: rows of the rank's experts over
-            the mean; its node has as many as any other.
+        widths: bytes of a row in dispatch and in combine (`WireFormat.row_bytes`). forwards: 2 if backward sends a
+            forward again. fullest: rows of the rank's experts over the mean; its node has as many as any other.
     """
-    nodes, on_node = _shape(mesh)
+    (nodes, on_node), (width, summed) = _shape(mesh), widths
     ranks, found = {"": placement.ep, "_inter": nodes, "_intra": on_node}, {}
     for part, rows in rows_given(kind, placement, routing, mesh).items():
         if kind == "allgather":  # blocks, which all ranks get
@@ -147,8 +155,8 @@ def bytes_given(
         else:
             got = 1.0 if part == "_inter" else fullest
             sent = 0.0 if kind == "flat" else assignments(placement, routing)
-            there, back = rows * width + sent * (ROUTING_WEIGHT_BYTES + CODE_BYTES), got * rows * width
-            gradients = rows * width + got * (rows * width + sent * ROUTING_WEIGHT_BYTES)
+            there, back = rows * width + sent * (ROUTING_WEIGHT_BYTES + CODE_BYTES), got * rows * summed
+            gradients = rows * width + got * (rows * summed + sent * ROUTING_WEIGHT_BYTES)
         found[part] = forwards * (there + back) + gradients
     return found
 
@@ -170,11 +178,6 @@ def assignments(placement: ExpertPlacement, routing: RoutingPlan) -> float:
     if routing.choice != "expert":
         return routing.top_k * placement.share_computed
     return min(routing.top_k * (routing.capacity_factor or 1), placement.num_experts)
-
-
-def row_bytes(wire_dtype: str, activation_bytes: int) -> int:
-    """Bytes of one element of a row with `dispatch.wire_dtype`; `auto` is the size of an activation."""
-    return WIRE_FORMATS[wire_dtype].element_bytes or activation_bytes
 
 
 def copies_per_token(kind: str, placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec) -> Copies:
@@ -216,7 +219,7 @@ def forward_traffic(kind: str, placement: ExpertPlacement, routing: RoutingPlan,
     """
     copies = copies_per_token(kind, placement, routing, mesh)
     intra, inter = _SENT[kind].metadata(placement, routing, *_shape(mesh), wire)
-    both_ways = 2 * wire.d_model * wire.element_bytes
+    both_ways = sum(wire.row_bytes)
     return Traffic(intra_node=copies.intra_node * both_ways + intra, inter_node=copies.inter_node * both_ways + inter)
 
 

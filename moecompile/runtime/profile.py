@@ -42,7 +42,6 @@ from moecompile.nn.replay import ReplayLayer, Routes, record_routes, replay_laye
 from moecompile.ops.traffic import optimizer_traffic, traffic
 from moecompile.passes.base import op_name
 from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, Plan, Traffic
-from moecompile.planner.traffic import row_bytes
 from moecompile.rundir import PROFILE, ROUTES
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.strategy import ExpertParallelStrategy, groups_of
@@ -455,13 +454,13 @@ class StepProfile(Callback):
                     first = rank // mesh.ep * mesh.ep
                     position = np.array(layer.placement.positions)[ids.clip(0, layer.placement.num_experts - 1)]
                     nodes = (first + position // layer.placement.experts_per_rank) // mesh.ranks_per_node
-                    row = layer.row_site.d_model * row_bytes(layer.dispatch.wire_dtype, compute)
+                    there, back = layer.dispatch.wire.row_bytes(layer.row_site.d_model, compute)
                     for node in range(mesh.num_nodes):
                         sent = (nodes == node) & (ids >= 0) & (ids < layer.placement.num_experts)
-                        reach = int(sent.any(1).sum()) * row
+                        reach = int(sent.any(1).sum())
                         if node != mesh.node_of(rank):
-                            bytes_[mesh.node_of(rank), node] += reach
-                            bytes_[node, mesh.node_of(rank)] += reach
+                            bytes_[mesh.node_of(rank), node] += reach * there
+                            bytes_[node, mesh.node_of(rank)] += reach * back
         per_step = assumes.tokens_per_rank * assumes.accumulation * mesh.num_batches if assumes else counted
         found: list[list[float]] = (bytes_ * per_step / max(1, counted)).tolist()
         return found

@@ -43,6 +43,7 @@ from moecompile.passes.base import on_an_axis
 from moecompile.pipeline import plan_of
 from moecompile.plan import EXCHANGE_OPS, EXCHANGES, Plan
 from moecompile.planner.traffic import assignments, rows_given
+from moecompile.row_formats import ROW_FORMATS
 from moecompile.runtime.messages import MESSAGES
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.pipeline import Shape, Wires, Work
@@ -159,7 +160,7 @@ class Watch(TorchDispatchMode):
         if any(issubclass(each, DTensor) for each in types):
             return NotImplemented
         if self._now and func.namespace in ("moecompile", "c10d"):
-            self._keep(func, args)
+            self._keep(func, args, kwargs or {})
         result = self.run(func, args, kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -191,7 +192,7 @@ class Watch(TorchDispatchMode):
         self._live -= self._sizes.pop(key, 0)
         self._watched.pop(key, None)
 
-    def _keep(self, func: Any, args: Any) -> None:
+    def _keep(self, func: Any, args: Any, kwargs: Any) -> None:
         name = func._opname
         if func.namespace == "moecompile":
             if name not in _SENDING:
@@ -204,7 +205,11 @@ class Watch(TorchDispatchMode):
                 return
             group, given = found, [named.get(argument) for argument in _GIVEN]
             peer = cast(int, named.get("dst", named.get("src", -1)))
-        size = sum(leaf.nbytes for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
+        narrow, given = kwargs.get("narrow"), [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+        sizes = (
+            rows.shape[0] * ROW_FORMATS[narrow].row_bytes(rows.shape[1]) if narrow else rows.nbytes for rows in given
+        )
+        size = sum(sizes)
         self._keep_one(name.strip("_"), group, size, peer)
 
     def _keep_one(self, op: str, group: ProcessGroup, size: int, peer: int = -1) -> None:

@@ -485,7 +485,9 @@ class DispatchConfig:
     """Kind of dispatch; `auto`: flat, dedup or hierarchical, whose exchanges are predicted to take the least time, from
     `hardware`."""
     wire_dtype: WireDtype = WireDtype.auto
-    """Precision of rows, partial sums and their gradients on the wire; routing weights stay fp32."""
+    """Precision of rows, partial sums and their gradients on the wire; routing weights stay fp32. `fp8`, `fp8_128`: two
+    of the four ways of a step in eight bits, the others in bf16; `fp8_if_faster`: `fp8` where an EP group spans nodes
+    and it is predicted to take less time, else `auto`."""
     overlap: OverlapKind = OverlapKind.none
     """What runs while rows are on the wire: nothing (`none`), the shared experts (`shared`), these and the experts on
     other parts of the tokens (`chunks`), or what is predicted to be fastest (`auto`)."""

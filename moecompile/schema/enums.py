@@ -192,11 +192,14 @@ class DispatchBalance(str, Enum):
 
 
 class WireDtype(str, Enum):
-    """Dtype to which rows are cast for an exchange."""
+    """In what rows are sent."""
 
-    auto = "auto"  # that of the activations (bf16 under autocast), without a cast
+    auto = "auto"  # the dtype of the activations (bf16 under autocast), without a cast
     fp32 = "fp32"
     bf16 = "bf16"
+    fp8 = "fp8"  # bf16; to the experts, and gradients of what they return, e4m3 with a power of two for 32 numbers
+    fp8_128 = "fp8_128"  # the same with a fp32 scale for 128 numbers
+    fp8_if_faster = "fp8_if_faster"  # fp8 where nodes are crossed and it is predicted to take less time; else auto
 
 
 class Precision(str, Enum):

@@ -88,6 +88,8 @@ TOLERANCES = {
 _TIMES_ROUNDING, _MOST_ROUNDING = 8.0, 1e-3
 # Both sides round at different places (partial sums on the wire). A wrong factor or a missing part is still detected.
 BF16 = Tolerance(outputs=0.0, grads=0.15, norm=1e-2, weights=None)
+# Of rows in eight bits, what was rounded to bf16 before decides which way a number goes; float64 compares them exactly.
+FP8 = Tolerance(outputs=0.0, grads=0.3, norm=3e-2, weights=None)
 # Gradients with no larger entry may be pure rounding error; relative to the largest entry of all gradients.
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-3}
 _CLASSES = ("experts", "router", "dense")
@@ -153,12 +155,12 @@ def with_room(least: float, pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     return max(least, min(_TIMES_ROUNDING * rounding, _MOST_ROUNDING))
 
 
-def compare_narrow(got: Trace, wanted: Trace, label: str) -> list[Check]:
+def compare_narrow(got: Trace, wanted: Trace, label: str, tolerance: Tolerance = BF16) -> list[Check]:
     """Checks of one step in which both sides round to bf16; the reference replayed the choices of the ranks."""
     flips = f"{label}: tokens that rounding alone would route elsewhere"
     return [
         Check(name=flips, error=wanted.flips, tolerance=wanted.flips, passed=True),
-        *_step_checks(got, wanted, label, BF16, _rounding(got, wanted, torch.bfloat16)),
+        *_step_checks(got, wanted, label, tolerance, _rounding(got, wanted, torch.bfloat16)),
         _round_trip(got, label),
     ]
 

@@ -6,12 +6,14 @@ Algorithm:
      done in each precision: float64, then one step of float32, and one of the config's precision if it uses bf16.
   3. Rank 0 compares (checks.py): batches, outputs, routes, loss, every gradient, norm, balance, weights, checkpoint.
      In bf16, the reference replays the expert ids that the ranks chose. With `routing.replay`, both sides replay
-     experts that are drawn.
+     experts that are drawn. Rows in eight bits are rounded in the reference too (narrow_rows.py), but not in float32,
+     where other roundings decide which way a number goes.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +26,23 @@ from moecompile.models.build import pretrained_folder
 from moecompile.models.chat import load_chat_template
 from moecompile.models.packing import check_packing
 from moecompile.models.source import source_model
-from moecompile.plan import Plan, on_one_process
+from moecompile.plan import WIRE_FORMATS, Plan, on_one_process
 from moecompile.runtime.data import TextData, load_data, train_loader
 from moecompile.runtime.objective import data_for
 from moecompile.schema import Config, DataKind, Precision, RowLayout, WireDtype, mesh_spec
-from moecompile.verify.checks import Check, compare, compare_narrow, count, counted, distinct_batches, same_batches
+from moecompile.verify.checks import (
+    BF16,
+    FP8,
+    Check,
+    compare,
+    compare_narrow,
+    count,
+    counted,
+    distinct_batches,
+    same_batches,
+)
 from moecompile.verify.job import Batch, Trace, build, drawn_routes, noiseless_plan, uneven
+from moecompile.verify.narrow_rows import round_rows, separate, unrounded
 from moecompile.verify.ranks import run_ranks
 from moecompile.verify.reference import run_reference
 
@@ -38,7 +51,8 @@ from moecompile.verify.reference import run_reference
 class Mode:
     """A precision in which both sides run.
 
-    dtype: of the stored weights. config: with this precision. is_narrow: whether something is rounded to bf16.
+    dtype: of the stored weights. config: with this precision. is_narrow: whether something is rounded to bf16; else
+    what is rounded is rows in eight bits alone.
     """
 
     label: str
@@ -51,6 +65,7 @@ def certify_config(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
     """Runs both sides in every precision of the config. Every rank calls it; rank 0 returns the checks."""
     rank = dist.get_rank()
     planned = noiseless_plan(config)
+    config = _with_wire(config, planned)
     checks = _plan_checks(planned)  # Step 1
     folder = pretrained_folder(config.model)
     data = load_data(
@@ -64,9 +79,11 @@ def certify_config(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
     exact: Trace | None = None
     for mode in modes(config):
         plan = planned if mode.config == config else noiseless_plan(mode.config)
+        plan = plan if mode.is_narrow else unrounded(plan)
         trace = run_ranks(build(mode.config, plan, mode.dtype), plan, mode.config, data, run_dir / mode.label)
         if rank == 0:  # Step 2
-            alone, batches = build(mode.config, on_one_process(plan), mode.dtype), _all_batches(mode.config, data)
+            alone, batches = build(mode.config, _alone(plan), mode.dtype), _all_batches(mode.config, data)
+            round_rows(alone, plan.layers)
             choices = _drawn(alone, mode.config, batches) or (trace.choices if mode.is_narrow else None)
             reference = run_reference(alone, mode.config, batches, choices)
             if len(checks) == 1:  # Step 3
@@ -74,7 +91,8 @@ def certify_config(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
                 checks += [counted(name, numbers) for name, numbers in trace.places.faults().items()]
                 checks += [same_batches(trace, reference), distinct_batches(trace)]
             if mode.is_narrow:
-                checks += compare_narrow(trace, reference, mode.label)
+                has_bytes = any(layer.dispatch.wire.narrow for layer in plan.layers)
+                checks += compare_narrow(trace, reference, mode.label, FP8 if has_bytes else BF16)
             else:
                 checks += compare(trace, reference, mode.dtype, exact)
                 exact = reference if mode.dtype is torch.float64 else exact
@@ -82,21 +100,35 @@ def certify_config(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
     return checks, planned
 
 
+def _with_wire(config: Config, plan: Plan) -> Config:
+    """The config with the format of rows that was chosen."""
+    if config.dispatch.wire_dtype is not WireDtype.fp8_if_faster:
+        return config
+    narrow = next(filter(None, (layer.dispatch.wire.narrow for layer in plan.layers)), WireDtype.auto.value)
+    return dataclasses.replace(config, dispatch=dataclasses.replace(config.dispatch, wire_dtype=WireDtype(narrow)))
+
+
+def _alone(plan: Plan) -> Plan:
+    return separate(on_one_process(plan), plan)
+
+
 def modes(config: Config) -> list[Mode]:
     """The precisions to run in: first without casts to bf16, then that of the config if it has some."""
-    exact = copy.deepcopy(config)
+    exact, wire = copy.deepcopy(config), config.dispatch.wire_dtype
     exact.trainer.precision, exact.dispatch.wire_dtype = Precision.fp32, WireDtype.auto
     chosen: list[Mode] = []
     for dtype in _dtypes(config):
         of_mode = copy.deepcopy(exact)
+        if dtype is torch.float64 and WIRE_FORMATS[wire.value].narrow:
+            of_mode.dispatch.wire_dtype = wire
         if chosen:
             of_mode.trainer.max_steps = 1  # later steps would amplify rounding errors; float64 runs them
         chosen.append(Mode(label=str(dtype).removeprefix("torch."), dtype=dtype, config=of_mode))
-    if config.trainer.precision is not Precision.fp32 or config.dispatch.wire_dtype is WireDtype.bf16:
+    if config.trainer.precision is not Precision.fp32 or wire not in (WireDtype.auto, WireDtype.fp32):
         narrow = copy.deepcopy(config)
         narrow.trainer.max_steps = 1
         label = config.trainer.precision.value
-        label = "bf16 wire" if config.trainer.precision is Precision.fp32 else label
+        label = f"{wire.value} wire" if config.trainer.precision is Precision.fp32 else label
         chosen.append(Mode(label=label, dtype=torch.float32, config=narrow, is_narrow=True))
     return chosen
 

@@ -38,6 +38,7 @@ SMALL = {
     "lend.py": "--rounds 2 --tokens 256",
     "memory.py": "'mixtral_ep cpu_1x2'",
     "moments.py": "--steps 4 --seeds 0",
+    "narrow_rows.py": "--steps 4 --seeds 0",
     "overhead.py": "--rounds 1",
     "peers.py": "--sizes 8,2,128,256 --rounds 1",
     "placement.py": "--steps 24",

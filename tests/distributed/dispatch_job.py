@@ -29,6 +29,7 @@ from moecompile.passes.place import Place
 from moecompile.passes.run import run_passes
 from moecompile.passes.shard import bind_axes, device_mesh_of
 from moecompile.plan import (
+    EXACT,
     BalancePlan,
     DispatchPlan,
     ExpertPlacement,
@@ -207,23 +208,30 @@ def run(
 
 
 Travel = Callable[[Tensor], Tensor]  # what a row suffers on the wire
+AS_IT_IS: Travel = lambda rows: rows  # noqa: E731
 
 
-def reference(case: Case, rank: int, travel: Travel = lambda rows: rows) -> Results:
-    """What `run` must find on this rank, from the tokens of its whole EP group."""
+def reference(case: Case, rank: int, travel: Travel = AS_IT_IS, back: Travel | None = None) -> Results:
+    """What `run` must find on this rank, from the tokens of its whole EP group.
+
+    Args:
+        travel: to the experts, and back if `back` is not given.
+    """
+    back = travel if back is None else back
     peers = case.mesh.ep_peers(rank)
     xs, ws, gs = zip(*(case.inputs(peer) for peer in peers), strict=True)
     x, weights, ids = torch.cat(xs).requires_grad_(), torch.cat(ws).requires_grad_(), torch.cat([*map(case.ids, peers)])
     up, down = (weight.requires_grad_() for weight in case.weights())
-    copies, combine = _ways(case, x, travel)
-    each = travel if case.kind == "flat" else lambda rows: rows  # flat: every (token, expert) travels for itself
+    copies, combine = _ways(case, x, travel, back)
+    # flat: every (token, expert) travels for itself
+    there, return_ = (travel, back) if case.kind == "flat" else (AS_IT_IS, AS_IT_IS)
     sums = []
     for ep_rank, rows in enumerate(copies):
         total = torch.zeros_like(x)
         for expert in case.layer().placement.experts_of(ep_rank):
             token, slot = (ids == expert).nonzero(as_tuple=True)
-            gate, value = (each(rows[token]) @ up[expert].T).chunk(2, -1)
-            hidden = each((F.silu(gate) * value) @ down[expert].T)
+            gate, value = (there(rows[token]) @ up[expert].T).chunk(2, -1)
+            hidden = return_((F.silu(gate) * value) @ down[expert].T)
             total = total.index_add(0, token, weights[token, slot].unsqueeze(1) * hidden)
         sums.append(total)
     out = combine(sums)
@@ -237,7 +245,7 @@ def reference(case: Case, rank: int, travel: Travel = lambda rows: rows) -> Resu
     }  # fmt: skip
 
 
-def _ways(case: Case, x: Tensor, travel: Travel) -> tuple[list[Tensor], Callable[[list[Tensor]], Tensor]]:
+def _ways(case: Case, x: Tensor, travel: Travel, back: Travel) -> tuple[list[Tensor], Callable[[list[Tensor]], Tensor]]:
     """Each EP rank's copy of all tokens as it got there, and how the ranks' sums come back."""
     nodes = case.num_nodes if case.kind in ("hierarchical", "allgather") else 1
     ranks = case.mesh.ep // nodes
@@ -252,9 +260,9 @@ def _ways(case: Case, x: Tensor, travel: Travel) -> tuple[list[Tensor], Callable
     def collect(parts: list[Tensor]) -> Tensor:
         if case.kind == "flat":
             return sum(parts[1:], start=parts[0])
-        first, *rest = (travel(part) for part in parts)
+        first, *rest = (back(part) for part in parts)
         total = sum(rest, start=first)
-        return travel(total) if case.kind == "allgather" else total
+        return back(total) if case.kind == "allgather" else total
 
     def combine(sums: list[Tensor]) -> Tensor:
         by_node = [collect(sums[node * ranks : (node + 1) * ranks]) for node in range(nodes)]
@@ -268,7 +276,9 @@ def recount(case: Case, rank: int) -> dict[int, int]:
     """Bytes that `rank` sends to each peer in forward, by counting ids; nothing to a peer is left out."""
     peers = case.mesh.ep_peers(rank)
     me, width = peers.index(rank), case.dtype.itemsize
-    row = D_MODEL * {"auto": width, "fp32": 4, "bf16": 2}[case.wire_dtype]
+    way_back = D_MODEL * {"auto": width, "fp32": 4, "fp8" + EXACT: width}.get(case.wire_dtype, 2)
+    scales = {"fp8": 1, "fp8" + EXACT: 1, "fp8_128": 4}  # of one block with less than 32 numbers
+    row = D_MODEL + scales[case.wire_dtype] if case.wire_dtype in scales else way_back
     assignment = max(width, 4) + 2
     links = [_Links(case.ids(peer).tolist(), case) for peer in peers]
     sent: Counter[int] = Counter(dict.fromkeys(range(case.mesh.ep), 0))
@@ -279,8 +289,8 @@ def recount(case: Case, rank: int) -> dict[int, int]:
         "allgather": _allgather,
         "local": _local,
     }[case.kind]
-    for peer, rows, assignments, numbers in count(case, links, me):
-        sent[peer] += rows * row + assignments * assignment + 8 * numbers * max(1, case.chunks)
+    for peer, there, back, assignments, numbers in count(case, links, me):
+        sent[peer] += there * row + back * way_back + assignments * assignment + 8 * numbers * max(1, case.chunks)
     return {peers[position]: number for position, number in sent.items()}
 
 
@@ -301,7 +311,7 @@ class _Links:
         self.node_rows = Counter(n for chosen in nodes for n in set(chosen))
 
 
-Messages = Iterable[tuple[int, int, int, int]]  # to peer, rows, assignments, int64 numbers
+Messages = Iterable[tuple[int, int, int, int, int]]  # to peer, rows, rows back, assignments, int64 numbers
 
 
 def _local(case: Case, links: list[_Links], me: int) -> Messages:
@@ -311,12 +321,12 @@ def _local(case: Case, links: list[_Links], me: int) -> Messages:
 def _flat(case: Case, links: list[_Links], me: int) -> Messages:
     for peer, link in enumerate(links):
         there, back = links[me].rank_assignments[peer], link.rank_assignments[me]
-        yield peer, there + back, 0, case.experts_per_rank
+        yield peer, there, back, 0, case.experts_per_rank
 
 
 def _dedup(case: Case, links: list[_Links], me: int) -> Messages:
     for peer, link in enumerate(links):
-        yield peer, links[me].rank_rows[peer] + link.rank_rows[me], links[me].rank_assignments[peer], 2
+        yield peer, links[me].rank_rows[peer], link.rank_rows[me], links[me].rank_assignments[peer], 2
 
 
 def _hierarchical(case: Case, links: list[_Links], me: int) -> Messages:
@@ -324,25 +334,25 @@ def _hierarchical(case: Case, links: list[_Links], me: int) -> Messages:
     node, position = divmod(me, on_node)
     column = [m * on_node + position for m in range(case.num_nodes)]  # the sources whose rows pass through me
     for m, peer in enumerate(column):
-        rows = links[me].node_rows[m] + links[peer].node_rows[node]
-        yield peer, rows, links[me].node_assignments[m], 2 + 2 * on_node
+        there, back = links[me].node_rows[m], links[peer].node_rows[node]
+        yield peer, there, back, links[me].node_assignments[m], 2 + 2 * on_node
     for j in range(on_node):
         peer = node * on_node + j
         passed = [links[source] for source in column]
         others = [links[m * on_node + j] for m in range(case.num_nodes)]  # those whose rows peer passed to me
-        rows = sum(link.rank_rows[peer] for link in passed) + sum(link.rank_rows[me] for link in others)
-        yield peer, rows, sum(link.rank_assignments[peer] for link in passed), 2
+        there, back = (sum(link.rank_rows[p] for link in each) for p, each in ((peer, passed), (me, others)))
+        yield peer, there, back, sum(link.rank_assignments[peer] for link in passed), 2
 
 
 def _allgather(case: Case, links: list[_Links], me: int) -> Messages:
     longest, on_node, nodes = max(link.num_tokens for link in links), case.on_node, case.num_nodes
     node, position = divmod(me, on_node)
     for peer in range(len(links)):
-        yield peer, 0, 0, 3
+        yield peer, 0, 0, 0, 3
     for m in range(nodes) if nodes > 1 else ():
-        yield m * on_node + position, 2 * longest, longest * case.top_k, 0
+        yield m * on_node + position, longest, longest, longest * case.top_k, 0
     for j in range(on_node):
-        yield node * on_node + j, 2 * nodes * longest, nodes * longest * case.top_k, 0
+        yield node * on_node + j, nodes * longest, nodes * longest, nodes * longest * case.top_k, 0
 
 
 # -- many cases on this rank -----------------------------------------------------------------------------------------
@@ -363,20 +373,25 @@ def results_of(cases: list[Case], rank: int, change: Change | None = None) -> li
 
 
 def errors_of(
-    cases: list[Case], rank: int, *, change: Change | None = None, travel: Travel = lambda rows: rows
+    cases: list[Case],
+    rank: int,
+    *,
+    change: Change | None = None,
+    travel: Travel = AS_IT_IS,
+    back: Travel | None = None,
 ) -> list[dict[str, float]]:
     """For each case the largest absolute errors, and how many bytes differ from a recount (`bytes`)."""
     found = []
     for case, (got, sent) in zip(cases, results_of(cases, rank, change), strict=True):
-        found.append(compare(case, rank, got, sent, travel))
+        found.append(compare(case, rank, got, sent, travel, back))
     return found
 
 
 def compare(
-    case: Case, rank: int, got: Results, sent: dict[int, int], travel: Travel = lambda rows: rows
+    case: Case, rank: int, got: Results, sent: dict[int, int], travel: Travel = AS_IT_IS, back: Travel | None = None
 ) -> dict[str, float]:
     """Largest absolute errors against the plain layer, and, without lending, how many bytes differ from a recount."""
-    wanted = reference(case, rank, travel)
+    wanted = reference(case, rank, travel, back)
     errors = {name: error(got[name], wanted[name]) for name in wanted}
     if case.slots or case.backend:  # where rows go is not known from the ids alone, or the test's own back end counts
         return errors

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, fx
 
 from moecompile.mesh import LinkClass, MeshSpec
 from moecompile.passes.shard import bind_axes, device_mesh_of
-from moecompile.plan import IN_FLIGHT
+from moecompile.plan import EXACT, IN_FLIGHT, KINDS
 from moecompile.planner import Wire, forward_traffic
+from moecompile.verify.narrow_rows import nearest
 from tests.distributed import dispatch_job as job
 from tests.distributed.dispatch_job import Case
 from tests.distributed.harness import run_distributed_test
@@ -140,6 +142,19 @@ class _Round(torch.autograd.Function):
         return grad.bfloat16().to(grad.dtype)
 
 
+class _Ways(torch.autograd.Function):
+    """One function for the way there, and another one for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grad), None, None
+
+
 def _narrow(spec: MeshSpec, wire_dtype: str, dtype: torch.dtype) -> list[Case]:
     return [
         Case(kind=kind, mesh=spec, experts_per_rank=2, top_k=4, tokens=(9, 5, 0, 7), seed=8, wire_dtype=wire_dtype, dtype=dtype)
@@ -163,6 +178,40 @@ def test_bf16_rows_are_rounded_where_they_travel_and_nowhere_else() -> None:
     for results in run_distributed_test(_rounding_errors, 4, timeout_s=60):
         for case, errors, moved in results:
             assert max(errors.values()) <= TOLERANCE < 1e-3 < moved, (case, errors)
+
+
+def _in_eight_bits(rank: int, world_size: int) -> list[tuple[Case, dict[str, float], float]]:
+    """float64 activations; the other two ways of a step are in bf16, or with EXACT as they are."""
+    found = []
+    for spec in (mesh(2, 2), mesh(1, 4)):
+        for name, dtype in (("fp8", torch.bfloat16), ("fp8_128", torch.bfloat16), ("fp8" + EXACT, torch.float64)):
+            cases = [case for case in _narrow(spec, name, torch.float64) if not KINDS[case.kind].no_narrow]
+            # Lent experts add to the sum of another rank, which is rounded there if it is sent in bf16.
+            lent = ((0, 1), (2, 1)) if dtype is torch.float64 else ()
+            cases += [replace(case, chunks=n, slots=m) for case in cases for n, m in ((3, 0), *lent)]
+            rounds = partial(nearest, name=name.removesuffix(EXACT), dtype=dtype)
+            casts = partial(_cast, dtype=dtype)
+            there, back = (partial(_ways, there=a, back=b) for a, b in ((rounds, casts), (casts, rounds)))
+            for case, errors in zip(cases, job.errors_of(cases, rank, travel=there, back=back), strict=True):
+                rounded, exact = job.reference(case, rank, there, back), job.reference(case, rank)
+                moved = max(job.error(rounded[each], exact[each]) for each in exact)
+                found.append((case, errors, moved))
+    return found
+
+
+def _cast(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows.to(dtype).to(rows.dtype)
+
+
+def _ways(rows: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+    return _Ways.apply(rows, there, back)
+
+
+def test_rows_in_eight_bits_are_rounded_there_and_their_gradients_on_the_way_back() -> None:
+    """In chunks and with lent experts too; the bytes are those of one byte a number and of the scales."""
+    for results in run_distributed_test(_in_eight_bits, 4, timeout_s=100):
+        for case, errors, moved in results:
+            assert max(errors.values()) <= TOLERANCE < 1e-2 < moved, (case, errors)
 
 
 def _same_bits(rank: int, world_size: int) -> list[tuple[Case, bool]]:

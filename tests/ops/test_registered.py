@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.errors import MoecompileError
+from moecompile.verify.narrow_rows import nearest
 
 op = torch.ops.moecompile
 F64, I64 = torch.float64, torch.int64
@@ -218,6 +219,26 @@ def test_two_halves_are_the_whole(whole: str, axis: str) -> None:
     for a, b in zip(got, wanted, strict=True) if num_sent == 2 else [(got, wanted)]:
         assert torch.equal(a, b) and a.requires_grad == b.requires_grad
     torch.autograd.gradcheck(lambda *each: halves(*each)[0] if num_sent == 2 else halves(*each), arguments)
+
+
+def test_rows_in_eight_bits_in_two_halves_are_the_whole(axis: str) -> None:
+    (rows, *where), ways = SAMPLES["all_to_all"](axis), {"narrow": "fp8", "narrow_gradient": "fp8_128"}
+    torch.library.opcheck(op.all_to_all.default, (rows, *where), ways)
+
+    def halves(rows: Tensor) -> Tensor:
+        token, ticket = op.all_to_all_start(rows, *where, **ways)
+        return op.all_to_all_wait(token, ticket, *where, **ways)
+
+    found = []
+    for whole in (halves, lambda rows: op.all_to_all(rows, *where, **ways)):
+        leaf = rows.detach().requires_grad_()
+        out = whole(leaf)
+        gradient = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(0))
+        out.backward(gradient)
+        found.append((out, leaf.grad))
+        assert torch.equal(out, nearest(rows, "fp8")) and not torch.equal(out, rows)
+        assert torch.equal(leaf.grad, nearest(gradient, "fp8_128"))
+    assert all(map(torch.equal, *found))
 
 
 def test_a_ticket_is_good_for_one_wait(axis: str) -> None:

@@ -49,6 +49,8 @@ GRAPHS = {
     "hierarchical": [*FOUR, "dispatch.kind=hierarchical"],
     "allgather": [*FOUR, "dispatch.kind=allgather"],
     "bf16": [*TWO, "dispatch.kind=dedup", "dispatch.wire_dtype=bf16"],
+    "eight bits": [*TWO, "dispatch.kind=dedup", "dispatch.wire_dtype=fp8"],
+    "eight bits in chunks": [*TWO, "dispatch.kind=dedup", "dispatch.wire_dtype=fp8", *CHUNKS],
     "flat in chunks": [*TWO, "dispatch.kind=flat", *CHUNKS],
     "in chunks": [*TWO, "dispatch.kind=dedup", *CHUNKS],
     "two levels in chunks": [*FOUR, "dispatch.kind=hierarchical", *CHUNKS],
@@ -84,6 +86,13 @@ def drop(op: str, which: int = 0, argument: int = 0) -> Callable[[fx.Graph], Non
     def change(graph: fx.Graph) -> None:
         node = named(graph, op, which)
         node.replace_all_uses_with(node.args[argument])
+
+    return change
+
+
+def set_keywords(op: str, which: int = 0, **keywords: str) -> Callable[[fx.Graph], None]:
+    def change(graph: fx.Graph) -> None:
+        named(graph, op, which).kwargs = keywords
 
     return change
 
@@ -299,6 +308,11 @@ MUTATIONS: dict[str, tuple[str, Callable[[fx.Graph], None]]] = {
     "no ungroup": ("flat", drop("ungroup")),
     "counts of this rank": ("flat", set_argument("regroup", 1, argument("exchange_counts", 0))),
     "order of the receiver": ("flat", set_argument("unpermute", 1, of("regroup", 1))),
+    "rows in more digits": ("eight bits", set_keywords("all_to_all")),
+    "sums in eight bits": ("eight bits", set_keywords("all_to_all", 1, narrow="fp8", narrow_gradient="fp8")),
+    "another format": ("eight bits", set_keywords("all_to_all", narrow="fp8_128")),
+    "a format that is not planned": ("dedup", set_keywords("all_to_all", narrow="fp8")),
+    "a wait in another format": ("eight bits in chunks", set_keywords("all_to_all_wait")),
     "rows not cast back": ("bf16", drop("wire_uncast")),
     "rows not cast": ("bf16", drop("wire_cast")),
     "tables of chunks swapped": ("in chunks", chunks_swapped("all_to_all_start", 1)),
@@ -460,6 +474,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "drops": {"routing": "drops"},
     "in chunks": {"chunks": 3},
     "in flight": {"chunks": 1, "wire_dtype": "bf16"},
+    "in eight bits": {"wire_dtype": "fp8"},
+    "in eight bits, in flight": {"chunks": 2, "wire_dtype": "fp8_128"},
     "placed": {"placed": True, "chunks": 2},
     "lends": {"slots": 2, "loan_rows": (1, 1), "placed": True},
     "lends in chunks": {"slots": 1, "chunks": 2, "routing": "drops"},

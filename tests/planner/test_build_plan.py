@@ -313,6 +313,46 @@ def test_narrow_rows_are_planned_and_estimated(kind: str) -> None:
     assert plan("dispatch.wire_dtype=bf16").layers[0].dispatch.wire_dtype == "auto"  # nothing travels
 
 
+@pytest.mark.parametrize("kind", ["flat", "dedup", "hierarchical"])
+@pytest.mark.parametrize("name", ["fp8", "fp8_128"])
+def test_rows_in_eight_bits_are_planned_and_estimated(kind: str, name: str) -> None:
+    wide, narrow = (plan(*EP4, f"dispatch.kind={kind}", f"dispatch.wire_dtype={w}") for w in ("bf16", name))
+    assert narrow.layers[0].dispatch.wire_dtype == name
+    assert wide.estimate is not None and narrow.estimate is not None
+    before, after = (each.estimate.bytes_per_token_per_layer for each in (wide, narrow))
+    assert 0.75 < after.inter_node / before.inter_node < 0.95  # a row has few numbers here
+    assert plan(f"dispatch.wire_dtype={name}").layers[0].dispatch.wire_dtype == "auto"  # nothing travels
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rule"),
+    [
+        (["dispatch.kind=allgather"], "it gathers rows, and adds up what comes back on the way"),
+        (["dispatch.kind=dedup", "dispatch.backend=tests.backends:plain"], "the back end tests.backends:plain has"),
+    ],
+)
+def test_what_cannot_send_rows_in_eight_bits(overrides: list[str], rule: str) -> None:
+    with pytest.raises(ConfigError, match=f"dispatch.wire_dtype=fp8: rows cannot be sent in eight bits: {rule}"):
+        plan(*EP4, *overrides, "dispatch.wire_dtype=fp8")
+    assert plan(*EP4, *overrides, "dispatch.wire_dtype=fp8_if_faster").layers[0].dispatch.wire_dtype == "auto"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["hardware.inter_node_gb_s=0.1"], "fp8"),
+        (["hardware.inter_node_gb_s=1000", "hardware.intra_node_gb_s=1000"], "auto"),  # packing takes longer
+        (["hardware.inter_node_gb_s=0.1", "mesh.num_nodes=1", "mesh.ranks_per_node=4"], "auto"),
+        (["hardware.inter_node_gb_s=0.1", "mesh.ep=2"], "auto"),  # its groups are on one node
+        (["hardware.inter_node_gb_s=0.1", "trainer.precision=bf16_mixed"], "fp8"),
+        (["hardware.inter_node_gb_s=1000", "hardware.intra_node_gb_s=1000", "trainer.precision=bf16_mixed"], "bf16"),
+    ],
+)
+def test_eight_bits_where_nodes_are_crossed_and_it_is_faster(overrides: list[str], wanted: str) -> None:
+    found = plan(*EP4, "dispatch.wire_dtype=fp8_if_faster", *overrides)
+    assert {layer.dispatch.wire_dtype for layer in found.layers} == {wanted}
+
+
 def test_under_autocast_rows_travel_as_experts_round_them() -> None:
     for precision, wire_dtype, wanted in (
         ("bf16_mixed", "auto", "bf16"),

@@ -12,8 +12,8 @@ import torch
 from benchmarks.dispatch_bytes import KINDS, simulate
 from moecompile.errors import PlanError
 from moecompile.mesh import LinkClass, MeshSpec
-from moecompile.plan import ExpertPlacement, RoutingPlan
-from moecompile.planner import Links, Wire, choose_dispatch, copies_per_token, forward_traffic, row_bytes
+from moecompile.plan import WIRE_FORMATS, ExpertPlacement, RoutingPlan
+from moecompile.planner import Links, Wire, choose_dispatch, copies_per_token, forward_traffic
 from moecompile.planner.traffic import exchange_seconds, rows_given
 
 
@@ -268,4 +268,8 @@ def test_metadata_is_at_most_three_percent(kind: str, nodes: int) -> None:
 
 
 def test_the_wire_dtype_says_how_wide_a_row_is() -> None:
-    assert [row_bytes(name, 8) for name in ("auto", "fp32", "bf16")] == [8, 4, 2]
+    """There and back; in eight bits a byte a number and the scales of each block, of which the last is shorter."""
+    known = {"auto": (800, 800), "fp32": (400, 400), "bf16": (200, 200), "fp8": (104, 200), "fp8_128": (104, 200)}
+    assert {name: WIRE_FORMATS[name].row_bytes(100, 8) for name in known} == known
+    assert WIRE_FORMATS["fp8"].row_bytes(7168, 4) == (7168 + 224, 2 * 7168)  # 0.516 of bf16, 0.758 both ways
+    assert WIRE_FORMATS["fp8_128"].row_bytes(7168, 4) == (7168 + 4 * 56, 2 * 7168)

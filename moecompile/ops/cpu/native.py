@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moecompile.atomic import locked, replacing
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("swiglu.cpp", "products.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("swiglu.cpp", "products.cpp", "narrow_rows.cpp"))
 _FLAGS = (
     "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-shared",
     "-fPIC",
@@ -30,6 +30,10 @@ _ALWAYS = {
     "backward_f32": (6, 2),
     "backward_bf16": (6, 2),
     "transpose_16bit": (2, 2),
+    "pack_f32": (2, 4),
+    "pack_bf16": (2, 4),
+    "unpack_f32": (2, 4),
+    "unpack_bf16": (2, 4),
 }
 _PRODUCTS = {
     f"{name}_{suffix}": (4, 3)

@@ -225,7 +225,7 @@ def add_experts(work: Work, ffn: Experts, hidden: int, layout: Layout, software:
         again_act = max(again, float(software.repeats("moe_act")))
         passes += ACTIVATION_PASSES[ffn.activation] * ffn.d_expert * BF16 * (1 + again_act / PASSES)
         passes += quantized(2 * row, (ffn.num_in + 1) * ffn.d_expert, bits)
-    work.passes += passes * rows * (1 + again / PASSES)
+    work.passes += (passes + software.packing * row) * rows * (1 + again / PASSES)
     work.groups += local * EXPERT_KERNELS
     each = (1 if software.fused else local) * EXPERT_KERNELS * (2 if bits < 16 else 1)
     work.kernels += each

@@ -15,7 +15,7 @@ from moecompile.errors import ConfigError
 from moecompile.plan import BUDGET, Plan
 from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
 from moecompile.planner.params import checkpointing_of
-from moecompile.planner.traffic import Links
+from moecompile.planner.traffic import PACKING_BYTES, Links
 from moecompile.schema import (
     MOMENTS,
     NUMBERS,
@@ -184,6 +184,7 @@ class Software:
     a layer whose launches a CUDA graph replays (`attn`, `mamba`, `router`, `preprocess`, `experts`, or `all`). fused:
     whether activation and quantization are fused into the experts' products. recompute: what backward computes again.
     comm_units: units that overlapped exchanges take from compute. row_bits: bits of a number on the wire in dispatch.
+    packing: bytes of memory that kernels of its own move to narrow a number of a row, in forward and backward.
     wire_share: share of a machine's exchange bandwidth that this dispatcher reaches. in_flight, chunks: overlap of a
     plan's own exchanges (seconds.py). paired: share of a planned pipeline's forwards and backwards that run beside
     another. grad_bits, moment_bits: of a gradient and of each of the optimizer's two moments.
@@ -197,7 +198,8 @@ class Software:
     fused: bool = False
     recompute: tuple[str, ...] = ()
     comm_units: int = 20
-    row_bits: int = 16
+    row_bits: float = 16
+    packing: float = 0.0
     wire_share: float = 1.0
     in_flight: str = "none"
     chunks: int = 1
@@ -267,6 +269,17 @@ def links_of(hardware: HardwareConfig) -> Links:
     """Its links; where the latency is not known, bytes alone decide."""
     latency = hardware.figures.latency_us.value or 0.0
     return Links(intra=hardware.intra_node_gb_s * 1e9, inter=hardware.inter_node_gb_s * 1e9, latency=latency * 1e-6)
+
+
+def pass_bytes(hardware: HardwareConfig) -> float:
+    """Bytes/s of memory that simple loops reach.
+
+    Raises:
+        ConfigError: the figure is missing.
+    """
+    if hardware.host.cores is not None:
+        return 1e9 * number("hardware.host.pass_gb_s", hardware.host.pass_gb_s)
+    return 1e12 * number("hardware.figures.memory_effective_tb_s", hardware.figures.memory_effective_tb_s)
 
 
 def host_of(host: HostConfig) -> Host:
@@ -365,6 +378,16 @@ def _moment_bits(optimizer: OptimizerConfig) -> int:
     return MOMENTS[state].bits
 
 
+def _with_rows(software: Software, plan: Plan) -> Software:
+    """With rows of the plan in eight bits. Counts are of numbers of 16 bits, and those of 32 take twice as long."""
+    formats = [(layer.dispatch.wire, layer.row_site.d_model) for layer in plan.layers if layer.steps]
+    if not any(each.narrow for each, _ in formats):
+        return software
+    wire, width = max(formats, key=formats.count)
+    both = 8 * sum(wire.row_bytes(width, software.bits // 8)) / width
+    return replace(software, row_bits=both * 16 / max(16, software.bits) - 16, packing=2 * PACKING_BYTES)
+
+
 def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
     """What is forecast for a plan.
 
@@ -399,6 +422,8 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
         config.stack, bits=_BITS.get(config.trainer.precision, 16), dispatcher="flat" if kind == "local" else kind,
         recompute=REPEATED[checkpointing_of(config, plan)], moment_bits=_moment_bits(config.optimizer),
     )  # fmt: skip
+    if own:
+        software = _with_rows(software, plan)
     if plan.pipeline is not None:
         paired = plan.pipeline.paired(layout.num_micro) if own else 0.0
         software = replace(software, schedule=plan.pipeline.schedule, paired=paired)

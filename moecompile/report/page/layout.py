@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moecompile.errors import MoecompileError
 from moecompile.mesh import LinkClass, Part
 from moecompile.plan import LayerPlan, Plan
-from moecompile.planner.traffic import Copies, Wire, copies_per_token, forward_traffic, row_bytes
+from moecompile.planner.traffic import Copies, Wire, copies_per_token, forward_traffic
 from moecompile.report.page.document import Chart, Section, chart, details, escape, heat, note, table
 from moecompile.report.page.read import Run
 from moecompile.report.text import bytes_text, fold_paths, plural
@@ -57,8 +57,10 @@ def planned_bytes(plan: Plan) -> Matrix:
     tokens = mesh.share(assumes.tokens_per_rank, Part.TOKENS)
     found = np.zeros((mesh.world_size, mesh.world_size))
     for layer in plan.layers:
-        size = row_bytes(layer.dispatch.wire_dtype, 2 if "bf16" in assumes.precision else 4)
-        wire = Wire(d_model=layer.row_site.d_model, tokens_per_rank=tokens, element_bytes=size)
+        wire = Wire(
+            d_model=layer.row_site.d_model, tokens_per_rank=tokens, wire_dtype=layer.dispatch.wire_dtype,
+            element_bytes=2 if "bf16" in assumes.precision else 4,
+        )  # fmt: skip
         sent = forward_traffic(layer.dispatch.kind, layer.placement, layer.routing, mesh, wire)
         by_link = {LinkClass.INTRA_NODE: sent.intra_node, LinkClass.INTER_NODE: sent.inter_node}
         for rank in range(mesh.world_size):
@@ -208,7 +210,7 @@ def _exchanges(run: Run, layers: Sequence[LayerPlan]) -> Iterator[str]:
 def _rows(plan: Plan, layer: LayerPlan) -> Iterator[tuple[object, ...]]:
     copies, tokens, width = _copies(plan, layer), _tokens(plan), layer.row_site.d_model
     compute = 2 if plan.estimate and plan.estimate.assumes and "bf16" in plan.estimate.assumes.precision else 4
-    size = row_bytes(layer.dispatch.wire_dtype, compute)
+    there, back = layer.dispatch.wire.row_bytes(width, compute)
     half = sum(op in _ROWS for op, _ in layer.lent_steps) // 2
     seen = 0
     for number, (op, axis) in enumerate(layer.lent_steps, start=1):
@@ -220,7 +222,7 @@ def _rows(plan: Plan, layer: LayerPlan) -> Iterator[tuple[object, ...]]:
             continue
         by_axis = {"inter": copies.inter_node, "intra": copies.intra_node}
         rows = round(tokens * by_axis.get(axis.rpartition("_")[2], copies.inter_node + copies.intra_node))
-        yield number, op, axis, direction, f"{rows} x {width}", bytes_text(rows * width * size)
+        yield number, op, axis, direction, f"{rows} x {width}", bytes_text(rows * (back if seen > half else there))
 
 
 def _copies(plan: Plan, layer: LayerPlan) -> Copies | None:
