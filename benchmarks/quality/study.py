@@ -276,6 +276,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "tp": ("mesh=cpu_1x2", "mesh.tp=2", "dispatch=flat"),
     "cp": ("mesh=cpu_1x2", "mesh.cp=2", "dispatch=flat"),
     "bf16_wire": ("mesh=cpu_2x2", "dispatch=flat", "dispatch.wire_dtype=bf16"),
+    "fp8_wire": ("mesh=cpu_2x2", "dispatch=flat", "dispatch.wire_dtype=fp8"),
     "pp": ("mesh=cpu_1x2", "mesh.pp=2"),
 }
 LAYOUT_SEEDS = (0, 1, 2, 3, 4)
