@@ -45,7 +45,7 @@ class Part(Enum):
     STORED_EXPERTS = "experts, stored"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # a row is itself alone, and its hash is cheap
 class Axis:
     """An axis of the mesh.
 

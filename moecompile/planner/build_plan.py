@@ -11,7 +11,7 @@ Algorithm:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -44,7 +44,14 @@ from moecompile.planner.cost_model.forecast import expected_load, step_of
 from moecompile.planner.cost_model.inputs import Inputs, inputs_of, links_of, pass_bytes
 from moecompile.planner.cost_model.seconds import LayerSeconds, choose_chunks, choose_overlap, row_seconds
 from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
-from moecompile.planner.existing import check_given, existing_layer, only_existing, own_balance, selection
+from moecompile.planner.existing import (
+    check_given,
+    existing_layer,
+    only_existing,
+    own_balance,
+    selection,
+    stack_of,
+)
 from moecompile.planner.lending import plan_lending
 from moecompile.planner.memory import buffer_bytes, model_state_bytes
 from moecompile.planner.params import BF16_BYTES, FP32_BYTES, Expected, ModelFacts, RunFacts
@@ -423,14 +430,16 @@ def draft_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
     masked = config.data.mask_padding
     has_padding = facts.has_padding_mask or config.data.kind is DataKind.sft  # rows of chats are filled up
     mask_padding = has_padding if masked is MaskPadding.auto else masked is MaskPadding.always
-    layers = tuple(  # Step 3
-        replace(
-            _layer(site, layer_settings(config, site.fqn, i, len(chosen)), config, mesh, facts, chosen),
-            mask_padding=mask_padding,
-            cut_over=mesh.axes(Part.TOKENS),
-        )
-        for i, site in enumerate(chosen)
-    )
+    known: dict[Hashable, LayerPlan] = {}  # layers that differ in their name alone are planned once
+
+    def planned(site: PlannedSite, position: int) -> LayerPlan:  # Step 3
+        key = position if config.per_layer else (stack_of(site.fqn), type(site), *_but_its_name(site))
+        if key not in known:
+            layer = _layer(site, layer_settings(config, site.fqn, position, len(chosen)), config, mesh, facts, chosen)
+            known[key] = replace(layer, mask_padding=mask_padding, cut_over=mesh.axes(Part.TOKENS))
+        return known[key] if known[key].site is site else replace(known[key], site=site)
+
+    layers = tuple(planned(site, position) for position, site in enumerate(chosen))
     layers, adapters, facts = plan_adapters(placed(layers, config), mesh, config, facts)
     plan = Plan(  # Step 4
         mesh=mesh,
@@ -442,6 +451,10 @@ def draft_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
         context_parallel=exchanged_attention(layers, mesh, facts, config),
     )
     return plan, facts
+
+
+def _but_its_name(site: PlannedSite) -> Iterator[Hashable]:
+    return (value for name, value in vars(site).items() if name not in ("fqn", "index"))
 
 
 def run_facts(config: Config, mesh: MeshSpec, facts: ModelFacts) -> RunFacts:

@@ -17,8 +17,10 @@ longer the model's: it is planned only if the caller sets it, and that of a reci
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from moecompile.errors import ConfigError
@@ -129,22 +131,27 @@ def existing_layer(
 
 
 def most_nodes(site: ExpertsSite, mesh: MeshSpec) -> int:
-    """The most nodes that one token can reach, limited by its open groups and by its top-k.
+    """The most nodes that one token can reach, limited by its open groups and by its top-k."""
+    return _most_nodes(site.num_experts, site.groups, site.top_groups, site.top_k, mesh.nodes_per_ep_group)
+
+
+@cache  # a search asks for every layer of every candidate
+def _most_nodes(num_experts: int, groups: int, top_groups: int, top_k: int, nodes: int) -> int:
+    """See `most_nodes`.
 
     Groups are consecutive experts, and so are the experts of a node: a group is on the nodes first .. last. The largest
     union of M such ranges is built from left to right: best[(m, end)] is the most nodes that m groups cover up to node
     `end`.
     """
-    nodes, size = mesh.nodes_per_ep_group, site.num_experts // site.groups
-    per_node = site.num_experts // nodes
+    size, per_node = num_experts // groups, num_experts // nodes
     best = {(0, -1): 0}
-    for group in range(site.groups):
+    for group in range(groups):
         first, last = group * size // per_node, ((group + 1) * size - 1) // per_node
         for (count, end), covered in list(best.items()):
-            if count < site.top_groups:
+            if count < top_groups:
                 more = covered + last - max(first, end + 1) + 1
                 best[count + 1, last] = max(more, best.get((count + 1, last), 0))
-    return min(nodes, site.top_k, max(covered for (count, _), covered in best.items() if count == site.top_groups))
+    return min(nodes, top_k, max(covered for (count, _), covered in best.items() if count == top_groups))
 
 
 def notes(plan: Plan, config: Config, widened: str = "", own_losses: Mapping[str, float] | None = None) -> list[str]:
@@ -224,18 +231,27 @@ def own_balance(
     """
     if asks_balance(config):
         return {}
-    of_stack = [each for each in sites if isinstance(each, ExpertsSite) and _stack(each) == _stack(site)]
+    names = tuple(each.fqn for each in sites if isinstance(each, ExpertsSite))
     found: dict[str, float] = {}
     for name, coefficient in losses.items():
         loss = OWN_LOSSES[name]
         if _why_not_own(site, loss, config) is None:
-            found[loss] = coefficient * (site.top_k if loss == "micro_batch" else 1) / len(of_stack)
+            found[loss] = (
+                coefficient * (site.top_k if loss == "micro_batch" else 1) / _stacks(names)[stack_of(site.fqn)]
+            )
     return found
 
 
-def _stack(site: ExpertsSite) -> str:
-    """What is before the number of its layer: `encoder.block`, `model.layers`."""
-    return re.split(r"\.\d+(?=\.|$)", site.fqn, maxsplit=1)[0]
+@cache  # as `_most_nodes`
+def _stacks(names: tuple[str, ...]) -> Counter[str]:
+    """How many sites each stack has."""
+    return Counter(map(stack_of, names))
+
+
+@cache
+def stack_of(fqn: str) -> str:
+    """What is before the number of a site's layer: `encoder.block`, `model.layers`."""
+    return re.split(r"\.\d+(?=\.|$)", fqn, maxsplit=1)[0]
 
 
 def selection(config: Config) -> tuple[str, str]:

@@ -17,7 +17,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
+from operator import mul
 
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec, Part
@@ -253,9 +254,13 @@ class OfRank:
 
     def in_flight(self, pipeline: Pipeline, micro_batches: int) -> float:
         """Micro-batches that are kept for backward, a mean over layers."""
-        kept = pipeline.in_flight(self.index, micro_batches)
-        layers = [len(stage.layers) for stage in self.stages]
-        return sum(number * each for number, each in zip(kept, layers, strict=True)) / sum(layers)
+        kept, layers = pipeline.in_flight(self.index, micro_batches), self._layers
+        return float(sum(map(mul, kept, layers)) / sum(layers))
+
+    @cached_property
+    def _layers(self) -> tuple[int, ...]:
+        """Of each of its stages."""
+        return tuple(len(stage.layers) for stage in self.stages)
 
 
 def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:

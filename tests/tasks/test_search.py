@@ -131,7 +131,7 @@ def test_the_winner_compiles_and_trains(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_candidates_in_five_seconds(tmp_path: Path) -> None:
-    base = ["model=deepseek_v3", "mesh=h800_256x8"]
+    base = ["model=deepseek_v3", "mesh=h800_256x8", "mesh.pp=16"]  # a sixth of the whole, at the same speed
     found = searched(tmp_path, *base)
     assert found["candidates"] > 10_000
     assert found["search_cpu_seconds"] / found["candidates"] * 10_000 <= 5

@@ -553,6 +553,8 @@ def _described_settings(found: Described, search: Search) -> dict[str, object]:
     settings["dispatch.kind"] = found.software.dispatcher
     if found.recompute:
         settings["trainer.checkpointing"] = found.recompute
-    settings |= {f"workload.{name}": 1 for name in _said(search)}
+    settings |= {f"workload.{name}": 1 for name in _said(search) if name != "pp"}
     chosen = search.axes.chosen(settings)
+    if "pp" in _said(search):  # a pipeline that runs has its own stages of a rank
+        chosen["mesh.pp"] = 1
     return {**chosen, **{key: value for key, value in settings.items() if key.startswith("workload.")}}
