@@ -280,6 +280,8 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "pp": ("mesh=cpu_1x2", "mesh.pp=2"),
 }
 LAYOUT_SEEDS = (0, 1, 2, 3, 4)
+ROUNDED_ON_THE_WIRE = ("bf16_wire", "fp8_wire")
+LEAST_ROUNDING = 1e-6  # of the band of rounding, nats
 
 
 def layout_overrides(unit: Unit) -> tuple[str, ...]:

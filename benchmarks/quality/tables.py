@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from quality import study
-from quality.study import ARMS, DOMAINS, ROWS, SEQ, SIZES, OtherSettings, Unit
+from quality.study import ARMS, DOMAINS, LEAST_ROUNDING, ROUNDED_ON_THE_WIRE, ROWS, SEQ, SIZES, OtherSettings, Unit
 
 Results = Mapping[Unit, Mapping[str, Any]]
 ASSETS = study.REPOSITORY / "docs" / "assets" / "quality"
@@ -287,17 +287,34 @@ def costs(results: Results) -> str:
 
 
 def layouts(results: Results) -> str:
-    """Does the layout change the result? Distance of losses from those of one rank."""
+    """Does the layout change the result? Distance of losses from those of one rank, and in which band of the plan."""
     reference = results.get(Unit("layout", "1m", "prose", "one_rank", 0))
     if reference is None:
         return ""
+    gaps = {unit: distances(result, reference) for unit, result in results.items() if result is not reference}
     rows = []
-    for unit, result in results.items():
-        if result is not reference:
-            gaps = [abs(a["loss"] - b["loss"]) for a, b in zip(result["curve"], reference["curve"], strict=True)]
-            val = abs(result["val"][-1]["val"] - reference["val"][-1]["val"])
-            rows.append([f"{unit.arm}, seed {unit.seed}", f"{gaps[0]:.1e}", f"{max(gaps):.1e}", f"{val:.1e}"])
-    return _table(["run", "step 1", "largest of all steps", "validation at the end"], rows)
+    for unit, of_unit in gaps.items():
+        val = abs(results[unit]["val"][-1]["val"] - reference["val"][-1]["val"])
+        name = f"another seed ({unit.seed})" if unit.arm == "one_rank" else unit.arm
+        rows.append([name, f"{of_unit[0]:.1e}", f"{max(of_unit):.1e}", f"{val:.1e}", in_band(unit, gaps)])
+    return _table(["run", "step 1", "largest of all steps", "validation at the end", "within"], rows)
+
+
+def distances(result: dict[str, Any], reference: dict[str, Any]) -> list[float]:
+    """Of the training losses of every step, nats."""
+    return [abs(a["loss"] - b["loss"]) for a, b in zip(result["curve"], reference["curve"], strict=True)]
+
+
+def in_band(unit: Unit, gaps: dict[Unit, list[float]]) -> str:
+    """Whether a layout is within the band that the plan gives it; empty for the bands themselves."""
+    seeds = [each for other, each in gaps.items() if other.arm == "one_rank"]
+    rounding = next((each for other, each in gaps.items() if other.arm == "rounding"), None)
+    if unit.arm in ("one_rank", "rounding") or rounding is None or not seeds:
+        return ""
+    if unit.arm in ROUNDED_ON_THE_WIRE:
+        return "seeds" if all(gap <= min(band) for gap, *band in zip(gaps[unit], *seeds, strict=True)) else "**no**"
+    band = [max(LEAST_ROUNDING, each) for each in itertools.accumulate(rounding, max)]
+    return "rounding" if all(gap <= 10 * most for gap, most in zip(gaps[unit], band, strict=True)) else "**no**"
 
 
 def _shown(found: Interval) -> str:

@@ -17,9 +17,10 @@ from moecompile.load_history import LoadHistory
 from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import make_plan
 from moecompile.pipeline.shape import shape_of_model
-from moecompile.planner.cost_model.forecast import forecast_plan, loads_of
+from moecompile.planner.cost_model.forecast import forecast_plan, loads_of, step_of
 from moecompile.planner.cost_model.inputs import inputs_of
 from moecompile.planner.cost_model.shapes import training_flops
+from moecompile.planner.traffic import PACKING_BYTES
 from moecompile.schema import is_described, with_workload
 from moecompile.tasks import plan as task
 
@@ -43,6 +44,24 @@ def test_the_run_directory_has_every_number(tmp_path: Path, capsys: pytest.Captu
     shown = capsys.readouterr().out
     for text in ("predicted step", "expert products", "exchange across nodes (communication)", "zipf", "MFU"):
         assert text in shown
+
+
+def test_rows_in_eight_bits_are_forecast_with_the_time_to_pack_them() -> None:
+    """A number there and back has 24.25 of 32 bits; what packs it moves memory."""
+    found = {}
+    for wire in ("bf16", "fp8"):
+        model, plan, config = planned(
+            "recipe=mixtral_ep", "mesh=cpu_2x2", "hardware=h100", "trainer.precision=bf16_mixed",
+            f"dispatch.wire_dtype={wire}",
+        )  # fmt: skip
+        found[wire] = inputs_of(shape_of_model(model, plan), plan, config)
+    wide, narrow = found.values()
+    assert (wide.software.row_bits, wide.software.packing) == (16, 0)
+    assert (narrow.software.row_bits, narrow.software.packing) == (8.25, 2 * PACKING_BYTES)
+    before, after = map(step_of, (wide, narrow))
+    for name in ("exchange within the node", "exchange across nodes"):
+        assert after[name] < before[name]
+    assert after["memory passes"] > before["memory passes"]
 
 
 def test_the_last_line_says_whether_it_fits_and_the_exit_code_too(

@@ -378,14 +378,15 @@ def _moment_bits(optimizer: OptimizerConfig) -> int:
     return MOMENTS[state].bits
 
 
-def _with_rows(software: Software, plan: Plan) -> Software:
-    """With rows of the plan in eight bits. Counts are of numbers of 16 bits, and those of 32 take twice as long."""
+def _with_rows(software: Software, plan: Plan, machine: Machine) -> Software:
+    """With rows of the plan in eight bits. A CPU's bytes are those of numbers of `bits`, which are divided out here."""
     formats = [(layer.dispatch.wire, layer.row_site.d_model) for layer in plan.layers if layer.steps]
     if not any(each.narrow for each, _ in formats):
         return software
     wire, width = max(formats, key=formats.count)
     both = 8 * sum(wire.row_bytes(width, software.bits // 8)) / width
-    return replace(software, row_bits=both * 16 / max(16, software.bits) - 16, packing=2 * PACKING_BYTES)
+    counted = 1.0 if machine.host is None else software.bits / 16
+    return replace(software, row_bits=both / counted - 16, packing=2 * PACKING_BYTES)
 
 
 def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
@@ -422,13 +423,13 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
         config.stack, bits=_BITS.get(config.trainer.precision, 16), dispatcher="flat" if kind == "local" else kind,
         recompute=REPEATED[checkpointing_of(config, plan)], moment_bits=_moment_bits(config.optimizer),
     )  # fmt: skip
-    if own:
-        software = _with_rows(software, plan)
     if plan.pipeline is not None:
         paired = plan.pipeline.paired(layout.num_micro) if own else 0.0
         software = replace(software, schedule=plan.pipeline.schedule, paired=paired)
     # The plan's nodes are its link domains: ranks of one node are connected by the fast links.
     machine = replace(machine_of(config.hardware), domain=mesh.ranks_per_node)
+    if own:
+        software = _with_rows(software, plan, machine)
     if machine.host is not None:
         software = replace(software, fused=True)  # as the experts' kernel for CPUs is
     return Inputs(
