@@ -15,7 +15,8 @@ control    2 chunks, each exchange waited for where it begins: what chunks alone
 auto       what the planner chooses for this link and this machine
 alone      one chunk of a layer without a shared expert, beside the same layer with `none`: what the two halves cost
 
-With `--rows`, without overlap, `dispatch.wire_dtype`, and `by torch`: fp8 by torch's functions in place of the kernel.
+With `--rows`, small experts, no shared one and no overlap: `dispatch.wire_dtype`, and `by torch`, which is
+fp8 by torch's functions in place of the kernel.
 Beside the time: decibels between what is computed from rows in fp32 and what is lost, of the output and of gradients.
 """
 
@@ -41,7 +42,8 @@ SCHEDULES = {
     "auto": ["dispatch.overlap=auto"],
 }
 FORMATS = {
-    name: [f"dispatch.wire_dtype={name.split()[0]}"] for name in ("bf16", "fp32", "fp8", "fp8_128", "fp8 by torch")
+    name: ["experts.num_shared=0", f"dispatch.wire_dtype={name.split()[0]}"]
+    for name in ("bf16", "fp32", "fp8", "fp8_128", "fp8 by torch")
 }
 ALONE = {"no shared": ["experts.num_shared=0"], "alone": ["experts.num_shared=0", "dispatch.overlap=shared"]}
 

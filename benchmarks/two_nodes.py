@@ -237,8 +237,8 @@ def main() -> None:
             found = pairs.measure(pairs.Sizes(**slow))
             print(pairs.report(found))
         else:
-            slow = {"rate_mbit": options.rate_mbit, "rows": True} if options.rows else slow
-            found = overlap.measure(overlap.Sizes(**slow))
+            wide = {"rate_mbit": options.rate_mbit, "rows": True, "hidden": 256, "width": 128, "tokens": 16384}
+            found = overlap.measure(overlap.Sizes(**(wide if options.rows else slow)))
             print(overlap.report(found))
         if options.output:
             options.output.write_text(json.dumps(found, indent=2) + "\n")

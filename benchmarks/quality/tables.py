@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -296,8 +297,9 @@ def layouts(results: Results) -> str:
     for unit, of_unit in gaps.items():
         val = abs(results[unit]["val"][-1]["val"] - reference["val"][-1]["val"])
         name = f"another seed ({unit.seed})" if unit.arm == "one_rank" else unit.arm
-        rows.append([name, f"{of_unit[0]:.1e}", f"{max(of_unit):.1e}", f"{val:.1e}", in_band(unit, gaps)])
-    return _table(["run", "step 1", "largest of all steps", "validation at the end", "within"], rows)
+        rows.append([name, *(f"{each:.1e}" for each in (max(of_unit[:EARLY]), max(of_unit), val)), outside(unit, gaps)])
+    head = ["run", f"largest of {EARLY} steps", "of all steps", "validation at the end", "steps outside its band"]
+    return _table(head, rows)
 
 
 def distances(result: dict[str, Any], reference: dict[str, Any]) -> list[float]:
@@ -305,16 +307,21 @@ def distances(result: dict[str, Any], reference: dict[str, Any]) -> list[float]:
     return [abs(a["loss"] - b["loss"]) for a, b in zip(result["curve"], reference["curve"], strict=True)]
 
 
-def in_band(unit: Unit, gaps: dict[Unit, list[float]]) -> str:
-    """Whether a layout is within the band that the plan gives it; empty for the bands themselves."""
-    seeds = [each for other, each in gaps.items() if other.arm == "one_rank"]
+def outside(unit: Unit, gaps: dict[Unit, list[float]]) -> str:
+    """At how many steps a run is outside the band that the plan gives its layout; of a seed, that of the others."""
+    seeds = [each for other, each in gaps.items() if other.arm == "one_rank" and other != unit]
     rounding = next((each for other, each in gaps.items() if other.arm == "rounding"), None)
-    if unit.arm in ("one_rank", "rounding") or rounding is None or not seeds:
+    if unit.arm == "rounding" or rounding is None or not seeds:
         return ""
-    if unit.arm in ROUNDED_ON_THE_WIRE:
-        return "seeds" if all(gap <= min(band) for gap, *band in zip(gaps[unit], *seeds, strict=True)) else "**no**"
-    band = [max(LEAST_ROUNDING, each) for each in itertools.accumulate(rounding, max)]
-    return "rounding" if all(gap <= 10 * most for gap, most in zip(gaps[unit], band, strict=True)) else "**no**"
+    if unit.arm in ("one_rank", *ROUNDED_ON_THE_WIRE):
+        nearest, furthest = ([of_step(each) for each in zip(*seeds, strict=True)] for of_step in (min, max))
+        return f"{_above(gaps[unit], nearest)} (nearest seed), {_above(gaps[unit], furthest)} (furthest)"
+    band = [10 * max(LEAST_ROUNDING, each) for each in itertools.accumulate(rounding, max)]
+    return f"{_above(gaps[unit], band)} (rounding)"
+
+
+def _above(gaps: Sequence[float], band: Sequence[float]) -> int:
+    return sum(map(operator.gt, gaps, band))
 
 
 def _shown(found: Interval) -> str:
@@ -328,6 +335,9 @@ def _verdict(found: Interval) -> str:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+EARLY = 25  # steps, before rounding changes the choice of an expert here
 
 
 # -- pictures -------------------------------------------------------------------------------------------------------
@@ -450,7 +460,7 @@ def main() -> int:
         draw_layouts(found["layout"], given.out / "layouts.png")
     for name, there in found.items():
         absent = [unit.name for unit in study.units(name) if unit not in there]
-        print(f"{name}: {len(absent)} of {len(study.units(name))} units are missing {', '.join(absent)}")
+        print(f"{name}: {len(absent)} of {len(study.units(name))} units are missing {', '.join(absent[:3])}")
     return 0
 
 

@@ -21,6 +21,9 @@ def test_the_page_shows_the_stored_figures(monkeypatch: pytest.MonkeyPatch) -> N
     shown = (REPOSITORY / "docs" / "assets" / "overlap.txt").read_text(encoding="utf-8")
     assert shown == overlap.report(found) + "\n"
     assert set(found["seconds"]) == {*overlap.SCHEDULES, *overlap.ALONE}
+    rows = json.loads((BENCHMARKS / "results" / "rows.json").read_text(encoding="utf-8"))
+    assert (REPOSITORY / "docs" / "assets" / "rows.txt").read_text(encoding="utf-8") == overlap.report(rows) + "\n"
+    assert set(rows["seconds"]) == set(overlap.FORMATS)
 
 
 def test_the_price_of_chunks_is_the_measured_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,3 +54,17 @@ def test_a_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
         beside = "no shared" if name in overlap.ALONE else "none"
         assert abs(sent / found["sent"][beside] - 1) < 0.05, (name, found["sent"])
     assert "2 " in overlap.report(found)
+
+
+@pytest.mark.slow
+def test_rows_in_eight_bits_on_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.758 of the bytes, and enough of the output; what is gained in time is not looked at here."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    overlap, nodes = (importlib.import_module(name) for name in ("overlap", "nodes"))
+    if reason := nodes.why_not():
+        pytest.skip(reason)
+    sizes = overlap.Sizes(rate_mbit=1000, rows=True, hidden=256, width=128, tokens=2048, rounds=1)
+    found = overlap.measure(sizes, timeout_s=150)
+    for name in ("fp8", "fp8_128", "fp8 by torch"):
+        assert found["sent"][name] / found["sent"]["bf16"] == pytest.approx(0.758, abs=0.02)
+        assert found["decibels"][name][0] > 28 and min(found["decibels"][name]) > 24

@@ -123,6 +123,14 @@ def test_stored_curves_are_of_the_plan_and_the_plan_names_what_is_run() -> None:
             assert package.kind == "own" or f"`{package.name}` {package.version}" in plan
 
 
+def test_the_page_shows_what_the_curves_say() -> None:
+    from quality import study, tables
+
+    made = {name: make(study.read_all("quality")) for name, make in tables.TABLES.items()}
+    made["layouts"] = tables.layouts(study.read_all("layout"))
+    assert {name: (tables.ASSETS / f"{name}.md").read_text() for name in made} == made
+
+
 # -- what a unit sees -----------------------------------------------------------------------------------------------
 
 
