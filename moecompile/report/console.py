@@ -6,7 +6,7 @@ Cells have explicit line breaks, so that tables fit 80 columns also if the outpu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 # -- the style of tables -----------------------------------------------------------------------------------------------
 
 
-def plain_table(*columns: str) -> Table:
-    """A table without a frame; its first column is not wrapped."""
+def plain_table(*columns: str, firm: Collection[int] = (0,)) -> Table:
+    """A table without a frame. firm: columns that are not wrapped."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
     for i, name in enumerate(columns):
-        table.add_column(name, overflow="fold", no_wrap=i == 0)
+        table.add_column(name, overflow="fold", no_wrap=i in firm)
     return table
 
 
@@ -137,18 +137,24 @@ def print_checks(checks: Sequence[Mapping[str, Any]], console: Console) -> None:
     Args:
         checks: {name, max_abs_err, tolerance, passed, where}, the `checks` of result.json.
     """
-    table = plain_table("check", "error", "tolerance", "", "worst in")
+    table = plain_table("check", "error", "tolerance", "", "worst in", firm=(1, 2, 3))
+    width = path_width(console)
     for check in checks:
         passed = check["passed"]
         table.add_row(
             Text(check["name"]),
-            Text(f"{check['max_abs_err']:.1e}" if check["max_abs_err"] else "0"),
-            Text(f"{check['tolerance']:.0e}" if check["tolerance"] else "0"),
+            Text(_error_text(check["max_abs_err"], ".1e")),
+            Text(_error_text(check["tolerance"], ".2g")),
             Text("ok" if passed else "FAILED", style=_STATUS_STYLE["ok" if passed else "failed"]),
-            Text(check["where"], style="dim"),
+            Text(check["where"], style="dim") if " " in check["where"] else path_text(check["where"], 1, width),
         )
     console.print()
     console.print(table)
+
+
+def _error_text(number: float, form: str) -> str:
+    """A relative error, or a count."""
+    return str(number) if isinstance(number, int) else format(number, form) if number else "0"
 
 
 def print_result(result: Mapping[str, Any], console: Console) -> None:
