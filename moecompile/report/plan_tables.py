@@ -135,13 +135,14 @@ def _decisions(layer: LayerPlan) -> tuple[tuple[str, ...], ...]:
 
 
 def _dispatch_lines(layer: LayerPlan) -> tuple[str, ...]:
-    """The kind, what is in flight beside experts, and what is lent."""
+    """The kind, rows in eight bits, what is in flight beside experts, and what is lent."""
     dispatch = layer.dispatch
     in_flight = {"none": (), "shared": ("overlap:", "shared"), "chunks": ("overlap:", f"{dispatch.chunks} chunks")}
     prices = [f"from {dispatch.loan_rows} rows"] * (layer.placement.ep > layer.placement.nodes)
     prices += [f"far {dispatch.far_loan_rows} rows"] * (layer.placement.nodes > 1)
     lent = (f"lends: {plural(dispatch.slots, 'slot')}", *prices) if dispatch.lends else ()
-    return (dispatch.kind, *in_flight[dispatch.overlap], *lent)
+    narrow = (f"rows {dispatch.wire.narrow}",) if dispatch.wire.narrow else ()
+    return (dispatch.kind, *narrow, *in_flight[dispatch.overlap], *lent)
 
 
 def _router_lines(layer: LayerPlan) -> tuple[str, ...]:

@@ -233,3 +233,10 @@ def test_the_dispatch_says_what_is_in_flight(overlap: str, chunks: int, shown: s
     rows = printed(lambda console: print_plan(plan, console)).splitlines()
     at = next(i for i, row in enumerate(rows) if row.rstrip().endswith("overlap:"))
     assert rows[at + 1].rstrip().endswith(shown)
+
+
+def test_the_dispatch_says_that_rows_are_in_eight_bits() -> None:
+    """What is rounded without it is what the precision says."""
+    shown = printed(lambda console: print_plan(a_plan("dispatch.wire_dtype=fp8_128"), console))
+    assert any(row.rstrip().endswith("rows fp8_128") for row in shown.splitlines())
+    assert "rows bf16" not in printed(lambda console: print_plan(a_plan("dispatch.wire_dtype=bf16"), console))
