@@ -19,6 +19,7 @@ from fnmatch import translate
 from functools import cache
 from typing import Any
 
+from moecompile.checkpoint.fit import MODEL_CLASS
 from moecompile.schema import Config
 
 TEXT, TOKENIZER = "data.text", "data.tokenizer"
@@ -104,7 +105,7 @@ def fingerprint(model: object, *, text_hash: str, tokenizer: str) -> dict[str, A
     Args:
         model: a module; one of transformers has a config. text_hash: of the text. tokenizer: its definition.
     """
-    values: dict[str, Any] = {"model.class": type(model).__name__}
+    values: dict[str, Any] = {MODEL_CLASS: type(model).__name__}
     to_dict = getattr(getattr(model, "config", None), "to_dict", None)
     if callable(to_dict):
         plain = json.loads(json.dumps(to_dict(), default=str))  # as state.json will be read

@@ -16,6 +16,7 @@ from moecompile.errors import PlanError
 from moecompile.plan import LayerPlan, Plan
 
 _SHOWN, _WIDTH = 8, 80
+MODEL_CLASS = "model.class"
 MAY_DIFFER = (
     "adapters.dropout", "context_parallel", "estimate*", "layers.balance.*", "layers.cut_over", "layers.dispatch.*",
     "layers.fused", "layers.placement.*", "layers.routing.capacity_factor", "layers.routing.drop",
@@ -43,9 +44,11 @@ def refuse(differences: Iterable[tuple[str, Any, Any]], allowed: Sequence[str], 
     refused = [entry for entry in differences if not any(fnmatchcase(entry[0], pattern) for pattern in allowed)]
     names = list(dict.fromkeys(entry[0] for entry in refused))
     listed = [f"{name}: {_short(saved)} in the checkpoint, {_short(now)} here" for name, saved, now in refused]
-    fix = (
-        f"Set these as they were, start a new run, or go on all the same with trainer.allow_changes=[{','.join(names)}]"
-    )
+    if MODEL_CLASS in names:
+        fix = "Give the options of that run again (its overrides.txt), or start a new run"
+    else:
+        allow = ",".join(names) if len(names) <= _SHOWN else "'*'"
+        fix = f"Set these as they were, start a new run, or go on all the same with trainer.allow_changes=[{allow}]"
     _raise_if_any(listed, folder, fix)
 
 

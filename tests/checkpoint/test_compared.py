@@ -96,6 +96,7 @@ def test_whatever_changes_in_a_plan_is_a_difference(make: Any) -> None:
     unseen = set()
     for number, (_, name, path) in enumerate(leaves(plan)):
         other = copy.deepcopy(plan)
+        other = replace(other, layers=tuple(map(copy.deepcopy, other.layers)))  # layers may share what is alike
         owner = list(leaves(other))[number][0]
         if path == "layers.site.fqn":
             continue  # another layer, which test_state.py looks at
@@ -131,3 +132,20 @@ def test_another_alpha_is_another_function() -> None:
     check_plan(saved, planned("adapters.alpha=8", "adapters.experts=null"), Path("step-1"), ["layers.*"])
     with pytest.raises(PlanError, match=r"layers\.0\.mlp\.experts\.adapters\.rank: 4 in the checkpoint, null here"):
         check_plan(saved, planned("adapters.alpha=8", "adapters.experts=null"), Path("step-1"))
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["data.seq_len"], r"or go on all the same with trainer.allow_changes=\[data.seq_len\]\."),
+        ([f"key{i}" for i in range(9)], r"; and 1 more\. .* go on all the same with trainer.allow_changes=\['\*'\]\."),
+        (
+            ["model.class", *(f"key{i}" for i in range(50))],
+            r"; and 43 more\. Give the options of that run again \(its overrides.txt\), or start a new run\.",
+        ),
+    ],
+)
+def test_what_to_change_is_said_in_one_line(names: list[str], wanted: str) -> None:
+    with pytest.raises(PlanError, match=wanted + "$"):
+        fit.refuse([(name, 1, 2) for name in names], [], Path("run"))
+    fit.refuse([(name, 1, 2) for name in names], ["*"], Path("run"))
