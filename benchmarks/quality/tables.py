@@ -450,12 +450,12 @@ def main() -> int:
     if results := found["quality"]:
         for name, make in TABLES.items():
             text = make(results)
-            (given.out / f"{name}.md").write_text(text, encoding="utf-8")
+            (given.out / f"{name}.txt").write_text(text, encoding="utf-8")
             print(f"{name}: {(make.__doc__ or '').strip()}\n\n{text}")
         draw_curves(results, given.out / "curves.png")
         draw_multipliers(results, given.out / "multipliers.png")
     if text := layouts(found["layout"]):
-        (given.out / "layouts.md").write_text(text, encoding="utf-8")
+        (given.out / "layouts.txt").write_text(text, encoding="utf-8")
         print(text)
         draw_layouts(found["layout"], given.out / "layouts.png")
     for name, there in found.items():

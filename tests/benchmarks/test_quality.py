@@ -128,7 +128,7 @@ def test_the_page_shows_what_the_curves_say() -> None:
 
     made = {name: make(study.read_all("quality")) for name, make in tables.TABLES.items()}
     made["layouts"] = tables.layouts(study.read_all("layout"))
-    assert {name: (tables.ASSETS / f"{name}.md").read_text() for name in made} == made
+    assert {name: (tables.ASSETS / f"{name}.txt").read_text() for name in made} == made
 
 
 # -- what a unit sees -----------------------------------------------------------------------------------------------
