@@ -44,7 +44,7 @@ def refuse(differences: Iterable[tuple[str, Any, Any]], allowed: Sequence[str], 
     refused = [entry for entry in differences if not any(fnmatchcase(entry[0], pattern) for pattern in allowed)]
     names = list(dict.fromkeys(entry[0] for entry in refused))
     listed = [f"{name}: {_short(saved)} in the checkpoint, {_short(now)} here" for name, saved, now in refused]
-    if MODEL_CLASS in names:
+    if MODEL_CLASS in names and len(names) > _SHOWN:  # a class alone may have got another name
         fix = "Give the options of that run again (its overrides.txt), or start a new run"
     else:
         allow = ",".join(names) if len(names) <= _SHOWN else "'*'"

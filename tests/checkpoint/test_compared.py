@@ -137,6 +137,7 @@ def test_another_alpha_is_another_function() -> None:
 @pytest.mark.parametrize(
     ("names", "wanted"),
     [
+        (["model.class"], r"or go on all the same with trainer.allow_changes=\[model.class\]\."),
         (["data.seq_len"], r"or go on all the same with trainer.allow_changes=\[data.seq_len\]\."),
         ([f"key{i}" for i in range(9)], r"; and 1 more\. .* go on all the same with trainer.allow_changes=\['\*'\]\."),
         (
