@@ -43,6 +43,7 @@ class Part(Enum):
     STORED = "dense weights, stored"
     EXPERTS = "experts, owned"
     STORED_EXPERTS = "experts, stored"
+    ROWS = "rows of embedding tables, owned"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # a row is itself alone, and its hash is cheap
@@ -65,9 +66,9 @@ class Axis:
 
 AXES = (
     Axis(name="pp", splits=(Part.LAYERS,), experts=True, searched=True),
-    Axis(name="dp_replicate", splits=(Part.BATCH,), experts=True, searched=True),
-    Axis(name="dp_shard", splits=(Part.BATCH, Part.STORED), given=False),
-    Axis(name="cp", splits=(Part.SEQUENCE, Part.HEADS, Part.STORED), group="a CP group"),
+    Axis(name="dp_replicate", splits=(Part.BATCH, Part.ROWS), experts=True, searched=True),
+    Axis(name="dp_shard", splits=(Part.BATCH, Part.STORED, Part.ROWS), given=False),
+    Axis(name="cp", splits=(Part.SEQUENCE, Part.HEADS, Part.STORED, Part.ROWS), group="a CP group"),
     Axis(name="tp", splits=(Part.TOKENS, Part.HEADS, Part.WEIGHTS), group="a TP group", searched=True),
     Axis(name="edp", splits=(Part.STORED_EXPERTS,), dense=False, experts=True, given=False),
     Axis(name="ep", splits=(Part.EXPERTS,), dense=False, experts=True, group="an EP group", searched=True),

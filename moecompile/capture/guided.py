@@ -200,7 +200,7 @@ class GuidedTracer(fx.Tracer):
     def _set_value(self, node: fx.Node, value: Any) -> Any:
         self.values[node] = value
         if isinstance(value, Tensor):
-            node.meta["shape"] = tuple(value.shape)
+            node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
         return value
 
     def create_node(
@@ -209,7 +209,7 @@ class GuidedTracer(fx.Tracer):
         """Executes reads of attributes too, which may come without a proxy (Python sees buffers as tensors)."""
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if kind == "get_attr":
-            self.values[node] = self._run(node)
+            self._set_value(node, self._run(node))
         return node
 
     def create_arg(self, a: Any) -> Any:

@@ -157,6 +157,7 @@ class _Recorder(TorchFunctionMode):
             return out
         node = self.graph.create_node("call_function", func, tuple(inputs), named)
         node.meta["owner"], node.meta["shape"] = self.owners[-1], tuple(outputs[0].shape)
+        node.meta["dtype"] = outputs[0].dtype
         if given is not None and out is given and version_of(given) == before:  # a cast to the dtype that it has
             node.meta["same"] = inputs[0]
         for i, tensor in enumerate(outputs):
@@ -192,7 +193,7 @@ class _Recorder(TorchFunctionMode):
                 node = self.graph.placeholder(f"input_{len(self.nodes)}")
             else:
                 node = self.graph.create_node("get_attr", name)
-            node.meta["shape"] = tuple(tensor.shape)
+            node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), tensor.dtype
             self._bind(tensor, node)
         return self.nodes[id(tensor)]
 

@@ -67,11 +67,27 @@ class Region:
         return fx.GraphModule(root, graph, class_name=type(self.graph).__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FoundLookup:
+    """A table and the module that reads it. weight: its name in the model. ids: how many the example reads. refused:
+    why its rows cannot be spread.
+    """
+
+    weight: str
+    module: str
+    rows: int
+    width: int
+    computed: bool
+    ids: int
+    refused: str = ""
+
+
 @dataclass(kw_only=True)
 class Captured:
     """regions: path -> region, of the selected kind. region_of: site -> path of its region. sites: in model order.
     others: sites of the other kind, which stay. refused: what looks like a site but cannot be rewritten, and why.
-    boundaries: where the model may be cut, if that was asked for.
+    boundaries: where the model may be cut, if that was asked for. tables: embedding tables that are large enough for
+    their rows to be spread. readers: path of each module that reads some of these -> its region.
     """
 
     regions: dict[str, Region] = field(default_factory=dict)
@@ -80,6 +96,8 @@ class Captured:
     others: list[Site] = field(default_factory=list)
     refused: list[Site] = field(default_factory=list)
     boundaries: Boundaries | None = None
+    tables: list[FoundLookup] = field(default_factory=list)
+    readers: dict[str, Region] = field(default_factory=dict)
 
     @property
     def summary(self) -> str:

@@ -15,6 +15,7 @@ from moecompile.ops import (  # isort: split
     in_flight,
     layout,
     lending,
+    lookups,
     positions,
     required_bias,
     rows,
@@ -25,7 +26,7 @@ from moecompile.ops import (  # isort: split
 )
 
 from moecompile.ops import autocast  # after the ops that it has rules for
-from moecompile.ops.traffic import context_traffic, traffic
+from moecompile.ops.traffic import context_traffic, lookup_traffic, traffic
 
 __all__ = [
     "autocast",
@@ -39,6 +40,8 @@ __all__ = [
     "in_flight",
     "layout",
     "lending",
+    "lookup_traffic",
+    "lookups",
     "positions",
     "required_bias",
     "rows",

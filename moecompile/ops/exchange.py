@@ -28,7 +28,7 @@ from moecompile.ops import sizes
 from moecompile.ops.baton import is_shared, landed
 from moecompile.ops.host import finish_read, start_read
 from moecompile.ops.narrow_rows import pack, unpack_rows
-from moecompile.ops.traffic import traffic
+from moecompile.ops.traffic import TrafficCounter, traffic
 from moecompile.torch_private import all_gather_single, process_group_by_name
 
 
@@ -268,14 +268,15 @@ def splits(table_2rn: Tensor, column: int, reverse: bool) -> tuple[list[int], li
 
 
 def exchange_rows(
-    rows: Tensor, input_splits: list[int], output_splits: list[int], axis: str, *, hands_over: bool = True
-) -> Tensor:
+    rows: Tensor, input_splits: list[int], output_splits: list[int], axis: str, *, hands_over: bool = True,
+    counter: TrafficCounter = traffic,
+) -> Tensor:  # fmt: skip
     group = group_of(axis)
     out = rows.new_empty(sum(output_splits), *rows.shape[1:])
     sent, async_op = rows.contiguous(), hands_over and is_shared()
     work = dist.all_to_all_single(out, sent, output_splits, input_splits, group=group, async_op=async_op)
     landed(work, hands_over=hands_over)
-    count_sent(axis, group, rows, input_splits)
+    count_sent(axis, group, rows, input_splits, counter)
     return out
 
 
@@ -284,10 +285,12 @@ def packed(rows: Tensor, narrow: str) -> Tensor:
     return pack(rows, narrow) if narrow else rows
 
 
-def count_sent(axis: str, group: dist.ProcessGroup, rows: Tensor, input_splits: list[int]) -> None:
+def count_sent(
+    axis: str, group: dist.ProcessGroup, rows: Tensor, input_splits: list[int], counter: TrafficCounter = traffic
+) -> None:
     """Counts the bytes of `rows`, of which `input_splits[i]` go to rank i of the group."""
     row_bytes = rows.element_size() * rows[:1].numel() if rows.shape[0] else 0
-    traffic.add(axis, group, [count * row_bytes for count in input_splits])
+    counter.add(axis, group, [count * row_bytes for count in input_splits])
 
 
 def unpack(columns: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,13 +23,15 @@ class Load:
     sent: (experts, parts among which they are) -> rows sent to all parts for one row that a rank has. assigned:
     experts of a layer with identities, or whose experts choose tokens -> assignments to an expert for one that is given
     (others: all). received: process group of an exchange -> rows received for one that is sent (others: 1). fullest:
-    rows of this rank's experts over the mean of all ranks.
+    rows of this rank's experts over the mean of all ranks. different: of so many ids of a table with so many rows, how
+    many are different.
     """
 
     sent: Mapping[tuple[int, int], float] = field(default_factory=dict)
     assigned: Mapping[int, float] = field(default_factory=dict)
     received: Mapping[str, float] = field(default_factory=dict)
     fullest: float = 1.0
+    different: Callable[[int, int], float] = lambda num_ids, num_rows: num_ids
     _given: dict[tuple[int, int, int], tuple[Tensor, int]] = field(default_factory=dict)
 
     def rows_sent(self, num_rows: int, num_experts: int, num_parts: int) -> int:

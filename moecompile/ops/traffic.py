@@ -37,3 +37,5 @@ traffic = TrafficCounter()
 optimizer_traffic = TrafficCounter()
 context_traffic = TrafficCounter()
 """Of the exchanges of attention over cp, which are planned and counted apart from those of experts."""
+lookup_traffic = TrafficCounter()
+"""Of rows of embedding tables."""

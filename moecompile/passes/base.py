@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from moecompile.errors import ConfigError, PassError
 from moecompile.match.regions import Region
 from moecompile.nn.experts import RowExperts
-from moecompile.plan import EXCHANGE_OPS, SLICE_OPS, WAIT_OPS, LayerPlan, Plan
+from moecompile.plan import EXCHANGE_OPS, LOOKUP_OPS, SLICE_OPS, WAIT_OPS, LayerPlan, Plan
 
 
 class GraphPass(Protocol):
@@ -200,8 +200,8 @@ def exchanges_of(graph_module: GraphModule) -> list[Node]:
 
 
 def on_an_axis(graph_module: GraphModule) -> list[Node]:
-    """Exchange nodes, those that wait for one, cuts and joins: their last argument is a mesh axis."""
-    names = EXCHANGE_OPS | WAIT_OPS | set(SLICE_OPS)
+    """Exchange nodes, those that wait for one, cuts, joins and lookups: their last argument is a mesh axis."""
+    names = EXCHANGE_OPS | WAIT_OPS | {*SLICE_OPS, *LOOKUP_OPS}
     return [n for n in graph_module.graph.nodes if n.op == "call_function" and op_name(n) in names]
 
 

@@ -8,7 +8,7 @@ Algorithm:
      (dp_replicate, dp_shard, cp), and tp where their work is split over it; experts over (dp_replicate, edp), along a
      dim that gives each rank its even share (plan/experts.py). Routers stay replicated and outside of FSDP's casts, and
      so do the few weights whose dtype differs from the rest, because FSDP2 does not support them. Gradients are reduced
-     in fp32 or wider.
+     in fp32 or wider. Spread embedding tables are no FSDP's (lookups.py).
 All gradient reductions are plain sums (docs/understand/gradients.md).
 """
 
@@ -36,6 +36,7 @@ from moecompile.nn.placement import keep_order, rows_of
 from moecompile.nn.stages import passage_of
 from moecompile.passes.base import ModelPass, exchanges_of, experts_calls, on_an_axis, op_name, run_on_model
 from moecompile.passes.context_parallel import check_exchanged, split_positions
+from moecompile.passes.lookups import AXIS, row_mesh, spread_tables
 from moecompile.passes.place import order_of
 from moecompile.passes.tensor_parallel import check_one_dtype, classes_of, split_dense
 from moecompile.plan import EVEN, Plan, cut_dim, largest_shard
@@ -113,13 +114,15 @@ class ShardModel(ModelPass):
     def run(self, model: nn.Module, plan: Plan) -> None:
         """Shards the model in place."""
         dense_mesh = dense_mesh_of(plan.mesh, self.device_mesh.device_type)
-        bind_axes(model, self.device_mesh, plan.mesh.nodes_per_ep_group, dense_mesh)  # Step 1
+        rows = row_mesh(plan.mesh, self.device_mesh.device_type) if plan.lookups else None
+        bind_axes(model, self.device_mesh, plan.mesh.nodes_per_ep_group, dense_mesh, rows)  # Step 1
         if plan.mesh.ep > 1:
             _shard_experts(model, self.device_mesh["ep"])  # Step 2
+        spread = set() if rows is None else spread_tables(model, plan, rows, self.param_dtype)
         for axis in plan.mesh.axes(Part.SEQUENCE, Part.TOKENS):
             AXIS_PASSES[axis](model, plan, dense_mesh[axis])
         if plan.mesh.stage.world_size > 1 or self.param_dtype is not None:
-            _wrap(model, plan, self.device_mesh, self.param_dtype)  # Step 3
+            _wrap(model, plan, self.device_mesh, self.param_dtype, spread)  # Step 3
 
     def ensures(self, model: nn.Module, plan: Plan) -> None:
         """No exchange is on a logical axis any more; with expert parallelism, every expert weight is sharded; no rank
@@ -129,7 +132,7 @@ class ShardModel(ModelPass):
             check_exchanged(model)
         for path, module in _graphs(model).items():
             for node in on_an_axis(module):
-                if str(node.args[-1]) in ("ep", "ep_inter", "ep_intra", *axes_that_split(Part.TOKENS)):
+                if str(node.args[-1]) in ("ep", "ep_inter", "ep_intra", AXIS, *axes_that_split(Part.TOKENS)):
                     raise PassError(self.name, path, f"{node.name} is still on the logical axis {node.args[-1]}")
         for owner, name in expert_parameters(model) if plan.mesh.ep > 1 else ():
             parameter = owner.get_parameter(name)
@@ -143,16 +146,22 @@ def _graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     return {path: module for path, module in model.named_modules() if isinstance(module, fx.GraphModule)}
 
 
-def bind_axes(model: nn.Module, device_mesh: DeviceMesh, num_nodes: int = 1, dense: DeviceMesh | None = None) -> None:
+def bind_axes(
+    model: nn.Module, device_mesh: DeviceMesh, num_nodes: int = 1, dense: DeviceMesh | None = None,
+    rows: DeviceMesh | None = None,
+) -> None:  # fmt: skip
     """Replaces logical axes by process group names in every graph of `model`.
 
     If a graph uses them, `ep` is split into `ep_inter` (ranks with the same local rank on each of the `num_nodes` nodes
     of an EP group) and `ep_intra` (its ranks on one node). dense: the mesh of dense weights, whose axes may cut tokens.
+    rows: the ranks over which rows of embedding tables are spread.
     """
     groups = {axis: device_mesh.get_group(axis).group_name for axis in device_mesh.mesh_dim_names or ()}
     for axis in axes_that_split(Part.TOKENS):
         if dense is not None and axis in (dense.mesh_dim_names or ()):
             groups[axis] = dense.get_group(axis).group_name
+    if rows is not None:
+        groups[AXIS] = rows.get_group().group_name
     graphs = _graphs(model)
     used = {str(node.args[-1]) for module in graphs.values() for node in on_an_axis(module)}
     if "ep" in groups and used & {"ep_inter", "ep_intra"}:
@@ -186,11 +195,13 @@ def _shard_experts(model: nn.Module, ep_mesh: DeviceMesh) -> None:
         setattr(owner, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
 
 
-def _wrap(model: nn.Module, plan: Plan, device_mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:
-    classes = classes_of(model, plan)
+def _wrap(
+    model: nn.Module, plan: Plan, device_mesh: DeviceMesh, param_dtype: torch.dtype | None, spread: set[nn.Parameter]
+) -> None:
+    classes = {parameter: kind for parameter, kind in classes_of(model, plan).items() if parameter not in spread}
     classes |= {owner.get_parameter(name): EXPERTS for owner, name in expert_parameters(model)}
     replicated = {parameter for parameter, kind in classes.items() if kind == ROUTER}
-    replicated |= (others := _of_another_dtype(model, classes))
+    replicated |= spread | (others := _of_another_dtype(model, classes))
     check_one_dtype(model, classes, others)
     infos = _mesh_infos(plan.mesh, device_mesh)
 

@@ -22,6 +22,7 @@ from moecompile.match.sites import graph_sites, list_sites
 from moecompile.named_code import load_plugins
 from moecompile.passes.base import run_on_model
 from moecompile.passes.cut import check_stages
+from moecompile.passes.lookups import SpreadRows
 from moecompile.passes.receipt import Comparison, Receipt
 from moecompile.passes.run import (
     Graphs,
@@ -217,6 +218,7 @@ def compile_with_report(
         rewritten = current_regions(done.model, rewritten)  # a region may lie inside another
         final = run_passes(on_the_mesh(), rewritten, layers, log)
         done.model = replace_regions(done.model, replacements(done.model, rewritten, final))
+        done.model = _spread_rows(done.model, captured, plan, log)
     run_on_model(on_the_model(config.seed), done.model, plan)
     done.notes += trained_notes(done.model, plan)
     set_attribute(done.model, _PLAN, plan)
@@ -226,6 +228,18 @@ def compile_with_report(
         run_on_model(on_every_rank(device_mesh or device_mesh_of(plan.mesh, device_type)), done.model, plan)
         log.add("shard", final, final, "axes bound, experts split")
     return done
+
+
+def _spread_rows(model: nn.Module, captured: Captured, plan: Plan, log: Log) -> nn.Module:
+    """The model, whose planned embedding tables are read where their rows are."""
+    if not plan.lookups:
+        return model
+    readers = {each.module: captured.readers[each.module] for each in plan.lookups}
+    step = SpreadRows(lookups=plan.lookups, mesh=plan.mesh)
+    after = {path: step.run(region) for path, region in readers.items()}
+    log.keep(step.stage, after)
+    log.add(step.name, readers, after, step.detail)
+    return replace_regions(model, replacements(model, readers, after))
 
 
 def _check(model: nn.Module, example: Example, plan: Plan | None, device_mesh: DeviceMesh | None, until: str) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from moecompile.capture import Example
+from moecompile.capture import Example, Recording
+from moecompile.errors import CaptureError
 from moecompile.match.boundaries import Boundaries
+from moecompile.match.lookups import find_lookups, region_of
 from moecompile.match.regions import Captured
 from moecompile.match.sites import capture_regions, record_model
 from moecompile.passes.prove import unproven
@@ -16,6 +19,7 @@ from moecompile.passes.run import Log
 from moecompile.pipeline.facts import facts_of
 from moecompile.plan import ExpertsSite, Plan, PlannedSite
 from moecompile.planner import ModelFacts
+from moecompile.planner.lookups import is_wanted as is_table_wanted
 from moecompile.schema import Config, SiteKind, TaskName
 from moecompile.stages import has_stages
 
@@ -40,8 +44,23 @@ def capture_planned(
     staged = has_stages(config.mesh.pp, config.pipeline.schedule) if plan is None else plan.pipeline is not None
     if staged or config.task.name is TaskName.search:
         captured.boundaries = Boundaries(recording)
+    _find_tables(captured, recording, config, plan)
     log.add("match", captured.regions, captured.regions, captured.summary)
     return captured
+
+
+def _find_tables(captured: Captured, recording: Recording, config: Config, plan: Plan | None) -> None:
+    """The embedding tables of a model, and the traced modules that read those that are to be spread."""
+    planned = None if plan is None else {each.weight for each in plan.lookups}
+    for found in find_lookups(recording):
+        numbers, table = found.rows * found.width, found
+        is_wanted = is_table_wanted(numbers, config.embeddings, computed=found.computed)
+        if (found.weight in planned if planned is not None else is_wanted) and not found.refused:
+            try:
+                captured.readers.setdefault(found.module, region_of(found, recording, captured.regions))
+            except CaptureError as error:
+                table = replace(found, refused=str(error))
+        captured.tables.append(table)
 
 
 def _named(config: Config, plan: Plan | None = None) -> Callable[[str], bool]:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from moecompile.capture import Example, layers_of
+from moecompile.match.boundaries import tokens_of
 from moecompile.match.ffn import FFNMatch
 from moecompile.match.regions import Captured
 from moecompile.mesh import Part, axes_that_split
@@ -26,7 +27,7 @@ from moecompile.pipeline.attention import attention_of
 from moecompile.pipeline.shape import mixers
 from moecompile.plan import ATTENTION, FFN, HEADS_STYLE, NORMS, ExpertsSite
 from moecompile.planner import ModelFacts
-from moecompile.planner.params import FP32_BYTES, CutFacts, LayerFact, SplitFact, WeightFact
+from moecompile.planner.params import FP32_BYTES, CutFacts, LayerFact, SplitFact, TableFact, WeightFact
 from moecompile.schema import LEAST_NUMBERS, MeshConfig
 from moecompile.torch_private import own_parameters
 
@@ -79,7 +80,27 @@ def facts_of(
         weights=_weights(model, inside, splits, captured or Captured()),
         layers=_layers(model, layers, captured or Captured()),
         cut=_cut(model, captured),
+        tables=_tables(model, example, inside, captured or Captured()),
     )
+
+
+def _tables(
+    model: nn.Module, example: Example | None, inside: Collection[Parameter], captured: Captured
+) -> tuple[TableFact, ...]:
+    """`ModelFacts.tables`."""
+    apart, facts = {p for found in _others(model).values() for p in found}, list[TableFact]()
+    tokens = 1 if example is None else tokens_of(example)
+    for found in captured.tables:
+        weight = model.get_parameter(found.weight)
+        facts.append(
+            TableFact(
+                weight=found.weight, module=found.module, rows=found.rows, width=found.width, computed=found.computed,
+                ids_per_token=found.ids / tokens, is_root=weight not in inside,
+                is_trained=weight.requires_grad, number_bytes=weight.element_size(),
+                is_apart=weight in apart, refused=found.refused,
+            )
+        )  # fmt: skip
+    return tuple(facts)
 
 
 def _cut(model: nn.Module, captured: Captured | None) -> CutFacts | None:
@@ -91,7 +112,7 @@ def _cut(model: nn.Module, captured: Captured | None) -> CutFacts | None:
         module = model.get_submodule(called.path)
         is_lookup = all(isinstance(m, nn.Embedding) for m in module.modules() if own_parameters(m))
         whole[called.path] = 0 if is_lookup else sum(parameter.numel() for parameter in module.parameters())
-    without_sites = replace(captured, boundaries=None)
+    without_sites = replace(captured, boundaries=None, tables=[])
 
     @cache  # a search asks for the same stages on many meshes
     def facts(units: tuple[str, ...], has_head: bool) -> ModelFacts:

@@ -33,6 +33,7 @@ from moecompile.plan.layers import (
     layer_on_one_device,
     own_routing,
 )
+from moecompile.plan.lookups import LOOKUP_OPS, Lookup
 from moecompile.plan.plan import (
     FITS,
     GATHER,
@@ -43,6 +44,7 @@ from moecompile.plan.plan import (
     Estimate,
     ExpertShards,
     Lending,
+    LookupTraffic,
     MemoryEstimate,
     Plan,
     Recomputation,
@@ -88,6 +90,7 @@ __all__ = [
     "LAYER",
     "LENDING",
     "LENDING_OPS",
+    "LOOKUP_OPS",
     "NORMS",
     "RECOMPUTED_PARTS",
     "REDUCE",
@@ -111,6 +114,8 @@ __all__ = [
     "FFNSite",
     "LayerPlan",
     "Lending",
+    "Lookup",
+    "LookupTraffic",
     "MemoryEstimate",
     "Plan",
     "PlannedSite",

@@ -15,6 +15,7 @@ from moecompile.plan.checks import plan_errors
 from moecompile.plan.context_parallel import ExchangedAttention, check_context
 from moecompile.plan.dispatch import DispatchPlan, can_fuse
 from moecompile.plan.layers import LayerPlan
+from moecompile.plan.lookups import Lookup
 from moecompile.plan.recompute import Recomputed
 from moecompile.plan.tensor_parallel import SplitModules, check_split
 from moecompile.stages import Pipeline
@@ -112,6 +113,19 @@ class WeightTraffic:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LookupTraffic:
+    """What lookups in spread tables cost. stored: bytes of the rows of a rank. forward, backward: bytes that a rank
+    sends in a micro-batch, of ids and rows, and of gradients. share: of the rows that tokens read, those that are sent
+    because they are different.
+    """
+
+    stored: int
+    forward: int
+    backward: int
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Assumptions:
     """The assumptions of an estimate.
 
@@ -183,7 +197,7 @@ class Estimate:
     `yes`, and tried: what was put through the planner to find them. lending: None if no layer lends experts.
     expert_shards: None if every rank has experts of its own. weight_traffic: None on one rank. recomputation: with
     checkpointing=budget, what was chosen. stage_bytes_per_step: what the rank of a pipeline that sends the most sends
-    to other stages in an optimizer step.
+    to other stages in an optimizer step. lookup_bytes: None if no rows of embedding tables are spread.
     """
 
     params_total: int
@@ -210,6 +224,7 @@ class Estimate:
     weight_traffic: WeightTraffic | None = None
     recomputation: tuple[Recomputation, ...] = ()
     stage_bytes_per_step: int = 0
+    lookup_bytes: LookupTraffic | None = None
 
     @property
     def bytes_over(self) -> dict[str, Traffic]:
@@ -236,6 +251,7 @@ class Plan:
         gather: when sharded weights are gathered: each `layer` twice in a micro-batch, or all of them once in a `step`.
         recomputed: what backward computes again, where it is chosen for each layer; other layers keep all they need.
         pipeline: the stages of the model over `pp`; None: every rank has all layers.
+        lookups: embedding tables whose rows are spread over ranks.
         estimate: memory and bytes, which `hash` leaves out.
 
     Raises:
@@ -252,6 +268,7 @@ class Plan:
     gather: str = "layer"
     recomputed: tuple[Recomputed, ...] = ()
     pipeline: Pipeline | None = None
+    lookups: tuple[Lookup, ...] = ()
     estimate: Estimate | None = None
 
     def __post_init__(self) -> None:
@@ -292,6 +309,8 @@ class Plan:
         body = asdict(replace(self, estimate=None))
         if self.pipeline is None:  # as before there were pipelines
             del body["pipeline"], body["mesh"]["pp"]
+        if not self.lookups:  # as before rows were spread
+            del body["lookups"]
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
     def is_counted(self, rank: int) -> bool:
@@ -363,7 +382,7 @@ class WeightClass:
     only_with: Part | None = None
 
 
-DENSE, ROUTER, EXPERTS = "dense", "router", "experts"
+DENSE, ROUTER, EXPERTS, TABLES = "dense", "router", "experts", "embedding tables"
 SPLIT, HEADS, INSIDE = f"dense, split over {axes_that_split(Part.WEIGHTS)[0]}", "norms of heads", "inside MoE layers"
 
 _TOKENS = (Part.BATCH, Part.SEQUENCE)
@@ -382,11 +401,16 @@ _CLASSES = (
         stored=(Part.STORED_EXPERTS,), experts=True,
     ),
 )  # fmt: skip
+_TABLES = WeightClass(name=TABLES, owned=(Part.LAYERS, Part.ROWS))
 
 
-def reductions(mesh: MeshSpec) -> tuple[Reduction, ...]:
-    """The reductions of all classes of weights on `mesh`; axes of one rank are left out."""
-    return tuple(_reduction(each, mesh) for each in _CLASSES if each.only_with is None or mesh.axes(each.only_with))
+def reductions(mesh: MeshSpec, *, tables: bool = False) -> tuple[Reduction, ...]:
+    """The reductions of all classes of weights on `mesh`; axes of one rank are left out.
+
+    tables: whether rows of embedding tables are spread.
+    """
+    classes = (*_CLASSES, *((_TABLES,) if tables else ()))
+    return tuple(_reduction(each, mesh) for each in classes if each.only_with is None or mesh.axes(each.only_with))
 
 
 def _reduction(kind: WeightClass, mesh: MeshSpec) -> Reduction:
@@ -407,7 +431,7 @@ def on_one_process(plan: Plan) -> Plan:
     """The same model without a mesh: experts and routers stay the same, and all experts are on one rank."""
     mesh = MeshSpec(device=plan.mesh.device)
     layers = tuple(map(on_one_rank, plan.layers))
-    return Plan(mesh=mesh, layers=layers, reductions=reductions(mesh), adapters=plan.adapters)
+    return Plan(mesh=mesh, layers=layers, reductions=reductions(mesh), adapters=plan.adapters)  # tables whole
 
 
 def on_one_rank(layer: LayerPlan) -> LayerPlan:

@@ -53,6 +53,7 @@ from moecompile.planner.existing import (
     stack_of,
 )
 from moecompile.planner.lending import plan_lending
+from moecompile.planner.lookups import plan_lookups
 from moecompile.planner.memory import buffer_bytes, model_state_bytes
 from moecompile.planner.params import BF16_BYTES, FP32_BYTES, Expected, ModelFacts, RunFacts
 from moecompile.planner.pipeline import fullest, plan_pipeline, ranks_of
@@ -440,15 +441,17 @@ def draft_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
         return known[key] if known[key].site is site else replace(known[key], site=site)
 
     layers = tuple(planned(site, position) for position, site in enumerate(chosen))
+    lookups, facts = plan_lookups(mesh, facts, config)
     layers, adapters, facts = plan_adapters(placed(layers, config), mesh, config, facts)
     plan = Plan(  # Step 4
         mesh=mesh,
         layers=layers,
         pipeline=plan_pipeline(layers, mesh, facts, config),
-        reductions=reductions(mesh),
+        reductions=reductions(mesh, tables=bool(lookups)),
         adapters=adapters,
         tensor_parallel=split_modules([site.fqn for site in chosen], mesh, facts),
         context_parallel=exchanged_attention(layers, mesh, facts, config),
+        lookups=lookups,
     )
     return plan, facts
 

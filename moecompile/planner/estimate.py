@@ -9,6 +9,7 @@ from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import Assumptions, Estimate, LayerPlan, Plan, Traffic, fit_of
 from moecompile.planner.context_parallel import cp_traffic
 from moecompile.planner.lending import lending
+from moecompile.planner.lookups import lookup_traffic
 from moecompile.planner.memory import largest_in_words, sends_again, tokens_of_a_rank
 from moecompile.planner.optimizer import muon_params, step_traffic
 from moecompile.planner.params import (
@@ -84,6 +85,7 @@ def estimate(
             weight_traffic(sharded(full.layers, full.mesh, full.facts), run) if full.mesh.world_size > 1 else None
         ),
         stage_bytes_per_step=_stage_bytes(plan, run),
+        lookup_bytes=lookup_traffic(plan.lookups, facts, mesh, run.tokens_per_rank, run.compute_bytes),
     )
 
 

@@ -24,9 +24,10 @@ vocabulary.
                 buffer in which FSDP has just reduced the layer before: a (head + layer) + 4 layer
        root     whole ones when the root is reduced, last, beside their fp32 buffer: (a + 4) root
        weights = b own + a unsharded,  grads = held + shards + max(layer, root),  optimizer: optimizer.py
-   Router weights and adapters are always fp32. Frozen weights have no gradients and no moments: for these two, `own`
-   counts trained parameters only (adapters, if there are any), and their number also limits the unsharded gradients.
-                                                                                             -> `trained_params`
+   Router weights and adapters are always fp32. Of spread embedding tables a rank has its own rows, their gradients and
+   moments, and with accumulation the gradients of this micro-batch besides (lookups.py). Frozen weights have no
+   gradients and no moments: for these two, `own` counts trained parameters only (adapters, if there are any), and their
+   number also limits the unsharded gradients.                                               -> `trained_params`
 3. Activations that one forward saves for backward, and what a layer's backward needs: A1 to A3.
 4. Exchange buffers, allocated in one layer at a time: rows sent and rows received.
        dispatch = max over layers of 2 T copies D a
@@ -107,6 +108,7 @@ from moecompile.plan import (
     Recomputed,
 )
 from moecompile.planner.lending import lending
+from moecompile.planner.lookups import numbers_here, row_buffers
 from moecompile.planner.optimizer import kept_of, muon_params, state_bytes
 from moecompile.planner.params import (
     BF16_BYTES,
@@ -127,6 +129,7 @@ RESIDUAL_NUMBERS = 6  # of c in step A2
 _INPUTS = 4  # of them, those that norms, attention and FFN read
 LOGITS_COPIES = 3  # losses upcast logits that are narrower than fp32
 ASSIGNMENT_BYTES = 36  # ids, sources and order int64, sources again int32, weights in both orders fp32
+_PLACE_BYTES = 8  # of a row that a token reads: which of those that came
 TOKEN_BYTES = 12  # saved by the normalization of the weights
 
 
@@ -248,13 +251,16 @@ def model_state_bytes(
     own = own_params(layers, mesh, facts, share, trained=False)
     own_trained = own_params(layers, mesh, facts, trained_share, trained=True)
     number, stored = _trained_bytes(facts), own * facts.bytes_per_param + _whole_bytes(params, facts)
+    tables = numbers_here(facts, mesh)
+    stored += sum(here * fact.number_bytes for fact, here in tables.items())
+    own_tables = sum(here for fact, here in tables.items() if fact.is_trained) if facts.adapters is None else 0
     if facts.adapters is not None:
         stored += own_trained * (number - facts.bytes_per_param) + trained.router * FP32_BYTES
     return (
         stored + _gathered_params(layers, mesh, facts, run) * run.compute_bytes,
-        _grads(own_trained, trained, layers, mesh, facts, run),
+        _with_tables(_grads(own_trained, trained, layers, mesh, facts, run), own_tables * number, run),
         state_bytes(
-            own_trained,
+            own_trained + own_tables,
             _whole_bytes(trained, facts),
             muon,
             mesh,
@@ -263,6 +269,12 @@ def model_state_bytes(
             kept_of(layers, mesh, facts, run.optimizer, number),
         ),
     )
+
+
+def _with_tables(grads: Gradients, bytes_: int, run: RunFacts) -> Gradients:
+    """With those of spread rows: of this micro-batch, and with accumulation of all before, to which they are added."""
+    held = bytes_ if run.accumulation > 1 else 0
+    return replace(grads, held=grads.held + held, shards=grads.shards + bytes_)
 
 
 def buffer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> int:
@@ -380,8 +392,11 @@ def activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
     residual = RESIDUAL_NUMBERS * d_model + attention
     saved = [residual * number + ffn for ffn in moe + [dense * number] * (num_layers - len(layers))]
     backward = max(_of_each(layers, lambda layer: backward_bytes(layer, mesh, cut)), default=0)
+    backward = max(backward, row_buffers(facts, mesh, run.tokens_per_rank, run.compute_bytes))
     wide = max(FP32_BYTES, run.compute_bytes) * run.tokens_per_rank
-    found = Activations(kept=sum(saved), loss=LOGITS_COPIES * facts.vocab_size * wide, layers=backward)
+    rows = sum(fact.ids_per_token * (fact.width * run.compute_bytes + _PLACE_BYTES) for fact in facts.spread)
+    saved_rows = rows * run.tokens_per_rank
+    found = Activations(kept=sum(saved) + saved_rows, loss=LOGITS_COPIES * facts.vocab_size * wide, layers=backward)
     if run.checkpointing == "none":
         return replace(found, kept=found.kept * run.in_flight)
     if run.checkpointing == BUDGET:

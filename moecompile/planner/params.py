@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from moecompile.plan import ExpertsSite, LayerPlan, Plan, PlannedSite, Recomputed
+from moecompile.plan import ExpertsSite, LayerPlan, Lookup, Plan, PlannedSite, Recomputed
 from moecompile.schema import Config, OptimizerConfig
 from moecompile.stages import Stage
 
@@ -54,7 +54,8 @@ class ModelFacts:
     another dtype than most of these, which FSDP leaves whole on every rank; apart_bytes: per element of them.
     weights: all others, added up by their dim 0, along which FSDP cuts them; empty if they are unknown.
     layers: what backward can compute again of each layer; empty for a bare graph. cut: how it can be cut into stages,
-    where mesh.pp asks for it.
+    where mesh.pp asks for it. tables: embedding tables; spread: those whose rows are spread over ranks, which nothing
+    else here counts, once they are planned.
     """
 
     params_total: int
@@ -84,6 +85,8 @@ class ModelFacts:
     weights: tuple[WeightFact, ...] = ()
     layers: tuple[LayerFact, ...] = ()
     cut: CutFacts | None = field(default=None, compare=False, repr=False)
+    tables: tuple[TableFact, ...] = ()
+    spread: tuple[TableFact, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +133,41 @@ class WeightFact:
     split: str = ""
     width: int = 0
     is_trained: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableFact:
+    """An embedding table.
+
+    weight, module, rows, width, computed, ids_per_token: as in `Lookup`. is_root: whether it is outside the layers.
+    is_trained: whether it is. number_bytes: of a stored number. is_apart: whether its dtype is not that of most.
+    refused: why its rows cannot be spread; empty: they can.
+    """
+
+    weight: str
+    module: str
+    rows: int
+    width: int
+    computed: bool
+    ids_per_token: float
+    is_root: bool = False
+    is_trained: bool = True
+    number_bytes: int = FP32_BYTES
+    is_apart: bool = False
+    refused: str = ""
+
+    @property
+    def numbers(self) -> int:
+        """Of the whole table."""
+        return self.rows * self.width
+
+    @property
+    def lookup(self) -> Lookup:
+        """Its entry in a plan."""
+        return Lookup(
+            weight=self.weight, module=self.module, rows=self.rows, width=self.width, computed=self.computed,
+            ids_per_token=self.ids_per_token,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +270,8 @@ class ModelParams:
     dense: everything except routed experts, routers and `apart`. active: parameters that one token uses. split_root,
     split_layers: those of `dense` that the model's tp_plan splits, outside and inside the layers. shared: those of
     shared experts, whose gradient is summed over tp, so that FSDP shards them over it. apart: those of another dtype
-    than most, which every rank has whole, as it has routers.
+    than most, which every rank has whole, as it has routers. spread: those of embedding tables whose rows are spread
+    over ranks.
     """
 
     dense: int
@@ -243,11 +282,12 @@ class ModelParams:
     split_layers: int = 0
     shared: int = 0
     apart: int = 0
+    spread: int = 0
 
     @property
     def total(self) -> int:
         """All parameters."""
-        return self.dense + self.experts + self.router + self.apart
+        return self.dense + self.experts + self.router + self.apart + self.spread
 
 
 def ffn_params(site: PlannedSite, d_hidden: int) -> int:
@@ -329,10 +369,11 @@ def model_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParams:
         apart=apart,
         experts=sum(c.experts for c in counts) + _all_adapters(layers),
         router=router,
-        active=round(dense + router + used),
+        active=round(dense + router + used + sum(each.ids_per_token * each.width for each in facts.spread)),
         split_root=sum(fact.params for fact in split if "*" not in fact.pattern),
         split_layers=sum(fact.params for fact in split if "*" in fact.pattern),
         shared=sum(c.shared for c in counts),
+        spread=sum(fact.numbers for fact in facts.spread),
     )
 
 
@@ -362,7 +403,8 @@ def trained_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParam
         if frozen == inside and layer.experts.init not in ("random", "drop"):
             experts -= counts.experts
             dense -= counts.shared - counts.latent - layer.experts.shared_gate * layer.site.d_model
-    return replace(params, dense=dense - max(kept, 0), experts=experts, apart=apart)
+    spread = sum(fact.numbers for fact in facts.spread if fact.is_trained)
+    return replace(params, dense=dense - max(kept, 0), experts=experts, apart=apart, spread=spread)
 
 
 def checkpointing_of(config: Config, plan: Plan) -> str:

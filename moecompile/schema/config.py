@@ -32,6 +32,7 @@ from moecompile.schema.enums import (
     DataKind,
     DispatchBalance,
     DispatchKind,
+    EmbeddingShard,
     ExpertInit,
     ExportFormat,
     Gather,
@@ -503,6 +504,17 @@ class DispatchConfig:
     Python. null: the exchanges of `kind`."""
 
 
+@dataclass(kw_only=True)
+class EmbeddingsConfig:
+    """`embeddings`: tables whose rows are spread over all ranks with different tokens, as experts are over those of
+    `mesh.ep`: ids are sent to the rows, not tables to the ids."""
+
+    shard: EmbeddingShard = EmbeddingShard.auto
+    """Which tables: those whose ids are computed, such as hashes of n-grams (`auto`); all embeddings (`ep`); `none`."""
+    min_numbers: int = number(2**24, Whole(1))
+    """Numbers (rows times width) that a table has at least; smaller ones are gathered whole, as other weights are."""
+
+
 # -- optimizer ------------------------------------------------------------------------------------------------------
 
 
@@ -904,6 +916,7 @@ class Config:
     stack: StackConfig = field(default_factory=StackConfig)
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    embeddings: EmbeddingsConfig = field(default_factory=EmbeddingsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

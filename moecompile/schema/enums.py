@@ -183,6 +183,14 @@ class OverlapKind(str, Enum):
     auto = "auto"  # what is predicted to be fastest
 
 
+class EmbeddingShard(str, Enum):
+    """Whose rows are spread over ranks."""
+
+    auto = "auto"
+    ep = "ep"
+    none = "none"
+
+
 class DispatchBalance(str, Enum):
     """Whether ranks with little to do compute experts of other ranks."""
 

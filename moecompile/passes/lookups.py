@@ -1,0 +1,128 @@
+"""Lookups of rows that other ranks have: the graph of the module that reads a table, with its exchanges.
+
+    F.embedding(ids, weight)   ->   unique_ids, send_ids, read_rows, return_rows        on several ranks
+                                    read_rows                                           on one
+
+The axis is `rows` until `shard` binds it, as that of other exchanges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from moecompile import kept_groups
+from moecompile.errors import PassError, PlanError
+from moecompile.match.lookups import Read, rows_read
+from moecompile.match.regions import Region
+from moecompile.mesh import MeshSpec, Part, axes_that_split
+from moecompile.ops.lookups import read_rows, rows_of_a_rank
+from moecompile.passes.base import copy_graph_module, erase_unused, items, op_name
+from moecompile.plan import Lookup, Plan
+
+AXIS = "rows"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpreadRows:
+    """Replaces each lookup in a planned table. mesh: without ranks that share rows, nothing is exchanged."""
+
+    lookups: Sequence[Lookup]
+    mesh: MeshSpec
+    name: str = "spread_rows"
+    stage: str = "spread"
+    detail: str = "rows of embedding tables are read where they are"
+
+    def run(self, region: Region) -> Region:
+        """The region with a new graph.
+
+        Raises:
+            PassError: its graph does not read every planned table of this module.
+        """
+        planned = {each.weight: each for each in self.lookups if each.module == region.path}
+        new, _ = copy_graph_module(region.graph)
+        found = rows_read(new, region.path, planned)
+        if missing := planned.keys() - {weight for _, weight in found}:
+            raise PassError(self.name, region.path, f"does not read {min(missing)}, which is planned")
+        for read, weight in found:
+            self._replace(new.graph, read, planned[weight], region)
+        erase_unused(new.graph)
+        new.recompile()
+        new.graph.lint()
+        return region.with_graph(new)
+
+    def _replace(self, graph: fx.Graph, read: Read, lookup: Lookup, region: Region) -> None:
+        dtype = region.module.get_parameter(str(read.weight.target)).dtype
+        ops, item = torch.ops.moecompile, graph.call_function
+        with graph.inserting_before(read.node):
+            ids = read.ids
+            if read.wraps:  # indices of Python count from the end below zero
+                ids = item(torch.where, (item(torch.lt, (ids, 0)), item(torch.add, (ids, lookup.rows)), ids))
+            if self.mesh.size(Part.ROWS) == 1:
+                out = item(read_rows, (read.weight, ids, read.padding), {"dtype": dtype})
+            else:
+                unique, places = items(graph, item(ops.unique_ids, (ids, lookup.rows)), "ids_U", "places")
+                asked, table = items(graph, item(ops.send_ids, (unique, lookup.rows, AXIS)), "asked_S", "table_2r1")
+                rows = item(read_rows, (read.weight, asked, read.padding))
+                out = item(ops.return_rows, (rows, table, places, AXIS), {"dtype": dtype})
+        out.meta.update(read.node.meta)
+        read.node.replace_all_uses_with(out)
+        graph.erase_node(read.node)
+
+
+def row_mesh(mesh: MeshSpec, device_type: str) -> DeviceMesh:
+    """The ranks over which rows are spread: all of a stage with different tokens."""
+    axes = axes_that_split(Part.ROWS)
+    return kept_groups.device_mesh(device_type, mesh.dims(axes))["_".join(axes)]
+
+
+def spread_tables(
+    model: nn.Module, plan: Plan, mesh: DeviceMesh, param_dtype: torch.dtype | None = None
+) -> set[nn.Parameter]:
+    """Keeps this rank's rows of every planned table, in place; returns these weights, which FSDP leaves alone.
+
+    Args:
+        mesh: from `row_mesh`. param_dtype: the dtype of the rows that are looked up; None: that of the table.
+
+    Raises:
+        PlanError: a planned table is not in the model, or has another shape.
+    """
+    spread = set[nn.Parameter]()
+    for lookup in plan.lookups:
+        path, _, name = lookup.weight.rpartition(".")
+        try:
+            owner = model.get_submodule(path)
+            whole = owner.get_parameter(name)
+        except AttributeError as error:
+            rule = "is no weight of the model"
+            raise PlanError("lookups", lookup.weight, rule, "Plan again for this model") from error
+        if tuple(whole.shape) != (lookup.rows, lookup.width):
+            rule = f"has the shape {list(whole.shape)}, planned is {[lookup.rows, lookup.width]}"
+            raise PlanError("lookups", lookup.weight, rule, "Plan again for this model")
+        own = whole
+        if mesh.size() > 1:
+            each = rows_of_a_rank(lookup.rows, mesh.size())
+            local = whole.detach()[each * mesh.get_local_rank() :][:each].clone()
+            rows = DTensor.from_local(
+                local, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+            )
+            own = nn.Parameter(rows, requires_grad=whole.requires_grad)
+            setattr(owner, name, own)
+        spread.add(own)
+        if param_dtype is not None:
+            _cast_rows(model, lookup, param_dtype)
+    return spread
+
+
+def _cast_rows(model: nn.Module, lookup: Lookup, dtype: torch.dtype) -> None:
+    graph = model.get_submodule(lookup.module)
+    assert isinstance(graph, fx.GraphModule)
+    for node in graph.graph.nodes:
+        if op_name(node) in ("read_rows", "return_rows") and "dtype" in node.kwargs:
+            node.kwargs = {**node.kwargs, "dtype": dtype}
+    graph.recompile()

@@ -1,0 +1,154 @@
+"""Embedding tables whose rows are spread over ranks: which, what a rank has of them, and what lookups send.
+
+n: ranks with different tokens, over which rows are spread; N, D: rows and width of a table; q: its ids per token, T:
+tokens of a micro-batch; a: bytes of an element in compute.
+
+1. A rank stores ceil(N / n) rows, and their gradients and moments. FSDP would gather all N for use.  -> `numbers_here`
+2. Ids are taken to be uniform over the rows, as those of hashes are. Of the T q of a micro-batch
+       U = N (1 - (1 - 1 / N)^(T q))                                      are different            -> `different`
+   Text repeats n-grams, so there are fewer in fact, and of given ids far fewer.
+3. Of these (n - 1) / n are on other ranks. In forward an id of 4 bytes goes there, and a row of a D bytes comes back;
+   in backward a row of its gradient goes there, in fp32 or wider.                    -> `sent_forward`, `sent_backward`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import expm1, log1p
+
+from moecompile.errors import ConfigError
+from moecompile.mesh import MeshSpec, Part
+from moecompile.plan import Lookup, LookupTraffic
+from moecompile.planner.params import FP32_BYTES, ModelFacts, TableFact
+from moecompile.schema import Config, EmbeddingsConfig, EmbeddingShard
+
+ID_BYTES = 4
+
+
+def is_wanted(numbers: int, config: EmbeddingsConfig, *, computed: bool) -> bool:
+    """Whether a config asks for the rows of a table to be spread."""
+    is_kind = config.shard is EmbeddingShard.ep or (config.shard is EmbeddingShard.auto and computed)
+    return is_kind and numbers >= config.min_numbers
+
+
+def plan_lookups(mesh: MeshSpec, facts: ModelFacts, config: Config) -> tuple[tuple[Lookup, ...], ModelFacts]:
+    """The tables whose rows are spread, and the facts without them.
+
+    Raises:
+        ConfigError: `embeddings.shard=ep`, and there is none, or one cannot be spread; or one that is spread is split
+            over `tp` by the model's tp_plan.
+    """
+    settings, stages = config.embeddings, mesh.axes(Part.LAYERS)
+    if settings.shard is EmbeddingShard.ep:
+        _check(facts.tables, settings)
+        if stages:
+            raise ConfigError(
+                "embeddings.shard", "ep", f"rows are not spread where {mesh.setting(*stages)} cuts the model",
+                "Use auto, or no stages",
+            )  # fmt: skip
+    chosen = [
+        fact for fact in facts.tables
+        if is_wanted(fact.numbers, settings, computed=fact.computed) and not fact.refused and not stages
+    ]  # fmt: skip
+    for axis in mesh.axes(Part.WEIGHTS):
+        names = {f"{fact.path}.weight" for fact in facts.split}
+        if split := next((fact for fact in chosen if fact.weight in names), None):
+            rule = f"splits {split.weight} by the model's tp_plan, and its rows are spread over ranks"
+            raise ConfigError(f"mesh.{axis}", mesh.size(axis), rule, f"Use mesh.{axis}=1, or embeddings.shard=none")
+    return tuple(fact.lookup for fact in chosen), _without(facts, chosen)
+
+
+def _check(tables: Sequence[TableFact], settings: EmbeddingsConfig) -> None:
+    large = [fact for fact in tables if fact.numbers >= settings.min_numbers]
+    if not large:
+        most = max((fact.numbers for fact in tables), default=0)
+        raise ConfigError(
+            "embeddings.min_numbers", settings.min_numbers,
+            f"no embedding has so many numbers; the largest of {len(tables)} has {most:,}", "Use a smaller number",
+        )  # fmt: skip
+    if refused := next((fact for fact in large if fact.refused), None):
+        rule = f"the rows of {refused.weight} cannot be spread: {refused.refused}"
+        raise ConfigError("embeddings.shard", "ep", rule, "Use auto, or a larger embeddings.min_numbers")
+
+
+def _without(facts: ModelFacts, chosen: Sequence[TableFact]) -> ModelFacts:
+    """The facts of the model that FSDP shards."""
+    if not chosen:
+        return facts
+    numbers = sum(fact.numbers for fact in chosen)
+    kept = sum(fact.numbers for fact in chosen if not fact.is_trained)
+    weights = list(facts.weights)
+    for table in (fact for fact in chosen if not fact.is_apart):
+        for i, fact in enumerate(weights):
+            is_its = (fact.rows, fact.is_root, fact.is_trained) == (table.rows, table.is_root, table.is_trained)
+            if is_its and fact.site is None and fact.params >= table.numbers:
+                weights[i] = replace(fact, params=fact.params - table.numbers)
+                break
+    frozen = dict(facts.frozen)
+    if "" in frozen:
+        frozen[""] = (frozen[""][0] - kept, frozen[""][1] - numbers)
+    apart = [sum(f.numbers for f in chosen if f.is_apart and f.is_trained is trained) for trained in (True, False)]
+    return replace(
+        facts, params_total=facts.params_total - numbers, apart=facts.apart - apart[0],
+        apart_frozen=facts.apart_frozen - apart[1],
+        params_embedding=facts.params_embedding - sum(fact.numbers for fact in chosen if fact.is_root),
+        weights=tuple(fact for fact in weights if fact.params), frozen=frozen, tables=(), spread=tuple(chosen),
+    )  # fmt: skip
+
+
+def numbers_here(facts: ModelFacts, mesh: MeshSpec) -> dict[TableFact, int]:
+    """Of each spread table, the numbers that the fullest rank stores (step 1)."""
+    return {fact: mesh.share(fact.rows, Part.ROWS) * fact.width for fact in facts.spread}
+
+
+def different(num_ids: float, num_rows: int) -> float:
+    """How many of so many ids are expected to be different (step 2)."""
+    return num_rows * -expm1(num_ids * log1p(-1 / num_rows)) if num_rows > 1 else min(1.0, num_ids)
+
+
+def asked(lookup: Lookup, tokens: int) -> float:
+    """Different rows that a rank needs in a micro-batch (step 2)."""
+    return different(tokens * lookup.ids_per_token, lookup.rows)
+
+
+def sent_forward(lookups: Sequence[Lookup], mesh: MeshSpec, tokens: int, element_bytes: int) -> float:
+    """Bytes that a rank sends in the forward of a micro-batch: ids it asks for, and rows it is asked for (step 3)."""
+    return _elsewhere(mesh) * sum(
+        asked(each, tokens) * (ID_BYTES + each.width * element_bytes) for each in lookups
+    )  # fmt: skip
+
+
+def sent_backward(lookups: Sequence[Lookup], mesh: MeshSpec, tokens: int, element_bytes: int) -> float:
+    """Bytes of gradients that a rank sends in the backward of a micro-batch (step 3)."""
+    wide = max(FP32_BYTES, element_bytes)
+    return _elsewhere(mesh) * sum(asked(each, tokens) * each.width * wide for each in lookups)
+
+
+def row_buffers(facts: ModelFacts, mesh: MeshSpec, tokens: int, element_bytes: int) -> float:
+    """Bytes of rows that a rank has at once for the largest lookup: those that it reads, and those that it gets."""
+    if mesh.size(Part.ROWS) == 1:
+        return 0.0
+    wide = max(FP32_BYTES, element_bytes)
+    each = (asked(fact.lookup, tokens) * fact.width * (wide + element_bytes) for fact in facts.spread)
+    return max(each, default=0.0)
+
+
+def lookup_traffic(
+    lookups: Sequence[Lookup], facts: ModelFacts, mesh: MeshSpec, tokens: int, element_bytes: int
+) -> LookupTraffic | None:
+    """What lookups cost; None without any."""
+    if not lookups:
+        return None
+    read = sum(each.ids_per_token for each in lookups) * tokens
+    return LookupTraffic(
+        stored=sum(here * fact.number_bytes for fact, here in numbers_here(facts, mesh).items()),
+        forward=round(sent_forward(lookups, mesh, tokens, element_bytes)),
+        backward=round(sent_backward(lookups, mesh, tokens, element_bytes)),
+        share=round(sum(asked(each, tokens) for each in lookups) / read, 4),
+    )
+
+
+def _elsewhere(mesh: MeshSpec) -> float:
+    ranks = mesh.size(Part.ROWS)
+    return (ranks - 1) / ranks
