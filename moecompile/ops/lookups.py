@@ -149,7 +149,85 @@ def summed_by_row(grad: Tensor, ids: Tensor, padding: int) -> tuple[Tensor, Tens
     return rows_V, summed_VD
 
 
-def read_rows(weight: Tensor, ids: Tensor, padding: int, *, dtype: torch.dtype | None = None) -> Tensor:
+# -- gradients of some rows ------------------------------------------------------------------------------------------
+
+
+class RowGradients:
+    """The gradients of the rows of a table that were read: not those of all rows, which would be as large as it.
+
+    Attributes:
+        rows_V: different rows of this rank's part, sorted. summed_VD: the gradient of each, in fp32 or wider.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, rows: Tensor, grads: Tensor) -> None:
+        """Adds different rows of a backward with their gradients."""
+        self._parts.append((rows, grads))
+
+    def clear(self) -> None:
+        """Forgets all."""
+        self._parts = []
+
+    @property
+    def exist(self) -> bool:
+        """Whether there was a backward."""
+        return bool(self._parts)
+
+    @property
+    def rows_V(self) -> Tensor:
+        """(V,)"""
+        return self._summed()[0]
+
+    @property
+    def summed_VD(self) -> Tensor:
+        """(V, D); changed in place it stays so."""
+        return self._summed()[1]
+
+    @torch.no_grad()
+    def _summed(self) -> tuple[Tensor, Tensor]:
+        if len(self._parts) > 1:
+            rows, grads = (torch.cat(each) for each in zip(*self._parts, strict=True))
+            self._parts = [summed_by_row(grads, rows, -1)]
+        return self._parts[0]
+
+    def whole(self, weight: Tensor) -> Tensor:
+        """The gradient of all rows, as large as the table and cut as it is."""
+        grad = torch.zeros_like(weight, dtype=_wide(weight.dtype))
+        local_part(grad).index_copy_(0, self.rows_V, self.summed_VD)
+        return grad
+
+
+_ROWS = "_moecompile_row_gradients"
+
+
+def row_gradients(weight: Tensor) -> RowGradients | None:
+    """The gradients of a table that are kept by rows; None: they are in `.grad`."""
+    return getattr(weight, _ROWS, None)
+
+
+class _KeepRows(torch.autograd.Function):
+    """The identity, whose backward keeps the gradients by rows. Not an op: it changes nothing but what is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, ids: Tensor, padding: int) -> Tensor:
+        ctx.weight, ctx.padding = weight, padding
+        ctx.save_for_backward(ids)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
+        (ids,), kept = ctx.saved_tensors, row_gradients(ctx.weight)
+        if kept is None:
+            setattr(ctx.weight, _ROWS, kept := RowGradients())
+        kept.add(*summed_by_row(grad, ids, ctx.padding))
+        return None, None, None, None
+
+
+def read_rows(
+    weight: Tensor, ids: Tensor, padding: int, *, dtype: torch.dtype | None = None, by_rows: str = ""
+) -> Tensor:
     """Rows of a table, or of this rank's part of it.
 
     Args:
@@ -157,11 +235,18 @@ def read_rows(weight: Tensor, ids: Tensor, padding: int, *, dtype: torch.dtype |
         ids: int64, of any shape; of a part counted from its first row.
         padding: a row of the whole table that gets no gradient; -1: none.
         dtype: of the result; None: fp32 or wider.
+        by_rows: the rule that steps the rows that were read (moecompile.schema.RowRule); then gradients are not in
+            `.grad` but in `row_gradients`. Empty: as others are.
     """
     first = local_block(weight)[0].start
     local = local_part(weight)
     inside = first <= padding < first + local.shape[0]
-    out: Tensor = torch.ops.moecompile.read_rows(local, ids, padding - first if inside else -1)
+    padding = padding - first if inside else -1
+    if by_rows and weight.requires_grad and torch.is_grad_enabled():
+        rows = torch.ops.moecompile.read_rows(local.detach(), ids, padding)
+        out: Tensor = _KeepRows.apply(rows, weight, ids, padding)  # type: ignore[no-untyped-call]
+    else:
+        out = torch.ops.moecompile.read_rows(local, ids, padding)
     return out if dtype is None else out.to(dtype)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.fx.node import Argument
 
 from moecompile import kept_groups
 from moecompile.errors import PassError, PlanError
@@ -58,21 +59,32 @@ class SpreadRows:
 
     def _replace(self, graph: fx.Graph, read: Read, lookup: Lookup, region: Region) -> None:
         dtype = region.module.get_parameter(str(read.weight.target)).dtype
+        by_rows: dict[str, Argument] = {"by_rows": lookup.by_rows} if lookup.by_rows else {}
         ops, item = torch.ops.moecompile, graph.call_function
         with graph.inserting_before(read.node):
             ids = read.ids
             if read.wraps:  # indices of Python count from the end below zero
                 ids = item(torch.where, (item(torch.lt, (ids, 0)), item(torch.add, (ids, lookup.rows)), ids))
             if self.mesh.size(Part.ROWS) == 1:
-                out = item(read_rows, (read.weight, ids, read.padding), {"dtype": dtype})
+                out = item(read_rows, (read.weight, ids, read.padding), {"dtype": dtype, **by_rows})
             else:
                 unique, places = items(graph, item(ops.unique_ids, (ids, lookup.rows)), "ids_U", "places")
                 asked, table = items(graph, item(ops.send_ids, (unique, lookup.rows, AXIS)), "asked_S", "table_2r1")
-                rows = item(read_rows, (read.weight, asked, read.padding))
+                rows = item(read_rows, (read.weight, asked, read.padding), by_rows)
                 out = item(ops.return_rows, (rows, table, places, AXIS), {"dtype": dtype})
         out.meta.update(read.node.meta)
         read.node.replace_all_uses_with(out)
         graph.erase_node(read.node)
+
+
+def rules_of(model: nn.Module) -> dict[str, str]:
+    """Names of the tables of a compiled model that are stepped by rows, with the rule."""
+    found = dict[str, str]()
+    for path, graph in model.named_modules():
+        for node in graph.graph.nodes if isinstance(graph, fx.GraphModule) else ():
+            if op_name(node) == "read_rows" and (rule := node.kwargs.get("by_rows")):
+                found[f"{path}.{node.args[0].target}"] = rule
+    return found
 
 
 def row_mesh(mesh: MeshSpec, device_type: str) -> DeviceMesh:

@@ -14,6 +14,7 @@ class Lookup:
 
     weight: its name in the model. module: path of the module that reads it. rows, width: its shape. computed: whether
     its ids are computed of the model's inputs (hashes of n-grams), or given. ids_per_token: rows that a token reads.
+    by_rows: the rule by which the rows that were read are stepped alone; empty: as other weights are.
     """
 
     weight: str
@@ -22,6 +23,7 @@ class Lookup:
     width: int
     computed: bool
     ids_per_token: float
+    by_rows: str = ""
 
     @property
     def numbers(self) -> int:

@@ -4,6 +4,8 @@ n: ranks with different tokens, over which rows are spread; N, D: rows and width
 tokens of a micro-batch; a: bytes of an element in compute.
 
 1. A rank stores ceil(N / n) rows, and their gradients and moments. FSDP would gather all N for use.  -> `numbers_here`
+   Of a table that is stepped by rows, gradients are of the rows alone that were read, and the state is that of the
+   rule.                                                          -> `row_gradient_bytes`, `BYTES_OF_STATE`
 2. Ids are taken to be uniform over the rows, as those of hashes are. Of the T q of a micro-batch
        U = N (1 - (1 - 1 / N)^(T q))                                      are different            -> `different`
    Text repeats n-grams, so there are fewer in fact, and of given ids far fewer.
@@ -13,17 +15,22 @@ tokens of a micro-batch; a: bytes of an element in compute.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import expm1, log1p
 
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import Lookup, LookupTraffic
-from moecompile.planner.params import FP32_BYTES, ModelFacts, TableFact
-from moecompile.schema import Config, EmbeddingsConfig, EmbeddingShard
+from moecompile.planner.params import FP32_BYTES, ModelFacts, RunFacts, TableFact
+from moecompile.schema import Config, EmbeddingsConfig, EmbeddingShard, RowRule
 
 ID_BYTES = 4
+BYTES_OF_STATE: dict[str, Callable[[int], int]] = {
+    RowRule.lazy_adamw.value: lambda width: 2 * width * FP32_BYTES,
+    RowRule.rowwise_adagrad.value: lambda width: FP32_BYTES,
+}
+"""Rule -> bytes of the optimizer's state for a row of so many numbers."""
 
 
 def is_wanted(numbers: int, config: EmbeddingsConfig, *, computed: bool) -> bool:
@@ -56,7 +63,8 @@ def plan_lookups(mesh: MeshSpec, facts: ModelFacts, config: Config) -> tuple[tup
         if split := next((fact for fact in chosen if fact.weight in names), None):
             rule = f"splits {split.weight} by the model's tp_plan, and its rows are spread over ranks"
             raise ConfigError(f"mesh.{axis}", mesh.size(axis), rule, f"Use mesh.{axis}=1, or embeddings.shard=none")
-    return tuple(fact.lookup for fact in chosen), _without(facts, chosen)
+    by_rows = "" if settings.optimizer is RowRule.same else settings.optimizer.value
+    return tuple(replace(fact.lookup, by_rows=by_rows) for fact in chosen), _without(facts, chosen, settings.optimizer)
 
 
 def _check(tables: Sequence[TableFact], settings: EmbeddingsConfig) -> None:
@@ -72,7 +80,7 @@ def _check(tables: Sequence[TableFact], settings: EmbeddingsConfig) -> None:
         raise ConfigError("embeddings.shard", "ep", rule, "Use auto, or a larger embeddings.min_numbers")
 
 
-def _without(facts: ModelFacts, chosen: Sequence[TableFact]) -> ModelFacts:
+def _without(facts: ModelFacts, chosen: Sequence[TableFact], rule: RowRule) -> ModelFacts:
     """The facts of the model that FSDP shards."""
     if not chosen:
         return facts
@@ -93,7 +101,8 @@ def _without(facts: ModelFacts, chosen: Sequence[TableFact]) -> ModelFacts:
         facts, params_total=facts.params_total - numbers, apart=facts.apart - apart[0],
         apart_frozen=facts.apart_frozen - apart[1],
         params_embedding=facts.params_embedding - sum(fact.numbers for fact in chosen if fact.is_root),
-        weights=tuple(fact for fact in weights if fact.params), frozen=frozen, tables=(), spread=tuple(chosen),
+        weights=tuple(fact for fact in weights if fact.params), frozen=frozen, tables=(),
+        spread=tuple(chosen), row_rule=rule.value,
     )  # fmt: skip
 
 
@@ -132,6 +141,15 @@ def row_buffers(facts: ModelFacts, mesh: MeshSpec, tokens: int, element_bytes: i
     wide = max(FP32_BYTES, element_bytes)
     each = (asked(fact.lookup, tokens) * fact.width * (wide + element_bytes) for fact in facts.spread)
     return max(each, default=0.0)
+
+
+def row_gradient_bytes(facts: ModelFacts, run: RunFacts) -> float:
+    """Bytes of gradients that are kept by rows over the micro-batches of a step, of tables that are spread evenly."""
+    if facts.row_rule not in BYTES_OF_STATE:
+        return 0.0
+    tokens = run.tokens_per_rank * run.accumulation
+    trained = [fact for fact in facts.spread if fact.is_trained]
+    return sum(asked(fact.lookup, tokens) * fact.width * max(FP32_BYTES, fact.number_bytes) for fact in trained)
 
 
 def lookup_traffic(

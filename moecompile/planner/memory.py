@@ -108,7 +108,7 @@ from moecompile.plan import (
     Recomputed,
 )
 from moecompile.planner.lending import lending
-from moecompile.planner.lookups import numbers_here, row_buffers
+from moecompile.planner.lookups import BYTES_OF_STATE, numbers_here, row_buffers, row_gradient_bytes
 from moecompile.planner.optimizer import kept_of, muon_params, state_bytes
 from moecompile.planner.params import (
     BF16_BYTES,
@@ -254,6 +254,11 @@ def model_state_bytes(
     tables = numbers_here(facts, mesh)
     stored += sum(here * fact.number_bytes for fact, here in tables.items())
     own_tables = sum(here for fact, here in tables.items() if fact.is_trained) if facts.adapters is None else 0
+    state_of_rows = 0
+    if facts.row_rule in BYTES_OF_STATE:
+        each = BYTES_OF_STATE[facts.row_rule]
+        state_of_rows = sum(here * each(fact.width) // fact.width for fact, here in tables.items() if fact.is_trained)
+        own_tables = 0
     if facts.adapters is not None:
         stored += own_trained * (number - facts.bytes_per_param) + trained.router * FP32_BYTES
     return (
@@ -267,7 +272,8 @@ def model_state_bytes(
             trained_share,
             ceil(trained.experts * trained_share),
             kept_of(layers, mesh, facts, run.optimizer, number),
-        ),
+        )
+        + state_of_rows,
     )
 
 
@@ -395,7 +401,7 @@ def activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
     backward = max(backward, row_buffers(facts, mesh, run.tokens_per_rank, run.compute_bytes))
     wide = max(FP32_BYTES, run.compute_bytes) * run.tokens_per_rank
     rows = sum(fact.ids_per_token * (fact.width * run.compute_bytes + _PLACE_BYTES) for fact in facts.spread)
-    saved_rows = rows * run.tokens_per_rank
+    saved_rows = rows * run.tokens_per_rank + row_gradient_bytes(facts, run)
     found = Activations(kept=sum(saved) + saved_rows, loss=LOGITS_COPIES * facts.vocab_size * wide, layers=backward)
     if run.checkpointing == "none":
         return replace(found, kept=found.kept * run.in_flight)

@@ -55,7 +55,7 @@ class ModelFacts:
     weights: all others, added up by their dim 0, along which FSDP cuts them; empty if they are unknown.
     layers: what backward can compute again of each layer; empty for a bare graph. cut: how it can be cut into stages,
     where mesh.pp asks for it. tables: embedding tables; spread: those whose rows are spread over ranks, which nothing
-    else here counts, once they are planned.
+    else here counts, once they are planned; row_rule: how these are stepped.
     """
 
     params_total: int
@@ -87,6 +87,7 @@ class ModelFacts:
     cut: CutFacts | None = field(default=None, compare=False, repr=False)
     tables: tuple[TableFact, ...] = ()
     spread: tuple[TableFact, ...] = ()
+    row_rule: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

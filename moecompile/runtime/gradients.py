@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moecompile.ops.lookups import row_gradients
 from moecompile.torch_private import device_of, local_part, version_of
 
 
@@ -63,7 +64,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 @torch.no_grad()
 def divide(parameters: Iterable[nn.Parameter], divisor: float | Tensor) -> None:
     """Divides all gradients, in place."""
-    for grad in _local_grads(parameters):
+    for _, grad in _local_grads(parameters):
         grad.div_(divisor)
 
 
@@ -71,7 +72,7 @@ def divide(parameters: Iterable[nn.Parameter], divisor: float | Tensor) -> None:
 def all_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Whether all gradients of this rank are finite, as a tensor, without a host sync."""
     # The largest entries: squares of large ones would overflow.
-    largest = [torch.linalg.vector_norm(g, torch.inf).double() for g in _local_grads(parameters) if g.numel()]
+    largest = [torch.linalg.vector_norm(g, torch.inf).double() for _, g in _local_grads(parameters) if g.numel()]
     return torch.stack(largest).isfinite().all() if largest else torch.tensor(True)
 
 
@@ -93,11 +94,11 @@ def clip_by_global_norm(
     Returns:
         the norm before clipping, float64, equal on all ranks.
     """
-    parameters = [p for p in parameters if p.grad is not None]
+    graded = _local_grads(parameters)
     world = dist.get_world_size(every)
     holders = world // stages
-    total = torch.zeros((), dtype=torch.float64, device=parameters[0].device if parameters else device_of(every))
-    for parameter, grad in zip(parameters, _local_grads(parameters), strict=True):
+    total = torch.zeros((), dtype=torch.float64, device=graded[0][1].device if graded else device_of(every))
+    for parameter, grad in graded:
         if grad.numel() and parameter not in uncounted:
             norm = torch.linalg.vector_norm(grad, dtype=torch.float64)  # one copy at most, not two
             total += norm.square() * (_num_shards(parameter) / holders)
@@ -105,7 +106,7 @@ def clip_by_global_norm(
         dist.all_reduce(total, group=every)
     norm = total.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for grad in _local_grads(parameters):
+    for _, grad in graded:
         grad.mul_(scale.to(grad.dtype))
     return norm
 
@@ -113,7 +114,7 @@ def clip_by_global_norm(
 @torch.no_grad()
 def clip_by_value(parameters: Iterable[nn.Parameter], limit: float) -> None:
     """Clips each entry to [-limit, limit]; torch's own clipping cannot mix DTensors with plain tensors."""
-    for grad in _local_grads(parameters):
+    for _, grad in _local_grads(parameters):
         grad.clamp_(-limit, limit)
 
 
@@ -127,8 +128,30 @@ def _num_shards(parameter: Tensor) -> int:
     )
 
 
-def _local_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    return [local_part(p.grad) for p in parameters if p.grad is not None]
+def _local_grads(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Weights with a gradient, each with this rank's part of it; of a table by rows, with those of the rows."""
+    graded = list[tuple[nn.Parameter, Tensor]]()
+    for parameter in parameters:
+        if (rows := row_gradients(parameter)) is not None and rows.exist:
+            graded.append((parameter, rows.summed_VD))
+        elif parameter.grad is not None:
+            graded.append((parameter, local_part(parameter.grad)))
+    return graded
+
+
+def forget(parameters: Iterable[nn.Parameter]) -> None:
+    """Removes all gradients."""
+    for parameter in parameters:
+        parameter.grad = None
+        if (rows := row_gradients(parameter)) is not None:
+            rows.clear()
+
+
+@torch.no_grad()
+def gradient_of(parameter: nn.Parameter) -> Tensor | None:
+    """The gradient of a weight, of a table that of all rows; None: it has none."""
+    rows = row_gradients(parameter)
+    return rows.whole(parameter) if rows is not None and rows.exist else parameter.grad
 
 
 class WideSums:

@@ -34,9 +34,11 @@ from torch.optim.adamw import adamw
 from moecompile.errors import ConfigError
 from moecompile.nn.placement import Order, expert_orders, global_rows
 from moecompile.nn.stages import tied_names
+from moecompile.ops.lookups import row_gradients
 from moecompile.passes.shard import kept_whole
 from moecompile.runtime.codes import Coded, Tables, tables
-from moecompile.schema import MOMENTS, Bf16Weights, OptimizerConfig, StateKind, block_of, resolved
+from moecompile.runtime.row_steps import step_rows
+from moecompile.schema import MOMENTS, Bf16Weights, OptimizerConfig, RowRule, StateKind, block_of, resolved
 from moecompile.torch_private import is_fake, local_block, local_part
 
 SCALE, MASTER, STEP = "_scale", "master", "step"
@@ -340,10 +342,14 @@ def _hashed(places: Tensor, name: int, step: Tensor) -> Tensor:
 # -- the optimizer --------------------------------------------------------------------------------------------------
 
 
+BY_ROWS = tuple(rule.value for rule in RowRule if rule is not RowRule.same)
+"""Kinds of groups of embedding tables, whose rows are stepped that have a gradient."""
+
+
 class KeepsItsState(Optimizer):
     """An optimizer whose state is loaded as it was: torch casts it to the dtype of the weights.
 
-    A subclass says how weights with a gradient are stepped (`advance`).
+    A subclass says how weights with a gradient are stepped (`advance`); here are tables that are stepped by rows.
     """
 
     @torch.no_grad()
@@ -353,8 +359,22 @@ class KeepsItsState(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.advance([(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups])
+        given = []
+        for group in self.param_groups:
+            if group.get("kind") in BY_ROWS:
+                for table in group["params"]:
+                    step_rows(table, row_gradients(table), self.state[table], group)
+            else:
+                given.append((group, [p for p in group["params"] if p.grad is not None]))
+        self.advance(given)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """torch's, and for gradients that are kept by rows."""
+        super().zero_grad(set_to_none)
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            if (rows := row_gradients(parameter)) is not None:
+                rows.clear()
 
     def advance(self, given: Sequence[tuple[dict[str, Any], list[nn.Parameter]]]) -> None:
         """Steps the weights of each group that have gradients."""

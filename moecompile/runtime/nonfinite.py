@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moecompile.errors import UserError
+from moecompile.runtime.gradients import gradient_of
 from moecompile.torch_private import local_part, tree_leaves
 
 
@@ -84,7 +85,7 @@ class _Watch:
             handle.remove()
         if not self.seen:
             for name, parameter in reversed(list(self.model.named_parameters())):
-                self._look(parameter.grad, next(self._numbers), name, "its gradient is")
+                self._look(gradient_of(parameter), next(self._numbers), name, "its gradient is")
 
     def _left(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
         place = next(self._numbers)

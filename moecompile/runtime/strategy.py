@@ -68,6 +68,7 @@ from moecompile.runtime.gradients import (
     clip_by_global_norm,
     clip_by_value,
     divide,
+    forget,
     sum_replicated,
 )
 from moecompile.runtime.groups import Groups
@@ -333,6 +334,11 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 "mesh.pp", self.groups.mesh.pp, "a pipeline orders the backwards of a step, and this module calls them "
                 "itself (manual optimization)", "Use automatic optimization, or no stages",
             )  # fmt: skip
+        if plan_of(compiled).keeps_row_gradients:
+            raise ConfigError(
+                "embeddings.optimizer", "by rows", "is for automatic optimization, and this module calls its backwards "
+                "itself", "Use embeddings.optimizer=same",
+            )  # fmt: skip
         if self.on_nan is not None:
             raise ConfigError(
                 "on_nan", self.on_nan, "is only for automatic optimization",
@@ -476,8 +482,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         is_first = trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0
         if self._is_automatic and is_first and self._window.num_micro_batches and not self._is_again:
             drop_unreduced(self.model)
-            for parameter in parameters_of(self.model):
-                parameter.grad = None  # sums so far, with reduce=each and of replicated weights
+            forget(parameters_of(self.model))  # sums so far, with reduce=each and of replicated weights
             self._finish.abandon()
             self._window = GradAccumulation()
             update_balance(self.model, self.groups.tokens, move=False)
@@ -611,8 +616,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             NotFinite: on_nan=stop; the same on all ranks.
         """
         assert self.lightning_module is not None and self.model is not None
-        for parameter in parameters:
-            parameter.grad = None
+        forget(parameters)
         self._finish.abandon()
         if self.on_nan == "skip":
             return

@@ -23,7 +23,8 @@ from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.nn.matrices import hidden_matrices
 from moecompile.nn.stages import passage_of, tied_names
-from moecompile.runtime.moments import AdamW, keeping_of
+from moecompile.passes.lookups import rules_of
+from moecompile.runtime.moments import BY_ROWS, AdamW, keeping_of
 from moecompile.runtime.muon import Muon
 from moecompile.schema import (
     Config,
@@ -42,7 +43,8 @@ _SHOWN = 3
 class WeightGroup:
     """Weights with the same settings.
 
-    match: the pattern that selected them; None: no pattern. kind: `muon` or `adamw`. lr: at its peak.
+    match: the pattern that selected them; None: no pattern. kind: `muon`, `adamw`, or a rule of tables
+    (moecompile.schema.RowRule). lr: at its peak.
     """
 
     match: str | None
@@ -72,9 +74,11 @@ def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[WeightGroup
     """
     is_muon = config.kind is OptimizerKind.muon
     layouts = hidden_matrices(model) if is_muon or any(group.kind for group in config.groups) else {}
+    by_rows = rules_of(model)
+    layouts = {name: layout for name, layout in layouts.items() if name not in by_rows}
     tied = tied_names(model)
     trained = [(tied.get(name, name), p) for name, p in model.named_parameters() if p.requires_grad]
-    groups: dict[tuple[int, bool, bool], WeightGroup] = {}
+    groups: dict[tuple[int, str, bool, bool], WeightGroup] = {}
     for name, parameter in trained:
         index = group_of(name, config.groups)
         chosen = None if index is None else config.groups[index]
@@ -91,11 +95,13 @@ def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[WeightGroup
         base = config.muon.lr if with_muon and config.muon.lr is not None else config.lr
         decay = config.weight_decay if decays else 0.0
         made = WeightGroup(
-            match=None if chosen is None else chosen.match, kind="muon" if with_muon else "adamw",
+            match=None if chosen is None else chosen.match,
+            kind=by_rows.get(name, "muon" if with_muon else "adamw"),
             lr=base * (chosen.lr_scale if chosen else 1.0),
             weight_decay=decay if chosen is None or chosen.weight_decay is None else chosen.weight_decay,
         )  # fmt: skip
-        groups.setdefault((order, not with_muon, not decays), made).weights.append(parameter)
+        key = (order, by_rows.get(name, ""), not with_muon, not decays)
+        groups.setdefault(key, made).weights.append(parameter)
     if (passage := passage_of(model)) is not None:  # a stage may have none that a pattern matches
         if not trained:
             raise ConfigError(
@@ -103,7 +109,7 @@ def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[WeightGroup
                 "Train some of each stage (adapters.dense, adapters.experts), or use fewer stages",
             )  # fmt: skip
         return [group for _, group in sorted(groups.items(), key=lambda item: item[0])]
-    _check_patterns(config, {order for order, _, _ in groups}, [name for name, _ in trained])
+    _check_patterns(config, {order for order, *_ in groups}, [name for name, _ in trained])
     if is_muon and trained and not any(group.kind == "muon" for group in groups.values()):
         raise ConfigError(
             "optimizer.kind", "muon", "no matrix of a hidden layer is trained with it", "Use optimizer=adamw"
@@ -154,7 +160,8 @@ def make_optimizer(model: nn.Module, settings: Sequence[str] | Config | Optimize
     groups = weight_groups(model, config)
     betas = (config.betas[0], config.betas[1])
     keeping = keeping_of(model, config, [weight for group in groups for weight in group.weights])
-    if config.kind is OptimizerKind.adamw and not keeping.is_torchs:
+    has_rows = any(group.kind in BY_ROWS for group in groups)
+    if config.kind is OptimizerKind.adamw and (has_rows or not keeping.is_torchs):
         return AdamW(_by_mesh(groups), keeping, lr=config.lr, betas=betas, eps=config.eps)
     if config.kind is OptimizerKind.adamw:
         return torch.optim.AdamW(_by_mesh(groups), lr=config.lr, betas=betas, eps=config.eps, fused=True)
@@ -179,5 +186,6 @@ def _by_mesh(groups: Sequence[WeightGroup]) -> list[dict[str, Any]]:
         for parameter in group.weights:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             of_mesh.setdefault(mesh, []).append(parameter)
-        made += [{"params": p, "lr": group.lr, "weight_decay": group.weight_decay} for p in of_mesh.values()]
+        kind = {"kind": group.kind} if group.kind in BY_ROWS else {}
+        made += [{"params": p, "lr": group.lr, "weight_decay": group.weight_decay, **kind} for p in of_mesh.values()]
     return made

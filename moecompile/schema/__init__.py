@@ -75,6 +75,7 @@ from moecompile.schema.enums import (
     Reduce,
     RehearsedLoad,
     RowLayout,
+    RowRule,
     Schedule,
     SiteKind,
     StateKind,

@@ -53,6 +53,7 @@ from moecompile.schema.enums import (
     Reduce,
     RehearsedLoad,
     RowLayout,
+    RowRule,
     Schedule,
     SiteKind,
     StateKind,
@@ -513,6 +514,10 @@ class EmbeddingsConfig:
     """Which tables: those whose ids are computed, such as hashes of n-grams (`auto`); all embeddings (`ep`); `none`."""
     min_numbers: int = number(2**24, Whole(1))
     """Numbers (rows times width) that a table has at least; smaller ones are gathered whole, as other weights are."""
+    optimizer: RowRule = RowRule.same
+    """How such tables are stepped: as other weights are (`same`), or only the rows that have a gradient: by AdamW
+    (`lazy_adamw`), or by Adagrad without momentum and with one number of state per row (`rowwise_adagrad`). With these
+    two gradients are kept by rows, too."""
 
 
 # -- optimizer ------------------------------------------------------------------------------------------------------

@@ -191,6 +191,14 @@ class EmbeddingShard(str, Enum):
     none = "none"
 
 
+class RowRule(str, Enum):
+    """How a table whose rows are spread is stepped (moecompile.runtime.row_steps)."""
+
+    same = "same"  # as other weights are: all rows, in every step
+    lazy_adamw = "lazy_adamw"  # AdamW of the rows that have a gradient
+    rowwise_adagrad = "rowwise_adagrad"  # Adagrad with one number per row, of the rows that have a gradient
+
+
 class DispatchBalance(str, Enum):
     """Whether ranks with little to do compute experts of other ranks."""
 

@@ -22,6 +22,7 @@ from moecompile.nn.replay import replay_routes
 from moecompile.nn.stages import tied_names
 from moecompile.plan import Plan
 from moecompile.runtime.data import TextData, train_loader
+from moecompile.runtime.gradients import gradient_of
 from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.observer import StepObserver
@@ -141,7 +142,8 @@ class _Recorder(StepObserver):
         """Records the gradients of step 0."""
         if step == 0:
             weights = dict(module.model.named_parameters())
-            grads = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+            every = {name: gradient_of(weight) for name, weight in weights.items()}
+            grads = {name: grad for name, grad in every.items() if grad is not None}
             tied = tied_names(module.model)
             whole = {tied.get(name, name): grad for name, grad in _by_id(module.model, grads).items()}
             self.trace.grads = merged(whole, groups_of(module.trainer).stages)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,14 +26,16 @@ from moecompile.verify.job import Batch, Trace, evaluated, recorded_routes, repl
 
 
 def run_reference(
-    model: nn.Module, config: Config, batches: Sequence[Batch], choices: Mapping[str, Sequence[Tensor]] | None = None
-) -> Trace:
+    model: nn.Module, config: Config, batches: Sequence[Batch], choices: Mapping[str, Sequence[Tensor]] | None = None,
+    by_rows: Mapping[str, str] = MappingProxyType({}),
+) -> Trace:  # fmt: skip
     """Runs `trainer.max_steps` optimizer steps over `batches`, an equal number of them per step.
 
     Args:
         model: lowered for one process.
         batches: every micro-batch of the run, in global order.
         choices: router -> expert ids to replay in step 0, per micro-batch; None: routers choose themselves.
+        by_rows: embedding table -> the rule by which its rows are stepped.
     """
     trace, module = Trace(), LanguageModule(model, config.optimizer, config.trainer.max_steps)
     arithmetic = _Arithmetic(module, config.trainer.precision)
@@ -43,7 +46,7 @@ def run_reference(
         trace.outputs = [
             evaluated(arithmetic.module, batch, config.seed, i) for i, batch in enumerate(batches[:per_step])
         ]
-    optimizer = plain_optimizer(module.model, config.optimizer)
+    optimizer = plain_optimizer(module.model, config.optimizer, by_rows)
     scheduler = module.schedule(optimizer)
     arithmetic.module.train()
     for step in range(steps):
@@ -123,42 +126,66 @@ class _Arithmetic:
 _STACKED = 3  # dims
 
 
-def plain_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """torch's AdamW with one group per weight, and the loop for the matrices of Muon."""
+def plain_optimizer(model: nn.Module, config: OptimizerConfig, by_rows: Mapping[str, str]) -> Optimizer:
+    """torch's AdamW with one group per weight, and loops for the matrices of Muon and the tables `by_rows`."""
     settings: list[dict[str, Any]] = []
+    rules = {model.get_parameter(name): rule for name, rule in by_rows.items()}
     for group in weight_groups(model, config):
         settings += [
-            {"params": [weight], "lr": group.lr, "weight_decay": group.weight_decay, "is_muons": group.kind == "muon"}
+            {"params": [weight], "lr": group.lr, "weight_decay": group.weight_decay,
+             "rule": rules.get(weight, group.kind)}
             for weight in group.weights
-        ]
+        ]  # fmt: skip
     betas = (config.betas[0], config.betas[1])
-    if config.kind is OptimizerKind.adamw:
+    if config.kind is OptimizerKind.adamw and not rules:
         return AdamW(settings, betas=betas, eps=config.eps)
     by_name = hidden_matrices(model)
     layouts = {weight: by_name[name] for name, weight in model.named_parameters() if name in by_name}
-    others = [dict(group) for group in settings if not group["is_muons"]]
-    return _PlainMuon(settings, layouts, config.muon, AdamW(others, betas=betas, eps=config.eps))
+    others = [dict(group) for group in settings if group["rule"] == "adamw"]
+    return _Plain(settings, layouts, config, AdamW(others, betas=betas, eps=config.eps))
 
 
-class _PlainMuon(Optimizer):
+class _Plain(Optimizer):
     def __init__(
-        self, groups: list[dict[str, Any]], layouts: Mapping[nn.Parameter, Layout], muon: MuonConfig, others: Optimizer
-    ) -> None:
+        self, groups: list[dict[str, Any]], layouts: Mapping[nn.Parameter, Layout], config: OptimizerConfig,
+        others: Optimizer,
+    ) -> None:  # fmt: skip
         super().__init__(groups, {})
-        self.layouts, self.muon, self.others = layouts, muon, others
+        self.layouts, self.muon, self.others = layouts, config.muon, others
         self.momentum: dict[nn.Parameter, Tensor] = {}
+        self.betas, self.eps, self.steps = config.betas, config.eps, 0
+        self.of_rows: dict[tuple[nn.Parameter, int], list[Tensor]] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; learning rates are those of the groups, which a schedule changes."""
-        rest = iter(self.others.param_groups)
+        rest, self.steps = iter(self.others.param_groups), self.steps + 1
         for group in self.param_groups:
             (weight,) = group["params"]
-            if not group["is_muons"]:
+            if group["rule"] == "adamw":
                 next(rest)["lr"] = group["lr"]
-            elif weight.grad is not None:
+            elif weight.grad is None:
+                continue
+            elif group["rule"] == "muon":
                 self._matrices(weight, group)
+            else:
+                for row in weight.grad.any(1).nonzero().flatten().tolist():
+                    self._row(weight, row, weight.grad[row], group)
         self.others.step()
+
+    def _row(self, weight: nn.Parameter, row: int, grad: Tensor, group: dict[str, Any]) -> None:
+        first, second = self.betas
+        if group["rule"] == "rowwise_adagrad":
+            (total,) = self.of_rows.setdefault((weight, row), [torch.zeros((), dtype=grad.dtype)])
+            total += grad.square().sum() / grad.numel()
+            update = grad / (total.sqrt() + self.eps)
+        else:
+            mean, square = self.of_rows.setdefault((weight, row), [torch.zeros_like(grad), torch.zeros_like(grad)])
+            mean.copy_(first * mean + (1 - first) * grad)
+            square.copy_(second * square + (1 - second) * grad * grad)
+            root = (square / (1 - second**self.steps)).sqrt() + self.eps
+            update = mean / (1 - first**self.steps) / root
+        weight[row] -= group["lr"] * (group["weight_decay"] * weight[row] + update)
 
     def _matrices(self, weight: nn.Parameter, group: dict[str, Any]) -> None:
         muon = self.muon

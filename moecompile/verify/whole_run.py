@@ -85,7 +85,8 @@ def certify_config(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
             alone, batches = build(mode.config, _alone(plan), mode.dtype), _all_batches(mode.config, data)
             round_rows(alone, plan.layers)
             choices = _drawn(alone, mode.config, batches) or (trace.choices if mode.is_narrow else None)
-            reference = run_reference(alone, mode.config, batches, choices)
+            by_rows = {each.weight: each.by_rows for each in plan.lookups if each.by_rows}
+            reference = run_reference(alone, mode.config, batches, choices, by_rows)
             if len(checks) == 1:  # Step 3
                 assert trace.places is not None
                 checks += [counted(name, numbers) for name, numbers in trace.places.faults().items()]
@@ -94,7 +95,9 @@ def certify_config(config: Config, run_dir: Path) -> tuple[list[Check], Plan]:
                 tolerance = BF16
                 if any(layer.dispatch.wire.narrow for layer in plan.layers):
                     plain = build(mode.config, _alone(plan), mode.dtype)
-                    tolerance = as_far_as_rounding(reference, run_reference(plain, mode.config, batches, choices))
+                    tolerance = as_far_as_rounding(
+                        reference, run_reference(plain, mode.config, batches, choices, by_rows)
+                    )
                 checks += compare_narrow(trace, reference, mode.label, tolerance)
             else:
                 checks += compare(trace, reference, mode.dtype, exact)
