@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, is_dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
@@ -314,20 +315,34 @@ def keeping(kept: Collection[Any]) -> tuple[TorchDispatchMode, TorchDispatchMode
     their top-k in place) is copied first, so that the recomputed forward gets the original.
     """
 
-    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+    caching, cached = create_selective_checkpoint_contexts(partial(_policy, kept))
+    return _CopyOnWrite(kept, caching.storage), cached
 
-    caching, cached = create_selective_checkpoint_contexts(policy)
-    return _CopyOnWrite(policy, caching.storage), cached
+
+def _policy(kept: Collection[Any], _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class _CopyOnWrite(_CachingTorchDispatchMode):
+    def __init__(self, kept: Collection[Any], storage: Any) -> None:
+        super().__init__(self._noted, storage)  # type: ignore[no-untyped-call]
+        self._kept, self._memory = kept, set[int]()
+
+    def _noted(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op in self._kept:
+            leaves = tree_leaves(context.op_output)
+            self._memory.update(memory_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
+        return _policy(self._kept, context, op)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
             self._copy(_written(func, args, kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     def _copy(self, memory: set[int]) -> None:
+        if memory.isdisjoint(self._memory):  # nearly always; the storage has an entry for every op
+            return
+
         def copied(kept: Any) -> Any:
             if not isinstance(kept.val, torch.Tensor) or memory_of(kept.val) not in memory:
                 return kept

@@ -237,7 +237,9 @@ def _spread_rows(model: nn.Module, captured: Captured, plan: Plan, log: Log) -> 
     readers = {each.module: captured.readers[each.module] for each in plan.lookups}
     step = SpreadRows(lookups=plan.lookups, mesh=plan.mesh)
     after = {path: step.run(region) for path, region in readers.items()}
+    others = next(reversed(log.graphs.values()))
     log.keep(step.stage, after)
+    log.graphs[step.stage] = {**others, **log.graphs[step.stage]}
     log.add(step.name, readers, after, step.detail)
     return replace_regions(model, replacements(model, readers, after))
 
