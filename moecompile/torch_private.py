@@ -325,7 +325,7 @@ def _policy(kept: Collection[Any], _: Any, op: Any, *args: Any, **kwargs: Any) -
 
 class _CopyOnWrite(_CachingTorchDispatchMode):
     def __init__(self, kept: Collection[Any], storage: Any) -> None:
-        super().__init__(self._noted, storage)  # type: ignore[no-untyped-call]
+        super().__init__(self._noted, storage)
         self._kept, self._memory = kept, set[int]()
 
     def _noted(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -13,6 +13,7 @@ Legend: U different ids of this rank, S rows that others ask this rank for, D wi
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from moecompile.ops.exchange import exchange_rows, group_of, splits
 from moecompile.ops.host import start_read
 from moecompile.ops.layout import sum_by
 from moecompile.ops.traffic import lookup_traffic
-from moecompile.torch_private import local_block, local_part
+from moecompile.torch_private import is_fake, local_block, local_part
 
 
 def rows_of_a_rank(num_rows: int, ranks: int) -> int:
@@ -41,6 +42,7 @@ def unique_ids(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """
     unique_U, places = torch.unique(ids, return_inverse=True)
     check_ids(unique_U, num_rows)
+    lookup_traffic.note(ids.numel(), unique_U.numel())
     return unique_U.long(), places
 
 
@@ -88,7 +90,7 @@ def send_ids(unique_U: Tensor, num_rows: int, axis: str) -> tuple[Tensor, Tensor
 def _(unique_U: Tensor, num_rows: int, axis: str) -> tuple[Tensor, Tensor]:
     ranks = group_of(axis).size()
     table_2r1 = torch.empty((2, ranks, 1), dtype=torch.long, device="cpu")
-    size = sizes.size(lambda load: load.brought(unique_U.shape[0], table_2r1, 0, False, axis))
+    size = sizes.size(lambda load: load.asked(table_2r1, unique_U.shape[0]))
     return unique_U.new_empty(size), table_2r1
 
 
@@ -290,9 +292,30 @@ def send_row_gradients(grad: Tensor, table_2r1: Tensor, places: Tensor, axis: st
 
 @send_row_gradients.register_fake
 def _(grad: Tensor, table_2r1: Tensor, places: Tensor, axis: str) -> Tensor:
-    def again(load: sizes.Load) -> int:
-        asked = load.brought(0, table_2r1, 0, True, axis)
-        return load.brought(asked, table_2r1, 0, False, axis)
-
-    size = sizes.size(again)
+    size = sizes.size(lambda load: load.asked(table_2r1))
     return grad.new_empty(size, grad.shape[-1])
+
+
+def bytes_given(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """Bytes that a rank gives to an exchange of a lookup, its own part included; None: it is another op."""
+    known = _BYTES_GIVEN.get(op)
+    return None if known is None else known(*args, **kwargs)
+
+
+def _ids_given(unique_U: Tensor, num_rows: int, axis: str) -> int:
+    ranks = group_of(axis).size()
+    return unique_U.numel() * _index_dtype(rows_of_a_rank(num_rows, ranks)).itemsize + ranks * torch.int64.itemsize
+
+
+def _rows_given(rows_SD: Tensor, *_: Any, dtype: torch.dtype) -> int:
+    return rows_SD.numel() * dtype.itemsize
+
+
+def _gradients_given(grad: Tensor, table_2r1: Tensor, *_: Any) -> int:
+    rows = sizes.current().asked(table_2r1) if is_fake(table_2r1) else int(table_2r1[0].sum())
+    return rows * grad.shape[-1] * grad.element_size()
+
+
+_BYTES_GIVEN: dict[str, Callable[..., int]] = {
+    "send_ids": _ids_given, "return_rows": _rows_given, "send_row_gradients": _gradients_given,
+}  # fmt: skip

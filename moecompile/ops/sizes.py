@@ -50,6 +50,17 @@ class Load:
         self._given[key] = (table, num_rows)  # keeps the table, so that no other one gets its address
         return round(num_rows * self.received.get(axis, 1.0))
 
+    def asked(self, table: Tensor, num_rows: int | None = None) -> int:
+        """Rows of an embedding table that a rank asks for, and as many that it is asked for: ids are spread evenly.
+
+        Args:
+            table: the split sizes of the lookup. num_rows: None: those that were said before.
+        """
+        key = (memory_of(table), int(table.storage_offset()), 0)
+        if num_rows is not None:
+            self._given[key] = (table, num_rows)
+        return self._given[key][1]
+
     def computed(self, num_assignments: int, num_experts: int, num_ranks: int) -> int:
         """Of the assignments of all ranks, those to experts of this one."""
         return round(self.kept(num_assignments, num_experts) / num_ranks * self.fullest)
@@ -66,6 +77,15 @@ def under(load: Load) -> Iterator[None]:
         yield
     finally:
         _loads.pop()
+
+
+def current() -> Load:
+    """The load that sizes are of.
+
+    Raises:
+        IndexError: there is none.
+    """
+    return _loads[-1]
 
 
 def size(known: Callable[[Load], int]) -> int | torch.SymInt:

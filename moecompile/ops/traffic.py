@@ -37,5 +37,24 @@ traffic = TrafficCounter()
 optimizer_traffic = TrafficCounter()
 context_traffic = TrafficCounter()
 """Of the exchanges of attention over cp, which are planned and counted apart from those of experts."""
-lookup_traffic = TrafficCounter()
-"""Of rows of embedding tables."""
+
+
+class LookupCounter(TrafficCounter):
+    """Bytes of lookups in embedding tables; and of the rows that tokens read, how many were different."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._read = self._different = 0
+
+    def note(self, read: int, different: int) -> None:
+        """Adds the ids of one lookup."""
+        if not in_backward():
+            self._read, self._different = self._read + read, self._different + different
+
+    def take_rows(self) -> tuple[int, int]:
+        """Rows that were read, and different ones, since the last call."""
+        taken, (self._read, self._different) = (self._read, self._different), (0, 0)
+        return taken
+
+
+lookup_traffic = LookupCounter()

@@ -89,7 +89,7 @@ def rules_of(model: nn.Module) -> dict[str, str]:
 
 def row_mesh(mesh: MeshSpec, device_type: str) -> DeviceMesh:
     """The ranks over which rows are spread: all of a stage with different tokens."""
-    axes = axes_that_split(Part.ROWS)
+    axes = mesh.axes(Part.ROWS) or axes_that_split(Part.STORED)[:1]
     return kept_groups.device_mesh(device_type, mesh.dims(axes))["_".join(axes)]
 
 

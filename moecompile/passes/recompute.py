@@ -31,11 +31,11 @@ from moecompile.errors import ConfigError, PassError
 from moecompile.nn.padding import Padding, padding_of
 from moecompile.ops.backend import CALLS, KeptCalls
 from moecompile.passes.base import ModelPass, experts_calls, run_on_model
-from moecompile.plan import BACKEND, BUDGET, EXCHANGE_OPS, WAIT_OPS, Plan
+from moecompile.plan import BACKEND, BUDGET, EXCHANGE_OPS, LOOKUP_OPS, WAIT_OPS, Plan
 from moecompile.torch_private import keeping as kept_and_again
 from moecompile.torch_private import tree_leaves, version_of
 
-_EXCHANGES = (EXCHANGE_OPS | WAIT_OPS) - {*CALLS} - {op for op, _ in BACKEND.steps}
+_EXCHANGES = (EXCHANGE_OPS | WAIT_OPS | {*LOOKUP_OPS}) - {*CALLS} - {op for op, _ in BACKEND.steps}
 _CHOICES = (torch.ops.aten.topk.default, torch.ops.moecompile.expert_choice.default)
 _WITHIN_TP = tuple(getattr(torch.ops.moecompile, name).default for name in ("join_tokens", "sum_ranks", "join_columns"))
 _OVER_CP = tuple(getattr(torch.ops.moecompile, name).default for name in ("exchange_dims", "join_positions"))

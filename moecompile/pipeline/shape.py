@@ -89,7 +89,8 @@ def mixers(config: Any, num_layers: int, hidden: int) -> list[Attention | None]:
 
 def _ffn(layer: nn.Module, mixer: Attention | None, planned: list[LayerPlan], hidden: int) -> Experts:
     """The rest of a layer: its planned experts, and all other parameters as products of every token."""
-    always = sum(p.numel() for p in layer.parameters()) - (mixer.weights(hidden) if mixer else 0)
+    tables = {m.weight for m in layer.modules() if isinstance(m, nn.Embedding)}  # no products
+    always = sum(p.numel() for p in layer.parameters() if p not in tables) - (mixer.weights(hidden) if mixer else 0)
     if not planned:
         d_shared, always = _wide(always, 2, hidden)
         return Experts(d_shared=d_shared, always=always)

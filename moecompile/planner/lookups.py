@@ -21,7 +21,8 @@ from math import expm1, log1p
 
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec, Part
-from moecompile.plan import Lookup, LookupTraffic
+from moecompile.plan import Lookup, LookupTraffic, Plan, Traffic
+from moecompile.planner.optimizer import near
 from moecompile.planner.params import FP32_BYTES, ModelFacts, RunFacts, TableFact
 from moecompile.schema import Config, EmbeddingsConfig, EmbeddingShard, RowRule
 
@@ -64,7 +65,8 @@ def plan_lookups(mesh: MeshSpec, facts: ModelFacts, config: Config) -> tuple[tup
             rule = f"splits {split.weight} by the model's tp_plan, and its rows are spread over ranks"
             raise ConfigError(f"mesh.{axis}", mesh.size(axis), rule, f"Use mesh.{axis}=1, or embeddings.shard=none")
     by_rows = "" if settings.optimizer is RowRule.same else settings.optimizer.value
-    return tuple(replace(fact.lookup, by_rows=by_rows) for fact in chosen), _without(facts, chosen, settings.optimizer)
+    lookups = tuple(replace(fact.lookup, by_rows=by_rows) for fact in chosen)
+    return lookups, without_tables(facts, lookups)
 
 
 def _check(tables: Sequence[TableFact], settings: EmbeddingsConfig) -> None:
@@ -80,8 +82,10 @@ def _check(tables: Sequence[TableFact], settings: EmbeddingsConfig) -> None:
         raise ConfigError("embeddings.shard", "ep", rule, "Use auto, or a larger embeddings.min_numbers")
 
 
-def _without(facts: ModelFacts, chosen: Sequence[TableFact], rule: RowRule) -> ModelFacts:
-    """The facts of the model that FSDP shards."""
+def without_tables(facts: ModelFacts, lookups: Sequence[Lookup]) -> ModelFacts:
+    """The facts of the model that FSDP shards, without the tables whose rows are spread."""
+    names = {each.weight for each in lookups}
+    chosen = [fact for fact in facts.tables if fact.weight in names]
     if not chosen:
         return facts
     numbers = sum(fact.numbers for fact in chosen)
@@ -102,7 +106,7 @@ def _without(facts: ModelFacts, chosen: Sequence[TableFact], rule: RowRule) -> M
         apart_frozen=facts.apart_frozen - apart[1],
         params_embedding=facts.params_embedding - sum(fact.numbers for fact in chosen if fact.is_root),
         weights=tuple(fact for fact in weights if fact.params), frozen=frozen, tables=(),
-        spread=tuple(chosen), row_rule=rule.value,
+        spread=tuple(chosen), row_rule=lookups[0].by_rows,
     )  # fmt: skip
 
 
@@ -116,25 +120,25 @@ def different(num_ids: float, num_rows: int) -> float:
     return num_rows * -expm1(num_ids * log1p(-1 / num_rows)) if num_rows > 1 else min(1.0, num_ids)
 
 
-def asked(lookup: Lookup, tokens: int) -> float:
+def asked(lookup: Lookup, tokens: float) -> float:
     """Different rows that a rank needs in a micro-batch (step 2)."""
     return different(tokens * lookup.ids_per_token, lookup.rows)
 
 
-def sent_forward(lookups: Sequence[Lookup], mesh: MeshSpec, tokens: int, element_bytes: int) -> float:
+def sent_forward(lookups: Sequence[Lookup], mesh: MeshSpec, tokens: float, element_bytes: int) -> float:
     """Bytes that a rank sends in the forward of a micro-batch: ids it asks for, and rows it is asked for (step 3)."""
     return _elsewhere(mesh) * sum(
         asked(each, tokens) * (ID_BYTES + each.width * element_bytes) for each in lookups
     )  # fmt: skip
 
 
-def sent_backward(lookups: Sequence[Lookup], mesh: MeshSpec, tokens: int, element_bytes: int) -> float:
+def sent_backward(lookups: Sequence[Lookup], mesh: MeshSpec, tokens: float, element_bytes: int) -> float:
     """Bytes of gradients that a rank sends in the backward of a micro-batch (step 3)."""
     wide = max(FP32_BYTES, element_bytes)
     return _elsewhere(mesh) * sum(asked(each, tokens) * each.width * wide for each in lookups)
 
 
-def row_buffers(facts: ModelFacts, mesh: MeshSpec, tokens: int, element_bytes: int) -> float:
+def row_buffers(facts: ModelFacts, mesh: MeshSpec, tokens: float, element_bytes: int) -> float:
     """Bytes of rows that a rank has at once for the largest lookup: those that it reads, and those that it gets."""
     if mesh.size(Part.ROWS) == 1:
         return 0.0
@@ -165,6 +169,15 @@ def lookup_traffic(
         backward=round(sent_backward(lookups, mesh, tokens, element_bytes)),
         share=round(sum(asked(each, tokens) for each in lookups) / read, 4),
     )
+
+
+def lookup_step(plan: Plan, tokens: float, micro_batches: int, element_bytes: int) -> Traffic:
+    """Bytes that a rank sends in a step, by link class."""
+    each = sent_forward(plan.lookups, plan.mesh, tokens, element_bytes)
+    each += sent_backward(plan.lookups, plan.mesh, tokens, element_bytes)
+    on_node = near(plan.mesh, (Part.ROWS,))
+    sent = Traffic(intra_node=on_node * each, inter_node=(1 - on_node) * each)
+    return sent.times(micro_batches)
 
 
 def _elsewhere(mesh: MeshSpec) -> float:

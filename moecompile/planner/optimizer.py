@@ -253,14 +253,14 @@ def step_traffic(muon: MuonParams, mesh: MeshSpec, number: int) -> Traffic:
     for params, over in parts:
         ranks = mesh.size(*over)
         bytes_ = 2 * params * (ranks - 1) / ranks**2 * number
-        near = _near(mesh, over)
+        of_node = near(mesh, over)
         sent = replace(
-            sent, intra_node=sent.intra_node + near * bytes_, inter_node=sent.inter_node + (1 - near) * bytes_
+            sent, intra_node=sent.intra_node + of_node * bytes_, inter_node=sent.inter_node + (1 - of_node) * bytes_
         )
     return sent
 
 
-def _near(mesh: MeshSpec, over: Sequence[Part]) -> float:
+def near(mesh: MeshSpec, over: Sequence[Part]) -> float:
     """The fraction of pairs of different ranks of a group over these parts that are on one node."""
     group = mesh.group(*over)
     nodes, pairs = Counter(map(mesh.node_of, group)), len(group) * (len(group) - 1)

@@ -15,6 +15,7 @@ of all ranks, D the width of a row and b bytes of a number; with checkpointing=f
    a few numbers of a step.                                                                       -> `_sums`
 5. In a pipeline: what crosses a cut, and its gradient back, once for each micro-batch; the shapes of the first, and
    with each gradient the weight of the auxiliary losses. Gradients of tied weights are summed.   -> `step_of_rank`
+6. Rows of embedding tables: ids and rows in forward, gradients of rows in backward (lookups.py).       -> `_lookups`
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dataclasses import dataclass, replace
 from moecompile.mesh import MeshSpec, Part, axes_that_split
 from moecompile.plan import EXCHANGES, LayerPlan, Plan
 from moecompile.plan.plan import DENSE, ROUTER
+from moecompile.planner.lookups import ID_BYTES, asked
 from moecompile.planner.memory import own_params, row_load, sends_again, tokens_of_a_rank, whole_params
 from moecompile.planner.params import FP32_BYTES, ModelFacts, RunFacts, trained_params
 from moecompile.planner.pipeline import OfRank
@@ -34,6 +36,7 @@ from moecompile.planner.traffic import COUNT_BYTES, bytes_given, counts_given
 from moecompile.routing import BINS
 from moecompile.stages import Pipeline
 
+TABLE_ROWS = "rows of tables"
 ROWS, COUNTS, GATHERED, REDUCED, SUMMED = "rows", "counts", "weights gathered", "gradients reduced", "gradients summed"
 FORTH, FORTH_IN, BACK, BACK_IN = "sent on", "received", "gradients sent back", "gradients received"
 SHAPE_BYTES, WEIGHT_BYTES = 8 * (3 + 8), 8
@@ -68,7 +71,7 @@ def planned_step(plan: Plan, facts: ModelFacts, run: RunFacts) -> list[Planned]:
         Planned(kind=kind, axis=axis, ranks=_ranks(axis, plan.mesh), calls=round(calls), bytes=bytes_)
         for (kind, axis), (calls, bytes_) in found.items()
     ]
-    others = (*_fsdp(plan, facts, run), *_replicas(plan, facts), *_sums(plan, facts))
+    others = (*_lookups(plan, facts, run), *_fsdp(plan, facts, run), *_replicas(plan, facts), *_sums(plan, facts))
     return exchanges + [each for each in others if each.ranks > 1]
 
 
@@ -150,6 +153,20 @@ def _exchanges(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> Iterator[tupl
     )
     for part, bytes_ in given.items():
         yield ROWS, f"{dispatch.axis}{part}", 0, tokens_of_a_rank(mesh, run) * bytes_
+
+
+def _lookups(plan: Plan, facts: ModelFacts, run: RunFacts) -> Iterator[Planned]:
+    """Step 6."""
+    mesh, calls, bytes_ = plan.mesh, 0, 0.0
+    for fact in facts.spread:
+        forwards = 1 + (run.checkpointing == "full" and not fact.is_root)
+        given = asked(fact.lookup, run.tokens_per_rank)
+        wide = max(FP32_BYTES, run.compute_bytes)
+        once = given * (ID_BYTES + fact.width * run.compute_bytes) + mesh.size(Part.ROWS) * COUNT_BYTES
+        calls += run.accumulation * (2 * forwards + fact.is_trained)
+        bytes_ += run.accumulation * (forwards * once + fact.is_trained * given * fact.width * wide)
+    axis = "_".join(mesh.axes(Part.ROWS))
+    yield Planned(kind=TABLE_ROWS, axis=axis, ranks=mesh.size(Part.ROWS) if calls else 1, calls=calls, bytes=bytes_)
 
 
 def _fsdp(plan: Plan, facts: ModelFacts, run: RunFacts) -> Iterator[Planned]:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from moecompile.plan import EXCHANGE_OPS
 from moecompile.report.baseline import baseline_rows, verdict
-from moecompile.report.text import bytes_text, fold_paths, plural, step0_text, traffic_text, unsuffixed
+from moecompile.report.text import bytes_text, fold_paths, lookups_text, plural, step0_text, traffic_text, unsuffixed
 
 if TYPE_CHECKING:
     from moecompile.passes.run import PassRecord
@@ -288,6 +288,8 @@ _RESULT_LINES: tuple[tuple[str, tuple[str, ...], Callable[..., str]], ...] = (
     ("predicted", ("bytes_per_token_per_layer_predicted",), traffic_text),
     ("optimizer bytes", ("optimizer_bytes_per_step",), partial(traffic_text, per="rank and step")),
     ("predicted", ("optimizer_bytes_per_step_predicted",), partial(traffic_text, per="rank and step")),
+    ("lookups", ("lookup_bytes", "lookup_share"), lookups_text),
+    ("predicted", ("lookup_bytes_predicted", "lookup_share_predicted"), lookups_text),
     ("checkpoint", ("checkpoint",), str),
     ("report", ("run_dir", "report"), lambda folder, name: f"{folder}/{name}"),
     ("run dir", ("run_dir",), str),

@@ -29,6 +29,8 @@ from moecompile.plan import (
     FFNSite,
     LayerPlan,
     Lending,
+    Lookup,
+    LookupTraffic,
     Plan,
     Recomputation,
     Remedy,
@@ -288,15 +290,22 @@ def _print_estimate(estimate: Estimate, plan: Plan, console: Console) -> None:
         text = f"{near} intra-node, {far} inter-node per token over {axis}, all layers together"
         if sent.intra_node or sent.inter_node:
             grid.add_row(Text(f"{axis} bytes", style="dim"), Text(text))
-    if any(asdict(estimate.optimizer_bytes_per_step).values()):
-        text = traffic_text(asdict(estimate.optimizer_bytes_per_step), per="rank and step")
-        grid.add_row(Text("optimizer bytes", style="dim"), Text(text))
+    for name, text in _more_traffic(estimate, plan):
+        grid.add_row(Text(name, style="dim"), Text(text))
     if estimate.weight_traffic is not None:
         grid.add_row(Text("weights", style="dim"), Text(_weights_text(plan, estimate.weight_traffic)))
     recomputed = [("recomputation", _recomputation_text(estimate))] * (estimate.checkpointing != "none")
     for name, text in (*_experts_texts(estimate), ("padding", _padding_text(plan.layers)), *recomputed):
         grid.add_row(Text(name, style="dim"), Text(text))
     console.print(grid)
+
+
+def _more_traffic(estimate: Estimate, plan: Plan) -> Iterator[tuple[str, str]]:
+    """What is sent beside the rows of experts: by Muon, and for rows of tables."""
+    if any(asdict(estimate.optimizer_bytes_per_step).values()):
+        yield "optimizer bytes", traffic_text(asdict(estimate.optimizer_bytes_per_step), per="rank and step")
+    if estimate.lookup_bytes is not None:
+        yield "tables", _tables_text(plan.lookups, estimate.lookup_bytes)
 
 
 def _print_remedies(estimate: Estimate, console: Console) -> None:
@@ -395,6 +404,18 @@ def _weights_text(plan: Plan, traffic: WeightTraffic) -> str:
     when = {"each": "after each micro-batch", "last": "once in a step"}[plan.reduce]
     text = f"gathered {how}: {gathered} a step; gradients reduced {when}: {reduced}"
     return text + f", and between replicas {bytes_text(traffic.replicas)}" * bool(traffic.replicas)
+
+
+def _tables_text(lookups: Sequence[Lookup], cost: LookupTraffic) -> str:
+    """What is spread, and what lookups send."""
+    names = ", ".join(path for path, _ in fold_paths([(each.weight, None) for each in lookups]))
+    rows, numbers = (count_text(sum(n)) for n in zip(*((each.rows, each.numbers) for each in lookups), strict=True))
+    how = f", stepped by rows ({lookups[0].by_rows})" * bool(lookups[0].by_rows)
+    sent = f"sends {bytes_text(cost.forward)} in forward and {bytes_text(cost.backward)} of gradients"
+    return (
+        f"{names}: {rows} rows with {numbers} numbers, {bytes_text(cost.stored)} on a rank{how}; in a micro-batch a "
+        f"rank {sent}, if {cost.share:.1%} of the rows that tokens read are different"
+    )
 
 
 def _lending_text(lending: Lending) -> str:

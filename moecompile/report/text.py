@@ -37,6 +37,11 @@ def traffic_text(bytes_by_link: Mapping[str, float], per: str = "token and layer
     return f"{intra} intra-node, {inter} inter-node per {per}"
 
 
+def lookups_text(forward: float, share: float) -> str:
+    """Formats what a rank sends for lookups in embedding tables."""
+    return f"{bytes_text(forward)} per rank and micro-batch in forward; {share:.1%} of the rows that tokens read differ"
+
+
 def step0_text(result: Mapping[str, Any], same: str = "the model before") -> str | None:
     """What `result` says of step 0, behind these words: `equals the model before within 6.0e-08`, or why it need not.
 

@@ -39,7 +39,7 @@ from moecompile.atomic import replacing, write_text
 from moecompile.errors import MoecompileError
 from moecompile.mesh import LinkClass, MeshSpec
 from moecompile.nn.replay import ReplayLayer, Routes, record_routes, replay_layers
-from moecompile.ops.traffic import optimizer_traffic, traffic
+from moecompile.ops.traffic import lookup_traffic, optimizer_traffic, traffic
 from moecompile.passes.base import op_name
 from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, Plan, Traffic
 from moecompile.rundir import PROFILE, ROUTES
@@ -63,6 +63,8 @@ class TrafficMeter(Callback):
         self._last_step = 0
         self.per_token_and_layer: Traffic | None = None
         self.per_rank_and_step: Traffic | None = None  # of the optimizer, as a mean over ranks and steps
+        self._lookups = [0, 0, 0, 0]  # micro-batches; bytes to other ranks; rows that tokens read, different ones
+        self.lookups: tuple[float, float] | None = None  # bytes per rank and micro-batch; different rows of those read
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Records the step at which the run starts."""
@@ -72,6 +74,8 @@ class TrafficMeter(Callback):
     def on_train_batch_start(self, *_: Any) -> None:
         """Discards bytes that were sent outside training (validation, warm-up)."""
         traffic.take()
+        lookup_traffic.take()
+        lookup_traffic.take_rows()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -80,6 +84,9 @@ class TrafficMeter(Callback):
         for rank, sent in traffic.take().items():
             self._bytes[self.mesh.link(trainer.global_rank, rank)] += sent
             self._by_rank[rank] += sent
+        sent = sum(sent for rank, sent in lookup_traffic.take().items() if rank != trainer.global_rank)
+        new = (1, sent, *lookup_traffic.take_rows())
+        self._lookups = [before + more for before, more in zip(self._lookups, new, strict=True)]
         if trainer.global_step != self._last_step:
             self._last_step = trainer.global_step
             for rank, sent in optimizer_traffic.take().items():
@@ -96,9 +103,11 @@ class TrafficMeter(Callback):
         """Computes the bytes per token and MoE layer, over all ranks."""
         links = (LinkClass.INTRA_NODE, LinkClass.INTER_NODE)
         sent = [counts[link] for counts in (self._bytes, self._by_optimizer) for link in links]
-        sums = torch.tensor(sent, dtype=torch.int64, device=pl_module.device)
+        sums = torch.tensor(sent + self._lookups, dtype=torch.int64, device=pl_module.device)
         dist.all_reduce(sums, group=groups_of(trainer).every)
-        in_forward, by_optimizer = sums.view(2, 2).tolist()
+        in_forward, by_optimizer, (micro_batches, of_lookups), (read, different) = sums.view(4, 2).tolist()
+        if read:
+            self.lookups = of_lookups / micro_batches, different / read
         steps = max(1, (self._last_step - self._first_step) * self.mesh.world_size)
         self.per_token_and_layer = _traffic(in_forward, max(1, self._tokens))
         self.per_rank_and_step = _traffic(by_optimizer, steps)

@@ -38,10 +38,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moecompile.mesh import MeshSpec
 from moecompile.ops.baton import landed
 from moecompile.ops.exchange import group_of
+from moecompile.ops.lookups import bytes_given
 from moecompile.ops.sizes import Load, under
 from moecompile.passes.base import on_an_axis
 from moecompile.pipeline import plan_of
 from moecompile.plan import EXCHANGE_OPS, EXCHANGES, Plan
+from moecompile.planner.lookups import different
 from moecompile.planner.traffic import assignments, rows_given
 from moecompile.row_formats import ROW_FORMATS
 from moecompile.runtime.messages import MESSAGES
@@ -195,6 +197,8 @@ class Watch(TorchDispatchMode):
     def _keep(self, func: Any, args: Any, kwargs: Any) -> None:
         name = func._opname
         if func.namespace == "moecompile":
+            if (of_lookup := bytes_given(name, args, kwargs)) is not None:
+                self._keep_one(name, group_of(args[-1]), of_lookup)
             if name not in _SENDING:
                 return
             group, given, peer = group_of(args[-1]), args[: _INPUTS.get(name, 1)], -1
@@ -536,5 +540,5 @@ def load_of(plan: Plan, fullest: float) -> Load:
         assigned[experts].append(assignments(placement, layer.routing) / chosen)
     return Load(
         sent={key: fmean(values) for key, values in sent.items()},
-        assigned={key: fmean(values) for key, values in assigned.items()}, fullest=fullest,
+        assigned={key: fmean(values) for key, values in assigned.items()}, fullest=fullest, different=different,
     )  # fmt: skip

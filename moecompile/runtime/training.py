@@ -123,7 +123,8 @@ class Acceptance(Callback):
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """The results of a run. Losses in nats per token; bytes: forward dispatch and combine, per token and MoE layer;
-    of the optimizer per rank and step.
+    of the optimizer per rank and step; of lookups in spread embedding tables per rank and micro-batch, forward.
+    lookup_share: of the rows that tokens read, those that were different and thus sent.
 
     max_violation_last: of the worst layer in the last step; max_violation_bound_last: the most that it could be.
     max_violation_share_last: their quotient in the worst layer. dead_experts: layer -> experts without a token; both,
@@ -149,6 +150,8 @@ class Outcome:
     nodes_per_token_last: float | None
     bytes_per_token_per_layer: Traffic | None
     optimizer_bytes_per_step: Traffic | None
+    lookup_bytes: float | None
+    lookup_share: float | None
     checkpoint: Path | None
 
 
@@ -238,6 +241,8 @@ def _outcome(
         nodes_per_token_last=tally.steps.mean_of_last("nodes_per_token"),
         bytes_per_token_per_layer=meter.per_token_and_layer,
         optimizer_bytes_per_step=meter.per_rank_and_step,
+        lookup_bytes=None if meter.lookups is None else meter.lookups[0],
+        lookup_share=None if meter.lookups is None else meter.lookups[1],
         checkpoint=checkpoint,
     )
 

@@ -29,6 +29,7 @@ from moecompile.planner.cost_model.inputs import inputs_of
 from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.existing import notes
 from moecompile.planner.given import given_plan, plan_file, scheduled
+from moecompile.planner.lookups import without_tables
 from moecompile.planner.params import checkpointing_of
 from moecompile.planner.placement import read_placement
 from moecompile.planner.search.described import memory_of
@@ -144,7 +145,7 @@ def planned(model: nn.Module, config: Config, plan: Plan | None) -> tuple[Plan, 
     if plan is None:
         return new_plan(model, sites, config, facts), lambda changed: build_plan(sites, changed, facts, shape)
     check_sites(plan.layers, sites)
-    facts = with_adapters(facts, plan)
+    facts = as_planned(facts, plan)
 
     def again(changed: Config) -> Plan:
         if (changed.mesh, changed.dispatch) != (config.mesh, config.dispatch):
@@ -155,8 +156,9 @@ def planned(model: nn.Module, config: Config, plan: Plan | None) -> tuple[Plan, 
     return with_remedies(given, sites, facts, config, shape, again), again
 
 
-def with_adapters(facts: ModelFacts, plan: Plan) -> ModelFacts:
-    """The facts with the adapters that are planned."""
+def as_planned(facts: ModelFacts, plan: Plan) -> ModelFacts:
+    """The facts with the adapters that are planned, and without the tables whose rows are spread."""
+    facts = without_tables(facts, plan.lookups)
     if plan.adapters is None:
         return facts
     numbers = sum(plan.adapters.rank * sum(facts.linears[path]) for path in plan.adapters.linears)

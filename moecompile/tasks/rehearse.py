@@ -35,7 +35,7 @@ from moecompile.mesh import MeshSpec, Part, dense_axes
 from moecompile.models.build import example_inputs
 from moecompile.named_code import VARIABLE, for_ranks, named_in
 from moecompile.pipeline.captured import planning_facts
-from moecompile.plan import EXCHANGES, Plan
+from moecompile.plan import EXCHANGES, LOOKUP_OPS, Plan
 from moecompile.planner.build_plan import GIB, run_facts
 from moecompile.planner.cost_model.forecast import loads_of
 from moecompile.planner.given import FILE, given_plan
@@ -53,6 +53,7 @@ from moecompile.planner.step import (
     REDUCED,
     ROWS,
     SUMMED,
+    TABLE_ROWS,
     Planned,
     rehearsed_run,
     step_of_rank,
@@ -64,7 +65,7 @@ from moecompile.runtime.messages import MESSAGES, SEND, disagreements
 from moecompile.runtime.objective import is_encoder_decoder
 from moecompile.runtime.rehearsal import STEP
 from moecompile.schema import Compiled, Config, DataKind, with_workload
-from moecompile.tasks.plan import decides, plan_fields, planned, require_layers, with_adapters
+from moecompile.tasks.plan import as_planned, decides, plan_fields, planned, require_layers
 from moecompile.tasks.ranks.rehearse import FOLDER, micro_batches, result_of, structure_of
 
 MEMORY = 0.15
@@ -73,6 +74,7 @@ _NAMED = 3  # ranks, in the line before they are rehearsed
 KINDS = {
     **{f"{op}{end}": ROWS for op in EXCHANGES for end in ("", "_start")},
     **{op: COUNTS for op, row in EXCHANGES.items() if row.sends == "counts"},
+    **dict.fromkeys((*LOOKUP_OPS, "send_row_gradients"), TABLE_ROWS),
     "send forward": FORTH, "recv forward": FORTH_IN, "send backward": BACK, "recv backward": BACK_IN,
     "gradient_start": ROWS, "allgather_base": GATHERED, "reduce_scatter_base": REDUCED, "allreduce": SUMMED,
 }  # fmt: skip
@@ -92,7 +94,7 @@ def run(config: Config, run_dir: Path) -> None:
     _check(config, plan, model)
     ranks = _ranks(config, plan)
     _, facts = planning_facts(model, config, example_inputs(model, config.data.seq_len), plan)
-    facts = with_adapters(facts, plan)
+    facts = as_planned(facts, plan)
     number = micro_batches(config, plan)
     load = next(each.p50 for each in loads_of(plan, config, plan.mesh.ep) if each.name == config.rehearse.load.value)
     facts_of_run = rehearsed_run(

@@ -7,13 +7,14 @@ and ZeRO, as published systems use them. The runtime of this package runs ep, tp
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import gcd
 from typing import TypeVar
 
 from moecompile.errors import ConfigError
-from moecompile.plan import BUDGET, Plan
+from moecompile.plan import BUDGET, Plan, Traffic
 from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
+from moecompile.planner.lookups import lookup_step
 from moecompile.planner.params import checkpointing_of
 from moecompile.planner.traffic import PACKING_BYTES, Links
 from moecompile.schema import (
@@ -226,12 +227,13 @@ class Software:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """A step whose time is predicted."""
+    """A step whose time is predicted. tables: bytes that a rank sends for lookups in spread embedding tables."""
 
     model: ModelShape
     layout: Layout
     machine: Machine
     software: Software
+    tables: Traffic = field(default_factory=lambda: Traffic(intra_node=0.0, inter_node=0.0))
 
 
 def machine_of(hardware: HardwareConfig) -> Machine:
@@ -437,4 +439,5 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
         layout=layout,
         machine=machine,
         software=replace(software, in_flight=overlap, chunks=chunks) if own else software,
+        tables=lookup_step(plan, layout.tokens, layout.num_micro, software.bits // 8),
     )

@@ -151,6 +151,7 @@ def _fields(compiled: Compilation, outcome: Outcome, data: TextData) -> dict[str
     plan = compiled.plan
     predicted = plan.estimate.bytes_per_token_per_layer if plan.estimate else None
     of_optimizer = plan.estimate.optimizer_bytes_per_step if plan.estimate else None
+    lookups = plan.estimate.lookup_bytes if plan.estimate and outcome.lookup_bytes is not None else None
     gathers = of_optimizer is not None and of_optimizer.intra_node + of_optimizer.inter_node > 0
     measured = {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)}
     return {
@@ -164,6 +165,8 @@ def _fields(compiled: Compilation, outcome: Outcome, data: TextData) -> dict[str
         "bytes_per_token_per_layer_predicted": _plain(predicted),
         "optimizer_bytes_per_step": _plain(outcome.optimizer_bytes_per_step if gathers else None),
         "optimizer_bytes_per_step_predicted": _plain(of_optimizer if gathers else None),
+        "lookup_bytes_predicted": None if lookups is None else lookups.forward,
+        "lookup_share_predicted": None if lookups is None else lookups.share,
         "checkpoint": str(outcome.checkpoint) if outcome.checkpoint else None,
         "unigram_entropy": _unigram_entropy(data),
         **step0_fields(compiled),
