@@ -198,9 +198,18 @@ def region_of(lookup: FoundLookup, recording: Recording, regions: Container[str]
         raise CaptureError(f"{path} holds it, and {nested} becomes another graph")
     graph = trace_region(module, recording.calls[path], frozenset())
     reads = [read for read in reads_of(graph.graph) if f"{path}.{read.weight.target}" == lookup.weight]
-    if not reads or any(user not in {read.node for read in reads} for read in reads for user in read.weight.users):
+    nodes = {read.node for read in reads}
+    others = [user for read in reads for user in read.weight.users if user not in nodes and not _is_size(user)]
+    if not reads or others:
         raise CaptureError("its traced graph does not read it by rows alone")
     return Region(path=path, graph=graph, module=module, matches={})
+
+
+def _is_size(user: fx.Node) -> bool:
+    """Whether a node reads a size, which is that of the whole table on every rank."""
+    return (user.target is getattr and user.args[1] in ("shape", "ndim", "dtype", "device")) or (
+        user.op == "call_method" and user.target in ("size", "dim", "numel")
+    )
 
 
 def rows_read(graph: fx.GraphModule, path: str, weights: Mapping[str, object]) -> list[tuple[Read, str]]:
