@@ -55,7 +55,28 @@ class SpreadRows:
         erase_unused(new.graph)
         new.recompile()
         new.graph.lint()
+        self.ensures(region.path, new, [planned[weight] for _, weight in found])
         return region.with_graph(new)
+
+    def ensures(self, path: str, after: fx.GraphModule, read: Sequence[Lookup]) -> None:
+        """Each lookup in `read` goes to the owners of the rows that its ids name, and comes back to where these are.
+
+        Raises:
+            PassError: one does not.
+        """
+        returns = [node for node in after.graph.nodes if op_name(node) == "return_rows"]
+        wanted = len(read) if self.mesh.size(Part.ROWS) > 1 else 0
+        if len(returns) != wanted:
+            raise PassError(self.name, path, f"has {len(returns)} lookups over ranks, planned are {wanted}")
+        for node in returns:
+            rows, table, places, axis = node.args
+            asked = rows.args[1]
+            ids, places_of = table.args[0].args[0], places.args[0]
+            ways = {op_name(table.args[0]), op_name(asked.args[0])}, {asked.args[0], table.args[0]}
+            if ways[0] != {"send_ids"} or len(ways[1]) != 1 or ids.args[0] is not places_of or axis != AXIS:
+                raise PassError(self.name, path, f"{node.name} returns rows of another lookup")
+            if table.args[0].args[1] != places_of.args[1]:
+                raise PassError(self.name, path, f"{node.name} is of a table with {places_of.args[1]} rows")
 
     def _replace(self, graph: fx.Graph, read: Read, lookup: Lookup, region: Region) -> None:
         dtype = region.module.get_parameter(str(read.weight.target)).dtype

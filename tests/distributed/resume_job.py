@@ -28,9 +28,12 @@ TINY = [
 ]  # fmt: skip
 
 
-def run(overrides: Sequence[str], run_dir: Path, change: Callable[[nn.Module], None] = lambda model: None) -> Outcome:
+def run(
+    overrides: Sequence[str], run_dir: Path, change: Callable[[nn.Module], None] = lambda model: None, *,
+    base: Sequence[str] = TINY,
+) -> Outcome:  # fmt: skip
     """One run on the ranks that are there. change: what is done to the compiled model before it trains."""
-    config = resumed(compose_config([*TINY, *overrides]), run_dir)
+    config = resumed(compose_config([*base, *overrides]), run_dir)
     if dist.get_rank() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
     dist.barrier()

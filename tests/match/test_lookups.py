@@ -1,0 +1,89 @@
+"""Lookups in embedding tables are found by dataflow: what is read by rows, by which ids, and why it is left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moecompile.capture import record
+from moecompile.match.lookups import FoundLookup, find_lookups
+from tests.table_models import build
+
+IDS = torch.randint(1, 300, (2, 8))
+
+
+def found_in(model: nn.Module, example: Any = IDS) -> dict[str, FoundLookup]:
+    return {each.weight: each for each in find_lookups(record(model, example))}
+
+
+def test_every_form_of_hashed_tables_is_found() -> None:
+    found = found_in(build(), {"input_ids": IDS})
+    assert not any(each.refused for each in found.values())
+    assert {name: (each.rows, each.width, each.computed, each.ids) for name, each in found.items()} == {
+        "model.embed_tokens.weight": (300, 16, False, 16),
+        "tables.heads.heads.0.weight": (37, 8, True, 16),
+        "tables.heads.heads.1.weight": (38, 8, True, 16),
+        "tables.indexed.table": (74, 16, True, 16),
+        "tables.selected.holder.weight": (41, 16, True, 32),
+    }
+
+
+class Model(nn.Module):
+    """A table that is read by what `ids` makes of the input; its rows are used as `then` says."""
+
+    def __init__(self, ids: Any = lambda x: x, then: Any = lambda rows, table: rows, **options: Any) -> None:
+        super().__init__()
+        self.table, self.ids, self.then = nn.Embedding(300, 4, **options), ids, then
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S) -> (B, S, 4)"""
+        return self.then(self.table(self.ids(x)), self.table)
+
+
+@pytest.mark.parametrize(
+    ("ids", "computed"),
+    [
+        (lambda x: x, False), (lambda x: x.long().flatten().view(2, 8), False), (lambda x: x[:, 1:], False),
+        (lambda x: torch.arange(x.shape[1]), False), (lambda x: x + 0, True), (lambda x: x % 7, True),
+        (lambda x: torch.where(x > 9, x, 0), True), (lambda x: x.cumsum(1) % 300, True),
+    ],
+)  # fmt: skip
+def test_ids_are_given_or_computed(ids: Any, computed: bool) -> None:
+    assert found_in(Model(ids))["table.weight"].computed is computed
+
+
+@pytest.mark.parametrize(
+    ("then", "options", "reason"),
+    [
+        (lambda rows, table: rows @ table.weight.T, {}, "uses it whole"),
+        (lambda rows, table: rows + F.embedding(IDS, table.weight), {}, "both read it"),
+        (lambda rows, table: rows, {"max_norm": 1.0}, "max_norm"),
+        (lambda rows, table: rows, {"scale_grad_by_freq": True}, "frequency"),
+        (lambda rows, table: rows, {"sparse": True}, "sparse=True"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_spread_says_why(then: Any, options: dict[str, Any], reason: str) -> None:
+    assert reason in found_in(Model(then=then, **options))["table.weight"].refused
+
+
+def test_a_tied_table_is_left_alone() -> None:
+    model = nn.ModuleDict({"a": nn.Embedding(300, 4), "b": nn.Linear(4, 300, bias=False)})
+    model["b"].weight = model["a"].weight
+    model.forward = lambda x: model["b"](model["a"](x))  # type: ignore[method-assign,assignment]
+    assert "it is also b.weight" in found_in(model)["a.weight"].refused
+
+
+def test_a_mask_and_a_slice_are_no_lookups() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(8, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.table[x[0] > 9].sum() + self.table[1:3].sum() + x
+
+    assert found_in(Masked()) == {}
