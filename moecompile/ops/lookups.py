@@ -13,7 +13,7 @@ Legend: U different ids of this rank, S rows that others ask this rank for, D wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -253,7 +253,7 @@ def read_rows(
 
 
 @torch.library.custom_op("moecompile::return_rows", mutates_args=())
-def return_rows(rows_SD: Tensor, table_2r1: Tensor, places: Tensor, axis: str, *, dtype: torch.dtype) -> Tensor:
+def return_rows(rows_SD: Tensor, table_2r1: Tensor, places: Tensor, dtype: torch.dtype, axis: str) -> Tensor:
     """Returns rows to who asked for them, and puts each where its ids are: (*places.shape, D).
 
     dtype: of the result, and of rows on the wire. Gradients are summed and sent in that of the rows.
@@ -264,19 +264,20 @@ def return_rows(rows_SD: Tensor, table_2r1: Tensor, places: Tensor, axis: str, *
 
 
 @return_rows.register_fake
-def _(rows_SD: Tensor, table_2r1: Tensor, places: Tensor, axis: str, *, dtype: torch.dtype) -> Tensor:
+def _(rows_SD: Tensor, table_2r1: Tensor, places: Tensor, dtype: torch.dtype, axis: str) -> Tensor:
     return rows_SD.new_empty(*places.shape, rows_SD.shape[1], dtype=dtype)
 
 
-def _return_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
-    rows, table, places, ctx.axis = inputs
+def _return_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, table, places, _, ctx.axis = inputs
     ctx.dtype = rows.dtype
     ctx.save_for_backward(table, places)
 
 
-def _return_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+def _return_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
     table, places = ctx.saved_tensors
-    return torch.ops.moecompile.send_row_gradients(grad.to(ctx.dtype), table, places, ctx.axis), None, None, None
+    back = torch.ops.moecompile.send_row_gradients(grad.to(ctx.dtype), table, places, ctx.axis)
+    return back, None, None, None, None
 
 
 return_rows.register_autograd(_return_backward, setup_context=_return_setup)
@@ -296,10 +297,10 @@ def _(grad: Tensor, table_2r1: Tensor, places: Tensor, axis: str) -> Tensor:
     return grad.new_empty(size, grad.shape[-1])
 
 
-def bytes_given(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+def bytes_given(op: str, args: Sequence[Any]) -> int | None:
     """Bytes that a rank gives to an exchange of a lookup, its own part included; None: it is another op."""
     known = _BYTES_GIVEN.get(op)
-    return None if known is None else known(*args, **kwargs)
+    return None if known is None else known(*args)
 
 
 def _ids_given(unique_U: Tensor, num_rows: int, axis: str) -> int:
@@ -307,7 +308,7 @@ def _ids_given(unique_U: Tensor, num_rows: int, axis: str) -> int:
     return unique_U.numel() * _index_dtype(rows_of_a_rank(num_rows, ranks)).itemsize + ranks * torch.int64.itemsize
 
 
-def _rows_given(rows_SD: Tensor, *_: Any, dtype: torch.dtype) -> int:
+def _rows_given(rows_SD: Tensor, table_2r1: Tensor, places: Tensor, dtype: torch.dtype, axis: str) -> int:
     return rows_SD.numel() * dtype.itemsize
 
 

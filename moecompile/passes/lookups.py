@@ -69,7 +69,7 @@ class SpreadRows:
         if len(returns) != wanted:
             raise PassError(self.name, path, f"has {len(returns)} lookups over ranks, planned are {wanted}")
         for node in returns:
-            rows, table, places, axis = node.args
+            rows, table, places, _, axis = node.args
             asked = rows.args[1]
             ids, places_of = table.args[0].args[0], places.args[0]
             ways = {op_name(table.args[0]), op_name(asked.args[0])}, {asked.args[0], table.args[0]}
@@ -92,7 +92,7 @@ class SpreadRows:
                 unique, places = items(graph, item(ops.unique_ids, (ids, lookup.rows)), "ids_U", "places")
                 asked, table = items(graph, item(ops.send_ids, (unique, lookup.rows, AXIS)), "asked_S", "table_2r1")
                 rows = item(read_rows, (read.weight, asked, read.padding), by_rows)
-                out = item(ops.return_rows, (rows, table, places, AXIS), {"dtype": dtype})
+                out = item(ops.return_rows, (rows, table, places, dtype, AXIS))
         out.meta.update(read.node.meta)
         read.node.replace_all_uses_with(out)
         graph.erase_node(read.node)
@@ -156,6 +156,8 @@ def _cast_rows(model: nn.Module, lookup: Lookup, dtype: torch.dtype) -> None:
     graph = model.get_submodule(lookup.module)
     assert isinstance(graph, fx.GraphModule)
     for node in graph.graph.nodes:
-        if op_name(node) in ("read_rows", "return_rows") and "dtype" in node.kwargs:
+        if op_name(node) == "return_rows":
+            node.args = (*node.args[:3], dtype, node.args[-1])
+        elif op_name(node) == "read_rows" and "dtype" in node.kwargs:
             node.kwargs = {**node.kwargs, "dtype": dtype}
     graph.recompile()

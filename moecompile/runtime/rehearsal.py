@@ -197,7 +197,7 @@ class Watch(TorchDispatchMode):
     def _keep(self, func: Any, args: Any, kwargs: Any) -> None:
         name = func._opname
         if func.namespace == "moecompile":
-            if (of_lookup := bytes_given(name, args, kwargs)) is not None:
+            if (of_lookup := bytes_given(name, args)) is not None:
                 self._keep_one(name, group_of(args[-1]), of_lookup)
             if name not in _SENDING:
                 return

@@ -320,7 +320,10 @@ def train_dense(
     All ranks call it with the same newly built model.
     """
     mesh = like.mesh
-    plan = Plan(mesh=mesh, layers=(), reductions=reductions(mesh), context_parallel=like.context_parallel)
+    plan = Plan(
+        mesh=mesh, layers=(), reductions=reductions(mesh, tables=bool(like.lookups)), lookups=like.lookups,
+        context_parallel=like.context_parallel,
+    )  # fmt: skip
     dense = compile_model(model, config, example=example, plan=plan)
     unsaved = dataclasses.replace(config.trainer, save_checkpoint=False, save_interval=0, resume=None)
     return train(dense, plan, dataclasses.replace(config, trainer=unsaved), data, run_dir / BASELINE)

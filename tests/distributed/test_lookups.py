@@ -34,7 +34,7 @@ def looked_up(rank: int, world_size: int) -> dict[str, float]:
     ids = torch.tensor(ASKED[rank], dtype=torch.long)
     unique, places = ops.unique_ids(ids, ROWS)
     asked, sizes = ops.send_ids(unique, ROWS, axis)
-    out = ops.return_rows(read_rows(own, asked, -1), sizes, places, axis, dtype=torch.float64)
+    out = ops.return_rows(read_rows(own, asked, -1), sizes, places, torch.float64, axis)
     out.backward(grads[rank])
     whole = table.clone().requires_grad_()
     for number, grad in enumerate(grads):

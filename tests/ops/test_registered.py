@@ -25,6 +25,7 @@ REAL_T = torch.tensor([True, False, True])
 KEPT_R = torch.tensor([4, 0, 5])
 SOURCE_R = torch.tensor([0, 2, 1, 0, 1, 2])
 KEY = torch.tensor([1, 2, 3, 4])
+LOOKUP = torch.tensor([[[3]], [[3]]])  # table_2r1: three rows are asked for
 
 
 def values(*shape: int, seed: int = 0) -> Tensor:
@@ -174,6 +175,13 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "join_columns": lambda axis: (values(2, 3, 4), axis),
     "cut_columns": lambda axis: (values(2, 3, 4), axis),
     "all_to_all": lambda axis: (values(4, 4), table([4], [4]), 0, False, axis),
+    "unique_ids": lambda _: (torch.tensor([[3, 1], [3, 0]]), 5),
+    "send_ids": lambda axis: (torch.tensor([0, 1, 3]), 5, axis),
+    "read_rows": lambda _: (values(5, 2), torch.tensor([3, 1, 3]), 1),
+    "read_rows: every row": lambda _: (values(5, 2), torch.tensor([[3, 1], [3, 0]]), -1),
+    "table_gradient": lambda _: (values(3, 2).detach(), torch.tensor([3, 1, 3]), 5, 1),
+    "return_rows": lambda axis: (values(3, 2), LOOKUP, torch.tensor([[2, 1], [2, 0]]), F64, axis),
+    "send_row_gradients": lambda axis: (values(4, 2).detach(), LOOKUP, torch.tensor([2, 1, 2, 0]), axis),
     "split_tokens": lambda _: (values(5, 4), 3),
     "counts_of_chunk": lambda _: (torch.arange(12).view(2, 6), 1, 3),
     "join_counts": lambda _: ([torch.arange(4), torch.arange(4)], 2),
@@ -262,7 +270,7 @@ DIFFERENTIABLE = [
     "gather_assignments", "expert_ffn", "sort_assignments", "sort_assignments: dropped", "sort_received",
     "sort_gathered", "cut_tokens", "join_tokens", "sum_ranks", "join_columns", "cut_columns",
     "grouped_mm: borrowed", "grouped_mm: nothing borrowed", "expert_ffn: borrowed", "expert_ffn: nothing borrowed",
-    "local_experts",
+    "local_experts", "read_rows: every row", "return_rows",
 ]  # fmt: skip
 
 
