@@ -150,7 +150,8 @@ class Pipeline:
 
         Together: all of its stages count, each with its own layers, at the same moment.
         """
-        return _in_flight(self.schedule, index, self.ranks, self.per_rank, micro_batches)
+        more = max(0, micro_batches // self.ranks - _STEADY) * self.ranks  # later ones are as many: one comes, one goes
+        return _in_flight(self.schedule, index, self.ranks, self.per_rank, micro_batches - more)
 
     def waits(self, micro_batches: int, backward: float) -> float:
         """Micro-batches for which a rank waits in a step. backward: its time over that of a forward."""
@@ -322,6 +323,9 @@ def _paired(schedule: str, ranks: int, per_rank: int, micro_batches: int) -> flo
     order = SCHEDULES[schedule].order
     groups = [group for index in range(ranks) for group in order(index, ranks, per_rank, micro_batches)]
     return sum(len(group) for group in groups if len(group) > 1) / sum(map(len, groups))
+
+
+_STEADY = 4  # times the ranks; by then the first backwards have begun, and the last ones are not near
 
 
 @cache  # a search asks for each layout
