@@ -14,7 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,7 +46,12 @@ class Row:
         return self.planned / self.measured - 1
 
 
-def measured(cases: Sequence[str], folder: Path) -> list[Row]:
+def new_python(*words: str) -> None:
+    """`python WORDS`."""
+    subprocess.run([sys.executable, *words], check=True, capture_output=True)
+
+
+def measured(cases: Sequence[str], folder: Path, python: Callable[..., object] = new_python) -> list[Row]:
     """Runs `recipe mesh` of each case, or `recipe mesh GIB` with a budget."""
     rows = []
     for case in cases:
@@ -55,8 +60,7 @@ def measured(cases: Sequence[str], folder: Path) -> list[Row]:
         settings = [f"recipe={recipe}", f"mesh={mesh}", "routing.workload=balanced"]
         settings += ["trainer.checkpointing=budget", f"hardware.memory_gib={memory[0]}"] if memory else []
         settings += ["bench.rounds=1", "bench.warmup=1", "bench.machine=false", f"hydra.run.dir={run}"]
-        command = [sys.executable, "-m", "moecompile", "task=bench", *settings]
-        subprocess.run(command, check=True, capture_output=True)
+        python("-m", "moecompile", "task=bench", *settings)
         step = json.loads((run / "bench.json").read_text())["step"]
         again = "; ".join(
             f"{', '.join(each.parts)}{' and exchanges' * each.sends} of {len(each.layers)}"

@@ -17,10 +17,12 @@ whole micro-batches keeps an order valid. So does dualpipev's of fewer than 2 P.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import chain
+from typing import NamedTuple
 
 from moecompile.errors import ConfigError, PlanError
 
@@ -148,7 +150,8 @@ class Pipeline:
 
         Together: all of its stages count, each with its own layers, at the same moment.
         """
-        return _in_flight(self.schedule, index, self.ranks, self.per_rank, micro_batches)
+        more = max(0, micro_batches // self.ranks - _STEADY) * self.ranks  # later ones are as many: one comes, one goes
+        return _in_flight(self.schedule, index, self.ranks, self.per_rank, micro_batches - more)
 
     def waits(self, micro_batches: int, backward: float) -> float:
         """Micro-batches for which a rank waits in a step. backward: its time over that of a forward."""
@@ -169,8 +172,7 @@ class Pipeline:
         return "|".join(words)
 
 
-@dataclass(frozen=True)
-class Action:
+class Action(NamedTuple):  # a search makes millions
     """The forward or the backward of a micro-batch in a stage."""
 
     is_forward: bool
@@ -323,13 +325,19 @@ def _paired(schedule: str, ranks: int, per_rank: int, micro_batches: int) -> flo
     return sum(len(group) for group in groups if len(group) > 1) / sum(map(len, groups))
 
 
+_STEADY = 4  # times the ranks; by then the first backwards have begun, and the last ones are not near
+
+
 @cache  # a search asks for each layout
 def _in_flight(schedule: str, index: int, ranks: int, per_rank: int, micro_batches: int) -> tuple[int, ...]:
     now = dict.fromkeys(_stages_of(schedule, index, ranks, per_rank), 0)
-    most = tuple(now.values())
+    most, total, highest = tuple(now.values()), 0, 0
     for action in chain.from_iterable(SCHEDULES[schedule].order(index, ranks, per_rank, micro_batches)):
-        now[action.stage] += 1 if action.is_forward else -1
-        most = max(most, tuple(now.values()), key=sum)
+        change = 1 if action.is_forward else -1
+        now[action.stage] += change
+        total += change
+        if total > highest:
+            most, highest = tuple(now.values()), total
     return most
 
 
@@ -342,16 +350,16 @@ def simulated(pipeline: Pipeline, micro_batches: int) -> list[tuple[int, Action]
     groups = [pipeline.groups(index, micro_batches) for index in range(pipeline.ranks)]
     last, done, run = len(pipeline.stages) - 1, set[Action](), list[tuple[int, Action]]()
     at_once = pipeline.overlap != NONE  # what both of a pair need is received before
-    pending = [list(own) if at_once else [(action,) for action in chain.from_iterable(own)] for own in groups]
+    pending = [deque(own if at_once else [(action,) for action in chain.from_iterable(own)]) for own in groups]
     while any(pending):
         ready = [
-            index for index, left in enumerate(pending) if left and all(_needs(each, last) <= done for each in left[0])
+            index for index, left in enumerate(pending) if left and all(_can_run(each, last, done) for each in left[0])
         ]
         if not ready:
             rule = f"ranks would wait for each other after {len(run)} of {sum(map(len, chain(*groups)))} steps"
             raise PlanError("pipeline.schedule", pipeline.schedule, rule, "Use 1f1b")
         for index in ready:
-            actions = pending[index].pop(0)
+            actions = pending[index].popleft()
             done.update(actions)
             run += [(index, action) for action in actions]
     wanted = 2 * len(pipeline.stages) * micro_batches
@@ -374,12 +382,17 @@ def waits_of(schedule: str, ranks: int, per_rank: int, micro_batches: int, backw
     return max(free) / whole - micro_batches
 
 
-def _needs(action: Action, last: int) -> set[Action]:
+def _can_run(action: Action, last: int, done: Container[Action]) -> bool:
+    return all(need in done for need in _needs(action, last))
+
+
+def _needs(action: Action, last: int) -> list[Action]:
     """What must have been computed before."""
-    if action.is_forward:
-        return {replace(action, stage=action.stage - 1)} if action.stage else set()
-    needs = {replace(action, is_forward=True)}
-    return needs if action.stage == last else needs | {replace(action, stage=action.stage + 1)}
+    is_forward, stage, number = action
+    if is_forward:
+        return [Action(True, stage - 1, number)] if stage else []
+    forward = Action(True, stage, number)
+    return [forward] if stage == last else [forward, Action(False, stage + 1, number)]
 
 
 def stage_of(pipeline: Pipeline, path: str) -> int | None:

@@ -22,11 +22,11 @@ gc.disable()  # until all is imported, of which nothing is garbage: a third of t
 
 GOLDEN = Path(__file__).parent / "golden"
 LONGEST = (
-    "tests/tasks/test_families.py", "tests/test_docs.py", "tests/test_tutorials.py", "tests/tasks/test_train.py",
-    "tests/distributed/test_external_launch.py", "tests/verify/test_certify.py", "tests/distributed/test_faults.py",
-    "tests/tasks/test_recipes.py", "tests/benchmarks/test_peers.py", "tests/verify/", "tests/cluster/", "tests/tasks/",
-    "tests/distributed/", "tests/benchmarks/", "tests/compose/", "tests/match/", "tests/passes/test_upcycle.py",
-    "tests/test_", "tests/runtime/", "tests/models/",
+    "tests/verify/test_pipeline.py", "tests/tasks/test_families.py", "tests/test_docs.py", "tests/test_tutorials.py",
+    "tests/tasks/test_train.py", "tests/distributed/test_external_launch.py", "tests/verify/test_certify.py",
+    "tests/distributed/test_faults.py", "tests/tasks/test_recipes.py", "tests/benchmarks/test_peers.py", "tests/verify/",
+    "tests/cluster/", "tests/tasks/", "tests/distributed/", "tests/benchmarks/", "tests/compose/", "tests/match/",
+    "tests/passes/test_upcycle.py", "tests/test_", "tests/runtime/", "tests/models/",
 )  # fmt: skip
 """Files and rooms that begin first: a worker gets whole files, and a long one at the end would leave the others idle."""
 

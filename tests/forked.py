@@ -1,7 +1,8 @@
 """Processes of tests, forked from one that has imported what they need: torch and Lightning take seconds to import.
 
 `python("-m", "moecompile", ..., cwd=folder)` is `python -m moecompile ...` in all but that time: a session, an
-environment, a working directory, arguments and output of its own. Its ranks are forked from the same process.
+environment, a working directory, arguments and output of its own. Its ranks are forked from the same process, and so are
+those of torchrun (tests/cluster/test_torchrun.py has real ones).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing import forkserver, reduction
@@ -39,6 +40,8 @@ _PRELOAD = (
     "transformers.models.mixtral.modeling_mixtral",
     "tests.preloaded",
 )
+NEW_WORKERS = "TESTS_NEW_WORKERS"
+"""Environment variable: the workers of torchrun are not forked, but start as Python does."""
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(list(_PRELOAD))
 
@@ -55,8 +58,27 @@ def start(process: ForkServerProcess) -> ForkServerProcess:
     return process
 
 
-class Program:
-    """`python WORDS` in `cwd`, as a `subprocess.Popen` of it: a module after `-m`, or a program.
+class Forked:
+    """`python WORDS` in `cwd`, as a `subprocess.Popen` of it: a module after `-m`, or a program; `-u` may be before."""
+
+    def __init__(self, words: Sequence[str], cwd: Path, variables: Mapping[str, str], outputs: _Outputs) -> None:
+        self._process = start(context.Process(target=_run, args=(tuple(words), cwd, variables, outputs)))
+        assert self._process.pid is not None
+        self.args, self.pid = words, self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        self._process.join(timeout_s)
+        if self._process.exitcode is None:
+            assert timeout_s is not None
+            raise subprocess.TimeoutExpired(self.args, timeout_s)
+        return self._process.exitcode
+
+
+class Program(Forked):
+    """One whose output can be read.
 
     Args:
         environ: beside or instead of this process's. merged: stderr goes where stdout goes.
@@ -68,11 +90,9 @@ class Program:
         variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), **(environ or {})}
         (out, to_out), (err, to_err) = os.pipe(), os.pipe()
         outputs = _Outputs(to_out, to_out if merged else to_err)
-        self._process = start(context.Process(target=_run, args=(words, cwd, variables, outputs)))
+        super().__init__(words, cwd, variables, outputs)
         for descriptor in (to_out, to_err):
             os.close(descriptor)
-        assert self._process.pid is not None
-        self.args, self.pid = words, self._process.pid
         self.stdout, self.stderr = os.fdopen(out), os.fdopen(err)
 
     def __enter__(self) -> Program:
@@ -82,16 +102,6 @@ class Program:
         self.wait()
         self.stdout.close()
         self.stderr.close()
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def wait(self, timeout_s: float | None = None) -> int:
-        self._process.join(timeout_s)
-        if self._process.exitcode is None:
-            assert timeout_s is not None
-            raise subprocess.TimeoutExpired(self.args, timeout_s)
-        return self._process.exitcode
 
     def communicate(self, timeout_s: float) -> tuple[str, str]:
         """What is printed until its end; after the timeout it is killed, with its ranks."""
@@ -115,6 +125,17 @@ def python(
     program = Program(*words, cwd=cwd, environ=environ)
     out, err = program.communicate(timeout_s)
     return subprocess.CompletedProcess(words, program.wait(), out, err)
+
+
+def run(
+    command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, stdout: Any = None, **_: Any
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Instead of `subprocess.run` in a program that starts Python; stdout: a file that gets all that is printed."""
+    assert command[0] == sys.executable
+    done = python(*command[1:], cwd=cwd or Path.cwd(), environ=env)
+    if stdout is not None:
+        stdout.write(done.stdout + done.stderr)
+    return done
 
 
 class _Outputs:
@@ -150,7 +171,9 @@ def _run(words: tuple[str, ...], cwd: Path, variables: Mapping[str, str], output
     os.setsid()
     multiprocessing.set_start_method(None, force=True)
     forkserver.ensure_running = forkserver._forkserver.ensure_running = _is_running
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    is_unbuffered = words[0] == "-u"
+    words, buffering = words[is_unbuffered:], 1 if is_unbuffered else -1
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering, closefd=False) for number in (1, 2))
     os.environ.clear()
     os.environ.update(variables)
     time.tzset()
@@ -167,9 +190,22 @@ def _is_running() -> None:
     """Instead of a check that would start a second fork server: this process's own is alive."""
 
 
+def _fork_workers() -> None:
+    """Torchrun's workers are forked as well: `python -u WORDS`, whose output goes where its own goes, or to its files."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
+
+    def start_worker(handler: Any, command: tuple[str, ...], variables: dict[str, str]) -> Forked:
+        out, err = (file.fileno() if file else number for number, file in ((1, handler._stdout), (2, handler._stderr)))
+        return Forked(command[1:], Path.cwd(), variables, _Outputs(out, err))
+
+    SubprocessHandler._popen = start_worker
+
+
 def _code(words: tuple[str, ...]) -> int:
     """Runs the program as `__main__`, and returns its exit code."""
     try:
+        if words[:2] == ("-m", "torch.distributed.run") and NEW_WORKERS not in os.environ:
+            _fork_workers()
         if words[0] == "-m":
             sys.argv = ["-m", *words[2:]]
             sys.path[0] = os.getcwd()

@@ -6,8 +6,6 @@ import ast
 import copy
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 import typing
 from collections.abc import Iterator
@@ -51,6 +49,7 @@ from moecompile.schema import Config, ModelConfig, validate
 from moecompile.tasks import launched
 from moecompile.tasks.export import run as export
 from moecompile.tasks.inputs import check_inputs
+from tests import forked
 from tests.cluster.slow_model import SMALL
 from tests.tiny import ids, tiny_llama
 
@@ -405,7 +404,6 @@ def test_ranks_run_what_the_caller_names_and_its_export_asks_again(
 ) -> None:
     """Ranks that the command line starts, then ranks of torchrun, which go on with the run."""
     root, port = PACKAGE.parent, str(free_port())
-    environ = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     factory, experts = f"{FACTORY}=tests.cluster.slow_model:build", f"{EXPERTS}=tests.backends:one_by_one"
     plugin = "plugins=[docs/examples/my_plugin.py]"
     small = [*SMALL, "mesh=cpu_1x2", "data.micro_batch_size=1", "dispatch=dedup", "trainer.checkpointing=none"]
@@ -418,13 +416,11 @@ def test_ranks_run_what_the_caller_names_and_its_export_asks_again(
         f"hydra.run.dir={tmp_path}/run",
         "trainer.log_interval=1",
     ]
-    python = [sys.executable, "-m"]
+    python = ["-m"]
     torchrun = [*python, "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "-m"]
 
     def run(start: list[str], *words: str) -> None:
-        done = subprocess.run(
-            [*start, "moecompile", *words], cwd=root, env=environ, capture_output=True, text=True, timeout=240, check=False
-        )  # fmt: skip
+        done = forked.python(*start, "moecompile", *words, cwd=root)
         assert done.returncode == 0, done.stdout + done.stderr
 
     run(python, *train, "trainer.max_steps=1")

@@ -81,6 +81,19 @@ def test_ranks_of_dualpipev_keep_equally_much() -> None:
     assert [four.in_flight(index, 3) for index in range(4)] == [(3, 1), (3, 2), (3, 3), (3, 3)]
 
 
+@pytest.mark.parametrize(("per_rank", "schedule"), [(1, AUTO), (2, AUTO), (3, AUTO), (8, AUTO), (2, "dualpipev")])
+def test_what_is_kept_of_many_micro_batches_is_that_of_fewer(per_rank: int, schedule: str) -> None:
+    for ranks in (2, 3, 5):
+        of = pipeline(ranks, per_rank, schedule)
+        for index, number in product(range(ranks), (*range(1, 7 * ranks + 1), 20 * ranks + 1)):
+            kept = dict.fromkeys(of.stages_of(index), 0)
+            counts = []
+            for action in of.order(index, number):
+                kept[action.stage] += 1 if action.is_forward else -1
+                counts.append(tuple(kept.values()))
+            assert of.in_flight(index, number) == max(counts, key=sum), (ranks, index, number)
+
+
 @pytest.mark.parametrize(("ranks", "per_rank"), [(2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (4, 3)])
 def test_how_long_ranks_wait(ranks: int, per_rank: int) -> None:
     """What is in closed form, beside the order that is run."""

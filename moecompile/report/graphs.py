@@ -491,9 +491,9 @@ def _draw_edge(axes: Any, points: list[Point]) -> None:
         middle = (y0 + y1) / 2
         vertices += [(x0, middle), (x1, middle), (x1, y1)]
         codes += [Outline.CURVE4] * 3
-    axes.add_patch(PathPatch(Outline(vertices, codes), fill=False, edgecolor=_EDGE_COLOR, linewidth=1.1))
+    axes.add_artist(PathPatch(Outline(vertices, codes), fill=False, edgecolor=_EDGE_COLOR, linewidth=1.1))
     head = [(x, y), (x - _ARROW / 2, y - _ARROW), (x + _ARROW / 2, y - _ARROW)]
-    axes.add_patch(Polygon(head, closed=True, facecolor=_EDGE_COLOR, edgecolor=_EDGE_COLOR, linewidth=0.5))
+    axes.add_artist(Polygon(head, closed=True, facecolor=_EDGE_COLOR, edgecolor=_EDGE_COLOR, linewidth=0.5))
 
 
 def _draw_box(axes: Any, box: Box, view: _View, left: float, top: float) -> None:
@@ -522,7 +522,7 @@ def _legend_entry_width(role: Role) -> float:
 
 def _rounded(axes: Any, left: float, top: float, width: float, height: float, fill: str, border: str) -> None:
     style = "round,pad=0,rounding_size=3"
-    axes.add_patch(
+    axes.add_artist(
         FancyBboxPatch((left, top), width, height, boxstyle=style, facecolor=fill, edgecolor=border, linewidth=1.0)
     )
 

@@ -194,7 +194,7 @@ def test_the_counter_counts_what_crosses_the_loopback() -> None:
     assert sent_bytes("lo") - before >= 10_000
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_whole_models_are_the_same_and_take_turns(tmp_path: Path) -> None:
     for ranks, models in (
         ("1", {"moecompile", "transformers grouped_mm", "transformers eager", "limit"}),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from tests import forked
 
 REPOSITORY = Path(__file__).parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -28,6 +31,7 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     placement = importlib.import_module("placement")
     monkeypatch.setattr(placement, "KINDS", {"zipf": placement.KINDS["zipf"]})
+    monkeypatch.setattr(placement, "subprocess", SimpleNamespace(run=forked.run))
     small = ["model.config.num_hidden_layers=2", "mesh=cpu_1x2", "data.seq_len=32", "data.global_batch_size=8"]
     found = placement.measure(12, tmp_path, [*small, "data.micro_batch_size=4"])
     assert len(found) == 1 and placement.holds(found)

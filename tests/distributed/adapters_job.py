@@ -140,7 +140,8 @@ def sharded(
         optimizer.step()
         trace.losses.append(float(sums[0]))
     after = {name: full(tensor) for name, tensor in model.named_parameters()}
-    trace.weights = {name: value for name, value in after.items() if name in dict(_trained(model))}
+    trained = dict(_trained(model))
+    trace.weights = {name: value for name, value in after.items() if name in trained}
     for name, value in after.items():  # what is frozen has not moved by a bit
         if name not in trace.weights:
             assert torch.equal(value, before[name.replace(".base_layer.", ".")]), name

@@ -14,7 +14,7 @@ import pytest
 from moecompile.runtime.external_launch import ANSWER_TIMEOUT_S, GRACE_S
 from moecompile.runtime.ranks import free_port
 from moecompile.schema import TrainerConfig
-from tests.forked import Program, python
+from tests.forked import NEW_WORKERS, Program, python
 
 PROGRAM = ["-m", "tests.distributed.launcher_program"]
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node"]
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("from_the_repository")
 
 
 def run(words: list[str], **environ: str) -> subprocess.CompletedProcess[str]:
-    """torchrun is forked; its ranks are processes of their own, which it starts."""
+    """torchrun is forked, and so are its ranks."""
     return python(*words, cwd=REPOSITORY, timeout_s=240, environ=environ)
 
 
@@ -98,7 +98,8 @@ if os.environ.get("RANK") in os.environ["BROKEN"].split(",") and "tests.distribu
 def test_an_import_that_fails_before_the_ranks_have_met(broken: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(BROKEN)
     path = os.pathsep.join((str(tmp_path), str(REPOSITORY)))
-    result = run([*TORCHRUN, "2", *PROGRAM, "2", str(tmp_path / "run")], BROKEN=broken, PYTHONPATH=path)
+    environ = {"BROKEN": broken, "PYTHONPATH": path, NEW_WORKERS: "1"}  # whose Python has yet to import torch
+    result = run([*TORCHRUN, "2", *PROGRAM, "2", str(tmp_path / "run")], **environ)
     assert result.returncode != 0
     assert result.stderr.count("ModuleNotFoundError: No module named 'torch.distributed'") == 1, result.stderr
 

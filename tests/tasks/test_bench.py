@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,14 @@ from benchmarks.memory import MOST, measured
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.schema import validate
+from tests import test_docs
 from tests.tasks.test_train import TINY, moecompile
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["cpu_1", "cpu_1x4"])
 def test_memory_of_a_recipe_is_what_was_planned(mesh: str, tmp_path: Path) -> None:
-    (row,) = measured([f"mixtral_ep {mesh}"], tmp_path)  # one with accumulation, one without
+    (row,) = measured([f"mixtral_ep {mesh}"], tmp_path, partial(test_docs.run, cwd=tmp_path))  # accumulation or not
     assert abs(row.error) <= MOST, row
 
 

@@ -214,14 +214,14 @@ def test_task_compile_writes_alike_layers_once(
 
 @pytest.mark.slow
 def test_compile_time_is_measured_and_linear() -> None:
-    """Two gibibytes; twice the layers, about twice the CPU time."""
+    """Two gibibytes; four times the layers, about four times the CPU time."""
     rows = []
-    for layers in (15, 30, 61):
+    for layers in (15, 61):
         command = [sys.executable, "benchmarks/compile_time.py", "--one", "--layers", str(layers)]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=170)
         assert done.returncode == 0, done.stderr
         rows.append(json.loads(done.stdout.splitlines()[-1]))
-    assert [row["moe_layers"] for row in rows] == [12, 27, 58]
+    assert [row["moe_layers"] for row in rows] == [12, 58]
     assert all(row["peak_gib"] < 2 for row in rows)
     seconds = [row["cpu_seconds"]["compile"] for row in rows]
-    assert seconds[2] / seconds[0] < 1.5 * 61 / 15
+    assert seconds[1] / seconds[0] < 1.5 * 61 / 15

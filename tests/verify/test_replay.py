@@ -67,7 +67,7 @@ def _all(rank: int, world_size: int, folder: Path) -> dict[str, tuple[list[Check
     for name, overrides in MODELS.items():
         for kind, function in (("right", seen), ("dead", dead)):
             traces.clear()
-            config = shrink(compose_config(["task=verify", *overrides, *SMALL]), steps=2)[0]
+            config = shrink(compose_config(["task=verify", *overrides, *SMALL]), steps=1)[0]  # only step 0 is replayed
             (folder / name / kind).mkdir(parents=True, exist_ok=True)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(module, "run_ranks", function)
