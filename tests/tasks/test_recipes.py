@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (conf_dir() / "recipe").glob("*.yaml") if path.stem not in REAL)
 NUM_LAYERS = {
     "deepseek_ep": 5, "deepseek_v2": 5, "gpt_oss": 4, "mixtral_ep": 4, "olmoe": 4, "qwen3_moe": 4, "switch_ep": 4,
-    "kimi_k3": 5, "nemotron3": 4, "longcat": 6, "deepseek_v4": 6,
+    "kimi_k3": 5, "nemotron3": 4, "longcat": 6, "deepseek_v4": 6, "qwen4": 2,
 }  # fmt: skip
 # Two ranks, so that each recipe has an exchange; what a recipe is (experts, routing, balance, dispatch) stays.
 SMALL = [
@@ -95,7 +95,7 @@ def test_a_recipe_trains_on_real_text(sweep: Path, recipe: str) -> None:
     assert all(math.isfinite(result[key]) for key in ("loss_first", "loss_last", "val_loss"))
     assert result["val_loss"] < result["val_loss_first"]
     assert result["bytes_per_token_per_layer"]["intra_node"] > 0
-    promised = recipe in ("deepseek_ep", "gpt_oss", "mixtral_ep", "qwen3_moe")
+    promised = recipe in ("deepseek_ep", "gpt_oss", "mixtral_ep", "qwen3_moe", "qwen4")
     assert (result["step0_max_abs_diff"] is not None) == promised, result["step0_reason"]
 
 
@@ -110,7 +110,7 @@ def test_what_a_recipe_is_known_for_happens(sweep: Path) -> None:
     assert losses == {
         "deepseek_ep": {"sequence"}, "deepseek_v2": {"sequence"}, "gpt_oss": {"micro_batch"}, "mixtral_ep": {"micro_batch"},
         "olmoe": {"micro_batch", "z"}, "qwen3_moe": {"global_batch"}, "switch_ep": {"micro_batch"},
-        "kimi_k3": set(), "nemotron3": {"sequence"}, "longcat": {"sequence"}, "deepseek_v4": {"sequence"},
+        "kimi_k3": set(), "nemotron3": {"sequence"}, "longcat": {"sequence"}, "deepseek_v4": {"sequence"}, "qwen4": {"micro_batch"},
     }  # fmt: skip
 
 
