@@ -47,6 +47,7 @@ from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import build_plan
 from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.existing import notes
+from moecompile.planner.lookups import table_notes
 from moecompile.planner.search.chosen import choose_layout
 from moecompile.planner.search.remedies import with_remedies
 from moecompile.schema import Config
@@ -208,6 +209,7 @@ def compile_with_report(
     done = Compilation(model=model, plan=plan, records=log.records, graphs=log.graphs)
     done.sites = list_sites(captured, {layer.site.fqn for layer in plan.layers})
     done.notes = [*notes(plan, config, facts.widened, facts.own_losses), *frozen_notes(model, plan)]
+    done.notes += table_notes(plan.mesh, facts, config)
     done.regions = regions if is_meta(model) else {}  # otherwise they would keep the dense weights alive
 
     rewritten = run_passes(on_one_device(config.seed), regions, layers, log)

@@ -59,6 +59,12 @@ def plan_lookups(mesh: MeshSpec, facts: ModelFacts, config: Config) -> tuple[tup
         fact for fact in facts.tables
         if is_wanted(fact.numbers, settings, computed=fact.computed) and not fact.refused and not stages
     ]  # fmt: skip
+    if settings.optimizer is not RowRule.same and not chosen:
+        raise ConfigError(
+            "embeddings.optimizer", settings.optimizer.value, "steps rows of spread tables, and there is none "
+            f"(embeddings.shard={settings.shard.value}, embeddings.min_numbers={settings.min_numbers})",
+            "Use same, or change these",
+        )  # fmt: skip
     for axis in mesh.axes(Part.WEIGHTS):
         names = {f"{fact.path}.weight" for fact in facts.split}
         if split := next((fact for fact in chosen if fact.weight in names), None):
@@ -80,6 +86,16 @@ def _check(tables: Sequence[TableFact], settings: EmbeddingsConfig) -> None:
     if refused := next((fact for fact in large if fact.refused), None):
         rule = f"the rows of {refused.weight} cannot be spread: {refused.refused}"
         raise ConfigError("embeddings.shard", "ep", rule, "Use auto, or a larger embeddings.min_numbers")
+
+
+def table_notes(mesh: MeshSpec, facts: ModelFacts, config: Config) -> list[str]:
+    """Why tables that the config asks for are not spread, for the user."""
+    notes, stages = list[str](), mesh.axes(Part.LAYERS)
+    for fact in facts.tables:
+        if is_wanted(fact.numbers, config.embeddings, computed=fact.computed) and (fact.refused or stages):
+            reason = fact.refused or f"{mesh.setting(*stages)} cuts the model"
+            notes.append(f"{fact.weight} is sharded and gathered by FSDP, its rows are not spread: {reason}")
+    return notes
 
 
 def without_tables(facts: ModelFacts, lookups: Sequence[Lookup]) -> ModelFacts:

@@ -27,6 +27,7 @@ from moecompile.passes.lookups import rules_of
 from moecompile.runtime.moments import BY_ROWS, AdamW, keeping_of
 from moecompile.runtime.muon import Muon
 from moecompile.schema import (
+    Bf16Weights,
     Config,
     OptimizerConfig,
     OptimizerKind,
@@ -160,8 +161,13 @@ def make_optimizer(model: nn.Module, settings: Sequence[str] | Config | Optimize
     groups = weight_groups(model, config)
     betas = (config.betas[0], config.betas[1])
     keeping = keeping_of(model, config, [weight for group in groups for weight in group.weights])
-    has_rows = any(group.kind in BY_ROWS for group in groups)
-    if config.kind is OptimizerKind.adamw and (has_rows or not keeping.is_torchs):
+    tables = [weight for group in groups if group.kind in BY_ROWS for weight in group.weights]
+    if config.bf16_weights is not Bf16Weights.nearest and any(table.dtype == torch.bfloat16 for table in tables):
+        raise ConfigError(
+            "embeddings.optimizer", "by rows", "rounds bf16 tables to nearest, and optimizer.bf16_weights="
+            f"{config.bf16_weights.value} asks for more", "Use embeddings.optimizer=same",
+        )  # fmt: skip
+    if config.kind is OptimizerKind.adamw and (tables or not keeping.is_torchs):
         return AdamW(_by_mesh(groups), keeping, lr=config.lr, betas=betas, eps=config.eps)
     if config.kind is OptimizerKind.adamw:
         return torch.optim.AdamW(_by_mesh(groups), lr=config.lr, betas=betas, eps=config.eps, fused=True)

@@ -1,0 +1,111 @@
+"""Which tables are spread, what is left for FSDP to shard, and what lookups send, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from moecompile.compose import compose_config
+from moecompile.errors import ConfigError
+from moecompile.models.build import example_inputs
+from moecompile.pipeline import make_plan
+from moecompile.pipeline.captured import planning_facts
+from moecompile.plan import Lookup, Plan, from_yaml, to_yaml
+from moecompile.planner.lookups import different, sent_backward, sent_forward, table_notes, without_tables
+from moecompile.planner.memory import own_params
+from tests.table_models import build
+
+BASE = ["experts.num_routed=4", "routing.top_k=2", "data.seq_len=16", "mesh=cpu_1x4"]
+TABLES = {"tables.heads.heads.0.weight": 37 * 8, "tables.heads.heads.1.weight": 38 * 8, "tables.indexed.table": 74 * 16,
+          "tables.selected.holder.weight": 41 * 16}  # fmt: skip
+
+
+def planned(*overrides: str) -> Plan:
+    model = build()
+    return make_plan(model, [*BASE, *overrides], example=example_inputs(model, 16))
+
+
+def names(plan: Plan) -> list[str]:
+    return [each.weight for each in plan.lookups]
+
+
+def test_tables_of_computed_ids_are_spread_where_they_are_large() -> None:
+    assert names(planned()) == []
+    assert names(planned("embeddings.min_numbers=300")) == list(TABLES)[1:]
+    assert names(planned("embeddings.min_numbers=300", "embeddings.shard=ep")) == [
+        "model.embed_tokens.weight", *list(TABLES)[1:],
+    ]  # fmt: skip
+    assert names(planned("embeddings.min_numbers=1", "embeddings.shard=none")) == []
+
+
+def test_the_hash_is_as_before_without_tables_and_another_with() -> None:
+    without, spread = planned(), planned("embeddings.min_numbers=300")
+    assert without.hash == planned("embeddings.shard=none").hash != spread.hash
+    assert spread.hash != planned("embeddings.min_numbers=300", "embeddings.optimizer=lazy_adamw").hash
+    assert from_yaml(to_yaml(spread)) == spread
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["embeddings.shard=ep"], r"embeddings.min_numbers=16777216: no embedding has so many numbers; the largest of 5 "),
+        (["embeddings.optimizer=lazy_adamw"], "embeddings.optimizer=lazy_adamw: steps rows of spread tables"),
+        (["embeddings.shard=ep", "embeddings.min_numbers=9", "mesh.pp=2"], "embeddings.shard=ep: rows are not spread"),
+        (["embeddings.min_numbers=0"], "embeddings.min_numbers=0"),
+    ],
+)  # fmt: skip
+def test_what_is_not_possible_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        planned(*overrides)
+
+
+def test_fsdp_shards_the_rest_and_the_estimate_counts_both() -> None:
+    whole, spread = planned("embeddings.shard=none"), planned("embeddings.min_numbers=1")
+    assert whole.estimate is not None and spread.estimate is not None
+    assert spread.estimate.params_total == whole.estimate.params_total
+    assert whole.estimate.weight_traffic is not None and spread.estimate.weight_traffic is not None
+    less = whole.estimate.weight_traffic.gathered - spread.estimate.weight_traffic.gathered
+    assert less >= 3 / 4 * 4 * sum(TABLES.values())  # what a rank of four does not gather, in fp32, but for padding
+    stored = 4 * sum(-(-rows // 4) * width for rows, width in ((37, 8), (38, 8), (74, 16), (41, 16)))
+    assert spread.estimate.lookup_bytes is not None and spread.estimate.lookup_bytes.stored == stored
+    assert whole.estimate.lookup_bytes is None
+
+
+def test_facts_without_tables() -> None:
+    model = build()
+    config = compose_config([*BASE, "embeddings.min_numbers=1"])
+    _, facts = planning_facts(model, config, example_inputs(model, 16))
+    lookups = [fact.lookup for fact in facts.tables if fact.computed]
+    left = without_tables(facts, lookups)
+    assert facts.params_total - left.params_total == sum(TABLES.values())
+    assert sum(w.params for w in facts.weights) - sum(w.params for w in left.weights) == sum(TABLES.values())
+    outside = sum(fact.numbers for fact in facts.tables if fact.computed and fact.is_root)
+    assert facts.params_embedding - left.params_embedding == outside > 0
+    assert [fact.weight for fact in left.spread] == list(TABLES)
+    assert own_params((), planned().mesh, left, 0, trained=True) < own_params(
+        (), planned().mesh, facts, 0, trained=True
+    )  # type: ignore[arg-type]
+
+
+def test_bytes_by_hand() -> None:
+    mesh = planned().mesh
+    lookup = Lookup(weight="t", module="m", rows=1000, width=8, computed=True, ids_per_token=2.0)
+    ids = torch.randint(1000, (200, 64), generator=torch.Generator().manual_seed(0))
+    counted = sum(len(set(row.tolist())) for row in ids) / 200
+    assert different(64, 1000) == pytest.approx(counted, rel=0.005)
+    assert sent_forward([lookup], mesh, 32, 2) == pytest.approx(3 / 4 * different(64, 1000) * (4 + 8 * 2))
+    assert sent_backward([lookup], mesh, 32, 2) == pytest.approx(3 / 4 * different(64, 1000) * 8 * 4)
+    one = replace(mesh, ranks_per_node=1, ep=1)
+    assert sent_forward([lookup], one, 32, 2) == 0
+
+
+def test_a_table_that_is_left_alone_is_named() -> None:
+    model: Any = build()
+    model.tables["heads"].heads[0].max_norm = 1.0
+    config = compose_config([*BASE, "embeddings.min_numbers=1"])
+    _, facts = planning_facts(model, config, example_inputs(model, 16))
+    (note,) = table_notes(planned().mesh, facts, config)
+    assert note.startswith("tables.heads.heads.0.weight is sharded and gathered by FSDP") and "max_norm" in note
