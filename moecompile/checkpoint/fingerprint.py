@@ -55,8 +55,9 @@ MAY_DIFFER = (
     "trainer.sample_interval", "trainer.save_checkpoint", "trainer.save_interval", "trainer.threads_per_rank",
     "trainer.timeout_s", "trainer.val_interval",
     # How it is computed, and where.
-    "data.cache", "data.epochs", "data.micro_batch_size", "data.val_batches", "dispatch.*", "hardware.*", "imported.*",
-    "launcher.*", "mesh.*", "model.device", "model.load", "pipeline.*", "stack.*", "workload.*",
+    "data.cache", "data.epochs", "data.micro_batch_size", "data.val_batches", "dispatch.*", "embeddings.*",
+    "hardware.*", "imported.*", "launcher.*", "mesh.*", "model.device", "model.load", "pipeline.*", "stack.*",
+    "workload.*",
     # Names, permissions and other tasks.
     "bench.*", "chat.*", "compare", "debug", "export.*", "given", "model.name", "model.published", "name", "place.*",
     "routing.allow_future", "rehearse.*", "search.*", "task.*", "verify.*",

@@ -21,7 +21,7 @@ MAY_DIFFER = (
     "adapters.dropout", "context_parallel", "estimate*", "layers.balance.*", "layers.cut_over", "layers.dispatch.*",
     "layers.fused", "layers.placement.*", "layers.routing.capacity_factor", "layers.routing.drop",
     "layers.routing.hot_experts", "layers.routing.jitter", "layers.routing.skew", "layers.routing.workload", "mesh.*",
-    "gather", "pipeline*", "recomputed", "reduce", "reductions", "tensor_parallel",
+    "gather", "lookups", "pipeline*", "recomputed", "reduce", "reductions", "tensor_parallel",
 )  # fmt: skip
 """Keys of a plan that change neither the weights nor the function."""
 
