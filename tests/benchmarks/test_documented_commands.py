@@ -48,6 +48,7 @@ SMALL = {
     "search.py": "",
     "soak.py": "--steps 24",
     "startup.py": "--rounds 1",
+    "tables.py": "--rounds 1 --rows 1000 --steps 4",
     "this_machine.py": "--rounds 1",
     "two_nodes.py": "--rate-mbit 1000 --hidden 64 --rounds 1",
     "widen.py": "--seeds 1 --steps 8",
