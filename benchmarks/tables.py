@@ -1,7 +1,7 @@
 """A training step with a table of hashed n-grams: gathered by FSDP, or its rows spread: `python benchmarks/tables.py`.
 
 Two ranks, Qwen4-exp in miniature (its layers of linear attention), whose table has 8 heads with `--rows` rows each. The
-settings take turns for `--rounds`; of each the fastest run counts. Takes about six minutes; prints a table in Markdown.
+settings take turns for `--rounds`; of each the fastest run counts. Takes about two minutes; prints a table in Markdown.
 """
 
 from __future__ import annotations

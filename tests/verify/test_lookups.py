@@ -25,6 +25,7 @@ SMALL = [
 ]  # fmt: skip
 TWO = ["mesh=cpu_1x2"]
 FOUR = ["mesh=cpu_2x2", "mesh.ep=2", "mesh.dp_replicate=2", "trainer.checkpointing=full", "trainer.reduce=each"]
+TP = ["mesh=cpu_1x4", "mesh.ep=2", "mesh.tp=2", "embeddings.shard=auto", "embeddings.optimizer=lazy_adamw"]
 RULES = ("same", "lazy_adamw", "rowwise_adagrad")
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -107,7 +108,8 @@ def _on_two(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
 
 
 def _on_four(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
-    return {rule: _certified(folder / rule, [*FOUR, f"embeddings.optimizer={rule}"]) for rule in RULES}
+    found = {rule: _certified(folder / rule, [*FOUR, f"embeddings.optimizer={rule}"]) for rule in RULES}
+    return found | {"tp": _certified(folder / "tp", TP)}
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +125,10 @@ def test_two_ranks_compute_what_one_does(rule: str, two: dict[str, list[Check]])
 
 
 @pytest.mark.slow
-def test_four_ranks_with_replicas_and_recomputation(tmp_path: Path) -> None:
+def test_four_ranks_with_replicas_and_recomputation_and_with_tp(tmp_path: Path) -> None:
     found = run_distributed_test(_on_four, 4, tmp_path, timeout_s=400)[0]
-    assert {rule: [check for check in checks if not check.passed] for rule, checks in found.items()} == {
-        rule: [] for rule in RULES
-    }
+    failed = {name: [check for check in checks if not check.passed] for name, checks in found.items()}
+    assert failed == {name: [] for name in (*RULES, "tp")}
 
 
 @pytest.mark.slow
