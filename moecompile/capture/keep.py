@@ -131,8 +131,13 @@ def _copy_attributes(old: nn.Module, new: nn.Module, memo: dict[int, Any] | None
 
 
 def layers_of(model: nn.Module) -> Iterator[nn.Module]:
-    """The elements of the outermost lists of modules, or of dicts that are used as lists: the layers of a model."""
+    """The elements of the outermost lists of modules, or of dicts that are used as lists: the layers of a model.
+
+    A list of embeddings, one for each head or codebook, has none.
+    """
     for child in model.children():
+        if all(isinstance(each, nn.Embedding) for each in child.children()):
+            continue
         if isinstance(child, nn.ModuleList) or _is_list(child):
             yield from (layer for layer in child.children() if any(True for _ in layer.parameters()))
         else:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moecompile.capture import Recording, trace_region
+from moecompile.capture import Recording, broken_rule, calls_with_caches, trace_region
 from moecompile.errors import CaptureError
 from moecompile.match.regions import FoundLookup, Region
 
@@ -65,7 +65,7 @@ def find_lookups(recording: Recording) -> list[FoundLookup]:
         reason = read.refused or _why_not(read, names[weight], recording)
         if earlier is not None:
             both = earlier.computed or lookup.computed
-            lookup = replace(earlier, computed=both, ids=earlier.ids + lookup.ids)
+            lookup = replace(earlier, computed=both, ids=earlier.ids + lookup.ids, reads=earlier.reads + 1)
         found[lookup.weight] = replace(lookup, refused=lookup.refused or reason)
     return list(found.values())
 
@@ -74,57 +74,68 @@ def reads_of(graph: fx.Graph) -> Iterator[Read]:
     """The nodes of a recorded or traced graph that read rows of an attribute (step 1)."""
     for node in graph.nodes:
         read = _read_of(node)
-        if read is not None and isinstance(read.ids, fx.Node) and read.weight.op == "get_attr":
+        if read is not None and read.weight.op == "get_attr":
             yield read
 
 
 def _read_of(node: fx.Node) -> Read | None:
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    known = _READERS.get(name.strip("_"))
-    if known is None or node.op not in ("call_function", "call_method"):
+    form = _FORMS.get(name.strip("_"))
+    if form is None or node.op not in ("call_function", "call_method"):
         return None
-    return known(node, *node.args, **node.kwargs)
-
-
-def _embedding(
-    node: fx.Node, input: Any, weight: Any = None, padding_idx: int | None = None, max_norm: float | None = None,
-    norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
-) -> Read | None:  # fmt: skip
-    if node.target is torch.embedding:  # has the table first, and other options
-        return _plain_embedding(node)
-    if not (isinstance(input, fx.Node) and isinstance(weight, fx.Node)):
+    if node.target is torch.embedding:  # has the table first
+        form = _FORMS["torch.embedding"]
+    given = {**dict(zip(form.names, node.args, strict=False)), **node.kwargs}
+    weight, ids = given.pop(form.weight, None), given.pop(form.ids, None)
+    if not (isinstance(weight, fx.Node) and isinstance(ids, fx.Node)):
         return None
-    reason = "its rows are renormalized when they are read (max_norm)" if max_norm is not None else ""
-    reason = reason or "its gradient is scaled by frequency" * scale_grad_by_freq
-    reason = reason or "its gradient is sparse already (sparse=True)" * sparse
-    padding = -1 if padding_idx is None else padding_idx
-    if padding < -1 or (padding == -1 and padding_idx is not None):
-        padding += int(weight.meta["shape"][0])
-    return Read(node=node, weight=weight, ids=input, padding=padding, refused=reason)
+    return form.read(Read(node=node, weight=weight, ids=ids), given)
 
 
-def _plain_embedding(node: fx.Node) -> Read | None:
-    weight, ids = node.args[:2]
-    if not (isinstance(ids, fx.Node) and isinstance(weight, fx.Node)):
-        return None
-    has_options = len(node.args) > 2 or bool(node.kwargs)
-    return Read(node=node, weight=weight, ids=ids, refused="torch.embedding has options" * has_options)
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """A function that may read rows. names: of its arguments, of which two are the table and the ids. read: what it
+    reads, with its other arguments.
+    """
+
+    names: tuple[str, ...]
+    weight: str
+    ids: str
+    read: Callable[[Read, dict[str, Any]], Read | None]
 
 
-def _index_select(node: fx.Node, weight: Any, dim: Any, index: Any) -> Read | None:
-    if dim != 0 or not (isinstance(index, fx.Node) and isinstance(weight, fx.Node)):
-        return None
-    return Read(node=node, weight=weight, ids=index)
+def _embedding(read: Read, given: dict[str, Any]) -> Read:
+    reason = "its rows are renormalized when they are read (max_norm)" if given.get("max_norm") is not None else ""
+    reason = reason or "its gradient is scaled by frequency" * bool(given.get("scale_grad_by_freq"))
+    reason = reason or "its gradient is sparse already (sparse=True)" * bool(given.get("sparse"))
+    padding = given.get("padding_idx")
+    if padding is None:
+        return replace(read, refused=reason)
+    return replace(read, padding=padding % int(read.weight.meta["shape"][0]), refused=reason)
 
 
-def _getitem(node: fx.Node, weight: Any, index: Any) -> Read | None:
-    if not (isinstance(index, fx.Node) and isinstance(weight, fx.Node) and _is_by_rows(node, weight, index)):
-        return None
-    return Read(node=node, weight=weight, ids=index, wraps=True)
+def _plain_embedding(read: Read, given: dict[str, Any]) -> Read:
+    return replace(read, refused="torch.embedding has options" * bool(given))
 
 
-_READERS: dict[str, Callable[..., Read | None]] = {
-    "embedding": _embedding, "index_select": _index_select, "getitem": _getitem,
+def _index_select(read: Read, given: dict[str, Any]) -> Read | None:
+    return read if given == {"dim": 0} else None
+
+
+def _getitem(read: Read, given: dict[str, Any]) -> Read | None:
+    return replace(read, wraps=True) if _is_by_rows(read.node, read.weight, read.ids) else None
+
+
+_FORMS = {
+    "embedding": _Form(
+        names=("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+        weight="weight", ids="input", read=_embedding,
+    ),
+    "torch.embedding": _Form(
+        names=("weight", "indices", "padding_idx"), weight="weight", ids="indices", read=_plain_embedding
+    ),
+    "index_select": _Form(names=("input", "dim", "index"), weight="input", ids="index", read=_index_select),
+    "getitem": _Form(names=("table", "index"), weight="table", ids="index", read=_getitem),
 }  # fmt: skip
 
 
@@ -189,7 +200,8 @@ def region_of(lookup: FoundLookup, recording: Recording, regions: Container[str]
         regions: paths of the modules that become graphs for another reason.
 
     Raises:
-        CaptureError: its Python cannot be traced, has hooks that would be lost, or holds or is in one of `regions`.
+        CaptureError: its Python cannot be traced, does something else with a cache, or it holds or is in one of
+            `regions`.
     """
     path, module = lookup.module, recording.model.get_submodule(lookup.module)
     inside = [f"{path}.{name}" for name, _ in module.named_modules() if name]
@@ -202,6 +214,9 @@ def region_of(lookup: FoundLookup, recording: Recording, regions: Container[str]
     others = [user for read in reads for user in read.weight.users if user not in nodes and not _is_size(user)]
     if not reads or others:
         raise CaptureError("its traced graph does not read it by rows alone")
+    cached = calls_with_caches(recording, [path]) if graph.meta.get("asserted") else {}
+    if path in cached and (rule := broken_rule(graph, module, cached[path])):
+        raise CaptureError(f"its Python does something else with a cache: {rule}")
     return Region(path=path, graph=graph, module=module, matches={})
 
 

@@ -69,8 +69,8 @@ class Region:
 
 @dataclass(frozen=True, kw_only=True)
 class FoundLookup:
-    """A table and the module that reads it. weight: its name in the model. ids: how many the example reads. refused:
-    why its rows cannot be spread.
+    """A table and the module that reads it. weight: its name in the model. ids: how many the example reads, in so many
+    `reads`. refused: why its rows cannot be spread.
     """
 
     weight: str
@@ -79,6 +79,7 @@ class FoundLookup:
     width: int
     computed: bool
     ids: int
+    reads: int = 1
     refused: str = ""
 
 

@@ -151,6 +151,31 @@ def summed_by_row(grad: Tensor, ids: Tensor, padding: int) -> tuple[Tensor, Tens
     return rows_V, summed_VD
 
 
+@torch.library.custom_op("moecompile::row_gradients", mutates_args=())
+def _row_gradients(grad: Tensor, ids: Tensor, num_rows: int, padding: int) -> tuple[Tensor, Tensor]:
+    """As `summed_by_row`, of a part with `num_rows` rows."""
+    return summed_by_row(grad, ids, padding)
+
+
+@_row_gradients.register_fake
+def _(grad: Tensor, ids: Tensor, num_rows: int, padding: int) -> tuple[Tensor, Tensor]:
+    size = sizes.size(lambda load: round(load.different(ids.numel(), num_rows)))
+    return ids.new_empty(size), grad.new_empty(size, grad.shape[-1])
+
+
+@torch.library.custom_op("moecompile::rows_to_step", mutates_args=())
+def rows_to_step(rows_V: Tensor, summed_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """Those rows whose gradient is not zero everywhere, and their gradients."""
+    has_grad = summed_VD.any(1)
+    return rows_V[has_grad], summed_VD[has_grad]
+
+
+@rows_to_step.register_fake
+def _(rows_V: Tensor, summed_VD: Tensor) -> tuple[Tensor, Tensor]:
+    size = sizes.size(lambda load: rows_V.shape[0])
+    return rows_V.new_empty(size), summed_VD.new_empty(size, summed_VD.shape[1])
+
+
 # -- gradients of some rows ------------------------------------------------------------------------------------------
 
 
@@ -158,10 +183,12 @@ class RowGradients:
     """The gradients of the rows of a table that were read: not those of all rows, which would be as large as it.
 
     Attributes:
-        rows_V: different rows of this rank's part, sorted. summed_VD: the gradient of each, in fp32 or wider.
+        num_rows: of this rank's part. rows_V: different ones of it, sorted. summed_VD: the gradient of each, in fp32 or
+            wider.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     def add(self, rows: Tensor, grads: Tensor) -> None:
@@ -191,7 +218,7 @@ class RowGradients:
     def _summed(self) -> tuple[Tensor, Tensor]:
         if len(self._parts) > 1:
             rows, grads = (torch.cat(each) for each in zip(*self._parts, strict=True))
-            self._parts = [summed_by_row(grads, rows, -1)]
+            self._parts = [torch.ops.moecompile.row_gradients(grads, rows, self.num_rows, -1)]
         return self._parts[0]
 
     def whole(self, weight: Tensor) -> Tensor:
@@ -222,8 +249,9 @@ class _KeepRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
         (ids,), kept = ctx.saved_tensors, row_gradients(ctx.weight)
         if kept is None:
-            setattr(ctx.weight, _ROWS, kept := RowGradients())
-        kept.add(*summed_by_row(grad, ids, ctx.padding))
+            kept = RowGradients(local_part(ctx.weight).shape[0])
+            setattr(ctx.weight, _ROWS, kept)
+        kept.add(*torch.ops.moecompile.row_gradients(grad, ids, kept.num_rows, ctx.padding))
         return None, None, None, None
 
 

@@ -8,7 +8,7 @@ The axis is `rows` until `shard` binds it, as that of other exchanges.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,94 +18,115 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.fx.node import Argument
 
 from moecompile import kept_groups
+from moecompile.capture import attributes_of, replace_regions, stand_in
 from moecompile.errors import PassError, PlanError
 from moecompile.match.lookups import Read, rows_read
 from moecompile.match.regions import Region
 from moecompile.mesh import MeshSpec, Part, axes_that_split
 from moecompile.ops.lookups import read_rows, rows_of_a_rank
-from moecompile.passes.base import copy_graph_module, erase_unused, items, op_name
+from moecompile.passes.base import ModelPass, copy_graph_module, erase_unused, items, op_name
 from moecompile.plan import Lookup, Plan
 
 AXIS = "rows"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpreadRows:
-    """Replaces each lookup in a planned table. mesh: without ranks that share rows, nothing is exchanged."""
+class SpreadRows(ModelPass):
+    """Replaces each module that reads planned tables by a graph that looks their rows up.
 
-    lookups: Sequence[Lookup]
-    mesh: MeshSpec
+    readers: path of each such module -> its region, as it was captured.
+    """
+
+    readers: Mapping[str, Region]
     name: str = "spread_rows"
-    stage: str = "spread"
-    detail: str = "rows of embedding tables are read where they are"
 
-    def run(self, region: Region) -> Region:
-        """The region with a new graph.
+    def wants(self, plan: Plan) -> bool:
+        """If tables are planned; without readers the graphs stay on one device."""
+        return bool(plan.lookups and self.readers)
 
-        Raises:
-            PassError: its graph does not read every planned table of this module.
+    def requires(self, model: nn.Module, plan: Plan) -> None:
+        """Every planned table has a reader."""
+        check_readers(plan, self.readers)
+
+    def run(self, model: nn.Module, plan: Plan) -> None:
+        """Changes the model in place."""
+        for path in dict.fromkeys(lookup.module for lookup in plan.lookups):
+            region = self.readers[path]
+            spread = stand_in(_spread(region, plan), region.module, attributes_of(region.graph))
+            replace_regions(model, {path: spread})
+
+    def ensures(self, model: nn.Module, plan: Plan) -> None:
+        """Each planned table is looked up. Over ranks, a lookup goes to the owners of the rows that its ids name, and
+        comes back to where these are.
         """
-        planned = {each.weight: each for each in self.lookups if each.module == region.path}
-        new, _ = copy_graph_module(region.graph)
-        found = rows_read(new, region.path, planned)
-        if missing := planned.keys() - {weight for _, weight in found}:
-            raise PassError(self.name, region.path, f"does not read {min(missing)}, which is planned")
-        for read, weight in found:
-            self._replace(new.graph, read, planned[weight], region)
-        erase_unused(new.graph)
-        new.recompile()
-        new.graph.lint()
-        self.ensures(region.path, new, [planned[weight] for _, weight in found])
-        return region.with_graph(new)
-
-    def ensures(self, path: str, after: fx.GraphModule, read: Sequence[Lookup]) -> None:
-        """Each lookup in `read` goes to the owners of the rows that its ids name, and comes back to where these are.
-
-        Raises:
-            PassError: one does not.
-        """
-        returns = [node for node in after.graph.nodes if op_name(node) == "return_rows"]
-        wanted = len(read) if self.mesh.size(Part.ROWS) > 1 else 0
-        if len(returns) != wanted:
-            raise PassError(self.name, path, f"has {len(returns)} lookups over ranks, planned are {wanted}")
-        for node in returns:
-            rows, table, places, _, axis = node.args
-            asked = rows.args[1]
-            ids, places_of = table.args[0].args[0], places.args[0]
-            ways = {op_name(table.args[0]), op_name(asked.args[0])}, {asked.args[0], table.args[0]}
-            if ways[0] != {"send_ids"} or len(ways[1]) != 1 or ids.args[0] is not places_of or axis != AXIS:
-                raise PassError(self.name, path, f"{node.name} returns rows of another lookup")
-            if table.args[0].args[1] != places_of.args[1]:
-                raise PassError(self.name, path, f"{node.name} is of a table with {places_of.args[1]} rows")
-
-    def _replace(self, graph: fx.Graph, read: Read, lookup: Lookup, region: Region) -> None:
-        dtype = region.module.get_parameter(str(read.weight.target)).dtype
-        by_rows: dict[str, Argument] = {"by_rows": lookup.by_rows} if lookup.by_rows else {}
-        ops, item = torch.ops.moecompile, graph.call_function
-        with graph.inserting_before(read.node):
-            ids = read.ids
-            if read.wraps:  # indices of Python count from the end below zero
-                ids = item(torch.where, (item(torch.lt, (ids, 0)), item(torch.add, (ids, lookup.rows)), ids))
-            if self.mesh.size(Part.ROWS) == 1:
-                out = item(read_rows, (read.weight, ids, read.padding), {"dtype": dtype, **by_rows})
-            else:
-                unique, places = items(graph, item(ops.unique_ids, (ids, lookup.rows)), "ids_U", "places")
-                asked, table = items(graph, item(ops.send_ids, (unique, lookup.rows, AXIS)), "asked_S", "table_2r1")
-                rows = item(read_rows, (read.weight, asked, read.padding), by_rows)
-                out = item(ops.return_rows, (rows, table, places, dtype, AXIS))
-        out.meta.update(read.node.meta)
-        read.node.replace_all_uses_with(out)
-        graph.erase_node(read.node)
+        check_read(model, plan)
+        for path in {lookup.module for lookup in plan.lookups} if plan.mesh.axes(Part.ROWS) else ():
+            _check_ways(path, model.get_submodule(path))
 
 
-def rules_of(model: nn.Module) -> dict[str, str]:
-    """Names of the tables of a compiled model that are stepped by rows, with the rule."""
-    found = dict[str, str]()
-    for path, graph in model.named_modules():
-        for node in graph.graph.nodes if isinstance(graph, fx.GraphModule) else ():
-            if op_name(node) == "read_rows" and (rule := node.kwargs.get("by_rows")):
-                found[f"{path}.{node.args[0].target}"] = rule
-    return found
+def check_readers(plan: Plan, readers: Container[str]) -> None:
+    """Raises PlanError unless the module that reads each planned table is there, and reads it by rows alone."""
+    for lookup in plan.lookups:
+        if lookup.module not in readers:
+            rule = f"is planned to be spread, and {lookup.module} is no module that reads it by rows alone"
+            raise PlanError("lookups", lookup.weight, rule, "Plan again for this model")
+
+
+def check_read(model: nn.Module, plan: Plan) -> None:
+    """Raises PassError unless the model looks every planned table up."""
+    if unread := [each.weight for each in plan.lookups if each.weight not in tables_of(model)]:
+        raise PassError("spread_rows", unread[0], "its rows are planned to be spread, and no graph looks them up")
+
+
+def tables_of(model: nn.Module) -> dict[str, str]:
+    """Names of the tables that the graphs of a compiled model look up -> the rule by which rows are stepped, or ""."""
+    graphs = [(path, module) for path, module in model.named_modules() if isinstance(module, fx.GraphModule)]
+    reads = [(path, node) for path, graph in graphs for node in graph.graph.nodes if op_name(node) == "read_rows"]
+    return {f"{path}.{node.args[0].target}": node.kwargs.get("by_rows", "") for path, node in reads}
+
+
+def _check_ways(path: str, graph: nn.Module) -> None:
+    assert isinstance(graph, fx.GraphModule)
+    for node in (each for each in graph.graph.nodes if op_name(each) == "return_rows"):
+        rows, table, places, _, axis = node.args
+        asked = rows.args[1]
+        ids, places_of = table.args[0].args[0], places.args[0]
+        ways = {op_name(table.args[0]), op_name(asked.args[0])}, {asked.args[0], table.args[0]}
+        if ways[0] != {"send_ids"} or len(ways[1]) != 1 or ids.args[0] is not places_of or axis != AXIS:
+            raise PassError("spread_rows", path, f"{node.name} returns rows of another lookup")
+        if table.args[0].args[1] != places_of.args[1]:
+            raise PassError("spread_rows", path, f"{node.name} is of a table with {places_of.args[1]} rows")
+
+
+def _spread(region: Region, plan: Plan) -> fx.GraphModule:
+    planned = {each.weight: each for each in plan.lookups if each.module == region.path}
+    new, _ = copy_graph_module(region.graph)
+    for read, weight in rows_read(new, region.path, planned):
+        _replace(new.graph, read, planned[weight], region, plan.mesh)
+    erase_unused(new.graph)
+    new.recompile()
+    new.graph.lint()
+    return new
+
+
+def _replace(graph: fx.Graph, read: Read, lookup: Lookup, region: Region, mesh: MeshSpec) -> None:
+    dtype = region.module.get_parameter(str(read.weight.target)).dtype
+    by_rows: dict[str, Argument] = {"by_rows": lookup.by_rows} if lookup.by_rows else {}
+    ops, item = torch.ops.moecompile, graph.call_function
+    with graph.inserting_before(read.node):
+        ids = read.ids
+        if read.wraps:  # indices of Python count from the end below zero
+            ids = item(torch.where, (item(torch.lt, (ids, 0)), item(torch.add, (ids, lookup.rows)), ids))
+        if mesh.size(Part.ROWS) == 1:
+            out = item(read_rows, (read.weight, ids, read.padding), {"dtype": dtype, **by_rows})
+        else:
+            unique, places = items(graph, item(ops.unique_ids, (ids, lookup.rows)), "ids_U", "places")
+            asked, table = items(graph, item(ops.send_ids, (unique, lookup.rows, AXIS)), "asked_S", "table_2r1")
+            rows = item(read_rows, (read.weight, asked, read.padding), by_rows)
+            out = item(ops.return_rows, (rows, table, places, dtype, AXIS))
+    out.meta.update(read.node.meta)
+    read.node.replace_all_uses_with(out)
+    graph.erase_node(read.node)
 
 
 def row_mesh(mesh: MeshSpec, device_type: str) -> DeviceMesh:

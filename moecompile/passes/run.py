@@ -26,6 +26,7 @@ from moecompile.passes.base import GraphPass, ModelPass, count_ops, registered
 from moecompile.passes.delay_gradients import DelayWeightGradients
 from moecompile.passes.fuse import Fuse
 from moecompile.passes.lend import Lend
+from moecompile.passes.lookups import SpreadRows
 from moecompile.passes.lower import Lower
 from moecompile.passes.overlap import Overlap
 from moecompile.passes.place import Place
@@ -57,9 +58,13 @@ def on_the_mesh() -> tuple[GraphPass, ...]:
     )  # fmt: skip
 
 
-def on_the_model(seed: int) -> tuple[ModelPass, ...]:
-    """The passes that complete a compiled model, with whole weights."""
-    return (AttachAdapters(seed=seed), Watch())
+def on_the_model(seed: int, readers: Regions) -> tuple[ModelPass, ...]:
+    """The passes that complete a compiled model, with whole weights.
+
+    Args:
+        readers: path of each module that reads embedding tables by rows -> its region; empty: they stay as they are.
+    """
+    return (SpreadRows(readers=readers), AttachAdapters(seed=seed), Watch())
 
 
 def on_every_rank(

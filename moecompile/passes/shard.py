@@ -36,7 +36,7 @@ from moecompile.nn.placement import keep_order, rows_of
 from moecompile.nn.stages import passage_of
 from moecompile.passes.base import ModelPass, exchanges_of, experts_calls, on_an_axis, op_name, run_on_model
 from moecompile.passes.context_parallel import check_exchanged, split_positions
-from moecompile.passes.lookups import AXIS, row_mesh, spread_tables
+from moecompile.passes.lookups import AXIS, check_read, row_mesh, spread_tables
 from moecompile.passes.place import order_of
 from moecompile.passes.tensor_parallel import check_one_dtype, classes_of, split_dense
 from moecompile.plan import EVEN, Plan, cut_dim, largest_shard
@@ -110,6 +110,7 @@ class ShardModel(ModelPass):
                 f"the model holds the exchanges {dict(exchanges)}, planned are {dict(planned)}: lower it by this plan"
             )
             raise PassError(self.name, "the model", rule)
+        check_read(model, plan)
 
     def run(self, model: nn.Module, plan: Plan) -> None:
         """Shards the model in place."""

@@ -6,7 +6,7 @@ capture -> match -> build_plan -> the passes of moecompile.passes.run, in that o
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from moecompile.match.sites import graph_sites, list_sites
 from moecompile.named_code import load_plugins
 from moecompile.passes.base import run_on_model
 from moecompile.passes.cut import check_stages
-from moecompile.passes.lookups import SpreadRows
+from moecompile.passes.lookups import check_readers
 from moecompile.passes.receipt import Comparison, Receipt
 from moecompile.passes.run import (
     Graphs,
@@ -144,6 +144,11 @@ def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | C
     matches = graph_sites(source)
     if isinstance(overrides_or_plan, Plan):
         plan, seed = overrides_or_plan, 0
+        if plan.lookups:
+            raise PlanError(
+                "lookups", plan.lookups[0].weight, "rows of tables are spread in a model, not in a graph alone",
+                "Plan with embeddings.shard=none, or use compile_model",
+            )  # fmt: skip
     else:
         config = _config(overrides_or_plan)
         plan, seed = new_plan(source, list(matches), config, facts_of(source)), config.seed
@@ -220,8 +225,10 @@ def compile_with_report(
         rewritten = current_regions(done.model, rewritten)  # a region may lie inside another
         final = run_passes(on_the_mesh(), rewritten, layers, log)
         done.model = replace_regions(done.model, replacements(done.model, rewritten, final))
-        done.model = _spread_rows(done.model, captured, plan, log)
-    run_on_model(on_the_model(config.seed), done.model, plan)
+    readers = captured.readers if until != "rewrite" else {}
+    run_on_model(on_the_model(config.seed, readers), done.model, plan)
+    if plan.lookups and readers:
+        _log_lookups(log, readers, done.model, plan)
     done.notes += trained_notes(done.model, plan)
     set_attribute(done.model, _PLAN, plan)
     if until == "shard":
@@ -232,18 +239,13 @@ def compile_with_report(
     return done
 
 
-def _spread_rows(model: nn.Module, captured: Captured, plan: Plan, log: Log) -> nn.Module:
-    """The model, whose planned embedding tables are read where their rows are."""
-    if not plan.lookups:
-        return model
-    readers = {each.module: captured.readers[each.module] for each in plan.lookups}
-    step = SpreadRows(lookups=plan.lookups, mesh=plan.mesh)
-    after = {path: step.run(region) for path, region in readers.items()}
-    others = next(reversed(log.graphs.values()))
-    log.keep(step.stage, after)
-    log.graphs[step.stage] = {**others, **log.graphs[step.stage]}
-    log.add(step.name, readers, after, step.detail)
-    return replace_regions(model, replacements(model, readers, after))
+def _log_lookups(log: Log, readers: Mapping[str, Region], model: nn.Module, plan: Plan) -> None:
+    """Adds the graphs of lookups to those that are shown."""
+    before = {each.module: readers[each.module] for each in plan.lookups}
+    after, others = current_regions(model, before), next(reversed(log.graphs.values()))
+    log.keep("spread", after)
+    log.graphs["spread"] = {**others, **log.graphs["spread"]}
+    log.add("spread_rows", before, after, "rows of embedding tables are read where they are")
 
 
 def _check(model: nn.Module, example: Example, plan: Plan | None, device_mesh: DeviceMesh | None, until: str) -> None:
@@ -279,6 +281,7 @@ def _planned(
                 "example=...)",
             )  # fmt: skip
     check_sites(plan.layers, captured.sites)
+    check_readers(plan, captured.readers)  # before anything is changed
     return plan
 
 

@@ -25,7 +25,7 @@ from moecompile.nn.stages import put
 from moecompile.nn.watch import masks_of
 from moecompile.pipeline.attention import attention_of
 from moecompile.pipeline.shape import mixers
-from moecompile.plan import ATTENTION, FFN, HEADS_STYLE, NORMS, ExpertsSite
+from moecompile.plan import ATTENTION, FFN, HEADS_STYLE, NORMS, ExpertsSite, Lookup
 from moecompile.planner import ModelFacts
 from moecompile.planner.params import FP32_BYTES, CutFacts, LayerFact, SplitFact, TableFact, WeightFact
 from moecompile.schema import LEAST_NUMBERS, MeshConfig
@@ -94,9 +94,11 @@ def _tables(
         weight = model.get_parameter(found.weight)
         facts.append(
             TableFact(
-                weight=found.weight, module=found.module, rows=found.rows, width=found.width, computed=found.computed,
-                ids_per_token=found.ids / tokens, is_root=weight not in inside,
-                is_trained=weight.requires_grad, number_bytes=weight.element_size(),
+                lookup=Lookup(
+                    weight=found.weight, module=found.module, rows=found.rows, width=found.width,
+                    computed=found.computed, ids_per_token=found.ids / tokens, reads=found.reads,
+                ),
+                is_root=weight not in inside, is_trained=weight.requires_grad, number_bytes=weight.element_size(),
                 is_apart=weight in apart, refused=found.refused,
             )
         )  # fmt: skip

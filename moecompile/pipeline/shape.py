@@ -7,6 +7,7 @@ token uses. Attention's heads come from the model's config; a model without one 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from typing import Any
 
 from torch import nn
@@ -32,8 +33,10 @@ def shape_of_model(model: nn.Module, plan: Plan) -> ModelShape:
             planned[owner].append(site)
     hidden = _first(config, _HIDDEN) or max((site.site.d_model for site in plan.layers), default=1)
     found = mixers(config, len(layers), hidden)
+    tables: set[object] = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables |= {model.get_parameter(lookup.weight) for lookup in plan.lookups}
     each = [
-        (mixer, _ffn(layer, mixer, planned[paths[id(layer)]], hidden))
+        (mixer, _ffn(layer, mixer, planned[paths[id(layer)]], hidden, tables))
         for layer, mixer in zip(layers, found, strict=True)
     ]
     kinds = Counter(each)
@@ -87,9 +90,10 @@ def mixers(config: Any, num_layers: int, hidden: int) -> list[Attention | None]:
     ]  # fmt: skip
 
 
-def _ffn(layer: nn.Module, mixer: Attention | None, planned: list[LayerPlan], hidden: int) -> Experts:
-    """The rest of a layer: its planned experts, and all other parameters as products of every token."""
-    tables = {m.weight for m in layer.modules() if isinstance(m, nn.Embedding)}  # no products
+def _ffn(
+    layer: nn.Module, mixer: Attention | None, planned: list[LayerPlan], hidden: int, tables: Container[object]
+) -> Experts:
+    """The rest of a layer: its planned experts, and all other parameters but `tables` as products of every token."""
     always = sum(p.numel() for p in layer.parameters() if p not in tables) - (mixer.weights(hidden) if mixer else 0)
     if not planned:
         d_shared, always = _wide(always, 2, hidden)

@@ -13,8 +13,9 @@ class Lookup:
     """A table whose rows are spread over all ranks with different tokens, and looked up there.
 
     weight: its name in the model. module: path of the module that reads it. rows, width: its shape. computed: whether
-    its ids are computed of the model's inputs (hashes of n-grams), or given. ids_per_token: rows that a token reads.
-    by_rows: the rule by which the rows that were read are stepped alone; empty: as other weights are.
+    its ids are computed of the model's inputs (hashes of n-grams), or given. ids_per_token: rows that a token reads, in
+    so many `reads` of the module, which do not know of each other. by_rows: the rule by which the rows that were read
+    are stepped alone; empty: as other weights are.
     """
 
     weight: str
@@ -23,6 +24,7 @@ class Lookup:
     width: int
     computed: bool
     ids_per_token: float
+    reads: int = 1
     by_rows: str = ""
 
     @property

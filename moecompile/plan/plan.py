@@ -313,11 +313,6 @@ class Plan:
             del body["lookups"]
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
-    @property
-    def keeps_row_gradients(self) -> bool:
-        """Whether a table is stepped by the rows that were read."""
-        return any(each.by_rows for each in self.lookups)
-
     def is_counted(self, rank: int) -> bool:
         """Whether global `rank` is the one of those with the same tokens that counts them, in sums over all ranks.
 

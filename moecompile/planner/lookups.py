@@ -5,7 +5,7 @@ tokens of a micro-batch; a: bytes of an element in compute.
 
 1. A rank stores ceil(N / n) rows, and their gradients and moments. FSDP would gather all N for use.  -> `numbers_here`
    Of a table that is stepped by rows, gradients are of the rows alone that were read, and the state is that of the
-   rule.                                                          -> `row_gradient_bytes`, `BYTES_OF_STATE`
+   rule (schema/moments.py).                                                  -> `kept_bytes`, `state_of_rows`
 2. Ids are taken to be uniform over the rows, as those of hashes are. Of the T q of a micro-batch
        U = N (1 - (1 - 1 / N)^(T q))                                      are different            -> `different`
    Text repeats n-grams, so there are fewer in fact, and of given ids far fewer.
@@ -15,7 +15,7 @@ tokens of a micro-batch; a: bytes of an element in compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import expm1, log1p
 
@@ -24,14 +24,11 @@ from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import Lookup, LookupTraffic, Plan, Traffic
 from moecompile.planner.optimizer import near
 from moecompile.planner.params import FP32_BYTES, ModelFacts, RunFacts, TableFact
-from moecompile.schema import Config, EmbeddingsConfig, EmbeddingShard, RowRule
+from moecompile.schema import ROW_STATE, Config, EmbeddingsConfig, EmbeddingShard, RowRule
+from moecompile.stages import has_stages
 
 ID_BYTES = 4
-BYTES_OF_STATE: dict[str, Callable[[int], int]] = {
-    RowRule.lazy_adamw.value: lambda width: 2 * width * FP32_BYTES,
-    RowRule.rowwise_adagrad.value: lambda width: FP32_BYTES,
-}
-"""Rule -> bytes of the optimizer's state for a row of so many numbers."""
+_PLACE_BYTES = 8  # of a row that a token reads: which of those that came
 
 
 def is_wanted(numbers: int, config: EmbeddingsConfig, *, computed: bool) -> bool:
@@ -47,17 +44,16 @@ def plan_lookups(mesh: MeshSpec, facts: ModelFacts, config: Config) -> tuple[tup
         ConfigError: `embeddings.shard=ep`, and there is none, or one cannot be spread; or one that is spread is split
             over `tp` by the model's tp_plan.
     """
-    settings, stages = config.embeddings, mesh.axes(Part.LAYERS)
+    settings, stages = config.embeddings, _stages(mesh, config)
     if settings.shard is EmbeddingShard.ep:
         _check(facts.tables, settings)
         if stages:
             raise ConfigError(
-                "embeddings.shard", "ep", f"rows are not spread where {mesh.setting(*stages)} cuts the model",
-                "Use auto, or no stages",
-            )  # fmt: skip
+                "embeddings.shard", "ep", f"rows are not spread where {stages} cuts the model", "Use auto, or no stages"
+            )
     chosen = [
         fact for fact in facts.tables
-        if is_wanted(fact.numbers, settings, computed=fact.computed) and not fact.refused and not stages
+        if is_wanted(fact.lookup.numbers, settings, computed=fact.lookup.computed) and not fact.refused and not stages
     ]  # fmt: skip
     if settings.optimizer is not RowRule.same and not chosen:
         raise ConfigError(
@@ -67,68 +63,77 @@ def plan_lookups(mesh: MeshSpec, facts: ModelFacts, config: Config) -> tuple[tup
         )  # fmt: skip
     for axis in mesh.axes(Part.WEIGHTS):
         names = {f"{fact.path}.weight" for fact in facts.split}
-        if split := next((fact for fact in chosen if fact.weight in names), None):
-            rule = f"splits {split.weight} by the model's tp_plan, and its rows are spread over ranks"
+        if split := next((fact for fact in chosen if fact.lookup.weight in names), None):
+            rule = f"splits {split.lookup.weight} by the model's tp_plan, and its rows are spread over ranks"
             raise ConfigError(f"mesh.{axis}", mesh.size(axis), rule, f"Use mesh.{axis}=1, or embeddings.shard=none")
     by_rows = "" if settings.optimizer is RowRule.same else settings.optimizer.value
     lookups = tuple(replace(fact.lookup, by_rows=by_rows) for fact in chosen)
     return lookups, without_tables(facts, lookups)
 
 
+def _stages(mesh: MeshSpec, config: Config) -> str:
+    """What cuts the model into stages; empty: nothing."""
+    if not has_stages(mesh.pp, config.pipeline.schedule):
+        return ""
+    return mesh.setting(Part.LAYERS) if mesh.pp > 1 else f"pipeline.schedule={config.pipeline.schedule}"
+
+
 def _check(tables: Sequence[TableFact], settings: EmbeddingsConfig) -> None:
-    large = [fact for fact in tables if fact.numbers >= settings.min_numbers]
+    large = [fact for fact in tables if fact.lookup.numbers >= settings.min_numbers]
     if not large:
-        most = max((fact.numbers for fact in tables), default=0)
+        most = max((fact.lookup.numbers for fact in tables), default=0)
         raise ConfigError(
             "embeddings.min_numbers", settings.min_numbers,
             f"no embedding has so many numbers; the largest of {len(tables)} has {most:,}", "Use a smaller number",
         )  # fmt: skip
     if refused := next((fact for fact in large if fact.refused), None):
-        rule = f"the rows of {refused.weight} cannot be spread: {refused.refused}"
+        rule = f"the rows of {refused.lookup.weight} cannot be spread: {refused.refused}"
         raise ConfigError("embeddings.shard", "ep", rule, "Use auto, or a larger embeddings.min_numbers")
 
 
 def table_notes(mesh: MeshSpec, facts: ModelFacts, config: Config) -> list[str]:
     """Why tables that the config asks for are not spread, for the user."""
-    notes, stages = list[str](), mesh.axes(Part.LAYERS)
+    notes, stages = list[str](), _stages(mesh, config)
     for fact in facts.tables:
-        if is_wanted(fact.numbers, config.embeddings, computed=fact.computed) and (fact.refused or stages):
-            reason = fact.refused or f"{mesh.setting(*stages)} cuts the model"
-            notes.append(f"{fact.weight} is sharded and gathered by FSDP, its rows are not spread: {reason}")
+        reason = fact.refused or f"{stages} cuts the model" * bool(stages)
+        if reason and is_wanted(fact.lookup.numbers, config.embeddings, computed=fact.lookup.computed):
+            notes.append(f"{fact.lookup.weight} is sharded and gathered by FSDP, its rows are not spread: {reason}")
     return notes
 
 
 def without_tables(facts: ModelFacts, lookups: Sequence[Lookup]) -> ModelFacts:
     """The facts of the model that FSDP shards, without the tables whose rows are spread."""
-    names = {each.weight for each in lookups}
-    chosen = [fact for fact in facts.tables if fact.weight in names]
+    planned = {each.weight: each for each in lookups}
+    chosen = [fact for fact in facts.tables if fact.lookup.weight in planned]
     if not chosen:
         return facts
-    numbers = sum(fact.numbers for fact in chosen)
-    kept = sum(fact.numbers for fact in chosen if not fact.is_trained)
+    numbers = sum(fact.lookup.numbers for fact in chosen)
+    kept = sum(fact.lookup.numbers for fact in chosen if not fact.is_trained)
     weights = list(facts.weights)
     for table in (fact for fact in chosen if not fact.is_apart):
+        of, its = table.lookup, (table.lookup.rows, table.is_root, table.is_trained)
         for i, fact in enumerate(weights):
-            is_its = (fact.rows, fact.is_root, fact.is_trained) == (table.rows, table.is_root, table.is_trained)
-            if is_its and fact.site is None and fact.params >= table.numbers:
-                weights[i] = replace(fact, params=fact.params - table.numbers)
+            is_its = (fact.rows, fact.is_root, fact.is_trained) == its and fact.site is None
+            if is_its and fact.params >= of.numbers:
+                weights[i] = replace(fact, params=fact.params - of.numbers)
                 break
     frozen = dict(facts.frozen)
     if "" in frozen:
         frozen[""] = (frozen[""][0] - kept, frozen[""][1] - numbers)
-    apart = [sum(f.numbers for f in chosen if f.is_apart and f.is_trained is trained) for trained in (True, False)]
+    alone = [fact for fact in chosen if fact.is_apart]
+    apart = [sum(fact.lookup.numbers for fact in alone if fact.is_trained is trained) for trained in (True, False)]
     return replace(
         facts, params_total=facts.params_total - numbers, apart=facts.apart - apart[0],
         apart_frozen=facts.apart_frozen - apart[1],
-        params_embedding=facts.params_embedding - sum(fact.numbers for fact in chosen if fact.is_root),
+        params_embedding=facts.params_embedding - sum(fact.lookup.numbers for fact in chosen if fact.is_root),
         weights=tuple(fact for fact in weights if fact.params), frozen=frozen, tables=(),
-        spread=tuple(chosen), row_rule=lookups[0].by_rows,
+        spread=tuple(replace(fact, lookup=planned[fact.lookup.weight]) for fact in chosen),
     )  # fmt: skip
 
 
 def numbers_here(facts: ModelFacts, mesh: MeshSpec) -> dict[TableFact, int]:
     """Of each spread table, the numbers that the fullest rank stores (step 1)."""
-    return {fact: mesh.share(fact.rows, Part.ROWS) * fact.width for fact in facts.spread}
+    return {fact: mesh.share(fact.lookup.rows, Part.ROWS) * fact.lookup.width for fact in facts.spread}
 
 
 def different(num_ids: float, num_rows: int) -> float:
@@ -137,8 +142,8 @@ def different(num_ids: float, num_rows: int) -> float:
 
 
 def asked(lookup: Lookup, tokens: float) -> float:
-    """Different rows that a rank needs in a micro-batch (step 2)."""
-    return different(tokens * lookup.ids_per_token, lookup.rows)
+    """Different rows that a rank asks for in a micro-batch, in all reads (step 2)."""
+    return lookup.reads * different(tokens * lookup.ids_per_token / lookup.reads, lookup.rows)
 
 
 def sent_forward(lookups: Sequence[Lookup], mesh: MeshSpec, tokens: float, element_bytes: int) -> float:
@@ -155,21 +160,40 @@ def sent_backward(lookups: Sequence[Lookup], mesh: MeshSpec, tokens: float, elem
 
 
 def row_buffers(facts: ModelFacts, mesh: MeshSpec, tokens: float, element_bytes: int) -> float:
-    """Bytes of rows that a rank has at once for the largest lookup: those that it reads, and those that it gets."""
+    """Bytes of rows that a rank has at once for the largest read: those that it reads, and those that it gets."""
     if mesh.size(Part.ROWS) == 1:
         return 0.0
     wide = max(FP32_BYTES, element_bytes)
-    each = (asked(fact.lookup, tokens) * fact.width * (wide + element_bytes) for fact in facts.spread)
-    return max(each, default=0.0)
+    of_reads = (asked(f.lookup, tokens) / f.lookup.reads * f.lookup.width for f in facts.spread)
+    return max(of_reads, default=0.0) * (wide + element_bytes)
 
 
-def row_gradient_bytes(facts: ModelFacts, run: RunFacts) -> float:
-    """Bytes of gradients that are kept by rows over the micro-batches of a step, of tables that are spread evenly."""
-    if facts.row_rule not in BYTES_OF_STATE:
-        return 0.0
-    tokens = run.tokens_per_rank * run.accumulation
-    trained = [fact for fact in facts.spread if fact.is_trained]
-    return sum(asked(fact.lookup, tokens) * fact.width * max(FP32_BYTES, fact.number_bytes) for fact in trained)
+def state_of_rows(facts: ModelFacts, mesh: MeshSpec) -> int:
+    """Bytes of the optimizer's state of the tables that are stepped by rows."""
+    total = 0
+    for fact in facts.trained_tables:
+        if fact.lookup.by_rows:
+            numbers = sum(
+                fact.lookup.width if is_of_each else 1
+                for is_of_each in ROW_STATE[RowRule(fact.lookup.by_rows)].values()
+            )
+            total += mesh.share(fact.lookup.rows, Part.ROWS) * numbers * max(FP32_BYTES, fact.number_bytes)
+    return total
+
+
+def kept_bytes(facts: ModelFacts, run: RunFacts) -> float:
+    """Bytes that are kept beside the layers: rows that tokens read, until backward, unless they are looked up again;
+    and gradients by rows over the micro-batches of a step.
+    """
+    tokens, total = run.tokens_per_rank, 0.0
+    for fact in facts.spread:
+        if fact.is_root or run.checkpointing != "full":
+            total += tokens * fact.lookup.ids_per_token * (fact.lookup.width * run.compute_bytes + _PLACE_BYTES)
+    for fact in facts.trained_tables:
+        if fact.lookup.by_rows:
+            rows = different(tokens * run.accumulation * fact.lookup.ids_per_token, fact.lookup.rows)
+            total += rows * fact.lookup.width * max(FP32_BYTES, fact.number_bytes)
+    return total
 
 
 def lookup_traffic(
@@ -182,7 +206,7 @@ def lookup_traffic(
     return LookupTraffic(
         stored=sum(here * fact.number_bytes for fact, here in numbers_here(facts, mesh).items()),
         forward=round(sent_forward(lookups, mesh, tokens, element_bytes)),
-        backward=round(sent_backward(lookups, mesh, tokens, element_bytes)),
+        backward=round(sent_backward([f.lookup for f in facts.trained_tables], mesh, tokens, element_bytes)),
         share=round(sum(asked(each, tokens) for each in lookups) / read, 4),
     )
 
@@ -190,7 +214,8 @@ def lookup_traffic(
 def lookup_step(plan: Plan, tokens: float, micro_batches: int, element_bytes: int) -> Traffic:
     """Bytes that a rank sends in a step, by link class."""
     each = sent_forward(plan.lookups, plan.mesh, tokens, element_bytes)
-    each += sent_backward(plan.lookups, plan.mesh, tokens, element_bytes)
+    if plan.adapters is None:  # else the tables are frozen
+        each += sent_backward(plan.lookups, plan.mesh, tokens, element_bytes)
     on_node = near(plan.mesh, (Part.ROWS,))
     sent = Traffic(intra_node=on_node * each, inter_node=(1 - on_node) * each)
     return sent.times(micro_batches)

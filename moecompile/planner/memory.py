@@ -108,7 +108,7 @@ from moecompile.plan import (
     Recomputed,
 )
 from moecompile.planner.lending import lending
-from moecompile.planner.lookups import BYTES_OF_STATE, numbers_here, row_buffers, row_gradient_bytes
+from moecompile.planner.lookups import kept_bytes, numbers_here, row_buffers, state_of_rows
 from moecompile.planner.optimizer import kept_of, muon_params, state_bytes
 from moecompile.planner.params import (
     BF16_BYTES,
@@ -129,7 +129,6 @@ RESIDUAL_NUMBERS = 6  # of c in step A2
 _INPUTS = 4  # of them, those that norms, attention and FFN read
 LOGITS_COPIES = 3  # losses upcast logits that are narrower than fp32
 ASSIGNMENT_BYTES = 36  # ids, sources and order int64, sources again int32, weights in both orders fp32
-_PLACE_BYTES = 8  # of a row that a token reads: which of those that came
 TOKEN_BYTES = 12  # saved by the normalization of the weights
 
 
@@ -253,12 +252,8 @@ def model_state_bytes(
     number, stored = _trained_bytes(facts), own * facts.bytes_per_param + _whole_bytes(params, facts)
     tables = numbers_here(facts, mesh)
     stored += sum(here * fact.number_bytes for fact, here in tables.items())
-    own_tables = sum(here for fact, here in tables.items() if fact.is_trained) if facts.adapters is None else 0
-    state_of_rows = 0
-    if facts.row_rule in BYTES_OF_STATE:
-        each = BYTES_OF_STATE[facts.row_rule]
-        state_of_rows = sum(here * each(fact.width) // fact.width for fact, here in tables.items() if fact.is_trained)
-        own_tables = 0
+    trained_here = {fact: tables[fact] for fact in facts.trained_tables}
+    own_tables = sum(here for fact, here in trained_here.items() if not fact.lookup.by_rows)
     if facts.adapters is not None:
         stored += own_trained * (number - facts.bytes_per_param) + trained.router * FP32_BYTES
     return (
@@ -273,7 +268,7 @@ def model_state_bytes(
             ceil(trained.experts * trained_share),
             kept_of(layers, mesh, facts, run.optimizer, number),
         )
-        + state_of_rows,
+        + state_of_rows(facts, mesh),
     )
 
 
@@ -387,7 +382,12 @@ class Activations:
 
 
 def activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> Activations:
-    """Step A2."""
+    """Step A2, with what lookups in spread tables keep."""
+    made = _of_layers(layers, mesh, facts, run)
+    return replace(made, kept=made.kept + kept_bytes(facts, run)) if facts.spread else made
+
+
+def _of_layers(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> Activations:
     num_layers, number = max(facts.num_layers, len(layers)), run.compute_bytes * run.tokens_per_rank
     # Existing experts in a latent width have it as their d_model.
     d_model = max((facts.d_model, *(layer.site.d_model for layer in layers)))
@@ -400,9 +400,7 @@ def activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
     backward = max(_of_each(layers, lambda layer: backward_bytes(layer, mesh, cut)), default=0)
     backward = max(backward, row_buffers(facts, mesh, run.tokens_per_rank, run.compute_bytes))
     wide = max(FP32_BYTES, run.compute_bytes) * run.tokens_per_rank
-    rows = sum(fact.ids_per_token * (fact.width * run.compute_bytes + _PLACE_BYTES) for fact in facts.spread)
-    saved_rows = rows * run.tokens_per_rank + row_gradient_bytes(facts, run)
-    found = Activations(kept=sum(saved) + saved_rows, loss=LOGITS_COPIES * facts.vocab_size * wide, layers=backward)
+    found = Activations(kept=sum(saved), loss=LOGITS_COPIES * facts.vocab_size * wide, layers=backward)
     if run.checkpointing == "none":
         return replace(found, kept=found.kept * run.in_flight)
     if run.checkpointing == BUDGET:

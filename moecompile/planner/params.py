@@ -55,7 +55,7 @@ class ModelFacts:
     weights: all others, added up by their dim 0, along which FSDP cuts them; empty if they are unknown.
     layers: what backward can compute again of each layer; empty for a bare graph. cut: how it can be cut into stages,
     where mesh.pp asks for it. tables: embedding tables; spread: those whose rows are spread over ranks, which nothing
-    else here counts, once they are planned; row_rule: how these are stepped.
+    else here counts, once they are planned.
     """
 
     params_total: int
@@ -87,7 +87,11 @@ class ModelFacts:
     cut: CutFacts | None = field(default=None, compare=False, repr=False)
     tables: tuple[TableFact, ...] = ()
     spread: tuple[TableFact, ...] = ()
-    row_rule: str = ""
+
+    @property
+    def trained_tables(self) -> tuple[TableFact, ...]:
+        """Of those whose rows are spread; with adapters the weights of the model are frozen."""
+        return tuple(fact for fact in self.spread if fact.is_trained) if self.adapters is None else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,35 +144,17 @@ class WeightFact:
 class TableFact:
     """An embedding table.
 
-    weight, module, rows, width, computed, ids_per_token: as in `Lookup`. is_root: whether it is outside the layers.
-    is_trained: whether it is. number_bytes: of a stored number. is_apart: whether its dtype is not that of most.
-    refused: why its rows cannot be spread; empty: they can.
+    lookup: its entry in a plan. is_root: whether it is outside the layers. is_trained: whether it is. number_bytes: of
+    a stored number. is_apart: whether its dtype is not that of most. refused: why its rows cannot be spread; empty:
+    they can.
     """
 
-    weight: str
-    module: str
-    rows: int
-    width: int
-    computed: bool
-    ids_per_token: float
+    lookup: Lookup
     is_root: bool = False
     is_trained: bool = True
     number_bytes: int = FP32_BYTES
     is_apart: bool = False
     refused: str = ""
-
-    @property
-    def numbers(self) -> int:
-        """Of the whole table."""
-        return self.rows * self.width
-
-    @property
-    def lookup(self) -> Lookup:
-        """Its entry in a plan."""
-        return Lookup(
-            weight=self.weight, module=self.module, rows=self.rows, width=self.width, computed=self.computed,
-            ids_per_token=self.ids_per_token,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,11 +356,11 @@ def model_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParams:
         apart=apart,
         experts=sum(c.experts for c in counts) + _all_adapters(layers),
         router=router,
-        active=round(dense + router + used + sum(each.ids_per_token * each.width for each in facts.spread)),
+        active=round(dense + router + used + sum(f.lookup.ids_per_token * f.lookup.width for f in facts.spread)),
         split_root=sum(fact.params for fact in split if "*" not in fact.pattern),
         split_layers=sum(fact.params for fact in split if "*" in fact.pattern),
         shared=sum(c.shared for c in counts),
-        spread=sum(fact.numbers for fact in facts.spread),
+        spread=sum(fact.lookup.numbers for fact in facts.spread),
     )
 
 
@@ -404,7 +390,7 @@ def trained_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParam
         if frozen == inside and layer.experts.init not in ("random", "drop"):
             experts -= counts.experts
             dense -= counts.shared - counts.latent - layer.experts.shared_gate * layer.site.d_model
-    spread = sum(fact.numbers for fact in facts.spread if fact.is_trained)
+    spread = sum(fact.lookup.numbers for fact in facts.trained_tables)
     return replace(params, dense=dense - max(kept, 0), experts=experts, apart=apart, spread=spread)
 
 

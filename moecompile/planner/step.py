@@ -160,11 +160,16 @@ def _lookups(plan: Plan, facts: ModelFacts, run: RunFacts) -> Iterator[Planned]:
     mesh, calls, bytes_ = plan.mesh, 0, 0.0
     for fact in facts.spread:
         forwards = 1 + (run.checkpointing == "full" and not fact.is_root)
-        given = asked(fact.lookup, run.tokens_per_rank)
-        wide = max(FP32_BYTES, run.compute_bytes)
-        once = given * (ID_BYTES + fact.width * run.compute_bytes) + mesh.size(Part.ROWS) * COUNT_BYTES
-        calls += run.accumulation * (2 * forwards + fact.is_trained)
-        bytes_ += run.accumulation * (forwards * once + fact.is_trained * given * fact.width * wide)
+        given, width, is_trained = (
+            asked(fact.lookup, run.tokens_per_rank),
+            fact.lookup.width,
+            fact in facts.trained_tables,
+        )
+        reads = fact.lookup.reads
+        once = given * (ID_BYTES + width * run.compute_bytes) + reads * mesh.size(Part.ROWS) * COUNT_BYTES
+        calls += run.accumulation * reads * (2 * forwards + is_trained)
+        back = is_trained * given * width * max(FP32_BYTES, run.compute_bytes)
+        bytes_ += run.accumulation * (forwards * once + back)
     axis = "_".join(mesh.axes(Part.ROWS))
     yield Planned(kind=TABLE_ROWS, axis=axis, ranks=mesh.size(Part.ROWS) if calls else 1, calls=calls, bytes=bytes_)
 

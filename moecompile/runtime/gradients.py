@@ -64,7 +64,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 @torch.no_grad()
 def divide(parameters: Iterable[nn.Parameter], divisor: float | Tensor) -> None:
     """Divides all gradients, in place."""
-    for _, grad in _local_grads(parameters):
+    for _, grad in local_grads(parameters):
         grad.div_(divisor)
 
 
@@ -72,7 +72,7 @@ def divide(parameters: Iterable[nn.Parameter], divisor: float | Tensor) -> None:
 def all_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Whether all gradients of this rank are finite, as a tensor, without a host sync."""
     # The largest entries: squares of large ones would overflow.
-    largest = [torch.linalg.vector_norm(g, torch.inf).double() for _, g in _local_grads(parameters) if g.numel()]
+    largest = [torch.linalg.vector_norm(g, torch.inf).double() for _, g in local_grads(parameters) if g.numel()]
     return torch.stack(largest).isfinite().all() if largest else torch.tensor(True)
 
 
@@ -94,7 +94,7 @@ def clip_by_global_norm(
     Returns:
         the norm before clipping, float64, equal on all ranks.
     """
-    graded = _local_grads(parameters)
+    graded = local_grads(parameters)
     world = dist.get_world_size(every)
     holders = world // stages
     total = torch.zeros((), dtype=torch.float64, device=graded[0][1].device if graded else device_of(every))
@@ -114,7 +114,7 @@ def clip_by_global_norm(
 @torch.no_grad()
 def clip_by_value(parameters: Iterable[nn.Parameter], limit: float) -> None:
     """Clips each entry to [-limit, limit]; torch's own clipping cannot mix DTensors with plain tensors."""
-    for _, grad in _local_grads(parameters):
+    for _, grad in local_grads(parameters):
         grad.clamp_(-limit, limit)
 
 
@@ -128,7 +128,7 @@ def _num_shards(parameter: Tensor) -> int:
     )
 
 
-def _local_grads(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
+def local_grads(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
     """Weights with a gradient, each with this rank's part of it; of a table by rows, with those of the rows."""
     graded = list[tuple[nn.Parameter, Tensor]]()
     for parameter in parameters:

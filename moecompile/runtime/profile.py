@@ -43,6 +43,7 @@ from moecompile.ops.traffic import lookup_traffic, optimizer_traffic, traffic
 from moecompile.passes.base import op_name
 from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, Plan, Traffic
 from moecompile.rundir import PROFILE, ROUTES
+from moecompile.runtime.gradients import local_grads
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.strategy import ExpertParallelStrategy, groups_of
 from moecompile.torch_private import in_backward
@@ -355,7 +356,7 @@ class StepProfile(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Step 3: gradients."""
         if self._left(trainer) == 1:
-            self._memory["grads"] = sum(_local_bytes(p.grad) for p in pl_module.parameters() if p.grad is not None)
+            self._memory["grads"] = sum(grad.nbytes for _, grad in local_grads(pl_module.parameters()))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, _: int

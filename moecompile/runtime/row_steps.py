@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moecompile.ops.lookups import RowGradients
-from moecompile.schema import RowRule
+from moecompile.schema import ROW_STATE, RowRule
 from moecompile.torch_private import local_part
 
 STEP = "step"
@@ -35,27 +35,26 @@ def step_rows(weight: Tensor, grads: RowGradients | None, state: dict[str, Any],
         grads: None, or without a backward: only the state is made and the step counted.
         group: its settings; `kind` is the rule.
     """
-    columns, step = _RULES[RowRule(group["kind"])]
+    rule = RowRule(group["kind"])
     if not state:
         state[STEP] = torch.zeros((), dtype=torch.float32, device=weight.device)
-        state.update({name: _zeros(weight, width) for name, width in columns(weight.shape[1]).items()})
+        state.update({name: _zeros(weight, weight.shape[1] if each else 1) for name, each in ROW_STATE[rule].items()})
     state[STEP] += 1
     if grads is None or not grads.exist or not grads.rows_V.numel():
         return
-    has_grad = grads.summed_VD.any(1)
-    rows, grad_VD = grads.rows_V[has_grad], grads.summed_VD[has_grad]
+    rows, grad_VD = torch.ops.moecompile.rows_to_step(grads.rows_V, grads.summed_VD)
     table = local_part(weight.detach())
     kept = {name: local_part(value) for name, value in state.items() if name != STEP}
     parts = {name: value.index_select(0, rows) for name, value in kept.items()}
     values = table.index_select(0, rows).to(grad_VD.dtype)
     values.mul_(1 - group["lr"] * group["weight_decay"])
-    values.add_(step(grad_VD, parts, float(state[STEP]), group), alpha=-group["lr"])
+    values.add_(_RULES[rule](grad_VD, parts, state[STEP].double(), group), alpha=-group["lr"])
     table.index_copy_(0, rows, values.to(table.dtype))
     for name, part in parts.items():
         kept[name].index_copy_(0, rows, part)
 
 
-def _lazy_adamw(grad: Tensor, parts: dict[str, Tensor], step: float, group: Mapping[str, Any]) -> Tensor:
+def _lazy_adamw(grad: Tensor, parts: dict[str, Tensor], step: Tensor, group: Mapping[str, Any]) -> Tensor:
     first, second = group["betas"]
     parts[_FIRST].lerp_(grad, 1 - first)
     parts[_SECOND].mul_(second).addcmul_(grad, grad, value=1 - second)
@@ -64,17 +63,17 @@ def _lazy_adamw(grad: Tensor, parts: dict[str, Tensor], step: float, group: Mapp
     return mean.div_(root)
 
 
-def _rowwise_adagrad(grad: Tensor, parts: dict[str, Tensor], step: float, group: Mapping[str, Any]) -> Tensor:
+def _rowwise_adagrad(grad: Tensor, parts: dict[str, Tensor], step: Tensor, group: Mapping[str, Any]) -> Tensor:
     parts[_SUM].add_(grad.square().mean(1, keepdim=True))
     root: Tensor = parts[_SUM].sqrt().add_(group["eps"])
     return grad / root
 
 
-_RULES: dict[RowRule, tuple[Callable[[int], dict[str, int]], Callable[..., Tensor]]] = {
-    RowRule.lazy_adamw: (lambda width: {_FIRST: width, _SECOND: width}, _lazy_adamw),
-    RowRule.rowwise_adagrad: (lambda width: {_SUM: 1}, _rowwise_adagrad),
+_RULES: dict[RowRule, Callable[..., Tensor]] = {
+    RowRule.lazy_adamw: _lazy_adamw,
+    RowRule.rowwise_adagrad: _rowwise_adagrad,
 }
-"""Rule -> numbers of a row in each entry of its state, for a row of so many; and the update of some rows."""
+"""Rule -> the update of some rows."""
 
 
 def _zeros(weight: Tensor, width: int) -> Tensor:

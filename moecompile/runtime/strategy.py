@@ -334,10 +334,10 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 "mesh.pp", self.groups.mesh.pp, "a pipeline orders the backwards of a step, and this module calls them "
                 "itself (manual optimization)", "Use automatic optimization, or no stages",
             )  # fmt: skip
-        if plan_of(compiled).keeps_row_gradients:
+        if by_rows := [each.by_rows for each in plan_of(compiled).lookups if each.by_rows]:
             raise ConfigError(
-                "embeddings.optimizer", "by rows", "is for automatic optimization, and this module calls its backwards "
-                "itself", "Use embeddings.optimizer=same",
+                "embeddings.optimizer", by_rows[0], "is for automatic optimization, and this module calls its "
+                "backwards itself", "Use embeddings.optimizer=same",
             )  # fmt: skip
         if self.on_nan is not None:
             raise ConfigError(

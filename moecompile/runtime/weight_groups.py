@@ -23,7 +23,7 @@ from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.nn.matrices import hidden_matrices
 from moecompile.nn.stages import passage_of, tied_names
-from moecompile.passes.lookups import rules_of
+from moecompile.passes.lookups import tables_of
 from moecompile.runtime.moments import BY_ROWS, AdamW, keeping_of
 from moecompile.runtime.muon import Muon
 from moecompile.schema import (
@@ -75,7 +75,7 @@ def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[WeightGroup
     """
     is_muon = config.kind is OptimizerKind.muon
     layouts = hidden_matrices(model) if is_muon or any(group.kind for group in config.groups) else {}
-    by_rows = rules_of(model)
+    by_rows = {name: rule for name, rule in tables_of(model).items() if rule}
     layouts = {name: layout for name, layout in layouts.items() if name not in by_rows}
     tied = tied_names(model)
     trained = [(tied.get(name, name), p) for name, p in model.named_parameters() if p.requires_grad]
@@ -161,11 +161,13 @@ def make_optimizer(model: nn.Module, settings: Sequence[str] | Config | Optimize
     groups = weight_groups(model, config)
     betas = (config.betas[0], config.betas[1])
     keeping = keeping_of(model, config, [weight for group in groups for weight in group.weights])
-    tables = [weight for group in groups if group.kind in BY_ROWS for weight in group.weights]
-    if config.bf16_weights is not Bf16Weights.nearest and any(table.dtype == torch.bfloat16 for table in tables):
+    tables = {weight: group.kind for group in groups if group.kind in BY_ROWS for weight in group.weights}
+    narrow = [kind for weight, kind in tables.items() if weight.dtype == torch.bfloat16]
+    if narrow and config.bf16_weights is not Bf16Weights.nearest:
         raise ConfigError(
-            "embeddings.optimizer", "by rows", "rounds bf16 tables to nearest, and optimizer.bf16_weights="
-            f"{config.bf16_weights.value} asks for more", "Use embeddings.optimizer=same",
+            "embeddings.optimizer", narrow[0],
+            f"rounds bf16 tables to nearest, and optimizer.bf16_weights={config.bf16_weights.value} asks for more",
+            "Use embeddings.optimizer=same",
         )  # fmt: skip
     if config.kind is OptimizerKind.adamw and (tables or not keeping.is_torchs):
         return AdamW(_by_mesh(groups), keeping, lr=config.lr, betas=betas, eps=config.eps)

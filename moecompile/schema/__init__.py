@@ -91,6 +91,7 @@ from moecompile.schema.moments import (
     FP32_BYTES,
     LEAST_NUMBERS,
     MOMENTS,
+    ROW_STATE,
     MomentKind,
     block_of,
     bytes_in_blocks,

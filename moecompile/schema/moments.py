@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
 
-from moecompile.schema.enums import StateKind
+from moecompile.schema.enums import RowRule, StateKind
 
 LEAST_NUMBERS = 4096
 """Smaller weights keep fp32 moments beside others in codes."""
@@ -48,6 +48,14 @@ MOMENTS = {
     StateKind.int8: MomentKind(bits=8, fraction=None, in_blocks=True, may_adapt=False),
 }
 """What is not here has no moments: a KeyError."""
+
+ROW_STATE = {
+    RowRule.lazy_adamw: {"exp_avg": True, "exp_avg_sq": True},
+    RowRule.rowwise_adagrad: {"sum": False},
+}
+"""Of tables that are stepped by rows: entries of the state, in fp32 or wider, and whether each has a number for every
+one of a row, or one for all.
+"""
 
 
 def resolved(state: StateKind, bits: int) -> StateKind | None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moecompile.capture import record
-from moecompile.match.lookups import FoundLookup, find_lookups
+from moecompile.errors import CaptureError
+from moecompile.match.lookups import FoundLookup, find_lookups, reads_of, region_of
 from tests.table_models import build
 
 IDS = torch.randint(1, 300, (2, 8))
@@ -87,3 +88,59 @@ def test_a_mask_and_a_slice_are_no_lookups() -> None:
             return self.table[x[0] > 9].sum() + self.table[1:3].sum() + x
 
     assert found_in(Masked()) == {}
+
+
+@pytest.mark.parametrize(
+    ("read", "padding"),
+    [
+        (lambda w, x: torch.index_select(input=w, dim=0, index=x.flatten()), None),
+        (lambda w, x: w.index_select(dim=0, index=x.flatten()), None),
+        (lambda w, x: F.embedding(weight=w, input=x, padding_idx=-2), 298),
+        (torch.embedding, None),
+        (lambda w, x: torch.embedding(weight=w, indices=x), None),
+    ],
+)  # fmt: skip
+def test_arguments_may_be_named(read: Any, padding: int | None) -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(300, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return read(self.table, x)
+
+    recording = record(_Around(Reader()), IDS)
+    assert [(each.weight, each.refused) for each in find_lookups(recording)] == [("inner.table", "")]
+    assert [each.padding for each in reads_of(recording.graph)] == [-1 if padding is None else padding]
+
+
+class _Around(nn.Module):
+    """The model itself is no module that could be replaced."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the inner one."""
+        return self.inner(x)
+
+
+def test_python_that_asks_for_a_cache_is_left_alone() -> None:
+    class Config:
+        use_cache = False
+
+    class Reader(nn.Embedding):
+        def forward(self, x: Tensor, cache: Any = None) -> Tensor:
+            return super().forward(x % 7) if cache is None else super().forward(x)
+
+    class Cached(_Around):
+        config = Config()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x, cache=object() if self.config.use_cache else None)
+
+    recording = record(Cached(Reader(300, 4)), IDS)
+    (found,) = find_lookups(recording)
+    with pytest.raises(CaptureError, match="something else with a cache"):
+        region_of(found, recording)

@@ -179,6 +179,8 @@ SAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "send_ids": lambda axis: (torch.tensor([0, 1, 3]), 5, axis),
     "read_rows": lambda _: (values(5, 2), torch.tensor([3, 1, 3]), 1),
     "read_rows: every row": lambda _: (values(5, 2), torch.tensor([[3, 1], [3, 0]]), -1),
+    "row_gradients": lambda _: (values(3, 2).detach(), torch.tensor([3, 1, 3]), 5, 1),
+    "rows_to_step": lambda _: (torch.tensor([1, 4]), torch.tensor([[0.0, 0.0], [0.0, 2.0]], dtype=F64)),
     "table_gradient": lambda _: (values(3, 2).detach(), torch.tensor([3, 1, 3]), 5, 1),
     "return_rows": lambda axis: (values(3, 2), LOOKUP, torch.tensor([[2, 1], [2, 0]]), F64, axis),
     "send_row_gradients": lambda axis: (values(4, 2).detach(), LOOKUP, torch.tensor([2, 1, 2, 0]), axis),

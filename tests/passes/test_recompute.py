@@ -202,3 +202,24 @@ def test_a_plan_of_another_model_is_refused() -> None:
     other = Recomputed(parts=("attention",), sends=False, modules=("attn",), layers=("model.layers.0",))
     with pytest.raises(PassError, match=r"model.layers.0.attn.*no such module"):
         recompute(model, replace(moecompile.plan_of(model), recomputed=(other,)), "budget")
+
+
+def test_what_is_written_in_place_is_looked_for_among_what_is_kept_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The storage of torch has an entry for every op: to look through it at each write is quadratic in the ops."""
+    looked: list[set[int]] = []
+    caching, _ = keeping([aten.topk.default])
+    right = type(caching.storage).values  # type: ignore[attr-defined]
+
+    class Storage(type(caching.storage)):  # type: ignore[attr-defined,misc]
+        def values(self) -> Any:
+            looked.append(set())
+            return right(self)
+
+    caching.storage = Storage(caching.storage.default_factory)  # type: ignore[attr-defined]
+    with caching:
+        written, kept = torch.zeros(4), torch.randn(4, 8).topk(2).values
+        for _ in range(50):
+            written.add_(1)
+        assert looked == []
+        kept.add_(1)
+        assert len(looked) == 1

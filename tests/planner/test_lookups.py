@@ -7,14 +7,25 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx, nn
 
 from moecompile.compose import compose_config
-from moecompile.errors import ConfigError
+from moecompile.errors import ConfigError, PlanError
 from moecompile.models.build import example_inputs
-from moecompile.pipeline import make_plan
+from moecompile.pipeline import compile_model, make_plan, transform
 from moecompile.pipeline.captured import planning_facts
+from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Lookup, Plan, from_yaml, to_yaml
-from moecompile.planner.lookups import different, sent_backward, sent_forward, table_notes, without_tables
+from moecompile.planner.cost_model.forecast import forecast_plan
+from moecompile.planner.lookups import (
+    different,
+    plan_lookups,
+    sent_backward,
+    sent_forward,
+    state_of_rows,
+    table_notes,
+    without_tables,
+)  # fmt: skip
 from moecompile.planner.memory import own_params
 from tests.table_models import build
 
@@ -54,6 +65,10 @@ def test_the_hash_is_as_before_without_tables_and_another_with() -> None:
         (["embeddings.shard=ep"], r"embeddings.min_numbers=16777216: no embedding has so many numbers; the largest of 5 "),
         (["embeddings.optimizer=lazy_adamw"], "embeddings.optimizer=lazy_adamw: steps rows of spread tables"),
         (["embeddings.shard=ep", "embeddings.min_numbers=9", "mesh.pp=2"], "embeddings.shard=ep: rows are not spread"),
+        (
+            ["embeddings.shard=ep", "embeddings.min_numbers=9", "pipeline.schedule=dualpipev"],
+            "rows are not spread where pipeline.schedule=dualpipev cuts the model",
+        ),
         (["embeddings.min_numbers=0"], "embeddings.min_numbers=0"),
     ],
 )  # fmt: skip
@@ -78,13 +93,13 @@ def test_facts_without_tables() -> None:
     model = build()
     config = compose_config([*BASE, "embeddings.min_numbers=1"])
     _, facts = planning_facts(model, config, example_inputs(model, 16))
-    lookups = [fact.lookup for fact in facts.tables if fact.computed]
+    lookups = [fact.lookup for fact in facts.tables if fact.lookup.computed]
     left = without_tables(facts, lookups)
     assert facts.params_total - left.params_total == sum(TABLES.values())
     assert sum(w.params for w in facts.weights) - sum(w.params for w in left.weights) == sum(TABLES.values())
-    outside = sum(fact.numbers for fact in facts.tables if fact.computed and fact.is_root)
+    outside = sum(fact.lookup.numbers for fact in facts.tables if fact.lookup.computed and fact.is_root)
     assert facts.params_embedding - left.params_embedding == outside > 0
-    assert [fact.weight for fact in left.spread] == list(TABLES)
+    assert [fact.lookup.weight for fact in left.spread] == list(TABLES)
     assert own_params((), planned().mesh, left, 0, trained=True) < own_params(
         (), planned().mesh, facts, 0, trained=True
     )  # type: ignore[arg-type]
@@ -109,3 +124,39 @@ def test_a_table_that_is_left_alone_is_named() -> None:
     _, facts = planning_facts(model, config, example_inputs(model, 16))
     (note,) = table_notes(planned().mesh, facts, config)
     assert note.startswith("tables.heads.heads.0.weight is sharded and gathered by FSDP") and "max_norm" in note
+
+
+def test_a_plan_for_another_model_names_the_table() -> None:
+    plan, model = planned("embeddings.min_numbers=300"), build()
+    del model.tables["indexed"]
+    with pytest.raises(
+        PlanError, match=r"lookups=tables.indexed.table: is planned to be spread, and tables.indexed is no"
+    ):
+        compile_model(model, example=example_inputs(model, 16), plan=plan)
+    assert not any(isinstance(module, fx.GraphModule) for module in model.modules())
+    with pytest.raises(PlanError, match="rows of tables are spread in a model, not in a graph alone"):
+        transform(fx.symbolic_trace(nn.Linear(2, 2)), plan)
+
+
+def test_lookups_take_time_and_tables_none() -> None:
+    model = build()
+    seconds = {}
+    for shard in ("none", "auto"):
+        config = compose_config([*BASE, "embeddings.min_numbers=1", f"embeddings.shard={shard}"])
+        plan = make_plan(model, config, example=example_inputs(model, 16))
+        parts = forecast_plan(shape_of_model(model, plan), plan, config).parts
+        seconds[shard] = parts.get("rows of tables", 0.0), parts["dense products"]
+    assert seconds["auto"][0] > 0 == seconds["none"][0]
+    assert seconds["auto"][1] <= seconds["none"][1]
+
+
+def test_state_by_rows_is_planned_as_it_is_made() -> None:
+    for rule, numbers in (("lazy_adamw", lambda width: 2 * width), ("rowwise_adagrad", lambda width: 1)):
+        model = build()
+        config = compose_config([*BASE, "embeddings.min_numbers=300", f"embeddings.optimizer={rule}"])
+        _, facts = planning_facts(model, config, example_inputs(model, 16))
+        lookups, facts = plan_lookups(planned().mesh, facts, config)
+        rows = [(-(-each.rows // 4), each.width) for each in lookups]
+        assert state_of_rows(facts, planned().mesh) == 4 * sum(own * numbers(width) for own, width in rows)
+        adapted = replace(facts, adapters=(9, False))
+        assert state_of_rows(adapted, planned().mesh) == 0 and adapted.trained_tables == ()

@@ -16,7 +16,7 @@ import torch
 
 from moecompile.compose import RESOLVED, compose_config, save_resolved
 from moecompile.errors import ConfigError, MoecompileError, RehearsalDiffers
-from moecompile.planner.step import step_of_rank
+from moecompile.planner.step import TABLE_ROWS, step_of_rank
 from moecompile.tasks import rehearse as task
 from moecompile.torch_private import fake_values
 from tests.forked import python
@@ -147,3 +147,22 @@ def test_a_rank_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
         task._rehearse(compose_config([*SMALL]), tmp_path, [0], 1.0)
     assert str(caught.value).startswith("rank 0 cannot be rehearsed: FileNotFoundError: ")
     assert str(caught.value).endswith(" (debug=true shows where)") and "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["embeddings.shard=ep"], ["embeddings.optimizer=rowwise_adagrad", "trainer.checkpointing=full"],
+        ["embeddings.optimizer=lazy_adamw", "trainer.checkpointing=keep_exchanges", "mesh.dp_replicate=2"],
+    ],
+)  # fmt: skip
+def test_lookups_send_and_hold_what_the_plan_says(overrides: list[str], tmp_path: Path) -> None:
+    model = ["model.factory=tests.table_models:build", "experts.num_routed=4", "routing.top_k=2", "data.vocab_size=300"]
+    size = ["mesh=cpu_1x4", "mesh.ep=2", "data.seq_len=16", "data.global_batch_size=32", "embeddings.min_numbers=300"]
+    words = ["task=rehearse", *model, *size, *overrides, f"hydra.run.dir={tmp_path / 'run'}"]
+    done = python("-m", "moecompile", *words, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "run" / "result.json").read_text())["collectives"]
+    (sent,) = (row for row in rows if row["name"] == TABLE_ROWS)
+    assert sent["calls"] == sent["planned_calls"] > 0

@@ -72,8 +72,7 @@ def steps_of_a_row_counted(patch: pytest.MonkeyPatch) -> None:
     """The first moment is corrected as if every step were the first."""
     right = row_steps._lazy_adamw
     rule = row_steps.RowRule.lazy_adamw
-    columns, _ = row_steps._RULES[rule]
-    patch.setitem(row_steps._RULES, rule, (columns, lambda grad, parts, step, group: right(grad, parts, 1.0, group)))
+    patch.setitem(row_steps._RULES, rule, lambda grad, parts, step, group: right(grad, parts, torch.ones(()), group))
 
 
 MUTATIONS: dict[Patch, tuple[str, str]] = {
