@@ -136,8 +136,7 @@ SHARED = "of another stage"
 REFUSED = {
     "albert": "it has 1 layers", "bart": SHARED, "dory": "is called 2 times",
     "llama4": "cannot be called on meta tensors", "llama4_text": "cannot be called on meta tensors",
-    "musicgen": "must match the size", "musicgen_melody": "not enough values", "t5": SHARED, "whisper": SHARED,
-    "xlstm": "has a tuple in it", "zamba": SHARED, "zamba2": SHARED,
+    "t5": SHARED, "whisper": SHARED, "xlstm": "has a tuple in it", "zamba": SHARED, "zamba2": SHARED,
 }  # fmt: skip
 """Architecture -> a part of the reason why it is not cut."""
 
@@ -156,7 +155,7 @@ def test_models_of_transformers_are_cut_or_refused(monkeypatch: pytest.MonkeyPat
     refused = {name: reason for name, reason in reasons.items() if reason}
     assert refused.keys() == REFUSED.keys(), refused
     assert all(REFUSED[name] in reason for name, reason in refused.items()), refused
-    assert len(reasons) - len(refused) >= 106
+    assert len(reasons) - len(refused) >= 108
 
 
 def why_not(model: nn.Module, inputs: Any) -> str:
