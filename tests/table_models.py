@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 PADDING = 3
 
@@ -84,3 +86,35 @@ def build() -> nn.Module:
             num_key_value_heads=2, max_position_embeddings=16, use_cache=False,
         )
     )  # fmt: skip
+
+
+class TableLayer(nn.Module):
+    """A layer with a table of its own, whose ids are made outside of it, and an FFN."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(rows, width)
+        self.norm = nn.LayerNorm(width)
+        self.mlp = LlamaMLP(LlamaConfig(hidden_size=width, intermediate_size=24, num_attention_heads=2))
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        """(B, S, D), (B, S) -> (B, S, D)"""
+        x = x + self.table(ids % self.table.num_embeddings)
+        return x + self.mlp(self.norm(x))
+
+
+class Layered(nn.Module):
+    """Tables in layers, which lie on several stages of a pipeline, and an embedding of words."""
+
+    def __init__(self, layers: int = 4, width: int = 16) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(300, width)
+        self.layers = nn.ModuleList(TableLayer(37 + i, width) for i in range(layers))
+        self.head = nn.Linear(width, 300)
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> CausalLMOutput:
+        """(B, S) -> logits, (B, S, V)"""
+        x, hashed = self.embed(input_ids), bigrams(input_ids)
+        for layer in self.layers:
+            x = layer(x, hashed)
+        return CausalLMOutput(logits=self.head(x))

@@ -53,13 +53,18 @@ def find_lookups(recording: Recording) -> list[FoundLookup]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     of_name = {name: parameter for parameter, mine in names.items() for name in mine}
+    reads = {read.node for read in reads_of(recording.graph)}
+    whole = {
+        of_name.get(str(node.target)) for node in recording.graph.nodes
+        if node.op == "get_attr" and not reads.issuperset(node.users)
+    }  # fmt: skip
     for read in reads_of(recording.graph):
         weight = of_name.get(str(read.weight.target))
         if weight is None or weight.ndim != 2 or not weight.is_floating_point():  # Step 1
             continue
         lookup = FoundLookup(
             weight=names[weight][0], module=str(read.node.meta["owner"]), rows=weight.shape[0], width=weight.shape[1],
-            computed=_is_computed(read.ids), ids=prod(read.node.meta["shape"][:-1]),
+            computed=_is_computed(read.ids), ids=prod(read.node.meta["shape"][:-1]), is_used_whole=weight in whole,
         )  # fmt: skip
         earlier = found.get(lookup.weight)
         reason = read.refused or _why_not(read, names[weight], recording)

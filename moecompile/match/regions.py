@@ -70,7 +70,7 @@ class Region:
 @dataclass(frozen=True, kw_only=True)
 class FoundLookup:
     """A table and the module that reads it. weight: its name in the model. ids: how many the example reads, in so many
-    `reads`. refused: why its rows cannot be spread.
+    `reads`. is_used_whole: whether a product uses it too, under any name. refused: why its rows cannot be spread.
     """
 
     weight: str
@@ -80,6 +80,7 @@ class FoundLookup:
     computed: bool
     ids: int
     reads: int = 1
+    is_used_whole: bool = False
     refused: str = ""
 
 

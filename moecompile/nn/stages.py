@@ -7,7 +7,7 @@ between the units runs as it is: masks and positions are computed from the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,13 +118,13 @@ class Absent(nn.Module):
     """Stands for a unit of another stage; has its plain attributes, and no weights.
 
     Args:
-        unit: whose output it returns. stage: to which it belongs. module: its module, of which nothing is kept but its
-            attributes and shapes (on the meta device).
+        unit: whose output it returns. stage: to which it belongs. shape: a copy of its module on the meta device, which
+            has its attributes and shapes.
     """
 
-    def __init__(self, unit: Unit, stage: int, module: nn.Module, passage: Passage) -> None:
+    def __init__(self, unit: Unit, stage: int, shape: nn.Module, passage: Passage) -> None:
         super().__init__()
-        vars(self).update(unit=unit, of_stage=stage, passage=passage, shape=without_values(module))
+        vars(self).update(unit=unit, of_stage=stage, passage=passage, shape=shape)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["shape"], name)
@@ -190,13 +190,18 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return {prefix + last: prefix + first for first, last in pipeline.tied if prefix + last in here}
 
 
-def cut_into_stages(model: nn.Module, pipeline: Pipeline, stages: Sequence[int]) -> Passage:
-    """Keeps the units of these stages and puts an `Absent` in the place of each other one; in place."""
+def cut_into_stages(
+    model: nn.Module, pipeline: Pipeline, stages: Sequence[int],
+    shapes_of: Callable[[nn.Module], nn.Module] = without_values,
+) -> Passage:  # fmt: skip
+    """Keeps the units of these stages and puts an `Absent`, with the shapes of the module, in the place of each other
+    one; in place.
+    """
     passage = Passage(pipeline)
     for number, stage in enumerate(pipeline.stages):
         for unit in stage.units:
             module = model.get_submodule(unit.path)
-            passage.absent[unit.path] = Absent(unit, number, module, passage)
+            passage.absent[unit.path] = Absent(unit, number, shapes_of(module), passage)
             if number in stages:
                 passage.present[unit.path] = module
     put(model, {path: absent for path, absent in passage.absent.items() if path not in passage.present})

@@ -199,6 +199,11 @@ class RowGradients:
         """Forgets all."""
         self._parts = []
 
+    def exchange(self, parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Makes these the gradients, and returns those that there were."""
+        self._parts, before = parts, self._parts
+        return before
+
     @property
     def exist(self) -> bool:
         """Whether there was a backward."""

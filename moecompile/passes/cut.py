@@ -11,16 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from moecompile.capture import Example, call_with, undisturbed
 from moecompile.errors import PassError
 from moecompile.nn.router import number_routers
-from moecompile.nn.stages import StageEnded, cut_into_stages, end_stages, passage_of, uncut
-from moecompile.passes.base import ModelPass
+from moecompile.nn.stages import StageEnded, cut_into_stages, end_stages, passage_of, put, uncut
+from moecompile.passes.base import ModelPass, op_name
+from moecompile.passes.lookups import read_here
 from moecompile.plan import Plan
 from moecompile.stages import Pipeline, stage_of
-from moecompile.torch_private import tree_leaves
+from moecompile.torch_private import tree_leaves, without_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class Cut(ModelPass):
         """Changes the model in place."""
         assert plan.pipeline is not None
         number_routers(model)
-        cut_into_stages(model, plan.pipeline, plan.pipeline.stages_of(self.index))
+        cut_into_stages(model, plan.pipeline, plan.pipeline.stages_of(self.index), _shapes_of)
         gc.collect()  # a GraphModule and its graph refer to each other: weights of other stages would stay for a while
 
     def ensures(self, model: nn.Module, plan: Plan) -> None:
@@ -68,8 +69,20 @@ class Cut(ModelPass):
                 raise PassError(self.name, name, "belongs to another rank's stage, and is still here")
 
 
+def _shapes_of(module: nn.Module) -> nn.Module:
+    """What has the shapes of a module of another stage: it sends nothing."""
+    new = without_values(module)
+    for path, graph in list(module.named_modules()):
+        if isinstance(graph, fx.GraphModule) and any(op_name(node) == "return_rows" for node in graph.graph.nodes):
+            alone = without_values(read_here(graph))
+            if not path:
+                return alone
+            put(new, {path: alone})
+    return new
+
+
 def stage_plan(plan: Plan, index: int) -> Plan:
-    """The part of a plan that the rank at `index` along pp has: layers, split modules and what is computed again."""
+    """The part of a plan that the rank at `index` along pp has: layers, tables, what is computed again."""
     if plan.pipeline is None:
         return plan
     stages = [plan.pipeline.stages[i] for i in plan.pipeline.stages_of(index)]
@@ -82,6 +95,7 @@ def stage_plan(plan: Plan, index: int) -> Plan:
         plan,
         layers=tuple(layer for layer in plan.layers if here(layer.site.fqn)),
         recomputed=tuple(each for each in again if each.layers),
+        lookups=tuple(lookup for lookup in plan.lookups if here(lookup.weight)),
     )
 
 

@@ -129,6 +129,22 @@ def _replace(graph: fx.Graph, read: Read, lookup: Lookup, region: Region, mesh: 
     graph.erase_node(read.node)
 
 
+def read_here(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy that reads rows of the whole table, which only has the shapes: a stage that does not have it runs this."""
+    new, _ = copy_graph_module(graph)
+    for node in [each for each in new.graph.nodes if op_name(each) == "return_rows"]:
+        rows, _, places, dtype, _ = node.args
+        weight, _, padding = rows.args
+        with new.graph.inserting_before(node):
+            ids = places.args[0].args[0]
+            node.replace_all_uses_with(new.graph.call_function(read_rows, (weight, ids, padding), {"dtype": dtype}))
+        new.graph.erase_node(node)
+        new.graph.erase_node(rows)
+    erase_unused(new.graph)
+    new.recompile()
+    return stand_in(new, graph, attributes_of(graph))
+
+
 def row_mesh(mesh: MeshSpec, device_type: str) -> DeviceMesh:
     """The ranks over which rows are spread: all of a stage with different tokens."""
     axes = mesh.axes(Part.ROWS) or axes_that_split(Part.STORED)[:1]

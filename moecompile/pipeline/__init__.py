@@ -214,7 +214,7 @@ def compile_with_report(
     done = Compilation(model=model, plan=plan, records=log.records, graphs=log.graphs)
     done.sites = list_sites(captured, {layer.site.fqn for layer in plan.layers})
     done.notes = [*notes(plan, config, facts.widened, facts.own_losses), *frozen_notes(model, plan)]
-    done.notes += table_notes(plan.mesh, facts, config)
+    done.notes += table_notes(facts, config)
     done.regions = regions if is_meta(model) else {}  # otherwise they would keep the dense weights alive
 
     rewritten = run_passes(on_one_device(config.seed), regions, layers, log)

@@ -90,8 +90,10 @@ def _tables(
     """`ModelFacts.tables`."""
     apart, facts = {p for found in _others(model).values() for p in found}, list[TableFact]()
     tokens = 1 if example is None else tokens_of(example)
+    names = dict(model.named_parameters())
     for found in captured.tables:
-        weight = model.get_parameter(found.weight)
+        if (weight := names.get(found.weight)) is None:  # of another stage
+            continue
         facts.append(
             TableFact(
                 lookup=Lookup(
@@ -110,11 +112,13 @@ def _cut(model: nn.Module, captured: Captured | None) -> CutFacts | None:
     if captured is None or captured.boundaries is None:
         return None
     of, whole = captured.boundaries, {}
+    tables = {model.get_parameter(found.weight) for found in captured.tables if not found.is_used_whole}
     for called in of.units:
         module = model.get_submodule(called.path)
         is_lookup = all(isinstance(m, nn.Embedding) for m in module.modules() if own_parameters(m))
-        whole[called.path] = 0 if is_lookup else sum(parameter.numel() for parameter in module.parameters())
-    without_sites = replace(captured, boundaries=None, tables=[])
+        products = [parameter for parameter in module.parameters() if parameter not in tables]
+        whole[called.path] = 0 if is_lookup else sum(parameter.numel() for parameter in products)
+    uncut = replace(captured, boundaries=None)
 
     @cache  # a search asks for the same stages on many meshes
     def facts(units: tuple[str, ...], has_head: bool) -> ModelFacts:
@@ -122,7 +126,7 @@ def _cut(model: nn.Module, captured: Captured | None) -> CutFacts | None:
         absent = {path: model.get_submodule(path) for path in whole if path not in units}
         put(model, dict.fromkeys(absent, nn.Module()))
         try:
-            found = facts_of(model, None, without_sites)
+            found = facts_of(model, None, uncut)
         finally:
             put(model, absent)
         return found if has_head else replace(found, vocab_size=0)

@@ -114,9 +114,9 @@ class WeightTraffic:
 
 @dataclass(frozen=True, kw_only=True)
 class LookupTraffic:
-    """What lookups in spread tables cost. stored: bytes of the rows of a rank. forward, backward: bytes that a rank
-    sends in a micro-batch, of ids and rows, and of gradients. share: of the rows that tokens read, those that are sent
-    because they are different.
+    """What lookups in spread tables cost. stored: bytes of the rows of a rank, of stages one of that with the most.
+    forward, backward: bytes that a rank sends in a micro-batch, of ids and rows, and of gradients, a mean over stages.
+    share: of the rows that tokens read, those that are sent because they are different.
     """
 
     stored: int

@@ -85,7 +85,7 @@ def estimate(
             weight_traffic(sharded(full.layers, full.mesh, full.facts), run) if full.mesh.world_size > 1 else None
         ),
         stage_bytes_per_step=_stage_bytes(plan, run),
-        lookup_bytes=lookup_traffic(plan.lookups, facts, mesh, run.tokens_per_rank, run.compute_bytes),
+        lookup_bytes=lookup_traffic(plan, facts, run.tokens_per_rank, run.compute_bytes),
     )
 
 

@@ -25,7 +25,6 @@ from moecompile.plan import Lookup, LookupTraffic, Plan, Traffic
 from moecompile.planner.optimizer import near
 from moecompile.planner.params import FP32_BYTES, ModelFacts, RunFacts, TableFact
 from moecompile.schema import ROW_STATE, Config, EmbeddingsConfig, EmbeddingShard, RowRule
-from moecompile.stages import has_stages
 
 ID_BYTES = 4
 _PLACE_BYTES = 8  # of a row that a token reads: which of those that came
@@ -44,16 +43,12 @@ def plan_lookups(mesh: MeshSpec, facts: ModelFacts, config: Config) -> tuple[tup
         ConfigError: `embeddings.shard=ep`, and there is none, or one cannot be spread; or one that is spread is split
             over `tp` by the model's tp_plan.
     """
-    settings, stages = config.embeddings, _stages(mesh, config)
+    settings = config.embeddings
     if settings.shard is EmbeddingShard.ep:
         _check(facts.tables, settings)
-        if stages:
-            raise ConfigError(
-                "embeddings.shard", "ep", f"rows are not spread where {stages} cuts the model", "Use auto, or no stages"
-            )
     chosen = [
         fact for fact in facts.tables
-        if is_wanted(fact.lookup.numbers, settings, computed=fact.lookup.computed) and not fact.refused and not stages
+        if is_wanted(fact.lookup.numbers, settings, computed=fact.lookup.computed) and not fact.refused
     ]  # fmt: skip
     if settings.optimizer is not RowRule.same and not chosen:
         raise ConfigError(
@@ -71,13 +66,6 @@ def plan_lookups(mesh: MeshSpec, facts: ModelFacts, config: Config) -> tuple[tup
     return lookups, without_tables(facts, lookups)
 
 
-def _stages(mesh: MeshSpec, config: Config) -> str:
-    """What cuts the model into stages; empty: nothing."""
-    if not has_stages(mesh.pp, config.pipeline.schedule):
-        return ""
-    return mesh.setting(Part.LAYERS) if mesh.pp > 1 else f"pipeline.schedule={config.pipeline.schedule}"
-
-
 def _check(tables: Sequence[TableFact], settings: EmbeddingsConfig) -> None:
     large = [fact for fact in tables if fact.lookup.numbers >= settings.min_numbers]
     if not large:
@@ -91,14 +79,13 @@ def _check(tables: Sequence[TableFact], settings: EmbeddingsConfig) -> None:
         raise ConfigError("embeddings.shard", "ep", rule, "Use auto, or a larger embeddings.min_numbers")
 
 
-def table_notes(mesh: MeshSpec, facts: ModelFacts, config: Config) -> list[str]:
+def table_notes(facts: ModelFacts, config: Config) -> list[str]:
     """Why tables that the config asks for are not spread, for the user."""
-    notes, stages = list[str](), _stages(mesh, config)
-    for fact in facts.tables:
-        reason = fact.refused or f"{stages} cuts the model" * bool(stages)
-        if reason and is_wanted(fact.lookup.numbers, config.embeddings, computed=fact.lookup.computed):
-            notes.append(f"{fact.lookup.weight} is sharded and gathered by FSDP, its rows are not spread: {reason}")
-    return notes
+    return [
+        f"{fact.lookup.weight} is sharded and gathered by FSDP, its rows are not spread: {fact.refused}"
+        for fact in facts.tables
+        if fact.refused and is_wanted(fact.lookup.numbers, config.embeddings, computed=fact.lookup.computed)
+    ]
 
 
 def without_tables(facts: ModelFacts, lookups: Sequence[Lookup]) -> ModelFacts:
@@ -196,29 +183,43 @@ def kept_bytes(facts: ModelFacts, run: RunFacts) -> float:
     return total
 
 
-def lookup_traffic(
-    lookups: Sequence[Lookup], facts: ModelFacts, mesh: MeshSpec, tokens: int, element_bytes: int
-) -> LookupTraffic | None:
+def lookup_traffic(plan: Plan, facts: ModelFacts, tokens: int, element_bytes: int) -> LookupTraffic | None:
     """What lookups cost; None without any."""
+    lookups, mesh = plan.lookups, plan.mesh
     if not lookups:
         return None
     read = sum(each.ids_per_token for each in lookups) * tokens
+    stored = {fact.lookup.weight: here * fact.number_bytes for fact, here in numbers_here(facts, mesh).items()}
     return LookupTraffic(
-        stored=sum(here * fact.number_bytes for fact, here in numbers_here(facts, mesh).items()),
-        forward=round(sent_forward(lookups, mesh, tokens, element_bytes)),
-        backward=round(sent_backward([f.lookup for f in facts.trained_tables], mesh, tokens, element_bytes)),
+        stored=max(sum(stored[each.weight] for each in here) for here in _of_ranks(plan)),
+        forward=round(sent_forward(lookups, mesh, tokens, element_bytes) / mesh.pp),
+        backward=round(sent_backward([f.lookup for f in facts.trained_tables], mesh, tokens, element_bytes) / mesh.pp),
         share=round(sum(asked(each, tokens) for each in lookups) / read, 4),
     )
 
 
 def lookup_step(plan: Plan, tokens: float, micro_batches: int, element_bytes: int) -> Traffic:
-    """Bytes that a rank sends in a step, by link class."""
-    each = sent_forward(plan.lookups, plan.mesh, tokens, element_bytes)
-    if plan.adapters is None:  # else the tables are frozen
-        each += sent_backward(plan.lookups, plan.mesh, tokens, element_bytes)
-    on_node = near(plan.mesh, (Part.ROWS,))
-    sent = Traffic(intra_node=on_node * each, inter_node=(1 - on_node) * each)
-    return sent.times(micro_batches)
+    """Bytes that a rank sends in a step, by link class; of stages, one of that which sends the most."""
+
+    def of(here: Sequence[Lookup]) -> float:
+        sent = sent_forward(here, plan.mesh, tokens, element_bytes)
+        if plan.adapters is None:  # else the tables are frozen
+            sent += sent_backward(here, plan.mesh, tokens, element_bytes)
+        return sent
+
+    most, on_node = max(map(of, _of_ranks(plan))), near(plan.mesh, (Part.ROWS,))
+    return Traffic(intra_node=on_node * most, inter_node=(1 - on_node) * most).times(micro_batches)
+
+
+def _of_ranks(plan: Plan) -> list[Sequence[Lookup]]:
+    """Those of the ranks of each place along pp."""
+    if plan.pipeline is None:
+        return [plan.lookups]
+    stages = [plan.pipeline.stages_of(index) for index in range(plan.pipeline.ranks)]
+    return [
+        [each for each in plan.lookups if any(plan.pipeline.stages[i].holds(each.weight) for i in own)]
+        for own in stages
+    ]  # fmt: skip
 
 
 def _elsewhere(mesh: MeshSpec) -> float:

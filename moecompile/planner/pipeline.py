@@ -23,6 +23,7 @@ from operator import mul
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import ExpertsSite, LayerPlan, MemoryEstimate, Plan
+from moecompile.planner.lookups import without_tables
 from moecompile.planner.memory import ffn_numbers, memory_of_fullest_rank
 from moecompile.planner.params import CutFacts, ModelFacts, RunFacts, computed_per_token, layer_params
 from moecompile.schema import Checkpointing, Compiled, Config, PipelineConfig
@@ -273,13 +274,14 @@ def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
     for index in range(plan.pipeline.ranks):
         stages = tuple(plan.pipeline.stages[i] for i in plan.pipeline.stages_of(index))
         is_last = stages[-1] is plan.pipeline.stages[-1]
+        its = facts.cut.facts(tuple(unit.path for stage in stages for unit in stage.units), is_last)
         found.append(
             OfRank(
                 index=index,
                 layers=tuple(layer for layer in plan.layers if any(s.holds(layer.site.fqn) for s in stages)),
                 mesh=plan.mesh.stage,
                 facts=replace(
-                    facts.cut.facts(tuple(unit.path for stage in stages for unit in stage.units), is_last),
+                    without_tables(its, plan.lookups),
                     ffn_numbers=ffn_numbers(plan.layers),
                     adapters=_adapters(plan, facts, stages),
                 ),

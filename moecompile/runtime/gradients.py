@@ -14,8 +14,9 @@ nothing is summed or divided twice, and added afterwards:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
@@ -145,6 +146,24 @@ def forget(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = None
         if (rows := row_gradients(parameter)) is not None:
             rows.clear()
+
+
+def set_aside(parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
+    """Removes all gradients; what is returned gives them back."""
+    grads, of_rows = dict[nn.Parameter, Tensor](), list[Callable[[], object]]()
+    for parameter in parameters:
+        if parameter.grad is not None:
+            grads[parameter], parameter.grad = parameter.grad, None
+        if (rows := row_gradients(parameter)) is not None:
+            of_rows.append(partial(rows.exchange, rows.exchange([])))
+
+    def give_back() -> None:
+        for parameter, grad in grads.items():
+            parameter.grad = grad
+        for give in of_rows:
+            give()
+
+    return give_back
 
 
 @torch.no_grad()

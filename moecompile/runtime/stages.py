@@ -32,6 +32,7 @@ from moecompile.nn.losses import keepers_of
 from moecompile.nn.stages import Passage, passage_of
 from moecompile.passes.same_weights import tensor_hash
 from moecompile.plan import Plan
+from moecompile.runtime.gradients import set_aside
 from moecompile.runtime.groups import Groups, along
 from moecompile.runtime.pipeline import Computed, Stages, Steps, Wires, key_of
 from moecompile.stages import Action, stage_of
@@ -127,7 +128,7 @@ class PipelineSteps:
         self.uncounted = self.tied.uncounted
         self.aux_tokens: Tensor | None = None
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._grads: dict[nn.Parameter, Tensor] = {}
+        self._give_gradients = _none
         self._evaluated = 0
         self._sums: dict[str, Tensor] = {}
         self._kinds = kinds
@@ -150,9 +151,7 @@ class PipelineSteps:
     def _run(self) -> Any:
         strategy, calls = self.strategy, self._calls
         parameters = parameters_of(strategy.model)
-        before = {p: p.grad for p in parameters if p.grad is not None}
-        for parameter in before:
-            parameter.grad = None
+        give_old_ones_back = set_aside(parameters)
         self._sums = {kind: torch.zeros((), dtype=torch.float64, device=strategy.root_device) for kind in self._kinds}
         self._aux: dict[tuple[int, int], dict[str, Tensor]] = {}
         steps = Steps(
@@ -165,9 +164,8 @@ class PipelineSteps:
                 [key_of(call) for call in calls], steps, lambda: strategy._after_backward(parameters)
             )
         self._logs.repeat(self.over, self.stages.has_loss)
-        self._grads = {p: p.grad for p in parameters if p.grad is not None}
-        for parameter in parameters:
-            parameter.grad = before.get(parameter)
+        self._give_gradients = set_aside(parameters)
+        give_old_ones_back()
         self._calls = []
         strategy.aux_losses, self.aux_tokens = self._sums, torch.ones((), device=strategy.root_device)
         zero = torch.zeros((), device=strategy.root_device)
@@ -252,9 +250,8 @@ class PipelineSteps:
             parameters = parameters_of(strategy.model)
             if not strategy._finish.is_open:
                 strategy._finish.open(parameters)
-            for parameter, grad in self._grads.items():
-                parameter.grad = grad
-            self._grads = {}
+            self._give_gradients()
+            self._give_gradients = _none
             strategy._complete_gradients()
 
     # -- over stages ------------------------------------------------------------------------------------------------
@@ -294,6 +291,10 @@ class PipelineSteps:
             result = self.stages.evaluate(key_of(args), keyed)
         logs.repeat(self.over, self.stages.has_loss)
         return result
+
+
+def _none() -> None:
+    """There are no gradients."""
 
 
 class _Logs:

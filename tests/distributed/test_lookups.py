@@ -80,12 +80,14 @@ def test_a_run_goes_on_on_any_mesh(tmp_path: Path) -> None:
     four = ["mesh=cpu_2x2", "mesh.ep=2", "mesh.dp_replicate=2"]
     whole = run_distributed_test(trained, 4, str(tmp_path), "four", four, timeout_s=200)[0]
     run_distributed_test(trained, 2, str(tmp_path), "two", [resume("four", 1)], timeout_s=200)
-    one = run_distributed_test(trained, 1, str(tmp_path), "one", ["mesh=cpu_1", resume("two", 2)], timeout_s=200)[0]
-    for name in ("two", "one"):
+    stages = ["mesh=cpu_1x4", "mesh.pp=2", resume("two", 2)]
+    run_distributed_test(trained, 4, str(tmp_path), "stages", stages, timeout_s=200)
+    one = run_distributed_test(trained, 1, str(tmp_path), "one", ["mesh=cpu_1", resume("stages", 3)], timeout_s=200)[0]
+    for name in ("two", "stages", "one"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "four"), abs=2e-5), name
     assert 0 < whole["share"] < 1 and whole["bytes"] > 0
     assert one["share"] is None  # nothing is sent
-    entries = [checkpoint(tmp_path / name / "checkpoints" / "step-4") for name in ("four", "two", "one")]
+    entries = [checkpoint(tmp_path / name / "checkpoints" / "step-4") for name in ("four", "two", "stages", "one")]
     assert any(name.endswith("tables.indexed.table.exp_avg") for name in entries[0])
     for other in entries[1:]:
         assert other.keys() == entries[0].keys()

@@ -27,7 +27,7 @@ from moecompile.planner.lookups import (
     without_tables,
 )  # fmt: skip
 from moecompile.planner.memory import own_params
-from tests.table_models import build
+from tests.table_models import Layered, build
 
 BASE = ["experts.num_routed=4", "routing.top_k=2", "data.seq_len=16", "mesh=cpu_1x4"]
 TABLES = {"tables.heads.heads.0.weight": 37 * 8, "tables.heads.heads.1.weight": 38 * 8, "tables.indexed.table": 74 * 16,
@@ -64,11 +64,6 @@ def test_the_hash_is_as_before_without_tables_and_another_with() -> None:
     [
         (["embeddings.shard=ep"], r"embeddings.min_numbers=16777216: no embedding has so many numbers; the largest of 5 "),
         (["embeddings.optimizer=lazy_adamw"], "embeddings.optimizer=lazy_adamw: steps rows of spread tables"),
-        (["embeddings.shard=ep", "embeddings.min_numbers=9", "mesh.pp=2"], "embeddings.shard=ep: rows are not spread"),
-        (
-            ["embeddings.shard=ep", "embeddings.min_numbers=9", "pipeline.schedule=dualpipev"],
-            "rows are not spread where pipeline.schedule=dualpipev cuts the model",
-        ),
         (["embeddings.min_numbers=0"], "embeddings.min_numbers=0"),
     ],
 )  # fmt: skip
@@ -122,7 +117,7 @@ def test_a_table_that_is_left_alone_is_named() -> None:
     model.tables["heads"].heads[0].max_norm = 1.0
     config = compose_config([*BASE, "embeddings.min_numbers=1"])
     _, facts = planning_facts(model, config, example_inputs(model, 16))
-    (note,) = table_notes(planned().mesh, facts, config)
+    (note,) = table_notes(facts, config)
     assert note.startswith("tables.heads.heads.0.weight is sharded and gathered by FSDP") and "max_norm" in note
 
 
@@ -148,6 +143,22 @@ def test_lookups_take_time_and_tables_none() -> None:
         seconds[shard] = parts.get("rows of tables", 0.0), parts["dense products"]
     assert seconds["auto"][0] > 0 == seconds["none"][0]
     assert seconds["auto"][1] <= seconds["none"][1]
+
+
+def test_stages_have_tables_of_their_own_which_are_no_products() -> None:
+    model: Any = Layered()
+    model.layers[0].table = nn.Embedding(5001, 16)  # dearer than all layers, if it were one
+    words = [*BASE, "mesh.pp=2", "embeddings.min_numbers=1", "embeddings.shard=ep"]
+    plan = make_plan(model, words, example=example_inputs(model, 16))
+    assert plan.pipeline is not None and plan.pipeline.layout == "Et*3|tL"
+    assert plan.estimate is not None and plan.estimate.lookup_bytes is not None and plan.estimate.assumes is not None
+    cost, halves = plan.estimate.lookup_bytes, [-(-rows // 2) for rows in (300, 5001, 38, 39)]
+    assert cost.stored == 4 * 16 * sum(halves)
+    sent = sent_forward(plan.lookups, plan.mesh, plan.estimate.assumes.tokens_per_rank, 4)
+    assert cost.forward == round(sent / 2) and len(plan.lookups) == 5
+    whole = make_plan(model, ["mesh.pp=1" if word == "mesh.pp=2" else word for word in words],
+                      example=example_inputs(model, 16))  # fmt: skip
+    assert whole.estimate is not None and whole.estimate.params_total == plan.estimate.params_total
 
 
 def test_state_by_rows_is_planned_as_it_is_made() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ SMALL = [
 TWO = ["mesh=cpu_1x2"]
 FOUR = ["mesh=cpu_2x2", "mesh.ep=2", "mesh.dp_replicate=2", "trainer.checkpointing=full", "trainer.reduce=each"]
 TP = ["mesh=cpu_1x4", "mesh.ep=2", "mesh.tp=2", "embeddings.shard=auto", "embeddings.optimizer=lazy_adamw"]
+ONE = "data.global_batch_size=4"  # of two ranks
+LAYERED = ["model.factory=tests.table_models:Layered", "mesh=cpu_1x4", "mesh.pp=2", "data.global_batch_size=16"]
+STAGES = {
+    "interleaved": [*LAYERED, "pipeline.stages_per_rank=2", "trainer.checkpointing=full",
+                    "embeddings.optimizer=rowwise_adagrad"],
+    "dualpipev": [*LAYERED, "mesh.ep=2", "pipeline.schedule=dualpipev", "pipeline.overlap=exchanges",
+                  "trainer.reduce=each", "embeddings.optimizer=lazy_adamw"],
+    "one micro-batch": ["mesh=cpu_1x4", "mesh.pp=2", ONE, "embeddings.optimizer=lazy_adamw"],
+}  # fmt: skip
 RULES = ("same", "lazy_adamw", "rowwise_adagrad")
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -75,6 +85,11 @@ def steps_of_a_row_counted(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(row_steps._RULES, rule, lambda grad, parts, step, group: right(grad, parts, torch.ones(()), group))
 
 
+def rows_of_a_pipeline_zeroed(patch: pytest.MonkeyPatch) -> None:
+    """A pipeline has its gradients before Lightning zeroes the old ones."""
+    patch.setattr(lookups.RowGradients, "exchange", lambda self, parts: parts)
+
+
 MUTATIONS: dict[Patch, tuple[str, str]] = {
     rows_of_a_rank_rounded_down: ("same", "outputs"),
     repeated_ids_counted_once: ("same", "gradients of dense"),
@@ -90,7 +105,10 @@ MUTATIONS: dict[Patch, tuple[str, str]] = {
 def _certified(folder: Path, overrides: Sequence[str]) -> list[Check]:
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    return certify_config(shrink(compose_config([*SMALL, *overrides]), steps=2)[0], folder)[0]
+    config = shrink(compose_config([*SMALL, *overrides]), steps=2)[0]
+    if ONE in overrides:  # Lightning zeroes gradients in the step that has them
+        config = replace(config, data=replace(config.data, global_batch_size=4))
+    return certify_config(config, folder)[0]
 
 
 def _on_two(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
@@ -108,6 +126,10 @@ def _on_two(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
 
 def _on_four(rank: int, world_size: int, folder: Path) -> dict[str, list[Check]]:
     found = {rule: _certified(folder / rule, [*FOUR, f"embeddings.optimizer={rule}"]) for rule in RULES}
+    found |= {name: _certified(folder / name, overrides) for name, overrides in STAGES.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        rows_of_a_pipeline_zeroed(patch)
+        found["zeroed"] = _certified(folder / "zeroed", STAGES["one micro-batch"])
     return found | {"tp": _certified(folder / "tp", TP)}
 
 
@@ -124,10 +146,11 @@ def test_two_ranks_compute_what_one_does(rule: str, two: dict[str, list[Check]])
 
 
 @pytest.mark.slow
-def test_four_ranks_with_replicas_and_recomputation_and_with_tp(tmp_path: Path) -> None:
+def test_four_ranks_with_replicas_and_recomputation_with_tp_and_in_stages(tmp_path: Path) -> None:
     found = run_distributed_test(_on_four, 4, tmp_path, timeout_s=400)[0]
     failed = {name: [check for check in checks if not check.passed] for name, checks in found.items()}
-    assert failed == {name: [] for name in (*RULES, "tp")}
+    assert "float64: gradient norm" in {check.name for check in failed.pop("zeroed")}
+    assert failed == {name: [] for name in (*RULES, *STAGES, "tp")}
 
 
 @pytest.mark.slow
