@@ -11,6 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from moecompile.compose import compose_config
+from moecompile.schema import Config
+
 PADDING = 3
 
 
@@ -86,6 +89,19 @@ def build() -> nn.Module:
             num_key_value_heads=2, max_position_embeddings=16, use_cache=False,
         )
     )  # fmt: skip
+
+
+TABLE = "model.layers.0.ple.ple_embedding.ngram_embedding.weight"
+
+
+def qwen4(*overrides: str, base: int = 5000, **settings: Any) -> Config:
+    """Two layers of Qwen4-exp, without indexed attention; the first has the table `TABLE`."""
+    words = ["model=qwen4_nano", "data.vocab_size=300", "data.seq_len=24", "experts.sites=existing", *overrides]
+    config = compose_config([*words, "embeddings.min_numbers=3000"])
+    config.model.config |= {
+        "hidden_size": 32, "layer_types": ["linear_attention"] * 2, "ngram_vocab_size_base": base, **settings
+    }  # fmt: skip
+    return config
 
 
 class TableLayer(nn.Module):

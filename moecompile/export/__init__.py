@@ -4,7 +4,7 @@ from moecompile.export.adapters import load_adapters, with_adapters
 from moecompile.export.beside import carry, compare
 from moecompile.export.families import FAMILIES, pairs
 from moecompile.export.huggingface import find_target, reload, write, write_tokenizer
-from moecompile.export.run import PLAN, Run, find_run, load_exported, load_run, write_native
+from moecompile.export.run import PLAN, Run, find_run, load_exported, load_run, reload_by_rows, write_native
 
 __all__ = [
     "FAMILIES",
@@ -19,6 +19,7 @@ __all__ = [
     "load_run",
     "pairs",
     "reload",
+    "reload_by_rows",
     "with_adapters",
     "write",
     "write_native",

@@ -6,10 +6,11 @@ The format is safetensors with our own names, together with the config and the p
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,11 +20,13 @@ from moecompile.checkpoint.tensors import latest_checkpoint, load_weights
 from moecompile.compose import RESOLVED, load_resolved, save_resolved
 from moecompile.errors import ConfigError
 from moecompile.models.build import example_inputs, pretrained_folder
+from moecompile.models.recorded import NotRecorded
+from moecompile.models.sharded import ShardedImport
 from moecompile.models.source import source_structure
 from moecompile.named_code import FACTORY, PLUGINS, Named, load_plugins
 from moecompile.pipeline import compile_with_report
 from moecompile.plan import Plan
-from moecompile.schema import Config, ModelDevice
+from moecompile.schema import Config, ExpertInit, ModelConfig, ModelDevice
 
 PLAN, TOKENIZER = "plan.yaml", "tokenizer.json"
 
@@ -71,17 +74,49 @@ def find_run(
     return Run(folder, weights, config, plans.read(folder / PLAN))
 
 
-def load_run(run: Run) -> nn.Module:
+def load_run(run: Run, tables: Path | None = None) -> nn.Module:
     """The model on one device, in evaluation mode, rewritten by the run's plan and filled from its checkpoint.
+
+    Args:
+        tables: a folder on a disk, where tables lie whose rows were spread: they need not fit into memory. No file is
+            left there.
 
     Raises:
         ConfigError, PlanError: config, plan and checkpoint do not belong together.
     """
-    model = source_structure(run.config)
+    model = source_structure(run.config) if tables is None or not run.plan.lookups else _on_disk(run, tables)
     example = example_inputs(model, run.config.data.seq_len)
     model = compile_with_report(model, run.config, example=example, plan=run.plan, until="rewrite").model
     load_weights(run.checkpoint, model.state_dict())
     return model.eval()
+
+
+def _on_disk(run: Run, folder: Path) -> nn.Module:
+    """The model before the rewrite, with its tables in files."""
+    if run.config.experts.init is ExpertInit.widen:  # by copies of whole weights
+        return source_structure(run.config)
+    try:
+        importing = ShardedImport(run.config)
+    except (ConfigError, NotRecorded):  # it is built by code of its own, or with values
+        return source_structure(run.config)
+    return importing.stand_in(_tables_on_disk(importing.model, run, folder))
+
+
+def reload_by_rows(run: Run, folder: Path) -> nn.Module:
+    """An export in the format of transformers, with its tables in files: transformers has them whole in memory."""
+    importing = ShardedImport(replace(run.config, model=ModelConfig(pretrained=str(folder))))
+    return importing.whole(_tables_on_disk(importing.model, run, folder))
+
+
+def _tables_on_disk(model: nn.Module, run: Run, folder: Path) -> dict[str, Tensor]:
+    """Memory for the run's tables: zeros in files that are gone from `folder` already, and last as long as these."""
+    found = dict[str, Tensor]()
+    for lookup in run.plan.lookups:
+        like, file = model.get_parameter(lookup.weight), folder / f"table_{len(found)}"
+        flat = torch.from_file(str(file), shared=True, size=like.numel(), dtype=like.dtype)
+        found[lookup.weight] = flat.view(like.shape)
+        file.unlink()
+    return found
 
 
 # -- our own format ----------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ Both ways repeat what the model's own constructor does (recorded.py), and give t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Replayed:
     )
 
     def __init__(self, build: Callable[[], nn.Module], seed: int) -> None:
-        self._record, self._seed = record(build), seed
+        self.build, self._record, self._seed = build, record(build), seed
         self._values: dict[str, Tensor] = {}
 
     def names(self) -> Iterator[str]:
@@ -214,13 +215,21 @@ def _rows_of(part: View, weight: View) -> range | None:
     return range(part.offset // each, part.offset // each + prod(part.shape) // each)
 
 
-def materialise(model: nn.Module, device: torch.device) -> None:
-    """Allocates tensors that are on the meta device and moves all others to `device`. Tied weights stay tied."""
+def materialise(
+    model: nn.Module, device: torch.device, elsewhere: Mapping[str, Tensor] = MappingProxyType({})
+) -> None:  # fmt: skip
+    """Allocates tensors that are on the meta device and moves all others to `device`. Tied weights stay tied.
+
+    elsewhere: memory that is there already, for these parameters.
+    """
+    given = {id(model.get_parameter(name)): memory for name, memory in elsewhere.items()}
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
 
     def real(tensor: Tensor) -> Tensor:
+        if id(tensor) in given:
+            return given[id(tensor)]
         return torch.empty_like(tensor, device=device) if local_part(tensor).is_meta else tensor.to(device)
 
     apply(model, real)  # FSDP2 sees the new shards through its own

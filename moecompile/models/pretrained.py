@@ -6,7 +6,8 @@ which are applied here. If a rule stacks experts, only the requested experts are
 Algorithm:
   1. Find the weight that each stored tensor belongs to, and the operations that build it, from transformers' rules.
   2. Check from the headers that each weight and each expert is there exactly once, with the right shape.
-  3. Read a weight: its rows; its experts, through the operations of the rule; or (other rules) all of it, then cut.
+  3. Read a weight: its rows, also of parts that a rule joins; its experts, through the operations of the rule; or
+     (other rules) all of it, then cut.
 """
 
 from __future__ import annotations
@@ -74,8 +75,22 @@ class Pretrained:
         elif _stacks_experts(recipe.rule):
             for expert in rows:
                 yield range(expert, expert + 1), self._expert_part(recipe, expert, within)
+        elif _joins_rows(recipe.rule):
+            yield from self._joined(recipe, rows, within)
         else:
             yield rows, self._convert(recipe, recipe.sources)[name][rows.start : rows.stop, *within]
+
+    def _joined(
+        self, recipe: _Recipe, rows: range, within: tuple[slice, ...]
+    ) -> Iterator[tuple[range, Tensor]]:  # fmt: skip
+        """Rows of a table that is stored in parts."""
+        past = 0
+        for _, key in sorted(recipe.sources, key=lambda source: recipe.rule.source_patterns.index(source[0])):
+            held = range(past, past + self.stored.tensors[key].shape[0])
+            part = range(max(rows.start, held.start), min(rows.stop, held.stop))
+            if part:
+                yield part, self.stored.read(key, part.start - past, part.stop - past, within)
+            past = held.stop
 
     def _expert_part(self, recipe: _Recipe, expert: int, within: tuple[slice, ...]) -> Tensor:
         """A stack of one expert; of one that is cut, only what is `within` is read."""
@@ -229,6 +244,12 @@ def _stacks_experts(rule: Any) -> bool:
     if type(first).__name__ != "MergeModulelist" or first.dim != 0 or len(rule.target_patterns) > 1:
         return False
     return all(type(op).__name__ == "Concatenate" and op.dim > 0 for op in others)
+
+
+def _joins_rows(rule: Any) -> bool:
+    """Whether a rule puts tensors one below another, and does nothing else."""
+    kinds = [(type(op).__name__, getattr(op, "dim", None)) for op in rule.operations]
+    return kinds == [("Concatenate", 0)] and len(rule.target_patterns) == 1
 
 
 def _numbered(pattern: str) -> re.Pattern[str]:

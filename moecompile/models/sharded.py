@@ -12,10 +12,12 @@ The model is built, compiled and sharded on the meta device. Then:
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -151,6 +153,36 @@ class ShardedImport:
             raise ConfigError("model.load", "sharded", f"{name} is no weight of the model before it is compiled", _FULL)
         if compiled.plan.adapters is not None:  # Step 5
             init_adapters(model, self.seed)
+
+    @torch.no_grad()
+    def stand_in(self, elsewhere: Mapping[str, Tensor] = MappingProxyType({})) -> nn.Module:
+        """A copy of the model on the CPU with random weights. Its buffers are its own: code divides by some.
+
+        elsewhere: the memory of these parameters, as it is.
+        """
+        made = copy.deepcopy(self.model)
+        materialise(made, torch.device("cpu"), elsewhere)
+        for name, parameter in made.named_parameters():
+            if name not in elsewhere:
+                parameter.normal_(std=0.02)
+        if isinstance(self.weights, Pretrained):
+            _init_buffers(made, set())
+        # To replay would be to draw all weights.
+        weights = Keyed(self.weights.build, self.seed) if isinstance(self.weights, Replayed) else self.weights
+        for name, buffer in made.named_buffers():
+            if name in weights.names():
+                buffer.copy_(weights.whole(name))
+        return made
+
+    @torch.no_grad()
+    def whole(self, elsewhere: Mapping[str, Tensor] = MappingProxyType({})) -> nn.Module:
+        """A copy of the model on the CPU with its weights, read a part at a time; arguments as of `stand_in`."""
+        made = self.stand_in(elsewhere)
+        tensors = dict(made.named_parameters())
+        for name in self.weights.names():
+            if name in tensors:
+                self._copy(name, tensors[name], None)
+        return made
 
     def _of(self, name: str) -> str:
         """The name before compilation, of tied weights the first one."""

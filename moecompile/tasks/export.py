@@ -17,9 +17,9 @@ from moecompile.export import (
     find_run,
     find_target,
     load_adapters,
-    load_exported,
     load_run,
     reload,
+    reload_by_rows,
     with_adapters,
     write,
     write_native,
@@ -60,7 +60,7 @@ def run(config: Config, run_dir: Path) -> None:
 
 def _export(trained: Run, config: Config, folder: Path) -> tuple[str, float]:
     """Returns class name and largest difference of logits."""
-    model = load_run(trained)
+    model = load_run(trained, tables=folder)
     _check_adapters(trained, config)
     if trained.plan.adapters is not None and config.export.format is ExportFormat.huggingface:
         return _export_adapters(model, trained, config, folder)
@@ -74,7 +74,10 @@ def _export(trained: Run, config: Config, folder: Path) -> tuple[str, float]:
     expected = _logits(model.float(), example)
     del model  # before the second one is loaded
     is_native = config.export.format is ExportFormat.native
-    again = load_exported(folder, named=named_in(trained.config)) if is_native else reload(folder)
+    if is_native:
+        again = load_run(find_run(str(folder), None, named=named_in(trained.config)), tables=folder)
+    else:
+        again = reload_by_rows(trained, folder) if trained.plan.lookups else reload(folder)
     return architecture, _difference(architecture, again, example, expected, trained, config)
 
 

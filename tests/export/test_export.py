@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moecompile
+from moecompile import plan as plans
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError, VerificationFailed
 from moecompile.export import huggingface, load_run, pairs
@@ -20,11 +22,13 @@ from moecompile.export.huggingface import family_weights
 from moecompile.models.build import example_inputs
 from moecompile.runtime.data import train_tokenizer
 from moecompile.schema import validate
+from moecompile.torch_private import is_fake, tree_leaves
 from tests.distributed.harness import run_distributed_test
 from tests.existing_models import CONFIGS
 from tests.export.runs import SEQ, tiny_config, tiny_run
 from tests.export.sharded import RUNS, save_runs
 from tests.export.test_pairs import exported
+from tests.table_models import qwen4
 from tests.tiny import max_diff
 
 
@@ -70,6 +74,43 @@ def test_the_native_format_is_read_again(sharded: tuple[Path, dict[str, Tensor]]
     with torch.no_grad():
         assert max_diff(model(**example_inputs(model, SEQ)).logits, logits["deepseek"]) <= 1e-5
     assert exported(native, tmp_path / "family")["architecture"] == "DeepseekV3ForCausalLM"  # a native export is a run
+
+
+class _Largest(TorchDispatchMode):
+    """bytes: of the largest memory of a tensor that is in no file."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, Tensor) or is_fake(tensor) or tensor.is_meta:
+                continue
+            memory = tensor.untyped_storage()
+            if memory.nbytes() > self.bytes and not _is_of_a_file(memory.data_ptr()):
+                self.bytes = memory.nbytes()
+        return out
+
+
+def _is_of_a_file(address: int) -> bool:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        where, _, _, _, inode, *_ = line.split()
+        first, end = (int(each, 16) for each in where.split("-"))
+        if first <= address < end:
+            return inode != "0"
+    return False
+
+
+@pytest.mark.parametrize("format", ["huggingface", "native"])
+def test_a_table_is_never_whole_in_memory(format: str, tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run", qwen4("mesh=cpu_1x2", base=40_000))
+    (table,) = (each.numbers for each in plans.read(run / "plan.yaml").lookups)
+    with _Largest() as largest:
+        result = exported(run, tmp_path / "out", f"export.format={format}")
+    assert result["max_abs_diff"] <= 1e-6
+    assert 0 < largest.bytes < table  # in fp32 it has four times as many
+    left = {path.suffix for path in Path(result["path"]).iterdir()}
+    assert left <= {".json", ".safetensors", ".yaml"}
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3", "gpt_oss"])

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moecompile.errors import ConfigError
-from moecompile.models.build import build_empty
+from moecompile.models.build import build_empty, build_model
 from moecompile.models.pretrained import Pretrained
 from moecompile.models.stored import Stored
 from moecompile.schema import ModelConfig
 from tests.existing_models import moe_model
 from tests.models.import_job import write_pretrained
 from tests.models.test_sharded import dense
+from tests.table_models import TABLE, qwen4
 
 EXPERT = "model.layers.1.mlp.experts.5.down_proj.weight"  # of DeepSeek-V3, with 8 experts in layer 1
 MIXTRAL = "model.layers.0.block_sparse_moe.experts.2.w1.weight"
@@ -102,6 +103,29 @@ def test_only_the_experts_that_are_asked_for_are_read(saved: Path, monkeypatch: 
         range(4, 5), range(5, 6)
     ]  # fmt: skip
     assert read == [f"model.layers.1.mlp.experts.{i}.down_proj.weight" for i in (4, 5)]
+
+
+def test_of_a_table_that_is_stored_in_parts_only_the_rows_that_are_asked_for_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = qwen4(base=100, split_ngram_parts=7)
+    model: Any = build_model(config.model, 0)
+    write_pretrained(tmp_path, model)
+    weights, name, read = opened(tmp_path), TABLE, list[int]()
+    whole, stored = model.state_dict()[name], weights.stored.read
+    assert sum("ngram_embedding.shard" in key for key in weights.stored.tensors) == 7
+    assert torch.equal(weights.whole(name), whole)
+
+    def reading(*where: Any) -> Tensor:
+        read.append((part := stored(*where)).numel())
+        return part
+
+    monkeypatch.setattr(weights.stored, "read", reading)
+    for rows in (range(0, 3), range(100, 400), range(len(whole) - 5, len(whole)), range(7, 7)):
+        parts = list(weights.read(name, rows))
+        assert [row for own, _ in parts for row in own] == list(rows)
+        assert torch.equal(torch.cat([whole[:0], *(part for _, part in parts)]), whole[rows.start : rows.stop])
+    assert sum(read) == (3 + 300 + 5) * whole.shape[1]
 
 
 _BROKEN: list[tuple[str, Callable[[dict[str, Tensor]], object], str]] = [

@@ -25,6 +25,7 @@ from tests.existing_models import CONFIGS, VOCAB, moe_model
 from tests.export.runs import DENSE, SEQ, scramble, tiny_config
 from tests.models.import_job import Source, compare, import_config, memory, write_pretrained
 from tests.placements import random_placement
+from tests.table_models import qwen4
 
 _EP4, _EP2 = ["mesh=cpu_2x2"], ["mesh=cpu_2x2", "mesh.ep=2"]
 _TP = ["mesh=cpu_1x4", "mesh.tp=2", "mesh.ep=2"]
@@ -174,6 +175,21 @@ def test_which_models_are_filled_by_shards(monkeypatch: pytest.MonkeyPatch) -> N
     assert is_sharded({**drawn, "device": ModelDevice.meta}, ranks=1)
     monkeypatch.setattr(sharded, "SMALL", 1000)
     assert is_sharded(drawn) and not is_sharded(drawn, "full") and not is_sharded(factory)
+
+
+@pytest.mark.parametrize("init", ["replay", "keyed"])
+def test_what_stands_in_for_a_model_runs(init: str) -> None:
+    """Its code divides by buffers, which are no weights."""
+    config = qwen4(f"model.init={init}")
+    importing, whole = ShardedImport(config), build_model(config.model, config.seed)
+    made = importing.stand_in()
+    buffers = dict(whole.named_buffers())
+    assert any("vocab_sizes" in name for name in buffers)
+    assert all(torch.equal(value, buffers[name]) for name, value in made.named_buffers())
+    assert made(**example_inputs(made, SEQ)).logits.isfinite().all()
+    again = importing.whole().state_dict()
+    if init == "replay":
+        assert all(torch.equal(value, again[name]) for name, value in whole.state_dict().items())
 
 
 def test_large_models_are_keyed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,7 +173,7 @@ def _short(job: Job, config: Config) -> dict[str, Any] | None:
     rank, world = dist.get_rank(), dist.get_world_size()
     told: list[Any] = [None]
     if rank == 0:
-        model = _with_values(job.model)
+        model = job.model if job.importing is None else job.importing.stand_in()
         example = example_inputs(model, config.data.seq_len, longest=config.data.seq_len)
         plan = make_plan(model, config, example=example)
         if plan.layers:
@@ -194,17 +194,6 @@ def _short(job: Job, config: Config) -> dict[str, Any] | None:
     if host.messages and host.messages[0][1] > 0:
         host = with_messages(host, max(1.0, message / host.messages[0][1]))
     return hardware_of(cost, host, config.hardware, world, by="in short before a run")
-
-
-@torch.no_grad()
-def _with_values(model: nn.Module) -> nn.Module:
-    """The model, or one like it with random values: of a folder, each rank reads its shards alone."""
-    if not is_meta(model):
-        return model
-    made = copy.deepcopy(model).to_empty(device="cpu")
-    for tensor in (*made.parameters(), *made.buffers()):
-        tensor.normal_(std=0.02) if tensor.is_floating_point() else tensor.zero_()
-    return made
 
 
 def _everyone() -> dist.ProcessGroup:
