@@ -9,7 +9,7 @@ and where the parts have exchanges, what these brought is kept, or they are sent
 1. Bytes that a layer keeps with a choice, and what is computed again at a time, at the load that is to be expected:
    memory.py, A2. Layers with the same bytes, parts and products are of a kind, so that only numbers are chosen.
 2. Seconds of a choice: the sum over its parts of what a step takes longer if backward repeats that part of one layer,
-   by the forecast of the plan's step (cost_model/).                                               -> `_prices`
+   by the forecast of the plan's step (cost_model/).                                               -> `prices_of`
 3. With a bound on what is computed again at a time, the bytes that layers may keep follow from the memory of a rank
    (`most_kept`); each bound that a choice needs is tried.
 4. Choices of a kind that lie on the lower hull of seconds over bytes. All layers start with the fewest bytes; then the
@@ -32,6 +32,7 @@ from moecompile.plan import ATTENTION, BUDGET, EXPERTS, FFN, LAYER, NORMS, Layer
 from moecompile.planner.cost_model.forecast import step_of
 from moecompile.planner.cost_model.inputs import Inputs
 from moecompile.planner.cost_model.shapes import Layer, ModelShape
+from moecompile.planner.lookups import kept_bytes
 from moecompile.planner.memory import (
     Activations,
     Gradients,
@@ -53,10 +54,11 @@ _WORDS = {ATTENTION: "attention", NORMS: "layernorm", FFN: "mlp"}
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
     """Layers of a kind: their paths, what they can keep with the expected and with an even load, their parts, and their
-    place in the shape.
+    place in the shape. times: micro-batches of which they keep it at a time.
     """
 
     layers: tuple[str, ...]
+    times: int
     bytes: LayerBytes
     even: LayerBytes
     parts: tuple[tuple[str, tuple[str, ...]], ...]
@@ -83,11 +85,11 @@ class Chosen:
 
 
 class Budget:
-    """The layers of a plan, their choices and what these cost, for any memory that is left.
+    """The layers of a rank, their choices and what these cost, for any memory that is left.
 
     Args:
-        run: with the load that is to be expected. seconds: of a step of a shape. keeps_exchanges: whether what
-            exchanges brought can be kept.
+        run: with the load that is to be expected. prices: of the layers of the shape, see `prices_of`. keeps_exchanges:
+            whether what exchanges brought can be kept.
 
     Raises:
         ConfigError: the model has no list of layers.
@@ -95,26 +97,29 @@ class Budget:
 
     def __init__(
         self, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, shape: ModelShape,
-        seconds: Callable[[ModelShape], float], *, keeps_exchanges: bool = True,
+        prices: Sequence[Mapping[str, float]], *, keeps_exchanges: bool = True,
     ) -> None:  # fmt: skip
-        if not facts.layers or [path for path, _ in shape.places] != [fact.path for fact in facts.layers]:
+        places = dict(shape.places)
+        if not facts.layers or not all(fact.path in places for fact in facts.layers):
             raise ConfigError(
                 "trainer.checkpointing", BUDGET, "chooses for each layer, and this model has no list of layers",
                 "Use auto",
             )  # fmt: skip
         loads = [replace(run, checkpointing="none", row_load=load) for load in (run.row_load, 1.0)]
         self.whole = [activations(layers, mesh, facts, each) for each in loads]
+        self.beside = kept_bytes(facts, run)
         bytes_, even = (layer_bytes(layers, mesh, facts, each) for each in loads)
         with_experts = {owner_of(layer, bytes_) for layer in layers}
         by_kind: dict[tuple[object, ...], _Kind] = {}
-        for fact, (path, place) in zip(facts.layers, shape.places, strict=True):
+        for fact in facts.layers:
+            path, place, times = fact.path, places[fact.path], dict(run.in_flight_of).get(fact.path, 1)
             ffn = EXPERTS if path in with_experts else FFN
             parts = tuple((ffn if part == FFN else part, modules) for part, modules in fact.parts)
-            kind = _Kind(layers=(path,), bytes=bytes_[path], even=even[path], parts=parts, place=place)
-            known = by_kind.setdefault((bytes_[path], parts, place), replace(kind, layers=()))
-            by_kind[bytes_[path], parts, place] = replace(known, layers=(*known.layers, path))
+            kind = _Kind(layers=(path,), times=times, bytes=bytes_[path], even=even[path], parts=parts, place=place)
+            known = by_kind.setdefault((bytes_[path], times, parts, place), replace(kind, layers=()))
+            by_kind[bytes_[path], times, parts, place] = replace(known, layers=(*known.layers, path))
         self.kinds = list(by_kind.values())
-        self.prices = _prices(shape, seconds)
+        self.prices = prices
         self.choices = [_choices(kind, self.prices[kind.place], keeps_exchanges) for kind in self.kinds]
         bounds = sorted({choice.again for choices in self.choices for choice in choices})
         self.hulls = [
@@ -130,7 +135,7 @@ class Budget:
         best, least, used = None, inf, inf
         for bound, hulls in self.hulls:
             made = replace(self.whole[0], layers=self.whole[0].layers + bound)
-            room = most_kept(grads, made, run, limit)
+            room = most_kept(grads, made, run, limit) - self.beside
             filled = _filled(self.kinds, hulls, room)
             if filled is not None and filled.seconds < least:
                 best, least, used = filled, filled.seconds, bound
@@ -140,15 +145,17 @@ class Budget:
         allowed = [[choice for choice in each if choice.again <= used] for each in self.choices]
         return self._chosen(_topped_up(best, allowed))
 
+    @property
+    def layers(self) -> list[str]:
+        """Paths of the layers."""
+        return [path for kind in self.kinds for path in kind.layers]
+
     def costs(self, recomputed: Sequence[Recomputed]) -> Iterator[Recomputation]:
         """What the choices of a plan cost, for each kind of layer.
 
         Raises:
-            PlanError: a plan that was edited names layers or parts that the model does not have.
+            PlanError: a plan that was edited names parts that the model does not have.
         """
-        known = {path for kind in self.kinds for path in kind.layers}
-        if strange := [path for each in recomputed for path in each.layers if path not in known]:
-            raise PlanError("recomputed.layers", strange[0], "is no layer of the model", _AGAIN)
         chosen = {path: each for each in recomputed for path in each.layers}
         for kind in self.kinds:
             groups: dict[Recomputed | None, list[str]] = {}
@@ -160,17 +167,18 @@ class Budget:
                     raise PlanError("recomputed.parts", missing[0], f"{paths[0]} has no such part", _AGAIN)
                 price = sum(_price(part, sends, self.prices[kind.place]) for part in parts)
                 yield Recomputation(
-                    site=paths[0], parts=parts, sends=sends, layers=len(paths), kept=round(kind.even.kept(what)),
-                    kept_uneven=round(kind.bytes.kept(what)), seconds=price * len(paths),
+                    site=paths[0], parts=parts, sends=sends, layers=len(paths),
+                    kept=round(kind.times * kind.even.kept(what)),
+                    kept_uneven=round(kind.times * kind.bytes.kept(what)), seconds=price * len(paths),
                 )  # fmt: skip
 
     def _chosen(self, numbers: Sequence[_Numbers]) -> Chosen:
         """The first layers of a kind get the fewest bytes."""
-        found, kept, even, again, even_again = list[Recomputed](), 0.0, 0.0, 0.0, 0.0
+        found, kept, even, again, even_again = list[Recomputed](), self.beside, self.beside, 0.0, 0.0
         for kind, chosen in zip(self.kinds, numbers, strict=True):
             start = 0
             for choice, count in chosen:
-                kept, even = kept + count * choice.kept, even + count * kind.even.kept(choice.what)
+                kept, even = kept + count * choice.kept, even + count * kind.times * kind.even.kept(choice.what)
                 if count and choice.what is not None:
                     again = max(again, choice.again)
                     even_again = max(even_again, kind.even.again(choice.what.parts))
@@ -183,7 +191,7 @@ class Budget:
         )  # fmt: skip
 
 
-def _prices(shape: ModelShape, seconds: Callable[[ModelShape], float]) -> list[Mapping[str, float]]:
+def prices_of(shape: ModelShape, seconds: Callable[[ModelShape], float]) -> list[Mapping[str, float]]:
     """For each kind of layer: word -> seconds that a step takes longer if that is repeated for one layer."""
     found: list[Mapping[str, float]] = []
     none = replace(shape, layers=tuple(replace(layer, recompute=()) for layer in shape.layers))
@@ -205,7 +213,7 @@ def _with_one(shape: ModelShape, place: int, layer: Layer, word: str) -> ModelSh
 def _choices(kind: _Kind, prices: Mapping[str, float], keeps_exchanges: bool) -> list[_Choice]:
     names = [part for part, _ in kind.parts]
     modules = dict(kind.parts)
-    found = [_Choice(what=None, kept=kind.bytes.kept(None), again=0.0, seconds=0.0)]
+    found = [_Choice(what=None, kept=kind.times * kind.bytes.kept(None), again=0.0, seconds=0.0)]
     sets = [each for number in range(1, len(names) + 1) for each in combinations(names, number)]
     for parts in (*sets, (LAYER,)):
         has_exchanges = kind.bytes.exchanged > 0 and (LAYER in parts or EXPERTS in parts)
@@ -213,7 +221,7 @@ def _choices(kind: _Kind, prices: Mapping[str, float], keeps_exchanges: bool) ->
         for sends in (False, True) if has_exchanges and keeps_exchanges else (has_exchanges,):
             what = Recomputed(parts=parts, sends=sends, modules=paths, layers=())
             seconds = sum(_price(part, sends, prices) for part in parts)
-            kept, again = kind.bytes.kept(what), kind.bytes.again(parts)
+            kept, again = kind.times * kind.bytes.kept(what), kind.bytes.again(parts)
             found.append(_Choice(what=what, kept=kept, again=again, seconds=seconds))
     return found
 
@@ -355,8 +363,13 @@ def fastest(
     return min(fitting, key=lambda each: seconds(each.run))
 
 
-def budget_of(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, inputs: Inputs) -> Budget:
-    """The budget of a plan whose step is forecast from `inputs`; `run` has the load that is to be expected.
+def budgets_of(
+    ranks: Sequence[tuple[Sequence[LayerPlan], MeshSpec, ModelFacts, RunFacts]], inputs: Inputs
+) -> list[Budget]:  # fmt: skip
+    """The budgets of a plan whose step is forecast from `inputs`, one for each place along pp.
+
+    Args:
+        ranks: layers, mesh, facts and run of each place, with the load that is to be expected.
 
     Raises:
         ConfigError: the model has no list of layers.
@@ -365,7 +378,40 @@ def budget_of(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, ru
     def seconds(shape: ModelShape) -> float:
         return sum(step_of(replace(inputs, model=shape)).values())
 
-    return Budget(
-        layers, mesh, facts, run, inputs.model, seconds,
-        keeps_exchanges=not any(layer.dispatch.backend for layer in layers),
+    # A forecast is of an average rank, which has one of so many layers that are repeated.
+    prices = [{word: len(ranks) * price for word, price in each.items()} for each in prices_of(inputs.model, seconds)]
+    return [
+        Budget(
+            layers, mesh, facts, run, inputs.model, prices,
+            keeps_exchanges=not any(layer.dispatch.backend for layer in layers),
+        )
+        for layers, mesh, facts, run in ranks
+    ]  # fmt: skip
+
+
+def together_within(run: RunFacts, places: Sequence[Within], facts: ModelFacts) -> Within:
+    """What all places along pp compute again, in the order of the model, and the bytes of the fullest of them."""
+    order = {fact.path: i for i, fact in enumerate(facts.layers)}
+    layers: dict[Recomputed, list[str]] = {}
+    for place in places:
+        for each in place.run.recomputed:
+            layers.setdefault(replace(each, layers=()), []).extend(each.layers)
+    found = [replace(what, layers=tuple(sorted(paths, key=order.__getitem__))) for what, paths in layers.items()]
+    recomputed = tuple(sorted(found, key=lambda each: order[each.layers[0]]))
+    return Within(
+        run=replace(run, recomputed=recomputed), expected=max(each.expected for each in places),
+        even=max(each.even for each in places),
     )  # fmt: skip
+
+
+def costs_of(budgets: Sequence[Budget], recomputed: Sequence[Recomputed]) -> Iterator[Recomputation]:
+    """What the choices of a plan cost, for each kind of layer of each place.
+
+    Raises:
+        PlanError: a plan that was edited names layers or parts that the model does not have.
+    """
+    known = {path for budget in budgets for path in budget.layers}
+    if strange := [path for each in recomputed for path in each.layers if path not in known]:
+        raise PlanError("recomputed.layers", strange[0], "is no layer of the model", _AGAIN)
+    for budget in budgets:
+        yield from budget.costs(recomputed)

@@ -38,7 +38,7 @@ from moecompile.plan import (
     reductions,
 )
 from moecompile.planner import estimate
-from moecompile.planner.budget import Budget, Within, budget_of, fastest, within
+from moecompile.planner.budget import Budget, Within, budgets_of, costs_of, fastest, together_within, within
 from moecompile.planner.context_parallel import exchanged_attention
 from moecompile.planner.cost_model.forecast import expected_load, step_of
 from moecompile.planner.cost_model.inputs import Inputs, inputs_of, links_of, pass_bytes
@@ -398,22 +398,30 @@ def _within_budget(
 
     def step(run: RunFacts) -> Inputs:
         layout = replace(inputs.layout, reduce=run.reduce, gather=run.gather)
-        return replace(inputs, layout=layout, model=with_recomputed(inputs.model, run.recomputed))
+        return replace(inputs, layout=layout, model=with_recomputed(inputs.model, run.recomputed, plan.pipeline))
 
-    def budget(run: RunFacts) -> Budget:
-        return budget_of(plan.layers, plan.mesh, facts, replace(run, row_load=expected.load), step(run))
+    ranks = ranks_of(plan, facts)
+
+    def budgets(run: RunFacts) -> list[Budget]:
+        own = (replace(of.run(run, plan.pipeline), row_load=expected.load) for of in ranks)
+        return budgets_of(
+            [(of.layers, of.mesh, of.facts, each) for of, each in zip(ranks, own, strict=True)], step(run)
+        )
 
     def fit(run: RunFacts) -> Within:
-        states = model_state_bytes(plan.layers, plan.mesh, facts, run)
-        loads = (expected.load, 1.0)
-        buffers, even = (buffer_bytes(plan.layers, plan.mesh, replace(run, row_load=load)) for load in loads)
-        return within(budget(run), run, states, buffers, even, limit)
+        places = list[Within]()
+        for of, budget in zip(ranks, budgets(run), strict=True):
+            states = model_state_bytes(of.layers, of.mesh, of.facts, run)
+            loads = (expected.load, 1.0)
+            buffers, even = (buffer_bytes(of.layers, of.mesh, replace(run, row_load=load)) for load in loads)
+            places.append(within(budget, run, states, buffers, even, limit))
+        return together_within(run, places, facts)
 
     if given is None:
         best = fastest(tried, fit, limit, lambda run: sum(step_of(step(run)).values())).run
     else:
         best = replace(tried[0], recomputed=given)
-    return best, tuple(budget(replace(best, recomputed=())).costs(best.recomputed))
+    return best, tuple(costs_of(budgets(replace(best, recomputed=())), best.recomputed))
 
 
 def draft_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) -> tuple[Plan, ModelFacts]:

@@ -169,13 +169,14 @@ def state_of_rows(facts: ModelFacts, mesh: MeshSpec) -> int:
 
 
 def kept_bytes(facts: ModelFacts, run: RunFacts) -> float:
-    """Bytes that are kept beside the layers: rows that tokens read, until backward, unless they are looked up again;
-    and gradients by rows over the micro-batches of a step.
+    """Bytes that are kept beside the layers: rows that tokens read, until backward, unless they are looked up again,
+    of all micro-batches that are in flight; and gradients by rows over the micro-batches of a step.
     """
     tokens, total = run.tokens_per_rank, 0.0
     for fact in facts.spread:
         if fact.is_root or run.checkpointing != "full":
-            total += tokens * fact.lookup.ids_per_token * (fact.lookup.width * run.compute_bytes + _PLACE_BYTES)
+            numbers = fact.lookup.width * run.compute_bytes + _PLACE_BYTES
+            total += run.in_flight * tokens * fact.lookup.ids_per_token * numbers
     for fact in facts.trained_tables:
         if fact.lookup.by_rows:
             rows = different(tokens * run.accumulation * fact.lookup.ids_per_token, fact.lookup.rows)

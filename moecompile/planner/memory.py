@@ -405,9 +405,12 @@ def _of_layers(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, r
         return replace(found, kept=found.kept * run.in_flight)
     if run.checkpointing == BUDGET:
         chosen = {path: each for each in run.recomputed for path in each.layers}
-        each = [(chosen.get(path), of) for path, of in layer_bytes(layers, mesh, facts, run).items()]
-        at_once = max((of.again(what.parts) for what, of in each if what is not None), default=0.0)
-        return replace(found, kept=sum(of.kept(what) for what, of in each), layers=at_once + backward)
+        each = [(path, chosen.get(path), of) for path, of in layer_bytes(layers, mesh, facts, run).items()]
+        at_once = max((of.again(what.parts) for _, what, of in each if what is not None), default=0.0)
+        times = dict(run.in_flight_of)
+        return replace(
+            found, kept=sum(times.get(path, 1) * of.kept(what) for path, what, of in each), layers=at_once + backward
+        )
     kept = 0.0
     if run.checkpointing == "keep_exchanges":
         kept = sum(_of_each(layers, lambda layer: exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2))

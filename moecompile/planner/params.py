@@ -198,7 +198,7 @@ class RunFacts:
     chosen. recomputed: with checkpointing=budget, what backward computes again (budget.py). is_mixed: whether matmuls
     run in bf16 under autocast. micro_batch_size: sequences of a micro-batch. precision, hardware: names. optimizer: its
     settings. row_load: rows of the fullest rank over their mean. in_flight: micro-batches of a pipeline that are kept
-    for backward at a time, a mean over layers.
+    for backward at a time, a mean over layers; in_flight_of: those of each layer, by its path.
     """
 
     tokens_per_rank: int
@@ -214,6 +214,7 @@ class RunFacts:
     is_mixed: bool = False
     row_load: float = 1.0
     in_flight: float = 1.0
+    in_flight_of: tuple[tuple[str, int], ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     @property

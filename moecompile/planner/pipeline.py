@@ -26,7 +26,7 @@ from moecompile.plan import ExpertsSite, LayerPlan, MemoryEstimate, Plan
 from moecompile.planner.lookups import without_tables
 from moecompile.planner.memory import ffn_numbers, memory_of_fullest_rank
 from moecompile.planner.params import CutFacts, ModelFacts, RunFacts, computed_per_token, layer_params
-from moecompile.schema import Checkpointing, Compiled, Config, PipelineConfig
+from moecompile.schema import Compiled, Config, PipelineConfig
 from moecompile.stages import NONE, SCHEDULES, Pipeline, Stage, has_stages, schedule_of, simulated
 
 
@@ -125,11 +125,6 @@ def _check_supported(mesh: MeshSpec, config: Config) -> None:
     for axis in mesh.axes(Part.SEQUENCE, Part.TOKENS):
         rule = f"stages and mesh.{axis}={mesh.size(axis)} are not possible together"
         raise _refusal(mesh, config, rule, f", or mesh.{axis}=1")
-    if config.trainer.checkpointing is Checkpointing.budget:
-        raise ConfigError(
-            "trainer.checkpointing", "budget", f"chooses for a whole model, and {_why_stages(mesh, config)} cuts it",
-            "Use auto, full, keep_exchanges or none",
-        )  # fmt: skip
     if config.routing.replay is not None:
         rule = f"a rank has the routers of its stages alone ({_why_stages(mesh, config)})"
         raise ConfigError("routing.replay", config.routing.replay, rule, "Use no stages")
@@ -251,7 +246,11 @@ class OfRank:
 
     def run(self, run: RunFacts, pipeline: Pipeline | None) -> RunFacts:
         """The run, with the micro-batches that are kept for backward."""
-        return run if pipeline is None else replace(run, in_flight=self.in_flight(pipeline, run.accumulation))
+        if pipeline is None:
+            return run
+        kept = pipeline.in_flight(self.index, run.accumulation)
+        of_each = tuple((path, times) for stage, times in zip(self.stages, kept, strict=True) for path in stage.layers)
+        return replace(run, in_flight=self.in_flight(pipeline, run.accumulation), in_flight_of=of_each)
 
     def in_flight(self, pipeline: Pipeline, micro_batches: int) -> float:
         """Micro-batches that are kept for backward, a mean over layers."""

@@ -21,7 +21,7 @@ from moecompile.models.source import source_model
 from moecompile.pipeline.captured import planning_facts
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import FITS, TOO_LARGE, Plan, Recomputed, from_yaml, load, save, to_yaml
-from moecompile.planner.budget import HEADROOM, budget_of
+from moecompile.planner.budget import HEADROOM, budgets_of
 from moecompile.planner.build_plan import build_plan, draft_plan, run_facts
 from moecompile.planner.cost_model.forecast import forecast_plan
 from moecompile.planner.cost_model.inputs import inputs_of
@@ -29,6 +29,7 @@ from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.given import with_plan
 from moecompile.planner.memory import Gradients, memory_of_fullest_rank
 from moecompile.planner.params import ModelFacts
+from moecompile.planner.pipeline import ranks_of
 from moecompile.tasks.plan import planned
 
 MODEL = ["model=qwen3_30b_a3b", "mesh=h100_2x8", "data.seq_len=4096", "data.micro_batch_size=1"]
@@ -96,7 +97,7 @@ def test_the_choice_is_that_of_all_combinations() -> None:
     four = replace(four, places=four.places[:4], layers=tuple(replace(each, count=4) for each in four.layers))
     plan = replace(plan, layers=layers)
     run = replace(run_facts(config, plan.mesh, facts), row_load=2.0, accumulation=2)
-    budget = budget_of(layers, plan.mesh, facts, run, inputs_of(four, plan, config))
+    (budget,) = budgets_of([(layers, plan.mesh, facts, run)], inputs_of(four, plan, config))
     (choices,) = budget.choices
     prices = sorted({choice.seconds for choice in choices})
     whole = budget.whole[0]
@@ -184,3 +185,51 @@ def test_a_graph_has_no_layers() -> None:
     tiny = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
     with pytest.raises(ConfigError, match=r"trainer.checkpointing=budget.*no list of layers"):
         moecompile.make_plan(tiny, ["trainer.checkpointing=budget"], example=torch.ones(2, 4))
+
+
+# -- stages ---------------------------------------------------------------------------------------------------------
+
+STAGES = [*MODEL, "mesh.pp=4", "mesh.ep=4", "data.micro_batch_size=2", "data.global_batch_size=128"]
+
+
+@cache
+def staged(*overrides: str) -> tuple[Plan, list[int], list[float]]:
+    """The plan of four stages, bytes of the ranks of each, and what they compute again, in seconds."""
+    config = compose_config([*STAGES, "trainer.checkpointing=budget", *overrides])
+    sites, facts = planning_facts(model(), config, example_inputs(model(), config.data.seq_len))
+    plan = build_plan(sites, config, facts, shape)
+    run = replace(
+        run_facts(config, plan.mesh, facts), recomputed=plan.recomputed, reduce=plan.reduce, gather=plan.gather,
+        row_load=plan.estimate.expected_load,
+    )  # fmt: skip
+    ranks = ranks_of(plan, facts)
+    needed = [memory_of_fullest_rank(of.layers, of.mesh, of.facts, of.run(run, plan.pipeline)).total for of in ranks]
+    again = [
+        sum(each.seconds for each in plan.estimate.recomputation if stage.holds(each.site))
+        for stage in plan.pipeline.stages
+    ]
+    return plan, needed, again
+
+
+@pytest.mark.parametrize("gib", [45, 60])
+def test_each_stage_chooses_for_itself(gib: int) -> None:
+    """The first stages keep more micro-batches, and compute more again."""
+    plan, needed, again = staged(f"hardware.memory_gib={gib}")
+    limit = (1 - HEADROOM) * gib * 2**30
+    assert max(needed) == plan.estimate.memory_bytes_uneven <= limit
+    assert again == sorted(again, reverse=True) and again[0] > again[-1] == 0
+    assert all(total > 0.97 * limit for total, seconds in zip(needed, again, strict=True) if seconds > 0)
+    layers = [path for each in plan.recomputed for path in each.layers]
+    assert len(set(layers)) == len(layers) > 0
+    assert sum(each.layers for each in plan.estimate.recomputation) == 48
+    assert from_yaml(to_yaml(plan)) == plan
+
+
+def test_the_stage_that_computes_the_most_again_sets_the_pace() -> None:
+    """Beside one that has memory for all: to within what launches and exchanges hide."""
+    words = [*STAGES, "trainer.checkpointing=budget"]
+    (plan, _, again), (free, _, nothing) = staged("hardware.memory_gib=45"), staged("hardware.memory_gib=400")
+    assert nothing == [0, 0, 0, 0]
+    slower, faster = (forecast_plan(shape(each), each, compose_config(words)) for each in (plan, free))
+    assert slower.seconds - faster.seconds == pytest.approx(again[0], rel=0.1)
+    assert again[0] > 2 * again[2]

@@ -122,7 +122,6 @@ def test_more_micro_batches_are_kept_on_the_first_stage() -> None:
         (["mesh=cpu_1x4", "mesh.pp=4", "pipeline.schedule=dualpipev"], "mesh.pp=4: 8 stages need as many layers"),
         ([*TWO, "pipeline.stages_per_rank=4"], "mesh.pp=2: 8 stages need as many layers, and the model has 6"),
         ([*TWO, "mesh.tp=2"], "mesh.pp=2: stages and mesh.tp=2 are not possible together"),
-        ([*TWO, "trainer.checkpointing=budget"], "trainer.checkpointing=budget: chooses for a whole model"),
         ([*TWO, "routing.replay=record"], "routing.replay=record: a rank has the routers of its stages alone"),
     ],
 )

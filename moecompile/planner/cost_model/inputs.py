@@ -435,7 +435,7 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
     if machine.host is not None:
         software = replace(software, fused=True)  # as the experts' kernel for CPUs is
     return Inputs(
-        model=with_recomputed(_predicting(shape, workload.mtp), plan.recomputed),
+        model=with_recomputed(_predicting(shape, workload.mtp), plan.recomputed, plan.pipeline),
         layout=layout,
         machine=machine,
         software=replace(software, in_flight=overlap, chunks=chunks) if own else software,

@@ -18,10 +18,11 @@ Legend: h heads, H scan heads of P numbers, G groups, N state, s sequence length
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moecompile.plan import ATTENTION, EXPERTS, FFN, LAYER, NORMS, Recomputed
+from moecompile.stages import Pipeline
 
 TRAINING = 3  # forward and backward, in forwards
 
@@ -198,16 +199,62 @@ class ModelShape:
         return sum(layer.count * layer_params(layer, self.hidden)[1] for layer in chosen) + self.head_weights * heads
 
 
-def with_recomputed(shape: ModelShape, recomputed: Sequence[Recomputed]) -> ModelShape:
-    """The shape whose layers say what of them is repeated."""
+def with_recomputed(
+    shape: ModelShape, recomputed: Sequence[Recomputed], pipeline: Pipeline | None = None
+) -> ModelShape:  # fmt: skip
+    """The shape whose layers say what of them is repeated. Of stages those of the rank that repeats the most set the
+    pace, so all layers are taken to repeat what its layers do.
+    """
     if not recomputed:
         return shape
     chosen = {path: each for each in recomputed for path in each.layers}
     counts = Counter((place, repeated(chosen.get(path))) for path, place in shape.places)
+    if pipeline is not None:
+        counts = _of_the_slowest(shape, counts, [_counts_of(shape, chosen, pipeline, i) for i in range(pipeline.ranks)])
     layers = [replace(shape.layers[place], count=count, recompute=words) for (place, words), count in counts.items()]
     known = {place for _, place in shape.places}
     others = [layer for place, layer in enumerate(shape.layers) if place not in known]
     return replace(shape, layers=(*layers, *others), places=())
+
+
+_Counts = Counter[tuple[int, tuple[str, ...]]]
+"""Place of a layer in the shape, and what is repeated of it -> how many."""
+
+
+def _counts_of(shape: ModelShape, chosen: Mapping[str, Recomputed], pipeline: Pipeline, index: int) -> _Counts:
+    """Of the layers of the ranks at a place along pp."""
+    stages = [pipeline.stages[i] for i in pipeline.stages_of(index)]
+    own = [(path, place) for path, place in shape.places if any(stage.holds(path) for stage in stages)]
+    return Counter((place, repeated(chosen.get(path))) for path, place in own)
+
+
+def _of_the_slowest(shape: ModelShape, every: _Counts, ranks: Sequence[_Counts]) -> _Counts:
+    """As many layers of each kind as there are, which repeat what those of this kind do on the rank that repeats most,
+    by parameters that a token uses.
+    """
+
+    def weight(place: int, word: str) -> int:
+        layer = shape.layers[place]
+        mixer = layer.mixer.weights(shape.hidden) if layer.mixer else 0
+        ffn = layer_params(layer, shape.hidden)[1] - mixer
+        return {"attention": mixer, "layernorm": 0, "full": mixer + ffn, "all_but_exchanges": mixer + ffn}.get(
+            word, ffn
+        )
+
+    def repeats(counts: _Counts) -> int:
+        return sum(number * weight(place, word) for (place, words), number in counts.items() for word in words)
+
+    most, found = max(ranks, key=repeats), _Counts()
+    for kind in {place for place, _ in every}:
+        total = sum(number for (place, _), number in every.items() if place == kind)
+        own = {key: number for key, number in most.items() if key[0] == kind}
+        of, shares = sum(own.values()), own or {key: number for key, number in every.items() if key[0] == kind}
+        done = before = 0
+        for key, number in sorted(shares.items()):
+            done += number
+            found[key] = round(total * done / (of or total)) - before
+            before += found[key]
+    return +found
 
 
 def repeated(what: Recomputed | None) -> tuple[str, ...]:

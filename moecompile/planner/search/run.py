@@ -20,7 +20,7 @@ from typing import Any
 from moecompile.errors import ConfigError, MoecompileError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import BUDGET, FITS, IN_FLIGHT, LayerPlan, Plan, PlannedSite, fit_of
-from moecompile.planner.budget import Budget, Within, budget_of, fastest, within
+from moecompile.planner.budget import Budget, Within, budgets_of, fastest, within
 from moecompile.planner.build_plan import GIB, draft_plan, run_facts
 from moecompile.planner.cost_model.forecast import expected_load, step_of
 from moecompile.planner.cost_model.inputs import DESCRIBED_SCHEDULE, REPEATED, Inputs, inputs_of
@@ -268,7 +268,7 @@ def _of_micro_batch(
     def budget(overlap: tuple[str, int]) -> Budget:
         layers = plan.layers if overlap[0] == "none" else structure.overlapped
         given = replace(run, row_load=structure.load)
-        return budget_of(layers, plan.mesh, structure.facts, given, step(1, overlap, run))
+        return budgets_of([(layers, plan.mesh, structure.facts, given)], step(1, overlap, run))[0]
 
     def fitted(number: int, overlap: tuple[str, int]) -> tuple[RunFacts, int, int]:
         """What runs, and the bytes of a rank with an even and with the expected load."""
@@ -317,7 +317,7 @@ def _step(structure: _Structure, batch: int, number: int, overlap: tuple[str, in
         inputs,
         layout=layout,
         software=replace(inputs.software, recompute=repeated, in_flight=in_flight, chunks=chunks, paired=paired),
-        model=with_recomputed(inputs.model, again.recomputed),
+        model=with_recomputed(inputs.model, again.recomputed, pipeline),
     )  # fmt: skip
 
 
