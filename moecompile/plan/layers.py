@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from moecompile.errors import PlanError
 from moecompile.mesh import Part, axes_that_split
@@ -54,6 +55,14 @@ class LayerPlan:
             self.routing.check_experts(self.experts.num_routed, self.experts.virtual_group)
             check_balance(self.routing, self.balance)
             check_shared(self.experts, self.routing)
+
+    @cached_property
+    def alike(self) -> Hashable:
+        """Equal for layers that share their parts, as those that were planned together do, and differ in their name
+        alone. Only while both are there.
+        """
+        own = (id(value) for name, value in vars(self).items() if name != "site")
+        return (*own, *(value for name, value in vars(self.site).items() if name not in ("fqn", "index")))
 
     @property
     def row_site(self) -> PlannedSite:

@@ -51,6 +51,10 @@ _AGAIN = "Correct the plan, or plan again"
 _WORDS = {ATTENTION: "attention", NORMS: "layernorm", FFN: "mlp"}
 
 
+Prices = Sequence[Mapping[str, float]]
+"""For each kind of layer of a shape: word -> seconds that a step takes longer if that is repeated for one layer."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
     """Layers of a kind: their paths, what they can keep with the expected and with an even load, their parts, and their
@@ -97,7 +101,7 @@ class Budget:
 
     def __init__(
         self, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, shape: ModelShape,
-        prices: Sequence[Mapping[str, float]], *, keeps_exchanges: bool = True,
+        prices: Prices, *, keeps_exchanges: bool = True,
     ) -> None:  # fmt: skip
         places = dict(shape.places)
         if not facts.layers or not all(fact.path in places for fact in facts.layers):
@@ -191,7 +195,7 @@ class Budget:
         )  # fmt: skip
 
 
-def prices_of(shape: ModelShape, seconds: Callable[[ModelShape], float]) -> list[Mapping[str, float]]:
+def prices_of(shape: ModelShape, seconds: Callable[[ModelShape], float]) -> Prices:
     """For each kind of layer: word -> seconds that a step takes longer if that is repeated for one layer."""
     found: list[Mapping[str, float]] = []
     none = replace(shape, layers=tuple(replace(layer, recompute=()) for layer in shape.layers))
@@ -363,30 +367,31 @@ def fastest(
     return min(fitting, key=lambda each: seconds(each.run))
 
 
-def budgets_of(
-    ranks: Sequence[tuple[Sequence[LayerPlan], MeshSpec, ModelFacts, RunFacts]], inputs: Inputs
-) -> list[Budget]:  # fmt: skip
-    """The budgets of a plan whose step is forecast from `inputs`, one for each place along pp.
+def rank_prices(inputs: Inputs, places: int) -> Prices:
+    """`prices_of` a step: what a rank takes longer, of one of so many places along pp.
 
-    Args:
-        ranks: layers, mesh, facts and run of each place, with the load that is to be expected.
-
-    Raises:
-        ConfigError: the model has no list of layers.
+    A forecast is of an average rank, which has one of so many layers that are repeated.
     """
 
     def seconds(shape: ModelShape) -> float:
         return sum(step_of(replace(inputs, model=shape)).values())
 
-    # A forecast is of an average rank, which has one of so many layers that are repeated.
-    prices = [{word: len(ranks) * price for word, price in each.items()} for each in prices_of(inputs.model, seconds)]
-    return [
-        Budget(
-            layers, mesh, facts, run, inputs.model, prices,
-            keeps_exchanges=not any(layer.dispatch.backend for layer in layers),
-        )
-        for layers, mesh, facts, run in ranks
-    ]  # fmt: skip
+    return [{word: places * price for word, price in each.items()} for each in prices_of(inputs.model, seconds)]
+
+
+def budget_of(
+    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, shape: ModelShape, prices: Prices
+) -> Budget:
+    """The budget of the ranks of a place along pp.
+
+    Args:
+        run: with the load that is to be expected. prices: from `rank_prices`.
+
+    Raises:
+        ConfigError: the model has no list of layers.
+    """
+    keeps_exchanges = not any(layer.dispatch.backend for layer in layers)
+    return Budget(layers, mesh, facts, run, shape, prices, keeps_exchanges=keeps_exchanges)
 
 
 def together_within(run: RunFacts, places: Sequence[Within], facts: ModelFacts) -> Within:

@@ -38,7 +38,17 @@ from moecompile.plan import (
     reductions,
 )
 from moecompile.planner import estimate
-from moecompile.planner.budget import Budget, Within, budgets_of, costs_of, fastest, together_within, within
+from moecompile.planner.budget import (
+    Budget,
+    Prices,
+    Within,
+    budget_of,
+    costs_of,
+    fastest,
+    rank_prices,
+    together_within,
+    within,
+)
 from moecompile.planner.context_parallel import exchanged_attention
 from moecompile.planner.cost_model.forecast import expected_load, step_of
 from moecompile.planner.cost_model.inputs import Inputs, inputs_of, links_of, pass_bytes
@@ -402,15 +412,18 @@ def _within_budget(
 
     ranks = ranks_of(plan, facts)
 
-    def budgets(run: RunFacts) -> list[Budget]:
+    def budgets(run: RunFacts, prices: Prices) -> list[Budget]:
         own = (replace(of.run(run, plan.pipeline), row_load=expected.load) for of in ranks)
-        return budgets_of(
-            [(of.layers, of.mesh, of.facts, each) for of, each in zip(ranks, own, strict=True)], step(run)
-        )
+        return [
+            budget_of(of.layers, of.mesh, of.facts, each, inputs.model, prices)
+            for of, each in zip(ranks, own, strict=True)
+        ]
+
+    prices = rank_prices(step(tried[0]), len(ranks))  # of the other ways all are nearly as much dearer
 
     def fit(run: RunFacts) -> Within:
         places = list[Within]()
-        for of, budget in zip(ranks, budgets(run), strict=True):
+        for of, budget in zip(ranks, budgets(run, prices), strict=True):
             states = model_state_bytes(of.layers, of.mesh, of.facts, run)
             loads = (expected.load, 1.0)
             buffers, even = (buffer_bytes(of.layers, of.mesh, replace(run, row_load=load)) for load in loads)
@@ -421,7 +434,8 @@ def _within_budget(
         best = fastest(tried, fit, limit, lambda run: sum(step_of(step(run)).values())).run
     else:
         best = replace(tried[0], recomputed=given)
-    return best, tuple(costs_of(budgets(replace(best, recomputed=())), best.recomputed))
+    bare = replace(best, recomputed=())
+    return best, tuple(costs_of(budgets(bare, rank_prices(step(bare), len(ranks))), best.recomputed))
 
 
 def draft_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) -> tuple[Plan, ModelFacts]:

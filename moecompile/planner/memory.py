@@ -89,7 +89,7 @@ widest planned site. With tp, an MoE layer has T / tp tokens; activations betwee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil
@@ -426,9 +426,10 @@ def ffn_numbers(layers: Sequence[LayerPlan]) -> int:
 
 
 def _of_each(layers: Sequence[LayerPlan], of: Callable[[LayerPlan], float]) -> list[float]:
-    """The value of each layer; in a search, layers that are alike are one object."""
-    values = {key: of(layer) for key, layer in {id(layer): layer for layer in layers}.items()}
-    return [values[id(layer)] for layer in layers]
+    """The value of each layer, computed once for those that differ in their name alone."""
+    keys = [layer.alike for layer in layers]
+    values = {key: of(layer) for key, layer in dict(zip(keys, layers, strict=True)).items()}
+    return [values[key] for key in keys]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -470,16 +471,19 @@ def layer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
     for layer in layers:
         if (path := owner_of(layer, inside_of)) is not None:
             inside_of[path].append(layer)
-    found = {}
+    found, known = dict[str, LayerBytes](), dict[Hashable, LayerBytes]()
     for fact in facts.layers:
         inside = inside_of[fact.path]
-        found[fact.path] = LayerBytes(
-            width=d_model * number,
-            attention=(facts.attention_numbers or RESIDUAL_NUMBERS * d_model) * number,
-            ffn=sum(moe_bytes(layer, mesh, cut) for layer in inside) if inside else dense * number,
-            exchanged=sum(exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2 for layer in inside)
-            * run.compute_bytes * cut.tokens_per_rank,
-        )  # fmt: skip
+        key = tuple(layer.alike for layer in inside)
+        if key not in known:
+            known[key] = LayerBytes(
+                width=d_model * number,
+                attention=(facts.attention_numbers or RESIDUAL_NUMBERS * d_model) * number,
+                ffn=sum(moe_bytes(layer, mesh, cut) for layer in inside) if inside else dense * number,
+                exchanged=sum(exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2 for layer in inside)
+                * run.compute_bytes * cut.tokens_per_rank,
+            )  # fmt: skip
+        found[fact.path] = known[key]
     return found
 
 

@@ -21,7 +21,7 @@ from moecompile.models.source import source_model
 from moecompile.pipeline.captured import planning_facts
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import FITS, TOO_LARGE, Plan, Recomputed, from_yaml, load, save, to_yaml
-from moecompile.planner.budget import HEADROOM, budgets_of
+from moecompile.planner.budget import HEADROOM, budget_of, rank_prices
 from moecompile.planner.build_plan import build_plan, draft_plan, run_facts
 from moecompile.planner.cost_model.forecast import forecast_plan
 from moecompile.planner.cost_model.inputs import inputs_of
@@ -97,9 +97,10 @@ def test_the_choice_is_that_of_all_combinations() -> None:
     four = replace(four, places=four.places[:4], layers=tuple(replace(each, count=4) for each in four.layers))
     plan = replace(plan, layers=layers)
     run = replace(run_facts(config, plan.mesh, facts), row_load=2.0, accumulation=2)
-    (budget,) = budgets_of([(layers, plan.mesh, facts, run)], inputs_of(four, plan, config))
+    prices = rank_prices(inputs_of(four, plan, config), 1)
+    budget = budget_of(layers, plan.mesh, facts, run, four, prices)
     (choices,) = budget.choices
-    prices = sorted({choice.seconds for choice in choices})
+    of_choices = sorted({choice.seconds for choice in choices})
     whole = budget.whole[0]
     for share in (0.2, 0.4, 0.6, 0.8, 0.95):
         limit = share * whole.kept + max(whole.loss, whole.layers)
@@ -111,7 +112,7 @@ def test_the_choice_is_that_of_all_combinations() -> None:
             for some in combinations_with_replacement(choices, 4)
             if sum(c.kept for c in some) + max(whole.loss, whole.layers + max(c.again for c in some)) <= limit
         )
-        assert best <= got <= best + max(b - a for a, b in pairwise(prices)) + 1e-12
+        assert best <= got <= best + max(b - a for a, b in pairwise(of_choices)) + 1e-12
 
 
 def test_the_estimate_is_of_what_was_chosen() -> None:

@@ -178,7 +178,7 @@ def test_a_search_counts_stages_as_their_plan_does() -> None:
     assert len(there_and_back) == 9  # micro-batches of 1, 2 and 4
     at_once = {each.settings["mesh.ep"]: each.settings.get("pipeline.overlap") for each in there_and_back}
     assert at_once.items() <= {1: None, 2: "exchanges"}.items()
-    assert {key[2] for key in stages} == {"none", "full", "keep_exchanges"}
+    assert {key[2] for key in stages} == {"none", "full", "keep_exchanges"}  # all fit with none, which is faster
     for each in (*list(stages.values())[::5], *there_and_back[::2]):
         made = plan(*base, *each.overrides.split())
         assert made.estimate is not None and made.pipeline is not None
@@ -186,6 +186,25 @@ def test_a_search_counts_stages_as_their_plan_does() -> None:
         assert made.estimate.memory_bytes_uneven == each.memory_bytes_uneven
         again = compose_config(["recipe=deepseek_ep", *base, *each.overrides.split()])
         assert forecast_plan(shape_of_model(source_model(again), made), made, again).seconds == each.seconds
+
+
+@pytest.mark.parametrize("schedule", [[], ["pipeline.schedule=dualpipev"]])
+def test_so_it_does_where_stages_choose_what_they_compute_again(schedule: list[str]) -> None:
+    """The fastest of those that fit, and all that are asked for by name."""
+    base = [*TWO, *schedule, "experts.layers='3:'", "hardware.memory_gib=0.055"]
+    _, found = searched(*base, "search.axes=[ep,micro_batch,checkpointing]")
+    fitting = [each for each in found if each.fits == "yes"]
+    assert (fitting[0].settings["trainer.checkpointing"] == "budget") is bool(schedule)  # else one fits with all kept
+    _, named = searched(*base, "trainer.checkpointing=budget", "search.axes=[ep,micro_batch]")
+    assert len(named) >= 4
+    for each in (fitting[0], *named):
+        given = [] if each is fitting[0] else ["trainer.checkpointing=budget"]
+        made = plan(*base, *given, *each.overrides.split())
+        assert made.estimate is not None and made.estimate.memory_bytes_per_rank.total == each.memory_bytes
+        assert made.estimate.memory_bytes_uneven == each.memory_bytes_uneven
+        again = compose_config(["recipe=deepseek_ep", *base, *given, *each.overrides.split()])
+        assert forecast_plan(shape_of_model(source_model(again), made), made, again).seconds == each.seconds
+    assert bool(plan(*base, *fitting[0].overrides.split()).recomputed) is bool(schedule)
 
 
 @pytest.mark.parametrize(

@@ -223,9 +223,8 @@ _Counts = Counter[tuple[int, tuple[str, ...]]]
 
 def _counts_of(shape: ModelShape, chosen: Mapping[str, Recomputed], pipeline: Pipeline, index: int) -> _Counts:
     """Of the layers of the ranks at a place along pp."""
-    stages = [pipeline.stages[i] for i in pipeline.stages_of(index)]
-    own = [(path, place) for path, place in shape.places if any(stage.holds(path) for stage in stages)]
-    return Counter((place, repeated(chosen.get(path))) for path, place in own)
+    own = {unit.path for i in pipeline.stages_of(index) for unit in pipeline.stages[i].units}
+    return Counter((place, repeated(chosen.get(path))) for path, place in shape.places if path in own)
 
 
 def _of_the_slowest(shape: ModelShape, every: _Counts, ranks: Sequence[_Counts]) -> _Counts:

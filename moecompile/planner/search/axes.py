@@ -7,7 +7,7 @@
 4. When weights are gathered and gradients reduced is no axis: each layout gets the way that sends the fewest bytes of
    those that fit, as its plan would (planner/schedule.py), unless the config says it. So it does with checkpointing,
    where that is kept and `auto`. Searched, it is a budget, which has all other ways in it: each layout computes again
-   what makes it fit with the least time (planner/budget.py). Of a bare graph, and of a pipeline, all its layers alike.
+   what makes it fit with the least time (planner/budget.py). Of a bare graph all its layers alike.
 5. Stages, and the schedule of the pipeline with them, are searched where the model can be cut and ranks do not share
    the cores of a CPU. A pipeline that is searched has no tensor parallelism, and its weights have one copy, unless the
    config says how many (dp_replicate).

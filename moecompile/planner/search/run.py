@@ -13,14 +13,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from itertools import product
+from math import inf
 from typing import Any
 
 from moecompile.errors import ConfigError, MoecompileError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import BUDGET, FITS, IN_FLIGHT, LayerPlan, Plan, PlannedSite, fit_of
-from moecompile.planner.budget import Budget, Within, budgets_of, fastest, within
+from moecompile.planner.budget import (
+    Budget,
+    Prices,
+    Within,
+    budget_of,
+    fastest,
+    rank_prices,
+    together_within,
+    within,
+)
 from moecompile.planner.build_plan import GIB, draft_plan, run_facts
 from moecompile.planner.cost_model.forecast import expected_load, step_of
 from moecompile.planner.cost_model.inputs import DESCRIBED_SCHEDULE, REPEATED, Inputs, inputs_of
@@ -54,7 +64,9 @@ from moecompile.stages import NONE, schedule_of
 #                      and gradients reduced                                                            -> `_States`
 #        activations   by structure, overlap (yes or no), micro-batch and recomputation
 #        seconds       by all of them, of what fits                                        (cost_model/forecast.py)
-#   3. Of a pipeline, memory is that of its fullest rank; ranks whose parts have the same sizes are counted once.
+#   3. Of a pipeline, memory is that of its fullest rank; ranks whose parts have the same sizes are counted once. Where
+#      each of them has a budget, layouts are tried last, in the order of what they would take if they computed nothing
+#      again, as long as that is less than the fastest takes.
 
 MOST_ROUNDED = 0.1  # of a published batch, which task=plan rounds up to whole micro-batches
 
@@ -116,6 +128,7 @@ def runnable(search: Search, rejected: Rejected) -> Iterator[Candidate]:
     states = _States()
     for structure in _structures(search, shapes, rejected):
         yield from _inside(search, structure, states, rejected)
+    yield from _later(search, states, rejected)
 
 
 def _structures(search: Search, shapes: dict[object, ModelShape], rejected: Rejected) -> Iterator[_Structure]:
@@ -185,11 +198,13 @@ def _kind(ranks: Sequence[OfRank]) -> _Kind:
 
 
 def _overlapped(layers: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:
-    known = {
-        id(layer): replace(layer, dispatch=replace(layer.dispatch, overlap="shared")) if _in_flight(layer) else layer
-        for layer in layers
+    known = {id(layer): layer for layer in layers}
+    dispatches = {id(layer.dispatch): layer.dispatch for layer in layers if _in_flight(layer)}
+    flying = {key: replace(dispatch, overlap="shared") for key, dispatch in dispatches.items()}  # one, as it was
+    made = {
+        key: replace(layer, dispatch=flying.get(id(layer.dispatch), layer.dispatch)) for key, layer in known.items()
     }
-    return tuple(known[id(layer)] for layer in layers)
+    return tuple(made[id(layer)] for layer in layers)
 
 
 def _in_flight(layer: LayerPlan) -> bool:
@@ -220,7 +235,7 @@ def _inside(search: Search, structure: _Structure, states: _States, rejected: Re
     checkpointing = axes.checkpointing
     if structure.plan.pipeline is not None:
         replicas = replicas[:1]
-        checkpointing = all_alike(config) if "checkpointing" not in axes.kept else checkpointing
+        checkpointing = (*all_alike(config), *checkpointing) if "checkpointing" not in axes.kept else checkpointing
     for micro_batch in axes.micro_batch:
         inner = len(checkpointing) * len(replicas)
         batch = _batch(search, micro_batch * mesh.num_batches)
@@ -250,55 +265,126 @@ def _of_micro_batch(
     search: Search, structure: _Structure, run: RunFacts, batch: int, replicas: Sequence[int], states: _States,
     limit: float, rejected: Rejected,
 ) -> Iterator[Candidate]:  # fmt: skip
-    plan, inputs, overlaps = structure.plan, structure.inputs, search.axes.overlap
-    overlaps = [each for each in overlaps if _possible(each, structure, run)]
-    memory = _memory(structure, states)
-
-    @cache
-    def buffers(load: float) -> int:
-        return buffer_bytes(plan.layers, plan.mesh, replace(run, row_load=load))
-
-    @cache
-    def ways_of(replicas: int) -> list[RunFacts]:
-        return ways(states.sharded(structure.kinds[0].of, replicas), run)
-
-    step = partial(_step, structure, batch)
-
-    @cache
-    def budget(overlap: tuple[str, int]) -> Budget:
-        layers = plan.layers if overlap[0] == "none" else structure.overlapped
-        given = replace(run, row_load=structure.load)
-        return budgets_of([(layers, plan.mesh, structure.facts, given)], step(1, overlap, run))[0]
-
-    def fitted(number: int, overlap: tuple[str, int]) -> tuple[RunFacts, int, int]:
-        """What runs, and the bytes of a rank with an even and with the expected load."""
-
-        def uneven_of(each: RunFacts) -> int:
-            return memory(number, replace(each, row_load=structure.load), overlap[0] != "none")
-
-        if run.checkpointing != BUDGET:
-            again = choose(ways_of(number), uneven_of, limit)
-            return again, memory(number, again, overlap[0] != "none"), uneven_of(again)
-
-        def fit(each: RunFacts) -> Within:
-            bytes_ = states(structure.kinds[0].of, number, each)
-            return within(budget(overlap), each, bytes_, buffers(structure.load), buffers(1.0), limit)
-
-        best = fastest(ways_of(number), fit, limit, lambda run: sum(step_of(step(number, overlap, run)).values()))
-        return best.run, best.even, best.expected
-
+    overlaps = [each for each in search.axes.overlap if _possible(each, structure, run)]
+    of = _MicroBatch(structure, run, batch, states, limit)
+    is_dear = run.checkpointing == BUDGET and structure.plan.pipeline is not None
     for number, overlap in product(replicas, overlaps):
-        again, needed, uneven = fitted(number, overlap)
-        settings = _settings(search, structure, again, number, overlap, batch)
-        if needed > limit:
-            rejected.too_large(needed, limit, settings)
+        if is_dear and "checkpointing" not in search.axes.kept:
+            if of.may_fit(number, overlap):
+                states.later.append((of.least(number, overlap), of, number, overlap))
+        elif (found := _candidate(search, of, number, overlap, rejected)) is not None:
+            yield found
+
+
+def _later(search: Search, states: _States, rejected: Rejected) -> Iterator[Candidate]:
+    """Those that are dear to plan, while they may be the fastest."""
+    for least, of, number, overlap in sorted(states.later, key=lambda each: each[0]):
+        if least >= states.fastest:
+            break
+        if of.of_the_first(number, overlap) >= states.fastest:
             continue
-        seconds = sum(step_of(step(number, overlap, again)).values())
-        speed = batch * inputs.layout.seq / plan.mesh.world_size / seconds
-        yield Candidate(
-            settings=settings, runs=True, seconds=seconds, tokens_per_second_per_rank=speed, memory_bytes=needed,
-            memory_bytes_uneven=uneven, fits=fit_of(needed, uneven, limit),
-        )  # fmt: skip
+        if (found := _candidate(search, of, number, overlap, rejected)) is not None:
+            yield found
+
+
+def _candidate(
+    search: Search, of: _MicroBatch, number: int, overlap: tuple[str, int], rejected: Rejected
+) -> Candidate | None:  # fmt: skip
+    """None: it does not fit."""
+    again, needed, uneven = of.fitted(number, overlap)
+    settings = _settings(search, of.structure, again, number, overlap, of.batch)
+    if needed > of.limit:
+        rejected.too_large(needed, of.limit, settings)
+        return None
+    seconds, fits = of.seconds(number, overlap, again), fit_of(needed, uneven, of.limit)
+    if fits == FITS:
+        of.states.fastest = min(of.states.fastest, seconds)
+    speed = of.batch * of.structure.inputs.layout.seq / of.structure.plan.mesh.world_size / seconds
+    return Candidate(
+        settings=settings, runs=True, seconds=seconds, tokens_per_second_per_rank=speed, memory_bytes=needed,
+        memory_bytes_uneven=uneven, fits=fits,
+    )  # fmt: skip
+
+
+class _MicroBatch:
+    """A structure with a micro-batch and a way of checkpointing: memory and seconds by replicas and overlap.
+
+    Args:
+        batch: of a step. limit: bytes of a rank.
+    """
+
+    def __init__(self, structure: _Structure, run: RunFacts, batch: int, states: _States, limit: float) -> None:
+        self.structure, self.run, self.states, self.limit, self.batch = structure, run, states, limit, batch
+        self.memory, self.step = _memory(structure, states), partial(_step, structure, batch)
+        self.ranks = sorted((of for kind in structure.kinds for of in kind.ranks), key=lambda of: of.index)
+        self._budgets: dict[object, Budget] = {}
+        self._prices: dict[tuple[str, int], Prices] = {}
+        self._ways: dict[int, list[RunFacts]] = {}
+        loads = [replace(run, row_load=load) for load in (structure.load, 1.0)]
+        self._buffers = [
+            [buffer_bytes(of.layers, of.mesh, each) for each in loads] if run.checkpointing == BUDGET else []
+            for of in self.ranks
+        ]
+
+    def seconds(self, replicas: int, overlap: tuple[str, int], run: RunFacts) -> float:
+        """Of a step."""
+        return sum(step_of(self.step(replicas, overlap, run)).values())
+
+    def least(self, replicas: int, overlap: tuple[str, int]) -> float:
+        """Seconds of a step, if nothing were computed again."""
+        return min(self.seconds(replicas, overlap, way) for way in self.ways(replicas))
+
+    def may_fit(self, replicas: int, overlap: tuple[str, int]) -> bool:
+        """Whether there is room with all layers computed again."""
+        runs = (replace(way, checkpointing="full", row_load=self.structure.load) for way in self.ways(replicas))
+        return any(self.memory(replicas, run, overlap[0] != "none") <= self.limit for run in runs)
+
+    def ways(self, replicas: int) -> list[RunFacts]:
+        """When weights are gathered and gradients reduced."""
+        if replicas not in self._ways:
+            self._ways[replicas] = ways(self.states.sharded(self.structure.kinds[0].of, replicas), self.run)
+        return self._ways[replicas]
+
+    def budget(self, of: OfRank, overlap: tuple[str, int], way: RunFacts) -> Budget:
+        """Of a place along pp."""
+        key = of.index, overlap, way.reduce, way.gather
+        if overlap not in self._prices:
+            self._prices[overlap] = rank_prices(self.step(1, overlap, self.ways(1)[0]), len(self.ranks))
+        if key not in self._budgets:
+            given = of.run(replace(way, row_load=self.structure.load), self.structure.plan.pipeline)
+            layers = of.layers if overlap[0] == "none" else _overlapped(of.layers)
+            self._budgets[key] = budget_of(
+                layers, of.mesh, of.facts, given, self.structure.inputs.model, self._prices[overlap]
+            )
+        return self._budgets[key]
+
+    def within(self, of: OfRank, replicas: int, overlap: tuple[str, int], way: RunFacts) -> Within:
+        """What a place along pp computes again."""
+        uneven, even = self._buffers[of.index]
+        return within(self.budget(of, overlap, way), way, self.states(of, replicas, way), uneven, even, self.limit)
+
+    def of_the_first(self, replicas: int, overlap: tuple[str, int]) -> float:
+        """Seconds of a step in which all repeat what the ranks of the first stage must, which keep the most."""
+        found = (self.within(self.ranks[0], replicas, overlap, way).run for way in self.ways(replicas))
+        return min(self.seconds(replicas, overlap, run) for run in found)
+
+    def fitted(self, replicas: int, overlap: tuple[str, int]) -> tuple[RunFacts, int, int]:
+        """What runs, and the bytes of a rank with an even and with the expected load."""
+        flies = overlap[0] != "none"
+
+        def uneven_of(run: RunFacts) -> int:
+            return self.memory(replicas, replace(run, row_load=self.structure.load), flies)
+
+        if self.run.checkpointing != BUDGET:
+            again = choose(self.ways(replicas), uneven_of, self.limit)
+            return again, self.memory(replicas, again, flies), uneven_of(again)
+
+        def fit(run: RunFacts) -> Within:
+            places = [self.within(of, replicas, overlap, run) for of in self.ranks]
+            return together_within(run, places, self.structure.facts)
+
+        best = fastest(self.ways(replicas), fit, self.limit, partial(self.seconds, replicas, overlap))
+        return best.run, best.even, best.expected
 
 
 def _step(structure: _Structure, batch: int, number: int, overlap: tuple[str, int], again: RunFacts) -> Inputs:
@@ -360,9 +446,16 @@ def _settings(
 
 
 class _States:
-    """Bytes of weights, gradients and optimizer, by what they depend on."""
+    """Bytes of weights, gradients and optimizer, by what they depend on.
+
+    Attributes:
+        fastest: seconds of the fastest candidate that fits. later: candidates that are dear to plan, with the least
+            seconds that they could take.
+    """
 
     def __init__(self) -> None:
+        self.fastest = inf
+        self.later: list[tuple[float, _MicroBatch, int, tuple[str, int]]] = []
         self._known: dict[object, tuple[int, Gradients, int]] = {}
         self._sharded: dict[object, Sharded] = {}
 
