@@ -169,8 +169,8 @@ class Recomputation:
     """What a budget chose for layers that are alike, and what it costs.
 
     site: path of the first of them. parts: that backward computes again; none: nothing. sends: whether their exchanges
-    are sent again. layers: how many. kept, kept_uneven: bytes that one of them keeps for backward, with an even and
-    with the expected load. seconds: that a step takes longer for all of them.
+    are sent again. layers: how many. kept, kept_uneven: bytes that one of them keeps for backward, of all micro-batches
+    in flight, with an even and with the expected load. seconds: that a step of its rank takes longer for all of them.
     """
 
     site: str
