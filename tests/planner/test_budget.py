@@ -190,6 +190,7 @@ def test_a_graph_has_no_layers() -> None:
 
 # -- stages ---------------------------------------------------------------------------------------------------------
 
+ONCE = ("reduction", "optimizer", "stragglers")  # in a step, on all stages alike
 STAGES = [*MODEL, "mesh.pp=4", "mesh.ep=4", "data.micro_batch_size=2", "data.global_batch_size=128"]
 
 
@@ -234,3 +235,21 @@ def test_the_stage_that_computes_the_most_again_sets_the_pace() -> None:
     slower, faster = (forecast_plan(shape(each), each, compose_config(words)) for each in (plan, free))
     assert slower.seconds - faster.seconds == pytest.approx(again[0], rel=0.1)
     assert again[0] > 2 * again[2]
+
+
+def test_the_stage_with_the_most_layers_sets_the_pace() -> None:
+    """The head of the last stage counts with its layers."""
+
+    def parts(layout: str) -> tuple[float, float]:
+        words = [*STAGES, "trainer.checkpointing=none", "hardware.memory_gib=400", f"pipeline.layout='{layout}'"]
+        config = compose_config(words)
+        sites, facts = planning_facts(model(), config, example_inputs(model(), config.data.seq_len))
+        plan = build_plan(sites, config, facts, shape)
+        found = forecast_plan(shape(plan), plan, config).parts
+        whole = sum(found[name] for name in found if name not in ("uneven stages", "bubble", *ONCE))
+        return found["uneven stages"] / whole, found["bubble"]
+
+    even, long, last = parts("Et*13|t*13|t*13|t*9L"), parts("Et*20|t*10|t*10|t*8L"), parts("Et*10|t*10|t*8|t*20L")
+    assert 0 <= even[0] < 0.1 < long[0] < last[0]
+    # Of 48 layers 20 in place of 12, less what the head adds to the mean.
+    assert 20 / 12 - 1 - 0.12 < long[0] < 20 / 12 - 1 and long[1] > even[1]

@@ -405,8 +405,9 @@ def _over_group(once: float, size: int, stride: int, machine: Machine) -> Wire:
 class Counts:
     """body: layers of an average stage. head: the output head. wire: exchanges of an average stage. parallel: bytes of
     tensor, context and pipeline parallelism and of gathered weights. step: bytes once per step. num_micro:
-    micro-batches of a step. bubble: idle ones. stages, layers: over which the body was averaged. sent_again,
-    computed_again: of the layers with experts, the share whose exchanges and whose experts backward repeats.
+    micro-batches of a step. bubble: idle ones. stages, layers: over which the body was averaged. split: as of `Layout`.
+    sent_again, computed_again: of the layers with experts, the share whose exchanges and whose experts backward does
+    again.
     """
 
     body: Work
@@ -418,6 +419,7 @@ class Counts:
     bubble: float
     stages: int
     layers: int
+    split: tuple[tuple[int, ...], int] | None
     sent_again: float
     computed_again: float
 
@@ -446,6 +448,7 @@ def count(model: ModelShape, layout: Layout, machine: Machine, software: Softwar
         bubble=_bubble(model, layout, software),
         stages=layout.pp,
         layers=sum(layer.count for layer in model.layers),
+        split=layout.split,
         sent_again=sent / max(1, experts),
         computed_again=computed / max(1, experts),
     )

@@ -36,6 +36,7 @@ from moecompile.schema import (
     is_described,
 )
 from moecompile.stages import SCHEDULES as RUN_SCHEDULES
+from moecompile.stages import Pipeline
 
 RECOMPUTED = (
     "full", "all_but_exchanges", "moe", "experts", "mlp", "attention", "mla_up_proj", "layernorm", "moe_act",
@@ -71,7 +72,8 @@ class Layout:
     gpus: all of them. seq: tokens of a sequence. micro_batch: sequences per micro-batch of a model replica.
     global_batch: sequences per step. zero: 0 nothing sharded but experts, 1 optimizer states, 3 weights too (FSDP).
     replicas: of the weights that ZeRO 3 shards (HSDP). reduce, gather: when ZeRO 3 reduces gradients and gathers
-    weights (planner/schedule.py); published systems reduce in each micro-batch, and gather layers.
+    weights (planner/schedule.py); published systems reduce in each micro-batch, and gather layers. split: layers of
+    each place along pp, and where the head is; None: the best split.
     """
 
     gpus: int
@@ -88,6 +90,7 @@ class Layout:
     replicas: int = 1
     reduce: str = "each"
     gather: str = "layer"
+    split: tuple[tuple[int, ...], int] | None = None
 
     def __post_init__(self) -> None:
         for name, value, rule, fix in self._broken():
@@ -391,6 +394,14 @@ def _with_rows(software: Software, plan: Plan, machine: Machine) -> Software:
     return replace(software, row_bits=both / counted - 16, packing=2 * PACKING_BYTES)
 
 
+def _split(pipeline: Pipeline | None) -> tuple[tuple[int, ...], int] | None:
+    """`Layout.split`."""
+    if pipeline is None:
+        return None
+    stages = [[pipeline.stages[i] for i in pipeline.stages_of(index)] for index in range(pipeline.ranks)]
+    return tuple(sum(len(stage.layers) for stage in own) for own in stages), pipeline.rank_with_loss
+
+
 def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
     """What is forecast for a plan.
 
@@ -415,6 +426,7 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
             cp=mesh.cp * workload.cp, etp=workload.etp, zero=workload.zero,
             replicas=mesh.dp_replicate if workload.zero == 3 and not is_described(workload) else 1,
             **({} if is_described(workload) else {"reduce": plan.reduce, "gather": plan.gather}),
+            split=_split(plan.pipeline),
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(_PATHS[error.path.removeprefix("layout.")], error.value, error.rule, error.fix) from error

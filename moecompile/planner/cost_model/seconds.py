@@ -8,9 +8,8 @@
    flight are scheduled as below, and what the schedule adds to compute is visible.                  -> `_in_flight`
 4. The host's launches take their time beside the GPU's; the longer one counts. Where both are near, each waits for the
    other now and then: (gpu^4 + host^4)^(1/4).                                                       -> `_host`
-5. A stage takes whole layers, and the last one the head: equal numbers if they divide, else the best split. The slowest
-   stage sets the pace. With DualPipe a rank has a stage from each end.
-                                                                                                     -> `_uneven`
+5. A stage takes whole layers, and the last one the head: as planned; of described layouts equal numbers if they divide,
+   else the best split. The slowest stage sets the pace. With DualPipe a rank has a stage from each end. -> `_uneven`
 6. step = (micro-batches + bubble) * slowest stage + what of the reduction is visible + optimizer, and `straggler` of it
    for each doubling of GPUs beyond 8.                                                               -> `step_seconds`
 
@@ -174,8 +173,12 @@ def _uneven(counts: Counts, body: float, head: float, schedule: str) -> float:
     stages = counts.stages // 2 if schedule == "dualpipe" else counts.stages
     if stages <= 1:
         return 0.0
-    total = body * counts.stages + head
-    layer, (each, rest) = body * counts.stages / counts.layers, divmod(counts.layers, stages)
+    total, layer = body * counts.stages + head, body * counts.stages / counts.layers
+    if counts.split is not None:
+        numbers, with_head = counts.split
+        slowest = max(number * layer + head * (place == with_head) for place, number in enumerate(numbers))
+        return max(0.0, slowest / (total / stages) - 1)
+    each, rest = divmod(counts.layers, stages)
     last_layers = range(each + 1) if rest else (each,)
     slowest = min(max(-(-(counts.layers - n) // (stages - 1)) * layer, n * layer + head) for n in last_layers)
     return max(0.0, slowest / (total / stages) - 1)

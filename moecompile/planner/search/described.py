@@ -127,7 +127,8 @@ def layouts(inputs: Inputs, space: Space, rejected: Rejected) -> Iterator[Layout
                 continue
             for vpp in stages:
                 yield replace(
-                    given, vpp=vpp, replicas=1, global_batch=space.batch, reduce="each", gather="layer", **sizes
+                    given, vpp=vpp, replicas=1, global_batch=space.batch, reduce="each", gather="layer", split=None,
+                    **sizes,
                 )  # fmt: skip
 
 
