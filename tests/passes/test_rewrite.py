@@ -328,8 +328,7 @@ def test_the_activation_is_a_copy_with_dropout_that_follows_the_mode() -> None:
 def test_the_seed_and_the_site_draw_the_router() -> None:
     def weight(seed: int, index: int) -> Tensor:
         (layer,) = plan_for(Gated()).layers
-        site = type(layer.site)(**{**vars(layer.site), "index": index})
-        layer = LayerPlan(**{**vars(layer), "site": site})
+        layer = dataclasses.replace(layer, site=dataclasses.replace(layer.site, index=index))
         return passed(only_region(Gated()), layer, Rewrite(seed=seed)).graph.router.weight
 
     assert torch.equal(weight(1, 0), weight(1, 0))
