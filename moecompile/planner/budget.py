@@ -103,8 +103,9 @@ class Budget:
         self, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, shape: ModelShape,
         prices: Prices, *, keeps_exchanges: bool = True,
     ) -> None:  # fmt: skip
-        places = dict(shape.places)
-        if not facts.layers or not all(fact.path in places for fact in facts.layers):
+        places, paths = dict(shape.places), [fact.path for fact in facts.layers]
+        here = [path for path in places if path in paths] if run.in_flight_of else list(places)  # of stages some
+        if not paths or here != paths:
             raise ConfigError(
                 "trainer.checkpointing", BUDGET, "chooses for each layer, and this model has no list of layers",
                 "Use auto",
