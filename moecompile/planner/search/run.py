@@ -65,8 +65,8 @@ from moecompile.stages import NONE, schedule_of
 #        activations   by structure, overlap (yes or no), micro-batch and recomputation
 #        seconds       by all of them, of what fits                                        (cost_model/forecast.py)
 #   3. Of a pipeline, memory is that of its fullest rank; ranks whose parts have the same sizes are counted once. Where
-#      each of them has a budget, layouts are tried last, in the order of what they would take if they computed nothing
-#      again, as long as that is less than the fastest takes.
+#      each of them has a budget, layouts are tried last: those that would be the fastest if nothing were computed
+#      again, in the order of what they would take if all did as the first or the last place must, while that is so.
 
 MOST_ROUNDED = 0.1  # of a published batch, which task=plan rounds up to whole micro-batches
 
@@ -271,18 +271,18 @@ def _of_micro_batch(
     for number, overlap in product(replicas, overlaps):
         if is_dear and "checkpointing" not in search.axes.kept:
             if of.may_fit(number, overlap):
-                states.later.append((of.least(number, overlap), of, number, overlap))
+                states.later.append((of.bare(number, overlap)[0][0], of, number, overlap))
         elif (found := _candidate(search, of, number, overlap, rejected)) is not None:
             yield found
 
 
 def _later(search: Search, states: _States, rejected: Rejected) -> Iterator[Candidate]:
     """Those that are dear to plan, while they may be the fastest."""
-    for least, of, number, overlap in sorted(states.later, key=lambda each: each[0]):
+    hopeful = [each for each in states.later if each[0] < states.fastest]
+    bounds = [(of.of_the_ends(number, overlap), of, number, overlap) for _, of, number, overlap in hopeful]
+    for least, of, number, overlap in sorted(bounds, key=lambda each: each[0]):
         if least >= states.fastest:
             break
-        if of.of_the_first(number, overlap) >= states.fastest:
-            continue
         if (found := _candidate(search, of, number, overlap, rejected)) is not None:
             yield found
 
@@ -320,6 +320,7 @@ class _MicroBatch:
         self._budgets: dict[object, Budget] = {}
         self._prices: dict[tuple[str, int], Prices] = {}
         self._ways: dict[int, list[RunFacts]] = {}
+        self._bare: dict[tuple[int, tuple[str, int]], list[tuple[float, RunFacts]]] = {}
         loads = [replace(run, row_load=load) for load in (structure.load, 1.0)]
         self._buffers = [
             [buffer_bytes(of.layers, of.mesh, each) for each in loads] if run.checkpointing == BUDGET else []
@@ -330,9 +331,12 @@ class _MicroBatch:
         """Of a step."""
         return sum(step_of(self.step(replicas, overlap, run)).values())
 
-    def least(self, replicas: int, overlap: tuple[str, int]) -> float:
-        """Seconds of a step, if nothing were computed again."""
-        return min(self.seconds(replicas, overlap, way) for way in self.ways(replicas))
+    def bare(self, replicas: int, overlap: tuple[str, int]) -> list[tuple[float, RunFacts]]:
+        """Seconds of a step with each way, if nothing were computed again; the fewest first."""
+        if (replicas, overlap) not in self._bare:
+            found = [(self.seconds(replicas, overlap, way), way) for way in self.ways(replicas)]
+            self._bare[replicas, overlap] = sorted(found, key=lambda each: each[0])
+        return self._bare[replicas, overlap]
 
     def may_fit(self, replicas: int, overlap: tuple[str, int]) -> bool:
         """Whether there is room with all layers computed again."""
@@ -363,10 +367,15 @@ class _MicroBatch:
         uneven, even = self._buffers[of.index]
         return within(self.budget(of, overlap, way), way, self.states(of, replicas, way), uneven, even, self.limit)
 
-    def of_the_first(self, replicas: int, overlap: tuple[str, int]) -> float:
-        """Seconds of a step in which all repeat what the ranks of the first stage must, which keep the most."""
-        found = (self.within(self.ranks[0], replicas, overlap, way).run for way in self.ways(replicas))
-        return min(self.seconds(replicas, overlap, run) for run in found)
+    def of_the_ends(self, replicas: int, overlap: tuple[str, int]) -> float:
+        """Seconds of a step in which all repeat what the first or the last place along pp must; inf: it has no room."""
+        best = inf
+        for least, way in self.bare(replicas, overlap):
+            if least < best:
+                ends = [self.within(of, replicas, overlap, way) for of in (self.ranks[0], self.ranks[-1])]
+                if all(end.expected <= self.limit for end in ends):
+                    best = min(best, max(self.seconds(replicas, overlap, end.run) for end in ends))
+        return best
 
     def fitted(self, replicas: int, overlap: tuple[str, int]) -> tuple[RunFacts, int, int]:
         """What runs, and the bytes of a rank with an even and with the expected load."""
