@@ -618,6 +618,9 @@ def _without_layers(plan: Plan) -> dict[str, Any]:
         f"{', '.join(each.parts)}{' and its exchanges' * each.sends} of {plural(len(each.layers), 'layer')}"
         for each in plan.recomputed
     )
+    values["lookups"] = ", ".join(each.weight for each in plan.lookups)
+    if plan.pipeline is not None:
+        values["pipeline"] = {**values["pipeline"], "stages": plan.pipeline.layout}
     return values
 
 

@@ -22,6 +22,7 @@ from moecompile.planner.pipeline import balanced, counts_of, ranks_of
 from moecompile.planner.search.axes import Axes, axes_of
 from moecompile.planner.search.found import Candidate, Rejected
 from moecompile.planner.search.run import Search, runnable
+from moecompile.report.plan_tables import Compared, differences
 
 TWO = ["mesh=cpu_1x4", "mesh.pp=2"]
 PAIRS = ["pipeline.schedule=dualpipev", "pipeline.overlap=exchanges"]
@@ -289,3 +290,11 @@ def test_each_rank_counts_the_adapters_of_its_own_stages(stages: str) -> None:
 def test_a_model_that_cannot_be_cut_is_refused_with_the_reason() -> None:
     with pytest.raises(ConfigError, match=r"mesh.pp=2: the model cannot be cut before .*shared.weight is also encoder"):
         plan(*TWO, recipe="switch_ep")
+
+
+def test_plans_are_compared_by_the_layouts_of_their_stages() -> None:
+    one, two = (Compared(plan=plan(*words), forecast=None, config={}) for words in (["mesh=cpu_1x2"], TWO))  # type: ignore[arg-type]
+    found = differences(two, one)
+    assert two.plan.pipeline is not None
+    assert found["pipeline.stages"] == (two.plan.pipeline.layout, None)
+    assert max(len(str(value)) for pair in found.values() for value in pair) < 60
