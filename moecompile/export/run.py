@@ -6,6 +6,7 @@ The format is safetensors with our own names, together with the config and the p
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -109,13 +110,25 @@ def reload_by_rows(run: Run, folder: Path) -> nn.Module:
 
 
 def _tables_on_disk(model: nn.Module, run: Run, folder: Path) -> dict[str, Tensor]:
-    """Memory for the run's tables: zeros in files that are gone from `folder` already, and last as long as these."""
+    """Memory for the run's tables: zeros in files that are gone from `folder` already, and last as long as these.
+
+    Raises:
+        ConfigError: the disk has no room. It is taken now: a process that writes to a mapped file on a full disk is
+            ended without a word.
+    """
     found = dict[str, Tensor]()
     for lookup in run.plan.lookups:
         like, file = model.get_parameter(lookup.weight), folder / f"table_{len(found)}"
-        flat = torch.from_file(str(file), shared=True, size=like.numel(), dtype=like.dtype)
+        try:
+            with file.open("xb") as opened:
+                os.posix_fallocate(opened.fileno(), 0, like.nbytes)
+            flat = torch.from_file(str(file), shared=True, size=like.numel(), dtype=like.dtype)
+        except OSError as error:
+            rule = f"has no room for {lookup.weight}, {like.nbytes / 2**30:.1f} GiB beside the export: {error.strerror}"
+            raise ConfigError("export.path", folder.parent, rule, "Give a folder on a larger disk") from error
+        finally:
+            file.unlink(missing_ok=True)
         found[lookup.weight] = flat.view(like.shape)
-        file.unlink()
     return found
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -167,11 +168,13 @@ class ShardedImport:
                 parameter.normal_(std=0.02)
         if isinstance(self.weights, Pretrained):
             _init_buffers(made, set())
-        # To replay would be to draw all weights.
-        weights = Keyed(self.weights.build, self.seed) if isinstance(self.weights, Replayed) else self.weights
-        for name, buffer in made.named_buffers():
-            if name in weights.names():
-                buffer.copy_(weights.whole(name))
+        buffers, weights = dict(made.named_buffers()), self.weights
+        if isinstance(weights, Replayed):  # which would draw all weights to come to a buffer
+            with suppress(NotRecorded):
+                weights = Keyed(weights.build, self.seed)
+        for name in weights.names():
+            if name in buffers:
+                buffers[name].copy_(weights.whole(name))
         return made
 
     @torch.no_grad()

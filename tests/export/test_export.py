@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,19 @@ def test_a_table_is_never_whole_in_memory(format: str, tmp_path: Path) -> None:
     assert 0 < largest.bytes < table  # in fp32 it has four times as many
     left = {path.suffix for path in Path(result["path"]).iterdir()}
     assert left <= {".json", ".safetensors", ".yaml"}
+
+
+def test_a_disk_without_room_for_tables_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = tiny_run(tmp_path / "run", qwen4("mesh=cpu_1x2"))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        ConfigError, match=r"^export.path=.*: has no room for model.layers.0.*: No space left on device"
+    ):
+        exported(run, tmp_path / "out")
+    assert not (tmp_path / "out" / "model").exists()
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3", "gpt_oss"])

@@ -235,10 +235,11 @@ def _of_the_slowest(shape: ModelShape, every: _Counts, ranks: Sequence[_Counts])
     def weight(place: int, word: str) -> int:
         layer = shape.layers[place]
         mixer = layer.mixer.weights(shape.hidden) if layer.mixer else 0
-        ffn = layer_params(layer, shape.hidden)[1] - mixer
-        return {"attention": mixer, "layernorm": 0, "full": mixer + ffn, "all_but_exchanges": mixer + ffn}.get(
-            word, ffn
-        )
+        whole = layer_params(layer, shape.hidden)[1]
+        return {
+            "attention": mixer, "layernorm": 0, **dict.fromkeys(("mlp", "moe", "experts"), whole - mixer),
+            **dict.fromkeys(("full", "all_but_exchanges"), whole),
+        }[word]  # fmt: skip
 
     def repeats(counts: _Counts) -> int:
         return sum(number * weight(place, word) for (place, words), number in counts.items() for word in words)

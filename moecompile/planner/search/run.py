@@ -109,15 +109,12 @@ class _Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class _Structure:
-    """A planned structure (step 1). overlapped: the layers with exchanges in flight. load: that is to be expected.
-    kinds: of ranks along pp (step 3).
-    """
+    """A planned structure (step 1). load: that is to be expected. kinds: of ranks along pp (step 3)."""
 
     config: Config
     plan: Plan
     facts: ModelFacts
     inputs: Inputs
-    overlapped: tuple[LayerPlan, ...]
     load: float
     kinds: Sequence[_Kind]
 
@@ -186,7 +183,7 @@ def _planned(search: Search, config: Config, shapes: dict[object, ModelShape]) -
         shapes[key] = search.shape(plan)
     return _Structure(
         config=config, plan=plan, facts=facts, inputs=inputs_of(shapes[key], plan, config),
-        overlapped=_overlapped(plan.layers), load=search.load_of(plan, config, plan.mesh.ep),
+        load=search.load_of(plan, config, plan.mesh.ep),
         kinds=[_kind(ranks) for ranks in alike(ranks_of(plan, facts))],
     )  # fmt: skip
 
