@@ -97,7 +97,7 @@ def test_runs_that_start_together_do_not_collide(cwd: Path) -> None:
     [
         (["mesh.epp=3"], "mesh.epp=3: there is no such key. Did you mean pp or ep? mesh has"),
         (["mesh=h100"], "mesh=h100: there is no such option. Did you mean h100_8"),
-        (["balance.rule=x"], "balance.rule=x: there is no such choice. Give one of none, bias, quantile."),
+        (["balance.rule=x"], "balance.rule=x: there is no such choice. Give one of auto, none, bias, quantile."),
         (["mesh.ep=[1,"], "mesh.ep=[1,: cannot be read"),
         (["recipe=deepseek_ep", "mesh.ep=3"], "mesh.ep=3: must divide the world size (2 nodes x 2 ranks = 4 ranks)."),
         (["seed=${nope}"], "seed: Interpolation key 'nope' not found. Refer to a key that exists"),

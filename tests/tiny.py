@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -210,7 +211,7 @@ def config(*overrides: str) -> Config:
     for override in overrides:
         path, _, value = override.partition("=")
         group, _, key = path.rpartition(".")
-        owner = getattr(made, group) if group else made
+        owner = attrgetter(group)(made) if group else made
         before, parsed = getattr(owner, key), yaml.safe_load(value)
         if isinstance(before, Enum):
             parsed = type(before)(parsed)

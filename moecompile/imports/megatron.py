@@ -73,7 +73,6 @@ def read_megatron(path: Path, text: str, caller: Caller) -> Draft:
     model = _model(settings, caller.conf)
     layout = _layout(settings, launch, variables, caller)
     draft = Draft(name=_name(path), model=model, **layout, stack=_stack(settings), values=_training(settings, layout))
-    _turn_off_own_loss(draft)
     draft.rows = settings.finish()
     return draft
 
@@ -616,19 +615,11 @@ def _balance(s: Settings) -> dict[str, Any]:
     if (z := s.real("moe-z-loss-coeff", "balance.losses.z")) is not None:
         losses["z"] = z
     s.word("moe-router-score-function", "model.architecture, by the router's scores", {"softmax": "", "sigmoid": ""})
-    balance: dict[str, Any] = {"losses": losses} if losses else {}
+    balance: dict[str, Any] = {"rule": "none", "losses": losses} if losses else {"rule": "none"}
     rate = s.real("moe-router-bias-update-rate", "balance.rate")
     if s.on("moe-router-enable-expert-bias", "balance.rule=bias"):
         balance |= {"rule": "bias", "rate": 1e-3 if rate is None else rate}
     return balance
-
-
-def _turn_off_own_loss(draft: Draft) -> None:
-    """A model type trains with a loss of its own unless it is told not to, and the file may have none."""
-    family = draft.model["architecture"] if isinstance(draft.model, dict) else str(draft.model)
-    has_own = family.startswith(("mixtral", "qwen", "gpt_oss", "olmoe"))
-    if has_own and not any(draft.values.get("balance", {}).get("losses", {}).values()):
-        draft.values["model"] = {"config": {"router_aux_loss_coef": 0.0}}
 
 
 def _optimizer(s: Settings) -> dict[str, Any]:

@@ -211,11 +211,10 @@ def _why_not_own(site: ExpertsSite, loss: str, config: Config) -> str | None:
 
 
 def asks_balance(config: Config) -> bool:
-    """Whether the config asks for a balance, which `balance=none` does too if it is the caller's."""
+    """Whether the config asks for a balance, which `balance=none` does too."""
     balance = config.balance
-    asks = balance.rule is not BalanceRule.none or any(vars(balance.losses).values())
-    given = any(key.partition(".")[0] == "balance" for key in config.given)
-    return asks or given or any(change.balance for change in config.per_layer.values())
+    asks = balance.rule is not BalanceRule.auto or any(vars(balance.losses).values())
+    return asks or any(change.balance for change in config.per_layer.values())
 
 
 def own_balance(

@@ -21,7 +21,7 @@ from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.named_code import named_in
 from moecompile.plan import ExpertsSite, LayerPlan, Plan, load
-from moecompile.routing import LOSSES
+from moecompile.routing import LOSSES, BalanceRule
 from moecompile.schema import AdapterKind, Checkpointing, Config, Gather, Reduce, TaskName
 
 FILE = "plan.yaml"
@@ -78,6 +78,8 @@ def with_plan(config: Config) -> Config:
     file = plan_file(config.plan)
     plan = load(file, named=named_in(config))
     for key in config.given:  # Step 1
+        if key == "balance" and config.balance.rule is BalanceRule.auto:
+            continue
         for each in _KEYS.get(key, (key,)):
             _check(each, config, plan)
     _check_adapters(config, plan)

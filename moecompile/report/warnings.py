@@ -93,13 +93,13 @@ def _remedy(plan: Plan, config: Config) -> str:
         return "The routers are frozen: add adapters.train_router=true balance=aux"
     if layer.balance.has_bias and layer.balance.rate:
         return _twice("balance.rate", layer.balance.rate)
-    asked = any(vars(config.balance.losses).values())
-    if losses := layer.balance.losses if asked else {}:
+    site = layer.site
+    is_models = isinstance(site, ExpertsSite) and not any(vars(config.balance.losses).values())
+    if losses := {} if is_models else layer.balance.losses:
         name, value = next(iter(losses.items()))
         return _twice(f"balance.losses.{name}", value)
     if layer.balance.has_bias:
         return "Add balance=aux"
-    site = layer.site
     has_bias = site.correction_bias if isinstance(site, ExpertsSite) else layer.routing.choice == "token"
     return "Add balance=aux or balance=bias" if has_bias else "Add balance=aux"
 

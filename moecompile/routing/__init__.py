@@ -5,6 +5,7 @@ Configs are resolved into it, plans contain it and `nn.Router` takes it (docs/de
 
 from moecompile.routing.choices import BalanceRule, BiasUpdate, Choice, DropPolicy, GroupScore, Workload
 from moecompile.routing.config import (
+    AUTO_LOSSES,
     BALANCE_NUMBERS,
     BINS,
     LOSSES,
@@ -17,6 +18,7 @@ from moecompile.routing.config import (
 )
 
 __all__ = [
+    "AUTO_LOSSES",
     "BALANCE_NUMBERS",
     "BINS",
     "LOSSES",

@@ -47,6 +47,7 @@ class GroupScore(str, Enum):
 class BalanceRule(str, Enum):
     """How the load of the experts is balanced."""
 
+    auto = "auto"  # a model's own loss; of routers that are made here Switch's, where tokens choose by scores
     none = "none"
     bias = "bias"  # DeepSeek-V3: a correction bias that depends on the load, no auxiliary loss
     quantile = "quantile"  # Kimi K3: a correction bias that is solved from the scores of the global batch

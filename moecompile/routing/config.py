@@ -219,7 +219,7 @@ class BalanceSpec:
     """With rule=bias: whether the mean of the bias over the experts is subtracted after every update (torchtitan)."""
 
     def __post_init__(self) -> None:
-        check_word(BalanceRule, "balance.rule", self.rule)
+        check_word((rule for rule in BalanceRule if rule is not BalanceRule.auto), "balance.rule", self.rule)
         check_word(BiasUpdate, "balance.update", self.update)
         for key, allowed in BALANCE_NUMBERS.items():
             name = key.rpartition(".")[2]
@@ -245,6 +245,8 @@ class BalanceSpec:
 BINS = 1000
 """Of the histograms of quantile balancing, as in Kimi K3's report."""
 NO_BALANCE = BalanceSpec(rule="none", rate=0.0)
+AUTO_LOSSES: Mapping[str, float] = {"micro_batch": 0.01}
+"""Losses of a router that is made here with `balance.rule=auto`: Switch's, with its coefficient."""
 
 
 def check_balance(router: RouterConfig, balance: BalanceSpec) -> None:

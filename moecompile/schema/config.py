@@ -193,9 +193,10 @@ class LossesConfig:
 class BalanceConfig:
     """`balance`: load balancing."""
 
-    rule: BalanceRule = BalanceRule.none
+    rule: BalanceRule = BalanceRule.auto
     """Whether a correction bias balances the load: one that is nudged (`bias`, DeepSeek-V3), or solved from the scores
-    of the global batch (`quantile`, Kimi K3).
+    of the global batch (`quantile`, Kimi K3). `auto`: no bias, and where `losses` has none either, the loss of the
+    model's own config, or `losses.micro_batch=0.01` for a router that is made here.
     """
     update: BiasUpdate = BiasUpdate.sign
     """How the correction bias changes per optimizer step: by the sign of mean load - load, or in proportion to it."""

@@ -12,7 +12,7 @@ from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec, divisors
 from moecompile.named_code import FACTORY
 from moecompile.ranges import Real
-from moecompile.routing import BalanceRule, BalanceSpec, Choice, RouterConfig, Workload, check_balance
+from moecompile.routing import AUTO_LOSSES, BalanceRule, BalanceSpec, Choice, RouterConfig, Workload, check_balance
 from moecompile.routing.scores import SCORES
 from moecompile.schema.config import (
     BalanceConfig,
@@ -435,7 +435,7 @@ def router_config(routing: RoutingConfig, num_experts: int, mesh: MeshSpec) -> R
 
 
 def balance_spec(balance: BalanceConfig, router: RouterConfig) -> BalanceSpec:
-    """The validated balance of a layer with this router.
+    """The validated balance of a layer with this router, with `auto` filled in.
 
     Raises:
         ConfigError: the first rule that is broken.
@@ -443,13 +443,15 @@ def balance_spec(balance: BalanceConfig, router: RouterConfig) -> BalanceSpec:
     has_rule = balance.rule is BalanceRule.bias
     if has_rule and not balance.rate:
         raise ConfigError("balance.rate", balance.rate, "must be positive", "Use 0.001 or balance.rule=none")
+    rule, losses = _plain(balance.rule), vars(balance.losses)
+    if balance.rule is BalanceRule.auto:
+        rule = BalanceRule.none.value
+        if router.choice == "token" and not any(losses.values()):
+            losses = {**losses, **AUTO_LOSSES}
     spec = BalanceSpec(
-        rule=_plain(balance.rule),
-        rate=balance.rate if has_rule else 0.0,
-        update=_plain(balance.update),
-        recenter=balance.recenter,
-        **vars(balance.losses),
-    )
+        rule=rule, rate=balance.rate if has_rule else 0.0, update=_plain(balance.update), recenter=balance.recenter,
+        **losses,
+    )  # fmt: skip
     check_balance(router, spec)
     return spec
 

@@ -16,7 +16,7 @@ from moecompile.capture.keep import layers_of
 from moecompile.pipeline import compile_with_report
 from tests.tiny import COPY4, config, max_diff, tokens
 
-COPY = config(*COPY4)
+COPY = config(*COPY4, "balance.rule=none")
 
 
 class Output(nn.Module):

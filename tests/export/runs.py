@@ -79,7 +79,7 @@ def tiny_run(folder: Path, config: Config) -> Path:
     model = build_model(config.model, config.seed)
     compiled = compile_with_report(model, config, example=example_inputs(model, SEQ), until="rewrite")
     scramble(compiled.model)
-    if config.balance.rule.value == "none":
+    if config.balance.rule.value in ("auto", "none"):
         for name, buffer in compiled.model.named_buffers():
             if name.endswith("correction_bias"):
                 buffer.zero_()

@@ -36,7 +36,7 @@ def save_runs(rank: int, world_size: int, folder: str) -> dict[str, Tensor]:
         example = example_inputs(model, SEQ)
         compiled = compile_with_report(model, config, example=example)
         scramble(compiled.model)
-        if config.balance.rule.value == "none":
+        if config.balance.rule.value in ("auto", "none"):
             for key, buffer in compiled.model.named_buffers():
                 if key.endswith("correction_bias"):
                     buffer.zero_()

@@ -38,7 +38,7 @@ KINDS = {
 
 
 def compiled(ffn: nn.Module, *overrides: str, losses: dict[str, float] | None = None) -> fx.GraphModule:
-    given = config(*COPY4, *overrides)
+    given = config(*COPY4, "balance.rule=none", *overrides)
     for name, coefficient in (losses or {}).items():
         setattr(given.balance.losses, name, coefficient)
     graph_module = moecompile.transform(trace(ffn), given)

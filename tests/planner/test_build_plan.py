@@ -167,7 +167,11 @@ def test_layers_differ_in_what_is_their_own() -> None:
     assert [layer.routing.top_k for layer in layers] == [1, 3, 2, 2, 2]  # the later change wins
     assert [layer.routing.capacity_factor for layer in layers] == [1.0, 1.0, None, None, None]
     assert [layer.routing.drop for layer in layers] == ["position", "position", "none", "none", "none"]
-    assert [layer.balance.losses for layer in layers] == [{}, {"z": 0.1}, {}, {}, {}]
+    assert [layer.balance.losses for layer in layers] == [
+        {"micro_batch": 0.01},
+        {"z": 0.1},
+        *[{"micro_batch": 0.01}] * 3,
+    ]
     assert [layer.balance.rate > 0 for layer in layers] == [False, True, False, False, False]
     assert [layer.experts.d_expert for layer in layers] == [48, 48, 48, 48, 24]
     assert [layer.experts.d_shared for layer in layers] == [0, 0, 0, 0, 24]
@@ -272,6 +276,21 @@ def test_expert_choice_on_a_causal_model_must_be_asked_for() -> None:
     given.per_layer = {"odd": PerLayerConfig(routing={"choice": "expert", "normalize": False}, layers="1:2")}
     with pytest.raises(ConfigError, match=r"^per_layer\.odd\.routing\.choice=expert"):
         build_plan(SITES, given, facts)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "losses"),
+    [
+        ([], {"micro_batch": 0.01}),
+        (["balance.losses.z=0.001"], {"z": 0.001}),  # what is asked for is all that there is
+        (["balance.rule=none"], {}),
+        (["balance.rule=quantile"], {}),
+        (["routing.choice=expert", "routing.normalize=false", "routing.allow_future=true"], {}),
+        (["routing.choice=hash"], {}),
+    ],
+)
+def test_a_new_router_is_balanced_unless_the_config_says_how(overrides: list[str], losses: dict[str, float]) -> None:
+    assert {tuple(layer.balance.losses.items()) for layer in plan(*overrides).layers} == {tuple(losses.items())}
 
 
 def test_without_a_balance_rule_the_rate_is_zero() -> None:

@@ -67,6 +67,7 @@ def test_losses_that_rose_and_a_rate_of_zero_are_told() -> None:
         ("mixtral", ["balance=aux"], "Try balance.losses.micro_batch=0.02 (now 0.01)"),
         ("mixtral", ["adapters=lora"], "The routers are frozen: add adapters.train_router=true balance=aux"),
         ("deepseek_v3", [], "Add balance=aux or balance=bias"),
+        ("deepseek_v3", ["experts.sites=dense"], "Try balance.losses.micro_batch=0.02 (now 0.01)"),
         ("deepseek_v3", ["balance=bias"], "Try balance.rate=0.002 (now 0.001)"),
     ],
 )
